@@ -1,0 +1,15 @@
+"""Fine-tune and continue pre-training language models on Ray clusters, exactly once per example."""
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["run_pt", "run_sft"]
+
+
+def __getattr__(name: str) -> Any:
+    # Ray and torch are imported when a run starts, not when raysft is.
+    if name in __all__:
+        from raysft import run
+
+        return getattr(run, name)
+    raise AttributeError(f"module 'raysft' has no attribute {name!r}")

@@ -1,0 +1,266 @@
+"""The nouns that stages hand to each other, and the layout of a run directory. Imports nothing of raysft."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+IGNORED = -100
+"""Label of a token that is not trained on."""
+
+Record = dict[str, Any]
+"""One record of a data file, as read."""
+
+
+class RunFailed(RuntimeError):
+    """The request was right and the run failed all the same. The command exits with code 1."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One unpacked example as every format becomes it: a conversation, or a text (then ``messages`` is empty)."""
+
+    source: str
+    """Name of the source."""
+    record: str
+    """Where it stands: ``file:line`` or ``file:row``."""
+    messages: tuple[Message, ...] = ()
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A record that cannot be used."""
+
+    source: str
+    record: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step, as logged and printed; the keys are those of LLaMA-Factory's ``trainer_log.jsonl`` and more."""
+
+    current_steps: int
+    total_steps: int
+    loss: float
+    """Mean loss of the step's trained tokens, natural logarithm."""
+    lr: float
+    grad_norm: float
+    epoch: float
+    percentage: float
+    elapsed_time: str
+    remaining_time: str
+    throughput: float
+    """Tokens per second over all workers, without padding."""
+    total_tokens: int
+    """Tokens without padding consumed so far."""
+    trained_tokens: int
+    """Trained tokens of this step: what its loss is divided by."""
+    useful: float
+    """Share of the step's row space that holds tokens and not padding."""
+    rows: int
+    """The cursor: rows consumed so far, over all workers."""
+    step_seconds: float
+    data_wait_seconds: float
+    memory_gib: float
+    """Peak memory of rank 0's device, or resident memory of its process without GPU."""
+    memory_total_gib: float
+
+    def line(self) -> str:
+        """The step as one line for people.
+
+        >>> StepRecord(120, 1000, 1.83421, 1.9e-05, 0.71, 0.1, 12.0, "0:10", "1:13", 41234.0, 9, 5, 0.961, 3840,
+        ...            2.0, 0.0, 61.2, 80.0).line()
+        'step 120/1000 | loss 1.8342 | lr 1.9e-05 | grad 0.71 | 41.2k tok/s | 96.1% useful | mem 61/80 GiB'
+        """
+        speed = f"{self.throughput / 1000:.1f}k" if self.throughput >= 1000 else f"{self.throughput:.0f}"
+        return (
+            f"step {self.current_steps}/{self.total_steps} | loss {self.loss:.4f} | lr {self.lr:.1e} | "
+            f"grad {self.grad_norm:.2f} | {speed} tok/s | {100 * self.useful:.1f}% useful | "
+            f"mem {self.memory_gib:.0f}/{self.memory_total_gib:.0f} GiB"
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss and accuracy of one evaluation set at one moment of the training."""
+
+    name: str
+    step: int
+    loss: float
+    """Mean loss of the trained tokens, natural logarithm."""
+    accuracy: float
+    """Share of trained tokens that are the most probable one."""
+    tokens: int
+    """Trained tokens that the two are means over."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that overflows."""
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            return math.inf
+
+
+def evaluation_results(evaluations: list[Evaluation]) -> dict[str, float]:
+    """Evaluations as flat results: ``eval_loss``, ``eval_perplexity``, ``eval_accuracy`` over all sets, token-weighted, and
+    with more than one set ``eval_{name}_loss`` and so on for each.
+
+    >>> evaluation_results([Evaluation("a", 3, 1.0, 0.5, 30), Evaluation("b", 3, 2.0, 0.1, 10)])["eval_loss"]
+    1.25
+    """
+    total = sum(evaluation.tokens for evaluation in evaluations)
+    if not total:
+        return {}
+    mean = Evaluation(
+        name="",
+        step=evaluations[0].step,
+        loss=sum(e.loss * e.tokens for e in evaluations) / total,
+        accuracy=sum(e.accuracy * e.tokens for e in evaluations) / total,
+        tokens=total,
+    )
+    results: dict[str, float] = {}
+    for evaluation in [mean, *(evaluations if len(evaluations) > 1 else [])]:
+        prefix = f"eval_{evaluation.name}_" if evaluation.name else "eval_"
+        results[prefix + "loss"] = evaluation.loss
+        results[prefix + "perplexity"] = evaluation.perplexity
+        results[prefix + "accuracy"] = evaluation.accuracy
+        results[prefix + "tokens"] = evaluation.tokens
+    return results
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What training leaves behind for the next stages."""
+
+    model: str
+    """Path of the exported model or adapter."""
+    results: dict[str, float] = field(default_factory=dict)
+    """What ``train_results.json`` holds."""
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The files of a run, by the names that LLaMA-Factory's users know."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved config."""
+        return self.path / "config.yaml"
+
+    @property
+    def plan(self) -> Path:
+        """Rows, steps, tokens, padding and resources, as planned before the start."""
+        return self.path / "plan.json"
+
+    @property
+    def trainer_log(self) -> Path:
+        """One record for each step (``StepRecord``) and each evaluation."""
+        return self.path / "trainer_log.jsonl"
+
+    @property
+    def trainer_state(self) -> Path:
+        """The log history in Hugging Face's form."""
+        return self.path / "trainer_state.json"
+
+    @property
+    def rejected(self) -> Path:
+        """Records that could not be used."""
+        return self.path / "rejected.jsonl"
+
+    @property
+    def prompts(self) -> Path:
+        """Prompts and references of the evaluation sets, tokenized."""
+        return self.path / "prompts.parquet"
+
+    @property
+    def predictions(self) -> Path:
+        """``{"prompt", "predict", "label", "id", "source"}`` a line, of the trained model."""
+        return self.path / "generated_predictions.jsonl"
+
+    @property
+    def base_predictions(self) -> Path:
+        """The same of the model before training."""
+        return self.path / "generated_predictions_base.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Checkpoints to resume from."""
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """The trained model or adapter, loads with transformers or peft."""
+        return self.path / "model"
+
+    @property
+    def model_card(self) -> Path:
+        """The model card."""
+        return self.path / "README.md"
+
+    def results(self, stage: Literal["train", "eval", "predict", "all"]) -> Path:
+        """``train_results.json`` and its like."""
+        return self.path / f"{stage}_results.json"
+
+    def read_results(self, stage: Literal["train", "eval", "predict", "all"]) -> dict[str, Any]:
+        """The results of a stage; empty where it has not run."""
+        path = self.results(stage)
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def write_results(self, stage: Literal["train", "eval", "predict"], results: Mapping[str, Any]) -> None:
+        """Write a stage's results and the union of all stages' (``all_results.json``)."""
+        write_json(self.results(stage), results)
+        whole: dict[str, Any] = {}
+        for each in ("train", "eval", "predict"):
+            whole.update(self.read_results(each))
+        write_json(self.results("all"), whole)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old one or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write JSON with indent 4 and sorted keys, atomically."""
+    write_atomically(path, json.dumps(value, indent=4, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write one JSON object a line, atomically, not ASCII-escaped."""
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Read one JSON object a line; a torn last line, as a killed writer leaves it, is passed over."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def flat(record: Any) -> dict[str, Any]:
+    """A dataclass as a JSON object."""
+    return asdict(record)
