@@ -1,0 +1,89 @@
+"""A model and a tokenizer small enough to make in a second, so that tests need neither a network nor a download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+SENTENCES = (
+    "The capital of France is Paris, and the capital of Germany is Berlin.",
+    "Write a short poem about the sea and the wind that blows over it.",
+    "Here is a list of three animals: the cat, the dog and the horse.",
+    "What is the sum of 12 and 30? The sum of 12 and 30 is 42.",
+    "你好，请介绍一下北京。北京是中国的首都。",
+    "system user assistant tool You are a helpful assistant.",
+)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""ChatML, without ``{% generation %}`` marks."""
+
+
+def tiny_tokenizer(vocabulary: int = 400):
+    """A byte-level BPE tokenizer with ChatML: any text can be encoded; ``<|im_end|>`` ends a turn, ``<|pad|>`` pads.
+
+    Args:
+        vocabulary: most tokens that it has, special ones and the 256 bytes included.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[AddedToken(token, special=True) for token in special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def tiny_model(folder: str | Path, seed: int = 0, spread: float = 0.1) -> Path:
+    """Save a random two-layer Llama (hidden 64, float32) with ``tiny_tokenizer`` into ``folder``.
+
+    Args:
+        spread: standard deviation of the weights; at 0.2 greedy text varies from token to token, below it soon repeats.
+
+    Returns:
+        The folder, as AutoModelForCausalLM and AutoTokenizer load it. The same seed gives the same weights.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = tiny_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True,
+        initializer_range=spread,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config).to(torch.float32)
+    folder = Path(folder)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
