@@ -333,7 +333,9 @@ def _parse_yaml(text: str, path: Path) -> tuple[dict[str, Any], dict[tuple[str, 
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise RequestError(f"{path}{line}: no valid YAML ({getattr(error, 'problem', error)}); mend this line") from None
+        raise RequestError(
+            f"{path}{line}: no valid YAML ({getattr(error, 'problem', error)}); mend this line"
+        ) from None
     if not isinstance(raw, dict):
         raise RequestError(f"{path}: a config is a mapping of sections (model, data, …), this is {raw!r:.60}")
     lines: dict[tuple[str, ...], int] = {}
@@ -367,7 +369,9 @@ def _assign(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
         last = position == len(parts) - 1
         if isinstance(at, list):
             if not part.isdigit() or int(part) >= len(at):
-                raise RequestError(f"{where}: {'.'.join(parts[:position])} is a list of {len(at)}; {part!r} is none of them")
+                raise RequestError(
+                    f"{where}: {'.'.join(parts[:position])} is a list of {len(at)}; {part!r} is none of them"
+                )
             if last:
                 at[int(part)] = value
             else:

@@ -1,0 +1,185 @@
+"""What a run will do, before it does it: rows, steps, tokens, padding, and resources against the cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from raysft.config import Config, RequestError
+from raysft.data import Prepared
+from raysft.data.shards import TASK_CPUS, Manifest
+
+
+@dataclass(frozen=True)
+class SourcePlan:
+    """One source as it will be used."""
+
+    records: int
+    examples: int
+    tokens: int
+    trained_tokens: int
+    longest: int
+    rejected: int
+    dropped: int
+    reused: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole run, planned."""
+
+    stage: str
+    examples: int
+    """Examples to train on, in one epoch."""
+    rows: int
+    """Rows over all epochs."""
+    steps: int
+    epochs: int
+    rows_per_step: int
+    sequence_length: int
+    tokens: int
+    """Tokens without padding over all epochs."""
+    trained_tokens: int
+    useful: float
+    """Share of the row space that holds tokens."""
+    last_step_empty: float
+    """Share of the last step's rows that are fillers."""
+    filler_rows: int
+    """Rows without labels in each whole step, because ``rows_per_step`` does not divide by the workers."""
+    workers: int
+    rows_per_worker: int
+    accumulation: int
+    """Microbatches in a step."""
+    cpus: float
+    gpus: float
+    cluster_cpus: float
+    cluster_gpus: float
+    sources: dict[str, SourcePlan]
+    evaluation: dict[str, SourcePlan]
+
+    def as_dict(self) -> dict[str, object]:
+        """What ``plan.json`` holds."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """The plan for people."""
+        lines = []
+        for name, source in self.sources.items():
+            lines.append(f"train {name}: {_source_line(source)}")
+        for name, source in self.evaluation.items():
+            lines.append(f"eval {name}: {_source_line(source)}")
+        lines.append(
+            f"rows: {self.rows:,} of {self.sequence_length} tokens over {_count(self.epochs, 'epoch')}, "
+            f"{100 * self.useful:.1f}% useful, {self.tokens:,} tokens, {self.trained_tokens:,} trained"
+        )
+        lines.append(
+            f"steps: {self.steps:,} of {_count(self.rows_per_step, 'row')} = {_count(self.workers, 'worker')} × "
+            f"{_count(self.rows_per_worker, 'row')} in {_count(self.accumulation, 'microbatch', 'es')}"
+            + (f", {self.filler_rows} of them empty in each step" if self.filler_rows else "")
+            + (f"; {100 * self.last_step_empty:.0f}% of the last step is empty" if self.last_step_empty else "")
+        )
+        lines.append(
+            f"resources: {self.cpus:g} CPUs and {self.gpus:g} GPUs wanted, "
+            f"{self.cluster_cpus:g} CPUs and {self.cluster_gpus:g} GPUs there"
+        )
+        return lines
+
+
+def _source_line(source: SourcePlan) -> str:
+    parts = [
+        f"{source.examples:,} examples of {source.records:,} records",
+        f"{source.tokens:,} tokens",
+        f"{source.trained_tokens:,} trained",
+        f"longest {source.longest:,}",
+    ]
+    parts += [
+        f"{count:,} {word}" for count, word in ((source.rejected, "rejected"), (source.dropped, "dropped")) if count
+    ]
+    return ", ".join(parts) + (" (from the cache)" if source.reused else "")
+
+
+def _count(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
+
+
+def check_resources(config: Config, nodes: Sequence[Mapping[str, float]], reserved_cpus: float = 0.0) -> None:
+    """Refuse what the cluster can never place: Ray would wait for it for ever and say nothing.
+
+    Args:
+        config: the run's config.
+        nodes: resources of each node, as ``{"CPU": 2.0, "GPU": 1.0}``.
+        reserved_cpus: CPUs that something else keeps while the run goes on (a Tune trial).
+
+    Raises:
+        RequestError: with what is wanted, what is there, and what to do.
+    """
+    scaling = config.scaling
+    name, each = ("GPU", 1.0) if scaling.use_gpu else ("CPU", scaling.cpus_per_worker)
+    amounts = [node.get(name, 0.0) for node in nodes]
+    there = ", ".join(f"node {index} has {amount:g}" for index, amount in enumerate(amounts))
+    places = sum(int(amount / each + 1e-9) for amount in amounts)
+    if scaling.num_workers > places:
+        wanted = scaling.num_workers * each
+        raise RequestError(
+            f"scaling.num_workers={scaling.num_workers} wants {wanted:g} {name}s in shares of {each:g} and the cluster has "
+            f"{sum(amounts):g} ({there}); "
+            + (
+                f"use {places}, or add nodes"
+                if places
+                else f"lower scaling.cpus_per_worker={each:g}"
+                if name == "CPU"
+                else "add GPUs"
+            )
+        )
+    cpus = sum(node.get("CPU", 0.0) for node in nodes)
+    wanted = scaling.num_workers * scaling.cpus_per_worker + TASK_CPUS + reserved_cpus
+    if wanted > cpus:
+        raise RequestError(
+            f"scaling.num_workers={scaling.num_workers} × scaling.cpus_per_worker={scaling.cpus_per_worker:g} leaves no CPU for "
+            f"data tasks: {wanted:g} CPUs wanted with {TASK_CPUS:g} for data, {cpus:g} in the cluster; "
+            f"use scaling.cpus_per_worker={max(0.1, int(10 * (cpus - TASK_CPUS - reserved_cpus) / scaling.num_workers) / 10):g}"
+        )
+
+
+def make_plan(config: Config, prepared: Prepared, nodes: Sequence[Mapping[str, float]]) -> Plan:
+    """Put the plan together from manifests and schedule."""
+    schedule = prepared.train_rows.schedule
+    workers, per_step = config.scaling.num_workers, config.train.rows_per_step
+    each = -(-per_step // workers)
+    last = schedule.rows - (schedule.steps - 1) * per_step
+    return Plan(
+        stage=config.stage,
+        examples=sum(len(manifest) for manifest in prepared.train),
+        rows=schedule.rows,
+        steps=schedule.steps,
+        epochs=config.train.epochs,
+        rows_per_step=per_step,
+        sequence_length=config.data.sequence_length,
+        tokens=int(schedule.step_tokens.sum()),
+        trained_tokens=int(schedule.step_trained.sum()),
+        useful=round(schedule.useful, 6),
+        last_step_empty=round(1 - last / per_step, 6),
+        filler_rows=each * workers - per_step,
+        workers=workers,
+        rows_per_worker=each,
+        accumulation=-(-each // config.train.rows_per_device),
+        cpus=workers * config.scaling.cpus_per_worker + TASK_CPUS,
+        gpus=float(workers) if config.scaling.use_gpu else 0.0,
+        cluster_cpus=sum(node.get("CPU", 0.0) for node in nodes),
+        cluster_gpus=sum(node.get("GPU", 0.0) for node in nodes),
+        sources={manifest.name: _source(manifest) for manifest in prepared.train},
+        evaluation={manifest.name: _source(manifest) for manifest in prepared.eval},
+    )
+
+
+def _source(manifest: Manifest) -> SourcePlan:
+    return SourcePlan(
+        records=manifest.records,
+        examples=len(manifest),
+        tokens=int(manifest.lengths.sum()),
+        trained_tokens=int(manifest.trained.sum()),
+        longest=int(manifest.lengths.max()),
+        rejected=len(manifest.rejected),
+        dropped=len(manifest.dropped),
+        reused=manifest.reused,
+    )
