@@ -1,0 +1,1 @@
+"""Predictions of a model for prompts, as a job over the cluster, and their metrics."""
