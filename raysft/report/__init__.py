@@ -1,0 +1,33 @@
+"""A run directory becomes metrics, plots, a model card, and the summary that a run ends with."""
+
+from __future__ import annotations
+
+from raysft.records import RunDirectory, write_atomically, write_json
+from raysft.report.card import model_card
+from raysft.report.logs import read_run
+from raysft.report.plots import draw
+from raysft.report.state import trainer_state
+from raysft.report.summary import summary
+
+__all__ = ["report"]
+
+
+def report(run: RunDirectory) -> str:
+    """Write ``trainer_state.json``, the plots and the model card from what a run left in its directory.
+
+    It needs nothing but the directory, and may be repeated at any time, also while the run goes on.
+
+    Returns:
+        The summary for the terminal: before and after, samples, and which file holds what. Coloured if stdout is a
+        terminal, plain text of at most 100 columns otherwise.
+
+    Raises:
+        FileNotFoundError: ``run.path`` is no run directory.
+        RunFailed: a file of the run is corrupt; the message names it and the line.
+    """
+    log = read_run(run)
+    if log.steps or log.evaluations:
+        write_json(run.trainer_state, trainer_state(log))
+    plots = draw(log)
+    write_atomically(run.model_card, model_card(log, plots))
+    return summary(log)

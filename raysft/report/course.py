@@ -1,0 +1,74 @@
+"""What a run planned and how it went, as label and text, for the terminal and the model card."""
+
+from __future__ import annotations
+
+from raysft.report.logs import RunLog, finite
+
+_PLAN = {
+    "examples": ("examples", "count"),
+    "rows": ("rows", "count"),
+    "rows_per_step": ("rows per step", "count"),
+    "epochs": ("epochs", "count"),
+    "steps": ("steps", "count"),
+    "tokens": ("tokens", "count"),
+    "trained_tokens": ("trained tokens", "count"),
+    "useful": ("padding", "rest"),
+}
+_TRAINED = {
+    "total_steps": ("steps", "count"),
+    "train_loss": ("mean training loss", "decimal"),
+    "train_runtime": ("training time", "seconds"),
+    "seconds_to_first_step": ("time to the first step", "seconds"),
+    "seconds_to_launch": ("of it before training was launched", "seconds"),
+    "seconds_model": ("of it loading the model", "seconds"),
+    "seconds_first_batch": ("of it waiting for data", "seconds"),
+    "seconds_first_step": ("of it computing", "seconds"),
+    "train_tokens_per_second": ("tokens per second", "count"),
+    "useful": ("padding", "rest"),
+}
+"""Key → label and kind of number; other numbers are shown under their own names."""
+
+
+def planned(log: RunLog) -> list[tuple[str, str]]:
+    """The numbers of ``plan.json``, those that are there."""
+    known = ((label, kind, finite(log.plan.get(key))) for key, (label, kind) in _PLAN.items())
+    return [(label, _text(value, kind)) for label, kind, value in known if value is not None]
+
+
+def went(log: RunLog) -> list[tuple[str, str]]:
+    """The numbers of ``train_results.json``, the well-known ones first."""
+    keys = [*(key for key in _TRAINED if key in log.trained), *sorted(log.trained.keys() - _TRAINED.keys())]
+    lines = []
+    for key in keys:
+        label, kind = _TRAINED.get(key, (key.replace("_", " "), "decimal"))
+        value = finite(log.trained[key])
+        if value is not None:
+            lines.append((label, _text(value, kind)))
+    return lines
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them.
+
+    >>> duration(4.25), duration(200), duration(90000)
+    ('4.2 s', '3 min 20 s', '25 h 0 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _text(value: float, kind: str) -> str:
+    """A number of some kind as text.
+
+    >>> _text(12345.6, "count"), _text(0.961, "rest"), _text(0.00012345, "decimal")
+    ('12,346', '3.9%', '0.0001234')
+    """
+    if kind == "seconds":
+        return duration(value)
+    if kind == "rest":
+        return f"{100 * (1 - value):.1f}%"
+    if kind == "count" or value == int(value):
+        return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.2g}"
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"

@@ -1,0 +1,331 @@
+"""The report: from what a run left in its directory to metrics, plots, a model card and a summary."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from matplotlib.image import imread
+
+from raysft.config import Config
+from raysft.records import (
+    Evaluation,
+    RunDirectory,
+    RunFailed,
+    StepRecord,
+    evaluation_results,
+    flat,
+    write_json,
+    write_jsonl,
+)
+from raysft.report import report
+from raysft.report.plots import MOST_POINTS, smooth
+
+
+def step_record(step: int, total: int, noise: random.Random) -> dict[str, Any]:
+    """A step as a real run logs it: a falling noisy loss, a slow first step."""
+    return flat(
+        StepRecord(
+            current_steps=step,
+            total_steps=total,
+            loss=1.1 + 1.6 * math.exp(-8 * step / total) + noise.gauss(0, 0.12),
+            lr=1e-4 * min(step / (0.03 * total + 1), 0.5 * (1 + math.cos(math.pi * step / total))),
+            grad_norm=0.5 + 2 * math.exp(-10 * step / total) + abs(noise.gauss(0, 0.1)),
+            epoch=2 * step / total,
+            percentage=100 * step / total,
+            elapsed_time="0:00:01",
+            remaining_time="0:00:01",
+            throughput=(9_000 if step == 1 else 41_000) + noise.gauss(0, 1500),
+            total_tokens=step * 65_000,
+            trained_tokens=30_000,
+            useful=min(1.0, 0.96 + noise.gauss(0, 0.01)),
+            rows=32 * step,
+            step_seconds=1.6,
+            data_wait_seconds=0.01,
+            memory_gib=61.0,
+            memory_total_gib=80.0,
+        )
+    )
+
+
+def evaluation_record(step: int, total: int, names: Sequence[str]) -> dict[str, Any]:
+    """An evaluation as a run logs it: the sets start apart and fall."""
+    sets = [
+        Evaluation(name, step, 1.2 + 0.4 * place + 1.5 * math.exp(-6 * step / total), 0.65 - 0.3 * math.exp(-step), 900)
+        for place, name in enumerate(names)
+    ]
+    return {"current_steps": step, "total_steps": total, "epoch": 2 * step / total} | evaluation_results(sets)
+
+
+def make_run(
+    folder: Path, steps: int = 10, names: Sequence[str] = ("chats",), every: int = 5, **overrides: Any
+) -> RunDirectory:
+    """A finished run; ``overrides`` are dotted config keys with ``__`` for the dot."""
+    run = RunDirectory(folder / "toy")
+    base = {
+        "run": {"name": "toy"},
+        "model": {"path": "Qwen/Qwen3-0.6B"},
+        "data": {"train": [{"name": "chats", "path": "chats.jsonl"}]},
+    }
+    config = Config.model_validate(base).with_overrides({k.replace("__", "."): v for k, v in overrides.items()})
+    run.path.mkdir()
+    run.config.write_text(config.to_yaml(), encoding="utf-8")
+    noise = random.Random(0)
+    log = [evaluation_record(0, steps, names)] if names else []
+    for step in range(1, steps + 1):
+        log.append(step_record(step, steps, noise))
+        if names and (step % every == 0 or step == steps):
+            log.append(evaluation_record(step, steps, names))
+    write_jsonl(run.trainer_log, log)
+    sources = {"chats": {"examples": 4321, "tokens": 600_000}}
+    plan = {"rows": 320, "steps": steps, "tokens": 650_000, "useful": 0.961, "examples": 4321, "sources": sources}
+    write_json(run.plan, plan)
+    run.write_results("train", {"train_loss": 1.31, "train_runtime": 200.4, "train_tokens_per_second": 41234.5})
+    if names:
+        run.write_results("eval", {k: v for k, v in log[-1].items() if k.startswith("eval_")})
+    return run
+
+
+def add_predictions(run: RunDirectory) -> None:
+    """Scores and predictions of both models, written in another order by each."""
+    scores = {"rouge-1": 41.5, "rouge-2": 20.25, "rouge-l": 35.0, "bleu-4": 12.0, "exact_match": 0.25, "runtime": 9.0}
+    results = {f"predict_{name}": value for name, value in scores.items()}
+    results |= {f"base_predict_{name}": value / 2 for name, value in scores.items()}
+    run.write_results("predict", results)
+    turns = (("system", "Be brief."), ("user", "Question {} [bold]?"))
+    prompt = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns) + "<|im_start|>assistant\n"
+    rows = [{"id": i, "prompt": prompt.format(i), "label": f"right {i}", "source": "chats"} for i in range(5)]
+    write_jsonl(run.predictions, [row | {"predict": f"trained {row['id']}"} for row in rows])
+    write_jsonl(run.base_predictions, [row | {"predict": f"untrained {row['id']}"} for row in reversed(rows)])
+
+
+def front_matter(run: RunDirectory) -> dict[str, Any]:
+    _, front, _ = run.model_card.read_text(encoding="utf-8").split("---\n", 2)
+    return yaml.safe_load(front)
+
+
+def cells(text: str, label: str) -> list[str]:
+    """The row of the summary's table that starts with a label, without the label."""
+    line = next(line for line in text.splitlines() if line.startswith(f"{label} "))
+    return line.removeprefix(label).split()
+
+
+def pictures(run: RunDirectory) -> set[str]:
+    return {path.name for path in run.path.glob("*.png")}
+
+
+def test_a_finished_run_gets_metrics_plots_card_and_summary(tmp_path: Path):
+    run = make_run(tmp_path)
+    add_predictions(run)
+    text = report(run)
+    assert pictures(run) == {
+        "training_loss.png",
+        "training_eval_loss.png",
+        "training_eval_accuracy.png",
+        "training_throughput.png",
+        "training_grad_norm.png",
+    }
+    assert cells(text, "held-out loss") == ["2.7000", "1.2037", "-1.4963", "(-55.4%)"]
+    assert cells(text, "token accuracy") == ["35.0%", "65.0%", "+30.0", "points", "(+85.7%)"]
+    assert cells(text, "ROUGE-L") == ["17.50", "35.00", "+17.50", "(+100.0%)"]
+    assert cells(text, "exact match")[:2] == ["0.1250", "0.2500"]
+    assert text.index("ROUGE-1") < text.index("ROUGE-2") < text.index("BLEU-4") < text.index("exact match")
+    assert "runtime " not in text.split("Sample 1")[0], "a duration is no measure of quality"
+    assert str(run.path) in text
+    assert "\x1b" not in text, "plain text where stdout is no terminal"
+    assert max(len(line) for line in text.splitlines() if str(run.path) not in line) <= 100
+
+
+def test_samples_show_the_same_prompt_before_and_after(tmp_path: Path):
+    run = make_run(tmp_path)
+    add_predictions(run)
+    text = report(run)
+    sample = text[text.index("Sample 2") : text.index("Sample 3")]
+    for part in ("Question 1 [bold]?", "right 1", "untrained 1", "trained 1"):
+        assert part in sample
+    assert "im_start" not in sample
+    assert "Be brief" not in sample
+
+
+def test_scores_of_several_sources_follow_those_over_all(tmp_path: Path):
+    sources = [{"name": name, "path": "x.jsonl"} for name in ("long_poems", "time")]
+    run = make_run(tmp_path, data__eval=sources)
+    scores = {"rouge-1": 40.0, "examples": 7, "long_poems_rouge-1": 30.0, "long_poems_examples": 3, "time_f1": 0.5}
+    run.write_results("predict", {f"predict_{key}": value for key, value in scores.items()})
+    text = report(run)
+    assert cells(text, "ROUGE-1, long_poems") == ["–", "30.00"]
+    assert cells(text, "f1, time") == ["–", "0.5000"]
+    assert text.index("ROUGE-1 ") < text.index("ROUGE-1, long_poems")
+    assert "examples" not in text
+
+
+def test_trainer_state_is_what_hugging_face_writes(tmp_path: Path):
+    run = make_run(tmp_path, steps=10)
+    report(run)
+    state = json.loads(run.trainer_state.read_text())
+    assert (state["global_step"], state["max_steps"], state["epoch"]) == (10, 10, 2.0)
+    history = state["log_history"]
+    assert [entry["step"] for entry in history[:3]] == [0, 1, 2]
+    assert {"loss", "grad_norm", "learning_rate", "epoch", "step"} <= history[1].keys()
+    assert [e["step"] for e in history if "eval_loss" in e] == [0, 5, 10]
+    assert history[-1]["train_loss"] == 1.31
+
+
+def test_of_a_step_logged_twice_the_last_counts(tmp_path: Path):
+    run = make_run(tmp_path, steps=10)
+    again = step_record(7, 10, random.Random(0)) | {"loss": 0.125}
+    with run.trainer_log.open("a") as file:
+        file.write(json.dumps(again) + "\n")
+    report(run)
+    history = json.loads(run.trainer_state.read_text())["log_history"]
+    assert [entry["loss"] for entry in history if entry["step"] == 7] == [0.125]
+    assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, 11))
+
+
+def test_several_evaluation_sets_have_rows_and_plots_of_their_own(tmp_path: Path):
+    run = make_run(tmp_path, names=("chats", "poems_old"))
+    text = report(run)
+    assert {"training_eval_chats_loss.png", "training_eval_poems_old_loss.png"} <= pictures(run)
+    assert cells(text, "held-out loss, poems_old")[0] == "3.1000"
+    assert cells(text, "held-out loss")[0] == "2.9000"
+
+
+def test_numbers_that_are_not_finite_break_neither_json_nor_plots(tmp_path: Path):
+    run = make_run(tmp_path)
+    lines = [json.loads(line) for line in run.trainer_log.read_text().splitlines()]
+    lines[0] |= {"eval_loss": 800.0, "eval_perplexity": math.inf}
+    lines[3] |= {"loss": math.nan, "grad_norm": math.inf}
+    write_jsonl(run.trainer_log, lines)
+    text = report(run)
+    assert cells(text, "perplexity") == ["inf", "3.33"]
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    state = json.loads(run.trainer_state.read_text(), parse_constant=refuse)
+    assert state["log_history"][0]["eval_perplexity"] is None
+    assert "training_grad_norm.png" in pictures(run)
+
+
+def test_what_a_run_has_not_written_is_left_out(tmp_path: Path):
+    run = make_run(tmp_path, names=(), stage="pt")
+    text = report(run)
+    assert "Nothing to compare" in text
+    assert "Sample" not in text
+    assert pictures(run) == {"training_loss.png", "training_throughput.png", "training_grad_norm.png"}
+    assert "## Results" not in run.model_card.read_text(encoding="utf-8")
+
+
+def test_a_config_alone_is_a_run_that_has_not_begun(tmp_path: Path):
+    run = make_run(tmp_path)
+    for path in run.path.iterdir():
+        if path != run.config:
+            path.unlink()
+    assert "Nothing to compare" in report(run)
+    assert "No step of training is logged yet" in run.model_card.read_text(encoding="utf-8")
+    assert not run.trainer_state.exists()
+
+
+def test_before_the_end_the_last_evaluation_stands_in_and_is_named(tmp_path: Path):
+    run = make_run(tmp_path, steps=10)
+    run.results("eval").unlink()
+    lines = run.trainer_log.read_text().splitlines(keepends=True)
+    run.trainer_log.write_text("".join(lines[:8]) + lines[8][:40])  # killed while it wrote step 7
+    text = report(run)
+    assert "after is the evaluation at step 5" in text
+    assert "The run stands at step 6 of 10" in run.model_card.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("finetuning", "library"), [("lora", "peft"), ("full", "transformers")])
+def test_the_card_says_how_to_load_this_model(tmp_path: Path, finetuning: str, library: str):
+    run = make_run(tmp_path, model__finetuning=finetuning)
+    report(run)
+    card = run.model_card.read_text(encoding="utf-8")
+    front = front_matter(run)
+    assert (front["library_name"], front["base_model"]) == (library, "Qwen/Qwen3-0.6B")
+    assert front["pipeline_tag"] == "text-generation"
+    assert "raysft" in front["tags"]
+    assert ("AutoPeftModelForCausalLM.from_pretrained" in card) == (library == "peft")
+    assert ("| LoRA alpha | 16" in card) == (library == "peft")
+    assert "![Training loss](training_loss.png)" in card
+    assert "| held-out loss | 2.7000 | 1.2037 |" in card
+    assert "| chats | train | `chats.jsonl` | 4,321 |" in card
+    assert "| padding | 3.9% |" in card
+    for block in card.split("```python\n")[1:]:
+        compile(block.split("```")[0], "card", "exec")
+
+
+def test_a_base_model_that_is_no_hub_id_stays_out_of_the_front_matter(tmp_path: Path):
+    run = make_run(tmp_path, model__path="/models/llama")
+    report(run)
+    assert "base_model" not in front_matter(run)
+    assert "`/models/llama`" in run.model_card.read_text(encoding="utf-8")
+
+
+def test_credentials_appear_nowhere(tmp_path: Path):
+    secret = [{"name": "a", "path": ["s3://KEY:SE/CR@ET@bucket/a.jsonl?token=HIDDEN", "hdfs://USER@host/b"]}]
+    run = make_run(tmp_path, data__train=secret, data__eval=[], model__path="s3://KEY:SECRET@models/m?sig=HIDDEN")
+    text = report(run) + run.model_card.read_text(encoding="utf-8") + run.trainer_state.read_text()
+    for word in ("KEY", "SE/CR", "SECRET", "ET@", "HIDDEN", "USER"):
+        assert word not in text
+    assert "s3://***@bucket/a.jsonl?***" in text
+
+
+@pytest.mark.parametrize("missing", ["folder", "config"])
+def test_a_path_that_is_no_run_directory_is_refused(tmp_path: Path, missing: str):
+    path = tmp_path / "nowhere" if missing == "folder" else tmp_path
+    with pytest.raises(FileNotFoundError, match="give the folder") as caught:
+        report(RunDirectory(path))
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not path.exists() or not list(path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("trainer_log.jsonl", b'{"current_steps": 1, "loss": 2.0}\n{"current_steps": 2, "lo\n', 2),
+        ("trainer_log.jsonl", b'{"current_steps": 1, "loss": 2.0}\n[1]\n', 2),
+        ("trainer_log.jsonl", b'{"loss": 2.0}\n', 1),
+        ("trainer_log.jsonl", b'{"current_steps": 1, "loss": 2.0}\n"\xff"\n', 2),
+        ("generated_predictions.jsonl", b'{"prompt": "a"}\nnonsense\n', 2),
+        ("eval_results.json", b'{\n  "eval_loss": \n', 3),
+        ("plan.json", b"[]", 1),
+        ("config.yaml", b"run:\n  name: [\n", 3),
+        ("config.yaml", b"", 1),
+    ],
+)
+def test_a_corrupt_file_is_named_with_its_line(tmp_path: Path, name: str, content: bytes, line: int):
+    run = make_run(tmp_path)
+    (run.path / name).write_bytes(content)
+    with pytest.raises(RunFailed) as caught:
+        report(run)
+    assert str(caught.value).startswith(f"{run.path / name}:{line}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_long_run_is_drawn_from_a_bounded_number_of_points(tmp_path: Path):
+    run = make_run(tmp_path, steps=20 * MOST_POINTS, names=())
+    report(run)
+    assert imread(run.path / "training_loss.png").shape[:2] == (750, 1350)
+
+
+def test_the_smoothed_course_has_no_lag():
+    line = [float(i) for i in range(600)]
+    course = smooth(np.array(line))
+    assert course[100:500].tolist() == pytest.approx(line[100:500])
+
+
+def test_a_report_may_be_repeated(tmp_path: Path):
+    run = make_run(tmp_path)
+    first = report(run)
+    kept = run.model_card.read_text(encoding="utf-8")
+    assert report(run) == first
+    assert run.model_card.read_text(encoding="utf-8") == kept
