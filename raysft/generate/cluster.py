@@ -6,12 +6,14 @@ import contextlib
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 import ray.data
+from ray.util.annotations import RayDeprecationWarning
 
 from raysft.config import Config, RequestError
 
@@ -109,9 +111,11 @@ def quiet_ray_data() -> Iterator[Any]:
     context.print_on_execution_start = False
     logger = logging.getLogger("ray.data")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)  # what fails is raised, and said once by whoever catches it
     try:
-        with ray.data.DataContext.current(context):
+        with ray.data.DataContext.current(context), warnings.catch_warnings():
+            # max_restarts has no other place in Ray 2.60 than the arguments that it says will go in 2.64.
+            warnings.simplefilter("ignore", RayDeprecationWarning)
             yield context
     finally:
         logger.setLevel(level)

@@ -1,0 +1,320 @@
+"""Generation on a real local cluster of Ray with a tiny random model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from raysft.config import Config, RequestError
+from raysft.generate import cluster
+from raysft.generate.engines import Completion, TransformersEngine, choose_tokens
+from raysft.generate.infer import generate
+from raysft.generate.journal import Journal
+from raysft.records import RunFailed, read_jsonl
+from tests.tiny import tiny_model
+
+QUESTIONS = [
+    "Hi",
+    "What is the capital of France?",
+    "Write a short poem about the sea and the wind that blows over it, in four lines.",
+    "你好，请介绍一下北京。",
+    "Name three animals.",
+    "What is the sum of 12 and 30? " * 4,
+    "x",
+    "a list of three",
+]
+
+
+def config(model: Path | str = "m", **generate) -> Config:
+    settings = {"max_new_tokens": 24, "batch_size": 3, "do_sample": False, **generate}
+    return Config.model_validate(
+        {"model": {"path": str(model)}, "data": {"train": [{"name": "a", "path": "a"}]}, "generate": settings}
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model"), spread=0.2)
+
+
+@pytest.fixture(scope="module")
+def prompts(model, tmp_path_factory) -> Path:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = []
+    for i, question in enumerate(QUESTIONS):
+        turn = [{"role": "user", "content": question}]
+        prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        rows.append(
+            {"id": f"q:{i}", "source": ("one", "two")[i % 2], "prompt": prompt, "input_ids": ids, "label": question}
+        )
+    path = tmp_path_factory.mktemp("prompts") / "prompts.parquet"
+    text = pa.string()
+    schema = {"id": text, "source": text, "prompt": text, "input_ids": pa.list_(pa.int32()), "label": text}
+    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(schema)), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def _ray():
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="warning")
+    yield
+    ray.shutdown()
+
+
+def alone(model: Path, prompts: Path, new_tokens: int = 24, **options) -> list[list[int]]:
+    """New tokens of plain ``model.generate`` on each prompt alone."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    written = []
+    for ids in pq.read_table(prompts)["input_ids"].to_pylist():
+        output = loaded.generate(torch.tensor([ids]), max_new_tokens=new_tokens, do_sample=False, **options)
+        written.append(output[0, len(ids) :].tolist())
+    return written
+
+
+def read(prompts: Path) -> tuple[list[str], list[list[int]]]:
+    table = pq.read_table(prompts)
+    return table["id"].to_pylist(), table["input_ids"].to_pylist()
+
+
+def as_text(model: Path, tokens: list[list[int]]) -> list[str]:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return [tokenizer.decode(each, skip_special_tokens=True) for each in tokens]
+
+
+@pytest.mark.usefixtures("_ray")
+def test_predictions_are_those_of_each_prompt_alone_in_order(model, prompts, tmp_path, capfd):
+    output = tmp_path / "generated_predictions.jsonl"
+    results = generate(config(num_actors=2), model=str(model), prompts=prompts, output=output)
+
+    rows = list(read_jsonl(output))
+    table = pq.read_table(prompts)
+    assert [list(row) for row in rows] == [["prompt", "predict", "label", "id", "source"]] * len(QUESTIONS)
+    assert [row["predict"] for row in rows] == as_text(model, alone(model, prompts))
+    for column in ("prompt", "label", "id", "source"):
+        assert [row[column] for row in rows] == table[column].to_pylist()
+    assert (results["predict_examples"], results["predict_one_examples"]) == (8, 4)
+    assert {"predict_rouge-1", "predict_bleu-4", "predict_two_rouge-l"} <= set(results)
+    assert results["predict_runtime"] > 0
+    assert results["predict_tokens_per_second"] > 0
+    assert sorted(os.listdir(tmp_path)) == [".generated_predictions.jsonl.done", "generated_predictions.jsonl"]
+
+    capfd.readouterr()
+    before = output.stat().st_mtime_ns
+    assert generate(config(batch_size=8), model=str(model), prompts=prompts, output=output) == results
+    assert output.stat().st_mtime_ns == before
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("_ray")
+def test_a_killed_call_goes_on_with_what_is_missing(model, prompts, tmp_path, capfd):
+    output, settings = tmp_path / "out.jsonl", config()
+    partial = tmp_path / ".out.jsonl.partial"
+
+    class Killed(BaseException):
+        pass
+
+    append = Journal.append
+
+    def killed_after_one(self, entries):
+        append(self, entries)
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "append", killed_after_one)
+        with pytest.raises(Killed):
+            generate(settings, model=str(model), prompts=prompts, output=output, progress=False)
+    kept = list(read_jsonl(partial))[1:]
+    assert len(kept) == 3
+    assert not output.exists()
+    # Mark what is kept, so that it shows in the output, and tear the last line as a dying machine does.
+    lines = partial.read_text(encoding="utf-8").splitlines()
+    marked = [lines[0], *(json.dumps({**json.loads(line), "predict": "kept"}) for line in lines[1:])]
+    partial.write_text("\n".join(marked) + '\n{"id": "q:', encoding="utf-8")
+
+    generate(settings, model=str(model), prompts=prompts, output=output)
+    assert "8/8 prompts" in capfd.readouterr().err
+    expected = as_text(model, alone(model, prompts))
+    for row, text in zip(read_jsonl(output), expected, strict=True):
+        assert row["predict"] == ("kept" if row["id"] in {entry["id"] for entry in kept} else text)
+    assert not partial.exists()
+
+    generate(config(max_new_tokens=4), model=str(model), prompts=prompts, output=output, progress=False)
+    shorter = as_text(model, alone(model, prompts, new_tokens=4))
+    assert [row["predict"] for row in read_jsonl(output)] == shorter
+
+
+@pytest.mark.usefixtures("_ray")
+def test_an_engine_that_is_killed_is_started_again(model, prompts, tmp_path):
+    output, partial = tmp_path / "out.jsonl", tmp_path / ".out.jsonl.partial"
+    killed = []
+
+    def kill_one():
+        deadline = time.monotonic() + 60
+        while len(list(read_jsonl(partial))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for process in psutil.Process().children(recursive=True):
+            if "_EngineActor" in " ".join(process.cmdline()):
+                process.send_signal(signal.SIGKILL)
+                killed.append(len(list(read_jsonl(partial))) - 1)
+
+    thread = threading.Thread(target=kill_one)
+    thread.start()
+    settings = config(batch_size=1, max_new_tokens=200)
+    generate(settings, model=str(model), prompts=prompts, output=output, progress=False)
+    thread.join()
+    assert len(killed) == 1
+    assert 1 <= killed[0] < len(QUESTIONS)
+    assert [row["predict"] for row in read_jsonl(output)] == as_text(model, alone(model, prompts, new_tokens=200))
+
+
+@pytest.mark.usefixtures("_ray")
+def test_what_cannot_be_is_refused_before_anything_starts(model, prompts, tmp_path):
+    output = tmp_path / "out.jsonl"
+    with pytest.raises(RequestError, match=r"num_actors=3 wants 3 CPUs and the cluster has 2 .*; use 2, or add nodes"):
+        generate(config(num_actors=3, batch_size=1), model=str(model), prompts=prompts, output=output)
+    with pytest.raises(RequestError, match="similarty"):
+        generate(config(metrics=["similarty"]), model=str(model), prompts=prompts, output=output)
+    with pytest.raises(RequestError, match="is no model folder"):
+        generate(config(), model=str(tmp_path / "none"), prompts=prompts, output=output)
+    gpus = config().with_overrides({"scaling.use_gpu": True})
+    with pytest.raises(RequestError, match="wants 1 GPU and the cluster has none"):
+        generate(gpus, model=str(model), prompts=prompts, output=output)
+
+
+@pytest.mark.usefixtures("_ray")
+def test_a_model_that_does_not_load_fails_in_one_line(model, prompts, tmp_path):
+    broken = tiny_model(tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(RunFailed, match="generation failed: ") as failed:
+        generate(config(), model=str(broken), prompts=prompts, output=tmp_path / "out.jsonl", progress=False)
+    assert "\n" not in str(failed.value)
+    assert "afetensor" in str(failed.value)
+
+
+@pytest.mark.usefixtures("_ray")
+def test_metrics_of_many_predictions_are_the_same_from_tasks(monkeypatch):
+    from raysft.generate import metrics
+    from tests.unit.test_metrics import PAIRS, rows
+
+    here = metrics.score(config(), rows(PAIRS * 20, sources=("x", "y")))
+    monkeypatch.setattr(metrics, "PARALLEL_FROM", 1)
+    assert metrics.score(config(), rows(PAIRS * 20, sources=("x", "y"))) == here
+
+
+def test_no_prompts_give_an_empty_output(model, prompts, tmp_path):
+    empty = tmp_path / "empty.parquet"
+    pq.write_table(pq.read_table(prompts).slice(0, 0), empty)
+    results = generate(config(), model=str(model), prompts=empty, output=tmp_path / "out.jsonl", progress=False)
+    assert results["predict_examples"] == 0
+    assert (tmp_path / "out.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize("padding", ["<|pad|>", "<|im_end|>"])
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_a_batch_is_greedy_like_each_prompt_alone(model, prompts, tmp_path, padding, penalty):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.pad_token = padding
+    same = AutoModelForCausalLM.from_pretrained(model)
+    folder = tmp_path / "same"
+    same.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    engine = TransformersEngine(config(repetition_penalty=penalty), str(folder))
+    expected = alone(model, prompts, repetition_penalty=penalty)
+    assert len({tuple(tokens) for tokens in expected}) == len(QUESTIONS)
+    assert [c.text for c in engine.complete(*read(prompts))] == as_text(model, expected)
+
+
+def test_generation_ends_at_the_stop_tokens_of_tokenizer_and_generation_config(model, prompts, tmp_path):
+    free = alone(model, prompts)
+    stop = free[0][2]
+    folder = tiny_model(tmp_path / "stops", spread=0.2)
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": [stop], "temperature": 9}))
+    completions = TransformersEngine(config(), str(folder)).complete(*read(prompts))
+    cut = [tokens[: tokens.index(stop)] if stop in tokens else tokens for tokens in free]
+    assert [c.text for c in completions] == as_text(model, cut)
+    assert completions[0] == Completion(text=as_text(model, [free[0][:2]])[0], tokens=3)
+
+
+def test_a_row_ends_where_the_model_has_no_more_positions(model):
+    engine = TransformersEngine(config(max_new_tokens=400), str(model))
+    short, long = engine.complete(["a", "b"], [[5, 6, 7], list(range(3, 303)) * 2])
+    assert short.tokens <= 400
+    assert long.tokens <= 256
+    assert (short.cut, long.cut) == (0, 600 - 256)
+
+
+def test_sampling_depends_on_the_seed_and_the_prompt_alone(model, prompts):
+    ids, tokens = read(prompts)
+    settings = config(do_sample=True)
+    engine = TransformersEngine(settings, str(model))
+    together = [c.text for c in engine.complete(ids, tokens)]
+    apart = [engine.complete([id], [prompt])[0].text for id, prompt in zip(ids, tokens, strict=True)]
+    assert together == apart
+    assert [c.text for c in engine.complete(ids[::-1], tokens[::-1])][::-1] == together
+    other_seed = TransformersEngine(settings.with_overrides({"run.seed": 1}), str(model))
+    assert [c.text for c in other_seed.complete(ids, tokens)] != together
+    assert engine.complete(["other"], tokens[:1])[0].text != together[0]
+
+
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(0.95, 50, 0.7), (2.0, 0, 0.9), (0.5, 5, 1.0), (1, 1, 1)])
+def test_sampling_has_the_distribution_of_transformers(temperature, top_k, top_p):
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits = torch.randn(1, 200, generator=torch.Generator().manual_seed(3)) * 2
+    warped = TemperatureLogitsWarper(float(temperature))(None, logits)  # pyright: ignore
+    if top_k:
+        warped = TopKLogitsWarper(top_k)(None, warped)  # pyright: ignore
+    expected = torch.softmax(TopPLogitsWarper(float(top_p))(None, warped), -1)[0]  # pyright: ignore
+
+    draws = 20_000
+    uniforms = (torch.arange(draws) + 0.5) / draws
+    tokens = choose_tokens(logits.expand(draws, -1), uniforms, temperature, top_k, top_p)
+    share = torch.bincount(tokens, minlength=200) / draws
+    assert torch.allclose(share, expected, atol=2 / draws)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_is_generated_with(model, prompts, tmp_path, dtype):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    torch.manual_seed(1)
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    folder = tmp_path / "adapter"
+    adapted.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+
+    settings = config().with_overrides({"model.dtype": dtype})
+    completions = TransformersEngine(settings, str(folder)).complete(*read(prompts))
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+    both = PeftModel.from_pretrained(plain, str(folder)).eval()
+    ids = read(prompts)[1][1]
+    tokens = both.generate(input_ids=torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0, len(ids) :].tolist()
+    alike = as_text(model, [tokens[: 24 if dtype == "float32" else 3]])[0]
+    assert completions[1].text.startswith(alike)  # bfloat16 rounds otherwise in another shape, sooner or later
+    assert completions[1].text != as_text(model, alone(model, prompts))[1]
+
+
+def test_the_pool_follows_the_cluster():
+    head, two, four = cluster.Node("head", 0), cluster.Node("a", 2), cluster.Node("b", 4)
+    assert cluster.size_pool(config(), [head, two, four], batches=9).engines == 2
+    assert cluster.size_pool(config(), [head, two, four], batches=1).engines == 1
+    asked = cluster.size_pool(config(num_actors=6), [head, two, four], batches=9)
+    assert (asked.engines, asked.engines_per_node, asked.cpus) == (6, 3, 1.0)
+    gpus = config().with_overrides({"scaling.use_gpu": True})
+    pool = cluster.size_pool(gpus, [cluster.Node("a", 1, gpus=8), cluster.Node("b", 1, gpus=8)], batches=99)
+    assert (pool.engines, pool.gpus, pool.cpus) == (16, 1.0, 0.0)
