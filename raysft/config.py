@@ -153,7 +153,7 @@ class TrainSection(Section):
     eval_every_steps: Positive | None = None
     """Evaluate every N steps; always at the end."""
     save_every_steps: Positive | None = None
-    """Write a checkpoint every N steps; always at the end."""
+    """Write a checkpoint to resume from every N steps, and at the end. Default: only the trained model is written."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """How often the workers are started again from the newest checkpoint after one of them died."""
 
@@ -268,6 +268,15 @@ class Config(Section):
         for key, value in overrides.items():
             _assign(raw, key, value, where="an override")
         return _validate(raw, lambda path: "override")
+
+
+def parse(raw: Mapping[str, Any]) -> Config:
+    """A config from nested mappings.
+
+    Raises:
+        RequestError: a key or value is not what the schema says.
+    """
+    return _validate(dict(raw), lambda path: "config")
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:

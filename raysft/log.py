@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
 import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import psutil
 import rich.console
 import rich.progress
 
@@ -56,3 +63,82 @@ def duration(seconds: float) -> str:
     """
     whole = max(0, round(seconds))
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def evaluation_line(results: Mapping[str, Any]) -> str:
+    """Evaluation results as one line."""
+    return (
+        f"eval loss {results['eval_loss']:.4f} | perplexity {results['eval_perplexity']:.2f} | "
+        f"token accuracy {100 * results['eval_accuracy']:.1f}% | {results['eval_tokens']:,} trained tokens"
+    )
+
+
+class Journal:
+    """Takes the workers' events in the driver: writes the log file, prints, calls callbacks, measures the start."""
+
+    def __init__(self, log: Path, terminal: Terminal, callbacks: Sequence[Any] = ()) -> None:
+        """
+        Args:
+            log: ``trainer_log.jsonl``; a resumed run adds to it.
+            terminal: where lines go.
+            callbacks: objects with any of ``on_setup``, ``on_step``, ``on_evaluate``, ``on_checkpoint`` and ``on_end``.
+        """
+        self._log, self._terminal, self._callbacks = log, terminal, callbacks
+        self._mend()
+        self._launched = time.time()
+        self._setup: dict[str, Any] = {}
+        self.timings: dict[str, float] = {}
+        """Where the seconds to the first step went; empty until it was done."""
+
+    def __call__(self, event: str, content: Any) -> None:
+        """Take one event."""
+        if event == "setup":
+            self._begin(content)
+        elif event == "step":
+            self._step(content)
+        elif event == "evaluate":
+            self._terminal.line(f"after step {content['current_steps']} | {evaluation_line(content)}")
+            self._append(content)
+        elif event == "checkpoint":
+            self._terminal.line(f"checkpoint after step {content['step']}")
+        for callback in self._callbacks:
+            method = getattr(callback, f"on_{event}", None)
+            if method is not None:
+                method(content)
+
+    def _begin(self, content: dict[str, Any]) -> None:
+        self._setup = content
+        whole, trained = content["parameters"], content["trained_parameters"]
+        self._terminal.line(
+            f"model: {whole / 1e6:,.1f}M parameters, {trained / 1e6:,.2f}M of them trained ({trained / whole:.2%})"
+        )
+
+    def _step(self, record: Any) -> None:
+        if not self.timings:
+            now, born = time.time(), psutil.Process().create_time()
+            self.timings = {
+                "seconds_to_first_step": round(now - born, 2),
+                "seconds_to_launch": round(self._launched - born, 2),
+                "seconds_to_load_model": round(self._setup["model_seconds"], 2),
+                "seconds_to_wait_for_data": round(self._setup["data_wait_seconds"], 2),
+                "seconds_of_first_step": record.step_seconds,
+            }
+        self._terminal.line(record.line())
+        self._terminal.advance("training", record.current_steps, record.total_steps)
+        self._append(asdict(record))
+
+    def _append(self, content: Mapping[str, Any]) -> None:
+        # JSON has no infinity: readers of other languages would stumble over the whole file.
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in content.items()
+        }
+        with self._log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite) + "\n")
+
+    def _mend(self) -> None:
+        """Cut off the half line that a killed run may have left."""
+        if self._log.exists():
+            whole = self._log.read_bytes()
+            if not whole.endswith(b"\n"):
+                self._log.write_bytes(whole[: whole.rfind(b"\n") + 1])

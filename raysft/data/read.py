@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.fs
-import pyarrow.parquet
+import pyarrow.parquet as pq
 import yaml
+from pyarrow import fs
 
 from raysft.config import RequestError, Source
 from raysft.records import Example, Message, Record, Rejected
@@ -77,7 +77,7 @@ def _expand(pattern: str, name: str) -> Iterator[DataFile]:
         ) from None
     if not infos:
         raise RequestError(f"source {name!r}: {pattern} matches no file; check data path and working directory")
-    local = isinstance(filesystem, pa.fs.LocalFileSystem)
+    local = isinstance(filesystem, fs.LocalFileSystem)
     for info in sorted(infos, key=lambda info: info.path):
         uri = info.path if local else f"{location.split('://')[0]}://{info.path}"
         shown = info.path if local else uri
@@ -112,28 +112,28 @@ def _filesystem(location: str) -> tuple[Any, str]:
     if "://" in location:
         # A glob is no part of a URI that pyarrow accepts, so only the part before it is parsed.
         plain = re.split(r"[*?\[]", location)[0]
-        filesystem, path = pa.fs.FileSystem.from_uri(plain)
+        filesystem, path = fs.FileSystem.from_uri(plain)
         return filesystem, path + location[len(plain) :]
-    return pa.fs.LocalFileSystem(), str(Path(location).expanduser().absolute())
+    return fs.LocalFileSystem(), str(Path(location).expanduser().absolute())
 
 
 def _matching(filesystem: Any, path: str) -> Iterator[Any]:
     if re.search(r"[*?\[]", path):
         folder = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
         depth = path.count("/")
-        selector = pa.fs.FileSelector(folder, recursive=True, allow_not_found=True)
+        selector = fs.FileSelector(folder, recursive=True, allow_not_found=True)
         for info in filesystem.get_file_info(selector):
             same_depth = "**" in path or info.path.count("/") == depth
-            if info.type == pa.fs.FileType.File and same_depth and fnmatch.fnmatch(info.path, path):
+            if info.type == fs.FileType.File and same_depth and fnmatch.fnmatch(info.path, path):
                 yield info
         return
     info = filesystem.get_file_info(path)
-    if info.type == pa.fs.FileType.File:
+    if info.type == fs.FileType.File:
         yield info
-    elif info.type == pa.fs.FileType.Directory:
-        for inner in filesystem.get_file_info(pa.fs.FileSelector(path, recursive=True)):
+    elif info.type == fs.FileType.Directory:
+        for inner in filesystem.get_file_info(fs.FileSelector(path, recursive=True)):
             hidden = any(part.startswith((".", "_")) for part in inner.path[len(path) :].split("/"))
-            if inner.type == pa.fs.FileType.File and not hidden:
+            if inner.type == fs.FileType.File and not hidden:
                 yield inner
 
 
@@ -218,7 +218,7 @@ def _read_csv(stream: Any, path: str) -> Iterator[tuple[str, Record | str]]:
 def _read_arrow(stream: Any, path: str) -> Iterator[tuple[str, Record | str]]:
     try:
         if path.endswith(".parquet"):
-            batches = pa.parquet.ParquetFile(pa.BufferReader(stream.read())).iter_batches(batch_size=1000)
+            batches = pq.ParquetFile(pa.BufferReader(stream.read())).iter_batches(batch_size=1000)
         else:
             data = pa.BufferReader(stream.read())
             try:

@@ -6,12 +6,12 @@ cards and nobody can be a step ahead. Ray's order is not taken on trust: each ro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -84,14 +84,23 @@ class Rows:
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
-    def batch(self, rows: Sequence[int]) -> Batch:
+    def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
         """Read and pack some rows; −1 gives a filler row, which has no labels."""
         return _assemble(self._places(rows), self._shards[0], self.capacity)
 
     def steps(self, first: int, worker: int, workers: int) -> Iterator[Batch]:
         """One worker's rows of each step from ``first`` on, read here and now, without Ray."""
         for step in range(first, self.schedule.steps):
-            yield self.batch(share(self.schedule.rows, self.rows_per_step, step, worker, workers))
+            yield self.batch(self.share(step, worker, workers))
+
+    def share(self, step: int, worker: int, workers: int) -> np.ndarray:
+        """Numbers of the rows that a worker trains on in a step; −1 for a filler."""
+        return share(self.schedule.rows, self.rows_per_step, step, worker, workers)
+
+    def batches(self, shares: Iterable[pa.Table], workers: int) -> Iterator[Batch]:
+        """What a worker gets from its split of ``dataset`` → its rows of each step."""
+        for table in shares:
+            yield from as_batches(table, -(-self.rows_per_step // workers))
 
     def dataset(self, first: int, workers: int) -> Any:
         """The same for all workers as a Ray dataset, to be split over them in order, from step ``first`` on."""
@@ -105,7 +114,7 @@ class Rows:
         context.enable_progress_bars = False
         with ray.data.DataContext.current(context):
             dataset = ray.data.from_items(pieces, override_num_blocks=max(1, len(pieces)))
-            return dataset.map_batches(_shares, batch_size=1, num_cpus=TASK_CPUS)
+            return dataset.map_batches(cast(Any, _shares), batch_size=1, num_cpus=TASK_CPUS)
 
     def _pieces(self, first: int, workers: int) -> Iterator[dict[str, Any]]:
         """What each task makes: the shares of some steps that lie in about one group of shards."""
@@ -122,14 +131,14 @@ class Rows:
             for at in range(start, stop, steps_in_share):
                 steps = range(at, min(at + steps_in_share, stop))
                 for worker in range(workers):
-                    rows = [share(schedule.rows, per_step, step, worker, workers) for step in steps]
+                    rows = [self.share(step, worker, workers) for step in steps]
                     shares.append(self._places(np.concatenate(rows)))
             yield {"shares": shares, "capacity": self.capacity, "paths": self._shards[0]}
             start = stop
 
     def _places(self, rows: Sequence[int] | np.ndarray) -> Places:
         """Where the examples of some rows stand."""
-        paths, ends = self._shards
+        _, ends = self._shards
         starts = np.concatenate([[0], ends[:-1]])
         examples = [self.schedule.row(int(row)) if row >= 0 else np.empty(0, np.int64) for row in rows]
         whole = np.concatenate(examples) if examples else np.empty(0, np.int64)
@@ -216,16 +225,16 @@ def _assemble(places: Places, paths: Sequence[str], capacity: int) -> Batch:
     return batch
 
 
-_open_shards: dict[str, tuple[Any, Any]] = {}
+_open_shards: dict[str, tuple[Any, ...]] = {}
 
 
-def _example(shard: str, position: int) -> tuple[np.ndarray, np.ndarray]:
+def _example(shard: Any, position: int) -> tuple[np.ndarray, np.ndarray]:
     """Ids and labels of one example. The shards read last stay in memory: rows of a group draw from all of its shards."""
     if shard not in _open_shards:
         while len(_open_shards) >= 32:
             _open_shards.pop(next(iter(_open_shards)))
         table = pq.read_table(shard, columns=["input_ids", "labels"], memory_map=True)
-        _open_shards[shard] = tuple(table[name].combine_chunks() for name in ("input_ids", "labels"))  # type: ignore[assignment]
+        _open_shards[shard] = tuple(table[name].combine_chunks() for name in ("input_ids", "labels"))
     ids, labels = _open_shards[shard]
     start, end = ids.offsets[position].as_py(), ids.offsets[position + 1].as_py()
     return ids.values.to_numpy()[start:end], labels.values.to_numpy()[start:end]

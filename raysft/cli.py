@@ -1,0 +1,174 @@
+"""The command ``raysft``: parse, then call. What is heavy is imported inside each verb."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from raysft import __version__
+from raysft.config import Config, RequestError, documented_fields, load
+from raysft.records import RunDirectory, RunFailed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; the exit code is 0 when it is done, 1 when the run failed, 2 when the request was wrong."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        parsed.verb(parsed)
+    except (RequestError, FileNotFoundError) as error:
+        print(f"raysft: error: {error}", file=sys.stderr)
+        return 2
+    except RunFailed as error:
+        print(f"raysft: failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("raysft: stopped; the same command goes on from the newest checkpoint", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="raysft",
+        description="Fine-tune and continue pre-training language models on Ray clusters, from one YAML file.",
+        epilog="exit codes: 0 done, 1 the run failed, 2 the request was wrong",
+    )
+    parser.add_argument("--version", action="version", version=f"raysft {__version__}")
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    for verb, summary in (
+        (_run, "data → train → evaluate → generate → report"),
+        (_check, "resolve, validate and plan; no training; exit 2 and one clear line if it cannot run"),
+        (_show, "packed rows as text, coloured by loss mask and by example"),
+        (_prepare, "tokenize the data into the cache"),
+        (_train, "train and evaluate"),
+        (_evaluate, "evaluate the trained model"),
+        (_generate, "generate predictions and score them"),
+        (_tune, "a sweep: whole runs over the combinations of tune.space"),
+    ):
+        _with_config(verbs, verb, summary)
+    _with_directory(verbs, _report, "plots, model card and summary of a run directory")
+    export = _with_directory(verbs, _export, "one Hugging Face model, adapters merged")
+    export.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder for the model; must be new or empty"
+    )
+    return parser
+
+
+def _with_config(verbs: argparse._SubParsersAction, verb: Callable[[argparse.Namespace], None], summary: str) -> None:
+    parser = verbs.add_parser(
+        verb.__name__[1:],
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=_config_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="config keys to set, for example train.epochs=2"
+    )
+    if verb is _show:
+        parser.add_argument(
+            "--rows", type=int, default=3, metavar="N", help="how many rows of the training data (default 3)"
+        )
+    parser.set_defaults(verb=verb)
+
+
+def _with_directory(
+    verbs: argparse._SubParsersAction, verb: Callable[[argparse.Namespace], None], summary: str
+) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(verb.__name__[1:], help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run directory")
+    parser.set_defaults(verb=verb)
+    return parser
+
+
+def _config_help() -> str:
+    """All config keys with defaults and docstrings."""
+    lines = ["config keys:"]
+    for key, default, docstring in documented_fields():
+        lines.append(f"  {key}  [{default}]")
+        lines.extend(textwrap.wrap(docstring, 110, initial_indent="      ", subsequent_indent="      "))
+    return "\n".join(lines)
+
+
+def _load(parsed: argparse.Namespace) -> Config:
+    return load(parsed.config, parsed.overrides)
+
+
+def _run(parsed: argparse.Namespace) -> None:
+    config = _load(parsed)
+    from raysft.run import run
+
+    run(config)
+
+
+def _check(parsed: argparse.Namespace) -> None:
+    config = _load(parsed)
+    from raysft.run import check
+
+    check(config)
+
+
+def _show(parsed: argparse.Namespace) -> None:
+    config = _load(parsed)
+    if parsed.rows < 1:
+        raise RequestError(f"--rows {parsed.rows}: show at least one row")
+    from raysft.run import show
+
+    show(config, parsed.rows)
+
+
+def _prepare(parsed: argparse.Namespace) -> None:
+    config = _load(parsed)
+    from raysft.run import prepare_data
+
+    prepare_data(config)
+
+
+def _train(parsed: argparse.Namespace) -> None:
+    config = _load(parsed)
+    from raysft.run import train
+
+    train(config)
+
+
+def _evaluate(parsed: argparse.Namespace) -> None:
+    config = _load(parsed)
+    from raysft.run import evaluate
+
+    evaluate(config)
+
+
+def _generate(parsed: argparse.Namespace) -> None:
+    config = _load(parsed)
+    from raysft.run import generate
+
+    generate(config)
+
+
+def _tune(parsed: argparse.Namespace) -> None:
+    config = _load(parsed)
+    from raysft.tune import tune
+
+    tune(config)
+
+
+def _report(parsed: argparse.Namespace) -> None:
+    from raysft.report import report
+
+    print(report(RunDirectory(parsed.run_dir)))
+
+
+def _export(parsed: argparse.Namespace) -> None:
+    from raysft.run import export
+
+    export(RunDirectory(parsed.run_dir), parsed.output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,299 @@
+"""The story of a run on one page: data → train → evaluate → generate → report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from raysft.config import Config, RequestError, load, parse
+from raysft.data import Prepared, prepare
+from raysft.data.shards import write_prompts
+from raysft.log import Journal, Terminal, evaluation_line
+from raysft.plan import Plan, check_resources, make_plan
+from raysft.records import RunDirectory, flat, write_atomically, write_json, write_jsonl
+
+
+def run_sft(config: Config | Mapping[str, Any] | str | Path, callbacks: Sequence[Any] | None = None) -> dict[str, Any]:
+    """Supervised fine-tuning, from data to report.
+
+    Args:
+        config: a config, a mapping in its form, or the path of a YAML file; ``stage`` must be sft.
+        callbacks: objects with any of ``on_step(record)``, ``on_evaluate(results)``, ``on_checkpoint(cursor)`` and
+            ``on_end(results)``; called in this process with what the first worker logs.
+
+    Returns:
+        All results, as in ``all_results.json``.
+
+    Raises:
+        RequestError: the request cannot be carried out as it is.
+        RunFailed: the run failed.
+    """
+    return run(_as_config(config, "sft"), callbacks or ())
+
+
+def run_pt(config: Config | Mapping[str, Any] | str | Path, callbacks: Sequence[Any] | None = None) -> dict[str, Any]:
+    """Continued pre-training on raw text, from data to report; arguments and results are those of ``run_sft``."""
+    return run(_as_config(config, "pt"), callbacks or ())
+
+
+def run(config: Config, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
+    """Data → train → evaluate → generate → report; what is done already is not done again."""
+    with opened(config) as it:
+        train_model(it, callbacks)
+        generate_predictions(it)
+    print_report(it.directory)
+    return it.directory.read_results("all")
+
+
+def check(config: Config) -> Plan:
+    """Say what a run will do. Model and data are really opened; only the cache is written.
+
+    Raises:
+        RequestError: it could not run.
+    """
+    belongs_to(RunDirectory(config.run_directory), config)
+    with cluster(config) as nodes:
+        check_resources(config, nodes)
+        plan = make_plan(config, _prepared(config)[1], nodes)
+    terminal = Terminal()
+    for line in plan.lines():
+        terminal.line(line)
+    terminal.line(f"run directory: {config.run_directory}")
+    return plan
+
+
+def show(config: Config, rows: int) -> None:
+    """Print the first packed rows of the training data."""
+    from raysft.data.show import print_rows
+
+    with cluster(config):
+        model, prepared = _prepared(config)
+    print_rows(prepared.train_rows, model, rows)
+
+
+def prepare_data(config: Config) -> None:
+    """Tokenize the data into the cache, and plan."""
+    with opened(config) as it:
+        for manifest in (*it.prepared.train, *it.prepared.eval):
+            it.terminal.line(f"{'reused' if manifest.reused else 'written'}: {manifest.directory}")
+
+
+def train(config: Config, callbacks: Sequence[Any] = ()) -> None:
+    """Train and evaluate."""
+    with opened(config) as it:
+        train_model(it, callbacks)
+
+
+def evaluate(config: Config) -> None:
+    """Evaluate the trained model in a job of its own."""
+    _trained(config)
+    with opened(config) as it:
+        evaluate_model(it)
+
+
+def generate(config: Config) -> None:
+    """Generate predictions and score them."""
+    if config.stage != "sft":
+        raise RequestError(f"stage={config.stage!r} has no generation; it belongs to stage: sft")
+    if not config.generate.enabled:
+        raise RequestError("generate.enabled=False; set it to true to generate")
+    _trained(config)
+    with opened(config) as it:
+        if not it.prepared.eval:
+            raise RequestError("there is nothing to generate for; name data.eval or set data.holdout above 0")
+        generate_predictions(it)
+    print_report(it.directory)
+
+
+def export(directory: RunDirectory, output: Path) -> None:
+    """Write the trained model as one Hugging Face model, adapters merged."""
+    from raysft.train.model import merge
+
+    if not directory.config.exists():
+        raise RequestError(f"{directory.path}: is no run directory (it holds no config.yaml)")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RequestError(f"--output {output}: exists and is not an empty folder; choose another")
+    merge(directory.model, output)
+    Terminal().line(f"exported: {output}")
+
+
+def print_report(directory: RunDirectory) -> None:
+    """Plots, model card, and what was learnt."""
+    from raysft.report import report
+
+    print(report(directory))
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run that may begin: its data is prepared and its directory is its own."""
+
+    config: Config
+    directory: RunDirectory
+    terminal: Terminal
+    model: str
+    """Folder or hub id of the model to start from."""
+    prepared: Prepared
+
+
+@contextmanager
+def opened(config: Config) -> Iterator[Opened]:
+    """Join the cluster, check the request against it, find the model, tokenize the data and plan.
+
+    The run directory is made only when all of that is known to be right.
+    """
+    directory, terminal = RunDirectory(config.run_directory), Terminal()
+    belongs_to(directory, config)
+    with cluster(config) as nodes:
+        check_resources(config, nodes)
+        model, prepared = _prepared(config)
+        plan = make_plan(config, prepared, nodes)
+        directory.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(directory.config, config.to_yaml())
+        write_json(directory.plan, plan.as_dict())
+        manifests = [*prepared.train, *prepared.eval]
+        write_jsonl(directory.rejected, [flat(item) for each in manifests for item in (*each.rejected, *each.dropped)])
+        for line in plan.lines():
+            terminal.line(line)
+        try:
+            yield Opened(config, directory, terminal, model, prepared)
+        finally:
+            terminal.close()
+
+
+def train_model(it: Opened, callbacks: Sequence[Any] = ()) -> None:
+    """Train and evaluate; results go to ``train_results.json`` and ``eval_results.json``."""
+    if it.directory.results("train").exists() and it.directory.model.exists():
+        it.terminal.line(f"train: {it.directory.path} is trained already (another run.name starts a new run)")
+        return
+    from raysft.train import launch
+
+    journal = Journal(it.directory.trainer_log, it.terminal, callbacks)
+    results = launch.train(_job(it), journal)
+    if results["eval"]:
+        it.directory.write_results("eval", results["eval"])
+    useful = {"useful": round(it.prepared.train_rows.schedule.useful, 6)}
+    it.directory.write_results("train", {**results["train"], **useful, **journal.timings})
+
+
+def evaluate_model(it: Opened) -> None:
+    """Evaluate the trained model on all evaluation sets; results go to ``eval_results.json``."""
+    if not it.prepared.eval:
+        raise RequestError("there is nothing to evaluate on; name data.eval or set data.holdout above 0")
+    from raysft.train import launch
+
+    results = launch.evaluate(_job(it), lambda event, content: None)
+    it.directory.write_results("eval", results["eval"])
+    it.terminal.line(evaluation_line(results["eval"]))
+
+
+def generate_predictions(it: Opened) -> None:
+    """Generate for the evaluation sets, with the model before training and the trained one, and score both."""
+    config, directory = it.config, it.directory
+    if config.stage != "sft" or not config.generate.enabled or not it.prepared.eval:
+        return
+    from raysft.generate.infer import generate as infer
+
+    write_prompts(it.prepared.eval, directory.prompts, config.generate.max_examples)
+    results: dict[str, float] = {}
+    if config.generate.compare_base:
+        it.terminal.line("generating with the model before training")
+        base = infer(config, model=it.model, prompts=directory.prompts, output=directory.base_predictions)
+        results.update({f"base_{key}": value for key, value in base.items()})
+    it.terminal.line("generating with the trained model")
+    results.update(infer(config, model=str(directory.model), prompts=directory.prompts, output=directory.predictions))
+    directory.write_results("predict", results)
+
+
+def _prepared(config: Config) -> tuple[str, Prepared]:
+    from raysft.train.model import find_model
+
+    model = find_model(config.model.path, config.cache_directory)
+    return model, prepare(config, model)
+
+
+def _trained(config: Config) -> None:
+    directory = RunDirectory(config.run_directory)
+    if not directory.model.exists():
+        raise RequestError(f"{directory.path}: holds no trained model; train first (raysft train CONFIG)")
+
+
+def _job(it: Opened) -> Any:
+    from raysft.train.loop import Job
+
+    rows, sets = it.prepared.train_rows, it.prepared.eval_rows
+    return Job(config=it.config, model=it.model, run=it.directory, train_rows=rows, eval_rows=sets)
+
+
+def belongs_to(directory: RunDirectory, config: Config) -> None:
+    """A run directory belongs to one config for ever; refuse another one that would give other numbers.
+
+    Raises:
+        RequestError: with the keys that differ.
+    """
+    if not directory.config.exists():
+        if directory.path.exists() and any(directory.path.iterdir()):
+            raise RequestError(
+                f"{directory.path}: the folder is not empty and holds no config.yaml; choose another run.name"
+            )
+        return
+    try:
+        there = parse(yaml.safe_load(directory.config.read_text(encoding="utf-8"))).mathematics()
+    except (TypeError, ValueError, yaml.YAMLError):
+        raise RequestError(f"{directory.config}: is not a config of this version; choose another run.name") from None
+    here = config.mathematics()
+    differing = [key for key in sorted({*here, *there}) if here.get(key) != there.get(key)]
+    if differing:
+        key = differing[0]
+        more = f" (and {len(differing) - 1} more: {', '.join(differing[1:4])})" if len(differing) > 1 else ""
+        raise RequestError(
+            f"{directory.path}: belongs to another config: {key} is {there.get(key)!r} there and {here.get(key)!r} here{more}; "
+            "choose another run.name"
+        )
+
+
+@contextmanager
+def cluster(config: Config) -> Iterator[list[dict[str, float]]]:
+    """Join or start the Ray cluster; gives the resources of each of its nodes, and leaves it as it was found."""
+    import logging
+
+    import ray
+
+    mine = not ray.is_initialized()
+    if mine:
+        for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            ray.init(address=config.scaling.address, log_to_driver=False, logging_level=logging.ERROR)
+        except ConnectionError as error:
+            reason = str(error).splitlines()[0]
+            raise RequestError(
+                f"scaling.address={config.scaling.address}: no Ray cluster answers there ({reason:.120})"
+            ) from None
+    # Ray Data sets its own loggers up when it is imported.
+    import ray.data
+
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    finally:
+        if mine:
+            ray.shutdown()
+
+
+def _as_config(config: Config | Mapping[str, Any] | str | Path, stage: str) -> Config:
+    if isinstance(config, str | Path):
+        config = load(config)
+    elif not isinstance(config, Config):
+        config = parse(dict(config))
+    if config.stage != stage:
+        raise RequestError(
+            f"stage={config.stage!r} is not what run_{stage} does; use run_{config.stage}, or set stage: {stage}"
+        )
+    return config

@@ -1,0 +1,226 @@
+"""Driver's side: start the workers with Ray Train, watch them, and take what they report."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import ray
+import ray.data
+import ray.train
+import torch
+from ray.exceptions import RayError
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import get_device as torch_device
+from ray.util.queue import Empty, Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raysft.config import Config, RequestError
+from raysft.records import Evaluation, RunFailed, evaluation_results
+from raysft.train import checkpoint, loop
+from raysft.train.checkpoint import Cursor
+from raysft.train.loop import Job
+from raysft.train.loss import TokenLoss
+from raysft.train.model import load_trained
+from raysft.train.step import evaluate as evaluate_set
+
+Watch = Callable[[str, Any], None]
+"""Takes (event, content) in the driver, as the first worker emits them."""
+
+LAST_EVENT_SECONDS = 60
+"""How long the driver waits for the workers' last event after they are done."""
+
+
+@dataclass(frozen=True)
+class _FromCheckpoint:
+    """The training data from where the newest checkpoint left off; Ray Train calls it at each start of the workers."""
+
+    job: Job
+
+    def __call__(self) -> Any:
+        return self.job.train_rows.dataset(_first_step(self.job), self.job.config.scaling.num_workers)
+
+
+def _first_step(job: Job) -> int:
+    cursor = checkpoint.cursor_of(job.run.checkpoints)
+    return cursor.step if cursor else 0
+
+
+def train(job: Job, watch: Watch) -> dict[str, dict[str, float]]:
+    """Run the training to its end.
+
+    Args:
+        job: what to train.
+        watch: takes the events of the first worker.
+
+    Returns:
+        ``train`` and ``eval`` results.
+
+    Raises:
+        RunFailed: the workers failed more than ``train.max_failures`` times.
+    """
+    return _fit(job, _train_worker, job.run.checkpoints, {"train": _FromCheckpoint(job)}, watch)
+
+
+def evaluate(job: Job, watch: Watch) -> dict[str, dict[str, float]]:
+    """Evaluate the run's trained model on all evaluation sets; returns ``eval`` results."""
+    # Ray Train goes on from whatever it finds under a name; an evaluation has one of its own and leaves nothing.
+    folder = job.run.path / ".evaluate"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        return _fit(job, _evaluate_worker, folder, {}, watch)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fit(job: Job, worker: Any, folder: Path, datasets: dict[str, Any], watch: Watch) -> dict[str, dict[str, float]]:
+    scaling = job.config.scaling
+    # Events come to this process: its node keeps them, and they cost no CPU share.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config={"job": job, "queue": queue, "threads": _threads(job.config)},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=scaling.num_workers,
+            use_gpu=scaling.use_gpu,
+            resources_per_worker={"CPU": scaling.cpus_per_worker, **({"GPU": 1} if scaling.use_gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name=folder.name,
+            storage_path=str(folder.parent),
+            failure_config=ray.train.FailureConfig(
+                max_failures=job.config.train.max_failures, controller_failure_limit=3
+            ),
+        ),
+        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo", timeout_s=600),
+        datasets=datasets,
+        dataset_config=ray.train.DataConfig(execution_options=_in_order()),
+    )
+    with _Watching(queue, watch) as watching:
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise _cause(error) from error
+        return watching.last_event()
+
+
+def _in_order() -> Any:
+    return ray.data.ExecutionOptions(preserve_order=True)
+
+
+def _threads(config: Config) -> int:
+    """Threads of one worker's computation: its part of a node's cores."""
+    if config.scaling.threads_per_worker:
+        return config.scaling.threads_per_worker
+    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    on_node = min(config.scaling.num_workers, max(1, int(max(nodes) // config.scaling.cpus_per_worker)))
+    return max(1, int(max(nodes)) // on_node)
+
+
+class _Watching:
+    """Hands events to the watcher while the workers train."""
+
+    def __init__(self, queue: Queue, watch: Watch) -> None:
+        self._queue, self._watch = queue, watch
+        self._end: dict[str, Any] | None = None
+
+    def __enter__(self) -> _Watching:
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.set()
+        self._thread.join(timeout=LAST_EVENT_SECONDS)
+        self._queue.shutdown(force=True)
+
+    def _run(self) -> None:
+        while True:
+            try:
+                event, content = self._queue.get(timeout=0.5)
+            except Empty:
+                if self._closing.is_set():
+                    return
+                continue
+            except RayError:
+                return
+            if event == "end":
+                self._end = content
+            self._watch(event, content)
+
+    def last_event(self) -> dict[str, dict[str, float]]:
+        """The content of ``end``, for which there is a bounded wait."""
+        limit = time.monotonic() + LAST_EVENT_SECONDS
+        while self._end is None:
+            if time.monotonic() > limit or not self._thread.is_alive():
+                raise RunFailed("the workers finished, but their last event (the results) did not arrive")
+            time.sleep(0.05)
+        return self._end
+
+
+def _cause(error: Any) -> Exception:
+    """The first worker's own error as one of ours."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for rank in sorted(failures):
+        cause = failures[rank]
+        while getattr(cause, "cause", None) is not None:
+            cause = cause.cause
+        if isinstance(cause, RequestError | RunFailed):
+            return cause
+        if cause is not None:
+            return RunFailed(f"worker {rank} failed: {type(cause).__name__}: {str(cause).strip().splitlines()[0]}")
+    return RunFailed(f"the training failed: {str(error).strip().splitlines()[0]}")
+
+
+def _emitter(queue: Queue) -> loop.Emit:
+    def emit(event: str, content: Any) -> None:
+        try:
+            queue.put((event, content), timeout=10)
+        except RayError:
+            # The training is worth more than its log.
+            print(f"event {event} could not be handed over: {content}", flush=True)
+
+    return emit
+
+
+def _train_worker(settings: dict[str, Any]) -> None:
+    job, queue = settings["job"], settings["queue"]
+    torch.set_num_threads(settings["threads"])
+    workers = ray.train.get_context().get_world_size()
+    first = _first_step(job)
+    shard = cast(Any, ray.train.get_dataset_shard("train"))
+    tables = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+    accepted = ray.train.get_checkpoint()
+    with tempfile.TemporaryDirectory() as here:
+        resume = Path(accepted.to_directory(here)) if accepted else None
+        loop.train(job, job.train_rows.batches(tables, workers), first, torch_device(), _emitter(queue), _save, resume)
+
+
+def _save(engine: Any, cursor: Cursor) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="raysft-"))
+    checkpoint.save(engine, folder, cursor)
+    ray.train.report({"step": cursor.step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _evaluate_worker(settings: dict[str, Any]) -> None:
+    job, emit = settings["job"], _emitter(settings["queue"])
+    torch.set_num_threads(settings["threads"])
+    context, device = ray.train.get_context(), torch_device()
+    model = TokenLoss(load_trained(job.config, job.run.model)).to(device).eval()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+    model.check_head(device)
+    evaluations: list[Evaluation] = [
+        evaluate_set(model, name, 0, rows.steps(0, rank, workers), job.config.train.rows_per_device, device)
+        for name, rows in job.eval_rows.items()
+    ]
+    if rank == 0:
+        emit("end", {"eval": evaluation_results(evaluations)})

@@ -1,0 +1,285 @@
+"""The worker's loop. It needs a process group and an iterator of batches, and no Ray."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+
+from raysft.config import Config
+from raysft.log import duration
+from raysft.records import Evaluation, RunDirectory, RunFailed, StepRecord, evaluation_results
+from raysft.train import checkpoint
+from raysft.train.checkpoint import Cursor
+from raysft.train.engine import make_engine
+from raysft.train.step import Batch, evaluate, train_step
+
+Emit = Callable[[str, Any], None]
+"""(event, content) to whoever watches: ``setup``, ``step``, ``evaluate``, ``checkpoint``, ``end``."""
+Save = Callable[[Any, Cursor], None]
+
+
+class Schedule(Protocol):
+    """What the loop knows in advance (``data.schedule.Schedule``)."""
+
+    capacity: int
+    rows_per_step: int
+    step_tokens: np.ndarray
+    step_trained: np.ndarray
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def steps(self) -> int: ...
+
+    def epoch_of(self, rows: int) -> float: ...
+
+
+class RowSource(Protocol):
+    """Where rows come from (``data.stream.Rows``)."""
+
+    @property
+    def schedule(self) -> Any: ...
+
+    def steps(self, first: int, worker: int, workers: int) -> Iterator[Batch]: ...
+
+    def batches(self, shares: Any, workers: int) -> Iterator[Batch]: ...
+
+    def dataset(self, first: int, workers: int) -> Any: ...
+
+    def share(self, step: int, worker: int, workers: int) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker of a training is told."""
+
+    config: Config
+    model: str
+    """Folder or hub id to load from."""
+    run: RunDirectory
+    train_rows: Any
+    """``RowSource``."""
+    eval_rows: dict[str, Any]
+    """``RowSource`` of each evaluation set."""
+
+
+def train(
+    job: Job,
+    batches: Iterator[Batch],
+    first_step: int,
+    device: torch.device,
+    emit: Emit,
+    save: Save,
+    resume: Path | None,
+) -> None:
+    """Train to the end of the schedule, evaluate, and write the trained model.
+
+    Args:
+        job: what to do.
+        batches: this worker's rows of each step, from ``first_step`` on.
+        first_step: the step that ``batches`` begins with.
+        device: where to compute.
+        emit: takes the events; only the first worker calls it.
+        save: keeps a checkpoint; all workers call it.
+        resume: checkpoint to go on from.
+
+    Raises:
+        RunFailed: the loss is not finite, or rows come in another order than planned.
+    """
+    loop = _Loop(job, device, emit, save)
+    with ThreadPoolExecutor(1) as ahead:
+        # The first rows are read while the model is loaded.
+        first_batch = ahead.submit(next, batches, None)
+        cursor = loop.set_up(resume)
+        waiting = time.perf_counter()
+        batch = first_batch.result()
+    loop.emit_setup(time.perf_counter() - waiting)
+    for _ in range(first_step, cursor.step):
+        batch = next(batches, None)  # the data began before the checkpoint
+    if cursor.step == 0 and job.config.train.eval_at_start:
+        loop.evaluate(cursor)
+    while cursor.step < loop.schedule.steps:
+        cursor = loop.step(batch, cursor)
+        if cursor.step < loop.schedule.steps:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            loop.data_wait = time.perf_counter() - asked
+            loop.after_step(cursor)
+    loop.finish(cursor)
+
+
+class _Loop:
+    """State of one worker's training."""
+
+    def __init__(self, job: Job, device: torch.device, emit: Emit, save: Save) -> None:
+        self.job, self.device, self.save = job, device, save
+        self.rank, self.workers = dist.get_rank(), dist.get_world_size()
+        self.emit: Emit = emit if self.rank == 0 else lambda event, content: None
+        self.schedule: Schedule = job.train_rows.schedule
+        self.data_wait = 0.0
+        self.losses: list[float] = []
+        self.step_seconds: list[float] = []
+        self.first = 0
+
+    def set_up(self, resume: Path | None) -> Cursor:
+        """Load the model, and the state of a checkpoint; gives the cursor to start from."""
+        self.started = time.perf_counter()
+        torch.manual_seed(self.job.config.run.seed + self.rank)
+        self.engine, self.lr = make_engine(
+            self.job.config, self.job.model, self.workers, self.schedule.steps, self.device
+        )
+        torch.manual_seed(self.job.config.run.seed + self.rank)
+        cursor = Cursor(0, 0, 0, self.job.config.fingerprint())
+        if resume is not None:
+            cursor = checkpoint.load(self.engine, resume)
+        self.first = cursor.step
+        return cursor
+
+    def emit_setup(self, data_wait: float) -> None:
+        """Say where the time before the first step went."""
+        now = time.perf_counter()
+        parameters = list(self.engine.module.parameters())
+        self.emit(
+            "setup",
+            {
+                "model_seconds": now - self.started - data_wait,
+                "data_wait_seconds": data_wait,
+                "parameters": sum(_size(p) for p in parameters),
+                "trained_parameters": sum(_size(p) for p in parameters if p.requires_grad),
+            },
+        )
+        self.started = time.perf_counter()
+
+    def step(self, batch: Batch | None, cursor: Cursor) -> Cursor:
+        """Train on one step's rows and log it; gives the cursor after it."""
+        index = cursor.step
+        expected = self.job.train_rows.share(index, self.rank, self.workers)
+        if batch is None or not np.array_equal(batch["row"], expected):
+            came = "no rows" if batch is None else f"rows {batch['row'].tolist()}"
+            raise RunFailed(f"step {index + 1}: worker {self.rank} was to get rows {expected.tolist()} and got {came}")
+        begun = time.perf_counter()
+        lr = self.engine.get_lr()[0]
+        trained = int(self.schedule.step_trained[index])
+        loss = train_step(self.engine, batch, trained)
+        seconds = time.perf_counter() - begun
+        if not math.isfinite(loss):
+            rows = f"{index * self.schedule.rows_per_step} to {(index + 1) * self.schedule.rows_per_step - 1}"
+            raise RunFailed(
+                f"step {index + 1}: the loss is {loss} (rows {rows}); lower train.learning_rate or look at these rows"
+            )
+        self.losses.append(loss)
+        self.step_seconds.append(seconds)
+        tokens = int(self.schedule.step_tokens[index])
+        rows = min((index + 1) * self.schedule.rows_per_step, self.schedule.rows)
+        cursor = Cursor(index + 1, rows, cursor.tokens + tokens, cursor.fingerprint)
+        self._log_step(cursor, loss, lr, tokens, trained, seconds)
+        return cursor
+
+    def _log_step(self, cursor: Cursor, loss: float, lr: float, tokens: int, trained: int, seconds: float) -> None:
+        steps = self.schedule.steps
+        rows = cursor.rows - (cursor.step - 1) * self.schedule.rows_per_step
+        elapsed = time.perf_counter() - self.started
+        left = (steps - cursor.step) * elapsed / (cursor.step - self.first)
+        norm = self.engine.get_global_grad_norm()
+        memory, memory_total = _memory(self.device)
+        record = StepRecord(
+            current_steps=cursor.step,
+            total_steps=steps,
+            loss=loss,
+            lr=lr,
+            grad_norm=float(norm) if norm is not None else 0.0,
+            epoch=round(self.schedule.epoch_of(cursor.rows), 4),
+            percentage=round(100 * cursor.step / steps, 2),
+            elapsed_time=duration(elapsed),
+            remaining_time=duration(left),
+            throughput=round(tokens / seconds, 2),
+            total_tokens=cursor.tokens,
+            trained_tokens=trained,
+            useful=round(tokens / (rows * self.schedule.capacity), 6),
+            rows=cursor.rows,
+            step_seconds=round(seconds, 4),
+            data_wait_seconds=round(self.data_wait, 4),
+            memory_gib=round(memory, 3),
+            memory_total_gib=round(memory_total, 3),
+        )
+        self.emit("step", record)
+
+    def after_step(self, cursor: Cursor) -> None:
+        """What is due every so many steps; the last step's is done by ``finish``."""
+        train = self.job.config.train
+        if train.eval_every_steps and cursor.step % train.eval_every_steps == 0:
+            self.evaluate(cursor)
+        if train.save_every_steps and cursor.step % train.save_every_steps == 0:
+            self._checkpoint(cursor)
+
+    def evaluate(self, cursor: Cursor) -> list[Evaluation]:
+        """Evaluate all sets and log it."""
+        rows = self.job.config.train.rows_per_device
+        evaluations = [
+            evaluate(self.engine, name, cursor.step, source.steps(0, self.rank, self.workers), rows, self.device)
+            for name, source in self.job.eval_rows.items()
+        ]
+        if evaluations:
+            self.emit(
+                "evaluate",
+                {
+                    "current_steps": cursor.step,
+                    "total_steps": self.schedule.steps,
+                    "epoch": round(self.schedule.epoch_of(cursor.rows), 4),
+                    "percentage": round(100 * cursor.step / self.schedule.steps, 2),
+                    **evaluation_results(evaluations),
+                },
+            )
+        return evaluations
+
+    def _checkpoint(self, cursor: Cursor) -> None:
+        self.save(self.engine, cursor)
+        self.emit("checkpoint", {"step": cursor.step, "rows": cursor.rows})
+
+    def finish(self, cursor: Cursor) -> None:
+        """Evaluate, write the model, and say how it went."""
+        seconds = time.perf_counter() - self.started
+        if self.job.config.train.save_every_steps and cursor.step > self.first:
+            self._checkpoint(cursor)
+        evaluations = self.evaluate(cursor)
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.job.model)
+        checkpoint.export(self.engine.module.model, tokenizer, self.job.run.model)
+        busy = sum(self.step_seconds)
+        tokens = int(self.schedule.step_tokens[self.first :].sum())
+        results = {
+            "train_loss": float(np.mean(self.losses)) if self.losses else math.nan,
+            "train_runtime": round(seconds, 3),
+            "train_steps_per_second": round(len(self.losses) / busy, 4) if busy else 0.0,
+            "train_tokens_per_second": round(tokens / busy, 2) if busy else 0.0,
+            "total_steps": self.schedule.steps,
+            "total_rows": self.schedule.rows,
+            "total_tokens": cursor.tokens,
+            "epoch": round(self.schedule.epoch_of(cursor.rows), 4),
+        }
+        self.emit("end", {"train": results, "eval": evaluation_results(evaluations)})
+
+
+def _size(parameter: Any) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _memory(device: torch.device) -> tuple[float, float]:
+    """(peak used, there) GiB of the device; without GPU, what this process holds and what the node has."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30, torch.cuda.get_device_properties(
+            device
+        ).total_memory / 2**30
+    return psutil.Process().memory_info().rss / 2**30, psutil.virtual_memory().total / 2**30

@@ -1,0 +1,107 @@
+"""The loss of trained tokens: logits only where there is a label, in chunks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from raysft.records import IGNORED, RunFailed
+
+CHUNK_TOKENS = 1024
+"""Trained tokens whose logits exist at the same time, so that peak memory does not grow with rows × vocabulary."""
+
+
+class TokenLoss(nn.Module):
+    """A causal language model with its loss: what the engine wraps and calls.
+
+    Its sum over a step's microbatches and workers, divided by the step's trained tokens, is the step's loss.
+    """
+
+    def __init__(self, model: nn.Module, chunks_follow_shape: bool = False) -> None:
+        """
+        Args:
+            model: a transformers causal language model, with or without peft adapters.
+            chunks_follow_shape: make as many chunks as the batch's shape could need instead of as many as it does. With ZeRO-3
+                each use of the head gathers its weight from all workers, so that all must use it equally often.
+        """
+        super().__init__()
+        self.model = model
+        self.chunks_follow_shape = chunks_follow_shape
+
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor, score: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            input_ids: [rows, tokens].
+            position_ids: [rows, tokens], starting again at each example of a row: this alone keeps examples apart.
+            labels: [rows, tokens], ``IGNORED`` where not trained; aligned with ``input_ids``.
+            score: also count correct predictions.
+
+        Returns:
+            The sum of the trained tokens' cross-entropies (float32), and the number of them whose label is the most probable
+            token (0 unless ``score``).
+        """
+        decoder, head = _parts(self.model)
+        # Without a cache transformers sees from the positions where examples begin; with one it silently does not.
+        hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).reshape(-1)
+        chosen = targets != IGNORED
+        if not chosen.any():
+            # The head must be used and a gradient must flow all the same: other workers do it in this moment.
+            chosen = torch.zeros_like(chosen)
+            chosen[0] = True
+        hidden, targets = hidden.reshape(-1, hidden.shape[-1])[chosen], targets[chosen]
+        chunks = -(-(input_ids.numel() if self.chunks_follow_shape else len(targets)) // CHUNK_TOKENS)
+        pieces = list(zip(_split(hidden, chunks), _split(targets, chunks), strict=True))
+        totals = [
+            checkpoint(_chunk_loss, head, *piece, score, use_reentrant=False)
+            if len(pieces) > 1 and torch.is_grad_enabled()
+            else _chunk_loss(head, *piece, score)
+            for piece in pieces
+        ]
+        loss, correct = (torch.stack(column).sum() for column in zip(*totals, strict=True))  # type: ignore[arg-type]
+        return loss, correct
+
+    @torch.no_grad()
+    def check_head(self, device: torch.device) -> None:
+        """Make sure that decoder and head alone give the model's logits; some models scale or cap them in between.
+
+        Raises:
+            RunFailed: they do not, so that the loss would be wrong.
+        """
+        decoder, head = _parts(self.model)
+        ids = torch.arange(8, device=device)[None]
+        positions = torch.arange(8, device=device)[None]
+        whole = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
+        parts = head(decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state).float()
+        if not torch.allclose(whole, parts, rtol=1e-3, atol=1e-3):
+            raise RunFailed(
+                f"{type(self.model).__name__} changes its logits after the output head (by up to "
+                f"{(whole - parts).abs().max():.2g}); raysft cannot train this architecture yet"
+            )
+
+
+def _parts(model: Any) -> tuple[Any, Any]:
+    """The decoder and the output head of a model, under its adapters."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return model.base_model, model.get_output_embeddings()
+
+
+def _split(values: torch.Tensor, pieces: int) -> list[torch.Tensor]:
+    """Exactly ``pieces`` parts, the last ones empty where there is too little."""
+    size = -(-len(values) // pieces)
+    return [values[index * size : (index + 1) * size] for index in range(pieces)]
+
+
+def _chunk_loss(
+    head: Any, hidden: torch.Tensor, targets: torch.Tensor, score: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = head(hidden).float()
+    loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    correct = (logits.argmax(-1) == targets).sum() if score else torch.zeros((), dtype=torch.long, device=hidden.device)
+    return loss, correct

