@@ -1,6 +1,9 @@
 """Fine-tune and continue pre-training language models on Ray clusters, exactly once per example."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raysft.run import run_pt, run_sft
 
 __version__ = "0.1.0"
 __all__ = ["run_pt", "run_sft"]

@@ -6,6 +6,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from raysft.config import Config
@@ -45,6 +46,10 @@ def make_engine(config: Config, model_path: str, workers: int, steps: int, devic
     Returns:
         The engine, and the learning-rate schedule.
     """
+    # Without this DeepSpeed compiles an all-reduce of its own on CPU nodes: most of a minute, and a compiler, for what gloo does.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed takes over the process group that is there, before ZeRO-3 shares weights out over it.
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     settings = deepspeed_config(config, workers)
     zero3 = config.train.zero_stage == 3
     # While this lives, from_pretrained shares the weights out as it loads them, instead of loading all of them on each worker.

@@ -171,7 +171,7 @@ class _Loop:
         begun = time.perf_counter()
         lr = self.engine.get_lr()[0]
         trained = int(self.schedule.step_trained[index])
-        loss = train_step(self.engine, batch, trained)
+        loss, norm = train_step(self.engine, batch, trained)
         seconds = time.perf_counter() - begun
         if not math.isfinite(loss):
             rows = f"{index * self.schedule.rows_per_step} to {(index + 1) * self.schedule.rows_per_step - 1}"
@@ -183,22 +183,23 @@ class _Loop:
         tokens = int(self.schedule.step_tokens[index])
         rows = min((index + 1) * self.schedule.rows_per_step, self.schedule.rows)
         cursor = Cursor(index + 1, rows, cursor.tokens + tokens, cursor.fingerprint)
-        self._log_step(cursor, loss, lr, tokens, trained, seconds)
+        self._log_step(cursor, loss, norm, lr, tokens, trained, seconds)
         return cursor
 
-    def _log_step(self, cursor: Cursor, loss: float, lr: float, tokens: int, trained: int, seconds: float) -> None:
+    def _log_step(
+        self, cursor: Cursor, loss: float, norm: float, lr: float, tokens: int, trained: int, seconds: float
+    ) -> None:
         steps = self.schedule.steps
         rows = cursor.rows - (cursor.step - 1) * self.schedule.rows_per_step
         elapsed = time.perf_counter() - self.started
         left = (steps - cursor.step) * elapsed / (cursor.step - self.first)
-        norm = self.engine.get_global_grad_norm()
         memory, memory_total = _memory(self.device)
         record = StepRecord(
             current_steps=cursor.step,
             total_steps=steps,
             loss=loss,
             lr=lr,
-            grad_norm=float(norm) if norm is not None else 0.0,
+            grad_norm=norm,
             epoch=round(self.schedule.epoch_of(cursor.rows), 4),
             percentage=round(100 * cursor.step / steps, 2),
             elapsed_time=duration(elapsed),

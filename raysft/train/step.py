@@ -14,7 +14,7 @@ from raysft.records import IGNORED, Evaluation, RunFailed
 Batch = dict[str, np.ndarray]
 
 
-def train_step(engine: Any, batch: Batch, trained_tokens: int) -> float:
+def train_step(engine: Any, batch: Batch, trained_tokens: int) -> tuple[float, float]:
     """Train on one worker's rows of a step.
 
     Args:
@@ -23,19 +23,24 @@ def train_step(engine: Any, batch: Batch, trained_tokens: int) -> float:
         trained_tokens: trained tokens of the whole step, over all workers.
 
     Returns:
-        The step's loss over all workers: the sum over trained tokens divided by their number.
+        The step's loss over all workers, which is the sum over trained tokens divided by their number; and the norm of the
+        whole gradient before clipping.
     """
     accumulation = engine.gradient_accumulation_steps()
     # DeepSpeed averages over microbatches and workers; the sum is wanted, over one known number of tokens.
     scale = accumulation * dist.get_world_size() / trained_tokens
     total = torch.zeros((), device=engine.device)
+    norm = None
     for microbatch in microbatches(batch, engine.train_micro_batch_size_per_gpu(), engine.device):
         loss, _ = engine(**microbatch)
         engine.backward(loss * scale)
+        if engine.is_gradient_accumulation_boundary() and not hasattr(engine.optimizer, "_global_grad_norm"):
+            # A plain optimizer (ZeRO 0 in float32) does not keep the norm, and its gradients are whole on each worker.
+            norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
         engine.step()
         total += loss.detach()
     dist.all_reduce(total)
-    return float(total) / trained_tokens
+    return float(total) / trained_tokens, float(norm if norm is not None else engine.get_global_grad_norm())
 
 
 @torch.no_grad()
