@@ -9,16 +9,22 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Positive = Annotated[int, Field(gt=0)]
+Text = Annotated[str, Field(min_length=1)]
+# Strict: `save_every_steps: yes` must not become 1.
+Positive = Annotated[int, Field(gt=0, strict=True)]
+Count = Annotated[int, Field(ge=0, strict=True)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Column = Literal["messages", "conversations", "instruction", "input", "output", "system", "history", "turns", "text"]
 
 
 class RequestError(ValueError):
@@ -28,15 +34,23 @@ class RequestError(ValueError):
 class Section(BaseModel):
     """What every section shares: frozen, no unknown keys, docstrings under the fields."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_default(cls, value: Any) -> Any:
+        # In YAML a section whose keys are all commented out is null.
+        return {} if value is None else value
 
 
 class RunSection(Section):
     name: Name = "run"
     """Name of the run directory inside ``run.storage``. Default: the config file's name without its ending."""
-    storage: str = "runs"
+    storage: Text = "runs"
     """Folder that holds run directories and the cache; every node of the cluster must see it under this path."""
-    seed: int = 0
+    seed: Count = 0
     """Seed of the data order, adapter initialisation, dropout and sampling. The same seed gives the same numbers."""
 
 
@@ -52,7 +66,7 @@ class LoraSection(Section):
 
 
 class ModelSection(Section):
-    path: str
+    path: Text
     """Model folder, Hugging Face hub id, ``*.gguf`` file, or ``package:NAME/FILE`` inside an installed Python package."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the weights in training and generation. ``auto``: bfloat16 on GPU, float32 on CPU."""
@@ -67,14 +81,14 @@ class Source(Section):
 
     name: Name
     """Name of the source in logs, metrics and rejected.jsonl."""
-    path: str | list[str]
+    path: Text | Annotated[list[Text], Field(min_length=1)]
     """File, folder or glob, or a list of them; local, or on a filesystem that pyarrow reads (``s3://``, ``gs://``,
     ``hdfs://``), or ``package:NAME/GLOB`` inside an installed Python package."""
     format: Literal["alpaca", "sharegpt", "openai", "turns", "text"] | None = None
     """Shape of a record: ``alpaca`` (instruction, input, output), ``sharegpt`` (conversations of from/value), ``openai``
     (messages of role/content), ``turns`` (a list of texts, the user's and the assistant's by turns), ``text``.
     Default: found from the first record."""
-    columns: dict[str, str] = {}
+    columns: dict[Column, Text] = {}
     """Where a field has another name in the file: field → column, for example ``{output: answer}``."""
     max_examples: Positive | None = None
     """Take only the first N examples."""
@@ -88,7 +102,7 @@ class DataSection(Section):
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of each training source that is kept out of training and evaluated under the source's name. A stable hash
     of an example's opening decides, so that examples that open alike stay on one side, in this and any other run."""
-    sequence_length: Annotated[int, Field(ge=8)] = 2048
+    sequence_length: Annotated[int, Field(ge=8, strict=True)] = 2048
     """Tokens that one row holds."""
     packing: bool = True
     """Put several examples into one row; they do not see each other."""
@@ -100,7 +114,7 @@ class DataSection(Section):
     """A conversation longer than a row stops the run, or is dropped and counted. Raw text is always split instead."""
     max_rejected: Fraction = 0.0
     """Share of records that may be unusable before the run stops; each one is kept in rejected.jsonl."""
-    cache: str | None = None
+    cache: Text | None = None
     """Folder of tokenized shards and converted models, shared by runs. Default: ``{run.storage}/cache``."""
 
     @model_validator(mode="after")
@@ -134,7 +148,7 @@ class TrainSection(Section):
     """The optimizer."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Adam's decay rates of the first and second moment."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
     """Adam's term that keeps the division finite."""
@@ -154,7 +168,7 @@ class TrainSection(Section):
     """Evaluate every N steps; always at the end."""
     save_every_steps: Positive | None = None
     """Write a checkpoint to resume from every N steps, and at the end. Default: only the trained model is written."""
-    max_failures: Annotated[int, Field(ge=0)] = 3
+    max_failures: Count = 3
     """How often the workers are started again from the newest checkpoint after one of them died."""
 
 
@@ -193,7 +207,7 @@ class GenerateSection(Section):
     """Softmax temperature in sampling."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.7
     """Sample from the most probable tokens that together have this probability."""
-    top_k: Annotated[int, Field(ge=0)] = 50
+    top_k: Count = 50
     """Sample from the K most probable tokens; 0: from all."""
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
     """Above 1, tokens that were used become less probable."""
@@ -286,35 +300,54 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         RequestError: the file is missing or no YAML, or a key or value is not what the schema says.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RequestError(f"{path}: there is no such config file; give the path of a YAML file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path}: the config file cannot be read as UTF-8 text ({error})") from None
-    raw, lines = _parse_yaml(text, path)
-    from_command_line = set()
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise RequestError(f"{override!r} is no override; write key.path=value, for example train.epochs=2")
-        try:
-            _assign(raw, key, yaml.safe_load(value), where=f"{override!r}")
-        except yaml.YAMLError:
-            raise RequestError(f"{override!r}: the value is no YAML scalar, list or mapping") from None
-        from_command_line.add(tuple(key.split(".")))
+    raw, lines = _parse_yaml(_read(path), path)
+    from_command_line = [_override(raw, override) for override in overrides]
 
     def where(location: tuple[str, ...]) -> str:
+        if any(location[: len(key)] == key for key in from_command_line):
+            return "command line"
+        if location not in lines and any(key[: len(location)] == location for key in from_command_line):
+            return "command line"  # a section that an override made
         for end in range(len(location), 0, -1):
-            if location[:end] in from_command_line:
-                return "command line"
             if location[:end] in lines:
                 return f"{path}:{lines[location[:end]]}"
         return str(path)
 
-    if isinstance(raw.get("run", {}), dict):
-        raw.setdefault("run", {}).setdefault("name", path.stem)
+    run = raw.setdefault("run", {})
+    if run is None:
+        run = raw["run"] = {}
+    if isinstance(run, dict):
+        run.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-") or "run")
     return _validate(raw, where)
+
+
+def _read(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise RequestError(f"{path}: there is no such config file; give the path of a YAML file") from None
+    except OSError as error:
+        raise RequestError(f"{path}: the config file cannot be read ({error.strerror})") from None
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise RequestError(
+            f"{path}:{line}: is not UTF-8 text (byte {content[error.start]:#x}); mend this line"
+        ) from None
+
+
+def _override(raw: dict[str, Any], override: str) -> tuple[str, ...]:
+    """Set what one ``key.path=value`` says; gives the key's parts."""
+    key, equals, value = override.partition("=")
+    parts = tuple(key.split("."))
+    if not equals or not all(parts):
+        raise RequestError(f"{override!r} is no override; write key.path=value, for example train.epochs=2")
+    try:
+        _assign(raw, key, yaml.safe_load(value), where=f"{override!r}")
+    except yaml.YAMLError:
+        raise RequestError(f"{override!r}: the value is no YAML scalar, list or mapping") from None
+    return parts
 
 
 def documented_fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, str, str]]:
@@ -340,11 +373,12 @@ def _parse_yaml(text: str, path: Path) -> tuple[dict[str, Any], dict[tuple[str, 
         root = yaml.compose(text, Loader=_LineLoader)
         raw = yaml.load(text, Loader=_LineLoader)
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise RequestError(
-            f"{path}{line}: no valid YAML ({getattr(error, 'problem', error)}); mend this line"
-        ) from None
+        mark, position = getattr(error, "problem_mark", None), getattr(error, "position", 0)
+        line = min(mark.line, text.rstrip().count("\n")) if mark else text.count("\n", 0, position)
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise RequestError(f"{path}:{line + 1}: no valid YAML ({reason}); mend this line") from None
+    if raw is None:
+        raise RequestError(f"{path}: the config is empty; it needs at least model.path and data.train")
     if not isinstance(raw, dict):
         raise RequestError(f"{path}: a config is a mapping of sections (model, data, …), this is {raw!r:.60}")
     lines: dict[tuple[str, ...], int] = {}
@@ -396,54 +430,90 @@ def _assign(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
             raise RequestError(f"{where}: {'.'.join(parts[:position])} holds {at!r} and has no keys inside")
 
 
-def _validate(raw: dict[str, Any], where: Any) -> Config:
+def _validate(raw: dict[str, Any], where: Callable[[tuple[str, ...]], str]) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-        text = _describe(problems[0], where)
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise RequestError(text + more) from None
+        problems: dict[tuple[str, ...], list[Any]] = {}
+        for problem in sorted(error.errors(), key=lambda problem: problem["type"] not in UNKNOWN):
+            problems.setdefault(_place(problem, raw), []).append(problem)
+        # Where a list of names holds a wrong one, the other member of a union complains about the list as a whole.
+        exact = [
+            place for place in problems if not any(place == other[: len(place)] for other in problems.keys() - {place})
+        ]
+        more = f" (and {len(exact) - 1} more)" if len(exact) > 1 else ""
+        raise RequestError(f"{where(exact[0])}: {_describe(exact[0], problems[exact[0]])}{more}") from None
 
 
-def _describe(problem: Any, where: Any) -> str:
-    """One line for one pydantic error: where, which key, what is wrong, what to write instead."""
-    location = tuple(str(part) for part in problem["loc"])
-    key = ".".join(location)
-    if problem["type"] == "extra_forbidden":
-        known = list(dict.fromkeys(_known_keys(location[:-1])))
-        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        everywhere = {path.rsplit(".", 1)[-1]: path for path, _, _ in documented_fields()}
-        if near:
-            remedy = f"did you mean {'.'.join((*location[:-1], near[0]))}?"
-        elif location[-1] in everywhere:
-            remedy = f"did you mean {everywhere[location[-1]]}?"
-        else:
-            remedy = f"known here: {', '.join(known)}"
-        return f"{where(location)}: unknown key {key}; {remedy}"
+UNKNOWN = ("extra_forbidden", "invalid_key")
+WORDING = {
+    "model_type": "a section with keys of its own belongs here",
+    "string_pattern_mismatch": "use letters, digits, '.', '_' and '-', with a letter or digit first",
+    "string_too_short": "should not be empty",
+    "too_short": "should not be empty",
+}
+"""What pydantic says in words of its own, said in ours."""
+
+
+def _place(problem: Any, raw: Any) -> tuple[str, ...]:
+    """The key that a problem is about. Pydantic adds names of types to it, which are no keys of the file."""
+    place = []
+    at = raw
+    for part in problem["loc"]:
+        if part in at if isinstance(at, dict) else isinstance(at, list) and isinstance(part, int) and part < len(at):
+            at = at[part]
+        elif problem["type"] != "missing":
+            continue
+        place.append(str(part))
+    return tuple(place)
+
+
+def _describe(place: tuple[str, ...], problems: Sequence[Any]) -> str:
+    """What is wrong with one key, and what to write instead; members of a union each have a problem with it."""
+    # A member of a union whose type fits says more than the others do.
+    problem, *others = [each for each in problems if not each["type"].endswith(("_type", "_error"))] or problems
+    key = ".".join(place)
+    if problem["type"] in UNKNOWN or problem["loc"][-1:] == ("[key]",):
+        return f"unknown key {key}; {_suggest(place)}"
     if problem["type"] == "missing":
-        return f"{where(location)}: {key} is required and is not there; add it"
-    # Members of a union end in names of types, which are no keys of ours.
-    visible = [part for part in location if part.islower() or part.isdigit()]
-    while visible and ("[" in visible[-1] or visible[-1] in ("str", "int", "float", "literal", "all")):
-        visible.pop()
+        return f"{key} is required and is not there; add it"
     value = "" if isinstance(problem["input"], dict | Section) else f"={problem['input']!r:.80}"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{where(tuple(visible))}: {'.'.join(visible) or 'config'}{value}: {message[0].lower()}{message[1:]}"
+    message = WORDING.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
+    for other in others:
+        message += f" or {other['msg'].removeprefix('Input should be ')}"
+    return f"{key or 'config'}{value}: {message[0].lower()}{message[1:]}"
 
 
-def _known_keys(location: tuple[str, ...]) -> list[str]:
+def _suggest(place: tuple[str, ...]) -> str:
+    """The known key that an unknown one probably stands for: one of this section, or one of the same name elsewhere."""
+    *section, name = place
+    known = _known_keys(section)
+    elsewhere: dict[str, list[str]] = {}
+    for path, _, _ in documented_fields():
+        parts = path.split(".")
+        for end in range(1, len(parts) + 1):
+            elsewhere.setdefault(parts[end - 1], []).append(".".join(parts[:end]))
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    if not near and name in elsewhere:
+        return f"did you mean {' or '.join(dict.fromkeys(elsewhere[name]))}?"
+    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if near:
+        return f"did you mean {'.'.join((*section, near[0]))}?"
+    far = difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.75)
+    return f"did you mean {elsewhere[far[0]][0]}?" if far else f"known here: {', '.join(known)}"
+
+
+def _known_keys(location: Sequence[str]) -> list[str]:
     """The fields of the section at a location, for suggestions."""
     section: Any = Config
     for part in location:
         if part.isdigit():
             section = Source
-            continue
-        field = section.model_fields.get(part) if isinstance(section, type) and issubclass(section, Section) else None
-        section = field.annotation if field else None
-        if section is None:
-            return []
-    return list(section.model_fields) if isinstance(section, type) and issubclass(section, Section) else []
+        elif section is Source and part == "columns":
+            return list(get_args(Column))
+        else:
+            section = section.model_fields[part].annotation if hasattr(section, "model_fields") else None
+    return list(section.model_fields) if hasattr(section, "model_fields") else []
 
 
 def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,311 @@
+"""Configuration: what is read, what is refused, and in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from raysft.config import Config, RequestError, documented_fields, load, parse
+
+BASE = """\
+stage: sft
+model:
+  path: m
+data:
+  train:
+    - name: a
+      path: a.json
+"""
+"""Seven lines: what a test appends begins on line 8."""
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Write ``c.yaml`` into the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(text: str | bytes, name: str = "c.yaml") -> str:
+        Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        return name
+
+    return write
+
+
+def refusal(path: str, *overrides: str) -> str:
+    with pytest.raises(RequestError) as caught:
+        load(path, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_defaults_give_way_to_the_file_and_the_file_to_overrides(write):
+    path = write(BASE + "train:\n  epochs: 2\n  rows_per_step: 4\n")
+    config = load(path, ["train.rows_per_step=8"])
+    assert (config.train.rows_per_device, config.train.epochs, config.train.rows_per_step) == (1, 2, 8)
+
+
+def test_the_last_of_two_overrides_of_a_key_wins(write):
+    assert load(write(BASE), ["train.epochs=2", "train.epochs=3"]).train.epochs == 3
+
+
+def test_overrides_reach_into_lists_and_make_sections(write):
+    config = load(
+        write(BASE), ["data.train.0.path=b.json", "model.lora.rank=4", "data.train.0.columns={output: answer}"]
+    )
+    assert config.data.train[0].path == "b.json"
+    assert config.data.train[0].columns == {"output": "answer"}
+    assert config.model.lora.rank == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("a", "'a' is no override; write key.path=value, for example train.epochs=2"),
+        ("=x", "'=x' is no override; write key.path=value, for example train.epochs=2"),
+        ("train..epochs=1", "'train..epochs=1' is no override; write key.path=value, for example train.epochs=2"),
+        ("train.epochs=[1", "'train.epochs=[1': the value is no YAML scalar, list or mapping"),
+        ("train.epochs=two", "command line: train.epochs='two': input should be a valid integer"),
+        ("train.epochs=", "command line: train.epochs=None: input should be a valid integer"),
+        ("data.train.5.name=x", "'data.train.5.name=x': data.train is a list of 1; '5' is none of them"),
+        ("data.train.x=1", "'data.train.x=1': data.train is a list of 1; 'x' is none of them"),
+        ("model.path.x=3", "'model.path.x=3': model.path holds 'm' and has no keys inside"),
+        ("tran.epochs=2", "command line: unknown key tran; did you mean train?"),
+        ("train.epoch=2", "command line: unknown key train.epoch; did you mean train.epochs?"),
+        ("data.train.0.nmae=x", "command line: unknown key data.train.0.nmae; did you mean data.train.0.name?"),
+        (
+            "data.train=[{nmae: x}]",
+            "command line: unknown key data.train.0.nmae; did you mean data.train.0.name? (and 2 more)",
+        ),
+        ("data=", "command line: data.train is required and is not there; add it"),
+    ],
+)
+def test_a_wrong_override_is_told_from_the_file(write, override, message):
+    assert refusal(write(BASE), override) == message
+
+
+def test_an_error_in_the_file_is_not_blamed_on_an_override_beside_it(write):
+    path = write(BASE + "train:\n  epochs: two\n")
+    assert refusal(path, "train.max_steps=2") == "c.yaml:9: train.epochs='two': input should be a valid integer"
+
+
+@pytest.mark.parametrize(
+    ("appended", "message"),
+    [
+        ("trian:\n  epochs: 1\n", "c.yaml:8: unknown key trian; did you mean train?"),
+        ("train:\n  epoch: 1\n", "c.yaml:9: unknown key train.epoch; did you mean train.epochs?"),
+        ("run:\n  seed: 1\n  nmae: x\n", "c.yaml:10: unknown key run.nmae; did you mean run.name?"),
+        ("scaling:\n  workers: 1\n", "c.yaml:9: unknown key scaling.workers; did you mean scaling.num_workers?"),
+        ("      pth: x\n", "c.yaml:8: unknown key data.train.0.pth; did you mean data.train.0.path?"),
+        (
+            "      columns: {outptu: x}\n",
+            "c.yaml:8: unknown key data.train.0.columns.outptu; did you mean data.train.0.columns.output?",
+        ),
+        ("learning_rate: 1\n", "c.yaml:8: unknown key learning_rate; did you mean train.learning_rate?"),
+        ("learning_rat: 1\n", "c.yaml:8: unknown key learning_rat; did you mean train.learning_rate?"),
+        ("lora: {rank: 1}\n", "c.yaml:8: unknown key lora; did you mean model.lora?"),
+        ("train:\n  rank: 8\n", "c.yaml:9: unknown key train.rank; did you mean model.lora.rank?"),
+        ("train:\n  num_workers: 8\n", "c.yaml:9: unknown key train.num_workers; did you mean scaling.num_workers?"),
+        (
+            "train:\n  max_examples: 8\n",
+            "c.yaml:9: unknown key train.max_examples; did you mean data.train[].max_examples or generate.max_examples?",
+        ),
+        ("tune:\n  xyz: 1\n", "c.yaml:9: unknown key tune.xyz; known here: space, metric, mode, max_concurrent"),
+        (
+            "1: 2\n",
+            "c.yaml:8: unknown key 1; known here: stage, run, model, data, train, scaling, generate, tune",
+        ),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_known_one(write, appended, message):
+    assert refusal(write(BASE + appended)) == message
+
+
+def test_an_unknown_key_comes_before_other_errors(write):
+    path = write(BASE + "train:\n  epochs: 0\n  learning_rate: -1\n  loss_: x\n")
+    assert refusal(path) == "c.yaml:11: unknown key train.loss_; did you mean train.loss? (and 2 more)"
+
+
+@pytest.mark.parametrize(
+    ("appended", "message"),
+    [
+        ("train: {epochs: two}", "c.yaml:8: train.epochs='two': input should be a valid integer"),
+        ("train: {epochs: 2.5}", "c.yaml:8: train.epochs=2.5: input should be a valid integer"),
+        ("train: {save_every_steps: yes}", "c.yaml:8: train.save_every_steps=True: input should be a valid integer"),
+        ("train: {epochs: 0}", "c.yaml:8: train.epochs=0: input should be greater than 0"),
+        ("train: {learning_rate: .inf}", "c.yaml:8: train.learning_rate=inf: input should be a finite number"),
+        ("train: {betas: [0.9, 2]}", "c.yaml:8: train.betas.1=2: input should be less than 1"),
+        ("train: {zero_stage: 4}", "c.yaml:8: train.zero_stage=4: input should be 0, 1, 2 or 3"),
+        ("train: 3", "c.yaml:8: train=3: a section with keys of its own belongs here"),
+        ("run: {seed: -1}", "c.yaml:8: run.seed=-1: input should be greater than or equal to 0"),
+        ("run: {name: 7}", "c.yaml:8: run.name=7: input should be a valid string"),
+        (
+            "run: {name: a/b}",
+            "c.yaml:8: run.name='a/b': use letters, digits, '.', '_' and '-', with a letter or digit first",
+        ),
+        ("generate: {metrics: rouge}", "c.yaml:8: generate.metrics='rouge': input should be a valid list"),
+        ("generate: {top_p: 1.5}", "c.yaml:8: generate.top_p=1.5: input should be less than or equal to 1"),
+        ("tune: {space: {train.epochs: []}}", "c.yaml:8: tune.space.train.epochs=[]: should not be empty"),
+        ("      max_examples: 0", "c.yaml:8: data.train.0.max_examples=0: input should be greater than 0"),
+        (
+            "      format: foo",
+            "c.yaml:8: data.train.0.format='foo': input should be 'alpaca', 'sharegpt', 'openai', 'turns' or 'text'",
+        ),
+        ("      columns: {output: 3}", "c.yaml:8: data.train.0.columns.output=3: input should be a valid string"),
+        ("    - b.json", "c.yaml:8: data.train.1='b.json': a section with keys of its own belongs here"),
+        ("    - path: b.json", "c.yaml:8: data.train.1.name is required and is not there; add it"),
+        ("    - {name: b, path: []}", "c.yaml:8: data.train.1.path=[]: should not be empty"),
+        ("    - {name: b, path: 3}", "c.yaml:8: data.train.1.path=3: input should be a valid string or a valid list"),
+        ("    - {name: b, path: [x, 3]}", "c.yaml:8: data.train.1.path.1=3: input should be a valid string"),
+        ("    - {name: a, path: b}", "c.yaml:4: data: two sources are named 'a'; give each its own name"),
+        (
+            "  packing: maybe",
+            "c.yaml:8: data.packing='maybe': input should be a valid boolean, unable to interpret input",
+        ),
+        ("  holdout: 1", "c.yaml:8: data.holdout=1: input should be less than 1"),
+        (
+            "  holdout: 0.1\n  eval: [{name: a, path: b}]",
+            "c.yaml:4: data: 'a' is in data.train and data.eval; with data.holdout > 0 names must differ",
+        ),
+    ],
+)
+def test_a_wrong_value_names_file_line_key_and_value(write, appended, message):
+    assert refusal(write(BASE + appended + "\n")) == message
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("q_proj", "c.yaml:4: model.lora.target='q_proj': input should be 'all' or a valid list"),
+        ("[q_proj, 3]", "c.yaml:4: model.lora.target.1=3: input should be a valid string"),
+    ],
+)
+def test_a_value_that_may_be_of_two_kinds_says_both(write, value, message):
+    path = write(f"model:\n  path: m\n  lora:\n    target: {value}\ndata: {{train: [{{name: a, path: a}}]}}\n")
+    assert refusal(path) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "c.yaml: the config is empty; it needs at least model.path and data.train"),
+        ("# a comment\n", "c.yaml: the config is empty; it needs at least model.path and data.train"),
+        ("[1]\n", "c.yaml: a config is a mapping of sections (model, data, …), this is [1]"),
+        ("model: {path: x}\n", "c.yaml: data is required and is not there; add it"),
+        ("model:\n  path: m\ndata:\n  train: a.json\n", "c.yaml:4: data.train='a.json': input should be a valid list"),
+        ("model:\n  path: m\ndata:\n  train: []\n", "c.yaml:4: data.train=[]: should not be empty"),
+        ("a: 1\n\na: 2\n", "c.yaml:3: a stands twice (first on line 1); keep one"),
+        ("t:\n  a: 1\n  a: 2\n", "c.yaml:3: t.a stands twice (first on line 2); keep one"),
+        (
+            "a: 1\nb: [\n",
+            "c.yaml:2: no valid YAML (expected the node content, but found '<stream end>'); mend this line",
+        ),
+        (
+            "model:\n\tpath: x",
+            "c.yaml:2: no valid YAML (found character '\\t' that cannot start any token); mend this line",
+        ),
+        ("a: 1\nb: *c\n", "c.yaml:2: no valid YAML (found undefined alias 'c'); mend this line"),
+        (
+            "a: 1\nb: \x00\n",
+            "c.yaml:2: no valid YAML (unacceptable character #x0000: special characters are not allowed); mend this line",
+        ),
+        (b"a: 1\nb: \xff\n", "c.yaml:2: is not UTF-8 text (byte 0xff); mend this line"),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused_in_one_line(write, text, message):
+    assert refusal(write(text)) == message
+
+
+def test_yaml_that_runs_code_is_refused(write):
+    assert "could not determine a constructor" in refusal(write(BASE + "train: !!python/object/apply:os.getcwd []\n"))
+
+
+def test_a_missing_file_and_a_folder_are_told_apart(write, tmp_path):
+    assert refusal("none.yaml") == "none.yaml: there is no such config file; give the path of a YAML file"
+    assert refusal(str(tmp_path)) == f"{tmp_path}: the config file cannot be read (Is a directory)"
+
+
+@pytest.mark.parametrize("text", ["5e-4", "5.0e-4", "0.0005", "'5e-4'"])
+def test_numbers_that_yaml_takes_for_text_become_floats(write, text):
+    assert load(write(BASE + f"train:\n  learning_rate: {text}\n")).train.learning_rate == 5e-4
+    assert load(write(BASE), [f"train.learning_rate={text}"]).train.learning_rate == 5e-4
+
+
+def test_an_empty_section_is_its_defaults(write):
+    config = load(write(BASE + "run:\ntrain:\nscaling:\n"))
+    assert config == load(write(BASE))
+    assert config.run.name == "c"
+
+
+def test_a_byte_order_mark_is_passed_over(write):
+    assert load(write(b"\xef\xbb\xbf" + BASE.encode())).model.path == "m"
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [("nice-1.yaml", "nice-1"), ("my config.yaml", "my-config"), (".hidden.yaml", "hidden"), ("é.yaml", "run")],
+)
+def test_a_run_is_named_after_its_file(write, file, name):
+    assert load(write(BASE, file)).run.name == name
+    assert load(write(BASE, file), ["run.name=other"]).run.name == "other"
+
+
+def test_a_config_is_frozen():
+    config = parse({"model": {"path": "m"}, "data": {"train": [{"name": "a", "path": "a"}]}})
+    with pytest.raises(ValidationError, match="frozen"):
+        config.train.epochs = 2
+
+
+def test_the_resolved_config_reads_back_as_itself(write):
+    overrides = ["train.learning_rate=5e-4", "data.train.0.columns={output: 答案}", "tune.space={train.epochs: [1, 2]}"]
+    config = load(write(BASE), overrides)
+    assert load(write(config.to_yaml(), "resolved.yaml")) == config
+
+
+def test_with_overrides_validates_what_it_changes():
+    config = parse({"model": {"path": "m"}, "data": {"train": [{"name": "a", "path": "a"}]}})
+    changed = config.with_overrides({"train.learning_rate": 1e-3, "data.train.0.name": "b"})
+    assert (changed.train.learning_rate, changed.data.train[0].name) == (1e-3, "b")
+    assert config.train.learning_rate == 1e-4
+    with pytest.raises(RequestError, match=r"^override: unknown key train\.epoch; did you mean train\.epochs\?$"):
+        config.with_overrides({"train.epoch": 3})
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("**/*.yaml")), ids=lambda path: path.name)
+def test_every_config_of_the_repository_parses(path):
+    assert isinstance(load(path), Config)
+
+
+def test_every_field_has_a_docstring():
+    assert [key for key, _, docstring in documented_fields() if not docstring.endswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("run.name=other", True),
+        ("run.storage=elsewhere", True),
+        ("data.cache=elsewhere", True),
+        ("scaling.num_workers=4", True),
+        ("generate.max_new_tokens=4", True),
+        ("train.save_every_steps=4", True),
+        ("train.learning_rate=2e-4", False),
+        ("train.rows_per_step=4", False),
+        ("run.seed=1", False),
+        ("model.lora.rank=4", False),
+        ("data.train.0.path=b.json", False),
+        ("stage=pt", False),
+    ],
+)
+def test_the_fingerprint_follows_what_decides_the_numbers(write, override, same):
+    before, after = load(write(BASE)), load(write(BASE), [override])
+    assert (before.fingerprint() == after.fingerprint()) == same
+    assert (before.mathematics() == after.mathematics()) == same
+
+
+def test_mathematics_names_the_keys_flat(write):
+    mathematics = load(write(BASE)).mathematics()
+    assert mathematics["train.learning_rate"] == 1e-4
+    assert not {"run.name", "run.storage", "data.cache"} & mathematics.keys()
