@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import fnmatch
 import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,36 +59,43 @@ def find_files(source: Source) -> list[DataFile]:
     """All files of a source, sorted within each of its paths.
 
     Raises:
-        RequestError: a path matches no file, or its filesystem cannot be reached.
+        RequestError: a path matches no file, two match the same one, or a filesystem cannot be reached.
     """
     patterns = [source.path] if isinstance(source.path, str) else list(source.path)
-    files = [file for pattern in patterns for file in _expand(pattern, source.name)]
-    if not files:
-        raise RequestError(f"source {source.name!r}: data path is an empty list; name at least one file")
-    return files
+    found: dict[str, DataFile] = {}
+    for pattern in patterns:
+        for file in _expand(pattern, source.name):
+            if file.uri in found:
+                raise RequestError(f"source {source.name!r}: {pattern} matches {file.path} a second time; name it once")
+            found[file.uri] = file
+    return list(found.values())
 
 
 def _expand(pattern: str, name: str) -> Iterator[DataFile]:
     location = _inside_package(pattern, name) if pattern.startswith("package:") else pattern
     try:
         filesystem, path = _filesystem(location)
-        infos = list(_matching(filesystem, path))
+        infos = sorted(_matching(filesystem, path), key=lambda info: info.path)
+        scheme = "" if isinstance(filesystem, fs.LocalFileSystem) else location.split("://")[0] + "://"
+        files = [_data_file(info, scheme) for info in infos]
     except (OSError, pa.ArrowException) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise RequestError(
-            f"source {name!r}: {pattern} cannot be read ({error}); check the path and its credentials"
+            f"source {name!r}: {pattern} cannot be read ({reason}); check the path and its credentials"
         ) from None
-    if not infos:
+    if not files:
         raise RequestError(f"source {name!r}: {pattern} matches no file; check data path and working directory")
-    local = isinstance(filesystem, fs.LocalFileSystem)
-    for info in sorted(infos, key=lambda info: info.path):
-        uri = info.path if local else f"{location.split('://')[0]}://{info.path}"
-        shown = info.path if local else uri
-        if not local:
-            identity = hashlib.sha256(f"{uri} {info.size} {info.mtime_ns}".encode()).hexdigest()
-        else:
-            with open(info.path, "rb") as stream:
-                identity = hashlib.file_digest(stream, "sha256").hexdigest()
-        yield DataFile(path=_shorten(shown), uri=uri, size=info.size or 0, identity=identity)
+    yield from files
+
+
+def _data_file(info: Any, scheme: str) -> DataFile:
+    uri = scheme + info.path
+    if scheme:
+        identity = hashlib.sha256(f"{uri} {info.size} {info.mtime_ns}".encode()).hexdigest()
+    else:
+        with open(info.path, "rb") as stream:
+            identity = hashlib.file_digest(stream, "sha256").hexdigest()
+    return DataFile(path=_shorten(uri), uri=uri, size=info.size or 0, identity=identity)
 
 
 def _inside_package(pattern: str, name: str) -> str:
@@ -118,15 +127,6 @@ def _filesystem(location: str) -> tuple[Any, str]:
 
 
 def _matching(filesystem: Any, path: str) -> Iterator[Any]:
-    if re.search(r"[*?\[]", path):
-        folder = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
-        depth = path.count("/")
-        selector = fs.FileSelector(folder, recursive=True, allow_not_found=True)
-        for info in filesystem.get_file_info(selector):
-            same_depth = "**" in path or info.path.count("/") == depth
-            if info.type == fs.FileType.File and same_depth and fnmatch.fnmatch(info.path, path):
-                yield info
-        return
     info = filesystem.get_file_info(path)
     if info.type == fs.FileType.File:
         yield info
@@ -135,6 +135,23 @@ def _matching(filesystem: Any, path: str) -> Iterator[Any]:
             hidden = any(part.startswith((".", "_")) for part in inner.path[len(path) :].split("/"))
             if inner.type == fs.FileType.File and not hidden:
                 yield inner
+    elif re.search(r"[*?\[]", path):
+        folder = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
+        selector = fs.FileSelector(folder, recursive=True, allow_not_found=True)
+        for inner in filesystem.get_file_info(selector):
+            if inner.type == fs.FileType.File and _fits(inner.path.split("/"), path.split("/")):
+                yield inner
+
+
+def _fits(parts: list[str], patterns: list[str]) -> bool:
+    """Whether a path fits a glob, part by part; ``**`` stands for any number of folders, and no star for a leading dot."""
+    if not patterns or not parts:
+        return patterns == parts
+    if patterns[0] == "**" and _fits(parts, patterns[1:]):
+        return True
+    if parts[0].startswith(".") and not patterns[0].startswith("."):
+        return False
+    return fnmatch.fnmatchcase(parts[0], patterns[0]) and _fits(parts[1:], patterns[patterns[0] != "**" :])
 
 
 def read(file: DataFile, source: Source) -> Iterator[Example | Rejected]:
@@ -158,66 +175,94 @@ def read(file: DataFile, source: Source) -> Iterator[Example | Rejected]:
 
 def read_records(file: DataFile) -> Iterator[tuple[str, Record | str]]:
     """(position, record) for each record of a file; a string in place of the record says why it cannot be read."""
-    name = file.path.removesuffix(".gz")
+    name = file.path.lower().removesuffix(".gz")
     for endings, reader in READERS.items():
         if name.endswith(endings):
             filesystem, path = _filesystem(file.uri)
-            with filesystem.open_input_stream(path, compression="detect") as stream:
-                try:
+            try:
+                with filesystem.open_input_stream(path, compression="detect") as stream:
                     yield from reader(stream, file.path)
-                except UnicodeDecodeError as error:
-                    raise RequestError(
-                        f"{file.path}: is not UTF-8 text ({error.reason} at byte {error.start})"
-                    ) from None
+            except (OSError, pa.ArrowException) as error:
+                raise RequestError(
+                    f"{file.path}: cannot be read ({str(error).splitlines()[0]}); write the file again"
+                ) from None
             return
     known = " ".join(ending for endings in READERS for ending in endings)
     raise RequestError(f"{file.path}: unknown kind of file; known endings: {known}")
 
 
 def _read_json_lines(stream: Any, path: str) -> Iterator[tuple[str, Record | str]]:
+    return _records_of_lines(stream, _parse_json)
+
+
+def _read_text(stream: Any, path: str) -> Iterator[tuple[str, Record | str]]:
+    return _records_of_lines(stream, lambda text: {"text": text})
+
+
+def _records_of_lines(stream: Any, parse: Callable[[str], Record | str]) -> Iterator[tuple[str, Record | str]]:
     for number, line in enumerate(_lines(stream), 1):
-        if not line.strip():
-            continue
         try:
-            yield str(number), _as_record(json.loads(line))
-        except json.JSONDecodeError as error:
-            yield str(number), f"no valid JSON ({error.msg} at column {error.colno}): {line.strip()[:40]!r}"
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            yield str(number), f"is not UTF-8 text (byte {line[error.start]:#x})"
+            continue
+        if text.strip():
+            yield str(number), parse(text)
+
+
+def _parse_json(text: str) -> Record | str:
+    try:
+        return _as_record(json.loads(text))
+    except json.JSONDecodeError as error:
+        return f"no valid JSON ({error.msg} at column {error.colno}): {text.strip()[:40]!r}"
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
+        return f"no usable JSON ({str(error).splitlines()[0]}): {text.strip()[:40]!r}"
 
 
 def _read_json(stream: Any, path: str) -> Iterator[tuple[str, Record | str]]:
-    text = stream.read().decode("utf-8-sig")
-    if text.lstrip()[:1] != "[":
-        yield from _read_json_lines(pa.BufferReader(text.encode()), path)
+    content = stream.read()
+    if content.removeprefix(codecs.BOM_UTF8).lstrip()[:1] != b"[":
+        yield from _read_json_lines(pa.BufferReader(content), path)
         return
+    text = _decode(content, path)
     try:
         items = json.loads(text)
     except json.JSONDecodeError as error:
-        line = text.splitlines()[error.lineno - 1] if text else ""
+        line = text.split("\n")[error.lineno - 1].strip()
         raise RequestError(
-            f"{path}:{error.lineno}: no valid JSON ({error.msg} at column {error.colno}): {line.strip()[:40]!r}; mend the file"
+            f"{path}:{error.lineno}: no valid JSON ({error.msg} at column {error.colno}): {line[:40]!r}; mend the file"
         ) from None
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{path}: no usable JSON ({str(error).splitlines()[0]}); mend the file") from None
     for index, item in enumerate(items):
         yield f"[{index}]", _as_record(item)
 
 
-def _read_text(stream: Any, path: str) -> Iterator[tuple[str, Record | str]]:
-    for number, line in enumerate(_lines(stream), 1):
-        if line.strip():
-            yield str(number), {"text": line}
-
-
 def _read_csv(stream: Any, path: str) -> Iterator[tuple[str, Record | str]]:
-    reader = csv.DictReader(_lines(stream, keep_ends=True))
-    for row in reader:
-        if None in row or None in row.values():
-            yield str(reader.line_num), f"has not the {len(reader.fieldnames or [])} columns of the header line"
-        else:
-            yield str(reader.line_num), dict(row)
+    # The module's own limit of 128 KiB is short of a long document.
+    csv.field_size_limit(sys.maxsize)
+    lines = (_decode(line, path, before) + "\n" for before, line in enumerate(_lines(stream)))
+    reader = csv.reader(lines, strict=True)
+    begin = 1
+    try:
+        columns = next(reader, [])
+        twice = [column for column in columns if columns.count(column) > 1]
+        if twice:
+            raise RequestError(f"{path}:1: two columns are named {twice[0]!r}; give each its own name")
+        begin = reader.line_num + 1
+        for row in reader:
+            if row and len(row) != len(columns):
+                yield str(begin), f"has {len(row)} columns and the header line has {len(columns)}"
+            elif row:
+                yield str(begin), dict(zip(columns, row, strict=True))
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        raise RequestError(f"{path}:{begin}: no valid CSV ({error}); mend this record") from None
 
 
 def _read_arrow(stream: Any, path: str) -> Iterator[tuple[str, Record | str]]:
     try:
-        if path.endswith(".parquet"):
+        if path.lower().removesuffix(".gz").endswith(".parquet"):
             batches = pq.ParquetFile(pa.BufferReader(stream.read())).iter_batches(batch_size=1000)
         else:
             data = pa.BufferReader(stream.read())
@@ -238,7 +283,7 @@ def _read_arrow(stream: Any, path: str) -> Iterator[tuple[str, Record | str]]:
 
 def _read_yaml(stream: Any, path: str) -> Iterator[tuple[str, Record | str]]:
     """A list of records, or a mapping whose ``conversations`` is that list (as chatterbot-corpus has it)."""
-    loader = yaml.CSafeLoader(stream.read().decode("utf-8-sig"))
+    loader = yaml.CSafeLoader(_decode(stream.read(), path))
     try:
         root = loader.get_single_node()
         if isinstance(root, yaml.MappingNode):
@@ -247,13 +292,23 @@ def _read_yaml(stream: Any, path: str) -> Iterator[tuple[str, Record | str]]:
         if not isinstance(root, yaml.SequenceNode):
             raise RequestError(f"{path}: a YAML data file is a list, or has a list under 'conversations'")
         for node in root.value:
-            yield str(node.start_mark.line + 1), _as_record(loader.construct_document(node))
+            yield str(node.start_mark.line + 1), _yaml_record(loader, node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise RequestError(f"{path}{line}: no valid YAML ({getattr(error, 'problem', error)}); mend the file") from None
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise RequestError(f"{path}{line}: no valid YAML ({reason}); mend the file") from None
     finally:
         loader.dispose()
+
+
+def _yaml_record(loader: Any, node: yaml.Node) -> Record | str:
+    try:
+        return _as_record(loader.construct_document(node))
+    except yaml.YAMLError as error:
+        return f"no usable YAML ({getattr(error, 'problem', None) or error})"
+    except ValueError as error:  # 2020-99-99 is taken for a date
+        return f"no usable YAML ({error})"
 
 
 READERS = {
@@ -266,18 +321,28 @@ READERS = {
 }
 
 
-def _lines(stream: Any, keep_ends: bool = False) -> Iterator[str]:
+def _lines(stream: Any) -> Iterator[bytes]:
     """Lines split at \\n (and \\r\\n) alone: characters such as U+2028 do not end a line of JSON."""
     rest = b""
-    first = True
+    mark = codecs.BOM_UTF8
     while chunk := stream.read(1 << 20):
         *whole, rest = (rest + chunk).split(b"\n")
         for line in whole:
-            text = line.decode("utf-8-sig" if first else "utf-8")
-            first = False
-            yield text + "\n" if keep_ends else text.removesuffix("\r")
+            yield line.removeprefix(mark).removesuffix(b"\r")
+            mark = b""
     if rest:
-        yield rest.decode("utf-8-sig" if first else "utf-8").removesuffix("\r")
+        yield rest.removeprefix(mark).removesuffix(b"\r")
+
+
+def _decode(content: bytes, path: str, lines_before: int = 0) -> str:
+    """UTF-8 with or without a byte order mark, of a file that is of no use when a part of it is something else."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = lines_before + content.count(b"\n", 0, error.start) + 1
+        raise RequestError(
+            f"{path}:{line}: is not UTF-8 text (byte {content[error.start]:#x}); write the file again"
+        ) from None
 
 
 def _as_record(item: Any) -> Record | str:
@@ -331,7 +396,9 @@ def _messages(form: str, fields: dict[str, Any]) -> Iterator[Message]:
     if form != "openai" and fields["system"]:
         yield Message("system", _text(fields["system"], "system"))
     if form == "alpaca":
-        for pair in fields["history"] or []:
+        for index, pair in enumerate(_sequence(fields["history"], "history") if fields["history"] else []):
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise ValueError(f"history[{index}] holds {pair!r:.40}, a pair of question and answer belongs there")
             yield Message("user", _text(pair[0], "history"))
             yield Message("assistant", _text(pair[1], "history"))
         instruction, extra = _text(fields["instruction"], "instruction"), _text(fields["input"] or "", "input")
@@ -348,7 +415,7 @@ def _messages(form: str, fields: dict[str, Any]) -> Iterator[Message]:
         for index, turn in enumerate(_sequence(fields[column], column)):
             if not isinstance(turn, dict) or role_key not in turn or turn.get(text_key) is None:
                 raise ValueError(f"{column}[{index}] needs {role_key!r} and {text_key!r}, it is {turn!r:.60}")
-            if turn[role_key] not in roles:
+            if turn[role_key] not in list(roles):
                 raise ValueError(f"{column}[{index}] has the role {turn[role_key]!r}; known: {', '.join(roles)}")
             yield Message(roles[turn[role_key]], _text(turn[text_key], f"{column}[{index}].{text_key}"))  # type: ignore[arg-type]
 
@@ -368,6 +435,10 @@ def _check(messages: tuple[Message, ...]) -> None:
 def _text(value: Any, field: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{field} holds {value!r:.40}, a text belongs there")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{field} holds half a character ({value[error.start]!r}), which no tokenizer takes") from None
     return value
 
 

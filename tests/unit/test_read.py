@@ -1,0 +1,432 @@
+"""Reading: every kind of file and shape of record becomes an example, or a reason with its place."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from raysft.config import RequestError, Source
+from raysft.data.read import find_files, is_held_out, opening, read
+from raysft.records import Example, Message, Rejected
+
+ALPACA = [
+    {"instruction": "Add.", "input": "1 2", "output": "3"},
+    {"instruction": "你好", "input": "", "output": "Hi \u2028 there"},
+]
+AS_MESSAGES = [
+    (Message("user", "Add.\n1 2"), Message("assistant", "3")),
+    (Message("user", "你好"), Message("assistant", "Hi \u2028 there")),
+]
+
+
+@pytest.fixture(autouse=True)
+def _in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def save(name: str, content: str | bytes) -> None:
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def read_all(path: str | list[str], **options) -> list[Example | Rejected]:
+    source = Source.model_validate({"name": "s", "path": path, **options})
+    return [item for file in find_files(source) for item in read(file, source)]
+
+
+def reasons(items: list[Example | Rejected]) -> dict[str, str]:
+    return {item.record: item.reason for item in items if isinstance(item, Rejected)}
+
+
+def refusal(path: str | list[str], **options) -> str:
+    with pytest.raises(RequestError) as caught:
+        read_all(path, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def lines(records: list) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def as_csv(records: list[dict]) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, records[0], lineterminator="\r\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return out.getvalue()
+
+
+def as_parquet(records: list[dict]) -> bytes:
+    out = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(records), out)
+    return out.getvalue()
+
+
+def as_arrow(records: list[dict], new=pa.ipc.new_file) -> bytes:
+    out, table = io.BytesIO(), pa.Table.from_pylist(records)
+    with new(out, table.schema) as writer:
+        writer.write_table(table)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "positions"),
+    [
+        ("a.json", json.dumps(ALPACA), ["[0]", "[1]"]),
+        ("a.json", json.dumps(ALPACA, indent=2), ["[0]", "[1]"]),
+        ("lines.json", lines(ALPACA), ["1", "2"]),
+        ("a.jsonl", lines(ALPACA), ["1", "2"]),
+        ("a.ndjson", lines(ALPACA).rstrip("\n"), ["1", "2"]),
+        ("A.JSONL", lines(ALPACA), ["1", "2"]),
+        ("blank.jsonl", "\n" + lines(ALPACA).replace("\n", "\n\n"), ["2", "4"]),
+        ("crlf.jsonl", lines(ALPACA).replace("\n", "\r\n"), ["1", "2"]),
+        ("bom.jsonl", b"\xef\xbb\xbf" + lines(ALPACA).encode(), ["1", "2"]),
+        ("bom.json", b"\xef\xbb\xbf" + json.dumps(ALPACA).encode(), ["[0]", "[1]"]),
+        ("a.jsonl.gz", gzip.compress(lines(ALPACA).encode()), ["1", "2"]),
+        ("a.json.gz", gzip.compress(json.dumps(ALPACA).encode()), ["[0]", "[1]"]),
+        ("a.csv", as_csv(ALPACA), ["2", "3"]),
+        ("bom.csv", b"\xef\xbb\xbf" + as_csv(ALPACA).encode(), ["2", "3"]),
+        ("a.parquet", as_parquet(ALPACA), ["[0]", "[1]"]),
+        ("a.arrow", as_arrow(ALPACA), ["[0]", "[1]"]),
+        ("stream.arrow", as_arrow(ALPACA, pa.ipc.new_stream), ["[0]", "[1]"]),
+        ("a.yaml", yaml.safe_dump(ALPACA), ["1", "4"]),
+    ],
+)
+def test_every_kind_of_file_gives_the_same_examples_and_names_their_place(name, content, positions):
+    save(name, content)
+    items = read_all(name)
+    assert [item.messages for item in items if isinstance(item, Example)] == AS_MESSAGES
+    assert [item.record for item in items] == [f"{name}:{position}" for position in positions]
+
+
+def test_a_text_file_is_one_text_a_line():
+    save("a.txt", "one\r\n\ntwo \u2028 still two\nthree")
+    assert [(item.record, item.text) for item in read_all("a.txt") if isinstance(item, Example)] == [
+        ("a.txt:1", "one"),
+        ("a.txt:3", "two \u2028 still two"),
+        ("a.txt:4", "three"),
+    ]
+
+
+@pytest.mark.parametrize("head", ["categories: [x]\nconversations:\n", ""])
+def test_a_yaml_corpus_is_a_list_of_turns_by_turns(head):
+    save("a.yml", head + "- - Hi\n  - Hello\n- [a, b, c]\n")
+    first = head.count("\n") + 1
+    items = read_all("a.yml")
+    assert [item.record for item in items] == [f"a.yml:{first}", f"a.yml:{first + 2}"]
+    assert isinstance(items[1], Example)
+    assert items[1].messages == (Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
+
+
+@pytest.mark.parametrize(
+    ("record", "messages"),
+    [
+        (
+            {"instruction": "q", "output": "a", "system": "s", "history": [["x", "y"]]},
+            [("system", "s"), ("user", "x"), ("assistant", "y"), ("user", "q"), ("assistant", "a")],
+        ),
+        ({"instruction": "q", "input": None, "output": "a", "history": None}, [("user", "q"), ("assistant", "a")]),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"},
+            [("system", "s"), ("user", "q"), ("assistant", "a")],
+        ),
+        (
+            {"messages": [{"role": r, "content": r} for r in ("system", "user", "assistant", "tool", "assistant")]},
+            [(r, r) for r in ("system", "user", "assistant", "tool", "assistant")],
+        ),
+        (["q", "a"], [("user", "q"), ("assistant", "a")]),
+        ({"turns": ["q", "a"]}, [("user", "q"), ("assistant", "a")]),
+    ],
+)
+def test_the_format_is_found_from_the_first_record(record, messages):
+    save("a.jsonl", lines([record]))
+    (item,) = read_all("a.jsonl")
+    assert isinstance(item, Example)
+    assert [(message.role, message.content) for message in item.messages] == messages
+
+
+def test_columns_of_other_names_are_mapped():
+    save("a.jsonl", lines([{"ask": "q", "answer": "a", "output": "not this one"}]))
+    (item,) = read_all("a.jsonl", columns={"instruction": "ask", "output": "answer"})
+    assert isinstance(item, Example)
+    assert item.messages == (Message("user", "q"), Message("assistant", "a"))
+
+
+def test_parquet_with_nested_messages_reads_as_json_does():
+    records = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
+    save("a.parquet", as_parquet(records))
+    save("a.jsonl", lines(records))
+    (nested,), (plain,) = read_all("a.parquet"), read_all("a.jsonl")
+    assert isinstance(nested, Example)
+    assert isinstance(plain, Example)
+    assert nested.messages == plain.messages
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (3, "a record is a mapping or a list of turns, this is 3"),
+        (
+            {"instruction": "q"},
+            "column 'output' is not there (columns here: instruction); format alpaca needs it, "
+            "another name can be given in data.train[].columns",
+        ),
+        (
+            {"instruction": "q", "output": None},
+            "column 'output' is null (columns here: instruction, output); format alpaca needs it, "
+            "another name can be given in data.train[].columns",
+        ),
+        (
+            {"foo": 1, "bar": 2},
+            "no known format has the columns foo, bar; name data.train[].format and data.train[].columns",
+        ),
+        ({}, "no known format has the columns (none); name data.train[].format and data.train[].columns"),
+        ({"instruction": "q", "output": 3}, "output holds 3, a text belongs there"),
+        ({"instruction": "q", "output": " \n"}, "turn 1 of the assistant is empty"),
+        ({"instruction": "q", "output": "a", "history": 3}, "history holds 3, a list of turns belongs there"),
+        (
+            {"instruction": "q", "output": "a", "history": [["x"]]},
+            "history[0] holds ['x'], a pair of question and answer belongs there",
+        ),
+        (
+            {"instruction": "\ud800", "output": "a"},
+            "instruction holds half a character ('\\ud800'), which no tokenizer takes",
+        ),
+        ({"messages": []}, "messages holds [], a list of turns belongs there"),
+        ({"messages": "hello"}, "messages holds 'hello', a list of turns belongs there"),
+        ({"messages": ["hello"]}, "messages[0] needs 'role' and 'content', it is 'hello'"),
+        ({"messages": [{"role": "user"}]}, "messages[0] needs 'role' and 'content', it is {'role': 'user'}"),
+        (
+            {"messages": [{"role": "user", "content": None}]},
+            "messages[0] needs 'role' and 'content', it is {'role': 'user', 'content': None}",
+        ),
+        (
+            {"messages": [{"role": "bot", "content": "x"}]},
+            "messages[0] has the role 'bot'; known: system, user, assistant, tool",
+        ),
+        (
+            {"messages": [{"role": ["user"], "content": "x"}]},
+            "messages[0] has the role ['user']; known: system, user, assistant, tool",
+        ),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content holds 3, a text belongs there"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "no assistant turn, so there is nothing to learn"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "the assistant speaks before any user turn"),
+        (
+            {"conversations": [{"from": "observation", "value": "x"}]},
+            "conversations[0] has the role 'observation'; known: human, user, gpt, assistant, system",
+        ),
+        (["q"], "no assistant turn, so there is nothing to learn"),
+        (["q", 3], "turns[1] holds 3, a text belongs there"),
+        ({"text": " "}, "the text is empty"),
+    ],
+)
+def test_an_unusable_record_is_kept_with_its_line_and_reason(record, reason):
+    Path("a.jsonl").write_text("\n" + json.dumps(record) + "\n" + json.dumps(["q", "a"]) + "\n")
+    items = read_all("a.jsonl")
+    assert items[0] == Rejected("s", "a.jsonl:2", reason)
+    assert len(items) == 2
+
+
+def test_one_broken_line_does_not_cost_the_others():
+    save("a.jsonl", b'["q", "a"]\n{"instruction": \n["q", "\xe9"]\n' + b"[" * 100_000 + b'\n["q", "a"]\n')
+    items = read_all("a.jsonl")
+    assert [item.record for item in items if isinstance(item, Example)] == ["a.jsonl:1", "a.jsonl:5"]
+    found = reasons(items)
+    assert found["a.jsonl:2"] == "no valid JSON (Expecting value at column 17): '{\"instruction\":'"
+    assert found["a.jsonl:3"] == "is not UTF-8 text (byte 0xe9)"
+    assert found["a.jsonl:4"].startswith("no usable JSON (maximum recursion depth exceeded")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.json",
+            '[\n ["q", "\u2028"],\n ["q" "a"]]\n',
+            """a.json:3: no valid JSON (Expecting ',' delimiter at column 7): '["q" "a"]]'; mend the file""",
+        ),
+        ("a.json", "[\n", "a.json:2: no valid JSON (Expecting value at column 1): ''; mend the file"),
+        ("a.json", b'[["q",\n"\xe9"]]', "a.json:2: is not UTF-8 text (byte 0xe9); write the file again"),
+        ("a.csv", b"text\nok\n\xe9t\xe9\n", "a.csv:3: is not UTF-8 text (byte 0xe9); write the file again"),
+        ("a.csv", "text,text\na,b\n", "a.csv:1: two columns are named 'text'; give each its own name"),
+        ("a.csv", 'text\nok\n"open\nend\n', "a.csv:3: no valid CSV (unexpected end of data); mend this record"),
+        ("a.yml", "- [a\n- b: [", "a.yml:2: no valid YAML (did not find expected ',' or ']'); mend the file"),
+        (
+            "a.yml",
+            "- \x00",
+            "a.yml: no valid YAML (unacceptable character #x0000: control characters are not allowed); mend the file",
+        ),
+        ("a.yml", "a: b\n", "a.yml: a YAML data file is a list, or has a list under 'conversations'"),
+        ("a.yml", "", "a.yml: a YAML data file is a list, or has a list under 'conversations'"),
+        (
+            "a.xyz",
+            "",
+            "a.xyz: unknown kind of file; known endings: .jsonl .ndjson .json .txt .csv .parquet .arrow .yml .yaml",
+        ),
+    ],
+)
+def test_a_file_that_is_broken_as_a_whole_is_refused_in_one_line(name, content, message):
+    save(name, content)
+    assert refusal(name) == message
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl.gz", b"no gzip"),
+        ("a.jsonl.gz", gzip.compress(lines(ALPACA).encode() * 50)[:-12]),
+        ("a.parquet", b"PAR1"),
+        ("a.parquet", as_parquet(ALPACA)[:-20]),
+        ("a.arrow", b""),
+    ],
+)
+def test_a_damaged_binary_file_is_refused_in_one_line(name, content):
+    save(name, content)
+    message = refusal(name)
+    assert message.startswith(f"{name}: cannot be read (")
+    assert message.endswith("); write the file again")
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "a.txt"])
+def test_an_empty_file_has_no_records(name):
+    save(name, "")
+    assert read_all(name) == []
+
+
+def test_csv_counts_lines_of_the_file_and_keeps_long_and_broken_fields():
+    long = "x" * 300_000
+    save("a.csv", f'text,n\r\n"a\r\nb",1\r\n\r\nshort\r\n{long},2\r\na,b,c\r\n')
+    items = read_all("a.csv")
+    assert [(item.record, item.text) for item in items if isinstance(item, Example)] == [
+        ("a.csv:2", "a\nb"),
+        ("a.csv:6", long),
+    ]
+    assert reasons(items) == {
+        "a.csv:5": "has 1 columns and the header line has 2",
+        "a.csv:7": "has 3 columns and the header line has 2",
+    }
+
+
+def test_yaml_that_is_no_text_is_rejected_record_by_record():
+    save("a.yml", "- [q, yes]\n- [q, 2020-99-99]\n- [q, a]\n")
+    items = read_all("a.yml")
+    assert reasons(items) == {
+        "a.yml:1": "turns[1] holds True, a text belongs there",
+        "a.yml:2": "no usable YAML (month must be in 1..12)",
+    }
+    assert len(items) == 3
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("d", ["d/a.txt", "d/b/c.txt", "d/b/d.json", "d/x[1].txt"]),
+        ("d/", ["d/a.txt", "d/b/c.txt", "d/b/d.json", "d/x[1].txt"]),
+        ("d/*.txt", ["d/a.txt", "d/x[1].txt"]),
+        ("d/**/*.txt", ["d/a.txt", "d/b/c.txt", "d/x[1].txt"]),
+        ("**/c.*", ["d/b/c.txt"]),
+        ("d/?.txt", ["d/a.txt"]),
+        ("d/[ab].txt", ["d/a.txt"]),
+        ("d/x[1].txt", ["d/x[1].txt"]),
+        (["d/b/c.txt", "d/a.txt"], ["d/b/c.txt", "d/a.txt"]),
+        ("./d/a.txt", ["d/a.txt"]),
+        ("package:fake_package/data/*.txt", ["fake_package/data/a.txt"]),
+    ],
+)
+def test_paths_name_files_folders_globs_lists_and_packages(path, found, monkeypatch):
+    for name in ("d/a.txt", "d/b/c.txt", "d/b/d.json", "d/x[1].txt", "d/.hidden.txt", "d/.git/e.txt"):
+        save(name, name)
+    for name in ("fake_package/__init__.py", "fake_package/data/a.txt"):
+        save(name, "raise ImportError('data is found without importing its package')\n")
+    monkeypatch.setattr(sys, "path", [str(Path.cwd()), *sys.path])
+    assert [file.path for file in find_files(Source(name="s", path=path))] == found
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("none.txt", "source 's': none.txt matches no file; check data path and working directory"),
+        ("*.txt", "source 's': *.txt matches no file; check data path and working directory"),
+        ("none/", "source 's': none/ matches no file; check data path and working directory"),
+        (["a.json", "*.json"], "source 's': *.json matches a.json a second time; name it once"),
+        (
+            "package:no_such_thing/x",
+            "source 's': package:no_such_thing/x: Python package 'no_such_thing' is not installed; pip install it",
+        ),
+        (
+            "nope://bucket/x",
+            "source 's': nope://bucket/x cannot be read (Unrecognized filesystem type in URI: nope://bucket/x); "
+            "check the path and its credentials",
+        ),
+    ],
+)
+def test_a_path_without_files_is_refused(path, message):
+    save("a.json", "[]")
+    assert refusal(path) == message
+
+
+def test_a_files_identity_is_its_content():
+    for name, content in (("a.txt", "x"), ("b.txt", "x"), ("c.txt", "y")):
+        save(name, content)
+    a, b, c = (file.identity for file in find_files(Source(name="s", path="*.txt")))
+    assert a == b != c
+
+
+def test_real_data_reads_without_loss():
+    folder = Path(__file__).parents[3] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("needs the demo data")
+    for name, count in (("alpaca_en_demo.json", 999), ("identity.json", 91)):
+        items = read_all(str(folder / name))
+        assert len(items) == count
+        assert not reasons(items)
+    conversations = read_all(str(folder / "glaive_toolcall_en_demo.json"))
+    assert len(conversations) == 300
+    assert all("has the role 'function_call'" in reason for reason in reasons(conversations).values())
+
+
+def conversation(question: str, answer: str = "a") -> Example:
+    return Example("s", "f:1", (Message("system", "s"), Message("user", question), Message("assistant", answer)))
+
+
+@pytest.mark.parametrize(
+    ("text", "held_out"),
+    # Written down once: a changed hash would train on what earlier runs held out.
+    [
+        ("Hello, World!", False),
+        ("hello world", False),
+        ("What is AI?", False),
+        ("Tell me a joke", False),
+        ("你好", True),
+        ("How are you?", True),
+        ("?!", True),
+    ],
+)
+def test_the_side_of_an_opening_never_changes(text, held_out):
+    assert is_held_out(conversation(text), 0.5) == held_out
+    assert is_held_out(Example("t", "g:2", text=text), 0.5) == held_out
+
+
+def test_examples_that_open_alike_stay_on_one_side():
+    assert opening(conversation("Hello,  World!")) == opening(conversation("hello world", "another")) == "hello world"
+    assert opening(conversation("?!")) == "?!"
+    assert opening(Example("s", "f:1", text="Ein Text.")) == "ein text"
+
+
+def test_the_held_out_share_is_about_as_asked_and_grows_with_it():
+    examples = [conversation(f"question {number}") for number in range(4000)]
+    sides = {share: {e.messages[1] for e in examples if is_held_out(e, share)} for share in (0.0, 0.1, 0.5)}
+    assert not sides[0.0]
+    assert 320 <= len(sides[0.1]) <= 480
+    assert 1850 <= len(sides[0.5]) <= 2150
+    assert sides[0.1] <= sides[0.5]
