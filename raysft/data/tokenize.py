@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from raysft.config import RequestError
 from raysft.data.render import assistant_spans, labelled, prompt_messages
 from raysft.records import IGNORED, Example, Message, Rejected
 
@@ -48,8 +49,13 @@ class Tokenizer:
     """Also give prompt and reference of each conversation, for generation."""
 
     def __call__(self, examples: Sequence[Example]) -> Iterator[Tokenized | Rejected]:
-        """Tokenize a batch of examples in one pass; an example may give several pieces (long texts) or be rejected."""
+        """Tokenize a batch of examples in one pass; an example may give several pieces (long texts) or be rejected.
+
+        Raises:
+            RequestError: the tokenizer has not what examples of this shape need.
+        """
         tokenizer = load_tokenizer(self.model)
+        _check(tokenizer, examples)
         rendered: list[tuple[Example, str, list[tuple[int, int]]] | Rejected] = []
         for example in examples:
             try:
@@ -122,6 +128,18 @@ def load_tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model)
+
+
+def _check(tokenizer: Any, examples: Sequence[Example]) -> None:
+    for example in examples:
+        if example.messages and not tokenizer.chat_template:
+            raise RequestError(
+                f"{example.record}: is a conversation and the model's tokenizer has no chat template; take an instruct model"
+            )
+        if not example.messages and tokenizer.eos_token_id is None:
+            raise RequestError(
+                f"{example.record}: is a text and the model's tokenizer has no token that ends one; set its eos_token"
+            )
 
 
 def _template(tokenizer: Any) -> Any:
