@@ -21,13 +21,15 @@ def pack(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
         in the order given.
 
     Raises:
-        ValueError: an example is longer than ``capacity``.
+        ValueError: an example is longer than ``capacity``, or has no token.
 
     >>> [row.tolist() for row in pack(np.array([3, 5, 2]), capacity=5)]
     [[1], [0, 2]]
     """
     if len(lengths) and lengths.max() > capacity:
         raise ValueError(f"an example has {lengths.max()} tokens and a row holds {capacity}")
+    if len(lengths) and lengths.min() < 1:
+        raise ValueError(f"an example has {lengths.min()} tokens, so no row would hold it")
     patterns = _patterns(
         np.bincount(lengths, minlength=capacity + 1) if len(lengths) else np.zeros(capacity + 1, int), capacity
     )

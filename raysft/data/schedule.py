@@ -72,7 +72,7 @@ class Schedule:
         if epoch >= len(self.epoch_ends):
             return float(len(self.epoch_ends))
         start = self.epoch_ends[epoch - 1] if epoch else 0
-        return epoch + (rows - start) / max(1, self.epoch_ends[epoch] - start)
+        return float(epoch + (rows - start) / max(1, self.epoch_ends[epoch] - start))
 
     def _per_step(self, values: np.ndarray) -> np.ndarray:
         totals = np.concatenate([[0], np.cumsum(values[self.examples], dtype=np.int64)])
