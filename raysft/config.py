@@ -196,7 +196,7 @@ class GenerateSection(Section):
     num_actors: Positive | None = None
     """Engines that work in parallel. Default: one per GPU, or one per node without GPU."""
     max_examples: Positive | None = None
-    """Generate for the first N examples of each evaluation set only."""
+    """Generate for N examples only, spread evenly over each evaluation set."""
     batch_size: Positive = 32
     """Prompts that an engine completes at once."""
     max_new_tokens: Positive = 1024

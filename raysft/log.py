@@ -87,6 +87,7 @@ class Journal:
         self._mend()
         self._launched = time.time()
         self._setup: dict[str, Any] = {}
+        self._set_up = 0.0
         self.timings: dict[str, float] = {}
         """Where the seconds to the first step went; empty until it was done."""
 
@@ -107,7 +108,7 @@ class Journal:
                 method(content)
 
     def _begin(self, content: dict[str, Any]) -> None:
-        self._setup = content
+        self._setup, self._set_up = content, time.time()
         whole, trained = content["parameters"], content["trained_parameters"]
         self._terminal.line(
             f"model: {whole / 1e6:,.1f}M parameters, {trained / 1e6:,.2f}M of them trained ({trained / whole:.2%})"
@@ -121,6 +122,7 @@ class Journal:
                 "seconds_to_launch": round(self._launched - born, 2),
                 "seconds_to_load_model": round(self._setup["model_seconds"], 2),
                 "seconds_to_wait_for_data": round(self._setup["data_wait_seconds"], 2),
+                "seconds_to_evaluate": round(now - self._set_up - record.step_seconds, 2),
                 "seconds_of_first_step": record.step_seconds,
             }
         self._terminal.line(record.line())

@@ -213,7 +213,7 @@ def generate_predictions(it: Opened) -> None:
 def _prepared(config: Config) -> tuple[str, Prepared]:
     from raysft.train.model import find_model
 
-    model = find_model(config.model.path, config.cache_directory)
+    model = find_model(config.model.path, config.cache_directory, Terminal().line)
     return model, prepare(config, model)
 
 

@@ -375,38 +375,38 @@ def load(path: Path, reused: bool = False) -> Manifest:
 
 
 def write_prompts(manifests: Sequence[Manifest], path: Path, max_examples: int | None) -> int:
-    """Gather the prompts of evaluation sets into one Parquet file for generation.
+    """Gather prompts of evaluation sets, spread evenly over each of them, into one Parquet file for generation.
 
     Columns: ``id`` (unique), ``source``, ``prompt``, ``input_ids`` (list of int32), ``label``.
 
     Returns:
         Their number.
     """
-    tables = []
-    for manifest in manifests:
-        left = max_examples if max_examples is not None else len(manifest)
-        for shard in manifest.shard_paths():
-            if left <= 0:
-                break
-            table = pq.read_table(shard, columns=["source", "record", "prompt", "prompt_ids", "reference"]).slice(
-                0, left
-            )
-            left -= len(table)
-            sources, records = table["source"].to_pylist(), table["record"].to_pylist()
-            names = [f"{source}/{record}" for source, record in zip(sources, records, strict=True)]
-            tables.append(
-                pa.table(
-                    {
-                        "id": pa.array(names, pa.string()),
-                        "source": table["source"].cast(pa.string()),
-                        "prompt": table["prompt"],
-                        "input_ids": table["prompt_ids"],
-                        "label": table["reference"],
-                    }
-                )
-            )
-    whole = pa.concat_tables(tables)
+    whole = pa.concat_tables([table for manifest in manifests for table in _prompts(manifest, max_examples)])
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     pq.write_table(whole, draft)
     draft.replace(path)
     return len(whole)
+
+
+def _prompts(manifest: Manifest, max_examples: int | None) -> Iterator[pa.Table]:
+    # Files often hold what is alike side by side: the first N would be N of a kind.
+    count = min(max_examples or len(manifest), len(manifest))
+    chosen = np.linspace(0, len(manifest) - 1, count).round().astype(np.int64)
+    ends = manifest.shard_ends()
+    for shard, path in enumerate(manifest.shard_paths()):
+        first = int(ends[shard - 1]) if shard else 0
+        here = chosen[(chosen >= first) & (chosen < ends[shard])] - first
+        if not len(here):
+            continue
+        table = pq.read_table(path, columns=["source", "record", "prompt", "prompt_ids", "reference"]).take(pa.array(here))
+        sources, records = table["source"].to_pylist(), table["record"].to_pylist()
+        yield pa.table(
+            {
+                "id": pa.array([f"{source}/{record}" for source, record in zip(sources, records, strict=True)]),
+                "source": pa.array(sources),
+                "prompt": table["prompt"],
+                "input_ids": table["prompt_ids"],
+                "label": table["reference"],
+            }
+        )

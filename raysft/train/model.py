@@ -5,15 +5,19 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib.util
+import logging
+import os
 import shutil
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 from raysft.config import Config, RequestError
 
 
-def find_model(path: str, cache: Path) -> str:
+def find_model(path: str, cache: Path, say: Callable[[str], None]) -> str:
     """A folder (or hub id) that every later stage can load from.
 
     A GGUF file is de-quantized to safetensors once, in the cache; whoever comes second waits for the first one's.
@@ -21,6 +25,7 @@ def find_model(path: str, cache: Path) -> str:
     Args:
         path: ``model.path``.
         cache: folder for converted models.
+        say: takes a line for people where it takes a while.
 
     Raises:
         RequestError: there is no such model.
@@ -36,7 +41,7 @@ def find_model(path: str, cache: Path) -> str:
     if path.endswith(".gguf"):
         if not Path(path).is_file():
             raise RequestError(f"model.path={path}: there is no such GGUF file")
-        return _converted(Path(path), cache)
+        return _converted(Path(path), cache, say)
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").exists():
@@ -61,7 +66,7 @@ def _on_hub(path: str) -> str:
     return path
 
 
-def _converted(file: Path, cache: Path) -> str:
+def _converted(file: Path, cache: Path, say: Callable[[str], None]) -> str:
     with file.open("rb") as stream:
         key = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
     target = cache / "models" / f"{file.stem}-{key}"
@@ -74,21 +79,30 @@ def _converted(file: Path, cache: Path) -> str:
         if not (target / "config.json").exists():
             draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
             try:
-                _convert(file, draft)
+                say(f"model: {file.name} is converted to safetensors, once, in {target}")
+                with _quiet():
+                    _convert(file, draft)
                 draft.replace(target)
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
     return str(target)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bars of transformers, and without DeepSpeed's word, when saving imports it, that there is no GPU."""
+    logging.disable(logging.WARNING)
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def _convert(file: Path, folder: Path) -> None:
-    import deepspeed.utils
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    deepspeed.utils.logger.setLevel("ERROR")  # saving asks DeepSpeed, which would tell people that they have no GPU
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)

@@ -1,0 +1,263 @@
+"""Whole runs through the command line, on a local Ray cluster of 2 CPUs, with a tiny model."""
+
+import json
+import math
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+import raysft
+from raysft.cli import main
+from raysft.config import load
+from raysft.records import read_jsonl
+from tests.tiny import SENTENCES, tiny_model
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+@pytest.fixture(scope="module")
+def local_ray():
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny model, conversations and texts, and a config for each stage."""
+    folder = tmp_path_factory.mktemp("run")
+    tiny_model(folder / "base")
+    words = " ".join(SENTENCES).split()
+    with (folder / "chat.jsonl").open("w") as file:
+        for index in range(80):
+            question = " ".join(words[index % 40 : index % 40 + 4]) + f" {index}"
+            answer = " ".join(words[(index * 7) % 40 : (index * 7) % 40 + 5])
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    (folder / "texts.txt").write_text("\n".join(" ".join(words[i % 30 : i % 30 + 20]) for i in range(60)) + "\n")
+    (folder / "more.txt").write_text("\n".join(SENTENCES) + "\n")
+    (folder / "sft.yaml").write_text(SFT.format(folder=folder))
+    (folder / "pt.yaml").write_text(PT.format(folder=folder))
+    return folder
+
+
+SFT = """
+run: {{storage: {folder}/runs, seed: 1}}
+model: {{path: {folder}/base, finetuning: full}}
+data:
+  train: [{{name: chat, path: {folder}/chat.jsonl}}]
+  holdout: 0.2
+  sequence_length: 128
+train: {{epochs: 2, rows_per_step: 4, learning_rate: 1.0e-2, zero_stage: 2, save_every_steps: 3, eval_every_steps: 3}}
+scaling: {{num_workers: 2, cpus_per_worker: 0.75, threads_per_worker: 1}}
+generate: {{max_examples: 6, max_new_tokens: 8, do_sample: false, batch_size: 4}}
+"""
+PT = """
+stage: pt
+run: {{storage: {folder}/runs, seed: 1}}
+model: {{path: {folder}/base, finetuning: full}}
+data:
+  train: [{{name: texts, path: {folder}/texts.txt}}]
+  eval: [{{name: more, path: {folder}/more.txt}}, {{name: same, path: {folder}/texts.txt, max_examples: 5}}]
+  sequence_length: 64
+train: {{rows_per_step: 4, learning_rate: 1.0e-2}}
+scaling: {{threads_per_worker: 1}}
+"""
+
+
+def results(run: Path, stage: str) -> dict:
+    return json.loads((run / f"{stage}_results.json").read_text())
+
+
+def steps_of(run: Path) -> list[dict]:
+    return [record for record in read_jsonl(run / "trainer_log.jsonl") if "loss" in record]
+
+
+@pytest.fixture(scope="module")
+def sft_run(folder) -> Path:
+    """A whole supervised run on 2 workers."""
+    assert main(["run", str(folder / "sft.yaml")]) == 0
+    return folder / "runs" / "sft"
+
+
+def test_a_run_leaves_everything_that_a_run_directory_holds(sft_run):
+    names = {path.name for path in sft_run.iterdir()}
+    assert names >= {
+        "config.yaml",
+        "plan.json",
+        "trainer_log.jsonl",
+        "trainer_state.json",
+        "train_results.json",
+        "eval_results.json",
+        "predict_results.json",
+        "all_results.json",
+        "generated_predictions.jsonl",
+        "generated_predictions_base.jsonl",
+        "training_loss.png",
+        "training_eval_loss.png",
+        "rejected.jsonl",
+        "checkpoints",
+        "model",
+        "README.md",
+    }
+    assert not [name for name in names if name.endswith(".partial")]
+
+
+def test_steps_are_as_planned(sft_run):
+    plan = json.loads((sft_run / "plan.json").read_text())
+    steps = steps_of(sft_run)
+    assert [step["current_steps"] for step in steps] == list(range(1, plan["steps"] + 1))
+    assert sum(step["trained_tokens"] for step in steps) == plan["trained_tokens"]
+    assert steps[-1]["total_tokens"] == plan["tokens"]
+    assert steps[-1]["rows"] == plan["rows"]
+    assert steps[-1]["epoch"] == 2
+
+
+def test_what_was_learnt_is_in_the_results(sft_run):
+    log = list(read_jsonl(sft_run / "trainer_log.jsonl"))
+    before = next(record for record in log if record.get("current_steps") == 0)
+    after = results(sft_run, "eval")
+    assert after["eval_loss"] < 0.85 * before["eval_loss"]
+    assert after["eval_perplexity"] == pytest.approx(math.exp(after["eval_loss"]))
+    assert {3, 6} <= {record["current_steps"] for record in log if "eval_loss" in record}
+    whole = results(sft_run, "all")
+    assert {"train_loss", "eval_loss", "predict_rouge-1", "predict_bleu-4", "base_predict_rouge-l"} <= whole.keys()
+
+
+def test_the_same_seed_gives_the_same_numbers_on_one_worker(folder, sft_run):
+    arguments = ["train", str(folder / "sft.yaml"), "run.name=again", "scaling.num_workers=1", "data.cache=" + str(folder / "cache")]
+    assert main(arguments) == 0
+    again = folder / "runs" / "again"
+    for one, other in zip(steps_of(sft_run), steps_of(again), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+        assert one["trained_tokens"] == other["trained_tokens"]
+    assert results(again, "eval")["eval_loss"] == pytest.approx(results(sft_run, "eval")["eval_loss"], rel=1e-5)
+
+
+def test_evaluate_alone_gives_what_training_ended_with(folder, sft_run):
+    before = results(sft_run, "eval")
+    assert main(["evaluate", str(folder / "sft.yaml")]) == 0
+    after = results(sft_run, "eval")
+    assert after.keys() == before.keys()
+    for key, value in before.items():
+        assert after[key] == pytest.approx(value, rel=1e-5), key
+
+
+def test_a_finished_run_is_not_trained_again(folder, sft_run, capsys):
+    steps = len(steps_of(sft_run))
+    predictions = (sft_run / "generated_predictions.jsonl").read_text()
+    assert main(["run", str(folder / "sft.yaml")]) == 0
+    assert "is trained already" in capsys.readouterr().out
+    assert len(steps_of(sft_run)) == steps
+    assert (sft_run / "generated_predictions.jsonl").read_text() == predictions
+
+
+def test_a_run_directory_belongs_to_one_config(folder, sft_run, capsys):
+    assert main(["train", str(folder / "sft.yaml"), "train.learning_rate=0.5"]) == 2
+    error = capsys.readouterr().err
+    assert "belongs to another config: train.learning_rate is 0.01 there and 0.5 here" in error
+    assert error.count("\n") == 1
+
+
+def test_predictions_are_those_of_the_exported_model(folder, sft_run, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert main(["export", str(sft_run), "--output", str(folder / "exported")]) == 0
+    model = AutoModelForCausalLM.from_pretrained(folder / "exported")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "exported")
+    rows = list(read_jsonl(sft_run / "generated_predictions.jsonl"))
+    assert len(rows) == 6
+    for row in rows:
+        ids = tokenizer(row["prompt"], return_tensors="pt", add_special_tokens=False)
+        out = model.generate(**ids, max_new_tokens=8, do_sample=False)
+        assert tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True) == row["predict"]
+    assert main(["export", str(sft_run), "--output", str(folder / "exported")]) == 2
+    assert "choose another" in capsys.readouterr().err
+
+
+class KillAWorker:
+    """Kills a training worker (SIGKILL) when a step is done, once."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.killed = step, 0
+
+    def on_step(self, record) -> None:
+        if record.current_steps == self.step and not self.killed:
+            for process in psutil.Process().children(recursive=True):
+                if "RayTrainWorker" in process.name() or any("RayTrainWorker" in part for part in process.cmdline()):
+                    process.kill()
+                    self.killed += 1
+                    return
+
+
+def test_a_killed_worker_loses_and_repeats_nothing(folder, sft_run):
+    """Killed after step 4, the training goes on from the checkpoint of step 3 and ends like one that was left alone."""
+    kill = KillAWorker(step=4)
+    raysft.run_sft(load(folder / "sft.yaml", ["run.name=killed", "generate.enabled=false"]), callbacks=[kill])
+    assert kill.killed == 1
+    killed = folder / "runs" / "killed"
+    last = {step["current_steps"]: step for step in steps_of(killed)}
+    assert len(steps_of(killed)) > len(last), "the steps after the checkpoint were trained again"
+    for step in steps_of(sft_run):
+        assert last[step["current_steps"]]["loss"] == pytest.approx(step["loss"], rel=1e-5)
+        assert last[step["current_steps"]]["rows"] == step["rows"]
+    assert results(killed, "eval")["eval_loss"] == pytest.approx(results(sft_run, "eval")["eval_loss"], rel=1e-5)
+
+
+def test_pre_training_has_a_perplexity_for_each_evaluation_set(folder, capsys):
+    assert main(["run", str(folder / "pt.yaml")]) == 0
+    run = folder / "runs" / "pt"
+    evaluation = results(run, "eval")
+    for name in ("more", "same"):
+        assert evaluation[f"eval_{name}_perplexity"] == pytest.approx(math.exp(evaluation[f"eval_{name}_loss"]))
+    tokens = evaluation["eval_more_tokens"] + evaluation["eval_same_tokens"]
+    mean = (
+        evaluation["eval_more_loss"] * evaluation["eval_more_tokens"] + evaluation["eval_same_loss"] * evaluation["eval_same_tokens"]
+    )
+    assert evaluation["eval_loss"] == pytest.approx(mean / tokens)
+    assert not (run / "generated_predictions.jsonl").exists()
+    assert "held-out loss" in capsys.readouterr().out
+
+
+def test_check_plans_without_training(folder, sft_run, capsys):
+    assert main(["check", str(folder / "sft.yaml"), "run.name=planned"]) == 0
+    out = capsys.readouterr().out
+    plan = json.loads((sft_run / "plan.json").read_text())
+    assert f"rows: {plan['rows']}" in out
+    assert "resources: 2 CPUs and 0 GPUs wanted, 2 CPUs and 0 GPUs there" in out
+    assert not (folder / "runs" / "planned").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("scaling.num_workers=5", "scaling.num_workers=5 wants 3.75 CPUs"),
+        ("scaling.use_gpu=true", "GPUs"),
+        ("scaling.cpus_per_worker=1", "leaves no CPU for data tasks"),
+        ("data.sequence_length=16", "raise it, or set data.overlong=drop"),
+    ],
+)
+def test_what_cannot_run_is_refused_at_once(folder, capsys, override, message):
+    assert main(["run", str(folder / "sft.yaml"), "run.name=refused", override]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (folder / "runs" / "refused").exists()
+
+
+def test_show_prints_packed_rows(folder, capsys):
+    assert main(["show", str(folder / "sft.yaml"), "--rows", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("── row ") == 2
+    assert "<|im_end|>⟧" in out
+
+
+def test_prepare_writes_shards_once(folder, capsys):
+    arguments = ["prepare", str(folder / "sft.yaml"), "run.name=prepared", f"data.cache={folder}/other"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.count("written: ") == 2
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.count("reused: ") == 2
