@@ -1,0 +1,40 @@
+"""Tokenized shards made here and now, without Ray."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from raysft.config import Config, parse
+from raysft.data.shards import Manifest, Part, ShardSet, _write_shards, load, save, shard_set
+
+
+def write_records(path: Path, records: Sequence[Any]) -> None:
+    """Write one JSON record a line."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def data_config(folder: Path, names: Sequence[str] = ("a",), stage: str = "sft", **data: Any) -> Config:
+    """A config whose sources are ``{name}.jsonl`` in ``folder``, with the cache there."""
+    sources = [{"name": name, "path": str(folder / f"{name}.jsonl")} for name in names]
+    return parse(
+        {
+            "stage": stage,
+            "run": {"storage": str(folder)},
+            "model": {"path": "m"},
+            "data": {"train": sources, "sequence_length": 64, **data},
+        }
+    )
+
+
+def the_set(config: Config, model: str, source: int = 0, part: Part = "all", with_prompts: bool = False) -> ShardSet:
+    """What is to be tokenized of one source."""
+    return shard_set(config, config.data.train[source], part, model, with_prompts)
+
+
+def written(each: ShardSet) -> Manifest:
+    """Tokenize a set in this process, and give its manifest."""
+    save(each, list(_write_shards(each, each.files)))
+    return load(each.manifest)

@@ -1,0 +1,188 @@
+"""Rows: what a worker gets is the examples as they were tokenized, side by side, each in its place and step."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from raysft.data import schedule, shards, stream
+from raysft.data.stream import Batch, Rows, _shares, as_batches, share
+from raysft.records import IGNORED
+from tests.shards import data_config, the_set, write_records, written
+from tests.tiny import tiny_tokenizer
+
+CAPACITY = 128
+WORDS = ["the", "capital", "of", "France", "is", "Paris", "and", "a", "list", "of", "three", "animals"]
+
+
+def records(count: int, seed: int) -> list[list[str]]:
+    random = np.random.default_rng(seed)
+    return [[" ".join(random.choice(WORDS, random.integers(1, 5))) for _ in range(2)] for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = str(tmp_path_factory.mktemp("model"))
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory, model) -> Rows:
+    """Two sources in several shards each."""
+    folder: Path = tmp_path_factory.mktemp("stream")
+    write_records(folder / "a.jsonl", records(70, 1))
+    write_records(folder / "b.jsonl", records(45, 2))
+    config = data_config(folder, ["a", "b"], sequence_length=CAPACITY)
+    sets = [the_set(config, model, source) for source in range(2)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "SHARD_EXAMPLES", 20)
+        manifests = [written(each) for each in sets]
+    assert [len(manifest.shards) for manifest in manifests] == [4, 3]
+    rows = Rows(manifests=tuple(str(each.manifest) for each in sets), capacity=CAPACITY, rows_per_step=4, epochs=2)
+    assert len(rows.schedule.examples) > 3 * rows.schedule.rows, "rows hold too few examples to show anything"
+    return rows
+
+
+@pytest.fixture(scope="module")
+def originals(rows) -> list[tuple[list[int], list[int]]]:
+    """Ids and labels of all examples, in the order of the manifests, read from the shards as they are."""
+    found = []
+    for manifest in rows._loaded:
+        for path in manifest.shard_paths():
+            table = pq.read_table(path)
+            found += zip(table["input_ids"].to_pylist(), table["labels"].to_pylist(), strict=True)
+    return found
+
+
+def taken_apart(batch: Batch, index: int) -> list[tuple[list[int], list[int]]]:
+    """Ids and labels of each example in a row, parted where positions start again."""
+    tokens = int(batch["tokens"][index])
+    ids, labels, positions = (batch[name][index, :tokens] for name in ("input_ids", "labels", "position_ids"))
+    starts = [*np.flatnonzero(positions == 0).tolist(), tokens]
+    return [(ids[start:end].tolist(), labels[start:end].tolist()) for start, end in pairwise(starts)]
+
+
+def trained(batch: Batch) -> int:
+    return int((batch["labels"] != IGNORED).sum())
+
+
+def same(left: Batch, right: Batch) -> bool:
+    return left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_rows_hold_the_examples_of_the_schedule_as_they_were_tokenized(rows, originals, packing):
+    rows = replace(rows, packing=packing)
+    batch = rows.batch(range(rows.schedule.rows))
+    for index in range(rows.schedule.rows):
+        expected = [originals[example] for example in rows.schedule.row(index)]
+        assert taken_apart(batch, index) == [(ids, [IGNORED, *labels[1:]]) for ids, labels in expected]
+    assert batch["tokens"].sum() == 2 * sum(len(ids) for ids, _ in originals)
+
+
+def test_positions_start_again_at_each_example_and_where_padding_begins(rows):
+    batch = rows.batch(range(rows.schedule.rows))
+    for index in range(rows.schedule.rows):
+        lengths = [len(ids) for ids, _ in taken_apart(batch, index)]
+        assert len(lengths) == len(rows.schedule.row(index))
+        parts = [*lengths, CAPACITY - sum(lengths)]
+        assert batch["position_ids"][index].tolist() == [place for part in parts for place in range(part)]
+        assert (batch["labels"][index, sum(lengths) :] == IGNORED).all()
+
+
+def test_the_first_token_of_each_example_has_no_label_even_where_the_prompt_is_trained_on(model, tmp_path):
+    write_records(tmp_path / "a.jsonl", records(20, 3))
+    each = the_set(data_config(tmp_path, train_on_prompt=True, sequence_length=CAPACITY), model)
+    manifest = written(each)
+    whole = Rows((str(each.manifest),), CAPACITY, rows_per_step=3)
+    batch = whole.batch(range(whole.schedule.rows))
+    assert (batch["labels"][batch["position_ids"] == 0] == IGNORED).all()
+    assert trained(batch) == manifest.trained.sum() == (manifest.lengths - 1).sum()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+def test_labels_of_a_step_add_up_to_what_its_loss_is_divided_by_however_many_workers_share_it(rows, workers):
+    steps = [list(rows.steps(0, worker, workers)) for worker in range(workers)]
+    assert {len(each) for each in steps} == {rows.schedule.steps}
+    for step in range(rows.schedule.steps):
+        assert sum(trained(each[step]) for each in steps) == rows.schedule.step_trained[step]
+        assert sum(each[step]["tokens"].sum() for each in steps) == rows.schedule.step_tokens[step]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4, 5])
+def test_a_steps_rows_are_shared_out_once_in_order_and_the_rest_are_fillers(workers):
+    for step, expected in ((0, [0, 1, 2, 3]), (1, [4, 5, 6, 7]), (2, [8, 9])):
+        shares = [share(10, 4, step, worker, workers).tolist() for worker in range(workers)]
+        assert len({len(each) for each in shares}) == 1
+        numbers = [number for each in shares for number in each]
+        assert [number for number in numbers if number >= 0] == expected
+        assert len(numbers) < 4 + workers
+
+
+def test_a_filler_row_has_no_labels_and_no_tokens(rows):
+    batch = rows.batch([0, -1])
+    assert batch["row"].tolist() == [0, -1]
+    assert batch["tokens"][1] == 0
+    assert (batch["labels"][1] == IGNORED).all()
+    assert batch["position_ids"][1].tolist() == list(range(CAPACITY))
+
+
+def test_a_later_start_gives_the_rest_of_the_same_steps(rows):
+    whole, rest = list(rows.steps(0, 1, 2)), list(rows.steps(3, 1, 2))
+    assert len(rest) == len(whole) - 3
+    assert all(same(left, right) for left, right in zip(whole[3:], rest, strict=True))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("first", [0, 5])
+@pytest.mark.parametrize(
+    ("share_tokens", "piece_rows", "group"), [(1 << 18, 4096, 10_000), (2 * 4 * CAPACITY, 8, 40), (1, 1, 1)]
+)
+def test_what_tasks_hand_out_in_turn_is_what_each_worker_would_read_itself(
+    rows, monkeypatch, workers, first, share_tokens, piece_rows, group
+):
+    monkeypatch.setattr(stream, "SHARE_TOKENS", share_tokens)
+    monkeypatch.setattr(stream, "PIECE_ROWS", piece_rows)
+    monkeypatch.setattr(schedule, "GROUP_EXAMPLES", group)
+    rows = replace(rows)
+    tables = [table for piece in rows._pieces(first, workers) for table in _shares({"piece": [piece]})]
+    assert {table.num_rows for table in tables} == {1}
+    for worker in range(workers):
+        dealt = list(rows.batches(tables[worker::workers], workers))
+        read = list(rows.steps(first, worker, workers))
+        assert len(dealt) == len(read) == rows.schedule.steps - first
+        assert all(same(left, right) for left, right in zip(dealt, read, strict=True))
+
+
+def test_a_share_comes_apart_into_its_steps(rows):
+    places = rows._places([0, 1, 2, -1])
+    (table,) = _shares({"piece": [{"shares": [places], "paths": rows._shards[0], "capacity": CAPACITY}]})
+    first, second = as_batches(table, 2)
+    assert same(first, rows.batch([0, 1]))
+    assert same(second, rows.batch([2, -1]))
+
+
+def test_places_name_the_shard_and_the_position_in_it(rows):
+    places = rows._places([3, -1, 0])
+    expected = [*rows.schedule.row(3), *rows.schedule.row(0)]
+    assert places.counts.tolist() == [len(rows.schedule.row(3)), 0, len(rows.schedule.row(0))]
+    sizes = [20, 20, 20, 10, 20, 20, 5]
+    starts = np.cumsum([0, *sizes])
+    assert (starts[places.shards] + places.positions).tolist() == expected
+    assert (places.positions < np.array(sizes)[places.shards]).all()
+
+
+def test_rows_travel_without_what_can_be_computed_again(rows):
+    assert rows.schedule.rows > 0
+    sent = pickle.dumps(rows)
+    assert len(sent) < 1000
+    again = pickle.loads(sent)
+    assert again == rows
+    assert same(again.batch([0, 5]), rows.batch([0, 5]))
