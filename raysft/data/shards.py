@@ -151,7 +151,8 @@ def write(sets: Sequence[ShardSet], max_rejected: float) -> list[Manifest]:
     Raises:
         RequestError: too many records cannot be used, one is longer than a row, or none is left.
     """
-    missing = [each for each in sets if not each.manifest.exists()]
+    # A set may stand among the training and the evaluation sets; written twice it would hold everything twice.
+    missing = list({each.directory: each for each in sets if not each.manifest.exists()}.values())
     written = _write_missing(missing) if missing else {}
     manifests = []
     for each in sets:
@@ -399,7 +400,9 @@ def _prompts(manifest: Manifest, max_examples: int | None) -> Iterator[pa.Table]
         here = chosen[(chosen >= first) & (chosen < ends[shard])] - first
         if not len(here):
             continue
-        table = pq.read_table(path, columns=["source", "record", "prompt", "prompt_ids", "reference"]).take(pa.array(here))
+        table = pq.read_table(path, columns=["source", "record", "prompt", "prompt_ids", "reference"]).take(
+            pa.array(here)
+        )
         sources, records = table["source"].to_pylist(), table["record"].to_pylist()
         yield pa.table(
             {
