@@ -15,7 +15,7 @@ from raysft.records import RunDirectory, RunFailed
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; the exit code is 0 when it is done, 1 when the run failed, 2 when the request was wrong."""
-    parsed = _parser().parse_args(arguments)
+    parsed = _parse(arguments)
     try:
         parsed.verb(parsed)
     except (RequestError, FileNotFoundError) as error:
@@ -30,6 +30,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    # argparse takes no positional arguments behind an option: show CONFIG --rows 2 key=value.
+    overrides = [argument for argument in rest if "=" in argument and not argument.startswith("-")]
+    if overrides != rest or (overrides and "overrides" not in parsed):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if overrides:
+        parsed.overrides += overrides
+    return parsed
 
 
 def _parser() -> argparse.ArgumentParser:
