@@ -114,31 +114,61 @@ def check_resources(config: Config, nodes: Sequence[Mapping[str, float]], reserv
         RequestError: with what is wanted, what is there, and what to do.
     """
     scaling = config.scaling
-    name, each = ("GPU", 1.0) if scaling.use_gpu else ("CPU", scaling.cpus_per_worker)
-    amounts = [node.get(name, 0.0) for node in nodes]
-    there = ", ".join(f"node {index} has {amount:g}" for index, amount in enumerate(amounts))
-    places = sum(int(amount / each + 1e-9) for amount in amounts)
-    if scaling.num_workers > places:
-        wanted = scaling.num_workers * each
+    count, each, use_gpu = scaling.num_workers, scaling.cpus_per_worker, scaling.use_gpu
+    places = sum(_places(node, each, use_gpu) for node in nodes)
+    if count > places:
+        gpus = f"{count} GPUs with " if use_gpu else ""
         raise RequestError(
-            f"scaling.num_workers={scaling.num_workers} wants {wanted:g} {name}s in shares of {each:g} and the cluster has "
-            f"{sum(amounts):g} ({there}); "
-            + (
-                f"use {places}, or add nodes"
-                if places
-                else f"lower scaling.cpus_per_worker={each:g}"
-                if name == "CPU"
-                else "add GPUs"
-            )
+            f"scaling.num_workers={count} wants {gpus}{count * each:g} CPUs in shares of {each:g} and the cluster has room "
+            f"for {places} ({_listed(nodes, use_gpu)}); {_remedy(nodes, places, each, use_gpu)}"
         )
-    cpus = sum(node.get("CPU", 0.0) for node in nodes)
-    wanted = scaling.num_workers * scaling.cpus_per_worker + TASK_CPUS + reserved_cpus
-    if wanted > cpus:
+    room = _room(nodes, each, use_gpu, reserved_cpus)
+    if count > room:
+        cpus = sum(node.get("CPU", 0.0) for node in nodes)
+        wanted = count * each + TASK_CPUS + reserved_cpus
+        less = (tenths / 10 for tenths in range(int(10 * each - 1e-9), 0, -1))
+        fitting = next((share for share in less if _room(nodes, share, use_gpu, reserved_cpus) >= count), None)
+        fewer = f"use scaling.num_workers={room}, or add nodes" if room else "add nodes"
         raise RequestError(
-            f"scaling.num_workers={scaling.num_workers} × scaling.cpus_per_worker={scaling.cpus_per_worker:g} leaves no CPU for "
-            f"data tasks: {wanted:g} CPUs wanted with {TASK_CPUS:g} for data, {cpus:g} in the cluster; "
-            f"use scaling.cpus_per_worker={max(0.1, int(10 * (cpus - TASK_CPUS - reserved_cpus) / scaling.num_workers) / 10):g}"
+            f"scaling.num_workers={count} × scaling.cpus_per_worker={each:g} leaves no CPU for data tasks: {wanted:g} CPUs "
+            f"wanted with {TASK_CPUS:g} for data on one node, {cpus:g} in the cluster ({_listed(nodes, use_gpu)}); "
+            + (f"use scaling.cpus_per_worker={fitting:g}" if fitting else fewer)
         )
+
+
+def _places(node: Mapping[str, float], each: float, use_gpu: bool, taken: float = 0.0) -> int:
+    """Workers that fit on a node of which something else takes some CPUs; a worker's CPUs and GPU are of one node."""
+    places = max(0, int((node.get("CPU", 0.0) - taken) / each + 1e-9))
+    return min(places, int(node.get("GPU", 0.0))) if use_gpu else places
+
+
+def _room(nodes: Sequence[Mapping[str, float]], each: float, use_gpu: bool, reserved_cpus: float) -> int:
+    """Workers that fit beside one data task, which needs its CPUs on one node too."""
+    places = [_places(node, each, use_gpu) for node in nodes]
+    beside = [
+        sum(places) - here + _places(node, each, use_gpu, TASK_CPUS)
+        for node, here in zip(nodes, places, strict=True)
+        if node.get("CPU", 0.0) >= TASK_CPUS
+    ]
+    cpus = sum(node.get("CPU", 0.0) for node in nodes) - TASK_CPUS - reserved_cpus
+    return max(0, min(max(beside, default=0), int(cpus / each + 1e-9)))
+
+
+def _remedy(nodes: Sequence[Mapping[str, float]], places: int, each: float, use_gpu: bool) -> str:
+    if places:
+        return f"use {places}, or add nodes"
+    if use_gpu and not any(node.get("GPU", 0.0) >= 1 for node in nodes):
+        return "add nodes with GPUs, or set scaling.use_gpu=false"
+    return f"lower scaling.cpus_per_worker={each:g}, or add nodes"
+
+
+def _listed(nodes: Sequence[Mapping[str, float]], use_gpu: bool) -> str:
+    """What the first nodes have."""
+    each = [
+        f"node {index}: " + ", ".join(f"{node.get(name, 0.0):g} {name}s" for name in ("CPU", "GPU")[: 1 + use_gpu])
+        for index, node in enumerate(nodes[:8])
+    ]
+    return "; ".join([*each, f"and {len(nodes) - 8} more"] if len(nodes) > 8 else each) or "no nodes"
 
 
 def make_plan(config: Config, prepared: Prepared, nodes: Sequence[Mapping[str, float]]) -> Plan:

@@ -1,0 +1,188 @@
+"""Plans: what a run will do, and what no cluster could ever place."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from raysft.config import Config, RequestError, parse
+from raysft.data import Prepared
+from raysft.data.stream import Rows
+from raysft.plan import check_resources, make_plan
+from tests.shards import data_config, the_set, write_records, written
+from tests.tiny import tiny_tokenizer
+
+
+def scaled(**scaling) -> Config:
+    return parse({"model": {"path": "m"}, "data": {"train": [{"name": "a", "path": "a.json"}]}, "scaling": scaling})
+
+
+def cpus(*amounts: float) -> list[dict[str, float]]:
+    return [{"CPU": float(amount), "memory": 1e9} for amount in amounts]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "scaling", "reserved"),
+    [
+        (cpus(2), {}, 0),
+        (cpus(2), {"num_workers": 2, "cpus_per_worker": 0.75}, 0),
+        (cpus(2), {"num_workers": 5, "cpus_per_worker": 0.3}, 0),
+        (cpus(0.8), {"num_workers": 3, "cpus_per_worker": 0.1}, 0),
+        (cpus(2, 2), {"num_workers": 3}, 0),
+        (cpus(2, 2), {"num_workers": 2, "cpus_per_worker": 1.5}, 0),
+        (cpus(1, 0.5), {"num_workers": 1}, 0),
+        (cpus(2), {"cpus_per_worker": 0.5}, 1.0),
+        ([{"CPU": 8.0, "GPU": 2.0}], {"num_workers": 2, "use_gpu": True}, 0),
+        ([{"CPU": 2.0, "GPU": 1.0}, {"CPU": 2.0, "GPU": 1.0}], {"num_workers": 2, "use_gpu": True}, 0),
+    ],
+)
+def test_what_the_cluster_can_place_is_accepted(nodes, scaling, reserved):
+    check_resources(scaled(**scaling), nodes, reserved)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "scaling", "message"),
+    [
+        (
+            cpus(2),
+            {"num_workers": 3},
+            "scaling.num_workers=3 wants 3 CPUs in shares of 1 and the cluster has room for 2 (node 0: 2 CPUs); "
+            "use 2, or add nodes",
+        ),
+        (
+            cpus(2, 2),
+            {"num_workers": 3, "cpus_per_worker": 1.5},
+            "scaling.num_workers=3 wants 4.5 CPUs in shares of 1.5 and the cluster has room for 2 "
+            "(node 0: 2 CPUs; node 1: 2 CPUs); use 2, or add nodes",
+        ),
+        (
+            cpus(*[1] * 11),
+            {"cpus_per_worker": 2},
+            "scaling.num_workers=1 wants 2 CPUs in shares of 2 and the cluster has room for 0 "
+            f"({'; '.join(f'node {index}: 1 CPUs' for index in range(8))}; and 3 more); "
+            "lower scaling.cpus_per_worker=2, or add nodes",
+        ),
+        (
+            [],
+            {},
+            "scaling.num_workers=1 wants 1 CPUs in shares of 1 and the cluster has room for 0 (no nodes); "
+            "lower scaling.cpus_per_worker=1, or add nodes",
+        ),
+        (
+            [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0}],
+            {"num_workers": 2, "use_gpu": True},
+            "scaling.num_workers=2 wants 2 GPUs with 2 CPUs in shares of 1 and the cluster has room for 1 "
+            "(node 0: 8 CPUs, 1 GPUs; node 1: 8 CPUs, 0 GPUs); use 1, or add nodes",
+        ),
+        (
+            cpus(8),
+            {"use_gpu": True},
+            "scaling.num_workers=1 wants 1 GPUs with 1 CPUs in shares of 1 and the cluster has room for 0 "
+            "(node 0: 8 CPUs, 0 GPUs); add nodes with GPUs, or set scaling.use_gpu=false",
+        ),
+        (
+            # CPUs and GPU of a worker must be of one node.
+            [{"CPU": 1.0, "GPU": 4.0}, {"CPU": 8.0}],
+            {"num_workers": 4, "use_gpu": True},
+            "scaling.num_workers=4 wants 4 GPUs with 4 CPUs in shares of 1 and the cluster has room for 1 "
+            "(node 0: 1 CPUs, 4 GPUs; node 1: 8 CPUs, 0 GPUs); use 1, or add nodes",
+        ),
+    ],
+)
+def test_workers_that_find_no_place_are_refused(nodes, scaling, message):
+    with pytest.raises(RequestError) as caught:
+        check_resources(scaled(**scaling), nodes)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("nodes", "scaling", "reserved", "message"),
+    [
+        (
+            cpus(2),
+            {"num_workers": 2},
+            0,
+            "scaling.num_workers=2 × scaling.cpus_per_worker=1 leaves no CPU for data tasks: 2.5 CPUs wanted with 0.5 for "
+            "data on one node, 2 in the cluster (node 0: 2 CPUs); use scaling.cpus_per_worker=0.7",
+        ),
+        (
+            # Enough in sum, but no node has half a CPU left.
+            cpus(*[1] * 6),
+            {"num_workers": 6, "cpus_per_worker": 0.9},
+            0,
+            "scaling.num_workers=6 × scaling.cpus_per_worker=0.9 leaves no CPU for data tasks: 5.9 CPUs wanted with 0.5 for "
+            f"data on one node, 6 in the cluster ({'; '.join(f'node {index}: 1 CPUs' for index in range(6))}); "
+            "use scaling.cpus_per_worker=0.5",
+        ),
+        (
+            cpus(2),
+            {},
+            1.0,
+            "scaling.num_workers=1 × scaling.cpus_per_worker=1 leaves no CPU for data tasks: 2.5 CPUs wanted with 0.5 for "
+            "data on one node, 2 in the cluster (node 0: 2 CPUs); use scaling.cpus_per_worker=0.5",
+        ),
+        (
+            cpus(0.6),
+            {"num_workers": 10, "cpus_per_worker": 0.05},
+            0,
+            "scaling.num_workers=10 × scaling.cpus_per_worker=0.05 leaves no CPU for data tasks: 1 CPUs wanted with 0.5 for "
+            "data on one node, 0.6 in the cluster (node 0: 0.6 CPUs); use scaling.num_workers=2, or add nodes",
+        ),
+        (
+            cpus(0.4, 0.4),
+            {"cpus_per_worker": 0.4},
+            0,
+            "scaling.num_workers=1 × scaling.cpus_per_worker=0.4 leaves no CPU for data tasks: 0.9 CPUs wanted with 0.5 for "
+            "data on one node, 0.8 in the cluster (node 0: 0.4 CPUs; node 1: 0.4 CPUs); add nodes",
+        ),
+    ],
+)
+def test_workers_that_leave_nothing_for_the_data_are_refused(nodes, scaling, reserved, message):
+    with pytest.raises(RequestError) as caught:
+        check_resources(scaled(**scaling), nodes, reserved)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("workers", range(1, 6))
+@pytest.mark.parametrize("each", [0.2, 0.5, 0.9, 1.0, 1.7])
+@pytest.mark.parametrize("nodes", [cpus(1), cpus(2), cpus(2, 2), cpus(0.7, 3), cpus(1, 1, 1)], ids=str)
+def test_what_a_refusal_recommends_is_accepted(nodes, each, workers):
+    try:
+        check_resources(scaled(num_workers=workers, cpus_per_worker=each), nodes)
+    except RequestError as error:
+        _, found, better = str(error).rpartition("use scaling.cpus_per_worker=")
+        if found:
+            assert float(better) < each
+            check_resources(scaled(num_workers=workers, cpus_per_worker=float(better)), nodes)
+        _, found, better = str(error).rpartition("use scaling.num_workers=")
+        if found:
+            fewer = int(better.removesuffix(", or add nodes"))
+            assert 0 < fewer < workers
+            check_resources(scaled(num_workers=fewer, cpus_per_worker=each), nodes)
+
+
+def test_a_plan_counts_steps_rows_tokens_and_what_is_empty(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    write_records(tmp_path / "a.jsonl", [["How are you?", "Fine."]] * 10 + [3])
+    config = data_config(tmp_path, packing=False, max_rejected=0.5).with_overrides(
+        {"train.rows_per_step": 4, "train.rows_per_device": 2, "train.epochs": 3, "scaling.num_workers": 3}
+    )
+    each = the_set(config, str(tmp_path / "model"))
+    manifest = written(each)
+    rows = Rows((str(each.manifest),), capacity=64, rows_per_step=4, epochs=3, packing=False)
+    plan = make_plan(config, Prepared((manifest,), (), rows, {}), cpus(2, 2))
+    length, trained = int(manifest.lengths[0]), int(manifest.trained[0])
+    assert (plan.examples, plan.rows, plan.steps) == (10, 30, 8)
+    assert (plan.tokens, plan.trained_tokens) == (30 * length, 30 * trained)
+    assert plan.useful == pytest.approx(length / 64, abs=1e-6)
+    assert (plan.rows_per_worker, plan.filler_rows, plan.accumulation, plan.last_step_empty) == (2, 2, 1, 0.5)
+    assert (plan.cpus, plan.gpus, plan.cluster_cpus, plan.cluster_gpus) == (3.5, 0, 4, 0)
+    assert json.loads(json.dumps(plan.as_dict()))["sources"]["a"]["rejected"] == 1
+    assert plan.lines() == [
+        f"train a: 10 examples of 11 records, {10 * length} tokens, {10 * trained} trained, longest {length}, 1 rejected",
+        f"rows: 30 of 64 tokens over 3 epochs, {100 * length / 64:.1f}% useful, {30 * length} tokens, {30 * trained} trained",
+        "steps: 8 of 4 rows = 3 workers × 2 rows in 1 microbatch, 2 of them empty in each step; 50% of the last step is empty",
+        "resources: 3.5 CPUs and 0 GPUs wanted, 4 CPUs and 0 GPUs there",
+    ]
