@@ -89,6 +89,8 @@ def test_a_wrong_override_is_told_from_the_file(write, override, message):
 def test_an_error_in_the_file_is_not_blamed_on_an_override_beside_it(write):
     path = write(BASE + "train:\n  epochs: two\n")
     assert refusal(path, "train.max_steps=2") == "c.yaml:9: train.epochs='two': input should be a valid integer"
+    path = write(BASE + "    - {name: a, path: b}\n")
+    assert refusal(path, "data.packing=false") == "c.yaml:4: data: two sources are named 'a'; give each its own name"
 
 
 @pytest.mark.parametrize(
