@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", coerce_numbers_to_str=True)]
 Text = Annotated[str, Field(min_length=1)]
 # Strict: `save_every_steps: yes` must not become 1.
 Positive = Annotated[int, Field(gt=0, strict=True)]
@@ -52,6 +52,15 @@ class RunSection(Section):
     """Folder that holds run directories and the cache; every node of the cluster must see it under this path."""
     seed: Count = 0
     """Seed of the data order, adapter initialisation, dropout and sampling. The same seed gives the same numbers."""
+
+    @field_validator("storage")
+    @classmethod
+    def _storage_is_a_path(cls, value: str) -> str:
+        if "://" in value:
+            raise ValueError(
+                "object stores cannot hold run directories yet; use a path that all nodes see (NFS, a shared volume)"
+            )
+        return value
 
 
 class LoraSection(Section):

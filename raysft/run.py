@@ -57,6 +57,7 @@ def check(config: Config) -> Plan:
         RequestError: it could not run.
     """
     belongs_to(RunDirectory(config.run_directory), config)
+    _check_metrics(config)
     with cluster(config) as nodes:
         check_resources(config, nodes)
         plan = make_plan(config, _prepared(config)[1], nodes)
@@ -149,6 +150,7 @@ def opened(config: Config) -> Iterator[Opened]:
     """
     directory, terminal = RunDirectory(config.run_directory), Terminal()
     belongs_to(directory, config)
+    _check_metrics(config)
     with cluster(config) as nodes:
         check_resources(config, nodes)
         model, prepared = _prepared(config)
@@ -215,6 +217,13 @@ def _prepared(config: Config) -> tuple[str, Prepared]:
 
     model = find_model(config.model.path, config.cache_directory, Terminal().line)
     return model, prepare(config, model)
+
+
+def _check_metrics(config: Config) -> None:
+    from raysft.generate import metrics
+
+    if config.stage == "sft" and config.generate.enabled:
+        metrics.check(config)
 
 
 def _trained(config: Config) -> None:

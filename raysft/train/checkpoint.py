@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 
@@ -87,6 +86,8 @@ def export(model: Any, tokenizer: Any, folder: Path) -> None:
         tokenizer: goes beside it.
         folder: is replaced in one move when all is written.
     """
+    import deepspeed
+
     writes = dist.get_rank() == 0
     state: dict[str, torch.Tensor] = {}
     adapters_only = hasattr(model, "peft_config")

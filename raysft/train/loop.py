@@ -20,7 +20,6 @@ from raysft.log import duration
 from raysft.records import Evaluation, RunDirectory, RunFailed, StepRecord, evaluation_results
 from raysft.train import checkpoint
 from raysft.train.checkpoint import Cursor
-from raysft.train.engine import make_engine
 from raysft.train.step import Batch, evaluate, train_step
 
 Emit = Callable[[str, Any], None]
@@ -134,6 +133,9 @@ class _Loop:
 
     def set_up(self, resume: Path | None) -> Cursor:
         """Load the model, and the state of a checkpoint; gives the cursor to start from."""
+        # Only workers need DeepSpeed; the driver, which imports this module too, starts without it.
+        from raysft.train.engine import make_engine
+
         self.started = time.perf_counter()
         torch.manual_seed(self.job.config.run.seed + self.rank)
         self.engine, self.lr = make_engine(

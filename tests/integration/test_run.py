@@ -127,7 +127,13 @@ def test_what_was_learnt_is_in_the_results(sft_run):
 
 
 def test_the_same_seed_gives_the_same_numbers_on_one_worker(folder, sft_run):
-    arguments = ["train", str(folder / "sft.yaml"), "run.name=again", "scaling.num_workers=1", "data.cache=" + str(folder / "cache")]
+    arguments = [
+        "train",
+        str(folder / "sft.yaml"),
+        "run.name=again",
+        "scaling.num_workers=1",
+        "data.cache=" + str(folder / "cache"),
+    ]
     assert main(arguments) == 0
     again = folder / "runs" / "again"
     for one, other in zip(steps_of(sft_run), steps_of(again), strict=True):
@@ -215,7 +221,8 @@ def test_pre_training_has_a_perplexity_for_each_evaluation_set(folder, capsys):
         assert evaluation[f"eval_{name}_perplexity"] == pytest.approx(math.exp(evaluation[f"eval_{name}_loss"]))
     tokens = evaluation["eval_more_tokens"] + evaluation["eval_same_tokens"]
     mean = (
-        evaluation["eval_more_loss"] * evaluation["eval_more_tokens"] + evaluation["eval_same_loss"] * evaluation["eval_same_tokens"]
+        evaluation["eval_more_loss"] * evaluation["eval_more_tokens"]
+        + evaluation["eval_same_loss"] * evaluation["eval_same_tokens"]
     )
     assert evaluation["eval_loss"] == pytest.approx(mean / tokens)
     assert not (run / "generated_predictions.jsonl").exists()

@@ -4,6 +4,7 @@ Every case trains the same rows of the same examples, in a process group of its 
 """
 
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -189,7 +190,7 @@ def examples_of(batch, row: int):
     """The examples of a packed row, one by one: (ids, labels)."""
     tokens = int(batch["tokens"][row])
     starts = [*np.flatnonzero(batch["position_ids"][row, :tokens] == 0).tolist(), tokens]
-    for start, end in zip(starts[:-1], starts[1:], strict=True):
+    for start, end in itertools.pairwise(starts):
         yield tuple(torch.as_tensor(batch[name][row, start:end], dtype=torch.long) for name in ("input_ids", "labels"))
 
 
@@ -200,7 +201,7 @@ def test_training_equals_a_plain_loop_over_single_examples(prepared, reference):
         "rows must be packed for this to say anything"
     )
     losses, norms, weights = plain_training(model, rows, 1e-2)
-    assert_same(reference[:3] + ({},), (losses, norms, weights, {}))
+    assert_same((*reference[:3], {}), (losses, norms, weights, {}))
 
 
 def test_packed_rows_have_the_logits_of_their_examples_alone(prepared):
