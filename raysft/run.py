@@ -162,10 +162,7 @@ def opened(config: Config) -> Iterator[Opened]:
         write_jsonl(directory.rejected, [flat(item) for each in manifests for item in (*each.rejected, *each.dropped)])
         for line in plan.lines():
             terminal.line(line)
-        try:
-            yield Opened(config, directory, terminal, model, prepared)
-        finally:
-            terminal.close()
+        yield Opened(config, directory, terminal, model, prepared)
 
 
 def train_model(it: Opened, callbacks: Sequence[Any] = ()) -> None:
@@ -176,7 +173,10 @@ def train_model(it: Opened, callbacks: Sequence[Any] = ()) -> None:
     from raysft.train import launch
 
     journal = Journal(it.directory.trainer_log, it.terminal, callbacks)
-    results = launch.train(_job(it), journal)
+    try:
+        results = launch.train(_job(it), journal)
+    finally:
+        it.terminal.close()
     if results["eval"]:
         it.directory.write_results("eval", results["eval"])
     useful = {"useful": round(it.prepared.train_rows.schedule.useful, 6)}

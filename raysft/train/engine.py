@@ -20,13 +20,15 @@ def deepspeed_config(config: Config, workers: int) -> dict[str, Any]:
     rows = -(-config.train.rows_per_step // workers)
     micro = min(config.train.rows_per_device, rows)
     accumulation = -(-rows // micro)
+    # Without ZeRO DeepSpeed would update bfloat16 weights in bfloat16, where small steps are lost; stage 1 keeps float32 ones.
+    stage = max(config.train.zero_stage, 1) if config.dtype == "bfloat16" else config.train.zero_stage
     return {
         "train_batch_size": micro * accumulation * workers,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.train.max_grad_norm,
         "bf16": {"enabled": config.dtype == "bfloat16"},
-        "zero_optimization": {"stage": config.train.zero_stage},
+        "zero_optimization": {"stage": stage},
         # Our own step line says all that its print-outs say.
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,

@@ -33,6 +33,8 @@ from raysft.train.step import evaluate as evaluate_set
 Watch = Callable[[str, Any], None]
 """Takes (event, content) in the driver, as the first worker emits them."""
 
+KEEP_CHECKPOINTS = 2
+"""The newest one, and one more in case that it is damaged."""
 LAST_EVENT_SECONDS = 60
 """How long the driver waits for the workers' last event after they are done."""
 
@@ -95,6 +97,7 @@ def _fit(job: Job, worker: Any, folder: Path, datasets: dict[str, Any], watch: W
         run_config=ray.train.RunConfig(
             name=folder.name,
             storage_path=str(folder.parent),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=KEEP_CHECKPOINTS),
             failure_config=ray.train.FailureConfig(
                 max_failures=job.config.train.max_failures, controller_failure_limit=3
             ),

@@ -112,7 +112,7 @@ def worker(rank: int, world: int, port: int, config: Config, rows: Rows, out) ->
         from safetensors.torch import load_file
 
         name = "adapter_model" if config.model.finetuning == "lora" else "model"
-        weights = {key: value.numpy() for key, value in load_file(run.model / f"{name}.safetensors").items()}
+        weights = {key: value.float().numpy() for key, value in load_file(run.model / f"{name}.safetensors").items()}
         out.put(([s.loss for s in steps], [s.grad_norm for s in steps], weights, results["eval"]))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -258,6 +258,13 @@ def test_zero_stages_do_not_change_the_training(prepared, reference, stage):
     folder, model, manifest = prepared
     config = make_config(folder, model, rows_per_device=2, zero_stage=stage)
     assert_same(reference, train(config, rows_of(manifest), world=2))
+
+
+def test_bfloat16_follows_float32_also_without_zero(prepared, reference):
+    folder, model, manifest = prepared
+    config = make_config(folder, model, rows_per_device=4).with_overrides({"model.dtype": "bfloat16"})
+    losses = train(config, rows_of(manifest))[0]
+    np.testing.assert_allclose(losses, reference[0], rtol=3e-3)
 
 
 def test_two_workers_train_like_one(prepared, reference):
