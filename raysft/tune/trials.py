@@ -1,0 +1,149 @@
+"""The trials of a grid: their configs, and what of a cluster each of them takes."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raysft.config import Config, RequestError
+from raysft.data.shards import TASK_CPUS
+from raysft.plan import check_resources
+from raysft.records import Evaluation, evaluation_results
+
+TRIAL_CPUS = 0.1
+"""What a trial's own process reserves: it only drives; workers, data tasks and engines reserve their own."""
+RESERVED = ("run.name", "run.storage", "data.cache", "scaling.address", "tune")
+"""Keys that the sweep itself decides."""
+
+Nodes = Sequence[Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One combination of ``tune.space``."""
+
+    name: str
+    """Its run directory inside ``trials/``. Values decide it, so that a sweep that is started again finds its trials."""
+    values: dict[str, Any]
+    """Dotted key → value."""
+    config: Config
+    """The whole run."""
+
+    def __str__(self) -> str:
+        return ", ".join(f"{key}={value}" for key, value in self.values.items())
+
+
+def combinations(config: Config) -> list[Trial]:
+    """All trials of the grid, each a valid config.
+
+    Raises:
+        RequestError: a key is unknown or not to be varied, or a value is wrong.
+    """
+    space = config.tune.space
+    if not space:
+        raise RequestError(
+            "tune.space is empty; name keys and values to try, for example {train.learning_rate: [1.0e-4, 3.0e-4]}"
+        )
+    for key in space:
+        if key in RESERVED or key.partition(".")[0] in RESERVED:
+            raise RequestError(f"tune.space: {key} is the same for all trials; take it out")
+    trials: dict[str, Trial] = {}
+    for values in itertools.product(*space.values()):
+        trial = _trial(config, dict(zip(space, values, strict=True)))
+        if trial.name in trials:
+            raise RequestError(f"tune.space names {trial} twice; keep one")
+        trials[trial.name] = trial
+    return list(trials.values())
+
+
+def _trial(config: Config, values: dict[str, Any]) -> Trial:
+    own = {
+        "run.storage": str(config.run_directory / "trials"),
+        "data.cache": str(config.cache_directory),
+        "tune.space": {},
+    }
+    try:
+        whole = config.with_overrides({**values, **own})
+    except RequestError as error:
+        raise RequestError(f"tune.space: {str(error).removeprefix('override: ')}") from None
+    # As the config understands them: YAML reads 1e-5 as text.
+    values = {key: _value(whole.model_dump(mode="json"), key) for key in values}
+    text = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in values.items())
+    readable = re.sub(r"[^A-Za-z0-9._]+", "-", text)[:80].strip("-._")
+    name = f"{readable}-{hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]}"
+    return Trial(name, values, whole.with_overrides({"run.name": name}))
+
+
+def _value(dumped: Any, key: str) -> Any:
+    for part in key.split("."):
+        dumped = dumped[int(part)] if isinstance(dumped, list) else dumped[part]
+    return dumped
+
+
+def check_metric(config: Config, metric: str) -> None:
+    """Refuse a metric that no run of this config gives, as far as that is known before the first one."""
+    sets = [source.name for source in config.data.eval]
+    sets += [source.name for source in config.data.train] if config.data.holdout else []
+    known = list(evaluation_results([Evaluation(name, 0, 0.0, 0.0, 1) for name in sets]))
+    reason = ""
+    if metric.startswith("eval_") and metric not in known:
+        reason = f"the evaluation gives {', '.join(known)}" if known else "there is no data.eval and no data.holdout"
+    elif metric.startswith(("predict_", "base_predict_")) and not _generates(config):
+        reason = "nothing is generated (generate.enabled, stage: sft, and data.eval or data.holdout)"
+    if reason:
+        raise RequestError(f"tune.metric={metric!r} is no result of these runs: {reason}")
+
+
+def _generates(config: Config) -> bool:
+    return config.stage == "sft" and config.generate.enabled and bool(config.data.eval or config.data.holdout)
+
+
+def with_engines(trial: Trial, nodes: Nodes) -> Trial:
+    """The trial with as many engines as it has room for: by default they would spread over the whole cluster, where
+    other trials train.
+
+    Raises:
+        RequestError: not one engine fits beside the trial itself.
+    """
+    config = trial.config
+    if not _generates(config):
+        return trial
+    scaling = config.scaling
+    if scaling.use_gpu:
+        engines = config.generate.num_actors or scaling.num_workers
+    else:
+        # The trial's own share spoils one CPU, and no engine takes a part of one.
+        whole = [int(node.get("CPU", 0.0)) for node in nodes]
+        room = sum(whole) - 1
+        usual = max(1, int(scaling.num_workers * scaling.cpus_per_worker))
+        engines = config.generate.num_actors or min(usual, max(1, sum(1 for cpus in whole if cpus)))
+        if engines > room:
+            raise RequestError(
+                f"generation in a trial wants {engines} whole CPUs beside the trial's own {TRIAL_CPUS:g}, and the cluster has "
+                f"{sum(whole)}; set generate.enabled=false, or add CPUs"
+            )
+    return Trial(trial.name, trial.values, config.with_overrides({"generate.num_actors": engines}))
+
+
+def concurrent_trials(config: Config, nodes: Nodes) -> int:
+    """How many trials the cluster can hold at a time; Tune does not count what a trial starts.
+
+    Raises:
+        RequestError: not even one.
+    """
+    check_resources(config, [dict(node) for node in nodes], reserved_cpus=TRIAL_CPUS)
+    scaling = config.scaling
+    engines = (config.generate.num_actors or 0) if _generates(config) else 0
+    cpus = scaling.num_workers * scaling.cpus_per_worker + TASK_CPUS
+    if not scaling.use_gpu:
+        cpus = max(cpus, engines)
+    fits = int(sum(node.get("CPU", 0.0) for node in nodes) / (cpus + TRIAL_CPUS) + 1e-9)
+    if scaling.use_gpu:
+        gpus = max(scaling.num_workers, engines)
+        fits = min(fits, int(sum(node.get("GPU", 0.0) for node in nodes) / gpus))
+    return max(1, fits)
