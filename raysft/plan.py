@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 
 from raysft.config import Config, RequestError
 from raysft.data import Prepared
-from raysft.data.shards import TASK_CPUS, Manifest
+from raysft.data.manifest import Manifest
+from raysft.data.shards import TASK_CPUS
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import yaml
 
 from raysft.config import Config, RequestError, load, parse
 from raysft.data import Prepared, prepare
-from raysft.data.shards import write_prompts
+from raysft.data.manifest import write_prompts
 from raysft.log import Journal, Terminal, evaluation_line
 from raysft.plan import Plan, check_resources, make_plan
 from raysft.records import RunDirectory, flat, write_atomically, write_json, write_jsonl

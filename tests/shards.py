@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from raysft.config import Config, parse
-from raysft.data.shards import Manifest, Part, ShardSet, _write_shards, load, save, shard_set
+from raysft.data.manifest import Manifest, load, save
+from raysft.data.shards import Part, ShardSet, _write_shards, shard_set
 
 
 def write_records(path: Path, records: Sequence[Any]) -> None:
@@ -36,5 +37,5 @@ def the_set(config: Config, model: str, source: int = 0, part: Part = "all", wit
 
 def written(each: ShardSet) -> Manifest:
     """Tokenize a set in this process, and give its manifest."""
-    save(each, list(_write_shards(each, each.files)))
+    save(each.manifest, each.source.name, list(_write_shards(each, each.files)))
     return load(each.manifest)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raysft.config import Config, RequestError
-from raysft.data.shards import Manifest, ShardSet, shard_set, write
+from raysft.data.manifest import Manifest
+from raysft.data.shards import ShardSet, shard_set, write
 from raysft.data.stream import Rows
 
 

@@ -4,154 +4,19 @@ from __future__ import annotations
 
 import codecs
 import csv
-import fnmatch
-import hashlib
-import importlib.util
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from pyarrow import fs
 
 from raysft.config import RequestError, Source
-from raysft.records import Example, Message, Record, Rejected
-
-FORMAT_OF_COLUMN = {
-    "messages": "openai",
-    "conversations": "sharegpt",
-    "instruction": "alpaca",
-    "turns": "turns",
-    "text": "text",
-}
-FIELDS = {
-    "openai": ("messages",),
-    "sharegpt": ("conversations",),
-    "alpaca": ("instruction", "output"),
-    "turns": ("turns",),
-    "text": ("text",),
-}
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-OPENAI_ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-
-
-@dataclass(frozen=True)
-class DataFile:
-    """One file of a source."""
-
-    path: str
-    """As shown to people: the path of the config, with globs resolved."""
-    uri: str
-    """Where pyarrow finds it."""
-    size: int
-    """Bytes."""
-    identity: str
-    """Hash of the content (local files), or of size and modification time (object stores)."""
-
-
-def find_files(source: Source) -> list[DataFile]:
-    """All files of a source, sorted within each of its paths.
-
-    Raises:
-        RequestError: a path matches no file, two match the same one, or a filesystem cannot be reached.
-    """
-    patterns = [source.path] if isinstance(source.path, str) else list(source.path)
-    found: dict[str, DataFile] = {}
-    for pattern in patterns:
-        for file in _expand(pattern, source.name):
-            if file.uri in found:
-                raise RequestError(f"source {source.name!r}: {pattern} matches {file.path} a second time; name it once")
-            found[file.uri] = file
-    return list(found.values())
-
-
-def _expand(pattern: str, name: str) -> Iterator[DataFile]:
-    location = _inside_package(pattern, name) if pattern.startswith("package:") else pattern
-    try:
-        filesystem, path = _filesystem(location)
-        infos = sorted(_matching(filesystem, path), key=lambda info: info.path)
-        scheme = "" if isinstance(filesystem, fs.LocalFileSystem) else location.split("://")[0] + "://"
-        files = [_data_file(info, scheme) for info in infos]
-    except (OSError, pa.ArrowException) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise RequestError(
-            f"source {name!r}: {pattern} cannot be read ({reason}); check the path and its credentials"
-        ) from None
-    if not files:
-        raise RequestError(f"source {name!r}: {pattern} matches no file; check data path and working directory")
-    yield from files
-
-
-def _data_file(info: Any, scheme: str) -> DataFile:
-    uri = scheme + info.path
-    if scheme:
-        identity = hashlib.sha256(f"{uri} {info.size} {info.mtime_ns}".encode()).hexdigest()
-    else:
-        with open(info.path, "rb") as stream:
-            identity = hashlib.file_digest(stream, "sha256").hexdigest()
-    return DataFile(path=_shorten(uri), uri=uri, size=info.size or 0, identity=identity)
-
-
-def _inside_package(pattern: str, name: str) -> str:
-    """``package:NAME/GLOB`` → a path inside the installed package, found without importing it."""
-    package, _, inner = pattern.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    if spec is None or not spec.origin:
-        raise RequestError(f"source {name!r}: {pattern}: Python package {package!r} is not installed; pip install it")
-    return str(Path(spec.origin).parent / inner)
-
-
-def _shorten(path: str) -> str:
-    """A path as people know it: relative where it lies below the working directory or site-packages."""
-    _, found, inner = path.partition("site-packages/")
-    if found:
-        return inner
-    here = str(Path.cwd()) + "/"
-    return path.removeprefix(here)
-
-
-def _filesystem(location: str) -> tuple[Any, str]:
-    """The pyarrow filesystem of a path or URI, and the path in it."""
-    if "://" in location:
-        # A glob is no part of a URI that pyarrow accepts, so only the part before it is parsed.
-        plain = re.split(r"[*?\[]", location)[0]
-        filesystem, path = fs.FileSystem.from_uri(plain)
-        return filesystem, path + location[len(plain) :]
-    return fs.LocalFileSystem(), str(Path(location).expanduser().absolute())
-
-
-def _matching(filesystem: Any, path: str) -> Iterator[Any]:
-    info = filesystem.get_file_info(path)
-    if info.type == fs.FileType.File:
-        yield info
-    elif info.type == fs.FileType.Directory:
-        for inner in filesystem.get_file_info(fs.FileSelector(path, recursive=True)):
-            hidden = any(part.startswith((".", "_")) for part in inner.path[len(path) :].split("/"))
-            if inner.type == fs.FileType.File and not hidden:
-                yield inner
-    elif re.search(r"[*?\[]", path):
-        folder = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
-        selector = fs.FileSelector(folder, recursive=True, allow_not_found=True)
-        for inner in filesystem.get_file_info(selector):
-            if inner.type == fs.FileType.File and _fits(inner.path.split("/"), path.split("/")):
-                yield inner
-
-
-def _fits(parts: list[str], patterns: list[str]) -> bool:
-    """Whether a path fits a glob, part by part; ``**`` stands for any number of folders, and no star for a leading dot."""
-    if not patterns or not parts:
-        return patterns == parts
-    if patterns[0] == "**" and _fits(parts, patterns[1:]):
-        return True
-    if parts[0].startswith(".") and not patterns[0].startswith("."):
-        return False
-    return fnmatch.fnmatchcase(parts[0], patterns[0]) and _fits(parts[1:], patterns[patterns[0] != "**" :])
+from raysft.data.files import DataFile, filesystem_of
+from raysft.data.formats import detect_format, to_example
+from raysft.records import Example, Record, Rejected
 
 
 def read(file: DataFile, source: Source) -> Iterator[Example | Rejected]:
@@ -167,8 +32,8 @@ def read(file: DataFile, source: Source) -> Iterator[Example | Rejected]:
             yield Rejected(source.name, where, record)
             continue
         try:
-            form = form or _detect(record, source)
-            yield _to_example(record, form, source, where)
+            form = form or detect_format(record, source)
+            yield to_example(record, form, source, where)
         except ValueError as error:
             yield Rejected(source.name, where, str(error))
 
@@ -178,7 +43,7 @@ def read_records(file: DataFile) -> Iterator[tuple[str, Record | str]]:
     name = file.path.lower().removesuffix(".gz")
     for endings, reader in READERS.items():
         if name.endswith(endings):
-            filesystem, path = _filesystem(file.uri)
+            filesystem, path = filesystem_of(file.uri)
             try:
                 with filesystem.open_input_stream(path, compression="detect") as stream:
                     yield from reader(stream, file.path)
@@ -351,113 +216,3 @@ def _as_record(item: Any) -> Record | str:
     if isinstance(item, list):
         return {"turns": item}
     return f"a record is a mapping or a list of turns, this is {item!r:.40}"
-
-
-def _detect(record: Record, source: Source) -> str:
-    """The format of a record, from its columns."""
-    renamed = {field for field, column in source.columns.items() if column in record}
-    for column, form in FORMAT_OF_COLUMN.items():
-        if column in record or column in renamed:
-            return form
-    raise ValueError(
-        f"no known format has the columns {', '.join(map(str, record)) or '(none)'}; "
-        "name data.train[].format and data.train[].columns"
-    )
-
-
-def _to_example(record: Record, form: str, source: Source, where: str) -> Example:
-    """One record as an example.
-
-    Raises:
-        ValueError: with the reason, where it cannot be used.
-    """
-    fields = {
-        field: record.get(source.columns.get(field, field)) for field in (*FIELDS[form], "input", "system", "history")
-    }
-    for field in FIELDS[form]:
-        if fields[field] is None:
-            column = source.columns.get(field, field)
-            state = "is null" if column in record else "is not there"
-            raise ValueError(
-                f"column {column!r} {state} (columns here: {', '.join(map(str, record))}); format {form} needs it, "
-                "another name can be given in data.train[].columns"
-            )
-    if form == "text":
-        text = _text(fields["text"], "text")
-        if not text.strip():
-            raise ValueError("the text is empty")
-        return Example(source=source.name, record=where, text=text)
-    messages = tuple(_messages(form, fields))
-    _check(messages)
-    return Example(source=source.name, record=where, messages=messages)
-
-
-def _messages(form: str, fields: dict[str, Any]) -> Iterator[Message]:
-    if form != "openai" and fields["system"]:
-        yield Message("system", _text(fields["system"], "system"))
-    if form == "alpaca":
-        for index, pair in enumerate(_sequence(fields["history"], "history") if fields["history"] else []):
-            if not isinstance(pair, list) or len(pair) != 2:
-                raise ValueError(f"history[{index}] holds {pair!r:.40}, a pair of question and answer belongs there")
-            yield Message("user", _text(pair[0], "history"))
-            yield Message("assistant", _text(pair[1], "history"))
-        instruction, extra = _text(fields["instruction"], "instruction"), _text(fields["input"] or "", "input")
-        yield Message("user", f"{instruction}\n{extra}" if extra else instruction)
-        yield Message("assistant", _text(fields["output"], "output"))
-    elif form == "turns":
-        for index, turn in enumerate(_sequence(fields["turns"], "turns")):
-            yield Message("assistant" if index % 2 else "user", _text(turn, f"turns[{index}]"))
-    else:
-        column, role_key, text_key, roles = {
-            "sharegpt": ("conversations", "from", "value", SHAREGPT_ROLES),
-            "openai": ("messages", "role", "content", OPENAI_ROLES),
-        }[form]
-        for index, turn in enumerate(_sequence(fields[column], column)):
-            if not isinstance(turn, dict) or role_key not in turn or turn.get(text_key) is None:
-                raise ValueError(f"{column}[{index}] needs {role_key!r} and {text_key!r}, it is {turn!r:.60}")
-            if turn[role_key] not in list(roles):
-                raise ValueError(f"{column}[{index}] has the role {turn[role_key]!r}; known: {', '.join(roles)}")
-            yield Message(roles[turn[role_key]], _text(turn[text_key], f"{column}[{index}].{text_key}"))  # type: ignore[arg-type]
-
-
-def _check(messages: tuple[Message, ...]) -> None:
-    """A conversation has a question before its first answer, and an answer that is not empty."""
-    roles = [message.role for message in messages]
-    if "assistant" not in roles:
-        raise ValueError("no assistant turn, so there is nothing to learn")
-    if "user" not in roles[: roles.index("assistant")]:
-        raise ValueError("the assistant speaks before any user turn")
-    for index, message in enumerate(messages):
-        if message.role == "assistant" and not message.content.strip():
-            raise ValueError(f"turn {index} of the assistant is empty")
-
-
-def _text(value: Any, field: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{field} holds {value!r:.40}, a text belongs there")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{field} holds half a character ({value[error.start]!r}), which no tokenizer takes") from None
-    return value
-
-
-def _sequence(value: Any, field: str) -> list[Any]:
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{field} holds {value!r:.40}, a list of turns belongs there")
-    return value
-
-
-def opening(example: Example) -> str:
-    """The words that decide on which side of the hold-out an example falls: its first user turn, or the whole text.
-
-    Case, punctuation and spaces do not count, so that near copies stay together.
-    """
-    text = next((message.content for message in example.messages if message.role == "user"), example.text)
-    return " ".join(re.findall(r"\w+", text.casefold())) or text
-
-
-def is_held_out(example: Example, share: float) -> bool:
-    """Whether a stable hash of the opening puts an example into the held-out share."""
-    digest = hashlib.sha256(opening(example).encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64

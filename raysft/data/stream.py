@@ -17,8 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raysft.data.manifest import Manifest, load
 from raysft.data.schedule import Schedule, plan_rows
-from raysft.data.shards import TASK_CPUS, Manifest, load
+from raysft.data.shards import TASK_CPUS
 from raysft.records import IGNORED
 
 SHARE_TOKENS = 1 << 18

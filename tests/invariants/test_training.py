@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 
 from raysft.config import Config, parse
-from raysft.data.shards import Manifest, _write_shards, load, save, shard_set
+from raysft.data.manifest import Manifest, load, save
+from raysft.data.shards import _write_shards, shard_set
 from raysft.data.stream import Rows
 from raysft.records import IGNORED, RunDirectory, StepRecord
 from tests.tiny import SENTENCES, tiny_model
@@ -53,7 +54,7 @@ def prepared(tmp_path_factory) -> tuple[Path, Path, Manifest]:
     data.write_text("".join(json.dumps(each) + "\n" for each in conversations(60)))
     config = make_config(folder, model)
     shards = shard_set(config, config.data.train[0], "all", str(model), with_prompts=False)
-    save(shards, list(_write_shards(shards, shards.files)))
+    save(shards.manifest, shards.source.name, list(_write_shards(shards, shards.files)))
     return folder, model, load(shards.manifest)
 
 

@@ -142,7 +142,7 @@ def test_an_unknown_key_comes_before_other_errors(write):
         ("train: {zero_stage: 4}", "c.yaml:8: train.zero_stage=4: input should be 0, 1, 2 or 3"),
         ("train: 3", "c.yaml:8: train=3: a section with keys of its own belongs here"),
         ("run: {seed: -1}", "c.yaml:8: run.seed=-1: input should be greater than or equal to 0"),
-        ("run: {name: 7}", "c.yaml:8: run.name=7: input should be a valid string"),
+        ("run: {storage: 7}", "c.yaml:8: run.storage=7: input should be a valid string"),
         (
             "run: {name: a/b}",
             "c.yaml:8: run.name='a/b': use letters, digits, '.', '_' and '-', with a letter or digit first",

@@ -15,7 +15,9 @@ import pytest
 import yaml
 
 from raysft.config import RequestError, Source
-from raysft.data.read import find_files, is_held_out, opening, read
+from raysft.data.files import find_files
+from raysft.data.holdout import is_held_out, opening
+from raysft.data.read import read
 from raysft.records import Example, Message, Rejected
 
 ALPACA = [

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from raysft.config import RequestError, Source
-from raysft.data.read import find_files, read
+from raysft.data.files import find_files
+from raysft.data.read import read
 from raysft.data.render import assistant_spans, labelled, prompt_messages
 from raysft.data.tokenize import Tokenized, Tokenizer, load_tokenizer
 from raysft.records import IGNORED, Example, Message, Rejected

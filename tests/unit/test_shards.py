@@ -9,7 +9,8 @@ import pytest
 
 from raysft.config import Config, RequestError
 from raysft.data import shards
-from raysft.data.shards import ShardSet, _write_shards, load, shard_set, write, write_prompts
+from raysft.data.manifest import load, write_prompts
+from raysft.data.shards import ShardSet, _write_shards, shard_set, write
 from tests.shards import data_config, the_set, write_records, written
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 

@@ -1,26 +1,23 @@
-"""Typed configuration: defaults < YAML file < ``key.path=value`` overrides.
-
-Unknown keys are refused with the nearest known one named, everything is frozen, and each field is documented by the
-docstring under it, from which ``raysft COMMAND --help`` is generated.
-"""
+"""The sections of a config: frozen, no unknown keys, each field documented by the docstring under it."""
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", coerce_numbers_to_str=True)]
 Text = Annotated[str, Field(min_length=1)]
+
+
 # Strict: `save_every_steps: yes` must not become 1.
 Positive = Annotated[int, Field(gt=0, strict=True)]
+
 Count = Annotated[int, Field(ge=0, strict=True)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -287,242 +284,9 @@ class Config(Section):
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> Config:
         """A copy with dotted keys set to new values, validated."""
-        raw = self.model_dump(mode="json")
-        for key, value in overrides.items():
-            _assign(raw, key, value, where="an override")
-        return _validate(raw, lambda path: "override")
+        from raysft.config.load import override  # it builds on this module
 
-
-def parse(raw: Mapping[str, Any]) -> Config:
-    """A config from nested mappings.
-
-    Raises:
-        RequestError: a key or value is not what the schema says.
-    """
-    return _validate(dict(raw), lambda path: "config")
-
-
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file and apply ``key.path=value`` overrides.
-
-    Raises:
-        RequestError: the file is missing or no YAML, or a key or value is not what the schema says.
-    """
-    path = Path(path)
-    raw, lines = _parse_yaml(_read(path), path)
-    from_command_line = [_override(raw, override) for override in overrides]
-
-    def where(location: tuple[str, ...]) -> str:
-        if any(location[: len(key)] == key for key in from_command_line):
-            return "command line"
-        if location not in lines and any(key[: len(location)] == location for key in from_command_line):
-            return "command line"  # a section that an override made
-        for end in range(len(location), 0, -1):
-            if location[:end] in lines:
-                return f"{path}:{lines[location[:end]]}"
-        return str(path)
-
-    run = raw.setdefault("run", {})
-    if run is None:
-        run = raw["run"] = {}
-    if isinstance(run, dict):
-        run.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-") or "run")
-    return _validate(raw, where)
-
-
-def _read(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise RequestError(f"{path}: there is no such config file; give the path of a YAML file") from None
-    except OSError as error:
-        raise RequestError(f"{path}: the config file cannot be read ({error.strerror})") from None
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise RequestError(
-            f"{path}:{line}: is not UTF-8 text (byte {content[error.start]:#x}); mend this line"
-        ) from None
-
-
-def _override(raw: dict[str, Any], override: str) -> tuple[str, ...]:
-    """Set what one ``key.path=value`` says; gives the key's parts."""
-    key, equals, value = override.partition("=")
-    parts = tuple(key.split("."))
-    if not equals or not all(parts):
-        raise RequestError(f"{override!r} is no override; write key.path=value, for example train.epochs=2")
-    try:
-        _assign(raw, key, yaml.safe_load(value), where=f"{override!r}")
-    except yaml.YAMLError:
-        raise RequestError(f"{override!r}: the value is no YAML scalar, list or mapping") from None
-    return parts
-
-
-def documented_fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Every key path of the config with its default and its docstring, in the order of the schema."""
-    for name, field in section.model_fields.items():
-        nested = field.annotation
-        if isinstance(nested, type) and issubclass(nested, Section):
-            yield from documented_fields(nested, f"{prefix}{name}.")
-            continue
-        default = "required" if field.is_required() else json.dumps(field.get_default())
-        yield f"{prefix}{name}", default, " ".join((field.description or "").split())
-        if prefix + name == "data.train":
-            yield from documented_fields(Source, "data.train[].")
-
-
-class _LineLoader(yaml.SafeLoader):
-    """Safe YAML; a key that stands twice is an error, not the silent loss of the first."""
-
-
-def _parse_yaml(text: str, path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
-    """The file's mapping, and the line on which each key path stands (from 1)."""
-    try:
-        root = yaml.compose(text, Loader=_LineLoader)
-        raw = yaml.load(text, Loader=_LineLoader)
-    except yaml.YAMLError as error:
-        mark, position = getattr(error, "problem_mark", None), getattr(error, "position", 0)
-        line = min(mark.line, text.rstrip().count("\n")) if mark else text.count("\n", 0, position)
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise RequestError(f"{path}:{line + 1}: no valid YAML ({reason}); mend this line") from None
-    if raw is None:
-        raise RequestError(f"{path}: the config is empty; it needs at least model.path and data.train")
-    if not isinstance(raw, dict):
-        raise RequestError(f"{path}: a config is a mapping of sections (model, data, …), this is {raw!r:.60}")
-    lines: dict[tuple[str, ...], int] = {}
-
-    def walk(node: yaml.Node, at: tuple[str, ...]) -> None:
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                inner = (*at, str(key.value))
-                if inner in lines:
-                    raise RequestError(
-                        f"{path}:{key.start_mark.line + 1}: {'.'.join(inner)} stands twice (first on line {lines[inner]}); "
-                        "keep one"
-                    )
-                lines[inner] = key.start_mark.line + 1
-                walk(value, inner)
-        elif isinstance(node, yaml.SequenceNode):
-            for index, value in enumerate(node.value):
-                lines[(*at, str(index))] = value.start_mark.line + 1
-                walk(value, (*at, str(index)))
-
-    if root is not None:
-        walk(root, ())
-    return raw, lines
-
-
-def _assign(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
-    """Set a dotted key inside nested mappings and lists, making mappings on the way."""
-    at: Any = raw
-    parts = key.split(".")
-    for position, part in enumerate(parts):
-        last = position == len(parts) - 1
-        if isinstance(at, list):
-            if not part.isdigit() or int(part) >= len(at):
-                raise RequestError(
-                    f"{where}: {'.'.join(parts[:position])} is a list of {len(at)}; {part!r} is none of them"
-                )
-            if last:
-                at[int(part)] = value
-            else:
-                at = at[int(part)]
-        elif isinstance(at, dict):
-            if last:
-                at[part] = value
-            else:
-                if at.get(part) is None:
-                    at[part] = {}
-                at = at[part]
-        else:
-            raise RequestError(f"{where}: {'.'.join(parts[:position])} holds {at!r} and has no keys inside")
-
-
-def _validate(raw: dict[str, Any], where: Callable[[tuple[str, ...]], str]) -> Config:
-    try:
-        return Config.model_validate(raw)
-    except ValidationError as error:
-        problems: dict[tuple[str, ...], list[Any]] = {}
-        for problem in sorted(error.errors(), key=lambda problem: problem["type"] not in UNKNOWN):
-            problems.setdefault(_place(problem, raw), []).append(problem)
-        # Where a list of names holds a wrong one, the other member of a union complains about the list as a whole.
-        exact = [
-            place for place in problems if not any(place == other[: len(place)] for other in problems.keys() - {place})
-        ]
-        more = f" (and {len(exact) - 1} more)" if len(exact) > 1 else ""
-        raise RequestError(f"{where(exact[0])}: {_describe(exact[0], problems[exact[0]])}{more}") from None
-
-
-UNKNOWN = ("extra_forbidden", "invalid_key")
-WORDING = {
-    "model_type": "a section with keys of its own belongs here",
-    "string_pattern_mismatch": "use letters, digits, '.', '_' and '-', with a letter or digit first",
-    "string_too_short": "should not be empty",
-    "too_short": "should not be empty",
-}
-"""What pydantic says in words of its own, said in ours."""
-
-
-def _place(problem: Any, raw: Any) -> tuple[str, ...]:
-    """The key that a problem is about. Pydantic adds names of types to it, which are no keys of the file."""
-    place = []
-    at = raw
-    for part in problem["loc"]:
-        if part in at if isinstance(at, dict) else isinstance(at, list) and isinstance(part, int) and part < len(at):
-            at = at[part]
-        elif problem["type"] != "missing":
-            continue
-        place.append(str(part))
-    return tuple(place)
-
-
-def _describe(place: tuple[str, ...], problems: Sequence[Any]) -> str:
-    """What is wrong with one key, and what to write instead; members of a union each have a problem with it."""
-    # A member of a union whose type fits says more than the others do.
-    problem, *others = [each for each in problems if not each["type"].endswith(("_type", "_error"))] or problems
-    key = ".".join(place)
-    if problem["type"] in UNKNOWN or problem["loc"][-1:] == ("[key]",):
-        return f"unknown key {key}; {_suggest(place)}"
-    if problem["type"] == "missing":
-        return f"{key} is required and is not there; add it"
-    value = "" if isinstance(problem["input"], dict | Section) else f"={problem['input']!r:.80}"
-    message = WORDING.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
-    for other in others:
-        message += f" or {other['msg'].removeprefix('Input should be ')}"
-    return f"{key or 'config'}{value}: {message[0].lower()}{message[1:]}"
-
-
-def _suggest(place: tuple[str, ...]) -> str:
-    """The known key that an unknown one probably stands for: one of this section, or one of the same name elsewhere."""
-    *section, name = place
-    known = _known_keys(section)
-    elsewhere: dict[str, list[str]] = {}
-    for path, _, _ in documented_fields():
-        parts = path.split(".")
-        for end in range(1, len(parts) + 1):
-            elsewhere.setdefault(parts[end - 1], []).append(".".join(parts[:end]))
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-    if not near and name in elsewhere:
-        return f"did you mean {' or '.join(dict.fromkeys(elsewhere[name]))}?"
-    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if near:
-        return f"did you mean {'.'.join((*section, near[0]))}?"
-    far = difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.75)
-    return f"did you mean {elsewhere[far[0]][0]}?" if far else f"known here: {', '.join(known)}"
-
-
-def _known_keys(location: Sequence[str]) -> list[str]:
-    """The fields of the section at a location, for suggestions."""
-    section: Any = Config
-    for part in location:
-        if part.isdigit():
-            section = Source
-        elif section is Source and part == "columns":
-            return list(get_args(Column))
-        else:
-            section = section.model_fields[part].annotation if hasattr(section, "model_fields") else None
-    return list(section.model_fields) if hasattr(section, "model_fields") else []
+        return override(self, overrides)
 
 
 def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

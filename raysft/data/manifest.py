@@ -1,0 +1,146 @@
+"""What a set of shards holds: lengths and trained tokens of its examples, by which everything else is planned."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raysft.config import RequestError
+from raysft.records import Rejected
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Lengths and trained tokens of a set's examples: all that planning needs."""
+
+    name: str
+    """Name of the source."""
+    directory: str
+    shards: tuple[str, ...]
+    """File names in ``directory``."""
+    shard_of: np.ndarray
+    """[examples] int32 index of the shard, not decreasing."""
+    lengths: np.ndarray
+    """[examples] int32."""
+    trained: np.ndarray
+    """[examples] int32."""
+    records: int
+    """Records read, usable or not."""
+    rejected: tuple[Rejected, ...]
+    dropped: tuple[Rejected, ...]
+    """Conversations that were longer than a row, with ``data.overlong: drop``."""
+    key: str
+    reused: bool = False
+    """Whether it was in the cache before."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def shard_ends(self) -> np.ndarray:
+        """[shards] index of the example after each shard's last."""
+        return np.searchsorted(self.shard_of, np.arange(len(self.shards)), side="right")
+
+    def shard_paths(self) -> list[str]:
+        """Absolute paths of the shards."""
+        return [f"{self.directory}/{shard}" for shard in self.shards]
+
+
+def save(path: Path, name: str, shards: Sequence[dict[str, Any]]) -> None:
+    """Put the manifest in place: from here on the set is complete."""
+    whole = [shard for shard in shards if shard["name"]]
+    detail = {
+        "name": name,
+        "shards": [shard["name"] for shard in whole],
+        "records": sum(shard["records"] for shard in shards),
+        "rejected": [item for shard in shards for item in shard["rejected"]],
+        "dropped": [item for shard in shards for item in shard["dropped"]],
+    }
+    table = pa.table(
+        {
+            "shard": np.repeat(np.arange(len(whole), dtype=np.int32), [len(shard["lengths"]) for shard in whole]),
+            "length": np.concatenate([np.asarray(shard["lengths"], np.int32) for shard in whole]),
+            "trained": np.concatenate([np.asarray(shard["trained"], np.int32) for shard in whole]),
+        }
+    ).replace_schema_metadata({"raysft": json.dumps(detail)})
+    draft = path.parent / f".{uuid.uuid4().hex}"
+    pq.write_table(table, draft, compression="zstd")
+    draft.replace(path)
+
+
+def load(path: Path, reused: bool = False) -> Manifest:
+    """Read a manifest.
+
+    Raises:
+        RequestError: it is damaged, or names shards that are gone.
+    """
+    try:
+        table = pq.read_table(path)
+        detail = json.loads((table.schema.metadata or {})[b"raysft"])
+    except (OSError, pa.ArrowException, KeyError, ValueError):
+        raise RequestError(
+            f"{path}: the manifest of tokenized shards is damaged; delete the folder {path.parent}"
+        ) from None
+    for shard in detail["shards"]:
+        if not (path.parent / shard).exists():
+            raise RequestError(f"{path.parent}: shard {shard} is gone; delete the folder, it is written again")
+    return Manifest(
+        name=detail["name"],
+        directory=str(path.parent),
+        shards=tuple(detail["shards"]),
+        shard_of=table["shard"].to_numpy(),
+        lengths=table["length"].to_numpy(),
+        trained=table["trained"].to_numpy(),
+        records=detail["records"],
+        rejected=tuple(Rejected(**item) for item in detail["rejected"]),
+        dropped=tuple(Rejected(**item) for item in detail["dropped"]),
+        key=path.parent.name,
+        reused=reused,
+    )
+
+
+def write_prompts(manifests: Sequence[Manifest], path: Path, max_examples: int | None) -> int:
+    """Gather prompts of evaluation sets, spread evenly over each of them, into one Parquet file for generation.
+
+    Columns: ``id`` (unique), ``source``, ``prompt``, ``input_ids`` (list of int32), ``label``.
+
+    Returns:
+        Their number.
+    """
+    whole = pa.concat_tables([table for manifest in manifests for table in _prompts(manifest, max_examples)])
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    pq.write_table(whole, draft)
+    draft.replace(path)
+    return len(whole)
+
+
+def _prompts(manifest: Manifest, max_examples: int | None) -> Iterator[pa.Table]:
+    # Files often hold what is alike side by side: the first N would be N of a kind.
+    count = min(max_examples or len(manifest), len(manifest))
+    chosen = np.linspace(0, len(manifest) - 1, count).round().astype(np.int64)
+    ends = manifest.shard_ends()
+    for shard, path in enumerate(manifest.shard_paths()):
+        first = int(ends[shard - 1]) if shard else 0
+        here = chosen[(chosen >= first) & (chosen < ends[shard])] - first
+        if not len(here):
+            continue
+        table = pq.read_table(path, columns=["source", "record", "prompt", "prompt_ids", "reference"]).take(
+            pa.array(here)
+        )
+        sources, records = table["source"].to_pylist(), table["record"].to_pylist()
+        yield pa.table(
+            {
+                "id": pa.array([f"{source}/{record}" for source, record in zip(sources, records, strict=True)]),
+                "source": pa.array(sources),
+                "prompt": table["prompt"],
+                "input_ids": table["prompt_ids"],
+                "label": table["reference"],
+            }
+        )
