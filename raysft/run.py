@@ -60,6 +60,7 @@ def check(config: Config) -> Plan:
     _check_metrics(config)
     with cluster(config) as nodes:
         check_resources(config, nodes)
+        _check_engines(config)
         plan = make_plan(config, _prepared(config)[1], nodes)
     terminal = Terminal()
     for line in plan.lines():
@@ -153,6 +154,7 @@ def opened(config: Config) -> Iterator[Opened]:
     _check_metrics(config)
     with cluster(config) as nodes:
         check_resources(config, nodes)
+        _check_engines(config)
         model, prepared = _prepared(config)
         plan = make_plan(config, prepared, nodes)
         directory.path.mkdir(parents=True, exist_ok=True)
@@ -220,10 +222,19 @@ def _prepared(config: Config) -> tuple[str, Prepared]:
 
 
 def _check_metrics(config: Config) -> None:
+    """Find a misspelt metric now, not after the training."""
     from raysft.generate import metrics
 
     if config.stage == "sft" and config.generate.enabled:
         metrics.check(config)
+
+
+def _check_engines(config: Config) -> None:
+    """Find out now, not after the training, that no engine could be placed."""
+    from raysft.generate import cluster as engines
+
+    if config.stage == "sft" and config.generate.enabled:
+        engines.size_pool(config, engines.nodes(), batches=config.generate.num_actors or 1)
 
 
 def _trained(config: Config) -> None:

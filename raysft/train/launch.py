@@ -133,6 +133,7 @@ class _Watching:
     def __init__(self, queue: Queue, watch: Watch) -> None:
         self._queue, self._watch = queue, watch
         self._end: dict[str, Any] | None = None
+        self._failure: Exception | None = None
 
     def __enter__(self) -> _Watching:
         self._closing = threading.Event()
@@ -155,6 +156,9 @@ class _Watching:
                 continue
             except RayError:
                 return
+            if event == "failed":
+                self._failure = content
+                continue
             if event == "end":
                 self._end = content
             self._watch(event, content)
@@ -163,6 +167,8 @@ class _Watching:
         """The content of ``end``, for which there is a bounded wait."""
         limit = time.monotonic() + LAST_EVENT_SECONDS
         while self._end is None:
+            if self._failure is not None:
+                raise self._failure
             if time.monotonic() > limit or not self._thread.is_alive():
                 raise RunFailed("the workers finished, but their last event (the results) did not arrive")
             time.sleep(0.05)
@@ -195,6 +201,14 @@ def _emitter(queue: Queue) -> loop.Emit:
 
 
 def _train_worker(settings: dict[str, Any]) -> None:
+    try:
+        _train(settings)
+    except (RequestError, RunFailed) as error:
+        # Every worker comes to the same end here. Raised, it would only be tried again, as if a machine had died.
+        _emitter(settings["queue"])("failed", error)
+
+
+def _train(settings: dict[str, Any]) -> None:
     job, queue = settings["job"], settings["queue"]
     torch.set_num_threads(settings["threads"])
     workers = ray.train.get_context().get_world_size()

@@ -94,7 +94,8 @@ def train(
         resume: checkpoint to go on from.
 
     Raises:
-        RunFailed: the loss is not finite, or rows come in another order than planned.
+        RunFailed: loss or gradient are not finite; on all workers alike.
+        RuntimeError: rows come in another order than planned.
     """
     loop = _Loop(job, device, emit, save)
     with ThreadPoolExecutor(1) as ahead:
@@ -169,16 +170,19 @@ class _Loop:
         expected = self.job.train_rows.share(index, self.rank, self.workers)
         if batch is None or not np.array_equal(batch["row"], expected):
             came = "no rows" if batch is None else f"rows {batch['row'].tolist()}"
-            raise RunFailed(f"step {index + 1}: worker {self.rank} was to get rows {expected.tolist()} and got {came}")
+            # One worker's trouble, unlike what RunFailed says: Ray Train starts all again from the checkpoint.
+            raise RuntimeError(
+                f"step {index + 1}: worker {self.rank} was to get rows {expected.tolist()} and got {came}"
+            )
         begun = time.perf_counter()
         lr = self.engine.get_lr()[0]
         trained = int(self.schedule.step_trained[index])
         loss, norm = train_step(self.engine, batch, trained)
         seconds = time.perf_counter() - begun
-        if not math.isfinite(loss):
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             rows = f"{index * self.schedule.rows_per_step} to {(index + 1) * self.schedule.rows_per_step - 1}"
             raise RunFailed(
-                f"step {index + 1}: the loss is {loss} (rows {rows}); lower train.learning_rate or look at these rows"
+                f"step {index + 1}: the loss is {loss} and the gradient norm {norm} (rows {rows}); lower train.learning_rate or look at these rows"
             )
         self.losses.append(loss)
         self.step_seconds.append(seconds)

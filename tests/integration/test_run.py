@@ -213,6 +213,24 @@ def test_a_killed_worker_loses_and_repeats_nothing(folder, sft_run):
     assert results(killed, "eval")["eval_loss"] == pytest.approx(results(sft_run, "eval")["eval_loss"], rel=1e-5)
 
 
+def test_a_loss_that_is_not_finite_ends_the_run_at_once(folder, capsys):
+    arguments = [
+        "run.name=infinite",
+        "train.learning_rate=1e30",
+        "train.max_grad_norm=0",
+        "train.max_steps=6",
+        "scaling.num_workers=1",
+    ]
+    assert main(["train", str(folder / "sft.yaml"), *arguments]) == 1
+    error = capsys.readouterr().err
+    assert "the loss is" in error
+    assert "lower train.learning_rate" in error
+    assert error.count("\n") == 1
+    # It is not tried again as if a machine had died: each step is logged once.
+    steps = [step["current_steps"] for step in steps_of(folder / "runs" / "infinite")]
+    assert steps == sorted(set(steps))
+
+
 def test_pre_training_has_a_perplexity_for_each_evaluation_set(folder, capsys):
     assert main(["run", str(folder / "pt.yaml")]) == 0
     run = folder / "runs" / "pt"
@@ -243,6 +261,7 @@ def test_check_plans_without_training(folder, sft_run, capsys):
     [
         ("scaling.num_workers=5", "scaling.num_workers=5 wants 3.75 CPUs"),
         ("scaling.use_gpu=true", "GPUs"),
+        ("generate.num_actors=3", "generate.num_actors=3"),
         ("scaling.cpus_per_worker=1", "leaves no CPU for data tasks"),
         ("data.sequence_length=16", "raise it, or set data.overlong=drop"),
     ],
