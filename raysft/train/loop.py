@@ -182,7 +182,8 @@ class _Loop:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             rows = f"{index * self.schedule.rows_per_step} to {(index + 1) * self.schedule.rows_per_step - 1}"
             raise RunFailed(
-                f"step {index + 1}: the loss is {loss} and the gradient norm {norm} (rows {rows}); lower train.learning_rate or look at these rows"
+                f"step {index + 1}: the loss is {loss} and the gradient norm {norm} (rows {rows}); "
+                "lower train.learning_rate or look at these rows"
             )
         self.losses.append(loss)
         self.step_seconds.append(seconds)
