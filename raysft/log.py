@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -16,18 +17,30 @@ import rich.console
 import rich.progress
 
 
+class Console(rich.console.Console):
+    """A console whose reader may go away (``| head``, a lost connection): what remains to be done is done all the same."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        # The interpreter flushes what is left when it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Terminal:
     """Prints lines; below them, on a terminal, a bar with the time left."""
 
     def __init__(self) -> None:
-        self._console = rich.console.Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._bar: rich.progress.Progress | None = None
         self._task: Any = None
 
     def line(self, text: str) -> None:
         """Print one line above the bar."""
         self._console.print(text, markup=False)
-        sys.stdout.flush()
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            self._console.on_broken_pipe()
 
     def advance(self, what: str, done: int, total: int) -> None:
         """Show that ``done`` of ``total`` is done; without a terminal nothing is drawn."""
@@ -79,12 +92,11 @@ class Journal:
     def __init__(self, log: Path, terminal: Terminal, callbacks: Sequence[Any] = ()) -> None:
         """
         Args:
-            log: ``trainer_log.jsonl``; a resumed run adds to it.
+            log: ``trainer_log.jsonl``; a resumed run goes on in it, from the checkpoint's step.
             terminal: where lines go.
             callbacks: objects with any of ``on_setup``, ``on_step``, ``on_evaluate``, ``on_checkpoint`` and ``on_end``.
         """
         self._log, self._terminal, self._callbacks = log, terminal, callbacks
-        self._mend()
         self._launched = time.time()
         self._setup: dict[str, Any] = {}
         self._set_up = 0.0
@@ -107,7 +119,22 @@ class Journal:
             if method is not None:
                 method(content)
 
+    def results(self) -> dict[str, float]:
+        """Mean loss and speed over all steps of the run, those before it was interrupted too."""
+        steps = [record for record in self._records() if "step_seconds" in record]
+        losses = [record["loss"] for record in steps if record["loss"] is not None]
+        seconds = sum(record["step_seconds"] for record in steps)
+        if not steps or not losses or not seconds:
+            return {}
+        return {
+            "train_loss": sum(losses) / len(losses),
+            "train_runtime": round(seconds, 3),
+            "train_steps_per_second": round(len(steps) / seconds, 4),
+            "train_tokens_per_second": round(steps[-1]["total_tokens"] / seconds, 2),
+        }
+
     def _begin(self, content: dict[str, Any]) -> None:
+        self._go_back(content["step"])
         self._setup, self._set_up = content, time.time()
         whole, trained = content["parameters"], content["trained_parameters"]
         self._terminal.line(
@@ -138,9 +165,16 @@ class Journal:
         with self._log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
 
-    def _mend(self) -> None:
-        """Cut off the half line that a killed run may have left."""
-        if self._log.exists():
-            whole = self._log.read_bytes()
-            if not whole.endswith(b"\n"):
-                self._log.write_bytes(whole[: whole.rfind(b"\n") + 1])
+    def _records(self) -> list[dict[str, Any]]:
+        """What the log holds; a half line, as a killed run may have left it, does not count."""
+        if not self._log.exists():
+            return []
+        lines = self._log.read_text(encoding="utf-8").split("\n")[:-1]
+        return [json.loads(line) for line in lines if line]
+
+    def _go_back(self, step: int) -> None:
+        """Let the log end where the training goes on from: what came after is done again."""
+        kept = [record for record in self._records() if record["current_steps"] <= step] if step else []
+        draft = self._log.with_name(f".{self._log.name}.{os.getpid()}")
+        draft.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        draft.replace(self._log)

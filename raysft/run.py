@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,6 +122,10 @@ def export(directory: RunDirectory, output: Path) -> None:
         raise RequestError(f"{directory.path}: is no run directory (it holds no config.yaml)")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RequestError(f"--output {output}: exists and is not an empty folder; choose another")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"--output {output}: cannot be made ({error.strerror}); choose another folder") from None
     merge(directory.model, output)
     Terminal().line(f"exported: {output}")
 
@@ -182,7 +188,7 @@ def train_model(it: Opened, callbacks: Sequence[Any] = ()) -> None:
     if results["eval"]:
         it.directory.write_results("eval", results["eval"])
     useful = {"useful": round(it.prepared.train_rows.schedule.useful, 6)}
-    it.directory.write_results("train", {**results["train"], **useful, **journal.timings})
+    it.directory.write_results("train", {**results["train"], **journal.results(), **useful, **journal.timings})
 
 
 def evaluate_model(it: Opened) -> None:
@@ -205,7 +211,9 @@ def generate_predictions(it: Opened) -> None:
 
     write_prompts(it.prepared.eval, directory.prompts, config.generate.max_examples)
     results: dict[str, float] = {}
-    if config.generate.compare_base:
+    if not config.generate.compare_base:
+        directory.base_predictions.unlink(missing_ok=True)  # those of an earlier call were perhaps made otherwise
+    else:
         it.terminal.line("generating with the model before training")
         base = infer(config, model=it.model, prompts=directory.prompts, output=directory.base_predictions)
         results.update({f"base_{key}": value for key, value in base.items()})
@@ -215,10 +223,20 @@ def generate_predictions(it: Opened) -> None:
 
 
 def _prepared(config: Config) -> tuple[str, Prepared]:
-    from raysft.train.model import find_model
+    from raysft.train.model import check_model, find_model
 
+    _writable(config)
     model = find_model(config.model.path, config.cache_directory, Terminal().line)
+    check_model(config, model)
     return model, prepare(config, model)
+
+
+def _writable(config: Config) -> None:
+    for key, folder in (("run.storage", config.run_directory.parent), ("data.cache", config.cache_directory)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RequestError(f"{key}: {folder} cannot be made ({error.strerror}); choose another folder") from None
 
 
 def _check_metrics(config: Config) -> None:
@@ -245,19 +263,28 @@ def _trained(config: Config) -> None:
 
 def _job(it: Opened) -> Any:
     from raysft.train.loop import Job
+    from raysft.train.model import model_identity
 
-    rows, sets = it.prepared.train_rows, it.prepared.eval_rows
-    return Job(config=it.config, model=it.model, run=it.directory, train_rows=rows, eval_rows=sets)
+    identity = {"the config": it.config.fingerprint(), "the model": model_identity(it.model)}
+    identity |= {f"the data of source {each.name!r}": each.key for each in it.prepared.train}
+    return Job(
+        config=it.config,
+        model=it.model,
+        run=it.directory,
+        train_rows=it.prepared.train_rows,
+        eval_rows=it.prepared.eval_rows,
+        identity=identity,
+    )
 
 
 def belongs_to(directory: RunDirectory, config: Config) -> None:
-    """A run directory belongs to one config for ever; refuse another one that would give other numbers.
+    """A run directory belongs to one config from its first step on; refuse another one that would give other numbers.
 
     Raises:
         RequestError: with the keys that differ.
     """
     if not directory.config.exists():
-        if directory.path.exists() and any(directory.path.iterdir()):
+        if directory.path.exists() and (not directory.path.is_dir() or any(directory.path.iterdir())):
             raise RequestError(
                 f"{directory.path}: the folder is not empty and holds no config.yaml; choose another run.name"
             )
@@ -268,7 +295,8 @@ def belongs_to(directory: RunDirectory, config: Config) -> None:
         raise RequestError(f"{directory.config}: is not a config of this version; choose another run.name") from None
     here = config.mathematics()
     differing = [key for key in sorted({*here, *there}) if here.get(key) != there.get(key)]
-    if differing:
+    begun = any(path.exists() for path in (directory.trainer_log, directory.checkpoints, directory.model))
+    if differing and begun:
         key = differing[0]
         more = f" (and {len(differing) - 1} more: {', '.join(differing[1:4])})" if len(differing) > 1 else ""
         raise RequestError(
@@ -300,6 +328,9 @@ def cluster(config: Config) -> Iterator[list[dict[str, float]]]:
 
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    if threading.current_thread() is threading.main_thread():
+        # Kubernetes ends a pod with SIGTERM, at which Ray would dump its stack; it is to end like Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
     finally:

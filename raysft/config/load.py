@@ -73,9 +73,10 @@ def _override(raw: dict[str, Any], override: str) -> tuple[str, ...]:
     if not equals or not all(parts):
         raise RequestError(f"{override!r} is no override; write key.path=value, for example train.epochs=2")
     try:
-        _assign(raw, key, yaml.safe_load(value), where=f"{override!r}")
-    except yaml.YAMLError:
+        parsed = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise RequestError(f"{override!r}: the value is no YAML scalar, list or mapping") from None
+    _assign(raw, key, parsed, where=f"{override!r}")
     return parts
 
 
@@ -88,6 +89,8 @@ def _parse_yaml(text: str, path: Path) -> tuple[dict[str, Any], dict[tuple[str, 
     try:
         root = yaml.compose(text, Loader=_LineLoader)
         raw = yaml.load(text, Loader=_LineLoader)
+    except (ValueError, RecursionError) as error:  # 2024-99-99 is taken for a date; an anchor may hold itself
+        raise RequestError(f"{path}: no usable YAML ({str(error).splitlines()[0]}); mend the file") from None
     except yaml.YAMLError as error:
         mark, position = getattr(error, "problem_mark", None), getattr(error, "position", 0)
         line = min(mark.line, text.rstrip().count("\n")) if mark else text.count("\n", 0, position)
@@ -115,8 +118,11 @@ def _parse_yaml(text: str, path: Path) -> tuple[dict[str, Any], dict[tuple[str, 
                 lines[(*at, str(index))] = value.start_mark.line + 1
                 walk(value, (*at, str(index)))
 
-    if root is not None:
-        walk(root, ())
+    try:
+        if root is not None:
+            walk(root, ())
+    except RecursionError:
+        raise RequestError(f"{path}: no usable YAML (an anchor holds itself); mend the file") from None
     return raw, lines
 
 

@@ -47,7 +47,7 @@ class RunSection(Section):
     """Name of the run directory inside ``run.storage``. Default: the config file's name without its ending."""
     storage: Text = "runs"
     """Folder that holds run directories and the cache; every node of the cluster must see it under this path."""
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
     """Seed of the data order, adapter initialisation, dropout and sampling. The same seed gives the same numbers."""
 
     @field_validator("storage")
@@ -122,6 +122,12 @@ class DataSection(Section):
     """Share of records that may be unusable before the run stops; each one is kept in rejected.jsonl."""
     cache: Text | None = None
     """Folder of tokenized shards and converted models, shared by runs. Default: ``{run.storage}/cache``."""
+
+    @model_validator(mode="after")
+    def _masks_agree(self) -> DataSection:
+        if self.mask_history and self.train_on_prompt:
+            raise ValueError("mask_history and train_on_prompt contradict each other; set one of them")
+        return self
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> DataSection:
@@ -249,12 +255,12 @@ class Config(Section):
     @property
     def run_directory(self) -> Path:
         """Absolute path of the run's directory."""
-        return Path(self.run.storage).absolute() / self.run.name
+        return Path(self.run.storage).expanduser().absolute() / self.run.name
 
     @property
     def cache_directory(self) -> Path:
         """Absolute path of the cache of tokenized shards and converted models."""
-        return Path(self.data.cache).absolute() if self.data.cache else Path(self.run.storage).absolute() / "cache"
+        return Path(self.data.cache).expanduser().absolute() if self.data.cache else self.run_directory.parent / "cache"
 
     @property
     def dtype(self) -> str:

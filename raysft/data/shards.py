@@ -273,7 +273,8 @@ def _refuse(each: ShardSet, shards: Sequence[dict[str, Any]], max_rejected: floa
     records = sum(shard["records"] for shard in shards)
     _check_rejected(each.source.name, rejected, records, max_rejected)
     if not any(shard["name"] for shard in shards):
-        what = f"the held-out part (data.holdout={each.holdout})" if each.part == "holdout" else "the source"
+        part = {"train": "the part to train on", "holdout": "the held-out part"}.get(each.part)
+        what = f"{part} (data.holdout={each.holdout:g})" if part else "the source"
         paths = ", ".join(dict.fromkeys(file.path for file in each.files))
         raise RequestError(
             f"source {each.source.name!r}: {what} has no usable example ({records} records in {paths:.100}); add data"

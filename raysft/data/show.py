@@ -5,11 +5,11 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
-from rich.console import Console
 from rich.text import Text
 
 from raysft.data.stream import Rows
 from raysft.data.tokenize import load_tokenizer
+from raysft.log import Console
 from raysft.records import IGNORED
 
 COLOURS = ("cyan", "yellow", "magenta", "green")

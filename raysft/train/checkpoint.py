@@ -27,8 +27,8 @@ class Cursor:
     """Rows consumed, over all workers."""
     tokens: int
     """Tokens without padding in them."""
-    fingerprint: str
-    """Of the config that it belongs to."""
+    identity: dict[str, str]
+    """What it is a training of: hashes of config, model and each source, by name."""
 
 
 def save(engine: Any, folder: Path, cursor: Cursor) -> None:

@@ -7,6 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -35,6 +36,8 @@ Watch = Callable[[str, Any], None]
 
 KEEP_CHECKPOINTS = 2
 """The newest one, and one more in case that it is damaged."""
+STOP_SECONDS = 30
+"""How long the driver waits for the workers to let go."""
 LAST_EVENT_SECONDS = 60
 """How long the driver waits for the workers' last event after they are done."""
 
@@ -65,8 +68,18 @@ def train(job: Job, watch: Watch) -> dict[str, dict[str, float]]:
         ``train`` and ``eval`` results.
 
     Raises:
+        RequestError: the run's checkpoint is of another training.
         RunFailed: the workers failed more than ``train.max_failures`` times.
     """
+    cursor = checkpoint.cursor_of(job.run.checkpoints)
+    if cursor and cursor.identity != job.identity:
+        names = sorted(
+            name for name in {*cursor.identity, *job.identity} if cursor.identity.get(name) != job.identity.get(name)
+        )
+        raise RequestError(
+            f"{job.run.path}: {' and '.join(names)} changed since this run's checkpoint after step {cursor.step}; "
+            "put it back as it was, or choose another run.name"
+        )
     return _fit(job, _train_worker, job.run.checkpoints, {"train": _FromCheckpoint(job)}, watch)
 
 
@@ -86,7 +99,7 @@ def _fit(job: Job, worker: Any, folder: Path, datasets: dict[str, Any], watch: W
     # Events come to this process: its node keeps them, and they cost no CPU share.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         worker,
         train_loop_config={"job": job, "queue": queue, "threads": _threads(job.config)},
         scaling_config=ray.train.ScalingConfig(
@@ -106,12 +119,33 @@ def _fit(job: Job, worker: Any, folder: Path, datasets: dict[str, Any], watch: W
         datasets=datasets,
         dataset_config=ray.train.DataConfig(execution_options=_in_order()),
     )
-    with _Watching(queue, watch) as watching:
+    with _Watching(queue, watch, trainer.stop) as watching:
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise _cause(error) from error
+        except RayError:
+            if not watching.broken:
+                raise
+        except KeyboardInterrupt:
+            trainer.stop()
+            raise
         return watching.last_event()
+
+
+class _Trainer(TorchTrainer):
+    """A trainer that leaves Ctrl-C to whoever called it: Ray's own handler would stay behind and swallow it for good."""
+
+    _controller: Any = None
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self._controller = controller
+
+    def stop(self) -> None:
+        """Let the workers go; the wait for it is bounded."""
+        if self._controller is not None:
+            with suppress(RayError):
+                ray.get(self._controller.abort.remote(), timeout=STOP_SECONDS)
 
 
 def _in_order() -> Any:
@@ -130,8 +164,10 @@ def _threads(config: Config) -> int:
 class _Watching:
     """Hands events to the watcher while the workers train."""
 
-    def __init__(self, queue: Queue, watch: Watch) -> None:
-        self._queue, self._watch = queue, watch
+    def __init__(self, queue: Queue, watch: Watch, stop: Callable[[], None]) -> None:
+        self._queue, self._watch, self._stop = queue, watch, stop
+        self.broken: BaseException | None = None
+        """What the watcher (a callback, or the log) raised; the training is stopped then."""
         self._end: dict[str, Any] | None = None
         self._failure: Exception | None = None
 
@@ -161,12 +197,19 @@ class _Watching:
                 continue
             if event == "end":
                 self._end = content
-            self._watch(event, content)
+            try:
+                self._watch(event, content)
+            except BaseException as error:
+                self.broken = error
+                self._stop()
+                return
 
     def last_event(self) -> dict[str, dict[str, float]]:
         """The content of ``end``, for which there is a bounded wait."""
         limit = time.monotonic() + LAST_EVENT_SECONDS
-        while self._end is None:
+        while self._end is None or self.broken is not None:
+            if self.broken is not None:
+                raise self.broken
             if self._failure is not None:
                 raise self._failure
             if time.monotonic() > limit or not self._thread.is_alive():

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,6 +71,8 @@ class Job:
     """``RowSource``."""
     eval_rows: dict[str, Any]
     """``RowSource`` of each evaluation set."""
+    identity: dict[str, str] = field(default_factory=dict)
+    """What the training is of: hashes of config, model and each source, by name."""
 
 
 def train(
@@ -128,8 +130,6 @@ class _Loop:
         self.emit: Emit = emit if self.rank == 0 else lambda event, content: None
         self.schedule: Schedule = job.train_rows.schedule
         self.data_wait = 0.0
-        self.losses: list[float] = []
-        self.step_seconds: list[float] = []
         self.first = 0
 
     def set_up(self, resume: Path | None) -> Cursor:
@@ -143,7 +143,7 @@ class _Loop:
             self.job.config, self.job.model, self.workers, self.schedule.steps, self.device
         )
         torch.manual_seed(self.job.config.run.seed + self.rank)
-        cursor = Cursor(0, 0, 0, self.job.config.fingerprint())
+        cursor = Cursor(0, 0, 0, self.job.identity)
         if resume is not None:
             cursor = checkpoint.load(self.engine, resume)
         self.first = cursor.step
@@ -156,6 +156,7 @@ class _Loop:
         self.emit(
             "setup",
             {
+                "step": self.first,
                 "model_seconds": now - self.started - data_wait,
                 "data_wait_seconds": data_wait,
                 "parameters": sum(_size(p) for p in parameters),
@@ -185,11 +186,9 @@ class _Loop:
                 f"step {index + 1}: the loss is {loss} and the gradient norm {norm} (rows {rows}); "
                 "lower train.learning_rate or look at these rows"
             )
-        self.losses.append(loss)
-        self.step_seconds.append(seconds)
         tokens = int(self.schedule.step_tokens[index])
         rows = min((index + 1) * self.schedule.rows_per_step, self.schedule.rows)
-        cursor = Cursor(index + 1, rows, cursor.tokens + tokens, cursor.fingerprint)
+        cursor = Cursor(index + 1, rows, cursor.tokens + tokens, cursor.identity)
         self._log_step(cursor, loss, norm, lr, tokens, trained, seconds)
         return cursor
 
@@ -257,7 +256,6 @@ class _Loop:
 
     def finish(self, cursor: Cursor) -> None:
         """Evaluate, write the model, and say how it went."""
-        seconds = time.perf_counter() - self.started
         if self.job.config.train.save_every_steps and cursor.step > self.first:
             self._checkpoint(cursor)
         evaluations = self.evaluate(cursor)
@@ -265,13 +263,7 @@ class _Loop:
 
         tokenizer = AutoTokenizer.from_pretrained(self.job.model)
         checkpoint.export(self.engine.module.model, tokenizer, self.job.run.model)
-        busy = sum(self.step_seconds)
-        tokens = int(self.schedule.step_tokens[self.first :].sum())
         results = {
-            "train_loss": float(np.mean(self.losses)) if self.losses else math.nan,
-            "train_runtime": round(seconds, 3),
-            "train_steps_per_second": round(len(self.losses) / busy, 4) if busy else 0.0,
-            "train_tokens_per_second": round(tokens / busy, 2) if busy else 0.0,
             "total_steps": self.schedule.steps,
             "total_rows": self.schedule.rows,
             "total_tokens": cursor.tokens,

@@ -46,10 +46,56 @@ def find_model(path: str, cache: Path, say: Callable[[str], None]) -> str:
     return _on_hub(path)
 
 
+def check_model(config: Config, model: str) -> None:
+    """Find out before anything is started what the workers could only find out later.
+
+    Raises:
+        RequestError: weights are missing, adapters have no place in the model, or rows are longer than its positions.
+    """
+    from transformers import AutoConfig
+
+    try:
+        described: Any = AutoConfig.from_pretrained(model).get_text_config()
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise RequestError(f"model.path={model}: its config.json is of no use ({reason:.120})") from None
+    folder = Path(model)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise RequestError(f"model.path={model}: the folder holds no weights (*.safetensors); give a whole model")
+    positions = getattr(described, "max_position_embeddings", None)
+    if positions and config.data.sequence_length > positions:
+        raise RequestError(
+            f"data.sequence_length={config.data.sequence_length} and the model has {positions} positions; use at most {positions}"
+        )
+    if config.model.finetuning == "lora" and config.model.lora.target != "all":
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            _check_target(AutoModelForCausalLM.from_config(described), config)
+
+
+def _check_target(model: Any, config: Config) -> None:
+    for name in config.model.lora.target:
+        if not any(module == name or module.endswith(f".{name}") for module, _ in model.named_modules()):
+            raise RequestError(f"model.lora.target names {name!r} and the model has no such module; try 'all'")
+
+
+def model_identity(model: str) -> str:
+    """Hash of a model folder's config and of the names and sizes of its weights; the id of a model on the hub."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return model
+    weights = sorted((path.name, path.stat().st_size) for path in folder.glob("*.safetensors"))
+    return hashlib.sha256((folder / "config.json").read_bytes() + repr(weights).encode()).hexdigest()[:16]
+
+
 def _on_hub(path: str) -> str:
     """Check that the hub (or its local cache) has the model; the id itself is what each node loads."""
     from transformers import AutoConfig
 
+    # It would report each of its attempts.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         AutoConfig.from_pretrained(path)
     except Exception as error:
@@ -129,9 +175,6 @@ def _with_adapters(model: Any, config: Config, path: str) -> Any:
     from peft import LoraConfig, get_peft_model
 
     lora = config.model.lora
-    for name in lora.target if lora.target != "all" else []:
-        if not any(module == name or module.endswith(f".{name}") for module, _ in model.named_modules()):
-            raise RequestError(f"model.lora.target names {name!r} and the model has no such module; try 'all'")
     torch.manual_seed(config.run.seed)
     model = get_peft_model(
         model,
@@ -172,6 +215,10 @@ def merge(adapter: Path, output: Path) -> None:
     import torch
     from transformers import AutoTokenizer
 
+    if adapter.is_dir() and not any(adapter.glob("*.safetensors")):
+        raise RequestError(
+            f"{adapter}: holds no weights (*.safetensors); the model is not whole, copy or train it again"
+        )
     if (adapter / "adapter_config.json").exists():
         from peft import AutoPeftModelForCausalLM
 

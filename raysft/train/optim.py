@@ -29,5 +29,6 @@ def _dimensions(parameter: Any) -> int:
 
 def make_schedule(optimizer: torch.optim.Optimizer, train: TrainSection, steps: int) -> Any:
     """Warm-up, then the named course over the exact number of steps."""
-    warmup = math.ceil(train.warmup_ratio * steps)
+    # The first step of a warm-up has rate 0: a run of one step would train nothing.
+    warmup = min(math.ceil(train.warmup_ratio * steps), steps - 1)
     return get_scheduler(train.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=steps)

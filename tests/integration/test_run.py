@@ -2,6 +2,11 @@
 
 import json
 import math
+import shutil
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import psutil
@@ -189,8 +194,10 @@ class KillAWorker:
 
     def __init__(self, step: int) -> None:
         self.step, self.killed = step, 0
+        self.seen: list[int] = []
 
     def on_step(self, record) -> None:
+        self.seen.append(record.current_steps)
         if record.current_steps == self.step and not self.killed:
             for process in psutil.Process().children(recursive=True):
                 if "RayTrainWorker" in process.name() or any("RayTrainWorker" in part for part in process.cmdline()):
@@ -206,11 +213,70 @@ def test_a_killed_worker_loses_and_repeats_nothing(folder, sft_run):
     assert kill.killed == 1
     killed = folder / "runs" / "killed"
     last = {step["current_steps"]: step for step in steps_of(killed)}
-    assert len(steps_of(killed)) > len(last), "the steps after the checkpoint were trained again"
+    assert len(kill.seen) > len(last), "the steps after the checkpoint were trained again"
+    assert list(last) == sorted(last), "the log has each step once"
+    assert len(last) == len(steps_of(killed)), "the log has each step once"
+    losses = [step["loss"] for step in last.values()]
+    assert results(killed, "train")["train_loss"] == pytest.approx(sum(losses) / len(losses))
     for step in steps_of(sft_run):
         assert last[step["current_steps"]]["loss"] == pytest.approx(step["loss"], rel=1e-5)
         assert last[step["current_steps"]]["rows"] == step["rows"]
     assert results(killed, "eval")["eval_loss"] == pytest.approx(results(sft_run, "eval")["eval_loss"], rel=1e-5)
+
+
+def test_a_run_goes_on_only_with_the_data_that_it_began_with(folder, capsys):
+    data = folder / "changing.jsonl"
+    data.write_text((folder / "chat.jsonl").read_text())
+    arguments = ["run.name=changing", f"data.train.0.path={data}", "train.max_steps=3", "scaling.num_workers=1"]
+    command = ["train", str(folder / "sft.yaml"), *arguments, "data.holdout=0", "train.eval_every_steps=null"]
+    assert main(command) == 0
+    run = folder / "runs" / "changing"
+    before = results(run, "train")
+    (run / "train_results.json").unlink()
+    shutil.rmtree(run / "model")
+    data.write_text("\n".join(reversed((folder / "chat.jsonl").read_text().splitlines())) + "\n")
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "the data of source 'chat' changed since this run's checkpoint after step 3" in error
+    assert error.count("\n") == 1
+    data.write_text((folder / "chat.jsonl").read_text())
+    assert main(command) == 0
+    assert results(run, "train")["train_loss"] == before["train_loss"]
+
+
+class Fails:
+    """Raises when the second step is done."""
+
+    def on_step(self, record) -> None:
+        if record.current_steps == 2:
+            raise ZeroDivisionError("of the callback")
+
+
+def test_a_callback_that_raises_stops_the_training(folder):
+    with pytest.raises(ZeroDivisionError, match="of the callback"):
+        raysft.run_sft(
+            load(folder / "sft.yaml", ["run.name=fails", "scaling.num_workers=1", "train.epochs=200"]),
+            callbacks=[Fails()],
+        )
+    run = folder / "runs" / "fails"
+    assert len(steps_of(run)) < 30
+    assert not (run / "model").exists()
+
+
+def test_ctrl_c_is_exit_code_130_and_one_line(folder):
+    command = [sys.executable, "-m", "raysft.cli", "train", str(folder / "sft.yaml")]
+    arguments = ["run.name=stopped", "scaling.address=local", "scaling.num_workers=1", "train.epochs=500"]
+    with subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        alarm = threading.Timer(120, process.kill)
+        alarm.start()
+        assert process.stdout
+        next(line for line in process.stdout if line.startswith("step 2/"))
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate()
+        alarm.cancel()
+    assert process.returncode == 130
+    assert "raysft: stopped; the same command goes on from the newest checkpoint" in error
+    assert "Traceback" not in error
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_at_once(folder, capsys):
@@ -287,3 +353,20 @@ def test_prepare_writes_shards_once(folder, capsys):
     assert capsys.readouterr().out.count("written: ") == 2
     assert main(arguments) == 0
     assert capsys.readouterr().out.count("reused: ") == 2
+
+
+def test_a_directory_in_which_nothing_was_trained_may_be_taken_over(folder, capsys):
+    """A mistake that only the workers notice must not use the run's name up."""
+    command = ["prepare", str(folder / "sft.yaml"), "run.name=taken"]
+    assert main([*command, "train.learning_rate=0.5"]) == 0
+    assert main([*command, "train.learning_rate=0.25"]) == 0
+    assert load(folder / "runs" / "taken" / "config.yaml").train.learning_rate == 0.25
+
+
+@pytest.mark.parametrize("key", ["run.storage", "data.cache"])
+def test_a_folder_that_cannot_be_made_is_one_line(folder, capsys, key):
+    assert main(["check", str(folder / "sft.yaml"), f"{key}={folder}/sft.yaml/x"]) == 2
+    error = capsys.readouterr().err
+    assert f"{key}: " in error
+    assert "choose another folder" in error
+    assert error.count("\n") == 1

@@ -311,3 +311,30 @@ def test_mathematics_names_the_keys_flat(write):
     mathematics = load(write(BASE)).mathematics()
     assert mathematics["train.learning_rate"] == 1e-4
     assert not {"run.name", "run.storage", "data.cache"} & mathematics.keys()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &a [*a]", "no usable YAML"),
+        ("run: {storage: 2024-99-99}", "no usable YAML (month must be in 1..12"),
+        (
+            "model: {path: m}\ndata: {train: [{name: a, path: a}], mask_history: true, train_on_prompt: true}",
+            "contradict",
+        ),
+    ],
+)
+def test_what_only_looks_like_a_config_is_one_line(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(RequestError) as caught:
+        load(tmp_path / "c.yaml")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_home_folder_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    plain = {"model": {"path": "m"}, "data": {"train": [{"name": "a", "path": "a"}]}}
+    config = parse({**plain, "run": {"storage": "~/runs", "name": "x"}})
+    assert str(config.run_directory) == "/home/somebody/runs/x"
+    assert str(config.cache_directory) == "/home/somebody/runs/cache"

@@ -1,0 +1,71 @@
+"""What is found out about a model before anything is started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from raysft.config import Config, RequestError, TrainSection, parse
+from raysft.train.model import check_model, merge, model_identity
+from raysft.train.optim import make_schedule
+from tests.tiny import tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def config(**changes) -> Config:
+    plain = {"model": {"path": "m"}, "data": {"train": [{"name": "a", "path": "a.jsonl"}], "sequence_length": 64}}
+    return parse({**plain, **changes})
+
+
+def lora(target: list[str]) -> Config:
+    return config(model={"path": "m", "lora": {"target": target}})
+
+
+def refusal(config: Config, folder: Path) -> str:
+    with pytest.raises(RequestError) as caught:
+        check_model(config, str(folder))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_good_model_passes(model):
+    check_model(config(), str(model))
+    check_model(lora(["q_proj", "v_proj"]), str(model))
+
+
+def test_a_module_that_is_not_there_is_named(model):
+    assert "model.lora.target names 'zzz'" in refusal(lora(["q_proj", "zzz"]), model)
+
+
+def test_rows_longer_than_the_models_positions_are_refused(model):
+    long = config(data={"train": [{"name": "a", "path": "a"}], "sequence_length": 1024})
+    assert "data.sequence_length=1024 and the model has 512 positions" in refusal(long, model)
+
+
+def test_a_model_that_is_not_whole_is_refused(model, tmp_path):
+    (tmp_path / "config.json").write_text((model / "config.json").read_text())
+    assert "holds no weights" in refusal(config(), tmp_path)
+    with pytest.raises(RequestError, match="holds no weights"):
+        merge(tmp_path, tmp_path / "out")
+    (tmp_path / "config.json").write_text("{")
+    assert "its config.json is of no use" in refusal(config(), tmp_path)
+
+
+def test_the_identity_of_a_model_follows_its_config_and_weights(model, tmp_path):
+    (tmp_path / "config.json").write_text((model / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes())
+    assert model_identity(str(tmp_path)) == model_identity(str(model))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert model_identity(str(tmp_path)) != model_identity(str(model))
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+def test_a_run_of_one_step_trains_with_the_whole_rate(name):
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    assert make_schedule(optimizer, TrainSection(warmup_ratio=0.03, schedule=name), steps=1).get_last_lr() == [0.5]
