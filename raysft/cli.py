@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     for verb, summary in (
         (_run, "data → train → evaluate → generate → report"),
         (_check, "resolve, validate and plan; no training; exit 2 and one clear line if it cannot run"),
-        (_show, "packed rows as text, coloured by loss mask and by example"),
+        (_show, "packed rows coloured by loss mask and by example, and the lengths of all examples"),
         (_prepare, "tokenize the data into the cache"),
         (_train, "train and evaluate"),
         (_evaluate, "evaluate the trained model"),
@@ -87,6 +87,7 @@ def _with_config(verbs: argparse._SubParsersAction, verb: Callable[[argparse.Nam
         parser.add_argument(
             "--rows", type=int, default=3, metavar="N", help="how many rows of the training data (default 3)"
         )
+        parser.add_argument("--html", type=Path, metavar="FILE", help="write a page for a browser instead")
     parser.set_defaults(verb=verb)
 
 
@@ -132,7 +133,7 @@ def _show(parsed: argparse.Namespace) -> None:
         raise RequestError(f"--rows {parsed.rows}: show at least one row")
     from raysft.run import show
 
-    show(config, parsed.rows)
+    show(config, parsed.rows, parsed.html)
 
 
 def _prepare(parsed: argparse.Namespace) -> None:

@@ -5,10 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
+
 from raysft.config import Config, RequestError
 from raysft.data import Prepared
 from raysft.data.manifest import Manifest
 from raysft.data.shards import TASK_CPUS
+
+COUNTED = {
+    "rejected": "{:,} rejected",
+    "dropped": "{:,} dropped",
+    "dropped_tokens": "{:,} tokens in them",
+    "truncated": "{:,} truncated",
+    "truncated_tokens": "{:,} tokens cut off",
+    "split": "{:,} split",
+    "split_pieces": "into {:,}",
+    "control_tokens": "{:,} with control tokens in their text",
+    "tools_as_text": "{:,} with tools written into the text",
+}
+"""What is counted, in the words of the plan."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +37,10 @@ class SourcePlan:
     longest: int
     rejected: int
     dropped: int
+    counts: dict[str, int]
+    """What happened to how many examples and tokens: ``truncated``, ``split``, ``control_tokens`` …"""
+    formats: tuple[str, ...]
+    """Formats of its records, as named or found."""
     reused: bool
 
 
@@ -34,6 +53,8 @@ class Plan:
     """Examples to train on, in one epoch."""
     rows: int
     """Rows over all epochs."""
+    rows_of_epochs: tuple[int, ...]
+    """Rows of each epoch."""
     steps: int
     epochs: int
     rows_per_step: int
@@ -93,10 +114,9 @@ def _source_line(source: SourcePlan) -> str:
         f"{source.trained_tokens:,} trained",
         f"longest {source.longest:,}",
     ]
-    parts += [
-        f"{count:,} {word}" for count, word in ((source.rejected, "rejected"), (source.dropped, "dropped")) if count
-    ]
-    return ", ".join(parts) + (" (from the cache)" if source.reused else "")
+    counted = {"rejected": source.rejected, "dropped": source.dropped, **source.counts}
+    parts += [text.format(counted[name]) for name, text in COUNTED.items() if counted.get(name)]
+    return f"{'/'.join(source.formats)}, {', '.join(parts)}" + (" (from the cache)" if source.reused else "")
 
 
 def _count(number: int, noun: str, plural: str = "s") -> str:
@@ -182,6 +202,7 @@ def make_plan(config: Config, prepared: Prepared, nodes: Sequence[Mapping[str, f
         stage=config.stage,
         examples=sum(len(manifest) for manifest in prepared.train),
         rows=schedule.rows,
+        rows_of_epochs=tuple(np.diff(np.minimum([0, *schedule.epoch_ends], schedule.rows)).tolist()),
         steps=schedule.steps,
         epochs=config.train.epochs,
         rows_per_step=per_step,
@@ -212,5 +233,7 @@ def _source(manifest: Manifest) -> SourcePlan:
         longest=int(manifest.lengths.max()),
         rejected=len(manifest.rejected),
         dropped=len(manifest.dropped),
+        counts=manifest.counts,
+        formats=manifest.formats,
         reused=manifest.reused,
     )

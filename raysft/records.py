@@ -27,18 +27,34 @@ class Message:
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    """Functions that the assistant calls, as ``{"type": "function", "function": {"name": …, "arguments": {…}}}``."""
+    train: bool = True
+    """Whether what the assistant wrote here may be trained on."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What else the chat template may want to see: ``name``, ``tool_call_id``, ``reasoning_content``."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One unpacked example as every format becomes it: a conversation, or a text (then ``messages`` is empty)."""
+    """One unpacked example as every format becomes it: a conversation, a text, or token ids."""
 
     source: str
     """Name of the source."""
     record: str
-    """Where it stands: ``file:line`` or ``file:row``."""
+    """Where it stands: ``file:line`` or ``file:[index]``."""
     messages: tuple[Message, ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+    """Functions that the assistant may call, as JSON schemas."""
     text: str = ""
+    prompt: int | None = None
+    """Characters of ``text`` that are a prompt; None for a text without one."""
+    ids: tuple[int, ...] = ()
+    """Token ids, where the data is tokenized already."""
+    labels: tuple[int, ...] = ()
+    """Labels of ``ids``."""
+    weight: float = 1.0
+    """What each of its trained tokens counts in the loss."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +95,8 @@ class StepRecord:
     memory_gib: float
     """Peak memory of rank 0's device, or resident memory of its process without GPU."""
     memory_total_gib: float
+    source_losses: dict[str, float] = field(default_factory=dict)
+    """Mean loss of each source's trained tokens in this step, where there are several sources."""
 
     def line(self) -> str:
         """The step as one line for people.

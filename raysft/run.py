@@ -71,13 +71,22 @@ def check(config: Config) -> Plan:
     return plan
 
 
-def show(config: Config, rows: int) -> None:
-    """Print the first packed rows of the training data."""
-    from raysft.data.show import print_rows
+def show(config: Config, rows: int, page: Path | None = None) -> None:
+    """Print the first packed rows of the training data and the lengths of its examples, or write them as an HTML page."""
+    from raysft.data.show import Lengths, print_rows, shown_rows, write_page
 
     with cluster(config):
         model, prepared = _prepared(config)
-    print_rows(prepared.train_rows, model, rows)
+    shown = list(shown_rows(prepared.train_rows, model, rows))
+    lengths = Lengths.of(prepared.train_rows, prepared.train)
+    if page is None:
+        print_rows(shown, lengths)
+        return
+    try:
+        write_page(shown, lengths, page)
+    except OSError as error:
+        raise RequestError(f"--html {page}: cannot be written ({error.strerror}); choose another file") from None
+    Terminal().line(f"written: {page}")
 
 
 def prepare_data(config: Config) -> None:
@@ -226,9 +235,10 @@ def _prepared(config: Config) -> tuple[str, Prepared]:
     from raysft.train.model import check_model, find_model
 
     _writable(config)
-    model = find_model(config.model.path, config.cache_directory, Terminal().line)
+    tell = Terminal().line
+    model = find_model(config.model.path, config.cache_directory, tell)
     check_model(config, model)
-    return model, prepare(config, model)
+    return model, prepare(config, model, tell)
 
 
 def _writable(config: Config) -> None:
@@ -320,6 +330,11 @@ def cluster(config: Config) -> Iterator[list[dict[str, float]]]:
             ray.init(address=config.scaling.address, log_to_driver=False, logging_level=logging.ERROR)
         except ConnectionError as error:
             reason = str(error).splitlines()[0]
+            if config.scaling.address is None:
+                raise RequestError(
+                    f"the Ray cluster that this machine knows of does not answer ({reason:.120}); "
+                    "`ray stop` forgets it, or set scaling.address=local for one of this run's own"
+                ) from None
             raise RequestError(
                 f"scaling.address={config.scaling.address}: no Ray cluster answers there ({reason:.120})"
             ) from None

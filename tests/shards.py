@@ -9,7 +9,8 @@ from typing import Any
 
 from raysft.config import Config, parse
 from raysft.data.manifest import Manifest, load, save
-from raysft.data.shards import Part, ShardSet, _write_shards, shard_set
+from raysft.data.shards import Part, ShardSet, chunks, shard_set, write_shards
+from raysft.data.tokenize import Tokenizer
 
 
 def write_records(path: Path, records: Sequence[Any]) -> None:
@@ -35,7 +36,13 @@ def the_set(config: Config, model: str, source: int = 0, part: Part = "all", wit
     return shard_set(config, config.data.train[source], part, model, with_prompts)
 
 
-def written(each: ShardSet) -> Manifest:
+def written(each: ShardSet, model: str, template: str | None = None) -> Manifest:
     """Tokenize a set in this process, and give its manifest."""
-    save(each.manifest, each.source.name, list(_write_shards(each, each.files)))
+    tokenizer = Tokenizer.load(model, template)
+    shards = [
+        shard
+        for records in chunks(each.files, each.source.max_examples)
+        for shard in write_shards([each], records, tokenizer)
+    ]
+    save(each.manifest, each.source.name, shards)
     return load(each.manifest)

@@ -21,7 +21,12 @@ Positive = Annotated[int, Field(gt=0, strict=True)]
 Count = Annotated[int, Field(ge=0, strict=True)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Column = Literal["messages", "conversations", "instruction", "input", "output", "system", "history", "turns", "text"]
+Format = Literal["alpaca", "sharegpt", "openai", "prompt_completion", "turns", "text", "tokenized"]
+Column = Literal[
+    "messages", "conversations", "instruction", "input", "output", "system", "history", "tools", "prompt", "completion",
+    "turns", "text", "input_ids", "labels", "weight",
+]  # fmt: skip
+Tag = Literal["role", "content", "user", "assistant", "observation", "function", "system"]
 
 
 class RequestError(ValueError):
@@ -74,6 +79,9 @@ class LoraSection(Section):
 class ModelSection(Section):
     path: Text
     """Model folder, Hugging Face hub id, ``*.gguf`` file, or ``package:NAME/FILE`` inside an installed Python package."""
+    chat_template: Text | None = None
+    """Chat template to use instead of the tokenizer's own, and to save with the model: a name (``chatml``, ``llama3``,
+    ``gemma``, ``alpaca``, ``vicuna``) or a ``*.jinja`` file."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the weights in training and generation. ``auto``: bfloat16 on GPU, float32 on CPU."""
     finetuning: Literal["full", "lora"] = "lora"
@@ -86,18 +94,24 @@ class Source(Section):
     """One dataset."""
 
     name: Name
-    """Name of the source in logs, metrics and rejected.jsonl."""
-    path: Text | Annotated[list[Text], Field(min_length=1)]
+    """Name of the source in logs, metrics and rejected.jsonl; with ``data.registry``, its name there."""
+    path: Text | Annotated[list[Text], Field(min_length=1)] | None = None
     """File, folder or glob, or a list of them; local, or on a filesystem that pyarrow reads (``s3://``, ``gs://``,
-    ``hdfs://``), or ``package:NAME/GLOB`` inside an installed Python package."""
-    format: Literal["alpaca", "sharegpt", "openai", "turns", "text"] | None = None
+    ``hdfs://``, ``hf://datasets/``), or ``package:NAME/GLOB`` inside an installed Python package. Not needed for a
+    source of ``data.registry``."""
+    format: Format | None = None
     """Shape of a record: ``alpaca`` (instruction, input, output), ``sharegpt`` (conversations of from/value), ``openai``
-    (messages of role/content), ``turns`` (a list of texts, the user's and the assistant's by turns), ``text``.
-    Default: found from the first record."""
+    (messages of role/content), ``prompt_completion`` (two texts, or two lists of messages), ``turns`` (a list of texts,
+    the user's and the assistant's by turns), ``text``, ``tokenized`` (input_ids, labels). Default: found from the columns."""
     columns: dict[Column, Text] = {}
     """Where a field has another name in the file: field → column, for example ``{output: answer}``."""
+    tags: dict[Tag, Text] = {}
+    """Where a conversation uses other words: ``role`` and ``content`` name the keys of a turn; ``user``, ``assistant``,
+    ``observation``, ``function`` and ``system`` are its roles."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Share of this source in the mixture, relative to the others (``data.mixing``). Default: 1."""
     max_examples: Positive | None = None
-    """Take only the first N examples."""
+    """Read only the first N records."""
 
 
 class DataSection(Section):
@@ -105,19 +119,34 @@ class DataSection(Section):
     """Sources to train on."""
     eval: list[Source] = []
     """Sources to evaluate and generate on."""
+    registry: Text | None = None
+    """A ``dataset_info.json`` as LLaMA-Factory has it, or its folder: a source without a path is looked up there by name."""
+    mixing: Literal["concat", "first_exhausted", "all_exhausted"] = "concat"
+    """``concat``: every example once an epoch. Otherwise examples are drawn in the proportion of the sources' weights, anew
+    in each epoch, until the first source is used up, or until each one was (smaller ones come again)."""
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of each training source that is kept out of training and evaluated under the source's name. A stable hash
     of an example's opening decides, so that examples that open alike stay on one side, in this and any other run."""
     sequence_length: Annotated[int, Field(ge=8, strict=True)] = 2048
     """Tokens that one row holds."""
     packing: bool = True
-    """Put several examples into one row; they do not see each other."""
+    """Put several examples into one row; they do not see each other. With ``stage: pt``: join documents and cut full rows."""
+    document_mask: bool = True
+    """With ``stage: pt``: documents in one row do not see each other."""
     mask_history: bool = False
     """Train only on the last assistant turn of each conversation."""
     train_on_prompt: bool = False
     """Train on every token of a conversation, not only on what the assistant wrote."""
-    overlong: Literal["error", "drop"] = "error"
-    """A conversation longer than a row stops the run, or is dropped and counted. Raw text is always split instead."""
+    overlong: Literal["truncate", "split", "drop", "error"] = "error"
+    """A conversation longer than a row is shortened, cut into several examples, dropped, or stops the run; always counted.
+    Raw text is never shortened."""
+    keep_prompt: Literal["head", "tail"] = "head"
+    """With ``overlong: truncate``: which end of a prompt is kept."""
+    control_tokens_in_text: Literal["keep", "escape", "reject"] = "keep"
+    """A special token of the tokenizer that is written out in a text (``<|im_end|>``): it acts as one, as in
+    ``apply_chat_template``; is encoded as plain characters; or the record is rejected. Always counted."""
+    template_options: dict[str, Any] = {}
+    """Variables for the chat template, for example ``{enable_thinking: false}``."""
     max_rejected: Fraction = 0.0
     """Share of records that may be unusable before the run stops; each one is kept in rejected.jsonl."""
     cache: Text | None = None
@@ -142,6 +171,19 @@ class DataSection(Section):
                 raise ValueError(
                     f"{sorted(clash)[0]!r} is in data.train and data.eval; with data.holdout > 0 names must differ"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _sources_are_complete(self) -> DataSection:
+        for source in (*self.train, *self.eval):
+            if source.path is None and self.registry is None:
+                raise ValueError(f"source {source.name!r} has no path; give it one, or name data.registry")
+        weighted = [source.name for source in self.train if source.weight is not None]
+        if weighted and self.mixing == "concat":
+            raise ValueError(
+                f"source {weighted[0]!r} has a weight, which data.mixing=concat does not use; "
+                "set data.mixing to first_exhausted or all_exhausted"
+            )
         return self
 
 
@@ -273,6 +315,30 @@ class Config(Section):
     def lora_alpha(self) -> float:
         """The scale of the adapter, with its default decided."""
         return self.model.lora.alpha if self.model.lora.alpha is not None else 2.0 * self.model.lora.rank
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja text of ``model.chat_template``; None where the tokenizer's own is used.
+
+        Raises:
+            RequestError: there is no template of that name, and no such file.
+        """
+        name = self.model.chat_template
+        if name is None:
+            return None
+        ours = {path.stem: path for path in (Path(__file__).parent.parent / "chat_templates").glob("*.jinja")}
+        path = ours.get(name, Path(name))
+        try:
+            return (
+                path.read_text(encoding="utf-8").rstrip("\n")
+                if path in ours.values()
+                else path.read_text(encoding="utf-8")
+            )
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(
+                f"model.chat_template={name}: is no template's name ({', '.join(sorted(ours))}) and cannot be read as a file "
+                f"({getattr(error, 'strerror', None) or error}); give one of them"
+            ) from None
 
     def mathematics(self) -> dict[str, Any]:
         """The keys that decide which numbers a training gives, flat: a run directory belongs to exactly these."""

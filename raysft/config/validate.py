@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from raysft.config.sections import Column, Config, RequestError, Section, Source
+from raysft.config.sections import Column, Config, RequestError, Section, Source, Tag
 
 UNKNOWN = ("extra_forbidden", "invalid_key")
 WORDING = {
@@ -103,8 +103,8 @@ def _known_keys(location: Sequence[str]) -> list[str]:
     for part in location:
         if part.isdigit():
             section = Source
-        elif section is Source and part == "columns":
-            return list(get_args(Column))
+        elif section is Source and part in ("columns", "tags"):
+            return list(get_args(Column if part == "columns" else Tag))
         else:
             section = section.model_fields[part].annotation if hasattr(section, "model_fields") else None
     return list(section.model_fields) if hasattr(section, "model_fields") else []

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from raysft.config import Config, RequestError
 from raysft.data.manifest import Manifest
-from raysft.data.shards import ShardSet, shard_set, write
+from raysft.data.schedule import Layout
+from raysft.data.shards import ShardSet, Tell, shard_set, write
 from raysft.data.stream import Rows
 
 
@@ -22,12 +23,13 @@ class Prepared:
     """Rows of each evaluation set by its name."""
 
 
-def prepare(config: Config, model: str) -> Prepared:
+def prepare(config: Config, model: str, tell: Tell = lambda line: None) -> Prepared:
     """Tokenize all sources into the cache, or find them there, and schedule their rows.
 
     Args:
         config: the run's config.
         model: folder or hub id that holds the tokenizer.
+        tell: takes lines that say how far it is.
 
     Raises:
         RequestError: the data cannot be used as asked.
@@ -41,28 +43,34 @@ def prepare(config: Config, model: str) -> Prepared:
         shard_set(config, source, "holdout", model, with_prompts) for source in config.data.train if config.data.holdout
     ]
     evaluation = held_out + [shard_set(config, source, "all", model, with_prompts) for source in config.data.eval]
-    manifests = write([*train, *evaluation], config.data.max_rejected)
+    manifests = write([*train, *evaluation], model, config.data.max_rejected, config.chat_template, tell)
     return _schedule(config, train, evaluation, manifests)
 
 
 def _schedule(
     config: Config, train: Sequence[ShardSet], evaluation: Sequence[ShardSet], manifests: Sequence[Manifest]
 ) -> Prepared:
+    data = config.data
+    layout: Layout = "single" if not data.packing else "joined" if config.stage == "pt" else "packed"
     train_rows = Rows(
         manifests=tuple(str(each.manifest) for each in train),
-        capacity=config.data.sequence_length,
+        capacity=data.sequence_length,
         rows_per_step=config.train.rows_per_step,
         seed=config.run.seed,
         epochs=config.train.epochs,
         max_steps=config.train.max_steps,
-        packing=config.data.packing,
+        layout=layout,
+        mixing=data.mixing,
+        shares=tuple(source.weight or 1.0 for source in data.train),
+        document_mask=data.document_mask,
     )
     eval_rows = {
         each.source.name: Rows(
             manifests=(str(each.manifest),),
-            capacity=config.data.sequence_length,
+            capacity=data.sequence_length,
             rows_per_step=config.train.rows_per_device * config.scaling.num_workers,
-            packing=config.data.packing,
+            layout=layout,
+            document_mask=data.document_mask,
             shuffle=False,
         )
         for each in evaluation

@@ -7,6 +7,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,25 @@ class DataFile:
     """Where pyarrow finds it."""
     size: int
     """Bytes."""
+    modified: int | None
+    """Nanoseconds of its modification time, where the filesystem knows it."""
     identity: str
     """Hash of the content (local files), or of size and modification time (object stores)."""
 
+    def changed(self) -> bool:
+        """Whether somebody wrote to it since it was found."""
+        filesystem, path = filesystem_of(self.uri)
+        info = filesystem.get_file_info(path)
+        return (info.size or 0, info.mtime_ns) != (self.size, self.modified)
+
 
 def find_files(source: Source) -> list[DataFile]:
-    """All files of a source, sorted within each of its paths.
+    """All files of a source that has a path, sorted within each of its paths.
 
     Raises:
         RequestError: a path matches no file, two match the same one, or a filesystem cannot be reached.
     """
-    patterns = [source.path] if isinstance(source.path, str) else list(source.path)
+    patterns = [source.path] if isinstance(source.path, str) else list(source.path or ())
     found: dict[str, DataFile] = {}
     for pattern in patterns:
         for file in _expand(pattern, source.name):
@@ -51,8 +60,7 @@ def _expand(pattern: str, name: str) -> Iterator[DataFile]:
     try:
         filesystem, path = filesystem_of(location)
         infos = sorted(_matching(filesystem, path), key=lambda info: info.path)
-        scheme = "" if isinstance(filesystem, fs.LocalFileSystem) else location.split("://")[0] + "://"
-        files = [_data_file(info, scheme) for info in infos]
+        files = [_data_file(info, location if "://" in location else "") for info in infos]
     except (OSError, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise RequestError(
@@ -63,14 +71,26 @@ def _expand(pattern: str, name: str) -> Iterator[DataFile]:
     yield from files
 
 
-def _data_file(info: Any, scheme: str) -> DataFile:
-    uri = scheme + info.path
-    if scheme:
-        identity = hashlib.sha256(f"{uri} {info.size} {info.mtime_ns}".encode()).hexdigest()
+def _data_file(info: Any, location: str) -> DataFile:
+    """The file that was found; ``location`` is the URI by which it was, empty for a local one."""
+    scheme, _, rest = location.partition("://")
+    shown = f"{scheme}://{info.path}" if location else _shorten(info.path)
+    if location:
+        # pyarrow's paths begin with the bucket; on HDFS the host is no part of them.
+        host = rest.split("/")[0] + "/" if scheme in ("hdfs", "viewfs") else ""
+        uri = f"{scheme}://{host}{info.path.lstrip('/')}{_query(rest)}"
+        identity = hashlib.sha256(f"{shown} {info.size} {info.mtime_ns}".encode()).hexdigest()
     else:
+        uri = info.path
         with open(info.path, "rb") as stream:
             identity = hashlib.file_digest(stream, "sha256").hexdigest()
-    return DataFile(path=_shorten(uri), uri=uri, size=info.size or 0, identity=identity)
+    return DataFile(path=shown, uri=uri, size=info.size or 0, modified=info.mtime_ns, identity=identity)
+
+
+def _query(location: str) -> str:
+    """The options of a URI (``?region=…``), as pyarrow takes them; a question mark without options is part of a glob."""
+    found = re.search(r"\?\w+=[^?]*$", location)
+    return found.group() if found else ""
 
 
 def _shorten(path: str) -> str:
@@ -85,11 +105,21 @@ def _shorten(path: str) -> str:
 def filesystem_of(location: str) -> tuple[Any, str]:
     """The pyarrow filesystem of a path or URI, and the path in it."""
     if "://" in location:
-        # A glob is no part of a URI that pyarrow accepts, so only the part before it is parsed.
-        plain = re.split(r"[*?\[]", location)[0]
-        filesystem, path = fs.FileSystem.from_uri(plain)
-        return filesystem, path + location[len(plain) :]
+        query = _query(location)
+        path = location.removesuffix(query)
+        plain = re.split(r"[*?\[]", path)[0]
+        if plain == path:
+            return _from_uri(path + query)
+        # A glob is no part of a URI that pyarrow accepts, so only the folders before it are parsed.
+        folder = plain.rpartition("/")[0]
+        filesystem, inner = _from_uri(folder + query)
+        return filesystem, f"{inner.rstrip('/')}/{path[len(folder) + 1 :]}"
     return fs.LocalFileSystem(), str(Path(location).expanduser().absolute())
+
+
+@lru_cache(maxsize=8)
+def _from_uri(uri: str) -> tuple[Any, str]:
+    return fs.FileSystem.from_uri(uri)
 
 
 def _matching(filesystem: Any, path: str) -> Iterator[Any]:

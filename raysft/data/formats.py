@@ -2,36 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from raysft.config import Source
-from raysft.records import Example, Message, Record
+from raysft.data.calls import tool_call, tool_schemas
+from raysft.data.read import Raw, Unreadable, parsed
+from raysft.records import Example, Message, Record, Rejected
 
-FORMAT_OF_COLUMN = {
-    "messages": "openai",
-    "conversations": "sharegpt",
-    "instruction": "alpaca",
-    "turns": "turns",
-    "text": "text",
-}
 FIELDS = {
     "openai": ("messages",),
     "sharegpt": ("conversations",),
+    "tokenized": ("input_ids",),
+    "prompt_completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
     "turns": ("turns",),
     "text": ("text",),
 }
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-OPENAI_ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+"""What a format needs, in the order in which formats are tried."""
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "function_call": "function",
+    "tool": "tool",
+    "observation": "tool",
+    "function": "tool",
+}
+"""Names of roles in the field's data; a ``function`` is an assistant's call whose content is JSON."""
+TAGGED = {"user": "user", "assistant": "assistant", "observation": "tool", "function": "function", "system": "system"}
+SEEN_BY_TEMPLATES = ("name", "tool_call_id", "reasoning_content")
+Read = Callable[[str], Any]
+"""field → its value in the record."""
+
+
+def examples(records: Iterable[tuple[str, Raw]], source: Source) -> Iterator[tuple[Example | Rejected, str]]:
+    """Records of a source as examples, each with the format that it has; what cannot be used says why.
+
+    Args:
+        records: (``file:position``, record).
+        source: where they are from.
+    """
+    form, known = "", dict[tuple[str, ...], str]()
+    for where, raw in records:
+        record = parsed(raw)
+        if isinstance(record, Unreadable):
+            yield Rejected(source.name, where, record.reason), form
+            continue
+        try:
+            form = source.format or known.get(tuple(record)) or _format(record, source, form)
+            known[tuple(record)] = form
+            yield to_example(record, form, source, where), form
+        except ValueError as error:
+            yield Rejected(source.name, where, str(error)), form
+
+
+def _format(record: Record, source: Source, before: str) -> str:
+    """The format of a record; one that has none is measured by that of the record before."""
+    try:
+        return detect_format(record, source)
+    except ValueError:
+        if not before:
+            raise
+        return before
 
 
 def detect_format(record: Record, source: Source) -> str:
-    """The format of a record, from its columns."""
-    renamed = {field for field, column in source.columns.items() if column in record}
-    for column, form in FORMAT_OF_COLUMN.items():
-        if column in record or column in renamed:
-            return form
+    """The format of a record, from its columns.
+
+    Raises:
+        ValueError: no format has such columns.
+    """
+    # A format of which everything is there, else one of which the first is: then it is said what else it needs.
+    for needed in (None, 1):
+        for form, fields in FIELDS.items():
+            if all(source.columns.get(field, field) in record for field in fields[:needed]):  # type: ignore[call-overload]
+                return form
     raise ValueError(
         f"no known format has the columns {', '.join(map(str, record)) or '(none)'}; "
         "name data.train[].format and data.train[].columns"
@@ -44,65 +95,177 @@ def to_example(record: Record, form: str, source: Source, where: str) -> Example
     Raises:
         ValueError: with the reason, where it cannot be used.
     """
-    fields = {
-        field: record.get(source.columns.get(field, field)) for field in (*FIELDS[form], "input", "system", "history")
-    }
+    columns = source.columns
+
+    def read(field: str) -> Any:
+        return record.get(columns.get(field, field))  # type: ignore[arg-type]
+
     for field in FIELDS[form]:
-        if fields[field] is None:
-            column = source.columns.get(field, field)
+        if read(field) is None:
+            column = columns.get(field, field)
             state = "is null" if column in record else "is not there"
             raise ValueError(
                 f"column {column!r} {state} (columns here: {', '.join(map(str, record))}); format {form} needs it, "
                 "another name can be given in data.train[].columns"
             )
+    weight = _weight(read("weight"))
     if form == "text":
-        text = _text(fields["text"], "text")
-        if not text.strip():
-            raise ValueError("the text is empty")
-        return Example(source=source.name, record=where, text=text)
-    messages = tuple(_messages(form, fields))
+        return Example(source.name, where, text=_full_text(read("text"), "text"), weight=weight)
+    if form == "tokenized":
+        ids, labels = _token_ids(read)
+        return Example(source.name, where, ids=ids, labels=labels, weight=weight)
+    if form == "prompt_completion" and isinstance(read("completion"), str):
+        prompt = _text(read("prompt"), "prompt")
+        text = prompt + _full_text(read("completion"), "completion")
+        return Example(source.name, where, text=text, prompt=len(prompt), weight=weight)
+    messages = tuple(_messages(form, read, source.tags))
     _check(messages)
-    return Example(source=source.name, record=where, messages=messages)
+    return Example(source.name, where, messages=messages, tools=tool_schemas(read("tools")), weight=weight)
 
 
-def _messages(form: str, fields: dict[str, Any]) -> Iterator[Message]:
-    if form != "openai" and fields["system"]:
-        yield Message("system", _text(fields["system"], "system"))
+def _messages(form: str, read: Read, tags: Mapping[Any, str]) -> Iterator[Message]:
+    system = read("system")
+    if form not in ("openai", "prompt_completion") and system:
+        yield Message("system", _text(system, "system"))
     if form == "alpaca":
-        for index, pair in enumerate(_sequence(fields["history"], "history") if fields["history"] else []):
-            if not isinstance(pair, list) or len(pair) != 2:
-                raise ValueError(f"history[{index}] holds {pair!r:.40}, a pair of question and answer belongs there")
-            yield Message("user", _text(pair[0], "history"))
-            yield Message("assistant", _text(pair[1], "history"))
-        instruction, extra = _text(fields["instruction"], "instruction"), _text(fields["input"] or "", "input")
-        yield Message("user", f"{instruction}\n{extra}" if extra else instruction)
-        yield Message("assistant", _text(fields["output"], "output"))
+        yield from _alpaca(read)
     elif form == "turns":
-        for index, turn in enumerate(_sequence(fields["turns"], "turns")):
+        for index, turn in enumerate(_sequence(read("turns"), "turns")):
             yield Message("assistant" if index % 2 else "user", _text(turn, f"turns[{index}]"))
+    elif form == "prompt_completion":
+        for message in _turns(read("prompt"), "prompt", tags):
+            yield Message(message.role, message.content, message.tool_calls, train=False, extra=message.extra)
+        yield from _turns(read("completion"), "completion", tags)
     else:
-        column, role_key, text_key, roles = {
-            "sharegpt": ("conversations", "from", "value", SHAREGPT_ROLES),
-            "openai": ("messages", "role", "content", OPENAI_ROLES),
-        }[form]
-        for index, turn in enumerate(_sequence(fields[column], column)):
-            if not isinstance(turn, dict) or role_key not in turn or turn.get(text_key) is None:
-                raise ValueError(f"{column}[{index}] needs {role_key!r} and {text_key!r}, it is {turn!r:.60}")
-            if turn[role_key] not in list(roles):
-                raise ValueError(f"{column}[{index}] has the role {turn[role_key]!r}; known: {', '.join(roles)}")
-            yield Message(roles[turn[role_key]], _text(turn[text_key], f"{column}[{index}].{text_key}"))  # type: ignore[arg-type]
+        column = FIELDS[form][0]
+        yield from _turns(read(column), column, tags)
+
+
+def _alpaca(read: Read) -> Iterator[Message]:
+    history = read("history")
+    for index, pair in enumerate(_sequence(history, "history") if history else []):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(f"history[{index}] holds {pair!r:.40}, a pair of question and answer belongs there")
+        yield Message("user", _text(pair[0], "history"))
+        yield Message("assistant", _text(pair[1], "history"))
+    instruction, extra = _text(read("instruction"), "instruction"), _text(read("input") or "", "input")
+    yield Message("user", f"{instruction}\n{extra}" if extra else instruction)
+    yield Message("assistant", _text(read("output"), "output"))
+
+
+def _turns(value: Any, column: str, tags: Mapping[Any, str]) -> Iterator[Message]:
+    """Turns of role and content, by the keys ``from`` and ``value`` or ``role`` and ``content``."""
+    roles = {**ROLES, **{tags[tag]: role for tag, role in TAGGED.items() if tag in tags}} if tags else ROLES
+    for index, turn in enumerate(_sequence(value, column)):
+        where = f"{column}[{index}]"
+        if not isinstance(turn, dict):
+            raise ValueError(f"{where} holds {turn!r:.60}, a turn of role and content belongs there")
+        role_key = tags.get("role") or ("from" if "from" in turn else "role")
+        text_key = tags.get("content") or ("value" if "value" in turn else "content")
+        calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else [])
+        if role_key not in turn or (turn.get(text_key) is None and not calls):
+            raise ValueError(f"{where} needs {role_key!r} and {text_key!r}, it is {turn!r:.60}")
+        role = turn[role_key]
+        known = roles.get(role) if isinstance(role, str) else None
+        if known is None:
+            raise ValueError(f"{where} has the role {role!r:.40}; known: {', '.join(roles)}")
+        content = _content(turn.get(text_key), f"{where}.{text_key}")
+        if known == "function":
+            known, calls, content = "assistant", _calls_in(content, where), ""
+        yield Message(
+            role=known,  # type: ignore[arg-type]
+            content=content,
+            tool_calls=tuple(tool_call(call, where) for call in _sequence(calls, f"{where}.tool_calls", "calls"))
+            if calls
+            else (),
+            train=_trained(turn, where),
+            extra={key: turn[key] for key in SEEN_BY_TEMPLATES if turn.get(key) is not None},
+        )
+
+
+def _content(value: Any, where: str) -> str:
+    """A turn's text; OpenAI also writes it as a list of parts."""
+    if value is None:
+        return ""
+    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+        other = [part.get("type") for part in value if part.get("type") != "text"]
+        if other:
+            raise ValueError(f"{where} holds a part of type {other[0]!r}; only text can be trained on")
+        return "".join(_text(part.get("text"), where) for part in value)
+    return _text(value, where)
+
+
+def _calls_in(content: str, where: str) -> list[Any]:
+    """The calls that a function turn holds as JSON: one, or a list."""
+    try:
+        calls = json.loads(content)
+    except ValueError:
+        raise ValueError(f"{where} is a function call and holds no JSON: {content[:40]!r}") from None
+    return calls if isinstance(calls, list) else [calls]
+
+
+def _trained(turn: Record, where: str) -> bool:
+    """Whether a turn may be trained on: ``train: false``, or ``weight: 0`` as OpenAI has it, says no."""
+    for key in ("train", "weight"):
+        value = turn.get(key)
+        if value is not None and value not in (0, 1):
+            raise ValueError(f"{where}.{key} is {value!r:.40}; true or false belongs there")
+    return turn.get("train") not in (False, 0) and turn.get("weight") not in (False, 0)
 
 
 def _check(messages: tuple[Message, ...]) -> None:
-    """A conversation has a question before its first answer, and an answer that is not empty."""
+    """A conversation has a question before its first answer, and answers that are not empty, one at a time."""
     roles = [message.role for message in messages]
     if "assistant" not in roles:
         raise ValueError("no assistant turn, so there is nothing to learn")
     if "user" not in roles[: roles.index("assistant")]:
         raise ValueError("the assistant speaks before any user turn")
     for index, message in enumerate(messages):
-        if message.role == "assistant" and not message.content.strip():
+        if message.role != "assistant":
+            continue
+        if not message.content.strip() and not message.tool_calls:
             raise ValueError(f"turn {index} of the assistant is empty")
+        if roles[index - 1] == "system":
+            raise ValueError(
+                f"turn {index} of the assistant follows a system turn; a user or tool turn belongs between"
+            )
+
+
+def _token_ids(read: Read) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    ids = read("input_ids")
+    labels = read("labels") if read("labels") is not None else ids
+    for field, values in (("input_ids", ids), ("labels", labels)):
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"{field} holds {values!r:.40}, a list of token ids belongs there")
+        wrong = [value for value in values if type(value) is not int or not -100 <= value < 2**31]
+        if wrong:
+            raise ValueError(f"{field} holds {wrong[0]!r:.40}, a token id belongs there")
+    if min(ids) < 0:
+        raise ValueError(f"input_ids holds {min(ids)}, a token id belongs there")
+    if len(labels) != len(ids):
+        raise ValueError(f"labels has {len(labels)} values and input_ids {len(ids)}; each token has one label")
+    return tuple(ids), tuple(labels)
+
+
+def _weight(value: Any) -> float:
+    if value is None:
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(f"weight holds {value!r:.40}, a number belongs there")
+    try:
+        weight = float(value)
+    except ValueError:
+        raise ValueError(f"weight holds {value!r:.40}, a number belongs there") from None
+    if not (math.isfinite(weight) and weight > 0):
+        raise ValueError(f"weight is {value!r:.40}; only what counts more than nothing can be learnt")
+    return weight
+
+
+def _full_text(value: Any, field: str) -> str:
+    text = _text(value, field)
+    if not text.strip():
+        raise ValueError(f"the {field} is empty")
+    return text
 
 
 def _text(value: Any, field: str) -> str:
@@ -115,7 +278,7 @@ def _text(value: Any, field: str) -> str:
     return value
 
 
-def _sequence(value: Any, field: str) -> list[Any]:
+def _sequence(value: Any, field: str, what: str = "turns") -> list[Any]:
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{field} holds {value!r:.40}, a list of turns belongs there")
+        raise ValueError(f"{field} holds {value!r:.40}, a list of {what} belongs there")
     return value

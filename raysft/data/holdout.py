@@ -9,11 +9,13 @@ from raysft.records import Example
 
 
 def opening(example: Example) -> str:
-    """The words that decide on which side of the hold-out an example falls: its first user turn, or the whole text.
+    """The words that decide on which side of the hold-out an example falls: its first user turn, its prompt, its whole text,
+    or the first of its token ids.
 
     Case, punctuation and spaces do not count, so that near copies stay together.
     """
-    text = next((message.content for message in example.messages if message.role == "user"), example.text)
+    text = next((message.content for message in example.messages if message.role == "user"), "")
+    text = text or example.text[: example.prompt] or " ".join(map(str, example.ids[:64]))
     return " ".join(re.findall(r"\w+", text.casefold())) or text
 
 

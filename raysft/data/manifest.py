@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,12 @@ class Manifest:
     rejected: tuple[Rejected, ...]
     dropped: tuple[Rejected, ...]
     """Conversations that were longer than a row, with ``data.overlong: drop``."""
+    counts: dict[str, int]
+    """What happened to how many: ``truncated``, ``truncated_tokens``, ``split``, ``dropped_tokens``, ``control_tokens`` …"""
+    formats: tuple[str, ...]
+    """Formats that were found."""
+    weights: np.ndarray | None
+    """[examples] float32 what each trained token counts; None where no example has a weight."""
     key: str
     reused: bool = False
     """Whether it was in the cache before."""
@@ -53,23 +60,50 @@ class Manifest:
         return [f"{self.directory}/{shard}" for shard in self.shards]
 
 
-def save(path: Path, name: str, shards: Sequence[dict[str, Any]]) -> None:
-    """Put the manifest in place: from here on the set is complete."""
-    whole = [shard for shard in shards if shard["name"]]
+@dataclass(frozen=True)
+class Shard:
+    """What one task made of some records for one set."""
+
+    name: str
+    """File in the set's folder; empty where no example was usable."""
+    records: int
+    lengths: np.ndarray
+    trained: np.ndarray
+    weights: np.ndarray
+    rejected: tuple[Rejected, ...]
+    dropped: tuple[Rejected, ...]
+    counts: dict[str, int]
+    formats: tuple[str, ...]
+
+
+def save(path: Path, name: str, shards: Sequence[Shard]) -> None:
+    """Put the manifest in place: from here on the set is complete. One that another run has put there stays."""
+    whole = [shard for shard in shards if shard.name]
+    if path.exists():
+        for shard in whole:
+            (path.parent / shard.name).unlink(missing_ok=True)
+        return
+    counts = Counter[str]()
+    for shard in shards:
+        counts.update(shard.counts)
     detail = {
         "name": name,
-        "shards": [shard["name"] for shard in whole],
-        "records": sum(shard["records"] for shard in shards),
-        "rejected": [item for shard in shards for item in shard["rejected"]],
-        "dropped": [item for shard in shards for item in shard["dropped"]],
+        "shards": [shard.name for shard in whole],
+        "records": sum(shard.records for shard in shards),
+        "rejected": [asdict(item) for shard in shards for item in shard.rejected],
+        "dropped": [asdict(item) for shard in shards for item in shard.dropped],
+        "counts": dict(counts),
+        "formats": sorted({form for shard in shards for form in shard.formats}),
     }
-    table = pa.table(
-        {
-            "shard": np.repeat(np.arange(len(whole), dtype=np.int32), [len(shard["lengths"]) for shard in whole]),
-            "length": np.concatenate([np.asarray(shard["lengths"], np.int32) for shard in whole]),
-            "trained": np.concatenate([np.asarray(shard["trained"], np.int32) for shard in whole]),
-        }
-    ).replace_schema_metadata({"raysft": json.dumps(detail)})
+    columns: dict[str, Any] = {
+        "shard": np.repeat(np.arange(len(whole), dtype=np.int32), [len(shard.lengths) for shard in whole]),
+        "length": np.concatenate([shard.lengths for shard in whole]),
+        "trained": np.concatenate([shard.trained for shard in whole]),
+    }
+    weights = np.concatenate([shard.weights for shard in whole])
+    if (weights != 1).any():
+        columns["weight"] = weights
+    table = pa.table(columns).replace_schema_metadata({"raysft": json.dumps(detail)})
     draft = path.parent / f".{uuid.uuid4().hex}"
     pq.write_table(table, draft, compression="zstd")
     draft.replace(path)
@@ -101,6 +135,9 @@ def load(path: Path, reused: bool = False) -> Manifest:
         records=detail["records"],
         rejected=tuple(Rejected(**item) for item in detail["rejected"]),
         dropped=tuple(Rejected(**item) for item in detail["dropped"]),
+        counts=detail["counts"],
+        formats=tuple(detail["formats"]),
+        weights=table["weight"].to_numpy() if "weight" in table.column_names else None,
         key=path.parent.name,
         reused=reused,
     )
@@ -131,9 +168,10 @@ def _prompts(manifest: Manifest, max_examples: int | None) -> Iterator[pa.Table]
         here = chosen[(chosen >= first) & (chosen < ends[shard])] - first
         if not len(here):
             continue
-        table = pq.read_table(path, columns=["source", "record", "prompt", "prompt_ids", "reference"]).take(
-            pa.array(here)
-        )
+        table = pq.read_table(path, columns=["source", "record", "prompt", "prompt_ids", "reference"])
+        table = table.take(pa.array(here))
+        # An example that was cut into pieces, or came as ids, has none.
+        table = table.filter(pa.array([len(ids) > 0 for ids in table["prompt_ids"]]))
         sources, records = table["source"].to_pylist(), table["record"].to_pylist()
         yield pa.table(
             {

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 
 
 def pack(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
     """Assign examples to rows by best fit, longest first, never splitting one.
 
-    Works on the histogram of lengths (Krell et al. 2021, "Efficient Sequence Packing without Cross-contamination"): all
-    examples of one length go at once into all rows with the least sufficient room, so that the cost depends on the number of
-    different lengths more than on that of examples.
+    Works on the histogram of lengths (after Krell et al. 2021, "Efficient Sequence Packing without Cross-contamination"): what
+    makes one full row makes as many as there are examples of these lengths, so that the cost depends on the number of different
+    lengths more than on that of examples. A row is finished with two examples that fill it exactly wherever there are two.
 
     Args:
         lengths: [examples] tokens in each example.
@@ -47,28 +49,56 @@ def pack(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
 
 
 def _patterns(histogram: np.ndarray, capacity: int) -> list[tuple[tuple[int, ...], int]]:
-    """(lengths in a row, number of such rows), by best fit over the histogram."""
-    # open_rows[room]: rows with that much room left, as (pattern, count); the bits of `rooms` say which are not empty.
-    open_rows: list[list[tuple[tuple[int, ...], int]]] = [[] for _ in range(capacity + 1)]
-    rooms = 0
-    for length in range(capacity, 0, -1):
-        left = int(histogram[length])
-        while left:
-            fitting = rooms >> length
-            if fitting:
-                room = length + (fitting & -fitting).bit_length() - 1
-                pattern, count = open_rows[room].pop()
-                taken = min(left, count)
-                if taken < count:
-                    open_rows[room].append((pattern, count - taken))
-                if not open_rows[room]:
-                    rooms &= ~(1 << room)
-            else:
-                # No open row has room for one; each new row takes as many as go into it.
-                each = min(capacity // length, left)
-                pattern, room, taken = (length,) * (each - 1), capacity - (each - 1) * length, left // each
-                left -= taken * (each - 1)
-            open_rows[room - length].append(((*pattern, length), taken))
-            rooms |= 1 << (room - length)
-            left -= taken
-    return [row for rows in open_rows for row in rows]
+    """(lengths in a row, number of such rows): the longest first, then two that fill it exactly, else the longest that fits."""
+    stock = _Stock(histogram, capacity)
+    rows = []
+    while length := stock.longest(capacity):
+        row: list[int] = []
+        room = capacity
+        while length:
+            pair = stock.pair(room) if row and length < room else ()
+            for each in pair or (length,):
+                stock.take(each)
+                row.append(each)
+                room -= each
+            length = stock.longest(room)
+        numbers = Counter(row)
+        again = min(stock.left[length] // number for length, number in numbers.items())
+        for length, number in numbers.items():
+            stock.take(length, number * again)
+        rows.append((tuple(row), 1 + again))
+    return rows
+
+
+class _Stock:
+    """Examples that are left, by length.
+
+    Bit l of ``there`` says that one of l tokens is left, and so does bit capacity − l of ``mirrored``: one shift shows all pairs
+    of lengths with a wanted sum.
+    """
+
+    def __init__(self, histogram: np.ndarray, capacity: int) -> None:
+        self.left: list[int] = histogram.tolist()
+        self.capacity = capacity
+        lengths = [length for length in range(1, capacity + 1) if self.left[length]]
+        self.there = sum(1 << length for length in lengths)
+        self.mirrored = sum(1 << (capacity - length) for length in lengths)
+
+    def take(self, length: int, number: int = 1) -> None:
+        """Take some of a length."""
+        self.left[length] -= number
+        if not self.left[length]:
+            self.there &= ~(1 << length)
+            self.mirrored &= ~(1 << (self.capacity - length))
+
+    def longest(self, room: int) -> int:
+        """The longest that fits; 0 where none does."""
+        return max(0, (self.there & ((2 << room) - 1)).bit_length() - 1)
+
+    def pair(self, room: int) -> tuple[int, ...]:
+        """Two lengths that fill the room exactly, the longer one as long as can be; empty where there are none."""
+        pairs = self.there & ((1 << room) - 1) & (self.mirrored >> (self.capacity - room))
+        longer = pairs.bit_length() - 1
+        if longer < 0 or (2 * longer == room and self.left[longer] < 2):
+            return ()
+        return longer, room - longer

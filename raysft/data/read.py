@@ -1,4 +1,4 @@
-"""Files of any supported kind → examples of one shape (``records.Example``) with their source and position."""
+"""Files of any supported kind → records with their position, one after the other and never a whole file at once."""
 
 from __future__ import annotations
 
@@ -7,196 +7,246 @@ import csv
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from raysft.config import RequestError, Source
+from raysft.config import RequestError
 from raysft.data.files import DataFile, filesystem_of
-from raysft.data.formats import detect_format, to_example
-from raysft.records import Example, Record, Rejected
+from raysft.data.json_list import JSON, READ_BYTES, Unreadable, first_line, json_list
+from raysft.records import Record
+
+COMPRESSIONS = (".gz", ".zst", ".bz2")
 
 
-def read(file: DataFile, source: Source) -> Iterator[Example | Rejected]:
-    """Examples of one file in their order; what cannot be used comes as ``Rejected`` with its position.
+@dataclass(frozen=True)
+class JsonLine:
+    """A record that is not parsed yet: that is left to the tasks that tokenize."""
+
+    line: bytes
+
+
+Raw = Record | JsonLine | Unreadable
+Positioned = Iterator[tuple[str, int, Raw]]
+"""(position in the file, bytes about, record)."""
+
+
+def read_raw(file: DataFile) -> Positioned:
+    """Records of a file in their order, as far as they must be parsed to know where each ends.
 
     Raises:
-        RequestError: the file as a whole is unreadable, or of no known kind.
+        RequestError: the file as a whole is unreadable, of no known kind, or changed since it was found.
     """
-    form = source.format
-    for position, record in read_records(file):
-        where = f"{file.path}:{position}"
-        if isinstance(record, str):
-            yield Rejected(source.name, where, record)
-            continue
-        try:
-            form = form or detect_format(record, source)
-            yield to_example(record, form, source, where)
-        except ValueError as error:
-            yield Rejected(source.name, where, str(error))
-
-
-def read_records(file: DataFile) -> Iterator[tuple[str, Record | str]]:
-    """(position, record) for each record of a file; a string in place of the record says why it cannot be read."""
-    name = file.path.lower().removesuffix(".gz")
-    for endings, reader in READERS.items():
-        if name.endswith(endings):
-            filesystem, path = filesystem_of(file.uri)
-            try:
-                with filesystem.open_input_stream(path, compression="detect") as stream:
-                    yield from reader(stream, file.path)
-            except (OSError, pa.ArrowException) as error:
-                raise RequestError(
-                    f"{file.path}: cannot be read ({str(error).splitlines()[0]}); write the file again"
-                ) from None
-            return
-    known = " ".join(ending for endings in READERS for ending in endings)
-    raise RequestError(f"{file.path}: unknown kind of file; known endings: {known}")
-
-
-def _read_json_lines(stream: Any, path: str) -> Iterator[tuple[str, Record | str]]:
-    return _records_of_lines(stream, _parse_json)
-
-
-def _read_text(stream: Any, path: str) -> Iterator[tuple[str, Record | str]]:
-    return _records_of_lines(stream, lambda text: {"text": text})
-
-
-def _records_of_lines(stream: Any, parse: Callable[[str], Record | str]) -> Iterator[tuple[str, Record | str]]:
-    for number, line in enumerate(_lines(stream), 1):
-        try:
-            text = line.decode()
-        except UnicodeDecodeError as error:
-            yield str(number), f"is not UTF-8 text (byte {line[error.start]:#x})"
-            continue
-        if text.strip():
-            yield str(number), parse(text)
-
-
-def _parse_json(text: str) -> Record | str:
-    try:
-        return _as_record(json.loads(text))
-    except json.JSONDecodeError as error:
-        return f"no valid JSON ({error.msg} at column {error.colno}): {text.strip()[:40]!r}"
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
-        return f"no usable JSON ({str(error).splitlines()[0]}): {text.strip()[:40]!r}"
-
-
-def _read_json(stream: Any, path: str) -> Iterator[tuple[str, Record | str]]:
-    content = stream.read()
-    if content.removeprefix(codecs.BOM_UTF8).lstrip()[:1] != b"[":
-        yield from _read_json_lines(pa.BufferReader(content), path)
-        return
-    text = _decode(content, path)
-    try:
-        items = json.loads(text)
-    except json.JSONDecodeError as error:
-        line = text.split("\n")[error.lineno - 1].strip()
+    name = file.path.lower()
+    for compression in COMPRESSIONS:
+        name = name.removesuffix(compression)
+    reader = next((reader for endings, reader in READERS.items() if name.endswith(endings)), None)
+    if reader is None:
+        known = " ".join(ending for endings in READERS for ending in endings)
         raise RequestError(
-            f"{path}:{error.lineno}: no valid JSON ({error.msg} at column {error.colno}): {line[:40]!r}; mend the file"
+            f"{file.path}: unknown kind of file; known endings: {known} (each also with {' '.join(COMPRESSIONS)})"
+        )
+    try:
+        yield from reader(file)
+    except (OSError, pa.ArrowException, EOFError) as error:
+        raise RequestError(
+            f"{file.path}: cannot be read ({str(error).splitlines()[0]}); write the file again"
         ) from None
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{path}: no usable JSON ({str(error).splitlines()[0]}); mend the file") from None
-    for index, item in enumerate(items):
-        yield f"[{index}]", _as_record(item)
+    if file.changed():
+        raise RequestError(f"{file.path}: changed while it was read; start again when nobody writes to it")
 
 
-def _read_csv(stream: Any, path: str) -> Iterator[tuple[str, Record | str]]:
+def read_records(file: DataFile) -> Iterator[tuple[str, Record | Unreadable]]:
+    """(position, record) for each record of a file."""
+    for position, _, raw in read_raw(file):
+        yield position, parsed(raw)
+
+
+def parsed(raw: Raw) -> Record | Unreadable:
+    """The record itself."""
+    if not isinstance(raw, JsonLine):
+        return raw
+    try:
+        text = raw.line.decode()
+    except UnicodeDecodeError as error:
+        return Unreadable(f"is not UTF-8 text (byte {raw.line[error.start]:#x})")
+    try:
+        return _as_record(JSON.decode(text))
+    except json.JSONDecodeError as error:
+        return Unreadable(f"no valid JSON ({error.msg} at column {error.colno}): {text.strip()[:40]!r}")
+    except (ValueError, RecursionError) as error:  # a key twice, numbers of thousands of digits, thousands of brackets
+        return Unreadable(f"no usable JSON ({first_line(error)}): {text.strip()[:40]!r}")
+
+
+def _json_lines(file: DataFile) -> Positioned:
+    with _stream(file) as stream:
+        yield from _lines_of_json(stream)
+
+
+def _lines_of_json(stream: Any, start: bytes = b"") -> Positioned:
+    for number, line in enumerate(_lines(stream, start), 1):
+        if line.strip():
+            yield str(number), len(line), JsonLine(line)
+
+
+def _text(file: DataFile) -> Positioned:
+    with _stream(file) as stream:
+        for number, line in enumerate(_lines(stream), 1):
+            if not line.strip():
+                continue
+            try:
+                yield str(number), len(line), {"text": line.decode()}
+            except UnicodeDecodeError as error:
+                yield str(number), len(line), Unreadable(f"is not UTF-8 text (byte {line[error.start]:#x})")
+
+
+def _json(file: DataFile) -> Positioned:
+    """A list of records, read piece by piece; or one record a line."""
+    with _stream(file) as stream:
+        start = stream.read(READ_BYTES)
+        while start and not start.removeprefix(codecs.BOM_UTF8).strip() and (more := stream.read(READ_BYTES)):
+            start += more
+        if start.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
+            for index, size, item in json_list(stream, start.removeprefix(codecs.BOM_UTF8), file.path):
+                yield f"[{index}]", size, item if isinstance(item, Unreadable) else _as_record(item)
+        else:
+            yield from _lines_of_json(stream, start)
+
+
+def _csv(file: DataFile) -> Positioned:
     # The module's own limit of 128 KiB is short of a long document.
     csv.field_size_limit(sys.maxsize)
-    lines = (_decode(line, path, before) + "\n" for before, line in enumerate(_lines(stream)))
-    reader = csv.reader(lines, strict=True)
-    begin = 1
-    try:
-        columns = next(reader, [])
-        twice = [column for column in columns if columns.count(column) > 1]
-        if twice:
-            raise RequestError(f"{path}:1: two columns are named {twice[0]!r}; give each its own name")
-        begin = reader.line_num + 1
-        for row in reader:
-            if row and len(row) != len(columns):
-                yield str(begin), f"has {len(row)} columns and the header line has {len(columns)}"
-            elif row:
-                yield str(begin), dict(zip(columns, row, strict=True))
+    with _stream(file) as stream:
+        lines = (_decode(line, file.path, before) + "\n" for before, line in enumerate(_lines(stream)))
+        reader = csv.reader(lines, strict=True)
+        begin = 1
+        try:
+            columns = next(reader, [])
+            twice = [column for column in columns if columns.count(column) > 1]
+            if twice:
+                raise RequestError(f"{file.path}:1: two columns are named {twice[0]!r}; give each its own name")
             begin = reader.line_num + 1
-    except csv.Error as error:
-        raise RequestError(f"{path}:{begin}: no valid CSV ({error}); mend this record") from None
+            for row in reader:
+                size = sum(map(len, row))
+                if row and len(row) != len(columns):
+                    reason = f"has {len(row)} columns and the header line has {len(columns)}"
+                    yield str(begin), size, Unreadable(reason)
+                elif row:
+                    yield str(begin), size, dict(zip(columns, row, strict=True))
+                begin = reader.line_num + 1
+        except csv.Error as error:
+            raise RequestError(f"{file.path}:{begin}: no valid CSV ({error}); mend this record") from None
 
 
-def _read_arrow(stream: Any, path: str) -> Iterator[tuple[str, Record | str]]:
-    try:
-        if path.lower().removesuffix(".gz").endswith(".parquet"):
-            batches = pq.ParquetFile(pa.BufferReader(stream.read())).iter_batches(batch_size=1000)
+def _parquet(file: DataFile) -> Positioned:
+    with _seekable(file) as source:
+        yield from _batches(pq.ParquetFile(source).iter_batches(batch_size=1000))
+
+
+def _arrow(file: DataFile) -> Positioned:
+    with _seekable(file) as source:
+        try:
+            reader = pa.ipc.open_file(source)
+        except pa.ArrowInvalid:
+            source.seek(0)
+            yield from _batches(iter(pa.ipc.open_stream(source)))
         else:
-            data = pa.BufferReader(stream.read())
-            try:
-                table = pa.ipc.open_file(data).read_all()
-            except pa.ArrowInvalid:
-                data.seek(0)
-                table = pa.ipc.open_stream(data).read_all()
-            batches = table.to_batches(max_chunksize=1000)
-        index = 0
-        for batch in batches:
+            yield from _batches(reader.get_batch(number) for number in range(reader.num_record_batches))
+
+
+def _batches(batches: Iterator[pa.RecordBatch]) -> Positioned:
+    index = 0
+    for whole in batches:
+        for start in range(0, len(whole), 1000):
+            batch = whole.slice(start, 1000)
+            size = batch.nbytes // max(1, len(batch))
             for record in batch.to_pylist():
-                yield f"[{index}]", record
+                yield f"[{index}]", size, record
                 index += 1
-    except (pa.ArrowException, OSError) as error:
-        raise RequestError(f"{path}: cannot be read ({str(error).splitlines()[0]}); write the file again") from None
 
 
-def _read_yaml(stream: Any, path: str) -> Iterator[tuple[str, Record | str]]:
+def _yaml(file: DataFile) -> Positioned:
     """A list of records, or a mapping whose ``conversations`` is that list (as chatterbot-corpus has it)."""
-    loader = yaml.CSafeLoader(_decode(stream.read(), path))
+    with _stream(file) as stream:
+        loader = yaml.CSafeLoader(_decode(stream.read(), file.path))
     try:
         root = loader.get_single_node()
         if isinstance(root, yaml.MappingNode):
             nested = [value for key, value in root.value if key.value == "conversations"]
             root = nested[0] if nested else root
         if not isinstance(root, yaml.SequenceNode):
-            raise RequestError(f"{path}: a YAML data file is a list, or has a list under 'conversations'")
+            raise RequestError(f"{file.path}: a YAML data file is a list, or has a list under 'conversations'")
         for node in root.value:
-            yield str(node.start_mark.line + 1), _yaml_record(loader, node)
+            size = node.end_mark.index - node.start_mark.index
+            yield str(node.start_mark.line + 1), size, _yaml_record(loader, node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise RequestError(f"{path}{line}: no valid YAML ({reason}); mend the file") from None
+        reason = getattr(error, "problem", None) or first_line(error)
+        raise RequestError(f"{file.path}{line}: no valid YAML ({reason}); mend the file") from None
     finally:
         loader.dispose()
 
 
-def _yaml_record(loader: Any, node: yaml.Node) -> Record | str:
+def _yaml_record(loader: Any, node: yaml.Node) -> Record | Unreadable:
     try:
         return _as_record(loader.construct_document(node))
     except yaml.YAMLError as error:
-        return f"no usable YAML ({getattr(error, 'problem', None) or error})"
+        return Unreadable(f"no usable YAML ({getattr(error, 'problem', None) or error})")
     except ValueError as error:  # 2020-99-99 is taken for a date
-        return f"no usable YAML ({error})"
+        return Unreadable(f"no usable YAML ({error})")
 
 
-READERS = {
-    (".jsonl", ".ndjson"): _read_json_lines,
-    (".json",): _read_json,
-    (".txt",): _read_text,
-    (".csv",): _read_csv,
-    (".parquet", ".arrow"): _read_arrow,
-    (".yml", ".yaml"): _read_yaml,
+READERS: dict[tuple[str, ...], Callable[[DataFile], Positioned]] = {
+    (".jsonl", ".ndjson"): _json_lines,
+    (".json",): _json,
+    (".txt",): _text,
+    (".csv",): _csv,
+    (".parquet",): _parquet,
+    (".arrow",): _arrow,
+    (".yml", ".yaml"): _yaml,
 }
 
 
-def _lines(stream: Any) -> Iterator[bytes]:
+@contextmanager
+def _stream(file: DataFile) -> Iterator[Any]:
+    filesystem, path = filesystem_of(file.uri)
+    with filesystem.open_input_stream(path, compression="detect") as stream:
+        yield stream
+
+
+@contextmanager
+def _seekable(file: DataFile) -> Iterator[Any]:
+    """A file that is read from several places: a compressed one is unpacked first."""
+    if file.path.lower().endswith(COMPRESSIONS):
+        with _stream(file) as stream:
+            yield pa.BufferReader(stream.read())
+    else:
+        filesystem, path = filesystem_of(file.uri)
+        with filesystem.open_input_file(path) as source:
+            yield source
+
+
+def _lines(stream: Any, start: bytes = b"") -> Iterator[bytes]:
     """Lines split at \\n (and \\r\\n) alone: characters such as U+2028 do not end a line of JSON."""
-    rest = b""
     mark = codecs.BOM_UTF8
-    while chunk := stream.read(1 << 20):
-        *whole, rest = (rest + chunk).split(b"\n")
+    pieces: list[bytes] = []
+    for chunk in chain([start], iter(lambda: stream.read(READ_BYTES), b"")):
+        *whole, last = chunk.split(b"\n")
+        if whole:
+            whole[0] = b"".join([*pieces, whole[0]])  # a long line is put together once, at its end
+            pieces = []
+        pieces.append(last)
         for line in whole:
             yield line.removeprefix(mark).removesuffix(b"\r")
             mark = b""
-    if rest:
-        yield rest.removeprefix(mark).removesuffix(b"\r")
+    if line := b"".join(pieces):
+        yield line.removeprefix(mark).removesuffix(b"\r")
 
 
 def _decode(content: bytes, path: str, lines_before: int = 0) -> str:
@@ -210,9 +260,9 @@ def _decode(content: bytes, path: str, lines_before: int = 0) -> str:
         ) from None
 
 
-def _as_record(item: Any) -> Record | str:
+def _as_record(item: Any) -> Record | Unreadable:
     if isinstance(item, dict):
         return item
     if isinstance(item, list):
         return {"turns": item}
-    return f"a record is a mapping or a list of turns, this is {item!r:.40}"
+    return Unreadable(f"a record is a mapping or a list of turns, this is {item!r:.40}")

@@ -1,34 +1,51 @@
 """Which example stands in which row and which row belongs to which step: exact, and known before anything starts.
 
-Pure: (lengths, trained tokens, shards, seed) → rows. Whoever computes it gets the same answer, so that a resumed run, a worker
-and ``raysft check`` agree without talking to each other.
+Pure: (lengths, trained tokens, shards, weights, seed) → rows. Whoever computes it gets the same answer, so that a resumed run, a
+worker and ``raysft check`` agree without talking to each other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from raysft.data.pack import pack
+from raysft.data import layout as layouts
+from raysft.data import mix
+from raysft.data.layout import Layout, Pieces
+from raysft.data.mix import Mixing
 
-GROUP_EXAMPLES = 10_000
-"""Shards are read and packed in groups of at least so many examples: enough for best fit to leave almost no padding."""
+
+@dataclass(frozen=True)
+class Lengths:
+    """What the schedule must know of one source."""
+
+    lengths: np.ndarray
+    """[examples] tokens."""
+    trained: np.ndarray
+    """[examples] trained tokens."""
+    shard_ends: np.ndarray
+    """[shards] index of the example after each shard's last."""
+    weight: float = 1.0
+    """Its share of a mixture, relative to the other sources'."""
+    example_weights: np.ndarray | None = None
+    """[examples] float32: what a trained token of each example counts in the loss. Default: 1."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
 
 
 @dataclass(frozen=True)
 class Schedule:
     """The rows of a training or an evaluation, in order."""
 
-    offsets: np.ndarray
-    """[rows + 1] int64: row r holds ``examples[offsets[r]:offsets[r + 1]]``."""
-    examples: np.ndarray
-    """Indices of examples in the manifest's order."""
-    lengths: np.ndarray
-    """[examples of the manifest] tokens."""
-    trained: np.ndarray
-    """[examples of the manifest] trained tokens."""
+    pieces: Pieces
+    sources: np.ndarray
+    """[pieces] number of the source."""
+    weights: np.ndarray | None
+    """[examples] what a trained token of each counts; None where all count the same."""
     capacity: int
     """Tokens that a row holds."""
     rows_per_step: int
@@ -40,7 +57,7 @@ class Schedule:
     @property
     def rows(self) -> int:
         """Rows over all epochs."""
-        return len(self.offsets) - 1
+        return len(self.pieces.offsets) - 1
 
     @property
     def steps(self) -> int:
@@ -48,18 +65,28 @@ class Schedule:
         return -(-self.rows // self.rows_per_step)
 
     def row(self, index: int) -> np.ndarray:
-        """The examples of a row."""
-        return self.examples[self.offsets[index] : self.offsets[index + 1]]
+        """The examples of which a row holds pieces."""
+        return self.pieces.examples[self.pieces.offsets[index] : self.pieces.offsets[index + 1]]
 
     @cached_property
     def step_tokens(self) -> np.ndarray:
         """[steps] tokens without padding."""
-        return self._per_step(self.lengths)
+        return self._per_step(self.pieces.stops - self.pieces.starts)
 
     @cached_property
     def step_trained(self) -> np.ndarray:
-        """[steps] trained tokens: what each step's loss is divided by."""
-        return self._per_step(self.trained)
+        """[steps] trained tokens."""
+        return self._per_step(self.pieces.trained)
+
+    @cached_property
+    def step_weight(self) -> np.ndarray:
+        """[steps] float64 weight of the trained tokens: what each step's loss is divided by. Their number, without weights."""
+        return self.step_trained.astype(np.float64) if self.weights is None else self._per_step(self._weighted)
+
+    def source_weight(self, step: int, sources: int) -> np.ndarray:
+        """[sources] float64 weight of a step's trained tokens, of each source."""
+        first, last = self.pieces.offsets[self._edges(step)], self.pieces.offsets[self._edges(step + 1)]
+        return np.bincount(self.sources[first:last], self._weighted[first:last], minlength=sources)
 
     @property
     def useful(self) -> float:
@@ -74,67 +101,89 @@ class Schedule:
         start = self.epoch_ends[epoch - 1] if epoch else 0
         return float(epoch + (rows - start) / max(1, self.epoch_ends[epoch] - start))
 
+    @cached_property
+    def _weighted(self) -> np.ndarray:
+        trained = self.pieces.trained.astype(np.float64)
+        return trained if self.weights is None else trained * self.weights[self.pieces.examples]
+
+    def _edges(self, steps: np.ndarray | int) -> np.ndarray:
+        return np.minimum(np.asarray(steps) * self.rows_per_step, self.rows)
+
     def _per_step(self, values: np.ndarray) -> np.ndarray:
-        totals = np.concatenate([[0], np.cumsum(values[self.examples], dtype=np.int64)])
-        edges = np.minimum(np.arange(self.steps + 1) * self.rows_per_step, self.rows)
-        return np.diff(totals[self.offsets[edges]])
+        totals = np.concatenate([[0], np.cumsum(values, dtype=np.result_type(values, np.int64))])
+        return np.diff(totals[self.pieces.offsets[self._edges(np.arange(self.steps + 1))]])
 
 
 def plan_rows(
-    lengths: np.ndarray,
-    trained: np.ndarray,
-    shard_ends: np.ndarray,
+    sources: Sequence[Lengths],
     *,
     capacity: int,
     rows_per_step: int,
     seed: int = 0,
     epochs: int = 1,
     max_steps: int | None = None,
-    packing: bool = True,
+    layout: Layout = "packed",
+    mixing: Mixing = "concat",
+    document_mask: bool = True,
     shuffle: bool = True,
 ) -> Schedule:
-    """Order shards, pack each group of them and order the rows, epoch by epoch.
+    """Mix the sources, order their examples and lay them out in rows, epoch by epoch.
 
     Args:
-        lengths: [examples] tokens, in the manifest's order.
-        trained: [examples] trained tokens.
-        shard_ends: [shards] index of the example after each shard's last.
+        sources: lengths of each source's examples.
         capacity: tokens that a row holds.
         rows_per_step: rows of an optimizer step over all workers.
-        seed: with the epoch's number it decides the order.
-        epochs: times that every example is used. Epochs follow each other without a gap: only the last step is incomplete.
+        seed: with the epoch's number it decides the order and, in a mixture, which examples are taken.
+        epochs: times that the mixture is used. Epochs follow each other without a gap: only the last step is incomplete.
         max_steps: cut the schedule after so many steps.
-        packing: whether a row may hold several examples.
-        shuffle: whether the order is drawn from the seed; otherwise that of the manifest.
+        layout: how examples become rows. ``packed`` wants examples of at most ``capacity`` tokens; the others cut longer ones.
+        mixing: ``concat``: each example once an epoch; otherwise sources are taken in the proportion of their weights, until the
+            first one is used up or until each one was (others begin again).
+        document_mask: whether examples of a ``joined`` row are kept apart; if not, an example's first token is predicted too.
+        shuffle: whether the order is drawn from the seed; otherwise it is that of the sources.
 
     Returns:
         The schedule.
     """
-    starts = np.concatenate([[0], shard_ends[:-1]]).astype(np.int64)
-    rows: list[np.ndarray] = []
+    firsts = np.cumsum([0, *map(len, sources)])
+    lengths = np.concatenate([source.lengths for source in sources]).astype(np.int64)
+    trained = np.concatenate([source.trained for source in sources]).astype(np.int64)
+    takes = mix.mixture([len(source) for source in sources], [source.weight for source in sources], mixing)
+    parts: list[Pieces] = []
     group_ends: list[int] = []
     epoch_ends: list[int] = []
-    limit = max_steps * rows_per_step if max_steps else None
+    rows = 0
     for epoch in range(epochs):
-        random = np.random.default_rng([seed, epoch])
-        order = random.permutation(len(shard_ends)) if shuffle else np.arange(len(shard_ends))
-        for group in _groups(order, shard_ends - starts):
-            examples = np.concatenate([np.arange(starts[shard], shard_ends[shard]) for shard in group])
-            if shuffle:
-                examples = random.permutation(examples)
-            packed = pack(lengths[examples], capacity) if packing else [np.array([i]) for i in range(len(examples))]
-            row_order = random.permutation(len(packed)) if shuffle else _by_first_example(packed)
-            rows.extend(examples[packed[index]] for index in row_order)
-            group_ends.append(len(rows))
-        epoch_ends.append(len(rows))
-        if limit is not None and len(rows) >= limit:
+        random = np.random.default_rng([seed, epoch]) if shuffle else None
+        orders = [
+            first + mix.order(source.shard_ends, take, random)
+            for first, source, take in zip(firsts, sources, takes, strict=False)
+        ]
+        groups = list(mix.groups(orders, random))
+        if layout == "joined":
+            part = layouts.joined(np.concatenate(groups), lengths, capacity, document_mask)
+            ends = np.cumsum([lengths[group].sum() for group in groups]) / max(1, lengths[np.concatenate(groups)].sum())
+            group_ends += (rows + np.ceil(ends * (len(part.offsets) - 1))).astype(int).tolist()
+            parts.append(part)
+            rows += len(part.offsets) - 1
+        else:
+            for group in groups:
+                part = (
+                    layouts.packed(group, lengths, trained, capacity, random)
+                    if layout == "packed"
+                    else layouts.single(group, lengths, trained, capacity)
+                )
+                parts.append(part)
+                rows += len(part.offsets) - 1
+                group_ends.append(rows)
+        epoch_ends.append(rows)
+        if max_steps and rows >= max_steps * rows_per_step:
             break
-    rows = rows[:limit]
+    pieces = layouts.cut(layouts.chain(parts), max_steps * rows_per_step if max_steps else rows)
     return Schedule(
-        offsets=np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)]).astype(np.int64),
-        examples=np.concatenate(rows) if rows else np.empty(0, np.int64),
-        lengths=lengths,
-        trained=trained,
+        pieces=pieces,
+        sources=(np.searchsorted(firsts, pieces.examples, side="right") - 1).astype(np.int16),
+        weights=_weights(sources),
         capacity=capacity,
         rows_per_step=rows_per_step,
         group_ends=np.asarray(group_ends),
@@ -142,20 +191,13 @@ def plan_rows(
     )
 
 
-def _by_first_example(packed: list[np.ndarray]) -> list[int]:
-    return sorted(range(len(packed)), key=lambda index: int(packed[index].min()))
-
-
-def _groups(order: np.ndarray, sizes: np.ndarray) -> list[list[int]]:
-    """Shards in order, gathered until each group has enough examples; a small rest joins the last group."""
-    groups: list[list[int]] = [[]]
-    size = 0
-    for shard in order.tolist():
-        if size >= GROUP_EXAMPLES:
-            groups.append([])
-            size = 0
-        groups[-1].append(shard)
-        size += int(sizes[shard])
-    if len(groups) > 1 and size < GROUP_EXAMPLES:
-        groups[-2].extend(groups.pop())
-    return [group for group in groups if group]
+def _weights(sources: Sequence[Lengths]) -> np.ndarray | None:
+    if all(source.example_weights is None for source in sources):
+        return None
+    plain = [np.ones(len(source), np.float32) for source in sources]
+    return np.concatenate(
+        [
+            one if source.example_weights is None else source.example_weights
+            for source, one in zip(sources, plain, strict=True)
+        ]
+    )

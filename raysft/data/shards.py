@@ -8,87 +8,66 @@ from __future__ import annotations
 
 import hashlib
 import json
-import uuid
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+import os
+import pickle
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import Any
 
 from raysft.config import Config, RequestError, Source
+from raysft.data.draft import Part, ShardSet, write_shards
 from raysft.data.files import DataFile, find_files
-from raysft.data.holdout import is_held_out
-from raysft.data.manifest import Manifest, load, save
-from raysft.data.read import read
-from raysft.data.tokenize import Tokenized, Tokenizer
-from raysft.records import Example, Rejected
+from raysft.data.manifest import Manifest, Shard, load, save
+from raysft.data.read import Raw, read_raw
+from raysft.data.registry import find_source
+from raysft.data.tokenize import Options, Tokenizer
+from raysft.records import Rejected
 
-VERSION = 1
+VERSION = 2
 """Part of every key: raise it when the same input would give other shards."""
-SHARD_EXAMPLES = 10_000
-"""Examples in a shard at most."""
-TASK_BYTES = 16 << 20
+SHARD_RECORDS = 10_000
+"""Records that one task tokenizes, and a shard holds, at most."""
+SHARD_BYTES = 16 << 20
+"""Bytes of them, about. Neither bound depends on the cluster, so that shards come out the same everywhere."""
+READ_BYTES = 64 << 20
 """Bytes of data files that one task reads at most (a single larger file is one task)."""
 TASK_CPUS = 0.5
-"""What a data task asks of Ray: tasks must find room beside training workers on a small machine."""
-BATCH = 500
-"""Examples that are tokenized at once."""
-Part = Literal["all", "train", "holdout"]
-
-
-@dataclass(frozen=True)
-class ShardSet:
-    """What is to be tokenized: one part of one source, under one key."""
-
-    source: Source
-    part: Part
-    files: tuple[DataFile, ...]
-    tokenizer: Tokenizer
-    holdout: float
-    stage: str
-    overlong: str
-    directory: Path
-    """Folder of this key in the cache."""
-
-    @property
-    def manifest(self) -> Path:
-        """The file that makes the set complete."""
-        return self.directory / "manifest.parquet"
+"""What reading and tokenizing ask of Ray together: data tasks must find room beside training workers on a small machine."""
+READ_CPUS = 0.1
+WAITING_BYTES = 256 << 20
+"""Records and finished shards that wait in memory between tasks, about."""
+Tell = Callable[[str], None]
 
 
 def shard_set(config: Config, source: Source, part: Part, model: str, with_prompts: bool) -> ShardSet:
     """Name a set by all that decides its content: files, tokenizer, template and options."""
+    source = find_source(config, source)
     files = tuple(find_files(source))
-    tokenizer = Tokenizer(
-        model=model,
-        sequence_length=config.data.sequence_length,
-        mask_history=config.data.mask_history,
-        train_on_prompt=config.data.train_on_prompt,
-        with_prompts=with_prompts,
-    )
+    options = Options.of(config, with_prompts)
+    # Texts to continue are cut when rows are planned, so that their shards serve every length of row.
+    decisive = asdict(options) if config.stage == "sft" else {"stage": "pt", "control_tokens": options.control_tokens}
     identity = {
         "version": VERSION,
-        "files": [(file.path, file.identity) for file in files],
-        "source": source.model_dump(mode="json", exclude={"path"}),
+        "files": [(Path(file.path).name, file.identity) for file in files],
+        "source": source.model_dump(mode="json", exclude={"path", "weight"}),
         "part": part,
         "holdout": config.data.holdout if part != "all" else 0,
-        "stage": config.stage,
-        "overlong": config.data.overlong,
-        "tokenizer": {**asdict(tokenizer), "model": _tokenizer_identity(model)},
+        "options": decisive,
+        "tokenizer": _tokenizer_identity(model),
+        "template": config.chat_template,
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
     return ShardSet(
         source=source,
         part=part,
         files=files,
-        tokenizer=tokenizer,
+        options=options,
         holdout=config.data.holdout,
-        stage=config.stage,
-        overlong=config.data.overlong,
         directory=config.cache_directory / "shards" / f"{source.name}-{part}-{key}",
     )
 
@@ -111,168 +90,193 @@ def _tokenizer_identity(model: str) -> str:
     return digest.hexdigest()
 
 
-def write(sets: Sequence[ShardSet], max_rejected: float) -> list[Manifest]:
+def write(
+    sets: Sequence[ShardSet],
+    model: str,
+    max_rejected: float,
+    chat_template: str | None = None,
+    tell: Tell = lambda line: None,
+) -> list[Manifest]:
     """Tokenize what is not in the cache yet, all missing sets in one pass of Ray Data, and give the manifests of all.
+
+    Args:
+        sets: what is wanted.
+        model: folder or hub id that holds the tokenizer.
+        max_rejected: share of a set's records that may be unusable.
+        chat_template: Jinja text to use instead of the tokenizer's own.
+        tell: takes lines that say how far it is.
 
     Raises:
         RequestError: too many records cannot be used, one is longer than a row, or none is left.
     """
     # A set may stand among the training and the evaluation sets; written twice it would hold everything twice.
     missing = list({each.directory: each for each in sets if not each.manifest.exists()}.values())
-    written = _write_missing(missing) if missing else {}
+    written: dict[Path, list[Shard]] = {}
+    if missing:
+        written = _write_missing(missing, partial(Tokenizer.load, model, chat_template), tell)
+    for each in missing:
+        _refuse(each, written[each.directory], max_rejected)
+        save(each.manifest, each.source.name, written[each.directory])
     manifests = []
     for each in sets:
-        if each in missing:
-            _refuse(each, written[each.directory], max_rejected)
-            save(each.manifest, each.source.name, written[each.directory])
         manifest = load(each.manifest, reused=each not in missing)
         _check_rejected(each.source.name, manifest.rejected, manifest.records, max_rejected)
         manifests.append(manifest)
     return manifests
 
 
-def _write_missing(missing: Sequence[ShardSet]) -> dict[Path, list[dict[str, Any]]]:
+def _write_missing(
+    missing: Sequence[ShardSet], load_tokenizer: Callable[[], Tokenizer], tell: Tell
+) -> dict[Path, list[Shard]]:
     import ray
 
-    tasks = [{"task": (each, files)} for each in missing for files in _tasks(each)]
+    cpus = ray.cluster_resources().get("CPU", 1.0)
+    # Processes for the tasks start, and import what these need, while the tokenizer is loaded here.
+    ready = ray.remote(num_cpus=TASK_CPUS - READ_CPUS)(_be_ready)
+    starting = [ready.remote() for _ in range(max(1, int(cpus)))]
+    tokenizer = load_tokenizer()
+    del starting
+    # Parts of one source are made in one reading of it.
+    readings: dict[tuple[str, tuple[DataFile, ...]], list[ShardSet]] = {}
+    for each in missing:
+        readings.setdefault((each.source.model_dump_json(), each.files), []).append(each)
+    sets = list(readings.values())
+    tasks = [
+        {"task": (number, files, parts[0].source.max_examples)}
+        for number, parts in enumerate(sets)
+        for files in _tasks(parts[0])
+    ]
+    # Ray counts what waits at the start, and reading tasks give more later.
+    warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks", category=UserWarning)
+
+    def pool(size: float) -> Any:
+        return ray.data.TaskPoolStrategy(size=max(1, int(size)))
+
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
+    context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
+    # Reading is quicker than tokenizing: it is not to fill the memory with what waits.
+    context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=WAITING_BYTES)
+    context.target_max_block_size = 1  # each row, some records or a shard, travels by itself
+    by_set: dict[Path, list[Shard]] = {each.directory: [] for each in missing}
     with ray.data.DataContext.current(context):
-        dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks))
-        outcome = dataset.flat_map(_run_task, num_cpus=TASK_CPUS).take_all()
-    by_set: dict[Path, list[dict[str, Any]]] = {each.directory: [] for each in missing}
-    for row in outcome:
-        shard = json.loads(row["shard"])
-        if shard["failed"]:
-            raise RequestError(shard["failed"])
-        by_set[Path(shard["directory"])].append({**shard, "lengths": row["lengths"], "trained": row["trained"]})
+        rows = (
+            ray.data.from_items(tasks, override_num_blocks=len(tasks))
+            .flat_map(_read_task, num_cpus=READ_CPUS, compute=pool(cpus / 4))
+            .flat_map(
+                partial(_tokenize_task, sets=sets, tokenizer=tokenizer),
+                num_cpus=TASK_CPUS - READ_CPUS,
+                compute=pool(cpus),
+            )
+            .iter_rows()
+        )
+        progress = _Progress(tell)
+        for row in rows:
+            if row["failed"]:
+                raise RequestError(row["failed"])
+            shard: Shard = pickle.loads(row["shard"])
+            by_set[Path(row["directory"])].append(shard)
+            progress.add(shard)
     return by_set
 
 
+class _Progress:
+    """Says every few seconds how far tokenizing is."""
+
+    def __init__(self, tell: Tell, seconds: float = 10.0) -> None:
+        self.tell, self.seconds = tell, seconds
+        self.begun = self.told = time.monotonic()
+        self.records = self.tokens = 0
+
+    def add(self, shard: Shard) -> None:
+        self.records += shard.records
+        self.tokens += int(shard.lengths.sum())
+        now = time.monotonic()
+        if now - self.told >= self.seconds:
+            self.told = now
+            speed = self.tokens / (now - self.begun)
+            self.tell(f"tokenizing: {self.records:,} records, {self.tokens:,} tokens, {speed:,.0f} tokens/s")
+
+
+def _be_ready() -> None:
+    """Ray task: import what tokenizing needs."""
+    import transformers.utils.chat_template_utils  # noqa: F401
+
+
 def _tasks(each: ShardSet) -> Iterator[tuple[DataFile, ...]]:
-    """Files for one task. The bounds do not depend on the cluster, so that shards come out the same everywhere."""
+    """Files for one reading task."""
     if each.source.max_examples:
         yield each.files  # the first N are counted over all files
         return
     files: list[DataFile] = []
     for file in each.files:
-        if files and sum(f.size for f in files) + file.size > TASK_BYTES:
+        if files and sum(f.size for f in files) + file.size > READ_BYTES:
             yield tuple(files)
             files = []
         files.append(file)
     yield tuple(files)
 
 
-def _run_task(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Ray task: read, render, tokenize and write shards; one row out for each of them."""
-    each, files = row["task"]
+def _read_task(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Ray task: read files; one row out for the records of each shard."""
+    reading, files, limit = row["task"]
     try:
-        for outcome in _write_shards(each, files):
-            lengths, trained = outcome.pop("lengths"), outcome.pop("trained")
-            yield {"shard": json.dumps(outcome), "lengths": lengths, "trained": trained}
+        for records in chunks(files, limit):
+            yield {"reading": reading, "records": pickle.dumps(records), "failed": ""}
     except RequestError as error:
-        empty = np.empty(0, np.int32)
-        yield {"shard": json.dumps({"failed": str(error)}), "lengths": empty, "trained": empty}
+        yield {"reading": reading, "records": b"", "failed": str(error)}
 
 
-def _write_shards(each: ShardSet, files: Sequence[DataFile]) -> Iterator[dict[str, Any]]:
-    each.directory.mkdir(parents=True, exist_ok=True)
-    stream = _tokenized(each, files)
-    done = False
-    while not done:
-        examples: list[Tokenized] = []
-        rejected: list[Rejected] = []
-        dropped: list[Rejected] = []
-        while len(examples) < SHARD_EXAMPLES:
-            item = next(stream, None)
-            if item is None:
-                done = True
-                break
-            if isinstance(item, Rejected):
-                rejected.append(item)
-            elif len(item.input_ids) > each.tokenizer.sequence_length:
-                dropped.append(_overlong(item, each))
-            else:
-                examples.append(item)
-        name = f"{uuid.uuid4().hex}.parquet"
-        if examples:
-            pq.write_table(_table(examples, each), each.directory / name, compression="zstd")
-        yield {
-            "failed": "",
-            "directory": str(each.directory),
-            "name": name if examples else "",
-            "records": len({e.record for e in examples}) + len(rejected) + len(dropped),
-            "rejected": [asdict(r) for r in rejected],
-            "dropped": [asdict(r) for r in dropped],
-            "lengths": np.array([len(e.input_ids) for e in examples], np.int32),
-            "trained": np.array([e.trained for e in examples], np.int32),
-        }
+def chunks(files: Iterable[DataFile], limit: int | None = None) -> Iterator[list[tuple[str, Raw]]]:
+    """Records of files with their places, as many at a time as one task tokenizes.
+
+    Args:
+        files: where to read.
+        limit: records to read at most.
+    """
+    records: list[tuple[str, Raw]] = []
+    total = 0
+    every = ((f"{file.path}:{position}", size, raw) for file in files for position, size, raw in read_raw(file))
+    for where, size, raw in islice(every, limit):
+        if records and (len(records) >= SHARD_RECORDS or total + size > SHARD_BYTES):
+            yield records
+            records, total = [], 0
+        records.append((where, raw))
+        total += size
+    yield records
 
 
-def _overlong(item: Tokenized, each: ShardSet) -> Rejected:
-    reason = f"{len(item.input_ids)} tokens do not fit into data.sequence_length={each.tokenizer.sequence_length}"
-    return Rejected(item.source, item.record, reason)
+def _tokenize_task(
+    row: dict[str, Any], sets: Sequence[Sequence[ShardSet]], tokenizer: Tokenizer
+) -> Iterator[dict[str, Any]]:
+    """Ray task: render, tokenize and write shards; one row out for each part of the source."""
+    # There is a task for each core: threads of their own would only get in each other's way.
+    os.environ.setdefault("RAYON_NUM_THREADS", "1")
+    failed = row["failed"]
+    if not failed:
+        parts = sets[row["reading"]]
+        try:
+            for each, shard in zip(parts, write_shards(parts, pickle.loads(row["records"]), tokenizer), strict=True):
+                yield {"directory": str(each.directory), "shard": pickle.dumps(shard), "failed": ""}
+            return
+        except RequestError as error:
+            failed = str(error)
+    yield {"directory": "", "shard": b"", "failed": failed}
 
 
-def _tokenized(each: ShardSet, files: Sequence[DataFile]) -> Iterator[Tokenized | Rejected]:
-    examples = _examples(each, files)
-    while batch := list(islice(examples, BATCH)):
-        usable = [item for item in batch if isinstance(item, Example)]
-        yield from (item for item in batch if isinstance(item, Rejected))
-        yield from each.tokenizer(usable)
-
-
-def _examples(each: ShardSet, files: Sequence[DataFile]) -> Iterator[Example | Rejected]:
-    """The part's examples; what cannot be read belongs to the part that is trained on."""
-    counted = 0
-    for file in files:
-        for item in read(file, each.source):
-            if each.source.max_examples and counted >= each.source.max_examples:
-                return
-            if isinstance(item, Rejected):
-                if each.part != "holdout":
-                    yield item
-                continue
-            counted += 1
-            _check_stage(item, each)
-            if each.part == "all" or (each.part == "holdout") == is_held_out(item, each.holdout):
-                yield item
-
-
-def _check_stage(example: Example, each: ShardSet) -> None:
-    if (each.stage == "sft") != bool(example.messages):
-        have, want = ("conversations", "format: text") if example.messages else ("raw text", "conversations")
-        raise RequestError(
-            f"{example.record}: source {each.source.name!r} holds {have} and stage: {each.stage} wants {want}; "
-            "change the stage or the source's format"
-        )
-
-
-def _table(examples: Sequence[Tokenized], each: ShardSet) -> pa.Table:
-    columns: dict[str, Any] = {
-        "input_ids": pa.array([e.input_ids for e in examples], pa.list_(pa.int32())),
-        "labels": pa.array([e.labels for e in examples], pa.list_(pa.int32())),
-        "source": pa.array([e.source for e in examples]).dictionary_encode(),
-        "record": pa.array([e.record for e in examples]),
-    }
-    if each.tokenizer.with_prompts:
-        columns["prompt"] = pa.array([e.prompt for e in examples])
-        columns["prompt_ids"] = pa.array([e.prompt_ids for e in examples], pa.list_(pa.int32()))
-        columns["reference"] = pa.array([e.reference for e in examples])
-    return pa.table(columns)
-
-
-def _refuse(each: ShardSet, shards: Sequence[dict[str, Any]], max_rejected: float) -> None:
+def _refuse(each: ShardSet, shards: Sequence[Shard], max_rejected: float) -> None:
     """Stop before a manifest is written, so that mended data is read again."""
-    dropped = [Rejected(**item) for shard in shards for item in shard["dropped"]]
-    if dropped and each.overlong == "error":
+    dropped = [item for shard in shards for item in shard.dropped]
+    if dropped and each.options.overlong == "error":
         more = f" (and {len(dropped) - 1} more)" if len(dropped) > 1 else ""
-        raise RequestError(f"{dropped[0].record}: {dropped[0].reason}{more}; raise it, or set data.overlong=drop")
-    rejected = [Rejected(**item) for shard in shards for item in shard["rejected"]]
-    records = sum(shard["records"] for shard in shards)
+        raise RequestError(
+            f"{dropped[0].record}: {dropped[0].reason}{more}; raise it, or set data.overlong to truncate, split or drop"
+        )
+    rejected = [item for shard in shards for item in shard.rejected]
+    records = sum(shard.records for shard in shards)
     _check_rejected(each.source.name, rejected, records, max_rejected)
-    if not any(shard["name"] for shard in shards):
+    if not any(shard.name for shard in shards):
         part = {"train": "the part to train on", "holdout": "the held-out part"}.get(each.part)
         what = f"{part} (data.holdout={each.holdout:g})" if part else "the source"
         paths = ", ".join(dict.fromkeys(file.path for file in each.files))

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,38 +16,52 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raysft.data.layout import ranges
 from raysft.data.manifest import Manifest, load
-from raysft.data.schedule import Schedule, plan_rows
+from raysft.data.schedule import Layout, Lengths, Mixing, Schedule, plan_rows
 from raysft.data.shards import TASK_CPUS
 from raysft.records import IGNORED
 
 SHARE_TOKENS = 1 << 18
 """Tokens in one worker's share of a few steps, about: few blocks at many workers, and little waiting for the first."""
+WAITING_BYTES = 256 << 20
+"""Rows that wait in memory for workers, about; more where there are many workers."""
 PIECE_ROWS = 4096
 """Rows that one task reads and packs at most."""
+OPEN_BYTES = 512 << 20
+"""Decompressed shards that a task keeps for its next rows, about."""
 
 Batch = dict[str, np.ndarray]
 """``row`` [rows] int64 number of the row (−1: a filler without labels); ``tokens`` [rows] int64 without padding; ``input_ids``,
-``labels``, ``position_ids`` [rows, capacity] int32."""
+``labels``, ``position_ids`` [rows, capacity] int32. With several sources also ``sources`` [rows, capacity] int32 number of each
+token's source; with weighted examples ``weights`` [rows, capacity] float32 what each token counts in the loss."""
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where the examples of some rows stand; compact, since a task is sent thousands of them."""
+    """Where the pieces of some rows stand; compact, since a task is sent thousands of them."""
 
     rows: np.ndarray
     """[rows] numbers of the rows, −1 for a filler."""
     counts: np.ndarray
-    """[rows] examples in each."""
+    """[rows] pieces in each."""
     shards: np.ndarray
-    """[examples] index of the shard."""
+    """[pieces] index of the shard."""
     positions: np.ndarray
-    """[examples] position in its shard."""
+    """[pieces] position of the example in its shard."""
+    starts: np.ndarray
+    """[pieces] first token of the example that is taken."""
+    stops: np.ndarray
+    """[pieces] the token after the last that is taken."""
+    sources: np.ndarray | None = None
+    """[pieces] number of the source; None where there is but one."""
+    weights: np.ndarray | None = None
+    """[pieces] what each token counts; None where all count the same."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Packed rows of one or several manifests under a schedule. Cheap to pickle: it is computed again where it is used."""
+    """Rows of one or several manifests under a schedule. Cheap to pickle: it is computed again where it is used."""
 
     manifests: tuple[str, ...]
     """Paths of the manifests, one for each source."""
@@ -57,7 +70,11 @@ class Rows:
     seed: int = 0
     epochs: int = 1
     max_steps: int | None = None
-    packing: bool = True
+    layout: Layout = "packed"
+    mixing: Mixing = "concat"
+    shares: tuple[float, ...] = ()
+    """Weights of the sources in the mixture. Default: all the same."""
+    document_mask: bool = True
     shuffle: bool = True
 
     @cached_property
@@ -67,27 +84,34 @@ class Rows:
     @cached_property
     def schedule(self) -> Schedule:
         """The order of all rows."""
-        manifests = self._loaded
-        firsts = np.cumsum([0, *(len(manifest) for manifest in manifests)])
+        shares = self.shares or (1.0,) * len(self.manifests)
         return plan_rows(
-            np.concatenate([manifest.lengths for manifest in manifests]),
-            np.concatenate([manifest.trained for manifest in manifests]),
-            np.concatenate([manifest.shard_ends() + first for manifest, first in zip(manifests, firsts, strict=False)]),
+            [
+                Lengths(each.lengths, each.trained, each.shard_ends(), share, each.weights)
+                for each, share in zip(self._loaded, shares, strict=True)
+            ],
             capacity=self.capacity,
             rows_per_step=self.rows_per_step,
             seed=self.seed,
             epochs=self.epochs,
             max_steps=self.max_steps,
-            packing=self.packing,
+            layout=self.layout,
+            mixing=self.mixing,
+            document_mask=self.document_mask,
             shuffle=self.shuffle,
         )
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the sources, in the order of their numbers."""
+        return tuple(manifest.name for manifest in self._loaded)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
-        """Read and pack some rows; −1 gives a filler row, which has no labels."""
-        return _assemble(self._places(rows), self._shards[0], self.capacity)
+        """Read and lay out some rows; −1 gives a filler row, which has no labels."""
+        return _assemble(self._places(rows), self._shards[0], self.capacity, self.document_mask)
 
     def steps(self, first: int, worker: int, workers: int) -> Iterator[Batch]:
         """One worker's rows of each step from ``first`` on, read here and now, without Ray."""
@@ -111,11 +135,19 @@ class Rows:
         context = ray.data.DataContext.get_current().copy()
         # One share is one block: with a target of a byte each yielded table of one row becomes a block by itself.
         context.target_max_block_size = 1
-        context.execution_options.preserve_order = True
+        context.execution_options = self.execution_options(workers)
         context.enable_progress_bars = False
         with ray.data.DataContext.current(context):
             dataset = ray.data.from_items(pieces, override_num_blocks=max(1, len(pieces)))
             return dataset.map_batches(cast(Any, _shares), batch_size=1, num_cpus=TASK_CPUS)
+
+    def execution_options(self, workers: int) -> Any:
+        """How Ray Data is to run ``dataset``: in order, and not further ahead than a few shares for each worker."""
+        import ray
+
+        share_bytes = 20 * max(SHARE_TOKENS, self.rows_per_step * self.capacity // workers)
+        waiting = ray.data.ExecutionResources(object_store_memory=max(WAITING_BYTES, 4 * workers * share_bytes))
+        return ray.data.ExecutionOptions(preserve_order=True, resource_limits=waiting)
 
     def _pieces(self, first: int, workers: int) -> Iterator[dict[str, Any]]:
         """What each task makes: the shares of some steps that lie in about one group of shards."""
@@ -134,21 +166,33 @@ class Rows:
                 for worker in range(workers):
                     rows = [self.share(step, worker, workers) for step in steps]
                     shares.append(self._places(np.concatenate(rows)))
-            yield {"shares": shares, "capacity": self.capacity, "paths": self._shards[0]}
+            yield {
+                "shares": shares,
+                "capacity": self.capacity,
+                "paths": self._shards[0],
+                "document_mask": self.document_mask,
+            }
             start = stop
 
     def _places(self, rows: Sequence[int] | np.ndarray) -> Places:
-        """Where the examples of some rows stand."""
+        """Where the pieces of some rows stand."""
         _, ends = self._shards
-        starts = np.concatenate([[0], ends[:-1]])
-        examples = [self.schedule.row(int(row)) if row >= 0 else np.empty(0, np.int64) for row in rows]
-        whole = np.concatenate(examples) if examples else np.empty(0, np.int64)
-        shards = np.searchsorted(ends, whole, side="right")
+        firsts = np.concatenate([[0], ends[:-1]])
+        schedule, pieces = self.schedule, self.schedule.pieces
+        offsets = pieces.offsets
+        ranges = [np.arange(offsets[row], offsets[row + 1]) if row >= 0 else np.empty(0, np.int64) for row in rows]
+        chosen = np.concatenate(ranges) if ranges else np.empty(0, np.int64)
+        examples = pieces.examples[chosen]
+        shards = np.searchsorted(ends, examples, side="right")
         return Places(
             rows=np.asarray(rows, np.int64),
-            counts=np.array([len(row) for row in examples], np.int32),
+            counts=np.array([len(each) for each in ranges], np.int32),
             shards=shards.astype(np.int32),
-            positions=(whole - starts[shards]).astype(np.int32),
+            positions=(examples - firsts[shards]).astype(np.int32),
+            starts=pieces.starts[chosen].astype(np.int32),
+            stops=pieces.stops[chosen].astype(np.int32),
+            sources=schedule.sources[chosen] if len(self.manifests) > 1 else None,
+            weights=None if schedule.weights is None else schedule.weights[examples],
         )
 
     @cached_property
@@ -182,7 +226,7 @@ def _shares(batch: dict[str, Any]) -> Iterator[pa.Table]:
     """Ray task: one table of one row for each share."""
     for piece in batch["piece"]:
         for places in piece["shares"]:
-            made = _assemble(places, piece["paths"], piece["capacity"])
+            made = _assemble(places, piece["paths"], piece["capacity"], piece["document_mask"])
             yield pa.table(
                 {
                     name: pa.array([values.reshape(-1)], pa.list_(pa.from_numpy_dtype(values.dtype)))
@@ -200,42 +244,69 @@ def as_batches(table: pa.Table, rows_per_batch: int) -> Iterator[Batch]:
         yield {name: values[start : start + rows_per_batch] for name, values in whole.items()}
 
 
-def _assemble(places: Places, paths: Sequence[str], capacity: int) -> Batch:
-    """Lay examples side by side in rows. Positions start again at each example, and once more where padding begins."""
-    rows = len(places.rows)
+def _assemble(places: Places, paths: Sequence[str], capacity: int, document_mask: bool = True) -> Batch:
+    """Lay pieces of examples side by side in rows.
+
+    Positions start again at each piece, which keeps them apart, and once more where padding begins; without ``document_mask``
+    a row's pieces are one text.
+    """
+    rows, lengths = len(places.rows), (places.stops - places.starts).astype(np.int64)
+    row = np.repeat(np.arange(rows), places.counts)
+    tokens = np.bincount(row, lengths, minlength=rows).astype(np.int64)
+    before = np.cumsum(lengths) - lengths
+    column = before - (np.cumsum(tokens) - tokens)[row]  # where in its row each piece begins
+    inside = ranges(lengths)
+    ids, labels = _tokens(places, paths, before, lengths, inside)
+    # The first label of a piece, or of a row, has nothing that it sees before it to predict it from.
+    labels[before if document_mask else before[column == 0]] = IGNORED
+    where = np.repeat(row * capacity + column, lengths) + inside
+
+    def laid(values: np.ndarray, empty: np.ndarray | int, kind: type) -> np.ndarray:
+        whole = np.empty((rows, capacity), kind)
+        whole[:] = empty
+        whole.reshape(-1)[where] = values
+        return whole
+
+    padding = np.maximum(np.arange(capacity) - tokens[:, None], 0)
     batch: Batch = {
         "row": places.rows,
-        "tokens": np.zeros(rows, np.int64),
-        "input_ids": np.zeros((rows, capacity), np.int32),
-        "labels": np.full((rows, capacity), IGNORED, np.int32),
-        "position_ids": np.zeros((rows, capacity), np.int32),
+        "tokens": tokens,
+        "input_ids": laid(ids, 0, np.int32),
+        "labels": laid(labels, IGNORED, np.int32),
+        "position_ids": laid(inside if document_mask else where % capacity, padding, np.int32),
     }
-    where = iter(zip(places.shards.tolist(), places.positions.tolist(), strict=True))
-    for index, count in enumerate(places.counts.tolist()):
-        at = 0
-        for shard, position in islice(where, count):
-            ids, labels = _example(paths[shard], position)
-            end = at + len(ids)
-            batch["input_ids"][index, at:end] = ids
-            batch["labels"][index, at:end] = labels
-            batch["labels"][index, at] = IGNORED  # nothing in its own example comes before it to predict it from
-            batch["position_ids"][index, at:end] = np.arange(len(ids))
-            at = end
-        batch["tokens"][index] = at
-        batch["position_ids"][index, at:] = np.arange(capacity - at)
+    if places.sources is not None:
+        batch["sources"] = laid(np.repeat(places.sources, lengths), 0, np.int32)
+    if places.weights is not None:
+        batch["weights"] = laid(np.repeat(places.weights, lengths), 0, np.float32)
     return batch
+
+
+def _tokens(
+    places: Places, paths: Sequence[str], before: np.ndarray, lengths: np.ndarray, inside: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and labels of all pieces, one after the other; each shard is looked at once."""
+    ids, labels = np.empty((2, len(inside)), np.int32)
+    piece = np.repeat(np.arange(len(lengths)), lengths)
+    for shard in np.unique(places.shards):
+        chosen = places.shards == shard
+        here = np.flatnonzero(chosen[piece])
+        for values, (tokens, offsets) in zip((ids, labels), _shard(paths[int(shard)]), strict=True):
+            first = np.zeros(len(lengths), np.int64)
+            first[chosen] = offsets[places.positions[chosen]] + places.starts[chosen]
+            values[here] = tokens[first[piece[here]] + inside[here]]
+    return ids, labels
 
 
 _open_shards: dict[str, tuple[Any, ...]] = {}
 
 
-def _example(shard: Any, position: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and labels of one example. The shards read last stay in memory: rows of a group draw from all of its shards."""
-    if shard not in _open_shards:
-        while len(_open_shards) >= 32:
+def _shard(path: str) -> tuple[Any, Any]:
+    """(tokens, offsets) of a shard's ids and of its labels. The shards read last stay in memory: rows of a group draw from all."""
+    if path not in _open_shards:
+        while sum(values.nbytes for each in _open_shards.values() for pair in each for values in pair) > OPEN_BYTES:
             _open_shards.pop(next(iter(_open_shards)))
-        table = pq.read_table(shard, columns=["input_ids", "labels"], memory_map=True)
-        _open_shards[shard] = tuple(table[name].combine_chunks() for name in ("input_ids", "labels"))
-    ids, labels = _open_shards[shard]
-    start, end = ids.offsets[position].as_py(), ids.offsets[position + 1].as_py()
-    return ids.values.to_numpy()[start:end], labels.values.to_numpy()[start:end]
+        table = pq.read_table(path, columns=["input_ids", "labels"], memory_map=True)
+        columns = [table[name].combine_chunks() for name in ("input_ids", "labels")]
+        _open_shards[path] = tuple((column.values.to_numpy(), column.offsets.to_numpy()) for column in columns)
+    return _open_shards[path]

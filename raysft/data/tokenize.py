@@ -1,17 +1,62 @@
-"""Examples → token ids and labels, with the model's own tokenizer and chat template."""
+"""Examples → token ids and labels, with the model's own tokenizer and chat template.
+
+The tasks that tokenize need neither torch nor the tokenizer classes of transformers, whose import takes longer than small data:
+the driver loads the tokenizer once and sends what is behind it.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from raysft.config import RequestError
-from raysft.data.render import assistant_spans, labelled, prompt_messages
+from raysft.config import Config, RequestError
+from raysft.data.fit import split, truncate
+from raysft.data.offsets import Encoded, SpanEncoder, token_span
+from raysft.data.render import Rendered, first_line, labelled, prompt_messages
+from raysft.data.template import chat_template
 from raysft.records import IGNORED, Example, Message, Rejected
+
+NO_IDS = np.empty(0, np.int32)
+MARK_START, MARK_END = "\uf0a1", "\uf0a2"
+"""Characters for private use around a control token that is to be plain text."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides ids and labels besides the tokenizer."""
+
+    stage: str
+    sequence_length: int
+    mask_history: bool
+    train_on_prompt: bool
+    overlong: Literal["truncate", "split", "drop", "error"]
+    keep_prompt: Literal["head", "tail"]
+    control_tokens: Literal["keep", "escape", "reject"]
+    template_options: dict[str, Any]
+    with_prompts: bool
+    """Also give prompt and reference of each conversation, for generation."""
+
+    @classmethod
+    def of(cls, config: Config, with_prompts: bool) -> Options:
+        """The options of a config."""
+        data = config.data
+        return cls(
+            stage=config.stage,
+            sequence_length=data.sequence_length,
+            mask_history=data.mask_history,
+            train_on_prompt=data.train_on_prompt,
+            overlong=data.overlong,
+            keep_prompt=data.keep_prompt,
+            control_tokens=data.control_tokens_in_text,
+            template_options=data.template_options,
+            with_prompts=with_prompts,
+        )
 
 
 @dataclass(frozen=True)
@@ -24,102 +69,295 @@ class Tokenized:
     """[tokens] int32."""
     labels: np.ndarray
     """[tokens] int32, ``IGNORED`` where not trained; aligned with ``input_ids``, not shifted."""
+    weight: float = 1.0
     prompt: str = ""
     """Rendered text up to the last assistant turn, with the generation prompt."""
-    prompt_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    prompt_ids: np.ndarray = field(default_factory=lambda: NO_IDS)
     reference: str = ""
     """What the assistant wrote in its last turn."""
+    counts: tuple[tuple[str, int], ...] = ()
+    """What happened to it and is to be shown: ``truncated``, ``truncated_tokens``, ``split``, ``control_tokens`` …"""
 
     @property
     def trained(self) -> int:
         """Tokens that are predicted and trained on. Nothing precedes the first one, so it never counts."""
-        return int((self.labels[1:] != IGNORED).sum())
+        return int(np.count_nonzero(self.labels[1:] != IGNORED))
+
+
+@dataclass(frozen=True)
+class Overlong:
+    """An example that is longer than a row, and is not used."""
+
+    rejected: Rejected
+    tokens: int
+
+
+Outcome = Tokenized | Rejected | Overlong
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A model's tokenizer with the options that decide ids and labels."""
+    """A model's tokenizer, as it travels to the tasks."""
 
-    model: str
-    """Folder or hub id."""
-    sequence_length: int
-    mask_history: bool
-    train_on_prompt: bool
-    with_prompts: bool
-    """Also give prompt and reference of each conversation, for generation."""
+    backend: str
+    """The fast tokenizer as JSON (``tokenizer.json``)."""
+    template: str | None
+    """The chat template."""
+    special_tokens: dict[str, Any]
+    """Name → token, for the template."""
+    control_tokens: tuple[str, ...]
+    """Special tokens as they would be written in a text."""
+    eos: int | None
+    identity: str
+    """Hash of all that."""
 
-    def __call__(self, examples: Sequence[Example]) -> Iterator[Tokenized | Rejected]:
-        """Tokenize a batch of examples in one pass; an example may give several pieces (long texts) or be rejected.
+    @classmethod
+    def load(cls, model: str, chat_template: str | None = None) -> Tokenizer:
+        """Take a tokenizer apart.
+
+        Args:
+            model: folder or hub id.
+            chat_template: Jinja text to use instead of the tokenizer's own.
+
+        Raises:
+            RequestError: there is no fast tokenizer.
+        """
+        tokenizer = load_tokenizer(model)
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise RequestError(f"{model}: has no fast tokenizer (tokenizer.json); choose a model that has one")
+        parts = {
+            "backend": backend.to_str(),
+            "template": chat_template or _own_template(tokenizer),
+            "special_tokens": dict(tokenizer.special_tokens_map),
+            "control_tokens": tuple(
+                sorted(token.content for token in backend.get_added_tokens_decoder().values() if token.special)
+            ),
+            "eos": tokenizer.eos_token_id,
+        }
+        return cls(**parts, identity=hashlib.sha256(repr(parts).encode()).hexdigest())  # type: ignore[arg-type]
+
+    def with_options(self, options: Options) -> Tokenizing:
+        """The tokenizer at work."""
+        return Tokenizing(self, options)
+
+
+class Tokenizing:
+    """A tokenizer at work, under options."""
+
+    def __init__(self, tokenizer: Tokenizer, options: Options) -> None:
+        self.parts, self.options = tokenizer, options
+        self.backend = _backend(tokenizer.identity, tokenizer.backend, plain=False)
+        self.encode_spans = _span_encoder(tokenizer.identity, tokenizer.backend)
+        self.control = re.compile("|".join(map(re.escape, tokenizer.control_tokens)) or "(?!)")
+        variables = {**tokenizer.special_tokens, **options.template_options}
+        self.template = chat_template(tokenizer.template, variables) if tokenizer.template else None
+
+    def __call__(self, examples: Sequence[Example]) -> Iterator[Outcome]:
+        """Tokenize a batch of examples in one pass; an example may give several pieces or be rejected.
 
         Raises:
             RequestError: the tokenizer has not what examples of this shape need.
         """
-        tokenizer = load_tokenizer(self.model)
-        _check(tokenizer, examples)
-        rendered: list[tuple[Example, str, list[tuple[int, int]]] | Rejected] = []
-        for example in examples:
-            try:
-                rendered.append((example, *self._render(tokenizer, example)))
-            except ValueError as error:
-                rendered.append(Rejected(example.source, example.record, str(error)))
-        texts = [item[1] for item in rendered if not isinstance(item, Rejected)]
-        encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True) if texts else {}
-        ids, offsets = iter(encoded.get("input_ids", [])), iter(encoded.get("offset_mapping", []))
-        for item in rendered:
-            if isinstance(item, Rejected):
-                yield item
-            elif item[0].messages:
-                yield self._conversation(tokenizer, item[0], next(ids), next(offsets), item[2])
+        prepared = [self._prepare(example) for example in examples]
+        chats = [p.rendered for p in prepared if isinstance(p, _Prepared) and p.in_one_pass and p.example.messages]
+        texts = [p.example.text for p in prepared if isinstance(p, _Prepared) and p.example.text]
+        # A chat template writes all special tokens itself; a plain text gets those that the tokenizer puts around it.
+        encoded_chats = self.encode_spans([chat.text for chat in chats], [chat.spans for chat in chats])
+        encoded_texts = iter(self.backend.encode_batch(texts, add_special_tokens=True) if texts else ())
+        for each in prepared:
+            if isinstance(each, Rejected):
+                yield each
+            elif each.example.messages:
+                yield from self._conversation(each, next(encoded_chats) if each.in_one_pass else None)
+            elif each.example.text:
+                yield from self._text(each, next(encoded_texts))
             else:
-                next(offsets)
-                yield from self._document(tokenizer, item[0], next(ids))
+                yield from self._ids(each.example)
 
-    def _render(self, tokenizer: Any, example: Example) -> tuple[str, list[tuple[int, int]]]:
-        if not example.messages:
-            return example.text, []
-        try:
-            text, spans = assistant_spans(example.messages, _template(tokenizer))
-        except ValueError:
-            raise
-        except Exception as error:  # a template refuses what it does not support with errors of its own
-            raise ValueError(f"the chat template refuses the conversation ({str(error).splitlines()[0]})") from None
-        return text, spans[-1:] if self.mask_history else spans
-
-    def _conversation(
-        self,
-        tokenizer: Any,
-        example: Example,
-        ids: list[int],
-        offsets: list[tuple[int, int]],
-        spans: list[tuple[int, int]],
-    ) -> Tokenized | Rejected:
-        input_ids = np.asarray(ids, np.int32)
-        labels = (
-            input_ids
-            if self.train_on_prompt
-            else np.where(labelled(offsets, spans), input_ids, IGNORED).astype(np.int32)
+    def _prepare(self, example: Example) -> _Prepared | Rejected:
+        """Render an example, and find the control tokens that stand in it as text."""
+        options, counts = self.options, []
+        written = sum(len(self.control.findall(message.content)) for message in example.messages) + (
+            len(self.control.findall(example.text)) if example.text else 0
         )
-        tokenized = Tokenized(example.source, example.record, input_ids, labels)
-        if tokenized.trained == 0:
-            return Rejected(example.source, example.record, "no token of it would be trained on")
-        if not self.with_prompts:
-            return tokenized
-        asked, reference = prompt_messages(example.messages)
-        prompt = _template(tokenizer)(asked, True)
-        prompt_ids = np.asarray(tokenizer(prompt, add_special_tokens=False)["input_ids"], np.int32)
-        return Tokenized(example.source, example.record, input_ids, labels, prompt, prompt_ids, reference)
+        if written:
+            counts.append(("control_tokens", 1))
+            if options.control_tokens == "reject":
+                return Rejected(example.source, example.record, "a control token of the tokenizer stands in its text")
+        if not example.messages:
+            self._check_end(example)
+            return _Prepared(example, Rendered(example.text, ()), tuple(counts), True)
+        if self.template is None:
+            raise RequestError(
+                f"{example.record}: is a conversation and the model's tokenizer has no chat template; "
+                "take an instruct model, or name one in model.chat_template"
+            )
+        escape = bool(written) and options.control_tokens == "escape"
+        messages = [self._escape(message) for message in example.messages] if escape else example.messages
+        try:
+            shown, tools = self.template.with_tools(messages, example.tools)
+            if shown is not messages:
+                counts.append(("tools_as_text", 1))
+            rendered = self.template.spans(shown, tools)
+        except ValueError as error:
+            return Rejected(example.source, example.record, str(error))
+        except Exception as error:  # a template refuses what it does not support with errors of its own
+            return Rejected(
+                example.source, example.record, f"the chat template refuses the conversation ({first_line(error)})"
+            )
+        example = replace(example, messages=tuple(shown), tools=tuple(tools))
+        return _Prepared(example, rendered, tuple(counts), not escape)
 
-    def _document(self, tokenizer: Any, example: Example, ids: list[int]) -> Iterator[Tokenized | Rejected]:
-        """A text and the token that ends it, cut into pieces of at most ``sequence_length``; labels are the inputs.
+    def _check_end(self, example: Example) -> None:
+        if example.text and self.parts.eos is None:
+            raise RequestError(
+                f"{example.record}: is a text and the model's tokenizer has no token that ends one; set its eos_token"
+            )
 
-        A piece begins with the last token of the one before, so that each token but the document's first is predicted once.
-        """
-        input_ids = np.asarray([*ids, tokenizer.eos_token_id], np.int32)
+    def _escape(self, message: Message) -> Message:
+        content = message.content.replace(MARK_START, "").replace(MARK_END, "")
+        return replace(message, content=self.control.sub(f"{MARK_START}\\g<0>{MARK_END}", content))
+
+    def _conversation(self, each: _Prepared, encoded: Encoded | None) -> Iterator[Outcome]:
+        example = each.example
+        if encoded is not None:
+            ids, turns = encoded
+        else:
+            ids, offsets = self._encode_escaped(each.rendered.text)
+            turns = [_bounds(labelled(offsets, [span])) for span in each.rendered.spans]
+        assistant = [message for message in example.messages if message.role == "assistant"]
+        trained = [turn for turn, message in zip(turns, assistant, strict=True) if message.train]
+        if self.options.mask_history:
+            trained = [turns[-1]] if assistant[-1].train else []
+        labels = self._labels(ids, trained)
+        tokenized = Tokenized(example.source, example.record, ids, labels, example.weight, counts=each.counts)
+        yield from self._fit(self._with_prompt(tokenized, each) if self.options.with_prompts else tokenized, turns)
+
+    def _labels(self, ids: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:
+        if self.options.train_on_prompt:
+            return ids
+        labels = np.full(len(ids), IGNORED, np.int32)
+        for start, end in spans:
+            labels[start:end] = ids[start:end]
+        return labels
+
+    def _with_prompt(self, tokenized: Tokenized, each: _Prepared) -> Tokenized:
+        template, example = self.template, each.example
+        assert template is not None
+        prompt = template.render(prompt_messages(example.messages), example.tools, True)
+        if each.in_one_pass:
+            ids = np.asarray(self.backend.encode(prompt, add_special_tokens=False).ids, np.int32)
+        else:
+            ids, _ = self._encode_escaped(prompt)
+            prompt = _unmarked(prompt)
+        last = [message for message in example.messages if message.role == "assistant"][-1]
+        start, end = each.rendered.spans[-1]
+        reference = _unmarked(last.content) if not last.tool_calls else each.rendered.text[start:end]
+        return replace(tokenized, prompt=prompt, prompt_ids=ids, reference=reference)
+
+    def _text(self, each: _Prepared, encoding: Any) -> Iterator[Outcome]:
+        """A text and the token that ends it. All of it is trained on, or what follows its prompt."""
+        example = each.example
+        ids = list(encoding.ids)
+        if not ids or ids[-1] != self.parts.eos:
+            ids.append(self.parts.eos)
+        input_ids = np.asarray(ids, np.int32)
         if len(input_ids) < 2:
             yield Rejected(example.source, example.record, "the text has no token")
-        for start in range(0, len(input_ids) - 1, self.sequence_length - 1):
-            piece = input_ids[start : start + self.sequence_length]
-            yield Tokenized(example.source, example.record, piece, piece)
+            return
+        if example.prompt is None:
+            whole = Tokenized(example.source, example.record, input_ids, input_ids, example.weight, counts=each.counts)
+            yield from [whole] if self.options.stage == "pt" else self._fit(whole, [(0, len(input_ids))])
+            return
+        turn = (token_span(encoding, (example.prompt, len(example.text)), len(example.text))[0], len(input_ids))
+        tokenized = Tokenized(
+            example.source,
+            example.record,
+            input_ids,
+            self._labels(input_ids, [turn]),
+            example.weight,
+            counts=each.counts,
+        )
+        if self.options.with_prompts:
+            prompt, reference = example.text[: example.prompt], example.text[example.prompt :]
+            tokenized = replace(tokenized, prompt=prompt, prompt_ids=input_ids[: turn[0]], reference=reference)
+        yield from self._fit(tokenized, [turn])
+
+    def _ids(self, example: Example) -> Iterator[Outcome]:
+        """Ids that came tokenized."""
+        ids = np.asarray(example.ids, np.int32)
+        if int(ids.max()) >= self.backend.get_vocab_size():
+            yield Rejected(
+                example.source,
+                example.record,
+                f"input_ids holds {ids.max()} and the tokenizer has {self.backend.get_vocab_size()} tokens",
+            )
+            return
+        if self.options.stage == "pt":
+            yield Tokenized(example.source, example.record, ids, ids, example.weight)
+            return
+        labels = np.asarray(example.labels, np.int32)
+        tokenized = Tokenized(example.source, example.record, ids, labels, example.weight)
+        yield from self._fit(tokenized, [(0, len(ids))])
+
+    def _fit(self, whole: Tokenized, turns: Sequence[tuple[int, int]]) -> Iterator[Outcome]:
+        """The example in a row or, as ``data.overlong`` says, what is left of it."""
+        options, tokens = self.options, len(whole.input_ids)
+        pieces = [whole]
+        if tokens > options.sequence_length:
+            if options.overlong in ("drop", "error"):
+                reason = f"{tokens} tokens do not fit into data.sequence_length={options.sequence_length}"
+                yield Overlong(Rejected(whole.source, whole.record, reason), tokens)
+                return
+            if options.overlong == "split":
+                cuts = split(tokens, options.sequence_length)
+                # A piece begins in the middle, so that there is nothing to ask and to generate.
+                plain = replace(whole, prompt="", prompt_ids=NO_IDS, reference="")
+                pieces = [
+                    replace(plain, input_ids=whole.input_ids[start:stop], labels=whole.labels[start:stop])
+                    for start, stop in cuts
+                ]
+                pieces = [piece for piece in pieces if piece.trained]
+                counts = (("split", 1), ("split_pieces", len(pieces)))
+            else:
+                kept = truncate(
+                    tokens,
+                    turns,
+                    options.sequence_length,
+                    tail=options.keep_prompt == "tail",
+                    last_first=options.mask_history,
+                )
+                pieces = [replace(whole, input_ids=whole.input_ids[kept], labels=whole.labels[kept])]
+                counts = (("truncated", 1), ("truncated_tokens", tokens - len(kept)))
+            if pieces:
+                pieces[0] = replace(pieces[0], counts=(*whole.counts, *counts))
+            pieces[1:] = [replace(piece, counts=()) for piece in pieces[1:]]
+        if not pieces or not pieces[0].trained:
+            yield Rejected(whole.source, whole.record, "no token of it would be trained on")
+            return
+        yield from pieces
+
+    def _encode_escaped(self, text: str) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """Ids of a text in which marked control tokens are plain characters, and where each stands in it."""
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        at = 0
+        plain = _backend(self.parts.identity, self.parts.backend, plain=True)
+        for index, piece in enumerate(re.split(f"[{MARK_START}{MARK_END}]", text)):
+            encoding = (plain if index % 2 else self.backend).encode(piece, add_special_tokens=False)
+            ids += encoding.ids
+            offsets += [(at + start, at + end) for start, end in encoding.offsets]
+            at += len(piece) + 1
+        return np.asarray(ids, np.int32), offsets
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    example: Example
+    rendered: Rendered
+    counts: tuple[tuple[str, int], ...]
+    in_one_pass: bool
 
 
 @lru_cache(maxsize=2)
@@ -130,21 +368,32 @@ def load_tokenizer(model: str) -> Any:
     return AutoTokenizer.from_pretrained(model)
 
 
-def _check(tokenizer: Any, examples: Sequence[Example]) -> None:
-    for example in examples:
-        if example.messages and not tokenizer.chat_template:
-            raise RequestError(
-                f"{example.record}: is a conversation and the model's tokenizer has no chat template; take an instruct model"
-            )
-        if not example.messages and tokenizer.eos_token_id is None:
-            raise RequestError(
-                f"{example.record}: is a text and the model's tokenizer has no token that ends one; set its eos_token"
-            )
+def _own_template(tokenizer: Any) -> str | None:
+    template = tokenizer.chat_template
+    return template.get("default") if isinstance(template, dict) else template
 
 
-def _template(tokenizer: Any) -> Any:
-    def render(messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+@lru_cache(maxsize=4)
+def _backend(identity: str, backend: str, plain: bool) -> Any:
+    """The tokenizer; a ``plain`` one takes special tokens in a text for characters."""
+    import tokenizers
 
-    return render
+    made = tokenizers.Tokenizer.from_str(backend)
+    made.no_truncation()
+    made.no_padding()
+    made.encode_special_tokens = plain
+    return made
+
+
+@lru_cache(maxsize=2)
+def _span_encoder(identity: str, backend: str) -> SpanEncoder:
+    return SpanEncoder(_backend(identity, backend, plain=False))
+
+
+def _bounds(inside: Sequence[bool]) -> tuple[int, int]:
+    where = np.flatnonzero(inside)
+    return (int(where[0]), int(where[-1]) + 1) if len(where) else (0, 0)
+
+
+def _unmarked(text: str) -> str:
+    return text.replace(MARK_START, "").replace(MARK_END, "")

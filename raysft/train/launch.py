@@ -117,7 +117,7 @@ def _fit(job: Job, worker: Any, folder: Path, datasets: dict[str, Any], watch: W
         ),
         torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo", timeout_s=600),
         datasets=datasets,
-        dataset_config=ray.train.DataConfig(execution_options=_in_order()),
+        dataset_config=ray.train.DataConfig(execution_options=job.train_rows.execution_options(scaling.num_workers)),
     )
     with _Watching(queue, watch, trainer.stop) as watching:
         try:
@@ -146,10 +146,6 @@ class _Trainer(TorchTrainer):
         if self._controller is not None:
             with suppress(RayError):
                 ray.get(self._controller.abort.remote(), timeout=STOP_SECONDS)
-
-
-def _in_order() -> Any:
-    return ray.data.ExecutionOptions(preserve_order=True)
 
 
 def _threads(config: Config) -> int:

@@ -34,6 +34,9 @@ class Schedule(Protocol):
     rows_per_step: int
     step_tokens: np.ndarray
     step_trained: np.ndarray
+    step_weight: np.ndarray
+
+    def source_weight(self, step: int, sources: int) -> np.ndarray: ...
 
     @property
     def rows(self) -> int: ...
@@ -48,6 +51,9 @@ class RowSource(Protocol):
     """Where rows come from (``data.stream.Rows``)."""
 
     @property
+    def sources(self) -> tuple[str, ...]: ...
+
+    @property
     def schedule(self) -> Any: ...
 
     def steps(self, first: int, worker: int, workers: int) -> Iterator[Batch]: ...
@@ -55,6 +61,8 @@ class RowSource(Protocol):
     def batches(self, shares: Any, workers: int) -> Iterator[Batch]: ...
 
     def dataset(self, first: int, workers: int) -> Any: ...
+
+    def execution_options(self, workers: int) -> Any: ...
 
     def share(self, step: int, worker: int, workers: int) -> np.ndarray: ...
 
@@ -177,8 +185,8 @@ class _Loop:
             )
         begun = time.perf_counter()
         lr = self.engine.get_lr()[0]
-        trained = int(self.schedule.step_trained[index])
-        loss, norm = train_step(self.engine, batch, trained)
+        weight, names = float(self.schedule.step_weight[index]), self.job.train_rows.sources
+        loss, norm, by_source = train_step(self.engine, batch, weight, len(names))
         seconds = time.perf_counter() - begun
         if not (math.isfinite(loss) and math.isfinite(norm)):
             rows = f"{index * self.schedule.rows_per_step} to {(index + 1) * self.schedule.rows_per_step - 1}"
@@ -189,11 +197,24 @@ class _Loop:
         tokens = int(self.schedule.step_tokens[index])
         rows = min((index + 1) * self.schedule.rows_per_step, self.schedule.rows)
         cursor = Cursor(index + 1, rows, cursor.tokens + tokens, cursor.identity)
-        self._log_step(cursor, loss, norm, lr, tokens, trained, seconds)
+        weights = self.schedule.source_weight(index, len(names))
+        source_losses = {
+            name: float(total / weight)
+            for name, total, weight in zip(names, by_source, weights, strict=True)
+            if weight and len(names) > 1
+        }
+        self._log_step(cursor, loss, norm, lr, tokens, seconds, source_losses)
         return cursor
 
     def _log_step(
-        self, cursor: Cursor, loss: float, norm: float, lr: float, tokens: int, trained: int, seconds: float
+        self,
+        cursor: Cursor,
+        loss: float,
+        norm: float,
+        lr: float,
+        tokens: int,
+        seconds: float,
+        source_losses: dict[str, float],
     ) -> None:
         steps = self.schedule.steps
         rows = cursor.rows - (cursor.step - 1) * self.schedule.rows_per_step
@@ -212,13 +233,14 @@ class _Loop:
             remaining_time=duration(left),
             throughput=round(tokens / seconds, 2),
             total_tokens=cursor.tokens,
-            trained_tokens=trained,
+            trained_tokens=int(self.schedule.step_trained[cursor.step - 1]),
             useful=round(tokens / (rows * self.schedule.capacity), 6),
             rows=cursor.rows,
             step_seconds=round(seconds, 4),
             data_wait_seconds=round(self.data_wait, 4),
             memory_gib=round(memory, 3),
             memory_total_gib=round(memory_total, 3),
+            source_losses=source_losses,
         )
         self.emit("step", record)
 
@@ -262,6 +284,7 @@ class _Loop:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self.job.model)
+        tokenizer.chat_template = self.job.config.chat_template or tokenizer.chat_template
         checkpoint.export(self.engine.module.model, tokenizer, self.job.run.model)
         results = {
             "total_steps": self.schedule.steps,

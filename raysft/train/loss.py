@@ -33,18 +33,28 @@ class TokenLoss(nn.Module):
         self.chunks_follow_shape = chunks_follow_shape
 
     def forward(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor, score: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        labels: torch.Tensor,
+        weights: torch.Tensor | None = None,
+        sources: torch.Tensor | None = None,
+        number_of_sources: int = 1,
+        score: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Args:
             input_ids: [rows, tokens].
             position_ids: [rows, tokens], starting again at each example of a row: this alone keeps examples apart.
             labels: [rows, tokens], ``IGNORED`` where not trained; aligned with ``input_ids``.
+            weights: [rows, tokens] what the cross-entropy of each token counts. Default: 1.
+            sources: [rows, tokens] number of each token's source. Default: 0.
+            number_of_sources: how many there are.
             score: also count correct predictions.
 
         Returns:
-            The sum of the trained tokens' cross-entropies (float32), and the number of them whose label is the most probable
-            token (0 unless ``score``).
+            The sum of the trained tokens' weighted cross-entropies (float32); [number_of_sources] the same of each source,
+            without gradient; and the number of trained tokens whose label is the most probable one (0 unless ``score``).
         """
         decoder, head = _parts(self.model)
         # Without a cache transformers sees from the positions where examples begin; with one it silently does not.
@@ -56,16 +66,24 @@ class TokenLoss(nn.Module):
             chosen = torch.zeros_like(chosen)
             chosen[0] = True
         hidden, targets = hidden.reshape(-1, hidden.shape[-1])[chosen], targets[chosen]
-        chunks = -(-(input_ids.numel() if self.chunks_follow_shape else len(targets)) // CHUNK_TOKENS)
-        pieces = list(zip(_split(hidden, chunks), _split(targets, chunks), strict=True))
-        totals = [
-            checkpoint(_chunk_loss, head, *piece, score, use_reentrant=False)
-            if len(pieces) > 1 and torch.is_grad_enabled()
-            else _chunk_loss(head, *piece, score)
-            for piece in pieces
+        # Both belong to the token that is predicted, as the label does.
+        beside = [
+            None if values is None else F.pad(values[:, 1:], (0, 1)).reshape(-1)[chosen]
+            for values in (weights, sources)
         ]
-        loss, correct = (torch.stack(column).sum() for column in zip(*totals, strict=True))  # type: ignore[arg-type]
-        return loss, correct
+        chunks = -(-(input_ids.numel() if self.chunks_follow_shape else len(targets)) // CHUNK_TOKENS)
+        columns = [
+            [None] * chunks if values is None else _split(values, chunks) for values in (hidden, targets, *beside)
+        ]
+        totals = []
+        for piece in zip(*columns, strict=True):
+            arguments: Any = (head, *piece, number_of_sources, score)
+            if chunks > 1 and torch.is_grad_enabled():
+                totals.append(checkpoint(_chunk_loss, *arguments, use_reentrant=False))
+            else:
+                totals.append(_chunk_loss(*arguments))
+        loss, by_source, correct = (torch.stack(column).sum(0) for column in zip(*totals, strict=True))  # type: ignore[arg-type]
+        return loss, by_source, correct
 
     @torch.no_grad()
     def check_head(self, device: torch.device) -> None:
@@ -99,9 +117,23 @@ def _split(values: torch.Tensor, pieces: int) -> list[torch.Tensor]:
 
 
 def _chunk_loss(
-    head: Any, hidden: torch.Tensor, targets: torch.Tensor, score: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+    head: Any,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor | None,
+    sources: torch.Tensor | None,
+    number_of_sources: int,
+    score: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     logits = head(hidden).float()
-    loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    if weights is None and sources is None:
+        loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+        by_source = loss.detach()[None]
+    else:
+        losses = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
+        losses = losses if weights is None else losses * weights
+        loss = losses.sum()
+        numbers = torch.zeros_like(targets) if sources is None else sources
+        by_source = torch.zeros(number_of_sources, device=hidden.device).index_add(0, numbers, losses.detach())
     correct = (logits.argmax(-1) == targets).sum() if score else torch.zeros((), dtype=torch.long, device=hidden.device)
-    return loss, correct
+    return loss, by_source, correct

@@ -12,40 +12,51 @@ import torch.distributed as dist
 from raysft.records import IGNORED, Evaluation, RunFailed
 
 Batch = dict[str, np.ndarray]
+KINDS = {
+    "input_ids": torch.long,
+    "position_ids": torch.long,
+    "labels": torch.long,
+    "weights": torch.float32,
+    "sources": torch.long,
+}
 
 
-def train_step(engine: Any, batch: Batch, trained_tokens: int) -> tuple[float, float]:
+def train_step(engine: Any, batch: Batch, weight: float, sources: int = 1) -> tuple[float, float, np.ndarray]:
     """Train on one worker's rows of a step.
 
     Args:
         engine: the DeepSpeed engine.
         batch: this worker's rows, as ``data.stream`` makes them.
-        trained_tokens: trained tokens of the whole step, over all workers.
+        weight: weight of the trained tokens of the whole step, over all workers; their number where all count the same.
+        sources: how many sources there are.
 
     Returns:
-        The step's loss over all workers, which is the sum over trained tokens divided by their number; and the norm of the
-        whole gradient before clipping.
+        The step's loss over all workers, which is the weighted sum over trained tokens divided by their weight; the norm of
+        the whole gradient before clipping; and [sources] float64 the weighted sum of each source.
     """
     accumulation = engine.gradient_accumulation_steps()
     # DeepSpeed averages over microbatches and workers; the sum is wanted, over one known number of tokens.
-    scale = accumulation * dist.get_world_size() / trained_tokens
-    total = torch.zeros((), device=engine.device)
+    scale = accumulation * dist.get_world_size() / weight
+    totals = torch.zeros(1 + sources, device=engine.device)
     norm = None
     for microbatch in microbatches(batch, engine.train_micro_batch_size_per_gpu(), engine.device):
-        loss, _ = engine(**microbatch)
+        loss, by_source, _ = engine(**microbatch, number_of_sources=sources)
         engine.backward(loss * scale)
         if engine.is_gradient_accumulation_boundary() and not hasattr(engine.optimizer, "_global_grad_norm"):
             # A plain optimizer (ZeRO 0 in float32) does not keep the norm, and its gradients are whole on each worker.
             norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
         engine.step()
-        total += loss.detach()
-    dist.all_reduce(total)
-    return float(total) / trained_tokens, float(norm if norm is not None else engine.get_global_grad_norm())
+        totals += torch.cat([loss.detach()[None], by_source])
+    dist.all_reduce(totals)
+    total, *by_source = totals.double().tolist()
+    return total / weight, float(norm if norm is not None else engine.get_global_grad_norm()), np.asarray(by_source)
 
 
 @torch.no_grad()
 def evaluate(model: Any, name: str, step: int, batches: Iterable[Batch], rows: int, device: torch.device) -> Evaluation:
     """Loss and accuracy of an evaluation set, exact over all workers: sums are added up, then divided once.
+
+    Every token counts the same here, whatever its weight in training.
 
     Args:
         model: ``TokenLoss``, or the engine around it.
@@ -60,7 +71,8 @@ def evaluate(model: Any, name: str, step: int, batches: Iterable[Batch], rows: i
     totals = torch.zeros(3, dtype=torch.float64, device=device)
     for batch in batches:
         for microbatch in microbatches(batch, rows, device):
-            loss, correct = model(**microbatch, score=True)
+            shown = {name: microbatch[name] for name in ("input_ids", "position_ids", "labels")}
+            loss, _, correct = model(**shown, score=True)
             # A label at the front of an example is never predicted, and the data stage has masked it.
             trained = (microbatch["labels"][:, 1:] != IGNORED).sum()
             totals += torch.stack([loss.double(), correct.double(), trained.double()])
@@ -78,6 +90,7 @@ def microbatches(batch: Batch, rows: int, device: torch.device) -> Iterable[dict
         part = {name: values[start : start + rows] for name, values in batch.items()}
         width = max(8, -(-int(part["tokens"].max()) // 8) * 8)
         yield {
-            name: torch.as_tensor(part[name][:, :width], dtype=torch.long).to(device, non_blocking=True)
-            for name in ("input_ids", "position_ids", "labels")
+            name: torch.as_tensor(part[name][:, :width], dtype=kind).to(device, non_blocking=True)
+            for name, kind in KINDS.items()
+            if name in part
         }

@@ -329,7 +329,7 @@ def test_check_plans_without_training(folder, sft_run, capsys):
         ("scaling.use_gpu=true", "GPUs"),
         ("generate.num_actors=3", "generate.num_actors=3"),
         ("scaling.cpus_per_worker=1", "leaves no CPU for data tasks"),
-        ("data.sequence_length=16", "raise it, or set data.overlong=drop"),
+        ("data.sequence_length=16", "raise it, or set data.overlong to truncate, split or drop"),
     ],
 )
 def test_what_cannot_run_is_refused_at_once(folder, capsys, override, message):

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 
 from raysft.config import Config, parse
-from raysft.data.manifest import Manifest, load, save
-from raysft.data.shards import _write_shards, shard_set
+from raysft.data.manifest import Manifest
 from raysft.data.stream import Rows
 from raysft.records import IGNORED, RunDirectory, StepRecord
+from tests.shards import the_set, written
 from tests.tiny import SENTENCES, tiny_model
 
 TOLERANCE = 1e-5
@@ -53,9 +53,7 @@ def prepared(tmp_path_factory) -> tuple[Path, Path, Manifest]:
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(each) + "\n" for each in conversations(60)))
     config = make_config(folder, model)
-    shards = shard_set(config, config.data.train[0], "all", str(model), with_prompts=False)
-    save(shards.manifest, shards.source.name, list(_write_shards(shards, shards.files)))
-    return folder, model, load(shards.manifest)
+    return folder, model, written(the_set(config, str(model)), str(model))
 
 
 def make_config(folder: Path, model: Path, **train) -> Config:
@@ -84,7 +82,9 @@ def make_config(folder: Path, model: Path, **train) -> Config:
 
 def rows_of(manifest: Manifest, rows_per_step: int = 4, packing: bool = True) -> Rows:
     path = f"{manifest.directory}/manifest.parquet"
-    return Rows((path,), SEQUENCE_LENGTH, rows_per_step, seed=3, max_steps=STEPS, packing=packing)
+    return Rows(
+        (path,), SEQUENCE_LENGTH, rows_per_step, seed=3, max_steps=STEPS, layout="packed" if packing else "single"
+    )
 
 
 def worker(rank: int, world: int, port: int, config: Config, rows: Rows, out) -> None:
@@ -236,7 +236,13 @@ def test_packed_and_unpacked_losses_are_equal(prepared):
     model = TokenLoss(load_model(make_config(folder, path), str(path))).eval()
     totals = []
     for packing in (True, False):
-        rows = Rows((f"{manifest.directory}/manifest.parquet",), SEQUENCE_LENGTH, 4, packing=packing, shuffle=False)
+        rows = Rows(
+            (f"{manifest.directory}/manifest.parquet",),
+            SEQUENCE_LENGTH,
+            4,
+            layout="packed" if packing else "single",
+            shuffle=False,
+        )
         with torch.no_grad():
             losses = [
                 model(**part)[0].item()
@@ -305,7 +311,7 @@ def test_chunked_logits_give_the_same_loss_and_gradient(prepared, monkeypatch):
     for chunk, follow in ((10_000, False), (7, False), (16, True)):
         monkeypatch.setattr(loss_module, "CHUNK_TOKENS", chunk)
         model = TokenLoss(load_model(make_config(folder, path), str(path)), chunks_follow_shape=follow)
-        total, correct = model(**part, score=True)
+        total, _, correct = model(**part, score=True)
         total.backward()
         found.append((total.item(), int(correct), {n: p.grad for n, p in model.named_parameters()}))
     for total, correct, gradients in found[1:]:
@@ -313,3 +319,45 @@ def test_chunked_logits_give_the_same_loss_and_gradient(prepared, monkeypatch):
         assert correct == found[0][1]
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, found[0][2][name], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_weights_and_losses_of_sources_follow_their_formulas_and_gradients_too(prepared):
+    """Against the plain formula in float64: Σ w·l / Σ w over a step, and the mean of each source."""
+    from raysft.train.loss import TokenLoss
+    from raysft.train.model import load_model
+    from raysft.train.step import microbatches
+
+    folder, path, manifest = prepared
+    batch = rows_of(manifest).batch(range(4))
+    random = np.random.default_rng(0)
+    examples = np.cumsum(batch["position_ids"] == 0, axis=1)
+    batch["weights"] = random.choice([0.25, 1.0, 3.0], 50).astype(np.float32)[examples]
+    batch["sources"] = random.integers(0, 2, 50).astype(np.int32)[examples]
+    (part,) = microbatches(batch, 4, torch.device("cpu"))
+    model = TokenLoss(load_model(make_config(folder, path), str(path)))
+    total, by_source, _ = model(**part, number_of_sources=2)
+    total.backward()
+    exact = load_model(make_config(folder, path), str(path)).double()
+    sums = [torch.zeros((), dtype=torch.float64) for _ in range(2)]
+    for row in range(4):
+        at = 0
+        for ids, labels in examples_of(batch, row):
+            weight, source = float(batch["weights"][row, at]), int(batch["sources"][row, at])
+            logits = exact(input_ids=ids[None], use_cache=False).logits[0]
+            part_loss = F.cross_entropy(logits[:-1], labels[1:], ignore_index=IGNORED, reduction="sum")
+            sums[source] = sums[source] + weight * part_loss
+            at += len(ids)
+    (sums[0] + sums[1]).backward()
+    assert by_source.tolist() == pytest.approx([value.item() for value in sums], rel=TOLERANCE)
+    assert total.item() == pytest.approx((sums[0] + sums[1]).item(), rel=TOLERANCE)
+    for (name, ours), (_, theirs) in zip(model.model.named_parameters(), exact.named_parameters(), strict=True):
+        np.testing.assert_allclose(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_two_sources_train_alike_on_one_worker_and_two_and_their_losses_are_logged(prepared, tmp_path):
+    folder, model, manifest = prepared
+    path = f"{manifest.directory}/manifest.parquet"
+    rows = Rows((path, path), SEQUENCE_LENGTH, 4, seed=3, max_steps=STEPS, mixing="first_exhausted", shares=(1.0, 3.0))
+    one = train(make_config(folder, model, rows_per_device=4), rows)
+    two = train(make_config(folder, model, rows_per_device=2), rows, world=2)
+    assert_same(one, two)

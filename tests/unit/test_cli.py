@@ -121,7 +121,7 @@ def test_exit_codes_tell_a_wrong_request_from_a_failed_run(config, monkeypatch, 
 )
 def test_overrides_may_stand_before_and_after_options(config, monkeypatch, arguments):
     seen = []
-    monkeypatch.setattr(run, "show", lambda config, rows: seen.append((config.train.epochs, rows)))
+    monkeypatch.setattr(run, "show", lambda config, rows, page: seen.append((config.train.epochs, rows)))
     assert main(arguments) == 0
     assert seen == [(2, 2)]
 

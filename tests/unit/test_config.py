@@ -77,7 +77,7 @@ def test_overrides_reach_into_lists_and_make_sections(write):
         ("data.train.0.nmae=x", "command line: unknown key data.train.0.nmae; did you mean data.train.0.name?"),
         (
             "data.train=[{nmae: x}]",
-            "command line: unknown key data.train.0.nmae; did you mean data.train.0.name? (and 2 more)",
+            "command line: unknown key data.train.0.nmae; did you mean data.train.0.name? (and 1 more)",
         ),
         ("data=", "command line: data.train is required and is not there; add it"),
     ],
@@ -153,7 +153,8 @@ def test_an_unknown_key_comes_before_other_errors(write):
         ("      max_examples: 0", "c.yaml:8: data.train.0.max_examples=0: input should be greater than 0"),
         (
             "      format: foo",
-            "c.yaml:8: data.train.0.format='foo': input should be 'alpaca', 'sharegpt', 'openai', 'turns' or 'text'",
+            "c.yaml:8: data.train.0.format='foo': input should be 'alpaca', 'sharegpt', 'openai', 'prompt_completion', "
+            "'turns', 'text' or 'tokenized'",
         ),
         ("      columns: {output: 3}", "c.yaml:8: data.train.0.columns.output=3: input should be a valid string"),
         ("    - b.json", "c.yaml:8: data.train.1='b.json': a section with keys of its own belongs here"),

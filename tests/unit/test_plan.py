@@ -170,8 +170,8 @@ def test_a_plan_counts_steps_rows_tokens_and_what_is_empty(tmp_path, monkeypatch
         {"train.rows_per_step": 4, "train.rows_per_device": 2, "train.epochs": 3, "scaling.num_workers": 3}
     )
     each = the_set(config, str(tmp_path / "model"))
-    manifest = written(each)
-    rows = Rows((str(each.manifest),), capacity=64, rows_per_step=4, epochs=3, packing=False)
+    manifest = written(each, str(tmp_path / "model"))
+    rows = Rows((str(each.manifest),), capacity=64, rows_per_step=4, epochs=3, layout="single")
     plan = make_plan(config, Prepared((manifest,), (), rows, {}), cpus(2, 2))
     length, trained = int(manifest.lengths[0]), int(manifest.trained[0])
     assert (plan.examples, plan.rows, plan.steps) == (10, 30, 8)
@@ -181,7 +181,7 @@ def test_a_plan_counts_steps_rows_tokens_and_what_is_empty(tmp_path, monkeypatch
     assert (plan.cpus, plan.gpus, plan.cluster_cpus, plan.cluster_gpus) == (3.5, 0, 4, 0)
     assert json.loads(json.dumps(plan.as_dict()))["sources"]["a"]["rejected"] == 1
     assert plan.lines() == [
-        f"train a: 10 examples of 11 records, {10 * length} tokens, {10 * trained} trained, longest {length}, 1 rejected",
+        f"train a: turns, 10 examples of 11 records, {10 * length} tokens, {10 * trained} trained, longest {length}, 1 rejected",
         f"rows: 30 of 64 tokens over 3 epochs, {100 * length / 64:.1f}% useful, {30 * length} tokens, {30 * trained} trained",
         "steps: 8 of 4 rows = 3 workers × 2 rows in 1 microbatch, 2 of them empty in each step; 50% of the last step is empty",
         "resources: 3.5 CPUs and 0 GPUs wanted, 4 CPUs and 0 GPUs there",

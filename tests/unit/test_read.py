@@ -16,8 +16,9 @@ import yaml
 
 from raysft.config import RequestError, Source
 from raysft.data.files import find_files
+from raysft.data.formats import ROLES, examples
 from raysft.data.holdout import is_held_out, opening
-from raysft.data.read import read
+from raysft.data.read import read_raw
 from raysft.records import Example, Message, Rejected
 
 ALPACA = [
@@ -42,7 +43,8 @@ def save(name: str, content: str | bytes) -> None:
 
 def read_all(path: str | list[str], **options) -> list[Example | Rejected]:
     source = Source.model_validate({"name": "s", "path": path, **options})
-    return [item for file in find_files(source) for item in read(file, source)]
+    records = ((f"{file.path}:{position}", raw) for file in find_files(source) for position, _, raw in read_raw(file))
+    return [item for item, _ in examples(records, source)]
 
 
 def reasons(items: list[Example | Rejected]) -> dict[str, str]:
@@ -206,7 +208,7 @@ def test_parquet_with_nested_messages_reads_as_json_does():
         ),
         ({"messages": []}, "messages holds [], a list of turns belongs there"),
         ({"messages": "hello"}, "messages holds 'hello', a list of turns belongs there"),
-        ({"messages": ["hello"]}, "messages[0] needs 'role' and 'content', it is 'hello'"),
+        ({"messages": ["hello"]}, "messages[0] holds 'hello', a turn of role and content belongs there"),
         ({"messages": [{"role": "user"}]}, "messages[0] needs 'role' and 'content', it is {'role': 'user'}"),
         (
             {"messages": [{"role": "user", "content": None}]},
@@ -214,18 +216,18 @@ def test_parquet_with_nested_messages_reads_as_json_does():
         ),
         (
             {"messages": [{"role": "bot", "content": "x"}]},
-            "messages[0] has the role 'bot'; known: system, user, assistant, tool",
+            "messages[0] has the role 'bot'; known: " + ", ".join(ROLES),
         ),
         (
             {"messages": [{"role": ["user"], "content": "x"}]},
-            "messages[0] has the role ['user']; known: system, user, assistant, tool",
+            "messages[0] has the role ['user']; known: " + ", ".join(ROLES),
         ),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content holds 3, a text belongs there"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no assistant turn, so there is nothing to learn"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "the assistant speaks before any user turn"),
         (
             {"conversations": [{"from": "observation", "value": "x"}]},
-            "conversations[0] has the role 'observation'; known: human, user, gpt, assistant, system",
+            "no assistant turn, so there is nothing to learn",
         ),
         (["q"], "no assistant turn, so there is nothing to learn"),
         (["q", 3], "turns[1] holds 3, a text belongs there"),
@@ -273,7 +275,8 @@ def test_one_broken_line_does_not_cost_the_others():
         (
             "a.xyz",
             "",
-            "a.xyz: unknown kind of file; known endings: .jsonl .ndjson .json .txt .csv .parquet .arrow .yml .yaml",
+            "a.xyz: unknown kind of file; known endings: .jsonl .ndjson .json .txt .csv .parquet .arrow .yml .yaml "
+            "(each also with .gz .zst .bz2)",
         ),
     ],
 )
@@ -427,7 +430,7 @@ def test_examples_that_open_alike_stay_on_one_side():
 
 def test_the_held_out_share_is_about_as_asked_and_grows_with_it():
     examples = [conversation(f"question {number}") for number in range(4000)]
-    sides = {share: {e.messages[1] for e in examples if is_held_out(e, share)} for share in (0.0, 0.1, 0.5)}
+    sides = {share: {e.messages[1].content for e in examples if is_held_out(e, share)} for share in (0.0, 0.1, 0.5)}
     assert not sides[0.0]
     assert 320 <= len(sides[0.1]) <= 480
     assert 1850 <= len(sides[0.5]) <= 2150

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
-from raysft.data import schedule as module
-from raysft.data.schedule import Schedule, plan_rows
+from raysft.data import mix
+from raysft.data.schedule import Lengths, Schedule, plan_rows
 
 RANDOM = np.random.default_rng(0)
 LENGTHS = RANDOM.integers(1, 33, 500).astype(np.int32)
@@ -16,7 +19,7 @@ SHARD_ENDS = np.array([100, 130, 350, 400, 500])
 
 def planned(**options) -> Schedule:
     defaults = {"capacity": 64, "rows_per_step": 8}
-    return plan_rows(LENGTHS, TRAINED, SHARD_ENDS, **{**defaults, **options})
+    return plan_rows([Lengths(LENGTHS, TRAINED, SHARD_ENDS)], **{**defaults, **options})
 
 
 def rows_of(schedule: Schedule, first: int = 0, last: int | None = None) -> list[list[int]]:
@@ -27,13 +30,13 @@ def flat(rows: list[list[int]]) -> list[int]:
     return [example for row in rows for example in row]
 
 
-OPTIONS = [{}, {"packing": False}, {"shuffle": False}, {"packing": False, "shuffle": False}, {"rows_per_step": 7}]
+OPTIONS = [{}, {"layout": "single"}, {"shuffle": False}, {"layout": "single", "shuffle": False}, {"rows_per_step": 7}]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("group", [1, 120, 10_000])
 def test_each_epoch_holds_each_example_once_and_no_row_is_too_full(options, group, monkeypatch):
-    monkeypatch.setattr(module, "GROUP_EXAMPLES", group)
+    monkeypatch.setattr(mix, "GROUP_EXAMPLES", group)
     schedule = planned(epochs=3, **options)
     starts = [0, *schedule.epoch_ends[:-1].tolist()]
     for start, end in zip(starts, schedule.epoch_ends.tolist(), strict=True):
@@ -81,45 +84,139 @@ def test_max_steps_beyond_the_epochs_changes_nothing():
 
 
 def test_without_packing_each_row_holds_one_example():
-    assert planned(packing=False).rows == 500
-    assert {len(row) for row in rows_of(planned(packing=False))} == {1}
+    assert planned(layout="single").rows == 500
+    assert {len(row) for row in rows_of(planned(layout="single"))} == {1}
 
 
 def test_without_shuffling_the_order_is_that_of_the_data():
-    assert flat(rows_of(planned(shuffle=False, packing=False))) == list(range(500))
+    assert flat(rows_of(planned(shuffle=False, layout="single"))) == list(range(500))
     firsts = [min(row) for row in rows_of(planned(shuffle=False))]
     assert firsts == sorted(firsts)
 
 
 def test_packing_leaves_little_room_empty():
     assert planned().useful > 0.98
-    assert planned(packing=False).useful == pytest.approx(LENGTHS.sum() / (500 * 64))
+    assert planned(layout="single").useful == pytest.approx(LENGTHS.sum() / (500 * 64))
 
 
-@pytest.mark.parametrize(("group", "sizes"), [(1, [100, 30, 220, 50, 100]), (120, [130, 220, 150]), (300, [500])])
-def test_shards_are_gathered_until_a_group_is_large_enough(group, sizes, monkeypatch):
-    monkeypatch.setattr(module, "GROUP_EXAMPLES", group)
-    schedule = planned(shuffle=False, packing=False)
+@pytest.mark.parametrize(("group", "sizes"), [(100, [100] * 5), (120, [125] * 4), (300, [500])])
+def test_groups_hold_at_least_so_many_examples(group, sizes, monkeypatch):
+    monkeypatch.setattr(mix, "GROUP_EXAMPLES", group)
+    schedule = planned(shuffle=False, layout="single")
     assert np.diff([0, *schedule.group_ends]).tolist() == sizes
 
 
-def test_a_row_never_mixes_groups(monkeypatch):
-    monkeypatch.setattr(module, "GROUP_EXAMPLES", 120)
+def test_a_row_never_mixes_groups_and_a_shard_is_in_few_of_them(monkeypatch):
+    monkeypatch.setattr(mix, "GROUP_EXAMPLES", 120)
     schedule = planned()
-    groups = [
-        set(flat(rows_of(schedule, start, end)))
-        for start, end in zip([0, *schedule.group_ends[:-1]], schedule.group_ends, strict=True)
-    ]
+    ends = [0, *schedule.group_ends.tolist()]
+    groups = [set(flat(rows_of(schedule, start, end))) for start, end in pairwise(ends)]
+    assert sum(map(len, groups)) == len(set().union(*groups)) == 500
     shards = [{int(np.searchsorted(SHARD_ENDS, example, side="right")) for example in group} for group in groups]
-    assert sum(len(each) for each in shards) == len(set().union(*shards)) == len(SHARD_ENDS)
+    # Borders of groups cut through at most one shard each.
+    assert sum(map(len, shards)) <= len(SHARD_ENDS) + len(groups) - 1
 
 
 def test_consumed_rows_are_a_share_of_the_epochs():
-    schedule = planned(epochs=2, packing=False)
+    schedule = planned(epochs=2, layout="single")
     consumed = [0, 125, 500, 501, 750, 1000]
     assert [schedule.epoch_of(rows) for rows in consumed] == [0.0, 0.25, 1.0, 1.002, 1.5, 2.0]
     assert type(schedule.epoch_of(125)) is float
 
 
 def test_a_cut_epoch_counts_as_the_part_that_is_consumed():
-    assert planned(epochs=2, packing=False, max_steps=10).epoch_of(80) == 0.16
+    assert planned(epochs=2, layout="single", max_steps=10).epoch_of(80) == 0.16
+
+
+def sources(*sizes: int, weights: tuple[float, ...] = ()) -> list[Lengths]:
+    random = np.random.default_rng(1)
+    made = []
+    for size, weight in zip(sizes, weights or (1.0,) * len(sizes), strict=True):
+        lengths = random.integers(2, 33, size)
+        ends = np.unique([*range(100, size, 100), size])
+        made.append(Lengths(lengths, lengths - 1, ends, weight))
+    return made
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+@pytest.mark.parametrize(
+    ("mixing", "takes"), [("concat", [300, 900]), ("first_exhausted", [300, 100]), ("all_exhausted", [2700, 900])]
+)
+def test_a_mixture_takes_of_each_source_what_its_weight_says_in_every_epoch(mixing, takes, epochs):
+    given = sources(300, 900, weights=(3.0, 1.0))
+    schedule = plan_rows(given, capacity=64, rows_per_step=8, mixing=mixing, epochs=epochs)
+    for start, end in pairwise([0, *schedule.epoch_ends.tolist()]):
+        examples = np.array(flat(rows_of(schedule, start, end)))
+        counts = [
+            np.bincount(examples[examples < 300], minlength=300),
+            np.bincount(examples[examples >= 300] - 300, minlength=900),
+        ]
+        assert [count.sum() for count in counts] == takes
+        # No example comes again before all have come.
+        assert all(count.max() - count.min() <= 1 for count in counts)
+
+
+def test_a_mixture_is_drawn_anew_in_each_epoch():
+    schedule = plan_rows(sources(300, 900), capacity=64, rows_per_step=8, mixing="first_exhausted", epochs=2)
+    middle = int(schedule.epoch_ends[0])
+    first, second = (
+        {example for example in flat(rows) if example >= 300}
+        for rows in (rows_of(schedule, 0, middle), rows_of(schedule, middle))
+    )
+    assert first != second
+
+
+def test_each_group_has_its_part_of_every_source(monkeypatch):
+    monkeypatch.setattr(mix, "GROUP_EXAMPLES", 200)
+    schedule = plan_rows(sources(300, 900), capacity=64, rows_per_step=8)
+    assert len(schedule.group_ends) == 6
+    for start, end in pairwise([0, *schedule.group_ends.tolist()]):
+        examples = np.array(flat(rows_of(schedule, start, end)))
+        assert [(examples < 300).sum(), (examples >= 300).sum()] == [50, 150]
+
+
+def test_weights_of_a_step_and_of_its_sources_are_known_in_advance():
+    given = sources(300, 900)
+    random = np.random.default_rng(2)
+    weighted = [replace(given[0], example_weights=random.random(300).astype(np.float32)), given[1]]
+    schedule = plan_rows(weighted, capacity=64, rows_per_step=8)
+    of_examples = np.concatenate([weighted[0].example_weights, np.ones(900)])
+    trained = np.concatenate([each.trained for each in given])
+    for step in range(schedule.steps):
+        examples = np.array(flat(rows_of(schedule, step * 8, min(step * 8 + 8, schedule.rows))))
+        expected = of_examples[examples] * trained[examples]
+        assert schedule.step_weight[step] == pytest.approx(expected.sum())
+        both = [expected[examples < 300].sum(), expected[examples >= 300].sum()]
+        assert schedule.source_weight(step, 2).tolist() == pytest.approx(both)
+
+
+@pytest.mark.parametrize("document_mask", [True, False])
+@pytest.mark.parametrize("capacity", [8, 31, 64, 5000])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_joined_documents_fill_every_row_and_lose_nothing(capacity, shuffle, document_mask):
+    given = sources(40)
+    schedule = plan_rows(
+        given, capacity=capacity, rows_per_step=1, layout="joined", document_mask=document_mask, shuffle=shuffle
+    )
+    assert (schedule.step_tokens[:-1] == capacity).all()
+    pieces = schedule.pieces
+    predicted = {example: [] for example in range(40)}
+    for row in range(schedule.rows):
+        for piece in range(pieces.offsets[row], pieces.offsets[row + 1]):
+            first = pieces.starts[piece] + (1 if document_mask or piece == pieces.offsets[row] else 0)
+            predicted[int(pieces.examples[piece])] += range(first, pieces.stops[piece])
+    total = sum(len(tokens) for tokens in predicted.values())
+    assert total == schedule.step_trained.sum()
+    if document_mask:  # each token but a document's first, once
+        assert all(tokens == list(range(1, given[0].lengths[example])) for example, tokens in predicted.items())
+    else:  # each token but the very first, once
+        assert total == given[0].lengths.sum() - 1
+        assert all(len(set(tokens)) == len(tokens) for tokens in predicted.values())
+
+
+@pytest.mark.parametrize("mean", [591, 2085])
+def test_log_normal_lengths_leave_less_than_half_a_percent_of_padding(mean):
+    lengths = np.exp(np.random.default_rng(0).normal(np.log(mean) - 0.5, 1.0, 100_000)).astype(int).clip(1, 4096)
+    ends = np.arange(10_000, 100_001, 10_000)
+    schedule = plan_rows([Lengths(lengths, lengths - 1, ends)], capacity=4096, rows_per_step=32)
+    assert schedule.useful >= 0.995

@@ -10,7 +10,7 @@ import pytest
 from raysft.config import Config, RequestError
 from raysft.data import shards
 from raysft.data.manifest import load, write_prompts
-from raysft.data.shards import ShardSet, _write_shards, shard_set, write
+from raysft.data.shards import ShardSet, chunks, shard_set, write, write_shards
 from tests.shards import data_config, the_set, write_records, written
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
@@ -29,31 +29,40 @@ def model(tmp_path_factory) -> str:
 def _without_ray(tmp_path, monkeypatch):
     """Run the tasks one after the other in this process."""
 
-    def write_missing(missing):
-        rows = [(each.directory, row) for each in missing for row in _write_shards(each, each.files)]
-        return {each.directory: [row for directory, row in rows if directory == each.directory] for each in missing}
+    def write_missing(missing, load_tokenizer, tell):
+        tokenizer = load_tokenizer()
+        return {
+            each.directory: [
+                shard
+                for records in chunks(each.files, each.source.max_examples)
+                for shard in write_shards([each], records, tokenizer)
+            ]
+            for each in missing
+        }
 
     monkeypatch.setattr(shards, "_write_missing", write_missing)
     monkeypatch.chdir(tmp_path)
 
 
-def refusal(sets: list[ShardSet], max_rejected: float = 0.0) -> str:
+def refusal(sets: list[ShardSet], model: str, max_rejected: float = 0.0) -> str:
     with pytest.raises(RequestError) as caught:
-        write(sets, max_rejected)
+        write(sets, model, max_rejected)
     assert "\n" not in str(caught.value)
     assert not any(each.manifest.exists() for each in sets)
     return str(caught.value)
 
 
-def records_of(each: ShardSet) -> list[str]:
-    return [record for path in written(each).shard_paths() for record in pq.read_table(path)["record"].to_pylist()]
+def records_of(each: ShardSet, model: str) -> list[str]:
+    return [
+        record for path in written(each, model).shard_paths() for record in pq.read_table(path)["record"].to_pylist()
+    ]
 
 
 @pytest.mark.parametrize("holdout", [0.1, 0.5, 0.9])
 def test_training_and_held_out_parts_are_disjoint_and_together_whole(tmp_path, model, holdout):
     write_records(tmp_path / "a.jsonl", [[f"question {number}", "a"] for number in range(60)] + [3])
     config = data_config(tmp_path, holdout=holdout)
-    train, held_out = (set(records_of(the_set(config, model, part=part))) for part in ("train", "holdout"))
+    train, held_out = (set(records_of(the_set(config, model, part=part), model)) for part in ("train", "holdout"))
     assert not train & held_out
     assert train | held_out == {f"a.jsonl:{line}" for line in range(1, 61)}
 
@@ -61,23 +70,23 @@ def test_training_and_held_out_parts_are_disjoint_and_together_whole(tmp_path, m
 def test_what_cannot_be_read_is_counted_once_with_the_training_part(tmp_path, model):
     write_records(tmp_path / "a.jsonl", [[f"question {number}", "a"] for number in range(60)] + [3])
     config = data_config(tmp_path, holdout=0.5)
-    train, held_out = (written(the_set(config, model, part=part)) for part in ("train", "holdout"))
+    train, held_out = (written(the_set(config, model, part=part), model) for part in ("train", "holdout"))
     assert [item.record for item in train.rejected] == ["a.jsonl:61"]
     assert held_out.rejected == ()
     assert train.records + held_out.records == 61
 
 
-def test_max_examples_takes_the_first_usable_ones(tmp_path, model):
+def test_max_examples_reads_the_first_records(tmp_path, model):
     write_records(tmp_path / "a.jsonl", [GOOD, 3, GOOD, GOOD])
     config = data_config(tmp_path).with_overrides({"data.train.0.max_examples": 2})
-    manifest = written(the_set(config, model))
-    assert (len(manifest), manifest.records, len(manifest.rejected)) == (2, 3, 1)
+    manifest = written(the_set(config, model), model)
+    assert (len(manifest), manifest.records, len(manifest.rejected)) == (1, 2, 1)
 
 
 def test_a_set_is_written_once_and_found_again(tmp_path, model):
     write_records(tmp_path / "a.jsonl", [GOOD] * 3)
     each = the_set(data_config(tmp_path), model)
-    first, again = write([each], 0)[0], write([each], 0)[0]
+    first, again = write([each], model, 0)[0], write([each], model, 0)[0]
     assert (first.reused, again.reused) == (False, True)
     assert first.shards == again.shards
     assert first.lengths.tolist() == again.lengths.tolist()
@@ -86,7 +95,7 @@ def test_a_set_is_written_once_and_found_again(tmp_path, model):
 def test_a_set_to_train_and_to_evaluate_on_holds_each_example_once(tmp_path, model):
     write_records(tmp_path / "a.jsonl", [GOOD] * 3)
     config = data_config(tmp_path)
-    train, evaluation = write([the_set(config, model), the_set(config, model)], 0)
+    train, evaluation = write([the_set(config, model), the_set(config, model)], model, 0)
     assert len(train) == len(evaluation) == 3
 
 
@@ -134,7 +143,8 @@ def test_another_template_is_another_key(tmp_path, model):
         (
             [GOOD, LONG, LONG],
             {},
-            "a.jsonl:2: 523 tokens do not fit into data.sequence_length=64 (and 1 more); raise it, or set data.overlong=drop",
+            "a.jsonl:2: 523 tokens do not fit into data.sequence_length=64 (and 1 more); raise it, "
+            "or set data.overlong to truncate, split or drop",
         ),
         (
             [LONG],
@@ -170,13 +180,13 @@ def test_another_template_is_another_key(tmp_path, model):
 def test_data_that_cannot_be_used_is_refused_before_a_manifest_is_written(tmp_path, model, records, options, message):
     write_records(tmp_path / "a.jsonl", records)
     config = data_config(tmp_path, **options)
-    assert refusal([the_set(config, model)], config.data.max_rejected) == message
+    assert refusal([the_set(config, model)], model, config.data.max_rejected) == message
 
 
 def test_an_empty_held_out_part_says_so(tmp_path, model):
     write_records(tmp_path / "a.jsonl", [["What is AI?", "a"]])
     config = data_config(tmp_path, holdout=0.01)
-    assert refusal([the_set(config, model, part="holdout")]) == (
+    assert refusal([the_set(config, model, part="holdout")], model) == (
         "source 'a': the held-out part (data.holdout=0.01) has no usable example (0 records in a.jsonl); add data"
     )
 
@@ -184,7 +194,7 @@ def test_an_empty_held_out_part_says_so(tmp_path, model):
 def test_rejected_and_dropped_records_within_the_limit_are_kept_in_the_manifest(tmp_path, model):
     write_records(tmp_path / "a.jsonl", [GOOD, LONG, 3, GOOD])
     each = the_set(data_config(tmp_path, overlong="drop"), model)
-    for manifest in (*write([each], 0.25), *write([each], 0.25)):
+    for manifest in (*write([each], model, 0.25), *write([each], model, 0.25)):
         assert [item.record for item in manifest.rejected] == ["a.jsonl:3"]
         assert [item.record for item in manifest.dropped] == ["a.jsonl:2"]
         assert (len(manifest), manifest.records) == (2, 4)
@@ -193,22 +203,22 @@ def test_rejected_and_dropped_records_within_the_limit_are_kept_in_the_manifest(
 def test_a_stricter_limit_counts_for_shards_of_the_cache_too(tmp_path, model):
     write_records(tmp_path / "a.jsonl", [GOOD, 3])
     each = the_set(data_config(tmp_path), model)
-    write([each], 0.5)
+    write([each], model, 0.5)
     with pytest.raises(RequestError, match=r"^a\.jsonl:2: .*raise data\.max_rejected=0\.1$"):
-        write([each], 0.1)
+        write([each], model, 0.1)
 
 
 def test_mended_data_is_read_again(tmp_path, model):
     write_records(tmp_path / "a.jsonl", [GOOD, 3])
-    refusal([the_set(data_config(tmp_path), model)])
+    refusal([the_set(data_config(tmp_path), model)], model)
     write_records(tmp_path / "a.jsonl", [GOOD, GOOD])
-    assert len(write([the_set(data_config(tmp_path), model)], 0)[0]) == 2
+    assert len(write([the_set(data_config(tmp_path), model)], model, 0)[0]) == 2
 
 
 def test_a_damaged_cache_says_what_to_delete(tmp_path, model):
     write_records(tmp_path / "a.jsonl", [GOOD])
     each = the_set(data_config(tmp_path), model)
-    (shard,) = written(each).shards
+    (shard,) = written(each, model).shards
     (each.directory / shard).unlink()
     with pytest.raises(RequestError) as caught:
         load(each.manifest)
@@ -222,10 +232,10 @@ def test_a_damaged_cache_says_what_to_delete(tmp_path, model):
 
 @pytest.mark.parametrize(("limit", "count"), [(None, 7), (3, 3), (100, 7)])
 def test_prompts_are_gathered_under_unique_names(tmp_path, model, monkeypatch, limit, count):
-    monkeypatch.setattr(shards, "SHARD_EXAMPLES", 3)
+    monkeypatch.setattr(shards, "SHARD_RECORDS", 3)
     write_records(tmp_path / "a.jsonl", [[f"question {number}", f"answer {number}"] for number in range(7)])
     config = data_config(tmp_path)
-    manifest = written(shard_set(config, config.data.train[0], "all", model, with_prompts=True))
+    manifest = written(shard_set(config, config.data.train[0], "all", model, with_prompts=True), model)
     assert write_prompts([manifest], tmp_path / "prompts.parquet", limit) == count
     rows = pq.read_table(tmp_path / "prompts.parquet").to_pylist()
     assert len({row["id"] for row in rows}) == count

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from raysft.data import schedule, shards, stream
+from raysft.data import mix, shards, stream
 from raysft.data.stream import Batch, Rows, _shares, as_batches, share
 from raysft.records import IGNORED
 from tests.shards import data_config, the_set, write_records, written
@@ -42,11 +42,11 @@ def rows(tmp_path_factory, model) -> Rows:
     config = data_config(folder, ["a", "b"], sequence_length=CAPACITY)
     sets = [the_set(config, model, source) for source in range(2)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "SHARD_EXAMPLES", 20)
-        manifests = [written(each) for each in sets]
+        patch.setattr(shards, "SHARD_RECORDS", 20)
+        manifests = [written(each, model) for each in sets]
     assert [len(manifest.shards) for manifest in manifests] == [4, 3]
     rows = Rows(manifests=tuple(str(each.manifest) for each in sets), capacity=CAPACITY, rows_per_step=4, epochs=2)
-    assert len(rows.schedule.examples) > 3 * rows.schedule.rows, "rows hold too few examples to show anything"
+    assert len(rows.schedule.pieces.examples) > 3 * rows.schedule.rows, "rows hold too few examples to show anything"
     return rows
 
 
@@ -77,9 +77,9 @@ def same(left: Batch, right: Batch) -> bool:
     return left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_rows_hold_the_examples_of_the_schedule_as_they_were_tokenized(rows, originals, packing):
-    rows = replace(rows, packing=packing)
+@pytest.mark.parametrize("layout", ["packed", "single"])
+def test_rows_hold_the_examples_of_the_schedule_as_they_were_tokenized(rows, originals, layout):
+    rows = replace(rows, layout=layout)
     batch = rows.batch(range(rows.schedule.rows))
     for index in range(rows.schedule.rows):
         expected = [originals[example] for example in rows.schedule.row(index)]
@@ -100,7 +100,7 @@ def test_positions_start_again_at_each_example_and_where_padding_begins(rows):
 def test_the_first_token_of_each_example_has_no_label_even_where_the_prompt_is_trained_on(model, tmp_path):
     write_records(tmp_path / "a.jsonl", records(20, 3))
     each = the_set(data_config(tmp_path, train_on_prompt=True, sequence_length=CAPACITY), model)
-    manifest = written(each)
+    manifest = written(each, model)
     whole = Rows((str(each.manifest),), CAPACITY, rows_per_step=3)
     batch = whole.batch(range(whole.schedule.rows))
     assert (batch["labels"][batch["position_ids"] == 0] == IGNORED).all()
@@ -150,7 +150,7 @@ def test_what_tasks_hand_out_in_turn_is_what_each_worker_would_read_itself(
 ):
     monkeypatch.setattr(stream, "SHARE_TOKENS", share_tokens)
     monkeypatch.setattr(stream, "PIECE_ROWS", piece_rows)
-    monkeypatch.setattr(schedule, "GROUP_EXAMPLES", group)
+    monkeypatch.setattr(mix, "GROUP_EXAMPLES", group)
     rows = replace(rows)
     tables = [table for piece in rows._pieces(first, workers) for table in _shares({"piece": [piece]})]
     assert {table.num_rows for table in tables} == {1}
@@ -163,7 +163,9 @@ def test_what_tasks_hand_out_in_turn_is_what_each_worker_would_read_itself(
 
 def test_a_share_comes_apart_into_its_steps(rows):
     places = rows._places([0, 1, 2, -1])
-    (table,) = _shares({"piece": [{"shares": [places], "paths": rows._shards[0], "capacity": CAPACITY}]})
+    (table,) = _shares(
+        {"piece": [{"shares": [places], "paths": rows._shards[0], "capacity": CAPACITY, "document_mask": True}]}
+    )
     first, second = as_batches(table, 2)
     assert same(first, rows.batch([0, 1]))
     assert same(second, rows.batch([2, -1]))

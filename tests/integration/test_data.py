@@ -1,0 +1,251 @@
+"""Data through the command line, on a local Ray cluster of 2 CPUs: object stores, bad records, and runs that write at once."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+from pyarrow import fs
+
+from raysft.cli import main
+from raysft.config import Config, parse
+from raysft.data import prepare
+from raysft.records import read_jsonl
+from tests.tiny import tiny_model
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+GOOD = {"messages": [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Fine."}]}
+
+
+@pytest.fixture(scope="module")
+def credentials():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (
+            ("AWS_ACCESS_KEY_ID", "somebody"),
+            ("AWS_SECRET_ACCESS_KEY", "secret"),
+            ("AWS_EC2_METADATA_DISABLED", "true"),
+        ):
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope="module")
+def local_ray(credentials):
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def bucket(credentials):
+    """A bucket of a real S3 server on this machine: (filesystem, the options of its URIs)."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    _, port = server.get_host_and_port()
+    options = f"endpoint_override=http://127.0.0.1:{port}&region=us-east-1"
+    filesystem, _ = fs.FileSystem.from_uri(f"s3://bucket?{options}&allow_bucket_creation=true")
+    filesystem.create_dir("bucket")
+    yield filesystem, options
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return str(tiny_model(tmp_path_factory.mktemp("model")))
+
+
+def config_of(folder: Path, model: str, *paths: str, **data) -> Config:
+    sources = [{"name": f"s{index}", "path": path} for index, path in enumerate(paths)]
+    return parse(
+        {
+            "run": {"storage": str(folder / "runs")},
+            "model": {"path": model},
+            "data": {"train": sources, "sequence_length": 128, **data},
+        }
+    )
+
+
+def lines(*records) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
+def test_files_folders_and_globs_of_an_object_store_are_read(bucket, tmp_path, model):
+    filesystem, options = bucket
+    contents = {
+        "bucket/data/a.jsonl": lines(*[GOOD] * 3),
+        "bucket/data/b.jsonl.gz": gzip.compress(lines(*[GOOD] * 4)),
+        "bucket/data/deep/c.json": json.dumps([GOOD] * 5).encode(),
+    }
+    for path, content in contents.items():
+        with filesystem.open_output_stream(path, compression=None) as stream:
+            stream.write(content)
+    pq.write_table(pa.Table.from_pylist([GOOD] * 6), "bucket/data/deep/d.parquet", filesystem=filesystem)
+    paths = ("data/a.jsonl", "data/*.gz", "data/deep", "data")
+    config = config_of(tmp_path, model, *(f"s3://bucket/{path}?{options}" for path in paths))
+    prepared = prepare(config, model)
+    assert [len(manifest) for manifest in prepared.train] == [3, 4, 11, 18]
+    assert [manifest.reused for manifest in prepare(config, model).train] == [True] * 4
+
+
+def test_an_object_store_that_has_not_the_file_is_one_line(bucket, tmp_path, model, capsys):
+    _, options = bucket
+    config = config_of(tmp_path, model, f"s3://bucket/nothing.jsonl?{options}")
+    (tmp_path / "c.yaml").write_text(config.to_yaml())
+    assert main(["check", str(tmp_path / "c.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert "nothing.jsonl" in error
+    assert "matches no file" in error
+    assert error.count("\n") == 1
+
+
+BAD = {
+    "a truncated line": b'{"messages": [{"role": "us',
+    "another encoding": '{"messages": "ä"}'.encode("latin-1"),
+    "bytes": bytes(range(128, 250)),
+    "no columns": b"{}",
+    "a missing column": b'{"instruction": "a"}',
+    "a null": b'{"messages": null}',
+    "a wrong order": lines({"messages": GOOD["messages"][::-1]}).strip(),
+    "an empty answer": lines({"messages": [GOOD["messages"][0], {"role": "assistant", "content": " "}]}).strip(),
+    "nested lists": b'{"messages": [[{"role": "user", "content": "a"}]]}',
+    "a key twice": b'{"text": "a", "text": "b"}',
+    "a number": b'{"messages": [{"role": "user", "content": 3}, {"role": "assistant", "content": "b"}]}',
+    "half a character": b'{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "b"}]}',
+    "an unknown role": b'{"messages": [{"role": "bot", "content": "a"}]}',
+    "no object": b"3",
+    "deep brackets": b"[" * 100_000,
+}
+
+
+def test_bad_records_are_kept_with_file_line_and_reason_and_the_others_are_used(tmp_path, model, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = b"\xef\xbb\xbf" + b"\r\n".join([lines(GOOD).strip(), *BAD.values(), b"", lines(GOOD).strip()]) + b"\r\n"
+    (tmp_path / "data.jsonl").write_bytes(data)
+    config = config_of(tmp_path, model, "data.jsonl", max_rejected=0.9)
+    (tmp_path / "c.yaml").write_text(config.to_yaml())
+    assert main(["prepare", "c.yaml", "run.name=r"]) == 0
+    rejected = list(read_jsonl(tmp_path / "runs" / "r" / "rejected.jsonl"))
+    assert [item["record"] for item in rejected] == [f"data.jsonl:{line}" for line in range(2, 2 + len(BAD))]
+    assert all(item["reason"] for item in rejected)
+    assert f"2 examples of {2 + len(BAD)} records" in capsys.readouterr().out
+    assert main(["prepare", "c.yaml", "run.name=r", "data.max_rejected=0.1"]) == 2
+    error = capsys.readouterr().err
+    assert "data.jsonl:2: no valid JSON" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.parquet", b"PAR1" + b"\0" * 50 + b"PAR1", "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(lines(*[GOOD] * 500))[:-20], "cannot be read"),
+        ("a.json", b'[{"text": "a"}, {"te', "a.json:1: no valid JSON"),
+        ("a.jsonl", b"", "has no usable example (0 records"),
+    ],
+)
+def test_files_that_are_broken_as_a_whole_stop_the_run(tmp_path, model, monkeypatch, capsys, name, content, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "c.yaml").write_text(config_of(tmp_path, model, name, max_rejected=1.0).to_yaml())
+    assert main(["check", "c.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_parquet_files_of_different_schemas_are_one_source(tmp_path, model):
+    alpaca = {"instruction": "a", "input": "", "output": "b"}
+    pq.write_table(pa.Table.from_pylist([GOOD] * 2), tmp_path / "1.parquet")
+    pq.write_table(pa.Table.from_pylist([alpaca] * 3), tmp_path / "2.parquet")
+    (manifest,) = prepare(config_of(tmp_path, model, str(tmp_path / "*.parquet")), model).train
+    assert (len(manifest), manifest.formats) == (5, ("alpaca", "openai"))
+
+
+def test_a_line_of_megabytes_is_told_from_the_others(tmp_path, model, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    long = {"messages": [{"role": "user", "content": "word " * 1_000_000}, GOOD["messages"][1]]}
+    (tmp_path / "data.jsonl").write_bytes(lines(GOOD, long, GOOD))
+    (manifest,) = prepare(config_of(tmp_path, model, "data.jsonl", overlong="drop"), model).train
+    assert (len(manifest), [item.record for item in manifest.dropped]) == (2, ["data.jsonl:2"])
+
+
+PREPARE = "import sys; from raysft.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def started(config: Path) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        "-c",
+        PREPARE,
+        "prepare",
+        str(config),
+        "scaling.address=local",
+        f"run.name=r{time.time_ns()}",
+    ]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(condition: Callable[[], object], what: str, seconds: float = 120) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, f"waited {seconds} s for {what}"
+        time.sleep(0.02)
+
+
+def test_two_runs_that_write_one_set_at_once_and_one_that_is_killed_leave_it_whole(tmp_path, model):
+    records = [
+        {"messages": [{"role": "user", "content": f"word {n} " * 20}, GOOD["messages"][1]]} for n in range(25_000)
+    ]
+    (tmp_path / "data.jsonl").write_bytes(lines(*records))
+    (tmp_path / "c.yaml").write_text(
+        config_of(tmp_path, model, str(tmp_path / "data.jsonl"), overlong="truncate").to_yaml()
+    )
+    shards = tmp_path / "runs" / "cache" / "shards"
+    killed = started(tmp_path / "c.yaml")
+    wait_for(lambda: list(shards.glob("*/*.parquet")), "the first shard")
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not list(shards.glob("*/manifest.parquet")), "it was to be killed before it was done"
+    both = [started(tmp_path / "c.yaml") for _ in range(2)]
+    outputs = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    (manifest,) = prepare(parse({**yaml_of(tmp_path / "c.yaml")}), model).train
+    assert manifest.reused
+    assert len(manifest) == 25_000
+    assert sum(pq.read_metadata(path).num_rows for path in manifest.shard_paths()) == 25_000
+
+
+def yaml_of(path: Path) -> dict:
+    import yaml
+
+    return yaml.safe_load(path.read_text())
+
+
+def test_a_file_that_changes_while_it_is_read_is_told(tmp_path, model, monkeypatch):
+    from raysft.config import RequestError, Source
+    from raysft.data.files import find_files
+    from raysft.data.read import read_raw
+
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(GOOD, GOOD))
+    (file,) = find_files(Source(name="a", path=str(path)))
+    path.write_bytes(lines(GOOD, GOOD, GOOD))
+    os.utime(path)
+    with pytest.raises(RequestError, match="changed while it was read"):
+        list(read_raw(file))

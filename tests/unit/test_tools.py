@@ -1,0 +1,184 @@
+"""Functions and their calls: from every form in which data has them, into the template or into the text."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from raysft.config import Source
+from raysft.data.calls import as_text, tool_schemas
+from raysft.data.formats import to_example
+from raysft.data.render import ChatTemplate
+from raysft.records import Example, Message
+
+ADD = {"name": "add", "description": "adds", "parameters": {"type": "object"}}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+
+def example(record: dict, form: str, **options) -> Example:
+    return to_example(record, form, Source.model_validate({"name": "s", "path": "p", **options}), "f:1")
+
+
+@pytest.mark.parametrize(
+    "value", ['[{"name": "add"}]', [{"name": "add"}], [{"type": "function", "function": {"name": "add"}}]]
+)
+def test_tools_come_as_json_or_as_lists_wrapped_or_not(value):
+    assert tool_schemas(value) == ({"type": "function", "function": {"name": "add"}},)
+
+
+@pytest.mark.parametrize("value", ["", "[]", None, []])
+def test_no_tools_are_no_tools(value):
+    assert tool_schemas(value) == ()
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"), [("{", "is no JSON"), ("3", "a list of functions"), ([3], "a list of functions")]
+)
+def test_wrong_tools_say_why(value, reason):
+    with pytest.raises(ValueError, match=reason):
+        tool_schemas(value)
+
+
+SHAREGPT = {
+    "conversations": [
+        {"from": "human", "value": "1 + 1?"},
+        {"from": "function_call", "value": json.dumps({"name": "add", "arguments": {"a": 1}})},
+        {"from": "observation", "value": "2"},
+        {"from": "gpt", "value": "It is 2."},
+    ],
+    "tools": json.dumps([ADD]),
+}
+OPENAI = {
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "1 + "}, {"type": "text", "text": "1?"}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": '{"a": 1}'}}]},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "It is 2."},
+    ],
+    "tools": [{"type": "function", "function": ADD}],
+}
+LEGACY = {
+    "messages": [
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": "", "function_call": {"name": "add", "arguments": {"a": 1}}},
+        {"role": "function", "content": "2"},
+        {"role": "assistant", "content": "It is 2."},
+    ],
+    "tools": [ADD],
+}
+
+
+@pytest.mark.parametrize(("record", "form"), [(SHAREGPT, "sharegpt"), (OPENAI, "openai"), (LEGACY, "openai")])
+def test_every_form_of_a_call_becomes_the_same(record, form):
+    found = example(record, form)
+    assert found.messages == (
+        Message("user", "1 + 1?"),
+        Message("assistant", "", (CALL,)),
+        Message("tool", "2"),
+        Message("assistant", "It is 2."),
+    )
+    assert found.tools == ({"type": "function", "function": ADD},)
+
+
+@pytest.mark.parametrize(
+    ("turn", "reason"),
+    [
+        ({"from": "function_call", "value": "add(1)"}, "is a function call and holds no JSON"),
+        ({"from": "function_call", "value": "[3]"}, "a function's name and arguments belong there"),
+        ({"role": "assistant", "content": "x", "tool_calls": [{"function": {}}]}, "a function's name and arguments"),
+        ({"role": "user", "content": [{"type": "image_url"}]}, "a part of type 'image_url'; only text"),
+        ({"role": "assistant", "content": "x", "train": "maybe"}, "train is 'maybe'; true or false"),
+    ],
+)
+def test_wrong_turns_say_why(turn, reason):
+    with pytest.raises(ValueError, match=reason):
+        example({"messages": [{"role": "user", "content": "a"}, turn]}, "openai")
+
+
+def test_tags_name_keys_and_roles_of_their_own():
+    record = {"dialog": [{"who": "Q", "what": "a"}, {"who": "A", "what": "b"}]}
+    tags = {"role": "who", "content": "what", "user": "Q", "assistant": "A"}
+    found = example(record, "sharegpt", columns={"conversations": "dialog"}, tags=tags)
+    assert found.messages == (Message("user", "a"), Message("assistant", "b"))
+
+
+def test_turns_that_are_not_to_be_trained_on_are_marked():
+    turns = [
+        ("user", {}),
+        ("assistant", {"train": False}),
+        ("user", {}),
+        ("assistant", {"weight": 0}),
+        ("user", {}),
+        ("assistant", {"weight": 1}),
+    ]
+    record = {"messages": [{"role": role, "content": "x", **extra} for role, extra in turns]}
+    assert [m.train for m in example(record, "openai").messages if m.role == "assistant"] == [False, False, True]
+
+
+def test_a_prompt_of_messages_is_not_trained_on():
+    record = {
+        "prompt": [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+            {"role": "user", "content": "c"},
+        ],
+        "completion": [{"role": "assistant", "content": "d"}],
+    }
+    assert [m.train for m in example(record, "prompt_completion").messages if m.role == "assistant"] == [False, True]
+
+
+def chatml(messages, tools, ask):
+    """A template that knows nothing of tools."""
+    return "".join(f"<{m.role}>{m.content}</>\n" for m in messages) + ("<assistant>" if ask else "")
+
+
+def test_a_template_without_tools_gets_them_as_text_and_the_call_is_learnt():
+    found = example(SHAREGPT, "sharegpt")
+    template = ChatTemplate(chatml)
+    assert not template.shows_tools
+    assert not template.shows_calls
+    messages, tools = template.with_tools(found.messages, found.tools)
+    assert tools == ()
+    rendered = template.spans(messages)
+    assert '"description": "adds"' in rendered.text
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call></>'
+    assert [rendered.text[start:end] for start, end in rendered.spans] == [call, "It is 2.</>"]
+    assert "<user><tool_response>\n2\n</tool_response></>" in rendered.text
+
+
+def test_tools_join_a_system_turn_that_is_there():
+    messages = (Message("system", "Be nice."), Message("user", "a"), Message("assistant", "b"))
+    written = as_text(messages, tool_schemas([ADD]), with_tools=True, with_calls=False)
+    assert [message.role for message in written] == ["system", "user", "assistant"]
+    assert written[0].content.startswith("Be nice.\n\n# Tools")
+
+
+def forgetful(messages, tools, ask):
+    """A template that, as Qwen3's, leaves the thinking out of turns that others follow."""
+    text = ""
+    for index, message in enumerate(messages):
+        content = message.content
+        if message.role == "assistant":
+            thought, _, said = content.rpartition("</think>")
+            content = said if index + 1 < len(messages) else f"<think>{thought.removeprefix('<think>')}</think>{said}"
+        text += f"<{message.role}>{content}</>\n"
+    return text + ("<assistant>" if ask else "")
+
+
+def test_masks_are_right_where_earlier_thinking_is_left_out():
+    messages = [
+        Message("user", "a"),
+        Message("assistant", "<think>hm</think>b"),
+        Message("user", "b</>"),
+        Message("assistant", "c"),
+    ]
+    rendered = ChatTemplate(forgetful).spans(messages)
+    assert [rendered.text[start:end] for start, end in rendered.spans] == ["b</>", "<think></think>c</>"]
+
+
+def test_a_template_that_hides_where_turns_are_is_refused():
+    with pytest.raises(ValueError, match="the chat template"):
+        ChatTemplate(lambda messages, tools, ask: chatml(messages, tools, ask).upper()).spans(
+            [Message("user", "a"), Message("assistant", "b")]
+        )
