@@ -28,9 +28,9 @@ from raysft.data.registry import find_source
 from raysft.data.tokenize import Options, Tokenizer
 from raysft.records import Rejected
 
-VERSION = 2
+VERSION = 3
 """Part of every key: raise it when the same input would give other shards."""
-SHARD_RECORDS = 10_000
+SHARD_RECORDS = 5_000
 """Records that one task tokenizes, and a shard holds, at most."""
 SHARD_BYTES = 16 << 20
 """Bytes of them, about. Neither bound depends on the cluster, so that shards come out the same everywhere."""
@@ -39,7 +39,7 @@ READ_BYTES = 64 << 20
 TASK_CPUS = 0.5
 """What reading and tokenizing ask of Ray together: data tasks must find room beside training workers on a small machine."""
 READ_CPUS = 0.1
-WAITING_BYTES = 256 << 20
+WAITING_BYTES = 64 << 20
 """Records and finished shards that wait in memory between tasks, about."""
 Tell = Callable[[str], None]
 

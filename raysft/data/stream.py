@@ -24,11 +24,11 @@ from raysft.records import IGNORED
 
 SHARE_TOKENS = 1 << 18
 """Tokens in one worker's share of a few steps, about: few blocks at many workers, and little waiting for the first."""
-WAITING_BYTES = 256 << 20
+WAITING_BYTES = 64 << 20
 """Rows that wait in memory for workers, about; more where there are many workers."""
 PIECE_ROWS = 4096
 """Rows that one task reads and packs at most."""
-OPEN_BYTES = 512 << 20
+OPEN_BYTES = 96 << 20
 """Decompressed shards that a task keeps for its next rows, about."""
 
 Batch = dict[str, np.ndarray]
@@ -139,7 +139,10 @@ class Rows:
         context.enable_progress_bars = False
         with ray.data.DataContext.current(context):
             dataset = ray.data.from_items(pieces, override_num_blocks=max(1, len(pieces)))
-            return dataset.map_batches(cast(Any, _shares), batch_size=1, num_cpus=TASK_CPUS)
+            # A task for each core at most: each keeps a group of shards in memory.
+            cpus = int(ray.cluster_resources().get("CPU", 1.0))
+            tasks = ray.data.TaskPoolStrategy(size=max(1, min(cpus, len(pieces))))
+            return dataset.map_batches(cast(Any, _shares), batch_size=1, num_cpus=TASK_CPUS, compute=tasks)
 
     def execution_options(self, workers: int) -> Any:
         """How Ray Data is to run ``dataset``: in order, and not further ahead than a few shares for each worker."""
