@@ -39,7 +39,7 @@ READ_BYTES = 64 << 20
 TASK_CPUS = 0.5
 """What reading and tokenizing ask of Ray together: data tasks must find room beside training workers on a small machine."""
 READ_CPUS = 0.1
-WAITING_BYTES = 64 << 20
+WAITING_BYTES = 128 << 20
 """Records and finished shards that wait in memory between tasks, about."""
 Tell = Callable[[str], None]
 
@@ -158,6 +158,8 @@ def _write_missing(
     context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
     # Reading is quicker than tokenizing: it is not to fill the memory with what waits.
     context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=WAITING_BYTES)
+    # Half of that for each of the two: else records that wait take all, and tokenizing may go on with one task alone.
+    context.op_resource_reservation_ratio = 1.0
     context.target_max_block_size = 1  # each row, some records or a shard, travels by itself
     by_set: dict[Path, list[Shard]] = {each.directory: [] for each in missing}
     with ray.data.DataContext.current(context):
@@ -167,7 +169,8 @@ def _write_missing(
             .flat_map(
                 partial(_tokenize_task, sets=sets, tokenizer=tokenizer),
                 num_cpus=TASK_CPUS - READ_CPUS,
-                compute=pool(cpus),
+                # One task more than there are cores: Ray Data needs a tenth of a second to follow one by the next.
+                compute=pool(cpus + max(1, cpus / 4)),
             )
             .iter_rows()
         )
@@ -200,7 +203,8 @@ class _Progress:
 
 
 def _be_ready() -> None:
-    """Ray task: import what tokenizing needs."""
+    """Ray task: import what the tasks need."""
+    import ray.data  # noqa: F401
     import transformers.utils.chat_template_utils  # noqa: F401
 
 

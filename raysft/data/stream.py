@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -257,12 +258,16 @@ def _assemble(places: Places, paths: Sequence[str], capacity: int, document_mask
     row = np.repeat(np.arange(rows), places.counts)
     tokens = np.bincount(row, lengths, minlength=rows).astype(np.int64)
     before = np.cumsum(lengths) - lengths
-    column = before - (np.cumsum(tokens) - tokens)[row]  # where in its row each piece begins
+    begins = row * capacity + before - (np.cumsum(tokens) - tokens)[row]  # where each piece begins, all rows in a line
+    # From here on pieces stand in the order of their shards, so that each shard is looked at once.
+    order = np.argsort(places.shards, kind="stable")
+    begins, lengths = begins[order], lengths[order]
     inside = ranges(lengths)
-    ids, labels = _tokens(places, paths, before, lengths, inside)
+    where = np.repeat(begins, lengths) + inside
+    ids, labels = _tokens(places, order, paths, lengths, inside)
     # The first label of a piece, or of a row, has nothing that it sees before it to predict it from.
-    labels[before if document_mask else before[column == 0]] = IGNORED
-    where = np.repeat(row * capacity + column, lengths) + inside
+    firsts = np.cumsum(lengths) - lengths
+    labels[firsts if document_mask else firsts[begins % capacity == 0]] = IGNORED
 
     def laid(values: np.ndarray, empty: np.ndarray | int, kind: type) -> np.ndarray:
         whole = np.empty((rows, capacity), kind)
@@ -279,25 +284,25 @@ def _assemble(places: Places, paths: Sequence[str], capacity: int, document_mask
         "position_ids": laid(inside if document_mask else where % capacity, padding, np.int32),
     }
     if places.sources is not None:
-        batch["sources"] = laid(np.repeat(places.sources, lengths), 0, np.int32)
+        batch["sources"] = laid(np.repeat(places.sources[order], lengths), 0, np.int32)
     if places.weights is not None:
-        batch["weights"] = laid(np.repeat(places.weights, lengths), 0, np.float32)
+        batch["weights"] = laid(np.repeat(places.weights[order], lengths), 0, np.float32)
     return batch
 
 
 def _tokens(
-    places: Places, paths: Sequence[str], before: np.ndarray, lengths: np.ndarray, inside: np.ndarray
+    places: Places, order: np.ndarray, paths: Sequence[str], lengths: np.ndarray, inside: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and labels of all pieces, one after the other; each shard is looked at once."""
+    """Ids and labels of all pieces, one after the other in the order of their shards."""
     ids, labels = np.empty((2, len(inside)), np.int32)
-    piece = np.repeat(np.arange(len(lengths)), lengths)
-    for shard in np.unique(places.shards):
-        chosen = places.shards == shard
-        here = np.flatnonzero(chosen[piece])
-        for values, (tokens, offsets) in zip((ids, labels), _shard(paths[int(shard)]), strict=True):
-            first = np.zeros(len(lengths), np.int64)
-            first[chosen] = offsets[places.positions[chosen]] + places.starts[chosen]
-            values[here] = tokens[first[piece[here]] + inside[here]]
+    shards, positions, starts = places.shards[order], places.positions[order], places.starts[order]
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    bounds = [0, *(np.flatnonzero(np.diff(shards)) + 1), len(shards)] if len(shards) else []
+    for first, stop in pairwise(bounds):
+        here = slice(ends[first], ends[stop])
+        for values, (tokens, offsets) in zip((ids, labels), _shard(paths[int(shards[first])]), strict=True):
+            begins = offsets[positions[first:stop]] + starts[first:stop]
+            values[here] = tokens[np.repeat(begins, lengths[first:stop]) + inside[here]]
     return ids, labels
 
 

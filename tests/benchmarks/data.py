@@ -2,8 +2,8 @@
 
 Makes files of 20,000 and 200,000 examples from the records of FILE (alpaca, JSON), each made different by a number in it. In one
 run it measures, on all cores: the bare Rust tokenizer on the rendered texts; files → tokenized shards → packed rows through Ray
-Data, the start of the task processes included; and the peak memory of all processes together, at both sizes. Ray itself is
-started before.
+Data, the start of the task processes included; and the peak memory of all processes together. Each size has a process and a Ray
+of its own, so that none inherits memory. Ray is started, and the driver's tokenizer loaded, before the clocks run.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import multiprocessing
 import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +32,10 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="JSON list of alpaca records")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="examples (default 20000 200000)")
     parsed = parser.parse_args()
-    records = json.loads(parsed.file.read_text(encoding="utf-8"))
-    import ray
-
-    for name in ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     print("examples |   tokens | bare tokenizer | file to rows | ratio | rows alone | peak memory | useful")
     for size in parsed.sizes:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "data.jsonl"
-            with path.open("w", encoding="utf-8") as file:
-                for index in range(size):
-                    record = records[index % len(records)]
-                    numbered = {**record, "instruction": f"{record['instruction']} ({index})"}
-                    file.write(json.dumps(numbered, ensure_ascii=False) + "\n")
-            measured = measure(parsed.model, path, Path(folder))
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            measured = pool.submit(measure, parsed.model, parsed.file, size).result()
         print(
             f"{size:8,} | {measured['tokens'] / 1e6:7.1f}M | {measured['bare'] / 1e3:10,.0f}k/s | "
             f"{measured['whole'] / 1e3:8,.0f}k/s | {measured['whole'] / measured['bare']:5.2f} | "
@@ -54,11 +44,34 @@ def main() -> None:
         )
 
 
-def measure(model: str, path: Path, folder: Path) -> dict[str, float]:
-    """Tokens per second and bytes of memory."""
+def measure(model: str, records: Path, size: int) -> dict[str, float]:
+    """Tokens per second and bytes of memory, with so many examples."""
+    import ray
+
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "data.jsonl"
+        write(path, json.loads(records.read_text(encoding="utf-8")), size)
+        return _measure(model, path, Path(folder))
+
+
+def write(path: Path, records: list[dict[str, Any]], size: int) -> None:
+    """A file of so many records, each different from all others."""
+    with path.open("w", encoding="utf-8") as file:
+        for index in range(size):
+            record = records[index % len(records)]
+            numbered = {**record, "instruction": f"{record['instruction']} ({index})"}
+            file.write(json.dumps(numbered, ensure_ascii=False) + "\n")
+
+
+def _measure(model: str, path: Path, folder: Path) -> dict[str, float]:
     from raysft.config import parse
     from raysft.data import prepare
+    from raysft.data.tokenize import load_tokenizer
 
+    tokenizer = load_tokenizer(model)
     config = parse(
         {
             "run": {"storage": str(folder)},
@@ -91,15 +104,12 @@ def measure(model: str, path: Path, folder: Path) -> dict[str, float]:
         "rows": alone,
         "memory": memory,
         "useful": rows.schedule.useful,
-        "bare": bare(model, path, tokens),
+        "bare": bare(tokenizer, path, tokens),
     }
 
 
-def bare(model: str, path: Path, tokens: float) -> float:
+def bare(tokenizer: Any, path: Path, tokens: float) -> float:
     """Tokens per second of the tokenizer alone, on all cores, on the same texts, which are rendered before."""
-    from raysft.data.tokenize import load_tokenizer
-
-    tokenizer = load_tokenizer(model)
     seconds = 0.0
     with path.open(encoding="utf-8") as file:
         while lines := [json.loads(line) for _, line in zip(range(20_000), file, strict=False)]:
