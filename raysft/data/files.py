@@ -16,6 +16,9 @@ from pyarrow import fs
 
 from raysft.config import RequestError, Source, locate
 
+ABOUT = ("README", "LICENSE", "LICENCE")
+"""What stands in a folder about its data. Other files of no known kind are refused: they might be data."""
+
 
 @dataclass(frozen=True)
 class DataFile:
@@ -129,7 +132,7 @@ def _matching(filesystem: Any, path: str) -> Iterator[Any]:
     elif info.type == fs.FileType.Directory:
         for inner in filesystem.get_file_info(fs.FileSelector(path, recursive=True)):
             hidden = any(part.startswith((".", "_")) for part in inner.path[len(path) :].split("/"))
-            if inner.type == fs.FileType.File and not hidden:
+            if inner.type == fs.FileType.File and not hidden and not inner.base_name.upper().startswith(ABOUT):
                 yield inner
     elif re.search(r"[*?\[]", path):
         folder = re.split(r"[*?\[]", path)[0].rpartition("/")[0]

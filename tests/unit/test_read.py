@@ -349,7 +349,16 @@ def test_yaml_that_is_no_text_is_rejected_record_by_record():
     ],
 )
 def test_paths_name_files_folders_globs_lists_and_packages(path, found, monkeypatch):
-    for name in ("d/a.txt", "d/b/c.txt", "d/b/d.json", "d/x[1].txt", "d/.hidden.txt", "d/.git/e.txt"):
+    for name in (
+        "d/a.txt",
+        "d/b/c.txt",
+        "d/b/d.json",
+        "d/x[1].txt",
+        "d/.hidden.txt",
+        "d/.git/e.txt",
+        "d/README.md",
+        "d/license",
+    ):
         save(name, name)
     for name in ("fake_package/__init__.py", "fake_package/data/a.txt"):
         save(name, "raise ImportError('data is found without importing its package')\n")
