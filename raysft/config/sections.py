@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -151,6 +152,27 @@ class DataSection(Section):
     """Share of records that may be unusable before the run stops; each one is kept in rejected.jsonl."""
     cache: Text | None = None
     """Folder of tokenized shards and converted models, shared by runs. Default: ``{run.storage}/cache``."""
+
+    @field_validator("template_options")
+    @classmethod
+    def _options_are_plain(cls, value: dict[str, Any]) -> dict[str, Any]:
+        taken = {
+            "messages",
+            "conversations",
+            "tools",
+            "documents",
+            "chat_template",
+            "add_generation_prompt",
+        } & value.keys()
+        if taken:
+            raise ValueError(f"{sorted(taken)[0]} is what the template is given anyway; take it out")
+        # YAML makes a date of 2024-07-26, where templates want the text.
+        plain = {key: each.isoformat() if isinstance(each, date) else each for key, each in value.items()}
+        try:
+            json.dumps(plain)
+        except TypeError as error:
+            raise ValueError(f"texts, numbers, booleans, lists and mappings belong there ({error})") from None
+        return plain
 
     @model_validator(mode="after")
     def _masks_agree(self) -> DataSection:
@@ -329,11 +351,10 @@ class Config(Section):
         ours = {path.stem: path for path in (Path(__file__).parent.parent / "chat_templates").glob("*.jinja")}
         path = ours.get(name, Path(name))
         try:
-            return (
-                path.read_text(encoding="utf-8").rstrip("\n")
-                if path in ours.values()
-                else path.read_text(encoding="utf-8")
-            )
+            text = path.read_text(encoding="utf-8")
+            if not text.strip():
+                raise RequestError(f"model.chat_template={name}: the file is empty; give a Jinja template")
+            return text.rstrip("\n") if path in ours.values() else text
         except (OSError, UnicodeDecodeError) as error:
             raise RequestError(
                 f"model.chat_template={name}: is no template's name ({', '.join(sorted(ours))}) and cannot be read as a file "

@@ -25,7 +25,7 @@ def tool_call(call: Any, where: str) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             parsed = json.loads(arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             parsed = None
         # Templates write objects as JSON; text that is none stays as it is.
         arguments = parsed if isinstance(parsed, dict) else arguments
@@ -42,7 +42,7 @@ def tool_schemas(value: Any) -> tuple[dict[str, Any], ...]:
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else []
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError(f"tools holds {value[:40]!r}, which is no JSON") from None
     if value is None:
         return ()

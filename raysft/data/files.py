@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote, urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
@@ -52,17 +54,23 @@ def find_files(source: Source) -> list[DataFile]:
     found: dict[str, DataFile] = {}
     for pattern in patterns:
         for file in _expand(pattern, source.name):
-            if file.uri in found:
+            place = file.uri if "://" in file.uri else os.path.realpath(file.uri)
+            if place in found:
                 raise RequestError(f"source {source.name!r}: {pattern} matches {file.path} a second time; name it once")
-            found[file.uri] = file
+            found[place] = file
     return list(found.values())
 
 
 def _expand(pattern: str, name: str) -> Iterator[DataFile]:
     location = locate(pattern, f"source {name!r}")
+    if location.startswith("file://"):
+        location = unquote(urlsplit(location).path)
     try:
         filesystem, path = filesystem_of(location)
-        infos = sorted(_matching(filesystem, path), key=lambda info: info.path)
+        infos = sorted(_matching(filesystem, path), key=lambda info: (info.path.count("/"), info.path))
+        if isinstance(filesystem, fs.LocalFileSystem):
+            infos = _without_detours(infos)
+        infos.sort(key=lambda info: info.path)
         files = [_data_file(info, location if "://" in location else "") for info in infos]
     except (OSError, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
@@ -74,6 +82,14 @@ def _expand(pattern: str, name: str) -> Iterator[DataFile]:
     yield from files
 
 
+def _without_detours(infos: list[Any]) -> list[Any]:
+    """Each file once, by its shortest path: a link may lead back into its own folder."""
+    found: dict[str, Any] = {}
+    for info in infos:
+        found.setdefault(os.path.realpath(info.path), info)
+    return list(found.values())
+
+
 def _data_file(info: Any, location: str) -> DataFile:
     """The file that was found; ``location`` is the URI by which it was, empty for a local one."""
     scheme, _, rest = location.partition("://")
@@ -81,13 +97,18 @@ def _data_file(info: Any, location: str) -> DataFile:
     if location:
         # pyarrow's paths begin with the bucket; on HDFS the host is no part of them.
         host = rest.split("/")[0] + "/" if scheme in ("hdfs", "viewfs") else ""
-        uri = f"{scheme}://{host}{info.path.lstrip('/')}{_query(rest)}"
+        uri = f"{scheme}://{host}{_quoted(info.path.lstrip('/'))}{_query(rest)}"
         identity = hashlib.sha256(f"{shown} {info.size} {info.mtime_ns}".encode()).hexdigest()
     else:
         uri = info.path
         with open(info.path, "rb") as stream:
             identity = hashlib.file_digest(stream, "sha256").hexdigest()
     return DataFile(path=shown, uri=uri, size=info.size or 0, modified=info.mtime_ns, identity=identity)
+
+
+def _quoted(path: str) -> str:
+    """A path as a URI has it."""
+    return quote(path, safe="/:@!$&'()*+,;=~")
 
 
 def _query(location: str) -> str:
@@ -112,10 +133,11 @@ def filesystem_of(location: str) -> tuple[Any, str]:
         path = location.removesuffix(query)
         plain = re.split(r"[*?\[]", path)[0]
         if plain == path:
-            return _from_uri(path + query)
+            # People write spaces and other letters as they are; what is quoted stays so.
+            return _from_uri(quote(path, safe="/:@!$&'()*+,;=~%") + query)
         # A glob is no part of a URI that pyarrow accepts, so only the folders before it are parsed.
         folder = plain.rpartition("/")[0]
-        filesystem, inner = _from_uri(folder + query)
+        filesystem, inner = _from_uri(quote(folder, safe="/:@!$&'()*+,;=~%") + query)
         return filesystem, f"{inner.rstrip('/')}/{path[len(folder) + 1 :]}"
     return fs.LocalFileSystem(), str(Path(location).expanduser().absolute())
 
@@ -146,6 +168,8 @@ def _fits(parts: list[str], patterns: list[str]) -> bool:
     """Whether a path fits a glob, part by part; ``**`` stands for any number of folders, and no star for a leading dot."""
     if not patterns or not parts:
         return patterns == parts
+    if patterns == ["**"]:
+        return not any(part.startswith(".") for part in parts)
     if patterns[0] == "**" and _fits(parts, patterns[1:]):
         return True
     if parts[0].startswith(".") and not patterns[0].startswith("."):

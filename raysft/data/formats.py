@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from decimal import Decimal
 from typing import Any
 
 from raysft.config import Source
 from raysft.data.calls import tool_call, tool_schemas
 from raysft.data.read import Raw, Unreadable, parsed
-from raysft.records import Example, Message, Record, Rejected
+from raysft.records import IGNORED, Example, Message, Record, Rejected
 
 FIELDS = {
     "openai": ("messages",),
@@ -36,6 +36,8 @@ ROLES = {
 }
 """Names of roles in the field's data; a ``function`` is an assistant's call whose content is JSON."""
 TAGGED = {"user": "user", "assistant": "assistant", "observation": "tool", "function": "function", "system": "system"}
+LEAST_WEIGHT = 1e-6
+"""Losses of examples further apart than this and its inverse cannot be added up in float32."""
 SEEN_BY_TEMPLATES = ("name", "tool_call_id", "reasoning_content")
 Read = Callable[[str], Any]
 """field → its value in the record."""
@@ -120,12 +122,14 @@ def to_example(record: Record, form: str, source: Source, where: str) -> Example
         return Example(source.name, where, text=text, prompt=len(prompt), weight=weight)
     messages = tuple(_messages(form, read, source.tags))
     _check(messages)
-    return Example(source.name, where, messages=messages, tools=tool_schemas(read("tools")), weight=weight)
+    tools = tool_schemas(read("tools"))
+    _check_texts(tools, "tools")
+    return Example(source.name, where, messages=messages, tools=tools, weight=weight)
 
 
 def _messages(form: str, read: Read, tags: Mapping[Any, str]) -> Iterator[Message]:
     system = read("system")
-    if form not in ("openai", "prompt_completion") and system:
+    if form not in ("sharegpt", "openai", "prompt_completion") and system:
         yield Message("system", _text(system, "system"))
     if form == "alpaca":
         yield from _alpaca(read)
@@ -138,7 +142,10 @@ def _messages(form: str, read: Read, tags: Mapping[Any, str]) -> Iterator[Messag
         yield from _turns(read("completion"), "completion", tags)
     else:
         column = FIELDS[form][0]
-        yield from _turns(read(column), column, tags)
+        turns = list(_turns(read(column), column, tags))
+        if system and turns[0].role != "system":  # what the conversation itself says goes before what its record says
+            yield Message("system", _text(system, "system"))
+        yield from turns
 
 
 def _alpaca(read: Read) -> Iterator[Message]:
@@ -162,7 +169,10 @@ def _turns(value: Any, column: str, tags: Mapping[Any, str]) -> Iterator[Message
             raise ValueError(f"{where} holds {turn!r:.60}, a turn of role and content belongs there")
         role_key = tags.get("role") or ("from" if "from" in turn else "role")
         text_key = tags.get("content") or ("value" if "value" in turn else "content")
-        calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else [])
+        called = turn.get("function_call")
+        if isinstance(called, dict) and not any(called.values()):
+            called = None  # Parquet fills columns of structs with nulls
+        calls = turn.get("tool_calls") or ([called] if called else [])
         if role_key not in turn or (turn.get(text_key) is None and not calls):
             raise ValueError(f"{where} needs {role_key!r} and {text_key!r}, it is {turn!r:.60}")
         role = turn[role_key]
@@ -172,14 +182,17 @@ def _turns(value: Any, column: str, tags: Mapping[Any, str]) -> Iterator[Message
         content = _content(turn.get(text_key), f"{where}.{text_key}")
         if known == "function":
             known, calls, content = "assistant", _calls_in(content, where), ""
+        extra = {key: turn[key] for key in SEEN_BY_TEMPLATES if turn.get(key) is not None}
+        made = (
+            tuple(tool_call(call, where) for call in _sequence(calls, f"{where}.tool_calls", "calls")) if calls else ()
+        )
+        _check_texts((made, extra), where)
         yield Message(
             role=known,  # type: ignore[arg-type]
             content=content,
-            tool_calls=tuple(tool_call(call, where) for call in _sequence(calls, f"{where}.tool_calls", "calls"))
-            if calls
-            else (),
+            tool_calls=made,
             train=_trained(turn, where),
-            extra={key: turn[key] for key in SEEN_BY_TEMPLATES if turn.get(key) is not None},
+            extra=extra,
         )
 
 
@@ -199,7 +212,7 @@ def _calls_in(content: str, where: str) -> list[Any]:
     """The calls that a function turn holds as JSON: one, or a list."""
     try:
         calls = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{where} is a function call and holds no JSON: {content[:40]!r}") from None
     return calls if isinstance(calls, list) else [calls]
 
@@ -237,11 +250,12 @@ def _token_ids(read: Read) -> tuple[tuple[int, ...], tuple[int, ...]]:
     for field, values in (("input_ids", ids), ("labels", labels)):
         if not isinstance(values, list) or not values:
             raise ValueError(f"{field} holds {values!r:.40}, a list of token ids belongs there")
-        wrong = [value for value in values if type(value) is not int or not -100 <= value < 2**31]
+        least = 0 if field == "input_ids" else IGNORED
+        wrong = [
+            value for value in values if type(value) is not int or not least <= value < 2**31 or IGNORED < value < 0
+        ]
         if wrong:
             raise ValueError(f"{field} holds {wrong[0]!r:.40}, a token id belongs there")
-    if min(ids) < 0:
-        raise ValueError(f"input_ids holds {min(ids)}, a token id belongs there")
     if len(labels) != len(ids):
         raise ValueError(f"labels has {len(labels)} values and input_ids {len(ids)}; each token has one label")
     return tuple(ids), tuple(labels)
@@ -250,14 +264,14 @@ def _token_ids(read: Read) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def _weight(value: Any) -> float:
     if value is None:
         return 1.0
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
+    if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
         raise ValueError(f"weight holds {value!r:.40}, a number belongs there")
     try:
         weight = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(f"weight holds {value!r:.40}, a number belongs there") from None
-    if not (math.isfinite(weight) and weight > 0):
-        raise ValueError(f"weight is {value!r:.40}; only what counts more than nothing can be learnt")
+    if not LEAST_WEIGHT <= weight <= 1 / LEAST_WEIGHT:
+        raise ValueError(f"weight is {value!r:.40}; it must lie between {LEAST_WEIGHT:g} and {1 / LEAST_WEIGHT:g}")
     return weight
 
 
@@ -276,6 +290,19 @@ def _text(value: Any, field: str) -> str:
     except UnicodeEncodeError as error:
         raise ValueError(f"{field} holds half a character ({value[error.start]!r}), which no tokenizer takes") from None
     return value
+
+
+def _check_texts(value: Any, field: str) -> None:
+    """Texts inside nested values are whole too."""
+    if isinstance(value, str):
+        _text(value, field)
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            _check_texts(key, field)
+            _check_texts(inner, field)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _check_texts(inner, field)
 
 
 def _sequence(value: Any, field: str, what: str = "turns") -> list[Any]:

@@ -76,10 +76,23 @@ class Shard:
     formats: tuple[str, ...]
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a manifest and all shards that it names are there as they were written; what is damaged is written again."""
+    try:
+        sizes = _detail(pq.read_schema(path))["sizes"]
+        return all((path.parent / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, pa.ArrowException, KeyError, ValueError):
+        return False
+
+
+def _detail(schema: pa.Schema) -> dict[str, Any]:
+    return json.loads((schema.metadata or {})[b"raysft"])
+
+
 def save(path: Path, name: str, shards: Sequence[Shard]) -> None:
     """Put the manifest in place: from here on the set is complete. One that another run has put there stays."""
     whole = [shard for shard in shards if shard.name]
-    if path.exists():
+    if is_whole(path):
         for shard in whole:
             (path.parent / shard.name).unlink(missing_ok=True)
         return
@@ -89,6 +102,7 @@ def save(path: Path, name: str, shards: Sequence[Shard]) -> None:
     detail = {
         "name": name,
         "shards": [shard.name for shard in whole],
+        "sizes": {shard.name: (path.parent / shard.name).stat().st_size for shard in whole},
         "records": sum(shard.records for shard in shards),
         "rejected": [asdict(item) for shard in shards for item in shard.rejected],
         "dropped": [asdict(item) for shard in shards for item in shard.dropped],
@@ -117,7 +131,7 @@ def load(path: Path, reused: bool = False) -> Manifest:
     """
     try:
         table = pq.read_table(path)
-        detail = json.loads((table.schema.metadata or {})[b"raysft"])
+        detail = _detail(table.schema)
     except (OSError, pa.ArrowException, KeyError, ValueError):
         raise RequestError(
             f"{path}: the manifest of tokenized shards is damaged; delete the folder {path.parent}"

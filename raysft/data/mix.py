@@ -33,13 +33,20 @@ def mixture(sizes: Sequence[int], weights: Sequence[float], mixing: Mixing) -> l
 
 
 def order(shard_ends: np.ndarray, take: int, random: np.random.Generator | None) -> np.ndarray:
-    """``take`` examples of a source, shard after shard; each example once before any comes twice."""
+    """``take`` examples of a source, shard after shard; each example once before any comes twice.
+
+    Where a part of the source is taken, it is a random sample of all its shards: files are often sorted.
+    """
     starts = np.concatenate([[0], shard_ends[:-1]]).astype(np.int64)
+    total = int(shard_ends[-1]) if len(shard_ends) else 0
     taken: list[np.ndarray] = []
     missing = take
-    while missing > 0:
+    while missing > 0 and total:
+        part = min(missing, total)
+        chosen = np.arange(total) if part == total or random is None else np.sort(random.permutation(total)[:part])
+        edges = np.searchsorted(chosen, [*starts, total])
         for shard in (random.permutation(len(shard_ends)) if random else np.arange(len(shard_ends))).tolist():
-            examples = np.arange(starts[shard], shard_ends[shard])
+            examples = chosen[edges[shard] : edges[shard + 1]]
             taken.append((random.permutation(examples) if random else examples)[:missing])
             missing -= len(taken[-1])
             if missing == 0:

@@ -34,13 +34,14 @@ class SpanEncoder:
             spans: [start, end) in characters, in order, for each text.
 
         Yields:
-            For each text its ids and, for each of its spans, the tokens that lie in it as a whole.
+            For each text its ids and, for each of its spans, the tokens that lie in it: as a whole, or those that join white
+            space before it (a generation prompt that ends in a space) to the first letters of what was written.
         """
         if self.token_bytes is None:
             for text, wanted, encoding in zip(
                 texts, spans, self.backend.encode_batch(list(texts), add_special_tokens=False), strict=True
             ):
-                yield np.asarray(encoding.ids, np.int32), [token_span(encoding, span, len(text)) for span in wanted]
+                yield np.asarray(encoding.ids, np.int32), [token_span(encoding, span, text) for span in wanted]
             return
         for text, wanted, encoding in zip(
             texts, spans, self.backend.encode_batch_fast(list(texts), add_special_tokens=False), strict=True
@@ -48,17 +49,23 @@ class SpanEncoder:
             ids = np.asarray(encoding.ids, np.int32)
             ends = np.cumsum(self.token_bytes[ids])
             if len(ends) and ends[-1] == _bytes(text) and unicodedata.is_normalized("NFC", text):
-                yield ids, [_from_ends(ends, _bytes(text[: span[0]]), _bytes(text[: span[1]])) for span in wanted]
+                yield (
+                    ids,
+                    [
+                        _from_ends(ends, _bytes(text[: span[0]]), _bytes(text[: span[1]]), _joins(text, span[0]))
+                        for span in wanted
+                    ],
+                )
             else:  # the tokenizer changed the text before it cut it
                 kept = self.backend.encode(text, add_special_tokens=False)
-                yield ids, [token_span(kept, span, len(text)) for span in wanted]
+                yield ids, [token_span(kept, span, text) for span in wanted]
 
 
-def token_span(encoding: Any, span: Span, characters: int) -> Span:
+def token_span(encoding: Any, span: Span, text: str) -> Span:
     """[start, end) of the tokens of an encoded text that lie inside a span of its characters, as the tokenizer counts them."""
     start, end = span
-    first, stop = _token_from(encoding, start, characters), _token_from(encoding, end, characters)
-    if first < stop and encoding.token_to_chars(first)[0] < start:
+    first, stop = _token_from(encoding, start, len(text)), _token_from(encoding, end, len(text))
+    if first < stop and encoding.token_to_chars(first)[0] < start and not _joins(text, start):
         first += 1
     return first, max(first, stop)
 
@@ -72,10 +79,15 @@ def _token_from(encoding: Any, at: int, characters: int) -> int:
     return len(encoding)
 
 
-def _from_ends(ends: np.ndarray, start: int, end: int) -> Span:
+def _joins(text: str, start: int) -> bool:
+    """Whether a token that begins before ``start`` and reaches over it belongs to what begins there: it joins a space to it."""
+    return 0 < start < len(text) and text[start - 1].isspace() and not text[start].isspace()
+
+
+def _from_ends(ends: np.ndarray, start: int, end: int, joins: bool) -> Span:
     """The same from the bytes at which tokens end: those that begin at ``start`` or later and end at ``end`` or before."""
     first = int(np.searchsorted(ends, start, side="right"))
-    if first < len(ends) and (ends[first - 1] if first else 0) < start:
+    if not joins and first < len(ends) and (ends[first - 1] if first else 0) < start:
         first += 1
     return first, max(first, int(np.searchsorted(ends, end, side="right")))
 

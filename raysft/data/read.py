@@ -21,7 +21,7 @@ from raysft.data.files import DataFile, filesystem_of
 from raysft.data.json_list import JSON, READ_BYTES, Unreadable, first_line, json_list
 from raysft.records import Record
 
-COMPRESSIONS = (".gz", ".zst", ".bz2")
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ def read_raw(file: DataFile) -> Positioned:
         )
     try:
         yield from reader(file)
+    except RecursionError:
+        raise RequestError(f"{file.path}: is nested thousands of times; mend the file") from None
     except (OSError, pa.ArrowException, EOFError) as error:
         raise RequestError(
             f"{file.path}: cannot be read ({str(error).splitlines()[0]}); write the file again"
@@ -114,6 +116,10 @@ def _json(file: DataFile) -> Positioned:
         if start.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
             for index, size, item in json_list(stream, start.removeprefix(codecs.BOM_UTF8), file.path):
                 yield f"[{index}]", size, item if isinstance(item, Unreadable) else _as_record(item)
+        elif start.removeprefix(codecs.BOM_UTF8).split(maxsplit=1)[:1] == [b"{"] and b"\n" in start:
+            raise RequestError(
+                f"{file.path}: begins with one JSON object over several lines; write a list of records, or one record a line"
+            )
         else:
             yield from _lines_of_json(stream, start)
 
@@ -122,7 +128,7 @@ def _csv(file: DataFile) -> Positioned:
     # The module's own limit of 128 KiB is short of a long document.
     csv.field_size_limit(sys.maxsize)
     with _stream(file) as stream:
-        lines = (_decode(line, file.path, before) + "\n" for before, line in enumerate(_lines(stream)))
+        lines = (_decode(line, file.path, before) for before, line in enumerate(_lines(stream, ends=True)))
         reader = csv.reader(lines, strict=True)
         begin = 1
         try:
@@ -165,15 +171,31 @@ def _batches(batches: Iterator[pa.RecordBatch]) -> Positioned:
         for start in range(0, len(whole), 1000):
             batch = whole.slice(start, 1000)
             size = batch.nbytes // max(1, len(batch))
-            for record in batch.to_pylist():
+            for record in _records(batch):
                 yield f"[{index}]", size, record
                 index += 1
+
+
+def _records(batch: pa.RecordBatch) -> Iterator[Record | Unreadable]:
+    names = batch.schema.names
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise pa.ArrowInvalid(f"two columns are named {twice[0]!r}")
+    try:
+        yield from batch.to_pylist()
+        return
+    except (ValueError, OverflowError) as error:  # bytes that are no text, dates that Python does not know
+        if len(batch) == 1:
+            yield Unreadable(f"holds what is no value of its column's type ({first_line(error)})")
+            return
+    for row in range(len(batch)):
+        yield from _records(batch.slice(row, 1))
 
 
 def _yaml(file: DataFile) -> Positioned:
     """A list of records, or a mapping whose ``conversations`` is that list (as chatterbot-corpus has it)."""
     with _stream(file) as stream:
-        loader = yaml.CSafeLoader(_decode(stream.read(), file.path))
+        loader = yaml.CSafeLoader(_decode(stream.read().removeprefix(codecs.BOM_UTF8), file.path))
     try:
         root = loader.get_single_node()
         if isinstance(root, yaml.MappingNode):
@@ -198,7 +220,7 @@ def _yaml_record(loader: Any, node: yaml.Node) -> Record | Unreadable:
         return _as_record(loader.construct_document(node))
     except yaml.YAMLError as error:
         return Unreadable(f"no usable YAML ({getattr(error, 'problem', None) or error})")
-    except ValueError as error:  # 2020-99-99 is taken for a date
+    except (ValueError, KeyError, AttributeError, TypeError) as error:  # 2020-99-99 is taken for a date
         return Unreadable(f"no usable YAML ({error})")
 
 
@@ -216,14 +238,15 @@ READERS: dict[tuple[str, ...], Callable[[DataFile], Positioned]] = {
 @contextmanager
 def _stream(file: DataFile) -> Iterator[Any]:
     filesystem, path = filesystem_of(file.uri)
-    with filesystem.open_input_stream(path, compression="detect") as stream:
+    ending = next((kind for kind in COMPRESSIONS if file.path.lower().endswith(kind)), None)
+    with filesystem.open_input_stream(path, compression=COMPRESSIONS[ending] if ending else None) as stream:
         yield stream
 
 
 @contextmanager
 def _seekable(file: DataFile) -> Iterator[Any]:
     """A file that is read from several places: a compressed one is unpacked first."""
-    if file.path.lower().endswith(COMPRESSIONS):
+    if file.path.lower().endswith(tuple(COMPRESSIONS)):
         with _stream(file) as stream:
             yield pa.BufferReader(stream.read())
     else:
@@ -232,8 +255,8 @@ def _seekable(file: DataFile) -> Iterator[Any]:
             yield source
 
 
-def _lines(stream: Any, start: bytes = b"") -> Iterator[bytes]:
-    """Lines split at \\n (and \\r\\n) alone: characters such as U+2028 do not end a line of JSON."""
+def _lines(stream: Any, start: bytes = b"", ends: bool = False) -> Iterator[bytes]:
+    """Lines split at \\n (and \\r\\n) alone: characters such as U+2028 do not end a line of JSON. With ``ends`` these stay."""
     mark = codecs.BOM_UTF8
     pieces: list[bytes] = []
     for chunk in chain([start], iter(lambda: stream.read(READ_BYTES), b"")):
@@ -243,16 +266,16 @@ def _lines(stream: Any, start: bytes = b"") -> Iterator[bytes]:
             pieces = []
         pieces.append(last)
         for line in whole:
-            yield line.removeprefix(mark).removesuffix(b"\r")
+            yield line.removeprefix(mark) + b"\n" if ends else line.removeprefix(mark).removesuffix(b"\r")
             mark = b""
-    if line := b"".join(pieces):
-        yield line.removeprefix(mark).removesuffix(b"\r")
+    if last := b"".join(pieces).removeprefix(mark):
+        yield last if ends else last.removesuffix(b"\r")
 
 
 def _decode(content: bytes, path: str, lines_before: int = 0) -> str:
-    """UTF-8 with or without a byte order mark, of a file that is of no use when a part of it is something else."""
+    """UTF-8, of a file that is of no use when a part of it is something else."""
     try:
-        return content.decode("utf-8-sig")
+        return content.decode()
     except UnicodeDecodeError as error:
         line = lines_before + content.count(b"\n", 0, error.start) + 1
         raise RequestError(

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from raysft.config import Config, RequestError, Source
 
 COLUMNS = {
@@ -40,10 +42,17 @@ def find_source(config: Config, source: Source) -> Source:
         near = difflib.get_close_matches(source.name, entries, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(list(entries)[:5])} …"
         raise RequestError(f"{path}: has no dataset {source.name!r}; {hint}")
-    entry = entries[source.name]
-    described = _describe(entry, config.stage, f"{path}: dataset {source.name!r}", path.parent)
+    where = f"{path}: dataset {source.name!r}"
+    described = _describe(entries[source.name], config.stage, where, path.parent)
     given = source.model_dump(exclude_unset=True, exclude={"name"})
-    return Source.model_validate({"name": source.name, **described, **given})
+    try:
+        return Source.model_validate({"name": source.name, **described, **given})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(map(str, problem["loc"]))
+        raise RequestError(
+            f"{where}: {place}={problem['input']!r:.40}: {problem['msg'].lower()}; mend the registry"
+        ) from None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -61,7 +70,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _describe(entry: Any, stage: str, where: str, folder: Path) -> dict[str, Any]:
     if not isinstance(entry, Mapping):
         raise RequestError(f"{where} is {entry!r:.40}; a mapping with file_name belongs there")
-    columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
+    columns, tags = (_mapping(entry, key, where) for key in ("columns", "tags"))
     if entry.get("ranking"):
         raise RequestError(f"{where} holds preferences (ranking), which sft and pt do not train on; choose another")
     unusable = [column for column in NO_TEXT if column in columns]
@@ -83,6 +92,14 @@ def _describe(entry: Any, stage: str, where: str, folder: Path) -> dict[str, Any
     return described
 
 
+def _mapping(entry: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+    """A mapping of names inside an entry; what is null there is as if it were not there."""
+    value = entry.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise RequestError(f"{where}: {key} is {value!r:.40}; a mapping of names belongs there")
+    return {name: inner for name, inner in value.items() if inner is not None}
+
+
 def _path(entry: Mapping[str, Any], where: str, folder: Path) -> str:
     if entry.get("hf_hub_url"):
         # The hub keeps every dataset as Parquet in a branch of that name, by subset and split.
@@ -93,6 +110,10 @@ def _path(entry: Mapping[str, Any], where: str, folder: Path) -> str:
     if entry.get("cloud_file_name"):
         return str(entry["cloud_file_name"])
     if entry.get("file_name"):
+        if not isinstance(entry["file_name"], str):
+            raise RequestError(
+                f"{where}: file_name is {entry['file_name']!r:.40}; the name of a file or folder belongs there"
+            )
         return str(folder / entry["file_name"])
     kinds = ", ".join(key for key in entry if key.endswith(("_url", "_name"))) or "no file"
     raise RequestError(f"{where} names {kinds}; raysft reads file_name, cloud_file_name and hf_hub_url")

@@ -50,6 +50,8 @@ class ChatTemplate:
     """Rendering that knows the spans by itself, for a template that marks them with ``{% generation %}``."""
     plain: bool = False
     """Whether it only writes contents out (``skeleton.only_writes_contents``)."""
+    shown_tools: tuple[dict[str, Any], ...] = ()
+    """Functions that it is tried with, for a template that is only used where there are some."""
     _skeletons: dict[tuple[str, ...], Skeleton | None] = field(default_factory=dict)
 
     def spans(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> Rendered:
@@ -93,13 +95,14 @@ class ChatTemplate:
         for index, message in enumerate(messages):
             if message.role != "assistant":
                 continue
-            start = self._start(text, places[index - 1][1], messages[index - 1].role, index)
+            start = self._start(text, places[index - 1].ends, messages[index - 1].role, index)
             if index + 1 == len(messages):
                 end = len(text)
             else:
                 header = self._after(messages[index + 1].role)
-                end = places[index + 1][0] - len(header)
-                if end < start or not text.startswith(header, end):
+                ends = [place - len(header) for place in places[index + 1].starts]
+                end = next((end for end in ends if end >= start and text.startswith(header, end)), None)
+                if end is None:
                     raise ValueError(f"the chat template frames turn {index + 1} in a way that is not known")
             end = start + len(text[start:end].rstrip())
             if end <= start:
@@ -107,12 +110,13 @@ class ChatTemplate:
             found.append((start, end))
         return Rendered(text, tuple(found))
 
-    def _places(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], text: str) -> dict[int, Span]:
-        """Where the text of each turn stands, without white space at its ends; of the assistant's only those side by side."""
+    def _places(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], text: str) -> dict[int, _Place]:
+        """Where the text of each turn stands; of the assistant's only those side by side."""
         contents = {}
         for index, message in enumerate(messages):
             beside = {other.role for other in (*messages[index - 1 : index], *messages[index + 1 : index + 2])}
-            if message.role in ("user", "tool") or (message.role == "assistant" and "assistant" in beside):
+            inside = message.role == "system" and index > 0
+            if message.role in ("user", "tool") or inside or (message.role == "assistant" and "assistant" in beside):
                 contents[index] = message.content
         mark = next((mark for mark in MARKS if mark not in text), None)
         if mark is None:
@@ -128,18 +132,17 @@ class ChatTemplate:
         at = 0
         for piece, (index, content) in zip(pieces, contents.items(), strict=False):
             at += len(piece)
-            before = _halves(content)[0].lstrip()
-            places[index] = (at - len(before), at - len(before) + len(content.strip()))
-            if not text.startswith(content.strip(), places[index][0]):
+            before = _halves(content)[0]
+            place = _Place.of(text, at - len(before), content)
+            if place is None:
                 raise ValueError(f"the chat template changes the text of turn {index}")
+            places[index] = place
         return places
 
-    def _start(self, text: str, before: int, role: str, index: int) -> int:
-        """Where an assistant turn starts that follows a turn whose text ends at ``before``."""
-        at = before + len(text[before:]) - len(text[before:].lstrip())
+    def _start(self, text: str, ends: Sequence[int], role: str, index: int) -> int:
+        """Where an assistant turn starts that follows a turn whose text ends at one of ``ends``."""
         for header in self._before(role):
-            for place in (before, at) if at != before else (before,):
-                # White space at the end of the turn's own text may stand between.
+            for place in ends:
                 if text.startswith(header, place):
                     return place + len(header)
         raise ValueError(f"the chat template frames turn {index} in a way that is not known")
@@ -155,11 +158,12 @@ class ChatTemplate:
     @cached_property
     def _frames(self) -> dict[str, tuple[tuple[str, ...], str]]:
         frames = {}
-        for role in ("user", "tool", "assistant"):
+        for role in ("user", "tool", "assistant", "system"):
             try:
                 frames[role] = self._learn(role)
             except ValueError:
-                raise
+                if role == "user":
+                    raise
             except Exception as error:  # a template refuses what it does not support with errors of its own
                 if role == "user":
                     raise ValueError(f"the chat template refuses every conversation ({first_line(error)})") from None
@@ -169,11 +173,13 @@ class ChatTemplate:
         calls = (CALL,) if role == "tool" else ()
         opening = [Message("user", "one"), Message("assistant", "two", calls)]
         other = Message(role, "three", extra={"tool_call_id": "probe00000", "name": "probe"} if role == "tool" else {})
-        asked = self.render([*opening, other], (), True)
-        told = self.render([*opening, other], (), False)
-        ended = self.render(opening, (), False)
-        answered = self.render([*opening, other, Message("assistant", "four")], (), False)
-        later = self.render([*opening, other, Message("assistant", "four"), Message("user", "five")], (), False)
+        asked = self.render([*opening, other], self.shown_tools, True)
+        told = self.render([*opening, other], self.shown_tools, False)
+        ended = self.render(opening, self.shown_tools, False)
+        answered = self.render([*opening, other, Message("assistant", "four")], self.shown_tools, False)
+        later = self.render(
+            [*opening, other, Message("assistant", "four"), Message("user", "five")], self.shown_tools, False
+        )
         if not all(word in rendered for word, rendered in (("three", asked), ("three", told), ("two", ended))):
             raise ValueError("the chat template leaves out what was said")
         headers = [asked[asked.rindex("three") + 5 :]]
@@ -212,6 +218,29 @@ class ChatTemplate:
             return messages, tools
         written = as_text(messages, tools, with_tools=not self.shows_tools, with_calls=calls and not self.shows_calls)
         return written, tools if self.shows_tools else ()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a turn's text stands. Templates keep white space at its ends or take it away, and put some of their own around it,
+    so that only what comes before and behind tells which of both it was."""
+
+    starts: tuple[int, ...]
+    """With the white space that the text begins with, if it is all there, and without."""
+    ends: tuple[int, ...]
+
+    @classmethod
+    def of(cls, text: str, start: int, content: str) -> _Place | None:
+        """The place of a content that would stand at ``start`` if all of it were there; None where it is not there."""
+        stripped = content.strip()
+        bare = start + len(content) - len(content.lstrip())
+        end = bare + len(stripped)
+        if not text.startswith(stripped, bare):
+            return None
+        tail = content[len(content.rstrip()) :] if stripped else ""
+        whole_start = [start] if start >= 0 and text.startswith(content[: bare - start], start) else []
+        whole_end = [end + len(tail)] if text.startswith(tail, end) else []
+        return cls(tuple(dict.fromkeys([*whole_start, bare])), tuple(dict.fromkeys([*whole_end, end])))
 
 
 class _Known(dict[str, tuple[tuple[str, ...], str]]):

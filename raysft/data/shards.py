@@ -12,7 +12,7 @@ import os
 import pickle
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -22,13 +22,13 @@ from typing import Any
 from raysft.config import Config, RequestError, Source
 from raysft.data.draft import Part, ShardSet, write_shards
 from raysft.data.files import DataFile, find_files
-from raysft.data.manifest import Manifest, Shard, load, save
+from raysft.data.manifest import Manifest, Shard, is_whole, load, save
 from raysft.data.read import Raw, read_raw
 from raysft.data.registry import find_source
 from raysft.data.tokenize import Options, Tokenizer
 from raysft.records import Rejected
 
-VERSION = 3
+VERSION = 4
 """Part of every key: raise it when the same input would give other shards."""
 SHARD_RECORDS = 5_000
 """Records that one task tokenizes, and a shard holds, at most."""
@@ -36,6 +36,8 @@ SHARD_BYTES = 16 << 20
 """Bytes of them, about. Neither bound depends on the cluster, so that shards come out the same everywhere."""
 READ_BYTES = 64 << 20
 """Bytes of data files that one task reads at most (a single larger file is one task)."""
+DECISIVE = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
+"""Endings of a tokenizer's files."""
 TASK_CPUS = 0.5
 """What reading and tokenizing ask of Ray together: data tasks must find room beside training workers on a small machine."""
 READ_CPUS = 0.1
@@ -73,20 +75,16 @@ def shard_set(config: Config, source: Source, part: Part, model: str, with_promp
 
 
 def _tokenizer_identity(model: str) -> str:
-    """Hash of the files that decide how a model tokenizes and renders; of the name where it is no folder."""
-    digest = hashlib.sha256()
+    """Hash of all files that may decide how a model tokenizes and renders: of a folder all but the weights, of a model on the
+    hub its commit."""
     folder = Path(model)
     if not folder.is_dir():
-        return model
-    for name in (
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "special_tokens_map.json",
-    ):
-        if (folder / name).exists():
-            digest.update(name.encode() + (folder / name).read_bytes())
+        from transformers import AutoConfig
+
+        return f"{model}@{getattr(AutoConfig.from_pretrained(model), '_commit_hash', None)}"
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in DECISIVE and path.is_file()):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
 
@@ -110,19 +108,33 @@ def write(
         RequestError: too many records cannot be used, one is longer than a row, or none is left.
     """
     # A set may stand among the training and the evaluation sets; written twice it would hold everything twice.
-    missing = list({each.directory: each for each in sets if not each.manifest.exists()}.values())
+    missing = list({each.directory: each for each in sets if not is_whole(each.manifest)}.values())
     written: dict[Path, list[Shard]] = {}
     if missing:
         written = _write_missing(missing, partial(Tokenizer.load, model, chat_template), tell)
+    for parts in _by_source(missing):
+        _refuse_overlong(parts, written)
+        rejected = [item for each in parts for shard in written[each.directory] for item in shard.rejected]
+        records = sum(shard.records for each in parts for shard in written[each.directory])
+        _check_rejected(parts[0].source.name, rejected, records, max_rejected)
+        for each in parts:
+            _refuse_empty(each, written[each.directory])
     for each in missing:
-        _refuse(each, written[each.directory], max_rejected)
         save(each.manifest, each.source.name, written[each.directory])
-    manifests = []
+    manifests = {each.directory: load(each.manifest, reused=each.directory not in written) for each in sets}
+    for parts in _by_source(sets):
+        whole = [manifests[each.directory] for each in parts]
+        rejected = [item for manifest in whole for item in manifest.rejected]
+        _check_rejected(parts[0].source.name, rejected, sum(each.records for each in whole), max_rejected)
+    return [manifests[each.directory] for each in sets]
+
+
+def _by_source(sets: Sequence[ShardSet]) -> list[list[ShardSet]]:
+    """Sets that are parts of the same source, which is read once for all of them and judged as a whole."""
+    parts: dict[tuple[str, tuple[DataFile, ...]], dict[Path, ShardSet]] = {}
     for each in sets:
-        manifest = load(each.manifest, reused=each not in missing)
-        _check_rejected(each.source.name, manifest.rejected, manifest.records, max_rejected)
-        manifests.append(manifest)
-    return manifests
+        parts.setdefault((each.source.model_dump_json(), each.files), {})[each.directory] = each
+    return [list(group.values()) for group in parts.values()]
 
 
 def _write_missing(
@@ -136,11 +148,7 @@ def _write_missing(
     starting = [ready.remote() for _ in range(max(1, int(cpus)))]
     tokenizer = load_tokenizer()
     del starting
-    # Parts of one source are made in one reading of it.
-    readings: dict[tuple[str, tuple[DataFile, ...]], list[ShardSet]] = {}
-    for each in missing:
-        readings.setdefault((each.source.model_dump_json(), each.files), []).append(each)
-    sets = list(readings.values())
+    sets = _by_source(missing)
     tasks = [
         {"task": (number, files, parts[0].source.max_examples)}
         for number, parts in enumerate(sets)
@@ -269,24 +277,28 @@ def _tokenize_task(
     yield {"directory": "", "shard": b"", "failed": failed}
 
 
-def _refuse(each: ShardSet, shards: Sequence[Shard], max_rejected: float) -> None:
+def _refuse_overlong(parts: Sequence[ShardSet], written: Mapping[Path, Sequence[Shard]]) -> None:
     """Stop before a manifest is written, so that mended data is read again."""
-    dropped = [item for shard in shards for item in shard.dropped]
-    if dropped and each.options.overlong == "error":
+    dropped = [item for each in parts for shard in written[each.directory] for item in shard.dropped]
+    if dropped and parts[0].options.overlong == "error":
         more = f" (and {len(dropped) - 1} more)" if len(dropped) > 1 else ""
         raise RequestError(
             f"{dropped[0].record}: {dropped[0].reason}{more}; raise it, or set data.overlong to truncate, split or drop"
         )
-    rejected = [item for shard in shards for item in shard.rejected]
-    records = sum(shard.records for shard in shards)
-    _check_rejected(each.source.name, rejected, records, max_rejected)
-    if not any(shard.name for shard in shards):
-        part = {"train": "the part to train on", "holdout": "the held-out part"}.get(each.part)
-        what = f"{part} (data.holdout={each.holdout:g})" if part else "the source"
-        paths = ", ".join(dict.fromkeys(file.path for file in each.files))
-        raise RequestError(
-            f"source {each.source.name!r}: {what} has no usable example ({records} records in {paths:.100}); add data"
-        )
+
+
+def _refuse_empty(each: ShardSet, shards: Sequence[Shard]) -> None:
+    if any(shard.name for shard in shards):
+        return
+    part = {"train": "the part to train on", "holdout": "the held-out part"}.get(each.part)
+    what = f"{part} (data.holdout={each.holdout:g})" if part else "the source"
+    paths = ", ".join(dict.fromkeys(file.path for file in each.files))
+    rejected = next((item for shard in shards for item in shard.rejected), None)
+    why = f"; {rejected.record}: {rejected.reason}" if rejected else ""
+    raise RequestError(
+        f"source {each.source.name!r}: {what} has no usable example "
+        f"({sum(shard.records for shard in shards)} records in {paths:.100}){why}; add data"
+    )
 
 
 def _check_rejected(name: str, rejected: Sequence[Rejected], records: int, max_rejected: float) -> None:

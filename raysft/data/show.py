@@ -24,6 +24,10 @@ BINS = 12
 """Bars of the histogram of lengths."""
 
 
+VISIBLE = {code: 0x2400 + code for code in range(32) if code not in b"\n\t"}
+"""Control characters of the data as the symbols that Unicode has for them: a terminal would obey them."""
+
+
 @dataclass(frozen=True)
 class ShownRow:
     """One packed row, decoded."""
@@ -60,7 +64,8 @@ def shown_rows(rows: Rows, model: str, count: int) -> Iterator[ShownRow]:
 def _parts(tokenizer: Any, ids: np.ndarray, labels: np.ndarray) -> list[tuple[str, bool]]:
     edges = [0, *(np.flatnonzero(np.diff(labels != IGNORED)) + 1).tolist(), len(ids)]
     return [
-        (tokenizer.decode(ids[start:end].tolist()), bool(labels[start] != IGNORED)) for start, end in pairwise(edges)
+        (tokenizer.decode(ids[start:end].tolist()).translate(VISIBLE), bool(labels[start] != IGNORED))
+        for start, end in pairwise(edges)
     ]
 
 

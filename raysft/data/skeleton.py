@@ -10,6 +10,19 @@ import jinja2
 from jinja2 import nodes
 
 Span = tuple[int, int]
+HIDING = (
+    nodes.AssignBlock,
+    nodes.FilterBlock,
+    nodes.CallBlock,
+    nodes.Macro,
+    nodes.Block,
+    nodes.ScopedEvalContextModifier,
+    nodes.Extends,
+    nodes.Include,
+    nodes.Import,
+    nodes.FromImport,
+)
+"""What may look at, or change, what is written inside it."""
 
 
 def only_writes_contents(template: str) -> bool:
@@ -22,10 +35,14 @@ def only_writes_contents(template: str) -> bool:
     True
     >>> only_writes_contents("{% for m in messages %}{{ m.content | trim }}{% endfor %}")
     False
+    >>> only_writes_contents("{% for m in messages %}{% filter trim %}{{ m.content }}{% endfilter %}{% endfor %}")
+    False
     """
     try:
         tree = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).parse(template)
     except jinja2.TemplateError:
+        return False
+    if any(True for _ in tree.find_all(HIDING)):
         return False
     turns = {"messages"}
     for loop in tree.find_all(nodes.For):

@@ -6,14 +6,27 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from raysft.data.render import ChatTemplate, Rendered
+from raysft.config import RequestError
+from raysft.data.render import PROBE, ChatTemplate, Rendered
 from raysft.data.skeleton import only_writes_contents
 from raysft.records import Message
 
 
-def chat_template(template: str, variables: dict[str, Any]) -> ChatTemplate:
+def chat_template(template: str, variables: dict[str, Any], for_tools: bool = False) -> ChatTemplate:
     """A template as Jinja text with its variables, ready to render."""
-    from transformers.utils.chat_template_utils import render_jinja_template
+    import jinja2
+    from transformers.utils.chat_template_utils import (
+        _compile_jinja_template,  # the one that renders, so that both refuse the same
+        render_jinja_template,
+    )
+
+    try:
+        _compile_jinja_template(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise RequestError(
+            f"the chat template is no valid Jinja (line {error.lineno}: {error.message}); mend it, or "
+            "name another in model.chat_template"
+        ) from None
 
     def render(messages: Sequence[Message], tools: Sequence[dict[str, Any]], ask: bool, **options: Any) -> Any:
         return render_jinja_template(
@@ -34,6 +47,7 @@ def chat_template(template: str, variables: dict[str, Any]) -> ChatTemplate:
         lambda messages, tools, ask: render(messages, tools, ask)[0][0],
         tracked if own else None,
         plain=not own and only_writes_contents(template),
+        shown_tools=(PROBE,) if for_tools else (),
     )
 
 

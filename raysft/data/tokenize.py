@@ -17,7 +17,7 @@ import numpy as np
 
 from raysft.config import Config, RequestError
 from raysft.data.fit import split, truncate
-from raysft.data.offsets import Encoded, SpanEncoder, token_span
+from raysft.data.offsets import Encoded, SpanEncoder
 from raysft.data.render import Rendered, first_line, labelled, prompt_messages
 from raysft.data.template import chat_template
 from raysft.records import IGNORED, Example, Message, Rejected
@@ -25,8 +25,8 @@ from raysft.records import IGNORED, Example, Message, Rejected
 NO_IDS = np.empty(0, np.int32)
 CACHED_WORDS = 100_000
 """Words whose tokens are remembered, some 10 MB; the library's own 10,000 are fewer than a corpus has, and a tenth slower."""
-MARK_START, MARK_END = "\uf0a1", "\uf0a2"
-"""Characters for private use around a control token that is to be plain text."""
+MARK_START, MARK_END = "\ufdd0", "\ufdd1"
+"""Noncharacters, which stand in no text, around a control token that is to be plain text."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,8 @@ class Tokenizer:
     """The fast tokenizer as JSON (``tokenizer.json``)."""
     template: str | None
     """The chat template."""
+    tool_template: str | None
+    """The one for conversations with functions, where the tokenizer has one of that name."""
     special_tokens: dict[str, Any]
     """Name → token, for the template."""
     control_tokens: tuple[str, ...]
@@ -128,9 +130,12 @@ class Tokenizer:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise RequestError(f"{model}: has no fast tokenizer (tokenizer.json); choose a model that has one")
+        own = tokenizer.chat_template
+        named = own if isinstance(own, dict) else {"default": own}
         parts = {
             "backend": backend.to_str(),
-            "template": chat_template or _own_template(tokenizer),
+            "template": chat_template or named.get("default"),
+            "tool_template": None if chat_template else named.get("tool_use"),
             "special_tokens": dict(tokenizer.special_tokens_map),
             "control_tokens": tuple(
                 sorted(token.content for token in backend.get_added_tokens_decoder().values() if token.special)
@@ -154,6 +159,8 @@ class Tokenizing:
         self.control = re.compile("|".join(map(re.escape, tokenizer.control_tokens)) or "(?!)")
         variables = {**tokenizer.special_tokens, **options.template_options}
         self.template = chat_template(tokenizer.template, variables) if tokenizer.template else None
+        tool_template = tokenizer.tool_template
+        self.tool_template = chat_template(tool_template, variables, for_tools=True) if tool_template else self.template
 
     def __call__(self, examples: Sequence[Example]) -> Iterator[Outcome]:
         """Tokenize a batch of examples in one pass; an example may give several pieces or be rejected.
@@ -163,45 +170,51 @@ class Tokenizing:
         """
         prepared = [self._prepare(example) for example in examples]
         chats = [p.rendered for p in prepared if isinstance(p, _Prepared) and p.in_one_pass and p.example.messages]
-        texts = [p.example.text for p in prepared if isinstance(p, _Prepared) and p.example.text]
+        whole = [p for p in prepared if isinstance(p, _Prepared) and p.in_one_pass and p.example.prompt is None]
+        texts = [each.example.text for each in whole if each.example.text]
         # A chat template writes all special tokens itself; a plain text gets those that the tokenizer puts around it.
         encoded_chats = self.encode_spans([chat.text for chat in chats], [chat.spans for chat in chats])
-        encoded_texts = iter(self.backend.encode_batch(texts, add_special_tokens=True) if texts else ())
+        encoded_texts = iter(self.backend.encode_batch_fast(texts, add_special_tokens=True) if texts else ())
         for each in prepared:
             if isinstance(each, Rejected):
                 yield each
             elif each.example.messages:
                 yield from self._conversation(each, next(encoded_chats) if each.in_one_pass else None)
+            elif each.example.prompt is not None:
+                yield from self._completion(each)
             elif each.example.text:
-                yield from self._text(each, next(encoded_texts))
+                ids = next(encoded_texts).ids if each.in_one_pass else self._begun(each.example.text, escape=True)
+                yield from self._text(each, ids)
             else:
                 yield from self._ids(each.example)
 
     def _prepare(self, example: Example) -> _Prepared | Rejected:
         """Render an example, and find the control tokens that stand in it as text."""
         options, counts = self.options, []
-        written = sum(len(self.control.findall(message.content)) for message in example.messages) + (
-            len(self.control.findall(example.text)) if example.text else 0
-        )
+        written = any(self.control.search(text) for text in _texts(example))
         if written:
             counts.append(("control_tokens", 1))
             if options.control_tokens == "reject":
                 return Rejected(example.source, example.record, "a control token of the tokenizer stands in its text")
+        escape = written and options.control_tokens == "escape"
         if not example.messages:
             self._check_end(example)
-            return _Prepared(example, Rendered(example.text, ()), tuple(counts), True)
+            return _Prepared(example, Rendered(example.text, ()), tuple(counts), not escape)
         if self.template is None:
             raise RequestError(
                 f"{example.record}: is a conversation and the model's tokenizer has no chat template; "
                 "take an instruct model, or name one in model.chat_template"
             )
-        escape = bool(written) and options.control_tokens == "escape"
-        messages = [self._escape(message) for message in example.messages] if escape else example.messages
+        messages, tools = example.messages, example.tools
+        if escape:
+            messages = tuple(self._escaped_turn(message) for message in messages)
+            tools = self._escaped(tools)
+        template = self._template(example)
         try:
-            shown, tools = self.template.with_tools(messages, example.tools)
+            shown, tools = template.with_tools(messages, tools)
             if shown is not messages:
                 counts.append(("tools_as_text", 1))
-            rendered = self.template.spans(shown, tools)
+            rendered = template.spans(shown, tools)
         except ValueError as error:
             return Rejected(example.source, example.record, str(error))
         except Exception as error:  # a template refuses what it does not support with errors of its own
@@ -218,9 +231,24 @@ class Tokenizing:
                 f"{example.record}: is a text and the model's tokenizer has no token that ends one; set its eos_token"
             )
 
-    def _escape(self, message: Message) -> Message:
-        content = message.content.replace(MARK_START, "").replace(MARK_END, "")
-        return replace(message, content=self.control.sub(f"{MARK_START}\\g<0>{MARK_END}", content))
+    def _template(self, example: Example) -> Any:
+        return self.tool_template if example.tools else self.template
+
+    def _escaped_turn(self, message: Message) -> Message:
+        return replace(
+            message,
+            content=self._escaped(message.content),
+            tool_calls=self._escaped(message.tool_calls),
+            extra=self._escaped(message.extra),
+        )
+
+    def _escaped(self, value: Any) -> Any:
+        """The value with marks around each control token in its texts."""
+        if isinstance(value, str):
+            return self.control.sub(f"{MARK_START}\\g<0>{MARK_END}", _unmarked(value))
+        if isinstance(value, dict):
+            return {self._escaped(key): self._escaped(inner) for key, inner in value.items()}
+        return type(value)(map(self._escaped, value)) if isinstance(value, list | tuple) else value
 
     def _conversation(self, each: _Prepared, encoded: Encoded | None) -> Iterator[Outcome]:
         example = each.example
@@ -246,8 +274,8 @@ class Tokenizing:
         return labels
 
     def _with_prompt(self, tokenized: Tokenized, each: _Prepared) -> Tokenized:
-        template, example = self.template, each.example
-        assert template is not None
+        example = each.example
+        template = self._template(example)
         prompt = template.render(prompt_messages(example.messages), example.tools, True)
         if each.in_one_pass:
             ids = np.asarray(self.backend.encode(prompt, add_special_tokens=False).ids, np.int32)
@@ -256,24 +284,26 @@ class Tokenizing:
             prompt = _unmarked(prompt)
         last = [message for message in example.messages if message.role == "assistant"][-1]
         start, end = each.rendered.spans[-1]
-        reference = _unmarked(last.content) if not last.tool_calls else each.rendered.text[start:end]
-        return replace(tokenized, prompt=prompt, prompt_ids=ids, reference=reference)
+        reference = last.content if not last.tool_calls else each.rendered.text[start:end]
+        return replace(tokenized, prompt=prompt, prompt_ids=ids, reference=_unmarked(reference))
 
-    def _text(self, each: _Prepared, encoding: Any) -> Iterator[Outcome]:
-        """A text and the token that ends it. All of it is trained on, or what follows its prompt."""
-        example = each.example
-        ids = list(encoding.ids)
-        if not ids or ids[-1] != self.parts.eos:
-            ids.append(self.parts.eos)
-        input_ids = np.asarray(ids, np.int32)
+    def _text(self, each: _Prepared, ids: list[int]) -> Iterator[Outcome]:
+        """A text and the token that ends it; all of it is trained on."""
+        example, input_ids = each.example, self._ended(ids)
         if len(input_ids) < 2:
             yield Rejected(example.source, example.record, "the text has no token")
             return
-        if example.prompt is None:
-            whole = Tokenized(example.source, example.record, input_ids, input_ids, example.weight, counts=each.counts)
-            yield from [whole] if self.options.stage == "pt" else self._fit(whole, [(0, len(input_ids))])
-            return
-        turn = (token_span(encoding, (example.prompt, len(example.text)), len(example.text))[0], len(input_ids))
+        whole = Tokenized(example.source, example.record, input_ids, input_ids, example.weight, counts=each.counts)
+        yield from [whole] if self.options.stage == "pt" else self._fit(whole, [(0, len(input_ids))])
+
+    def _completion(self, each: _Prepared) -> Iterator[Outcome]:
+        """A prompt and what follows it, encoded apart: the prompt is the one that generation will be asked with."""
+        example, escape = each.example, not each.in_one_pass
+        prompt, reference = example.text[: example.prompt], example.text[example.prompt :]
+        begun = self._begun(prompt, escape)
+        following = self._encode_escaped(self._escaped(reference))[0] if escape else self._encoded(reference)
+        input_ids = self._ended([*begun, *following])
+        turn = (len(begun), len(input_ids))
         tokenized = Tokenized(
             example.source,
             example.record,
@@ -283,24 +313,40 @@ class Tokenizing:
             counts=each.counts,
         )
         if self.options.with_prompts:
-            prompt, reference = example.text[: example.prompt], example.text[example.prompt :]
-            tokenized = replace(tokenized, prompt=prompt, prompt_ids=input_ids[: turn[0]], reference=reference)
+            ids = np.asarray(begun, np.int32)
+            tokenized = replace(tokenized, prompt=prompt, prompt_ids=ids, reference=reference)
         yield from self._fit(tokenized, [turn])
+
+    def _encoded(self, text: str, special: bool = False) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=special).ids
+
+    def _begun(self, text: str, escape: bool) -> list[int]:
+        """Ids of a text with the special tokens that the tokenizer puts before it."""
+        around = [token for token in self._encoded("", special=True) if token != self.parts.eos]
+        return [*around, *(self._encode_escaped(self._escaped(text))[0].tolist() if escape else self._encoded(text))]
+
+    def _ended(self, ids: list[int]) -> np.ndarray:
+        """Ids with the token that ends a text behind them."""
+        return np.asarray(ids if ids and ids[-1] == self.parts.eos else [*ids, self.parts.eos], np.int32)
 
     def _ids(self, example: Example) -> Iterator[Outcome]:
         """Ids that came tokenized."""
         ids = np.asarray(example.ids, np.int32)
-        if int(ids.max()) >= self.backend.get_vocab_size():
-            yield Rejected(
-                example.source,
-                example.record,
-                f"input_ids holds {ids.max()} and the tokenizer has {self.backend.get_vocab_size()} tokens",
-            )
-            return
+        labels = np.asarray(example.labels, np.int32)
+        for name, values in (("input_ids", ids), ("labels", labels)):
+            if int(values.max()) >= self.backend.get_vocab_size():
+                reason = f"{name} holds {values.max()} and the tokenizer has {self.backend.get_vocab_size()} tokens"
+                yield Rejected(example.source, example.record, reason)
+                return
         if self.options.stage == "pt":
+            if not np.array_equal(ids, labels):
+                reason = (
+                    "labels differ from input_ids, and with stage: pt every token is trained on; take the column out"
+                )
+                yield Rejected(example.source, example.record, reason)
+                return
             yield Tokenized(example.source, example.record, ids, ids, example.weight)
             return
-        labels = np.asarray(example.labels, np.int32)
         tokenized = Tokenized(example.source, example.record, ids, labels, example.weight)
         yield from self._fit(tokenized, [(0, len(ids))])
 
@@ -371,11 +417,6 @@ def load_tokenizer(model: str) -> Any:
     return AutoTokenizer.from_pretrained(model)
 
 
-def _own_template(tokenizer: Any) -> str | None:
-    template = tokenizer.chat_template
-    return template.get("default") if isinstance(template, dict) else template
-
-
 @lru_cache(maxsize=4)
 def _backend(identity: str, backend: str, plain: bool) -> Any:
     """The tokenizer; a ``plain`` one takes special tokens in a text for characters."""
@@ -393,6 +434,29 @@ def _backend(identity: str, backend: str, plain: bool) -> Any:
 @lru_cache(maxsize=2)
 def _span_encoder(identity: str, backend: str) -> SpanEncoder:
     return SpanEncoder(_backend(identity, backend, plain=False))
+
+
+def _texts(example: Example) -> Iterator[str]:
+    """All that somebody wrote in an example."""
+    yield example.text
+    for message in example.messages:
+        yield message.content
+        if message.tool_calls or message.extra:
+            yield from _strings((message.tool_calls, message.extra))
+    if example.tools:
+        yield from _strings(example.tools)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _strings(key)
+            yield from _strings(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _strings(inner)
 
 
 def _bounds(inside: Sequence[bool]) -> tuple[int, int]:

@@ -91,16 +91,17 @@ def test_files_folders_and_globs_of_an_object_store_are_read(bucket, tmp_path, m
         "bucket/data/a.jsonl": lines(*[GOOD] * 3),
         "bucket/data/b.jsonl.gz": gzip.compress(lines(*[GOOD] * 4)),
         "bucket/data/deep/c.json": json.dumps([GOOD] * 5).encode(),
+        "bucket/odd/a b#é%20.jsonl": lines(*[GOOD] * 7),
     }
     for path, content in contents.items():
         with filesystem.open_output_stream(path, compression=None) as stream:
             stream.write(content)
     pq.write_table(pa.Table.from_pylist([GOOD] * 6), "bucket/data/deep/d.parquet", filesystem=filesystem)
-    paths = ("data/a.jsonl", "data/*.gz", "data/deep", "data")
+    paths = ("data/a.jsonl", "data/*.gz", "data/deep", "data", "odd")
     config = config_of(tmp_path, model, *(f"s3://bucket/{path}?{options}" for path in paths))
     prepared = prepare(config, model)
-    assert [len(manifest) for manifest in prepared.train] == [3, 4, 11, 18]
-    assert [manifest.reused for manifest in prepare(config, model).train] == [True] * 4
+    assert [len(manifest) for manifest in prepared.train] == [3, 4, 11, 18, 7]
+    assert [manifest.reused for manifest in prepare(config, model).train] == [True] * 5
 
 
 def test_an_object_store_that_has_not_the_file_is_one_line(bucket, tmp_path, model, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -339,3 +340,21 @@ def test_a_home_folder_is_expanded(monkeypatch):
     config = parse({**plain, "run": {"storage": "~/runs", "name": "x"}})
     assert str(config.run_directory) == "/home/somebody/runs/x"
     assert str(config.cache_directory) == "/home/somebody/runs/cache"
+
+
+def with_template_options(options: dict) -> dict:
+    return {"model": {"path": "m"}, "data": {"train": [{"name": "a", "path": "a"}], "template_options": options}}
+
+
+def test_a_date_for_the_chat_template_is_the_text_that_was_written():
+    config = parse(with_template_options({"date_string": date(2024, 7, 26)}))
+    assert config.data.template_options == {"date_string": "2024-07-26"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"tools": 1}, "tools is what the template is given anyway"), ({"x": {1, 2}}, "texts, numbers")],
+)
+def test_what_a_chat_template_cannot_take_is_refused(options, message):
+    with pytest.raises(RequestError, match=message):
+        parse(with_template_options(options))

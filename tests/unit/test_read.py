@@ -19,7 +19,7 @@ from raysft.data.files import find_files
 from raysft.data.formats import ROLES, examples
 from raysft.data.holdout import is_held_out, opening
 from raysft.data.read import read_raw
-from raysft.records import Example, Message, Rejected
+from raysft.records import Example, Message, Rejected, write_jsonl
 
 ALPACA = [
     {"instruction": "Add.", "input": "1 2", "output": "3"},
@@ -313,7 +313,7 @@ def test_csv_counts_lines_of_the_file_and_keeps_long_and_broken_fields():
     save("a.csv", f'text,n\r\n"a\r\nb",1\r\n\r\nshort\r\n{long},2\r\na,b,c\r\n')
     items = read_all("a.csv")
     assert [(item.record, item.text) for item in items if isinstance(item, Example)] == [
-        ("a.csv:2", "a\nb"),
+        ("a.csv:2", "a\r\nb"),
         ("a.csv:6", long),
     ]
     assert reasons(items) == {
@@ -444,3 +444,72 @@ def test_the_held_out_share_is_about_as_asked_and_grows_with_it():
     assert 320 <= len(sides[0.1]) <= 480
     assert 1850 <= len(sides[0.5]) <= 2150
     assert sides[0.1] <= sides[0.5]
+
+
+def test_a_link_back_into_its_folder_and_a_path_told_twice_give_no_record_twice():
+    save("d/a.txt", "one\ntwo\n")
+    Path("d/self").symlink_to(".")
+    assert len(read_all("d")) == 2
+    assert refusal(["d/a.txt", "d/../d/a.txt"]).endswith("a second time; name it once")
+
+
+def test_a_file_uri_is_the_path_that_it_names():
+    save("d e/a.txt", "one\n")
+    assert len(read_all(f"file://{Path.cwd()}/d%20e/a.txt")) == 1
+
+
+TALK = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("s.jsonl", TALK.replace('"b"', '"b", "reasoning_content": "\\ud800"'), "half a character"),
+        ("t.jsonl", TALK.replace("]}", '], "tools": [{"name": "\\ud800"}]}'), "half a character"),
+        ("w.jsonl", '{"text": "a", "weight": 1' + "0" * 400 + "}", "weight holds"),
+        ("x.jsonl", '{"text": "a", "weight": 1e-60}', "it must lie between 1e-06 and 1e+06"),
+        ("n.jsonl", TALK.replace("]}", '], "tools": "' + "[" * 100_000 + '"}'), "which is no JSON"),
+        ("i.jsonl", '{"input_ids": [1, 2], "labels": [-99, 2]}', "labels holds -99"),
+        ("b.yaml", "- {text: !!bool maybe}\n- {text: good}\n", "no usable YAML"),
+    ],
+)  # fmt: skip
+def test_what_only_a_part_of_a_record_spoils_is_told_of_that_record(name, content, reason):
+    save(name, content + "\n")
+    item = read_all(name)[0]
+    assert isinstance(item, Rejected)
+    assert reason in item.reason
+    assert len(item.reason) < 300
+
+
+def test_rejected_records_with_half_a_character_can_be_written(tmp_path):
+    write_jsonl(tmp_path / "r.jsonl", [{"reason": "\ud800 é"}])
+    assert json.loads((tmp_path / "r.jsonl").read_text()) == {"reason": "\ud800 é"}
+
+
+def test_a_parquet_value_that_is_no_text_spoils_its_own_record_alone():
+    texts = pa.StringArray.from_buffers(
+        3, pa.py_buffer(b"\0\0\0\0\4\0\0\0\6\0\0\0\t\0\0\0"), pa.py_buffer(b"good\xff\xfetoo")
+    )
+    pq.write_table(pa.table({"text": texts}), "p.parquet")
+    items = read_all("p.parquet")
+    assert [isinstance(item, Rejected) for item in items] == [False, True, False]
+
+
+def test_a_system_column_opens_a_conversation_that_has_no_system_turn_of_its_own():
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    records = [
+        {"messages": turns, "system": "S"},
+        {"messages": [{"role": "system", "content": "T"}, *turns], "system": "S"},
+    ]
+    save("m.jsonl", lines(records))
+    assert [item.messages[0].content for item in read_all("m.jsonl")] == ["S", "T"]  # type: ignore[union-attr]
+
+
+def test_a_pretty_printed_object_says_what_is_wanted():
+    save("one.json", json.dumps({"text": "a"}, indent=2))
+    assert "write a list of records, or one record a line" in refusal("one.json")
+
+
+def test_completions_without_a_prompt_are_held_out_by_their_own_text():
+    held = [is_held_out(Example("s", "f", text=f"text {number}", prompt=0), 0.3) for number in range(200)]
+    assert 30 < sum(held) < 90

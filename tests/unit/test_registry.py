@@ -104,3 +104,26 @@ def test_a_source_without_path_and_registry_is_refused():
 def test_a_weight_that_has_no_effect_is_refused():
     with pytest.raises(RequestError, match=r"has a weight, which data\.mixing=concat does not use"):
         parse({"model": {"path": "m"}, "data": {"train": [{"name": "x", "path": "p", "weight": 2}]}})
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"file_name": 5}, "file_name is 5; the name of a file or folder belongs there"),
+        ({"file_name": "a.json", "columns": ["a"]}, "columns is ['a']; a mapping of names belongs there"),
+        ({"file_name": "a.json", "columns": {"query": 7}}, "columns.input=7: input should be a valid string"),
+        ({"file_name": "a.json", "num_samples": "10"}, "max_examples='10': input should be a valid integer"),
+    ],
+)
+def test_an_entry_of_wrong_types_is_refused_in_one_line(tmp_path, entry, message):
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"x": entry}))
+    with pytest.raises(RequestError) as caught:
+        found(tmp_path, "x")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_column_that_is_null_is_as_if_it_were_not_there(tmp_path):
+    entry = {"file_name": "a.json", "columns": {"prompt": "q", "query": None}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"x": entry}))
+    assert found(tmp_path, "x").columns == {"instruction": "q"}

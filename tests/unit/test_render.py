@@ -350,3 +350,142 @@ def test_a_template_that_marks_generations_is_taken_at_its_word(tokenizer_with):
     folder = tokenizer_with(chat_template=template)
     (item,) = tokenize(folder, conversation(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")))
     assert trained_text(folder, item) == "b!d!"
+
+
+TURN = "<|im_start|>{{ m.role }}\n"
+ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+SPACED = conversation(
+    ("user", " give json, a < b \n"),
+    ("assistant", " <think>x</think> done "),
+    ("user", "\nmore"),
+    ("assistant", "yes\n"),
+)
+TEMPLATES = {
+    "set": "{% for m in messages %}{% set c %}{{ m.content }}{% endset %}"
+    + TURN
+    + "{{ c | trim }}<|im_end|>\n{% endfor %}",
+    "thinking": "{% for m in messages %}{% set c %}{{ m.content }}{% endset %}"
+    + TURN
+    + "{{ c.split('</think>')[-1] if '</think>' in c and not loop.last else c }}<|im_end|>\n{% endfor %}",
+    "filter": "{% for m in messages %}"
+    + TURN
+    + "{% filter trim %}{{ m.content }}{% endfilter %}<|im_end|>\n{% endfor %}",
+    "call": "{% macro w() %}{{ caller() | trim }}{% endmacro %}{% for m in messages %}"
+    + TURN
+    + "{% call w() %}{{ m.content }}{% endcall %}<|im_end|>\n{% endfor %}",
+    "macro": "{% macro first() %}{{ messages[0]['content'] }}{% endmacro %}{% for m in messages %}"
+    + TURN
+    + "{{ first() | trim if loop.first else m.content }}<|im_end|>\n{% endfor %}",
+    "no tools": "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>user\n{{ m.content }}<|im_end|>\n"
+    "{% elif m.role == 'system' %}<|im_start|>system\n{{ m.content }}<|im_end|>\n"
+    "{% elif m.role == 'assistant' %}<|im_start|>assistant\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_that_change_what_they_write_are_followed(tokenizer_with, name):
+    folder = tokenizer_with(chat_template=TEMPLATES[name] + ASK)
+    (item,) = tokenize(folder, SPACED, sequence_length=512)
+    assert item.input_ids.tolist() == whole_template(folder, SPACED)
+    kept = (
+        " <think>x</think> done "
+        if name in ("macro", "no tools")
+        else " done "
+        if name == "thinking"
+        else "<think>x</think> done"
+    )
+    last = "yes\n" if name in ("macro", "no tools", "thinking") else "yes"
+    assert trained_text(folder, item) == f"{kept}{END}{last}{END}"
+
+
+TOOLS = (
+    "{% for m in messages %}{% if m.role == 'tool' %}"
+    "<|im_start|>user\n<tool_response>\n{{ m.content }}\n</tool_response><|im_end|>\n"
+    "{% else %}" + TURN + "{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("result", ["a.txt", "a.txt\n", " a.txt", "\n\na.txt \n"])
+def test_white_space_around_the_turns_of_others_does_not_hide_the_answers(tokenizer_with, result):
+    folder = tokenizer_with(chat_template=TOOLS + ASK)
+    turns = (
+        ("user", "list"),
+        ("assistant", "ls"),
+        ("tool", result),
+        ("assistant", "one"),
+        ("user", result),
+        ("assistant", "two"),
+    )
+    (item,) = tokenize(folder, conversation(*turns), sequence_length=512)
+    assert trained_text(folder, item) == f"ls{END}one{END}two{END}"
+
+
+def test_a_system_turn_may_stand_inside_a_conversation(folder):
+    turns = (("user", "a"), ("assistant", "b"), ("system", "Now be brief."), ("user", "c"), ("assistant", "d"))
+    (item,) = tokenize(folder, conversation(*turns))
+    assert trained_text(folder, item) == f"b{END}d{END}"
+
+
+def test_an_answer_whose_first_word_joins_the_space_of_the_prompt_is_learnt_whole(tokenizer_with):
+    """A byte-level tokenizer makes one token of a space and the letters behind it."""
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+    folder = tokenizer_with(chat_template=template + "{% if add_generation_prompt %}assistant: {% endif %}")
+    (item,) = tokenize(folder, conversation(("user", "Berlin"), ("assistant", "the sea")))
+    assert trained_text(folder, item) == f" the sea{END}"
+
+
+def test_a_prompt_is_encoded_as_generation_will_ask_it(folder):
+    text, prompt = "Q: x\nA: the sea", "Q: x\nA: "
+    (item,) = tokenize(folder, Example("s", "f:1", text=text, prompt=len(prompt)), with_prompts=True)
+    decode = load_tokenizer(folder).decode
+    assert decode(item.prompt_ids.tolist()) == prompt
+    assert item.input_ids.tolist()[: len(item.prompt_ids)] == item.prompt_ids.tolist()
+    assert decode(item.input_ids.tolist()) == text + END
+    assert trained_text(folder, item) == f"the sea{END}"
+
+
+def test_control_tokens_are_escaped_wherever_somebody_wrote_them(folder):
+    control = load_tokenizer(folder).convert_tokens_to_ids(END)
+    call = {"type": "function", "function": {"name": "say", "arguments": {"text": f"x{END}"}}}
+    spoken = Example("s", "f:1", (Message("user", "a \uf0a1 b"), Message("assistant", "", (call,))))
+    plain = Example("s", "f:2", text=f"a {END} b")
+    completion = Example("s", "f:3", text=f"p{END}c{END}d", prompt=len(f"p{END}"))
+    for example, ends in ((spoken, 2), (plain, 1), (completion, 1)):
+        (item,) = tokenize(folder, example, control_tokens="escape", sequence_length=512, with_prompts=True)
+        assert item.input_ids.tolist().count(control) == ends
+        assert "control_tokens" in dict(item.counts)
+        assert "\ufdd0" not in item.reference + item.prompt
+        (kept,) = tokenize(folder, example, sequence_length=512)
+        assert kept.input_ids.tolist().count(control) > ends
+    (item,) = tokenize(folder, spoken, control_tokens="escape", sequence_length=512)
+    assert "\uf0a1" in load_tokenizer(folder).decode(item.input_ids.tolist())
+
+
+def test_a_template_for_tools_is_used_where_there_are_some(tokenizer_with):
+    folder = tokenizer_with(
+        chat_template={"default": CHAT_TEMPLATE, "tool_use": "{{ tools[0].function.name }}\n" + CHAT_TEMPLATE}
+    )
+    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    with_tool = Example("s", "f:1", (Message("user", "a"), Message("assistant", "b")), (tool,))
+    decode = load_tokenizer(folder).decode
+    items = tokenize(folder, with_tool, conversation(("user", "a"), ("assistant", "b")))
+    assert [decode(item.input_ids.tolist()).startswith("add\n") for item in items] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("stage", "labels", "reason"),
+    [
+        ("sft", (1, 99999), "labels holds 99999 and the tokenizer has"),
+        ("pt", (IGNORED, 2), "labels differ from input_ids, and with stage: pt every token is trained on"),
+    ],
+)
+def test_labels_that_cannot_be_meant_are_rejected(folder, stage, labels, reason):
+    outcome = next(iter(tokenizer_of(folder, stage=stage)([Example("s", "f:1", ids=(1, 2), labels=labels)])))
+    assert isinstance(outcome, Rejected)
+    assert reason in outcome.reason
+
+
+def test_a_template_that_is_no_jinja_is_no_fault_of_the_data(tokenizer_with):
+    folder = tokenizer_with(chat_template="{% for m in messages %}{{ m.content")
+    with pytest.raises(RequestError, match="the chat template is no valid Jinja"):
+        tokenizer_of(folder)

@@ -220,3 +220,13 @@ def test_log_normal_lengths_leave_less_than_half_a_percent_of_padding(mean):
     ends = np.arange(10_000, 100_001, 10_000)
     schedule = plan_rows([Lengths(lengths, lengths - 1, ends)], capacity=4096, rows_per_step=32)
     assert schedule.useful >= 0.995
+
+
+def test_a_part_of_a_source_is_a_sample_of_all_its_shards():
+    ends = np.arange(1, 21) * 5000
+    taken = mix.order(ends, 1000, np.random.default_rng(0))
+    assert len(np.unique(taken)) == 1000
+    per_shard = np.bincount(taken // 5000, minlength=20)
+    assert per_shard.min() > 20
+    assert per_shard.max() < 90
+    assert (np.bincount(mix.order(ends, 150_000, np.random.default_rng(0))) >= 1).all()

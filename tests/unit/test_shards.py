@@ -243,3 +243,39 @@ def test_prompts_are_gathered_under_unique_names(tmp_path, model, monkeypatch, l
         number = int(row["id"].removeprefix("a/a.jsonl:")) - 1
         assert row["prompt"] == f"<|im_start|>user\nquestion {number}<|im_end|>\n<|im_start|>assistant\n"
         assert row["label"] == f"answer {number}"
+
+
+@pytest.mark.parametrize(
+    "name", ["added_tokens.json", "vocab.json", "config.json", "additional_chat_templates/tool_use.jinja"]
+)
+def test_every_file_of_a_tokenizer_is_part_of_the_key(tmp_path, name):
+    write_records(tmp_path / "a.jsonl", [GOOD])
+    folder = tmp_path / "model"
+    tiny_tokenizer().save_pretrained(folder)
+    before = the_set(data_config(tmp_path), str(folder)).directory
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("{}")
+    changed = the_set(data_config(tmp_path), str(folder)).directory
+    (folder / "model.safetensors").write_text("weights")
+    assert before != changed == the_set(data_config(tmp_path), str(folder)).directory
+
+
+def test_damaged_shards_are_written_again(tmp_path, model):
+    write_records(tmp_path / "a.jsonl", [GOOD])
+    each = the_set(data_config(tmp_path), model)
+    (manifest,) = write([each], model, 0.0)
+    for damage in (lambda path: path.write_bytes(b""), lambda path: path.unlink()):
+        damage(Path(manifest.shard_paths()[0]))
+        (manifest,) = write([each], model, 0.0)
+        assert not manifest.reused
+        assert pq.read_table(manifest.shard_paths()[0]).num_rows == 1
+    assert write([each], model, 0.0)[0].reused
+
+
+def test_what_may_be_rejected_is_measured_over_all_parts_of_a_source(tmp_path, model):
+    write_records(
+        tmp_path / "a.jsonl", [["How are you?", "Fine."], *([[f"Question {n}?", "Yes."] for n in range(99)]), 5]
+    )
+    config = data_config(tmp_path, holdout=0.05, max_rejected=0.02)
+    sets = [the_set(config, model, part=part) for part in ("train", "holdout")]
+    assert sum(len(manifest.rejected) for manifest in write(sets, model, 0.02)) >= 1
