@@ -4,21 +4,12 @@ Unknown keys are refused with the nearest known one named, everything is frozen,
 docstring under it, from which ``raysft COMMAND --help`` is generated.
 """
 
+from raysft.config.data import DataSection, Source
 from raysft.config.load import load, parse
 from raysft.config.packages import locate
-from raysft.config.sections import (
-    Config,
-    DataSection,
-    GenerateSection,
-    ModelSection,
-    RequestError,
-    RunSection,
-    ScalingSection,
-    Section,
-    Source,
-    TrainSection,
-    TuneSection,
-)
+from raysft.config.section import RequestError, Section
+from raysft.config.sections import Config, GenerateSection, RunSection, ScalingSection, TuneSection
+from raysft.config.training import ModelSection, TrainSection
 from raysft.config.validate import documented_fields
 
 __all__ = [

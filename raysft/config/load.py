@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from raysft.config.sections import Config, RequestError
+from raysft.config.section import RequestError
+from raysft.config.sections import Config
 from raysft.config.validate import validate
 
 

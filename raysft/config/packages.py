@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from raysft.config.sections import RequestError
+from raysft.config.section import RequestError
 
 
 def locate(path: str, key: str) -> str:

@@ -9,7 +9,9 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from raysft.config.sections import Column, Config, RequestError, Section, Source, Tag
+from raysft.config.data import Column, Source, Tag
+from raysft.config.section import RequestError, Section
+from raysft.config.sections import Config
 
 UNKNOWN = ("extra_forbidden", "invalid_key")
 WORDING = {
