@@ -112,6 +112,13 @@ class Journal:
         elif event == "evaluate":
             self._terminal.line(f"after step {content['current_steps']} | {evaluation_line(content)}")
             self._append(content)
+        elif event == "skipped":
+            self._terminal.line(f"step {content['step']} is left out: {content['reason']}")
+        elif event == "stopped":
+            self._terminal.line(
+                f"stopped after step {content['step']}: no evaluation was better than that after step "
+                f"{content['best_step']} (eval loss {content['best_loss']:.4f})"
+            )
         elif event == "checkpoint":
             self._terminal.line(f"checkpoint after step {content['step']}")
         for callback in self._callbacks:

@@ -229,6 +229,11 @@ class RunDirectory:
         return self.path / "model"
 
     @property
+    def best(self) -> Path:
+        """The model of the best evaluation so far, while the training goes on."""
+        return self.path / ".best"
+
+    @property
     def model_card(self) -> Path:
         """The model card."""
         return self.path / "README.md"

@@ -63,7 +63,7 @@ def check(config: Config) -> Plan:
     with cluster(config) as nodes:
         check_resources(config, nodes)
         _check_engines(config)
-        plan = make_plan(config, _prepared(config)[1], nodes)
+        plan = make_plan(config, _prepared(config)[-1], nodes)
     terminal = Terminal()
     for line in plan.lines():
         terminal.line(line)
@@ -76,7 +76,7 @@ def show(config: Config, rows: int, page: Path | None = None) -> None:
     from raysft.data.show import Lengths, print_rows, shown_rows, write_page
 
     with cluster(config):
-        model, prepared = _prepared(config)
+        model, _, prepared = _prepared(config)
     shown = list(shown_rows(prepared.train_rows, model, rows))
     lengths = Lengths.of(prepared.train_rows, prepared.train)
     if page is None:
@@ -125,7 +125,7 @@ def generate(config: Config) -> None:
 
 def export(directory: RunDirectory, output: Path) -> None:
     """Write the trained model as one Hugging Face model, adapters merged."""
-    from raysft.train.model import merge
+    from raysft.train.adapters import merge
 
     if not directory.config.exists():
         raise RequestError(f"{directory.path}: is no run directory (it holds no config.yaml)")
@@ -155,6 +155,8 @@ class Opened:
     terminal: Terminal
     model: str
     """Folder or hub id of the model to start from."""
+    adapter: str | None
+    """Folder of the adapter to go on with."""
     prepared: Prepared
 
 
@@ -170,7 +172,7 @@ def opened(config: Config) -> Iterator[Opened]:
     with cluster(config) as nodes:
         check_resources(config, nodes)
         _check_engines(config)
-        model, prepared = _prepared(config)
+        model, adapter, prepared = _prepared(config)
         plan = make_plan(config, prepared, nodes)
         directory.path.mkdir(parents=True, exist_ok=True)
         write_atomically(directory.config, config.to_yaml())
@@ -179,7 +181,7 @@ def opened(config: Config) -> Iterator[Opened]:
         write_jsonl(directory.rejected, [flat(item) for each in manifests for item in (*each.rejected, *each.dropped)])
         for line in plan.lines():
             terminal.line(line)
-        yield Opened(config, directory, terminal, model, prepared)
+        yield Opened(config, directory, terminal, model, adapter, prepared)
 
 
 def train_model(it: Opened, callbacks: Sequence[Any] = ()) -> None:
@@ -224,21 +226,23 @@ def generate_predictions(it: Opened) -> None:
         directory.base_predictions.unlink(missing_ok=True)  # those of an earlier call were perhaps made otherwise
     else:
         it.terminal.line("generating with the model before training")
-        base = infer(config, model=it.model, prompts=directory.prompts, output=directory.base_predictions)
+        base = infer(config, model=it.adapter or it.model, prompts=directory.prompts, output=directory.base_predictions)
         results.update({f"base_{key}": value for key, value in base.items()})
     it.terminal.line("generating with the trained model")
     results.update(infer(config, model=str(directory.model), prompts=directory.prompts, output=directory.predictions))
     directory.write_results("predict", results)
 
 
-def _prepared(config: Config) -> tuple[str, Prepared]:
+def _prepared(config: Config) -> tuple[str, str | None, Prepared]:
+    from raysft.train.adapters import find_adapter
     from raysft.train.model import check_model, find_model
 
     _writable(config)
     tell = Terminal().line
     model = find_model(config.model.path, config.cache_directory, tell)
     check_model(config, model)
-    return model, prepare(config, model, tell)
+    model, adapter = find_adapter(config, model, tell)
+    return model, adapter, prepare(config, model, tell)
 
 
 def _writable(config: Config) -> None:
@@ -276,11 +280,14 @@ def _job(it: Opened) -> Any:
     from raysft.train.model import model_identity
 
     identity = {"the config": it.config.fingerprint(), "the model": model_identity(it.model)}
+    if it.adapter:
+        identity["the adapter"] = model_identity(it.adapter)
     identity |= {f"the data of source {each.name!r}": each.key for each in it.prepared.train}
     return Job(
         config=it.config,
         model=it.model,
         run=it.directory,
+        adapter=it.adapter,
         train_rows=it.prepared.train_rows,
         eval_rows=it.prepared.eval_rows,
         identity=identity,

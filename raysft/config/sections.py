@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 
 from raysft.config.data import DataSection
 from raysft.config.section import Count, Name, Positive, RequestError, Section, Text
-from raysft.config.training import ModelSection, TrainSection
+from raysft.config.training import ZERO_OPTIMIZERS, ModelSection, TrainSection
 
 
 class RunSection(Section):
@@ -118,6 +118,12 @@ class Config(Section):
         if self.model.dtype != "auto":
             return self.model.dtype
         return "bfloat16" if self.scaling.use_gpu else "float32"
+
+    @property
+    def autocast(self) -> bool:
+        """Whether weights stay float32 and only the computation is bfloat16: for optimizers that ZeRO, which keeps float32
+        copies of bfloat16 weights, does not know."""
+        return self.dtype == "bfloat16" and self.train.optimizer not in ZERO_OPTIMIZERS
 
     @property
     def lora_alpha(self) -> float:

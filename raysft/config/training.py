@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from raysft.config.section import Beta, Count, Fraction, Positive, Section, Text
+
+Targets = Literal["all"] | Annotated[list[Text], Field(min_length=1)]
+Optimizer = Literal["adamw", "adafactor", "muon", "adam_mini", "galore", "apollo", "badam"]
+ZERO_OPTIMIZERS = ("adamw",)
+"""Those that look at each weight alone; the others look at the shape of a matrix, which ZeRO's flat parts do not have."""
+Schedule = Literal[
+    "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "cosine_with_min_lr", "polynomial",
+    "inverse_sqrt", "warmup_stable_decay",
+]  # fmt: skip
+
+
+class FreezeSection(Section):
+    layers: Annotated[int, Field(strict=True)] = 2
+    """How many layers are trained: the last N; with a negative number the first N."""
+    modules: Targets = "all"
+    """Modules inside those layers that are trained, for example ``[mlp]``; ``all``: whole layers."""
+    extra_modules: list[Text] = []
+    """Modules outside the layers that are trained as well, for example ``[embed_tokens, norm]``."""
+
+    @field_validator("layers")
+    @classmethod
+    def _some(cls, value: int) -> int:
+        if not value:
+            raise ValueError("0 layers train nothing; give the last N, or the first N as a negative number")
+        return value
 
 
 class LoraSection(Section):
@@ -16,8 +41,32 @@ class LoraSection(Section):
     """Scale of the adapter; the update is multiplied by alpha / rank. Default: 2 · rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
-    target: Literal["all"] | list[str] = "all"
+    target: Targets = "all"
     """``all``: every linear layer but the output head; or a list of module names."""
+    extra_modules: list[Text] = []
+    """Modules that are trained whole and kept with the adapter, for example ``[embed_tokens, lm_head]``."""
+    dora: bool = False
+    """DoRA: train the magnitude of each weight apart from its direction."""
+    rslora: bool = False
+    """Rank-stabilised LoRA: scale by alpha / √rank."""
+    pissa: bool = False
+    """PiSSA: begin with the principal singular vectors of each weight, and train these. What is written is an ordinary LoRA
+    of the unchanged model."""
+    pissa_iterations: Count = 16
+    """Iterations of the fast SVD that PiSSA begins with; 0: the exact one."""
+    loraplus_ratio: Annotated[float, Field(gt=0)] | None = None
+    """LoRA+: how many times higher the learning rate of the B matrices is. Default: the same for both."""
+
+
+class OftSection(Section):
+    block_size: Positive = 32
+    """Size of the orthogonal blocks."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the blocks that are left out at random."""
+    target: Targets = "all"
+    """``all``: every linear layer but the output head; or a list of module names."""
+    extra_modules: list[Text] = []
+    """Modules that are trained whole and kept with the adapter."""
 
 
 class ModelSection(Section):
@@ -26,12 +75,50 @@ class ModelSection(Section):
     chat_template: Text | None = None
     """Chat template to use instead of the tokenizer's own, and to save with the model: a name (``chatml``, ``llama3``,
     ``gemma``, ``alpaca``, ``vicuna``) or a ``*.jinja`` file."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the weights in training and generation. ``auto``: bfloat16 on GPU, float32 on CPU."""
-    finetuning: Literal["full", "lora"] = "lora"
-    """What is trained: all weights, or low-rank adapters."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights in training and generation. ``auto``: bfloat16 on GPU, float32 on CPU. ``float16`` trains with
+    dynamic loss scaling."""
+    finetuning: Literal["full", "freeze", "lora", "oft"] = "lora"
+    """What is trained: all weights, those of some layers, low-rank adapters, or orthogonal ones."""
+    freeze: FreezeSection = FreezeSection()
+    """Which layers are trained, used when ``finetuning`` is freeze."""
     lora: LoraSection = LoraSection()
     """Adapter settings, used when ``finetuning`` is lora."""
+    oft: OftSection = OftSection()
+    """Adapter settings, used when ``finetuning`` is oft."""
+    adapters: list[Text] = []
+    """Folders of adapters that were trained before, in their order: all but the last are merged into the model, and the
+    last is trained on."""
+    new_adapter: bool = False
+    """Merge all of ``adapters``, and begin a new one."""
+    quantization: Literal["4bit", "8bit"] | None = None
+    """Load the frozen weights quantized by bitsandbytes (QLoRA). Checkpoints that are quantized already (GPTQ, AWQ,
+    bitsandbytes) are loaded as they are, where the library that they need is installed."""
+    quantization_type: Literal["nf4", "fp4"] = "nf4"
+    """Data type of 4-bit weights."""
+    double_quantization: bool = True
+    """Quantize the scales of 4-bit weights too."""
+    attention: Literal["auto", "sdpa", "flash_attention_2", "flex_attention", "eager"] = "auto"
+    """Attention kernel; each keeps the examples of a row apart. ``auto``: FlashAttention's varlen kernel on GPU where the
+    package flash-attn is installed, else torch's sdpa."""
+    liger: bool = False
+    """Use Liger's fused kernels on GPU (extra ``liger``)."""
+
+
+class OffloadSection(Section):
+    optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where the optimizer's states are kept and its step is computed: on the device, in the node's memory, or on disk."""
+    parameters: Literal["none", "cpu", "nvme"] = "none"
+    """Where weights wait while they are not computed with; with ``zero_stage: 3``."""
+    folder: Text | None = None
+    """Folder on a local NVMe disk, for ``nvme``."""
+
+
+class EarlyStopping(Section):
+    patience: Positive | None = None
+    """Stop after this many evaluations without improvement. Default: never."""
+    threshold: Annotated[float, Field(ge=0)] = 0.0
+    """How much better than the best an evaluation must be to count as an improvement."""
 
 
 class TrainSection(Section):
@@ -45,8 +132,11 @@ class TrainSection(Section):
     """Rows that one worker computes at once; more are accumulated."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Highest learning rate of the schedule."""
-    optimizer: Literal["adamw"] = "adamw"
-    """The optimizer."""
+    optimizer: Optimizer = "adamw"
+    """``adamw`` (torch's, or DeepSpeed's CPU-Adam when offloaded), ``adafactor`` and ``muon`` (torch's; with muon, matrices
+    inside the layers by Muon and all else by AdamW), ``adam_mini``, ``galore``, ``apollo``, ``badam`` (extra ``optim``)."""
+    optimizer_options: dict[str, Any] = {}
+    """More arguments of the optimizer, under the names that its library gives them, for example ``{rank: 64}`` for galore."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
@@ -55,19 +145,48 @@ class TrainSection(Section):
     """Adam's term that keeps the division finite."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Gradients are scaled down to this global norm; 0 switches clipping off."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Course of the learning rate after warm-up, over the exact number of steps."""
+    schedule: Schedule = "cosine"
+    """Course of the learning rate after warm-up, over the exact number of steps; transformers' schedules by their names."""
+    schedule_options: dict[str, Any] = {}
+    """More arguments of the schedule, for example ``{num_cycles: 3}`` or, for warmup_stable_decay, ``{num_decay_steps: 100}``
+    (default there: a tenth of the steps)."""
     warmup_ratio: Fraction = 0.03
     """Share of the steps in which the learning rate rises from 0."""
-    loss: Literal["cross_entropy"] = "cross_entropy"
-    """Loss of a trained token; a step's loss is the sum over its trained tokens divided by their number."""
+    loss: Literal["cross_entropy", "dft", "eaft"] = "cross_entropy"
+    """Loss of a trained token: cross-entropy; DFT, which weighs it by the token's own probability; or EAFT, which weighs it
+    by the entropy of the prediction. A step's loss is the sum over its trained tokens divided by their number."""
+    eaft_alpha: Annotated[float, Field(gt=0)] = 1.0
+    """Exponent of EAFT's entropy weight."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target's probability that is spread over all tokens."""
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the squared log of the softmax's denominator, added to the loss of each trained token."""
+    neftune_alpha: Annotated[float, Field(gt=0)] | None = None
+    """NEFTune: strength of the noise on the embeddings, which is ± alpha / √(tokens of the example · embedding size)."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage: what the workers share out: nothing, optimizer states, gradients too, weights too."""
+    offload: OffloadSection = OffloadSection()
+    """What is kept outside the device."""
+    deepspeed: dict[str, Any] | Text = {}
+    """More DeepSpeed settings, or the path of a JSON file with them; they may not contradict what the config says."""
+    gradient_checkpointing: bool = False
+    """Compute activations a second time instead of keeping them: less memory, about a third more time."""
+    fp8: Literal["off", "torchao"] = "off"
+    """Multiply matrices in 8-bit floats on GPUs that can (Hopper and later), through torchao (extra ``fp8``)."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do when the loss or the gradient is infinite or no number: stop and name the rows, or leave the step out."""
     eval_at_start: bool = True
     """Evaluate before the first step as well, so that a run shows what it changed."""
     eval_every_steps: Positive | None = None
     """Evaluate every N steps; always at the end."""
+    early_stopping: EarlyStopping = EarlyStopping()
+    """When to stop before the end of the schedule; looks at ``eval_loss``."""
+    keep_best: bool = False
+    """Write the model of the evaluation with the lowest ``eval_loss`` instead of the last one."""
     save_every_steps: Positive | None = None
     """Write a checkpoint to resume from every N steps, and at the end. Default: only the trained model is written."""
     max_failures: Count = 3
     """How often the workers are started again from the newest checkpoint after one of them died."""
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
+    """Where the figures of each step go besides ``trainer_log.jsonl``: TensorBoard files in the run directory; W&B and MLflow
+    (extras of their names, which find their servers and keys themselves)."""

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from raysft.config.combinations import refuse
 from raysft.config.data import Column, Source, Tag
 from raysft.config.section import RequestError, Section
 from raysft.config.sections import Config
@@ -38,7 +39,7 @@ def documented_fields(section: type[Section] = Config, prefix: str = "") -> Iter
 
 def validate(raw: dict[str, Any], where: Callable[[tuple[str, ...]], str]) -> Config:
     try:
-        return Config.model_validate(raw)
+        config = Config.model_validate(raw)
     except ValidationError as error:
         problems: dict[tuple[str, ...], list[Any]] = {}
         for problem in sorted(error.errors(), key=lambda problem: problem["type"] not in UNKNOWN):
@@ -49,6 +50,8 @@ def validate(raw: dict[str, Any], where: Callable[[tuple[str, ...]], str]) -> Co
         ]
         more = f" (and {len(exact) - 1} more)" if len(exact) > 1 else ""
         raise RequestError(f"{where(exact[0])}: {_describe(exact[0], problems[exact[0]])}{more}") from None
+    refuse(config)
+    return config
 
 
 def _place(problem: Any, raw: Any) -> tuple[str, ...]:

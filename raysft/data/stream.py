@@ -123,6 +123,15 @@ class Rows:
         """Numbers of the rows that a worker trains on in a step; −1 for a filler."""
         return share(self.schedule.rows, self.rows_per_step, step, worker, workers)
 
+    def records(self, row: int) -> list[str]:
+        """Where the examples of a row come from: ``source: file:line``."""
+        places = self._places([row])
+        found = []
+        for shard, position in zip(places.shards.tolist(), places.positions.tolist(), strict=True):
+            table = pq.read_table(self._shards[0][shard], columns=["source", "record"]).slice(position, 1).to_pylist()
+            found.append(f"{table[0]['source']}: {table[0]['record']}")
+        return found
+
     def batches(self, shares: Iterable[pa.Table], workers: int) -> Iterator[Batch]:
         """What a worker gets from its split of ``dataset`` → its rows of each step."""
         for table in shares:

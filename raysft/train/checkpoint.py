@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,18 @@ import torch.distributed as dist
 from raysft.config import RequestError
 
 TAG = "state"
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation so far."""
+
+    step: int
+    """Optimizer steps done when it was made."""
+    since: int
+    """Evaluations since then that were no better."""
+    results: dict[str, float]
+    """As ``eval_results.json`` holds them."""
 
 
 @dataclass(frozen=True)
@@ -29,16 +41,24 @@ class Cursor:
     """Tokens without padding in them."""
     identity: dict[str, str]
     """What it is a training of: hashes of config, model and each source, by name."""
+    best: Best | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> Cursor:
+        """The cursor of a checkpoint."""
+        whole = json.loads((folder / "cursor.json").read_text())
+        best = whole.pop("best", None)
+        return cls(**whole, best=Best(**best) if best else None)
 
 
 def save(engine: Any, folder: Path, cursor: Cursor) -> None:
     """Write this worker's part of a checkpoint: weights, optimizer, schedule, cursor and random states."""
-    engine.save_checkpoint(str(folder), tag=TAG, client_state=vars(cursor).copy(), exclude_frozen_parameters=True)
+    engine.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True)
     # Dropout draws from torch alone; the order of the data comes from the seed and not from a running state.
     states = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
     torch.save(states, folder / f"random_{dist.get_rank()}.pt")
     if dist.get_rank() == 0:
-        (folder / "cursor.json").write_text(json.dumps(vars(cursor)))
+        (folder / "cursor.json").write_text(json.dumps(asdict(cursor)))
 
 
 def load(engine: Any, folder: Path) -> Cursor:
@@ -58,7 +78,7 @@ def load(engine: Any, folder: Path) -> Cursor:
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-    return Cursor(**json.loads((folder / "cursor.json").read_text()))
+    return Cursor.read(folder)
 
 
 def newest(checkpoints: Path) -> Path | None:
@@ -75,7 +95,7 @@ def newest(checkpoints: Path) -> Path | None:
 def cursor_of(checkpoints: Path) -> Cursor | None:
     """The cursor of the newest complete checkpoint."""
     folder = newest(checkpoints)
-    return Cursor(**json.loads((folder / "cursor.json").read_text())) if folder else None
+    return Cursor.read(folder) if folder else None
 
 
 def export(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -103,12 +123,18 @@ def export(model: Any, tokenizer: Any, folder: Path) -> None:
     draft = folder.with_name(f".{folder.name}")
     shutil.rmtree(draft, ignore_errors=True)
     if adapters_only:
-        model.save_pretrained(draft, state_dict=state)
+        begun_with = getattr(model, "begun_with", None)
+        model.save_pretrained(draft, state_dict=state, path_initial_model_for_weight_conversion=begun_with)
     else:
         model.config.use_cache = True
         model.save_pretrained(draft, state_dict=state)
         model.config.use_cache = False
     (draft / "README.md").unlink(missing_ok=True)  # peft's empty form; the run directory holds a model card
     tokenizer.save_pretrained(draft)
+    put_in_place(draft, folder)
+
+
+def put_in_place(draft: Path, folder: Path) -> None:
+    """Let a folder that is whole take the place of another one."""
     shutil.rmtree(folder, ignore_errors=True)
     draft.replace(folder)

@@ -10,32 +10,16 @@ import torch.distributed as dist
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from raysft.config import Config
+from raysft.train.finetuning import load_model
 from raysft.train.loss import TokenLoss
-from raysft.train.model import load_model
+from raysft.train.objective import Objective
 from raysft.train.optim import make_optimizer, make_schedule
+from raysft.train.zero import deepspeed_settings
 
 
-def deepspeed_config(config: Config, workers: int) -> dict[str, Any]:
-    """The DeepSpeed configuration that the config asks for, at a number of workers."""
-    rows = -(-config.train.rows_per_step // workers)
-    micro = min(config.train.rows_per_device, rows)
-    accumulation = -(-rows // micro)
-    # Without ZeRO DeepSpeed would update bfloat16 weights in bfloat16, where small steps are lost; stage 1 keeps float32 ones.
-    stage = max(config.train.zero_stage, 1) if config.dtype == "bfloat16" else config.train.zero_stage
-    return {
-        "train_batch_size": micro * accumulation * workers,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.train.max_grad_norm,
-        "bf16": {"enabled": config.dtype == "bfloat16"},
-        "zero_optimization": {"stage": stage},
-        # Our own step line says all that its print-outs say.
-        "steps_per_print": 2**31,
-        "wall_clock_breakdown": False,
-    }
-
-
-def make_engine(config: Config, model_path: str, workers: int, steps: int, device: torch.device) -> tuple[Any, Any]:
+def make_engine(
+    config: Config, model_path: str, workers: int, steps: int, device: torch.device, adapter: str | None = None
+) -> tuple[Any, Any]:
     """Load the model and wrap it.
 
     Args:
@@ -44,6 +28,7 @@ def make_engine(config: Config, model_path: str, workers: int, steps: int, devic
         workers: size of the process group, which exists already.
         steps: optimizer steps of the whole run.
         device: where the model goes.
+        adapter: folder of an adapter to go on with.
 
     Returns:
         The engine, and the learning-rate schedule.
@@ -52,15 +37,24 @@ def make_engine(config: Config, model_path: str, workers: int, steps: int, devic
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed takes over the process group that is there, before ZeRO-3 shares weights out over it.
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
-    settings = deepspeed_config(config, workers)
+    settings = deepspeed_settings(config, workers)
     zero3 = config.train.zero_stage == 3
     # While this lives, from_pretrained shares the weights out as it loads them, instead of loading all of them on each worker.
     keep = HfDeepSpeedConfig(settings) if zero3 else None
-    model = TokenLoss(load_model(config, model_path), chunks_follow_shape=zero3)
+    model = TokenLoss(
+        load_model(config, model_path, device, adapter),
+        objective=_objective(config),
+        neftune_alpha=config.train.neftune_alpha,
+        chunks_follow_shape=zero3,
+    )
+    if config.train.fp8 != "off":
+        from raysft.train.fp8 import use_fp8
+
+        use_fp8(model.model, device)
     if not zero3:
         model.to(device)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(parameters, config.train)
+    ratio = config.model.lora.loraplus_ratio if config.model.finetuning == "lora" else None
+    optimizer = make_optimizer(model, config.train, ratio)
     schedule = make_schedule(optimizer, config.train, steps)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings, dist_init_required=False
@@ -70,3 +64,8 @@ def make_engine(config: Config, model_path: str, workers: int, steps: int, devic
     model.check_head(device)
     engine.train()
     return engine, schedule
+
+
+def _objective(config: Config) -> Objective:
+    train = config.train
+    return Objective(train.loss, train.label_smoothing, train.z_loss, train.eaft_alpha)

@@ -26,9 +26,9 @@ from raysft.config import Config, RequestError
 from raysft.records import Evaluation, RunFailed, evaluation_results
 from raysft.train import checkpoint, loop
 from raysft.train.checkpoint import Cursor
+from raysft.train.finetuning import load_trained
 from raysft.train.loop import Job
 from raysft.train.loss import TokenLoss
-from raysft.train.model import load_trained
 from raysft.train.step import evaluate as evaluate_set
 
 Watch = Callable[[str, Any], None]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,9 +16,10 @@ import torch.distributed as dist
 
 from raysft.config import Config
 from raysft.log import duration
-from raysft.records import Evaluation, RunDirectory, RunFailed, StepRecord, evaluation_results
+from raysft.records import Evaluation, RunDirectory, StepRecord, evaluation_results
 from raysft.train import checkpoint
-from raysft.train.checkpoint import Cursor
+from raysft.train.checkpoint import Best, Cursor
+from raysft.train.nonfinite import NonFinite
 from raysft.train.step import Batch, evaluate, train_step
 
 Emit = Callable[[str, Any], None]
@@ -66,6 +66,8 @@ class RowSource(Protocol):
 
     def share(self, step: int, worker: int, workers: int) -> np.ndarray: ...
 
+    def records(self, row: int) -> list[str]: ...
+
 
 @dataclass(frozen=True)
 class Job:
@@ -79,6 +81,8 @@ class Job:
     """``RowSource``."""
     eval_rows: dict[str, Any]
     """``RowSource`` of each evaluation set."""
+    adapter: str | None = None
+    """Folder of an adapter to go on with."""
     identity: dict[str, str] = field(default_factory=dict)
     """What the training is of: hashes of config, model and each source, by name."""
 
@@ -119,7 +123,7 @@ def train(
         batch = next(batches, None)  # the data began before the checkpoint
     if cursor.step == 0 and job.config.train.eval_at_start:
         loop.evaluate(cursor)
-    while cursor.step < loop.schedule.steps:
+    while cursor.step < loop.schedule.steps and not loop.stopped_early:
         cursor = loop.step(batch, cursor)
         if cursor.step < loop.schedule.steps:
             asked = time.perf_counter()
@@ -139,6 +143,9 @@ class _Loop:
         self.schedule: Schedule = job.train_rows.schedule
         self.data_wait = 0.0
         self.first = 0
+        self.best: Best | None = None
+        self.stopped_early = False
+        self.nonfinite = NonFinite(job)
 
     def set_up(self, resume: Path | None) -> Cursor:
         """Load the model, and the state of a checkpoint; gives the cursor to start from."""
@@ -148,12 +155,14 @@ class _Loop:
         self.started = time.perf_counter()
         torch.manual_seed(self.job.config.run.seed + self.rank)
         self.engine, self.lr = make_engine(
-            self.job.config, self.job.model, self.workers, self.schedule.steps, self.device
+            self.job.config, self.job.model, self.workers, self.schedule.steps, self.device, self.job.adapter
         )
         torch.manual_seed(self.job.config.run.seed + self.rank)
         cursor = Cursor(0, 0, 0, self.job.identity)
         if resume is not None:
             cursor = checkpoint.load(self.engine, resume)
+            self.best = cursor.best
+            self.stopped_early = self._patience_is_over()
         self.first = cursor.step
         return cursor
 
@@ -186,24 +195,24 @@ class _Loop:
         begun = time.perf_counter()
         lr = self.engine.get_lr()[0]
         weight, names = float(self.schedule.step_weight[index]), self.job.train_rows.sources
-        loss, norm, by_source = train_step(self.engine, batch, weight, len(names))
+        trained = train_step(self.engine, batch, weight, len(names))
         seconds = time.perf_counter() - begun
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            rows = f"{index * self.schedule.rows_per_step} to {(index + 1) * self.schedule.rows_per_step - 1}"
-            raise RunFailed(
-                f"step {index + 1}: the loss is {loss} and the gradient norm {norm} (rows {rows}); "
-                "lower train.learning_rate or look at these rows"
-            )
+        if not trained.applied:
+            what = self.nonfinite.check(index, trained)
+            if what:
+                self.emit("skipped", {"step": index + 1, "reason": what})
+            if not self.engine.was_step_applied():
+                self.lr.step()  # DeepSpeed leaves the schedule where it was; it is to end with the run
         tokens = int(self.schedule.step_tokens[index])
         rows = min((index + 1) * self.schedule.rows_per_step, self.schedule.rows)
         cursor = Cursor(index + 1, rows, cursor.tokens + tokens, cursor.identity)
         weights = self.schedule.source_weight(index, len(names))
         source_losses = {
             name: float(total / weight)
-            for name, total, weight in zip(names, by_source, weights, strict=True)
+            for name, total, weight in zip(names, trained.by_source, weights, strict=True)
             if weight and len(names) > 1
         }
-        self._log_step(cursor, loss, norm, lr, tokens, seconds, source_losses)
+        self._log_step(cursor, trained.loss, trained.norm, lr, tokens, seconds, source_losses)
         return cursor
 
     def _log_step(
@@ -248,7 +257,7 @@ class _Loop:
         """What is due every so many steps; the last step's is done by ``finish``."""
         train = self.job.config.train
         if train.eval_every_steps and cursor.step % train.eval_every_steps == 0:
-            self.evaluate(cursor)
+            self._judge(self.evaluate(cursor), cursor)
         if train.save_every_steps and cursor.step % train.save_every_steps == 0:
             self._checkpoint(cursor)
 
@@ -272,7 +281,35 @@ class _Loop:
             )
         return evaluations
 
+    def _judge(self, evaluations: list[Evaluation], cursor: Cursor) -> None:
+        """Compare an evaluation with the best so far, keep its model if it is better, and see whether it is time to stop.
+
+        Losses are sums over all workers, so that each comes to the same end.
+        """
+        results = evaluation_results(evaluations)
+        train = self.job.config.train
+        if not results or not (train.keep_best or train.early_stopping.patience):
+            return
+        loss = results["eval_loss"]
+        if self.best is None or loss < self.best.results["eval_loss"] - train.early_stopping.threshold:
+            self.best = Best(cursor.step, 0, results)
+            if train.keep_best:
+                self._export(self.job.run.best)
+        else:
+            self.best = replace(self.best, since=self.best.since + 1)
+        self.stopped_early = self._patience_is_over()
+        if self.stopped_early:
+            self.emit(
+                "stopped",
+                {"step": cursor.step, "best_step": self.best.step, "best_loss": self.best.results["eval_loss"]},
+            )
+
+    def _patience_is_over(self) -> bool:
+        patience = self.job.config.train.early_stopping.patience
+        return patience is not None and self.best is not None and self.best.since >= patience
+
     def _checkpoint(self, cursor: Cursor) -> None:
+        cursor = replace(cursor, best=self.best)
         self.save(self.engine, cursor)
         self.emit("checkpoint", {"step": cursor.step, "rows": cursor.rows})
 
@@ -280,19 +317,36 @@ class _Loop:
         """Evaluate, write the model, and say how it went."""
         if self.job.config.train.save_every_steps and cursor.step > self.first:
             self._checkpoint(cursor)
-        evaluations = self.evaluate(cursor)
+        results: dict[str, Any] = {
+            "total_steps": cursor.step,
+            "total_rows": cursor.rows,
+            "total_tokens": cursor.tokens,
+            "epoch": round(self.schedule.epoch_of(cursor.rows), 4),
+        }
+        if self.stopped_early:
+            results["planned_steps"] = self.schedule.steps
+        else:
+            self._judge(last := self.evaluate(cursor), cursor)
+            evaluated = evaluation_results(last)
+        if self.best:
+            results |= {"best_step": self.best.step, "best_eval_loss": self.best.results["eval_loss"]}
+        if self.best and self.job.config.train.keep_best:
+            evaluated = self.best.results
+            if self.rank == 0:
+                checkpoint.put_in_place(self.job.run.best, self.job.run.model)
+        else:
+            if self.stopped_early:
+                evaluated = evaluation_results(self.evaluate(cursor))
+            self._export(self.job.run.model)
+        self.emit("end", {"train": results, "eval": evaluated})
+
+    def _export(self, folder: Path) -> None:
+        """Write the model as it is now."""
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self.job.model)
         tokenizer.chat_template = self.job.config.chat_template or tokenizer.chat_template
-        checkpoint.export(self.engine.module.model, tokenizer, self.job.run.model)
-        results = {
-            "total_steps": self.schedule.steps,
-            "total_rows": self.schedule.rows,
-            "total_tokens": cursor.tokens,
-            "epoch": round(self.schedule.epoch_of(cursor.rows), 4),
-        }
-        self.emit("end", {"train": results, "eval": evaluation_results(evaluations)})
+        checkpoint.export(self.engine.module.model, tokenizer, folder)
 
 
 def _size(parameter: Any) -> int:

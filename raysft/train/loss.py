@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from raysft.records import IGNORED, RunFailed
+from raysft.train.objective import CROSS_ENTROPY, Objective, embedding_noise
 
 CHUNK_TOKENS = 1024
 """Trained tokens whose logits exist at the same time, so that peak memory does not grow with rows × vocabulary."""
@@ -21,15 +23,24 @@ class TokenLoss(nn.Module):
     Its sum over a step's microbatches and workers, divided by the step's trained tokens, is the step's loss.
     """
 
-    def __init__(self, model: nn.Module, chunks_follow_shape: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective = CROSS_ENTROPY,
+        neftune_alpha: float | None = None,
+        chunks_follow_shape: bool = False,
+    ) -> None:
         """
         Args:
             model: a transformers causal language model, with or without peft adapters.
+            objective: loss of a token in training; evaluations measure the cross-entropy.
+            neftune_alpha: strength of the noise on the embeddings in training.
             chunks_follow_shape: make as many chunks as the batch's shape could need instead of as many as it does. With ZeRO-3
                 each use of the head gathers its weight from all workers, so that all must use it equally often.
         """
         super().__init__()
         self.model = model
+        self.objective, self.neftune_alpha = objective, neftune_alpha
         self.chunks_follow_shape = chunks_follow_shape
 
     def forward(
@@ -47,18 +58,19 @@ class TokenLoss(nn.Module):
             input_ids: [rows, tokens].
             position_ids: [rows, tokens], starting again at each example of a row: this alone keeps examples apart.
             labels: [rows, tokens], ``IGNORED`` where not trained; aligned with ``input_ids``.
-            weights: [rows, tokens] what the cross-entropy of each token counts. Default: 1.
+            weights: [rows, tokens] what the loss of each token counts. Default: 1.
             sources: [rows, tokens] number of each token's source. Default: 0.
             number_of_sources: how many there are.
-            score: also count correct predictions.
+            score: measure for an evaluation: the cross-entropy, and correct predictions.
 
         Returns:
-            The sum of the trained tokens' weighted cross-entropies (float32); [number_of_sources] the same of each source,
+            The sum of the trained tokens' weighted losses (float32); [number_of_sources] the same of each source,
             without gradient; and the number of trained tokens whose label is the most probable one (0 unless ``score``).
         """
         decoder, head = _parts(self.model)
         # Without a cache transformers sees from the positions where examples begin; with one it silently does not.
-        hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        inputs = self._inputs(decoder, input_ids, position_ids)
+        hidden = decoder(**inputs, position_ids=position_ids, use_cache=False).last_hidden_state
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).reshape(-1)
         chosen = targets != IGNORED
         if not chosen.any():
@@ -75,15 +87,23 @@ class TokenLoss(nn.Module):
         columns = [
             [None] * chunks if values is None else _split(values, chunks) for values in (hidden, targets, *beside)
         ]
+        objective = CROSS_ENTROPY if score else self.objective
         totals = []
         for piece in zip(*columns, strict=True):
-            arguments: Any = (head, *piece, number_of_sources, score)
+            arguments: Any = (_with_scale(head, self.model), objective, *piece, number_of_sources, score)
             if chunks > 1 and torch.is_grad_enabled():
                 totals.append(checkpoint(_chunk_loss, *arguments, use_reentrant=False))
             else:
                 totals.append(_chunk_loss(*arguments))
         loss, by_source, correct = (torch.stack(column).sum(0) for column in zip(*totals, strict=True))  # type: ignore[arg-type]
         return loss, by_source, correct
+
+    def _inputs(self, decoder: Any, input_ids: torch.Tensor, position_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self.neftune_alpha is None or not self.training:
+            return {"input_ids": input_ids}
+        embedded = decoder.get_input_embeddings()(input_ids)
+        noise = embedding_noise(position_ids, embedded.shape[-1], self.neftune_alpha)
+        return {"inputs_embeds": embedded + noise.to(embedded.dtype)}
 
     @torch.no_grad()
     def check_head(self, device: torch.device) -> None:
@@ -96,7 +116,8 @@ class TokenLoss(nn.Module):
         ids = torch.arange(8, device=device)[None]
         positions = torch.arange(8, device=device)[None]
         whole = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
-        parts = head(decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state).float()
+        hidden = decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+        parts = _with_scale(head, self.model)(hidden).float()
         if not torch.allclose(whole, parts, rtol=1e-3, atol=1e-3):
             raise RunFailed(
                 f"{type(self.model).__name__} changes its logits after the output head (by up to "
@@ -110,6 +131,21 @@ def _parts(model: Any) -> tuple[Any, Any]:
     return model.base_model, model.get_output_embeddings()
 
 
+def _with_scale(head: Any, model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The output head with what some architectures do to its logits, by the names that their configs give it."""
+    config = model.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        values = head(hidden)
+        values = values * scale if scale != 1.0 else values
+        return cap * torch.tanh(values / cap) if cap else values
+
+    return logits
+
+
 def _split(values: torch.Tensor, pieces: int) -> list[torch.Tensor]:
     """Exactly ``pieces`` parts, the last ones empty where there is too little."""
     size = -(-len(values) // pieces)
@@ -118,6 +154,7 @@ def _split(values: torch.Tensor, pieces: int) -> list[torch.Tensor]:
 
 def _chunk_loss(
     head: Any,
+    objective: Objective,
     hidden: torch.Tensor,
     targets: torch.Tensor,
     weights: torch.Tensor | None,
@@ -126,14 +163,12 @@ def _chunk_loss(
     score: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     logits = head(hidden).float()
-    if weights is None and sources is None:
-        loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
-        by_source = loss.detach()[None]
+    losses = objective(logits, targets)
+    losses = losses if weights is None else losses * weights
+    loss = losses.sum()
+    if sources is None:
+        by_source = torch.cat([loss.detach()[None], loss.new_zeros(number_of_sources - 1)])
     else:
-        losses = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
-        losses = losses if weights is None else losses * weights
-        loss = losses.sum()
-        numbers = torch.zeros_like(targets) if sources is None else sources
-        by_source = torch.zeros(number_of_sources, device=hidden.device).index_add(0, numbers, losses.detach())
+        by_source = torch.zeros(number_of_sources, device=hidden.device).index_add(0, sources, losses.detach())
     correct = (logits.argmax(-1) == targets).sum() if score else torch.zeros((), dtype=torch.long, device=hidden.device)
     return loss, by_source, correct

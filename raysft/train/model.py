@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib.util
 import logging
 import os
 import shutil
@@ -54,6 +55,10 @@ def check_model(config: Config, model: str) -> None:
     """
     from transformers import AutoConfig
 
+    from raysft.train.finetuning import attention, check_names, quantization_config
+    from raysft.train.optim import check_installed
+    from raysft.train.zero import deepspeed_settings
+
     try:
         described: Any = AutoConfig.from_pretrained(model).get_text_config()
     except Exception as error:
@@ -67,27 +72,62 @@ def check_model(config: Config, model: str) -> None:
         raise RequestError(
             f"data.sequence_length={config.data.sequence_length} and the model has {positions} positions; use at most {positions}"
         )
-    if config.model.finetuning == "lora" and config.model.lora.target != "all":
+    _check_quantized(model, described, config)
+    check_installed(config.train.optimizer)
+    quantization_config(config)
+    attention(config)
+    deepspeed_settings(config, config.scaling.num_workers)
+    if _names_modules(config):
         import torch
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
-            _check_target(AutoModelForCausalLM.from_config(described), config)
+            check_names(AutoModelForCausalLM.from_config(described), config)
 
 
-def _check_target(model: Any, config: Config) -> None:
-    for name in config.model.lora.target:
-        if not any(module == name or module.endswith(f".{name}") for module, _ in model.named_modules()):
-            raise RequestError(f"model.lora.target names {name!r} and the model has no such module; try 'all'")
+def _names_modules(config: Config) -> bool:
+    model = config.model
+    section = {"lora": model.lora, "oft": model.oft}.get(model.finetuning)
+    return model.finetuning == "freeze" or (
+        section is not None and (section.target != "all" or bool(section.extra_modules))
+    )
+
+
+QUANTIZERS = {"gptq": "gptqmodel", "awq": "gptqmodel", "bitsandbytes": "bitsandbytes", "hqq": "hqq", "aqlm": "aqlm"}
+"""Packages that load checkpoints which are quantized already."""
+
+
+def _check_quantized(model: str, described: Any, config: Config) -> None:
+    """Quantized weights are frozen, and a library must know them."""
+    quantized = getattr(described, "quantization_config", None)
+    if not quantized:
+        return
+    method = (
+        str(quantized["quant_method"] if isinstance(quantized, dict) else quantized.quant_method).split(".")[-1].lower()
+    )
+    if config.model.quantization:
+        raise RequestError(
+            f"model.path={model}: is quantized already ({method}) and model.quantization={config.model.quantization}; take it out"
+        )
+    if config.model.finetuning not in ("lora", "oft"):
+        raise RequestError(
+            f"model.path={model}: is quantized ({method}), which freezes its weights; set model.finetuning to lora or oft"
+        )
+    package = QUANTIZERS.get(method)
+    if package and importlib.util.find_spec(package) is None:
+        raise RequestError(
+            f"model.path={model}: is quantized by {method}, which needs the package {package}; install it on every node"
+        )
 
 
 def model_identity(model: str) -> str:
-    """Hash of a model folder's config and of the names and sizes of its weights; the id of a model on the hub."""
+    """Hash of a model's or adapter's config and of the names and sizes of its weights; the id of a model on the hub."""
     folder = Path(model)
     if not folder.is_dir():
         return model
     weights = sorted((path.name, path.stat().st_size) for path in folder.glob("*.safetensors"))
-    return hashlib.sha256((folder / "config.json").read_bytes() + repr(weights).encode()).hexdigest()[:16]
+    described = next(path for name in ("adapter_config.json", "config.json") if (path := folder / name).exists())
+    return hashlib.sha256(described.read_bytes() + repr(weights).encode()).hexdigest()[:16]
 
 
 def _on_hub(path: str) -> str:
@@ -107,23 +147,32 @@ def _on_hub(path: str) -> str:
 def _converted(file: Path, cache: Path, say: Callable[[str], None]) -> str:
     with file.open("rb") as stream:
         key = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+
+    def write(folder: Path) -> None:
+        say(f"model: {file.name} is converted to safetensors, once, in {target}")
+        with _quiet():
+            _convert(file, folder)
+
     target = cache / "models" / f"{file.stem}-{key}"
+    return str(in_cache(target, write))
+
+
+def in_cache(target: Path, write: Callable[[Path], None]) -> Path:
+    """A model folder in the cache, written by whoever comes first; others wait for it."""
     if (target / "config.json").exists():
-        return str(target)
+        return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with (target.parent / f".{target.name}.lock").open("w") as lock:
-        # Only convertings of this one file wait here, and only while one of them works on it.
+        # Only those who want this one model wait here, and only while one of them works on it.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (target / "config.json").exists():
             draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
             try:
-                say(f"model: {file.name} is converted to safetensors, once, in {target}")
-                with _quiet():
-                    _convert(file, draft)
+                write(draft)
                 draft.replace(target)
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
-    return str(target)
+    return target
 
 
 @contextmanager
@@ -153,80 +202,3 @@ def _convert(file: Path, folder: Path) -> None:
     model.hf_quantizer = None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def load_model(config: Config, path: str) -> Any:
-    """The model to train, in its dtype, with adapters where the config asks for them.
-
-    Its cache is off: with one, packed rows would silently see each other.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype), attn_implementation="sdpa")
-    model.config.use_cache = False
-    if config.model.finetuning == "full":
-        return model
-    return _with_adapters(model, config, path)
-
-
-def _with_adapters(model: Any, config: Config, path: str) -> Any:
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    lora = config.model.lora
-    torch.manual_seed(config.run.seed)
-    model = get_peft_model(
-        model,
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=lora.rank,
-            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft takes any number
-            lora_dropout=lora.dropout,
-            target_modules="all-linear" if lora.target == "all" else lora.target,
-            base_model_name_or_path=path,
-        ),
-    )
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return model
-
-
-def load_trained(config: Config, folder: Path) -> Any:
-    """A trained model or adapter with its base, to evaluate."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    dtype = getattr(torch, config.dtype)
-    if (folder / "adapter_config.json").exists():
-        from peft import AutoPeftModelForCausalLM
-
-        return AutoPeftModelForCausalLM.from_pretrained(str(folder), dtype=dtype)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-
-
-def merge(adapter: Path, output: Path) -> None:
-    """Write the full model that an adapter and its base make, with the tokenizer; a full model is copied.
-
-    Raises:
-        RequestError: the folder holds neither.
-    """
-    import torch
-    from transformers import AutoTokenizer
-
-    if adapter.is_dir() and not any(adapter.glob("*.safetensors")):
-        raise RequestError(
-            f"{adapter}: holds no weights (*.safetensors); the model is not whole, copy or train it again"
-        )
-    if (adapter / "adapter_config.json").exists():
-        from peft import AutoPeftModelForCausalLM
-
-        model = AutoPeftModelForCausalLM.from_pretrained(str(adapter), torch_dtype=torch.float32).merge_and_unload()
-        model.config.use_cache = True
-        model.save_pretrained(output)
-        AutoTokenizer.from_pretrained(adapter).save_pretrained(output)
-    elif (adapter / "config.json").exists():
-        shutil.copytree(adapter, output, dirs_exist_ok=True)
-    else:
-        raise RequestError(f"{adapter}: holds no trained model; train first (raysft train CONFIG)")

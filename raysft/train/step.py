@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,21 @@ KINDS = {
 }
 
 
-def train_step(engine: Any, batch: Batch, weight: float, sources: int = 1) -> tuple[float, float, np.ndarray]:
+@dataclass(frozen=True)
+class Trained:
+    """What one optimizer step came to."""
+
+    loss: float
+    """The step's loss over all workers: the weighted sum over trained tokens divided by their weight."""
+    norm: float
+    """Norm of the whole gradient before clipping."""
+    by_source: np.ndarray
+    """[sources] float64 the weighted sum of each source."""
+    applied: bool
+    """Whether the weights were changed; they are not where the gradient is infinite or no number."""
+
+
+def train_step(engine: Any, batch: Batch, weight: float, sources: int = 1) -> Trained:
     """Train on one worker's rows of a step.
 
     Args:
@@ -29,10 +45,6 @@ def train_step(engine: Any, batch: Batch, weight: float, sources: int = 1) -> tu
         batch: this worker's rows, as ``data.stream`` makes them.
         weight: weight of the trained tokens of the whole step, over all workers; their number where all count the same.
         sources: how many sources there are.
-
-    Returns:
-        The step's loss over all workers, which is the weighted sum over trained tokens divided by their weight; the norm of
-        the whole gradient before clipping; and [sources] float64 the weighted sum of each source.
     """
     accumulation = engine.gradient_accumulation_steps()
     # DeepSpeed averages over microbatches and workers; the sum is wanted, over one known number of tokens.
@@ -45,11 +57,14 @@ def train_step(engine: Any, batch: Batch, weight: float, sources: int = 1) -> tu
         if engine.is_gradient_accumulation_boundary() and not hasattr(engine.optimizer, "_global_grad_norm"):
             # A plain optimizer (ZeRO 0 in float32) does not keep the norm, and its gradients are whole on each worker.
             norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+            if not torch.isfinite(norm):
+                engine.module.zero_grad(set_to_none=True)  # as ZeRO does by itself: such a step changes nothing
         engine.step()
         totals += torch.cat([loss.detach()[None], by_source])
     dist.all_reduce(totals)
     total, *by_source = totals.double().tolist()
-    return total / weight, float(norm if norm is not None else engine.get_global_grad_norm()), np.asarray(by_source)
+    norm = float(norm if norm is not None else engine.get_global_grad_norm())
+    return Trained(total / weight, norm, np.asarray(by_source), math.isfinite(norm) and engine.was_step_applied())
 
 
 @torch.no_grad()

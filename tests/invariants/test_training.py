@@ -206,7 +206,7 @@ def test_training_equals_a_plain_loop_over_single_examples(prepared, reference):
 
 
 def test_packed_rows_have_the_logits_of_their_examples_alone(prepared):
-    from raysft.train.model import load_model
+    from raysft.train.finetuning import load_model
 
     folder, path, manifest = prepared
     model = load_model(make_config(folder, path), str(path)).eval()
@@ -228,8 +228,8 @@ def test_packed_rows_have_the_logits_of_their_examples_alone(prepared):
 
 
 def test_packed_and_unpacked_losses_are_equal(prepared):
+    from raysft.train.finetuning import load_model
     from raysft.train.loss import TokenLoss
-    from raysft.train.model import load_model
     from raysft.train.step import microbatches
 
     folder, path, manifest = prepared
@@ -301,8 +301,8 @@ def test_lora_trains_alike_on_two_workers_and_with_zero3(prepared):
 
 def test_chunked_logits_give_the_same_loss_and_gradient(prepared, monkeypatch):
     from raysft.train import loss as loss_module
+    from raysft.train.finetuning import load_model
     from raysft.train.loss import TokenLoss
-    from raysft.train.model import load_model
     from raysft.train.step import microbatches
 
     folder, path, manifest = prepared
@@ -323,8 +323,8 @@ def test_chunked_logits_give_the_same_loss_and_gradient(prepared, monkeypatch):
 
 def test_weights_and_losses_of_sources_follow_their_formulas_and_gradients_too(prepared):
     """Against the plain formula in float64: Σ w·l / Σ w over a step, and the mean of each source."""
+    from raysft.train.finetuning import load_model
     from raysft.train.loss import TokenLoss
-    from raysft.train.model import load_model
     from raysft.train.step import microbatches
 
     folder, path, manifest = prepared

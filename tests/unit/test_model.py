@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from raysft.config import Config, RequestError, TrainSection, parse
-from raysft.train.model import check_model, merge, model_identity
+from raysft.train.adapters import merge
+from raysft.train.model import check_model, model_identity
 from raysft.train.optim import make_schedule
 from tests.tiny import tiny_model
 

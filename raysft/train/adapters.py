@@ -1,0 +1,109 @@
+"""Adapters that were trained before: merged into the model, or gone on with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from raysft.config import Config, RequestError
+from raysft.train.model import in_cache, model_identity
+
+
+def find_adapter(config: Config, model: str, say: Callable[[str], None]) -> tuple[str, str | None]:
+    """The model to begin with, earlier adapters merged into it, and the adapter to go on with.
+
+    Args:
+        config: the run's config.
+        model: folder or hub id of the model without adapters.
+        say: takes a line for people where it takes a while.
+
+    Raises:
+        RequestError: there is no such adapter, or it is of another kind than what is to be trained.
+    """
+    folders = [_folder(path) for path in config.model.adapters]
+    for folder in folders:
+        _check_kind(folder, config)
+    goes_on = bool(folders) and not config.model.new_adapter
+    merged = folders[:-1] if goes_on else folders
+    if merged:
+        model = _merged(model, merged, config.cache_directory, say)
+    return model, str(folders[-1]) if goes_on else None
+
+
+def _folder(path: str) -> Path:
+    folder = Path(path).expanduser().absolute()
+    if not (folder / "adapter_config.json").exists():
+        raise RequestError(f"model.adapters: {path} holds no adapter_config.json; give a folder that peft has written")
+    if not any(folder.glob("*.safetensors")):
+        raise RequestError(f"model.adapters: {path} holds no weights (*.safetensors); copy or train it again")
+    return folder
+
+
+def _check_kind(folder: Path, config: Config) -> None:
+    try:
+        kind = str(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"]).lower()
+    except (ValueError, KeyError):
+        raise RequestError(
+            f"model.adapters: {folder}/adapter_config.json is of no use; copy or train it again"
+        ) from None
+    if not config.model.new_adapter and kind != config.model.finetuning:
+        raise RequestError(
+            f"model.adapters: {folder} is {kind} and model.finetuning={config.model.finetuning} is to go on with it; "
+            f"set model.finetuning={kind}, or model.new_adapter=true"
+        )
+
+
+def _merged(model: str, adapters: Sequence[Path], cache: Path, say: Callable[[str], None]) -> str:
+    """A copy of the model in the cache, with adapters merged into it in their order."""
+    names = [model_identity(model), *(model_identity(str(each)) for each in adapters)]
+    key = hashlib.sha256(repr(names).encode()).hexdigest()[:16]
+
+    def write(folder: Path) -> None:
+        say(f"model: {len(adapters)} adapters are merged into {model}, once, in {folder.parent}")
+        merge_adapters(model, adapters, folder)
+
+    return str(in_cache(cache / "models" / f"merged-{key}", write))
+
+
+def merge_adapters(model: str, adapters: Sequence[Path], output: Path) -> None:
+    """Write the full model that a model and its adapters make, with the tokenizer."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    whole: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    for adapter in adapters:
+        whole = PeftModel.from_pretrained(whole, str(adapter)).merge_and_unload()
+    whole.config.use_cache = True
+    whole.save_pretrained(output)
+    AutoTokenizer.from_pretrained(model).save_pretrained(output)
+
+
+def merge(adapter: Path, output: Path) -> None:
+    """Write the full model that an adapter and its base make, with the tokenizer; a full model is copied.
+
+    Raises:
+        RequestError: the folder holds neither.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    if adapter.is_dir() and not any(adapter.glob("*.safetensors")):
+        raise RequestError(
+            f"{adapter}: holds no weights (*.safetensors); the model is not whole, copy or train it again"
+        )
+    if (adapter / "adapter_config.json").exists():
+        from peft import AutoPeftModelForCausalLM
+
+        model = AutoPeftModelForCausalLM.from_pretrained(str(adapter), torch_dtype=torch.float32).merge_and_unload()
+        model.config.use_cache = True
+        model.save_pretrained(output)
+        AutoTokenizer.from_pretrained(adapter).save_pretrained(output)
+    elif (adapter / "config.json").exists():
+        shutil.copytree(adapter, output, dirs_exist_ok=True)
+    else:
+        raise RequestError(f"{adapter}: holds no trained model; train first (raysft train CONFIG)")

@@ -1,0 +1,226 @@
+"""The model as it is trained: loaded in its form, and fitted with what is to be learnt."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from raysft.config import Config, RequestError
+
+
+def load_model(config: Config, path: str, device: torch.device | None = None, adapter: str | None = None) -> Any:
+    """The model to train, in its dtype, with adapters where the config asks for them.
+
+    Its cache is off: with one, packed rows would silently see each other.
+
+    Args:
+        config: the run's config.
+        path: folder or hub id.
+        device: where quantized weights go; others are moved by whoever asks.
+        adapter: folder of an adapter to go on with.
+    """
+    from transformers import AutoModelForCausalLM
+
+    quantization = quantization_config(config)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=getattr(torch, "float32" if config.autocast else config.dtype),
+        attn_implementation=attention(config),
+        **({"quantization_config": quantization, "device_map": {"": device or "cpu"}} if quantization else {}),
+    )
+    model.config.use_cache = False
+    if config.model.liger:
+        _use_liger(model)
+    if config.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.model.finetuning == "full":
+        return model
+    if config.model.finetuning == "freeze":
+        freeze(model, config)
+        return model
+    return _with_adapter(model, config, path, adapter)
+
+
+def attention(config: Config) -> str:
+    """The name by which transformers knows the attention kernel."""
+    wanted = config.model.attention
+    if wanted != "auto":
+        if wanted == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+            raise RequestError(
+                "model.attention=flash_attention_2 needs the package flash-attn; install it, or use sdpa"
+            )
+        return wanted
+    there = config.scaling.use_gpu and config.dtype != "float32" and importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if there else "sdpa"
+
+
+def quantization_config(config: Config) -> Any:
+    """What bitsandbytes is to do with the weights while they are loaded; None where they stay exact.
+
+    Raises:
+        RequestError: it is not installed.
+    """
+    if config.model.quantization is None:
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise RequestError(
+            f"model.quantization={config.model.quantization} needs the package bitsandbytes; "
+            "pip install 'raysft[quant]' on every node"
+        )
+    from transformers import BitsAndBytesConfig
+
+    if config.model.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+        bnb_4bit_quant_type=config.model.quantization_type,
+        bnb_4bit_use_double_quant=config.model.double_quantization,
+    )
+
+
+def freeze(model: nn.Module, config: Config) -> None:
+    """Leave only what ``model.freeze`` names to be trained.
+
+    Raises:
+        RequestError: the model has no such layers or modules.
+    """
+    wanted = config.model.freeze
+    prefix, count = _layers(model)
+    if abs(wanted.layers) > count:
+        raise RequestError(f"model.freeze.layers={wanted.layers} and the model has {count} layers; use at most {count}")
+    chosen = range(count - wanted.layers, count) if wanted.layers > 0 else range(-wanted.layers)
+    layers = tuple(f"{prefix}.{index}." for index in chosen)
+    inside: Sequence[str] | None = None if wanted.modules == "all" else wanted.modules
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    in_layers = {part for name in names if name.startswith(layers) for part in name.split(".")[:-1]}
+    outside = {part for name in names if not name.startswith(f"{prefix}.") for part in name.split(".")[:-1]}
+    _check_names("model.freeze.modules", inside or (), in_layers)
+    _check_names("model.freeze.extra_modules", wanted.extra_modules, outside)
+    for name, parameter in model.named_parameters():
+        parts = set(name.split("."))
+        if name.startswith(f"{prefix}."):
+            trained = name.startswith(layers) and (inside is None or bool(parts & set(inside)))
+        else:
+            trained = bool(parts & set(wanted.extra_modules))
+        parameter.requires_grad_(trained)
+
+
+def _layers(model: nn.Module) -> tuple[str, int]:
+    """Name and length of the list that holds a model's layers."""
+    count = model.config.get_text_config().num_hidden_layers  # type: ignore[operator,union-attr]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name, count
+    raise RequestError(
+        f"model.finetuning=freeze: {type(model).__name__} has no list of {count} layers; use lora or full"
+    )
+
+
+def _check_names(key: str, wanted: Sequence[str], known: set[str]) -> None:
+    for name in wanted:
+        if name not in known:
+            raise RequestError(
+                f"{key} names {name!r} and the model has no such module there; it has {', '.join(sorted(known)):.200}"
+            )
+
+
+def check_names(model: nn.Module, config: Config) -> None:
+    """Find out from a model without weights whether all modules that a config names are there.
+
+    Raises:
+        RequestError: one is not.
+    """
+    if config.model.finetuning == "freeze":
+        freeze(model, config)
+    section = {"lora": config.model.lora, "oft": config.model.oft}.get(config.model.finetuning)
+    if section is None:
+        return
+    modules = {name for name, _ in model.named_modules()}
+    for key, wanted in (("target", section.target), ("extra_modules", section.extra_modules)):
+        for name in () if wanted == "all" else wanted:
+            if not any(module == name or module.endswith(f".{name}") for module in modules):
+                raise RequestError(
+                    f"model.{config.model.finetuning}.{key} names {name!r} and the model has no such module; "
+                    + ("try 'all'" if key == "target" else "take it out")
+                )
+
+
+def _with_adapter(model: Any, config: Config, path: str, adapter: str | None) -> Any:
+    from peft import PeftModel, get_peft_model
+
+    torch.manual_seed(config.run.seed)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    else:
+        model = get_peft_model(model, _adapter_config(config, path))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if adapter is None and config.model.finetuning == "lora" and config.model.lora.pissa:
+        # What is learnt is the difference to this, which is an ordinary LoRA of the unchanged weights.
+        model.begun_with = tempfile.mkdtemp(prefix="raysft-pissa-")
+        model.save_pretrained(model.begun_with)
+    return model
+
+
+def _adapter_config(config: Config, path: str) -> Any:
+    from peft import LoraConfig, OFTConfig
+
+    section = config.model.lora if config.model.finetuning == "lora" else config.model.oft
+    shared: dict[str, Any] = {
+        "task_type": "CAUSAL_LM",
+        "target_modules": "all-linear" if section.target == "all" else list(section.target),
+        "modules_to_save": list(section.extra_modules) or None,
+        "base_model_name_or_path": path,
+    }
+    if config.model.finetuning == "oft":
+        oft = config.model.oft
+        return OFTConfig(r=0, oft_block_size=oft.block_size, module_dropout=oft.dropout, **shared)
+    lora = config.model.lora
+    begin: Any = True
+    if lora.pissa:
+        begin = f"pissa_niter_{lora.pissa_iterations}" if lora.pissa_iterations else "pissa"
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft takes any number
+        lora_dropout=lora.dropout,
+        use_dora=lora.dora,
+        use_rslora=lora.rslora,
+        init_lora_weights=begin,
+        **shared,
+    )
+
+
+def _use_liger(model: Any) -> None:
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise RequestError("model.liger=True needs the package liger-kernel; pip install 'raysft[liger]' on every node")
+    from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]
+        _apply_liger_kernel_to_instance,
+    )
+
+    # The loss is computed by TokenLoss, which makes logits for trained tokens alone.
+    _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
+
+
+def load_trained(config: Config, folder: Path) -> Any:
+    """A trained model or adapter with its base, to evaluate."""
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "attn_implementation": attention(config)}
+    if quantization := quantization_config(config):
+        options |= {
+            "quantization_config": quantization,
+            "device_map": {"": "cuda" if config.scaling.use_gpu else "cpu"},
+        }
+    if (folder / "adapter_config.json").exists():
+        from peft import AutoPeftModelForCausalLM
+
+        return AutoPeftModelForCausalLM.from_pretrained(str(folder), **options)
+    return AutoModelForCausalLM.from_pretrained(folder, **options)

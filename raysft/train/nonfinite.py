@@ -1,0 +1,58 @@
+"""Steps whose loss or gradient is infinite or no number: they change nothing, and are told of by their records."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from raysft.records import RunFailed
+from raysft.train.step import Trained
+
+IN_A_ROW = 20
+"""Steps after which a run that leaves out what is not finite has nothing more to learn."""
+NAMED_RECORDS = 8
+
+
+class NonFinite:
+    """Counts such steps, and ends the run where ``train.nonfinite`` says so."""
+
+    def __init__(self, job: Any) -> None:
+        self.config, self.rows = job.config, job.train_rows
+        self.count, self.last = 0, -2
+
+    def check(self, index: int, trained: Trained) -> str:
+        """Look at a step that was not applied.
+
+        Returns:
+            What happened, for people; empty where it is only loss scaling, which tries higher scales on purpose.
+
+        Raises:
+            RunFailed: the run is to stop at such a step, or there were too many in a row.
+        """
+        self.count = self.count + 1 if index == self.last + 1 else 1
+        self.last = index
+        scaling = self.config.dtype == "float16" and math.isfinite(trained.loss)
+        skips = scaling or self.config.train.nonfinite == "skip"
+        schedule = self.rows.schedule
+        first = index * schedule.rows_per_step
+        last = min(first + schedule.rows_per_step, schedule.rows) - 1
+        what = (
+            f"the loss is {trained.loss} and the gradient norm {trained.norm} "
+            f"(rows {first} to {last}: {self._records(first, last)})"
+        )
+        if not skips:
+            raise RunFailed(
+                f"step {index + 1}: {what}; look at these records, lower train.learning_rate, or set train.nonfinite=skip"
+            )
+        if self.count >= IN_A_ROW:
+            raise RunFailed(
+                f"step {index + 1}: {self.count} steps in a row could not be applied; in the last one {what}; "
+                "look at these records, or lower train.learning_rate"
+            )
+        return "" if scaling else what
+
+    def _records(self, first: int, last: int) -> str:
+        """The first records that some rows come from."""
+        names = list(dict.fromkeys(name for row in range(first, last + 1) for name in self.rows.records(row)))
+        more = f" and {len(names) - NAMED_RECORDS} more" if len(names) > NAMED_RECORDS else ""
+        return ", ".join(names[:NAMED_RECORDS]) + more

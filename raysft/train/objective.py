@@ -1,0 +1,79 @@
+"""What a trained token's prediction costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+EAFT_TOP = 20
+"""Most probable tokens that EAFT's entropy looks at."""
+EAFT_SCALE = 3.0
+"""About the entropy of 20 equally probable tokens (ln 20), which brings the weight to 0 … 1."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a token, by the settings of ``train``."""
+
+    loss: str = "cross_entropy"
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    eaft_alpha: float = 1.0
+
+    def __call__(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The loss of each token.
+
+        With p the softmax of the logits and t the target:
+
+        - ``cross_entropy``: −log p[t]; smoothed by ε it is −(1 − ε) log p[t] − ε / V · Σ log p (Szegedy et al. 2016).
+        - ``dft``: −sg(p[t]) log p[t], sg being without gradient (Wu et al. 2025, "On the generalization of SFT").
+        - ``eaft``: −sg(H / 3)^α log p[t], H the entropy over the 20 most probable tokens (entropy-adaptive fine-tuning).
+        - and with ``z_loss`` ζ, + ζ · log²(Σ exp logits) (PaLM, Chowdhery et al. 2022).
+
+        Args:
+            logits: [tokens, vocabulary] float32.
+            targets: [tokens], ``IGNORED`` where the loss is 0.
+
+        Returns:
+            [tokens] float32.
+        """
+        losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.label_smoothing)
+        if self.loss == "dft":
+            losses = losses * torch.exp(-losses.detach())
+        elif self.loss == "eaft":
+            losses = losses * entropy_weight(logits.detach(), self.eaft_alpha)
+        if self.z_loss:
+            losses = losses + self.z_loss * torch.logsumexp(logits, -1).square() * (targets >= 0)
+        return losses
+
+
+def entropy_weight(logits: torch.Tensor, alpha: float) -> torch.Tensor:
+    """EAFT's weight of each token: (entropy of the softmax over its 20 highest logits / 3)^alpha; [tokens]."""
+    top = torch.topk(logits, min(EAFT_TOP, logits.shape[-1]), dim=-1).values
+    logs = torch.log_softmax(top, -1)
+    return (-(logs.exp() * logs).sum(-1) / EAFT_SCALE).pow(alpha)
+
+
+CROSS_ENTROPY = Objective()
+"""What evaluations measure, whatever is trained with."""
+
+
+def embedding_noise(position_ids: torch.Tensor, size: int, alpha: float) -> torch.Tensor:
+    """NEFTune's noise (Jain et al. 2024): uniform in ± alpha / √(L · d), L being the length of the token's own example.
+
+    Args:
+        position_ids: [rows, tokens], starting again at each example.
+        size: d, of the embeddings.
+        alpha: strength.
+
+    Returns:
+        [rows, tokens, d] float32.
+    """
+    begins = position_ids == 0
+    begins[:, 0] = True
+    example = begins.reshape(-1).cumsum(0) - 1
+    lengths = torch.bincount(example)[example].reshape(position_ids.shape)
+    noise = torch.empty(*position_ids.shape, size, device=position_ids.device).uniform_(-1, 1)
+    return noise * (alpha / (lengths * size).sqrt())[..., None]
