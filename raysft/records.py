@@ -95,6 +95,14 @@ class StepRecord:
     memory_gib: float
     """Peak memory of rank 0's device, or resident memory of its process without GPU."""
     memory_total_gib: float
+    trained_throughput: float = 0.0
+    """Trained tokens per second over all workers: what the training is for."""
+    throughput_per_device: float = 0.0
+    """Tokens per second of one worker's device, without padding."""
+    trained_throughput_per_device: float = 0.0
+    """Trained tokens per second of one worker's device."""
+    mfu: float | None = None
+    """Model FLOPs utilisation: share of the devices' 16-bit peak that the model's own operations use; None without GPU."""
     source_losses: dict[str, float] = field(default_factory=dict)
     """Mean loss of each source's trained tokens in this step, where there are several sources."""
 
@@ -109,7 +117,8 @@ class StepRecord:
         return (
             f"step {self.current_steps}/{self.total_steps} | loss {self.loss:.4f} | lr {self.lr:.1e} | "
             f"grad {self.grad_norm:.2f} | {speed} tok/s | {100 * self.useful:.1f}% useful | "
-            f"mem {self.memory_gib:.0f}/{self.memory_total_gib:.0f} GiB"
+            + (f"{100 * self.mfu:.0f}% mfu | " if self.mfu is not None else "")
+            + f"mem {self.memory_gib:.0f}/{self.memory_total_gib:.0f} GiB"
         )
 
 

@@ -18,6 +18,7 @@ from raysft.data.manifest import write_prompts
 from raysft.log import Journal, Terminal, evaluation_line
 from raysft.plan import Plan, check_resources, make_plan
 from raysft.records import RunDirectory, flat, write_atomically, write_json, write_jsonl
+from raysft.trackers import missing_tracker, open_trackers
 
 
 def run_sft(config: Config | Mapping[str, Any] | str | Path, callbacks: Sequence[Any] | None = None) -> dict[str, Any]:
@@ -60,6 +61,7 @@ def check(config: Config) -> Plan:
     """
     belongs_to(RunDirectory(config.run_directory), config)
     _check_metrics(config)
+    _check_trackers(config)
     with cluster(config) as nodes:
         check_resources(config, nodes)
         _check_engines(config)
@@ -169,6 +171,7 @@ def opened(config: Config) -> Iterator[Opened]:
     directory, terminal = RunDirectory(config.run_directory), Terminal()
     belongs_to(directory, config)
     _check_metrics(config)
+    _check_trackers(config)
     with cluster(config) as nodes:
         check_resources(config, nodes)
         _check_engines(config)
@@ -191,11 +194,14 @@ def train_model(it: Opened, callbacks: Sequence[Any] = ()) -> None:
         return
     from raysft.train import launch
 
-    journal = Journal(it.directory.trainer_log, it.terminal, callbacks)
+    trackers = open_trackers(it.config.train.trackers, it.directory.path, it.config.model_dump(mode="json"))
+    journal = Journal(it.directory.trainer_log, it.terminal, [*trackers, *callbacks])
     try:
         results = launch.train(_job(it), journal)
     finally:
         it.terminal.close()
+        for tracker in trackers:
+            tracker.close()
     if results["eval"]:
         it.directory.write_results("eval", results["eval"])
     useful = {"useful": round(it.prepared.train_rows.schedule.useful, 6)}
@@ -251,6 +257,14 @@ def _writable(config: Config) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RequestError(f"{key}: {folder} cannot be made ({error.strerror}); choose another folder") from None
+
+
+def _check_trackers(config: Config) -> None:
+    missing = missing_tracker(config.train.trackers)
+    if missing:
+        raise RequestError(
+            f"train.trackers names {missing} and its package is not installed; pip install 'raysft[{missing}]', or take it out"
+        )
 
 
 def _check_metrics(config: Config) -> None:

@@ -79,6 +79,11 @@ class Schedule:
         return self._per_step(self.pieces.trained)
 
     @cached_property
+    def step_squares(self) -> np.ndarray:
+        """[steps] sum of the squares of the tokens of each piece: pairs of tokens that may see each other, twice."""
+        return self._per_step((self.pieces.stops - self.pieces.starts).astype(np.int64) ** 2)
+
+    @cached_property
     def step_weight(self) -> np.ndarray:
         """[steps] float64 weight of the trained tokens: what each step's loss is divided by. Their number, without weights."""
         return self.step_trained.astype(np.float64) if self.weights is None else self._per_step(self._weighted)

@@ -19,6 +19,7 @@ from raysft.log import duration
 from raysft.records import Evaluation, RunDirectory, StepRecord, evaluation_results
 from raysft.train import checkpoint
 from raysft.train.checkpoint import Best, Cursor
+from raysft.train.flops import model_flops, peak_flops
 from raysft.train.nonfinite import NonFinite
 from raysft.train.step import Batch, evaluate, train_step
 
@@ -35,6 +36,7 @@ class Schedule(Protocol):
     step_tokens: np.ndarray
     step_trained: np.ndarray
     step_weight: np.ndarray
+    step_squares: np.ndarray
 
     def source_weight(self, step: int, sources: int) -> np.ndarray: ...
 
@@ -230,6 +232,7 @@ class _Loop:
         elapsed = time.perf_counter() - self.started
         left = (steps - cursor.step) * elapsed / (cursor.step - self.first)
         memory, memory_total = _memory(self.device)
+        trained = int(self.schedule.step_trained[cursor.step - 1])
         record = StepRecord(
             current_steps=cursor.step,
             total_steps=steps,
@@ -242,16 +245,28 @@ class _Loop:
             remaining_time=duration(left),
             throughput=round(tokens / seconds, 2),
             total_tokens=cursor.tokens,
-            trained_tokens=int(self.schedule.step_trained[cursor.step - 1]),
+            trained_tokens=trained,
             useful=round(tokens / (rows * self.schedule.capacity), 6),
             rows=cursor.rows,
             step_seconds=round(seconds, 4),
             data_wait_seconds=round(self.data_wait, 4),
             memory_gib=round(memory, 3),
             memory_total_gib=round(memory_total, 3),
+            trained_throughput=round(trained / seconds, 2),
+            throughput_per_device=round(tokens / seconds / self.workers, 2),
+            trained_throughput_per_device=round(trained / seconds / self.workers, 2),
+            mfu=self._mfu(cursor.step - 1, seconds),
             source_losses=source_losses,
         )
         self.emit("step", record)
+
+    def _mfu(self, step: int, seconds: float) -> float | None:
+        peak = peak_flops(self.device)
+        if peak is None:
+            return None
+        tokens, trained = float(self.schedule.step_tokens[step]), float(self.schedule.step_trained[step])
+        flops = model_flops(self.engine.module.model, tokens, float(self.schedule.step_squares[step]), trained)
+        return round(flops / seconds / peak / self.workers, 4)
 
     def after_step(self, cursor: Cursor) -> None:
         """What is due every so many steps; the last step's is done by ``finish``."""

@@ -3,15 +3,6 @@
 Every case trains the same rows of the same examples, in a process group of its own, without Ray.
 """
 
-import contextlib
-import itertools
-import json
-import multiprocessing
-import os
-import queue
-import random
-import socket
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,137 +10,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from raysft.config import Config, parse
 from raysft.data.manifest import Manifest
 from raysft.data.stream import Rows
-from raysft.records import IGNORED, RunDirectory, StepRecord
-from tests.shards import the_set, written
-from tests.tiny import SENTENCES, tiny_model
-
-TOLERANCE = 1e-5
-SEQUENCE_LENGTH = 96
-STEPS = 4
-
-
-def conversations(count: int) -> list[dict]:
-    draw = random.Random(5)
-    words = " ".join(SENTENCES).split()
-    return [
-        {
-            "messages": [
-                {"role": "user", "content": " ".join(draw.choices(words, k=draw.randint(1, 6)))},
-                {"role": "assistant", "content": " ".join(draw.choices(words, k=draw.randint(1, 8)))},
-            ]
-        }
-        for _ in range(count)
-    ]
+from raysft.records import IGNORED
+from tests.training import (
+    SEQUENCE_LENGTH,
+    STEPS,
+    TOLERANCE,
+    assert_same,
+    examples_of,
+    make_config,
+    plain_training,
+    prepare,
+    rows_of,
+    train,
+)
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> tuple[Path, Path, Manifest]:
     """A tiny model, and shards of some conversations: (folder, model, manifest)."""
-    folder = tmp_path_factory.mktemp("invariants")
-    model = tiny_model(folder / "model")
-    data = folder / "data.jsonl"
-    data.write_text("".join(json.dumps(each) + "\n" for each in conversations(60)))
-    config = make_config(folder, model)
-    return folder, model, written(the_set(config, str(model)), str(model))
-
-
-def make_config(folder: Path, model: Path, **train) -> Config:
-    finetuning = train.pop("finetuning", "full")
-    return parse(
-        {
-            "run": {"name": "r", "storage": str(folder), "seed": 3},
-            "model": {"path": str(model), "dtype": "float32", "finetuning": finetuning},
-            "data": {
-                "train": [{"name": "d", "path": str(folder / "data.jsonl")}],
-                "sequence_length": SEQUENCE_LENGTH,
-            },
-            "train": {
-                "rows_per_step": 4,
-                "learning_rate": 1e-2,
-                "warmup_ratio": 0.0,
-                "max_steps": STEPS,
-                "zero_stage": 0,
-                # Adam divides by the root of the second moment: where a gradient is nearly 0 that turns rounding into steps.
-                "epsilon": 1e-4,
-                **train,
-            },
-        }
-    )
-
-
-def rows_of(manifest: Manifest, rows_per_step: int = 4, packing: bool = True) -> Rows:
-    path = f"{manifest.directory}/manifest.parquet"
-    return Rows(
-        (path,), SEQUENCE_LENGTH, rows_per_step, seed=3, max_steps=STEPS, layout="packed" if packing else "single"
-    )
-
-
-def worker(rank: int, world: int, port: int, config: Config, rows: Rows, out) -> None:
-    """One process of a training: puts its losses, gradient norms and final weights into ``out``."""
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank)
-    )
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
-    from raysft.train import loop
-
-    steps: list[StepRecord] = []
-    results: dict = {}
-
-    def emit(event, content):
-        if event == "step":
-            steps.append(content)
-        if event == "end":
-            results.update(content)
-
-    run = RunDirectory(config.run_directory / f"{world}-{port}")
-    run.path.mkdir(parents=True, exist_ok=True)
-    job = loop.Job(config=config, model=config.model.path, run=run, train_rows=rows, eval_rows={"d": rows})
-    loop.train(job, rows.steps(0, rank, world), 0, torch.device("cpu"), emit, lambda engine, cursor: None, None)
-    if rank == 0:
-        from safetensors.torch import load_file
-
-        name = "adapter_model" if config.model.finetuning == "lora" else "model"
-        weights = {key: value.float().numpy() for key, value in load_file(run.model / f"{name}.safetensors").items()}
-        out.put(([s.loss for s in steps], [s.grad_norm for s in steps], weights, results["eval"]))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-def train(config: Config, rows: Rows, world: int = 1):
-    """(losses, gradient norms, weights, evaluation) of a training with ``world`` workers."""
-    context = multiprocessing.get_context("spawn")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    out = context.Queue()
-    processes = [context.Process(target=worker, args=(rank, world, port, config, rows, out)) for rank in range(world)]
-    for process in processes:
-        process.start()
-    result = None
-    limit = time.monotonic() + 120
-    while result is None:
-        assert time.monotonic() < limit, "the workers did not finish in two minutes"
-        assert not any(process.exitcode for process in processes), "a worker failed; its error is above"
-        with contextlib.suppress(queue.Empty):
-            result = out.get(timeout=0.5)
-    for process in processes:
-        process.join(timeout=60)
-        assert process.exitcode == 0
-    return result
-
-
-def assert_same(one, other, tolerance: float = TOLERANCE) -> None:
-    np.testing.assert_allclose(one[0], other[0], rtol=tolerance, atol=tolerance, err_msg="losses")
-    np.testing.assert_allclose(one[1], other[1], rtol=10 * tolerance, atol=tolerance, err_msg="gradient norms")
-    assert one[2].keys() == other[2].keys()
-    for name in one[2]:
-        np.testing.assert_allclose(one[2][name], other[2][name], rtol=tolerance, atol=tolerance, err_msg=name)
-    for key in one[3]:
-        assert one[3][key] == pytest.approx(other[3][key], rel=tolerance), key
+    return prepare(tmp_path_factory.mktemp("invariants"))
 
 
 @pytest.fixture(scope="module")
@@ -159,49 +40,13 @@ def reference(prepared):
     return train(make_config(folder, model, rows_per_device=4), rows_of(manifest))
 
 
-def plain_training(model_path: Path, rows: Rows, learning_rate: float):
-    """The same training as a plain loop over single examples, with nothing of raysft but its rows."""
-    from transformers import AutoModelForCausalLM, get_scheduler
-
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, eps=1e-4, weight_decay=0.0)
-    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=0, num_training_steps=STEPS)
-    losses, norms = [], []
-    for step in range(rows.schedule.steps):
-        batch = rows.batch(range(step * 4, step * 4 + 4))
-        total, count = torch.zeros(()), 0
-        for row in range(4):
-            for ids, labels in examples_of(batch, row):
-                logits = model(input_ids=ids[None], use_cache=False).logits[0]
-                total = total + F.cross_entropy(logits[:-1], labels[1:], ignore_index=IGNORED, reduction="sum")
-                count += int((labels[1:] != IGNORED).sum())
-        loss = total / count
-        loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    weights = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
-    return losses, norms, weights
-
-
-def examples_of(batch, row: int):
-    """The examples of a packed row, one by one: (ids, labels)."""
-    tokens = int(batch["tokens"][row])
-    starts = [*np.flatnonzero(batch["position_ids"][row, :tokens] == 0).tolist(), tokens]
-    for start, end in itertools.pairwise(starts):
-        yield tuple(torch.as_tensor(batch[name][row, start:end], dtype=torch.long) for name in ("input_ids", "labels"))
-
-
 def test_training_equals_a_plain_loop_over_single_examples(prepared, reference):
     _, model, manifest = prepared
     rows = rows_of(manifest)
     assert max(len(rows.schedule.row(row)) for row in range(rows.schedule.rows)) > 1, (
         "rows must be packed for this to say anything"
     )
-    losses, norms, weights = plain_training(model, rows, 1e-2)
+    losses, norms, weights = plain_training(model, rows)
     assert_same((*reference[:3], {}), (losses, norms, weights, {}))
 
 

@@ -1,0 +1,248 @@
+"""Trainings without Ray, in process groups of their own, and the plain loop that they are compared with."""
+
+import contextlib
+import itertools
+import json
+import multiprocessing
+import os
+import queue
+import random
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from raysft.config import Config, RequestError, parse
+from raysft.data.manifest import Manifest
+from raysft.data.stream import Rows
+from raysft.records import IGNORED, RunDirectory, RunFailed
+from tests.shards import the_set, written
+from tests.tiny import SENTENCES, tiny_model
+
+TOLERANCE = 1e-5
+SEQUENCE_LENGTH = 96
+STEPS = 4
+
+
+def conversations(count: int) -> list[dict]:
+    draw = random.Random(5)
+    words = " ".join(SENTENCES).split()
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": " ".join(draw.choices(words, k=draw.randint(1, 6)))},
+                {"role": "assistant", "content": " ".join(draw.choices(words, k=draw.randint(1, 8)))},
+            ]
+        }
+        for _ in range(count)
+    ]
+
+
+def prepare(folder: Path) -> tuple[Path, Path, Manifest]:
+    """A tiny model, and shards of some conversations: (folder, model, manifest)."""
+    model = tiny_model(folder / "model")
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps(each) + "\n" for each in conversations(60)))
+    config = make_config(folder, model)
+    return folder, model, written(the_set(config, str(model)), str(model))
+
+
+def make_config(folder: Path, model: Path, settings: dict[str, Any] | None = None, **train) -> Config:
+    """A training of a few steps.
+
+    Args:
+        folder: of the run and its data.
+        model: to start from.
+        settings: dotted keys and their values.
+        train: keys of the section ``train``, and ``finetuning`` of ``model``.
+    """
+    finetuning = train.pop("finetuning", "full")
+    config = parse(
+        {
+            "run": {"name": "r", "storage": str(folder), "seed": 3},
+            "model": {"path": str(model), "dtype": "float32", "finetuning": finetuning},
+            "data": {
+                "train": [{"name": "d", "path": str(folder / "data.jsonl")}],
+                "sequence_length": SEQUENCE_LENGTH,
+            },
+            "train": {
+                "rows_per_step": 4,
+                "learning_rate": 1e-2,
+                "warmup_ratio": 0.0,
+                "max_steps": STEPS,
+                "zero_stage": 0,
+                # Adam divides by the root of the second moment: where a gradient is nearly 0 that turns rounding into steps.
+                "epsilon": 1e-4,
+                **train,
+            },
+        }
+    )
+    return config.with_overrides(settings) if settings else config
+
+
+def rows_of(manifest: Manifest, rows_per_step: int = 4, packing: bool = True, steps: int = STEPS) -> Rows:
+    path = f"{manifest.directory}/manifest.parquet"
+    return Rows(
+        (path,), SEQUENCE_LENGTH, rows_per_step, seed=3, max_steps=steps, layout="packed" if packing else "single"
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training of several in a process group."""
+
+    config: Config
+    rows: Rows
+    adapter: str | None = None
+
+
+class Result(NamedTuple):
+    """What a training came to."""
+
+    losses: list[float]
+    norms: list[float]
+    weights: dict[str, np.ndarray]
+    evaluation: dict[str, float]
+    events: list[tuple[str, Any]]
+    """All that it told, in order."""
+    model: Path
+    """The folder that it wrote."""
+    failure: str = ""
+
+
+def worker(rank: int, world: int, port: int, cases: Sequence[Case], out) -> None:
+    """One process: runs the trainings one after the other; the first one puts their results into ``out``."""
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank)
+    )
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    for number, case in enumerate(cases):
+        result = _trained(case, rank, world, f"{world}-{port}-{number}")
+        if rank == 0:
+            out.put(result)
+        torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _trained(case: Case, rank: int, world: int, name: str) -> Result:
+    from safetensors.torch import load_file
+
+    from raysft.train import loop
+
+    config, rows = case.config, case.rows
+    events: list[tuple[str, Any]] = []
+    run = RunDirectory(config.run_directory / name)
+    run.path.mkdir(parents=True, exist_ok=True)
+    job = loop.Job(
+        config=config, model=config.model.path, run=run, train_rows=rows, eval_rows={"d": rows}, adapter=case.adapter
+    )
+    failure = ""
+    try:
+        loop.train(
+            job,
+            rows.steps(0, rank, world),
+            0,
+            torch.device("cpu"),
+            lambda event, content: events.append((event, content)),
+            lambda engine, cursor: None,
+            None,
+        )
+    except (RunFailed, RequestError) as error:
+        failure = str(error)
+    steps = [content for event, content in events if event == "step"]
+    weights = {}
+    if rank == 0 and not failure:
+        (file,) = run.model.glob("*model.safetensors")
+        weights = {key: value.float().numpy() for key, value in load_file(file).items()}
+    evaluation = next((content["eval"] for event, content in events if event == "end"), {})
+    losses, norms = [step.loss for step in steps], [step.grad_norm for step in steps]
+    return Result(losses, norms, weights, evaluation, events, run.model, failure)
+
+
+def train(config: Config, rows: Rows, world: int = 1) -> Result:
+    """A training with ``world`` workers."""
+    return train_all([Case(config, rows)], world)[0]
+
+
+def train_all(cases: Sequence[Case], world: int = 1) -> list[Result]:
+    """Trainings with ``world`` workers, one after the other in the same processes, which take seconds to start."""
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out = context.Queue()
+    processes = [context.Process(target=worker, args=(rank, world, port, cases, out)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    results: list[Result] = []
+    limit = time.monotonic() + 120
+    while len(results) < len(cases):
+        assert time.monotonic() < limit, f"training {len(results)} of {len(cases)} did not finish in two minutes"
+        assert not any(process.exitcode for process in processes), "a worker failed; its error is above"
+        with contextlib.suppress(queue.Empty):
+            results.append(out.get(timeout=0.5))
+            limit = time.monotonic() + 120
+    for process in processes:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    return results
+
+
+def assert_same(one: Sequence[Any], other: Sequence[Any], tolerance: float = TOLERANCE) -> None:
+    np.testing.assert_allclose(one[0], other[0], rtol=tolerance, atol=tolerance, err_msg="losses")
+    np.testing.assert_allclose(one[1], other[1], rtol=10 * tolerance, atol=tolerance, err_msg="gradient norms")
+    assert one[2].keys() == other[2].keys()
+    for name in one[2]:
+        np.testing.assert_allclose(one[2][name], other[2][name], rtol=tolerance, atol=tolerance, err_msg=name)
+    for key in one[3]:
+        assert one[3][key] == pytest.approx(other[3][key], rel=tolerance), key
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that ``make_config`` asks for."""
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4, weight_decay=0.0)
+
+
+def plain_training(model_path: Path, rows: Rows, make: Callable[[nn.Module], torch.optim.Optimizer] = adamw):
+    """The same training as a plain loop over single examples, with nothing of raysft but its rows."""
+    from transformers import AutoModelForCausalLM, get_scheduler
+
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    model.train()
+    optimizer = make(model)
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=0, num_training_steps=rows.schedule.steps)
+    losses, norms = [], []
+    for step in range(rows.schedule.steps):
+        batch = rows.batch(range(step * 4, step * 4 + 4))
+        total, count = torch.zeros(()), 0
+        for row in range(4):
+            for ids, labels in examples_of(batch, row):
+                logits = model(input_ids=ids[None], use_cache=False).logits[0]
+                total = total + F.cross_entropy(logits[:-1], labels[1:], ignore_index=IGNORED, reduction="sum")
+                count += int((labels[1:] != IGNORED).sum())
+        loss = total / count
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    weights = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+    return losses, norms, weights
+
+
+def examples_of(batch, row: int):
+    """The examples of a packed row, one by one: (ids, labels)."""
+    tokens = int(batch["tokens"][row])
+    starts = [*np.flatnonzero(batch["position_ids"][row, :tokens] == 0).tolist(), tokens]
+    for start, end in itertools.pairwise(starts):
+        yield tuple(torch.as_tensor(batch[name][row, start:end], dtype=torch.long) for name in ("input_ids", "labels"))
