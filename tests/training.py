@@ -212,11 +212,17 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4, weight_decay=0.0)
 
 
-def plain_training(model_path: Path, rows: Rows, make: Callable[[nn.Module], torch.optim.Optimizer] = adamw):
-    """The same training as a plain loop over single examples, with nothing of raysft but its rows."""
-    from transformers import AutoModelForCausalLM, get_scheduler
+def plain_model(path: Path) -> nn.Module:
+    """The model, trained whole."""
+    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def plain_training(model: nn.Module, rows: Rows, make: Callable[[nn.Module], torch.optim.Optimizer] = adamw):
+    """The same training as a plain loop over single examples, with nothing of raysft but its rows."""
+    from transformers import get_scheduler
+
     model.train()
     optimizer = make(model)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=0, num_training_steps=rows.schedule.steps)

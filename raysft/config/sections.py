@@ -157,7 +157,12 @@ class Config(Section):
         """The keys that decide which numbers a training gives, flat: a run directory belongs to exactly these."""
         whole = self.model_dump(mode="json", include={"stage", "run", "model", "data", "train"})
         left_out = (
-            "run.name", "run.storage", "data.cache", "train.max_failures", "train.save_every_steps", "train.trackers",
+            "run.name",
+            "run.storage",
+            "data.cache",
+            "train.max_failures",
+            "train.save_every_steps",
+            "train.trackers",
             "train.gradient_checkpointing",
         )
         return {key: value for key, value in _flatten(whole) if key not in left_out}

@@ -123,8 +123,10 @@ def export(model: Any, tokenizer: Any, folder: Path) -> None:
     draft = folder.with_name(f".{folder.name}")
     shutil.rmtree(draft, ignore_errors=True)
     if adapters_only:
-        begun_with = getattr(model, "begun_with", None)
-        model.save_pretrained(draft, state_dict=state, path_initial_model_for_weight_conversion=begun_with)
+        if begun_with := getattr(model, "begun_with", None):
+            model.save_pretrained(draft, path_initial_model_for_weight_conversion=begun_with)
+        else:
+            model.save_pretrained(draft, state_dict=state)
     else:
         model.config.use_cache = True
         model.save_pretrained(draft, state_dict=state)

@@ -35,6 +35,7 @@ def load_model(config: Config, path: str, device: torch.device | None = None, ad
         **({"quantization_config": quantization, "device_map": {"": device or "cpu"}} if quantization else {}),
     )
     model.config.use_cache = False
+    _keep_layout(model)
     if config.model.liger:
         _use_liger(model)
     if config.train.gradient_checkpointing:
@@ -83,6 +84,14 @@ def quantization_config(config: Config) -> Any:
         bnb_4bit_quant_type=config.model.quantization_type,
         bnb_4bit_use_double_quant=config.model.double_quantization,
     )
+
+
+def _keep_layout(model: nn.Module) -> None:
+    """Keep bitsandbytes from laying 4-bit weights out anew for a CPU when an evaluation uses them: the gradients that flow
+    through them in later steps come out wrong then (seen with 0.50.2: a third of their norm)."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  # no tensor, as the type of a module has it
 
 
 def freeze(model: nn.Module, config: Config) -> None:
@@ -159,7 +168,7 @@ def _with_adapter(model: Any, config: Config, path: str, adapter: str | None) ->
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     else:
-        model = get_peft_model(model, _adapter_config(config, path))
+        model = get_peft_model(model, _adapter_config(model, config, path))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -170,14 +179,20 @@ def _with_adapter(model: Any, config: Config, path: str, adapter: str | None) ->
     return model
 
 
-def _adapter_config(config: Config, path: str) -> Any:
+def _adapter_config(model: nn.Module, config: Config, path: str) -> Any:
     from peft import LoraConfig, OFTConfig
 
     section = config.model.lora if config.model.finetuning == "lora" else config.model.oft
     shared: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
         "target_modules": "all-linear" if section.target == "all" else list(section.target),
-        "modules_to_save": list(section.extra_modules) or None,
+        # By their whole names: peft takes every module whose name ends like it, input_layernorm for norm.
+        "modules_to_save": [
+            name
+            for name, _ in model.named_modules()
+            if f".{name}".endswith(tuple(f".{each}" for each in section.extra_modules))
+        ]
+        or None,
         "base_model_name_or_path": path,
     }
     if config.model.finetuning == "oft":

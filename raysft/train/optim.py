@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -190,11 +191,20 @@ def _low_rank(
 def _badam(model: nn.Module, parameters: Parameters, train: TrainSection, ratio: float | None) -> torch.optim.Optimizer:
     from badam import BlockOptimizer
 
+    # It makes groups of its own for each block, from the optimizer's defaults: decay is among them.
     base = torch.optim.AdamW(
-        _groups(parameters, train.weight_decay), lr=train.learning_rate, betas=train.betas, eps=train.epsilon
+        list(parameters.values()),
+        lr=train.learning_rate,
+        betas=train.betas,
+        eps=train.epsilon,
+        weight_decay=train.weight_decay,
     )
     options = {"switch_mode": "ascending", "verbose": 0, **train.optimizer_options}
-    return BlockOptimizer(base_optimizer=base, named_parameters_list=list(parameters.items()), **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="BAdam expect model"
+        )  # it keeps float32 copies, also of float32 weights
+        return BlockOptimizer(base_optimizer=base, named_parameters_list=list(parameters.items()), **options)
 
 
 MAKERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
