@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -95,9 +96,17 @@ def _adamw(model: nn.Module, parameters: Parameters, train: TrainSection, ratio:
             for chosen, factor in _by_rate(group["params"], parameters, ratio)
             if chosen
         ]
-    fused = all(parameter.is_floating_point() for parameter in parameters.values())
-    options = {"fused": fused, **train.optimizer_options}
-    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=train.betas, eps=train.epsilon, **options)
+    shared = {"lr": train.learning_rate, "betas": train.betas, "eps": train.epsilon}
+    if train.offload.optimizer != "none" and has_compiler():
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **shared, **train.optimizer_options)
+    return torch.optim.AdamW(groups, **shared, **{"fused": True, **train.optimizer_options})
+
+
+def has_compiler() -> bool:
+    """Whether DeepSpeed can compile its CPU-Adam here; torch's own does the same, a little slower."""
+    return any(shutil.which(name) for name in ("c++", "g++", "clang++"))
 
 
 def _by_rate(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,14 +58,24 @@ def train_step(engine: Any, batch: Batch, weight: float, sources: int = 1) -> Tr
         if engine.is_gradient_accumulation_boundary() and not hasattr(engine.optimizer, "_global_grad_norm"):
             # A plain optimizer (ZeRO 0 in float32) does not keep the norm, and its gradients are whole on each worker.
             norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
-            if not torch.isfinite(norm):
-                engine.module.zero_grad(set_to_none=True)  # as ZeRO does by itself: such a step changes nothing
-        engine.step()
+        with _without_update(engine) if norm is not None and not torch.isfinite(norm) else nullcontext():
+            engine.step()
         totals += torch.cat([loss.detach()[None], by_source])
     dist.all_reduce(totals)
     total, *by_source = totals.double().tolist()
     norm = float(norm if norm is not None else engine.get_global_grad_norm())
     return Trained(total / weight, norm, np.asarray(by_source), math.isfinite(norm) and engine.was_step_applied())
+
+
+@contextmanager
+def _without_update(engine: Any) -> Iterator[None]:
+    """A step of which only the counting is done, as ZeRO does it by itself where a gradient is not finite."""
+    update = engine.optimizer.step
+    engine.optimizer.step = lambda *arguments, **options: None
+    try:
+        yield
+    finally:
+        engine.optimizer.step = update
 
 
 @torch.no_grad()

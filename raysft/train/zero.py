@@ -41,6 +41,8 @@ def deepspeed_settings(config: Config, workers: int) -> dict[str, Any]:
         "bf16": {"enabled": mixed == "bfloat16"},
         "fp16": {"enabled": mixed == "float16"},
         "zero_optimization": {"stage": zero_stage(config), **_offload(config)},
+        # An offloaded step is torch's own where DeepSpeed's cannot be compiled.
+        "zero_force_ds_cpu_optimizer": False,
         # Our own step line says all that its print-outs say.
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
