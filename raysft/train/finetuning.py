@@ -135,9 +135,8 @@ def _layers(model: nn.Module) -> tuple[str, int]:
 def _check_names(key: str, wanted: Sequence[str], known: set[str]) -> None:
     for name in wanted:
         if name not in known:
-            raise RequestError(
-                f"{key} names {name!r} and the model has no such module there; it has {', '.join(sorted(known)):.200}"
-            )
+            listed = ", ".join(sorted(each for each in known if not each.isdigit()))
+            raise RequestError(f"{key} names {name!r} and the model has no such module there; it has {listed:.200}")
 
 
 def check_names(model: nn.Module, config: Config) -> None:

@@ -24,7 +24,7 @@ def check_fp8(device: torch.device) -> None:
     if capability is None or capability < HOPPER:
         name = torch.cuda.get_device_name(device) if capability else "a CPU"
         raise RequestError(
-            f"train.fp8=torchao needs a GPU of the Hopper or Ada generation or later, and this is {name}; set it off"
+            f"train.fp8=torchao needs a GPU of the Ada or Hopper generation or later, not {name}; set it off"
         )
     if importlib.util.find_spec("torchao") is None:
         raise RequestError("train.fp8=torchao needs the package torchao; pip install 'raysft[fp8]' on every node")

@@ -1,0 +1,219 @@
+"""How fast a training is: ``python -m tests.benchmarks.train MODEL FILE``.
+
+Trains the same packed rows of FILE (alpaca, JSON) in one run, on all cores, in float32: (a) with raysft through Ray, (b) with the
+same worker loop without Ray, (c) with transformers' Trainer, LoRA and full. Each has a process of its own, one after the other;
+a rate is the tokens of all steps but the first, without padding, divided by the time from the end of the first to the end of the
+last. Then it says where the seconds from the command to the first step of (a) went.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+SEQUENCE_LENGTH = 512
+ROWS_PER_STEP = 4
+RATE = 1e-4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of a model with a chat template")
+    parser.add_argument("file", type=Path, help="JSON list of alpaca records")
+    parser.add_argument("--steps", type=int, default=8, help="steps of each training (default 8)")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="how often each is trained, in turns; the best counts (default 2)"
+    )
+    parser.add_argument("--finetuning", nargs="+", default=["lora", "full"], help="default: lora full")
+    parsed = parser.parse_args()
+    print("finetuning | through Ray | without Ray | transformers | a / b | a / c | trained | first losses")
+    started: dict[str, Any] = {}
+    for finetuning in parsed.finetuning:
+        best: dict[str, float] = {}
+        losses: dict[str, float] = {}
+        trained = 0.0
+        for _ in range(parsed.rounds):
+            for name, work in (("a", through_ray), ("b", without_ray), ("c", with_transformers)):
+                with tempfile.TemporaryDirectory() as folder:
+                    raw = settings(parsed.model, parsed.file, Path(folder), finetuning, parsed.steps)
+                    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                        found = pool.submit(work, raw).result()
+                best[name] = max(best.get(name, 0.0), found["rate"])
+                losses[name], trained = found["loss"], found["trained"]
+                started = found.get("timings") or started
+        print(
+            f"{finetuning:10} | {best['a']:7.1f} tok/s | {best['b']:7.1f} tok/s | {best['c']:8.1f} tok/s | "
+            f"{best['a'] / best['b']:5.2f} | {best['a'] / best['c']:5.2f} | {trained:7.1%} | "
+            + " ".join(f"{losses[name]:.5f}" for name in "abc"),
+            flush=True,
+        )
+    print("\nseconds from the command to the first step, of (a):")
+    for name, seconds in started.items():
+        print(f"  {name.replace('seconds_', '').replace('_', ' ')}: {seconds:.1f}")
+
+
+def settings(model: str, file: Path, folder: Path, finetuning: str, steps: int) -> dict[str, Any]:
+    """One training's config."""
+    return {
+        "run": {"name": "r", "storage": str(folder), "seed": 1},
+        "model": {"path": model, "dtype": "float32", "finetuning": finetuning},
+        "data": {
+            "train": [{"name": "a", "path": str(file.absolute())}],
+            "sequence_length": SEQUENCE_LENGTH,
+            "overlong": "drop",
+        },
+        "train": {
+            "rows_per_step": ROWS_PER_STEP,
+            "learning_rate": RATE,
+            "warmup_ratio": 0.0,
+            "max_steps": steps,
+            "zero_stage": 0,
+            "trackers": [],
+        },
+        "scaling": {"cpus_per_worker": 1, "threads_per_worker": os.cpu_count(), "address": "local"},
+    }
+
+
+class Clock:
+    """When each step ended, and what it came to."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+        self.losses: list[float] = []
+
+    def on_step(self, record: Any) -> None:
+        self.tick(record.loss)
+
+    def tick(self, loss: float) -> None:
+        self.ends.append(time.perf_counter())
+        self.losses.append(loss)
+
+    def result(self, schedule: Any) -> dict[str, Any]:
+        seconds = self.ends[-1] - self.ends[0]
+        return {
+            "rate": float(schedule.step_tokens[1 : len(self.ends)].sum()) / seconds,
+            "loss": self.losses[0],
+            "trained": float(schedule.step_trained.sum() / schedule.step_tokens.sum()),
+        }
+
+
+def prepared_rows(raw: dict[str, Any]) -> tuple[Any, Any]:
+    """The config, and its packed rows, tokenized with a Ray that is gone afterwards."""
+    import ray
+
+    from raysft.config import parse
+    from raysft.data import prepare
+
+    config = parse(raw)
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    rows = prepare(config, config.model.path).train_rows
+    _ = rows.schedule
+    ray.shutdown()
+    return config, rows
+
+
+def through_ray(raw: dict[str, Any]) -> dict[str, Any]:
+    from raysft.config import parse
+    from raysft.run import opened, train_model
+
+    clock, config = Clock(), parse(raw)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), opened(config) as it:
+        train_model(it, [clock])
+        schedule = it.prepared.train_rows.schedule
+        results = it.directory.read_results("train")
+    return clock.result(schedule) | {"timings": {key: value for key, value in results.items() if "seconds_" in key}}
+
+
+def without_ray(raw: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    from raysft.records import RunDirectory
+    from raysft.train import loop
+
+    config, rows = prepared_rows(raw)
+    _one_process()
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1)
+    clock = Clock()
+
+    def emit(event: str, content: Any) -> None:
+        if event == "step":
+            clock.on_step(content)
+
+    run = RunDirectory(config.run_directory)
+    run.path.mkdir(parents=True)
+    job = loop.Job(config=config, model=config.model.path, run=run, train_rows=rows, eval_rows={})
+    loop.train(job, rows.steps(0, 0, 1), 0, torch.device("cpu"), emit, lambda engine, cursor: None, None)
+    return clock.result(rows.schedule)
+
+
+def with_transformers(raw: dict[str, Any]) -> dict[str, Any]:
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from raysft.train.finetuning import load_model
+
+    config, rows = prepared_rows(raw)
+    clock = Clock()
+    batch = rows.batch(range(min(rows.schedule.rows, config.train.max_steps * ROWS_PER_STEP)))
+    names = ("input_ids", "labels", "position_ids")
+    examples = [
+        {name: torch.as_tensor(batch[name][row], dtype=torch.long) for name in names}
+        for row in range(len(batch["row"]))
+    ]
+
+    class Ticks(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if logs and "loss" in logs:
+                clock.tick(float(logs["loss"]))
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *arguments: Any, **options: Any) -> Any:
+            return torch.utils.data.SequentialSampler(examples)
+
+    trainer = InOrder(
+        model=load_model(config, config.model.path),
+        args=TrainingArguments(
+            output_dir=str(config.run_directory),
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=ROWS_PER_STEP,
+            learning_rate=RATE,
+            lr_scheduler_type="cosine",
+            max_steps=config.train.max_steps,
+            max_grad_norm=1.0,
+            weight_decay=0.0,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            seed=1,
+        ),
+        train_dataset=examples,  # type: ignore[arg-type]
+        callbacks=[Ticks()],
+    )
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        trainer.train()
+    return clock.result(rows.schedule)
+
+
+def _one_process() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""Adapters that were trained before: gone on with, merged one after the other, and refused where they do not fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from raysft.config import Config, RequestError, parse
+from raysft.train.adapters import find_adapter
+from raysft.train.finetuning import load_model
+from raysft.train.model import check_model
+from tests.tiny import tiny_model
+
+IDS = torch.arange(40)[None]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory, model) -> list[str]:
+    """Two adapters of random weights, each for the model as it is."""
+    from peft import LoraConfig, get_peft_model
+
+    folders = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        settings = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
+        folder = tmp_path_factory.mktemp(f"adapter{seed}")
+        get_peft_model(plain(model), settings).save_pretrained(folder)
+        folders.append(str(folder))
+    return folders
+
+
+def plain(path: Path | str):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def config(folder: Path, model: Path, **settings) -> Config:
+    return parse(
+        {
+            "run": {"storage": str(folder)},
+            "model": {"path": str(model), "dtype": "float32", **settings},
+            "data": {"train": [{"name": "a", "path": "a"}], "sequence_length": 64},
+        }
+    )
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS, use_cache=False).logits
+
+
+def merged(model: Path, adapters: list[str]) -> torch.Tensor:
+    from peft import PeftModel
+
+    whole = plain(model)
+    for adapter in adapters:
+        whole = PeftModel.from_pretrained(whole, adapter).merge_and_unload()
+    return logits(whole)
+
+
+def test_the_last_adapter_is_gone_on_with_and_those_before_are_merged(tmp_path, model, adapters):
+    settings = config(tmp_path, model, adapters=adapters)
+    told: list[str] = []
+    base, adapter = find_adapter(settings, str(model), told.append)
+    assert adapter == adapters[1]
+    torch.testing.assert_close(logits(plain(base)), merged(model, adapters[:1]))
+    whole = load_model(settings, base, adapter=adapter)
+    torch.testing.assert_close(logits(whole), merged(model, adapters), rtol=1e-4, atol=1e-4)
+    assert all(("lora_" in name) == parameter.requires_grad for name, parameter in whole.named_parameters())
+    assert len(told) == 1
+    assert find_adapter(settings, str(model), told.append)[0] == base
+    assert len(told) == 1, "it is merged once"
+
+
+def test_a_new_adapter_begins_on_all_of_them(tmp_path, model, adapters):
+    settings = config(tmp_path, model, adapters=adapters, new_adapter=True)
+    base, adapter = find_adapter(settings, str(model), lambda line: None)
+    assert adapter is None
+    torch.testing.assert_close(logits(load_model(settings, base)), merged(model, adapters))
+
+
+def test_without_adapters_the_model_stays_as_it_is(tmp_path, model):
+    assert find_adapter(config(tmp_path, model), str(model), print) == (str(model), None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"finetuning": "oft"}, "is lora and model.finetuning=oft is to go on with it; set model.finetuning=lora"),
+        ({"adapters": ["nothing"]}, "model.adapters: nothing holds no adapter_config.json"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(tmp_path, model, adapters, settings, message):
+    with pytest.raises(RequestError) as caught:
+        find_adapter(config(tmp_path, model, **{"adapters": adapters, **settings}), str(model), print)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"finetuning": "freeze", "freeze": {"layers": 3}},
+            "model.freeze.layers=3 and the model has 2 layers; use at most 2",
+        ),
+        (
+            {"finetuning": "freeze", "freeze": {"modules": ["mpl"]}},
+            "model.freeze.modules names 'mpl' and the model has no such module there; it has down_proj",
+        ),
+        (
+            {"finetuning": "freeze", "freeze": {"extra_modules": ["mlp"]}},
+            "model.freeze.extra_modules names 'mlp' and the model has no such module there; it has embed_tokens, lm_head",
+        ),
+        ({"lora": {"extra_modules": ["nrm"]}}, "model.lora.extra_modules names 'nrm' and the model has no such module"),
+        (
+            {"finetuning": "oft", "oft": {"target": ["q"]}},
+            "model.oft.target names 'q' and the model has no such module",
+        ),
+    ],
+)
+def test_modules_that_are_not_there_are_told_before_anything_starts(tmp_path, model, settings, message):
+    with pytest.raises(RequestError) as caught:
+        check_model(config(tmp_path, model, **settings), str(model))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "finetuning", "message"),
+    [
+        ("gptq", "full", "is quantized (gptq), which freezes its weights; set model.finetuning to lora or oft"),
+        ("awq", "lora", "is quantized by awq, which needs the package gptqmodel; install it on every node"),
+    ],
+)
+def test_a_quantized_checkpoint_needs_adapters_and_its_library(tmp_path, model, method, finetuning, message):
+    described = json.loads((model / "config.json").read_text())
+    described["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 128}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    (tmp_path / "model.safetensors").write_text("")
+    with pytest.raises(RequestError) as caught:
+        check_model(config(tmp_path, tmp_path, finetuning=finetuning), str(tmp_path))
+    assert message in str(caught.value)
+
+
+def test_8_bit_floats_are_refused_on_a_cpu():
+    from raysft.train.fp8 import check_fp8
+
+    with pytest.raises(RequestError, match="needs a GPU of the Ada or Hopper generation or later, not a CPU"):
+        check_fp8(torch.device("cpu"))
