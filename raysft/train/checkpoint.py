@@ -28,6 +28,11 @@ class Best:
     results: dict[str, float]
     """As ``eval_results.json`` holds them."""
 
+    @property
+    def loss(self) -> float:
+        """By which it is the best."""
+        return self.results["eval_loss"]
+
 
 @dataclass(frozen=True)
 class Cursor:

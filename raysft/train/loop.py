@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
 
 from raysft.config import Config
-from raysft.log import duration
-from raysft.records import Evaluation, RunDirectory, StepRecord, evaluation_results
+from raysft.records import RunDirectory, evaluation_results
 from raysft.train import checkpoint
-from raysft.train.checkpoint import Best, Cursor
-from raysft.train.flops import model_flops, peak_flops
+from raysft.train.checkpoint import Cursor
+from raysft.train.figures import Figures
+from raysft.train.judge import Judge
 from raysft.train.nonfinite import NonFinite
 from raysft.train.step import Batch, evaluate, train_step
 
@@ -125,7 +124,7 @@ def train(
         batch = next(batches, None)  # the data began before the checkpoint
     if cursor.step == 0 and job.config.train.eval_at_start:
         loop.evaluate(cursor)
-    while cursor.step < loop.schedule.steps and not loop.stopped_early:
+    while cursor.step < loop.schedule.steps and not loop.judge.wants_to_stop:
         cursor = loop.step(batch, cursor)
         if cursor.step < loop.schedule.steps:
             asked = time.perf_counter()
@@ -145,8 +144,7 @@ class _Loop:
         self.schedule: Schedule = job.train_rows.schedule
         self.data_wait = 0.0
         self.first = 0
-        self.best: Best | None = None
-        self.stopped_early = False
+        self.evaluated: dict[str, float] = {}
         self.nonfinite = NonFinite(job)
 
     def set_up(self, resume: Path | None) -> Cursor:
@@ -163,8 +161,9 @@ class _Loop:
         cursor = Cursor(0, 0, 0, self.job.identity)
         if resume is not None:
             cursor = checkpoint.load(self.engine, resume)
-            self.best = cursor.best
-            self.stopped_early = self._patience_is_over()
+        self.judge = Judge(self.job.config.train, lambda: self._export(self.job.run.best), cursor.best)
+        names, model = self.job.train_rows.sources, self.engine.module.model
+        self.figures = Figures(self.schedule, names, self.workers, self.device, model)
         self.first = cursor.step
         return cursor
 
@@ -196,8 +195,8 @@ class _Loop:
             )
         begun = time.perf_counter()
         lr = self.engine.get_lr()[0]
-        weight, names = float(self.schedule.step_weight[index]), self.job.train_rows.sources
-        trained = train_step(self.engine, batch, weight, len(names))
+        weight, sources = float(self.schedule.step_weight[index]), len(self.job.train_rows.sources)
+        trained = train_step(self.engine, batch, weight, sources)
         seconds = time.perf_counter() - begun
         if not trained.applied:
             what = self.nonfinite.check(index, trained)
@@ -208,82 +207,32 @@ class _Loop:
         tokens = int(self.schedule.step_tokens[index])
         rows = min((index + 1) * self.schedule.rows_per_step, self.schedule.rows)
         cursor = Cursor(index + 1, rows, cursor.tokens + tokens, cursor.identity)
-        weights = self.schedule.source_weight(index, len(names))
-        source_losses = {
-            name: float(total / weight)
-            for name, total, weight in zip(names, trained.by_source, weights, strict=True)
-            if weight and len(names) > 1
-        }
-        self._log_step(cursor, trained.loss, trained.norm, lr, tokens, seconds, source_losses)
-        return cursor
-
-    def _log_step(
-        self,
-        cursor: Cursor,
-        loss: float,
-        norm: float,
-        lr: float,
-        tokens: int,
-        seconds: float,
-        source_losses: dict[str, float],
-    ) -> None:
-        steps = self.schedule.steps
-        rows = cursor.rows - (cursor.step - 1) * self.schedule.rows_per_step
         elapsed = time.perf_counter() - self.started
-        left = (steps - cursor.step) * elapsed / (cursor.step - self.first)
-        memory, memory_total = _memory(self.device)
-        trained = int(self.schedule.step_trained[cursor.step - 1])
-        record = StepRecord(
-            current_steps=cursor.step,
-            total_steps=steps,
-            loss=loss,
-            lr=lr,
-            grad_norm=norm,
-            epoch=round(self.schedule.epoch_of(cursor.rows), 4),
-            percentage=round(100 * cursor.step / steps, 2),
-            elapsed_time=duration(elapsed),
-            remaining_time=duration(left),
-            throughput=round(tokens / seconds, 2),
-            total_tokens=cursor.tokens,
-            trained_tokens=trained,
-            useful=round(tokens / (rows * self.schedule.capacity), 6),
-            rows=cursor.rows,
-            step_seconds=round(seconds, 4),
-            data_wait_seconds=round(self.data_wait, 4),
-            memory_gib=round(memory, 3),
-            memory_total_gib=round(memory_total, 3),
-            trained_throughput=round(trained / seconds, 2),
-            throughput_per_device=round(tokens / seconds / self.workers, 2),
-            trained_throughput_per_device=round(trained / seconds / self.workers, 2),
-            mfu=self._mfu(cursor.step - 1, seconds),
-            source_losses=source_losses,
-        )
-        self.emit("step", record)
-
-    def _mfu(self, step: int, seconds: float) -> float | None:
-        peak = peak_flops(self.device)
-        if peak is None:
-            return None
-        tokens, trained = float(self.schedule.step_tokens[step]), float(self.schedule.step_trained[step])
-        flops = model_flops(self.engine.module.model, tokens, float(self.schedule.step_squares[step]), trained)
-        return round(flops / seconds / peak / self.workers, 4)
+        left = (self.schedule.steps - cursor.step) * elapsed / (cursor.step - self.first)
+        self.emit("step", self.figures.record(cursor, trained, lr, seconds, self.data_wait, elapsed, left))
+        return cursor
 
     def after_step(self, cursor: Cursor) -> None:
         """What is due every so many steps; the last step's is done by ``finish``."""
         train = self.job.config.train
         if train.eval_every_steps and cursor.step % train.eval_every_steps == 0:
-            self._judge(self.evaluate(cursor), cursor)
+            self.evaluated = self.evaluate(cursor)
+            self.judge.look(self.evaluated, cursor.step)
+            if self.judge.wants_to_stop and self.judge.best:
+                best = {"best_step": self.judge.best.step, "best_loss": self.judge.best.loss}
+                self.emit("stopped", {"step": cursor.step, **best})
         if train.save_every_steps and cursor.step % train.save_every_steps == 0:
             self._checkpoint(cursor)
 
-    def evaluate(self, cursor: Cursor) -> list[Evaluation]:
-        """Evaluate all sets and log it."""
+    def evaluate(self, cursor: Cursor) -> dict[str, float]:
+        """Evaluate all sets and log it; gives the results."""
         rows = self.job.config.train.rows_per_device
         evaluations = [
             evaluate(self.engine, name, cursor.step, source.steps(0, self.rank, self.workers), rows, self.device)
             for name, source in self.job.eval_rows.items()
         ]
-        if evaluations:
+        results = evaluation_results(evaluations)
+        if results:
             self.emit(
                 "evaluate",
                 {
@@ -291,41 +240,13 @@ class _Loop:
                     "total_steps": self.schedule.steps,
                     "epoch": round(self.schedule.epoch_of(cursor.rows), 4),
                     "percentage": round(100 * cursor.step / self.schedule.steps, 2),
-                    **evaluation_results(evaluations),
+                    **results,
                 },
             )
-        return evaluations
-
-    def _judge(self, evaluations: list[Evaluation], cursor: Cursor) -> None:
-        """Compare an evaluation with the best so far, keep its model if it is better, and see whether it is time to stop.
-
-        Losses are sums over all workers, so that each comes to the same end.
-        """
-        results = evaluation_results(evaluations)
-        train = self.job.config.train
-        if not results or not (train.keep_best or train.early_stopping.patience):
-            return
-        loss = results["eval_loss"]
-        if self.best is None or loss < self.best.results["eval_loss"] - train.early_stopping.threshold:
-            self.best = Best(cursor.step, 0, results)
-            if train.keep_best:
-                self._export(self.job.run.best)
-        else:
-            self.best = replace(self.best, since=self.best.since + 1)
-        self.stopped_early = self._patience_is_over()
-        if self.stopped_early:
-            self.emit(
-                "stopped",
-                {"step": cursor.step, "best_step": self.best.step, "best_loss": self.best.results["eval_loss"]},
-            )
-
-    def _patience_is_over(self) -> bool:
-        patience = self.job.config.train.early_stopping.patience
-        return patience is not None and self.best is not None and self.best.since >= patience
+        return results
 
     def _checkpoint(self, cursor: Cursor) -> None:
-        cursor = replace(cursor, best=self.best)
-        self.save(self.engine, cursor)
+        self.save(self.engine, replace(cursor, best=self.judge.best))
         self.emit("checkpoint", {"step": cursor.step, "rows": cursor.rows})
 
     def finish(self, cursor: Cursor) -> None:
@@ -338,22 +259,22 @@ class _Loop:
             "total_tokens": cursor.tokens,
             "epoch": round(self.schedule.epoch_of(cursor.rows), 4),
         }
-        if self.stopped_early:
+        if cursor.step < self.schedule.steps:
             results["planned_steps"] = self.schedule.steps
+            self.evaluated = self.evaluated or self.evaluate(cursor)
         else:
-            self._judge(last := self.evaluate(cursor), cursor)
-            evaluated = evaluation_results(last)
-        if self.best:
-            results |= {"best_step": self.best.step, "best_eval_loss": self.best.results["eval_loss"]}
-        if self.best and self.job.config.train.keep_best:
-            evaluated = self.best.results
+            self.evaluated = self.evaluate(cursor)
+            self.judge.look(self.evaluated, cursor.step)
+        best = self.judge.best
+        if best:
+            results |= {"best_step": best.step, "best_eval_loss": best.loss}
+        if best and self.job.config.train.keep_best:
+            self.evaluated = best.results
             if self.rank == 0:
                 checkpoint.put_in_place(self.job.run.best, self.job.run.model)
         else:
-            if self.stopped_early:
-                evaluated = evaluation_results(self.evaluate(cursor))
             self._export(self.job.run.model)
-        self.emit("end", {"train": results, "eval": evaluated})
+        self.emit("end", {"train": results, "eval": self.evaluated})
 
     def _export(self, folder: Path) -> None:
         """Write the model as it is now."""
@@ -366,12 +287,3 @@ class _Loop:
 
 def _size(parameter: Any) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
-
-
-def _memory(device: torch.device) -> tuple[float, float]:
-    """(peak used, there) GiB of the device; without GPU, what this process holds and what the node has."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30, torch.cuda.get_device_properties(
-            device
-        ).total_memory / 2**30
-    return psutil.Process().memory_info().rss / 2**30, psutil.virtual_memory().total / 2**30

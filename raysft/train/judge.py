@@ -1,0 +1,40 @@
+"""Which evaluation was the best, and whether it is time to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from raysft.config import TrainSection
+from raysft.train.checkpoint import Best
+
+
+class Judge:
+    """Compares evaluations by ``eval_loss``. Losses are sums over all workers, so that each worker comes to the same end."""
+
+    def __init__(self, train: TrainSection, keep: Callable[[], None], best: Best | None = None) -> None:
+        """
+        Args:
+            train: says whether there is anything to judge, and how.
+            keep: writes the model as it is now.
+            best: what a checkpoint knew.
+        """
+        self._train, self._keep = train, keep
+        self.best = best
+
+    @property
+    def wants_to_stop(self) -> bool:
+        """Whether there were as many evaluations without improvement as there may be."""
+        patience = self._train.early_stopping.patience
+        return patience is not None and self.best is not None and self.best.since >= patience
+
+    def look(self, results: Mapping[str, float], step: int) -> None:
+        """Take the results of an evaluation after so many steps, and keep its model if it is the best."""
+        if not results or not (self._train.keep_best or self._train.early_stopping.patience):
+            return
+        if self.best is None or results["eval_loss"] < self.best.loss - self._train.early_stopping.threshold:
+            self.best = Best(step, 0, dict(results))
+            if self._train.keep_best:
+                self._keep()
+        else:
+            self.best = replace(self.best, since=self.best.since + 1)
