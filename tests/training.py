@@ -88,10 +88,18 @@ def make_config(folder: Path, model: Path, settings: dict[str, Any] | None = Non
     return config.with_overrides(settings) if settings else config
 
 
-def rows_of(manifest: Manifest, rows_per_step: int = 4, packing: bool = True, steps: int = STEPS) -> Rows:
+def rows_of(
+    manifest: Manifest, rows_per_step: int = 4, packing: bool = True, steps: int = STEPS, epochs: int = 1
+) -> Rows:
     path = f"{manifest.directory}/manifest.parquet"
     return Rows(
-        (path,), SEQUENCE_LENGTH, rows_per_step, seed=3, max_steps=steps, layout="packed" if packing else "single"
+        (path,),
+        SEQUENCE_LENGTH,
+        rows_per_step,
+        seed=3,
+        epochs=epochs,
+        max_steps=steps,
+        layout="packed" if packing else "single",
     )
 
 
