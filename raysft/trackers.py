@@ -84,14 +84,13 @@ class TensorBoard(_Tracker):
         """What a killed run wrote after its last checkpoint is hidden: it is done again."""
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self._writer = SummaryWriter(str(self._folder), purge_step=content["step"] + 1)
+        self._writer = SummaryWriter(str(self._folder), purge_step=content["step"] + 1, flush_secs=10)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """Take the figures of one step."""
         assert self._writer is not None
         for name, value in figures.items():
             self._writer.add_scalar(name, value, step)
-        self._writer.flush()
 
     def close(self) -> None:
         """Write what is still held."""

@@ -162,6 +162,7 @@ class _Watching:
 
     def __init__(self, queue: Queue, watch: Watch, stop: Callable[[], None]) -> None:
         self._queue, self._watch, self._stop = queue, watch, stop
+        self._abandoned = False
         self.broken: BaseException | None = None
         """What the watcher (a callback, or the log) raised; the training is stopped then."""
         self._end: dict[str, Any] | None = None
@@ -173,13 +174,15 @@ class _Watching:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        # Who is interrupted does not wait until all that was told meanwhile is written down.
+        self._abandoned = error is KeyboardInterrupt
         self._closing.set()
-        self._thread.join(timeout=LAST_EVENT_SECONDS)
+        self._thread.join(timeout=STOP_SECONDS if self._abandoned else LAST_EVENT_SECONDS)
         self._queue.shutdown(force=True)
 
     def _run(self) -> None:
-        while True:
+        while not self._abandoned:
             try:
                 event, content = self._queue.get(timeout=0.5)
             except Empty:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -20,6 +21,7 @@ def scalars(folder) -> dict[str, list[tuple[int, float]]]:
 
 def test_tensorboard_has_steps_sources_and_evaluations(tmp_path):
     for begin, last in ((0, 4), (2, 3)):
+        time.sleep(1.1)  # files of one second are not always read in their order
         (tracker,) = open_trackers(["tensorboard"], tmp_path, {})
         tracker.on_setup(set_up(begin))
         for number in range(begin + 1, last + 1):
