@@ -264,7 +264,8 @@ def test_a_callback_that_raises_stops_the_training(folder):
 
 
 def test_ctrl_c_is_exit_code_130_and_one_line(folder):
-    command = [sys.executable, "-m", "raysft.cli", "train", str(folder / "sft.yaml")]
+    # Who starts the tests in the background starts them, and what they start, with Ctrl-C switched off.
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "raysft.cli", "train", str(folder / "sft.yaml")]
     arguments = ["run.name=stopped", "scaling.address=local", "scaling.num_workers=1", "train.epochs=500"]
     with subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         alarm = threading.Timer(120, process.kill)
