@@ -172,16 +172,6 @@ def evaluation_results(evaluations: list[Evaluation]) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class TrainResult:
-    """What training leaves behind for the next stages."""
-
-    model: str
-    """Path of the exported model or adapter."""
-    results: dict[str, float] = field(default_factory=dict)
-    """What ``train_results.json`` holds."""
-
-
-@dataclass(frozen=True)
 class RunDirectory:
     """The files of a run, by the names that LLaMA-Factory's users know."""
 

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 SHOWN = (
     "loss",
     "lr",
@@ -25,8 +24,8 @@ SHOWN = (
 
 
 def missing_tracker(names: Sequence[str]) -> str | None:
-    """The first tracker whose package is not installed."""
-    return next((name for name in names if importlib.util.find_spec(PACKAGES[name]) is None), None)
+    """The first tracker whose package, which has its name, is not installed."""
+    return next((name for name in names if importlib.util.find_spec(name) is None), None)
 
 
 def open_trackers(names: Sequence[str], run: Path, config: Mapping[str, Any]) -> list[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from raysft.records import Message
@@ -49,6 +49,23 @@ def tool_schemas(value: Any) -> tuple[dict[str, Any], ...]:
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise ValueError(f"tools holds {value!r:.40}, a list of functions belongs there")
     return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in value)
+
+
+def strings(value: Any) -> Iterator[str]:
+    """All texts in nested mappings and lists, keys too.
+
+    >>> list(strings([{"a": "b"}, 1, ("c",)]))
+    ['a', 'b', 'c']
+    """
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from strings(key)
+            yield from strings(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from strings(inner)
 
 
 def as_text(

@@ -8,7 +8,7 @@ from decimal import Decimal
 from typing import Any
 
 from raysft.config import Source
-from raysft.data.calls import tool_call, tool_schemas
+from raysft.data.calls import strings, tool_call, tool_schemas
 from raysft.data.read import Raw, Unreadable, parsed
 from raysft.records import IGNORED, Example, Message, Record, Rejected
 
@@ -123,7 +123,8 @@ def to_example(record: Record, form: str, source: Source, where: str) -> Example
     messages = tuple(_messages(form, read, source.tags))
     _check(messages)
     tools = tool_schemas(read("tools"))
-    _check_texts(tools, "tools")
+    for text in strings(tools):
+        _text(text, "tools")
     return Example(source.name, where, messages=messages, tools=tools, weight=weight)
 
 
@@ -186,7 +187,8 @@ def _turns(value: Any, column: str, tags: Mapping[Any, str]) -> Iterator[Message
         made = (
             tuple(tool_call(call, where) for call in _sequence(calls, f"{where}.tool_calls", "calls")) if calls else ()
         )
-        _check_texts((made, extra), where)
+        for text in strings((made, extra)):
+            _text(text, where)
         yield Message(
             role=known,  # type: ignore[arg-type]
             content=content,
@@ -290,19 +292,6 @@ def _text(value: Any, field: str) -> str:
     except UnicodeEncodeError as error:
         raise ValueError(f"{field} holds half a character ({value[error.start]!r}), which no tokenizer takes") from None
     return value
-
-
-def _check_texts(value: Any, field: str) -> None:
-    """Texts inside nested values are whole too."""
-    if isinstance(value, str):
-        _text(value, field)
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            _check_texts(key, field)
-            _check_texts(inner, field)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            _check_texts(inner, field)
 
 
 def _sequence(value: Any, field: str, what: str = "turns") -> list[Any]:

@@ -63,12 +63,6 @@ def read_raw(file: DataFile) -> Positioned:
         raise RequestError(f"{file.path}: changed while it was read; start again when nobody writes to it")
 
 
-def read_records(file: DataFile) -> Iterator[tuple[str, Record | Unreadable]]:
-    """(position, record) for each record of a file."""
-    for position, _, raw in read_raw(file):
-        yield position, parsed(raw)
-
-
 def parsed(raw: Raw) -> Record | Unreadable:
     """The record itself."""
     if not isinstance(raw, JsonLine):

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from raysft.config import Config, RequestError
+from raysft.data.calls import strings
 from raysft.data.fit import split, truncate
 from raysft.data.offsets import Encoded, SpanEncoder
 from raysft.data.render import Rendered, first_line, labelled, prompt_messages
@@ -442,21 +443,9 @@ def _texts(example: Example) -> Iterator[str]:
     for message in example.messages:
         yield message.content
         if message.tool_calls or message.extra:
-            yield from _strings((message.tool_calls, message.extra))
+            yield from strings((message.tool_calls, message.extra))
     if example.tools:
-        yield from _strings(example.tools)
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _strings(key)
-            yield from _strings(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _strings(inner)
+        yield from strings(example.tools)
 
 
 def _bounds(inside: Sequence[bool]) -> tuple[int, int]:
