@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -347,8 +348,16 @@ def cluster(config: Config) -> Iterator[list[dict[str, float]]]:
     if mine:
         for name in ("ray", "ray.data", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)
+        # A cluster of the run's own ends with it: nobody looks at its dashboard, and each of its processes takes a part of a
+        # step's cores, before which its workers would have to step back (Ray starts them with niceness 15).
+        os.environ.setdefault("RAY_worker_niceness", "0")
         try:
-            ray.init(address=config.scaling.address, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(
+                address=config.scaling.address,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
         except ConnectionError as error:
             reason = str(error).splitlines()[0]
             if config.scaling.address is None:

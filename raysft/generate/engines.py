@@ -23,6 +23,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from raysft.config import Config, RequestError
+from raysft.matmul import use_onednn
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class TransformersEngine:
         self._settings = config.generate
         self._seed = config.run.seed
         self._device = torch.device("cuda" if config.scaling.use_gpu else "cpu")
+        if self._device.type == "cpu":
+            use_onednn()
         self._tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
         self._model = _load_model(Path(model), getattr(torch, config.dtype)).to(self._device).eval()
         self._stops = _stop_tokens(self._tokenizer, self._model)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from raysft.config import Config
+from raysft.matmul import use_onednn
 from raysft.train.finetuning import load_model
 from raysft.train.loss import TokenLoss
 from raysft.train.objective import Objective
@@ -33,6 +34,8 @@ def make_engine(
     Returns:
         The engine, and the learning-rate schedule.
     """
+    if device.type == "cpu":
+        use_onednn()
     # Without this DeepSpeed compiles an all-reduce of its own on CPU nodes: most of a minute, and a compiler, for what gloo does.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed takes over the process group that is there, before ZeRO-3 shares weights out over it.

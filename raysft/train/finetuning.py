@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from raysft.config import Config, RequestError
+from raysft.train.attention import kernel, use_examplewise
 
 
 def load_model(config: Config, path: str, device: torch.device | None = None, adapter: str | None = None) -> Any:
@@ -31,10 +32,11 @@ def load_model(config: Config, path: str, device: torch.device | None = None, ad
     model: Any = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=getattr(torch, "float32" if config.autocast else config.dtype),
-        attn_implementation=attention(config),
+        attn_implementation=kernel(config),
         **({"quantization_config": quantization, "device_map": {"": device or "cpu"}} if quantization else {}),
     )
     model.config.use_cache = False
+    use_examplewise(model, config)
     _keep_layout(model)
     if config.model.liger:
         _use_liger(model)
@@ -46,19 +48,6 @@ def load_model(config: Config, path: str, device: torch.device | None = None, ad
         freeze(model, config)
         return model
     return _with_adapter(model, config, path, adapter)
-
-
-def attention(config: Config) -> str:
-    """The name by which transformers knows the attention kernel."""
-    wanted = config.model.attention
-    if wanted != "auto":
-        if wanted == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-            raise RequestError(
-                "model.attention=flash_attention_2 needs the package flash-attn; install it, or use sdpa"
-            )
-        return wanted
-    there = config.scaling.use_gpu and config.dtype != "float32" and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if there else "sdpa"
 
 
 def quantization_config(config: Config) -> Any:
@@ -227,7 +216,7 @@ def load_trained(config: Config, folder: Path) -> Any:
     """A trained model or adapter with its base, to evaluate."""
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "attn_implementation": attention(config)}
+    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "attn_implementation": kernel(config)}
     if quantization := quantization_config(config):
         options |= {
             "quantization_config": quantization,
@@ -236,5 +225,8 @@ def load_trained(config: Config, folder: Path) -> Any:
     if (folder / "adapter_config.json").exists():
         from peft import AutoPeftModelForCausalLM
 
-        return AutoPeftModelForCausalLM.from_pretrained(str(folder), **options)
-    return AutoModelForCausalLM.from_pretrained(folder, **options)
+        model: Any = AutoPeftModelForCausalLM.from_pretrained(str(folder), **options)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    use_examplewise(model.get_base_model() if hasattr(model, "get_base_model") else model, config)
+    return model

@@ -23,6 +23,7 @@ from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysft.config import Config, RequestError
+from raysft.matmul import use_onednn
 from raysft.records import Evaluation, RunFailed, evaluation_results
 from raysft.train import checkpoint, loop
 from raysft.train.checkpoint import Cursor
@@ -38,6 +39,8 @@ KEEP_CHECKPOINTS = 2
 """The newest one, and one more in case that it is damaged."""
 STOP_SECONDS = 30
 """How long the driver waits for the workers to let go."""
+WAKE_SECONDS = 10
+"""How long the driver waits for an event at a time; asking more often takes CPU from the workers on a small machine."""
 LAST_EVENT_SECONDS = 60
 """How long the driver waits for the workers' last event after they are done."""
 
@@ -178,18 +181,22 @@ class _Watching:
         # Who is interrupted does not wait until all that was told meanwhile is written down.
         self._abandoned = error is KeyboardInterrupt
         self._closing.set()
+        with suppress(RayError):
+            self._queue.put(("closing", None), timeout=WAKE_SECONDS)
         self._thread.join(timeout=STOP_SECONDS if self._abandoned else LAST_EVENT_SECONDS)
         self._queue.shutdown(force=True)
 
     def _run(self) -> None:
         while not self._abandoned:
             try:
-                event, content = self._queue.get(timeout=0.5)
+                event, content = self._queue.get(timeout=WAKE_SECONDS)
             except Empty:
                 if self._closing.is_set():
                     return
                 continue
             except RayError:
+                return
+            if event == "closing":
                 return
             if event == "failed":
                 self._failure = content
@@ -274,6 +281,8 @@ def _evaluate_worker(settings: dict[str, Any]) -> None:
     job, emit = settings["job"], _emitter(settings["queue"])
     torch.set_num_threads(settings["threads"])
     context, device = ray.train.get_context(), torch_device()
+    if device.type == "cpu":
+        use_onednn()
     model = TokenLoss(load_trained(job.config, job.run.model)).to(device).eval()
     rank, workers = context.get_world_rank(), context.get_world_size()
     model.check_head(device)

@@ -55,7 +55,8 @@ def check_model(config: Config, model: str) -> None:
     """
     from transformers import AutoConfig
 
-    from raysft.train.finetuning import attention, check_names, quantization_config
+    from raysft.train.attention import kernel
+    from raysft.train.finetuning import check_names, quantization_config
     from raysft.train.optim import check_installed
     from raysft.train.zero import deepspeed_settings
 
@@ -75,7 +76,7 @@ def check_model(config: Config, model: str) -> None:
     _check_quantized(model, described, config)
     check_installed(config.train.optimizer)
     quantization_config(config)
-    attention(config)
+    kernel(config)
     deepspeed_settings(config, config.scaling.num_workers)
     if _names_modules(config):
         import torch

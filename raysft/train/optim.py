@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import get_scheduler
 
 from raysft.config import RequestError, TrainSection
 
@@ -70,6 +69,9 @@ def make_schedule(optimizer: torch.optim.Optimizer, train: TrainSection, steps: 
         options.setdefault("num_decay_steps", max(1, steps // 10))
     if train.schedule == "cosine_with_min_lr" and not {"min_lr", "min_lr_rate"} & options.keys():
         options["min_lr_rate"] = 0.1
+    # Its import takes three seconds, and the driver, which asks this module for names, needs none of it.
+    from transformers import get_scheduler
+
     try:
         return get_scheduler(
             train.schedule,

@@ -1,0 +1,70 @@
+"""oneDNN behind torch's matrix products gives the same numbers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from raysft import matmul
+
+
+@pytest.fixture
+def onednn():
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    library = matmul._override()
+    yield
+    library._destroy()
+    matmul._override.cache_clear()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(300, 576, 192), (2, 128, 96, 256), (3, 5, 7), (512, 8, 576)])
+def test_a_layer_and_its_gradients_are_those_of_float64(onednn, shape, bias):
+    *rows, inputs, outputs = shape
+    torch.manual_seed(1)
+    layer = torch.nn.Linear(inputs, outputs, bias=bias)
+    exact = torch.nn.Linear(inputs, outputs, bias=bias).double()
+    exact.load_state_dict(layer.state_dict())
+    x = torch.randn(*rows, inputs, requires_grad=True)
+    exact_x = x.detach().double().requires_grad_()
+    y, exact_y = layer(x), exact(exact_x)
+    y.square().mean().backward()
+    exact_y.square().mean().backward()
+    torch.testing.assert_close(y.double(), exact_y, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(x.grad.double(), exact_x.grad, rtol=1e-5, atol=1e-7)
+    for name, parameter in layer.named_parameters():
+        torch.testing.assert_close(parameter.grad.double(), exact.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
+
+
+def test_large_products_are_onednns(onednn):
+    with torch.profiler.profile() as profiler:
+        torch.randn(300, 200) @ torch.randn(200, 100)
+    assert "mkldnn::_linear_pointwise" in {event.key for event in profiler.key_averages()}
+
+
+def test_what_onednn_does_not_take_is_computed_as_before(onednn):
+    a, b = torch.randn(300, 400), torch.randn(400, 500)
+    for kind in (torch.float64, torch.bfloat16):
+        assert (a.to(kind) @ b.to(kind)).dtype == kind
+    exact = (a.double() @ b.double()).float()
+    torch.testing.assert_close(
+        torch.addmm(torch.ones(300, 500), a, b, beta=2, alpha=3), 2 + 3 * exact, rtol=0, atol=1e-3
+    )
+    torch.testing.assert_close(a[:, ::2] @ b[::2], (a[:, ::2].double() @ b[::2].double()).float(), rtol=0, atol=1e-3)
+    assert (torch.randn(3, 0) @ torch.randn(0, 7)).tolist() == torch.zeros(3, 7).tolist()
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        a @ torch.randn(500, 600)
+
+
+@pytest.mark.parametrize(("vendor", "expected"), [("AuthenticAMD", True), ("GenuineIntel", False)])
+def test_the_choice_follows_from_the_processor(tmp_path, monkeypatch, vendor, expected):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    described = tmp_path / "cpuinfo"
+    described.write_text(f"processor : 0\nvendor_id : {vendor}\n")
+    assert matmul.held_back(described) is expected
+    assert not matmul.held_back(Path("/nowhere"))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert not matmul.held_back(described)
