@@ -110,6 +110,10 @@ class Case:
     config: Config
     rows: Rows
     adapter: str | None = None
+    resume: Path | None = None
+    """A checkpoint to go on from."""
+    keep: Path | None = None
+    """Where the checkpoints go (``checkpoint_2`` after two steps)."""
 
 
 class Result(NamedTuple):
@@ -144,7 +148,11 @@ def worker(rank: int, world: int, port: int, cases: Sequence[Case], out) -> None
 def _trained(case: Case, rank: int, world: int, name: str) -> Result:
     from safetensors.torch import load_file
 
-    from raysft.train import loop
+    from raysft.train import checkpoint, loop
+
+    def save(engine: Any, schedule: Any, cursor: checkpoint.Cursor) -> None:
+        if case.keep:
+            checkpoint.write(checkpoint.snapshot(engine, schedule, cursor), case.keep / f"checkpoint_{cursor.step}")
 
     config, rows = case.config, case.rows
     events: list[tuple[str, Any]] = []
@@ -161,8 +169,8 @@ def _trained(case: Case, rank: int, world: int, name: str) -> Result:
             0,
             torch.device("cpu"),
             lambda event, content: events.append((event, content)),
-            lambda engine, cursor: None,
-            None,
+            save,
+            case.resume,
         )
     except (RunFailed, RequestError) as error:
         failure = str(error)

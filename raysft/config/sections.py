@@ -162,6 +162,7 @@ class Config(Section):
             "data.cache",
             "train.max_failures",
             "train.save_every_steps",
+            "train.keep_last",
             "train.trackers",
             "train.gradient_checkpointing",
         )

@@ -185,6 +185,8 @@ class TrainSection(Section):
     """Write the model of the evaluation with the lowest ``eval_loss`` instead of the last one."""
     save_every_steps: Positive | None = None
     """Write a checkpoint to resume from every N steps, and at the end. Default: only the trained model is written."""
+    keep_last: Positive = 2
+    """How many checkpoints are kept, the newest ones; a damaged one is passed over for the one before."""
     max_failures: Count = 3
     """How often the workers are started again from the newest checkpoint after one of them died."""
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]

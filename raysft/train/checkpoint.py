@@ -1,20 +1,32 @@
-"""State to go on from, and the trained model to keep."""
+"""State to go on from: what a training is, apart from its config, its model and its data.
+
+A checkpoint is a folder. Each worker writes the fragments that it keeps (``part_0.safetensors``), the rest of its state
+(``state_0.pt``) and, when both are written, their digests (``part_0.json``); the first worker also writes ``cursor.json``. It is
+complete when all workers' digests are there. Fragments are kept by the parameter's name and their place in it, so that any number
+of workers, under any stage of ZeRO, can go on from it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import re
-import shutil
-from dataclasses import asdict, dataclass
+import random
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from raysft.config import RequestError
+from raysft.train.fragments import Fragment, base_optimizer, fragments, owners, spread
 
-TAG = "state"
+WEIGHT = "weight"
+"""Kind of a fragment beside the optimizer's own names (``exp_avg`` …)."""
+DAMAGED = "damaged.json"
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,8 @@ class Cursor:
     identity: dict[str, str]
     """What it is a training of: hashes of config, model and each source, by name."""
     best: Best | None = None
+    workers: int = 1
+    """How many wrote the checkpoint."""
 
     @classmethod
     def read(cls, folder: Path) -> Cursor:
@@ -56,92 +70,285 @@ class Cursor:
         return cls(**whole, best=Best(**best) if best else None)
 
 
-def save(engine: Any, folder: Path, cursor: Cursor) -> None:
-    """Write this worker's part of a checkpoint: weights, optimizer, schedule, cursor and random states."""
-    engine.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True)
-    # Dropout draws from torch alone; the order of the data comes from the seed and not from a running state.
-    states = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
-    torch.save(states, folder / f"random_{dist.get_rank()}.pt")
-    if dist.get_rank() == 0:
-        (folder / "cursor.json").write_text(json.dumps(asdict(cursor)))
+class Damaged(RuntimeError):
+    """A checkpoint is not what was written; it is marked, and the workers start again from the one before."""
 
 
-def load(engine: Any, folder: Path) -> Cursor:
-    """Put the engine back to where a checkpoint was written.
+@dataclass(frozen=True)
+class Snapshot:
+    """One worker's part of a checkpoint in memory, so that the training can go on while it is written."""
 
-    Raises:
-        RequestError: it was written by another number of workers.
+    rank: int
+    tensors: dict[str, torch.Tensor]
+    """By kind, first element and parameter (``exp_avg:0:model.norm.weight``)."""
+    rest: dict[str, Any]
+    """Random states, the optimizer's counters, the learning rate's course."""
+    cursor: Cursor
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+
+@torch.no_grad()
+def snapshot(engine: Any, schedule: Any, cursor: Cursor) -> Snapshot:
+    """Copy this worker's part of the state.
+
+    Args:
+        engine: the DeepSpeed engine.
+        schedule: of the learning rate.
+        cursor: how far the training is.
     """
-    written_by = len(list(folder.glob("random_*.pt")))
-    if written_by != dist.get_world_size():
-        raise RequestError(
-            f"{folder}: the checkpoint is of {written_by} workers and scaling.num_workers is {dist.get_world_size()}; "
-            f"resume with {written_by}"
-        )
-    engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
-    states = torch.load(folder / f"random_{dist.get_rank()}.pt", weights_only=True)
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-    return Cursor.read(folder)
+    optimizer = base_optimizer(engine)
+    tensors = {}
+    by_weight = _is_by_weight(engine)
+    for fragment in fragments(engine):
+        tensors[_key(WEIGHT, fragment)] = _copied(fragment.weight)
+        for kind, state in optimizer.state[fragment.owner].items() if by_weight else ():
+            if _is_for_each_weight(state, fragment.owner):
+                tensors[_key(kind, fragment)] = _copied(fragment.of(state))
+    rest = {
+        "random": _random_states(),
+        "optimizer": _counters(engine) if by_weight else optimizer.state_dict(),
+        "schedule": schedule.state_dict(),
+        "scaler": _numbers(getattr(engine.optimizer, "loss_scaler", None)),
+        "engine": {name: getattr(engine, name) for name in ("global_steps", "global_samples", "skipped_steps")},
+    }
+    return Snapshot(dist.get_rank(), tensors, rest, replace(cursor, workers=dist.get_world_size()))
+
+
+def write(part: Snapshot, folder: Path) -> None:
+    """Write one worker's part; others write theirs into the same folder."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"part_{part.rank}.safetensors", f"state_{part.rank}.pt"]
+    save_file(part.tensors, folder / names[0])
+    torch.save(part.rest, folder / names[1])
+    if part.rank == 0:
+        names.append("cursor.json")
+        _write_whole(folder / "cursor.json", asdict(part.cursor))
+    digests = {name: {"bytes": (folder / name).stat().st_size, "sha256": _digest(folder / name)} for name in names}
+    _write_whole(folder / f"part_{part.rank}.json", digests)
+
+
+def _write_whole(file: Path, content: Any) -> None:
+    draft = file.with_name(f".{file.name}")
+    draft.write_text(json.dumps(content))
+    draft.replace(file)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def complete(checkpoints: Path) -> Iterator[Path]:
+    """Checkpoints of which every worker's part is there and none is known to be damaged, the newest first."""
+    found = [(cursor.step, folder) for folder in checkpoints.glob("checkpoint_*") if (cursor := _whole(folder))]
+    for _, folder in sorted(found, reverse=True):
+        yield folder
 
 
 def newest(checkpoints: Path) -> Path | None:
-    """The newest checkpoint that Ray Train has accepted, which it does when every worker's part is there."""
-    snapshot = checkpoints / "checkpoint_manager_snapshot.json"
-    if not snapshot.exists():
-        return None
-    # Ray's own list of accepted checkpoints; folders that are not in it may be half written.
-    names = set(re.findall(r'"(checkpoint_[^"]+)"', snapshot.read_text()))
-    found = sorted(name for name in names if (checkpoints / name / "cursor.json").exists())
-    return checkpoints / found[-1] if found else None
+    """The one to go on from."""
+    return next(complete(checkpoints), None)
 
 
 def cursor_of(checkpoints: Path) -> Cursor | None:
-    """The cursor of the newest complete checkpoint."""
+    """The cursor of the one to go on from."""
     folder = newest(checkpoints)
     return Cursor.read(folder) if folder else None
 
 
-def export(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write the trained model or adapter so that transformers or peft loads it. All workers call it, the first one writes.
+def _whole(folder: Path) -> Cursor | None:
+    """The cursor of a complete checkpoint."""
+    try:
+        cursor = Cursor.read(folder)
+        if (folder / DAMAGED).exists():
+            return None
+        for rank in range(cursor.workers):
+            for name, said in json.loads((folder / f"part_{rank}.json").read_text()).items():
+                if (folder / name).stat().st_size != said["bytes"]:
+                    return None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None  # half written
+    return cursor
+
+
+def check(folder: Path) -> None:
+    """Compare a checkpoint with its digests; each worker reads its share, and all come to the same end.
+
+    Raises:
+        Damaged: a file is not what was written.
+    """
+    cursor, rank, workers = Cursor.read(folder), dist.get_rank(), dist.get_world_size()
+    found = next((wrong for part in range(rank, cursor.workers, workers) if (wrong := _wrong(folder, part))), None)
+    everyones: list[Any] = [None] * workers
+    dist.all_gather_object(everyones, found)
+    wrong = next((each for each in everyones if each), None)
+    if wrong:
+        if rank == 0:
+            _write_whole(folder / DAMAGED, {"file": wrong})
+        dist.barrier()
+        raise Damaged(f"checkpoint after step {cursor.step}: {folder / wrong} is not what was written")
+
+
+def _wrong(folder: Path, part: int) -> str | None:
+    for name, said in json.loads((folder / f"part_{part}.json").read_text()).items():
+        if _digest(folder / name) != said["sha256"]:
+            return str(name)
+    return None
+
+
+@torch.no_grad()
+def load(engine: Any, schedule: Any, folder: Path) -> Cursor:
+    """Put a training back to where a checkpoint was written, by as many workers or by others.
+
+    With other workers, those that were not there draw random numbers of their own (dropout); all else goes on as it was.
 
     Args:
-        model: the transformers or peft model inside the engine.
-        tokenizer: goes beside it.
-        folder: is replaced in one move when all is written.
+        engine: as it was made for the same config.
+        schedule: of the learning rate.
+        folder: the checkpoint.
+
+    Raises:
+        Damaged: it is not what was written.
     """
-    import deepspeed
+    check(folder)
+    cursor, rank = Cursor.read(folder), dist.get_rank()
+    rest = _read_rest(folder / f"state_{rank if rank < cursor.workers else 0}.pt")
+    optimizer, by_weight = base_optimizer(engine), _is_by_weight(engine)
+    with ExitStack() as stack:
+        pieces = _Pieces(folder, cursor.workers, stack)
+        if by_weight:
+            for owner in owners(engine):
+                optimizer.state[owner] = {
+                    **{name: _counter(value, owner, optimizer) for name, value in rest["optimizer"].items()},
+                    **{kind: torch.zeros_like(owner, requires_grad=False) for kind in pieces.kinds},
+                }
+            _count_again(optimizer, rest["optimizer"].get("step"))
+        for fragment in fragments(engine, all_of_them=True):
+            pieces.copy(WEIGHT, fragment, fragment.weight)
+            for kind in pieces.kinds if by_weight else ():
+                pieces.copy(kind, fragment, fragment.of(optimizer.state[fragment.owner][kind]))
+    spread(engine)
+    if not by_weight:
+        optimizer.load_state_dict(rest["optimizer"])
+    schedule.load_state_dict(rest["schedule"])
+    for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+        group["lr"] = rate
+    for name, value in rest["engine"].items():
+        setattr(engine, name, value)
+    for name, value in rest["scaler"].items():
+        setattr(engine.optimizer.loss_scaler, name, value)
+    if rank < cursor.workers:
+        _set_random_states(rest["random"])
+    return cursor
 
-    writes = dist.get_rank() == 0
-    state: dict[str, torch.Tensor] = {}
-    adapters_only = hasattr(model, "peft_config")
-    for name, parameter in model.named_parameters():
-        if adapters_only and not parameter.requires_grad:
-            continue
-        # With ZeRO-3 each worker has a part of it; one parameter at a time is put together.
-        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            if writes:
-                state[name] = parameter.detach().cpu().clone()
-    if not writes:
+
+class _Pieces:
+    """The tensors of a checkpoint, of which a worker reads no more than it keeps."""
+
+    def __init__(self, folder: Path, workers: int, stack: ExitStack) -> None:
+        from safetensors import safe_open
+
+        self._places: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
+        for part in range(workers):
+            file = stack.enter_context(safe_open(folder / f"part_{part}.safetensors", "pt"))
+            for key in file.keys():  # noqa: SIM118  # no mapping
+                kind, start, name = key.split(":", 2)
+                size = file.get_slice(key).get_shape()[0]
+                self._places.setdefault((kind, name), []).append((int(start), size, file, key))
+        self.kinds = sorted({kind for kind, _ in self._places} - {WEIGHT})
+
+    def copy(self, kind: str, fragment: Fragment, into: torch.Tensor) -> None:
+        """Fill a fragment from those that were written."""
+        missing = len(into)
+        for start, size, file, key in self._places.get((kind, fragment.name), ()):
+            first = max(start, fragment.start)
+            last = min(start + size, fragment.start + len(into))
+            if first < last:
+                values = file.get_slice(key)[first - start : last - start]
+                into[first - fragment.start : last - fragment.start].copy_(values)
+                missing -= last - first
+        if missing:
+            raise Damaged(f"the checkpoint holds no {kind} of {missing} elements of {fragment.name}")
+
+
+def _key(kind: str, fragment: Fragment) -> str:
+    return f"{kind}:{fragment.start}:{fragment.name}"
+
+
+def _copied(values: torch.Tensor) -> torch.Tensor:
+    return values.detach().to("cpu", copy=True).contiguous()
+
+
+def _is_by_weight(engine: Any) -> bool:
+    """Whether the optimizer keeps nothing but a number for each weight, and counters."""
+    if engine.zero_optimization_stage():
+        return True  # others are refused there
+    return isinstance(engine.optimizer, torch.optim.Adam)
+
+
+def _is_for_each_weight(state: Any, owner: torch.Tensor) -> bool:
+    return torch.is_tensor(state) and state.dim() > 0 and state.numel() == owner.numel()
+
+
+def _counters(engine: Any) -> dict[str, Any]:
+    """What an optimizer keeps besides, the same for all weights: the number of steps."""
+    optimizer = base_optimizer(engine)
+    for owner in owners(engine):
+        found = {name: value for name, value in optimizer.state[owner].items() if not _is_for_each_weight(value, owner)}
+        return {name: value.cpu().clone() if torch.is_tensor(value) else value for name, value in found.items()}
+    return {}
+
+
+def _counter(value: Any, owner: torch.Tensor, optimizer: Any) -> Any:
+    """A counter of its own for each owner, where the optimizer wants it: torch's fused kernels on the device."""
+    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    return value.to(owner.device if on_device else "cpu", copy=True) if torch.is_tensor(value) else value
+
+
+def _count_again(optimizer: Any, steps: Any) -> None:
+    """DeepSpeed's CPU-Adam multiplies powers of its betas up, a factor each step, where nobody can set them; another way to
+    compute them differs in the last digit."""
+    if not hasattr(optimizer, "ds_opt_adam"):
         return
-    draft = folder.with_name(f".{folder.name}")
-    shutil.rmtree(draft, ignore_errors=True)
-    if adapters_only:
-        if begun_with := getattr(model, "begun_with", None):
-            model.save_pretrained(draft, path_initial_model_for_weight_conversion=begun_with)
-        else:
-            model.save_pretrained(draft, state_dict=state)
-    else:
-        model.config.use_cache = True
-        model.save_pretrained(draft, state_dict=state)
-        model.config.use_cache = False
-    (draft / "README.md").unlink(missing_ok=True)  # peft's empty form; the run directory holds a model card
-    tokenizer.save_pretrained(draft)
-    put_in_place(draft, folder)
+    nothing = [torch.zeros(1) for _ in range(4)]
+    for step in range(1, int(steps) + 1):
+        optimizer.ds_opt_adam.adam_update(
+            optimizer.opt_id, step, 0.0, *optimizer.param_groups[0]["betas"], 1.0, 0.0, True, *nothing
+        )
 
 
-def put_in_place(draft: Path, folder: Path) -> None:
-    """Let a folder that is whole take the place of another one."""
-    shutil.rmtree(folder, ignore_errors=True)
-    draft.replace(folder)
+def _numbers(scaler: Any) -> dict[str, Any]:
+    """The state of a loss scaler."""
+    return {name: value for name, value in vars(scaler).items() if isinstance(value, int | float)} if scaler else {}
+
+
+def _random_states() -> dict[str, Any]:
+    name, keys, *numpys = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": [name, torch.from_numpy(np.asarray(keys, np.int64)), *numpys],
+        "python": random.getstate(),
+    }
+
+
+def _set_random_states(states: Mapping[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    name, keys, *numpys = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *numpys))
+    random.setstate(states["python"])
+
+
+def _read_rest(file: Path) -> dict[str, Any]:
+    """Tensors and plain values alone are loaded, and what GaLore and APOLLO keep beside them."""
+    theirs = sys.modules.get("pytorch_optimizer.optimizer.utils.galore")
+    with torch.serialization.safe_globals([theirs.GaLoreProjector] if theirs else []):
+        return torch.load(file, weights_only=True)  # type: ignore[no-any-return]

@@ -35,8 +35,15 @@ from raysft.train.step import evaluate as evaluate_set
 Watch = Callable[[str, Any], None]
 """Takes (event, content) in the driver, as the first worker emits them."""
 
-KEEP_CHECKPOINTS = 2
-"""The newest one, and one more in case that it is damaged."""
+KEEP_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 33),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 33),
+}
+"""What lets a worker on CPUs keep the memory that a step gives back for the next one. Else glibc asks the kernel for each large
+tensor's again, page by page: 4.2 million page faults in five steps instead of 0.4, and 6% of the time (SmolLM2, full)."""
+SAVE_SECONDS = 1800
+"""How long a checkpoint may take to be written."""
 STOP_SECONDS = 30
 """How long the driver waits for the workers to let go."""
 WAKE_SECONDS = 10
@@ -113,10 +120,11 @@ def _fit(job: Job, worker: Any, folder: Path, datasets: dict[str, Any], watch: W
         run_config=ray.train.RunConfig(
             name=folder.name,
             storage_path=str(folder.parent),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=KEEP_CHECKPOINTS),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=job.config.train.keep_last),
             failure_config=ray.train.FailureConfig(
                 max_failures=job.config.train.max_failures, controller_failure_limit=3
             ),
+            worker_runtime_env={} if scaling.use_gpu else {"env_vars": KEEP_MEMORY},
         ),
         torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo", timeout_s=600),
         datasets=datasets,
@@ -258,23 +266,56 @@ def _train_worker(settings: dict[str, Any]) -> None:
 
 
 def _train(settings: dict[str, Any]) -> None:
-    job, queue = settings["job"], settings["queue"]
+    job, emit = settings["job"], _emitter(settings["queue"])
     torch.set_num_threads(settings["threads"])
     workers = ray.train.get_context().get_world_size()
     first = _first_step(job)
     shard = cast(Any, ray.train.get_dataset_shard("train"))
     tables = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
-    accepted = ray.train.get_checkpoint()
-    with tempfile.TemporaryDirectory() as here:
-        resume = Path(accepted.to_directory(here)) if accepted else None
-        loop.train(job, job.train_rows.batches(tables, workers), first, torch_device(), _emitter(queue), _save, resume)
+    saver = _Saver(emit)
+    # Not Ray's own newest: it may be damaged, and is then passed over.
+    resume = checkpoint.newest(job.run.checkpoints)
+    loop.train(job, job.train_rows.batches(tables, workers), first, torch_device(), emit, saver, resume)
+    saver.wait()
 
 
-def _save(engine: Any, cursor: Cursor) -> None:
-    folder = Path(tempfile.mkdtemp(prefix="raysft-"))
-    checkpoint.save(engine, folder, cursor)
-    ray.train.report({"step": cursor.step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
-    shutil.rmtree(folder, ignore_errors=True)
+class _Saver:
+    """Writes checkpoints while the training goes on, one at a time."""
+
+    def __init__(self, emit: loop.Emit) -> None:
+        self._emit = emit
+        self._written = threading.Event()
+        self._written.set()
+
+    def __call__(self, engine: Any, schedule: Any, cursor: Cursor) -> None:
+        # A second copy of the state would need its memory once more.
+        self.wait()
+        part = checkpoint.snapshot(engine, schedule, cursor)
+        self._written.clear()
+
+        def upload(_: Any, name: str) -> Any:
+            storage: Any = ray.train.get_context().get_storage()
+            folder = Path(storage.experiment_fs_path) / name
+            try:
+                checkpoint.write(part, folder)
+            finally:
+                self._written.set()
+            if part.rank == 0:
+                self._emit("checkpoint", {"step": cursor.step, "rows": cursor.rows})
+            return ray.train.Checkpoint(str(folder), storage.storage_filesystem)
+
+        ray.train.report(
+            {"step": cursor.step},
+            checkpoint=ray.train.Checkpoint(tempfile.gettempdir()),
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=False,
+            checkpoint_upload_fn=upload,
+        )
+
+    def wait(self) -> None:
+        """Until the checkpoint before is written."""
+        if not self._written.wait(SAVE_SECONDS):
+            raise RuntimeError(f"the checkpoint before was not written within {SAVE_SECONDS} s; its storage hangs")
 
 
 def _evaluate_worker(settings: dict[str, Any]) -> None:

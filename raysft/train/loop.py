@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from raysft.config import Config
 from raysft.records import RunDirectory, evaluation_results
-from raysft.train import checkpoint
+from raysft.train import checkpoint, export
 from raysft.train.checkpoint import Cursor
 from raysft.train.figures import Figures
 from raysft.train.judge import Judge
@@ -24,7 +24,8 @@ from raysft.train.step import Batch, evaluate, train_step
 
 Emit = Callable[[str, Any], None]
 """(event, content) to whoever watches: ``setup``, ``step``, ``evaluate``, ``checkpoint``, ``end``."""
-Save = Callable[[Any, Cursor], None]
+Save = Callable[[Any, Any, Cursor], None]
+"""Keeps the state of (engine, schedule of the learning rate) at a cursor."""
 
 
 class Schedule(Protocol):
@@ -160,7 +161,7 @@ class _Loop:
         torch.manual_seed(self.job.config.run.seed + self.rank)
         cursor = Cursor(0, 0, 0, self.job.identity)
         if resume is not None:
-            cursor = checkpoint.load(self.engine, resume)
+            cursor = checkpoint.load(self.engine, self.lr, resume)
         self.judge = Judge(self.job.config.train, lambda: self._export(self.job.run.best), cursor.best)
         names, model = self.job.train_rows.sources, self.engine.module.model
         self.figures = Figures(self.schedule, names, self.workers, self.device, model)
@@ -246,8 +247,7 @@ class _Loop:
         return results
 
     def _checkpoint(self, cursor: Cursor) -> None:
-        self.save(self.engine, replace(cursor, best=self.judge.best))
-        self.emit("checkpoint", {"step": cursor.step, "rows": cursor.rows})
+        self.save(self.engine, self.lr, replace(cursor, best=self.judge.best))
 
     def finish(self, cursor: Cursor) -> None:
         """Evaluate, write the model, and say how it went."""
@@ -271,7 +271,7 @@ class _Loop:
         if best and self.job.config.train.keep_best:
             self.evaluated = best.results
             if self.rank == 0:
-                checkpoint.put_in_place(self.job.run.best, self.job.run.model)
+                export.put_in_place(self.job.run.best, self.job.run.model)
         else:
             self._export(self.job.run.model)
         self.emit("end", {"train": results, "eval": self.evaluated})
@@ -282,7 +282,7 @@ class _Loop:
 
         tokenizer = AutoTokenizer.from_pretrained(self.job.model)
         tokenizer.chat_template = self.job.config.chat_template or tokenizer.chat_template
-        checkpoint.export(self.engine.module.model, tokenizer, folder)
+        export.export(self.engine.module.model, tokenizer, folder)
 
 
 def _size(parameter: Any) -> int:

@@ -1,0 +1,144 @@
+"""A training that goes on from a checkpoint is the one that was never stopped."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raysft.train import checkpoint
+from tests.training import STEPS, Case, Result, make_config, prepare, rows_of, train_all
+
+HALF = STEPS // 2
+WAYS = {
+    "zero 0": {"zero_stage": 0},
+    "zero 1": {"zero_stage": 1},
+    "zero 2": {"zero_stage": 2},
+    "zero 3": {"zero_stage": 3},
+    "offload": {"zero_stage": 2, "offload": {"optimizer": "cpu"}},
+    "lora": {"finetuning": "lora", "zero_stage": 2},
+    "dropout": {"finetuning": "lora", "settings": {"model.lora.dropout": 0.2}},
+    "bfloat16": {"zero_stage": 2, "settings": {"model.dtype": "bfloat16"}},
+    "muon": {"optimizer": "muon"},
+    "adafactor": {"optimizer": "adafactor"},
+    "adam_mini": {"optimizer": "adam_mini"},
+    "galore": {"optimizer": "galore", "optimizer_options": {"rank": 4, "update_proj_gap": 3}},
+    "apollo": {"optimizer": "apollo", "optimizer_options": {"rank": 4, "update_proj_gap": 3}},
+}
+SINGLE = ("apollo",)
+"""Those that train with one worker alone."""
+SEEDED = ("dropout",)
+"""Those whose random numbers belong to a worker, so that they are others with others."""
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    return prepare(tmp_path_factory.mktemp("checkpoints"))
+
+
+def case(prepared, way: str, workers: int, **more) -> Case:
+    folder, model, manifest = prepared
+    options = {"save_every_steps": HALF, **WAYS[way]}
+    config = make_config(folder / f"{way}-{workers}-{len(more)}", model, options.pop("settings", None), **options)
+    return Case(config, rows_of(manifest), **more)
+
+
+@pytest.fixture(scope="module")
+def left_alone(prepared) -> dict[tuple[str, int], tuple[Result, Path]]:
+    """Trainings to their end, and the folder of the checkpoints that they wrote on the way."""
+    folder, found = prepared[0], {}
+    for workers in (1, 2):
+        ways = [way for way in WAYS if workers == 1 or way not in SINGLE]
+        kept = [folder / "kept" / f"{way}-{workers}" for way in ways]
+        cases = [case(prepared, way, workers, keep=place) for way, place in zip(ways, kept, strict=True)]
+        for way, place, result in zip(ways, kept, train_all(cases, workers), strict=True):
+            found[way, workers] = result, place
+    return found
+
+
+def resumed(prepared, left_alone, workers: int, others: int) -> dict[str, tuple[Result, Result]]:
+    """Each way with its second half trained by ``others``, from the checkpoint of ``workers``."""
+    ways = [way for way, number in left_alone if number == workers and (workers == others or way not in SINGLE)]
+    cases = [
+        case(prepared, way, others, resume=left_alone[way, workers][1] / f"checkpoint_{HALF}", keep=None)
+        for way in ways
+    ]
+    results = train_all(cases, others)
+    return {way: (left_alone[way, workers][0], result) for way, result in zip(ways, results, strict=True)}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_same_workers_go_on_bit_for_bit(prepared, left_alone, workers):
+    for way, (whole, second) in resumed(prepared, left_alone, workers, workers).items():
+        assert not second.failure, (way, second.failure)
+        assert second.losses == whole.losses[HALF:], way
+        assert second.norms == whole.norms[HALF:], way
+        assert second.weights.keys() == whole.weights.keys(), way
+        for name in whole.weights:
+            assert np.array_equal(second.weights[name], whole.weights[name]), (way, name)
+
+
+@pytest.mark.parametrize(("workers", "others"), [(2, 1), (2, 3)])
+def test_other_numbers_of_workers_go_on_alike(prepared, left_alone, workers, others):
+    for way, (whole, second) in resumed(prepared, left_alone, workers, others).items():
+        if way in SEEDED:
+            assert np.isfinite(second.losses).all(), way
+            continue
+        tolerance = 2e-2 if way == "bfloat16" else 1e-4
+        np.testing.assert_allclose(second.losses, whole.losses[HALF:], rtol=tolerance, err_msg=way)
+        for name in whole.weights:
+            np.testing.assert_allclose(
+                second.weights[name], whole.weights[name], rtol=tolerance, atol=tolerance, err_msg=f"{way} {name}"
+            )
+
+
+def test_every_weight_is_kept_once(left_alone):
+    """Each worker writes its own part, and all parts together are the model, its moments and nothing twice."""
+    from safetensors import safe_open
+
+    for way in ("zero 0", "zero 1", "zero 2", "zero 3", "lora"):
+        result, kept = left_alone[way, 2]
+        sizes: dict[str, int] = {}
+        for part in range(2):
+            with safe_open(kept / f"checkpoint_{HALF}" / f"part_{part}.safetensors", "np") as file:
+                assert list(file.keys()), (way, part)
+                for key in file.keys():  # noqa: SIM118  # no mapping
+                    kind, _, name = key.split(":", 2)
+                    sizes[f"{kind}:{name}"] = sizes.get(f"{kind}:{name}", 0) + file.get_slice(key).get_shape()[0]
+        kinds = {key.split(":")[0] for key in sizes}
+        assert kinds == {"weight", "exp_avg", "exp_avg_sq"}, way
+        trained = sum(size for key, size in sizes.items() if key.startswith("weight:"))
+        assert trained == next(content for event, content in result.events if event == "setup")["trained_parameters"]
+        assert all(
+            sizes[key.replace("weight:", "exp_avg:")] == sizes[key] for key in sizes if key.startswith("weight:")
+        )
+
+
+def test_a_flipped_bit_is_found_and_the_one_before_is_taken(prepared, left_alone, tmp_path):
+    import shutil
+
+    _, kept = left_alone["zero 2", 2]
+    shutil.copytree(kept, tmp_path / "kept")
+    newer, older = list(checkpoint.complete(tmp_path / "kept"))
+    file = newer / "part_1.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 4
+    file.write_bytes(bytes(content))
+    assert checkpoint.newest(tmp_path / "kept") == newer, "its size is right"
+    with pytest.raises(AssertionError, match="a worker failed"):
+        train_all([case(prepared, "zero 2", 1, resume=newer)], 1)
+    assert json.loads((newer / checkpoint.DAMAGED).read_text()) == {"file": "part_1.safetensors"}
+    assert checkpoint.newest(tmp_path / "kept") == older
+
+
+@pytest.mark.parametrize("missing", ["part_1.safetensors", "part_1.json", "state_0.pt", "cursor.json"])
+def test_a_half_written_checkpoint_is_none(left_alone, tmp_path, missing):
+    import shutil
+
+    _, kept = left_alone["zero 2", 2]
+    shutil.copytree(kept, tmp_path / "kept")
+    newer, older = list(checkpoint.complete(tmp_path / "kept"))
+    (newer / missing).unlink()
+    assert list(checkpoint.complete(tmp_path / "kept")) == [older]
+    (older / "part_0.safetensors").write_bytes(b"short")
+    assert checkpoint.newest(tmp_path / "kept") is None
