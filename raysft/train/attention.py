@@ -88,7 +88,7 @@ def examplewise(
     begins = (position_ids.expand(rows, tokens).reshape(-1) == 0).nonzero().flatten().tolist()
     lengths = [end - start for start, end in zip(begins, [*begins[1:], rows * tokens], strict=True)]
     pieces = zip(*(_joined(each).split(lengths, dim=2) for each in (query, key, value)), strict=True)
-    outputs = [sdpa_attention_forward(module, *piece, None, **options)[0] for piece in pieces]
+    outputs = [sdpa_attention_forward(module, q, k, v, None, **options)[0] for q, k, v in pieces]
     return torch.cat(outputs, dim=1).view(rows, tokens, *outputs[0].shape[2:]), None
 
 
