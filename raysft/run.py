@@ -195,7 +195,7 @@ def train_model(it: Opened, callbacks: Sequence[Any] = ()) -> None:
         return
     from raysft.train import launch
 
-    trackers = open_trackers(it.config.train.trackers, it.directory.path, it.config.model_dump(mode="json"))
+    trackers = _trackers(it)
     journal = Journal(it.directory.trainer_log, it.terminal, [*trackers, *callbacks])
     try:
         results = launch.train(_job(it), journal)
@@ -207,6 +207,14 @@ def train_model(it: Opened, callbacks: Sequence[Any] = ()) -> None:
         it.directory.write_results("eval", results["eval"])
     useful = {"useful": round(it.prepared.train_rows.schedule.useful, 6)}
     it.directory.write_results("train", {**results["train"], **journal.results(), **useful, **journal.timings})
+
+
+def _trackers(it: Opened) -> list[Any]:
+    names, shown = it.config.train.trackers, it.config.model_dump(mode="json")
+    try:
+        return open_trackers(names, it.directory.path, shown, it.terminal.line)
+    except RuntimeError as error:
+        raise RequestError(f"train.trackers: {error}; set it up, or take it out") from None
 
 
 def evaluate_model(it: Opened) -> None:

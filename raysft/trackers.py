@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,20 +28,52 @@ def missing_tracker(names: Sequence[str]) -> str | None:
     return next((name for name in names if importlib.util.find_spec(name) is None), None)
 
 
-def open_trackers(names: Sequence[str], run: Path, config: Mapping[str, Any]) -> list[Any]:
+def open_trackers(
+    names: Sequence[str], run: Path, config: Mapping[str, Any], say: Callable[[str], None] = print
+) -> list[Any]:
     """One callback for each name.
 
     Args:
         names: ``tensorboard``, ``wandb``, ``mlflow``.
         run: the run directory.
         config: the resolved config, shown beside the figures.
+        say: takes a line where figures cannot be handed over.
+
+    Raises:
+        RuntimeError: one cannot be opened: no key, no server.
     """
-    kinds = {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": MLflow}
-    return [kinds[name](run, config) for name in names]
+    kinds: dict[str, Callable[..., Any]] = {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": MLflow}
+    opened = []
+    for name in names:
+        try:
+            tracker = kinds[name](run, config)
+        except Exception as error:  # each has errors of its own
+            raise RuntimeError(f"{name} cannot be opened ({_first_line(error)})") from error
+        tracker.name, tracker.say = name, say
+        opened.append(tracker)
+    return opened
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{(str(error).strip().splitlines() or [type(error).__name__])[0]:.200}"
 
 
 class _Tracker:
     """Turns the journal's events into named numbers."""
+
+    name = ""
+    say: Callable[[str], None] = print
+    broken = False
+
+    def hand_over(self, step: int, figures: Mapping[str, float]) -> None:
+        """Write figures; the training is worth more than a tracker that fails, which is left alone then."""
+        if self.broken:
+            return
+        try:
+            self.write(step, figures)
+        except Exception as error:
+            self.broken = True
+            self.say(f"{self.name}: takes no figures any more ({_first_line(error)}); trainer_log.jsonl holds all")
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """Take the figures of one step."""
@@ -49,7 +81,7 @@ class _Tracker:
 
     def on_step(self, record: Any) -> None:
         """Figures of an optimizer step, as ``train/NAME``."""
-        self.write(record.current_steps, dict(_figures("train", asdict(record))))
+        self.hand_over(record.current_steps, dict(_figures("train", asdict(record))))
 
     def on_evaluate(self, results: Mapping[str, Any]) -> None:
         """Results of an evaluation, as ``eval/NAME``."""
@@ -58,7 +90,7 @@ class _Tracker:
             for key, value in results.items()
             if key.startswith("eval_") and not key.endswith("tokens") and math.isfinite(value)
         }
-        self.write(results["current_steps"], shown)
+        self.hand_over(results["current_steps"], shown)
 
     def close(self) -> None:
         """Write what is still held."""
@@ -70,7 +102,8 @@ def _figures(group: str, record: Mapping[str, Any]) -> Iterator[tuple[str, float
         if value is not None and math.isfinite(value):
             yield f"{group}/{name}", value
     for source, loss in (record.get("source_losses") or {}).items():
-        yield f"{group}/loss/{source}", loss
+        # Not under the loss itself: MLflow's folders cannot hold a figure and a group of one name.
+        yield f"{group}/source_loss/{source}", loss
 
 
 class TensorBoard(_Tracker):
@@ -123,8 +156,12 @@ class MLflow(_Tracker):
         import mlflow  # pyright: ignore[reportMissingImports]
 
         self._mlflow = mlflow
-        mlflow.set_experiment("raysft")
-        mlflow.start_run(run_name=run.name)
+        experiment = mlflow.set_experiment("raysft")
+        # A training that goes on belongs to the run that it began in.
+        mine = f"tags.raysft_run = '{run}'"
+        begun = mlflow.search_runs([experiment.experiment_id], mine, max_results=1, output_format="list")
+        mlflow.start_run(run_id=begun[0].info.run_id if begun else None, run_name=run.name)
+        mlflow.set_tag("raysft_run", str(run))
         mlflow.log_dict(dict(config), "config.json")
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:

@@ -31,7 +31,7 @@ def test_tensorboard_has_steps_sources_and_evaluations(tmp_path):
     found = scalars(tmp_path / "tensorboard")
     assert found["train/loss"] == [(1, 1.0), (2, 2.0), (3, 5.0)]
     assert found["eval/loss"] == [(3, 2.0)]
-    assert found["train/loss/a"][0] == (1, 0.5)
+    assert found["train/source_loss/a"][0] == (1, 0.5)
     assert {"train/lr", "train/grad_norm", "train/throughput", "train/trained_throughput"} <= found.keys()
     assert "train/mfu" not in found
     assert "eval/tokens" not in found
@@ -45,5 +45,18 @@ def test_a_tracker_without_its_package_is_named(monkeypatch):
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_trackers_of_extras_are_known(name):
-    with pytest.raises(ModuleNotFoundError, match=name):
+    with pytest.raises(RuntimeError, match=f"{name} cannot be opened .*No module named '{name}'"):
         open_trackers([name], None, {})  # type: ignore[arg-type]
+
+
+def test_a_tracker_that_fails_does_not_end_the_training(tmp_path, monkeypatch):
+    said: list[str] = []
+    (tracker,) = open_trackers(["tensorboard"], tmp_path, {}, said.append)
+
+    def fails(*_):
+        raise OSError("the server is away\nand more")
+
+    monkeypatch.setattr(tracker, "write", fails)
+    tracker.on_step(step(1))
+    tracker.on_step(step(2))
+    assert said == ["tensorboard: takes no figures any more (the server is away); trainer_log.jsonl holds all"]
