@@ -88,6 +88,12 @@ def _with_config(verbs: argparse._SubParsersAction, verb: Callable[[argparse.Nam
             "--rows", type=int, default=3, metavar="N", help="how many rows of the training data (default 3)"
         )
         parser.add_argument("--html", type=Path, metavar="FILE", help="write a page for a browser instead")
+    if verb in (_run, _train):
+        parser.add_argument(
+            "--allow-changed",
+            action="store_true",
+            help="go on with a run that another config, model or data began; what changed is recorded in changes.jsonl",
+        )
     parser.set_defaults(verb=verb)
 
 
@@ -117,7 +123,7 @@ def _run(parsed: argparse.Namespace) -> None:
     config = _load(parsed)
     from raysft.run import run
 
-    run(config)
+    run(config, allow_changed=parsed.allow_changed)
 
 
 def _check(parsed: argparse.Namespace) -> None:
@@ -147,7 +153,7 @@ def _train(parsed: argparse.Namespace) -> None:
     config = _load(parsed)
     from raysft.run import train
 
-    train(config)
+    train(config, allow_changed=parsed.allow_changed)
 
 
 def _evaluate(parsed: argparse.Namespace) -> None:

@@ -86,6 +86,14 @@ def evaluation_line(results: Mapping[str, Any]) -> str:
     )
 
 
+def _line(record: Mapping[str, Any]) -> str:
+    # JSON has no infinity: readers of other languages would stumble over the whole file.
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }
+    return json.dumps(finite) + "\n"
+
+
 class Journal:
     """Takes the workers' events in the driver: writes the log file, prints, calls callbacks, measures the start."""
 
@@ -119,6 +127,8 @@ class Journal:
                 f"stopped after step {content['step']}: no evaluation was better than that after step "
                 f"{content['best_step']} (eval loss {content['best_loss']:.4f})"
             )
+        elif event == "damaged":
+            self._terminal.line(f"{content}; it is passed over for the one before")
         elif event == "checkpoint":
             self._terminal.line(f"checkpoint after step {content['step']}")
         for callback in self._callbacks:
@@ -141,8 +151,10 @@ class Journal:
         }
 
     def _begin(self, content: dict[str, Any]) -> None:
-        self._go_back(content["step"])
+        self._go_back(content["step"], content.get("log", ()))
         self._setup, self._set_up = content, time.time()
+        if content["step"]:
+            self._terminal.line(f"going on after step {content['step']}")
         whole, trained = content["parameters"], content["trained_parameters"]
         self._terminal.line(
             f"model: {whole / 1e6:,.1f}M parameters, {trained / 1e6:,.2f}M of them trained ({trained / whole:.2%})"
@@ -164,13 +176,8 @@ class Journal:
         self._append(asdict(record))
 
     def _append(self, content: Mapping[str, Any]) -> None:
-        # JSON has no infinity: readers of other languages would stumble over the whole file.
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in content.items()
-        }
         with self._log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite) + "\n")
+            file.write(_line(content))
 
     def _records(self) -> list[dict[str, Any]]:
         """What the log holds; a half line, as a killed run may have left it, does not count."""
@@ -179,9 +186,13 @@ class Journal:
         lines = self._log.read_text(encoding="utf-8").split("\n")[:-1]
         return [json.loads(line) for line in lines if line]
 
-    def _go_back(self, step: int) -> None:
-        """Let the log end where the training goes on from: what came after is done again."""
+    def _go_back(self, step: int, known: Sequence[Mapping[str, Any]]) -> None:
+        """Let the log end where the training goes on from: what came after is done again, and what this process, or one
+        before it, did not live to write comes from the checkpoint."""
         kept = [record for record in self._records() if record["current_steps"] <= step] if step else []
+        there = {(record["current_steps"], "loss" in record) for record in kept}
+        kept += [record for record in known if (record["current_steps"], "loss" in record) not in there]
+        kept.sort(key=lambda record: record["current_steps"])  # an evaluation stays behind its step
         draft = self._log.with_name(f".{self._log.name}.{os.getpid()}")
-        draft.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        draft.write_text("".join(map(_line, kept)), encoding="utf-8")
         draft.replace(self._log)

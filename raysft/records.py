@@ -198,6 +198,11 @@ class RunDirectory:
         return self.path / "trainer_state.json"
 
     @property
+    def changes(self) -> Path:
+        """What the run went on with although it was begun with something else, each time."""
+        return self.path / "changes.jsonl"
+
+    @property
     def rejected(self) -> Path:
         """Records that could not be used."""
         return self.path / "rejected.jsonl"
@@ -267,6 +272,12 @@ def write_atomically(path: Path, text: str) -> None:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write JSON with indent 4 and sorted keys, atomically."""
     write_atomically(path, json.dumps(value, indent=4, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def append_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Add one JSON object as a line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:

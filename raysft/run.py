@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from raysft.claim import alone_in, belongs_to, differences, writable
+from raysft.cluster import cluster
 from raysft.config import Config, RequestError, load, parse
 from raysft.data import Prepared, prepare
 from raysft.data.manifest import write_prompts
 from raysft.log import Journal, Terminal, evaluation_line
 from raysft.plan import Plan, check_resources, make_plan
-from raysft.records import RunDirectory, flat, write_atomically, write_json, write_jsonl
+from raysft.records import RunDirectory, append_json, flat, write_atomically, write_json, write_jsonl
 from raysft.trackers import missing_tracker, open_trackers
 
 
@@ -45,9 +42,15 @@ def run_pt(config: Config | Mapping[str, Any] | str | Path, callbacks: Sequence[
     return run(_as_config(config, "pt"), callbacks or ())
 
 
-def run(config: Config, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
-    """Data → train → evaluate → generate → report; what is done already is not done again."""
-    with opened(config) as it:
+def run(config: Config, callbacks: Sequence[Any] = (), allow_changed: bool = False) -> dict[str, Any]:
+    """Data → train → evaluate → generate → report; what is done already is not done again.
+
+    Args:
+        config: what to do.
+        callbacks: as ``run_sft`` takes them.
+        allow_changed: go on with a run that another config, model or data began; it is recorded.
+    """
+    with opened(config, allow_changed) as it:
         train_model(it, callbacks)
         generate_predictions(it)
     print_report(it.directory)
@@ -99,9 +102,9 @@ def prepare_data(config: Config) -> None:
             it.terminal.line(f"{'reused' if manifest.reused else 'written'}: {manifest.directory}")
 
 
-def train(config: Config, callbacks: Sequence[Any] = ()) -> None:
+def train(config: Config, callbacks: Sequence[Any] = (), allow_changed: bool = False) -> None:
     """Train and evaluate."""
-    with opened(config) as it:
+    with opened(config, allow_changed) as it:
         train_model(it, callbacks)
 
 
@@ -161,31 +164,40 @@ class Opened:
     adapter: str | None
     """Folder of the adapter to go on with."""
     prepared: Prepared
+    allow_changed: bool = False
+    """Whether the training may go on from a checkpoint of another config, model or data."""
 
 
 @contextmanager
-def opened(config: Config) -> Iterator[Opened]:
+def opened(config: Config, allow_changed: bool = False) -> Iterator[Opened]:
     """Join the cluster, check the request against it, find the model, tokenize the data and plan.
 
     The run directory is made only when all of that is known to be right.
     """
     directory, terminal = RunDirectory(config.run_directory), Terminal()
-    belongs_to(directory, config)
+    changed = differences(directory, config) if allow_changed else {}
+    if not allow_changed:
+        belongs_to(directory, config)
     _check_metrics(config)
     _check_trackers(config)
-    with cluster(config) as nodes:
+    writable(config)
+    with alone_in(directory, terminal), cluster(config) as nodes:
         check_resources(config, nodes)
         _check_engines(config)
         model, adapter, prepared = _prepared(config)
         plan = make_plan(config, prepared, nodes)
-        directory.path.mkdir(parents=True, exist_ok=True)
+        if changed:
+            append_json(directory.changes, {"changed": changed})
+            terminal.line(
+                f"{directory.path}: goes on with other settings: {', '.join(changed)} ({directory.changes.name})"
+            )
         write_atomically(directory.config, config.to_yaml())
         write_json(directory.plan, plan.as_dict())
         manifests = [*prepared.train, *prepared.eval]
         write_jsonl(directory.rejected, [flat(item) for each in manifests for item in (*each.rejected, *each.dropped)])
         for line in plan.lines():
             terminal.line(line)
-        yield Opened(config, directory, terminal, model, adapter, prepared)
+        yield Opened(config, directory, terminal, model, adapter, prepared, allow_changed)
 
 
 def train_model(it: Opened, callbacks: Sequence[Any] = ()) -> None:
@@ -252,20 +264,12 @@ def _prepared(config: Config) -> tuple[str, str | None, Prepared]:
     from raysft.train.adapters import find_adapter
     from raysft.train.model import check_model, find_model
 
-    _writable(config)
+    writable(config)
     tell = Terminal().line
     model = find_model(config.model.path, config.cache_directory, tell)
     check_model(config, model)
     model, adapter = find_adapter(config, model, tell)
     return model, adapter, prepare(config, model, tell)
-
-
-def _writable(config: Config) -> None:
-    for key, folder in (("run.storage", config.run_directory.parent), ("data.cache", config.cache_directory)):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RequestError(f"{key}: {folder} cannot be made ({error.strerror}); choose another folder") from None
 
 
 def _check_trackers(config: Config) -> None:
@@ -314,81 +318,8 @@ def _job(it: Opened) -> Any:
         train_rows=it.prepared.train_rows,
         eval_rows=it.prepared.eval_rows,
         identity=identity,
+        allow_changed=it.allow_changed,
     )
-
-
-def belongs_to(directory: RunDirectory, config: Config) -> None:
-    """A run directory belongs to one config from its first step on; refuse another one that would give other numbers.
-
-    Raises:
-        RequestError: with the keys that differ.
-    """
-    if not directory.config.exists():
-        if directory.path.exists() and (not directory.path.is_dir() or any(directory.path.iterdir())):
-            raise RequestError(
-                f"{directory.path}: the folder is not empty and holds no config.yaml; choose another run.name"
-            )
-        return
-    try:
-        there = parse(yaml.safe_load(directory.config.read_text(encoding="utf-8"))).mathematics()
-    except (TypeError, ValueError, yaml.YAMLError):
-        raise RequestError(f"{directory.config}: is not a config of this version; choose another run.name") from None
-    here = config.mathematics()
-    differing = [key for key in sorted({*here, *there}) if here.get(key) != there.get(key)]
-    begun = any(path.exists() for path in (directory.trainer_log, directory.checkpoints, directory.model))
-    if differing and begun:
-        key = differing[0]
-        more = f" (and {len(differing) - 1} more: {', '.join(differing[1:4])})" if len(differing) > 1 else ""
-        raise RequestError(
-            f"{directory.path}: belongs to another config: {key} is {there.get(key)!r} there and {here.get(key)!r} here{more}; "
-            "choose another run.name"
-        )
-
-
-@contextmanager
-def cluster(config: Config) -> Iterator[list[dict[str, float]]]:
-    """Join or start the Ray cluster; gives the resources of each of its nodes, and leaves it as it was found."""
-    import logging
-
-    import ray
-
-    mine = not ray.is_initialized()
-    if mine:
-        for name in ("ray", "ray.data", "ray.train", "ray.tune"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        # A cluster of the run's own ends with it: nobody looks at its dashboard, and each of its processes takes a part of a
-        # step's cores, before which its workers would have to step back (Ray starts them with niceness 15).
-        os.environ.setdefault("RAY_worker_niceness", "0")
-        try:
-            ray.init(
-                address=config.scaling.address,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-        except ConnectionError as error:
-            reason = str(error).splitlines()[0]
-            if config.scaling.address is None:
-                raise RequestError(
-                    f"the Ray cluster that this machine knows of does not answer ({reason:.120}); "
-                    "`ray stop` forgets it, or set scaling.address=local for one of this run's own"
-                ) from None
-            raise RequestError(
-                f"scaling.address={config.scaling.address}: no Ray cluster answers there ({reason:.120})"
-            ) from None
-    # Ray Data sets its own loggers up when it is imported.
-    import ray.data
-
-    for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    if threading.current_thread() is threading.main_thread():
-        # Kubernetes ends a pod with SIGTERM, at which Ray would dump its stack; it is to end like Ctrl-C.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    finally:
-        if mine:
-            ray.shutdown()
 
 
 def _as_config(config: Config | Mapping[str, Any] | str | Path, stage: str) -> Config:

@@ -150,9 +150,11 @@ def _trained(case: Case, rank: int, world: int, name: str) -> Result:
 
     from raysft.train import checkpoint, loop
 
-    def save(engine: Any, schedule: Any, cursor: checkpoint.Cursor) -> None:
+    def save(engine: Any, schedule: Any, cursor: checkpoint.Cursor, log: list[Any]) -> None:
         if case.keep:
-            checkpoint.write(checkpoint.snapshot(engine, schedule, cursor), case.keep / f"checkpoint_{cursor.step}")
+            checkpoint.write(
+                checkpoint.snapshot(engine, schedule, cursor, log), case.keep / f"checkpoint_{cursor.step}"
+            )
 
     config, rows = case.config, case.rows
     events: list[tuple[str, Any]] = []

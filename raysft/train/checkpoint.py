@@ -12,7 +12,7 @@ import hashlib
 import json
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from raysft.records import RunFailed
 from raysft.train.fragments import Fragment, base_optimizer, fragments, owners, spread
 
 WEIGHT = "weight"
@@ -92,13 +93,14 @@ class Snapshot:
 
 
 @torch.no_grad()
-def snapshot(engine: Any, schedule: Any, cursor: Cursor) -> Snapshot:
+def snapshot(engine: Any, schedule: Any, cursor: Cursor, log: Sequence[Any] = ()) -> Snapshot:
     """Copy this worker's part of the state.
 
     Args:
         engine: the DeepSpeed engine.
         schedule: of the learning rate.
         cursor: how far the training is.
+        log: the latest records of ``trainer_log.jsonl``: the driver may have died before it wrote them.
     """
     optimizer = base_optimizer(engine)
     tensors = {}
@@ -113,6 +115,7 @@ def snapshot(engine: Any, schedule: Any, cursor: Cursor) -> Snapshot:
         "optimizer": _counters(engine) if by_weight else optimizer.state_dict(),
         "schedule": schedule.state_dict(),
         "scaler": _numbers(getattr(engine.optimizer, "loss_scaler", None)),
+        "log": list(log),
         "engine": {name: getattr(engine, name) for name in ("global_steps", "global_samples", "skipped_steps")},
     }
     return Snapshot(dist.get_rank(), tensors, rest, replace(cursor, workers=dist.get_world_size()))
@@ -203,7 +206,7 @@ def _wrong(folder: Path, part: int) -> str | None:
 
 
 @torch.no_grad()
-def load(engine: Any, schedule: Any, folder: Path) -> Cursor:
+def load(engine: Any, schedule: Any, folder: Path) -> tuple[Cursor, list[Any]]:
     """Put a training back to where a checkpoint was written, by as many workers or by others.
 
     With other workers, those that were not there draw random numbers of their own (dropout); all else goes on as it was.
@@ -213,8 +216,12 @@ def load(engine: Any, schedule: Any, folder: Path) -> Cursor:
         schedule: of the learning rate.
         folder: the checkpoint.
 
+    Returns:
+        Its cursor, and the records of the log that it came with, on the first worker.
+
     Raises:
         Damaged: it is not what was written.
+        RunFailed: it is of another model.
     """
     check(folder)
     cursor, rank = Cursor.read(folder), dist.get_rank()
@@ -245,7 +252,7 @@ def load(engine: Any, schedule: Any, folder: Path) -> Cursor:
         setattr(engine.optimizer.loss_scaler, name, value)
     if rank < cursor.workers:
         _set_random_states(rest["random"])
-    return cursor
+    return cursor, rest["log"]
 
 
 class _Pieces:
@@ -274,7 +281,7 @@ class _Pieces:
                 into[first - fragment.start : last - fragment.start].copy_(values)
                 missing -= last - first
         if missing:
-            raise Damaged(f"the checkpoint holds no {kind} of {missing} elements of {fragment.name}")
+            raise RunFailed(f"the checkpoint is of another model: it holds no {kind} of {fragment.name}")
 
 
 def _key(kind: str, fragment: Fragment) -> str:

@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysft.config import Config, RequestError
 from raysft.matmul import use_onednn
-from raysft.records import Evaluation, RunFailed, evaluation_results
+from raysft.records import Evaluation, RunFailed, append_json, evaluation_results
 from raysft.train import checkpoint, loop
 from raysft.train.checkpoint import Cursor
 from raysft.train.finetuning import load_trained
@@ -86,10 +86,12 @@ def train(job: Job, watch: Watch) -> dict[str, dict[str, float]]:
         names = sorted(
             name for name in {*cursor.identity, *job.identity} if cursor.identity.get(name) != job.identity.get(name)
         )
-        raise RequestError(
-            f"{job.run.path}: {' and '.join(names)} changed since this run's checkpoint after step {cursor.step}; "
-            "put it back as it was, or choose another run.name"
-        )
+        if not job.allow_changed:
+            raise RequestError(
+                f"{job.run.path}: {' and '.join(names)} changed since this run's checkpoint after step {cursor.step}; "
+                "put it back as it was, choose another run.name, or go on all the same with --allow-changed"
+            )
+        append_json(job.run.changes, {"after_step": cursor.step, "changed": names})
     return _fit(job, _train_worker, job.run.checkpoints, {"train": _FromCheckpoint(job)}, watch)
 
 
@@ -263,6 +265,10 @@ def _train_worker(settings: dict[str, Any]) -> None:
     except (RequestError, RunFailed) as error:
         # Every worker comes to the same end here. Raised, it would only be tried again, as if a machine had died.
         _emitter(settings["queue"])("failed", error)
+    except checkpoint.Damaged as error:
+        if ray.train.get_context().get_world_rank() == 0:
+            _emitter(settings["queue"])("damaged", str(error))
+        raise
 
 
 def _train(settings: dict[str, Any]) -> None:
@@ -287,10 +293,10 @@ class _Saver:
         self._written = threading.Event()
         self._written.set()
 
-    def __call__(self, engine: Any, schedule: Any, cursor: Cursor) -> None:
+    def __call__(self, engine: Any, schedule: Any, cursor: Cursor, log: list[dict[str, Any]]) -> None:
         # A second copy of the state would need its memory once more.
         self.wait()
-        part = checkpoint.snapshot(engine, schedule, cursor)
+        part = checkpoint.snapshot(engine, schedule, cursor, log)
         self._written.clear()
 
         def upload(_: Any, name: str) -> Any:

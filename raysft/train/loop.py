@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,8 +25,10 @@ from raysft.train.step import Batch, evaluate, train_step
 
 Emit = Callable[[str, Any], None]
 """(event, content) to whoever watches: ``setup``, ``step``, ``evaluate``, ``checkpoint``, ``end``."""
-Save = Callable[[Any, Any, Cursor], None]
-"""Keeps the state of (engine, schedule of the learning rate) at a cursor."""
+Save = Callable[[Any, Any, Cursor, list[dict[str, Any]]], None]
+"""Keeps the state of (engine, schedule of the learning rate) at a cursor, with the latest records of the log."""
+LOGGED = 1000
+"""Records of the log that a checkpoint holds, for a driver that died before it wrote them."""
 
 
 class Schedule(Protocol):
@@ -87,6 +90,8 @@ class Job:
     """Folder of an adapter to go on with."""
     identity: dict[str, str] = field(default_factory=dict)
     """What the training is of: hashes of config, model and each source, by name."""
+    allow_changed: bool = False
+    """Go on from a checkpoint of another identity."""
 
 
 def train(
@@ -142,6 +147,7 @@ class _Loop:
         self.job, self.device, self.save = job, device, save
         self.rank, self.workers = dist.get_rank(), dist.get_world_size()
         self.emit: Emit = emit if self.rank == 0 else lambda event, content: None
+        self.log: deque[dict[str, Any]] = deque(maxlen=LOGGED)
         self.schedule: Schedule = job.train_rows.schedule
         self.data_wait = 0.0
         self.first = 0
@@ -161,7 +167,8 @@ class _Loop:
         torch.manual_seed(self.job.config.run.seed + self.rank)
         cursor = Cursor(0, 0, 0, self.job.identity)
         if resume is not None:
-            cursor = checkpoint.load(self.engine, self.lr, resume)
+            cursor, log = checkpoint.load(self.engine, self.lr, resume)
+            self.log.extend(log)
         self.judge = Judge(self.job.config.train, lambda: self._export(self.job.run.best), cursor.best)
         names, model = self.job.train_rows.sources, self.engine.module.model
         self.figures = Figures(self.schedule, names, self.workers, self.device, model)
@@ -176,6 +183,7 @@ class _Loop:
             "setup",
             {
                 "step": self.first,
+                "log": list(self.log),
                 "model_seconds": now - self.started - data_wait,
                 "data_wait_seconds": data_wait,
                 "parameters": sum(_size(p) for p in parameters),
@@ -210,7 +218,9 @@ class _Loop:
         cursor = Cursor(index + 1, rows, cursor.tokens + tokens, cursor.identity)
         elapsed = time.perf_counter() - self.started
         left = (self.schedule.steps - cursor.step) * elapsed / (cursor.step - self.first)
-        self.emit("step", self.figures.record(cursor, trained, lr, seconds, self.data_wait, elapsed, left))
+        record = self.figures.record(cursor, trained, lr, seconds, self.data_wait, elapsed, left)
+        self.log.append(asdict(record))
+        self.emit("step", record)
         return cursor
 
     def after_step(self, cursor: Cursor) -> None:
@@ -234,20 +244,19 @@ class _Loop:
         ]
         results = evaluation_results(evaluations)
         if results:
-            self.emit(
-                "evaluate",
-                {
-                    "current_steps": cursor.step,
-                    "total_steps": self.schedule.steps,
-                    "epoch": round(self.schedule.epoch_of(cursor.rows), 4),
-                    "percentage": round(100 * cursor.step / self.schedule.steps, 2),
-                    **results,
-                },
-            )
+            record = {
+                "current_steps": cursor.step,
+                "total_steps": self.schedule.steps,
+                "epoch": round(self.schedule.epoch_of(cursor.rows), 4),
+                "percentage": round(100 * cursor.step / self.schedule.steps, 2),
+                **results,
+            }
+            self.log.append(record)
+            self.emit("evaluate", record)
         return results
 
     def _checkpoint(self, cursor: Cursor) -> None:
-        self.save(self.engine, self.lr, replace(cursor, best=self.judge.best))
+        self.save(self.engine, self.lr, replace(cursor, best=self.judge.best), list(self.log))
 
     def finish(self, cursor: Cursor) -> None:
         """Evaluate, write the model, and say how it went."""

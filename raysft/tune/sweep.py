@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from raysft.claim import belongs_to
+from raysft.cluster import cluster
 from raysft.config import Config, RequestError
 from raysft.log import Terminal
 from raysft.plan import make_plan
 from raysft.records import RunDirectory, RunFailed, write_atomically, write_json
-from raysft.run import belongs_to, cluster, run
+from raysft.run import run
 from raysft.tune.trials import TRIAL_CPUS, Nodes, Trial, check_metric, combinations, concurrent_trials, with_engines
 
 

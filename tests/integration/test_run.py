@@ -2,11 +2,13 @@
 
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+from itertools import islice
 from pathlib import Path
 
 import psutil
@@ -16,7 +18,9 @@ import ray
 import raysft
 from raysft.cli import main
 from raysft.config import load
+from raysft.lock import held
 from raysft.records import read_jsonl
+from raysft.train.checkpoint import Cursor, complete
 from tests.tiny import SENTENCES, tiny_model
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -173,6 +177,16 @@ def test_a_run_directory_belongs_to_one_config(folder, sft_run, capsys):
     assert error.count("\n") == 1
 
 
+def test_two_processes_do_not_work_in_one_run_directory(folder, sft_run, capsys):
+    with held(sft_run):
+        assert main(["run", str(folder / "sft.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert f"{sft_run}: process {os.getpid()} on" in error
+    assert "choose another run.name" in error
+    assert error.count("\n") == 1
+    assert not (sft_run / ".lock").exists()
+
+
 def test_predictions_are_those_of_the_exported_model(folder, sft_run, capsys):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -224,6 +238,51 @@ def test_a_killed_worker_loses_and_repeats_nothing(folder, sft_run):
     assert results(killed, "eval")["eval_loss"] == pytest.approx(results(sft_run, "eval")["eval_loss"], rel=1e-5)
 
 
+class Interrupt:
+    """Ctrl-C after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, record) -> None:
+        if record.current_steps == self.step:
+            raise KeyboardInterrupt
+
+
+def test_another_number_of_workers_goes_on(folder, sft_run, capsys):
+    """Two workers, stopped after step 5; one worker, from the checkpoint of step 3, to the same end."""
+    config = load(folder / "sft.yaml", ["run.name=fewer", "generate.enabled=false"])
+    with pytest.raises(KeyboardInterrupt):
+        raysft.run_sft(config, callbacks=[Interrupt(5)])
+    fewer = folder / "runs" / "fewer"
+    assert main(["run", str(fewer / "config.yaml"), "run.name=fewer", "scaling.num_workers=1"]) == 0
+    trained = steps_of(fewer)
+    assert [step["current_steps"] for step in trained] == [step["current_steps"] for step in steps_of(sft_run)]
+    for one, two in zip(trained, steps_of(sft_run), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+        assert one["rows"] == two["rows"]
+    assert results(fewer, "eval")["eval_loss"] == pytest.approx(results(sft_run, "eval")["eval_loss"], rel=1e-4)
+
+
+def test_a_damaged_checkpoint_is_passed_over(folder, sft_run, capsys):
+    """A bit of the newest checkpoint flips while nothing runs: the training goes on from the one before, and says so."""
+    arguments = ["run.name=flipped", "generate.enabled=false", "scaling.num_workers=1"]
+    with pytest.raises(KeyboardInterrupt):
+        raysft.run_sft(load(folder / "sft.yaml", arguments), callbacks=[Interrupt(8)])
+    flipped = folder / "runs" / "flipped"
+    newest, before = (Path(path) for path in islice(complete(flipped / "checkpoints"), 2))
+    part = newest / "part_0.safetensors"
+    content = bytearray(part.read_bytes())
+    content[-7] ^= 1
+    part.write_bytes(bytes(content))
+    assert main(["train", str(folder / "sft.yaml"), *arguments]) == 0
+    said = capsys.readouterr().out
+    assert f"{part} is not what was written" in said
+    assert f"going on after step {Cursor.read(before).step}" in said
+    for one, two in zip(steps_of(flipped), steps_of(sft_run), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+
+
 def test_a_run_goes_on_only_with_the_data_that_it_began_with(folder, capsys):
     data = folder / "changing.jsonl"
     data.write_text((folder / "chat.jsonl").read_text())
@@ -231,7 +290,6 @@ def test_a_run_goes_on_only_with_the_data_that_it_began_with(folder, capsys):
     command = ["train", str(folder / "sft.yaml"), *arguments, "data.holdout=0", "train.eval_every_steps=null"]
     assert main(command) == 0
     run = folder / "runs" / "changing"
-    before = results(run, "train")
     (run / "train_results.json").unlink()
     shutil.rmtree(run / "model")
     data.write_text("\n".join(reversed((folder / "chat.jsonl").read_text().splitlines())) + "\n")
@@ -239,9 +297,12 @@ def test_a_run_goes_on_only_with_the_data_that_it_began_with(folder, capsys):
     error = capsys.readouterr().err
     assert "the data of source 'chat' changed since this run's checkpoint after step 3" in error
     assert error.count("\n") == 1
-    data.write_text((folder / "chat.jsonl").read_text())
-    assert main(command) == 0
-    assert results(run, "train")["train_loss"] == before["train_loss"]
+    assert main([*command, "--allow-changed"]) == 0
+    assert list(read_jsonl(run / "changes.jsonl")) == [{"after_step": 3, "changed": ["the data of source 'chat'"]}]
+    (run / "train_results.json").unlink()
+    assert main([*command, "train.weight_decay=0.5", "--allow-changed"]) == 0
+    assert list(read_jsonl(run / "changes.jsonl"))[1] == {"changed": {"train.weight_decay": [0.0, 0.5]}}
+    assert "train.weight_decay" in capsys.readouterr().out
 
 
 class Fails:

@@ -102,7 +102,7 @@ def test_every_verb_refuses_a_missing_run_directory(tmp_path, capsys, verb):
     ],
 )
 def test_exit_codes_tell_a_wrong_request_from_a_failed_run(config, monkeypatch, capsys, raised, code, line):
-    def outcome(config):
+    def outcome(config, **options):
         if raised:
             raise raised
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from raysft.log import Journal, Terminal
@@ -36,6 +37,26 @@ def step(number: int, loss: float = 1.0) -> StepRecord:
 
 def set_up(at: int) -> dict:
     return {"step": at, "model_seconds": 1.0, "data_wait_seconds": 0.0, "parameters": 10, "trained_parameters": 1}
+
+
+def test_what_a_killed_driver_did_not_write_comes_from_the_checkpoint(tmp_path: Path, capsys):
+    log = tmp_path / "trainer_log.jsonl"
+    first = Journal(log, Terminal())
+    first("setup", set_up(0))
+    first("step", step(1))
+    evaluation = {"current_steps": 2, "eval_loss": 3.0}
+    known = [asdict(step(1)), asdict(step(2, loss=float("nan"))), evaluation]
+    again = Journal(log, Terminal())
+    again("setup", {**set_up(2), "log": known})
+    again("step", step(3))
+    found = list(read_jsonl(log))
+    assert [(record["current_steps"], record.get("loss", "evaluation")) for record in found] == [
+        (1, 1.0),
+        (2, None),
+        (2, "evaluation"),
+        (3, 1.0),
+    ]
+    assert "going on after step 2" in capsys.readouterr().out
 
 
 def test_a_log_has_each_step_once_and_results_count_all_of_them(tmp_path: Path, capsys):

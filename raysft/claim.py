@@ -1,0 +1,79 @@
+"""A run directory belongs to one config, and to one process at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import yaml
+
+from raysft.config import Config, RequestError, parse
+from raysft.lock import Held, held
+from raysft.log import Terminal
+from raysft.records import RunDirectory
+
+
+def differences(directory: RunDirectory, config: Config) -> dict[str, list[Any]]:
+    """The keys that would give other numbers than the config that began a run: [value there, value here].
+
+    Raises:
+        RequestError: the folder is no run directory.
+    """
+    if not directory.config.exists():
+        path = directory.path
+        if path.exists() and (not path.is_dir() or any(not file.name.startswith(".lock") for file in path.iterdir())):
+            raise RequestError(
+                f"{directory.path}: the folder is not empty and holds no config.yaml; choose another run.name"
+            )
+        return {}
+    try:
+        there = parse(yaml.safe_load(directory.config.read_text(encoding="utf-8"))).mathematics()
+    except (TypeError, ValueError, yaml.YAMLError):
+        raise RequestError(f"{directory.config}: is not a config of this version; choose another run.name") from None
+    here = config.mathematics()
+    begun = any(path.exists() for path in (directory.trainer_log, directory.checkpoints, directory.model))
+    keys = [key for key in sorted({*here, *there}) if here.get(key) != there.get(key)] if begun else []
+    return {key: [there.get(key), here.get(key)] for key in keys}
+
+
+def belongs_to(directory: RunDirectory, config: Config) -> None:
+    """A run directory belongs to one config from its first step on; refuse another one that would give other numbers.
+
+    Raises:
+        RequestError: with the keys that differ.
+    """
+    differing = differences(directory, config)
+    for key, (there, here) in differing.items():
+        others = [other for other in differing if other != key]
+        more = f" (and {len(others)} more: {', '.join(others[:3])})" if others else ""
+        raise RequestError(
+            f"{directory.path}: belongs to another config: {key} is {there!r} there and {here!r} here{more}; "
+            "choose another run.name, or go on all the same with --allow-changed"
+        )
+
+
+@contextmanager
+def alone_in(directory: RunDirectory, terminal: Terminal) -> Iterator[None]:
+    """Keep other processes out of a run directory; one that nothing was written into is taken away again."""
+    try:
+        with held(directory.path, terminal.line):
+            yield
+    except Held as error:
+        raise RequestError(f"{error}; wait for it, stop it, or choose another run.name") from None
+    finally:
+        with suppress(OSError):
+            directory.path.rmdir()  # only where it is empty
+
+
+def writable(config: Config) -> None:
+    """Make the folders that a run writes into.
+
+    Raises:
+        RequestError: one cannot be made.
+    """
+    for key, folder in (("run.storage", config.run_directory.parent), ("data.cache", config.cache_directory)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RequestError(f"{key}: {folder} cannot be made ({error.strerror}); choose another folder") from None

@@ -1,0 +1,139 @@
+"""One process at a time works in a run directory, on whatever machine it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+BEAT_SECONDS = 5.0
+"""How often the holder says that it is alive."""
+DEAD_SECONDS = 30.0
+"""A holder on another machine that said nothing for so long is dead."""
+
+
+class Held(Exception):
+    """Another process that is alive works in the folder."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who works in a folder."""
+
+    host: str
+    process: int
+    born: float
+    """When the process started, in seconds since 1970: its number may be another's later."""
+    token: str
+    """Of this holding alone."""
+    beat: int = 0
+    """Counts up while it is alive."""
+
+    @classmethod
+    def me(cls) -> Holder:
+        """This process."""
+        return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time(), uuid.uuid4().hex)
+
+    def is_alive(self) -> bool | None:
+        """Whether the process runs; None on another machine, where only its signs can tell."""
+        if self.host != socket.gethostname():
+            return None
+        try:
+            return abs(psutil.Process(self.process).create_time() - self.born) < 1.0
+        except psutil.NoSuchProcess:
+            return False
+
+
+@contextmanager
+def held(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
+    """Hold a folder, and let it go at the end; a holder that is dead is followed at once, on another machine after a while.
+
+    Args:
+        folder: is made where it is not there.
+        say: takes a line where it has to be waited for.
+
+    Raises:
+        Held: another process that is alive holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file, me = folder / ".lock", Holder.me()
+    _take(file, me, say)
+    done = threading.Event()
+    beating = threading.Thread(target=_beat, args=(file, me, done, say), daemon=True)
+    beating.start()
+    try:
+        yield
+    finally:
+        done.set()
+        beating.join(timeout=BEAT_SECONDS)
+        if _holder(file, me.token):
+            file.unlink(missing_ok=True)
+
+
+def _take(file: Path, me: Holder, say: Callable[[str], None]) -> None:
+    try:
+        with file.open("x") as stream:
+            json.dump(asdict(me), stream)
+        return
+    except FileExistsError:
+        pass
+    other = _holder(file)
+    alive = other.is_alive() if other else False
+    if alive is None:
+        assert other is not None
+        say(
+            f"{file.parent}: process {other.process} on {other.host} works here; waiting {DEAD_SECONDS:.0f} s for a sign"
+        )
+        limit = time.monotonic() + DEAD_SECONDS
+        while time.monotonic() < limit and not alive:
+            time.sleep(min(1.0, DEAD_SECONDS / 4))
+            alive = _holder(file) != other
+    if alive:
+        who = _holder(file) or other
+        raise Held(f"{file.parent}: " + (f"process {who.process} on {who.host} works here" if who else "is in use"))
+    _write(file, me)
+    # Of several that follow a dead one the last to write holds it.
+    time.sleep(0.2)
+    if not _holder(file, me.token):
+        raise Held(f"{file.parent}: another process began to work here in this moment")
+
+
+def _beat(file: Path, me: Holder, done: threading.Event, say: Callable[[str], None]) -> None:
+    count = 0
+    while not done.wait(BEAT_SECONDS):
+        count += 1
+        other = _holder(file)
+        if other is not None and other.token != me.token:
+            # This machine slept, and was taken for dead: two must not write.
+            say(f"{file.parent}: process {other.process} on {other.host} took over; this one stops")
+            os.kill(os.getpid(), signal.SIGINT)
+            return
+        try:
+            _write(file, Holder(**{**asdict(me), "beat": count}))
+        except OSError:
+            continue  # storage is away for a while
+
+
+def _write(file: Path, holder: Holder) -> None:
+    draft = file.with_name(f"{file.name}.{holder.token}")
+    draft.write_text(json.dumps(asdict(holder)))
+    draft.replace(file)
+
+
+def _holder(file: Path, token: str | None = None) -> Holder | None:
+    """Who the file names; with a token only that one."""
+    try:
+        holder = Holder(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+    return holder if token is None or holder.token == token else None

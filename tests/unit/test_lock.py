@@ -1,0 +1,90 @@
+"""One process at a time in a run directory."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import asdict, replace
+
+import pytest
+
+from raysft import lock
+from raysft.lock import Held, Holder, held
+
+
+def hold(folder, ready, seconds):
+    with held(folder):
+        ready.set()
+        time.sleep(seconds)
+
+
+@pytest.fixture
+def other(tmp_path):
+    """Another process that holds the folder."""
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    process = context.Process(target=hold, args=(tmp_path, ready, 60))
+    process.start()
+    assert ready.wait(30)
+    yield process
+    process.kill()
+    process.join()
+
+
+def test_the_second_is_refused_while_the_first_lives_and_follows_when_it_is_dead(tmp_path, other):
+    with pytest.raises(Held, match=f"process {other.pid} on"), held(tmp_path):
+        pass
+    os.kill(other.pid, signal.SIGKILL)
+    other.join()
+    with held(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["process"] == os.getpid()
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_on_another_machine_is_given_time_for_a_sign(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "DEAD_SECONDS", 0.6)
+    there = replace(Holder.me(), host="elsewhere", process=7)
+    (tmp_path / ".lock").write_text(json.dumps(asdict(there)))
+    said = []
+    with held(tmp_path, said.append):
+        pass
+    assert said == [f"{tmp_path}: process 7 on elsewhere works here; waiting 1 s for a sign"]
+
+    (tmp_path / ".lock").write_text(json.dumps(asdict(there)))
+    beats = iter([None, asdict(replace(there, beat=1))])
+
+    def waits(seconds):
+        if beat := next(beats, None):
+            (tmp_path / ".lock").write_text(json.dumps(beat))
+
+    monkeypatch.setattr(lock.time, "sleep", waits)
+    with pytest.raises(Held, match="process 7 on elsewhere"), held(tmp_path, said.append):
+        pass
+
+
+def test_a_lock_that_cannot_be_read_holds_nobody_off(tmp_path):
+    (tmp_path / ".lock").write_text("{")
+    with held(tmp_path):
+        pass
+
+
+def test_who_was_taken_for_dead_stops(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
+    said: list[str] = []
+    there = replace(Holder.me(), host="elsewhere", process=7)
+
+    def works():
+        with held(tmp_path, said.append):
+            (tmp_path / ".lock").write_text(json.dumps(asdict(there)))
+            time.sleep(5)
+
+    with pytest.raises(KeyboardInterrupt):
+        works()
+    assert said == [f"{tmp_path}: process 7 on elsewhere took over; this one stops"]
+    assert json.loads((tmp_path / ".lock").read_text())["process"] == 7, "what is another's is left alone"
+
+
+def test_a_number_that_another_process_has_now_is_no_sign_of_life():
+    assert Holder.me().is_alive()
+    assert not replace(Holder.me(), born=1.0).is_alive()
