@@ -143,7 +143,7 @@ def without_ray(raw: dict[str, Any]) -> dict[str, Any]:
     from raysft.train import loop
 
     config, rows = prepared_rows(raw)
-    _one_process()
+    one_process()
     torch.distributed.init_process_group("gloo", rank=0, world_size=1)
     clock = Clock()
 
@@ -208,7 +208,8 @@ def with_transformers(raw: dict[str, Any]) -> dict[str, Any]:
     return clock.result(rows.schedule)
 
 
-def _one_process() -> None:
+def one_process() -> None:
+    """Addresses for a process group of one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
