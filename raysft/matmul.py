@@ -53,7 +53,9 @@ def _override() -> Any:
         return mm_as_before(a, b, out=a.new_empty(a.shape[0], b.shape[1]))  # type: ignore[no-any-return]
 
     def addmm(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: Any = 1, alpha: Any = 1) -> torch.Tensor:
-        if _suits(a, b) and bias.dim() == 1 and bias.dtype == torch.float32 and beta == 1 and alpha == 1:
+        # oneDNN reads as many elements as there are columns, one behind the other.
+        plain = bias.shape == b.shape[1:] and bias.is_contiguous() and bias.dtype == torch.float32
+        if _suits(a, b) and plain and beta == 1 and alpha == 1:
             return product(a, b.t(), bias, "none", [], "")  # type: ignore[no-any-return]
         out = a.new_empty(a.shape[0], b.shape[1])
         return addmm_as_before(bias, a, b, beta=beta, alpha=alpha, out=out)  # type: ignore[no-any-return]

@@ -26,6 +26,7 @@ def _problems(config: Config) -> Iterator[str]:
     yield from _of_adapters(config)
     yield from _of_precision(config)
     yield from _of_offload(config)
+    yield from _of_schedule(config)
     yield from _of_losses(config)
     yield from _of_evaluation(config)
 
@@ -51,6 +52,11 @@ def _of_optimizers(config: Config) -> Iterator[str]:
             f"train.optimizer=apollo draws random projections, in each worker other ones, and scaling.num_workers="
             f"{config.scaling.num_workers}; use 1 worker, or another optimizer"
         )
+    if name == "badam" and train.save_every_steps:
+        yield (
+            f"train.optimizer=badam keeps the state of one block at a time and cannot go on from a checkpoint, and "
+            f"train.save_every_steps={train.save_every_steps}; take it out, or use another optimizer"
+        )
     if name == "badam" and config.scaling.num_workers > 1:
         yield (
             f"train.optimizer=badam trains one block at a time in one worker and scaling.num_workers={config.scaling.num_workers}; "
@@ -68,6 +74,8 @@ def _of_adapters(config: Config) -> Iterator[str]:
     if model.finetuning == "lora":
         if lora.pissa and lora.dora:
             yield "model.lora.pissa and model.lora.dora both change what an adapter begins with; set one of them"
+        if lora.dora and train.zero_stage == 3:
+            yield "model.lora.dora needs the norms of whole weights and train.zero_stage=3 shares them out; use zero_stage 2"
         if lora.pissa and train.zero_stage == 3:
             yield "model.lora.pissa takes whole weights apart and train.zero_stage=3 shares them out; use zero_stage 2"
         if lora.pissa and model.adapters and not model.new_adapter:
@@ -126,6 +134,15 @@ def _of_offload(config: Config) -> Iterator[str]:
         yield f"train.offload.optimizer=nvme goes with train.zero_stage=3 and it is {train.zero_stage}; use 3, or cpu"
     if "nvme" in (optimizer, parameters) and not train.offload.folder:
         yield "train.offload on nvme has no folder; set train.offload.folder to one on a local disk"
+
+
+def _of_schedule(config: Config) -> Iterator[str]:
+    train = config.train
+    if train.schedule in ("constant", "constant_with_warmup") and train.schedule_options:
+        yield (
+            f"train.schedule={train.schedule} takes no options and train.schedule_options={train.schedule_options}; "
+            "take them out"
+        )
 
 
 def _of_losses(config: Config) -> Iterator[str]:

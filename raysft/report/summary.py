@@ -43,6 +43,7 @@ _FILES = {
     "generated_predictions.jsonl": "what the trained model wrote",
     "generated_predictions_base.jsonl": "what the model wrote before training",
     "rejected.jsonl": "records that could not be used",
+    "changes.jsonl": "what was changed on the way",
 }
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from raysft.config import Config, RequestError
+from raysft.config.training import LoraSection
 from raysft.train.model import in_cache, model_identity
 
 
@@ -45,7 +46,8 @@ def _folder(path: str) -> Path:
 
 def _check_kind(folder: Path, config: Config) -> None:
     try:
-        kind = str(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"]).lower()
+        described = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        kind = str(described["peft_type"]).lower()
     except (ValueError, KeyError):
         raise RequestError(
             f"model.adapters: {folder}/adapter_config.json is of no use; copy or train it again"
@@ -55,6 +57,21 @@ def _check_kind(folder: Path, config: Config) -> None:
             f"model.adapters: {folder} is {kind} and model.finetuning={config.model.finetuning} is to go on with it; "
             f"set model.finetuning={kind}, or model.new_adapter=true"
         )
+    if not config.model.new_adapter and kind == "lora":
+        _check_form(folder, described, config)
+
+
+def _check_form(folder: Path, described: Mapping[str, Any], config: Config) -> None:
+    """An adapter that is gone on with keeps its form; what a config says otherwise would have no effect."""
+    lora, usual = config.model.lora, LoraSection()
+    for key, theirs in (("rank", "r"), ("alpha", "lora_alpha"), ("dropout", "lora_dropout"), ("dora", "use_dora"),
+                        ("rslora", "use_rslora")):  # fmt: skip
+        wanted = getattr(lora, key)
+        if wanted not in (getattr(usual, key), described.get(theirs)):
+            raise RequestError(
+                f"model.adapters: {folder} has {key} {described.get(theirs)!r}, which stays as it is, and "
+                f"model.lora.{key}={wanted!r}; take it out, or set model.new_adapter=true"
+            )
 
 
 def _merged(model: str, adapters: Sequence[Path], cache: Path, say: Callable[[str], None]) -> str:

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 
 from raysft.config import Config, RequestError
-from raysft.records import RunFailed
 
 EXAMPLEWISE = "examplewise_sdpa"
 """What transformers knows ``examplewise`` by."""
 
 
-def kernel(config: Config) -> str:
-    """The name by which transformers knows the attention kernel to load a model with.
+def kernel(config: Config) -> str | None:
+    """The name by which transformers knows the attention kernel to load a model with; None: the best that the model has.
 
     Raises:
         RequestError: its package is not installed.
@@ -25,7 +24,7 @@ def kernel(config: Config) -> str:
         raise RequestError("model.attention=flash_attention_2 needs the package flash-attn; install it, or use sdpa")
     if wanted != "auto":
         return wanted
-    return "flash_attention_2" if config.scaling.use_gpu and config.dtype != "float32" and installed else "sdpa"
+    return "flash_attention_2" if config.scaling.use_gpu and config.dtype != "float32" and installed else None
 
 
 def use_examplewise(model: Any, config: Config) -> None:
@@ -83,13 +82,27 @@ def examplewise(
 
     rows, _, tokens, _ = query.shape
     if position_ids is None or position_ids.shape[-1] != tokens:
-        raise RunFailed(f"{type(module).__name__} does not say where examples begin; set model.attention=sdpa")
+        raise NoPositions(f"{type(module).__name__} does not say where examples begin")
     options["is_causal"] = True
     begins = (position_ids.expand(rows, tokens).reshape(-1) == 0).nonzero().flatten().tolist()
     lengths = [end - start for start, end in zip(begins, [*begins[1:], rows * tokens], strict=True)]
     pieces = zip(*(_joined(each).split(lengths, dim=2) for each in (query, key, value)), strict=True)
     outputs = [sdpa_attention_forward(module, q, k, v, None, **options)[0] for q, k, v in pieces]
     return torch.cat(outputs, dim=1).view(rows, tokens, *outputs[0].shape[2:]), None
+
+
+class NoPositions(Exception):
+    """A model's layers do not hand positions on to their attention."""
+
+
+def use_plain(model: Any) -> None:
+    """Take back ``use_examplewise``."""
+    model.set_attn_implementation("sdpa")
+
+
+def is_varlen(model: Any) -> bool:
+    """Whether the kernel is FlashAttention's, which tells examples apart by their positions only in a batch of one row."""
+    return str(model.config._attn_implementation).startswith("flash")
 
 
 def _joined(states: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,9 +38,11 @@ class Best:
     step: int
     """Optimizer steps done when it was made."""
     since: int
-    """Evaluations since then that were no better."""
+    """Evaluations since the last improvement."""
     results: dict[str, float]
     """As ``eval_results.json`` holds them."""
+    bar: float = math.inf
+    """The loss that was the last improvement by more than ``early_stopping.threshold``."""
 
     @property
     def loss(self) -> float:

@@ -11,6 +11,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from raysft.config import Config
 from raysft.matmul import use_onednn
+from raysft.train.attention import NoPositions, use_plain
 from raysft.train.finetuning import load_model
 from raysft.train.loss import TokenLoss
 from raysft.train.objective import Objective
@@ -64,9 +65,27 @@ def make_engine(
     )
     del keep
     engine.eval()
-    model.check_head(device)
+    check_model(model, config, device)
     engine.train()
     return engine, schedule
+
+
+def check_model(model: TokenLoss, config: Config, device: torch.device) -> None:
+    """Make sure that what the loss takes for granted holds for this architecture.
+
+    Raises:
+        RunFailed: it does not.
+    """
+    try:
+        model.check_head(device)
+    except NoPositions:
+        inner: Any = model.model
+        use_plain(inner.get_base_model() if hasattr(inner, "get_base_model") else inner)
+        model.check_head(device)
+    if config.stage == "sft" and config.data.packing:
+        model.check_rows(device, config.train.rows_per_device, "set data.packing=false")
+    elif config.stage == "pt" and config.data.document_mask:
+        model.check_rows(device, config.train.rows_per_device, "set data.document_mask=false")
 
 
 def _objective(config: Config) -> Objective:

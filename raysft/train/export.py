@@ -49,6 +49,8 @@ def export(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def put_in_place(draft: Path, folder: Path) -> None:
-    """Let a folder that is whole take the place of another one."""
+    """Let a folder that is whole take the place of another one; one that was put there before stays."""
+    if folder.exists() and not draft.exists():
+        return
     shutil.rmtree(folder, ignore_errors=True)
     draft.replace(folder)

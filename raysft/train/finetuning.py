@@ -101,20 +101,26 @@ def freeze(model: nn.Module, config: Config) -> None:
     outside = {part for name in names if not name.startswith(f"{prefix}.") for part in name.split(".")[:-1]}
     _check_names("model.freeze.modules", inside or (), in_layers)
     _check_names("model.freeze.extra_modules", wanted.extra_modules, outside)
-    for name, parameter in model.named_parameters():
+    model.requires_grad_(False)
+    # A weight that is tied has several names; one that is wanted is enough.
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         parts = set(name.split("."))
         if name.startswith(f"{prefix}."):
             trained = name.startswith(layers) and (inside is None or bool(parts & set(inside)))
         else:
             trained = bool(parts & set(wanted.extra_modules))
-        parameter.requires_grad_(trained)
+        if trained:
+            parameter.requires_grad_(True)
 
 
 def _layers(model: nn.Module) -> tuple[str, int]:
     """Name and length of the list that holds a model's layers."""
     count = model.config.get_text_config().num_hidden_layers  # type: ignore[operator,union-attr]
+    # Not those of a vision tower, which may be as many.
+    inner: Any = model
+    decoder = set(inner.get_decoder().modules()) if hasattr(inner, "get_decoder") else set(inner.modules())
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
+        if isinstance(module, nn.ModuleList) and len(module) == count and module in decoder:
             return name, count
     raise RequestError(
         f"model.finetuning=freeze: {type(model).__name__} has no list of {count} layers; use lora or full"
@@ -140,12 +146,43 @@ def check_names(model: nn.Module, config: Config) -> None:
     if section is None:
         return
     modules = {name for name, _ in model.named_modules()}
+    _check_tied(model, config, section)
+    _check_pissa(model, config)
     for key, wanted in (("target", section.target), ("extra_modules", section.extra_modules)):
         for name in () if wanted == "all" else wanted:
             if not any(module == name or module.endswith(f".{name}") for module in modules):
                 raise RequestError(
                     f"model.{config.model.finetuning}.{key} names {name!r} and the model has no such module; "
                     + ("try 'all'" if key == "target" else "take it out")
+                )
+
+
+def _check_tied(model: Any, config: Config, section: Any) -> None:
+    """An adapter of an embedding that is the output head too could not be merged: the one changes, and the other with it."""
+    if section.target == "all" or not model.config.get_text_config().tie_word_embeddings:
+        return
+    both = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [name for name, module in model.named_modules() if any(module is each for each in both)]
+    for target in section.target:
+        if any(f".{name}".endswith(f".{target}") for name in names):
+            raise RequestError(
+                f"model.{config.model.finetuning}.target names {target!r}, which the model's embedding and output head share; "
+                f"take it out, or train it whole with model.{config.model.finetuning}.extra_modules"
+            )
+
+
+def _check_pissa(model: nn.Module, config: Config) -> None:
+    lora = config.model.lora
+    if config.model.finetuning != "lora" or not lora.pissa:
+        return
+    for name, module in model.named_modules():
+        named = lora.target == "all" or any(f".{name}".endswith(f".{each}") for each in lora.target)
+        if named and isinstance(module, nn.Linear) and module is not model.get_output_embeddings():  # type: ignore[operator]
+            smaller = min(module.in_features, module.out_features)
+            if lora.rank > smaller:
+                raise RequestError(
+                    f"model.lora.rank={lora.rank} and {name} is {module.in_features} × {module.out_features}, which "
+                    f"model.lora.pissa takes apart into at most {smaller}; use at most that"
                 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -32,9 +33,18 @@ class Judge:
         """Take the results of an evaluation after so many steps, and keep its model if it is the best."""
         if not results or not (self._train.keep_best or self._train.early_stopping.patience):
             return
-        if self.best is None or results["eval_loss"] < self.best.loss - self._train.early_stopping.threshold:
-            self.best = Best(step, 0, dict(results))
+        loss, best = results["eval_loss"], self.best
+        improved = best is None or _is_less(loss, best.bar - self._train.early_stopping.threshold)
+        since = 0 if improved or best is None else best.since + 1
+        bar = loss if improved or best is None else best.bar
+        if best is None or _is_less(loss, best.loss):
+            self.best = Best(step, since, dict(results), bar)
             if self._train.keep_best:
                 self._keep()
         else:
-            self.best = replace(self.best, since=self.best.since + 1)
+            self.best = replace(best, since=since, bar=bar)
+
+
+def _is_less(loss: float, than: float) -> bool:
+    """Any number is less than none."""
+    return loss < than or (math.isnan(than) and not math.isnan(loss))

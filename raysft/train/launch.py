@@ -325,6 +325,8 @@ class _Saver:
 
 
 def _evaluate_worker(settings: dict[str, Any]) -> None:
+    from raysft.train.engine import check_model
+
     job, emit = settings["job"], _emitter(settings["queue"])
     torch.set_num_threads(settings["threads"])
     context, device = ray.train.get_context(), torch_device()
@@ -332,7 +334,7 @@ def _evaluate_worker(settings: dict[str, Any]) -> None:
         use_onednn()
     model = TokenLoss(load_trained(job.config, job.run.model)).to(device).eval()
     rank, workers = context.get_world_rank(), context.get_world_size()
-    model.check_head(device)
+    check_model(model, job.config, device)
     evaluations: list[Evaluation] = [
         evaluate_set(model, name, 0, rows.steps(0, rank, workers), job.config.train.rows_per_device, device)
         for name, rows in job.eval_rows.items()

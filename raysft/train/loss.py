@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from raysft.records import IGNORED, RunFailed
+from raysft.train.attention import is_varlen
 from raysft.train.objective import CROSS_ENTROPY, Objective, embedding_noise
 
 CHUNK_TOKENS = 1024
@@ -70,7 +71,7 @@ class TokenLoss(nn.Module):
         decoder, head = _parts(self.model)
         # Without a cache transformers sees from the positions where examples begin; with one it silently does not.
         inputs = self._inputs(decoder, input_ids, position_ids)
-        hidden = decoder(**inputs, position_ids=position_ids, use_cache=False).last_hidden_state
+        hidden = self._hidden(decoder, inputs, position_ids)
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).reshape(-1)
         chosen = targets != IGNORED
         if not chosen.any():
@@ -98,6 +99,15 @@ class TokenLoss(nn.Module):
         loss, by_source, correct = (torch.stack(column).sum(0) for column in zip(*totals, strict=True))  # type: ignore[arg-type]
         return loss, by_source, correct
 
+    def _hidden(self, decoder: Any, inputs: dict[str, torch.Tensor], position_ids: torch.Tensor) -> torch.Tensor:
+        """[rows, tokens, size]"""
+        shape = position_ids.shape
+        if is_varlen(decoder):
+            inputs = {name: values.reshape(1, -1, *values.shape[2:]) for name, values in inputs.items()}
+            position_ids = position_ids.reshape(1, -1)
+        hidden = decoder(**inputs, position_ids=position_ids, use_cache=False).last_hidden_state
+        return hidden.reshape(*shape, -1)  # type: ignore[no-any-return]
+
     def _inputs(self, decoder: Any, input_ids: torch.Tensor, position_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         if self.neftune_alpha is None or not self.training:
             return {"input_ids": input_ids}
@@ -122,6 +132,32 @@ class TokenLoss(nn.Module):
             raise RunFailed(
                 f"{type(self.model).__name__} changes its logits after the output head (by up to "
                 f"{(whole - parts).abs().max():.2g}); raysft cannot train this architecture yet"
+            )
+
+    @torch.no_grad()
+    def check_rows(self, device: torch.device, rows: int, remedy: str) -> None:
+        """Make sure that the examples of a row do not see each other: whatever stands in the first, the second is the same.
+
+        Args:
+            device: where the model is.
+            rows: rows of a microbatch.
+            remedy: what to do where they do.
+
+        Raises:
+            RunFailed: they do, as in models with a recurrent state, or whose masks take no note of positions.
+        """
+        decoder, _ = _parts(self.model)
+        positions = torch.arange(8, device=device).repeat(2)[None].expand(rows, -1).contiguous()
+        ids = torch.arange(16, device=device)[None].expand(rows, -1) % 13
+        other = ids.clone()
+        other[:, :8] += 13
+        seconds = [self._hidden(decoder, {"input_ids": each}, positions)[:, 8:].float() for each in (ids, other)]
+        difference, size = (seconds[0] - seconds[1]).abs().max(), seconds[0].abs().max()
+        exact = next(decoder.parameters()).dtype == torch.float32
+        if difference > size * (1e-5 if exact else 2e-2):
+            raise RunFailed(
+                f"{type(self.model).__name__} lets the examples of a row see each other (a hidden state changes by "
+                f"{difference:.2g} with the example before it); {remedy}"
             )
 
 

@@ -90,7 +90,7 @@ def _names_modules(config: Config) -> bool:
     model = config.model
     section = {"lora": model.lora, "oft": model.oft}.get(model.finetuning)
     return model.finetuning == "freeze" or (
-        section is not None and (section.target != "all" or bool(section.extra_modules))
+        section is not None and (section.target != "all" or bool(section.extra_modules) or config.model.lora.pissa)
     )
 
 
@@ -122,13 +122,28 @@ def _check_quantized(model: str, described: Any, config: Config) -> None:
 
 
 def model_identity(model: str) -> str:
-    """Hash of a model's or adapter's config and of the names and sizes of its weights; the id of a model on the hub."""
+    """Hash of a model's or adapter's config and weights (of large files samples); the id of a model on the hub."""
     folder = Path(model)
     if not folder.is_dir():
         return model
-    weights = sorted((path.name, path.stat().st_size) for path in folder.glob("*.safetensors"))
+    weights = sorted((path.name, path.stat().st_size, _sampled(path)) for path in folder.glob("*.safetensors"))
     described = next(path for name in ("adapter_config.json", "config.json") if (path := folder / name).exists())
     return hashlib.sha256(described.read_bytes() + repr(weights).encode()).hexdigest()[:16]
+
+
+SAMPLES, SAMPLE_BYTES = 256, 1 << 16
+"""Of a large file, so that a model of many GiB is known in a second; a training changes all of its weights, or whole layers."""
+
+
+def _sampled(file: Path) -> str:
+    size, digest = file.stat().st_size, hashlib.sha256()
+    with file.open("rb") as stream:
+        if size <= SAMPLES * SAMPLE_BYTES:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+        for index in range(SAMPLES):
+            stream.seek(index * (size - SAMPLE_BYTES) // (SAMPLES - 1))
+            digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def _on_hub(path: str) -> str:

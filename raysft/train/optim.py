@@ -41,7 +41,7 @@ def make_optimizer(model: nn.Module, train: TrainSection, loraplus_ratio: float 
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     try:
         return MAKERS[train.optimizer](model, parameters, train, loraplus_ratio)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise RequestError(
             f"train.optimizer={train.optimizer} refuses train.optimizer_options={train.optimizer_options} ({error}); mend them"
         ) from None

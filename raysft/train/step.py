@@ -54,7 +54,8 @@ def train_step(engine: Any, batch: Batch, weight: float, sources: int = 1) -> Tr
     norm = None
     for microbatch in microbatches(batch, engine.train_micro_batch_size_per_gpu(), engine.device):
         loss, by_source, _ = engine(**microbatch, number_of_sources=sources)
-        engine.backward(loss * scale)
+        # 1, or no number where the loss is infinite, though its gradient may be finite: such a step is not to be applied.
+        engine.backward(loss * scale * (loss.detach() * 0 + 1))
         if engine.is_gradient_accumulation_boundary() and not hasattr(engine.optimizer, "_global_grad_norm"):
             # A plain optimizer (ZeRO 0 in float32) does not keep the norm, and its gradients are whole on each worker.
             norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])

@@ -47,8 +47,7 @@ def deepspeed_settings(config: Config, workers: int) -> dict[str, Any]:
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
-    if config.autocast:
-        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"} if config.autocast else {"enabled": False}
     return _merged(settings, _given(config), "train.deepspeed")
 
 

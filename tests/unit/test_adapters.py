@@ -155,3 +155,65 @@ def test_8_bit_floats_are_refused_on_a_cpu():
 
     with pytest.raises(RequestError, match="needs a GPU of the Ada or Hopper generation or later, not a CPU"):
         check_fp8(torch.device("cpu"))
+
+
+def test_adapters_of_one_form_and_other_weights_are_merged_apart(tmp_path, model, adapters):
+    for adapter in adapters:
+        base, _ = find_adapter(
+            config(tmp_path, model, adapters=[adapter], new_adapter=True), str(model), lambda line: None
+        )
+        torch.testing.assert_close(logits(plain(base)), merged(model, [adapter]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lora": {"rank": 64}}, "has rank 8, which stays as it is, and model.lora.rank=64"),
+        ({"lora": {"dora": True}}, "has dora False, which stays as it is"),
+    ],
+)
+def test_an_adapter_that_is_gone_on_with_keeps_its_form(tmp_path, model, adapters, settings, message):
+    with pytest.raises(RequestError, match=message):
+        find_adapter(config(tmp_path, model, adapters=adapters, **settings), str(model), lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory) -> Path:
+    """A model whose embedding is its output head too."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tiny_model(tmp_path_factory.mktemp("tied"))
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vocabulary = len(AutoTokenizer.from_pretrained(folder))
+    LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, **sizes)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_of_a_tied_embedding_is_refused(tmp_path, tied, target):
+    with pytest.raises(RequestError, match=f"names '{target}', which the model's embedding and output head share"):
+        check_model(config(tmp_path, tied, lora={"target": ["q_proj", target]}), str(tied))
+
+
+def test_a_tied_weight_is_trained_by_either_name(tmp_path, tied):
+    for name in ("lm_head", "embed_tokens"):
+        whole = load_model(config(tmp_path, tied, finetuning="freeze", freeze={"extra_modules": [name]}), str(tied))
+        assert whole.get_output_embeddings().weight.requires_grad, name
+        assert not whole.model.norm.weight.requires_grad
+
+
+def test_pissa_takes_no_more_than_a_matrix_has(tmp_path, tied):
+    with pytest.raises(RequestError, match=r"model\.lora\.rank=64 and .* is 32 × 32"):
+        check_model(config(tmp_path, tied, lora={"pissa": True, "rank": 64}), str(tied))
+    check_model(config(tmp_path, tied, lora={"pissa": True, "rank": 32}), str(tied))
+
+
+def test_a_model_that_is_in_place_outlives_the_draft(tmp_path):
+    from raysft.train.export import put_in_place
+
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "weights").write_text("new")
+    (tmp_path / "model").mkdir()
+    for _ in range(2):  # the second time as after a restart
+        put_in_place(tmp_path / "best", tmp_path / "model")
+        assert (tmp_path / "model" / "weights").read_text() == "new"

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, Lfm2Config, LlamaConfig, MistralConfig, OPTConfig, Qwen2Config
 
 from raysft.config import parse
 from raysft.records import RunFailed
 from raysft.train import attention
+from raysft.train.engine import check_model
+from raysft.train.loss import TokenLoss
 
 SIZES = {
     "vocab_size": 64,
@@ -76,5 +78,52 @@ def test_who_names_a_kernel_gets_it():
 
 def test_layers_that_do_not_say_where_examples_begin_are_refused():
     states = torch.randn(1, 2, 4, 8)
-    with pytest.raises(RunFailed, match=r"model\.attention=sdpa"):
+    with pytest.raises(attention.NoPositions):
         attention.examplewise(torch.nn.Identity(), states, states, states, None)
+
+
+OPT = OPTConfig(
+    vocab_size=64, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, ffn_dim=64, word_embed_proj_dim=48
+)
+
+
+@pytest.mark.parametrize("described", [Lfm2Config(**SIZES, layer_types=["conv", "full_attention"]), OPT])
+def test_models_whose_examples_see_each_other_are_refused(described):
+    """A recurrent state, and masks that take no note of positions."""
+    model = TokenLoss(made(described).eval())
+    with pytest.raises(RunFailed, match=r"lets the examples of a row see each other .*; set data\.packing=false"):
+        check_model(model, config(attention="sdpa"), torch.device("cpu"))
+    alone = config().with_overrides({"data.packing": False})
+    check_model(model, alone, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("described", [LlamaConfig(**SIZES), MistralConfig(**SIZES, sliding_window=4)])
+@pytest.mark.parametrize("kernel", ["sdpa", "eager", attention.EXAMPLEWISE])
+def test_others_are_taken(described, kernel):
+    model = made(described).eval()
+    if kernel == attention.EXAMPLEWISE:
+        attention.use_examplewise(model, config())
+    else:
+        model.set_attn_implementation(kernel)
+    check_model(TokenLoss(model), config().with_overrides({"train.rows_per_device": 2}), torch.device("cpu"))
+
+
+def test_flash_attention_gets_one_long_row(monkeypatch):
+    """In a batch of several rows it would take no note of positions."""
+    model = made(LlamaConfig(**SIZES)).eval()
+    loss, shapes = TokenLoss(model), []
+    monkeypatch.setattr("raysft.train.loss.is_varlen", lambda model: True)
+    decoder = model.model
+    before = decoder.forward
+
+    def seen(**inputs):
+        shapes.append(tuple(inputs["input_ids"].shape))
+        return before(**inputs)
+
+    ids = torch.randint(0, 64, (2, 16))
+    places = torch.tensor([positions(5, 11), positions(16)])
+    expected = TokenLoss(made(LlamaConfig(**SIZES)).eval())(ids, places, ids)[0]
+    monkeypatch.setattr(decoder, "forward", seen)
+    monkeypatch.setattr("raysft.train.loss.is_varlen", lambda model: True)
+    torch.testing.assert_close(loss(ids, places, ids)[0], expected)
+    assert shapes == [(1, 32)]

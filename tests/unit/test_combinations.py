@@ -89,6 +89,17 @@ GPU = {"scaling__use_gpu": True}
             {"train__early_stopping": {"patience": 2}, "train__eval_every_steps": 5},
             "train.early_stopping compares evaluations and there is nothing to evaluate on",
         ),
+        ({"model__lora__dora": True, "train__zero_stage": 3}, "needs the norms of whole weights"),
+        (
+            {
+                "train__optimizer": "badam",
+                "train__zero_stage": 0,
+                "model__finetuning": "full",
+                "train__save_every_steps": 5,
+            },
+            "cannot go on from a checkpoint",
+        ),
+        ({"train__schedule": "constant", "train__schedule_options": {"x": 1}}, "takes no options"),
         ({"model__freeze__layers": 0}, "0 layers train nothing"),
     ],
 )
@@ -105,7 +116,7 @@ def test_what_contradicts_itself_is_refused(settings, message):
         {"train__optimizer": "muon", "train__zero_stage": 0},
         {"train__optimizer": "galore", "train__zero_stage": 0, "model__finetuning": "freeze"},
         {"model__quantization": "4bit", "model__adapters": ["a"]},
-        {"model__lora__dora": True, "model__lora__rslora": True, "train__zero_stage": 3},
+        {"model__lora__dora": True, "model__lora__rslora": True, "train__zero_stage": 2},
         {"model__adapters": ["a", "b"], "model__new_adapter": True},
         {"train__offload": {"optimizer": "nvme", "parameters": "cpu", "folder": "/x"}, "train__zero_stage": 3},
         {"train__fp8": "torchao", **GPU},

@@ -37,6 +37,13 @@ def test_a_layer_and_its_gradients_are_those_of_float64(onednn, shape, bias):
         torch.testing.assert_close(parameter.grad.double(), exact.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("bias", [torch.arange(1000.0)[::2], torch.full((1,), 3.0).expand(500), torch.ones(1)])
+def test_a_bias_of_any_form_is_added(onednn, bias):
+    x, weight = torch.randn(300, 400), torch.randn(500, 400)
+    exact = (x.double() @ weight.double().t() + bias.double()).float()
+    torch.testing.assert_close(torch.nn.functional.linear(x, weight, bias), exact, rtol=0, atol=1e-3)
+
+
 def test_large_products_are_onednns(onednn):
     with torch.profiler.profile() as profiler:
         torch.randn(300, 200) @ torch.randn(200, 100)
