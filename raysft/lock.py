@@ -116,7 +116,8 @@ def _beat(file: Path, me: Holder, done: threading.Event, say: Callable[[str], No
         if other is not None and other.token != me.token:
             # This machine slept, and was taken for dead: two must not write.
             say(f"{file.parent}: process {other.process} on {other.host} took over; this one stops")
-            os.kill(os.getpid(), signal.SIGINT)
+            # Not SIGINT, which may be switched off for what runs in the background.
+            os.kill(os.getpid(), signal.SIGTERM)
             return
         try:
             _write(file, Holder(**{**asdict(me), "beat": count}))

@@ -71,6 +71,7 @@ def test_a_lock_that_cannot_be_read_holds_nobody_off(tmp_path):
 
 def test_who_was_taken_for_dead_stops(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as a run has it
     said: list[str] = []
     there = replace(Holder.me(), host="elsewhere", process=7)
 
@@ -79,8 +80,11 @@ def test_who_was_taken_for_dead_stops(tmp_path, monkeypatch):
             (tmp_path / ".lock").write_text(json.dumps(asdict(there)))
             time.sleep(5)
 
-    with pytest.raises(KeyboardInterrupt):
-        works()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            works()
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert said == [f"{tmp_path}: process 7 on elsewhere took over; this one stops"]
     assert json.loads((tmp_path / ".lock").read_text())["process"] == 7, "what is another's is left alone"
 
