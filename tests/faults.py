@@ -9,7 +9,6 @@ a step's loss, and whether the trained weights are the same, bit for bit.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import signal
@@ -28,7 +27,7 @@ from safetensors.numpy import load_file
 
 from raysft.records import read_jsonl
 from raysft.train.checkpoint import newest
-from tests.tiny import SENTENCES, tiny_model
+from tests.tiny import tiny_model, write_chats
 
 CONFIG = """
 run: {{storage: {folder}/runs, seed: 1}}
@@ -110,13 +109,7 @@ def main() -> int:
 def prepare(folder: Path) -> None:
     """A tiny model, conversations and the config."""
     tiny_model(folder / "base")
-    words = " ".join(SENTENCES).split()
-    with (folder / "chat.jsonl").open("w") as file:
-        for index in range(400):
-            question = " ".join(words[index % 40 : index % 40 + 6]) + f" {index}"
-            answer = " ".join(words[(index * 7) % 40 : (index * 7) % 40 + 9])
-            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            file.write(json.dumps({"messages": turns}) + "\n")
+    write_chats(folder / "chat.jsonl", 600)
     (folder / "faults.yaml").write_text(CONFIG.format(folder=folder))
 
 

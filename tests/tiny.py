@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 SENTENCES = (
@@ -87,3 +88,14 @@ def tiny_model(folder: str | Path, seed: int = 0, spread: float = 0.1) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def write_chats(file: Path, count: int) -> None:
+    """So many conversations of one question and one answer, no two of them alike."""
+    words = " ".join(SENTENCES).split()
+    with file.open("w") as lines:
+        for index in range(count):
+            question = " ".join(words[index % 40 : index % 40 + 4]) + f" {index}"
+            answer = " ".join(words[(index * 7) % 40 : (index * 7) % 40 + 5])
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            lines.write(json.dumps({"messages": turns}) + "\n")

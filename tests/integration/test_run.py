@@ -21,7 +21,7 @@ from raysft.config import load
 from raysft.lock import held
 from raysft.records import read_jsonl
 from raysft.train.checkpoint import Cursor, complete
-from tests.tiny import SENTENCES, tiny_model
+from tests.tiny import SENTENCES, tiny_model, write_chats
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -39,12 +39,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     tiny_model(folder / "base")
     words = " ".join(SENTENCES).split()
-    with (folder / "chat.jsonl").open("w") as file:
-        for index in range(80):
-            question = " ".join(words[index % 40 : index % 40 + 4]) + f" {index}"
-            answer = " ".join(words[(index * 7) % 40 : (index * 7) % 40 + 5])
-            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            file.write(json.dumps({"messages": turns}) + "\n")
+    write_chats(folder / "chat.jsonl", 80)
     (folder / "texts.txt").write_text("\n".join(" ".join(words[i % 30 : i % 30 + 20]) for i in range(60)) + "\n")
     (folder / "more.txt").write_text("\n".join(SENTENCES) + "\n")
     (folder / "sft.yaml").write_text(SFT.format(folder=folder))
