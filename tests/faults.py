@@ -69,7 +69,7 @@ class Outcome:
     def line(self) -> str:
         """A row of the table."""
         return (
-            f"{self.fault:34} | {self.times:5} | {'yes' if self.survived else 'NO':8} | {self.lost:9} | {self.repeated:13} | "
+            f"{self.fault:36} | {self.times:5} | {'yes' if self.survived else 'NO':8} | {self.lost:9} | {self.repeated:13} | "
             f"{self.difference:15.1e} | {'yes' if self.same_weights else 'NO'}"
         )
 
