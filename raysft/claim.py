@@ -44,8 +44,9 @@ def belongs_to(directory: RunDirectory, config: Config) -> None:
         RequestError: with the keys that differ.
     """
     differing = differences(directory, config)
-    for key, (there, here) in differing.items():
-        others = [other for other in differing if other != key]
+    if differing:
+        key, *others = differing
+        there, here = differing[key]
         more = f" (and {len(others)} more: {', '.join(others[:3])})" if others else ""
         raise RequestError(
             f"{directory.path}: belongs to another config: {key} is {there!r} there and {here!r} here{more}; "

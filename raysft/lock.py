@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -120,7 +120,7 @@ def _beat(file: Path, me: Holder, done: threading.Event, say: Callable[[str], No
             os.kill(os.getpid(), signal.SIGTERM)
             return
         try:
-            _write(file, Holder(**{**asdict(me), "beat": count}))
+            _write(file, replace(me, beat=count))
         except OSError:
             continue  # storage is away for a while
 

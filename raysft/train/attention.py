@@ -100,6 +100,11 @@ def use_plain(model: Any) -> None:
     model.set_attn_implementation("sdpa")
 
 
+def without_adapters(model: Any) -> Any:
+    """The transformers model under peft's."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def is_varlen(model: Any) -> bool:
     """Whether the kernel is FlashAttention's, which tells examples apart by their positions only in a batch of one row."""
     return str(model.config._attn_implementation).startswith("flash")

@@ -11,7 +11,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from raysft.config import Config
 from raysft.matmul import use_onednn
-from raysft.train.attention import NoPositions, use_plain
+from raysft.train.attention import NoPositions, use_plain, without_adapters
 from raysft.train.finetuning import load_model
 from raysft.train.loss import TokenLoss
 from raysft.train.objective import Objective
@@ -79,8 +79,7 @@ def check_model(model: TokenLoss, config: Config, device: torch.device) -> None:
     try:
         model.check_head(device)
     except NoPositions:
-        inner: Any = model.model
-        use_plain(inner.get_base_model() if hasattr(inner, "get_base_model") else inner)
+        use_plain(without_adapters(model.model))
         model.check_head(device)
     if config.stage == "sft" and config.data.packing:
         model.check_rows(device, config.train.rows_per_device, "set data.packing=false")

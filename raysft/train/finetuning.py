@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from raysft.config import Config, RequestError
-from raysft.train.attention import kernel, use_examplewise
+from raysft.train.attention import kernel, use_examplewise, without_adapters
 
 
 def load_model(config: Config, path: str, device: torch.device | None = None, adapter: str | None = None) -> Any:
@@ -265,5 +265,5 @@ def load_trained(config: Config, folder: Path) -> Any:
         model: Any = AutoPeftModelForCausalLM.from_pretrained(str(folder), **options)
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
-    use_examplewise(model.get_base_model() if hasattr(model, "get_base_model") else model, config)
+    use_examplewise(without_adapters(model), config)
     return model

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from raysft.records import IGNORED, RunFailed
-from raysft.train.attention import is_varlen
+from raysft.train.attention import is_varlen, without_adapters
 from raysft.train.objective import CROSS_ENTROPY, Objective, embedding_noise
 
 CHUNK_TOKENS = 1024
@@ -163,7 +163,7 @@ class TokenLoss(nn.Module):
 
 def _parts(model: Any) -> tuple[Any, Any]:
     """The decoder and the output head of a model, under its adapters."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model = without_adapters(model)
     return model.base_model, model.get_output_embeddings()
 
 
