@@ -129,6 +129,20 @@ class Journal:
             )
         elif event == "damaged":
             self._terminal.line(f"{content}; it is passed over for the one before")
+        elif event == "failure":
+            self._terminal.line(f"{content}; starting again")
+        elif event == "waiting":
+            self._terminal.line(
+                f"waiting for nodes: the cluster has room for {content['room']} of at least {content['fewest']} workers "
+                f"({content['minutes']:.0f} more minutes, scaling.wait_minutes)"
+            )
+        elif event == "resize":
+            self._terminal.line(f"there is room for {content['after']} workers now instead of {content['before']}")
+        elif event == "notice":
+            self._terminal.line(
+                f"after step {content['step']}: a machine is about to be taken away"
+                + (f" ({content['reason']})" if content["reason"] else "")
+            )
         elif event == "checkpoint":
             self._terminal.line(f"checkpoint after step {content['step']}")
         for callback in self._callbacks:
@@ -154,7 +168,10 @@ class Journal:
         self._go_back(content["step"], content.get("log", ()))
         self._setup, self._set_up = content, time.time()
         if content["step"]:
-            self._terminal.line(f"going on after step {content['step']}")
+            workers = content["workers"]
+            self._terminal.line(
+                f"going on after step {content['step']} with {workers} worker{'' if workers == 1 else 's'}"
+            )
         whole, trained = content["parameters"], content["trained_parameters"]
         self._terminal.line(
             f"model: {whole / 1e6:,.1f}M parameters, {trained / 1e6:,.2f}M of them trained ({trained / whole:.2%})"

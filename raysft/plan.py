@@ -10,7 +10,7 @@ import numpy as np
 from raysft.config import Config, RequestError
 from raysft.data import Prepared
 from raysft.data.manifest import Manifest
-from raysft.data.shards import TASK_CPUS
+from raysft.placement import TASK_CPUS, places, room
 
 COUNTED = {
     "rejected": "{:,} rejected",
@@ -69,6 +69,9 @@ class Plan:
     filler_rows: int
     """Rows without labels in each whole step, because ``rows_per_step`` does not divide by the workers."""
     workers: int
+    """As many as the cluster has room for now, where their number may change."""
+    fewest_workers: int
+    most_workers: int
     rows_per_worker: int
     accumulation: int
     """Microbatches in a step."""
@@ -100,6 +103,8 @@ class Plan:
             + (f", {self.filler_rows} of them empty in each step" if self.filler_rows else "")
             + (f"; {100 * self.last_step_empty:.0f}% of the last step is empty" if self.last_step_empty else "")
         )
+        if self.most_workers > self.fewest_workers:
+            lines.append(f"workers: {self.fewest_workers} to {self.most_workers}, as nodes come and go")
         lines.append(
             f"resources: {self.cpus:g} CPUs and {self.gpus:g} GPUs wanted, "
             f"{self.cluster_cpus:g} CPUs and {self.cluster_gpus:g} GPUs there"
@@ -135,49 +140,33 @@ def check_resources(config: Config, nodes: Sequence[Mapping[str, float]], reserv
         RequestError: with what is wanted, what is there, and what to do.
     """
     scaling = config.scaling
-    count, each, use_gpu = scaling.num_workers, scaling.cpus_per_worker, scaling.use_gpu
-    places = sum(_places(node, each, use_gpu) for node in nodes)
-    if count > places:
+    count, each, use_gpu = scaling.fewest_workers, scaling.cpus_per_worker, scaling.use_gpu
+    asked = f"scaling.num_workers={[count, scaling.most_workers] if scaling.is_elastic else count}"
+    most = sum(places(node, each, use_gpu) for node in nodes)
+    if count > most:
         gpus = f"{count} GPUs with " if use_gpu else ""
+        least = "at least " if scaling.is_elastic else ""
         raise RequestError(
-            f"scaling.num_workers={count} wants {gpus}{count * each:g} CPUs in shares of {each:g} and the cluster has room "
-            f"for {places} ({_listed(nodes, use_gpu)}); {_remedy(nodes, places, each, use_gpu)}"
+            f"{asked} wants {least}{gpus}{count * each:g} CPUs in shares of {each:g} and the cluster has room "
+            f"for {most} ({_listed(nodes, use_gpu)}); {_remedy(nodes, most, each, use_gpu)}"
         )
-    room = _room(nodes, each, use_gpu, reserved_cpus)
-    if count > room:
+    beside_data = room(nodes, each, use_gpu, reserved_cpus)
+    if count > beside_data:
         cpus = sum(node.get("CPU", 0.0) for node in nodes)
         wanted = count * each + TASK_CPUS + reserved_cpus
         less = (tenths / 10 for tenths in range(int(10 * each - 1e-9), 0, -1))
-        fitting = next((share for share in less if _room(nodes, share, use_gpu, reserved_cpus) >= count), None)
-        fewer = f"use scaling.num_workers={room}, or add nodes" if room else "add nodes"
+        fitting = next((share for share in less if room(nodes, share, use_gpu, reserved_cpus) >= count), None)
+        fewer = f"use scaling.num_workers={beside_data}, or add nodes" if beside_data else "add nodes"
         raise RequestError(
-            f"scaling.num_workers={count} × scaling.cpus_per_worker={each:g} leaves no CPU for data tasks: {wanted:g} CPUs "
+            f"{asked} × scaling.cpus_per_worker={each:g} leaves no CPU for data tasks: {wanted:g} CPUs "
             f"wanted with {TASK_CPUS:g} for data on one node, {cpus:g} in the cluster ({_listed(nodes, use_gpu)}); "
             + (f"use scaling.cpus_per_worker={fitting:g}" if fitting else fewer)
         )
 
 
-def _places(node: Mapping[str, float], each: float, use_gpu: bool, taken: float = 0.0) -> int:
-    """Workers that fit on a node of which something else takes some CPUs; a worker's CPUs and GPU are of one node."""
-    places = max(0, int((node.get("CPU", 0.0) - taken) / each + 1e-9))
-    return min(places, int(node.get("GPU", 0.0))) if use_gpu else places
-
-
-def _room(nodes: Sequence[Mapping[str, float]], each: float, use_gpu: bool, reserved_cpus: float) -> int:
-    """Workers that fit beside one data task, which needs its CPUs on one node too."""
-    places = [_places(node, each, use_gpu) for node in nodes]
-    beside = [
-        sum(places) - here + _places(node, each, use_gpu, TASK_CPUS)
-        for node, here in zip(nodes, places, strict=True)
-        if node.get("CPU", 0.0) >= TASK_CPUS
-    ]
-    cpus = sum(node.get("CPU", 0.0) for node in nodes) - TASK_CPUS - reserved_cpus
-    return max(0, min(max(beside, default=0), int(cpus / each + 1e-9)))
-
-
-def _remedy(nodes: Sequence[Mapping[str, float]], places: int, each: float, use_gpu: bool) -> str:
-    if places:
-        return f"use {places}, or add nodes"
+def _remedy(nodes: Sequence[Mapping[str, float]], most: int, each: float, use_gpu: bool) -> str:
+    if most:
+        return f"use {most}, or add nodes"
     if use_gpu and not any(node.get("GPU", 0.0) >= 1 for node in nodes):
         return "add nodes with GPUs, or set scaling.use_gpu=false"
     return f"lower scaling.cpus_per_worker={each:g}, or add nodes"
@@ -195,7 +184,8 @@ def _listed(nodes: Sequence[Mapping[str, float]], use_gpu: bool) -> str:
 def make_plan(config: Config, prepared: Prepared, nodes: Sequence[Mapping[str, float]]) -> Plan:
     """Put the plan together from manifests and schedule."""
     schedule = prepared.train_rows.schedule
-    workers, per_step = config.scaling.num_workers, config.train.rows_per_step
+    scaling, per_step = config.scaling, config.train.rows_per_step
+    workers = min(scaling.most_workers, max(1, room(nodes, scaling.cpus_per_worker, scaling.use_gpu)))
     each = -(-per_step // workers)
     last = schedule.rows - (schedule.steps - 1) * per_step
     return Plan(
@@ -213,6 +203,8 @@ def make_plan(config: Config, prepared: Prepared, nodes: Sequence[Mapping[str, f
         last_step_empty=round(1 - last / per_step, 6),
         filler_rows=each * workers - per_step,
         workers=workers,
+        fewest_workers=scaling.fewest_workers,
+        most_workers=scaling.most_workers,
         rows_per_worker=each,
         accumulation=-(-each // config.train.rows_per_device),
         cpus=workers * config.scaling.cpus_per_worker + TASK_CPUS,

@@ -114,6 +114,8 @@ class Case:
     """A checkpoint to go on from."""
     keep: Path | None = None
     """Where the checkpoints go (``checkpoint_2`` after two steps)."""
+    leaves_in: int | None = None
+    """The step in which the last worker learns that its machine will be taken away."""
 
 
 class Result(NamedTuple):
@@ -156,6 +158,11 @@ def _trained(case: Case, rank: int, world: int, name: str) -> Result:
                 checkpoint.snapshot(engine, schedule, cursor, log), case.keep / f"checkpoint_{cursor.step}"
             )
 
+    asked = itertools.count(1)
+
+    def notice() -> str:
+        return "going" if case.leaves_in and rank == world - 1 and next(asked) >= case.leaves_in else ""
+
     config, rows = case.config, case.rows
     events: list[tuple[str, Any]] = []
     run = RunDirectory(config.run_directory / name)
@@ -173,6 +180,7 @@ def _trained(case: Case, rank: int, world: int, name: str) -> Result:
             lambda event, content: events.append((event, content)),
             save,
             case.resume,
+            notice,
         )
     except (RunFailed, RequestError) as error:
         failure = str(error)

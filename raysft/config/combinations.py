@@ -47,7 +47,7 @@ def _of_optimizers(config: Config) -> Iterator[str]:
             f"train.optimizer={name} saves memory where whole matrices are trained, and model.finetuning={finetuning} trains "
             "small ones; set model.finetuning to full or freeze, or take adamw"
         )
-    if name == "apollo" and config.scaling.num_workers > 1:
+    if name == "apollo" and config.scaling.most_workers > 1:
         yield (
             f"train.optimizer=apollo draws random projections, in each worker other ones, and scaling.num_workers="
             f"{config.scaling.num_workers}; use 1 worker, or another optimizer"
@@ -57,7 +57,7 @@ def _of_optimizers(config: Config) -> Iterator[str]:
             f"train.optimizer=badam keeps the state of one block at a time and cannot go on from a checkpoint, and "
             f"train.save_every_steps={train.save_every_steps}; take it out, or use another optimizer"
         )
-    if name == "badam" and config.scaling.num_workers > 1:
+    if name == "badam" and config.scaling.most_workers > 1:
         yield (
             f"train.optimizer=badam trains one block at a time in one worker and scaling.num_workers={config.scaling.num_workers}; "
             "use 1 worker, or another optimizer"

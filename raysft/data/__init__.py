@@ -68,7 +68,7 @@ def _schedule(
         each.source.name: Rows(
             manifests=(str(each.manifest),),
             capacity=data.sequence_length,
-            rows_per_step=config.train.rows_per_device * config.scaling.num_workers,
+            rows_per_step=config.train.rows_per_device * config.scaling.most_workers,
             layout=layout,
             document_mask=data.document_mask,
             shuffle=False,

@@ -26,6 +26,7 @@ from raysft.data.manifest import Manifest, Shard, is_whole, load, save
 from raysft.data.read import Raw, read_raw
 from raysft.data.registry import find_source
 from raysft.data.tokenize import Options, Tokenizer
+from raysft.placement import TASK_CPUS
 from raysft.records import Rejected
 
 VERSION = 4
@@ -38,8 +39,6 @@ READ_BYTES = 64 << 20
 """Bytes of data files that one task reads at most (a single larger file is one task)."""
 DECISIVE = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 """Endings of a tokenizer's files."""
-TASK_CPUS = 0.5
-"""What reading and tokenizing ask of Ray together: data tasks must find room beside training workers on a small machine."""
 READ_CPUS = 0.1
 WAITING_BYTES = 128 << 20
 """Records and finished shards that wait in memory between tasks, about."""

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from raysft.data.layout import ranges
 from raysft.data.manifest import Manifest, load
 from raysft.data.schedule import Layout, Lengths, Mixing, Schedule, plan_rows
-from raysft.data.shards import TASK_CPUS
+from raysft.placement import TASK_CPUS
 from raysft.records import IGNORED
 
 SHARE_TOKENS = 1 << 18

@@ -47,6 +47,11 @@ def nodes() -> list[Node]:
     ]
 
 
+def living() -> set[str]:
+    """Ids of the nodes that live, as far as Ray knows."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
 def size_pool(config: Config, cluster: Sequence[Node], batches: int) -> Pool:
     """How many engines to start: ``generate.num_actors``, or one per GPU, or one per node without GPU.
 

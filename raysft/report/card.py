@@ -186,11 +186,15 @@ def _settings(log: RunLog) -> list[tuple[str, str]]:
         ("epochs", option("train.epochs")),
         ("most steps", option("train.max_steps")),
         ("type of the weights", _dtype(log)),
-        ("workers", option("scaling.num_workers")),
+        ("workers", _workers(option("scaling.num_workers"))),
         ("ZeRO stage", option("train.zero_stage")),
         ("seed", option("run.seed")),
     ]
     return [(label, str(value)) for label, value in rows if value is not None]
+
+
+def _workers(asked: Any) -> Any:
+    return " to ".join(map(str, asked)) if isinstance(asked, list) else asked
 
 
 def _dtype(log: RunLog) -> Any:

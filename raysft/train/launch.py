@@ -19,6 +19,7 @@ import torch
 from ray.exceptions import RayError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch import get_device as torch_device
+from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -27,9 +28,11 @@ from raysft.matmul import use_onednn
 from raysft.records import Evaluation, RunFailed, append_json, evaluation_results
 from raysft.train import checkpoint, loop
 from raysft.train.checkpoint import Cursor
+from raysft.train.failures import cause
 from raysft.train.finetuning import load_trained
 from raysft.train.loop import Job
 from raysft.train.loss import TokenLoss
+from raysft.train.scaling import workers_of
 from raysft.train.step import evaluate as evaluate_set
 
 Watch = Callable[[str, Any], None]
@@ -54,12 +57,27 @@ LAST_EVENT_SECONDS = 60
 
 @dataclass(frozen=True)
 class _FromCheckpoint:
-    """The training data from where the newest checkpoint left off; Ray Train calls it at each start of the workers."""
+    """The step that the newest checkpoint left off at; Ray Train calls it at each start of the workers."""
 
     job: Job
 
-    def __call__(self) -> Any:
-        return self.job.train_rows.dataset(_first_step(self.job), self.job.config.scaling.num_workers)
+    def __call__(self) -> int:
+        return _first_step(self.job)
+
+
+class _Split(ray.train.DataConfig):
+    """The training data from a step on for as many workers as there are now."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__()
+        self._job = job
+
+    def configure(self, datasets: Any, world_size: int, *others: Any, **options: Any) -> Any:
+        """Make the dataset now that the number of workers is known."""
+        rows = self._job.train_rows
+        made = {name: rows.dataset(first, world_size) for name, first in datasets.items()}
+        usual = ray.train.DataConfig(execution_options=rows.execution_options(world_size))
+        return usual.configure(made, world_size, *others, **options)
 
 
 def _first_step(job: Job) -> int:
@@ -107,18 +125,15 @@ def evaluate(job: Job, watch: Watch) -> dict[str, dict[str, float]]:
 
 
 def _fit(job: Job, worker: Any, folder: Path, datasets: dict[str, Any], watch: Watch) -> dict[str, dict[str, float]]:
-    scaling = job.config.scaling
-    # Events come to this process: its node keeps them, and they cost no CPU share.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    use_gpu = job.config.scaling.use_gpu
+    # Events come to this process: they live on its node, and no longer, and cost no CPU share.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    scaling, policy = workers_of(job.config.scaling, job.run, job.train_rows.schedule.steps, _emitter(queue))
     trainer = _Trainer(
         worker,
         train_loop_config={"job": job, "queue": queue, "threads": _threads(job.config)},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=scaling.num_workers,
-            use_gpu=scaling.use_gpu,
-            resources_per_worker={"CPU": scaling.cpus_per_worker, **({"GPU": 1} if scaling.use_gpu else {})},
-        ),
+        scaling_config=scaling,
         run_config=ray.train.RunConfig(
             name=folder.name,
             storage_path=str(folder.parent),
@@ -126,17 +141,18 @@ def _fit(job: Job, worker: Any, folder: Path, datasets: dict[str, Any], watch: W
             failure_config=ray.train.FailureConfig(
                 max_failures=job.config.train.max_failures, controller_failure_limit=3
             ),
-            worker_runtime_env={} if scaling.use_gpu else {"env_vars": KEEP_MEMORY},
+            worker_runtime_env={} if use_gpu else {"env_vars": KEEP_MEMORY},
         ),
-        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo", timeout_s=600),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=600),
         datasets=datasets,
-        dataset_config=ray.train.DataConfig(execution_options=job.train_rows.execution_options(scaling.num_workers)),
+        dataset_config=_Split(job),
     )
+    trainer.policy = policy
     with _Watching(queue, watch, trainer.stop) as watching:
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
-            raise _cause(error) from error
+            raise cause(error) from error
         except RayError:
             if not watching.broken:
                 raise
@@ -150,6 +166,11 @@ class _Trainer(TorchTrainer):
     """A trainer that leaves Ctrl-C to whoever called it: Ray's own handler would stay behind and swallow it for good."""
 
     _controller: Any = None
+    policy: Any
+    """Decides how many workers there are."""
+
+    def _initialize_and_run_controller(self, **options: Any) -> Any:
+        return super()._initialize_and_run_controller(**{**options, "scaling_policy": self.policy})
 
     def _register_sigint_handler(self, controller: Any) -> None:
         self._controller = controller
@@ -166,7 +187,7 @@ def _threads(config: Config) -> int:
     if config.scaling.threads_per_worker:
         return config.scaling.threads_per_worker
     nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-    on_node = min(config.scaling.num_workers, max(1, int(max(nodes) // config.scaling.cpus_per_worker)))
+    on_node = min(config.scaling.most_workers, max(1, int(max(nodes) // config.scaling.cpus_per_worker)))
     return max(1, int(max(nodes)) // on_node)
 
 
@@ -234,20 +255,6 @@ class _Watching:
         return self._end
 
 
-def _cause(error: Any) -> Exception:
-    """The first worker's own error as one of ours."""
-    failures = getattr(error, "worker_failures", None) or {}
-    for rank in sorted(failures):
-        cause = failures[rank]
-        while getattr(cause, "cause", None) is not None:
-            cause = cause.cause
-        if isinstance(cause, RequestError | RunFailed):
-            return cause
-        if cause is not None:
-            return RunFailed(f"worker {rank} failed: {type(cause).__name__}: {str(cause).strip().splitlines()[0]}")
-    return RunFailed(f"the training failed: {str(error).strip().splitlines()[0]}")
-
-
 def _emitter(queue: Queue) -> loop.Emit:
     def emit(event: str, content: Any) -> None:
         try:
@@ -281,8 +288,18 @@ def _train(settings: dict[str, Any]) -> None:
     saver = _Saver(emit)
     # Not Ray's own newest: it may be damaged, and is then passed over.
     resume = checkpoint.newest(job.run.checkpoints)
-    loop.train(job, job.train_rows.batches(tables, workers), first, torch_device(), emit, saver, resume)
+    batches = job.train_rows.batches(tables, workers)
+    loop.train(job, batches, first, torch_device(), emit, saver, resume, _notice)
     saver.wait()
+
+
+def _notice() -> str:
+    """What Ray says of nodes that are drained. Its public form is a meeting of all workers; theirs is in each step anyway."""
+    info = get_train_context().preemption_context.preemption_info
+    if info is None:
+        return ""
+    until = f" at {time.strftime('%H:%M:%S', time.localtime(info.deadline_ms / 1000))}" if info.deadline_ms else ""
+    return f"node {', '.join(name[:8] for name in info.preempted_node_ids)}{until}"
 
 
 class _Saver:

@@ -25,6 +25,8 @@ from raysft.train.step import Batch, evaluate, train_step
 
 Emit = Callable[[str, Any], None]
 """(event, content) to whoever watches: ``setup``, ``step``, ``evaluate``, ``checkpoint``, ``end``."""
+Notice = Callable[[], str]
+"""What is known of this worker's machine being taken away soon; empty while it is not."""
 Save = Callable[[Any, Any, Cursor, list[dict[str, Any]]], None]
 """Keeps the state of (engine, schedule of the learning rate) at a cursor, with the latest records of the log."""
 LOGGED = 1000
@@ -102,6 +104,7 @@ def train(
     emit: Emit,
     save: Save,
     resume: Path | None,
+    notice: Notice = str,
 ) -> None:
     """Train to the end of the schedule, evaluate, and write the trained model.
 
@@ -113,12 +116,13 @@ def train(
         emit: takes the events; only the first worker calls it.
         save: keeps a checkpoint; all workers call it.
         resume: checkpoint to go on from.
+        notice: says when machines are about to be taken away: a checkpoint is written then.
 
     Raises:
         RunFailed: loss or gradient are not finite; on all workers alike.
         RuntimeError: rows come in another order than planned.
     """
-    loop = _Loop(job, device, emit, save)
+    loop = _Loop(job, device, emit, save, notice)
     with ThreadPoolExecutor(1) as ahead:
         # The first rows are read while the model is loaded.
         first_batch = ahead.submit(next, batches, None)
@@ -143,8 +147,10 @@ def train(
 class _Loop:
     """State of one worker's training."""
 
-    def __init__(self, job: Job, device: torch.device, emit: Emit, save: Save) -> None:
-        self.job, self.device, self.save = job, device, save
+    def __init__(self, job: Job, device: torch.device, emit: Emit, save: Save, notice: Notice) -> None:
+        self.job, self.device, self.save, self.notice = job, device, save, notice
+        self.noticed_after: int | None = None
+        """The step after which it was known that machines are about to be taken away."""
         self.rank, self.workers = dist.get_rank(), dist.get_world_size()
         self.emit: Emit = emit if self.rank == 0 else lambda event, content: None
         self.log: deque[dict[str, Any]] = deque(maxlen=LOGGED)
@@ -183,6 +189,7 @@ class _Loop:
             "setup",
             {
                 "step": self.first,
+                "workers": self.workers,
                 "log": list(self.log),
                 "model_seconds": now - self.started - data_wait,
                 "data_wait_seconds": data_wait,
@@ -205,7 +212,7 @@ class _Loop:
         begun = time.perf_counter()
         lr = self.engine.get_lr()[0]
         weight, sources = float(self.schedule.step_weight[index]), len(self.job.train_rows.sources)
-        trained = train_step(self.engine, batch, weight, sources)
+        trained = train_step(self.engine, batch, weight, sources, bool(self.notice()))
         seconds = time.perf_counter() - begun
         if not trained.applied:
             what = self.nonfinite.check(index, trained)
@@ -218,6 +225,9 @@ class _Loop:
         cursor = Cursor(index + 1, rows, cursor.tokens + tokens, cursor.identity)
         elapsed = time.perf_counter() - self.started
         left = (self.schedule.steps - cursor.step) * elapsed / (cursor.step - self.first)
+        if trained.noticed and self.noticed_after is None and self.job.config.train.optimizer != "badam":
+            self.noticed_after = cursor.step
+            self.emit("notice", {"step": cursor.step, "reason": self.notice()})
         record = self.figures.record(cursor, trained, lr, seconds, self.data_wait, elapsed, left)
         self.log.append(asdict(record))
         self.emit("step", record)
@@ -232,7 +242,8 @@ class _Loop:
             if self.judge.wants_to_stop and self.judge.best:
                 best = {"best_step": self.judge.best.step, "best_loss": self.judge.best.loss}
                 self.emit("stopped", {"step": cursor.step, **best})
-        if train.save_every_steps and cursor.step % train.save_every_steps == 0:
+        due = train.save_every_steps and cursor.step % train.save_every_steps == 0
+        if due or self.noticed_after == cursor.step:
             self._checkpoint(cursor)
 
     def evaluate(self, cursor: Cursor) -> dict[str, float]:

@@ -77,7 +77,7 @@ def check_model(config: Config, model: str) -> None:
     check_installed(config.train.optimizer)
     quantization_config(config)
     kernel(config)
-    deepspeed_settings(config, config.scaling.num_workers)
+    deepspeed_settings(config, config.scaling.most_workers)
     if _names_modules(config):
         import torch
         from transformers import AutoModelForCausalLM

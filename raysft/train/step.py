@@ -36,9 +36,11 @@ class Trained:
     """[sources] float64 the weighted sum of each source."""
     applied: bool
     """Whether the weights were changed; they are not where the gradient is infinite or no number."""
+    noticed: bool = False
+    """Whether any worker's machine is about to be taken away."""
 
 
-def train_step(engine: Any, batch: Batch, weight: float, sources: int = 1) -> Trained:
+def train_step(engine: Any, batch: Batch, weight: float, sources: int = 1, notice: bool = False) -> Trained:
     """Train on one worker's rows of a step.
 
     Args:
@@ -46,11 +48,13 @@ def train_step(engine: Any, batch: Batch, weight: float, sources: int = 1) -> Tr
         batch: this worker's rows, as ``data.stream`` makes them.
         weight: weight of the trained tokens of the whole step, over all workers; their number where all count the same.
         sources: how many sources there are.
+        notice: whether this worker's machine is about to be taken away; all are told.
     """
     accumulation = engine.gradient_accumulation_steps()
     # DeepSpeed averages over microbatches and workers; the sum is wanted, over one known number of tokens.
     scale = accumulation * dist.get_world_size() / weight
-    totals = torch.zeros(1 + sources, device=engine.device)
+    totals = torch.zeros(2 + sources, device=engine.device)
+    totals[0] = float(notice)
     norm = None
     for microbatch in microbatches(batch, engine.train_micro_batch_size_per_gpu(), engine.device):
         loss, by_source, _ = engine(**microbatch, number_of_sources=sources)
@@ -61,11 +65,12 @@ def train_step(engine: Any, batch: Batch, weight: float, sources: int = 1) -> Tr
             norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
         with _without_update(engine) if norm is not None and not torch.isfinite(norm) else nullcontext():
             engine.step()
-        totals += torch.cat([loss.detach()[None], by_source])
+        totals += torch.cat([totals.new_zeros(1), loss.detach()[None], by_source])
     dist.all_reduce(totals)
-    total, *by_source = totals.double().tolist()
+    noticed, total, *by_source = totals.double().tolist()
     norm = float(norm if norm is not None else engine.get_global_grad_norm())
-    return Trained(total / weight, norm, np.asarray(by_source), math.isfinite(norm) and engine.was_step_applied())
+    applied = math.isfinite(norm) and engine.was_step_applied()
+    return Trained(total / weight, norm, np.asarray(by_source), applied, noticed > 0)
 
 
 @contextmanager

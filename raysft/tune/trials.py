@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raysft.config import Config, RequestError
-from raysft.data.shards import TASK_CPUS
+from raysft.placement import TASK_CPUS
 from raysft.plan import check_resources
 from raysft.records import Evaluation, evaluation_results
 
@@ -115,12 +115,12 @@ def with_engines(trial: Trial, nodes: Nodes) -> Trial:
         return trial
     scaling = config.scaling
     if scaling.use_gpu:
-        engines = config.generate.num_actors or scaling.num_workers
+        engines = config.generate.num_actors or scaling.most_workers
     else:
         # The trial's own share spoils one CPU, and no engine takes a part of one.
         whole = [int(node.get("CPU", 0.0)) for node in nodes]
         room = sum(whole) - 1
-        usual = max(1, int(scaling.num_workers * scaling.cpus_per_worker))
+        usual = max(1, int(scaling.most_workers * scaling.cpus_per_worker))
         engines = config.generate.num_actors or min(usual, max(1, sum(1 for cpus in whole if cpus)))
         if engines > room:
             raise RequestError(
@@ -139,11 +139,11 @@ def concurrent_trials(config: Config, nodes: Nodes) -> int:
     check_resources(config, [dict(node) for node in nodes], reserved_cpus=TRIAL_CPUS)
     scaling = config.scaling
     engines = (config.generate.num_actors or 0) if _generates(config) else 0
-    cpus = scaling.num_workers * scaling.cpus_per_worker + TASK_CPUS
+    cpus = scaling.most_workers * scaling.cpus_per_worker + TASK_CPUS
     if not scaling.use_gpu:
         cpus = max(cpus, engines)
     fits = int(sum(node.get("CPU", 0.0) for node in nodes) / (cpus + TRIAL_CPUS) + 1e-9)
     if scaling.use_gpu:
-        gpus = max(scaling.num_workers, engines)
+        gpus = max(scaling.most_workers, engines)
         fits = min(fits, int(sum(node.get("GPU", 0.0) for node in nodes) / gpus))
     return max(1, fits)

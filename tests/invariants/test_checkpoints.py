@@ -114,6 +114,14 @@ def test_every_weight_is_kept_once(left_alone):
         )
 
 
+def test_a_machine_that_leaves_leaves_a_checkpoint(prepared, left_alone, tmp_path):
+    config = make_config(prepared[0] / "leaving", prepared[1], zero_stage=2)
+    [result] = train_all([Case(config, rows_of(prepared[2]), keep=tmp_path, leaves_in=2)], 2)
+    assert [content["step"] for event, content in result.events if event == "notice"] == [2], "once, to all workers"
+    assert [folder.name for folder in checkpoint.complete(tmp_path)] == ["checkpoint_2"]
+    assert result.losses == left_alone["zero 2", 2][0].losses
+
+
 def test_a_flipped_bit_is_found_and_the_one_before_is_taken(prepared, left_alone, tmp_path):
     import shutil
 

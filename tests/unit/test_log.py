@@ -36,7 +36,14 @@ def step(number: int, loss: float = 1.0) -> StepRecord:
 
 
 def set_up(at: int) -> dict:
-    return {"step": at, "model_seconds": 1.0, "data_wait_seconds": 0.0, "parameters": 10, "trained_parameters": 1}
+    return {
+        "step": at,
+        "workers": 1,
+        "model_seconds": 1.0,
+        "data_wait_seconds": 0.0,
+        "parameters": 10,
+        "trained_parameters": 1,
+    }
 
 
 def test_what_a_killed_driver_did_not_write_comes_from_the_checkpoint(tmp_path: Path, capsys):

@@ -34,6 +34,7 @@ def cpus(*amounts: float) -> list[dict[str, float]]:
         (cpus(1, 0.5), {"num_workers": 1}, 0),
         (cpus(2), {"cpus_per_worker": 0.5}, 1.0),
         ([{"CPU": 8.0, "GPU": 2.0}], {"num_workers": 2, "use_gpu": True}, 0),
+        (cpus(2), {"num_workers": [1, 8]}, 0),
         ([{"CPU": 2.0, "GPU": 1.0}, {"CPU": 2.0, "GPU": 1.0}], {"num_workers": 2, "use_gpu": True}, 0),
     ],
 )
@@ -44,6 +45,12 @@ def test_what_the_cluster_can_place_is_accepted(nodes, scaling, reserved):
 @pytest.mark.parametrize(
     ("nodes", "scaling", "message"),
     [
+        (
+            cpus(2),
+            {"num_workers": [3, 8]},
+            "scaling.num_workers=[3, 8] wants at least 3 CPUs in shares of 1 and the cluster has room for 2 (node 0: 2 CPUs); "
+            "use 2, or add nodes",
+        ),
         (
             cpus(2),
             {"num_workers": 3},
@@ -186,3 +193,9 @@ def test_a_plan_counts_steps_rows_tokens_and_what_is_empty(tmp_path, monkeypatch
         "steps: 8 of 4 rows = 3 workers × 2 rows in 1 microbatch, 2 of them empty in each step; 50% of the last step is empty",
         "resources: 3.5 CPUs and 0 GPUs wanted, 4 CPUs and 0 GPUs there",
     ]
+
+
+@pytest.mark.parametrize("workers", [0, -1, True, 1.5, "2", [2, 1], [0, 2], [1], [1, 2, 3], [1, "2"], []])
+def test_a_number_of_workers_is_one_or_two_positive_numbers(workers):
+    with pytest.raises(RequestError, match=r"^config: scaling.num_workers=.*: is neither a positive number nor"):
+        scaled(num_workers=workers)

@@ -1,0 +1,172 @@
+"""Prompts through a pool of engine actors, as Ray Data runs them, on whatever nodes live."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Generator
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+from ray.exceptions import RayError
+
+from raysft.config import Config
+from raysft.generate import cluster
+from raysft.generate.engines import Engine, create_engine
+from raysft.records import RunFailed
+
+RESTARTS = 3
+"""How often an engine whose process died is started again."""
+STALL_SECONDS = 60.0
+"""After so long without a batch, and three times as long as the longest took, engines of a node that died are given up."""
+
+
+def completions(config: Config, model: str, prompts: pa.Table) -> Generator[list[dict[str, Any]], None, None]:
+    """Batches of entries ({id, predict, tokens, cut, seconds}) as the engines finish them, in any order.
+
+    When a node dies the prompts that are left go to engines on those that live.
+
+    Args:
+        prompts: a table with the columns id and input_ids.
+
+    Raises:
+        RequestError: no engine finds a place.
+        RunFailed: an engine failed, and not because its node died.
+    """
+    while prompts.num_rows:
+        began, done = cluster.living(), set[str]()
+        try:
+            for entries in _pass(config, model, prompts, began):
+                done.update(entry["id"] for entry in entries)
+                yield entries
+            return
+        except RayError as error:
+            gone = len(began - cluster.living())
+            if not gone:
+                reason = str(error).partition("The actor is dead because ")[2] or str(error)
+                raise _failed(reason, config, died=True) from error
+        prompts = prompts.filter(pa.array([id not in done for id in prompts["id"].to_pylist()], pa.bool_()))
+        nodes = f"{gone} node{'' if gone == 1 else 's'}"
+        print(f"generate: {nodes} died; going on with {prompts.num_rows} prompts on those that live", file=sys.stderr)
+
+
+def _pass(
+    config: Config, model: str, prompts: pa.Table, began: set[str]
+) -> Generator[list[dict[str, Any]], None, None]:
+    """All prompts through one pool of engines."""
+    batches = _batches(prompts, config.generate.batch_size)
+    pool = cluster.size_pool(config, cluster.nodes(), len(batches))
+    with cluster.quiet_ray_data():
+        dataset = ray.data.from_arrow(batches).map_batches(
+            _EngineActor,
+            fn_constructor_args=(config, model, pool.engines_per_node),
+            batch_size=config.generate.batch_size,  # a block holds just that many
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            # One batch each at a time, or the engine that is up first would take those of the others.
+            compute=ray.data.ActorPoolStrategy(size=pool.engines, max_tasks_in_flight_per_actor=1),
+            num_cpus=pool.cpus,
+            num_gpus=pool.gpus,
+            # Ray Data's own choice is without end: an engine killed for its memory would be started for ever.
+            max_restarts=RESTARTS,
+            # As often as Ray can: of a node that died it takes 15 seconds to know that it is no passing disturbance.
+            max_task_retries=-1,
+        )
+        # The pipeline has a process of its own, which can be stopped when it waits for what never comes.
+        [split] = dataset.streaming_split(1)
+        with _Patience(split._coord_actor, began) as patience:  # pyright: ignore
+            batch: Any
+            for batch in split.iter_batches(batch_size=cast(Any, None), batch_format="pyarrow", prefetch_batches=0):
+                entries = batch.to_pylist()
+                if "error" in entries[0]:
+                    raise _failed(entries[0]["error"], config) from RuntimeError(entries[0]["traceback"])
+                patience.came(entries[0]["seconds"])
+                yield entries
+
+
+class _Patience:
+    """Stops a pipeline that waits for an engine whose node died and which finds no place on another one."""
+
+    def __init__(self, pipeline: Any, began: set[str]) -> None:
+        self._pipeline, self._began = pipeline, began
+        self._last, self._longest = time.monotonic(), 0.0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> _Patience:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        ray.kill(self._pipeline)
+
+    def came(self, seconds: float) -> None:
+        """A batch, for which an engine took so long."""
+        self._last, self._longest = time.monotonic(), max(self._longest, seconds)
+
+    def _watch(self) -> None:
+        while not self._done.wait(5.0):
+            waited = time.monotonic() - self._last
+            if waited > max(STALL_SECONDS, 3 * self._longest) and not self._began <= cluster.living():
+                ray.kill(self._pipeline)
+                return
+
+
+def _batches(prompts: pa.Table, size: int) -> list[pa.Table]:
+    """Prompts of like length together, so that little of a batch is padding; longest first, so that the last batches,
+    for which some engines wait for others, are short and too much for the memory shows at once.
+    """
+    lengths = np.asarray(pa.compute.list_value_length(prompts["input_ids"]))  # pyright: ignore
+    order = np.argsort(-lengths, kind="stable")
+    ordered = prompts.select(["id", "input_ids"]).take(pa.array(order))
+    return [ordered.slice(start, size).combine_chunks() for start in range(0, ordered.num_rows, size)]
+
+
+class _EngineActor:
+    """An engine in a process of its own, as Ray Data calls it.
+
+    What an engine raises comes back as data: Ray would print it three times over, a hundred lines each.
+    """
+
+    def __init__(self, config: Config, model: str, engines_per_node: int) -> None:
+        threads = None if config.scaling.use_gpu else cluster.threads(config, engines_per_node)
+        self._make = functools.partial(create_engine, config, model, threads)
+        self._engine: Engine | None = None
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        start = time.monotonic()
+        ids = batch["id"].to_pylist()
+        try:
+            self._engine = self._engine or self._make()
+            start = time.monotonic()
+            completions = self._engine.complete(ids, batch["input_ids"].to_pylist())
+        except Exception as error:
+            line = " ".join(f"{type(error).__name__}: {error}".split())
+            return pa.table({"error": [line], "traceback": [traceback.format_exc()]})
+        seconds = time.monotonic() - start
+        return pa.table(
+            {
+                "id": ids,
+                "predict": [completion.text for completion in completions],
+                "tokens": [completion.tokens for completion in completions],
+                "cut": [completion.cut for completion in completions],
+                "seconds": [seconds] * len(ids),
+            }
+        )
+
+
+def _failed(reason: str, config: Config, *, died: bool = False) -> RunFailed:
+    """One line for what went wrong in an engine, with a remedy where there is one."""
+    reason = " ".join(reason.split())
+    remedy = ""
+    if died or "outofmemory" in reason.lower().replace(" ", ""):
+        remedy = f"; if memory ran out, lower generate.batch_size={config.generate.batch_size}"
+    what = f"an engine died {RESTARTS + 1} times: " if died else ""
+    return RunFailed(f"generation failed: {what}{reason:.500}{remedy}")
