@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from raysft import __version__
-from raysft.config import Config, RequestError, documented_fields, load
+from raysft.config import Config, RequestError, documented_fields, load, masked
 from raysft.records import RunDirectory, RunFailed
 
 
@@ -19,10 +19,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed.verb(parsed)
     except (RequestError, FileNotFoundError) as error:
-        print(f"raysft: error: {error}", file=sys.stderr)
+        print(f"raysft: error: {masked(str(error))}", file=sys.stderr)
         return 2
     except RunFailed as error:
-        print(f"raysft: failed: {error}", file=sys.stderr)
+        print(f"raysft: failed: {masked(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("raysft: stopped; the same command goes on from the newest checkpoint", file=sys.stderr)

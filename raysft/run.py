@@ -10,7 +10,7 @@ from typing import Any
 
 from raysft.claim import alone_in, belongs_to, differences, writable
 from raysft.cluster import cluster
-from raysft.config import Config, RequestError, load, parse
+from raysft.config import Config, RequestError, load, masked, parse
 from raysft.data import Prepared, prepare
 from raysft.data.manifest import write_prompts
 from raysft.log import Journal, Terminal, evaluation_line
@@ -224,9 +224,10 @@ def train_model(it: Opened, callbacks: Sequence[Any] = ()) -> None:
 def _trackers(it: Opened) -> list[Any]:
     names, shown = it.config.train.trackers, it.config.model_dump(mode="json")
     try:
-        return open_trackers(names, it.directory.path, shown, it.terminal.line)
+        # A library may repeat what its server's address in the environment holds.
+        return open_trackers(names, it.directory.path, shown, lambda line: it.terminal.line(masked(line)))
     except RuntimeError as error:
-        raise RequestError(f"train.trackers: {error}; set it up, or take it out") from None
+        raise RequestError(f"train.trackers: {masked(str(error))}; set it up, or take it out") from None
 
 
 def evaluate_model(it: Opened) -> None:

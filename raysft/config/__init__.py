@@ -7,6 +7,7 @@ docstring under it, from which ``raysft COMMAND --help`` is generated.
 from raysft.config.data import DataSection, Source
 from raysft.config.load import load, parse
 from raysft.config.packages import locate
+from raysft.config.secrets import masked, refuse_secrets
 from raysft.config.section import RequestError, Section
 from raysft.config.sections import Config, GenerateSection, RunSection, ScalingSection, TuneSection
 from raysft.config.training import ModelSection, TrainSection
@@ -27,5 +28,7 @@ __all__ = [
     "documented_fields",
     "load",
     "locate",
+    "masked",
     "parse",
+    "refuse_secrets",
 ]

@@ -26,7 +26,8 @@ class Source(Section):
     path: Text | Annotated[list[Text], Field(min_length=1)] | None = None
     """File, folder or glob, or a list of them; local, or on a filesystem that pyarrow reads (``s3://``, ``gs://``,
     ``hdfs://``, ``hf://datasets/``), or ``package:NAME/GLOB`` inside an installed Python package. Not needed for a
-    source of ``data.registry``."""
+    source of ``data.registry``. Credentials belong into the environment, a profile or a machine's role: one in a config is
+    refused."""
     format: Format | None = None
     """Shape of a record: ``alpaca`` (instruction, input, output), ``sharegpt`` (conversations of from/value), ``openai``
     (messages of role/content), ``prompt_completion`` (two texts, or two lists of messages), ``turns`` (a list of texts,

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from raysft.config.combinations import refuse
 from raysft.config.data import Column, Source, Tag
+from raysft.config.secrets import refuse_secrets
 from raysft.config.section import RequestError, Section
 from raysft.config.sections import Config
 
@@ -38,6 +39,7 @@ def documented_fields(section: type[Section] = Config, prefix: str = "") -> Iter
 
 
 def validate(raw: dict[str, Any], where: Callable[[tuple[str, ...]], str]) -> Config:
+    refuse_secrets(raw, where)  # first: other refusals repeat the value
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:

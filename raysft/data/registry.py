@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from raysft.config import Config, RequestError, Source
+from raysft.config import Config, RequestError, Source, refuse_secrets
 
 COLUMNS = {
     "prompt": "instruction",
@@ -44,6 +44,7 @@ def find_source(config: Config, source: Source) -> Source:
         raise RequestError(f"{path}: has no dataset {source.name!r}; {hint}")
     where = f"{path}: dataset {source.name!r}"
     described = _describe(entries[source.name], config.stage, where, path.parent)
+    refuse_secrets(described, lambda place: where)
     given = source.model_dump(exclude_unset=True, exclude={"name"})
     try:
         return Source.model_validate({"name": source.name, **described, **given})

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raysft.config import Config, RequestError
+from raysft.config import Config, RequestError, refuse_secrets
 
 OURS = ("optimizer", "scheduler", "data_efficiency", "curriculum_learning")
 """Sections of DeepSpeed that would take over what a config of ours decides."""
@@ -75,6 +75,7 @@ def _given(config: Config) -> Mapping[str, Any]:
         raise RequestError(f"train.deepspeed={given}: is no JSON file that can be read ({reason}); mend it") from None
     if not isinstance(read, dict):
         raise RequestError(f"train.deepspeed={given}: holds no JSON object; give DeepSpeed's settings by their names")
+    refuse_secrets(read, lambda place: f"train.deepspeed={given}")
     return read
 
 

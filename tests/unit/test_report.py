@@ -271,7 +271,11 @@ def test_a_base_model_that_is_no_hub_id_stays_out_of_the_front_matter(tmp_path: 
 
 def test_credentials_appear_nowhere(tmp_path: Path):
     secret = [{"name": "a", "path": ["s3://KEY:SE/CR@ET@bucket/a.jsonl?token=HIDDEN", "hdfs://USER@host/b"]}]
-    run = make_run(tmp_path, data__train=secret, data__eval=[], model__path="s3://KEY:SECRET@models/m?sig=HIDDEN")
+    run = make_run(tmp_path)
+    # No config with these is accepted now; one that was written before may still be reported on.
+    config = yaml.safe_load(run.config.read_text())
+    config["data"]["train"], config["model"]["path"] = secret, "s3://KEY:SECRET@models/m?sig=HIDDEN"
+    run.config.write_text(yaml.safe_dump(config))
     text = report(run) + run.model_card.read_text(encoding="utf-8") + run.trainer_state.read_text()
     for word in ("KEY", "SE/CR", "SECRET", "ET@", "HIDDEN", "USER"):
         assert word not in text
