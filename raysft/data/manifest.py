@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raysft.config import RequestError
+from raysft.data.extension import read_table
 from raysft.records import Rejected
 
 
@@ -130,7 +131,7 @@ def load(path: Path, reused: bool = False) -> Manifest:
         RequestError: it is damaged, or names shards that are gone.
     """
     try:
-        table = pq.read_table(path)
+        table = read_table(path)
         detail = _detail(table.schema)
     except (OSError, pa.ArrowException, KeyError, ValueError):
         raise RequestError(
@@ -182,7 +183,7 @@ def _prompts(manifest: Manifest, max_examples: int | None) -> Iterator[pa.Table]
         here = chosen[(chosen >= first) & (chosen < ends[shard])] - first
         if not len(here):
             continue
-        table = pq.read_table(path, columns=["source", "record", "prompt", "prompt_ids", "reference"])
+        table = read_table(path, columns=["source", "record", "prompt", "prompt_ids", "reference"])
         table = table.take(pa.array(here))
         # An example that was cut into pieces, or came as ids, has none.
         table = table.filter(pa.array([len(ids) > 0 for ids in table["prompt_ids"]]))

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from raysft.config import RequestError
+from raysft.data.extension import refuse_pickles
 from raysft.data.files import DataFile, filesystem_of
 from raysft.data.json_list import JSON, READ_BYTES, Unreadable, first_line, json_list
 from raysft.records import Record
@@ -145,7 +146,9 @@ def _csv(file: DataFile) -> Positioned:
 
 def _parquet(file: DataFile) -> Positioned:
     with _seekable(file) as source:
-        yield from _batches(pq.ParquetFile(source).iter_batches(batch_size=1000))
+        whole = pq.ParquetFile(source)
+        refuse_pickles(whole.schema_arrow)
+        yield from _batches(whole.iter_batches(batch_size=1000))
 
 
 def _arrow(file: DataFile) -> Positioned:
@@ -154,8 +157,11 @@ def _arrow(file: DataFile) -> Positioned:
             reader = pa.ipc.open_file(source)
         except pa.ArrowInvalid:
             source.seek(0)
-            yield from _batches(iter(pa.ipc.open_stream(source)))
+            stream = pa.ipc.open_stream(source)
+            refuse_pickles(stream.schema)
+            yield from _batches(iter(stream))
         else:
+            refuse_pickles(reader.schema)
             yield from _batches(reader.get_batch(number) for number in range(reader.num_record_batches))
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raysft.data.extension import read_table
 from raysft.data.layout import ranges
 from raysft.data.manifest import Manifest, load
 from raysft.data.schedule import Layout, Lengths, Mixing, Schedule, plan_rows
@@ -128,7 +129,7 @@ class Rows:
         places = self._places([row])
         found = []
         for shard, position in zip(places.shards.tolist(), places.positions.tolist(), strict=True):
-            table = pq.read_table(self._shards[0][shard], columns=["source", "record"]).slice(position, 1).to_pylist()
+            table = read_table(self._shards[0][shard], ["source", "record"]).slice(position, 1).to_pylist()
             found.append(f"{table[0]['source']}: {table[0]['record']}")
         return found
 

@@ -39,8 +39,10 @@ def _folder(path: str) -> Path:
     folder = Path(path).expanduser().absolute()
     if not (folder / "adapter_config.json").exists():
         raise RequestError(f"model.adapters: {path} holds no adapter_config.json; give a folder that peft has written")
-    if not any(folder.glob("*.safetensors")):
-        raise RequestError(f"model.adapters: {path} holds no weights (*.safetensors); copy or train it again")
+    if not (folder / "adapter_model.safetensors").exists():
+        raise RequestError(
+            f"model.adapters: {path} holds no weights (adapter_model.safetensors); copy or train it again"
+        )
     return folder
 
 

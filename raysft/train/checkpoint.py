@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import pickle
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -358,7 +359,15 @@ def _set_random_states(states: Mapping[str, Any]) -> None:
 
 
 def _read_rest(file: Path) -> dict[str, Any]:
-    """Tensors and plain values alone are loaded, and what GaLore and APOLLO keep beside them."""
+    """Tensors and plain values alone are loaded, and what GaLore and APOLLO keep beside them.
+
+    Raises:
+        Damaged: it holds anything else, which could run code, whatever its digest says.
+    """
     theirs = sys.modules.get("pytorch_optimizer.optimizer.utils.galore")
     with torch.serialization.safe_globals([theirs.GaLoreProjector] if theirs else []):
-        return torch.load(file, weights_only=True)  # type: ignore[no-any-return]
+        try:
+            return torch.load(file, weights_only=True)  # type: ignore[no-any-return]
+        except pickle.UnpicklingError:
+            _write_whole(file.parent / DAMAGED, {"file": file.name})
+            raise Damaged(f"{file} holds more than tensors and plain values, which no training has written") from None

@@ -68,6 +68,7 @@ def check_model(config: Config, model: str) -> None:
     folder = Path(model)
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise RequestError(f"model.path={model}: the folder holds no weights (*.safetensors); give a whole model")
+    _check_bin(model)
     positions = getattr(described, "max_position_embeddings", None)
     if positions and config.data.sequence_length > positions:
         raise RequestError(
@@ -84,6 +85,27 @@ def check_model(config: Config, model: str) -> None:
 
         with torch.device("meta"):
             check_names(AutoModelForCausalLM.from_config(described), config)
+
+
+def _check_bin(model: str) -> None:
+    """Weights of the old kind are pickles: find out before any worker starts that they hold tensors alone. On the hub that is
+    found out when they are there: transformers loads nothing else out of them either."""
+    import pickle
+    import struct
+    import zipfile
+
+    import torch
+
+    folder = Path(model)
+    for file in sorted(folder.glob("pytorch_model*.bin")) if not any(folder.glob("*.safetensors")) else ():
+        try:
+            # Their names and shapes; the numbers stay where they are, but in files older than torch 1.6.
+            torch.load(file, weights_only=True, map_location="meta", mmap=zipfile.is_zipfile(file))
+        except (pickle.UnpicklingError, RuntimeError, struct.error, EOFError):
+            raise RequestError(
+                f"model.path={model}: {file.name} is damaged, or holds more than tensors, which could run code and is not "
+                "loaded; give a model in *.safetensors"
+            ) from None
 
 
 def _names_modules(config: Config) -> bool:
@@ -121,12 +143,17 @@ def _check_quantized(model: str, described: Any, config: Config) -> None:
         )
 
 
+DECISIVE = (".safetensors", ".bin", ".py")
+"""Endings of the files that decide what a model computes, besides its config."""
+
+
 def model_identity(model: str) -> str:
-    """Hash of a model's or adapter's config and weights (of large files samples); the id of a model on the hub."""
+    """Hash of a model's or adapter's config, weights and code (of large files samples); the id of a model on the hub."""
     folder = Path(model)
     if not folder.is_dir():
         return model
-    weights = sorted((path.name, path.stat().st_size, _sampled(path)) for path in folder.glob("*.safetensors"))
+    decisive = (path for ending in DECISIVE for path in folder.glob(f"*{ending}"))
+    weights = sorted((path.name, path.stat().st_size, _sampled(path)) for path in decisive)
     described = next(path for name in ("adapter_config.json", "config.json") if (path := folder / name).exists())
     return hashlib.sha256(described.read_bytes() + repr(weights).encode()).hexdigest()[:16]
 
