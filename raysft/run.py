@@ -83,7 +83,7 @@ def show(config: Config, rows: int, page: Path | None = None) -> None:
 
     with cluster(config):
         model, _, prepared = _prepared(config)
-    shown = list(shown_rows(prepared.train_rows, model, rows))
+    shown = list(shown_rows(prepared.train_rows, model, rows, config.model.runs_code))
     lengths = Lengths.of(prepared.train_rows, prepared.train)
     if page is None:
         print_rows(shown, lengths)
@@ -141,7 +141,11 @@ def export(directory: RunDirectory, output: Path) -> None:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RequestError(f"--output {output}: cannot be made ({error.strerror}); choose another folder") from None
-    merge(directory.model, output)
+    try:
+        trusted = load(directory.config).model.runs_code
+    except RequestError:
+        trusted = False  # a config of another version; the model is exported all the same
+    merge(directory.model, output, trusted)
     Terminal().line(f"exported: {output}")
 
 
@@ -268,7 +272,7 @@ def _prepared(config: Config) -> tuple[str, str | None, Prepared]:
     writable(config)
     tell = Terminal().line
     model = find_model(config.model.path, config.cache_directory, tell)
-    check_model(config, model)
+    check_model(config, model, tell)
     model, adapter = find_adapter(config, model, tell)
     return model, adapter, prepare(config, model, tell)
 

@@ -20,6 +20,26 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 """ChatML, without ``{% generation %}`` marks."""
+OWN_CODE = """\
+from pathlib import Path
+
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+Path({ran!r}).touch()
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+
+class OwnTokenizerFast(PreTrainedTokenizerFast):
+    pass
+"""
+"""A model of its own that is a Llama; ``ran`` is a file that it leaves behind when it is run."""
 
 
 def tiny_tokenizer(vocabulary: int = 400):
@@ -99,3 +119,26 @@ def write_chats(file: Path, count: int) -> None:
             answer = " ".join(words[(index * 7) % 40 : (index * 7) % 40 + 5])
             turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             lines.write(json.dumps({"messages": turns}) + "\n")
+
+
+def with_code(folder: Path, ran: Path, model_type: str = "own", origin: str = "", tokenizer: bool = False) -> Path:
+    """Give a model (of ``tiny_model``) code of its own.
+
+    Args:
+        ran: what the code leaves behind when it is run.
+        model_type: one that transformers knows (``llama``) can do without the code.
+        origin: another repository that the code is in, as ``org/name--``.
+        tokenizer: the tokenizer has a class of its own too.
+    """
+    (folder / "modeling_own.py").write_text(OWN_CODE.format(ran=str(ran)))
+    description = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "OwnConfig", "AutoModelForCausalLM": "OwnForCausalLM"}
+    description["auto_map"] = {key: f"{origin}modeling_own.{name}" for key, name in names.items()}
+    description |= {"model_type": model_type, "architectures": ["OwnForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(description))
+    if tokenizer:
+        described = json.loads((folder / "tokenizer_config.json").read_text())
+        described["auto_map"] = {"AutoTokenizer": [None, "modeling_own.OwnTokenizerFast"]}
+        described["tokenizer_class"] = "OwnTokenizer"
+        (folder / "tokenizer_config.json").write_text(json.dumps(described))
+    return folder

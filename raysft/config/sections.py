@@ -102,8 +102,9 @@ class GenerateSection(Section):
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
     """Above 1, tokens that were used become less probable."""
     metrics: list[str] = ["similarity"]
-    """Metrics of the predictions: modules of the package ``evaluate``; ``similarity`` (ROUGE and BLEU-4) comes with raysft,
-    others are named by path or id."""
+    """Metrics of the predictions: modules of the package ``evaluate``; ``similarity`` (ROUGE and BLEU-4) comes with raysft.
+    Others are Python code, which runs because it is named here: a file, a folder, or an id on the hub, which is fetched (``NAME``
+    is ``evaluate-metric/NAME`` there, unless a folder here holds ``NAME.py``)."""
 
 
 class TuneSection(Section):
@@ -194,6 +195,7 @@ class Config(Section):
             "train.trackers",
             "train.gradient_checkpointing",
         )
+        whole["model"]["trust_remote_code"] = self.model.runs_code  # other names decide nothing
         return {key: value for key, value in _flatten(whole) if key not in left_out}
 
     def fingerprint(self) -> str:

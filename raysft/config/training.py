@@ -72,6 +72,10 @@ class OftSection(Section):
 class ModelSection(Section):
     path: Text
     """Model folder, Hugging Face hub id, ``*.gguf`` file, or ``package:NAME/FILE`` inside an installed Python package."""
+    trust_remote_code: list[Text] = []
+    """Models whose own code may run, by name: ``[org/model]``. A model that only code of its own can load is refused unless its
+    ``path`` stands here, exactly as it is written there; if it takes code from another repository, that one's name too. Read
+    the code first: it runs on every node, with all rights of the run. Default: nobody."""
     chat_template: Text | None = None
     """Chat template to use instead of the tokenizer's own, and to save with the model: a name (``chatml``, ``llama3``,
     ``gemma``, ``alpaca``, ``vicuna``) or a ``*.jinja`` file."""
@@ -103,6 +107,18 @@ class ModelSection(Section):
     package flash-attn is installed, else torch's sdpa."""
     liger: bool = False
     """Use Liger's fused kernels on GPU (extra ``liger``)."""
+
+    @field_validator("trust_remote_code", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        if value is True:
+            raise ValueError("name the models whose code may run, for example [org/model]")
+        return value or []
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether code that comes with the model may run."""
+        return self.path in self.trust_remote_code
 
 
 class OffloadSection(Section):

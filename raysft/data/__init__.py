@@ -43,7 +43,8 @@ def prepare(config: Config, model: str, tell: Tell = lambda line: None) -> Prepa
         shard_set(config, source, "holdout", model, with_prompts) for source in config.data.train if config.data.holdout
     ]
     evaluation = held_out + [shard_set(config, source, "all", model, with_prompts) for source in config.data.eval]
-    manifests = write([*train, *evaluation], model, config.data.max_rejected, config.chat_template, tell)
+    most, trusted = config.data.max_rejected, config.model.runs_code
+    manifests = write([*train, *evaluation], model, most, config.chat_template, tell, trusted)
     return _schedule(config, train, evaluation, manifests)
 
 

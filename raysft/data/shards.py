@@ -78,9 +78,9 @@ def _tokenizer_identity(model: str) -> str:
     hub its commit."""
     folder = Path(model)
     if not folder.is_dir():
-        from transformers import AutoConfig
+        from transformers import PreTrainedConfig
 
-        return f"{model}@{getattr(AutoConfig.from_pretrained(model), '_commit_hash', None)}"
+        return f"{model}@{PreTrainedConfig.get_config_dict(model)[0].get('_commit_hash')}"
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.suffix in DECISIVE and path.is_file()):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
@@ -93,6 +93,7 @@ def write(
     max_rejected: float,
     chat_template: str | None = None,
     tell: Tell = lambda line: None,
+    runs_code: bool = False,
 ) -> list[Manifest]:
     """Tokenize what is not in the cache yet, all missing sets in one pass of Ray Data, and give the manifests of all.
 
@@ -102,6 +103,7 @@ def write(
         max_rejected: share of a set's records that may be unusable.
         chat_template: Jinja text to use instead of the tokenizer's own.
         tell: takes lines that say how far it is.
+        runs_code: code that comes with the model may run.
 
     Raises:
         RequestError: too many records cannot be used, one is longer than a row, or none is left.
@@ -110,7 +112,7 @@ def write(
     missing = list({each.directory: each for each in sets if not is_whole(each.manifest)}.values())
     written: dict[Path, list[Shard]] = {}
     if missing:
-        written = _write_missing(missing, partial(Tokenizer.load, model, chat_template), tell)
+        written = _write_missing(missing, partial(Tokenizer.load, model, chat_template, runs_code), tell)
     for parts in _by_source(missing):
         _refuse_overlong(parts, written)
         rejected = [item for each in parts for shard in written[each.directory] for item in shard.rejected]

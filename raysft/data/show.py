@@ -37,15 +37,16 @@ class ShownRow:
     """For each example its (text, trained) parts, in order."""
 
 
-def shown_rows(rows: Rows, model: str, count: int) -> Iterator[ShownRow]:
+def shown_rows(rows: Rows, model: str, count: int, runs_code: bool = False) -> Iterator[ShownRow]:
     """The first rows in their training order, decoded.
 
     Args:
         rows: the schedule and its shards.
         model: folder or hub id of the tokenizer.
         count: how many rows.
+        runs_code: code that comes with the model may run.
     """
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, runs_code)
     for number in range(min(count, rows.schedule.rows)):
         batch = rows.batch([number])
         tokens = int(batch["tokens"][0])

@@ -117,17 +117,18 @@ class Tokenizer:
     """Hash of all that."""
 
     @classmethod
-    def load(cls, model: str, chat_template: str | None = None) -> Tokenizer:
+    def load(cls, model: str, chat_template: str | None = None, runs_code: bool = False) -> Tokenizer:
         """Take a tokenizer apart.
 
         Args:
             model: folder or hub id.
             chat_template: Jinja text to use instead of the tokenizer's own.
+            runs_code: code that comes with the model may run, here; the tasks need none of it.
 
         Raises:
             RequestError: there is no fast tokenizer.
         """
-        tokenizer = load_tokenizer(model)
+        tokenizer = load_tokenizer(model, runs_code)
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise RequestError(f"{model}: has no fast tokenizer (tokenizer.json); choose a model that has one")
@@ -411,11 +412,11 @@ class _Prepared:
 
 
 @lru_cache(maxsize=2)
-def load_tokenizer(model: str) -> Any:
-    """The model's tokenizer, loaded once in a process."""
+def load_tokenizer(model: str, runs_code: bool = False) -> Any:
+    """The model's tokenizer, loaded once in a process; ``runs_code``: code that comes with the model may run."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model)
+    return AutoTokenizer.from_pretrained(model, trust_remote_code=runs_code)
 
 
 @lru_cache(maxsize=4)

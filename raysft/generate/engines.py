@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from raysft.config import Config, RequestError
+from raysft.config import Config, RequestError, locate
 from raysft.matmul import use_onednn
 
 
@@ -73,8 +73,10 @@ class TransformersEngine:
         self._device = torch.device("cuda" if config.scaling.use_gpu else "cpu")
         if self._device.type == "cpu":
             use_onednn()
-        self._tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-        self._model = _load_model(Path(model), getattr(torch, config.dtype)).to(self._device).eval()
+        self._tokenizer = AutoTokenizer.from_pretrained(
+            model, local_files_only=True, trust_remote_code=runs_code(config, Path(model))
+        )
+        self._model = _load_model(config, Path(model)).to(self._device).eval()
         self._stops = _stop_tokens(self._tokenizer, self._model)
         padding = self._tokenizer.pad_token_id
         self._padding = padding if padding is not None else (self._stops or [0])[0]
@@ -239,9 +241,20 @@ class _RowLimits(StoppingCriteria):
         return input_ids.shape[1] - self._prompt_length >= self._limits
 
 
-def _load_model(folder: Path, dtype: torch.dtype) -> Any:
+def runs_code(config: Config, folder: Path) -> bool:
+    """Whether code that comes with a model may run; with an adapter's base only where that is the model whose code was named, for
+    ``adapter_config.json`` may name any folder."""
     base = adapter_base(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(base or folder, dtype=dtype, local_files_only=True)
+    named = Path(locate(config.model.path, "model.path")).expanduser().absolute()
+    mine = base is None or base == named or config.cache_directory in base.parents
+    return config.model.runs_code and mine
+
+
+def _load_model(config: Config, folder: Path) -> Any:
+    base, dtype = adapter_base(folder), getattr(torch, config.dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        base or folder, dtype=dtype, local_files_only=True, trust_remote_code=runs_code(config, folder)
+    )
     if base is not None:
         from peft import PeftModel
 

@@ -28,7 +28,7 @@ def fingerprint(config: Config, model: str, prompts: Path) -> str:
         (str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns)
         for place in (folder, *([base] if base else []))
         for file in sorted(place.iterdir())
-        if file.suffix in (".safetensors", ".bin", ".json", ".model")
+        if file.suffix in (".safetensors", ".bin", ".json", ".model", ".py")
     ]
     settings = config.generate.model_dump(mode="json", exclude=_NOT_OF_THE_TEXT)
     with prompts.open("rb") as file:

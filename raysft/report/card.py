@@ -129,6 +129,8 @@ def _results(log: RunLog) -> str:
 def _use(log: RunLog) -> str:
     """How to load the model, for this case."""
     load = _LOAD_ADAPTER if _is_adapter(log) else _LOAD_MODEL
+    if log.option("model.path") in log.option("model.trust_remote_code", []):
+        load = load.replace('"model"', '"model", trust_remote_code=True')
     ask = _CONTINUE if log.option("stage") == "pt" else _ASK
     text = f"## Use\n\n`model` is the folder beside this card.\n\n```python\n{load}\n{ask}{_GENERATE}```"
     if _is_adapter(log):

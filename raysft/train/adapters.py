@@ -31,7 +31,7 @@ def find_adapter(config: Config, model: str, say: Callable[[str], None]) -> tupl
     goes_on = bool(folders) and not config.model.new_adapter
     merged = folders[:-1] if goes_on else folders
     if merged:
-        model = _merged(model, merged, config.cache_directory, say)
+        model = _merged(model, merged, config.cache_directory, say, config.model.runs_code)
     return model, str(folders[-1]) if goes_on else None
 
 
@@ -76,34 +76,39 @@ def _check_form(folder: Path, described: Mapping[str, Any], config: Config) -> N
             )
 
 
-def _merged(model: str, adapters: Sequence[Path], cache: Path, say: Callable[[str], None]) -> str:
+def _merged(model: str, adapters: Sequence[Path], cache: Path, say: Callable[[str], None], runs_code: bool) -> str:
     """A copy of the model in the cache, with adapters merged into it in their order."""
     names = [model_identity(model), *(model_identity(str(each)) for each in adapters)]
     key = hashlib.sha256(repr(names).encode()).hexdigest()[:16]
 
     def write(folder: Path) -> None:
         say(f"model: {len(adapters)} adapters are merged into {model}, once, in {folder.parent}")
-        merge_adapters(model, adapters, folder)
+        merge_adapters(model, adapters, folder, runs_code)
 
     return str(in_cache(cache / "models" / f"merged-{key}", write))
 
 
-def merge_adapters(model: str, adapters: Sequence[Path], output: Path) -> None:
-    """Write the full model that a model and its adapters make, with the tokenizer."""
+def merge_adapters(model: str, adapters: Sequence[Path], output: Path, runs_code: bool = False) -> None:
+    """Write the full model that a model and its adapters make, with the tokenizer; ``runs_code``: its own code may run."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    whole: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    whole: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=runs_code)
     for adapter in adapters:
         whole = PeftModel.from_pretrained(whole, str(adapter)).merge_and_unload()
     whole.config.use_cache = True
     whole.save_pretrained(output)
-    AutoTokenizer.from_pretrained(model).save_pretrained(output)
+    AutoTokenizer.from_pretrained(model, trust_remote_code=runs_code).save_pretrained(output)
 
 
-def merge(adapter: Path, output: Path) -> None:
+def merge(adapter: Path, output: Path, runs_code: bool = False) -> None:
     """Write the full model that an adapter and its base make, with the tokenizer; a full model is copied.
+
+    Args:
+        adapter: folder of either.
+        output: folder to write.
+        runs_code: code that comes with the base may run.
 
     Raises:
         RequestError: the folder holds neither.
@@ -118,10 +123,12 @@ def merge(adapter: Path, output: Path) -> None:
     if (adapter / "adapter_config.json").exists():
         from peft import AutoPeftModelForCausalLM
 
-        model = AutoPeftModelForCausalLM.from_pretrained(str(adapter), torch_dtype=torch.float32).merge_and_unload()
+        trusted: dict[str, Any] = {"trust_remote_code": runs_code}
+        whole = AutoPeftModelForCausalLM.from_pretrained(str(adapter), torch_dtype=torch.float32, **trusted)
+        model = whole.merge_and_unload()
         model.config.use_cache = True
         model.save_pretrained(output)
-        AutoTokenizer.from_pretrained(adapter).save_pretrained(output)
+        AutoTokenizer.from_pretrained(adapter, **trusted).save_pretrained(output)
     elif (adapter / "config.json").exists():
         shutil.copytree(adapter, output, dirs_exist_ok=True)
     else:

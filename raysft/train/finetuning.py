@@ -33,6 +33,7 @@ def load_model(config: Config, path: str, device: torch.device | None = None, ad
         path,
         dtype=getattr(torch, "float32" if config.autocast else config.dtype),
         attn_implementation=kernel(config),
+        trust_remote_code=config.model.runs_code,
         **({"quantization_config": quantization, "device_map": {"": device or "cpu"}} if quantization else {}),
     )
     model.config.use_cache = False
@@ -192,6 +193,8 @@ def _with_adapter(model: Any, config: Config, path: str, adapter: str | None) ->
     torch.manual_seed(config.run.seed)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        # Whatever it names as its base, this is what it is trained on, and what will be loaded with it.
+        model.peft_config["default"].base_model_name_or_path = path
     else:
         model = get_peft_model(model, _adapter_config(model, config, path))
     for parameter in model.parameters():
@@ -253,7 +256,11 @@ def load_trained(config: Config, folder: Path) -> Any:
     """A trained model or adapter with its base, to evaluate."""
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "attn_implementation": kernel(config)}
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, config.dtype),
+        "attn_implementation": kernel(config),
+        "trust_remote_code": config.model.runs_code,
+    }
     if quantization := quantization_config(config):
         options |= {
             "quantization_config": quantization,

@@ -300,7 +300,7 @@ class _Loop:
         """Write the model as it is now."""
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(self.job.model)
+        tokenizer = AutoTokenizer.from_pretrained(self.job.model, trust_remote_code=self.job.config.model.runs_code)
         tokenizer.chat_template = self.job.config.chat_template or tokenizer.chat_template
         export.export(self.engine.module.model, tokenizer, folder)
 

@@ -47,21 +47,32 @@ def find_model(path: str, cache: Path, say: Callable[[str], None]) -> str:
     return _on_hub(path)
 
 
-def check_model(config: Config, model: str) -> None:
+def check_model(config: Config, model: str, say: Callable[[str], None] = lambda line: None) -> None:
     """Find out before anything is started what the workers could only find out later.
 
+    Args:
+        config: the run's config.
+        model: folder or hub id.
+        say: takes a line where something is left alone.
+
     Raises:
-        RequestError: weights are missing, adapters have no place in the model, or rows are longer than its positions.
+        RequestError: code would have to run that nobody has named, weights are missing, adapters have no place in the model,
+            or rows are longer than its positions.
     """
     from transformers import AutoConfig
 
     from raysft.train.attention import kernel
+    from raysft.train.code import check_code
     from raysft.train.finetuning import check_names, quantization_config
     from raysft.train.optim import check_installed
     from raysft.train.zero import deepspeed_settings
 
     try:
-        described: Any = AutoConfig.from_pretrained(model).get_text_config()
+        check_code(config, model, say)
+        trusted = config.model.runs_code
+        described: Any = AutoConfig.from_pretrained(model, trust_remote_code=trusted).get_text_config()
+    except RequestError:
+        raise
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise RequestError(f"model.path={model}: its config.json is of no use ({reason:.120})") from None
@@ -84,7 +95,7 @@ def check_model(config: Config, model: str) -> None:
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
-            check_names(AutoModelForCausalLM.from_config(described), config)
+            check_names(AutoModelForCausalLM.from_config(described, trust_remote_code=trusted), config)
 
 
 def _check_bin(model: str) -> None:
@@ -175,12 +186,12 @@ def _sampled(file: Path) -> str:
 
 def _on_hub(path: str) -> str:
     """Check that the hub (or its local cache) has the model; the id itself is what each node loads."""
-    from transformers import AutoConfig
+    from transformers import PreTrainedConfig
 
     # It would report each of its attempts.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        AutoConfig.from_pretrained(path)
+        PreTrainedConfig.get_config_dict(path)  # without the model's own code
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise RequestError(f"model.path={path}: no folder here, and the hub does not give it ({reason:.120})") from None
@@ -233,9 +244,11 @@ def _convert(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    # Files beside it might name code; a GGUF needs none.
+    what: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **what)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **what)
     except (OSError, ValueError, KeyError) as error:
         raise RequestError(
             f"model.path={file}: transformers cannot read this GGUF file ({str(error).splitlines()[0]})"

@@ -63,6 +63,7 @@ def tune(config: Config) -> Config:
 def _prepare(trials: Sequence[Trial], nodes: Nodes, terminal: Terminal) -> None:
     """Convert models and tokenize data, once for each way in which they differ between trials."""
     from raysft.data import prepare
+    from raysft.train.code import check_code
     from raysft.train.model import find_model
 
     prepared = set()
@@ -73,6 +74,7 @@ def _prepare(trials: Sequence[Trial], nodes: Nodes, terminal: Terminal) -> None:
             continue
         prepared.add(key)
         model = find_model(config.model.path, config.cache_directory, terminal.line)
+        check_code(config, model, terminal.line)
         for line in make_plan(config, prepare(config, model), nodes).lines():
             terminal.line(line)
 

@@ -21,7 +21,7 @@ from raysft.config import load
 from raysft.lock import held
 from raysft.records import read_jsonl
 from raysft.train.checkpoint import Cursor, complete
-from tests.tiny import SENTENCES, tiny_model, write_chats
+from tests.tiny import SENTENCES, tiny_model, with_code, write_chats
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -427,3 +427,34 @@ def test_a_folder_that_cannot_be_made_is_one_line(folder, capsys, key):
     assert f"{key}: " in error
     assert "choose another folder" in error
     assert error.count("\n") == 1
+
+
+def test_code_that_comes_with_a_model_runs_only_where_it_is_named(folder, tmp_path, capsys, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    ran = tmp_path / "ran"
+    own = with_code(tiny_model(tmp_path / "own-model"), ran, tokenizer=True)
+    capsys.readouterr()
+    told = [
+        str(folder / "sft.yaml"),
+        "run.name=own",
+        f"model.path={own}",
+        "train.max_steps=2",
+        "train.eval_at_start=false",
+        "scaling.num_workers=1",
+        "generate={compare_base: false, max_examples: 2, max_new_tokens: 2}",
+    ]
+    assert main(["check", *told]) == 2
+    refused = capsys.readouterr().err
+    assert refused.startswith(
+        f"raysft: error: model.path={own}: is loaded by code that comes with it (modeling_own.py)"
+    )
+    assert refused.count("\n") == 1
+    assert not ran.exists()
+    assert main(["run", *told, f"model.trust_remote_code=[{own}]"]) == 0
+    run = folder / "runs" / "own"
+    assert 'from_pretrained("model", trust_remote_code=True' in (run / "README.md").read_text()
+    assert main(["export", str(run), "--output", str(tmp_path / "out")]) == 0
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert type(exported).__name__ == "OwnForCausalLM"

@@ -298,6 +298,8 @@ def test_every_field_has_a_docstring():
         ("train.learning_rate=2e-4", False),
         ("train.rows_per_step=4", False),
         ("run.seed=1", False),
+        ("model.trust_remote_code=[another]", True),
+        ("model.trust_remote_code=[m]", False),
         ("model.lora.rank=4", False),
         ("data.train.0.path=b.json", False),
         ("stage=pt", False),
