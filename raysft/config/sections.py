@@ -103,8 +103,8 @@ class GenerateSection(Section):
     """Above 1, tokens that were used become less probable."""
     metrics: list[str] = ["similarity"]
     """Metrics of the predictions: modules of the package ``evaluate``; ``similarity`` (ROUGE and BLEU-4) comes with raysft.
-    Others are Python code, which runs because it is named here: a file, a folder, or an id on the hub, which is fetched (``NAME``
-    is ``evaluate-metric/NAME`` there, unless a folder here holds ``NAME.py``)."""
+    Others are Python code, which runs because it is named here: a file, a folder, or an id on the hub, from where it is fetched
+    (``NAME`` alone is ``evaluate-metric/NAME`` there, unless there is a ``NAME/NAME.py`` here)."""
 
 
 class TuneSection(Section):

@@ -214,3 +214,14 @@ def test_a_checkpoint_that_runs_code_is_passed_over():
     with pytest.raises(checkpoint.Damaged, match=r"state_0\.pt holds more than tensors and plain values"):
         checkpoint._read_rest(folder / "state_0.pt")
     assert (folder / checkpoint.DAMAGED).exists()
+
+
+def test_a_chat_template_stays_in_its_sandbox():
+    from jinja2.exceptions import SecurityError
+
+    from raysft.data.template import chat_template
+    from raysft.records import Message
+
+    template = chat_template("{{ messages.__class__.__base__.__subclasses__() }}", {})
+    with pytest.raises(SecurityError):
+        template.render([Message("user", "a")], [], False)
