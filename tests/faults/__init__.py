@@ -1,0 +1,1 @@
+"""Faults that a training survives, as a campaign: ``python -m tests.faults``."""

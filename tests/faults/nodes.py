@@ -1,0 +1,171 @@
+"""Nodes of a cluster that die, leave with notice and come back: several raylets on this machine."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.faults.runs import Moment, Outcome, attempt, compared, said, steps_of
+
+LONGER = ("train.epochs=60", "train.eval_every_steps=200")
+"""Enough steps for what takes its time."""
+ELASTIC = ("scaling.num_workers=[1, 2]", "scaling.cpus_per_worker=2")
+"""Two workers, neither of which finds room on the head."""
+
+
+class Nodes:
+    """A head, where the driver and the data tasks find room, and two nodes for a worker each."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        memory = {"object_store_memory": 150_000_000}
+        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **memory})
+        self._add = lambda: self._cluster.add_node(num_cpus=2, **memory)
+        self._nodes = [self._add(), self._add()]
+
+    @property
+    def address(self) -> str:
+        """Of the cluster, as a setting."""
+        return f"scaling.address={self._cluster.address}"
+
+    def kill(self) -> None:
+        """The second node, without a word."""
+        self._cluster.remove_node(self._nodes.pop(), allow_graceful=False)
+
+    def drain(self, seconds: float) -> None:
+        """Let the second node know that it will be taken away, as clouds do with spot machines."""
+        from ray._raylet import GcsClient
+        from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+        deadline = int(1000 * (time.time() + seconds))
+        reason = DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+        GcsClient(address=self._cluster.address).drain_node(self._nodes[-1].node_id, reason, "spot", deadline)
+
+    def add(self) -> None:
+        """A node in place of the one that is gone."""
+        self._nodes.append(self._add())
+
+    def close(self) -> None:
+        """All of them."""
+        self._cluster.shutdown()
+
+
+@contextmanager
+def nodes() -> Iterator[Nodes]:
+    """A cluster for a while."""
+    cluster = Nodes()
+    try:
+        yield cluster
+    finally:
+        cluster.close()
+
+
+def once(due: Callable[[Path, float], bool], act: Callable[[], Any]) -> Moment:
+    """Do something when its time has come; the command itself is left alone."""
+    done: list[bool] = []
+
+    def moment(run: Path, seconds: float) -> bool:
+        if not done and due(run, seconds):
+            done.append(True)
+            act()
+        return False
+
+    return moment
+
+
+def dies_in_training(folder: Path, reference: str, fault: str, draw: random.Random) -> Outcome:
+    """A node is killed in the middle of a step; training goes on with one worker."""
+    step = draw.randint(4, 12)
+    with nodes() as cluster:
+        moment = once(lambda run, seconds: len(steps_of(run)) >= step, cluster.kill)
+        code = attempt(folder, "node", moment, *ELASTIC, cluster.address)
+    return compared(folder, reference, "node", fault, 1, code, exact=False)
+
+
+def dies_in_evaluation(folder: Path, reference: str, fault: str, draw: random.Random) -> Outcome:
+    """A node is killed while the workers evaluate."""
+
+    def due(run: Path, seconds: float) -> bool:
+        return bool(steps := steps_of(run)) and steps[-1]["current_steps"] % 5 == 0
+
+    with nodes() as cluster:
+        code = attempt(folder, "evaluation", once(due, cluster.kill), *ELASTIC, cluster.address)
+    return compared(folder, reference, "evaluation", fault, 1, code, exact=False)
+
+
+def leaves_with_notice(folder: Path, reference: str, fault: str, draw: random.Random) -> Outcome:
+    """A node is drained: the workers write a checkpoint, though none is due, and lose nothing when it is gone."""
+    rare = ("train.save_every_steps=1000",)
+    with nodes() as cluster:
+        gone: list[float] = []
+
+        def moment(run: Path, seconds: float) -> bool:
+            if not gone and len(steps_of(run)) >= 3:
+                cluster.drain(10)
+                gone.append(seconds + 10)
+            elif len(gone) == 1 and seconds > gone[0]:
+                gone.append(seconds)
+                cluster.kill()
+            return False
+
+        code = attempt(folder, "notice", moment, *ELASTIC, *LONGER, *rare, cluster.address)
+    outcome = compared(folder, "longer", "notice", fault, 1, code, exact=False)
+    outcome.survived &= "a machine is about to be taken away" in said(folder, "notice")
+    return outcome
+
+
+def comes_back(folder: Path, reference: str, fault: str, draw: random.Random) -> Outcome:
+    """A node is killed and another one comes: training goes on with one worker, then with two again."""
+    with nodes() as cluster:
+        at: list[float] = []
+
+        def moment(run: Path, seconds: float) -> bool:
+            if not at and len(steps_of(run)) >= 4:
+                cluster.kill()
+                at.append(seconds)
+            elif len(at) == 1 and "going on after" in said(folder, "back"):
+                cluster.add()
+                at.append(seconds)
+            return False
+
+        code = attempt(folder, "back", moment, *ELASTIC, *LONGER, "train.save_every_steps=20", cluster.address)
+    outcome = compared(folder, "longer", "back", fault, 2, code, exact=False)
+    outcome.survived &= "with 2 workers" in said(folder, "back").partition("with 1 worker")[2]
+    return outcome
+
+
+def dies_in_preparation(folder: Path, reference: str, fault: str, draw: random.Random) -> Outcome:
+    """A node is killed while the data is tokenized, into a cache of its own."""
+    cache = folder / "cache-of-preparation"
+    with nodes() as cluster:
+        moment = once(lambda run, seconds: any(cache.glob("shards/*/*.parquet")), cluster.kill)
+        code = attempt(folder, "preparation", moment, f"data.cache={cache}", cluster.address)
+    return compared(folder, reference, "preparation", fault, 1, code)
+
+
+def dies_in_generation(folder: Path, reference: str, fault: str, draw: random.Random) -> Outcome:
+    """A node is killed when some predictions are there."""
+
+    def due(run: Path, seconds: float) -> bool:
+        partial = run / ".generated_predictions.jsonl.partial"
+        return partial.exists() and partial.read_bytes().count(b"\n") > 10
+
+    def predictions(name: str) -> list[dict[str, Any]]:
+        file = folder / "runs" / name / "generated_predictions.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    settings = ("generate.enabled=true", "train.max_steps=2")
+    attempt(folder, "generated", None, *settings, verb="run")
+    with nodes() as cluster:
+        code = attempt(folder, "generation", once(due, cluster.kill), *settings, cluster.address, verb="run")
+    mine, theirs = predictions("generation"), predictions("generated")
+    ids = [each["id"] for each in mine]
+    lost = len({each["id"] for each in theirs} - set(ids))
+    differing = sum(a != b for a, b in zip(mine, theirs, strict=False)) / max(1, len(theirs))
+    return Outcome(fault, 1, code == 0, lost, len(ids) - len(set(ids)), 0.0, differing)
