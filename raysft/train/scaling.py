@@ -95,7 +95,8 @@ class _Patience:
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Say why workers are started again."""
         error = getattr(current_state, "training_failed_error", None)
-        if error is not None and not current_state.is_terminal():
+        known = getattr(previous_state, "training_failed_error", None)
+        if error is not None and error is not known and not current_state.is_terminal():
             self.emit("failure", str(cause(error)))
 
     def wait(self, there: int) -> NoopDecision:

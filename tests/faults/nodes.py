@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,9 +26,12 @@ class Nodes:
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
-        memory = {"object_store_memory": 150_000_000}
-        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **memory})
-        self._add = lambda: self._cluster.add_node(num_cpus=2, **memory)
+        # Of its own in all: `ray.init()` of other programs is not to find it. The path of a Unix socket must be short.
+        self._folder = tempfile.mkdtemp(prefix="raysft-", dir="/tmp")
+        each = {"object_store_memory": 150_000_000, "temp_dir": self._folder}
+        head = {"num_cpus": 1, "include_dashboard": False, **each}
+        self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        self._add = lambda: self._cluster.add_node(num_cpus=2, **each)
         self._nodes = [self._add(), self._add()]
 
     @property
@@ -54,6 +59,7 @@ class Nodes:
     def close(self) -> None:
         """All of them."""
         self._cluster.shutdown()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 @contextmanager
