@@ -131,6 +131,12 @@ class Journal:
             self._terminal.line(f"{content}; it is passed over for the one before")
         elif event == "checkpoint":
             self._terminal.line(f"checkpoint after step {content['step']}")
+        elif event == "unsaved":
+            self._terminal.line(
+                f"no checkpoint after step {content['step']}: {content['reason']}; the training goes on, and older ones stay"
+            )
+        elif event == "waiting":
+            self._terminal.line(content)
         for callback in self._callbacks:
             method = getattr(callback, f"on_{event}", None)
             if method is not None:

@@ -53,7 +53,7 @@ def _schedule(
     data = config.data
     layout: Layout = "single" if not data.packing else "joined" if config.stage == "pt" else "packed"
     train_rows = Rows(
-        manifests=tuple(str(each.manifest) for each in train),
+        manifests=tuple(each.manifest.location for each in train),
         capacity=data.sequence_length,
         rows_per_step=config.train.rows_per_step,
         seed=config.run.seed,
@@ -66,7 +66,7 @@ def _schedule(
     )
     eval_rows = {
         each.source.name: Rows(
-            manifests=(str(each.manifest),),
+            manifests=(each.manifest.location,),
             capacity=data.sequence_length,
             rows_per_step=config.train.rows_per_device * config.scaling.num_workers,
             layout=layout,

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from raysft.config import Config, RequestError
+from raysft.copies import local_copy
 from raysft.data.calls import strings
 from raysft.data.fit import split, truncate
 from raysft.data.offsets import Encoded, SpanEncoder
@@ -415,7 +416,7 @@ def load_tokenizer(model: str) -> Any:
     """The model's tokenizer, loaded once in a process."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model)
+    return AutoTokenizer.from_pretrained(local_copy(model))
 
 
 @lru_cache(maxsize=4)

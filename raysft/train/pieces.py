@@ -34,7 +34,7 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], stream: Any) -> None:
     text += b" " * (-len(text) % 8)
     stream.write(len(text).to_bytes(8, "little") + text)
     for _, tensor in ordered:
-        stream.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        stream.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _read_header(file: Any) -> list[tuple[str, str, int, int]]:
@@ -113,7 +113,7 @@ def _fill(wanted: Iterable[tuple[int, str, torch.Tensor]], file: Any) -> None:
     for begin, dtype, target in wanted:
         values = torch.empty(len(target), dtype=DTYPES[dtype])
         file.seek(begin)
-        view = memoryview(values.view(torch.uint8).numpy())
+        view = values.view(torch.uint8).numpy().data
         if file.readinto(view) != len(view):
             raise OSError(f"the file ends before byte {begin + len(view)}")
         target.copy_(values)
