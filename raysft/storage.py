@@ -337,6 +337,8 @@ def _entry_of(status: os.stat_result) -> Entry:
 
 def reason_of(error: BaseException) -> str:
     """What an error of a filesystem says, in one line."""
+    if isinstance(error, StorageFailed):
+        return str(error)
     text = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
     found = re.search(r"AWS Error .*? during \w+", text)
     return f"{found.group() if found else text:.200}"
