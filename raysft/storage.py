@@ -35,7 +35,7 @@ CHUNK_BYTES = 16 << 20
 
 _LASTING = re.compile(
     r"ACCESS_DENIED|NO_SUCH|NOT_FOUND|SIGNATURE|INVALID_|MISSING_|UNRECOGNIZED_CLIENT|EXPIRED|QUOTA"
-    r"|HTTP status 4(?!08|29)\d\d|No space left|Permission denied|Unauthenticated",
+    r"|HTTP status 4(?!08|29)\d\d|Unable to load|No space left|Permission denied|Unauthenticated",
     re.IGNORECASE,
 )
 _QUOTABLE = "/:@!$&'()*+,;=~"
@@ -301,8 +301,6 @@ class Place:
 
     def _patiently(self, once: Callable[[Any, str], Got]) -> Got:
         """Call until it works; what waiting cannot mend is raised at once."""
-        from pyarrow import ArrowException
-
         limits, begun, said, pause = _patience.get() or Patience(), time.monotonic(), -SAY_SECONDS, 0.5
         seconds = PATIENCE_SECONDS if limits.seconds is None else limits.seconds
         while True:
@@ -310,9 +308,9 @@ class Place:
                 return once(*filesystem_of(self.location))
             except FileNotFoundError:
                 raise
-            except (OSError, ArrowException) as error:
+            except OSError as error:
                 waited, reason = time.monotonic() - begun, reason_of(error)
-                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise  # of a local file that is read or written meanwhile
                 if _LASTING.search(str(error)):
                     raise StorageFailed(f"{self}: the storage refuses ({reason})") from error

@@ -173,6 +173,19 @@ def test_what_waiting_does_not_mend_is_raised_at_once(remote, server, status, wo
     assert time.monotonic() - begun < 5
 
 
+def test_what_is_wrong_with_a_uri_or_a_content_is_nothing_to_wait_for(remote):
+    from pyarrow import ArrowInvalid
+
+    from raysft.data.manifest import is_whole, read_table
+
+    with pytest.raises(ArrowInvalid, match="Unexpected query parameter"):
+        Place.of("s3://bucket/x?no_such_option=1").exists()
+    (remote / "manifest.parquet").write_bytes(b"PAR1 and no more PAR1")
+    assert not is_whole(remote / "manifest.parquet")
+    with pytest.raises((ArrowInvalid, OSError)):
+        read_table(remote / "manifest.parquet")
+
+
 def test_a_bucket_that_is_not_there(server):
     with pytest.raises(StorageFailed, match="NO_SUCH_BUCKET"):
         Place.of(server.uri("x").replace("bucket/", "nobucket/")).write_text("x")
