@@ -159,7 +159,7 @@ class Place:
     def list(self) -> dict[str, Entry]:
         """What is in the folder, by name; empty where there is no such folder."""
         if self.local:
-            with suppress(FileNotFoundError), os.scandir(self.local) as found:
+            with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.local) as found:
                 return {each.name: _entry_of(each.stat()) for each in sorted(found, key=lambda each: each.name)}
             return {}
         return self._listed(recursive=False)

@@ -25,7 +25,7 @@ class Server:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self._application = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
-        self._fault: tuple[re.Pattern[str], int, float, float] | None = None
+        self._faults: list[list[Any]] = []
         self.requests: list[str] = []
         """Method and path of each, with its query."""
         self.refused = 0
@@ -39,22 +39,20 @@ class Server:
 
     def fails(self, pattern: str, seconds: float, status: int = 503, late: float = 0.0) -> None:
         """From the first request that fits on, all that fit fail for so many seconds; ``late`` seconds after they came."""
-        self._fault = (re.compile(pattern), status, late, -seconds)
+        self._faults.append([re.compile(pattern), status, late, seconds, None])
 
     def heals(self) -> None:
         """No more faults."""
-        self._fault = None
+        self._faults = []
 
     def _answer(self, environment: dict[str, Any], start: Any) -> Any:
         request = f"{environment['REQUEST_METHOD']} {environment['PATH_INFO']}?{environment.get('QUERY_STRING', '')}"
         self.requests.append(request)
-        fault = self._fault
-        if fault and fault[0].search(request):
-            pattern, status, late, until = fault
-            if until < 0:
-                until = time.monotonic() - until
-                self._fault = (pattern, status, late, until)
-            if time.monotonic() < until:
+        fault = next((fault for fault in self._faults if fault[0].search(request)), None)
+        if fault:
+            _, status, late, seconds, begun = fault
+            fault[-1] = begun = begun or time.monotonic()
+            if time.monotonic() < begun + seconds:
                 self.refused += 1
                 length = int(environment.get("CONTENT_LENGTH") or 0)
                 environment["wsgi.input"].read(length)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from raysft.copies import local_copy
 from raysft.records import MODEL_MARKS, RunDirectory, RunFailed
 from raysft.storage import Place, StorageFailed, patience, reason_of
+from raysft.train.checkpoint import Best
 
 
 class Exporter:
@@ -26,6 +27,18 @@ class Exporter:
         self._best: Path | None = None
         """The best model on this node, while it is on its way to an object store."""
         self._sending: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def known(self, best: Best | None) -> Best | None:
+        """The best model that a checkpoint tells of; None where it did not come to the object store before its machine died."""
+        if best is None or self._run.best.local or any((self._run.best / mark).exists() for mark in MODEL_MARKS):
+            return best
+        if dist.get_rank() == 0:
+            self._emit(
+                "waiting",
+                f"{self._run.best}: the best model, after step {best.step}, did not get there; another is sought",
+            )
+        return None
 
     def keep_best(self, model: Any, tokenizer: Any) -> None:
         """Write the model as it is now as the best so far; the training does not wait for an object store."""
@@ -33,15 +46,16 @@ class Exporter:
             with _told():
                 export(model, tokenizer, self._run.best)
             return None
-        self._wait()
         draft = Path(tempfile.mkdtemp(prefix="raysft-best-"))
         with _told():
             if not save(model, tokenizer, draft):
                 return draft.rmdir()
-        self._forget()
-        self._best = draft
-        self._sending = threading.Thread(target=self._send_best, args=(draft,), name="best model", daemon=True)
-        self._sending.start()
+        with self._lock:
+            if self._sending is None:
+                self._forget()
+                self._sending = threading.Thread(target=self._send_best, name="best model", daemon=True)
+                self._sending.start()
+            self._best = draft  # else it is the next to be sent
         return None
 
     def write(self, model: Any, tokenizer: Any) -> None:
@@ -74,16 +88,27 @@ class Exporter:
                 best.remove()
         self._forget()
 
-    def _send_best(self, draft: Path) -> None:
-        try:
-            with self._patience():
-                send(draft, self._run.best)
-        except (StorageFailed, OSError) as error:
-            self._emit("waiting", f"the best model stays on this node until the end of the training: {error}")
+    def _send_best(self) -> None:
+        """Send the best model, and those that were better meanwhile."""
+        sent: Path | None = None
+        while True:
+            with self._lock:
+                if sent and sent != self._best:
+                    shutil.rmtree(sent, ignore_errors=True)
+                if sent == self._best or self._best is None:
+                    self._sending = None
+                    return
+                sent = self._best
+            try:
+                with self._patience():
+                    send(sent, self._run.best)
+            except (StorageFailed, OSError) as error:
+                self._emit("waiting", f"the best model stays on this node until the end of the training: {error}")
 
     def _wait(self) -> None:
-        if self._sending is not None:
-            self._sending.join()  # what it waits for is bounded
+        sending = self._sending
+        if sending is not None:
+            sending.join()  # what it waits for is bounded
 
     def _forget(self) -> None:
         if self._best is not None:

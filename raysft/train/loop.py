@@ -173,7 +173,9 @@ class _Loop:
         if resume is not None:
             cursor, log = checkpoint.load(self.engine, self.lr, resume)
             self.log.extend(log)
-        self.judge = Judge(self.job.config.train, lambda: self._export(self.exporter.keep_best), cursor.best)
+        self.judge = Judge(
+            self.job.config.train, lambda: self._export(self.exporter.keep_best), self.exporter.known(cursor.best)
+        )
         names, model = self.job.train_rows.sources, self.engine.module.model
         self.figures = Figures(self.schedule, names, self.workers, self.device, model)
         self.first = cursor.step

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -16,7 +18,9 @@ from raysft.train import checkpoint
 from raysft.train.checkpoint import Cursor, Snapshot
 
 SAVE_SECONDS = 1800
-"""How long a checkpoint may take to be written."""
+"""How long the end of the training waits for the last checkpoint."""
+STALL_SECONDS = 300
+"""How long a training waits for the checkpoint before; well below what other workers wait for it in a collective."""
 
 
 class Saver:
@@ -30,7 +34,7 @@ class Saver:
             emit: takes ``checkpoint``, ``unsaved`` and ``waiting``.
         """
         self._checkpoints, self._keep, self._emit = checkpoints, keep, emit
-        self._rank = dist.get_rank()
+        self._rank, self._failing = dist.get_rank(), threading.Event()
         # One worker looks, so that all go on from the same.
         said: list[Any] = [None]
         if self._rank == 0:
@@ -43,29 +47,44 @@ class Saver:
         self._attempt: str = said[0][1]
         self._thread: threading.Thread | None = None
         self._step = 0
+        """Of the one that is being written."""
+        self._owed: Callable[[], Snapshot] | None = None
+        """Makes the newest one, where it is not written."""
 
     def __call__(self, engine: Any, schedule: Any, cursor: Cursor, log: list[dict[str, Any]]) -> None:
         """Copy this worker's part, and write it while the training goes on."""
-        # A second copy of the state would need its memory once more.
-        if not self.wait():
+        self._owed = partial(checkpoint.snapshot, engine, schedule, cursor, log)
+        # A second copy of the state would need its memory once more: what is slow is waited for, what fails is not.
+        if self._wait(STALL_SECONDS, while_failing=False):
+            self._start()
+        else:
             self._unsaved(cursor.step, f"that after step {self._step} is still being written")
-            return
-        part = checkpoint.snapshot(engine, schedule, cursor, log)
-        self._step = cursor.step
+
+    def close(self) -> None:
+        """Wait for the last one; nothing changes the state any more, so that it may also be copied now."""
+        done = self._wait(SAVE_SECONDS)
+        if done and self._owed:
+            self._start()
+            done = self._wait(SAVE_SECONDS)
+        if not done:
+            self._unsaved(self._step, f"it was not written within {SAVE_SECONDS} s, its storage hangs")
+
+    def _start(self) -> None:
+        assert self._owed
+        part, self._owed = self._owed(), None
+        self._step = part.cursor.step
+        self._failing.clear()
         self._thread = threading.Thread(target=self._write, args=(part,), name="checkpoint", daemon=True)
         self._thread.start()
 
-    def wait(self) -> bool:
+    def _wait(self, seconds: float, while_failing: bool = True) -> bool:
         """Wait until the checkpoint before is written or given up; whether it is."""
-        if self._thread is None:
-            return True
-        self._thread.join(SAVE_SECONDS)
-        return not self._thread.is_alive()
-
-    def close(self) -> None:
-        """Wait for the last one."""
-        if not self.wait():
-            self._unsaved(self._step, f"it was not written within {SAVE_SECONDS} s, its storage hangs")
+        limit = time.monotonic() + seconds
+        while self._thread is not None and self._thread.is_alive():
+            if time.monotonic() > limit or (self._failing.is_set() and not while_failing):
+                return False
+            self._thread.join(0.2)
+        return True
 
     def _write(self, part: Snapshot) -> None:
         folder = self._checkpoints / checkpoint.folder_name(part.cursor.step, self._attempt)
@@ -87,6 +106,7 @@ class Saver:
         self._emit("unsaved", {"step": step, "reason": reason})
 
     def _say(self, line: str) -> None:
+        self._failing.set()
         self._emit("waiting", line)
 
 

@@ -149,7 +149,7 @@ def test_a_storage_that_is_away_for_a_while_is_waited_for(remote, server):
 def test_a_server_that_never_answers_is_asked_again(remote, server, monkeypatch):
     storage._filesystem.cache_clear()
     monkeypatch.setattr(storage, "REQUEST_SECONDS", 1.0)
-    server.fails("PUT", seconds=3, late=30)
+    server.fails("PUT", seconds=1.5, late=30)
     with patience(60, lambda line: None):
         begun = time.monotonic()
         (remote / "x").write_text("there")
