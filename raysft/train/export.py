@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from raysft.copies import local_copy
 from raysft.records import MODEL_MARKS, RunDirectory, RunFailed
@@ -126,7 +127,7 @@ def _told() -> Iterator[None]:
         yield
     except StorageFailed as error:
         raise RunFailed(f"the model cannot be written: {error}; the same command tries it again") from error
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # of safetensors it may be a full disk's
         raise RunFailed(
             f"the model cannot be written ({reason_of(error)}); mend that, and the same command goes on"
         ) from error
@@ -144,8 +145,12 @@ def export(model: Any, tokenizer: Any, folder: Place) -> None:
         draft = folder.local.with_name(f".{folder.name}")
         if dist.get_rank() == 0:
             shutil.rmtree(draft, ignore_errors=True)
-        if save(model, tokenizer, draft):
-            put_in_place(draft, folder.local)
+        try:
+            if save(model, tokenizer, draft):
+                put_in_place(draft, folder.local)
+        except Exception:
+            shutil.rmtree(draft, ignore_errors=True)  # on a full disk it holds what others need
+            raise
         return
     with tempfile.TemporaryDirectory(prefix="raysft-model-") as scratch:
         if save(model, tokenizer, Path(scratch)):
