@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import yaml
+from pyarrow import ArrowException
 
 from raysft.config import Config, RequestError, parse
 from raysft.lock import Held, held
 from raysft.log import Terminal
 from raysft.records import RunDirectory
+from raysft.storage import StorageFailed, reason_of
 
 
 def differences(directory: RunDirectory, config: Config) -> dict[str, list[Any]]:
@@ -21,18 +24,16 @@ def differences(directory: RunDirectory, config: Config) -> dict[str, list[Any]]
         RequestError: the folder is no run directory.
     """
     if not directory.config.exists():
-        path = directory.path
-        if path.exists() and (not path.is_dir() or any(not file.name.startswith(".lock") for file in path.iterdir())):
-            raise RequestError(
-                f"{directory.path}: the folder is not empty and holds no config.yaml; choose another run.name"
-            )
+        place = directory.place
+        if (place.local and place.local.is_file()) or any(".lock" not in name for name in place.list()):
+            raise RequestError(f"{place}: the folder is not empty and holds no config.yaml; choose another run.name")
         return {}
     try:
         there = parse(yaml.safe_load(directory.config.read_text(encoding="utf-8"))).mathematics()
     except (TypeError, ValueError, yaml.YAMLError):
         raise RequestError(f"{directory.config}: is not a config of this version; choose another run.name") from None
     here = config.mathematics()
-    begun = any(path.exists() for path in (directory.trainer_log, directory.checkpoints, directory.model))
+    begun = directory.trainer_log.exists() or directory.checkpoints.exists() or directory.model.exists()
     keys = [key for key in sorted({*here, *there}) if here.get(key) != there.get(key)] if begun else []
     return {key: [there.get(key), here.get(key)] for key in keys}
 
@@ -49,7 +50,7 @@ def belongs_to(directory: RunDirectory, config: Config) -> None:
         there, here = differing[key]
         more = f" (and {len(others)} more: {', '.join(others[:3])})" if others else ""
         raise RequestError(
-            f"{directory.path}: belongs to another config: {key} is {there!r} there and {here!r} here{more}; "
+            f"{directory.place}: belongs to another config: {key} is {there!r} there and {here!r} here{more}; "
             "choose another run.name, or go on all the same with --allow-changed"
         )
 
@@ -58,7 +59,7 @@ def belongs_to(directory: RunDirectory, config: Config) -> None:
 def alone_in(directory: RunDirectory, terminal: Terminal) -> Iterator[None]:
     """Keep other processes out of a run directory; one that nothing was written into is taken away again."""
     try:
-        with held(directory.path, terminal.line):
+        with held(directory.place, terminal.line):
             yield
     except Held as error:
         raise RequestError(f"{error}; wait for it, stop it, or choose another run.name") from None
@@ -73,8 +74,17 @@ def writable(config: Config) -> None:
     Raises:
         RequestError: one cannot be made.
     """
-    for key, folder in (("run.storage", config.run_directory.parent), ("data.cache", config.cache_directory)):
+    for key, folder in (("run.storage", config.run_place.parent), ("data.cache", config.cache_directory)):
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            if folder.local:
+                folder.local.mkdir(parents=True, exist_ok=True)
+            else:
+                probe = folder / f".probe-{uuid.uuid4().hex}"
+                probe.write_bytes(b"")
+                probe.remove()
+        except (StorageFailed, ArrowException) as error:
+            raise RequestError(f"{key}: {reason_of(error)}; check the path and its credentials") from None
         except OSError as error:
+            if not folder.local:
+                raise RequestError(f"{key}: {folder}: {reason_of(error)}; check the path and its credentials") from None
             raise RequestError(f"{key}: {folder} cannot be made ({error.strerror}); choose another folder") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -10,7 +11,10 @@ from pathlib import Path
 
 from raysft import __version__
 from raysft.config import Config, RequestError, documented_fields, load, masked
+from raysft.config.section import known_scheme
+from raysft.mirror import looked_into
 from raysft.records import RunDirectory, RunFailed
+from raysft.storage import Place, StorageFailed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,14 +25,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RequestError, FileNotFoundError) as error:
         print(f"raysft: error: {masked(str(error))}", file=sys.stderr)
         return 2
-    except RunFailed as error:
+    except (RunFailed, StorageFailed) as error:
         print(f"raysft: failed: {masked(str(error))}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"raysft: failed: {where}{error.strerror}; free some, and the same command goes on", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("raysft: stopped; the same command goes on from the newest checkpoint", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        return 0
     return 0
 
 
@@ -101,7 +111,7 @@ def _with_directory(
     verbs: argparse._SubParsersAction, verb: Callable[[argparse.Namespace], None], summary: str
 ) -> argparse.ArgumentParser:
     parser = verbs.add_parser(verb.__name__[1:], help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run directory")
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="run directory: a path or a URI")
     parser.set_defaults(verb=verb)
     return parser
 
@@ -180,13 +190,21 @@ def _tune(parsed: argparse.Namespace) -> None:
 def _report(parsed: argparse.Namespace) -> None:
     from raysft.report import report
 
-    print(report(RunDirectory(parsed.run_dir)))
+    with looked_into(_place(parsed.run_dir), print, back=True) as directory:
+        print(report(directory if directory.remote else RunDirectory(Path(parsed.run_dir))))
 
 
 def _export(parsed: argparse.Namespace) -> None:
     from raysft.run import export
 
-    export(RunDirectory(parsed.run_dir), parsed.output)
+    export(_place(parsed.run_dir), parsed.output)
+
+
+def _place(run_dir: str) -> Place:
+    try:
+        return Place.of(known_scheme(run_dir))
+    except ValueError as error:
+        raise RequestError(f"{run_dir}: {error}") from None
 
 
 if __name__ == "__main__":

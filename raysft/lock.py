@@ -10,14 +10,18 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
 
+from raysft.storage import Place, StorageFailed, patience
+
 BEAT_SECONDS = 5.0
 """How often the holder says that it is alive."""
+SETTLE_SECONDS = 1.0
+"""How long who takes an object store's folder waits for another that takes it in the same moment."""
 DEAD_SECONDS = 30.0
 """A holder on another machine that said nothing for so long is dead."""
 
@@ -55,18 +59,20 @@ class Holder:
 
 
 @contextmanager
-def held(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
+def held(folder: Place | Path, say: Callable[[str], None] = print) -> Iterator[None]:
     """Hold a folder, and let it go at the end; a holder that is dead is followed at once, on another machine after a while.
 
     Args:
-        folder: is made where it is not there.
+        folder: is made where it is not there; it may be in an object store.
         say: takes a line where it has to be waited for.
 
     Raises:
         Held: another process that is alive holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file, me = folder / ".lock", Holder.me()
+    folder, me = Place.of(folder), Holder.me()
+    if folder.local:
+        folder.local.mkdir(parents=True, exist_ok=True)
+    file = folder / ".lock"
     _take(file, me, say)
     done = threading.Event()
     beating = threading.Thread(target=_beat, args=(file, me, done, say), daemon=True)
@@ -76,17 +82,19 @@ def held(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
     finally:
         done.set()
         beating.join(timeout=BEAT_SECONDS)
-        if _holder(file, me.token):
-            file.unlink(missing_ok=True)
+        with suppress(StorageFailed), patience(BEAT_SECONDS, say):
+            if _holder(file, me.token):
+                file.remove()
 
 
-def _take(file: Path, me: Holder, say: Callable[[str], None]) -> None:
-    try:
-        with file.open("x") as stream:
-            json.dump(asdict(me), stream)
-        return
-    except FileExistsError:
-        pass
+def _take(file: Place, me: Holder, say: Callable[[str], None]) -> None:
+    if file.local:  # an object store makes no file only where there is none
+        try:
+            with file.local.open("x") as stream:
+                json.dump(asdict(me), stream)
+            return
+        except FileExistsError:
+            pass
     other = _holder(file)
     alive = other.is_alive() if other else False
     if alive is None:
@@ -102,36 +110,36 @@ def _take(file: Path, me: Holder, say: Callable[[str], None]) -> None:
         who = _holder(file) or other
         raise Held(f"{file.parent}: " + (f"process {who.process} on {who.host} works here" if who else "is in use"))
     _write(file, me)
-    # Of several that follow a dead one the last to write holds it.
-    time.sleep(0.2)
+    # Of several that follow a dead one the last to write holds it; who wrote before sees that now, or at its next sign.
+    time.sleep(0.2 if file.local else SETTLE_SECONDS)
     if not _holder(file, me.token):
         raise Held(f"{file.parent}: another process began to work here in this moment")
 
 
-def _beat(file: Path, me: Holder, done: threading.Event, say: Callable[[str], None]) -> None:
+def _beat(file: Place, me: Holder, done: threading.Event, say: Callable[[str], None]) -> None:
     count = 0
     while not done.wait(BEAT_SECONDS):
         count += 1
-        other = _holder(file)
+        try:
+            with patience(0):
+                other = _holder(file)
+        except StorageFailed:
+            continue  # away for a while, for all others too
         if other is not None and other.token != me.token:
             # This machine slept, and was taken for dead: two must not write.
             say(f"{file.parent}: process {other.process} on {other.host} took over; this one stops")
             # Not SIGINT, which may be switched off for what runs in the background.
             os.kill(os.getpid(), signal.SIGTERM)
             return
-        try:
+        with suppress(OSError, StorageFailed), patience(0):
             _write(file, replace(me, beat=count))
-        except OSError:
-            continue  # storage is away for a while
 
 
-def _write(file: Path, holder: Holder) -> None:
-    draft = file.with_name(f"{file.name}.{holder.token}")
-    draft.write_text(json.dumps(asdict(holder)))
-    draft.replace(file)
+def _write(file: Place, holder: Holder) -> None:
+    file.write_text(json.dumps(asdict(holder)))
 
 
-def _holder(file: Path, token: str | None = None) -> Holder | None:
+def _holder(file: Place, token: str | None = None) -> Holder | None:
     """Who the file names; with a token only that one."""
     try:
         holder = Holder(**json.loads(file.read_text()))

@@ -131,11 +131,6 @@ class Journal:
             self._terminal.line(f"{content}; it is passed over for the one before")
         elif event == "failure":
             self._terminal.line(f"{content}; starting again")
-        elif event == "waiting":
-            self._terminal.line(
-                f"waiting for nodes: the cluster has room for {content['room']} of at least {content['fewest']} workers "
-                f"({content['minutes']:.0f} more minutes, scaling.wait_minutes)"
-            )
         elif event == "resize":
             self._terminal.line(f"there is room for {content['after']} workers now instead of {content['before']}")
         elif event == "notice":
@@ -145,6 +140,12 @@ class Journal:
             )
         elif event == "checkpoint":
             self._terminal.line(f"checkpoint after step {content['step']}")
+        elif event == "unsaved":
+            self._terminal.line(
+                f"no checkpoint after step {content['step']}: {content['reason']}; the training goes on, and older ones stay"
+            )
+        elif event == "waiting":
+            self._terminal.line(content)
         for callback in self._callbacks:
             method = getattr(callback, f"on_{event}", None)
             if method is not None:

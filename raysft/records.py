@@ -1,4 +1,4 @@
-"""The nouns that stages hand to each other, and the layout of a run directory. Imports nothing of raysft."""
+"""The nouns that stages hand to each other, and the layout of a run directory."""
 
 from __future__ import annotations
 
@@ -10,8 +10,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from raysft.copies import working_copy
+from raysft.storage import Place
+
 IGNORED = -100
 """Label of a token that is not trained on."""
+
+MODEL_MARKS = ("adapter_config.json", "config.json")
+"""What a model's folder holds one of, once it is whole."""
 
 Record = dict[str, Any]
 """One record of a data file, as read."""
@@ -176,6 +182,19 @@ class RunDirectory:
     """The files of a run, by the names that LLaMA-Factory's users know."""
 
     path: Path
+    """Where the small ones are read and written: the folder itself, or the working copy of one elsewhere."""
+    remote: Place | None = None
+    """The folder itself where it is in an object store."""
+
+    @classmethod
+    def of(cls, place: Place) -> RunDirectory:
+        """The run directory at a place."""
+        return cls(place.local) if place.local else cls(working_copy(place), place)
+
+    @property
+    def place(self) -> Place:
+        """The folder itself, with checkpoints and model."""
+        return self.remote or Place.of(self.path)
 
     @property
     def config(self) -> Path:
@@ -223,19 +242,23 @@ class RunDirectory:
         return self.path / "generated_predictions_base.jsonl"
 
     @property
-    def checkpoints(self) -> Path:
+    def checkpoints(self) -> Place:
         """Checkpoints to resume from."""
-        return self.path / "checkpoints"
+        return self.place / "checkpoints"
 
     @property
-    def model(self) -> Path:
+    def model(self) -> Place:
         """The trained model or adapter, loads with transformers or peft."""
-        return self.path / "model"
+        return self.place / "model"
 
     @property
-    def best(self) -> Path:
+    def best(self) -> Place:
         """The model of the best evaluation so far, while the training goes on."""
-        return self.path / ".best"
+        return self.place / ".best"
+
+    def is_trained(self) -> bool:
+        """Whether there is a trained model."""
+        return any((self.model / mark).exists() for mark in MODEL_MARKS)
 
     @property
     def model_card(self) -> Path:

@@ -8,14 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from raysft.claim import alone_in, belongs_to, differences, writable
 from raysft.cluster import cluster
 from raysft.config import Config, RequestError, load, masked, parse
+from raysft.copies import local_copy
 from raysft.data import Prepared, prepare
 from raysft.data.manifest import write_prompts
 from raysft.log import Journal, Terminal, evaluation_line
+from raysft.mirror import looked_into, mirrored
 from raysft.plan import Plan, check_resources, make_plan
 from raysft.records import RunDirectory, append_json, flat, write_atomically, write_json, write_jsonl
+from raysft.storage import Place
 from raysft.trackers import missing_tracker, open_trackers
 
 
@@ -53,7 +58,7 @@ def run(config: Config, callbacks: Sequence[Any] = (), allow_changed: bool = Fal
     with opened(config, allow_changed) as it:
         train_model(it, callbacks)
         generate_predictions(it)
-    print_report(it.directory)
+        print_report(it.directory)
     return it.directory.read_results("all")
 
 
@@ -63,7 +68,8 @@ def check(config: Config) -> Plan:
     Raises:
         RequestError: it could not run.
     """
-    belongs_to(RunDirectory(config.run_directory), config)
+    with looked_into(config.run_place, Terminal().line) as directory:
+        belongs_to(directory, config)
     _check_metrics(config)
     _check_trackers(config)
     with cluster(config) as nodes:
@@ -73,7 +79,7 @@ def check(config: Config) -> Plan:
     terminal = Terminal()
     for line in plan.lines():
         terminal.line(line)
-    terminal.line(f"run directory: {config.run_directory}")
+    terminal.line(f"run directory: {config.run_place}")
     return plan
 
 
@@ -126,26 +132,29 @@ def generate(config: Config) -> None:
         if not it.prepared.eval:
             raise RequestError("there is nothing to generate for; name data.eval or set data.holdout above 0")
         generate_predictions(it)
-    print_report(it.directory)
+        print_report(it.directory)
 
 
-def export(directory: RunDirectory, output: Path) -> None:
-    """Write the trained model as one Hugging Face model, adapters merged."""
+def export(place: Place, output: Path) -> None:
+    """Write the trained model of a run directory as one Hugging Face model, adapters merged."""
     from raysft.train.adapters import merge
 
-    if not directory.config.exists():
-        raise RequestError(f"{directory.path}: is no run directory (it holds no config.yaml)")
+    if not (place / "config.yaml").exists():
+        raise RequestError(f"{place}: is no run directory (it holds no config.yaml)")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RequestError(f"--output {output}: exists and is not an empty folder; choose another")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RequestError(f"--output {output}: cannot be made ({error.strerror}); choose another folder") from None
+    model = RunDirectory.of(place).model
+    if not place.local and not RunDirectory.of(place).is_trained():
+        raise RequestError(f"{model}: holds no trained model; train first (raysft train CONFIG)")
     try:
-        trusted = load(directory.config).model.runs_code
-    except RequestError:
+        trusted = parse(yaml.safe_load((place / "config.yaml").read_text())).model.runs_code
+    except (RequestError, yaml.YAMLError):
         trusted = False  # a config of another version; the model is exported all the same
-    merge(directory.model, output, trusted)
+    merge(Path(local_copy(model.location)), output, trusted)
     Terminal().line(f"exported: {output}")
 
 
@@ -178,36 +187,48 @@ def opened(config: Config, allow_changed: bool = False) -> Iterator[Opened]:
 
     The run directory is made only when all of that is known to be right.
     """
-    directory, terminal = RunDirectory(config.run_directory), Terminal()
-    changed = differences(directory, config) if allow_changed else {}
-    if not allow_changed:
-        belongs_to(directory, config)
-    _check_metrics(config)
-    _check_trackers(config)
+    directory, terminal = RunDirectory.of(config.run_place), Terminal()
     writable(config)
-    with alone_in(directory, terminal), cluster(config) as nodes:
-        check_resources(config, nodes)
-        _check_engines(config)
-        model, adapter, prepared = _prepared(config)
-        plan = make_plan(config, prepared, nodes)
-        if changed:
-            append_json(directory.changes, {"changed": changed})
-            terminal.line(
-                f"{directory.path}: goes on with other settings: {', '.join(changed)} ({directory.changes.name})"
-            )
-        write_atomically(directory.config, config.to_yaml())
-        write_json(directory.plan, plan.as_dict())
-        manifests = [*prepared.train, *prepared.eval]
-        write_jsonl(directory.rejected, [flat(item) for each in manifests for item in (*each.rejected, *each.dropped)])
-        for line in plan.lines():
-            terminal.line(line)
-        yield Opened(config, directory, terminal, model, adapter, prepared, allow_changed)
+    with alone_in(directory, terminal), mirrored(directory, terminal.line):
+        changed = differences(directory, config) if allow_changed else {}
+        if not allow_changed:
+            belongs_to(directory, config)
+        _check_metrics(config)
+        _check_trackers(config)
+        with cluster(config) as nodes:
+            yield _opened(config, directory, terminal, nodes, changed, allow_changed)
+
+
+def _opened(
+    config: Config,
+    directory: RunDirectory,
+    terminal: Terminal,
+    nodes: list[dict[str, float]],
+    changed: dict[str, list[Any]],
+    allow_changed: bool,
+) -> Opened:
+    check_resources(config, nodes)
+    _check_engines(config)
+    model, adapter, prepared = _prepared(config)
+    plan = make_plan(config, prepared, nodes)
+    if changed:
+        append_json(directory.changes, {"changed": changed})
+        terminal.line(
+            f"{directory.place}: goes on with other settings: {', '.join(changed)} ({directory.changes.name})"
+        )
+    write_atomically(directory.config, config.to_yaml())
+    write_json(directory.plan, plan.as_dict())
+    manifests = [*prepared.train, *prepared.eval]
+    write_jsonl(directory.rejected, [flat(item) for each in manifests for item in (*each.rejected, *each.dropped)])
+    for line in plan.lines():
+        terminal.line(line)
+    return Opened(config, directory, terminal, model, adapter, prepared, allow_changed)
 
 
 def train_model(it: Opened, callbacks: Sequence[Any] = ()) -> None:
     """Train and evaluate; results go to ``train_results.json`` and ``eval_results.json``."""
-    if it.directory.results("train").exists() and it.directory.model.exists():
-        it.terminal.line(f"train: {it.directory.path} is trained already (another run.name starts a new run)")
+    if it.directory.results("train").exists() and it.directory.is_trained():
+        it.terminal.line(f"train: {it.directory.place} is trained already (another run.name starts a new run)")
         return
     from raysft.train import launch
 
@@ -261,7 +282,9 @@ def generate_predictions(it: Opened) -> None:
         base = infer(config, model=it.adapter or it.model, prompts=directory.prompts, output=directory.base_predictions)
         results.update({f"base_{key}": value for key, value in base.items()})
     it.terminal.line("generating with the trained model")
-    results.update(infer(config, model=str(directory.model), prompts=directory.prompts, output=directory.predictions))
+    results.update(
+        infer(config, model=directory.model.location, prompts=directory.prompts, output=directory.predictions)
+    )
     directory.write_results("predict", results)
 
 
@@ -302,9 +325,9 @@ def _check_engines(config: Config) -> None:
 
 
 def _trained(config: Config) -> None:
-    directory = RunDirectory(config.run_directory)
-    if not directory.model.exists():
-        raise RequestError(f"{directory.path}: holds no trained model; train first (raysft train CONFIG)")
+    directory = RunDirectory.of(config.run_place)
+    if not directory.is_trained():
+        raise RequestError(f"{directory.place}: holds no trained model; train first (raysft train CONFIG)")
 
 
 def _job(it: Opened) -> Any:

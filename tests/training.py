@@ -187,11 +187,11 @@ def _trained(case: Case, rank: int, world: int, name: str) -> Result:
     steps = [content for event, content in events if event == "step"]
     weights = {}
     if rank == 0 and not failure:
-        (file,) = run.model.glob("*model.safetensors")
+        (file,) = (run.path / "model").glob("*model.safetensors")
         weights = {key: value.float().numpy() for key, value in load_file(file).items()}
     evaluation = next((content["eval"] for event, content in events if event == "end"), {})
     losses, norms = [step.loss for step in steps], [step.grad_norm for step in steps]
-    return Result(losses, norms, weights, evaluation, events, run.model, failure)
+    return Result(losses, norms, weights, evaluation, events, run.path / "model", failure)
 
 
 def train(config: Config, rows: Rows, world: int = 1) -> Result:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from raysft.config.section import Fraction, Name, Positive, Section, Text
+from raysft.config.section import Fraction, Name, Positive, Section, Text, known_scheme
 
 Format = Literal["alpaca", "sharegpt", "openai", "prompt_completion", "turns", "text", "tokenized"]
 Column = Literal[
@@ -79,7 +79,13 @@ class DataSection(Section):
     max_rejected: Fraction = 0.0
     """Share of records that may be unusable before the run stops; each one is kept in rejected.jsonl."""
     cache: Text | None = None
-    """Folder of tokenized shards and converted models, shared by runs. Default: ``{run.storage}/cache``."""
+    """Folder of tokenized shards and converted models, shared by runs: a path that every node of the cluster sees, or a URI.
+    Default: ``{run.storage}/cache``."""
+
+    @field_validator("cache")
+    @classmethod
+    def _cache_is_known(cls, value: str | None) -> str | None:
+        return value and known_scheme(value)
 
     @field_validator("template_options")
     @classmethod

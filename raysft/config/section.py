@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from raysft.storage import SCHEMES
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", coerce_numbers_to_str=True)]
 Text = Annotated[str, Field(min_length=1)]
 
@@ -20,6 +22,14 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 class RequestError(ValueError):
     """The request is wrong: one line with the fact, the value and the remedy. The command exits with code 2."""
+
+
+def known_scheme(value: str) -> str:
+    """A path or URI, when there is a filesystem for it."""
+    scheme, found, _ = value.partition("://")
+    if found and scheme not in (*SCHEMES, "file"):
+        raise ValueError(f"there is no filesystem for {scheme}://; use a path, or one of {', '.join(SCHEMES)}")
+    return value
 
 
 class Section(BaseModel):

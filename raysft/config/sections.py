@@ -12,26 +12,26 @@ import yaml
 from pydantic import Field, field_validator
 
 from raysft.config.data import DataSection
-from raysft.config.section import Count, Name, Positive, RequestError, Section, Text
+from raysft.config.section import Count, Name, Positive, RequestError, Section, Text, known_scheme
 from raysft.config.training import ZERO_OPTIMIZERS, ModelSection, TrainSection
+from raysft.copies import working_copy
+from raysft.storage import Place
 
 
 class RunSection(Section):
     name: Name = "run"
     """Name of the run directory inside ``run.storage``. Default: the config file's name without its ending."""
     storage: Text = "runs"
-    """Folder that holds run directories and the cache; every node of the cluster must see it under this path."""
+    """Folder that holds run directories and the cache: a path that every node of the cluster sees, or a URI (``s3://``,
+    ``gs://``, ``hdfs://``, ``abfs://``; options as ``?region=…``). Of a run in an object store this machine keeps the small
+    files in ``~/.cache/raysft/runs`` while it works on it."""
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
     """Seed of the data order, adapter initialisation, dropout and sampling. The same seed gives the same numbers."""
 
     @field_validator("storage")
     @classmethod
-    def _storage_is_a_path(cls, value: str) -> str:
-        if "://" in value:
-            raise ValueError(
-                "object stores cannot hold run directories yet; use a path that all nodes see (NFS, a shared volume)"
-            )
-        return value
+    def _storage_is_known(cls, value: str) -> str:
+        return known_scheme(value)
 
 
 class ScalingSection(Section):
@@ -132,14 +132,19 @@ class Config(Section):
     tune: TuneSection = TuneSection()
 
     @property
-    def run_directory(self) -> Path:
-        """Absolute path of the run's directory."""
-        return Path(self.run.storage).expanduser().absolute() / self.run.name
+    def run_place(self) -> Place:
+        """The run's directory, wherever it is."""
+        return Place.of(self.run.storage) / self.run.name
 
     @property
-    def cache_directory(self) -> Path:
-        """Absolute path of the cache of tokenized shards and converted models."""
-        return Path(self.data.cache).expanduser().absolute() if self.data.cache else self.run_directory.parent / "cache"
+    def run_directory(self) -> Path:
+        """Absolute path of the run's directory; of one in an object store that of the working copy."""
+        return self.run_place.local or working_copy(self.run_place)
+
+    @property
+    def cache_directory(self) -> Place:
+        """The cache of tokenized shards and converted models."""
+        return Place.of(self.data.cache) if self.data.cache else Place.of(self.run.storage) / "cache"
 
     @property
     def dtype(self) -> str:

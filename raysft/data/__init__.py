@@ -54,7 +54,7 @@ def _schedule(
     data = config.data
     layout: Layout = "single" if not data.packing else "joined" if config.stage == "pt" else "packed"
     train_rows = Rows(
-        manifests=tuple(str(each.manifest) for each in train),
+        manifests=tuple(each.manifest.location for each in train),
         capacity=data.sequence_length,
         rows_per_step=config.train.rows_per_step,
         seed=config.run.seed,
@@ -67,7 +67,7 @@ def _schedule(
     )
     eval_rows = {
         each.source.name: Rows(
-            manifests=(str(each.manifest),),
+            manifests=(each.manifest.location,),
             capacity=data.sequence_length,
             rows_per_step=config.train.rows_per_device * config.scaling.most_workers,
             layout=layout,

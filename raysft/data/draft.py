@@ -7,7 +7,6 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +21,7 @@ from raysft.data.manifest import Shard
 from raysft.data.read import Raw
 from raysft.data.tokenize import Options, Overlong, Tokenized, Tokenizer, Tokenizing
 from raysft.records import Example, Rejected
+from raysft.storage import Place
 
 BATCH = 500
 """Examples that are tokenized at once."""
@@ -37,11 +37,11 @@ class ShardSet:
     files: tuple[DataFile, ...]
     options: Options
     holdout: float
-    directory: Path
+    directory: Place
     """Folder of this key in the cache."""
 
     @property
-    def manifest(self) -> Path:
+    def manifest(self) -> Place:
         """The file that makes the set complete."""
         return self.directory / "manifest.parquet"
 
@@ -118,8 +118,8 @@ class _Draft:
             self._tokenize()
         name = f"{uuid.uuid4().hex}.parquet" if self.examples else ""
         if name:
-            self.part.directory.mkdir(parents=True, exist_ok=True)
-            pq.write_table(_table(self.examples, self.part), self.part.directory / name, compression="zstd")
+            table = _table(self.examples, self.part)
+            (self.part.directory / name).write(lambda stream: pq.write_table(table, stream, compression="zstd"))
         return Shard(
             name=name,
             records=self.records,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from raysft.storage import Place
 
 PICKLED = "ray.data.arrow_pickled_object"
 """The extension type in which Ray Data keeps Python objects. Once Ray Data is imported, pyarrow unpickles the values of such a
@@ -25,9 +26,11 @@ def refuse_pickles(schema: pa.Schema) -> None:
             raise pa.ArrowInvalid(f"column {field.name!r} holds pickled Python objects, which could run code")
 
 
-def read_table(path: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """A Parquet file of the cache, which others may write into too."""
-    table = pq.read_table(path, columns=columns)
+def read_table(place: Place, columns: Sequence[str] | None = None) -> pa.Table:
+    """A Parquet file of the cache, which others may write into too; a local one stays on the disk until it is looked at."""
+    # From elsewhere it is fetched first: what is wrong with its content is nothing to wait for.
+    source = place.local or pa.BufferReader(place.read_bytes())
+    table = pq.read_table(source, columns=list(columns) if columns else None, memory_map=True)
     refuse_pickles(table.schema)
     return table
 

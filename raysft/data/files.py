@@ -8,15 +8,15 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
 
 from raysft.config import RequestError, Source, locate
+from raysft.storage import filesystem_of, options_of, quoted
 
 ABOUT = ("README", "LICENSE", "LICENCE")
 """What stands in a folder about its data. Other files of no known kind are refused: they might be data."""
@@ -97,24 +97,13 @@ def _data_file(info: Any, location: str) -> DataFile:
     if location:
         # pyarrow's paths begin with the bucket; on HDFS the host is no part of them.
         host = rest.split("/")[0] + "/" if scheme in ("hdfs", "viewfs") else ""
-        uri = f"{scheme}://{host}{_quoted(info.path.lstrip('/'))}{_query(rest)}"
+        uri = f"{scheme}://{host}{quoted(info.path.lstrip('/'))}{options_of(rest)}"
         identity = hashlib.sha256(f"{shown} {info.size} {info.mtime_ns}".encode()).hexdigest()
     else:
         uri = info.path
         with open(info.path, "rb") as stream:
             identity = hashlib.file_digest(stream, "sha256").hexdigest()
     return DataFile(path=shown, uri=uri, size=info.size or 0, modified=info.mtime_ns, identity=identity)
-
-
-def _quoted(path: str) -> str:
-    """A path as a URI has it."""
-    return quote(path, safe="/:@!$&'()*+,;=~")
-
-
-def _query(location: str) -> str:
-    """The options of a URI (``?region=…``), as pyarrow takes them; a question mark without options is part of a glob."""
-    found = re.search(r"\?\w+=[^?]*$", location)
-    return found.group() if found else ""
 
 
 def _shorten(path: str) -> str:
@@ -124,27 +113,6 @@ def _shorten(path: str) -> str:
         return inner
     here = str(Path.cwd()) + "/"
     return path.removeprefix(here)
-
-
-def filesystem_of(location: str) -> tuple[Any, str]:
-    """The pyarrow filesystem of a path or URI, and the path in it."""
-    if "://" in location:
-        query = _query(location)
-        path = location.removesuffix(query)
-        plain = re.split(r"[*?\[]", path)[0]
-        if plain == path:
-            # People write spaces and other letters as they are; what is quoted stays so.
-            return _from_uri(quote(path, safe="/:@!$&'()*+,;=~%") + query)
-        # A glob is no part of a URI that pyarrow accepts, so only the folders before it are parsed.
-        folder = plain.rpartition("/")[0]
-        filesystem, inner = _from_uri(quote(folder, safe="/:@!$&'()*+,;=~%") + query)
-        return filesystem, f"{inner.rstrip('/')}/{path[len(folder) + 1 :]}"
-    return fs.LocalFileSystem(), str(Path(location).expanduser().absolute())
-
-
-@lru_cache(maxsize=8)
-def _from_uri(uri: str) -> tuple[Any, str]:
-    return fs.FileSystem.from_uri(uri)
 
 
 def _matching(filesystem: Any, path: str) -> Iterator[Any]:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from raysft.config import RequestError
 from raysft.data.extension import read_table
 from raysft.records import Rejected
+from raysft.storage import Place
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Manifest:
 
     name: str
     """Name of the source."""
-    directory: str
+    directory: Place
     shards: tuple[str, ...]
     """File names in ``directory``."""
     shard_of: np.ndarray
@@ -56,9 +57,9 @@ class Manifest:
         """[shards] index of the example after each shard's last."""
         return np.searchsorted(self.shard_of, np.arange(len(self.shards)), side="right")
 
-    def shard_paths(self) -> list[str]:
-        """Absolute paths of the shards."""
-        return [f"{self.directory}/{shard}" for shard in self.shards]
+    def shard_paths(self) -> list[Place]:
+        """Where the shards are."""
+        return [self.directory / shard for shard in self.shards]
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,14 @@ class Shard:
     formats: tuple[str, ...]
 
 
-def is_whole(path: Path) -> bool:
+def is_whole(path: Place) -> bool:
     """Whether a manifest and all shards that it names are there as they were written; what is damaged is written again."""
+    there = path.parent.list()  # one question for all of them
+    if path.name not in there:
+        return False
     try:
-        sizes = _detail(pq.read_schema(path))["sizes"]
-        return all((path.parent / name).stat().st_size == size for name, size in sizes.items())
+        sizes = _detail(read_table(path).schema)["sizes"]
+        return all(name in there and there[name].size == size for name, size in sizes.items())
     except (OSError, pa.ArrowException, KeyError, ValueError):
         return False
 
@@ -90,20 +94,20 @@ def _detail(schema: pa.Schema) -> dict[str, Any]:
     return json.loads((schema.metadata or {})[b"raysft"])
 
 
-def save(path: Path, name: str, shards: Sequence[Shard]) -> None:
+def save(path: Place, name: str, shards: Sequence[Shard]) -> None:
     """Put the manifest in place: from here on the set is complete. One that another run has put there stays."""
     whole = [shard for shard in shards if shard.name]
     if is_whole(path):
         for shard in whole:
-            (path.parent / shard.name).unlink(missing_ok=True)
+            (path.parent / shard.name).remove()
         return
-    counts = Counter[str]()
+    counts, there = Counter[str](), path.parent.list()
     for shard in shards:
         counts.update(shard.counts)
     detail = {
         "name": name,
         "shards": [shard.name for shard in whole],
-        "sizes": {shard.name: (path.parent / shard.name).stat().st_size for shard in whole},
+        "sizes": {shard.name: there[shard.name].size for shard in whole},
         "records": sum(shard.records for shard in shards),
         "rejected": [asdict(item) for shard in shards for item in shard.rejected],
         "dropped": [asdict(item) for shard in shards for item in shard.dropped],
@@ -119,12 +123,10 @@ def save(path: Path, name: str, shards: Sequence[Shard]) -> None:
     if (weights != 1).any():
         columns["weight"] = weights
     table = pa.table(columns).replace_schema_metadata({"raysft": json.dumps(detail)})
-    draft = path.parent / f".{uuid.uuid4().hex}"
-    pq.write_table(table, draft, compression="zstd")
-    draft.replace(path)
+    path.write(lambda stream: pq.write_table(table, stream, compression="zstd"))
 
 
-def load(path: Path, reused: bool = False) -> Manifest:
+def load(path: Place, reused: bool = False) -> Manifest:
     """Read a manifest.
 
     Raises:
@@ -137,12 +139,13 @@ def load(path: Path, reused: bool = False) -> Manifest:
         raise RequestError(
             f"{path}: the manifest of tokenized shards is damaged; delete the folder {path.parent}"
         ) from None
+    there = path.parent.list()
     for shard in detail["shards"]:
-        if not (path.parent / shard).exists():
+        if shard not in there:
             raise RequestError(f"{path.parent}: shard {shard} is gone; delete the folder, it is written again")
     return Manifest(
         name=detail["name"],
-        directory=str(path.parent),
+        directory=path.parent,
         shards=tuple(detail["shards"]),
         shard_of=table["shard"].to_numpy(),
         lengths=table["length"].to_numpy(),
@@ -183,7 +186,7 @@ def _prompts(manifest: Manifest, max_examples: int | None) -> Iterator[pa.Table]
         here = chosen[(chosen >= first) & (chosen < ends[shard])] - first
         if not len(here):
             continue
-        table = read_table(path, columns=["source", "record", "prompt", "prompt_ids", "reference"])
+        table = read_table(path, ["source", "record", "prompt", "prompt_ids", "reference"])
         table = table.take(pa.array(here))
         # An example that was cut into pieces, or came as ids, has none.
         table = table.filter(pa.array([len(ids) > 0 for ids in table["prompt_ids"]]))

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from raysft.config import Config, RequestError, Source
+from raysft.copies import local_copy
 from raysft.data.draft import Part, ShardSet, write_shards
 from raysft.data.files import DataFile, find_files
 from raysft.data.manifest import Manifest, Shard, is_whole, load, save
@@ -28,6 +29,7 @@ from raysft.data.registry import find_source
 from raysft.data.tokenize import Options, Tokenizer
 from raysft.placement import TASK_CPUS
 from raysft.records import Rejected
+from raysft.storage import Place
 
 VERSION = 4
 """Part of every key: raise it when the same input would give other shards."""
@@ -76,7 +78,7 @@ def shard_set(config: Config, source: Source, part: Part, model: str, with_promp
 def _tokenizer_identity(model: str) -> str:
     """Hash of all files that may decide how a model tokenizes and renders: of a folder all but the weights, of a model on the
     hub its commit."""
-    folder = Path(model)
+    folder = Path(local_copy(model))
     if not folder.is_dir():
         from transformers import PreTrainedConfig
 
@@ -110,7 +112,7 @@ def write(
     """
     # A set may stand among the training and the evaluation sets; written twice it would hold everything twice.
     missing = list({each.directory: each for each in sets if not is_whole(each.manifest)}.values())
-    written: dict[Path, list[Shard]] = {}
+    written: dict[Place, list[Shard]] = {}
     if missing:
         written = _write_missing(missing, partial(Tokenizer.load, model, chat_template, runs_code), tell)
     for parts in _by_source(missing):
@@ -132,7 +134,7 @@ def write(
 
 def _by_source(sets: Sequence[ShardSet]) -> list[list[ShardSet]]:
     """Sets that are parts of the same source, which is read once for all of them and judged as a whole."""
-    parts: dict[tuple[str, tuple[DataFile, ...]], dict[Path, ShardSet]] = {}
+    parts: dict[tuple[str, tuple[DataFile, ...]], dict[Place, ShardSet]] = {}
     for each in sets:
         parts.setdefault((each.source.model_dump_json(), each.files), {})[each.directory] = each
     return [list(group.values()) for group in parts.values()]
@@ -140,7 +142,7 @@ def _by_source(sets: Sequence[ShardSet]) -> list[list[ShardSet]]:
 
 def _write_missing(
     missing: Sequence[ShardSet], load_tokenizer: Callable[[], Tokenizer], tell: Tell
-) -> dict[Path, list[Shard]]:
+) -> dict[Place, list[Shard]]:
     import ray
 
     cpus = ray.cluster_resources().get("CPU", 1.0)
@@ -170,7 +172,7 @@ def _write_missing(
     # Half of that for each of the two: else records that wait take all, and tokenizing may go on with one task alone.
     context.op_resource_reservation_ratio = 1.0
     context.target_max_block_size = 1  # each row, some records or a shard, travels by itself
-    by_set: dict[Path, list[Shard]] = {each.directory: [] for each in missing}
+    by_set: dict[Place, list[Shard]] = {each.directory: [] for each in missing}
     with ray.data.DataContext.current(context):
         rows = (
             ray.data.from_items(tasks, override_num_blocks=len(tasks))
@@ -188,7 +190,7 @@ def _write_missing(
             if row["failed"]:
                 raise RequestError(row["failed"])
             shard: Shard = pickle.loads(row["shard"])
-            by_set[Path(row["directory"])].append(shard)
+            by_set[Place(row["directory"])].append(shard)
             progress.add(shard)
     return by_set
 
@@ -271,14 +273,14 @@ def _tokenize_task(
         parts = sets[row["reading"]]
         try:
             for each, shard in zip(parts, write_shards(parts, pickle.loads(row["records"]), tokenizer), strict=True):
-                yield {"directory": str(each.directory), "shard": pickle.dumps(shard), "failed": ""}
+                yield {"directory": each.directory.location, "shard": pickle.dumps(shard), "failed": ""}
             return
         except RequestError as error:
             failed = str(error)
     yield {"directory": "", "shard": b"", "failed": failed}
 
 
-def _refuse_overlong(parts: Sequence[ShardSet], written: Mapping[Path, Sequence[Shard]]) -> None:
+def _refuse_overlong(parts: Sequence[ShardSet], written: Mapping[Place, Sequence[Shard]]) -> None:
     """Stop before a manifest is written, so that mended data is read again."""
     dropped = [item for each in parts for shard in written[each.directory] for item in shard.dropped]
     if dropped and parts[0].options.overlong == "error":

@@ -10,12 +10,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from raysft.data.extension import read_table
 from raysft.data.layout import ranges
@@ -23,6 +21,7 @@ from raysft.data.manifest import Manifest, load
 from raysft.data.schedule import Layout, Lengths, Mixing, Schedule, plan_rows
 from raysft.placement import TASK_CPUS
 from raysft.records import IGNORED
+from raysft.storage import Place
 
 SHARE_TOKENS = 1 << 18
 """Tokens in one worker's share of a few steps, about: few blocks at many workers, and little waiting for the first."""
@@ -66,7 +65,7 @@ class Rows:
     """Rows of one or several manifests under a schedule. Cheap to pickle: it is computed again where it is used."""
 
     manifests: tuple[str, ...]
-    """Paths of the manifests, one for each source."""
+    """Where the manifests are, one for each source: paths or URIs."""
     capacity: int
     rows_per_step: int
     seed: int = 0
@@ -81,7 +80,7 @@ class Rows:
 
     @cached_property
     def _loaded(self) -> list[Manifest]:
-        return [load(Path(path)) for path in self.manifests]
+        return [load(Place(path)) for path in self.manifests]
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -129,7 +128,7 @@ class Rows:
         places = self._places([row])
         found = []
         for shard, position in zip(places.shards.tolist(), places.positions.tolist(), strict=True):
-            table = read_table(self._shards[0][shard], ["source", "record"]).slice(position, 1).to_pylist()
+            table = read_table(Place(self._shards[0][shard]), ["source", "record"]).slice(position, 1).to_pylist()
             found.append(f"{table[0]['source']}: {table[0]['record']}")
         return found
 
@@ -216,7 +215,7 @@ class Rows:
         ends: list[np.ndarray] = []
         first = 0
         for manifest in self._loaded:
-            paths.extend(manifest.shard_paths())
+            paths.extend(place.location for place in manifest.shard_paths())
             ends.append(manifest.shard_ends() + first)
             first += len(manifest)
         return paths, np.concatenate(ends)
@@ -324,7 +323,7 @@ def _shard(path: str) -> tuple[Any, Any]:
     if path not in _open_shards:
         while sum(values.nbytes for each in _open_shards.values() for pair in each for values in pair) > OPEN_BYTES:
             _open_shards.pop(next(iter(_open_shards)))
-        table = pq.read_table(path, columns=["input_ids", "labels"], memory_map=True)
+        table = read_table(Place(path), ["input_ids", "labels"])
         columns = [table[name].combine_chunks() for name in ("input_ids", "labels")]
         _open_shards[path] = tuple((column.values.to_numpy(), column.offsets.to_numpy()) for column in columns)
     return _open_shards[path]

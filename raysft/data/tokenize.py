@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from raysft.config import Config, RequestError
+from raysft.copies import local_copy
 from raysft.data.calls import strings
 from raysft.data.fit import split, truncate
 from raysft.data.offsets import Encoded, SpanEncoder
@@ -416,7 +417,7 @@ def load_tokenizer(model: str, runs_code: bool = False) -> Any:
     """The model's tokenizer, loaded once in a process; ``runs_code``: code that comes with the model may run."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model, trust_remote_code=runs_code)
+    return AutoTokenizer.from_pretrained(local_copy(model), trust_remote_code=runs_code)
 
 
 @lru_cache(maxsize=4)

@@ -23,6 +23,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from raysft.config import Config, RequestError, locate
+from raysft.copies import local_copy
 from raysft.matmul import use_onednn
 
 
@@ -68,6 +69,7 @@ class TransformersEngine:
         transformers_logging.disable_progress_bar()
         if threads:
             torch.set_num_threads(threads)
+        model = local_copy(model)
         self._settings = config.generate
         self._seed = config.run.seed
         self._device = torch.device("cuda" if config.scaling.use_gpu else "cpu")
@@ -174,6 +176,7 @@ def adapter_base(model: Path) -> Path | None:
             raise RequestError(f"{model} holds neither config.json nor adapter_config.json; give a model's folder")
         return None
     base = json.loads(description.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = local_copy(base) if base else None
     if not base or not Path(base).is_dir():
         raise RequestError(
             f"{description}: base_model_name_or_path={base!r} is no folder here; put the base model there or correct it"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raysft.config import Config
+from raysft.copies import local_copy
 from raysft.generate.engines import adapter_base
 from raysft.records import read_jsonl, write_json, write_jsonl
 
@@ -22,10 +23,11 @@ def fingerprint(config: Config, model: str, prompts: Path) -> str:
 
     The prompts count by content, because a run that is started again may write the same file anew.
     """
-    folder = Path(model)
+    folder = Path(local_copy(model))
     base = adapter_base(folder)
+    # Copies of what lies elsewhere have the times of that, and a path of their own on each machine.
     files = [
-        (str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns)
+        (str(file.absolute()) if "://" not in model else file.name, file.stat().st_size, file.stat().st_mtime_ns)
         for place in (folder, *([base] if base else []))
         for file in sorted(place.iterdir())
         if file.suffix in (".safetensors", ".bin", ".json", ".model", ".py")

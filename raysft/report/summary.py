@@ -142,13 +142,18 @@ def _course(console: Console, log: RunLog) -> None:
 def _files(console: Console, log: RunLog) -> None:
     """Every file of the run that is there, with what it holds."""
     folder = log.directory.path
+    elsewhere = log.directory.remote.list() if log.directory.remote else {}
     library = "peft" if log.option("model.finetuning") == "lora" else "transformers"
-    there = [name for name in _FILES if (path := folder / name).is_dir() or (path.is_file() and path.stat().st_size)]
+    there = [
+        name
+        for name in _FILES
+        if (path := folder / name).is_dir() or (path.is_file() and path.stat().st_size) or name in elsewhere
+    ]
     lines = [(name, _FILES[name].format(library=library)) for name in there]
     plots = sorted(path.name for path in folder.glob("training_*.png"))
     if plots:
         lines.insert(1, ("training_*.png", f"plots: {', '.join(name[9:-4] for name in plots)}"))
-    console.print(Text(f"\nEverything lies in {folder.absolute()}", style="bold"), soft_wrap=True)
+    console.print(Text(f"\nEverything lies in {log.directory.place}", style="bold"), soft_wrap=True)
     console.print(_grid(lines))
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from raysft.config import Config, RequestError
 from raysft.config.training import LoraSection
+from raysft.copies import local_copy
+from raysft.storage import Place
 from raysft.train.model import in_cache, model_identity
 
 
@@ -25,18 +27,22 @@ def find_adapter(config: Config, model: str, say: Callable[[str], None]) -> tupl
     Raises:
         RequestError: there is no such adapter, or it is of another kind than what is to be trained.
     """
-    folders = [_folder(path) for path in config.model.adapters]
+    places = [Place.of(path) for path in config.model.adapters]
+    folders = [_folder(path, place) for path, place in zip(config.model.adapters, places, strict=True)]
     for folder in folders:
         _check_kind(folder, config)
     goes_on = bool(folders) and not config.model.new_adapter
     merged = folders[:-1] if goes_on else folders
     if merged:
         model = _merged(model, merged, config.cache_directory, say, config.model.runs_code)
-    return model, str(folders[-1]) if goes_on else None
+    return model, places[-1].location if goes_on else None
 
 
-def _folder(path: str) -> Path:
-    folder = Path(path).expanduser().absolute()
+def _folder(path: str, place: Place) -> Path:
+    try:
+        folder = Path(local_copy(place.location))
+    except FileNotFoundError:
+        raise RequestError(f"model.adapters: {place} is not there; give a folder that peft has written") from None
     if not (folder / "adapter_config.json").exists():
         raise RequestError(f"model.adapters: {path} holds no adapter_config.json; give a folder that peft has written")
     if not (folder / "adapter_model.safetensors").exists():
@@ -76,16 +82,16 @@ def _check_form(folder: Path, described: Mapping[str, Any], config: Config) -> N
             )
 
 
-def _merged(model: str, adapters: Sequence[Path], cache: Path, say: Callable[[str], None], runs_code: bool) -> str:
+def _merged(model: str, adapters: Sequence[Path], cache: Place, say: Callable[[str], None], runs_code: bool) -> str:
     """A copy of the model in the cache, with adapters merged into it in their order."""
     names = [model_identity(model), *(model_identity(str(each)) for each in adapters)]
     key = hashlib.sha256(repr(names).encode()).hexdigest()[:16]
 
     def write(folder: Path) -> None:
-        say(f"model: {len(adapters)} adapters are merged into {model}, once, in {folder.parent}")
+        say(f"model: {len(adapters)} adapters are merged into {model}, once, in {cache / 'models'}")
         merge_adapters(model, adapters, folder, runs_code)
 
-    return str(in_cache(cache / "models" / f"merged-{key}", write))
+    return in_cache(cache / "models" / f"merged-{key}", write).location
 
 
 def merge_adapters(model: str, adapters: Sequence[Path], output: Path, runs_code: bool = False) -> None:
@@ -94,12 +100,13 @@ def merge_adapters(model: str, adapters: Sequence[Path], output: Path, runs_code
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    whole: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=runs_code)
+    near = local_copy(model)
+    whole: Any = AutoModelForCausalLM.from_pretrained(near, dtype=torch.float32, trust_remote_code=runs_code)
     for adapter in adapters:
         whole = PeftModel.from_pretrained(whole, str(adapter)).merge_and_unload()
     whole.config.use_cache = True
     whole.save_pretrained(output)
-    AutoTokenizer.from_pretrained(model, trust_remote_code=runs_code).save_pretrained(output)
+    AutoTokenizer.from_pretrained(near, trust_remote_code=runs_code).save_pretrained(output)
 
 
 def merge(adapter: Path, output: Path, runs_code: bool = False) -> None:
@@ -121,11 +128,10 @@ def merge(adapter: Path, output: Path, runs_code: bool = False) -> None:
             f"{adapter}: holds no weights (*.safetensors); the model is not whole, copy or train it again"
         )
     if (adapter / "adapter_config.json").exists():
-        from peft import AutoPeftModelForCausalLM
+        from raysft.train.finetuning import load_with_base
 
         trusted: dict[str, Any] = {"trust_remote_code": runs_code}
-        whole = AutoPeftModelForCausalLM.from_pretrained(str(adapter), torch_dtype=torch.float32, **trusted)
-        model = whole.merge_and_unload()
+        model = load_with_base(adapter, dtype=torch.float32, **trusted).merge_and_unload()
         model.config.use_cache = True
         model.save_pretrained(output)
         AutoTokenizer.from_pretrained(adapter, **trusted).save_pretrained(output)

@@ -1,9 +1,9 @@
 """State to go on from: what a training is, apart from its config, its model and its data.
 
-A checkpoint is a folder. Each worker writes the fragments that it keeps (``part_0.safetensors``), the rest of its state
-(``state_0.pt``) and, when both are written, their digests (``part_0.json``); the first worker also writes ``cursor.json``. It is
-complete when all workers' digests are there. Fragments are kept by the parameter's name and their place in it, so that any number
-of workers, under any stage of ZeRO, can go on from it.
+A checkpoint is a folder, local or in an object store. Each worker writes the fragments that it keeps (``part_0.safetensors``), the
+rest of its state (``state_0.pt``) and, when both are written, their digests (``part_0.json``); the first worker also writes
+``cursor.json``. It is complete when all workers' digests are there. Fragments are kept by the parameter's name and their place in
+it, so that any number of workers, under any stage of ZeRO, can go on from it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import math
 import pickle
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from raysft.records import RunFailed
+from raysft.storage import Entry, Place
 from raysft.train.fragments import Fragment, base_optimizer, fragments, owners, spread
+from raysft.train.pieces import Pieces, write_tensors
 
 WEIGHT = "weight"
 """Kind of a fragment beside the optimizer's own names (``exp_avg`` …)."""
@@ -68,9 +69,9 @@ class Cursor:
     """How many wrote the checkpoint."""
 
     @classmethod
-    def read(cls, folder: Path) -> Cursor:
+    def read(cls, folder: Place | Path) -> Cursor:
         """The cursor of a checkpoint."""
-        whole = json.loads((folder / "cursor.json").read_text())
+        whole = json.loads((Place.of(folder) / "cursor.json").read_text())
         best = whole.pop("best", None)
         return cls(**whole, best=Best(**best) if best else None)
 
@@ -125,92 +126,167 @@ def snapshot(engine: Any, schedule: Any, cursor: Cursor, log: Sequence[Any] = ()
     return Snapshot(dist.get_rank(), tensors, rest, replace(cursor, workers=dist.get_world_size()))
 
 
-def write(part: Snapshot, folder: Path) -> None:
+def write(part: Snapshot, folder: Place | Path) -> None:
     """Write one worker's part; others write theirs into the same folder."""
-    from safetensors.torch import save_file
+    folder = Place.of(folder)
+    digests = {}
 
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [f"part_{part.rank}.safetensors", f"state_{part.rank}.pt"]
-    save_file(part.tensors, folder / names[0])
-    torch.save(part.rest, folder / names[1])
+    def put(name: str, save: Callable[[Any], object]) -> None:
+        digests[name] = (folder / name).write(lambda stream: _digested(stream, save))
+
+    put(f"part_{part.rank}.safetensors", lambda stream: write_tensors(part.tensors, stream))
+    put(f"state_{part.rank}.pt", lambda stream: torch.save(part.rest, stream))
     if part.rank == 0:
-        names.append("cursor.json")
-        _write_whole(folder / "cursor.json", asdict(part.cursor))
-    digests = {name: {"bytes": (folder / name).stat().st_size, "sha256": _digest(folder / name)} for name in names}
-    _write_whole(folder / f"part_{part.rank}.json", digests)
+        put("cursor.json", lambda stream: stream.write(json.dumps(asdict(part.cursor)).encode()))
+    (folder / f"part_{part.rank}.json").write_text(json.dumps(digests))
 
 
-def _write_whole(file: Path, content: Any) -> None:
-    draft = file.with_name(f".{file.name}")
-    draft.write_text(json.dumps(content))
-    draft.replace(file)
+def remove_part(part: Snapshot, folder: Place) -> None:
+    """Take away what there is of one worker's part, so that a try that failed holds no room."""
+    for name in (f"part_{part.rank}.json", f"part_{part.rank}.safetensors", f"state_{part.rank}.pt"):
+        (folder / name).remove()
+    if folder.local and not folder.list():
+        folder.remove()
 
 
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _digested(stream: Any, save: Callable[[Any], object]) -> dict[str, Any]:
+    writing = _Digesting(stream)
+    save(writing)
+    return {"bytes": writing.bytes, "sha256": writing.digest.hexdigest()}
 
 
-def complete(checkpoints: Path) -> Iterator[Path]:
+class _Digesting:
+    """Counts and digests what is written: it need not be read again, and never lies on a disk on its way to an object store."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self.digest, self.bytes = stream, hashlib.sha256(), 0
+
+    def write(self, content: Any) -> int:
+        view = memoryview(content)
+        self.digest.update(view)
+        self.bytes += view.nbytes
+        self._stream.write(content)
+        return view.nbytes
+
+    def flush(self) -> None:
+        """Nothing is held here."""
+
+
+def complete(checkpoints: Place | Path) -> Iterator[Place]:
     """Checkpoints of which every worker's part is there and none is known to be damaged, the newest first."""
-    found = [(cursor.step, folder) for folder in checkpoints.glob("checkpoint_*") if (cursor := _whole(folder))]
-    for _, folder in sorted(found, reverse=True):
+    for _, folder in _complete(Place.of(checkpoints)):
         yield folder
 
 
-def newest(checkpoints: Path) -> Path | None:
+def newest(checkpoints: Place | Path) -> Place | None:
     """The one to go on from."""
     return next(complete(checkpoints), None)
 
 
-def cursor_of(checkpoints: Path) -> Cursor | None:
+def cursor_of(checkpoints: Place | Path) -> Cursor | None:
     """The cursor of the one to go on from."""
-    folder = newest(checkpoints)
-    return Cursor.read(folder) if folder else None
+    return next((cursor for cursor, _ in _complete(Place.of(checkpoints))), None)
 
 
-def _whole(folder: Path) -> Cursor | None:
+def folder_name(step: int, attempt: str) -> str:
+    """Name of a checkpoint's folder; workers that were started again never mix their parts with those of before."""
+    return f"checkpoint_{step:08d}_{attempt}"
+
+
+def tidy(checkpoints: Place, keep: int) -> None:
+    """Remove the oldest of more than ``keep`` complete ones, and what was half written before the newest of them."""
+    found = _complete(checkpoints)
+    if not found:
+        return
+    for _, folder in found[keep:]:
+        folder.remove()
+    whole = {folder.name for _, folder in found}
+    for name in checkpoints.list():
+        step = name.removeprefix("checkpoint_").split("_")[0]
+        if name not in whole and step.isdigit() and int(step) < found[0][0].step:
+            (checkpoints / name).remove()
+
+
+def _complete(checkpoints: Place) -> list[tuple[Cursor, Place]]:
+    """One listing tells of all of them, however many parts they have."""
+    files: dict[str, dict[str, Entry]] = {}
+    for path, entry in checkpoints.walk().items():
+        name, _, file = path.partition("/")
+        if name.startswith("checkpoint_") and file:
+            files.setdefault(name, {})[file] = entry
+    found = [
+        (cursor, checkpoints / name) for name, inside in files.items() if (cursor := _whole(checkpoints / name, inside))
+    ]
+    return sorted(found, key=lambda each: (each[0].step, each[1].name), reverse=True)
+
+
+def _whole(folder: Place, files: Mapping[str, Entry]) -> Cursor | None:
     """The cursor of a complete checkpoint."""
+    if DAMAGED in files or "cursor.json" not in files:
+        return None
     try:
         cursor = Cursor.read(folder)
-        if (folder / DAMAGED).exists():
-            return None
         for rank in range(cursor.workers):
-            for name, said in json.loads((folder / f"part_{rank}.json").read_text()).items():
-                if (folder / name).stat().st_size != said["bytes"]:
+            if any(name not in files for name in (f"part_{rank}.json", f"part_{rank}.safetensors", f"state_{rank}.pt")):
+                return None
+            # Elsewhere a file is there as it was written, or not at all; each would have to be asked for its sizes.
+            for name, said in json.loads((folder / f"part_{rank}.json").read_text()).items() if folder.local else ():
+                if files[name].size != said["bytes"]:
                     return None
-    except (OSError, ValueError, TypeError, KeyError):
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
         return None  # half written
     return cursor
 
 
-def check(folder: Path) -> None:
+def check(folder: Place, cursor: Cursor, scratch: Path) -> dict[int, Place]:
     """Compare a checkpoint with its digests; each worker reads its share, and all come to the same end.
+
+    Args:
+        folder: the checkpoint.
+        cursor: its own.
+        scratch: a local folder for copies of parts that lie elsewhere.
+
+    Returns:
+        By their number where this worker's share of the parts can be read quickly.
 
     Raises:
         Damaged: a file is not what was written.
     """
-    cursor, rank, workers = Cursor.read(folder), dist.get_rank(), dist.get_world_size()
-    found = next((wrong for part in range(rank, cursor.workers, workers) if (wrong := _wrong(folder, part))), None)
+    rank, workers = dist.get_rank(), dist.get_world_size()
+    near: dict[int, Place] = {}
+    found = None
+    for part in range(rank, cursor.workers, workers):
+        near[part] = folder if folder.local else Place.of(scratch)
+        found = found or _wrong(folder, part, near[part])
     everyones: list[Any] = [None] * workers
     dist.all_gather_object(everyones, found)
     wrong = next((each for each in everyones if each), None)
     if wrong:
         if rank == 0:
-            _write_whole(folder / DAMAGED, {"file": wrong})
+            (folder / DAMAGED).write_text(json.dumps({"file": wrong}))
         dist.barrier()
         raise Damaged(f"checkpoint after step {cursor.step}: {folder / wrong} is not what was written")
+    return near
 
 
-def _wrong(folder: Path, part: int) -> str | None:
+def _wrong(folder: Place, part: int, near: Place) -> str | None:
+    """A file of a part that differs from its digest; the part is copied to ``near`` if it is not there."""
     for name, said in json.loads((folder / f"part_{part}.json").read_text()).items():
-        if _digest(folder / name) != said["sha256"]:
+        try:
+            if near != folder:
+                local = (near / name).local
+                assert local
+                (folder / name).download(local)
+            digest = (near / name).read(lambda file: hashlib.file_digest(file, "sha256").hexdigest())
+        except FileNotFoundError:
+            return str(name)
+        if digest != said["sha256"]:
             return str(name)
     return None
 
 
 @torch.no_grad()
-def load(engine: Any, schedule: Any, folder: Path) -> tuple[Cursor, list[Any]]:
+def load(engine: Any, schedule: Any, folder: Place | Path) -> tuple[Cursor, list[Any]]:
     """Put a training back to where a checkpoint was written, by as many workers or by others.
 
     With other workers, those that were not there draw random numbers of their own (dropout); all else goes on as it was.
@@ -227,23 +303,27 @@ def load(engine: Any, schedule: Any, folder: Path) -> tuple[Cursor, list[Any]]:
         Damaged: it is not what was written.
         RunFailed: it is of another model.
     """
-    check(folder)
+    folder = Place.of(folder)
     cursor, rank = Cursor.read(folder), dist.get_rank()
-    rest = _read_rest(folder / f"state_{rank if rank < cursor.workers else 0}.pt")
+    own = rank if rank < cursor.workers else 0
     optimizer, by_weight = base_optimizer(engine), _is_by_weight(engine)
-    with ExitStack() as stack:
-        pieces = _Pieces(folder, cursor.workers, stack)
+    with tempfile.TemporaryDirectory(prefix="raysft-") as scratch:
+        near = check(folder, cursor, Path(scratch))
+        rest = _read_rest(folder, near.get(own, folder), own)
+        pieces = Pieces({part: near.get(part, folder) for part in range(cursor.workers)}, near)
+        kinds = [kind for kind in pieces.kinds if kind != WEIGHT and by_weight]
         if by_weight:
             for owner in owners(engine):
                 optimizer.state[owner] = {
                     **{name: _counter(value, owner, optimizer) for name, value in rest["optimizer"].items()},
-                    **{kind: torch.zeros_like(owner, requires_grad=False) for kind in pieces.kinds},
+                    **{kind: torch.zeros_like(owner, requires_grad=False) for kind in kinds},
                 }
             _count_again(optimizer, rest["optimizer"].get("step"))
         for fragment in fragments(engine, all_of_them=True):
-            pieces.copy(WEIGHT, fragment, fragment.weight)
-            for kind in pieces.kinds if by_weight else ():
-                pieces.copy(kind, fragment, fragment.of(optimizer.state[fragment.owner][kind]))
+            pieces.want(WEIGHT, fragment.name, fragment.start, fragment.weight)
+            for kind in kinds:
+                pieces.want(kind, fragment.name, fragment.start, fragment.of(optimizer.state[fragment.owner][kind]))
+        pieces.read()
     spread(engine)
     if not by_weight:
         optimizer.load_state_dict(rest["optimizer"])
@@ -257,35 +337,6 @@ def load(engine: Any, schedule: Any, folder: Path) -> tuple[Cursor, list[Any]]:
     if rank < cursor.workers:
         _set_random_states(rest["random"])
     return cursor, rest["log"]
-
-
-class _Pieces:
-    """The tensors of a checkpoint, of which a worker reads no more than it keeps."""
-
-    def __init__(self, folder: Path, workers: int, stack: ExitStack) -> None:
-        from safetensors import safe_open
-
-        self._places: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
-        for part in range(workers):
-            file = stack.enter_context(safe_open(folder / f"part_{part}.safetensors", "pt"))
-            for key in file.keys():  # noqa: SIM118  # no mapping
-                kind, start, name = key.split(":", 2)
-                size = file.get_slice(key).get_shape()[0]
-                self._places.setdefault((kind, name), []).append((int(start), size, file, key))
-        self.kinds = sorted({kind for kind, _ in self._places} - {WEIGHT})
-
-    def copy(self, kind: str, fragment: Fragment, into: torch.Tensor) -> None:
-        """Fill a fragment from those that were written."""
-        missing = len(into)
-        for start, size, file, key in self._places.get((kind, fragment.name), ()):
-            first = max(start, fragment.start)
-            last = min(start + size, fragment.start + len(into))
-            if first < last:
-                values = file.get_slice(key)[first - start : last - start]
-                into[first - fragment.start : last - fragment.start].copy_(values)
-                missing -= last - first
-        if missing:
-            raise RunFailed(f"the checkpoint is of another model: it holds no {kind} of {fragment.name}")
 
 
 def _key(kind: str, fragment: Fragment) -> str:
@@ -358,7 +409,7 @@ def _set_random_states(states: Mapping[str, Any]) -> None:
     random.setstate(states["python"])
 
 
-def _read_rest(file: Path) -> dict[str, Any]:
+def _read_rest(folder: Place, near: Place, part: int) -> dict[str, Any]:
     """Tensors and plain values alone are loaded, and what GaLore and APOLLO keep beside them.
 
     Raises:
@@ -366,8 +417,10 @@ def _read_rest(file: Path) -> dict[str, Any]:
     """
     theirs = sys.modules.get("pytorch_optimizer.optimizer.utils.galore")
     with torch.serialization.safe_globals([theirs.GaLoreProjector] if theirs else []):
+        name = f"state_{part}.pt"
         try:
-            return torch.load(file, weights_only=True)  # type: ignore[no-any-return]
+            return (near / name).read(lambda file: torch.load(file, weights_only=True))
         except pickle.UnpicklingError:
-            _write_whole(file.parent / DAMAGED, {"file": file.name})
-            raise Damaged(f"{file} holds more than tensors and plain values, which no training has written") from None
+            (folder / DAMAGED).write_text(json.dumps({"file": name}))
+            what = "more than tensors and plain values, which no training has written"
+            raise Damaged(f"{folder / name} holds {what}") from None

@@ -3,21 +3,162 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
+
+from raysft.copies import local_copy
+from raysft.records import MODEL_MARKS, RunDirectory, RunFailed
+from raysft.storage import Place, StorageFailed, patience, reason_of
+from raysft.train.checkpoint import Best
 
 
-def export(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write the trained model or adapter so that transformers or peft loads it. All workers call it, the first one writes.
+class Exporter:
+    """Writes the model of a run, and meanwhile the best one so far. All workers call it, the first one writes."""
+
+    def __init__(self, run: RunDirectory, emit: Callable[[str, Any], None]) -> None:
+        self._run, self._emit = run, emit
+        self._best: Path | None = None
+        """The best model on this node, while it is on its way to an object store."""
+        self._sending: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def known(self, best: Best | None) -> Best | None:
+        """The best model that a checkpoint tells of; None where it did not come to the object store before its machine died."""
+        if best is None or self._run.best.local or any((self._run.best / mark).exists() for mark in MODEL_MARKS):
+            return best
+        if dist.get_rank() == 0:
+            self._emit(
+                "waiting",
+                f"{self._run.best}: the best model, after step {best.step}, did not get there; another is sought",
+            )
+        return None
+
+    def keep_best(self, model: Any, tokenizer: Any) -> None:
+        """Write the model as it is now as the best so far; the training does not wait for an object store."""
+        if self._run.best.local:
+            with _told():
+                export(model, tokenizer, self._run.best)
+            return None
+        draft = Path(tempfile.mkdtemp(prefix="raysft-best-"))
+        with _told():
+            if not save(model, tokenizer, draft):
+                return draft.rmdir()
+        with self._lock:
+            if self._sending is None:
+                self._forget()
+                self._sending = threading.Thread(target=self._send_best, name="best model", daemon=True)
+                self._sending.start()
+            self._best = draft  # else it is the next to be sent
+        return None
+
+    def write(self, model: Any, tokenizer: Any) -> None:
+        """Write the model as it is now as the trained one.
+
+        Raises:
+            RunFailed: it cannot be written.
+        """
+        with _told(), self._patience():
+            export(model, tokenizer, self._run.model)
+        self._forget()
+
+    def write_best(self) -> None:
+        """Make the best model the trained one.
+
+        Raises:
+            RunFailed: it cannot be written.
+        """
+        if dist.get_rank() != 0:
+            return
+        best, model = self._run.best, self._run.model
+        with _told(), self._patience():
+            if best.local and model.local:
+                put_in_place(best.local, model.local)
+                return
+            self._wait()
+            source = self._best or (Path(local_copy(best.location)) if best.exists() else None)
+            if source is not None:  # else it was put there before
+                send(source, model)
+                best.remove()
+        self._forget()
+
+    def _send_best(self) -> None:
+        """Send the best model, and those that were better meanwhile."""
+        sent: Path | None = None
+        while True:
+            with self._lock:
+                if sent and sent != self._best:
+                    shutil.rmtree(sent, ignore_errors=True)
+                if sent == self._best or self._best is None:
+                    self._sending = None
+                    return
+                sent = self._best
+            try:
+                with self._patience():
+                    send(sent, self._run.best)
+            except (StorageFailed, OSError) as error:
+                self._emit("waiting", f"the best model stays on this node until the end of the training: {error}")
+
+    def _wait(self) -> None:
+        sending = self._sending
+        if sending is not None:
+            sending.join()  # what it waits for is bounded
+
+    def _forget(self) -> None:
+        if self._best is not None:
+            shutil.rmtree(self._best, ignore_errors=True)
+            self._best = None
+
+    def _patience(self) -> Any:
+        return patience(say=lambda line: self._emit("waiting", line))
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """A model that cannot be written ends the run, with one line."""
+    try:
+        yield
+    except StorageFailed as error:
+        raise RunFailed(f"the model cannot be written: {error}; the same command tries it again") from error
+    except (OSError, SafetensorError) as error:  # of safetensors it may be a full disk's
+        raise RunFailed(
+            f"the model cannot be written ({reason_of(error)}); mend that, and the same command goes on"
+        ) from error
+
+
+def export(model: Any, tokenizer: Any, folder: Place) -> None:
+    """Write a model or adapter so that transformers or peft loads it. All workers call it, the first one writes.
 
     Args:
         model: the transformers or peft model inside the engine.
         tokenizer: goes beside it.
-        folder: is replaced in one move when all is written.
+        folder: is replaced when all is written.
     """
+    if folder.local:
+        draft = folder.local.with_name(f".{folder.name}")
+        if dist.get_rank() == 0:
+            shutil.rmtree(draft, ignore_errors=True)
+        try:
+            if save(model, tokenizer, draft):
+                put_in_place(draft, folder.local)
+        except Exception:
+            shutil.rmtree(draft, ignore_errors=True)  # on a full disk it holds what others need
+            raise
+        return
+    with tempfile.TemporaryDirectory(prefix="raysft-model-") as scratch:
+        if save(model, tokenizer, Path(scratch)):
+            send(Path(scratch), folder)
+
+
+def save(model: Any, tokenizer: Any, folder: Path) -> bool:
+    """Write a model into a local folder; whether this worker is the one that did. All workers call it."""
     import deepspeed
 
     writes = dist.get_rank() == 0
@@ -31,21 +172,19 @@ def export(model: Any, tokenizer: Any, folder: Path) -> None:
             if writes:
                 state[name] = parameter.detach().cpu().clone()
     if not writes:
-        return
-    draft = folder.with_name(f".{folder.name}")
-    shutil.rmtree(draft, ignore_errors=True)
+        return False
     if adapters_only:
         if begun_with := getattr(model, "begun_with", None):
-            model.save_pretrained(draft, path_initial_model_for_weight_conversion=begun_with)
+            model.save_pretrained(folder, path_initial_model_for_weight_conversion=begun_with)
         else:
-            model.save_pretrained(draft, state_dict=state)
+            model.save_pretrained(folder, state_dict=state)
     else:
         model.config.use_cache = True
-        model.save_pretrained(draft, state_dict=state)
+        model.save_pretrained(folder, state_dict=state)
         model.config.use_cache = False
-    (draft / "README.md").unlink(missing_ok=True)  # peft's empty form; the run directory holds a model card
-    tokenizer.save_pretrained(draft)
-    put_in_place(draft, folder)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty form; the run directory holds a model card
+    tokenizer.save_pretrained(folder)
+    return True
 
 
 def put_in_place(draft: Path, folder: Path) -> None:
@@ -54,3 +193,10 @@ def put_in_place(draft: Path, folder: Path) -> None:
         return
     shutil.rmtree(folder, ignore_errors=True)
     draft.replace(folder)
+
+
+def send(model: Path, place: Place) -> None:
+    """Put a model's files into an object store, its description last: one without that is not whole."""
+    for mark in MODEL_MARKS:
+        (place / mark).remove()
+    place.upload(model, last=next(mark for mark in MODEL_MARKS if (model / mark).exists()))

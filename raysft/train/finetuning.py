@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 from torch import nn
 
 from raysft.config import Config, RequestError
+from raysft.copies import local_copy
+from raysft.storage import Place
 from raysft.train.attention import kernel, use_examplewise, without_adapters
 
 
@@ -22,7 +25,7 @@ def load_model(config: Config, path: str, device: torch.device | None = None, ad
 
     Args:
         config: the run's config.
-        path: folder or hub id.
+        path: folder, URI or hub id.
         device: where quantized weights go; others are moved by whoever asks.
         adapter: folder of an adapter to go on with.
     """
@@ -30,13 +33,14 @@ def load_model(config: Config, path: str, device: torch.device | None = None, ad
 
     quantization = quantization_config(config)
     model: Any = AutoModelForCausalLM.from_pretrained(
-        path,
+        local_copy(path),
         dtype=getattr(torch, "float32" if config.autocast else config.dtype),
         attn_implementation=kernel(config),
         trust_remote_code=config.model.runs_code,
         **({"quantization_config": quantization, "device_map": {"": device or "cpu"}} if quantization else {}),
     )
     model.config.use_cache = False
+    model.name_or_path = path  # as an adapter's description names its base: not this node's copy
     use_examplewise(model, config)
     _keep_layout(model)
     if config.model.liger:
@@ -192,7 +196,7 @@ def _with_adapter(model: Any, config: Config, path: str, adapter: str | None) ->
 
     torch.manual_seed(config.run.seed)
     if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        model = PeftModel.from_pretrained(model, local_copy(adapter), is_trainable=True)
         # Whatever it names as its base, this is what it is trained on, and what will be loaded with it.
         model.peft_config["default"].base_model_name_or_path = path
     else:
@@ -252,9 +256,9 @@ def _use_liger(model: Any) -> None:
     _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
 
 
-def load_trained(config: Config, folder: Path) -> Any:
+def load_trained(config: Config, place: Place | Path) -> Any:
     """A trained model or adapter with its base, to evaluate."""
-    from transformers import AutoModelForCausalLM
+    folder = Path(local_copy(Place.of(place).location))
 
     options: dict[str, Any] = {
         "dtype": getattr(torch, config.dtype),
@@ -266,11 +270,21 @@ def load_trained(config: Config, folder: Path) -> Any:
             "quantization_config": quantization,
             "device_map": {"": "cuda" if config.scaling.use_gpu else "cpu"},
         }
-    if (folder / "adapter_config.json").exists():
-        from peft import AutoPeftModelForCausalLM
-
-        model: Any = AutoPeftModelForCausalLM.from_pretrained(str(folder), **options)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    model = load_with_base(folder, **options)
     use_examplewise(without_adapters(model), config)
     return model
+
+
+def load_with_base(folder: Path, **options: Any) -> Any:
+    """A model, or an adapter on its base wherever that lies."""
+    from transformers import AutoModelForCausalLM
+
+    description = folder / "adapter_config.json"
+    if not description.exists():
+        return AutoModelForCausalLM.from_pretrained(folder, **options)
+    from peft import AutoPeftModelForCausalLM, PeftModel
+
+    base = str(json.loads(description.read_text(encoding="utf-8")).get("base_model_name_or_path"))
+    if "://" not in base:
+        return AutoPeftModelForCausalLM.from_pretrained(str(folder), **options)
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(local_copy(base), **options), str(folder))

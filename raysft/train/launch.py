@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import ray
@@ -26,12 +24,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raysft.config import Config, RequestError
 from raysft.matmul import use_onednn
 from raysft.records import Evaluation, RunFailed, append_json, evaluation_results
+from raysft.storage import StorageFailed, patience
 from raysft.train import checkpoint, loop
 from raysft.train.checkpoint import Cursor
 from raysft.train.failures import cause
 from raysft.train.finetuning import load_trained
 from raysft.train.loop import Job
 from raysft.train.loss import TokenLoss
+from raysft.train.saver import Saver
 from raysft.train.scaling import workers_of
 from raysft.train.step import evaluate as evaluate_set
 
@@ -45,8 +45,6 @@ KEEP_MEMORY = {
 }
 """What lets a worker on CPUs keep the memory that a step gives back for the next one. Else glibc asks the kernel for each large
 tensor's again, page by page: 4.2 million page faults in five steps instead of 0.4, and 6% of the time (SmolLM2, full)."""
-SAVE_SECONDS = 1800
-"""How long a checkpoint may take to be written."""
 STOP_SECONDS = 30
 """How long the driver waits for the workers to let go."""
 WAKE_SECONDS = 10
@@ -110,21 +108,25 @@ def train(job: Job, watch: Watch) -> dict[str, dict[str, float]]:
                 "put it back as it was, choose another run.name, or go on all the same with --allow-changed"
             )
         append_json(job.run.changes, {"after_step": cursor.step, "changed": names})
-    return _fit(job, _train_worker, job.run.checkpoints, {"train": _FromCheckpoint(job)}, watch)
+    results = _fit(job, _train_worker, {"train": _FromCheckpoint(job)}, watch)
+    with suppress(StorageFailed), patience(0):
+        checkpoint.tidy(job.run.checkpoints, job.config.train.keep_last)  # the last one may have been complete late
+    return results
 
 
 def evaluate(job: Job, watch: Watch) -> dict[str, dict[str, float]]:
     """Evaluate the run's trained model on all evaluation sets; returns ``eval`` results."""
-    # Ray Train goes on from whatever it finds under a name; an evaluation has one of its own and leaves nothing.
-    folder = job.run.path / ".evaluate"
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        return _fit(job, _evaluate_worker, folder, {}, watch)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    return _fit(job, _evaluate_worker, {}, watch)
 
 
-def _fit(job: Job, worker: Any, folder: Path, datasets: dict[str, Any], watch: Watch) -> dict[str, dict[str, float]]:
+def _fit(job: Job, worker: Any, datasets: dict[str, Any], watch: Watch) -> dict[str, dict[str, float]]:
+    # Ray Train goes on from whatever it finds under a name, and fails with its storage: it gets a new folder here, in which it
+    # keeps next to nothing. Checkpoints are ours.
+    with tempfile.TemporaryDirectory(prefix="raysft-train-", ignore_cleanup_errors=True) as folder:
+        return _fit_in(folder, job, worker, datasets, watch)
+
+
+def _fit_in(folder: str, job: Job, worker: Any, datasets: dict[str, Any], watch: Watch) -> dict[str, dict[str, float]]:
     use_gpu = job.config.scaling.use_gpu
     # Events come to this process: they live on its node, and no longer, and cost no CPU share.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -135,9 +137,8 @@ def _fit(job: Job, worker: Any, folder: Path, datasets: dict[str, Any], watch: W
         train_loop_config={"job": job, "queue": queue, "threads": _threads(job.config)},
         scaling_config=scaling,
         run_config=ray.train.RunConfig(
-            name=folder.name,
-            storage_path=str(folder.parent),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=job.config.train.keep_last),
+            name="train",
+            storage_path=folder,
             failure_config=ray.train.FailureConfig(
                 max_failures=job.config.train.max_failures, controller_failure_limit=3
             ),
@@ -282,15 +283,13 @@ def _train(settings: dict[str, Any]) -> None:
     job, emit = settings["job"], _emitter(settings["queue"])
     torch.set_num_threads(settings["threads"])
     workers = ray.train.get_context().get_world_size()
-    first = _first_step(job)
+    saver = Saver(job.run.checkpoints, job.config.train.keep_last, emit)
+    first = Cursor.read(saver.resume).step if saver.resume else 0
     shard = cast(Any, ray.train.get_dataset_shard("train"))
     tables = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
-    saver = _Saver(emit)
-    # Not Ray's own newest: it may be damaged, and is then passed over.
-    resume = checkpoint.newest(job.run.checkpoints)
     batches = job.train_rows.batches(tables, workers)
-    loop.train(job, batches, first, torch_device(), emit, saver, resume, _notice)
-    saver.wait()
+    loop.train(job, batches, first, torch_device(), emit, saver, saver.resume, _notice)
+    saver.close()
 
 
 def _notice() -> str:
@@ -300,45 +299,6 @@ def _notice() -> str:
         return ""
     until = f" at {time.strftime('%H:%M:%S', time.localtime(info.deadline_ms / 1000))}" if info.deadline_ms else ""
     return f"node {', '.join(name[:8] for name in info.preempted_node_ids)}{until}"
-
-
-class _Saver:
-    """Writes checkpoints while the training goes on, one at a time."""
-
-    def __init__(self, emit: loop.Emit) -> None:
-        self._emit = emit
-        self._written = threading.Event()
-        self._written.set()
-
-    def __call__(self, engine: Any, schedule: Any, cursor: Cursor, log: list[dict[str, Any]]) -> None:
-        # A second copy of the state would need its memory once more.
-        self.wait()
-        part = checkpoint.snapshot(engine, schedule, cursor, log)
-        self._written.clear()
-
-        def upload(_: Any, name: str) -> Any:
-            storage: Any = ray.train.get_context().get_storage()
-            folder = Path(storage.experiment_fs_path) / name
-            try:
-                checkpoint.write(part, folder)
-            finally:
-                self._written.set()
-            if part.rank == 0:
-                self._emit("checkpoint", {"step": cursor.step, "rows": cursor.rows})
-            return ray.train.Checkpoint(str(folder), storage.storage_filesystem)
-
-        ray.train.report(
-            {"step": cursor.step},
-            checkpoint=ray.train.Checkpoint(tempfile.gettempdir()),
-            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
-            delete_local_checkpoint_after_upload=False,
-            checkpoint_upload_fn=upload,
-        )
-
-    def wait(self) -> None:
-        """Until the checkpoint before is written."""
-        if not self._written.wait(SAVE_SECONDS):
-            raise RuntimeError(f"the checkpoint before was not written within {SAVE_SECONDS} s; its storage hangs")
 
 
 def _evaluate_worker(settings: dict[str, Any]) -> None:

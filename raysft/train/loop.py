@@ -15,16 +15,19 @@ import torch
 import torch.distributed as dist
 
 from raysft.config import Config
+from raysft.copies import local_copy
 from raysft.records import RunDirectory, evaluation_results
-from raysft.train import checkpoint, export
+from raysft.storage import Place
+from raysft.train import checkpoint
 from raysft.train.checkpoint import Cursor
+from raysft.train.export import Exporter
 from raysft.train.figures import Figures
 from raysft.train.judge import Judge
 from raysft.train.nonfinite import NonFinite
 from raysft.train.step import Batch, evaluate, train_step
 
 Emit = Callable[[str, Any], None]
-"""(event, content) to whoever watches: ``setup``, ``step``, ``evaluate``, ``checkpoint``, ``end``."""
+"""(event, content) to whoever watches: ``setup``, ``step``, ``evaluate``, ``checkpoint``, ``unsaved``, ``waiting``, ``end``."""
 Notice = Callable[[], str]
 """What is known of this worker's machine being taken away soon; empty while it is not."""
 Save = Callable[[Any, Any, Cursor, list[dict[str, Any]]], None]
@@ -103,7 +106,7 @@ def train(
     device: torch.device,
     emit: Emit,
     save: Save,
-    resume: Path | None,
+    resume: Place | Path | None,
     notice: Notice = str,
 ) -> None:
     """Train to the end of the schedule, evaluate, and write the trained model.
@@ -159,8 +162,9 @@ class _Loop:
         self.first = 0
         self.evaluated: dict[str, float] = {}
         self.nonfinite = NonFinite(job)
+        self.exporter = Exporter(job.run, emit)
 
-    def set_up(self, resume: Path | None) -> Cursor:
+    def set_up(self, resume: Place | Path | None) -> Cursor:
         """Load the model, and the state of a checkpoint; gives the cursor to start from."""
         # Only workers need DeepSpeed; the driver, which imports this module too, starts without it.
         from raysft.train.engine import make_engine
@@ -175,7 +179,9 @@ class _Loop:
         if resume is not None:
             cursor, log = checkpoint.load(self.engine, self.lr, resume)
             self.log.extend(log)
-        self.judge = Judge(self.job.config.train, lambda: self._export(self.job.run.best), cursor.best)
+        self.judge = Judge(
+            self.job.config.train, lambda: self._export(self.exporter.keep_best), self.exporter.known(cursor.best)
+        )
         names, model = self.job.train_rows.sources, self.engine.module.model
         self.figures = Figures(self.schedule, names, self.workers, self.device, model)
         self.first = cursor.step
@@ -290,19 +296,19 @@ class _Loop:
             results |= {"best_step": best.step, "best_eval_loss": best.loss}
         if best and self.job.config.train.keep_best:
             self.evaluated = best.results
-            if self.rank == 0:
-                export.put_in_place(self.job.run.best, self.job.run.model)
+            self.exporter.write_best()
         else:
-            self._export(self.job.run.model)
+            self._export(self.exporter.write)
         self.emit("end", {"train": results, "eval": self.evaluated})
 
-    def _export(self, folder: Path) -> None:
+    def _export(self, write: Callable[[Any, Any], None]) -> None:
         """Write the model as it is now."""
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(self.job.model, trust_remote_code=self.job.config.model.runs_code)
+        near, trusted = local_copy(self.job.model), self.job.config.model.runs_code
+        tokenizer = AutoTokenizer.from_pretrained(near, trust_remote_code=trusted)
         tokenizer.chat_template = self.job.config.chat_template or tokenizer.chat_template
-        export.export(self.engine.module.model, tokenizer, folder)
+        write(self.engine.module.model, tokenizer)
 
 
 def _size(parameter: Any) -> int:

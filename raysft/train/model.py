@@ -14,11 +14,15 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
+from pyarrow import ArrowException
+
 from raysft.config import Config, RequestError, locate
+from raysft.copies import cache_home, local_copy
+from raysft.storage import Place, StorageFailed, reason_of
 
 
-def find_model(path: str, cache: Path, say: Callable[[str], None]) -> str:
-    """A folder (or hub id) that every later stage can load from.
+def find_model(path: str, cache: Place, say: Callable[[str], None]) -> str:
+    """A folder, URI or hub id that every later stage can load from, on each node through ``local_copy``.
 
     A GGUF file is de-quantized to safetensors once, in the cache; whoever comes second waits for the first one's.
 
@@ -31,6 +35,8 @@ def find_model(path: str, cache: Path, say: Callable[[str], None]) -> str:
         RequestError: there is no such model.
     """
     path = locate(path, "model.path")
+    if "://" in path:
+        return _elsewhere(Place.of(path), cache, say)
     if path.endswith(".gguf"):
         if not Path(path).is_file():
             raise RequestError(f"model.path={path}: there is no such GGUF file")
@@ -45,6 +51,23 @@ def find_model(path: str, cache: Path, say: Callable[[str], None]) -> str:
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise RequestError(f"model.path={path}: there is no such folder")
     return _on_hub(path)
+
+
+def _elsewhere(place: Place, cache: Place, say: Callable[[str], None]) -> str:
+    """A model in an object store."""
+    try:
+        copy = Path(local_copy(place.location))
+    except FileNotFoundError:
+        raise RequestError(f"model.path={place}: there is nothing; check the path") from None
+    except (StorageFailed, OSError, ArrowException) as error:
+        raise RequestError(
+            f"model.path={place}: cannot be read ({reason_of(error)}); check it and its credentials"
+        ) from None
+    if copy.suffix == ".gguf":
+        return _converted(copy, cache, say)
+    if not (copy / "config.json").exists():
+        raise RequestError(f"model.path={place}: holds no config.json; give a folder in Hugging Face's form")
+    return place.location
 
 
 def check_model(config: Config, model: str, say: Callable[[str], None] = lambda line: None) -> None:
@@ -67,6 +90,7 @@ def check_model(config: Config, model: str, say: Callable[[str], None] = lambda 
     from raysft.train.optim import check_installed
     from raysft.train.zero import deepspeed_settings
 
+    model = local_copy(model)
     try:
         check_code(config, model, say)
         trusted = config.model.runs_code
@@ -160,7 +184,7 @@ DECISIVE = (".safetensors", ".bin", ".py")
 
 def model_identity(model: str) -> str:
     """Hash of a model's or adapter's config, weights and code (of large files samples); the id of a model on the hub."""
-    folder = Path(model)
+    folder = Path(local_copy(model))
     if not folder.is_dir():
         return model
     decisive = (path for ending in DECISIVE for path in folder.glob(f"*{ending}"))
@@ -198,7 +222,7 @@ def _on_hub(path: str) -> str:
     return path
 
 
-def _converted(file: Path, cache: Path, say: Callable[[str], None]) -> str:
+def _converted(file: Path, cache: Place, say: Callable[[str], None]) -> str:
     with file.open("rb") as stream:
         key = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
 
@@ -208,22 +232,27 @@ def _converted(file: Path, cache: Path, say: Callable[[str], None]) -> str:
             _convert(file, folder)
 
     target = cache / "models" / f"{file.stem}-{key}"
-    return str(in_cache(target, write))
+    return in_cache(target, write).location
 
 
-def in_cache(target: Path, write: Callable[[Path], None]) -> Path:
+def in_cache(target: Place, write: Callable[[Path], None]) -> Place:
     """A model folder in the cache, written by whoever comes first; others wait for it."""
     if (target / "config.json").exists():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with (target.parent / f".{target.name}.lock").open("w") as lock:
+    # For an object store it is made here; machines that make the same one at once put the same files there.
+    beside = target.local.parent if target.local else cache_home() / "models"
+    beside.mkdir(parents=True, exist_ok=True)
+    with (beside / f".{target.name}.lock").open("w") as lock:
         # Only those who want this one model wait here, and only while one of them works on it.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (target / "config.json").exists():
-            draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+            draft = beside / f".{target.name}.{uuid.uuid4().hex}"
             try:
                 write(draft)
-                draft.replace(target)
+                if target.local:
+                    draft.replace(target.local)
+                else:
+                    target.upload(draft, last="config.json")
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
     return target

@@ -116,7 +116,11 @@ class _Patience:
             )
         if now - self._said > SAY_SECONDS:
             self._said = now
-            self.emit("waiting", {"room": there, "fewest": fewest, "minutes": left / 60})
+            self.emit(
+                "waiting",
+                f"waiting for nodes: the cluster has room for {there} of at least {fewest} workers "
+                f"({left / 60:.0f} more minutes, scaling.wait_minutes)",
+            )
         time.sleep(min(1.0, max(0.1, left)))
         return NoopDecision()
 

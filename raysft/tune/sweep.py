@@ -16,6 +16,7 @@ from raysft.claim import belongs_to
 from raysft.cluster import cluster
 from raysft.config import Config, RequestError
 from raysft.log import Terminal
+from raysft.mirror import looked_into, mirrored
 from raysft.plan import make_plan
 from raysft.records import RunDirectory, RunFailed, write_atomically, write_json
 from raysft.run import run
@@ -39,12 +40,18 @@ def tune(config: Config) -> Config:
         RunFailed: a trial failed; what the others gave is written all the same.
     """
     trials = combinations(config)
-    directory = RunDirectory(config.run_directory)
+    directory = RunDirectory.of(config.run_place)
     terminal = Terminal()
     for trial in trials:
         check_metric(trial.config, config.tune.metric)
-        belongs_to(RunDirectory(trial.config.run_directory), trial.config)
-    belongs_to(directory, config)
+        with looked_into(trial.config.run_place, terminal.line) as there:
+            belongs_to(there, trial.config)
+    with mirrored(directory, terminal.line):
+        belongs_to(directory, config)
+        return _tuned(config, trials, directory, terminal)
+
+
+def _tuned(config: Config, trials: Sequence[Trial], directory: RunDirectory, terminal: Terminal) -> Config:
     with cluster(config) as nodes:
         trials = [with_engines(trial, nodes) for trial in trials]
         concurrent = min(concurrent_trials(trial.config, nodes) for trial in trials)
@@ -52,7 +59,7 @@ def tune(config: Config) -> Config:
         _prepare(trials, nodes, terminal)
         terminal.line(
             f"tune: {len(trials)} trials, {concurrent} at a time, best by {config.tune.mode} {config.tune.metric}; "
-            f"their runs: {config.run_directory / 'trials'}"
+            f"their runs: {config.run_place / 'trials'}"
         )
         directory.path.mkdir(parents=True, exist_ok=True)
         write_atomically(directory.config, config.to_yaml())
@@ -220,7 +227,8 @@ def _conclude(config: Config, trials: Sequence[Trial], outcomes: Mapping[str, An
 def _read_results(trials: Sequence[Trial], name: str) -> dict[str, Any]:
     """What a trial's run gave, without what Tune adds."""
     trial = next(trial for trial in trials if trial.name == name)
-    return RunDirectory(trial.config.run_directory).read_results("all")
+    with looked_into(trial.config.run_place, Terminal().line) as directory:
+        return directory.read_results("all")
 
 
 def _is_finite(value: Any) -> bool:

@@ -63,8 +63,8 @@ def combinations(config: Config) -> list[Trial]:
 
 def _trial(config: Config, values: dict[str, Any]) -> Trial:
     own = {
-        "run.storage": str(config.run_directory / "trials"),
-        "data.cache": str(config.cache_directory),
+        "run.storage": (config.run_place / "trials").location,
+        "data.cache": config.cache_directory.location,
         "tune.space": {},
     }
     try:

@@ -26,7 +26,7 @@ def moments(draw: random.Random) -> dict[str, Callable[[], Moment]]:
     def within_a_checkpoint() -> Moment:
         return lambda run, seconds: any(
             not (part.parent / "part_0.json").exists()
-            for part in run.glob("checkpoints/checkpoint_*/part_0.safetensors")
+            for part in run.glob("checkpoints/checkpoint_*/*part_0.safetensors*")
         )
 
     def while_evaluating() -> Moment:
@@ -97,6 +97,7 @@ def damaged(folder: Path, reference: str, name: str, kind: str, damage: Callable
     """Kill a training, damage the newest checkpoint, and let it end."""
     attempt(folder, name, after(lambda run: len(steps_of(run)) >= 8, 0.2))
     checkpoint = newest(folder / "runs" / name / "checkpoints")
-    assert checkpoint is not None
-    damage(checkpoint)
+    assert checkpoint
+    assert checkpoint.local
+    damage(checkpoint.local)
     return compared(folder, reference, name, kind, 1, attempt(folder, name, None))

@@ -229,7 +229,7 @@ def test_two_runs_that_write_one_set_at_once_and_one_that_is_killed_leave_it_who
     (manifest,) = prepare(parse({**yaml_of(tmp_path / "c.yaml")}), model).train
     assert manifest.reused
     assert len(manifest) == 25_000
-    assert sum(pq.read_metadata(path).num_rows for path in manifest.shard_paths()) == 25_000
+    assert sum(pq.read_metadata(path.local).num_rows for path in manifest.shard_paths()) == 25_000
 
 
 def yaml_of(path: Path) -> dict:

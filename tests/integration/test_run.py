@@ -265,7 +265,7 @@ def test_a_damaged_checkpoint_is_passed_over(folder, sft_run, capsys):
     with pytest.raises(KeyboardInterrupt):
         raysft.run_sft(load(folder / "sft.yaml", arguments), callbacks=[Interrupt(8)])
     flipped = folder / "runs" / "flipped"
-    newest, before = (Path(path) for path in islice(complete(flipped / "checkpoints"), 2))
+    newest, before = (place.local for place in islice(complete(flipped / "checkpoints"), 2))
     part = newest / "part_0.safetensors"
     content = bytearray(part.read_bytes())
     content[-7] ^= 1

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from raysft.storage import Place
 from raysft.train import checkpoint
 from tests.training import STEPS, Case, Result, make_config, prepare, rows_of, train_all
 
@@ -127,16 +128,16 @@ def test_a_flipped_bit_is_found_and_the_one_before_is_taken(prepared, left_alone
 
     _, kept = left_alone["zero 2", 2]
     shutil.copytree(kept, tmp_path / "kept")
-    newer, older = list(checkpoint.complete(tmp_path / "kept"))
+    newer, older = (each.local for each in checkpoint.complete(tmp_path / "kept"))
     file = newer / "part_1.safetensors"
     content = bytearray(file.read_bytes())
     content[-5] ^= 4
     file.write_bytes(bytes(content))
-    assert checkpoint.newest(tmp_path / "kept") == newer, "its size is right"
+    assert checkpoint.newest(tmp_path / "kept") == Place.of(newer), "its size is right"
     with pytest.raises(AssertionError, match="a worker failed"):
         train_all([case(prepared, "zero 2", 1, resume=newer)], 1)
     assert json.loads((newer / checkpoint.DAMAGED).read_text()) == {"file": "part_1.safetensors"}
-    assert checkpoint.newest(tmp_path / "kept") == older
+    assert checkpoint.newest(tmp_path / "kept") == Place.of(older)
 
 
 @pytest.mark.parametrize("missing", ["part_1.safetensors", "part_1.json", "state_0.pt", "cursor.json"])
@@ -145,8 +146,8 @@ def test_a_half_written_checkpoint_is_none(left_alone, tmp_path, missing):
 
     _, kept = left_alone["zero 2", 2]
     shutil.copytree(kept, tmp_path / "kept")
-    newer, older = list(checkpoint.complete(tmp_path / "kept"))
+    newer, older = (each.local for each in checkpoint.complete(tmp_path / "kept"))
     (newer / missing).unlink()
-    assert list(checkpoint.complete(tmp_path / "kept")) == [older]
+    assert list(checkpoint.complete(tmp_path / "kept")) == [Place.of(older)]
     (older / "part_0.safetensors").write_bytes(b"short")
     assert checkpoint.newest(tmp_path / "kept") is None

@@ -91,7 +91,7 @@ def test_every_pod_mounts_the_volume_that_the_run_is_stored_on(documents, cluste
         mounts = {each["mountPath"]: volumes[each["name"]] for each in pod["containers"][0]["volumeMounts"]}
         mounted = [path for path, name in mounts.items() if name == claim["metadata"]["name"]]
         assert any(config.run_directory.is_relative_to(path) for path in mounted)
-        assert any(config.cache_directory.is_relative_to(path) for path in mounted)
+        assert any(config.cache_directory.local.is_relative_to(path) for path in mounted)
     assert config.train.save_every_steps, "what is tried again has to go on from a checkpoint"
 
 

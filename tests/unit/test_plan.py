@@ -178,7 +178,7 @@ def test_a_plan_counts_steps_rows_tokens_and_what_is_empty(tmp_path, monkeypatch
     )
     each = the_set(config, str(tmp_path / "model"))
     manifest = written(each, str(tmp_path / "model"))
-    rows = Rows((str(each.manifest),), capacity=64, rows_per_step=4, epochs=3, layout="single")
+    rows = Rows((each.manifest.location,), capacity=64, rows_per_step=4, epochs=3, layout="single")
     plan = make_plan(config, Prepared((manifest,), (), rows, {}), cpus(2, 2))
     length, trained = int(manifest.lengths[0]), int(manifest.trained[0])
     assert (plan.examples, plan.rows, plan.steps) == (10, 30, 8)

@@ -379,7 +379,7 @@ def test_paths_name_files_folders_globs_lists_and_packages(path, found, monkeypa
         ),
         (
             "nope://bucket/x",
-            "source 's': nope://bucket/x cannot be read (Unrecognized filesystem type in URI: nope://bucket/x); "
+            "source 's': nope://bucket/x cannot be read (Unrecognized filesystem type in URI: nope://bucket); "
             "check the path and its credentials",
         ),
     ],

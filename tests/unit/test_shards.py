@@ -54,7 +54,9 @@ def refusal(sets: list[ShardSet], model: str, max_rejected: float = 0.0) -> str:
 
 def records_of(each: ShardSet, model: str) -> list[str]:
     return [
-        record for path in written(each, model).shard_paths() for record in pq.read_table(path)["record"].to_pylist()
+        record
+        for path in written(each, model).shard_paths()
+        for record in pq.read_table(path.local)["record"].to_pylist()
     ]
 
 
@@ -219,7 +221,7 @@ def test_a_damaged_cache_says_what_to_delete(tmp_path, model):
     write_records(tmp_path / "a.jsonl", [GOOD])
     each = the_set(data_config(tmp_path), model)
     (shard,) = written(each, model).shards
-    (each.directory / shard).unlink()
+    (each.directory / shard).remove()
     with pytest.raises(RequestError) as caught:
         load(each.manifest)
     assert str(caught.value) == f"{each.directory}: shard {shard} is gone; delete the folder, it is written again"
@@ -265,10 +267,10 @@ def test_damaged_shards_are_written_again(tmp_path, model):
     each = the_set(data_config(tmp_path), model)
     (manifest,) = write([each], model, 0.0)
     for damage in (lambda path: path.write_bytes(b""), lambda path: path.unlink()):
-        damage(Path(manifest.shard_paths()[0]))
+        damage(manifest.shard_paths()[0].local)
         (manifest,) = write([each], model, 0.0)
         assert not manifest.reused
-        assert pq.read_table(manifest.shard_paths()[0]).num_rows == 1
+        assert pq.read_table(manifest.shard_paths()[0].local).num_rows == 1
     assert write([each], model, 0.0)[0].reused
 
 

@@ -45,7 +45,7 @@ def rows(tmp_path_factory, model) -> Rows:
         patch.setattr(shards, "SHARD_RECORDS", 20)
         manifests = [written(each, model) for each in sets]
     assert [len(manifest.shards) for manifest in manifests] == [4, 3]
-    rows = Rows(manifests=tuple(str(each.manifest) for each in sets), capacity=CAPACITY, rows_per_step=4, epochs=2)
+    rows = Rows(manifests=tuple(each.manifest.location for each in sets), capacity=CAPACITY, rows_per_step=4, epochs=2)
     assert len(rows.schedule.pieces.examples) > 3 * rows.schedule.rows, "rows hold too few examples to show anything"
     return rows
 
@@ -56,7 +56,7 @@ def originals(rows) -> list[tuple[list[int], list[int]]]:
     found = []
     for manifest in rows._loaded:
         for path in manifest.shard_paths():
-            table = pq.read_table(path)
+            table = pq.read_table(path.local)
             found += zip(table["input_ids"].to_pylist(), table["labels"].to_pylist(), strict=True)
     return found
 
@@ -101,7 +101,7 @@ def test_the_first_token_of_each_example_has_no_label_even_where_the_prompt_is_t
     write_records(tmp_path / "a.jsonl", records(20, 3))
     each = the_set(data_config(tmp_path, train_on_prompt=True, sequence_length=CAPACITY), model)
     manifest = written(each, model)
-    whole = Rows((str(each.manifest),), CAPACITY, rows_per_step=3)
+    whole = Rows((each.manifest.location,), CAPACITY, rows_per_step=3)
     batch = whole.batch(range(whole.schedule.rows))
     assert (batch["labels"][batch["position_ids"] == 0] == IGNORED).all()
     assert trained(batch) == manifest.trained.sum() == (manifest.lengths - 1).sum()

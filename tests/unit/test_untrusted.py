@@ -21,6 +21,7 @@ from raysft.data.extension import PICKLED, read_table
 from raysft.data.files import find_files
 from raysft.data.formats import examples
 from raysft.data.read import read_raw
+from raysft.storage import Place
 from raysft.train import checkpoint
 from raysft.train.model import check_model, model_identity
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -80,7 +81,7 @@ def test_pickled_objects_in_a_data_file_are_refused(kind, nested):
     assert "cannot be read (column 'x' holds pickled Python objects, which could run code)" in told
     if kind == "parquet":
         with pytest.raises(pa.ArrowInvalid, match="pickled"):
-            read_table("a.parquet")
+            read_table(Place.of("a.parquet"))
 
 
 def test_pickled_objects_are_known_by_their_name_where_nobody_registered_the_type():
@@ -209,10 +210,10 @@ def test_a_checkpoint_that_runs_code_is_passed_over():
     folder = Path("checkpoint_2")
     folder.mkdir()
     torch.save({"random": torch.zeros(1)}, folder / "state_0.pt")
-    assert list(checkpoint._read_rest(folder / "state_0.pt")) == ["random"]
+    assert list(checkpoint._read_rest(Place.of(folder), Place.of(folder), 0)) == ["random"]
     torch.save({"random": torch.zeros(1), "x": Code()}, folder / "state_0.pt")
     with pytest.raises(checkpoint.Damaged, match=r"state_0\.pt holds more than tensors and plain values"):
-        checkpoint._read_rest(folder / "state_0.pt")
+        checkpoint._read_rest(Place.of(folder), Place.of(folder), 0)
     assert (folder / checkpoint.DAMAGED).exists()
 
 

@@ -1,0 +1,70 @@
+"""What a machine keeps of places elsewhere: copies of models for all its processes, and the small files of runs."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+from raysft.storage import Entry, Place
+
+KEPT_DAYS = 7
+"""How long a copy that nobody asks for stays on a node."""
+
+
+def cache_home() -> Path:
+    """What this machine keeps of other places."""
+    return Path.home() / ".cache" / "raysft"
+
+
+def working_copy(place: Place) -> Path:
+    """The local folder in which the small files of a run in an object store are read and written."""
+    return cache_home() / "runs" / hashlib.sha256(str(place.parent).encode()).hexdigest()[:16] / place.name
+
+
+def local_copy(location: str) -> str:
+    """A path that this node can open: what is no URI as it is, else a copy that all processes of the node share.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+    """
+    if "://" not in location:
+        return location
+    place = Place.of(location)
+    files = place.walk() or {"": place.entry()}  # a single file
+    identity = hashlib.sha256(repr((str(place), sorted(files.items()))).encode()).hexdigest()[:16]
+    target = cache_home() / "copies" / identity / place.name
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with (target.parent / ".lock").open("w") as lock:
+            # Only those who want this one copy wait here, and only while one of them fetches it.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.exists():
+                _fetch(place, files, target)
+    os.utime(target.parent)
+    _forget_unused(target.parent.parent)
+    return str(target)
+
+
+def _fetch(place: Place, files: dict[str, Entry], target: Path) -> None:
+    draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        for name, entry in files.items():
+            file = draft / name if name else draft
+            (place / name if name else place).download(file)
+            os.utime(file, ns=(entry.modified, entry.modified))  # by which others know it again
+        draft.replace(target)
+    finally:
+        Place(str(draft)).remove()
+
+
+def _forget_unused(copies: Path) -> None:
+    for folder in copies.iterdir():
+        with suppress(OSError):
+            if time.time() - folder.stat().st_mtime > KEPT_DAYS * 86400:
+                shutil.rmtree(folder, ignore_errors=True)

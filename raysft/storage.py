@@ -1,0 +1,380 @@
+"""Files and folders by local path or by URI, read and written in one way whatever holds them. Imports nothing of raysft.
+
+A storage that is away for a while is waited for, and each wait is bounded and says what it waits for.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote, unquote, urlsplit
+
+SCHEMES = ("s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
+"""What pyarrow has a filesystem for. ``file`` is a local path."""
+WHOLE_OR_NOTHING = ("s3", "gs", "gcs", "abfs", "abfss")
+"""Where a file is seen only when all of it is there; elsewhere a draft is renamed."""
+PATIENCE_SECONDS = 600.0
+"""How long a storage that fails is asked again."""
+SAY_SECONDS = 60.0
+"""How often it is said that it fails."""
+LONGEST_PAUSE_SECONDS = 15.0
+CONNECT_SECONDS, REQUEST_SECONDS = 5.0, 20.0
+"""How long one attempt of a request to S3 may wait without a byte; there are three."""
+CHUNK_BYTES = 16 << 20
+
+_LASTING = re.compile(
+    r"ACCESS_DENIED|NO_SUCH|NOT_FOUND|SIGNATURE|INVALID_|MISSING_|UNRECOGNIZED_CLIENT|EXPIRED|QUOTA"
+    r"|HTTP status 4(?!08|29)\d\d|Unable to load|No space left|Permission denied|Unauthenticated",
+    re.IGNORECASE,
+)
+_QUOTABLE = "/:@!$&'()*+,;=~"
+Got = TypeVar("Got")
+
+
+class StorageFailed(RuntimeError):
+    """A storage refuses, or did not answer for as long as it was waited for."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to wait for a storage that fails."""
+
+    seconds: float | None = None
+    """Of one operation. Default: ``PATIENCE_SECONDS``."""
+    say: Callable[[str], None] = print
+    """Takes a line about what is waited for."""
+
+
+_patience: ContextVar[Patience | None] = ContextVar("patience", default=None)
+
+
+@contextmanager
+def patience(seconds: float | None = None, say: Callable[[str], None] = print) -> Iterator[None]:
+    """Set how long operations of this thread wait inside the block; 0 asks once."""
+    token = _patience.set(Patience(seconds, say))
+    try:
+        yield
+    finally:
+        _patience.reset(token)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a listing says of a file or folder."""
+
+    size: int
+    modified: int
+    """Nanoseconds since 1970; 0 where the storage does not say."""
+    folder: bool = False
+
+
+@dataclass(frozen=True)
+class Place:
+    """A file or folder on any filesystem; in an object store folders are there when something is in them."""
+
+    location: str
+    """An absolute local path, or a URI with its options (``?region=…``)."""
+
+    @classmethod
+    def of(cls, location: str | Path | Place) -> Place:
+        """The place that a path or URI names.
+
+        >>> Place.of("s3://key:secret@bucket/runs?region=eu-north-1") / "a b"
+        Place('s3://bucket/runs/a b')
+        """
+        if isinstance(location, Place):
+            return location
+        text = str(location)
+        if text.startswith("file://"):
+            text = unquote(urlsplit(text).path)
+        if "://" not in text:
+            return cls(str(Path(text).expanduser().absolute()))
+        options = options_of(text)
+        return cls(text.removesuffix(options).rstrip("/") + options)
+
+    def __str__(self) -> str:
+        """For people: without options, and without secrets."""
+        if self.local:
+            return self.location
+        scheme, _, rest = self.location.removesuffix(options_of(self.location)).partition("://")
+        return f"{scheme}://{unquote(re.sub('^[^/@]*:[^/@]*@', '', rest))}"
+
+    def __repr__(self) -> str:
+        return f"Place({str(self)!r})"
+
+    def __truediv__(self, name: str) -> Place:
+        if self.local:
+            return Place(str(self.local / name))
+        options = options_of(self.location)
+        return replace(self, location=f"{self.location.removesuffix(options)}/{quoted(name)}{options}")
+
+    @property
+    def local(self) -> Path | None:
+        """The path; None where it is not a local one."""
+        return None if "://" in self.location else Path(self.location)
+
+    @property
+    def name(self) -> str:
+        """The last part."""
+        return str(self).rpartition("/")[2]
+
+    @property
+    def parent(self) -> Place:
+        """The folder around it."""
+        if self.local:
+            return Place(str(self.local.parent))
+        options = options_of(self.location)
+        return Place(self.location.removesuffix(options).rpartition("/")[0] + options)
+
+    def exists(self) -> bool:
+        """Whether there is such a file, or a folder with something in it."""
+        if self.local:
+            return self.local.exists()
+        return self._info() is not None
+
+    def entry(self) -> Entry:
+        """Size and time.
+
+        Raises:
+            FileNotFoundError: there is nothing.
+        """
+        if self.local:
+            return _entry_of(self.local.stat())
+        info = self._info()
+        if info is None:
+            raise FileNotFoundError(errno.ENOENT, "there is no such file", str(self))
+        return _entry(info)
+
+    def list(self) -> dict[str, Entry]:
+        """What is in the folder, by name; empty where there is no such folder."""
+        if self.local:
+            with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.local) as found:
+                return {each.name: _entry_of(each.stat()) for each in sorted(found, key=lambda each: each.name)}
+            return {}
+        return self._listed(recursive=False)
+
+    def walk(self) -> dict[str, Entry]:
+        """All files in the folder and in the folders in it, by their path from here."""
+        if self.local:
+            files = sorted(path for path in self.local.rglob("*") if path.is_file())
+            found = {}
+            for path in files:
+                with suppress(FileNotFoundError):
+                    found[path.relative_to(self.local).as_posix()] = _entry_of(path.stat())
+            return found
+        return {name: each for name, each in self._listed(recursive=True).items() if not each.folder}
+
+    def read(self, function: Callable[[Any], Got]) -> Got:
+        """What a function gives that reads the open file; it is called again where the storage failed on the way.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        if self.local:
+            with self.local.open("rb") as file:
+                return function(file)
+
+        def once(filesystem: Any, path: str) -> Got:
+            with filesystem.open_input_file(path) as file:
+                return function(file)
+
+        return self._patiently(once)
+
+    def write(self, function: Callable[[Any], Got]) -> Got:
+        """Let a function write the file, which is seen when all of it is there; called again where the storage failed."""
+        if self.local:
+            self.local.parent.mkdir(parents=True, exist_ok=True)
+            draft = self.local.with_name(f".{self.local.name}.{uuid.uuid4().hex}")
+            try:
+                with draft.open("wb") as stream:
+                    got = function(stream)
+                draft.replace(self.local)
+            finally:
+                draft.unlink(missing_ok=True)
+            return got
+        return self._patiently(lambda filesystem, path: self._write_once(filesystem, path, function))
+
+    def _write_once(self, filesystem: Any, path: str, function: Callable[[Any], Got]) -> Got:
+        folder, _, name = path.rpartition("/")
+        direct = self.location.split("://")[0] in WHOLE_OR_NOTHING
+        draft = path if direct else f"{folder}/.{name}.{uuid.uuid4().hex}"
+        if not direct:
+            filesystem.create_dir(folder, recursive=True)
+        try:
+            with filesystem.open_output_stream(draft, compression=None) as stream:
+                got = function(stream)
+            if not direct:
+                if self._info_once(filesystem, path) is not None:
+                    filesystem.delete_file(path)
+                filesystem.move(draft, path)
+        except BaseException:
+            # A stream that is left early is closed like one that is done.
+            with suppress(Exception):
+                filesystem.delete_file(draft)
+            raise
+        return got
+
+    def read_bytes(self) -> bytes:
+        """The content."""
+        return self.read(lambda file: file.read())
+
+    def read_text(self) -> str:
+        """The content as UTF-8."""
+        return self.read_bytes().decode("utf-8")
+
+    def write_bytes(self, content: bytes) -> None:
+        """Put a file in place."""
+        self.write(lambda stream: stream.write(content))
+
+    def write_text(self, content: str) -> None:
+        """Put a text in place, as UTF-8."""
+        self.write_bytes(content.encode("utf-8"))
+
+    def upload(self, source: Path, last: str | None = None) -> None:
+        """Put a local file here, or the files of a local folder; ``last`` names the one that says that all are there."""
+        if source.is_file():
+            with source.open("rb") as file:
+
+                def copy(stream: Any) -> None:
+                    file.seek(0)
+                    shutil.copyfileobj(file, stream, CHUNK_BYTES)
+
+                self.write(copy)
+            return
+        names = [path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()]
+        for name in sorted(names, key=lambda name: (name == last, name)):
+            (self / name).upload(source / name)
+
+    def download(self, target: Path) -> None:
+        """Bring the file to a local path, which is there when all of it is."""
+
+        def copy(file: Any) -> None:
+            Place(str(target.absolute())).write(lambda stream: shutil.copyfileobj(file, stream, CHUNK_BYTES))
+
+        self.read(copy)
+
+    def remove(self) -> None:
+        """Remove the file, or the folder with all that is in it; what is not there may stay away."""
+        if self.local:
+            if self.local.is_dir() and not self.local.is_symlink():
+                shutil.rmtree(self.local, ignore_errors=True)
+            else:
+                self.local.unlink(missing_ok=True)
+            return
+
+        def once(filesystem: Any, path: str) -> None:
+            info = self._info_once(filesystem, path)
+            if info is not None:
+                (filesystem.delete_dir if _entry(info).folder else filesystem.delete_file)(path)
+
+        with suppress(FileNotFoundError):  # somebody else removed it in this moment
+            self._patiently(once)
+
+    def _info(self) -> Any:
+        return self._patiently(self._info_once)
+
+    def _info_once(self, filesystem: Any, path: str) -> Any:
+        from pyarrow import fs
+
+        info = filesystem.get_file_info(path)
+        return None if info.type == fs.FileType.NotFound else info
+
+    def _listed(self, recursive: bool) -> dict[str, Entry]:
+        from pyarrow import fs
+
+        def once(filesystem: Any, path: str) -> dict[str, Entry]:
+            infos = filesystem.get_file_info(fs.FileSelector(path, recursive=recursive, allow_not_found=True))
+            return {info.path[len(path) :].lstrip("/"): _entry(info) for info in infos}
+
+        return dict(sorted(self._patiently(once).items()))
+
+    def _patiently(self, once: Callable[[Any, str], Got]) -> Got:
+        """Call until it works; what waiting cannot mend is raised at once."""
+        limits, begun, said, pause = _patience.get() or Patience(), time.monotonic(), -SAY_SECONDS, 0.5
+        seconds = PATIENCE_SECONDS if limits.seconds is None else limits.seconds
+        while True:
+            try:
+                return once(*filesystem_of(self.location))
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                waited, reason = time.monotonic() - begun, reason_of(error)
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise  # of a local file that is read or written meanwhile
+                if _LASTING.search(str(error)):
+                    raise StorageFailed(f"{self}: the storage refuses ({reason})") from error
+                if waited + pause > seconds:
+                    raise StorageFailed(f"{self}: no answer from the storage for {waited:.0f} s ({reason})") from error
+                if waited - said >= SAY_SECONDS:
+                    limits.say(f"{self}: waiting for the storage, {seconds:.0f} s at most ({reason})")
+                    said = waited
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+
+def _entry(info: Any) -> Entry:
+    from pyarrow import fs
+
+    return Entry(info.size or 0, info.mtime_ns or 0, info.type == fs.FileType.Directory)
+
+
+def _entry_of(status: os.stat_result) -> Entry:
+    return Entry(status.st_size, status.st_mtime_ns, (status.st_mode & 0o170000) == 0o040000)
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error of a filesystem says, in one line."""
+    if isinstance(error, StorageFailed):
+        return str(error)
+    text = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+    found = re.search(r"AWS Error .*? during \w+", text)
+    return f"{found.group() if found else text:.200}"
+
+
+def quoted(path: str) -> str:
+    """A path as a URI has it."""
+    return quote(path, safe=_QUOTABLE)
+
+
+def options_of(location: str) -> str:
+    """The options of a URI (``?region=…``), as pyarrow takes them; a question mark without options is part of a glob."""
+    found = re.search(r"\?\w+=[^?]*$", location)
+    return found.group() if found else ""
+
+
+def filesystem_of(location: str) -> tuple[Any, str]:
+    """The pyarrow filesystem of a path or URI, and the path in it."""
+    if "://" not in location:
+        from pyarrow import fs
+
+        return fs.LocalFileSystem(), str(Path(location).expanduser().absolute())
+    options = options_of(location)
+    scheme, _, rest = location.removesuffix(options).partition("://")
+    host, _, path = rest.partition("/")
+    # Only where it begins is parsed: a glob is no part of a URI, and people write spaces as they are.
+    filesystem, root = _filesystem(f"{scheme}://{quote(host, safe=_QUOTABLE + '%')}{options}")
+    return filesystem, f"{root.rstrip('/')}/{unquote(path)}" if path else root
+
+
+@lru_cache(maxsize=16)
+def _filesystem(root: str) -> tuple[Any, str]:
+    from pyarrow import fs
+
+    filesystem, path = fs.FileSystem.from_uri(root)
+    if isinstance(filesystem, fs.S3FileSystem):
+        # A URI has no option for these. Without them a server that takes a request and never answers holds it for minutes.
+        _, (options,) = filesystem.__reduce__()
+        bounded = {"connect_timeout": CONNECT_SECONDS, "request_timeout": REQUEST_SECONDS, "allow_delayed_open": True}
+        filesystem = fs.S3FileSystem(**{**options, **bounded})
+    return filesystem, path

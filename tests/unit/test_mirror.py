@@ -1,0 +1,134 @@
+"""The small files of a run in an object store, and its lock there."""
+
+import json
+import os
+import time
+from dataclasses import asdict, replace
+
+import pytest
+
+from raysft import lock, mirror
+from raysft.lock import Held, Holder, held
+from raysft.mirror import Mirror, looked_into, mirrored
+from raysft.records import RunDirectory, RunFailed, append_json
+from raysft.storage import Place
+from tests.objects import s3_server
+
+
+@pytest.fixture(scope="module")
+def server():
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def run(server, tmp_path, monkeypatch) -> RunDirectory:
+    """An empty run directory in the object store."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    yield RunDirectory.of(Place.of(server.uri(f"{tmp_path.name}/runs/r")))
+    server.heals()
+
+
+def test_files_go_there_as_they_change_and_come_from_there(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(mirror, "EVERY_SECONDS", 0.1)
+    assert run.path.is_relative_to(tmp_path / "home" / ".cache" / "raysft" / "runs")
+    (run.checkpoints / "checkpoint_1" / "part").write_text("large")
+    (run.place / "results.json").write_text("there")
+    (run.place / "old.partial").write_text("x")
+    run.path.mkdir(parents=True)
+    (run.path / "left-behind").write_text("by another life")
+    with mirrored(run, print):
+        assert sorted(path.name for path in run.path.iterdir()) == ["old.partial", "results.json"]
+        (run.path / "old.partial").unlink()
+        append_json(run.trainer_log, {"step": 1})
+        (run.path / "tensorboard").mkdir()
+        (run.path / "tensorboard" / "events").write_text("1")
+        (run.path / ".predictions.partial").write_text("2")
+        (run.path / ".draft.1234").write_text("3")
+        limit = time.monotonic() + 20
+        while not ((run.place / "trainer_log.jsonl").exists() and not (run.place / "old.partial").exists()):
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+        append_json(run.trainer_log, {"step": 2})
+        (run.path / "results.json").write_text("here")
+    assert list(run.place.walk()) == [
+        ".predictions.partial",
+        "checkpoints/checkpoint_1/part",
+        "results.json",
+        "tensorboard/events",
+        "trainer_log.jsonl",
+    ]
+    assert (run.place / "results.json").read_text() == "here"
+    assert (run.place / "trainer_log.jsonl").read_text().count("step") == 2
+
+
+def test_what_did_not_change_is_not_sent_again(run, server):
+    sent = Mirror(run, print)
+    sent.fetch()
+    run.config.write_text("a: 1")
+    sent.push()
+    asked = len(server.requests)
+    sent.push()
+    assert len(server.requests) == asked
+
+
+def test_a_storage_that_is_away_is_said_once_and_the_files_follow(run, server, monkeypatch):
+    monkeypatch.setattr(mirror, "EVERY_SECONDS", 0.1)
+    said: list[str] = []
+    with mirrored(run, said.append):
+        server.fails("PUT", seconds=600)
+        run.config.write_text("a: 1")
+        limit = time.monotonic() + 30
+        while not said:
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+        server.heals()
+    assert len(said) == 1
+    assert said[0].startswith(f"{run.place}/config.yaml: no answer from the storage")
+    assert run.place.list().keys() == {"config.yaml"}
+
+
+def test_a_storage_that_stays_away_at_the_end_is_one_line(run, server, monkeypatch):
+    monkeypatch.setattr("raysft.storage.PATIENCE_SECONDS", 1.0)
+
+    def works():
+        with mirrored(run, lambda line: None):
+            server.fails("PUT", seconds=600)
+            run.config.write_text("a: 1")
+
+    with pytest.raises(RunFailed, match=r"the last files of the run are in .* alone"):
+        works()
+
+
+def test_who_only_looks_leaves_the_working_copy_alone(run):
+    run.path.mkdir(parents=True)
+    run.config.write_text("of who works here")
+    (run.place / "config.yaml").write_text("there")
+    with looked_into(run.place, print, back=True) as directory:
+        assert directory.config.read_text() == "there"
+        directory.model_card.write_text("card")
+    assert run.config.read_text() == "of who works here"
+    assert (run.place / "README.md").read_text() == "card"
+
+
+def test_the_lock_of_an_object_store(run, monkeypatch):
+    monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.01)
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(lock, "DEAD_SECONDS", 0.6)
+    file = run.place / ".lock"
+    with held(run.place):
+        assert json.loads(file.read_text())["process"] == os.getpid()
+        with pytest.raises(Held, match=f"{run.place}: process {os.getpid()} on"), held(run.place):
+            pass
+        limit = time.monotonic() + 20
+        while not json.loads(file.read_text())["beat"]:
+            assert time.monotonic() < limit
+    assert not file.exists()
+    file.write_text(json.dumps(asdict(replace(Holder.me(), host="elsewhere", process=7))))
+    said: list[str] = []
+    with held(run.place, said.append):
+        assert said == [f"{run.place}: process 7 on elsewhere works here; waiting 1 s for a sign"]
+        # Another took it in the same moment, and was later.
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: file.write_text(json.dumps(asdict(Holder.me()))))
+    with pytest.raises(Held, match="another process began to work here in this moment"), held(run.place):
+        pass

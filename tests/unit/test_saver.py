@@ -1,0 +1,140 @@
+"""Checkpoints that cannot be written, and how many are kept."""
+
+import errno
+import json
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from raysft import storage
+from raysft.storage import Place, StorageFailed
+from raysft.train import checkpoint
+from raysft.train.checkpoint import Cursor, Snapshot, folder_name
+from raysft.train.saver import Saver
+from tests.objects import s3_server
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group():
+    """A process group of one."""
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def server():
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture(params=["local", "s3"])
+def checkpoints(request, tmp_path) -> Place:
+    if request.param == "local":
+        return Place.of(tmp_path / "checkpoints")
+    return Place.of(request.getfixturevalue("server").uri(f"{tmp_path.name}/checkpoints"))
+
+
+@pytest.fixture
+def saved(monkeypatch):
+    """Saves a small state after some steps; gives what was told."""
+    monkeypatch.setattr(checkpoint, "snapshot", lambda engine, schedule, cursor, log: part(cursor.step))
+
+    def save(saver: Saver, *steps: int) -> None:
+        for step in steps:
+            saver(None, None, Cursor(step, step, step, {}), [])
+        saver.close()
+
+    return save
+
+
+def part(step: int, workers: int = 1, rank: int = 0) -> Snapshot:
+    return Snapshot(
+        rank, {"weight:0:w": torch.full((5,), float(step))}, {}, Cursor(step, step, step, {}, None, workers)
+    )
+
+
+def steps(checkpoints: Place) -> list[int]:
+    return [Cursor.read(folder).step for folder in checkpoint.complete(checkpoints)]
+
+
+def test_the_newest_are_kept_and_what_is_half_written_before_them_goes(checkpoints, saved):
+    half, later = (checkpoints / folder_name(step, "half") for step in (2, 9))
+    checkpoint.write(part(2, workers=2), half)
+    checkpoint.write(part(9, workers=2), later)
+    events: list = []
+    saver = Saver(checkpoints, 2, lambda event, content: events.append((event, content)))
+    assert saver.resume is None
+    saved(saver, 1, 2, 3)
+    assert [content["step"] for event, content in events if event == "checkpoint"] == [1, 2, 3]
+    assert steps(checkpoints) == [3, 2]
+    assert later.exists(), "perhaps it is still being written"
+    assert not half.exists()
+    again = Saver(checkpoints, 2, print)
+    assert again.resume == next(checkpoint.complete(checkpoints))
+    saved(again, 3, 4)
+    assert steps(checkpoints) == [4, 3]
+
+
+def test_a_full_disk_costs_the_checkpoint_and_nothing_else(tmp_path, saved, monkeypatch):
+    checkpoints, events = Place.of(tmp_path), []
+    saver = Saver(checkpoints, 2, lambda event, content: events.append((event, content)))
+    saved(saver, 1)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        saved(saver, 2)
+    event, content = events[-1]
+    assert event == "unsaved"
+    assert content == {"step": 2, "reason": "No space left on device; free some, or lower train.keep_last"}
+    assert len(list(tmp_path.iterdir())) == 1, "nothing of it is left"
+    saved(saver, 3)
+    assert steps(checkpoints) == [3, 1]
+
+
+def test_a_storage_that_does_not_come_back_costs_the_checkpoint_and_nothing_else(server, tmp_path, saved, monkeypatch):
+    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 1.0)
+    checkpoints, events = Place.of(server.uri(f"{tmp_path.name}/c")), []
+    saver = Saver(checkpoints, 2, lambda event, content: events.append((event, content)))
+    server.fails("PUT", seconds=600)
+    saved(saver, 1)
+    server.heals()
+    assert events[-1][0] == "unsaved"
+    assert "no answer from the storage for" in events[-1][1]["reason"]
+    saved(saver, 2)
+    assert steps(checkpoints) == [2]
+
+
+def test_storage_that_is_away_is_not_taken_for_no_checkpoint(server, tmp_path, saved, monkeypatch):
+    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 0.5)
+    checkpoints = Place.of(server.uri(f"{tmp_path.name}/c"))
+    saved(Saver(checkpoints, 2, print), 1)
+    server.fails("GET|HEAD", seconds=600)
+    with pytest.raises(StorageFailed):
+        Saver(checkpoints, 2, lambda event, content: None)
+    server.heals()
+
+
+def test_a_torn_upload_is_none_and_looking_takes_few_requests(server, tmp_path):
+    checkpoints, workers = Place.of(server.uri(f"{tmp_path.name}/c")), 20
+    for step in (1, 2):
+        for rank in range(workers):
+            checkpoint.write(part(step, workers, rank), checkpoints / folder_name(step, "a"))
+    asked = len(server.requests)
+    assert steps(checkpoints)[0] == 2
+    assert len(server.requests) - asked < 20
+    for name in ("part_7.json", "state_19.pt", "cursor.json"):
+        file = checkpoints / folder_name(2, "a") / name
+        content = file.read_bytes()
+        file.remove()
+        assert steps(checkpoints) == [1]
+        file.write_bytes(content)
+    assert steps(checkpoints) == [2, 1]
+    (checkpoints / folder_name(2, "a") / checkpoint.DAMAGED).write_text(json.dumps({"file": "x"}))
+    assert steps(checkpoints) == [1]
