@@ -16,6 +16,9 @@ import psutil
 import rich.console
 import rich.progress
 
+QUIET_SECONDS = 5.0
+"""How often it is said that a storage is waited for."""
+
 
 class Console(rich.console.Console):
     """A console whose reader may go away (``| head``, a lost connection): what remains to be done is done all the same."""
@@ -108,6 +111,8 @@ class Journal:
         self._launched = time.time()
         self._setup: dict[str, Any] = {}
         self._set_up = 0.0
+        self._unsaved, self._waiting = -1, 0.0
+        """What was said last: the step without a checkpoint, and when a storage was waited for."""
         self.timings: dict[str, float] = {}
         """Where the seconds to the first step went; empty until it was done."""
 
@@ -140,16 +145,23 @@ class Journal:
             )
         elif event == "checkpoint":
             self._terminal.line(f"checkpoint after step {content['step']}")
-        elif event == "unsaved":
-            self._terminal.line(
-                f"no checkpoint after step {content['step']}: {content['reason']}; the training goes on, and older ones stay"
-            )
-        elif event == "waiting":
-            self._terminal.line(content)
+        elif event in ("unsaved", "waiting"):
+            self._trouble(event, content)
         for callback in self._callbacks:
             method = getattr(callback, f"on_{event}", None)
             if method is not None:
                 method(content)
+
+    def _trouble(self, event: str, content: Any) -> None:
+        """Say that the storage fails; where it does for one worker, it does for a thousand."""
+        if event == "unsaved" and content["step"] != self._unsaved:
+            self._unsaved = content["step"]
+            self._terminal.line(
+                f"no checkpoint after step {content['step']}: {content['reason']}; the training goes on, and older ones stay"
+            )
+        elif event == "waiting" and time.time() - self._waiting > QUIET_SECONDS:
+            self._waiting = time.time()
+            self._terminal.line(content)
 
     def results(self) -> dict[str, float]:
         """Mean loss and speed over all steps of the run, those before it was interrupted too."""

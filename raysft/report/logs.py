@@ -90,7 +90,9 @@ def read_run(run: RunDirectory) -> RunLog:
     """
     if not run.config.is_file():
         fact = "holds no config.yaml and so is no run directory" if run.path.is_dir() else "there is no such folder"
-        raise FileNotFoundError(f"{run.path}: {fact}; give the folder {{run.storage}}/{{run.name}} of a run")
+        raise FileNotFoundError(
+            f"{run.remote or run.path}: {fact}; give the folder {{run.storage}}/{{run.name}} of a run"
+        )
     steps: dict[int, dict[str, Any]] = {}
     evaluations: dict[int, dict[str, Any]] = {}
     for number, record in enumerate(read_lines(run.trainer_log), start=1):

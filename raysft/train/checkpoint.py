@@ -12,21 +12,29 @@ import hashlib
 import json
 import math
 import pickle
-import random
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from raysft.storage import Entry, Place
 from raysft.train.fragments import Fragment, base_optimizer, fragments, owners, spread
 from raysft.train.pieces import Pieces, write_tensors
+from raysft.train.states import (
+    count_again,
+    counter,
+    counters,
+    is_by_weight,
+    is_for_each_weight,
+    numbers,
+    random_states,
+    read_rest,
+    set_random_states,
+)
 
 WEIGHT = "weight"
 """Kind of a fragment beside the optimizer's own names (``exp_avg`` …)."""
@@ -109,17 +117,17 @@ def snapshot(engine: Any, schedule: Any, cursor: Cursor, log: Sequence[Any] = ()
     """
     optimizer = base_optimizer(engine)
     tensors = {}
-    by_weight = _is_by_weight(engine)
+    by_weight = is_by_weight(engine)
     for fragment in fragments(engine):
         tensors[_key(WEIGHT, fragment)] = _copied(fragment.weight)
         for kind, state in optimizer.state[fragment.owner].items() if by_weight else ():
-            if _is_for_each_weight(state, fragment.owner):
+            if is_for_each_weight(state, fragment.owner):
                 tensors[_key(kind, fragment)] = _copied(fragment.of(state))
     rest = {
-        "random": _random_states(),
-        "optimizer": _counters(engine) if by_weight else optimizer.state_dict(),
+        "random": random_states(),
+        "optimizer": counters(engine) if by_weight else optimizer.state_dict(),
         "schedule": schedule.state_dict(),
-        "scaler": _numbers(getattr(engine.optimizer, "loss_scaler", None)),
+        "scaler": numbers(getattr(engine.optimizer, "loss_scaler", None)),
         "log": list(log),
         "engine": {name: getattr(engine, name) for name in ("global_steps", "global_samples", "skipped_steps")},
     }
@@ -306,7 +314,7 @@ def load(engine: Any, schedule: Any, folder: Place | Path) -> tuple[Cursor, list
     folder = Place.of(folder)
     cursor, rank = Cursor.read(folder), dist.get_rank()
     own = rank if rank < cursor.workers else 0
-    optimizer, by_weight = base_optimizer(engine), _is_by_weight(engine)
+    optimizer, by_weight = base_optimizer(engine), is_by_weight(engine)
     with tempfile.TemporaryDirectory(prefix="raysft-") as scratch:
         near = check(folder, cursor, Path(scratch))
         rest = _read_rest(folder, near.get(own, folder), own)
@@ -315,10 +323,10 @@ def load(engine: Any, schedule: Any, folder: Place | Path) -> tuple[Cursor, list
         if by_weight:
             for owner in owners(engine):
                 optimizer.state[owner] = {
-                    **{name: _counter(value, owner, optimizer) for name, value in rest["optimizer"].items()},
+                    **{name: counter(value, owner, optimizer) for name, value in rest["optimizer"].items()},
                     **{kind: torch.zeros_like(owner, requires_grad=False) for kind in kinds},
                 }
-            _count_again(optimizer, rest["optimizer"].get("step"))
+            count_again(optimizer, rest["optimizer"].get("step"))
         for fragment in fragments(engine, all_of_them=True):
             pieces.want(WEIGHT, fragment.name, fragment.start, fragment.weight)
             for kind in kinds:
@@ -335,7 +343,7 @@ def load(engine: Any, schedule: Any, folder: Place | Path) -> tuple[Cursor, list
     for name, value in rest["scaler"].items():
         setattr(engine.optimizer.loss_scaler, name, value)
     if rank < cursor.workers:
-        _set_random_states(rest["random"])
+        set_random_states(rest["random"])
     return cursor, rest["log"]
 
 
@@ -347,80 +355,16 @@ def _copied(values: torch.Tensor) -> torch.Tensor:
     return values.detach().to("cpu", copy=True).contiguous()
 
 
-def _is_by_weight(engine: Any) -> bool:
-    """Whether the optimizer keeps nothing but a number for each weight, and counters."""
-    if engine.zero_optimization_stage():
-        return True  # others are refused there
-    return isinstance(engine.optimizer, torch.optim.Adam)
-
-
-def _is_for_each_weight(state: Any, owner: torch.Tensor) -> bool:
-    return torch.is_tensor(state) and state.dim() > 0 and state.numel() == owner.numel()
-
-
-def _counters(engine: Any) -> dict[str, Any]:
-    """What an optimizer keeps besides, the same for all weights: the number of steps."""
-    optimizer = base_optimizer(engine)
-    for owner in owners(engine):
-        found = {name: value for name, value in optimizer.state[owner].items() if not _is_for_each_weight(value, owner)}
-        return {name: value.cpu().clone() if torch.is_tensor(value) else value for name, value in found.items()}
-    return {}
-
-
-def _counter(value: Any, owner: torch.Tensor, optimizer: Any) -> Any:
-    """A counter of its own for each owner, where the optimizer wants it: torch's fused kernels on the device."""
-    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-    return value.to(owner.device if on_device else "cpu", copy=True) if torch.is_tensor(value) else value
-
-
-def _count_again(optimizer: Any, steps: Any) -> None:
-    """DeepSpeed's CPU-Adam multiplies powers of its betas up, a factor each step, where nobody can set them; another way to
-    compute them differs in the last digit."""
-    if not hasattr(optimizer, "ds_opt_adam"):
-        return
-    nothing = [torch.zeros(1) for _ in range(4)]
-    for step in range(1, int(steps) + 1):
-        optimizer.ds_opt_adam.adam_update(
-            optimizer.opt_id, step, 0.0, *optimizer.param_groups[0]["betas"], 1.0, 0.0, True, *nothing
-        )
-
-
-def _numbers(scaler: Any) -> dict[str, Any]:
-    """The state of a loss scaler."""
-    return {name: value for name, value in vars(scaler).items() if isinstance(value, int | float)} if scaler else {}
-
-
-def _random_states() -> dict[str, Any]:
-    name, keys, *numpys = np.random.get_state(legacy=True)
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "numpy": [name, torch.from_numpy(np.asarray(keys, np.int64)), *numpys],
-        "python": random.getstate(),
-    }
-
-
-def _set_random_states(states: Mapping[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-    name, keys, *numpys = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *numpys))
-    random.setstate(states["python"])
-
-
 def _read_rest(folder: Place, near: Place, part: int) -> dict[str, Any]:
-    """Tensors and plain values alone are loaded, and what GaLore and APOLLO keep beside them.
+    """A worker's state beside its tensors.
 
     Raises:
-        Damaged: it holds anything else, which could run code, whatever its digest says.
+        Damaged: it holds what could run code, whatever its digest says.
     """
-    theirs = sys.modules.get("pytorch_optimizer.optimizer.utils.galore")
-    with torch.serialization.safe_globals([theirs.GaLoreProjector] if theirs else []):
-        name = f"state_{part}.pt"
-        try:
-            return (near / name).read(lambda file: torch.load(file, weights_only=True))
-        except pickle.UnpicklingError:
-            (folder / DAMAGED).write_text(json.dumps({"file": name}))
-            what = "more than tensors and plain values, which no training has written"
-            raise Damaged(f"{folder / name} holds {what}") from None
+    name = f"state_{part}.pt"
+    try:
+        return (near / name).read(read_rest)
+    except pickle.UnpicklingError:
+        (folder / DAMAGED).write_text(json.dumps({"file": name}))
+        what = "more than tensors and plain values, which no training has written"
+        raise Damaged(f"{folder / name} holds {what}") from None

@@ -216,7 +216,7 @@ def _conclude(config: Config, trials: Sequence[Trial], outcomes: Mapping[str, An
     write_atomically(directory / "best.yaml", best.to_yaml())
     for trial in done:
         terminal.line(f"{metric} {_number(results[trial.name][metric])} | {trial} | {trial.name}")
-    terminal.line(f"best config: {directory / 'best.yaml'}")
+    terminal.line(f"best config: {config.run_place / 'best.yaml'}")
     if errors:
         raise RunFailed(
             f"{len(errors)} of {len(trials)} trials failed, and best.yaml is the best of the others: {errors[0]}"

@@ -163,7 +163,9 @@ def test_an_export_takes_the_name_from_the_runs_config(tmp_path, model, ran):
     named = config(model, (str(model),))
     directory = RunDirectory(tmp_path / "run")
     load_model(named, str(model)).save_pretrained(directory.model.local)
-    shutil.copytree(model, directory.model.local, dirs_exist_ok=True, ignore=shutil.ignore_patterns("model*", "config.json"))
+    shutil.copytree(
+        model, directory.model.local, dirs_exist_ok=True, ignore=shutil.ignore_patterns("model*", "config.json")
+    )
     directory.config.write_text(named.to_yaml())
     export(directory.place, tmp_path / "out")
     assert (tmp_path / "out" / "modeling_own.py").exists()

@@ -108,3 +108,16 @@ def test_a_reader_that_goes_away_ends_nothing(tmp_path: Path):
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert (tmp_path / "done").exists()
+
+
+def test_a_storage_that_fails_for_many_workers_is_said_once(tmp_path, capsys):
+    journal = Journal(tmp_path / "log.jsonl", Terminal())
+    for _ in range(3):
+        journal("waiting", "s3://x: waiting for the storage")
+        journal("unsaved", {"step": 4, "reason": "full"})
+    journal("unsaved", {"step": 6, "reason": "full"})
+    assert capsys.readouterr().out.splitlines() == [
+        "s3://x: waiting for the storage",
+        "no checkpoint after step 4: full; the training goes on, and older ones stay",
+        "no checkpoint after step 6: full; the training goes on, and older ones stay",
+    ]

@@ -3,15 +3,18 @@
 import errno
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from raysft import storage
+from raysft.records import RunFailed
 from raysft.storage import Place, StorageFailed
 from raysft.train import checkpoint
 from raysft.train.checkpoint import Cursor, Snapshot, folder_name
+from raysft.train.pieces import Pieces
 from raysft.train.saver import Saver
 from tests.objects import s3_server
 
@@ -138,3 +141,30 @@ def test_a_torn_upload_is_none_and_looking_takes_few_requests(server, tmp_path):
     assert steps(checkpoints) == [2, 1]
     (checkpoints / folder_name(2, "a") / checkpoint.DAMAGED).write_text(json.dumps({"file": "x"}))
     assert steps(checkpoints) == [1]
+
+
+def test_ranges_of_parts_are_read_and_what_differs_from_its_digest_is_found(checkpoints, tmp_path):
+    folder = checkpoints / folder_name(1, "a")
+    for rank in range(2):
+        values = torch.arange(5 * rank, 5 * rank + 5, dtype=torch.float32)
+        tensors = {f"weight:{5 * rank}:w": values, f"exp_avg:{5 * rank}:w": values.to(torch.bfloat16)}
+        checkpoint.write(replace(part(1, workers=2, rank=rank), tensors=tensors), folder)
+    cursor = Cursor.read(folder)
+    near = checkpoint.check(folder, cursor, tmp_path / "scratch")
+    assert near.keys() == {0, 1}, "one worker checks all"
+    pieces = Pieces({0: folder, 1: near[1]}, mine=near)
+    assert pieces.kinds == ["exp_avg", "weight"]
+    weight, average = torch.zeros(4), torch.zeros(10)
+    pieces.want("weight", "w", 3, weight)
+    pieces.want("exp_avg", "w", 0, average)
+    pieces.read()
+    assert weight.tolist() == [3, 4, 5, 6]
+    assert average.tolist() == list(range(10))
+    with pytest.raises(RunFailed, match="it holds no weight of w"):
+        pieces.want("weight", "w", 8, torch.zeros(4))
+    content = bytearray((folder / "part_1.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "part_1.safetensors").write_bytes(bytes(content))
+    with pytest.raises(checkpoint.Damaged, match=r"part_1\.safetensors is not what was written"):
+        checkpoint.check(folder, cursor, tmp_path / "again")
+    assert checkpoint.newest(checkpoints) is None
