@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.faults import nodes
+from tests.faults import nodes, storage
 from tests.faults.processes import flip_a_bit, kill_a_worker, killed, lose_a_part, moments
 from tests.faults.runs import TITLE, Outcome, attempt, prepare
 
@@ -28,6 +28,11 @@ FAULTS = {
     "a node leaves with notice": nodes.leaves_with_notice,
     "a node dies and another one comes": nodes.comes_back,
     "a node dies while predictions are generated": nodes.dies_in_generation,
+    "S3 answers 500 for 15 seconds": storage.failing(500),
+    "S3 answers 503 for 15 seconds": storage.failing(503),
+    "S3 does not answer for 15 seconds": storage.failing(503, late=30.0),
+    "S3 has all that a lost machine leaves": storage.loses_its_machine,
+    "the disk is full": storage.is_full,
 }
 LONGER = ("a node leaves with notice", "a node dies and another one comes")
 """Those that need more steps to happen in."""

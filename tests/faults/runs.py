@@ -100,15 +100,18 @@ def after(begun: Callable[[Path], bool], later: float) -> Moment:
     return moment
 
 
-def attempt(folder: Path, name: str, moment: Moment | None, *settings: str, verb: str = "train") -> int | None:
-    """Run the command; gives its exit code, None where it was killed.
+def attempt(
+    folder: Path, name: str, moment: Moment | None, *settings: str, verb: str = "train", home: Path | None = None
+) -> int | None:
+    """Run the command, with a home folder of its own; gives its exit code, None where it was killed.
 
     Raises:
         TimeoutError: it hangs.
     """
     command = [sys.executable, "-m", "raysft.cli", verb, str(folder / "faults.yaml"), f"run.name={name}", *settings]
     with (folder / f"{name}.log").open("a") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        environment = {**os.environ, "HOME": str(home)} if home else None
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
     begun, run = time.monotonic(), folder / "runs" / name
     while process.poll() is None:
         seconds = time.monotonic() - begun
