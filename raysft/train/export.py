@@ -173,6 +173,10 @@ def save(model: Any, tokenizer: Any, folder: Path) -> bool:
                 state[name] = parameter.detach().cpu().clone()
     if not writes:
         return False
+    if not adapters_only:
+        # What a model keeps beside its parameters: the routers of some mixtures of experts balance themselves so.
+        kept = model.state_dict().keys()
+        state |= {name: buffer.cpu().clone() for name, buffer in model.named_buffers() if name in kept}
     if adapters_only:
         if begun_with := getattr(model, "begun_with", None):
             model.save_pretrained(folder, path_initial_model_for_weight_conversion=begun_with)
