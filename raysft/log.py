@@ -111,8 +111,8 @@ class Journal:
         self._launched = time.time()
         self._setup: dict[str, Any] = {}
         self._set_up = 0.0
-        self._unsaved, self._waiting = -1, 0.0
-        """What was said last: the step without a checkpoint, and when a storage was waited for."""
+        self._unsaved, self._waiting = (-1, False), 0.0
+        """What was said last: which checkpoint was not written or left out, and when a storage was waited for."""
         self.timings: dict[str, float] = {}
         """Where the seconds to the first step went; empty until it was done."""
 
@@ -154,8 +154,8 @@ class Journal:
 
     def _trouble(self, event: str, content: Any) -> None:
         """Say that the storage fails; where it does for one worker, it does for a thousand."""
-        if event == "unsaved" and content["step"] != self._unsaved:
-            self._unsaved = content["step"]
+        if event == "unsaved" and (content["step"], content["left_out"]) != self._unsaved:
+            self._unsaved = content["step"], content["left_out"]
             self._terminal.line(
                 f"no checkpoint after step {content['step']}: {content['reason']}; the training goes on, and older ones stay"
             )

@@ -58,7 +58,7 @@ class Saver:
         if self._wait(STALL_SECONDS, while_failing=False):
             self._start()
         else:
-            self._unsaved(cursor.step, f"that after step {self._step} is still being written")
+            self._unsaved(cursor.step, f"that after step {self._step} is still being written", left_out=True)
 
     def close(self) -> None:
         """Wait for the last one; nothing changes the state any more, so that it may also be copied now."""
@@ -102,8 +102,8 @@ class Saver:
             with suppress(Exception), patience(0):
                 checkpoint.tidy(self._checkpoints, self._keep)
 
-    def _unsaved(self, step: int, reason: str) -> None:
-        self._emit("unsaved", {"step": step, "reason": reason})
+    def _unsaved(self, step: int, reason: str, left_out: bool = False) -> None:
+        self._emit("unsaved", {"step": step, "reason": reason, "left_out": left_out})
 
     def _say(self, line: str) -> None:
         self._failing.set()

@@ -114,10 +114,12 @@ def test_a_storage_that_fails_for_many_workers_is_said_once(tmp_path, capsys):
     journal = Journal(tmp_path / "log.jsonl", Terminal())
     for _ in range(3):
         journal("waiting", "s3://x: waiting for the storage")
-        journal("unsaved", {"step": 4, "reason": "full"})
-    journal("unsaved", {"step": 6, "reason": "full"})
+        journal("unsaved", {"step": 4, "reason": "full", "left_out": False})
+    journal("unsaved", {"step": 6, "reason": "busy", "left_out": True})
+    journal("unsaved", {"step": 6, "reason": "full", "left_out": False})
     assert capsys.readouterr().out.splitlines() == [
         "s3://x: waiting for the storage",
         "no checkpoint after step 4: full; the training goes on, and older ones stay",
+        "no checkpoint after step 6: busy; the training goes on, and older ones stay",
         "no checkpoint after step 6: full; the training goes on, and older ones stay",
     ]

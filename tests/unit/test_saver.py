@@ -95,7 +95,7 @@ def test_a_full_disk_costs_the_checkpoint_and_nothing_else(tmp_path, saved, monk
         saved(saver, 2)
     event, content = events[-1]
     assert event == "unsaved"
-    assert content == {"step": 2, "reason": "No space left on device; free some, or lower train.keep_last"}
+    assert content["reason"] == "No space left on device; free some, or lower train.keep_last"
     assert len(list(tmp_path.iterdir())) == 1, "nothing of it is left"
     saved(saver, 3)
     assert steps(checkpoints) == [3, 1]
