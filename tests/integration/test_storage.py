@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import psutil
 import pytest
@@ -53,6 +54,10 @@ def folder(server, tmp_path_factory):
     text = CONFIG.format(folder=folder, storage=server.uri("runs"), model=server.uri("models/base"))
     (folder / "c.yaml").write_text(text)
     with pytest.MonkeyPatch.context() as patch:
+        # Ray keeps the token of its clusters at home, and in this process the one that it has read before.
+        token = Path.home() / ".ray" / "auth_token"
+        if token.exists():
+            patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
         patch.setenv("HOME", str(folder / "home"))
         ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
         yield folder
