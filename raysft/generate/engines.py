@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 from raysft.config import Config, RequestError, locate
 from raysft.copies import local_copy
 from raysft.matmul import use_onednn
+from raysft.storage import Place
 
 
 @dataclass(frozen=True)
@@ -175,13 +176,19 @@ def adapter_base(model: Path) -> Path | None:
         if not (model / "config.json").exists():
             raise RequestError(f"{model} holds neither config.json nor adapter_config.json; give a model's folder")
         return None
-    base = json.loads(description.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = _named_base(model)
     base = local_copy(base) if base else None
     if not base or not Path(base).is_dir():
         raise RequestError(
             f"{description}: base_model_name_or_path={base!r} is no folder here; put the base model there or correct it"
         )
     return Path(base)
+
+
+def _named_base(adapter: Path) -> str | None:
+    """The model that an adapter's description names."""
+    named = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    return str(named) if named else None
 
 
 def choose_tokens(
@@ -247,10 +254,11 @@ class _RowLimits(StoppingCriteria):
 def runs_code(config: Config, folder: Path) -> bool:
     """Whether code that comes with a model may run; with an adapter's base only where that is the model whose code was named, for
     ``adapter_config.json`` may name any folder."""
-    base = adapter_base(folder)
-    named = Path(locate(config.model.path, "model.path")).expanduser().absolute()
-    mine = base is None or base == named or config.cache_directory in base.parents
-    return config.model.runs_code and mine
+    if not config.model.runs_code or adapter_base(folder) is None:
+        return config.model.runs_code
+    base, named = Place.of(_named_base(folder) or ""), Place.of(locate(config.model.path, "model.path"))
+    # With adapters merged it lies in the cache.
+    return base == named or base.parent == config.cache_directory / "models"
 
 
 def _load_model(config: Config, folder: Path) -> Any:

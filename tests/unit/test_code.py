@@ -169,3 +169,21 @@ def test_an_export_takes_the_name_from_the_runs_config(tmp_path, model, ran):
     directory.config.write_text(named.to_yaml())
     export(directory.place, tmp_path / "out")
     assert (tmp_path / "out" / "modeling_own.py").exists()
+
+
+def test_an_adapter_lends_the_trust_to_no_other_base(tmp_path, model):
+    from raysft.config import parse
+    from raysft.generate.engines import runs_code
+
+    other, merged = tmp_path / "other", tmp_path / "cache" / "models" / "merged-1"
+    for folder in (other, merged):
+        shutil.copytree(model, folder)
+    settings = {"path": str(model), "trust_remote_code": [str(model)]}
+    data = {"train": [{"name": "a", "path": "a"}], "cache": str(tmp_path / "cache")}
+    named = parse({"model": settings, "data": data})
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for base, trusted in ((model, True), (merged, True), (other, False)):
+        (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+        assert runs_code(named, adapter) is trusted, base
+    assert runs_code(named, other), "what the run has trained is a whole model"
