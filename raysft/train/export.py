@@ -25,38 +25,58 @@ class Exporter:
 
     def __init__(self, run: RunDirectory, emit: Callable[[str, Any], None]) -> None:
         self._run, self._emit = run, emit
-        self._best: Path | None = None
-        """The best model on this node, while it is on its way to an object store."""
+        self._best: tuple[int, Path] | None = None
+        """The best model on this node and its step, while it is on its way to an object store."""
         self._sending: threading.Thread | None = None
         self._lock = threading.Lock()
 
     def known(self, best: Best | None) -> Best | None:
-        """The best model that a checkpoint tells of; None where it did not come to the object store before its machine died."""
-        if best is None or self._run.best.local or any((self._run.best / mark).exists() for mark in MODEL_MARKS):
-            return best
-        if dist.get_rank() == 0:
-            self._emit(
-                "waiting",
-                f"{self._run.best}: the best model, after step {best.step}, did not get there; another is sought",
-            )
-        return None
+        """The best model that a checkpoint tells of; None where it did not come to the object store before its machine died.
 
-    def keep_best(self, model: Any, tokenizer: Any) -> None:
-        """Write the model as it is now as the best so far; the training does not wait for an object store."""
-        if self._run.best.local:
+        All workers come to the same end.
+        """
+        if best is None or self._run.best.local:
+            return best
+        kept = [True]
+        if dist.get_rank() == 0:
+            # It may be the trained model already, if what came after that did not come to its end.
+            kept = [_is_whole(self._there(best.step)) or self._run.is_trained()]
+            if not kept[0]:
+                self._emit(
+                    "waiting",
+                    f"{self._run.best}: the best model, after step {best.step}, did not get there; another is sought",
+                )
+        dist.broadcast_object_list(kept, src=0)
+        return best if kept[0] else None
+
+    def keep_best(self, step: int, model: Any, tokenizer: Any) -> None:
+        """Write the model as it is now as the best so far; the training does not wait for an object store.
+
+        Raises:
+            RunFailed: it cannot be written; on all workers alike, or the others would wait for the first one.
+        """
+        failure: list[RunFailed | None] = [None]
+        try:
             with _told():
-                export(model, tokenizer, self._run.best)
-            return None
+                self._keep_best(step, model, tokenizer)
+        except RunFailed as error:
+            failure = [error]
+        dist.broadcast_object_list(failure, src=0)
+        if failure[0] is not None:
+            raise failure[0]
+
+    def _keep_best(self, step: int, model: Any, tokenizer: Any) -> None:
+        if self._run.best.local:
+            return export(model, tokenizer, self._run.best)
         draft = Path(tempfile.mkdtemp(prefix="raysft-best-"))
-        with _told():
-            if not save(model, tokenizer, draft):
-                return draft.rmdir()
+        if not save(model, tokenizer, draft):
+            return draft.rmdir()
         with self._lock:
             if self._sending is None:
                 self._forget()
                 self._sending = threading.Thread(target=self._send_best, name="best model", daemon=True)
                 self._sending.start()
-            self._best = draft  # else it is the next to be sent
+            self._best = step, draft  # else it is the next to be sent
         return None
 
     def write(self, model: Any, tokenizer: Any) -> None:
@@ -69,8 +89,8 @@ class Exporter:
             export(model, tokenizer, self._run.model)
         self._forget()
 
-    def write_best(self) -> None:
-        """Make the best model the trained one.
+    def write_best(self, step: int) -> None:
+        """Make the best model, after so many steps, the trained one.
 
         Raises:
             RunFailed: it cannot be written.
@@ -83,28 +103,38 @@ class Exporter:
                 put_in_place(best.local, model.local)
                 return
             self._wait()
-            source = self._best or (Path(local_copy(best.location)) if best.exists() else None)
-            if source is not None:  # else it was put there before
-                send(source, model)
-                best.remove()
+            there = self._there(step)
+            if self._best is not None:
+                send(self._best[1], model)
+            elif _is_whole(there):  # else it was put there before
+                send(Path(local_copy(there.location)), model)
+            best.remove()
         self._forget()
 
     def _send_best(self) -> None:
         """Send the best model, and those that were better meanwhile."""
-        sent: Path | None = None
+        sent: tuple[int, Path] | None = None
         while True:
             with self._lock:
                 if sent and sent != self._best:
-                    shutil.rmtree(sent, ignore_errors=True)
+                    shutil.rmtree(sent[1], ignore_errors=True)
                 if sent == self._best or self._best is None:
                     self._sending = None
                     return
                 sent = self._best
             try:
                 with self._patience():
-                    send(sent, self._run.best)
+                    send(sent[1], self._there(sent[0]))
+                    for name in self._run.best.list():
+                        if name != str(sent[0]):
+                            (self._run.best / name).remove()
             except (StorageFailed, OSError) as error:
                 self._emit("waiting", f"the best model stays on this node until the end of the training: {error}")
+
+    def _there(self, step: int) -> Place:
+        """Where the model after so many steps is kept in an object store: a checkpoint may tell of one that did not get there,
+        and an earlier one must not be taken for it."""
+        return self._run.best / str(step)
 
     def _wait(self) -> None:
         sending = self._sending
@@ -113,11 +143,15 @@ class Exporter:
 
     def _forget(self) -> None:
         if self._best is not None:
-            shutil.rmtree(self._best, ignore_errors=True)
+            shutil.rmtree(self._best[1], ignore_errors=True)
             self._best = None
 
     def _patience(self) -> Any:
         return patience(say=lambda line: self._emit("waiting", line))
+
+
+def _is_whole(model: Place) -> bool:
+    return any((model / mark).exists() for mark in MODEL_MARKS)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -179,9 +180,8 @@ class _Loop:
         if resume is not None:
             cursor, log = checkpoint.load(self.engine, self.lr, resume)
             self.log.extend(log)
-        self.judge = Judge(
-            self.job.config.train, lambda: self._export(self.exporter.keep_best), self.exporter.known(cursor.best)
-        )
+        best = self.exporter.known(cursor.best) if self.job.config.train.keep_best else cursor.best
+        self.judge = Judge(self.job.config.train, self._keep_best, best)
         names, model = self.job.train_rows.sources, self.engine.module.model
         self.figures = Figures(self.schedule, names, self.workers, self.device, model)
         self.first = cursor.step
@@ -296,10 +296,14 @@ class _Loop:
             results |= {"best_step": best.step, "best_eval_loss": best.loss}
         if best and self.job.config.train.keep_best:
             self.evaluated = best.results
-            self.exporter.write_best()
+            self.exporter.write_best(best.step)
         else:
             self._export(self.exporter.write)
         self.emit("end", {"train": results, "eval": self.evaluated})
+
+    def _keep_best(self) -> None:
+        assert self.judge.best
+        self._export(partial(self.exporter.keep_best, self.judge.best.step))
 
     def _export(self, write: Callable[[Any, Any], None]) -> None:
         """Write the model as it is now."""

@@ -1,14 +1,21 @@
 """What is written of a trained model."""
 
+import errno
+import multiprocessing
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from raysft.records import RunDirectory, RunFailed
 from raysft.storage import Place
-from raysft.train.export import export
+from raysft.train.checkpoint import Best
+from raysft.train.export import Exporter, export
+from tests.objects import s3_server
 from tests.tiny import tiny_model
 
 
@@ -32,3 +39,93 @@ def test_buffers_that_belong_to_a_model_are_written_too(tmp_path: Path):
     assert written["model.balance"].tolist() == [0.0, 1.0, 2.0]
     assert "model.passing" not in written
     assert written.keys() - {"model.balance"} == load_file(folder / "model.safetensors").keys()
+
+
+class Told(Exporter):
+    """Remembers what it told."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.told: list[str] = []
+        super().__init__(run, lambda event, content: self.told.append(content))
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run directory in an object store."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("raysft.train.export.save", mark_alone)
+    with s3_server() as server:
+        yield RunDirectory.of(Place.of(server.uri(f"{tmp_path.name}/r")))
+
+
+def mark_alone(model: str, tokenizer: object, folder: Path) -> bool:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(model)
+    return True
+
+
+def best_of(step: int) -> Best:
+    return Best(step, 0, {"eval_loss": 1.0})
+
+
+@pytest.mark.usefixtures("group")
+def test_the_best_model_is_still_known_when_it_is_the_trained_one_already(run):
+    exporter = Told(run)
+    exporter.keep_best(4, "after 4", None)
+    exporter.write_best(4)
+    again = Told(run)  # the process was killed before it wrote its results
+    assert again.known(best_of(4)) == best_of(4)
+    again.write_best(4)
+    assert (run.model / "config.json").read_text() == "after 4"
+    assert not again.told
+    assert not run.best.list()
+
+
+@pytest.mark.usefixtures("group")
+def test_an_earlier_best_model_is_not_taken_for_one_that_did_not_get_there(run):
+    exporter = Told(run)
+    exporter.keep_best(4, "after 4", None)
+    exporter._wait()
+    assert Told(run).known(best_of(4)) == best_of(4)
+    again = Told(run)  # its machine died while that after step 6 was on its way, and a checkpoint tells of it
+    assert again.known(best_of(6)) is None
+    assert "after step 6, did not get there" in again.told[0]
+    again.keep_best(8, "after 8", None)
+    again._wait()
+    assert list(run.best.list()) == ["8"]
+
+
+def keeps(rank: int, folder: Path, store: str, out) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=20)
+    )
+    exporter = Exporter(RunDirectory(folder / "r"), lambda event, content: None)
+    try:
+        exporter.keep_best(4, Unwritable(), None)
+        out.put((rank, "went on"))
+    except RunFailed as error:
+        out.put((rank, str(error)))
+
+
+class Unwritable(torch.nn.Module):
+    """A model for which there is no room."""
+
+    config = SimpleNamespace()
+
+    def save_pretrained(self, folder: Path, state_dict: dict) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_best_model_that_cannot_be_written_ends_all_workers_alike(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    out = context.Queue()
+    folder, store = tmp_path / "runs", str(tmp_path / "store")
+    folder.mkdir()
+    processes = [context.Process(target=keeps, args=(rank, folder, store, out)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    said = dict(out.get(timeout=100) for _ in processes)
+    for process in processes:
+        process.join(timeout=30)
+    assert said[0] == said[1]
+    assert "No space left" in said[0]
