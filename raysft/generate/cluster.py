@@ -52,7 +52,7 @@ def living() -> set[str]:
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
-def size_pool(config: Config, cluster: Sequence[Node], batches: int) -> Pool:
+def size_pool(config: Config, cluster: Sequence[Node], batches: int, shrinks: bool = False) -> Pool:
     """How many engines to start: ``generate.num_actors``, or one per GPU, or one per node without GPU.
 
     The prompts come as blocks that are in the object store already, so the engines are all that the pipeline places: an
@@ -61,6 +61,7 @@ def size_pool(config: Config, cluster: Sequence[Node], batches: int) -> Pool:
     Args:
         cluster: living nodes.
         batches: batches that there are; more engines than that are not started.
+        shrinks: nodes died meanwhile: as many of ``generate.num_actors`` as those that live have room for will do.
 
     Raises:
         RequestError: the cluster can never place that many.
@@ -76,12 +77,12 @@ def size_pool(config: Config, cluster: Sequence[Node], batches: int) -> Pool:
         remedy = "set scaling.use_gpu=false, or add a GPU node" if use_gpu else "add a node with a CPU"
         raise RequestError(f"generation wants 1 {unit} and the cluster has none ({_listed(cluster)}); {remedy}")
     wanted = config.generate.num_actors or (places if use_gpu else sum(1 for free in room if free))
-    if wanted > places:
+    if wanted > places and not shrinks:
         raise RequestError(
             f"generate.num_actors={wanted} wants {wanted} {unit}s and the cluster has {places} ({_listed(cluster)}); "
             f"use {places}, or add nodes"
         )
-    engines = max(1, min(wanted, batches))
+    engines = max(1, min(wanted, places, batches))
     return Pool(
         engines=engines,
         cpus=0.0 if use_gpu else 1.0,  # beside a GPU a reserved CPU could only keep an engine from its place

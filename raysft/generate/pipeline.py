@@ -39,10 +39,11 @@ def completions(config: Config, model: str, prompts: pa.Table) -> Generator[list
         RequestError: no engine finds a place.
         RunFailed: an engine failed, and not because its node died.
     """
+    shrinks = False
     while prompts.num_rows:
         began, done = cluster.living(), set[str]()
         try:
-            for entries in _pass(config, model, prompts, began):
+            for entries in _pass(config, model, prompts, began, shrinks):
                 done.update(entry["id"] for entry in entries)
                 yield entries
             return
@@ -51,17 +52,18 @@ def completions(config: Config, model: str, prompts: pa.Table) -> Generator[list
             if not gone:
                 reason = str(error).partition("The actor is dead because ")[2] or str(error)
                 raise _failed(reason, config, died=True) from error
+        shrinks = True
         prompts = prompts.filter(pa.array([id not in done for id in prompts["id"].to_pylist()], pa.bool_()))
         nodes = f"{gone} node{'' if gone == 1 else 's'}"
         print(f"generate: {nodes} died; going on with {prompts.num_rows} prompts on those that live", file=sys.stderr)
 
 
 def _pass(
-    config: Config, model: str, prompts: pa.Table, began: set[str]
+    config: Config, model: str, prompts: pa.Table, began: set[str], shrinks: bool
 ) -> Generator[list[dict[str, Any]], None, None]:
     """All prompts through one pool of engines."""
     batches = _batches(prompts, config.generate.batch_size)
-    pool = cluster.size_pool(config, cluster.nodes(), len(batches))
+    pool = cluster.size_pool(config, cluster.nodes(), len(batches), shrinks)
     with cluster.quiet_ray_data():
         dataset = ray.data.from_arrow(batches).map_batches(
             _EngineActor,

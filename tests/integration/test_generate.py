@@ -315,6 +315,10 @@ def test_the_pool_follows_the_cluster():
     assert cluster.size_pool(config(), [head, two, four], batches=1).engines == 1
     asked = cluster.size_pool(config(num_actors=6), [head, two, four], batches=9)
     assert (asked.engines, asked.engines_per_node, asked.cpus) == (6, 3, 1.0)
+    with pytest.raises(RequestError, match=r"generate\.num_actors=6 wants 6 CPUs and the cluster has 4"):
+        cluster.size_pool(config(num_actors=6), [head, four], batches=9)
+    left = cluster.size_pool(config(num_actors=6), [head, four], batches=9, shrinks=True)
+    assert (left.engines, left.engines_per_node) == (4, 4), "a node died meanwhile"
     gpus = config().with_overrides({"scaling.use_gpu": True})
     pool = cluster.size_pool(gpus, [cluster.Node("a", 1, gpus=8), cluster.Node("b", 1, gpus=8)], batches=99)
     assert (pool.engines, pool.gpus, pool.cpus) == (16, 1.0, 0.0)
