@@ -24,7 +24,8 @@ def cache_home() -> Path:
 
 def working_copy(place: Place) -> Path:
     """The local folder in which the small files of a run in an object store are read and written."""
-    return cache_home() / "runs" / hashlib.sha256(str(place.parent).encode()).hexdigest()[:16] / place.name
+    # With its options: the same bucket of another server (``endpoint_override``) is another one.
+    return cache_home() / "runs" / hashlib.sha256(place.parent.location.encode()).hexdigest()[:16] / place.name
 
 
 def local_copy(location: str) -> str:

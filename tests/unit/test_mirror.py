@@ -132,3 +132,9 @@ def test_the_lock_of_an_object_store(run, monkeypatch):
     monkeypatch.setattr(lock.time, "sleep", lambda seconds: file.write_text(json.dumps(asdict(Holder.me()))))
     with pytest.raises(Held, match="another process began to work here in this moment"), held(run.place):
         pass
+
+
+def test_runs_of_the_same_name_on_two_servers_have_a_working_copy_each():
+    one, other = (Place.of(f"s3://bucket/runs/r?endpoint_override=http://{host}") for host in ("one", "other"))
+    assert RunDirectory.of(one).path != RunDirectory.of(other).path
+    assert RunDirectory.of(one).path == RunDirectory.of(one).path
