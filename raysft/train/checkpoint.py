@@ -79,7 +79,12 @@ class Cursor:
     @classmethod
     def read(cls, folder: Place | Path) -> Cursor:
         """The cursor of a checkpoint."""
-        whole = json.loads((Place.of(folder) / "cursor.json").read_text())
+        return cls.parse((Place.of(folder) / "cursor.json").read_bytes())
+
+    @classmethod
+    def parse(cls, content: bytes) -> Cursor:
+        """The cursor in the content of ``cursor.json``."""
+        whole = json.loads(content)
         best = whole.pop("best", None)
         return cls(**whole, best=Best(**best) if best else None)
 
@@ -233,7 +238,14 @@ def _whole(folder: Place, files: Mapping[str, Entry]) -> Cursor | None:
     if DAMAGED in files or "cursor.json" not in files:
         return None
     try:
-        cursor = Cursor.read(folder)
+        content = (folder / "cursor.json").read_bytes()
+        # Others go by what it says before all files are compared: the driver, and Ray Data, which begins at its step.
+        if (
+            json.loads((folder / "part_0.json").read_text())["cursor.json"]["sha256"]
+            != hashlib.sha256(content).hexdigest()
+        ):
+            return None
+        cursor = Cursor.parse(content)
         for rank in range(cursor.workers):
             if any(name not in files for name in (f"part_{rank}.json", f"part_{rank}.safetensors", f"state_{rank}.pt")):
                 return None

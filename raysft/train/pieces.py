@@ -81,15 +81,12 @@ class Pieces:
                 size = (end - begin) // DTYPES[dtype].itemsize
                 self._pieces.setdefault((kind, name), []).append(Piece(int(start), size, dtype, part, begin))
         self._wanted: dict[int, list[tuple[int, str, torch.Tensor]]] = {}
+        self._lacking: str | None = None
         self.kinds = sorted({kind for kind, _ in self._pieces})
         """What there is: the weight, and what the optimizer keeps."""
 
     def want(self, kind: str, name: str, start: int, into: torch.Tensor) -> None:
-        """Say which elements of a parameter are wanted, and where; ``read`` fills them in.
-
-        Raises:
-            RunFailed: there are no such elements.
-        """
+        """Say which elements of a parameter are wanted, and where; ``read`` fills them in."""
         missing = len(into)
         for piece in self._pieces.get((kind, name), ()):
             first = max(piece.start, start)
@@ -99,11 +96,20 @@ class Pieces:
                 target = into[first - start : last - start]
                 self._wanted.setdefault(piece.part, []).append((begin, piece.dtype, target))
                 missing -= last - first
-        if missing:
-            raise RunFailed(f"the checkpoint is of another model: it holds no {kind} of {name}")
+        if missing and not self._lacking:
+            self._lacking = f"{kind} of {name}"
 
     def read(self) -> None:
-        """Fill in what is wanted."""
+        """Fill in what is wanted. All workers call it.
+
+        Raises:
+            RunFailed: some of that is not there; on all workers alike, also where only one wanted it.
+        """
+        everyones: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyones, self._lacking)
+        lacking = next((each for each in everyones if each), None)
+        if lacking:
+            raise RunFailed(f"the checkpoint is of another model: it holds no {lacking}")
         for part, wanted in self._wanted.items():
             wanted.sort(key=lambda each: each[0])
             self._files[part].read(partial(_fill, wanted))
