@@ -42,15 +42,18 @@ class Holder:
     """Of this holding alone."""
     beat: int = 0
     """Counts up while it is alive."""
+    processes: str = ""
+    """Among which its number counts: containers may have one name and processes of their own."""
 
     @classmethod
     def me(cls) -> Holder:
         """This process."""
-        return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time(), uuid.uuid4().hex)
+        born, token = psutil.Process().create_time(), uuid.uuid4().hex
+        return cls(socket.gethostname(), os.getpid(), born, token, processes=_processes())
 
     def is_alive(self) -> bool | None:
         """Whether the process runs; None on another machine, where only its signs can tell."""
-        if self.host != socket.gethostname():
+        if (self.host, self.processes) != (socket.gethostname(), _processes()):
             return None
         try:
             return abs(psutil.Process(self.process).create_time() - self.born) < 1.0
@@ -73,7 +76,10 @@ def held(folder: Place | Path, say: Callable[[str], None] = print) -> Iterator[N
     if folder.local:
         folder.local.mkdir(parents=True, exist_ok=True)
     file = folder / ".lock"
-    _take(file, me, say)
+    try:
+        _take(file, me, say)
+    except PermissionError as error:
+        raise Held(f"{file}: cannot be read or written ({error.strerror})") from None
     done = threading.Event()
     beating = threading.Thread(target=_beat, args=(file, me, done, say), daemon=True)
     beating.start()
@@ -82,7 +88,7 @@ def held(folder: Place | Path, say: Callable[[str], None] = print) -> Iterator[N
     finally:
         done.set()
         beating.join(timeout=BEAT_SECONDS)
-        with suppress(StorageFailed), patience(BEAT_SECONDS, say):
+        with suppress(StorageFailed), patience(BEAT_SECONDS, say), suppress(OSError):
             if _holder(file, me.token):
                 file.remove()
 
@@ -94,7 +100,8 @@ def _take(file: Place, me: Holder, say: Callable[[str], None]) -> None:
                 json.dump(asdict(me), stream)
             return
         except FileExistsError:
-            pass
+            if _holder(file) is None:  # perhaps it is being written just now
+                time.sleep(SETTLE_SECONDS / 5)
     other = _holder(file)
     alive = other.is_alive() if other else False
     if alive is None:
@@ -123,7 +130,7 @@ def _beat(file: Place, me: Holder, done: threading.Event, say: Callable[[str], N
         try:
             with patience(0):
                 other = _holder(file)
-        except StorageFailed:
+        except (OSError, StorageFailed):
             continue  # away for a while, for all others too
         if other is not None and other.token != me.token:
             # This machine slept, and was taken for dead: two must not write.
@@ -135,14 +142,27 @@ def _beat(file: Place, me: Holder, done: threading.Event, say: Callable[[str], N
             _write(file, replace(me, beat=count))
 
 
+def _processes() -> str:
+    """Of this machine since its start, and of this container."""
+    parts = []
+    for path in (Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")):
+        with suppress(OSError):
+            parts.append(os.readlink(path) if path.is_symlink() else path.read_text().strip())
+    return " ".join(parts)
+
+
 def _write(file: Place, holder: Holder) -> None:
     file.write_text(json.dumps(asdict(holder)))
 
 
 def _holder(file: Place, token: str | None = None) -> Holder | None:
-    """Who the file names; with a token only that one."""
+    """Who the file names; with a token only that one.
+
+    Raises:
+        OSError: it is there and cannot be read, which says nothing of who holds it.
+    """
     try:
         holder = Holder(**json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError):
+    except (FileNotFoundError, ValueError, TypeError):
         return None
     return holder if token is None or holder.token == token else None

@@ -1,5 +1,6 @@
 """One process at a time in a run directory."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import pytest
 
 from raysft import lock
 from raysft.lock import Held, Holder, held
+from raysft.storage import Place
 
 
 def hold(folder, ready, seconds):
@@ -67,6 +69,28 @@ def test_a_lock_that_cannot_be_read_holds_nobody_off(tmp_path):
     (tmp_path / ".lock").write_text("{")
     with held(tmp_path):
         pass
+
+
+def test_a_lock_that_another_user_keeps_to_himself_is_no_dead_ones(tmp_path, monkeypatch):
+    content = json.dumps(asdict(Holder.me()))
+    (tmp_path / ".lock").write_text(content)
+    read = Place.read
+
+    def refused(place, function):
+        if place.name == ".lock":
+            raise PermissionError(errno.EACCES, "Permission denied", str(place))
+        return read(place, function)
+
+    monkeypatch.setattr(Place, "read", refused)
+    with pytest.raises(Held, match="Permission denied"), held(tmp_path):
+        pass
+    assert (tmp_path / ".lock").read_text() == content
+
+
+def test_a_process_of_another_container_with_this_ones_name_is_not_known_to_be_dead():
+    there = replace(Holder.me(), process=4_000_000)
+    assert there.is_alive() is False
+    assert replace(there, processes="another").is_alive() is None
 
 
 def test_who_was_taken_for_dead_stops(tmp_path, monkeypatch):
