@@ -151,6 +151,17 @@ def test_rouge_of_latin_text_is_that_of_rouge_score():
     assert found["rouge1"] > 30
 
 
+def test_rouge_of_random_lines_is_that_of_rouge_score():
+    """Few words, many ties: of several longest common subsequences the same one has to be counted."""
+    generator = random.Random(1)
+    scorer = RougeScorer(ROUGES, use_stemmer=True)
+    for _ in range(150):
+        text, other = ("".join(generator.choices("aaabcd  \n", k=generator.randrange(90))) for _ in range(2))
+        text, other = (re.sub("(?<=[a-d])(?=[a-d])", " ", each) for each in (text, other))
+        found = scored("rouge", [(text, other)])
+        assert {key: found[key] for key in ROUGES} == pytest.approx(mean_rouge(scorer, [(text, other)]), abs=1e-9)
+
+
 class Characters:
     """What is neither a blank nor ASCII nor punctuation, one by one; words of the rest."""
 

@@ -12,6 +12,7 @@ from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_chinese import Rouge
 
 from raysft.generate.metrics.additive import MeanMetric
+from raysft.generate.metrics.subsequence import common_length
 
 with warnings.catch_warnings():  # jieba imports pkg_resources, which warns of its own end
     warnings.simplefilter("ignore")
@@ -63,23 +64,6 @@ def _rouge_l(hypothesis: str, reference: str) -> float:
     for text in (hypothesis, reference):
         sentences = [" ".join(part.split()) for part in Rouge().cut_sent(text) if len(part) > 0]
         words.append([word for sentence in sentences for word in sentence.split(" ")])
-    common = _longest_common_subsequence(*words)
+    common = common_length(*words)
     precision, recall = common / len(words[0]), common / len(words[1])
     return 2.0 * ((precision * recall) / (precision + recall + 1e-8))
-
-
-def _longest_common_subsequence(left: list[str], right: list[str]) -> int:
-    """Its length, with a row of the usual table as the bits of one integer (Hyyrö 2004).
-
-    >>> _longest_common_subsequence("a b c d".split(), "x b y d a".split())
-    2
-    """
-    at: dict[str, int] = {}
-    for position, word in enumerate(left):
-        at[word] = at.get(word, 0) | 1 << position
-    every = (1 << len(left)) - 1
-    row = every  # a zero bit is a place where the subsequence grows
-    for word in right:
-        matched = row & at.get(word, 0)
-        row = ((row + matched) | (row - matched)) & every
-    return len(left) - row.bit_count()
