@@ -274,7 +274,7 @@ def generate_predictions(it: Opened) -> None:
     from raysft.generate.infer import generate as infer
 
     write_prompts(it.prepared.eval, directory.prompts, config.generate.max_examples)
-    results: dict[str, float] = {}
+    results: dict[str, Any] = {}
     if not config.generate.compare_base:
         directory.base_predictions.unlink(missing_ok=True)  # those of an earlier call were perhaps made otherwise
     else:

@@ -102,7 +102,9 @@ class GenerateSection(Section):
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
     """Above 1, tokens that were used become less probable."""
     metrics: list[str] = ["similarity"]
-    """Metrics of the predictions: modules of the package ``evaluate``; ``similarity`` (ROUGE and BLEU-4) comes with raysft.
+    """Metrics of the predictions: modules of the package ``evaluate``. These come with raysft and need no network:
+    ``similarity`` (ROUGE over jieba's words and BLEU-4 over characters, as LLaMA-Factory), ``rouge`` (rouge_score), ``bleu``
+    (sacreBLEU of the corpus; ``bleu_zh`` for Chinese), ``chrf`` (sacreBLEU), ``exact_match`` (0 to 1; all others 0 to 100).
     Others are Python code, which runs because it is named here: a file, a folder, or an id on the hub, from where it is fetched
     (``NAME`` alone is ``evaluate-metric/NAME`` there, unless there is a ``NAME/NAME.py`` here)."""
 

@@ -20,7 +20,7 @@ from raysft.records import read_jsonl
 COLUMNS = ("id", "source", "prompt", "input_ids", "label")
 
 
-def generate(config: Config, *, model: str, prompts: Path, output: Path, progress: bool = True) -> dict[str, float]:
+def generate(config: Config, *, model: str, prompts: Path, output: Path, progress: bool = True) -> dict[str, Any]:
     """Predict what follows each prompt, write the predictions in the order of the prompts, and score them.
 
     Ray must be initialised. Predictions are kept as they come: when this is killed and called again with the same
@@ -33,9 +33,8 @@ def generate(config: Config, *, model: str, prompts: Path, output: Path, progres
         progress: say on stderr how far it is.
 
     Returns:
-        The metrics (``predict_rouge-1``, …, by source as well where there are several), ``predict_examples``, and of
-        the call that generated: ``predict_runtime`` in seconds, ``predict_tokens_per_second`` without the engines'
-        start.
+        What ``metrics.score`` gives (``predict_rouge-1``, …, by source as well where there are several), and of the call
+        that generated: ``predict_runtime`` in seconds, ``predict_tokens_per_second`` without the engines' start.
 
     Raises:
         RequestError: the model, the prompts, a metric or the size of the pool cannot be, said before anything starts.

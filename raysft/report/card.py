@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from raysft.report.comparison import compare, unfinished
+from raysft.report.comparison import INTERVALS, compare, compare_predictions, unfinished
 from raysft.report.course import planned, went
 from raysft.report.logs import RunLog
 
@@ -110,11 +110,20 @@ def _opening(log: RunLog) -> str:
 def _results(log: RunLog) -> str:
     """The before/after table, and how the text was generated that was scored."""
     rows = compare(log)
-    table = [(row.label, row.show(row.before), row.show(row.after), row.change) for row in rows]
+    table = [(row.label, row.shown_before, row.shown_after, row.change) for row in rows]
     text = _table("Results", ("measure", "before", "after", "change"), table)
     if unfinished(log) and rows:
         text += f"\n\n{unfinished(log)}"
-    if any(row.kind in ("score", "other") for row in rows):
+    if any(row.after_interval for row in rows):
+        text += f"\n\nIn brackets: {INTERVALS}."
+    signatures = [
+        f"{match[1]} {_code(str(value))}"
+        for key, value in log.predicted.items()
+        if (match := re.fullmatch(r"predict_(\w+)_signature", key))
+    ]
+    if signatures:
+        text += f"\n\nSettings, as sacreBLEU writes them: {', '.join(signatures)}."
+    if compare_predictions(log):
         option = log.option
         sampling = (
             f"temperature {option('generate.temperature')}, top-p {option('generate.top_p')}, "

@@ -12,6 +12,9 @@ Kind = Literal["loss", "perplexity", "share", "score", "other"]
 
 _DECIMALS: dict[Kind, int] = {"loss": 4, "perplexity": 2, "score": 2, "other": 4}
 
+INTERVALS = "95% intervals, by bootstrap over the examples"
+"""What stands in brackets behind a value."""
+
 _NO_QUALITY = re.compile(r"(?:.*_)?(?:count|examples|prompts|runtime|samples|second|seconds|steps|time|tokens)")
 """Names of results that say how much or how long and not how well."""
 
@@ -24,6 +27,9 @@ class Comparison:
     kind: Kind
     before: float | None
     after: float
+    before_interval: tuple[float, float] | None = None
+    """Ends of its 95% interval, where it has one."""
+    after_interval: tuple[float, float] | None = None
 
     @property
     def change(self) -> str:
@@ -50,6 +56,25 @@ class Comparison:
             return None
         return (self.after < self.before) == (self.kind in ("loss", "perplexity"))
 
+    @property
+    def shown_before(self) -> str:
+        """The value before as text, with its interval."""
+        return self._with_interval(self.before, self.before_interval)
+
+    @property
+    def shown_after(self) -> str:
+        """The value after as text, with its interval.
+
+        >>> Comparison("BLEU", "score", None, 41.2, None, (39.8, 42.6)).shown_after
+        '41.20 (39.80–42.60)'
+        """
+        return self._with_interval(self.after, self.after_interval)
+
+    def _with_interval(self, value: float | None, interval: tuple[float, float] | None) -> str:
+        return (
+            f"{self.show(value)} ({self.show(interval[0])}–{self.show(interval[1])})" if interval else self.show(value)
+        )
+
     def show(self, value: float | None) -> str:
         """A value of this measure as text.
 
@@ -69,7 +94,7 @@ class Comparison:
 
 def compare(log: RunLog) -> list[Comparison]:
     """The rows of the before/after table; only measures that the trained model has."""
-    return [*_evaluations(log), *_predictions(log)]
+    return [*_evaluations(log), *compare_predictions(log)]
 
 
 def unfinished(log: RunLog) -> str:
@@ -106,23 +131,35 @@ def _evaluations(log: RunLog) -> list[Comparison]:
     return rows
 
 
-def _predictions(log: RunLog) -> list[Comparison]:
+def compare_predictions(log: RunLog) -> list[Comparison]:
     """Metrics of generated text: ``predict_X`` after, ``base_predict_X`` before."""
     found = []
     for key, value in log.predicted.items():
         metric = key.removeprefix("predict_")
         number = _number(value)
-        if metric == key or number is None or _NO_QUALITY.fullmatch(metric):
+        if metric == key or number is None or _NO_QUALITY.fullmatch(metric) or _is_end(key, log):
             continue
         source = _source_of(metric, log)
         metric = metric.removeprefix(f"{source}_") if source else metric
         label = _metric_label(metric)
-        kind: Kind = "score" if label.startswith(("ROUGE", "BLEU")) else "other"
         full_label = f"{label}, {source}" if source else label
-        row = Comparison(full_label, kind, _number(log.predicted.get(f"base_{key}")), number)
+        base, ends = f"base_{key}", (_interval(f"base_{key}", log), _interval(key, log))
+        row = Comparison(full_label, _kind(metric), _number(log.predicted.get(base)), number, *ends)
         # First over all sources; ROUGE before BLEU, as everywhere in the literature, and other metrics after them.
         found.append(((source, 0 if "rouge" in metric else 1 if "bleu" in metric else 2, metric), row))
     return [row for _, row in sorted(found, key=lambda item: item[0])]
+
+
+def _interval(key: str, log: RunLog) -> tuple[float, float] | None:
+    """Ends of the 95% interval of a result, if it has one."""
+    low, high = (finite(log.predicted.get(f"{key}_{end}")) for end in ("low", "high"))
+    return None if low is None or high is None else (low, high)
+
+
+def _is_end(key: str, log: RunLog) -> bool:
+    """Whether a result is an end of the interval of another."""
+    of = re.sub("_(low|high)$", "", key)
+    return of != key and of in log.predicted and _interval(of, log) is not None
 
 
 def _source_of(metric: str, log: RunLog) -> str:
@@ -133,12 +170,20 @@ def _source_of(metric: str, log: RunLog) -> str:
 
 
 def _metric_label(metric: str) -> str:
-    """A metric's name as people write it.
+    """A metric's name as people write it; ``rouge1`` and its like are what ``rouge_score`` calls its own.
 
-    >>> _metric_label("rouge-l"), _metric_label("exact_match")
-    ('ROUGE-L', 'exact match')
+    >>> _metric_label("rouge-l"), _metric_label("bleu"), _metric_label("exact_match")
+    ('ROUGE-L', 'BLEU', 'exact match')
     """
-    return metric.upper() if re.fullmatch(r"(rouge|bleu)-\w+", metric) else metric.replace("_", " ")
+    if re.fullmatch(r"(rouge|bleu)-\w+|bleu", metric):
+        return metric.upper()
+    return {"bleu_zh": "BLEU zh", "chrf": "chrF"}.get(metric, metric.replace("_", " "))
+
+
+def _kind(metric: str) -> Kind:
+    if metric == "exact_match":
+        return "share"
+    return "score" if re.fullmatch(r"(rouge|bleu)-\w+|rouge(\d|L|Lsum)|bleu|bleu_zh|chrf", metric) else "other"
 
 
 def _number(value: Any) -> float | None:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raysft.report.card import masked
-from raysft.report.comparison import compare, unfinished
+from raysft.report.comparison import INTERVALS, compare, unfinished
 from raysft.report.course import went
 from raysft.report.logs import RunLog, read_lines
 
@@ -102,11 +102,11 @@ def _comparison(console: Console, log: RunLog) -> None:
         table.add_column(column, justify="right")
     for row in rows:
         style = {True: "green", False: "red", None: ""}[row.better]
-        table.add_row(
-            Text(row.label), row.show(row.before), Text(row.show(row.after), "bold"), Text(row.change, style=style)
-        )
+        table.add_row(Text(row.label), row.shown_before, Text(row.shown_after, "bold"), Text(row.change, style=style))
     console.print()
     console.print(table)
+    if any(row.after_interval for row in rows):
+        console.print(Text(f"In brackets: {INTERVALS}.", style="dim"))
     if unfinished(log):
         console.print(Text(unfinished(log)))
 

@@ -209,9 +209,22 @@ def test_metrics_of_many_predictions_are_the_same_from_tasks(monkeypatch):
     from raysft.generate import metrics
     from tests.unit.test_metrics import PAIRS, rows
 
-    here = metrics.score(config(), rows(PAIRS * 20, sources=("x", "y")))
+    every = config(metrics=list(metrics.BROUGHT))
+    here = metrics.score(every, rows(PAIRS * 20, sources=("x", "y")))
     monkeypatch.setattr(metrics, "PARALLEL_FROM", 1)
-    assert metrics.score(config(), rows(PAIRS * 20, sources=("x", "y"))) == here
+    monkeypatch.setattr(metrics, "_BLOCK", 33)
+    assert metrics.score(every, rows(PAIRS * 20, sources=("x", "y"))) == here
+
+
+@pytest.mark.usefixtures("_ray")
+def test_a_metric_that_fails_in_a_task_is_one_line(monkeypatch):
+    from raysft.generate import metrics
+    from tests.unit.test_metrics import rows
+
+    monkeypatch.setattr(metrics, "PARALLEL_FROM", 1)
+    with pytest.raises(RunFailed, match=r"^generate.metrics: 'rouge' failed: .*NoneType") as failed:
+        metrics.score(config(metrics=["rouge", "bleu"]), rows([("text", "text"), ("text", None)]))
+    assert len(str(failed.value)) < 350
 
 
 def test_no_prompts_give_an_empty_output(model, prompts, tmp_path):

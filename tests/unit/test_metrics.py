@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
+import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +14,15 @@ from pathlib import Path
 import jieba
 import numpy as np
 import pytest
+import sacrebleu
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_chinese import Rouge
+from rouge_score.rouge_scorer import RougeScorer
 
 from raysft.config import Config, RequestError
 from raysft.generate import metrics
+from raysft.generate.metrics.bootstrap import intervals, resampled_sums, totals
+from raysft.records import RunFailed
 
 jieba.setLogLevel(logging.WARNING)
 
@@ -76,26 +83,219 @@ def test_all_examples_and_each_source_have_the_means_of_theirs():
     assert (scored["predict_examples"], scored["predict_x_examples"], scored["predict_y_examples"]) == (12, 4, 8)
 
 
-def test_the_module_gives_rounded_means_through_evaluate(tmp_path):
+def corpus(pairs=PAIRS) -> tuple[list[str], list[str]]:
+    return [prediction for prediction, _ in pairs], [reference for _, reference in pairs]
+
+
+def scored(metric: str, pairs=PAIRS, **run) -> dict:
+    """Figures of one metric over all examples."""
+    named = config(metrics=[metric]).with_overrides({f"run.{key}": value for key, value in run.items()})
+    return {key.removeprefix("predict_"): value for key, value in metrics.score(named, rows(pairs)).items()}
+
+
+ENGLISH = [pair for pair in PAIRS if all(text.isascii() for text in pair)]
+ENGLISH += [("The café’s “naïve” — running, ran!", "A cafe’s naïve runner… was\nrunning"), ("Ｆull e\u0301", "full é")]
+CHINESE = [pair for pair in PAIRS if any("一" <= letter <= "鿿" for letter in pair[0])]
+CORPORA = {"english": ENGLISH, "chinese": CHINESE, "all": PAIRS, "empty": [("", ""), ("", "x"), ("x", " ")]}
+
+
+@pytest.mark.parametrize("pairs", CORPORA.values(), ids=CORPORA)
+def test_bleu_and_chrf_are_those_of_sacrebleu_on_the_whole_corpus(pairs):
+    predictions, references = corpus(pairs)
+    for metric, tokenizer in (("bleu", "13a"), ("bleu_zh", "zh")):
+        expected = sacrebleu.corpus_bleu(predictions, [references], tokenize=tokenizer).score
+        assert scored(metric, pairs)[metric] == pytest.approx(expected, abs=1e-9)
+    assert scored("chrf", pairs)["chrf"] == pytest.approx(
+        sacrebleu.corpus_chrf(predictions, [references]).score, abs=1e-9
+    )
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=range(len(PAIRS)))
+def test_bleu_and_chrf_of_one_example_are_those_of_a_corpus_of_one(pair):
+    expected = sacrebleu.corpus_bleu([pair[0]], [[pair[1]]]).score
+    assert scored("bleu", [pair])["bleu"] == pytest.approx(expected, abs=1e-9)
+    assert scored("chrf", [pair])["chrf"] == pytest.approx(sacrebleu.sentence_chrf(pair[0], [pair[1]]).score, abs=1e-9)
+
+
+def test_chinese_has_another_bleu_by_characters():
+    assert scored("bleu", CHINESE[:2])["bleu"] < 5 < 20 < scored("bleu_zh", CHINESE[:2])["bleu_zh"]
+
+
+def test_bleu_and_chrf_say_how_they_are_computed():
+    version = f"version:{sacrebleu.__version__}"
+    assert scored("bleu")["bleu_signature"] == f"nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|{version}"
+    assert scored("bleu_zh")["bleu_zh_signature"] == f"nrefs:1|case:mixed|eff:no|tok:zh|smooth:exp|{version}"
+    assert scored("chrf")["chrf_signature"] == f"nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|{version}"
+
+
+def test_bleu_keeps_no_texts_in_memory():
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+    from sacrebleu.tokenizers.tokenizer_re import TokenizerRegexp
+
+    scored("bleu")
+    assert Tokenizer13a.__call__.cache_info().currsize == TokenizerRegexp.__call__.cache_info().currsize == 0
+
+
+ROUGES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+
+
+def mean_rouge(scorer: RougeScorer, pairs) -> dict[str, float]:
+    scores = [scorer.score(reference, prediction) for prediction, reference in pairs]
+    return {key: 100 * float(np.mean([score[key].fmeasure for score in scores])) for key in ROUGES}
+
+
+def test_rouge_of_latin_text_is_that_of_rouge_score():
+    found = scored("rouge", ENGLISH)
+    expected = mean_rouge(RougeScorer(ROUGES, use_stemmer=True), ENGLISH)
+    assert {key: found[key] for key in ROUGES} == pytest.approx(expected, abs=1e-9)
+    assert found["rouge1"] > 30
+
+
+def test_rouge_of_random_lines_is_that_of_rouge_score():
+    """Few words, many ties: of several longest common subsequences the same one has to be counted."""
+    generator = random.Random(1)
+    scorer = RougeScorer(ROUGES, use_stemmer=True)
+    for _ in range(150):
+        text, other = ("".join(generator.choices("aaabcd  \n", k=generator.randrange(90))) for _ in range(2))
+        text, other = (re.sub("(?<=[a-d])(?=[a-d])", " ", each) for each in (text, other))
+        found = scored("rouge", [(text, other)])
+        assert {key: found[key] for key in ROUGES} == pytest.approx(mean_rouge(scorer, [(text, other)]), abs=1e-9)
+
+
+class Characters:
+    """What is neither a blank nor ASCII nor punctuation, one by one; words of the rest."""
+
+    def tokenize(self, text):
+        return re.findall(r"[a-z0-9]+|[\u4e00-\u9fff]", text)
+
+
+def test_rouge_of_chinese_text_counts_characters():
+    found = scored("rouge", CHINESE)
+    expected = mean_rouge(RougeScorer(ROUGES, tokenizer=Characters()), CHINESE)
+    assert {key: found[key] for key in ROUGES} == pytest.approx(expected, abs=1e-9)
+    assert mean_rouge(RougeScorer(ROUGES), CHINESE[:2])["rouge1"] == 0, "which rouge_score alone does not see"
+
+
+def test_rouge_of_other_scripts_counts_words():
+    assert scored("rouge", [("Любви все возрасты покорны", "все возрасты знают")])["rouge1"] == pytest.approx(400 / 7)
+    assert scored("rouge", [("नमस्ते दुनिया", "नमस्ते भारत")])["rouge1"] == pytest.approx(50)
+
+
+def test_exact_match_is_a_share_and_does_not_see_blanks_at_the_ends():
+    pairs = [
+        ("42", "42"),
+        (" 42\n", "42"),
+        ("42.", "42"),
+        ("Yes", "yes"),
+        ("北京", "北京"),
+        ("", ""),
+        ("", "x"),
+        ("a  b", "a b"),
+    ]
+    found = scored("exact_match", pairs)
+    assert found["exact_match"] == 0.5
+    assert 0 <= found["exact_match_low"] < 0.5 < found["exact_match_high"] <= 1
+
+
+@pytest.mark.parametrize("metric", metrics.BROUGHT)
+def test_in_seven_uneven_parts_the_statistics_and_figures_are_those_of_the_whole(metric):
+    predictions, references = corpus(PAIRS * 3)
+    with metrics._loaded(metric) as module:
+        whole = module.statistics(predictions, references)
+        cuts = [0, 1, 1, 4, 11, 12, 30, len(predictions)]
+        parts = [module.statistics(predictions[a:b], references[a:b]) for a, b in itertools.pairwise(cuts)]
+        assert np.array_equal(np.concatenate(parts), whole)
+        figures = module.figures(totals(whole), len(whole))
+        of_parts = module.figures(np.sum([totals(part) for part in parts], axis=0), len(whole))
+    assert of_parts == pytest.approx(figures, abs=1e-9)
+    assert all(np.isfinite(value) and 0 <= value <= 100.0001 for value in figures.values())
+
+
+@pytest.mark.parametrize("metric", metrics.BROUGHT)
+def test_every_metric_is_a_module_for_evaluate(metric, tmp_path):
     import evaluate
 
-    module = evaluate.load(str(metrics.BROUGHT["similarity"]), cache_dir=str(tmp_path))
-    predictions, references = zip(*PAIRS, strict=True)
-    expected = [by_definition(*pair) for pair in PAIRS]
-    computed = module.compute(predictions=list(predictions), references=list(references))
-    assert computed == {key: round(float(np.mean([e[key] for e in expected])), 4) for key in expected[0]}
+    module = evaluate.load(str(metrics.BROUGHT[metric]), cache_dir=str(tmp_path))
+    predictions, references = corpus()
+    computed = module.compute(predictions=predictions, references=references)
+    assert computed == {key: value for key, value in scored(metric).items() if key in computed}
+    assert computed
+    assert set(module.compute(predictions=[], references=[]).values()) == {0.0}
+
+
+def test_a_source_among_others_is_scored_as_if_it_were_alone():
+    everything = config(metrics=list(metrics.BROUGHT))
+    together = metrics.score(everything, rows(PAIRS, sources=("x", "y", "y")))
+    alone = metrics.score(everything, [row for row in rows(PAIRS, sources=("x", "y", "y")) if row["source"] == "y"])
+    figures = {key.removeprefix("predict_"): value for key, value in alone.items() if not key.endswith("_signature")}
+    assert len(figures) == 1 + 3 * (4 + 4 + 1 + 1 + 1 + 1)
+    assert {key: together[f"predict_y_{key}"] for key in figures} == figures
+    assert "predict_y_bleu_signature" not in together
+
+
+def test_intervals_follow_from_the_seed_and_hold_the_figure():
+    first, again, other = scored("chrf"), scored("chrf"), scored("chrf", seed=7)
+    assert first == again != other
+    assert first["chrf_low"] < first["chrf"] < first["chrf_high"]
+
+
+def test_one_example_has_no_interval():
+    assert set(scored("chrf", PAIRS[:1])) == {"examples", "chrf", "chrf_signature"}
+
+
+def test_a_resample_has_the_figure_of_its_texts():
+    """The examples that a resample drew, as texts: sacreBLEU gives them the same BLEU."""
+    predictions, references = corpus(PAIRS)
+    draws = np.random.default_rng(3).integers(len(PAIRS), size=(5, len(PAIRS)))
+    with metrics._loaded("bleu") as module:
+        for sums, drawn in zip(resampled_sums(module.statistics(predictions, references), 3, 5), draws, strict=True):
+            texts = [predictions[i] for i in drawn], [[references[i] for i in drawn]]
+            assert module.figures(sums, len(drawn))["bleu"] == pytest.approx(
+                sacrebleu.corpus_bleu(*texts).score, abs=1e-9
+            )
+
+
+def test_an_interval_is_as_wide_as_that_of_a_plain_loop():
+    generator = random.Random(0)
+    values = [generator.random() ** 2 for _ in range(300)]
+    means = sorted(sum(generator.choices(values, k=300)) / 300 for _ in range(1000))
+    sums = resampled_sums(np.array(values).reshape(-1, 1), seed=0)
+    found = intervals([{"mean": float(total) / 300} for [total] in sums])
+    assert found["mean_low"] == pytest.approx(means[24], abs=0.005)
+    assert found["mean_high"] == pytest.approx(means[975], abs=0.005)
+    width = 2 * 1.96 * np.std(values) / np.sqrt(300)
+    assert found["mean_high"] - found["mean_low"] == pytest.approx(width, rel=0.1)
+
+
+def test_resamples_do_not_depend_on_how_many_are_in_memory(monkeypatch):
+    statistics = np.random.default_rng(0).integers(9, size=(50, 3)).astype(float)
+    whole = resampled_sums(statistics, seed=5, resamples=20)
+    monkeypatch.setattr("raysft.generate.metrics.bootstrap._WEIGHTS", 170)  # three at a time
+    assert np.array_equal(resampled_sums(statistics, seed=5, resamples=20), whole)
 
 
 def test_no_predictions_have_no_values():
     assert metrics.score(config(), []) == {"predict_examples": 0}
 
 
-@pytest.mark.parametrize(("name", "remedy"), [("similarty", "did you mean similarity"), ("./no/metric", "or a path")])
-def test_an_unknown_metric_is_refused_in_one_line(name, remedy):
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("similarty", "did you mean similarity"),
+        ("bluezh", "did you mean bleu_zh"),
+        ("exact-match", "did you mean exact_match"),
+        ("./no/metric", "or a path"),
+    ],
+)
+def test_an_unknown_metric_is_refused_in_one_line(name, remedy, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("evaluate.config.HF_EVALUATE_OFFLINE", False)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_: pytest.fail("the hub was asked"))
     with pytest.raises(RequestError, match=remedy) as refused:
         metrics.check(config(metrics=["similarity", name]))
     assert repr(name) in str(refused.value)
     assert "\n" not in str(refused.value)
+    assert "HF_HUB_OFFLINE is set" in str(refused.value)
 
 
 WORDS = '''
@@ -128,6 +328,36 @@ def test_a_metric_named_by_path_sees_whole_groups(tmp_path):
     assert scored["predict_x_ratio"] == 2 / 5
     assert scored["predict_words_examples"] == 3  # its own key, beside ours of that name
     assert "predict_texts" not in scored
+
+
+SHOUTING = '''
+"""Share of the words in capitals that are in the reference too."""
+import numpy as np
+
+from raysft.generate.metrics.additive import AdditiveMetric
+
+
+class Shouting(AdditiveMetric):
+    def statistics(self, predictions, references):
+        loud = [{word for word in text.split() if word.isupper()} for text in predictions]
+        counts = [[len(words & set(r.split())), len(words)] for words, r in zip(loud, references)]
+        return np.array(counts, dtype=float)
+
+    def figures(self, sums, examples):
+        if sums[1] > 100:
+            raise ValueError("too\\nloud")
+        return {"shouting": sums[0] / max(sums[1], 1)}
+'''
+
+
+def test_an_additive_metric_named_by_path_has_intervals(tmp_path):
+    path = tmp_path / "shouting.py"
+    path.write_text(SHOUTING)
+    found = scored(str(path), [("A B", "A"), ("B", "B"), ("c", "c")] * 5)
+    assert found["shouting"] == 2 / 3
+    assert found["shouting_low"] < 2 / 3 < found["shouting_high"]
+    with pytest.raises(RunFailed, match=r"shouting.py' failed: too loud"):
+        scored(str(path), [("A B", "A")] * 60)
 
 
 def test_two_processes_at_once_score_alike_and_leave_nothing_behind(tmp_path):

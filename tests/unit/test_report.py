@@ -135,7 +135,7 @@ def test_a_finished_run_gets_metrics_plots_card_and_summary(tmp_path: Path):
     assert cells(text, "held-out loss") == ["2.7000", "1.2037", "-1.4963", "(-55.4%)"]
     assert cells(text, "token accuracy") == ["35.0%", "65.0%", "+30.0", "points", "(+85.7%)"]
     assert cells(text, "ROUGE-L") == ["17.50", "35.00", "+17.50", "(+100.0%)"]
-    assert cells(text, "exact match")[:2] == ["0.1250", "0.2500"]
+    assert cells(text, "exact match")[:2] == ["12.5%", "25.0%"]
     assert text.index("ROUGE-1") < text.index("ROUGE-2") < text.index("BLEU-4") < text.index("exact match")
     assert "runtime " not in text.split("Sample 1")[0], "a duration is no measure of quality"
     assert str(run.path) in text
@@ -164,6 +164,30 @@ def test_scores_of_several_sources_follow_those_over_all(tmp_path: Path):
     assert cells(text, "f1, time") == ["–", "0.5000"]
     assert text.index("ROUGE-1 ") < text.index("ROUGE-1, long_poems")
     assert "examples" not in text
+
+
+def test_intervals_stand_in_brackets(tmp_path: Path):
+    run = make_run(tmp_path, data__eval=[{"name": name, "path": "x.jsonl"} for name in ("chats", "short_stories")])
+    scores = {"bleu": 41.2, "short_stories_rougeLsum": 100.0, "exact_match": 0.25, "chrf": 7.5, "top_low": 3.0}
+    results: dict[str, Any] = {f"predict_{key}": value for key, value in scores.items()}
+    results |= {f"base_predict_{key}": value / 2 for key, value in scores.items()}
+    for key in ("bleu", "short_stories_rougeLsum", "exact_match"):
+        for name in (f"predict_{key}", f"base_predict_{key}"):
+            results |= {f"{name}_low": results[name] * 0.9, f"{name}_high": results[name] * 1.1}
+    run.write_results("predict", results | {"predict_bleu_signature": "tok:13a|version:2"})
+    text = report(run)
+    assert cells(text, "BLEU")[:4] == ["20.60", "(18.54–22.66)", "41.20", "(37.08–45.32)"]
+    assert cells(text, "exact match")[:4] == ["12.5%", "(11.2%–13.8%)", "25.0%", "(22.5%–27.5%)"]
+    assert cells(text, "chrF") == ["3.75", "7.50", "+3.75", "(+100.0%)"]
+    assert cells(text, "rougeLsum, short_stories")[2:4] == ["100.00", "(90.00–110.00)"]
+    assert cells(text, "top low")[:2] == ["1.5000", "3.0000"], "what is no end of an interval is a result"
+    assert "bleu low" not in text
+    assert text.count("95% intervals") == 1
+    assert max(len(line) for line in text.splitlines() if str(run.path) not in line) <= 100
+    card = run.model_card.read_text(encoding="utf-8")
+    assert "| BLEU | 20.60 (18.54–22.66) | 41.20 (37.08–45.32) | +20.60 (+100.0%) |" in card
+    assert "In brackets: 95% intervals, by bootstrap over the examples." in card
+    assert "bleu `tok:13a|version:2`" in card
 
 
 def test_trainer_state_is_what_hugging_face_writes(tmp_path: Path):

@@ -4,53 +4,42 @@
 """
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
-import datasets
-import evaluate
 import numpy as np
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_chinese import Rouge
+
+from raysft.generate.metrics.additive import MeanMetric
+from raysft.generate.metrics.subsequence import common_length
 
 with warnings.catch_warnings():  # jieba imports pkg_resources, which warns of its own end
     warnings.simplefilter("ignore")
     import jieba
 
-_DESCRIPTION = """Similarity of predictions to references: ROUGE-1, ROUGE-2 and ROUGE-L (F) over the words that jieba
+
+class Similarity(MeanMetric):
+    """Statistics are the four values of each example."""
+
+    description = """Similarity of predictions to references: ROUGE-1, ROUGE-2 and ROUGE-L (F) over the words that jieba
 finds, and BLEU-4 over characters with the smoothing method3 of NLTK; all times 100, the mean over examples."""
-_INPUTS = """
-Args:
-    predictions (list of str): what the model wrote.
-    references (list of str): what it should have written.
-    per_example (bool): give for each metric the list of all examples' values in place of their mean.
-Returns:
-    rouge-1, rouge-2, rouge-l, bleu-4.
-"""
-_CITATION = """@inproceedings{lin-2004-rouge, title = {{ROUGE}: A Package for Automatic Evaluation of Summaries},
+    citation = """@inproceedings{lin-2004-rouge, title = {{ROUGE}: A Package for Automatic Evaluation of Summaries},
 author = {Lin, Chin-Yew}, year = {2004}}
 @inproceedings{papineni-2002-bleu, title = {{BLEU}: a Method for Automatic Evaluation of Machine Translation},
 author = {Papineni, Kishore and Roukos, Salim and Ward, Todd and Zhu, Wei-Jing}, year = {2002}}"""
+    results = "rouge-1, rouge-2, rouge-l, bleu-4."
+    keys = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
 
-
-class Similarity(evaluate.Metric):
-    """The module as ``evaluate`` wants it."""
-
-    def _info(self):
-        text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
-            features=datasets.Features({"predictions": text, "references": text}),
-        )
-
-    def _compute(self, predictions, references, per_example=False):
+    def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
         jieba.setLogLevel("WARNING")
         examples = [_similarity(*pair) for pair in zip(predictions, references, strict=True)]
-        values = {key: [example[key] for example in examples] for key in ("rouge-1", "rouge-2", "rouge-l", "bleu-4")}
-        if per_example:
-            return values
-        return {key: round(float(np.mean(of_key)), 4) if of_key else 0.0 for key, of_key in values.items()}
+        values = [[example[key] for key in self.keys] for example in examples]
+        return np.array(values, dtype=np.float64).reshape(-1, len(self.keys))
+
+    def figures(self, sums: np.ndarray, examples: int) -> dict[str, float]:
+        # LLaMA-Factory rounds the values of each example and then their mean.
+        return {key: round(mean, 4) for key, mean in super().figures(sums, examples).items()}
 
 
 def _similarity(prediction: str, reference: str) -> dict[str, float]:
@@ -75,23 +64,6 @@ def _rouge_l(hypothesis: str, reference: str) -> float:
     for text in (hypothesis, reference):
         sentences = [" ".join(part.split()) for part in Rouge().cut_sent(text) if len(part) > 0]
         words.append([word for sentence in sentences for word in sentence.split(" ")])
-    common = _longest_common_subsequence(*words)
+    common = common_length(*words)
     precision, recall = common / len(words[0]), common / len(words[1])
     return 2.0 * ((precision * recall) / (precision + recall + 1e-8))
-
-
-def _longest_common_subsequence(left: list[str], right: list[str]) -> int:
-    """Its length, with a row of the usual table as the bits of one integer (Hyyrö 2004).
-
-    >>> _longest_common_subsequence("a b c d".split(), "x b y d a".split())
-    2
-    """
-    at: dict[str, int] = {}
-    for position, word in enumerate(left):
-        at[word] = at.get(word, 0) | 1 << position
-    every = (1 << len(left)) - 1
-    row = every  # a zero bit is a place where the subsequence grows
-    for word in right:
-        matched = row & at.get(word, 0)
-        row = ((row + matched) | (row - matched)) & every
-    return len(left) - row.bit_count()
