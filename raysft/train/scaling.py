@@ -14,6 +14,7 @@ from typing import Any, cast
 import ray
 from ray._private.state import state as cluster_state
 from ray.train import ScalingConfig
+from ray.train.v2._internal.execution.controller.state import ReschedulingState
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
     FixedScalingPolicy,
@@ -33,6 +34,8 @@ LOOK_SECONDS = 5.0
 """How often it is looked whether there is room for more workers."""
 ANSWER_SECONDS = 3.0
 """How long a node may take to answer."""
+TAKEN_SECONDS = 600.0
+"""How long fewer workers are asked for after those that there should be room for found none: others may hold it."""
 SAY_SECONDS = 60.0
 """How often it is said what is waited for."""
 
@@ -144,20 +147,32 @@ class _Elastic(_Patience, ElasticScalingPolicy):
     _looked = float("-inf")
     _growing_since: int | None = None
     """The newest checkpoint's step when room for more was found."""
+    _asked = 0
+    """Workers that were asked for last."""
+    _taken: tuple[float, int] = (float("-inf"), 0)
+    """Until when no more than so many workers are asked for."""
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """Where workers found no place, ask for one fewer."""
+        super().after_controller_state_update(previous_state, current_state)
+        if isinstance(current_state, ReschedulingState):
+            self._taken = time.monotonic() + TAKEN_SECONDS, max(self._asked - 1, self.wanted.fewest_workers)
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
         each = self.wanted.cpus_per_worker
         reserved = sum(places(node, each, self.wanted.use_gpu) for node in reserved_resources.values())
         # Ray may count a dead node for some seconds more, and leaves nothing to data tasks.
-        return min(reserved, self.room(), self.wanted.most_workers)
+        until, most = self._taken
+        most = most if time.monotonic() < until else self.wanted.most_workers
+        return min(reserved, self.room(), most)
 
     def make_decision_for_non_running_worker_group(self) -> Any:
         """Start as many as there is room for, but not fewer than the fewest."""
         self._growing_since = None
-        decision = super().make_decision_for_non_running_worker_group()
+        decision: Any = super().make_decision_for_non_running_worker_group()
         if isinstance(decision, NoopDecision):
             return self.wait(self.room())
-        self._waits_since = None
+        self._waits_since, self._asked = None, decision.num_workers
         return decision
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
@@ -178,5 +193,6 @@ class _Elastic(_Patience, ElasticScalingPolicy):
             self._growing_since = step
         if step <= self._growing_since or step >= self.steps:
             return NoopDecision()
+        self._asked = there
         self.emit("resize", {"before": worker_group_state.num_workers, "after": there})
         return ResizeDecision(there, cast(Any, self.scaling_config._resources_per_worker_not_none))

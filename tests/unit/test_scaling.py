@@ -1,0 +1,104 @@
+"""How many workers there are to be, from what a cluster has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.train.v2._internal.execution.controller.state import ReschedulingState
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
+from ray.train.v2.api.exceptions import ControllerError
+
+from raysft.config.sections import ScalingSection
+from raysft.records import RunDirectory, RunFailed
+from raysft.train import scaling
+
+
+class Cluster:
+    """Nodes that Ray would tell of."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.nodes: list[dict[str, float]] = []
+        patch.setattr(scaling, "living_nodes", lambda: self.nodes)
+        patch.setattr(scaling._Elastic, "_get_reserved_resources", lambda policy: dict(enumerate(self.nodes)))
+        for kind in (scaling._Elastic, scaling._Fixed):
+            patch.setattr(kind, "_maybe_send_resource_request", lambda policy: None)
+        patch.setattr(scaling.time, "sleep", lambda seconds: None)
+        patch.setattr(scaling, "LOOK_SECONDS", 0.0)
+
+
+@pytest.fixture
+def cluster(monkeypatch) -> Cluster:
+    return Cluster(monkeypatch)
+
+
+def policy_of(folder: Path, told: list[Any] | None = None, **settings) -> Any:
+    events = told if told is not None else []
+    section = ScalingSection(**settings)
+    _, policy = scaling.workers_of(
+        section, RunDirectory(folder), 100, lambda event, content: events.append((event, content))
+    )
+    return policy
+
+
+def begun(policy: Any) -> int:
+    """Workers that are started now; 0 while it waits."""
+    decision = policy.make_decision_for_non_running_worker_group()
+    return decision.num_workers if isinstance(decision, ResizeDecision) else 0
+
+
+def test_as_many_workers_as_there_is_room_for_beside_the_data(cluster, tmp_path):
+    policy = policy_of(tmp_path, num_workers=[1, 4])
+    for cpus, workers in (((2,), 1), ((2, 1), 2), ((8, 8), 4), ((0.5,), 0)):
+        cluster.nodes = [{"CPU": float(each)} for each in cpus]
+        assert begun(policy) == workers, cpus
+
+
+def test_shares_of_a_cpu_are_counted_right(cluster, tmp_path):
+    cluster.nodes = [{"CPU": 2.0}]
+    assert begun(policy_of(tmp_path, num_workers=[1, 4], cpus_per_worker=0.7)) == 2
+
+
+def test_a_wait_for_nodes_is_said_and_has_an_end(cluster, tmp_path):
+    told: list[Any] = []
+    policy = policy_of(tmp_path, told, num_workers=2, wait_minutes=0.001)
+    cluster.nodes = [{"CPU": 1.5}]
+    assert begun(policy) == 0
+    assert "room for 1 of at least 2 workers" in told[0][1]
+    policy._waits_since -= 1
+    with pytest.raises(RunFailed, match=r"room for 1 of 2 workers for scaling.wait_minutes=0.001; add nodes"):
+        begun(policy)
+    cluster.nodes = [{"CPU": 4.0}]
+    assert begun(policy) == 2
+
+
+def test_it_grows_right_after_a_checkpoint(cluster, tmp_path, monkeypatch):
+    newest = [SimpleNamespace(step=10)]
+    monkeypatch.setattr(scaling, "cursor_of", lambda place: newest[0])
+    policy = policy_of(tmp_path, num_workers=[1, 4])
+    cluster.nodes = [{"CPU": 4.0}]
+    running = SimpleNamespace(num_workers=1)
+
+    def decide() -> Any:
+        return policy.make_decision_for_running_worker_group(running, None)
+
+    assert isinstance(decide(), NoopDecision), "the work since step 10 would be lost"
+    newest[0] = SimpleNamespace(step=20)
+    assert decide().num_workers == 3
+    newest[0] = SimpleNamespace(step=100)
+    assert isinstance(decide(), NoopDecision), "there is nothing left to do"
+    cluster.nodes = [{"CPU": 0.5}]
+    assert isinstance(decide(), NoopDecision), "workers that live are not taken away"
+
+
+def test_room_that_others_hold_is_not_asked_for_again_and_again(cluster, tmp_path):
+    policy = policy_of(tmp_path, num_workers=[2, 4])
+    cluster.nodes = [{"CPU": 8.0}]
+    assert begun(policy) == 4
+    for expected in (3, 2, 2):
+        policy.after_controller_state_update(
+            None, ReschedulingState(training_failed_error=ControllerError(OSError("x")))
+        )
+        assert begun(policy) == expected
