@@ -24,6 +24,16 @@ class Comparison:
     kind: Kind
     before: float | None
     after: float
+    source: str = ""
+    """The source that it was measured on; empty over all of them."""
+    before_interval: tuple[float, float] | None = None
+    """From where to where the value before may lie, where that is known."""
+    after_interval: tuple[float, float] | None = None
+
+    @property
+    def measure(self) -> str:
+        """The label without the source."""
+        return self.label.removesuffix(f", {self.source}") if self.source else self.label
 
     @property
     def change(self) -> str:
@@ -102,7 +112,7 @@ def _evaluations(log: RunLog) -> list[Comparison]:
             value = _number(after.get(prefix + key))
             if value is not None:
                 full_label = f"{label}, {name}" if name else label
-                rows.append(Comparison(full_label, kind, _number(before.get(prefix + key)), value))
+                rows.append(Comparison(full_label, kind, _number(before.get(prefix + key)), value, name))
     return rows
 
 
@@ -112,23 +122,37 @@ def _predictions(log: RunLog) -> list[Comparison]:
     for key, value in log.predicted.items():
         metric = key.removeprefix("predict_")
         number = _number(value)
-        if metric == key or number is None or _NO_QUALITY.fullmatch(metric):
+        if metric == key or number is None or _NO_QUALITY.fullmatch(metric) or _is_bound(key, log):
             continue
         source = _source_of(metric, log)
         metric = metric.removeprefix(f"{source}_") if source else metric
         label = _metric_label(metric)
         kind: Kind = "score" if label.startswith(("ROUGE", "BLEU")) else "other"
         full_label = f"{label}, {source}" if source else label
-        row = Comparison(full_label, kind, _number(log.predicted.get(f"base_{key}")), number)
+        before = _number(log.predicted.get(f"base_{key}"))
+        intervals = [_interval(f"base_{key}", log), _interval(key, log)]
+        row = Comparison(full_label, kind, before, number, source, *intervals)
         # First over all sources; ROUGE before BLEU, as everywhere in the literature, and other metrics after them.
         found.append(((source, 0 if "rouge" in metric else 1 if "bleu" in metric else 2, metric), row))
     return [row for _, row in sorted(found, key=lambda item: item[0])]
 
 
+def _is_bound(key: str, log: RunLog) -> bool:
+    """Whether a result is no measure but the end of another one's interval."""
+    return re.sub(r"_(?:low|high)$", "", key) in log.predicted.keys() - {key}
+
+
+def _interval(key: str, log: RunLog) -> tuple[float, float] | None:
+    low, high = (finite(log.predicted.get(f"{key}_{end}")) for end in ("low", "high"))
+    return None if low is None or high is None else (low, high)
+
+
 def _source_of(metric: str, log: RunLog) -> str:
     """The source whose name a result begins with; empty if it is over all of them."""
-    listed = [source for part in ("eval", "train") for source in log.sources(part)]
-    names = {str(source.get("name")) for source in listed}
+    names = {str(source.get("name")) for part in ("eval", "train") for source in log.sources(part)}
+    # The sources of a registry stand in the plan alone.
+    planned = (log.plan.get(part) for part in ("sources", "evaluation"))
+    names |= {name for part in planned if isinstance(part, dict) for name in part}
     return max((name for name in names if metric.startswith(f"{name}_")), key=len, default="")
 
 

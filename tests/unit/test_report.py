@@ -277,6 +277,7 @@ def test_credentials_appear_nowhere(tmp_path: Path):
     config["data"]["train"], config["model"]["path"] = secret, "s3://KEY:SECRET@models/m?sig=HIDDEN"
     run.config.write_text(yaml.safe_dump(config))
     text = report(run) + run.model_card.read_text(encoding="utf-8") + run.trainer_state.read_text()
+    text += run.page.read_text(encoding="utf-8")
     for word in ("KEY", "SE/CR", "SECRET", "ET@", "HIDDEN", "USER"):
         assert word not in text
     assert "s3://***@bucket/a.jsonl?***" in text
