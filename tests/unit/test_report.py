@@ -233,6 +233,15 @@ def test_a_config_alone_is_a_run_that_has_not_begun(tmp_path: Path):
     assert not run.trainer_state.exists()
 
 
+def test_the_start_of_a_training_is_said_in_words(tmp_path: Path):
+    run = make_run(tmp_path)
+    run.write_results(
+        "train", {"seconds_to_first_step": 50.0, "seconds_to_load_model": 8.0, "seconds_of_first_step": 2.0}
+    )
+    lines = {" ".join(line.split()) for line in report(run).splitlines()}
+    assert {"time to the first step 50.0 s", "of it loading the model 8.0 s", "of it computing 2.0 s"} <= lines
+
+
 def test_before_the_end_the_last_evaluation_stands_in_and_is_named(tmp_path: Path):
     run = make_run(tmp_path, steps=10)
     run.results("eval").unlink()
