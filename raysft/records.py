@@ -265,6 +265,11 @@ class RunDirectory:
         """The model card."""
         return self.path / "README.md"
 
+    @property
+    def page(self) -> Path:
+        """The report as one HTML page."""
+        return self.path / "report.html"
+
     def results(self, stage: Literal["train", "eval", "predict", "all"]) -> Path:
         """``train_results.json`` and its like."""
         return self.path / f"{stage}_results.json"

@@ -1,10 +1,11 @@
-"""A run directory becomes metrics, plots, a model card, and the summary that a run ends with."""
+"""A run directory becomes metrics, plots, a model card, a page, and the summary that a run ends with."""
 
 from __future__ import annotations
 
 from raysft.records import RunDirectory, write_atomically, write_json
 from raysft.report.card import model_card
 from raysft.report.logs import read_run
+from raysft.report.page import write_page
 from raysft.report.plots import draw
 from raysft.report.state import trainer_state
 from raysft.report.summary import summary
@@ -13,7 +14,7 @@ __all__ = ["report"]
 
 
 def report(run: RunDirectory) -> str:
-    """Write ``trainer_state.json``, the plots and the model card from what a run left in its directory.
+    """Write ``trainer_state.json``, the plots, the model card and ``report.html`` from what a run left in its directory.
 
     It needs nothing but the directory, and may be repeated at any time, also while the run goes on.
 
@@ -30,4 +31,5 @@ def report(run: RunDirectory) -> str:
         write_json(run.trainer_state, trainer_state(log))
     plots = draw(log)
     write_atomically(run.model_card, model_card(log, plots))
+    write_page(log)
     return summary(log)

@@ -59,7 +59,8 @@ def model_card(log: RunLog, plots: list[Path]) -> str:
         _table("Training", ("setting", "value"), _settings(log)),
         _table("Plan", ("", ""), planned(log)),
         _table("How it went", ("", ""), went(log)),
-        _table("Versions", ("package", "installed where this card was written"), _versions()),
+        _table("Versions", ("package", "installed where this card was written"), versions()),
+        "[`report.html`](report.html) shows curves, predictions beside their references and the data of this run.",
         "`raysft run config.yaml run.storage=FOLDER` with the config beside this card trains it again.",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -214,7 +215,8 @@ def _dtype(log: RunLog) -> Any:
     return "bfloat16" if log.option("scaling.use_gpu") else "float32"
 
 
-def _versions() -> list[tuple[str, str]]:
+def versions() -> list[tuple[str, str]]:
+    """Packages and their versions, here and now."""
     rows = [("Python", platform.python_version())]
     for package in _PACKAGES:
         try:

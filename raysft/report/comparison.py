@@ -30,6 +30,13 @@ class Comparison:
     before_interval: tuple[float, float] | None = None
     """Ends of its 95% interval, where it has one."""
     after_interval: tuple[float, float] | None = None
+    source: str = ""
+    """The source that it was measured on; empty over all of them."""
+
+    @property
+    def measure(self) -> str:
+        """The label without the source."""
+        return self.label.removesuffix(f", {self.source}") if self.source else self.label
 
     @property
     def change(self) -> str:
@@ -127,7 +134,7 @@ def _evaluations(log: RunLog) -> list[Comparison]:
             value = _number(after.get(prefix + key))
             if value is not None:
                 full_label = f"{label}, {name}" if name else label
-                rows.append(Comparison(full_label, kind, _number(before.get(prefix + key)), value))
+                rows.append(Comparison(full_label, kind, _number(before.get(prefix + key)), value, source=name))
     return rows
 
 
@@ -144,7 +151,7 @@ def compare_predictions(log: RunLog) -> list[Comparison]:
         label = _metric_label(metric)
         full_label = f"{label}, {source}" if source else label
         base, ends = f"base_{key}", (_interval(f"base_{key}", log), _interval(key, log))
-        row = Comparison(full_label, _kind(metric), _number(log.predicted.get(base)), number, *ends)
+        row = Comparison(full_label, _kind(metric), _number(log.predicted.get(base)), number, *ends, source=source)
         # First over all sources; ROUGE before BLEU, as everywhere in the literature, and other metrics after them.
         found.append(((source, 0 if "rouge" in metric else 1 if "bleu" in metric else 2, metric), row))
     return [row for _, row in sorted(found, key=lambda item: item[0])]
@@ -164,8 +171,10 @@ def _is_end(key: str, log: RunLog) -> bool:
 
 def _source_of(metric: str, log: RunLog) -> str:
     """The source whose name a result begins with; empty if it is over all of them."""
-    listed = [source for part in ("eval", "train") for source in log.sources(part)]
-    names = {str(source.get("name")) for source in listed}
+    names = {str(source.get("name")) for part in ("eval", "train") for source in log.sources(part)}
+    # The sources of a registry stand in the plan alone.
+    planned = (log.plan.get(part) for part in ("sources", "evaluation"))
+    names |= {name for part in planned if isinstance(part, dict) for name in part}
     return max((name for name in names if metric.startswith(f"{name}_")), key=len, default="")
 
 

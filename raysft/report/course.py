@@ -20,9 +20,10 @@ _TRAINED = {
     "train_runtime": ("training time", "seconds"),
     "seconds_to_first_step": ("time to the first step", "seconds"),
     "seconds_to_launch": ("of it before training was launched", "seconds"),
-    "seconds_model": ("of it loading the model", "seconds"),
-    "seconds_first_batch": ("of it waiting for data", "seconds"),
-    "seconds_first_step": ("of it computing", "seconds"),
+    "seconds_to_load_model": ("of it loading the model", "seconds"),
+    "seconds_to_wait_for_data": ("of it waiting for data", "seconds"),
+    "seconds_to_evaluate": ("of it evaluating", "seconds"),
+    "seconds_of_first_step": ("of it computing", "seconds"),
     "train_tokens_per_second": ("tokens per second", "count"),
     "useful": ("padding", "rest"),
 }

@@ -30,6 +30,7 @@ _ROLE = re.compile(r"\s*(?:system|user|assistant|model|tool|human)\s*(?:\n|$)")
 
 _FILES = {
     "README.md": "model card",
+    "report.html": "all of this with curves and predictions, for a browser",
     "model": "the trained model, loads with {library}",
     "checkpoints": "to resume from",
     "config.yaml": "the resolved config",

@@ -105,6 +105,7 @@ def test_a_run_leaves_everything_that_a_run_directory_holds(sft_run):
         "checkpoints",
         "model",
         "README.md",
+        "report.html",
     }
     assert not [name for name in names if name.endswith(".partial")]
 

@@ -51,9 +51,11 @@ def test_files_go_there_as_they_change_and_come_from_there(run, tmp_path, monkey
             time.sleep(0.05)
         append_json(run.trainer_log, {"step": 2})
         (run.path / "results.json").write_text("here")
+        run.page.write_text("made at the end")
     assert list(run.place.walk()) == [
         ".predictions.partial",
         "checkpoints/checkpoint_1/part",
+        "report.html",
         "results.json",
         "tensorboard/events",
         "trainer_log.jsonl",

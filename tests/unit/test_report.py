@@ -257,6 +257,15 @@ def test_a_config_alone_is_a_run_that_has_not_begun(tmp_path: Path):
     assert not run.trainer_state.exists()
 
 
+def test_the_start_of_a_training_is_said_in_words(tmp_path: Path):
+    run = make_run(tmp_path)
+    run.write_results(
+        "train", {"seconds_to_first_step": 50.0, "seconds_to_load_model": 8.0, "seconds_of_first_step": 2.0}
+    )
+    lines = {" ".join(line.split()) for line in report(run).splitlines()}
+    assert {"time to the first step 50.0 s", "of it loading the model 8.0 s", "of it computing 2.0 s"} <= lines
+
+
 def test_before_the_end_the_last_evaluation_stands_in_and_is_named(tmp_path: Path):
     run = make_run(tmp_path, steps=10)
     run.results("eval").unlink()
@@ -301,6 +310,7 @@ def test_credentials_appear_nowhere(tmp_path: Path):
     config["data"]["train"], config["model"]["path"] = secret, "s3://KEY:SECRET@models/m?sig=HIDDEN"
     run.config.write_text(yaml.safe_dump(config))
     text = report(run) + run.model_card.read_text(encoding="utf-8") + run.trainer_state.read_text()
+    text += run.page.read_text(encoding="utf-8")
     for word in ("KEY", "SE/CR", "SECRET", "ET@", "HIDDEN", "USER"):
         assert word not in text
     assert "s3://***@bucket/a.jsonl?***" in text

@@ -1,0 +1,277 @@
+"""``report.html``: everything is in it, nothing gets out of it, and it stays small."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from raysft.records import RunDirectory, append_json, write_json, write_jsonl
+from raysft.report import report
+from raysft.report.curves import Chart, Drawing, Line, thin
+from raysft.report.predictions import SHOWN, aligned, marked, word_f1
+from tests.unit.test_report import add_predictions, make_run
+
+VOID = {"meta", "br"}
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 7*7 }}"
+
+
+class Page(HTMLParser):
+    """The elements and texts of a page; every one that is opened is closed, in order."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        super().__init__()
+        self.html = run.page.read_text(encoding="utf-8")
+        self.tags: list[tuple[str, dict[str, Any]]] = []
+        self.texts: list[str] = []
+        self._open: list[str] = []
+        self.feed(self.html)
+        self.close()
+        assert not self._open
+        self.text = " ".join("".join(self.texts).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not self._open or self._open[-1] != "style":
+            self.texts.append(data)
+
+
+def page(run: RunDirectory) -> Page:
+    report(run)
+    return Page(run)
+
+
+def many_predictions(run: RunDirectory, count: int, length: int = 30) -> None:
+    """Predictions of both models that get some of their words right."""
+    chance = random.Random(0)
+    vocabulary = [f"word{number}" for number in range(500)]
+    with run.predictions.open("w") as after, run.base_predictions.open("w") as before:
+        for number in range(count):
+            words = chance.choices(vocabulary, k=chance.randrange(1, length))
+            row = {"id": f"chats/{number}", "prompt": "Go on", "label": " ".join(words), "source": "chats"}
+            right = chance.random()
+            said = [word if chance.random() < right else "wrong" for word in words]
+            row |= {"stop": chance.choice(("eos", "length")), "tokens": len(words)}
+            after.write(json.dumps(row | {"predict": " ".join(said)}) + "\n")
+            before.write(json.dumps(row | {"predict": "no"}) + "\n")
+
+
+def test_the_page_holds_what_a_run_came_to(tmp_path: Path):
+    run = make_run(tmp_path, steps=30, names=("chats", "poems"))
+    add_predictions(run)
+    results = run.read_results("predict")
+    run.write_results("predict", results | {"predict_rouge-l_low": 33.0, "predict_rouge-l_high": 37.0})
+    plan = json.loads(run.plan.read_text())
+    plan["sources"]["chats"] |= {"records": 4400, "rejected": 79, "counts": {"truncated": 12}}
+    write_json(run.plan, plan | {"workers": 2, "cluster_gpus": 2.0})
+    reasons = ["9 tokens do not fit", "12 tokens do not fit", "the text has no token"]
+    write_jsonl(
+        run.rejected, [{"source": "chats", "record": f"a.jsonl:{n}", "reason": r} for n, r in enumerate(reasons)]
+    )
+    append_json(run.changes, {"changed": {"train.learning_rate": [1e-4, 5e-5]}})
+    it = page(run)
+    for part in (
+        "toy Qwen/Qwen3-0.6B · supervised fine-tuning · LoRA adapter, rank 8",
+        "2.9000 → 1.4037",
+        "17.50 → 35.00",
+        "33.00 to 37.00",
+        "41,234",
+        "Evaluation loss, nats per token",
+        "Learning rate",
+        "Gradient norm",
+        "all sources",
+        "5 predictions of the trained model, 5 of the one before",
+        "2chats9 tokens do not fita.jsonl:0a.jsonl:1",
+        "Rejected or dropped: 3",
+        "train.learning_rate",
+        "learning_rate: 0.0001",
+        "torch",
+    ):
+        assert part in it.text
+    for label, text in (("records", "4,400"), ("examples", "4,321"), ("rejected", "79"), ("truncated", "12")):
+        assert f"<dt>{label}</dt><dd>{text}</dd>" in it.html
+    titles = [attrs["aria-label"] for tag, attrs in it.tags if tag == "svg"]
+    assert titles[0] == "Loss, nats per token"
+    assert len(titles) >= 8
+    assert "rouge-l low" not in it.text.lower()
+
+
+def test_nothing_of_the_page_comes_from_elsewhere(tmp_path: Path):
+    run = make_run(tmp_path)
+    add_predictions(run)
+    it = page(run)
+    assert not {tag for tag, _ in it.tags} & {"script", "link", "img", "iframe", "object", "base", "form"}
+    for _, attrs in it.tags:
+        for name, value in attrs.items():
+            assert not name.startswith("on")
+            assert not re.search(r"//|javascript:|data:", value or "") or name == "content"
+    style = it.html[it.html.index("<style>") : it.html.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+    assert "default-src 'none'" in it.html
+
+
+def test_whatever_a_file_of_the_run_holds_stays_text(tmp_path: Path):
+    run = make_run(tmp_path)
+    write_jsonl(run.rejected, [{"source": HOSTILE, "record": HOSTILE, "reason": HOSTILE}])
+    append_json(run.changes, {"changed": {HOSTILE: [HOSTILE, {"a": HOSTILE}]}})
+    texts = [HOSTILE, "\ud83d half", "a\x00b\x1b[31m\x9b", "שלום \u202eabc", ""]
+    rows = [
+        {"id": HOSTILE, "prompt": text, "label": other, "predict": text, "source": HOSTILE, "stop": HOSTILE}
+        for text in texts
+        for other in texts
+    ]
+    with run.predictions.open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    config = yaml.safe_load(run.config.read_text())
+    config["run"]["name"] = config["model"]["path"] = HOSTILE
+    run.config.write_text(yaml.safe_dump(config))
+    log = [json.loads(line) for line in run.trainer_log.read_text().splitlines()]
+    write_jsonl(run.trainer_log, [record | {"source_losses": {HOSTILE: 1.0}} for record in log])
+    it = page(run)
+    assert not {tag for tag, _ in it.tags} & {"script", "img"}
+    assert HOSTILE in "".join(it.texts)
+    assert "\\ud83d half" in it.text
+    assert "a␀b␛[31m" in it.text
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", it.html)
+
+
+def test_with_many_predictions_the_page_stays_small(tmp_path: Path):
+    run = make_run(tmp_path)
+    many_predictions(run, 20_000)
+    it = page(run)
+    assert len(it.html) < 1_000_000
+    assert sum(tag == "article" for tag, _ in it.tags) == 3 * SHOWN
+    assert "20,000 predictions of the trained model" in it.text
+    assert "Why it stopped" in it.text
+    scores = [float(score) for score in re.findall(r"word F1 (\d\.\d\d)", it.text)]
+    assert scores[:SHOWN] == [0.0] * SHOWN
+    assert scores[SHOWN : 2 * SHOWN] == [1.0] * SHOWN
+    assert len(set(scores[2 * SHOWN :])) > 5, "those drawn at random are of all kinds"
+
+
+def test_long_texts_and_many_steps_do_not_make_the_page_long(tmp_path: Path):
+    run = make_run(tmp_path, steps=30_000, names=())
+    row = {"prompt": "'" * 100_000, "label": "' " * 50_000, "predict": "\" ' " * 50_000}
+    write_jsonl(run.predictions, [row | {"id": number} for number in range(2 * SHOWN)])
+    assert len(page(run).html) < 3_000_000
+
+
+def test_a_repeated_report_draws_the_same_predictions(tmp_path: Path):
+    run = make_run(tmp_path)
+    many_predictions(run, 500)
+    assert page(run).html == page(run).html
+
+
+def test_what_is_missing_is_left_out(tmp_path: Path):
+    run = make_run(tmp_path, steps=1, names=(), stage="pt")
+    for name in (run.plan, run.results("train"), run.results("all")):
+        name.unlink()
+    with run.trainer_log.open("a") as file:
+        file.write('{"current_steps": 2, "lo')
+    it = page(run)
+    assert "continued pre-training" in it.text
+    assert "Predictions" not in it.text
+    assert "Before and after" not in it.text
+    run.trainer_log.unlink()
+    it = page(run)
+    assert "No step of training is logged yet" in it.text
+    assert "svg" not in {tag for tag, _ in it.tags}
+
+
+def test_an_interrupted_run_says_how_far_it_is(tmp_path: Path):
+    run = make_run(tmp_path, steps=10)
+    run.results("train").unlink()
+    lines = run.trainer_log.read_text().splitlines(keepends=True)
+    run.trainer_log.write_text("".join(lines[:8]) + lines[8][:40])
+    add_predictions(run)
+    run.base_predictions.unlink()
+    with run.predictions.open("a") as file:
+        file.write('{"id": 5, "pro')
+    it = page(run)
+    assert "The training stands at step 6 of 10" in it.text
+    assert "5 predictions of the trained model." in it.text
+    assert "before training" not in it.text
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf])
+def test_losses_that_are_not_finite_are_marked_and_counted(tmp_path: Path, value: float | None):
+    run = make_run(tmp_path)
+    log = [json.loads(line) for line in run.trainer_log.read_text().splitlines()]
+    for record in log[3:5]:
+        record["loss"] = value
+    write_jsonl(run.trainer_log, log)
+    assert "not finite: 2 steps, first step 3" in page(run).text
+    write_jsonl(run.trainer_log, [record | {"loss": None} for record in log if "loss" in record])
+    assert "Gradient norm" in page(run).text
+
+
+def test_spikes_survive_thinning():
+    steps, values = np.arange(100_000), np.ones(100_000)
+    values[[17, 54_321, 99_998]] = 2.0, -3.0, 5.0
+    x, y = thin(steps, values, columns=400)
+    assert len(x) <= 800
+    assert {2.0, -3.0, 5.0} <= set(y.tolist())
+    assert (np.diff(x) > 0).all()
+
+
+def test_a_spike_beyond_the_axis_is_said_and_does_not_flatten_the_rest():
+    values = [1.0] * 1000
+    values[500] = 900.0
+    drawing = Drawing(Chart("norm", [Line("norm", range(1000), values, noisy=True)]))
+    assert drawing.high < 5
+    assert drawing.note() == "▲ above the axis: 1 step, up to 900"
+    assert "step 500: 900, above the axis" in drawing.svg()
+
+
+@pytest.mark.parametrize("values", [[2.0], [0.0, 0.0], [-1.0, -1.0, -1.0], [1e-30, 2e-30], [1e300, -1e300]])
+def test_any_finite_values_can_be_drawn(values: list[float]):
+    for noisy in (False, True):
+        svg = Drawing(Chart("any", [Line("any", range(len(values)), values, noisy=noisy)], from_zero=noisy)).svg()
+        assert "nan" not in svg
+        assert "inf" not in svg
+
+
+def test_the_score_is_symmetric_and_ignores_order_and_case():
+    assert word_f1("B a", "a b") == 1.0
+    assert word_f1("a b c", "a") == word_f1("a", "a b c") == 0.5
+    assert word_f1("เรา 北京", "北京") == pytest.approx(4 / 7)
+
+
+def test_words_are_aligned_as_well_as_they_can_be():
+    chance = random.Random(0)
+    for _ in range(50):
+        one, other = (chance.choices("abcd", k=chance.randrange(12)) for _ in range(2))
+        table = [[0] * (len(other) + 1) for _ in range(len(one) + 1)]
+        for i, j in itertools.product(range(len(one)), range(len(other))):
+            same = table[i][j] + 1 if one[i] == other[j] else 0
+            table[i + 1][j + 1] = max(same, table[i][j + 1], table[i + 1][j])
+        pairs = aligned(one, other)
+        assert all(one[i] == other[j] for i, j in pairs)
+        assert pairs == sorted(set(pairs), reverse=True)
+        assert len(pairs) == table[-1][-1]
+
+
+def test_marks_lose_no_character():
+    one, other = "The  red\nhouse <is> here.", "A red\n house <was> here!"
+    for text, shown in zip((one, other), marked(one, other), strict=True):
+        assert re.sub(r"</?mark>", "", shown).replace("&lt;", "<").replace("&gt;", ">") == text
