@@ -112,7 +112,10 @@ def _take(file: Place, me: Holder, say: Callable[[str], None]) -> None:
         limit = time.monotonic() + DEAD_SECONDS
         while time.monotonic() < limit and not alive:
             time.sleep(min(1.0, DEAD_SECONDS / 4))
-            alive = _holder(file) != other
+            sign = _holder(file)
+            if sign is None:
+                break  # it has let go meanwhile
+            alive = sign != other
     if alive:
         who = _holder(file) or other
         raise Held(f"{file.parent}: " + (f"process {who.process} on {who.host} works here" if who else "is in use"))

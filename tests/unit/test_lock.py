@@ -65,6 +65,17 @@ def test_one_on_another_machine_is_given_time_for_a_sign(tmp_path, monkeypatch):
         pass
 
 
+def test_one_on_another_machine_that_ends_meanwhile_is_followed(tmp_path, monkeypatch):
+    there = replace(Holder.me(), host="elsewhere", process=7)
+    (tmp_path / ".lock").write_text(json.dumps(asdict(there)))
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: (tmp_path / ".lock").unlink(missing_ok=True))
+    taken = []
+    monkeypatch.setattr(lock, "_write", lambda file, holder: taken.append(holder))
+    with pytest.raises(Held, match="in this moment"):
+        lock._take(Place.of(tmp_path / ".lock"), Holder.me(), print)
+    assert taken, "it was followed; what became of the lock after that is another matter"
+
+
 def test_a_lock_that_cannot_be_read_holds_nobody_off(tmp_path):
     (tmp_path / ".lock").write_text("{")
     with held(tmp_path):
