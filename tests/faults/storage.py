@@ -6,7 +6,7 @@ import random
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from raysft.storage import Place
@@ -84,14 +84,15 @@ def is_full(folder: Path, reference: str, fault: str, draw: random.Random) -> Ou
     try:
 
         def fill() -> None:
-            free = shutil.disk_usage(small).free
-            (small / "ballast").write_bytes(bytes(free))
+            with suppress(OSError), (small / "ballast").open("wb", buffering=0) as ballast:
+                while True:
+                    ballast.write(bytes(4096))
 
         moment: Moment = once(lambda run, seconds: len(steps_of(small / name)) >= 6, fill)
         settings = (f"run.storage={small}", f"data.cache={folder / 'runs' / 'cache'}")
         first = attempt(folder, name, moment, *settings)
         told = said(folder, name).splitlines()[-1]
-        (small / "ballast").unlink()
+        (small / "ballast").unlink(missing_ok=True)
         code = attempt(folder, name, None, *settings)
         shutil.copytree(small / name, folder / "runs" / name, dirs_exist_ok=True)
     finally:
