@@ -36,6 +36,8 @@ ANSWER_SECONDS = 3.0
 """How long a node may take to answer."""
 TAKEN_SECONDS = 600.0
 """How long fewer workers are asked for after those that there should be room for found none: others may hold it."""
+SETTLE_SECONDS = 25.0
+"""How long Ray, which looks at its nodes every 20 seconds, may take to give what they have."""
 SAY_SECONDS = 60.0
 """How often it is said what is waited for."""
 
@@ -147,6 +149,8 @@ class _Elastic(_Patience, ElasticScalingPolicy):
     _looked = float("-inf")
     _growing_since: int | None = None
     """The newest checkpoint's step when room for more was found."""
+    _short_since: float | None = None
+    """When Ray gave less than there should be."""
     _asked = 0
     """Workers that were asked for last."""
     _taken: tuple[float, int] = (float("-inf"), 0)
@@ -162,9 +166,12 @@ class _Elastic(_Patience, ElasticScalingPolicy):
         each = self.wanted.cpus_per_worker
         reserved = sum(places(node, each, self.wanted.use_gpu) for node in reserved_resources.values())
         # Ray may count a dead node for some seconds more, and leaves nothing to data tasks.
+        return min(reserved, self._most_now())
+
+    def _most_now(self) -> int:
+        """Workers that the cluster should have room for."""
         until, most = self._taken
-        most = most if time.monotonic() < until else self.wanted.most_workers
-        return min(reserved, self.room(), most)
+        return min(self.room(), most if time.monotonic() < until else self.wanted.most_workers)
 
     def make_decision_for_non_running_worker_group(self) -> Any:
         """Start as many as there is room for, but not fewer than the fewest."""
@@ -172,7 +179,12 @@ class _Elastic(_Patience, ElasticScalingPolicy):
         decision: Any = super().make_decision_for_non_running_worker_group()
         if isinstance(decision, NoopDecision):
             return self.wait(self.room())
-        self._waits_since, self._asked = None, decision.num_workers
+        now = time.monotonic()
+        self._short_since = now if self._short_since is None else self._short_since
+        if decision.num_workers < self._most_now() and now - self._short_since < SETTLE_SECONDS:
+            time.sleep(1.0)
+            return NoopDecision()
+        self._waits_since, self._short_since, self._asked = None, None, decision.num_workers
         return decision
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:

@@ -133,7 +133,7 @@ def comes_back(folder: Path, reference: str, fault: str, draw: random.Random) ->
         at: list[float] = []
 
         def moment(run: Path, seconds: float) -> bool:
-            if not at and len(steps_of(run)) >= 4:
+            if not at and len(steps_of(run)) >= 30:  # there is a checkpoint
                 cluster.kill()
                 at.append(seconds)
             elif len(at) == 1 and "going on after" in said(folder, "back"):

@@ -22,7 +22,13 @@ class Cluster:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.nodes: list[dict[str, float]] = []
         patch.setattr(scaling, "living_nodes", lambda: self.nodes)
-        patch.setattr(scaling._Elastic, "_get_reserved_resources", lambda policy: dict(enumerate(self.nodes)))
+        self.reserved: list[dict[str, float]] | None = None
+        """What Ray gives, where that is less."""
+        patch.setattr(
+            scaling._Elastic,
+            "_get_reserved_resources",
+            lambda policy: dict(enumerate(self.nodes if self.reserved is None else self.reserved)),
+        )
         for kind in (scaling._Elastic, scaling._Fixed):
             patch.setattr(kind, "_maybe_send_resource_request", lambda policy: None)
         patch.setattr(scaling.time, "sleep", lambda seconds: None)
@@ -71,6 +77,16 @@ def test_a_wait_for_nodes_is_said_and_has_an_end(cluster, tmp_path):
     with pytest.raises(RunFailed, match=r"room for 1 of 2 workers for scaling.wait_minutes=0.001; add nodes"):
         begun(policy)
     cluster.nodes = [{"CPU": 4.0}]
+    assert begun(policy) == 2
+
+
+def test_ray_is_given_some_time_to_see_all_nodes(cluster, tmp_path):
+    policy = policy_of(tmp_path, num_workers=[1, 2])
+    cluster.nodes, cluster.reserved = [{"CPU": 2.0}, {"CPU": 2.0}], [{"CPU": 1.0}]
+    assert begun(policy) == 0
+    policy._short_since -= scaling.SETTLE_SECONDS
+    assert begun(policy) == 1, "others may hold the rest"
+    cluster.reserved = None
     assert begun(policy) == 2
 
 
