@@ -19,6 +19,12 @@ IGNORED = -100
 MODEL_MARKS = ("adapter_config.json", "config.json")
 """What a model's folder holds one of, once it is whole."""
 
+
+def is_whole(model: Place) -> bool:
+    """Whether a model's folder is there as it was written."""
+    return any((model / mark).exists() for mark in MODEL_MARKS)
+
+
 Record = dict[str, Any]
 """One record of a data file, as read."""
 
@@ -258,7 +264,7 @@ class RunDirectory:
 
     def is_trained(self) -> bool:
         """Whether there is a trained model."""
-        return any((self.model / mark).exists() for mark in MODEL_MARKS)
+        return is_whole(self.model)
 
     @property
     def model_card(self) -> Path:

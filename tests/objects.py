@@ -66,10 +66,8 @@ class Server:
 
 
 @contextmanager
-def s3_server() -> Iterator[Server]:
-    """A server with one bucket, and credentials for it."""
-    from pyarrow import fs
-
+def credentials() -> Iterator[None]:
+    """What any S3 server of a test accepts, in the environment."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (
             ("AWS_ACCESS_KEY_ID", "somebody"),
@@ -77,6 +75,15 @@ def s3_server() -> Iterator[Server]:
             ("AWS_EC2_METADATA_DISABLED", "true"),
         ):
             patch.setenv(name, value)
+        yield
+
+
+@contextmanager
+def s3_server() -> Iterator[Server]:
+    """A server with one bucket, and credentials for it."""
+    from pyarrow import fs
+
+    with credentials():
         server = Server()
         filesystem, _ = fs.FileSystem.from_uri(f"s3://{BUCKET}?{server.options}&allow_bucket_creation=true")
         filesystem.create_dir(BUCKET)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from raysft.config import Config, RequestError
 from raysft.generate import cluster, metrics
 from raysft.generate.journal import Journal, fingerprint
-from raysft.generate.pipeline import completions
+from raysft.generate.pipeline import completions, without
 from raysft.generate.progress import GenerationProgress
 from raysft.records import read_jsonl
 
@@ -59,7 +59,7 @@ def _generate_missing(
     """Complete the prompts that the journal does not have, and finish it; gives the facts of this."""
     with contextlib.closing(journal):
         entries = journal.open()
-        missing = table.filter(pa.array([id not in entries for id in table["id"].to_pylist()], pa.bool_()))
+        missing = without(table, entries)
         use_gpu = config.scaling.use_gpu
         state = GenerationProgress(
             name, total=table.num_rows, done=len(entries), waiting=lambda: cluster.free_now(use_gpu), shown=shown

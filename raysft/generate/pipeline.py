@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Generator
+from collections.abc import Container, Generator
 from typing import Any, cast
 
 import numpy as np
@@ -53,9 +53,14 @@ def completions(config: Config, model: str, prompts: pa.Table) -> Generator[list
                 reason = str(error).partition("The actor is dead because ")[2] or str(error)
                 raise _failed(reason, config, died=True) from error
         shrinks = True
-        prompts = prompts.filter(pa.array([id not in done for id in prompts["id"].to_pylist()], pa.bool_()))
+        prompts = without(prompts, done)
         nodes = f"{gone} node{'' if gone == 1 else 's'}"
         print(f"generate: {nodes} died; going on with {prompts.num_rows} prompts on those that live", file=sys.stderr)
+
+
+def without(prompts: pa.Table, done: Container[str]) -> pa.Table:
+    """The prompts that are left."""
+    return prompts.filter(pa.array([id not in done for id in prompts["id"].to_pylist()], pa.bool_()))
 
 
 def _pass(

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from raysft.copies import local_copy
-from raysft.records import MODEL_MARKS, RunDirectory, RunFailed
+from raysft.records import MODEL_MARKS, RunDirectory, RunFailed, is_whole
 from raysft.storage import Place, StorageFailed, patience, reason_of
 from raysft.train.checkpoint import Best
 
@@ -40,7 +40,7 @@ class Exporter:
         kept = [True]
         if dist.get_rank() == 0:
             # It may be the trained model already, if what came after that did not come to its end.
-            kept = [_is_whole(self._there(best.step)) or self._run.is_trained()]
+            kept = [is_whole(self._there(best.step)) or self._run.is_trained()]
             if not kept[0]:
                 self._emit(
                     "waiting",
@@ -106,7 +106,7 @@ class Exporter:
             there = self._there(step)
             if self._best is not None:
                 send(self._best[1], model)
-            elif _is_whole(there):  # else it was put there before
+            elif is_whole(there):  # else it was put there before
                 send(Path(local_copy(there.location)), model)
             best.remove()
         self._forget()
@@ -148,10 +148,6 @@ class Exporter:
 
     def _patience(self) -> Any:
         return patience(say=lambda line: self._emit("waiting", line))
-
-
-def _is_whole(model: Place) -> bool:
-    return any((model / mark).exists() for mark in MODEL_MARKS)
 
 
 @contextmanager
@@ -207,16 +203,15 @@ def save(model: Any, tokenizer: Any, folder: Path) -> bool:
                 state[name] = parameter.detach().cpu().clone()
     if not writes:
         return False
-    if not adapters_only:
-        # What a model keeps beside its parameters: the routers of some mixtures of experts balance themselves so.
-        kept = model.state_dict().keys()
-        state |= {name: buffer.cpu().clone() for name, buffer in model.named_buffers() if name in kept}
     if adapters_only:
         if begun_with := getattr(model, "begun_with", None):
             model.save_pretrained(folder, path_initial_model_for_weight_conversion=begun_with)
         else:
             model.save_pretrained(folder, state_dict=state)
     else:
+        # What a model keeps beside its parameters: the routers of some mixtures of experts balance themselves so.
+        kept = model.state_dict().keys()
+        state |= {name: buffer.cpu().clone() for name, buffer in model.named_buffers() if name in kept}
         model.config.use_cache = True
         model.save_pretrained(folder, state_dict=state)
         model.config.use_cache = False

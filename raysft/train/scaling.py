@@ -191,7 +191,8 @@ class _Elastic(_Patience, ElasticScalingPolicy):
         """Grow after a checkpoint. Workers that are alive are never taken away."""
         self._maybe_send_resource_request()
         now = time.monotonic()
-        if now - self._looked < LOOK_SECONDS:
+        # With all that were asked for there is nothing to look for: looking asks each node.
+        if now - self._looked < LOOK_SECONDS or worker_group_state.num_workers >= self.wanted.most_workers:
             return NoopDecision()
         self._looked = now
         reserved = self._get_reserved_resources()

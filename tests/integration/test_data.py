@@ -23,6 +23,7 @@ from raysft.cli import main
 from raysft.config import Config, parse
 from raysft.data import prepare
 from raysft.records import read_jsonl
+from tests.objects import credentials
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -31,26 +32,15 @@ GOOD = {"messages": [{"role": "user", "content": "How are you?"}, {"role": "assi
 
 
 @pytest.fixture(scope="module")
-def credentials():
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (
-            ("AWS_ACCESS_KEY_ID", "somebody"),
-            ("AWS_SECRET_ACCESS_KEY", "secret"),
-            ("AWS_EC2_METADATA_DISABLED", "true"),
-        ):
-            patch.setenv(name, value)
+def local_ray():
+    with credentials():
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
         yield
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
-def local_ray(credentials):
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def bucket(credentials):
+def bucket(local_ray):
     """A bucket of a real S3 server on this machine: (filesystem, the options of its URIs)."""
     from moto.server import ThreadedMotoServer
 

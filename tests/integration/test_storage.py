@@ -17,7 +17,7 @@ from raysft.cli import main
 from raysft.config import load
 from raysft.storage import Place
 from raysft.train import checkpoint
-from tests.objects import Server, s3_server
+from tests.objects import Server
 from tests.tiny import tiny_model, write_chats
 
 CONFIG = """
@@ -37,12 +37,6 @@ train:
 scaling: {{threads_per_worker: 1}}
 generate: {{max_examples: 4, max_new_tokens: 4, do_sample: false, compare_base: false, metrics: []}}
 """
-
-
-@pytest.fixture(scope="module")
-def server():
-    with s3_server() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

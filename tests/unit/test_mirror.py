@@ -12,13 +12,6 @@ from raysft.lock import Held, Holder, held
 from raysft.mirror import Mirror, looked_into, mirrored
 from raysft.records import RunDirectory, RunFailed, append_json
 from raysft.storage import Place
-from tests.objects import s3_server
-
-
-@pytest.fixture(scope="module")
-def server():
-    with s3_server() as server:
-        yield server
 
 
 @pytest.fixture

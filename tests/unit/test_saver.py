@@ -16,7 +16,6 @@ from raysft.train import checkpoint
 from raysft.train.checkpoint import Cursor, Snapshot, folder_name
 from raysft.train.pieces import Pieces
 from raysft.train.saver import Saver
-from tests.objects import s3_server
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -26,12 +25,6 @@ def group():
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def server():
-    with s3_server() as server:
-        yield server
 
 
 @pytest.fixture(params=["local", "s3"])

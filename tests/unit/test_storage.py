@@ -10,13 +10,6 @@ import pytest
 from raysft import storage
 from raysft.copies import local_copy
 from raysft.storage import Place, StorageFailed, patience
-from tests.objects import s3_server
-
-
-@pytest.fixture(scope="module")
-def server():
-    with s3_server() as server:
-        yield server
 
 
 @pytest.fixture(params=["local", "s3"])
