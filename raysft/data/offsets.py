@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from raysft.data.quick import QuickEncoder
 from raysft.data.render import Span
 
 Encoded = tuple[np.ndarray, list[Span]]
@@ -24,6 +25,7 @@ class SpanEncoder:
 
     def __init__(self, backend: Any) -> None:
         self.backend = backend
+        self.encode = QuickEncoder(backend)
         self.token_bytes = _token_bytes(backend)
 
     def __call__(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> Iterator[Encoded]:
@@ -43,10 +45,7 @@ class SpanEncoder:
             ):
                 yield np.asarray(encoding.ids, np.int32), [token_span(encoding, span, text) for span in wanted]
             return
-        for text, wanted, encoding in zip(
-            texts, spans, self.backend.encode_batch_fast(list(texts), add_special_tokens=False), strict=True
-        ):
-            ids = np.asarray(encoding.ids, np.int32)
+        for text, wanted, ids in zip(texts, spans, self.encode(texts), strict=True):
             ends = np.cumsum(self.token_bytes[ids])
             if len(ends) and ends[-1] == _bytes(text) and unicodedata.is_normalized("NFC", text):
                 yield (

@@ -177,7 +177,7 @@ class Tokenizing:
         texts = [each.example.text for each in whole if each.example.text]
         # A chat template writes all special tokens itself; a plain text gets those that the tokenizer puts around it.
         encoded_chats = self.encode_spans([chat.text for chat in chats], [chat.spans for chat in chats])
-        encoded_texts = iter(self.backend.encode_batch_fast(texts, add_special_tokens=True) if texts else ())
+        encoded_texts = iter(self.encode_spans.encode(texts, add_special_tokens=True))
         for each in prepared:
             if isinstance(each, Rejected):
                 yield each
@@ -186,7 +186,7 @@ class Tokenizing:
             elif each.example.prompt is not None:
                 yield from self._completion(each)
             elif each.example.text:
-                ids = next(encoded_texts).ids if each.in_one_pass else self._begun(each.example.text, escape=True)
+                ids = next(encoded_texts) if each.in_one_pass else self._begun(each.example.text, escape=True)
                 yield from self._text(each, ids)
             else:
                 yield from self._ids(each.example)
@@ -290,7 +290,7 @@ class Tokenizing:
         reference = last.content if not last.tool_calls else each.rendered.text[start:end]
         return replace(tokenized, prompt=prompt, prompt_ids=ids, reference=_unmarked(reference))
 
-    def _text(self, each: _Prepared, ids: list[int]) -> Iterator[Outcome]:
+    def _text(self, each: _Prepared, ids: Sequence[int] | np.ndarray) -> Iterator[Outcome]:
         """A text and the token that ends it; all of it is trained on."""
         example, input_ids = each.example, self._ended(ids)
         if len(input_ids) < 2:
@@ -328,9 +328,9 @@ class Tokenizing:
         around = [token for token in self._encoded("", special=True) if token != self.parts.eos]
         return [*around, *(self._encode_escaped(self._escaped(text))[0].tolist() if escape else self._encoded(text))]
 
-    def _ended(self, ids: list[int]) -> np.ndarray:
+    def _ended(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Ids with the token that ends a text behind them."""
-        return np.asarray(ids if ids and ids[-1] == self.parts.eos else [*ids, self.parts.eos], np.int32)
+        return np.asarray(ids if len(ids) and ids[-1] == self.parts.eos else [*ids, self.parts.eos], np.int32)
 
     def _ids(self, example: Example) -> Iterator[Outcome]:
         """Ids that came tokenized."""

@@ -1,0 +1,113 @@
+"""fastokens stands for the tokenizer only where it gives the same tokens."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import tokenizers
+from transformers import AutoTokenizer
+
+from raysft.config import RequestError
+from raysft.data.quick import QuickEncoder
+from tests.tiny import tiny_tokenizer
+
+SHARED = Path(__file__).parents[3] / "shared" / "data" / "tokenizers"
+ALPHABETS = (
+    "abcdefghijklmnopqrstuvwxyz      ABC",
+    "aeiou  \n\t\r.,;:'\"!?()[]{}0123456789",
+    "äöüßéèñçøåæœﬁﬂ½Ⅷ e\u0301o\u0308",
+    "中文日本語テスト한국어 ไทย عربي हिन्दी עברית ελληνικά русский",
+    "😀👨👩👧🏽🇩🇪\u200d\ufe0f \u00a0\u2003\u3000\ufeff\u200b\u0000\u0007\u2028",
+    "\U00020000\U000e0061\ue000\uffff\U0010ffff𝔘𝕏 a",
+)
+
+
+def texts(added: list[str], count: int) -> list[str]:
+    chance = random.Random(0)
+    pieces = [*ALPHABETS, "".join(ALPHABETS)]
+    made = []
+    for _ in range(count):
+        words = [
+            "".join(chance.choices(chance.choice(pieces), k=chance.randint(0, 40)))
+            for _ in range(chance.randint(0, 12))
+        ]
+        if chance.random() < 0.3:
+            words.insert(chance.randint(0, len(words)), chance.choice(added))
+        made.append(chance.choice(("", " ", "\n")).join(words))
+    return made
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("name", ["tiny", "qwen3"])
+def test_any_text_has_the_tokens_of_the_tokenizer(name, special):
+    if name != "tiny" and not (SHARED / name).is_dir():
+        pytest.skip("needs the shared data")
+    backend = (tiny_tokenizer() if name == "tiny" else AutoTokenizer.from_pretrained(SHARED / name)).backend_tokenizer
+    encode = QuickEncoder(backend)
+    assert encode.quick is not None
+    written = texts([token.content for token in backend.get_added_tokens_decoder().values()], 4_000)
+    expected = backend.encode_batch_fast(written, add_special_tokens=special)
+    for text, ids, encoding in zip(written, encode(written, special), expected, strict=True):
+        assert ids.tolist() == encoding.ids, text
+
+
+def test_tokens_around_a_text_are_those_of_the_tokenizer():
+    backend = tiny_tokenizer().backend_tokenizer
+    end = backend.get_added_tokens_decoder()[0].content
+    backend.post_processor = tokenizers.processors.TemplateProcessing(f"{end} $A {end}", special_tokens=[(end, 0)])
+    encode = QuickEncoder(backend)
+    (ids,) = encode(["a b"], add_special_tokens=True)
+    assert encode.quick is not None
+    assert ids.tolist() == [0, *backend.encode("a b", add_special_tokens=False).ids, 0]
+
+
+def test_a_tokenizer_of_another_kind_encodes_itself():
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    encode = QuickEncoder(backend)
+    assert encode.quick is None
+    assert [ids.tolist() for ids in encode(["a b c", ""])] == [[0, 1, 2], []]
+
+
+def test_without_fastokens_the_tokenizer_encodes(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastokens", None)
+    backend = tiny_tokenizer().backend_tokenizer
+    encode = QuickEncoder(backend)
+    assert encode.quick is None
+    assert [ids.tolist() for ids in encode(["Hello there"])] == [backend.encode("Hello there").ids]
+
+
+class _Wrong:
+    """Gives one token too many for each text with a word in it."""
+
+    def __init__(self, quick, word: str) -> None:
+        self.quick, self.word = quick, word
+
+    def encode_batch_flat(self, texts: list[str], special: bool) -> tuple[bytes, bytes]:
+        return self.quick.encode_batch_flat([text.replace(self.word, self.word + " x") for text in texts], special)
+
+
+@pytest.mark.parametrize("word", ["Hello", "façade", "한국어"])
+def test_other_tokens_for_a_probe_keep_the_tokenizer(monkeypatch, word):
+    import fastokens
+
+    right = fastokens.Tokenizer.from_json_str
+
+    class Tokenizer:
+        @staticmethod
+        def from_json_str(text):
+            return _Wrong(right(text), word)
+
+    monkeypatch.setattr(fastokens, "Tokenizer", Tokenizer)
+    assert QuickEncoder(tiny_tokenizer().backend_tokenizer).quick is None
+
+
+def test_other_tokens_for_a_text_of_a_batch_end_it():
+    encode = QuickEncoder(tiny_tokenizer().backend_tokenizer)
+    encode.quick = _Wrong(encode.quick, "rare")
+    encode(["a", "b", "c"])
+    with pytest.raises(RequestError, match=r"different tokens for 'a rare word'.*pip uninstall fastokens"):
+        encode(["a", "a rare word", "c"])
