@@ -29,6 +29,7 @@ def _problems(config: Config) -> Iterator[str]:
     yield from _of_schedule(config)
     yield from _of_losses(config)
     yield from _of_evaluation(config)
+    yield from _of_generation(config)
 
 
 def _of_optimizers(config: Config) -> Iterator[str]:
@@ -61,6 +62,15 @@ def _of_optimizers(config: Config) -> Iterator[str]:
         yield (
             f"train.optimizer=badam trains one block at a time in one worker and scaling.num_workers={config.scaling.num_workers}; "
             "use 1 worker, or another optimizer"
+        )
+
+
+def _of_generation(config: Config) -> Iterator[str]:
+    generate = config.generate
+    if generate.enabled and generate.num_beams > 1 and generate.do_sample:
+        yield (
+            f"generate.num_beams={generate.num_beams} searches and generate.do_sample=True draws; "
+            "set generate.do_sample=false, or generate.num_beams=1"
         )
 
 

@@ -101,6 +101,16 @@ class GenerateSection(Section):
     """Sample from the K most probable tokens; 0: from all."""
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
     """Above 1, tokens that were used become less probable."""
+    num_beams: Positive = 1
+    """Beams of a beam search, with ``do_sample: false``; 1: none."""
+    length_penalty: float = 1.0
+    """In a beam search: above 0 longer predictions are preferred, below 0 shorter ones."""
+    stop_tokens: list[Text] = []
+    """Tokens that end a prediction beside those of the tokenizer and of the model's generation config."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the predicted text."""
+    max_seconds: Annotated[float, Field(gt=0)] | None = None
+    """Longest time for a batch of prompts; what was written until then is the prediction."""
     metrics: list[str] = ["similarity"]
     """Metrics of the predictions: modules of the package ``evaluate``. These come with raysft and need no network:
     ``similarity`` (ROUGE over jieba's words and BLEU-4 over characters, as LLaMA-Factory), ``rouge`` (rouge_score), ``bleu``

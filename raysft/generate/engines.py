@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -37,6 +38,11 @@ class Completion:
     """Tokens generated, the one that ended the turn included."""
     cut: int = 0
     """Tokens taken off the front of the prompt because the model has no more positions."""
+    stop: str = "length"
+    """Why it ended: ``eos`` at a token that ends a turn, ``length`` at the most tokens, ``time`` after
+    ``generate.max_seconds``, ``error`` where it could not be made."""
+    error: str = ""
+    """What went wrong."""
 
 
 class Engine(Protocol):
@@ -80,7 +86,7 @@ class TransformersEngine:
             model, local_files_only=True, trust_remote_code=runs_code(config, Path(model))
         )
         self._model = _load_model(config, Path(model)).to(self._device).eval()
-        self._stops = _stop_tokens(self._tokenizer, self._model)
+        self._stops = _stop_tokens(self._tokenizer, self._model, config.generate.stop_tokens)
         padding = self._tokenizer.pad_token_id
         self._padding = padding if padding is not None else (self._stops or [0])[0]
         positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
@@ -106,7 +112,7 @@ class TransformersEngine:
         )
         written = output[:, longest:].tolist()
         return [
-            self._completion(tokens[:limit], cut=len(prompt) - len(short))
+            self._completion(tokens[:limit], limit, cut=len(prompt) - len(short))
             for tokens, limit, prompt, short in zip(written, limits.tolist(), prompts, kept, strict=True)
         ]
 
@@ -124,12 +130,18 @@ class TransformersEngine:
             return self._settings.max_new_tokens
         return min(self._settings.max_new_tokens, self._positions - len(prompt))
 
+    def _by_beam(self, of_rows: torch.Tensor) -> torch.Tensor:
+        """[rows] → [rows · beams], as a beam search holds them."""
+        return of_rows.repeat_interleave(self._settings.num_beams).to(self._device)
+
     def _generation(self, new_tokens: int) -> GenerationConfig:
         # Always "greedy" for transformers: sampling is the last processor, which leaves one token to choose.
         return GenerationConfig(
             max_new_tokens=new_tokens,
             do_sample=False,
-            num_beams=1,
+            num_beams=self._settings.num_beams,
+            length_penalty=self._settings.length_penalty,
+            max_time=self._settings.max_seconds,
             eos_token_id=self._stops or None,
             pad_token_id=self._padding,
             use_cache=True,
@@ -140,16 +152,18 @@ class TransformersEngine:
         if self._settings.repetition_penalty != 1.0:
             # Padding is no token that was used; often it is the stop token, which a penalty would keep from coming.
             penalty = self._settings.repetition_penalty
-            processors.append(RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=pads.to(self._device)))
+            processors.append(RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=self._by_beam(pads)))
         if self._settings.do_sample:
             uniforms = torch.stack([uniform_numbers(self._seed, id, self._settings.max_new_tokens) for id in ids])
             processors.append(_RowSampling(self._settings, uniforms.to(self._device), longest))
         return processors
 
-    def _completion(self, tokens: list[int], cut: int) -> Completion:
+    def _completion(self, tokens: list[int], limit: int, cut: int) -> Completion:
         end = next((at for at, token in enumerate(tokens) if token in self._stops), None)
-        text = self._tokenizer.decode(tokens[:end], skip_special_tokens=True)
-        return Completion(text=str(text), tokens=len(tokens) if end is None else end + 1, cut=cut)
+        text = str(self._tokenizer.decode(tokens[:end], skip_special_tokens=self._settings.skip_special_tokens))
+        if end is not None:
+            return Completion(text, tokens=end + 1, cut=cut, stop="eos")
+        return Completion(text, tokens=len(tokens), cut=cut, stop="length" if len(tokens) >= limit else "time")
 
 
 def create_engine(config: Config, model: str, threads: int | None = None) -> Engine:
@@ -248,7 +262,9 @@ class _RowLimits(StoppingCriteria):
         self._limits, self._prompt_length = limits, prompt_length
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # pyright: ignore
-        return input_ids.shape[1] - self._prompt_length >= self._limits
+        # A beam search holds several beams of each row.
+        limits = self._limits.repeat_interleave(input_ids.shape[0] // len(self._limits))
+        return input_ids.shape[1] - self._prompt_length >= limits
 
 
 def runs_code(config: Config, folder: Path) -> bool:
@@ -280,8 +296,24 @@ def _load_model(config: Config, folder: Path) -> Any:
     return model
 
 
-def _stop_tokens(tokenizer: Any, model: Any) -> list[int]:
-    """Tokens that end a turn: the tokenizer's and those of the model's generation config."""
+def _stop_tokens(tokenizer: Any, model: Any, more: Sequence[str]) -> list[int]:
+    """Tokens that end a turn: the tokenizer's, those of the model's generation config, and those that the config names."""
     stops = model.generation_config.eos_token_id
     stops = list(stops) if isinstance(stops, list | tuple) else [stops]
+    stops += named_tokens(tokenizer, more)
     return sorted({int(stop) for stop in (tokenizer.eos_token_id, *stops) if stop is not None})
+
+
+def named_tokens(tokenizer: Any, names: Sequence[str]) -> list[int]:
+    """The numbers of tokens.
+
+    Raises:
+        RequestError: the tokenizer has no such token.
+    """
+    known = tokenizer.get_vocab()
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, [str(token) for token in tokenizer.all_special_tokens], n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else "name one as the tokenizer writes it"
+            raise RequestError(f"generate.stop_tokens: the tokenizer has no token {name!r}; {remedy}")
+    return [known[name] for name in names]

@@ -15,7 +15,7 @@ from raysft.generate import cluster, metrics
 from raysft.generate.journal import Journal, fingerprint
 from raysft.generate.pipeline import completions, without
 from raysft.generate.progress import GenerationProgress
-from raysft.records import read_jsonl
+from raysft.records import RunFailed, read_jsonl
 
 COLUMNS = ("id", "source", "prompt", "input_ids", "label")
 
@@ -29,7 +29,8 @@ def generate(config: Config, *, model: str, prompts: Path, output: Path, progres
     Args:
         model: folder of a Hugging Face model, or of a peft adapter whose base is a local folder.
         prompts: Parquet with the columns id (unique), source, prompt, input_ids and label.
-        output: JSON lines to write: ``{"prompt", "predict", "label", "id", "source"}``.
+        output: JSON lines to write: ``{"prompt", "predict", "label", "id", "source", "tokens", "stop"}``, and ``error``
+            where a prompt could not be completed; its prediction is empty then.
         progress: say on stderr how far it is.
 
     Returns:
@@ -58,7 +59,8 @@ def _generate_missing(
 ) -> dict[str, Any]:
     """Complete the prompts that the journal does not have, and finish it; gives the facts of this."""
     with contextlib.closing(journal):
-        entries = journal.open()
+        # What failed before is tried again: memory may have run out for what else was there.
+        entries = {id: entry for id, entry in journal.open().items() if not entry["error"]}
         missing = without(table, entries)
         use_gpu = config.scaling.use_gpu
         state = GenerationProgress(
@@ -69,8 +71,14 @@ def _generate_missing(
                 journal.append(batch)
                 entries.update((entry["id"], entry) for entry in batch)
                 state.advance(len(batch), sum(entry["tokens"] for entry in batch), batch[0]["seconds"])
+        if entries and all(entry["error"] for entry in entries.values()):
+            raise RunFailed(f"generation failed: {next(iter(entries.values()))['error']}")
         facts = {"runtime": round(state.seconds, 3), "tokens_per_second": round(state.tokens_per_second, 3)}
         journal.finish(_rows(table, entries), facts)
+    failed = [entry for entry in entries.values() if entry["error"]]
+    if failed:
+        print(f"{name}: {len(failed)} of {table.num_rows} prompts were not completed, the first of them: "
+              f"{failed[0]['id']}: {failed[0]['error']}", file=sys.stderr)  # fmt: skip
     cut = sum(1 for entry in entries.values() if entry["cut"])
     if cut:
         print(f"{name}: {cut} of {table.num_rows} prompts lost their beginning, which with generate.max_new_tokens="
@@ -95,6 +103,13 @@ def _rows(table: pa.Table, entries: dict[str, dict[str, Any]]) -> list[dict[str,
     """The predictions as the output has them, in the order of the prompts."""
     columns = (table[column].to_pylist() for column in ("prompt", "label", "id", "source"))
     return [
-        {"prompt": prompt, "predict": entries[id]["predict"], "label": label, "id": id, "source": source}
+        {
+            "prompt": prompt,
+            "predict": entries[id]["predict"],
+            "label": label,
+            "id": id,
+            "source": source,
+            **{key: entries[id][key] for key in ("tokens", "stop", "error") if entries[id][key]},
+        }
         for prompt, label, id, source in zip(*columns, strict=True)
     ]

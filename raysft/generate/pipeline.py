@@ -7,18 +7,19 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Container, Generator
+from collections.abc import Container, Generator, Sequence
 from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
+import torch
 from ray.exceptions import RayError
 
 from raysft.config import Config
 from raysft.generate import cluster
-from raysft.generate.engines import Engine, create_engine
+from raysft.generate.engines import Completion, Engine, create_engine
 from raysft.records import RunFailed
 
 RESTARTS = 3
@@ -28,7 +29,7 @@ STALL_SECONDS = 60.0
 
 
 def completions(config: Config, model: str, prompts: pa.Table) -> Generator[list[dict[str, Any]], None, None]:
-    """Batches of entries ({id, predict, tokens, cut, seconds}) as the engines finish them, in any order.
+    """Batches of entries ({id, predict, tokens, cut, stop, error, seconds}) as the engines finish them, in any order.
 
     When a node dies the prompts that are left go to engines on those that live.
 
@@ -91,8 +92,8 @@ def _pass(
             batch: Any
             for batch in split.iter_batches(batch_size=cast(Any, None), batch_format="pyarrow", prefetch_batches=0):
                 entries = batch.to_pylist()
-                if "error" in entries[0]:
-                    raise _failed(entries[0]["error"], config) from RuntimeError(entries[0]["traceback"])
+                if "failed" in entries[0]:
+                    raise _failed(entries[0]["failed"], config) from RuntimeError(entries[0]["traceback"])
                 patience.came(entries[0]["seconds"])
                 yield entries
 
@@ -153,10 +154,9 @@ class _EngineActor:
         try:
             self._engine = self._engine or self._make()
             start = time.monotonic()
-            completions = self._engine.complete(ids, batch["input_ids"].to_pylist())
+            completions = complete(self._engine, ids, batch["input_ids"].to_pylist())
         except Exception as error:
-            line = " ".join(f"{type(error).__name__}: {error}".split())
-            return pa.table({"error": [line], "traceback": [traceback.format_exc()]})
+            return pa.table({"failed": [_line(error)], "traceback": [traceback.format_exc()]})
         seconds = time.monotonic() - start
         return pa.table(
             {
@@ -164,9 +164,44 @@ class _EngineActor:
                 "predict": [completion.text for completion in completions],
                 "tokens": [completion.tokens for completion in completions],
                 "cut": [completion.cut for completion in completions],
+                "stop": [completion.stop for completion in completions],
+                "error": [completion.error for completion in completions],
                 "seconds": [seconds] * len(ids),
             }
         )
+
+
+def complete(engine: Engine, ids: Sequence[str], prompts: Sequence[Sequence[int]]) -> list[Completion]:
+    """A batch, and where that fails its halves: what cannot be completed alone costs no other prompt.
+
+    Raises:
+        Exception: what the engine raised, where several prompts fail, each of them; that is no matter of a prompt.
+    """
+    completions, first = _complete(engine, ids, prompts)
+    if first and len(ids) > 1 and all(completion.error for completion in completions):
+        raise first
+    return completions
+
+
+def _complete(
+    engine: Engine, ids: Sequence[str], prompts: Sequence[Sequence[int]]
+) -> tuple[list[Completion], Exception | None]:
+    try:
+        return engine.complete(ids, prompts), None
+    except Exception as error:
+        failure = error
+    # Outside, so that the memory which the failure holds is free again.
+    torch.cuda.empty_cache()
+    if len(ids) == 1:
+        return [Completion("", tokens=0, stop="error", error=_line(failure))], failure
+    half = len(ids) // 2
+    left, first = _complete(engine, ids[:half], prompts[:half])
+    right, second = _complete(engine, ids[half:], prompts[half:])
+    return left + right, first or second
+
+
+def _line(error: Exception) -> str:
+    return f"{' '.join(f'{type(error).__name__}: {error}'.split()):.300}"
 
 
 def _failed(reason: str, config: Config, *, died: bool = False) -> RunFailed:

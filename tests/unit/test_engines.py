@@ -1,0 +1,112 @@
+"""Engines: how a prediction ends, and what becomes of prompts that cannot be completed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from raysft.config import Config, RequestError, parse
+from raysft.generate.engines import Completion, TransformersEngine, named_tokens
+from raysft.generate.pipeline import complete
+from tests.tiny import tiny_model, tiny_tokenizer
+
+QUESTIONS = ("Hi", "What is the capital of France?", "a list of three", "x")
+
+
+def config(model: Path | str = "m", **generate) -> Config:
+    settings = {"max_new_tokens": 12, "do_sample": False, **generate}
+    data = {"train": [{"name": "a", "path": "a"}]}
+    return parse({"model": {"path": str(model)}, "data": data, "generate": settings})
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model"), spread=0.2)
+
+
+@pytest.fixture(scope="module")
+def prompts(model) -> list[list[int]]:
+    return AutoTokenizer.from_pretrained(model)(list(QUESTIONS))["input_ids"]
+
+
+def test_a_beam_search_is_that_of_transformers(model, prompts):
+    engine = TransformersEngine(config(model, num_beams=3, length_penalty=0.5), str(model))
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    for prompt, completion in zip(prompts, engine.complete(QUESTIONS, prompts), strict=True):
+        rows = torch.tensor([prompt])
+        found = plain.generate(
+            rows,
+            max_new_tokens=12,
+            do_sample=False,
+            num_beams=3,
+            length_penalty=0.5,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        assert completion.text == tokenizer.decode(found[0, len(prompt) :], skip_special_tokens=True)
+
+
+def test_a_prediction_says_why_it_ended(model, prompts):
+    greedy = TransformersEngine(config(model), str(model)).complete(QUESTIONS, prompts)
+    longest = next(completion for completion in greedy if completion.stop == "length")
+    assert longest.tokens == 12
+    prompt = torch.tensor([prompts[greedy.index(longest)]])
+    written = AutoModelForCausalLM.from_pretrained(model).generate(prompt, max_new_tokens=12, do_sample=False)
+    fourth = AutoTokenizer.from_pretrained(model).convert_ids_to_tokens(written[0, prompt.shape[1] + 3].item())
+    other = config(model, stop_tokens=[fourth], skip_special_tokens=False)
+    stopped = TransformersEngine(other, str(model)).complete(QUESTIONS, prompts)[greedy.index(longest)]
+    assert stopped.stop == "eos"
+    assert stopped.tokens <= 4
+    assert longest.text.startswith(stopped.text)
+    hurried = TransformersEngine(config(model, max_seconds=1e-6), str(model)).complete(QUESTIONS, prompts)
+    assert {completion.stop for completion in hurried} <= {"time", "eos"}
+    assert all(completion.tokens <= 1 for completion in hurried)
+
+
+def test_a_stop_token_that_is_none_is_refused():
+    tokenizer = tiny_tokenizer()
+    assert named_tokens(tokenizer, ["<|im_start|>"]) == [tokenizer.bos_token_id]
+    with pytest.raises(RequestError, match=r"has no token '<\|im_stop\|>'; did you mean '<\|im_start\|>'\?"):
+        named_tokens(tokenizer, ["<|im_stop|>"])
+
+
+class Choosy:
+    """Completes prompts of one token, in batches as small as it likes."""
+
+    def __init__(self, most: int, error: type[Exception] = ValueError) -> None:
+        self._most, self._error = most, error
+
+    def complete(self, ids, prompts) -> list[Completion]:
+        if len(ids) > self._most or any(len(prompt) != 1 for prompt in prompts):
+            raise self._error("too\nmuch")
+        return [Completion(id, tokens=1, stop="eos") for id in ids]
+
+
+def test_one_prompt_that_fails_costs_no_other():
+    found = complete(Choosy(8), list("abcde"), [[1], [1], [1, 2], [1], [1]])
+    assert [(each.text, each.stop, each.error) for each in found] == [
+        ("a", "eos", ""),
+        ("b", "eos", ""),
+        ("", "error", "ValueError: too much"),
+        ("d", "eos", ""),
+        ("e", "eos", ""),
+    ]
+
+
+def test_a_batch_that_is_too_large_is_halved():
+    assert [each.text for each in complete(Choosy(2, torch.OutOfMemoryError), list("abcde"), [[1]] * 5)] == list(
+        "abcde"
+    )
+
+
+def test_what_fails_with_every_prompt_is_no_matter_of_a_prompt():
+    with pytest.raises(ValueError, match="too\nmuch"):
+        complete(Choosy(0), list("ab"), [[1], [1]])
+
+
+def test_beams_and_draws_do_not_go_together():
+    with pytest.raises(RequestError, match=r"generate.num_beams=4 searches and generate.do_sample=True draws"):
+        config(num_beams=4, do_sample=True)
