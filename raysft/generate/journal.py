@@ -11,7 +11,7 @@ from typing import Any
 
 from raysft.config import Config
 from raysft.copies import local_copy
-from raysft.generate.engines import adapter_base
+from raysft.generate.engines.model import adapter_base
 from raysft.records import read_jsonl, write_json, write_jsonl
 
 _NOT_OF_THE_TEXT = {"enabled", "compare_base", "num_actors", "max_examples", "batch_size", "metrics"}

@@ -19,7 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raysft.config import Config, RequestError
 from raysft.generate import cluster
-from raysft.generate.engines import Completion, TransformersEngine, choose_tokens
+from raysft.generate.engines import Completion
+from raysft.generate.engines.sampling import choose_tokens
+from raysft.generate.engines.static import TransformersEngine
 from raysft.generate.infer import generate
 from raysft.generate.journal import Journal
 from raysft.records import RunFailed, read_jsonl

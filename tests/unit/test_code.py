@@ -173,7 +173,7 @@ def test_an_export_takes_the_name_from_the_runs_config(tmp_path, model, ran):
 
 def test_an_adapter_lends_the_trust_to_no_other_base(tmp_path, model):
     from raysft.config import parse
-    from raysft.generate.engines import runs_code
+    from raysft.generate.engines.model import runs_code
 
     other, merged = tmp_path / "other", tmp_path / "cache" / "models" / "merged-1"
     for folder in (other, merged):

@@ -9,7 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raysft.config import Config, RequestError, parse
-from raysft.generate.engines import Completion, TransformersEngine, named_tokens
+from raysft.generate.engines import Completion
+from raysft.generate.engines.model import named_tokens
+from raysft.generate.engines.static import TransformersEngine
 from raysft.generate.pipeline import complete
 from tests.tiny import tiny_model, tiny_tokenizer
 

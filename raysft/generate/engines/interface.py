@@ -1,0 +1,39 @@
+"""What every engine does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What an engine wrote after one prompt."""
+
+    text: str
+    tokens: int
+    """Tokens generated, the one that ended the turn included."""
+    cut: int = 0
+    """Tokens taken off the front of the prompt because the model has no more positions."""
+    stop: str = "length"
+    """Why it ended: ``eos`` at a token that ends a turn, ``length`` at the most tokens, ``time`` after
+    ``generate.max_seconds``, ``error`` where it could not be made."""
+    error: str = ""
+    """What went wrong."""
+
+
+class Engine(Protocol):
+    """Completes prompts; made once in its process, then called batch by batch."""
+
+    def complete(self, ids: Sequence[str], prompts: Sequence[Sequence[int]]) -> list[Completion]:
+        """Complete a batch.
+
+        Args:
+            ids: names of the prompts; with the seed of the run they decide what is sampled.
+            prompts: token ids of each.
+
+        Returns:
+            One completion for each prompt, in their order.
+        """
+        ...

@@ -1,0 +1,96 @@
+"""The model that generates: a whole one or an adapter on its base, and the tokens that end its turns."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from raysft.config import Config, RequestError, locate
+from raysft.copies import local_copy
+from raysft.storage import Place
+
+
+def adapter_base(model: Path) -> Path | None:
+    """Folder of the model that an adapter sits on; None where the folder is a whole model.
+
+    Raises:
+        RequestError: the folder or the adapter's base is not there.
+    """
+    if not model.is_dir():
+        raise RequestError(f"{model} is no model folder; give a folder with a config.json or an adapter_config.json")
+    description = model / "adapter_config.json"
+    if not description.exists():
+        if not (model / "config.json").exists():
+            raise RequestError(f"{model} holds neither config.json nor adapter_config.json; give a model's folder")
+        return None
+    base = _named_base(model)
+    base = local_copy(base) if base else None
+    if not base or not Path(base).is_dir():
+        raise RequestError(
+            f"{description}: base_model_name_or_path={base!r} is no folder here; put the base model there or correct it"
+        )
+    return Path(base)
+
+
+def _named_base(adapter: Path) -> str | None:
+    """The model that an adapter's description names."""
+    named = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    return str(named) if named else None
+
+
+def runs_code(config: Config, folder: Path) -> bool:
+    """Whether code that comes with a model may run; with an adapter's base only where that is the model whose code was named, for
+    ``adapter_config.json`` may name any folder."""
+    if not config.model.runs_code or adapter_base(folder) is None:
+        return config.model.runs_code
+    base, named = Place.of(_named_base(folder) or ""), Place.of(locate(config.model.path, "model.path"))
+    # With adapters merged it lies in the cache.
+    return base == named or base.parent == config.cache_directory / "models"
+
+
+def load_model(config: Config, folder: Path) -> Any:
+    base, dtype = adapter_base(folder), getattr(torch, config.dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        base or folder, dtype=dtype, local_files_only=True, trust_remote_code=runs_code(config, folder)
+    )
+    if base is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(folder))
+        # Merged, each layer is one product in place of three. In bfloat16 the sum would round small updates away, and
+        # so the adapter stays beside the weights there.
+        if dtype == torch.float32:
+            model = model.merge_and_unload()
+    # What the file says of sampling must not mix with the config's; its stop tokens are kept.
+    inner = model.get_base_model() if base is not None and dtype != torch.float32 else model
+    inner.generation_config = GenerationConfig(eos_token_id=inner.generation_config.eos_token_id)
+    return model
+
+
+def stop_tokens(tokenizer: Any, model: Any, more: Sequence[str]) -> list[int]:
+    """Tokens that end a turn: the tokenizer's, those of the model's generation config, and those that the config names."""
+    stops = model.generation_config.eos_token_id
+    stops = list(stops) if isinstance(stops, list | tuple) else [stops]
+    stops += named_tokens(tokenizer, more)
+    return sorted({int(stop) for stop in (tokenizer.eos_token_id, *stops) if stop is not None})
+
+
+def named_tokens(tokenizer: Any, names: Sequence[str]) -> list[int]:
+    """The numbers of tokens.
+
+    Raises:
+        RequestError: the tokenizer has no such token.
+    """
+    known = tokenizer.get_vocab()
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, [str(token) for token in tokenizer.all_special_tokens], n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else "name one as the tokenizer writes it"
+            raise RequestError(f"generate.stop_tokens: the tokenizer has no token {name!r}; {remedy}")
+    return [known[name] for name in names]
