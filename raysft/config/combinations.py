@@ -72,6 +72,8 @@ def _of_generation(config: Config) -> Iterator[str]:
             f"generate.num_beams={generate.num_beams} searches and generate.do_sample=True draws; "
             "set generate.do_sample=false, or generate.num_beams=1"
         )
+    if generate.enabled and generate.gpus_per_engine > 1 and not config.scaling.use_gpu:
+        yield f"generate.gpus_per_engine={generate.gpus_per_engine} goes with scaling.use_gpu=true; set it, or take it out"
 
 
 def _of_adapters(config: Config) -> Iterator[str]:

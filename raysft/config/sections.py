@@ -85,10 +85,12 @@ class GenerateSection(Section):
     """What generates."""
     num_actors: Positive | None = None
     """Engines that work in parallel. Default: one per GPU, or one per node without GPU."""
+    gpus_per_engine: Positive = 1
+    """GPUs of one node that hold an engine's model together, for a model larger than one of them (``scaling.use_gpu``)."""
     max_examples: Positive | None = None
     """Generate for N examples only, spread evenly over each evaluation set."""
-    batch_size: Positive = 32
-    """Prompts that an engine completes at once."""
+    batch_size: Positive = 64
+    """Prompts that an engine completes at once; where memory runs out, half as many."""
     max_new_tokens: Positive = 1024
     """Longest prediction, in tokens."""
     do_sample: bool = True

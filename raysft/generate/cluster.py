@@ -53,7 +53,7 @@ def living() -> set[str]:
 
 
 def size_pool(config: Config, cluster: Sequence[Node], batches: int, shrinks: bool = False) -> Pool:
-    """How many engines to start: ``generate.num_actors``, or one per GPU, or one per node without GPU.
+    """How many engines to start: ``generate.num_actors``, or as many as the GPUs hold, or one per node without GPU.
 
     The prompts come as blocks that are in the object store already, so the engines are all that the pipeline places: an
     engine of one CPU fits a cluster of one CPU, and no read task can starve behind it.
@@ -70,23 +70,33 @@ def size_pool(config: Config, cluster: Sequence[Node], batches: int, shrinks: bo
     >>> size_pool(config, [Node("head", 0), Node("10.0.0.7", 8), Node("10.0.0.8", 8)], batches=100).engines
     2
     """
-    use_gpu = config.scaling.use_gpu
+    use_gpu, share = config.scaling.use_gpu, config.generate.gpus_per_engine if config.scaling.use_gpu else 1
     unit, room = ("GPU", [int(n.gpus) for n in cluster]) if use_gpu else ("CPU", [int(n.cpus) for n in cluster])
-    places = sum(room)
-    if not places:
+    if not sum(room):
         remedy = "set scaling.use_gpu=false, or add a GPU node" if use_gpu else "add a node with a CPU"
         raise RequestError(f"generation wants 1 {unit} and the cluster has none ({_listed(cluster)}); {remedy}")
+    room = [free // share for free in room]
+    places = sum(room)
+    if not places:
+        raise RequestError(
+            f"generate.gpus_per_engine={share} wants {share} GPUs on one node and none has as many ({_listed(cluster)}); "
+            "lower it, or add such a node"
+        )
     wanted = config.generate.num_actors or (places if use_gpu else sum(1 for free in room if free))
     if wanted > places and not shrinks:
+        what = (
+            f"{wanted} times {share} GPUs and the cluster has room for"
+            if share > 1
+            else f"{wanted} {unit}s and the cluster has"
+        )
         raise RequestError(
-            f"generate.num_actors={wanted} wants {wanted} {unit}s and the cluster has {places} ({_listed(cluster)}); "
-            f"use {places}, or add nodes"
+            f"generate.num_actors={wanted} wants {what} {places} ({_listed(cluster)}); use {places}, or add nodes"
         )
     engines = max(1, min(wanted, places, batches))
     return Pool(
         engines=engines,
         cpus=0.0 if use_gpu else 1.0,  # beside a GPU a reserved CPU could only keep an engine from its place
-        gpus=1.0 if use_gpu else 0.0,
+        gpus=float(share) if use_gpu else 0.0,
         engines_per_node=math.ceil(engines / sum(1 for free in room if free)),
     )
 

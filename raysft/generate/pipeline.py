@@ -210,5 +210,7 @@ def _failed(reason: str, config: Config, *, died: bool = False) -> RunFailed:
     remedy = ""
     if died or "outofmemory" in reason.lower().replace(" ", ""):
         remedy = f"; if memory ran out, lower generate.batch_size={config.generate.batch_size}"
+        if config.scaling.use_gpu:
+            remedy += ", or raise generate.gpus_per_engine"
     what = f"an engine died {RESTARTS + 1} times: " if died else ""
     return RunFailed(f"generation failed: {what}{reason:.500}{remedy}")

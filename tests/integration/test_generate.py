@@ -103,7 +103,9 @@ def test_predictions_are_those_of_each_prompt_alone_in_order(model, prompts, tmp
 
     rows = list(read_jsonl(output))
     table = pq.read_table(prompts)
-    assert [list(row) for row in rows] == [["prompt", "predict", "label", "id", "source"]] * len(QUESTIONS)
+    assert [list(row) for row in rows] == [["prompt", "predict", "label", "id", "source", "tokens", "stop"]] * len(
+        QUESTIONS
+    )
     assert [row["predict"] for row in rows] == as_text(model, alone(model, prompts))
     for column in ("prompt", "label", "id", "source"):
         assert [row[column] for row in rows] == table[column].to_pylist()
@@ -261,7 +263,7 @@ def test_generation_ends_at_the_stop_tokens_of_tokenizer_and_generation_config(m
     completions = TransformersEngine(config(), str(folder)).complete(*read(prompts))
     cut = [tokens[: tokens.index(stop)] if stop in tokens else tokens for tokens in free]
     assert [c.text for c in completions] == as_text(model, cut)
-    assert completions[0] == Completion(text=as_text(model, [free[0][:2]])[0], tokens=3)
+    assert completions[0] == Completion(text=as_text(model, [free[0][:2]])[0], tokens=3, stop="eos")
 
 
 def test_a_row_ends_where_the_model_has_no_more_positions(model):
@@ -337,3 +339,11 @@ def test_the_pool_follows_the_cluster():
     gpus = config().with_overrides({"scaling.use_gpu": True})
     pool = cluster.size_pool(gpus, [cluster.Node("a", 1, gpus=8), cluster.Node("b", 1, gpus=8)], batches=99)
     assert (pool.engines, pool.gpus, pool.cpus) == (16, 1.0, 0.0)
+    nodes = [cluster.Node("a", 1, gpus=8), cluster.Node("b", 1, gpus=3), cluster.Node("c", 1, gpus=1)]
+    large = gpus.with_overrides({"generate.gpus_per_engine": 2})
+    pool = cluster.size_pool(large, nodes, batches=99)
+    assert (pool.engines, pool.gpus) == (5, 2.0), "an engine lies on one node"
+    with pytest.raises(RequestError, match="num_actors=6 wants 6 times 2 GPUs and the cluster has room for 5"):
+        cluster.size_pool(large.with_overrides({"generate.num_actors": 6}), nodes, batches=99)
+    with pytest.raises(RequestError, match="gpus_per_engine=9 wants 9 GPUs on one node and none has as many"):
+        cluster.size_pool(gpus.with_overrides({"generate.gpus_per_engine": 9}), nodes, batches=99)

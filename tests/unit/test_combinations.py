@@ -29,6 +29,7 @@ GPU = {"scaling__use_gpu": True}
     ("settings", "message"),
     [
         ({"train__optimizer": "muon"}, "train.optimizer=muon needs whole matrices and train.zero_stage=2"),
+        ({"generate__gpus_per_engine": 2}, "generate.gpus_per_engine=2 goes with scaling.use_gpu=true"),
         (
             {"train__optimizer": "galore", "train__zero_stage": 0},
             "train.optimizer=galore saves memory where whole matrices are trained, and model.finetuning=lora",

@@ -54,10 +54,17 @@ def runs_code(config: Config, folder: Path) -> bool:
     return base == named or base.parent == config.cache_directory / "models"
 
 
-def load_model(config: Config, folder: Path) -> Any:
+def load_model(config: Config, folder: Path, device: torch.device) -> Any:
+    """The model on its device, or spread over the GPUs of this process where an engine has several."""
     base, dtype = adapter_base(folder), getattr(torch, config.dtype)
+    # "balanced" fills all GPUs alike: what is left of each is for the cache of its layers.
+    spread = "balanced" if config.generate.gpus_per_engine > 1 else {"": device}
     model: Any = AutoModelForCausalLM.from_pretrained(
-        base or folder, dtype=dtype, local_files_only=True, trust_remote_code=runs_code(config, folder)
+        base or folder,
+        dtype=dtype,
+        device_map=spread if device.type == "cuda" else None,
+        local_files_only=True,
+        trust_remote_code=runs_code(config, folder),
     )
     if base is not None:
         from peft import PeftModel

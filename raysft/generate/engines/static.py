@@ -47,7 +47,7 @@ class TransformersEngine:
         self._tokenizer = AutoTokenizer.from_pretrained(
             model, local_files_only=True, trust_remote_code=runs_code(config, Path(model))
         )
-        self._model = load_model(config, Path(model)).to(self._device).eval()
+        self._model = load_model(config, Path(model), self._device).eval()
         self._stops = stop_tokens(self._tokenizer, self._model, config.generate.stop_tokens)
         padding = self._tokenizer.pad_token_id
         self._padding = padding if padding is not None else (self._stops or [0])[0]
