@@ -1,4 +1,4 @@
-"""Files and folders by local path or by URI, read and written in one way whatever holds them. Imports nothing of raysft.
+"""Files and folders by local path or by URI, read and written in one way whatever holds them.
 
 A storage that is away for a while is waited for, and each wait is bounded and says what it waits for.
 """
@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
+
+from raysft.filesystems import filesystem_of, options_of, quoted
 
 SCHEMES = ("s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
 """What pyarrow has a filesystem for. ``file`` is a local path."""
@@ -29,8 +30,6 @@ PATIENCE_SECONDS = 600.0
 SAY_SECONDS = 60.0
 """How often it is said that it fails."""
 LONGEST_PAUSE_SECONDS = 15.0
-CONNECT_SECONDS, REQUEST_SECONDS = 5.0, 20.0
-"""How long one attempt of a request to S3 may wait without a byte; there are three."""
 CHUNK_BYTES = 16 << 20
 
 _LASTING = re.compile(
@@ -38,7 +37,6 @@ _LASTING = re.compile(
     r"|HTTP status 4(?!08|29)\d\d|Unable to load|No space left|Permission denied|Unauthenticated",
     re.IGNORECASE,
 )
-_QUOTABLE = "/:@!$&'()*+,;=~"
 Got = TypeVar("Got")
 
 
@@ -340,41 +338,3 @@ def reason_of(error: BaseException) -> str:
     text = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
     found = re.search(r"AWS Error .*? during \w+", text)
     return f"{found.group() if found else text:.200}"
-
-
-def quoted(path: str) -> str:
-    """A path as a URI has it."""
-    return quote(path, safe=_QUOTABLE)
-
-
-def options_of(location: str) -> str:
-    """The options of a URI (``?region=…``), as pyarrow takes them; a question mark without options is part of a glob."""
-    found = re.search(r"\?\w+=[^?]*$", location)
-    return found.group() if found else ""
-
-
-def filesystem_of(location: str) -> tuple[Any, str]:
-    """The pyarrow filesystem of a path or URI, and the path in it."""
-    if "://" not in location:
-        from pyarrow import fs
-
-        return fs.LocalFileSystem(), str(Path(location).expanduser().absolute())
-    options = options_of(location)
-    scheme, _, rest = location.removesuffix(options).partition("://")
-    host, _, path = rest.partition("/")
-    # Only where it begins is parsed: a glob is no part of a URI, and people write spaces as they are.
-    filesystem, root = _filesystem(f"{scheme}://{quote(host, safe=_QUOTABLE + '%')}{options}")
-    return filesystem, f"{root.rstrip('/')}/{unquote(path)}" if path else root
-
-
-@lru_cache(maxsize=16)
-def _filesystem(root: str) -> tuple[Any, str]:
-    from pyarrow import fs
-
-    filesystem, path = fs.FileSystem.from_uri(root)
-    if isinstance(filesystem, fs.S3FileSystem):
-        # A URI has no option for these. Without them a server that takes a request and never answers holds it for minutes.
-        _, (options,) = filesystem.__reduce__()
-        bounded = {"connect_timeout": CONNECT_SECONDS, "request_timeout": REQUEST_SECONDS, "allow_delayed_open": True}
-        filesystem = fs.S3FileSystem(**{**options, **bounded})
-    return filesystem, path

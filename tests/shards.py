@@ -10,7 +10,7 @@ from typing import Any
 from raysft.config import Config, parse
 from raysft.data.manifest import Manifest, load, save
 from raysft.data.shards import Part, ShardSet, chunks, shard_set, write_shards
-from raysft.data.tokenize import Tokenizer
+from raysft.data.tokenizer import Tokenizer
 
 
 def write_records(path: Path, records: Sequence[Any]) -> None:

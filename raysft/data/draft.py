@@ -19,7 +19,8 @@ from raysft.data.formats import examples
 from raysft.data.holdout import is_held_out
 from raysft.data.manifest import Shard
 from raysft.data.read import Raw
-from raysft.data.tokenize import Options, Overlong, Tokenized, Tokenizer, Tokenizing
+from raysft.data.tokenize import Options, Overlong, Tokenized, Tokenizing
+from raysft.data.tokenizer import Tokenizer
 from raysft.records import Example, Rejected
 from raysft.storage import Place
 
@@ -61,7 +62,7 @@ def write_shards(parts: Sequence[ShardSet], records: Iterable[tuple[str, Raw]], 
 
 
 def _write_shards(parts: Sequence[ShardSet], records: Iterable[tuple[str, Raw]], tokenizer: Tokenizer) -> list[Shard]:
-    drafts = [_Draft(each, tokenizer.with_options(each.options)) for each in parts]
+    drafts = [_Draft(each, Tokenizing(tokenizer, each.options)) for each in parts]
     # What cannot be read belongs to the part that is trained on.
     main = next((draft for draft in drafts if draft.part.part != "holdout"), None)
     for item, form in examples(records, parts[0].source):

@@ -16,7 +16,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from raysft.config import RequestError, Source, locate
-from raysft.storage import filesystem_of, options_of, quoted
+from raysft.filesystems import filesystem_of, options_of, quoted
 
 ABOUT = ("README", "LICENSE", "LICENCE")
 """What stands in a folder about its data. Other files of no known kind are refused: they might be data."""

@@ -18,8 +18,9 @@ import yaml
 
 from raysft.config import RequestError
 from raysft.data.extension import refuse_pickles
-from raysft.data.files import DataFile, filesystem_of
+from raysft.data.files import DataFile
 from raysft.data.json_list import JSON, READ_BYTES, Unreadable, first_line, json_list
+from raysft.filesystems import filesystem_of
 from raysft.records import Record
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}

@@ -26,7 +26,8 @@ from raysft.data.files import DataFile, find_files
 from raysft.data.manifest import Manifest, Shard, is_whole, load, save
 from raysft.data.read import Raw, read_raw
 from raysft.data.registry import find_source
-from raysft.data.tokenize import Options, Tokenizer
+from raysft.data.tokenize import Options
+from raysft.data.tokenizer import Tokenizer
 from raysft.placement import TASK_CPUS
 from raysft.records import Rejected
 from raysft.storage import Place

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from raysft.data.manifest import Manifest
 from raysft.data.stream import Rows
-from raysft.data.tokenize import load_tokenizer
+from raysft.data.tokenizer import load_tokenizer
 from raysft.log import Console
 from raysft.records import IGNORED
 

@@ -6,27 +6,23 @@ the driver loads the tokenizer once and sends what is behind it.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
 
 from raysft.config import Config, RequestError
-from raysft.copies import local_copy
 from raysft.data.calls import strings
 from raysft.data.fit import split, truncate
-from raysft.data.offsets import Encoded, SpanEncoder
+from raysft.data.offsets import Encoded
 from raysft.data.render import Rendered, first_line, labelled, prompt_messages
 from raysft.data.template import chat_template
+from raysft.data.tokenizer import Tokenizer, backend_of, span_encoder
 from raysft.records import IGNORED, Example, Message, Rejected
 
 NO_IDS = np.empty(0, np.int32)
-CACHED_WORDS = 100_000
-"""Words whose tokens are remembered, some 10 MB; the library's own 10,000 are fewer than a corpus has, and a tenth slower."""
 MARK_START, MARK_END = "\ufdd0", "\ufdd1"
 """Noncharacters, which stand in no text, around a control token that is to be plain text."""
 
@@ -99,66 +95,13 @@ class Overlong:
 Outcome = Tokenized | Rejected | Overlong
 
 
-@dataclass(frozen=True)
-class Tokenizer:
-    """A model's tokenizer, as it travels to the tasks."""
-
-    backend: str
-    """The fast tokenizer as JSON (``tokenizer.json``)."""
-    template: str | None
-    """The chat template."""
-    tool_template: str | None
-    """The one for conversations with functions, where the tokenizer has one of that name."""
-    special_tokens: dict[str, Any]
-    """Name → token, for the template."""
-    control_tokens: tuple[str, ...]
-    """Special tokens as they would be written in a text."""
-    eos: int | None
-    identity: str
-    """Hash of all that."""
-
-    @classmethod
-    def load(cls, model: str, chat_template: str | None = None, runs_code: bool = False) -> Tokenizer:
-        """Take a tokenizer apart.
-
-        Args:
-            model: folder or hub id.
-            chat_template: Jinja text to use instead of the tokenizer's own.
-            runs_code: code that comes with the model may run, here; the tasks need none of it.
-
-        Raises:
-            RequestError: there is no fast tokenizer.
-        """
-        tokenizer = load_tokenizer(model, runs_code)
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise RequestError(f"{model}: has no fast tokenizer (tokenizer.json); choose a model that has one")
-        own = tokenizer.chat_template
-        named = own if isinstance(own, dict) else {"default": own}
-        parts = {
-            "backend": backend.to_str(),
-            "template": chat_template or named.get("default"),
-            "tool_template": None if chat_template else named.get("tool_use"),
-            "special_tokens": dict(tokenizer.special_tokens_map),
-            "control_tokens": tuple(
-                sorted(token.content for token in backend.get_added_tokens_decoder().values() if token.special)
-            ),
-            "eos": tokenizer.eos_token_id,
-        }
-        return cls(**parts, identity=hashlib.sha256(repr(parts).encode()).hexdigest())  # type: ignore[arg-type]
-
-    def with_options(self, options: Options) -> Tokenizing:
-        """The tokenizer at work."""
-        return Tokenizing(self, options)
-
-
 class Tokenizing:
     """A tokenizer at work, under options."""
 
     def __init__(self, tokenizer: Tokenizer, options: Options) -> None:
         self.parts, self.options = tokenizer, options
-        self.backend = _backend(tokenizer.identity, tokenizer.backend, plain=False)
-        self.encode_spans = _span_encoder(tokenizer.identity, tokenizer.backend)
+        self.backend = backend_of(tokenizer.identity, tokenizer.backend, plain=False)
+        self.encode_spans = span_encoder(tokenizer.identity, tokenizer.backend)
         self.control = re.compile("|".join(map(re.escape, tokenizer.control_tokens)) or "(?!)")
         variables = {**tokenizer.special_tokens, **options.template_options}
         self.template = chat_template(tokenizer.template, variables) if tokenizer.template else None
@@ -395,7 +338,7 @@ class Tokenizing:
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         at = 0
-        plain = _backend(self.parts.identity, self.parts.backend, plain=True)
+        plain = backend_of(self.parts.identity, self.parts.backend, plain=True)
         for index, piece in enumerate(re.split(f"[{MARK_START}{MARK_END}]", text)):
             encoding = (plain if index % 2 else self.backend).encode(piece, add_special_tokens=False)
             ids += encoding.ids
@@ -410,33 +353,6 @@ class _Prepared:
     rendered: Rendered
     counts: tuple[tuple[str, int], ...]
     in_one_pass: bool
-
-
-@lru_cache(maxsize=2)
-def load_tokenizer(model: str, runs_code: bool = False) -> Any:
-    """The model's tokenizer, loaded once in a process; ``runs_code``: code that comes with the model may run."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(local_copy(model), trust_remote_code=runs_code)
-
-
-@lru_cache(maxsize=4)
-def _backend(identity: str, backend: str, plain: bool) -> Any:
-    """The tokenizer; a ``plain`` one takes special tokens in a text for characters."""
-    import tokenizers
-
-    made = tokenizers.Tokenizer.from_str(backend)
-    if isinstance(made.model, tokenizers.models.BPE | tokenizers.models.Unigram):
-        made.model._resize_cache(CACHED_WORDS)
-    made.no_truncation()
-    made.no_padding()
-    made.encode_special_tokens = plain
-    return made
-
-
-@lru_cache(maxsize=2)
-def _span_encoder(identity: str, backend: str) -> SpanEncoder:
-    return SpanEncoder(_backend(identity, backend, plain=False))
 
 
 def _texts(example: Example) -> Iterator[str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import pickle
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from raysft.storage import Entry, Place
+from raysft.train.cursor import Cursor
 from raysft.train.fragments import Fragment, base_optimizer, fragments, owners, spread
 from raysft.train.pieces import Pieces, write_tensors
 from raysft.train.states import (
@@ -39,54 +39,6 @@ from raysft.train.states import (
 WEIGHT = "weight"
 """Kind of a fragment beside the optimizer's own names (``exp_avg`` …)."""
 DAMAGED = "damaged.json"
-
-
-@dataclass(frozen=True)
-class Best:
-    """The best evaluation so far."""
-
-    step: int
-    """Optimizer steps done when it was made."""
-    since: int
-    """Evaluations since the last improvement."""
-    results: dict[str, float]
-    """As ``eval_results.json`` holds them."""
-    bar: float = math.inf
-    """The loss that was the last improvement by more than ``early_stopping.threshold``."""
-
-    @property
-    def loss(self) -> float:
-        """By which it is the best."""
-        return self.results["eval_loss"]
-
-
-@dataclass(frozen=True)
-class Cursor:
-    """How far a training is: with seed and manifest it says exactly what is left."""
-
-    step: int
-    """Optimizer steps done."""
-    rows: int
-    """Rows consumed, over all workers."""
-    tokens: int
-    """Tokens without padding in them."""
-    identity: dict[str, str]
-    """What it is a training of: hashes of config, model and each source, by name."""
-    best: Best | None = None
-    workers: int = 1
-    """How many wrote the checkpoint."""
-
-    @classmethod
-    def read(cls, folder: Place | Path) -> Cursor:
-        """The cursor of a checkpoint."""
-        return cls.parse((Place.of(folder) / "cursor.json").read_bytes())
-
-    @classmethod
-    def parse(cls, content: bytes) -> Cursor:
-        """The cursor in the content of ``cursor.json``."""
-        whole = json.loads(content)
-        best = whole.pop("best", None)
-        return cls(**whole, best=Best(**best) if best else None)
 
 
 class Damaged(RuntimeError):

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from raysft.copies import local_copy
 from raysft.records import MODEL_MARKS, RunDirectory, RunFailed, is_whole
 from raysft.storage import Place, StorageFailed, patience, reason_of
-from raysft.train.checkpoint import Best
+from raysft.train.cursor import Best
 
 
 class Exporter:

@@ -9,7 +9,7 @@ import torch
 
 from raysft.log import duration
 from raysft.records import StepRecord
-from raysft.train.checkpoint import Cursor
+from raysft.train.cursor import Cursor
 from raysft.train.flops import model_flops, peak_flops
 from raysft.train.step import Trained
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from raysft.config import TrainSection
-from raysft.train.checkpoint import Best
+from raysft.train.cursor import Best
 
 
 class Judge:

@@ -26,7 +26,7 @@ from raysft.matmul import use_onednn
 from raysft.records import Evaluation, RunFailed, append_json, evaluation_results
 from raysft.storage import StorageFailed, patience
 from raysft.train import checkpoint, loop
-from raysft.train.checkpoint import Cursor
+from raysft.train.cursor import Cursor
 from raysft.train.failures import cause
 from raysft.train.finetuning import load_trained
 from raysft.train.loop import Job

@@ -20,7 +20,7 @@ from raysft.copies import local_copy
 from raysft.records import RunDirectory, evaluation_results
 from raysft.storage import Place
 from raysft.train import checkpoint
-from raysft.train.checkpoint import Cursor
+from raysft.train.cursor import Cursor
 from raysft.train.export import Exporter
 from raysft.train.figures import Figures
 from raysft.train.judge import Judge

@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from raysft.storage import Place, StorageFailed, patience, reason_of
 from raysft.train import checkpoint
-from raysft.train.checkpoint import Cursor, Snapshot
+from raysft.train.checkpoint import Snapshot
+from raysft.train.cursor import Cursor
 
 SAVE_SECONDS = 1800
 """How long the end of the training waits for the last checkpoint."""

@@ -20,7 +20,8 @@ from raysft.cli import main
 from raysft.config import load
 from raysft.lock import held
 from raysft.records import read_jsonl
-from raysft.train.checkpoint import Cursor, complete
+from raysft.train.checkpoint import complete
+from raysft.train.cursor import Cursor
 from tests.tiny import SENTENCES, tiny_model, with_code, write_chats
 
 pytestmark = pytest.mark.usefixtures("local_ray")

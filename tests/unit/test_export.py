@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from raysft.records import RunDirectory, RunFailed
 from raysft.storage import Place
-from raysft.train.checkpoint import Best
+from raysft.train.cursor import Best
 from raysft.train.export import Exporter, export
 from tests.objects import s3_server
 from tests.tiny import tiny_model

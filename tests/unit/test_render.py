@@ -14,7 +14,8 @@ from raysft.data.formats import examples as as_examples
 from raysft.data.read import read_raw
 from raysft.data.render import labelled, prompt_messages
 from raysft.data.schedule import Lengths, plan_rows
-from raysft.data.tokenize import Options, Overlong, Tokenized, Tokenizer, Tokenizing, load_tokenizer
+from raysft.data.tokenize import Options, Overlong, Tokenized, Tokenizing
+from raysft.data.tokenizer import Tokenizer, load_tokenizer
 from raysft.records import IGNORED, Example, Message, Rejected
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
@@ -69,7 +70,7 @@ def tokenizer_of(folder: str, **options) -> Tokenizing:
         "template_options": {},
         "with_prompts": False,
     }
-    return Tokenizer.load(folder).with_options(Options(**{**defaults, **options}))
+    return Tokenizing(Tokenizer.load(folder), Options(**{**defaults, **options}))
 
 
 def tokenize(folder: str, *examples: Example, **options) -> list[Tokenized]:
@@ -328,9 +329,8 @@ def test_which_end_of_a_prompt_is_kept_is_the_users_choice(folder):
 def test_named_templates_mark_what_the_assistant_wrote(folder, name):
     """With special tokens of the tiny tokenizer, which are other ones: the frames are what counts."""
     config = parse({"model": {"path": folder, "chat_template": name}, "data": {"train": [{"name": "a", "path": "a"}]}})
-    tokenizing = Tokenizer.load(folder, config.chat_template).with_options(
-        tokenizer_of(folder, sequence_length=999).options
-    )
+    options = tokenizer_of(folder, sequence_length=999).options
+    tokenizing = Tokenizing(Tokenizer.load(folder, config.chat_template), options)
     turns = [("system", "Be nice."), ("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]
     (item,) = tokenizing([conversation(*turns)])
     assert isinstance(item, Tokenized), item

@@ -13,7 +13,8 @@ from raysft import storage
 from raysft.records import RunFailed
 from raysft.storage import Place, StorageFailed
 from raysft.train import checkpoint
-from raysft.train.checkpoint import Cursor, Snapshot, folder_name
+from raysft.train.checkpoint import Snapshot, folder_name
+from raysft.train.cursor import Cursor
 from raysft.train.pieces import Pieces
 from raysft.train.saver import Saver
 

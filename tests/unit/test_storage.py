@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from raysft import storage
+from raysft import filesystems, storage
 from raysft.copies import local_copy
 from raysft.storage import Place, StorageFailed, patience
 
@@ -140,14 +140,14 @@ def test_a_storage_that_is_away_for_a_while_is_waited_for(remote, server):
 
 
 def test_a_server_that_never_answers_is_asked_again(remote, server, monkeypatch):
-    storage._filesystem.cache_clear()
-    monkeypatch.setattr(storage, "REQUEST_SECONDS", 1.0)
+    filesystems._filesystem.cache_clear()
+    monkeypatch.setattr(filesystems, "REQUEST_SECONDS", 1.0)
     server.fails("PUT", seconds=1.5, late=30)
     with patience(60, lambda line: None):
         begun = time.monotonic()
         (remote / "x").write_text("there")
     assert time.monotonic() - begun < 20
-    storage._filesystem.cache_clear()
+    filesystems._filesystem.cache_clear()
 
 
 def test_waiting_has_an_end(remote, server):
@@ -200,7 +200,7 @@ def test_a_full_disk_is_not_taken_for_a_storage_that_fails(remote, tmp_path, mon
 def test_a_filesystem_that_shows_half_files_gets_drafts(tmp_path, monkeypatch):
     from pyarrow import fs
 
-    monkeypatch.setattr(storage, "_filesystem", lambda root: (fs.LocalFileSystem(), str(tmp_path)))
+    monkeypatch.setattr(filesystems, "_filesystem", lambda root: (fs.LocalFileSystem(), str(tmp_path)))
     place = Place.of("hdfs://host/runs")
     (place / "x").write_text("old")
     (place / "x").write_text("new")
