@@ -296,6 +296,7 @@ def _prepared(config: Config) -> tuple[str, str | None, Prepared]:
     tell = Terminal().line
     model = find_model(config.model.path, config.cache_directory, tell)
     check_model(config, model, tell)
+    _check_batching(config, model)
     model, adapter = find_adapter(config, model, tell)
     return model, adapter, prepare(config, model, tell)
 
@@ -314,6 +315,14 @@ def _check_metrics(config: Config) -> None:
 
     if config.stage == "sft" and config.generate.enabled:
         metrics.check(config)
+
+
+def _check_batching(config: Config, model: str) -> None:
+    """Find out now, not after the training, that the model cannot be generated with as asked."""
+    from raysft.generate.engines import batching
+
+    if config.stage == "sft" and config.generate.enabled and config.generate.batching == "continuous":
+        batching(config, model)
 
 
 def _check_engines(config: Config) -> None:

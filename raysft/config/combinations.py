@@ -74,6 +74,22 @@ def _of_generation(config: Config) -> Iterator[str]:
         )
     if generate.enabled and generate.gpus_per_engine > 1 and not config.scaling.use_gpu:
         yield f"generate.gpus_per_engine={generate.gpus_per_engine} goes with scaling.use_gpu=true; set it, or take it out"
+    if generate.enabled and generate.batching == "continuous":
+        if generate.num_beams > 1:
+            yield (
+                f"generate.batching=continuous has no beams and generate.num_beams={generate.num_beams}; "
+                "set generate.batching=static, or generate.num_beams=1"
+            )
+        if generate.gpus_per_engine > 1:
+            yield (
+                f"generate.batching=continuous keeps its cache on one GPU and generate.gpus_per_engine="
+                f"{generate.gpus_per_engine}; set generate.batching=static, or generate.gpus_per_engine=1"
+            )
+        if generate.max_seconds is not None:
+            yield (
+                f"generate.batching=continuous has no batches to time and generate.max_seconds={generate.max_seconds:g}; "
+                "set generate.batching=static, or take max_seconds out"
+            )
 
 
 def _of_adapters(config: Config) -> Iterator[str]:

@@ -89,6 +89,10 @@ class GenerateSection(Section):
     """GPUs of one node that hold an engine's model together, for a model larger than one of them (``scaling.use_gpu``)."""
     max_examples: Positive | None = None
     """Generate for N examples only, spread evenly over each evaluation set."""
+    batching: Literal["auto", "continuous", "static"] = "auto"
+    """``continuous``: where a prediction ends another prompt takes its place; one GPU, no beams, no ``max_seconds``.
+    ``static``: batch by batch, each until its last prediction ends. ``auto``: continuous on GPUs, where the model and the
+    settings allow it."""
     batch_size: Positive = 64
     """Prompts that an engine completes at once; where memory runs out, half as many."""
     max_new_tokens: Positive = 1024

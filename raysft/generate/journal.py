@@ -14,7 +14,7 @@ from raysft.copies import local_copy
 from raysft.generate.engines.model import adapter_base
 from raysft.records import read_jsonl, write_json, write_jsonl
 
-_NOT_OF_THE_TEXT = {"enabled", "compare_base", "num_actors", "max_examples", "batch_size", "metrics"}
+_NOT_OF_THE_TEXT = {"enabled", "compare_base", "num_actors", "max_examples", "batching", "batch_size", "metrics"}
 """Settings of ``generate`` that do not change what is predicted for a prompt."""
 
 

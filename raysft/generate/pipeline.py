@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import threading
 import time
@@ -19,11 +20,15 @@ from ray.exceptions import RayError
 
 from raysft.config import Config
 from raysft.generate import cluster
-from raysft.generate.engines import Completion, Engine, create_engine
+from raysft.generate.engines import Completion, Engine, batching, create_engine
+from raysft.generate.engines.interface import failure
 from raysft.records import RunFailed
 
 RESTARTS = 3
 """How often an engine whose process died is started again."""
+SUPPLY = 4
+"""Batches that an engine of continuous batching is given at a time. When it runs out of prompts, some time passes in which fewer
+and fewer run; and what it was given is what is lost when it dies."""
 STALL_SECONDS = 60.0
 """After so long without a batch, and three times as long as the longest took, engines of a node that died are given up."""
 
@@ -68,13 +73,17 @@ def _pass(
     config: Config, model: str, prompts: pa.Table, began: set[str], shrinks: bool
 ) -> Generator[list[dict[str, Any]], None, None]:
     """All prompts through one pool of engines."""
-    batches = _batches(prompts, config.generate.batch_size)
-    pool = cluster.size_pool(config, cluster.nodes(), len(batches), shrinks)
+    rows, size = prompts.num_rows, config.generate.batch_size
+    pool = cluster.size_pool(config, cluster.nodes(), math.ceil(rows / size), shrinks)
+    if batching(config, model) == "continuous":
+        # Not so many that an engine has nothing to do.
+        size = max(size, min(SUPPLY * size, math.ceil(rows / pool.engines)))
+    batches = _batches(prompts, size)
     with cluster.quiet_ray_data():
         dataset = ray.data.from_arrow(batches).map_batches(
             _EngineActor,
             fn_constructor_args=(config, model, pool.engines_per_node),
-            batch_size=config.generate.batch_size,  # a block holds just that many
+            batch_size=size,  # a block holds just that many
             batch_format="pyarrow",
             zero_copy_batch=True,
             # One batch each at a time, or the engine that is up first would take those of the others.
@@ -156,7 +165,7 @@ class _EngineActor:
             start = time.monotonic()
             completions = complete(self._engine, ids, batch["input_ids"].to_pylist())
         except Exception as error:
-            return pa.table({"failed": [_line(error)], "traceback": [traceback.format_exc()]})
+            return pa.table({"failed": [failure(error).error], "traceback": [traceback.format_exc()]})
         seconds = time.monotonic() - start
         return pa.table(
             {
@@ -189,19 +198,15 @@ def _complete(
     try:
         return engine.complete(ids, prompts), None
     except Exception as error:
-        failure = error
+        caught = error
     # Outside, so that the memory which the failure holds is free again.
     torch.cuda.empty_cache()
     if len(ids) == 1:
-        return [Completion("", tokens=0, stop="error", error=_line(failure))], failure
+        return [failure(caught)], caught
     half = len(ids) // 2
     left, first = _complete(engine, ids[:half], prompts[:half])
     right, second = _complete(engine, ids[half:], prompts[half:])
     return left + right, first or second
-
-
-def _line(error: Exception) -> str:
-    return f"{' '.join(f'{type(error).__name__}: {error}'.split()):.300}"
 
 
 def _failed(reason: str, config: Config, *, died: bool = False) -> RunFailed:

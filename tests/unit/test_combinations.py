@@ -31,6 +31,10 @@ GPU = {"scaling__use_gpu": True}
         ({"train__optimizer": "muon"}, "train.optimizer=muon needs whole matrices and train.zero_stage=2"),
         ({"generate__gpus_per_engine": 2}, "generate.gpus_per_engine=2 goes with scaling.use_gpu=true"),
         (
+            {"generate__gpus_per_engine": 2, "generate__batching": "continuous", **GPU},
+            "generate.batching=continuous keeps its cache on one GPU and generate.gpus_per_engine=2",
+        ),
+        (
             {"train__optimizer": "galore", "train__zero_stage": 0},
             "train.optimizer=galore saves memory where whole matrices are trained, and model.finetuning=lora",
         ),

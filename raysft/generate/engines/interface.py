@@ -23,11 +23,17 @@ class Completion:
     """What went wrong."""
 
 
+def failure(error: Exception | str) -> Completion:
+    """What stands for a prompt that could not be completed."""
+    said = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    return Completion("", tokens=0, stop="error", error=f"{' '.join(said.split()):.300}")
+
+
 class Engine(Protocol):
-    """Completes prompts; made once in its process, then called batch by batch."""
+    """Completes prompts, at most ``generate.batch_size`` at once; made once in its process, then called with some at a time."""
 
     def complete(self, ids: Sequence[str], prompts: Sequence[Sequence[int]]) -> list[Completion]:
-        """Complete a batch.
+        """Complete prompts.
 
         Args:
             ids: names of the prompts; with the seed of the run they decide what is sampled.

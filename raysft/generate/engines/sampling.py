@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, StoppingCriteria
+from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor, StoppingCriteria
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 
 
 def choose_tokens(
@@ -39,6 +41,12 @@ def choose_tokens(
     return tokens.gather(-1, chosen)[:, 0]
 
 
+def leave_one(scores: torch.Tensor, uniforms: torch.Tensor, settings: Any) -> torch.Tensor:
+    """[rows, vocabulary] scores that leave each row the one token that its random number chooses."""
+    tokens = choose_tokens(scores, uniforms, settings.temperature, settings.top_k, settings.top_p)
+    return torch.full_like(scores, float("-inf")).scatter_(1, tokens[:, None], 0.0)
+
+
 def uniform_numbers(seed: int, id: str, count: int) -> torch.Tensor:
     """[count] numbers in [0, 1) that belong to a seed and a prompt, and to nothing else."""
     digest = hashlib.sha256(f"{seed}/{id}".encode()).digest()
@@ -53,10 +61,7 @@ class RowSampling(LogitsProcessor):
         self._settings, self._uniforms, self._prompt_length = settings, uniforms, prompt_length
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        numbers = self._uniforms[:, input_ids.shape[1] - self._prompt_length]
-        settings = self._settings
-        tokens = choose_tokens(scores, numbers, settings.temperature, settings.top_k, settings.top_p)
-        return torch.full_like(scores, float("-inf")).scatter_(1, tokens[:, None], 0.0)
+        return leave_one(scores, self._uniforms[:, input_ids.shape[1] - self._prompt_length], self._settings)
 
 
 class RowLimits(StoppingCriteria):
@@ -69,3 +74,76 @@ class RowLimits(StoppingCriteria):
         # A beam search holds several beams of each row.
         limits = self._limits.repeat_interleave(input_ids.shape[0] // len(self._limits))
         return input_ids.shape[1] - self._prompt_length >= limits
+
+
+class RequestSampling(ContinuousBatchingLogitsProcessor):
+    """What ``RowSampling`` does, for requests of continuous batching, each of which is at a step of its own."""
+
+    supported_kwargs: dict[str, type] = {}  # noqa: RUF012, the base class has it so
+    ignored_kwargs: tuple[str, ...] = ()
+
+    def __init__(self, settings: Any) -> None:
+        self._settings = settings
+        self._uniforms: dict[str, list[float]] = {}
+        self._lengths: dict[str, int] = {}
+
+    def begin(self, uniforms: Mapping[str, torch.Tensor], lengths: Mapping[str, int]) -> None:
+        """Take up requests in place of those before.
+
+        Args:
+            uniforms: by the request's name, a number in [0, 1) for each token that it may get.
+            lengths: tokens of its prompt.
+        """
+        self._uniforms = {name: numbers.tolist() for name, numbers in uniforms.items()}
+        self._lengths = dict(lengths)
+
+    def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
+        int32_tensor.zero_()
+
+    def prepare_tensor_args(self, requests_with_new_token: Sequence[Any]) -> torch.Tensor:
+        """[requests] float32, seen as the int32 that transformers carries to the device."""
+        numbers = [self._number(request.state) for request in requests_with_new_token]
+        return torch.tensor(numbers, dtype=torch.float32).view(torch.int32)
+
+    def _number(self, state: Any) -> float:
+        # The position counts what is underway too. A request that warms up has no numbers; one that ended can be a step behind.
+        numbers = self._uniforms.get(state.request_id, [0.0])
+        step = state.position_offset - self._lengths.get(state.request_id, 0)
+        return numbers[min(step, len(numbers) - 1)]
+
+    def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
+        return leave_one(scores, tensor_arg[: scores.shape[0]].view(torch.float32), self._settings)
+
+
+class RequestPenalty(ContinuousBatchingLogitsProcessor):
+    """The repetition penalty of transformers for requests of continuous batching.
+
+    It reads each request's tokens where the step is prepared, so steps must neither overlap nor be recorded as graphs.
+    """
+
+    supported_kwargs: dict[str, type] = {}  # noqa: RUF012
+    ignored_kwargs: tuple[str, ...] = ()
+
+    def __init__(self, penalty: float) -> None:
+        self._penalty = RepetitionPenaltyLogitsProcessor(penalty)
+        self._used: list[list[int]] = []
+
+    def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
+        int32_tensor.zero_()
+
+    def prepare_tensor_args(self, requests_with_new_token: Sequence[Any]) -> torch.Tensor:
+        self._used = [
+            request.state.initial_tokens + request.state.generated_tokens for request in requests_with_new_token
+        ]
+        return torch.zeros(len(self._used), dtype=torch.int32)
+
+    def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
+        if not self._used:
+            return scores
+        longest = max(len(tokens) for tokens in self._used)
+        # Filled up with a token of its own, for a token that is there twice counts once.
+        rows = [tokens + tokens[-1:] * (longest - len(tokens)) for tokens in self._used]
+        ids: Any = torch.tensor(rows, device=scores.device)
+        # Prompts that are read in parts have rows without meaning at the end.
+        penalized: Any = self._penalty(ids, scores[: len(rows)])  # pyright: ignore
+        return torch.cat([penalized, scores[len(rows) :]])

@@ -1,0 +1,71 @@
+"""Whether a model can be generated with in continuous batches, told from its description alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from raysft.config import Config, RequestError
+from raysft.copies import local_copy
+from raysft.generate.engines.model import adapter_base, runs_code
+
+
+def batching(config: Config, model: str) -> Literal["continuous", "static"]:
+    """``generate.batching`` with ``auto`` decided.
+
+    Args:
+        model: folder of a Hugging Face model, or of a peft adapter.
+
+    Raises:
+        RequestError: it is ``continuous`` and the model cannot be.
+    """
+    settings = config.generate
+    if settings.batching == "static":
+        return "static"
+    if settings.batching == "auto":
+        # On a CPU, where a step costs by its tokens, whole batches are twice as fast: no cache is gathered from pages.
+        fits = (
+            config.scaling.use_gpu
+            and settings.num_beams == settings.gpus_per_engine == 1
+            and settings.max_seconds is None
+        )
+        return "continuous" if fits and not obstacle(config, model) else "static"
+    if reason := obstacle(config, model):
+        raise refused(model, reason)
+    return "continuous"
+
+
+def refused(model: str, reason: str) -> RequestError:
+    """What to say of a model that ``generate.batching=continuous`` does not go with."""
+    return RequestError(f"generate.batching=continuous and {model}: {reason}; set generate.batching to auto or static")
+
+
+def obstacle(config: Config, model: str) -> str:
+    """What in a model's description keeps it from continuous batching; empty where nothing does."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    folder = Path(local_copy(model))
+    if runs_code(config, folder):
+        return "code that comes with the model is not known to take part"
+    try:
+        described: Any = AutoConfig.from_pretrained(
+            adapter_base(folder) or folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        return f"its config.json is of no use ({str(error).splitlines()[0]:.120})"
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(described), None)
+    kind = f"model_type={described.model_type}"
+    if found is None or described.is_encoder_decoder:
+        return f"{kind} is no decoder that transformers knows"
+    if found._is_stateful:
+        return f"{kind} is recurrent"
+    # Attention that does not come from transformers' registry, or only the eager one, would not see the pages.
+    if not (found._supports_attention_backend and found._supports_sdpa):
+        return f"{kind} has attention of its own"
+    text = described.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return f"{kind} has layers of the kind {min(kinds)}"
+    if getattr(text, "kv_lora_rank", None) or getattr(text, "num_kv_shared_layers", None):
+        return f"{kind} compresses or shares keys and values"
+    return ""
