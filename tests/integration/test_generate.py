@@ -123,6 +123,20 @@ def test_predictions_are_those_of_each_prompt_alone_in_order(model, prompts, tmp
 
 
 @pytest.mark.usefixtures("_ray")
+@pytest.mark.parametrize(("batch_size", "engines", "blocks"), [(2, 1, [8]), (1, 2, [4, 4]), (3, 2, [4, 4])])
+def test_continuous_batches_are_supplied_with_several_at_a_time(
+    model, prompts, tmp_path, monkeypatch, batch_size, engines, blocks
+):
+    append, written = Journal.append, []
+    monkeypatch.setattr(Journal, "append", lambda self, entries: (written.append(len(entries)), append(self, entries)))
+    settings = config(batching="continuous", batch_size=batch_size, num_actors=engines)
+    output = tmp_path / "out.jsonl"
+    generate(settings, model=str(model), prompts=prompts, output=output, progress=False)
+    assert [row["predict"] for row in read_jsonl(output)] == as_text(model, alone(model, prompts))
+    assert written == blocks
+
+
+@pytest.mark.usefixtures("_ray")
 def test_a_killed_call_goes_on_with_what_is_missing(model, prompts, tmp_path, capfd):
     output, settings = tmp_path / "out.jsonl", config()
     partial = tmp_path / ".out.jsonl.partial"

@@ -23,7 +23,7 @@ def batching(config: Config, model: str) -> Literal["continuous", "static"]:
     if settings.batching == "static":
         return "static"
     if settings.batching == "auto":
-        # On a CPU, where a step costs by its tokens, whole batches are twice as fast: no cache is gathered from pages.
+        # On a CPU, which gathers the cache from its pages at every step, it was measured between half and 1.5 times as fast.
         fits = (
             config.scaling.use_gpu
             and settings.num_beams == settings.gpus_per_engine == 1

@@ -58,7 +58,7 @@ class Request:
 
 
 class ContinuousEngine(ModelEngine):
-    """At most ``generate.batch_size`` prompts at once, of as many as it is given.
+    """Completes at most ``generate.batch_size`` prompts at once, of as many as it is given.
 
     The predictions are those of static batches: greedy in float32 token for token, and sampled with the same random numbers.
     """
