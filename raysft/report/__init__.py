@@ -16,6 +16,8 @@ __all__ = ["report"]
 def report(run: RunDirectory) -> str:
     """Write ``trainer_state.json``, the plots, the model card and ``report.html`` from what a run left in its directory.
 
+    Where only predictions of another model are, there is no model that a card would be of.
+
     It needs nothing but the directory, and may be repeated at any time, also while the run goes on.
 
     Returns:
@@ -30,6 +32,7 @@ def report(run: RunDirectory) -> str:
     if log.steps or log.evaluations:
         write_json(run.trainer_state, trainer_state(log))
     plots = draw(log)
-    write_atomically(run.model_card, model_card(log, plots))
+    if not log.other_model:
+        write_atomically(run.model_card, model_card(log, plots))
     write_page(log)
     return summary(log)

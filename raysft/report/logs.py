@@ -43,6 +43,11 @@ class RunLog:
         return str(self.option("run.name") or self.directory.path.resolve().name)
 
     @property
+    def other_model(self) -> str:
+        """The model that predicted, in a run in which nothing is trained (``generate.model``); else empty."""
+        return "" if self.steps or self.evaluations else str(self.option("generate.model", ""))
+
+    @property
     def evaluation_sets(self) -> list[str]:
         """Names of the evaluation sets, if there are several and so each has results of its own; else none."""
         keys = [key for record in (*self.evaluations, self.evaluated) for key in record]

@@ -44,6 +44,7 @@ def write_page(log: RunLog) -> None:
         comparisons=_by_source(rows),
         intervals=any(row.after_interval or row.before_interval for row in rows),
         predictions=predictions,
+        other_model=bool(log.other_model),
         histograms=histograms(predictions),
         colours={"after": 0, "before": 1, "reference": 2},
         interval=interval,
@@ -79,6 +80,8 @@ def _template() -> jinja2.Template:
 
 def _what(log: RunLog) -> str:
     """What was trained, in a line."""
+    if log.other_model:
+        return visible(f"{masked(log.other_model)} · predictions")
     stage = "continued pre-training" if log.option("stage") == "pt" else "supervised fine-tuning"
     finetuning = log.option("model.finetuning", "full")
     rank = log.option("model.lora.rank")
@@ -90,6 +93,8 @@ def _what(log: RunLog) -> str:
 
 def _state(log: RunLog) -> str:
     """How far the training is, if it is not at its end."""
+    if log.other_model:
+        return "Nothing is trained here: these are predictions of a model that was there."
     if not log.steps:
         return "No step of training is logged yet."
     done, total = log.steps[-1]["current_steps"], log.steps[-1].get("total_steps")

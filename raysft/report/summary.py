@@ -41,7 +41,7 @@ _FILES = {
     "eval_results.json": "loss and accuracy on the evaluation sets",
     "predict_results.json": "scores of the generated text",
     "all_results.json": "all three in one",
-    "generated_predictions.jsonl": "what the trained model wrote",
+    "generated_predictions.jsonl": "what the model wrote",
     "generated_predictions_base.jsonl": "what the model wrote before training",
     "rejected.jsonl": "records that could not be used",
     "changes.jsonl": "what was changed on the way",
@@ -91,19 +91,22 @@ def shortened(text: Any, length: int = SAMPLE_LENGTH) -> str:
 def _comparison(console: Console, log: RunLog) -> None:
     rows = compare(log)
     base = shortened(masked(log.option("model.path", "?")), 60)
-    console.print(
-        Text(f"{log.name}: {base}, {log.option('model.finetuning', '')} {log.option('stage', '')}", style="bold")
-    )
+    what = f"{base}, {log.option('model.finetuning', '')} {log.option('stage', '')}"
+    if log.other_model:
+        what = f"predictions of {shortened(masked(log.other_model), 60)}"
+    console.print(Text(f"{log.name}: {what}", style="bold"))
     if not rows:
         console.print("\nNothing to compare: the run has neither evaluations nor scored predictions.")
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("")
-    for column in ("before", "after", "change"):
+    columns = ("",) if log.other_model else ("before", "after", "change")
+    for column in columns:
         table.add_column(column, justify="right")
     for row in rows:
         style = {True: "green", False: "red", None: ""}[row.better]
-        table.add_row(Text(row.label), row.shown_before, Text(row.shown_after, "bold"), Text(row.change, style=style))
+        shown = (row.shown_before, Text(row.shown_after, "bold"), Text(row.change, style=style))
+        table.add_row(Text(row.label), *(shown[1:2] if log.other_model else shown))
     console.print()
     console.print(table)
     if any(row.after_interval for row in rows):
@@ -123,7 +126,7 @@ def _samples(console: Console, log: RunLog) -> None:
             "prompt": last_user_turn(str(row.get("prompt", ""))),
             "reference": row.get("label", ""),
             "before": base.get("predict", "") if base else None,
-            "after": row.get("predict", ""),
+            "predicted" if log.other_model else "after": row.get("predict", ""),
         }
         grid = Table.grid(padding=(0, 2))
         for label, text in texts.items():
