@@ -33,9 +33,13 @@ def differences(directory: RunDirectory, config: Config) -> dict[str, list[Any]]
     except (TypeError, ValueError, yaml.YAMLError):
         raise RequestError(f"{directory.config}: is not a config of this version; choose another run.name") from None
     here = config.mathematics()
-    begun = directory.trainer_log.exists() or directory.checkpoints.exists() or directory.model.exists()
-    keys = [key for key in sorted({*here, *there}) if here.get(key) != there.get(key)] if begun else []
+    keys = [key for key in sorted({*here, *there}) if here.get(key) != there.get(key)] if begun(directory) else []
     return {key: [there.get(key), here.get(key)] for key in keys}
+
+
+def begun(directory: RunDirectory) -> bool:
+    """Whether a training has left something in a run directory."""
+    return directory.trainer_log.exists() or directory.checkpoints.exists() or directory.model.exists()
 
 
 def belongs_to(directory: RunDirectory, config: Config) -> None:

@@ -16,6 +16,9 @@ from raysft.storage import Entry, Place
 KEPT_DAYS = 7
 """How long a copy that nobody asks for stays on a node."""
 
+BESIDE_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
+"""Files of a model besides its weights, which are on the hub in several forms at once."""
+
 
 def cache_home() -> Path:
     """What this machine keeps of other places."""
@@ -50,6 +53,32 @@ def local_copy(location: str) -> str:
     os.utime(target.parent)
     _forget_unused(target.parent.parent)
     return str(target)
+
+
+def may_be_on_hub(model: str) -> bool:
+    """Whether a model's location has the form of an id on the hub, ``NAME`` or ``ORG/NAME``."""
+    return "://" not in model and not model.startswith((".", "/", "~")) and model.count("/") <= 1
+
+
+def model_copy(model: str) -> Path:
+    """A model's folder on this node; what lies in an object store or on the hub is fetched, from the hub into its own cache.
+
+    Raises:
+        FileNotFoundError: neither this node nor the hub has it.
+    """
+    folder = Path(local_copy(model))
+    if folder.is_dir() or not may_be_on_hub(model):
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(model, allow_patterns=[*BESIDE_WEIGHTS, "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(model, allow_patterns=[*BESIDE_WEIGHTS, "*.bin"])
+    except (OSError, ValueError) as error:  # all that the hub's library raises
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(f"{model}: no folder here, and the hub does not give it ({reason:.120})") from None
+    return folder
 
 
 def _fetch(place: Place, files: dict[str, Entry], target: Path) -> None:

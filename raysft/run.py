@@ -14,11 +14,12 @@ from raysft.claim import alone_in, belongs_to, differences, writable
 from raysft.cluster import cluster
 from raysft.config import Config, RequestError, load, masked, parse
 from raysft.copies import local_copy
-from raysft.data import Prepared, prepare
+from raysft.data import Prepared, generated_for, prepare
 from raysft.data.manifest import write_prompts
 from raysft.log import Journal, Terminal, evaluation_line
 from raysft.mirror import looked_into, mirrored
 from raysft.plan import Plan, check_resources, make_plan
+from raysft.predict import predict
 from raysft.records import RunDirectory, append_json, flat, write_atomically, write_json, write_jsonl
 from raysft.storage import Place
 from raysft.trackers import missing_tracker, open_trackers
@@ -55,6 +56,7 @@ def run(config: Config, callbacks: Sequence[Any] = (), allow_changed: bool = Fal
         callbacks: as ``run_sft`` takes them.
         allow_changed: go on with a run that another config, model or data began; it is recorded.
     """
+    refuse_other_model(config)
     with opened(config, allow_changed) as it:
         train_model(it, callbacks)
         generate_predictions(it)
@@ -68,6 +70,7 @@ def check(config: Config) -> Plan:
     Raises:
         RequestError: it could not run.
     """
+    refuse_other_model(config)
     with looked_into(config.run_place, Terminal().line) as directory:
         belongs_to(directory, config)
     _check_metrics(config)
@@ -122,15 +125,18 @@ def evaluate(config: Config) -> None:
 
 
 def generate(config: Config) -> None:
-    """Generate predictions and score them."""
+    """Generate predictions and score them, with the trained model or with ``generate.model``."""
     if config.stage != "sft":
         raise RequestError(f"stage={config.stage!r} has no generation; it belongs to stage: sft")
     if not config.generate.enabled:
         raise RequestError("generate.enabled=False; set it to true to generate")
-    _trained(config)
+    if not generated_for(config):
+        raise RequestError("there is nothing to generate for; name data.eval or generate.sources")
+    if config.generate.model is not None:
+        print_report(predict(config))
+        return
+    _trained(config, ", or name any model in generate.model")
     with opened(config) as it:
-        if not it.prepared.eval:
-            raise RequestError("there is nothing to generate for; name data.eval or set data.holdout above 0")
         generate_predictions(it)
         print_report(it.directory)
 
@@ -267,13 +273,13 @@ def evaluate_model(it: Opened) -> None:
 
 
 def generate_predictions(it: Opened) -> None:
-    """Generate for the evaluation sets, with the model before training and the trained one, and score both."""
+    """Generate for ``generate.sources`` with the model before training and the trained one, and score both."""
     config, directory = it.config, it.directory
-    if config.stage != "sft" or not config.generate.enabled or not it.prepared.eval:
+    if not it.prepared.prompts:
         return
     from raysft.generate.infer import generate as infer
 
-    write_prompts(it.prepared.eval, directory.prompts, config.generate.max_examples)
+    write_prompts(it.prepared.prompts, directory.prompts, config.generate.max_examples)
     results: dict[str, Any] = {}
     if not config.generate.compare_base:
         directory.base_predictions.unlink(missing_ok=True)  # those of an earlier call were perhaps made otherwise
@@ -333,10 +339,18 @@ def _check_engines(config: Config) -> None:
         engines.size_pool(config, engines.nodes(), batches=config.generate.num_actors or 1)
 
 
-def _trained(config: Config) -> None:
+def refuse_other_model(config: Config) -> None:
+    """A run generates with what it has trained, and its report tells of that."""
+    if config.generate.model is not None:
+        raise RequestError(
+            f"generate.model={config.generate.model} is for raysft generate: a run generates with what it trains; take it out"
+        )
+
+
+def _trained(config: Config, remedy: str = "") -> None:
     directory = RunDirectory.of(config.run_place)
     if not directory.is_trained():
-        raise RequestError(f"{directory.place}: holds no trained model; train first (raysft train CONFIG)")
+        raise RequestError(f"{directory.place}: holds no trained model; train first (raysft train CONFIG){remedy}")
 
 
 def _job(it: Opened) -> Any:

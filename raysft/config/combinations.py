@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 
 from raysft.config.section import RequestError
@@ -30,6 +31,7 @@ def _problems(config: Config) -> Iterator[str]:
     yield from _of_losses(config)
     yield from _of_evaluation(config)
     yield from _of_generation(config)
+    yield from _of_sources(config)
 
 
 def _of_optimizers(config: Config) -> Iterator[str]:
@@ -90,6 +92,15 @@ def _of_generation(config: Config) -> Iterator[str]:
                 f"generate.batching=continuous has no batches to time and generate.max_seconds={generate.max_seconds:g}; "
                 "set generate.batching=static, or take max_seconds out"
             )
+
+
+def _of_sources(config: Config) -> Iterator[str]:
+    known = [source.name for source in (*config.data.eval, *config.data.train)]
+    for name in config.generate.sources:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known):.200}"
+            yield f"generate.sources names {name!r}, which is no source of data.eval or data.train; {hint}"
 
 
 def _of_adapters(config: Config) -> Iterator[str]:

@@ -80,7 +80,15 @@ class GenerateSection(Section):
     enabled: bool = True
     """Generate predictions for the evaluation sets after training, and score them (``stage: sft``)."""
     compare_base: bool = True
-    """Generate with the untrained model too, and show both side by side."""
+    """Generate with the untrained model too, and show both side by side. Not with ``model``."""
+    model: Text | None = None
+    """Model or adapter that ``raysft generate`` generates with instead of the trained one: a folder, a hub id, a ``*.gguf``
+    file, or a URI of an object store. Nothing needs to be trained; ``run.name`` must be that of no training. Prompts are made
+    with its own tokenizer and chat template (``model.chat_template``, where it has none); an adapter without a tokenizer has
+    that of its base. ``model.quantization`` and ``model.dtype`` say how it is loaded."""
+    sources: list[Text] = []
+    """Names of the sources to generate for, of ``data.eval`` and ``data.train``; with ``data.holdout`` a training source is its
+    held-out part, else all of it. Default: those of ``data.eval``, and held-out parts."""
     engine: Literal["transformers"] = "transformers"
     """What generates."""
     num_actors: Positive | None = None

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from raysft.config import Config, RequestError
+from raysft.config import Config, RequestError, Source
+from raysft.data.draft import Part
 from raysft.data.manifest import Manifest
 from raysft.data.schedule import Layout
 from raysft.data.shards import ShardSet, Tell, shard_set, write
 from raysft.data.stream import Rows
+from raysft.data.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,8 @@ class Prepared:
     train_rows: Rows
     eval_rows: dict[str, Rows]
     """Rows of each evaluation set by its name."""
+    prompts: tuple[Manifest, ...] = ()
+    """What is generated for."""
 
 
 def prepare(config: Config, model: str, tell: Tell = lambda line: None) -> Prepared:
@@ -39,13 +44,55 @@ def prepare(config: Config, model: str, tell: Tell = lambda line: None) -> Prepa
         for source in config.data.train
     ]
     with_prompts = config.stage == "sft"
-    held_out = [
-        shard_set(config, source, "holdout", model, with_prompts) for source in config.data.train if config.data.holdout
+    by_part = {
+        (source.name, part): shard_set(config, source, part, model, with_prompts) for source, part in _evaluated(config)
+    }
+    evaluation = list(by_part.values())
+    asked = generated_for(config) if with_prompts and config.generate.enabled else []
+    prompts = [
+        by_part.get((source.name, part)) or shard_set(config, source, part, model, with_prompts=True)
+        for source, part in asked
     ]
-    evaluation = held_out + [shard_set(config, source, "all", model, with_prompts) for source in config.data.eval]
     most, trusted = config.data.max_rejected, config.model.runs_code
-    manifests = write([*train, *evaluation], model, most, config.chat_template, tell, trusted)
-    return _schedule(config, train, evaluation, manifests)
+    manifests = write([*train, *evaluation, *prompts], model, most, config.chat_template, tell, trusted)
+    prepared = _schedule(config, train, evaluation, manifests)
+    return replace(prepared, prompts=tuple(manifests[len(train) + len(evaluation) :]))
+
+
+def prepare_prompts(config: Config, model: str, runs_code: bool, tell: Tell = lambda line: None) -> list[Manifest]:
+    """Tokenize what is generated for with the tokenizer of any model, or find it in the cache.
+
+    No prompt is left out for the length of its conversation: there are no rows that it would have to fit into.
+
+    Args:
+        config: the run's config.
+        model: folder that holds the tokenizer.
+        runs_code: code that comes with the tokenizer may run.
+        tell: takes lines that say how far it is.
+
+    Raises:
+        RequestError: the data cannot be used as asked.
+    """
+    settings: dict[str, Any] = {"data.overlong": "truncate"}
+    if load_tokenizer(model, runs_code).chat_template:
+        settings["model.chat_template"] = None
+    config = config.with_overrides(settings)
+    sets = [shard_set(config, source, part, model, with_prompts=True) for source, part in generated_for(config)]
+    return write(sets, model, config.data.max_rejected, config.chat_template, tell, runs_code)
+
+
+def _evaluated(config: Config) -> list[tuple[Source, Part]]:
+    """The evaluation sets: what is held out of the training sources, and the sources for evaluation."""
+    held_out: list[tuple[Source, Part]] = [(source, "holdout") for source in config.data.train if config.data.holdout]
+    return [*held_out, *((source, "all") for source in config.data.eval)]
+
+
+def generated_for(config: Config) -> list[tuple[Source, Part]]:
+    """What ``generate.sources`` names, or the evaluation sets."""
+    evaluated, names = _evaluated(config), config.generate.sources
+    by_name: dict[str, tuple[Source, Part]] = {source.name: (source, "all") for source in config.data.train}
+    by_name |= {source.name: (source, part) for source, part in evaluated}
+    return [by_name[name] for name in dict.fromkeys(names)] or evaluated
 
 
 def _schedule(
@@ -79,4 +126,9 @@ def _schedule(
     if not train_rows.schedule.step_trained.all():
         step = int((train_rows.schedule.step_trained == 0).argmax())
         raise RequestError(f"step {step} has no trained token; raise train.rows_per_step={config.train.rows_per_step}")
-    return Prepared(tuple(manifests[: len(train)]), tuple(manifests[len(train) :]), train_rows, eval_rows)
+    return Prepared(
+        tuple(manifests[: len(train)]),
+        tuple(manifests[len(train) : len(train) + len(evaluation)]),
+        train_rows,
+        eval_rows,
+    )

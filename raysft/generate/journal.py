@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from raysft.config import Config
-from raysft.copies import local_copy
+from raysft.copies import model_copy
 from raysft.generate.engines.model import adapter_base
 from raysft.records import read_jsonl, write_json, write_jsonl
 
-_NOT_OF_THE_TEXT = {"enabled", "compare_base", "num_actors", "max_examples", "batching", "batch_size", "metrics"}
+_NOT_OF_THE_TEXT = {
+    "enabled", "model", "sources", "compare_base", "num_actors", "max_examples", "batching", "batch_size", "metrics"
+}  # fmt: skip
 """Settings of ``generate`` that do not change what is predicted for a prompt."""
 
 
@@ -23,7 +25,7 @@ def fingerprint(config: Config, model: str, prompts: Path) -> str:
 
     The prompts count by content, because a run that is started again may write the same file anew.
     """
-    folder = Path(local_copy(model))
+    folder = model_copy(model)
     base = adapter_base(folder)
     # Copies of what lies elsewhere have the times of that, and a path of their own on each machine.
     files = [
@@ -33,6 +35,8 @@ def fingerprint(config: Config, model: str, prompts: Path) -> str:
         if file.suffix in (".safetensors", ".bin", ".json", ".model", ".py")
     ]
     settings = config.generate.model_dump(mode="json", exclude=_NOT_OF_THE_TEXT)
+    if config.model.quantization:
+        settings |= config.model.model_dump(include={"quantization", "quantization_type", "double_quantization"})
     with prompts.open("rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
     whole = [files, content, settings, config.dtype, config.run.seed if config.generate.do_sample else None]

@@ -8,7 +8,9 @@ from typing import Any
 from raysft.config import Config, RequestError
 
 
-def check_code(config: Config, model: str, say: Callable[[str], None]) -> None:
+def check_code(
+    config: Config, model: str, say: Callable[[str], None], path: str | None = None, key: str = "model.path"
+) -> None:
     """Refuse a model that transformers can load only with code that nobody has named.
 
     Where transformers has classes of its own for a model, as it has by now for many that still bring code, these are used and the
@@ -18,6 +20,8 @@ def check_code(config: Config, model: str, say: Callable[[str], None]) -> None:
         config: names the models whose code may run.
         model: folder or hub id.
         say: takes a line where code is left alone.
+        path: the model's name, by which its code is trusted. Default: ``model.path``.
+        key: where it is named.
 
     Raises:
         RequestError: code would have to run that ``model.trust_remote_code`` does not name.
@@ -27,23 +31,23 @@ def check_code(config: Config, model: str, say: Callable[[str], None]) -> None:
 
     described, tokenizer = PreTrainedConfig.get_config_dict(model)[0], get_tokenizer_config(model)
     references = [*_strings(described.get("auto_map")), *_strings(tokenizer.get("auto_map"))]
-    path, named = config.model.path, config.model.trust_remote_code
+    path, named = path or config.model.path, config.model.trust_remote_code
     if not references:
         return
-    if config.model.runs_code:
+    if path in named:
         others = sorted(
             {origin for each in references if "--" in each and (origin := each.split("--")[0]) not in named}
         )
         if others:
             raise RequestError(
-                f"model.path={path}: takes its code from {others[0]}, which model.trust_remote_code={named} does not name; "
+                f"{key}={path}: takes its code from {others[0]}, which model.trust_remote_code={named} does not name; "
                 f"read it, then add {others[0]}"
             )
         return
     if _needed(model, bool(tokenizer.get("auto_map"))):
         files = ", ".join(sorted({each.split("--")[-1].rpartition(".")[0] + ".py" for each in references}))
         raise RequestError(
-            f"model.path={path}: is loaded by code that comes with it ({files:.100}), and model.trust_remote_code={named} does "
+            f"{key}={path}: is loaded by code that comes with it ({files:.100}), and model.trust_remote_code={named} does "
             f"not name it; read the code, then set model.trust_remote_code=[{path}]"
         )
     say("model: the code that comes with it is not run (model.trust_remote_code); transformers has its own for it")

@@ -14,6 +14,7 @@ from torch import nn
 
 from raysft.config import Config, RequestError
 from raysft.copies import local_copy
+from raysft.quantized import keep_layout, loading_options
 from raysft.storage import Place
 from raysft.train.attention import kernel, use_examplewise, without_adapters
 
@@ -31,18 +32,17 @@ def load_model(config: Config, path: str, device: torch.device | None = None, ad
     """
     from transformers import AutoModelForCausalLM
 
-    quantization = quantization_config(config)
     model: Any = AutoModelForCausalLM.from_pretrained(
         local_copy(path),
         dtype=getattr(torch, "float32" if config.autocast else config.dtype),
         attn_implementation=kernel(config),
         trust_remote_code=config.model.runs_code,
-        **({"quantization_config": quantization, "device_map": {"": device or "cpu"}} if quantization else {}),
+        **loading_options(config, device or "cpu"),
     )
     model.config.use_cache = False
     model.name_or_path = path  # as an adapter's description names its base: not this node's copy
     use_examplewise(model, config)
-    _keep_layout(model)
+    keep_layout(model)
     if config.model.liger:
         _use_liger(model)
     if config.train.gradient_checkpointing:
@@ -53,39 +53,6 @@ def load_model(config: Config, path: str, device: torch.device | None = None, ad
         freeze(model, config)
         return model
     return _with_adapter(model, config, path, adapter)
-
-
-def quantization_config(config: Config) -> Any:
-    """What bitsandbytes is to do with the weights while they are loaded; None where they stay exact.
-
-    Raises:
-        RequestError: it is not installed.
-    """
-    if config.model.quantization is None:
-        return None
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise RequestError(
-            f"model.quantization={config.model.quantization} needs the package bitsandbytes; "
-            "pip install 'raysft[quant]' on every node"
-        )
-    from transformers import BitsAndBytesConfig
-
-    if config.model.quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_compute_dtype=getattr(torch, config.dtype),
-        bnb_4bit_quant_type=config.model.quantization_type,
-        bnb_4bit_use_double_quant=config.model.double_quantization,
-    )
-
-
-def _keep_layout(model: nn.Module) -> None:
-    """Keep bitsandbytes from laying 4-bit weights out anew for a CPU when an evaluation uses them: the gradients that flow
-    through them in later steps come out wrong then (seen with 0.50.2: a third of their norm)."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  # no tensor, as the type of a module has it
 
 
 def freeze(model: nn.Module, config: Config) -> None:
@@ -265,12 +232,9 @@ def load_trained(config: Config, place: Place | Path) -> Any:
         "attn_implementation": kernel(config),
         "trust_remote_code": config.model.runs_code,
     }
-    if quantization := quantization_config(config):
-        options |= {
-            "quantization_config": quantization,
-            "device_map": {"": "cuda" if config.scaling.use_gpu else "cpu"},
-        }
+    options |= loading_options(config, "cuda" if config.scaling.use_gpu else "cpu")
     model = load_with_base(folder, **options)
+    keep_layout(model)  # as in the evaluations of the training
     use_examplewise(without_adapters(model), config)
     return model
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import importlib.util
 import logging
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -17,56 +16,59 @@ from typing import Any
 from pyarrow import ArrowException
 
 from raysft.config import Config, RequestError, locate
-from raysft.copies import cache_home, local_copy
+from raysft.copies import cache_home, local_copy, may_be_on_hub, model_copy
+from raysft.quantized import check_method, method_of, quantization_config
+from raysft.records import MODEL_MARKS
 from raysft.storage import Place, StorageFailed, reason_of
 
 
-def find_model(path: str, cache: Place, say: Callable[[str], None]) -> str:
+def find_model(path: str, cache: Place, say: Callable[[str], None], key: str = "model.path") -> str:
     """A folder, URI or hub id that every later stage can load from, on each node through ``local_copy``.
 
     A GGUF file is de-quantized to safetensors once, in the cache; whoever comes second waits for the first one's.
 
     Args:
-        path: ``model.path``.
+        path: what stands under ``key``.
         cache: folder for converted models.
         say: takes a line for people where it takes a while.
+        key: where it is named; under ``generate.model`` it may be an adapter.
 
     Raises:
         RequestError: there is no such model.
     """
-    path = locate(path, "model.path")
+    path, marks = locate(path, key), MODEL_MARKS if key == "generate.model" else ("config.json",)
     if "://" in path:
-        return _elsewhere(Place.of(path), cache, say)
+        return _elsewhere(Place.of(path), cache, say, key, marks)
     if path.endswith(".gguf"):
         if not Path(path).is_file():
-            raise RequestError(f"model.path={path}: there is no such GGUF file")
-        return _converted(Path(path), cache, say)
+            raise RequestError(f"{key}={path}: there is no such GGUF file")
+        return _converted(Path(path), cache, say, key)
     folder = Path(path).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").exists():
+        if not any((folder / mark).exists() for mark in marks):
             raise RequestError(
-                f"model.path={path}: the folder holds no config.json; give a folder in Hugging Face's form"
+                f"{key}={path}: the folder holds no {' or '.join(marks)}; give a folder in Hugging Face's form"
             )
         return str(folder.absolute())
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise RequestError(f"model.path={path}: there is no such folder")
-    return _on_hub(path)
+    if not may_be_on_hub(path):
+        raise RequestError(f"{key}={path}: there is no such folder")
+    return _on_hub(path, key, marks)
 
 
-def _elsewhere(place: Place, cache: Place, say: Callable[[str], None]) -> str:
+def _elsewhere(place: Place, cache: Place, say: Callable[[str], None], key: str, marks: Sequence[str]) -> str:
     """A model in an object store."""
     try:
         copy = Path(local_copy(place.location))
     except FileNotFoundError:
-        raise RequestError(f"model.path={place}: there is nothing; check the path") from None
+        raise RequestError(f"{key}={place}: there is nothing; check the path") from None
     except (StorageFailed, OSError, ArrowException) as error:
         raise RequestError(
-            f"model.path={place}: cannot be read ({reason_of(error)}); check it and its credentials"
+            f"{key}={place}: cannot be read ({reason_of(error)}); check it and its credentials"
         ) from None
     if copy.suffix == ".gguf":
-        return _converted(copy, cache, say)
-    if not (copy / "config.json").exists():
-        raise RequestError(f"model.path={place}: holds no config.json; give a folder in Hugging Face's form")
+        return _converted(copy, cache, say, key)
+    if not any((copy / mark).exists() for mark in marks):
+        raise RequestError(f"{key}={place}: holds no {' or '.join(marks)}; give a folder in Hugging Face's form")
     return place.location
 
 
@@ -82,28 +84,13 @@ def check_model(config: Config, model: str, say: Callable[[str], None] = lambda 
         RequestError: code would have to run that nobody has named, weights are missing, adapters have no place in the model,
             or rows are longer than its positions.
     """
-    from transformers import AutoConfig
-
     from raysft.train.attention import kernel
-    from raysft.train.code import check_code
-    from raysft.train.finetuning import check_names, quantization_config
+    from raysft.train.finetuning import check_names
     from raysft.train.optim import check_installed
     from raysft.train.zero import deepspeed_settings
 
     model = local_copy(model)
-    try:
-        check_code(config, model, say)
-        trusted = config.model.runs_code
-        described: Any = AutoConfig.from_pretrained(model, trust_remote_code=trusted).get_text_config()
-    except RequestError:
-        raise
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise RequestError(f"model.path={model}: its config.json is of no use ({reason:.120})") from None
-    folder = Path(model)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise RequestError(f"model.path={model}: the folder holds no weights (*.safetensors); give a whole model")
-    _check_bin(model)
+    described = describe(config, model, config.model.path, say).get_text_config()
     positions = getattr(described, "max_position_embeddings", None)
     if positions and config.data.sequence_length > positions:
         raise RequestError(
@@ -119,10 +106,42 @@ def check_model(config: Config, model: str, say: Callable[[str], None] = lambda 
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
-            check_names(AutoModelForCausalLM.from_config(described, trust_remote_code=trusted), config)
+            check_names(AutoModelForCausalLM.from_config(described, trust_remote_code=config.model.runs_code), config)
 
 
-def _check_bin(model: str) -> None:
+def describe(config: Config, model: str, path: str, say: Callable[[str], None], key: str = "model.path") -> Any:
+    """A model's configuration, when its files are of use.
+
+    Args:
+        config: names the models whose code may run.
+        model: folder or hub id.
+        path: its name, for the trust in its code and for messages.
+        say: takes a line where something is left alone.
+        key: where it is named.
+
+    Raises:
+        RequestError: code would have to run that nobody has named, its config cannot be read, or weights are missing.
+    """
+    from transformers import AutoConfig
+
+    from raysft.train.code import check_code
+
+    try:
+        check_code(config, model, say, path, key)
+        described = AutoConfig.from_pretrained(model, trust_remote_code=path in config.model.trust_remote_code)
+    except RequestError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise RequestError(f"{key}={model}: its config.json is of no use ({reason:.120})") from None
+    folder = Path(model)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise RequestError(f"{key}={model}: the folder holds no weights (*.safetensors); give a whole model")
+    _check_bin(model, key)
+    return described
+
+
+def _check_bin(model: str, key: str) -> None:
     """Weights of the old kind are pickles: find out before any worker starts that they hold tensors alone. On the hub that is
     found out when they are there: transformers loads nothing else out of them either."""
     import pickle
@@ -138,7 +157,7 @@ def _check_bin(model: str) -> None:
             torch.load(file, weights_only=True, map_location="meta", mmap=zipfile.is_zipfile(file))
         except (pickle.UnpicklingError, RuntimeError, struct.error, EOFError):
             raise RequestError(
-                f"model.path={model}: {file.name} is damaged, or holds more than tensors, which could run code and is not "
+                f"{key}={model}: {file.name} is damaged, or holds more than tensors, which could run code and is not "
                 "loaded; give a model in *.safetensors"
             ) from None
 
@@ -151,31 +170,16 @@ def _names_modules(config: Config) -> bool:
     )
 
 
-QUANTIZERS = {"gptq": "gptqmodel", "awq": "gptqmodel", "bitsandbytes": "bitsandbytes", "hqq": "hqq", "aqlm": "aqlm"}
-"""Packages that load checkpoints which are quantized already."""
-
-
 def _check_quantized(model: str, described: Any, config: Config) -> None:
     """Quantized weights are frozen, and a library must know them."""
-    quantized = getattr(described, "quantization_config", None)
-    if not quantized:
+    method = method_of(described)
+    if method is None:
         return
-    method = (
-        str(quantized["quant_method"] if isinstance(quantized, dict) else quantized.quant_method).split(".")[-1].lower()
-    )
-    if config.model.quantization:
-        raise RequestError(
-            f"model.path={model}: is quantized already ({method}) and model.quantization={config.model.quantization}; take it out"
-        )
     if config.model.finetuning not in ("lora", "oft"):
         raise RequestError(
             f"model.path={model}: is quantized ({method}), which freezes its weights; set model.finetuning to lora or oft"
         )
-    package = QUANTIZERS.get(method)
-    if package and importlib.util.find_spec(package) is None:
-        raise RequestError(
-            f"model.path={model}: is quantized by {method}, which needs the package {package}; install it on every node"
-        )
+    check_method(f"model.path={model}", method, config)
 
 
 DECISIVE = (".safetensors", ".bin", ".py")
@@ -208,30 +212,33 @@ def _sampled(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _on_hub(path: str) -> str:
+def _on_hub(path: str, key: str, marks: Sequence[str]) -> str:
     """Check that the hub (or its local cache) has the model; the id itself is what each node loads."""
     from transformers import PreTrainedConfig
 
     # It would report each of its attempts.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        PreTrainedConfig.get_config_dict(path)  # without the model's own code
+        if "adapter_config.json" in marks:
+            model_copy(path)  # an adapter has no config to ask for
+        else:
+            PreTrainedConfig.get_config_dict(path)  # without the model's own code
     except Exception as error:
         reason = str(error).splitlines()[0]
-        raise RequestError(f"model.path={path}: no folder here, and the hub does not give it ({reason:.120})") from None
+        raise RequestError(f"{key}={path}: no folder here, and the hub does not give it ({reason:.120})") from None
     return path
 
 
-def _converted(file: Path, cache: Place, say: Callable[[str], None]) -> str:
+def _converted(file: Path, cache: Place, say: Callable[[str], None], key: str) -> str:
     with file.open("rb") as stream:
-        key = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
 
     def write(folder: Path) -> None:
         say(f"model: {file.name} is converted to safetensors, once, in {target}")
         with _quiet():
-            _convert(file, folder)
+            _convert(file, folder, key)
 
-    target = cache / "models" / f"{file.stem}-{key}"
+    target = cache / "models" / f"{file.stem}-{digest}"
     return in_cache(target, write).location
 
 
@@ -269,7 +276,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _convert(file: Path, folder: Path) -> None:
+def _convert(file: Path, folder: Path, key: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -280,7 +287,7 @@ def _convert(file: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **what)
     except (OSError, ValueError, KeyError) as error:
         raise RequestError(
-            f"model.path={file}: transformers cannot read this GGUF file ({str(error).splitlines()[0]})"
+            f"{key}={file}: transformers cannot read this GGUF file ({str(error).splitlines()[0]})"
         ) from None
     # It is a plain float32 model now; with the mark of its origin left on, transformers refuses to save it.
     del model.config.quantization_config

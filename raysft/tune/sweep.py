@@ -19,7 +19,7 @@ from raysft.log import Terminal
 from raysft.mirror import looked_into, mirrored
 from raysft.plan import make_plan
 from raysft.records import RunDirectory, RunFailed, write_atomically, write_json
-from raysft.run import run
+from raysft.run import refuse_other_model, run
 from raysft.tune.trials import TRIAL_CPUS, Nodes, Trial, check_metric, combinations, concurrent_trials, with_engines
 
 
@@ -40,6 +40,8 @@ def tune(config: Config) -> Config:
         RunFailed: a trial failed; what the others gave is written all the same.
     """
     trials = combinations(config)
+    for trial in trials:
+        refuse_other_model(trial.config)
     directory = RunDirectory.of(config.run_place)
     terminal = Terminal()
     for trial in trials:

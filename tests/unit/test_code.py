@@ -187,3 +187,6 @@ def test_an_adapter_lends_the_trust_to_no_other_base(tmp_path, model):
         (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
         assert runs_code(named, adapter) is trusted, base
     assert runs_code(named, other), "what the run has trained is a whole model"
+    elsewhere = named.with_overrides({"generate.model": str(other)})
+    assert not runs_code(elsewhere, other), "another model, that nobody has named"
+    assert runs_code(elsewhere.with_overrides({"model.trust_remote_code": [str(other)]}), other)

@@ -106,6 +106,7 @@ GPU = {"scaling__use_gpu": True}
         ),
         ({"train__schedule": "constant", "train__schedule_options": {"x": 1}}, "takes no options"),
         ({"model__freeze__layers": 0}, "0 layers train nothing"),
+        ({"generate__sources": ["aa"]}, "no source of data.eval or data.train; did you mean 'a'?"),
     ],
 )
 def test_what_contradicts_itself_is_refused(settings, message):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from raysft.config import Config
-from raysft.copies import local_copy
+from raysft.copies import model_copy
 from raysft.generate.engines.interface import Completion
-from raysft.generate.engines.model import load_model, runs_code, stop_tokens
+from raysft.generate.engines.model import load_model, runs_code, stop_tokens, tokenizer_folder
 from raysft.matmul import use_onednn
 
 
@@ -29,16 +28,16 @@ class ModelEngine:
         transformers_logging.disable_progress_bar()
         if threads:
             torch.set_num_threads(threads)
-        model = local_copy(model)
+        folder = model_copy(model)
         self._settings = config.generate
         self._seed = config.run.seed
         self._device = torch.device("cuda" if config.scaling.use_gpu else "cpu")
         if self._device.type == "cpu":
             use_onednn()
         self._tokenizer = AutoTokenizer.from_pretrained(
-            model, local_files_only=True, trust_remote_code=runs_code(config, Path(model))
+            tokenizer_folder(folder), local_files_only=True, trust_remote_code=runs_code(config, folder)
         )
-        self._model = load_model(config, Path(model), self._device).eval()
+        self._model = load_model(config, folder, self._device).eval()
         self._stops = stop_tokens(self._tokenizer, self._model, config.generate.stop_tokens)
         padding = self._tokenizer.pad_token_id
         self._padding = padding if padding is not None else (self._stops or [0])[0]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 from raysft.config import Config, RequestError
-from raysft.copies import local_copy
+from raysft.copies import model_copy
 from raysft.generate.engines.model import adapter_base, runs_code
 
 
@@ -44,7 +43,7 @@ def obstacle(config: Config, model: str) -> str:
     """What in a model's description keeps it from continuous batching; empty where nothing does."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-    folder = Path(local_copy(model))
+    folder = model_copy(model)
     if runs_code(config, folder):
         return "code that comes with the model is not known to take part"
     try:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from raysft.config import Config, RequestError, locate
-from raysft.copies import local_copy
+from raysft.copies import model_copy
+from raysft.quantized import keep_layout, method_of, quantization_config
 from raysft.storage import Place
 
 
@@ -29,13 +30,13 @@ def adapter_base(model: Path) -> Path | None:
         if not (model / "config.json").exists():
             raise RequestError(f"{model} holds neither config.json nor adapter_config.json; give a model's folder")
         return None
-    base = _named_base(model)
-    base = local_copy(base) if base else None
-    if not base or not Path(base).is_dir():
+    named = _named_base(model)
+    base = model_copy(named) if named else None
+    if base is None or not base.is_dir():
         raise RequestError(
-            f"{description}: base_model_name_or_path={base!r} is no folder here; put the base model there or correct it"
+            f"{description}: base_model_name_or_path={named!r} is no folder here; put the base model there or correct it"
         )
-    return Path(base)
+    return base
 
 
 def _named_base(adapter: Path) -> str | None:
@@ -44,38 +45,61 @@ def _named_base(adapter: Path) -> str | None:
     return str(named) if named else None
 
 
-def runs_code(config: Config, folder: Path) -> bool:
-    """Whether code that comes with a model may run; with an adapter's base only where that is the model whose code was named, for
-    ``adapter_config.json`` may name any folder."""
-    if not config.model.runs_code or adapter_base(folder) is None:
-        return config.model.runs_code
-    base, named = Place.of(_named_base(folder) or ""), Place.of(locate(config.model.path, "model.path"))
+def tokenizer_folder(model: Path) -> Path:
+    """Folder of the tokenizer that belongs to a model: its own, or that of its base where an adapter brings none."""
+    base = adapter_base(model)
+    own = any((model / name).exists() for name in ("tokenizer_config.json", "tokenizer.json"))
+    return model if base is None or own else base
+
+
+def code_name(config: Config, folder: Path) -> str:
+    """The name that ``model.trust_remote_code`` holds where the code of a model may run.
+
+    It is that of the model which is generated with. Of an adapter it is that of its base, for ``adapter_config.json`` may name
+    any folder.
+    """
+    if adapter_base(folder) is None:
+        return config.generate.model or config.model.path
+    base = _named_base(folder) or ""
+    there, trained = Place.of(base), Place.of(locate(config.model.path, "model.path"))
     # With adapters merged it lies in the cache.
-    return base == named or base.parent == config.cache_directory / "models"
+    ours = there == trained or there.parent == config.cache_directory / "models"
+    return config.model.path if ours else base
+
+
+def runs_code(config: Config, folder: Path) -> bool:
+    """Whether code that comes with a model may run."""
+    return bool(config.model.trust_remote_code) and code_name(config, folder) in config.model.trust_remote_code
 
 
 def load_model(config: Config, folder: Path, device: torch.device) -> Any:
     """The model on its device, or spread over the GPUs of this process where an engine has several."""
     base, dtype = adapter_base(folder), getattr(torch, config.dtype)
+    trusted, quantization = runs_code(config, folder), quantization_config(config)
+    method = method_of(AutoConfig.from_pretrained(base or folder, trust_remote_code=trusted))
     # "balanced" fills all GPUs alike: what is left of each is for the cache of its layers.
     spread = "balanced" if config.generate.gpus_per_engine > 1 else {"": device}
     model: Any = AutoModelForCausalLM.from_pretrained(
         base or folder,
         dtype=dtype,
-        device_map=spread if device.type == "cuda" else None,
+        # Weights in few bits are laid out for their device while they are loaded.
+        device_map=spread if device.type == "cuda" or quantization or method else None,
         local_files_only=True,
-        trust_remote_code=runs_code(config, folder),
+        trust_remote_code=trusted,
+        **({"quantization_config": quantization} if quantization else {}),  # None would hide that of the checkpoint
     )
+    if dtype == torch.float32:
+        keep_layout(model)
+    # Merged, each layer is one product in place of three. In bfloat16 the sum would round small updates away, and so the
+    # adapter stays beside the weights there, and beside those in few bits.
+    merges = dtype == torch.float32 and not getattr(model, "is_quantized", False)
     if base is not None:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(folder))
-        # Merged, each layer is one product in place of three. In bfloat16 the sum would round small updates away, and
-        # so the adapter stays beside the weights there.
-        if dtype == torch.float32:
-            model = model.merge_and_unload()
+        model = model.merge_and_unload() if merges else model
     # What the file says of sampling must not mix with the config's; its stop tokens are kept.
-    inner = model.get_base_model() if base is not None and dtype != torch.float32 else model
+    inner = model if base is None or merges else model.get_base_model()
     inner.generation_config = GenerationConfig(eos_token_id=inner.generation_config.eos_token_id)
     return model
 

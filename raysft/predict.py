@@ -1,0 +1,93 @@
+"""Generation with any model or adapter (``generate.model``): a run directory of predictions, in which nothing is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from raysft.claim import alone_in, begun, writable
+from raysft.cluster import cluster
+from raysft.config import Config, RequestError
+from raysft.copies import model_copy
+from raysft.data import prepare_prompts
+from raysft.data.manifest import Manifest, write_prompts
+from raysft.log import Terminal
+from raysft.mirror import mirrored
+from raysft.quantized import check_method, method_of, quantization_config
+from raysft.records import RunDirectory, flat, write_atomically, write_jsonl
+
+
+def predict(config: Config) -> RunDirectory:
+    """Generate with ``generate.model`` and score it; gives the run directory, which holds the predictions.
+
+    Raises:
+        RequestError: the model, the data or the cluster cannot do it, or the run directory is that of a training.
+        RunFailed: an engine failed.
+    """
+    from raysft.generate import cluster as engines
+    from raysft.generate import metrics
+    from raysft.generate.infer import generate
+
+    directory, terminal = RunDirectory.of(config.run_place), Terminal()
+    writable(config)
+    with alone_in(directory, terminal), mirrored(directory, terminal.line):
+        _refuse_training(directory, config)
+        metrics.check(config)
+        with cluster(config):
+            engines.size_pool(config, engines.nodes(), batches=config.generate.num_actors or 1)
+            model, tokens, manifests = _prepared(config, terminal)
+            write_atomically(directory.config, config.to_yaml())
+            rejected = [flat(item) for each in manifests for item in (*each.rejected, *each.dropped)]
+            write_jsonl(directory.rejected, rejected)
+            write_prompts(manifests, directory.prompts, config.generate.max_examples)
+            _check_tokens(directory.prompts, model, tokens)
+            terminal.line(f"generating with {config.generate.model}")
+            results = generate(config, model=model, prompts=directory.prompts, output=directory.predictions)
+        directory.write_results("predict", results)
+    return directory
+
+
+def _refuse_training(directory: RunDirectory, config: Config) -> None:
+    """What another model writes must not stand beside what a training has written, as if it were the trained one's."""
+    if begun(directory):
+        raise RequestError(
+            f"{directory.place}: is the run of a training, and generate.model={config.generate.model} is another model; "
+            "choose another run.name"
+        )
+    if not directory.config.exists() and any(".lock" not in name for name in directory.place.list()):
+        raise RequestError(
+            f"{directory.place}: the folder is not empty and holds no config.yaml; choose another run.name"
+        )
+
+
+def _prepared(config: Config, terminal: Terminal) -> tuple[str, int | None, list[Manifest]]:
+    """The model's location, how many tokens it knows, and its prompts."""
+    from raysft.generate.engines.model import adapter_base, code_name, runs_code, tokenizer_folder
+    from raysft.train.model import describe, find_model
+
+    key = "generate.model"
+    model = find_model(config.generate.model or "", config.cache_directory, terminal.line, key)
+    folder = model_copy(model)
+    base = adapter_base(folder)
+    if base is not None and not any(folder.glob("adapter_model.*")):
+        raise RequestError(f"{key}={model}: holds no weights (adapter_model.safetensors); copy or train it again")
+    described = describe(config, str(base or folder), code_name(config, folder), terminal.line, key)
+    if method := method_of(described):
+        check_method(f"{key}={model}", method, config)
+    quantization_config(config)
+    prompts = prepare_prompts(config, str(tokenizer_folder(folder)), runs_code(config, folder), terminal.line)
+    return model, getattr(described.get_text_config(), "vocab_size", None), prompts
+
+
+def _check_tokens(prompts: Path, model: str, known: int | None) -> None:
+    """A tokenizer may have tokens that its model was never given: looked up they would be anything, or end the engine."""
+    table = pq.read_table(prompts, columns=["id", "input_ids"])
+    for id, ids in zip(table["id"].to_pylist(), table["input_ids"], strict=True):
+        most = int(np.max(ids.values.to_numpy(), initial=0))
+        if known is not None and most >= known:
+            raise RequestError(
+                f"generate.model={model}: has {known} tokens, and its tokenizer makes token {most} of prompt {id}; "
+                "put the tokenizer into its folder that belongs to it"
+            )

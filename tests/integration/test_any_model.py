@@ -1,0 +1,277 @@
+"""``raysft generate`` with any model, adapter or quantized checkpoint, over any source, through the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from raysft.cli import main
+from raysft.records import read_jsonl
+from tests.tiny import tiny_model, tiny_tokenizer, with_code, write_chats
+
+CONFIG = """
+run: {{storage: {folder}/runs}}
+model: {{path: {folder}/base, finetuning: lora, lora: {{rank: 4}}}}
+data:
+  train: [{{name: chat, path: {folder}/chat.jsonl}}, {{name: more, path: {folder}/more.jsonl}}]
+  eval: [{{name: quiz, path: {folder}/quiz.jsonl}}]
+  sequence_length: 128
+train: {{max_steps: 2, rows_per_step: 4, learning_rate: 1.0e-2, zero_stage: 0}}
+scaling: {{threads_per_worker: 1}}
+generate: {{max_new_tokens: 8, do_sample: false, batch_size: 4}}
+"""
+OTHER_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray():
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("any")
+    tiny_model(folder / "base", spread=0.2)
+    for name, count in (("chat", 7), ("more", 5), ("quiz", 4)):
+        write_chats(folder / f"{name}.jsonl", count)
+    (folder / "c.yaml").write_text(CONFIG.format(folder=folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other(folder) -> Path:
+    """A model with a vocabulary, a template and weights of its own."""
+    other = tiny_model(folder / "other", seed=3, spread=0.2)
+    tokenizer = tiny_tokenizer(300)
+    tokenizer.chat_template = OTHER_TEMPLATE
+    tokenizer.save_pretrained(other)
+    return other
+
+
+@pytest.fixture(scope="module")
+def adapter(folder) -> Path:
+    """An adapter without a tokenizer."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    settings = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    get_peft_model(base, settings).save_pretrained(folder / "adapter")
+    return folder / "adapter"
+
+
+def generate(folder: Path, name: str, *arguments: str) -> list[dict]:
+    assert main(["generate", str(folder / "c.yaml"), f"run.name={name}", *arguments]) == 0
+    return list(read_jsonl(folder / "runs" / name / "generated_predictions.jsonl"))
+
+
+def refused(folder: Path, capsys, *arguments: str, verb: str = "generate") -> str:
+    capsys.readouterr()
+    assert main([verb, str(folder / "c.yaml"), "run.name=refused", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert not (folder / "runs" / "refused").exists()
+    return error
+
+
+def expected(model, tokenizer, file: Path) -> list[tuple[str, str]]:
+    """Prompts and what ``model.generate`` writes after each of them alone."""
+    found = []
+    for line in file.read_text().splitlines():
+        prompt = tokenizer.apply_chat_template(
+            json.loads(line)["messages"][:1], tokenize=False, add_generation_prompt=True
+        )
+        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        with torch.inference_mode():
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+        found.append((prompt, tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)))
+    return found
+
+
+def predicted(rows: list[dict]) -> list[tuple[str, str]]:
+    return [(row["prompt"], row["predict"]) for row in rows]
+
+
+def test_a_model_is_asked_with_its_own_tokenizer_and_template(folder, other, capsys):
+    rows = generate(folder, "other", f"generate.model={other}", "model.chat_template=alpaca")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(other), AutoTokenizer.from_pretrained(other)
+    assert predicted(rows) == expected(model, tokenizer, folder / "quiz.jsonl")
+    assert rows[0]["prompt"].startswith("user: ")
+    run = folder / "runs" / "other"
+    ids = pq.read_table(run / "prompts.parquet")["input_ids"].to_pylist()
+    assert ids == [tokenizer(row["prompt"], add_special_tokens=False)["input_ids"] for row in rows]
+    results = json.loads((run / "predict_results.json").read_text())
+    assert results["predict_examples"] == 4
+    assert "predict_rouge-1" in results
+    assert (run / "report.html").is_file()
+    assert not (run / "README.md").exists()
+    assert not (run / "generated_predictions_base.jsonl").exists()
+    assert f"other: predictions of {str(other)[:20]}" in capsys.readouterr().out
+
+
+def test_a_conversation_longer_than_a_row_is_asked_all_the_same(folder, other):
+    rows = generate(folder, "long", f"generate.model={other}", "data.sequence_length=16")
+    assert predicted(rows) == predicted(generate(folder, "other", f"generate.model={other}"))
+
+
+def test_a_template_of_the_config_serves_a_model_that_has_none(folder):
+    bare = folder / "bare"
+    shutil.copytree(folder / "base", bare)
+    (bare / "chat_template.jinja").unlink()
+    rows = generate(folder, "bare", f"generate.model={bare}", "model.chat_template=alpaca")
+    assert "### " in rows[0]["prompt"]
+
+
+def test_an_adapter_without_a_tokenizer_has_that_of_its_base(folder, adapter):
+    from peft import PeftModel
+
+    rows = generate(folder, "adapted", f"generate.model={adapter}")
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    plain = expected(base, tokenizer, folder / "quiz.jsonl")
+    assert predicted(rows) == expected(PeftModel.from_pretrained(base, adapter), tokenizer, folder / "quiz.jsonl")
+    assert predicted(rows) != plain
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_an_adapter_on_a_quantized_base_is_not_merged_into_it(folder, adapter, bits):
+    from peft import PeftModel
+    from transformers import BitsAndBytesConfig
+
+    rows = generate(folder, f"adapted-{bits}", f"generate.model={adapter}", f"model.quantization={bits}")
+    settings = (
+        BitsAndBytesConfig(load_in_8bit=True)
+        if bits == "8bit"
+        else BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+    )
+    base = AutoModelForCausalLM.from_pretrained(
+        folder / "base", dtype=torch.float32, quantization_config=settings, device_map={"": "cpu"}
+    )
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    whole = PeftModel.from_pretrained(base, adapter).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    assert predicted(rows) == expected(whole, tokenizer, folder / "quiz.jsonl")
+    assert predicted(rows) != predicted(generate(folder, "adapted", f"generate.model={adapter}"))
+
+
+def test_a_checkpoint_that_is_quantized_already_is_loaded_as_it_is(folder, capsys):
+    from transformers import BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "base", dtype=torch.float32, quantization_config=settings, device_map={"": "cpu"}
+    )
+    small = folder / "small"
+    model.save_pretrained(small)
+    AutoTokenizer.from_pretrained(folder / "base").save_pretrained(small)
+    assert (small / "model.safetensors").stat().st_size < (folder / "base" / "model.safetensors").stat().st_size
+    rows = generate(folder, "small", f"generate.model={small}")
+    of_config = generate(
+        folder, "fresh", f"generate.model={folder}/base", "model.quantization=4bit", "model.double_quantization=false"
+    )
+    assert predicted(rows) == predicted(of_config)
+    told = refused(folder, capsys, f"generate.model={small}", "model.quantization=4bit")
+    assert "is quantized already (bitsandbytes) and model.quantization=4bit; take it out" in told
+    described = json.loads((small / "config.json").read_text())
+    described["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (small / "config.json").write_text(json.dumps(described))
+    told = refused(folder, capsys, f"generate.model={small}")
+    assert "is quantized by gptq, which needs the package gptqmodel" in told
+
+
+def test_any_source_is_generated_for(folder, other):
+    rows = generate(folder, "sources", f"generate.model={other}", "generate.sources=[more, quiz]")
+    assert [row["source"] for row in rows] == ["more"] * 5 + ["quiz"] * 4
+    held = generate(folder, "held", f"generate.model={other}", "generate.sources=[chat]", "data.holdout=0.4")
+    assert 0 < len(held) < 7
+
+
+def test_a_trained_run_generates_for_a_training_source(folder, capsys):
+    assert main(["run", str(folder / "c.yaml"), "run.name=trained", "model.quantization=4bit"]) == 0
+    run = folder / "runs" / "trained"
+    before = predicted(list(read_jsonl(run / "generated_predictions.jsonl")))
+    assert len(before) == 4
+    rows = generate(folder, "trained", "model.quantization=4bit", "generate.sources=[more]")
+    assert [row["source"] for row in rows] == ["more"] * 5
+    again = generate(folder, "again", "model.quantization=4bit", f"generate.model={run}/model")
+    assert predicted(again) == before, "the base is quantized in both"
+    capsys.readouterr()
+    arguments = ["generate", str(folder / "c.yaml"), "run.name=trained", f"generate.model={folder}/base"]
+    assert main(arguments) == 2
+    assert "is the run of a training, and generate.model=" in capsys.readouterr().err
+
+
+def test_a_model_of_the_hub_is_taken_from_its_cache(folder, other, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    there, commit = folder / "hub" / "models--some--model", "0" * 40
+    shutil.copytree(other, there / "snapshots" / commit)
+    (there / "refs").mkdir()
+    (there / "refs" / "main").write_text(commit)
+    from raysft.copies import model_copy
+
+    assert model_copy("some/model") == there / "snapshots" / commit
+    with pytest.raises(FileNotFoundError, match="some/none: no folder here, and the hub does not give it"):
+        model_copy("some/none")
+
+
+def test_what_cannot_be_is_refused_before_anything_starts(folder, other, adapter, tmp_path, capsys):
+    told = refused(folder, capsys)
+    assert "holds no trained model; train first (raysft train CONFIG), or name any model in generate.model" in told
+    assert "did you mean 'quiz'?" in refused(folder, capsys, f"generate.model={other}", "generate.sources=[quitz]")
+    for verb in ("run", "check"):
+        told = refused(folder, capsys, f"generate.model={other}", verb=verb)
+        assert "is for raysft generate: a run generates with what it trains; take it out" in told
+    assert "there is no such folder" in refused(folder, capsys, f"generate.model={tmp_path}/none")
+    assert "holds no config.json" not in refused(folder, capsys, f"generate.model={tmp_path}")
+    for file, part in (("adapter_model.safetensors", adapter), ("model.safetensors", other)):
+        torn = tmp_path / part.name
+        shutil.copytree(part, torn)
+        (torn / file).unlink()
+        assert "holds no weights" in refused(folder, capsys, f"generate.model={torn}")
+    lost = tmp_path / "lost"
+    shutil.copytree(adapter, lost)
+    described = json.loads((lost / "adapter_config.json").read_text())
+    described["base_model_name_or_path"] = str(tmp_path / "gone")
+    (lost / "adapter_config.json").write_text(json.dumps(described))
+    assert "gone' is no folder here; put the base model there" in refused(folder, capsys, f"generate.model={lost}")
+
+
+def test_a_tokenizer_with_tokens_that_its_model_does_not_know_is_refused(folder, tmp_path, capsys):
+    wrong = tmp_path / "wrong"
+    shutil.copytree(folder / "base", wrong)
+    described = json.loads((wrong / "config.json").read_text())
+    (wrong / "config.json").write_text(json.dumps({**described, "vocab_size": 120}))
+    assert main(["generate", str(folder / "c.yaml"), "run.name=wrong", f"generate.model={wrong}"]) == 2
+    assert "has 120 tokens, and its tokenizer makes token" in capsys.readouterr().err
+
+
+def test_code_runs_only_where_this_model_is_named(folder, tmp_path, capsys):
+    own = with_code(tiny_model(tmp_path / "own"), tmp_path / "ran")
+    trusts_base = f"model.trust_remote_code=[{folder}/base]"
+    told = refused(folder, capsys, f"generate.model={own}", trusts_base)
+    assert f"generate.model={own}: is loaded by code that comes with it" in told
+    assert not (tmp_path / "ran").exists()
+    assert len(generate(folder, "own", f"generate.model={own}", f"model.trust_remote_code=[{own}]")) == 4
+    assert (tmp_path / "ran").exists()
