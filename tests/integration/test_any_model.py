@@ -275,3 +275,55 @@ def test_code_runs_only_where_this_model_is_named(folder, tmp_path, capsys):
     assert not (tmp_path / "ran").exists()
     assert len(generate(folder, "own", f"generate.model={own}", f"model.trust_remote_code=[{own}]")) == 4
     assert (tmp_path / "ran").exists()
+
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
+
+
+def asked(record: dict) -> tuple[list[dict], list[dict]]:
+    """What stands before the last assistant turn of a conversation in ShareGPT's form, and its functions."""
+    turns = record["conversations"]
+    last = max(index for index, turn in enumerate(turns) if ROLES[turn["from"]] == "assistant")
+    messages = []
+    for turn in turns[:last]:
+        message = {"role": ROLES[turn["from"]], "content": turn["value"]}
+        if turn["from"] == "function_call":
+            message |= {"content": "", "tool_calls": [{"type": "function", "function": json.loads(turn["value"])}]}
+        messages.append(message)
+    tools = [{"type": "function", "function": each} for each in json.loads(record["tools"] or "[]")]
+    return messages, tools
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the demo data")
+def test_conversations_with_functions_are_asked_up_to_their_last_answer(folder, capsys):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / "qwen3")
+    wide = folder / "wide"
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+            max_position_embeddings=600, tie_word_embeddings=True,
+        )
+    ).save_pretrained(wide)  # fmt: skip
+    tokenizer.save_pretrained(wide)
+    source = SHARED / "glaive_toolcall_en_demo.json"
+    sources = json.dumps([{"name": "calls", "path": str(source)}])
+    arguments = [f"generate.model={wide}", f"data.eval={sources}", "generate.sources=[calls]"]
+    rows = generate(folder, "calls", *arguments, "generate.max_new_tokens=2", "generate.batch_size=16")
+    records = json.loads(source.read_text())
+    assert len(rows) == len(records)
+    table = pq.read_table(folder / "runs" / "calls" / "prompts.parquet")
+    several = with_tools = cut = 0
+    for record, row, ids in zip(records, rows, table["input_ids"].to_pylist(), strict=True):
+        messages, tools = asked(record)
+        given = {"tools": tools or None, "add_generation_prompt": True}
+        assert row["prompt"] == tokenizer.apply_chat_template(messages, tokenize=False, **given)
+        assert ids == tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **given)
+        several, with_tools = several + (len(messages) > 2), with_tools + bool(tools)
+        cut += len(ids) > 598
+    assert several > 100
+    assert with_tools > 100
+    assert cut > 10
+    assert f"generated_predictions: {cut} of {len(rows)} prompts lost their beginning" in capsys.readouterr().err

@@ -112,3 +112,13 @@ def test_what_fails_with_every_prompt_is_no_matter_of_a_prompt():
 def test_beams_and_draws_do_not_go_together():
     with pytest.raises(RequestError, match=r"generate.num_beams=4 searches and generate.do_sample=True draws"):
         config(num_beams=4, do_sample=True)
+
+
+def test_of_a_prompt_that_is_too_long_the_tail_is_asked(model):
+    engine = TransformersEngine(config(model), str(model))
+    prompt = [3 + index * index % 197 for index in range(700)]
+    (long,) = engine.complete(["a"], [prompt])
+    (tail,) = engine.complete(["a"], [prompt[-500:]])
+    (head,) = engine.complete(["a"], [prompt[:500]])
+    assert (long.cut, tail.cut) == (200, 0)
+    assert long.text == tail.text != head.text
