@@ -332,10 +332,12 @@ def _check_batching(config: Config, model: str) -> None:
 
 
 def _check_engines(config: Config) -> None:
-    """Find out now, not after the training, that no engine could be placed."""
+    """Find out now, not after the training, that an engine is not installed or could not be placed."""
     from raysft.generate import cluster as engines
+    from raysft.generate.engines import check_engine
 
     if config.stage == "sft" and config.generate.enabled:
+        check_engine(config)
         engines.size_pool(config, engines.nodes(), batches=config.generate.num_actors or 1)
 
 

@@ -92,6 +92,31 @@ def _of_generation(config: Config) -> Iterator[str]:
                 f"generate.batching=continuous has no batches to time and generate.max_seconds={generate.max_seconds:g}; "
                 "set generate.batching=static, or take max_seconds out"
             )
+    if generate.enabled and generate.engine == "vllm":
+        yield from _of_vllm(config)
+
+
+def _of_vllm(config: Config) -> Iterator[str]:
+    generate, model, other = config.generate, config.model, "or generate.engine=transformers"
+    if not config.scaling.use_gpu:
+        yield f"generate.engine=vllm needs GPUs and scaling.use_gpu=False; set scaling.use_gpu=true, {other}"
+    if generate.num_beams > 1:
+        yield f"generate.engine=vllm has no beams and generate.num_beams={generate.num_beams}; use generate.num_beams=1, {other}"
+    if generate.max_seconds is not None:
+        yield (
+            f"generate.engine=vllm has no batches to time and generate.max_seconds={generate.max_seconds:g}; "
+            f"take max_seconds out, {other}"
+        )
+    if generate.batching != "auto":
+        yield f"generate.engine=vllm batches by itself and generate.batching={generate.batching}; take batching out, {other}"
+    if model.quantization:
+        yield f"generate.engine=vllm loads weights as they are and model.quantization={model.quantization}; take it out, {other}"
+    if config.stage != "sft" or model.finetuning not in ADAPTERS:
+        return
+    adapter = "oft" if model.finetuning == "oft" else "lora.dora" if model.lora.dora else ""
+    adapter = adapter or ("lora.extra_modules" if model.lora.extra_modules else "")
+    if adapter:
+        yield f"generate.engine=vllm takes plain LoRA adapters alone and the config asks for {adapter}; leave it out, {other}"
 
 
 def _of_sources(config: Config) -> Iterator[str]:

@@ -89,8 +89,9 @@ class GenerateSection(Section):
     sources: list[Text] = []
     """Names of the sources to generate for, of ``data.eval`` and ``data.train``; with ``data.holdout`` a training source is its
     held-out part, else all of it. Default: those of ``data.eval``, and held-out parts."""
-    engine: Literal["transformers"] = "transformers"
-    """What generates."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What generates: ``transformers``, on CPUs and GPUs; or ``vllm``, on GPUs, with ``pip install 'raysft[vllm]'`` on every
+    node, which itself finds out how many prompts it completes at once."""
     num_actors: Positive | None = None
     """Engines that work in parallel. Default: one per GPU, or one per node without GPU."""
     gpus_per_engine: Positive = 1
@@ -102,7 +103,8 @@ class GenerateSection(Section):
     ``static``: batch by batch, each until its last prediction ends. ``auto``: continuous on GPUs, where the model and the
     settings allow it."""
     batch_size: Positive = 64
-    """Prompts that an engine completes at once; where memory runs out, half as many."""
+    """Prompts that an engine completes at once; where memory runs out, half as many. With vLLM: that it is given,
+    and that come back, together."""
     max_new_tokens: Positive = 1024
     """Longest prediction, in tokens."""
     do_sample: bool = True

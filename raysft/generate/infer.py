@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from raysft.config import Config, RequestError
 from raysft.generate import cluster, metrics
+from raysft.generate.engines import check_engine
 from raysft.generate.journal import Journal, fingerprint
 from raysft.generate.pipeline import completions, without
 from raysft.generate.progress import GenerationProgress
@@ -38,10 +39,12 @@ def generate(config: Config, *, model: str, prompts: Path, output: Path, progres
         that generated: ``predict_runtime`` in seconds, ``predict_tokens_per_second`` without the engines' start.
 
     Raises:
-        RequestError: the model, the prompts, a metric or the size of the pool cannot be, said before anything starts.
+        RequestError: the model, the prompts, a metric, the engine or the size of the pool cannot be, said before anything
+            starts.
         RunFailed: an engine failed; what it had predicted stays on disk.
     """
     metrics.check(config)
+    check_engine(config)
     output = Path(output)
     table = _read_prompts(Path(prompts))
     journal = Journal(output, fingerprint(config, model, Path(prompts)))

@@ -15,7 +15,8 @@ from raysft.generate.engines.model import adapter_base
 from raysft.records import read_jsonl, write_json, write_jsonl
 
 _NOT_OF_THE_TEXT = {
-    "enabled", "model", "sources", "compare_base", "num_actors", "max_examples", "batching", "batch_size", "metrics"
+    "enabled", "model", "sources", "compare_base", "num_actors", "gpus_per_engine", "max_examples", "batching", "batch_size",
+    "metrics",
 }  # fmt: skip
 """Settings of ``generate`` that do not change what is predicted for a prompt."""
 

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Container, Generator, Sequence
+from collections.abc import Callable, Container, Generator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -29,6 +29,7 @@ RESTARTS = 3
 SUPPLY = 4
 """Batches that an engine of continuous batching is given at a time. When it runs out of prompts, some time passes in which fewer
 and fewer run; and what it was given is what is lost when it dies."""
+_Read = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
 STALL_SECONDS = 60.0
 """After so long without a batch, and three times as long as the longest took, engines of a node that died are given up."""
 
@@ -75,36 +76,66 @@ def _pass(
     """All prompts through one pool of engines."""
     rows, size = prompts.num_rows, config.generate.batch_size
     pool = cluster.size_pool(config, cluster.nodes(), math.ceil(rows / size), shrinks)
-    if batching(config, model) == "continuous":
+    if config.generate.engine == "transformers" and batching(config, model) == "continuous":
         # Not so many that an engine has nothing to do.
         size = max(size, min(SUPPLY * size, math.ceil(rows / pool.engines)))
     batches = _batches(prompts, size)
     with cluster.quiet_ray_data():
-        dataset = ray.data.from_arrow(batches).map_batches(
-            _EngineActor,
-            fn_constructor_args=(config, model, pool.engines_per_node),
-            batch_size=size,  # a block holds just that many
-            batch_format="pyarrow",
-            zero_copy_batch=True,
-            # One batch each at a time, or the engine that is up first would take those of the others.
-            compute=ray.data.ActorPoolStrategy(size=pool.engines, max_tasks_in_flight_per_actor=1),
-            num_cpus=pool.cpus,
-            num_gpus=pool.gpus,
-            # Ray Data's own choice is without end: an engine killed for its memory would be started for ever.
-            max_restarts=RESTARTS,
-            # As often as Ray can: of a node that died it takes 15 seconds to know that it is no passing disturbance.
-            max_task_retries=-1,
-        )
+        pipeline = _by_vllm if config.generate.engine == "vllm" else _by_actors
+        dataset, read = pipeline(config, model, batches, pool)
         # The pipeline has a process of its own, which can be stopped when it waits for what never comes.
         [split] = dataset.streaming_split(1)
         with _Patience(split._coord_actor, began) as patience:  # pyright: ignore
             batch: Any
             for batch in split.iter_batches(batch_size=cast(Any, None), batch_format="pyarrow", prefetch_batches=0):
-                entries = batch.to_pylist()
-                if "failed" in entries[0]:
-                    raise _failed(entries[0]["failed"], config) from RuntimeError(entries[0]["traceback"])
+                entries = read(batch.to_pylist())
                 patience.came(entries[0]["seconds"])
                 yield entries
+
+
+def _by_actors(
+    config: Config, model: str, batches: Sequence[pa.Table], pool: cluster.Pool
+) -> tuple[ray.data.Dataset, _Read]:
+    """Batches through engines of this package, and how to read what they give."""
+
+    def read(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if "failed" in rows[0]:
+            raise _failed(rows[0]["failed"], config) from RuntimeError(rows[0]["traceback"])
+        return rows
+
+    dataset = ray.data.from_arrow(list(batches)).map_batches(
+        _EngineActor,
+        fn_constructor_args=(config, model, pool.engines_per_node),
+        batch_size=batches[0].num_rows,  # a block holds just that many
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        # One batch each at a time, or the engine that is up first would take those of the others.
+        compute=ray.data.ActorPoolStrategy(size=pool.engines, max_tasks_in_flight_per_actor=1),
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus,
+        # Ray Data's own choice is without end: an engine killed for its memory would be started for ever.
+        max_restarts=RESTARTS,
+        # As often as Ray can: of a node that died it takes 15 seconds to know that it is no passing disturbance.
+        max_task_retries=-1,
+    )
+    return dataset, read
+
+
+def _by_vllm(
+    config: Config, model: str, batches: Sequence[pa.Table], pool: cluster.Pool
+) -> tuple[ray.data.Dataset, _Read]:
+    """Batches through vLLM, and how to read what it gives."""
+    from raysft.generate import processor
+
+    served = processor.Served.of(config, model)
+
+    def read(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        entries = processor.entries(rows, served.stops)
+        if len(entries) > 1 and all(entry["error"] for entry in entries):  # that is no matter of a prompt
+            raise _failed(entries[0]["error"], config)
+        return entries
+
+    return processor.completed(config, served, batches, pool, RESTARTS), read
 
 
 class _Patience:
@@ -215,7 +246,9 @@ def _failed(reason: str, config: Config, *, died: bool = False) -> RunFailed:
     remedy = ""
     if died or "outofmemory" in reason.lower().replace(" ", ""):
         remedy = f"; if memory ran out, lower generate.batch_size={config.generate.batch_size}"
-        if config.scaling.use_gpu:
+        if config.generate.engine == "vllm":  # which has no more prompts at a time than it has memory for
+            remedy = f"; if memory ran out, raise generate.gpus_per_engine={config.generate.gpus_per_engine}"
+        elif config.scaling.use_gpu:
             remedy += ", or raise generate.gpus_per_engine"
     what = f"an engine died {RESTARTS + 1} times: " if died else ""
     return RunFailed(f"generation failed: {what}{reason:.500}{remedy}")

@@ -115,7 +115,7 @@ def with_engines(trial: Trial, nodes: Nodes) -> Trial:
         return trial
     scaling = config.scaling
     if scaling.use_gpu:
-        engines = config.generate.num_actors or scaling.most_workers
+        engines = config.generate.num_actors or max(1, scaling.most_workers // config.generate.gpus_per_engine)
     else:
         # The trial's own share spoils one CPU, and no engine takes a part of one.
         whole = [int(node.get("CPU", 0.0)) for node in nodes]
@@ -144,6 +144,6 @@ def concurrent_trials(config: Config, nodes: Nodes) -> int:
         cpus = max(cpus, engines)
     fits = int(sum(node.get("CPU", 0.0) for node in nodes) / (cpus + TRIAL_CPUS) + 1e-9)
     if scaling.use_gpu:
-        gpus = max(scaling.most_workers, engines)
+        gpus = max(scaling.most_workers, engines * config.generate.gpus_per_engine)
         fits = min(fits, int(sum(node.get("GPU", 0.0) for node in nodes) / gpus))
     return max(1, fits)

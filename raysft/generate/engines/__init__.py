@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import sys
 
-from raysft.config import Config
+from raysft.config import Config, RequestError
 from raysft.generate.engines.batching import batching, refused
 from raysft.generate.engines.interface import Completion, Engine
 
-__all__ = ["Completion", "Engine", "batching", "create_engine"]
+__all__ = ["Completion", "Engine", "batching", "check_engine", "create_engine"]
+
+
+def check_engine(config: Config) -> None:
+    """Find out before anything starts that the engine is not installed.
+
+    Raises:
+        RequestError: ``generate.engine=vllm``, and there is no vLLM.
+    """
+    if config.generate.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise RequestError(
+            "generate.engine=vllm and vLLM is not installed; pip install 'raysft[vllm]' on every node, or set "
+            "generate.engine=transformers"
+        )
 
 
 def create_engine(config: Config, model: str, threads: int | None = None) -> Engine:
-    """The engine that ``generate.engine`` and ``generate.batching`` name, with the model loaded.
+    """The engine of transformers that ``generate.batching`` names, with the model loaded; vLLM's is made by
+    ``raysft.generate.processor``.
 
     Args:
         model: folder of a Hugging Face model, or of a peft adapter.

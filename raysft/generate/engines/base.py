@@ -12,6 +12,7 @@ from raysft.config import Config
 from raysft.copies import model_copy
 from raysft.generate.engines.interface import Completion
 from raysft.generate.engines.model import load_model, runs_code, stop_tokens, tokenizer_folder
+from raysft.generate.engines.room import fit, limit, positions_of
 from raysft.matmul import use_onednn
 
 
@@ -41,23 +42,15 @@ class ModelEngine:
         self._stops = stop_tokens(self._tokenizer, self._model, config.generate.stop_tokens)
         padding = self._tokenizer.pad_token_id
         self._padding = padding if padding is not None else (self._stops or [0])[0]
-        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        self._positions = positions if isinstance(positions, int) and positions > 1 else None
+        self._positions = positions_of(self._model.config)
 
     def _fit(self, prompt: Sequence[int]) -> Sequence[int]:
-        """The prompt, or its tail where prompt and answer are more than the model has positions for."""
-        prompt = prompt if len(prompt) else [self._padding]
-        if self._positions is None:
-            return prompt
-        # At most half of the positions are given to the answer at the cost of the prompt.
-        room = self._positions - min(self._settings.max_new_tokens, self._positions // 2)
-        return prompt[-room:] if len(prompt) > room else prompt
+        """The prompt, or its tail; for none a token that stands for it."""
+        return fit(prompt if len(prompt) else [self._padding], self._positions, self._settings.max_new_tokens)
 
     def _limit(self, prompt: Sequence[int]) -> int:
-        """Tokens that may follow a prompt."""
-        if self._positions is None:
-            return self._settings.max_new_tokens
-        return min(self._settings.max_new_tokens, self._positions - len(prompt))
+        """Tokens that may follow a prompt that fits."""
+        return limit(prompt, self._positions, self._settings.max_new_tokens)
 
     def _generation(self, new_tokens: int) -> GenerationConfig:
         # Always "greedy" for transformers: sampling is the last processor, which leaves one token to choose.

@@ -106,7 +106,12 @@ def load_model(config: Config, folder: Path, device: torch.device) -> Any:
 
 def stop_tokens(tokenizer: Any, model: Any, more: Sequence[str]) -> list[int]:
     """Tokens that end a turn: the tokenizer's, those of the model's generation config, and those that the config names."""
-    stops = model.generation_config.eos_token_id
+    return ends_of_turns(tokenizer, model.generation_config, more)
+
+
+def ends_of_turns(tokenizer: Any, generation: GenerationConfig, more: Sequence[str]) -> list[int]:
+    """As ``stop_tokens``, where there is no loaded model but its generation config."""
+    stops: Any = generation.eos_token_id
     stops = list(stops) if isinstance(stops, list | tuple) else [stops]
     stops += named_tokens(tokenizer, more)
     return sorted({int(stop) for stop in (tokenizer.eos_token_id, *stops) if stop is not None})

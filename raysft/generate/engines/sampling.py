@@ -49,9 +49,16 @@ def leave_one(scores: torch.Tensor, uniforms: torch.Tensor, settings: Any) -> to
 
 def uniform_numbers(seed: int, id: str, count: int) -> torch.Tensor:
     """[count] numbers in [0, 1) that belong to a seed and a prompt, and to nothing else."""
-    digest = hashlib.sha256(f"{seed}/{id}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.rand(count, generator=generator)
+    return torch.rand(count, generator=torch.Generator().manual_seed(prompt_seed(seed, id)))
+
+
+def prompt_seed(seed: int, id: str) -> int:
+    """A seed, from 0 to 2⁶³ - 1, that belongs to the run's seed and a prompt.
+
+    >>> prompt_seed(7, "q:1") == prompt_seed(7, "q:1") != prompt_seed(7, "q:2")
+    True
+    """
+    return int.from_bytes(hashlib.sha256(f"{seed}/{id}".encode()).digest()[:8], "big") >> 1
 
 
 class RowSampling(LogitsProcessor):

@@ -1,0 +1,40 @@
+"""The pipeline around vLLM on a real local cluster of Ray; its GPU is a number, and vLLM itself is what lacks."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pyarrow as pa
+import pytest
+import ray
+
+from raysft.config import RequestError, parse
+from raysft.generate.pipeline import completions
+from raysft.records import RunFailed
+from tests.tiny import tiny_model
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray():
+    ray.init(
+        address="local", num_cpus=2, num_gpus=1, include_dashboard=False, logging_level="error", log_to_driver=False
+    )
+    yield
+    ray.shutdown()
+
+
+def test_an_engine_that_does_not_start_fails_the_run_in_one_line(tmp_path, capfd):
+    model = str(tiny_model(tmp_path / "model"))
+    data = {"train": [{"name": "a", "path": "a"}]}
+    settings = {"engine": "vllm", "batch_size": 2, "max_new_tokens": 8}
+    config = parse({"model": {"path": model}, "data": data, "scaling": {"use_gpu": True}, "generate": settings})
+    prompts = pa.table({"id": list("abc"), "input_ids": pa.array([[5, 6], [7], [8]], pa.list_(pa.int32()))})
+    capfd.readouterr()
+    with pytest.raises(RunFailed, match=r"^generation failed: ImportError: vLLM is not installed") as failed:
+        list(completions(config, model, prompts))
+    assert "\n" not in str(failed.value)
+    assert capfd.readouterr().err == ""
+    with pytest.raises(RequestError, match=r"gpus_per_engine=2 wants 2 GPUs on one node and none has as many"):
+        list(completions(config.with_overrides({"generate.gpus_per_engine": 2}), model, prompts))

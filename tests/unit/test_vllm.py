@@ -1,0 +1,307 @@
+"""Generation by vLLM: what it is asked, by settings that Ray takes, and what becomes of its answers and failures.
+
+vLLM itself needs a GPU. Ray's stage runs here too, on a stand-in that has of vLLM what the stage calls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import sys
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from transformers import AutoTokenizer
+
+from raysft.config import Config, RequestError, parse
+from raysft.generate import processor
+from raysft.generate.cluster import Pool
+from raysft.generate.engines import check_engine
+from raysft.generate.infer import generate
+from raysft.generate.processor import Served
+from tests.tiny import tiny_model
+
+ABSENT = importlib.util.find_spec("vllm") is None
+OUT_OF_VOCABULARY = 10**6
+
+
+def config(use_gpu: bool = True, **generate) -> Config:
+    data = {"train": [{"name": "a", "path": "a"}]}
+    settings = {"engine": "vllm", "max_new_tokens": 20, "batch_size": 2, **generate}
+    return parse({"model": {"path": "m"}, "data": data, "scaling": {"use_gpu": use_gpu}, "generate": settings})
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def adapter(model, tmp_path) -> Path:
+    folder = tmp_path / "adapter"
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    describe(folder, base_model_name_or_path=str(model), peft_type="LORA", r=12, bias="none", use_dora=False)
+    return folder
+
+
+def describe(adapter: Path, **settings: Any) -> None:
+    path = adapter / "adapter_config.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(before | settings))
+
+
+def prompts(*tokens: list[int]) -> pa.Table:
+    ids = [f"q:{at}" for at in range(len(tokens))]
+    return pa.table({"id": ids, "input_ids": pa.array(tokens, pa.list_(pa.int32()))})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_gpu": False}, "generate.engine=vllm needs GPUs and scaling.use_gpu=False; set scaling.use_gpu=true"),
+        ({"num_beams": 2, "do_sample": False}, "has no beams and generate.num_beams=2"),
+        ({"max_seconds": 9}, "has no batches to time and generate.max_seconds=9"),
+    ],
+)
+def test_what_vllm_cannot_do_is_refused(settings, message):
+    with pytest.raises(RequestError, match=message):
+        config(**settings)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("finetuning", "oft", "oft"),
+        ("lora", {"dora": True}, "lora.dora"),
+        ("lora", {"extra_modules": ["x"]}, "lora.extra"),
+    ],
+)
+def test_adapters_that_vllm_does_not_serve_are_refused_before_they_are_trained(key, value, named):
+    raw = config().model_dump(mode="json")
+    raw["model"][key] = value
+    with pytest.raises(RequestError, match=f"takes plain LoRA adapters alone and the config asks for {named}"):
+        parse(raw)
+    raw["generate"]["enabled"] = False
+    parse(raw)
+
+
+@pytest.mark.skipif(not ABSENT, reason="vLLM is installed")
+def test_where_vllm_is_not_installed_it_is_said_first(tmp_path):
+    check_engine(config(engine="transformers"))
+    with pytest.raises(
+        RequestError, match=r"^generate.engine=vllm and vLLM is not installed; pip install 'raysft\[vllm\]'"
+    ):
+        generate(config(), model="none", prompts=tmp_path / "none", output=tmp_path / "out.jsonl")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_requests_are_tokens_and_settings_of_their_own(model):
+    settings = config(do_sample=True, temperature=0.5, top_k=0, stop_tokens=["<|im_start|>"], max_new_tokens=400)
+    served = Served.of(settings, str(model))
+    assert (served.positions, served.base, served.rank, served.padding) == (512, None, 0, 0)
+    long = list(range(3, 303)) * 2
+    table = processor.requests(settings, served, prompts([5, 6], [], long))
+    assert table.column_names == ["id", "cut", "tokenized_prompt", "sampling_params"]
+    assert table["tokenized_prompt"].to_pylist() == [[5, 6], [served.padding], long[-256:]]
+    assert table["cut"].to_pylist() == [0, 0, 600 - 256]
+    first, second, third = table["sampling_params"].to_pylist()
+    assert (first["max_tokens"], second["max_tokens"], third["max_tokens"]) == (400, 400, 256)
+    assert first["stop_token_ids"] == [1, 2]
+    assert (first["temperature"], first["top_p"], first["top_k"]) == (0.5, 0.7, 0)
+    assert len({each["seed"] for each in (first, second, third)}) == 3
+    alone = processor.requests(settings, served, prompts([9])).to_pylist()[0]
+    assert alone["sampling_params"]["seed"] == first["seed"], "the prompt's id and the run's seed alone"
+    other = processor.sampling(settings.with_overrides({"run.seed": 1}), served, "q:0", 9)
+    assert 0 <= other["seed"] != first["seed"]
+    greedy = processor.sampling(config(do_sample=False), served, "q:0", 9)
+    assert greedy["temperature"] == 0.0
+    assert not {"seed", "top_p", "top_k"} & set(greedy)
+
+
+def test_ray_takes_the_settings(model, adapter):
+    settings = config(do_sample=False, gpus_per_engine=2)
+    served = Served.of(settings, str(model))
+    blocks = [processor.requests(settings, served, prompts([5] * 30, [6]))] * 10
+    made = processor.processor_config(settings, served, Pool(4, 0.0, 2.0, 4), blocks)
+    assert (made.model_source, made.batch_size, made.concurrency) == (str(model), 2, (4, 4))
+    assert made.max_concurrent_batches == made.max_tasks_in_flight_per_actor == 3, "an engine's share of 10 batches"
+    assert made.should_continue_on_error
+    assert (made.engine_kwargs["tensor_parallel_size"], made.engine_kwargs["max_model_len"]) == (2, 50)
+    assert (made.engine_kwargs["dtype"], made.engine_kwargs["trust_remote_code"]) == ("bfloat16", False)
+    assert not any((made.chat_template_stage, made.tokenize_stage, made.detokenize_stage))
+
+    served = Served.of(settings, str(adapter))
+    assert (served.base, served.folder, served.rank) == (model, adapter, 12)
+    blocks = [processor.requests(settings, served, prompts([5]))] * 9000
+    made = processor.processor_config(settings, served, Pool(1, 0.0, 1.0, 1), blocks)
+    assert (made.model_source, made.engine_kwargs["tokenizer"]) == (str(model), str(adapter))
+    assert (made.engine_kwargs["enable_lora"], made.engine_kwargs["max_lora_rank"]) == (True, 16)
+    assert made.max_concurrent_batches == processor.IN_FLIGHT / 2
+    assert blocks[0]["model"].to_pylist() == [str(adapter)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"peft_type": "OFT"}, "peft_type=OFT"),
+        ({"use_dora": True}, "use_dora"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+        ({"bias": "all"}, "bias=all"),
+        ({"r": 513}, "r=513"),
+    ],
+)
+def test_an_adapter_that_vllm_does_not_serve_is_refused(adapter, settings, named):
+    describe(adapter, **settings)
+    with pytest.raises(RequestError, match=f"vLLM serves no adapter with {named}; merge it into its model"):
+        Served.of(config(), str(adapter))
+
+
+def test_gpus_that_do_not_divide_the_heads_are_refused(model):
+    with pytest.raises(RequestError, match=r"gpus_per_engine=3 and the model has 4 attention heads"):
+        Served.of(config(gpus_per_engine=3), str(model))
+
+
+def test_stops_are_those_of_the_model_that_transformers_would_load(tmp_path):
+    folder = tiny_model(tmp_path / "stops")
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [7, 9]}))
+    assert Served.of(config(), str(folder)).stops == [2, 7, 9]
+    path.unlink()
+    assert Served.of(config(), str(folder)).stops == [2]
+
+
+def answered(id: str, tokens: list[int], seconds: float, error: str = "") -> dict[str, Any]:
+    text = {"generated_text": " ".join(map(str, tokens)), "generated_tokens": tokens}
+    return {"id": id, "cut": 0, **text, "time_taken_llm": seconds, "__inference_error__": error}
+
+
+def test_answers_become_entries():
+    rows = [answered("a", [5, 2], 1.5), answered("b", [5, 6], 0.5), answered("c", [], -1, "ValueError: too\nlong")]
+    first, second, third = processor.entries(rows, stops=[2])
+    shared = {"cut": 0, "seconds": 1.5}
+    assert first == {"id": "a", "predict": "5 2", "tokens": 2, "stop": "eos", "error": "", **shared}
+    assert second == {"id": "b", "predict": "5 6", "tokens": 2, "stop": "length", "error": "", **shared}
+    assert third == {"id": "c", "predict": "", "tokens": 0, "stop": "error", "error": "ValueError: too long", **shared}
+
+
+def stage(settings: Config, served: Served, blocks: list[pa.Table]) -> Any:
+    """The stage's engine, made as Ray Data makes it in an actor."""
+    from ray.llm._internal.batch.stages import vLLMEngineStage
+
+    made = processor.processor_config(settings, served, Pool(1, 0.0, 1.0, 1), blocks)
+    made_of = {"batch_size", "max_concurrent_batches", "engine_kwargs", "task_type", "should_continue_on_error"}
+    plain = vLLMEngineStage(
+        fn_constructor_kwargs={
+            "model": made.model_source,
+            "log_engine_metrics": made.log_engine_metrics,
+            **{name: getattr(made, name) for name in made_of},
+        },
+        map_batches_kwargs={},
+    )
+    arguments = plain.get_dataset_map_batches_kwargs(batch_size=2, data_column="__data")["fn_constructor_kwargs"]
+    return processor.on_its_node(plain.fn, served.source)(**arguments)
+
+
+def run(engine: Any, block: pa.Table) -> list[dict[str, Any]]:
+    async def collect() -> list[dict[str, Any]]:
+        rows = np.array([dict(row) for row in block.to_pylist()], dtype=object)
+        return [row async for batch in engine({"__data": rows}) for row in batch["__data"]]
+
+    return asyncio.run(collect())
+
+
+@pytest.mark.skipif(not ABSENT, reason="vLLM is installed")
+def test_an_engine_that_does_not_start_says_why_in_its_rows(model):
+    settings = config()
+    served = Served.of(settings, str(model))
+    block = processor.requests(settings, served, prompts([5, 6], [7]))
+    for entry in processor.entries(run(stage(settings, served, [block]), block), served.stops):
+        assert entry["stop"] == "error"
+        assert entry["error"].startswith("ImportError: vLLM is not installed")
+
+
+@dataclass
+class _Sampled:
+    text: str
+    token_ids: list[int]
+    logprobs: None = None
+
+
+class _RequestOutput(types.SimpleNamespace):
+    pass
+
+
+class _Engine:
+    """Answers with the prompt's last token and the one that stops; keeps what it was asked."""
+
+    asked: ClassVar[list[tuple[Any, Any]]] = []
+
+    @classmethod
+    def from_engine_args(cls, arguments: Any, stat_loggers: Any) -> _Engine:
+        return cls()
+
+    async def generate(self, request_id: str, prompt: Any, sampling_params: Any, lora_request: Any):
+        tokens = prompt["prompt_token_ids"]
+        if OUT_OF_VOCABULARY in tokens:
+            raise ValueError("Token id is out of vocabulary")
+        self.asked.append((sampling_params, lora_request))
+        answer = [_Sampled(str(tokens[-1]), [tokens[-1], 2])]
+        yield _RequestOutput(
+            finished=True, prompt=None, prompt_token_ids=tokens, outputs=answer, metrics=None, prompt_logprobs=None
+        )
+
+
+class _Arguments(types.SimpleNamespace):
+    def create_engine_config(self) -> Any:
+        scheduler = types.SimpleNamespace(max_num_seqs=4)
+        return types.SimpleNamespace(
+            scheduler_config=scheduler, parallel_config=types.SimpleNamespace(pipeline_parallel_size=1)
+        )
+
+
+@pytest.fixture
+def vllm(monkeypatch) -> type[_Engine]:
+    """A module of that name, with what Ray's stage takes from it."""
+    module = types.ModuleType("vllm")
+    parts = {
+        "vllm.inputs": types.SimpleNamespace(),
+        "vllm.inputs.llm": types.SimpleNamespace(TokensPrompt=dict, TextPrompt=dict),
+        "vllm.lora": types.SimpleNamespace(request=types.SimpleNamespace(LoRARequest=types.SimpleNamespace)),
+        "vllm.outputs": types.SimpleNamespace(RequestOutput=_RequestOutput, PoolingRequestOutput=None),
+    }
+    for name, value in {
+        **{name.rpartition(".")[2]: part for name, part in parts.items() if name.count(".") == 1},
+        "AsyncEngineArgs": _Arguments,
+        "AsyncLLMEngine": _Engine,
+        "SamplingParams": types.SimpleNamespace,
+    }.items():
+        setattr(module, name, value)
+    for name, part in {"vllm": module, **parts}.items():
+        monkeypatch.setitem(sys.modules, name, part)  # pyright: ignore
+    monkeypatch.setattr("ray.llm._internal.batch.stages.vllm_engine_stage._VLLM_PROMPT_CLASSES", None)
+    monkeypatch.setattr(_Engine, "asked", [])
+    return _Engine
+
+
+def test_rays_stage_takes_the_requests_and_one_that_fails_costs_no_other(model, adapter, vllm):
+    settings = config(do_sample=True)
+    for folder, named in ((model, None), (adapter, str(adapter))):
+        vllm.asked.clear()
+        served = Served.of(settings, str(folder))
+        block = processor.requests(settings, served, prompts([5, 6], [OUT_OF_VOCABULARY], [7]))
+        first, second, third = processor.entries(run(stage(settings, served, [block]), block), served.stops)
+        assert (first["id"], first["predict"], first["tokens"], first["stop"]) == ("q:0", "6", 2, "eos")
+        assert (second["id"], second["stop"]) == ("q:1", "error")
+        assert second["error"] == "ValueError: Token id is out of vocabulary"
+        assert (third["id"], third["predict"]) == ("q:2", "7")
+        assert [each.seed for each, _ in vllm.asked] == [
+            processor.sampling(settings, served, id, 20)["seed"] for id in ("q:0", "q:2")
+        ]
+        assert {lora and lora.lora_path for _, lora in vllm.asked} == {named}
