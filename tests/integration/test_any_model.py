@@ -171,6 +171,8 @@ def test_an_adapter_on_a_quantized_base_is_not_merged_into_it(folder, adapter, b
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     assert predicted(rows) == expected(whole, tokenizer, folder / "quiz.jsonl")
     assert predicted(rows) != predicted(generate(folder, "adapted", f"generate.model={adapter}"))
+    arguments = [f"generate.model={adapter}", f"model.quantization={bits}", "generate.batching=continuous"]
+    assert predicted(generate(folder, f"continuous-{bits}", *arguments)) == predicted(rows)
 
 
 def test_a_checkpoint_that_is_quantized_already_is_loaded_as_it_is(folder, capsys):
