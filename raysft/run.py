@@ -302,7 +302,7 @@ def _prepared(config: Config) -> tuple[str, str | None, Prepared]:
     tell = Terminal().line
     model = find_model(config.model.path, config.cache_directory, tell)
     check_model(config, model, tell)
-    _check_batching(config, model)
+    _check_generation(config, model)
     model, adapter = find_adapter(config, model, tell)
     return model, adapter, prepare(config, model, tell)
 
@@ -323,12 +323,12 @@ def _check_metrics(config: Config) -> None:
         metrics.check(config)
 
 
-def _check_batching(config: Config, model: str) -> None:
+def _check_generation(config: Config, model: str) -> None:
     """Find out now, not after the training, that the model cannot be generated with as asked."""
-    from raysft.generate.engines import batching
+    from raysft.generate.engines import check_suitable
 
-    if config.stage == "sft" and config.generate.enabled and config.generate.batching == "continuous":
-        batching(config, model)
+    if config.stage == "sft" and config.generate.enabled:
+        check_suitable(config, model)
 
 
 def _check_engines(config: Config) -> None:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from raysft.config import Config, RequestError
 from raysft.generate import cluster, metrics
-from raysft.generate.engines import check_engine
+from raysft.generate.engines import check_engine, check_suitable
 from raysft.generate.journal import Journal, fingerprint
 from raysft.generate.pipeline import completions, without
 from raysft.generate.progress import GenerationProgress
@@ -50,6 +50,7 @@ def generate(config: Config, *, model: str, prompts: Path, output: Path, progres
     journal = Journal(output, fingerprint(config, model, Path(prompts)))
     facts = journal.finished()
     if facts is None:
+        check_suitable(config, model)
         facts = _generate_missing(config, model, table, journal, name=output.stem, shown=progress)
     results = metrics.score(config, list(read_jsonl(output)))
     results["predict_runtime"] = facts["runtime"]

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raysft.config import Config, RequestError, parse
-from raysft.generate.engines import Completion
+from raysft.generate.engines import Completion, check_suitable
 from raysft.generate.engines.model import named_tokens
 from raysft.generate.engines.static import TransformersEngine
 from raysft.generate.pipeline import complete
@@ -66,6 +66,12 @@ def test_a_prediction_says_why_it_ended(model, prompts):
     hurried = TransformersEngine(config(model, max_seconds=1e-6), str(model)).complete(QUESTIONS, prompts)
     assert {completion.stop for completion in hurried} <= {"time", "eos"}
     assert all(completion.tokens <= 1 for completion in hurried)
+
+
+def test_a_stop_token_that_the_model_does_not_have_is_found_before_it_starts(model):
+    check_suitable(config(model, stop_tokens=["<|im_start|>"]), str(model))
+    with pytest.raises(RequestError, match=r"^generate.stop_tokens: the tokenizer has no token '<stop>'"):
+        check_suitable(config(model, stop_tokens=["<stop>"]), str(model))
 
 
 def test_a_stop_token_that_is_none_is_refused():

@@ -7,10 +7,11 @@ import importlib.util
 import sys
 
 from raysft.config import Config, RequestError
+from raysft.copies import model_copy
 from raysft.generate.engines.batching import batching, refused
 from raysft.generate.engines.interface import Completion, Engine
 
-__all__ = ["Completion", "Engine", "batching", "check_engine", "create_engine"]
+__all__ = ["Completion", "Engine", "batching", "check_engine", "check_suitable", "create_engine"]
 
 
 def check_engine(config: Config) -> None:
@@ -24,6 +25,30 @@ def check_engine(config: Config) -> None:
             "generate.engine=vllm and vLLM is not installed; pip install 'raysft[vllm]' on every node, or set "
             "generate.engine=transformers"
         )
+
+
+def check_suitable(config: Config, model: str) -> None:
+    """Find out before anything starts what of ``generate`` does not go with a model.
+
+    Args:
+        model: folder of a Hugging Face model, or of a peft adapter; or where one is.
+
+    Raises:
+        RequestError: its tokenizer has not a token of ``generate.stop_tokens``, or ``generate.batching=continuous`` is not for it.
+    """
+    settings = config.generate
+    if settings.engine == "transformers" and settings.batching == "continuous":
+        batching(config, model)
+    if settings.stop_tokens:
+        from transformers import AutoTokenizer
+
+        from raysft.generate.engines.model import named_tokens, runs_code, tokenizer_folder
+
+        folder = model_copy(model)
+        tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer_folder(folder), local_files_only=True, trust_remote_code=runs_code(config, folder)
+        )
+        named_tokens(tokenizer, settings.stop_tokens)
 
 
 def create_engine(config: Config, model: str, threads: int | None = None) -> Engine:
