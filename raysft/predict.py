@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from raysft.checks import check_engines, check_metrics
 from raysft.claim import alone_in, begun, writable
 from raysft.cluster import cluster
 from raysft.config import Config, RequestError
@@ -26,17 +27,15 @@ def predict(config: Config) -> RunDirectory:
         RequestError: the model, the data or the cluster cannot do it, or the run directory is that of a training.
         RunFailed: an engine failed.
     """
-    from raysft.generate import cluster as engines
-    from raysft.generate import metrics
     from raysft.generate.infer import generate
 
     directory, terminal = RunDirectory.of(config.run_place), Terminal()
     writable(config)
     with alone_in(directory, terminal), mirrored(directory, terminal.line):
         _refuse_training(directory, config)
-        metrics.check(config)
+        check_metrics(config)
         with cluster(config):
-            engines.size_pool(config, engines.nodes(), batches=config.generate.num_actors or 1)
+            check_engines(config)
             model, tokens, manifests = _prepared(config, terminal)
             write_atomically(directory.config, config.to_yaml())
             rejected = [flat(item) for each in manifests for item in (*each.rejected, *each.dropped)]

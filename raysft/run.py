@@ -10,6 +10,14 @@ from typing import Any
 
 import yaml
 
+from raysft.checks import (
+    check_engines,
+    check_generation,
+    check_metrics,
+    check_trackers,
+    check_trained,
+    refuse_other_model,
+)
 from raysft.claim import alone_in, belongs_to, differences, writable
 from raysft.cluster import cluster
 from raysft.config import Config, RequestError, load, masked, parse
@@ -22,7 +30,7 @@ from raysft.plan import Plan, check_resources, make_plan
 from raysft.predict import predict
 from raysft.records import RunDirectory, append_json, flat, write_atomically, write_json, write_jsonl
 from raysft.storage import Place
-from raysft.trackers import missing_tracker, open_trackers
+from raysft.trackers import open_trackers
 
 
 def run_sft(config: Config | Mapping[str, Any] | str | Path, callbacks: Sequence[Any] | None = None) -> dict[str, Any]:
@@ -73,11 +81,11 @@ def check(config: Config) -> Plan:
     refuse_other_model(config)
     with looked_into(config.run_place, Terminal().line) as directory:
         belongs_to(directory, config)
-    _check_metrics(config)
-    _check_trackers(config)
+    check_metrics(config)
+    check_trackers(config)
     with cluster(config) as nodes:
         check_resources(config, nodes)
-        _check_engines(config)
+        check_engines(config)
         plan = make_plan(config, _prepared(config)[-1], nodes)
     terminal = Terminal()
     for line in plan.lines():
@@ -119,7 +127,7 @@ def train(config: Config, callbacks: Sequence[Any] = (), allow_changed: bool = F
 
 def evaluate(config: Config) -> None:
     """Evaluate the trained model in a job of its own."""
-    _trained(config)
+    check_trained(config)
     with opened(config) as it:
         evaluate_model(it)
 
@@ -135,7 +143,7 @@ def generate(config: Config) -> None:
     if config.generate.model is not None:
         print_report(predict(config))
         return
-    _trained(config, ", or name any model in generate.model")
+    check_trained(config, ", or name any model in generate.model")
     with opened(config) as it:
         generate_predictions(it)
         print_report(it.directory)
@@ -199,8 +207,8 @@ def opened(config: Config, allow_changed: bool = False) -> Iterator[Opened]:
         changed = differences(directory, config) if allow_changed else {}
         if not allow_changed:
             belongs_to(directory, config)
-        _check_metrics(config)
-        _check_trackers(config)
+        check_metrics(config)
+        check_trackers(config)
         with cluster(config) as nodes:
             yield _opened(config, directory, terminal, nodes, changed, allow_changed)
 
@@ -214,7 +222,7 @@ def _opened(
     allow_changed: bool,
 ) -> Opened:
     check_resources(config, nodes)
-    _check_engines(config)
+    check_engines(config)
     model, adapter, prepared = _prepared(config)
     plan = make_plan(config, prepared, nodes)
     if changed:
@@ -302,57 +310,9 @@ def _prepared(config: Config) -> tuple[str, str | None, Prepared]:
     tell = Terminal().line
     model = find_model(config.model.path, config.cache_directory, tell)
     check_model(config, model, tell)
-    _check_generation(config, model)
+    check_generation(config, model)
     model, adapter = find_adapter(config, model, tell)
     return model, adapter, prepare(config, model, tell)
-
-
-def _check_trackers(config: Config) -> None:
-    missing = missing_tracker(config.train.trackers)
-    if missing:
-        raise RequestError(
-            f"train.trackers names {missing} and its package is not installed; pip install 'raysft[{missing}]', or take it out"
-        )
-
-
-def _check_metrics(config: Config) -> None:
-    """Find a misspelt metric now, not after the training."""
-    from raysft.generate import metrics
-
-    if config.stage == "sft" and config.generate.enabled:
-        metrics.check(config)
-
-
-def _check_generation(config: Config, model: str) -> None:
-    """Find out now, not after the training, that the model cannot be generated with as asked."""
-    from raysft.generate.engines import check_suitable
-
-    if config.stage == "sft" and config.generate.enabled:
-        check_suitable(config, model)
-
-
-def _check_engines(config: Config) -> None:
-    """Find out now, not after the training, that an engine is not installed or could not be placed."""
-    from raysft.generate import cluster as engines
-    from raysft.generate.engines import check_engine
-
-    if config.stage == "sft" and config.generate.enabled:
-        check_engine(config)
-        engines.size_pool(config, engines.nodes(), batches=config.generate.num_actors or 1)
-
-
-def refuse_other_model(config: Config) -> None:
-    """A run generates with what it has trained, and its report tells of that."""
-    if config.generate.model is not None:
-        raise RequestError(
-            f"generate.model={config.generate.model} is for raysft generate: a run generates with what it trains; take it out"
-        )
-
-
-def _trained(config: Config, remedy: str = "") -> None:
-    directory = RunDirectory.of(config.run_place)
-    if not directory.is_trained():
-        raise RequestError(f"{directory.place}: holds no trained model; train first (raysft train CONFIG){remedy}")
 
 
 def _job(it: Opened) -> Any:

@@ -80,11 +80,13 @@ class GenerationProgress:
         """The state as one line.
 
         >>> GenerationProgress("predictions", total=16, done=0, waiting=lambda: "2 of 2 CPUs free").line()
-        'generate predictions | 0/16 prompts | engines start (2 of 2 CPUs free) | 0:00:00 so far'
+        'generate predictions | 0/16 prompts | engines start, then a first batch (2 of 2 CPUs free) | 0:00:00 so far'
         """
         parts = [f"generate {self._name}", f"{self._done}/{self._total} prompts"]
         if self._first_batch is None:
-            return " | ".join([*parts, f"engines start ({self._waiting()})", f"{_clock(self.seconds)} so far"])
+            return " | ".join(
+                [*parts, f"engines start, then a first batch ({self._waiting()})", f"{_clock(self.seconds)} so far"]
+            )
         now = time.monotonic()
         left = (now - self._first_batch) * (self._total - self._done) / (self._done - self._before)
         parts += [f"{self.tokens_per_second:.0f} tok/s", f"{_clock(left)} left"]

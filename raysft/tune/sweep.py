@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from raysft.checks import refuse_other_model
 from raysft.claim import belongs_to
 from raysft.cluster import cluster
 from raysft.config import Config, RequestError
@@ -19,7 +20,7 @@ from raysft.log import Terminal
 from raysft.mirror import looked_into, mirrored
 from raysft.plan import make_plan
 from raysft.records import RunDirectory, RunFailed, write_atomically, write_json
-from raysft.run import refuse_other_model, run
+from raysft.run import run
 from raysft.tune.trials import TRIAL_CPUS, Nodes, Trial, check_metric, combinations, concurrent_trials, with_engines
 
 

@@ -1,0 +1,57 @@
+"""What is found out before anything starts, so that nobody waits hours for a refusal."""
+
+from __future__ import annotations
+
+from raysft.config import Config, RequestError
+from raysft.records import RunDirectory
+from raysft.trackers import missing_tracker
+
+
+def check_trackers(config: Config) -> None:
+    """Find a tracker whose package is missing."""
+    missing = missing_tracker(config.train.trackers)
+    if missing:
+        raise RequestError(
+            f"train.trackers names {missing} and its package is not installed; pip install 'raysft[{missing}]', or take it out"
+        )
+
+
+def check_metrics(config: Config) -> None:
+    """Find a misspelt metric."""
+    from raysft.generate import metrics
+
+    if config.stage == "sft" and config.generate.enabled:
+        metrics.check(config)
+
+
+def check_generation(config: Config, model: str) -> None:
+    """Find out that the model cannot be generated with as asked."""
+    from raysft.generate.engines import check_suitable
+
+    if config.stage == "sft" and config.generate.enabled:
+        check_suitable(config, model)
+
+
+def check_engines(config: Config) -> None:
+    """Find out that an engine is not installed or could not be placed."""
+    from raysft.generate import cluster as engines
+    from raysft.generate.engines import check_engine
+
+    if config.stage == "sft" and config.generate.enabled:
+        check_engine(config)
+        engines.size_pool(config, engines.nodes(), batches=config.generate.num_actors or 1)
+
+
+def refuse_other_model(config: Config) -> None:
+    """A run generates with what it has trained, and its report tells of that."""
+    if config.generate.model is not None:
+        raise RequestError(
+            f"generate.model={config.generate.model} is for raysft generate: a run generates with what it trains; take it out"
+        )
+
+
+def check_trained(config: Config, remedy: str = "") -> None:
+    """Refuse what needs a trained model where there is none; ``remedy``: what else the person may do."""
+    directory = RunDirectory.of(config.run_place)
+    if not directory.is_trained():
+        raise RequestError(f"{directory.place}: holds no trained model; train first (raysft train CONFIG){remedy}")
