@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 
 from raysft.train.checkpoint import newest
-from tests.faults.runs import Moment, Outcome, after, attempt, compared, steps_of
+from tests.faults.runs import Moment, Outcome, after, attempt, compared, steps_of, together
 
 
 def moments(draw: random.Random) -> dict[str, Callable[[], Moment]]:
@@ -48,9 +48,20 @@ def moments(draw: random.Random) -> dict[str, Callable[[], Moment]]:
     }
 
 
+TRAININGS = 5
+"""So many are begun, for a kind of moment that some of them do not come to, before it is given up."""
+
+
 def killed(folder: Path, reference: str, kind: str, wanted: list[Moment]) -> Outcome:
-    """Kill a training at some moments, one in each attempt, and let it end."""
-    name = kind.replace(" ", "-")
+    """Kill a training at some moments, one in each attempt, and let it end; what it did not come to happens to another one."""
+    outcomes: list[Outcome] = []
+    while len(outcomes) < TRAININGS and (times := sum(outcome.times for outcome in outcomes)) < len(wanted):
+        name = f"{kind.replace(' ', '-')}-{len(outcomes)}"
+        outcomes.append(_killed(folder, reference, name, kind, wanted[times:]))
+    return together(outcomes)
+
+
+def _killed(folder: Path, reference: str, name: str, kind: str, wanted: list[Moment]) -> Outcome:
     times = 0
     code: int | None = None
     for moment in wanted:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,20 @@ class Outcome:
             f"{self.fault:44} | {self.times:5} | {'yes' if self.survived else 'NO':8} | {self.lost:9} | "
             f"{self.repeated:13} | {self.losses:15.1e} | {self.weights:18.1e} | {'yes' if self.good else 'NO'}"
         )
+
+
+def together(outcomes: Sequence[Outcome]) -> Outcome:
+    """Several trainings with one kind of fault as one: times and rows added up, the largest differences."""
+    return Outcome(
+        outcomes[0].fault,
+        sum(outcome.times for outcome in outcomes),
+        all(outcome.survived for outcome in outcomes),
+        sum(outcome.lost for outcome in outcomes),
+        sum(outcome.repeated for outcome in outcomes),
+        max(outcome.losses for outcome in outcomes),
+        max(outcome.weights for outcome in outcomes),
+        all(outcome.exact for outcome in outcomes),
+    )
 
 
 TITLE = (
