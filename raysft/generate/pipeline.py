@@ -106,7 +106,7 @@ def _by_actors(
     dataset = ray.data.from_arrow(list(batches)).map_batches(
         _EngineActor,
         fn_constructor_args=(config, model, pool.engines_per_node),
-        batch_size=batches[0].num_rows,  # a block holds just that many
+        batch_size=None,  # a block is a batch
         batch_format="pyarrow",
         zero_copy_batch=True,
         # One batch each at a time, or the engine that is up first would take those of the others.
@@ -169,12 +169,15 @@ class _Patience:
 
 def _batches(prompts: pa.Table, size: int) -> list[pa.Table]:
     """Prompts of like length together, so that little of a batch is padding; longest first, so that the last batches,
-    for which some engines wait for others, are short and too much for the memory shows at once.
+    for which some engines wait for others, are short and too much for the memory shows early.
+
+    A batch that is not full comes first: the longest prompts differ most in length, and the fewer share them the better.
     """
     lengths = np.asarray(pa.compute.list_value_length(prompts["input_ids"]))  # pyright: ignore
     order = np.argsort(-lengths, kind="stable")
     ordered = prompts.select(["id", "input_ids"]).take(pa.array(order))
-    return [ordered.slice(start, size).combine_chunks() for start in range(0, ordered.num_rows, size)]
+    ends = range(ordered.num_rows % size or size, ordered.num_rows + 1, size)
+    return [ordered.slice(max(0, end - size), min(size, end)).combine_chunks() for end in ends]
 
 
 class _EngineActor:
