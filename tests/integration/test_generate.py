@@ -155,7 +155,7 @@ def test_a_killed_call_goes_on_with_what_is_missing(model, prompts, tmp_path, ca
         with pytest.raises(Killed):
             generate(settings, model=str(model), prompts=prompts, output=output, progress=False)
     kept = list(read_jsonl(partial))[1:]
-    assert len(kept) == 3
+    assert len(kept) == len(QUESTIONS) % 3, "the longest prompts are the batch that is not full"
     assert not output.exists()
     # Mark what is kept, so that it shows in the output, and tear the last line as a dying machine does.
     lines = partial.read_text(encoding="utf-8").splitlines()
