@@ -40,9 +40,11 @@ class QuickEncoder:
         """
         texts = list(texts)
         if self.quick is None or not texts:
-            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
-            return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
-        encoded = _encode(self.quick, texts, add_special_tokens)
+            return self._exact(texts, add_special_tokens)
+        try:
+            encoded = _encode(self.quick, texts, add_special_tokens)
+        except ValueError:  # it refuses a byte that the vocabulary lacks, which the tokenizer passes over
+            return self._exact(texts, add_special_tokens)
         checked = len(texts) // 2
         if encoded[checked].tolist() != self.backend.encode(texts[checked], add_special_tokens=add_special_tokens).ids:
             raise RequestError(
@@ -50,6 +52,10 @@ class QuickEncoder:
                 "take fastokens away (pip uninstall fastokens): raysft does without it, slower"
             )
         return encoded
+
+    def _exact(self, texts: list[str], add_special_tokens: bool) -> list[np.ndarray]:
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
 
 
 def _encode(quick: Any, texts: list[str], add_special_tokens: bool) -> list[np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 from pathlib import Path
@@ -52,6 +53,18 @@ def test_any_text_has_the_tokens_of_the_tokenizer(name, special):
     expected = backend.encode_batch_fast(written, add_special_tokens=special)
     for text, ids, encoding in zip(written, encode(written, special), expected, strict=True):
         assert ids.tolist() == encoding.ids, text
+
+
+def test_a_byte_that_the_vocabulary_lacks_is_passed_over_as_the_tokenizer_does():
+    described = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
+    vocabulary = described["model"]["vocab"]
+    vocabulary["nothing"] = vocabulary.pop("ē")  # as byte-level BPE writes 0x13
+    backend = tokenizers.Tokenizer.from_str(json.dumps(described))
+    encode = QuickEncoder(backend)
+    assert encode.quick is not None
+    written = ["Hi", "Hi \x13 there", "Berlin"]
+    expected = [backend.encode(text, add_special_tokens=False).ids for text in written]
+    assert [ids.tolist() for ids in encode(written)] == expected
 
 
 def test_tokens_around_a_text_are_those_of_the_tokenizer():
