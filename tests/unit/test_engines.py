@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3ForCausalLM, RwkvConfig, RwkvForCausalLM
 
 from raysft.config import Config, RequestError, parse
 from raysft.generate.engines import Completion, check_suitable
+from raysft.generate.engines.batching import obstacle
 from raysft.generate.engines.model import named_tokens
 from raysft.generate.engines.static import TransformersEngine
 from raysft.generate.pipeline import complete
@@ -49,6 +54,83 @@ def test_a_beam_search_is_that_of_transformers(model, prompts):
             eos_token_id=tokenizer.eos_token_id,
         )
         assert completion.text == tokenizer.decode(found[0, len(prompt) :], skip_special_tokens=True)
+
+
+def test_a_model_that_reads_its_padding_is_given_none(tmp_path):
+    tokenizer = tiny_tokenizer()
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    description = RwkvConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        attention_hidden_size=64,
+        num_hidden_layers=2,
+        initializer_range=0.2,
+        **special,
+    )
+    torch.manual_seed(0)
+    plain = RwkvForCausalLM(description).eval()
+    for weights in plain.parameters():
+        weights.data += torch.randn_like(weights) * 0.2
+    plain.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    asked = tokenizer([*QUESTIONS, "y"])["input_ids"]
+    alone = [plain.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :] for ids in asked]
+    engine = TransformersEngine(config(tmp_path), str(tmp_path))
+    written = [completion.text for completion in engine.complete([*QUESTIONS, "y"], asked)]
+    assert written == [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in alone]
+    assert not engine._heeds_mask
+
+
+def test_a_scale_that_the_longest_prompt_decides_is_that_of_each_alone(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [4.0] * 16, "rope_theta": 1e4}
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    positions = {"max_position_embeddings": 256, "original_max_position_embeddings": 32}
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    torch.manual_seed(0)
+    plain = Phi3ForCausalLM(
+        Phi3Config(
+            vocab_size=len(tokenizer),
+            rope_parameters={**rope, "original_max_position_embeddings": 32},
+            initializer_range=0.2,
+            **{**sizes, "num_key_value_heads": 2, **positions, **special},
+        )
+    ).eval()
+    plain.save_pretrained(tmp_path)
+    asked = [[5, 6, 7, 8, 9, 10], list(range(3, 63)), [11, 12, 13]]
+    alone = [plain.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :] for ids in asked]
+    written = TransformersEngine(config(tmp_path), str(tmp_path)).complete(["a", "b", "c"], asked)
+    assert [each.text for each in written] == [tokenizer.decode(ids, skip_special_tokens=True) for ids in alone]
+    assert "longrope" in obstacle(config(tmp_path), str(tmp_path))
+
+
+def test_padding_is_a_token_that_the_model_knows(model, prompts, tmp_path):
+    shutil.copytree(model, tmp_path / "padded")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path / "padded")
+    assert tokenizer.pad_token_id == AutoModelForCausalLM.from_pretrained(model).config.vocab_size
+    expected = TransformersEngine(config(model), str(model))
+    assert expected._heeds_mask
+    engine = TransformersEngine(config(model), str(tmp_path / "padded"))
+    assert engine.complete(QUESTIONS, prompts) == expected.complete(QUESTIONS, prompts)
+
+
+def test_weights_that_are_not_there_are_not_drawn_at_random(model, tmp_path):
+    shutil.copytree(model, tmp_path / "lacking")
+    description = json.loads((model / "config.json").read_text())
+    (tmp_path / "lacking" / "config.json").write_text(json.dumps({**description, "num_hidden_layers": 3}))
+    with pytest.raises(ValueError, match=r"lacks 9 of its weights \(model\.layers\.2\..*copy it again"):
+        TransformersEngine(config(model), str(tmp_path / "lacking"))
+
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    TransformersEngine(config(model), str(tmp_path / "adapter"))
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: value for name, value in load_file(file).items() if "layers.1." not in name}, file)
+    with pytest.raises(UserWarning, match="Found missing adapter keys"):
+        TransformersEngine(config(model), str(tmp_path / "adapter"))
 
 
 def test_a_prediction_says_why_it_ended(model, prompts):

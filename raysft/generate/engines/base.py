@@ -40,8 +40,12 @@ class ModelEngine:
         )
         self._model = load_model(config, folder, self._device).eval()
         self._stops = stop_tokens(self._tokenizer, self._model, config.generate.stop_tokens)
-        padding = self._tokenizer.pad_token_id
-        self._padding = padding if padding is not None else (self._stops or [0])[0]
+        # A token that the tokenizer was given and the model was not cannot be looked up, not even to be masked.
+        known = self._model.config.get_text_config().vocab_size
+        usable = [
+            token for token in (self._tokenizer.pad_token_id, *self._stops) if token is not None and token < known
+        ]
+        self._padding = (usable or [0])[0]
         self._positions = positions_of(self._model.config)
 
     def _fit(self, prompt: Sequence[int]) -> Sequence[int]:

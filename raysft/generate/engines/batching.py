@@ -7,6 +7,7 @@ from typing import Any, Literal
 from raysft.config import Config, RequestError
 from raysft.copies import model_copy
 from raysft.generate.engines.model import adapter_base, runs_code
+from raysft.generate.engines.room import scale_turn
 
 
 def batching(config: Config, model: str) -> Literal["continuous", "static"]:
@@ -61,6 +62,8 @@ def obstacle(config: Config, model: str) -> str:
     # Attention that does not come from transformers' registry, or only the eager one, would not see the pages.
     if not (found._supports_attention_backend and found._supports_sdpa):
         return f"{kind} has attention of its own"
+    if scale_turn(described):
+        return f"{kind} scales its positions by the longest prompt beside it (longrope)"
     text = described.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,11 @@ def adapter_base(model: Path) -> Path | None:
 
 def _named_base(adapter: Path) -> str | None:
     """The model that an adapter's description names."""
-    named = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    path = adapter / "adapter_config.json"
+    try:
+        named = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise RequestError(f"{path}: is no description of an adapter ({error}); copy it again") from None
     return str(named) if named else None
 
 
@@ -79,15 +84,19 @@ def load_model(config: Config, folder: Path, device: torch.device) -> Any:
     method = method_of(AutoConfig.from_pretrained(base or folder, trust_remote_code=trusted))
     # "balanced" fills all GPUs alike: what is left of each is for the cache of its layers.
     spread = "balanced" if config.generate.gpus_per_engine > 1 else {"": device}
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    model, found = AutoModelForCausalLM.from_pretrained(
         base or folder,
         dtype=dtype,
         # Weights in few bits are laid out for their device while they are loaded.
         device_map=spread if device.type == "cuda" or quantization or method else None,
         local_files_only=True,
         trust_remote_code=trusted,
+        output_loading_info=True,
         **({"quantization_config": quantization} if quantization else {}),  # None would hide that of the checkpoint
     )
+    lacking = found["missing_keys"]
+    if lacking and not getattr(model, "is_quantized", False):  # transformers has drawn them at random
+        raise ValueError(f"{base or folder} lacks {len(lacking)} of its weights ({min(lacking)}); copy it again")
     if dtype == torch.float32:
         keep_layout(model)
     # Merged, each layer is one product in place of three. In bfloat16 the sum would round small updates away, and so the
@@ -96,7 +105,10 @@ def load_model(config: Config, folder: Path, device: torch.device) -> Any:
     if base is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, str(folder))
+        with warnings.catch_warnings():
+            # Without them the adapter would do nothing, or not what it has learnt.
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            model = PeftModel.from_pretrained(model, str(folder))
         model = model.merge_and_unload() if merges else model
     # What the file says of sampling must not mix with the config's; its stop tokens are kept.
     inner = model if base is None or merges else model.get_base_model()

@@ -12,6 +12,15 @@ def positions_of(description: Any) -> int | None:
     return positions if isinstance(positions, int) and positions > 1 else None
 
 
+def scale_turn(description: Any) -> int | None:
+    """Positions from which on a model scales all of them in another way, in the whole batch, by its longest row (longrope)."""
+    text = description.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    return rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+
+
 def fit(prompt: Sequence[int], positions: int | None, max_new_tokens: int) -> Sequence[int]:
     """The prompt, or its tail where prompt and answer are more than the model has positions for.
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
-from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor, StoppingCriteriaList
 
 from raysft.generate.engines.base import ModelEngine
 from raysft.generate.engines.interface import Completion
+from raysft.generate.engines.room import scale_turn
 from raysft.generate.engines.sampling import RowLimits, RowSampling, uniform_numbers
+
+TRIAL_TOKENS = 8
+"""Tokens, and as many of padding, by which it is found out whether a model passes over padding."""
 
 
 class TransformersEngine(ModelEngine):
@@ -25,8 +30,44 @@ class TransformersEngine(ModelEngine):
     def complete(self, ids: Sequence[str], prompts: Sequence[Sequence[int]]) -> list[Completion]:
         """Complete prompts, as the interface says."""
         size = self._settings.batch_size
-        starts = range(0, len(ids), size)
-        return [each for at in starts for each in self._batch(ids[at : at + size], prompts[at : at + size])]
+        alone = [self._goes_alone(prompt) for prompt in prompts]
+        shared = [index for index in range(len(ids)) if not alone[index]]
+        batches = [shared[at : at + size] for at in range(0, len(shared), size)]
+        found: dict[int, Completion] = {}
+        for batch in (*batches, *([index] for index in range(len(ids)) if alone[index])):
+            completions = self._batch([ids[index] for index in batch], [prompts[index] for index in batch])
+            found.update(zip(batch, completions, strict=True))
+        return [found[index] for index in range(len(ids))]
+
+    def _goes_alone(self, prompt: Sequence[int]) -> bool:
+        """Whether what is beside a prompt in a batch would change its prediction, or it theirs."""
+        kept, turn = self._fit(prompt), scale_turn(self._model.config)
+        return not self._heeds_mask or (turn is not None and len(kept) + self._limit(kept) > turn)
+
+    @functools.cached_property
+    @torch.inference_mode()
+    def _heeds_mask(self) -> bool:
+        """Whether padding that is masked changes nothing, as found out; some models read it all the same (RWKV, XLNet)."""
+        prompt = torch.arange(TRIAL_TOKENS) % self._model.config.get_text_config().vocab_size
+        alone, padded = (self._logits(prompt, pads) for pads in (0, TRIAL_TOKENS))
+        # What 16 bits round away is no difference.
+        most = 1e-2 if self._model.dtype == torch.float32 else 0.5
+        return bool(((alone - padded).abs() <= most * alone.std(-1, keepdim=True) + 1e-6).all())
+
+    def _logits(self, prompt: torch.Tensor, pads: int) -> torch.Tensor:
+        """[2, vocabulary] logits of the two tokens that follow a prompt."""
+        row = torch.cat([torch.full((pads,), self._padding), prompt])[None].to(self._device)
+        mask = torch.cat([torch.zeros(pads), torch.ones(len(prompt))]).long()[None].to(self._device)
+        settings = GenerationConfig(
+            max_new_tokens=2,
+            do_sample=False,
+            pad_token_id=self._padding,
+            eos_token_id=-1,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        output = self._model.generate(input_ids=row, attention_mask=mask, generation_config=settings)
+        return torch.cat(list(output.logits))
 
     @torch.inference_mode()
     def _batch(self, ids: Sequence[str], prompts: Sequence[Sequence[int]]) -> list[Completion]:
