@@ -40,7 +40,10 @@ def predict(config: Config) -> RunDirectory:
             write_atomically(directory.config, config.to_yaml())
             rejected = [flat(item) for each in manifests for item in (*each.rejected, *each.dropped)]
             write_jsonl(directory.rejected, rejected)
-            write_prompts(manifests, directory.prompts, config.generate.max_examples)
+            if not write_prompts(manifests, directory.prompts, config.generate.max_examples):
+                raise RequestError(
+                    "no example has a prompt to generate for (ready tokens have none); name other sources"
+                )
             _check_tokens(directory.prompts, model, tokens)
             terminal.line(f"generating with {config.generate.model}")
             results = generate(config, model=model, prompts=directory.prompts, output=directory.predictions)

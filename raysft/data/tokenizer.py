@@ -66,10 +66,20 @@ class Tokenizer:
 
 @lru_cache(maxsize=2)
 def load_tokenizer(model: str, runs_code: bool = False) -> Any:
-    """The model's tokenizer, loaded once in a process; ``runs_code``: code that comes with the model may run."""
+    """The model's tokenizer, loaded once in a process; ``runs_code``: code that comes with the model may run.
+
+    Raises:
+        RequestError: there is none, or its files are of no use.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(local_copy(model), trust_remote_code=runs_code)
+    try:
+        return AutoTokenizer.from_pretrained(local_copy(model), trust_remote_code=runs_code)
+    except (ValueError, ImportError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise RequestError(
+            f"{model}: its tokenizer cannot be loaded ({reason:.160}); put its files (tokenizer.json, …) into the folder"
+        ) from None
 
 
 @lru_cache(maxsize=4)

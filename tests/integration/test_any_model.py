@@ -252,6 +252,14 @@ def test_what_cannot_be_is_refused_before_anything_starts(folder, other, adapter
         shutil.copytree(part, torn)
         (torn / file).unlink()
         assert "holds no weights" in refused(folder, capsys, f"generate.model={torn}")
+    torn = tmp_path / "torn"
+    shutil.copytree(other, torn)
+    (torn / "tokenizer.json").write_text("{")
+    assert "its tokenizer cannot be loaded (" in refused(folder, capsys, f"generate.model={torn}")
+    shutil.copytree(adapter, tmp_path / "words")
+    (tmp_path / "words" / "adapter_config.json").write_text("[]")
+    told = refused(folder, capsys, f"generate.model={tmp_path}/words")
+    assert "adapter_config.json: is no description of an adapter" in told
     lost = tmp_path / "lost"
     shutil.copytree(adapter, lost)
     described = json.loads((lost / "adapter_config.json").read_text())

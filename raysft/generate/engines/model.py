@@ -84,7 +84,7 @@ def load_model(config: Config, folder: Path, device: torch.device) -> Any:
     method = method_of(AutoConfig.from_pretrained(base or folder, trust_remote_code=trusted))
     # "balanced" fills all GPUs alike: what is left of each is for the cache of its layers.
     spread = "balanced" if config.generate.gpus_per_engine > 1 else {"": device}
-    model, found = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         base or folder,
         dtype=dtype,
         # Weights in few bits are laid out for their device while they are loaded.
@@ -94,7 +94,8 @@ def load_model(config: Config, folder: Path, device: torch.device) -> Any:
         output_loading_info=True,
         **({"quantization_config": quantization} if quantization else {}),  # None would hide that of the checkpoint
     )
-    lacking = found["missing_keys"]
+    model: Any = loaded[0]
+    lacking = loaded[1]["missing_keys"]
     if lacking and not getattr(model, "is_quantized", False):  # transformers has drawn them at random
         raise ValueError(f"{base or folder} lacks {len(lacking)} of its weights ({min(lacking)}); copy it again")
     if dtype == torch.float32:
