@@ -221,7 +221,9 @@ def complete(engine: Engine, ids: Sequence[str], prompts: Sequence[Sequence[int]
         Exception: what the engine raised, where several prompts fail, each of them; that is no matter of a prompt.
     """
     completions, first = _complete(engine, ids, prompts)
-    if first and len(ids) > 1 and all(completion.error for completion in completions):
+    # Of prompts that are too large, which are all in the first batch, the memory of the others knows nothing.
+    matter_of_prompts = isinstance(first, torch.OutOfMemoryError)
+    if first and len(ids) > 1 and not matter_of_prompts and all(completion.error for completion in completions):
         raise first
     return completions
 

@@ -192,6 +192,11 @@ def test_a_batch_that_is_too_large_is_halved():
     )
 
 
+def test_prompts_that_are_too_large_end_nothing_though_they_are_a_whole_batch():
+    found = complete(Choosy(0, torch.OutOfMemoryError), list("ab"), [[1], [1]])
+    assert [each.error for each in found] == ["OutOfMemoryError: too much"] * 2
+
+
 def test_what_fails_with_every_prompt_is_no_matter_of_a_prompt():
     with pytest.raises(ValueError, match="too\nmuch"):
         complete(Choosy(0), list("ab"), [[1], [1]])

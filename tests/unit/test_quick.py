@@ -124,3 +124,15 @@ def test_other_tokens_for_a_text_of_a_batch_end_it():
     encode(["a", "b", "c"])
     with pytest.raises(RequestError, match=r"different tokens for 'a rare word'.*pip uninstall fastokens"):
         encode(["a", "a rare word", "c"])
+
+
+def test_a_vocabulary_that_lacks_bytes_of_the_probes_is_encoded_quickly_all_the_same():
+    whole = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
+    vocabulary = whole["model"]["vocab"]
+    vocabulary["nothing"] = vocabulary.pop("\u0100")  # as byte-level BPE writes 0
+    whole["model"]["merges"] = [pair for pair in whole["model"]["merges"] if "\u0100" not in "".join(pair)]
+    backend = tokenizers.Tokenizer.from_str(json.dumps(whole))
+    encode = QuickEncoder(backend)
+    assert encode.quick is not None
+    for text in ("Hello there", "a\u0000b"):
+        assert [ids.tolist() for ids in encode([text])] == [backend.encode(text, add_special_tokens=False).ids]
