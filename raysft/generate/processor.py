@@ -15,12 +15,12 @@ from typing import Any
 import pyarrow as pa
 import ray
 import ray.data
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
 from raysft.config import Config, RequestError
 from raysft.copies import model_copy
 from raysft.generate.cluster import Pool
-from raysft.generate.engines.model import adapter_base, ends_of_turns, runs_code, tokenizer_folder
+from raysft.generate.engines.model import adapter_base, ends_of_turns, runs_code, tokenizer_of
 from raysft.generate.engines.room import fit, limit, positions_of
 from raysft.generate.engines.sampling import prompt_seed
 
@@ -63,9 +63,7 @@ class Served:
         folder = model_copy(model)
         base = adapter_base(folder)
         whole, trusted = base or folder, runs_code(config, folder)
-        tokenizer = AutoTokenizer.from_pretrained(
-            tokenizer_folder(folder), local_files_only=True, trust_remote_code=trusted
-        )
+        tokenizer = tokenizer_of(config, folder)
         description = AutoConfig.from_pretrained(whole, local_files_only=True, trust_remote_code=trusted)
         heads, gpus = (
             getattr(description.get_text_config(), "num_attention_heads", None),

@@ -40,15 +40,9 @@ def check_suitable(config: Config, model: str) -> None:
     if settings.engine == "transformers" and settings.batching == "continuous":
         batching(config, model)
     if settings.stop_tokens:
-        from transformers import AutoTokenizer
+        from raysft.generate.engines.model import named_tokens, tokenizer_of
 
-        from raysft.generate.engines.model import named_tokens, runs_code, tokenizer_folder
-
-        folder = model_copy(model)
-        tokenizer = AutoTokenizer.from_pretrained(
-            tokenizer_folder(folder), local_files_only=True, trust_remote_code=runs_code(config, folder)
-        )
-        named_tokens(tokenizer, settings.stop_tokens)
+        named_tokens(tokenizer_of(config, model_copy(model)), settings.stop_tokens)
 
 
 def create_engine(config: Config, model: str, threads: int | None = None) -> Engine:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from raysft.config import Config
 from raysft.copies import model_copy
 from raysft.generate.engines.interface import Completion
-from raysft.generate.engines.model import load_model, runs_code, stop_tokens, tokenizer_folder
+from raysft.generate.engines.model import load_model, stop_tokens, tokenizer_of
 from raysft.generate.engines.room import fit, limit, positions_of
 from raysft.matmul import use_onednn
 
@@ -35,9 +35,7 @@ class ModelEngine:
         self._device = torch.device("cuda" if config.scaling.use_gpu else "cpu")
         if self._device.type == "cpu":
             use_onednn()
-        self._tokenizer = AutoTokenizer.from_pretrained(
-            tokenizer_folder(folder), local_files_only=True, trust_remote_code=runs_code(config, folder)
-        )
+        self._tokenizer = tokenizer_of(config, folder)
         self._model = load_model(config, folder, self._device).eval()
         self._stops = stop_tokens(self._tokenizer, self._model, config.generate.stop_tokens)
         # A token that the tokenizer was given and the model was not cannot be looked up, not even to be masked.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from raysft.config import Config, RequestError, locate
 from raysft.copies import model_copy
@@ -55,6 +55,13 @@ def tokenizer_folder(model: Path) -> Path:
     base = adapter_base(model)
     own = any((model / name).exists() for name in ("tokenizer_config.json", "tokenizer.json"))
     return model if base is None or own else base
+
+
+def tokenizer_of(config: Config, folder: Path) -> Any:
+    """The tokenizer that belongs to a model, loaded."""
+    return AutoTokenizer.from_pretrained(
+        tokenizer_folder(folder), local_files_only=True, trust_remote_code=runs_code(config, folder)
+    )
 
 
 def code_name(config: Config, folder: Path) -> str:
