@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from raysft.checks import check_engines, check_metrics
+from raysft.checks import check_engines, check_generation, check_metrics
 from raysft.claim import alone_in, begun, writable
 from raysft.cluster import cluster
 from raysft.config import Config, RequestError
@@ -18,6 +18,7 @@ from raysft.log import Terminal
 from raysft.mirror import mirrored
 from raysft.quantized import check_method, method_of, quantization_config
 from raysft.records import RunDirectory, flat, write_atomically, write_jsonl
+from raysft.weights import check_weights
 
 
 def predict(config: Config) -> RunDirectory:
@@ -73,12 +74,12 @@ def _prepared(config: Config, terminal: Terminal) -> tuple[str, int | None, list
     model = find_model(config.generate.model or "", config.cache_directory, terminal.line, key)
     folder = model_copy(model)
     base = adapter_base(folder)
-    if base is not None and not any(folder.glob("adapter_model.*")):
-        raise RequestError(f"{key}={model}: holds no weights (adapter_model.safetensors); copy or train it again")
+    check_weights(folder, f"{key}={model}")
     described = describe(config, str(base or folder), code_name(config, folder), terminal.line, key)
     if method := method_of(described):
         check_method(f"{key}={model}", method, config)
     quantization_config(config)
+    check_generation(config, model)
     prompts = prepare_prompts(config, str(tokenizer_folder(folder)), runs_code(config, folder), terminal.line)
     return model, getattr(described.get_text_config(), "vocab_size", None), prompts
 

@@ -287,7 +287,9 @@ def generate_predictions(it: Opened) -> None:
         return
     from raysft.generate.infer import generate as infer
 
-    write_prompts(it.prepared.prompts, directory.prompts, config.generate.max_examples)
+    if not write_prompts(it.prepared.prompts, directory.prompts, config.generate.max_examples):
+        it.terminal.line("generate: no example has a prompt (ready tokens have none); nothing is generated")
+        return
     results: dict[str, Any] = {}
     if not config.generate.compare_base:
         directory.base_predictions.unlink(missing_ok=True)  # those of an earlier call were perhaps made otherwise

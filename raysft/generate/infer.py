@@ -11,12 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raysft.config import Config, RequestError
+from raysft.copies import model_copy
 from raysft.generate import cluster, metrics
 from raysft.generate.engines import check_engine, check_suitable
 from raysft.generate.journal import Journal, fingerprint
 from raysft.generate.pipeline import completions, without
 from raysft.generate.progress import GenerationProgress
 from raysft.records import RunFailed, read_jsonl
+from raysft.weights import check_weights
 
 COLUMNS = ("id", "source", "prompt", "input_ids", "label")
 
@@ -25,7 +27,8 @@ def generate(config: Config, *, model: str, prompts: Path, output: Path, progres
     """Predict what follows each prompt, write the predictions in the order of the prompts, and score them.
 
     Ray must be initialised. Predictions are kept as they come: when this is killed and called again with the same
-    model, prompts and settings, only what is missing is generated; a complete ``output`` is only scored again.
+    model, prompts and settings, only what is missing is generated; a complete ``output`` without
+    failed prompts is only scored again.
 
     Args:
         model: folder of a Hugging Face model, or of a peft adapter whose base is a local folder.
@@ -50,6 +53,7 @@ def generate(config: Config, *, model: str, prompts: Path, output: Path, progres
     journal = Journal(output, fingerprint(config, model, Path(prompts)))
     facts = journal.finished()
     if facts is None:
+        check_weights(model_copy(model), model)
         check_suitable(config, model)
         facts = _generate_missing(config, model, table, journal, name=output.stem, shown=progress)
     results = metrics.score(config, list(read_jsonl(output)))
@@ -77,12 +81,12 @@ def _generate_missing(
                 state.advance(len(batch), sum(entry["tokens"] for entry in batch), batch[0]["seconds"])
         if entries and all(entry["error"] for entry in entries.values()):
             raise RunFailed(f"generation failed: {next(iter(entries.values()))['error']}")
+        failed = [entry for entry in entries.values() if entry["error"]]
         facts = {"runtime": round(state.seconds, 3), "tokens_per_second": round(state.tokens_per_second, 3)}
-        journal.finish(_rows(table, entries), facts)
-    failed = [entry for entry in entries.values() if entry["error"]]
+        journal.finish(_rows(table, entries), facts, len(failed))
     if failed:
-        print(f"{name}: {len(failed)} of {table.num_rows} prompts were not completed, the first of them: "
-              f"{failed[0]['id']}: {failed[0]['error']}", file=sys.stderr)  # fmt: skip
+        print(f"{name}: {len(failed)} of {table.num_rows} prompts were not completed (generate once more to try them again), "
+              f"the first of them: {failed[0]['id']}: {failed[0]['error']}", file=sys.stderr)  # fmt: skip
     cut = sum(1 for entry in entries.values() if entry["cut"])
     if cut:
         print(f"{name}: {cut} of {table.num_rows} prompts lost their beginning, which with generate.max_new_tokens="

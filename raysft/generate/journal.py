@@ -21,6 +21,10 @@ _NOT_OF_THE_TEXT = {
 """Settings of ``generate`` that do not change what is predicted for a prompt."""
 
 
+_DECISIVE = (".safetensors", ".bin", ".json", ".model", ".tiktoken", ".txt", ".py")
+"""Endings of the files of a model and its tokenizer that decide what is predicted."""
+
+
 def fingerprint(config: Config, model: str, prompts: Path) -> str:
     """A hash of all that decides the predictions: model files (path, size, time), prompts, settings.
 
@@ -33,7 +37,7 @@ def fingerprint(config: Config, model: str, prompts: Path) -> str:
         (str(file.absolute()) if "://" not in model else file.name, file.stat().st_size, file.stat().st_mtime_ns)
         for place in (folder, *([base] if base else []))
         for file in sorted(place.iterdir())
-        if file.suffix in (".safetensors", ".bin", ".json", ".model", ".py")
+        if file.suffix in _DECISIVE
     ]
     settings = config.generate.model_dump(mode="json", exclude=_NOT_OF_THE_TEXT)
     if config.model.quantization:
@@ -59,7 +63,7 @@ class Journal:
         self._file: Any = None
 
     def finished(self) -> dict[str, Any] | None:
-        """Facts of the call that wrote ``output``, when that is complete and under this fingerprint."""
+        """Facts of the call that wrote ``output``, when that is complete, under this fingerprint, and no prompt of it failed."""
         if not (self._output.exists() and self._done.exists()):
             return None
         try:
@@ -67,7 +71,7 @@ class Journal:
         except ValueError:
             return None
         same = facts.get("fingerprint") == self._fingerprint and facts.get("bytes") == self._output.stat().st_size
-        return facts if same else None
+        return facts if same and not facts.get("failed") else None
 
     def open(self) -> dict[str, dict[str, Any]]:
         """Start or go on; gives the entries that are there already, by id."""
@@ -88,12 +92,18 @@ class Journal:
             self._file.close()
             self._file = None
 
-    def finish(self, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-        """Write ``output`` atomically, note that it is complete, remove the partial file."""
+    def finish(self, rows: list[dict[str, Any]], facts: dict[str, Any], failed: int = 0) -> None:
+        """Write ``output`` atomically, note that it is complete, remove the partial file.
+
+        Args:
+            failed: entries that another call is to try again; the partial file stays for it.
+        """
         self.close()
         write_jsonl(self._output, rows)
-        write_json(self._done, {**facts, "fingerprint": self._fingerprint, "bytes": self._output.stat().st_size})
-        self._partial.unlink(missing_ok=True)
+        size = self._output.stat().st_size
+        write_json(self._done, {**facts, "fingerprint": self._fingerprint, "bytes": size, "failed": failed})
+        if not failed:
+            self._partial.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, dict[str, Any]] | None:
         """Entries under this fingerprint, a torn last line cut off; None where there are none to go on from."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -20,9 +19,10 @@ from transformers import AutoConfig, GenerationConfig
 from raysft.config import Config, RequestError
 from raysft.copies import model_copy
 from raysft.generate.cluster import Pool
-from raysft.generate.engines.model import adapter_base, ends_of_turns, runs_code, tokenizer_of
+from raysft.generate.engines.model import adapter_base, ends_of_turns, padding_token, runs_code, tokenizer_of
 from raysft.generate.engines.room import fit, limit, positions_of
 from raysft.generate.engines.sampling import prompt_seed
+from raysft.weights import adapter_description
 
 IN_FLIGHT = 1024
 """Prompts that an engine has at once, where there are so many: vLLM runs up to 1024 of them together on a large GPU."""
@@ -75,14 +75,13 @@ class Served:
                 f"use a number that divides {heads}"
             )
         stops = ends_of_turns(tokenizer, _generation(whole, description), config.generate.stop_tokens)
-        padding = tokenizer.pad_token_id
         return cls(
             source=model,
             folder=folder.absolute(),
             base=base.absolute() if base else None,
             rank=_lora_rank(folder) if base else 0,
             stops=stops,
-            padding=padding if padding is not None else (stops or [0])[0],
+            padding=padding_token(tokenizer, stops, description),
             positions=positions_of(description),
         )
 
@@ -265,8 +264,7 @@ def _generation(folder: Path, description: Any) -> GenerationConfig:
 
 
 def _lora_rank(folder: Path) -> int:
-    path = folder / "adapter_config.json"
-    description = json.loads(path.read_text(encoding="utf-8"))
+    description = adapter_description(folder)
     foreign = [key for key in _FOREIGN_TO_LORA if description.get(key)]
     foreign += [f"bias={description['bias']}"] if description.get("bias", "none") != "none" else []
     foreign += [f"peft_type={description.get('peft_type')}"] if description.get("peft_type") != "LORA" else []
@@ -274,7 +272,7 @@ def _lora_rank(folder: Path) -> int:
         foreign = [f"r={description['r']}"]
     if foreign:
         raise RequestError(
-            f"{path}: vLLM serves no adapter with {foreign[0]}; merge it into its model (raysft export), or set "
+            f"{folder}: vLLM serves no adapter with {foreign[0]}; merge it into its model (raysft export), or set "
             "generate.engine=transformers"
         )
     return int(description["r"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from raysft.config.training import LoraSection
 from raysft.copies import local_copy
 from raysft.storage import Place
 from raysft.train.model import in_cache, model_identity
+from raysft.weights import adapter_description, check_weights, load_adapter, load_weights
 
 
 def find_adapter(config: Config, model: str, say: Callable[[str], None]) -> tuple[str, str | None]:
@@ -49,17 +49,13 @@ def _folder(path: str, place: Place) -> Path:
         raise RequestError(
             f"model.adapters: {path} holds no weights (adapter_model.safetensors); copy or train it again"
         )
+    check_weights(folder, f"model.adapters: {path}")
     return folder
 
 
 def _check_kind(folder: Path, config: Config) -> None:
-    try:
-        described = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        kind = str(described["peft_type"]).lower()
-    except (ValueError, KeyError):
-        raise RequestError(
-            f"model.adapters: {folder}/adapter_config.json is of no use; copy or train it again"
-        ) from None
+    described = adapter_description(folder)
+    kind = str(described.get("peft_type")).lower()
     if not config.model.new_adapter and kind != config.model.finetuning:
         raise RequestError(
             f"model.adapters: {folder} is {kind} and model.finetuning={config.model.finetuning} is to go on with it; "
@@ -97,13 +93,12 @@ def _merged(model: str, adapters: Sequence[Path], cache: Place, say: Callable[[s
 def merge_adapters(model: str, adapters: Sequence[Path], output: Path, runs_code: bool = False) -> None:
     """Write the full model that a model and its adapters make, with the tokenizer; ``runs_code``: its own code may run."""
     import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     near = local_copy(model)
-    whole: Any = AutoModelForCausalLM.from_pretrained(near, dtype=torch.float32, trust_remote_code=runs_code)
+    whole = load_weights(near, dtype=torch.float32, trust_remote_code=runs_code)
     for adapter in adapters:
-        whole = PeftModel.from_pretrained(whole, str(adapter)).merge_and_unload()
+        whole = load_adapter(whole, adapter).merge_and_unload()
     whole.config.use_cache = True
     whole.save_pretrained(output)
     AutoTokenizer.from_pretrained(near, trust_remote_code=runs_code).save_pretrained(output)
@@ -123,10 +118,7 @@ def merge(adapter: Path, output: Path, runs_code: bool = False) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    if adapter.is_dir() and not any(adapter.glob("*.safetensors")):
-        raise RequestError(
-            f"{adapter}: holds no weights (*.safetensors); the model is not whole, copy or train it again"
-        )
+    check_weights(adapter, str(adapter))
     if (adapter / "adapter_config.json").exists():
         from raysft.train.finetuning import load_with_base
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from raysft.copies import local_copy
 from raysft.quantized import keep_layout, loading_options
 from raysft.storage import Place
 from raysft.train.attention import kernel, use_examplewise, without_adapters
+from raysft.weights import adapter_description, load_adapter, load_weights
 
 
 def load_model(config: Config, path: str, device: torch.device | None = None, adapter: str | None = None) -> Any:
@@ -29,10 +29,11 @@ def load_model(config: Config, path: str, device: torch.device | None = None, ad
         path: folder, URI or hub id.
         device: where quantized weights go; others are moved by whoever asks.
         adapter: folder of an adapter to go on with.
-    """
-    from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    Raises:
+        RequestError: weights of the model or the adapter are missing.
+    """
+    model = load_weights(
         local_copy(path),
         dtype=getattr(torch, "float32" if config.autocast else config.dtype),
         attn_implementation=kernel(config),
@@ -159,11 +160,11 @@ def _check_pissa(model: nn.Module, config: Config) -> None:
 
 
 def _with_adapter(model: Any, config: Config, path: str, adapter: str | None) -> Any:
-    from peft import PeftModel, get_peft_model
+    from peft import get_peft_model
 
     torch.manual_seed(config.run.seed)
     if adapter is not None:
-        model = PeftModel.from_pretrained(model, local_copy(adapter), is_trainable=True)
+        model = load_adapter(model, local_copy(adapter), is_trainable=True)
         # Whatever it names as its base, this is what it is trained on, and what will be loaded with it.
         model.peft_config["default"].base_model_name_or_path = path
     else:
@@ -241,14 +242,7 @@ def load_trained(config: Config, place: Place | Path) -> Any:
 
 def load_with_base(folder: Path, **options: Any) -> Any:
     """A model, or an adapter on its base wherever that lies."""
-    from transformers import AutoModelForCausalLM
-
-    description = folder / "adapter_config.json"
-    if not description.exists():
-        return AutoModelForCausalLM.from_pretrained(folder, **options)
-    from peft import AutoPeftModelForCausalLM, PeftModel
-
-    base = str(json.loads(description.read_text(encoding="utf-8")).get("base_model_name_or_path"))
-    if "://" not in base:
-        return AutoPeftModelForCausalLM.from_pretrained(str(folder), **options)
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(local_copy(base), **options), str(folder))
+    if not (folder / "adapter_config.json").exists():
+        return load_weights(folder, **options)
+    base = str(adapter_description(folder).get("base_model_name_or_path"))
+    return load_adapter(load_weights(local_copy(base), **options), folder)

@@ -20,6 +20,7 @@ from raysft.copies import cache_home, local_copy, may_be_on_hub, model_copy
 from raysft.quantized import check_method, method_of, quantization_config
 from raysft.records import MODEL_MARKS
 from raysft.storage import Place, StorageFailed, reason_of
+from raysft.weights import check_weights, load_weights
 
 
 def find_model(path: str, cache: Place, say: Callable[[str], None], key: str = "model.path") -> str:
@@ -50,6 +51,8 @@ def find_model(path: str, cache: Place, say: Callable[[str], None], key: str = "
                 f"{key}={path}: the folder holds no {' or '.join(marks)}; give a folder in Hugging Face's form"
             )
         return str(folder.absolute())
+    if folder.exists():
+        raise RequestError(f"{key}={path}: is a file; give the folder that it lies in, or a GGUF file (*.gguf)")
     if not may_be_on_hub(path):
         raise RequestError(f"{key}={path}: there is no such folder")
     return _on_hub(path, key, marks)
@@ -134,32 +137,20 @@ def describe(config: Config, model: str, path: str, say: Callable[[str], None], 
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise RequestError(f"{key}={model}: its config.json is of no use ({reason:.120})") from None
-    folder = Path(model)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise RequestError(f"{key}={model}: the folder holds no weights (*.safetensors); give a whole model")
-    _check_bin(model, key)
+    _check_causal(described, f"{key}={model}", path in config.model.trust_remote_code)
+    check_weights(Path(model), f"{key}={model}")
     return described
 
 
-def _check_bin(model: str, key: str) -> None:
-    """Weights of the old kind are pickles: find out before any worker starts that they hold tensors alone. On the hub that is
-    found out when they are there: transformers loads nothing else out of them either."""
-    import pickle
-    import struct
-    import zipfile
+def _check_causal(described: Any, named: str, trusted: bool) -> None:
+    """The model must be one that continues texts, from left to right."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    import torch
-
-    folder = Path(model)
-    for file in sorted(folder.glob("pytorch_model*.bin")) if not any(folder.glob("*.safetensors")) else ():
-        try:
-            # Their names and shapes; the numbers stay where they are, but in files older than torch 1.6.
-            torch.load(file, weights_only=True, map_location="meta", mmap=zipfile.is_zipfile(file))
-        except (pickle.UnpicklingError, RuntimeError, struct.error, EOFError):
-            raise RequestError(
-                f"{key}={model}: {file.name} is damaged, or holds more than tensors, which could run code and is not "
-                "loaded; give a model in *.safetensors"
-            ) from None
+    if trusted and "AutoModelForCausalLM" in (getattr(described, "auto_map", None) or {}):
+        return
+    if type(described) not in MODEL_FOR_CAUSAL_LM_MAPPING or described.is_encoder_decoder:
+        kind = "encoder and decoder" if described.is_encoder_decoder else "no causal language model of transformers"
+        raise RequestError(f"{named}: model_type={described.model_type} is {kind}; give a model that continues text")
 
 
 def _names_modules(config: Config) -> bool:
@@ -278,12 +269,12 @@ def _quiet() -> Iterator[None]:
 
 def _convert(file: Path, folder: Path, key: str) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     # Files beside it might name code; a GGUF needs none.
     what: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **what)
+        model = load_weights(file.parent, dtype=torch.float32, **what)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **what)
     except (OSError, ValueError, KeyError) as error:
         raise RequestError(

@@ -252,10 +252,23 @@ def test_what_cannot_be_is_refused_before_anything_starts(folder, other, adapter
         shutil.copytree(part, torn)
         (torn / file).unlink()
         assert "holds no weights" in refused(folder, capsys, f"generate.model={torn}")
+    told = refused(folder, capsys, f"generate.model={other}/model.safetensors")
+    assert "is a file; give the folder that it lies in" in told
     torn = tmp_path / "torn"
     shutil.copytree(other, torn)
+    weights = (torn / "model.safetensors").read_bytes()
+    (torn / "model.safetensors").write_bytes(weights[:-1])
+    assert "model.safetensors is damaged (" in refused(folder, capsys, f"generate.model={torn}")
+    (torn / "model.safetensors").write_bytes(weights)
+    told = refused(folder, capsys, f"generate.model={torn}", "generate.stop_tokens=['<|im_ende|>']")
+    assert "the tokenizer has no token '<|im_ende|>'; did you mean '<|im_end|>'?" in told
     (torn / "tokenizer.json").write_text("{")
     assert "its tokenizer cannot be loaded (" in refused(folder, capsys, f"generate.model={torn}")
+    for file in torn.glob("*token*"):
+        file.unlink()
+    assert "tokenizer" in refused(folder, capsys, f"generate.model={torn}")
+    (torn / "config.json").write_text('{"model_type": "t5"}')
+    assert "model_type=t5 is encoder and decoder" in refused(folder, capsys, f"generate.model={torn}")
     shutil.copytree(adapter, tmp_path / "words")
     (tmp_path / "words" / "adapter_config.json").write_text("[]")
     told = refused(folder, capsys, f"generate.model={tmp_path}/words")

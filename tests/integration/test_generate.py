@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raysft.config import Config, RequestError
-from raysft.generate import cluster
+from raysft.generate import cluster, infer
 from raysft.generate.engines import Completion
 from raysft.generate.engines.sampling import choose_tokens
 from raysft.generate.engines.static import TransformersEngine
@@ -175,6 +176,29 @@ def test_a_killed_call_goes_on_with_what_is_missing(model, prompts, tmp_path, ca
 
 
 @pytest.mark.usefixtures("_ray")
+def test_a_prompt_that_failed_is_tried_again_by_the_next_call(model, prompts, tmp_path, capfd):
+    output, completions, asked = tmp_path / "out.jsonl", infer.completions, []
+
+    def without_memory(config, model, prompts):
+        asked.append(prompts["id"].to_pylist())
+        for batch in completions(config, model, prompts):
+            failed = {"predict": "", "error": "no memory"} if len(asked) == 1 else {}
+            yield [{**each, **failed} if each["id"] == "q:2" else each for each in batch]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(infer, "completions", without_memory)
+        results = generate(config(), model=str(model), prompts=prompts, output=output)
+        assert results["predict_examples"] == len(QUESTIONS)
+        assert [row.get("error") for row in read_jsonl(output)] == [None, None, "no memory", *[None] * 5]
+        told = "1 of 8 prompts were not completed (generate once more to try them again), the first of them: q:2: no memory"
+        assert told in capfd.readouterr().err
+        generate(config(), model=str(model), prompts=prompts, output=output, progress=False)
+    assert asked[1:] == [["q:2"]]
+    assert [row["predict"] for row in read_jsonl(output)] == as_text(model, alone(model, prompts))
+    assert not (tmp_path / ".out.jsonl.partial").exists()
+
+
+@pytest.mark.usefixtures("_ray")
 def test_an_engine_that_is_killed_is_started_again(model, prompts, tmp_path):
     output, partial = tmp_path / "out.jsonl", tmp_path / ".out.jsonl.partial"
     killed = []
@@ -214,12 +238,15 @@ def test_what_cannot_be_is_refused_before_anything_starts(model, prompts, tmp_pa
 
 @pytest.mark.usefixtures("_ray")
 def test_a_model_that_does_not_load_fails_in_one_line(model, prompts, tmp_path):
-    broken = tiny_model(tmp_path / "broken")
-    (broken / "model.safetensors").write_bytes(b"no weights")
+    broken, weights = tiny_model(tmp_path / "broken"), tmp_path / "broken" / "model.safetensors"
+    save_file({name: value[:1] for name, value in load_file(weights).items()}, weights, {"format": "pt"})
     with pytest.raises(RunFailed, match="generation failed: ") as failed:
         generate(config(), model=str(broken), prompts=prompts, output=tmp_path / "out.jsonl", progress=False)
     assert "\n" not in str(failed.value)
-    assert "afetensor" in str(failed.value)
+    assert f"{broken}: its weights have other shapes than its config.json says; copy it again" in str(failed.value)
+    weights.write_bytes(b"no weights")
+    with pytest.raises(RequestError, match=r"broken: model\.safetensors is damaged \(.*; copy it again"):
+        generate(config(), model=str(broken), prompts=prompts, output=tmp_path / "out.jsonl", progress=False)
 
 
 @pytest.mark.usefixtures("_ray")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from raysft.config import Config, RequestError, parse
 from raysft.train.adapters import find_adapter
@@ -144,7 +145,7 @@ def test_a_quantized_checkpoint_needs_adapters_and_its_library(tmp_path, model, 
     described = json.loads((model / "config.json").read_text())
     described["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 128}
     (tmp_path / "config.json").write_text(json.dumps(described))
-    (tmp_path / "model.safetensors").write_text("")
+    save_file({}, tmp_path / "model.safetensors")
     with pytest.raises(RequestError) as caught:
         check_model(config(tmp_path, tmp_path, finetuning=finetuning), str(tmp_path))
     assert message in str(caught.value)

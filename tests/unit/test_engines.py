@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3ForCausalLM, RwkvConfig, RwkvForCausalLM
 
 from raysft.config import Config, RequestError, parse
@@ -115,22 +112,6 @@ def test_padding_is_a_token_that_the_model_knows(model, prompts, tmp_path):
     assert expected._heeds_mask
     engine = TransformersEngine(config(model), str(tmp_path / "padded"))
     assert engine.complete(QUESTIONS, prompts) == expected.complete(QUESTIONS, prompts)
-
-
-def test_weights_that_are_not_there_are_not_drawn_at_random(model, tmp_path):
-    shutil.copytree(model, tmp_path / "lacking")
-    description = json.loads((model / "config.json").read_text())
-    (tmp_path / "lacking" / "config.json").write_text(json.dumps({**description, "num_hidden_layers": 3}))
-    with pytest.raises(ValueError, match=r"lacks 9 of its weights \(model\.layers\.2\..*copy it again"):
-        TransformersEngine(config(model), str(tmp_path / "lacking"))
-
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoraConfig(r=2, target_modules=["q_proj"]))
-    adapted.save_pretrained(tmp_path / "adapter")
-    TransformersEngine(config(model), str(tmp_path / "adapter"))
-    file = tmp_path / "adapter" / "adapter_model.safetensors"
-    save_file({name: value for name, value in load_file(file).items() if "layers.1." not in name}, file)
-    with pytest.raises(UserWarning, match="Found missing adapter keys"):
-        TransformersEngine(config(model), str(tmp_path / "adapter"))
 
 
 def test_a_prediction_says_why_it_ended(model, prompts):

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from raysft.cli import main
 from raysft.config import RequestError, Source, load, parse
@@ -193,7 +193,7 @@ def test_an_adapter_in_a_pickle_is_refused_and_runs_no_code(model):
     load_model(config, str(model)).save_pretrained("adapter")
     tiny_tokenizer().save_pretrained("adapter")
     folder = in_bin(Path("adapter"), "adapter_model.safetensors", "adapter_model.bin", x=Code())
-    (folder / "other.safetensors").touch()
+    save_file({}, folder / "other.safetensors")
     config = config.with_overrides({"model.adapters": [str(folder)]})
     assert "holds no weights (adapter_model.safetensors)" in refusal(lambda: find_adapter(config, str(model), print))
     for load_it in (

@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 from raysft.config import Config
 from raysft.copies import model_copy
 from raysft.generate.engines.interface import Completion
-from raysft.generate.engines.model import load_model, stop_tokens, tokenizer_of
+from raysft.generate.engines.model import load_model, padding_token, stop_tokens, tokenizer_of
 from raysft.generate.engines.room import fit, limit, positions_of
 from raysft.matmul import use_onednn
 
@@ -38,12 +38,7 @@ class ModelEngine:
         self._tokenizer = tokenizer_of(config, folder)
         self._model = load_model(config, folder, self._device).eval()
         self._stops = stop_tokens(self._tokenizer, self._model, config.generate.stop_tokens)
-        # A token that the tokenizer was given and the model was not cannot be looked up, not even to be masked.
-        known = self._model.config.get_text_config().vocab_size
-        usable = [
-            token for token in (self._tokenizer.pad_token_id, *self._stops) if token is not None and token < known
-        ]
-        self._padding = (usable or [0])[0]
+        self._padding = padding_token(self._tokenizer, self._stops, self._model.config)
         self._positions = positions_of(self._model.config)
 
     def _fit(self, prompt: Sequence[int]) -> Sequence[int]:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from raysft.config import RequestError
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -25,7 +27,7 @@ class Completion:
 
 def failure(error: Exception | str) -> Completion:
     """What stands for a prompt that could not be completed."""
-    said = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    said = str(error) if isinstance(error, RequestError | str) else f"{type(error).__name__}: {error}"
     return Completion("", tokens=0, stop="error", error=f"{' '.join(said.split()):.300}")
 
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import json
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from raysft.config import Config, RequestError, locate
 from raysft.copies import model_copy
 from raysft.quantized import keep_layout, method_of, quantization_config
 from raysft.storage import Place
+from raysft.weights import adapter_description, load_adapter, load_weights
 
 
 def adapter_base(model: Path) -> Path | None:
@@ -42,11 +41,7 @@ def adapter_base(model: Path) -> Path | None:
 
 def _named_base(adapter: Path) -> str | None:
     """The model that an adapter's description names."""
-    path = adapter / "adapter_config.json"
-    try:
-        named = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError) as error:
-        raise RequestError(f"{path}: is no description of an adapter ({error}); copy it again") from None
+    named = adapter_description(adapter).get("base_model_name_or_path")
     return str(named) if named else None
 
 
@@ -91,32 +86,22 @@ def load_model(config: Config, folder: Path, device: torch.device) -> Any:
     method = method_of(AutoConfig.from_pretrained(base or folder, trust_remote_code=trusted))
     # "balanced" fills all GPUs alike: what is left of each is for the cache of its layers.
     spread = "balanced" if config.generate.gpus_per_engine > 1 else {"": device}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    model = load_weights(
         base or folder,
         dtype=dtype,
         # Weights in few bits are laid out for their device while they are loaded.
         device_map=spread if device.type == "cuda" or quantization or method else None,
         local_files_only=True,
         trust_remote_code=trusted,
-        output_loading_info=True,
         **({"quantization_config": quantization} if quantization else {}),  # None would hide that of the checkpoint
     )
-    model: Any = loaded[0]
-    lacking = loaded[1]["missing_keys"]
-    if lacking and not getattr(model, "is_quantized", False):  # transformers has drawn them at random
-        raise ValueError(f"{base or folder} lacks {len(lacking)} of its weights ({min(lacking)}); copy it again")
     if dtype == torch.float32:
         keep_layout(model)
     # Merged, each layer is one product in place of three. In bfloat16 the sum would round small updates away, and so the
     # adapter stays beside the weights there, and beside those in few bits.
     merges = dtype == torch.float32 and not getattr(model, "is_quantized", False)
     if base is not None:
-        from peft import PeftModel
-
-        with warnings.catch_warnings():
-            # Without them the adapter would do nothing, or not what it has learnt.
-            warnings.filterwarnings("error", "Found missing adapter keys")
-            model = PeftModel.from_pretrained(model, str(folder))
+        model = load_adapter(model, folder)
         model = model.merge_and_unload() if merges else model
     # What the file says of sampling must not mix with the config's; its stop tokens are kept.
     inner = model if base is None or merges else model.get_base_model()
@@ -150,3 +135,11 @@ def named_tokens(tokenizer: Any, names: Sequence[str]) -> list[int]:
             remedy = f"did you mean {near[0]!r}?" if near else "name one as the tokenizer writes it"
             raise RequestError(f"generate.stop_tokens: the tokenizer has no token {name!r}; {remedy}")
     return [known[name] for name in names]
+
+
+def padding_token(tokenizer: Any, stops: Sequence[int], description: Any) -> int:
+    """A token to fill rows with that are shorter than others, or in place of a prompt of none."""
+    # A token that the tokenizer was given and the model was not cannot be looked up, not even to be masked.
+    known = description.get_text_config().vocab_size
+    usable = (token for token in (tokenizer.pad_token_id, *stops) if token is not None and token < known)
+    return next(usable, 0)
