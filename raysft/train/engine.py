@@ -81,6 +81,7 @@ def check_model(model: TokenLoss, config: Config, device: torch.device) -> None:
     except NoPositions:
         use_plain(without_adapters(model.model))
         model.check_head(device)
+    model.check_causal(device)
     if config.stage == "sft" and config.data.packing:
         model.check_rows(device, config.train.rows_per_device, "set data.packing=false")
     elif config.stage == "pt" and config.data.document_mask:

@@ -135,6 +135,18 @@ class TokenLoss(nn.Module):
             )
 
     @torch.no_grad()
+    def check_causal(self, device: torch.device) -> None:
+        """Make sure that no token sees those after it, which it is to predict.
+
+        Raises:
+            RunFailed: one does, as in encoders, so that the loss would say nothing.
+        """
+        ids = torch.arange(8, device=device)[None]
+        other = ids.clone()
+        other[:, 4:] += 13
+        self._refuse_difference(ids, other, ids, slice(4), "lets tokens see those after them", "give another model")
+
+    @torch.no_grad()
     def check_rows(self, device: torch.device, rows: int, remedy: str) -> None:
         """Make sure that the examples of a row do not see each other: whatever stands in the first, the second is the same.
 
@@ -146,18 +158,24 @@ class TokenLoss(nn.Module):
         Raises:
             RunFailed: they do, as in models with a recurrent state, or whose masks take no note of positions.
         """
-        decoder, _ = _parts(self.model)
         positions = torch.arange(8, device=device).repeat(2)[None].expand(rows, -1).contiguous()
         ids = torch.arange(16, device=device)[None].expand(rows, -1) % 13
         other = ids.clone()
         other[:, :8] += 13
-        seconds = [self._hidden(decoder, {"input_ids": each}, positions)[:, 8:].float() for each in (ids, other)]
-        difference, size = (seconds[0] - seconds[1]).abs().max(), seconds[0].abs().max()
+        what = "lets the examples of a row see each other"
+        self._refuse_difference(ids, other, positions, slice(8, None), what, remedy)
+
+    def _refuse_difference(
+        self, ids: torch.Tensor, other: torch.Tensor, positions: torch.Tensor, tokens: slice, what: str, remedy: str
+    ) -> None:
+        """Two inputs, [rows, tokens], must have the same hidden states at some of their tokens."""
+        decoder, _ = _parts(self.model)
+        states = [self._hidden(decoder, {"input_ids": each}, positions)[:, tokens].float() for each in (ids, other)]
+        difference, size = (states[0] - states[1]).abs().max(), states[0].abs().max()
         exact = next(decoder.parameters()).dtype == torch.float32
         if difference > size * (1e-5 if exact else 2e-2):
             raise RunFailed(
-                f"{type(self.model).__name__} lets the examples of a row see each other (a hidden state changes by "
-                f"{difference:.2g} with the example before it); {remedy}"
+                f"{type(without_adapters(self.model)).__name__} {what} (a hidden state changes by {difference:.2g}); {remedy}"
             )
 
 

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Lfm2Config, LlamaConfig, MistralConfig, OPTConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Lfm2Config,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Qwen2Config,
+    XLNetConfig,
+)
 
 from raysft.config import parse
 from raysft.records import RunFailed
@@ -95,6 +103,14 @@ def test_models_whose_examples_see_each_other_are_refused(described):
         check_model(model, config(attention="sdpa"), torch.device("cpu"))
     alone = config().with_overrides({"data.packing": False})
     check_model(model, alone, torch.device("cpu"))
+
+
+def test_a_model_that_sees_what_it_is_to_predict_is_refused():
+    described = XLNetConfig(vocab_size=64, d_model=32, n_layer=1, n_head=2, d_inner=32)
+    model = TokenLoss(AutoModelForCausalLM.from_config(described).eval())
+    alone = config().with_overrides({"data.packing": False})
+    with pytest.raises(RunFailed, match=r"XLNetLMHeadModel lets tokens see those after them .*; give another model"):
+        check_model(model, alone, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("described", [LlamaConfig(**SIZES), MistralConfig(**SIZES, sliding_window=4)])
