@@ -211,9 +211,14 @@ def make_plan(config: Config, prepared: Prepared, nodes: Sequence[Mapping[str, f
         gpus=float(workers) if config.scaling.use_gpu else 0.0,
         cluster_cpus=sum(node.get("CPU", 0.0) for node in nodes),
         cluster_gpus=sum(node.get("GPU", 0.0) for node in nodes),
-        sources={manifest.name: _source(manifest) for manifest in prepared.train},
-        evaluation={manifest.name: _source(manifest) for manifest in prepared.eval},
+        sources=plan_sources(prepared.train),
+        evaluation=plan_sources(prepared.eval),
     )
+
+
+def plan_sources(manifests: Sequence[Manifest]) -> dict[str, SourcePlan]:
+    """Each source as it will be used, by its name."""
+    return {manifest.name: _source(manifest) for manifest in manifests}
 
 
 def _source(manifest: Manifest) -> SourcePlan:

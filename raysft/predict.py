@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ from raysft.data import prepare_prompts
 from raysft.data.manifest import Manifest, write_prompts
 from raysft.log import Terminal
 from raysft.mirror import mirrored
+from raysft.plan import plan_sources
 from raysft.quantized import check_method, method_of, quantization_config
-from raysft.records import RunDirectory, flat, write_atomically, write_jsonl
+from raysft.records import RunDirectory, flat, write_atomically, write_json, write_jsonl
 from raysft.weights import check_weights
 
 
@@ -39,6 +41,8 @@ def predict(config: Config) -> RunDirectory:
             check_engines(config)
             model, tokens, manifests = _prepared(config, terminal)
             write_atomically(directory.config, config.to_yaml())
+            generation = {name: asdict(source) for name, source in plan_sources(manifests).items()}
+            write_json(directory.plan, {"generation": generation})
             rejected = [flat(item) for each in manifests for item in (*each.rejected, *each.dropped)]
             write_jsonl(directory.rejected, rejected)
             if not write_prompts(manifests, directory.prompts, config.generate.max_examples):

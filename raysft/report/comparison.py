@@ -173,7 +173,7 @@ def _source_of(metric: str, log: RunLog) -> str:
     """The source whose name a result begins with; empty if it is over all of them."""
     names = {str(source.get("name")) for part in ("eval", "train") for source in log.sources(part)}
     # The sources of a registry stand in the plan alone.
-    planned = (log.plan.get(part) for part in ("sources", "evaluation"))
+    planned = (log.plan.get(part) for part in ("sources", "evaluation", "generation"))
     names |= {name for part in planned if isinstance(part, dict) for name in part}
     return max((name for name in names if metric.startswith(f"{name}_")), key=len, default="")
 

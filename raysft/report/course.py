@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from raysft.report.logs import RunLog, finite
 
 _PLAN = {
@@ -28,12 +30,18 @@ _TRAINED = {
     "useful": ("padding", "rest"),
 }
 """Key → label and kind of number; other numbers are shown under their own names."""
+_GENERATED = {
+    "predict_examples": ("predictions", "count"),
+    "predict_runtime": ("generation time", "seconds"),
+    "predict_tokens_per_second": ("generated tokens per second", "count"),
+    "base_predict_runtime": ("generation time of the model before", "seconds"),
+    "base_predict_tokens_per_second": ("generated tokens per second of the model before", "count"),
+}
 
 
 def planned(log: RunLog) -> list[tuple[str, str]]:
     """The numbers of ``plan.json``, those that are there."""
-    known = ((label, kind, finite(log.plan.get(key))) for key, (label, kind) in _PLAN.items())
-    return [(label, _text(value, kind)) for label, kind, value in known if value is not None]
+    return _known(log.plan, _PLAN)
 
 
 def went(log: RunLog) -> list[tuple[str, str]]:
@@ -48,6 +56,11 @@ def went(log: RunLog) -> list[tuple[str, str]]:
     return lines
 
 
+def generated(log: RunLog) -> list[tuple[str, str]]:
+    """How many predictions ``predict_results.json`` is of, and how fast they were made."""
+    return _known(log.predicted, _GENERATED)
+
+
 def duration(seconds: float) -> str:
     """Seconds as people say them.
 
@@ -58,6 +71,11 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _known(found: dict[str, Any], labels: dict[str, tuple[str, str]]) -> list[tuple[str, str]]:
+    known = ((label, kind, finite(found.get(key))) for key, (label, kind) in labels.items())
+    return [(label, _text(value, kind)) for label, kind, value in known if value is not None]
 
 
 def _text(value: float, kind: str) -> str:

@@ -21,7 +21,7 @@ class Histogram:
 
     title: str
     names: list[str]
-    """The origins: after, before, reference."""
+    """The origins: after (or predicted), before, reference."""
     rows: list[tuple[str, list[tuple[int, float]]]]
     """Label, and for each origin the count and its share of all counts of that origin."""
 
@@ -31,15 +31,15 @@ class Histogram:
         return max((share for _, counts in self.rows for _, share in counts), default=0.0) or 1.0
 
 
-def histograms(predictions: Predictions) -> list[Histogram]:
-    """Those that there is something to count for."""
+def histograms(predictions: Predictions, name: str = "after") -> list[Histogram]:
+    """Those that there is something to count for; ``name``: what the predictions are called that are not those before."""
     after, before = predictions.after, predictions.before
-    characters = {"after": after.characters, "before": before.characters, "reference": after.references}
+    characters = {name: after.characters, "before": before.characters, "reference": after.references}
     found = [
-        _of_scores({"after": after.scores, "before": before.scores}),
+        _of_scores({name: after.scores, "before": before.scores}),
         _of_lengths("Length in characters", characters),
-        _of_lengths("Length in tokens", {"after": after.tokens, "before": before.tokens}),
-        _of_stops({"after": after.stops, "before": before.stops}),
+        _of_lengths("Length in tokens", {name: after.tokens, "before": before.tokens}),
+        _of_stops({name: after.stops, "before": before.stops}),
     ]
     return [histogram for histogram in found if histogram]
 

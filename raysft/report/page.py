@@ -14,7 +14,7 @@ from raysft.records import write_atomically
 from raysft.report.card import masked, versions
 from raysft.report.charts import loss_charts, small_charts
 from raysft.report.comparison import Comparison, compare, unfinished
-from raysft.report.course import planned, went
+from raysft.report.course import generated, planned, went
 from raysft.report.histograms import histograms
 from raysft.report.logs import RunLog, finite, read_lines
 from raysft.report.predictions import read_predictions, visible
@@ -45,14 +45,14 @@ def write_page(log: RunLog) -> None:
         intervals=any(row.after_interval or row.before_interval for row in rows),
         predictions=predictions,
         other_model=bool(log.other_model),
-        histograms=histograms(predictions),
-        colours={"after": 0, "before": 1, "reference": 2},
+        histograms=histograms(predictions, "predicted" if log.other_model else "after"),
+        colours={"after": 0, "predicted": 0, "before": 1, "reference": 2},
         interval=interval,
         sources=sources(log),
         holdout=finite(log.option("data.holdout")) or 0,
         rejected=total,
         reasons=why,
-        tables=[("As planned", planned(log)), ("As it went", went(log))],
+        tables=[("As planned", planned(log)), ("As it went", went(log)), ("Generation", generated(log))],
         config=_config(log),
         versions=versions(),
         changes=_changes(log),
@@ -81,7 +81,7 @@ def _template() -> jinja2.Template:
 def _what(log: RunLog) -> str:
     """What was trained, in a line."""
     if log.other_model:
-        return visible(f"{masked(log.other_model)} · predictions")
+        return visible(f"{masked(log.other_model)} · predictions of this model as it is, nothing was trained")
     stage = "continued pre-training" if log.option("stage") == "pt" else "supervised fine-tuning"
     finetuning = log.option("model.finetuning", "full")
     rank = log.option("model.lora.rank")
@@ -94,7 +94,7 @@ def _what(log: RunLog) -> str:
 def _state(log: RunLog) -> str:
     """How far the training is, if it is not at its end."""
     if log.other_model:
-        return "Nothing is trained here: these are predictions of a model that was there."
+        return ""
     if not log.steps:
         return "No step of training is logged yet."
     done, total = log.steps[-1]["current_steps"], log.steps[-1].get("total_steps")

@@ -55,17 +55,31 @@ class Reason:
 
 def sources(log: RunLog) -> list[Source]:
     """The sources in the order of the config; those that a registry or a holdout brought in follow."""
+    listed = {part: {str(source.get("name")): source for source in log.sources(part)} for part in ("train", "eval")}
+    if log.other_model:
+        planned, everywhere = _planned(log, "generation"), {**listed["train"], **listed["eval"]}
+        return [_source(name, "generation", everywhere, planned) for name in planned]
     found = []
     for use, part, planned_as in (("training", "train", "sources"), ("evaluation", "eval", "evaluation")):
-        listed = {str(source.get("name")): source for source in log.sources(part)}
-        planned = log.plan.get(planned_as)
-        planned = planned if isinstance(planned, dict) else {}
-        for name in dict.fromkeys([*listed, *planned]):
-            paths = listed.get(name, {}).get("path", "")
-            path = ", ".join(visible(masked(each)) for each in (paths if isinstance(paths, list) else [paths]))
-            plan = planned.get(name)
-            found.append(Source(name, use, path, _figures(plan if isinstance(plan, dict) else {})))
+        planned = _planned(log, planned_as)
+        names = dict.fromkeys([*listed[part], *planned])
+        found += [_source(name, use, listed[part], planned) for name in names]
     return found
+
+
+def _planned(log: RunLog, part: str) -> dict[str, Any]:
+    planned = log.plan.get(part)
+    return planned if isinstance(planned, dict) else {}
+
+
+def _source(name: str, use: str, listed: dict[str, dict[str, Any]], planned: dict[str, Any]) -> Source:
+    paths = listed.get(name, {}).get("path", "")
+    path = ", ".join(visible(masked(each)) for each in (paths if isinstance(paths, list) else [paths]))
+    plan = planned.get(name)
+    figures = _figures(plan if isinstance(plan, dict) else {})
+    if use == "generation":
+        figures.pop("trained tokens", None)
+    return Source(name, use, path, figures)
 
 
 def _figures(plan: dict[str, Any]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from raysft.report.card import masked
 from raysft.report.comparison import INTERVALS, compare, unfinished
-from raysft.report.course import went
+from raysft.report.course import generated, went
 from raysft.report.logs import RunLog, read_lines
 
 WIDTH = 100
@@ -40,7 +40,7 @@ _FILES = {
     "train_results.json": "how training went",
     "eval_results.json": "loss and accuracy on the evaluation sets",
     "predict_results.json": "scores of the generated text",
-    "all_results.json": "all three in one",
+    "all_results.json": "all results in one",
     "generated_predictions.jsonl": "what the model wrote",
     "generated_predictions_base.jsonl": "what the model wrote before training",
     "rejected.jsonl": "records that could not be used",
@@ -100,7 +100,7 @@ def _comparison(console: Console, log: RunLog) -> None:
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("")
-    columns = ("",) if log.other_model else ("before", "after", "change")
+    columns = ("score",) if log.other_model else ("before", "after", "change")
     for column in columns:
         table.add_column(column, justify="right")
     for row in rows:
@@ -137,7 +137,7 @@ def _samples(console: Console, log: RunLog) -> None:
 
 
 def _course(console: Console, log: RunLog) -> None:
-    lines = went(log)
+    lines = [*went(log), *generated(log)]
     if lines:
         console.print(Text("\nHow it went", style="bold"))
         console.print(_grid(lines))

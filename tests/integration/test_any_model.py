@@ -115,7 +115,11 @@ def test_a_model_is_asked_with_its_own_tokenizer_and_template(folder, other, cap
     results = json.loads((run / "predict_results.json").read_text())
     assert results["predict_examples"] == 4
     assert "predict_rouge-1" in results
-    assert (run / "report.html").is_file()
+    page = (run / "report.html").read_text()
+    for shown in ("nothing was trained", ">Scores</a>", 'quiz <span class="soft">for generation', "generation time"):
+        assert shown in page
+    for absent in ("for training", ">before<", ">after<", "Before and after"):
+        assert absent not in page
     assert not (run / "README.md").exists()
     assert not (run / "generated_predictions_base.jsonl").exists()
     assert f"other: predictions of {str(other)[:20]}" in capsys.readouterr().out
