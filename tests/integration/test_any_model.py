@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raysft.cli import main
 from raysft.records import read_jsonl
 from tests.tiny import tiny_model, tiny_tokenizer, with_code, write_chats
+
+pytestmark = pytest.mark.usefixtures("local_ray")
 
 CONFIG = """
 run: {{storage: {folder}/runs}}
@@ -31,13 +32,6 @@ OTHER_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray():
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -212,11 +206,12 @@ def test_any_source_is_generated_for(folder, other):
 
 
 def test_a_trained_run_generates_for_a_training_source(folder, capsys):
-    assert main(["run", str(folder / "c.yaml"), "run.name=trained", "model.quantization=4bit"]) == 0
+    settings = ["model.quantization=4bit", "generate.compare_base=false"]
+    assert main(["run", str(folder / "c.yaml"), "run.name=trained", *settings]) == 0
     run = folder / "runs" / "trained"
     before = predicted(list(read_jsonl(run / "generated_predictions.jsonl")))
     assert len(before) == 4
-    rows = generate(folder, "trained", "model.quantization=4bit", "generate.sources=[more]")
+    rows = generate(folder, "trained", *settings, "generate.sources=[more]")
     assert [row["source"] for row in rows] == ["more"] * 5
     again = generate(folder, "again", "model.quantization=4bit", f"generate.model={run}/model")
     assert predicted(again) == before, "the base is quantized in both"

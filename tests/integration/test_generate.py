@@ -13,7 +13,6 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -70,13 +69,6 @@ def prompts(model, tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def _ray():
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="warning")
-    yield
-    ray.shutdown()
-
-
 def alone(model: Path, prompts: Path, new_tokens: int = 24, **options) -> list[list[int]]:
     """New tokens of plain ``model.generate`` on each prompt alone."""
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
@@ -97,7 +89,7 @@ def as_text(model: Path, tokens: list[list[int]]) -> list[str]:
     return [tokenizer.decode(each, skip_special_tokens=True) for each in tokens]
 
 
-@pytest.mark.usefixtures("_ray")
+@pytest.mark.usefixtures("local_ray")
 def test_predictions_are_those_of_each_prompt_alone_in_order(model, prompts, tmp_path, capfd):
     output = tmp_path / "generated_predictions.jsonl"
     results = generate(config(num_actors=2), model=str(model), prompts=prompts, output=output)
@@ -123,7 +115,7 @@ def test_predictions_are_those_of_each_prompt_alone_in_order(model, prompts, tmp
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.usefixtures("_ray")
+@pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize(("batch_size", "engines", "blocks"), [(2, 1, [8]), (1, 2, [4, 4]), (3, 2, [4, 4])])
 def test_continuous_batches_are_supplied_with_several_at_a_time(
     model, prompts, tmp_path, monkeypatch, batch_size, engines, blocks
@@ -137,7 +129,7 @@ def test_continuous_batches_are_supplied_with_several_at_a_time(
     assert written == blocks
 
 
-@pytest.mark.usefixtures("_ray")
+@pytest.mark.usefixtures("local_ray")
 def test_a_killed_call_goes_on_with_what_is_missing(model, prompts, tmp_path, capfd):
     output, settings = tmp_path / "out.jsonl", config()
     partial = tmp_path / ".out.jsonl.partial"
@@ -175,7 +167,7 @@ def test_a_killed_call_goes_on_with_what_is_missing(model, prompts, tmp_path, ca
     assert [row["predict"] for row in read_jsonl(output)] == shorter
 
 
-@pytest.mark.usefixtures("_ray")
+@pytest.mark.usefixtures("local_ray")
 def test_a_prompt_that_failed_is_tried_again_by_the_next_call(model, prompts, tmp_path, capfd):
     output, completions, asked = tmp_path / "out.jsonl", infer.completions, []
 
@@ -198,7 +190,7 @@ def test_a_prompt_that_failed_is_tried_again_by_the_next_call(model, prompts, tm
     assert not (tmp_path / ".out.jsonl.partial").exists()
 
 
-@pytest.mark.usefixtures("_ray")
+@pytest.mark.usefixtures("local_ray")
 def test_an_engine_that_is_killed_is_started_again(model, prompts, tmp_path):
     output, partial = tmp_path / "out.jsonl", tmp_path / ".out.jsonl.partial"
     killed = []
@@ -222,7 +214,7 @@ def test_an_engine_that_is_killed_is_started_again(model, prompts, tmp_path):
     assert [row["predict"] for row in read_jsonl(output)] == as_text(model, alone(model, prompts, new_tokens=200))
 
 
-@pytest.mark.usefixtures("_ray")
+@pytest.mark.usefixtures("local_ray")
 def test_what_cannot_be_is_refused_before_anything_starts(model, prompts, tmp_path):
     output = tmp_path / "out.jsonl"
     with pytest.raises(RequestError, match=r"num_actors=3 wants 3 CPUs and the cluster has 2 .*; use 2, or add nodes"):
@@ -236,7 +228,7 @@ def test_what_cannot_be_is_refused_before_anything_starts(model, prompts, tmp_pa
         generate(gpus, model=str(model), prompts=prompts, output=output)
 
 
-@pytest.mark.usefixtures("_ray")
+@pytest.mark.usefixtures("local_ray")
 def test_a_model_that_does_not_load_fails_in_one_line(model, prompts, tmp_path):
     broken, weights = tiny_model(tmp_path / "broken"), tmp_path / "broken" / "model.safetensors"
     save_file({name: value[:1] for name, value in load_file(weights).items()}, weights, {"format": "pt"})
@@ -249,7 +241,7 @@ def test_a_model_that_does_not_load_fails_in_one_line(model, prompts, tmp_path):
         generate(config(), model=str(broken), prompts=prompts, output=tmp_path / "out.jsonl", progress=False)
 
 
-@pytest.mark.usefixtures("_ray")
+@pytest.mark.usefixtures("local_ray")
 def test_metrics_of_many_predictions_are_the_same_from_tasks(monkeypatch):
     from raysft.generate import metrics
     from tests.unit.test_metrics import PAIRS, rows
@@ -261,7 +253,7 @@ def test_metrics_of_many_predictions_are_the_same_from_tasks(monkeypatch):
     assert metrics.score(every, rows(PAIRS * 20, sources=("x", "y"))) == here
 
 
-@pytest.mark.usefixtures("_ray")
+@pytest.mark.usefixtures("local_ray")
 def test_a_metric_that_fails_in_a_task_is_one_line(monkeypatch):
     from raysft.generate import metrics
     from tests.unit.test_metrics import rows

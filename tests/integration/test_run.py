@@ -13,7 +13,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import ray
 
 import raysft
 from raysft.cli import main
@@ -25,13 +24,6 @@ from raysft.train.cursor import Cursor
 from tests.tiny import SENTENCES, tiny_model, with_code, write_chats
 
 pytestmark = pytest.mark.usefixtures("local_ray")
-
-
-@pytest.fixture(scope="module")
-def local_ray():
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
