@@ -18,9 +18,9 @@ from raysft.data.manifest import Manifest, write_prompts
 from raysft.log import Terminal
 from raysft.mirror import mirrored
 from raysft.plan import plan_sources
+from raysft.pretrained import check_weights
 from raysft.quantized import check_method, method_of, quantization_config
 from raysft.records import RunDirectory, flat, write_atomically, write_json, write_jsonl
-from raysft.weights import check_weights
 
 
 def predict(config: Config) -> RunDirectory:

@@ -12,7 +12,7 @@ from raysft.data.manifest import Manifest
 from raysft.data.schedule import Layout
 from raysft.data.shards import ShardSet, Tell, shard_set, write
 from raysft.data.stream import Rows
-from raysft.data.tokenizer import load_tokenizer
+from raysft.data.tokenizer import load_once
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def prepare_prompts(config: Config, model: str, runs_code: bool, tell: Tell = la
         RequestError: the data cannot be used as asked.
     """
     settings: dict[str, Any] = {"data.overlong": "truncate"}
-    if load_tokenizer(model, runs_code).chat_template:
+    if load_once(model, runs_code).chat_template:
         settings["model.chat_template"] = None
     config = config.with_overrides(settings)
     sets = [shard_set(config, source, part, model, with_prompts=True) for source, part in generated_for(config)]

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from raysft.data.manifest import Manifest
 from raysft.data.stream import Rows
-from raysft.data.tokenizer import load_tokenizer
+from raysft.data.tokenizer import load_once
 from raysft.log import Console
 from raysft.records import IGNORED
 
@@ -46,7 +46,7 @@ def shown_rows(rows: Rows, model: str, count: int, runs_code: bool = False) -> I
         count: how many rows.
         runs_code: code that comes with the model may run.
     """
-    tokenizer = load_tokenizer(model, runs_code)
+    tokenizer = load_once(model, runs_code)
     for number in range(min(count, rows.schedule.rows)):
         batch = rows.batch([number])
         tokens = int(batch["tokens"][0])

@@ -8,11 +8,13 @@ from functools import lru_cache
 from typing import Any
 
 from raysft.config import RequestError
-from raysft.copies import local_copy
 from raysft.data.offsets import SpanEncoder
+from raysft.pretrained import load_tokenizer
 
 CACHED_WORDS = 100_000
 """Words whose tokens are remembered, some 10 MB; the library's own 10,000 are fewer than a corpus has, and a tenth slower."""
+load_once = lru_cache(maxsize=2)(load_tokenizer)
+"""A model's tokenizer, loaded once in a process: it takes a second where the vocabulary is large."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Tokenizer:
         Raises:
             RequestError: there is no fast tokenizer.
         """
-        tokenizer = load_tokenizer(model, runs_code)
+        tokenizer = load_once(model, runs_code)
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise RequestError(f"{model}: has no fast tokenizer (tokenizer.json); choose a model that has one")
@@ -62,24 +64,6 @@ class Tokenizer:
             "eos": tokenizer.eos_token_id,
         }
         return cls(**parts, identity=hashlib.sha256(repr(parts).encode()).hexdigest())  # type: ignore[arg-type]
-
-
-@lru_cache(maxsize=2)
-def load_tokenizer(model: str, runs_code: bool = False) -> Any:
-    """The model's tokenizer, loaded once in a process; ``runs_code``: code that comes with the model may run.
-
-    Raises:
-        RequestError: there is none, or its files are of no use.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(local_copy(model), trust_remote_code=runs_code)
-    except (ValueError, ImportError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise RequestError(
-            f"{model}: its tokenizer cannot be loaded ({reason:.160}); put its files (tokenizer.json, …) into the folder"
-        ) from None
 
 
 @lru_cache(maxsize=4)

@@ -17,8 +17,8 @@ from raysft.generate.engines import check_engine, check_suitable
 from raysft.generate.journal import Journal, fingerprint
 from raysft.generate.pipeline import completions, without
 from raysft.generate.progress import GenerationProgress
+from raysft.pretrained import check_weights
 from raysft.records import RunFailed, read_jsonl
-from raysft.weights import check_weights
 
 COLUMNS = ("id", "source", "prompt", "input_ids", "label")
 

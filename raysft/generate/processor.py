@@ -22,7 +22,7 @@ from raysft.generate.cluster import Pool
 from raysft.generate.engines.model import adapter_base, ends_of_turns, padding_token, runs_code, tokenizer_of
 from raysft.generate.engines.room import fit, limit, positions_of
 from raysft.generate.engines.sampling import prompt_seed
-from raysft.weights import adapter_description
+from raysft.pretrained import adapter_description
 
 IN_FLIGHT = 1024
 """Prompts that an engine has at once, where there are so many: vLLM runs up to 1024 of them together on a large GPU."""

@@ -11,9 +11,9 @@ from typing import Any
 from raysft.config import Config, RequestError
 from raysft.config.training import LoraSection
 from raysft.copies import local_copy
+from raysft.pretrained import adapter_description, check_weights, load_adapter, load_weights
 from raysft.storage import Place
 from raysft.train.model import in_cache, model_identity
-from raysft.weights import adapter_description, check_weights, load_adapter, load_weights
 
 
 def find_adapter(config: Config, model: str, say: Callable[[str], None]) -> tuple[str, str | None]:

@@ -13,10 +13,10 @@ from torch import nn
 
 from raysft.config import Config, RequestError
 from raysft.copies import local_copy
+from raysft.pretrained import adapter_description, load_adapter, load_weights
 from raysft.quantized import keep_layout, loading_options
 from raysft.storage import Place
 from raysft.train.attention import kernel, use_examplewise, without_adapters
-from raysft.weights import adapter_description, load_adapter, load_weights
 
 
 def load_model(config: Config, path: str, device: torch.device | None = None, adapter: str | None = None) -> Any:

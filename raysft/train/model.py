@@ -17,10 +17,10 @@ from pyarrow import ArrowException
 
 from raysft.config import Config, RequestError, locate
 from raysft.copies import cache_home, local_copy, may_be_on_hub, model_copy
+from raysft.pretrained import check_weights, load_weights
 from raysft.quantized import check_method, method_of, quantization_config
 from raysft.records import MODEL_MARKS
 from raysft.storage import Place, StorageFailed, reason_of
-from raysft.weights import check_weights, load_weights
 
 
 def find_model(path: str, cache: Place, say: Callable[[str], None], key: str = "model.path") -> str:

@@ -262,7 +262,8 @@ def test_what_cannot_be_is_refused_before_anything_starts(folder, other, adapter
     told = refused(folder, capsys, f"generate.model={torn}", "generate.stop_tokens=['<|im_ende|>']")
     assert "the tokenizer has no token '<|im_ende|>'; did you mean '<|im_end|>'?" in told
     (torn / "tokenizer.json").write_text("{")
-    assert "its tokenizer cannot be loaded (" in refused(folder, capsys, f"generate.model={torn}")
+    for more in ([], ["generate.stop_tokens=['<|im_end|>']"]):
+        assert "its tokenizer cannot be loaded (" in refused(folder, capsys, f"generate.model={torn}", *more)
     for file in torn.glob("*token*"):
         file.unlink()
     assert "tokenizer" in refused(folder, capsys, f"generate.model={torn}")

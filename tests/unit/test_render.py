@@ -15,7 +15,8 @@ from raysft.data.read import read_raw
 from raysft.data.render import labelled, prompt_messages
 from raysft.data.schedule import Lengths, plan_rows
 from raysft.data.tokenize import Options, Overlong, Tokenized, Tokenizing
-from raysft.data.tokenizer import Tokenizer, load_tokenizer
+from raysft.data.tokenizer import Tokenizer
+from raysft.pretrained import load_tokenizer
 from raysft.records import IGNORED, Example, Message, Rejected
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
 from raysft.config import Config, RequestError, locate
 from raysft.copies import model_copy
+from raysft.pretrained import adapter_description, load_adapter, load_tokenizer, load_weights
 from raysft.quantized import keep_layout, method_of, quantization_config
 from raysft.storage import Place
-from raysft.weights import adapter_description, load_adapter, load_weights
 
 
 def adapter_base(model: Path) -> Path | None:
@@ -54,9 +54,7 @@ def tokenizer_folder(model: Path) -> Path:
 
 def tokenizer_of(config: Config, folder: Path) -> Any:
     """The tokenizer that belongs to a model, loaded."""
-    return AutoTokenizer.from_pretrained(
-        tokenizer_folder(folder), local_files_only=True, trust_remote_code=runs_code(config, folder)
-    )
+    return load_tokenizer(str(tokenizer_folder(folder)), runs_code(config, folder))
 
 
 def code_name(config: Config, folder: Path) -> str:

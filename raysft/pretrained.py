@@ -1,4 +1,4 @@
-"""Weights on disk: all of them, or one line that says what is wrong."""
+"""What lies in the folder of a model or an adapter: loaded whole, or one line that says what is wrong."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raysft.config import RequestError
+from raysft.copies import local_copy
 
 
 def check_weights(folder: Path, named: str) -> None:
@@ -128,3 +129,20 @@ def adapter_description(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RequestError(f"{path}: is no description of an adapter ({error}); copy or train it again") from None
     return description
+
+
+def load_tokenizer(model: str, runs_code: bool = False) -> Any:
+    """The model's tokenizer; ``runs_code``: code that comes with the model may run.
+
+    Raises:
+        RequestError: there is none, or its files are of no use.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(local_copy(model), trust_remote_code=runs_code)
+    except (ValueError, ImportError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise RequestError(
+            f"{model}: its tokenizer cannot be loaded ({reason:.160}); put its files (tokenizer.json, …) into the folder"
+        ) from None

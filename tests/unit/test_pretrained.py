@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from raysft.config import RequestError, parse
 from raysft.generate.engines import create_engine
+from raysft.pretrained import check_weights
 from raysft.train.adapters import find_adapter, merge_adapters
 from raysft.train.finetuning import load_model, load_trained
 from raysft.train.model import check_model
-from raysft.weights import check_weights
 from tests.tiny import tiny_model
 
 CONFIG = parse({"model": {"path": "m"}, "data": {"train": [{"name": "a", "path": "a"}], "sequence_length": 64}})
