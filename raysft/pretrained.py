@@ -13,6 +13,15 @@ from typing import Any
 from raysft.config import RequestError
 from raysft.copies import local_copy
 
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+MODEL_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""Where weights lie, in the order in which peft and transformers look for them; others beside these are not read."""
+
 
 def check_weights(folder: Path, named: str) -> None:
     """Find out, without reading them, that weights are missing or damaged; those of a model that lies on the hub are looked at
@@ -27,27 +36,30 @@ def check_weights(folder: Path, named: str) -> None:
     """
     if not folder.is_dir():
         return
-    files = sorted(folder.glob("*.safetensors"))
-    if not files and not any(folder.glob("*.bin")):
+    adapter = [folder / name for name in ADAPTER_FILES if (folder / name).exists()]
+    found = next(iter(adapter or [folder / name for name in MODEL_FILES if (folder / name).exists()]), None)
+    if found is None:
         raise RequestError(f"{named}: holds no weights (*.safetensors); give a whole model, or copy or train it again")
-    for index in folder.glob("*.safetensors.index.json" if files else "*.bin.index.json"):
-        _check_index(index, named)
-    for file in files:
-        _check_safetensors(file, named)
-    if not files:
-        for file in sorted(folder.glob("*_model*.bin")):
-            _check_bin(file, named)
+    for file in _parts(found, named) if found.suffix == ".json" else [found]:
+        check = _check_safetensors if file.suffix == ".safetensors" else _check_bin
+        check(file, named)
 
 
-def _check_index(index: Path, named: str) -> None:
-    """An index says which file has which weight."""
+def _parts(index: Path, named: str) -> list[Path]:
+    """The files that an index of weights names."""
     try:
-        parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError):
-        raise RequestError(f"{named}: {index.name} is damaged; copy it again") from None
-    gone = sorted(part for part in parts if not (index.parent / part).exists())
+        content = json.loads(index.read_text(encoding="utf-8"))
+        names = sorted(set(content["weight_map"].values()))
+        whole = isinstance(content["metadata"], dict) and all(isinstance(name, str) for name in names)
+    except (ValueError, KeyError, AttributeError, TypeError):
+        whole, names = False, []
+    if not whole or not names:
+        raise RequestError(f"{named}: {index.name} is damaged; copy it again")
+    parts = [index.parent / name for name in names]
+    gone = [part.name for part in parts if not part.exists()]
     if gone:
         raise RequestError(f"{named}: {gone[0]} is missing ({len(gone)} of {len(parts)} parts are); copy it again")
+    return parts
 
 
 def _check_safetensors(file: Path, named: str) -> None:
@@ -66,12 +78,14 @@ def _check_bin(file: Path, named: str) -> None:
 
     try:
         # Their names and shapes; the numbers stay where they are, but in files older than torch 1.6.
-        torch.load(file, weights_only=True, map_location="meta", mmap=zipfile.is_zipfile(file))
+        content = torch.load(file, weights_only=True, map_location="meta", mmap=zipfile.is_zipfile(file))
     except (pickle.UnpicklingError, RuntimeError, struct.error, EOFError):
+        content = None
+    if not isinstance(content, dict):
         raise RequestError(
             f"{named}: {file.name} is damaged, or holds more than tensors, which could run code and is not "
             "loaded; give a model in *.safetensors"
-        ) from None
+        )
 
 
 def load_weights(folder: str | Path, **options: Any) -> Any:
@@ -91,7 +105,9 @@ def load_weights(folder: str | Path, **options: Any) -> Any:
             f"{folder}: its weights have other shapes than its config.json says; copy it again"
         ) from None
     model, lacking = loaded[0], loaded[1]["missing_keys"]
-    if lacking and not getattr(model, "is_quantized", False):  # whose scales count as weights that are not there
+    by_bitsandbytes = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+    # What other libraries call their scales is not known here.
+    if lacking and (by_bitsandbytes or not getattr(model, "is_quantized", False)):
         raise RequestError(f"{folder}: lacks {len(lacking)} of the model's weights ({min(lacking)}); copy it again")
     return model
 
@@ -100,8 +116,10 @@ def load_adapter(model: Any, folder: str | Path, **options: Any) -> Any:
     """A model with the adapter of a folder on it, as peft loads it, with all of its weights.
 
     Raises:
-        RequestError: the folder lacks some, without which it would do nothing, or not what it has learnt.
+        RequestError: the folder lacks some, without which it would do nothing, or not what it has learnt; or it is of another
+            model.
     """
+    import torch
     from peft import PeftModel
 
     with warnings.catch_warnings():
@@ -113,6 +131,35 @@ def load_adapter(model: Any, folder: str | Path, **options: Any) -> Any:
             raise RequestError(
                 f"{folder}: lacks some of the adapter's weights ({lacking:.120}); copy or train it again"
             ) from None
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split()):.160}"
+            raise RequestError(
+                f"{folder}: is no adapter of this model ({reason}); give the model that it belongs to, or copy it again"
+            ) from None
+
+
+def merge_adapter(model: Any) -> Any:
+    """The plain model with the weights of the adapter on it merged into its own.
+
+    An embedding that is the output head too is one weight: where the adapter changes the one and not the other they are two
+    from then on.
+    """
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = model.get_base_model()
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if any(isinstance(each, BaseTunerLayer) for each in (embedding, head)):
+        inner: Any = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+        inner.weight = torch.nn.Parameter(inner.weight.detach().clone(), requires_grad=False)
+    whole = model.merge_and_unload()
+    embedding, head = whole.get_input_embeddings(), whole.get_output_embeddings()
+    if head is not None and head.weight is not embedding.weight:
+        for described in (whole.config, whole.config.get_text_config()):
+            described.tie_word_embeddings = False
+    return whole
 
 
 def adapter_description(folder: Path) -> dict[str, Any]:

@@ -70,6 +70,8 @@ class Journal:
             facts = json.loads(self._done.read_text(encoding="utf-8"))
         except ValueError:
             return None
+        if not isinstance(facts, dict):
+            return None
         same = facts.get("fingerprint") == self._fingerprint and facts.get("bytes") == self._output.stat().st_size
         return facts if same and not facts.get("failed") else None
 
@@ -115,11 +117,9 @@ class Journal:
             os.truncate(self._partial, whole)
         try:
             header, *entries = list(read_jsonl(self._partial))
-        except ValueError:
+            return {entry["id"]: entry for entry in entries} if header["fingerprint"] == self._fingerprint else None
+        except (ValueError, TypeError, KeyError):
             return None
-        if header.get("fingerprint") != self._fingerprint:
-            return None
-        return {entry["id"]: entry for entry in entries}
 
     def _write(self, entries: Sequence[dict[str, Any]]) -> None:
         self._file.write("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))

@@ -11,7 +11,7 @@ from typing import Any
 from raysft.config import Config, RequestError
 from raysft.config.training import LoraSection
 from raysft.copies import local_copy
-from raysft.pretrained import adapter_description, check_weights, load_adapter, load_weights
+from raysft.pretrained import adapter_description, check_weights, load_adapter, load_weights, merge_adapter
 from raysft.storage import Place
 from raysft.train.model import in_cache, model_identity
 
@@ -98,7 +98,7 @@ def merge_adapters(model: str, adapters: Sequence[Path], output: Path, runs_code
     near = local_copy(model)
     whole = load_weights(near, dtype=torch.float32, trust_remote_code=runs_code)
     for adapter in adapters:
-        whole = load_adapter(whole, adapter).merge_and_unload()
+        whole = merge_adapter(load_adapter(whole, adapter))
     whole.config.use_cache = True
     whole.save_pretrained(output)
     AutoTokenizer.from_pretrained(near, trust_remote_code=runs_code).save_pretrained(output)
@@ -123,7 +123,7 @@ def merge(adapter: Path, output: Path, runs_code: bool = False) -> None:
         from raysft.train.finetuning import load_with_base
 
         trusted: dict[str, Any] = {"trust_remote_code": runs_code}
-        model = load_with_base(adapter, dtype=torch.float32, **trusted).merge_and_unload()
+        model = merge_adapter(load_with_base(adapter, dtype=torch.float32, **trusted))
         model.config.use_cache = True
         model.save_pretrained(output)
         AutoTokenizer.from_pretrained(adapter, **trusted).save_pretrained(output)

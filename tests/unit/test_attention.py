@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     Lfm2Config,
     LlamaConfig,
     MistralConfig,
@@ -17,6 +18,7 @@ from raysft.records import RunFailed
 from raysft.train import attention
 from raysft.train.engine import check_model
 from raysft.train.loss import TokenLoss
+from tests.tiny import tiny_model
 
 SIZES = {
     "vocab_size": 64,
@@ -111,6 +113,13 @@ def test_a_model_that_sees_what_it_is_to_predict_is_refused():
     alone = config().with_overrides({"data.packing": False})
     with pytest.raises(RunFailed, match=r"XLNetLMHeadModel lets tokens see those after them .*; give another model"):
         check_model(model, alone, torch.device("cpu"))
+
+
+def test_rounding_by_what_the_batch_holds_is_no_sight(tmp_path):
+    """8 bit as bitsandbytes has it: its columns of 8 and of 16 bits are chosen over all tokens."""
+    settings = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=2.5)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path), quantization_config=settings, device_map="cpu")
+    check_model(TokenLoss(model.eval()), config(), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("described", [LlamaConfig(**SIZES), MistralConfig(**SIZES, sliding_window=4)])

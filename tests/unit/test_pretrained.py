@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from raysft.config import RequestError, parse
 from raysft.generate.engines import create_engine
 from raysft.pretrained import check_weights
-from raysft.train.adapters import find_adapter, merge_adapters
+from raysft.train.adapters import find_adapter, merge, merge_adapters
 from raysft.train.finetuning import load_model, load_trained
 from raysft.train.model import check_model
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_tokenizer
 
 CONFIG = parse({"model": {"path": "m"}, "data": {"train": [{"name": "a", "path": "a"}], "sequence_length": 64}})
 
@@ -76,7 +76,7 @@ def test_a_missing_part_is_named(model, tmp_path, safe):
         parts = {name: f"pytorch_model-{index % 3}.bin" for index, name in enumerate(weights)}
         for part in set(parts.values()):
             torch.save({name: weights[name] for name, file in parts.items() if file == part}, tmp_path / part)
-        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": parts}))
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": parts}))
     parts = sorted(tmp_path.glob(f"*.{kind}"))
     assert len(parts) > 2
     check_weights(tmp_path, "model.path=m")
@@ -84,8 +84,77 @@ def test_a_missing_part_is_named(model, tmp_path, safe):
     told = refusal(lambda: check_weights(tmp_path, "model.path=m"))
     assert told == f"model.path=m: {parts[1].name} is missing (1 of {len(parts)} parts are); copy it again"
     index = next(tmp_path.glob("*.index.json"))
-    index.write_text("{")
-    assert refusal(lambda: check_weights(tmp_path, "m")) == f"m: {index.name} is damaged; copy it again"
+    for torn in (
+        "{",
+        "[]",
+        '{"weight_map": {}, "metadata": {}}',
+        '{"weight_map": {"a": 1}, "metadata": {}}',
+        '{"weight_map": {}}',
+    ):
+        index.write_text(torn)
+        assert refusal(lambda: check_weights(tmp_path, "m")) == f"m: {index.name} is damaged; copy it again"
+
+
+def test_files_that_nobody_loads_do_not_count(model, tmp_path):
+    folder = copied(model, tmp_path / "stale")
+    (folder / "model.safetensors.index.json").write_text(
+        '{"metadata": {}, "weight_map": {"a": "model-1-of-2.safetensors"}}'
+    )
+    (folder / "consolidated.safetensors").write_bytes(b"torn")
+    check_weights(folder, "m")
+    load_model(CONFIG, str(folder))
+    (folder / "model.safetensors").unlink()
+    assert "model-1-of-2.safetensors is missing" in refusal(lambda: check_weights(folder, "m"))
+    (folder / "model.safetensors.index.json").unlink()
+    assert "holds no weights" in refusal(lambda: check_weights(folder, "m"))
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_of_one_end_of_a_tied_embedding_is_merged_into_that_end_alone(model, tmp_path, target):
+    base = AutoModelForCausalLM.from_pretrained(model)
+    assert base.config.tie_word_embeddings
+    torch.manual_seed(1)
+    settings = LoraConfig(r=4, target_modules=[target, "q_proj"], init_lora_weights=False)
+    adapted = get_peft_model(base, settings).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    tiny_tokenizer().save_pretrained(tmp_path / "adapter")
+    ids = torch.arange(5, 25)[None]
+    with torch.inference_mode():
+        expected = adapted(ids, use_cache=False).logits
+        asked = adapted.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    merge(tmp_path / "adapter", tmp_path / "out")
+    merge_adapters(str(model), [tmp_path / "adapter"], tmp_path / "cached")
+    for folder in ("out", "cached"):
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        with torch.inference_mode():
+            torch.testing.assert_close(merged(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+    config = CONFIG.with_overrides({"generate.max_new_tokens": 12, "generate.do_sample": False})
+    [written] = create_engine(config, str(tmp_path / "adapter")).complete(["a"], [ids[0].tolist()])
+    assert written.text == tiny_tokenizer().decode(asked[0, 20:], skip_special_tokens=True)
+
+
+def test_a_prompt_learnt_before_the_model_is_not_merged(model, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(model)
+    learnt = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    learnt.save_pretrained(tmp_path)
+    ids = torch.arange(5, 15)[None]
+    asked = learnt.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    config = CONFIG.with_overrides({"generate.max_new_tokens": 6, "generate.do_sample": False})
+    [written] = create_engine(config, str(tmp_path)).complete(["a"], [ids[0].tolist()])
+    assert written.text == tiny_tokenizer().decode(asked[0, 10:], skip_special_tokens=True)
+
+
+def test_an_adapter_that_does_not_fit_is_one_line(model, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(model)
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"])).save_pretrained(tmp_path)
+    file, description = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    weights, described = load_file(file), json.loads(description.read_text())
+    save_file({name: value for name, value in weights.items() if "norm" not in name}, file)
+    assert "is no adapter of this model (KeyError: " in refusal(lambda: create_engine(CONFIG, str(tmp_path)))
+    save_file(weights, file)
+    for changed in ({"r": 3}, {"r": 0}, {"target_modules": ["none"]}, {"peft_type": "NONE"}):
+        description.write_text(json.dumps({**described, **changed}))
+        assert "is no adapter of this model (" in refusal(lambda: create_engine(CONFIG, str(tmp_path)))
 
 
 def test_no_way_in_which_a_model_is_loaded_draws_weights_at_random(model, tmp_path):
@@ -103,6 +172,16 @@ def test_no_way_in_which_a_model_is_loaded_draws_weights_at_random(model, tmp_pa
         assert told.endswith("copy it again")
         (folder / "config.json").write_text(json.dumps({**described, "intermediate_size": 8}))
         assert f"{folder}: its weights have other shapes than its config.json says" in refusal(load_it)
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_nor_where_they_are_quantized_on_the_way(model, tmp_path, bits):
+    folder = copied(model, tmp_path / "lacking")
+    described = json.loads((model / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**described, "num_hidden_layers": 3}))
+    config = CONFIG.with_overrides({"model.finetuning": "lora", "model.quantization": bits})
+    for load_it in (lambda: load_model(config, str(folder)), lambda: create_engine(config, str(folder))):
+        assert f"{folder}: lacks 9 of the model's weights" in refusal(load_it)
 
 
 def test_nor_an_adapter_without_some_of_its_weights(model, adapter, tmp_path):

@@ -12,7 +12,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from raysft.config import Config, RequestError, locate
 from raysft.copies import model_copy
-from raysft.pretrained import adapter_description, load_adapter, load_tokenizer, load_weights
+from raysft.pretrained import adapter_description, load_adapter, load_tokenizer, load_weights, merge_adapter
 from raysft.quantized import keep_layout, method_of, quantization_config
 from raysft.storage import Place
 
@@ -100,7 +100,8 @@ def load_model(config: Config, folder: Path, device: torch.device) -> Any:
     merges = dtype == torch.float32 and not getattr(model, "is_quantized", False)
     if base is not None:
         model = load_adapter(model, folder)
-        model = model.merge_and_unload() if merges else model
+        merges = merges and not model.active_peft_config.is_prompt_learning
+        model = merge_adapter(model) if merges else model
     # What the file says of sampling must not mix with the config's; its stop tokens are kept.
     inner = model if base is None or merges else model.get_base_model()
     inner.generation_config = GenerationConfig(eos_token_id=inner.generation_config.eos_token_id)
