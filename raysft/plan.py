@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from raysft.config import Config, RequestError
 from raysft.data import Prepared
 from raysft.data.manifest import Manifest
 from raysft.placement import TASK_CPUS, places, room
+from raysft.warning import warnings
 
 COUNTED = {
     "rejected": "{:,} rejected",
@@ -81,6 +82,8 @@ class Plan:
     cluster_gpus: float
     sources: dict[str, SourcePlan]
     evaluation: dict[str, SourcePlan]
+    warnings: tuple[str, ...] = ()
+    """What a person would otherwise find out only by looking at the result, a line each."""
 
     def as_dict(self) -> dict[str, object]:
         """What ``plan.json`` holds."""
@@ -109,7 +112,7 @@ class Plan:
             f"resources: {self.cpus:g} CPUs and {self.gpus:g} GPUs wanted, "
             f"{self.cluster_cpus:g} CPUs and {self.cluster_gpus:g} GPUs there"
         )
-        return lines
+        return lines + [f"warning: {warning}" for warning in self.warnings]
 
 
 def _source_line(source: SourcePlan) -> str:
@@ -188,7 +191,7 @@ def make_plan(config: Config, prepared: Prepared, nodes: Sequence[Mapping[str, f
     workers = min(scaling.most_workers, max(1, room(nodes, scaling.cpus_per_worker, scaling.use_gpu)))
     each = -(-per_step // workers)
     last = schedule.rows - (schedule.steps - 1) * per_step
-    return Plan(
+    plan = Plan(
         stage=config.stage,
         examples=sum(len(manifest) for manifest in prepared.train),
         rows=schedule.rows,
@@ -214,6 +217,7 @@ def make_plan(config: Config, prepared: Prepared, nodes: Sequence[Mapping[str, f
         sources=plan_sources(prepared.train),
         evaluation=plan_sources(prepared.eval),
     )
+    return replace(plan, warnings=tuple(warnings(config, plan)))
 
 
 def plan_sources(manifests: Sequence[Manifest]) -> dict[str, SourcePlan]:

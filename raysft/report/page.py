@@ -20,6 +20,7 @@ from raysft.report.logs import RunLog, finite, read_lines
 from raysft.report.predictions import read_predictions, visible
 from raysft.report.sources import reasons, sources
 from raysft.report.verdict import interval, verdict
+from raysft.report.warning import warnings
 
 MOST_CHANGES = 50
 """Changes on the way that are listed, the last ones."""
@@ -38,6 +39,7 @@ def write_page(log: RunLog) -> None:
         what=_what(log),
         state=_state(log),
         faces=verdict(log, rows),
+        warnings=[visible(line) for line in warnings(log)],
         unfinished=unfinished(log),
         loss=loss_charts(log),
         charts=small_charts(log),

@@ -17,6 +17,7 @@ from raysft.report.card import masked
 from raysft.report.comparison import INTERVALS, compare, unfinished
 from raysft.report.course import generated, went
 from raysft.report.logs import RunLog, read_lines
+from raysft.report.warning import warnings
 
 WIDTH = 100
 SAMPLES = 3
@@ -57,6 +58,7 @@ def summary(log: RunLog) -> str:
     console = Console(file=io.StringIO(), width=WIDTH, force_terminal=terminal, highlight=False, legacy_windows=False)
     with console.capture() as capture:
         _comparison(console, log)
+        _warnings(console, log)
         _samples(console, log)
         _course(console, log)
         _files(console, log)
@@ -113,6 +115,14 @@ def _comparison(console: Console, log: RunLog) -> None:
         console.print(Text(f"In brackets: {INTERVALS}.", style="dim"))
     if unfinished(log):
         console.print(Text(unfinished(log)))
+
+
+def _warnings(console: Console, log: RunLog) -> None:
+    lines = warnings(log)
+    if lines:
+        console.print(Text("\nWarnings", style="bold"))
+    for line in lines:
+        console.print(Text(f"- {line}"))
 
 
 def _samples(console: Console, log: RunLog) -> None:

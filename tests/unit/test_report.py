@@ -367,3 +367,12 @@ def test_a_report_may_be_repeated(tmp_path: Path):
     kept = run.model_card.read_text(encoding="utf-8")
     assert report(run) == first
     assert run.model_card.read_text(encoding="utf-8") == kept
+
+
+def test_what_the_plan_warned_of_stands_in_the_summary_and_on_the_page(tmp_path: Path):
+    run = make_run(tmp_path)
+    assert "Warnings" not in report(run)
+    plan = json.loads(run.plan.read_text())
+    write_json(run.plan, plan | {"warnings": ["1 step is <few>; take more"]})
+    assert "Warnings\n- 1 step is <few>; take more\n" in report(run)
+    assert "<li>1 step is &lt;few&gt;; take more</li>" in run.page.read_text()
