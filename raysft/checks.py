@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from raysft.config import Config, RequestError
 from raysft.records import RunDirectory
 from raysft.trackers import missing_tracker
@@ -30,6 +33,24 @@ def check_generation(config: Config, model: str) -> None:
 
     if config.stage == "sft" and config.generate.enabled:
         check_suitable(config, model)
+
+
+def check_tokens(used: Iterable[tuple[int, str]], rows: int | None, tokenizer: Any, named: str) -> None:
+    """Find a text whose tokens the model has no embeddings for: a tokenizer may have been given more than its model was.
+
+    Args:
+        used: token ids, and where each of them stands.
+        rows: how many tokens the model has embeddings for; None where it does not say.
+        tokenizer: the one that made them.
+        named: the model as messages name it, ``model.path=PATH``.
+    """
+    for token, where in used:
+        if rows is not None and token >= rows:
+            raise RequestError(
+                f"{named}: its tokenizer has {len(tokenizer)} tokens and the model embeddings for {rows}; {where} holds token "
+                f"{token} ({tokenizer.convert_ids_to_tokens(token)!r}); put the tokenizer that belongs to the model into its "
+                f"folder, or resize the model's embeddings to {len(tokenizer)} (resize_token_embeddings) and save it"
+            )
 
 
 def check_engines(config: Config) -> None:

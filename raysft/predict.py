@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from raysft.checks import check_engines, check_generation, check_metrics
+from raysft.checks import check_engines, check_generation, check_metrics, check_tokens
 from raysft.claim import alone_in, begun, writable
 from raysft.cluster import cluster
 from raysft.config import Config, RequestError
 from raysft.copies import model_copy
 from raysft.data import prepare_prompts
 from raysft.data.manifest import Manifest, write_prompts
+from raysft.data.tokenizer import load_once
 from raysft.log import Terminal
 from raysft.mirror import mirrored
 from raysft.plan import plan_sources
-from raysft.pretrained import check_weights
+from raysft.pretrained import check_weights, embedding_rows
 from raysft.quantized import check_method, method_of, quantization_config
 from raysft.records import RunDirectory, flat, write_atomically, write_json, write_jsonl
 
@@ -39,7 +42,7 @@ def predict(config: Config) -> RunDirectory:
         check_metrics(config)
         with cluster(config):
             check_engines(config)
-            model, tokens, manifests = _prepared(config, terminal)
+            model, rows, tokenizer, manifests = _prepared(config, terminal)
             write_atomically(directory.config, config.to_yaml())
             generation = {name: asdict(source) for name, source in plan_sources(manifests).items()}
             write_json(directory.plan, {"generation": generation})
@@ -49,7 +52,7 @@ def predict(config: Config) -> RunDirectory:
                 raise RequestError(
                     "no example has a prompt to generate for (ready tokens have none); name other sources"
                 )
-            _check_tokens(directory.prompts, model, tokens)
+            check_tokens(_used(directory.prompts), rows, tokenizer, f"generate.model={model}")
             terminal.line(f"generating with {config.generate.model}")
             results = generate(config, model=model, prompts=directory.prompts, output=directory.predictions)
         directory.write_results("predict", results)
@@ -69,8 +72,8 @@ def _refuse_training(directory: RunDirectory, config: Config) -> None:
         )
 
 
-def _prepared(config: Config, terminal: Terminal) -> tuple[str, int | None, list[Manifest]]:
-    """The model's location, how many tokens it knows, and its prompts."""
+def _prepared(config: Config, terminal: Terminal) -> tuple[str, int | None, Any, list[Manifest]]:
+    """The model's location, how many tokens it has embeddings for, its tokenizer, and its prompts."""
     from raysft.generate.engines.model import adapter_base, code_name, runs_code, tokenizer_folder
     from raysft.train.model import describe, find_model
 
@@ -84,17 +87,13 @@ def _prepared(config: Config, terminal: Terminal) -> tuple[str, int | None, list
         check_method(f"{key}={model}", method, config)
     quantization_config(config)
     check_generation(config, model)
-    prompts = prepare_prompts(config, str(tokenizer_folder(folder)), runs_code(config, folder), terminal.line)
-    return model, getattr(described.get_text_config(), "vocab_size", None), prompts
+    at, trusted = str(tokenizer_folder(folder)), runs_code(config, folder)
+    prompts = prepare_prompts(config, at, trusted, terminal.line)
+    return model, embedding_rows(base or folder, described, f"{key}={model}"), load_once(at, trusted), prompts
 
 
-def _check_tokens(prompts: Path, model: str, known: int | None) -> None:
-    """A tokenizer may have tokens that its model was never given: looked up they would be anything, or end the engine."""
+def _used(prompts: Path) -> Iterator[tuple[int, str]]:
+    """The largest token id of each prompt, and its name."""
     table = pq.read_table(prompts, columns=["id", "input_ids"])
     for id, ids in zip(table["id"].to_pylist(), table["input_ids"], strict=True):
-        most = int(np.max(ids.values.to_numpy(), initial=0))
-        if known is not None and most >= known:
-            raise RequestError(
-                f"generate.model={model}: has {known} tokens, and its tokenizer makes token {most} of prompt {id}; "
-                "put the tokenizer into its folder that belongs to it"
-            )
+        yield int(np.max(ids.values.to_numpy(), initial=0)), f"prompt {id}"

@@ -21,6 +21,14 @@ MODEL_FILES = (
     "pytorch_model.bin.index.json",
 )
 """Where weights lie, in the order in which peft and transformers look for them; others beside these are not read."""
+EMBEDDINGS = (
+    ".embed_tokens.weight",
+    ".wte.weight",
+    ".word_embeddings.weight",
+    ".embed_in.weight",
+    ".tok_embeddings.weight",
+)
+"""How the names of token embeddings end in most models of transformers."""
 
 
 def check_weights(folder: Path, named: str) -> None:
@@ -86,6 +94,51 @@ def _check_bin(file: Path, named: str) -> None:
             f"{named}: {file.name} is damaged, or holds more than tensors, which could run code and is not "
             "loaded; give a model in *.safetensors"
         )
+
+
+def embedding_rows(folder: Path, description: Any, named: str) -> int | None:
+    """How many tokens a model has embeddings for: as many as its weights hold, else as its config says.
+
+    Args:
+        folder: that of the model; one on the hub has none here.
+        description: the model's configuration.
+        named: the folder as messages name it, ``model.path=PATH``.
+
+    Raises:
+        RequestError: the weights and the configuration disagree, so that the model cannot be loaded.
+    """
+    said = getattr(description.get_text_config(), "vocab_size", None)
+    held = _embeddings_held(folder, named)
+    if held and said and held != said and _embeddings_made(description) not in (held, None):
+        raise RequestError(
+            f"{named}: config.json says vocab_size={said} and its weights hold {held} embeddings; correct vocab_size, or copy "
+            "the model again"
+        )
+    return held or said
+
+
+def _embeddings_held(folder: Path, named: str) -> int | None:
+    """Rows of the embeddings in a model's files; None where they cannot be told by their name."""
+    from safetensors import safe_open
+
+    index = folder / "model.safetensors.index.json"
+    shapes = []
+    for file in _parts(index, named) if index.exists() else folder.glob("model.safetensors"):
+        with safe_open(file, framework="np") as weights:
+            names = [name for name in weights.keys() if f".{name}".endswith(EMBEDDINGS)]  # noqa: SIM118
+            shapes += [weights.get_slice(name).get_shape() for name in names]
+    return max((shape[0] for shape in shapes if len(shape) == 2), default=None)
+
+
+def _embeddings_made(description: Any) -> int | None:
+    """Rows of the embeddings that transformers makes for a configuration; None where that is up to the model's own code."""
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    if type(description) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(description).get_input_embeddings().weight.shape[0]
 
 
 def load_weights(folder: str | Path, **options: Any) -> Any:

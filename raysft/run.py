@@ -14,6 +14,7 @@ from raysft.checks import (
     check_engines,
     check_generation,
     check_metrics,
+    check_tokens,
     check_trackers,
     check_trained,
     refuse_other_model,
@@ -24,10 +25,12 @@ from raysft.config import Config, RequestError, load, masked, parse
 from raysft.copies import local_copy
 from raysft.data import Prepared, generated_for, prepare
 from raysft.data.manifest import write_prompts
+from raysft.data.tokenizer import load_once
 from raysft.log import Journal, Terminal, evaluation_line
 from raysft.mirror import looked_into, mirrored
 from raysft.plan import Plan, check_resources, make_plan
 from raysft.predict import predict
+from raysft.pretrained import embedding_rows
 from raysft.records import RunDirectory, append_json, flat, write_atomically, write_json, write_jsonl
 from raysft.storage import Place
 from raysft.trackers import open_trackers
@@ -311,10 +314,14 @@ def _prepared(config: Config) -> tuple[str, str | None, Prepared]:
     writable(config)
     tell = Terminal().line
     model = find_model(config.model.path, config.cache_directory, tell)
-    check_model(config, model, tell)
+    described = check_model(config, model, tell)
     check_generation(config, model)
     model, adapter = find_adapter(config, model, tell)
-    return model, adapter, prepare(config, model, tell)
+    prepared = prepare(config, model, tell)
+    named, manifests = f"model.path={config.model.path}", (*prepared.train, *prepared.eval, *prepared.prompts)
+    rows = embedding_rows(Path(local_copy(model)), described, named)
+    check_tokens((each.largest for each in manifests), rows, load_once(model, config.model.runs_code), named)
+    return model, adapter, prepared
 
 
 def _job(it: Opened) -> Any:

@@ -7,6 +7,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Literal
 
 import numpy as np
@@ -130,6 +131,7 @@ class _Draft:
             rejected=tuple(self.rejected),
             dropped=tuple(self.dropped),
             counts=dict(self.counts),
+            largest=max(((each.largest, each.record) for each in self.examples), key=itemgetter(0), default=(0, "")),
             formats=tuple(sorted(self.formats)),
         )
 

@@ -7,6 +7,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ class Manifest:
     """Conversations that were longer than a row, with ``data.overlong: drop``."""
     counts: dict[str, int]
     """What happened to how many: ``truncated``, ``truncated_tokens``, ``split``, ``dropped_tokens``, ``control_tokens`` …"""
+    largest: tuple[int, str]
+    """The largest token id, and a record that holds it."""
     formats: tuple[str, ...]
     """Formats that were found."""
     weights: np.ndarray | None
@@ -75,6 +78,7 @@ class Shard:
     rejected: tuple[Rejected, ...]
     dropped: tuple[Rejected, ...]
     counts: dict[str, int]
+    largest: tuple[int, str]
     formats: tuple[str, ...]
 
 
@@ -112,6 +116,7 @@ def save(path: Place, name: str, shards: Sequence[Shard]) -> None:
         "rejected": [asdict(item) for shard in shards for item in shard.rejected],
         "dropped": [asdict(item) for shard in shards for item in shard.dropped],
         "counts": dict(counts),
+        "largest": max((shard.largest for shard in shards), key=itemgetter(0)),
         "formats": sorted({form for shard in shards for form in shard.formats}),
     }
     columns: dict[str, Any] = {
@@ -154,6 +159,7 @@ def load(path: Place, reused: bool = False) -> Manifest:
         rejected=tuple(Rejected(**item) for item in detail["rejected"]),
         dropped=tuple(Rejected(**item) for item in detail["dropped"]),
         counts=detail["counts"],
+        largest=tuple(detail["largest"]),
         formats=tuple(detail["formats"]),
         weights=table["weight"].to_numpy() if "weight" in table.column_names else None,
         key=path.parent.name,

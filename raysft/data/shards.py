@@ -32,7 +32,7 @@ from raysft.placement import TASK_CPUS
 from raysft.records import Rejected
 from raysft.storage import Place
 
-VERSION = 4
+VERSION = 5
 """Part of every key: raise it when the same input would give other shards."""
 SHARD_RECORDS = 5_000
 """Records that one task tokenizes, and a shard holds, at most."""

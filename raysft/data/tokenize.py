@@ -83,6 +83,11 @@ class Tokenized:
         """Tokens that are predicted and trained on. Nothing precedes the first one, so it never counts."""
         return int(np.count_nonzero(self.labels[1:] != IGNORED))
 
+    @property
+    def largest(self) -> int:
+        """The largest token id that the model is given, or is to predict."""
+        return max(int(ids.max(initial=0)) for ids in (self.input_ids, self.labels, self.prompt_ids))
+
 
 @dataclass(frozen=True)
 class Overlong:
@@ -102,6 +107,8 @@ class Tokenizing:
         self.parts, self.options = tokenizer, options
         self.backend = backend_of(tokenizer.identity, tokenizer.backend, plain=False)
         self.encode_spans = span_encoder(tokenizer.identity, tokenizer.backend)
+        # Not their number: some tokenizers leave out ids.
+        self.ids_end = max(self.backend.get_vocab().values(), default=-1) + 1
         self.control = re.compile("|".join(map(re.escape, tokenizer.control_tokens)) or "(?!)")
         variables = {**tokenizer.special_tokens, **options.template_options}
         self.template = chat_template(tokenizer.template, variables) if tokenizer.template else None
@@ -280,8 +287,8 @@ class Tokenizing:
         ids = np.asarray(example.ids, np.int32)
         labels = np.asarray(example.labels, np.int32)
         for name, values in (("input_ids", ids), ("labels", labels)):
-            if int(values.max()) >= self.backend.get_vocab_size():
-                reason = f"{name} holds {values.max()} and the tokenizer has {self.backend.get_vocab_size()} tokens"
+            if int(values.max()) >= self.ids_end:
+                reason = f"{name} holds {values.max()} and the tokenizer has {self.ids_end} tokens"
                 yield Rejected(example.source, example.record, reason)
                 return
         if self.options.stage == "pt":

@@ -75,13 +75,16 @@ def _elsewhere(place: Place, cache: Place, say: Callable[[str], None], key: str,
     return place.location
 
 
-def check_model(config: Config, model: str, say: Callable[[str], None] = lambda line: None) -> None:
+def check_model(config: Config, model: str, say: Callable[[str], None] = lambda line: None) -> Any:
     """Find out before anything is started what the workers could only find out later.
 
     Args:
         config: the run's config.
         model: folder or hub id.
         say: takes a line where something is left alone.
+
+    Returns:
+        The model's configuration.
 
     Raises:
         RequestError: code would have to run that nobody has named, weights are missing, adapters have no place in the model,
@@ -110,6 +113,7 @@ def check_model(config: Config, model: str, say: Callable[[str], None] = lambda 
 
         with torch.device("meta"):
             check_names(AutoModelForCausalLM.from_config(described, trust_remote_code=config.model.runs_code), config)
+    return described
 
 
 def describe(config: Config, model: str, path: str, say: Callable[[str], None], key: str = "model.path") -> Any:

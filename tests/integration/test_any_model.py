@@ -284,10 +284,15 @@ def test_what_cannot_be_is_refused_before_anything_starts(folder, other, adapter
 def test_a_tokenizer_with_tokens_that_its_model_does_not_know_is_refused(folder, tmp_path, capsys):
     wrong = tmp_path / "wrong"
     shutil.copytree(folder / "base", wrong)
-    described = json.loads((wrong / "config.json").read_text())
-    (wrong / "config.json").write_text(json.dumps({**described, "vocab_size": 120}))
+    model = AutoModelForCausalLM.from_pretrained(wrong)
+    model.resize_token_embeddings(120)
+    model.save_pretrained(wrong)
     assert main(["generate", str(folder / "c.yaml"), "run.name=wrong", f"generate.model={wrong}"]) == 2
-    assert "has 120 tokens, and its tokenizer makes token" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"generate.model={wrong}: its tokenizer has 400 tokens and the model embeddings for 120; prompt " in told
+    (wrong / "config.json").write_text(json.dumps({**model.config.to_dict(), "vocab_size": 130}))
+    told = refused(folder, capsys, f"generate.model={wrong}")
+    assert "config.json says vocab_size=130 and its weights hold 120 embeddings" in told
 
 
 def test_code_runs_only_where_this_model_is_named(folder, tmp_path, capsys):

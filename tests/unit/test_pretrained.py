@@ -8,11 +8,11 @@ import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from raysft.config import RequestError, parse
 from raysft.generate.engines import create_engine
-from raysft.pretrained import check_weights
+from raysft.pretrained import check_weights, embedding_rows
 from raysft.train.adapters import find_adapter, merge, merge_adapters
 from raysft.train.finetuning import load_model, load_trained
 from raysft.train.model import check_model
@@ -205,3 +205,24 @@ def test_a_model_that_does_not_continue_text_is_refused(model, tmp_path):
         folder = copied(model, tmp_path / kind)
         (folder / "config.json").write_text(json.dumps({"model_type": kind}))
         assert f"model_type={kind} is {told}" in refusal(lambda folder=folder: check_model(CONFIG, str(folder)))
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "50KB"])
+def test_the_embeddings_of_a_model_are_counted_in_its_weights(model, tmp_path, shard_size):
+    larger = AutoModelForCausalLM.from_pretrained(model)
+    larger.resize_token_embeddings(448)
+    folder = tmp_path / "larger"
+    larger.save_pretrained(folder, max_shard_size=shard_size)
+    description = AutoConfig.from_pretrained(folder)
+    assert embedding_rows(folder, description, "m") == 448
+    description.vocab_size = 400
+    told = refusal(lambda: embedding_rows(folder, description, "m"))
+    assert told.startswith("m: config.json says vocab_size=400 and its weights hold 448 embeddings; ")
+
+
+def test_nothing_is_said_of_embeddings_that_only_the_own_code_of_a_model_knows(model):
+    class Own(LlamaConfig):
+        model_type = "own"
+
+    assert embedding_rows(model, Own(vocab_size=300), "m") == 400
+    assert embedding_rows(model / "on-the-hub", AutoConfig.from_pretrained(model), "m") == 400

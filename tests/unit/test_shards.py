@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
+from raysft.checks import check_tokens
 from raysft.config import Config, RequestError
 from raysft.data import shards
 from raysft.data.manifest import load, write_prompts
@@ -281,3 +283,49 @@ def test_what_may_be_rejected_is_measured_over_all_parts_of_a_source(tmp_path, m
     config = data_config(tmp_path, holdout=0.05, max_rejected=0.02)
     sets = [the_set(config, model, part=part) for part in ("train", "holdout")]
     assert sum(len(manifest.rejected) for manifest in write(sets, model, 0.02)) >= 1
+
+
+def test_a_text_whose_tokens_the_model_has_no_embeddings_for_is_found_before_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_RECORDS", 1)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<|a|>", "<|b|>", "<|unused|>"], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "model")
+    write_records(tmp_path / "a.jsonl", [GOOD, ["Take <|b|>.", "I do."], ["Take <|a|>.", "I do <|b|>."]])
+    manifest = written(the_set(data_config(tmp_path), str(tmp_path / "model")), str(tmp_path / "model"))
+    token = tokenizer.convert_tokens_to_ids("<|b|>")
+    assert manifest.largest == (token, "a.jsonl:2")
+    # A token that no text uses may lie outside, and a padded vocabulary has more rows than there are tokens.
+    for rows in (token + 1, token + 100, None):
+        check_tokens([manifest.largest], rows, tokenizer, "m")
+    with pytest.raises(RequestError) as caught:
+        check_tokens([manifest.largest], token, tokenizer, "m")
+    assert str(caught.value) == (
+        f"m: its tokenizer has 403 tokens and the model embeddings for {token}; a.jsonl:2 holds token {token} ('<|b|>'); put "
+        "the tokenizer that belongs to the model into its folder, or resize the model's embeddings to 403 "
+        "(resize_token_embeddings) and save it"
+    )
+
+
+@pytest.mark.parametrize("field", ["input_ids", "labels", "prompt"])
+def test_the_largest_token_is_that_of_ids_labels_and_prompts(tmp_path, model, field):
+    where = {"input_ids": ([5, 399, 7], [5, 6, 7]), "labels": ([5, 6, 7], [-100, 399, 7])}
+    record = ["Fine.", "Fine."] if field == "prompt" else dict(zip(("input_ids", "labels"), where[field], strict=True))
+    write_records(tmp_path / "a.jsonl", [record])
+    config = data_config(tmp_path)
+    each = shard_set(config, config.data.train[0], "all", model, with_prompts=True)
+    if field != "prompt":
+        assert written(each, model).largest == (399, "a.jsonl:1")
+        return
+    (row,) = pq.read_table(written(each, model).shard_paths()[0].local).to_pylist()
+    assert written(each, model).largest[0] == max(row["input_ids"] + row["prompt_ids"])
+
+
+def test_ids_that_a_tokenizer_leaves_out_count(tmp_path):
+    tokenizer = tiny_tokenizer()
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    described["model"]["vocab"] = {token: id + (id >= 300) for token, id in described["model"]["vocab"].items()}
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(described))
+    write_records(tmp_path / "a.jsonl", [{"input_ids": [5, 400], "labels": [5, 400]}])
+    manifest = written(the_set(data_config(tmp_path), str(tmp_path / "model")), str(tmp_path / "model"))
+    assert (manifest.largest, manifest.rejected) == ((400, "a.jsonl:1"), ())
