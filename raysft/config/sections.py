@@ -205,7 +205,7 @@ class Config(Section):
         ours = {path.stem: path for path in (Path(__file__).parent.parent / "chat_templates").glob("*.jinja")}
         path = ours.get(name, Path(name))
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
             if not text.strip():
                 raise RequestError(f"model.chat_template={name}: the file is empty; give a Jinja template")
             return text.rstrip("\n") if path in ours.values() else text

@@ -87,6 +87,7 @@ class _Draft:
         self.examples: list[Tokenized] = []
         self.rejected: list[Rejected] = []
         self.dropped: list[Rejected] = []
+        self.longest_dropped = 0
         self.counts = Counter[str]()
         self.formats: set[str] = set()
         self.records = 0
@@ -110,6 +111,7 @@ class _Draft:
                     self.counts[name] += number
             elif isinstance(outcome, Overlong):
                 self.dropped.append(outcome.rejected)
+                self.longest_dropped = max(self.longest_dropped, outcome.tokens)
                 self.counts["dropped_tokens"] += outcome.tokens
             else:
                 self.rejected.append(outcome)
@@ -130,6 +132,7 @@ class _Draft:
             weights=np.array([each.weight for each in self.examples], np.float32),
             rejected=tuple(self.rejected),
             dropped=tuple(self.dropped),
+            longest_dropped=self.longest_dropped,
             counts=dict(self.counts),
             largest=max(((each.largest, each.record) for each in self.examples), key=itemgetter(0), default=(0, "")),
             formats=tuple(sorted(self.formats)),

@@ -77,6 +77,8 @@ class Shard:
     weights: np.ndarray
     rejected: tuple[Rejected, ...]
     dropped: tuple[Rejected, ...]
+    longest_dropped: int
+    """Tokens of the longest example that was dropped; 0 where none was."""
     counts: dict[str, int]
     largest: tuple[int, str]
     formats: tuple[str, ...]

@@ -58,7 +58,7 @@ def find_source(config: Config, source: Source) -> Source:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise RequestError(f"data.registry: {path} cannot be read ({error.strerror}); give the path of one") from None
     except ValueError as error:

@@ -297,11 +297,22 @@ def _refuse_empty(each: ShardSet, shards: Sequence[Shard]) -> None:
     part = {"train": "the part to train on", "holdout": "the held-out part"}.get(each.part)
     what = f"{part} (data.holdout={each.holdout:g})" if part else "the source"
     paths = ", ".join(dict.fromkeys(file.path for file in each.files))
+    records, dropped = sum(shard.records for shard in shards), sum(len(shard.dropped) for shard in shards)
     rejected = next((item for shard in shards for item in shard.rejected), None)
     why = f"; {rejected.record}: {rejected.reason}" if rejected else ""
+    if dropped:
+        longest, limit = max(shard.longest_dropped for shard in shards), each.options.sequence_length
+        why = (
+            f"; {dropped} were dropped because they are longer than data.sequence_length={limit} "
+            f"(the longest has {longest} tokens){why}"
+        )
+        remedy = "raise it, or set data.overlong to truncate or split"
+    elif rejected:
+        remedy = "mend the data"
+    else:
+        remedy = "add data, or raise data.holdout" if each.part == "holdout" else "add data"
     raise RequestError(
-        f"source {each.source.name!r}: {what} has no usable example "
-        f"({sum(shard.records for shard in shards)} records in {paths:.100}){why}; add data"
+        f"source {each.source.name!r}: {what} has no usable example ({records} records in {paths:.100}){why}; {remedy}"
     )
 
 

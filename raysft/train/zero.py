@@ -69,7 +69,7 @@ def _given(config: Config) -> Mapping[str, Any]:
     if isinstance(given, dict):
         return given
     try:
-        read = json.loads(Path(given).expanduser().read_text(encoding="utf-8"))
+        read = json.loads(Path(given).expanduser().read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise RequestError(f"train.deepspeed={given}: is no JSON file that can be read ({reason}); mend it") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 
@@ -43,6 +44,12 @@ def found(folder: Path, name: str, stage: str = "sft", **options) -> Source:
 def config(folder: Path, stage: str = "sft") -> Config:
     data = {"train": [{"name": "x"}], "registry": str(folder)}
     return parse({"stage": stage, "model": {"path": "m"}, "data": data})
+
+
+def test_a_byte_order_mark_is_no_part_of_a_registry(folder):
+    content = (folder / "dataset_info.json").read_bytes()
+    (folder / "dataset_info.json").write_bytes(codecs.BOM_UTF8 + content)
+    assert found(folder, "plain").path == str(folder / "plain.json")
 
 
 def test_a_source_is_described_by_its_entry(folder):

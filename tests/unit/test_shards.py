@@ -153,7 +153,15 @@ def test_another_template_is_another_key(tmp_path, model):
         (
             [LONG],
             {"overlong": "drop"},
-            "source 'a': the source has no usable example (1 records in a.jsonl); add data",
+            "source 'a': the source has no usable example (1 records in a.jsonl); 1 were dropped because they are longer than "
+            "data.sequence_length=64 (the longest has 523 tokens); raise it, or set data.overlong to truncate or split",
+        ),
+        (
+            [LONG, 3, LONG + LONG],
+            {"overlong": "drop", "max_rejected": 0.5},
+            "source 'a': the source has no usable example (3 records in a.jsonl); 2 were dropped because they are longer than "
+            "data.sequence_length=64 (the longest has 1046 tokens); a.jsonl:2: a record is a mapping or a list of turns, "
+            "this is 3; raise it, or set data.overlong to truncate or split",
         ),
         ([], {}, "source 'a': the source has no usable example (0 records in a.jsonl); add data"),
         (
@@ -191,7 +199,8 @@ def test_an_empty_held_out_part_says_so(tmp_path, model):
     write_records(tmp_path / "a.jsonl", [["What is AI?", "a"]])
     config = data_config(tmp_path, holdout=0.01)
     assert refusal([the_set(config, model, part="holdout")], model) == (
-        "source 'a': the held-out part (data.holdout=0.01) has no usable example (0 records in a.jsonl); add data"
+        "source 'a': the held-out part (data.holdout=0.01) has no usable example (0 records in a.jsonl); add data, "
+        "or raise data.holdout"
     )
 
 
