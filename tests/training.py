@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,6 +117,10 @@ class Case:
     """Where the checkpoints go (``checkpoint_2`` after two steps)."""
     leaves_in: int | None = None
     """The step in which the last worker learns that its machine will be taken away."""
+    eval_rows: Rows | None = None
+    """What is evaluated. Default: what is trained."""
+    chunk_tokens: int = 1024
+    """Trained tokens whose logits are made together."""
 
 
 class Result(NamedTuple):
@@ -138,7 +143,7 @@ def worker(rank: int, world: int, port: int, cases: Sequence[Case], out) -> None
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank)
     )
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
     for number, case in enumerate(cases):
         result = _trained(case, rank, world, f"{world}-{port}-{number}")
         if rank == 0:
@@ -150,7 +155,9 @@ def worker(rank: int, world: int, port: int, cases: Sequence[Case], out) -> None
 def _trained(case: Case, rank: int, world: int, name: str) -> Result:
     from safetensors.torch import load_file
 
-    from raysft.train import checkpoint, loop
+    from raysft.train import checkpoint, loop, loss
+
+    loss.CHUNK_TOKENS = case.chunk_tokens
 
     def save(engine: Any, schedule: Any, cursor: checkpoint.Cursor, log: list[Any]) -> None:
         if case.keep:
@@ -167,8 +174,9 @@ def _trained(case: Case, rank: int, world: int, name: str) -> Result:
     events: list[tuple[str, Any]] = []
     run = RunDirectory(config.run_directory / name)
     run.path.mkdir(parents=True, exist_ok=True)
+    evaluated = {"d": case.eval_rows or rows}
     job = loop.Job(
-        config=config, model=config.model.path, run=run, train_rows=rows, eval_rows={"d": rows}, adapter=case.adapter
+        config=config, model=config.model.path, run=run, train_rows=rows, eval_rows=evaluated, adapter=case.adapter
     )
     failure = ""
     try:
@@ -209,17 +217,26 @@ def train_all(cases: Sequence[Case], world: int = 1) -> list[Result]:
     processes = [context.Process(target=worker, args=(rank, world, port, cases, out)) for rank in range(world)]
     for process in processes:
         process.start()
+    try:
+        results = _results(out, processes, len(cases))
+        for process in processes:
+            process.join(timeout=60)
+            assert process.exitcode == 0
+    finally:
+        for process in processes:
+            process.kill()  # after a failure one may be waiting for another
+    return results
+
+
+def _results(out: Any, processes: Sequence[Any], count: int) -> list[Result]:
     results: list[Result] = []
     limit = time.monotonic() + 120
-    while len(results) < len(cases):
-        assert time.monotonic() < limit, f"training {len(results)} of {len(cases)} did not finish in two minutes"
+    while len(results) < count:
+        assert time.monotonic() < limit, f"training {len(results)} of {count} did not finish in two minutes"
         assert not any(process.exitcode for process in processes), "a worker failed; its error is above"
         with contextlib.suppress(queue.Empty):
             results.append(out.get(timeout=0.5))
             limit = time.monotonic() + 120
-    for process in processes:
-        process.join(timeout=60)
-        assert process.exitcode == 0
     return results
 
 

@@ -49,7 +49,7 @@ def make_engine(
         load_model(config, model_path, device, adapter),
         objective=_objective(config),
         neftune_alpha=config.train.neftune_alpha,
-        chunks_follow_shape=zero3,
+        most_tokens=config.train.rows_per_device * config.data.sequence_length if zero3 else None,
     )
     if config.train.fp8 != "off":
         from raysft.train.fp8 import use_fp8

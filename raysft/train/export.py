@@ -20,6 +20,9 @@ from raysft.storage import Place, StorageFailed, patience, reason_of
 from raysft.train.cursor import Best
 
 
+Weights = dict[str, torch.Tensor]
+
+
 class Exporter:
     """Writes the model of a run, and meanwhile the best one so far. All workers call it, the first one writes."""
 
@@ -56,21 +59,22 @@ class Exporter:
             RunFailed: it cannot be written; on all workers alike, or the others would wait for the first one.
         """
         failure: list[RunFailed | None] = [None]
-        try:
-            with _told():
-                self._keep_best(step, model, tokenizer)
-        except RunFailed as error:
-            failure = [error]
+        weights = gather(model)
+        if weights is not None:
+            try:
+                with _told():
+                    self._keep_best(step, model, weights, tokenizer)
+            except RunFailed as error:
+                failure = [error]
         dist.broadcast_object_list(failure, src=0)
         if failure[0] is not None:
             raise failure[0]
 
-    def _keep_best(self, step: int, model: Any, tokenizer: Any) -> None:
+    def _keep_best(self, step: int, model: Any, weights: Weights, tokenizer: Any) -> None:
         if self._run.best.local:
-            return export(model, tokenizer, self._run.best)
+            return export(model, weights, tokenizer, self._run.best)
         draft = Path(tempfile.mkdtemp(prefix="raysft-best-"))
-        if not save(model, tokenizer, draft):
-            return draft.rmdir()
+        save(model, weights, tokenizer, draft)
         with self._lock:
             if self._sending is None:
                 self._forget()
@@ -85,8 +89,10 @@ class Exporter:
         Raises:
             RunFailed: it cannot be written.
         """
-        with _told(), self._patience():
-            export(model, tokenizer, self._run.model)
+        weights = gather(model)
+        if weights is not None:
+            with _told(), self._patience():
+                export(model, weights, tokenizer, self._run.model)
         self._forget()
 
     def write_best(self, step: int) -> None:
@@ -163,61 +169,65 @@ def _told() -> Iterator[None]:
         ) from error
 
 
-def export(model: Any, tokenizer: Any, folder: Place) -> None:
-    """Write a model or adapter so that transformers or peft loads it. All workers call it, the first one writes.
+def gather(model: Any) -> Weights | None:
+    """The trained weights by their names, on the first worker; None on the others. All workers call it.
 
-    Args:
-        model: the transformers or peft model inside the engine.
-        tokenizer: goes beside it.
-        folder: is replaced when all is written.
+    It is the only part of an export that takes all of them: whatever the first one meets in writing, nobody waits for it here.
     """
-    if folder.local:
-        draft = folder.local.with_name(f".{folder.name}")
-        if dist.get_rank() == 0:
-            shutil.rmtree(draft, ignore_errors=True)
-        try:
-            if save(model, tokenizer, draft):
-                put_in_place(draft, folder.local)
-        except Exception:
-            shutil.rmtree(draft, ignore_errors=True)  # on a full disk it holds what others need
-            raise
-        return
-    with tempfile.TemporaryDirectory(prefix="raysft-model-") as scratch:
-        if save(model, tokenizer, Path(scratch)):
-            send(Path(scratch), folder)
-
-
-def save(model: Any, tokenizer: Any, folder: Path) -> bool:
-    """Write a model into a local folder; whether this worker is the one that did. All workers call it."""
     import deepspeed
 
-    writes = dist.get_rank() == 0
-    state: dict[str, torch.Tensor] = {}
-    adapters_only = hasattr(model, "peft_config")
+    first, adapters_only = dist.get_rank() == 0, hasattr(model, "peft_config")
+    weights: Weights = {}
     for name, parameter in model.named_parameters():
         if adapters_only and not parameter.requires_grad:
             continue
         # With ZeRO-3 each worker has a part of it; one parameter at a time is put together.
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            if writes:
-                state[name] = parameter.detach().cpu().clone()
-    if not writes:
-        return False
-    if adapters_only:
+            if first:
+                weights[name] = parameter.detach().cpu().clone()
+    return weights if first else None
+
+
+def export(model: Any, weights: Weights, tokenizer: Any, folder: Place) -> None:
+    """Write a model or adapter so that transformers or peft loads it.
+
+    Args:
+        model: the transformers or peft model inside the engine.
+        weights: what ``gather`` made of it.
+        tokenizer: goes beside it.
+        folder: is replaced when all is written.
+    """
+    if folder.local:
+        draft = folder.local.with_name(f".{folder.name}")
+        shutil.rmtree(draft, ignore_errors=True)
+        try:
+            save(model, weights, tokenizer, draft)
+            put_in_place(draft, folder.local)
+        except Exception:
+            shutil.rmtree(draft, ignore_errors=True)  # on a full disk it holds what others need
+            raise
+        return
+    with tempfile.TemporaryDirectory(prefix="raysft-model-") as scratch:
+        save(model, weights, tokenizer, Path(scratch))
+        send(Path(scratch), folder)
+
+
+def save(model: Any, weights: Weights, tokenizer: Any, folder: Path) -> None:
+    """Write a model into a local folder."""
+    if hasattr(model, "peft_config"):
         if begun_with := getattr(model, "begun_with", None):
             model.save_pretrained(folder, path_initial_model_for_weight_conversion=begun_with)
         else:
-            model.save_pretrained(folder, state_dict=state)
+            model.save_pretrained(folder, state_dict=weights)
     else:
         # What a model keeps beside its parameters: the routers of some mixtures of experts balance themselves so.
         kept = model.state_dict().keys()
-        state |= {name: buffer.cpu().clone() for name, buffer in model.named_buffers() if name in kept}
+        buffers = {name: buffer.cpu().clone() for name, buffer in model.named_buffers() if name in kept}
         model.config.use_cache = True
-        model.save_pretrained(folder, state_dict=state)
+        model.save_pretrained(folder, state_dict=weights | buffers)
         model.config.use_cache = False
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty form; the run directory holds a model card
     tokenizer.save_pretrained(folder)
-    return True
 
 
 def put_in_place(draft: Path, folder: Path) -> None:

@@ -29,20 +29,20 @@ class TokenLoss(nn.Module):
         model: nn.Module,
         objective: Objective = CROSS_ENTROPY,
         neftune_alpha: float | None = None,
-        chunks_follow_shape: bool = False,
+        most_tokens: int | None = None,
     ) -> None:
         """
         Args:
             model: a transformers causal language model, with or without peft adapters.
             objective: loss of a token in training; evaluations measure the cross-entropy.
             neftune_alpha: strength of the noise on the embeddings in training.
-            chunks_follow_shape: make as many chunks as the batch's shape could need instead of as many as it does. With ZeRO-3
-                each use of the head gathers its weight from all workers, so that all must use it equally often.
+            most_tokens: how many tokens a microbatch of any worker can hold. The number of chunks then follows from this alone
+                and not from the batch: under ZeRO-3 each call of the head is a collective (see ``step``).
         """
         super().__init__()
         self.model = model
         self.objective, self.neftune_alpha = objective, neftune_alpha
-        self.chunks_follow_shape = chunks_follow_shape
+        self.most_tokens = most_tokens
 
     def forward(
         self,
@@ -84,7 +84,7 @@ class TokenLoss(nn.Module):
             None if values is None else F.pad(values[:, 1:], (0, 1)).reshape(-1)[chosen]
             for values in (weights, sources)
         ]
-        chunks = -(-(input_ids.numel() if self.chunks_follow_shape else len(targets)) // CHUNK_TOKENS)
+        chunks = -(-(self.most_tokens or len(targets)) // CHUNK_TOKENS)
         columns = [
             [None] * chunks if values is None else _split(values, chunks) for values in (hidden, targets, *beside)
         ]

@@ -171,9 +171,9 @@ def test_chunked_logits_give_the_same_loss_and_gradient(prepared, monkeypatch, o
     folder, path, manifest = prepared
     part = next(iter(microbatches(rows_of(manifest).batch(range(4)), 4, torch.device("cpu"))))
     found = []
-    for chunk, follow in ((10_000, False), (7, False), (16, True)):
+    for chunk, most in ((10_000, None), (7, None), (16, 4 * SEQUENCE_LENGTH)):
         monkeypatch.setattr(loss_module, "CHUNK_TOKENS", chunk)
-        model = TokenLoss(load_model(make_config(folder, path), str(path)), objective, chunks_follow_shape=follow)
+        model = TokenLoss(load_model(make_config(folder, path), str(path)), objective, most_tokens=most)
         correct = model(**part, score=True)[2]
         total = model(**part)[0]
         total.backward()

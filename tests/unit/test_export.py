@@ -2,6 +2,7 @@
 
 import errno
 import multiprocessing
+import tempfile
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from raysft.records import RunDirectory, RunFailed
 from raysft.storage import Place
 from raysft.train.cursor import Best
-from raysft.train.export import Exporter, export
+from raysft.train.export import Exporter, export, gather
 from tests.objects import s3_server
 from tests.tiny import tiny_model
 
@@ -34,7 +35,9 @@ def test_buffers_that_belong_to_a_model_are_written_too(tmp_path: Path):
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.model.register_buffer("balance", torch.arange(3.0))
     model.model.register_buffer("passing", torch.arange(3.0), persistent=False)
-    export(model, AutoTokenizer.from_pretrained(folder), Place.of(tmp_path / "out"))
+    weights = gather(model)
+    assert weights is not None
+    export(model, weights, AutoTokenizer.from_pretrained(folder), Place.of(tmp_path / "out"))
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert written["model.balance"].tolist() == [0.0, 1.0, 2.0]
     assert "model.passing" not in written
@@ -53,15 +56,15 @@ class Told(Exporter):
 def run(tmp_path, monkeypatch):
     """A run directory in an object store."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("raysft.train.export.gather", lambda model: {})
     monkeypatch.setattr("raysft.train.export.save", mark_alone)
     with s3_server() as server:
         yield RunDirectory.of(Place.of(server.uri(f"{tmp_path.name}/r")))
 
 
-def mark_alone(model: str, tokenizer: object, folder: Path) -> bool:
+def mark_alone(model: str, weights: object, tokenizer: object, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(model)
-    return True
 
 
 def best_of(step: int) -> Best:
@@ -95,37 +98,68 @@ def test_an_earlier_best_model_is_not_taken_for_one_that_did_not_get_there(run):
     assert list(run.best.list()) == ["8"]
 
 
-def keeps(rank: int, folder: Path, store: str, out) -> None:
+def keeps(rank: int, run: str, store: str, out, full: bool) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=20)
     )
-    exporter = Exporter(RunDirectory(folder / "r"), lambda event, content: None)
+    exporter = Exporter(RunDirectory.of(Place.of(run)), lambda event, content: None)
+    model = Unwritable() if full else Writable()
+    if rank == 1:
+        tempfile.tempdir = "/there/is/no/such/folder"  # as on a node whose disk is full
     try:
-        exporter.keep_best(4, Unwritable(), None)
+        exporter.keep_best(4, model, Tokenizer())
+        exporter.write(model, Tokenizer())
         out.put((rank, "went on"))
     except RunFailed as error:
         out.put((rank, str(error)))
+    dist.barrier()
 
 
-class Unwritable(torch.nn.Module):
-    """A model for which there is no room."""
+class Writable(torch.nn.Linear):
+    """A model of one matrix."""
 
-    config = SimpleNamespace()
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.config = SimpleNamespace()
+
+    def save_pretrained(self, folder: Path, state_dict: dict) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(", ".join(state_dict))
+
+
+class Unwritable(Writable):
+    """One for which there is no room."""
 
     def save_pretrained(self, folder: Path, state_dict: dict) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_best_model_that_cannot_be_written_ends_all_workers_alike(tmp_path):
+class Tokenizer:
+    def save_pretrained(self, folder: Path) -> None:
+        pass
+
+
+def told(run: str, store: Path, full: bool) -> dict[int, str]:
+    """What two workers say that keep and write a model together."""
     context = multiprocessing.get_context("spawn")
     out = context.Queue()
-    folder, store = tmp_path / "runs", str(tmp_path / "store")
-    folder.mkdir()
-    processes = [context.Process(target=keeps, args=(rank, folder, store, out)) for rank in range(2)]
+    processes = [context.Process(target=keeps, args=(rank, run, str(store), out, full)) for rank in range(2)]
     for process in processes:
         process.start()
     said = dict(out.get(timeout=100) for _ in processes)
     for process in processes:
         process.join(timeout=30)
+    return said
+
+
+def test_a_best_model_that_cannot_be_written_ends_all_workers_alike(tmp_path):
+    said = told(str(tmp_path / "r"), tmp_path / "store", full=True)
     assert said[0] == said[1]
     assert "No space left" in said[0]
+
+
+def test_a_worker_that_writes_nothing_needs_no_room_to_export(tmp_path):
+    """It only helps to put the weights together; where it gave up before, the first worker waited for it."""
+    with s3_server() as server:
+        said = told(server.uri(f"{tmp_path.name}/r"), tmp_path / "store", full=False)
+    assert said == {0: "went on", 1: "went on"}
