@@ -44,6 +44,7 @@ def load_model(config: Config, path: str, device: torch.device | None = None, ad
     model.name_or_path = path  # as an adapter's description names its base: not this node's copy
     use_examplewise(model, config)
     keep_layout(model)
+    _keep_layers(model)
     if config.model.liger:
         _use_liger(model)
     if config.train.gradient_checkpointing:
@@ -54,6 +55,14 @@ def load_model(config: Config, path: str, device: torch.device | None = None, ad
         freeze(model, config)
         return model
     return _with_adapter(model, config, path, adapter)
+
+
+def _keep_layers(model: nn.Module) -> None:
+    """Some old models (OPT, XGLM) leave layers out at random, where their config says so: each worker others, so that they would
+    wait for each other, or add up gradients of different weights. ``model.check_model`` says that it is not done."""
+    for module in model.modules():
+        if getattr(module, "layerdrop", 0):
+            module.layerdrop = 0.0  # type: ignore[assignment]
 
 
 def freeze(model: nn.Module, config: Config) -> None:

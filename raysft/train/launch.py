@@ -5,8 +5,8 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -199,9 +199,11 @@ class _Watching:
         self._queue, self._watch, self._stop = queue, watch, stop
         self._abandoned = False
         self.broken: BaseException | None = None
-        """What the watcher (a callback, or the log) raised; the training is stopped then."""
+        """What the watcher (a callback, or the log) raised, or a worker before the training began; all are stopped then."""
         self._end: dict[str, Any] | None = None
         self._failure: Exception | None = None
+        self._begun = False
+        """Whether the workers have loaded the model. Before, they hold nothing that has to be written."""
 
     def __enter__(self) -> _Watching:
         self._closing = threading.Event()
@@ -232,7 +234,13 @@ class _Watching:
                 return
             if event == "failed":
                 self._failure = content
-                continue
+                if self._begun:
+                    continue  # the others come to the same end
+                # It may be this worker's alone (a damaged copy on its node), and the others wait for it in a collective.
+                self.broken = content
+                self._stop()
+                return
+            self._begun = event == "setup" or (self._begun and event != "failure")
             if event == "end":
                 self._end = content
             try:
@@ -267,12 +275,19 @@ def _emitter(queue: Queue) -> loop.Emit:
     return emit
 
 
+@contextmanager
+def _told(queue: Queue) -> Iterator[None]:
+    """Tell the driver what no second try can mend. Raised, it would be tried again, as if a machine had died."""
+    try:
+        yield
+    except (RequestError, RunFailed) as error:
+        _emitter(queue)("failed", error)
+
+
 def _train_worker(settings: dict[str, Any]) -> None:
     try:
-        _train(settings)
-    except (RequestError, RunFailed) as error:
-        # Every worker comes to the same end here. Raised, it would only be tried again, as if a machine had died.
-        _emitter(settings["queue"])("failed", error)
+        with _told(settings["queue"]):
+            _train(settings)
     except checkpoint.Damaged as error:
         if ray.train.get_context().get_world_rank() == 0:
             _emitter(settings["queue"])("damaged", str(error))
@@ -302,6 +317,11 @@ def _notice() -> str:
 
 
 def _evaluate_worker(settings: dict[str, Any]) -> None:
+    with _told(settings["queue"]):
+        _evaluate(settings)
+
+
+def _evaluate(settings: dict[str, Any]) -> None:
     from raysft.train.engine import check_model
 
     job, emit = settings["job"], _emitter(settings["queue"])

@@ -102,6 +102,8 @@ def check_model(config: Config, model: str, say: Callable[[str], None] = lambda 
         raise RequestError(
             f"data.sequence_length={config.data.sequence_length} and the model has {positions} positions; use at most {positions}"
         )
+    if layerdrop := getattr(described, "layerdrop", 0):
+        say(f"model: layerdrop={layerdrop} of its config.json is not applied; all layers are trained in every step")
     _check_quantized(model, described, config)
     check_installed(config.train.optimizer)
     quantization_config(config)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -16,12 +17,16 @@ import pytest
 
 import raysft
 from raysft.cli import main
-from raysft.config import load
+from raysft.config import RequestError, load
+from raysft.data.stream import Rows
 from raysft.lock import held
-from raysft.records import read_jsonl
+from raysft.records import RunDirectory, read_jsonl
+from raysft.train import launch
 from raysft.train.checkpoint import complete
 from raysft.train.cursor import Cursor
+from raysft.train.loop import Job
 from tests.tiny import SENTENCES, tiny_model, with_code, write_chats
+from tests.training import make_config, prepare
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -311,6 +316,29 @@ def test_a_callback_that_raises_stops_the_training(folder):
     run = folder / "runs" / "fails"
     assert len(steps_of(run)) < 30
     assert not (run / "model").exists()
+
+
+class SpoiltForOne(Rows):
+    """Rows that the second worker cannot read, as where its node holds a damaged copy."""
+
+    def steps(self, first, worker, workers):
+        if worker == 1:
+            raise RequestError("the copy of worker 1 is damaged; copy it again")
+        return super().steps(first, worker, workers)
+
+
+def test_a_worker_that_fails_alone_before_the_training_ends_it(tmp_path):
+    """The other one waits for it in a collective, for minutes if nobody stops it."""
+    folder, model, manifest = prepare(tmp_path)
+    config = make_config(folder, model, {"scaling.num_workers": 2, "scaling.cpus_per_worker": 0.5})
+    run = RunDirectory(tmp_path / "r")
+    shutil.copytree(model, tmp_path / "r" / "model")
+    rows = SpoiltForOne((f"{manifest.directory}/manifest.parquet",), 96, 4)
+    job = Job(config, str(model), run, rows, {"d": rows})
+    begun = time.monotonic()
+    with pytest.raises(RequestError, match="worker 1 is damaged"):
+        launch.evaluate(job, lambda event, content: None)
+    assert time.monotonic() - begun < 300  # a collective waits for 600 s
 
 
 def test_ctrl_c_is_exit_code_130_and_one_line(folder):

@@ -9,6 +9,7 @@ import torch
 
 from raysft.config import Config, RequestError, TrainSection, parse
 from raysft.train.adapters import merge
+from raysft.train.finetuning import load_model
 from raysft.train.model import check_model, model_identity
 from raysft.train.optim import make_schedule
 from tests.tiny import tiny_model
@@ -42,6 +43,26 @@ def test_a_good_model_passes(model):
 
 def test_a_module_that_is_not_there_is_named(model):
     assert "model.lora.target names 'zzz'" in refusal(lora(["q_proj", "zzz"]), model)
+
+
+def test_no_layer_is_left_out_at_random(tmp_path):
+    """Each worker would leave others out, and wait for those that the others do not."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    settings = OPTConfig(
+        vocab_size=50, hidden_size=16, ffn_dim=32, num_hidden_layers=4, num_attention_heads=2, max_position_embeddings=64,
+        word_embed_proj_dim=16, dropout=0.0, attention_dropout=0.0, layerdrop=0.5,
+    )  # fmt: skip
+    OPTForCausalLM(settings).save_pretrained(tmp_path)
+    said: list[str] = []
+    full = config(model={"path": "m", "finetuning": "full"})
+    check_model(full, str(tmp_path), said.append)
+    assert said == ["model: layerdrop=0.5 of its config.json is not applied; all layers are trained in every step"]
+    model = load_model(full, str(tmp_path)).train()
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        found = [model(input_ids=ids).logits for _ in range(8)]
+    assert all(torch.equal(each, found[0]) for each in found)
 
 
 def test_rows_longer_than_the_models_positions_are_refused(model):
