@@ -19,7 +19,6 @@ from raysft.records import MODEL_MARKS, RunDirectory, RunFailed, is_whole
 from raysft.storage import Place, StorageFailed, patience, reason_of
 from raysft.train.cursor import Best
 
-
 Weights = dict[str, torch.Tensor]
 
 

@@ -4,8 +4,8 @@ Every worker makes the same collectives in the same order, whatever its rows hol
 different places, or add up numbers that do not belong together. Under ZeRO-3 each call of a module that has weights gathers them
 from all workers, so calling one is a collective, in backward as well; under ZeRO-1 and 2 so is each gradient that a weight gets.
 Rows differ between workers in number (fillers), width, labels, sources and weights. What is called, and how often, may depend on
-the config, on the model and on the row plan, which all workers know, but never on a worker's own rows. A part of the model that only some
-rows need, such as the encoder of images, is called for every microbatch all the same, on a stand-in whose result counts nothing.
+the config, on the model and on the row plan, which all workers know, but never on a worker's own rows. A part of the model that
+only some rows need, such as an encoder of images, is called for every microbatch all the same, on a stand-in that counts nothing.
 """
 
 from __future__ import annotations
