@@ -41,7 +41,7 @@ def written(each: ShardSet, model: str, template: str | None = None) -> Manifest
     tokenizer = Tokenizer.load(model, template)
     shards = [
         shard
-        for records in chunks(each.files, each.source.max_examples)
+        for records in chunks(each.files, each.source.max_examples, each.draw)
         for shard in write_shards([each], records, tokenizer)
     ]
     save(each.manifest, each.source.name, shards)

@@ -32,15 +32,27 @@ class Source(Section):
     """Shape of a record: ``alpaca`` (instruction, input, output), ``sharegpt`` (conversations of from/value), ``openai``
     (messages of role/content), ``prompt_completion`` (two texts, or two lists of messages), ``turns`` (a list of texts,
     the user's and the assistant's by turns), ``text``, ``tokenized`` (input_ids, labels). Default: found from the columns."""
-    columns: dict[Column, Text] = {}
-    """Where a field has another name in the file: field → column, for example ``{output: answer}``."""
+    columns: dict[Column, Text | None] = {}
+    """Where a field has another name in the file: field → column, for example ``{output: answer}``; null for a field that is
+    not to be read. A column that stands for one field is not read for the field of its own name as well."""
     tags: dict[Tag, Text] = {}
     """Where a conversation uses other words: ``role`` and ``content`` name the keys of a turn; ``user``, ``assistant``,
     ``observation``, ``function`` and ``system`` are its roles."""
     weight: Annotated[float, Field(gt=0)] | None = None
     """Share of this source in the mixture, relative to the others (``data.mixing``). Default: 1."""
+    num_samples: Positive | None = None
+    """Draw N records at random, by ``run.seed``. Where there are fewer, all are taken, and as many again as lack."""
     max_examples: Positive | None = None
-    """Read only the first N records."""
+    """Read only the first N records: of the file, or of those that were drawn."""
+
+    def column(self, field: str) -> str | None:
+        """The column that a field is read from; None where it is not read.
+
+        >>> Source(name="s", columns={"instruction": "input"}).column("input")
+        """
+        if field in self.columns:
+            return self.columns[field]  # type: ignore[index]
+        return None if field in self.columns.values() else field
 
 
 class DataSection(Section):
@@ -49,7 +61,8 @@ class DataSection(Section):
     eval: list[Source] = []
     """Sources to evaluate and generate on."""
     registry: Text | None = None
-    """A ``dataset_info.json`` as LLaMA-Factory has it, or its folder: a source without a path is looked up there by name."""
+    """A ``dataset_info.json`` as LLaMA-Factory has it, or its folder: a source without a path is looked up there by name. As
+    there, a column that its entry does not name is not read; what a source says itself goes before what its entry says."""
     mixing: Literal["concat", "first_exhausted", "all_exhausted"] = "concat"
     """``concat``: every example once an epoch. Otherwise examples are drawn in the proportion of the sources' weights, anew
     in each epoch, until the first source is used up, or until each one was (smaller ones come again)."""

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raysft.config import RequestError, Source
+from raysft.data.draw import Draw
 from raysft.data.files import DataFile
 from raysft.data.formats import examples
 from raysft.data.holdout import is_held_out
@@ -39,6 +40,8 @@ class ShardSet:
     files: tuple[DataFile, ...]
     options: Options
     holdout: float
+    draw: Draw | None
+    """Which of the records, where not all or the first."""
     directory: Place
     """Folder of this key in the cache."""
 

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 
 from raysft.config import Source
 from raysft.data.calls import strings, tool_call, tool_schemas
+from raysft.data.columns import FIELDS, Read, check_columns, find_format, reader
 from raysft.data.read import Raw, Unreadable, parsed
 from raysft.records import IGNORED, Example, Message, Record, Rejected
 
-FIELDS = {
-    "openai": ("messages",),
-    "sharegpt": ("conversations",),
-    "tokenized": ("input_ids",),
-    "prompt_completion": ("prompt", "completion"),
-    "alpaca": ("instruction", "output"),
-    "turns": ("turns",),
-    "text": ("text",),
-}
-"""What a format needs, in the order in which formats are tried."""
 ROLES = {
     "system": "system",
     "developer": "system",
@@ -39,8 +30,6 @@ TAGGED = {"user": "user", "assistant": "assistant", "observation": "tool", "func
 LEAST_WEIGHT = 1e-6
 """Losses of examples further apart than this and its inverse cannot be added up in float32."""
 SEEN_BY_TEMPLATES = ("name", "tool_call_id", "reasoning_content")
-Read = Callable[[str], Any]
-"""field → its value in the record."""
 
 
 def examples(records: Iterable[tuple[str, Raw]], source: Source) -> Iterator[tuple[Example | Rejected, str]]:
@@ -57,38 +46,12 @@ def examples(records: Iterable[tuple[str, Raw]], source: Source) -> Iterator[tup
             yield Rejected(source.name, where, record.reason), form
             continue
         try:
-            form = source.format or known.get(tuple(record)) or _format(record, source, form)
-            known[tuple(record)] = form
+            filled = tuple(column for column, value in record.items() if value is not None)
+            form = source.format or known.get(filled) or find_format(record, source, form)
+            known[filled] = form
             yield to_example(record, form, source, where), form
         except ValueError as error:
             yield Rejected(source.name, where, str(error)), form
-
-
-def _format(record: Record, source: Source, before: str) -> str:
-    """The format of a record; one that has none is measured by that of the record before."""
-    try:
-        return detect_format(record, source)
-    except ValueError:
-        if not before:
-            raise
-        return before
-
-
-def detect_format(record: Record, source: Source) -> str:
-    """The format of a record, from its columns.
-
-    Raises:
-        ValueError: no format has such columns.
-    """
-    # A format of which everything is there, else one of which the first is: then it is said what else it needs.
-    for needed in (None, 1):
-        for form, fields in FIELDS.items():
-            if all(source.columns.get(field, field) in record for field in fields[:needed]):  # type: ignore[call-overload]
-                return form
-    raise ValueError(
-        f"no known format has the columns {', '.join(map(str, record)) or '(none)'}; "
-        "name data.train[].format and data.train[].columns"
-    )
 
 
 def to_example(record: Record, form: str, source: Source, where: str) -> Example:
@@ -97,19 +60,8 @@ def to_example(record: Record, form: str, source: Source, where: str) -> Example
     Raises:
         ValueError: with the reason, where it cannot be used.
     """
-    columns = source.columns
-
-    def read(field: str) -> Any:
-        return record.get(columns.get(field, field))  # type: ignore[arg-type]
-
-    for field in FIELDS[form]:
-        if read(field) is None:
-            column = columns.get(field, field)
-            state = "is null" if column in record else "is not there"
-            raise ValueError(
-                f"column {column!r} {state} (columns here: {', '.join(map(str, record))}); format {form} needs it, "
-                "another name can be given in data.train[].columns"
-            )
+    check_columns(record, form, source)
+    read = reader(record, source)
     weight = _weight(read("weight"))
     if form == "text":
         return Example(source.name, where, text=_full_text(read("text"), "text"), weight=weight)
@@ -154,10 +106,10 @@ def _alpaca(read: Read) -> Iterator[Message]:
     for index, pair in enumerate(_sequence(history, "history") if history else []):
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError(f"history[{index}] holds {pair!r:.40}, a pair of question and answer belongs there")
-        yield Message("user", _text(pair[0], "history"))
-        yield Message("assistant", _text(pair[1], "history"))
-    instruction, extra = _text(read("instruction"), "instruction"), _text(read("input") or "", "input")
-    yield Message("user", f"{instruction}\n{extra}" if extra else instruction)
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            yield Message(role, _text("" if text is None else text, f"history[{index}]"))  # type: ignore[arg-type]
+    parts = [_text(read(field) or "", field) for field in ("instruction", "input")]
+    yield Message("user", "\n".join(part for part in parts if part))
     yield Message("assistant", _text(read("output"), "output"))
 
 
@@ -172,7 +124,7 @@ def _turns(value: Any, column: str, tags: Mapping[Any, str]) -> Iterator[Message
         text_key = tags.get("content") or ("value" if "value" in turn else "content")
         called = turn.get("function_call")
         if isinstance(called, dict) and not any(called.values()):
-            called = None  # Parquet fills columns of structs with nulls
+            called = None  # as JSON that was written from a Parquet file has it in turns without a call
         calls = turn.get("tool_calls") or ([called] if called else [])
         if role_key not in turn or (turn.get(text_key) is None and not calls):
             raise ValueError(f"{where} needs {role_key!r} and {text_key!r}, it is {turn!r:.60}")
@@ -248,7 +200,8 @@ def _check(messages: tuple[Message, ...]) -> None:
 
 def _token_ids(read: Read) -> tuple[tuple[int, ...], tuple[int, ...]]:
     ids = read("input_ids")
-    labels = read("labels") if read("labels") is not None else ids
+    labels = read("labels")
+    labels = ids if labels is None else labels
     for field, values in (("input_ids", ids), ("labels", labels)):
         if not isinstance(values, list) or not values:
             raise ValueError(f"{field} holds {values!r:.40}, a list of token ids belongs there")
@@ -264,7 +217,7 @@ def _token_ids(read: Read) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _weight(value: Any) -> float:
-    if value is None:
+    if value is None or value == "":  # an empty cell of a CSV file
         return 1.0
     if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
         raise ValueError(f"weight holds {value!r:.40}, a number belongs there")

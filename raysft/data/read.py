@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 
 from raysft.config import RequestError
-from raysft.data.extension import refuse_pickles
+from raysft.data.arrow import arrow_records, parquet_records
 from raysft.data.files import DataFile
 from raysft.data.json_list import JSON, READ_BYTES, Unreadable, first_line, json_list
 from raysft.filesystems import filesystem_of
@@ -147,56 +146,29 @@ def _csv(file: DataFile) -> Positioned:
 
 def _parquet(file: DataFile) -> Positioned:
     with _seekable(file) as source:
-        whole = pq.ParquetFile(source)
-        refuse_pickles(whole.schema_arrow)
-        yield from _batches(whole.iter_batches(batch_size=1000))
+        for index, size, record in parquet_records(source):
+            yield f"[{index}]", size, record
 
 
 def _arrow(file: DataFile) -> Positioned:
     with _seekable(file) as source:
-        try:
-            reader = pa.ipc.open_file(source)
-        except pa.ArrowInvalid:
-            source.seek(0)
-            stream = pa.ipc.open_stream(source)
-            refuse_pickles(stream.schema)
-            yield from _batches(iter(stream))
-        else:
-            refuse_pickles(reader.schema)
-            yield from _batches(reader.get_batch(number) for number in range(reader.num_record_batches))
+        for index, size, record in arrow_records(source):
+            yield f"[{index}]", size, record
 
 
-def _batches(batches: Iterator[pa.RecordBatch]) -> Positioned:
-    index = 0
-    for whole in batches:
-        for start in range(0, len(whole), 1000):
-            batch = whole.slice(start, 1000)
-            size = batch.nbytes // max(1, len(batch))
-            for record in _records(batch):
-                yield f"[{index}]", size, record
-                index += 1
+class _Loader(yaml.CSafeLoader):
+    """Takes 2024-07-26 for the text that it is in JSON: no template can write a date."""
 
-
-def _records(batch: pa.RecordBatch) -> Iterator[Record | Unreadable]:
-    names = batch.schema.names
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise pa.ArrowInvalid(f"two columns are named {twice[0]!r}")
-    try:
-        yield from batch.to_pylist()
-        return
-    except (ValueError, OverflowError) as error:  # bytes that are no text, dates that Python does not know
-        if len(batch) == 1:
-            yield Unreadable(f"holds what is no value of its column's type ({first_line(error)})")
-            return
-    for row in range(len(batch)):
-        yield from _records(batch.slice(row, 1))
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.CSafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def _yaml(file: DataFile) -> Positioned:
     """A list of records, or a mapping whose ``conversations`` is that list (as chatterbot-corpus has it)."""
     with _stream(file) as stream:
-        loader = yaml.CSafeLoader(_decode(stream.read().removeprefix(codecs.BOM_UTF8), file.path))
+        loader = _Loader(_decode(stream.read().removeprefix(codecs.BOM_UTF8), file.path))
     try:
         root = loader.get_single_node()
         if isinstance(root, yaml.MappingNode):
@@ -221,7 +193,7 @@ def _yaml_record(loader: Any, node: yaml.Node) -> Record | Unreadable:
         return _as_record(loader.construct_document(node))
     except yaml.YAMLError as error:
         return Unreadable(f"no usable YAML ({getattr(error, 'problem', None) or error})")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:  # 2020-99-99 is taken for a date
+    except (ValueError, KeyError, AttributeError, TypeError) as error:  # !!int x
         return Unreadable(f"no usable YAML ({error})")
 
 

@@ -12,7 +12,7 @@ import os
 import pickle
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -22,6 +22,7 @@ from typing import Any
 from raysft.config import Config, RequestError, Source
 from raysft.copies import local_copy
 from raysft.data.draft import Part, ShardSet, write_shards
+from raysft.data.draw import Draw
 from raysft.data.files import DataFile, find_files
 from raysft.data.manifest import Manifest, Shard, is_whole, load, save
 from raysft.data.read import Raw, read_raw
@@ -53,6 +54,7 @@ def shard_set(config: Config, source: Source, part: Part, model: str, with_promp
     source = find_source(config, source)
     files = tuple(find_files(source))
     options = Options.of(config, with_prompts)
+    draw = Draw(source.num_samples, config.run.seed) if source.num_samples else None
     # Texts to continue are cut when rows are planned, so that their shards serve every length of row.
     decisive = asdict(options) if config.stage == "sft" else {"stage": "pt", "control_tokens": options.control_tokens}
     identity = {
@@ -64,6 +66,7 @@ def shard_set(config: Config, source: Source, part: Part, model: str, with_promp
         "options": decisive,
         "tokenizer": _tokenizer_identity(model),
         "template": config.chat_template,
+        "draw": asdict(draw) if draw else None,
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
     return ShardSet(
@@ -72,6 +75,7 @@ def shard_set(config: Config, source: Source, part: Part, model: str, with_promp
         files=files,
         options=options,
         holdout=config.data.holdout,
+        draw=draw,
         directory=config.cache_directory / "shards" / f"{source.name}-{part}-{key}",
     )
 
@@ -154,7 +158,7 @@ def _write_missing(
     del starting
     sets = _by_source(missing)
     tasks = [
-        {"task": (number, files, parts[0].source.max_examples)}
+        {"task": (number, files, parts[0].source.max_examples, parts[0].draw)}
         for number, parts in enumerate(sets)
         for files in _tasks(parts[0])
     ]
@@ -222,8 +226,8 @@ def _be_ready() -> None:
 
 def _tasks(each: ShardSet) -> Iterator[tuple[DataFile, ...]]:
     """Files for one reading task."""
-    if each.source.max_examples:
-        yield each.files  # the first N are counted over all files
+    if each.source.max_examples or each.draw:
+        yield each.files  # records are counted over all files
         return
     files: list[DataFile] = []
     for file in each.files:
@@ -236,25 +240,31 @@ def _tasks(each: ShardSet) -> Iterator[tuple[DataFile, ...]]:
 
 def _read_task(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Ray task: read files; one row out for the records of each shard."""
-    reading, files, limit = row["task"]
+    reading, files, limit, draw = row["task"]
     try:
-        for records in chunks(files, limit):
+        for records in chunks(files, limit, draw):
             yield {"reading": reading, "records": pickle.dumps(records), "failed": ""}
     except RequestError as error:
         yield {"reading": reading, "records": b"", "failed": str(error)}
 
 
-def chunks(files: Iterable[DataFile], limit: int | None = None) -> Iterator[list[tuple[str, Raw]]]:
+def chunks(
+    files: Sequence[DataFile], limit: int | None = None, draw: Draw | None = None
+) -> Iterator[list[tuple[str, Raw]]]:
     """Records of files with their places, as many at a time as one task tokenizes.
 
     Args:
         files: where to read.
         limit: records to read at most.
+        draw: takes them from a part drawn at random.
     """
     records: list[tuple[str, Raw]] = []
     total = 0
-    every = ((f"{file.path}:{position}", size, raw) for file in files for position, size, raw in read_raw(file))
-    for where, size, raw in islice(every, limit):
+
+    def read() -> Iterator[tuple[str, int, Raw]]:
+        return ((f"{file.path}:{position}", size, raw) for file in files for position, size, raw in read_raw(file))
+
+    for where, size, raw in draw.of(read, limit) if draw else islice(read(), limit):
         if records and (len(records) >= SHARD_RECORDS or total + size > SHARD_BYTES):
             yield records
             records, total = [], 0

@@ -159,10 +159,11 @@ def _data(log: RunLog) -> str:
         for source in log.sources(part):
             paths = source.get("path", "")
             path = ", ".join(masked(each) for each in (paths if isinstance(paths, list) else [paths]))
-            first = source.get("max_examples")
+            first, drawn = source.get("max_examples"), source.get("num_samples")
             of = counts.get(source.get("name")) if isinstance(counts, dict) else None
             examples = of.get("examples") if isinstance(of, dict) else None
-            size = f"{examples:,}" if isinstance(examples, int) else f"the first {first:,}" if first else ""
+            chosen = f"the first {first:,}" if first else f"{drawn:,} drawn at random" if drawn else ""
+            size = f"{examples:,}" if isinstance(examples, int) else chosen
             rows.append((str(source.get("name", "")), use, _code(path), size))
     text = _table("Data", ("source", "used for", "path", "examples"), rows)
     holdout = log.option("data.holdout", 0)

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -70,14 +71,19 @@ def as_csv(records: list[dict]) -> str:
     return out.getvalue()
 
 
+def as_table(records: list[dict]) -> pa.Table:
+    names = dict.fromkeys(name for record in records for name in record)
+    return pa.table({name: pa.array([record.get(name) for record in records]) for name in names})
+
+
 def as_parquet(records: list[dict]) -> bytes:
     out = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(records), out)
+    pq.write_table(as_table(records), out)
     return out.getvalue()
 
 
 def as_arrow(records: list[dict], new=pa.ipc.new_file) -> bytes:
-    out, table = io.BytesIO(), pa.Table.from_pylist(records)
+    out, table = io.BytesIO(), as_table(records)
     with new(out, table.schema) as writer:
         writer.write_table(table)
     return out.getvalue()
@@ -164,6 +170,100 @@ def test_columns_of_other_names_are_mapped():
     (item,) = read_all("a.jsonl", columns={"instruction": "ask", "output": "answer"})
     assert isinstance(item, Example)
     assert item.messages == (Message("user", "q"), Message("assistant", "a"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "turns"),
+    [
+        # A column that stands for one field is not the field of its own name as well.
+        ({"instruction": "input"}, [("user", "N"), ("assistant", "O")]),
+        ({"instruction": "input", "system": "instruction"}, [("system", "I"), ("user", "N"), ("assistant", "O")]),
+        ({"system": "instruction"}, [("system", "I"), ("user", "N"), ("assistant", "O")]),
+        ({"input": None}, [("user", "I"), ("assistant", "O")]),
+        ({"prompt": "input", "completion": "output"}, "NO"),
+    ],
+)
+def test_no_column_is_read_twice(columns, turns):
+    save("a.jsonl", lines([{"instruction": "I", "input": "N", "output": "O"}]))
+    (item,) = read_all("a.jsonl", columns=columns)
+    assert isinstance(item, Example), item
+    assert (item.text or [(message.role, message.content) for message in item.messages]) == turns
+
+
+def test_a_field_that_no_column_is_read_as_is_told():
+    save("a.jsonl", lines([{"instruction": "I", "input": "N", "output": "O"}]))
+    (item,) = read_all("a.jsonl", format="alpaca", columns={"output": None})
+    assert isinstance(item, Rejected)
+    assert item.reason.startswith("no column is read as 'output' (columns here: instruction, input, output); format")
+
+
+@pytest.mark.parametrize(
+    ("parts", "question"),
+    [
+        ({"instruction": "", "input": "just this"}, "just this"),
+        ({"instruction": None, "input": "and this"}, "and this"),
+        ({"input": "alone"}, "alone"),
+        ({"instruction": "both", "input": ""}, "both"),
+        ({"instruction": "both", "input": None}, "both"),
+        ({"instruction": "a", "input": "b"}, "a\nb"),
+        ({"instruction": "", "input": ""}, ""),
+    ],
+)
+def test_parts_that_are_empty_are_left_out_of_a_question(parts, question):
+    save("a.jsonl", lines([{**parts, "output": "yes"}]))
+    (item,) = read_all("a.jsonl")
+    assert isinstance(item, Example), item
+    assert item.messages == (Message("user", question), Message("assistant", "yes"))
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}, "turn 1"),
+        ({"messages": [{"role": r, "content": c} for r, c in zip(("user", "assistant") * 2, ("a", "b", "c", " \n"),
+                                                                  strict=True)]}, "turn 3"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": [], "tool_calls": []}]},
+         "messages[1]"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": []}]},
+         "messages[1]"),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "[]"}]}, "turn 1"),
+        ({"instruction": "a", "output": "b", "history": [["c", ""]]}, "turn 1"),
+        ({"instruction": "a", "output": "b", "history": [["c", "d"], ["e", None]]}, "turn 3"),
+        (["a", "b", "c", ""], "turn 3"),
+        ({"prompt": "a", "completion": " "}, "completion"),
+    ],
+)  # fmt: skip
+def test_an_answer_without_text_teaches_only_to_stop_and_is_rejected_by_its_turn(record, reason):
+    save("a.jsonl", lines([record]))
+    (item,) = read_all("a.jsonl")
+    assert isinstance(item, Rejected)
+    assert reason in item.reason
+
+
+def test_an_empty_question_in_a_history_is_kept():
+    save("a.jsonl", lines([{"instruction": "a", "output": "b", "history": [[None, "c"]]}]))
+    (item,) = read_all("a.jsonl")
+    assert isinstance(item, Example)
+    assert [message.content for message in item.messages] == ["", "c", "a", "b"]
+
+
+def test_records_of_several_formats_keep_theirs_in_one_parquet_file():
+    records = [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        {"instruction": "i", "input": "n", "output": "o"},
+        {"input": "n", "output": "o"},
+        {"prompt": "p", "completion": "c"},
+        {"text": "t", "weight": 2.0},
+        {"instruction": "i", "output": None, "text": "not to be trained on instead"},
+    ]
+    save("a.parquet", as_parquet(records))
+    save("a.jsonl", lines(records))
+    nested, plain = (
+        [replace(item, record="") if isinstance(item, Example) else item.reason.split(" (")[0] for item in items]
+        for items in (read_all("a.parquet"), read_all("a.jsonl"))
+    )
+    assert nested == plain
+    assert plain[-1] == "column 'output' is null"
 
 
 def test_parquet_with_nested_messages_reads_as_json_does():
@@ -323,13 +423,14 @@ def test_csv_counts_lines_of_the_file_and_keeps_long_and_broken_fields():
 
 
 def test_yaml_that_is_no_text_is_rejected_record_by_record():
-    save("a.yml", "- [q, yes]\n- [q, 2020-99-99]\n- [q, a]\n")
+    save("a.yml", "- [q, yes]\n- [q, !!timestamp 2020-99-99]\n- [q, a]\n- [q, 2020-09-09]\n")
     items = read_all("a.yml")
     assert reasons(items) == {
         "a.yml:1": "turns[1] holds True, a text belongs there",
         "a.yml:2": "no usable YAML (month must be in 1..12)",
     }
-    assert len(items) == 3
+    assert isinstance(items[3], Example)
+    assert items[3].messages[1].content == "2020-09-09"
 
 
 @pytest.mark.parametrize(

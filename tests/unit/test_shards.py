@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from raysft.checks import check_tokens
 from raysft.config import Config, RequestError
 from raysft.data import shards
+from raysft.data.draw import Draw
 from raysft.data.manifest import load, write_prompts
 from raysft.data.shards import ShardSet, chunks, shard_set, write, write_shards
 from tests.shards import data_config, the_set, write_records, written
@@ -36,7 +38,7 @@ def _without_ray(tmp_path, monkeypatch):
         return {
             each.directory: [
                 shard
-                for records in chunks(each.files, each.source.max_examples)
+                for records in chunks(each.files, each.source.max_examples, each.draw)
                 for shard in write_shards([each], records, tokenizer)
             ]
             for each in missing
@@ -87,6 +89,35 @@ def test_max_examples_reads_the_first_records(tmp_path, model):
     assert (len(manifest), manifest.records, len(manifest.rejected)) == (1, 2, 1)
 
 
+def drawn_of(config: Config, model: str, **options) -> list[str]:
+    changes = {f"data.train.0.{name}" if name != "seed" else "run.seed": value for name, value in options.items()}
+    return records_of(the_set(config.with_overrides(changes), model), model)
+
+
+def test_num_samples_draws_records_by_the_seed(tmp_path, model):
+    write_records(tmp_path / "a.jsonl", [GOOD] * 20)
+    config = data_config(tmp_path)
+    drawn = drawn_of(config, model, num_samples=8)
+    assert len(set(drawn)) == 8
+    assert drawn == drawn_of(config, model, num_samples=8) != [f"a.jsonl:{line}" for line in range(1, 9)]
+    assert set(drawn) != set(drawn_of(config, model, num_samples=8, seed=1))
+    assert set(drawn_of(config, model, num_samples=8, max_examples=3)) < set(drawn)
+    # As numpy's generator gives them to whoever seeds it so.
+    np.random.seed(42)
+    assert set(drawn_of(config, model, num_samples=8, seed=42)) == {
+        f"a.jsonl:{index + 1}" for index in np.random.permutation(20)[:8]
+    }
+
+
+def test_num_samples_takes_all_records_and_some_again_where_there_are_fewer(tmp_path, model):
+    write_records(tmp_path / "a.jsonl", [GOOD] * 5)
+    config = data_config(tmp_path)
+    drawn = drawn_of(config, model, num_samples=12)
+    assert len(drawn) == len(set(drawn)) == 12  # one that comes again has a name of its own
+    assert {place.split("#")[0] for place in drawn} == {f"a.jsonl:{line}" for line in range(1, 6)}
+    assert list(chunks([], None, Draw(3, 0))) == [[]]
+
+
 def test_a_set_is_written_once_and_found_again(tmp_path, model):
     write_records(tmp_path / "a.jsonl", [GOOD] * 3)
     each = the_set(data_config(tmp_path), model)
@@ -116,6 +147,7 @@ def changed_file(config: Config, folder: Path) -> Config:
         (lambda config, folder: config.with_overrides({"data.sequence_length": 32}), False),
         (lambda config, folder: config.with_overrides({"data.mask_history": True}), False),
         (lambda config, folder: config.with_overrides({"data.train.0.max_examples": 1}), False),
+        (lambda config, folder: config.with_overrides({"data.train.0.num_samples": 1}), False),
         (lambda config, folder: config.with_overrides({"data.train.0.name": "b"}), False),
         (lambda config, folder: config.with_overrides({"data.overlong": "drop"}), False),
         (lambda config, folder: config.with_overrides({"stage": "pt"}), False),
