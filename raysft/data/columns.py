@@ -38,6 +38,11 @@ def reader(record: Record, source: Source) -> Read:
     return read
 
 
+def filled(record: Record) -> tuple[str, ...]:
+    """The columns that hold something."""
+    return tuple(column for column, value in record.items() if value is not None and value != "")
+
+
 def find_format(record: Record, source: Source, before: str) -> str:
     """The format of a record; one that has none is measured by that of the record before."""
     try:
@@ -54,16 +59,15 @@ def _detect(record: Record, source: Source) -> str:
     Raises:
         ValueError: no format has such columns.
     """
-    there = {column for column in record if column is not None}
-    filled = {column for column in there if record[column] is not None}
+    there, full = set(record) - {None}, set(filled(record)) - {None}
 
     def has(field: str, columns: set[str]) -> bool:
         return source.column(field) in columns or (field in INSTEAD and source.column(INSTEAD[field]) in columns)
 
     # A format of which everything is there, else one of which the first is: then it is said what else it needs. Where all of
-    # it is null, other records of a Parquet file have that format.
+    # it is empty, it is the format of other records of a Parquet or CSV file.
     for needed in (None, 1):
-        for columns in (filled, there):
+        for columns in (full, there):
             for form, fields in FIELDS.items():
                 whole = all(has(field, there) for field in fields[:needed])
                 if whole and any(has(field, columns) for field in fields):

@@ -19,7 +19,9 @@ from raysft.config import RequestError, Source, locate
 from raysft.filesystems import filesystem_of, options_of, quoted
 
 ABOUT = ("README", "LICENSE", "LICENCE")
-"""What stands in a folder about its data. Other files of no known kind are refused: they might be data."""
+"""How files begin that stand in a folder about its data. Other files of no known kind are refused: they might be data."""
+INFO = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
+"""A registry, and what ``datasets`` writes about a set beside its files; with it a ``state.json``."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +122,13 @@ def _matching(filesystem: Any, path: str) -> Iterator[Any]:
     if info.type == fs.FileType.File:
         yield info
     elif info.type == fs.FileType.Directory:
-        for inner in filesystem.get_file_info(fs.FileSelector(path, recursive=True)):
+        inside = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
+        described = {inner.path.rpartition("/")[0] for inner in inside if inner.base_name in INFO}
+        for inner in inside:
             hidden = any(part.startswith((".", "_")) for part in inner.path[len(path) :].split("/"))
-            if inner.type == fs.FileType.File and not hidden and not inner.base_name.upper().startswith(ABOUT):
+            about = inner.base_name.upper().startswith(ABOUT) or inner.base_name in INFO
+            about |= inner.base_name == "state.json" and inner.path.rpartition("/")[0] in described
+            if inner.type == fs.FileType.File and not hidden and not about:
                 yield inner
     elif re.search(r"[*?\[]", path):
         folder = re.split(r"[*?\[]", path)[0].rpartition("/")[0]

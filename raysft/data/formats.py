@@ -9,7 +9,7 @@ from typing import Any
 
 from raysft.config import Source
 from raysft.data.calls import strings, tool_call, tool_schemas
-from raysft.data.columns import FIELDS, Read, check_columns, find_format, reader
+from raysft.data.columns import FIELDS, Read, check_columns, filled, find_format, reader
 from raysft.data.read import Raw, Unreadable, parsed
 from raysft.records import IGNORED, Example, Message, Record, Rejected
 
@@ -46,9 +46,9 @@ def examples(records: Iterable[tuple[str, Raw]], source: Source) -> Iterator[tup
             yield Rejected(source.name, where, record.reason), form
             continue
         try:
-            filled = tuple(column for column, value in record.items() if value is not None)
-            form = source.format or known.get(filled) or find_format(record, source, form)
-            known[filled] = form
+            columns = filled(record)
+            form = source.format or known.get(columns) or find_format(record, source, form)
+            known[columns] = form
             yield to_example(record, form, source, where), form
         except ValueError as error:
             yield Rejected(source.name, where, str(error)), form

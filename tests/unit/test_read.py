@@ -554,6 +554,23 @@ def test_a_link_back_into_its_folder_and_a_path_told_twice_give_no_record_twice(
     assert refusal(["d/a.txt", "d/../d/a.txt"]).endswith("a second time; name it once")
 
 
+def test_what_datasets_writes_about_a_saved_set_is_no_part_of_its_data():
+    import datasets
+
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+    records = [{"messages": turns}, {"messages": [turns[0], {"role": "assistant", "content": "", "tool_calls": calls}]}]
+    whole = datasets.Dataset.from_list(records)
+    datasets.DatasetDict({"train": whole, "test": whole}).save_to_disk("saved")
+    save("data/dataset_info.json", "{}")
+    save("data/state.json", lines(records))
+    save("other/state.json", lines(records))
+    plain = [item.messages for item in read_all("other") if isinstance(item, Example)]
+    assert len(plain) == 2
+    assert [item.messages for item in read_all("saved") if isinstance(item, Example)] == plain * 2
+    assert refusal("data") == "source 's': data matches no file; check data path and working directory"
+
+
 def test_a_file_uri_is_the_path_that_it_names():
     save("d e/a.txt", "one\n")
     assert len(read_all(f"file://{Path.cwd()}/d%20e/a.txt")) == 1
