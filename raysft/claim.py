@@ -17,6 +17,13 @@ from raysft.records import RunDirectory
 from raysft.storage import StorageFailed, reason_of
 
 
+def settled(directory: RunDirectory, config: Config) -> Config:
+    """The config of a run that goes on: what ``auto`` decided when it began stays, whatever has changed since."""
+    if config.train.rows_per_step != "auto" or not (begun(directory) and directory.config.exists()):
+        return config
+    return config.with_overrides({"train.rows_per_step": _config_there(directory).train.rows_per_step})
+
+
 def differences(directory: RunDirectory, config: Config) -> dict[str, list[Any]]:
     """The keys that would give other numbers than the config that began a run: [value there, value here].
 
@@ -28,13 +35,16 @@ def differences(directory: RunDirectory, config: Config) -> dict[str, list[Any]]
         if (place.local and place.local.is_file()) or any(".lock" not in name for name in place.list()):
             raise RequestError(f"{place}: the folder is not empty and holds no config.yaml; choose another run.name")
         return {}
-    try:
-        there = parse(yaml.safe_load(directory.config.read_text(encoding="utf-8"))).mathematics()
-    except (TypeError, ValueError, yaml.YAMLError):
-        raise RequestError(f"{directory.config}: is not a config of this version; choose another run.name") from None
-    here = config.mathematics()
+    there, here = _config_there(directory).mathematics(), settled(directory, config).mathematics()
     keys = [key for key in sorted({*here, *there}) if here.get(key) != there.get(key)] if begun(directory) else []
     return {key: [there.get(key), here.get(key)] for key in keys}
+
+
+def _config_there(directory: RunDirectory) -> Config:
+    try:
+        return parse(yaml.safe_load(directory.config.read_text(encoding="utf-8")))
+    except (TypeError, ValueError, yaml.YAMLError):
+        raise RequestError(f"{directory.config}: is not a config of this version; choose another run.name") from None
 
 
 def begun(directory: RunDirectory) -> bool:

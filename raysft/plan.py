@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
-import numpy as np
-
 from raysft.config import Config, RequestError
 from raysft.data import Prepared
 from raysft.data.manifest import Manifest
@@ -53,20 +51,22 @@ class Plan:
     examples: int
     """Examples to train on, in one epoch."""
     rows: int
-    """Rows over all epochs."""
+    """Rows over all epochs that hold examples."""
     rows_of_epochs: tuple[int, ...]
     """Rows of each epoch."""
     steps: int
     epochs: int
     rows_per_step: int
+    rows_per_step_chosen: bool
+    """Whether the data decided it (``train.rows_per_step: auto``)."""
     sequence_length: int
     tokens: int
     """Tokens without padding over all epochs."""
     trained_tokens: int
     useful: float
     """Share of the row space that holds tokens."""
-    last_step_empty: float
-    """Share of the last step's rows that are fillers."""
+    empty_rows: int
+    """Rows that steps have room for beside those with examples: an epoch may end before its last step is full."""
     filler_rows: int
     """Rows without labels in each whole step, because ``rows_per_step`` does not divide by the workers."""
     workers: int
@@ -101,10 +101,12 @@ class Plan:
             f"{100 * self.useful:.1f}% useful, {self.tokens:,} tokens, {self.trained_tokens:,} trained"
         )
         lines.append(
-            f"steps: {self.steps:,} of {_count(self.rows_per_step, 'row')} = {_count(self.workers, 'worker')} × "
+            f"steps: {self.steps:,} of {_count(self.rows_per_step, 'row')}"
+            + (" (auto: chosen by the data)" if self.rows_per_step_chosen else "")
+            + f" = {_count(self.workers, 'worker')} × "
             f"{_count(self.rows_per_worker, 'row')} in {_count(self.accumulation, 'microbatch', 'es')}"
             + (f", {self.filler_rows} of them empty in each step" if self.filler_rows else "")
-            + (f"; {100 * self.last_step_empty:.0f}% of the last step is empty" if self.last_step_empty else "")
+            + (f"; {_count(self.empty_rows, 'row')} at the ends of epochs stay empty" if self.empty_rows else "")
         )
         if self.most_workers > self.fewest_workers:
             lines.append(f"workers: {self.fewest_workers} to {self.most_workers}, as nodes come and go")
@@ -185,25 +187,32 @@ def _listed(nodes: Sequence[Mapping[str, float]], use_gpu: bool) -> str:
 
 
 def make_plan(config: Config, prepared: Prepared, nodes: Sequence[Mapping[str, float]]) -> Plan:
-    """Put the plan together from manifests and schedule."""
+    """Put the plan together from manifests and schedule.
+
+    Args:
+        config: as it was given; with ``train.rows_per_step: auto`` the schedule knows the number.
+        prepared: what is trained and evaluated on.
+        nodes: resources of each node.
+    """
     schedule = prepared.train_rows.schedule
-    scaling, per_step = config.scaling, config.train.rows_per_step
+    scaling, per_step = config.scaling, schedule.rows_per_step
     workers = min(scaling.most_workers, max(1, room(nodes, scaling.cpus_per_worker, scaling.use_gpu)))
     each = -(-per_step // workers)
-    last = schedule.rows - (schedule.steps - 1) * per_step
+    rows = schedule.consumed(schedule.steps)
     plan = Plan(
         stage=config.stage,
         examples=sum(len(manifest) for manifest in prepared.train),
-        rows=schedule.rows,
-        rows_of_epochs=tuple(np.diff(np.minimum([0, *schedule.epoch_ends], schedule.rows)).tolist()),
+        rows=rows,
+        rows_of_epochs=tuple(schedule.rows_of_epochs),
         steps=schedule.steps,
         epochs=config.train.epochs,
         rows_per_step=per_step,
+        rows_per_step_chosen=config.train.rows_per_step == "auto",
         sequence_length=config.data.sequence_length,
         tokens=int(schedule.step_tokens.sum()),
         trained_tokens=int(schedule.step_trained.sum()),
         useful=round(schedule.useful, 6),
-        last_step_empty=round(1 - last / per_step, 6),
+        empty_rows=schedule.steps * per_step - rows,
         filler_rows=each * workers - per_step,
         workers=workers,
         fewest_workers=scaling.fewest_workers,

@@ -19,7 +19,7 @@ from raysft.checks import (
     check_trained,
     refuse_other_model,
 )
-from raysft.claim import alone_in, belongs_to, differences, writable
+from raysft.claim import alone_in, belongs_to, differences, settled, writable
 from raysft.cluster import cluster
 from raysft.config import Config, RequestError, load, masked, parse
 from raysft.copies import local_copy
@@ -84,12 +84,13 @@ def check(config: Config) -> Plan:
     refuse_other_model(config)
     with looked_into(config.run_place, Terminal().line) as directory:
         belongs_to(directory, config)
+        begun_with = settled(directory, config)
     check_metrics(config)
     check_trackers(config)
     with cluster(config) as nodes:
         check_resources(config, nodes)
         check_engines(config)
-        plan = make_plan(config, _prepared(config)[-1], nodes)
+        plan = make_plan(config, _prepared(begun_with)[-1], nodes)
     terminal = Terminal()
     for line in plan.lines():
         terminal.line(line)
@@ -102,7 +103,7 @@ def show(config: Config, rows: int, page: Path | None = None) -> None:
     from raysft.data.show import Lengths, print_rows, shown_rows, write_page
 
     with cluster(config):
-        model, _, prepared = _prepared(config)
+        _, model, _, prepared = _prepared(config)
     shown = list(shown_rows(prepared.train_rows, model, rows, config.model.runs_code))
     lengths = Lengths.of(prepared.train_rows, prepared.train)
     if page is None:
@@ -226,8 +227,9 @@ def _opened(
 ) -> Opened:
     check_resources(config, nodes)
     check_engines(config)
-    model, adapter, prepared = _prepared(config)
-    plan = make_plan(config, prepared, nodes)
+    asked, config = config, settled(directory, config)
+    config, model, adapter, prepared = _prepared(config)
+    plan = make_plan(asked, prepared, nodes)
     if changed:
         append_json(directory.changes, {"changed": changed})
         terminal.line(
@@ -307,9 +309,15 @@ def generate_predictions(it: Opened) -> None:
     directory.write_results("predict", results)
 
 
-def _prepared(config: Config) -> tuple[str, str | None, Prepared]:
+def _prepared(config: Config) -> tuple[Config, str, str | None, Prepared]:
+    """The config with what the data decided, the model, the adapter to go on with, and the data.
+
+    Raises:
+        RequestError: they cannot be used as asked.
+    """
     from raysft.train.adapters import find_adapter
     from raysft.train.model import check_model, find_model
+    from raysft.train.zero import deepspeed_settings
 
     writable(config)
     tell = Terminal().line
@@ -321,7 +329,10 @@ def _prepared(config: Config) -> tuple[str, str | None, Prepared]:
     named, manifests = f"model.path={config.model.path}", (*prepared.train, *prepared.eval, *prepared.prompts)
     rows = embedding_rows(Path(local_copy(model)), described, named)
     check_tokens((each.largest for each in manifests), rows, load_once(model, config.model.runs_code), named)
-    return model, adapter, prepared
+    if config.train.rows_per_step == "auto":
+        config = config.with_overrides({"train.rows_per_step": prepared.train_rows.schedule.rows_per_step})
+        deepspeed_settings(config, config.scaling.most_workers)
+    return config, model, adapter, prepared
 
 
 def _job(it: Opened) -> Any:

@@ -271,7 +271,7 @@ def plain_training(model: nn.Module, rows: Rows, make: Callable[[nn.Module], tor
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=0, num_training_steps=rows.schedule.steps)
     losses, norms = [], []
     for step in range(rows.schedule.steps):
-        batch = rows.batch(range(step * 4, step * 4 + 4))
+        batch = rows.batch(rows.share(step, 0, 1))
         total, count = torch.zeros(()), 0
         for row in range(4):
             for ids, labels in examples_of(batch, row):

@@ -103,7 +103,7 @@ def _schedule(
     train_rows = Rows(
         manifests=tuple(each.manifest.location for each in train),
         capacity=data.sequence_length,
-        rows_per_step=config.train.rows_per_step,
+        rows_per_step=None if config.train.rows_per_step == "auto" else config.train.rows_per_step,
         seed=config.run.seed,
         epochs=config.train.epochs,
         max_steps=config.train.max_steps,
@@ -123,9 +123,10 @@ def _schedule(
         )
         for each in evaluation
     }
-    if not train_rows.schedule.step_trained.all():
-        step = int((train_rows.schedule.step_trained == 0).argmax())
-        raise RequestError(f"step {step} has no trained token; raise train.rows_per_step={config.train.rows_per_step}")
+    schedule = train_rows.schedule
+    if not schedule.step_trained.all():
+        step = int((schedule.step_trained == 0).argmax()) + 1
+        raise RequestError(f"step {step} has no trained token; raise train.rows_per_step={schedule.rows_per_step}")
     return Prepared(
         tuple(manifests[: len(train)]),
         tuple(manifests[len(train) : len(train) + len(evaluation)]),

@@ -111,6 +111,11 @@ def chain(parts: Sequence[Pieces]) -> Pieces:
     )
 
 
+def empty(rows: int) -> Pieces:
+    """Rows that hold nothing."""
+    return Pieces(np.zeros(rows + 1, np.int64), *np.empty((4, 0), np.int64))
+
+
 def cut(pieces: Pieces, rows: int) -> Pieces:
     offsets = pieces.offsets[: rows + 1]
     return Pieces(offsets, *(values[: offsets[-1]] for values in pieces[1:]))

@@ -6,9 +6,10 @@ worker and ``raysft check`` agree without talking to each other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import tee
 
 import numpy as np
 
@@ -16,6 +17,11 @@ from raysft.data import layout as layouts
 from raysft.data import mix
 from raysft.data.layout import Layout, Pieces
 from raysft.data.mix import Mixing
+
+MOST_ROWS = 32
+"""Rows of a step where nobody says how many, and there is data enough."""
+ENOUGH_STEPS = 100
+"""Steps that a training should have at least: Adam moves a weight by no more than the learning rate in each of them."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +58,11 @@ class Schedule:
     group_ends: np.ndarray
     """Row numbers at which a group of shards ends; reading in such pieces opens each shard once."""
     epoch_ends: np.ndarray
-    """Row numbers at which an epoch ends."""
+    """Rows consumed at which an epoch ends."""
 
     @property
     def rows(self) -> int:
-        """Rows over all epochs."""
+        """Rows over all epochs, with the empty ones that fill the last step of each epoch but the last."""
         return len(self.pieces.offsets) - 1
 
     @property
@@ -67,6 +73,21 @@ class Schedule:
     def row(self, index: int) -> np.ndarray:
         """The examples of which a row holds pieces."""
         return self.pieces.examples[self.pieces.offsets[index] : self.pieces.offsets[index + 1]]
+
+    @cached_property
+    def step_rows(self) -> np.ndarray:
+        """[steps] rows that hold something."""
+        filled = np.concatenate([[0], np.cumsum(np.diff(self.pieces.offsets) > 0)])
+        return np.diff(filled[self._edges(np.arange(self.steps + 1))])
+
+    def consumed(self, steps: int) -> int:
+        """Rows that hold something in the first steps."""
+        return int(self.step_rows[:steps].sum())
+
+    @property
+    def rows_of_epochs(self) -> list[int]:
+        """Rows of each epoch, as far as the schedule goes."""
+        return np.diff(np.minimum([0, *self.epoch_ends], self.consumed(self.steps))).tolist()
 
     @cached_property
     def step_tokens(self) -> np.ndarray:
@@ -96,7 +117,7 @@ class Schedule:
     @property
     def useful(self) -> float:
         """Share of the row space that holds tokens."""
-        return float(self.step_tokens.sum()) / max(1, self.rows * self.capacity)
+        return float(self.step_tokens.sum()) / max(1, self.consumed(self.steps) * self.capacity)
 
     def epoch_of(self, rows: int) -> float:
         """How many epochs a number of consumed rows is."""
@@ -119,11 +140,45 @@ class Schedule:
         return np.diff(totals[self.pieces.offsets[self._edges(np.arange(self.steps + 1))]])
 
 
+def step_size(epochs: Iterable[np.ndarray]) -> int:
+    """How many rows a step has where nobody says: 32 where that gives at least 100 steps in all, else fewer.
+
+    It is a power of two, which the usual numbers of workers divide, and no larger than an epoch needs. It is raised as far as
+    it must be for each step to have something to learn from. Of a large data set only the beginning is looked at.
+
+    Args:
+        epochs: [rows] trained tokens of each row, epoch by epoch.
+
+    >>> [step_size([np.ones(rows)] * epochs) for rows, epochs in ((3169, 1), (3168, 1), (500, 3), (40, 1), (5, 200))]
+    [32, 16, 8, 1, 8]
+    >>> step_size([np.array([4, 0, 7, 0, 0, 9])])
+    2
+    """
+    known: list[np.ndarray] = []
+    total = 0
+    for epoch in epochs:
+        known.append(epoch)
+        total += len(epoch)
+        if -(-total // MOST_ROWS) >= ENOUGH_STEPS:
+            break
+    shortest = min(map(len, known))
+    size = MOST_ROWS
+    while size > 1 and (-(-total // size) < ENOUGH_STEPS or size >= 2 * shortest):
+        size //= 2
+    while size < MOST_ROWS and not all(_each_step_learns(epoch, size) for epoch in known):
+        size *= 2
+    return size
+
+
+def _each_step_learns(trained: np.ndarray, size: int) -> bool:
+    return bool(np.add.reduceat(trained, np.arange(0, len(trained), size)).all())
+
+
 def plan_rows(
     sources: Sequence[Lengths],
     *,
     capacity: int,
-    rows_per_step: int,
+    rows_per_step: int | None = None,
     seed: int = 0,
     epochs: int = 1,
     max_steps: int | None = None,
@@ -137,9 +192,10 @@ def plan_rows(
     Args:
         sources: lengths of each source's examples.
         capacity: tokens that a row holds.
-        rows_per_step: rows of an optimizer step over all workers.
+        rows_per_step: rows of an optimizer step over all workers; None: what ``step_size`` says of all epochs.
         seed: with the epoch's number it decides the order and, in a mixture, which examples are taken.
-        epochs: times that the mixture is used. Epochs follow each other without a gap: only the last step is incomplete.
+        epochs: times that the mixture is used. Each begins with a step of its own, so that the last step of each may be
+            incomplete.
         max_steps: cut the schedule after so many steps.
         layout: how examples become rows. ``packed`` wants examples of at most ``capacity`` tokens; the others cut longer ones.
         mixing: ``concat``: each example once an epoch; otherwise sources are taken in the proportion of their weights, until the
@@ -151,15 +207,51 @@ def plan_rows(
         The schedule.
     """
     firsts = np.cumsum([0, *map(len, sources)])
+    laid = _epochs(sources, firsts, capacity, seed if shuffle else None, epochs, layout, mixing, document_mask)
+    if rows_per_step is None:
+        laid, seen = tee(laid)
+        rows_per_step = step_size(np.concatenate([_trained(part) for part in parts]) for parts, _ in seen)
+        del seen  # it would keep all that follows
+    all_parts: list[Pieces] = []
+    group_ends: list[int] = []
+    in_epochs: list[int] = []
+    rows = 0
+    for parts, ends in laid:
+        start = -(-rows // rows_per_step) * rows_per_step
+        all_parts += [layouts.empty(start - rows), *parts]
+        group_ends += [start + end for end in ends]
+        in_epochs.append(ends[-1])
+        rows = start + ends[-1]
+        if max_steps and rows > (max_steps - 1) * rows_per_step:
+            break
+    pieces = layouts.cut(layouts.chain(all_parts), max_steps * rows_per_step if max_steps else rows)
+    return Schedule(
+        pieces=pieces,
+        sources=(np.searchsorted(firsts, pieces.examples, side="right") - 1).astype(np.int16),
+        weights=_weights(sources),
+        capacity=capacity,
+        rows_per_step=rows_per_step,
+        group_ends=np.asarray(group_ends),
+        epoch_ends=np.cumsum(in_epochs),
+    )
+
+
+def _epochs(
+    sources: Sequence[Lengths],
+    firsts: np.ndarray,
+    capacity: int,
+    seed: int | None,
+    epochs: int,
+    layout: Layout,
+    mixing: Mixing,
+    document_mask: bool,
+) -> Iterator[tuple[list[Pieces], list[int]]]:
+    """The rows of one epoch after the other, in parts, and the rows of each epoch at which a group of shards ends."""
     lengths = np.concatenate([source.lengths for source in sources]).astype(np.int64)
     trained = np.concatenate([source.trained for source in sources]).astype(np.int64)
     takes = mix.mixture([len(source) for source in sources], [source.weight for source in sources], mixing)
-    parts: list[Pieces] = []
-    group_ends: list[int] = []
-    epoch_ends: list[int] = []
-    rows = 0
     for epoch in range(epochs):
-        random = np.random.default_rng([seed, epoch]) if shuffle else None
+        random = None if seed is None else np.random.default_rng([seed, epoch])
         orders = [
             first + mix.order(source.shard_ends, take, random)
             for first, source, take in zip(firsts, sources, takes, strict=False)
@@ -168,32 +260,20 @@ def plan_rows(
         if layout == "joined":
             part = layouts.joined(np.concatenate(groups), lengths, capacity, document_mask)
             ends = np.cumsum([lengths[group].sum() for group in groups]) / max(1, lengths[np.concatenate(groups)].sum())
-            group_ends += (rows + np.ceil(ends * (len(part.offsets) - 1))).astype(int).tolist()
-            parts.append(part)
-            rows += len(part.offsets) - 1
-        else:
-            for group in groups:
-                part = (
-                    layouts.packed(group, lengths, trained, capacity, random)
-                    if layout == "packed"
-                    else layouts.single(group, lengths, trained, capacity)
-                )
-                parts.append(part)
-                rows += len(part.offsets) - 1
-                group_ends.append(rows)
-        epoch_ends.append(rows)
-        if max_steps and rows >= max_steps * rows_per_step:
-            break
-    pieces = layouts.cut(layouts.chain(parts), max_steps * rows_per_step if max_steps else rows)
-    return Schedule(
-        pieces=pieces,
-        sources=(np.searchsorted(firsts, pieces.examples, side="right") - 1).astype(np.int16),
-        weights=_weights(sources),
-        capacity=capacity,
-        rows_per_step=rows_per_step,
-        group_ends=np.asarray(group_ends),
-        epoch_ends=np.asarray(epoch_ends),
-    )
+            yield [part], np.ceil(ends * (len(part.offsets) - 1)).astype(int).tolist()
+            continue
+        parts = [
+            layouts.packed(group, lengths, trained, capacity, random)
+            if layout == "packed"
+            else layouts.single(group, lengths, trained, capacity)
+            for group in groups
+        ]
+        yield parts, np.cumsum([len(part.offsets) - 1 for part in parts]).tolist()
+
+
+def _trained(part: Pieces) -> np.ndarray:
+    """[rows] trained tokens."""
+    return np.add.reduceat(part.trained, part.offsets[:-1])
 
 
 def _weights(sources: Sequence[Lengths]) -> np.ndarray | None:

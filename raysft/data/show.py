@@ -47,7 +47,8 @@ def shown_rows(rows: Rows, model: str, count: int, runs_code: bool = False) -> I
         runs_code: code that comes with the model may run.
     """
     tokenizer = load_once(model, runs_code)
-    for number in range(min(count, rows.schedule.rows)):
+    filled = np.flatnonzero(np.diff(rows.schedule.pieces.offsets))
+    for number in filled[:count].tolist():
         batch = rows.batch([number])
         tokens = int(batch["tokens"][0])
         ids, labels = (batch[name][0, :tokens] for name in ("input_ids", "labels"))
@@ -90,8 +91,7 @@ class Lengths:
             (low + index * width, min(high, low + (index + 1) * width - 1), int(count))
             for index, count in enumerate(counts)
         ]
-        tokens = int(rows.schedule.step_tokens.sum())
-        space = rows.schedule.rows * rows.capacity
+        tokens, filled = int(rows.schedule.step_tokens.sum()), rows.schedule.consumed(rows.schedule.steps)
         total = {
             name: sum(manifest.counts.get(name, 0) for manifest in manifests)
             for name in ("truncated_tokens", "dropped_tokens")
@@ -102,7 +102,7 @@ class Lengths:
         return cls(
             bars,
             [
-                f"{tokens:,} tokens in {rows.schedule.rows:,} rows; {1 - tokens / space:.2%} of their space is padding",
+                f"{tokens:,} tokens in {filled:,} rows; {1 - rows.schedule.useful:.2%} of their space is padding",
                 f"of the {whole:,} tokens of all examples lost: {total['truncated_tokens'] / whole:.2%} to truncation, "
                 f"{total['dropped_tokens'] / whole:.2%} to dropping what is too long",
                 f"{rejected:,} of {records:,} records rejected ({rejected / max(1, records):.2%})",

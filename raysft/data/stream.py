@@ -67,7 +67,8 @@ class Rows:
     manifests: tuple[str, ...]
     """Where the manifests are, one for each source: paths or URIs."""
     capacity: int
-    rows_per_step: int
+    rows_per_step: int | None = None
+    """Rows of a step; None: as many as suit the data. ``schedule`` knows the number."""
     seed: int = 0
     epochs: int = 1
     max_steps: int | None = None
@@ -121,7 +122,7 @@ class Rows:
 
     def share(self, step: int, worker: int, workers: int) -> np.ndarray:
         """Numbers of the rows that a worker trains on in a step; −1 for a filler."""
-        return share(self.schedule.rows, self.rows_per_step, step, worker, workers)
+        return share(self.schedule.rows, self.schedule.rows_per_step, step, worker, workers)
 
     def records(self, row: int) -> list[str]:
         """Where the examples of a row come from: ``source: file:line``."""
@@ -135,7 +136,7 @@ class Rows:
     def batches(self, shares: Iterable[pa.Table], workers: int) -> Iterator[Batch]:
         """What a worker gets from its split of ``dataset`` → its rows of each step."""
         for table in shares:
-            yield from as_batches(table, -(-self.rows_per_step // workers))
+            yield from as_batches(table, -(-self.schedule.rows_per_step // workers))
 
     def dataset(self, first: int, workers: int) -> Any:
         """The same for all workers as a Ray dataset, to be split over them in order, from step ``first`` on."""
@@ -158,13 +159,13 @@ class Rows:
         """How Ray Data is to run ``dataset``: in order, and not further ahead than a few shares for each worker."""
         import ray
 
-        share_bytes = 20 * max(SHARE_TOKENS, self.rows_per_step * self.capacity // workers)
+        share_bytes = 20 * max(SHARE_TOKENS, self.schedule.rows_per_step * self.capacity // workers)
         waiting = ray.data.ExecutionResources(object_store_memory=max(WAITING_BYTES, 4 * workers * share_bytes))
         return ray.data.ExecutionOptions(preserve_order=True, resource_limits=waiting)
 
     def _pieces(self, first: int, workers: int) -> Iterator[dict[str, Any]]:
         """What each task makes: the shares of some steps that lie in about one group of shards."""
-        schedule, per_step = self.schedule, self.rows_per_step
+        schedule, per_step = self.schedule, self.schedule.rows_per_step
         each = -(-per_step // workers)
         steps_in_share = max(1, SHARE_TOKENS // (each * self.capacity))
         longest = max(1, PIECE_ROWS // (per_step * steps_in_share)) * steps_in_share

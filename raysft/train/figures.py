@@ -44,7 +44,6 @@ class Figures:
             left: seconds to its end, as far as is known.
         """
         schedule, step = self._schedule, cursor.step - 1
-        rows = cursor.rows - step * schedule.rows_per_step
         tokens, targets = int(schedule.step_tokens[step]), int(schedule.step_trained[step])
         memory, memory_total = _memory(self._device)
         return StepRecord(
@@ -60,7 +59,7 @@ class Figures:
             throughput=round(tokens / seconds, 2),
             total_tokens=cursor.tokens,
             trained_tokens=targets,
-            useful=round(tokens / (rows * schedule.capacity), 6),
+            useful=round(tokens / (int(schedule.step_rows[step]) * schedule.capacity), 6),
             rows=cursor.rows,
             step_seconds=round(seconds, 4),
             data_wait_seconds=round(data_wait, 4),

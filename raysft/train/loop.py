@@ -42,6 +42,7 @@ class Schedule(Protocol):
 
     capacity: int
     rows_per_step: int
+    step_rows: np.ndarray
     step_tokens: np.ndarray
     step_trained: np.ndarray
     step_weight: np.ndarray
@@ -54,6 +55,8 @@ class Schedule(Protocol):
 
     @property
     def steps(self) -> int: ...
+
+    def consumed(self, steps: int) -> int: ...
 
     def epoch_of(self, rows: int) -> float: ...
 
@@ -227,8 +230,7 @@ class _Loop:
             if not self.engine.was_step_applied():
                 self.lr.step()  # DeepSpeed leaves the schedule where it was; it is to end with the run
         tokens = int(self.schedule.step_tokens[index])
-        rows = min((index + 1) * self.schedule.rows_per_step, self.schedule.rows)
-        cursor = Cursor(index + 1, rows, cursor.tokens + tokens, cursor.identity)
+        cursor = Cursor(index + 1, self.schedule.consumed(index + 1), cursor.tokens + tokens, cursor.identity)
         elapsed = time.perf_counter() - self.started
         left = (self.schedule.steps - cursor.step) * elapsed / (cursor.step - self.first)
         if trained.noticed and self.noticed_after is None and self.job.config.train.optimizer != "badam":

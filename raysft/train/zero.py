@@ -29,14 +29,9 @@ def deepspeed_settings(config: Config, workers: int) -> dict[str, Any]:
     Raises:
         RequestError: the two contradict each other.
     """
-    rows = -(-config.train.rows_per_step // workers)
-    micro = min(config.train.rows_per_device, rows)
-    accumulation = -(-rows // micro)
     mixed = config.dtype if not config.autocast else "float32"
     settings: dict[str, Any] = {
-        "train_batch_size": micro * accumulation * workers,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation,
+        **_sizes(config, workers),
         "gradient_clipping": config.train.max_grad_norm,
         "bf16": {"enabled": mixed == "bfloat16"},
         "fp16": {"enabled": mixed == "float16"},
@@ -49,6 +44,20 @@ def deepspeed_settings(config: Config, workers: int) -> dict[str, Any]:
     }
     settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"} if config.autocast else {"enabled": False}
     return _merged(settings, _given(config), "train.deepspeed")
+
+
+def _sizes(config: Config, workers: int) -> dict[str, int]:
+    """How a step's rows are cut up; nothing as long as the data has not decided how many there are."""
+    if config.train.rows_per_step == "auto":
+        return {}
+    rows = -(-config.train.rows_per_step // workers)
+    micro = min(config.train.rows_per_device, rows)
+    accumulation = -(-rows // micro)
+    return {
+        "train_batch_size": micro * accumulation * workers,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+    }
 
 
 def _offload(config: Config) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 import raysft
 from raysft.cli import main
@@ -64,7 +65,7 @@ data:
   train: [{{name: texts, path: {folder}/texts.txt}}]
   eval: [{{name: more, path: {folder}/more.txt}}, {{name: same, path: {folder}/texts.txt, max_examples: 5}}]
   sequence_length: 64
-train: {{rows_per_step: 4, learning_rate: 1.0e-2}}
+train: {{epochs: 7, learning_rate: 1.0e-3}}
 scaling: {{threads_per_worker: 1}}
 """
 
@@ -115,7 +116,7 @@ def test_steps_are_as_planned(sft_run):
     assert sum(step["trained_tokens"] for step in steps) == plan["trained_tokens"]
     assert steps[-1]["total_tokens"] == plan["tokens"]
     assert steps[-1]["rows"] == plan["rows"]
-    assert steps[-1]["epoch"] == 2
+    assert [step["epoch"] for step in steps][plan["steps"] // 2 - 1 :: plan["steps"] // 2] == [1, 2]
 
 
 def test_what_was_learnt_is_in_the_results(sft_run):
@@ -376,9 +377,15 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_once(folder, capsys):
     assert steps == sorted(set(steps))
 
 
-def test_pre_training_has_a_perplexity_for_each_evaluation_set(folder, capsys):
+@pytest.fixture(scope="module")
+def pt_run(folder) -> Path:
+    """A whole run on raw text."""
     assert main(["run", str(folder / "pt.yaml")]) == 0
-    run = folder / "runs" / "pt"
+    return folder / "runs" / "pt"
+
+
+def test_pre_training_has_a_perplexity_for_each_evaluation_set(pt_run):
+    run = pt_run
     evaluation = results(run, "eval")
     for name in ("more", "same"):
         assert evaluation[f"eval_{name}_perplexity"] == pytest.approx(math.exp(evaluation[f"eval_{name}_loss"]))
@@ -389,7 +396,27 @@ def test_pre_training_has_a_perplexity_for_each_evaluation_set(folder, capsys):
     )
     assert evaluation["eval_loss"] == pytest.approx(mean / tokens)
     assert not (run / "generated_predictions.jsonl").exists()
-    assert "held-out loss" in capsys.readouterr().out
+    assert "held-out loss" in (run / "README.md").read_text()
+
+
+def test_the_data_decides_how_many_rows_a_step_has_once_for_a_run(folder, pt_run, capsys):
+    plan = json.loads((pt_run / "plan.json").read_text())
+    chosen, in_epoch = plan["rows_per_step"], plan["rows_of_epochs"][0]
+    # 7 epochs of some 30 rows: 2 rows in a step give more than 100 steps, 4 do not.
+    assert (chosen, plan["steps"]) == (2, 7 * -(-in_epoch // 2))
+    assert yaml.safe_load((pt_run / "config.yaml").read_text())["train"]["rows_per_step"] == 2
+    assert [step["epoch"] for step in steps_of(pt_run)][-(-in_epoch // 2) - 1] == 1
+    assert results(pt_run, "train")["total_rows"] == plan["rows"]
+    # With other data auto would be another number; this run has begun with 2.
+    longer = ["train.epochs=70", "run.name=pt"]
+    assert main(["check", str(folder / "pt.yaml"), *longer]) == 2
+    assert "train.epochs is 7 there and 70 here; choose" in capsys.readouterr().err
+    assert main(["check", str(folder / "pt.yaml"), "run.name=longer", *longer[:1]]) == 0
+    assert " of 16 rows (auto: chosen by the data)" in capsys.readouterr().out
+    assert main(["run", str(folder / "pt.yaml")]) == 0
+    out = capsys.readouterr().out
+    assert " of 2 rows (auto: chosen by the data)" in out
+    assert "is trained already" in out
 
 
 def test_check_plans_without_training(folder, sft_run, capsys):

@@ -52,15 +52,19 @@ def test_training_equals_a_plain_loop_over_single_examples(prepared, reference):
     assert_same((*reference[:3], {}), (losses, norms, weights, {}))
 
 
-def test_ten_steps_over_several_epochs_equal_a_plain_loop(prepared):
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_ten_steps_over_epochs_that_do_not_fill_their_last_one_equal_a_plain_loop(prepared, world):
     folder, model, manifest = prepared
     rows = rows_of(manifest, steps=10, epochs=3)
     assert rows.schedule.steps == 10
+    assert 0 < rows.schedule.step_rows[:-1].min() < 4, "each epoch fills its last step"
     losses, norms, weights = plain_training(plain_model(model), rows)
-    ours = train(make_config(folder, model, rows_per_device=4, max_steps=10, epochs=3), rows)
+    ours = train(make_config(folder, model, rows_per_device=4 // world, max_steps=10, epochs=3), rows, world=world)
     # Ten steps of Adam at a rate of 0.01 make more of rounding than four.
     assert_same((*ours[:3], {}), (losses, norms, weights, {}), tolerance=1e-4)
     np.testing.assert_allclose(ours.losses, losses, rtol=TOLERANCE)
+    logged = [content.rows for event, content in ours.events if event == "step"]
+    assert logged == np.cumsum(rows.schedule.step_rows).tolist()
 
 
 def test_packed_rows_have_the_logits_of_their_examples_alone(prepared):

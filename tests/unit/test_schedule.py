@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from raysft.data import mix
-from raysft.data.schedule import Lengths, Schedule, plan_rows
+from raysft.data.schedule import Lengths, Schedule, plan_rows, step_size
 
 RANDOM = np.random.default_rng(0)
 LENGTHS = RANDOM.integers(1, 33, 500).astype(np.int32)
@@ -38,11 +38,32 @@ OPTIONS = [{}, {"layout": "single"}, {"shuffle": False}, {"layout": "single", "s
 def test_each_epoch_holds_each_example_once_and_no_row_is_too_full(options, group, monkeypatch):
     monkeypatch.setattr(mix, "GROUP_EXAMPLES", group)
     schedule = planned(epochs=3, **options)
-    starts = [0, *schedule.epoch_ends[:-1].tolist()]
-    for start, end in zip(starts, schedule.epoch_ends.tolist(), strict=True):
-        assert sorted(flat(rows_of(schedule, start, end))) == list(range(500))
-    assert schedule.epoch_ends[-1] == schedule.group_ends[-1] == schedule.rows
-    assert all(0 < LENGTHS[row].sum() <= 64 for row in rows_of(schedule))
+    filled = [row for row in rows_of(schedule) if row]
+    for start, end in pairwise([0, *schedule.epoch_ends.tolist()]):
+        assert sorted(flat(filled[start:end])) == list(range(500))
+    assert schedule.group_ends[-1] == schedule.rows
+    assert schedule.epoch_ends[-1] == len(filled)
+    assert all(0 < LENGTHS[row].sum() <= 64 for row in rows_of(schedule) if row)
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, {"rows_per_step": 1}, {"rows_per_step": 1000}], ids=str)
+def test_no_step_holds_rows_of_two_epochs_and_only_the_last_of_each_is_not_full(options):
+    schedule, one = planned(epochs=3, **options), planned(**options)
+    per_step = schedule.rows_per_step
+    assert schedule.steps == 3 * -(-one.rows // per_step)
+    assert schedule.rows_of_epochs == [one.rows] * 3
+    in_epoch = schedule.steps // 3
+    for epoch in range(3):
+        steps = slice(epoch * in_epoch, (epoch + 1) * in_epoch)
+        full, last = divmod(one.rows, per_step)
+        assert schedule.step_rows[steps].tolist() == [per_step] * full + [last] * (last > 0)
+        first = epoch * in_epoch * per_step
+        assert sorted(flat(rows_of(schedule, first, min(first + in_epoch * per_step, schedule.rows)))) == [*range(500)]
+        assert schedule.epoch_of(schedule.consumed((epoch + 1) * in_epoch)) == epoch + 1.0
+
+
+def test_the_first_epoch_is_the_same_however_many_follow():
+    assert rows_of(planned(epochs=3))[: planned().rows] == rows_of(planned())
 
 
 def test_the_same_arguments_give_the_same_rows():
@@ -68,7 +89,9 @@ def test_steps_add_up_to_all_tokens_and_each_to_its_rows(options):
         assert schedule.step_tokens[step] == LENGTHS[examples].sum()
         assert schedule.step_trained[step] == TRAINED[examples].sum()
     assert schedule.step_tokens.sum() == 2 * LENGTHS.sum()
-    assert schedule.useful == pytest.approx(2 * LENGTHS.sum() / (schedule.rows * 64))
+    filled = sum(1 for row in rows_of(schedule) if row)
+    assert schedule.step_rows.sum() == filled
+    assert schedule.useful == pytest.approx(2 * LENGTHS.sum() / (filled * 64))
 
 
 @pytest.mark.parametrize("max_steps", [1, 3, 20])
@@ -121,11 +144,45 @@ def test_consumed_rows_are_a_share_of_the_epochs():
     schedule = planned(epochs=2, layout="single")
     consumed = [0, 125, 500, 501, 750, 1000]
     assert [schedule.epoch_of(rows) for rows in consumed] == [0.0, 0.25, 1.0, 1.002, 1.5, 2.0]
+    # 500 rows in steps of 8: the 63rd step ends the first epoch.
+    assert [schedule.consumed(steps) for steps in (0, 62, 63, 64, 126)] == [0, 496, 500, 508, 1000]
     assert type(schedule.epoch_of(125)) is float
 
 
 def test_a_cut_epoch_counts_as_the_part_that_is_consumed():
     assert planned(epochs=2, layout="single", max_steps=10).epoch_of(80) == 0.16
+
+
+@pytest.mark.parametrize("max_steps", [None, 1, 7])
+@pytest.mark.parametrize("epochs", [1, 2, 7, 40])
+@pytest.mark.parametrize("examples", [1, 3, 40, 500, 4000])
+def test_the_data_decides_how_many_rows_a_step_has(examples, epochs, max_steps):
+    given = [Lengths(np.full(examples, 20), np.full(examples, 9), np.array([examples]))]
+    whole = plan_rows(given, capacity=64, epochs=epochs, layout="single")
+    cut = plan_rows(given, capacity=64, epochs=epochs, layout="single", max_steps=max_steps)
+    chosen = whole.rows_per_step
+    assert cut.rows_per_step == chosen, "max_steps decides nothing"
+    assert chosen in (1, 2, 4, 8, 16, 32)
+    enough = examples * epochs >= 100
+    assert (whole.steps >= 100) == enough
+    assert chosen == 1 or enough
+    twice = plan_rows(given, capacity=64, epochs=epochs, layout="single", rows_per_step=2 * chosen)
+    # No larger one would do: it makes too few steps, is more than an epoch has, or more than 32.
+    assert chosen == 32 or -(-examples * epochs // (2 * chosen)) < 100 or chosen >= examples or twice.steps < 100
+
+
+def test_of_many_epochs_no_more_are_laid_out_than_decide():
+    seen = []
+    assert step_size(seen.append(epoch) or np.ones(5) for epoch in range(100_000)) == 8
+    assert len(seen) < 1000
+
+
+def test_a_step_that_the_data_decides_has_something_to_learn_from():
+    trained = np.where(np.arange(120) % 3 == 0, 5, 0)
+    given = [Lengths(np.full(120, 20), trained, np.array([120]))]
+    schedule = plan_rows(given, capacity=20, layout="single", shuffle=False)
+    assert schedule.rows_per_step == 4
+    assert schedule.step_trained.all()
 
 
 def sources(*sizes: int, weights: tuple[float, ...] = ()) -> list[Lengths]:
@@ -145,8 +202,9 @@ def sources(*sizes: int, weights: tuple[float, ...] = ()) -> list[Lengths]:
 def test_a_mixture_takes_of_each_source_what_its_weight_says_in_every_epoch(mixing, takes, epochs):
     given = sources(300, 900, weights=(3.0, 1.0))
     schedule = plan_rows(given, capacity=64, rows_per_step=8, mixing=mixing, epochs=epochs)
+    filled = [row for row in rows_of(schedule) if row]
     for start, end in pairwise([0, *schedule.epoch_ends.tolist()]):
-        examples = np.array(flat(rows_of(schedule, start, end)))
+        examples = np.array(flat(filled[start:end]))
         counts = [
             np.bincount(examples[examples < 300], minlength=300),
             np.bincount(examples[examples >= 300] - 300, minlength=900),

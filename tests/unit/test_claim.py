@@ -1,0 +1,58 @@
+"""A run directory keeps what was decided when its training began."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from raysft.claim import belongs_to, differences, settled
+from raysft.config import Config, RequestError, parse
+from raysft.records import RunDirectory
+
+
+def config(folder: Path, **train) -> Config:
+    return parse(
+        {
+            "run": {"name": "r", "storage": str(folder)},
+            "model": {"path": "m"},
+            "data": {"train": [{"name": "a", "path": "a.jsonl"}]},
+            "train": train,
+        }
+    )
+
+
+def begun(folder: Path, **train) -> RunDirectory:
+    directory = RunDirectory(folder / "r")
+    directory.path.mkdir()
+    directory.config.write_text(config(folder, **train).to_yaml())
+    directory.trainer_log.write_text("")
+    return directory
+
+
+def test_auto_goes_on_with_the_number_that_the_run_began_with(tmp_path):
+    directory = begun(tmp_path, rows_per_step=4)
+    auto = config(tmp_path)
+    assert auto.train.rows_per_step == "auto"
+    belongs_to(directory, auto)
+    assert settled(directory, auto) == config(tmp_path, rows_per_step=4)
+    assert settled(directory, auto).fingerprint() == config(tmp_path, rows_per_step=4).fingerprint()
+
+
+def test_with_more_epochs_auto_keeps_its_number_and_only_the_epochs_differ(tmp_path):
+    directory = begun(tmp_path, rows_per_step=4)
+    longer = config(tmp_path, epochs=50)
+    assert differences(directory, longer) == {"train.epochs": [1, 50]}
+    assert settled(directory, longer).train.rows_per_step == 4
+
+
+def test_another_number_is_another_config(tmp_path):
+    directory = begun(tmp_path, rows_per_step=4)
+    with pytest.raises(RequestError, match=r"train\.rows_per_step is 4 there and 8 here"):
+        belongs_to(directory, config(tmp_path, rows_per_step=8))
+
+
+def test_before_anything_is_trained_the_data_decides(tmp_path):
+    directory = begun(tmp_path, rows_per_step=4)
+    directory.trainer_log.unlink()
+    assert settled(directory, config(tmp_path)).train.rows_per_step == "auto"
