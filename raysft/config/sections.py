@@ -49,7 +49,8 @@ class ScalingSection(Section):
     """Threads of a worker's computation without GPU. Default: the node's cores divided by its workers."""
     address: str | None = None
     """Ray cluster to join. Default: the one this process is started in or that runs on this machine, else a new one of
-    this machine alone. ``local`` asks for a new one in any case."""
+    this machine alone. ``local`` asks for a new one in any case. Give HOST:PORT of the cluster's head; addresses of Ray Client
+    (``ray://``) cannot be used."""
 
     @field_validator("num_workers", mode="before")
     @classmethod

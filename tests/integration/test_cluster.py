@@ -42,6 +42,23 @@ class Cluster:
     folder: Path
     """Where it was started."""
     environment: dict[str, str]
+    ports: dict[str, int]
+
+    def refuse(self, *arguments: str, **environment: str | None) -> str:
+        """The one line with which `raysft check` refuses, outside of a job."""
+        whole = {**self.environment, **environment}
+        done = subprocess.run(
+            [program("raysft"), "check", "tiny.yaml", *arguments],
+            cwd=self.folder,
+            env={key: value for key, value in whole.items() if value is not None},
+            capture_output=True,
+            text=True,
+            timeout=REFUSAL_SECONDS,
+            check=False,
+        )
+        assert done.returncode == 2, done.stderr
+        (line,) = (done.stdout + done.stderr).splitlines()
+        return line
 
     def submit(self, *command: str, seconds: int) -> tuple[int, str]:
         """Run a command as a job to its end; gives the exit code of `ray job submit` and all that it printed."""
@@ -134,7 +151,8 @@ def cluster(folder) -> Iterator[Cluster]:
         )
         try:
             wait_until_up(head, dashboard, Path(log.name))
-            yield Cluster(f"http://127.0.0.1:{dashboard}", folder, environment)
+            ports = {"gcs": gcs, "client": client}
+            yield Cluster(f"http://127.0.0.1:{dashboard}", folder, environment, ports)
         finally:
             stop(head)
             shutil.rmtree(temporary, ignore_errors=True)
@@ -207,3 +225,26 @@ def test_more_workers_than_the_cluster_has_end_the_job_at_once(cluster):
     assert not (cluster.folder / "runs" / "large").exists()
     job = next(job for job in cluster.jobs() if "scaling.num_workers=3" in job["entrypoint"])
     assert job["end_time"] - job["start_time"] < 1000 * REFUSAL_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("token", "fact"),
+    [
+        ({"RAY_AUTH_MODE": None}, "the cluster wants another access token"),
+        ({"RAY_AUTH_TOKEN": "0" * 64}, "the cluster wants another access token"),
+        ({"RAY_AUTH_TOKEN": None}, "RAY_AUTH_MODE is token and there is no token"),
+    ],
+)
+def test_a_cluster_that_wants_another_token_says_so_at_once(cluster, token, fact):
+    address = f"127.0.0.1:{cluster.ports['gcs']}"
+    assert cluster.refuse(f"scaling.address={address}", **token) == (
+        f"raysft: error: scaling.address={address}: {fact}; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN (or the file "
+        "~/.ray/auth_token) to the cluster's token"
+    )
+
+
+def test_the_server_of_ray_clients_is_not_taken_for_the_cluster(cluster):
+    address = f"127.0.0.1:{cluster.ports['client']}"
+    line = cluster.refuse(RAY_ADDRESS=address)
+    assert line.startswith(f"raysft: error: RAY_ADDRESS={address}: no Ray cluster answers at ")
+    assert line.endswith("; check the address, or set scaling.address=local for a cluster of this run's own")

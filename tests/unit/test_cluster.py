@@ -1,0 +1,95 @@
+"""A cluster that cannot be joined: one line, within a bound, before Ray is asked to join it."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from contextlib import closing, contextmanager
+
+import pytest
+
+from raysft import cluster
+from raysft.config import RequestError
+from tests.servers import serving, silent
+
+
+@contextmanager
+def port_that(server: str):
+    if server == "refuses":
+        with closing(socket.create_server(("", 0))) as taken:
+            port = taken.getsockname()[1]
+        yield port
+    else:
+        answer: Callable[[socket.socket], None] = {
+            "is silent": silent,
+            "hangs up": lambda connection: None,
+            "speaks HTTP": lambda connection: connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n<html></html>"),
+        }[server]
+        with serving(answer) as port:
+            yield port
+
+
+@pytest.mark.parametrize("server", ["refuses", "is silent", "hangs up", "speaks HTTP"])
+@pytest.mark.parametrize("through", ["RAY_ADDRESS", "scaling.address"])
+def test_what_does_not_answer_like_a_cluster_is_given_up_in_time(monkeypatch, server, through):
+    monkeypatch.setattr(cluster, "ANSWER_SECONDS", 2.0)
+    monkeypatch.setattr(cluster, "ATTEMPT_SECONDS", 1.0)
+    monkeypatch.setattr(cluster, "PAUSE_SECONDS", 0.1)
+    with port_that(server) as port:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+        begun = time.monotonic()
+        said = refusal(None if through == "RAY_ADDRESS" else f"127.0.0.1:{port}")
+    assert time.monotonic() - begun < 20
+    assert said.startswith(f"{through}=127.0.0.1:{port}: no Ray cluster answers at ")
+    assert said.endswith("; check the address, or set scaling.address=local for a cluster of this run's own")
+
+
+@pytest.mark.parametrize(
+    ("address", "fact", "remedy"),
+    [
+        ("nonsense", "is no address of a Ray cluster (Invalid address format: nonsense)", "give HOST:PORT of its head"),
+        ("127.0.0.1:abc", "is no address of a Ray cluster (Malformed address port abc", "give HOST:PORT of its head"),
+        ("127.0.0.1:99999", "is no address of a Ray cluster (Invalid address port 99999", "give HOST:PORT of its head"),
+        ("127.0.0.1:1", "is no address of a Ray cluster (Invalid address port 1.", "give HOST:PORT of its head"),
+        ("ray://127.0.0.1:10001", "is the address of a Ray Client or a dashboard", "ray job submit --address"),
+        ("http://127.0.0.1:8265", "is the address of a Ray Client or a dashboard", "ray job submit --address"),
+    ],
+)
+@pytest.mark.parametrize("through", ["RAY_ADDRESS", "scaling.address"])
+def test_what_is_no_address_of_a_cluster_is_refused_without_asking_it(monkeypatch, address, fact, remedy, through):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    begun = time.monotonic()
+    said = refusal(None if through == "RAY_ADDRESS" else address)
+    assert time.monotonic() - begun < 10
+    assert said.startswith(f"{through}={address}: {fact}")
+    assert remedy in said
+
+
+def test_a_cluster_of_another_version_is_named(monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    import grpc
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+    class Head(gcs_service_pb2_grpc.NodeInfoGcsServiceServicer):
+        def CheckAlive(self, request, context):
+            return gcs_service_pb2.CheckAliveReply(ray_version="2.9.3")
+
+    with ThreadPoolExecutor(2) as threads:
+        server = grpc.server(threads)
+        gcs_service_pb2_grpc.add_NodeInfoGcsServiceServicer_to_server(Head(), server)
+        port = server.add_insecure_port("0.0.0.0:0")
+        server.start()
+        try:
+            said = refusal(f"127.0.0.1:{port}")
+        finally:
+            server.stop(0)
+    assert said.startswith(f"scaling.address=127.0.0.1:{port}: the cluster has Ray 2.9.3 and this process ")
+
+
+def refusal(address: str | None) -> str:
+    with pytest.raises(RequestError) as caught:
+        cluster._join(address)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
