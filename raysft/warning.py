@@ -6,13 +6,23 @@ the run is possible, and perhaps not what is wanted. Each line is fact, value an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from raysft.config import Config
+from raysft.config import Config, Source
+from raysft.data.schedule import ENOUGH_STEPS
 
 if TYPE_CHECKING:
     from raysft.plan import Plan
+
+FEW_STEPS = 20
+"""Adam moves a weight by about the learning rate in a step: in fewer steps, at the default rate and with warm-up and decay, by less
+than 0.001, which is a few hundredths of what a weight is."""
+FEW_EXAMPLES, FEW_TOKENS = 10, 1000
+"""An evaluation set that is smaller in both says little: one example more or less changes its figures by a tenth."""
+MANY = 0.1
+"""Share of a source that nobody loses on purpose."""
 
 
 def warnings(config: Config, plan: Plan) -> Iterator[str]:
@@ -21,13 +31,123 @@ def warnings(config: Config, plan: Plan) -> Iterator[str]:
         yield from warning(config, plan)
 
 
-def nothing_evaluated(config: Config, plan: Plan) -> Iterator[str]:
-    """Without held-out examples nobody learns whether the model got better."""
-    if not plan.evaluation:
+def few_steps(config: Config, plan: Plan) -> Iterator[str]:
+    """A training may be over before it has learnt anything."""
+    if plan.steps < FEW_STEPS:
+        steps = "1 step is" if plan.steps == 1 else f"{plan.steps} steps are"
+        yield f"{steps} too few to learn anything; {_more_steps(config, plan)}"
+
+
+def _more_steps(config: Config, plan: Plan) -> str:
+    """What gives a training more steps: a hundred, where one remedy does it."""
+    most, of_epoch = config.train.max_steps, plan.rows_of_epochs[0]
+    if most and plan.steps == most and plan.rows >= most * plan.rows_per_step:
+        return f"raise train.max_steps={most}"
+    if plan.rows_per_step > 1 and plan.rows >= FEW_STEPS:
+        return f"use train.rows_per_step=auto instead of {plan.rows_per_step}"
+    remedies = []
+    if config.stage == "sft" and config.data.packing and plan.examples > of_epoch:
+        remedies.append(f"data.packing=false ({plan.examples} rows an epoch instead of {of_epoch})")
+        of_epoch = plan.examples
+    if of_epoch * plan.epochs < ENOUGH_STEPS:
+        remedies.append(f"train.epochs={math.ceil(ENOUGH_STEPS / of_epoch)}")
+    if not plan.rows_per_step_chosen and plan.rows_per_step > 1:
+        remedies.append("train.rows_per_step=auto")
+    return f"use {' and '.join(remedies)}, or add data"
+
+
+def empty_steps(config: Config, plan: Plan) -> Iterator[str]:
+    """Steps may have more room than an epoch has rows."""
+    room = plan.steps * plan.rows_per_step
+    if 2 * plan.empty_rows > room:
         yield (
-            "nothing is evaluated, so nothing will tell whether the model got better; hold some examples out with "
-            "data.holdout=0.1, or name files in data.eval"
+            f"{plan.empty_rows / room:.0%} of the rows of all steps are empty, as train.rows_per_step={plan.rows_per_step} and an "
+            f"epoch has {plan.rows_of_epochs[0]}; use train.rows_per_step=auto"
         )
 
 
-WARNINGS: tuple[Callable[[Config, Plan], Iterator[str]], ...] = (nothing_evaluated,)
+def padding(config: Config, plan: Plan) -> Iterator[str]:
+    """Rows may be much longer than what stands in them."""
+    if plan.useful >= 0.5:
+        return
+    enough = math.ceil(max(source.longest for source in plan.sources.values()) / 8) * 8
+    if 2 * enough <= plan.sequence_length:
+        remedy = f"data.sequence_length={max(enough, 8)} instead of {plan.sequence_length} holds the longest example"
+    elif not config.data.packing and plan.rows * plan.useful >= ENOUGH_STEPS:
+        remedy = "data.packing=true puts several examples into a row"
+    else:
+        return
+    yield f"{1 - plan.useful:.0%} of the rows is padding; {remedy}"
+
+
+def nothing_evaluated(config: Config, plan: Plan) -> Iterator[str]:
+    """Without held-out examples nobody learns whether the model got better."""
+    if not plan.evaluation:
+        share = next((share for share in (0.1, 0.2) if share * plan.examples >= FEW_EXAMPLES), 0.3)
+        yield (
+            "nothing is evaluated, so nothing will tell whether the model got better; hold some examples out with "
+            f"data.holdout={share:g}, or name files in data.eval"
+        )
+
+
+def little_evaluated(config: Config, plan: Plan) -> Iterator[str]:
+    """An evaluation of a few examples is chance."""
+    for name, source in plan.evaluation.items():
+        if source.examples < FEW_EXAMPLES and source.trained_tokens < FEW_TOKENS:
+            count = f"{source.examples} example{'' if source.examples == 1 else 's'}"
+            remedy = "raise data.holdout" if name in plan.sources else "add examples to it"
+            yield f"evaluation set {name!r} has {count}, so its figures are mostly chance; {remedy}"
+
+
+def evaluated_on_training_data(config: Config, plan: Plan) -> Iterator[str]:
+    """An evaluation on what was trained on says how well a model remembers."""
+    trained = {path: source.name for source in config.data.train for path in _paths(source)}
+    for source in config.data.eval:
+        same = next((path for path in _paths(source) if path in trained), None)
+        if same is not None:
+            yield (
+                f"evaluation set {source.name!r} and training source {trained[same]!r} both read {same}: its figures say what the "
+                "model remembers, not what it learnt; name other files, or use data.holdout"
+            )
+
+
+def _paths(source: Source) -> list[str]:
+    """Where the records come from; by its name where a registry knows."""
+    return [source.path] if isinstance(source.path, str) else source.path or [source.name]
+
+
+def lost_records(config: Config, plan: Plan) -> Iterator[str]:
+    """Much of a source may not be learnt from as it is."""
+    for name, source in {**plan.evaluation, **plan.sources}.items():
+        lost = source.rejected + source.dropped
+        if lost >= MANY * source.records:
+            records = f"{lost:,} of {source.records:,} records"
+            yield f"source {name!r}: {records} are rejected or dropped; rejected.jsonl of a run says why"
+        cut = source.counts.get("truncated", 0)
+        if cut >= MANY * max(1, source.examples):
+            yield (
+                f"source {name!r}: {cut:,} of {source.examples:,} examples are cut off at data.sequence_length="
+                f"{plan.sequence_length}; raise it, or use data.overlong=split"
+            )
+
+
+def long_warm_up(config: Config, plan: Plan) -> Iterator[str]:
+    """The learning rate may hardly reach its height."""
+    rising = math.ceil(config.train.warmup_ratio * plan.steps)
+    if plan.steps >= FEW_STEPS and 2 * rising >= plan.steps:
+        yield (
+            f"the learning rate rises from 0 in {rising:,} of {plan.steps:,} steps; lower train.warmup_ratio="
+            f"{config.train.warmup_ratio:g}"
+        )
+
+
+WARNINGS: tuple[Callable[[Config, Plan], Iterator[str]], ...] = (
+    few_steps,
+    empty_steps,
+    padding,
+    nothing_evaluated,
+    little_evaluated,
+    evaluated_on_training_data,
+    lost_records,
+    long_warm_up,
+)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
+import pytest
+import yaml
+
 from raysft.config import Config, parse
-from raysft.plan import Plan, SourcePlan
+from raysft.data import _schedule
+from raysft.plan import Plan, SourcePlan, make_plan
 from raysft.warning import warnings
+from tests.shards import data_config, the_set, write_records, written
+from tests.tiny import tiny_tokenizer
 
 
 def config(**overrides) -> Config:
@@ -70,6 +77,112 @@ def test_a_run_that_evaluates_nothing_says_how_to_hold_examples_out():
     (line,) = warnings(config(), plan(evaluation={}))
     assert line.startswith("nothing is evaluated")
     assert "data.holdout=0.1" in line
+
+
+SMALL = {"examples": 40, "rows": 1, "rows_of_epochs": (1,), "steps": 1, "rows_per_step": 1}
+SINGLE = {"data__packing": False}
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes", "expected"),
+    [
+        (
+            {},
+            SMALL,
+            "1 step is too few to learn anything; use data.packing=false (40 rows an epoch instead of 1) and train.epochs=3, or "
+            "add data",
+        ),
+        (
+            SINGLE,
+            {"examples": 7, "rows": 14, "rows_of_epochs": (7, 7), "steps": 14, "rows_per_step": 1, "epochs": 2},
+            "14 steps are too few to learn anything; use train.epochs=15, or add data",
+        ),
+        (
+            {"train__rows_per_step": 32},
+            {"rows": 608, "rows_of_epochs": (608,), "steps": 19, "rows_per_step_chosen": False},
+            "19 steps are too few to learn anything; use train.rows_per_step=auto instead of 32",
+        ),
+        (
+            {"train__max_steps": 2},
+            {"rows": 64, "rows_of_epochs": (64,), "steps": 2},
+            "2 steps are too few to learn anything; raise train.max_steps=2",
+        ),
+        (
+            {"train__rows_per_step": 32},
+            {"rows": 120, "rows_of_epochs": (5,) * 24, "steps": 24, "empty_rows": 648},
+            "84% of the rows of all steps are empty, as train.rows_per_step=32 and an epoch has 5; use train.rows_per_step=auto",
+        ),
+        (
+            SINGLE,
+            {"useful": 0.03, "sources": {"a": source(longest=70)}},
+            "97% of the rows is padding; data.sequence_length=72 instead of 2048 holds the longest example",
+        ),
+        (SINGLE, {"useful": 0.2}, "80% of the rows is padding; data.packing=true puts several examples into a row"),
+        (
+            {},
+            {"evaluation": {"a": source(examples=1, trained_tokens=40)}},
+            "evaluation set 'a' has 1 example, so its figures are mostly chance; raise data.holdout",
+        ),
+        (
+            {"data__eval": [{"name": "b", "path": ["b.jsonl", "a.jsonl"]}]},
+            {},
+            "evaluation set 'b' and training source 'a' both read a.jsonl: its figures say what the model remembers, not what it "
+            "learnt; name other files, or use data.holdout",
+        ),
+        (
+            {},
+            {"sources": {"a": source(rejected=1500, dropped=500)}},
+            "source 'a': 2,000 of 20,000 records are rejected or dropped; rejected.jsonl of a run says why",
+        ),
+        (
+            {},
+            {"sources": {"a": source(counts={"truncated": 9000})}},
+            "source 'a': 9,000 of 20,000 examples are cut off at data.sequence_length=2048; raise it, or use data.overlong=split",
+        ),
+        (
+            {"train__warmup_ratio": 1.0},
+            {},
+            "the learning rate rises from 0 in 125 of 125 steps; lower train.warmup_ratio=1",
+        ),
+    ],
+)
+def test_what_would_surprise_is_said_in_one_line(settings, changes, expected):
+    assert list(warnings(config(**settings), plan(**changes))) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes"),
+    [
+        # A pass over short examples that fill few rows when packed: padding costs nothing there, steps would be lacking.
+        (SINGLE, {"useful": 0.2, "rows": 120, "rows_of_epochs": (120,)}),
+        ({}, {"evaluation": {"long": source(examples=3, trained_tokens=90_000)}}),
+        ({}, {"sources": {"a": source(rejected=100)}}),
+    ],
+)
+def test_what_is_harmless_is_not_warned_of(settings, changes):
+    assert list(warnings(config(**settings), plan(**changes))) == []
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("rows_per_step", ["auto", 32])
+@pytest.mark.parametrize("count", [1, 9, 40, 300])
+def test_whoever_follows_a_warning_has_steps_enough(count, rows_per_step, packing, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    write_records(tmp_path / "a.jsonl", [["How are you?", f"Fine, {index}."] for index in range(count)])
+    given = {"train.rows_per_step": rows_per_step, "data.packing": packing}
+    asked = data_config(tmp_path, sequence_length=512).with_overrides(given)
+    for _ in range(4):
+        each = the_set(asked, str(tmp_path / "model"))
+        manifest = written(each, str(tmp_path / "model"))
+        planned = make_plan(asked, _schedule(asked, [each], [], [manifest]), [{"CPU": 2.0}])
+        lines = [line for line in planned.warnings if "nothing is evaluated" not in line]
+        if not lines:
+            break
+        remedies = re.findall(r"(data\.\w+|train\.\w+)=(\w+)", lines[0].partition(";")[2])
+        asked = asked.with_overrides({key: yaml.safe_load(value) for key, value in remedies})
+    assert not lines, "a remedy leads to another warning, again and again"
+    assert planned.steps >= 20
 
 
 def test_warnings_stand_below_the_plan_and_in_its_file():
