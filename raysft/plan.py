@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 from raysft.config import Config, RequestError
 from raysft.data import Prepared
 from raysft.data.manifest import Manifest
+from raysft.data.turns import Turns, total
 from raysft.placement import TASK_CPUS, places, room
 from raysft.warning import warnings
 
@@ -82,6 +83,8 @@ class Plan:
     cluster_gpus: float
     sources: dict[str, SourcePlan]
     evaluation: dict[str, SourcePlan]
+    turns: Turns = field(default_factory=Turns)
+    """How the turns that are trained on begin and end."""
     warnings: tuple[str, ...] = ()
     """What a person would otherwise find out only by looking at the result, a line each."""
 
@@ -96,6 +99,9 @@ class Plan:
             lines.append(f"train {name}: {_source_line(source)}")
         for name, source in self.evaluation.items():
             lines.append(f"eval {name}: {_source_line(source)}")
+        if self.stage == "sft" and self.turns.ended:
+            ends = ", ".join(f"{text} ({count:,})" for text, count in self.turns.ended.items())
+            lines.append(f"turns: {self.turns.total:,} trained on, ended by {ends}")
         lines.append(
             f"rows: {self.rows:,} of {self.sequence_length} tokens over {_count(self.epochs, 'epoch')}, "
             f"{100 * self.useful:.1f}% useful, {self.tokens:,} tokens, {self.trained_tokens:,} trained"
@@ -225,6 +231,7 @@ def make_plan(config: Config, prepared: Prepared, nodes: Sequence[Mapping[str, f
         cluster_gpus=sum(node.get("GPU", 0.0) for node in nodes),
         sources=plan_sources(prepared.train),
         evaluation=plan_sources(prepared.eval),
+        turns=Turns.of(total(manifest.turns for manifest in prepared.train)),
     )
     return replace(plan, warnings=tuple(warnings(config, plan)))
 

@@ -18,6 +18,7 @@ from raysft.copies import model_copy
 from raysft.data import prepare_prompts
 from raysft.data.manifest import Manifest, write_prompts
 from raysft.data.tokenizer import load_once
+from raysft.data.turns import end_tokens, total
 from raysft.log import Terminal
 from raysft.mirror import mirrored
 from raysft.plan import plan_sources
@@ -48,7 +49,8 @@ def predict(config: Config) -> RunDirectory:
             write_json(directory.plan, {"generation": generation})
             rejected = [flat(item) for each in manifests for item in (*each.rejected, *each.dropped)]
             write_jsonl(directory.rejected, rejected)
-            if not write_prompts(manifests, directory.prompts, config.generate.max_examples):
+            ends = end_tokens(total(manifest.turns for manifest in manifests))
+            if not write_prompts(manifests, directory.prompts, config.generate.max_examples, ends):
                 raise RequestError(
                     "no example has a prompt to generate for (ready tokens have none); name other sources"
                 )

@@ -165,6 +165,14 @@ def load_weights(folder: str | Path, **options: Any) -> Any:
     return model
 
 
+def generation_config(*folders: Path) -> Any:
+    """What the first of some folders says of generation that says anything (``generation_config.json``); None where none does."""
+    from transformers import GenerationConfig
+
+    found = (folder for folder in folders if (folder / "generation_config.json").exists())
+    return next((GenerationConfig.from_pretrained(folder, local_files_only=True) for folder in found), None)
+
+
 def load_adapter(model: Any, folder: str | Path, **options: Any) -> Any:
     """A model with the adapter of a folder on it, as peft loads it, with all of its weights.
 
@@ -178,7 +186,7 @@ def load_adapter(model: Any, folder: str | Path, **options: Any) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Found missing adapter keys")
         try:
-            return PeftModel.from_pretrained(model, str(folder), **options)
+            adapted = PeftModel.from_pretrained(model, str(folder), **options)
         except UserWarning as warning:
             lacking = str(warning).partition(": ")[2] or str(warning)
             raise RequestError(
@@ -191,6 +199,9 @@ def load_adapter(model: Any, folder: str | Path, **options: Any) -> Any:
             raise RequestError(
                 f"{folder}: is no adapter of this model ({reason}); give the model that it belongs to, or copy it again"
             ) from None
+    if generation := generation_config(Path(folder)):
+        model.generation_config = generation  # where its turns end may be what it has learnt
+    return adapted
 
 
 def merge_adapter(model: Any) -> Any:

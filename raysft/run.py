@@ -292,7 +292,7 @@ def generate_predictions(it: Opened) -> None:
         return
     from raysft.generate.infer import generate as infer
 
-    if not write_prompts(it.prepared.prompts, directory.prompts, config.generate.max_examples):
+    if not write_prompts(it.prepared.prompts, directory.prompts, config.generate.max_examples, it.prepared.ends):
         it.terminal.line("generate: no example has a prompt (ready tokens have none); nothing is generated")
         return
     results: dict[str, Any] = {}
@@ -352,6 +352,7 @@ def _job(it: Opened) -> Any:
         eval_rows=it.prepared.eval_rows,
         identity=identity,
         allow_changed=it.allow_changed,
+        ends=it.prepared.ends,
     )
 
 

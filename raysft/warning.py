@@ -141,6 +141,49 @@ def long_warm_up(config: Config, plan: Plan) -> Iterator[str]:
         )
 
 
+def turns_do_not_end(config: Config, plan: Plan) -> Iterator[str]:
+    """Where no token ends the assistant's turns, generation runs to its limit."""
+    turns = plan.turns
+    remedy = "name a template in model.chat_template that writes a special token, such as eos_token, behind each answer"
+    endless = turns.open + turns.worded
+    if config.stage != "sft" or not turns.total:
+        return
+    if turns.cut == turns.total:
+        yield (
+            f"every trained turn is cut off before its end, so the model cannot learn to stop; raise "
+            f"data.sequence_length={plan.sequence_length}, or set data.overlong=drop"
+        )
+    elif turns.ended and set(turns.ended) == set(turns.passed):
+        yield (
+            f"{', '.join(turns.passed)} ends the assistant's turns and also stands inside them, so generation does not stop there; "
+            "name the token to stop at in generate.stop_tokens"
+        )
+    elif turns.ended and endless:
+        yield f"no token of its own ends {endless:,} of {turns.total:,} trained turns; {remedy}"
+    elif turns.worded > turns.open:
+        yield (
+            f"the assistant's turns end with ordinary text (its last token is {turns.last_word!r}) and not with a special token, "
+            f"so generation does not know where to stop; {remedy}"
+        )
+    elif turns.open:
+        yield f"no token ends the assistant's turns, so the model cannot learn to stop; {remedy}"
+
+
+def prompts_open_what_was_not_trained(config: Config, plan: Plan) -> Iterator[str]:
+    """Generation should begin where training begins."""
+    if plan.turns.unseen:
+        yield (
+            f"the generation prompt ends with {plan.turns.unseen!r}, and no trained turn begins that way, so the model will be "
+            "asked for what it has not learnt; put that into the data (reasoning_content, where it opens thinking), change "
+            "data.template_options, or name another template in model.chat_template"
+        )
+    if plan.turns.unprompted:
+        yield (
+            f"the generation prompt opens no turn, and the trained ones follow {plan.turns.unprompted!r}; name a template in "
+            "model.chat_template that writes it under add_generation_prompt"
+        )
+
+
 WARNINGS: tuple[Callable[[Config, Plan], Iterator[str]], ...] = (
     few_steps,
     empty_steps,
@@ -149,5 +192,7 @@ WARNINGS: tuple[Callable[[Config, Plan], Iterator[str]], ...] = (
     little_evaluated,
     evaluated_on_training_data,
     lost_records,
+    turns_do_not_end,
+    prompts_open_what_was_not_trained,
     long_warm_up,
 )

@@ -123,7 +123,8 @@ class GenerateSection(Section):
     length_penalty: float = 1.0
     """In a beam search: above 0 longer predictions are preferred, below 0 shorter ones."""
     stop_tokens: list[Text] = []
-    """Tokens that end a prediction beside those of the tokenizer and of the model's generation config."""
+    """Tokens that end a prediction, besides those that end the assistant's turns in the data, the tokenizer's eos token, and those
+    in the model's generation config."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the predicted text."""
     max_seconds: Annotated[float, Field(gt=0)] | None = None

@@ -13,6 +13,7 @@ from raysft.data.schedule import Layout
 from raysft.data.shards import ShardSet, Tell, shard_set, write
 from raysft.data.stream import Rows
 from raysft.data.tokenizer import load_once
+from raysft.data.turns import end_tokens, total
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class Prepared:
     """Rows of each evaluation set by its name."""
     prompts: tuple[Manifest, ...] = ()
     """What is generated for."""
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that end the assistant's turns, as they are trained on and as the references have them."""
+        return end_tokens(total(each.turns for each in (*self.train, *self.prompts)))
 
 
 def prepare(config: Config, model: str, tell: Tell = lambda line: None) -> Prepared:

@@ -23,6 +23,7 @@ from raysft.data.manifest import Shard
 from raysft.data.read import Raw
 from raysft.data.tokenize import Options, Overlong, Tokenized, Tokenizing
 from raysft.data.tokenizer import Tokenizer
+from raysft.data.turns import Turn
 from raysft.records import Example, Rejected
 from raysft.storage import Place
 
@@ -92,6 +93,7 @@ class _Draft:
         self.dropped: list[Rejected] = []
         self.longest_dropped = 0
         self.counts = Counter[str]()
+        self.turns = Counter[Turn]()
         self.formats: set[str] = set()
         self.records = 0
 
@@ -110,6 +112,7 @@ class _Draft:
         for outcome in self.tokenizing(self.waiting):
             if isinstance(outcome, Tokenized):
                 self.examples.append(outcome)
+                self.turns.update(turn for _, turn in outcome.seen)
                 for name, number in outcome.counts:
                     self.counts[name] += number
             elif isinstance(outcome, Overlong):
@@ -138,6 +141,7 @@ class _Draft:
             longest_dropped=self.longest_dropped,
             counts=dict(self.counts),
             largest=max(((each.largest, each.record) for each in self.examples), key=itemgetter(0), default=(0, "")),
+            turns=self.turns,
             formats=tuple(sorted(self.formats)),
         )
 

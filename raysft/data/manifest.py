@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from raysft.config import RequestError
 from raysft.data.extension import read_table
+from raysft.data.turns import Turn, total
 from raysft.records import Rejected
 from raysft.storage import Place
 
@@ -45,6 +46,8 @@ class Manifest:
     """What happened to how many: ``truncated``, ``truncated_tokens``, ``split``, ``dropped_tokens``, ``control_tokens`` …"""
     largest: tuple[int, str]
     """The largest token id, and a record that holds it."""
+    turns: Counter[Turn]
+    """How the turns that are trained on begin and end."""
     formats: tuple[str, ...]
     """Formats that were found."""
     weights: np.ndarray | None
@@ -81,6 +84,7 @@ class Shard:
     """Tokens of the longest example that was dropped; 0 where none was."""
     counts: dict[str, int]
     largest: tuple[int, str]
+    turns: Counter[Turn]
     formats: tuple[str, ...]
 
 
@@ -119,6 +123,7 @@ def save(path: Place, name: str, shards: Sequence[Shard]) -> None:
         "dropped": [asdict(item) for shard in shards for item in shard.dropped],
         "counts": dict(counts),
         "largest": max((shard.largest for shard in shards), key=itemgetter(0)),
+        "turns": [[*turn, count] for turn, count in total(shard.turns for shard in shards).items()],
         "formats": sorted({form for shard in shards for form in shard.formats}),
     }
     columns: dict[str, Any] = {
@@ -162,6 +167,7 @@ def load(path: Place, reused: bool = False) -> Manifest:
         dropped=tuple(Rejected(**item) for item in detail["dropped"]),
         counts=detail["counts"],
         largest=tuple(detail["largest"]),
+        turns=Counter({Turn(*turn): count for *turn, count in detail["turns"]}),
         formats=tuple(detail["formats"]),
         weights=table["weight"].to_numpy() if "weight" in table.column_names else None,
         key=path.parent.name,
@@ -169,15 +175,17 @@ def load(path: Place, reused: bool = False) -> Manifest:
     )
 
 
-def write_prompts(manifests: Sequence[Manifest], path: Path, max_examples: int | None) -> int:
+def write_prompts(manifests: Sequence[Manifest], path: Path, max_examples: int | None, ends: Sequence[int] = ()) -> int:
     """Gather prompts of evaluation sets, spread evenly over each of them, into one Parquet file for generation.
 
-    Columns: ``id`` (unique), ``source``, ``prompt``, ``input_ids`` (list of int32), ``label``.
+    Columns: ``id`` (unique), ``source``, ``prompt``, ``input_ids`` (list of int32), ``label``. The metadata ``end_tokens`` holds
+    ``ends``, the tokens that end an answer to these prompts, as JSON.
 
     Returns:
         Their number.
     """
     whole = pa.concat_tables([table for manifest in manifests for table in _prompts(manifest, max_examples)])
+    whole = whole.replace_schema_metadata({"end_tokens": json.dumps(list(ends))})
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     pq.write_table(whole, draft)
     draft.replace(path)

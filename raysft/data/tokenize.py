@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from raysft.data.offsets import Encoded
 from raysft.data.render import Rendered, first_line, labelled, prompt_messages
 from raysft.data.template import chat_template
 from raysft.data.tokenizer import Tokenizer, backend_of, span_encoder
+from raysft.data.turns import Framing, Seen, kept
 from raysft.records import IGNORED, Example, Message, Rejected
 
 NO_IDS = np.empty(0, np.int32)
@@ -77,6 +79,8 @@ class Tokenized:
     """What the assistant wrote in its last turn."""
     counts: tuple[tuple[str, int], ...] = ()
     """What happened to it and is to be shown: ``truncated``, ``truncated_tokens``, ``split``, ``control_tokens`` …"""
+    seen: Seen = ()
+    """How its trained turns begin and end."""
 
     @property
     def trained(self) -> int:
@@ -109,6 +113,7 @@ class Tokenizing:
         self.encode_spans = span_encoder(tokenizer.identity, tokenizer.backend)
         # Not their number: some tokenizers leave out ids.
         self.ids_end = max(self.backend.get_vocab().values(), default=-1) + 1
+        self.framing = Framing(self.backend, tokenizer.eos, self.ids_end)
         self.control = re.compile("|".join(map(re.escape, tokenizer.control_tokens)) or "(?!)")
         variables = {**tokenizer.special_tokens, **options.template_options}
         self.template = chat_template(tokenizer.template, variables) if tokenizer.template else None
@@ -152,7 +157,7 @@ class Tokenizing:
         escape = written and options.control_tokens == "escape"
         if not example.messages:
             self._check_end(example)
-            return _Prepared(example, Rendered(example.text, ()), tuple(counts), not escape)
+            return _Prepared(example, Rendered(example.text, ()), tuple(counts), not escape, written)
         if self.template is None:
             raise RequestError(
                 f"{example.record}: is a conversation and the model's tokenizer has no chat template; "
@@ -176,7 +181,7 @@ class Tokenizing:
             )
         if shown is not example.messages:
             example = replace(example, messages=tuple(shown), tools=tuple(tools))
-        return _Prepared(example, rendered, tuple(counts), not escape)
+        return _Prepared(example, rendered, tuple(counts), not escape, written)
 
     def _check_end(self, example: Example) -> None:
         if example.text and self.parts.eos is None:
@@ -210,12 +215,15 @@ class Tokenizing:
         else:
             ids, offsets = self._encode_escaped(each.rendered.text)
             turns = [_bounds(labelled(offsets, [span])) for span in each.rendered.spans]
-        assistant = [message for message in example.messages if message.role == "assistant"]
-        trained = [turn for turn, message in zip(turns, assistant, strict=True) if message.train]
-        if self.options.mask_history:
-            trained = [turns[-1]] if assistant[-1].train else []
-        labels = self._labels(ids, trained)
-        tokenized = Tokenized(example.source, example.record, ids, labels, example.weight, counts=each.counts)
+        messages = [index for index, message in enumerate(example.messages) if message.role == "assistant"]
+        first = len(turns) - 1 if self.options.mask_history else 0
+        trained = [number for number in range(first, len(turns)) if example.messages[messages[number]].train]
+        labels = self._labels(ids, [turns[number] for number in trained])
+        look = partial(self.framing.look, self._template(example), example, each.rendered, ids, written=each.written)
+        seen = [one for number in trained for one in look(messages[number], number, turns[number])]
+        tokenized = Tokenized(
+            example.source, example.record, ids, labels, example.weight, counts=each.counts, seen=tuple(seen)
+        )
         yield from self._fit(self._with_prompt(tokenized, each) if self.options.with_prompts else tokenized, turns)
 
     def _labels(self, ids: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -246,7 +254,10 @@ class Tokenizing:
         if len(input_ids) < 2:
             yield Rejected(example.source, example.record, "the text has no token")
             return
-        whole = Tokenized(example.source, example.record, input_ids, input_ids, example.weight, counts=each.counts)
+        seen = self.framing.end_of_ids(input_ids, input_ids)
+        whole = Tokenized(
+            example.source, example.record, input_ids, input_ids, example.weight, counts=each.counts, seen=seen
+        )
         yield from [whole] if self.options.stage == "pt" else self._fit(whole, [(0, len(input_ids))])
 
     def _completion(self, each: _Prepared) -> Iterator[Outcome]:
@@ -264,6 +275,7 @@ class Tokenizing:
             self._labels(input_ids, [turn]),
             example.weight,
             counts=each.counts,
+            seen=self.framing.end_of_ids(input_ids, input_ids),
         )
         if self.options.with_prompts:
             ids = np.asarray(begun, np.int32)
@@ -298,9 +310,13 @@ class Tokenizing:
                 )
                 yield Rejected(example.source, example.record, reason)
                 return
-            yield Tokenized(example.source, example.record, ids, ids, example.weight)
+            yield Tokenized(
+                example.source, example.record, ids, ids, example.weight, seen=self.framing.end_of_ids(ids, ids)
+            )
             return
-        tokenized = Tokenized(example.source, example.record, ids, labels, example.weight)
+        tokenized = Tokenized(
+            example.source, example.record, ids, labels, example.weight, seen=self.framing.end_of_ids(ids, labels)
+        )
         yield from self._fit(tokenized, [(0, len(ids))])
 
     def _fit(self, whole: Tokenized, turns: Sequence[tuple[int, int]]) -> Iterator[Outcome]:
@@ -323,18 +339,22 @@ class Tokenizing:
                 pieces = [piece for piece in pieces if piece.trained]
                 counts = (("split", 1), ("split_pieces", len(pieces)))
             else:
-                kept = truncate(
+                left = truncate(
                     tokens,
                     turns,
                     options.sequence_length,
                     tail=options.keep_prompt == "tail",
                     last_first=options.mask_history,
                 )
-                pieces = [replace(whole, input_ids=whole.input_ids[kept], labels=whole.labels[kept])]
-                counts = (("truncated", 1), ("truncated_tokens", tokens - len(kept)))
+                pieces = [
+                    replace(
+                        whole, input_ids=whole.input_ids[left], labels=whole.labels[left], seen=kept(whole.seen, left)
+                    )
+                ]
+                counts = (("truncated", 1), ("truncated_tokens", tokens - len(left)))
             if pieces:
                 pieces[0] = replace(pieces[0], counts=(*whole.counts, *counts))
-            pieces[1:] = [replace(piece, counts=()) for piece in pieces[1:]]
+            pieces[1:] = [replace(piece, counts=(), seen=()) for piece in pieces[1:]]
         if not pieces or not pieces[0].trained:
             yield Rejected(whole.source, whole.record, "no token of it would be trained on")
             return
@@ -360,6 +380,8 @@ class _Prepared:
     rendered: Rendered
     counts: tuple[tuple[str, int], ...]
     in_one_pass: bool
+    written: bool
+    """Whether a control token stands in what somebody wrote."""
 
 
 def _texts(example: Example) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ def generate(config: Config, *, model: str, prompts: Path, output: Path, progres
 
     Args:
         model: folder of a Hugging Face model, or of a peft adapter whose base is a local folder.
-        prompts: Parquet with the columns id (unique), source, prompt, input_ids and label.
+        prompts: Parquet with the columns id (unique), source, prompt, input_ids and label; where its metadata has
+            ``end_tokens``, generation stops at these too.
         output: JSON lines to write: ``{"prompt", "predict", "label", "id", "source", "tokens", "stop"}``, and ``error``
             where a prompt could not be completed; its prediction is empty then.
         progress: say on stderr how far it is.
@@ -74,7 +76,7 @@ def _generate_missing(
         state = GenerationProgress(
             name, total=table.num_rows, done=len(entries), waiting=lambda: cluster.free_now(use_gpu), shown=shown
         )
-        with state, contextlib.closing(completions(config, model, missing)) as batches:
+        with state, contextlib.closing(completions(config, model, missing, _ends(table))) as batches:
             for batch in batches:
                 journal.append(batch)
                 entries.update((entry["id"], entry) for entry in batch)
@@ -105,6 +107,11 @@ def _read_prompts(path: Path) -> pa.Table:
     if len(set(table["id"].to_pylist())) != table.num_rows:
         raise RequestError(f"{path}: two of {table.num_rows} prompts have the same id; give each its own")
     return table.select(list(COLUMNS))
+
+
+def _ends(prompts: pa.Table) -> list[int]:
+    """Tokens that end an answer to the prompts, as whoever wrote them says."""
+    return json.loads((prompts.schema.metadata or {}).get(b"end_tokens", b"[]"))
 
 
 def _rows(table: pa.Table, entries: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -34,13 +34,16 @@ STALL_SECONDS = 60.0
 """After so long without a batch, and three times as long as the longest took, engines of a node that died are given up."""
 
 
-def completions(config: Config, model: str, prompts: pa.Table) -> Generator[list[dict[str, Any]], None, None]:
+def completions(
+    config: Config, model: str, prompts: pa.Table, ends: Sequence[int] = ()
+) -> Generator[list[dict[str, Any]], None, None]:
     """Batches of entries ({id, predict, tokens, cut, stop, error, seconds}) as the engines finish them, in any order.
 
     When a node dies the prompts that are left go to engines on those that live.
 
     Args:
         prompts: a table with the columns id and input_ids.
+        ends: tokens that end an answer, besides those that the model and the config name.
 
     Raises:
         RequestError: no engine finds a place.
@@ -50,7 +53,7 @@ def completions(config: Config, model: str, prompts: pa.Table) -> Generator[list
     while prompts.num_rows:
         began, done = cluster.living(), set[str]()
         try:
-            for entries in _pass(config, model, prompts, began, shrinks):
+            for entries in _pass(config, model, prompts, ends, began, shrinks):
                 done.update(entry["id"] for entry in entries)
                 yield entries
             return
@@ -71,7 +74,7 @@ def without(prompts: pa.Table, done: Container[str]) -> pa.Table:
 
 
 def _pass(
-    config: Config, model: str, prompts: pa.Table, began: set[str], shrinks: bool
+    config: Config, model: str, prompts: pa.Table, ends: Sequence[int], began: set[str], shrinks: bool
 ) -> Generator[list[dict[str, Any]], None, None]:
     """All prompts through one pool of engines."""
     rows, size = prompts.num_rows, config.generate.batch_size
@@ -82,7 +85,7 @@ def _pass(
     batches = _batches(prompts, size)
     with cluster.quiet_ray_data():
         pipeline = _by_vllm if config.generate.engine == "vllm" else _by_actors
-        dataset, read = pipeline(config, model, batches, pool)
+        dataset, read = pipeline(config, model, ends, batches, pool)
         # The pipeline has a process of its own, which can be stopped when it waits for what never comes.
         [split] = dataset.streaming_split(1)
         with _Patience(split._coord_actor, began) as patience:  # pyright: ignore
@@ -94,7 +97,7 @@ def _pass(
 
 
 def _by_actors(
-    config: Config, model: str, batches: Sequence[pa.Table], pool: cluster.Pool
+    config: Config, model: str, ends: Sequence[int], batches: Sequence[pa.Table], pool: cluster.Pool
 ) -> tuple[ray.data.Dataset, _Read]:
     """Batches through engines of this package, and how to read what they give."""
 
@@ -105,7 +108,7 @@ def _by_actors(
 
     dataset = ray.data.from_arrow(list(batches)).map_batches(
         _EngineActor,
-        fn_constructor_args=(config, model, pool.engines_per_node),
+        fn_constructor_args=(config, model, ends, pool.engines_per_node),
         batch_size=None,  # a block is a batch
         batch_format="pyarrow",
         zero_copy_batch=True,
@@ -122,12 +125,12 @@ def _by_actors(
 
 
 def _by_vllm(
-    config: Config, model: str, batches: Sequence[pa.Table], pool: cluster.Pool
+    config: Config, model: str, ends: Sequence[int], batches: Sequence[pa.Table], pool: cluster.Pool
 ) -> tuple[ray.data.Dataset, _Read]:
     """Batches through vLLM, and how to read what it gives."""
     from raysft.generate import processor
 
-    served = processor.Served.of(config, model)
+    served = processor.Served.of(config, model, ends)
 
     def read(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         entries = processor.entries(rows, served.stops)
@@ -186,9 +189,9 @@ class _EngineActor:
     What an engine raises comes back as data: Ray would print it three times over, a hundred lines each.
     """
 
-    def __init__(self, config: Config, model: str, engines_per_node: int) -> None:
+    def __init__(self, config: Config, model: str, ends: Sequence[int], engines_per_node: int) -> None:
         threads = None if config.scaling.use_gpu else cluster.threads(config, engines_per_node)
-        self._make = functools.partial(create_engine, config, model, threads)
+        self._make = functools.partial(create_engine, config, model, threads, ends)
         self._engine: Engine | None = None
 
     def __call__(self, batch: pa.Table) -> pa.Table:

@@ -19,10 +19,10 @@ from transformers import AutoConfig, GenerationConfig
 from raysft.config import Config, RequestError
 from raysft.copies import model_copy
 from raysft.generate.cluster import Pool
-from raysft.generate.engines.model import adapter_base, ends_of_turns, padding_token, runs_code, tokenizer_of
+from raysft.generate.engines.model import adapter_base, padding_token, runs_code, stop_tokens, tokenizer_of
 from raysft.generate.engines.room import fit, limit, positions_of
 from raysft.generate.engines.sampling import prompt_seed
-from raysft.pretrained import adapter_description
+from raysft.pretrained import adapter_description, generation_config
 
 IN_FLIGHT = 1024
 """Prompts that an engine has at once, where there are so many: vLLM runs up to 1024 of them together on a large GPU."""
@@ -54,8 +54,8 @@ class Served:
     positions: int | None
 
     @classmethod
-    def of(cls, config: Config, model: str) -> Served:
-        """Look into a model's folder.
+    def of(cls, config: Config, model: str, ends: Sequence[int] = ()) -> Served:
+        """Look into a model's folder; ``ends``: tokens that end an answer, besides those that it and the config name.
 
         Raises:
             RequestError: vLLM cannot serve this adapter, or not on so many GPUs.
@@ -74,7 +74,8 @@ class Served:
                 f"generate.gpus_per_engine={gpus} and the model has {heads} attention heads, which vLLM shares out evenly; "
                 f"use a number that divides {heads}"
             )
-        stops = ends_of_turns(tokenizer, _generation(whole, description), config.generate.stop_tokens)
+        generation = generation_config(folder, whole) or GenerationConfig.from_model_config(description)
+        stops = stop_tokens(tokenizer, generation, config.generate.stop_tokens, ends)
         return cls(
             source=model,
             folder=folder.absolute(),
@@ -254,13 +255,6 @@ def _longest(requests: pa.Table) -> int:
     """Most positions that a request of these can need."""
     prompts, params = requests["tokenized_prompt"].to_pylist(), requests["sampling_params"].to_pylist()
     return max(len(prompt) + each["max_tokens"] for prompt, each in zip(prompts, params, strict=True))
-
-
-def _generation(folder: Path, description: Any) -> GenerationConfig:
-    """As transformers gives it to the model: the file's, or what its config says."""
-    if (folder / "generation_config.json").exists():
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
-    return GenerationConfig.from_model_config(description)
 
 
 def _lora_rank(folder: Path) -> int:

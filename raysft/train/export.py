@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,16 @@ Weights = dict[str, torch.Tensor]
 
 
 class Exporter:
-    """Writes the model of a run, and meanwhile the best one so far. All workers call it, the first one writes."""
+    """Writes the model of a run, and meanwhile the best one so far. All workers call it, the first one writes.
 
-    def __init__(self, run: RunDirectory, emit: Callable[[str, Any], None]) -> None:
-        self._run, self._emit = run, emit
+    Args:
+        run: where to.
+        emit: takes events for people.
+        ends: tokens that end the turns that are trained on.
+    """
+
+    def __init__(self, run: RunDirectory, emit: Callable[[str, Any], None], ends: Sequence[int] = ()) -> None:
+        self._run, self._emit, self._ends = run, emit, ends
         self._best: tuple[int, Path] | None = None
         """The best model on this node and its step, while it is on its way to an object store."""
         self._sending: threading.Thread | None = None
@@ -71,9 +78,9 @@ class Exporter:
 
     def _keep_best(self, step: int, model: Any, weights: Weights, tokenizer: Any) -> None:
         if self._run.best.local:
-            return export(model, weights, tokenizer, self._run.best)
+            return export(model, weights, tokenizer, self._run.best, self._ends)
         draft = Path(tempfile.mkdtemp(prefix="raysft-best-"))
-        save(model, weights, tokenizer, draft)
+        save(model, weights, tokenizer, draft, self._ends)
         with self._lock:
             if self._sending is None:
                 self._forget()
@@ -91,7 +98,7 @@ class Exporter:
         weights = gather(model)
         if weights is not None:
             with _told(), self._patience():
-                export(model, weights, tokenizer, self._run.model)
+                export(model, weights, tokenizer, self._run.model, self._ends)
         self._forget()
 
     def write_best(self, step: int) -> None:
@@ -187,7 +194,7 @@ def gather(model: Any) -> Weights | None:
     return weights if first else None
 
 
-def export(model: Any, weights: Weights, tokenizer: Any, folder: Place) -> None:
+def export(model: Any, weights: Weights, tokenizer: Any, folder: Place, ends: Sequence[int] = ()) -> None:
     """Write a model or adapter so that transformers or peft loads it.
 
     Args:
@@ -195,29 +202,32 @@ def export(model: Any, weights: Weights, tokenizer: Any, folder: Place) -> None:
         weights: what ``gather`` made of it.
         tokenizer: goes beside it.
         folder: is replaced when all is written.
+        ends: tokens that end the turns that it was trained on.
     """
     if folder.local:
         draft = folder.local.with_name(f".{folder.name}")
         shutil.rmtree(draft, ignore_errors=True)
         try:
-            save(model, weights, tokenizer, draft)
+            save(model, weights, tokenizer, draft, ends)
             put_in_place(draft, folder.local)
         except Exception:
             shutil.rmtree(draft, ignore_errors=True)  # on a full disk it holds what others need
             raise
         return
     with tempfile.TemporaryDirectory(prefix="raysft-model-") as scratch:
-        save(model, weights, tokenizer, Path(scratch))
+        save(model, weights, tokenizer, Path(scratch), ends)
         send(Path(scratch), folder)
 
 
-def save(model: Any, weights: Weights, tokenizer: Any, folder: Path) -> None:
+def save(model: Any, weights: Weights, tokenizer: Any, folder: Path, ends: Sequence[int] = ()) -> None:
     """Write a model into a local folder."""
     if hasattr(model, "peft_config"):
         if begun_with := getattr(model, "begun_with", None):
             model.save_pretrained(folder, path_initial_model_for_weight_conversion=begun_with)
         else:
             model.save_pretrained(folder, state_dict=weights)
+        if generation := getattr(model.get_base_model(), "generation_config", None):
+            generation.to_json_file(folder / "generation_config.json")
     else:
         # What a model keeps beside its parameters: the routers of some mixtures of experts balance themselves so.
         kept = model.state_dict().keys()
@@ -225,8 +235,27 @@ def save(model: Any, weights: Weights, tokenizer: Any, folder: Path) -> None:
         model.config.use_cache = True
         model.save_pretrained(folder, state_dict=weights | buffers)
         model.config.use_cache = False
+    _stop_at(ends, folder)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty form; the run directory holds a model card
     tokenizer.save_pretrained(folder)
+
+
+def _stop_at(ends: Sequence[int], folder: Path) -> None:
+    """Let generation with a model stop where its turns end, besides where it stopped before.
+
+    In the file: transformers saves no generation config that was changed and that it finds fault with, as it does with some
+    that were published.
+    """
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return
+    described = json.loads(path.read_text(encoding="utf-8"))
+    before = described.get("eos_token_id")
+    known = list(before) if isinstance(before, list) else [] if before is None else [before]
+    if new := [token for token in ends if token not in known]:
+        described["eos_token_id"] = [*known, *new]
+        described.pop("_from_model_config", None)  # it would mean that config.json holds the same
+        path.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def put_in_place(draft: Path, folder: Path) -> None:

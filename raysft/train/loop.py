@@ -101,6 +101,8 @@ class Job:
     """What the training is of: hashes of config, model and each source, by name."""
     allow_changed: bool = False
     """Go on from a checkpoint of another identity."""
+    ends: tuple[int, ...] = ()
+    """Tokens that end the turns that are trained on, for the model's generation config."""
 
 
 def train(
@@ -166,7 +168,7 @@ class _Loop:
         self.first = 0
         self.evaluated: dict[str, float] = {}
         self.nonfinite = NonFinite(job)
-        self.exporter = Exporter(job.run, emit)
+        self.exporter = Exporter(job.run, emit, job.ends)
 
     def set_up(self, resume: Place | Path | None) -> Cursor:
         """Load the model, and the state of a checkpoint; gives the cursor to start from."""

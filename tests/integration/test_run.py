@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -507,3 +508,60 @@ def test_code_that_comes_with_a_model_runs_only_where_it_is_named(folder, tmp_pa
     assert main(["export", str(run), "--output", str(tmp_path / "out")]) == 0
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert type(exported).__name__ == "OwnForCausalLM"
+
+
+TURN = (
+    "{% for m in messages %}<|im_start|>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
+)
+
+
+def test_a_model_stops_where_its_turns_were_trained_to_end(tmp_path, capsys):
+    """Its turns end with a token that is not the tokenizer's eos, as those of many base models do."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = tiny_model(tmp_path / "base")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<|end|>"], special_tokens=True)
+    tokenizer.chat_template = TURN
+    model.resize_token_embeddings(len(tokenizer))
+    for each in (model, tokenizer):
+        each.save_pretrained(base)
+    end, eos = tokenizer.convert_tokens_to_ids("<|end|>"), tokenizer.eos_token_id
+    turns = [
+        {"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(("hi", "yo", "so", "yo yo"))
+    ]
+    (tmp_path / "a.jsonl").write_text(4 * (json.dumps({"messages": turns}) + "\n"))
+    settings = {
+        "run": {"storage": str(tmp_path / "runs"), "name": "r"},
+        "model": {"path": str(base), "dtype": "float32", "finetuning": "full"},
+        "data": {
+            "train": [{"name": "a", "path": str(tmp_path / "a.jsonl")}],
+            "eval": [{"name": "e", "path": str(tmp_path / "a.jsonl"), "max_examples": 1}],
+            "sequence_length": 256,
+        },
+        "train": {
+            "rows_per_step": 1,
+            "epochs": 40,
+            "learning_rate": 3e-3,
+            "schedule": "constant",
+            "warmup_ratio": 0.0,
+            "eval_at_start": False,
+        },
+        "generate": {"max_new_tokens": 24, "do_sample": False, "compare_base": False},
+    }
+    (tmp_path / "c.yaml").write_text(json.dumps(settings))
+    assert main(["run", str(tmp_path / "c.yaml")]) == 0
+    run = tmp_path / "runs" / "r"
+    assert "turns: 8 trained on, ended by <|end|> (8)" in capsys.readouterr().out
+    (written,) = read_jsonl(run / "generated_predictions.jsonl")
+    assert (written["predict"], written["stop"]) == ("yo yo", "eos")
+    # The model before is asked with the same prompts, and stops there too.
+    assert json.loads(pq.read_schema(run / "prompts.parquet").metadata[b"end_tokens"]) == [end]
+    # Outside of raysft as well.
+    assert main(["export", str(run), "--output", str(tmp_path / "out")]) == 0
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert exported.generation_config.eos_token_id == [eos, end]
+    ids = tokenizer.apply_chat_template(turns[:3], add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    out = exported.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
+    assert tokenizer.decode(out) == "yo yo<|end|>"

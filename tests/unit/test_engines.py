@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3ForCausalLM, RwkvConfig, RwkvForCausalLM
 
 from raysft.config import Config, RequestError, parse
-from raysft.generate.engines import Completion, check_suitable
+from raysft.generate.engines import Completion, check_suitable, create_engine
 from raysft.generate.engines.batching import obstacle
 from raysft.generate.engines.model import named_tokens
 from raysft.generate.engines.static import TransformersEngine
@@ -196,3 +196,17 @@ def test_of_a_prompt_that_is_too_long_the_tail_is_asked(model):
     (head,) = engine.complete(["a"], [prompt[:500]])
     assert (long.cut, tail.cut) == (200, 0)
     assert long.text == tail.text != head.text
+
+
+@pytest.mark.parametrize("batching", ["static", "continuous"])
+def test_generation_stops_where_the_turns_of_the_data_end(model, prompts, batching):
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    written = plain.generate(torch.tensor([prompts[1]]), max_new_tokens=12, do_sample=False)[
+        0, len(prompts[1]) :
+    ].tolist()
+    end = next(at for at, token in enumerate(written) if at and token not in written[:at])
+    engine = create_engine(config(model, batching=batching), str(model), threads=1, ends=[written[end]])
+    completion = engine.complete(QUESTIONS, prompts)[1]
+    assert (completion.stop, completion.tokens) == ("eos", end + 1)
+    assert completion.text == tokenizer.decode(written[:end], skip_special_tokens=True)

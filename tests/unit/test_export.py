@@ -1,8 +1,10 @@
 """What is written of a trained model."""
 
 import errno
+import json
 import multiprocessing
 import tempfile
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +14,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from raysft.config import parse
+from raysft.generate.engines import create_engine
 from raysft.records import RunDirectory, RunFailed
 from raysft.storage import Place
+from raysft.train.adapters import merge
 from raysft.train.cursor import Best
 from raysft.train.export import Exporter, export, gather
 from tests.objects import s3_server
@@ -62,7 +67,7 @@ def run(tmp_path, monkeypatch):
         yield RunDirectory.of(Place.of(server.uri(f"{tmp_path.name}/r")))
 
 
-def mark_alone(model: str, weights: object, tokenizer: object, folder: Path) -> None:
+def mark_alone(model: str, weights: object, tokenizer: object, folder: Path, ends: Sequence[int] = ()) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(model)
 
@@ -163,3 +168,38 @@ def test_a_worker_that_writes_nothing_needs_no_room_to_export(tmp_path):
     with s3_server() as server:
         said = told(server.uri(f"{tmp_path.name}/r"), tmp_path / "store", full=False)
     assert said == {0: "went on", 1: "went on"}
+
+
+GENERATING = {
+    "model": {"path": "m"},
+    "data": {"train": [{"name": "a", "path": "a"}]},
+    "generate": {"batching": "static"},
+}
+PUBLISHED = {"do_sample": False, "temperature": 0.6, "eos_token_id": 2, "max_length": 77}
+"""transformers warns of it, and refuses to save it once it was changed."""
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize(
+    ("before", "after"), [(2, [2, 7, 9]), ([2, 7], [2, 7, 9]), ([9, 7, 2], [9, 7, 2]), (None, [7, 9])]
+)
+def test_the_generation_config_names_where_turns_end_beside_what_it_had(tmp_path, adapted, before, after):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    folder = tiny_model(tmp_path / "base")
+    (folder / "generation_config.json").write_text(json.dumps({**PUBLISHED, "eos_token_id": before}))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    if adapted:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    weights = gather(model)
+    assert weights is not None
+    export(model, weights, AutoTokenizer.from_pretrained(folder), Place.of(tmp_path / "out"), ends=(7, 9))
+    written = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (written.eos_token_id, written.max_length, written.temperature) == (after, 77, 0.6)
+    # As one model too, and for whoever goes on with the adapter.
+    merge(tmp_path / "out", tmp_path / "whole")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "whole").generation_config.eos_token_id == after
+    engine = create_engine(parse(GENERATING), str(tmp_path / "out"))
+    assert set(after) <= set(engine._stops)

@@ -305,3 +305,10 @@ def test_rays_stage_takes_the_requests_and_one_that_fails_costs_no_other(model, 
             processor.sampling(settings, served, id, 20)["seed"] for id in ("q:0", "q:2")
         ]
         assert {lora and lora.lora_path for _, lora in vllm.asked} == {named}
+
+
+def test_vllm_stops_where_the_turns_of_the_data_end_and_where_an_adapter_says(model, adapter):
+    eos = AutoTokenizer.from_pretrained(model).eos_token_id
+    assert Served.of(config(), str(model), ends=[7]).stops == [eos, 7]
+    (adapter / "generation_config.json").write_text(json.dumps({"eos_token_id": [eos, 9]}))
+    assert Served.of(config(), str(adapter)).stops == [eos, 9]

@@ -10,6 +10,7 @@ import yaml
 
 from raysft.config import Config, parse
 from raysft.data import _schedule
+from raysft.data.turns import Turns
 from raysft.plan import Plan, SourcePlan, make_plan
 from raysft.warning import warnings
 from tests.shards import data_config, the_set, write_records, written
@@ -189,3 +190,46 @@ def test_warnings_stand_below_the_plan_and_in_its_file():
     warned = plan(warnings=("this is so; do that",))
     assert warned.lines()[-1] == "warning: this is so; do that"
     assert warned.as_dict()["warnings"] == ("this is so; do that",)
+
+
+@pytest.mark.parametrize(
+    ("turns", "told"),
+    [
+        (Turns(open=8), "no token ends the assistant's turns, so the model cannot learn to stop; name a template in "),
+        (
+            Turns(worded=7, last_word="End", open=1),
+            "the assistant's turns end with ordinary text (its last token is 'End')",
+        ),
+        (
+            Turns(ended={"<|end|>": 6}, worded=1, open=1),
+            "no token of its own ends 2 of 8 trained turns; name a template in ",
+        ),
+        (
+            Turns(ended={"<|end|>": 8}, passed=("<|end|>",)),
+            "<|end|> ends the assistant's turns and also stands inside them",
+        ),
+        (Turns(cut=8), "every trained turn is cut off before its end, so the model cannot learn to stop; raise "),
+        (
+            Turns(ended={"<|end|>": 8}, unseen="<think>\n"),
+            "the generation prompt ends with '<think>\\n', and no trained turn ",
+        ),
+        (
+            Turns(ended={"<|end|>": 8}, unprompted="A:"),
+            "the generation prompt opens no turn, and the trained ones follow 'A:'",
+        ),
+    ],
+)
+def test_turns_that_do_not_end_and_prompts_that_were_not_trained_are_told(turns, told):
+    (line,) = warnings(config(), plan(turns=turns))
+    assert line.startswith(told)
+    assert "; " in line
+
+
+def test_nothing_is_said_of_turns_that_end_or_are_none():
+    for turns in (
+        Turns(ended={"<|end|>": 8}),
+        Turns(ended={"<|call|>": 1, "<|end|>": 8}, passed=("<|call|>",)),
+        Turns(),
+    ):
+        assert not list(warnings(config(), plan(turns=turns)))
+    assert not list(warnings(config(stage="pt"), plan(stage="pt", turns=Turns(open=8))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import sys
+from collections.abc import Sequence
 
 from raysft.config import Config, RequestError
 from raysft.copies import model_copy
@@ -45,13 +46,14 @@ def check_suitable(config: Config, model: str) -> None:
         named_tokens(tokenizer_of(config, model_copy(model)), settings.stop_tokens)
 
 
-def create_engine(config: Config, model: str, threads: int | None = None) -> Engine:
+def create_engine(config: Config, model: str, threads: int | None = None, ends: Sequence[int] = ()) -> Engine:
     """The engine of transformers that ``generate.batching`` names, with the model loaded; vLLM's is made by
     ``raysft.generate.processor``.
 
     Args:
         model: folder of a Hugging Face model, or of a peft adapter.
         threads: threads to compute with; default: torch's own choice.
+        ends: tokens that end an answer, besides those that the model and the config name.
 
     Raises:
         RequestError: ``generate.batching=continuous`` does not go with the model.
@@ -59,10 +61,10 @@ def create_engine(config: Config, model: str, threads: int | None = None) -> Eng
     from raysft.generate.engines.static import TransformersEngine
 
     if batching(config, model) == "static":
-        return TransformersEngine(config, model, threads)
+        return TransformersEngine(config, model, threads, ends)
     from raysft.generate.engines.continuous import ContinuousEngine
 
-    engine = ContinuousEngine(config, model, threads)
+    engine = ContinuousEngine(config, model, threads, ends)
     reason = engine.trial()
     if not reason:
         return engine
@@ -71,4 +73,4 @@ def create_engine(config: Config, model: str, threads: int | None = None) -> Eng
     print(f"generate: static batches, because continuous ones do not work with {model}: {reason}", file=sys.stderr)
     del engine
     gc.collect()
-    return TransformersEngine(config, model, threads)
+    return TransformersEngine(config, model, threads, ends)

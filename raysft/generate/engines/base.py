@@ -22,9 +22,10 @@ class ModelEngine:
     Args:
         model: folder of a Hugging Face model, or of a peft adapter.
         threads: threads to compute with; default: torch's own choice.
+        ends: tokens that end an answer, besides those that the model and the config name.
     """
 
-    def __init__(self, config: Config, model: str, threads: int | None = None) -> None:
+    def __init__(self, config: Config, model: str, threads: int | None = None, ends: Sequence[int] = ()) -> None:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         if threads:
@@ -37,7 +38,7 @@ class ModelEngine:
             use_onednn()
         self._tokenizer = tokenizer_of(config, folder)
         self._model = load_model(config, folder, self._device).eval()
-        self._stops = stop_tokens(self._tokenizer, self._model, config.generate.stop_tokens)
+        self._stops = stop_tokens(self._tokenizer, self._model.generation_config, config.generate.stop_tokens, ends)
         self._padding = padding_token(self._tokenizer, self._stops, self._model.config)
         self._positions = positions_of(self._model.config)
 

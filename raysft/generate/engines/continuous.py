@@ -63,8 +63,8 @@ class ContinuousEngine(ModelEngine):
     The predictions are those of static batches: greedy in float32 token for token, and sampled with the same random numbers.
     """
 
-    def __init__(self, config: Config, model: str, threads: int | None = None) -> None:
-        super().__init__(config, model, threads)
+    def __init__(self, config: Config, model: str, threads: int | None = None, ends: Sequence[int] = ()) -> None:
+        super().__init__(config, model, threads, ends)
         # Adapters lie in the layers of the model itself, of which their wrapper knows nothing that generation needs.
         self._inner: Any = self._model.get_base_model() if isinstance(self._model, PeftModel) else self._model
         half = self._inner.dtype in (torch.bfloat16, torch.float16)

@@ -108,17 +108,21 @@ def load_model(config: Config, folder: Path, device: torch.device) -> Any:
     return model
 
 
-def stop_tokens(tokenizer: Any, model: Any, more: Sequence[str]) -> list[int]:
-    """Tokens that end a turn: the tokenizer's, those of the model's generation config, and those that the config names."""
-    return ends_of_turns(tokenizer, model.generation_config, more)
+def stop_tokens(
+    tokenizer: Any, generation: GenerationConfig, more: Sequence[str], ends: Sequence[int] = ()
+) -> list[int]:
+    """Tokens that end a turn.
 
-
-def ends_of_turns(tokenizer: Any, generation: GenerationConfig, more: Sequence[str]) -> list[int]:
-    """As ``stop_tokens``, where there is no loaded model but its generation config."""
-    stops: Any = generation.eos_token_id
-    stops = list(stops) if isinstance(stops, list | tuple) else [stops]
-    stops += named_tokens(tokenizer, more)
-    return sorted({int(stop) for stop in (tokenizer.eos_token_id, *stops) if stop is not None})
+    Args:
+        tokenizer: its eos is one.
+        generation: the model's generation config, which names others.
+        more: tokens that the config names.
+        ends: those that end the turns of the data.
+    """
+    named: Any = generation.eos_token_id
+    named = list(named) if isinstance(named, list | tuple) else [named]
+    named += [tokenizer.eos_token_id, *named_tokens(tokenizer, more), *ends]
+    return sorted({int(token) for token in named if token is not None})
 
 
 def named_tokens(tokenizer: Any, names: Sequence[str]) -> list[int]:
