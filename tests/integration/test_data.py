@@ -22,6 +22,8 @@ from pyarrow import fs
 from raysft.cli import main
 from raysft.config import Config, parse
 from raysft.data import prepare
+from raysft.data.manifest import Manifest
+from raysft.pretrained import load_tokenizer
 from raysft.records import read_jsonl
 from tests.objects import credentials
 from tests.tiny import tiny_model
@@ -166,6 +168,39 @@ def test_parquet_files_of_different_schemas_are_one_source(tmp_path, model):
     pq.write_table(pa.Table.from_pylist([alpaca] * 3), tmp_path / "2.parquet")
     (manifest,) = prepare(config_of(tmp_path, model, str(tmp_path / "*.parquet")), model).train
     assert (len(manifest), manifest.formats) == (5, ("alpaca", "openai"))
+
+
+def test_a_registry_names_columns_and_draws_records_and_structs_lose_no_key(tmp_path, model):
+    called = [{"type": "function", "function": {"name": "f", "arguments": {key: 1}}} for key in ("a", "b")]
+    records = [
+        {"messages": [*GOOD["messages"], {"role": "assistant", "content": "x", "tool_calls": [c]}]} for c in called
+    ]
+    (tmp_path / "a.jsonl").write_bytes(lines(*records))
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
+    (tmp_path / "five.json").write_text(
+        json.dumps([{"instruction": "ins", "input": str(n), "output": "o"} for n in range(5)])
+    )
+    chat = {"formatting": "openai", "columns": {"messages": "messages"}}
+    entries = {
+        "drawn": {"file_name": "five.json", "columns": {"prompt": "input", "response": "output"}, "num_samples": 2},
+        "plain": {"file_name": "a.jsonl", **chat},
+        "struct": {"file_name": "a.parquet", **chat},
+    }
+    (tmp_path / "dataset_info.json").write_text(json.dumps(entries), encoding="utf-8-sig")
+    config = config_of(
+        tmp_path, model, registry=str(tmp_path), train=[{"name": name} for name in entries], sequence_length=512
+    )
+    drawn, *same = prepare(config, model).train
+    assert len(drawn) == 2
+    assert all("ins" not in text and text.count("<|im_start|>user") == 1 for text in texts_of(drawn, model))
+    assert texts_of(same[0], model) == texts_of(same[1], model)
+    assert "null" not in "".join(texts_of(same[1], model))
+
+
+def texts_of(manifest: Manifest, model: str) -> list[str]:
+    tokenizer = load_tokenizer(model)
+    rows = [ids for path in manifest.shard_paths() for ids in pq.read_table(path.local)["input_ids"].to_pylist()]
+    return [tokenizer.decode(ids) for ids in rows]
 
 
 def test_a_line_of_megabytes_is_told_from_the_others(tmp_path, model, monkeypatch):
