@@ -9,6 +9,7 @@ from raysft.report.page import write_page
 from raysft.report.plots import draw
 from raysft.report.state import trainer_state
 from raysft.report.summary import summary
+from raysft.report.warning import warnings
 
 __all__ = ["report"]
 
@@ -34,5 +35,6 @@ def report(run: RunDirectory) -> str:
     plots = draw(log)
     if not log.other_model:
         write_atomically(run.model_card, model_card(log, plots))
-    write_page(log)
-    return summary(log)
+    lines = warnings(log)
+    write_page(log, lines)
+    return summary(log, lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,17 @@ from raysft.report.logs import RunLog, finite, read_lines
 from raysft.report.predictions import read_predictions, visible
 from raysft.report.sources import reasons, sources
 from raysft.report.verdict import interval, verdict
-from raysft.report.warning import warnings
 
 MOST_CHANGES = 50
 """Changes on the way that are listed, the last ones."""
 
 
-def write_page(log: RunLog) -> None:
+def write_page(log: RunLog, warnings: Sequence[str] = ()) -> None:
     """Write ``report.html``.
+
+    Args:
+        log: what the run left.
+        warnings: lines that stand below the verdict.
 
     Raises:
         RunFailed: a file of the run is corrupt.
@@ -39,7 +43,7 @@ def write_page(log: RunLog) -> None:
         what=_what(log),
         state=_state(log),
         faces=verdict(log, rows),
-        warnings=[visible(line) for line in warnings(log)],
+        warnings=[visible(masked(line)) for line in warnings],
         unfinished=unfinished(log),
         loss=loss_charts(log),
         charts=small_charts(log),

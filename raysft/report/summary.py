@@ -6,6 +6,7 @@ import io
 import itertools
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from rich import box
@@ -17,7 +18,6 @@ from raysft.report.card import masked
 from raysft.report.comparison import INTERVALS, compare, unfinished
 from raysft.report.course import generated, went
 from raysft.report.logs import RunLog, read_lines
-from raysft.report.warning import warnings
 
 WIDTH = 100
 SAMPLES = 3
@@ -49,8 +49,8 @@ _FILES = {
 }
 
 
-def summary(log: RunLog) -> str:
-    """Before and after, samples, and which file holds what, 100 columns wide.
+def summary(log: RunLog, warnings: Sequence[str] = ()) -> str:
+    """Before and after, warnings, samples, and which file holds what, 100 columns wide.
 
     Coloured if stdout is a terminal, plain text otherwise.
     """
@@ -58,7 +58,7 @@ def summary(log: RunLog) -> str:
     console = Console(file=io.StringIO(), width=WIDTH, force_terminal=terminal, highlight=False, legacy_windows=False)
     with console.capture() as capture:
         _comparison(console, log)
-        _warnings(console, log)
+        _warnings(console, warnings)
         _samples(console, log)
         _course(console, log)
         _files(console, log)
@@ -117,11 +117,10 @@ def _comparison(console: Console, log: RunLog) -> None:
         console.print(Text(unfinished(log)))
 
 
-def _warnings(console: Console, log: RunLog) -> None:
-    lines = warnings(log)
-    if lines:
+def _warnings(console: Console, warnings: Sequence[str]) -> None:
+    if warnings:
         console.print(Text("\nWarnings", style="bold"))
-    for line in lines:
+    for line in warnings:
         console.print(Text(f"- {line}"))
 
 

@@ -22,6 +22,7 @@ from raysft.records import (
     StepRecord,
     evaluation_results,
     flat,
+    read_jsonl,
     write_json,
     write_jsonl,
 )
@@ -376,3 +377,127 @@ def test_what_the_plan_warned_of_stands_in_the_summary_and_on_the_page(tmp_path:
     write_json(run.plan, plan | {"warnings": ["1 step is <few>; take more"]})
     assert "Warnings\n- 1 step is <few>; take more\n" in report(run)
     assert "<li>1 step is &lt;few&gt;; take more</li>" in run.page.read_text()
+
+
+def said(run: RunDirectory) -> list[str]:
+    """The warnings of the summary."""
+    text = report(run)
+    block = text.partition("\nWarnings\n")[2].partition("\n\n")[0]
+    return [" ".join(each.split()) for each in block.removeprefix("- ").split("\n- ") if each]
+
+
+def with_losses(run: RunDirectory, losses: Sequence[float | None]) -> RunDirectory:
+    """The run with these training losses."""
+    records = list(read_jsonl(run.trainer_log))
+    steps = iter(losses)
+    write_jsonl(run.trainer_log, [record | {"loss": next(steps)} if "loss" in record else record for record in records])
+    return run
+
+
+def with_evaluations(run: RunDirectory, losses: dict[int, dict[str, float]], ended: bool = True) -> RunDirectory:
+    """The run with evaluations of some sets after some steps; the last one is its end."""
+    records = [record for record in read_jsonl(run.trainer_log) if "loss" in record]
+    for step, of_sets in losses.items():
+        sets = [Evaluation(name, step, loss, 0.5, 900) for name, loss in of_sets.items()]
+        records.append({"current_steps": step, "total_steps": 10, **evaluation_results(sets)})
+    write_jsonl(run.trainer_log, records)
+    run.results("eval").unlink()
+    if ended:
+        run.write_results("eval", {key: value for key, value in records[-1].items() if key.startswith("eval_")})
+    return run
+
+
+def test_a_training_loss_that_rose_is_told_with_what_to_try(tmp_path: Path):
+    run = with_losses(make_run(tmp_path, steps=50), [2.0 + 0.02 * step + 0.1 * (step % 2) for step in range(50)])
+    # The first five steps: 2 + (0 + 0.12 + 0.04 + 0.16 + 0.08) / 5; the last five are 45 steps later.
+    assert said(run) == [
+        "the training loss rose from 2.0800 to 3.0000 (means of the first and the last 5 steps); lower train.learning_rate=0.0001, "
+        "for example to 3e-05"
+    ]
+
+
+@pytest.mark.parametrize("slope", [-0.01, 0.0, 0.002])
+def test_noise_is_no_rise(tmp_path: Path, slope: float):
+    noise = random.Random(1)
+    losses = [2.0 + slope * step + noise.gauss(0, 0.3) for step in range(50)]
+    assert said(with_losses(make_run(tmp_path, steps=50), losses)) == []
+
+
+def test_a_few_steps_say_nothing_of_the_loss_and_steps_without_a_number_are_counted(tmp_path: Path):
+    assert said(with_losses(make_run(tmp_path, steps=4), [1.0, 2.0, 3.0, None])) == [
+        "the loss of 1 of 4 steps is no number; lower train.learning_rate, or look at the records of these steps"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "expected"),
+    [
+        ({0: {"a": 2.0}, 10: {"a": 1.5}}, []),
+        (
+            {0: {"a": 2.0}, 10: {"a": 2.5}},
+            [
+                "the held-out loss rose from 2.0000 to 2.5000; lower train.learning_rate=0.0001, for example to 3e-05, or train "
+                "fewer epochs"
+            ],
+        ),
+        (
+            {0: {"a": 2.0}, 4: {"a": 1.25}, 10: {"a": 1.5}},
+            [
+                "the held-out loss was lowest after step 4 (1.2500) and 1.5000 at the end; set train.keep_best=true, or train "
+                "fewer epochs"
+            ],
+        ),
+        (
+            {0: {"a": 2.0}, 10: {"a": 1.99}},
+            [
+                "the held-out loss hardly changed, from 2.0000 to 1.9900; train more epochs, or raise "
+                "train.learning_rate=0.0001"
+            ],
+        ),
+        (
+            {0: {"a": 2.0, "b": 2.0}, 10: {"a": 1.0, "b": 2.5}},
+            [
+                "the held-out loss of 'b' rose from 2.0000 to 2.5000; lower train.learning_rate=0.0001, for example to 3e-05, or "
+                "train fewer epochs"
+            ],
+        ),
+    ],
+)
+def test_an_evaluation_that_got_worse_or_hardly_better_is_told(tmp_path: Path, evaluations, expected):
+    assert said(with_evaluations(make_run(tmp_path), evaluations)) == expected
+
+
+def test_a_run_that_goes_on_has_not_hardly_changed(tmp_path: Path):
+    assert said(with_evaluations(make_run(tmp_path), {0: {"a": 2.0}, 1: {"a": 1.995}}, ended=False)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ([{"stop": "eos"}] * 5, []),
+        (
+            [{"stop": "length"}] * 3 + [{"stop": "eos"}] * 2,
+            ["3 of 5 predictions were cut off at generate.max_new_tokens=1024; raise it, or train longer"],
+        ),
+        (
+            [{"predict": " ", "stop": "eos"}] * 5,
+            ["5 of 5 predictions are empty; compare the chat template with what the model was trained on"],
+        ),
+        (
+            [{"predict": "I", "stop": "eos"}] * 5,
+            [
+                "all 5 predictions are the same text; lower train.learning_rate=0.0001, for example to 3e-05, or look at the data"
+            ],
+        ),
+        (
+            [{"stop": "error"}] * 2 + [{"stop": "eos"}] * 3,
+            ["2 of 5 prompts failed; the same command tries them again"],
+        ),
+    ],
+)
+def test_predictions_that_are_cut_off_empty_or_all_the_same_are_told(tmp_path: Path, changes, expected):
+    run = make_run(tmp_path)
+    add_predictions(run)
+    rows = [row | change for row, change in zip(read_jsonl(run.predictions), changes, strict=True)]
+    write_jsonl(run.predictions, rows)
+    assert said(run) == expected
