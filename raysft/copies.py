@@ -11,6 +11,7 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
+from raysft import hub
 from raysft.storage import Entry, Place
 
 KEPT_DAYS = 7
@@ -38,6 +39,8 @@ def local_copy(location: str) -> str:
         FileNotFoundError: there is nothing.
     """
     if "://" not in location:
+        if may_be_on_hub(location):
+            hub.be_patient()  # whoever asks for this path loads from it
         return location
     place = Place.of(location)
     files = place.walk() or {"": place.entry()}  # a single file
@@ -75,9 +78,8 @@ def model_copy(model: str) -> Path:
         folder = Path(snapshot_download(model, allow_patterns=[*BESIDE_WEIGHTS, "*.safetensors"]))
         if not any(folder.glob("*.safetensors")):
             snapshot_download(model, allow_patterns=[*BESIDE_WEIGHTS, "*.bin"])
-    except (OSError, ValueError) as error:  # all that the hub's library raises
-        reason = str(error).splitlines()[0]
-        raise FileNotFoundError(f"{model}: no folder here, and the hub does not give it ({reason:.120})") from None
+    except hub.FAILURES as error:
+        raise FileNotFoundError(f"{model}: is no folder here, and {hub.reason_of(error) or hub.NONSENSE}") from None
     return folder
 
 

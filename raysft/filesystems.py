@@ -1,12 +1,15 @@
-"""The filesystem behind a path or a URI. Imports nothing of raysft."""
+"""The filesystem behind a path or a URI."""
 
 from __future__ import annotations
 
 import re
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
+
+from raysft import hub
 
 CONNECT_SECONDS, REQUEST_SECONDS = 5.0, 20.0
 """How long one attempt of a request to S3 may wait without a byte; there are three."""
@@ -30,6 +33,8 @@ def filesystem_of(location: str) -> tuple[Any, str]:
         from pyarrow import fs
 
         return fs.LocalFileSystem(), str(Path(location).expanduser().absolute())
+    if location.startswith("hf://"):
+        hub.be_patient()
     options = options_of(location)
     scheme, _, rest = location.removesuffix(options).partition("://")
     host, _, path = rest.partition("/")
@@ -43,6 +48,10 @@ def _filesystem(root: str) -> tuple[Any, str]:
     from pyarrow import fs
 
     filesystem, path = fs.FileSystem.from_uri(root)
+    if isinstance(filesystem, fs.GcsFileSystem):
+        # By itself it asks for a quarter of an hour, and for that long again for its credentials.
+        _, (options,) = filesystem.__reduce__()
+        filesystem = fs.GcsFileSystem(**{**options, "retry_time_limit": timedelta(seconds=REQUEST_SECONDS)})
     if isinstance(filesystem, fs.S3FileSystem):
         # A URI has no option for these. Without them a server that takes a request and never answers holds it for minutes.
         _, (options,) = filesystem.__reduce__()

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from raysft import hub
 from raysft.config import RequestError
 from raysft.copies import local_copy
 
@@ -252,8 +253,8 @@ def load_tokenizer(model: str, runs_code: bool = False) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(local_copy(model), trust_remote_code=runs_code)
-    except (ValueError, ImportError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise RequestError(
-            f"{model}: its tokenizer cannot be loaded ({reason:.160}); put its files (tokenizer.json, …) into the folder"
-        ) from None
+    except Exception as error:  # the library that reads tokenizer.json has no other
+        reason = " ".join(str(error).split()) or type(error).__name__
+        fault = hub.reason_of(error)
+        why = f": {fault}" if fault else f" ({reason:.160}); put its files (tokenizer.json, …) into the folder"
+        raise RequestError(f"{model}: its tokenizer cannot be loaded{why}") from None

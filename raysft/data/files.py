@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
+from raysft import hub
 from raysft.config import RequestError, Source, locate
 from raysft.filesystems import filesystem_of, options_of, quoted
 
@@ -74,10 +75,15 @@ def _expand(pattern: str, name: str) -> Iterator[DataFile]:
             infos = _without_detours(infos)
         infos.sort(key=lambda info: info.path)
         files = [_data_file(info, location if "://" in location else "") for info in infos]
-    except (OSError, pa.ArrowException) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    except RequestError:
+        raise
+    except (*hub.FAILURES, pa.ArrowException) as error:
+        fault = (hub.reason_of(error) or hub.NONSENSE) if location.startswith("hf://") else None
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
         raise RequestError(
-            f"source {name!r}: {pattern} cannot be read ({reason}); check the path and its credentials"
+            f"source {name!r}: {pattern} cannot be read: {fault}"
+            if fault
+            else f"source {name!r}: {pattern} cannot be read ({reason:.200}); check the path and its credentials"
         ) from None
     if not files:
         raise RequestError(f"source {name!r}: {pattern} matches no file; check data path and working directory")

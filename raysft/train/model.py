@@ -15,6 +15,7 @@ from typing import Any
 
 from pyarrow import ArrowException
 
+from raysft import hub
 from raysft.config import Config, RequestError, locate
 from raysft.copies import cache_home, local_copy, may_be_on_hub, model_copy
 from raysft.pretrained import check_weights, load_weights
@@ -141,8 +142,9 @@ def describe(config: Config, model: str, path: str, say: Callable[[str], None], 
     except RequestError:
         raise
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise RequestError(f"{key}={model}: its config.json is of no use ({reason:.120})") from None
+        fault = hub.reason_of(error)
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RequestError(f"{key}={model}: {fault or f'its config.json is of no use ({reason:.120})'}") from None
     _check_causal(described, f"{key}={model}", path in config.model.trust_remote_code)
     check_weights(Path(model), f"{key}={model}")
     return described
@@ -213,16 +215,15 @@ def _on_hub(path: str, key: str, marks: Sequence[str]) -> str:
     """Check that the hub (or its local cache) has the model; the id itself is what each node loads."""
     from transformers import PreTrainedConfig
 
-    # It would report each of its attempts.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         if "adapter_config.json" in marks:
             model_copy(path)  # an adapter has no config to ask for
         else:
-            PreTrainedConfig.get_config_dict(path)  # without the model's own code
+            described, _ = PreTrainedConfig.get_config_dict(local_copy(path))  # without the model's own code
+            if not isinstance(described, dict):
+                raise ValueError("config.json holds no mapping")
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise RequestError(f"{key}={path}: no folder here, and the hub does not give it ({reason:.120})") from None
+        raise RequestError(f"{key}={path}: is no folder here, and {hub.reason_of(error) or hub.NONSENSE}") from None
     return path
 
 

@@ -17,6 +17,7 @@ import ray
 import ray.data
 from huggingface_hub import constants
 
+from raysft import hub
 from raysft.config import Config, RequestError
 from raysft.generate.cluster import quiet_ray_data
 from raysft.generate.metrics.bootstrap import RESAMPLES, intervals, resampled_sums, totals
@@ -212,6 +213,7 @@ def _loaded(name: str) -> Iterator[Any]:
             # evaluate.load would copy the file into the home folder, which a container may not have, to do the same.
             yield cast(Any, import_main_class(f"{__name__}.{name}"))(**own)
         else:
+            hub.be_patient()
             yield evaluate.load(name, **own)
 
 

@@ -1,0 +1,128 @@
+"""A hub that is absent, silent, refusing, cut off or answering nonsense: one line with a remedy, within a bound."""
+
+from __future__ import annotations
+
+import socket
+import time
+from contextlib import closing, contextmanager
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants, file_download, hf_api
+
+from raysft import hub
+from raysft.config import RequestError, Source
+from raysft.copies import model_copy
+from raysft.data.files import find_files
+from raysft.pretrained import load_tokenizer
+from raysft.storage import Place
+from raysft.train.model import find_model
+from tests.servers import http, serving, silent
+
+PORTAL = http("200 OK", b"<html>Please log in</html>", ETag='"a"', X_Repo_Commit="a" * 40, Content_Type="text/html")
+KINDS = {
+    "refuses connections": (
+        None,
+        "does not answer ([Errno 111] Connection refused); check the network and HF_ENDPOINT",
+    ),
+    "is silent": (silent, "does not answer (timed out); check the network and HF_ENDPOINT"),
+    "hangs up": (lambda connection: None, "does not answer ("),
+    "fails": (http("500 Internal Server Error"), "does not answer (500 Internal Server Error); check the network"),
+    "is busy for an hour": (
+        http("429 Too Many Requests", Retry_After="3600"),
+        "to be asked again in 3600 s); check the",
+    ),
+    "wants a token": (
+        http("401 Unauthorized", b"{}"),
+        "the hub refuses (401 Unauthorized); check its name, and whether HF_TOKEN",
+    ),
+    "forbids": (http("403 Forbidden", b"{}"), "the hub refuses (403 Forbidden); check its name, and whether HF_TOKEN"),
+    "does not have it": (http("404 Not Found", b"{}"), "the hub does not have it (404 Not Found); check its name"),
+    "answers a page": (PORTAL, "what the hub answers is of no use; check its name and HF_ENDPOINT"),
+    "answers a list": (http("200 OK", b"[1]", ETag='"a"', X_Repo_Commit="a" * 40), "what the hub answers is of no use"),
+}
+
+
+@contextmanager
+def hub_that(kind: str):
+    answer = KINDS[kind][0]
+    if answer:
+        with serving(answer) as port:
+            yield f"http://127.0.0.1:{port}"
+    else:
+        with closing(socket.create_server(("", 0))) as taken:
+            port = taken.getsockname()[1]
+        yield f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture
+def ask(monkeypatch, tmp_path):
+    """Asks a hub in a hurry, and gives what was said."""
+    monkeypatch.setattr(hub, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(hub, "ATTEMPT_SECONDS", 0.5)
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.5)
+
+    def said(kind, function) -> str:
+        with hub_that(kind) as endpoint:
+            monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+            monkeypatch.setattr(
+                constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+            )
+            monkeypatch.setattr(hf_api.api, "endpoint", endpoint)
+            for module in (constants, file_download):
+                monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path), raising=False)
+            begun = time.monotonic()
+            with pytest.raises((RequestError, FileNotFoundError)) as caught:
+                function()
+            assert time.monotonic() - begun < 15
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    return said
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_that_the_hub_does_not_give_is_one_line_in_time(ask, tmp_path, kind):
+    line = ask(kind, lambda: find_model("some/model", Place.of(tmp_path), print))
+    assert line.startswith("model.path=some/model: is no folder here, and ")
+    assert KINDS[kind][1] in line
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_the_hub_does_not_give_are_one_line_in_time(ask, kind):
+    line = ask(kind, lambda: model_copy("some/model"))
+    assert line.startswith("some/model: is no folder here, and ")
+    assert KINDS[kind][1] in line
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dataset_that_the_hub_does_not_give_is_one_line_in_time(ask, kind):
+    from raysft import filesystems
+
+    filesystems._filesystem.cache_clear()
+    huggingface_hub.HfFileSystem.clear_instance_cache()
+    line = ask(kind, lambda: find_files(Source(name="d", path="hf://datasets/some/set/default/train")))
+    assert line.startswith("source 'd': hf://datasets/some/set/default/train cannot be read: ")
+    assert KINDS[kind][1] in line
+
+
+def test_a_hub_that_did_not_answer_is_not_asked_again_for_each_file(ask, tmp_path):
+    def twice():
+        with pytest.raises(RequestError):
+            find_model("some/model", Place.of(tmp_path), print)
+        begun = time.monotonic()
+        try:
+            find_model("another/model", Place.of(tmp_path), print)
+        finally:
+            assert time.monotonic() - begun < 1.0
+
+    assert "does not answer" in ask("fails", twice)
+
+
+def test_without_network_by_ones_own_wish_the_hub_is_not_asked(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(RequestError, match="HF_HUB_OFFLINE is set, and the cache does not hold it; unset it"):
+        find_model("some/model", Place.of(tmp_path), print)
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
+    with pytest.raises(RequestError, match="its tokenizer cannot be loaded (.*); put its files"):
+        load_tokenizer(str(tmp_path))
