@@ -99,11 +99,9 @@ def _change(kind: pa.DataType) -> Change | None:
 
 
 def _struct(changes: dict[str, Change | None]) -> Change:
-    def change(value: dict[str, Any]) -> dict[str, Any]:
-        kept = ((name, inner, changes[name]) for name, inner in value.items() if inner is not None)
-        return {name: each(inner) if each else inner for name, inner, each in kept}
-
-    return change
+    return lambda value: {
+        name: each(inner) if (each := changes[name]) else inner for name, inner in value.items() if inner is not None
+    }
 
 
 def _map(inner: Change | None) -> Change:
