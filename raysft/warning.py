@@ -66,6 +66,16 @@ def empty_steps(config: Config, plan: Plan) -> Iterator[str]:
         )
 
 
+def idle_workers(config: Config, plan: Plan) -> Iterator[str]:
+    """A step may have fewer rows than there are workers."""
+    idle = plan.workers - plan.rows_per_step
+    if idle > 0:
+        yield (
+            f"{idle} of {plan.workers} workers have nothing to do, as a step has {plan.rows_per_step} "
+            f"row{'' if plan.rows_per_step == 1 else 's'}; use scaling.num_workers={plan.rows_per_step}"
+        )
+
+
 def padding(config: Config, plan: Plan) -> Iterator[str]:
     """Rows may be much longer than what stands in them."""
     if plan.useful >= 0.5:
@@ -187,6 +197,7 @@ def prompts_open_what_was_not_trained(config: Config, plan: Plan) -> Iterator[st
 WARNINGS: tuple[Callable[[Config, Plan], Iterator[str]], ...] = (
     few_steps,
     empty_steps,
+    idle_workers,
     padding,
     nothing_evaluated,
     little_evaluated,

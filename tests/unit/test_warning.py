@@ -114,6 +114,11 @@ SINGLE = {"data__packing": False}
             "84% of the rows of all steps are empty, as train.rows_per_step=32 and an epoch has 5; use train.rows_per_step=auto",
         ),
         (
+            {},
+            {"workers": 8, "rows_per_step": 2},
+            "6 of 8 workers have nothing to do, as a step has 2 rows; use scaling.num_workers=2",
+        ),
+        (
             SINGLE,
             {"useful": 0.03, "sources": {"a": source(longest=70)}},
             "97% of the rows is padding; data.sequence_length=72 instead of 2048 holds the longest example",
