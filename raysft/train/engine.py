@@ -16,7 +16,7 @@ from raysft.train.finetuning import load_model
 from raysft.train.loss import TokenLoss
 from raysft.train.objective import Objective
 from raysft.train.optim import make_optimizer, make_schedule
-from raysft.train.zero import deepspeed_settings
+from raysft.train.zero import deepspeed_settings, with_bucket
 
 
 def make_engine(
@@ -60,6 +60,7 @@ def make_engine(
     ratio = config.model.lora.loraplus_ratio if config.model.finetuning == "lora" else None
     optimizer = make_optimizer(model, config.train, ratio)
     schedule = make_schedule(optimizer, config.train, steps)
+    settings = with_bucket(settings, model)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings, dist_init_required=False
     )

@@ -26,6 +26,7 @@ from raysft.train.figures import Figures
 from raysft.train.judge import Judge
 from raysft.train.nonfinite import NonFinite
 from raysft.train.step import Batch, evaluate, train_step
+from raysft.train.zero import size
 
 Emit = Callable[[str, Any], None]
 """(event, content) to whoever watches: ``setup``, ``step``, ``evaluate``, ``checkpoint``, ``unsaved``, ``waiting``, ``end``."""
@@ -204,8 +205,8 @@ class _Loop:
                 "log": list(self.log),
                 "model_seconds": now - self.started - data_wait,
                 "data_wait_seconds": data_wait,
-                "parameters": sum(_size(p) for p in parameters),
-                "trained_parameters": sum(_size(p) for p in parameters if p.requires_grad),
+                "parameters": sum(size(p) for p in parameters),
+                "trained_parameters": sum(size(p) for p in parameters if p.requires_grad),
             },
         )
         self.started = time.perf_counter()
@@ -317,7 +318,3 @@ class _Loop:
         tokenizer = AutoTokenizer.from_pretrained(near, trust_remote_code=trusted)
         tokenizer.chat_template = self.job.config.chat_template or tokenizer.chat_template
         write(self.engine.module.model, tokenizer)
-
-
-def _size(parameter: Any) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))

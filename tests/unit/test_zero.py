@@ -1,0 +1,59 @@
+"""What DeepSpeed is told, beside what a config says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from raysft.train.engine import make_engine
+from raysft.train.step import train_step
+from tests.training import make_config, prepare, rows_of
+
+LARGEST_TENSOR = 1 << 20
+"""Bytes; of the tiny model, its rows and its logits none has half as many."""
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("zero")
+    store = dist.FileStore(str(folder / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+            environment.setenv(name, value)
+        yield prepare(folder)
+    dist.destroy_process_group()
+
+
+def engine_of(prepared: tuple[Path, Path, Any], settings: dict[str, Any], **train: Any) -> Any:
+    folder, model, _ = prepared
+    config = make_config(folder, model, settings, rows_per_device=4, **train)
+    return make_engine(config, str(model), 1, 4, torch.device("cpu"))[0]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("finetuning", ["lora", "full"])
+def test_no_memory_is_taken_for_gradients_that_there_are_not(prepared, stage, finetuning):
+    """DeepSpeed's own bucket is 2 GB, in each backward or from the start."""
+    rows = rows_of(prepared[2])
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        engine = engine_of(prepared, {}, finetuning=finetuning, zero_stage=stage)
+        train_step(engine, rows.batch(range(4)), float(rows.schedule.step_weight[0]))
+    taken = [each.cpu_memory_usage for each in profiled.events()]
+    assert max(taken) < LARGEST_TENSOR
+    trained = sum(p.ds_numel if stage == 3 else p.numel() for p in engine.module.parameters() if p.requires_grad)
+    assert engine.zero_reduce_bucket_size() == trained
+
+
+def test_a_bucket_that_the_config_names_is_taken(prepared):
+    given = {"zero_optimization": {"reduce_bucket_size": 7000}}
+    engine = engine_of(prepared, {"train.deepspeed": given}, finetuning="lora", zero_stage=2)
+    assert engine.optimizer.reduce_bucket_size == 7000
+    automatic = {"zero_optimization": {"reduce_bucket_size": "auto"}}
+    engine = engine_of(prepared, {"train.deepspeed": automatic}, finetuning="lora", zero_stage=2)
+    assert engine.optimizer.reduce_bucket_size == sum(p.numel() for p in engine.module.parameters() if p.requires_grad)
