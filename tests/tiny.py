@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 SENTENCES = (
     "The capital of France is Paris, and the capital of Germany is Berlin.",
@@ -108,6 +109,39 @@ def tiny_model(folder: str | Path, seed: int = 0, spread: float = 0.1) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def tiny_mixture(folder: str | Path, model_type: str = "qwen3_moe", seed: int = 0, **settings: Any) -> Path:
+    """Save a random mixture of experts of two layers with ``tiny_tokenizer`` into ``folder``.
+
+    Args:
+        model_type: as transformers has it.
+        settings: what its config says beyond sizes.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = tiny_tokenizer()
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **{"head_dim": 8, "num_experts_per_tok": 2, "initializer_range": 0.1, **settings},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Path(folder)
 
 
 def write_chats(file: Path, count: int) -> None:

@@ -42,7 +42,10 @@ class LoraSection(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
     target: Targets = "all"
-    """``all``: every linear layer but the output head; or a list of module names."""
+    """``all``: every linear layer but the output head and, in mixtures of experts, the routers (``gate``, ``router``,
+    ``shared_expert_gate``); or a list of module names, which may name routers. Where peft knows a model's experts, as those of
+    Mixtral, Qwen3 and DeepSeek, ``all`` covers them, without ``dropout``, ``dora`` and ``pissa``, and leaves out the shared
+    experts and dense layers whose parts have the same names (``gate_proj``, ``up_proj``, ``down_proj``)."""
     extra_modules: list[Text] = []
     """Modules that are trained whole and kept with the adapter, for example ``[embed_tokens, lm_head]``."""
     dora: bool = False
@@ -64,7 +67,7 @@ class OftSection(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the blocks that are left out at random."""
     target: Targets = "all"
-    """``all``: every linear layer but the output head; or a list of module names."""
+    """``all``: every linear layer but the output head and the routers of a mixture of experts; or a list of module names."""
     extra_modules: list[Text] = []
     """Modules that are trained whole and kept with the adapter."""
 

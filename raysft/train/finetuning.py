@@ -17,6 +17,7 @@ from raysft.pretrained import adapter_description, load_adapter, load_weights
 from raysft.quantized import keep_layout, loading_options
 from raysft.storage import Place
 from raysft.train.attention import kernel, use_examplewise, without_adapters
+from raysft.train.targets import linear_layers, set_targets
 
 
 def load_model(config: Config, path: str, device: torch.device | None = None, adapter: str | None = None) -> Any:
@@ -137,6 +138,7 @@ def check_names(model: nn.Module, config: Config) -> None:
                     f"model.{config.model.finetuning}.{key} names {name!r} and the model has no such module; "
                     + ("try 'all'" if key == "target" else "take it out")
                 )
+    _check_adapter(model, config, section)
 
 
 def _check_tied(model: Any, config: Config, section: Any) -> None:
@@ -157,8 +159,9 @@ def _check_pissa(model: nn.Module, config: Config) -> None:
     lora = config.model.lora
     if config.model.finetuning != "lora" or not lora.pissa:
         return
+    layers = linear_layers(model)
     for name, module in model.named_modules():
-        named = lora.target == "all" or any(f".{name}".endswith(f".{each}") for each in lora.target)
+        named = name in layers if lora.target == "all" else any(f".{name}".endswith(f".{each}") for each in lora.target)
         if named and isinstance(module, nn.Linear) and module is not model.get_output_embeddings():  # type: ignore[operator]
             smaller = min(module.in_features, module.out_features)
             if lora.rank > smaller:
@@ -166,6 +169,29 @@ def _check_pissa(model: nn.Module, config: Config) -> None:
                     f"model.lora.rank={lora.rank} and {name} is {module.in_features} × {module.out_features}, which "
                     f"model.lora.pissa takes apart into at most {smaller}; use at most that"
                 )
+
+
+def _check_adapter(model: Any, config: Config, section: Any) -> None:
+    """What peft refuses; it puts an adapter on this model, which has no weights, to find out."""
+    from peft import get_peft_model
+
+    kind, lora = config.model.finetuning, config.model.lora
+    described = _adapter_config(model, config, model.name_or_path)
+    if kind == "lora":
+        described.use_dora, described.lora_dropout, described.init_lora_weights = False, 0.0, True
+    try:
+        get_peft_model(model, described)
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise RequestError(
+            f"model.{kind}.target={section.target} is refused by peft ({reason:.200}); name other modules"
+        ) from None
+    for key in ("dropout", "dora", "pissa") if getattr(described, "target_parameters", None) else ():
+        if getattr(lora, key):
+            raise RequestError(
+                f"model.lora.{key}={getattr(lora, key)} does not go with adapters on the experts of {type(model).__name__}; "
+                "take it out, or name modules outside of the experts in model.lora.target, for example [q_proj, v_proj]"
+            )
 
 
 def _with_adapter(model: Any, config: Config, path: str, adapter: str | None) -> Any:
@@ -204,22 +230,23 @@ def _adapter_config(model: nn.Module, config: Config, path: str) -> Any:
         or None,
         "base_model_name_or_path": path,
     }
+    lora, oft = config.model.lora, config.model.oft
     if config.model.finetuning == "oft":
-        oft = config.model.oft
-        return OFTConfig(r=0, oft_block_size=oft.block_size, module_dropout=oft.dropout, **shared)
-    lora = config.model.lora
-    begin: Any = True
-    if lora.pissa:
-        begin = f"pissa_niter_{lora.pissa_iterations}" if lora.pissa_iterations else "pissa"
-    return LoraConfig(
-        r=lora.rank,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft takes any number
-        lora_dropout=lora.dropout,
-        use_dora=lora.dora,
-        use_rslora=lora.rslora,
-        init_lora_weights=begin,
-        **shared,
-    )
+        described: Any = OFTConfig(r=0, oft_block_size=oft.block_size, module_dropout=oft.dropout, **shared)
+    else:
+        begin = "pissa" if not lora.pissa_iterations else f"pissa_niter_{lora.pissa_iterations}"
+        described = LoraConfig(
+            r=lora.rank,
+            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft takes any number
+            lora_dropout=lora.dropout,
+            use_dora=lora.dora,
+            use_rslora=lora.rslora,
+            init_lora_weights=begin if lora.pissa else True,  # type: ignore[arg-type]
+            **shared,
+        )
+    if section.target == "all":
+        set_targets(described, model)
+    return described
 
 
 def _use_liger(model: Any) -> None:

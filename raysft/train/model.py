@@ -164,9 +164,8 @@ def _check_causal(described: Any, named: str, trusted: bool) -> None:
 def _names_modules(config: Config) -> bool:
     model = config.model
     section = {"lora": model.lora, "oft": model.oft}.get(model.finetuning)
-    return model.finetuning == "freeze" or (
-        section is not None and (section.target != "all" or bool(section.extra_modules) or config.model.lora.pissa)
-    )
+    special = section is not None and (section.target != "all" or section.extra_modules or section.dropout)
+    return model.finetuning == "freeze" or bool(special) or model.lora.pissa or model.lora.dora
 
 
 def _check_quantized(model: str, described: Any, config: Config) -> None:

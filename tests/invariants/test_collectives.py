@@ -13,7 +13,7 @@ from raysft.config import Config
 from raysft.data.stream import Batch, Rows
 from raysft.records import IGNORED
 from tests.shards import the_set, write_records, written
-from tests.tiny import tiny_model
+from tests.tiny import tiny_mixture, tiny_model
 from tests.training import Case, Result, assert_same, make_config, train_all
 
 CAPACITY = 96
@@ -21,14 +21,29 @@ CHUNK_TOKENS = 16
 """So that a row takes from one to six chunks."""
 SHARED_OUT = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 """With ZeRO-3 also what is small."""
-WAYS: dict[str, dict[str, Any]] = {
-    "nothing shared out": {"zero_stage": 0},
-    "optimizer states": {"zero_stage": 1},
-    "gradients": {"zero_stage": 2},
-    "weights": {"zero_stage": 3},
-    "weights, row by row": {"zero_stage": 3, "rows_per_device": 1},
-    "weights, activations computed twice": {"zero_stage": 3, "gradient_checkpointing": True},
-}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 16, "mlp_only_layers": [0]},
+    "deepseek_v3": {
+        "n_routed_experts": 4, "moe_intermediate_size": 16, "n_shared_experts": 1, "first_k_dense_replace": 1,
+        "n_group": 1, "topk_group": 1, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
+        "v_head_dim": 8, "head_dim": 4,
+    },
+}  # fmt: skip
+"""Of whose experts a short row uses some alone."""
+ALONE: dict[str, dict[str, Any]] = {"zero_stage": 0, "rows_per_device": 4}
+WAYS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"zero_stage": 0}),
+    ("llama", {"zero_stage": 1}),
+    ("llama", {"zero_stage": 2}),
+    ("llama", {"zero_stage": 3}),
+    ("llama", {"zero_stage": 3, "rows_per_device": 1}),
+    ("llama", {"zero_stage": 3, "gradient_checkpointing": True}),
+    ("qwen3_moe", {"zero_stage": 3}),
+    ("qwen3_moe", {"zero_stage": 2, "finetuning": "lora"}),
+    ("qwen3_moe", {"zero_stage": 3, "finetuning": "lora"}),
+    ("deepseek_v3", {"zero_stage": 3}),
+]
+"""Model, and what two workers are to do as one does it alone."""
 
 
 class SomeUnlabelled(Rows):
@@ -53,10 +68,10 @@ def examples(count: int, seed: int) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory) -> tuple[Path, Path, Rows, Rows]:
-    """(folder, model, training rows, evaluation rows); the last step of both leaves a worker with fillers alone."""
+def rows(tmp_path_factory) -> tuple[Path, Rows, Rows]:
+    """(folder, training rows, evaluation rows); the last step of both leaves a worker with fillers alone."""
     folder = tmp_path_factory.mktemp("collectives")
-    model = tiny_model(folder / "model")
+    model = tiny_model(folder / "llama")
     manifests = []
     for name, count in (("d", 7), ("e", 3), ("f", 5)):
         write_records(folder / f"{name}.jsonl", examples(count, seed=count))
@@ -67,33 +82,37 @@ def prepared(tmp_path_factory) -> tuple[Path, Path, Rows, Rows]:
     train_rows = SomeUnlabelled(tuple(paths[:2]), CAPACITY, 4, seed=3, layout="single")
     eval_rows = Rows((paths[2],), CAPACITY, 4, layout="single", shuffle=False)
     assert [each.schedule.rows for each in (train_rows, eval_rows)] == [10, 5]
-    return folder, model, train_rows, eval_rows
+    return folder, train_rows, eval_rows
 
 
-def case(prepared: tuple[Path, Path, Rows, Rows], way: dict[str, Any], **more: Any) -> Case:
-    folder, model, train_rows, eval_rows = prepared
+@pytest.fixture(scope="module")
+def trained(rows) -> list[tuple[Result, Result]]:
+    """Of each way what one worker came to, and two."""
+    for model_type, settings in MIXTURES.items():
+        tiny_mixture(rows[0] / model_type, model_type, **settings)
+    alone = list(dict.fromkeys((model, way.get("finetuning", "full")) for model, way in WAYS))
+    one = train_all([case(rows, model, {**ALONE, "finetuning": finetuning}) for model, finetuning in alone])
+    two = train_all([case(rows, model, way) for model, way in WAYS], world=2)
+    known = dict(zip(alone, one, strict=True))
+    return [(known[model, way.get("finetuning", "full")], both) for (model, way), both in zip(WAYS, two, strict=True)]
+
+
+def case(rows: tuple[Path, Rows, Rows], model: str, way: dict[str, Any]) -> Case:
+    folder, train_rows, eval_rows = rows
     settings = {
         "data.packing": False,
         "data.eval": [{"name": "f", "path": str(folder / "f.jsonl")}],
         "train.max_steps": None,
-        "train.eval_every_steps": 1,
+        "train.eval_every_steps": 2,
         "train.keep_best": True,
         "train.deepspeed": SHARED_OUT,
     }
-    config: Config = make_config(folder, model, settings, **{"rows_per_device": 2, **way, **more})
+    config: Config = make_config(folder, folder / model, settings, **{"rows_per_device": 2, **way})
     return Case(config, train_rows, eval_rows=eval_rows, chunk_tokens=CHUNK_TOKENS)
 
 
-def test_workers_whose_rows_differ_train_as_one_worker_does(prepared):
-    (one,) = train_all([case(prepared, {"zero_stage": 0, "rows_per_device": 4})])
-    two = train_all([case(prepared, way) for way in WAYS.values()], world=2)
+@pytest.mark.parametrize("way", range(len(WAYS)), ids=[str(way) for way in WAYS])
+def test_workers_whose_rows_differ_train_as_one_worker_does(trained, way):
+    one, two = trained[way]
     assert len(one.losses) == 3
-    for name, result in zip(WAYS, two, strict=True):
-        compare(name, one, result)
-
-
-def compare(name: str, one: Result, other: Result) -> None:
-    try:
-        assert_same(one[:4], other[:4])
-    except AssertionError as error:
-        raise AssertionError(f"shared out: {name}") from error
+    assert_same(one[:4], two[:4])

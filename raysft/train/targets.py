@@ -1,0 +1,80 @@
+"""Which modules an adapter is put on where a config says ``all``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+
+def linear_layers(model: Any) -> set[str]:
+    """Names of all linear layers but the output head and those of routers."""
+    from transformers.pytorch_utils import Conv1D
+
+    head, left_out = model.get_output_embeddings(), routers(model)
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and not _is_in(name, left_out)
+    }
+
+
+def routers(model: Any) -> set[str]:
+    """Names of the modules that decide how much of which expert a token gets, in a mixture of experts.
+
+    transformers marks those whose output are a model's router logits. Where it marks a whole block, or knows nothing of the
+    model, the router is what is called so inside it, or beside the experts. The gate of a shared expert is one too.
+    """
+    marked = tuple(_marked(model))
+    found = set()
+    for name, module in model.named_modules():
+        is_marked = bool(marked) and isinstance(module, marked)
+        if is_marked and _is_called_router(name):
+            found.add(name)
+        elif is_marked or any(child == "experts" for child, _ in module.named_children()):
+            found |= {f"{name}.{child}" for child, _ in module.named_children() if _is_called_router(child)}
+    return found
+
+
+def set_targets(config: Any, model: Any) -> None:
+    """Let a peft config that was made for ``all-linear`` leave routers out; experts stay as peft has them.
+
+    peft knows the experts of many mixtures, which are no linear layers since transformers 5, and names their weights, and with
+    them the routers', where it is told ``all-linear``.
+    """
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    layers = linear_layers(model)
+    convert_peft_config_for_transformers(config, model=model, conversions=get_model_conversion_mapping(model))
+    if not isinstance(config.target_modules, str):
+        # Its experts take the place of all layers that are called like theirs.
+        layers = {name for name in layers if name.rpartition(".")[2] in config.target_modules}
+        left_out = routers(model)
+        weights = [name for name, _ in model.named_parameters() if _is_in(name, left_out)]
+        config.target_parameters = {
+            key for key in config.target_parameters if not any(name.endswith(f".{key}") for name in weights)
+        }
+    config.target_modules = layers
+
+
+def _marked(model: Any) -> Iterator[type]:
+    """Classes of the modules that give a model's router logits."""
+    for module in model.modules():
+        recorded = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", ())
+        for each in recorded if isinstance(recorded, Iterable) and not isinstance(recorded, type) else (recorded,):
+            kind = getattr(each, "target_class", each)
+            if isinstance(kind, type):
+                yield kind
+
+
+def _is_called_router(name: str) -> bool:
+    own = name.rpartition(".")[2]
+    return own.endswith("gate") or "router" in own
+
+
+def _is_in(name: str, modules: set[str]) -> bool:
+    """Whether a name is that of one of some modules, or of something inside one."""
+    parts = name.split(".")
+    return any(".".join(parts[:length]) in modules for length in range(1, len(parts) + 1))
