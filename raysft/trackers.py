@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import queue
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+OPEN_SECONDS, CLOSE_SECONDS = 60.0, 60.0
+"""How long a tracker may take to be opened, and to write what is still held at the end."""
+MOST_WAITING = 10_000
+"""Figures of so many steps wait for a tracker's server at most."""
 SHOWN = (
     "loss",
     "lr",
@@ -42,46 +49,68 @@ def open_trackers(
     Raises:
         RuntimeError: one cannot be opened: no key, no server.
     """
-    kinds: dict[str, Callable[..., Any]] = {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": MLflow}
-    opened = []
-    for name in names:
-        try:
-            tracker = kinds[name](run, config)
-        except Exception as error:  # each has errors of its own
-            raise RuntimeError(f"{name} cannot be opened ({_first_line(error)})") from error
-        tracker.name, tracker.say = name, say
-        opened.append(tracker)
-    return opened
+    return [Tracker(name, lambda kind=KINDS[name]: kind(run, config), say) for name in names]
 
 
 def _first_line(error: BaseException) -> str:
     return f"{(str(error).strip().splitlines() or [type(error).__name__])[0]:.200}"
 
 
-class _Tracker:
-    """Turns the journal's events into named numbers."""
+class Tracker:
+    """Turns the journal's events into named numbers, and hands them over on a thread of its own.
 
-    name = ""
-    say: Callable[[str], None] = print
-    broken = False
+    A server that is slow or gone is waited for there: the training is worth more than a tracker that fails, which is left alone
+    then.
+    """
 
-    def hand_over(self, step: int, figures: Mapping[str, float]) -> None:
-        """Write figures; the training is worth more than a tracker that fails, which is left alone then."""
+    def __init__(self, name: str, make: Callable[[], _Writer], say: Callable[[str], None]) -> None:
+        self.name, self.say, self.broken = name, say, False
+        self._tasks: queue.Queue[Callable[[], None] | None] = queue.Queue(MOST_WAITING)
+        self._opened: queue.Queue[Exception | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._work, args=(make,), name=name, daemon=True)
+        self._thread.start()
+        try:
+            error = self._opened.get(timeout=OPEN_SECONDS)
+        except queue.Empty:
+            raise RuntimeError(f"{name} cannot be opened (no answer for {OPEN_SECONDS:g} s)") from None
+        if error:  # each has errors of its own
+            raise RuntimeError(f"{name} cannot be opened ({_first_line(error)})") from error
+
+    def _work(self, make: Callable[[], _Writer]) -> None:
+        try:
+            self._writer = make()
+        except Exception as error:
+            self._opened.put(error)
+            return
+        self._opened.put(None)
+        while task := self._tasks.get():
+            try:
+                if not self.broken:
+                    task()
+            except Exception as error:
+                self._leave(_first_line(error))
+
+    def _leave(self, reason: str) -> None:
+        if not self.broken:
+            self.broken = True
+            self.say(f"{self.name}: takes no figures any more ({reason}); trainer_log.jsonl holds all")
+
+    def _hand_over(self, task: Callable[[], None]) -> None:
         if self.broken:
             return
         try:
-            self.write(step, figures)
-        except Exception as error:
-            self.broken = True
-            self.say(f"{self.name}: takes no figures any more ({_first_line(error)}); trainer_log.jsonl holds all")
+            self._tasks.put_nowait(task)
+        except queue.Full:
+            self._leave(f"{MOST_WAITING} wait to be taken")
 
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
-        """Take the figures of one step."""
-        raise NotImplementedError
+    def on_setup(self, content: Mapping[str, Any]) -> None:
+        """The training begins, or goes on."""
+        self._hand_over(lambda: self._writer.begin(content["step"]))
 
     def on_step(self, record: Any) -> None:
         """Figures of an optimizer step, as ``train/NAME``."""
-        self.hand_over(record.current_steps, dict(_figures("train", asdict(record))))
+        figures = dict(_figures("train", asdict(record)))
+        self._hand_over(lambda: self._writer.write(record.current_steps, figures))
 
     def on_evaluate(self, results: Mapping[str, Any]) -> None:
         """Results of an evaluation, as ``eval/NAME``."""
@@ -90,10 +119,17 @@ class _Tracker:
             for key, value in results.items()
             if key.startswith("eval_") and not key.endswith("tokens") and math.isfinite(value)
         }
-        self.hand_over(results["current_steps"], shown)
+        step = results["current_steps"]
+        self._hand_over(lambda: self._writer.write(step, shown))
 
     def close(self) -> None:
-        """Write what is still held."""
+        """Wait, for a while, until all is written."""
+        self._hand_over(self._writer.close)
+        with suppress(queue.Full):
+            self._tasks.put_nowait(None)
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive():
+            self._leave(f"no answer for {CLOSE_SECONDS:g} s")
 
 
 def _figures(group: str, record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -106,17 +142,31 @@ def _figures(group: str, record: Mapping[str, Any]) -> Iterator[tuple[str, float
         yield f"{group}/source_loss/{source}", loss
 
 
-class TensorBoard(_Tracker):
+class _Writer:
+    """What figures are written with; everything in it is called on one thread."""
+
+    def begin(self, step: int) -> None:
+        """The training begins behind this step."""
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        """Take the figures of one step."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Write what is still held."""
+
+
+class TensorBoard(_Writer):
     """Event files in ``{run directory}/tensorboard``."""
 
     def __init__(self, run: Path, config: Mapping[str, Any]) -> None:
         self._folder, self._writer = run / "tensorboard", None
 
-    def on_setup(self, content: Mapping[str, Any]) -> None:
+    def begin(self, step: int) -> None:
         """What a killed run wrote after its last checkpoint is hidden: it is done again."""
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self._writer = SummaryWriter(str(self._folder), purge_step=content["step"] + 1, flush_secs=10)
+        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1, flush_secs=10)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """Take the figures of one step."""
@@ -130,7 +180,7 @@ class TensorBoard(_Tracker):
             self._writer.close()
 
 
-class Wandb(_Tracker):
+class Wandb(_Writer):
     """A run of Weights & Biases; the library finds server and key itself."""
 
     def __init__(self, run: Path, config: Mapping[str, Any]) -> None:
@@ -149,7 +199,7 @@ class Wandb(_Tracker):
         self._run.finish()
 
 
-class MLflow(_Tracker):
+class MLflow(_Writer):
     """A run of MLflow in the experiment ``raysft``; the library finds its server itself."""
 
     def __init__(self, run: Path, config: Mapping[str, Any]) -> None:
@@ -171,3 +221,6 @@ class MLflow(_Tracker):
     def close(self) -> None:
         """Write what is still held."""
         self._mlflow.end_run()
+
+
+KINDS: dict[str, Callable[..., _Writer]] = {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": MLflow}

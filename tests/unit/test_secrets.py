@@ -165,7 +165,8 @@ def test_a_tracker_that_fails_is_told_without_its_servers_password(tmp_path, mon
     )
     monkeypatch.setattr(TensorBoard, "write", fails)
     (tracker,) = run._trackers(it)
-    tracker.hand_over(1, {"loss": 1.0})
+    tracker.on_evaluate({"current_steps": 1, "eval_loss": 1.0})
+    tracker.close()
     assert len(lines) == 1
     assert "https://***@host" in lines[0]
     monkeypatch.setattr(TensorBoard, "__init__", fails)

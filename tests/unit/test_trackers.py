@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
 import time
+import urllib.request
 from dataclasses import replace
 
 import pytest
 
+from raysft import trackers
 from raysft.trackers import missing_tracker, open_trackers
+from tests.servers import http, serving, silent
 from tests.unit.test_log import set_up, step
 
 
@@ -49,14 +54,61 @@ def test_trackers_of_extras_are_known(name):
         open_trackers([name], None, {})  # type: ignore[arg-type]
 
 
-def test_a_tracker_that_fails_does_not_end_the_training(tmp_path, monkeypatch):
+class Posting(trackers._Writer):
+    """Sends figures to a server, as the libraries of trackers do, and without a limit of time, as some of them do."""
+
+    port = 0
+
+    def __init__(self, run, config) -> None:
+        if config.get("greets"):
+            self.write(0, {})
+
+    def write(self, step, figures) -> None:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/", json.dumps(figures).encode()) as answer:
+            json.load(answer)
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    monkeypatch.setattr(trackers, "OPEN_SECONDS", 0.5)
+    monkeypatch.setattr(trackers, "CLOSE_SECONDS", 0.5)
+    monkeypatch.setitem(trackers.KINDS, "wandb", Posting)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (silent, "no answer for 0.5 s"),
+        (http("500 Internal Server Error"), "HTTP Error 500: Internal Server Error"),
+        (http("403 Forbidden"), "HTTP Error 403: Forbidden"),
+        (http("200 OK", b"<html>"), "Expecting value: line 1 column 1 (char 0)"),
+        (http("200 OK", b"{", length=99), "IncompleteRead(1 bytes read, 98 more expected)"),
+    ],
+    ids=["silent", "fails", "forbids", "a page", "half an answer"],
+)
+@pytest.mark.usefixtures("hurried")
+def test_a_server_that_fails_neither_ends_nor_holds_up_the_training(tmp_path, monkeypatch, answer, reason):
     said: list[str] = []
-    (tracker,) = open_trackers(["tensorboard"], tmp_path, {}, said.append)
+    with serving(answer) as Posting.port:
+        with pytest.raises(RuntimeError, match=re.escape(f"wandb cannot be opened ({reason})")):
+            open_trackers(["wandb"], tmp_path, {"greets": True}, said.append)
+        (tracker,) = open_trackers(["wandb"], tmp_path, {}, said.append)
+        begun = time.monotonic()
+        tracker.on_setup(set_up(0))
+        for number in range(1, 100):
+            tracker.on_step(step(number))
+        assert time.monotonic() - begun < 0.4
+        tracker.close()
+        assert time.monotonic() - begun < 2
+    assert said == [f"wandb: takes no figures any more ({reason}); trainer_log.jsonl holds all"]
 
-    def fails(*_):
-        raise OSError("the server is away\nand more")
 
-    monkeypatch.setattr(tracker, "write", fails)
-    tracker.on_step(step(1))
-    tracker.on_step(step(2))
-    assert said == ["tensorboard: takes no figures any more (the server is away); trainer_log.jsonl holds all"]
+@pytest.mark.usefixtures("hurried")
+def test_figures_that_nobody_takes_do_not_fill_the_memory(tmp_path, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(trackers, "MOST_WAITING", 10)
+    with serving(silent) as Posting.port:
+        (tracker,) = open_trackers(["wandb"], tmp_path, {}, said.append)
+        for number in range(1, 100):
+            tracker.on_step(step(number))
+    assert said == ["wandb: takes no figures any more (10 wait to be taken); trainer_log.jsonl holds all"]
