@@ -47,6 +47,9 @@ def rows(tmp_path_factory, model) -> Rows:
     assert [len(manifest.shards) for manifest in manifests] == [4, 3]
     rows = Rows(manifests=tuple(each.manifest.location for each in sets), capacity=CAPACITY, rows_per_step=4, epochs=2)
     assert len(rows.schedule.pieces.examples) > 3 * rows.schedule.rows, "rows hold too few examples to show anything"
+    assert rows.schedule.step_rows[:-1].min() < 4, (
+        "the first epoch fills its last step, so that no row in between is empty"
+    )
     return rows
 
 
@@ -132,6 +135,28 @@ def test_a_filler_row_has_no_labels_and_no_tokens(rows):
     assert batch["tokens"][1] == 0
     assert (batch["labels"][1] == IGNORED).all()
     assert batch["position_ids"][1].tolist() == list(range(CAPACITY))
+
+
+def test_an_empty_row_between_epochs_is_a_filler_with_a_number(rows):
+    step = int(np.flatnonzero(rows.schedule.step_rows < 4)[0])
+    batch = rows.batch(rows.share(step, 0, 1))
+    assert batch["row"].tolist() == list(range(4 * step, 4 * step + 4))
+    filled = int(rows.schedule.step_rows[step])
+    fillers = rows.batch([-1] * (4 - filled))
+    assert all(np.array_equal(batch[name][filled:], fillers[name]) for name in batch if name != "row")
+    assert (batch["tokens"][:filled] > 0).all()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_rows_that_the_data_decides_are_those_of_the_number(rows, workers):
+    decided = pickle.loads(pickle.dumps(replace(rows, rows_per_step=None, epochs=20)))
+    number = decided.schedule.rows_per_step
+    assert number > 1, "one row in a step shows nothing"
+    assert decided.schedule.steps >= 100
+    given = replace(decided, rows_per_step=number)
+    for worker in range(workers):
+        pairs = zip(decided.steps(0, worker, workers), given.steps(0, worker, workers), strict=True)
+        assert all(same(left, right) for left, right in pairs)
 
 
 def test_a_later_start_gives_the_rest_of_the_same_steps(rows):
