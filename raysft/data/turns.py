@@ -31,6 +31,7 @@ class Turn(NamedTuple):
     """The token as text; of ``unasked`` what only the generation prompt has, of ``headed`` what it lacks."""
 
 
+ASKED = (Turn("asked"),)
 Seen = tuple[tuple[int, Turn], ...]
 """What is seen of an example's turns, each with the index of the token that it is about."""
 
@@ -103,18 +104,18 @@ class Framing:
         # Some tokenizers have white space and HTML among the tokens that were added to them.
         added = {index: each for index, each in backend.get_added_tokens_decoder().items() if each.content.strip()}
         self.texts = {index: token.content for index, token in added.items()}
-        special = [index for index, token in added.items() if token.special] + ([] if eos is None else [eos])
-        self.special, self.own = np.zeros((2, ids_end), np.bool_)
-        self.special[special] = True
-        self.own[[*added, *special]] = True
+        self.special = {index for index, token in added.items() if token.special} | ({eos} - {None})
+        self.own = np.zeros(ids_end, np.bool_)
+        self.own[[*added, *self.special]] = True
         self.decode = lru_cache(maxsize=10_000)(lambda token: backend.decode([token], skip_special_tokens=False))
+        self._turns: dict[tuple[str, int], Turn] = {}
         self._openings: dict[tuple[bool, str], str | Turn | None] = {}
 
     def end_of_ids(self, ids: np.ndarray, labels: np.ndarray) -> Seen:
         """How ids that are no conversation end, where that is a token of its own; of others nothing is known."""
         labelled = np.flatnonzero(labels != IGNORED)
         at = self._last(ids, 0, int(labelled[-1]) + 1) if len(labelled) else 0
-        return ((at, self._turn("ended", ids[at])),) if labels[at] != IGNORED and self.special[ids[at]] else ()
+        return ((at, self._turn("ended", ids[at])),) if labels[at] != IGNORED and int(ids[at]) in self.special else ()
 
     def look(
         self,
@@ -144,12 +145,12 @@ class Framing:
             return ()
         span, message = rendered.spans[number], example.messages[index]
         last = self._last(ids, start, end)
-        content = message.content.strip()
-        bare = content != "" and rendered.text[slice(*span)].rstrip().endswith(content)
-        if self.special[ids[last]] or (self.own[ids[last]] and not bare):
+        if int(ids[last]) in self.special:
             how = self._turn("ended", ids[last])
+        elif (content := message.content.strip()) and rendered.text[slice(*span)].rstrip().endswith(content):
+            how = Turn("open")
         else:
-            how = Turn("open") if bare else self._turn("worded", ids[last])
+            how = self._turn("ended" if self.own[ids[last]] else "worded", ids[last])
         begun = self._begun(template, example.messages[:index], example.tools, rendered.text, span[0])
         inside = [] if written else start + np.flatnonzero(self.own[ids[start:last]])
         return (
@@ -167,7 +168,9 @@ class Framing:
 
     def _turn(self, kind: Any, token: Any) -> Turn:
         token = int(token)
-        return Turn(kind, token, self.texts.get(token) or self.decode(token))
+        if (kind, token) not in self._turns:
+            self._turns[kind, token] = Turn(kind, token, self.texts.get(token) or self.decode(token))
+        return self._turns[kind, token]
 
     def _begun(
         self, template: ChatTemplate, before: Sequence[Message], tools: Sequence[Any], text: str, start: int
@@ -183,7 +186,7 @@ class Framing:
         if not isinstance(opening, str):
             return () if opening is None else (opening,)
         if text.find(opening, max(0, start - len(opening)), start + len(opening)) >= 0:
-            return (Turn("asked"),)
+            return ASKED
         common = next(size for size in range(len(opening) - 1, -1, -1) if text.endswith(opening[:size], 0, start))
         return (Turn("unasked", text=opening[common:]),)
 

@@ -542,8 +542,8 @@ def test_a_model_stops_where_its_turns_were_trained_to_end(tmp_path, capsys):
         },
         "train": {
             "rows_per_step": 1,
-            "epochs": 40,
-            "learning_rate": 3e-3,
+            "epochs": 15,
+            "learning_rate": 5e-3,
             "schedule": "constant",
             "warmup_ratio": 0.0,
             "eval_at_start": False,
