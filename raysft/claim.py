@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -11,10 +11,16 @@ import yaml
 from pyarrow import ArrowException
 
 from raysft.config import Config, RequestError, parse
+from raysft.config.resuming import Effect, effect_of
 from raysft.lock import Held, held
 from raysft.log import Terminal
 from raysft.records import RunDirectory
 from raysft.storage import StorageFailed, reason_of
+
+Changed = Mapping[str, list[Any]]
+"""By key: [value there, value here]."""
+SHOWN = 4
+"""Keys that a line names with their values."""
 
 
 def settled(directory: RunDirectory, config: Config) -> Config:
@@ -24,7 +30,7 @@ def settled(directory: RunDirectory, config: Config) -> Config:
     return config.with_overrides({"train.rows_per_step": _config_there(directory).train.rows_per_step})
 
 
-def differences(directory: RunDirectory, config: Config) -> dict[str, list[Any]]:
+def differences(directory: RunDirectory, config: Config) -> Changed:
     """The keys that would give other numbers than the config that began a run: [value there, value here].
 
     Raises:
@@ -52,21 +58,45 @@ def begun(directory: RunDirectory) -> bool:
     return directory.trainer_log.exists() or directory.checkpoints.exists() or directory.model.exists()
 
 
-def belongs_to(directory: RunDirectory, config: Config) -> None:
+def belongs_to(directory: RunDirectory, config: Config, allow_changed: bool = False) -> Changed:
     """A run directory belongs to one config from its first step on; refuse another one that would give other numbers.
+
+    Args:
+        directory: the run's.
+        config: what is asked for now.
+        allow_changed: let through what may change when a run goes on, and all where there is nothing yet to go on from.
+
+    Returns:
+        What changed and was let through.
 
     Raises:
         RequestError: with the keys that differ.
     """
-    differing = differences(directory, config)
-    if differing:
-        key, *others = differing
-        there, here = differing[key]
-        more = f" (and {len(others)} more: {', '.join(others[:3])})" if others else ""
-        raise RequestError(
-            f"{directory.place}: belongs to another config: {key} is {there!r} there and {here!r} here{more}; "
-            "choose another run.name, or go on all the same with --allow-changed"
-        )
+    changed = differences(directory, config)
+    if not changed:
+        return {}
+    fixed = {key: values for key, values in changed.items() if effect_of(key) is Effect.NEVER}
+    if not (directory.checkpoints.exists() or directory.model.exists()):
+        fixed = {}
+    if allow_changed and not fixed:
+        return changed
+    remedy = (
+        f"{', '.join(fixed)} cannot change in a run that has begun: put it back, or choose another run.name"
+        if fixed
+        else "choose another run.name, or go on all the same with --allow-changed"
+    )
+    raise RequestError(f"{directory.place}: belongs to another config: {told(fixed or changed)}; {remedy}")
+
+
+def told(changed: Changed) -> str:
+    """What changed, in one line.
+
+    >>> told({"train.epochs": [1, 3]})
+    'train.epochs is 1 there and 3 here'
+    """
+    shown = [f"{key} is {there!r:.60} there and {here!r:.60} here" for key, (there, here) in changed.items()]
+    more = f" and {len(shown) - SHOWN} more: {', '.join(list(changed)[SHOWN:])}" if len(shown) > SHOWN else ""
+    return ", ".join(shown[:SHOWN]) + more
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from raysft import __version__
 from raysft.config import Config, RequestError, documented_fields, load, masked
+from raysft.config.resuming import Effect, effect_of
 from raysft.config.section import known_scheme
 from raysft.mirror import looked_into
 from raysft.records import RunDirectory, RunFailed
@@ -102,7 +103,8 @@ def _with_config(verbs: argparse._SubParsersAction, verb: Callable[[argparse.Nam
         parser.add_argument(
             "--allow-changed",
             action="store_true",
-            help="go on with a run that another config, model or data began; what changed is recorded in changes.jsonl",
+            help="go on with a run that was begun with other settings, where that is possible (see the config keys below): what "
+            "changed takes effect at the next step, other data in the next epoch; it is recorded in changes.jsonl",
         )
     parser.set_defaults(verb=verb)
 
@@ -118,9 +120,18 @@ def _with_directory(
 
 def _config_help() -> str:
     """All config keys with defaults and docstrings."""
-    lines = ["config keys:"]
+    lines = [
+        "config keys; in a run that has begun those marked (fixed) cannot change, those marked (--allow-changed) take effect at",
+        "the next step or in the next epoch, and all others may change at any time:",
+    ]
+    notes = {
+        Effect.NEVER: "  (fixed)",
+        Effect.NOW: "  (--allow-changed: at once)",
+        Effect.EPOCH: "  (--allow-changed: from the next epoch)",
+        Effect.ALWAYS: "",
+    }
     for key, default, docstring in documented_fields():
-        lines.append(f"  {key}  [{default}]")
+        lines.append(f"  {key}  [{default}]{notes[effect_of(key)]}")
         lines.extend(textwrap.wrap(docstring, 110, initial_indent="      ", subsequent_indent="      "))
     return "\n".join(lines)
 

@@ -266,6 +266,10 @@ class RunDirectory:
         """Whether there is a trained model."""
         return is_whole(self.model)
 
+    def is_done(self) -> bool:
+        """Whether the training came to its end, with its model and its results written."""
+        return self.results("train").exists() and self.is_trained()
+
     @property
     def model_card(self) -> Path:
         """The model card."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from raysft.checks import (
     check_trained,
     refuse_other_model,
 )
-from raysft.claim import alone_in, belongs_to, differences, settled, writable
+from raysft.claim import Changed, alone_in, belongs_to, settled, writable
 from raysft.cluster import cluster
 from raysft.config import Config, RequestError, load, masked, parse
 from raysft.copies import local_copy
@@ -31,8 +31,8 @@ from raysft.mirror import looked_into, mirrored
 from raysft.plan import Plan, check_resources, make_plan
 from raysft.predict import predict
 from raysft.pretrained import embedding_rows
-from raysft.records import RunDirectory, append_json, flat, write_atomically, write_json, write_jsonl
-from raysft.storage import Place
+from raysft.records import RunDirectory, flat, write_atomically, write_json, write_jsonl
+from raysft.storage import Place, StorageFailed, patience
 from raysft.trackers import open_trackers
 
 
@@ -195,22 +195,20 @@ class Opened:
     adapter: str | None
     """Folder of the adapter to go on with."""
     prepared: Prepared
-    allow_changed: bool = False
-    """Whether the training may go on from a checkpoint of another config, model or data."""
+    identity: dict[str, str]
+    """What the training is of, as ``Cursor`` has it."""
 
 
 @contextmanager
 def opened(config: Config, allow_changed: bool = False) -> Iterator[Opened]:
     """Join the cluster, check the request against it, find the model, tokenize the data and plan.
 
-    The run directory is made only when all of that is known to be right.
+    The run directory is made, and what is in it is touched, only when all of that is known to be right.
     """
     directory, terminal = RunDirectory.of(config.run_place), Terminal()
     writable(config)
     with alone_in(directory, terminal), mirrored(directory, terminal.line):
-        changed = differences(directory, config) if allow_changed else {}
-        if not allow_changed:
-            belongs_to(directory, config)
+        changed = belongs_to(directory, config, allow_changed)
         check_metrics(config)
         check_trackers(config)
         with cluster(config) as nodes:
@@ -222,33 +220,44 @@ def _opened(
     directory: RunDirectory,
     terminal: Terminal,
     nodes: list[dict[str, float]],
-    changed: dict[str, list[Any]],
+    changed: Changed,
     allow_changed: bool,
 ) -> Opened:
+    from raysft.resumption import SCHEDULE, check_resumption, record_changes
+
     check_resources(config, nodes)
     check_engines(config)
     asked, config = config, settled(directory, config)
     config, model, adapter, prepared = _prepared(config)
+    identity = _identity(model, adapter, prepared)
+    it = check_resumption(directory, config, prepared.train_rows, identity, changed, allow_changed)
+    prepared = replace(prepared, train_rows=it.rows)
     plan = make_plan(asked, prepared, nodes)
-    if changed:
-        append_json(directory.changes, {"changed": changed})
-        terminal.line(
-            f"{directory.place}: goes on with other settings: {', '.join(changed)} ({directory.changes.name})"
-        )
+    if it.changed:
+        terminal.line(record_changes(directory, it))
+    # Before the config: who is killed in between finds the config that the run was begun with, and asks for the change again.
+    write_json(directory.plan, {**plan.as_dict(), SCHEDULE: it.scheduled.described()})
     write_atomically(directory.config, config.to_yaml())
-    write_json(directory.plan, plan.as_dict())
     manifests = [*prepared.train, *prepared.eval]
     write_jsonl(directory.rejected, [flat(item) for each in manifests for item in (*each.rejected, *each.dropped)])
     for line in plan.lines():
         terminal.line(line)
-    return Opened(config, directory, terminal, model, adapter, prepared, allow_changed)
+    return Opened(config, directory, terminal, model, adapter, prepared, identity)
 
 
 def train_model(it: Opened, callbacks: Sequence[Any] = ()) -> None:
     """Train and evaluate; results go to ``train_results.json`` and ``eval_results.json``."""
-    if it.directory.results("train").exists() and it.directory.is_trained():
+    from raysft.train.checkpoint import remove_passing
+
+    if it.directory.is_done():
         it.terminal.line(f"train: {it.directory.place} is trained already (another run.name starts a new run)")
-        return
+    else:
+        _train(it, callbacks)
+    with suppress(StorageFailed), patience(0):
+        remove_passing(it.directory.checkpoints)
+
+
+def _train(it: Opened, callbacks: Sequence[Any]) -> None:
     from raysft.train import launch
 
     trackers = _trackers(it)
@@ -335,14 +344,18 @@ def _prepared(config: Config) -> tuple[Config, str, str | None, Prepared]:
     return config, model, adapter, prepared
 
 
-def _job(it: Opened) -> Any:
-    from raysft.train.loop import Job
+def _identity(model: str, adapter: str | None, prepared: Prepared) -> dict[str, str]:
+    from raysft.train.cursor import EVALUATION
     from raysft.train.model import model_identity
 
-    identity = {"the config": it.config.fingerprint(), "the model": model_identity(it.model)}
-    if it.adapter:
-        identity["the adapter"] = model_identity(it.adapter)
-    identity |= {f"the data of source {each.name!r}": each.key for each in it.prepared.train}
+    identity = {"the model": model_identity(model)} | ({"the adapter": model_identity(adapter)} if adapter else {})
+    identity |= {f"the data of source {each.name!r}": each.key for each in prepared.train}
+    return identity | {EVALUATION: " ".join(each.key for each in prepared.eval)}
+
+
+def _job(it: Opened) -> Any:
+    from raysft.train.loop import Job
+
     return Job(
         config=it.config,
         model=it.model,
@@ -350,8 +363,7 @@ def _job(it: Opened) -> Any:
         adapter=it.adapter,
         train_rows=it.prepared.train_rows,
         eval_rows=it.prepared.eval_rows,
-        identity=identity,
-        allow_changed=it.allow_changed,
+        identity=it.identity,
         ends=it.prepared.ends,
     )
 

@@ -194,6 +194,15 @@ def prompts_open_what_was_not_trained(config: Config, plan: Plan) -> Iterator[st
         )
 
 
+def no_checkpoints(config: Config, plan: Plan) -> Iterator[str]:
+    """Whoever relies on the checkpoints that are written by default has to know."""
+    if not config.train.resumes:
+        yield (
+            f"no checkpoints are written, because train.optimizer={config.train.optimizer} cannot go on from one: a run that "
+            "dies begins anew; take another optimizer if that matters"
+        )
+
+
 WARNINGS: tuple[Callable[[Config, Plan], Iterator[str]], ...] = (
     few_steps,
     empty_steps,
@@ -206,4 +215,5 @@ WARNINGS: tuple[Callable[[Config, Plan], Iterator[str]], ...] = (
     turns_do_not_end,
     prompts_open_what_was_not_trained,
     long_warm_up,
+    no_checkpoints,
 )

@@ -121,6 +121,8 @@ class Case:
     """What is evaluated. Default: what is trained."""
     chunk_tokens: int = 1024
     """Trained tokens whose logits are made together."""
+    clocks: tuple[float, ...] = ()
+    """Minutes by which each worker's clock has moved on whenever it looks at it. Default: real clocks."""
 
 
 class Result(NamedTuple):
@@ -155,15 +157,15 @@ def worker(rank: int, world: int, port: int, cases: Sequence[Case], out) -> None
 def _trained(case: Case, rank: int, world: int, name: str) -> Result:
     from safetensors.torch import load_file
 
-    from raysft.train import checkpoint, loop, loss
+    from raysft.train import checkpoint, due, loop, loss
 
     loss.CHUNK_TOKENS = case.chunk_tokens
+    looks = itertools.count(1)
+    due.monotonic = (lambda: 60 * case.clocks[rank] * next(looks)) if case.clocks else time.monotonic
 
-    def save(engine: Any, schedule: Any, cursor: checkpoint.Cursor, log: list[Any]) -> None:
+    def save(engine: Any, cursor: checkpoint.Cursor, log: list[Any]) -> None:
         if case.keep:
-            checkpoint.write(
-                checkpoint.snapshot(engine, schedule, cursor, log), case.keep / f"checkpoint_{cursor.step}"
-            )
+            checkpoint.write(checkpoint.snapshot(engine, cursor, log), case.keep / f"checkpoint_{cursor.step}")
 
     asked = itertools.count(1)
 

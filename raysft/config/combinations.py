@@ -55,7 +55,7 @@ def _of_optimizers(config: Config) -> Iterator[str]:
             f"train.optimizer=apollo draws random projections, in each worker other ones, and scaling.num_workers="
             f"{config.scaling.num_workers}; use 1 worker, or another optimizer"
         )
-    if name == "badam" and train.save_every_steps:
+    if not train.resumes and train.save_every_steps:
         yield (
             f"train.optimizer=badam keeps the state of one block at a time and cannot go on from a checkpoint, and "
             f"train.save_every_steps={train.save_every_steps}; take it out, or use another optimizer"

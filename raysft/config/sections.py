@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +10,7 @@ import yaml
 from pydantic import Field, field_validator
 
 from raysft.config.data import DataSection
+from raysft.config.resuming import Effect, effect_of
 from raysft.config.section import Count, Name, Positive, RequestError, Section, Text, known_scheme
 from raysft.config.training import ZERO_OPTIMIZERS, ModelSection, TrainSection
 from raysft.copies import working_copy
@@ -219,23 +218,9 @@ class Config(Section):
 
     def mathematics(self) -> dict[str, Any]:
         """The keys that decide which numbers a training gives, flat: a run directory belongs to exactly these."""
-        whole = self.model_dump(mode="json", include={"stage", "run", "model", "data", "train"})
-        left_out = (
-            "run.name",
-            "run.storage",
-            "data.cache",
-            "train.max_failures",
-            "train.save_every_steps",
-            "train.keep_last",
-            "train.trackers",
-            "train.gradient_checkpointing",
-        )
+        whole = self.model_dump(mode="json")
         whole["model"]["trust_remote_code"] = self.model.runs_code  # other names decide nothing
-        return {key: value for key, value in _flatten(whole) if key not in left_out}
-
-    def fingerprint(self) -> str:
-        """A hash of ``mathematics()``."""
-        return hashlib.sha256(json.dumps(self.mathematics(), sort_keys=True).encode()).hexdigest()[:16]
+        return {key: value for key, value in _flatten(whole) if effect_of(key) is not Effect.ALWAYS}
 
     def to_yaml(self) -> str:
         """The resolved config as a file that ``load`` reads back."""
@@ -249,7 +234,9 @@ class Config(Section):
 
 
 def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of nested mappings as (dotted key, value); lists count as leaves."""
+    """Leaves of nested mappings as (dotted key, value), as overrides name them; lists count as leaves, but for sources."""
+    if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+        value = {str(index): each for index, each in enumerate(value)}
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from _flatten(inner, f"{prefix}.{key}" if prefix else str(key))

@@ -205,11 +205,20 @@ class TrainSection(Section):
     keep_best: bool = False
     """Write the model of the evaluation with the lowest ``eval_loss`` instead of the last one."""
     save_every_steps: Positive | None = None
-    """Write a checkpoint to resume from every N steps, and at the end. Default: only the trained model is written."""
+    """Write a checkpoint to resume from every N steps, and at the end; these stay when the run is done. Default: none."""
+    save_every_minutes: Annotated[float, Field(gt=0)] | None = 15
+    """Write a checkpoint when N minutes have passed since the last one, so that a run that dies loses no more than that. They
+    are removed once the trained model is written. ``null``: none."""
     keep_last: Positive = 2
     """How many checkpoints are kept, the newest ones; a damaged one is passed over for the one before."""
     max_failures: Count = 3
-    """How often the workers are started again from the newest checkpoint after one of them died."""
+    """How often the workers are started again from the newest checkpoint after one of them died. An error of their own that
+    comes again at the same step ends the run."""
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
     """Where the figures of each step go besides ``trainer_log.jsonl``: TensorBoard files in the run directory; W&B and MLflow
     (extras of their names, which find their servers and keys themselves)."""
+
+    @property
+    def resumes(self) -> bool:
+        """Whether a training can go on from a checkpoint. badam keeps the state of one block at a time, and cannot."""
+        return self.optimizer != "badam"

@@ -116,6 +116,7 @@ def empty(rows: int) -> Pieces:
     return Pieces(np.zeros(rows + 1, np.int64), *np.empty((4, 0), np.int64))
 
 
-def cut(pieces: Pieces, rows: int) -> Pieces:
-    offsets = pieces.offsets[: rows + 1]
-    return Pieces(offsets, *(values[: offsets[-1]] for values in pieces[1:]))
+def cut(pieces: Pieces, rows: int, first: int = 0) -> Pieces:
+    """The rows from ``first`` up to ``rows``."""
+    offsets = pieces.offsets[first : rows + 1]
+    return Pieces(offsets - offsets[0], *(values[offsets[0] : offsets[-1]] for values in pieces[1:]))

@@ -6,8 +6,8 @@ cards and nobody can be a step ahead. Ray's order is not taken on trust: each ro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, cast
@@ -19,6 +19,7 @@ from raysft.data.extension import read_table
 from raysft.data.layout import ranges
 from raysft.data.manifest import Manifest, load
 from raysft.data.schedule import Layout, Lengths, Mixing, Schedule, plan_rows
+from raysft.data.splice import spliced
 from raysft.placement import TASK_CPUS
 from raysft.records import IGNORED
 from raysft.storage import Place
@@ -78,25 +79,61 @@ class Rows:
     """Weights of the sources in the mixture. Default: all the same."""
     document_mask: bool = True
     shuffle: bool = True
+    earlier: Rows | None = None
+    """What all epochs that it has are taken from, before the rest is taken from here: the data changed on the way."""
+
+    @classmethod
+    def of(cls, described: Mapping[str, Any]) -> Rows:
+        """The rows that ``described`` tells of."""
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in described.items()
+        }
+        earlier = fields.pop("earlier", None)
+        return cls(**fields, earlier=cls.of(earlier) if earlier else None)
+
+    def described(self) -> dict[str, Any]:
+        """All that decides the rows, as JSON."""
+        return asdict(replace(self, rows_per_step=self.schedule.rows_per_step))
+
+    def in_epochs_as(self, other: Rows) -> bool:
+        """Whether an epoch holds the same rows here and there, wherever the same manifests lie."""
+
+        def course(rows: Rows) -> Rows:
+            names = tuple(Place(path).parent.name for path in rows.manifests)
+            return replace(rows, manifests=names, epochs=1, max_steps=None, earlier=None)
+
+        return course(self) == course(other)
 
     @cached_property
     def _loaded(self) -> list[Manifest]:
+        return [*(self.earlier._loaded if self.earlier else []), *self._own]
+
+    @cached_property
+    def _own(self) -> list[Manifest]:
         return [load(Place(path)) for path in self.manifests]
 
     @cached_property
     def schedule(self) -> Schedule:
         """The order of all rows."""
+        if self.earlier is None:
+            return self._planned(self.max_steps)
+        known = self.earlier._loaded
+        return spliced(
+            self.earlier.schedule, self._planned(None), sum(map(len, known)), len(known), max_steps=self.max_steps
+        )
+
+    def _planned(self, max_steps: int | None) -> Schedule:
         shares = self.shares or (1.0,) * len(self.manifests)
         return plan_rows(
             [
                 Lengths(each.lengths, each.trained, each.shard_ends(), share, each.weights)
-                for each, share in zip(self._loaded, shares, strict=True)
+                for each, share in zip(self._own, shares, strict=True)
             ],
             capacity=self.capacity,
             rows_per_step=self.rows_per_step,
             seed=self.seed,
             epochs=self.epochs,
-            max_steps=self.max_steps,
+            max_steps=max_steps,
             layout=self.layout,
             mixing=self.mixing,
             document_mask=self.document_mask,
@@ -205,7 +242,7 @@ class Rows:
             positions=(examples - firsts[shards]).astype(np.int32),
             starts=pieces.starts[chosen].astype(np.int32),
             stops=pieces.stops[chosen].astype(np.int32),
-            sources=schedule.sources[chosen] if len(self.manifests) > 1 else None,
+            sources=schedule.sources[chosen] if len(self._loaded) > 1 else None,
             weights=None if schedule.weights is None else schedule.weights[examples],
         )
 

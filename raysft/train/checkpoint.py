@@ -23,6 +23,7 @@ import torch.distributed as dist
 from raysft.storage import Entry, Place
 from raysft.train.cursor import Cursor
 from raysft.train.fragments import Fragment, base_optimizer, fragments, owners, spread
+from raysft.train.optim import go_to_step
 from raysft.train.pieces import Pieces, write_tensors
 from raysft.train.states import (
     count_again,
@@ -39,6 +40,8 @@ from raysft.train.states import (
 WEIGHT = "weight"
 """Kind of a fragment beside the optimizer's own names (``exp_avg`` …)."""
 DAMAGED = "damaged.json"
+SETTINGS = ("lr", "initial_lr", "betas", "eps", "weight_decay")
+"""What an optimizer keeps beside its state and the config decides."""
 
 
 class Damaged(RuntimeError):
@@ -53,7 +56,7 @@ class Snapshot:
     tensors: dict[str, torch.Tensor]
     """By kind, first element and parameter (``exp_avg:0:model.norm.weight``)."""
     rest: dict[str, Any]
-    """Random states, the optimizer's counters, the learning rate's course."""
+    """Random states, the optimizer's counters, the latest records of the log."""
     cursor: Cursor
 
     @property
@@ -63,12 +66,11 @@ class Snapshot:
 
 
 @torch.no_grad()
-def snapshot(engine: Any, schedule: Any, cursor: Cursor, log: Sequence[Any] = ()) -> Snapshot:
+def snapshot(engine: Any, cursor: Cursor, log: Sequence[Any] = ()) -> Snapshot:
     """Copy this worker's part of the state.
 
     Args:
         engine: the DeepSpeed engine.
-        schedule: of the learning rate.
         cursor: how far the training is.
         log: the latest records of ``trainer_log.jsonl``: the driver may have died before it wrote them.
     """
@@ -83,7 +85,6 @@ def snapshot(engine: Any, schedule: Any, cursor: Cursor, log: Sequence[Any] = ()
     rest = {
         "random": random_states(),
         "optimizer": counters(engine) if by_weight else optimizer.state_dict(),
-        "schedule": schedule.state_dict(),
         "scaler": numbers(getattr(engine.optimizer, "loss_scaler", None)),
         "log": list(log),
         "engine": {name: getattr(engine, name) for name in ("global_steps", "global_samples", "skipped_steps")},
@@ -159,17 +160,32 @@ def folder_name(step: int, attempt: str) -> str:
 
 
 def tidy(checkpoints: Place, keep: int) -> None:
-    """Remove the oldest of more than ``keep`` complete ones, and what was half written before the newest of them."""
+    """Remove complete ones beside the newest ``keep``, and what was half written before the newest of them.
+
+    Passing ones count among the newest, but push none of the others out, which stay when the passing ones go.
+    """
     found = _complete(checkpoints)
     if not found:
         return
+    lasting = [folder for cursor, folder in found if not cursor.passing][:keep]
     for _, folder in found[keep:]:
-        folder.remove()
+        if folder not in lasting:
+            folder.remove()
     whole = {folder.name for _, folder in found}
     for name in checkpoints.list():
         step = name.removeprefix("checkpoint_").split("_")[0]
         if name not in whole and step.isdigit() and int(step) < found[0][0].step:
             (checkpoints / name).remove()
+
+
+def remove_passing(checkpoints: Place) -> None:
+    """Remove those that were only to save work until the model is written."""
+    found = _complete(checkpoints)
+    passing = [folder for cursor, folder in found if cursor.passing]
+    for folder in passing:
+        folder.remove()
+    if passing and checkpoints.local and not checkpoints.list():
+        checkpoints.remove()
 
 
 def _complete(checkpoints: Place) -> list[tuple[Cursor, Place]]:
@@ -261,10 +277,13 @@ def _wrong(folder: Place, part: int, near: Place) -> str | None:
 def load(engine: Any, schedule: Any, folder: Place | Path) -> tuple[Cursor, list[Any]]:
     """Put a training back to where a checkpoint was written, by as many workers or by others.
 
+    The optimizer's settings and the course of the learning rate are those of the config now: the rate of a step follows from
+    its number and the config alone.
+
     With other workers, those that were not there draw random numbers of their own (dropout); all else goes on as it was.
 
     Args:
-        engine: as it was made for the same config.
+        engine: as it was made for a config that may go on from it.
         schedule: of the learning rate.
         folder: the checkpoint.
 
@@ -298,10 +317,11 @@ def load(engine: Any, schedule: Any, folder: Place | Path) -> tuple[Cursor, list
         pieces.read()
     spread(engine)
     if not by_weight:
+        settings = [{key: group[key] for key in SETTINGS if key in group} for group in optimizer.param_groups]
         optimizer.load_state_dict(rest["optimizer"])
-    schedule.load_state_dict(rest["schedule"])
-    for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
-        group["lr"] = rate
+        for group, own in zip(optimizer.param_groups, settings, strict=True):
+            group.update(own)
+    go_to_step(schedule, cursor.step)
     for name, value in rest["engine"].items():
         setattr(engine, name, value)
     for name, value in rest["scaler"].items():

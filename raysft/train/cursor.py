@@ -9,6 +9,9 @@ from pathlib import Path
 
 from raysft.storage import Place
 
+EVALUATION = "what is evaluated"
+"""Name of the evaluation sets in a cursor's identity: with others the best evaluation so far says nothing."""
+
 
 @dataclass(frozen=True)
 class Best:
@@ -22,6 +25,10 @@ class Best:
     """As ``eval_results.json`` holds them."""
     bar: float = math.inf
     """The loss that was the last improvement by more than ``early_stopping.threshold``."""
+    seen: int = 0
+    """Optimizer steps done at the last evaluation that it was compared with."""
+    kept: bool = True
+    """Whether its model was kept."""
 
     @property
     def loss(self) -> float:
@@ -40,10 +47,12 @@ class Cursor:
     tokens: int
     """Tokens without padding in them."""
     identity: dict[str, str]
-    """What it is a training of: hashes of config, model and each source, by name."""
+    """What it is a training of: hashes of the model, of each source and of what is evaluated, by name."""
     best: Best | None = None
     workers: int = 1
     """How many wrote the checkpoint."""
+    passing: bool = False
+    """Whether it is removed once the model is written: ``save_every_steps`` did not ask for it."""
 
     @classmethod
     def read(cls, folder: Place | Path) -> Cursor:

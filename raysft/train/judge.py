@@ -7,7 +7,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from raysft.config import TrainSection
-from raysft.train.cursor import Best
+from raysft.train.cursor import EVALUATION, Best, Cursor
+
+
+def wants_to_stop(train: TrainSection, best: Best | None) -> bool:
+    """Whether there were as many evaluations without improvement as there may be."""
+    patience = train.early_stopping.patience
+    return patience is not None and best is not None and best.since >= patience
+
+
+def known_best(train: TrainSection, cursor: Cursor, identity: Mapping[str, str]) -> Best | None:
+    """The best evaluation that a checkpoint tells of, if others can be compared with it, and its model was kept if it must be."""
+    best = cursor.best
+    if best is None or cursor.identity.get(EVALUATION) != identity.get(EVALUATION):
+        return None
+    return best if best.kept or not train.keep_best else None
 
 
 class Judge:
@@ -25,24 +39,25 @@ class Judge:
 
     @property
     def wants_to_stop(self) -> bool:
-        """Whether there were as many evaluations without improvement as there may be."""
-        patience = self._train.early_stopping.patience
-        return patience is not None and self.best is not None and self.best.since >= patience
+        """Whether it is time."""
+        return wants_to_stop(self._train, self.best)
 
     def look(self, results: Mapping[str, float], step: int) -> None:
         """Take the results of an evaluation after so many steps, and keep its model if it is the best."""
         if not results or not (self._train.keep_best or self._train.early_stopping.patience):
             return
         loss, best = results["eval_loss"], self.best
+        if best is not None and step <= best.seen:
+            return  # a training that ended there goes on, or writes its model once more
         improved = best is None or _is_less(loss, best.bar - self._train.early_stopping.threshold)
         since = 0 if improved or best is None else best.since + 1
         bar = loss if improved or best is None else best.bar
         if best is None or _is_less(loss, best.loss):
-            self.best = Best(step, since, dict(results), bar)
+            self.best = Best(step, since, dict(results), bar, step, self._train.keep_best)
             if self._train.keep_best:
                 self._keep()
         else:
-            self.best = replace(best, since=since, bar=bar)
+            self.best = replace(best, since=since, bar=bar, seen=step)
 
 
 def _is_less(loss: float, than: float) -> bool:

@@ -23,11 +23,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysft.config import Config, RequestError
 from raysft.matmul import use_onednn
-from raysft.records import Evaluation, RunFailed, append_json, evaluation_results
+from raysft.records import Evaluation, RunFailed, evaluation_results
 from raysft.storage import StorageFailed, patience
 from raysft.train import checkpoint, loop
 from raysft.train.cursor import Cursor
-from raysft.train.failures import cause
+from raysft.train.failures import Restarts, cause
 from raysft.train.finetuning import load_trained
 from raysft.train.loop import Job
 from raysft.train.loss import TokenLoss
@@ -94,20 +94,8 @@ def train(job: Job, watch: Watch) -> dict[str, dict[str, float]]:
         ``train`` and ``eval`` results.
 
     Raises:
-        RequestError: the run's checkpoint is of another training.
         RunFailed: the workers failed more than ``train.max_failures`` times.
     """
-    cursor = checkpoint.cursor_of(job.run.checkpoints)
-    if cursor and cursor.identity != job.identity:
-        names = sorted(
-            name for name in {*cursor.identity, *job.identity} if cursor.identity.get(name) != job.identity.get(name)
-        )
-        if not job.allow_changed:
-            raise RequestError(
-                f"{job.run.path}: {' and '.join(names)} changed since this run's checkpoint after step {cursor.step}; "
-                "put it back as it was, choose another run.name, or go on all the same with --allow-changed"
-            )
-        append_json(job.run.changes, {"after_step": cursor.step, "changed": names})
     results = _fit(job, _train_worker, {"train": _FromCheckpoint(job)}, watch)
     with suppress(StorageFailed), patience(0):
         checkpoint.tidy(job.run.checkpoints, job.config.train.keep_last)  # the last one may have been complete late
@@ -171,7 +159,8 @@ class _Trainer(TorchTrainer):
     """Decides how many workers there are."""
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
-        return super()._initialize_and_run_controller(**{**options, "scaling_policy": self.policy})
+        own = {"scaling_policy": self.policy, "failure_policy": Restarts(self.run_config.failure_config)}
+        return super()._initialize_and_run_controller(**{**options, **own})
 
     def _register_sigint_handler(self, controller: Any) -> None:
         self._controller = controller

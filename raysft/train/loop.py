@@ -21,19 +21,19 @@ from raysft.records import RunDirectory, evaluation_results
 from raysft.storage import Place
 from raysft.train import checkpoint
 from raysft.train.cursor import Cursor
+from raysft.train.due import Due, Notice
 from raysft.train.export import Exporter
+from raysft.train.failures import faults_of
 from raysft.train.figures import Figures
-from raysft.train.judge import Judge
-from raysft.train.nonfinite import NonFinite
+from raysft.train.judge import Judge, known_best
+from raysft.train.nonfinite import NonFinite, named_records
 from raysft.train.step import Batch, evaluate, train_step
 from raysft.train.zero import size
 
 Emit = Callable[[str, Any], None]
 """(event, content) to whoever watches: ``setup``, ``step``, ``evaluate``, ``checkpoint``, ``unsaved``, ``waiting``, ``end``."""
-Notice = Callable[[], str]
-"""What is known of this worker's machine being taken away soon; empty while it is not."""
-Save = Callable[[Any, Any, Cursor, list[dict[str, Any]]], None]
-"""Keeps the state of (engine, schedule of the learning rate) at a cursor, with the latest records of the log."""
+Save = Callable[[Any, Cursor, list[dict[str, Any]]], None]
+"""Keeps the state of an engine at a cursor, with the latest records of the log."""
 LOGGED = 1000
 """Records of the log that a checkpoint holds, for a driver that died before it wrote them."""
 
@@ -99,9 +99,7 @@ class Job:
     adapter: str | None = None
     """Folder of an adapter to go on with."""
     identity: dict[str, str] = field(default_factory=dict)
-    """What the training is of: hashes of config, model and each source, by name."""
-    allow_changed: bool = False
-    """Go on from a checkpoint of another identity."""
+    """What the training is of, as ``Cursor`` has it."""
     ends: tuple[int, ...] = ()
     """Tokens that end the turns that are trained on, for the model's generation config."""
 
@@ -130,9 +128,14 @@ def train(
 
     Raises:
         RunFailed: loss or gradient are not finite; on all workers alike.
-        RuntimeError: rows come in another order than planned.
+        Fault: this worker failed otherwise, for example because rows come in another order than planned.
     """
     loop = _Loop(job, device, emit, save, notice)
+    with faults_of(loop.rank, lambda: loop.moment, loop.rows_at_hand):
+        _train(loop, batches, first_step, resume)
+
+
+def _train(loop: _Loop, batches: Iterator[Batch], first_step: int, resume: Place | Path | None) -> None:
     with ThreadPoolExecutor(1) as ahead:
         # The first rows are read while the model is loaded.
         first_batch = ahead.submit(next, batches, None)
@@ -142,7 +145,7 @@ def train(
     loop.emit_setup(time.perf_counter() - waiting)
     for _ in range(first_step, cursor.step):
         batch = next(batches, None)  # the data began before the checkpoint
-    if cursor.step == 0 and job.config.train.eval_at_start:
+    if cursor.step == 0 and loop.job.config.train.eval_at_start:
         loop.evaluate(cursor)
     while cursor.step < loop.schedule.steps and not loop.judge.wants_to_stop:
         cursor = loop.step(batch, cursor)
@@ -158,14 +161,15 @@ class _Loop:
     """State of one worker's training."""
 
     def __init__(self, job: Job, device: torch.device, emit: Emit, save: Save, notice: Notice) -> None:
-        self.job, self.device, self.save, self.notice = job, device, save, notice
-        self.noticed_after: int | None = None
-        """The step after which it was known that machines are about to be taken away."""
+        self.job, self.device, self.save = job, device, save
         self.rank, self.workers = dist.get_rank(), dist.get_world_size()
+        self.due = Due(job.config.train, self.rank, notice)
         self.emit: Emit = emit if self.rank == 0 else lambda event, content: None
         self.log: deque[dict[str, Any]] = deque(maxlen=LOGGED)
         self.schedule: Schedule = job.train_rows.schedule
         self.data_wait = 0.0
+        self.moment = "the setup"
+        """What it is at, for people."""
         self.first = 0
         self.evaluated: dict[str, float] = {}
         self.nonfinite = NonFinite(job)
@@ -186,7 +190,10 @@ class _Loop:
         if resume is not None:
             cursor, log = checkpoint.load(self.engine, self.lr, resume)
             self.log.extend(log)
-        best = self.exporter.known(cursor.best) if self.job.config.train.keep_best else cursor.best
+        best = known_best(self.job.config.train, cursor, self.job.identity)
+        if self.job.config.train.keep_best:
+            best = self.exporter.known(best)
+        cursor = replace(cursor, identity=self.job.identity)
         self.judge = Judge(self.job.config.train, self._keep_best, best)
         names, model = self.job.train_rows.sources, self.engine.module.model
         self.figures = Figures(self.schedule, names, self.workers, self.device, model)
@@ -210,10 +217,12 @@ class _Loop:
             },
         )
         self.started = time.perf_counter()
+        self.due.start_clock()
 
     def step(self, batch: Batch | None, cursor: Cursor) -> Cursor:
         """Train on one step's rows and log it; gives the cursor after it."""
         index = cursor.step
+        self.moment = f"step {index + 1}"
         expected = self.job.train_rows.share(index, self.rank, self.workers)
         if batch is None or not np.array_equal(batch["row"], expected):
             came = "no rows" if batch is None else f"rows {batch['row'].tolist()}"
@@ -224,7 +233,7 @@ class _Loop:
         begun = time.perf_counter()
         lr = self.engine.get_lr()[0]
         weight, sources = float(self.schedule.step_weight[index]), len(self.job.train_rows.sources)
-        trained = train_step(self.engine, batch, weight, sources, bool(self.notice()))
+        trained = train_step(self.engine, batch, weight, sources, self.due.asks)
         seconds = time.perf_counter() - begun
         if not trained.applied:
             what = self.nonfinite.check(index, trained)
@@ -236,13 +245,21 @@ class _Loop:
         cursor = Cursor(index + 1, self.schedule.consumed(index + 1), cursor.tokens + tokens, cursor.identity)
         elapsed = time.perf_counter() - self.started
         left = (self.schedule.steps - cursor.step) * elapsed / (cursor.step - self.first)
-        if trained.noticed and self.noticed_after is None and self.job.config.train.optimizer != "badam":
-            self.noticed_after = cursor.step
-            self.emit("notice", {"step": cursor.step, "reason": self.notice()})
+        if self.due.hear(cursor.step, trained.noticed, trained.late):
+            self.emit("notice", {"step": cursor.step, "reason": self.due.notice()})
         record = self.figures.record(cursor, trained, lr, seconds, self.data_wait, elapsed, left)
         self.log.append(asdict(record))
         self.emit("step", record)
         return cursor
+
+    def rows_at_hand(self) -> str:
+        """Which rows this worker has in the step that it is at, and where they come from."""
+        at, _, step = self.moment.partition(" ")
+        if at != "step":
+            return ""
+        shares = self.job.train_rows.share(int(step) - 1, self.rank, self.workers).tolist()
+        rows = [row for row in shares if row >= 0]
+        return f"its rows {', '.join(map(str, rows))} hold {named_records(self.job.train_rows, rows)}" if rows else ""
 
     def after_step(self, cursor: Cursor) -> None:
         """What is due every so many steps; the last step's is done by ``finish``."""
@@ -253,12 +270,12 @@ class _Loop:
             if self.judge.wants_to_stop and self.judge.best:
                 best = {"best_step": self.judge.best.step, "best_loss": self.judge.best.loss}
                 self.emit("stopped", {"step": cursor.step, **best})
-        due = train.save_every_steps and cursor.step % train.save_every_steps == 0
-        if due or self.noticed_after == cursor.step:
-            self._checkpoint(cursor)
+        if self.due.after(cursor.step):
+            self._checkpoint(replace(cursor, passing=not self.due.by_steps(cursor.step)))
 
     def evaluate(self, cursor: Cursor) -> dict[str, float]:
         """Evaluate all sets and log it; gives the results."""
+        self.moment = f"the evaluation after step {cursor.step}"
         rows = self.job.config.train.rows_per_device
         evaluations = [
             evaluate(self.engine, name, cursor.step, source.steps(0, self.rank, self.workers), rows, self.device)
@@ -278,12 +295,11 @@ class _Loop:
         return results
 
     def _checkpoint(self, cursor: Cursor) -> None:
-        self.save(self.engine, self.lr, replace(cursor, best=self.judge.best), list(self.log))
+        self.save(self.engine, replace(cursor, best=self.judge.best), list(self.log))
+        self.due.start_clock()
 
     def finish(self, cursor: Cursor) -> None:
         """Evaluate, write the model, and say how it went."""
-        if self.job.config.train.save_every_steps and cursor.step > self.first:
-            self._checkpoint(cursor)
         results: dict[str, Any] = {
             "total_steps": cursor.step,
             "total_rows": cursor.rows,
@@ -296,6 +312,8 @@ class _Loop:
         else:
             self.evaluated = self.evaluate(cursor)
             self.judge.look(self.evaluated, cursor.step)
+        if self.job.config.train.save_every_steps and cursor.step > self.first:
+            self._checkpoint(cursor)  # who trains on has to know of the last evaluation
         best = self.judge.best
         if best:
             results |= {"best_step": best.step, "best_eval_loss": best.loss}
@@ -312,6 +330,7 @@ class _Loop:
 
     def _export(self, write: Callable[[Any, Any], None]) -> None:
         """Write the model as it is now."""
+        self.moment = "writing the model"
         from transformers import AutoTokenizer
 
         near, trusted = local_copy(self.job.model), self.job.config.model.runs_code

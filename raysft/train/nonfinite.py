@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from raysft.records import RunFailed
@@ -38,7 +39,7 @@ class NonFinite:
         last = min(first + schedule.rows_per_step, schedule.rows) - 1
         what = (
             f"the loss is {trained.loss} and the gradient norm {trained.norm} "
-            f"(rows {first} to {last}: {self._records(first, last)})"
+            f"(rows {first} to {last}: {named_records(self.rows, range(first, last + 1))})"
         )
         if not skips:
             raise RunFailed(
@@ -51,8 +52,9 @@ class NonFinite:
             )
         return "" if scaling else what
 
-    def _records(self, first: int, last: int) -> str:
-        """The first records that some rows come from."""
-        names = list(dict.fromkeys(name for row in range(first, last + 1) for name in self.rows.records(row)))
-        more = f" and {len(names) - NAMED_RECORDS} more" if len(names) > NAMED_RECORDS else ""
-        return ", ".join(names[:NAMED_RECORDS]) + more
+
+def named_records(source: Any, rows: Iterable[int]) -> str:
+    """The first records that some rows come from."""
+    names = list(dict.fromkeys(name for row in rows for name in source.records(row)))
+    more = f" and {len(names) - NAMED_RECORDS} more" if len(names) > NAMED_RECORDS else ""
+    return ", ".join(names[:NAMED_RECORDS]) + more

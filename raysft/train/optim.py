@@ -86,6 +86,13 @@ def make_schedule(optimizer: torch.optim.Optimizer, train: TrainSection, steps: 
         ) from None
 
 
+def go_to_step(schedule: Any, steps: int) -> None:
+    """Let the learning rate be that of the step after so many."""
+    # It counts one on when it sets the rate; it also counts its calls, to complain about one before the optimizer's first step.
+    schedule.load_state_dict({**schedule.state_dict(), "last_epoch": steps - 1, "_step_count": steps + 2})
+    schedule.step()
+
+
 Parameters = Mapping[str, nn.Parameter]
 
 

@@ -52,9 +52,9 @@ class Saver:
         self._owed: Callable[[], Snapshot] | None = None
         """Makes the newest one, where it is not written."""
 
-    def __call__(self, engine: Any, schedule: Any, cursor: Cursor, log: list[dict[str, Any]]) -> None:
+    def __call__(self, engine: Any, cursor: Cursor, log: list[dict[str, Any]]) -> None:
         """Copy this worker's part, and write it while the training goes on."""
-        self._owed = partial(checkpoint.snapshot, engine, schedule, cursor, log)
+        self._owed = partial(checkpoint.snapshot, engine, cursor, log)
         # A second copy of the state would need its memory once more: what is slow is waited for, what fails is not.
         if self._wait(STALL_SECONDS, while_failing=False):
             self._start()

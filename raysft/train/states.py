@@ -35,7 +35,11 @@ def counters(engine: Any) -> dict[str, Any]:
 
 
 def counter(value: Any, owner: torch.Tensor, optimizer: Any) -> Any:
-    """A counter of its own for each owner, where the optimizer wants it: torch's fused kernels on the device."""
+    """A counter of its own for each owner, as the optimizer wants it: DeepSpeed's CPU-Adam a plain number, torch's a tensor, with
+    fused kernels on the device."""
+    if hasattr(optimizer, "ds_opt_adam"):
+        return int(value) if torch.is_tensor(value) else value
+    value = torch.tensor(float(value)) if isinstance(value, int) else value
     on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     return value.to(owner.device if on_device else "cpu", copy=True) if torch.is_tensor(value) else value
 

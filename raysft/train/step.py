@@ -11,7 +11,7 @@ only some rows need, such as an encoder of images, is called for every microbatc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -46,9 +46,17 @@ class Trained:
     """Whether the weights were changed; they are not where the gradient is infinite or no number."""
     noticed: bool = False
     """Whether any worker's machine is about to be taken away."""
+    late: bool = False
+    """Whether the first worker's clock asks for a checkpoint."""
 
 
-def train_step(engine: Any, batch: Batch, weight: float, sources: int = 1, notice: bool = False) -> Trained:
+def train_step(
+    engine: Any,
+    batch: Batch,
+    weight: float,
+    sources: int = 1,
+    asks: Callable[[], tuple[bool, bool]] = lambda: (False, False),
+) -> Trained:
     """Train on one worker's rows of a step.
 
     Args:
@@ -56,13 +64,13 @@ def train_step(engine: Any, batch: Batch, weight: float, sources: int = 1, notic
         batch: this worker's rows, as ``data.stream`` makes them.
         weight: weight of the trained tokens of the whole step, over all workers; their number where all count the same.
         sources: how many sources there are.
-        notice: whether this worker's machine is about to be taken away; all are told.
+        asks: whether this worker's machine is about to be taken away, and whether its clock asks for a checkpoint; called
+            when all is computed, and all workers are told.
     """
     accumulation = engine.gradient_accumulation_steps()
     # DeepSpeed averages over microbatches and workers; the sum is wanted, over one known number of tokens.
     scale = accumulation * dist.get_world_size() / weight
-    totals = torch.zeros(2 + sources, device=engine.device)
-    totals[0] = float(notice)
+    totals = torch.zeros(3 + sources, device=engine.device)
     norm = None
     for microbatch in microbatches(batch, engine.train_micro_batch_size_per_gpu(), engine.device):
         loss, by_source, _ = engine(**microbatch, number_of_sources=sources)
@@ -73,12 +81,13 @@ def train_step(engine: Any, batch: Batch, weight: float, sources: int = 1, notic
             norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
         with _without_update(engine) if norm is not None and not torch.isfinite(norm) else nullcontext():
             engine.step()
-        totals += torch.cat([totals.new_zeros(1), loss.detach()[None], by_source])
+        totals += torch.cat([totals.new_zeros(2), loss.detach()[None], by_source])
+    totals[:2] = totals.new_tensor(asks())
     dist.all_reduce(totals)
-    noticed, total, *by_source = totals.double().tolist()
+    noticed, late, total, *by_source = totals.double().tolist()
     norm = float(norm if norm is not None else engine.get_global_grad_norm())
     applied = math.isfinite(norm) and engine.was_step_applied()
-    return Trained(total / weight, norm, np.asarray(by_source), applied, noticed > 0)
+    return Trained(total / weight, norm, np.asarray(by_source), applied, noticed > 0, late > 0)
 
 
 @contextmanager

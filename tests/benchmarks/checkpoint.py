@@ -50,7 +50,7 @@ def measure(model: str, file: Path, folder: Path, rounds: int) -> dict[str, Any]
     one_process()
     torch.set_num_threads(os.cpu_count() or 1)
     torch.distributed.init_process_group("gloo", rank=0, world_size=1)
-    engine, schedule = make_engine(config, config.model.path, 1, steps, torch.device("cpu"))
+    engine, _ = make_engine(config, config.model.path, 1, steps, torch.device("cpu"))
     batches, weights = rows.steps(0, 0, 1), iter(rows.schedule.step_weight)
 
     def step() -> float:
@@ -63,12 +63,12 @@ def measure(model: str, file: Path, folder: Path, rounds: int) -> dict[str, Any]
     for number in range(rounds):
         cursor = checkpoint.Cursor(number, 0, 0, {})
         begun = time.perf_counter()
-        part = checkpoint.snapshot(engine, schedule, cursor)
+        part = checkpoint.snapshot(engine, cursor)
         checkpoint.write(part, folder / f"checkpoint_{number}_waited")
         measured["waited for"].append(time.perf_counter() - begun)
         measured["alone"].append(step())
         begun = time.perf_counter()
-        part = checkpoint.snapshot(engine, schedule, cursor)
+        part = checkpoint.snapshot(engine, cursor)
         writing = threading.Thread(target=checkpoint.write, args=(part, folder / f"checkpoint_{number}"))
         writing.start()
         measured["meanwhile"].append(time.perf_counter() - begun)

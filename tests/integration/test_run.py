@@ -279,26 +279,109 @@ def test_a_damaged_checkpoint_is_passed_over(folder, sft_run, capsys):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
 
 
-def test_a_run_goes_on_only_with_the_data_that_it_began_with(folder, capsys):
-    data = folder / "changing.jsonl"
-    data.write_text((folder / "chat.jsonl").read_text())
-    arguments = ["run.name=changing", f"data.train.0.path={data}", "train.max_steps=3", "scaling.num_workers=1"]
-    command = ["train", str(folder / "sft.yaml"), *arguments, "data.holdout=0", "train.eval_every_steps=null"]
+def test_a_run_that_is_done_goes_on_with_more_epochs_and_with_other_data_in_them(folder, capsys):
+    """8 conversations, 4 in a step: 2 steps; then 3 epochs in all, with the learning rate of such a run."""
+    data = folder / "few.jsonl"
+    data.write_text("".join((folder / "chat.jsonl").read_text().splitlines(keepends=True)[:8]))
+    arguments = ["run.name=more", f"data.train.0.path={data}", "data.holdout=0", "data.packing=false", "train.epochs=1"]
+    arguments += [
+        "train.schedule=linear",
+        "train.warmup_ratio=0",
+        "train.eval_every_steps=null",
+        "train.save_every_steps=1",
+    ]
+    arguments += ["train.trackers=[]", "scaling.num_workers=1", "generate.sources=[chat]", "generate.max_examples=2"]
+    command = ["run", str(folder / "sft.yaml"), *arguments]
+    run = folder / "runs" / "more"
     assert main(command) == 0
-    run = folder / "runs" / "changing"
+    predicted = (run / "generated_predictions.jsonl").read_text()
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "is trained already" in capsys.readouterr().out
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    for refused, reason in (
+        (["train.epochs=3"], "train.epochs is 1 there and 3 here; choose another run.name, or go on all the same with"),
+        (
+            ["train.max_grad_norm=2", "--allow-changed"],
+            "2 steps are done, and with what is asked for now there are 2 in all",
+        ),
+        (
+            ["train.optimizer=muon", "train.zero_stage=0", "--allow-changed"],
+            "train.optimizer cannot change in a run that",
+        ),
+    ):
+        assert main([*command, *refused]) == 2
+        error = capsys.readouterr().err
+        assert reason in error
+        assert error.count("\n") == 1
+    for name in ("config.yaml", "plan.json", "trainer_log.jsonl", "train_results.json"):
+        assert (run / name).read_bytes() == before[name], "nothing is rewritten"
+    assert main([*command, "train.epochs=3", "train.learning_rate=2e-2", "--allow-changed"]) == 0
+    out = capsys.readouterr().out
+    assert "goes on after step 2 with train.epochs=3 (before: 1), train.learning_rate=0.02 (before: 0.01)" in out
+    steps = steps_of(run)
+    assert [step["current_steps"] for step in steps] == [1, 2, 3, 4, 5, 6]
+    assert [step["lr"] for step in steps] == pytest.approx(
+        [1e-2, 5e-3, *(2e-2 * (6 - step) / 6 for step in range(2, 6))]
+    )
+    assert [step["rows"] for step in steps] == [4, 8, 12, 16, 20, 24]
+    epochs = [sum(step["trained_tokens"] for step in steps[first : first + 2]) for first in (0, 2, 4)]
+    assert len(set(epochs)) == 1, "each epoch trains on each example once"
+    assert list(read_jsonl(run / "changes.jsonl")) == [
+        {"after_step": 2, "changed": {"train.epochs": [1, 3], "train.learning_rate": [0.01, 0.02]}}
+    ]
+    assert results(run, "train")["total_steps"] == 6
+    assert (run / "generated_predictions.jsonl").read_text() != predicted
+    assert results(run, "predict")
+    # Interrupted before its results were written, it goes on with other data in an epoch that has not begun, and only then.
+    command = ["train", *command[1:], "train.epochs=3", "train.learning_rate=2e-2"]
     (run / "train_results.json").unlink()
-    shutil.rmtree(run / "model")
-    data.write_text("\n".join(reversed((folder / "chat.jsonl").read_text().splitlines())) + "\n")
-    assert main(command) == 2
-    error = capsys.readouterr().err
-    assert "the data of source 'chat' changed since this run's checkpoint after step 3" in error
-    assert error.count("\n") == 1
-    assert main([*command, "--allow-changed"]) == 0
-    assert list(read_jsonl(run / "changes.jsonl")) == [{"after_step": 3, "changed": ["the data of source 'chat'"]}]
-    (run / "train_results.json").unlink()
-    assert main([*command, "train.weight_decay=0.5", "--allow-changed"]) == 0
-    assert list(read_jsonl(run / "changes.jsonl"))[1] == {"changed": {"train.weight_decay": [0.0, 0.5]}}
-    assert "train.weight_decay" in capsys.readouterr().out
+    data.write_text("".join((folder / "chat.jsonl").read_text().splitlines(keepends=True)[8:20]))
+    for more, reason in (
+        ([], "the data of source 'chat' changed since this run's checkpoint after step 6; put it back as it was"),
+        (
+            ["--allow-changed"],
+            "the data of source 'chat' can change from epoch 4 on, and train.epochs=3; raise train.epochs",
+        ),
+    ):
+        assert main([*command, *more]) == 2
+        error = capsys.readouterr().err
+        assert reason in error
+        assert error.count("\n") == 1
+    assert main([*command, "train.epochs=4", "--allow-changed"]) == 0
+    assert [step["rows"] for step in steps_of(run)] == [4, 8, 12, 16, 20, 24, 28, 32, 36]
+    assert list(read_jsonl(run / "changes.jsonl"))[1]["from_epoch"] == 4
+
+
+def test_checkpoints_by_time_save_an_interrupted_run_and_go_when_it_is_done(folder, sft_run, capsys):
+    """Written after each step here; what is asked for by steps, none."""
+    arguments = [
+        "run.name=by-time",
+        "train.save_every_steps=null",
+        "train.save_every_minutes=1e-6",
+        "scaling.num_workers=1",
+    ]
+    config = load(folder / "sft.yaml", [*arguments, "generate.enabled=false"])
+    with pytest.raises(KeyboardInterrupt):
+        raysft.run_sft(config, callbacks=[Interrupt(4)])
+    run = folder / "runs" / "by-time"
+    assert Cursor.read(next(complete(run / "checkpoints"))).step >= 2
+    capsys.readouterr()
+    assert main(["train", str(folder / "sft.yaml"), *arguments, "generate.enabled=false"]) == 0
+    assert "going on after step" in capsys.readouterr().out
+    for one, two in zip(steps_of(run), steps_of(sft_run), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+    assert not (run / "checkpoints").exists()
+    told = [
+        "train",
+        str(folder / "sft.yaml"),
+        *arguments,
+        "generate.enabled=false",
+        "train.epochs=3",
+        "--allow-changed",
+    ]
+    assert main(told) == 2
+    assert "is trained and has no checkpoint to go on from" in capsys.readouterr().err
 
 
 class Fails:
@@ -376,6 +459,52 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_once(folder, capsys):
     # It is not tried again as if a machine had died: each step is logged once.
     steps = [step["current_steps"] for step in steps_of(folder / "runs" / "infinite")]
     assert steps == sorted(set(steps))
+
+
+FAILS_ON = """
+
+class FailsForCausalLM(OwnForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.embed_tokens.register_forward_pre_hook(self._look)
+
+    def _look(self, module, arguments):
+        if module.training and (arguments[0] == {token}).any():
+            raise ValueError("no such token here")
+"""
+
+
+def test_an_error_that_comes_again_at_the_same_step_is_not_tried_four_times(folder, tmp_path, capsys, monkeypatch):
+    from transformers import AutoTokenizer
+
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    own = with_code(tiny_model(tmp_path / "fails"), tmp_path / "ran")
+    token = AutoTokenizer.from_pretrained(own)("Ω").input_ids[0]
+    code = (own / "modeling_own.py").read_text() + FAILS_ON.format(token=token)
+    (own / "modeling_own.py").write_text(code)
+    described = (
+        (own / "config.json").read_text().replace("modeling_own.OwnForCausalLM", "modeling_own.FailsForCausalLM")
+    )
+    (own / "config.json").write_text(described.replace('"OwnForCausalLM"', '"FailsForCausalLM"'))
+    records = [json.loads(line) for line in (folder / "chat.jsonl").read_text().splitlines()[:12]]
+    records[6]["messages"][1]["content"] += " Ω"
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    settings = [f"model.path={own}", f"model.trust_remote_code=[{own}]", f"data.train.0.path={tmp_path}/data.jsonl"]
+    settings += ["run.name=again-and-again", "data.holdout=0", "data.packing=false", "train.rows_per_step=3"]
+    settings += ["scaling.num_workers=1", "train.eval_every_steps=null", "train.save_every_steps=1", "train.epochs=1"]
+    capsys.readouterr()
+    assert main(["train", str(folder / "sft.yaml"), *settings]) == 1
+    out, error = capsys.readouterr()
+    assert out.count("; starting again") == 1
+    assert error.count("\n") == 1
+    steps = [line.split("/")[0] for line in out.splitlines() if line.startswith("step ")]
+    assert len(set(steps)) == len(steps), "each step before it is trained once"
+    failing = f"step {len(steps) + 1}"
+    assert error.startswith(f"raysft: failed: worker 0 failed in {failing}: ValueError: no such token here (")
+    assert f"chat: {tmp_path}/data.jsonl:7" in error
+    assert error.endswith(
+        "this is the second time, so it is not tried again: fix the cause, or take these records out\n"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pytest
 
 from raysft.storage import Place
 from raysft.train import checkpoint
+from raysft.train.cursor import Cursor
 from tests.training import STEPS, Case, Result, make_config, prepare, rows_of, train_all
 
 HALF = STEPS // 2
@@ -121,6 +122,32 @@ def test_a_machine_that_leaves_leaves_a_checkpoint(prepared, left_alone, tmp_pat
     assert [content["step"] for event, content in result.events if event == "notice"] == [2], "once, to all workers"
     assert [folder.name for folder in checkpoint.complete(tmp_path)] == ["checkpoint_2"]
     assert result.losses == left_alone["zero 2", 2][0].losses
+
+
+def test_checkpoints_by_time_go_on_bit_for_bit_and_all_workers_write_them_together(prepared, tmp_path):
+    def by_time(name: str, **more) -> Case:
+        options = {"save_every_minutes": more.pop("minutes", 15)}
+        config = make_config(prepared[0] / name, prepared[1], zero_stage=2, **options)
+        return Case(config, rows_of(prepared[2]), **more)
+
+    [often, apart, short] = train_all(
+        [
+            by_time("often", minutes=1e-6, keep=tmp_path / "often"),
+            # The first worker's clock shows 18 minutes in the third step; the other's is hours ahead in each.
+            by_time("apart", keep=tmp_path / "apart", clocks=(6.0, 500.0)),
+            by_time("short", keep=tmp_path / "short"),
+        ],
+        2,
+    )
+    assert not (tmp_path / "short").exists(), "a run that is shorter writes none"
+    assert [folder.name for folder in checkpoint.complete(tmp_path / "apart")] == ["checkpoint_3"]
+    cursors = [Cursor.read(folder) for folder in checkpoint.complete(tmp_path / "often")]
+    assert [(cursor.step, cursor.passing) for cursor in cursors] == [(3, True), (2, True), (1, True)]
+    [second] = train_all([by_time("second", resume=tmp_path / "often" / "checkpoint_2")], 2)
+    assert often.losses == apart.losses == short.losses
+    assert (second.losses, second.norms) == (often.losses[2:], often.norms[2:])
+    for name, weights in often.weights.items():
+        assert np.array_equal(second.weights[name], weights), name
 
 
 def test_a_flipped_bit_is_found_and_the_one_before_is_taken(prepared, left_alone, tmp_path):

@@ -36,7 +36,7 @@ def test_auto_goes_on_with_the_number_that_the_run_began_with(tmp_path):
     assert auto.train.rows_per_step == "auto"
     belongs_to(directory, auto)
     assert settled(directory, auto) == config(tmp_path, rows_per_step=4)
-    assert settled(directory, auto).fingerprint() == config(tmp_path, rows_per_step=4).fingerprint()
+    assert settled(directory, auto).mathematics() == config(tmp_path, rows_per_step=4).mathematics()
 
 
 def test_with_more_epochs_auto_keeps_its_number_and_only_the_epochs_differ(tmp_path):

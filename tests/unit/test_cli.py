@@ -160,7 +160,7 @@ def test_help_of_a_verb_names_every_key_with_its_default_and_docstring(capsys, v
     text = helped(capsys, verb)
     words = "".join(text.split())  # lines break at hyphens too
     for key, default, docstring in documented_fields():
-        assert f"  {key}  [{default}]\n" in text
+        assert f"\n  {key}  [{default}]" in text
         assert "".join(docstring.split()) in words
 
 
@@ -173,3 +173,13 @@ def test_the_version_is_that_of_the_package(capsys):
     with pytest.raises(SystemExit):
         main(["--version"])
     assert capsys.readouterr().out == f"raysft {__version__}\n"
+
+
+def test_help_says_of_each_key_whether_it_may_change_in_a_run_that_has_begun(capsys):
+    lines = helped(capsys, "train").splitlines()
+    for start in (
+        "  generate.top_p  [0.7]",
+        "  train.epochs  [1]  (--allow-changed: at once)",
+        "  model.lora.rank  [8]  (fixed)",
+    ):
+        assert start in lines

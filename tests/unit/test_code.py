@@ -95,7 +95,7 @@ def test_trust_is_a_list_of_names():
 
 def test_the_code_belongs_to_what_decides_the_numbers(model):
     other, named = config(model, ("another",)), config(model, (str(model),))
-    assert config(model).fingerprint() == other.fingerprint() != named.fingerprint()
+    assert config(model).mathematics() == other.mathematics() != named.mathematics()
     before = model_identity(str(model))
     (model / "modeling_own.py").write_text("# other code")
     assert model_identity(str(model)) != before

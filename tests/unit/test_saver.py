@@ -38,11 +38,11 @@ def checkpoints(request, tmp_path) -> Place:
 @pytest.fixture
 def saved(monkeypatch):
     """Saves a small state after some steps; gives what was told."""
-    monkeypatch.setattr(checkpoint, "snapshot", lambda engine, schedule, cursor, log: part(cursor.step))
+    monkeypatch.setattr(checkpoint, "snapshot", lambda engine, cursor, log: part(cursor.step))
 
     def save(saver: Saver, *steps: int) -> None:
         for step in steps:
-            saver(None, None, Cursor(step, step, step, {}), [])
+            saver(None, Cursor(step, step, step, {}), [])
         saver.close()
 
     return save
@@ -74,6 +74,24 @@ def test_the_newest_are_kept_and_what_is_half_written_before_them_goes(checkpoin
     assert again.resume == next(checkpoint.complete(checkpoints))
     saved(again, 3, 4)
     assert steps(checkpoints) == [4, 3]
+
+
+def test_passing_ones_push_no_others_out_and_go_when_the_model_is_written(checkpoints):
+    def have(*passing: int) -> None:
+        for step in (1, 2, 3, 4, 5):
+            cursor = replace(part(step).cursor, passing=step in passing)
+            checkpoint.write(replace(part(step), cursor=cursor), checkpoints / folder_name(step, "a"))
+
+    have(4, 5)
+    checkpoint.tidy(checkpoints, 2)
+    assert steps(checkpoints) == [5, 4, 3, 2], "the newest two, and the newest two that were asked for"
+    checkpoint.remove_passing(checkpoints)
+    assert steps(checkpoints) == [3, 2]
+    have(1, 2, 3, 4, 5)
+    checkpoint.tidy(checkpoints, 2)
+    assert steps(checkpoints) == [5, 4]
+    checkpoint.remove_passing(checkpoints)
+    assert not checkpoints.list()
 
 
 def test_a_full_disk_costs_the_checkpoint_and_nothing_else(tmp_path, saved, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from dataclasses import replace
 from itertools import pairwise
@@ -213,3 +214,30 @@ def test_rows_travel_without_what_can_be_computed_again(rows):
     again = pickle.loads(sent)
     assert again == rows
     assert same(again.batch([0, 5]), rows.batch([0, 5]))
+
+
+def test_rows_whose_data_changes_on_the_way_are_those_of_both(rows, originals, tmp_path):
+    """Two epochs of both sources, then two of the second alone; told and read back as JSON."""
+    changed = replace(rows, manifests=rows.manifests[1:], epochs=4, earlier=replace(rows, epochs=2))
+    assert Rows.of(json.loads(json.dumps(changed.described()))) == changed
+    kept = rows.schedule.steps
+    for step in range(kept):
+        ours, theirs = changed.batch(changed.share(step, 0, 1)), rows.batch(rows.share(step, 0, 1))
+        filled = theirs["row"] >= 0
+        for name in theirs:
+            np.testing.assert_array_equal(ours[name][filled], theirs[name][filled], err_msg=name)
+    alone = replace(rows, manifests=rows.manifests[1:], epochs=4)
+    first = replace(alone, epochs=2).schedule.steps
+    for step, same in zip(range(kept, changed.schedule.steps), range(first, alone.schedule.steps), strict=True):
+        ours, theirs = changed.batch(changed.share(step, 0, 1)), alone.batch(alone.share(same, 0, 1))
+        for name in ("input_ids", "labels", "position_ids", "tokens"):
+            np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+        assert set(ours["sources"][ours["labels"] != IGNORED].tolist()) == {2}, "numbered after those of before"
+    assert changed.sources == ("a", "b", "b")
+
+
+def test_the_same_rows_are_known_wherever_they_lie_and_however_many_epochs_there_are(rows):
+    moved = tuple(path.replace("/shards/", "/elsewhere/shards/") for path in rows.manifests)
+    assert rows.in_epochs_as(replace(rows, manifests=moved, epochs=7, max_steps=3))
+    for other in ({"seed": 1}, {"manifests": rows.manifests[:1]}, {"mixing": "all_exhausted"}, {"shares": (1.0, 2.0)}):
+        assert not rows.in_epochs_as(replace(rows, **other))

@@ -238,3 +238,11 @@ def test_nothing_is_said_of_turns_that_end_or_are_none():
     ):
         assert not list(warnings(config(), plan(turns=turns)))
     assert not list(warnings(config(stage="pt"), plan(stage="pt", turns=Turns(open=8))))
+
+
+def test_a_run_that_cannot_go_on_from_a_checkpoint_is_told_of():
+    without = config(train__optimizer="badam", train__zero_stage=0, model__finetuning="full")
+    assert without.train.save_every_minutes == 15, "the default is no error"
+    [line] = warnings(without, plan())
+    assert line.startswith("no checkpoints are written, because train.optimizer=badam cannot go on from one")
+    assert not list(warnings(config(), plan()))

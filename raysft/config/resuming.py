@@ -1,0 +1,84 @@
+"""What may still change when a run goes on: each config key is decided here, once. Pure.
+
+What runs refuse or take over, what their help says of each key, and what belongs to a run's identity all follow from this table.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+
+
+class Effect(Enum):
+    """What becomes of a key that has another value when a run goes on."""
+
+    ALWAYS = "may change at any time"
+    """It decides no number of the training."""
+    NOW = "takes effect at once"
+    """From the first step after the checkpoint on, with ``--allow-changed``."""
+    EPOCH = "takes effect from the next epoch on"
+    """With ``--allow-changed``: the epoch that has begun is finished as it was, so that it has each example once."""
+    NEVER = "cannot change"
+    """The state of the run, or its rows, would not fit any more."""
+
+
+_KEYS = {
+    Effect.ALWAYS: """
+        run.name run.storage data.cache
+        train.gradient_checkpointing train.eval_at_start train.save_every_steps train.save_every_minutes train.keep_last
+        train.max_failures train.trackers
+        scaling.num_workers scaling.wait_minutes scaling.use_gpu scaling.cpus_per_worker scaling.threads_per_worker
+        scaling.address
+        generate.enabled generate.compare_base generate.model generate.sources generate.engine generate.num_actors
+        generate.gpus_per_engine generate.max_examples generate.batching generate.batch_size generate.max_new_tokens
+        generate.do_sample generate.temperature generate.top_p generate.top_k generate.repetition_penalty generate.num_beams
+        generate.length_penalty generate.stop_tokens generate.skip_special_tokens generate.max_seconds generate.metrics
+        tune.space tune.metric tune.mode tune.max_concurrent
+    """,
+    # A path may change because the same files lie elsewhere now: what they hold is compared by itself.
+    Effect.NOW: """
+        model.path model.trust_remote_code model.adapters model.attention model.liger
+        model.lora.dropout model.lora.loraplus_ratio model.oft.dropout
+        data.train[].path data.eval data.registry data.max_rejected
+        train.epochs train.max_steps train.rows_per_device
+        train.learning_rate train.weight_decay train.betas train.epsilon train.max_grad_norm
+        train.schedule train.schedule_options train.warmup_ratio
+        train.loss train.eaft_alpha train.label_smoothing train.z_loss train.neftune_alpha
+        train.zero_stage train.offload.optimizer train.offload.parameters train.offload.folder train.deepspeed train.fp8
+        train.nonfinite train.eval_every_steps train.early_stopping.patience train.early_stopping.threshold train.keep_best
+    """,
+    Effect.EPOCH: """
+        model.chat_template
+        data.train data.train[].name data.train[].format data.train[].columns data.train[].tags data.train[].weight
+        data.train[].max_examples data.train[].num_samples data.mixing data.mask_history data.train_on_prompt data.overlong
+        data.keep_prompt data.control_tokens_in_text data.template_options
+    """,
+    Effect.NEVER: """
+        stage run.seed
+        model.dtype model.finetuning model.freeze.layers model.freeze.modules model.freeze.extra_modules
+        model.lora.rank model.lora.alpha model.lora.target model.lora.extra_modules model.lora.dora model.lora.rslora
+        model.lora.pissa model.lora.pissa_iterations model.oft.block_size model.oft.target model.oft.extra_modules
+        model.new_adapter model.quantization model.quantization_type model.double_quantization
+        data.holdout data.sequence_length data.packing data.document_mask
+        train.rows_per_step train.optimizer train.optimizer_options
+    """,
+}
+_BESIDE = {"the model": Effect.NEVER, "the adapter": Effect.NEVER, "the data": Effect.EPOCH}
+"""What the config only names: the content of files."""
+EFFECTS: dict[str, Effect] = {key: effect for effect, keys in _KEYS.items() for key in keys.split()}
+"""Every key of the config, as ``documented_fields`` names it."""
+
+
+def effect_of(key: str) -> Effect:
+    """What becomes of a key, also of one inside a free mapping or a list.
+
+    >>> effect_of("train.schedule_options.num_cycles"), effect_of("data.train.0.path"), effect_of("data.eval.1.path")
+    (<Effect.NOW: 'takes effect at once'>, <Effect.NOW: 'takes effect at once'>, <Effect.NOW: 'takes effect at once'>)
+    """
+    known = re.sub(r"\.\d+(?=\.|$)", "[]", key)
+    for name, effect in _BESIDE.items():
+        if known.startswith(name):
+            return effect
+    while known not in EFFECTS:
+        known = known[:-2] if known.endswith("[]") else known.rpartition(".")[0]
+    return EFFECTS[known]

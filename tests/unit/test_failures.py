@@ -1,0 +1,83 @@
+"""Which failures of workers are tried again, and what is said of them."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError
+from ray.train import FailureConfig
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2.api.exceptions import WorkerGroupError
+
+from raysft.records import RunFailed
+from raysft.storage import StorageFailed
+from raysft.train.checkpoint import Damaged
+from raysft.train.failures import Fault, Restarts, cause, faults_of
+
+
+def raised(error: Exception, moment: str = "step 4", rank: int = 1) -> Exception:
+    """What a worker raises where its code raises an error; as it comes to the driver."""
+    try:
+        with faults_of(rank, lambda: moment, lambda: "its rows 8 hold chat: a.jsonl:3"):
+            raise error
+    except Exception as caught:
+        return pickle.loads(pickle.dumps(caught))
+
+
+def decisions(*failures: dict[int, Exception]) -> list[str]:
+    policy = Restarts(FailureConfig(max_failures=3))
+    return [policy.make_decision(WorkerGroupError("", each)).value for each in failures]
+
+
+def test_an_error_that_comes_again_at_the_same_step_ends_the_run():
+    policy, errors = Restarts(FailureConfig(max_failures=3)), []
+    for message in ("index 412 is out of range", "index 987 is out of range"):
+        errors.append(
+            WorkerGroupError("", {0: RuntimeError("connection closed by peer"), 1: raised(IndexError(message))})
+        )
+    assert policy.make_decision(errors[0]) is FailureDecision.RETRY
+    assert str(cause(errors[0])).endswith("; its rows 8 hold chat: a.jsonl:3")
+    assert policy.make_decision(errors[1]) is FailureDecision.RAISE
+    found = cause(pickle.loads(pickle.dumps(errors[1])))
+    assert isinstance(found, RunFailed)
+    assert str(found).startswith(
+        "worker 1 failed in step 4: IndexError: index 987 is out of range (tests/unit/test_failures.py:"
+    )
+    assert str(found).endswith(
+        "; its rows 8 hold chat: a.jsonl:3; this is the second time, so it is not tried again: "
+        "fix the cause, or take these records out"
+    )
+
+
+def test_another_step_or_another_error_is_another_failure():
+    first, later, other = raised(ValueError("x")), raised(ValueError("x"), "step 5"), raised(KeyError("x"))
+    assert decisions({0: first}, {0: later}, {0: other}) == ["RETRY"] * 3
+    assert decisions({0: first}, {0: later}, {0: raised(ValueError("x"))}) == ["RETRY", "RETRY", "RAISE"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionResetError("x"),
+        OSError(5, "Input/output error"),
+        StorageFailed("s3://b: no answer"),
+        RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:3"),
+        RuntimeError("NCCL error: unhandled system error"),
+        Damaged("part_0.safetensors is not what was written"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_looks_like_the_death_of_a_machine_is_tried_as_often_as_may_be(error):
+    found: Any = raised(error)
+    assert type(found) is type(error)
+    assert decisions(*[{0: found}] * 4) == ["RETRY"] * 3 + ["RAISE"]
+
+
+def test_a_worker_that_dies_is_the_cause_of_what_others_raise():
+    fault = raised(ValueError("half a tensor"))
+    assert isinstance(fault, Fault)
+    both = {0: fault, 1: RayActorError(error_msg="the actor died")}
+    assert decisions(both, both, both, both) == ["RETRY"] * 3 + ["RAISE"]
+    assert "the actor died" in str(cause(WorkerGroupError("", both)))

@@ -1,0 +1,272 @@
+"""What may change in a run that has begun, what is refused, and that a refusal leaves all as it was."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from raysft.claim import belongs_to, differences
+from raysft.config import Config, RequestError, documented_fields, parse
+from raysft.config.resuming import EFFECTS, Effect, effect_of
+from raysft.data.stream import Rows
+from raysft.records import RunDirectory
+from raysft.resumption import SCHEDULE, Resumption, check_resumption, record_changes
+from raysft.train import checkpoint
+from raysft.train.cursor import EVALUATION, Best, Cursor
+from tests.shards import data_config, the_set, write_records, written
+from tests.tiny import tiny_tokenizer
+
+IDENTITY = {"the model": "m", "the data of source 'a'": "d", EVALUATION: "e"}
+
+
+def config(folder: Path, **changes: Any) -> Config:
+    base = parse(
+        {
+            "run": {"name": "r", "storage": str(folder)},
+            "model": {"path": "m"},
+            "data": {"train": [{"name": "a", "path": "a.jsonl"}], "holdout": 0.1},
+            "train": {"rows_per_step": 4, "eval_every_steps": 1, "early_stopping": {"patience": 9}},
+        }
+    )
+    return base.with_overrides({key.replace("__", "."): value for key, value in changes.items()})
+
+
+def begun(folder: Path, step: int | None = 4, done: bool = False, best: Best | None = None) -> RunDirectory:
+    """A run that was begun with ``config(folder)`` and has a checkpoint."""
+    directory = RunDirectory(folder / "r")
+    directory.path.mkdir()
+    directory.config.write_text(config(folder).to_yaml())
+    directory.trainer_log.write_text("{}\n")
+    if step is not None:
+        cursor = Cursor(step, 4 * step, 0, dict(IDENTITY), best)
+        part = checkpoint.Snapshot(0, {"weight:0:w": torch.zeros(2)}, {}, cursor)
+        checkpoint.write(part, directory.checkpoints / checkpoint.folder_name(step, "a"))
+    if done:
+        (directory.path / "model").mkdir()
+        (directory.path / "model" / "config.json").write_text("{}")
+        for stage in ("train", "eval", "all"):
+            directory.results(stage).write_text("{}")
+    return directory
+
+
+def content(directory: RunDirectory) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in directory.path.rglob("*") if path.is_file()}
+
+
+def goes_on(directory: RunDirectory, steps: int, identity: dict[str, str] = IDENTITY, **changes: Any) -> Cursor | None:
+    """Ask with ``--allow-changed``; steps are those of the whole training then."""
+    asked = config(directory.path.parent, **changes)
+    changed = belongs_to(directory, asked, allow_changed=True)
+    return check_resumption(directory, asked, planned(steps), identity, changed, allow_changed=True).cursor
+
+
+def planned(steps: int) -> Any:
+    """Rows of which nothing but the number of steps counts."""
+    rows = Rows(("a-all-d/manifest.parquet",), 64, 4)
+    rows.__dict__["schedule"] = SimpleNamespace(steps=steps)
+    return rows
+
+
+def refusal(directory: RunDirectory, *arguments: Any, **changes: Any) -> str:
+    before = content(directory)
+    with pytest.raises(RequestError) as caught:
+        goes_on(directory, *arguments, **changes)
+    assert content(directory) == before, "nothing is rewritten"
+    assert "\n" not in str(caught.value)
+    return str(caught.value).removeprefix(f"{directory.place}: ")
+
+
+def test_every_key_of_the_config_is_decided_and_none_else():
+    documented = [key for key, _, _ in documented_fields()]
+    assert sorted(documented) == sorted(EFFECTS)
+
+
+@pytest.mark.parametrize(
+    ("key", "effect"),
+    [
+        ("train.epochs", Effect.NOW),
+        ("train.optimizer_options.rank", Effect.NEVER),
+        ("train.early_stopping.patience", Effect.NOW),
+        ("data.train.3.columns.output", Effect.EPOCH),
+        ("data.train.0.path", Effect.NOW),
+        ("data.eval.0.format", Effect.NOW),
+        ("generate.top_k", Effect.ALWAYS),
+        ("the data of source 'x'", Effect.EPOCH),
+        ("the adapter", Effect.NEVER),
+    ],
+)
+def test_keys_inside_lists_and_mappings_are_decided_with_them(key, effect):
+    assert effect_of(key) is effect
+
+
+def test_without_leave_a_changed_key_is_refused_with_both_values_and_the_ways_out(tmp_path):
+    directory = begun(tmp_path)
+    with pytest.raises(RequestError) as caught:
+        belongs_to(directory, config(tmp_path, train__epochs=3, train__learning_rate=0.5))
+    assert str(caught.value) == (
+        f"{directory.place}: belongs to another config: train.epochs is 1 there and 3 here, train.learning_rate is 0.0001 "
+        "there and 0.5 here; choose another run.name, or go on all the same with --allow-changed"
+    )
+    assert belongs_to(directory, config(tmp_path, generate__top_k=3, train__save_every_minutes=None)) == {}
+
+
+@pytest.mark.parametrize("allow_changed", [False, True])
+def test_what_the_state_depends_on_is_refused_even_with_leave(tmp_path, allow_changed):
+    directory = begun(tmp_path)
+    with pytest.raises(RequestError) as caught:
+        belongs_to(directory, config(tmp_path, train__epochs=3, model__lora__rank=4), allow_changed)
+    assert str(caught.value) == (
+        f"{directory.place}: belongs to another config: model.lora.rank is 8 there and 4 here; "
+        "model.lora.rank cannot change in a run that has begun: put it back, or choose another run.name"
+    )
+
+
+def test_where_nothing_was_kept_all_may_change(tmp_path):
+    directory = begun(tmp_path, step=None)
+    assert goes_on(directory, 6, model__lora__rank=4) is None
+    anew = Resumption(None, planned(6), planned(6), differences(directory, config(tmp_path, model__lora__rank=4)))
+    assert record_changes(directory, anew).endswith(
+        "has no checkpoint and begins anew with model.lora.rank=4 (before: 8)"
+    )
+
+
+def test_a_run_that_is_done_trains_on_where_there_is_more_to_train(tmp_path):
+    directory = begun(tmp_path, done=True)
+    cursor = goes_on(directory, 6, train__epochs=3)
+    assert cursor
+    assert cursor.step == 4
+    assert refusal(directory, 4, train__learning_rate=0.5) == (
+        "4 steps are done, and with what is asked for now there are 4 in all (train.learning_rate is 0.0001 there and 0.5 "
+        "here); raise train.epochs or train.max_steps, or choose another run.name"
+    )
+    assert refusal(directory, 3, train__max_steps=3).startswith(
+        "4 steps are done, and with what is asked for now there are 3"
+    )
+    done = check_resumption(directory, config(tmp_path), planned(4), {"the model": "another"}, {})
+    assert done.cursor is None, "it is just done"
+
+
+def test_a_run_that_is_done_without_a_checkpoint_cannot_train_on(tmp_path):
+    directory = begun(tmp_path, step=None, done=True)
+    assert refusal(directory, 6, train__epochs=3).startswith(
+        "is trained and has no checkpoint to go on from (train.save_every_steps leaves some); choose another run.name"
+    )
+
+
+def test_an_interrupted_run_may_end_where_it_is_but_not_before(tmp_path):
+    directory = begun(tmp_path)
+    cursor = goes_on(directory, 4, train__max_steps=4)
+    assert cursor
+    assert cursor.step == 4
+    assert refusal(directory, 3, train__max_steps=3).startswith("4 steps are done")
+
+
+def test_a_run_that_stopped_early_goes_on_only_with_more_patience(tmp_path):
+    best = Best(step=1, since=3, results={"eval_loss": 1.0}, seen=4)
+    directory = begun(tmp_path, done=True, best=best)
+    told = refusal(directory, 12, train__epochs=2, train__early_stopping__patience=3)
+    assert told.startswith("stopped after step 4 because evaluations got no better, and would stop there again (")
+    assert told.endswith("raise train.early_stopping.patience=3, set it to null, or choose another run.name")
+    assert goes_on(directory, 12, train__epochs=2, train__early_stopping__patience=4)
+    assert goes_on(directory, 12, {**IDENTITY, EVALUATION: "other sets"}, train__early_stopping__patience=3)
+
+
+@pytest.mark.parametrize("what", ["the model", "the data of source 'a'"])
+def test_other_files_under_the_same_name_are_refused(tmp_path, what):
+    directory = begun(tmp_path)
+    for changes in ({}, {"train__epochs": 3}):
+        assert refusal(directory, 6, {**IDENTITY, what: "other"}, **changes) == (
+            f"{what} changed since this run's checkpoint after step 4; put it back as it was, or choose another run.name"
+        )
+    assert goes_on(directory, 6, model__path="elsewhere/m", data__train__0__path="elsewhere/a.jsonl"), "the same files"
+
+
+def test_what_changed_is_recorded_with_the_step_and_the_run_is_done_no_more(tmp_path):
+    directory = begun(tmp_path, done=True)
+    asked = config(tmp_path, train__epochs=3)
+    it = check_resumption(directory, asked, planned(6), IDENTITY, belongs_to(directory, asked, allow_changed=True))
+    line = record_changes(directory, it)
+    assert line == f"{directory.place}: goes on after step 4 with train.epochs=3 (before: 1)"
+    assert json.loads(directory.changes.read_text()) == {"after_step": 4, "changed": {"train.epochs": [1, 3]}}
+    assert not directory.is_done()
+    assert directory.is_trained(), "its model stays until there is another"
+    assert not list(directory.path.glob("*_results.json"))
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> dict[str, Rows]:
+    """Rows of 20 examples, of 12 others and of 8 more, one in each."""
+    folder = tmp_path_factory.mktemp("sources")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    found = {}
+    for name, count in (("a", 20), ("b", 12), ("c", 8)):
+        write_records(folder / f"{name}.jsonl", [[f"{name} {number}", "yes"] for number in range(count)])
+        each = the_set(data_config(folder, [name]), str(folder / "model"))
+        written(each, str(folder / "model"))
+        found[name] = Rows((each.manifest.location,), 64, 4, epochs=4, layout="single")
+    return found
+
+
+def with_data(directory: RunDirectory, rows: Rows, key: str, allow_changed: bool = True, **changes: Any) -> Resumption:
+    """Ask with other data; 20 examples are an epoch of 5 steps."""
+    asked = config(directory.path.parent, **{"train__epochs": 4, **changes})
+    changed = belongs_to(directory, asked, allow_changed=True)
+    identity = {**IDENTITY, "the data of source 'a'": key}
+    return check_resumption(directory, asked, rows, identity, changed, allow_changed)
+
+
+def trained_with(directory: RunDirectory, scheduled: Rows, **changes: Any) -> None:
+    """As a run leaves it that was let through."""
+    directory.plan.write_text(json.dumps({SCHEDULE: scheduled.described()}))
+    directory.config.write_text(config(directory.path.parent, **{"train__epochs": 4, **changes}).to_yaml())
+
+
+def test_other_data_comes_with_the_next_epoch_and_stays_so(tmp_path, sources):
+    directory = begun(tmp_path, step=7)
+    trained_with(directory, sources["a"])
+    with pytest.raises(RequestError, match=r"or go on with it from the next epoch on with --allow-changed$"):
+        with_data(directory, sources["b"], "other", allow_changed=False)
+    it = with_data(directory, sources["b"], "other")
+    assert it.rows == replace(sources["b"], earlier=replace(sources["a"], epochs=2))
+    assert it.rows.schedule.steps == 2 * 5 + 2 * 3
+    assert record_changes(directory, it).endswith(
+        "goes on after step 7 from epoch 3 on with the data of source 'a'='other' (before: 'd')"
+    )
+    told = {"after_step": 7, "changed": {"the data of source 'a'": ["d", "other"]}, "from_epoch": 3}
+    assert json.loads(directory.changes.read_text()) == told
+    # Killed before its next checkpoint, it goes on as was let through; changed once more, that comes with epoch 3, too.
+    trained_with(directory, it.rows)
+    again = with_data(directory, sources["b"], "other", allow_changed=False)
+    assert again.rows == it.rows
+    assert not again.changed
+    third = with_data(directory, sources["c"], "third")
+    assert third.rows == replace(sources["c"], earlier=replace(sources["a"], epochs=2))
+
+
+def test_what_is_trained_in_three_parts_keeps_each(tmp_path, sources):
+    directory = begun(tmp_path, step=11)
+    trained_with(directory, replace(sources["b"], earlier=replace(sources["a"], epochs=2)))
+    it = with_data(directory, sources["c"], "third")
+    assert it.from_epoch == 4
+    before = replace(sources["b"], epochs=3, earlier=replace(sources["a"], epochs=2))
+    assert it.rows == replace(sources["c"], earlier=before)
+    assert it.rows.schedule.rows_of_epochs == [20, 20, 12, 8]
+
+
+def test_other_data_without_an_epoch_to_come_is_refused(tmp_path, sources):
+    directory = begun(tmp_path, step=4)
+    trained_with(directory, replace(sources["a"], epochs=1), train__epochs=1)
+    with pytest.raises(RequestError) as caught:
+        with_data(directory, replace(sources["b"], epochs=1), "other", train__epochs=1)
+    assert str(caught.value) == (
+        f"{directory.place}: the data of source 'a' can change from epoch 2 on, and train.epochs=1; "
+        "raise train.epochs, put it back as it was, or choose another run.name"
+    )
+    more = with_data(directory, replace(sources["b"], epochs=2), "other", train__epochs=2)
+    assert more.rows.schedule.rows_of_epochs == [20, 12]

@@ -1,0 +1,67 @@
+"""Other data from the next epoch on: each epoch holds each of its examples once, and what came before stays as it was."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from raysft.data.schedule import Lengths, Schedule, plan_rows
+from raysft.data.splice import spliced
+
+RANDOM = np.random.default_rng(1)
+
+
+def source(count: int, weights: bool = False) -> Lengths:
+    lengths = RANDOM.integers(1, 30, count).astype(np.int32)
+    own = RANDOM.random(count).astype(np.float32) if weights else None
+    return Lengths(lengths, lengths, np.array([count // 2, count]), 1.0, own)
+
+
+FIRST, OTHER, MORE = source(110), source(60), source(75, weights=True)
+
+
+def planned(*sources: Lengths, **options) -> Schedule:
+    return plan_rows(list(sources), **{"capacity": 32, "rows_per_step": 8, "seed": 3, **options})
+
+
+def steps_of(schedule: Schedule, first: int, last: int) -> list[list[int]]:
+    rows = range(first * 8, min(last * 8, schedule.rows))
+    return [schedule.row(index).tolist() for index in rows]
+
+
+@pytest.mark.parametrize("layout", ["packed", "single"])
+def test_what_came_before_stays_and_what_follows_is_the_others_from_its_epoch_on(layout):
+    before, after = planned(FIRST, epochs=2, layout=layout), planned(OTHER, MORE, epochs=4, layout=layout)
+    whole = spliced(before, after, examples=110, sources=1)
+    kept, rest = before.steps, planned(OTHER, MORE, epochs=2, layout=layout).steps
+    assert whole.steps == kept + after.steps - rest
+    assert steps_of(whole, 0, kept)[: before.rows] == steps_of(before, 0, kept)
+    theirs = [[example + 110 for example in row] for row in steps_of(after, rest, after.steps)]
+    assert steps_of(whole, kept, whole.steps) == theirs
+    for name in ("step_rows", "step_tokens", "step_trained", "step_weight"):
+        joined = np.concatenate([getattr(before, name), getattr(after, name)[rest:]])
+        np.testing.assert_allclose(getattr(whole, name), joined, err_msg=name)
+    assert whole.source_weight(whole.steps - 1, 3)[0] == 0
+    assert whole.source_weight(kept - 1, 3)[1:].sum() == 0
+
+
+def test_each_epoch_holds_each_of_its_examples_once_also_after_two_changes():
+    once = spliced(planned(FIRST, epochs=1), planned(OTHER, epochs=2), 110, 1)
+    whole = spliced(once, planned(MORE, epochs=5), 110 + 60, 2)
+    filled = [row for row in steps_of(whole, 0, whole.steps) if row]
+    expected = [range(110), range(110, 170)] + 3 * [range(170, 245)]
+    starts = [0, *whole.epoch_ends.tolist()]
+    assert len(starts) == 6
+    assert len(filled) == starts[-1]
+    for start, end, examples in zip(starts, starts[1:], expected, strict=False):
+        assert sorted(example for row in filled[start:end] for example in row) == list(examples)
+    assert whole.epoch_of(starts[2]) == 2
+    assert whole.group_ends[-1] == whole.rows
+
+
+def test_steps_are_counted_over_all_of_it():
+    whole = spliced(planned(FIRST, epochs=1), planned(OTHER, epochs=9), 110, 1)
+    cut = spliced(planned(FIRST, epochs=1), planned(OTHER, epochs=9), 110, 1, max_steps=20)
+    assert cut.steps == 20
+    assert steps_of(cut, 0, 20) == steps_of(whole, 0, 20)
+    assert len(cut.sources) == len(cut.pieces.examples)
