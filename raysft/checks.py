@@ -7,6 +7,7 @@ from typing import Any
 
 from raysft.config import Config, RequestError
 from raysft.records import RunDirectory
+from raysft.storage import FIRST_SECONDS, patience
 from raysft.trackers import missing_tracker
 
 
@@ -74,5 +75,7 @@ def refuse_other_model(config: Config) -> None:
 def check_trained(config: Config, remedy: str = "") -> None:
     """Refuse what needs a trained model where there is none; ``remedy``: what else the person may do."""
     directory = RunDirectory.of(config.run_place)
-    if not directory.is_trained():
+    with patience(FIRST_SECONDS):
+        trained = directory.is_trained()
+    if not trained:
         raise RequestError(f"{directory.place}: holds no trained model; train first (raysft train CONFIG){remedy}")

@@ -15,7 +15,7 @@ from raysft.config.resuming import Effect, effect_of
 from raysft.lock import Held, held
 from raysft.log import Terminal
 from raysft.records import RunDirectory
-from raysft.storage import StorageFailed, reason_of
+from raysft.storage import FIRST_SECONDS, StorageFailed, patience, reason_of
 
 Changed = Mapping[str, list[Any]]
 """By key: [value there, value here]."""
@@ -124,8 +124,9 @@ def writable(config: Config) -> None:
                 folder.local.mkdir(parents=True, exist_ok=True)
             else:
                 probe = folder / f".probe-{uuid.uuid4().hex}"
-                probe.write_bytes(b"")
-                probe.remove()
+                with patience(FIRST_SECONDS):
+                    probe.write_bytes(b"")
+                    probe.remove()
         except (StorageFailed, ArrowException) as error:
             raise RequestError(f"{key}: {reason_of(error)}; check the path and its credentials") from None
         except OSError as error:

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from raysft.records import RunDirectory, RunFailed
-from raysft.storage import Place, StorageFailed, patience, reason_of
+from raysft.storage import FIRST_SECONDS, Place, StorageFailed, patience, reason_of
 
 EVERY_SECONDS = 5.0
 """How often what changed is brought there."""
@@ -133,8 +133,9 @@ def looked_into(place: Place, say: Callable[[str], None], back: bool = False) ->
     with tempfile.TemporaryDirectory(prefix="raysft-run-") as folder:
         directory = RunDirectory(Path(folder) / place.name, place)
         mirror = Mirror(directory, say)
-        with patience(say=say):
+        with patience(FIRST_SECONDS, say):
             mirror.fetch()
+        with patience(say=say):
             yield directory
             if back:
                 mirror.push()

@@ -32,7 +32,7 @@ from raysft.plan import Plan, check_resources, make_plan
 from raysft.predict import predict
 from raysft.pretrained import embedding_rows
 from raysft.records import RunDirectory, flat, write_atomically, write_json, write_jsonl
-from raysft.storage import Place, StorageFailed, patience
+from raysft.storage import FIRST_SECONDS, Place, StorageFailed, patience
 from raysft.trackers import open_trackers
 
 
@@ -157,7 +157,9 @@ def export(place: Place, output: Path) -> None:
     """Write the trained model of a run directory as one Hugging Face model, adapters merged."""
     from raysft.train.adapters import merge
 
-    if not (place / "config.yaml").exists():
+    with patience(FIRST_SECONDS):
+        there = (place / "config.yaml").exists()
+    if not there:
         raise RequestError(f"{place}: is no run directory (it holds no config.yaml)")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RequestError(f"--output {output}: exists and is not an empty folder; choose another")

@@ -27,6 +27,8 @@ WHOLE_OR_NOTHING = ("s3", "gs", "gcs", "abfs", "abfss")
 """Where a file is seen only when all of it is there; elsewhere a draft is renamed."""
 PATIENCE_SECONDS = 600.0
 """How long a storage that fails is asked again."""
+FIRST_SECONDS = 45.0
+"""The same for the first questions of a command: a storage that has not answered yet is more likely a wrong address."""
 SAY_SECONDS = 60.0
 """How often it is said that it fails."""
 LONGEST_PAUSE_SECONDS = 15.0

@@ -21,7 +21,7 @@ from raysft.copies import cache_home, local_copy, may_be_on_hub, model_copy
 from raysft.pretrained import check_weights, load_weights
 from raysft.quantized import check_method, method_of, quantization_config
 from raysft.records import MODEL_MARKS
-from raysft.storage import Place, StorageFailed, reason_of
+from raysft.storage import FIRST_SECONDS, Place, StorageFailed, patience, reason_of
 
 
 def find_model(path: str, cache: Place, say: Callable[[str], None], key: str = "model.path") -> str:
@@ -62,7 +62,8 @@ def find_model(path: str, cache: Place, say: Callable[[str], None], key: str = "
 def _elsewhere(place: Place, cache: Place, say: Callable[[str], None], key: str, marks: Sequence[str]) -> str:
     """A model in an object store."""
     try:
-        copy = Path(local_copy(place.location))
+        with patience(FIRST_SECONDS, say):
+            copy = Path(local_copy(place.location))
     except FileNotFoundError:
         raise RequestError(f"{key}={place}: there is nothing; check the path") from None
     except (StorageFailed, OSError, ArrowException) as error:

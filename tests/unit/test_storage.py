@@ -10,6 +10,7 @@ import pytest
 from raysft import filesystems, storage
 from raysft.copies import local_copy
 from raysft.storage import Place, StorageFailed, patience
+from tests.servers import http, serving
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -213,3 +214,31 @@ def test_people_see_no_secrets():
     assert str(place) == "s3://bucket/a b/c"
     assert place.parent == Place.of("s3://key:secret@bucket/a%20b?endpoint_override=http://x&region=y")
     assert Place.of("file:///tmp/a%20b") == Place("/tmp/a b")
+
+
+@pytest.mark.parametrize(
+    "answer", [lambda connection: None, http("500 Internal Server Error")], ids=["hangs up", "fails"]
+)
+def test_a_storage_that_never_answered_is_waited_for_less_than_one_of_a_run(tmp_path, monkeypatch, answer):
+    from raysft import claim, mirror
+    from raysft.config import RequestError, parse
+
+    monkeypatch.setattr("raysft.claim.FIRST_SECONDS", 1.0)
+    monkeypatch.setattr("raysft.mirror.FIRST_SECONDS", 1.0)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    with serving(answer) as port:
+        storage = f"s3://bucket/runs?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:{port}"
+        data = {"train": [{"name": "a", "path": "a.jsonl"}]}
+        config = parse({"run": {"storage": storage}, "model": {"path": "m"}, "data": data})
+        begun = time.monotonic()
+        with pytest.raises(
+            RequestError, match=r"^run.storage: s3://\S+: no answer from the storage for .*credentials$"
+        ):
+            claim.writable(config)
+        with (
+            pytest.raises(StorageFailed, match="no answer from the storage for "),
+            mirror.looked_into(config.run_place, print),
+        ):
+            pass
+        assert time.monotonic() - begun < 30
