@@ -22,6 +22,7 @@ COUNTED = {
     "split_pieces": "into {:,}",
     "control_tokens": "{:,} with control tokens in their text",
     "tools_as_text": "{:,} with tools written into the text",
+    "turns_left_out": "{:,} with turns that the chat template leaves out",
 }
 """What is counted, in the words of the plan."""
 

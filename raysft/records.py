@@ -44,7 +44,9 @@ class Message:
     train: bool = True
     """Whether what the assistant wrote here may be trained on."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """What else the chat template may want to see: ``name``, ``tool_call_id``, ``reasoning_content``."""
+    """The turn's other keys, any of which a chat template may read: ``name``, ``tool_call_id``, ``reasoning_content`` …"""
+    given: dict[str, Any] | None = None
+    """The turn as its record has it, where it is in the form that chat templates know and says more than role and content."""
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from raysft.records import Message
-
 
 def tool_call(call: Any, where: str) -> dict[str, Any]:
     """A call of a function as ``{"type": "function", "function": {"name": …, "arguments": {…}}}``.
@@ -33,11 +31,11 @@ def tool_call(call: Any, where: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": function["name"], "arguments": arguments}, **extra}
 
 
-def tool_schemas(value: Any) -> tuple[dict[str, Any], ...]:
-    """Functions that may be called, as ``{"type": "function", "function": {…}}``; from a list, or from JSON that holds one.
+def tools_in(value: Any) -> tuple[dict[str, Any], ...]:
+    """Functions that may be called, as they are; from a list, or from JSON that holds one.
 
     Raises:
-        ValueError: it is none.
+        ValueError: there are none.
     """
     if isinstance(value, str):
         try:
@@ -48,7 +46,12 @@ def tool_schemas(value: Any) -> tuple[dict[str, Any], ...]:
         return ()
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise ValueError(f"tools holds {value!r:.40}, a list of functions belongs there")
-    return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in value)
+    return tuple(value)
+
+
+def tool_schemas(tools: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """Functions as ``{"type": "function", "function": {…}}``, the form that most chat templates expect."""
+    return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
 
 
 def strings(value: Any) -> Iterator[str]:
@@ -68,40 +71,28 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(inner)
 
 
-def as_text(
-    messages: Sequence[Message], tools: Sequence[dict[str, Any]], *, with_tools: bool, with_calls: bool
-) -> tuple[Message, ...]:
-    """Write functions and calls into the texts, for a chat template that would silently leave them out.
+def tools_as_text(turns: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """Write the functions that may be called into the system turn, for a chat template that would silently leave them out.
 
-    The wording is that of Hermes and Qwen: the functions at the end of the system turn, ``<tool_call>`` around a call and
-    ``<tool_response>`` around what a function gave.
-
-    Args:
-        messages: the conversation.
-        tools: functions that may be called.
-        with_tools: whether to write the functions.
-        with_calls: whether to write the calls and what they gave.
+    The wording, here and for calls, is that of Hermes and Qwen.
     """
-    written = list(messages)
-    if with_calls:
-        written = [_call_as_text(message) for message in written]
-    if with_tools and tools:
-        system = written[0].content if written[0].role == "system" else ""
-        listing = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
-        content = (
-            f"{system}\n\n# Tools\n\nYou may call functions. They are described within <tools></tools>:\n<tools>\n{listing}\n"
-            '</tools>\n\nTo call one, write\n<tool_call>\n{"name": <name>, "arguments": <arguments as JSON>}\n</tool_call>'
-        ).lstrip()
-        written[:1] = [Message("system", content), *([] if written[0].role == "system" else written[:1])]
-    return tuple(written)
+    has_system = turns[0]["role"] == "system" and isinstance(turns[0].get("content"), str)
+    system = turns[0]["content"] if has_system else ""
+    listing = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    content = (
+        f"{system}\n\n# Tools\n\nYou may call functions. They are described within <tools></tools>:\n<tools>\n{listing}\n"
+        '</tools>\n\nTo call one, write\n<tool_call>\n{"name": <name>, "arguments": <arguments as JSON>}\n</tool_call>'
+    ).lstrip()
+    return {"role": "system", "content": content}, *(turns[1:] if has_system else turns)
 
 
-def _call_as_text(message: Message) -> Message:
-    if message.role == "tool":
-        return Message("user", f"<tool_response>\n{message.content}\n</tool_response>", extra=message.extra)
-    if not message.tool_calls:
-        return message
-    calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.tool_calls]
-    written = [message.content] if message.content else []
+def calls_as_text(turn: dict[str, Any]) -> dict[str, Any]:
+    """Write the calls of a turn into its text with ``<tool_call>``, or what a function gave with ``<tool_response>``."""
+    if turn["role"] == "tool":
+        return {**turn, "role": "user", "content": f"<tool_response>\n{turn['content']}\n</tool_response>"}
+    if not turn.get("tool_calls"):
+        return turn
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in turn["tool_calls"]]
+    written = [turn["content"]] if turn["content"] else []
     written += [f"<tool_call>\n{call}\n</tool_call>" for call in calls]
-    return Message("assistant", "\n".join(written), train=message.train, extra=message.extra)
+    return {key: value for key, value in turn.items() if key != "tool_calls"} | {"content": "\n".join(written)}

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from raysft.config import RequestError
-from raysft.data.render import PROBE, ChatTemplate, Rendered
+from raysft.data.bounds import Span
+from raysft.data.marks import Tool, Turn
+from raysft.data.render import ChatTemplate
 from raysft.data.skeleton import only_writes_contents
-from raysft.records import Message
 
 
-def chat_template(template: str, variables: dict[str, Any], for_tools: bool = False) -> ChatTemplate:
+def chat_template(template: str, variables: dict[str, Any]) -> ChatTemplate:
     """A template as Jinja text with its variables, ready to render."""
     import jinja2
     from transformers.utils.chat_template_utils import (
@@ -28,9 +29,10 @@ def chat_template(template: str, variables: dict[str, Any], for_tools: bool = Fa
             "name another in model.chat_template"
         ) from None
 
-    def render(messages: Sequence[Message], tools: Sequence[dict[str, Any]], ask: bool, **options: Any) -> Any:
+    def render(turns: Sequence[Turn], tools: Sequence[Tool], ask: bool, **options: Any) -> Any:
         return render_jinja_template(
-            conversations=[[_plain(message) for message in messages]],
+            # As apply_chat_template does it: a key without a value is a key that is not there.
+            conversations=[[{key: value for key, value in turn.items() if value is not None} for turn in turns]],
             tools=list(tools) or None,
             chat_template=template,
             add_generation_prompt=ask,
@@ -38,20 +40,15 @@ def chat_template(template: str, variables: dict[str, Any], for_tools: bool = Fa
             **variables,
         )
 
-    def tracked(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> Rendered:
-        texts, spans = render(messages, tools, False, return_assistant_tokens_mask=True)
-        return Rendered(texts[0], tuple(spans[0]))
+    def tracked(turns: Sequence[Turn], tools: Sequence[Tool]) -> tuple[str, tuple[Span, ...]]:
+        texts, spans = render(turns, tools, False, return_assistant_tokens_mask=True)
+        return texts[0], tuple(spans[0])
 
     own = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
     return ChatTemplate(
-        lambda messages, tools, ask: render(messages, tools, ask)[0][0],
+        lambda turns, tools, ask: render(turns, tools, ask)[0][0],
         tracked if own else None,
         plain=not own and only_writes_contents(template),
-        shown_tools=(PROBE,) if for_tools else (),
+        names_tools="tools" in template,
+        eos=str(variables.get("eos_token") or ""),
     )
-
-
-def _plain(message: Message) -> dict[str, Any]:
-    """A message as chat templates know it."""
-    calls = {"tool_calls": list(message.tool_calls)} if message.tool_calls else {}
-    return {"role": message.role, "content": message.content, **calls, **message.extra}

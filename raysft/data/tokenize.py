@@ -18,7 +18,7 @@ from raysft.config import Config, RequestError
 from raysft.data.calls import strings
 from raysft.data.fit import split, truncate
 from raysft.data.offsets import Encoded
-from raysft.data.render import Rendered, first_line, labelled, prompt_messages
+from raysft.data.render import Rendered, first_line, labelled
 from raysft.data.template import chat_template
 from raysft.data.tokenizer import Tokenizer, backend_of, span_encoder
 from raysft.data.turns import Framing, Seen, kept
@@ -118,7 +118,7 @@ class Tokenizing:
         variables = {**tokenizer.special_tokens, **options.template_options}
         self.template = chat_template(tokenizer.template, variables) if tokenizer.template else None
         tool_template = tokenizer.tool_template
-        self.tool_template = chat_template(tool_template, variables, for_tools=True) if tool_template else self.template
+        self.tool_template = chat_template(tool_template, variables) if tool_template else self.template
 
     def __call__(self, examples: Sequence[Example]) -> Iterator[Outcome]:
         """Tokenize a batch of examples in one pass; an example may give several pieces or be rejected.
@@ -169,18 +169,17 @@ class Tokenizing:
             tools = self._escaped(tools)
         template = self._template(example)
         try:
-            shown, tools = template.with_tools(messages, tools)
-            if shown is not messages:
-                counts.append(("tools_as_text", 1))
-            rendered = template.spans(shown, tools)
+            rendered = template.rendered(messages, tools)
         except ValueError as error:
             return Rejected(example.source, example.record, str(error))
         except Exception as error:  # a template refuses what it does not support with errors of its own
             return Rejected(
                 example.source, example.record, f"the chat template refuses the conversation ({first_line(error)})"
             )
-        if shown is not example.messages:
-            example = replace(example, messages=tuple(shown), tools=tuple(tools))
+        if rendered.form.as_text:
+            counts.append(("tools_as_text", 1))
+        if rendered.left_out:
+            counts.append(("turns_left_out", 1))
         return _Prepared(example, rendered, tuple(counts), not escape, written)
 
     def _check_end(self, example: Example) -> None:
@@ -198,6 +197,7 @@ class Tokenizing:
             content=self._escaped(message.content),
             tool_calls=self._escaped(message.tool_calls),
             extra=self._escaped(message.extra),
+            given=self._escaped(message.given),
         )
 
     def _escaped(self, value: Any) -> Any:
@@ -215,12 +215,12 @@ class Tokenizing:
         else:
             ids, offsets = self._encode_escaped(each.rendered.text)
             turns = [_bounds(labelled(offsets, [span])) for span in each.rendered.spans]
-        messages = [index for index, message in enumerate(example.messages) if message.role == "assistant"]
+        assistant = [message for message in example.messages if message.role == "assistant"]
         first = len(turns) - 1 if self.options.mask_history else 0
-        trained = [number for number in range(first, len(turns)) if example.messages[messages[number]].train]
+        trained = [number for number in range(first, len(turns)) if assistant[number].train]
         labels = self._labels(ids, [turns[number] for number in trained])
-        look = partial(self.framing.look, self._template(example), example, each.rendered, ids, written=each.written)
-        seen = [one for number in trained for one in look(messages[number], number, turns[number])]
+        look = partial(self.framing.look, self._template(example), each.rendered, ids, written=each.written)
+        seen = [one for number in trained for one in look(number, turns[number])]
         tokenized = Tokenized(
             example.source, example.record, ids, labels, example.weight, counts=each.counts, seen=tuple(seen)
         )
@@ -236,16 +236,18 @@ class Tokenizing:
 
     def _with_prompt(self, tokenized: Tokenized, each: _Prepared) -> Tokenized:
         example = each.example
-        template = self._template(example)
-        prompt = template.render(prompt_messages(example.messages), example.tools, True)
+        form = each.rendered.form
+        prompt = self._template(example).render(form.turns[: form.answers[-1]], form.tools, True)
         if each.in_one_pass:
             ids = np.asarray(self.backend.encode(prompt, add_special_tokens=False).ids, np.int32)
         else:
             ids, _ = self._encode_escaped(prompt)
             prompt = _unmarked(prompt)
-        last = [message for message in example.messages if message.role == "assistant"][-1]
-        start, end = each.rendered.spans[-1]
-        reference = last.content if not last.tool_calls else each.rendered.text[start:end]
+        last = form.turns[form.answers[-1]]
+        reference = last.get("content")
+        if last.get("tool_calls") or not isinstance(reference, str):
+            start, end = each.rendered.spans[-1]
+            reference = each.rendered.text[start:end]
         return replace(tokenized, prompt=prompt, prompt_ids=ids, reference=_unmarked(reference))
 
     def _text(self, each: _Prepared, ids: Sequence[int] | np.ndarray) -> Iterator[Outcome]:
@@ -389,8 +391,8 @@ def _texts(example: Example) -> Iterator[str]:
     yield example.text
     for message in example.messages:
         yield message.content
-        if message.tool_calls or message.extra:
-            yield from strings((message.tool_calls, message.extra))
+        if message.tool_calls or message.extra or message.given:
+            yield from strings((message.tool_calls, message.extra, message.given))
     if example.tools:
         yield from strings(example.tools)
 

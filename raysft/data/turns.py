@@ -6,15 +6,18 @@ It is seen from the labels themselves, turn by turn, and counted with the shards
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from raysft.data.render import ChatTemplate, Rendered, Span
-from raysft.records import IGNORED, Example, Message
+from raysft.data.bounds import Span
+from raysft.data.marks import Render
+from raysft.data.marks import Turn as Conversed
+from raysft.data.render import ChatTemplate, Rendered
+from raysft.records import IGNORED
 
 
 class Turn(NamedTuple):
@@ -120,10 +123,8 @@ class Framing:
     def look(
         self,
         template: ChatTemplate,
-        example: Example,
         rendered: Rendered,
         ids: np.ndarray,
-        index: int,
         number: int,
         tokens: Span,
         written: bool,
@@ -132,10 +133,8 @@ class Framing:
 
         Args:
             template: that of the conversation.
-            example: the conversation, as the template was given it.
-            rendered: what it made of that.
+            rendered: what it made of the conversation.
             ids: the tokens of that.
-            index: the turn's message.
             number: which of the assistant's turns it is.
             tokens: [start, end) of its tokens.
             written: control tokens stand in what somebody wrote, so that those inside a turn may not be the template's.
@@ -143,15 +142,17 @@ class Framing:
         start, end = tokens
         if start == end:
             return ()
-        span, message = rendered.spans[number], example.messages[index]
+        span, index = rendered.spans[number], rendered.form.answers[number]
+        content = rendered.form.turns[index].get("content")
         last = self._last(ids, start, end)
         if int(ids[last]) in self.special:
             how = self._turn("ended", ids[last])
-        elif (content := message.content.strip()) and rendered.text[slice(*span)].rstrip().endswith(content):
+        elif isinstance(content, str) and _ends_with(rendered.text[slice(*span)], content):
             how = Turn("open")
         else:
             how = self._turn("ended" if self.own[ids[last]] else "worded", ids[last])
-        begun = self._begun(template, example.messages[:index], example.tools, rendered.text, span[0])
+        before = rendered.form.turns[:index]
+        begun = self._begun(template, before, rendered.form.tools, rendered.text, span[0])
         inside = [] if written else start + np.flatnonzero(self.own[ids[start:last]])
         return (
             *((start, turn) for turn in begun),
@@ -173,13 +174,13 @@ class Framing:
         return self._turns[kind, token]
 
     def _begun(
-        self, template: ChatTemplate, before: Sequence[Message], tools: Sequence[Any], text: str, start: int
+        self, template: ChatTemplate, before: Sequence[Conversed], tools: Sequence[Any], text: str, start: int
     ) -> tuple[Turn, ...]:
         """Whether a turn that starts there begins as generation would begin it: with all that the generation prompt opens.
 
         The generation prompt is rendered for the first turn of its kind, and looked for in all.
         """
-        key = bool(tools), before[-1].role
+        key = bool(tools), before[-1]["role"]
         if key not in self._openings:
             self._openings[key] = _opening(template.render, before, tools, text[:start])
         opening = self._openings[key]
@@ -191,12 +192,11 @@ class Framing:
         return (Turn("unasked", text=opening[common:]),)
 
 
-def _opening(
-    render: Callable[[Sequence[Message], Sequence[Any], bool], str],
-    before: Sequence[Message],
-    tools: Sequence[Any],
-    trained: str,
-) -> str | Turn | None:
+def _ends_with(text: str, content: str) -> bool:
+    return bool(content.strip()) and text.rstrip().endswith(content.strip())
+
+
+def _opening(render: Render, before: Sequence[Conversed], tools: Sequence[Any], trained: str) -> str | Turn | None:
     """What the generation prompt opens behind a conversation; where that is nothing, what precedes a trained turn all the same.
 
     None where there is nothing to say.

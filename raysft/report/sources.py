@@ -27,6 +27,7 @@ _COUNTS = {
     "split_pieces": "pieces of them",
     "control_tokens": "control tokens in the text",
     "tools_as_text": "tools written into the text",
+    "turns_left_out": "turns left out by the chat template",
 }
 """What is counted of a source, in the order of the plan."""
 

@@ -17,8 +17,9 @@ import yaml
 
 from raysft.config import RequestError, Source
 from raysft.data.files import find_files
-from raysft.data.formats import ROLES, examples
+from raysft.data.formats import examples
 from raysft.data.holdout import is_held_out, opening
+from raysft.data.messages import ROLES
 from raysft.data.read import read_raw
 from raysft.records import Example, Message, Rejected, write_jsonl
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from raysft.config import RequestError, Source, parse
+from raysft.data.bounds import REMEDY
 from raysft.data.files import find_files
 from raysft.data.formats import examples as as_examples
 from raysft.data.read import read_raw
-from raysft.data.render import labelled, prompt_messages
+from raysft.data.render import labelled
 from raysft.data.schedule import Lengths, plan_rows
 from raysft.data.tokenize import Options, Overlong, Tokenized, Tokenizing
 from raysft.data.tokenizer import Tokenizer
@@ -126,8 +127,9 @@ def test_a_prompt_ends_where_the_model_must_answer(folder):
     assert item.prompt_ids.tolist() == item.input_ids[: len(item.prompt_ids)].tolist()
 
 
-def test_the_prompt_of_a_conversation_that_ends_with_a_question_stops_before_its_last_answer():
-    assert prompt_messages(conversation(*CONVERSATIONS["ends with a question"]).messages) == (Message("user", "a"),)
+def test_the_prompt_of_a_conversation_that_ends_with_a_question_stops_before_its_last_answer(folder):
+    (item,) = tokenize(folder, conversation(*CONVERSATIONS["ends with a question"]), with_prompts=True)
+    assert item.prompt == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_a_token_that_reaches_into_the_prompt_is_not_trained_on():
@@ -150,7 +152,7 @@ def test_examples_of_a_batch_keep_their_order_when_one_is_rejected(tokenizer_wit
 def test_a_conversation_without_a_trained_token_is_rejected(tokenizer_with):
     folder = tokenizer_with(chat_template="{{ messages[0]['content'] }}")
     (item,) = tokenizer_of(folder)([conversation(("user", "a"), ("assistant", "b"))])
-    assert item == Rejected("s", "f:1", "the chat template leaves out what was said")
+    assert item == Rejected("s", "f:1", "the chat template leaves out what the assistant wrote; " + REMEDY)
 
 
 @pytest.mark.parametrize("layout", ["single", "joined"])
@@ -208,12 +210,13 @@ def test_real_conversations_are_tokenized_as_the_template_says(folder, model, na
     tokenizing, hugging_face = tokenizer_of(path, sequence_length=10_000), load_tokenizer(path)
     for example, item in zip(examples, tokenizing(examples), strict=True):
         assert isinstance(item, Tokenized), item
-        messages, tools = tokenizing.template.with_tools(example.messages, example.tools)
+        form = tokenizing.template.rendered(example.messages, example.tools).form
+        assert form.as_text == (model == "tiny" and bool(example.tools))
         whole = hugging_face.apply_chat_template(
-            [plain(message) for message in messages], tools=list(tools) or None, tokenize=True, return_dict=False
+            list(form.turns), tools=list(form.tools) or None, tokenize=True, return_dict=False
         )
         assert item.input_ids.tolist() == whole
-        answers = [message for message in messages if message.role == "assistant"]
+        answers = [turn for turn in form.turns if turn["role"] == "assistant"]
         on = np.concatenate([[0], item.labels != IGNORED, [0]])
         turns = np.flatnonzero(np.diff(on)).reshape(-1, 2)
         assert len(turns) == len(answers)
@@ -227,17 +230,12 @@ NO_THINKING = "<think>\n\n</think>\n\n"
 """Qwen3's template has the assistant write this where it did not think and is asked to answer."""
 
 
-def written(answer: Message) -> tuple[str, ...]:
-    if not answer.tool_calls:
-        return answer.content, answer.content.lstrip("\n")
-    (call,) = answer.tool_calls
+def written(answer: dict) -> tuple[str, ...]:
+    if "tool_calls" not in answer:
+        return answer["content"], answer["content"].lstrip("\n")
+    (call,) = answer["tool_calls"]
     name, arguments = call["function"]["name"], json.dumps(call["function"]["arguments"], ensure_ascii=False)
     return (f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>',)
-
-
-def plain(message: Message) -> dict:
-    calls = {"tool_calls": list(message.tool_calls)} if message.tool_calls else {}
-    return {"role": message.role, "content": message.content, **calls}
 
 
 def test_a_completion_and_its_end_are_trained_on_and_its_prompt_is_not(folder):

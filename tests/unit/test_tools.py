@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from raysft.config import Source
-from raysft.data.calls import as_text, tool_schemas
+from raysft.data.calls import tool_schemas, tools_as_text, tools_in
 from raysft.data.formats import to_example
 from raysft.data.render import ChatTemplate
 from raysft.records import Example, Message
@@ -24,12 +25,12 @@ def example(record: dict, form: str, **options) -> Example:
     "value", ['[{"name": "add"}]', [{"name": "add"}], [{"type": "function", "function": {"name": "add"}}]]
 )
 def test_tools_come_as_json_or_as_lists_wrapped_or_not(value):
-    assert tool_schemas(value) == ({"type": "function", "function": {"name": "add"}},)
+    assert tool_schemas(tools_in(value)) == ({"type": "function", "function": {"name": "add"}},)
 
 
 @pytest.mark.parametrize("value", ["", "[]", None, []])
 def test_no_tools_are_no_tools(value):
-    assert tool_schemas(value) == ()
+    assert tools_in(value) == ()
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,7 @@ def test_no_tools_are_no_tools(value):
 )
 def test_wrong_tools_say_why(value, reason):
     with pytest.raises(ValueError, match=reason):
-        tool_schemas(value)
+        tools_in(value)
 
 
 SHAREGPT = {
@@ -72,13 +73,13 @@ LEGACY = {
 @pytest.mark.parametrize(("record", "form"), [(SHAREGPT, "sharegpt"), (OPENAI, "openai"), (LEGACY, "openai")])
 def test_every_form_of_a_call_becomes_the_same(record, form):
     found = example(record, form)
-    assert found.messages == (
+    assert tuple(replace(message, given=None) for message in found.messages) == (
         Message("user", "1 + 1?"),
         Message("assistant", "", (CALL,)),
         Message("tool", "2"),
         Message("assistant", "It is 2."),
     )
-    assert found.tools == ({"type": "function", "function": ADD},)
+    assert tool_schemas(found.tools) == ({"type": "function", "function": ADD},)
 
 
 @pytest.mark.parametrize(
@@ -130,17 +131,15 @@ def test_a_prompt_of_messages_is_not_trained_on():
 
 def chatml(messages, tools, ask):
     """A template that knows nothing of tools."""
-    return "".join(f"<{m.role}>{m.content}</>\n" for m in messages) + ("<assistant>" if ask else "")
+    return "".join(f"<{m['role']}>{m['content']}</>\n" for m in messages) + ("<assistant>" if ask else "")
 
 
 def test_a_template_without_tools_gets_them_as_text_and_the_call_is_learnt():
     found = example(SHAREGPT, "sharegpt")
     template = ChatTemplate(chatml)
-    assert not template.shows_tools
-    assert not template.shows_calls
-    messages, tools = template.with_tools(found.messages, found.tools)
-    assert tools == ()
-    rendered = template.spans(messages)
+    rendered = template.rendered(found.messages, found.tools)
+    assert rendered.form.as_text
+    assert rendered.form.tools == ()
     assert '"description": "adds"' in rendered.text
     call = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call></>'
     assert [rendered.text[start:end] for start, end in rendered.spans] == [call, "It is 2.</>"]
@@ -148,21 +147,23 @@ def test_a_template_without_tools_gets_them_as_text_and_the_call_is_learnt():
 
 
 def test_tools_join_a_system_turn_that_is_there():
-    messages = (Message("system", "Be nice."), Message("user", "a"), Message("assistant", "b"))
-    written = as_text(messages, tool_schemas([ADD]), with_tools=True, with_calls=False)
-    assert [message.role for message in written] == ["system", "user", "assistant"]
-    assert written[0].content.startswith("Be nice.\n\n# Tools")
+    turns = [
+        {"role": role, "content": text} for role, text in (("system", "Be nice."), ("user", "a"), ("assistant", "b"))
+    ]
+    written = tools_as_text(turns, tool_schemas([ADD]))
+    assert [turn["role"] for turn in written] == ["system", "user", "assistant"]
+    assert written[0]["content"].startswith("Be nice.\n\n# Tools")
 
 
 def forgetful(messages, tools, ask):
     """A template that, as Qwen3's, leaves the thinking out of turns that others follow."""
     text = ""
     for index, message in enumerate(messages):
-        content = message.content
-        if message.role == "assistant":
+        content = message["content"]
+        if message["role"] == "assistant":
             thought, _, said = content.rpartition("</think>")
             content = said if index + 1 < len(messages) else f"<think>{thought.removeprefix('<think>')}</think>{said}"
-        text += f"<{message.role}>{content}</>\n"
+        text += f"<{message['role']}>{content}</>\n"
     return text + ("<assistant>" if ask else "")
 
 
@@ -173,12 +174,17 @@ def test_masks_are_right_where_earlier_thinking_is_left_out():
         Message("user", "b</>"),
         Message("assistant", "c"),
     ]
-    rendered = ChatTemplate(forgetful).spans(messages)
+    rendered = ChatTemplate(forgetful).rendered(messages)
     assert [rendered.text[start:end] for start, end in rendered.spans] == ["b</>", "<think></think>c</>"]
 
 
+def test_a_template_that_shows_contents_in_another_way_is_followed():
+    messages = [Message("user", "a"), Message("assistant", "bee"), Message("user", "c"), Message("assistant", "d")]
+    rendered = ChatTemplate(lambda *given: chatml(*given).upper()).rendered(messages)
+    assert [rendered.text[start:end] for start, end in rendered.spans] == ["BEE</>", "D</>"]
+
+
 def test_a_template_that_hides_where_turns_are_is_refused():
+    messages = [Message("user", "a"), Message("assistant", "bee"), Message("user", "c"), Message("assistant", "d")]
     with pytest.raises(ValueError, match="the chat template"):
-        ChatTemplate(lambda messages, tools, ask: chatml(messages, tools, ask).upper()).spans(
-            [Message("user", "a"), Message("assistant", "b")]
-        )
+        ChatTemplate(lambda *given: chatml(*given)[::-1]).rendered(messages)

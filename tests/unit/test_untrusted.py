@@ -221,8 +221,7 @@ def test_a_chat_template_stays_in_its_sandbox():
     from jinja2.exceptions import SecurityError
 
     from raysft.data.template import chat_template
-    from raysft.records import Message
 
     template = chat_template("{{ messages.__class__.__base__.__subclasses__() }}", {})
     with pytest.raises(SecurityError):
-        template.render([Message("user", "a")], [], False)
+        template.render([{"role": "user", "content": "a"}], [], False)

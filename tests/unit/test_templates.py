@@ -1,0 +1,323 @@
+"""Chat templates of every kind: the ids are theirs, and what the assistant wrote is found in them or the record is rejected."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import pytest
+
+from raysft.config import Source
+from raysft.data.formats import to_example
+from raysft.data.tokenize import Options, Tokenized, Tokenizing
+from raysft.data.tokenizer import Tokenizer
+from raysft.pretrained import load_tokenizer
+from raysft.records import IGNORED, Rejected
+from tests.tiny import tiny_tokenizer
+
+END = "<|im_end|>"
+TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+CALL = {"id": "abcde1234", "type": "function", "function": {"name": "add", "arguments": {"city": "Rome"}}}
+NUMBERS = {"id": "abcde1234", "type": "function", "function": {"name": "add", "arguments": {"n": 1}}}
+ADD = {"type": "function", "function": {"name": "add", "description": "adds things", "parameters": {"type": "object"}}}
+
+
+def turns(*pairs: tuple[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
+CHAT = turns(("user", "one?"), ("assistant", "Two."), ("user", "three"), ("assistant", "four"))
+CALLING = [
+    {"role": "user", "content": "one?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": 'two\n"lines"', "tool_call_id": "abcde1234"},
+    {"role": "assistant", "content": "four"},
+]
+SHOWN_CALL = json.dumps(CALL["function"])
+
+
+@pytest.fixture(scope="module")
+def at_work(tmp_path_factory):
+    """The tiny tokenizer with a chat template, at work, and as transformers has it."""
+
+    def load(template: str | dict[str, str], **options: Any) -> tuple[Tokenizing, Any]:
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = template
+        folder = str(tmp_path_factory.mktemp("tokenizer"))
+        tokenizer.save_pretrained(folder)
+        defaults = {
+            "stage": "sft",
+            "sequence_length": 4096,
+            "mask_history": False,
+            "train_on_prompt": False,
+            "overlong": "error",
+            "keep_prompt": "head",
+            "control_tokens": "keep",
+            "template_options": {},
+            "with_prompts": True,
+        }
+        return Tokenizing(Tokenizer.load(folder), Options(**{**defaults, **options})), load_tokenizer(folder)
+
+    return load
+
+
+def tokenized(tokenizing: Tokenizing, record: dict[str, Any]) -> Tokenized | Rejected:
+    source = Source.model_validate({"name": "s", "path": "p"})
+    (item,) = tokenizing([to_example(record, "openai", source, "f:1")])
+    return item  # type: ignore[return-value]
+
+
+def learnt(at_work, template: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
+    """What is trained on, after it was seen that the ids are those of the record's own messages and tools."""
+    tokenizing, hugging_face = at_work(template)
+    item = tokenized(tokenizing, {"messages": messages, "tools": tools})
+    assert isinstance(item, Tokenized), item
+    assert "tools_as_text" not in dict(item.counts)
+    assert item.input_ids.tolist() == hugging_face.apply_chat_template(messages, tools=tools, return_dict=False)
+    on = item.labels != IGNORED
+    assert (item.labels[on] == item.input_ids[on]).all()
+    return hugging_face.decode(item.input_ids[on].tolist())
+
+
+LOOP = "{% for m in messages %}"
+MINDS_IDS = (
+    LOOP + "{% if m.role == 'user' %}[U] {{ m.content }} [/U]"
+    "{% elif m.role == 'tool' %}{% if m.tool_call_id | length != 9 %}{{ raise_exception('ids have 9 letters') }}{% endif %}"
+    "[R] {{ m.tool_call_id }} {{ m.content }} [/R]"
+    "{% elif m.tool_calls %}[C]{% for c in m.tool_calls %}"
+    "{% if c.id is not defined or c.id | length != 9 %}{{ raise_exception('ids have 9 letters') }}{% endif %}"
+    " {{ c.function | tojson }} {{ c.id }}{% endfor %}{{ eos_token }}"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+ANSWERS_AS_JSON = (
+    LOOP + "{% if m.role == 'tool' %}<|im_start|>tool\n{{ m.content | tojson }}<|im_end|>\n"
+    "{% elif m.tool_calls %}<|im_start|>assistant\n{{ m.tool_calls[0].function | tojson }}<|im_end|>\n"
+    "{% else %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endif %}{% endfor %}" + ASK
+)
+GROUPED = (
+    LOOP + "{% if m.role == 'tool' %}{% if messages[loop.index0 - 1].role != 'tool' %}<|im_start|>user{% endif %}\n"
+    "<tool_response>\n{{ m.content }}\n</tool_response>"
+    "{% if loop.last or messages[loop.index0 + 1].role != 'tool' %}<|im_end|>\n{% endif %}"
+    "{% elif m.tool_calls %}<|im_start|>assistant{% for c in m.tool_calls %}\n{{ c.function | tojson }}{% endfor %}<|im_end|>\n"
+    "{% else %}" + TURN + "{% endif %}{% endfor %}" + ASK
+)
+FORGETFUL = (
+    LOOP + "{% set last = loop.last %}{% if m.role == 'assistant' %}<|im_start|>assistant\n"
+    "{% if last and m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+    "{{ m.content if last else m.content.split('</think>')[-1].lstrip() }}"
+    "<|im_end|>\n{% else %}" + TURN + "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+THOUGHTFUL = [
+    *turns(("user", "one?"), ("assistant", "<think>hm</think>\nTwo."), ("user", "three")),
+    {"role": "assistant", "content": "four", "reasoning_content": "so\nfar"},
+]
+KINDS = {
+    "ids": (MINDS_IDS, CALLING, f"[C] {SHOWN_CALL} abcde1234{END} four{END}"),
+    "answers as JSON": (ANSWERS_AS_JSON, CALLING, f"{SHOWN_CALL}{END}four{END}"),
+    "turns as JSON": (
+        LOOP + "{{ m | tojson }}<|im_end|>\n{% endfor %}",
+        CALLING,
+        "".join(json.dumps(CALLING[turn]) + END for turn in (1, 3)),
+    ),
+    "something behind the last turn": (
+        LOOP + TURN + "{% endfor %}{{ '<|pad|>' if not add_generation_prompt }}" + ASK,
+        CHAT,
+        f"Two.{END}four{END}\n<|pad|>",
+    ),
+    "capitals": (
+        LOOP + "<|im_start|>{{ m.role }}\n{{ m.content | upper | trim }}<|im_end|>\n{% endfor %}" + ASK,
+        CHAT,
+        f"TWO.{END}FOUR{END}",
+    ),
+    "numbered turns": (
+        LOOP + "<{{ loop.index }}>{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<{{ messages | length + 1 }}>assistant: {% endif %}",
+        CHAT,
+        f"Two.{END}four{END}",
+    ),
+    "lengths": (
+        LOOP + "{{ m.role }} ({{ m.content | length }}): {{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant {% endif %}",
+        CHAT,
+        f"(4): Two.{END}(4): four{END}",
+    ),
+    "words that it looks for": (
+        LOOP + "<|im_start|>{{ m.role }}{{ ' (asks)' if 'one' in m.content }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + ASK,
+        CHAT,
+        f"Two.{END}four{END}",
+    ),
+    "merged turns": (
+        LOOP + "{% if loop.first or m.role != messages[loop.index0 - 1].role %}"
+        "<|im_start|>{{ m.role }}\n{% endif %}"
+        "{{ m.content }}{% if loop.last or m.role != messages[loop.index0 + 1].role %}<|im_end|>{% endif %}\n{% endfor %}" + ASK,
+        [*CHAT[:2], *turns(("assistant", "and"), *[(turn["role"], turn["content"]) for turn in CHAT[2:]])],
+        f"Two.and{END}four{END}",
+    ),
+    "forgotten thoughts": (FORGETFUL, THOUGHTFUL, f"Two.{END}so\nfar\n</think>\n\nfour{END}"),
+    "a system turn of its own": (
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nBe nice.<|im_end|>\n{% endif %}"
+        + LOOP + TURN + "{% endfor %}" + ASK,
+        CHAT,
+        f"Two.{END}four{END}",
+    ),
+    "answers in one user turn": (
+        GROUPED,
+        [CALLING[0], {**CALLING[1], "tool_calls": [CALL, CALL]}, CALLING[2], *CALLING[2:]],
+        f"{SHOWN_CALL}{SHOWN_CALL}{END}four{END}",
+    ),
+    "a call of numbers": (
+        GROUPED,
+        [CALLING[0], {**CALLING[1], "tool_calls": [NUMBERS]}, *CALLING[2:]],
+        f"{json.dumps(NUMBERS['function'])}{END}four{END}",
+    ),
+    "no token ends a turn": (LOOP + "<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}" + ASK, CHAT, "Two.four"),
+    "always asks": (
+        LOOP + "{% if m.role == 'user' %}<|im_start|>user\n{{ m.content }}<|im_end|>\n<|im_start|>assistant\n"
+        "{% else %}{{ m.content }}<|im_end|>\n{% if loop.last %}<|im_start|>assistant\n{% endif %}{% endif %}{% endfor %}",
+        CHAT,
+        f"Two.{END}four{END}",
+    ),
+    "arguments are text": (
+        LOOP + "{% if m.tool_calls %}<|im_start|>assistant\n{{ 'call ' + m.tool_calls[0].function.arguments }}<|im_end|>\n"
+        "{% else %}" + TURN + "{% endif %}{% endfor %}" + ASK,
+        [CALLING[0], {**CALLING[1], "tool_calls": [{"function": {"name": "add", "arguments": '{"city":"Rome"}'}}]}, *CALLING[2:]],
+        f'call {{"city":"Rome"}}{END}four{END}',
+    ),
+    "parts": (
+        LOOP + "<|im_start|>{{ m.role }}\n{% for part in m.content %}{{ part.text }} {% endfor %}<|im_end|>\n{% endfor %}" + ASK,
+        [{**turn, "content": [{"type": "text", "text": turn["content"]}, {"type": "text", "text": "!"}]} for turn in CHAT],
+        f"Two. ! {END}four ! {END}",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_assistant_wrote_is_found_whatever_the_template_does(at_work, kind):
+    template, messages, expected = KINDS[kind]
+    assert learnt(at_work, template, messages) == expected
+
+
+def test_a_record_that_the_template_refuses_is_rejected_with_its_words(at_work):
+    tokenizing, _ = at_work(MINDS_IDS)
+    without = [{key: value for key, value in turn.items() if key != "tool_call_id"} for turn in CALLING]
+    item = tokenized(tokenizing, {"messages": without})
+    assert isinstance(item, Rejected)
+    assert item.reason == "the chat template refuses the conversation (ids have 9 letters)"
+
+
+FEW = LOOP + "{% if loop.revindex <= 2 %}" + TURN + "{% endif %}{% endfor %}" + ASK
+
+
+def test_turns_that_a_template_leaves_out_are_not_learnt_and_are_counted(at_work):
+    tokenizing, hugging_face = at_work(FEW)
+    item = tokenized(tokenizing, {"messages": CHAT})
+    assert isinstance(item, Tokenized)
+    assert dict(item.counts) == {"turns_left_out": 1}
+    assert item.input_ids.tolist() == hugging_face.apply_chat_template(CHAT, return_dict=False)
+    assert hugging_face.decode(item.input_ids[item.labels != IGNORED].tolist()) == f"four{END}"
+
+
+SPLIT = (
+    LOOP
+    + "{% if m.role == 'tool' %}{% elif m.tool_calls %}<|im_start|>assistant\n{{ m.tool_calls[0].function | tojson }}"
+    "[{{ messages[loop.index0 + 1].content }}]{{ m.content }}<|im_end|>\n{% else %}"
+    + TURN
+    + "{% endif %}{% endfor %}"
+    + ASK
+)
+
+
+def test_a_turn_that_holds_what_another_said_is_refused_with_a_remedy(at_work):
+    """A mask of it would hold what the tool gave."""
+    tokenizing, _ = at_work(SPLIT)
+    item = tokenized(tokenizing, {"messages": [CALLING[0], {**CALLING[1], "content": "Now"}, *CALLING[2:]]})
+    assert isinstance(item, Rejected)
+    assert item.reason == (
+        "the chat template writes turn 2 inside the assistant's; add {% generation %} markers to it, or name another in "
+        "model.chat_template"
+    )
+
+
+WITHOUT_TOOLS = (
+    LOOP + "{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}" + TURN + "{% endfor %}" + ASK
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "tools", "calls"),
+    [(WITHOUT_TOOLS, True, True), (LOOP + TURN + "{% endfor %}" + ASK, True, True), (ANSWERS_AS_JSON, True, False)],
+)
+def test_only_what_a_template_shows_no_trace_of_is_written_as_text_and_that_is_counted(at_work, template, tools, calls):
+    tokenizing, hugging_face = at_work(template)
+    item = tokenized(tokenizing, {"messages": CALLING, "tools": [ADD]})
+    assert isinstance(item, Tokenized), item
+    assert dict(item.counts) == {"tools_as_text": 1}
+    text = hugging_face.decode(item.input_ids.tolist())
+    assert ("<tools>" in text, "<tool_response>" in text) == (tools, calls)
+    assert ('<tool_call>\n{"name": "add"' in text) == calls
+
+
+ODD = (
+    "{{ tools | tojson if tools }}"
+    + LOOP
+    + "{{ m | tojson }}{{ m.reasoning_content }}{{ m.name }}<|im_end|>\n{% endfor %}",
+    "{% for t in tools or [] %}{{ t.name or t.function.name }} {{ t.strict }}{{ t | tojson }}{% endfor %}"
+    + LOOP
+    + "<|im_start|>{{ m.role }}{{ ' ' + m.name if m.name }}\n"
+    "{% if m.reasoning_content or m.thinking %}<think>{{ m.reasoning_content or m.thinking }}</think>{% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}[{{ c.id }} {{ c.function.name }} "
+    "{{ c.function.arguments if c.function.arguments is string else c.function.arguments | tojson }}]{% endfor %}"
+    "{{ m.tool_call_id }}{{ m.mood.now if m.mood }}<|im_end|>\n{% endfor %}" + ASK,
+)
+
+
+def odd_record(seed: int) -> dict[str, Any]:
+    """A conversation whose turns, calls and tools have keys that few have."""
+    choose = random.Random(seed)
+    word = lambda: "".join(choose.choices('abcde é\n"<', k=8)) + choose.choice("xyz")  # noqa: E731
+    keys = {
+        "reasoning_content": word, "thinking": word, "name": word, "mood": lambda: {"now": word(), "level": choose.random()},
+        "weight": lambda: choose.choice([0, 1]), "train": lambda: choose.choice([True, False]), "audio": lambda: None,
+    }  # fmt: skip
+    odd = lambda: {key: keys[key]() for key in choose.sample(sorted(keys), 3)}  # noqa: E731
+    arguments = choose.choice([{"a": word()}, {}, json.dumps({"b": word()}), {"c": [1, {"d": word()}]}])
+    call = {"id": word(), "type": "function", "index": 3, "function": {"name": "add", "arguments": arguments}}
+    messages = [
+        {"content": word(), "role": choose.choice(["system", "developer"]), **odd()},
+        {"role": "user", "content": word(), **odd()},
+        {
+            "role": "assistant",
+            **odd(),
+            "content": choose.choice([None, word()]),
+            "tool_calls": [call] * choose.choice([1, 2]),
+        },
+        {"role": "tool", "tool_call_id": word(), **odd(), "content": word()},
+        {"role": "assistant", "content": word(), **odd(), "train": True, "weight": 1},
+    ]
+    tools = [{**ADD, "strict": True}, {"name": "flat", "extra": word(), "parameters": {"x-odd": 1}}]
+    return {"messages": messages, "tools": choose.choice([tools, tools[:1], None])}
+
+
+@pytest.mark.parametrize("template", ODD)
+def test_a_template_reads_every_key_of_turns_calls_and_tools(at_work, template):
+    """But those that say how to train on a turn."""
+    tokenizing, hugging_face = at_work(template)
+    for seed in range(60):
+        record = odd_record(seed)
+        item = tokenized(tokenizing, record)
+        assert isinstance(item, Tokenized), (seed, item)
+        shown = [{k: v for k, v in turn.items() if k not in ("train", "weight")} for turn in record["messages"]]
+        whole = hugging_face.apply_chat_template(shown, tools=record["tools"], tokenize=True, return_dict=False)
+        assert item.input_ids.tolist() == whole
+        assert "tools_as_text" not in dict(item.counts)
+
+
+def test_what_a_template_may_read_is_kept_of_converted_turns():
+    turn = {"from": "gpt", "value": "four", "reasoning_content": "so far", "mood": {"now": "fine"}, "weight": 1}
+    record = {"conversations": [{"from": "human", "value": "one?", "name": "Ann"}, turn]}
+    example = to_example(record, "sharegpt", Source.model_validate({"name": "s", "path": "p"}), "f:1")
+    assert example.messages[0].extra == {"name": "Ann"}
+    assert example.messages[1].extra == {"reasoning_content": "so far", "mood": {"now": "fine"}}
