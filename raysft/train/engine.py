@@ -55,7 +55,9 @@ def make_engine(
         from raysft.train.fp8 import use_fp8
 
         use_fp8(model.model, device)
-    if not zero3:
+    if zero3:
+        gather_experts_whole(model)
+    else:
         model.to(device)
     ratio = config.model.lora.loraplus_ratio if config.model.finetuning == "lora" else None
     optimizer = make_optimizer(model, config.train, ratio)
@@ -69,6 +71,19 @@ def make_engine(
     check_model(model, config, device)
     engine.train()
     return engine, schedule
+
+
+def gather_experts_whole(model: TokenLoss) -> None:
+    """Let ZeRO-3 gather experts with their adapters as one. peft computes with such adapters without calling them, and what is
+    not called is not gathered."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    adapted = [module for module in model.modules() if isinstance(module, ParamWrapper)]
+    for module in adapted:
+        deepspeed.utils.set_z3_leaf_module(module, True)
+    if adapted:
+        # DeepSpeed waits for the gradients of their inputs, which the first layer's would not have.
+        without_adapters(model.model).enable_input_require_grads()
 
 
 def check_model(model: TokenLoss, config: Config, device: torch.device) -> None:

@@ -42,6 +42,7 @@ WAYS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_moe", {"zero_stage": 2, "finetuning": "lora"}),
     ("qwen3_moe", {"zero_stage": 3, "finetuning": "lora"}),
     ("deepseek_v3", {"zero_stage": 3}),
+    ("deepseek_v3", {"zero_stage": 3, "finetuning": "lora"}),
 ]
 """Model, and what two workers are to do as one does it alone."""
 
