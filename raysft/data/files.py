@@ -23,6 +23,8 @@ ABOUT = ("README", "LICENSE", "LICENCE")
 """How files begin that stand in a folder about its data. Other files of no known kind are refused: they might be data."""
 INFO = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 """A registry, and what ``datasets`` writes about a set beside its files; with it a ``state.json``."""
+SPLITS = "dataset_dict.json"
+"""What ``datasets`` writes beside the folders of several splits."""
 
 
 @dataclass(frozen=True)
@@ -129,19 +131,49 @@ def _matching(filesystem: Any, path: str) -> Iterator[Any]:
         yield info
     elif info.type == fs.FileType.Directory:
         inside = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
-        described = {inner.path.rpartition("/")[0] for inner in inside if inner.base_name in INFO}
+        described = _described(inside)
+        _refuse_splits(inside, described)
         for inner in inside:
             hidden = any(part.startswith((".", "_")) for part in inner.path[len(path) :].split("/"))
             about = inner.base_name.upper().startswith(ABOUT) or inner.base_name in INFO
-            about |= inner.base_name == "state.json" and inner.path.rpartition("/")[0] in described
-            if inner.type == fs.FileType.File and not hidden and not about:
+            about |= inner.base_name == "state.json" and _folder(inner) in described
+            if inner.type == fs.FileType.File and not hidden and not about and not _is_cached(inner, described):
                 yield inner
     elif re.search(r"[*?\[]", path):
         folder = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
         selector = fs.FileSelector(folder, recursive=True, allow_not_found=True)
-        for inner in filesystem.get_file_info(selector):
-            if inner.type == fs.FileType.File and _fits(inner.path.split("/"), path.split("/")):
+        inside = filesystem.get_file_info(selector)
+        described = _described(inside)
+        for inner in inside:
+            fits = inner.type == fs.FileType.File and _fits(inner.path.split("/"), path.split("/"))
+            if fits and not _is_cached(inner, described):
                 yield inner
+
+
+def _folder(info: Any) -> str:
+    return info.path.rpartition("/")[0]
+
+
+def _described(infos: list[Any]) -> set[str]:
+    """The folders that ``datasets`` has described."""
+    return {_folder(info) for info in infos if info.base_name in INFO}
+
+
+def _is_cached(info: Any, described: set[str]) -> bool:
+    """Whether a file is what ``map`` or ``filter`` of ``datasets`` made of a set and left beside it: the same records again."""
+    return info.base_name.startswith("cache-") and info.base_name.endswith(".arrow") and _folder(info) in described
+
+
+def _refuse_splits(infos: list[Any], described: set[str]) -> None:
+    """A set that was saved with its splits is not trained on as a whole: one of them is there to test with."""
+    for whole in (_folder(info) for info in infos if info.base_name == SPLITS):
+        splits = sorted(folder for folder in described if folder.rpartition("/")[0] == whole)
+        if len(splits) > 1:
+            names = ", ".join(split.rpartition("/")[2] for split in splits)
+            one = next((split for split in splits if split.endswith("/train")), splits[0])
+            raise RequestError(
+                f"{_shorten(whole)}: holds the splits {names}; name the folder of one, such as {_shorten(one)}, or a list of several"
+            )
 
 
 def _fits(parts: list[str], patterns: list[str]) -> bool:

@@ -165,11 +165,11 @@ def _refuse_other_shape(form: str, columns: Mapping[str, Any], tags: Mapping[str
 
 
 def _mapping(entry: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
-    """A mapping of names inside an entry; what is null there is as if it were not there."""
+    """A mapping of names inside an entry; one that is null or empty is as if it were not there."""
     value = entry.get(key, {})
     if not isinstance(value, Mapping):
         raise RequestError(f"{where}: {key} is {value!r:.40}; a mapping of names belongs there")
-    return {name: inner for name, inner in value.items() if inner is not None}
+    return {name: inner for name, inner in value.items() if inner not in (None, "")}
 
 
 def _path(entry: Mapping[str, Any], where: str, folder: Path) -> str:

@@ -561,15 +561,36 @@ def test_what_datasets_writes_about_a_saved_set_is_no_part_of_its_data():
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     calls = [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
     records = [{"messages": turns}, {"messages": [turns[0], {"role": "assistant", "content": "", "tool_calls": calls}]}]
-    whole = datasets.Dataset.from_list(records)
-    datasets.DatasetDict({"train": whole, "test": whole}).save_to_disk("saved")
+    datasets.Dataset.from_list(records).save_to_disk("saved")
     save("data/dataset_info.json", "{}")
     save("data/state.json", lines(records))
     save("other/state.json", lines(records))
     plain = [item.messages for item in read_all("other") if isinstance(item, Example)]
     assert len(plain) == 2
-    assert [item.messages for item in read_all("saved") if isinstance(item, Example)] == plain * 2
+    assert [item.messages for item in read_all("saved") if isinstance(item, Example)] == plain
+    datasets.load_from_disk("saved").map(lambda record: {"more": 1}).filter(lambda record: True)
+    assert len(list(Path("saved").glob("cache-*.arrow"))) == 2  # the same records again, and their numbers
+    for path in ("saved", "saved/*.arrow"):
+        assert [item.messages for item in read_all(path) if isinstance(item, Example)] == plain
+    save("mine/cache-1.jsonl", lines(records))
+    assert len(read_all("mine")) == 2
     assert refusal("data") == "source 's': data matches no file; check data path and working directory"
+
+
+def test_a_set_saved_with_its_splits_is_read_split_by_split():
+    import datasets
+
+    def saved(*names: str) -> datasets.Dataset:
+        return datasets.Dataset.from_list([{"text": name} for name in names])
+
+    datasets.DatasetDict({"test": saved("a"), "train": saved("b", "c"), "valid": saved("d")}).save_to_disk("all/set")
+    line = "all/set: holds the splits test, train, valid; name the folder of one, such as all/set/train, or a list of several"
+    assert refusal("all/set") == line
+    assert refusal("all") == line
+    assert len(read_all("all/set/train")) == 2
+    assert len(read_all(["all/set/train", "all/set/valid"])) == 3
+    datasets.DatasetDict({"train": saved("b", "c")}).save_to_disk("one")
+    assert len(read_all("one")) == 2
 
 
 def test_a_file_uri_is_the_path_that_it_names():

@@ -104,6 +104,7 @@ ASKED = [("user", "N"), ("assistant", "O")]
         ({"prompt": "instruction", "response": "output"}, [("user", "I"), ("assistant", "O")]),
         ({"prompt": "input", "response": "output"}, ASKED),
         ({"query": "input", "response": "output"}, ASKED),
+        ({"prompt": "input", "query": "", "response": "output", "system": ""}, ASKED),
         ({"prompt": "input", "response": "output", "system": "instruction"}, [("system", "I"), *ASKED]),
         ({"prompt": "input", "query": None, "response": "output", "history": "history"},
          [("user", "x"), ("assistant", "y"), *ASKED]),
