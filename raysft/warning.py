@@ -40,10 +40,12 @@ def few_steps(config: Config, plan: Plan) -> Iterator[str]:
 
 def _more_steps(config: Config, plan: Plan) -> str:
     """What gives a training more steps: a hundred, where one remedy does it."""
-    most, of_epoch = config.train.max_steps, plan.rows_of_epochs[0]
-    if most and plan.steps == most and plan.rows >= most * plan.rows_per_step:
-        return f"raise train.max_steps={most}"
-    if plan.rows_per_step > 1 and plan.rows >= FEW_STEPS:
+    of_epoch, chosen = plan.rows_of_epochs[0], plan.rows_per_step_chosen
+    # Cut short, a training ends before its last epoch, or behind a full step of that.
+    unfinished = len(plan.rows_of_epochs) < plan.epochs or plan.rows_of_epochs[-1] % plan.rows_per_step == 0
+    if plan.steps == config.train.max_steps and unfinished:
+        return f"raise train.max_steps={plan.steps}"
+    if plan.rows_per_step > 1 and plan.rows >= FEW_STEPS and not chosen:
         return f"use train.rows_per_step=auto instead of {plan.rows_per_step}"
     remedies = []
     if config.stage == "sft" and config.data.packing and plan.examples > of_epoch:
@@ -51,7 +53,7 @@ def _more_steps(config: Config, plan: Plan) -> str:
         of_epoch = plan.examples
     if of_epoch * plan.epochs < ENOUGH_STEPS:
         remedies.append(f"train.epochs={math.ceil(ENOUGH_STEPS / of_epoch)}")
-    if not plan.rows_per_step_chosen and plan.rows_per_step > 1:
+    if not chosen and plan.rows_per_step > 1:
         remedies.append("train.rows_per_step=auto")
     return f"use {' and '.join(remedies)}, or add data"
 
@@ -92,12 +94,14 @@ def padding(config: Config, plan: Plan) -> Iterator[str]:
 
 def nothing_evaluated(config: Config, plan: Plan) -> Iterator[str]:
     """Without held-out examples nobody learns whether the model got better."""
-    if not plan.evaluation:
-        share = next((share for share in (0.1, 0.2) if share * plan.examples >= FEW_EXAMPLES), 0.3)
-        yield (
-            "nothing is evaluated, so nothing will tell whether the model got better; hold some examples out with "
-            f"data.holdout={share:g}, or name files in data.eval"
-        )
+    if plan.evaluation:
+        return
+    # A hash decides what is held out, and nothing may come of a few examples: with five expected, that is one case in a hundred.
+    fewest = min(source.examples for source in plan.sources.values())
+    shares = [share for share in (0.1, 0.2, 0.3) if share * fewest >= FEW_EXAMPLES / 2]
+    share = next((share for share in shares if share * plan.examples >= FEW_EXAMPLES), max(shares, default=None))
+    hold_out = f"hold some examples out with data.holdout={share:g}, or " if share else ""
+    yield f"nothing is evaluated, so nothing will tell whether the model got better; {hold_out}name files in data.eval"
 
 
 def little_evaluated(config: Config, plan: Plan) -> Iterator[str]:

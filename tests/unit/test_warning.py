@@ -77,7 +77,17 @@ def test_nothing_is_said_of_a_usual_run():
 def test_a_run_that_evaluates_nothing_says_how_to_hold_examples_out():
     (line,) = warnings(config(), plan(evaluation={}))
     assert line.startswith("nothing is evaluated")
-    assert "data.holdout=0.1" in line
+    assert "hold some examples out with data.holdout=0.1, or name files in data.eval" in line
+
+
+@pytest.mark.parametrize(
+    ("examples", "share"), [((400, 60), 0.1), ((400, 17), 0.3), ((30,), 0.3), ((400, 9), None), ((1,), None)]
+)
+def test_who_would_hold_nothing_out_of_a_source_is_not_told_to(examples, share):
+    sources = {str(index): source(examples=count) for index, count in enumerate(examples)}
+    (line,) = warnings(config(), plan(evaluation={}, sources=sources, examples=sum(examples)))
+    assert re.findall(r"data.holdout=([\d.]+)", line) == ([str(share)] if share else [])
+    assert line.endswith("name files in data.eval")
 
 
 SMALL = {"examples": 40, "rows": 1, "rows_of_epochs": (1,), "steps": 1, "rows_per_step": 1}
@@ -107,6 +117,35 @@ SINGLE = {"data__packing": False}
             {"train__max_steps": 2},
             {"rows": 64, "rows_of_epochs": (64,), "steps": 2},
             "2 steps are too few to learn anything; raise train.max_steps=2",
+        ),
+        (
+            {"train__max_steps": 4},  # in the middle of epochs that do not fill their last step
+            {"rows": 36, "rows_of_epochs": (18, 18), "steps": 4, "rows_per_step": 16, "epochs": 100, "empty_rows": 28},
+            "4 steps are too few to learn anything; raise train.max_steps=4",
+        ),
+        (
+            {"train__max_steps": 3},
+            {"rows": 34, "rows_of_epochs": (18, 16), "steps": 3, "rows_per_step": 16, "epochs": 2, "empty_rows": 14},
+            "3 steps are too few to learn anything; raise train.max_steps=3",
+        ),
+        (
+            {"train__max_steps": 4},  # which is where the training ends anyway
+            {
+                "examples": 18,
+                "rows": 36,
+                "rows_of_epochs": (18, 18),
+                "steps": 4,
+                "rows_per_step": 16,
+                "epochs": 2,
+                "empty_rows": 28,
+                "rows_per_step_chosen": False,
+            },
+            "4 steps are too few to learn anything; use train.rows_per_step=auto instead of 16",
+        ),
+        (
+            {},  # more than one row, as the labels of one are not enough for a step
+            {"examples": 30, "rows": 30, "rows_of_epochs": (30,), "steps": 15, "rows_per_step": 2},
+            "15 steps are too few to learn anything; use train.epochs=4, or add data",
         ),
         (
             {"train__rows_per_step": 32},
