@@ -172,7 +172,8 @@ def _refuse_splits(infos: list[Any], described: set[str]) -> None:
             names = ", ".join(split.rpartition("/")[2] for split in splits)
             one = next((split for split in splits if split.endswith("/train")), splits[0])
             raise RequestError(
-                f"{_shorten(whole)}: holds the splits {names}; name the folder of one, such as {_shorten(one)}, or a list of several"
+                f"{_shorten(whole)}: holds the splits {names}; name the folder of one, such as {_shorten(one)}, or a list of "
+                "several"
             )
 
 
