@@ -86,6 +86,8 @@ class Plan:
     evaluation: dict[str, SourcePlan]
     turns: Turns = field(default_factory=Turns)
     """How the turns that are trained on begin and end."""
+    shared_files: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Evaluation sets that read a file which a training source reads too: name → that source, and the file."""
     warnings: tuple[str, ...] = ()
     """What a person would otherwise find out only by looking at the result, a line each."""
 
@@ -233,6 +235,7 @@ def make_plan(config: Config, prepared: Prepared, nodes: Sequence[Mapping[str, f
         sources=plan_sources(prepared.train),
         evaluation=plan_sources(prepared.eval),
         turns=Turns.of(total(manifest.turns for manifest in prepared.train)),
+        shared_files=prepared.shared_files,
     )
     return replace(plan, warnings=tuple(warnings(config, plan)))
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from raysft.config import Config, Source
+from raysft.config import Config
 from raysft.data.schedule import ENOUGH_STEPS
 
 if TYPE_CHECKING:
@@ -115,19 +115,11 @@ def little_evaluated(config: Config, plan: Plan) -> Iterator[str]:
 
 def evaluated_on_training_data(config: Config, plan: Plan) -> Iterator[str]:
     """An evaluation on what was trained on says how well a model remembers."""
-    trained = {path: source.name for source in config.data.train for path in _paths(source)}
-    for source in config.data.eval:
-        same = next((path for path in _paths(source) if path in trained), None)
-        if same is not None:
-            yield (
-                f"evaluation set {source.name!r} and training source {trained[same]!r} both read {same}: its figures say what the "
-                "model remembers, not what it learnt; name other files, or use data.holdout"
-            )
-
-
-def _paths(source: Source) -> list[str]:
-    """Where the records come from; by its name where a registry knows."""
-    return [source.path] if isinstance(source.path, str) else source.path or [source.name]
+    for name, (source, file) in plan.shared_files.items():
+        yield (
+            f"evaluation set {name!r} and training source {source!r} both read {file}: its figures say what the model remembers, "
+            "not what it learnt; name other files, or use data.holdout"
+        )
 
 
 def lost_records(config: Config, plan: Plan) -> Iterator[str]:

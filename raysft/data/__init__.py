@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from raysft.config import Config, RequestError, Source
@@ -27,6 +27,8 @@ class Prepared:
     """Rows of each evaluation set by its name."""
     prompts: tuple[Manifest, ...] = ()
     """What is generated for."""
+    shared_files: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Evaluation sets that read a file which a training source reads too: name → that source, and the file."""
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -138,4 +140,17 @@ def _schedule(
         tuple(manifests[len(train) : len(train) + len(evaluation)]),
         train_rows,
         eval_rows,
+        shared_files=_shared_files(train, evaluation),
     )
+
+
+def _shared_files(train: Sequence[ShardSet], evaluation: Sequence[ShardSet]) -> dict[str, tuple[str, str]]:
+    """By what files hold: a registry, a glob or a copy may name one otherwise."""
+    sources = {file.identity: each.source.name for each in train for file in each.files if file.size}
+    return {
+        each.source.name: (sources[file.identity], file.path)
+        for each in evaluation
+        if each.part == "all"
+        for file in each.files
+        if file.identity in sources
+    }

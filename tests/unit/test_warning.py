@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from raysft.config import Config, parse
-from raysft.data import _schedule
+from raysft.data import _schedule, _shared_files
+from raysft.data.shards import shard_set
 from raysft.data.turns import Turns
 from raysft.plan import Plan, SourcePlan, make_plan
 from raysft.warning import warnings
@@ -169,8 +170,8 @@ SINGLE = {"data__packing": False}
             "evaluation set 'a' has 1 example, so its figures are mostly chance; raise data.holdout",
         ),
         (
-            {"data__eval": [{"name": "b", "path": ["b.jsonl", "a.jsonl"]}]},
             {},
+            {"shared_files": {"b": ("a", "a.jsonl")}},
             "evaluation set 'b' and training source 'a' both read a.jsonl: its figures say what the model remembers, not what it "
             "learnt; name other files, or use data.holdout",
         ),
@@ -228,6 +229,26 @@ def test_whoever_follows_a_warning_has_steps_enough(count, rows_per_step, packin
         asked = asked.with_overrides({key: yaml.safe_load(value) for key, value in remedies})
     assert not lines, "a remedy leads to another warning, again and again"
     assert planned.steps >= 20
+
+
+def test_an_evaluation_set_that_reads_training_data_is_known_whatever_names_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = str(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(model)
+    for name, word in (("a", "Fine"), ("other", "Well")):
+        write_records(tmp_path / f"{name}.jsonl", [["How are you?", f"{word}, {index}."] for index in range(40)])
+    for name in ("copy.jsonl", "more.jsonl"):
+        (tmp_path / name).write_bytes((tmp_path / "a.jsonl").read_bytes())
+    (tmp_path / "dataset_info.json").write_text('{"listed": {"file_name": "a.jsonl", "formatting": "sharegpt"}}')
+    paths = {"same": "a.jsonl", "glob": "[a]*.jsonl", "copy": "copy.jsonl", "several": ["other.jsonl", "more.jsonl"]}
+    sources = [{"name": name, "path": path} for name, path in paths.items()] + [{"name": "listed"}]
+    sources += [{"name": "other", "path": "other.jsonl"}]
+    asked = data_config(tmp_path, holdout=0.1, registry=str(tmp_path), eval=sources)
+    trained, held_out = the_set(asked, model, part="train"), the_set(asked, model, part="holdout")
+    evaluation = [held_out, *(shard_set(asked, each, "all", model, False) for each in asked.data.eval)]
+    found = _shared_files([trained], evaluation)
+    assert {name: where for name, (where, _) in found.items()} == dict.fromkeys([*paths, "listed"], "a")
+    assert found["several"] == ("a", "more.jsonl")
 
 
 def test_warnings_stand_below_the_plan_and_in_its_file():
