@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 
 Answer = Callable[[socket.socket], None]
@@ -48,17 +49,37 @@ def silent(connection: socket.socket) -> None:
 
 def http(status: str, body: bytes = b"", length: int | None = None, **headers: str) -> Answer:
     """Answer each request alike; a ``length`` above the body's cuts the answer off in the middle."""
-    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body) if length is None else length}"]
-    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-    whole = ("\r\n".join(lines) + "\r\n\r\n").encode()
+    head = _head(status, len(body) if length is None else length, headers)
+    return _answering(lambda path: (head, body), cut=length is not None)
 
+
+def pages(contents: Mapping[str, bytes], **headers: str) -> Answer:
+    """Answer what lies under a path, and in the words of the Hugging Face hub that there is nothing."""
+
+    def at(path: str) -> tuple[bytes, bytes]:
+        body = contents.get(path)
+        if body is None:
+            return _head("404 Not Found", 2, {"X_Error_Code": "RepoNotFound"}), b"{}"
+        return _head("200 OK", len(body), {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', **headers}), body
+
+    return _answering(at)
+
+
+def _head(status: str, length: int, headers: Mapping[str, str]) -> bytes:
+    lines = [f"HTTP/1.1 {status}", f"Content-Length: {length}"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode()
+
+
+def _answering(at: Callable[[str], tuple[bytes, bytes]], cut: bool = False) -> Answer:
     def answer(connection: socket.socket) -> None:
         with connection.makefile("rb") as requests:
             while first := requests.readline():
                 while requests.readline().strip():
                     pass
-                connection.sendall(whole if first.startswith(b"HEAD") else whole + body)
-                if length is not None and not first.startswith(b"HEAD"):
+                head, body = at(first.split()[1].decode().partition("?")[0])
+                connection.sendall(head if first.startswith(b"HEAD") else head + body)
+                if cut and not first.startswith(b"HEAD"):
                     return
 
     return answer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 from contextlib import closing, contextmanager
@@ -11,13 +12,15 @@ import pytest
 from huggingface_hub import constants, file_download, hf_api
 
 from raysft import hub
-from raysft.config import RequestError, Source
+from raysft.config import Config, RequestError, Source
 from raysft.copies import model_copy
 from raysft.data.files import find_files
+from raysft.generate import metrics
+from raysft.generate.metrics import script
 from raysft.pretrained import load_tokenizer
 from raysft.storage import Place
 from raysft.train.model import find_model
-from tests.servers import http, serving, silent
+from tests.servers import http, pages, serving, silent
 
 PORTAL = http("200 OK", b"<html>Please log in</html>", ETag='"a"', X_Repo_Commit="a" * 40, Content_Type="text/html")
 KINDS = {
@@ -55,6 +58,15 @@ def hub_that(kind: str):
         yield f"http://127.0.0.1:{port}"
 
 
+def use(endpoint: str, monkeypatch, cache) -> None:
+    """Have the hub's library ask there, and keep what it gets in a cache of its own."""
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(hf_api.api, "endpoint", endpoint)
+    for module in (constants, file_download):
+        monkeypatch.setattr(module, "HF_HUB_CACHE", str(cache), raising=False)
+
+
 @pytest.fixture
 def ask(monkeypatch, tmp_path):
     """Asks a hub in a hurry, and gives what was said."""
@@ -64,13 +76,7 @@ def ask(monkeypatch, tmp_path):
 
     def said(kind, function) -> str:
         with hub_that(kind) as endpoint:
-            monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-            monkeypatch.setattr(
-                constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-            )
-            monkeypatch.setattr(hf_api.api, "endpoint", endpoint)
-            for module in (constants, file_download):
-                monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path), raising=False)
+            use(endpoint, monkeypatch, tmp_path)
             begun = time.monotonic()
             with pytest.raises((RequestError, FileNotFoundError)) as caught:
                 function()
@@ -106,6 +112,63 @@ def test_a_dataset_that_the_hub_does_not_give_is_one_line_in_time(ask, kind):
     assert KINDS[kind][1] in line
 
 
+def scored(metric: str) -> Config:
+    return Config.model_validate(
+        {
+            "stage": "sft",
+            "run": {"name": "r"},
+            "model": {"path": "m"},
+            "data": {"train": [{"name": "d", "path": "d"}]},
+            "generate": {"metrics": [metric]},
+        }
+    )
+
+
+@pytest.mark.parametrize("name", ["someones", "some/metric"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_metric_that_the_hub_does_not_give_is_one_line_in_time(ask, kind, name):
+    import evaluate  # noqa: F401 - which takes longer than a hub may
+
+    line = ask(kind, lambda: metrics.check(scored(name)))
+    assert line.startswith(f"generate.metrics: {name!r} is no file here, and ")
+    assert KINDS[kind][1] in line
+
+
+ENDS = '''
+import datasets
+import evaluate
+
+from .ending import END
+
+
+class Ends(evaluate.Comparison):
+    def _info(self):
+        text = datasets.Value("string")
+        features = datasets.Features({"predictions": text, "references": text})
+        return evaluate.ComparisonInfo(description="", citation="", inputs_description="", features=features)
+
+    def _compute(self, predictions, references):
+        return {"ends": sum(text.endswith(END) for text in predictions) / len(predictions)}
+'''
+
+
+def test_a_metric_of_the_hub_is_fetched_once_and_scores_when_the_hub_is_gone(monkeypatch, tmp_path):
+    monkeypatch.setattr(hub, "PATIENCE_SECONDS", 1.0)
+    of = {"id": "evaluate-comparison/ends", "sha": "a" * 40}
+    files = {"ends.py": ENDS.encode(), "ending.py": b"END = '!'"}
+    listed = [{"type": "file", "path": name, "size": len(content), "oid": name} for name, content in files.items()]
+    asked = {"revision/main": of, f"tree/{of['sha']}": listed}
+    contents = {f"/api/spaces/{of['id']}/{what}": json.dumps(answer).encode() for what, answer in asked.items()}
+    contents |= {f"/spaces/{of['id']}/resolve/{of['sha']}/{name}": content for name, content in files.items()}
+    with serving(pages(contents, X_Repo_Commit=of["sha"])) as port:
+        use(f"http://127.0.0.1:{port}", monkeypatch, tmp_path)
+        metrics.check(scored("ends"))
+    rows = [{"predict": text, "label": "", "source": "s"} for text in ("Yes!", "No", "Well", "Oh")]
+    begun = time.monotonic()
+    assert metrics.score(scored("ends"), rows) == {"predict_examples": 4, "predict_ends": 0.25}
+    assert time.monotonic() - begun < 10
+
+
 def test_a_hub_that_did_not_answer_is_not_asked_again_for_each_file(ask, tmp_path):
     def twice():
         with pytest.raises(RequestError):
@@ -117,6 +180,17 @@ def test_a_hub_that_did_not_answer_is_not_asked_again_for_each_file(ask, tmp_pat
             assert time.monotonic() - begun < 1.0
 
     assert "does not answer" in ask("fails", twice)
+
+
+def test_a_metric_that_evaluate_has_fetched_is_used_without_the_hub(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("evaluate.loading.init_dynamic_modules", lambda: str(tmp_path))
+    with pytest.raises(script.NotGiven, match="HF_HUB_OFFLINE is set, and the cache does not hold it; unset it"):
+        script.script_of("ends")
+    kept = tmp_path / "metrics" / "evaluate-metric--ends" / "f00" / "ends.py"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    assert script.script_of("ends") == str(kept)
 
 
 def test_without_network_by_ones_own_wish_the_hub_is_not_asked(monkeypatch, tmp_path):

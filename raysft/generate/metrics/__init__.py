@@ -17,10 +17,10 @@ import ray
 import ray.data
 from huggingface_hub import constants
 
-from raysft import hub
 from raysft.config import Config, RequestError
 from raysft.generate.cluster import quiet_ray_data
 from raysft.generate.metrics.bootstrap import RESAMPLES, intervals, resampled_sums, totals
+from raysft.generate.metrics.script import NotGiven, script_of
 from raysft.records import RunFailed
 
 if TYPE_CHECKING:  # it imports evaluate, which takes seconds, and a config is checked without
@@ -52,11 +52,10 @@ def check(config: Config) -> None:
                 pass
         except Exception as error:
             near = difflib.get_close_matches(name, BROUGHT, n=1)
-            remedy = f"did you mean {near[0]}?" if near else f"name one of {sorted(BROUGHT)}, or a path or hub id"
-            reason = f"{' '.join(str(error).split()):.200}"
-            if constants.HF_HUB_OFFLINE:
-                reason += " HF_HUB_OFFLINE is set: the hub was not asked."
-            raise RequestError(f"generate.metrics: {name!r} cannot be loaded ({reason}); {remedy}") from error
+            remedy = f"did you mean {near[0]}?" if near else f"those that come with raysft are {', '.join(sorted(BROUGHT))}"
+            reason = " ".join(str(error).split()) or type(error).__name__
+            fault = reason if isinstance(error, NotGiven) else f"cannot be loaded ({reason:.200})"
+            raise RequestError(f"generate.metrics: {name!r} {fault}; {remedy}") from error
 
 
 def score(config: Config, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -213,8 +212,7 @@ def _loaded(name: str) -> Iterator[Any]:
             # evaluate.load would copy the file into the home folder, which a container may not have, to do the same.
             yield cast(Any, import_main_class(f"{__name__}.{name}"))(**own)
         else:
-            hub.be_patient()
-            yield evaluate.load(name, **own)
+            yield evaluate.load(script_of(name), **own)
 
 
 @contextlib.contextmanager
