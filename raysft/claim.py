@@ -15,7 +15,7 @@ from raysft.config.resuming import Effect, effect_of
 from raysft.lock import Held, held
 from raysft.log import Terminal
 from raysft.records import RunDirectory
-from raysft.storage import FIRST_SECONDS, StorageFailed, patience, reason_of
+from raysft.storage import FIRST_SECONDS, Place, StorageFailed, patience, reason_of
 
 Changed = Mapping[str, list[Any]]
 """By key: [value there, value here]."""
@@ -123,13 +123,21 @@ def writable(config: Config) -> None:
             if folder.local:
                 folder.local.mkdir(parents=True, exist_ok=True)
             else:
-                probe = folder / f".probe-{uuid.uuid4().hex}"
                 with patience(FIRST_SECONDS):
-                    probe.write_bytes(b"")
-                    probe.remove()
+                    _probe(folder)
         except (StorageFailed, ArrowException) as error:
             raise RequestError(f"{key}: {reason_of(error)}; check the path and its credentials") from None
         except OSError as error:
             if not folder.local:
                 raise RequestError(f"{key}: {folder}: {reason_of(error)}; check the path and its credentials") from None
             raise RequestError(f"{key}: {folder} cannot be made ({error.strerror}); choose another folder") from None
+
+
+def _probe(folder: Place) -> None:
+    """Write a file, read it and take it away: a server that is no storage may say yes to everything."""
+    name = f".probe-{uuid.uuid4().hex}"
+    probe = folder / name
+    probe.write_text(name)
+    if probe.read_bytes() != name.encode():
+        raise StorageFailed(f"{folder}: what is written there is not what is read; what answers is no storage")
+    probe.remove()

@@ -78,7 +78,7 @@ def model_copy(model: str) -> Path:
         folder = Path(snapshot_download(model, allow_patterns=[*BESIDE_WEIGHTS, "*.safetensors"]))
         if not any(folder.glob("*.safetensors")):
             snapshot_download(model, allow_patterns=[*BESIDE_WEIGHTS, "*.bin"])
-    except hub.FAILURES as error:
+    except hub.failures() as error:
         raise FileNotFoundError(f"{model}: is no folder here, and {hub.reason_of(error) or hub.NONSENSE}") from None
     return folder
 

@@ -17,8 +17,6 @@ TOLD_SECONDS = 310.0
 AWAY_SECONDS = 60.0
 """How long a hub that did not answer is not asked again: what the cache has is loaded without it, and the rest fails at once."""
 NONSENSE = "what the hub answers is of no use; check its name and HF_ENDPOINT, or give a folder"
-FAILURES = (OSError, ValueError, LookupError, TypeError, AttributeError)
-"""What the hub's library raises: errors of its own, and what it stumbles over in an answer that is nonsense."""
 PASSING = (408, 429, 500, 502, 503, 504)
 """HTTP states that pass."""
 
@@ -77,8 +75,17 @@ def _send(once: Any, away: dict[str, float], request: Any, **options: Any) -> An
         pause = min(2 * pause, 8.0)
 
 
+def failures() -> tuple[type[Exception], ...]:
+    """What the hub's library raises: errors of its own, of a download that breaks off, and what it stumbles over in an answer
+    that is nonsense."""
+    import httpx2
+
+    return OSError, ValueError, LookupError, TypeError, AttributeError, httpx2.HTTPError
+
+
 def reason_of(error: BaseException) -> str | None:
     """Why the hub did not give something, and what to do about it, as "FACT; REMEDY"; None where it is not the hub's fault."""
+    import httpx2
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -101,4 +108,6 @@ def reason_of(error: BaseException) -> str | None:
             if each.response.status_code == 404:
                 return f"the hub does not have it ({state}); check its name"
             return f"the hub answers {state}; try again later, or give a folder"
+        if isinstance(each, httpx2.TransportError):
+            return f"the download broke off ({each}); start again, which goes on with it, or give a folder"
     return None

@@ -146,7 +146,7 @@ def load_weights(folder: str | Path, **options: Any) -> Any:
     """A causal language model as ``from_pretrained`` loads it, with all of its weights.
 
     Raises:
-        RequestError: the folder lacks some, which transformers would draw at random, or has others.
+        RequestError: the folder lacks some, which transformers would draw at random, or has others; or the hub does not give them.
     """
     from transformers import AutoModelForCausalLM
 
@@ -158,6 +158,10 @@ def load_weights(folder: str | Path, **options: Any) -> Any:
         raise RequestError(
             f"{folder}: its weights have other shapes than its config.json says; copy it again"
         ) from None
+    except OSError as error:
+        if fault := hub.reason_of(error):
+            raise RequestError(f"{folder}: its weights cannot be loaded: {fault}") from None
+        raise
     model, lacking = loaded[0], loaded[1]["missing_keys"]
     by_bitsandbytes = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
     # What other libraries call their scales is not known here.

@@ -172,7 +172,7 @@ def export(place: Place, output: Path) -> None:
         raise RequestError(f"{model}: holds no trained model; train first (raysft train CONFIG)")
     try:
         trusted = parse(yaml.safe_load((place / "config.yaml").read_text())).model.runs_code
-    except (RequestError, yaml.YAMLError):
+    except (RequestError, TypeError, ValueError, yaml.YAMLError):
         trusted = False  # a config of another version; the model is exported all the same
     merge(Path(local_copy(model.location)), output, trusted)
     Terminal().line(f"exported: {output}")

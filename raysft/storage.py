@@ -189,7 +189,7 @@ class Place:
             with filesystem.open_input_file(path) as file:
                 return function(file)
 
-        return self._patiently(once)
+        return self.patiently(once)
 
     def write(self, function: Callable[[Any], Got]) -> Got:
         """Let a function write the file, which is seen when all of it is there; called again where the storage failed."""
@@ -203,7 +203,7 @@ class Place:
             finally:
                 draft.unlink(missing_ok=True)
             return got
-        return self._patiently(lambda filesystem, path: self._write_once(filesystem, path, function))
+        return self.patiently(lambda filesystem, path: self._write_once(filesystem, path, function))
 
     def _write_once(self, filesystem: Any, path: str, function: Callable[[Any], Got]) -> Got:
         folder, _, name = path.rpartition("/")
@@ -279,10 +279,10 @@ class Place:
                 (filesystem.delete_dir if _entry(info).folder else filesystem.delete_file)(path)
 
         with suppress(FileNotFoundError):  # somebody else removed it in this moment
-            self._patiently(once)
+            self.patiently(once)
 
     def _info(self) -> Any:
-        return self._patiently(self._info_once)
+        return self.patiently(self._info_once)
 
     def _info_once(self, filesystem: Any, path: str) -> Any:
         from pyarrow import fs
@@ -297,10 +297,14 @@ class Place:
             infos = filesystem.get_file_info(fs.FileSelector(path, recursive=recursive, allow_not_found=True))
             return {info.path[len(path) :].lstrip("/"): _entry(info) for info in infos}
 
-        return dict(sorted(self._patiently(once).items()))
+        return dict(sorted(self.patiently(once).items()))
 
-    def _patiently(self, once: Callable[[Any, str], Got]) -> Got:
-        """Call until it works; what waiting cannot mend is raised at once."""
+    def patiently(self, once: Callable[[Any, str], Got]) -> Got:
+        """Call with the filesystem and the path in it until that works; what waiting cannot mend is raised at once.
+
+        Raises:
+            StorageFailed: the storage refuses, or did not answer for as long as it is waited for.
+        """
         limits, begun, said, pause = _patience.get() or Patience(), time.monotonic(), -SAY_SECONDS, 0.5
         seconds = PATIENCE_SECONDS if limits.seconds is None else limits.seconds
         while True:

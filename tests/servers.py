@@ -50,17 +50,25 @@ def silent(connection: socket.socket) -> None:
 def http(status: str, body: bytes = b"", length: int | None = None, **headers: str) -> Answer:
     """Answer each request alike; a ``length`` above the body's cuts the answer off in the middle."""
     head = _head(status, len(body) if length is None else length, headers)
-    return _answering(lambda path: (head, body), cut=length is not None)
+    return _answering(lambda path: (head, body, length is not None))
 
 
-def pages(contents: Mapping[str, bytes], **headers: str) -> Answer:
-    """Answer what lies under a path, and in the words of the Hugging Face hub that there is nothing."""
+def pages(contents: Mapping[str, bytes], cut: str = "/", **headers: str) -> Answer:
+    """Answer what lies under a path, and in the words of the Hugging Face hub that there is nothing.
 
-    def at(path: str) -> tuple[bytes, bytes]:
+    Args:
+        contents: by path.
+        cut: paths that end so are cut off in the middle.
+        headers: of each answer.
+    """
+
+    def at(path: str) -> tuple[bytes, bytes, bool]:
         body = contents.get(path)
         if body is None:
-            return _head("404 Not Found", 2, {"X_Error_Code": "RepoNotFound"}), b"{}"
-        return _head("200 OK", len(body), {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', **headers}), body
+            what = "EntryNotFound" if "/resolve/" in path else "RepoNotFound"
+            return _head("404 Not Found", 2, {"X_Error_Code": what}), b"{}", False
+        head = _head("200 OK", len(body), {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', **headers})
+        return (head, body[: len(body) // 2], True) if path.endswith(cut) else (head, body, False)
 
     return _answering(at)
 
@@ -71,15 +79,18 @@ def _head(status: str, length: int, headers: Mapping[str, str]) -> bytes:
     return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
 
-def _answering(at: Callable[[str], tuple[bytes, bytes]], cut: bool = False) -> Answer:
+def _answering(at: Callable[[str], tuple[bytes, bytes, bool]]) -> Answer:
+    """Answer with the head and the body for a path, and hang up behind it where that is said."""
+
     def answer(connection: socket.socket) -> None:
         with connection.makefile("rb") as requests:
             while first := requests.readline():
-                while requests.readline().strip():
-                    pass
-                head, body = at(first.split()[1].decode().partition("?")[0])
+                lines = iter(lambda: requests.readline().strip().lower(), b"")
+                lengths = [int(line.split(b":")[1]) for line in lines if line.startswith(b"content-length:")]
+                requests.read(sum(lengths))
+                head, body, last = at(first.split()[1].decode().partition("?")[0])
                 connection.sendall(head if first.startswith(b"HEAD") else head + body)
-                if cut and not first.startswith(b"HEAD"):
+                if last and not first.startswith(b"HEAD"):
                     return
 
     return answer

@@ -18,6 +18,7 @@ from pyarrow import fs
 from raysft import hub
 from raysft.config import RequestError, Source, locate
 from raysft.filesystems import filesystem_of, options_of, quoted
+from raysft.storage import FIRST_SECONDS, Place, StorageFailed, patience
 
 ABOUT = ("README", "LICENSE", "LICENCE")
 """How files begin that stand in a folder about its data. Other files of no known kind are refused: they might be data."""
@@ -71,15 +72,16 @@ def _expand(pattern: str, name: str) -> Iterator[DataFile]:
     if location.startswith("file://"):
         location = unquote(urlsplit(location).path)
     try:
-        filesystem, path = filesystem_of(location)
-        infos = sorted(_matching(filesystem, path), key=lambda info: (info.path.count("/"), info.path))
-        if isinstance(filesystem, fs.LocalFileSystem):
+        infos = sorted(_found(location), key=lambda info: (info.path.count("/"), info.path))
+        if "://" not in location:
             infos = _without_detours(infos)
         infos.sort(key=lambda info: info.path)
         files = [_data_file(info, location if "://" in location else "") for info in infos]
     except RequestError:
         raise
-    except (*hub.FAILURES, pa.ArrowException) as error:
+    except StorageFailed as error:
+        raise RequestError(f"source {name!r}: {error}; check the path and its credentials") from None
+    except (*hub.failures(), pa.ArrowException) as error:
         fault = (hub.reason_of(error) or hub.NONSENSE) if location.startswith("hf://") else None
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
         raise RequestError(
@@ -90,6 +92,13 @@ def _expand(pattern: str, name: str) -> Iterator[DataFile]:
     if not files:
         raise RequestError(f"source {name!r}: {pattern} matches no file; check data path and working directory")
     yield from files
+
+
+def _found(location: str) -> list[Any]:
+    if "://" not in location or location.startswith("hf://"):  # the hub is asked with a patience of its own
+        return list(_matching(*filesystem_of(location)))
+    with patience(FIRST_SECONDS):
+        return Place.of(location).patiently(lambda filesystem, path: list(_matching(filesystem, path)))
 
 
 def _without_detours(infos: list[Any]) -> list[Any]:

@@ -21,6 +21,7 @@ from raysft.data.files import DataFile
 from raysft.data.json_list import JSON, READ_BYTES, Unreadable, first_line, json_list
 from raysft.filesystems import filesystem_of
 from raysft.records import Record
+from raysft.storage import reason_of
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 
@@ -54,13 +55,15 @@ def read_raw(file: DataFile) -> Positioned:
         )
     try:
         yield from reader(file)
+        changed = file.changed()
     except RecursionError:
         raise RequestError(f"{file.path}: is nested thousands of times; mend the file") from None
     except (OSError, pa.ArrowException, EOFError) as error:
-        raise RequestError(
-            f"{file.path}: cannot be read ({str(error).splitlines()[0]}); write the file again"
-        ) from None
-    if file.changed():
+        remedy = (
+            "check what the storage answers, or write the file again" if "://" in file.uri else "write the file again"
+        )
+        raise RequestError(f"{file.path}: cannot be read ({reason_of(error)}); {remedy}") from None
+    if changed:
         raise RequestError(f"{file.path}: changed while it was read; start again when nobody writes to it")
 
 

@@ -6,6 +6,7 @@ import json
 import socket
 import time
 from contextlib import closing, contextmanager
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -17,10 +18,11 @@ from raysft.copies import model_copy
 from raysft.data.files import find_files
 from raysft.generate import metrics
 from raysft.generate.metrics import script
-from raysft.pretrained import load_tokenizer
+from raysft.pretrained import load_tokenizer, load_weights
 from raysft.storage import Place
 from raysft.train.model import find_model
 from tests.servers import http, pages, serving, silent
+from tests.tiny import tiny_model
 
 PORTAL = http("200 OK", b"<html>Please log in</html>", ETag='"a"', X_Repo_Commit="a" * 40, Content_Type="text/html")
 KINDS = {
@@ -112,6 +114,38 @@ def test_a_dataset_that_the_hub_does_not_give_is_one_line_in_time(ask, kind):
     assert KINDS[kind][1] in line
 
 
+COMMIT = "a" * 40
+
+
+def on_hub(kind: str, id: str, files: dict[str, bytes]) -> dict[str, bytes]:
+    """What the hub answers about a repository with some files, by path."""
+    listed = [{"type": "file", "path": name, "size": len(content), "oid": name} for name, content in files.items()]
+    asked = {"revision/main": {"id": id, "sha": COMMIT}, f"tree/{COMMIT}": listed}
+    contents = {f"/api/{kind}/{id}/{what}": json.dumps(answer).encode() for what, answer in asked.items()}
+    folder = f"/{id}" if kind == "models" else f"/{kind}/{id}"
+    for revision in ("main", COMMIT):
+        contents |= {f"{folder}/resolve/{revision}/{name}": content for name, content in files.items()}
+    return contents
+
+
+def test_weights_that_are_cut_off_are_one_line_in_time(monkeypatch, tmp_path):
+    monkeypatch.setattr(hub, "PATIENCE_SECONDS", 1.0)
+    # The library waits a second before each of its attempts to go on with a download.
+    monkeypatch.setattr(file_download, "time", SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))
+    model = tiny_model(tmp_path / "model")
+    files = {file.name: file.read_bytes() for file in model.iterdir()}
+    answer = pages(on_hub("models", "some/model", files), cut=".safetensors", X_Repo_Commit=COMMIT)
+    with serving(answer) as port:
+        use(f"http://127.0.0.1:{port}", monkeypatch, tmp_path / "cache")
+        begun = time.monotonic()
+        fault = r"the download broke off \(.+\); start again, which goes on with it, or give a folder$"
+        with pytest.raises(FileNotFoundError, match=f"^some/model: is no folder here, and {fault}"):
+            model_copy("some/model")
+        with pytest.raises(RequestError, match=f"^some/model: its weights cannot be loaded: {fault}"):
+            load_weights("some/model", cache_dir=tmp_path / "cache")
+        assert time.monotonic() - begun < 60
+
+
 def scored(metric: str) -> Config:
     return Config.model_validate(
         {
@@ -134,7 +168,7 @@ def test_a_metric_that_the_hub_does_not_give_is_one_line_in_time(ask, kind, name
     assert KINDS[kind][1] in line
 
 
-ENDS = '''
+ENDS = """
 import datasets
 import evaluate
 
@@ -149,18 +183,13 @@ class Ends(evaluate.Comparison):
 
     def _compute(self, predictions, references):
         return {"ends": sum(text.endswith(END) for text in predictions) / len(predictions)}
-'''
+"""
 
 
 def test_a_metric_of_the_hub_is_fetched_once_and_scores_when_the_hub_is_gone(monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "PATIENCE_SECONDS", 1.0)
-    of = {"id": "evaluate-comparison/ends", "sha": "a" * 40}
     files = {"ends.py": ENDS.encode(), "ending.py": b"END = '!'"}
-    listed = [{"type": "file", "path": name, "size": len(content), "oid": name} for name, content in files.items()]
-    asked = {"revision/main": of, f"tree/{of['sha']}": listed}
-    contents = {f"/api/spaces/{of['id']}/{what}": json.dumps(answer).encode() for what, answer in asked.items()}
-    contents |= {f"/spaces/{of['id']}/resolve/{of['sha']}/{name}": content for name, content in files.items()}
-    with serving(pages(contents, X_Repo_Commit=of["sha"])) as port:
+    with serving(pages(on_hub("spaces", "evaluate-comparison/ends", files), X_Repo_Commit=COMMIT)) as port:
         use(f"http://127.0.0.1:{port}", monkeypatch, tmp_path)
         metrics.check(scored("ends"))
     rows = [{"predict": text, "label": "", "source": "s"} for text in ("Yes!", "No", "Well", "Oh")]

@@ -1,5 +1,6 @@
 """Places: local folders and a real S3 server, by the same tests."""
 
+import contextlib
 import errno
 import os
 import time
@@ -8,7 +9,11 @@ from pathlib import Path
 import pytest
 
 from raysft import filesystems, storage
+from raysft.claim import writable
+from raysft.config import RequestError, Source, parse
 from raysft.copies import local_copy
+from raysft.data.files import find_files
+from raysft.data.read import parsed, read_raw
 from raysft.storage import Place, StorageFailed, patience
 from tests.servers import http, serving
 
@@ -220,11 +225,11 @@ def test_people_see_no_secrets():
     "answer", [lambda connection: None, http("500 Internal Server Error")], ids=["hangs up", "fails"]
 )
 def test_a_storage_that_never_answered_is_waited_for_less_than_one_of_a_run(tmp_path, monkeypatch, answer):
-    from raysft import claim, mirror
-    from raysft.config import RequestError, parse
+    from raysft import mirror
 
     monkeypatch.setattr("raysft.claim.FIRST_SECONDS", 1.0)
     monkeypatch.setattr("raysft.mirror.FIRST_SECONDS", 1.0)
+    monkeypatch.setattr("raysft.data.files.FIRST_SECONDS", 1.0)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
     with serving(answer) as port:
@@ -235,10 +240,63 @@ def test_a_storage_that_never_answered_is_waited_for_less_than_one_of_a_run(tmp_
         with pytest.raises(
             RequestError, match=r"^run.storage: s3://\S+: no answer from the storage for .*credentials$"
         ):
-            claim.writable(config)
+            writable(config)
+        with pytest.raises(RequestError, match=r"^source 'a': s3://\S+: no answer from the storage for .*credentials$"):
+            find_files(Source(name="a", path=storage))
         with (
             pytest.raises(StorageFailed, match="no answer from the storage for "),
             mirror.looked_into(config.run_place, print),
         ):
             pass
         assert time.monotonic() - begun < 30
+
+
+def test_data_in_a_storage_that_is_away_for_a_while_is_found(remote, server):
+    (remote / "a.jsonl").write_text('{"text": "a"}\n')
+    server.fails("HEAD", seconds=5)  # longer than the attempts of the client itself
+    (file,) = find_files(Source(name="s", path=(remote / "a.jsonl").location))
+    assert server.refused
+    assert [parsed(raw) for _, _, raw in read_raw(file)] == [{"text": "a"}]
+
+
+PAGE = b"<html>Please log in</html>"
+NONSENSE = {
+    "a.parquet": http("200 OK", PAGE),
+    "a.arrow": http("200 OK", PAGE),
+    "a.jsonl.gz": http("200 OK", PAGE),
+    "a.jsonl": http("200 OK", b'{"text": "a"}\n', length=1000),
+    "a.csv": http("200 OK", b"text\n", length=1000),
+}
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Gives the URI at a server that answers all alike."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    with contextlib.ExitStack() as servers:
+        yield (
+            lambda answer, path: (
+                f"s3://bucket/{path}?region=us-east-1&scheme=http"
+                f"&endpoint_override=127.0.0.1:{servers.enter_context(serving(answer))}"
+            )
+        )
+
+
+@pytest.mark.parametrize("name", NONSENSE)
+def test_data_that_is_cut_off_or_a_page_is_one_line(served, name):
+    (file,) = find_files(Source(name="s", path=served(NONSENSE[name], name)))
+    remedy = "check what the storage answers, or write the file again"
+    with pytest.raises(RequestError, match=rf"^s3://bucket/{name}: cannot be read \(.+\); {remedy}$"):
+        list(read_raw(file))
+
+
+def test_a_server_that_says_yes_to_everything_is_no_storage(served):
+    storage = served(http("200 OK", PAGE), "runs")
+    config = parse(
+        {"run": {"storage": storage}, "model": {"path": "m"}, "data": {"train": [{"name": "a", "path": "a"}]}}
+    )
+    with pytest.raises(
+        RequestError, match=r"^run.storage: s3://bucket/runs: .* what answers is no storage; check the path"
+    ):
+        writable(config)

@@ -52,7 +52,9 @@ def check(config: Config) -> None:
                 pass
         except Exception as error:
             near = difflib.get_close_matches(name, BROUGHT, n=1)
-            remedy = f"did you mean {near[0]}?" if near else f"those that come with raysft are {', '.join(sorted(BROUGHT))}"
+            remedy = (
+                f"did you mean {near[0]}?" if near else f"those that come with raysft are {', '.join(sorted(BROUGHT))}"
+            )
             reason = " ".join(str(error).split()) or type(error).__name__
             fault = reason if isinstance(error, NotGiven) else f"cannot be loaded ({reason:.200})"
             raise RequestError(f"generate.metrics: {name!r} {fault}; {remedy}") from error

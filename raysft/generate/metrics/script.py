@@ -30,7 +30,7 @@ def script_of(name: str) -> str:
     ids = [name] if "/" in name else [f"evaluate-{kind}/{name}" for kind in KINDS]
     try:
         return str(_fetched(ids))
-    except hub.FAILURES as error:
+    except hub.failures() as error:
         kept = next((found for id in ids if (found := _kept(id))), None)
         if kept is None:
             raise NotGiven(f"is no file here, and {hub.reason_of(error) or hub.NONSENSE}") from None
@@ -47,7 +47,7 @@ def _fetched(ids: list[str]) -> Path:
     for id in ids:
         try:
             folder = Path(snapshot_download(id, repo_type="space", allow_patterns="*.py"))
-        except hub.FAILURES as error:
+        except hub.failures() as error:
             failures.append(error)
             continue
         script = folder / f"{Path(id).name}.py"
