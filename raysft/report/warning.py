@@ -25,22 +25,29 @@ def warnings(log: RunLog) -> list[str]:
 
 
 def loss_rose(log: RunLog) -> Iterator[str]:
-    """The training loss at the end against that of the beginning, a tenth of the steps each, as far as noise lets them compare."""
+    """The training loss at the end against that of the beginning, a tenth of the steps each, in short trainings up to a third: a
+    loss that only scatters passes for one that rose in one of a hundred trainings."""
     steps, losses = series(log.steps, "loss")
     if len(log.steps) > len(steps):
         yield (
             f"the loss of {len(log.steps) - len(steps):,} of {len(log.steps):,} steps is no number; lower train.learning_rate, or "
             "look at the records of these steps"
         )
+    if rose := _rise(losses):
+        part, first, last = rose
+        means = f"from {first:.4f} to {last:.4f} (means of the first and the last {part:,} steps)"
+        yield f"the training loss rose {means}; {_lower_rate(log)}"
+
+
+def _rise(losses: list[float]) -> tuple[int, float, float] | None:
+    """The steps that are compared and the means of the first and the last of them, where these are more than noise apart."""
     if len(losses) < SOME_STEPS:
-        return
-    part = max(3, len(losses) // 10)
+        return None
+    part = max(len(losses) // 10, min(10, len(losses) // 3))
     first, last = losses[:part], losses[-part:]
-    rise = statistics.fmean(last) - statistics.fmean(first)
+    before, after = statistics.fmean(first), statistics.fmean(last)
     noise = math.sqrt((statistics.variance(first) + statistics.variance(last)) / part)
-    if rise > max(2 * noise, HARDLY * statistics.fmean(first)):
-        means = f"from {statistics.fmean(first):.4f} to {statistics.fmean(last):.4f}"
-        yield f"the training loss rose {means} (means of the first and the last {part:,} steps); {_lower_rate(log)}"
+    return (part, before, after) if after - before > max(3 * noise, HARDLY * before) else None
 
 
 def evaluation_got_worse(log: RunLog) -> Iterator[str]:

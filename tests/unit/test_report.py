@@ -28,6 +28,7 @@ from raysft.records import (
 )
 from raysft.report import report
 from raysft.report.plots import MOST_POINTS, smooth
+from raysft.report.warning import _rise
 
 
 def step_record(step: int, total: int, noise: random.Random) -> dict[str, Any]:
@@ -409,10 +410,10 @@ def with_evaluations(run: RunDirectory, losses: dict[int, dict[str, float]], end
 
 def test_a_training_loss_that_rose_is_told_with_what_to_try(tmp_path: Path):
     run = with_losses(make_run(tmp_path, steps=50), [2.0 + 0.02 * step + 0.1 * (step % 2) for step in range(50)])
-    # The first five steps: 2 + (0 + 0.12 + 0.04 + 0.16 + 0.08) / 5; the last five are 45 steps later.
+    # The first ten steps: 2 + 0.02 × 4.5 + 0.1 / 2; the last ten are 40 steps later.
     assert said(run) == [
-        "the training loss rose from 2.0800 to 3.0000 (means of the first and the last 5 steps); lower train.learning_rate=0.0001, "
-        "for example to 3e-05"
+        "the training loss rose from 2.1400 to 2.9400 (means of the first and the last 10 steps); lower "
+        "train.learning_rate=0.0001, for example to 3e-05"
     ]
 
 
@@ -421,6 +422,18 @@ def test_noise_is_no_rise(tmp_path: Path, slope: float):
     noise = random.Random(1)
     losses = [2.0 + slope * step + noise.gauss(0, 0.3) for step in range(50)]
     assert said(with_losses(make_run(tmp_path, steps=50), losses)) == []
+
+
+@pytest.mark.parametrize("steps", [10, 12, 24, 50, 100, 400])
+def test_a_loss_that_only_scatters_hardly_ever_passes_for_one_that_rose(steps: int):
+    draw = random.Random(steps)
+
+    def share(rise: float) -> float:
+        runs = ([2.0 + rise * step / steps + draw.gauss(0, 0.3) for step in range(steps)] for _ in range(1000))
+        return sum(_rise(losses) is not None for losses in runs) / 1000
+
+    assert share(0.0) < 0.03
+    assert share(2.0) > 0.7
 
 
 def test_a_few_steps_say_nothing_of_the_loss_and_steps_without_a_number_are_counted(tmp_path: Path):
