@@ -142,11 +142,15 @@ def load(path: Place, reused: bool = False) -> Manifest:
     """Read a manifest.
 
     Raises:
-        RequestError: it is damaged, or names shards that are gone.
+        RequestError: it is gone or damaged, or names shards that are gone.
     """
     try:
         table = read_table(path)
         detail = _detail(table.schema)
+    except FileNotFoundError:
+        raise RequestError(
+            f"{path}: the tokenized data that this run has trained on is gone; put data.cache back, or choose another run.name"
+        ) from None
     except (OSError, pa.ArrowException, KeyError, ValueError):
         raise RequestError(
             f"{path}: the manifest of tokenized shards is damaged; delete the folder {path.parent}"

@@ -93,7 +93,8 @@ class Rows:
 
     def described(self) -> dict[str, Any]:
         """All that decides the rows, as JSON."""
-        return asdict(replace(self, rows_per_step=self.schedule.rows_per_step))
+        # A schedule needs the manifests, and those of a run that is done may be gone with the cache.
+        return asdict(self if self.rows_per_step else replace(self, rows_per_step=self.schedule.rows_per_step))
 
     def in_epochs_as(self, other: Rows) -> bool:
         """Whether an epoch holds the same rows here and there, wherever the same manifests lie."""

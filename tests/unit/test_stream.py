@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from raysft.config import RequestError
 from raysft.data import mix, shards, stream
 from raysft.data.stream import Batch, Rows, _shares, as_batches, share
 from raysft.records import IGNORED
@@ -234,6 +235,18 @@ def test_rows_whose_data_changes_on_the_way_are_those_of_both(rows, originals, t
             np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
         assert set(ours["sources"][ours["labels"] != IGNORED].tolist()) == {2}, "numbered after those of before"
     assert changed.sources == ("a", "b", "b")
+
+
+def test_what_a_run_has_trained_on_is_known_without_its_cache(rows, tmp_path):
+    described = rows.described()
+    gone = Rows.of({**described, "manifests": [str(tmp_path / "gone" / "manifest.parquet")]})
+    assert gone.described()["rows_per_step"] == described["rows_per_step"]
+    with pytest.raises(RequestError) as caught:
+        _ = gone.schedule
+    assert str(caught.value) == (
+        f"{tmp_path}/gone/manifest.parquet: the tokenized data that this run has trained on is gone; put data.cache back, or "
+        "choose another run.name"
+    )
 
 
 def test_the_same_rows_are_known_wherever_they_lie_and_however_many_epochs_there_are(rows):
