@@ -53,15 +53,16 @@ class Mirror:
         for folder in FOLDERS:
             inside = (path for path in (self._here / folder).rglob("*") if path.is_file())
             found |= {path.relative_to(self._here).as_posix(): path for path in inside}
+        # First what is no more: who is killed in between must not find another config beside the results of the one before.
+        for name in self._same.keys() - found.keys():
+            (self._there / name).remove()
+            del self._same[name]
         for name, path in found.items():
             with suppress(FileNotFoundError):  # replaced in this moment
                 signature = _signature(path)
                 if self._same.get(name) != signature:
                     (self._there / name).upload(path)
                     self._same[name] = signature
-        for name in self._same.keys() - found.keys():
-            (self._there / name).remove()
-            del self._same[name]
 
     def start(self) -> None:
         """Push from time to time; a storage that fails meanwhile is said once."""

@@ -67,6 +67,24 @@ def test_what_did_not_change_is_not_sent_again(run, server):
     assert len(server.requests) == asked
 
 
+def test_what_is_no_more_is_taken_away_before_anything_is_brought(run, monkeypatch):
+    run.path.mkdir(parents=True)
+    run.results("train").write_text("{}")
+    Mirror(run, print).push()
+    killed = Mirror(run, print)
+    killed.fetch()
+    run.results("train").unlink()
+    run.config.write_text("epochs: 3")
+
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Place, "upload", dies)
+    with pytest.raises(KeyboardInterrupt):
+        killed.push()
+    assert not (run.place / "train_results.json").exists(), "a new config beside old results would count as done"
+
+
 def test_a_storage_that_is_away_is_said_once_and_the_files_follow(run, server, monkeypatch):
     monkeypatch.setattr(mirror, "EVERY_SECONDS", 0.1)
     said: list[str] = []
