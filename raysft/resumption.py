@@ -149,7 +149,7 @@ def _refuse_without_steps(
     patience = config.train.early_stopping.patience
     if trained and wants_to_stop(config.train, known_best(config.train, cursor, identity)):
         raise RequestError(
-            f"{directory.place}: stopped after step {done} because evaluations got no better, and would stop there again "
+            f"{directory.place}: the last evaluations up to step {done} brought no improvement, and would end the run there "
             f"({what}); raise train.early_stopping.patience={patience}, set it to null, or choose another run.name"
         )
 

@@ -40,20 +40,22 @@ class Exporter:
         self._lock = threading.Lock()
 
     def known(self, best: Best | None) -> Best | None:
-        """The best model that a checkpoint tells of; None where it did not come to the object store before its machine died.
+        """The best model that a checkpoint tells of; None where it did not come to the object store before its machine died, or
+        where a later one took its place before the training went on from that checkpoint.
 
         All workers come to the same end.
         """
-        if best is None or self._run.best.local:
-            return best
+        if best is None:
+            return None
         kept = [True]
         if dist.get_rank() == 0:
             # It may be the trained model already, if what came after that did not come to its end.
-            kept = [is_whole(self._there(best.step)) or self._run.is_trained()]
+            trained = self._run.is_trained() and not self._run.best.list()
+            kept = [is_whole(self._there(best.step)) or trained]
             if not kept[0]:
                 self._emit(
                     "waiting",
-                    f"{self._run.best}: the best model, after step {best.step}, did not get there; another is sought",
+                    f"{self._run.best}: the best model, after step {best.step}, is not there; another is sought",
                 )
         dist.broadcast_object_list(kept, src=0)
         return best if kept[0] else None
@@ -78,7 +80,8 @@ class Exporter:
 
     def _keep_best(self, step: int, model: Any, weights: Weights, tokenizer: Any) -> None:
         if self._run.best.local:
-            return export(model, weights, tokenizer, self._run.best, self._ends)
+            export(model, weights, tokenizer, self._there(step), self._ends)
+            return self._leave_only(step)
         draft = Path(tempfile.mkdtemp(prefix="raysft-best-"))
         save(model, weights, tokenizer, draft, self._ends)
         with self._lock:
@@ -99,6 +102,7 @@ class Exporter:
         if weights is not None:
             with _told(), self._patience():
                 export(model, weights, tokenizer, self._run.model, self._ends)
+                self._run.best.remove()  # where the best one was kept until the config changed
         self._forget()
 
     def write_best(self, step: int) -> None:
@@ -109,18 +113,16 @@ class Exporter:
         """
         if dist.get_rank() != 0:
             return
-        best, model = self._run.best, self._run.model
+        there, model = self._there(step), self._run.model
         with _told(), self._patience():
-            if best.local and model.local:
-                put_in_place(best.local, model.local)
-                return
             self._wait()
-            there = self._there(step)
-            if self._best is not None:
+            if there.local and model.local:
+                put_in_place(there.local, model.local)
+            elif self._best is not None:
                 send(self._best[1], model)
             elif is_whole(there):  # else it was put there before
                 send(Path(local_copy(there.location)), model)
-            best.remove()
+            self._run.best.remove()
         self._forget()
 
     def _send_best(self) -> None:
@@ -137,16 +139,19 @@ class Exporter:
             try:
                 with self._patience():
                     send(sent[1], self._there(sent[0]))
-                    for name in self._run.best.list():
-                        if name != str(sent[0]):
-                            (self._run.best / name).remove()
+                    self._leave_only(sent[0])
             except (StorageFailed, OSError) as error:
                 self._emit("waiting", f"the best model stays on this node until the end of the training: {error}")
 
     def _there(self, step: int) -> Place:
-        """Where the model after so many steps is kept in an object store: a checkpoint may tell of one that did not get there,
-        and an earlier one must not be taken for it."""
+        """Where the model after so many steps is kept: a checkpoint may tell of one that is not there, and another one must not be
+        taken for it."""
         return self._run.best / str(step)
+
+    def _leave_only(self, step: int) -> None:
+        for name in self._run.best.list():
+            if name != str(step):
+                (self._run.best / name).remove()
 
     def _wait(self) -> None:
         sending = self._sending
@@ -207,6 +212,7 @@ def export(model: Any, weights: Weights, tokenizer: Any, folder: Place, ends: Se
     if folder.local:
         draft = folder.local.with_name(f".{folder.name}")
         shutil.rmtree(draft, ignore_errors=True)
+        draft.parent.mkdir(parents=True, exist_ok=True)
         try:
             save(model, weights, tokenizer, draft, ends)
             put_in_place(draft, folder.local)

@@ -17,11 +17,15 @@ def wants_to_stop(train: TrainSection, best: Best | None) -> bool:
 
 
 def known_best(train: TrainSection, cursor: Cursor, identity: Mapping[str, str]) -> Best | None:
-    """The best evaluation that a checkpoint tells of, if others can be compared with it, and its model was kept if it must be."""
+    """The best evaluation that a checkpoint tells of, if anybody asks, others can be compared with it, and its model was kept if it
+    must be."""
     best = cursor.best
     if best is None or cursor.identity.get(EVALUATION) != identity.get(EVALUATION):
         return None
-    return best if best.kept or not train.keep_best else None
+    if train.keep_best:
+        return best if best.kept else None
+    # From now on its model is not kept any more: another one becomes the trained one.
+    return replace(best, kept=False) if train.early_stopping.patience else None
 
 
 class Judge:

@@ -1,6 +1,7 @@
 """What may change when a training goes on takes effect in the first step after the checkpoint, and in none before."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,10 @@ def test_what_was_best_counts_only_where_it_can_be_compared_and_was_kept():
     assert not wants_to_stop(TrainSection(early_stopping={"patience": 3}), best)
     assert known_best(stops, cursor, {EVALUATION: "b"}) is None
     assert known_best(keeps, cursor, {EVALUATION: "a"}) is None, "its model was not kept"
+    kept = replace(cursor, best=replace(best, kept=True))
+    assert known_best(keeps, kept, {EVALUATION: "a"}) == kept.best
+    assert known_best(stops, kept, {EVALUATION: "a"}) == best, "from now on its model is kept no longer"
+    assert known_best(TrainSection(), kept, {EVALUATION: "a"}) is None, "nothing is compared with it any more"
 
 
 def test_an_evaluation_that_a_checkpoint_knows_counts_once():

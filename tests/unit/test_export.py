@@ -97,10 +97,33 @@ def test_an_earlier_best_model_is_not_taken_for_one_that_did_not_get_there(run):
     assert Told(run).known(best_of(4)) == best_of(4)
     again = Told(run)  # its machine died while that after step 6 was on its way, and a checkpoint tells of it
     assert again.known(best_of(6)) is None
-    assert "after step 6, did not get there" in again.told[0]
+    assert "after step 6, is not there" in again.told[0]
     again.keep_best(8, "after 8", None)
     again._wait()
     assert list(run.best.list()) == ["8"]
+
+
+@pytest.mark.usefixtures("group")
+def test_a_later_best_model_is_not_taken_for_the_one_that_a_checkpoint_tells_of(tmp_path, monkeypatch):
+    monkeypatch.setattr("raysft.train.export.gather", lambda model: {})
+    monkeypatch.setattr("raysft.train.export.save", mark_alone)
+    run = RunDirectory(tmp_path / "r")
+    exporter = Told(run)
+    exporter.keep_best(4, "after 4", None)
+    assert Told(run).known(best_of(4)) == best_of(4)
+    exporter.keep_best(6, "after 6", None)
+    assert list(run.best.list()) == ["6"]
+    again = Told(run)  # it was killed, and goes on from a checkpoint between the two with another learning rate
+    assert again.known(best_of(4)) is None
+    again.keep_best(8, "after 8", None)
+    again.write_best(8)
+    assert (run.model / "config.json").read_text() == "after 8"
+    assert not run.best.exists()
+    assert Told(run).known(best_of(8)) == best_of(8), "it is the trained one already"
+    again.keep_best(9, "after 9", None)
+    again.write("after 10", None)
+    assert (run.model / "config.json").read_text() == "after 10"
+    assert not run.best.exists(), "the config did not ask for it any more"
 
 
 def keeps(rank: int, run: str, store: str, out, full: bool) -> None:

@@ -171,7 +171,7 @@ def test_a_run_that_stopped_early_goes_on_only_with_more_patience(tmp_path):
     best = Best(step=1, since=3, results={"eval_loss": 1.0}, seen=4)
     directory = begun(tmp_path, done=True, best=best)
     told = refusal(directory, 12, train__epochs=2, train__early_stopping__patience=3)
-    assert told.startswith("stopped after step 4 because evaluations got no better, and would stop there again (")
+    assert told.startswith("the last evaluations up to step 4 brought no improvement, and would end the run there (")
     assert told.endswith("raise train.early_stopping.patience=3, set it to null, or choose another run.name")
     assert goes_on(directory, 12, train__epochs=2, train__early_stopping__patience=4)
     assert goes_on(directory, 12, {**IDENTITY, EVALUATION: "other sets"}, train__early_stopping__patience=3)
