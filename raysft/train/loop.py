@@ -150,7 +150,7 @@ def _train(loop: _Loop, batches: Iterator[Batch], first_step: int, resume: Place
     while cursor.step < loop.schedule.steps and not loop.judge.wants_to_stop:
         cursor = loop.step(batch, cursor)
         if cursor.step < loop.schedule.steps:
-            asked = time.perf_counter()
+            asked, loop.moment = time.perf_counter(), f"reading the rows of step {cursor.step + 1}"
             batch = next(batches, None)
             loop.data_wait = time.perf_counter() - asked
             loop.after_step(cursor)

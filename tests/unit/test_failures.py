@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,9 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 from raysft.records import RunFailed
 from raysft.storage import StorageFailed
 from raysft.train.checkpoint import Damaged
+from raysft.train.cursor import Cursor
 from raysft.train.failures import Fault, Restarts, cause, faults_of
+from raysft.train.loop import _Loop, _train
 
 
 def raised(error: Exception, moment: str = "step 4", rank: int = 1) -> Exception:
@@ -81,3 +85,26 @@ def test_a_worker_that_dies_is_the_cause_of_what_others_raise():
     both = {0: fault, 1: RayActorError(error_msg="the actor died")}
     assert decisions(both, both, both, both) == ["RETRY"] * 3 + ["RAISE"]
     assert "the actor died" in str(cause(WorkerGroupError("", both)))
+
+
+def test_an_error_in_reading_rows_does_not_name_those_of_the_step_before():
+    def rows() -> Iterator[Any]:
+        yield {}
+        raise IndexError("position 7 is out of range")
+
+    loop: Any = object.__new__(_Loop)
+    loop.schedule, loop.judge = SimpleNamespace(steps=2), SimpleNamespace(wants_to_stop=False)
+    loop.job = SimpleNamespace(config=SimpleNamespace(train=SimpleNamespace(eval_at_start=False)))
+    loop.set_up, loop.emit_setup = lambda resume: Cursor(0, 0, 0, {}), lambda waited: None
+
+    def step(batch: Any, cursor: Cursor) -> Cursor:
+        loop.moment = "step 1"
+        return Cursor(1, 4, 0, {})
+
+    loop.step = step
+    with pytest.raises(Fault) as caught, faults_of(0, lambda: loop.moment, loop.rows_at_hand):
+        _train(loop, rows(), 0, None)
+    assert str(caught.value).startswith(
+        "worker 0 failed in reading the rows of step 2: IndexError: position 7 is out of range ("
+    )
+    assert caught.value.rows == ""
