@@ -118,6 +118,8 @@ class Rows:
         """The order of all rows."""
         if self.earlier is None:
             return self._planned(self.max_steps)
+        if self.earlier.epochs >= self.epochs:  # other data was to come, and then fewer epochs than would reach it
+            return replace(self.earlier, epochs=self.epochs, max_steps=self.max_steps).schedule
         known = self.earlier._loaded
         return spliced(
             self.earlier.schedule, self._planned(None), sum(map(len, known)), len(known), max_steps=self.max_steps

@@ -237,6 +237,17 @@ def test_rows_whose_data_changes_on_the_way_are_those_of_both(rows, originals, t
     assert changed.sources == ("a", "b", "b")
 
 
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_fewer_epochs_than_reach_the_other_data_are_those_of_before(rows, epochs):
+    other = replace(rows, manifests=rows.manifests[1:], epochs=epochs, earlier=replace(rows, epochs=2))
+    before = replace(rows, epochs=epochs)
+    assert other.schedule.steps == before.schedule.steps
+    for step in range(before.schedule.steps):
+        ours, theirs = (each.batch(each.share(step, 0, 1)) for each in (other, before))
+        np.testing.assert_array_equal(ours["input_ids"], theirs["input_ids"])
+    assert replace(other, max_steps=1).schedule.steps == 1
+
+
 def test_what_a_run_has_trained_on_is_known_without_its_cache(rows, tmp_path):
     described = rows.described()
     gone = Rows.of({**described, "manifests": [str(tmp_path / "gone" / "manifest.parquet")]})
