@@ -109,7 +109,8 @@ def little_evaluated(config: Config, plan: Plan) -> Iterator[str]:
     for name, source in plan.evaluation.items():
         if source.examples < FEW_EXAMPLES and source.trained_tokens < FEW_TOKENS:
             count = f"{source.examples} example{'' if source.examples == 1 else 's'}"
-            remedy = "raise data.holdout" if name in plan.sources else "add examples to it"
+            held_out = config.data.holdout and name in plan.sources
+            remedy = "raise data.holdout" if held_out else "add examples to it"
             yield f"evaluation set {name!r} has {count}, so its figures are mostly chance; {remedy}"
 
 

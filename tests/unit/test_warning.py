@@ -165,9 +165,14 @@ SINGLE = {"data__packing": False}
         ),
         (SINGLE, {"useful": 0.2}, "80% of the rows is padding; data.packing=true puts several examples into a row"),
         (
-            {},
+            {"data__holdout": 0.1},
             {"evaluation": {"a": source(examples=1, trained_tokens=40)}},
             "evaluation set 'a' has 1 example, so its figures are mostly chance; raise data.holdout",
+        ),
+        (
+            {"data__eval": [{"name": "a", "path": "few.jsonl"}]},
+            {"evaluation": {"a": source(examples=2, trained_tokens=80)}},
+            "evaluation set 'a' has 2 examples, so its figures are mostly chance; add examples to it",
         ),
         (
             {},
