@@ -23,6 +23,7 @@ COUNTED = {
     "control_tokens": "{:,} with control tokens in their text",
     "tools_as_text": "{:,} with tools written into the text",
     "turns_left_out": "{:,} with turns that the chat template leaves out",
+    "quoted_arguments": "{:,} with calls whose arguments are a quoted text",
 }
 """What is counted, in the words of the plan."""
 

@@ -138,6 +138,17 @@ def lost_records(config: Config, plan: Plan) -> Iterator[str]:
             )
 
 
+def quoted_arguments(config: Config, plan: Plan) -> Iterator[str]:
+    """Arguments that are JSON text already may be encoded once more, and the model learns to write them so."""
+    for name, source in {**plan.evaluation, **plan.sources}.items():
+        if count := source.counts.get("quoted_arguments", 0):
+            yield (
+                f"source {name!r}: {count:,} of {source.examples:,} examples give the arguments of calls as JSON text, which the "
+                'chat template encodes once more ("{\\"city\\": …}"), and the model learns to write it so; give arguments as '
+                "objects in the records"
+            )
+
+
 def long_warm_up(config: Config, plan: Plan) -> Iterator[str]:
     """The learning rate may hardly reach its height."""
     rising = math.ceil(config.train.warmup_ratio * plan.steps)
@@ -209,6 +220,7 @@ WARNINGS: tuple[Callable[[Config, Plan], Iterator[str]], ...] = (
     little_evaluated,
     evaluated_on_training_data,
     lost_records,
+    quoted_arguments,
     turns_do_not_end,
     prompts_open_what_was_not_trained,
     long_warm_up,

@@ -36,10 +36,10 @@ class Bounds:
         if [turn["role"] for turn in turns].index("assistant") + 1 < len(turns):
             return ()
         prompt = self._rendered(turns[:-1], (), True)
-        content = turns[-1].get("content")
         if not prompt or not text.startswith(prompt) or _last_piece(text.rstrip()) == _last_piece(prompt.rstrip()):
             return ()
-        shown = isinstance(content, str) and content.strip() in text[len(prompt) :]
+        *questions, answer = [turn["content"].strip() for turn in turns]
+        shown = answer in text[len(prompt) :] and _stand_in(prompt, questions)
         return ((len(prompt), len(text.rstrip())),) if shown else ()
 
     def find(self, view: View, text: str) -> tuple[Span, ...]:
@@ -87,6 +87,7 @@ class Bounds:
         key = (
             start,
             text[left + 1 : right],
+            _wrote_between(view, left, right),
             bool(view.tools),
             view.turns[0]["role"],
             index + 1 == len(view.turns),
@@ -143,7 +144,7 @@ class Bounds:
             asked = rest[_common(rest, following) :]
             mark = view.made.get(following[:1])
             if asked and mark and mark.turn == index and self._prompt(view, index).rstrip().endswith(asked):
-                return here + len(self._end_in(rest, following))
+                return here + len(self._end_in(rest, following, 1 + len(_behind(view, here).rstrip())))
         return self._before_next(view, index)
 
     def _before_next(self, view: View, index: int) -> int | None:
@@ -177,14 +178,16 @@ class Bounds:
             going_on = self._rendered([*view.turns, {"role": "user", "content": view.unused()}], view.tools, False)
             there, here = view.meeting(going_on or "")
             if going_on and here >= start:
-                return here + len(self._end_in(view.text[here:], going_on[there:]))
+                own = 1 + len(_behind(view, here).rstrip())
+                return here + len(self._end_in(view.text[here:], going_on[there:], own))
         return len(whole)
 
-    def _end_in(self, ended: str, going_on: str) -> str:
+    def _end_in(self, ended: str, going_on: str, own: int = 0) -> str:
         """What a turn ends with: all that is the same where it is the last and where others follow, up to the token that ends
-        a text if that is in it."""
+        a text if that is in it, behind as many characters as are the turn's own."""
         same = going_on[: _common(ended, going_on)].rstrip()
-        return same[: same.rindex(self.eos) + len(self.eos)] if self.eos and self.eos in same else same
+        at = same.rfind(self.eos, own) if self.eos else -1
+        return same if at < 0 else same[: at + len(self.eos)]
 
     def _prompt(self, view: View, index: int) -> str:
         """What asks for a turn; empty where the template refuses it."""
@@ -202,6 +205,30 @@ def _saying(letter: str, turn: Turn, calls: bool) -> Turn:
     content = [{"type": "text", "text": letter}] if isinstance(turn.get("content"), list) else letter
     kept = {key: value for key, value in turn.items() if key in NAMES or (calls and key == "tool_calls")}
     return {**kept, "content": content}
+
+
+def _stand_in(text: str, contents: Sequence[str]) -> bool:
+    """Whether the contents stand in the text, in order."""
+    at = 0
+    for content in contents:
+        at = text.find(content, at)
+        if at < 0:
+            return False
+        at += len(content)
+    return True
+
+
+def _behind(view: View, place: int) -> str:
+    """What follows a letter in the text that it is from."""
+    mark = view.made.get(view.text[place : place + 1])
+    return mark.text[mark.at + 1 :] if mark else ""
+
+
+def _wrote_between(view: View, left: int, right: int) -> tuple[str, ...]:
+    """What the conversation has between two letters: the same characters may be its own or the template's."""
+    before, after = view.made[view.text[left]], view.made[view.text[right]]
+    turns = view.turns[before.turn + 1 : max(after.turn, 0)]
+    return (_behind(view, left), *map(repr, turns), after.text[: after.at])
 
 
 def _in(start: int | None, end: int | None) -> str:

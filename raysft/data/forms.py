@@ -131,6 +131,30 @@ def hidden(form: Form, view: View, text: str) -> Hidden:
     )
 
 
+def quoted(messages: Sequence[Message], texts: Sequence[str]) -> bool:
+    """Whether arguments that a record gives as JSON text, as OpenAI's API does, stand in texts as a quoted one.
+
+    A template that writes a call as JSON encodes them a second time then, and the model learns to.
+    """
+    return any(
+        form in text
+        for message in messages
+        for arguments in _arguments_as_text(message)
+        for form in (json.dumps(arguments, ensure_ascii=False), json.dumps(arguments), repr(arguments))
+        for text in texts
+    )
+
+
+def _arguments_as_text(message: Message) -> Iterator[str]:
+    """The arguments of a turn's calls that are objects, and were given as JSON text."""
+    given = message.given or {}
+    calls = given.get("tool_calls") or [given.get("function_call") or {}]
+    for call, read in zip(calls if message.given else (), message.tool_calls, strict=False):
+        arguments = call.get("function", call).get("arguments")
+        if isinstance(arguments, str) and isinstance(read["function"]["arguments"], dict):
+            yield arguments
+
+
 def _written_out(parts: list[Any], text: str) -> bool:
     """Whether a template writes a list of parts as such, where it is not a whole turn that it writes as JSON."""
     as_json = json.dumps(parts, ensure_ascii=False)

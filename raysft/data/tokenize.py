@@ -17,6 +17,7 @@ import numpy as np
 from raysft.config import Config, RequestError
 from raysft.data.calls import strings
 from raysft.data.fit import split, truncate
+from raysft.data.forms import quoted
 from raysft.data.offsets import Encoded
 from raysft.data.render import Rendered, first_line, labelled
 from raysft.data.template import chat_template
@@ -180,6 +181,8 @@ class Tokenizing:
             counts.append(("tools_as_text", 1))
         if rendered.left_out:
             counts.append(("turns_left_out", 1))
+        if quoted(messages, [rendered.text[slice(*span)] for span in rendered.spans]):
+            counts.append(("quoted_arguments", 1))
         return _Prepared(example, rendered, tuple(counts), not escape, written)
 
     def _check_end(self, example: Example) -> None:

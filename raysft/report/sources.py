@@ -28,6 +28,7 @@ _COUNTS = {
     "control_tokens": "control tokens in the text",
     "tools_as_text": "tools written into the text",
     "turns_left_out": "turns left out by the chat template",
+    "quoted_arguments": "arguments of calls written as a quoted text",
 }
 """What is counted of a source, in the order of the plan."""
 

@@ -208,6 +208,78 @@ def test_a_record_that_the_template_refuses_is_rejected_with_its_words(at_work):
     assert item.reason == "the chat template refuses the conversation (ids have 9 letters)"
 
 
+BRACKETS = (
+    LOOP + "{% if m.role == 'user' %}[U]{{ m.content | string }}[/U]"
+    "{% elif m.role == 'assistant' %}{{ m.content | string }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+ALWAYS_ASKS = (
+    LOOP
+    + "{% if m.role == 'user' %}[U]{{ m.content | string }}[/U]<|assistant|>{% else %}{{ m.content | string }}<|end|>"
+    "{% if loop.last %}<|assistant|>{% endif %}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "answers"),
+    [
+        # The same characters between the same letters, which others wrote or the template did.
+        (BRACKETS, [("ask", "b"), ("ask[/U]", "b"), ("ask", "[/U]b"), ("ask", "b"), ("", "b")]),
+        (BRACKETS, [("ask", "[/U]b"), ("ask[/U]", "b"), ("ask", "b"), ("[/U]", "b[/U]"), ("ask", "b")]),
+        (ALWAYS_ASKS, [("ask", "b"), ("ask", f"b{END}")]),
+        (ALWAYS_ASKS, [("ask", f"b{END}"), ("ask", f"b..{END}  ")]),
+    ],
+)
+def test_contents_that_read_like_the_template_are_told_from_it(at_work, template, answers):
+    messages = turns(*(pair for ask, answer in answers for pair in (("user", ask), ("assistant", answer))))
+    end = END if template == BRACKETS else "<|end|>"
+    assert learnt(at_work, template, messages) == "".join(f"{answer}{end}" for _, answer in answers)
+
+
+def test_a_question_that_a_template_leaves_out_before_the_only_answer_is_counted(at_work):
+    no_system = LOOP + "{% if m.role != 'system' or loop.first %}" + TURN + "{% endif %}{% endfor %}" + ASK
+    tokenizing, _ = at_work(no_system)
+    for contents, counts in [(("Be nice", "one"), {"turns_left_out": 1}), (("", "one"), {})]:
+        system, asked = contents
+        messages = turns(("user", "hi"), ("system", system), ("user", asked), ("assistant", "Two."))
+        item = tokenized(tokenizing, {"messages": messages})
+        assert isinstance(item, Tokenized)
+        assert dict(item.counts) == counts
+
+
+AS_JSON = (
+    LOOP
+    + "{% if m.tool_calls %}{{ m.tool_calls | tojson }}"
+    + "<|im_end|>{% else %}"
+    + TURN
+    + "{% endif %}{% endfor %}"
+)
+JOINED = AS_JSON.replace("m.tool_calls | tojson", "m.tool_calls[0].function.arguments")
+AS_PYTHON = AS_JSON.replace("m.tool_calls | tojson", "m.tool_calls")
+
+
+@pytest.mark.parametrize(
+    ("template", "arguments", "counted"),
+    [
+        (AS_JSON, '{"city": "Röm"}', True),
+        (AS_PYTHON, '{"city": "Rome"}', True),
+        (AS_JSON, {"city": "Rome"}, False),
+        (AS_PYTHON, {"city": "Rome"}, False),
+        (JOINED, '{"city": "Rome"}', False),
+        (AS_JSON, "to Rome", False),  # no object that could be given instead
+    ],
+)
+def test_arguments_that_are_encoded_twice_are_trained_as_the_template_has_them_and_counted(
+    at_work, template, arguments, counted
+):
+    tokenizing, hugging_face = at_work(template)
+    call = {"id": "abcde1234", "type": "function", "function": {"name": "add", "arguments": arguments}}
+    messages = [CALLING[0], {**CALLING[1], "tool_calls": [call]}, *CALLING[2:]]
+    item = tokenized(tokenizing, {"messages": messages})
+    assert isinstance(item, Tokenized), item
+    assert item.input_ids.tolist() == hugging_face.apply_chat_template(messages, return_dict=False)
+    assert dict(item.counts) == ({"quoted_arguments": 1} if counted else {})
+
+
 FEW = LOOP + "{% if loop.revindex <= 2 %}" + TURN + "{% endif %}{% endfor %}" + ASK
 
 

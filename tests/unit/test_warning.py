@@ -295,6 +295,14 @@ def test_turns_that_do_not_end_and_prompts_that_were_not_trained_are_told(turns,
     assert "; " in line
 
 
+def test_arguments_of_calls_that_are_encoded_twice_are_told():
+    (line,) = warnings(config(), plan(sources={"a": source(counts={"quoted_arguments": 1200})}))
+    assert line == (
+        "source 'a': 1,200 of 20,000 examples give the arguments of calls as JSON text, which the chat template encodes once "
+        'more ("{\\"city\\": …}"), and the model learns to write it so; give arguments as objects in the records'
+    )
+
+
 def test_nothing_is_said_of_turns_that_end_or_are_none():
     for turns in (
         Turns(ended={"<|end|>": 8}),
