@@ -77,7 +77,7 @@ def check_resumption(
     if there is not None and rows.in_epochs_as(there):
         rows = replace(rows, earlier=there.earlier)
     elif there is not None:
-        from_epoch = _next_epoch(directory, config, there, cursor, {**changed, **others})
+        from_epoch = _next_epoch(directory, config, there, rows, cursor, {**changed, **others})
         rows = replace(rows, earlier=_until(there, from_epoch - 1))
         changed = {**changed, **others}
     if changed:
@@ -112,16 +112,23 @@ def _refuse_others(
     )
 
 
-def _next_epoch(directory: RunDirectory, config: Config, there: Rows, cursor: Cursor, changed: Changed) -> int:
+def _next_epoch(
+    directory: RunDirectory, config: Config, there: Rows, rows: Rows, cursor: Cursor, changed: Changed
+) -> int:
     """The epoch that other data begins with: what has begun is finished as it was, so that each example keeps its place."""
     begun = math.ceil(there.schedule.epoch_of(cursor.rows) - 1e-9)
-    if begun >= config.train.epochs:
+    if begun >= config.train.epochs and not rows.in_epochs_as(_of_epoch(there, begun)):
         what = ", ".join(key for key in changed if effect_of(key) is Effect.EPOCH)
         raise RequestError(
             f"{directory.place}: {what} can change from epoch {begun + 1} on, and train.epochs={config.train.epochs}; "
             "raise train.epochs, put it back as it was, or choose another run.name"
         )
     return begun + 1
+
+
+def _of_epoch(rows: Rows, epoch: int) -> Rows:
+    """The rows that an epoch is made of."""
+    return _of_epoch(rows.earlier, epoch) if rows.earlier is not None and rows.earlier.epochs >= epoch else rows
 
 
 def _until(rows: Rows, epochs: int) -> Rows:

@@ -270,3 +270,12 @@ def test_other_data_without_an_epoch_to_come_is_refused(tmp_path, sources):
     )
     more = with_data(directory, replace(sources["b"], epochs=2), "other", train__epochs=2)
     assert more.rows.schedule.rows_of_epochs == [20, 12]
+
+
+def test_other_data_that_has_not_come_yet_can_be_put_back(tmp_path, sources):
+    """Let through, killed before its epoch began, and asked for as it was: nothing of the last epoch is another."""
+    directory = begun(tmp_path, step=4)
+    trained_with(directory, replace(sources["b"], epochs=2, earlier=replace(sources["a"], epochs=1)), train__epochs=2)
+    back = with_data(directory, replace(sources["a"], epochs=1), "d", train__epochs=1)
+    assert back.rows.schedule.rows_of_epochs == [20]
+    assert dict(back.changed) == {"train.epochs": [2, 1]}
