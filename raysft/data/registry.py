@@ -71,7 +71,8 @@ def find_source(config: Config, source: Source) -> Source:
     where = f"{path}: dataset {source.name!r}"
     described = _describe(entries[source.name], config.stage, where, path.parent)
     refuse_secrets(described, lambda place: where)
-    given = source.model_dump(exclude_unset=True, exclude={"name"})
+    # Not exclude_unset: a config that was loaded again, or changed, says all that it does not ask for as well.
+    given = source.model_dump(exclude_defaults=True, exclude={"name"})
     for key in ("columns", "tags"):
         given[key] = {**described.get(key, {}), **given.get(key, {})}
     try:

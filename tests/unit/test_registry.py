@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import yaml
 
 from raysft.config import Config, RequestError, Source, parse
 from raysft.config.data import Column
@@ -82,6 +83,18 @@ def test_the_config_goes_before_the_registry(folder):
     assert found(folder, "chat", path="other.json") == Source(name="chat", path="other.json")
     more = found(folder, "chat", columns={"weight": "w", "system": None})
     assert read_fields(more) == {"conversations": "dialog", "tools": "functions", "weight": "w"}
+
+
+@pytest.mark.parametrize("changed", [{"train.rows_per_step": 2}, {}])
+def test_an_entry_describes_a_source_also_when_the_config_was_loaded_again(tmp_path, changed):
+    entry = {"file_name": "a.json", "formatting": "sharegpt", "num_samples": 3}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"x": entry}))
+    data = {"train": [{"name": "x"}], "registry": str(tmp_path)}
+    config = parse({"model": {"path": "m"}, "data": data})
+    again = parse(yaml.safe_load(config.with_overrides(changed).to_yaml()))
+    source = find_source(again, again.data.train[0])
+    assert source.path == str(tmp_path / "a.json")
+    assert source == find_source(config, config.data.train[0])
 
 
 RECORD = {
