@@ -8,19 +8,17 @@ What stands between two letters at a bound is remembered, so that most conversat
 
 from __future__ import annotations
 
-import re
+import itertools
 from collections.abc import Sequence
-from os.path import commonprefix
 from typing import Any
 
 from raysft.data.marks import NAMES, Render, Tool, Turn, View
+from raysft.data.pieces import WHOLE, common, last_piece, stand_in
 
 Span = tuple[int, int]
 """[start, end) in characters."""
 KNOWN = 10_000
 """Texts between two turns that are remembered at most."""
-WHOLE = re.compile(r"<[^<>\s]*>?|\[[^\[\]\s]*\]?|\w+")
-"""What no bound cuts in two: tags and words."""
 REMEDY = "add {% generation %} markers to it, or name another in model.chat_template"
 
 
@@ -30,17 +28,19 @@ class Bounds:
     def __init__(self, render: Render, eos: str) -> None:
         self.render, self.eos = render, eos
         self.known: dict[tuple[Any, ...], int] = {}
+        self.asks: str | None = None
 
     def asked(self, turns: Sequence[Turn], text: str) -> tuple[Span, ...]:
         """The span of the only answer where it is the last turn, and the text is the prompt and what was written."""
         if [turn["role"] for turn in turns].index("assistant") + 1 < len(turns):
             return ()
         prompt = self._rendered(turns[:-1], (), True)
-        if not prompt or not text.startswith(prompt) or _last_piece(text.rstrip()) == _last_piece(prompt.rstrip()):
+        if not prompt or not text.startswith(prompt) or last_piece(text.rstrip()) == last_piece(prompt.rstrip()):
             return ()
         *questions, answer = [turn["content"].strip() for turn in turns]
-        shown = answer in text[len(prompt) :] and _stand_in(prompt, questions)
-        return ((len(prompt), len(text.rstrip())),) if shown else ()
+        before, shown, behind = text[len(prompt) :].rpartition(answer)
+        own = shown and stand_in(prompt, questions) and not any(each and each in before + behind for each in questions)
+        return ((len(prompt), len(text.rstrip())),) if own else ()
 
     def find(self, view: View, text: str) -> tuple[Span, ...]:
         """The spans of the assistant's turns, in order.
@@ -114,7 +114,7 @@ class Bounds:
                 return here + len(prompt) - there
         start = self._replaced(view, index)
         if start is None and prompt and there:
-            start = here + _common(prompt[there:], view.text[here:])
+            start = here + common(prompt[there:], view.text[here:])
         return start
 
     def _replaced(self, view: View, index: int) -> int | None:
@@ -139,12 +139,17 @@ class Bounds:
         if ended is not None:
             there, here = view.meeting(ended)
             rest, following = ended[there:].rstrip(), view.text[here:]
+            own = 1 + len(_behind(view, here).rstrip())
+            if view.turns[index + 1]["role"] == "assistant" and last_piece(rest) == self._asked(view, index):
+                size = self._before_question(view, index, here, ended)  # what asks stands before the next turn as well
+                if size:
+                    return here + size
             if following.startswith(rest):
                 return here + len(rest)
-            asked = rest[_common(rest, following) :]
+            asked = rest[common(rest, following) :]
             mark = view.made.get(following[:1])
             if asked and mark and mark.turn == index and self._prompt(view, index).rstrip().endswith(asked):
-                return here + len(self._end_in(rest, following, 1 + len(_behind(view, here).rstrip())))
+                return here + len(self._end_in(rest, following, own, view.text))
         return self._before_next(view, index)
 
     def _before_next(self, view: View, index: int) -> int | None:
@@ -174,20 +179,47 @@ class Bounds:
     def _unasked(self, view: View, text: str, start: int) -> int:
         """The end of the last turn. Some templates ask for another one behind it, whether they are told to or not."""
         whole = text.rstrip()
-        if _last_piece(whole) == _last_piece(text[:start].rstrip()):
-            going_on = self._rendered([*view.turns, {"role": "user", "content": view.unused()}], view.tools, False)
-            there, here = view.meeting(going_on or "")
-            if going_on and here >= start:
-                own = 1 + len(_behind(view, here).rstrip())
-                return here + len(self._end_in(view.text[here:], going_on[there:], own))
+        index = len(view.turns) - 1
+        if last_piece(whole) in (last_piece(text[:start].rstrip()), self._asked(view, index)):
+            here = max((place for place, _ in view.anchors), default=-1)
+            if here >= start and (size := self._before_question(view, index, here, view.text)):
+                return here + size
         return len(whole)
 
-    def _end_in(self, ended: str, going_on: str, own: int = 0) -> str:
-        """What a turn ends with: all that is the same where it is the last and where others follow, up to the token that ends
-        a text if that is in it, behind as many characters as are the turn's own."""
-        same = going_on[: _common(ended, going_on)].rstrip()
+    def _before_question(self, view: View, index: int, here: int, ended: str) -> int | None:
+        """How far behind a letter of a turn the same is written where it is the last and where a question follows it."""
+        question = {"role": "user", "content": view.unused()}
+        going_on = self._rendered([*view.turns[: index + 1], question], view.tools, False)
+        letter = view.text[here]
+        if going_on is None or going_on.count(letter) != 1 or ended.count(letter) != 1:
+            return None
+        own = 1 + len(_behind(view, here).rstrip())
+        behind, following = ended[ended.index(letter) :], going_on[going_on.index(letter) :]
+        return len(self._end_in(behind, following, own, view.text))
+
+    def _end_in(self, ended: str, going_on: str, own: int = 0, text: str = "") -> str:
+        """What a turn ends with: all that is the same where it is the last and where others follow.
+
+        Not beyond the token that ends a text, if that is in it behind as many characters as are the turn's own. Where the last
+        turn goes on, as the template asks for another, what both begin with is not part of it either: that is how the whole text
+        begins, but for tokens that begin a text.
+        """
+        same = going_on[: common(ended, going_on)].rstrip()
         at = same.rfind(self.eos, own) if self.eos else -1
-        return same if at < 0 else same[: at + len(self.eos)]
+        if at >= 0:
+            return same[: at + len(self.eos)]
+        if len(same) < len(ended.rstrip()):
+            begins = [0, *(match.end() for match in itertools.islice(WHOLE.finditer(text), 2))]
+            for match in WHOLE.finditer(same, own):
+                if any(text.startswith(same[match.start() :], begin) for begin in begins):
+                    return same[: match.start()].rstrip()
+        return same
+
+    def _asked(self, view: View, index: int) -> str:
+        """The last piece of what asks for a turn, of the first one that was seen."""
+        if self.asks is None:
+            self.asks = last_piece(self._prompt(view, index).rstrip())
+        return self.asks
 
     def _prompt(self, view: View, index: int) -> str:
         """What asks for a turn; empty where the template refuses it."""
@@ -207,17 +239,6 @@ def _saying(letter: str, turn: Turn, calls: bool) -> Turn:
     return {**kept, "content": content}
 
 
-def _stand_in(text: str, contents: Sequence[str]) -> bool:
-    """Whether the contents stand in the text, in order."""
-    at = 0
-    for content in contents:
-        at = text.find(content, at)
-        if at < 0:
-            return False
-        at += len(content)
-    return True
-
-
 def _behind(view: View, place: int) -> str:
     """What follows a letter in the text that it is from."""
     mark = view.made.get(view.text[place : place + 1])
@@ -233,22 +254,6 @@ def _wrote_between(view: View, left: int, right: int) -> tuple[str, ...]:
 
 def _in(start: int | None, end: int | None) -> str:
     return "starts" if start is None else "ends"
-
-
-def _last_piece(text: str) -> str:
-    """The tag or the word that a text ends with, and the signs behind it."""
-    end = text[-100:]
-    return end[max((match.start() for match in WHOLE.finditer(end)), default=0) :]
-
-
-def _common(one: str, other: str) -> int:
-    """How far two texts are the same, without half a tag or half a word."""
-    size = len(commonprefix([one, other]))  # noqa: RUF071 (characters are what it is about)
-    for text in (one, other):
-        for match in WHOLE.finditer(text[: size + 100]):
-            if match.start() < size < match.end():
-                size = match.start()
-    return size
 
 
 def _check(view: View, spans: dict[int, Span]) -> None:

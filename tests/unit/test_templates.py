@@ -235,6 +235,34 @@ def test_contents_that_read_like_the_template_are_told_from_it(at_work, template
     assert learnt(at_work, template, messages) == "".join(f"{answer}{end}" for _, answer in answers)
 
 
+HEAD = "<|im_start|>{{ m.role }}\n{{ m.content | string }}<|end|>\n"
+
+
+@pytest.mark.parametrize("asks", ["<|im_start|>assistant\n{{ '' }}", "<|im_start|>assistant\n<think>\n{{ '' }}"])
+@pytest.mark.parametrize(
+    "messages",
+    [CHAT, [*CHAT, *turns(("assistant", "and five"))], [*CHAT[:2], *turns(("assistant", "or 2")), *CHAT[2:]], CHAT[:2]],
+)
+@pytest.mark.parametrize("begin", ["", "{{ bos_token }}", "{{ bos_token }}<|im_start|>system\nBe nice.<|end|>\n"])
+def test_what_asks_for_another_turn_behind_the_last_one_belongs_to_none(at_work, asks, messages, begin):
+    """The next turn begins as it does, so that it is the same whether the turn is the last or not."""
+    expected = "".join(f"{turn['content']}<|end|>" for turn in messages if turn["role"] == "assistant")
+    assert learnt(at_work, begin + LOOP + HEAD + "{% endfor %}" + asks, messages) == expected
+
+
+def test_an_only_answer_that_holds_the_question_is_refused(at_work):
+    quoting = (
+        LOOP
+        + "<|im_start|>{{ m.role }}\n{{ '> ' + loop.previtem.content if loop.previtem }}\n{{ m.content }}<|im_end|>\n"
+    )
+    tokenizing, _ = at_work(quoting + "{% endfor %}" + ASK)
+    item = tokenized(tokenizing, {"messages": turns(("user", "ab"), ("assistant", "b"))})
+    assert isinstance(item, Rejected)
+    assert item.reason.startswith(
+        "the chat template writes turn 0 inside the assistant's; add {% generation %} markers"
+    )
+
+
 def test_a_question_that_a_template_leaves_out_before_the_only_answer_is_counted(at_work):
     no_system = LOOP + "{% if m.role != 'system' or loop.first %}" + TURN + "{% endif %}{% endfor %}" + ASK
     tokenizing, _ = at_work(no_system)
