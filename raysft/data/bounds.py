@@ -55,7 +55,7 @@ class Bounds:
         for index, turn in enumerate(view.turns):
             if turn["role"] != "assistant":
                 continue
-            if view.shows(index) is False:
+            if view.hides(index):
                 at = max((end for _, end in spans.values()), default=0)
                 spans[index] = (at, at)
                 continue

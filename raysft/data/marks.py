@@ -78,6 +78,19 @@ class View:
         """Whether anything of a turn (of a key of it) is in the text; None where no letter of it was replaced."""
         return self.shown.get((turn, key))
 
+    def hides(self, turn: int) -> bool:
+        """Whether nothing of a turn is in the text: none of its letters, and it says nothing that has none."""
+        if self.shows(turn) is not False:
+            return False
+        calls = {"tool_calls", "function_call"}
+        marked = {
+            key for key in self.turns[turn] if self.shows(turn, "tool_calls" if key in calls else key) is not None
+        }
+        return not any(
+            value and isinstance(value, str | list | dict) and key not in NAMES | marked
+            for key, value in self.turns[turn].items()
+        )
+
     def unused(self) -> str:
         """A rare letter that stands nowhere."""
         return next(_letters(self.text, self.made))

@@ -250,6 +250,18 @@ def test_what_asks_for_another_turn_behind_the_last_one_belongs_to_none(at_work,
     assert learnt(at_work, begin + LOOP + HEAD + "{% endfor %}" + asks, messages) == expected
 
 
+def test_a_call_is_found_where_its_turns_content_is_hidden_and_no_letter_of_the_call_can_be_replaced(at_work):
+    """Two questions that are the same, of which the template shows each that equals the last."""
+    template = (
+        "{% set asked = messages | selectattr('role', 'equalto', 'user') | list %}" + LOOP
+        + "{% if m.role == 'user' %}{{ '[TOOLS]' if m == asked[-1] }}[U]{{ m.content }}[/U]{% elif m.tool_calls %}"
+        "{{ m.tool_calls[0].function | tojson }}{{ eos_token }}{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )  # fmt: skip
+    messages = [*CALLING[:1], {**CALLING[1], "content": "hm"}, *CALLING[2:], *CALLING]
+    messages = [turn for turn in messages if turn["role"] != "tool"]
+    assert learnt(at_work, template, messages) == f"{SHOWN_CALL}{END}four{END}{SHOWN_CALL}{END}four{END}"
+
+
 def test_an_only_answer_that_holds_the_question_is_refused(at_work):
     quoting = (
         LOOP
