@@ -22,6 +22,8 @@ LETTER = re.compile(r"<[^<>]{1,80}>|\[[^\[\]\s]{1,40}\]|/\w+|([^\W_])")
 """A letter that is no part of a tag or a switch, which templates look for."""
 CLOSING = re.compile(r"</[^<>]{1,80}>|\[/[^\[\]\s]{1,40}\]")
 JSON_TEXT = re.compile(r'"((?:[^"\\]|\\.)*)"(?!\s*:)')
+UNQUOTED = re.compile(r"[^\s\"'\\]")
+"""A sign that quotes as JSON or Python's leave as it is."""
 NAMES = {"role", "type", "id", "name", "tool_call_id", "recipient", "channel"}
 """Keys whose values templates compare with others."""
 
@@ -210,7 +212,7 @@ def _places(text: str) -> list[int]:
     """
     closed = [match.end() for match in CLOSING.finditer(text)][-1:]
     found = {_first(text, 0), *(_first(text, at) for at in closed), _last(text)} - {None}
-    if not found and (other := re.search(r"\S", text)):
+    if not found and (other := UNQUOTED.search(text)):
         return [other.start()]
     return sorted(found)  # type: ignore[type-var, arg-type]
 

@@ -262,6 +262,22 @@ def test_a_call_is_found_where_its_turns_content_is_hidden_and_no_letter_of_the_
     assert learnt(at_work, template, messages) == f"{SHOWN_CALL}{END}four{END}{SHOWN_CALL}{END}four{END}"
 
 
+@pytest.mark.parametrize("sign", ['"', "\\", "'", ' "\\"', "\n", "-", "\U00017000", "\uffff"])
+def test_arguments_of_signs_that_quotes_change_do_not_hide_the_turns(at_work, sign):
+    """The last turn begins as none does inside a conversation, so that letters have to tell where its text goes on."""
+    template = (
+        LOOP + "{% if m.role == 'assistant' %}<|im_start|>assistant\n{{ '<think></think>' if loop.last }}{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}<|im_end|>\n{% else %}" + TURN + "{% endif %}"
+        "{% endfor %}" + ASK
+    )  # fmt: skip
+    function = {"name": "split", "arguments": {"text": "a b", "at": [sign]}}
+    messages = [CALLING[0], {**CALLING[1], "tool_calls": [{**CALL, "function": function}]}, *CALLING[2:]]
+    assert (
+        learnt(at_work, template, messages)
+        == f"{json.dumps(function, ensure_ascii=False)}{END}<think></think>four{END}"
+    )
+
+
 def test_an_only_answer_that_holds_the_question_is_refused(at_work):
     quoting = (
         LOOP
