@@ -20,6 +20,7 @@ from typing import Any
 
 from raysft.config import Source
 from raysft.data.formats import to_example
+from raysft.data.pieces import TAG
 from raysft.data.template import chat_template
 from raysft.data.tokenize import Options, Tokenized, Tokenizing
 from raysft.data.tokenizer import Tokenizer
@@ -254,8 +255,10 @@ class Trial:
         except Exception:  # whatever the template raises
             ended = None
         asks = prompt and ended and ended.rstrip().endswith(prompt.rstrip()[-12:])  # whether it is told to or not
-        if ended and not asks and text.startswith(ended.rstrip()) and end != len(ended.rstrip()):
-            yield f"END OF TURN {index} IS NOT THE TEXT'S END"
+        if ended and not asks and text.startswith(ended.rstrip()):
+            closing = text[len(ended.rstrip()) : end].strip()  # what some write only where others follow
+            if end < len(ended.rstrip()) or (closing and not TAG.fullmatch(closing)):
+                yield f"END OF TURN {index} IS NOT THE TEXT'S END"
 
 
 def main() -> None:

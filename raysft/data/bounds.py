@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from raysft.data.marks import NAMES, Render, Tool, Turn, View
-from raysft.data.pieces import WHOLE, common, last_piece, stand_in
+from raysft.data.pieces import TAG, WHOLE, before_common_end, common, last_piece, stand_in
 
 Span = tuple[int, int]
 """[start, end) in characters."""
@@ -145,12 +145,24 @@ class Bounds:
                 if size:
                     return here + size
             if following.startswith(rest):
-                return here + len(rest)
+                return here + len(rest) + (0 if len(rest) > own else self._closing(view, index, here + own))
             asked = rest[common(rest, following) :]
             mark = view.made.get(following[:1])
             if asked and mark and mark.turn == index and self._prompt(view, index).rstrip().endswith(asked):
                 return here + len(self._end_in(rest, following, own, view.text))
         return self._before_next(view, index)
+
+    def _closing(self, view: View, index: int, end: int) -> int:
+        """Length of the token that closes a turn only where others follow: of what stands before the next turn's text, all but
+        what also opens a conversation that begins with that turn."""
+        letter, following = view.unused(), view.turns[index + 1]
+        opened = self._rendered([_saying(letter, following, calls=False)], (), False)
+        place = next(((at, mark) for at, mark in view.anchors if mark.turn == index + 1), None)
+        if opened is None or opened.count(letter) != 1 or place is None:
+            return 0
+        between = view.text[end : place[0] - len(place[1].text[: place[1].at].lstrip())]
+        closing = before_common_end(between, opened[: opened.index(letter)]).rstrip()
+        return len(closing) if TAG.fullmatch(closing.strip()) or closing.strip() == self.eos else 0
 
     def _before_next(self, view: View, index: int) -> int | None:
         """Before what the template writes between the end of the turn and the next one's first letter.

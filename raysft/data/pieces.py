@@ -8,6 +8,8 @@ from os.path import commonprefix
 
 WHOLE = re.compile(r"<[^<>\s]*>?|\[[^\[\]\s]*\]?|\w+")
 """A tag or a word."""
+TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+"""How templates write tokens of their own."""
 
 
 def last_piece(text: str) -> str:
@@ -24,6 +26,16 @@ def common(one: str, other: str) -> int:
             if match.start() < size < match.end():
                 size = match.start()
     return size
+
+
+def before_common_end(text: str, other: str) -> str:
+    """What precedes the end that two texts have in common, which begins with a whole tag or word.
+
+    >>> before_common_end("<|end|><|user|>", "<s><|user|>")
+    '<|end|>'
+    """
+    cut = len(text) - len(commonprefix([text[::-1], other[::-1]]))  # noqa: RUF071 (characters are what it is about)
+    return text[: next((match.end() for match in WHOLE.finditer(text) if match.start() < cut < match.end()), cut)]
 
 
 def stand_in(text: str, contents: Sequence[str]) -> bool:

@@ -174,6 +174,17 @@ KINDS = {
         f"{json.dumps(NUMBERS['function'])}{END}four{END}",
     ),
     "no token ends a turn": (LOOP + "<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}" + ASK, CHAT, "Two.four"),
+    "closed where others follow": (
+        LOOP + "<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% if not loop.last or add_generation_prompt %}<|im_end|>\n{% endif %}{% endfor %}" + ASK,
+        CHAT,
+        f"Two.{END}four",
+    ),
+    "a word that others are announced by": (
+        LOOP + "{% if m.role == 'user' %}Round {{ loop.index0 // 2 }}: {% endif %}{{ m.content }}\n{% endfor %}",
+        CHAT,
+        "Two.four",
+    ),
     "always asks": (
         LOOP + "{% if m.role == 'user' %}<|im_start|>user\n{{ m.content }}<|im_end|>\n<|im_start|>assistant\n"
         "{% else %}{{ m.content }}<|im_end|>\n{% if loop.last %}<|im_start|>assistant\n{% endif %}{% endif %}{% endfor %}",
