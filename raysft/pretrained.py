@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import struct
 import warnings
@@ -255,6 +256,8 @@ def load_tokenizer(model: str, runs_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
+    # It tells at length of each library that it would try on a tokenizer.model; the error says what came of it.
+    logging.getLogger("transformers.tokenization_utils_tokenizers").setLevel(logging.ERROR)
     try:
         return AutoTokenizer.from_pretrained(local_copy(model), trust_remote_code=runs_code)
     except Exception as error:  # the library that reads tokenizer.json has no other

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from raysft.config import RequestError, parse
 from raysft.generate.engines import create_engine
-from raysft.pretrained import check_weights, embedding_rows
+from raysft.pretrained import check_weights, embedding_rows, load_tokenizer
 from raysft.train.adapters import find_adapter, merge, merge_adapters
 from raysft.train.finetuning import load_model, load_trained
 from raysft.train.model import check_model
@@ -226,3 +226,13 @@ def test_nothing_is_said_of_embeddings_that_only_the_own_code_of_a_model_knows(m
 
     assert embedding_rows(model, Own(vocab_size=300), "m") == 400
     assert embedding_rows(model / "on-the-hub", AutoConfig.from_pretrained(model), "m") == 400
+
+
+def test_a_tokenizer_that_only_other_libraries_read_is_one_line(tmp_path, capfd):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15")
+    with pytest.raises(RequestError, match=r"its tokenizer cannot be loaded \(.*tokenizer\.json") as refused:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(refused.value)
+    assert capfd.readouterr().err == ""
