@@ -171,9 +171,9 @@ def test_a_killed_call_goes_on_with_what_is_missing(model, prompts, tmp_path, ca
 def test_a_prompt_that_failed_is_tried_again_by_the_next_call(model, prompts, tmp_path, capfd):
     output, completions, asked = tmp_path / "out.jsonl", infer.completions, []
 
-    def without_memory(config, model, prompts):
+    def without_memory(config, model, prompts, ends):
         asked.append(prompts["id"].to_pylist())
-        for batch in completions(config, model, prompts):
+        for batch in completions(config, model, prompts, ends):
             failed = {"predict": "", "error": "no memory"} if len(asked) == 1 else {}
             yield [{**each, **failed} if each["id"] == "q:2" else each for each in batch]
 
