@@ -266,6 +266,17 @@ def plain_model(path: Path) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
+def plain_loss(model: nn.Module, batch: Any) -> torch.Tensor:
+    """The loss of a step of four rows, computed example by example."""
+    total, count = torch.zeros(()), 0
+    for row in range(4):
+        for ids, labels in examples_of(batch, row):
+            logits = model(input_ids=ids[None], use_cache=False).logits[0]
+            total = total + F.cross_entropy(logits[:-1], labels[1:], ignore_index=IGNORED, reduction="sum")
+            count += int((labels[1:] != IGNORED).sum())
+    return total / count
+
+
 def plain_training(model: nn.Module, rows: Rows, make: Callable[[nn.Module], torch.optim.Optimizer] = adamw):
     """The same training as a plain loop over single examples, with nothing of raysft but its rows."""
     from transformers import get_scheduler
@@ -276,13 +287,7 @@ def plain_training(model: nn.Module, rows: Rows, make: Callable[[nn.Module], tor
     losses, norms = [], []
     for step in range(rows.schedule.steps):
         batch = rows.batch(rows.share(step, 0, 1))
-        total, count = torch.zeros(()), 0
-        for row in range(4):
-            for ids, labels in examples_of(batch, row):
-                logits = model(input_ids=ids[None], use_cache=False).logits[0]
-                total = total + F.cross_entropy(logits[:-1], labels[1:], ignore_index=IGNORED, reduction="sum")
-                count += int((labels[1:] != IGNORED).sum())
-        loss = total / count
+        loss = plain_loss(model, batch)
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
         optimizer.step()

@@ -8,16 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from raysft.config import TrainSection
 from raysft.config.resuming import EFFECTS, Effect
-from raysft.records import IGNORED
 from raysft.train import checkpoint
 from raysft.train.cursor import EVALUATION, Best, Cursor
 from raysft.train.judge import Judge, known_best, wants_to_stop
-from tests.training import STEPS, Case, Result, examples_of, make_config, plain_model, prepare, rows_of, train_all
+from tests.training import STEPS, Case, Result, make_config, plain_loss, plain_model, prepare, rows_of, train_all
 
 HALF = STEPS // 2
 BEFORE: dict[str, Any] = {"schedule": "linear", "save_every_steps": HALF}
@@ -143,17 +141,12 @@ def plain_change(prepared, change: dict[str, Any]):
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 * (STEPS - step) / STEPS
         batch = rows.batch(range(step * 4, step * 4 + 4))
-        total, count = torch.zeros(()), 0
-        for row in range(4):
-            for ids, labels in examples_of(batch, row):
-                logits = model(input_ids=ids[None], use_cache=False).logits[0]
-                total = total + F.cross_entropy(logits[:-1], labels[1:], ignore_index=IGNORED, reduction="sum")
-                count += int((labels[1:] != IGNORED).sum())
-        (total / count).backward()
+        loss = plain_loss(model, batch)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append((total / count).item())
+        losses.append(loss.item())
     return losses, {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
 
 
