@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from raysft import __version__
-from raysft.config import Config, RequestError, documented_fields, load, masked
-from raysft.config.resuming import Effect, effect_of
+from raysft.config import Config, documented_fields, load, masked
+from raysft.config.resume_effects import Effect, effect_of
 from raysft.config.section import known_scheme
-from raysft.mirror import looked_into
-from raysft.records import RunDirectory, RunFailed
-from raysft.storage import Place, StorageFailed
+from raysft.errors import RequestError, RunFailed, StorageFailed
+from raysft.storage.path import StoragePath
+from raysft.storage.run_directory import RunDirectory
+from raysft.storage.sync import looked_into
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -142,14 +143,14 @@ def _load(parsed: argparse.Namespace) -> Config:
 
 def _run(parsed: argparse.Namespace) -> None:
     config = _load(parsed)
-    from raysft.run import run
+    from raysft.run.pipeline import run
 
     run(config, allow_changed=parsed.allow_changed)
 
 
 def _check(parsed: argparse.Namespace) -> None:
     config = _load(parsed)
-    from raysft.run import check
+    from raysft.run.pipeline import check
 
     check(config)
 
@@ -158,35 +159,35 @@ def _show(parsed: argparse.Namespace) -> None:
     config = _load(parsed)
     if parsed.rows < 1:
         raise RequestError(f"--rows {parsed.rows}: show at least one row")
-    from raysft.run import show
+    from raysft.run.pipeline import show
 
     show(config, parsed.rows, parsed.html)
 
 
 def _prepare(parsed: argparse.Namespace) -> None:
     config = _load(parsed)
-    from raysft.run import prepare_data
+    from raysft.run.pipeline import prepare_data
 
     prepare_data(config)
 
 
 def _train(parsed: argparse.Namespace) -> None:
     config = _load(parsed)
-    from raysft.run import train
+    from raysft.run.pipeline import train
 
     train(config, allow_changed=parsed.allow_changed)
 
 
 def _evaluate(parsed: argparse.Namespace) -> None:
     config = _load(parsed)
-    from raysft.run import evaluate
+    from raysft.run.pipeline import evaluate
 
     evaluate(config)
 
 
 def _generate(parsed: argparse.Namespace) -> None:
     config = _load(parsed)
-    from raysft.run import generate
+    from raysft.run.pipeline import generate
 
     generate(config)
 
@@ -206,14 +207,14 @@ def _report(parsed: argparse.Namespace) -> None:
 
 
 def _export(parsed: argparse.Namespace) -> None:
-    from raysft.run import export
+    from raysft.run.pipeline import export
 
     export(_place(parsed.run_dir), parsed.output)
 
 
-def _place(run_dir: str) -> Place:
+def _place(run_dir: str) -> StoragePath:
     try:
-        return Place.of(known_scheme(run_dir))
+        return StoragePath.of(known_scheme(run_dir))
     except ValueError as error:
         raise RequestError(f"{run_dir}: {error}") from None
 

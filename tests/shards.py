@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from raysft.config import Config, parse
-from raysft.data.manifest import Manifest, load, save
-from raysft.data.shards import Part, ShardSet, chunks, shard_set, write_shards
-from raysft.data.tokenizer import Tokenizer
+from raysft.data.shards.build import Part, ShardSet, chunks, shard_set, write_shards
+from raysft.data.shards.manifest import Manifest, load, save
+from raysft.data.tokenization.tokenizer import Tokenizer
 
 
 def write_records(path: Path, records: Sequence[Any]) -> None:

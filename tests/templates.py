@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from raysft.config import Source
-from raysft.data.formats import to_example
-from raysft.data.pieces import TAG
-from raysft.data.template import chat_template
-from raysft.data.tokenize import Options, Tokenized, Tokenizing
-from raysft.data.tokenizer import Tokenizer
-from raysft.pretrained import load_tokenizer
-from raysft.records import IGNORED
+from raysft.data.sources.formats import to_example
+from raysft.data.tokenization.chat_template import chat_template
+from raysft.data.tokenization.text_boundaries import TAG
+from raysft.data.tokenization.tokenize import Options, Tokenized, Tokenizing
+from raysft.data.tokenization.tokenizer import Tokenizer
+from raysft.data.types import IGNORED
+from raysft.models.tokenizer import load_tokenizer
 from tests.tiny import tiny_tokenizer
 
 VARIABLES = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>", "unk_token": "<|unk|>"}

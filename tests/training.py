@@ -21,10 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from raysft.config import Config, RequestError, parse
-from raysft.data.manifest import Manifest
-from raysft.data.stream import Rows
-from raysft.records import IGNORED, RunDirectory, RunFailed
+from raysft.config import Config, parse, with_overrides
+from raysft.data.rows.packed_dataset import Rows
+from raysft.data.shards.manifest import Manifest
+from raysft.data.types import IGNORED
+from raysft.errors import RequestError, RunFailed
+from raysft.storage.run_directory import RunDirectory
 from tests.shards import the_set, written
 from tests.tiny import SENTENCES, tiny_model
 
@@ -88,7 +90,7 @@ def make_config(folder: Path, model: Path, settings: dict[str, Any] | None = Non
             },
         }
     )
-    return config.with_overrides(settings) if settings else config
+    return with_overrides(config, settings) if settings else config
 
 
 def rows_of(
@@ -159,15 +161,16 @@ def worker(rank: int, world: int, port: int, cases: Sequence[Case], out) -> None
 def _trained(case: Case, rank: int, world: int, name: str) -> Result:
     from safetensors.torch import load_file
 
-    from raysft.train import checkpoint, due, loop, loss
+    from raysft.train import loop, loss
+    from raysft.train.checkpoint import format, triggers
 
     loss.CHUNK_TOKENS = case.chunk_tokens
     looks = itertools.count(1)
-    due.monotonic = (lambda: 60 * case.clocks[rank] * next(looks)) if case.clocks else time.monotonic
+    triggers.monotonic = (lambda: 60 * case.clocks[rank] * next(looks)) if case.clocks else time.monotonic
 
-    def save(engine: Any, cursor: checkpoint.Cursor, log: list[Any]) -> None:
+    def save(engine: Any, cursor: format.Cursor, log: list[Any]) -> None:
         if case.keep:
-            checkpoint.write(checkpoint.snapshot(engine, cursor, log), case.keep / f"checkpoint_{cursor.step}")
+            format.write(format.snapshot(engine, cursor, log), case.keep / f"checkpoint_{cursor.step}")
 
     asked = itertools.count(1)
 

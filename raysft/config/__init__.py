@@ -4,13 +4,18 @@ Unknown keys are refused with the nearest known one named, everything is frozen,
 docstring under it, from which ``raysft COMMAND --help`` is generated.
 """
 
+from raysft.config.config import Config
 from raysft.config.data import DataSection, Source
-from raysft.config.load import load, parse
-from raysft.config.packages import locate
+from raysft.config.generate import GenerateSection
+from raysft.config.load import load, parse, with_overrides
+from raysft.config.model import ModelSection
+from raysft.config.package_paths import locate
+from raysft.config.run import RunSection
+from raysft.config.scaling import ScalingSection
 from raysft.config.secrets import masked, refuse_secrets
-from raysft.config.section import RequestError, Section
-from raysft.config.sections import Config, GenerateSection, RunSection, ScalingSection, TuneSection
-from raysft.config.training import ModelSection, TrainSection
+from raysft.config.section import Section
+from raysft.config.train import TrainSection
+from raysft.config.tune import TuneSection
 from raysft.config.validate import documented_fields
 
 __all__ = [
@@ -18,7 +23,6 @@ __all__ = [
     "DataSection",
     "GenerateSection",
     "ModelSection",
-    "RequestError",
     "RunSection",
     "ScalingSection",
     "Section",
@@ -31,4 +35,5 @@ __all__ = [
     "masked",
     "parse",
     "refuse_secrets",
+    "with_overrides",
 ]

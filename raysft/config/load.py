@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from raysft.config.section import RequestError
-from raysft.config.sections import Config
+from raysft.config.config import Config
 from raysft.config.validate import validate
+from raysft.errors import RequestError
 
 
 def parse(raw: Mapping[str, Any]) -> Config:
@@ -153,8 +153,8 @@ def _assign(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
             raise RequestError(f"{where}: {'.'.join(parts[:position])} holds {at!r} and has no keys inside")
 
 
-def override(config: Config, overrides: Mapping[str, Any]) -> Config:
-    """A copy of a config with dotted keys set to new values, validated; ``Config.with_overrides`` calls it."""
+def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
+    """A copy of a config with dotted keys set to new values, validated."""
     raw = config.model_dump(mode="json")
     for key, value in overrides.items():
         _assign(raw, key, value, where="an override")

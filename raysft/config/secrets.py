@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from raysft.config.section import RequestError
+from raysft.errors import RequestError
 
 _S3 = "leave it out: storage takes AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or the machine's role"
 _TOKEN = "leave it out: libraries take it from the environment (HF_TOKEN, WANDB_API_KEY, MLFLOW_TRACKING_PASSWORD)"

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from raysft.storage import SCHEMES
+from raysft.storage.path import SCHEMES
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", coerce_numbers_to_str=True)]
 Text = Annotated[str, Field(min_length=1)]
@@ -18,10 +18,6 @@ Positive = Annotated[int, Field(gt=0, strict=True)]
 Count = Annotated[int, Field(ge=0, strict=True)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class RequestError(ValueError):
-    """The request is wrong: one line with the fact, the value and the remedy. The command exits with code 2."""
 
 
 def known_scheme(value: str) -> str:

@@ -9,11 +9,12 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from raysft.config.combinations import refuse
+from raysft.config.config import Config
+from raysft.config.conflicts import refuse
 from raysft.config.data import Column, Source, Tag
 from raysft.config.secrets import refuse_secrets
-from raysft.config.section import RequestError, Section
-from raysft.config.sections import Config
+from raysft.config.section import Section
+from raysft.errors import RequestError
 
 UNKNOWN = ("extra_forbidden", "invalid_key")
 WORDING = {

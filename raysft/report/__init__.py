@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from raysft.records import RunDirectory, write_atomically, write_json
 from raysft.report.card import model_card
-from raysft.report.logs import read_run
 from raysft.report.page import write_page
 from raysft.report.plots import draw
-from raysft.report.state import trainer_state
+from raysft.report.read_run import read_run
 from raysft.report.summary import summary
-from raysft.report.warning import warnings
+from raysft.report.trainer_state import trainer_state
+from raysft.report.warnings import warnings
+from raysft.storage.json_files import write_atomically, write_json
+from raysft.storage.run_directory import RunDirectory
 
 __all__ = ["report"]
 

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from raysft.report.comparison import INTERVALS, compare, compare_predictions, unfinished
-from raysft.report.course import planned, went
-from raysft.report.logs import RunLog
+from raysft.report.read_run import RunLog
+from raysft.report.run_facts import planned, went
 
 _PACKAGES = ("raysft", "ray", "torch", "transformers", "peft", "deepspeed")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from raysft.report.curves import Chart, Drawing, Line
-from raysft.report.logs import RunLog, finite, series
 from raysft.report.predictions import visible
+from raysft.report.read_run import RunLog, finite, series
 
 
 def loss_charts(log: RunLog) -> list[Drawing]:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from raysft.report.logs import RunLog, finite
+from raysft.report.read_run import RunLog, finite
 
 Kind = Literal["loss", "perplexity", "share", "score", "other"]
 

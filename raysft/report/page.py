@@ -11,16 +11,16 @@ from typing import Any
 import jinja2
 import yaml
 
-from raysft.records import write_atomically
 from raysft.report.card import masked, versions
 from raysft.report.charts import loss_charts, small_charts
 from raysft.report.comparison import Comparison, compare, unfinished
-from raysft.report.course import generated, planned, went
+from raysft.report.headline import interval, verdict
 from raysft.report.histograms import histograms
-from raysft.report.logs import RunLog, finite, read_lines
 from raysft.report.predictions import read_predictions, visible
+from raysft.report.read_run import RunLog, finite, read_lines
+from raysft.report.run_facts import generated, planned, went
 from raysft.report.sources import reasons, sources
-from raysft.report.verdict import interval, verdict
+from raysft.storage.json_files import write_atomically
 
 MOST_CHANGES = 50
 """Changes on the way that are listed, the last ones."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from raysft.report.logs import RunLog, read_lines
+from raysft.report.read_run import RunLog, read_lines
 from raysft.report.summary import last_user_turn
 
 SHOWN = 20

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raysft.report.card import masked
-from raysft.report.logs import RunLog, finite, read_lines
 from raysft.report.predictions import visible
+from raysft.report.read_run import RunLog, finite, read_lines
 
 MOST_REASONS = 20
 """Reasons that are shown, the most frequent ones."""

@@ -16,8 +16,8 @@ from rich.text import Text
 
 from raysft.report.card import masked
 from raysft.report.comparison import INTERVALS, compare, unfinished
-from raysft.report.course import generated, went
-from raysft.report.logs import RunLog, read_lines
+from raysft.report.read_run import RunLog, read_lines
+from raysft.report.run_facts import generated, went
 
 WIDTH = 100
 SAMPLES = 3

@@ -10,13 +10,13 @@ import torch.distributed as dist
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from raysft.config import Config
-from raysft.matmul import use_onednn
-from raysft.train.attention import NoPositions, use_plain, without_adapters
+from raysft.models.attention import NoPositions, use_plain, without_adapters
+from raysft.models.onednn import use_onednn
+from raysft.train.deepspeed_config import deepspeed_settings, with_bucket
 from raysft.train.finetuning import load_model
 from raysft.train.loss import TokenLoss
 from raysft.train.objective import Objective
 from raysft.train.optim import make_optimizer, make_schedule
-from raysft.train.zero import deepspeed_settings, with_bucket
 
 
 def make_engine(

@@ -15,10 +15,12 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from raysft.copies import local_copy
-from raysft.records import MODEL_MARKS, RunDirectory, RunFailed, is_whole
-from raysft.storage import Place, StorageFailed, patience, reason_of
-from raysft.train.cursor import Best
+from raysft.errors import RunFailed, StorageFailed
+from raysft.storage.local_cache import local_copy
+from raysft.storage.path import StoragePath
+from raysft.storage.retry import reason_of, retry_for
+from raysft.storage.run_directory import MODEL_MARKS, RunDirectory, is_whole
+from raysft.train.checkpoint.cursor import Best
 
 Weights = dict[str, torch.Tensor]
 
@@ -143,7 +145,7 @@ class Exporter:
             except (StorageFailed, OSError) as error:
                 self._emit("waiting", f"the best model stays on this node until the end of the training: {error}")
 
-    def _there(self, step: int) -> Place:
+    def _there(self, step: int) -> StoragePath:
         """Where the model after so many steps is kept: a checkpoint may tell of one that is not there, and another one must not be
         taken for it."""
         return self._run.best / str(step)
@@ -164,7 +166,7 @@ class Exporter:
             self._best = None
 
     def _patience(self) -> Any:
-        return patience(say=lambda line: self._emit("waiting", line))
+        return retry_for(notify=lambda line: self._emit("waiting", line))
 
 
 @contextmanager
@@ -199,7 +201,7 @@ def gather(model: Any) -> Weights | None:
     return weights if first else None
 
 
-def export(model: Any, weights: Weights, tokenizer: Any, folder: Place, ends: Sequence[int] = ()) -> None:
+def export(model: Any, weights: Weights, tokenizer: Any, folder: StoragePath, ends: Sequence[int] = ()) -> None:
     """Write a model or adapter so that transformers or peft loads it.
 
     Args:
@@ -272,7 +274,7 @@ def put_in_place(draft: Path, folder: Path) -> None:
     draft.replace(folder)
 
 
-def send(model: Path, place: Place) -> None:
+def send(model: Path, place: StoragePath) -> None:
     """Put a model's files into an object store, its description last: one without that is not whole."""
     for mark in MODEL_MARKS:
         (place / mark).remove()

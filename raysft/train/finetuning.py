@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from raysft.config import Config, RequestError
-from raysft.copies import local_copy
-from raysft.pretrained import adapter_description, load_adapter, load_weights
-from raysft.quantized import keep_layout, loading_options
-from raysft.storage import Place
-from raysft.train.attention import kernel, use_examplewise, without_adapters
-from raysft.train.targets import linear_layers, set_targets
+from raysft.config import Config
+from raysft.errors import RequestError
+from raysft.models.adapters import load_adapter, load_with_base
+from raysft.models.attention import kernel, use_examplewise, without_adapters
+from raysft.models.loading import load_weights
+from raysft.models.lora_targets import linear_layers, set_targets
+from raysft.models.quantization import keep_layout, loading_options
+from raysft.storage.local_cache import local_copy
+from raysft.storage.path import StoragePath
 
 
 def load_model(config: Config, path: str, device: torch.device | None = None, adapter: str | None = None) -> Any:
@@ -260,9 +262,9 @@ def _use_liger(model: Any) -> None:
     _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
 
 
-def load_trained(config: Config, place: Place | Path) -> Any:
+def load_trained(config: Config, place: StoragePath | Path) -> Any:
     """A trained model or adapter with its base, to evaluate."""
-    folder = Path(local_copy(Place.of(place).location))
+    folder = Path(local_copy(StoragePath.of(place).location))
 
     options: dict[str, Any] = {
         "dtype": getattr(torch, config.dtype),
@@ -274,11 +276,3 @@ def load_trained(config: Config, place: Place | Path) -> Any:
     keep_layout(model)  # as in the evaluations of the training
     use_examplewise(without_adapters(model), config)
     return model
-
-
-def load_with_base(folder: Path, **options: Any) -> Any:
-    """A model, or an adapter on its base wherever that lies."""
-    if not (folder / "adapter_config.json").exists():
-        return load_weights(folder, **options)
-    base = str(adapter_description(folder).get("base_model_name_or_path"))
-    return load_adapter(load_weights(local_copy(base), **options), folder)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from raysft.config import RequestError
+from raysft.errors import RequestError
 
 HOPPER = (8, 9)
 """Compute capability from which on a GPU multiplies 8-bit floats."""

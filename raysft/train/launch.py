@@ -21,18 +21,20 @@ from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raysft.config import Config, RequestError
-from raysft.matmul import use_onednn
-from raysft.records import Evaluation, RunFailed, evaluation_results
-from raysft.storage import StorageFailed, patience
-from raysft.train import checkpoint, loop
-from raysft.train.cursor import Cursor
-from raysft.train.failures import Restarts, cause
+from raysft.config import Config
+from raysft.errors import RequestError, RunFailed, StorageFailed
+from raysft.models.onednn import use_onednn
+from raysft.storage.retry import retry_for
+from raysft.telemetry.events import Evaluation, evaluation_results
+from raysft.train import loop
+from raysft.train.checkpoint import format
+from raysft.train.checkpoint.async_writer import Saver
+from raysft.train.checkpoint.cursor import Cursor
+from raysft.train.elastic import workers_of
 from raysft.train.finetuning import load_trained
 from raysft.train.loop import Job
 from raysft.train.loss import TokenLoss
-from raysft.train.saver import Saver
-from raysft.train.scaling import workers_of
+from raysft.train.restarts import Restarts, cause
 from raysft.train.step import evaluate as evaluate_set
 
 Watch = Callable[[str, Any], None]
@@ -79,7 +81,7 @@ class _Split(ray.train.DataConfig):
 
 
 def _first_step(job: Job) -> int:
-    cursor = checkpoint.cursor_of(job.run.checkpoints)
+    cursor = format.cursor_of(job.run.checkpoints)
     return cursor.step if cursor else 0
 
 
@@ -97,8 +99,8 @@ def train(job: Job, watch: Watch) -> dict[str, dict[str, float]]:
         RunFailed: the workers failed more than ``train.max_failures`` times.
     """
     results = _fit(job, _train_worker, {"train": _FromCheckpoint(job)}, watch)
-    with suppress(StorageFailed), patience(0):
-        checkpoint.tidy(job.run.checkpoints, job.config.train.keep_last)  # the last one may have been complete late
+    with suppress(StorageFailed), retry_for(0):
+        format.tidy(job.run.checkpoints, job.config.train.keep_last)  # the last one may have been complete late
     return results
 
 
@@ -277,7 +279,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     try:
         with _told(settings["queue"]):
             _train(settings)
-    except checkpoint.Damaged as error:
+    except format.Damaged as error:
         if ray.train.get_context().get_world_rank() == 0:
             _emitter(settings["queue"])("damaged", str(error))
         raise

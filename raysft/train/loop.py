@@ -16,19 +16,20 @@ import torch
 import torch.distributed as dist
 
 from raysft.config import Config
-from raysft.copies import local_copy
-from raysft.records import RunDirectory, evaluation_results
-from raysft.storage import Place
-from raysft.train import checkpoint
-from raysft.train.cursor import Cursor
-from raysft.train.due import Due, Notice
+from raysft.storage.local_cache import local_copy
+from raysft.storage.path import StoragePath
+from raysft.storage.run_directory import RunDirectory
+from raysft.telemetry.events import evaluation_results
+from raysft.train.checkpoint import format
+from raysft.train.checkpoint.cursor import Cursor
+from raysft.train.checkpoint.triggers import Due, Notice
+from raysft.train.deepspeed_config import size
+from raysft.train.early_stopping import Judge, known_best
 from raysft.train.export import Exporter
-from raysft.train.failures import faults_of
-from raysft.train.figures import Figures
-from raysft.train.judge import Judge, known_best
 from raysft.train.nonfinite import NonFinite, named_records
+from raysft.train.restarts import faults_of
 from raysft.train.step import Batch, evaluate, train_step
-from raysft.train.zero import size
+from raysft.train.step_metrics import Figures
 
 Emit = Callable[[str, Any], None]
 """(event, content) to whoever watches: ``setup``, ``step``, ``evaluate``, ``checkpoint``, ``unsaved``, ``waiting``, ``end``."""
@@ -111,7 +112,7 @@ def train(
     device: torch.device,
     emit: Emit,
     save: Save,
-    resume: Place | Path | None,
+    resume: StoragePath | Path | None,
     notice: Notice = str,
 ) -> None:
     """Train to the end of the schedule, evaluate, and write the trained model.
@@ -135,7 +136,7 @@ def train(
         _train(loop, batches, first_step, resume)
 
 
-def _train(loop: _Loop, batches: Iterator[Batch], first_step: int, resume: Place | Path | None) -> None:
+def _train(loop: _Loop, batches: Iterator[Batch], first_step: int, resume: StoragePath | Path | None) -> None:
     with ThreadPoolExecutor(1) as ahead:
         # The first rows are read while the model is loaded.
         first_batch = ahead.submit(next, batches, None)
@@ -175,7 +176,7 @@ class _Loop:
         self.nonfinite = NonFinite(job)
         self.exporter = Exporter(job.run, emit, job.ends)
 
-    def set_up(self, resume: Place | Path | None) -> Cursor:
+    def set_up(self, resume: StoragePath | Path | None) -> Cursor:
         """Load the model, and the state of a checkpoint; gives the cursor to start from."""
         # Only workers need DeepSpeed; the driver, which imports this module too, starts without it.
         from raysft.train.engine import make_engine
@@ -188,7 +189,7 @@ class _Loop:
         torch.manual_seed(self.job.config.run.seed + self.rank)
         cursor = Cursor(0, 0, 0, self.job.identity)
         if resume is not None:
-            cursor, log = checkpoint.load(self.engine, self.lr, resume)
+            cursor, log = format.load(self.engine, self.lr, resume)
             self.log.extend(log)
         best = known_best(self.job.config.train, cursor, self.job.identity)
         if self.job.config.train.keep_best:

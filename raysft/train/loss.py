@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from raysft.records import IGNORED, RunFailed
-from raysft.train.attention import is_varlen, without_adapters
+from raysft.data.types import IGNORED
+from raysft.errors import RunFailed
+from raysft.models.attention import is_varlen, without_adapters
 from raysft.train.objective import CROSS_ENTROPY, Objective, embedding_noise
 
 CHUNK_TOKENS = 1024

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from raysft.records import RunFailed
+from raysft.errors import RunFailed
 from raysft.train.step import Trained
 
 IN_A_ROW = 20

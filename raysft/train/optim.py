@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from raysft.config import RequestError, TrainSection
+from raysft.config import TrainSection
+from raysft.errors import RequestError
 
 EXTRA = {
     "adam_mini": "pytorch_optimizer",

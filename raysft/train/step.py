@@ -20,7 +20,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from raysft.records import IGNORED, Evaluation, RunFailed
+from raysft.data.types import IGNORED
+from raysft.errors import RunFailed
+from raysft.telemetry.events import Evaluation
 
 Batch = dict[str, np.ndarray]
 KINDS = {

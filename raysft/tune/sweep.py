@@ -12,15 +12,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raysft.checks import refuse_other_model
-from raysft.claim import belongs_to
-from raysft.cluster import cluster
-from raysft.config import Config, RequestError
-from raysft.log import Terminal
-from raysft.mirror import looked_into, mirrored
-from raysft.plan import make_plan
-from raysft.records import RunDirectory, RunFailed, write_atomically, write_json
-from raysft.run import run
+from raysft.cluster.connect import cluster
+from raysft.config import Config, with_overrides
+from raysft.errors import RequestError, RunFailed
+from raysft.run.ownership import belongs_to
+from raysft.run.pipeline import run
+from raysft.run.plan import make_plan
+from raysft.run.preflight import refuse_other_model
+from raysft.storage.json_files import write_atomically, write_json
+from raysft.storage.run_directory import RunDirectory
+from raysft.storage.sync import looked_into, mirrored
+from raysft.telemetry.terminal import Terminal
 from raysft.tune.trials import TRIAL_CPUS, Nodes, Trial, check_metric, combinations, concurrent_trials, with_engines
 
 
@@ -72,9 +74,9 @@ def _tuned(config: Config, trials: Sequence[Trial], directory: RunDirectory, ter
 
 def _prepare(trials: Sequence[Trial], nodes: Nodes, terminal: Terminal) -> None:
     """Convert models and tokenize data, once for each way in which they differ between trials."""
-    from raysft.data import prepare
-    from raysft.train.code import check_code
-    from raysft.train.model import find_model
+    from raysft.data.prepare import prepare
+    from raysft.models.remote_code import check_code
+    from raysft.models.resolve import find_model
 
     prepared = set()
     for trial in trials:
@@ -215,7 +217,7 @@ def _conclude(config: Config, trials: Sequence[Trial], outcomes: Mapping[str, An
     write_json(directory / "tune_results.json", {"metric": metric, "mode": config.tune.mode, "trials": rows})
     if not done:
         raise errors[0] if errors else RunFailed(f"no trial gave a finite {metric}")
-    best = config.with_overrides({**done[0].values, "run.name": f"{config.run.name}-best", "tune.space": {}})
+    best = with_overrides(config, {**done[0].values, "run.name": f"{config.run.name}-best", "tune.space": {}})
     write_atomically(directory / "best.yaml", best.to_yaml())
     for trial in done:
         terminal.line(f"{metric} {_number(results[trial.name][metric])} | {trial} | {trial.name}")

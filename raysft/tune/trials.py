@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raysft.config import Config, RequestError
-from raysft.placement import TASK_CPUS
-from raysft.plan import check_resources
-from raysft.records import Evaluation, evaluation_results
+from raysft.cluster.placement import TASK_CPUS
+from raysft.config import Config, with_overrides
+from raysft.errors import RequestError
+from raysft.run.plan import check_resources
+from raysft.telemetry.events import Evaluation, evaluation_results
 
 TRIAL_CPUS = 0.1
 """What a trial's own process reserves: it only drives; workers, data tasks and engines reserve their own."""
@@ -68,7 +69,7 @@ def _trial(config: Config, values: dict[str, Any]) -> Trial:
         "tune.space": {},
     }
     try:
-        whole = config.with_overrides({**values, **own})
+        whole = with_overrides(config, {**values, **own})
     except RequestError as error:
         raise RequestError(f"tune.space: {str(error).removeprefix('override: ')}") from None
     # As the config understands them: YAML reads 1e-5 as text.
@@ -76,7 +77,7 @@ def _trial(config: Config, values: dict[str, Any]) -> Trial:
     text = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in values.items())
     readable = re.sub(r"[^A-Za-z0-9._]+", "-", text)[:80].strip("-._")
     name = f"{readable}-{hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]}"
-    return Trial(name, values, whole.with_overrides({"run.name": name}))
+    return Trial(name, values, with_overrides(whole, {"run.name": name}))
 
 
 def _value(dumped: Any, key: str) -> Any:
@@ -127,7 +128,7 @@ def with_engines(trial: Trial, nodes: Nodes) -> Trial:
                 f"generation in a trial wants {engines} whole CPUs beside the trial's own {TRIAL_CPUS:g}, and the cluster has "
                 f"{sum(whole)}; set generate.enabled=false, or add CPUs"
             )
-    return Trial(trial.name, trial.values, config.with_overrides({"generate.num_actors": engines}))
+    return Trial(trial.name, trial.values, with_overrides(config, {"generate.num_actors": engines}))
 
 
 def concurrent_trials(config: Config, nodes: Nodes) -> int:

@@ -41,7 +41,7 @@ def main() -> None:
 
 def measure(model: str, file: Path, folder: Path, rounds: int) -> dict[str, Any]:
     """Seconds of each stall and step."""
-    from raysft.train import checkpoint
+    from raysft.train.checkpoint import format
     from raysft.train.engine import make_engine
     from raysft.train.step import train_step
 
@@ -61,15 +61,15 @@ def measure(model: str, file: Path, folder: Path, rounds: int) -> dict[str, Any]
     measured: dict[str, Any] = {"waited for": [], "meanwhile": [], "alone": [], "beside": []}
     step()
     for number in range(rounds):
-        cursor = checkpoint.Cursor(number, 0, 0, {})
+        cursor = format.Cursor(number, 0, 0, {})
         begun = time.perf_counter()
-        part = checkpoint.snapshot(engine, cursor)
-        checkpoint.write(part, folder / f"checkpoint_{number}_waited")
+        part = format.snapshot(engine, cursor)
+        format.write(part, folder / f"checkpoint_{number}_waited")
         measured["waited for"].append(time.perf_counter() - begun)
         measured["alone"].append(step())
         begun = time.perf_counter()
-        part = checkpoint.snapshot(engine, cursor)
-        writing = threading.Thread(target=checkpoint.write, args=(part, folder / f"checkpoint_{number}"))
+        part = format.snapshot(engine, cursor)
+        writing = threading.Thread(target=format.write, args=(part, folder / f"checkpoint_{number}"))
         writing.start()
         measured["meanwhile"].append(time.perf_counter() - begun)
         measured["beside"].append(step())

@@ -68,8 +68,8 @@ def write(path: Path, records: list[dict[str, Any]], size: int) -> None:
 
 def _measure(model: str, path: Path, folder: Path) -> dict[str, float]:
     from raysft.config import parse
-    from raysft.data import prepare
-    from raysft.pretrained import load_tokenizer
+    from raysft.data.prepare import prepare
+    from raysft.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     config = parse(

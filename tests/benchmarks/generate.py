@@ -54,8 +54,8 @@ def raysft(model: str, file: Path, folder: Path, count: int, new_tokens: int) ->
     import ray
 
     from raysft.config import parse
-    from raysft.generate.infer import generate
-    from raysft.records import read_jsonl
+    from raysft.generate.batch_inference import generate
+    from raysft.storage.json_files import read_jsonl
 
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)

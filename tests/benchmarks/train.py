@@ -112,7 +112,7 @@ def prepared_rows(raw: dict[str, Any]) -> tuple[Any, Any]:
     import ray
 
     from raysft.config import parse
-    from raysft.data import prepare
+    from raysft.data.prepare import prepare
 
     config = parse(raw)
     for name in ("ray", "ray.data"):
@@ -126,7 +126,7 @@ def prepared_rows(raw: dict[str, Any]) -> tuple[Any, Any]:
 
 def through_ray(raw: dict[str, Any]) -> dict[str, Any]:
     from raysft.config import parse
-    from raysft.run import opened, train_model
+    from raysft.run.pipeline import opened, train_model
 
     clock, config = Clock(), parse(raw)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), opened(config) as it:
@@ -139,7 +139,7 @@ def through_ray(raw: dict[str, Any]) -> dict[str, Any]:
 def without_ray(raw: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    from raysft.records import RunDirectory
+    from raysft.storage.run_directory import RunDirectory
     from raysft.train import loop
 
     config, rows = prepared_rows(raw)

@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 from safetensors.numpy import load_file
 
-from raysft.records import read_jsonl
+from raysft.storage.json_files import read_jsonl
 from tests.tiny import tiny_model, write_chats
 
 CONFIG = """

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from raysft.storage import Place
+from raysft.storage.path import StoragePath
 from tests.faults.nodes import once
 from tests.faults.runs import Moment, Outcome, attempt, compared, said, steps_of
 from tests.objects import Server, s3_server
@@ -25,7 +25,7 @@ def away(folder: Path) -> Iterator[tuple[Server, tuple[str, str]]]:
 
 def fetched(server: Server, folder: Path, name: str) -> None:
     """Bring a run from the server to where the others are."""
-    run = Place.of(server.uri(f"runs/{name}"))
+    run = StoragePath.of(server.uri(f"runs/{name}"))
     for file in run.walk():
         if not file.startswith("checkpoints/"):
             (run / file).download(folder / "runs" / name / file)

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raysft.cli import main
-from raysft.records import read_jsonl
+from raysft.storage.json_files import read_jsonl
 from tests.tiny import tiny_model, tiny_tokenizer, with_code, write_chats
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -230,7 +230,7 @@ def test_a_model_of_the_hub_is_taken_from_its_cache(folder, other, monkeypatch):
     shutil.copytree(other, there / "snapshots" / commit)
     (there / "refs").mkdir()
     (there / "refs" / "main").write_text(commit)
-    from raysft.copies import model_copy
+    from raysft.storage.local_cache import model_copy
 
     assert model_copy("some/model") == there / "snapshots" / commit
     with pytest.raises(FileNotFoundError, match="some/none: is no folder here, and HF_HUB_OFFLINE is set"):

@@ -21,10 +21,10 @@ from pyarrow import fs
 
 from raysft.cli import main
 from raysft.config import Config, parse
-from raysft.data import prepare
-from raysft.data.manifest import Manifest
-from raysft.pretrained import load_tokenizer
-from raysft.records import read_jsonl
+from raysft.data.prepare import prepare
+from raysft.data.shards.manifest import Manifest
+from raysft.models.tokenizer import load_tokenizer
+from raysft.storage.json_files import read_jsonl
 from tests.objects import credentials
 from tests.tiny import tiny_model
 
@@ -264,9 +264,10 @@ def yaml_of(path: Path) -> dict:
 
 
 def test_a_file_that_changes_while_it_is_read_is_told(tmp_path, model, monkeypatch):
-    from raysft.config import RequestError, Source
-    from raysft.data.files import find_files
-    from raysft.data.read import read_raw
+    from raysft.config import Source
+    from raysft.data.sources.files import find_files
+    from raysft.data.sources.readers import read_raw
+    from raysft.errors import RequestError
 
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(GOOD, GOOD))

@@ -17,14 +17,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from raysft.config import Config, RequestError
-from raysft.generate import cluster, infer
+from raysft.config import Config, with_overrides
+from raysft.errors import RequestError, RunFailed
+from raysft.generate import batch_inference, engine_pool
+from raysft.generate.batch_inference import generate
 from raysft.generate.engines import Completion
 from raysft.generate.engines.sampling import choose_tokens
 from raysft.generate.engines.static import TransformersEngine
-from raysft.generate.infer import generate
-from raysft.generate.journal import Journal
-from raysft.records import RunFailed, read_jsonl
+from raysft.generate.prediction_store import Journal
+from raysft.storage.json_files import read_jsonl
 from tests.tiny import tiny_model
 
 QUESTIONS = [
@@ -169,7 +170,7 @@ def test_a_killed_call_goes_on_with_what_is_missing(model, prompts, tmp_path, ca
 
 @pytest.mark.usefixtures("local_ray")
 def test_a_prompt_that_failed_is_tried_again_by_the_next_call(model, prompts, tmp_path, capfd):
-    output, completions, asked = tmp_path / "out.jsonl", infer.completions, []
+    output, completions, asked = tmp_path / "out.jsonl", batch_inference.completions, []
 
     def without_memory(config, model, prompts, ends):
         asked.append(prompts["id"].to_pylist())
@@ -178,7 +179,7 @@ def test_a_prompt_that_failed_is_tried_again_by_the_next_call(model, prompts, tm
             yield [{**each, **failed} if each["id"] == "q:2" else each for each in batch]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(infer, "completions", without_memory)
+        patch.setattr(batch_inference, "completions", without_memory)
         results = generate(config(), model=str(model), prompts=prompts, output=output)
         assert results["predict_examples"] == len(QUESTIONS)
         assert [row.get("error") for row in read_jsonl(output)] == [None, None, "no memory", *[None] * 5]
@@ -223,7 +224,7 @@ def test_what_cannot_be_is_refused_before_anything_starts(model, prompts, tmp_pa
         generate(config(metrics=["similarty"]), model=str(model), prompts=prompts, output=output)
     with pytest.raises(RequestError, match="is no model folder"):
         generate(config(), model=str(tmp_path / "none"), prompts=prompts, output=output)
-    gpus = config().with_overrides({"scaling.use_gpu": True})
+    gpus = with_overrides(config(), {"scaling.use_gpu": True})
     with pytest.raises(RequestError, match="wants 1 GPU and the cluster has none"):
         generate(gpus, model=str(model), prompts=prompts, output=output)
 
@@ -315,7 +316,7 @@ def test_sampling_depends_on_the_seed_and_the_prompt_alone(model, prompts):
     apart = [engine.complete([id], [prompt])[0].text for id, prompt in zip(ids, tokens, strict=True)]
     assert together == apart
     assert [c.text for c in engine.complete(ids[::-1], tokens[::-1])][::-1] == together
-    other_seed = TransformersEngine(settings.with_overrides({"run.seed": 1}), str(model))
+    other_seed = TransformersEngine(with_overrides(settings, {"run.seed": 1}), str(model))
     assert [c.text for c in other_seed.complete(ids, tokens)] != together
     assert engine.complete(["other"], tokens[:1])[0].text != together[0]
 
@@ -348,7 +349,7 @@ def test_an_adapter_is_generated_with(model, prompts, tmp_path, dtype):
     adapted.save_pretrained(folder)
     AutoTokenizer.from_pretrained(model).save_pretrained(folder)
 
-    settings = config().with_overrides({"model.dtype": dtype})
+    settings = with_overrides(config(), {"model.dtype": dtype})
     completions = TransformersEngine(settings, str(folder)).complete(*read(prompts))
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
     both = PeftModel.from_pretrained(plain, str(folder)).eval()
@@ -360,23 +361,23 @@ def test_an_adapter_is_generated_with(model, prompts, tmp_path, dtype):
 
 
 def test_the_pool_follows_the_cluster():
-    head, two, four = cluster.Node("head", 0), cluster.Node("a", 2), cluster.Node("b", 4)
-    assert cluster.size_pool(config(), [head, two, four], batches=9).engines == 2
-    assert cluster.size_pool(config(), [head, two, four], batches=1).engines == 1
-    asked = cluster.size_pool(config(num_actors=6), [head, two, four], batches=9)
+    head, two, four = engine_pool.Node("head", 0), engine_pool.Node("a", 2), engine_pool.Node("b", 4)
+    assert engine_pool.size_pool(config(), [head, two, four], batches=9).engines == 2
+    assert engine_pool.size_pool(config(), [head, two, four], batches=1).engines == 1
+    asked = engine_pool.size_pool(config(num_actors=6), [head, two, four], batches=9)
     assert (asked.engines, asked.engines_per_node, asked.cpus) == (6, 3, 1.0)
     with pytest.raises(RequestError, match=r"generate\.num_actors=6 wants 6 CPUs and the cluster has 4"):
-        cluster.size_pool(config(num_actors=6), [head, four], batches=9)
-    left = cluster.size_pool(config(num_actors=6), [head, four], batches=9, shrinks=True)
+        engine_pool.size_pool(config(num_actors=6), [head, four], batches=9)
+    left = engine_pool.size_pool(config(num_actors=6), [head, four], batches=9, shrinks=True)
     assert (left.engines, left.engines_per_node) == (4, 4), "a node died meanwhile"
-    gpus = config().with_overrides({"scaling.use_gpu": True})
-    pool = cluster.size_pool(gpus, [cluster.Node("a", 1, gpus=8), cluster.Node("b", 1, gpus=8)], batches=99)
+    gpus = with_overrides(config(), {"scaling.use_gpu": True})
+    pool = engine_pool.size_pool(gpus, [engine_pool.Node("a", 1, gpus=8), engine_pool.Node("b", 1, gpus=8)], batches=99)
     assert (pool.engines, pool.gpus, pool.cpus) == (16, 1.0, 0.0)
-    nodes = [cluster.Node("a", 1, gpus=8), cluster.Node("b", 1, gpus=3), cluster.Node("c", 1, gpus=1)]
-    large = gpus.with_overrides({"generate.gpus_per_engine": 2})
-    pool = cluster.size_pool(large, nodes, batches=99)
+    nodes = [engine_pool.Node("a", 1, gpus=8), engine_pool.Node("b", 1, gpus=3), engine_pool.Node("c", 1, gpus=1)]
+    large = with_overrides(gpus, {"generate.gpus_per_engine": 2})
+    pool = engine_pool.size_pool(large, nodes, batches=99)
     assert (pool.engines, pool.gpus) == (5, 2.0), "an engine lies on one node"
     with pytest.raises(RequestError, match="num_actors=6 wants 6 times 2 GPUs and the cluster has room for 5"):
-        cluster.size_pool(large.with_overrides({"generate.num_actors": 6}), nodes, batches=99)
+        engine_pool.size_pool(with_overrides(large, {"generate.num_actors": 6}), nodes, batches=99)
     with pytest.raises(RequestError, match="gpus_per_engine=9 wants 9 GPUs on one node and none has as many"):
-        cluster.size_pool(gpus.with_overrides({"generate.gpus_per_engine": 9}), nodes, batches=99)
+        engine_pool.size_pool(with_overrides(gpus, {"generate.gpus_per_engine": 9}), nodes, batches=99)

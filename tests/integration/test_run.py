@@ -19,13 +19,15 @@ import yaml
 
 import raysft
 from raysft.cli import main
-from raysft.config import RequestError, load
-from raysft.data.stream import Rows
-from raysft.lock import held
-from raysft.records import RunDirectory, read_jsonl
+from raysft.config import load
+from raysft.data.rows.packed_dataset import Rows
+from raysft.errors import RequestError
+from raysft.storage.json_files import read_jsonl
+from raysft.storage.lock import held
+from raysft.storage.run_directory import RunDirectory
 from raysft.train import launch
-from raysft.train.checkpoint import complete
-from raysft.train.cursor import Cursor
+from raysft.train.checkpoint.cursor import Cursor
+from raysft.train.checkpoint.format import complete
 from raysft.train.loop import Job
 from tests.tiny import SENTENCES, tiny_model, with_code, write_chats
 from tests.training import make_config, prepare

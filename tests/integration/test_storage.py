@@ -15,8 +15,8 @@ import ray
 import raysft
 from raysft.cli import main
 from raysft.config import load
-from raysft.storage import Place
-from raysft.train import checkpoint
+from raysft.storage.path import StoragePath
+from raysft.train.checkpoint import format
 from tests.objects import Server
 from tests.tiny import tiny_model, write_chats
 
@@ -43,7 +43,7 @@ generate: {{max_examples: 4, max_new_tokens: 4, do_sample: false, compare_base: 
 def folder(server, tmp_path_factory):
     """A model in the object store, data, a config, and a home of this machine's own with a Ray cluster."""
     folder = tmp_path_factory.mktemp("storage")
-    Place.of(server.uri("models/base")).upload(tiny_model(folder / "base"))
+    StoragePath.of(server.uri("models/base")).upload(tiny_model(folder / "base"))
     write_chats(folder / "chat.jsonl", 60)
     text = CONFIG.format(folder=folder, storage=server.uri("runs"), model=server.uri("models/base"))
     (folder / "c.yaml").write_text(text)
@@ -58,17 +58,17 @@ def folder(server, tmp_path_factory):
         ray.shutdown()
 
 
-def place(server: Server, name: str) -> Place:
-    return Place.of(server.uri(f"runs/{name}"))
+def place(server: Server, name: str) -> StoragePath:
+    return StoragePath.of(server.uri(f"runs/{name}"))
 
 
-def losses(run: Place) -> dict[int, float]:
+def losses(run: StoragePath) -> dict[int, float]:
     records = [json.loads(line) for line in (run / "trainer_log.jsonl").read_text().splitlines()]
     return {record["current_steps"]: record["loss"] for record in records if "loss" in record}
 
 
 @pytest.fixture(scope="module")
-def whole(server, folder) -> Place:
+def whole(server, folder) -> StoragePath:
     """A run that was left alone."""
     assert main(["run", str(folder / "c.yaml"), "run.name=whole"]) == 0
     return place(server, "whole")
@@ -90,7 +90,7 @@ def test_a_run_in_an_object_store_is_all_there(whole, folder, capsys):
     } <= files.keys()
     assert any(name.startswith("tensorboard/") for name in files)
     assert not [name for name in files if "/.best" in name or ".lock" in name or "partial" in name]
-    assert len(list(checkpoint.complete(whole / "checkpoints"))) == 2, "train.keep_last"
+    assert len(list(format.complete(whole / "checkpoints"))) == 2, "train.keep_last"
     assert any(name.startswith("cache/shards/") for name in whole.parent.walk())
     # What is done is done on every machine.
     shutil.rmtree(folder / "home" / ".cache")
@@ -130,16 +130,16 @@ def test_another_machine_goes_on_where_one_was_killed(whole, server, folder):
     psutil.wait_procs(children, timeout=10)
     server.heals()
     shutil.rmtree(folder / "elsewhere")
-    newest = checkpoint.newest(killed / "checkpoints")
+    newest = format.newest(killed / "checkpoints")
     assert newest
-    assert checkpoint.Cursor.read(newest).step == 4
+    assert format.Cursor.read(newest).step == 4
     # One more, of which the last worker's part did not come to its end.
-    torn = killed / "checkpoints" / checkpoint.folder_name(5, "torn")
+    torn = killed / "checkpoints" / format.folder_name(5, "torn")
     for name, entry in newest.walk().items():
         if name != "part_0.json":
             assert entry.size
             (torn / name).write_bytes((newest / name).read_bytes())
-    assert checkpoint.newest(killed / "checkpoints") == newest
+    assert format.newest(killed / "checkpoints") == newest
     lock = json.loads((killed / ".lock").read_text())
     assert lock["process"] == process.pid
     assert main(["train", str(folder / "c.yaml"), "run.name=killed"]) == 0
@@ -182,7 +182,7 @@ def test_a_storage_that_fails_costs_a_checkpoint_and_no_step(server, folder, cap
     assert "no checkpoint after step 4: that after step 2 is still being written; the training goes on" in said
     assert "no checkpoint after step 6: s3://bucket/runs/fails/checkpoints/" in said
     assert "ACCESS_DENIED" in said
-    assert [checkpoint.Cursor.read(each).step for each in checkpoint.complete(run / "checkpoints")] == [2]
+    assert [format.Cursor.read(each).step for each in format.complete(run / "checkpoints")] == [2]
     assert {"config.json", "model.safetensors"} <= (run / "model").list().keys()
 
 

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pytest
 import ray
 
-from raysft.config import RequestError, parse
-from raysft.generate.pipeline import completions
-from raysft.records import RunFailed
+from raysft.config import parse, with_overrides
+from raysft.errors import RequestError, RunFailed
+from raysft.generate.ray_pipeline import completions
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
@@ -37,4 +37,4 @@ def test_an_engine_that_does_not_start_fails_the_run_in_one_line(tmp_path, capfd
     assert "\n" not in str(failed.value)
     assert capfd.readouterr().err == ""
     with pytest.raises(RequestError, match=r"gpus_per_engine=2 wants 2 GPUs on one node and none has as many"):
-        list(completions(config.with_overrides({"generate.gpus_per_engine": 2}), model, prompts))
+        list(completions(with_overrides(config, {"generate.gpus_per_engine": 2}), model, prompts))

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raysft.storage import Place
-from raysft.train import checkpoint
-from raysft.train.cursor import Cursor
+from raysft.storage.path import StoragePath
+from raysft.train.checkpoint import format
+from raysft.train.checkpoint.cursor import Cursor
 from tests.training import STEPS, Case, Result, make_config, prepare, rows_of, train_all
 
 HALF = STEPS // 2
@@ -120,7 +120,7 @@ def test_a_machine_that_leaves_leaves_a_checkpoint(prepared, left_alone, tmp_pat
     config = make_config(prepared[0] / "leaving", prepared[1], zero_stage=2)
     [result] = train_all([Case(config, rows_of(prepared[2]), keep=tmp_path, leaves_in=2)], 2)
     assert [content["step"] for event, content in result.events if event == "notice"] == [2], "once, to all workers"
-    assert [folder.name for folder in checkpoint.complete(tmp_path)] == ["checkpoint_2"]
+    assert [folder.name for folder in format.complete(tmp_path)] == ["checkpoint_2"]
     assert result.losses == left_alone["zero 2", 2][0].losses
 
 
@@ -140,8 +140,8 @@ def test_checkpoints_by_time_go_on_bit_for_bit_and_all_workers_write_them_togeth
         2,
     )
     assert not (tmp_path / "short").exists(), "a run that is shorter writes none"
-    assert [folder.name for folder in checkpoint.complete(tmp_path / "apart")] == ["checkpoint_3"]
-    cursors = [Cursor.read(folder) for folder in checkpoint.complete(tmp_path / "often")]
+    assert [folder.name for folder in format.complete(tmp_path / "apart")] == ["checkpoint_3"]
+    cursors = [Cursor.read(folder) for folder in format.complete(tmp_path / "often")]
     assert [(cursor.step, cursor.passing) for cursor in cursors] == [(3, True), (2, True), (1, True)]
     [second] = train_all([by_time("second", resume=tmp_path / "often" / "checkpoint_2")], 2)
     assert often.losses == apart.losses == short.losses
@@ -155,16 +155,16 @@ def test_a_flipped_bit_is_found_and_the_one_before_is_taken(prepared, left_alone
 
     _, kept = left_alone["zero 2", 2]
     shutil.copytree(kept, tmp_path / "kept")
-    newer, older = (each.local for each in checkpoint.complete(tmp_path / "kept"))
+    newer, older = (each.local for each in format.complete(tmp_path / "kept"))
     file = newer / "part_1.safetensors"
     content = bytearray(file.read_bytes())
     content[-5] ^= 4
     file.write_bytes(bytes(content))
-    assert checkpoint.newest(tmp_path / "kept") == Place.of(newer), "its size is right"
+    assert format.newest(tmp_path / "kept") == StoragePath.of(newer), "its size is right"
     with pytest.raises(AssertionError, match="a worker failed"):
         train_all([case(prepared, "zero 2", 1, resume=newer)], 1)
-    assert json.loads((newer / checkpoint.DAMAGED).read_text()) == {"file": "part_1.safetensors"}
-    assert checkpoint.newest(tmp_path / "kept") == Place.of(older)
+    assert json.loads((newer / format.DAMAGED).read_text()) == {"file": "part_1.safetensors"}
+    assert format.newest(tmp_path / "kept") == StoragePath.of(older)
 
 
 @pytest.mark.parametrize("missing", ["part_1.safetensors", "part_1.json", "state_0.pt", "cursor.json"])
@@ -173,8 +173,8 @@ def test_a_half_written_checkpoint_is_none(left_alone, tmp_path, missing):
 
     _, kept = left_alone["zero 2", 2]
     shutil.copytree(kept, tmp_path / "kept")
-    newer, older = (each.local for each in checkpoint.complete(tmp_path / "kept"))
+    newer, older = (each.local for each in format.complete(tmp_path / "kept"))
     (newer / missing).unlink()
-    assert list(checkpoint.complete(tmp_path / "kept")) == [Place.of(older)]
+    assert list(format.complete(tmp_path / "kept")) == [StoragePath.of(older)]
     (older / "part_0.safetensors").write_bytes(b"short")
-    assert checkpoint.newest(tmp_path / "kept") is None
+    assert format.newest(tmp_path / "kept") is None

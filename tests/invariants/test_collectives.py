@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from raysft.config import Config
-from raysft.data.stream import Batch, Rows
-from raysft.records import IGNORED
+from raysft.data.rows.packed_dataset import Batch, Rows
+from raysft.data.types import IGNORED
 from tests.shards import the_set, write_records, written
 from tests.tiny import tiny_mixture, tiny_model
 from tests.training import Case, Result, assert_same, make_config, train_all

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from raysft.data.manifest import Manifest
+from raysft.data.shards.manifest import Manifest
 from tests.shards import the_set, written
 from tests.training import (
     STEPS,

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from raysft.config import TrainSection
-from raysft.config.resuming import EFFECTS, Effect
-from raysft.train import checkpoint
-from raysft.train.cursor import EVALUATION, Best, Cursor
-from raysft.train.judge import Judge, known_best, wants_to_stop
+from raysft.config.resume_effects import EFFECTS, Effect
+from raysft.train.checkpoint import format
+from raysft.train.checkpoint.cursor import EVALUATION, Best, Cursor
+from raysft.train.early_stopping import Judge, known_best, wants_to_stop
 from tests.training import STEPS, Case, Result, make_config, plain_loss, plain_model, prepare, rows_of, train_all
 
 HALF = STEPS // 2
@@ -224,11 +224,11 @@ def test_a_checkpoint_at_the_end_knows_the_last_evaluation(prepared, tmp_path):
         **BEFORE,
     )  # fmt: skip
     train_all([Case(config, rows_of(prepared[2]), keep=tmp_path / "kept")])
-    cursor = Cursor.read(next(checkpoint.complete(tmp_path / "kept")))
+    cursor = Cursor.read(next(format.complete(tmp_path / "kept")))
     assert cursor.step == STEPS
     assert cursor.best
     assert cursor.best.seen == STEPS
     assert (
-        json.loads((next(checkpoint.complete(tmp_path / "kept")).local / "cursor.json").read_text())["best"]["seen"]
+        json.loads((next(format.complete(tmp_path / "kept")).local / "cursor.json").read_text())["best"]["seen"]
         == STEPS
     )

@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from raysft.data.manifest import Manifest
-from raysft.data.stream import Rows
-from raysft.records import IGNORED
+from raysft.config import with_overrides
+from raysft.data.rows.packed_dataset import Rows
+from raysft.data.shards.manifest import Manifest
+from raysft.data.types import IGNORED
 from raysft.train.objective import Objective
 from tests.training import (
     SEQUENCE_LENGTH,
@@ -131,7 +132,7 @@ def test_zero_stages_do_not_change_the_training(prepared, reference, stage):
 
 def test_bfloat16_follows_float32_also_without_zero(prepared, reference):
     folder, model, manifest = prepared
-    config = make_config(folder, model, rows_per_device=4).with_overrides({"model.dtype": "bfloat16"})
+    config = with_overrides(make_config(folder, model, rows_per_device=4), {"model.dtype": "bfloat16"})
     losses = train(config, rows_of(manifest))[0]
     np.testing.assert_allclose(losses, reference[0], rtol=3e-3)
 

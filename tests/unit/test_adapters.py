@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from raysft.config import Config, RequestError, parse
-from raysft.train.adapters import find_adapter
+from raysft.config import Config, parse
+from raysft.errors import RequestError
+from raysft.models.adapters import find_adapter
+from raysft.train.check_model import check_model
 from raysft.train.finetuning import load_model
-from raysft.train.model import check_model
 from tests.tiny import tiny_model
 
 IDS = torch.arange(40)[None]

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raysft.data.arrow import arrow_records, parquet_records
-from raysft.data.json_list import Unreadable
+from raysft.data.sources.arrow import arrow_records, parquet_records
+from raysft.data.sources.json_stream import Unreadable
 
 
 def through_parquet(table: pa.Table) -> list[Any]:

@@ -13,9 +13,9 @@ from transformers import (
     XLNetConfig,
 )
 
-from raysft.config import parse
-from raysft.records import RunFailed
-from raysft.train import attention
+from raysft.config import parse, with_overrides
+from raysft.errors import RunFailed
+from raysft.models import attention
 from raysft.train.engine import check_model
 from raysft.train.loss import TokenLoss
 from tests.tiny import tiny_model
@@ -103,14 +103,14 @@ def test_models_whose_examples_see_each_other_are_refused(described):
     model = TokenLoss(made(described).eval())
     with pytest.raises(RunFailed, match=r"lets the examples of a row see each other .*; set data\.packing=false"):
         check_model(model, config(attention="sdpa"), torch.device("cpu"))
-    alone = config().with_overrides({"data.packing": False})
+    alone = with_overrides(config(), {"data.packing": False})
     check_model(model, alone, torch.device("cpu"))
 
 
 def test_a_model_that_sees_what_it_is_to_predict_is_refused():
     described = XLNetConfig(vocab_size=64, d_model=32, n_layer=1, n_head=2, d_inner=32)
     model = TokenLoss(AutoModelForCausalLM.from_config(described).eval())
-    alone = config().with_overrides({"data.packing": False})
+    alone = with_overrides(config(), {"data.packing": False})
     with pytest.raises(RunFailed, match=r"XLNetLMHeadModel lets tokens see those after them .*; give another model"):
         check_model(model, alone, torch.device("cpu"))
 
@@ -130,7 +130,7 @@ def test_others_are_taken(described, kernel):
         attention.use_examplewise(model, config())
     else:
         model.set_attn_implementation(kernel)
-    check_model(TokenLoss(model), config().with_overrides({"train.rows_per_device": 2}), torch.device("cpu"))
+    check_model(TokenLoss(model), with_overrides(config(), {"train.rows_per_device": 2}), torch.device("cpu"))
 
 
 def test_flash_attention_gets_one_long_row(monkeypatch):

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from raysft.claim import belongs_to, differences, settled
-from raysft.config import Config, RequestError, parse
-from raysft.records import RunDirectory
+from raysft.config import Config, parse
+from raysft.errors import RequestError
+from raysft.run.ownership import belongs_to, differences, settled
+from raysft.storage.run_directory import RunDirectory
 
 
 def config(folder: Path, **train) -> Config:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from raysft import __version__, run
+from raysft import __version__
 from raysft.cli import main
-from raysft.config import RequestError, documented_fields
-from raysft.records import RunFailed
+from raysft.config import documented_fields
+from raysft.errors import RequestError, RunFailed
+from raysft.run import pipeline
 
 HEAVY = ("torch", "ray", "deepspeed", "transformers", "peft", "datasets", "pyarrow")
 WITH_CONFIG = ("run", "check", "show", "prepare", "train", "evaluate", "generate", "tune")
@@ -58,8 +59,8 @@ for arguments in (["--help"], ["run", "--help"], ["--version"], ["run", "none.ya
 def test_the_flows_are_found_on_the_package_though_it_loads_them_late():
     import raysft
 
-    assert raysft.run_sft is run.run_sft
-    assert raysft.run_pt is run.run_pt
+    assert raysft.run_sft is pipeline.run_sft
+    assert raysft.run_pt is pipeline.run_pt
     with pytest.raises(AttributeError, match="module 'raysft' has no attribute 'run_sf'"):
         raysft.run_sf  # noqa: B018
 
@@ -106,7 +107,7 @@ def test_exit_codes_tell_a_wrong_request_from_a_failed_run(config, monkeypatch, 
         if raised:
             raise raised
 
-    monkeypatch.setattr(run, "run", outcome)
+    monkeypatch.setattr(pipeline, "run", outcome)
     assert main(["run", config]) == code
     assert capsys.readouterr().err == line
 
@@ -121,7 +122,7 @@ def test_exit_codes_tell_a_wrong_request_from_a_failed_run(config, monkeypatch, 
 )
 def test_overrides_may_stand_before_and_after_options(config, monkeypatch, arguments):
     seen = []
-    monkeypatch.setattr(run, "show", lambda config, rows, page: seen.append((config.train.epochs, rows)))
+    monkeypatch.setattr(pipeline, "show", lambda config, rows, page: seen.append((config.train.epochs, rows)))
     assert main(arguments) == 0
     assert seen == [(2, 2)]
 

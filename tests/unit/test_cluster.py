@@ -9,8 +9,8 @@ from contextlib import closing, contextmanager
 
 import pytest
 
-from raysft import cluster
-from raysft.config import RequestError
+from raysft.cluster import connect
+from raysft.errors import RequestError
 from tests.servers import serving, silent
 
 
@@ -33,9 +33,9 @@ def port_that(server: str):
 @pytest.mark.parametrize("server", ["refuses", "is silent", "hangs up", "speaks HTTP"])
 @pytest.mark.parametrize("through", ["RAY_ADDRESS", "scaling.address"])
 def test_what_does_not_answer_like_a_cluster_is_given_up_in_time(monkeypatch, server, through):
-    monkeypatch.setattr(cluster, "ANSWER_SECONDS", 2.0)
-    monkeypatch.setattr(cluster, "ATTEMPT_SECONDS", 1.0)
-    monkeypatch.setattr(cluster, "PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(connect, "ANSWER_SECONDS", 2.0)
+    monkeypatch.setattr(connect, "ATTEMPT_SECONDS", 1.0)
+    monkeypatch.setattr(connect, "PAUSE_SECONDS", 0.1)
     with port_that(server) as port:
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
         begun = time.monotonic()
@@ -90,6 +90,6 @@ def test_a_cluster_of_another_version_is_named(monkeypatch):
 
 def refusal(address: str | None) -> str:
     with pytest.raises(RequestError) as caught:
-        cluster._join(address)
+        connect._join(address)
     assert "\n" not in str(caught.value)
     return str(caught.value)

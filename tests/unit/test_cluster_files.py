@@ -12,7 +12,7 @@ import yaml
 
 from raysft.cli import _parser
 from raysft.config import load
-from raysft.plan import check_resources
+from raysft.run.plan import check_resources
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = ROOT.parent / "shared" / "data" / "kuberay" / "ray.io_rayjobs.yaml"

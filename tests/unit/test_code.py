@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from raysft.config import Config, RequestError, parse
-from raysft.records import RunDirectory
-from raysft.train.model import check_model, find_model, model_identity
+from raysft.config import Config, parse, with_overrides
+from raysft.errors import RequestError
+from raysft.models.fingerprint import model_identity
+from raysft.models.resolve import find_model
+from raysft.storage.run_directory import RunDirectory
+from raysft.train.check_model import check_model
 from tests.tiny import tiny_model, with_code
 from tests.training import Case, make_config, prepare, rows_of, train_all
 
@@ -108,7 +111,7 @@ def test_a_model_with_code_trains_evaluates_generates_and_is_exported(tmp_path, 
     rows, cases = rows_of(manifest), list[Case]()
     for finetuning in ("full", "lora"):
         plain = make_config(folder, llama, finetuning=finetuning)
-        named = plain.with_overrides({"model.path": str(own), "model.trust_remote_code": [str(own)]})
+        named = with_overrides(plain, {"model.path": str(own), "model.trust_remote_code": [str(own)]})
         cases += [Case(plain, rows), Case(named, rows)]
     results = train_all(cases)
     assert ran.exists()
@@ -123,7 +126,7 @@ def is_loaded_again(config: Config, trained: Path, output: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from raysft.generate.engines import create_engine
-    from raysft.train.adapters import merge
+    from raysft.models.adapters import merge
     from raysft.train.finetuning import load_trained
 
     model = load_trained(config, trained)
@@ -143,7 +146,7 @@ def test_an_adapter_does_not_lend_the_trust_in_its_model_to_another_base(tmp_pat
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(model, elsewhere)
     plain = tiny_model(tmp_path / "plain")
-    settings = config(plain).with_overrides({"model.trust_remote_code": [str(plain)]})
+    settings = with_overrides(config(plain), {"model.trust_remote_code": [str(plain)]})
     load_model(settings, str(plain)).save_pretrained("adapter")
     shutil.copytree(plain, "adapter", dirs_exist_ok=True, ignore=shutil.ignore_patterns("model*", "config.json"))
     described = json.loads(Path("adapter/adapter_config.json").read_text())
@@ -157,7 +160,7 @@ def test_an_adapter_does_not_lend_the_trust_in_its_model_to_another_base(tmp_pat
 
 
 def test_an_export_takes_the_name_from_the_runs_config(tmp_path, model, ran):
-    from raysft.run import export
+    from raysft.run.pipeline import export
     from raysft.train.finetuning import load_model
 
     named = config(model, (str(model),))
@@ -173,7 +176,7 @@ def test_an_export_takes_the_name_from_the_runs_config(tmp_path, model, ran):
 
 def test_an_adapter_lends_the_trust_to_no_other_base(tmp_path, model):
     from raysft.config import parse
-    from raysft.generate.engines.model import runs_code
+    from raysft.models.remote_code import runs_code
 
     other, merged = tmp_path / "other", tmp_path / "cache" / "models" / "merged-1"
     for folder in (other, merged):
@@ -187,6 +190,6 @@ def test_an_adapter_lends_the_trust_to_no_other_base(tmp_path, model):
         (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
         assert runs_code(named, adapter) is trusted, base
     assert runs_code(named, other), "what the run has trained is a whole model"
-    elsewhere = named.with_overrides({"generate.model": str(other)})
+    elsewhere = with_overrides(named, {"generate.model": str(other)})
     assert not runs_code(elsewhere, other), "another model, that nobody has named"
-    assert runs_code(elsewhere.with_overrides({"model.trust_remote_code": [str(other)]}), other)
+    assert runs_code(with_overrides(elsewhere, {"model.trust_remote_code": [str(other)]}), other)

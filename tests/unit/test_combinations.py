@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from raysft.config import Config, RequestError, parse
-from raysft.train.zero import deepspeed_settings
+from raysft.config import Config, parse
+from raysft.errors import RequestError
+from raysft.train.deepspeed_config import deepspeed_settings
 
 
 def config(**settings) -> Config:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from raysft.config import Config, RequestError, documented_fields, load, parse
+from raysft.config import Config, documented_fields, load, parse, with_overrides
+from raysft.errors import RequestError
 
 BASE = """\
 stage: sft
@@ -270,11 +271,11 @@ def test_the_resolved_config_reads_back_as_itself(write):
 
 def test_with_overrides_validates_what_it_changes():
     config = parse({"model": {"path": "m"}, "data": {"train": [{"name": "a", "path": "a"}]}})
-    changed = config.with_overrides({"train.learning_rate": 1e-3, "data.train.0.name": "b"})
+    changed = with_overrides(config, {"train.learning_rate": 1e-3, "data.train.0.name": "b"})
     assert (changed.train.learning_rate, changed.data.train[0].name) == (1e-3, "b")
     assert config.train.learning_rate == 1e-4
     with pytest.raises(RequestError, match=r"^override: unknown key train\.epoch; did you mean train\.epochs\?$"):
-        config.with_overrides({"train.epoch": 3})
+        with_overrides(config, {"train.epoch": 3})
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("**/*.yaml")), ids=lambda path: path.name)

@@ -15,11 +15,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from raysft.config import parse
+from raysft.errors import RunFailed
 from raysft.generate.engines import create_engine
-from raysft.records import RunDirectory, RunFailed
-from raysft.storage import Place
-from raysft.train.adapters import merge
-from raysft.train.cursor import Best
+from raysft.models.adapters import merge
+from raysft.storage.path import StoragePath
+from raysft.storage.run_directory import RunDirectory
+from raysft.train.checkpoint.cursor import Best
 from raysft.train.export import Exporter, export, gather
 from tests.objects import s3_server
 from tests.tiny import tiny_model
@@ -42,7 +43,7 @@ def test_buffers_that_belong_to_a_model_are_written_too(tmp_path: Path):
     model.model.register_buffer("passing", torch.arange(3.0), persistent=False)
     weights = gather(model)
     assert weights is not None
-    export(model, weights, AutoTokenizer.from_pretrained(folder), Place.of(tmp_path / "out"))
+    export(model, weights, AutoTokenizer.from_pretrained(folder), StoragePath.of(tmp_path / "out"))
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert written["model.balance"].tolist() == [0.0, 1.0, 2.0]
     assert "model.passing" not in written
@@ -64,7 +65,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr("raysft.train.export.gather", lambda model: {})
     monkeypatch.setattr("raysft.train.export.save", mark_alone)
     with s3_server() as server:
-        yield RunDirectory.of(Place.of(server.uri(f"{tmp_path.name}/r")))
+        yield RunDirectory.of(StoragePath.of(server.uri(f"{tmp_path.name}/r")))
 
 
 def mark_alone(model: str, weights: object, tokenizer: object, folder: Path, ends: Sequence[int] = ()) -> None:
@@ -130,7 +131,7 @@ def keeps(rank: int, run: str, store: str, out, full: bool) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=20)
     )
-    exporter = Exporter(RunDirectory.of(Place.of(run)), lambda event, content: None)
+    exporter = Exporter(RunDirectory.of(StoragePath.of(run)), lambda event, content: None)
     model = Unwritable() if full else Writable()
     if rank == 1:
         tempfile.tempdir = "/there/is/no/such/folder"  # as on a node whose disk is full
@@ -218,7 +219,7 @@ def test_the_generation_config_names_where_turns_end_beside_what_it_had(tmp_path
         model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
     weights = gather(model)
     assert weights is not None
-    export(model, weights, AutoTokenizer.from_pretrained(folder), Place.of(tmp_path / "out"), ends=(7, 9))
+    export(model, weights, AutoTokenizer.from_pretrained(folder), StoragePath.of(tmp_path / "out"), ends=(7, 9))
     written = GenerationConfig.from_pretrained(tmp_path / "out")
     assert (written.eos_token_id, written.max_length, written.temperature) == (after, 77, 0.6)
     # As one model too, and for whoever goes on with the adapter.

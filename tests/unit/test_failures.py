@@ -13,12 +13,11 @@ from ray.train import FailureConfig
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from raysft.records import RunFailed
-from raysft.storage import StorageFailed
-from raysft.train.checkpoint import Damaged
-from raysft.train.cursor import Cursor
-from raysft.train.failures import Fault, Restarts, cause, faults_of
+from raysft.errors import RunFailed, StorageFailed
+from raysft.train.checkpoint.cursor import Cursor
+from raysft.train.checkpoint.format import Damaged
 from raysft.train.loop import _Loop, _train
+from raysft.train.restarts import Fault, Restarts, cause, faults_of
 
 
 def raised(error: Exception, moment: str = "step 4", rank: int = 1) -> Exception:

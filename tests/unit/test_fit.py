@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from raysft.data.fit import split, truncate, truncated_lengths
+from raysft.data.tokenization.truncation import split, truncate, truncated_lengths
 
 
 @pytest.mark.parametrize(

@@ -12,15 +12,17 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants, file_download, hf_api
 
-from raysft import hub
-from raysft.config import Config, RequestError, Source
-from raysft.copies import model_copy
-from raysft.data.files import find_files
+from raysft.config import Config, Source
+from raysft.data.sources.files import find_files
+from raysft.errors import RequestError
 from raysft.generate import metrics
 from raysft.generate.metrics import script
-from raysft.pretrained import load_tokenizer, load_weights
-from raysft.storage import Place
-from raysft.train.model import find_model
+from raysft.models.loading import load_weights
+from raysft.models.resolve import find_model
+from raysft.models.tokenizer import load_tokenizer
+from raysft.storage import hub
+from raysft.storage.local_cache import model_copy
+from raysft.storage.path import StoragePath
 from tests.servers import http, pages, serving, silent
 from tests.tiny import tiny_model
 
@@ -91,7 +93,7 @@ def ask(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_that_the_hub_does_not_give_is_one_line_in_time(ask, tmp_path, kind):
-    line = ask(kind, lambda: find_model("some/model", Place.of(tmp_path), print))
+    line = ask(kind, lambda: find_model("some/model", StoragePath.of(tmp_path), print))
     assert line.startswith("model.path=some/model: is no folder here, and ")
     assert KINDS[kind][1] in line
 
@@ -105,7 +107,7 @@ def test_weights_that_the_hub_does_not_give_are_one_line_in_time(ask, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_dataset_that_the_hub_does_not_give_is_one_line_in_time(ask, kind):
-    from raysft import filesystems
+    from raysft.storage import filesystems
 
     filesystems._filesystem.cache_clear()
     huggingface_hub.HfFileSystem.clear_instance_cache()
@@ -201,10 +203,10 @@ def test_a_metric_of_the_hub_is_fetched_once_and_scores_when_the_hub_is_gone(mon
 def test_a_hub_that_did_not_answer_is_not_asked_again_for_each_file(ask, tmp_path):
     def twice():
         with pytest.raises(RequestError):
-            find_model("some/model", Place.of(tmp_path), print)
+            find_model("some/model", StoragePath.of(tmp_path), print)
         begun = time.monotonic()
         try:
-            find_model("another/model", Place.of(tmp_path), print)
+            find_model("another/model", StoragePath.of(tmp_path), print)
         finally:
             assert time.monotonic() - begun < 1.0
 
@@ -225,7 +227,7 @@ def test_a_metric_that_evaluate_has_fetched_is_used_without_the_hub(monkeypatch,
 def test_without_network_by_ones_own_wish_the_hub_is_not_asked(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(RequestError, match="HF_HUB_OFFLINE is set, and the cache does not hold it; unset it"):
-        find_model("some/model", Place.of(tmp_path), print)
+        find_model("some/model", StoragePath.of(tmp_path), print)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
     with pytest.raises(RequestError, match=r"its tokenizer cannot be loaded \(.*\); put its files"):
         load_tokenizer(str(tmp_path))

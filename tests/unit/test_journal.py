@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from raysft.generate.journal import Journal
+from raysft.generate.prediction_store import Journal
 
 
 def entry(id: str) -> dict:

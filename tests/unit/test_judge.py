@@ -5,7 +5,7 @@ import math
 import pytest
 
 from raysft.config import TrainSection
-from raysft.train.judge import Judge
+from raysft.train.early_stopping import Judge
 
 
 def judged(losses, patience=None, threshold=0.0):

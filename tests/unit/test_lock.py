@@ -10,9 +10,9 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from raysft import lock
-from raysft.lock import Held, Holder, held
-from raysft.storage import Place
+from raysft.storage import lock
+from raysft.storage.lock import Held, Holder, held
+from raysft.storage.path import StoragePath
 
 
 def hold(folder, ready, seconds):
@@ -72,7 +72,7 @@ def test_one_on_another_machine_that_ends_meanwhile_is_followed(tmp_path, monkey
     taken = []
     monkeypatch.setattr(lock, "_write", lambda file, holder: taken.append(holder))
     with pytest.raises(Held, match="in this moment"):
-        lock._take(Place.of(tmp_path / ".lock"), Holder.me(), print)
+        lock._take(StoragePath.of(tmp_path / ".lock"), Holder.me(), print)
     assert taken, "it was followed; what became of the lock after that is another matter"
 
 
@@ -85,14 +85,14 @@ def test_a_lock_that_cannot_be_read_holds_nobody_off(tmp_path):
 def test_a_lock_that_another_user_keeps_to_himself_is_no_dead_ones(tmp_path, monkeypatch):
     content = json.dumps(asdict(Holder.me()))
     (tmp_path / ".lock").write_text(content)
-    read = Place.read
+    read = StoragePath.read
 
     def refused(place, function):
         if place.name == ".lock":
             raise PermissionError(errno.EACCES, "Permission denied", str(place))
         return read(place, function)
 
-    monkeypatch.setattr(Place, "read", refused)
+    monkeypatch.setattr(StoragePath, "read", refused)
     with pytest.raises(Held, match="Permission denied"), held(tmp_path):
         pass
     assert (tmp_path / ".lock").read_text() == content

@@ -8,8 +8,10 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from raysft.log import Journal, Terminal
-from raysft.records import StepRecord, read_jsonl
+from raysft.storage.json_files import read_jsonl
+from raysft.telemetry.events import StepRecord
+from raysft.telemetry.terminal import Terminal
+from raysft.telemetry.train_log import Journal
 
 
 def step(number: int, loss: float = 1.0) -> StepRecord:
@@ -98,7 +100,7 @@ def test_results_are_json_where_a_loss_was_not_finite(tmp_path: Path, capsys):
 
 def test_a_reader_that_goes_away_ends_nothing(tmp_path: Path):
     code = (
-        "import time, pathlib\nfrom raysft.log import Terminal\nterminal = Terminal()\n"
+        "import time, pathlib\nfrom raysft.telemetry.terminal import Terminal\nterminal = Terminal()\n"
         "for number in range(200):\n    terminal.line('x' * 1000)\n    time.sleep(0.001)\n"
         f"pathlib.Path({str(tmp_path / 'done')!r}).touch()\n"
     )

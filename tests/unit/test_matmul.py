@@ -5,22 +5,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from raysft import matmul
+from raysft.models import onednn
 
 
 @pytest.fixture
-def onednn():
+def with_onednn():
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
-    library = matmul._override()
+    library = onednn._override()
     yield
     library._destroy()
-    matmul._override.cache_clear()
+    onednn._override.cache_clear()
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(300, 576, 192), (2, 128, 96, 256), (3, 5, 7), (512, 8, 576)])
-def test_a_layer_and_its_gradients_are_those_of_float64(onednn, shape, bias):
+def test_a_layer_and_its_gradients_are_those_of_float64(with_onednn, shape, bias):
     *rows, inputs, outputs = shape
     torch.manual_seed(1)
     layer = torch.nn.Linear(inputs, outputs, bias=bias)
@@ -38,19 +38,19 @@ def test_a_layer_and_its_gradients_are_those_of_float64(onednn, shape, bias):
 
 
 @pytest.mark.parametrize("bias", [torch.arange(1000.0)[::2], torch.full((1,), 3.0).expand(500), torch.ones(1)])
-def test_a_bias_of_any_form_is_added(onednn, bias):
+def test_a_bias_of_any_form_is_added(with_onednn, bias):
     x, weight = torch.randn(300, 400), torch.randn(500, 400)
     exact = (x.double() @ weight.double().t() + bias.double()).float()
     torch.testing.assert_close(torch.nn.functional.linear(x, weight, bias), exact, rtol=0, atol=1e-3)
 
 
-def test_large_products_are_onednns(onednn):
+def test_large_products_are_onednns(with_onednn):
     with torch.profiler.profile() as profiler:
         torch.randn(300, 200) @ torch.randn(200, 100)
     assert "mkldnn::_linear_pointwise" in {event.key for event in profiler.key_averages()}
 
 
-def test_what_onednn_does_not_take_is_computed_as_before(onednn):
+def test_what_onednn_does_not_take_is_computed_as_before(with_onednn):
     a, b = torch.randn(300, 400), torch.randn(400, 500)
     for kind in (torch.float64, torch.bfloat16):
         assert (a.to(kind) @ b.to(kind)).dtype == kind
@@ -71,7 +71,7 @@ def test_the_choice_follows_from_the_processor(tmp_path, monkeypatch, vendor, ex
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     described = tmp_path / "cpuinfo"
     described.write_text(f"processor : 0\nvendor_id : {vendor}\n")
-    assert matmul.held_back(described) is expected
-    assert not matmul.held_back(Path("/nowhere"))
+    assert onednn.held_back(described) is expected
+    assert not onednn.held_back(Path("/nowhere"))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert not matmul.held_back(described)
+    assert not onednn.held_back(described)

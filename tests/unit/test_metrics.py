@@ -19,10 +19,10 @@ from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_chinese import Rouge
 from rouge_score.rouge_scorer import RougeScorer
 
-from raysft.config import Config, RequestError
+from raysft.config import Config, with_overrides
+from raysft.errors import RequestError, RunFailed
 from raysft.generate import metrics
 from raysft.generate.metrics.bootstrap import intervals, resampled_sums, totals
-from raysft.records import RunFailed
 
 jieba.setLogLevel(logging.WARNING)
 
@@ -89,7 +89,7 @@ def corpus(pairs=PAIRS) -> tuple[list[str], list[str]]:
 
 def scored(metric: str, pairs=PAIRS, **run) -> dict:
     """Figures of one metric over all examples."""
-    named = config(metrics=[metric]).with_overrides({f"run.{key}": value for key, value in run.items()})
+    named = with_overrides(config(metrics=[metric]), {f"run.{key}": value for key, value in run.items()})
     return {key.removeprefix("predict_"): value for key, value in metrics.score(named, rows(pairs)).items()}
 
 

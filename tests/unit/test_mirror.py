@@ -7,23 +7,25 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from raysft import lock, mirror
-from raysft.lock import Held, Holder, held
-from raysft.mirror import Mirror, looked_into, mirrored
-from raysft.records import RunDirectory, RunFailed, append_json
-from raysft.storage import Place
+from raysft.errors import RunFailed
+from raysft.storage import lock, sync
+from raysft.storage.json_files import append_json
+from raysft.storage.lock import Held, Holder, held
+from raysft.storage.path import StoragePath
+from raysft.storage.run_directory import RunDirectory
+from raysft.storage.sync import Mirror, looked_into, mirrored
 
 
 @pytest.fixture
 def run(server, tmp_path, monkeypatch) -> RunDirectory:
     """An empty run directory in the object store."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    yield RunDirectory.of(Place.of(server.uri(f"{tmp_path.name}/runs/r")))
+    yield RunDirectory.of(StoragePath.of(server.uri(f"{tmp_path.name}/runs/r")))
     server.heals()
 
 
 def test_files_go_there_as_they_change_and_come_from_there(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(mirror, "EVERY_SECONDS", 0.1)
+    monkeypatch.setattr(sync, "EVERY_SECONDS", 0.1)
     assert run.path.is_relative_to(tmp_path / "home" / ".cache" / "raysft" / "runs")
     (run.checkpoints / "checkpoint_1" / "part").write_text("large")
     (run.place / "results.json").write_text("there")
@@ -79,14 +81,14 @@ def test_what_is_no_more_is_taken_away_before_anything_is_brought(run, monkeypat
     def dies(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Place, "upload", dies)
+    monkeypatch.setattr(StoragePath, "upload", dies)
     with pytest.raises(KeyboardInterrupt):
         killed.push()
     assert not (run.place / "train_results.json").exists(), "a new config beside old results would count as done"
 
 
 def test_a_storage_that_is_away_is_said_once_and_the_files_follow(run, server, monkeypatch):
-    monkeypatch.setattr(mirror, "EVERY_SECONDS", 0.1)
+    monkeypatch.setattr(sync, "EVERY_SECONDS", 0.1)
     said: list[str] = []
     with mirrored(run, said.append):
         server.fails("PUT", seconds=600)
@@ -102,7 +104,7 @@ def test_a_storage_that_is_away_is_said_once_and_the_files_follow(run, server, m
 
 
 def test_a_storage_that_stays_away_at_the_end_is_one_line(run, server, monkeypatch):
-    monkeypatch.setattr("raysft.storage.PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr("raysft.storage.retry.RETRY_SECONDS", 1.0)
 
     def works():
         with mirrored(run, lambda line: None):
@@ -148,6 +150,6 @@ def test_the_lock_of_an_object_store(run, monkeypatch):
 
 
 def test_runs_of_the_same_name_on_two_servers_have_a_working_copy_each():
-    one, other = (Place.of(f"s3://bucket/runs/r?endpoint_override=http://{host}") for host in ("one", "other"))
+    one, other = (StoragePath.of(f"s3://bucket/runs/r?endpoint_override=http://{host}") for host in ("one", "other"))
     assert RunDirectory.of(one).path != RunDirectory.of(other).path
     assert RunDirectory.of(one).path == RunDirectory.of(one).path

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from raysft.config import Config, RequestError, TrainSection, parse
-from raysft.train.adapters import merge
+from raysft.config import Config, TrainSection, parse
+from raysft.errors import RequestError
+from raysft.models.adapters import merge
+from raysft.models.fingerprint import model_identity
+from raysft.train.check_model import check_model
 from raysft.train.finetuning import load_model
-from raysft.train.model import check_model, model_identity
 from raysft.train.optim import make_schedule
 from tests.tiny import tiny_model
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from raysft.records import IGNORED
+from raysft.data.types import IGNORED
 from raysft.train.objective import Objective, embedding_noise
 
 VOCABULARY = 50

@@ -7,8 +7,9 @@ from typing import get_args
 import pytest
 import torch
 
-from raysft.config import RequestError, TrainSection
-from raysft.config.training import Schedule
+from raysft.config import TrainSection
+from raysft.config.train import Schedule
+from raysft.errors import RequestError
 from raysft.train.optim import make_optimizer, make_schedule
 
 STEPS = 40

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from raysft.data.pack import pack
+from raysft.data.rows.packing import pack
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> int:

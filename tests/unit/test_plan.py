@@ -6,10 +6,11 @@ import json
 
 import pytest
 
-from raysft.config import Config, RequestError, parse
-from raysft.data import Prepared
-from raysft.data.stream import Rows
-from raysft.plan import check_resources, make_plan
+from raysft.config import Config, parse, with_overrides
+from raysft.data.prepare import Prepared
+from raysft.data.rows.packed_dataset import Rows
+from raysft.errors import RequestError
+from raysft.run.plan import check_resources, make_plan
 from tests.shards import data_config, the_set, write_records, written
 from tests.tiny import tiny_tokenizer
 
@@ -173,8 +174,9 @@ def test_a_plan_counts_steps_rows_tokens_and_what_is_empty(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     write_records(tmp_path / "a.jsonl", [["How are you?", "Fine."]] * 10 + [3])
-    config = data_config(tmp_path, packing=False, max_rejected=0.5).with_overrides(
-        {"train.rows_per_step": 4, "train.rows_per_device": 2, "train.epochs": 3, "scaling.num_workers": 3}
+    config = with_overrides(
+        data_config(tmp_path, packing=False, max_rejected=0.5),
+        {"train.rows_per_step": 4, "train.rows_per_device": 2, "train.epochs": 3, "scaling.num_workers": 3},
     )
     each = the_set(config, str(tmp_path / "model"))
     manifest = written(each, str(tmp_path / "model"))

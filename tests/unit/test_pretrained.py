@@ -10,12 +10,14 @@ from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from raysft.config import RequestError, parse
+from raysft.config import parse, with_overrides
+from raysft.errors import RequestError
 from raysft.generate.engines import create_engine
-from raysft.pretrained import check_weights, embedding_rows, load_tokenizer
-from raysft.train.adapters import find_adapter, merge, merge_adapters
+from raysft.models.adapters import find_adapter, merge, merge_adapters
+from raysft.models.tokenizer import load_tokenizer
+from raysft.models.weight_files import check_weights, embedding_rows
+from raysft.train.check_model import check_model
 from raysft.train.finetuning import load_model, load_trained
-from raysft.train.model import check_model
 from tests.tiny import tiny_model, tiny_tokenizer
 
 CONFIG = parse({"model": {"path": "m"}, "data": {"train": [{"name": "a", "path": "a"}], "sequence_length": 64}})
@@ -59,7 +61,7 @@ def test_a_torn_file_is_named(model, adapter, tmp_path):
     assert told.endswith("copy it again")
 
     folder = copied(adapter, tmp_path / "adapter")
-    config = CONFIG.with_overrides({"model.finetuning": "lora", "model.lora.rank": 2, "model.adapters": [str(folder)]})
+    config = with_overrides(CONFIG, {"model.finetuning": "lora", "model.lora.rank": 2, "model.adapters": [str(folder)]})
     assert find_adapter(config, str(model), print) == (str(model), str(folder))
     cut(folder / "adapter_model.safetensors")
     told = refusal(lambda: find_adapter(config, str(model), print))
@@ -128,7 +130,7 @@ def test_an_adapter_of_one_end_of_a_tied_embedding_is_merged_into_that_end_alone
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
         with torch.inference_mode():
             torch.testing.assert_close(merged(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
-    config = CONFIG.with_overrides({"generate.max_new_tokens": 12, "generate.do_sample": False})
+    config = with_overrides(CONFIG, {"generate.max_new_tokens": 12, "generate.do_sample": False})
     [written] = create_engine(config, str(tmp_path / "adapter")).complete(["a"], [ids[0].tolist()])
     assert written.text == tiny_tokenizer().decode(asked[0, 20:], skip_special_tokens=True)
 
@@ -139,7 +141,7 @@ def test_a_prompt_learnt_before_the_model_is_not_merged(model, tmp_path):
     learnt.save_pretrained(tmp_path)
     ids = torch.arange(5, 15)[None]
     asked = learnt.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
-    config = CONFIG.with_overrides({"generate.max_new_tokens": 6, "generate.do_sample": False})
+    config = with_overrides(CONFIG, {"generate.max_new_tokens": 6, "generate.do_sample": False})
     [written] = create_engine(config, str(tmp_path)).complete(["a"], [ids[0].tolist()])
     assert written.text == tiny_tokenizer().decode(asked[0, 10:], skip_special_tokens=True)
 
@@ -179,7 +181,7 @@ def test_nor_where_they_are_quantized_on_the_way(model, tmp_path, bits):
     folder = copied(model, tmp_path / "lacking")
     described = json.loads((model / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**described, "num_hidden_layers": 3}))
-    config = CONFIG.with_overrides({"model.finetuning": "lora", "model.quantization": bits})
+    config = with_overrides(CONFIG, {"model.finetuning": "lora", "model.quantization": bits})
     for load_it in (lambda: load_model(config, str(folder)), lambda: create_engine(config, str(folder))):
         assert f"{folder}: lacks 9 of the model's weights" in refusal(load_it)
 
@@ -188,7 +190,7 @@ def test_nor_an_adapter_without_some_of_its_weights(model, adapter, tmp_path):
     folder = copied(adapter, tmp_path / "lacking")
     file = folder / "adapter_model.safetensors"
     save_file({name: value for name, value in load_file(file).items() if "layers.1." not in name}, file)
-    config = CONFIG.with_overrides({"model.finetuning": "lora", "model.lora.rank": 2})
+    config = with_overrides(CONFIG, {"model.finetuning": "lora", "model.lora.rank": 2})
     for load_it in (
         lambda: load_model(config, str(model), adapter=str(folder)),
         lambda: load_trained(config, folder),

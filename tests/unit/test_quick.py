@@ -11,8 +11,8 @@ import pytest
 import tokenizers
 from transformers import AutoTokenizer
 
-from raysft.config import RequestError
-from raysft.data.quick import QuickEncoder
+from raysft.data.tokenization.fast_encoder import QuickEncoder
+from raysft.errors import RequestError
 from tests.tiny import tiny_tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "tokenizers"

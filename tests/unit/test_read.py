@@ -15,13 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from raysft.config import RequestError, Source
-from raysft.data.files import find_files
-from raysft.data.formats import examples
-from raysft.data.holdout import is_held_out, opening
-from raysft.data.messages import ROLES
-from raysft.data.read import read_raw
-from raysft.records import Example, Message, Rejected, write_jsonl
+from raysft.config import Source
+from raysft.data.sources.files import find_files
+from raysft.data.sources.formats import examples
+from raysft.data.sources.holdout import is_held_out, opening
+from raysft.data.sources.messages import ROLES
+from raysft.data.sources.readers import read_raw
+from raysft.data.types import Example, Message, Rejected
+from raysft.errors import RequestError
+from raysft.storage.json_files import write_jsonl
 
 ALPACA = [
     {"instruction": "Add.", "input": "1 2", "output": "3"},

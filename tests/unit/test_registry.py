@@ -10,11 +10,12 @@ from typing import get_args
 import pytest
 import yaml
 
-from raysft.config import Config, RequestError, Source, parse
+from raysft.config import Config, Source, parse, with_overrides
 from raysft.config.data import Column
-from raysft.data.formats import examples
-from raysft.data.registry import find_source
-from raysft.records import Example
+from raysft.data.sources.formats import examples
+from raysft.data.sources.registry import find_source
+from raysft.data.types import Example
+from raysft.errors import RequestError
 
 REGISTRY = {
     "plain": {"file_name": "plain.json"},
@@ -91,7 +92,7 @@ def test_an_entry_describes_a_source_also_when_the_config_was_loaded_again(tmp_p
     (tmp_path / "dataset_info.json").write_text(json.dumps({"x": entry}))
     data = {"train": [{"name": "x"}], "registry": str(tmp_path)}
     config = parse({"model": {"path": "m"}, "data": data})
-    again = parse(yaml.safe_load(config.with_overrides(changed).to_yaml()))
+    again = parse(yaml.safe_load(with_overrides(config, changed).to_yaml()))
     source = find_source(again, again.data.train[0])
     assert source.path == str(tmp_path / "a.json")
     assert source == find_source(config, config.data.train[0])

@@ -8,17 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raysft.config import RequestError, Source, parse
-from raysft.data.bounds import REMEDY
-from raysft.data.files import find_files
-from raysft.data.formats import examples as as_examples
-from raysft.data.read import read_raw
-from raysft.data.render import labelled
-from raysft.data.schedule import Lengths, plan_rows
-from raysft.data.tokenize import Options, Overlong, Tokenized, Tokenizing
-from raysft.data.tokenizer import Tokenizer
-from raysft.pretrained import load_tokenizer
-from raysft.records import IGNORED, Example, Message, Rejected
+from raysft.config import Source, parse
+from raysft.data.rows.row_plan import Lengths, plan_rows
+from raysft.data.sources.files import find_files
+from raysft.data.sources.formats import examples as as_examples
+from raysft.data.sources.readers import read_raw
+from raysft.data.tokenization.assistant_spans import labelled
+from raysft.data.tokenization.span_search import REMEDY
+from raysft.data.tokenization.tokenize import Options, Overlong, Tokenized, Tokenizing
+from raysft.data.tokenization.tokenizer import Tokenizer
+from raysft.data.types import IGNORED, Example, Message, Rejected
+from raysft.errors import RequestError
+from raysft.models.tokenizer import load_tokenizer
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"

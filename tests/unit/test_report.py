@@ -14,21 +14,14 @@ import pytest
 import yaml
 from matplotlib.image import imread
 
-from raysft.config import Config
-from raysft.records import (
-    Evaluation,
-    RunDirectory,
-    RunFailed,
-    StepRecord,
-    evaluation_results,
-    flat,
-    read_jsonl,
-    write_json,
-    write_jsonl,
-)
+from raysft.config import Config, with_overrides
+from raysft.errors import RunFailed
 from raysft.report import report
 from raysft.report.plots import MOST_POINTS, smooth
-from raysft.report.warning import _rise
+from raysft.report.warnings import _rise
+from raysft.storage.json_files import flat, read_jsonl, write_json, write_jsonl
+from raysft.storage.run_directory import RunDirectory
+from raysft.telemetry.events import Evaluation, StepRecord, evaluation_results
 
 
 def step_record(step: int, total: int, noise: random.Random) -> dict[str, Any]:
@@ -76,7 +69,7 @@ def make_run(
         "model": {"path": "Qwen/Qwen3-0.6B"},
         "data": {"train": [{"name": "chats", "path": "chats.jsonl"}]},
     }
-    config = Config.model_validate(base).with_overrides({k.replace("__", "."): v for k, v in overrides.items()})
+    config = with_overrides(Config.model_validate(base), {k.replace("__", "."): v for k, v in overrides.items()})
     run.path.mkdir()
     run.config.write_text(config.to_yaml(), encoding="utf-8")
     noise = random.Random(0)

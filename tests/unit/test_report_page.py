@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import yaml
 
-from raysft.records import RunDirectory, append_json, write_json, write_jsonl
 from raysft.report import report
 from raysft.report.curves import Chart, Drawing, Line, thin
 from raysft.report.predictions import SHOWN, aligned, marked, word_f1
+from raysft.storage.json_files import append_json, write_json, write_jsonl
+from raysft.storage.run_directory import RunDirectory
 from tests.unit.test_report import add_predictions, make_run
 
 VOID = {"meta", "br"}

@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from raysft.claim import belongs_to, differences
-from raysft.config import Config, RequestError, documented_fields, parse
-from raysft.config.resuming import EFFECTS, Effect, effect_of
-from raysft.data.stream import Rows
-from raysft.records import RunDirectory
-from raysft.resumption import SCHEDULE, Resumption, check_resumption, record_changes
-from raysft.train import checkpoint
-from raysft.train.cursor import EVALUATION, Best, Cursor
+from raysft.config import Config, documented_fields, parse, with_overrides
+from raysft.config.resume_effects import EFFECTS, Effect, effect_of
+from raysft.data.rows.packed_dataset import Rows
+from raysft.errors import RequestError
+from raysft.run.ownership import belongs_to, differences
+from raysft.run.resumption import SCHEDULE, Resumption, check_resumption, record_changes
+from raysft.storage.run_directory import RunDirectory
+from raysft.train.checkpoint import format
+from raysft.train.checkpoint.cursor import EVALUATION, Best, Cursor
 from tests.shards import data_config, the_set, write_records, written
 from tests.tiny import tiny_tokenizer
 
@@ -34,7 +35,7 @@ def config(folder: Path, **changes: Any) -> Config:
             "train": {"rows_per_step": 4, "eval_every_steps": 1, "early_stopping": {"patience": 9}},
         }
     )
-    return base.with_overrides({key.replace("__", "."): value for key, value in changes.items()})
+    return with_overrides(base, {key.replace("__", "."): value for key, value in changes.items()})
 
 
 def begun(folder: Path, step: int | None = 4, done: bool = False, best: Best | None = None) -> RunDirectory:
@@ -45,8 +46,8 @@ def begun(folder: Path, step: int | None = 4, done: bool = False, best: Best | N
     directory.trainer_log.write_text("{}\n")
     if step is not None:
         cursor = Cursor(step, 4 * step, 0, dict(IDENTITY), best)
-        part = checkpoint.Snapshot(0, {"weight:0:w": torch.zeros(2)}, {}, cursor)
-        checkpoint.write(part, directory.checkpoints / checkpoint.folder_name(step, "a"))
+        part = format.Snapshot(0, {"weight:0:w": torch.zeros(2)}, {}, cursor)
+        format.write(part, directory.checkpoints / format.folder_name(step, "a"))
     if done:
         (directory.path / "model").mkdir()
         (directory.path / "model" / "config.json").write_text("{}")

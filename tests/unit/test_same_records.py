@@ -16,13 +16,13 @@ import pytest
 import yaml
 
 from raysft.config import Source
-from raysft.data.files import find_files
-from raysft.data.formats import examples
-from raysft.data.read import read_raw
-from raysft.data.tokenize import Options, Tokenized, Tokenizing
-from raysft.data.tokenizer import Tokenizer
-from raysft.pretrained import load_tokenizer
-from raysft.records import IGNORED, Example
+from raysft.data.sources.files import find_files
+from raysft.data.sources.formats import examples
+from raysft.data.sources.readers import read_raw
+from raysft.data.tokenization.tokenize import Options, Tokenized, Tokenizing
+from raysft.data.tokenization.tokenizer import Tokenizer
+from raysft.data.types import IGNORED, Example
+from raysft.models.tokenizer import load_tokenizer
 from tests.tiny import tiny_tokenizer
 
 EVERYTHING = (

@@ -9,14 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from raysft import storage
-from raysft.records import RunFailed
-from raysft.storage import Place, StorageFailed
-from raysft.train import checkpoint
-from raysft.train.checkpoint import Snapshot, folder_name
-from raysft.train.cursor import Cursor
-from raysft.train.pieces import Pieces
-from raysft.train.saver import Saver
+from raysft.errors import RunFailed, StorageFailed
+from raysft.storage import retry
+from raysft.storage.path import StoragePath
+from raysft.train.checkpoint import format
+from raysft.train.checkpoint.async_writer import Saver
+from raysft.train.checkpoint.cursor import Cursor
+from raysft.train.checkpoint.format import Snapshot, folder_name
+from raysft.train.checkpoint.tensor_io import Pieces
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,16 +29,16 @@ def group():
 
 
 @pytest.fixture(params=["local", "s3"])
-def checkpoints(request, tmp_path) -> Place:
+def checkpoints(request, tmp_path) -> StoragePath:
     if request.param == "local":
-        return Place.of(tmp_path / "checkpoints")
-    return Place.of(request.getfixturevalue("server").uri(f"{tmp_path.name}/checkpoints"))
+        return StoragePath.of(tmp_path / "checkpoints")
+    return StoragePath.of(request.getfixturevalue("server").uri(f"{tmp_path.name}/checkpoints"))
 
 
 @pytest.fixture
 def saved(monkeypatch):
     """Saves a small state after some steps; gives what was told."""
-    monkeypatch.setattr(checkpoint, "snapshot", lambda engine, cursor, log: part(cursor.step))
+    monkeypatch.setattr(format, "snapshot", lambda engine, cursor, log: part(cursor.step))
 
     def save(saver: Saver, *steps: int) -> None:
         for step in steps:
@@ -54,14 +54,14 @@ def part(step: int, workers: int = 1, rank: int = 0) -> Snapshot:
     )
 
 
-def steps(checkpoints: Place) -> list[int]:
-    return [Cursor.read(folder).step for folder in checkpoint.complete(checkpoints)]
+def steps(checkpoints: StoragePath) -> list[int]:
+    return [Cursor.read(folder).step for folder in format.complete(checkpoints)]
 
 
 def test_the_newest_are_kept_and_what_is_half_written_before_them_goes(checkpoints, saved):
     half, later = (checkpoints / folder_name(step, "half") for step in (2, 9))
-    checkpoint.write(part(2, workers=2), half)
-    checkpoint.write(part(9, workers=2), later)
+    format.write(part(2, workers=2), half)
+    format.write(part(9, workers=2), later)
     events: list = []
     saver = Saver(checkpoints, 2, lambda event, content: events.append((event, content)))
     assert saver.resume is None
@@ -71,7 +71,7 @@ def test_the_newest_are_kept_and_what_is_half_written_before_them_goes(checkpoin
     assert later.exists(), "perhaps it is still being written"
     assert not half.exists()
     again = Saver(checkpoints, 2, print)
-    assert again.resume == next(checkpoint.complete(checkpoints))
+    assert again.resume == next(format.complete(checkpoints))
     saved(again, 3, 4)
     assert steps(checkpoints) == [4, 3]
 
@@ -80,22 +80,22 @@ def test_passing_ones_push_no_others_out_and_go_when_the_model_is_written(checkp
     def have(*passing: int) -> None:
         for step in (1, 2, 3, 4, 5):
             cursor = replace(part(step).cursor, passing=step in passing)
-            checkpoint.write(replace(part(step), cursor=cursor), checkpoints / folder_name(step, "a"))
+            format.write(replace(part(step), cursor=cursor), checkpoints / folder_name(step, "a"))
 
     have(4, 5)
-    checkpoint.tidy(checkpoints, 2)
+    format.tidy(checkpoints, 2)
     assert steps(checkpoints) == [5, 4, 3, 2], "the newest two, and the newest two that were asked for"
-    checkpoint.remove_passing(checkpoints)
+    format.remove_passing(checkpoints)
     assert steps(checkpoints) == [3, 2]
     have(1, 2, 3, 4, 5)
-    checkpoint.tidy(checkpoints, 2)
+    format.tidy(checkpoints, 2)
     assert steps(checkpoints) == [5, 4]
-    checkpoint.remove_passing(checkpoints)
+    format.remove_passing(checkpoints)
     assert not checkpoints.list()
 
 
 def test_a_full_disk_costs_the_checkpoint_and_nothing_else(tmp_path, saved, monkeypatch):
-    checkpoints, events = Place.of(tmp_path), []
+    checkpoints, events = StoragePath.of(tmp_path), []
     saver = Saver(checkpoints, 2, lambda event, content: events.append((event, content)))
     saved(saver, 1)
 
@@ -114,8 +114,8 @@ def test_a_full_disk_costs_the_checkpoint_and_nothing_else(tmp_path, saved, monk
 
 
 def test_a_storage_that_does_not_come_back_costs_the_checkpoint_and_nothing_else(server, tmp_path, saved, monkeypatch):
-    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 1.0)
-    checkpoints, events = Place.of(server.uri(f"{tmp_path.name}/c")), []
+    monkeypatch.setattr(retry, "RETRY_SECONDS", 1.0)
+    checkpoints, events = StoragePath.of(server.uri(f"{tmp_path.name}/c")), []
     saver = Saver(checkpoints, 2, lambda event, content: events.append((event, content)))
     server.fails("PUT", seconds=600)
     saved(saver, 1)
@@ -127,8 +127,8 @@ def test_a_storage_that_does_not_come_back_costs_the_checkpoint_and_nothing_else
 
 
 def test_storage_that_is_away_is_not_taken_for_no_checkpoint(server, tmp_path, saved, monkeypatch):
-    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 0.5)
-    checkpoints = Place.of(server.uri(f"{tmp_path.name}/c"))
+    monkeypatch.setattr(retry, "RETRY_SECONDS", 0.5)
+    checkpoints = StoragePath.of(server.uri(f"{tmp_path.name}/c"))
     saved(Saver(checkpoints, 2, print), 1)
     server.fails("GET|HEAD", seconds=600)
     with pytest.raises(StorageFailed):
@@ -137,10 +137,10 @@ def test_storage_that_is_away_is_not_taken_for_no_checkpoint(server, tmp_path, s
 
 
 def test_a_torn_upload_is_none_and_looking_takes_few_requests(server, tmp_path):
-    checkpoints, workers = Place.of(server.uri(f"{tmp_path.name}/c")), 20
+    checkpoints, workers = StoragePath.of(server.uri(f"{tmp_path.name}/c")), 20
     for step in (1, 2):
         for rank in range(workers):
-            checkpoint.write(part(step, workers, rank), checkpoints / folder_name(step, "a"))
+            format.write(part(step, workers, rank), checkpoints / folder_name(step, "a"))
     asked = len(server.requests)
     assert steps(checkpoints)[0] == 2
     assert len(server.requests) - asked < 20
@@ -151,13 +151,13 @@ def test_a_torn_upload_is_none_and_looking_takes_few_requests(server, tmp_path):
         assert steps(checkpoints) == [1]
         file.write_bytes(content)
     assert steps(checkpoints) == [2, 1]
-    (checkpoints / folder_name(2, "a") / checkpoint.DAMAGED).write_text(json.dumps({"file": "x"}))
+    (checkpoints / folder_name(2, "a") / format.DAMAGED).write_text(json.dumps({"file": "x"}))
     assert steps(checkpoints) == [1]
 
 
 def test_a_cursor_with_a_flipped_bit_is_passed_over(checkpoints):
     for step in (1, 2):
-        checkpoint.write(part(step), checkpoints / folder_name(step, "a"))
+        format.write(part(step), checkpoints / folder_name(step, "a"))
     file = checkpoints / folder_name(2, "a") / "cursor.json"
     file.write_text(file.read_text().replace('"step": 2', '"step": 3'))
     assert steps(checkpoints) == [1]
@@ -168,9 +168,9 @@ def test_ranges_of_parts_are_read_and_what_differs_from_its_digest_is_found(chec
     for rank in range(2):
         values = torch.arange(5 * rank, 5 * rank + 5, dtype=torch.float32)
         tensors = {f"weight:{5 * rank}:w": values, f"exp_avg:{5 * rank}:w": values.to(torch.bfloat16)}
-        checkpoint.write(replace(part(1, workers=2, rank=rank), tensors=tensors), folder)
+        format.write(replace(part(1, workers=2, rank=rank), tensors=tensors), folder)
     cursor = Cursor.read(folder)
-    near = checkpoint.check(folder, cursor, tmp_path / "scratch")
+    near = format.check(folder, cursor, tmp_path / "scratch")
     assert near.keys() == {0, 1}, "one worker checks all"
     pieces = Pieces({0: folder, 1: near[1]}, mine=near)
     assert pieces.kinds == ["exp_avg", "weight"]
@@ -186,6 +186,6 @@ def test_ranges_of_parts_are_read_and_what_differs_from_its_digest_is_found(chec
     content = bytearray((folder / "part_1.safetensors").read_bytes())
     content[-1] ^= 1
     (folder / "part_1.safetensors").write_bytes(bytes(content))
-    with pytest.raises(checkpoint.Damaged, match=r"part_1\.safetensors is not what was written"):
-        checkpoint.check(folder, cursor, tmp_path / "again")
-    assert checkpoint.newest(checkpoints) is None
+    with pytest.raises(format.Damaged, match=r"part_1\.safetensors is not what was written"):
+        format.check(folder, cursor, tmp_path / "again")
+    assert format.newest(checkpoints) is None

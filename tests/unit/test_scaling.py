@@ -11,9 +11,10 @@ from ray.train.v2._internal.execution.controller.state import ReschedulingState
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 from ray.train.v2.api.exceptions import ControllerError
 
-from raysft.config.sections import ScalingSection
-from raysft.records import RunDirectory, RunFailed
-from raysft.train import scaling
+from raysft.config.scaling import ScalingSection
+from raysft.errors import RunFailed
+from raysft.storage.run_directory import RunDirectory
+from raysft.train import elastic
 
 
 class Cluster:
@@ -21,18 +22,18 @@ class Cluster:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.nodes: list[dict[str, float]] = []
-        patch.setattr(scaling, "living_nodes", lambda: self.nodes)
+        patch.setattr(elastic, "living_nodes", lambda: self.nodes)
         self.reserved: list[dict[str, float]] | None = None
         """What Ray gives, where that is less."""
         patch.setattr(
-            scaling._Elastic,
+            elastic._Elastic,
             "_get_reserved_resources",
             lambda policy: dict(enumerate(self.nodes if self.reserved is None else self.reserved)),
         )
-        for kind in (scaling._Elastic, scaling._Fixed):
+        for kind in (elastic._Elastic, elastic._Fixed):
             patch.setattr(kind, "_maybe_send_resource_request", lambda policy: None)
-        patch.setattr(scaling.time, "sleep", lambda seconds: None)
-        patch.setattr(scaling, "LOOK_SECONDS", 0.0)
+        patch.setattr(elastic.time, "sleep", lambda seconds: None)
+        patch.setattr(elastic, "LOOK_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def cluster(monkeypatch) -> Cluster:
 def policy_of(folder: Path, told: list[Any] | None = None, **settings) -> Any:
     events = told if told is not None else []
     section = ScalingSection(**settings)
-    _, policy = scaling.workers_of(
+    _, policy = elastic.workers_of(
         section, RunDirectory(folder), 100, lambda event, content: events.append((event, content))
     )
     return policy
@@ -84,7 +85,7 @@ def test_ray_is_given_some_time_to_see_all_nodes(cluster, tmp_path):
     policy = policy_of(tmp_path, num_workers=[1, 2])
     cluster.nodes, cluster.reserved = [{"CPU": 2.0}, {"CPU": 2.0}], [{"CPU": 1.0}]
     assert begun(policy) == 0
-    policy._short_since -= scaling.SETTLE_SECONDS
+    policy._short_since -= elastic.SETTLE_SECONDS
     assert begun(policy) == 1, "others may hold the rest"
     cluster.reserved = None
     assert begun(policy) == 2
@@ -92,7 +93,7 @@ def test_ray_is_given_some_time_to_see_all_nodes(cluster, tmp_path):
 
 def test_it_grows_right_after_a_checkpoint(cluster, tmp_path, monkeypatch):
     newest = [SimpleNamespace(step=10)]
-    monkeypatch.setattr(scaling, "cursor_of", lambda place: newest[0])
+    monkeypatch.setattr(elastic, "cursor_of", lambda place: newest[0])
     policy = policy_of(tmp_path, num_workers=[1, 4])
     cluster.nodes = [{"CPU": 4.0}]
     running = SimpleNamespace(num_workers=1)

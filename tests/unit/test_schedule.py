@@ -8,8 +8,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from raysft.data import mix
-from raysft.data.schedule import Lengths, Schedule, plan_rows, step_size
+from raysft.data.rows import mixture
+from raysft.data.rows.row_plan import Lengths, Schedule, plan_rows, step_size
 
 RANDOM = np.random.default_rng(0)
 LENGTHS = RANDOM.integers(1, 33, 500).astype(np.int32)
@@ -36,7 +36,7 @@ OPTIONS = [{}, {"layout": "single"}, {"shuffle": False}, {"layout": "single", "s
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("group", [1, 120, 10_000])
 def test_each_epoch_holds_each_example_once_and_no_row_is_too_full(options, group, monkeypatch):
-    monkeypatch.setattr(mix, "GROUP_EXAMPLES", group)
+    monkeypatch.setattr(mixture, "GROUP_EXAMPLES", group)
     schedule = planned(epochs=3, **options)
     filled = [row for row in rows_of(schedule) if row]
     for start, end in pairwise([0, *schedule.epoch_ends.tolist()]):
@@ -124,13 +124,13 @@ def test_packing_leaves_little_room_empty():
 
 @pytest.mark.parametrize(("group", "sizes"), [(100, [100] * 5), (120, [125] * 4), (300, [500])])
 def test_groups_hold_at_least_so_many_examples(group, sizes, monkeypatch):
-    monkeypatch.setattr(mix, "GROUP_EXAMPLES", group)
+    monkeypatch.setattr(mixture, "GROUP_EXAMPLES", group)
     schedule = planned(shuffle=False, layout="single")
     assert np.diff([0, *schedule.group_ends]).tolist() == sizes
 
 
 def test_a_row_never_mixes_groups_and_a_shard_is_in_few_of_them(monkeypatch):
-    monkeypatch.setattr(mix, "GROUP_EXAMPLES", 120)
+    monkeypatch.setattr(mixture, "GROUP_EXAMPLES", 120)
     schedule = planned()
     ends = [0, *schedule.group_ends.tolist()]
     groups = [set(flat(rows_of(schedule, start, end))) for start, end in pairwise(ends)]
@@ -225,7 +225,7 @@ def test_a_mixture_is_drawn_anew_in_each_epoch():
 
 
 def test_each_group_has_its_part_of_every_source(monkeypatch):
-    monkeypatch.setattr(mix, "GROUP_EXAMPLES", 200)
+    monkeypatch.setattr(mixture, "GROUP_EXAMPLES", 200)
     schedule = plan_rows(sources(300, 900), capacity=64, rows_per_step=8)
     assert len(schedule.group_ends) == 6
     for start, end in pairwise([0, *schedule.group_ends.tolist()]):
@@ -282,9 +282,9 @@ def test_log_normal_lengths_leave_less_than_half_a_percent_of_padding(mean):
 
 def test_a_part_of_a_source_is_a_sample_of_all_its_shards():
     ends = np.arange(1, 21) * 5000
-    taken = mix.order(ends, 1000, np.random.default_rng(0))
+    taken = mixture.order(ends, 1000, np.random.default_rng(0))
     assert len(np.unique(taken)) == 1000
     per_shard = np.bincount(taken // 5000, minlength=20)
     assert per_shard.min() > 20
     assert per_shard.max() < 90
-    assert (np.bincount(mix.order(ends, 150_000, np.random.default_rng(0))) >= 1).all()
+    assert (np.bincount(mixture.order(ends, 150_000, np.random.default_rng(0))) >= 1).all()

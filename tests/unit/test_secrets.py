@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from raysft.cli import main
-from raysft.config import Config, RequestError, load, masked, parse, refuse_secrets
-from raysft.data.registry import find_source
-from raysft.trackers import TensorBoard
-from raysft.train.zero import deepspeed_settings
+from raysft.config import Config, load, masked, parse, refuse_secrets, with_overrides
+from raysft.data.sources.registry import find_source
+from raysft.errors import RequestError
+from raysft.telemetry.trackers import TensorBoard
+from raysft.train.deepspeed_config import deepspeed_settings
 
 CONFIG = "model: {path: m}\ndata:\n  train:\n    - name: a\n      path: a.json\n"
 SECRETS = (
@@ -131,7 +132,7 @@ def config(**data) -> Config:
 
 def test_a_secret_from_python_is_refused():
     assert "holds a password in a URI" in refusal(lambda: config(registry="s3://KEYID:HIDDEN@b/c"))
-    assert "holds a password in a URI" in refusal(lambda: config().with_overrides({"model.path": "s3://K:HIDDEN@b/c"}))
+    assert "holds a password in a URI" in refusal(lambda: with_overrides(config(), {"model.path": "s3://K:HIDDEN@b/c"}))
 
 
 def test_a_secret_in_a_registry_is_refused():
@@ -144,7 +145,7 @@ def test_a_secret_in_a_registry_is_refused():
 
 def test_a_secret_in_deepspeeds_file_is_refused():
     Path("ds.json").write_text(json.dumps({"comet": {"enabled": True, "api_key": "HIDDEN"}}))
-    named = config().with_overrides({"train.deepspeed": "ds.json"})
+    named = with_overrides(config(), {"train.deepspeed": "ds.json"})
     assert "train.deepspeed=ds.json: comet.api_key holds a secret" in refusal(lambda: deepspeed_settings(named, 1))
 
 
@@ -152,7 +153,7 @@ def test_a_tracker_that_fails_is_told_without_its_servers_password(tmp_path, mon
     """MLflow's errors repeat the address of its server, which may hold a password that the environment gave."""
     from types import SimpleNamespace
 
-    from raysft import run
+    from raysft.run import pipeline
 
     def fails(self, *_):
         raise OSError("https://me:HIDDEN@host/api/2.0 does not answer")
@@ -164,10 +165,10 @@ def test_a_tracker_that_fails_is_told_without_its_servers_password(tmp_path, mon
         terminal=SimpleNamespace(line=lines.append),
     )
     monkeypatch.setattr(TensorBoard, "write", fails)
-    (tracker,) = run._trackers(it)
+    (tracker,) = pipeline._trackers(it)
     tracker.on_evaluate({"current_steps": 1, "eval_loss": 1.0})
     tracker.close()
     assert len(lines) == 1
     assert "https://***@host" in lines[0]
     monkeypatch.setattr(TensorBoard, "__init__", fails)
-    assert "https://***@host" in refusal(lambda: run._trackers(it))
+    assert "https://***@host" in refusal(lambda: pipeline._trackers(it))

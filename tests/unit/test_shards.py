@@ -9,12 +9,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from raysft.checks import check_tokens
-from raysft.config import Config, RequestError
-from raysft.data import shards
-from raysft.data.draw import Draw
-from raysft.data.manifest import load, write_prompts
-from raysft.data.shards import ShardSet, chunks, shard_set, write, write_shards
+from raysft.config import Config, with_overrides
+from raysft.data.shards import build
+from raysft.data.shards.build import ShardSet, chunks, shard_set, write, write_shards
+from raysft.data.shards.manifest import load, write_prompts
+from raysft.data.sources.sampling import Draw
+from raysft.errors import RequestError
+from raysft.run.preflight import check_tokens
 from tests.shards import data_config, the_set, write_records, written
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
@@ -44,7 +45,7 @@ def _without_ray(tmp_path, monkeypatch):
             for each in missing
         }
 
-    monkeypatch.setattr(shards, "_write_missing", write_missing)
+    monkeypatch.setattr(build, "_write_missing", write_missing)
     monkeypatch.chdir(tmp_path)
 
 
@@ -84,14 +85,14 @@ def test_what_cannot_be_read_is_counted_once_with_the_training_part(tmp_path, mo
 
 def test_max_examples_reads_the_first_records(tmp_path, model):
     write_records(tmp_path / "a.jsonl", [GOOD, 3, GOOD, GOOD])
-    config = data_config(tmp_path).with_overrides({"data.train.0.max_examples": 2})
+    config = with_overrides(data_config(tmp_path), {"data.train.0.max_examples": 2})
     manifest = written(the_set(config, model), model)
     assert (len(manifest), manifest.records, len(manifest.rejected)) == (1, 2, 1)
 
 
 def drawn_of(config: Config, model: str, **options) -> list[str]:
     changes = {f"data.train.0.{name}" if name != "seed" else "run.seed": value for name, value in options.items()}
-    return records_of(the_set(config.with_overrides(changes), model), model)
+    return records_of(the_set(with_overrides(config, changes), model), model)
 
 
 def test_num_samples_draws_records_by_the_seed(tmp_path, model):
@@ -144,17 +145,17 @@ def changed_file(config: Config, folder: Path) -> Config:
     [
         (lambda config, folder: config, True),
         (changed_file, False),
-        (lambda config, folder: config.with_overrides({"data.sequence_length": 32}), False),
-        (lambda config, folder: config.with_overrides({"data.mask_history": True}), False),
-        (lambda config, folder: config.with_overrides({"data.train.0.max_examples": 1}), False),
-        (lambda config, folder: config.with_overrides({"data.train.0.num_samples": 1}), False),
-        (lambda config, folder: config.with_overrides({"data.train.0.name": "b"}), False),
-        (lambda config, folder: config.with_overrides({"data.overlong": "drop"}), False),
-        (lambda config, folder: config.with_overrides({"stage": "pt"}), False),
-        (lambda config, folder: config.with_overrides({"data.holdout": 0.1}), True),
-        (lambda config, folder: config.with_overrides({"train.learning_rate": 1.0}), True),
-        (lambda config, folder: config.with_overrides({"run.name": "other"}), True),
-        (lambda config, folder: config.with_overrides({"data.packing": False}), True),
+        (lambda config, folder: with_overrides(config, {"data.sequence_length": 32}), False),
+        (lambda config, folder: with_overrides(config, {"data.mask_history": True}), False),
+        (lambda config, folder: with_overrides(config, {"data.train.0.max_examples": 1}), False),
+        (lambda config, folder: with_overrides(config, {"data.train.0.num_samples": 1}), False),
+        (lambda config, folder: with_overrides(config, {"data.train.0.name": "b"}), False),
+        (lambda config, folder: with_overrides(config, {"data.overlong": "drop"}), False),
+        (lambda config, folder: with_overrides(config, {"stage": "pt"}), False),
+        (lambda config, folder: with_overrides(config, {"data.holdout": 0.1}), True),
+        (lambda config, folder: with_overrides(config, {"train.learning_rate": 1.0}), True),
+        (lambda config, folder: with_overrides(config, {"run.name": "other"}), True),
+        (lambda config, folder: with_overrides(config, {"data.packing": False}), True),
     ],
 )
 def test_the_key_follows_what_decides_the_shards(tmp_path, model, change, same):
@@ -277,7 +278,7 @@ def test_a_damaged_cache_says_what_to_delete(tmp_path, model):
 
 @pytest.mark.parametrize(("limit", "count"), [(None, 7), (3, 3), (100, 7)])
 def test_prompts_are_gathered_under_unique_names(tmp_path, model, monkeypatch, limit, count):
-    monkeypatch.setattr(shards, "SHARD_RECORDS", 3)
+    monkeypatch.setattr(build, "SHARD_RECORDS", 3)
     write_records(tmp_path / "a.jsonl", [[f"question {number}", f"answer {number}"] for number in range(7)])
     config = data_config(tmp_path)
     manifest = written(shard_set(config, config.data.train[0], "all", model, with_prompts=True), model)
@@ -327,7 +328,7 @@ def test_what_may_be_rejected_is_measured_over_all_parts_of_a_source(tmp_path, m
 
 
 def test_a_text_whose_tokens_the_model_has_no_embeddings_for_is_found_before_the_start(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "SHARD_RECORDS", 1)
+    monkeypatch.setattr(build, "SHARD_RECORDS", 1)
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<|a|>", "<|b|>", "<|unused|>"], special_tokens=True)
     tokenizer.save_pretrained(tmp_path / "model")

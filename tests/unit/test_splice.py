@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from raysft.data.schedule import Lengths, Schedule, plan_rows
-from raysft.data.splice import spliced
+from raysft.data.rows.row_plan import Lengths, Schedule, plan_rows
+from raysft.data.rows.splice import spliced
 
 RANDOM = np.random.default_rng(1)
 

@@ -8,27 +8,29 @@ from pathlib import Path
 
 import pytest
 
-from raysft import filesystems, storage
-from raysft.claim import writable
-from raysft.config import RequestError, Source, parse
-from raysft.copies import local_copy
-from raysft.data.files import find_files
-from raysft.data.read import parsed, read_raw
-from raysft.storage import Place, StorageFailed, patience
+from raysft.config import Source, parse
+from raysft.data.sources.files import find_files
+from raysft.data.sources.readers import parsed, read_raw
+from raysft.errors import RequestError, StorageFailed
+from raysft.run.ownership import writable
+from raysft.storage import filesystems, path
+from raysft.storage.local_cache import local_copy
+from raysft.storage.path import StoragePath
+from raysft.storage.retry import retry_for
 from tests.servers import http, serving
 
 
 @pytest.fixture(params=["local", "s3"])
-def place(request, tmp_path) -> Place:
+def place(request, tmp_path) -> StoragePath:
     """An empty folder."""
     if request.param == "local":
-        return Place.of(tmp_path / "runs")
-    return Place.of(request.getfixturevalue("server").uri(f"{tmp_path.name}/runs"))
+        return StoragePath.of(tmp_path / "runs")
+    return StoragePath.of(request.getfixturevalue("server").uri(f"{tmp_path.name}/runs"))
 
 
 @pytest.fixture
-def remote(server, tmp_path) -> Place:
-    yield Place.of(server.uri(f"{tmp_path.name}/runs"))
+def remote(server, tmp_path) -> StoragePath:
+    yield StoragePath.of(server.uri(f"{tmp_path.name}/runs"))
     server.heals()
 
 
@@ -99,14 +101,14 @@ def test_folders_go_up_and_come_down(place, tmp_path):
     for name in ("config.json", "weights", "sub/z"):
         (folder / name).write_text(name)
     written = []
-    plain = Place.write
+    plain = StoragePath.write
 
     def noted(self, function):
         written.append(self.name)
         return plain(self, function)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Place, "write", noted)
+        patch.setattr(StoragePath, "write", noted)
         (place / "model").upload(folder, last="config.json")
     assert written[-1] == "config.json"
     (place / "model/sub/z").download(tmp_path / "back/z")
@@ -137,7 +139,7 @@ def test_a_node_fetches_a_model_once_and_a_new_one_anew(remote, tmp_path, monkey
 def test_a_storage_that_is_away_for_a_while_is_waited_for(remote, server):
     server.fails("PUT", seconds=5)  # longer than the attempts of the client itself
     said = []
-    with patience(60, said.append):
+    with retry_for(60, said.append):
         (remote / "x").write_text("there")
     assert (remote / "x").read_text() == "there"
     assert len(said) == 1
@@ -149,7 +151,7 @@ def test_a_server_that_never_answers_is_asked_again(remote, server, monkeypatch)
     filesystems._filesystem.cache_clear()
     monkeypatch.setattr(filesystems, "REQUEST_SECONDS", 1.0)
     server.fails("PUT", seconds=1.5, late=30)
-    with patience(60, lambda line: None):
+    with retry_for(60, lambda line: None):
         begun = time.monotonic()
         (remote / "x").write_text("there")
     assert time.monotonic() - begun < 20
@@ -158,7 +160,10 @@ def test_a_server_that_never_answers_is_asked_again(remote, server, monkeypatch)
 
 def test_waiting_has_an_end(remote, server):
     server.fails("HEAD", seconds=60)
-    with patience(1, lambda line: None), pytest.raises(StorageFailed, match="no answer from the storage for") as caught:
+    with (
+        retry_for(1, lambda line: None),
+        pytest.raises(StorageFailed, match="no answer from the storage for") as caught,
+    ):
         (remote / "x").exists()
     assert "503" in str(caught.value)
 
@@ -175,11 +180,11 @@ def test_what_waiting_does_not_mend_is_raised_at_once(remote, server, status, wo
 def test_what_is_wrong_with_a_uri_or_a_content_is_nothing_to_wait_for(remote):
     from pyarrow import ArrowInvalid
 
-    from raysft.data.extension import read_table
-    from raysft.data.manifest import is_whole
+    from raysft.data.shards.manifest import is_whole
+    from raysft.data.sources.pickle_guard import read_table
 
     with pytest.raises(ArrowInvalid, match="Unexpected query parameter"):
-        Place.of("s3://bucket/x?no_such_option=1").exists()
+        StoragePath.of("s3://bucket/x?no_such_option=1").exists()
     (remote / "manifest.parquet").write_bytes(b"PAR1 and no more PAR1")
     assert not is_whole(remote / "manifest.parquet")
     with pytest.raises((ArrowInvalid, OSError)):
@@ -188,7 +193,7 @@ def test_what_is_wrong_with_a_uri_or_a_content_is_nothing_to_wait_for(remote):
 
 def test_a_bucket_that_is_not_there(server):
     with pytest.raises(StorageFailed, match="NO_SUCH_BUCKET"):
-        Place.of(server.uri("x").replace("bucket/", "nobucket/")).write_text("x")
+        StoragePath.of(server.uri("x").replace("bucket/", "nobucket/")).write_text("x")
 
 
 def test_a_full_disk_is_not_taken_for_a_storage_that_fails(remote, tmp_path, monkeypatch):
@@ -197,7 +202,7 @@ def test_a_full_disk_is_not_taken_for_a_storage_that_fails(remote, tmp_path, mon
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(storage.shutil, "copyfileobj", full)
+    monkeypatch.setattr(path.shutil, "copyfileobj", full)
     with pytest.raises(OSError, match="No space left"):
         (remote / "x").download(tmp_path / "down" / "x")
     assert not list((tmp_path / "down").iterdir())
@@ -207,7 +212,7 @@ def test_a_filesystem_that_shows_half_files_gets_drafts(tmp_path, monkeypatch):
     from pyarrow import fs
 
     monkeypatch.setattr(filesystems, "_filesystem", lambda root: (fs.LocalFileSystem(), str(tmp_path)))
-    place = Place.of("hdfs://host/runs")
+    place = StoragePath.of("hdfs://host/runs")
     (place / "x").write_text("old")
     (place / "x").write_text("new")
     assert (tmp_path / "runs" / "x").read_text() == "new"
@@ -215,37 +220,37 @@ def test_a_filesystem_that_shows_half_files_gets_drafts(tmp_path, monkeypatch):
 
 
 def test_people_see_no_secrets():
-    place = Place.of("s3://key:secret@bucket/a%20b/?endpoint_override=http://x&region=y") / "c"
+    place = StoragePath.of("s3://key:secret@bucket/a%20b/?endpoint_override=http://x&region=y") / "c"
     assert str(place) == "s3://bucket/a b/c"
-    assert place.parent == Place.of("s3://key:secret@bucket/a%20b?endpoint_override=http://x&region=y")
-    assert Place.of("file:///tmp/a%20b") == Place("/tmp/a b")
+    assert place.parent == StoragePath.of("s3://key:secret@bucket/a%20b?endpoint_override=http://x&region=y")
+    assert StoragePath.of("file:///tmp/a%20b") == StoragePath("/tmp/a b")
 
 
 @pytest.mark.parametrize(
     "answer", [lambda connection: None, http("500 Internal Server Error")], ids=["hangs up", "fails"]
 )
 def test_a_storage_that_never_answered_is_waited_for_less_than_one_of_a_run(tmp_path, monkeypatch, answer):
-    from raysft import mirror
+    from raysft.storage import sync
 
-    monkeypatch.setattr("raysft.claim.FIRST_SECONDS", 1.0)
-    monkeypatch.setattr("raysft.mirror.FIRST_SECONDS", 1.0)
-    monkeypatch.setattr("raysft.data.files.FIRST_SECONDS", 1.0)
+    monkeypatch.setattr("raysft.run.ownership.FIRST_SECONDS", 1.0)
+    monkeypatch.setattr("raysft.storage.sync.FIRST_SECONDS", 1.0)
+    monkeypatch.setattr("raysft.data.sources.files.FIRST_SECONDS", 1.0)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
     with serving(answer) as port:
-        storage = f"s3://bucket/runs?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:{port}"
+        path = f"s3://bucket/runs?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:{port}"
         data = {"train": [{"name": "a", "path": "a.jsonl"}]}
-        config = parse({"run": {"storage": storage}, "model": {"path": "m"}, "data": data})
+        config = parse({"run": {"storage": path}, "model": {"path": "m"}, "data": data})
         begun = time.monotonic()
         with pytest.raises(
             RequestError, match=r"^run.storage: s3://\S+: no answer from the storage for .*credentials$"
         ):
             writable(config)
         with pytest.raises(RequestError, match=r"^source 'a': s3://\S+: no answer from the storage for .*credentials$"):
-            find_files(Source(name="a", path=storage))
+            find_files(Source(name="a", path=path))
         with (
             pytest.raises(StorageFailed, match="no answer from the storage for "),
-            mirror.looked_into(config.run_place, print),
+            sync.looked_into(config.run_place, print),
         ):
             pass
         assert time.monotonic() - begun < 30
@@ -292,10 +297,8 @@ def test_data_that_is_cut_off_or_a_page_is_one_line(served, name):
 
 
 def test_a_server_that_says_yes_to_everything_is_no_storage(served):
-    storage = served(http("200 OK", PAGE), "runs")
-    config = parse(
-        {"run": {"storage": storage}, "model": {"path": "m"}, "data": {"train": [{"name": "a", "path": "a"}]}}
-    )
+    path = served(http("200 OK", PAGE), "runs")
+    config = parse({"run": {"storage": path}, "model": {"path": "m"}, "data": {"train": [{"name": "a", "path": "a"}]}})
     with pytest.raises(
         RequestError, match=r"^run.storage: s3://bucket/runs: .* what answers is no storage; check the path"
     ):

@@ -12,10 +12,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from raysft.config import RequestError
-from raysft.data import mix, shards, stream
-from raysft.data.stream import Batch, Rows, _shares, as_batches, share
-from raysft.records import IGNORED
+from raysft.data.rows import mixture, packed_dataset
+from raysft.data.rows.packed_dataset import Batch, Rows, _shares, as_batches, share
+from raysft.data.shards import build
+from raysft.data.types import IGNORED
+from raysft.errors import RequestError
 from tests.shards import data_config, the_set, write_records, written
 from tests.tiny import tiny_tokenizer
 
@@ -44,7 +45,7 @@ def rows(tmp_path_factory, model) -> Rows:
     config = data_config(folder, ["a", "b"], sequence_length=CAPACITY)
     sets = [the_set(config, model, source) for source in range(2)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "SHARD_RECORDS", 20)
+        patch.setattr(build, "SHARD_RECORDS", 20)
         manifests = [written(each, model) for each in sets]
     assert [len(manifest.shards) for manifest in manifests] == [4, 3]
     rows = Rows(manifests=tuple(each.manifest.location for each in sets), capacity=CAPACITY, rows_per_step=4, epochs=2)
@@ -175,9 +176,9 @@ def test_a_later_start_gives_the_rest_of_the_same_steps(rows):
 def test_what_tasks_hand_out_in_turn_is_what_each_worker_would_read_itself(
     rows, monkeypatch, workers, first, share_tokens, piece_rows, group
 ):
-    monkeypatch.setattr(stream, "SHARE_TOKENS", share_tokens)
-    monkeypatch.setattr(stream, "PIECE_ROWS", piece_rows)
-    monkeypatch.setattr(mix, "GROUP_EXAMPLES", group)
+    monkeypatch.setattr(packed_dataset, "SHARE_TOKENS", share_tokens)
+    monkeypatch.setattr(packed_dataset, "PIECE_ROWS", piece_rows)
+    monkeypatch.setattr(mixture, "GROUP_EXAMPLES", group)
     rows = replace(rows)
     tables = [table for piece in rows._pieces(first, workers) for table in _shares({"piece": [piece]})]
     assert {table.num_rows for table in tables} == {1}

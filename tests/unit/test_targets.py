@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from raysft.config import Config, RequestError, parse
-from raysft.pretrained import load_adapter, load_weights, merge_adapter
+from raysft.config import Config, parse
+from raysft.errors import RequestError
+from raysft.models.adapters import load_adapter, merge_adapter
+from raysft.models.loading import load_weights
+from raysft.models.lora_targets import routers
+from raysft.train.check_model import check_model
 from raysft.train.finetuning import load_model
-from raysft.train.model import check_model
-from raysft.train.targets import routers
 from tests.tiny import tiny_mixture, tiny_model
 
 EXPERTS = {"num_experts": 4, "moe_intermediate_size": 16}

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from raysft.config import Source
-from raysft.data.formats import to_example
-from raysft.data.tokenize import Options, Tokenized, Tokenizing
-from raysft.data.tokenizer import Tokenizer
-from raysft.pretrained import load_tokenizer
-from raysft.records import IGNORED, Rejected
+from raysft.data.sources.formats import to_example
+from raysft.data.tokenization.tokenize import Options, Tokenized, Tokenizing
+from raysft.data.tokenization.tokenizer import Tokenizer
+from raysft.data.types import IGNORED, Rejected
+from raysft.models.tokenizer import load_tokenizer
 from tests.tiny import tiny_tokenizer
 
 END = "<|im_end|>"

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from raysft.config import Source
-from raysft.data.calls import tool_schemas, tools_as_text, tools_in
-from raysft.data.formats import to_example
-from raysft.data.render import ChatTemplate
-from raysft.records import Example, Message
+from raysft.data.sources.formats import to_example
+from raysft.data.sources.tool_calls import tool_schemas, tools_as_text, tools_in
+from raysft.data.tokenization.assistant_spans import ChatTemplate
+from raysft.data.types import Example, Message
 
 ADD = {"name": "add", "description": "adds", "parameters": {"type": "object"}}
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}

@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from raysft import trackers
-from raysft.trackers import missing_tracker, open_trackers
+from raysft.telemetry import trackers
+from raysft.telemetry.trackers import missing_tracker, open_trackers
 from tests.servers import http, serving, silent
 from tests.unit.test_log import set_up, step
 

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from raysft.data.manifest import Manifest
-from raysft.data.turns import Turn, Turns, end_tokens, total
+from raysft.data.shards.manifest import Manifest
+from raysft.data.tokenization.turn_ends import Turn, Turns, end_tokens, total
 from tests.shards import data_config, the_set, write_records, written
 from tests.tiny import tiny_tokenizer
 

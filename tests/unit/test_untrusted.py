@@ -16,14 +16,16 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from raysft.cli import main
-from raysft.config import RequestError, Source, load, parse
-from raysft.data.extension import PICKLED, read_table
-from raysft.data.files import find_files
-from raysft.data.formats import examples
-from raysft.data.read import read_raw
-from raysft.storage import Place
-from raysft.train import checkpoint
-from raysft.train.model import check_model, model_identity
+from raysft.config import Source, load, parse, with_overrides
+from raysft.data.sources.files import find_files
+from raysft.data.sources.formats import examples
+from raysft.data.sources.pickle_guard import PICKLED, read_table
+from raysft.data.sources.readers import read_raw
+from raysft.errors import RequestError
+from raysft.models.fingerprint import model_identity
+from raysft.storage.path import StoragePath
+from raysft.train.check_model import check_model
+from raysft.train.checkpoint import format
 from tests.tiny import tiny_model, tiny_tokenizer
 
 RAN = Path("ran")
@@ -81,7 +83,7 @@ def test_pickled_objects_in_a_data_file_are_refused(kind, nested):
     assert "cannot be read (column 'x' holds pickled Python objects, which could run code)" in told
     if kind == "parquet":
         with pytest.raises(pa.ArrowInvalid, match="pickled"):
-            read_table(Place.of("a.parquet"))
+            read_table(StoragePath.of("a.parquet"))
 
 
 def test_pickled_objects_are_known_by_their_name_where_nobody_registered_the_type():
@@ -113,8 +115,8 @@ def test_yaml_that_calls_python_is_refused_in_one_line(capsys, verb):
 
 
 def test_a_run_directorys_config_and_a_corpus_that_call_python_are_refused(capsys):
-    from raysft.claim import belongs_to
-    from raysft.records import RunDirectory
+    from raysft.run.ownership import belongs_to
+    from raysft.storage.run_directory import RunDirectory
 
     Path("c.yaml").write_text(yaml.safe_dump(CONFIG))
     config = load("c.yaml")
@@ -130,7 +132,7 @@ def test_a_run_directorys_config_and_a_corpus_that_call_python_are_refused(capsy
 def test_a_registry_is_json():
     Path("dataset_info.json").write_text(f"a: {CALL}")
     Path("c.yaml").write_text("model: {path: m}\ndata: {registry: dataset_info.json, train: [{name: a}]}\n")
-    from raysft.data.registry import find_source
+    from raysft.data.sources.registry import find_source
 
     config = load("c.yaml")
     assert "no valid JSON" in refusal(lambda: find_source(config, config.data.train[0]))
@@ -170,7 +172,7 @@ def test_weights_that_run_code_are_refused_before_anything_is_started(model):
 def test_what_loads_models_runs_no_code_out_of_weights(model):
     """Not only what is checked before: every way in which raysft loads a model."""
     from raysft.generate.engines import create_engine
-    from raysft.train.adapters import merge_adapters
+    from raysft.models.adapters import merge_adapters
     from raysft.train.finetuning import load_model, load_trained
 
     config, folder = parse(CONFIG), in_bin(model, x=Code())
@@ -186,15 +188,15 @@ def test_what_loads_models_runs_no_code_out_of_weights(model):
 
 def test_an_adapter_in_a_pickle_is_refused_and_runs_no_code(model):
     from raysft.generate.engines import create_engine
-    from raysft.train.adapters import find_adapter, merge
+    from raysft.models.adapters import find_adapter, merge
     from raysft.train.finetuning import load_model, load_trained
 
-    config = parse(CONFIG).with_overrides({"model.lora.rank": 2})
+    config = with_overrides(parse(CONFIG), {"model.lora.rank": 2})
     load_model(config, str(model)).save_pretrained("adapter")
     tiny_tokenizer().save_pretrained("adapter")
     folder = in_bin(Path("adapter"), "adapter_model.safetensors", "adapter_model.bin", x=Code())
     save_file({}, folder / "other.safetensors")
-    config = config.with_overrides({"model.adapters": [str(folder)]})
+    config = with_overrides(config, {"model.adapters": [str(folder)]})
     assert "holds no weights (adapter_model.safetensors)" in refusal(lambda: find_adapter(config, str(model), print))
     for load_it in (
         lambda: load_trained(config, folder),
@@ -210,17 +212,17 @@ def test_a_checkpoint_that_runs_code_is_passed_over():
     folder = Path("checkpoint_2")
     folder.mkdir()
     torch.save({"random": torch.zeros(1)}, folder / "state_0.pt")
-    assert list(checkpoint._read_rest(Place.of(folder), Place.of(folder), 0)) == ["random"]
+    assert list(format._read_rest(StoragePath.of(folder), StoragePath.of(folder), 0)) == ["random"]
     torch.save({"random": torch.zeros(1), "x": Code()}, folder / "state_0.pt")
-    with pytest.raises(checkpoint.Damaged, match=r"state_0\.pt holds more than tensors and plain values"):
-        checkpoint._read_rest(Place.of(folder), Place.of(folder), 0)
-    assert (folder / checkpoint.DAMAGED).exists()
+    with pytest.raises(format.Damaged, match=r"state_0\.pt holds more than tensors and plain values"):
+        format._read_rest(StoragePath.of(folder), StoragePath.of(folder), 0)
+    assert (folder / format.DAMAGED).exists()
 
 
 def test_a_chat_template_stays_in_its_sandbox():
     from jinja2.exceptions import SecurityError
 
-    from raysft.data.template import chat_template
+    from raysft.data.tokenization.chat_template import chat_template
 
     template = chat_template("{{ messages.__class__.__base__.__subclasses__() }}", {})
     with pytest.raises(SecurityError):

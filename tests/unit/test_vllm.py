@@ -19,12 +19,12 @@ import pyarrow as pa
 import pytest
 from transformers import AutoTokenizer
 
-from raysft.config import Config, RequestError, parse
-from raysft.generate import processor
-from raysft.generate.cluster import Pool
-from raysft.generate.engines import check_engine
-from raysft.generate.infer import generate
-from raysft.generate.processor import Served
+from raysft.config import Config, parse, with_overrides
+from raysft.errors import RequestError
+from raysft.generate.batch_inference import generate
+from raysft.generate.engine_pool import Pool
+from raysft.generate.engines import check_engine, vllm
+from raysft.generate.engines.vllm import Served
 from tests.tiny import tiny_model
 
 ABSENT = importlib.util.find_spec("vllm") is None
@@ -106,7 +106,7 @@ def test_requests_are_tokens_and_settings_of_their_own(model):
     served = Served.of(settings, str(model))
     assert (served.positions, served.base, served.rank, served.padding) == (512, None, 0, 0)
     long = list(range(3, 303)) * 2
-    table = processor.requests(settings, served, prompts([5, 6], [], long))
+    table = vllm.requests(settings, served, prompts([5, 6], [], long))
     assert table.column_names == ["id", "cut", "tokenized_prompt", "sampling_params"]
     assert table["tokenized_prompt"].to_pylist() == [[5, 6], [served.padding], long[-256:]]
     assert table["cut"].to_pylist() == [0, 0, 600 - 256]
@@ -115,11 +115,11 @@ def test_requests_are_tokens_and_settings_of_their_own(model):
     assert first["stop_token_ids"] == [1, 2]
     assert (first["temperature"], first["top_p"], first["top_k"]) == (0.5, 0.7, 0)
     assert len({each["seed"] for each in (first, second, third)}) == 3
-    alone = processor.requests(settings, served, prompts([9])).to_pylist()[0]
+    alone = vllm.requests(settings, served, prompts([9])).to_pylist()[0]
     assert alone["sampling_params"]["seed"] == first["seed"], "the prompt's id and the run's seed alone"
-    other = processor.sampling(settings.with_overrides({"run.seed": 1}), served, "q:0", 9)
+    other = vllm.sampling(with_overrides(settings, {"run.seed": 1}), served, "q:0", 9)
     assert 0 <= other["seed"] != first["seed"]
-    greedy = processor.sampling(config(do_sample=False), served, "q:0", 9)
+    greedy = vllm.sampling(config(do_sample=False), served, "q:0", 9)
     assert greedy["temperature"] == 0.0
     assert not {"seed", "top_p", "top_k"} & set(greedy)
 
@@ -127,8 +127,8 @@ def test_requests_are_tokens_and_settings_of_their_own(model):
 def test_ray_takes_the_settings(model, adapter):
     settings = config(do_sample=False, gpus_per_engine=2)
     served = Served.of(settings, str(model))
-    blocks = [processor.requests(settings, served, prompts([5] * 30, [6]))] * 10
-    made = processor.processor_config(settings, served, Pool(4, 0.0, 2.0, 4), blocks)
+    blocks = [vllm.requests(settings, served, prompts([5] * 30, [6]))] * 10
+    made = vllm.processor_config(settings, served, Pool(4, 0.0, 2.0, 4), blocks)
     assert (made.model_source, made.batch_size, made.concurrency) == (str(model), 2, (4, 4))
     assert made.max_concurrent_batches == made.max_tasks_in_flight_per_actor == 3, "an engine's share of 10 batches"
     assert made.should_continue_on_error
@@ -138,11 +138,11 @@ def test_ray_takes_the_settings(model, adapter):
 
     served = Served.of(settings, str(adapter))
     assert (served.base, served.folder, served.rank) == (model, adapter, 12)
-    blocks = [processor.requests(settings, served, prompts([5]))] * 9000
-    made = processor.processor_config(settings, served, Pool(1, 0.0, 1.0, 1), blocks)
+    blocks = [vllm.requests(settings, served, prompts([5]))] * 9000
+    made = vllm.processor_config(settings, served, Pool(1, 0.0, 1.0, 1), blocks)
     assert (made.model_source, made.engine_kwargs["tokenizer"]) == (str(model), str(adapter))
     assert (made.engine_kwargs["enable_lora"], made.engine_kwargs["max_lora_rank"]) == (True, 16)
-    assert made.max_concurrent_batches == processor.IN_FLIGHT / 2
+    assert made.max_concurrent_batches == vllm.IN_FLIGHT / 2
     assert blocks[0]["model"].to_pylist() == [str(adapter)]
 
 
@@ -184,7 +184,7 @@ def answered(id: str, tokens: list[int], seconds: float, error: str = "") -> dic
 
 def test_answers_become_entries():
     rows = [answered("a", [5, 2], 1.5), answered("b", [5, 6], 0.5), answered("c", [], -1, "ValueError: too\nlong")]
-    first, second, third = processor.entries(rows, stops=[2])
+    first, second, third = vllm.entries(rows, stops=[2])
     shared = {"cut": 0, "seconds": 1.5}
     assert first == {"id": "a", "predict": "5 2", "tokens": 2, "stop": "eos", "error": "", **shared}
     assert second == {"id": "b", "predict": "5 6", "tokens": 2, "stop": "length", "error": "", **shared}
@@ -195,7 +195,7 @@ def stage(settings: Config, served: Served, blocks: list[pa.Table]) -> Any:
     """The stage's engine, made as Ray Data makes it in an actor."""
     from ray.llm._internal.batch.stages import vLLMEngineStage
 
-    made = processor.processor_config(settings, served, Pool(1, 0.0, 1.0, 1), blocks)
+    made = vllm.processor_config(settings, served, Pool(1, 0.0, 1.0, 1), blocks)
     made_of = {"batch_size", "max_concurrent_batches", "engine_kwargs", "task_type", "should_continue_on_error"}
     plain = vLLMEngineStage(
         fn_constructor_kwargs={
@@ -206,7 +206,7 @@ def stage(settings: Config, served: Served, blocks: list[pa.Table]) -> Any:
         map_batches_kwargs={},
     )
     arguments = plain.get_dataset_map_batches_kwargs(batch_size=2, data_column="__data")["fn_constructor_kwargs"]
-    return processor.on_its_node(plain.fn, served.source)(**arguments)
+    return vllm.on_its_node(plain.fn, served.source)(**arguments)
 
 
 def run(engine: Any, block: pa.Table) -> list[dict[str, Any]]:
@@ -221,8 +221,8 @@ def run(engine: Any, block: pa.Table) -> list[dict[str, Any]]:
 def test_an_engine_that_does_not_start_says_why_in_its_rows(model):
     settings = config()
     served = Served.of(settings, str(model))
-    block = processor.requests(settings, served, prompts([5, 6], [7]))
-    for entry in processor.entries(run(stage(settings, served, [block]), block), served.stops):
+    block = vllm.requests(settings, served, prompts([5, 6], [7]))
+    for entry in vllm.entries(run(stage(settings, served, [block]), block), served.stops):
         assert entry["stop"] == "error"
         assert entry["error"].startswith("ImportError: vLLM is not installed")
 
@@ -267,7 +267,7 @@ class _Arguments(types.SimpleNamespace):
 
 
 @pytest.fixture
-def vllm(monkeypatch) -> type[_Engine]:
+def installed_vllm(monkeypatch) -> type[_Engine]:
     """A module of that name, with what Ray's stage takes from it."""
     module = types.ModuleType("vllm")
     parts = {
@@ -290,21 +290,21 @@ def vllm(monkeypatch) -> type[_Engine]:
     return _Engine
 
 
-def test_rays_stage_takes_the_requests_and_one_that_fails_costs_no_other(model, adapter, vllm):
+def test_rays_stage_takes_the_requests_and_one_that_fails_costs_no_other(model, adapter, installed_vllm):
     settings = config(do_sample=True)
     for folder, named in ((model, None), (adapter, str(adapter))):
-        vllm.asked.clear()
+        installed_vllm.asked.clear()
         served = Served.of(settings, str(folder))
-        block = processor.requests(settings, served, prompts([5, 6], [OUT_OF_VOCABULARY], [7]))
-        first, second, third = processor.entries(run(stage(settings, served, [block]), block), served.stops)
+        block = vllm.requests(settings, served, prompts([5, 6], [OUT_OF_VOCABULARY], [7]))
+        first, second, third = vllm.entries(run(stage(settings, served, [block]), block), served.stops)
         assert (first["id"], first["predict"], first["tokens"], first["stop"]) == ("q:0", "6", 2, "eos")
         assert (second["id"], second["stop"]) == ("q:1", "error")
         assert second["error"] == "ValueError: Token id is out of vocabulary"
         assert (third["id"], third["predict"]) == ("q:2", "7")
-        assert [each.seed for each, _ in vllm.asked] == [
-            processor.sampling(settings, served, id, 20)["seed"] for id in ("q:0", "q:2")
+        assert [each.seed for each, _ in installed_vllm.asked] == [
+            vllm.sampling(settings, served, id, 20)["seed"] for id in ("q:0", "q:2")
         ]
-        assert {lora and lora.lora_path for _, lora in vllm.asked} == {named}
+        assert {lora and lora.lora_path for _, lora in installed_vllm.asked} == {named}
 
 
 def test_vllm_stops_where_the_turns_of_the_data_end_and_where_an_adapter_says(model, adapter):

@@ -8,19 +8,19 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from raysft.config import Config, parse
-from raysft.data import _schedule, _shared_files
-from raysft.data.shards import shard_set
-from raysft.data.turns import Turns
-from raysft.plan import Plan, SourcePlan, make_plan
-from raysft.warning import warnings
+from raysft.config import Config, parse, with_overrides
+from raysft.data.prepare import _schedule, _shared_files
+from raysft.data.shards.build import shard_set
+from raysft.data.tokenization.turn_ends import Turns
+from raysft.run.plan import Plan, SourcePlan, make_plan
+from raysft.run.warnings import warnings
 from tests.shards import data_config, the_set, write_records, written
 from tests.tiny import tiny_tokenizer
 
 
 def config(**overrides) -> Config:
     base = parse({"model": {"path": "m"}, "data": {"train": [{"name": "a", "path": "a.jsonl"}]}})
-    return base.with_overrides({key.replace("__", "."): value for key, value in overrides.items()})
+    return with_overrides(base, {key.replace("__", "."): value for key, value in overrides.items()})
 
 
 def source(**changes) -> SourcePlan:
@@ -222,7 +222,7 @@ def test_whoever_follows_a_warning_has_steps_enough(count, rows_per_step, packin
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     write_records(tmp_path / "a.jsonl", [["How are you?", f"Fine, {index}."] for index in range(count)])
     given = {"train.rows_per_step": rows_per_step, "data.packing": packing}
-    asked = data_config(tmp_path, sequence_length=512).with_overrides(given)
+    asked = with_overrides(data_config(tmp_path, sequence_length=512), given)
     for _ in range(4):
         each = the_set(asked, str(tmp_path / "model"))
         manifest = written(each, str(tmp_path / "model"))
@@ -231,7 +231,7 @@ def test_whoever_follows_a_warning_has_steps_enough(count, rows_per_step, packin
         if not lines:
             break
         remedies = re.findall(r"(data\.\w+|train\.\w+)=(\w+)", lines[0].partition(";")[2])
-        asked = asked.with_overrides({key: yaml.safe_load(value) for key, value in remedies})
+        asked = with_overrides(asked, {key: yaml.safe_load(value) for key, value in remedies})
     assert not lines, "a remedy leads to another warning, again and again"
     assert planned.steps >= 20
 

@@ -7,10 +7,11 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
-from raysft.config import Config, RequestError
-from raysft.copies import model_copy
+from raysft.config import Config
+from raysft.errors import RequestError
 from raysft.generate.engines.batching import batching, refused
 from raysft.generate.engines.interface import Completion, Engine
+from raysft.storage.local_cache import model_copy
 
 __all__ = ["Completion", "Engine", "batching", "check_engine", "check_suitable", "create_engine"]
 
@@ -41,14 +42,15 @@ def check_suitable(config: Config, model: str) -> None:
     if settings.engine == "transformers" and settings.batching == "continuous":
         batching(config, model)
     if settings.stop_tokens:
-        from raysft.generate.engines.model import named_tokens, tokenizer_of
+        from raysft.generate.engines.model import named_tokens
+        from raysft.models.tokenizer import tokenizer_of
 
         named_tokens(tokenizer_of(config, model_copy(model)), settings.stop_tokens)
 
 
 def create_engine(config: Config, model: str, threads: int | None = None, ends: Sequence[int] = ()) -> Engine:
     """The engine of transformers that ``generate.batching`` names, with the model loaded; vLLM's is made by
-    ``raysft.generate.processor``.
+    ``raysft.generate.engines.vllm``.
 
     Args:
         model: folder of a Hugging Face model, or of a peft adapter.

@@ -9,11 +9,12 @@ from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from raysft.config import Config
-from raysft.copies import model_copy
+from raysft.generate.engines.context_window import fit, limit, positions_of
 from raysft.generate.engines.interface import Completion
-from raysft.generate.engines.model import load_model, padding_token, stop_tokens, tokenizer_of
-from raysft.generate.engines.room import fit, limit, positions_of
-from raysft.matmul import use_onednn
+from raysft.generate.engines.model import load_model, padding_token, stop_tokens
+from raysft.models.onednn import use_onednn
+from raysft.models.tokenizer import tokenizer_of
+from raysft.storage.local_cache import model_copy
 
 
 class ModelEngine:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from raysft.config import Config, RequestError
-from raysft.copies import model_copy
-from raysft.generate.engines.model import adapter_base, runs_code
-from raysft.generate.engines.room import scale_turn
+from raysft.config import Config
+from raysft.errors import RequestError
+from raysft.generate.engines.context_window import scale_turn
+from raysft.models.adapters import adapter_base
+from raysft.models.remote_code import runs_code
+from raysft.storage.local_cache import model_copy
 
 
 def batching(config: Config, model: str) -> Literal["continuous", "static"]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from raysft.config import RequestError
+from raysft.errors import RequestError
 
 
 @dataclass(frozen=True)

@@ -10,71 +10,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, GenerationConfig
 
-from raysft.config import Config, RequestError, locate
-from raysft.copies import model_copy
-from raysft.pretrained import adapter_description, load_adapter, load_tokenizer, load_weights, merge_adapter
-from raysft.quantized import keep_layout, method_of, quantization_config
-from raysft.storage import Place
-
-
-def adapter_base(model: Path) -> Path | None:
-    """Folder of the model that an adapter sits on; None where the folder is a whole model.
-
-    Raises:
-        RequestError: the folder or the adapter's base is not there.
-    """
-    if not model.is_dir():
-        raise RequestError(f"{model} is no model folder; give a folder with a config.json or an adapter_config.json")
-    description = model / "adapter_config.json"
-    if not description.exists():
-        if not (model / "config.json").exists():
-            raise RequestError(f"{model} holds neither config.json nor adapter_config.json; give a model's folder")
-        return None
-    named = _named_base(model)
-    base = model_copy(named) if named else None
-    if base is None or not base.is_dir():
-        raise RequestError(
-            f"{description}: base_model_name_or_path={named!r} is no folder here; put the base model there or correct it"
-        )
-    return base
-
-
-def _named_base(adapter: Path) -> str | None:
-    """The model that an adapter's description names."""
-    named = adapter_description(adapter).get("base_model_name_or_path")
-    return str(named) if named else None
-
-
-def tokenizer_folder(model: Path) -> Path:
-    """Folder of the tokenizer that belongs to a model: its own, or that of its base where an adapter brings none."""
-    base = adapter_base(model)
-    own = any((model / name).exists() for name in ("tokenizer_config.json", "tokenizer.json"))
-    return model if base is None or own else base
-
-
-def tokenizer_of(config: Config, folder: Path) -> Any:
-    """The tokenizer that belongs to a model, loaded."""
-    return load_tokenizer(str(tokenizer_folder(folder)), runs_code(config, folder))
-
-
-def code_name(config: Config, folder: Path) -> str:
-    """The name that ``model.trust_remote_code`` holds where the code of a model may run.
-
-    It is that of the model which is generated with. Of an adapter it is that of its base, for ``adapter_config.json`` may name
-    any folder.
-    """
-    if adapter_base(folder) is None:
-        return config.generate.model or config.model.path
-    base = _named_base(folder) or ""
-    there, trained = Place.of(base), Place.of(locate(config.model.path, "model.path"))
-    # With adapters merged it lies in the cache.
-    ours = there == trained or there.parent == config.cache_directory / "models"
-    return config.model.path if ours else base
-
-
-def runs_code(config: Config, folder: Path) -> bool:
-    """Whether code that comes with a model may run."""
-    return bool(config.model.trust_remote_code) and code_name(config, folder) in config.model.trust_remote_code
+from raysft.config import Config
+from raysft.errors import RequestError
+from raysft.models.adapters import adapter_base, load_adapter, merge_adapter
+from raysft.models.loading import load_weights
+from raysft.models.quantization import keep_layout, method_of, quantization_config
+from raysft.models.remote_code import runs_code
 
 
 def load_model(config: Config, folder: Path, device: torch.device) -> Any:

@@ -9,8 +9,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor, StoppingCriteriaList
 
 from raysft.generate.engines.base import ModelEngine
+from raysft.generate.engines.context_window import scale_turn
 from raysft.generate.engines.interface import Completion
-from raysft.generate.engines.room import scale_turn
 from raysft.generate.engines.sampling import RowLimits, RowSampling, uniform_numbers
 
 TRIAL_TOKENS = 8

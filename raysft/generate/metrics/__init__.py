@@ -17,11 +17,11 @@ import ray
 import ray.data
 from huggingface_hub import constants
 
-from raysft.config import Config, RequestError
-from raysft.generate.cluster import quiet_ray_data
+from raysft.config import Config
+from raysft.errors import RequestError, RunFailed
+from raysft.generate.engine_pool import quiet_ray_data
 from raysft.generate.metrics.bootstrap import RESAMPLES, intervals, resampled_sums, totals
 from raysft.generate.metrics.script import NotGiven, script_of
-from raysft.records import RunFailed
 
 if TYPE_CHECKING:  # it imports evaluate, which takes seconds, and a config is checked without
     from raysft.generate.metrics.additive import AdditiveMetric

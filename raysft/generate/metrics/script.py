@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from raysft import hub
-from raysft.copies import may_be_on_hub
+from raysft.storage import hub
+from raysft.storage.local_cache import may_be_on_hub
 
 KINDS = ("metric", "comparison", "measurement")
 """The hub's ``NAME`` is ``evaluate-KIND/NAME`` of the first kind that has it."""

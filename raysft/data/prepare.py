@@ -1,0 +1,157 @@
+"""Files → tokenized shards → packed rows in a known order: the data stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from raysft.config import Config, Source, with_overrides
+from raysft.data.rows.packed_dataset import Rows
+from raysft.data.rows.row_plan import Layout
+from raysft.data.shards.build import ShardSet, Tell, shard_set, write
+from raysft.data.shards.manifest import Manifest
+from raysft.data.shards.shard_writer import Part
+from raysft.data.tokenization.tokenizer import load_once
+from raysft.data.tokenization.turn_ends import end_tokens, total
+from raysft.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the data stage hands on."""
+
+    train: tuple[Manifest, ...]
+    eval: tuple[Manifest, ...]
+    train_rows: Rows
+    eval_rows: dict[str, Rows]
+    """Rows of each evaluation set by its name."""
+    prompts: tuple[Manifest, ...] = ()
+    """What is generated for."""
+    shared_files: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Evaluation sets that read a file which a training source reads too: name → that source, and the file."""
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that end the assistant's turns, as they are trained on and as the references have them."""
+        return end_tokens(total(each.turns for each in (*self.train, *self.prompts)))
+
+
+def prepare(config: Config, model: str, tell: Tell = lambda line: None) -> Prepared:
+    """Tokenize all sources into the cache, or find them there, and schedule their rows.
+
+    Args:
+        config: the run's config.
+        model: folder or hub id that holds the tokenizer.
+        tell: takes lines that say how far it is.
+
+    Raises:
+        RequestError: the data cannot be used as asked.
+    """
+    train = [
+        shard_set(config, source, "train" if config.data.holdout else "all", model, with_prompts=False)
+        for source in config.data.train
+    ]
+    with_prompts = config.stage == "sft"
+    by_part = {
+        (source.name, part): shard_set(config, source, part, model, with_prompts) for source, part in _evaluated(config)
+    }
+    evaluation = list(by_part.values())
+    asked = generated_for(config) if with_prompts and config.generate.enabled else []
+    prompts = [
+        by_part.get((source.name, part)) or shard_set(config, source, part, model, with_prompts=True)
+        for source, part in asked
+    ]
+    most, trusted = config.data.max_rejected, config.model.runs_code
+    manifests = write([*train, *evaluation, *prompts], model, most, config.chat_template, tell, trusted)
+    prepared = _schedule(config, train, evaluation, manifests)
+    return replace(prepared, prompts=tuple(manifests[len(train) + len(evaluation) :]))
+
+
+def prepare_prompts(config: Config, model: str, runs_code: bool, tell: Tell = lambda line: None) -> list[Manifest]:
+    """Tokenize what is generated for with the tokenizer of any model, or find it in the cache.
+
+    No prompt is left out for the length of its conversation: there are no rows that it would have to fit into.
+
+    Args:
+        config: the run's config.
+        model: folder that holds the tokenizer.
+        runs_code: code that comes with the tokenizer may run.
+        tell: takes lines that say how far it is.
+
+    Raises:
+        RequestError: the data cannot be used as asked.
+    """
+    settings: dict[str, Any] = {"data.overlong": "truncate"}
+    if load_once(model, runs_code).chat_template:
+        settings["model.chat_template"] = None
+    config = with_overrides(config, settings)
+    sets = [shard_set(config, source, part, model, with_prompts=True) for source, part in generated_for(config)]
+    return write(sets, model, config.data.max_rejected, config.chat_template, tell, runs_code)
+
+
+def _evaluated(config: Config) -> list[tuple[Source, Part]]:
+    """The evaluation sets: what is held out of the training sources, and the sources for evaluation."""
+    held_out: list[tuple[Source, Part]] = [(source, "holdout") for source in config.data.train if config.data.holdout]
+    return [*held_out, *((source, "all") for source in config.data.eval)]
+
+
+def generated_for(config: Config) -> list[tuple[Source, Part]]:
+    """What ``generate.sources`` names, or the evaluation sets."""
+    evaluated, names = _evaluated(config), config.generate.sources
+    by_name: dict[str, tuple[Source, Part]] = {source.name: (source, "all") for source in config.data.train}
+    by_name |= {source.name: (source, part) for source, part in evaluated}
+    return [by_name[name] for name in dict.fromkeys(names)] or evaluated
+
+
+def _schedule(
+    config: Config, train: Sequence[ShardSet], evaluation: Sequence[ShardSet], manifests: Sequence[Manifest]
+) -> Prepared:
+    data = config.data
+    layout: Layout = "single" if not data.packing else "joined" if config.stage == "pt" else "packed"
+    train_rows = Rows(
+        manifests=tuple(each.manifest.location for each in train),
+        capacity=data.sequence_length,
+        rows_per_step=None if config.train.rows_per_step == "auto" else config.train.rows_per_step,
+        seed=config.run.seed,
+        epochs=config.train.epochs,
+        max_steps=config.train.max_steps,
+        layout=layout,
+        mixing=data.mixing,
+        shares=tuple(source.weight or 1.0 for source in data.train),
+        document_mask=data.document_mask,
+    )
+    eval_rows = {
+        each.source.name: Rows(
+            manifests=(each.manifest.location,),
+            capacity=data.sequence_length,
+            rows_per_step=config.train.rows_per_device * config.scaling.most_workers,
+            layout=layout,
+            document_mask=data.document_mask,
+            shuffle=False,
+        )
+        for each in evaluation
+    }
+    schedule = train_rows.schedule
+    if not schedule.step_trained.all():
+        step = int((schedule.step_trained == 0).argmax()) + 1
+        raise RequestError(f"step {step} has no trained token; raise train.rows_per_step={schedule.rows_per_step}")
+    return Prepared(
+        tuple(manifests[: len(train)]),
+        tuple(manifests[len(train) : len(train) + len(evaluation)]),
+        train_rows,
+        eval_rows,
+        shared_files=_shared_files(train, evaluation),
+    )
+
+
+def _shared_files(train: Sequence[ShardSet], evaluation: Sequence[ShardSet]) -> dict[str, tuple[str, str]]:
+    """By what files hold: a registry, a glob or a copy may name one otherwise."""
+    sources = {file.identity: each.source.name for each in train for file in each.files if file.size}
+    return {
+        each.source.name: (sources[file.identity], file.path)
+        for each in evaluation
+        if each.part == "all"
+        for file in each.files
+        if file.identity in sources
+    }

@@ -1,0 +1,186 @@
+"""Packed rows and lengths for people: what is trained on stands out, and so does where one example ends and the next begins."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.text import Text
+
+from raysft.data.rows.packed_dataset import Rows
+from raysft.data.shards.manifest import Manifest
+from raysft.data.tokenization.tokenizer import load_once
+from raysft.data.types import IGNORED
+from raysft.telemetry.terminal import Console
+
+COLOURS = ("cyan", "yellow", "magenta", "green")
+"""Colours of examples, by turns."""
+BINS = 12
+"""Bars of the histogram of lengths."""
+
+
+VISIBLE = {code: 0x2400 + code for code in range(32) if code not in b"\n\t"}
+"""Control characters of the data as the symbols that Unicode has for them: a terminal would obey them."""
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """One packed row, decoded."""
+
+    title: str
+    examples: list[list[tuple[str, bool]]]
+    """For each example its (text, trained) parts, in order."""
+
+
+def shown_rows(rows: Rows, model: str, count: int, runs_code: bool = False) -> Iterator[ShownRow]:
+    """The first rows in their training order, decoded.
+
+    Args:
+        rows: the schedule and its shards.
+        model: folder or hub id of the tokenizer.
+        count: how many rows.
+        runs_code: code that comes with the model may run.
+    """
+    tokenizer = load_once(model, runs_code)
+    filled = np.flatnonzero(np.diff(rows.schedule.pieces.offsets))
+    for number in filled[:count].tolist():
+        batch = rows.batch([number])
+        tokens = int(batch["tokens"][0])
+        ids, labels = (batch[name][0, :tokens] for name in ("input_ids", "labels"))
+        pieces = rows.schedule.pieces
+        inside = slice(pieces.offsets[number], pieces.offsets[number + 1])
+        ends = np.cumsum(pieces.stops[inside] - pieces.starts[inside]).tolist()
+        trained = int((labels != IGNORED).sum())
+        yield ShownRow(
+            title=f"row {number} of {rows.schedule.rows:,}: {len(ends)} example{'s' * (len(ends) != 1)}, {tokens} of "
+            f"{rows.capacity} tokens, {trained} trained",
+            examples=[_parts(tokenizer, ids[start:end], labels[start:end]) for start, end in pairwise([0, *ends])],
+        )
+
+
+def _parts(tokenizer: Any, ids: np.ndarray, labels: np.ndarray) -> list[tuple[str, bool]]:
+    edges = [0, *(np.flatnonzero(np.diff(labels != IGNORED)) + 1).tolist(), len(ids)]
+    return [
+        (tokenizer.decode(ids[start:end].tolist()).translate(VISIBLE), bool(labels[start] != IGNORED))
+        for start, end in pairwise(edges)
+    ]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How long examples are, and what of their tokens is lost."""
+
+    bars: list[tuple[int, int, int]]
+    """(from, to, examples) for each bar of the histogram; the bounds belong to it."""
+    lines: list[str]
+    """What is in the rows and what is lost, in words."""
+
+    @classmethod
+    def of(cls, rows: Rows, manifests: Sequence[Manifest]) -> Lengths:
+        """The lengths of a training's examples, under its schedule."""
+        lengths = np.concatenate([manifest.lengths for manifest in manifests])
+        low, high = int(lengths.min()), int(lengths.max())
+        width = -(-(high - low + 1) // BINS)
+        counts = np.bincount((lengths - low) // width)
+        bars = [
+            (low + index * width, min(high, low + (index + 1) * width - 1), int(count))
+            for index, count in enumerate(counts)
+        ]
+        tokens, filled = int(rows.schedule.step_tokens.sum()), rows.schedule.consumed(rows.schedule.steps)
+        total = {
+            name: sum(manifest.counts.get(name, 0) for manifest in manifests)
+            for name in ("truncated_tokens", "dropped_tokens")
+        }
+        whole = int(lengths.sum()) + sum(total.values())
+        rejected = sum(len(manifest.rejected) for manifest in manifests)
+        records = sum(manifest.records for manifest in manifests)
+        return cls(
+            bars,
+            [
+                f"{tokens:,} tokens in {filled:,} rows; {1 - rows.schedule.useful:.2%} of their space is padding",
+                f"of the {whole:,} tokens of all examples lost: {total['truncated_tokens'] / whole:.2%} to truncation, "
+                f"{total['dropped_tokens'] / whole:.2%} to dropping what is too long",
+                f"{rejected:,} of {records:,} records rejected ({rejected / max(1, records):.2%})",
+            ],
+        )
+
+
+def print_rows(shown: Sequence[ShownRow], lengths: Lengths, console: Console | None = None) -> None:
+    """Print rows, examples in colours by turns, trained tokens bold and underlined; then the lengths of all examples.
+
+    Without colours (a file, a pipe) trained tokens stand between ⟦ and ⟧ and examples are separated by a line.
+    """
+    console = console or Console(highlight=False)
+    for row in shown:
+        console.print(Text(f"── {row.title} ──", style="bold"))
+        for number, parts in enumerate(row.examples):
+            text = Text()
+            for part, trained in parts:
+                colour = COLOURS[number % len(COLOURS)]
+                marked = f"⟦{part}⟧" if trained and not console.is_terminal else part
+                text.append(marked, style=f"bold underline {colour}" if trained else f"dim {colour}")
+            text.rstrip()
+            console.print(text, soft_wrap=True)
+            if not console.is_terminal:
+                console.print("─" * 20)
+    console.print(Text("── lengths of the examples, in tokens ──", style="bold"))
+    most = max(count for _, _, count in lengths.bars)
+    for start, end, count in lengths.bars:
+        console.print(Text(f"{start:>7,} – {end:<7,} {count:>9,} {'█' * round(40 * count / most)}"), soft_wrap=True)
+    for line in lengths.lines:
+        console.print(Text(line), soft_wrap=True)
+
+
+def write_page(shown: Sequence[ShownRow], lengths: Lengths, path: Path) -> None:
+    """Write the same as one HTML page that needs nothing else."""
+    most = max(count for _, _, count in lengths.bars)
+    bars = "".join(
+        f'<tr><td class="n">{start:,} – {end:,}</td><td class="n">{count:,}</td>'
+        f'<td><div class="bar" style="width:{100 * count / most:.1f}%"></div></td></tr>'
+        for start, end, count in lengths.bars
+    )
+    lines = "".join(f"<p>{html.escape(line)}</p>" for line in lengths.lines)
+    rows = "".join(_section(row) for row in shown)
+    path.write_text(PAGE.format(bars=bars, lines=lines, rows=rows), encoding="utf-8")
+
+
+def _section(row: ShownRow) -> str:
+    examples = "".join(
+        f'<div class="example e{number % len(COLOURS)}">'
+        + "".join(f"<b>{html.escape(text)}</b>" if trained else html.escape(text) for text, trained in parts)
+        + "</div>"
+        for number, parts in enumerate(row.examples)
+    )
+    return f"<h2>{html.escape(row.title)}</h2>{examples}"
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>raysft: packed rows</title>
+<style>
+:root {{ color-scheme: light dark; --line: #8885; --soft: light-dark(#666, #aaa); --ink: light-dark(#111, #eee); }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: var(--ink);
+       background: light-dark(#fff, #181818); }}
+h1 {{ font-size: 1.4rem }} h2 {{ font-size: 1rem; margin: 2rem 0 .5rem }} p {{ margin: .3rem 0 }}
+.example {{ white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, monospace; color: var(--soft);
+            border-left: 4px solid; padding: .4rem .8rem; margin: .4rem 0; background: #8881 }}
+.example b {{ color: var(--ink); background: #fc03; border-bottom: 1px solid #c90 }}
+.e0 {{ border-color: #0aa }} .e1 {{ border-color: #c90 }} .e2 {{ border-color: #b3b }} .e3 {{ border-color: #393 }}
+table {{ border-collapse: collapse; width: 100%; margin: .5rem 0 }} td {{ padding: 1px .6rem 1px 0 }}
+.n {{ text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; width: 1% }}
+.bar {{ background: #0aa; height: .9em; min-width: 1px }}
+</style></head><body>
+<h1>Packed rows</h1>
+<p><span class="example" style="border:0;padding:0 .3rem"><b>marked</b></span> is trained on; each box is one example, and the
+examples of a row do not see each other.</p>
+<h2>Lengths of the examples, in tokens</h2>
+<table>{bars}</table>
+{lines}
+{rows}
+</body></html>
+"""

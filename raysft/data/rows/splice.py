@@ -1,0 +1,49 @@
+"""The epochs of one schedule and then those of another: what a run trains on whose data changes on the way. Pure."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from raysft.data.rows import row_layouts as layouts
+from raysft.data.rows.row_plan import Schedule
+
+
+def spliced(earlier: Schedule, later: Schedule, examples: int, sources: int, max_steps: int | None = None) -> Schedule:
+    """All epochs of ``earlier``, then those of ``later`` that come after them.
+
+    Args:
+        earlier: whole epochs.
+        later: all epochs, from the first one on; with rows and steps of the same size.
+        examples: those of ``earlier``, over all its sources; those of ``later`` are numbered after them.
+        sources: those of ``earlier``, likewise.
+        max_steps: cut the schedule after so many steps.
+    """
+    per_step, done = earlier.rows_per_step, len(earlier.epoch_ends)
+    assert (per_step, earlier.capacity) == (later.rows_per_step, later.capacity)
+    ends = np.concatenate([[0], later.epoch_ends])
+    skipped = int((-(-np.diff(ends[: done + 1]) // per_step) * per_step).sum())
+    start = -(-earlier.rows // per_step) * per_step
+    rest = layouts.cut(later.pieces, later.rows, skipped)
+    filled = layouts.empty(start - earlier.rows)
+    pieces = layouts.chain([earlier.pieces, filled, rest._replace(examples=rest.examples + examples)])
+    numbers = np.concatenate([earlier.sources, later.sources[len(later.sources) - len(rest.examples) :] + sources])
+    if max_steps:
+        pieces = layouts.cut(pieces, max_steps * per_step)
+    return Schedule(
+        pieces=pieces,
+        sources=numbers[: len(pieces.examples)].astype(np.int16),
+        weights=_weights(earlier, later, examples),
+        capacity=earlier.capacity,
+        rows_per_step=per_step,
+        group_ends=np.concatenate([earlier.group_ends, later.group_ends[later.group_ends > skipped] - skipped + start]),
+        epoch_ends=np.concatenate([earlier.epoch_ends, ends[done + 1 :] - ends[done] + earlier.epoch_ends[-1]]),
+    )
+
+
+def _weights(earlier: Schedule, later: Schedule, examples: int) -> np.ndarray | None:
+    if earlier.weights is None and later.weights is None:
+        return None
+    before = np.ones(examples, np.float32) if earlier.weights is None else earlier.weights
+    highest = int(later.pieces.examples.max()) + 1
+    after = np.ones(highest, np.float32) if later.weights is None else later.weights
+    return np.concatenate([before, after])

@@ -1,0 +1,267 @@
+"""Files of any supported kind → records with their position, one after the other and never a whole file at once."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, ClassVar
+
+import pyarrow as pa
+import yaml
+
+from raysft.data.sources.arrow import arrow_records, parquet_records
+from raysft.data.sources.files import DataFile
+from raysft.data.sources.json_stream import JSON, READ_BYTES, Unreadable, first_line, json_list
+from raysft.data.types import Record
+from raysft.errors import RequestError
+from raysft.storage.filesystems import filesystem_of
+from raysft.storage.retry import reason_of
+
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+
+
+@dataclass(frozen=True)
+class JsonLine:
+    """A record that is not parsed yet: that is left to the tasks that tokenize."""
+
+    line: bytes
+
+
+Raw = Record | JsonLine | Unreadable
+Positioned = Iterator[tuple[str, int, Raw]]
+"""(position in the file, bytes about, record)."""
+
+
+def read_raw(file: DataFile) -> Positioned:
+    """Records of a file in their order, as far as they must be parsed to know where each ends.
+
+    Raises:
+        RequestError: the file as a whole is unreadable, of no known kind, or changed since it was found.
+    """
+    name = file.path.lower()
+    for compression in COMPRESSIONS:
+        name = name.removesuffix(compression)
+    reader = next((reader for endings, reader in READERS.items() if name.endswith(endings)), None)
+    if reader is None:
+        known = " ".join(ending for endings in READERS for ending in endings)
+        raise RequestError(
+            f"{file.path}: unknown kind of file; known endings: {known} (each also with {' '.join(COMPRESSIONS)})"
+        )
+    try:
+        yield from reader(file)
+        changed = file.changed()
+    except RecursionError:
+        raise RequestError(f"{file.path}: is nested thousands of times; mend the file") from None
+    except (OSError, pa.ArrowException, EOFError) as error:
+        remedy = (
+            "check what the storage answers, or write the file again" if "://" in file.uri else "write the file again"
+        )
+        raise RequestError(f"{file.path}: cannot be read ({reason_of(error)}); {remedy}") from None
+    if changed:
+        raise RequestError(f"{file.path}: changed while it was read; start again when nobody writes to it")
+
+
+def parsed(raw: Raw) -> Record | Unreadable:
+    """The record itself."""
+    if not isinstance(raw, JsonLine):
+        return raw
+    try:
+        text = raw.line.decode()
+    except UnicodeDecodeError as error:
+        return Unreadable(f"is not UTF-8 text (byte {raw.line[error.start]:#x})")
+    try:
+        return _as_record(JSON.decode(text))
+    except json.JSONDecodeError as error:
+        return Unreadable(f"no valid JSON ({error.msg} at column {error.colno}): {text.strip()[:40]!r}")
+    except (ValueError, RecursionError) as error:  # a key twice, numbers of thousands of digits, thousands of brackets
+        return Unreadable(f"no usable JSON ({first_line(error)}): {text.strip()[:40]!r}")
+
+
+def _json_lines(file: DataFile) -> Positioned:
+    with _stream(file) as stream:
+        yield from _lines_of_json(stream)
+
+
+def _lines_of_json(stream: Any, start: bytes = b"") -> Positioned:
+    for number, line in enumerate(_lines(stream, start), 1):
+        if line.strip():
+            yield str(number), len(line), JsonLine(line)
+
+
+def _text(file: DataFile) -> Positioned:
+    with _stream(file) as stream:
+        for number, line in enumerate(_lines(stream), 1):
+            if not line.strip():
+                continue
+            try:
+                yield str(number), len(line), {"text": line.decode()}
+            except UnicodeDecodeError as error:
+                yield str(number), len(line), Unreadable(f"is not UTF-8 text (byte {line[error.start]:#x})")
+
+
+def _json(file: DataFile) -> Positioned:
+    """A list of records, read piece by piece; or one record a line."""
+    with _stream(file) as stream:
+        start = stream.read(READ_BYTES)
+        while start and not start.removeprefix(codecs.BOM_UTF8).strip() and (more := stream.read(READ_BYTES)):
+            start += more
+        if start.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
+            for index, size, item in json_list(stream, start.removeprefix(codecs.BOM_UTF8), file.path):
+                yield f"[{index}]", size, item if isinstance(item, Unreadable) else _as_record(item)
+        elif start.removeprefix(codecs.BOM_UTF8).split(maxsplit=1)[:1] == [b"{"] and b"\n" in start:
+            raise RequestError(
+                f"{file.path}: begins with one JSON object over several lines; write a list of records, or one record a line"
+            )
+        else:
+            yield from _lines_of_json(stream, start)
+
+
+def _csv(file: DataFile) -> Positioned:
+    # The module's own limit of 128 KiB is short of a long document.
+    csv.field_size_limit(sys.maxsize)
+    with _stream(file) as stream:
+        lines = (_decode(line, file.path, before) for before, line in enumerate(_lines(stream, ends=True)))
+        reader = csv.reader(lines, strict=True)
+        begin = 1
+        try:
+            columns = next(reader, [])
+            twice = [column for column in columns if columns.count(column) > 1]
+            if twice:
+                raise RequestError(f"{file.path}:1: two columns are named {twice[0]!r}; give each its own name")
+            begin = reader.line_num + 1
+            for row in reader:
+                size = sum(map(len, row))
+                if row and len(row) != len(columns):
+                    reason = f"has {len(row)} columns and the header line has {len(columns)}"
+                    yield str(begin), size, Unreadable(reason)
+                elif row:
+                    yield str(begin), size, dict(zip(columns, row, strict=True))
+                begin = reader.line_num + 1
+        except csv.Error as error:
+            raise RequestError(f"{file.path}:{begin}: no valid CSV ({error}); mend this record") from None
+
+
+def _parquet(file: DataFile) -> Positioned:
+    with _seekable(file) as source:
+        for index, size, record in parquet_records(source):
+            yield f"[{index}]", size, record
+
+
+def _arrow(file: DataFile) -> Positioned:
+    with _seekable(file) as source:
+        for index, size, record in arrow_records(source):
+            yield f"[{index}]", size, record
+
+
+class _Loader(yaml.CSafeLoader):
+    """Takes 2024-07-26 for the text that it is in JSON: no template can write a date."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.CSafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def _yaml(file: DataFile) -> Positioned:
+    """A list of records, or a mapping whose ``conversations`` is that list (as chatterbot-corpus has it)."""
+    with _stream(file) as stream:
+        loader = _Loader(_decode(stream.read().removeprefix(codecs.BOM_UTF8), file.path))
+    try:
+        root = loader.get_single_node()
+        if isinstance(root, yaml.MappingNode):
+            nested = [value for key, value in root.value if key.value == "conversations"]
+            root = nested[0] if nested else root
+        if not isinstance(root, yaml.SequenceNode):
+            raise RequestError(f"{file.path}: a YAML data file is a list, or has a list under 'conversations'")
+        for node in root.value:
+            size = node.end_mark.index - node.start_mark.index
+            yield str(node.start_mark.line + 1), size, _yaml_record(loader, node)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or first_line(error)
+        raise RequestError(f"{file.path}{line}: no valid YAML ({reason}); mend the file") from None
+    finally:
+        loader.dispose()
+
+
+def _yaml_record(loader: Any, node: yaml.Node) -> Record | Unreadable:
+    try:
+        return _as_record(loader.construct_document(node))
+    except yaml.YAMLError as error:
+        return Unreadable(f"no usable YAML ({getattr(error, 'problem', None) or error})")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:  # !!int x
+        return Unreadable(f"no usable YAML ({error})")
+
+
+READERS: dict[tuple[str, ...], Callable[[DataFile], Positioned]] = {
+    (".jsonl", ".ndjson"): _json_lines,
+    (".json",): _json,
+    (".txt",): _text,
+    (".csv",): _csv,
+    (".parquet",): _parquet,
+    (".arrow",): _arrow,
+    (".yml", ".yaml"): _yaml,
+}
+
+
+@contextmanager
+def _stream(file: DataFile) -> Iterator[Any]:
+    filesystem, path = filesystem_of(file.uri)
+    ending = next((kind for kind in COMPRESSIONS if file.path.lower().endswith(kind)), None)
+    with filesystem.open_input_stream(path, compression=COMPRESSIONS[ending] if ending else None) as stream:
+        yield stream
+
+
+@contextmanager
+def _seekable(file: DataFile) -> Iterator[Any]:
+    """A file that is read from several places: a compressed one is unpacked first."""
+    if file.path.lower().endswith(tuple(COMPRESSIONS)):
+        with _stream(file) as stream:
+            yield pa.BufferReader(stream.read())
+    else:
+        filesystem, path = filesystem_of(file.uri)
+        with filesystem.open_input_file(path) as source:
+            yield source
+
+
+def _lines(stream: Any, start: bytes = b"", ends: bool = False) -> Iterator[bytes]:
+    """Lines split at \\n (and \\r\\n) alone: characters such as U+2028 do not end a line of JSON. With ``ends`` these stay."""
+    mark = codecs.BOM_UTF8
+    pieces: list[bytes] = []
+    for chunk in chain([start], iter(lambda: stream.read(READ_BYTES), b"")):
+        *whole, last = chunk.split(b"\n")
+        if whole:
+            whole[0] = b"".join([*pieces, whole[0]])  # a long line is put together once, at its end
+            pieces = []
+        pieces.append(last)
+        for line in whole:
+            yield line.removeprefix(mark) + b"\n" if ends else line.removeprefix(mark).removesuffix(b"\r")
+            mark = b""
+    if last := b"".join(pieces).removeprefix(mark):
+        yield last if ends else last.removesuffix(b"\r")
+
+
+def _decode(content: bytes, path: str, lines_before: int = 0) -> str:
+    """UTF-8, of a file that is of no use when a part of it is something else."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        line = lines_before + content.count(b"\n", 0, error.start) + 1
+        raise RequestError(
+            f"{path}:{line}: is not UTF-8 text (byte {content[error.start]:#x}); write the file again"
+        ) from None
+
+
+def _as_record(item: Any) -> Record | Unreadable:
+    if isinstance(item, dict):
+        return item
+    if isinstance(item, list):
+        return {"turns": item}
+    return Unreadable(f"a record is a mapping or a list of turns, this is {item!r:.40}")

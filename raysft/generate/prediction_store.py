@@ -1,0 +1,127 @@
+"""Predictions on disk as they come, so that a call that was killed and started again does only what is missing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from raysft.config import Config
+from raysft.models.adapters import adapter_base
+from raysft.storage.json_files import read_jsonl, write_json, write_jsonl
+from raysft.storage.local_cache import model_copy
+
+_NOT_OF_THE_TEXT = {
+    "enabled", "model", "sources", "compare_base", "num_actors", "gpus_per_engine", "max_examples", "batching", "batch_size",
+    "metrics",
+}  # fmt: skip
+"""Settings of ``generate`` that do not change what is predicted for a prompt."""
+
+
+_DECISIVE = (".safetensors", ".bin", ".json", ".model", ".tiktoken", ".txt", ".py")
+"""Endings of the files of a model and its tokenizer that decide what is predicted."""
+
+
+def fingerprint(config: Config, model: str, prompts: Path) -> str:
+    """A hash of all that decides the predictions: model files (path, size, time), prompts, settings.
+
+    The prompts count by content, because a run that is started again may write the same file anew.
+    """
+    folder = model_copy(model)
+    base = adapter_base(folder)
+    # Copies of what lies elsewhere have the times of that, and a path of their own on each machine.
+    files = [
+        (str(file.absolute()) if "://" not in model else file.name, file.stat().st_size, file.stat().st_mtime_ns)
+        for place in (folder, *([base] if base else []))
+        for file in sorted(place.iterdir())
+        if file.suffix in _DECISIVE
+    ]
+    settings = config.generate.model_dump(mode="json", exclude=_NOT_OF_THE_TEXT)
+    if config.model.quantization:
+        settings |= config.model.model_dump(include={"quantization", "quantization_type", "double_quantization"})
+    with prompts.open("rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
+    whole = [files, content, settings, config.dtype, config.run.seed if config.generate.do_sample else None]
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Journal:
+    """The files of one output: ``.{name}.partial`` while it grows, then ``output`` and ``.{name}.done``.
+
+    The first line of the partial file and the ``done`` file hold the fingerprint: what was written under another one is
+    not used.
+    """
+
+    def __init__(self, output: Path, fingerprint: str) -> None:
+        self._output = output
+        self._partial = output.with_name(f".{output.name}.partial")
+        self._done = output.with_name(f".{output.name}.done")
+        self._fingerprint = fingerprint
+        self._file: Any = None
+
+    def finished(self) -> dict[str, Any] | None:
+        """Facts of the call that wrote ``output``, when that is complete, under this fingerprint, and no prompt of it failed."""
+        if not (self._output.exists() and self._done.exists()):
+            return None
+        try:
+            facts = json.loads(self._done.read_text(encoding="utf-8"))
+        except ValueError:
+            return None
+        if not isinstance(facts, dict):
+            return None
+        same = facts.get("fingerprint") == self._fingerprint and facts.get("bytes") == self._output.stat().st_size
+        return facts if same and not facts.get("failed") else None
+
+    def open(self) -> dict[str, dict[str, Any]]:
+        """Start or go on; gives the entries that are there already, by id."""
+        self._output.parent.mkdir(parents=True, exist_ok=True)
+        entries = self._read()
+        self._file = self._partial.open("a" if entries is not None else "w", encoding="utf-8")
+        if entries is None:
+            self._write([{"fingerprint": self._fingerprint}])
+        return entries or {}
+
+    def append(self, entries: Sequence[dict[str, Any]]) -> None:
+        """Add entries (each with an ``id``); when this returns a crash of the machine does not lose them."""
+        self._write(entries)
+
+    def close(self) -> None:
+        """Close the partial file and leave it."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def finish(self, rows: list[dict[str, Any]], facts: dict[str, Any], failed: int = 0) -> None:
+        """Write ``output`` atomically, note that it is complete, remove the partial file.
+
+        Args:
+            failed: entries that another call is to try again; the partial file stays for it.
+        """
+        self.close()
+        write_jsonl(self._output, rows)
+        size = self._output.stat().st_size
+        write_json(self._done, {**facts, "fingerprint": self._fingerprint, "bytes": size, "failed": failed})
+        if not failed:
+            self._partial.unlink(missing_ok=True)
+
+    def _read(self) -> dict[str, dict[str, Any]] | None:
+        """Entries under this fingerprint, a torn last line cut off; None where there are none to go on from."""
+        if not self._partial.exists():
+            return None
+        content = self._partial.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole != len(content):  # else the next entry would be glued to the torn one
+            os.truncate(self._partial, whole)
+        try:
+            header, *entries = list(read_jsonl(self._partial))
+            return {entry["id"]: entry for entry in entries} if header["fingerprint"] == self._fingerprint else None
+        except (ValueError, TypeError, KeyError):
+            return None
+
+    def _write(self, entries: Sequence[dict[str, Any]]) -> None:
+        self._file.write("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+        self._file.flush()
+        os.fsync(self._file.fileno())

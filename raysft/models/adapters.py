@@ -1,0 +1,244 @@
+"""Adapters that were trained before: merged into the model, or gone on with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from raysft.config import Config
+from raysft.config.model import LoraSection
+from raysft.errors import RequestError
+from raysft.models.fingerprint import model_identity
+from raysft.models.loading import generation_config, load_weights
+from raysft.models.weight_files import check_weights
+from raysft.storage.local_cache import in_cache, local_copy, model_copy
+from raysft.storage.path import StoragePath
+
+
+def find_adapter(config: Config, model: str, say: Callable[[str], None]) -> tuple[str, str | None]:
+    """The model to begin with, earlier adapters merged into it, and the adapter to go on with.
+
+    Args:
+        config: the run's config.
+        model: folder or hub id of the model without adapters.
+        say: takes a line for people where it takes a while.
+
+    Raises:
+        RequestError: there is no such adapter, or it is of another kind than what is to be trained.
+    """
+    places = [StoragePath.of(path) for path in config.model.adapters]
+    folders = [_folder(path, place) for path, place in zip(config.model.adapters, places, strict=True)]
+    for folder in folders:
+        _check_kind(folder, config)
+    goes_on = bool(folders) and not config.model.new_adapter
+    merged = folders[:-1] if goes_on else folders
+    if merged:
+        model = _merged(model, merged, config.cache_directory, say, config.model.runs_code)
+    return model, places[-1].location if goes_on else None
+
+
+def _folder(path: str, place: StoragePath) -> Path:
+    try:
+        folder = Path(local_copy(place.location))
+    except FileNotFoundError:
+        raise RequestError(f"model.adapters: {place} is not there; give a folder that peft has written") from None
+    if not (folder / "adapter_config.json").exists():
+        raise RequestError(f"model.adapters: {path} holds no adapter_config.json; give a folder that peft has written")
+    if not (folder / "adapter_model.safetensors").exists():
+        raise RequestError(
+            f"model.adapters: {path} holds no weights (adapter_model.safetensors); copy or train it again"
+        )
+    check_weights(folder, f"model.adapters: {path}")
+    return folder
+
+
+def _check_kind(folder: Path, config: Config) -> None:
+    described = adapter_description(folder)
+    kind = str(described.get("peft_type")).lower()
+    if not config.model.new_adapter and kind != config.model.finetuning:
+        raise RequestError(
+            f"model.adapters: {folder} is {kind} and model.finetuning={config.model.finetuning} is to go on with it; "
+            f"set model.finetuning={kind}, or model.new_adapter=true"
+        )
+    if not config.model.new_adapter and kind == "lora":
+        _check_form(folder, described, config)
+
+
+def _check_form(folder: Path, described: Mapping[str, Any], config: Config) -> None:
+    """An adapter that is gone on with keeps its form; what a config says otherwise would have no effect."""
+    lora, usual = config.model.lora, LoraSection()
+    for key, theirs in (("rank", "r"), ("alpha", "lora_alpha"), ("dropout", "lora_dropout"), ("dora", "use_dora"),
+                        ("rslora", "use_rslora")):  # fmt: skip
+        wanted = getattr(lora, key)
+        if wanted not in (getattr(usual, key), described.get(theirs)):
+            raise RequestError(
+                f"model.adapters: {folder} has {key} {described.get(theirs)!r}, which stays as it is, and "
+                f"model.lora.{key}={wanted!r}; take it out, or set model.new_adapter=true"
+            )
+
+
+def _merged(
+    model: str, adapters: Sequence[Path], cache: StoragePath, say: Callable[[str], None], runs_code: bool
+) -> str:
+    """A copy of the model in the cache, with adapters merged into it in their order."""
+    names = [model_identity(model), *(model_identity(str(each)) for each in adapters)]
+    key = hashlib.sha256(repr(names).encode()).hexdigest()[:16]
+
+    def write(folder: Path) -> None:
+        say(f"model: {len(adapters)} adapters are merged into {model}, once, in {cache / 'models'}")
+        merge_adapters(model, adapters, folder, runs_code)
+
+    return in_cache(cache / "models" / f"merged-{key}", write).location
+
+
+def merge_adapters(model: str, adapters: Sequence[Path], output: Path, runs_code: bool = False) -> None:
+    """Write the full model that a model and its adapters make, with the tokenizer; ``runs_code``: its own code may run."""
+    import torch
+    from transformers import AutoTokenizer
+
+    near = local_copy(model)
+    whole = load_weights(near, dtype=torch.float32, trust_remote_code=runs_code)
+    for adapter in adapters:
+        whole = merge_adapter(load_adapter(whole, adapter))
+    whole.config.use_cache = True
+    whole.save_pretrained(output)
+    AutoTokenizer.from_pretrained(near, trust_remote_code=runs_code).save_pretrained(output)
+
+
+def merge(adapter: Path, output: Path, runs_code: bool = False) -> None:
+    """Write the full model that an adapter and its base make, with the tokenizer; a full model is copied.
+
+    Args:
+        adapter: folder of either.
+        output: folder to write.
+        runs_code: code that comes with the base may run.
+
+    Raises:
+        RequestError: the folder holds neither.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    check_weights(adapter, str(adapter))
+    if (adapter / "adapter_config.json").exists():
+        from raysft.models.adapters import load_with_base
+
+        trusted: dict[str, Any] = {"trust_remote_code": runs_code}
+        model = merge_adapter(load_with_base(adapter, dtype=torch.float32, **trusted))
+        model.config.use_cache = True
+        model.save_pretrained(output)
+        AutoTokenizer.from_pretrained(adapter, **trusted).save_pretrained(output)
+    elif (adapter / "config.json").exists():
+        shutil.copytree(adapter, output, dirs_exist_ok=True)
+    else:
+        raise RequestError(f"{adapter}: holds no trained model; train first (raysft train CONFIG)")
+
+
+def load_adapter(model: Any, folder: str | Path, **options: Any) -> Any:
+    """A model with the adapter of a folder on it, as peft loads it, with all of its weights.
+
+    Raises:
+        RequestError: the folder lacks some, without which it would do nothing, or not what it has learnt; or it is of another
+            model.
+    """
+    import torch
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        try:
+            adapted = PeftModel.from_pretrained(model, str(folder), **options)
+        except UserWarning as warning:
+            lacking = str(warning).partition(": ")[2] or str(warning)
+            raise RequestError(
+                f"{folder}: lacks some of the adapter's weights ({lacking:.120}); copy or train it again"
+            ) from None
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split()):.160}"
+            raise RequestError(
+                f"{folder}: is no adapter of this model ({reason}); give the model that it belongs to, or copy it again"
+            ) from None
+    if generation := generation_config(Path(folder)):
+        model.generation_config = generation  # where its turns end may be what it has learnt
+    return adapted
+
+
+def merge_adapter(model: Any) -> Any:
+    """The plain model with the weights of the adapter on it merged into its own.
+
+    An embedding that is the output head too is one weight: where the adapter changes the one and not the other they are two
+    from then on.
+    """
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = model.get_base_model()
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if any(isinstance(each, BaseTunerLayer) for each in (embedding, head)):
+        inner: Any = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+        inner.weight = torch.nn.Parameter(inner.weight.detach().clone(), requires_grad=False)
+    whole = model.merge_and_unload()
+    embedding, head = whole.get_input_embeddings(), whole.get_output_embeddings()
+    if head is not None and head.weight is not embedding.weight:
+        for described in (whole.config, whole.config.get_text_config()):
+            described.tie_word_embeddings = False
+    return whole
+
+
+def adapter_description(folder: Path) -> dict[str, Any]:
+    """What an adapter's ``adapter_config.json`` holds.
+
+    Raises:
+        RequestError: it cannot be read as that.
+    """
+    path = folder / "adapter_config.json"
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(description, dict):
+            raise ValueError("no mapping")
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{path}: is no description of an adapter ({error}); copy or train it again") from None
+    return description
+
+
+def adapter_base(model: Path) -> Path | None:
+    """Folder of the model that an adapter sits on; None where the folder is a whole model.
+
+    Raises:
+        RequestError: the folder or the adapter's base is not there.
+    """
+    if not model.is_dir():
+        raise RequestError(f"{model} is no model folder; give a folder with a config.json or an adapter_config.json")
+    description = model / "adapter_config.json"
+    if not description.exists():
+        if not (model / "config.json").exists():
+            raise RequestError(f"{model} holds neither config.json nor adapter_config.json; give a model's folder")
+        return None
+    named = named_base(model)
+    base = model_copy(named) if named else None
+    if base is None or not base.is_dir():
+        raise RequestError(
+            f"{description}: base_model_name_or_path={named!r} is no folder here; put the base model there or correct it"
+        )
+    return base
+
+
+def named_base(adapter: Path) -> str | None:
+    """The model that an adapter's description names."""
+    named = adapter_description(adapter).get("base_model_name_or_path")
+    return str(named) if named else None
+
+
+def load_with_base(folder: Path, **options: Any) -> Any:
+    """A model, or an adapter on its base wherever that lies."""
+    if not (folder / "adapter_config.json").exists():
+        return load_weights(folder, **options)
+    base = str(adapter_description(folder).get("base_model_name_or_path"))
+    return load_adapter(load_weights(local_copy(base), **options), folder)

@@ -1,0 +1,60 @@
+"""GGUF files, converted to safetensors once."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+from raysft.errors import RequestError
+from raysft.models.loading import load_weights
+from raysft.storage.local_cache import in_cache
+from raysft.storage.path import StoragePath
+
+
+def converted(file: Path, cache: StoragePath, say: Callable[[str], None], key: str) -> str:
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+
+    def write(folder: Path) -> None:
+        say(f"model: {file.name} is converted to safetensors, once, in {target}")
+        with _quiet():
+            _convert(file, folder, key)
+
+    target = cache / "models" / f"{file.stem}-{digest}"
+    return in_cache(target, write).location
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bars of transformers, and without DeepSpeed's word, when saving imports it, that there is no GPU."""
+    logging.disable(logging.WARNING)
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _convert(file: Path, folder: Path, key: str) -> None:
+    import torch
+    from transformers import AutoTokenizer
+
+    # Files beside it might name code; a GGUF needs none.
+    what: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
+    try:
+        model = load_weights(file.parent, dtype=torch.float32, **what)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **what)
+    except (OSError, ValueError, KeyError) as error:
+        raise RequestError(
+            f"{key}={file}: transformers cannot read this GGUF file ({str(error).splitlines()[0]})"
+        ) from None
+    # It is a plain float32 model now; with the mark of its origin left on, transformers refuses to save it.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,89 @@
+"""Weights in few bits: quantized by bitsandbytes while they are loaded, or already so in their checkpoint."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import nn
+
+from raysft.config import Config
+from raysft.errors import RequestError
+
+QUANTIZERS = {"gptq": "gptqmodel", "awq": "gptqmodel", "bitsandbytes": "bitsandbytes", "hqq": "hqq", "aqlm": "aqlm"}
+"""Packages that load checkpoints which are quantized already."""
+
+
+def quantization_config(config: Config) -> Any:
+    """What bitsandbytes is to do with the weights while they are loaded; None where they stay exact.
+
+    Raises:
+        RequestError: it is not installed.
+    """
+    if config.model.quantization is None:
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise RequestError(
+            f"model.quantization={config.model.quantization} needs the package bitsandbytes; "
+            "pip install 'raysft[quant]' on every node"
+        )
+    from transformers import BitsAndBytesConfig
+
+    if config.model.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+        bnb_4bit_quant_type=config.model.quantization_type,
+        bnb_4bit_use_double_quant=config.model.double_quantization,
+    )
+
+
+def loading_options(config: Config, device: torch.device | str) -> dict[str, Any]:
+    """What ``from_pretrained`` is told where bitsandbytes quantizes, which it does on the device that weights are to be on."""
+    quantization = quantization_config(config)
+    return {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
+
+
+def method_of(described: Any) -> str | None:
+    """What a checkpoint is quantized by (``gptq``, ``awq``, ``bitsandbytes`` …), as its configuration says; None where its
+    weights are exact."""
+    quantized = getattr(described, "quantization_config", None)
+    if not quantized:
+        return None
+    method = quantized["quant_method"] if isinstance(quantized, dict) else quantized.quant_method
+    return str(method).split(".")[-1].lower()
+
+
+def check_method(model: str, method: str, config: Config) -> None:
+    """Refuse a checkpoint that would be quantized twice, or whose library is not there.
+
+    Args:
+        model: the model as messages name it, ``model.path=PATH``.
+        method: what it is quantized by.
+        config: the run's config.
+
+    Raises:
+        RequestError: with the remedy.
+    """
+    if config.model.quantization:
+        raise RequestError(
+            f"{model}: is quantized already ({method}) and model.quantization={config.model.quantization}; take it out"
+        )
+    package = QUANTIZERS.get(method)
+    if package and importlib.util.find_spec(package) is None:
+        raise RequestError(
+            f"{model}: is quantized by {method}, which needs the package {package}; install it on every node"
+        )
+
+
+def keep_layout(model: nn.Module) -> None:
+    """Keep bitsandbytes from laying 4-bit weights out anew for a CPU when they are first used without gradients.
+
+    That layout multiplies in bfloat16, also where float32 is asked for (seen with 0.50.2: logits of SmolLM2-135M that are off
+    by 0.5), and gradients that flow through it in later steps come out wrong (a third of their norm).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  # no tensor, as the type of a module has it

@@ -1,0 +1,88 @@
+"""Which model, and in which form: found, converted once where needed, loaded, and fitted with adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pyarrow import ArrowException
+
+from raysft.config import locate
+from raysft.errors import RequestError, StorageFailed
+from raysft.models.gguf import converted
+from raysft.storage import hub
+from raysft.storage.local_cache import local_copy, may_be_on_hub, model_copy
+from raysft.storage.path import StoragePath
+from raysft.storage.retry import FIRST_SECONDS, reason_of, retry_for
+from raysft.storage.run_directory import MODEL_MARKS
+
+
+def find_model(path: str, cache: StoragePath, say: Callable[[str], None], key: str = "model.path") -> str:
+    """A folder, URI or hub id that every later stage can load from, on each node through ``local_copy``.
+
+    A GGUF file is de-quantized to safetensors once, in the cache; whoever comes second waits for the first one's.
+
+    Args:
+        path: what stands under ``key``.
+        cache: folder for converted models.
+        say: takes a line for people where it takes a while.
+        key: where it is named; under ``generate.model`` it may be an adapter.
+
+    Raises:
+        RequestError: there is no such model.
+    """
+    path, marks = locate(path, key), MODEL_MARKS if key == "generate.model" else ("config.json",)
+    if "://" in path:
+        return _elsewhere(StoragePath.of(path), cache, say, key, marks)
+    if path.endswith(".gguf"):
+        if not Path(path).is_file():
+            raise RequestError(f"{key}={path}: there is no such GGUF file")
+        return converted(Path(path), cache, say, key)
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not any((folder / mark).exists() for mark in marks):
+            raise RequestError(
+                f"{key}={path}: the folder holds no {' or '.join(marks)}; give a folder in Hugging Face's form"
+            )
+        return str(folder.absolute())
+    if folder.exists():
+        raise RequestError(f"{key}={path}: is a file; give the folder that it lies in, or a GGUF file (*.gguf)")
+    if not may_be_on_hub(path):
+        raise RequestError(f"{key}={path}: there is no such folder")
+    return _on_hub(path, key, marks)
+
+
+def _elsewhere(
+    place: StoragePath, cache: StoragePath, say: Callable[[str], None], key: str, marks: Sequence[str]
+) -> str:
+    """A model in an object store."""
+    try:
+        with retry_for(FIRST_SECONDS, say):
+            copy = Path(local_copy(place.location))
+    except FileNotFoundError:
+        raise RequestError(f"{key}={place}: there is nothing; check the path") from None
+    except (StorageFailed, OSError, ArrowException) as error:
+        raise RequestError(
+            f"{key}={place}: cannot be read ({reason_of(error)}); check it and its credentials"
+        ) from None
+    if copy.suffix == ".gguf":
+        return converted(copy, cache, say, key)
+    if not any((copy / mark).exists() for mark in marks):
+        raise RequestError(f"{key}={place}: holds no {' or '.join(marks)}; give a folder in Hugging Face's form")
+    return place.location
+
+
+def _on_hub(path: str, key: str, marks: Sequence[str]) -> str:
+    """Check that the hub (or its local cache) has the model; the id itself is what each node loads."""
+    from transformers import PreTrainedConfig
+
+    try:
+        if "adapter_config.json" in marks:
+            model_copy(path)  # an adapter has no config to ask for
+        else:
+            described, _ = PreTrainedConfig.get_config_dict(local_copy(path))  # without the model's own code
+            if not isinstance(described, dict):
+                raise ValueError("config.json holds no mapping")
+    except Exception as error:
+        raise RequestError(f"{key}={path}: is no folder here, and {hub.reason_of(error) or hub.NONSENSE}") from None
+    return path

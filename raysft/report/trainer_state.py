@@ -1,0 +1,65 @@
+"""The log history in Hugging Face's form, for tools that read a Trainer's output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raysft.report.read_run import RunLog, finite
+
+_STEP_KEYS = {
+    "loss": "loss",
+    "grad_norm": "grad_norm",
+    "lr": "learning_rate",
+    "epoch": "epoch",
+    "total_tokens": "num_input_tokens_seen",
+}
+"""Our key → Hugging Face's. What has no counterpart there stays in ``trainer_log.jsonl`` alone."""
+
+
+def trainer_state(log: RunLog) -> dict[str, Any]:
+    """The content of ``trainer_state.json``; ``transformers.TrainerState.load_from_json`` reads it.
+
+    Numbers that are not finite become null, since JSON knows none and strict readers refuse them.
+    """
+    steps = [
+        {"step": record["current_steps"]}
+        | {theirs: record[ours] for ours, theirs in _STEP_KEYS.items() if ours in record}
+        for record in log.steps
+    ]
+    evaluations = [
+        {"step": record["current_steps"]}
+        | {key: value for key, value in record.items() if key == "epoch" or key.startswith("eval_")}
+        for record in log.evaluations
+    ]
+    # Sorting is stable: the evaluation after a step follows it, as a Trainer logs them.
+    history = sorted([*steps, *evaluations], key=lambda entry: entry["step"])
+    last = (log.steps or log.evaluations)[-1]
+    if log.trained:
+        totals = {key: value for key, value in log.trained.items() if finite(value) is not None}
+        history.append({**totals, "step": last["current_steps"], "epoch": last.get("epoch", 0.0)})
+    return {
+        "best_global_step": None,
+        "best_metric": None,
+        "best_model_checkpoint": None,
+        "epoch": last.get("epoch", 0.0),
+        "eval_steps": log.option("train.eval_every_steps", 0),
+        "global_step": last["current_steps"],
+        "is_hyper_param_search": False,
+        "is_local_process_zero": True,
+        "is_world_process_zero": True,
+        "log_history": [{key: _for_json(value) for key, value in entry.items()} for entry in history],
+        "logging_steps": 1,
+        "max_steps": last.get("total_steps", last["current_steps"]),
+        "num_input_tokens_seen": last.get("total_tokens", 0),
+        "num_train_epochs": log.option("train.epochs", 1),
+        "save_steps": log.option("train.save_every_steps", 0),
+        "stateful_callbacks": {},
+        "total_flos": 0,
+        "train_batch_size": log.option("train.rows_per_device"),
+        "trial_name": None,
+        "trial_params": None,
+    }
+
+
+def _for_json(value: Any) -> Any:
+    return finite(value) if isinstance(value, float) else value

@@ -1,0 +1,262 @@
+"""What a run will do, before it does it: rows, steps, tokens, padding, and resources against the cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+from raysft.cluster.placement import TASK_CPUS, places, room
+from raysft.config import Config
+from raysft.data.prepare import Prepared
+from raysft.data.shards.manifest import Manifest
+from raysft.data.tokenization.turn_ends import Turns, total
+from raysft.errors import RequestError
+from raysft.run.warnings import warnings
+
+COUNTED = {
+    "rejected": "{:,} rejected",
+    "dropped": "{:,} dropped",
+    "dropped_tokens": "{:,} tokens in them",
+    "truncated": "{:,} truncated",
+    "truncated_tokens": "{:,} tokens cut off",
+    "split": "{:,} split",
+    "split_pieces": "into {:,}",
+    "control_tokens": "{:,} with control tokens in their text",
+    "tools_as_text": "{:,} with tools written into the text",
+    "turns_left_out": "{:,} with turns that the chat template leaves out",
+    "quoted_arguments": "{:,} with calls whose arguments are a quoted text",
+}
+"""What is counted, in the words of the plan."""
+
+
+@dataclass(frozen=True)
+class SourcePlan:
+    """One source as it will be used."""
+
+    records: int
+    examples: int
+    tokens: int
+    trained_tokens: int
+    longest: int
+    rejected: int
+    dropped: int
+    counts: dict[str, int]
+    """What happened to how many examples and tokens: ``truncated``, ``split``, ``control_tokens`` …"""
+    formats: tuple[str, ...]
+    """Formats of its records, as named or found."""
+    reused: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole run, planned."""
+
+    stage: str
+    examples: int
+    """Examples to train on, in one epoch."""
+    rows: int
+    """Rows over all epochs that hold examples."""
+    rows_of_epochs: tuple[int, ...]
+    """Rows of each epoch."""
+    steps: int
+    epochs: int
+    rows_per_step: int
+    rows_per_step_chosen: bool
+    """Whether the data decided it (``train.rows_per_step: auto``)."""
+    sequence_length: int
+    tokens: int
+    """Tokens without padding over all epochs."""
+    trained_tokens: int
+    useful: float
+    """Share of the row space that holds tokens."""
+    empty_rows: int
+    """Rows that steps have room for beside those with examples: an epoch may end before its last step is full."""
+    filler_rows: int
+    """Rows without labels in each whole step, because ``rows_per_step`` does not divide by the workers."""
+    workers: int
+    """As many as the cluster has room for now, where their number may change."""
+    fewest_workers: int
+    most_workers: int
+    rows_per_worker: int
+    accumulation: int
+    """Microbatches in a step."""
+    cpus: float
+    gpus: float
+    cluster_cpus: float
+    cluster_gpus: float
+    sources: dict[str, SourcePlan]
+    evaluation: dict[str, SourcePlan]
+    turns: Turns = field(default_factory=Turns)
+    """How the turns that are trained on begin and end."""
+    shared_files: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Evaluation sets that read a file which a training source reads too: name → that source, and the file."""
+    warnings: tuple[str, ...] = ()
+    """What a person would otherwise find out only by looking at the result, a line each."""
+
+    def as_dict(self) -> dict[str, object]:
+        """What ``plan.json`` holds."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """The plan for people."""
+        lines = []
+        for name, source in self.sources.items():
+            lines.append(f"train {name}: {_source_line(source)}")
+        for name, source in self.evaluation.items():
+            lines.append(f"eval {name}: {_source_line(source)}")
+        if self.stage == "sft" and self.turns.ended:
+            ends = ", ".join(f"{text} ({count:,})" for text, count in self.turns.ended.items())
+            lines.append(f"turns: {self.turns.total:,} trained on, ended by {ends}")
+        lines.append(
+            f"rows: {self.rows:,} of {self.sequence_length} tokens over {_count(self.epochs, 'epoch')}, "
+            f"{100 * self.useful:.1f}% useful, {self.tokens:,} tokens, {self.trained_tokens:,} trained"
+        )
+        lines.append(
+            f"steps: {self.steps:,} of {_count(self.rows_per_step, 'row')}"
+            + (" (auto: chosen by the data)" if self.rows_per_step_chosen else "")
+            + f" = {_count(self.workers, 'worker')} × "
+            f"{_count(self.rows_per_worker, 'row')} in {_count(self.accumulation, 'microbatch', 'es')}"
+            + (f", {self.filler_rows} of them empty in each step" if self.filler_rows else "")
+            + (f"; {_count(self.empty_rows, 'row')} at the ends of epochs stay empty" if self.empty_rows else "")
+        )
+        if self.most_workers > self.fewest_workers:
+            lines.append(f"workers: {self.fewest_workers} to {self.most_workers}, as nodes come and go")
+        lines.append(
+            f"resources: {self.cpus:g} CPUs and {self.gpus:g} GPUs wanted, "
+            f"{self.cluster_cpus:g} CPUs and {self.cluster_gpus:g} GPUs there"
+        )
+        return lines + [f"warning: {warning}" for warning in self.warnings]
+
+
+def _source_line(source: SourcePlan) -> str:
+    parts = [
+        f"{source.examples:,} examples of {source.records:,} records",
+        f"{source.tokens:,} tokens",
+        f"{source.trained_tokens:,} trained",
+        f"longest {source.longest:,}",
+    ]
+    counted = {"rejected": source.rejected, "dropped": source.dropped, **source.counts}
+    parts += [text.format(counted[name]) for name, text in COUNTED.items() if counted.get(name)]
+    return f"{'/'.join(source.formats)}, {', '.join(parts)}" + (" (from the cache)" if source.reused else "")
+
+
+def _count(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
+
+
+def check_resources(config: Config, nodes: Sequence[Mapping[str, float]], reserved_cpus: float = 0.0) -> None:
+    """Refuse what the cluster can never place: Ray would wait for it for ever and say nothing.
+
+    Args:
+        config: the run's config.
+        nodes: resources of each node, as ``{"CPU": 2.0, "GPU": 1.0}``.
+        reserved_cpus: CPUs that something else keeps while the run goes on (a Tune trial).
+
+    Raises:
+        RequestError: with what is wanted, what is there, and what to do.
+    """
+    scaling = config.scaling
+    count, each, use_gpu = scaling.fewest_workers, scaling.cpus_per_worker, scaling.use_gpu
+    asked = f"scaling.num_workers={[count, scaling.most_workers] if scaling.is_elastic else count}"
+    most = sum(places(node, each, use_gpu) for node in nodes)
+    if count > most:
+        gpus = f"{count} GPUs with " if use_gpu else ""
+        least = "at least " if scaling.is_elastic else ""
+        raise RequestError(
+            f"{asked} wants {least}{gpus}{count * each:g} CPUs in shares of {each:g} and the cluster has room "
+            f"for {most} ({_listed(nodes, use_gpu)}); {_remedy(nodes, most, each, use_gpu)}"
+        )
+    beside_data = room(nodes, each, use_gpu, reserved_cpus)
+    if count > beside_data:
+        cpus = sum(node.get("CPU", 0.0) for node in nodes)
+        wanted = count * each + TASK_CPUS + reserved_cpus
+        less = (tenths / 10 for tenths in range(int(10 * each - 1e-9), 0, -1))
+        fitting = next((share for share in less if room(nodes, share, use_gpu, reserved_cpus) >= count), None)
+        fewer = f"use scaling.num_workers={beside_data}, or add nodes" if beside_data else "add nodes"
+        raise RequestError(
+            f"{asked} × scaling.cpus_per_worker={each:g} leaves no CPU for data tasks: {wanted:g} CPUs "
+            f"wanted with {TASK_CPUS:g} for data on one node, {cpus:g} in the cluster ({_listed(nodes, use_gpu)}); "
+            + (f"use scaling.cpus_per_worker={fitting:g}" if fitting else fewer)
+        )
+
+
+def _remedy(nodes: Sequence[Mapping[str, float]], most: int, each: float, use_gpu: bool) -> str:
+    if most:
+        return f"use {most}, or add nodes"
+    if use_gpu and not any(node.get("GPU", 0.0) >= 1 for node in nodes):
+        return "add nodes with GPUs, or set scaling.use_gpu=false"
+    return f"lower scaling.cpus_per_worker={each:g}, or add nodes"
+
+
+def _listed(nodes: Sequence[Mapping[str, float]], use_gpu: bool) -> str:
+    """What the first nodes have."""
+    each = [
+        f"node {index}: " + ", ".join(f"{node.get(name, 0.0):g} {name}s" for name in ("CPU", "GPU")[: 1 + use_gpu])
+        for index, node in enumerate(nodes[:8])
+    ]
+    return "; ".join([*each, f"and {len(nodes) - 8} more"] if len(nodes) > 8 else each) or "no nodes"
+
+
+def make_plan(config: Config, prepared: Prepared, nodes: Sequence[Mapping[str, float]]) -> Plan:
+    """Put the plan together from manifests and schedule.
+
+    Args:
+        config: as it was given; with ``train.rows_per_step: auto`` the schedule knows the number.
+        prepared: what is trained and evaluated on.
+        nodes: resources of each node.
+    """
+    schedule = prepared.train_rows.schedule
+    scaling, per_step = config.scaling, schedule.rows_per_step
+    workers = min(scaling.most_workers, max(1, room(nodes, scaling.cpus_per_worker, scaling.use_gpu)))
+    each = -(-per_step // workers)
+    rows = schedule.consumed(schedule.steps)
+    plan = Plan(
+        stage=config.stage,
+        examples=sum(len(manifest) for manifest in prepared.train),
+        rows=rows,
+        rows_of_epochs=tuple(schedule.rows_of_epochs),
+        steps=schedule.steps,
+        epochs=config.train.epochs,
+        rows_per_step=per_step,
+        rows_per_step_chosen=config.train.rows_per_step == "auto",
+        sequence_length=config.data.sequence_length,
+        tokens=int(schedule.step_tokens.sum()),
+        trained_tokens=int(schedule.step_trained.sum()),
+        useful=round(schedule.useful, 6),
+        empty_rows=schedule.steps * per_step - rows,
+        filler_rows=each * workers - per_step,
+        workers=workers,
+        fewest_workers=scaling.fewest_workers,
+        most_workers=scaling.most_workers,
+        rows_per_worker=each,
+        accumulation=-(-each // config.train.rows_per_device),
+        cpus=workers * config.scaling.cpus_per_worker + TASK_CPUS,
+        gpus=float(workers) if config.scaling.use_gpu else 0.0,
+        cluster_cpus=sum(node.get("CPU", 0.0) for node in nodes),
+        cluster_gpus=sum(node.get("GPU", 0.0) for node in nodes),
+        sources=plan_sources(prepared.train),
+        evaluation=plan_sources(prepared.eval),
+        turns=Turns.of(total(manifest.turns for manifest in prepared.train)),
+        shared_files=prepared.shared_files,
+    )
+    return replace(plan, warnings=tuple(warnings(config, plan)))
+
+
+def plan_sources(manifests: Sequence[Manifest]) -> dict[str, SourcePlan]:
+    """Each source as it will be used, by its name."""
+    return {manifest.name: _source(manifest) for manifest in manifests}
+
+
+def _source(manifest: Manifest) -> SourcePlan:
+    return SourcePlan(
+        records=manifest.records,
+        examples=len(manifest),
+        tokens=int(manifest.lengths.sum()),
+        trained_tokens=int(manifest.trained.sum()),
+        longest=int(manifest.lengths.max()),
+        rejected=len(manifest.rejected),
+        dropped=len(manifest.dropped),
+        counts=manifest.counts,
+        formats=manifest.formats,
+        reused=manifest.reused,
+    )

@@ -1,0 +1,71 @@
+"""What a person sees while a run goes on: stage lines, step lines, a progress bar with the time left. Imports nothing of raysft."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import rich.console
+import rich.progress
+
+
+class Console(rich.console.Console):
+    """A console whose reader may go away (``| head``, a lost connection): what remains to be done is done all the same."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        # The interpreter flushes what is left when it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Terminal:
+    """Prints lines; below them, on a terminal, a bar with the time left."""
+
+    def __init__(self) -> None:
+        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._bar: rich.progress.Progress | None = None
+        self._task: Any = None
+
+    def line(self, text: str) -> None:
+        """Print one line above the bar."""
+        self._console.print(text, markup=False)
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            self._console.on_broken_pipe()
+
+    def advance(self, what: str, done: int, total: int) -> None:
+        """Show that ``done`` of ``total`` is done; without a terminal nothing is drawn."""
+        if not self._console.is_terminal:
+            return
+        if self._bar is None:
+            self._bar = rich.progress.Progress(
+                rich.progress.TextColumn("{task.description}"),
+                rich.progress.BarColumn(bar_width=None),
+                rich.progress.MofNCompleteColumn(),
+                rich.progress.TimeElapsedColumn(),
+                rich.progress.TextColumn("left"),
+                rich.progress.TimeRemainingColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._task = self._bar.add_task(what, total=total)
+            self._bar.start()
+        self._bar.update(self._task, description=what, completed=done, total=total)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them.
+
+    >>> duration(75), duration(3675)
+    ('0:01:15', '1:01:15')
+    """
+    whole = max(0, round(seconds))
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

@@ -1,0 +1,74 @@
+"""What can be known of a model before workers load it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from raysft.config import Config
+from raysft.errors import RequestError
+from raysft.models.architecture import describe
+from raysft.models.quantization import check_method, method_of, quantization_config
+from raysft.storage.local_cache import local_copy
+
+
+def check_model(config: Config, model: str, say: Callable[[str], None] = lambda line: None) -> Any:
+    """Find out before anything is started what the workers could only find out later.
+
+    Args:
+        config: the run's config.
+        model: folder or hub id.
+        say: takes a line where something is left alone.
+
+    Returns:
+        The model's configuration.
+
+    Raises:
+        RequestError: code would have to run that nobody has named, weights are missing, adapters have no place in the model,
+            or rows are longer than its positions.
+    """
+    from raysft.models.attention import kernel
+    from raysft.train.deepspeed_config import deepspeed_settings
+    from raysft.train.finetuning import check_names
+    from raysft.train.optim import check_installed
+
+    model = local_copy(model)
+    described = describe(config, model, config.model.path, say).get_text_config()
+    positions = getattr(described, "max_position_embeddings", None)
+    if positions and config.data.sequence_length > positions:
+        raise RequestError(
+            f"data.sequence_length={config.data.sequence_length} and the model has {positions} positions; use at most {positions}"
+        )
+    if layerdrop := getattr(described, "layerdrop", 0):
+        say(f"model: layerdrop={layerdrop} of its config.json is not applied; all layers are trained in every step")
+    _check_quantized(model, described, config)
+    check_installed(config.train.optimizer)
+    quantization_config(config)
+    kernel(config)
+    deepspeed_settings(config, config.scaling.most_workers)
+    if _names_modules(config):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            check_names(AutoModelForCausalLM.from_config(described, trust_remote_code=config.model.runs_code), config)
+    return described
+
+
+def _names_modules(config: Config) -> bool:
+    model = config.model
+    section = {"lora": model.lora, "oft": model.oft}.get(model.finetuning)
+    special = section is not None and (section.target != "all" or section.extra_modules or section.dropout)
+    return model.finetuning == "freeze" or bool(special) or model.lora.pissa or model.lora.dora
+
+
+def _check_quantized(model: str, described: Any, config: Config) -> None:
+    """Quantized weights are frozen, and a library must know them."""
+    method = method_of(described)
+    if method is None:
+        return
+    if config.model.finetuning not in ("lora", "oft"):
+        raise RequestError(
+            f"model.path={model}: is quantized ({method}), which freezes its weights; set model.finetuning to lora or oft"
+        )
+    check_method(f"model.path={model}", method, config)

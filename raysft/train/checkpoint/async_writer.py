@@ -1,0 +1,119 @@
+"""Checkpoints written while the training goes on. A storage that fails costs a checkpoint, never the training."""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+
+from raysft.errors import StorageFailed
+from raysft.storage.path import StoragePath
+from raysft.storage.retry import reason_of, retry_for
+from raysft.train.checkpoint import format
+from raysft.train.checkpoint.cursor import Cursor
+from raysft.train.checkpoint.format import Snapshot
+
+SAVE_SECONDS = 1800
+"""How long the end of the training waits for the last checkpoint."""
+STALL_SECONDS = 300
+"""How long a training waits for the checkpoint before; well below what other workers wait for it in a collective."""
+
+
+class Saver:
+    """Writes one worker's part of each checkpoint in a thread, one at a time. All workers make one together."""
+
+    def __init__(self, checkpoints: StoragePath, keep: int, emit: Callable[[str, Any], None]) -> None:
+        """
+        Args:
+            checkpoints: the folder of them all.
+            keep: how many complete ones stay.
+            emit: takes ``checkpoint``, ``unsaved`` and ``waiting``.
+        """
+        self._checkpoints, self._keep, self._emit = checkpoints, keep, emit
+        self._rank, self._failing = dist.get_rank(), threading.Event()
+        # One worker looks, so that all go on from the same.
+        said: list[Any] = [None]
+        if self._rank == 0:
+            with retry_for(notify=self._say):
+                newest = format.newest(checkpoints)
+                said = [(newest, uuid.uuid4().hex[:8])]
+        dist.broadcast_object_list(said, src=0)
+        self.resume: StoragePath | None = said[0][0]
+        """The newest complete checkpoint."""
+        self._attempt: str = said[0][1]
+        self._thread: threading.Thread | None = None
+        self._step = 0
+        """Of the one that is being written."""
+        self._owed: Callable[[], Snapshot] | None = None
+        """Makes the newest one, where it is not written."""
+
+    def __call__(self, engine: Any, cursor: Cursor, log: list[dict[str, Any]]) -> None:
+        """Copy this worker's part, and write it while the training goes on."""
+        self._owed = partial(format.snapshot, engine, cursor, log)
+        # A second copy of the state would need its memory once more: what is slow is waited for, what fails is not.
+        if self._wait(STALL_SECONDS, while_failing=False):
+            self._start()
+        else:
+            self._unsaved(cursor.step, f"that after step {self._step} is still being written", left_out=True)
+
+    def close(self) -> None:
+        """Wait for the last one; nothing changes the state any more, so that it may also be copied now."""
+        done = self._wait(SAVE_SECONDS)
+        if done and self._owed:
+            self._start()
+            done = self._wait(SAVE_SECONDS)
+        if not done:
+            self._unsaved(self._step, f"it was not written within {SAVE_SECONDS} s, its storage hangs")
+
+    def _start(self) -> None:
+        assert self._owed
+        part, self._owed = self._owed(), None
+        self._step = part.cursor.step
+        self._failing.clear()
+        self._thread = threading.Thread(target=self._write, args=(part,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _wait(self, seconds: float, while_failing: bool = True) -> bool:
+        """Wait until the checkpoint before is written or given up; whether it is."""
+        limit = time.monotonic() + seconds
+        while self._thread is not None and self._thread.is_alive():
+            if time.monotonic() > limit or (self._failing.is_set() and not while_failing):
+                return False
+            self._thread.join(0.2)
+        return True
+
+    def _write(self, part: Snapshot) -> None:
+        folder = self._checkpoints / format.folder_name(part.cursor.step, self._attempt)
+        try:
+            with retry_for(notify=self._say):
+                format.write(part, folder)
+        except Exception as error:
+            self._unsaved(part.cursor.step, _reason(error))
+            with suppress(Exception), retry_for(0):
+                format.remove_part(part, folder)
+            return
+        if self._rank == 0:
+            self._emit("checkpoint", {"step": part.cursor.step, "rows": part.cursor.rows})
+            # What could not be removed now is so after the next.
+            with suppress(Exception), retry_for(0):
+                format.tidy(self._checkpoints, self._keep)
+
+    def _unsaved(self, step: int, reason: str, left_out: bool = False) -> None:
+        self._emit("unsaved", {"step": step, "reason": reason, "left_out": left_out})
+
+    def _say(self, line: str) -> None:
+        self._failing.set()
+        self._emit("waiting", line)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{reason_of(error)}; free some, or lower train.keep_last"
+    return str(error) if isinstance(error, StorageFailed) else f"{type(error).__name__}: {reason_of(error)}"

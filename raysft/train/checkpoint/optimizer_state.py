@@ -1,0 +1,89 @@
+"""What belongs to a training's state beside the tensors of its weights: counters, random states, the scale of a loss."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from raysft.train.checkpoint.zero_shards import base_optimizer, owners
+
+
+def is_by_weight(engine: Any) -> bool:
+    """Whether the optimizer keeps nothing but a number for each weight, and counters."""
+    if engine.zero_optimization_stage():
+        return True  # others are refused there
+    return isinstance(engine.optimizer, torch.optim.Adam)
+
+
+def is_for_each_weight(state: Any, owner: torch.Tensor) -> bool:
+    """Whether a state of the optimizer holds a number for each weight of its owner."""
+    return torch.is_tensor(state) and state.dim() > 0 and state.numel() == owner.numel()
+
+
+def counters(engine: Any) -> dict[str, Any]:
+    """What an optimizer keeps besides, the same for all weights: the number of steps."""
+    optimizer = base_optimizer(engine)
+    for owner in owners(engine):
+        found = {name: value for name, value in optimizer.state[owner].items() if not is_for_each_weight(value, owner)}
+        return {name: value.cpu().clone() if torch.is_tensor(value) else value for name, value in found.items()}
+    return {}
+
+
+def counter(value: Any, owner: torch.Tensor, optimizer: Any) -> Any:
+    """A counter of its own for each owner, as the optimizer wants it: DeepSpeed's CPU-Adam a plain number, torch's a tensor, with
+    fused kernels on the device."""
+    if hasattr(optimizer, "ds_opt_adam"):
+        return int(value) if torch.is_tensor(value) else value
+    value = torch.tensor(float(value)) if isinstance(value, int) else value
+    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    return value.to(owner.device if on_device else "cpu", copy=True) if torch.is_tensor(value) else value
+
+
+def count_again(optimizer: Any, steps: Any) -> None:
+    """DeepSpeed's CPU-Adam multiplies powers of its betas up, a factor each step, where nobody can set them; another way to
+    compute them differs in the last digit."""
+    if not hasattr(optimizer, "ds_opt_adam"):
+        return
+    nothing = [torch.zeros(1) for _ in range(4)]
+    for step in range(1, int(steps) + 1):
+        optimizer.ds_opt_adam.adam_update(
+            optimizer.opt_id, step, 0.0, *optimizer.param_groups[0]["betas"], 1.0, 0.0, True, *nothing
+        )
+
+
+def numbers(scaler: Any) -> dict[str, Any]:
+    """The state of a loss scaler."""
+    return {name: value for name, value in vars(scaler).items() if isinstance(value, int | float)} if scaler else {}
+
+
+def random_states() -> dict[str, Any]:
+    """The states of all random numbers that this process draws."""
+    name, keys, *numpys = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": [name, torch.from_numpy(np.asarray(keys, np.int64)), *numpys],
+        "python": random.getstate(),
+    }
+
+
+def set_random_states(states: Mapping[str, Any]) -> None:
+    """Go on drawing from where ``random_states`` was called."""
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    name, keys, *numpys = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *numpys))
+    random.setstate(states["python"])
+
+
+def read_rest(file: Any) -> dict[str, Any]:
+    """Tensors and plain values alone are loaded, and what GaLore and APOLLO keep beside them."""
+    theirs = sys.modules.get("pytorch_optimizer.optimizer.utils.galore")
+    with torch.serialization.safe_globals([theirs.GaLoreProjector] if theirs else []):
+        return torch.load(file, weights_only=True)  # type: ignore[no-any-return]

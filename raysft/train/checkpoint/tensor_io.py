@@ -1,0 +1,125 @@
+"""The tensors of a checkpoint's parts, in the format of safetensors, of which a worker reads no more than it keeps.
+
+The library itself writes and reads files on a local disk; here they go through a stream, with no second copy in memory, and what is
+read of a part that lies elsewhere is a range of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from raysft.errors import RunFailed
+from raysft.storage.path import StoragePath
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def write_tensors(tensors: Mapping[str, torch.Tensor], stream: Any) -> None:
+    """Write tensors, each contiguous and in the memory of the CPU."""
+    header, end = {}, 0
+    # The largest type first, so that each tensor begins where its type may.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    for name, tensor in ordered:
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    stream.write(len(text).to_bytes(8, "little") + text)
+    for _, tensor in ordered:
+        stream.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _read_header(file: Any) -> list[tuple[str, str, int, int]]:
+    """Of each tensor its name, its type, and where it begins and ends in the file."""
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(bytes(file.read(length)))
+    header.pop("__metadata__", None)
+    return [
+        (name, it["dtype"], 8 + length + it["data_offsets"][0], 8 + length + it["data_offsets"][1])
+        for name, it in header.items()
+    ]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some elements of a parameter, or of what the optimizer keeps for it, in a file."""
+
+    start: int
+    """Its first element in the flattened parameter."""
+    size: int
+    dtype: str
+    part: int
+    begin: int
+    """Its first byte in the part's file."""
+
+
+class Pieces:
+    """The pieces of all parts together."""
+
+    def __init__(self, parts: Mapping[int, StoragePath], mine: Iterable[int]) -> None:
+        """All workers call it.
+
+        Args:
+            parts: by their number the folders that they are read from.
+            mine: those of which this worker reads the header, and tells it the others.
+        """
+        self._files = {part: folder / f"part_{part}.safetensors" for part, folder in parts.items()}
+        headers: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(headers, {part: self._files[part].read(_read_header) for part in mine})
+        self._pieces: dict[tuple[str, str], list[Piece]] = {}
+        for part, header in sorted(item for each in headers for item in each.items()):
+            for key, dtype, begin, end in header:
+                kind, start, name = key.split(":", 2)
+                size = (end - begin) // DTYPES[dtype].itemsize
+                self._pieces.setdefault((kind, name), []).append(Piece(int(start), size, dtype, part, begin))
+        self._wanted: dict[int, list[tuple[int, str, torch.Tensor]]] = {}
+        self._lacking: str | None = None
+        self.kinds = sorted({kind for kind, _ in self._pieces})
+        """What there is: the weight, and what the optimizer keeps."""
+
+    def want(self, kind: str, name: str, start: int, into: torch.Tensor) -> None:
+        """Say which elements of a parameter are wanted, and where; ``read`` fills them in."""
+        missing = len(into)
+        for piece in self._pieces.get((kind, name), ()):
+            first = max(piece.start, start)
+            last = min(piece.start + piece.size, start + len(into))
+            if first < last:
+                begin = piece.begin + (first - piece.start) * DTYPES[piece.dtype].itemsize
+                target = into[first - start : last - start]
+                self._wanted.setdefault(piece.part, []).append((begin, piece.dtype, target))
+                missing -= last - first
+        if missing and not self._lacking:
+            self._lacking = f"{kind} of {name}"
+
+    def read(self) -> None:
+        """Fill in what is wanted. All workers call it.
+
+        Raises:
+            RunFailed: some of that is not there; on all workers alike, also where only one wanted it.
+        """
+        everyones: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyones, self._lacking)
+        lacking = next((each for each in everyones if each), None)
+        if lacking:
+            raise RunFailed(f"the checkpoint is of another model: it holds no {lacking}")
+        for part, wanted in self._wanted.items():
+            wanted.sort(key=lambda each: each[0])
+            self._files[part].read(partial(_fill, wanted))
+
+
+def _fill(wanted: Iterable[tuple[int, str, torch.Tensor]], file: Any) -> None:
+    for begin, dtype, target in wanted:
+        values = torch.empty(len(target), dtype=DTYPES[dtype])
+        file.seek(begin)
+        view = values.view(torch.uint8).numpy().data
+        if file.readinto(view) != len(view):
+            raise OSError(f"the file ends before byte {begin + len(view)}")
+        target.copy_(values)
