@@ -169,7 +169,7 @@ class Trial:
         tokenizer.save_pretrained(folder)
         self.hugging_face = load_tokenizer(folder)
         options = Options(
-            stage="sft", sequence_length=100_000, mask_history=False, train_on_prompt=False, overlong="error",
+            stage="sft", sequence_length=100_000, mask_history=False, train_on_prompt=False, on_overflow="error",
             keep_prompt="head", control_tokens="keep", template_options={}, with_prompts=False,
         )  # fmt: skip
         self.tokenizing = Tokenizing(Tokenizer.load(folder), options)

@@ -79,7 +79,7 @@ def make_config(folder: Path, model: Path, settings: dict[str, Any] | None = Non
                 "sequence_length": SEQUENCE_LENGTH,
             },
             "train": {
-                "rows_per_step": 4,
+                "global_batch_size": 4,
                 "learning_rate": 1e-2,
                 "warmup_ratio": 0.0,
                 "max_steps": STEPS,
@@ -94,13 +94,13 @@ def make_config(folder: Path, model: Path, settings: dict[str, Any] | None = Non
 
 
 def rows_of(
-    manifest: Manifest, rows_per_step: int = 4, packing: bool = True, steps: int = STEPS, epochs: int = 1
+    manifest: Manifest, global_batch_size: int = 4, packing: bool = True, steps: int = STEPS, epochs: int = 1
 ) -> Rows:
     path = f"{manifest.directory}/manifest.parquet"
     return Rows(
         (path,),
         SEQUENCE_LENGTH,
-        rows_per_step,
+        global_batch_size,
         seed=3,
         epochs=epochs,
         max_steps=steps,

@@ -79,11 +79,11 @@ class DataSection(Section):
     """Train only on the last assistant turn of each conversation."""
     train_on_prompt: bool = False
     """Train on every token of a conversation, not only on what the assistant wrote."""
-    overlong: Literal["truncate", "split", "drop", "error"] = "error"
+    on_overflow: Literal["truncate", "split", "drop", "error"] = "error"
     """A conversation longer than a row is shortened, cut into several examples, dropped, or stops the run; always counted.
     Raw text is never shortened."""
     keep_prompt: Literal["head", "tail"] = "head"
-    """With ``overlong: truncate``: which end of a prompt is kept."""
+    """With ``on_overflow: truncate``: which end of a prompt is kept."""
     control_tokens_in_text: Literal["keep", "escape", "reject"] = "keep"
     """A special token of the tokenizer that is written out in a text (``<|im_end|>``): it acts as one, as in
     ``apply_chat_template``; is encoded as plain characters; or the record is rejected. Always counted."""

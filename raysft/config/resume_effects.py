@@ -40,7 +40,7 @@ _KEYS = {
         model.path model.trust_remote_code model.adapters model.attention model.liger
         model.lora.dropout model.lora.loraplus_ratio model.oft.dropout
         data.train[].path data.eval data.registry data.max_rejected
-        train.epochs train.max_steps train.rows_per_device
+        train.epochs train.max_steps train.micro_batch_size
         train.learning_rate train.weight_decay train.betas train.epsilon train.max_grad_norm
         train.schedule train.schedule_options train.warmup_ratio
         train.loss train.eaft_alpha train.label_smoothing train.z_loss train.neftune_alpha
@@ -50,7 +50,7 @@ _KEYS = {
     Effect.EPOCH: """
         model.chat_template
         data.train data.train[].name data.train[].format data.train[].columns data.train[].tags data.train[].weight
-        data.train[].max_examples data.train[].num_samples data.mixing data.mask_history data.train_on_prompt data.overlong
+        data.train[].max_examples data.train[].num_samples data.mixing data.mask_history data.train_on_prompt data.on_overflow
         data.keep_prompt data.control_tokens_in_text data.template_options
     """,
     Effect.NEVER: """
@@ -60,7 +60,7 @@ _KEYS = {
         model.lora.pissa model.lora.pissa_iterations model.oft.block_size model.oft.target model.oft.extra_modules
         model.new_adapter model.quantization model.quantization_type model.double_quantization
         data.holdout data.sequence_length data.packing data.document_mask
-        train.rows_per_step train.optimizer train.optimizer_options
+        train.global_batch_size train.optimizer train.optimizer_options
     """,
 }
 _BESIDE = {"the model": Effect.NEVER, "the adapter": Effect.NEVER, "the data": Effect.EPOCH}

@@ -39,11 +39,11 @@ class TrainSection(Section):
     """Times that every example is trained on."""
     max_steps: Positive | None = None
     """Stop after this many optimizer steps, if that comes before the end of the epochs."""
-    rows_per_step: Positive | Literal["auto"] = "auto"
+    global_batch_size: Positive | Literal["auto"] = "auto"
     """Rows in one optimizer step over all workers together, whatever their number. ``auto``: 32 where all epochs together then
     have at least 100 steps, else 16, 8, 4, 2 or 1; data and config alone decide, and ``max_steps`` does not count. The run's
     ``config.yaml`` has the number, and a run that goes on keeps it. An epoch begins with a step of its own."""
-    rows_per_device: Positive = 1
+    micro_batch_size: Positive = 1
     """Rows that one worker computes at once; more are accumulated."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Highest learning rate of the schedule."""

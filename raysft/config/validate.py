@@ -24,6 +24,12 @@ WORDING = {
     "too_short": "should not be empty",
 }
 """What pydantic says in words of its own, said in ours."""
+RENAMED = {
+    "train.rows_per_step": "train.global_batch_size",
+    "train.rows_per_device": "train.micro_batch_size",
+    "data.overlong": "data.on_overflow",
+}
+"""Keys of earlier versions, and what they are called now."""
 
 
 def documented_fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, str, str]]:
@@ -88,6 +94,8 @@ def _describe(place: tuple[str, ...], problems: Sequence[Any]) -> str:
 
 def _suggest(place: tuple[str, ...]) -> str:
     """The known key that an unknown one probably stands for: one of this section, or one of the same name elsewhere."""
+    if now := RENAMED.get(".".join(place)):
+        return f"it is called {now} now"
     *section, name = place
     known = _known_keys(section)
     elsewhere: dict[str, list[str]] = {}

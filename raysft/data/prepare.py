@@ -82,7 +82,7 @@ def prepare_prompts(config: Config, model: str, runs_code: bool, tell: Tell = la
     Raises:
         RequestError: the data cannot be used as asked.
     """
-    settings: dict[str, Any] = {"data.overlong": "truncate"}
+    settings: dict[str, Any] = {"data.on_overflow": "truncate"}
     if load_once(model, runs_code).chat_template:
         settings["model.chat_template"] = None
     config = with_overrides(config, settings)
@@ -112,7 +112,7 @@ def _schedule(
     train_rows = Rows(
         manifests=tuple(each.manifest.location for each in train),
         capacity=data.sequence_length,
-        rows_per_step=None if config.train.rows_per_step == "auto" else config.train.rows_per_step,
+        global_batch_size=None if config.train.global_batch_size == "auto" else config.train.global_batch_size,
         seed=config.run.seed,
         epochs=config.train.epochs,
         max_steps=config.train.max_steps,
@@ -125,7 +125,7 @@ def _schedule(
         each.source.name: Rows(
             manifests=(each.manifest.location,),
             capacity=data.sequence_length,
-            rows_per_step=config.train.rows_per_device * config.scaling.most_workers,
+            global_batch_size=config.train.micro_batch_size * config.scaling.most_workers,
             layout=layout,
             document_mask=data.document_mask,
             shuffle=False,
@@ -135,7 +135,9 @@ def _schedule(
     schedule = train_rows.schedule
     if not schedule.step_trained.all():
         step = int((schedule.step_trained == 0).argmax()) + 1
-        raise RequestError(f"step {step} has no trained token; raise train.rows_per_step={schedule.rows_per_step}")
+        raise RequestError(
+            f"step {step} has no trained token; raise train.global_batch_size={schedule.global_batch_size}"
+        )
     return Prepared(
         tuple(manifests[: len(train)]),
         tuple(manifests[len(train) : len(train) + len(evaluation)]),

@@ -193,7 +193,7 @@ def _settings(log: RunLog) -> list[tuple[str, str]]:
         ("weight decay", option("train.weight_decay")),
         ("gradient clipping", option("train.max_grad_norm")),
         ("loss", option("train.loss")),
-        ("rows per step", option("train.rows_per_step")),
+        ("rows per step", option("train.global_batch_size")),
         ("tokens per row", option("data.sequence_length")),
         ("packing", option("data.packing")),
         ("epochs", option("train.epochs")),

@@ -9,7 +9,7 @@ from raysft.report.read_run import RunLog, finite
 _PLAN = {
     "examples": ("examples", "count"),
     "rows": ("rows", "count"),
-    "rows_per_step": ("rows per step", "count"),
+    "global_batch_size": ("rows per step", "count"),
     "epochs": ("epochs", "count"),
     "steps": ("steps", "count"),
     "tokens": ("tokens", "count"),

@@ -27,9 +27,9 @@ SHOWN = 4
 
 def settled(directory: RunDirectory, config: Config) -> Config:
     """The config of a run that goes on: what ``auto`` decided when it began stays, whatever has changed since."""
-    if config.train.rows_per_step != "auto" or not (begun(directory) and directory.config.exists()):
+    if config.train.global_batch_size != "auto" or not (begun(directory) and directory.config.exists()):
         return config
-    return with_overrides(config, {"train.rows_per_step": _config_there(directory).train.rows_per_step})
+    return with_overrides(config, {"train.global_batch_size": _config_there(directory).train.global_batch_size})
 
 
 def differences(directory: RunDirectory, config: Config) -> Changed:

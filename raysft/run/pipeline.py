@@ -345,8 +345,8 @@ def _prepared(config: Config) -> tuple[Config, str, str | None, Prepared]:
     named, manifests = f"model.path={config.model.path}", (*prepared.train, *prepared.eval, *prepared.prompts)
     rows = embedding_rows(Path(local_copy(model)), described, named)
     check_tokens((each.largest for each in manifests), rows, load_once(model, config.model.runs_code), named)
-    if config.train.rows_per_step == "auto":
-        config = with_overrides(config, {"train.rows_per_step": prepared.train_rows.schedule.rows_per_step})
+    if config.train.global_batch_size == "auto":
+        config = with_overrides(config, {"train.global_batch_size": prepared.train_rows.schedule.global_batch_size})
         deepspeed_settings(config, config.scaling.most_workers)
     return config, model, adapter, prepared
 

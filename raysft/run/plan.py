@@ -60,9 +60,9 @@ class Plan:
     """Rows of each epoch."""
     steps: int
     epochs: int
-    rows_per_step: int
+    global_batch_size: int
     rows_per_step_chosen: bool
-    """Whether the data decided it (``train.rows_per_step: auto``)."""
+    """Whether the data decided it (``train.global_batch_size: auto``)."""
     sequence_length: int
     tokens: int
     """Tokens without padding over all epochs."""
@@ -72,7 +72,7 @@ class Plan:
     empty_rows: int
     """Rows that steps have room for beside those with examples: an epoch may end before its last step is full."""
     filler_rows: int
-    """Rows without labels in each whole step, because ``rows_per_step`` does not divide by the workers."""
+    """Rows without labels in each whole step, because ``global_batch_size`` does not divide by the workers."""
     workers: int
     """As many as the cluster has room for now, where their number may change."""
     fewest_workers: int
@@ -112,7 +112,7 @@ class Plan:
             f"{100 * self.useful:.1f}% useful, {self.tokens:,} tokens, {self.trained_tokens:,} trained"
         )
         lines.append(
-            f"steps: {self.steps:,} of {_count(self.rows_per_step, 'row')}"
+            f"steps: {self.steps:,} of {_count(self.global_batch_size, 'row')}"
             + (" (auto: chosen by the data)" if self.rows_per_step_chosen else "")
             + f" = {_count(self.workers, 'worker')} × "
             f"{_count(self.rows_per_worker, 'row')} in {_count(self.accumulation, 'microbatch', 'es')}"
@@ -201,12 +201,12 @@ def make_plan(config: Config, prepared: Prepared, nodes: Sequence[Mapping[str, f
     """Put the plan together from manifests and schedule.
 
     Args:
-        config: as it was given; with ``train.rows_per_step: auto`` the schedule knows the number.
+        config: as it was given; with ``train.global_batch_size: auto`` the schedule knows the number.
         prepared: what is trained and evaluated on.
         nodes: resources of each node.
     """
     schedule = prepared.train_rows.schedule
-    scaling, per_step = config.scaling, schedule.rows_per_step
+    scaling, per_step = config.scaling, schedule.global_batch_size
     workers = min(scaling.most_workers, max(1, room(nodes, scaling.cpus_per_worker, scaling.use_gpu)))
     each = -(-per_step // workers)
     rows = schedule.consumed(schedule.steps)
@@ -217,8 +217,8 @@ def make_plan(config: Config, prepared: Prepared, nodes: Sequence[Mapping[str, f
         rows_of_epochs=tuple(schedule.rows_of_epochs),
         steps=schedule.steps,
         epochs=config.train.epochs,
-        rows_per_step=per_step,
-        rows_per_step_chosen=config.train.rows_per_step == "auto",
+        global_batch_size=per_step,
+        rows_per_step_chosen=config.train.global_batch_size == "auto",
         sequence_length=config.data.sequence_length,
         tokens=int(schedule.step_tokens.sum()),
         trained_tokens=int(schedule.step_trained.sum()),
@@ -229,7 +229,7 @@ def make_plan(config: Config, prepared: Prepared, nodes: Sequence[Mapping[str, f
         fewest_workers=scaling.fewest_workers,
         most_workers=scaling.most_workers,
         rows_per_worker=each,
-        accumulation=-(-each // config.train.rows_per_device),
+        accumulation=-(-each // config.train.micro_batch_size),
         cpus=workers * config.scaling.cpus_per_worker + TASK_CPUS,
         gpus=float(workers) if config.scaling.use_gpu else 0.0,
         cluster_cpus=sum(node.get("CPU", 0.0) for node in nodes),

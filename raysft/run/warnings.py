@@ -42,39 +42,39 @@ def _more_steps(config: Config, plan: Plan) -> str:
     """What gives a training more steps: a hundred, where one remedy does it."""
     of_epoch, chosen = plan.rows_of_epochs[0], plan.rows_per_step_chosen
     # Cut short, a training ends before its last epoch, or behind a full step of that.
-    unfinished = len(plan.rows_of_epochs) < plan.epochs or plan.rows_of_epochs[-1] % plan.rows_per_step == 0
+    unfinished = len(plan.rows_of_epochs) < plan.epochs or plan.rows_of_epochs[-1] % plan.global_batch_size == 0
     if plan.steps == config.train.max_steps and unfinished:
         return f"raise train.max_steps={plan.steps}"
-    if plan.rows_per_step > 1 and plan.rows >= FEW_STEPS and not chosen:
-        return f"use train.rows_per_step=auto instead of {plan.rows_per_step}"
+    if plan.global_batch_size > 1 and plan.rows >= FEW_STEPS and not chosen:
+        return f"use train.global_batch_size=auto instead of {plan.global_batch_size}"
     remedies = []
     if config.stage == "sft" and config.data.packing and plan.examples > of_epoch:
         remedies.append(f"data.packing=false ({plan.examples} rows an epoch instead of {of_epoch})")
         of_epoch = plan.examples
     if of_epoch * plan.epochs < ENOUGH_STEPS:
         remedies.append(f"train.epochs={math.ceil(ENOUGH_STEPS / of_epoch)}")
-    if not chosen and plan.rows_per_step > 1:
-        remedies.append("train.rows_per_step=auto")
+    if not chosen and plan.global_batch_size > 1:
+        remedies.append("train.global_batch_size=auto")
     return f"use {' and '.join(remedies)}, or add data"
 
 
 def empty_steps(config: Config, plan: Plan) -> Iterator[str]:
     """Steps may have more room than an epoch has rows."""
-    room = plan.steps * plan.rows_per_step
+    room = plan.steps * plan.global_batch_size
     if 2 * plan.empty_rows > room:
         yield (
-            f"{plan.empty_rows / room:.0%} of the rows of all steps are empty, as train.rows_per_step={plan.rows_per_step} and an "
-            f"epoch has {plan.rows_of_epochs[0]}; use train.rows_per_step=auto"
+            f"{plan.empty_rows / room:.0%} of the rows of all steps are empty, as train.global_batch_size={plan.global_batch_size} and an "
+            f"epoch has {plan.rows_of_epochs[0]}; use train.global_batch_size=auto"
         )
 
 
 def idle_workers(config: Config, plan: Plan) -> Iterator[str]:
     """A step may have fewer rows than there are workers."""
-    idle = plan.workers - plan.rows_per_step
+    idle = plan.workers - plan.global_batch_size
     if idle > 0:
         yield (
-            f"{idle} of {plan.workers} workers have nothing to do, as a step has {plan.rows_per_step} "
-            f"row{'' if plan.rows_per_step == 1 else 's'}; use scaling.num_workers={plan.rows_per_step}"
+            f"{idle} of {plan.workers} workers have nothing to do, as a step has {plan.global_batch_size} "
+            f"row{'' if plan.global_batch_size == 1 else 's'}; use scaling.num_workers={plan.global_batch_size}"
         )
 
 
@@ -134,7 +134,7 @@ def lost_records(config: Config, plan: Plan) -> Iterator[str]:
         if cut >= MANY * max(1, source.examples):
             yield (
                 f"source {name!r}: {cut:,} of {source.examples:,} examples are cut off at data.sequence_length="
-                f"{plan.sequence_length}; raise it, or use data.overlong=split"
+                f"{plan.sequence_length}; raise it, or use data.on_overflow=split"
             )
 
 
@@ -169,7 +169,7 @@ def turns_do_not_end(config: Config, plan: Plan) -> Iterator[str]:
     if turns.cut == turns.total:
         yield (
             f"every trained turn is cut off before its end, so the model cannot learn to stop; raise "
-            f"data.sequence_length={plan.sequence_length}, or set data.overlong=drop"
+            f"data.sequence_length={plan.sequence_length}, or set data.on_overflow=drop"
         )
     elif turns.ended and set(turns.ended) == set(turns.passed):
         yield (

@@ -51,10 +51,10 @@ def deepspeed_settings(config: Config, workers: int) -> dict[str, Any]:
 
 def _sizes(config: Config, workers: int) -> dict[str, int]:
     """How a step's rows are cut up; nothing as long as the data has not decided how many there are."""
-    if config.train.rows_per_step == "auto":
+    if config.train.global_batch_size == "auto":
         return {}
-    rows = -(-config.train.rows_per_step // workers)
-    micro = min(config.train.rows_per_device, rows)
+    rows = -(-config.train.global_batch_size // workers)
+    micro = min(config.train.micro_batch_size, rows)
     accumulation = -(-rows // micro)
     return {
         "train_batch_size": micro * accumulation * workers,

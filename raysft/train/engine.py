@@ -49,7 +49,7 @@ def make_engine(
         load_model(config, model_path, device, adapter),
         objective=_objective(config),
         neftune_alpha=config.train.neftune_alpha,
-        most_tokens=config.train.rows_per_device * config.data.sequence_length if zero3 else None,
+        most_tokens=config.train.micro_batch_size * config.data.sequence_length if zero3 else None,
     )
     if config.train.fp8 != "off":
         from raysft.train.fp8 import use_fp8
@@ -99,9 +99,9 @@ def check_model(model: TokenLoss, config: Config, device: torch.device) -> None:
         model.check_head(device)
     model.check_causal(device)
     if config.stage == "sft" and config.data.packing:
-        model.check_rows(device, config.train.rows_per_device, "set data.packing=false")
+        model.check_rows(device, config.train.micro_batch_size, "set data.packing=false")
     elif config.stage == "pt" and config.data.document_mask:
-        model.check_rows(device, config.train.rows_per_device, "set data.document_mask=false")
+        model.check_rows(device, config.train.micro_batch_size, "set data.document_mask=false")
 
 
 def _objective(config: Config) -> Objective:

@@ -43,7 +43,7 @@ class Schedule(Protocol):
     """What the loop knows in advance (``data.schedule.Schedule``)."""
 
     capacity: int
-    rows_per_step: int
+    global_batch_size: int
     step_rows: np.ndarray
     step_tokens: np.ndarray
     step_trained: np.ndarray
@@ -277,7 +277,7 @@ class _Loop:
     def evaluate(self, cursor: Cursor) -> dict[str, float]:
         """Evaluate all sets and log it; gives the results."""
         self.moment = f"the evaluation after step {cursor.step}"
-        rows = self.job.config.train.rows_per_device
+        rows = self.job.config.train.micro_batch_size
         evaluations = [
             evaluate(self.engine, name, cursor.step, source.steps(0, self.rank, self.workers), rows, self.device)
             for name, source in self.job.eval_rows.items()

@@ -35,8 +35,8 @@ class NonFinite:
         scaling = self.config.dtype == "float16" and math.isfinite(trained.loss)
         skips = scaling or self.config.train.nonfinite == "skip"
         schedule = self.rows.schedule
-        first = index * schedule.rows_per_step
-        last = min(first + schedule.rows_per_step, schedule.rows) - 1
+        first = index * schedule.global_batch_size
+        last = min(first + schedule.global_batch_size, schedule.rows) - 1
         what = (
             f"the loss is {trained.loss} and the gradient norm {trained.norm} "
             f"(rows {first} to {last}: {named_records(self.rows, range(first, last + 1))})"

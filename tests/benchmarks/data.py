@@ -79,7 +79,7 @@ def _measure(model: str, path: Path, folder: Path) -> dict[str, float]:
             "data": {
                 "train": [{"name": "a", "path": str(path)}],
                 "sequence_length": SEQUENCE_LENGTH,
-                "overlong": "drop",
+                "on_overflow": "drop",
             },
         }
     )

@@ -70,10 +70,10 @@ def settings(model: str, file: Path, folder: Path, finetuning: str, steps: int) 
         "data": {
             "train": [{"name": "a", "path": str(file.absolute())}],
             "sequence_length": SEQUENCE_LENGTH,
-            "overlong": "drop",
+            "on_overflow": "drop",
         },
         "train": {
-            "rows_per_step": ROWS_PER_STEP,
+            "global_batch_size": ROWS_PER_STEP,
             "learning_rate": RATE,
             "warmup_ratio": 0.0,
             "max_steps": steps,

@@ -28,7 +28,7 @@ data:
   sequence_length: 128
 train:
   epochs: 2
-  rows_per_step: 8
+  global_batch_size: 8
   learning_rate: 1.0e-2
   zero_stage: 2
   save_every_steps: 3

@@ -24,7 +24,7 @@ data:
   train: [{{name: chat, path: {folder}/chat.jsonl}}, {{name: more, path: {folder}/more.jsonl}}]
   eval: [{{name: quiz, path: {folder}/quiz.jsonl}}]
   sequence_length: 128
-train: {{max_steps: 2, rows_per_step: 4, learning_rate: 1.0e-2, zero_stage: 0}}
+train: {{max_steps: 2, global_batch_size: 4, learning_rate: 1.0e-2, zero_stage: 0}}
 scaling: {{threads_per_worker: 1}}
 generate: {{max_new_tokens: 8, do_sample: false, batch_size: 4}}
 """

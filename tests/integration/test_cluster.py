@@ -26,7 +26,7 @@ data:
   train: [{{name: chat, path: chat.jsonl}}]
   holdout: 0.2
   sequence_length: 128
-train: {{max_steps: 2, rows_per_step: 2, save_every_steps: 1}}
+train: {{max_steps: 2, global_batch_size: 2, save_every_steps: 1}}
 scaling: {{threads_per_worker: 1}}
 generate: {{compare_base: false, max_examples: 2, max_new_tokens: 4, do_sample: false}}
 """

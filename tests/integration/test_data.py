@@ -207,7 +207,7 @@ def test_a_line_of_megabytes_is_told_from_the_others(tmp_path, model, monkeypatc
     monkeypatch.chdir(tmp_path)
     long = {"messages": [{"role": "user", "content": "word " * 1_000_000}, GOOD["messages"][1]]}
     (tmp_path / "data.jsonl").write_bytes(lines(GOOD, long, GOOD))
-    (manifest,) = prepare(config_of(tmp_path, model, "data.jsonl", overlong="drop"), model).train
+    (manifest,) = prepare(config_of(tmp_path, model, "data.jsonl", on_overflow="drop"), model).train
     assert (len(manifest), [item.record for item in manifest.dropped]) == (2, ["data.jsonl:2"])
 
 
@@ -240,7 +240,7 @@ def test_two_runs_that_write_one_set_at_once_and_one_that_is_killed_leave_it_who
     ]
     (tmp_path / "data.jsonl").write_bytes(lines(*records))
     (tmp_path / "c.yaml").write_text(
-        config_of(tmp_path, model, str(tmp_path / "data.jsonl"), overlong="truncate").to_yaml()
+        config_of(tmp_path, model, str(tmp_path / "data.jsonl"), on_overflow="truncate").to_yaml()
     )
     shards = tmp_path / "runs" / "cache" / "shards"
     killed = started(tmp_path / "c.yaml")

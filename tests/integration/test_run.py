@@ -56,7 +56,7 @@ data:
   train: [{{name: chat, path: {folder}/chat.jsonl}}]
   holdout: 0.2
   sequence_length: 128
-train: {{epochs: 2, rows_per_step: 4, learning_rate: 1.0e-2, zero_stage: 2, save_every_steps: 3, eval_every_steps: 3}}
+train: {{epochs: 2, global_batch_size: 4, learning_rate: 1.0e-2, zero_stage: 2, save_every_steps: 3, eval_every_steps: 3}}
 scaling: {{num_workers: 2, cpus_per_worker: 0.75, threads_per_worker: 1}}
 generate: {{max_examples: 6, max_new_tokens: 8, do_sample: false, batch_size: 4}}
 """
@@ -492,7 +492,7 @@ def test_an_error_that_comes_again_at_the_same_step_is_not_tried_four_times(fold
     records[6]["messages"][1]["content"] += " Ω"
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     settings = [f"model.path={own}", f"model.trust_remote_code=[{own}]", f"data.train.0.path={tmp_path}/data.jsonl"]
-    settings += ["run.name=again-and-again", "data.holdout=0", "data.packing=false", "train.rows_per_step=3"]
+    settings += ["run.name=again-and-again", "data.holdout=0", "data.packing=false", "train.global_batch_size=3"]
     settings += ["scaling.num_workers=1", "train.eval_every_steps=null", "train.save_every_steps=1", "train.epochs=1"]
     capsys.readouterr()
     assert main(["train", str(folder / "sft.yaml"), *settings]) == 1
@@ -533,10 +533,10 @@ def test_pre_training_has_a_perplexity_for_each_evaluation_set(pt_run):
 
 def test_the_data_decides_how_many_rows_a_step_has_once_for_a_run(folder, pt_run, capsys):
     plan = json.loads((pt_run / "plan.json").read_text())
-    chosen, in_epoch = plan["rows_per_step"], plan["rows_of_epochs"][0]
+    chosen, in_epoch = plan["global_batch_size"], plan["rows_of_epochs"][0]
     # 7 epochs of some 30 rows: 2 rows in a step give more than 100 steps, 4 do not.
     assert (chosen, plan["steps"]) == (2, 7 * -(-in_epoch // 2))
-    assert yaml.safe_load((pt_run / "config.yaml").read_text())["train"]["rows_per_step"] == 2
+    assert yaml.safe_load((pt_run / "config.yaml").read_text())["train"]["global_batch_size"] == 2
     assert [step["epoch"] for step in steps_of(pt_run)][-(-in_epoch // 2) - 1] == 1
     assert results(pt_run, "train")["total_rows"] == plan["rows"]
     # With other data auto would be another number; this run has begun with 2.
@@ -567,7 +567,7 @@ def test_check_plans_without_training(folder, sft_run, capsys):
         ("scaling.use_gpu=true", "GPUs"),
         ("generate.num_actors=3", "generate.num_actors=3"),
         ("scaling.cpus_per_worker=1", "leaves no CPU for data tasks"),
-        ("data.sequence_length=16", "raise it, or set data.overlong to truncate, split or drop"),
+        ("data.sequence_length=16", "raise it, or set data.on_overflow to truncate, split or drop"),
     ],
 )
 def test_what_cannot_run_is_refused_at_once(folder, capsys, override, message):
@@ -672,7 +672,7 @@ def test_a_model_stops_where_its_turns_were_trained_to_end(tmp_path, capsys):
             "sequence_length": 256,
         },
         "train": {
-            "rows_per_step": 1,
+            "global_batch_size": 1,
             "epochs": 15,
             "learning_rate": 5e-3,
             "schedule": "constant",

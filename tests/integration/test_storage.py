@@ -29,7 +29,7 @@ data:
   sequence_length: 128
 train:
   epochs: 2
-  rows_per_step: 4
+  global_batch_size: 4
   learning_rate: 1.0e-2
   save_every_steps: 2
   eval_every_steps: 3

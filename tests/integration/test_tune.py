@@ -18,7 +18,7 @@ data:
   train: [{{name: chat, path: chat.jsonl}}]
   eval: [{{name: held, path: held.jsonl}}]
   sequence_length: 128
-train: {{max_steps: 4, rows_per_step: 2, zero_stage: 0, schedule: constant, warmup_ratio: 0, eval_at_start: false}}
+train: {{max_steps: 4, global_batch_size: 2, zero_stage: 0, schedule: constant, warmup_ratio: 0, eval_at_start: false}}
 scaling: {{threads_per_worker: 1}}
 generate: {{compare_base: false, max_examples: 2, max_new_tokens: 4, do_sample: false}}
 tune: {{space: {{train.learning_rate: {rates}}}}}

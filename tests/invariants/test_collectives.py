@@ -30,13 +30,13 @@ MIXTURES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Of whose experts a short row uses some alone."""
-ALONE: dict[str, dict[str, Any]] = {"zero_stage": 0, "rows_per_device": 4}
+ALONE: dict[str, dict[str, Any]] = {"zero_stage": 0, "micro_batch_size": 4}
 WAYS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"zero_stage": 0}),
     ("llama", {"zero_stage": 1}),
     ("llama", {"zero_stage": 2}),
     ("llama", {"zero_stage": 3}),
-    ("llama", {"zero_stage": 3, "rows_per_device": 1}),
+    ("llama", {"zero_stage": 3, "micro_batch_size": 1}),
     ("llama", {"zero_stage": 3, "gradient_checkpointing": True}),
     ("qwen3_moe", {"zero_stage": 3}),
     ("qwen3_moe", {"zero_stage": 2, "finetuning": "lora"}),
@@ -108,7 +108,7 @@ def case(rows: tuple[Path, Rows, Rows], model: str, way: dict[str, Any]) -> Case
         "train.keep_best": True,
         "train.deepspeed": SHARED_OUT,
     }
-    config: Config = make_config(folder, folder / model, settings, **{"rows_per_device": 2, **way})
+    config: Config = make_config(folder, folder / model, settings, **{"micro_batch_size": 2, **way})
     return Case(config, train_rows, eval_rows=eval_rows, chunk_tokens=CHUNK_TOKENS)
 
 

@@ -67,7 +67,7 @@ def broken(poisoned) -> dict[str, Result]:
     }
     steps = step_with_the_record(manifest) + 3
     cases = [
-        Case(make_config(folder, model, each, rows_per_device=4, max_steps=steps), rows_of(manifest, steps=steps))
+        Case(make_config(folder, model, each, micro_batch_size=4, max_steps=steps), rows_of(manifest, steps=steps))
         for each in settings.values()
     ]
     return dict(zip(settings, train_all(cases), strict=True))
@@ -113,7 +113,7 @@ def judged(prepared) -> dict[str, Result]:
         "impatient": {**wild, "train.early_stopping.patience": 1},
     }
     cases = [
-        Case(make_config(folder, model, each, rows_per_device=4, max_steps=5), rows_of(manifest, steps=5))
+        Case(make_config(folder, model, each, micro_batch_size=4, max_steps=5), rows_of(manifest, steps=5))
         for each in settings.values()
     ]
     return dict(zip(settings, train_all(cases), strict=True))
@@ -182,7 +182,9 @@ OFFLOADED = {
 def offloaded(prepared) -> dict[str, Result]:
     folder, model, manifest = prepared
     settings = {"none": {}, **OFFLOADED}
-    cases = [Case(make_config(folder, model, each, rows_per_device=2), rows_of(manifest)) for each in settings.values()]
+    cases = [
+        Case(make_config(folder, model, each, micro_batch_size=2), rows_of(manifest)) for each in settings.values()
+    ]
     return dict(zip(settings, train_all(cases, world=2), strict=True))
 
 

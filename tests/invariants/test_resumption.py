@@ -59,7 +59,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "warmup_ratio": {"warmup_ratio": 0.75},
     "adam": {"weight_decay": 0.5, "betas": (0.5, 0.9), "epsilon": 1e-3},
     "max_grad_norm": {"max_grad_norm": 0.05},
-    "rows_per_device": {"rows_per_device": 2},
+    "micro_batch_size": {"micro_batch_size": 2},
     "zero_stage": {"zero_stage": 2},
     "offload": {"zero_stage": 2, "offload": {"optimizer": "cpu"}},
     "loss": {"loss": "dft"},
@@ -150,7 +150,7 @@ def plain_change(prepared, change: dict[str, Any]):
     return losses, {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("name", ["rows_per_device", "zero_stage", "offload"])
+@pytest.mark.parametrize("name", ["micro_batch_size", "zero_stage", "offload"])
 def test_how_it_is_computed_may_change_and_what_is_computed_stays(begun, resumed, name):
     np.testing.assert_allclose(resumed[name].losses, begun["adamw"][0].losses[HALF:], rtol=1e-4)
     for key, value in begun["adamw"][0].weights.items():

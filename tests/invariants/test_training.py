@@ -40,7 +40,7 @@ def prepared(tmp_path_factory) -> tuple[Path, Path, Manifest]:
 def reference(prepared):
     """The training that others are compared with: 1 worker, 4 rows at once, no ZeRO."""
     folder, model, manifest = prepared
-    return train(make_config(folder, model, rows_per_device=4), rows_of(manifest))
+    return train(make_config(folder, model, micro_batch_size=4), rows_of(manifest))
 
 
 def test_training_equals_a_plain_loop_over_single_examples(prepared, reference):
@@ -60,7 +60,7 @@ def test_ten_steps_over_epochs_that_do_not_fill_their_last_one_equal_a_plain_loo
     assert rows.schedule.steps == 10
     assert 0 < rows.schedule.step_rows[:-1].min() < 4, "each epoch fills its last step"
     losses, norms, weights = plain_training(plain_model(model), rows)
-    ours = train(make_config(folder, model, rows_per_device=4 // world, max_steps=10, epochs=3), rows, world=world)
+    ours = train(make_config(folder, model, micro_batch_size=4 // world, max_steps=10, epochs=3), rows, world=world)
     # Ten steps of Adam at a rate of 0.01 make more of rounding than four.
     assert_same((*ours[:3], {}), (losses, norms, weights, {}), tolerance=1e-4)
     np.testing.assert_allclose(ours.losses, losses, rtol=TOLERANCE)
@@ -118,46 +118,46 @@ def test_packed_and_unpacked_losses_are_equal(prepared):
 
 def test_accumulation_does_not_change_the_training(prepared, reference):
     folder, model, manifest = prepared
-    assert_same(reference, train(make_config(folder, model, rows_per_device=1), rows_of(manifest)))
+    assert_same(reference, train(make_config(folder, model, micro_batch_size=1), rows_of(manifest)))
     # Three microbatches, of 2, 1 and 1 rows would be uneven; 3 and 1 are.
-    assert_same(reference, train(make_config(folder, model, rows_per_device=3), rows_of(manifest)))
+    assert_same(reference, train(make_config(folder, model, micro_batch_size=3), rows_of(manifest)))
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_stages_do_not_change_the_training(prepared, reference, stage):
     folder, model, manifest = prepared
-    config = make_config(folder, model, rows_per_device=2, zero_stage=stage)
+    config = make_config(folder, model, micro_batch_size=2, zero_stage=stage)
     assert_same(reference, train(config, rows_of(manifest), world=2))
 
 
 def test_bfloat16_follows_float32_also_without_zero(prepared, reference):
     folder, model, manifest = prepared
-    config = with_overrides(make_config(folder, model, rows_per_device=4), {"model.dtype": "bfloat16"})
+    config = with_overrides(make_config(folder, model, micro_batch_size=4), {"model.dtype": "bfloat16"})
     losses = train(config, rows_of(manifest))[0]
     np.testing.assert_allclose(losses, reference[0], rtol=3e-3)
 
 
 def test_two_workers_train_like_one(prepared, reference):
     folder, model, manifest = prepared
-    assert_same(reference, train(make_config(folder, model, rows_per_device=1), rows_of(manifest), world=2))
+    assert_same(reference, train(make_config(folder, model, micro_batch_size=1), rows_of(manifest), world=2))
 
 
 def test_three_workers_with_fillers_train_like_one(prepared, reference):
     folder, model, manifest = prepared
     assert_same(
-        reference, train(make_config(folder, model, rows_per_device=2, zero_stage=2), rows_of(manifest), world=3)
+        reference, train(make_config(folder, model, micro_batch_size=2, zero_stage=2), rows_of(manifest), world=3)
     )
 
 
 def test_lora_trains_alike_on_two_workers_and_with_zero3(prepared):
     folder, model, manifest = prepared
-    one = train(make_config(folder, model, finetuning="lora", rows_per_device=4), rows_of(manifest))
+    one = train(make_config(folder, model, finetuning="lora", micro_batch_size=4), rows_of(manifest))
     two = train(
-        make_config(folder, model, finetuning="lora", rows_per_device=2, zero_stage=2), rows_of(manifest), world=2
+        make_config(folder, model, finetuning="lora", micro_batch_size=2, zero_stage=2), rows_of(manifest), world=2
     )
     assert_same(one, two)
     three = train(
-        make_config(folder, model, finetuning="lora", rows_per_device=1, zero_stage=3), rows_of(manifest), world=2
+        make_config(folder, model, finetuning="lora", micro_batch_size=1, zero_stage=3), rows_of(manifest), world=2
     )
     assert_same(one, three)
 
@@ -227,6 +227,6 @@ def test_two_sources_train_alike_on_one_worker_and_two_and_their_losses_are_logg
     folder, model, manifest = prepared
     path = f"{manifest.directory}/manifest.parquet"
     rows = Rows((path, path), SEQUENCE_LENGTH, 4, seed=3, max_steps=STEPS, mixing="first_exhausted", shares=(1.0, 3.0))
-    one = train(make_config(folder, model, rows_per_device=4), rows)
-    two = train(make_config(folder, model, rows_per_device=2), rows, world=2)
+    one = train(make_config(folder, model, micro_batch_size=4), rows)
+    two = train(make_config(folder, model, micro_batch_size=2), rows, world=2)
     assert_same(one, two)

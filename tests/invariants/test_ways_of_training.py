@@ -76,7 +76,7 @@ def trained(prepared) -> dict[str, Result]:
     """Every case, trained by one worker."""
     folder, model, manifest = prepared
     cases = [
-        Case(make_config(folder, model, settings, rows_per_device=4), rows_of(manifest)) for settings in CASES.values()
+        Case(make_config(folder, model, settings, micro_batch_size=4), rows_of(manifest)) for settings in CASES.values()
     ]
     return dict(zip(CASES, train_all(cases), strict=True))
 

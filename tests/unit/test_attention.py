@@ -130,7 +130,7 @@ def test_others_are_taken(described, kernel):
         attention.use_examplewise(model, config())
     else:
         model.set_attn_implementation(kernel)
-    check_model(TokenLoss(model), with_overrides(config(), {"train.rows_per_device": 2}), torch.device("cpu"))
+    check_model(TokenLoss(model), with_overrides(config(), {"train.micro_batch_size": 2}), torch.device("cpu"))
 
 
 def test_flash_attention_gets_one_long_row(monkeypatch):

@@ -32,28 +32,28 @@ def begun(folder: Path, **train) -> RunDirectory:
 
 
 def test_auto_goes_on_with_the_number_that_the_run_began_with(tmp_path):
-    directory = begun(tmp_path, rows_per_step=4)
+    directory = begun(tmp_path, global_batch_size=4)
     auto = config(tmp_path)
-    assert auto.train.rows_per_step == "auto"
+    assert auto.train.global_batch_size == "auto"
     belongs_to(directory, auto)
-    assert settled(directory, auto) == config(tmp_path, rows_per_step=4)
-    assert settled(directory, auto).mathematics() == config(tmp_path, rows_per_step=4).mathematics()
+    assert settled(directory, auto) == config(tmp_path, global_batch_size=4)
+    assert settled(directory, auto).mathematics() == config(tmp_path, global_batch_size=4).mathematics()
 
 
 def test_with_more_epochs_auto_keeps_its_number_and_only_the_epochs_differ(tmp_path):
-    directory = begun(tmp_path, rows_per_step=4)
+    directory = begun(tmp_path, global_batch_size=4)
     longer = config(tmp_path, epochs=50)
     assert differences(directory, longer) == {"train.epochs": [1, 50]}
-    assert settled(directory, longer).train.rows_per_step == 4
+    assert settled(directory, longer).train.global_batch_size == 4
 
 
 def test_another_number_is_another_config(tmp_path):
-    directory = begun(tmp_path, rows_per_step=4)
-    with pytest.raises(RequestError, match=r"train\.rows_per_step is 4 there and 8 here"):
-        belongs_to(directory, config(tmp_path, rows_per_step=8))
+    directory = begun(tmp_path, global_batch_size=4)
+    with pytest.raises(RequestError, match=r"train\.global_batch_size is 4 there and 8 here"):
+        belongs_to(directory, config(tmp_path, global_batch_size=8))
 
 
 def test_before_anything_is_trained_the_data_decides(tmp_path):
-    directory = begun(tmp_path, rows_per_step=4)
+    directory = begun(tmp_path, global_batch_size=4)
     directory.trainer_log.unlink()
-    assert settled(directory, config(tmp_path)).train.rows_per_step == "auto"
+    assert settled(directory, config(tmp_path)).train.global_batch_size == "auto"

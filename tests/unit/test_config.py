@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from raysft.config import Config, documented_fields, load, parse, with_overrides
+from raysft.config.validate import RENAMED
 from raysft.errors import RequestError
 
 BASE = """\
@@ -44,9 +45,9 @@ def refusal(path: str, *overrides: str) -> str:
 
 
 def test_defaults_give_way_to_the_file_and_the_file_to_overrides(write):
-    path = write(BASE + "train:\n  epochs: 2\n  rows_per_step: 4\n")
-    config = load(path, ["train.rows_per_step=8"])
-    assert (config.train.rows_per_device, config.train.epochs, config.train.rows_per_step) == (1, 2, 8)
+    path = write(BASE + "train:\n  epochs: 2\n  global_batch_size: 4\n")
+    config = load(path, ["train.global_batch_size=8"])
+    assert (config.train.micro_batch_size, config.train.epochs, config.train.global_batch_size) == (1, 2, 8)
 
 
 def test_the_last_of_two_overrides_of_a_key_wins(write):
@@ -269,6 +270,12 @@ def test_the_resolved_config_reads_back_as_itself(write):
     assert load(write(config.to_yaml(), "resolved.yaml")) == config
 
 
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_key_of_an_earlier_version_is_refused_with_its_name_of_today(write, old, new):
+    assert refusal(write(BASE), f"{old}=1") == f"command line: unknown key {old}; it is called {new} now"
+    assert new in {key for key, _, _ in documented_fields()}
+
+
 def test_with_overrides_validates_what_it_changes():
     config = parse({"model": {"path": "m"}, "data": {"train": [{"name": "a", "path": "a"}]}})
     changed = with_overrides(config, {"train.learning_rate": 1e-3, "data.train.0.name": "b"})
@@ -297,7 +304,7 @@ def test_every_field_has_a_docstring():
         ("generate.max_new_tokens=4", True),
         ("train.save_every_steps=4", True),
         ("train.learning_rate=2e-4", False),
-        ("train.rows_per_step=4", False),
+        ("train.global_batch_size=4", False),
         ("run.seed=1", False),
         ("model.trust_remote_code=[another]", True),
         ("model.trust_remote_code=[m]", False),

@@ -176,11 +176,11 @@ def test_a_plan_counts_steps_rows_tokens_and_what_is_empty(tmp_path, monkeypatch
     write_records(tmp_path / "a.jsonl", [["How are you?", "Fine."]] * 10 + [3])
     config = with_overrides(
         data_config(tmp_path, packing=False, max_rejected=0.5),
-        {"train.rows_per_step": 4, "train.rows_per_device": 2, "train.epochs": 3, "scaling.num_workers": 3},
+        {"train.global_batch_size": 4, "train.micro_batch_size": 2, "train.epochs": 3, "scaling.num_workers": 3},
     )
     each = the_set(config, str(tmp_path / "model"))
     manifest = written(each, str(tmp_path / "model"))
-    rows = Rows((each.manifest.location,), capacity=64, rows_per_step=4, epochs=3, layout="single")
+    rows = Rows((each.manifest.location,), capacity=64, global_batch_size=4, epochs=3, layout="single")
     plan = make_plan(config, Prepared((manifest,), (), rows, {}), cpus(2, 2))
     length, trained = int(manifest.lengths[0]), int(manifest.trained[0])
     assert (plan.examples, plan.rows, plan.steps, plan.rows_of_epochs) == (10, 30, 9, (10, 10, 10))

@@ -86,7 +86,7 @@ def test_the_config_goes_before_the_registry(folder):
     assert read_fields(more) == {"conversations": "dialog", "tools": "functions", "weight": "w"}
 
 
-@pytest.mark.parametrize("changed", [{"train.rows_per_step": 2}, {}])
+@pytest.mark.parametrize("changed", [{"train.global_batch_size": 2}, {}])
 def test_an_entry_describes_a_source_also_when_the_config_was_loaded_again(tmp_path, changed):
     entry = {"file_name": "a.json", "formatting": "sharegpt", "num_samples": 3}
     (tmp_path / "dataset_info.json").write_text(json.dumps({"x": entry}))

@@ -15,7 +15,7 @@ from raysft.data.sources.formats import examples as as_examples
 from raysft.data.sources.readers import read_raw
 from raysft.data.tokenization.assistant_spans import labelled
 from raysft.data.tokenization.span_search import REMEDY
-from raysft.data.tokenization.tokenize import Options, Overlong, Tokenized, Tokenizing
+from raysft.data.tokenization.tokenize import Options, Overflow, Tokenized, Tokenizing
 from raysft.data.tokenization.tokenizer import Tokenizer
 from raysft.data.types import IGNORED, Example, Message, Rejected
 from raysft.errors import RequestError
@@ -67,7 +67,7 @@ def tokenizer_of(folder: str, **options) -> Tokenizing:
         "sequence_length": 64,
         "mask_history": False,
         "train_on_prompt": False,
-        "overlong": "error",
+        "on_overflow": "error",
         "keep_prompt": "head",
         "control_tokens": "keep",
         "template_options": {},
@@ -165,7 +165,7 @@ def test_of_a_long_text_each_token_but_the_first_is_predicted_once_and_its_end_i
     whole = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     assert item.input_ids.tolist() == item.labels.tolist() == whole
     lengths = Lengths(np.array([len(whole)]), np.array([item.trained]), np.array([1]))
-    pieces = plan_rows([lengths], capacity=16, rows_per_step=1, layout=layout).pieces
+    pieces = plan_rows([lengths], capacity=16, global_batch_size=1, layout=layout).pieces
     predicted = [
         token for start, stop in zip(pieces.starts, pieces.stops, strict=True) for token in whole[start + 1 : stop]
     ]
@@ -291,16 +291,16 @@ def test_control_tokens_in_a_text_can_be_rejected(folder):
 LONG = conversation(("user", "a " * 60), ("assistant", "b " * 60))
 
 
-@pytest.mark.parametrize("overlong", ["truncate", "split", "drop"])
-def test_what_is_too_long_is_counted_with_its_tokens(folder, overlong):
+@pytest.mark.parametrize("on_overflow", ["truncate", "split", "drop"])
+def test_what_is_too_long_is_counted_with_its_tokens(folder, on_overflow):
     (whole,) = tokenize(folder, LONG, sequence_length=4096)
-    outcome = list(tokenizer_of(folder, overlong=overlong, with_prompts=True)([LONG]))
+    outcome = list(tokenizer_of(folder, on_overflow=on_overflow, with_prompts=True)([LONG]))
     tokens = len(whole.input_ids)
-    if overlong == "drop":
+    if on_overflow == "drop":
         (dropped,) = outcome
-        assert isinstance(dropped, Overlong)
+        assert isinstance(dropped, Overflow)
         assert dropped.tokens == tokens
-    elif overlong == "truncate":
+    elif on_overflow == "truncate":
         (cut,) = outcome
         assert isinstance(cut, Tokenized)
         assert len(cut.input_ids) == 64
@@ -316,7 +316,7 @@ def test_which_end_of_a_prompt_is_kept_is_the_users_choice(folder):
     example = conversation(("user", "first " + "a " * 100 + "last"), ("assistant", "b"))
     texts = {}
     for end in ("head", "tail"):
-        (item,) = tokenize(folder, example, overlong="truncate", keep_prompt=end)
+        (item,) = tokenize(folder, example, on_overflow="truncate", keep_prompt=end)
         assert trained_text(folder, item) == "b" + END
         texts[end] = load_tokenizer(folder).decode(item.input_ids)
     assert "first" in texts["head"]

@@ -32,7 +32,7 @@ def config(folder: Path, **changes: Any) -> Config:
             "run": {"name": "r", "storage": str(folder)},
             "model": {"path": "m"},
             "data": {"train": [{"name": "a", "path": "a.jsonl"}], "holdout": 0.1},
-            "train": {"rows_per_step": 4, "eval_every_steps": 1, "early_stopping": {"patience": 9}},
+            "train": {"global_batch_size": 4, "eval_every_steps": 1, "early_stopping": {"patience": 9}},
         }
     )
     return with_overrides(base, {key.replace("__", "."): value for key, value in changes.items()})

@@ -18,7 +18,7 @@ SHARD_ENDS = np.array([100, 130, 350, 400, 500])
 
 
 def planned(**options) -> Schedule:
-    defaults = {"capacity": 64, "rows_per_step": 8}
+    defaults = {"capacity": 64, "global_batch_size": 8}
     return plan_rows([Lengths(LENGTHS, TRAINED, SHARD_ENDS)], **{**defaults, **options})
 
 
@@ -30,7 +30,13 @@ def flat(rows: list[list[int]]) -> list[int]:
     return [example for row in rows for example in row]
 
 
-OPTIONS = [{}, {"layout": "single"}, {"shuffle": False}, {"layout": "single", "shuffle": False}, {"rows_per_step": 7}]
+OPTIONS = [
+    {},
+    {"layout": "single"},
+    {"shuffle": False},
+    {"layout": "single", "shuffle": False},
+    {"global_batch_size": 7},
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -46,10 +52,10 @@ def test_each_epoch_holds_each_example_once_and_no_row_is_too_full(options, grou
     assert all(0 < LENGTHS[row].sum() <= 64 for row in rows_of(schedule) if row)
 
 
-@pytest.mark.parametrize("options", [*OPTIONS, {"rows_per_step": 1}, {"rows_per_step": 1000}], ids=str)
+@pytest.mark.parametrize("options", [*OPTIONS, {"global_batch_size": 1}, {"global_batch_size": 1000}], ids=str)
 def test_no_step_holds_rows_of_two_epochs_and_only_the_last_of_each_is_not_full(options):
     schedule, one = planned(epochs=3, **options), planned(**options)
-    per_step = schedule.rows_per_step
+    per_step = schedule.global_batch_size
     assert schedule.steps == 3 * -(-one.rows // per_step)
     assert schedule.rows_of_epochs == [one.rows] * 3
     in_epoch = schedule.steps // 3
@@ -82,7 +88,7 @@ def test_other_seeds_and_other_epochs_give_other_orders():
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_steps_add_up_to_all_tokens_and_each_to_its_rows(options):
     schedule = planned(epochs=2, **options)
-    per_step = schedule.rows_per_step
+    per_step = schedule.global_batch_size
     assert schedule.steps == -(-schedule.rows // per_step) == len(schedule.step_tokens) == len(schedule.step_trained)
     for step in range(schedule.steps):
         examples = flat(rows_of(schedule, step * per_step, min((step + 1) * per_step, schedule.rows)))
@@ -160,13 +166,13 @@ def test_the_data_decides_how_many_rows_a_step_has(examples, epochs, max_steps):
     given = [Lengths(np.full(examples, 20), np.full(examples, 9), np.array([examples]))]
     whole = plan_rows(given, capacity=64, epochs=epochs, layout="single")
     cut = plan_rows(given, capacity=64, epochs=epochs, layout="single", max_steps=max_steps)
-    chosen = whole.rows_per_step
-    assert cut.rows_per_step == chosen, "max_steps decides nothing"
+    chosen = whole.global_batch_size
+    assert cut.global_batch_size == chosen, "max_steps decides nothing"
     assert chosen in (1, 2, 4, 8, 16, 32)
     enough = examples * epochs >= 100
     assert (whole.steps >= 100) == enough
     assert chosen == 1 or enough
-    twice = plan_rows(given, capacity=64, epochs=epochs, layout="single", rows_per_step=2 * chosen)
+    twice = plan_rows(given, capacity=64, epochs=epochs, layout="single", global_batch_size=2 * chosen)
     # No larger one would do: it makes too few steps, is more than an epoch has, or more than 32.
     assert chosen == 32 or -(-examples * epochs // (2 * chosen)) < 100 or chosen >= examples or twice.steps < 100
 
@@ -181,7 +187,7 @@ def test_a_step_that_the_data_decides_has_something_to_learn_from():
     trained = np.where(np.arange(120) % 3 == 0, 5, 0)
     given = [Lengths(np.full(120, 20), trained, np.array([120]))]
     schedule = plan_rows(given, capacity=20, layout="single", shuffle=False)
-    assert schedule.rows_per_step == 4
+    assert schedule.global_batch_size == 4
     assert schedule.step_trained.all()
 
 
@@ -201,7 +207,7 @@ def sources(*sizes: int, weights: tuple[float, ...] = ()) -> list[Lengths]:
 )
 def test_a_mixture_takes_of_each_source_what_its_weight_says_in_every_epoch(mixing, takes, epochs):
     given = sources(300, 900, weights=(3.0, 1.0))
-    schedule = plan_rows(given, capacity=64, rows_per_step=8, mixing=mixing, epochs=epochs)
+    schedule = plan_rows(given, capacity=64, global_batch_size=8, mixing=mixing, epochs=epochs)
     filled = [row for row in rows_of(schedule) if row]
     for start, end in pairwise([0, *schedule.epoch_ends.tolist()]):
         examples = np.array(flat(filled[start:end]))
@@ -215,7 +221,7 @@ def test_a_mixture_takes_of_each_source_what_its_weight_says_in_every_epoch(mixi
 
 
 def test_a_mixture_is_drawn_anew_in_each_epoch():
-    schedule = plan_rows(sources(300, 900), capacity=64, rows_per_step=8, mixing="first_exhausted", epochs=2)
+    schedule = plan_rows(sources(300, 900), capacity=64, global_batch_size=8, mixing="first_exhausted", epochs=2)
     middle = int(schedule.epoch_ends[0])
     first, second = (
         {example for example in flat(rows) if example >= 300}
@@ -226,7 +232,7 @@ def test_a_mixture_is_drawn_anew_in_each_epoch():
 
 def test_each_group_has_its_part_of_every_source(monkeypatch):
     monkeypatch.setattr(mixture, "GROUP_EXAMPLES", 200)
-    schedule = plan_rows(sources(300, 900), capacity=64, rows_per_step=8)
+    schedule = plan_rows(sources(300, 900), capacity=64, global_batch_size=8)
     assert len(schedule.group_ends) == 6
     for start, end in pairwise([0, *schedule.group_ends.tolist()]):
         examples = np.array(flat(rows_of(schedule, start, end)))
@@ -237,7 +243,7 @@ def test_weights_of_a_step_and_of_its_sources_are_known_in_advance():
     given = sources(300, 900)
     random = np.random.default_rng(2)
     weighted = [replace(given[0], example_weights=random.random(300).astype(np.float32)), given[1]]
-    schedule = plan_rows(weighted, capacity=64, rows_per_step=8)
+    schedule = plan_rows(weighted, capacity=64, global_batch_size=8)
     of_examples = np.concatenate([weighted[0].example_weights, np.ones(900)])
     trained = np.concatenate([each.trained for each in given])
     for step in range(schedule.steps):
@@ -254,7 +260,7 @@ def test_weights_of_a_step_and_of_its_sources_are_known_in_advance():
 def test_joined_documents_fill_every_row_and_lose_nothing(capacity, shuffle, document_mask):
     given = sources(40)
     schedule = plan_rows(
-        given, capacity=capacity, rows_per_step=1, layout="joined", document_mask=document_mask, shuffle=shuffle
+        given, capacity=capacity, global_batch_size=1, layout="joined", document_mask=document_mask, shuffle=shuffle
     )
     assert (schedule.step_tokens[:-1] == capacity).all()
     pieces = schedule.pieces
@@ -276,7 +282,7 @@ def test_joined_documents_fill_every_row_and_lose_nothing(capacity, shuffle, doc
 def test_log_normal_lengths_leave_less_than_half_a_percent_of_padding(mean):
     lengths = np.exp(np.random.default_rng(0).normal(np.log(mean) - 0.5, 1.0, 100_000)).astype(int).clip(1, 4096)
     ends = np.arange(10_000, 100_001, 10_000)
-    schedule = plan_rows([Lengths(lengths, lengths - 1, ends)], capacity=4096, rows_per_step=32)
+    schedule = plan_rows([Lengths(lengths, lengths - 1, ends)], capacity=4096, global_batch_size=32)
     assert schedule.useful >= 0.995
 
 

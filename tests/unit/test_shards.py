@@ -150,7 +150,7 @@ def changed_file(config: Config, folder: Path) -> Config:
         (lambda config, folder: with_overrides(config, {"data.train.0.max_examples": 1}), False),
         (lambda config, folder: with_overrides(config, {"data.train.0.num_samples": 1}), False),
         (lambda config, folder: with_overrides(config, {"data.train.0.name": "b"}), False),
-        (lambda config, folder: with_overrides(config, {"data.overlong": "drop"}), False),
+        (lambda config, folder: with_overrides(config, {"data.on_overflow": "drop"}), False),
         (lambda config, folder: with_overrides(config, {"stage": "pt"}), False),
         (lambda config, folder: with_overrides(config, {"data.holdout": 0.1}), True),
         (lambda config, folder: with_overrides(config, {"train.learning_rate": 1.0}), True),
@@ -181,20 +181,20 @@ def test_another_template_is_another_key(tmp_path, model):
             [GOOD, LONG, LONG],
             {},
             "a.jsonl:2: 523 tokens do not fit into data.sequence_length=64 (and 1 more); raise it, "
-            "or set data.overlong to truncate, split or drop",
+            "or set data.on_overflow to truncate, split or drop",
         ),
         (
             [LONG],
-            {"overlong": "drop"},
+            {"on_overflow": "drop"},
             "source 'a': the source has no usable example (1 records in a.jsonl); 1 were dropped because they are longer than "
-            "data.sequence_length=64 (the longest has 523 tokens); raise it, or set data.overlong to truncate or split",
+            "data.sequence_length=64 (the longest has 523 tokens); raise it, or set data.on_overflow to truncate or split",
         ),
         (
             [LONG, 3, LONG + LONG],
-            {"overlong": "drop", "max_rejected": 0.5},
+            {"on_overflow": "drop", "max_rejected": 0.5},
             "source 'a': the source has no usable example (3 records in a.jsonl); 2 were dropped because they are longer than "
             "data.sequence_length=64 (the longest has 1046 tokens); a.jsonl:2: a record is a mapping or a list of turns, "
-            "this is 3; raise it, or set data.overlong to truncate or split",
+            "this is 3; raise it, or set data.on_overflow to truncate or split",
         ),
         ([], {}, "source 'a': the source has no usable example (0 records in a.jsonl); add data"),
         (
@@ -239,7 +239,7 @@ def test_an_empty_held_out_part_says_so(tmp_path, model):
 
 def test_rejected_and_dropped_records_within_the_limit_are_kept_in_the_manifest(tmp_path, model):
     write_records(tmp_path / "a.jsonl", [GOOD, LONG, 3, GOOD])
-    each = the_set(data_config(tmp_path, overlong="drop"), model)
+    each = the_set(data_config(tmp_path, on_overflow="drop"), model)
     for manifest in (*write([each], model, 0.25), *write([each], model, 0.25)):
         assert [item.record for item in manifest.rejected] == ["a.jsonl:3"]
         assert [item.record for item in manifest.dropped] == ["a.jsonl:2"]

@@ -21,7 +21,7 @@ FIRST, OTHER, MORE = source(110), source(60), source(75, weights=True)
 
 
 def planned(*sources: Lengths, **options) -> Schedule:
-    return plan_rows(list(sources), **{"capacity": 32, "rows_per_step": 8, "seed": 3, **options})
+    return plan_rows(list(sources), **{"capacity": 32, "global_batch_size": 8, "seed": 3, **options})
 
 
 def steps_of(schedule: Schedule, first: int, last: int) -> list[list[int]]:

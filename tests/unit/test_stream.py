@@ -48,7 +48,9 @@ def rows(tmp_path_factory, model) -> Rows:
         patch.setattr(build, "SHARD_RECORDS", 20)
         manifests = [written(each, model) for each in sets]
     assert [len(manifest.shards) for manifest in manifests] == [4, 3]
-    rows = Rows(manifests=tuple(each.manifest.location for each in sets), capacity=CAPACITY, rows_per_step=4, epochs=2)
+    rows = Rows(
+        manifests=tuple(each.manifest.location for each in sets), capacity=CAPACITY, global_batch_size=4, epochs=2
+    )
     assert len(rows.schedule.pieces.examples) > 3 * rows.schedule.rows, "rows hold too few examples to show anything"
     assert rows.schedule.step_rows[:-1].min() < 4, (
         "the first epoch fills its last step, so that no row in between is empty"
@@ -107,7 +109,7 @@ def test_the_first_token_of_each_example_has_no_label_even_where_the_prompt_is_t
     write_records(tmp_path / "a.jsonl", records(20, 3))
     each = the_set(data_config(tmp_path, train_on_prompt=True, sequence_length=CAPACITY), model)
     manifest = written(each, model)
-    whole = Rows((each.manifest.location,), CAPACITY, rows_per_step=3)
+    whole = Rows((each.manifest.location,), CAPACITY, global_batch_size=3)
     batch = whole.batch(range(whole.schedule.rows))
     assert (batch["labels"][batch["position_ids"] == 0] == IGNORED).all()
     assert trained(batch) == manifest.trained.sum() == (manifest.lengths - 1).sum()
@@ -152,11 +154,11 @@ def test_an_empty_row_between_epochs_is_a_filler_with_a_number(rows):
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_rows_that_the_data_decides_are_those_of_the_number(rows, workers):
-    decided = pickle.loads(pickle.dumps(replace(rows, rows_per_step=None, epochs=20)))
-    number = decided.schedule.rows_per_step
+    decided = pickle.loads(pickle.dumps(replace(rows, global_batch_size=None, epochs=20)))
+    number = decided.schedule.global_batch_size
     assert number > 1, "one row in a step shows nothing"
     assert decided.schedule.steps >= 100
-    given = replace(decided, rows_per_step=number)
+    given = replace(decided, global_batch_size=number)
     for worker in range(workers):
         pairs = zip(decided.steps(0, worker, workers), given.steps(0, worker, workers), strict=True)
         assert all(same(left, right) for left, right in pairs)
@@ -252,7 +254,7 @@ def test_fewer_epochs_than_reach_the_other_data_are_those_of_before(rows, epochs
 def test_what_a_run_has_trained_on_is_known_without_its_cache(rows, tmp_path):
     described = rows.described()
     gone = Rows.of({**described, "manifests": [str(tmp_path / "gone" / "manifest.parquet")]})
-    assert gone.described()["rows_per_step"] == described["rows_per_step"]
+    assert gone.described()["global_batch_size"] == described["global_batch_size"]
     with pytest.raises(RequestError) as caught:
         _ = gone.schedule
     assert str(caught.value) == (

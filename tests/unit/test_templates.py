@@ -52,7 +52,7 @@ def at_work(tmp_path_factory):
             "sequence_length": 4096,
             "mask_history": False,
             "train_on_prompt": False,
-            "overlong": "error",
+            "on_overflow": "error",
             "keep_prompt": "head",
             "control_tokens": "keep",
             "template_options": {},

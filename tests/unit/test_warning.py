@@ -48,7 +48,7 @@ def plan(**changes) -> Plan:
         rows_of_epochs=(4000,),
         steps=125,
         epochs=1,
-        rows_per_step=32,
+        global_batch_size=32,
         rows_per_step_chosen=True,
         sequence_length=2048,
         tokens=8_000_000,
@@ -91,7 +91,7 @@ def test_who_would_hold_nothing_out_of_a_source_is_not_told_to(examples, share):
     assert line.endswith("name files in data.eval")
 
 
-SMALL = {"examples": 40, "rows": 1, "rows_of_epochs": (1,), "steps": 1, "rows_per_step": 1}
+SMALL = {"examples": 40, "rows": 1, "rows_of_epochs": (1,), "steps": 1, "global_batch_size": 1}
 SINGLE = {"data__packing": False}
 
 
@@ -106,13 +106,13 @@ SINGLE = {"data__packing": False}
         ),
         (
             SINGLE,
-            {"examples": 7, "rows": 14, "rows_of_epochs": (7, 7), "steps": 14, "rows_per_step": 1, "epochs": 2},
+            {"examples": 7, "rows": 14, "rows_of_epochs": (7, 7), "steps": 14, "global_batch_size": 1, "epochs": 2},
             "14 steps are too few to learn anything; use train.epochs=15, or add data",
         ),
         (
             {"train__rows_per_step": 32},
             {"rows": 608, "rows_of_epochs": (608,), "steps": 19, "rows_per_step_chosen": False},
-            "19 steps are too few to learn anything; use train.rows_per_step=auto instead of 32",
+            "19 steps are too few to learn anything; use train.global_batch_size=auto instead of 32",
         ),
         (
             {"train__max_steps": 2},
@@ -121,12 +121,26 @@ SINGLE = {"data__packing": False}
         ),
         (
             {"train__max_steps": 4},  # in the middle of epochs that do not fill their last step
-            {"rows": 36, "rows_of_epochs": (18, 18), "steps": 4, "rows_per_step": 16, "epochs": 100, "empty_rows": 28},
+            {
+                "rows": 36,
+                "rows_of_epochs": (18, 18),
+                "steps": 4,
+                "global_batch_size": 16,
+                "epochs": 100,
+                "empty_rows": 28,
+            },
             "4 steps are too few to learn anything; raise train.max_steps=4",
         ),
         (
             {"train__max_steps": 3},
-            {"rows": 34, "rows_of_epochs": (18, 16), "steps": 3, "rows_per_step": 16, "epochs": 2, "empty_rows": 14},
+            {
+                "rows": 34,
+                "rows_of_epochs": (18, 16),
+                "steps": 3,
+                "global_batch_size": 16,
+                "epochs": 2,
+                "empty_rows": 14,
+            },
             "3 steps are too few to learn anything; raise train.max_steps=3",
         ),
         (
@@ -136,26 +150,26 @@ SINGLE = {"data__packing": False}
                 "rows": 36,
                 "rows_of_epochs": (18, 18),
                 "steps": 4,
-                "rows_per_step": 16,
+                "global_batch_size": 16,
                 "epochs": 2,
                 "empty_rows": 28,
                 "rows_per_step_chosen": False,
             },
-            "4 steps are too few to learn anything; use train.rows_per_step=auto instead of 16",
+            "4 steps are too few to learn anything; use train.global_batch_size=auto instead of 16",
         ),
         (
             {},  # more than one row, as the labels of one are not enough for a step
-            {"examples": 30, "rows": 30, "rows_of_epochs": (30,), "steps": 15, "rows_per_step": 2},
+            {"examples": 30, "rows": 30, "rows_of_epochs": (30,), "steps": 15, "global_batch_size": 2},
             "15 steps are too few to learn anything; use train.epochs=4, or add data",
         ),
         (
             {"train__rows_per_step": 32},
             {"rows": 120, "rows_of_epochs": (5,) * 24, "steps": 24, "empty_rows": 648},
-            "84% of the rows of all steps are empty, as train.rows_per_step=32 and an epoch has 5; use train.rows_per_step=auto",
+            "84% of the rows of all steps are empty, as train.global_batch_size=32 and an epoch has 5; use train.global_batch_size=auto",
         ),
         (
             {},
-            {"workers": 8, "rows_per_step": 2},
+            {"workers": 8, "global_batch_size": 2},
             "6 of 8 workers have nothing to do, as a step has 2 rows; use scaling.num_workers=2",
         ),
         (
@@ -188,7 +202,7 @@ SINGLE = {"data__packing": False}
         (
             {},
             {"sources": {"a": source(counts={"truncated": 9000})}},
-            "source 'a': 9,000 of 20,000 examples are cut off at data.sequence_length=2048; raise it, or use data.overlong=split",
+            "source 'a': 9,000 of 20,000 examples are cut off at data.sequence_length=2048; raise it, or use data.on_overflow=split",
         ),
         (
             {"train__warmup_ratio": 1.0},
@@ -215,13 +229,13 @@ def test_what_is_harmless_is_not_warned_of(settings, changes):
 
 
 @pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("rows_per_step", ["auto", 32])
+@pytest.mark.parametrize("global_batch_size", ["auto", 32])
 @pytest.mark.parametrize("count", [1, 9, 40, 300])
-def test_whoever_follows_a_warning_has_steps_enough(count, rows_per_step, packing, tmp_path, monkeypatch):
+def test_whoever_follows_a_warning_has_steps_enough(count, global_batch_size, packing, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     write_records(tmp_path / "a.jsonl", [["How are you?", f"Fine, {index}."] for index in range(count)])
-    given = {"train.rows_per_step": rows_per_step, "data.packing": packing}
+    given = {"train.global_batch_size": global_batch_size, "data.packing": packing}
     asked = with_overrides(data_config(tmp_path, sequence_length=512), given)
     for _ in range(4):
         each = the_set(asked, str(tmp_path / "model"))

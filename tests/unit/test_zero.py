@@ -32,7 +32,7 @@ def prepared(tmp_path_factory):
 
 def engine_of(prepared: tuple[Path, Path, Any], settings: dict[str, Any], **train: Any) -> Any:
     folder, model, _ = prepared
-    config = make_config(folder, model, settings, rows_per_device=4, **train)
+    config = make_config(folder, model, settings, micro_batch_size=4, **train)
     return make_engine(config, str(model), 1, 4, torch.device("cpu"))[0]
 
 

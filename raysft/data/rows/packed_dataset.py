@@ -68,7 +68,7 @@ class Rows:
     manifests: tuple[str, ...]
     """Where the manifests are, one for each source: paths or URIs."""
     capacity: int
-    rows_per_step: int | None = None
+    global_batch_size: int | None = None
     """Rows of a step; None: as many as suit the data. ``schedule`` knows the number."""
     seed: int = 0
     epochs: int = 1
@@ -94,7 +94,9 @@ class Rows:
     def described(self) -> dict[str, Any]:
         """All that decides the rows, as JSON."""
         # A schedule needs the manifests, and those of a run that is done may be gone with the cache.
-        return asdict(self if self.rows_per_step else replace(self, rows_per_step=self.schedule.rows_per_step))
+        return asdict(
+            self if self.global_batch_size else replace(self, global_batch_size=self.schedule.global_batch_size)
+        )
 
     def in_epochs_as(self, other: Rows) -> bool:
         """Whether an epoch holds the same rows here and there, wherever the same manifests lie."""
@@ -133,7 +135,7 @@ class Rows:
                 for each, share in zip(self._own, shares, strict=True)
             ],
             capacity=self.capacity,
-            rows_per_step=self.rows_per_step,
+            global_batch_size=self.global_batch_size,
             seed=self.seed,
             epochs=self.epochs,
             max_steps=max_steps,
@@ -162,7 +164,7 @@ class Rows:
 
     def share(self, step: int, worker: int, workers: int) -> np.ndarray:
         """Numbers of the rows that a worker trains on in a step; −1 for a filler."""
-        return share(self.schedule.rows, self.schedule.rows_per_step, step, worker, workers)
+        return share(self.schedule.rows, self.schedule.global_batch_size, step, worker, workers)
 
     def records(self, row: int) -> list[str]:
         """Where the examples of a row come from: ``source: file:line``."""
@@ -176,7 +178,7 @@ class Rows:
     def batches(self, shares: Iterable[pa.Table], workers: int) -> Iterator[Batch]:
         """What a worker gets from its split of ``dataset`` → its rows of each step."""
         for table in shares:
-            yield from as_batches(table, -(-self.schedule.rows_per_step // workers))
+            yield from as_batches(table, -(-self.schedule.global_batch_size // workers))
 
     def dataset(self, first: int, workers: int) -> Any:
         """The same for all workers as a Ray dataset, to be split over them in order, from step ``first`` on."""
@@ -199,13 +201,13 @@ class Rows:
         """How Ray Data is to run ``dataset``: in order, and not further ahead than a few shares for each worker."""
         import ray
 
-        share_bytes = 20 * max(SHARE_TOKENS, self.schedule.rows_per_step * self.capacity // workers)
+        share_bytes = 20 * max(SHARE_TOKENS, self.schedule.global_batch_size * self.capacity // workers)
         waiting = ray.data.ExecutionResources(object_store_memory=max(WAITING_BYTES, 4 * workers * share_bytes))
         return ray.data.ExecutionOptions(preserve_order=True, resource_limits=waiting)
 
     def _pieces(self, first: int, workers: int) -> Iterator[dict[str, Any]]:
         """What each task makes: the shares of some steps that lie in about one group of shards."""
-        schedule, per_step = self.schedule, self.schedule.rows_per_step
+        schedule, per_step = self.schedule, self.schedule.global_batch_size
         each = -(-per_step // workers)
         steps_in_share = max(1, SHARE_TOKENS // (each * self.capacity))
         longest = max(1, PIECE_ROWS // (per_step * steps_in_share)) * steps_in_share
@@ -262,7 +264,7 @@ class Rows:
         return paths, np.concatenate(ends)
 
 
-def share(rows: int, rows_per_step: int, step: int, worker: int, workers: int) -> np.ndarray:
+def share(rows: int, global_batch_size: int, step: int, worker: int, workers: int) -> np.ndarray:
     """Row numbers that a worker trains on in a step: step s has rows [s · R, (s + 1) · R); what is missing is −1.
 
     Every worker has the same number, R / workers rounded up.
@@ -270,10 +272,10 @@ def share(rows: int, rows_per_step: int, step: int, worker: int, workers: int) -
     >>> [share(10, 4, 1, worker, 3).tolist() for worker in range(3)]
     [[4, 5], [6, 7], [-1, -1]]
     """
-    each = -(-rows_per_step // workers)
+    each = -(-global_batch_size // workers)
     within = np.arange(worker * each, (worker + 1) * each)
-    numbers = step * rows_per_step + within
-    return np.where((within < rows_per_step) & (numbers < rows), numbers, -1)
+    numbers = step * global_batch_size + within
+    return np.where((within < global_batch_size) & (numbers < rows), numbers, -1)
 
 
 def _shares(batch: dict[str, Any]) -> Iterator[pa.Table]:

@@ -54,7 +54,7 @@ class Schedule:
     """[examples] what a trained token of each counts; None where all count the same."""
     capacity: int
     """Tokens that a row holds."""
-    rows_per_step: int
+    global_batch_size: int
     group_ends: np.ndarray
     """Row numbers at which a group of shards ends; reading in such pieces opens each shard once."""
     epoch_ends: np.ndarray
@@ -68,7 +68,7 @@ class Schedule:
     @property
     def steps(self) -> int:
         """Optimizer steps; the last one may be incomplete."""
-        return -(-self.rows // self.rows_per_step)
+        return -(-self.rows // self.global_batch_size)
 
     def row(self, index: int) -> np.ndarray:
         """The examples of which a row holds pieces."""
@@ -133,7 +133,7 @@ class Schedule:
         return trained if self.weights is None else trained * self.weights[self.pieces.examples]
 
     def _edges(self, steps: np.ndarray | int) -> np.ndarray:
-        return np.minimum(np.asarray(steps) * self.rows_per_step, self.rows)
+        return np.minimum(np.asarray(steps) * self.global_batch_size, self.rows)
 
     def _per_step(self, values: np.ndarray) -> np.ndarray:
         totals = np.concatenate([[0], np.cumsum(values, dtype=np.result_type(values, np.int64))])
@@ -178,7 +178,7 @@ def plan_rows(
     sources: Sequence[Lengths],
     *,
     capacity: int,
-    rows_per_step: int | None = None,
+    global_batch_size: int | None = None,
     seed: int = 0,
     epochs: int = 1,
     max_steps: int | None = None,
@@ -192,7 +192,7 @@ def plan_rows(
     Args:
         sources: lengths of each source's examples.
         capacity: tokens that a row holds.
-        rows_per_step: rows of an optimizer step over all workers; None: what ``step_size`` says of all epochs.
+        global_batch_size: rows of an optimizer step over all workers; None: what ``step_size`` says of all epochs.
         seed: with the epoch's number it decides the order and, in a mixture, which examples are taken.
         epochs: times that the mixture is used. Each begins with a step of its own, so that the last step of each may be
             incomplete.
@@ -208,29 +208,29 @@ def plan_rows(
     """
     firsts = np.cumsum([0, *map(len, sources)])
     laid = _epochs(sources, firsts, capacity, seed if shuffle else None, epochs, layout, mixing, document_mask)
-    if rows_per_step is None:
+    if global_batch_size is None:
         laid, seen = tee(laid)
-        rows_per_step = step_size(np.concatenate([_trained(part) for part in parts]) for parts, _ in seen)
+        global_batch_size = step_size(np.concatenate([_trained(part) for part in parts]) for parts, _ in seen)
         del seen  # it would keep all that follows
     all_parts: list[Pieces] = []
     group_ends: list[int] = []
     in_epochs: list[int] = []
     rows = 0
     for parts, ends in laid:
-        start = -(-rows // rows_per_step) * rows_per_step
+        start = -(-rows // global_batch_size) * global_batch_size
         all_parts += [layouts.empty(start - rows), *parts]
         group_ends += [start + end for end in ends]
         in_epochs.append(ends[-1])
         rows = start + ends[-1]
-        if max_steps and rows > (max_steps - 1) * rows_per_step:
+        if max_steps and rows > (max_steps - 1) * global_batch_size:
             break
-    pieces = layouts.cut(layouts.chain(all_parts), max_steps * rows_per_step if max_steps else rows)
+    pieces = layouts.cut(layouts.chain(all_parts), max_steps * global_batch_size if max_steps else rows)
     return Schedule(
         pieces=pieces,
         sources=(np.searchsorted(firsts, pieces.examples, side="right") - 1).astype(np.int16),
         weights=_weights(sources),
         capacity=capacity,
-        rows_per_step=rows_per_step,
+        global_batch_size=global_batch_size,
         group_ends=np.asarray(group_ends),
         epoch_ends=np.cumsum(in_epochs),
     )

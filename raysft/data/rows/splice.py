@@ -18,8 +18,8 @@ def spliced(earlier: Schedule, later: Schedule, examples: int, sources: int, max
         sources: those of ``earlier``, likewise.
         max_steps: cut the schedule after so many steps.
     """
-    per_step, done = earlier.rows_per_step, len(earlier.epoch_ends)
-    assert (per_step, earlier.capacity) == (later.rows_per_step, later.capacity)
+    per_step, done = earlier.global_batch_size, len(earlier.epoch_ends)
+    assert (per_step, earlier.capacity) == (later.global_batch_size, later.capacity)
     ends = np.concatenate([[0], later.epoch_ends])
     skipped = int((-(-np.diff(ends[: done + 1]) // per_step) * per_step).sum())
     start = -(-earlier.rows // per_step) * per_step
@@ -34,7 +34,7 @@ def spliced(earlier: Schedule, later: Schedule, examples: int, sources: int, max
         sources=numbers[: len(pieces.examples)].astype(np.int16),
         weights=_weights(earlier, later, examples),
         capacity=earlier.capacity,
-        rows_per_step=per_step,
+        global_batch_size=per_step,
         group_ends=np.concatenate([earlier.group_ends, later.group_ends[later.group_ends > skipped] - skipped + start]),
         epoch_ends=np.concatenate([earlier.epoch_ends, ends[done + 1 :] - ends[done] + earlier.epoch_ends[-1]]),
     )

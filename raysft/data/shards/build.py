@@ -295,10 +295,10 @@ def _tokenize_task(
 def _refuse_overlong(parts: Sequence[ShardSet], written: Mapping[StoragePath, Sequence[Shard]]) -> None:
     """Stop before a manifest is written, so that mended data is read again."""
     dropped = [item for each in parts for shard in written[each.directory] for item in shard.dropped]
-    if dropped and parts[0].options.overlong == "error":
+    if dropped and parts[0].options.on_overflow == "error":
         more = f" (and {len(dropped) - 1} more)" if len(dropped) > 1 else ""
         raise RequestError(
-            f"{dropped[0].record}: {dropped[0].reason}{more}; raise it, or set data.overlong to truncate, split or drop"
+            f"{dropped[0].record}: {dropped[0].reason}{more}; raise it, or set data.on_overflow to truncate, split or drop"
         )
 
 
@@ -317,7 +317,7 @@ def _refuse_empty(each: ShardSet, shards: Sequence[Shard]) -> None:
             f"; {dropped} were dropped because they are longer than data.sequence_length={limit} "
             f"(the longest has {longest} tokens){why}"
         )
-        remedy = "raise it, or set data.overlong to truncate or split"
+        remedy = "raise it, or set data.on_overflow to truncate or split"
     elif rejected:
         remedy = "mend the data"
     else:

@@ -41,7 +41,7 @@ class Manifest:
     """Records read, usable or not."""
     rejected: tuple[Rejected, ...]
     dropped: tuple[Rejected, ...]
-    """Conversations that were longer than a row, with ``data.overlong: drop``."""
+    """Conversations that were longer than a row, with ``data.on_overflow: drop``."""
     counts: dict[str, int]
     """What happened to how many: ``truncated``, ``truncated_tokens``, ``split``, ``dropped_tokens``, ``control_tokens`` …"""
     largest: tuple[int, str]

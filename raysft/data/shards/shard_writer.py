@@ -21,7 +21,7 @@ from raysft.data.sources.formats import examples
 from raysft.data.sources.holdout import is_held_out
 from raysft.data.sources.readers import Raw
 from raysft.data.sources.sampling import Draw
-from raysft.data.tokenization.tokenize import Options, Overlong, Tokenized, Tokenizing
+from raysft.data.tokenization.tokenize import Options, Overflow, Tokenized, Tokenizing
 from raysft.data.tokenization.tokenizer import Tokenizer
 from raysft.data.tokenization.turn_ends import Turn
 from raysft.data.types import Example, Rejected
@@ -116,7 +116,7 @@ class _Draft:
                 self.turns.update(turn for _, turn in outcome.seen)
                 for name, number in outcome.counts:
                     self.counts[name] += number
-            elif isinstance(outcome, Overlong):
+            elif isinstance(outcome, Overflow):
                 self.dropped.append(outcome.rejected)
                 self.longest_dropped = max(self.longest_dropped, outcome.tokens)
                 self.counts["dropped_tokens"] += outcome.tokens

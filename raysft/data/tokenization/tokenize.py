@@ -39,7 +39,7 @@ class Options:
     sequence_length: int
     mask_history: bool
     train_on_prompt: bool
-    overlong: Literal["truncate", "split", "drop", "error"]
+    on_overflow: Literal["truncate", "split", "drop", "error"]
     keep_prompt: Literal["head", "tail"]
     control_tokens: Literal["keep", "escape", "reject"]
     template_options: dict[str, Any]
@@ -55,7 +55,7 @@ class Options:
             sequence_length=data.sequence_length,
             mask_history=data.mask_history,
             train_on_prompt=data.train_on_prompt,
-            overlong=data.overlong,
+            on_overflow=data.on_overflow,
             keep_prompt=data.keep_prompt,
             control_tokens=data.control_tokens_in_text,
             template_options=data.template_options,
@@ -96,14 +96,14 @@ class Tokenized:
 
 
 @dataclass(frozen=True)
-class Overlong:
+class Overflow:
     """An example that is longer than a row, and is not used."""
 
     rejected: Rejected
     tokens: int
 
 
-Outcome = Tokenized | Rejected | Overlong
+Outcome = Tokenized | Rejected | Overflow
 
 
 class Tokenizing:
@@ -326,15 +326,15 @@ class Tokenizing:
         yield from self._fit(tokenized, [(0, len(ids))])
 
     def _fit(self, whole: Tokenized, turns: Sequence[tuple[int, int]]) -> Iterator[Outcome]:
-        """The example in a row or, as ``data.overlong`` says, what is left of it."""
+        """The example in a row or, as ``data.on_overflow`` says, what is left of it."""
         options, tokens = self.options, len(whole.input_ids)
         pieces = [whole]
         if tokens > options.sequence_length:
-            if options.overlong in ("drop", "error"):
+            if options.on_overflow in ("drop", "error"):
                 reason = f"{tokens} tokens do not fit into data.sequence_length={options.sequence_length}"
-                yield Overlong(Rejected(whole.source, whole.record, reason), tokens)
+                yield Overflow(Rejected(whole.source, whole.record, reason), tokens)
                 return
-            if options.overlong == "split":
+            if options.on_overflow == "split":
                 cuts = split(tokens, options.sequence_length)
                 # A piece begins in the middle, so that there is nothing to ask and to generate.
                 plain = replace(whole, prompt="", prompt_ids=NO_IDS, reference="")
