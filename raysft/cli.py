@@ -16,7 +16,7 @@ from raysft.config.section import known_scheme
 from raysft.errors import RequestError, RunFailed, StorageFailed
 from raysft.storage.path import StoragePath
 from raysft.storage.run_directory import RunDirectory
-from raysft.storage.sync import looked_into
+from raysft.storage.sync import open_read_only
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -202,7 +202,7 @@ def _tune(parsed: argparse.Namespace) -> None:
 def _report(parsed: argparse.Namespace) -> None:
     from raysft.report import report
 
-    with looked_into(_place(parsed.run_dir), print, back=True) as directory:
+    with open_read_only(_place(parsed.run_dir), print, back=True) as directory:
         print(report(directory if directory.remote else RunDirectory(Path(parsed.run_dir))))
 
 

@@ -22,9 +22,9 @@ from raysft.config import Source
 from raysft.data.sources.formats import to_example
 from raysft.data.tokenization.chat_template import chat_template
 from raysft.data.tokenization.text_boundaries import TAG
-from raysft.data.tokenization.tokenize import Options, Tokenized, Tokenizing
+from raysft.data.tokenization.tokenize import ExampleTokenizer, Options, Tokenized
 from raysft.data.tokenization.tokenizer import Tokenizer
-from raysft.data.types import IGNORED
+from raysft.data.types import IGNORE_INDEX
 from raysft.models.tokenizer import load_tokenizer
 from tests.tiny import tiny_tokenizer
 
@@ -172,7 +172,7 @@ class Trial:
             stage="sft", sequence_length=100_000, mask_history=False, train_on_prompt=False, on_overflow="error",
             keep_prompt="head", control_tokens="keep", template_options={}, with_prompts=False,
         )  # fmt: skip
-        self.tokenizing = Tokenizing(Tokenizer.load(folder), options)
+        self.tokenizing = ExampleTokenizer(Tokenizer.load(folder), options)
         training = path.with_name(f"{path.stem}_training.jinja")
         self.marked = (
             chat_template(training.read_text(), self.hugging_face.special_tokens_map) if training.exists() else None
@@ -238,7 +238,7 @@ class Trial:
                 yield "TRAINING DIFFERS"
                 if details:
                     print(f"  {details}, marked: {[text[a:b] for a, b in theirs]}")
-        labelled = self.hugging_face.decode(item.input_ids[item.labels != IGNORED].tolist())
+        labelled = self.hugging_face.decode(item.input_ids[item.labels != IGNORE_INDEX].tolist())
         # A token may hold the space before a first word, which the prompt ends with.
         if "".join("".join(text[start:end] for start, end in spans).split()) != "".join(labelled.split()):
             yield "LABELS DIFFER"

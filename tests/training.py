@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from raysft.config import Config, parse, with_overrides
-from raysft.data.rows.packed_dataset import Rows
+from raysft.data.rows.packed_dataset import PackedDataset
 from raysft.data.shards.manifest import Manifest
-from raysft.data.types import IGNORED
+from raysft.data.types import IGNORE_INDEX
 from raysft.errors import RequestError, RunFailed
 from raysft.storage.run_directory import RunDirectory
 from tests.shards import the_set, written
@@ -95,9 +95,9 @@ def make_config(folder: Path, model: Path, settings: dict[str, Any] | None = Non
 
 def rows_of(
     manifest: Manifest, global_batch_size: int = 4, packing: bool = True, steps: int = STEPS, epochs: int = 1
-) -> Rows:
+) -> PackedDataset:
     path = f"{manifest.directory}/manifest.parquet"
-    return Rows(
+    return PackedDataset(
         (path,),
         SEQUENCE_LENGTH,
         global_batch_size,
@@ -113,7 +113,7 @@ class Case:
     """One training of several in a process group."""
 
     config: Config
-    rows: Rows
+    rows: PackedDataset
     adapter: str | None = None
     resume: Path | None = None
     """A checkpoint to go on from."""
@@ -121,7 +121,7 @@ class Case:
     """Where the checkpoints go (``checkpoint_2`` after two steps)."""
     leaves_in: int | None = None
     """The step in which the last worker learns that its machine will be taken away."""
-    eval_rows: Rows | None = None
+    eval_rows: PackedDataset | None = None
     """What is evaluated. Default: what is trained."""
     chunk_tokens: int = 1024
     """Trained tokens whose logits are made together."""
@@ -209,7 +209,7 @@ def _trained(case: Case, rank: int, world: int, name: str) -> Result:
     return Result(losses, norms, weights, evaluation, events, run.path / "model", failure)
 
 
-def train(config: Config, rows: Rows, world: int = 1) -> Result:
+def train(config: Config, rows: PackedDataset, world: int = 1) -> Result:
     """A training with ``world`` workers."""
     return train_all([Case(config, rows)], world)[0]
 
@@ -275,21 +275,21 @@ def plain_loss(model: nn.Module, batch: Any) -> torch.Tensor:
     for row in range(4):
         for ids, labels in examples_of(batch, row):
             logits = model(input_ids=ids[None], use_cache=False).logits[0]
-            total = total + F.cross_entropy(logits[:-1], labels[1:], ignore_index=IGNORED, reduction="sum")
-            count += int((labels[1:] != IGNORED).sum())
+            total = total + F.cross_entropy(logits[:-1], labels[1:], ignore_index=IGNORE_INDEX, reduction="sum")
+            count += int((labels[1:] != IGNORE_INDEX).sum())
     return total / count
 
 
-def plain_training(model: nn.Module, rows: Rows, make: Callable[[nn.Module], torch.optim.Optimizer] = adamw):
+def plain_training(model: nn.Module, rows: PackedDataset, make: Callable[[nn.Module], torch.optim.Optimizer] = adamw):
     """The same training as a plain loop over single examples, with nothing of raysft but its rows."""
     from transformers import get_scheduler
 
     model.train()
     optimizer = make(model)
-    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=0, num_training_steps=rows.schedule.steps)
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=0, num_training_steps=rows.row_plan.steps)
     losses, norms = [], []
-    for step in range(rows.schedule.steps):
-        batch = rows.batch(rows.share(step, 0, 1))
+    for step in range(rows.row_plan.steps):
+        batch = rows.batch(rows.rows_for_rank(step, 0, 1))
         loss = plain_loss(model, batch)
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))

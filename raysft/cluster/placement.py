@@ -8,7 +8,7 @@ TASK_CPUS = 0.5
 """What reading and tokenizing ask of Ray together: data tasks must find room beside training workers on a small machine."""
 
 
-def places(node: Mapping[str, float], each: float, use_gpu: bool, taken: float = 0.0) -> int:
+def workers_per_node(node: Mapping[str, float], each: float, use_gpu: bool, taken: float = 0.0) -> int:
     """Workers that fit on a node of which something else takes some CPUs; a worker's CPUs and GPU are of one node.
 
     >>> places({"CPU": 8.0, "GPU": 2.0}, each=1.0, use_gpu=True), places({"CPU": 2.0}, each=1.0, use_gpu=False, taken=0.5)
@@ -18,7 +18,7 @@ def places(node: Mapping[str, float], each: float, use_gpu: bool, taken: float =
     return min(count, int(node.get("GPU", 0.0))) if use_gpu else count
 
 
-def room(nodes: Sequence[Mapping[str, float]], each: float, use_gpu: bool, reserved_cpus: float = 0.0) -> int:
+def max_workers(nodes: Sequence[Mapping[str, float]], each: float, use_gpu: bool, reserved_cpus: float = 0.0) -> int:
     """Workers that fit on a cluster beside one data task, which needs its CPUs on one node too.
 
     Args:
@@ -30,9 +30,9 @@ def room(nodes: Sequence[Mapping[str, float]], each: float, use_gpu: bool, reser
     >>> room([{"CPU": 2.0}, {"CPU": 1.0}], each=1.0, use_gpu=False)
     2
     """
-    fitting = [places(node, each, use_gpu) for node in nodes]
+    fitting = [workers_per_node(node, each, use_gpu) for node in nodes]
     beside = [
-        sum(fitting) - here + places(node, each, use_gpu, TASK_CPUS)
+        sum(fitting) - here + workers_per_node(node, each, use_gpu, TASK_CPUS)
         for node, here in zip(nodes, fitting, strict=True)
         if node.get("CPU", 0.0) >= TASK_CPUS
     ]

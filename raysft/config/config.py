@@ -91,7 +91,7 @@ class Config(Section):
                 f"({getattr(error, 'strerror', None) or error}); give one of them"
             ) from None
 
-    def mathematics(self) -> dict[str, Any]:
+    def numerics_keys(self) -> dict[str, Any]:
         """The keys that decide which numbers a training gives, flat: a run directory belongs to exactly these."""
         whole = self.model_dump(mode="json")
         whole["model"]["trust_remote_code"] = self.model.runs_code  # other names decide nothing

@@ -13,7 +13,7 @@ class ScalingSection(Section):
     num_workers: Positive | tuple[Positive, Positive] = 1
     """Training workers; one GPU each, with ``use_gpu``. ``[fewest, most]``: as many as the cluster has room for at the moment;
     training goes on with fewer when a node leaves, and with more again, from its next checkpoint on, when one comes. The
-    mathematics stays the same: a step always has ``train.global_batch_size`` rows."""
+    numerics_keys stays the same: a step always has ``train.global_batch_size`` rows."""
     wait_minutes: Annotated[float, Field(gt=0)] = 30
     """How long to wait for nodes, once training has begun, while the cluster has room for fewer workers than are wanted."""
     use_gpu: bool = False

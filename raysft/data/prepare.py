@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from raysft.config import Config, Source, with_overrides
-from raysft.data.rows.packed_dataset import Rows
+from raysft.data.rows.packed_dataset import PackedDataset
 from raysft.data.rows.row_plan import Layout
-from raysft.data.shards.build import ShardSet, Tell, shard_set, write
+from raysft.data.shards.build import Notify, ShardSet, shard_set, write
 from raysft.data.shards.manifest import Manifest
 from raysft.data.shards.shard_writer import Part
 from raysft.data.tokenization.tokenizer import load_once
@@ -23,8 +23,8 @@ class Prepared:
 
     train: tuple[Manifest, ...]
     eval: tuple[Manifest, ...]
-    train_rows: Rows
-    eval_rows: dict[str, Rows]
+    train_rows: PackedDataset
+    eval_rows: dict[str, PackedDataset]
     """Rows of each evaluation set by its name."""
     prompts: tuple[Manifest, ...] = ()
     """What is generated for."""
@@ -37,13 +37,13 @@ class Prepared:
         return end_tokens(total(each.turns for each in (*self.train, *self.prompts)))
 
 
-def prepare(config: Config, model: str, tell: Tell = lambda line: None) -> Prepared:
-    """Tokenize all sources into the cache, or find them there, and schedule their rows.
+def prepare(config: Config, model: str, notify: Notify = lambda line: None) -> Prepared:
+    """Tokenize all sources into the cache, or find them there, and row_plan their rows.
 
     Args:
         config: the run's config.
         model: folder or hub id that holds the tokenizer.
-        tell: takes lines that say how far it is.
+        notify: takes lines that say how far it is.
 
     Raises:
         RequestError: the data cannot be used as asked.
@@ -63,12 +63,12 @@ def prepare(config: Config, model: str, tell: Tell = lambda line: None) -> Prepa
         for source, part in asked
     ]
     most, trusted = config.data.max_rejected, config.model.runs_code
-    manifests = write([*train, *evaluation, *prompts], model, most, config.chat_template, tell, trusted)
+    manifests = write([*train, *evaluation, *prompts], model, most, config.chat_template, notify, trusted)
     prepared = _schedule(config, train, evaluation, manifests)
     return replace(prepared, prompts=tuple(manifests[len(train) + len(evaluation) :]))
 
 
-def prepare_prompts(config: Config, model: str, runs_code: bool, tell: Tell = lambda line: None) -> list[Manifest]:
+def prepare_prompts(config: Config, model: str, runs_code: bool, notify: Notify = lambda line: None) -> list[Manifest]:
     """Tokenize what is generated for with the tokenizer of any model, or find it in the cache.
 
     No prompt is left out for the length of its conversation: there are no rows that it would have to fit into.
@@ -77,7 +77,7 @@ def prepare_prompts(config: Config, model: str, runs_code: bool, tell: Tell = la
         config: the run's config.
         model: folder that holds the tokenizer.
         runs_code: code that comes with the tokenizer may run.
-        tell: takes lines that say how far it is.
+        notify: takes lines that say how far it is.
 
     Raises:
         RequestError: the data cannot be used as asked.
@@ -87,7 +87,7 @@ def prepare_prompts(config: Config, model: str, runs_code: bool, tell: Tell = la
         settings["model.chat_template"] = None
     config = with_overrides(config, settings)
     sets = [shard_set(config, source, part, model, with_prompts=True) for source, part in generated_for(config)]
-    return write(sets, model, config.data.max_rejected, config.chat_template, tell, runs_code)
+    return write(sets, model, config.data.max_rejected, config.chat_template, notify, runs_code)
 
 
 def _evaluated(config: Config) -> list[tuple[Source, Part]]:
@@ -109,7 +109,7 @@ def _schedule(
 ) -> Prepared:
     data = config.data
     layout: Layout = "single" if not data.packing else "joined" if config.stage == "pt" else "packed"
-    train_rows = Rows(
+    train_rows = PackedDataset(
         manifests=tuple(each.manifest.location for each in train),
         capacity=data.sequence_length,
         global_batch_size=None if config.train.global_batch_size == "auto" else config.train.global_batch_size,
@@ -122,7 +122,7 @@ def _schedule(
         document_mask=data.document_mask,
     )
     eval_rows = {
-        each.source.name: Rows(
+        each.source.name: PackedDataset(
             manifests=(each.manifest.location,),
             capacity=data.sequence_length,
             global_batch_size=config.train.micro_batch_size * config.scaling.most_workers,
@@ -132,11 +132,11 @@ def _schedule(
         )
         for each in evaluation
     }
-    schedule = train_rows.schedule
-    if not schedule.step_trained.all():
-        step = int((schedule.step_trained == 0).argmax()) + 1
+    row_plan = train_rows.row_plan
+    if not row_plan.step_loss_tokens.all():
+        step = int((row_plan.step_loss_tokens == 0).argmax()) + 1
         raise RequestError(
-            f"step {step} has no trained token; raise train.global_batch_size={schedule.global_batch_size}"
+            f"step {step} has no trained token; raise train.global_batch_size={row_plan.global_batch_size}"
         )
     return Prepared(
         tuple(manifests[: len(train)]),

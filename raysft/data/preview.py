@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from rich.text import Text
 
-from raysft.data.rows.packed_dataset import Rows
+from raysft.data.rows.packed_dataset import PackedDataset
 from raysft.data.shards.manifest import Manifest
 from raysft.data.tokenization.tokenizer import load_once
-from raysft.data.types import IGNORED
+from raysft.data.types import IGNORE_INDEX
 from raysft.telemetry.terminal import Console
 
 COLOURS = ("cyan", "yellow", "magenta", "green")
@@ -37,36 +37,36 @@ class ShownRow:
     """For each example its (text, trained) parts, in order."""
 
 
-def shown_rows(rows: Rows, model: str, count: int, runs_code: bool = False) -> Iterator[ShownRow]:
+def shown_rows(rows: PackedDataset, model: str, count: int, runs_code: bool = False) -> Iterator[ShownRow]:
     """The first rows in their training order, decoded.
 
     Args:
-        rows: the schedule and its shards.
+        rows: the row_plan and its shards.
         model: folder or hub id of the tokenizer.
         count: how many rows.
         runs_code: code that comes with the model may run.
     """
     tokenizer = load_once(model, runs_code)
-    filled = np.flatnonzero(np.diff(rows.schedule.pieces.offsets))
+    filled = np.flatnonzero(np.diff(rows.row_plan.segments.offsets))
     for number in filled[:count].tolist():
         batch = rows.batch([number])
         tokens = int(batch["tokens"][0])
         ids, labels = (batch[name][0, :tokens] for name in ("input_ids", "labels"))
-        pieces = rows.schedule.pieces
-        inside = slice(pieces.offsets[number], pieces.offsets[number + 1])
-        ends = np.cumsum(pieces.stops[inside] - pieces.starts[inside]).tolist()
-        trained = int((labels != IGNORED).sum())
+        segments = rows.row_plan.segments
+        inside = slice(segments.offsets[number], segments.offsets[number + 1])
+        ends = np.cumsum(segments.stops[inside] - segments.starts[inside]).tolist()
+        trained = int((labels != IGNORE_INDEX).sum())
         yield ShownRow(
-            title=f"row {number} of {rows.schedule.rows:,}: {len(ends)} example{'s' * (len(ends) != 1)}, {tokens} of "
+            title=f"row {number} of {rows.row_plan.rows:,}: {len(ends)} example{'s' * (len(ends) != 1)}, {tokens} of "
             f"{rows.capacity} tokens, {trained} trained",
             examples=[_parts(tokenizer, ids[start:end], labels[start:end]) for start, end in pairwise([0, *ends])],
         )
 
 
 def _parts(tokenizer: Any, ids: np.ndarray, labels: np.ndarray) -> list[tuple[str, bool]]:
-    edges = [0, *(np.flatnonzero(np.diff(labels != IGNORED)) + 1).tolist(), len(ids)]
+    edges = [0, *(np.flatnonzero(np.diff(labels != IGNORE_INDEX)) + 1).tolist(), len(ids)]
     return [
-        (tokenizer.decode(ids[start:end].tolist()).translate(VISIBLE), bool(labels[start] != IGNORED))
+        (tokenizer.decode(ids[start:end].tolist()).translate(VISIBLE), bool(labels[start] != IGNORE_INDEX))
         for start, end in pairwise(edges)
     ]
 
@@ -81,8 +81,8 @@ class Lengths:
     """What is in the rows and what is lost, in words."""
 
     @classmethod
-    def of(cls, rows: Rows, manifests: Sequence[Manifest]) -> Lengths:
-        """The lengths of a training's examples, under its schedule."""
+    def of(cls, rows: PackedDataset, manifests: Sequence[Manifest]) -> Lengths:
+        """The lengths of a training's examples, under its row_plan."""
         lengths = np.concatenate([manifest.lengths for manifest in manifests])
         low, high = int(lengths.min()), int(lengths.max())
         width = -(-(high - low + 1) // BINS)
@@ -91,7 +91,7 @@ class Lengths:
             (low + index * width, min(high, low + (index + 1) * width - 1), int(count))
             for index, count in enumerate(counts)
         ]
-        tokens, filled = int(rows.schedule.step_tokens.sum()), rows.schedule.consumed(rows.schedule.steps)
+        tokens, filled = int(rows.row_plan.step_tokens.sum()), rows.row_plan.consumed(rows.row_plan.steps)
         total = {
             name: sum(manifest.counts.get(name, 0) for manifest in manifests)
             for name in ("truncated_tokens", "dropped_tokens")
@@ -102,7 +102,7 @@ class Lengths:
         return cls(
             bars,
             [
-                f"{tokens:,} tokens in {filled:,} rows; {1 - rows.schedule.useful:.2%} of their space is padding",
+                f"{tokens:,} tokens in {filled:,} rows; {1 - rows.row_plan.packing_efficiency:.2%} of their space is padding",
                 f"of the {whole:,} tokens of all examples lost: {total['truncated_tokens'] / whole:.2%} to truncation, "
                 f"{total['dropped_tokens'] / whole:.2%} to dropping what is too long",
                 f"{rejected:,} of {records:,} records rejected ({rejected / max(1, records):.2%})",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """Label of a token that is not trained on."""
 
 

@@ -15,7 +15,7 @@ from raysft.config import Config
 from raysft.errors import RequestError, RunFailed
 from raysft.generate import engine_pool, metrics
 from raysft.generate.engines import check_engine, check_suitable
-from raysft.generate.prediction_store import Journal, fingerprint
+from raysft.generate.prediction_store import PredictionStore, fingerprint
 from raysft.generate.progress import GenerationProgress
 from raysft.generate.ray_pipeline import completions, without
 from raysft.models.weight_files import check_weights
@@ -53,7 +53,7 @@ def generate(config: Config, *, model: str, prompts: Path, output: Path, progres
     check_engine(config)
     output = Path(output)
     table = _read_prompts(Path(prompts))
-    journal = Journal(output, fingerprint(config, model, Path(prompts)))
+    journal = PredictionStore(output, fingerprint(config, model, Path(prompts)))
     facts = journal.finished()
     if facts is None:
         check_weights(model_copy(model), model)
@@ -66,7 +66,7 @@ def generate(config: Config, *, model: str, prompts: Path, output: Path, progres
 
 
 def _generate_missing(
-    config: Config, model: str, table: pa.Table, journal: Journal, *, name: str, shown: bool
+    config: Config, model: str, table: pa.Table, journal: PredictionStore, *, name: str, shown: bool
 ) -> dict[str, Any]:
     """Complete the prompts that the journal does not have, and finish it; gives the facts of this."""
     with contextlib.closing(journal):

@@ -48,7 +48,7 @@ def fingerprint(config: Config, model: str, prompts: Path) -> str:
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class Journal:
+class PredictionStore:
     """The files of one output: ``.{name}.partial`` while it grows, then ``output`` and ``.{name}.done``.
 
     The first line of the partial file and the ``done`` file hold the fingerprint: what was written under another one is

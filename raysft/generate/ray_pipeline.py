@@ -130,7 +130,7 @@ def _by_vllm(
     """Batches through vLLM, and how to read what it gives."""
     from raysft.generate.engines import vllm
 
-    served = vllm.Served.of(config, model, ends)
+    served = vllm.VllmModel.of(config, model, ends)
 
     def read(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         entries = vllm.entries(rows, served.stops)

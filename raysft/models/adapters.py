@@ -13,20 +13,20 @@ from typing import Any
 from raysft.config import Config
 from raysft.config.model import LoraSection
 from raysft.errors import RequestError
-from raysft.models.fingerprint import model_identity
+from raysft.models.fingerprint import model_fingerprint
 from raysft.models.loading import generation_config, load_weights
 from raysft.models.weight_files import check_weights
 from raysft.storage.local_cache import in_cache, local_copy, model_copy
 from raysft.storage.path import StoragePath
 
 
-def find_adapter(config: Config, model: str, say: Callable[[str], None]) -> tuple[str, str | None]:
+def find_adapter(config: Config, model: str, notify: Callable[[str], None]) -> tuple[str, str | None]:
     """The model to begin with, earlier adapters merged into it, and the adapter to go on with.
 
     Args:
         config: the run's config.
         model: folder or hub id of the model without adapters.
-        say: takes a line for people where it takes a while.
+        notify: takes a line for people where it takes a while.
 
     Raises:
         RequestError: there is no such adapter, or it is of another kind than what is to be trained.
@@ -38,7 +38,7 @@ def find_adapter(config: Config, model: str, say: Callable[[str], None]) -> tupl
     goes_on = bool(folders) and not config.model.new_adapter
     merged = folders[:-1] if goes_on else folders
     if merged:
-        model = _merged(model, merged, config.cache_directory, say, config.model.runs_code)
+        model = _merged(model, merged, config.cache_directory, notify, config.model.runs_code)
     return model, places[-1].location if goes_on else None
 
 
@@ -58,39 +58,39 @@ def _folder(path: str, place: StoragePath) -> Path:
 
 
 def _check_kind(folder: Path, config: Config) -> None:
-    described = adapter_description(folder)
-    kind = str(described.get("peft_type")).lower()
+    hf_config = read_adapter_config(folder)
+    kind = str(hf_config.get("peft_type")).lower()
     if not config.model.new_adapter and kind != config.model.finetuning:
         raise RequestError(
             f"model.adapters: {folder} is {kind} and model.finetuning={config.model.finetuning} is to go on with it; "
             f"set model.finetuning={kind}, or model.new_adapter=true"
         )
     if not config.model.new_adapter and kind == "lora":
-        _check_form(folder, described, config)
+        _check_form(folder, hf_config, config)
 
 
-def _check_form(folder: Path, described: Mapping[str, Any], config: Config) -> None:
+def _check_form(folder: Path, hf_config: Mapping[str, Any], config: Config) -> None:
     """An adapter that is gone on with keeps its form; what a config says otherwise would have no effect."""
     lora, usual = config.model.lora, LoraSection()
     for key, theirs in (("rank", "r"), ("alpha", "lora_alpha"), ("dropout", "lora_dropout"), ("dora", "use_dora"),
                         ("rslora", "use_rslora")):  # fmt: skip
         wanted = getattr(lora, key)
-        if wanted not in (getattr(usual, key), described.get(theirs)):
+        if wanted not in (getattr(usual, key), hf_config.get(theirs)):
             raise RequestError(
-                f"model.adapters: {folder} has {key} {described.get(theirs)!r}, which stays as it is, and "
+                f"model.adapters: {folder} has {key} {hf_config.get(theirs)!r}, which stays as it is, and "
                 f"model.lora.{key}={wanted!r}; take it out, or set model.new_adapter=true"
             )
 
 
 def _merged(
-    model: str, adapters: Sequence[Path], cache: StoragePath, say: Callable[[str], None], runs_code: bool
+    model: str, adapters: Sequence[Path], cache: StoragePath, notify: Callable[[str], None], runs_code: bool
 ) -> str:
     """A copy of the model in the cache, with adapters merged into it in their order."""
-    names = [model_identity(model), *(model_identity(str(each)) for each in adapters)]
+    names = [model_fingerprint(model), *(model_fingerprint(str(each)) for each in adapters)]
     key = hashlib.sha256(repr(names).encode()).hexdigest()[:16]
 
     def write(folder: Path) -> None:
-        say(f"model: {len(adapters)} adapters are merged into {model}, once, in {cache / 'models'}")
+        notify(f"model: {len(adapters)} adapters are merged into {model}, once, in {cache / 'models'}")
         merge_adapters(model, adapters, folder, runs_code)
 
     return in_cache(cache / "models" / f"merged-{key}", write).location
@@ -187,12 +187,12 @@ def merge_adapter(model: Any) -> Any:
     whole = model.merge_and_unload()
     embedding, head = whole.get_input_embeddings(), whole.get_output_embeddings()
     if head is not None and head.weight is not embedding.weight:
-        for described in (whole.config, whole.config.get_text_config()):
-            described.tie_word_embeddings = False
+        for hf_config in (whole.config, whole.config.get_text_config()):
+            hf_config.tie_word_embeddings = False
     return whole
 
 
-def adapter_description(folder: Path) -> dict[str, Any]:
+def read_adapter_config(folder: Path) -> dict[str, Any]:
     """What an adapter's ``adapter_config.json`` holds.
 
     Raises:
@@ -232,7 +232,7 @@ def adapter_base(model: Path) -> Path | None:
 
 def named_base(adapter: Path) -> str | None:
     """The model that an adapter's description names."""
-    named = adapter_description(adapter).get("base_model_name_or_path")
+    named = read_adapter_config(adapter).get("base_model_name_or_path")
     return str(named) if named else None
 
 
@@ -240,5 +240,5 @@ def load_with_base(folder: Path, **options: Any) -> Any:
     """A model, or an adapter on its base wherever that lies."""
     if not (folder / "adapter_config.json").exists():
         return load_weights(folder, **options)
-    base = str(adapter_description(folder).get("base_model_name_or_path"))
+    base = str(read_adapter_config(folder).get("base_model_name_or_path"))
     return load_adapter(load_weights(local_copy(base), **options), folder)

@@ -12,14 +12,16 @@ from raysft.models.weight_files import check_weights
 from raysft.storage import hub
 
 
-def describe(config: Config, model: str, path: str, say: Callable[[str], None], key: str = "model.path") -> Any:
+def read_hf_config(
+    config: Config, model: str, path: str, notify: Callable[[str], None], key: str = "model.path"
+) -> Any:
     """A model's configuration, when its files are of use.
 
     Args:
         config: names the models whose code may run.
         model: folder or hub id.
         path: its name, for the trust in its code and for messages.
-        say: takes a line where something is left alone.
+        notify: takes a line where something is left alone.
         key: where it is named.
 
     Raises:
@@ -30,25 +32,25 @@ def describe(config: Config, model: str, path: str, say: Callable[[str], None], 
     from raysft.models.remote_code import check_code
 
     try:
-        check_code(config, model, say, path, key)
-        described = AutoConfig.from_pretrained(model, trust_remote_code=path in config.model.trust_remote_code)
+        check_code(config, model, notify, path, key)
+        hf_config = AutoConfig.from_pretrained(model, trust_remote_code=path in config.model.trust_remote_code)
     except RequestError:
         raise
     except Exception as error:
         fault = hub.reason_of(error)
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise RequestError(f"{key}={model}: {fault or f'its config.json is of no use ({reason:.120})'}") from None
-    _check_causal(described, f"{key}={model}", path in config.model.trust_remote_code)
+    _check_causal(hf_config, f"{key}={model}", path in config.model.trust_remote_code)
     check_weights(Path(model), f"{key}={model}")
-    return described
+    return hf_config
 
 
-def _check_causal(described: Any, named: str, trusted: bool) -> None:
+def _check_causal(hf_config: Any, named: str, trusted: bool) -> None:
     """The model must be one that continues texts, from left to right."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    if trusted and "AutoModelForCausalLM" in (getattr(described, "auto_map", None) or {}):
+    if trusted and "AutoModelForCausalLM" in (getattr(hf_config, "auto_map", None) or {}):
         return
-    if type(described) not in MODEL_FOR_CAUSAL_LM_MAPPING or described.is_encoder_decoder:
-        kind = "encoder and decoder" if described.is_encoder_decoder else "no causal language model of transformers"
-        raise RequestError(f"{named}: model_type={described.model_type} is {kind}; give a model that continues text")
+    if type(hf_config) not in MODEL_FOR_CAUSAL_LM_MAPPING or hf_config.is_encoder_decoder:
+        kind = "encoder and decoder" if hf_config.is_encoder_decoder else "no causal language model of transformers"
+        raise RequestError(f"{named}: model_type={hf_config.model_type} is {kind}; give a model that continues text")

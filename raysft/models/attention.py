@@ -44,9 +44,9 @@ def use_examplewise(model: Any, config: Config) -> None:
 
 def _is_plain(model: Any, tokens: int) -> bool:
     """Whether every layer attends to all that precedes, within so many tokens, and is told the positions."""
-    described = model.config.get_text_config()
-    window = getattr(described, "sliding_window", None)
-    kinds = set(getattr(described, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+    hf_config = model.config.get_text_config()
+    window = getattr(hf_config, "sliding_window", None)
+    kinds = set(getattr(hf_config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
     return (
         model.config._attn_implementation == "sdpa"
         and model._supports_flash_attn

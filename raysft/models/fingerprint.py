@@ -7,19 +7,19 @@ from pathlib import Path
 
 from raysft.storage.local_cache import local_copy
 
-DECISIVE = (".safetensors", ".bin", ".py")
+FINGERPRINTED_SUFFIXES = (".safetensors", ".bin", ".py")
 """Endings of the files that decide what a model computes, besides its config."""
 
 
-def model_identity(model: str) -> str:
+def model_fingerprint(model: str) -> str:
     """Hash of a model's or adapter's config, weights and code (of large files samples); the id of a model on the hub."""
     folder = Path(local_copy(model))
     if not folder.is_dir():
         return model
-    decisive = (path for ending in DECISIVE for path in folder.glob(f"*{ending}"))
+    decisive = (path for ending in FINGERPRINTED_SUFFIXES for path in folder.glob(f"*{ending}"))
     weights = sorted((path.name, path.stat().st_size, _sampled(path)) for path in decisive)
-    described = next(path for name in ("adapter_config.json", "config.json") if (path := folder / name).exists())
-    return hashlib.sha256(described.read_bytes() + repr(weights).encode()).hexdigest()[:16]
+    hf_config = next(path for name in ("adapter_config.json", "config.json") if (path := folder / name).exists())
+    return hashlib.sha256(hf_config.read_bytes() + repr(weights).encode()).hexdigest()[:16]
 
 
 SAMPLES, SAMPLE_BYTES = 256, 1 << 16

@@ -16,12 +16,12 @@ from raysft.storage.local_cache import in_cache
 from raysft.storage.path import StoragePath
 
 
-def converted(file: Path, cache: StoragePath, say: Callable[[str], None], key: str) -> str:
+def converted(file: Path, cache: StoragePath, notify: Callable[[str], None], key: str) -> str:
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
 
     def write(folder: Path) -> None:
-        say(f"model: {file.name} is converted to safetensors, once, in {target}")
+        notify(f"model: {file.name} is converted to safetensors, once, in {target}")
         with _quiet():
             _convert(file, folder, key)
 

@@ -26,10 +26,10 @@ def use_onednn() -> bool:
     return held_back() and _override() is not None
 
 
-def held_back(described: Path = Path("/proc/cpuinfo")) -> bool:
+def held_back(hf_config: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether this is a processor with AVX-512 that MKL does not take for one."""
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
-    return wide and torch.backends.mkl.is_available() and "AuthenticAMD" in _read(described)
+    return wide and torch.backends.mkl.is_available() and "AuthenticAMD" in _read(hf_config)
 
 
 def _read(path: Path) -> str:

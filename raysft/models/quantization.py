@@ -46,10 +46,10 @@ def loading_options(config: Config, device: torch.device | str) -> dict[str, Any
     return {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
 
 
-def method_of(described: Any) -> str | None:
+def method_of(hf_config: Any) -> str | None:
     """What a checkpoint is quantized by (``gptq``, ``awq``, ``bitsandbytes`` …), as its configuration says; None where its
     weights are exact."""
-    quantized = getattr(described, "quantization_config", None)
+    quantized = getattr(hf_config, "quantization_config", None)
     if not quantized:
         return None
     method = quantized["quant_method"] if isinstance(quantized, dict) else quantized.quant_method

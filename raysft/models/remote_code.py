@@ -13,7 +13,7 @@ from raysft.storage.path import StoragePath
 
 
 def check_code(
-    config: Config, model: str, say: Callable[[str], None], path: str | None = None, key: str = "model.path"
+    config: Config, model: str, notify: Callable[[str], None], path: str | None = None, key: str = "model.path"
 ) -> None:
     """Refuse a model that transformers can load only with code that nobody has named.
 
@@ -23,7 +23,7 @@ def check_code(
     Args:
         config: names the models whose code may run.
         model: folder or hub id.
-        say: takes a line where code is left alone.
+        notify: takes a line where code is left alone.
         path: the model's name, by which its code is trusted. Default: ``model.path``.
         key: where it is named.
 
@@ -33,8 +33,8 @@ def check_code(
     from transformers import PreTrainedConfig
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    described, tokenizer = PreTrainedConfig.get_config_dict(model)[0], get_tokenizer_config(model)
-    references = [*_strings(described.get("auto_map")), *_strings(tokenizer.get("auto_map"))]
+    hf_config, tokenizer = PreTrainedConfig.get_config_dict(model)[0], get_tokenizer_config(model)
+    references = [*_strings(hf_config.get("auto_map")), *_strings(tokenizer.get("auto_map"))]
     path, named = path or config.model.path, config.model.trust_remote_code
     if not references:
         return
@@ -54,7 +54,7 @@ def check_code(
             f"{key}={path}: is loaded by code that comes with it ({files:.100}), and model.trust_remote_code={named} does "
             f"not name it; read the code, then set model.trust_remote_code=[{path}]"
         )
-    say("model: the code that comes with it is not run (model.trust_remote_code); transformers has its own for it")
+    notify("model: the code that comes with it is not run (model.trust_remote_code); transformers has its own for it")
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -71,12 +71,12 @@ def _needed(model: str, tokenizer_too: bool) -> bool:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
 
     try:
-        described = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        hf_config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         if tokenizer_too:
             AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:
         return "trust_remote_code" in str(error)  # whatever else is wrong is said where it is loaded
-    return type(described) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return type(hf_config) not in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def code_name(config: Config, folder: Path) -> str:

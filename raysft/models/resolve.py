@@ -17,7 +17,7 @@ from raysft.storage.retry import FIRST_SECONDS, reason_of, retry_for
 from raysft.storage.run_directory import MODEL_MARKS
 
 
-def find_model(path: str, cache: StoragePath, say: Callable[[str], None], key: str = "model.path") -> str:
+def find_model(path: str, cache: StoragePath, notify: Callable[[str], None], key: str = "model.path") -> str:
     """A folder, URI or hub id that every later stage can load from, on each node through ``local_copy``.
 
     A GGUF file is de-quantized to safetensors once, in the cache; whoever comes second waits for the first one's.
@@ -25,7 +25,7 @@ def find_model(path: str, cache: StoragePath, say: Callable[[str], None], key: s
     Args:
         path: what stands under ``key``.
         cache: folder for converted models.
-        say: takes a line for people where it takes a while.
+        notify: takes a line for people where it takes a while.
         key: where it is named; under ``generate.model`` it may be an adapter.
 
     Raises:
@@ -33,11 +33,11 @@ def find_model(path: str, cache: StoragePath, say: Callable[[str], None], key: s
     """
     path, marks = locate(path, key), MODEL_MARKS if key == "generate.model" else ("config.json",)
     if "://" in path:
-        return _elsewhere(StoragePath.of(path), cache, say, key, marks)
+        return _elsewhere(StoragePath.of(path), cache, notify, key, marks)
     if path.endswith(".gguf"):
         if not Path(path).is_file():
             raise RequestError(f"{key}={path}: there is no such GGUF file")
-        return converted(Path(path), cache, say, key)
+        return converted(Path(path), cache, notify, key)
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not any((folder / mark).exists() for mark in marks):
@@ -53,11 +53,11 @@ def find_model(path: str, cache: StoragePath, say: Callable[[str], None], key: s
 
 
 def _elsewhere(
-    place: StoragePath, cache: StoragePath, say: Callable[[str], None], key: str, marks: Sequence[str]
+    place: StoragePath, cache: StoragePath, notify: Callable[[str], None], key: str, marks: Sequence[str]
 ) -> str:
     """A model in an object store."""
     try:
-        with retry_for(FIRST_SECONDS, say):
+        with retry_for(FIRST_SECONDS, notify):
             copy = Path(local_copy(place.location))
     except FileNotFoundError:
         raise RequestError(f"{key}={place}: there is nothing; check the path") from None
@@ -66,7 +66,7 @@ def _elsewhere(
             f"{key}={place}: cannot be read ({reason_of(error)}); check it and its credentials"
         ) from None
     if copy.suffix == ".gguf":
-        return converted(copy, cache, say, key)
+        return converted(copy, cache, notify, key)
     if not any((copy / mark).exists() for mark in marks):
         raise RequestError(f"{key}={place}: holds no {' or '.join(marks)}; give a folder in Hugging Face's form")
     return place.location
@@ -80,8 +80,8 @@ def _on_hub(path: str, key: str, marks: Sequence[str]) -> str:
         if "adapter_config.json" in marks:
             model_copy(path)  # an adapter has no config to ask for
         else:
-            described, _ = PreTrainedConfig.get_config_dict(local_copy(path))  # without the model's own code
-            if not isinstance(described, dict):
+            hf_config, _ = PreTrainedConfig.get_config_dict(local_copy(path))  # without the model's own code
+            if not isinstance(hf_config, dict):
                 raise ValueError("config.json holds no mapping")
     except Exception as error:
         raise RequestError(f"{key}={path}: is no folder here, and {hub.reason_of(error) or hub.NONSENSE}") from None

@@ -56,7 +56,9 @@ def draw(log: RunLog) -> list[Path]:
             "training_eval_loss.png": _evaluation(log, "loss", sets),
             "training_eval_accuracy.png": _evaluation(log, "accuracy", sets),
             "training_throughput.png": _panels(
-                log, "Throughput", [("throughput", "tokens/s, no padding", BLUE), ("useful", "useful tokens, %", GREEN)]
+                log,
+                "Throughput",
+                [("throughput", "tokens/s, no padding", BLUE), ("packing_efficiency", "useful tokens, %", GREEN)],
             ),
             "training_grad_norm.png": _panels(
                 log,
@@ -144,9 +146,9 @@ def _panels(log: RunLog, title: str, panels: list[tuple[str, str, str]]) -> Figu
             axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4), useMathText=True)
             axes.set_ylim(bottom=0)
             continue
-        scale = 100 if key == "useful" else 1
+        scale = 100 if key == "packing_efficiency" else 1
         highest = _course(axes, steps, [scale * value for value in values], color=color, label=None)
-        if key == "useful":
+        if key == "packing_efficiency":
             axes.set_ylim(0, 105)
         else:
             axes.yaxis.set_major_formatter(FuncFormatter(_plain))

@@ -13,8 +13,8 @@ _PLAN = {
     "epochs": ("epochs", "count"),
     "steps": ("steps", "count"),
     "tokens": ("tokens", "count"),
-    "trained_tokens": ("trained tokens", "count"),
-    "useful": ("padding", "rest"),
+    "loss_tokens": ("trained tokens", "count"),
+    "packing_efficiency": ("padding", "rest"),
 }
 _TRAINED = {
     "total_steps": ("steps", "count"),
@@ -27,7 +27,7 @@ _TRAINED = {
     "seconds_to_evaluate": ("of it evaluating", "seconds"),
     "seconds_of_first_step": ("of it computing", "seconds"),
     "train_tokens_per_second": ("tokens per second", "count"),
-    "useful": ("padding", "rest"),
+    "packing_efficiency": ("padding", "rest"),
 }
 """Key → label and kind of number; other numbers are shown under their own names."""
 _GENERATED = {

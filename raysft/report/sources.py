@@ -94,7 +94,7 @@ def _figures(plan: dict[str, Any]) -> dict[str, str]:
             ("records", "records"),
             ("examples", "examples"),
             ("tokens", "tokens"),
-            ("trained_tokens", "trained tokens"),
+            ("loss_tokens", "trained tokens"),
         )
     }
     shown["tokens an example"] = tokens / examples if tokens and examples else None

@@ -155,7 +155,7 @@ def _course(console: Console, log: RunLog) -> None:
 def _files(console: Console, log: RunLog) -> None:
     """Every file of the run that is there, with what it holds."""
     folder = log.directory.path
-    elsewhere = log.directory.remote.list() if log.directory.remote else {}
+    elsewhere = log.directory.remote.entries() if log.directory.remote else {}
     library = "peft" if log.option("model.finetuning") == "lora" else "transformers"
     there = [
         name

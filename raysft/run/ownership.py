@@ -13,7 +13,7 @@ from pyarrow import ArrowException
 from raysft.config import Config, parse, with_overrides
 from raysft.config.resume_effects import Effect, effect_of
 from raysft.errors import RequestError, StorageFailed
-from raysft.storage.lock import Held, held
+from raysft.storage.lock import Locked, lock
 from raysft.storage.path import StoragePath
 from raysft.storage.retry import FIRST_SECONDS, reason_of, retry_for
 from raysft.storage.run_directory import RunDirectory
@@ -40,10 +40,10 @@ def differences(directory: RunDirectory, config: Config) -> Changed:
     """
     if not directory.config.exists():
         place = directory.place
-        if (place.local and place.local.is_file()) or any(".lock" not in name for name in place.list()):
+        if (place.local and place.local.is_file()) or any(".lock" not in name for name in place.entries()):
             raise RequestError(f"{place}: the folder is not empty and holds no config.yaml; choose another run.name")
         return {}
-    there, here = _config_there(directory).mathematics(), settled(directory, config).mathematics()
+    there, here = _config_there(directory).numerics_keys(), settled(directory, config).numerics_keys()
     keys = [key for key in sorted({*here, *there}) if here.get(key) != there.get(key)] if begun(directory) else []
     return {key: [there.get(key), here.get(key)] for key in keys}
 
@@ -102,19 +102,19 @@ def told(changed: Changed) -> str:
 
 
 @contextmanager
-def alone_in(directory: RunDirectory, terminal: Terminal) -> Iterator[None]:
+def exclusive_access(directory: RunDirectory, terminal: Terminal) -> Iterator[None]:
     """Keep other processes out of a run directory; one that nothing was written into is taken away again."""
     try:
-        with held(directory.place, terminal.line):
+        with lock(directory.place, terminal.line):
             yield
-    except Held as error:
+    except Locked as error:
         raise RequestError(f"{error}; wait for it, stop it, or choose another run.name") from None
     finally:
         with suppress(OSError):
             directory.path.rmdir()  # only where it is empty
 
 
-def writable(config: Config) -> None:
+def ensure_writable(config: Config) -> None:
     """Make the folders that a run writes into.
 
     Raises:

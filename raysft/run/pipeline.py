@@ -17,7 +17,7 @@ from raysft.data.shards.manifest import write_prompts
 from raysft.data.tokenization.tokenizer import load_once
 from raysft.errors import RequestError, StorageFailed
 from raysft.models.weight_files import embedding_rows
-from raysft.run.ownership import Changed, alone_in, belongs_to, settled, writable
+from raysft.run.ownership import Changed, belongs_to, ensure_writable, exclusive_access, settled
 from raysft.run.plan import Plan, check_resources, make_plan
 from raysft.run.predict import predict
 from raysft.run.preflight import (
@@ -34,10 +34,10 @@ from raysft.storage.local_cache import local_copy
 from raysft.storage.path import StoragePath
 from raysft.storage.retry import FIRST_SECONDS, retry_for
 from raysft.storage.run_directory import RunDirectory
-from raysft.storage.sync import looked_into, mirrored
+from raysft.storage.sync import open_read_only, synced
 from raysft.telemetry.terminal import Terminal
 from raysft.telemetry.trackers import open_trackers
-from raysft.telemetry.train_log import Journal, evaluation_line
+from raysft.telemetry.train_log import TrainLog, evaluation_line
 
 
 def run_sft(config: Config | Mapping[str, Any] | str | Path, callbacks: Sequence[Any] | None = None) -> dict[str, Any]:
@@ -72,11 +72,11 @@ def run(config: Config, callbacks: Sequence[Any] = (), allow_changed: bool = Fal
         allow_changed: go on with a run that another config, model or data began; it is recorded.
     """
     refuse_other_model(config)
-    with opened(config, allow_changed) as it:
-        train_model(it, callbacks)
-        generate_predictions(it)
-        print_report(it.directory)
-    return it.directory.read_results("all")
+    with open_run(config, allow_changed) as context:
+        train_model(context, callbacks)
+        generate_predictions(context)
+        print_report(context.directory)
+    return context.directory.read_results("all")
 
 
 def check(config: Config) -> Plan:
@@ -86,7 +86,7 @@ def check(config: Config) -> Plan:
         RequestError: it could not run.
     """
     refuse_other_model(config)
-    with looked_into(config.run_place, Terminal().line) as directory:
+    with open_read_only(config.run_place, Terminal().line) as directory:
         belongs_to(directory, config)
         begun_with = settled(directory, config)
     check_metrics(config)
@@ -122,22 +122,22 @@ def show(config: Config, rows: int, page: Path | None = None) -> None:
 
 def prepare_data(config: Config) -> None:
     """Tokenize the data into the cache, and plan."""
-    with opened(config) as it:
-        for manifest in (*it.prepared.train, *it.prepared.eval):
-            it.terminal.line(f"{'reused' if manifest.reused else 'written'}: {manifest.directory}")
+    with open_run(config) as context:
+        for manifest in (*context.prepared.train, *context.prepared.eval):
+            context.terminal.line(f"{'reused' if manifest.reused else 'written'}: {manifest.directory}")
 
 
 def train(config: Config, callbacks: Sequence[Any] = (), allow_changed: bool = False) -> None:
     """Train and evaluate."""
-    with opened(config, allow_changed) as it:
-        train_model(it, callbacks)
+    with open_run(config, allow_changed) as context:
+        train_model(context, callbacks)
 
 
 def evaluate(config: Config) -> None:
     """Evaluate the trained model in a job of its own."""
     check_trained(config)
-    with opened(config) as it:
-        evaluate_model(it)
+    with open_run(config) as context:
+        evaluate_model(context)
 
 
 def generate(config: Config) -> None:
@@ -152,9 +152,9 @@ def generate(config: Config) -> None:
         print_report(predict(config))
         return
     check_trained(config, ", or name any model in generate.model")
-    with opened(config) as it:
-        generate_predictions(it)
-        print_report(it.directory)
+    with open_run(config) as context:
+        generate_predictions(context)
+        print_report(context.directory)
 
 
 def export(place: StoragePath, output: Path) -> None:
@@ -190,7 +190,7 @@ def print_report(directory: RunDirectory) -> None:
 
 
 @dataclass(frozen=True)
-class Opened:
+class RunContext:
     """A run that may begin: its data is prepared and its directory is its own."""
 
     config: Config
@@ -206,29 +206,29 @@ class Opened:
 
 
 @contextmanager
-def opened(config: Config, allow_changed: bool = False) -> Iterator[Opened]:
+def open_run(config: Config, allow_changed: bool = False) -> Iterator[RunContext]:
     """Join the cluster, check the request against it, find the model, tokenize the data and plan.
 
     The run directory is made, and what is in it is touched, only when all of that is known to be right.
     """
     directory, terminal = RunDirectory.of(config.run_place), Terminal()
-    writable(config)
-    with alone_in(directory, terminal), mirrored(directory, terminal.line):
+    ensure_writable(config)
+    with exclusive_access(directory, terminal), synced(directory, terminal.line):
         changed = belongs_to(directory, config, allow_changed)
         check_metrics(config)
         check_trackers(config)
         with cluster(config) as nodes:
-            yield _opened(config, directory, terminal, nodes, changed, allow_changed)
+            yield _open_run(config, directory, terminal, nodes, changed, allow_changed)
 
 
-def _opened(
+def _open_run(
     config: Config,
     directory: RunDirectory,
     terminal: Terminal,
     nodes: list[dict[str, float]],
     changed: Changed,
     allow_changed: bool,
-) -> Opened:
+) -> RunContext:
     from raysft.run.resumption import SCHEDULE, check_resumption, record_changes
 
     check_resources(config, nodes)
@@ -248,76 +248,84 @@ def _opened(
     write_jsonl(directory.rejected, [flat(item) for each in manifests for item in (*each.rejected, *each.dropped)])
     for line in plan.lines():
         terminal.line(line)
-    return Opened(config, directory, terminal, model, adapter, prepared, identity)
+    return RunContext(config, directory, terminal, model, adapter, prepared, identity)
 
 
-def train_model(it: Opened, callbacks: Sequence[Any] = ()) -> None:
+def train_model(context: RunContext, callbacks: Sequence[Any] = ()) -> None:
     """Train and evaluate; results go to ``train_results.json`` and ``eval_results.json``."""
     from raysft.train.checkpoint.format import remove_passing
 
-    if it.directory.is_done():
-        it.terminal.line(f"train: {it.directory.place} is trained already (another run.name starts a new run)")
+    if context.directory.is_done():
+        context.terminal.line(
+            f"train: {context.directory.place} is trained already (another run.name starts a new run)"
+        )
     else:
-        _train(it, callbacks)
+        _train(context, callbacks)
     with suppress(StorageFailed), retry_for(0):
-        remove_passing(it.directory.checkpoints)
+        remove_passing(context.directory.checkpoints)
 
 
-def _train(it: Opened, callbacks: Sequence[Any]) -> None:
+def _train(context: RunContext, callbacks: Sequence[Any]) -> None:
     from raysft.train import launch
 
-    trackers = _trackers(it)
-    journal = Journal(it.directory.trainer_log, it.terminal, [*trackers, *callbacks])
+    trackers = _trackers(context)
+    train_log = TrainLog(context.directory.trainer_log, context.terminal, [*trackers, *callbacks])
     try:
-        results = launch.train(_job(it), journal)
+        results = launch.train(_job(context), train_log)
     finally:
-        it.terminal.close()
+        context.terminal.close()
         for tracker in trackers:
             tracker.close()
     if results["eval"]:
-        it.directory.write_results("eval", results["eval"])
-    useful = {"useful": round(it.prepared.train_rows.schedule.useful, 6)}
-    it.directory.write_results("train", {**results["train"], **journal.results(), **useful, **journal.timings})
+        context.directory.write_results("eval", results["eval"])
+    efficiency = {"packing_efficiency": round(context.prepared.train_rows.row_plan.packing_efficiency, 6)}
+    context.directory.write_results(
+        "train", {**results["train"], **train_log.results(), **efficiency, **train_log.timings}
+    )
 
 
-def _trackers(it: Opened) -> list[Any]:
-    names, shown = it.config.train.trackers, it.config.model_dump(mode="json")
+def _trackers(context: RunContext) -> list[Any]:
+    names, shown = context.config.train.trackers, context.config.model_dump(mode="json")
     try:
         # A library may repeat what its server's address in the environment holds.
-        return open_trackers(names, it.directory.path, shown, lambda line: it.terminal.line(masked(line)))
+        return open_trackers(names, context.directory.path, shown, lambda line: context.terminal.line(masked(line)))
     except RuntimeError as error:
         raise RequestError(f"train.trackers: {masked(str(error))}; set it up, or take it out") from None
 
 
-def evaluate_model(it: Opened) -> None:
+def evaluate_model(context: RunContext) -> None:
     """Evaluate the trained model on all evaluation sets; results go to ``eval_results.json``."""
-    if not it.prepared.eval:
+    if not context.prepared.eval:
         raise RequestError("there is nothing to evaluate on; name data.eval or set data.holdout above 0")
     from raysft.train import launch
 
-    results = launch.evaluate(_job(it), lambda event, content: None)
-    it.directory.write_results("eval", results["eval"])
-    it.terminal.line(evaluation_line(results["eval"]))
+    results = launch.evaluate(_job(context), lambda event, content: None)
+    context.directory.write_results("eval", results["eval"])
+    context.terminal.line(evaluation_line(results["eval"]))
 
 
-def generate_predictions(it: Opened) -> None:
+def generate_predictions(context: RunContext) -> None:
     """Generate for ``generate.sources`` with the model before training and the trained one, and score both."""
-    config, directory = it.config, it.directory
-    if not it.prepared.prompts:
+    config, directory = context.config, context.directory
+    if not context.prepared.prompts:
         return
     from raysft.generate.batch_inference import generate as infer
 
-    if not write_prompts(it.prepared.prompts, directory.prompts, config.generate.max_examples, it.prepared.ends):
-        it.terminal.line("generate: no example has a prompt (ready tokens have none); nothing is generated")
+    if not write_prompts(
+        context.prepared.prompts, directory.prompts, config.generate.max_examples, context.prepared.ends
+    ):
+        context.terminal.line("generate: no example has a prompt (ready tokens have none); nothing is generated")
         return
     results: dict[str, Any] = {}
     if not config.generate.compare_base:
         directory.base_predictions.unlink(missing_ok=True)  # those of an earlier call were perhaps made otherwise
     else:
-        it.terminal.line("generating with the model before training")
-        base = infer(config, model=it.adapter or it.model, prompts=directory.prompts, output=directory.base_predictions)
+        context.terminal.line("generating with the model before training")
+        base = infer(
+            config, model=context.adapter or context.model, prompts=directory.prompts, output=directory.base_predictions
+        )
         results.update({f"base_{key}": value for key, value in base.items()})
-    it.terminal.line("generating with the trained model")
+    context.terminal.line("generating with the trained model")
     results.update(
         infer(config, model=directory.model.location, prompts=directory.prompts, output=directory.predictions)
     )
@@ -335,43 +343,45 @@ def _prepared(config: Config) -> tuple[Config, str, str | None, Prepared]:
     from raysft.train.check_model import check_model
     from raysft.train.deepspeed_config import deepspeed_settings
 
-    writable(config)
-    tell = Terminal().line
-    model = find_model(config.model.path, config.cache_directory, tell)
-    described = check_model(config, model, tell)
+    ensure_writable(config)
+    notify = Terminal().line
+    model = find_model(config.model.path, config.cache_directory, notify)
+    hf_config = check_model(config, model, notify)
     check_generation(config, model)
-    model, adapter = find_adapter(config, model, tell)
-    prepared = prepare(config, model, tell)
+    model, adapter = find_adapter(config, model, notify)
+    prepared = prepare(config, model, notify)
     named, manifests = f"model.path={config.model.path}", (*prepared.train, *prepared.eval, *prepared.prompts)
-    rows = embedding_rows(Path(local_copy(model)), described, named)
+    rows = embedding_rows(Path(local_copy(model)), hf_config, named)
     check_tokens((each.largest for each in manifests), rows, load_once(model, config.model.runs_code), named)
     if config.train.global_batch_size == "auto":
-        config = with_overrides(config, {"train.global_batch_size": prepared.train_rows.schedule.global_batch_size})
+        config = with_overrides(config, {"train.global_batch_size": prepared.train_rows.row_plan.global_batch_size})
         deepspeed_settings(config, config.scaling.most_workers)
     return config, model, adapter, prepared
 
 
 def _identity(model: str, adapter: str | None, prepared: Prepared) -> dict[str, str]:
-    from raysft.models.fingerprint import model_identity
+    from raysft.models.fingerprint import model_fingerprint
     from raysft.train.checkpoint.cursor import EVALUATION
 
-    identity = {"the model": model_identity(model)} | ({"the adapter": model_identity(adapter)} if adapter else {})
+    identity = {"the model": model_fingerprint(model)} | (
+        {"the adapter": model_fingerprint(adapter)} if adapter else {}
+    )
     identity |= {f"the data of source {each.name!r}": each.key for each in prepared.train}
     return identity | {EVALUATION: " ".join(each.key for each in prepared.eval)}
 
 
-def _job(it: Opened) -> Any:
-    from raysft.train.loop import Job
+def _job(context: RunContext) -> Any:
+    from raysft.train.loop import TrainJob
 
-    return Job(
-        config=it.config,
-        model=it.model,
-        run=it.directory,
-        adapter=it.adapter,
-        train_rows=it.prepared.train_rows,
-        eval_rows=it.prepared.eval_rows,
-        identity=it.identity,
-        ends=it.prepared.ends,
+    return TrainJob(
+        config=context.config,
+        model=context.model,
+        run=context.directory,
+        adapter=context.adapter,
+        train_rows=context.prepared.train_rows,
+        eval_rows=context.prepared.eval_rows,
+        identity=context.identity,
+        ends=context.prepared.ends,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
-from raysft.cluster.placement import TASK_CPUS, places, room
+from raysft.cluster.placement import TASK_CPUS, max_workers, workers_per_node
 from raysft.config import Config
 from raysft.data.prepare import Prepared
 from raysft.data.shards.manifest import Manifest
@@ -36,7 +36,7 @@ class SourcePlan:
     records: int
     examples: int
     tokens: int
-    trained_tokens: int
+    loss_tokens: int
     longest: int
     rejected: int
     dropped: int
@@ -61,13 +61,13 @@ class Plan:
     steps: int
     epochs: int
     global_batch_size: int
-    rows_per_step_chosen: bool
+    global_batch_size_chosen: bool
     """Whether the data decided it (``train.global_batch_size: auto``)."""
     sequence_length: int
     tokens: int
     """Tokens without padding over all epochs."""
-    trained_tokens: int
-    useful: float
+    loss_tokens: int
+    packing_efficiency: float
     """Share of the row space that holds tokens."""
     empty_rows: int
     """Rows that steps have room for beside those with examples: an epoch may end before its last step is full."""
@@ -109,11 +109,11 @@ class Plan:
             lines.append(f"turns: {self.turns.total:,} trained on, ended by {ends}")
         lines.append(
             f"rows: {self.rows:,} of {self.sequence_length} tokens over {_count(self.epochs, 'epoch')}, "
-            f"{100 * self.useful:.1f}% useful, {self.tokens:,} tokens, {self.trained_tokens:,} trained"
+            f"{100 * self.packing_efficiency:.1f}% packed, {self.tokens:,} tokens, {self.loss_tokens:,} trained"
         )
         lines.append(
             f"steps: {self.steps:,} of {_count(self.global_batch_size, 'row')}"
-            + (" (auto: chosen by the data)" if self.rows_per_step_chosen else "")
+            + (" (auto: chosen by the data)" if self.global_batch_size_chosen else "")
             + f" = {_count(self.workers, 'worker')} × "
             f"{_count(self.rows_per_worker, 'row')} in {_count(self.accumulation, 'microbatch', 'es')}"
             + (f", {self.filler_rows} of them empty in each step" if self.filler_rows else "")
@@ -132,7 +132,7 @@ def _source_line(source: SourcePlan) -> str:
     parts = [
         f"{source.examples:,} examples of {source.records:,} records",
         f"{source.tokens:,} tokens",
-        f"{source.trained_tokens:,} trained",
+        f"{source.loss_tokens:,} trained",
         f"longest {source.longest:,}",
     ]
     counted = {"rejected": source.rejected, "dropped": source.dropped, **source.counts}
@@ -158,7 +158,7 @@ def check_resources(config: Config, nodes: Sequence[Mapping[str, float]], reserv
     scaling = config.scaling
     count, each, use_gpu = scaling.fewest_workers, scaling.cpus_per_worker, scaling.use_gpu
     asked = f"scaling.num_workers={[count, scaling.most_workers] if scaling.is_elastic else count}"
-    most = sum(places(node, each, use_gpu) for node in nodes)
+    most = sum(workers_per_node(node, each, use_gpu) for node in nodes)
     if count > most:
         gpus = f"{count} GPUs with " if use_gpu else ""
         least = "at least " if scaling.is_elastic else ""
@@ -166,12 +166,12 @@ def check_resources(config: Config, nodes: Sequence[Mapping[str, float]], reserv
             f"{asked} wants {least}{gpus}{count * each:g} CPUs in shares of {each:g} and the cluster has room "
             f"for {most} ({_listed(nodes, use_gpu)}); {_remedy(nodes, most, each, use_gpu)}"
         )
-    beside_data = room(nodes, each, use_gpu, reserved_cpus)
+    beside_data = max_workers(nodes, each, use_gpu, reserved_cpus)
     if count > beside_data:
         cpus = sum(node.get("CPU", 0.0) for node in nodes)
         wanted = count * each + TASK_CPUS + reserved_cpus
         less = (tenths / 10 for tenths in range(int(10 * each - 1e-9), 0, -1))
-        fitting = next((share for share in less if room(nodes, share, use_gpu, reserved_cpus) >= count), None)
+        fitting = next((share for share in less if max_workers(nodes, share, use_gpu, reserved_cpus) >= count), None)
         fewer = f"use scaling.num_workers={beside_data}, or add nodes" if beside_data else "add nodes"
         raise RequestError(
             f"{asked} × scaling.cpus_per_worker={each:g} leaves no CPU for data tasks: {wanted:g} CPUs "
@@ -198,32 +198,32 @@ def _listed(nodes: Sequence[Mapping[str, float]], use_gpu: bool) -> str:
 
 
 def make_plan(config: Config, prepared: Prepared, nodes: Sequence[Mapping[str, float]]) -> Plan:
-    """Put the plan together from manifests and schedule.
+    """Put the plan together from manifests and row_plan.
 
     Args:
-        config: as it was given; with ``train.global_batch_size: auto`` the schedule knows the number.
+        config: as it was given; with ``train.global_batch_size: auto`` the row_plan knows the number.
         prepared: what is trained and evaluated on.
         nodes: resources of each node.
     """
-    schedule = prepared.train_rows.schedule
-    scaling, per_step = config.scaling, schedule.global_batch_size
-    workers = min(scaling.most_workers, max(1, room(nodes, scaling.cpus_per_worker, scaling.use_gpu)))
+    row_plan = prepared.train_rows.row_plan
+    scaling, per_step = config.scaling, row_plan.global_batch_size
+    workers = min(scaling.most_workers, max(1, max_workers(nodes, scaling.cpus_per_worker, scaling.use_gpu)))
     each = -(-per_step // workers)
-    rows = schedule.consumed(schedule.steps)
+    rows = row_plan.consumed(row_plan.steps)
     plan = Plan(
         stage=config.stage,
         examples=sum(len(manifest) for manifest in prepared.train),
         rows=rows,
-        rows_of_epochs=tuple(schedule.rows_of_epochs),
-        steps=schedule.steps,
+        rows_of_epochs=tuple(row_plan.rows_of_epochs),
+        steps=row_plan.steps,
         epochs=config.train.epochs,
         global_batch_size=per_step,
-        rows_per_step_chosen=config.train.global_batch_size == "auto",
+        global_batch_size_chosen=config.train.global_batch_size == "auto",
         sequence_length=config.data.sequence_length,
-        tokens=int(schedule.step_tokens.sum()),
-        trained_tokens=int(schedule.step_trained.sum()),
-        useful=round(schedule.useful, 6),
-        empty_rows=schedule.steps * per_step - rows,
+        tokens=int(row_plan.step_tokens.sum()),
+        loss_tokens=int(row_plan.step_loss_tokens.sum()),
+        packing_efficiency=round(row_plan.packing_efficiency, 6),
+        empty_rows=row_plan.steps * per_step - rows,
         filler_rows=each * workers - per_step,
         workers=workers,
         fewest_workers=scaling.fewest_workers,
@@ -252,7 +252,7 @@ def _source(manifest: Manifest) -> SourcePlan:
         records=manifest.records,
         examples=len(manifest),
         tokens=int(manifest.lengths.sum()),
-        trained_tokens=int(manifest.trained.sum()),
+        loss_tokens=int(manifest.trained.sum()),
         longest=int(manifest.lengths.max()),
         rejected=len(manifest.rejected),
         dropped=len(manifest.dropped),

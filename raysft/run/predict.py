@@ -19,13 +19,13 @@ from raysft.data.tokenization.turn_ends import end_tokens, total
 from raysft.errors import RequestError
 from raysft.models.quantization import check_method, method_of, quantization_config
 from raysft.models.weight_files import check_weights, embedding_rows
-from raysft.run.ownership import alone_in, begun, writable
+from raysft.run.ownership import begun, ensure_writable, exclusive_access
 from raysft.run.plan import plan_sources
 from raysft.run.preflight import check_engines, check_generation, check_metrics, check_tokens
 from raysft.storage.json_files import flat, write_atomically, write_json, write_jsonl
 from raysft.storage.local_cache import model_copy
 from raysft.storage.run_directory import RunDirectory
-from raysft.storage.sync import mirrored
+from raysft.storage.sync import synced
 from raysft.telemetry.terminal import Terminal
 
 
@@ -39,8 +39,8 @@ def predict(config: Config) -> RunDirectory:
     from raysft.generate.batch_inference import generate
 
     directory, terminal = RunDirectory.of(config.run_place), Terminal()
-    writable(config)
-    with alone_in(directory, terminal), mirrored(directory, terminal.line):
+    ensure_writable(config)
+    with exclusive_access(directory, terminal), synced(directory, terminal.line):
         _refuse_training(directory, config)
         check_metrics(config)
         with cluster(config):
@@ -70,7 +70,7 @@ def _refuse_training(directory: RunDirectory, config: Config) -> None:
             f"{directory.place}: is the run of a training, and generate.model={config.generate.model} is another model; "
             "choose another run.name"
         )
-    if not directory.config.exists() and any(".lock" not in name for name in directory.place.list()):
+    if not directory.config.exists() and any(".lock" not in name for name in directory.place.entries()):
         raise RequestError(
             f"{directory.place}: the folder is not empty and holds no config.yaml; choose another run.name"
         )
@@ -79,7 +79,7 @@ def _refuse_training(directory: RunDirectory, config: Config) -> None:
 def _prepared(config: Config, terminal: Terminal) -> tuple[str, int | None, Any, list[Manifest]]:
     """The model's location, how many tokens it has embeddings for, its tokenizer, and its prompts."""
     from raysft.models.adapters import adapter_base
-    from raysft.models.architecture import describe
+    from raysft.models.architecture import read_hf_config
     from raysft.models.remote_code import code_name, runs_code
     from raysft.models.resolve import find_model
     from raysft.models.tokenizer import tokenizer_folder
@@ -89,14 +89,14 @@ def _prepared(config: Config, terminal: Terminal) -> tuple[str, int | None, Any,
     folder = model_copy(model)
     base = adapter_base(folder)
     check_weights(folder, f"{key}={model}")
-    described = describe(config, str(base or folder), code_name(config, folder), terminal.line, key)
-    if method := method_of(described):
+    hf_config = read_hf_config(config, str(base or folder), code_name(config, folder), terminal.line, key)
+    if method := method_of(hf_config):
         check_method(f"{key}={model}", method, config)
     quantization_config(config)
     check_generation(config, model)
     at, trusted = str(tokenizer_folder(folder)), runs_code(config, folder)
     prompts = prepare_prompts(config, at, trusted, terminal.line)
-    return model, embedding_rows(base or folder, described, f"{key}={model}"), load_once(at, trusted), prompts
+    return model, embedding_rows(base or folder, hf_config, f"{key}={model}"), load_once(at, trusted), prompts
 
 
 def _used(prompts: Path) -> Iterator[tuple[int, str]]:

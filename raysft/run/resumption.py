@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 
 from raysft.config import Config
 from raysft.config.resume_effects import Effect, effect_of
-from raysft.data.rows.packed_dataset import Rows
+from raysft.data.rows.packed_dataset import PackedDataset
 from raysft.errors import RequestError
 from raysft.run.ownership import Changed, told
 from raysft.storage.json_files import append_json
 from raysft.storage.run_directory import RunDirectory
 from raysft.train.checkpoint.cursor import EVALUATION, Cursor
 from raysft.train.checkpoint.format import cursor_of
-from raysft.train.early_stopping import known_best, wants_to_stop
+from raysft.train.early_stopping import known_best, should_stop
 
 SCHEDULE = "schedule"
 """Where ``plan.json`` has all that decides the rows of the training."""
@@ -28,9 +28,9 @@ class Resumption:
 
     cursor: Cursor | None
     """Where it goes on; None where it begins anew, or is trained already."""
-    rows: Rows
+    rows: PackedDataset
     """What it trains on."""
-    scheduled: Rows
+    scheduled: PackedDataset
     """What it has trained on where it is trained already, else the same."""
     changed: Changed
     from_epoch: int = 0
@@ -40,7 +40,7 @@ class Resumption:
 def check_resumption(
     directory: RunDirectory,
     config: Config,
-    rows: Rows,
+    rows: PackedDataset,
     identity: Mapping[str, str],
     changed: Changed,
     allow_changed: bool = False,
@@ -83,21 +83,26 @@ def check_resumption(
         rows = replace(rows, earlier=_until(there, from_epoch - 1))
         changed = {**changed, **others}
     if changed:
-        _refuse_without_steps(directory, config, rows.schedule.steps, identity, changed, cursor, trained)
+        _refuse_without_steps(directory, config, rows.row_plan.steps, identity, changed, cursor, trained)
     return Resumption(cursor, rows, rows, changed, from_epoch)
 
 
-def _scheduled(directory: RunDirectory) -> Rows | None:
+def _scheduled(directory: RunDirectory) -> PackedDataset | None:
     """What the run trains on so far; None where nothing tells."""
     try:
         described = json.loads(directory.plan.read_text(encoding="utf-8")).get(SCHEDULE)
     except (OSError, ValueError, AttributeError):
         return None
-    return Rows.of(described) if described else None
+    return PackedDataset.of(described) if described else None
 
 
 def _refuse_others(
-    directory: RunDirectory, others: Changed, cursor: Cursor, there: Rows | None, rows: Rows, allow_changed: bool
+    directory: RunDirectory,
+    others: Changed,
+    cursor: Cursor,
+    there: PackedDataset | None,
+    rows: PackedDataset,
+    allow_changed: bool,
 ) -> None:
     """Refuse files that hold something else under the same name."""
     if there is not None and rows.in_epochs_as(there):  # it was let through before
@@ -115,10 +120,10 @@ def _refuse_others(
 
 
 def _next_epoch(
-    directory: RunDirectory, config: Config, there: Rows, rows: Rows, cursor: Cursor, changed: Changed
+    directory: RunDirectory, config: Config, there: PackedDataset, rows: PackedDataset, cursor: Cursor, changed: Changed
 ) -> int:
     """The epoch that other data begins with: what has begun is finished as it was, so that each example keeps its place."""
-    begun = math.ceil(there.schedule.epoch_of(cursor.rows) - 1e-9)
+    begun = math.ceil(there.row_plan.epoch_of(cursor.rows) - 1e-9)
     if begun >= config.train.epochs and not rows.in_epochs_as(_of_epoch(there, begun)):
         what = ", ".join(key for key in changed if effect_of(key) is Effect.EPOCH)
         raise RequestError(
@@ -128,12 +133,12 @@ def _next_epoch(
     return begun + 1
 
 
-def _of_epoch(rows: Rows, epoch: int) -> Rows:
+def _of_epoch(rows: PackedDataset, epoch: int) -> PackedDataset:
     """The rows that an epoch is made of."""
     return _of_epoch(rows.earlier, epoch) if rows.earlier is not None and rows.earlier.epochs >= epoch else rows
 
 
-def _until(rows: Rows, epochs: int) -> Rows:
+def _until(rows: PackedDataset, epochs: int) -> PackedDataset:
     """The first epochs of some rows."""
     if rows.earlier is not None and rows.earlier.epochs >= epochs:
         return _until(rows.earlier, epochs)
@@ -156,7 +161,7 @@ def _refuse_without_steps(
             "raise train.epochs or train.max_steps, or choose another run.name"
         )
     patience = config.train.early_stopping.patience
-    if trained and wants_to_stop(config.train, known_best(config.train, cursor, identity)):
+    if trained and should_stop(config.train, known_best(config.train, cursor, identity)):
         raise RequestError(
             f"{directory.place}: the last evaluations up to step {done} brought no improvement, and would end the run there "
             f"({what}); raise train.early_stopping.patience={patience}, set it to null, or choose another run.name"

@@ -40,7 +40,7 @@ def few_steps(config: Config, plan: Plan) -> Iterator[str]:
 
 def _more_steps(config: Config, plan: Plan) -> str:
     """What gives a training more steps: a hundred, where one remedy does it."""
-    of_epoch, chosen = plan.rows_of_epochs[0], plan.rows_per_step_chosen
+    of_epoch, chosen = plan.rows_of_epochs[0], plan.global_batch_size_chosen
     # Cut short, a training ends before its last epoch, or behind a full step of that.
     unfinished = len(plan.rows_of_epochs) < plan.epochs or plan.rows_of_epochs[-1] % plan.global_batch_size == 0
     if plan.steps == config.train.max_steps and unfinished:
@@ -63,8 +63,9 @@ def empty_steps(config: Config, plan: Plan) -> Iterator[str]:
     room = plan.steps * plan.global_batch_size
     if 2 * plan.empty_rows > room:
         yield (
-            f"{plan.empty_rows / room:.0%} of the rows of all steps are empty, as train.global_batch_size={plan.global_batch_size} and an "
-            f"epoch has {plan.rows_of_epochs[0]}; use train.global_batch_size=auto"
+            f"{plan.empty_rows / room:.0%} of the rows of all steps are empty, as "
+            f"train.global_batch_size={plan.global_batch_size} and an epoch has {plan.rows_of_epochs[0]}; use "
+            "train.global_batch_size=auto"
         )
 
 
@@ -80,16 +81,16 @@ def idle_workers(config: Config, plan: Plan) -> Iterator[str]:
 
 def padding(config: Config, plan: Plan) -> Iterator[str]:
     """Rows may be much longer than what stands in them."""
-    if plan.useful >= 0.5:
+    if plan.packing_efficiency >= 0.5:
         return
     enough = math.ceil(max(source.longest for source in plan.sources.values()) / 8) * 8
     if 2 * enough <= plan.sequence_length:
         remedy = f"data.sequence_length={max(enough, 8)} instead of {plan.sequence_length} holds the longest example"
-    elif not config.data.packing and plan.rows * plan.useful >= ENOUGH_STEPS:
+    elif not config.data.packing and plan.rows * plan.packing_efficiency >= ENOUGH_STEPS:
         remedy = "data.packing=true puts several examples into a row"
     else:
         return
-    yield f"{1 - plan.useful:.0%} of the rows is padding; {remedy}"
+    yield f"{1 - plan.packing_efficiency:.0%} of the rows is padding; {remedy}"
 
 
 def nothing_evaluated(config: Config, plan: Plan) -> Iterator[str]:
@@ -107,7 +108,7 @@ def nothing_evaluated(config: Config, plan: Plan) -> Iterator[str]:
 def little_evaluated(config: Config, plan: Plan) -> Iterator[str]:
     """An evaluation of a few examples is chance."""
     for name, source in plan.evaluation.items():
-        if source.examples < FEW_EXAMPLES and source.trained_tokens < FEW_TOKENS:
+        if source.examples < FEW_EXAMPLES and source.loss_tokens < FEW_TOKENS:
             count = f"{source.examples} example{'' if source.examples == 1 else 's'}"
             held_out = config.data.holdout and name in plan.sources
             remedy = "raise data.holdout" if held_out else "add examples to it"

@@ -28,12 +28,12 @@ DEAD_SECONDS = 30.0
 """A holder on another machine that said nothing for so long is dead."""
 
 
-class Held(Exception):
+class Locked(Exception):
     """Another process that is alive works in the folder."""
 
 
 @dataclass(frozen=True)
-class Holder:
+class LockOwner:
     """Who works in a folder."""
 
     host: str
@@ -48,7 +48,7 @@ class Holder:
     """Among which its number counts: containers may have one name and processes of their own."""
 
     @classmethod
-    def me(cls) -> Holder:
+    def me(cls) -> LockOwner:
         """This process."""
         born, token = psutil.Process().create_time(), uuid.uuid4().hex
         return cls(socket.gethostname(), os.getpid(), born, token, processes=_processes())
@@ -64,38 +64,38 @@ class Holder:
 
 
 @contextmanager
-def held(folder: StoragePath | Path, say: Callable[[str], None] = print) -> Iterator[None]:
+def lock(folder: StoragePath | Path, notify: Callable[[str], None] = print) -> Iterator[None]:
     """Hold a folder, and let it go at the end; a holder that is dead is followed at once, on another machine after a while.
 
     Args:
         folder: is made where it is not there; it may be in an object store.
-        say: takes a line where it has to be waited for.
+        notify: takes a line where it has to be waited for.
 
     Raises:
         Held: another process that is alive holds it.
     """
-    folder, me = StoragePath.of(folder), Holder.me()
+    folder, me = StoragePath.of(folder), LockOwner.me()
     if folder.local:
         folder.local.mkdir(parents=True, exist_ok=True)
     file = folder / ".lock"
     try:
-        _take(file, me, say)
+        _take(file, me, notify)
     except PermissionError as error:
-        raise Held(f"{file}: cannot be read or written ({error.strerror})") from None
+        raise Locked(f"{file}: cannot be read or written ({error.strerror})") from None
     done = threading.Event()
-    beating = threading.Thread(target=_beat, args=(file, me, done, say), daemon=True)
+    beating = threading.Thread(target=_beat, args=(file, me, done, notify), daemon=True)
     beating.start()
     try:
         yield
     finally:
         done.set()
         beating.join(timeout=BEAT_SECONDS)
-        with suppress(StorageFailed), retry_for(BEAT_SECONDS, say), suppress(OSError):
+        with suppress(StorageFailed), retry_for(BEAT_SECONDS, notify), suppress(OSError):
             if _holder(file, me.token):
                 file.remove()
 
 
-def _take(file: StoragePath, me: Holder, say: Callable[[str], None]) -> None:
+def _take(file: StoragePath, me: LockOwner, notify: Callable[[str], None]) -> None:
     if file.local:  # an object store makes no file only where there is none
         try:
             with file.local.open("x") as stream:
@@ -108,7 +108,7 @@ def _take(file: StoragePath, me: Holder, say: Callable[[str], None]) -> None:
     alive = other.is_alive() if other else False
     if alive is None:
         assert other is not None
-        say(
+        notify(
             f"{file.parent}: process {other.process} on {other.host} works here; waiting {DEAD_SECONDS:.0f} s for a sign"
         )
         limit = time.monotonic() + DEAD_SECONDS
@@ -120,15 +120,15 @@ def _take(file: StoragePath, me: Holder, say: Callable[[str], None]) -> None:
             alive = sign != other
     if alive:
         who = _holder(file) or other
-        raise Held(f"{file.parent}: " + (f"process {who.process} on {who.host} works here" if who else "is in use"))
+        raise Locked(f"{file.parent}: " + (f"process {who.process} on {who.host} works here" if who else "is in use"))
     _write(file, me)
     # Of several that follow a dead one the last to write holds it; who wrote before sees that now, or at its next sign.
     time.sleep(0.2 if file.local else SETTLE_SECONDS)
     if not _holder(file, me.token):
-        raise Held(f"{file.parent}: another process began to work here in this moment")
+        raise Locked(f"{file.parent}: another process began to work here in this moment")
 
 
-def _beat(file: StoragePath, me: Holder, done: threading.Event, say: Callable[[str], None]) -> None:
+def _beat(file: StoragePath, me: LockOwner, done: threading.Event, notify: Callable[[str], None]) -> None:
     count = 0
     while not done.wait(BEAT_SECONDS):
         count += 1
@@ -139,7 +139,7 @@ def _beat(file: StoragePath, me: Holder, done: threading.Event, say: Callable[[s
             continue  # away for a while, for all others too
         if other is not None and other.token != me.token:
             # This machine slept, and was taken for dead: two must not write.
-            say(f"{file.parent}: process {other.process} on {other.host} took over; this one stops")
+            notify(f"{file.parent}: process {other.process} on {other.host} took over; this one stops")
             # Not SIGINT, which may be switched off for what runs in the background.
             os.kill(os.getpid(), signal.SIGTERM)
             return
@@ -156,18 +156,18 @@ def _processes() -> str:
     return " ".join(parts)
 
 
-def _write(file: StoragePath, holder: Holder) -> None:
+def _write(file: StoragePath, holder: LockOwner) -> None:
     file.write_text(json.dumps(asdict(holder)))
 
 
-def _holder(file: StoragePath, token: str | None = None) -> Holder | None:
+def _holder(file: StoragePath, token: str | None = None) -> LockOwner | None:
     """Who the file names; with a token only that one.
 
     Raises:
         OSError: it is there and cannot be read, which says nothing of who holds it.
     """
     try:
-        holder = Holder(**json.loads(file.read_text()))
+        holder = LockOwner(**json.loads(file.read_text()))
     except (FileNotFoundError, ValueError, TypeError):
         return None
     return holder if token is None or holder.token == token else None

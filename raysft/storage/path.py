@@ -116,7 +116,7 @@ class StoragePath:
             raise FileNotFoundError(errno.ENOENT, "there is no such file", str(self))
         return _entry(info)
 
-    def list(self) -> dict[str, Entry]:
+    def entries(self) -> dict[str, Entry]:
         """What is in the folder, by name; empty where there is no such folder."""
         if self.local:
             with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.local) as found:

@@ -25,12 +25,12 @@ OF_JOURNALS = (".partial", ".done")
 """Endings of hidden files that a run goes on from; other hidden files are drafts and locks."""
 
 
-class Mirror:
+class Sync:
     """Keeps the files of a working copy and those of the run directory alike."""
 
-    def __init__(self, directory: RunDirectory, say: Callable[[str], None]) -> None:
+    def __init__(self, directory: RunDirectory, notify: Callable[[str], None]) -> None:
         assert directory.remote
-        self._here, self._there, self._say = directory.path, directory.remote, say
+        self._here, self._there, self._say = directory.path, directory.remote, notify
         self._same: dict[str, tuple[int, int]] = {}
         """Size and time here of what is there too, by name."""
         self._done = threading.Event()
@@ -40,7 +40,7 @@ class Mirror:
         """Make the working copy what is there: that may have come from another machine since."""
         shutil.rmtree(self._here, ignore_errors=True)
         self._here.mkdir(parents=True, exist_ok=True)
-        for name, entry in self._there.list().items():
+        for name, entry in self._there.entries().items():
             if not entry.folder and _belongs(name):
                 (self._there / name).download(self._here / name)
                 self._same[name] = _signature(self._here / name)
@@ -93,7 +93,7 @@ class Mirror:
 
 
 @contextmanager
-def mirrored(directory: RunDirectory, say: Callable[[str], None]) -> Iterator[None]:
+def synced(directory: RunDirectory, notify: Callable[[str], None]) -> Iterator[None]:
     """While a process works in a run directory: its files come here at the start, and go there meanwhile and at the end.
 
     Raises:
@@ -102,32 +102,32 @@ def mirrored(directory: RunDirectory, say: Callable[[str], None]) -> Iterator[No
     if directory.remote is None:
         yield
         return
-    mirror = Mirror(directory, say)
-    with retry_for(notify=say):
+    mirror = Sync(directory, notify)
+    with retry_for(notify=notify):
         mirror.fetch()
     mirror.start()
     try:
         yield
     except BaseException:
         mirror.stop()
-        with suppress(StorageFailed, OSError), retry_for(LAST_SECONDS, say):
+        with suppress(StorageFailed, OSError), retry_for(LAST_SECONDS, notify):
             mirror.push()
         raise
     mirror.stop()
     try:
-        with retry_for(notify=say):
+        with retry_for(notify=notify):
             mirror.push()
     except StorageFailed as error:
         raise RunFailed(f"{error}; the last files of the run are in {directory.path} alone") from error
 
 
 @contextmanager
-def looked_into(place: StoragePath, say: Callable[[str], None], back: bool = False) -> Iterator[RunDirectory]:
+def open_read_only(place: StoragePath, notify: Callable[[str], None], back: bool = False) -> Iterator[RunDirectory]:
     """A run directory to read, beside whoever works in it; of one in an object store a passing copy of its small files.
 
     Args:
         place: the run directory.
-        say: takes a line where the storage has to be waited for.
+        notify: takes a line where the storage has to be waited for.
         back: bring there what is written into it.
     """
     if place.local:
@@ -135,10 +135,10 @@ def looked_into(place: StoragePath, say: Callable[[str], None], back: bool = Fal
         return
     with tempfile.TemporaryDirectory(prefix="raysft-run-") as folder:
         directory = RunDirectory(Path(folder) / place.name, place)
-        mirror = Mirror(directory, say)
-        with retry_for(FIRST_SECONDS, say):
+        mirror = Sync(directory, notify)
+        with retry_for(FIRST_SECONDS, notify):
             mirror.fetch()
-        with retry_for(notify=say):
+        with retry_for(notify=notify):
             yield directory
             if back:
                 mirror.push()

@@ -24,9 +24,9 @@ class StepRecord:
     """Tokens per second over all workers, without padding."""
     total_tokens: int
     """Tokens without padding consumed so far."""
-    trained_tokens: int
+    loss_tokens: int
     """Trained tokens of this step: what its loss is divided by."""
-    useful: float
+    packing_efficiency: float
     """Share of the step's row space that holds tokens and not padding."""
     rows: int
     """The cursor: rows consumed so far, over all workers."""
@@ -35,11 +35,11 @@ class StepRecord:
     memory_gib: float
     """Peak memory of rank 0's device, or resident memory of its process without GPU."""
     memory_total_gib: float
-    trained_throughput: float = 0.0
+    loss_token_throughput: float = 0.0
     """Trained tokens per second over all workers: what the training is for."""
     throughput_per_device: float = 0.0
     """Tokens per second of one worker's device, without padding."""
-    trained_throughput_per_device: float = 0.0
+    loss_token_throughput_per_device: float = 0.0
     """Trained tokens per second of one worker's device."""
     mfu: float | None = None
     """Model FLOPs utilisation: share of the devices' 16-bit peak that the model's own operations use; None without GPU."""
@@ -51,12 +51,12 @@ class StepRecord:
 
         >>> StepRecord(120, 1000, 1.83421, 1.9e-05, 0.71, 0.1, 12.0, "0:10", "1:13", 41234.0, 9, 5, 0.961, 3840,
         ...            2.0, 0.0, 61.2, 80.0).line()
-        'step 120/1000 | loss 1.8342 | lr 1.9e-05 | grad 0.71 | 41.2k tok/s | 96.1% useful | mem 61/80 GiB'
+        'step 120/1000 | loss 1.8342 | lr 1.9e-05 | grad 0.71 | 41.2k tok/s | 96.1% packed | mem 61/80 GiB'
         """
         speed = f"{self.throughput / 1000:.1f}k" if self.throughput >= 1000 else f"{self.throughput:.0f}"
         return (
             f"step {self.current_steps}/{self.total_steps} | loss {self.loss:.4f} | lr {self.lr:.1e} | "
-            f"grad {self.grad_norm:.2f} | {speed} tok/s | {100 * self.useful:.1f}% useful | "
+            f"grad {self.grad_norm:.2f} | {speed} tok/s | {100 * self.packing_efficiency:.1f}% packed | "
             + (f"{100 * self.mfu:.0f}% mfu | " if self.mfu is not None else "")
             + f"mem {self.memory_gib:.0f}/{self.memory_total_gib:.0f} GiB"
         )

@@ -21,9 +21,9 @@ SHOWN = (
     "lr",
     "grad_norm",
     "throughput",
-    "trained_throughput",
+    "loss_token_throughput",
     "mfu",
-    "useful",
+    "packing_efficiency",
     "memory_gib",
     "data_wait_seconds",
 )
@@ -36,7 +36,7 @@ def missing_tracker(names: Sequence[str]) -> str | None:
 
 
 def open_trackers(
-    names: Sequence[str], run: Path, config: Mapping[str, Any], say: Callable[[str], None] = print
+    names: Sequence[str], run: Path, config: Mapping[str, Any], notify: Callable[[str], None] = print
 ) -> list[Any]:
     """One callback for each name.
 
@@ -44,12 +44,12 @@ def open_trackers(
         names: ``tensorboard``, ``wandb``, ``mlflow``.
         run: the run directory.
         config: the resolved config, shown beside the figures.
-        say: takes a line where figures cannot be handed over.
+        notify: takes a line where figures cannot be handed over.
 
     Raises:
         RuntimeError: one cannot be opened: no key, no server.
     """
-    return [Tracker(name, lambda kind=KINDS[name]: kind(run, config), say) for name in names]
+    return [Tracker(name, lambda kind=KINDS[name]: kind(run, config), notify) for name in names]
 
 
 def _first_line(error: BaseException) -> str:
@@ -63,8 +63,8 @@ class Tracker:
     then.
     """
 
-    def __init__(self, name: str, make: Callable[[], _Writer], say: Callable[[str], None]) -> None:
-        self.name, self.say, self.broken = name, say, False
+    def __init__(self, name: str, make: Callable[[], _Writer], notify: Callable[[str], None]) -> None:
+        self.name, self.notify, self.broken = name, notify, False
         self._tasks: queue.Queue[Callable[[], None] | None] = queue.Queue(MOST_WAITING)
         self._opened: queue.Queue[Exception | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, args=(make,), name=name, daemon=True)
@@ -93,7 +93,7 @@ class Tracker:
     def _leave(self, reason: str) -> None:
         if not self.broken:
             self.broken = True
-            self.say(f"{self.name}: takes no figures any more ({reason}); trainer_log.jsonl holds all")
+            self.notify(f"{self.name}: takes no figures any more ({reason}); trainer_log.jsonl holds all")
 
     def _hand_over(self, task: Callable[[], None]) -> None:
         if self.broken:

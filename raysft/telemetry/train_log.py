@@ -35,7 +35,7 @@ def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(finite) + "\n"
 
 
-class Journal:
+class TrainLog:
     """Takes the workers' events in the driver: writes the log file, prints, calls callbacks, measures the start."""
 
     def __init__(self, log: Path, terminal: Terminal, callbacks: Sequence[Any] = ()) -> None:

@@ -7,18 +7,18 @@ from typing import Any
 
 from raysft.config import Config
 from raysft.errors import RequestError
-from raysft.models.architecture import describe
+from raysft.models.architecture import read_hf_config
 from raysft.models.quantization import check_method, method_of, quantization_config
 from raysft.storage.local_cache import local_copy
 
 
-def check_model(config: Config, model: str, say: Callable[[str], None] = lambda line: None) -> Any:
+def check_model(config: Config, model: str, notify: Callable[[str], None] = lambda line: None) -> Any:
     """Find out before anything is started what the workers could only find out later.
 
     Args:
         config: the run's config.
         model: folder or hub id.
-        say: takes a line where something is left alone.
+        notify: takes a line where something is left alone.
 
     Returns:
         The model's configuration.
@@ -33,15 +33,15 @@ def check_model(config: Config, model: str, say: Callable[[str], None] = lambda 
     from raysft.train.optim import check_installed
 
     model = local_copy(model)
-    described = describe(config, model, config.model.path, say).get_text_config()
-    positions = getattr(described, "max_position_embeddings", None)
+    hf_config = read_hf_config(config, model, config.model.path, notify).get_text_config()
+    positions = getattr(hf_config, "max_position_embeddings", None)
     if positions and config.data.sequence_length > positions:
         raise RequestError(
             f"data.sequence_length={config.data.sequence_length} and the model has {positions} positions; use at most {positions}"
         )
-    if layerdrop := getattr(described, "layerdrop", 0):
-        say(f"model: layerdrop={layerdrop} of its config.json is not applied; all layers are trained in every step")
-    _check_quantized(model, described, config)
+    if layerdrop := getattr(hf_config, "layerdrop", 0):
+        notify(f"model: layerdrop={layerdrop} of its config.json is not applied; all layers are trained in every step")
+    _check_quantized(model, hf_config, config)
     check_installed(config.train.optimizer)
     quantization_config(config)
     kernel(config)
@@ -51,8 +51,8 @@ def check_model(config: Config, model: str, say: Callable[[str], None] = lambda 
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
-            check_names(AutoModelForCausalLM.from_config(described, trust_remote_code=config.model.runs_code), config)
-    return described
+            check_names(AutoModelForCausalLM.from_config(hf_config, trust_remote_code=config.model.runs_code), config)
+    return hf_config
 
 
 def _names_modules(config: Config) -> bool:
@@ -62,9 +62,9 @@ def _names_modules(config: Config) -> bool:
     return model.finetuning == "freeze" or bool(special) or model.lora.pissa or model.lora.dora
 
 
-def _check_quantized(model: str, described: Any, config: Config) -> None:
+def _check_quantized(model: str, hf_config: Any, config: Config) -> None:
     """Quantized weights are frozen, and a library must know them."""
-    method = method_of(described)
+    method = method_of(hf_config)
     if method is None:
         return
     if config.model.finetuning not in ("lora", "oft"):

@@ -10,7 +10,7 @@ from raysft.config import TrainSection
 from raysft.train.checkpoint.cursor import EVALUATION, Best, Cursor
 
 
-def wants_to_stop(train: TrainSection, best: Best | None) -> bool:
+def should_stop(train: TrainSection, best: Best | None) -> bool:
     """Whether there were as many evaluations without improvement as there may be."""
     patience = train.early_stopping.patience
     return patience is not None and best is not None and best.since >= patience
@@ -28,13 +28,13 @@ def known_best(train: TrainSection, cursor: Cursor, identity: Mapping[str, str])
     return replace(best, kept=False) if train.early_stopping.patience else None
 
 
-class Judge:
+class EarlyStopper:
     """Compares evaluations by ``eval_loss``. Losses are sums over all workers, so that each worker comes to the same end."""
 
     def __init__(self, train: TrainSection, keep: Callable[[], None], best: Best | None = None) -> None:
         """
         Args:
-            train: says whether there is anything to judge, and how.
+            train: says whether there is anything to early_stopper, and how.
             keep: writes the model as it is now.
             best: what a checkpoint knew.
         """
@@ -42,11 +42,11 @@ class Judge:
         self.best = best
 
     @property
-    def wants_to_stop(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether it is time."""
-        return wants_to_stop(self._train, self.best)
+        return should_stop(self._train, self.best)
 
-    def look(self, results: Mapping[str, float], step: int) -> None:
+    def update(self, results: Mapping[str, float], step: int) -> None:
         """Take the results of an evaluation after so many steps, and keep its model if it is the best."""
         if not results or not (self._train.keep_best or self._train.early_stopping.patience):
             return

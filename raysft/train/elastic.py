@@ -23,7 +23,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ScalingPolicy,
 )
 
-from raysft.cluster.placement import places, room
+from raysft.cluster.placement import max_workers, workers_per_node
 from raysft.config.scaling import ScalingSection
 from raysft.errors import RunFailed
 from raysft.storage.run_directory import RunDirectory
@@ -94,9 +94,9 @@ class _Patience:
         self._waits_since: float | None = None
         self._said = float("-inf")
 
-    def room(self) -> int:
+    def max_workers(self) -> int:
         """Workers that the living nodes have room for beside the data tasks."""
-        return room(living_nodes(), self.wanted.cpus_per_worker, self.wanted.use_gpu)
+        return max_workers(living_nodes(), self.wanted.cpus_per_worker, self.wanted.use_gpu)
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Say why workers are started again."""
@@ -136,7 +136,7 @@ class _Fixed(_Patience, FixedScalingPolicy):
 
     def make_decision_for_non_running_worker_group(self) -> Any:
         """Start them when there is room."""
-        there = self.room()
+        there = self.max_workers()
         if there < self.wanted.fewest_workers:
             self._maybe_send_resource_request()  # where nodes can be had for the asking
             return self.wait(there)
@@ -165,21 +165,21 @@ class _Elastic(_Patience, ElasticScalingPolicy):
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
         each = self.wanted.cpus_per_worker
-        reserved = sum(places(node, each, self.wanted.use_gpu) for node in reserved_resources.values())
+        reserved = sum(workers_per_node(node, each, self.wanted.use_gpu) for node in reserved_resources.values())
         # Ray may count a dead node for some seconds more, and leaves nothing to data tasks.
         return min(reserved, self._most_now())
 
     def _most_now(self) -> int:
         """Workers that the cluster should have room for."""
         until, most = self._taken
-        return min(self.room(), most if time.monotonic() < until else self.wanted.most_workers)
+        return min(self.max_workers(), most if time.monotonic() < until else self.wanted.most_workers)
 
     def make_decision_for_non_running_worker_group(self) -> Any:
         """Start as many as there is room for, but not fewer than the fewest."""
         self._growing_since = None
         decision: Any = super().make_decision_for_non_running_worker_group()
         if isinstance(decision, NoopDecision):
-            return self.wait(self.room())
+            return self.wait(self.max_workers())
         now = time.monotonic()
         self._short_since = now if self._short_since is None else self._short_since
         if decision.num_workers < self._most_now() and now - self._short_since < SETTLE_SECONDS:

@@ -16,7 +16,7 @@ from raysft.train.deepspeed_config import deepspeed_settings, with_bucket
 from raysft.train.finetuning import load_model
 from raysft.train.loss import TokenLoss
 from raysft.train.objective import Objective
-from raysft.train.optim import make_optimizer, make_schedule
+from raysft.train.optim import make_lr_scheduler, make_optimizer
 
 
 def make_engine(
@@ -33,7 +33,7 @@ def make_engine(
         adapter: folder of an adapter to go on with.
 
     Returns:
-        The engine, and the learning-rate schedule.
+        The engine, and the LR scheduler.
     """
     if device.type == "cpu":
         use_onednn()
@@ -61,16 +61,16 @@ def make_engine(
         model.to(device)
     ratio = config.model.lora.loraplus_ratio if config.model.finetuning == "lora" else None
     optimizer = make_optimizer(model, config.train, ratio)
-    schedule = make_schedule(optimizer, config.train, steps)
+    lr_scheduler = make_lr_scheduler(optimizer, config.train, steps)
     settings = with_bucket(settings, model)
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings, dist_init_required=False
+        model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=settings, dist_init_required=False
     )
     del keep
     engine.eval()
     check_model(model, config, device)
     engine.train()
-    return engine, schedule
+    return engine, lr_scheduler
 
 
 def gather_experts_whole(model: TokenLoss) -> None:

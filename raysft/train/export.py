@@ -52,7 +52,7 @@ class Exporter:
         kept = [True]
         if dist.get_rank() == 0:
             # It may be the trained model already, if what came after that did not come to its end.
-            trained = self._run.is_trained() and not self._run.best.list()
+            trained = self._run.is_trained() and not self._run.best.entries()
             kept = [is_whole(self._there(best.step)) or trained]
             if not kept[0]:
                 self._emit(
@@ -151,7 +151,7 @@ class Exporter:
         return self._run.best / str(step)
 
     def _leave_only(self, step: int) -> None:
-        for name in self._run.best.list():
+        for name in self._run.best.entries():
             if name != str(step):
                 (self._run.best / name).remove()
 
@@ -257,13 +257,13 @@ def _stop_at(ends: Sequence[int], folder: Path) -> None:
     path = folder / "generation_config.json"
     if not path.exists():
         return
-    described = json.loads(path.read_text(encoding="utf-8"))
-    before = described.get("eos_token_id")
+    hf_config = json.loads(path.read_text(encoding="utf-8"))
+    before = hf_config.get("eos_token_id")
     known = list(before) if isinstance(before, list) else [] if before is None else [before]
     if new := [token for token in ends if token not in known]:
-        described["eos_token_id"] = [*known, *new]
-        described.pop("_from_model_config", None)  # it would mean that config.json holds the same
-        path.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        hf_config["eos_token_id"] = [*known, *new]
+        hf_config.pop("_from_model_config", None)  # it would mean that config.json holds the same
+        path.write_text(json.dumps(hf_config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def put_in_place(draft: Path, folder: Path) -> None:

@@ -178,17 +178,17 @@ def _check_adapter(model: Any, config: Config, section: Any) -> None:
     from peft import get_peft_model
 
     kind, lora = config.model.finetuning, config.model.lora
-    described = _adapter_config(model, config, model.name_or_path)
+    hf_config = _adapter_config(model, config, model.name_or_path)
     if kind == "lora":
-        described.use_dora, described.lora_dropout, described.init_lora_weights = False, 0.0, True
+        hf_config.use_dora, hf_config.lora_dropout, hf_config.init_lora_weights = False, 0.0, True
     try:
-        get_peft_model(model, described)
+        get_peft_model(model, hf_config)
     except (ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise RequestError(
             f"model.{kind}.target={section.target} is refused by peft ({reason:.200}); name other modules"
         ) from None
-    for key in ("dropout", "dora", "pissa") if getattr(described, "target_parameters", None) else ():
+    for key in ("dropout", "dora", "pissa") if getattr(hf_config, "target_parameters", None) else ():
         if getattr(lora, key):
             raise RequestError(
                 f"model.lora.{key}={getattr(lora, key)} does not go with adapters on the experts of {type(model).__name__}; "
@@ -234,10 +234,10 @@ def _adapter_config(model: nn.Module, config: Config, path: str) -> Any:
     }
     lora, oft = config.model.lora, config.model.oft
     if config.model.finetuning == "oft":
-        described: Any = OFTConfig(r=0, oft_block_size=oft.block_size, module_dropout=oft.dropout, **shared)
+        hf_config: Any = OFTConfig(r=0, oft_block_size=oft.block_size, module_dropout=oft.dropout, **shared)
     else:
         begin = "pissa" if not lora.pissa_iterations else f"pissa_niter_{lora.pissa_iterations}"
-        described = LoraConfig(
+        hf_config = LoraConfig(
             r=lora.rank,
             lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft takes any number
             lora_dropout=lora.dropout,
@@ -247,8 +247,8 @@ def _adapter_config(model: nn.Module, config: Config, path: str) -> Any:
             **shared,
         )
     if section.target == "all":
-        set_targets(described, model)
-    return described
+        set_targets(hf_config, model)
+    return hf_config
 
 
 def _use_liger(model: Any) -> None:

@@ -28,11 +28,11 @@ from raysft.storage.retry import retry_for
 from raysft.telemetry.events import Evaluation, evaluation_results
 from raysft.train import loop
 from raysft.train.checkpoint import format
-from raysft.train.checkpoint.async_writer import Saver
+from raysft.train.checkpoint.async_writer import AsyncWriter
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.elastic import workers_of
 from raysft.train.finetuning import load_trained
-from raysft.train.loop import Job
+from raysft.train.loop import TrainJob
 from raysft.train.loss import TokenLoss
 from raysft.train.restarts import Restarts, cause
 from raysft.train.step import evaluate as evaluate_set
@@ -56,19 +56,19 @@ LAST_EVENT_SECONDS = 60
 
 
 @dataclass(frozen=True)
-class _FromCheckpoint:
+class _ResumeStep:
     """The step that the newest checkpoint left off at; Ray Train calls it at each start of the workers."""
 
-    job: Job
+    job: TrainJob
 
     def __call__(self) -> int:
         return _first_step(self.job)
 
 
-class _Split(ray.train.DataConfig):
+class _PlannedDataConfig(ray.train.DataConfig):
     """The training data from a step on for as many workers as there are now."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: TrainJob) -> None:
         super().__init__()
         self._job = job
 
@@ -80,12 +80,12 @@ class _Split(ray.train.DataConfig):
         return usual.configure(made, world_size, *others, **options)
 
 
-def _first_step(job: Job) -> int:
+def _first_step(job: TrainJob) -> int:
     cursor = format.cursor_of(job.run.checkpoints)
     return cursor.step if cursor else 0
 
 
-def train(job: Job, watch: Watch) -> dict[str, dict[str, float]]:
+def train(job: TrainJob, watch: Watch) -> dict[str, dict[str, float]]:
     """Run the training to its end.
 
     Args:
@@ -98,30 +98,32 @@ def train(job: Job, watch: Watch) -> dict[str, dict[str, float]]:
     Raises:
         RunFailed: the workers failed more than ``train.max_failures`` times.
     """
-    results = _fit(job, _train_worker, {"train": _FromCheckpoint(job)}, watch)
+    results = _fit(job, _train_worker, {"train": _ResumeStep(job)}, watch)
     with suppress(StorageFailed), retry_for(0):
         format.tidy(job.run.checkpoints, job.config.train.keep_last)  # the last one may have been complete late
     return results
 
 
-def evaluate(job: Job, watch: Watch) -> dict[str, dict[str, float]]:
+def evaluate(job: TrainJob, watch: Watch) -> dict[str, dict[str, float]]:
     """Evaluate the run's trained model on all evaluation sets; returns ``eval`` results."""
     return _fit(job, _evaluate_worker, {}, watch)
 
 
-def _fit(job: Job, worker: Any, datasets: dict[str, Any], watch: Watch) -> dict[str, dict[str, float]]:
+def _fit(job: TrainJob, worker: Any, datasets: dict[str, Any], watch: Watch) -> dict[str, dict[str, float]]:
     # Ray Train goes on from whatever it finds under a name, and fails with its storage: it gets a new folder here, in which it
     # keeps next to nothing. Checkpoints are ours.
     with tempfile.TemporaryDirectory(prefix="raysft-train-", ignore_cleanup_errors=True) as folder:
         return _fit_in(folder, job, worker, datasets, watch)
 
 
-def _fit_in(folder: str, job: Job, worker: Any, datasets: dict[str, Any], watch: Watch) -> dict[str, dict[str, float]]:
+def _fit_in(
+    folder: str, job: TrainJob, worker: Any, datasets: dict[str, Any], watch: Watch
+) -> dict[str, dict[str, float]]:
     use_gpu = job.config.scaling.use_gpu
     # Events come to this process: they live on its node, and no longer, and cost no CPU share.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    scaling, policy = workers_of(job.config.scaling, job.run, job.train_rows.schedule.steps, _emitter(queue))
+    scaling, policy = workers_of(job.config.scaling, job.run, job.train_rows.row_plan.steps, _emitter(queue))
     trainer = _Trainer(
         worker,
         train_loop_config={"job": job, "queue": queue, "threads": _threads(job.config)},
@@ -136,10 +138,10 @@ def _fit_in(folder: str, job: Job, worker: Any, datasets: dict[str, Any], watch:
         ),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=600),
         datasets=datasets,
-        dataset_config=_Split(job),
+        dataset_config=_PlannedDataConfig(job),
     )
     trainer.policy = policy
-    with _Watching(queue, watch, trainer.stop) as watching:
+    with _EventPump(queue, watch, trainer.stop) as watching:
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
@@ -183,7 +185,7 @@ def _threads(config: Config) -> int:
     return max(1, int(max(nodes)) // on_node)
 
 
-class _Watching:
+class _EventPump:
     """Hands events to the watcher while the workers train."""
 
     def __init__(self, queue: Queue, watch: Watch, stop: Callable[[], None]) -> None:
@@ -196,7 +198,7 @@ class _Watching:
         self._begun = False
         """Whether the workers have loaded the model. Before, they hold nothing that has to be written."""
 
-    def __enter__(self) -> _Watching:
+    def __enter__(self) -> _EventPump:
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -279,7 +281,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     try:
         with _told(settings["queue"]):
             _train(settings)
-    except format.Damaged as error:
+    except format.CorruptCheckpoint as error:
         if ray.train.get_context().get_world_rank() == 0:
             _emitter(settings["queue"])("damaged", str(error))
         raise
@@ -289,7 +291,7 @@ def _train(settings: dict[str, Any]) -> None:
     job, emit = settings["job"], _emitter(settings["queue"])
     torch.set_num_threads(settings["threads"])
     workers = ray.train.get_context().get_world_size()
-    saver = Saver(job.run.checkpoints, job.config.train.keep_last, emit)
+    saver = AsyncWriter(job.run.checkpoints, job.config.train.keep_last, emit)
     first = Cursor.read(saver.resume).step if saver.resume else 0
     shard = cast(Any, ray.train.get_dataset_shard("train"))
     tables = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)

@@ -24,12 +24,12 @@ from raysft.train.checkpoint import format
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.checkpoint.triggers import Due, Notice
 from raysft.train.deepspeed_config import size
-from raysft.train.early_stopping import Judge, known_best
+from raysft.train.early_stopping import EarlyStopper, known_best
 from raysft.train.export import Exporter
 from raysft.train.nonfinite import NonFinite, named_records
 from raysft.train.restarts import faults_of
 from raysft.train.step import Batch, evaluate, train_step
-from raysft.train.step_metrics import Figures
+from raysft.train.step_metrics import StepMetrics
 
 Emit = Callable[[str, Any], None]
 """(event, content) to whoever watches: ``setup``, ``step``, ``evaluate``, ``checkpoint``, ``unsaved``, ``waiting``, ``end``."""
@@ -39,14 +39,14 @@ LOGGED = 1000
 """Records of the log that a checkpoint holds, for a driver that died before it wrote them."""
 
 
-class Schedule(Protocol):
-    """What the loop knows in advance (``data.schedule.Schedule``)."""
+class RowPlan(Protocol):
+    """What the loop knows in advance (``data.row_plan.RowPlan``)."""
 
     capacity: int
     global_batch_size: int
     step_rows: np.ndarray
     step_tokens: np.ndarray
-    step_trained: np.ndarray
+    step_loss_tokens: np.ndarray
     step_weight: np.ndarray
     step_squares: np.ndarray
 
@@ -70,7 +70,7 @@ class RowSource(Protocol):
     def sources(self) -> tuple[str, ...]: ...
 
     @property
-    def schedule(self) -> Any: ...
+    def row_plan(self) -> Any: ...
 
     def steps(self, first: int, worker: int, workers: int) -> Iterator[Batch]: ...
 
@@ -86,7 +86,7 @@ class RowSource(Protocol):
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainJob:
     """What every worker of a training is told."""
 
     config: Config
@@ -106,7 +106,7 @@ class Job:
 
 
 def train(
-    job: Job,
+    job: TrainJob,
     batches: Iterator[Batch],
     first_step: int,
     device: torch.device,
@@ -115,7 +115,7 @@ def train(
     resume: StoragePath | Path | None,
     notice: Notice = str,
 ) -> None:
-    """Train to the end of the schedule, evaluate, and write the trained model.
+    """Train to the end of the row plan, evaluate, and write the trained model.
 
     Args:
         job: what to do.
@@ -148,9 +148,9 @@ def _train(loop: _Loop, batches: Iterator[Batch], first_step: int, resume: Stora
         batch = next(batches, None)  # the data began before the checkpoint
     if cursor.step == 0 and loop.job.config.train.eval_at_start:
         loop.evaluate(cursor)
-    while cursor.step < loop.schedule.steps and not loop.judge.wants_to_stop:
+    while cursor.step < loop.row_plan.steps and not loop.early_stopper.should_stop:
         cursor = loop.step(batch, cursor)
-        if cursor.step < loop.schedule.steps:
+        if cursor.step < loop.row_plan.steps:
             asked, loop.moment = time.perf_counter(), f"reading the rows of step {cursor.step + 1}"
             batch = next(batches, None)
             loop.data_wait = time.perf_counter() - asked
@@ -161,13 +161,13 @@ def _train(loop: _Loop, batches: Iterator[Batch], first_step: int, resume: Stora
 class _Loop:
     """State of one worker's training."""
 
-    def __init__(self, job: Job, device: torch.device, emit: Emit, save: Save, notice: Notice) -> None:
+    def __init__(self, job: TrainJob, device: torch.device, emit: Emit, save: Save, notice: Notice) -> None:
         self.job, self.device, self.save = job, device, save
         self.rank, self.workers = dist.get_rank(), dist.get_world_size()
         self.due = Due(job.config.train, self.rank, notice)
         self.emit: Emit = emit if self.rank == 0 else lambda event, content: None
         self.log: deque[dict[str, Any]] = deque(maxlen=LOGGED)
-        self.schedule: Schedule = job.train_rows.schedule
+        self.row_plan: RowPlan = job.train_rows.row_plan
         self.data_wait = 0.0
         self.moment = "the setup"
         """What it is at, for people."""
@@ -184,7 +184,7 @@ class _Loop:
         self.started = time.perf_counter()
         torch.manual_seed(self.job.config.run.seed + self.rank)
         self.engine, self.lr = make_engine(
-            self.job.config, self.job.model, self.workers, self.schedule.steps, self.device, self.job.adapter
+            self.job.config, self.job.model, self.workers, self.row_plan.steps, self.device, self.job.adapter
         )
         torch.manual_seed(self.job.config.run.seed + self.rank)
         cursor = Cursor(0, 0, 0, self.job.identity)
@@ -195,9 +195,9 @@ class _Loop:
         if self.job.config.train.keep_best:
             best = self.exporter.known(best)
         cursor = replace(cursor, identity=self.job.identity)
-        self.judge = Judge(self.job.config.train, self._keep_best, best)
+        self.early_stopper = EarlyStopper(self.job.config.train, self._keep_best, best)
         names, model = self.job.train_rows.sources, self.engine.module.model
-        self.figures = Figures(self.schedule, names, self.workers, self.device, model)
+        self.figures = StepMetrics(self.row_plan, names, self.workers, self.device, model)
         self.first = cursor.step
         return cursor
 
@@ -233,7 +233,7 @@ class _Loop:
             )
         begun = time.perf_counter()
         lr = self.engine.get_lr()[0]
-        weight, sources = float(self.schedule.step_weight[index]), len(self.job.train_rows.sources)
+        weight, sources = float(self.row_plan.step_weight[index]), len(self.job.train_rows.sources)
         trained = train_step(self.engine, batch, weight, sources, self.due.asks)
         seconds = time.perf_counter() - begun
         if not trained.applied:
@@ -241,11 +241,11 @@ class _Loop:
             if what:
                 self.emit("skipped", {"step": index + 1, "reason": what})
             if not self.engine.was_step_applied():
-                self.lr.step()  # DeepSpeed leaves the schedule where it was; it is to end with the run
-        tokens = int(self.schedule.step_tokens[index])
-        cursor = Cursor(index + 1, self.schedule.consumed(index + 1), cursor.tokens + tokens, cursor.identity)
+                self.lr.step()  # DeepSpeed leaves the LR scheduler unchanged; it has to end with the run
+        tokens = int(self.row_plan.step_tokens[index])
+        cursor = Cursor(index + 1, self.row_plan.consumed(index + 1), cursor.tokens + tokens, cursor.identity)
         elapsed = time.perf_counter() - self.started
-        left = (self.schedule.steps - cursor.step) * elapsed / (cursor.step - self.first)
+        left = (self.row_plan.steps - cursor.step) * elapsed / (cursor.step - self.first)
         if self.due.hear(cursor.step, trained.noticed, trained.late):
             self.emit("notice", {"step": cursor.step, "reason": self.due.notice()})
         record = self.figures.record(cursor, trained, lr, seconds, self.data_wait, elapsed, left)
@@ -267,9 +267,9 @@ class _Loop:
         train = self.job.config.train
         if train.eval_every_steps and cursor.step % train.eval_every_steps == 0:
             self.evaluated = self.evaluate(cursor)
-            self.judge.look(self.evaluated, cursor.step)
-            if self.judge.wants_to_stop and self.judge.best:
-                best = {"best_step": self.judge.best.step, "best_loss": self.judge.best.loss}
+            self.early_stopper.update(self.evaluated, cursor.step)
+            if self.early_stopper.should_stop and self.early_stopper.best:
+                best = {"best_step": self.early_stopper.best.step, "best_loss": self.early_stopper.best.loss}
                 self.emit("stopped", {"step": cursor.step, **best})
         if self.due.after(cursor.step):
             self._checkpoint(replace(cursor, passing=not self.due.by_steps(cursor.step)))
@@ -286,9 +286,9 @@ class _Loop:
         if results:
             record = {
                 "current_steps": cursor.step,
-                "total_steps": self.schedule.steps,
-                "epoch": round(self.schedule.epoch_of(cursor.rows), 4),
-                "percentage": round(100 * cursor.step / self.schedule.steps, 2),
+                "total_steps": self.row_plan.steps,
+                "epoch": round(self.row_plan.epoch_of(cursor.rows), 4),
+                "percentage": round(100 * cursor.step / self.row_plan.steps, 2),
                 **results,
             }
             self.log.append(record)
@@ -296,7 +296,7 @@ class _Loop:
         return results
 
     def _checkpoint(self, cursor: Cursor) -> None:
-        self.save(self.engine, replace(cursor, best=self.judge.best), list(self.log))
+        self.save(self.engine, replace(cursor, best=self.early_stopper.best), list(self.log))
         self.due.start_clock()
 
     def finish(self, cursor: Cursor) -> None:
@@ -305,17 +305,17 @@ class _Loop:
             "total_steps": cursor.step,
             "total_rows": cursor.rows,
             "total_tokens": cursor.tokens,
-            "epoch": round(self.schedule.epoch_of(cursor.rows), 4),
+            "epoch": round(self.row_plan.epoch_of(cursor.rows), 4),
         }
-        if cursor.step < self.schedule.steps:
-            results["planned_steps"] = self.schedule.steps
+        if cursor.step < self.row_plan.steps:
+            results["planned_steps"] = self.row_plan.steps
             self.evaluated = self.evaluated or self.evaluate(cursor)
         else:
             self.evaluated = self.evaluate(cursor)
-            self.judge.look(self.evaluated, cursor.step)
+            self.early_stopper.update(self.evaluated, cursor.step)
         if self.job.config.train.save_every_steps and cursor.step > self.first:
             self._checkpoint(cursor)  # who trains on has to know of the last evaluation
-        best = self.judge.best
+        best = self.early_stopper.best
         if best:
             results |= {"best_step": best.step, "best_eval_loss": best.loss}
         if best and self.job.config.train.keep_best:
@@ -326,8 +326,8 @@ class _Loop:
         self.emit("end", {"train": results, "eval": self.evaluated})
 
     def _keep_best(self) -> None:
-        assert self.judge.best
-        self._export(partial(self.exporter.keep_best, self.judge.best.step))
+        assert self.early_stopper.best
+        self._export(partial(self.exporter.keep_best, self.early_stopper.best.step))
 
     def _export(self, write: Callable[[Any, Any], None]) -> None:
         """Write the model as it is now."""

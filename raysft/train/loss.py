@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from raysft.data.types import IGNORED
+from raysft.data.types import IGNORE_INDEX
 from raysft.errors import RunFailed
 from raysft.models.attention import is_varlen, without_adapters
 from raysft.train.objective import CROSS_ENTROPY, Objective, embedding_noise
@@ -59,7 +59,7 @@ class TokenLoss(nn.Module):
         Args:
             input_ids: [rows, tokens].
             position_ids: [rows, tokens], starting again at each example of a row: this alone keeps examples apart.
-            labels: [rows, tokens], ``IGNORED`` where not trained; aligned with ``input_ids``.
+            labels: [rows, tokens], ``IGNORE_INDEX`` where not trained; aligned with ``input_ids``.
             weights: [rows, tokens] what the loss of each token counts. Default: 1.
             sources: [rows, tokens] number of each token's source. Default: 0.
             number_of_sources: how many there are.
@@ -73,8 +73,8 @@ class TokenLoss(nn.Module):
         # Without a cache transformers sees from the positions where examples begin; with one it silently does not.
         inputs = self._inputs(decoder, input_ids, position_ids)
         hidden = self._hidden(decoder, inputs, position_ids)
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).reshape(-1)
-        chosen = targets != IGNORED
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).reshape(-1)
+        chosen = targets != IGNORE_INDEX
         if not chosen.any():
             # The head must be used and a gradient must flow all the same: other workers do it in this moment.
             chosen = torch.zeros_like(chosen)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from raysft.errors import RunFailed
-from raysft.train.step import Trained
+from raysft.train.step import StepResult
 
 IN_A_ROW = 20
 """Steps after which a run that leaves out what is not finite has nothing more to learn."""
@@ -21,7 +21,7 @@ class NonFinite:
         self.config, self.rows = job.config, job.train_rows
         self.count, self.last = 0, -2
 
-    def check(self, index: int, trained: Trained) -> str:
+    def check(self, index: int, trained: StepResult) -> str:
         """Look at a step that was not applied.
 
         Returns:
@@ -34,9 +34,9 @@ class NonFinite:
         self.last = index
         scaling = self.config.dtype == "float16" and math.isfinite(trained.loss)
         skips = scaling or self.config.train.nonfinite == "skip"
-        schedule = self.rows.schedule
-        first = index * schedule.global_batch_size
-        last = min(first + schedule.global_batch_size, schedule.rows) - 1
+        row_plan = self.rows.row_plan
+        first = index * row_plan.global_batch_size
+        last = min(first + row_plan.global_batch_size, row_plan.rows) - 1
         what = (
             f"the loss is {trained.loss} and the gradient norm {trained.norm} "
             f"(rows {first} to {last}: {named_records(self.rows, range(first, last + 1))})"

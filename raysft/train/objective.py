@@ -34,7 +34,7 @@ class Objective:
 
         Args:
             logits: [tokens, vocabulary] float32.
-            targets: [tokens], ``IGNORED`` where the loss is 0.
+            targets: [tokens], ``IGNORE_INDEX`` where the loss is 0.
 
         Returns:
             [tokens] float32.

@@ -57,7 +57,7 @@ def check_installed(optimizer: str) -> None:
         )
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, train: TrainSection, steps: int) -> Any:
+def make_lr_scheduler(optimizer: torch.optim.Optimizer, train: TrainSection, steps: int) -> Any:
     """Warm-up, then the named course over the exact number of steps.
 
     Raises:
@@ -87,11 +87,11 @@ def make_schedule(optimizer: torch.optim.Optimizer, train: TrainSection, steps: 
         ) from None
 
 
-def go_to_step(schedule: Any, steps: int) -> None:
+def go_to_step(lr_scheduler: Any, steps: int) -> None:
     """Let the learning rate be that of the step after so many."""
     # It counts one on when it sets the rate; it also counts its calls, to complain about one before the optimizer's first step.
-    schedule.load_state_dict({**schedule.state_dict(), "last_epoch": steps - 1, "_step_count": steps + 2})
-    schedule.step()
+    lr_scheduler.load_state_dict({**lr_scheduler.state_dict(), "last_epoch": steps - 1, "_step_count": steps + 2})
+    lr_scheduler.step()
 
 
 Parameters = Mapping[str, nn.Parameter]
@@ -156,16 +156,16 @@ def _adam_mini(
 ) -> torch.optim.Optimizer:
     from pytorch_optimizer import AdamMini
 
-    described = model.model.config.get_text_config()  # type: ignore[union-attr]
+    hf_config = model.model.config.get_text_config()  # type: ignore[union-attr]
     return AdamMini(
         model,
         lr=train.learning_rate,
         betas=train.betas,
         eps=train.epsilon,
         weight_decay=train.weight_decay,
-        num_embeds=described.hidden_size,
-        num_heads=described.num_attention_heads,
-        num_query_groups=getattr(described, "num_key_value_heads", None),
+        num_embeds=hf_config.hidden_size,
+        num_heads=hf_config.num_attention_heads,
+        num_query_groups=getattr(hf_config, "num_key_value_heads", None),
         **train.optimizer_options,
     )
 

@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 
 from raysft.errors import RequestError, RunFailed, StorageFailed
-from raysft.train.checkpoint.format import Damaged
+from raysft.train.checkpoint.format import CorruptCheckpoint
 
 SIGNS_OF_ANOTHERS_DEATH = (
     "gloo", "nccl", "connection closed", "connection reset", "connection refused", "broken pipe", "timed out", "ecc error",
@@ -51,7 +51,7 @@ def faults_of(rank: int, moment: Callable[[], str], rows: Callable[[], str]) -> 
     """
     try:
         yield
-    except (RequestError, RunFailed, Damaged):
+    except (RequestError, RunFailed, CorruptCheckpoint):
         raise
     except Exception as error:
         own: BaseException = error

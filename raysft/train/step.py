@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from raysft.data.types import IGNORED
+from raysft.data.types import IGNORE_INDEX
 from raysft.errors import RunFailed
 from raysft.telemetry.events import Evaluation
 
@@ -35,7 +35,7 @@ KINDS = {
 
 
 @dataclass(frozen=True)
-class Trained:
+class StepResult:
     """What one optimizer step came to."""
 
     loss: float
@@ -58,7 +58,7 @@ def train_step(
     weight: float,
     sources: int = 1,
     asks: Callable[[], tuple[bool, bool]] = lambda: (False, False),
-) -> Trained:
+) -> StepResult:
     """Train on one worker's rows of a step.
 
     Args:
@@ -89,7 +89,7 @@ def train_step(
     noticed, late, total, *by_source = totals.double().tolist()
     norm = float(norm if norm is not None else engine.get_global_grad_norm())
     applied = math.isfinite(norm) and engine.was_step_applied()
-    return Trained(total / weight, norm, np.asarray(by_source), applied, noticed > 0, late > 0)
+    return StepResult(total / weight, norm, np.asarray(by_source), applied, noticed > 0, late > 0)
 
 
 @contextmanager
@@ -125,7 +125,7 @@ def evaluate(model: Any, name: str, step: int, batches: Iterable[Batch], rows: i
             shown = {name: microbatch[name] for name in ("input_ids", "position_ids", "labels")}
             loss, _, correct = model(**shown, score=True)
             # A label at the front of an example is never predicted, and the data stage has masked it.
-            trained = (microbatch["labels"][:, 1:] != IGNORED).sum()
+            trained = (microbatch["labels"][:, 1:] != IGNORE_INDEX).sum()
             totals += torch.stack([loss.double(), correct.double(), trained.double()])
     model.train(training)
     dist.all_reduce(totals)

@@ -21,7 +21,7 @@ from raysft.run.plan import make_plan
 from raysft.run.preflight import refuse_other_model
 from raysft.storage.json_files import write_atomically, write_json
 from raysft.storage.run_directory import RunDirectory
-from raysft.storage.sync import looked_into, mirrored
+from raysft.storage.sync import open_read_only, synced
 from raysft.telemetry.terminal import Terminal
 from raysft.tune.trials import TRIAL_CPUS, Nodes, Trial, check_metric, combinations, concurrent_trials, with_engines
 
@@ -49,9 +49,9 @@ def tune(config: Config) -> Config:
     terminal = Terminal()
     for trial in trials:
         check_metric(trial.config, config.tune.metric)
-        with looked_into(trial.config.run_place, terminal.line) as there:
+        with open_read_only(trial.config.run_place, terminal.line) as there:
             belongs_to(there, trial.config)
-    with mirrored(directory, terminal.line):
+    with synced(directory, terminal.line):
         belongs_to(directory, config)
         return _tuned(config, trials, directory, terminal)
 
@@ -232,7 +232,7 @@ def _conclude(config: Config, trials: Sequence[Trial], outcomes: Mapping[str, An
 def _read_results(trials: Sequence[Trial], name: str) -> dict[str, Any]:
     """What a trial's run gave, without what Tune adds."""
     trial = next(trial for trial in trials if trial.name == name)
-    with looked_into(trial.config.run_place, Terminal().line) as directory:
+    with open_read_only(trial.config.run_place, Terminal().line) as directory:
         return directory.read_results("all")
 
 

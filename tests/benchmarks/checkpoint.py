@@ -51,7 +51,7 @@ def measure(model: str, file: Path, folder: Path, rounds: int) -> dict[str, Any]
     torch.set_num_threads(os.cpu_count() or 1)
     torch.distributed.init_process_group("gloo", rank=0, world_size=1)
     engine, _ = make_engine(config, config.model.path, 1, steps, torch.device("cpu"))
-    batches, weights = rows.steps(0, 0, 1), iter(rows.schedule.step_weight)
+    batches, weights = rows.steps(0, 0, 1), iter(rows.row_plan.step_weight)
 
     def step() -> float:
         begun = time.perf_counter()
@@ -74,7 +74,7 @@ def measure(model: str, file: Path, folder: Path, rounds: int) -> dict[str, Any]
         measured["meanwhile"].append(time.perf_counter() - begun)
         measured["beside"].append(step())
         writing.join()
-        measured["bytes"] = part.bytes
+        measured["bytes"] = part.size_bytes
     return measured
 
 

@@ -93,17 +93,17 @@ def _measure(model: str, path: Path, folder: Path) -> dict[str, float]:
         for batch in rows.batches(shares, 1):
             seen += int(batch["tokens"].sum())
         done = time.perf_counter()
-        assert seen == rows.schedule.step_tokens.sum()
+        assert seen == rows.row_plan.step_tokens.sum()
         return rows, seen / (done - begun), seen / (done - made)
 
     (rows, whole, alone), memory = with_peak_memory(work)
-    tokens = float(rows.schedule.step_tokens.sum())
+    tokens = float(rows.row_plan.step_tokens.sum())
     return {
         "tokens": tokens,
         "whole": whole,
         "rows": alone,
         "memory": memory,
-        "useful": rows.schedule.useful,
+        "packing_efficiency": rows.row_plan.packing_efficiency,
         "bare": bare(tokenizer, path, tokens),
     }
 

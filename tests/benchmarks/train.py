@@ -103,7 +103,7 @@ class Clock:
         return {
             "rate": float(schedule.step_tokens[1 : len(self.ends)].sum()) / seconds,
             "loss": self.losses[0],
-            "trained": float(schedule.step_trained.sum() / schedule.step_tokens.sum()),
+            "trained": float(schedule.step_loss_tokens.sum() / schedule.step_tokens.sum()),
         }
 
 
@@ -119,19 +119,19 @@ def prepared_rows(raw: dict[str, Any]) -> tuple[Any, Any]:
         logging.getLogger(name).setLevel(logging.ERROR)
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     rows = prepare(config, config.model.path).train_rows
-    _ = rows.schedule
+    _ = rows.row_plan
     ray.shutdown()
     return config, rows
 
 
 def through_ray(raw: dict[str, Any]) -> dict[str, Any]:
     from raysft.config import parse
-    from raysft.run.pipeline import opened, train_model
+    from raysft.run.pipeline import open_run, train_model
 
     clock, config = Clock(), parse(raw)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), opened(config) as it:
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), open_run(config) as it:
         train_model(it, [clock])
-        schedule = it.prepared.train_rows.schedule
+        schedule = it.prepared.train_rows.row_plan
         results = it.directory.read_results("train")
     return clock.result(schedule) | {"timings": {key: value for key, value in results.items() if "seconds_" in key}}
 
@@ -155,7 +155,7 @@ def without_ray(raw: dict[str, Any]) -> dict[str, Any]:
     run.path.mkdir(parents=True)
     job = loop.Job(config=config, model=config.model.path, run=run, train_rows=rows, eval_rows={})
     loop.train(job, rows.steps(0, 0, 1), 0, torch.device("cpu"), emit, lambda *state: None, None)
-    return clock.result(rows.schedule)
+    return clock.result(rows.row_plan)
 
 
 def with_transformers(raw: dict[str, Any]) -> dict[str, Any]:
@@ -166,7 +166,7 @@ def with_transformers(raw: dict[str, Any]) -> dict[str, Any]:
 
     config, rows = prepared_rows(raw)
     clock = Clock()
-    batch = rows.batch(range(min(rows.schedule.rows, config.train.max_steps * ROWS_PER_STEP)))
+    batch = rows.batch(range(min(rows.row_plan.rows, config.train.max_steps * ROWS_PER_STEP)))
     names = ("input_ids", "labels", "position_ids")
     examples = [
         {name: torch.as_tensor(batch[name][row], dtype=torch.long) for name in names}
@@ -205,7 +205,7 @@ def with_transformers(raw: dict[str, Any]) -> dict[str, Any]:
     )
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         trainer.train()
-    return clock.result(rows.schedule)
+    return clock.result(rows.row_plan)
 
 
 def one_process() -> None:

@@ -24,7 +24,7 @@ from raysft.generate.batch_inference import generate
 from raysft.generate.engines import Completion
 from raysft.generate.engines.sampling import choose_tokens
 from raysft.generate.engines.static import TransformersEngine
-from raysft.generate.prediction_store import Journal
+from raysft.generate.prediction_store import PredictionStore
 from raysft.storage.json_files import read_jsonl
 from tests.tiny import tiny_model
 
@@ -121,8 +121,10 @@ def test_predictions_are_those_of_each_prompt_alone_in_order(model, prompts, tmp
 def test_continuous_batches_are_supplied_with_several_at_a_time(
     model, prompts, tmp_path, monkeypatch, batch_size, engines, blocks
 ):
-    append, written = Journal.append, []
-    monkeypatch.setattr(Journal, "append", lambda self, entries: (written.append(len(entries)), append(self, entries)))
+    append, written = PredictionStore.append, []
+    monkeypatch.setattr(
+        PredictionStore, "append", lambda self, entries: (written.append(len(entries)), append(self, entries))
+    )
     settings = config(batching="continuous", batch_size=batch_size, num_actors=engines)
     output = tmp_path / "out.jsonl"
     generate(settings, model=str(model), prompts=prompts, output=output, progress=False)
@@ -138,14 +140,14 @@ def test_a_killed_call_goes_on_with_what_is_missing(model, prompts, tmp_path, ca
     class Killed(BaseException):
         pass
 
-    append = Journal.append
+    append = PredictionStore.append
 
     def killed_after_one(self, entries):
         append(self, entries)
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "append", killed_after_one)
+        patch.setattr(PredictionStore, "append", killed_after_one)
         with pytest.raises(Killed):
             generate(settings, model=str(model), prompts=prompts, output=output, progress=False)
     kept = list(read_jsonl(partial))[1:]

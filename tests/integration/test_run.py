@@ -20,15 +20,15 @@ import yaml
 import raysft
 from raysft.cli import main
 from raysft.config import load
-from raysft.data.rows.packed_dataset import Rows
+from raysft.data.rows.packed_dataset import PackedDataset
 from raysft.errors import RequestError
 from raysft.storage.json_files import read_jsonl
-from raysft.storage.lock import held
+from raysft.storage.lock import lock
 from raysft.storage.run_directory import RunDirectory
 from raysft.train import launch
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.checkpoint.format import complete
-from raysft.train.loop import Job
+from raysft.train.loop import TrainJob
 from tests.tiny import SENTENCES, tiny_model, with_code, write_chats
 from tests.training import make_config, prepare
 
@@ -116,7 +116,7 @@ def test_steps_are_as_planned(sft_run):
     plan = json.loads((sft_run / "plan.json").read_text())
     steps = steps_of(sft_run)
     assert [step["current_steps"] for step in steps] == list(range(1, plan["steps"] + 1))
-    assert sum(step["trained_tokens"] for step in steps) == plan["trained_tokens"]
+    assert sum(step["loss_tokens"] for step in steps) == plan["loss_tokens"]
     assert steps[-1]["total_tokens"] == plan["tokens"]
     assert steps[-1]["rows"] == plan["rows"]
     assert [step["epoch"] for step in steps][plan["steps"] // 2 - 1 :: plan["steps"] // 2] == [1, 2]
@@ -146,7 +146,7 @@ def test_the_same_seed_gives_the_same_numbers_on_one_worker(folder, sft_run):
     for one, other in zip(steps_of(sft_run), steps_of(again), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
-        assert one["trained_tokens"] == other["trained_tokens"]
+        assert one["loss_tokens"] == other["loss_tokens"]
     assert results(again, "eval")["eval_loss"] == pytest.approx(results(sft_run, "eval")["eval_loss"], rel=1e-5)
 
 
@@ -176,7 +176,7 @@ def test_a_run_directory_belongs_to_one_config(folder, sft_run, capsys):
 
 
 def test_two_processes_do_not_work_in_one_run_directory(folder, sft_run, capsys):
-    with held(sft_run):
+    with lock(sft_run):
         assert main(["run", str(folder / "sft.yaml")]) == 2
     error = capsys.readouterr().err
     assert f"{sft_run}: process {os.getpid()} on" in error
@@ -327,7 +327,7 @@ def test_a_run_that_is_done_goes_on_with_more_epochs_and_with_other_data_in_them
         [1e-2, 5e-3, *(2e-2 * (6 - step) / 6 for step in range(2, 6))]
     )
     assert [step["rows"] for step in steps] == [4, 8, 12, 16, 20, 24]
-    epochs = [sum(step["trained_tokens"] for step in steps[first : first + 2]) for first in (0, 2, 4)]
+    epochs = [sum(step["loss_tokens"] for step in steps[first : first + 2]) for first in (0, 2, 4)]
     assert len(set(epochs)) == 1, "each epoch trains on each example once"
     assert list(read_jsonl(run / "changes.jsonl")) == [
         {"after_step": 2, "changed": {"train.epochs": [1, 3], "train.learning_rate": [0.01, 0.02]}}
@@ -405,7 +405,7 @@ def test_a_callback_that_raises_stops_the_training(folder):
     assert not (run / "model").exists()
 
 
-class SpoiltForOne(Rows):
+class SpoiltForOne(PackedDataset):
     """Rows that the second worker cannot read, as where its node holds a damaged copy."""
 
     def steps(self, first, worker, workers):
@@ -421,7 +421,7 @@ def test_a_worker_that_fails_alone_before_the_training_ends_it(tmp_path):
     run = RunDirectory(tmp_path / "r")
     shutil.copytree(model, tmp_path / "r" / "model")
     rows = SpoiltForOne((f"{manifest.directory}/manifest.parquet",), 96, 4)
-    job = Job(config, str(model), run, rows, {"d": rows})
+    job = TrainJob(config, str(model), run, rows, {"d": rows})
     begun = time.monotonic()
     with pytest.raises(RequestError, match="worker 1 is damaged"):
         launch.evaluate(job, lambda event, content: None)

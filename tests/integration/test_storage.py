@@ -183,7 +183,7 @@ def test_a_storage_that_fails_costs_a_checkpoint_and_no_step(server, folder, cap
     assert "no checkpoint after step 6: s3://bucket/runs/fails/checkpoints/" in said
     assert "ACCESS_DENIED" in said
     assert [format.Cursor.read(each).step for each in format.complete(run / "checkpoints")] == [2]
-    assert {"config.json", "model.safetensors"} <= (run / "model").list().keys()
+    assert {"config.json", "model.safetensors"} <= (run / "model").entries().keys()
 
 
 def test_a_bucket_that_is_not_there_is_one_line(server, folder, capsys):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from raysft.config import Config
-from raysft.data.rows.packed_dataset import Batch, Rows
-from raysft.data.types import IGNORED
+from raysft.data.rows.packed_dataset import Batch, PackedDataset
+from raysft.data.types import IGNORE_INDEX
 from tests.shards import the_set, write_records, written
 from tests.tiny import tiny_mixture, tiny_model
 from tests.training import Case, Result, assert_same, make_config, train_all
@@ -47,12 +47,12 @@ WAYS: list[tuple[str, dict[str, Any]]] = [
 """Model, and what two workers are to do as one does it alone."""
 
 
-class SomeUnlabelled(Rows):
+class SomeUnlabelled(PackedDataset):
     """Rows of which the last worker's have no label in the first step."""
 
     def batch(self, rows):
         made: Batch = super().batch(rows)
-        made["labels"][np.isin(made["row"], (2, 3))] = IGNORED
+        made["labels"][np.isin(made["row"], (2, 3))] = IGNORE_INDEX
         return made
 
 
@@ -63,13 +63,13 @@ def examples(count: int, seed: int) -> list[dict[str, Any]]:
     for index in range(count):
         ids = [draw.randrange(3, 390) for _ in range(draw.randint(8, 20) if index % 2 else draw.randint(80, CAPACITY))]
         trained = draw.randrange(1, len(ids))
-        labels = [IGNORED] * trained + ids[trained:]
+        labels = [IGNORE_INDEX] * trained + ids[trained:]
         made.append({"input_ids": ids, "labels": labels, "weight": draw.choice([0.5, 1.0, 3.0])})
     return made
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> tuple[Path, Rows, Rows]:
+def rows(tmp_path_factory) -> tuple[Path, PackedDataset, PackedDataset]:
     """(folder, training rows, evaluation rows); the last step of both leaves a worker with fillers alone."""
     folder = tmp_path_factory.mktemp("collectives")
     model = tiny_model(folder / "llama")
@@ -81,8 +81,8 @@ def rows(tmp_path_factory) -> tuple[Path, Rows, Rows]:
         manifests.append(written(the_set(config, str(model)), str(model)).directory)
     paths = [f"{directory}/manifest.parquet" for directory in manifests]
     train_rows = SomeUnlabelled(tuple(paths[:2]), CAPACITY, 4, seed=3, layout="single")
-    eval_rows = Rows((paths[2],), CAPACITY, 4, layout="single", shuffle=False)
-    assert [each.schedule.rows for each in (train_rows, eval_rows)] == [10, 5]
+    eval_rows = PackedDataset((paths[2],), CAPACITY, 4, layout="single", shuffle=False)
+    assert [each.row_plan.rows for each in (train_rows, eval_rows)] == [10, 5]
     return folder, train_rows, eval_rows
 
 
@@ -98,7 +98,7 @@ def trained(rows) -> list[tuple[Result, Result]]:
     return [(known[model, way.get("finetuning", "full")], both) for (model, way), both in zip(WAYS, two, strict=True)]
 
 
-def case(rows: tuple[Path, Rows, Rows], model: str, way: dict[str, Any]) -> Case:
+def case(rows: tuple[Path, PackedDataset, PackedDataset], model: str, way: dict[str, Any]) -> Case:
     folder, train_rows, eval_rows = rows
     settings = {
         "data.packing": False,

@@ -52,7 +52,7 @@ def poisoned(tmp_path_factory):
 
 def step_with_the_record(manifest: Manifest) -> int:
     rows = rows_of(manifest, steps=100)
-    at = [row for row in range(rows.schedule.rows) if any(name.endswith("data.jsonl:7") for name in rows.records(row))]
+    at = [row for row in range(rows.row_plan.rows) if any(name.endswith("data.jsonl:7") for name in rows.records(row))]
     return at[0] // 4
 
 
@@ -148,7 +148,9 @@ def test_the_kept_model_has_the_loss_that_it_was_kept_for(prepared, judged):
             for batch in rows.steps(0, 0, 1)
             for part in microbatches(batch, 4, torch.device("cpu"))
         ]
-    assert sum(losses) / rows.schedule.step_trained.sum() == pytest.approx(min(evaluations(judged["best"])), rel=1e-5)
+    assert sum(losses) / rows.row_plan.step_loss_tokens.sum() == pytest.approx(
+        min(evaluations(judged["best"])), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(("case", "patience"), [("patient", 2), ("impatient", 1)])

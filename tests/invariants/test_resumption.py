@@ -14,7 +14,7 @@ from raysft.config import TrainSection
 from raysft.config.resume_effects import EFFECTS, Effect
 from raysft.train.checkpoint import format
 from raysft.train.checkpoint.cursor import EVALUATION, Best, Cursor
-from raysft.train.early_stopping import Judge, known_best, wants_to_stop
+from raysft.train.early_stopping import EarlyStopper, known_best, should_stop
 from tests.training import STEPS, Case, Result, make_config, plain_loss, plain_model, prepare, rows_of, train_all
 
 HALF = STEPS // 2
@@ -200,8 +200,8 @@ def test_what_was_best_counts_only_where_it_can_be_compared_and_was_kept():
     best = Best(step=3, since=2, results={"eval_loss": 1.0}, kept=False)
     cursor = Cursor(5, 20, 100, {EVALUATION: "a"}, best)
     assert known_best(stops, cursor, {EVALUATION: "a"}) == best
-    assert wants_to_stop(stops, best)
-    assert not wants_to_stop(TrainSection(early_stopping={"patience": 3}), best)
+    assert should_stop(stops, best)
+    assert not should_stop(TrainSection(early_stopping={"patience": 3}), best)
     assert known_best(stops, cursor, {EVALUATION: "b"}) is None
     assert known_best(keeps, cursor, {EVALUATION: "a"}) is None, "its model was not kept"
     kept = replace(cursor, best=replace(best, kept=True))
@@ -211,11 +211,11 @@ def test_what_was_best_counts_only_where_it_can_be_compared_and_was_kept():
 
 
 def test_an_evaluation_that_a_checkpoint_knows_counts_once():
-    judge = Judge(TrainSection(early_stopping={"patience": 2}), lambda: None)
+    early_stopper = EarlyStopper(TrainSection(early_stopping={"patience": 2}), lambda: None)
     for step, loss in ((1, 1.0), (2, 1.5), (2, 1.5)):
-        judge.look({"eval_loss": loss}, step)
-    assert judge.best
-    assert (judge.best.since, judge.best.seen) == (1, 2)
+        early_stopper.update({"eval_loss": loss}, step)
+    assert early_stopper.best
+    assert (early_stopper.best.since, early_stopper.best.seen) == (1, 2)
 
 
 def test_a_checkpoint_at_the_end_knows_the_last_evaluation(prepared, tmp_path):

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from raysft.config import with_overrides
-from raysft.data.rows.packed_dataset import Rows
+from raysft.data.rows.packed_dataset import PackedDataset
 from raysft.data.shards.manifest import Manifest
-from raysft.data.types import IGNORED
+from raysft.data.types import IGNORE_INDEX
 from raysft.train.objective import Objective
 from tests.training import (
     SEQUENCE_LENGTH,
@@ -46,7 +46,7 @@ def reference(prepared):
 def test_training_equals_a_plain_loop_over_single_examples(prepared, reference):
     _, model, manifest = prepared
     rows = rows_of(manifest)
-    assert max(len(rows.schedule.row(row)) for row in range(rows.schedule.rows)) > 1, (
+    assert max(len(rows.row_plan.row(row)) for row in range(rows.row_plan.rows)) > 1, (
         "rows must be packed for this to say anything"
     )
     losses, norms, weights = plain_training(plain_model(model), rows)
@@ -57,15 +57,15 @@ def test_training_equals_a_plain_loop_over_single_examples(prepared, reference):
 def test_ten_steps_over_epochs_that_do_not_fill_their_last_one_equal_a_plain_loop(prepared, world):
     folder, model, manifest = prepared
     rows = rows_of(manifest, steps=10, epochs=3)
-    assert rows.schedule.steps == 10
-    assert 0 < rows.schedule.step_rows[:-1].min() < 4, "each epoch fills its last step"
+    assert rows.row_plan.steps == 10
+    assert 0 < rows.row_plan.step_rows[:-1].min() < 4, "each epoch fills its last step"
     losses, norms, weights = plain_training(plain_model(model), rows)
     ours = train(make_config(folder, model, micro_batch_size=4 // world, max_steps=10, epochs=3), rows, world=world)
     # Ten steps of Adam at a rate of 0.01 make more of rounding than four.
     assert_same((*ours[:3], {}), (losses, norms, weights, {}), tolerance=1e-4)
     np.testing.assert_allclose(ours.losses, losses, rtol=TOLERANCE)
     logged = [content.rows for event, content in ours.events if event == "step"]
-    assert logged == np.cumsum(rows.schedule.step_rows).tolist()
+    assert logged == np.cumsum(rows.row_plan.step_rows).tolist()
 
 
 def test_packed_rows_have_the_logits_of_their_examples_alone(prepared):
@@ -99,7 +99,7 @@ def test_packed_and_unpacked_losses_are_equal(prepared):
     model = TokenLoss(load_model(make_config(folder, path), str(path))).eval()
     totals = []
     for packing in (True, False):
-        rows = Rows(
+        rows = PackedDataset(
             (f"{manifest.directory}/manifest.parquet",),
             SEQUENCE_LENGTH,
             4,
@@ -112,7 +112,7 @@ def test_packed_and_unpacked_losses_are_equal(prepared):
                 for batch in rows.steps(0, 0, 1)
                 for part in microbatches(batch, 4, torch.device("cpu"))
             ]
-        totals.append(sum(losses) / rows.schedule.step_trained.sum())
+        totals.append(sum(losses) / rows.row_plan.step_loss_tokens.sum())
     assert totals[0] == pytest.approx(totals[1], rel=TOLERANCE)
 
 
@@ -213,7 +213,7 @@ def test_weights_and_losses_of_sources_follow_their_formulas_and_gradients_too(p
         for ids, labels in examples_of(batch, row):
             weight, source = float(batch["weights"][row, at]), int(batch["sources"][row, at])
             logits = exact(input_ids=ids[None], use_cache=False).logits[0]
-            part_loss = F.cross_entropy(logits[:-1], labels[1:], ignore_index=IGNORED, reduction="sum")
+            part_loss = F.cross_entropy(logits[:-1], labels[1:], ignore_index=IGNORE_INDEX, reduction="sum")
             sums[source] = sums[source] + weight * part_loss
             at += len(ids)
     (sums[0] + sums[1]).backward()
@@ -226,7 +226,9 @@ def test_weights_and_losses_of_sources_follow_their_formulas_and_gradients_too(p
 def test_two_sources_train_alike_on_one_worker_and_two_and_their_losses_are_logged(prepared, tmp_path):
     folder, model, manifest = prepared
     path = f"{manifest.directory}/manifest.parquet"
-    rows = Rows((path, path), SEQUENCE_LENGTH, 4, seed=3, max_steps=STEPS, mixing="first_exhausted", shares=(1.0, 3.0))
+    rows = PackedDataset(
+        (path, path), SEQUENCE_LENGTH, 4, seed=3, max_steps=STEPS, mixing="first_exhausted", shares=(1.0, 3.0)
+    )
     one = train(make_config(folder, model, micro_batch_size=4), rows)
     two = train(make_config(folder, model, micro_batch_size=2), rows, world=2)
     assert_same(one, two)

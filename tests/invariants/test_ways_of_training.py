@@ -259,7 +259,7 @@ def test_the_adapter_that_is_written_is_the_one_that_was_trained(prepared, train
             for part in microbatches(batch, 4, torch.device("cpu"))
         ]
     tolerance = 1e-2 if "bit" in case else 2e-5
-    assert sum(losses) / rows.schedule.step_trained.sum() == pytest.approx(
+    assert sum(losses) / rows.row_plan.step_loss_tokens.sum() == pytest.approx(
         result.evaluation["eval_loss"], rel=tolerance
     )
     if "bit" in case:

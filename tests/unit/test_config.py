@@ -315,13 +315,13 @@ def test_every_field_has_a_docstring():
 )
 def test_the_mathematics_follow_what_decides_the_numbers(write, override, same):
     before, after = load(write(BASE)), load(write(BASE), [override])
-    assert (before.mathematics() == after.mathematics()) == same
+    assert (before.numerics_keys() == after.numerics_keys()) == same
 
 
 def test_mathematics_names_the_keys_flat(write):
-    mathematics = load(write(BASE)).mathematics()
-    assert mathematics["train.learning_rate"] == 1e-4
-    assert not {"run.name", "run.storage", "data.cache"} & mathematics.keys()
+    numerics_keys = load(write(BASE)).numerics_keys()
+    assert numerics_keys["train.learning_rate"] == 1e-4
+    assert not {"run.name", "run.storage", "data.cache"} & numerics_keys.keys()
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_the_best_model_is_still_known_when_it_is_the_trained_one_already(run):
     again.write_best(4)
     assert (run.model / "config.json").read_text() == "after 4"
     assert not again.told
-    assert not run.best.list()
+    assert not run.best.entries()
 
 
 @pytest.mark.usefixtures("group")
@@ -101,7 +101,7 @@ def test_an_earlier_best_model_is_not_taken_for_one_that_did_not_get_there(run):
     assert "after step 6, is not there" in again.told[0]
     again.keep_best(8, "after 8", None)
     again._wait()
-    assert list(run.best.list()) == ["8"]
+    assert list(run.best.entries()) == ["8"]
 
 
 @pytest.mark.usefixtures("group")
@@ -113,7 +113,7 @@ def test_a_later_best_model_is_not_taken_for_the_one_that_a_checkpoint_tells_of(
     exporter.keep_best(4, "after 4", None)
     assert Told(run).known(best_of(4)) == best_of(4)
     exporter.keep_best(6, "after 6", None)
-    assert list(run.best.list()) == ["6"]
+    assert list(run.best.entries()) == ["6"]
     again = Told(run)  # it was killed, and goes on from a checkpoint between the two with another learning rate
     assert again.known(best_of(4)) is None
     again.keep_best(8, "after 8", None)

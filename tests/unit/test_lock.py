@@ -10,13 +10,13 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from raysft.storage import lock
-from raysft.storage.lock import Held, Holder, held
+from raysft.storage import lock as lock_module
+from raysft.storage.lock import Locked, LockOwner, lock
 from raysft.storage.path import StoragePath
 
 
 def hold(folder, ready, seconds):
-    with held(folder):
+    with lock(folder):
         ready.set()
         time.sleep(seconds)
 
@@ -35,21 +35,21 @@ def other(tmp_path):
 
 
 def test_the_second_is_refused_while_the_first_lives_and_follows_when_it_is_dead(tmp_path, other):
-    with pytest.raises(Held, match=f"process {other.pid} on"), held(tmp_path):
+    with pytest.raises(Locked, match=f"process {other.pid} on"), lock(tmp_path):
         pass
     os.kill(other.pid, signal.SIGKILL)
     other.join()
-    with held(tmp_path):
+    with lock(tmp_path):
         assert json.loads((tmp_path / ".lock").read_text())["process"] == os.getpid()
     assert not list(tmp_path.iterdir())
 
 
 def test_one_on_another_machine_is_given_time_for_a_sign(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "DEAD_SECONDS", 0.6)
-    there = replace(Holder.me(), host="elsewhere", process=7)
+    monkeypatch.setattr(lock_module, "DEAD_SECONDS", 0.6)
+    there = replace(LockOwner.me(), host="elsewhere", process=7)
     (tmp_path / ".lock").write_text(json.dumps(asdict(there)))
     said = []
-    with held(tmp_path, said.append):
+    with lock(tmp_path, said.append):
         pass
     assert said == [f"{tmp_path}: process 7 on elsewhere works here; waiting 1 s for a sign"]
 
@@ -60,30 +60,30 @@ def test_one_on_another_machine_is_given_time_for_a_sign(tmp_path, monkeypatch):
         if beat := next(beats, None):
             (tmp_path / ".lock").write_text(json.dumps(beat))
 
-    monkeypatch.setattr(lock.time, "sleep", waits)
-    with pytest.raises(Held, match="process 7 on elsewhere"), held(tmp_path, said.append):
+    monkeypatch.setattr(lock_module.time, "sleep", waits)
+    with pytest.raises(Locked, match="process 7 on elsewhere"), lock(tmp_path, said.append):
         pass
 
 
 def test_one_on_another_machine_that_ends_meanwhile_is_followed(tmp_path, monkeypatch):
-    there = replace(Holder.me(), host="elsewhere", process=7)
+    there = replace(LockOwner.me(), host="elsewhere", process=7)
     (tmp_path / ".lock").write_text(json.dumps(asdict(there)))
-    monkeypatch.setattr(lock.time, "sleep", lambda seconds: (tmp_path / ".lock").unlink(missing_ok=True))
+    monkeypatch.setattr(lock_module.time, "sleep", lambda seconds: (tmp_path / ".lock").unlink(missing_ok=True))
     taken = []
-    monkeypatch.setattr(lock, "_write", lambda file, holder: taken.append(holder))
-    with pytest.raises(Held, match="in this moment"):
-        lock._take(StoragePath.of(tmp_path / ".lock"), Holder.me(), print)
+    monkeypatch.setattr(lock_module, "_write", lambda file, holder: taken.append(holder))
+    with pytest.raises(Locked, match="in this moment"):
+        lock_module._take(StoragePath.of(tmp_path / ".lock"), LockOwner.me(), print)
     assert taken, "it was followed; what became of the lock after that is another matter"
 
 
 def test_a_lock_that_cannot_be_read_holds_nobody_off(tmp_path):
     (tmp_path / ".lock").write_text("{")
-    with held(tmp_path):
+    with lock(tmp_path):
         pass
 
 
 def test_a_lock_that_another_user_keeps_to_himself_is_no_dead_ones(tmp_path, monkeypatch):
-    content = json.dumps(asdict(Holder.me()))
+    content = json.dumps(asdict(LockOwner.me()))
     (tmp_path / ".lock").write_text(content)
     read = StoragePath.read
 
@@ -93,25 +93,25 @@ def test_a_lock_that_another_user_keeps_to_himself_is_no_dead_ones(tmp_path, mon
         return read(place, function)
 
     monkeypatch.setattr(StoragePath, "read", refused)
-    with pytest.raises(Held, match="Permission denied"), held(tmp_path):
+    with pytest.raises(Locked, match="Permission denied"), lock(tmp_path):
         pass
     assert (tmp_path / ".lock").read_text() == content
 
 
 def test_a_process_of_another_container_with_this_ones_name_is_not_known_to_be_dead():
-    there = replace(Holder.me(), process=4_000_000)
+    there = replace(LockOwner.me(), process=4_000_000)
     assert there.is_alive() is False
     assert replace(there, processes="another").is_alive() is None
 
 
 def test_who_was_taken_for_dead_stops(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(lock_module, "BEAT_SECONDS", 0.05)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as a run has it
     said: list[str] = []
-    there = replace(Holder.me(), host="elsewhere", process=7)
+    there = replace(LockOwner.me(), host="elsewhere", process=7)
 
     def works():
-        with held(tmp_path, said.append):
+        with lock(tmp_path, said.append):
             (tmp_path / ".lock").write_text(json.dumps(asdict(there)))
             time.sleep(5)
 
@@ -125,5 +125,5 @@ def test_who_was_taken_for_dead_stops(tmp_path, monkeypatch):
 
 
 def test_a_number_that_another_process_has_now_is_no_sign_of_life():
-    assert Holder.me().is_alive()
-    assert not replace(Holder.me(), born=1.0).is_alive()
+    assert LockOwner.me().is_alive()
+    assert not replace(LockOwner.me(), born=1.0).is_alive()

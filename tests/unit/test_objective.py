@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from raysft.data.types import IGNORED
+from raysft.data.types import IGNORE_INDEX
 from raysft.train.objective import Objective, embedding_noise
 
 VOCABULARY = 50
@@ -19,7 +19,7 @@ def logits() -> torch.Tensor:
     return (torch.randn(7, VOCABULARY, generator=generator) * 3).requires_grad_()
 
 
-TARGETS = torch.tensor([3, 0, 49, 7, IGNORED, 7, 20])
+TARGETS = torch.tensor([3, 0, 49, 7, IGNORE_INDEX, 7, 20])
 
 
 def cross_entropy(row: list[float], target: int) -> float:

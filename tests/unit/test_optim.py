@@ -10,7 +10,7 @@ import torch
 from raysft.config import TrainSection
 from raysft.config.train import Schedule
 from raysft.errors import RequestError
-from raysft.train.optim import make_optimizer, make_schedule
+from raysft.train.optim import make_lr_scheduler, make_optimizer
 
 STEPS = 40
 
@@ -18,7 +18,7 @@ STEPS = 40
 def rates(**settings) -> list[float]:
     train = TrainSection(**{"learning_rate": 1.0, "warmup_ratio": 0.1, **settings})
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = make_schedule(optimizer, train, STEPS)
+    schedule = make_lr_scheduler(optimizer, train, STEPS)
     found = []
     for _ in range(STEPS):
         found.append(schedule.get_last_lr()[0])
@@ -59,7 +59,7 @@ def test_warmup_stable_decay_is_flat_and_falls_in_its_last_tenth():
 def test_an_option_that_does_not_exist_is_refused(settings, message):
     train = TrainSection(**settings)
     with pytest.raises(RequestError, match=message):
-        make_schedule(make_optimizer(torch.nn.Linear(2, 2), train), train, 10)
+        make_lr_scheduler(make_optimizer(torch.nn.Linear(2, 2), train), train, 10)
 
 
 def test_an_optimizer_without_its_library_says_what_to_install(monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 
 from raysft.config import Config, parse, with_overrides
 from raysft.data.prepare import Prepared
-from raysft.data.rows.packed_dataset import Rows
+from raysft.data.rows.packed_dataset import PackedDataset
 from raysft.errors import RequestError
 from raysft.run.plan import check_resources, make_plan
 from tests.shards import data_config, the_set, write_records, written
@@ -180,19 +180,19 @@ def test_a_plan_counts_steps_rows_tokens_and_what_is_empty(tmp_path, monkeypatch
     )
     each = the_set(config, str(tmp_path / "model"))
     manifest = written(each, str(tmp_path / "model"))
-    rows = Rows((each.manifest.location,), capacity=64, global_batch_size=4, epochs=3, layout="single")
+    rows = PackedDataset((each.manifest.location,), capacity=64, global_batch_size=4, epochs=3, layout="single")
     plan = make_plan(config, Prepared((manifest,), (), rows, {}), cpus(2, 2))
     length, trained = int(manifest.lengths[0]), int(manifest.trained[0])
     assert (plan.examples, plan.rows, plan.steps, plan.rows_of_epochs) == (10, 30, 9, (10, 10, 10))
-    assert (plan.tokens, plan.trained_tokens) == (30 * length, 30 * trained)
-    assert plan.useful == pytest.approx(length / 64, abs=1e-6)
+    assert (plan.tokens, plan.loss_tokens) == (30 * length, 30 * trained)
+    assert plan.packing_efficiency == pytest.approx(length / 64, abs=1e-6)
     assert (plan.rows_per_worker, plan.filler_rows, plan.accumulation, plan.empty_rows) == (2, 2, 1, 6)
     assert (plan.cpus, plan.gpus, plan.cluster_cpus, plan.cluster_gpus) == (3.5, 0, 4, 0)
     assert json.loads(json.dumps(plan.as_dict()))["sources"]["a"]["rejected"] == 1
     assert plan.lines()[: -len(plan.warnings)] == [
         f"train a: turns, 10 examples of 11 records, {10 * length} tokens, {10 * trained} trained, longest {length}, 1 rejected",
         "turns: 10 trained on, ended by <|im_end|> (10)",
-        f"rows: 30 of 64 tokens over 3 epochs, {100 * length / 64:.1f}% useful, {30 * length} tokens, {30 * trained} trained",
+        f"rows: 30 of 64 tokens over 3 epochs, {100 * length / 64:.1f}% packed, {30 * length} tokens, {30 * trained} trained",
         "steps: 9 of 4 rows = 3 workers × 2 rows in 1 microbatch, 2 of them empty in each step; "
         "6 rows at the ends of epochs stay empty",
         "resources: 3.5 CPUs and 0 GPUs wanted, 4 CPUs and 0 GPUs there",

@@ -39,8 +39,8 @@ def step_record(step: int, total: int, noise: random.Random) -> dict[str, Any]:
             remaining_time="0:00:01",
             throughput=(9_000 if step == 1 else 41_000) + noise.gauss(0, 1500),
             total_tokens=step * 65_000,
-            trained_tokens=30_000,
-            useful=min(1.0, 0.96 + noise.gauss(0, 0.01)),
+            loss_tokens=30_000,
+            packing_efficiency=min(1.0, 0.96 + noise.gauss(0, 0.01)),
             rows=32 * step,
             step_seconds=1.6,
             data_wait_seconds=0.01,
@@ -80,7 +80,14 @@ def make_run(
             log.append(evaluation_record(step, steps, names))
     write_jsonl(run.trainer_log, log)
     sources = {"chats": {"examples": 4321, "tokens": 600_000}}
-    plan = {"rows": 320, "steps": steps, "tokens": 650_000, "useful": 0.961, "examples": 4321, "sources": sources}
+    plan = {
+        "rows": 320,
+        "steps": steps,
+        "tokens": 650_000,
+        "packing_efficiency": 0.961,
+        "examples": 4321,
+        "sources": sources,
+    }
     write_json(run.plan, plan)
     run.write_results("train", {"train_loss": 1.31, "train_runtime": 200.4, "train_tokens_per_second": 41234.5})
     if names:

@@ -13,7 +13,7 @@ import torch
 
 from raysft.config import Config, documented_fields, parse, with_overrides
 from raysft.config.resume_effects import EFFECTS, Effect, effect_of
-from raysft.data.rows.packed_dataset import Rows
+from raysft.data.rows.packed_dataset import PackedDataset
 from raysft.errors import RequestError
 from raysft.run.ownership import belongs_to, differences
 from raysft.run.resumption import SCHEDULE, Resumption, check_resumption, record_changes
@@ -69,7 +69,7 @@ def goes_on(directory: RunDirectory, steps: int, identity: dict[str, str] = IDEN
 
 def planned(steps: int) -> Any:
     """Rows of which nothing but the number of steps counts."""
-    rows = Rows(("a-all-d/manifest.parquet",), 64, 4)
+    rows = PackedDataset(("a-all-d/manifest.parquet",), 64, 4)
     rows.__dict__["schedule"] = SimpleNamespace(steps=steps)
     return rows
 
@@ -201,7 +201,7 @@ def test_what_changed_is_recorded_with_the_step_and_the_run_is_done_no_more(tmp_
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory) -> dict[str, Rows]:
+def sources(tmp_path_factory) -> dict[str, PackedDataset]:
     """Rows of 20 examples, of 12 others and of 8 more, one in each."""
     folder = tmp_path_factory.mktemp("sources")
     tiny_tokenizer().save_pretrained(folder / "model")
@@ -210,11 +210,13 @@ def sources(tmp_path_factory) -> dict[str, Rows]:
         write_records(folder / f"{name}.jsonl", [[f"{name} {number}", "yes"] for number in range(count)])
         each = the_set(data_config(folder, [name]), str(folder / "model"))
         written(each, str(folder / "model"))
-        found[name] = Rows((each.manifest.location,), 64, 4, epochs=4, layout="single")
+        found[name] = PackedDataset((each.manifest.location,), 64, 4, epochs=4, layout="single")
     return found
 
 
-def with_data(directory: RunDirectory, rows: Rows, key: str, allow_changed: bool = True, **changes: Any) -> Resumption:
+def with_data(
+    directory: RunDirectory, rows: PackedDataset, key: str, allow_changed: bool = True, **changes: Any
+) -> Resumption:
     """Ask with other data; 20 examples are an epoch of 5 steps."""
     asked = config(directory.path.parent, **{"train__epochs": 4, **changes})
     changed = belongs_to(directory, asked, allow_changed=True)
@@ -222,7 +224,7 @@ def with_data(directory: RunDirectory, rows: Rows, key: str, allow_changed: bool
     return check_resumption(directory, asked, rows, identity, changed, allow_changed)
 
 
-def trained_with(directory: RunDirectory, scheduled: Rows, **changes: Any) -> None:
+def trained_with(directory: RunDirectory, scheduled: PackedDataset, **changes: Any) -> None:
     """As a run leaves it that was let through."""
     directory.plan.write_text(json.dumps({SCHEDULE: scheduled.described()}))
     directory.config.write_text(config(directory.path.parent, **{"train__epochs": 4, **changes}).to_yaml())
@@ -235,7 +237,7 @@ def test_other_data_comes_with_the_next_epoch_and_stays_so(tmp_path, sources):
         with_data(directory, sources["b"], "other", allow_changed=False)
     it = with_data(directory, sources["b"], "other")
     assert it.rows == replace(sources["b"], earlier=replace(sources["a"], epochs=2))
-    assert it.rows.schedule.steps == 2 * 5 + 2 * 3
+    assert it.rows.row_plan.steps == 2 * 5 + 2 * 3
     assert record_changes(directory, it).endswith(
         "goes on after step 7 from epoch 3 on with the data of source 'a'='other' (before: 'd')"
     )
@@ -257,7 +259,7 @@ def test_what_is_trained_in_three_parts_keeps_each(tmp_path, sources):
     assert it.from_epoch == 4
     before = replace(sources["b"], epochs=3, earlier=replace(sources["a"], epochs=2))
     assert it.rows == replace(sources["c"], earlier=before)
-    assert it.rows.schedule.rows_of_epochs == [20, 20, 12, 8]
+    assert it.rows.row_plan.rows_of_epochs == [20, 20, 12, 8]
 
 
 def test_other_data_without_an_epoch_to_come_is_refused(tmp_path, sources):
@@ -270,7 +272,7 @@ def test_other_data_without_an_epoch_to_come_is_refused(tmp_path, sources):
         "raise train.epochs, put it back as it was, or choose another run.name"
     )
     more = with_data(directory, replace(sources["b"], epochs=2), "other", train__epochs=2)
-    assert more.rows.schedule.rows_of_epochs == [20, 12]
+    assert more.rows.row_plan.rows_of_epochs == [20, 12]
 
 
 def test_other_data_that_has_not_come_yet_can_be_put_back(tmp_path, sources):
@@ -278,5 +280,5 @@ def test_other_data_that_has_not_come_yet_can_be_put_back(tmp_path, sources):
     directory = begun(tmp_path, step=4)
     trained_with(directory, replace(sources["b"], epochs=2, earlier=replace(sources["a"], epochs=1)), train__epochs=2)
     back = with_data(directory, replace(sources["a"], epochs=1), "d", train__epochs=1)
-    assert back.rows.schedule.rows_of_epochs == [20]
+    assert back.rows.row_plan.rows_of_epochs == [20]
     assert dict(back.changed) == {"train.epochs": [2, 1]}

@@ -19,9 +19,9 @@ from raysft.config import Source
 from raysft.data.sources.files import find_files
 from raysft.data.sources.formats import examples
 from raysft.data.sources.readers import read_raw
-from raysft.data.tokenization.tokenize import Options, Tokenized, Tokenizing
+from raysft.data.tokenization.tokenize import ExampleTokenizer, Options, Tokenized
 from raysft.data.tokenization.tokenizer import Tokenizer
-from raysft.data.types import IGNORED, Example
+from raysft.data.types import IGNORE_INDEX, Example
 from raysft.models.tokenizer import load_tokenizer
 from tests.tiny import tiny_tokenizer
 
@@ -196,7 +196,7 @@ def read(path: Path, model: str) -> Iterator[tuple[list[int], list[int]]]:
     read = [item for item in items if isinstance(item, Example)]
     assert read == items
     options = Options("sft", 1 << 20, False, False, "error", "head", "keep", {}, False)
-    for item in Tokenizing(Tokenizer.load(model), options)(read):
+    for item in ExampleTokenizer(Tokenizer.load(model), options)(read):
         assert isinstance(item, Tokenized), item
         yield item.input_ids.tolist(), item.labels.tolist()
 
@@ -207,7 +207,7 @@ def expected(record: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[in
         messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     ids, trained = whole["input_ids"], whole["assistant_masks"]
-    return ids, [token if inside else IGNORED for token, inside in zip(ids, trained, strict=True)]
+    return ids, [token if inside else IGNORE_INDEX for token, inside in zip(ids, trained, strict=True)]
 
 
 @pytest.mark.parametrize("name", [*KEEP_NULLS, *LOSE_NULLS])

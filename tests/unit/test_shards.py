@@ -34,7 +34,7 @@ def model(tmp_path_factory) -> str:
 def _without_ray(tmp_path, monkeypatch):
     """Run the tasks one after the other in this process."""
 
-    def write_missing(missing, load_tokenizer, tell):
+    def write_missing(missing, load_tokenizer, notify):
         tokenizer = load_tokenizer()
         return {
             each.directory: [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from raysft.data.rows.row_plan import Lengths, Schedule, plan_rows
+from raysft.data.rows.row_plan import Lengths, RowPlan, plan_rows
 from raysft.data.rows.splice import spliced
 
 RANDOM = np.random.default_rng(1)
@@ -20,13 +20,13 @@ def source(count: int, weights: bool = False) -> Lengths:
 FIRST, OTHER, MORE = source(110), source(60), source(75, weights=True)
 
 
-def planned(*sources: Lengths, **options) -> Schedule:
+def planned(*sources: Lengths, **options) -> RowPlan:
     return plan_rows(list(sources), **{"capacity": 32, "global_batch_size": 8, "seed": 3, **options})
 
 
-def steps_of(schedule: Schedule, first: int, last: int) -> list[list[int]]:
-    rows = range(first * 8, min(last * 8, schedule.rows))
-    return [schedule.row(index).tolist() for index in rows]
+def steps_of(row_plan: RowPlan, first: int, last: int) -> list[list[int]]:
+    rows = range(first * 8, min(last * 8, row_plan.rows))
+    return [row_plan.row(index).tolist() for index in rows]
 
 
 @pytest.mark.parametrize("layout", ["packed", "single"])
@@ -38,7 +38,7 @@ def test_what_came_before_stays_and_what_follows_is_the_others_from_its_epoch_on
     assert steps_of(whole, 0, kept)[: before.rows] == steps_of(before, 0, kept)
     theirs = [[example + 110 for example in row] for row in steps_of(after, rest, after.steps)]
     assert steps_of(whole, kept, whole.steps) == theirs
-    for name in ("step_rows", "step_tokens", "step_trained", "step_weight"):
+    for name in ("step_rows", "step_tokens", "step_loss_tokens", "step_weight"):
         joined = np.concatenate([getattr(before, name), getattr(after, name)[rest:]])
         np.testing.assert_allclose(getattr(whole, name), joined, err_msg=name)
     assert whole.source_weight(whole.steps - 1, 3)[0] == 0
@@ -64,4 +64,4 @@ def test_steps_are_counted_over_all_of_it():
     cut = spliced(planned(FIRST, epochs=1), planned(OTHER, epochs=9), 110, 1, max_steps=20)
     assert cut.steps == 20
     assert steps_of(cut, 0, 20) == steps_of(whole, 0, 20)
-    assert len(cut.sources) == len(cut.pieces.examples)
+    assert len(cut.sources) == len(cut.segments.examples)

@@ -12,7 +12,7 @@ from raysft.config import Source, parse
 from raysft.data.sources.files import find_files
 from raysft.data.sources.readers import parsed, read_raw
 from raysft.errors import RequestError, StorageFailed
-from raysft.run.ownership import writable
+from raysft.run.ownership import ensure_writable
 from raysft.storage import filesystems, path
 from raysft.storage.local_cache import local_copy
 from raysft.storage.path import StoragePath
@@ -36,14 +36,14 @@ def remote(server, tmp_path) -> StoragePath:
 
 def test_what_was_written_is_there_and_listed(place):
     assert not place.exists()
-    assert place.list() == place.walk() == {}
+    assert place.entries() == place.walk() == {}
     (place / "a.json").write_text("é")
     (place / "deep/er/b.bin").write_bytes(b"12345")
     (place / "deep" / "odd name+%20#é").write_bytes(b"")
     assert (place / "a.json").read_text() == "é"
     assert (place / "deep").name == "deep"
     assert (place / "deep").parent == place
-    assert {name: (entry.folder, entry.folder or entry.size) for name, entry in place.list().items()} == {
+    assert {name: (entry.folder, entry.folder or entry.size) for name, entry in place.entries().items()} == {
         "a.json": (False, 2),
         "deep": (True, True),
     }
@@ -70,7 +70,7 @@ def test_files_and_folders_are_removed(place):
     (place / "a/b").remove()
     assert list(place.walk()) == ["a/c/d", "e"]
     (place / "a").remove()
-    assert list(place.list()) == ["e"]
+    assert list(place.entries()) == ["e"]
 
 
 def test_a_part_of_a_file_is_read(place):
@@ -245,7 +245,7 @@ def test_a_storage_that_never_answered_is_waited_for_less_than_one_of_a_run(tmp_
         with pytest.raises(
             RequestError, match=r"^run.storage: s3://\S+: no answer from the storage for .*credentials$"
         ):
-            writable(config)
+            ensure_writable(config)
         with pytest.raises(RequestError, match=r"^source 'a': s3://\S+: no answer from the storage for .*credentials$"):
             find_files(Source(name="a", path=path))
         with (
@@ -302,4 +302,4 @@ def test_a_server_that_says_yes_to_everything_is_no_storage(served):
     with pytest.raises(
         RequestError, match=r"^run.storage: s3://bucket/runs: .* what answers is no storage; check the path"
     ):
-        writable(config)
+        ensure_writable(config)

@@ -37,7 +37,7 @@ def test_tensorboard_has_steps_sources_and_evaluations(tmp_path):
     assert found["train/loss"] == [(1, 1.0), (2, 2.0), (3, 5.0)]
     assert found["eval/loss"] == [(3, 2.0)]
     assert found["train/source_loss/a"][0] == (1, 0.5)
-    assert {"train/lr", "train/grad_norm", "train/throughput", "train/trained_throughput"} <= found.keys()
+    assert {"train/lr", "train/grad_norm", "train/throughput", "train/loss_token_throughput"} <= found.keys()
     assert "train/mfu" not in found
     assert "eval/tokens" not in found
 

@@ -22,7 +22,7 @@ from raysft.data.sources.formats import examples
 from raysft.data.sources.pickle_guard import PICKLED, read_table
 from raysft.data.sources.readers import read_raw
 from raysft.errors import RequestError
-from raysft.models.fingerprint import model_identity
+from raysft.models.fingerprint import model_fingerprint
 from raysft.storage.path import StoragePath
 from raysft.train.check_model import check_model
 from raysft.train.checkpoint import format
@@ -156,9 +156,9 @@ def in_bin(model: Path, name: str = "model.safetensors", into: str = "pytorch_mo
 def test_old_weights_of_tensors_alone_are_taken(model):
     folder = in_bin(model)
     check_model(parse(CONFIG), str(folder))
-    before = model_identity(str(folder))
+    before = model_fingerprint(str(folder))
     torch.save(dict.fromkeys(load_file(model / "model.safetensors")), folder / "pytorch_model.bin")
-    assert model_identity(str(folder)) != before
+    assert model_fingerprint(str(folder)) != before
 
 
 def test_weights_that_run_code_are_refused_before_anything_is_started(model):
@@ -214,7 +214,7 @@ def test_a_checkpoint_that_runs_code_is_passed_over():
     torch.save({"random": torch.zeros(1)}, folder / "state_0.pt")
     assert list(format._read_rest(StoragePath.of(folder), StoragePath.of(folder), 0)) == ["random"]
     torch.save({"random": torch.zeros(1), "x": Code()}, folder / "state_0.pt")
-    with pytest.raises(format.Damaged, match=r"state_0\.pt holds more than tensors and plain values"):
+    with pytest.raises(format.CorruptCheckpoint, match=r"state_0\.pt holds more than tensors and plain values"):
         format._read_rest(StoragePath.of(folder), StoragePath.of(folder), 0)
     assert (folder / format.DAMAGED).exists()
 

@@ -24,7 +24,7 @@ from raysft.errors import RequestError
 from raysft.generate.batch_inference import generate
 from raysft.generate.engine_pool import Pool
 from raysft.generate.engines import check_engine, vllm
-from raysft.generate.engines.vllm import Served
+from raysft.generate.engines.vllm import VllmModel
 from tests.tiny import tiny_model
 
 ABSENT = importlib.util.find_spec("vllm") is None
@@ -103,7 +103,7 @@ def test_where_vllm_is_not_installed_it_is_said_first(tmp_path):
 
 def test_requests_are_tokens_and_settings_of_their_own(model):
     settings = config(do_sample=True, temperature=0.5, top_k=0, stop_tokens=["<|im_start|>"], max_new_tokens=400)
-    served = Served.of(settings, str(model))
+    served = VllmModel.of(settings, str(model))
     assert (served.positions, served.base, served.rank, served.padding) == (512, None, 0, 0)
     long = list(range(3, 303)) * 2
     table = vllm.requests(settings, served, prompts([5, 6], [], long))
@@ -126,7 +126,7 @@ def test_requests_are_tokens_and_settings_of_their_own(model):
 
 def test_ray_takes_the_settings(model, adapter):
     settings = config(do_sample=False, gpus_per_engine=2)
-    served = Served.of(settings, str(model))
+    served = VllmModel.of(settings, str(model))
     blocks = [vllm.requests(settings, served, prompts([5] * 30, [6]))] * 10
     made = vllm.processor_config(settings, served, Pool(4, 0.0, 2.0, 4), blocks)
     assert (made.model_source, made.batch_size, made.concurrency) == (str(model), 2, (4, 4))
@@ -136,7 +136,7 @@ def test_ray_takes_the_settings(model, adapter):
     assert (made.engine_kwargs["dtype"], made.engine_kwargs["trust_remote_code"]) == ("bfloat16", False)
     assert not any((made.chat_template_stage, made.tokenize_stage, made.detokenize_stage))
 
-    served = Served.of(settings, str(adapter))
+    served = VllmModel.of(settings, str(adapter))
     assert (served.base, served.folder, served.rank) == (model, adapter, 12)
     blocks = [vllm.requests(settings, served, prompts([5]))] * 9000
     made = vllm.processor_config(settings, served, Pool(1, 0.0, 1.0, 1), blocks)
@@ -160,21 +160,21 @@ def test_ray_takes_the_settings(model, adapter):
 def test_an_adapter_that_vllm_does_not_serve_is_refused(adapter, settings, named):
     describe(adapter, **settings)
     with pytest.raises(RequestError, match=f"vLLM serves no adapter with {named}; merge it into its model"):
-        Served.of(config(), str(adapter))
+        VllmModel.of(config(), str(adapter))
 
 
 def test_gpus_that_do_not_divide_the_heads_are_refused(model):
     with pytest.raises(RequestError, match=r"gpus_per_engine=3 and the model has 4 attention heads"):
-        Served.of(config(gpus_per_engine=3), str(model))
+        VllmModel.of(config(gpus_per_engine=3), str(model))
 
 
 def test_stops_are_those_of_the_model_that_transformers_would_load(tmp_path):
     folder = tiny_model(tmp_path / "stops")
     path = folder / "generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [7, 9]}))
-    assert Served.of(config(), str(folder)).stops == [2, 7, 9]
+    assert VllmModel.of(config(), str(folder)).stops == [2, 7, 9]
     path.unlink()
-    assert Served.of(config(), str(folder)).stops == [2]
+    assert VllmModel.of(config(), str(folder)).stops == [2]
 
 
 def answered(id: str, tokens: list[int], seconds: float, error: str = "") -> dict[str, Any]:
@@ -191,7 +191,7 @@ def test_answers_become_entries():
     assert third == {"id": "c", "predict": "", "tokens": 0, "stop": "error", "error": "ValueError: too long", **shared}
 
 
-def stage(settings: Config, served: Served, blocks: list[pa.Table]) -> Any:
+def stage(settings: Config, served: VllmModel, blocks: list[pa.Table]) -> Any:
     """The stage's engine, made as Ray Data makes it in an actor."""
     from ray.llm._internal.batch.stages import vLLMEngineStage
 
@@ -220,7 +220,7 @@ def run(engine: Any, block: pa.Table) -> list[dict[str, Any]]:
 @pytest.mark.skipif(not ABSENT, reason="vLLM is installed")
 def test_an_engine_that_does_not_start_says_why_in_its_rows(model):
     settings = config()
-    served = Served.of(settings, str(model))
+    served = VllmModel.of(settings, str(model))
     block = vllm.requests(settings, served, prompts([5, 6], [7]))
     for entry in vllm.entries(run(stage(settings, served, [block]), block), served.stops):
         assert entry["stop"] == "error"
@@ -294,7 +294,7 @@ def test_rays_stage_takes_the_requests_and_one_that_fails_costs_no_other(model, 
     settings = config(do_sample=True)
     for folder, named in ((model, None), (adapter, str(adapter))):
         installed_vllm.asked.clear()
-        served = Served.of(settings, str(folder))
+        served = VllmModel.of(settings, str(folder))
         block = vllm.requests(settings, served, prompts([5, 6], [OUT_OF_VOCABULARY], [7]))
         first, second, third = vllm.entries(run(stage(settings, served, [block]), block), served.stops)
         assert (first["id"], first["predict"], first["tokens"], first["stop"]) == ("q:0", "6", 2, "eos")
@@ -309,6 +309,6 @@ def test_rays_stage_takes_the_requests_and_one_that_fails_costs_no_other(model, 
 
 def test_vllm_stops_where_the_turns_of_the_data_end_and_where_an_adapter_says(model, adapter):
     eos = AutoTokenizer.from_pretrained(model).eos_token_id
-    assert Served.of(config(), str(model), ends=[7]).stops == [eos, 7]
+    assert VllmModel.of(config(), str(model), ends=[7]).stops == [eos, 7]
     (adapter / "generation_config.json").write_text(json.dumps({"eos_token_id": [eos, 9]}))
-    assert Served.of(config(), str(adapter)).stops == [eos, 9]
+    assert VllmModel.of(config(), str(adapter)).stops == [eos, 9]

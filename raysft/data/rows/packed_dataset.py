@@ -17,18 +17,18 @@ import pyarrow as pa
 
 from raysft.cluster.placement import TASK_CPUS
 from raysft.data.rows.row_layouts import ranges
-from raysft.data.rows.row_plan import Layout, Lengths, Mixing, Schedule, plan_rows
+from raysft.data.rows.row_plan import Layout, Lengths, Mixing, RowPlan, plan_rows
 from raysft.data.rows.splice import spliced
 from raysft.data.shards.manifest import Manifest, load
 from raysft.data.sources.pickle_guard import read_table
-from raysft.data.types import IGNORED
+from raysft.data.types import IGNORE_INDEX
 from raysft.storage.path import StoragePath
 
 SHARE_TOKENS = 1 << 18
 """Tokens in one worker's share of a few steps, about: few blocks at many workers, and little waiting for the first."""
 WAITING_BYTES = 64 << 20
 """Rows that wait in memory for workers, about; more where there are many workers."""
-PIECE_ROWS = 4096
+SEGMENT_ROWS = 4096
 """Rows that one task reads and packs at most."""
 OPEN_BYTES = 96 << 20
 """Decompressed shards that a task keeps for its next rows, about."""
@@ -40,7 +40,7 @@ token's source; with weighted examples ``weights`` [rows, capacity] float32 what
 
 
 @dataclass(frozen=True)
-class Places:
+class RowSlices:
     """Where the pieces of some rows stand; compact, since a task is sent thousands of them."""
 
     rows: np.ndarray
@@ -62,14 +62,14 @@ class Places:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows of one or several manifests under a schedule. Cheap to pickle: it is computed again where it is used."""
+class PackedDataset:
+    """Rows of one or several manifests under a row_plan. Cheap to pickle: it is computed again where it is used."""
 
     manifests: tuple[str, ...]
     """Where the manifests are, one for each source: paths or URIs."""
     capacity: int
     global_batch_size: int | None = None
-    """Rows of a step; None: as many as suit the data. ``schedule`` knows the number."""
+    """Rows of a step; None: as many as suit the data. ``row_plan`` knows the number."""
     seed: int = 0
     epochs: int = 1
     max_steps: int | None = None
@@ -79,11 +79,11 @@ class Rows:
     """Weights of the sources in the mixture. Default: all the same."""
     document_mask: bool = True
     shuffle: bool = True
-    earlier: Rows | None = None
+    earlier: PackedDataset | None = None
     """What all epochs that it has are taken from, before the rest is taken from here: the data changed on the way."""
 
     @classmethod
-    def of(cls, described: Mapping[str, Any]) -> Rows:
+    def of(cls, described: Mapping[str, Any]) -> PackedDataset:
         """The rows that ``described`` tells of."""
         fields: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in described.items()
@@ -93,15 +93,15 @@ class Rows:
 
     def described(self) -> dict[str, Any]:
         """All that decides the rows, as JSON."""
-        # A schedule needs the manifests, and those of a run that is done may be gone with the cache.
+        # A row_plan needs the manifests, and those of a run that is done may be gone with the cache.
         return asdict(
-            self if self.global_batch_size else replace(self, global_batch_size=self.schedule.global_batch_size)
+            self if self.global_batch_size else replace(self, global_batch_size=self.row_plan.global_batch_size)
         )
 
-    def in_epochs_as(self, other: Rows) -> bool:
+    def in_epochs_as(self, other: PackedDataset) -> bool:
         """Whether an epoch holds the same rows here and there, wherever the same manifests lie."""
 
-        def course(rows: Rows) -> Rows:
+        def course(rows: PackedDataset) -> PackedDataset:
             names = tuple(StoragePath(path).parent.name for path in rows.manifests)
             return replace(rows, manifests=names, epochs=1, max_steps=None, earlier=None)
 
@@ -116,23 +116,23 @@ class Rows:
         return [load(StoragePath(path)) for path in self.manifests]
 
     @cached_property
-    def schedule(self) -> Schedule:
+    def row_plan(self) -> RowPlan:
         """The order of all rows."""
         if self.earlier is None:
             return self._planned(self.max_steps)
         if self.earlier.epochs >= self.epochs:  # other data was to come, and then fewer epochs than would reach it
-            return replace(self.earlier, epochs=self.epochs, max_steps=self.max_steps).schedule
+            return replace(self.earlier, epochs=self.epochs, max_steps=self.max_steps).row_plan
         known = self.earlier._loaded
         return spliced(
-            self.earlier.schedule, self._planned(None), sum(map(len, known)), len(known), max_steps=self.max_steps
+            self.earlier.row_plan, self._planned(None), sum(map(len, known)), len(known), max_steps=self.max_steps
         )
 
-    def _planned(self, max_steps: int | None) -> Schedule:
+    def _planned(self, max_steps: int | None) -> RowPlan:
         shares = self.shares or (1.0,) * len(self.manifests)
         return plan_rows(
             [
-                Lengths(each.lengths, each.trained, each.shard_ends(), share, each.weights)
-                for each, share in zip(self._own, shares, strict=True)
+                Lengths(each.lengths, each.trained, each.shard_ends(), rows_for_rank, each.weights)
+                for each, rows_for_rank in zip(self._own, shares, strict=True)
             ],
             capacity=self.capacity,
             global_batch_size=self.global_batch_size,
@@ -155,16 +155,16 @@ class Rows:
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
         """Read and lay out some rows; −1 gives a filler row, which has no labels."""
-        return _assemble(self._places(rows), self._shards[0], self.capacity, self.document_mask)
+        return collate(self._places(rows), self._shards[0], self.capacity, self.document_mask)
 
     def steps(self, first: int, worker: int, workers: int) -> Iterator[Batch]:
         """One worker's rows of each step from ``first`` on, read here and now, without Ray."""
-        for step in range(first, self.schedule.steps):
-            yield self.batch(self.share(step, worker, workers))
+        for step in range(first, self.row_plan.steps):
+            yield self.batch(self.rows_for_rank(step, worker, workers))
 
-    def share(self, step: int, worker: int, workers: int) -> np.ndarray:
+    def rows_for_rank(self, step: int, worker: int, workers: int) -> np.ndarray:
         """Numbers of the rows that a worker trains on in a step; −1 for a filler."""
-        return share(self.schedule.rows, self.schedule.global_batch_size, step, worker, workers)
+        return rows_for_rank(self.row_plan.rows, self.row_plan.global_batch_size, step, worker, workers)
 
     def records(self, row: int) -> list[str]:
         """Where the examples of a row come from: ``source: file:line``."""
@@ -178,49 +178,49 @@ class Rows:
     def batches(self, shares: Iterable[pa.Table], workers: int) -> Iterator[Batch]:
         """What a worker gets from its split of ``dataset`` → its rows of each step."""
         for table in shares:
-            yield from as_batches(table, -(-self.schedule.global_batch_size // workers))
+            yield from as_batches(table, -(-self.row_plan.global_batch_size // workers))
 
     def dataset(self, first: int, workers: int) -> Any:
         """The same for all workers as a Ray dataset, to be split over them in order, from step ``first`` on."""
         import ray
 
-        pieces = [{"piece": piece} for piece in self._pieces(first, workers)]
+        segments = [{"piece": segment} for segment in self._segments(first, workers)]
         context = ray.data.DataContext.get_current().copy()
         # One share is one block: with a target of a byte each yielded table of one row becomes a block by itself.
         context.target_max_block_size = 1
         context.execution_options = self.execution_options(workers)
         context.enable_progress_bars = False
         with ray.data.DataContext.current(context):
-            dataset = ray.data.from_items(pieces, override_num_blocks=max(1, len(pieces)))
+            dataset = ray.data.from_items(segments, override_num_blocks=max(1, len(segments)))
             # A task for each core at most: each keeps a group of shards in memory.
             cpus = int(ray.cluster_resources().get("CPU", 1.0))
-            tasks = ray.data.TaskPoolStrategy(size=max(1, min(cpus, len(pieces))))
+            tasks = ray.data.TaskPoolStrategy(size=max(1, min(cpus, len(segments))))
             return dataset.map_batches(cast(Any, _shares), batch_size=1, num_cpus=TASK_CPUS, compute=tasks)
 
     def execution_options(self, workers: int) -> Any:
         """How Ray Data is to run ``dataset``: in order, and not further ahead than a few shares for each worker."""
         import ray
 
-        share_bytes = 20 * max(SHARE_TOKENS, self.schedule.global_batch_size * self.capacity // workers)
+        share_bytes = 20 * max(SHARE_TOKENS, self.row_plan.global_batch_size * self.capacity // workers)
         waiting = ray.data.ExecutionResources(object_store_memory=max(WAITING_BYTES, 4 * workers * share_bytes))
         return ray.data.ExecutionOptions(preserve_order=True, resource_limits=waiting)
 
-    def _pieces(self, first: int, workers: int) -> Iterator[dict[str, Any]]:
+    def _segments(self, first: int, workers: int) -> Iterator[dict[str, Any]]:
         """What each task makes: the shares of some steps that lie in about one group of shards."""
-        schedule, per_step = self.schedule, self.schedule.global_batch_size
+        row_plan, per_step = self.row_plan, self.row_plan.global_batch_size
         each = -(-per_step // workers)
         steps_in_share = max(1, SHARE_TOKENS // (each * self.capacity))
-        longest = max(1, PIECE_ROWS // (per_step * steps_in_share)) * steps_in_share
-        ends = np.unique(np.minimum(-(-schedule.group_ends // per_step), schedule.steps))
+        longest = max(1, SEGMENT_ROWS // (per_step * steps_in_share)) * steps_in_share
+        ends = np.unique(np.minimum(-(-row_plan.group_ends // per_step), row_plan.steps))
         start = first
-        while start < schedule.steps:
-            group_end = int(ends[np.searchsorted(ends, start, side="right")]) if start < ends[-1] else schedule.steps
+        while start < row_plan.steps:
+            group_end = int(ends[np.searchsorted(ends, start, side="right")]) if start < ends[-1] else row_plan.steps
             stop = min(group_end, start + longest)
             shares = []
             for at in range(start, stop, steps_in_share):
                 steps = range(at, min(at + steps_in_share, stop))
                 for worker in range(workers):
-                    rows = [self.share(step, worker, workers) for step in steps]
+                    rows = [self.rows_for_rank(step, worker, workers) for step in steps]
                     shares.append(self._places(np.concatenate(rows)))
             yield {
                 "shares": shares,
@@ -230,25 +230,25 @@ class Rows:
             }
             start = stop
 
-    def _places(self, rows: Sequence[int] | np.ndarray) -> Places:
+    def _places(self, rows: Sequence[int] | np.ndarray) -> RowSlices:
         """Where the pieces of some rows stand."""
         _, ends = self._shards
         firsts = np.concatenate([[0], ends[:-1]])
-        schedule, pieces = self.schedule, self.schedule.pieces
-        offsets = pieces.offsets
+        row_plan, segments = self.row_plan, self.row_plan.segments
+        offsets = segments.offsets
         ranges = [np.arange(offsets[row], offsets[row + 1]) if row >= 0 else np.empty(0, np.int64) for row in rows]
         chosen = np.concatenate(ranges) if ranges else np.empty(0, np.int64)
-        examples = pieces.examples[chosen]
+        examples = segments.examples[chosen]
         shards = np.searchsorted(ends, examples, side="right")
-        return Places(
+        return RowSlices(
             rows=np.asarray(rows, np.int64),
             counts=np.array([len(each) for each in ranges], np.int32),
             shards=shards.astype(np.int32),
             positions=(examples - firsts[shards]).astype(np.int32),
-            starts=pieces.starts[chosen].astype(np.int32),
-            stops=pieces.stops[chosen].astype(np.int32),
-            sources=schedule.sources[chosen] if len(self._loaded) > 1 else None,
-            weights=None if schedule.weights is None else schedule.weights[examples],
+            starts=segments.starts[chosen].astype(np.int32),
+            stops=segments.stops[chosen].astype(np.int32),
+            sources=row_plan.sources[chosen] if len(self._loaded) > 1 else None,
+            weights=None if row_plan.weights is None else row_plan.weights[examples],
         )
 
     @cached_property
@@ -264,7 +264,7 @@ class Rows:
         return paths, np.concatenate(ends)
 
 
-def share(rows: int, global_batch_size: int, step: int, worker: int, workers: int) -> np.ndarray:
+def rows_for_rank(rows: int, global_batch_size: int, step: int, worker: int, workers: int) -> np.ndarray:
     """Row numbers that a worker trains on in a step: step s has rows [s · R, (s + 1) · R); what is missing is −1.
 
     Every worker has the same number, R / workers rounded up.
@@ -280,9 +280,9 @@ def share(rows: int, global_batch_size: int, step: int, worker: int, workers: in
 
 def _shares(batch: dict[str, Any]) -> Iterator[pa.Table]:
     """Ray task: one table of one row for each share."""
-    for piece in batch["piece"]:
-        for places in piece["shares"]:
-            made = _assemble(places, piece["paths"], piece["capacity"], piece["document_mask"])
+    for segment in batch["piece"]:
+        for places in segment["shares"]:
+            made = collate(places, segment["paths"], segment["capacity"], segment["document_mask"])
             yield pa.table(
                 {
                     name: pa.array([values.reshape(-1)], pa.list_(pa.from_numpy_dtype(values.dtype)))
@@ -300,7 +300,7 @@ def as_batches(table: pa.Table, rows_per_batch: int) -> Iterator[Batch]:
         yield {name: values[start : start + rows_per_batch] for name, values in whole.items()}
 
 
-def _assemble(places: Places, paths: Sequence[str], capacity: int, document_mask: bool = True) -> Batch:
+def collate(places: RowSlices, paths: Sequence[str], capacity: int, document_mask: bool = True) -> Batch:
     """Lay pieces of examples side by side in rows.
 
     Positions start again at each piece, which keeps them apart, and once more where padding begins; without ``document_mask``
@@ -319,7 +319,7 @@ def _assemble(places: Places, paths: Sequence[str], capacity: int, document_mask
     ids, labels = _tokens(places, order, paths, lengths, inside)
     # The first label of a piece, or of a row, has nothing that it sees before it to predict it from.
     firsts = np.cumsum(lengths) - lengths
-    labels[firsts if document_mask else firsts[begins % capacity == 0]] = IGNORED
+    labels[firsts if document_mask else firsts[begins % capacity == 0]] = IGNORE_INDEX
 
     def laid(values: np.ndarray, empty: np.ndarray | int, kind: type) -> np.ndarray:
         whole = np.empty((rows, capacity), kind)
@@ -332,7 +332,7 @@ def _assemble(places: Places, paths: Sequence[str], capacity: int, document_mask
         "row": places.rows,
         "tokens": tokens,
         "input_ids": laid(ids, 0, np.int32),
-        "labels": laid(labels, IGNORED, np.int32),
+        "labels": laid(labels, IGNORE_INDEX, np.int32),
         "position_ids": laid(inside if document_mask else where % capacity, padding, np.int32),
     }
     if places.sources is not None:
@@ -343,7 +343,7 @@ def _assemble(places: Places, paths: Sequence[str], capacity: int, document_mask
 
 
 def _tokens(
-    places: Places, order: np.ndarray, paths: Sequence[str], lengths: np.ndarray, inside: np.ndarray
+    places: RowSlices, order: np.ndarray, paths: Sequence[str], lengths: np.ndarray, inside: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids and labels of all pieces, one after the other in the order of their shards."""
     ids, labels = np.empty((2, len(inside)), np.int32)

@@ -13,7 +13,7 @@ Layout = Literal["packed", "single", "joined"]
 """How examples become rows: several whole ones in a row; one in each row; or one stream of tokens, cut into full rows."""
 
 
-class Pieces(NamedTuple):
+class Segments(NamedTuple):
     """Parts of examples, row by row."""
 
     offsets: np.ndarray
@@ -34,29 +34,29 @@ def packed(
     trained: np.ndarray,
     capacity: int,
     random: np.random.Generator | None,
-) -> Pieces:
+) -> Segments:
     """Whole examples, several in a row, by best fit."""
     rows = pack(lengths[examples], capacity)
     order = random.permutation(len(rows)) if random else np.argsort([row.min() for row in rows], kind="stable")
     rows = [rows[row] for row in order.tolist()]
     chosen = examples[np.concatenate(rows)]
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
-    return Pieces(offsets, chosen, np.zeros(len(chosen), np.int64), lengths[chosen], trained[chosen])
+    return Segments(offsets, chosen, np.zeros(len(chosen), np.int64), lengths[chosen], trained[chosen])
 
 
-def single(examples: np.ndarray, lengths: np.ndarray, trained: np.ndarray, capacity: int) -> Pieces:
+def single(examples: np.ndarray, lengths: np.ndarray, trained: np.ndarray, capacity: int) -> Segments:
     """One example in a row; a longer one in several, each of which begins with the last token of the one before."""
     counts = np.maximum(1, -(-(lengths[examples] - 1) // (capacity - 1)))
     chosen = np.repeat(examples, counts)
     starts = ranges(counts) * (capacity - 1)
     stops = np.minimum(starts + capacity, lengths[chosen])
     whole = np.repeat(counts == 1, counts)
-    return Pieces(
+    return Segments(
         np.arange(len(chosen) + 1), chosen, starts, stops, np.where(whole, trained[chosen], stops - starts - 1)
     )
 
 
-def joined(examples: np.ndarray, lengths: np.ndarray, capacity: int, document_mask: bool) -> Pieces:
+def joined(examples: np.ndarray, lengths: np.ndarray, capacity: int, document_mask: bool) -> Segments:
     """All examples as one stream of tokens, cut into full rows; only the last one of an epoch is short.
 
     A row that begins inside an example begins with the last token of the row before, so that each token is predicted once.
@@ -81,15 +81,15 @@ def joined(examples: np.ndarray, lengths: np.ndarray, capacity: int, document_ma
     row = np.repeat(np.arange(len(starts)), counts)
     index = np.repeat(first, counts) + ranges(counts)
     begin = ends[index] - lengths[examples[index]]
-    piece_starts = np.maximum(starts[row], begin) - begin
-    piece_stops = np.minimum(stops[row], ends[index]) - begin
+    segment_starts = np.maximum(starts[row], begin) - begin
+    segment_stops = np.minimum(stops[row], ends[index]) - begin
     offsets = np.concatenate([[0], np.cumsum(counts)])
-    trained = piece_stops - piece_starts
+    trained = segment_stops - segment_starts
     if document_mask:
         trained -= 1
     else:
         trained[offsets[:-1]] -= 1
-    return Pieces(offsets, examples[index], piece_starts, piece_stops, trained)
+    return Segments(offsets, examples[index], segment_starts, segment_stops, trained)
 
 
 def ranges(counts: np.ndarray) -> np.ndarray:
@@ -102,21 +102,21 @@ def ranges(counts: np.ndarray) -> np.ndarray:
     return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
 
 
-def chain(parts: Sequence[Pieces]) -> Pieces:
+def chain(parts: Sequence[Segments]) -> Segments:
     before = np.cumsum([0, *(part.offsets[-1] for part in parts)])
     offsets = [part.offsets[1:] + first for part, first in zip(parts, before, strict=False)]
-    return Pieces(
+    return Segments(
         np.concatenate([[0], *offsets]).astype(np.int64),
         *(np.concatenate([part[field] for part in parts]).astype(np.int64) for field in range(1, 5)),
     )
 
 
-def empty(rows: int) -> Pieces:
+def empty(rows: int) -> Segments:
     """Rows that hold nothing."""
-    return Pieces(np.zeros(rows + 1, np.int64), *np.empty((4, 0), np.int64))
+    return Segments(np.zeros(rows + 1, np.int64), *np.empty((4, 0), np.int64))
 
 
-def cut(pieces: Pieces, rows: int, first: int = 0) -> Pieces:
+def cut(segments: Segments, rows: int, first: int = 0) -> Segments:
     """The rows from ``first`` up to ``rows``."""
-    offsets = pieces.offsets[first : rows + 1]
-    return Pieces(offsets - offsets[0], *(values[offsets[0] : offsets[-1]] for values in pieces[1:]))
+    offsets = segments.offsets[first : rows + 1]
+    return Segments(offsets - offsets[0], *(values[offsets[0] : offsets[-1]] for values in segments[1:]))

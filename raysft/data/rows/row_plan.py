@@ -16,7 +16,7 @@ import numpy as np
 from raysft.data.rows import mixture
 from raysft.data.rows import row_layouts as layouts
 from raysft.data.rows.mixture import Mixing
-from raysft.data.rows.row_layouts import Layout, Pieces
+from raysft.data.rows.row_layouts import Layout, Segments
 
 MOST_ROWS = 32
 """Rows of a step where nobody says how many, and there is data enough."""
@@ -26,7 +26,7 @@ ENOUGH_STEPS = 100
 
 @dataclass(frozen=True)
 class Lengths:
-    """What the schedule must know of one source."""
+    """What the row_plan must know of one source."""
 
     lengths: np.ndarray
     """[examples] tokens."""
@@ -44,10 +44,10 @@ class Lengths:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class RowPlan:
     """The rows of a training or an evaluation, in order."""
 
-    pieces: Pieces
+    segments: Segments
     sources: np.ndarray
     """[pieces] number of the source."""
     weights: np.ndarray | None
@@ -63,7 +63,7 @@ class Schedule:
     @property
     def rows(self) -> int:
         """Rows over all epochs, with the empty ones that fill the last step of each epoch but the last."""
-        return len(self.pieces.offsets) - 1
+        return len(self.segments.offsets) - 1
 
     @property
     def steps(self) -> int:
@@ -72,12 +72,12 @@ class Schedule:
 
     def row(self, index: int) -> np.ndarray:
         """The examples of which a row holds pieces."""
-        return self.pieces.examples[self.pieces.offsets[index] : self.pieces.offsets[index + 1]]
+        return self.segments.examples[self.segments.offsets[index] : self.segments.offsets[index + 1]]
 
     @cached_property
     def step_rows(self) -> np.ndarray:
         """[steps] rows that hold something."""
-        filled = np.concatenate([[0], np.cumsum(np.diff(self.pieces.offsets) > 0)])
+        filled = np.concatenate([[0], np.cumsum(np.diff(self.segments.offsets) > 0)])
         return np.diff(filled[self._edges(np.arange(self.steps + 1))])
 
     def consumed(self, steps: int) -> int:
@@ -86,36 +86,36 @@ class Schedule:
 
     @property
     def rows_of_epochs(self) -> list[int]:
-        """Rows of each epoch, as far as the schedule goes."""
+        """Rows of each epoch, as far as the row_plan goes."""
         return np.diff(np.minimum([0, *self.epoch_ends], self.consumed(self.steps))).tolist()
 
     @cached_property
     def step_tokens(self) -> np.ndarray:
         """[steps] tokens without padding."""
-        return self._per_step(self.pieces.stops - self.pieces.starts)
+        return self._per_step(self.segments.stops - self.segments.starts)
 
     @cached_property
-    def step_trained(self) -> np.ndarray:
+    def step_loss_tokens(self) -> np.ndarray:
         """[steps] trained tokens."""
-        return self._per_step(self.pieces.trained)
+        return self._per_step(self.segments.trained)
 
     @cached_property
     def step_squares(self) -> np.ndarray:
         """[steps] sum of the squares of the tokens of each piece: pairs of tokens that may see each other, twice."""
-        return self._per_step((self.pieces.stops - self.pieces.starts).astype(np.int64) ** 2)
+        return self._per_step((self.segments.stops - self.segments.starts).astype(np.int64) ** 2)
 
     @cached_property
     def step_weight(self) -> np.ndarray:
         """[steps] float64 weight of the trained tokens: what each step's loss is divided by. Their number, without weights."""
-        return self.step_trained.astype(np.float64) if self.weights is None else self._per_step(self._weighted)
+        return self.step_loss_tokens.astype(np.float64) if self.weights is None else self._per_step(self._weighted)
 
     def source_weight(self, step: int, sources: int) -> np.ndarray:
         """[sources] float64 weight of a step's trained tokens, of each source."""
-        first, last = self.pieces.offsets[self._edges(step)], self.pieces.offsets[self._edges(step + 1)]
+        first, last = self.segments.offsets[self._edges(step)], self.segments.offsets[self._edges(step + 1)]
         return np.bincount(self.sources[first:last], self._weighted[first:last], minlength=sources)
 
     @property
-    def useful(self) -> float:
+    def packing_efficiency(self) -> float:
         """Share of the row space that holds tokens."""
         return float(self.step_tokens.sum()) / max(1, self.consumed(self.steps) * self.capacity)
 
@@ -129,15 +129,15 @@ class Schedule:
 
     @cached_property
     def _weighted(self) -> np.ndarray:
-        trained = self.pieces.trained.astype(np.float64)
-        return trained if self.weights is None else trained * self.weights[self.pieces.examples]
+        trained = self.segments.trained.astype(np.float64)
+        return trained if self.weights is None else trained * self.weights[self.segments.examples]
 
     def _edges(self, steps: np.ndarray | int) -> np.ndarray:
         return np.minimum(np.asarray(steps) * self.global_batch_size, self.rows)
 
     def _per_step(self, values: np.ndarray) -> np.ndarray:
         totals = np.concatenate([[0], np.cumsum(values, dtype=np.result_type(values, np.int64))])
-        return np.diff(totals[self.pieces.offsets[self._edges(np.arange(self.steps + 1))]])
+        return np.diff(totals[self.segments.offsets[self._edges(np.arange(self.steps + 1))]])
 
 
 def step_size(epochs: Iterable[np.ndarray]) -> int:
@@ -186,7 +186,7 @@ def plan_rows(
     mixing: Mixing = "concat",
     document_mask: bool = True,
     shuffle: bool = True,
-) -> Schedule:
+) -> RowPlan:
     """Mix the sources, order their examples and lay them out in rows, epoch by epoch.
 
     Args:
@@ -196,7 +196,7 @@ def plan_rows(
         seed: with the epoch's number it decides the order and, in a mixture, which examples are taken.
         epochs: times that the mixture is used. Each begins with a step of its own, so that the last step of each may be
             incomplete.
-        max_steps: cut the schedule after so many steps.
+        max_steps: cut the row_plan after so many steps.
         layout: how examples become rows. ``packed`` wants examples of at most ``capacity`` tokens; the others cut longer ones.
         mixing: ``concat``: each example once an epoch; otherwise sources are taken in the proportion of their weights, until the
             first one is used up or until each one was (others begin again).
@@ -204,7 +204,7 @@ def plan_rows(
         shuffle: whether the order is drawn from the seed; otherwise it is that of the sources.
 
     Returns:
-        The schedule.
+        The row_plan.
     """
     firsts = np.cumsum([0, *map(len, sources)])
     laid = _epochs(sources, firsts, capacity, seed if shuffle else None, epochs, layout, mixing, document_mask)
@@ -212,7 +212,7 @@ def plan_rows(
         laid, seen = tee(laid)
         global_batch_size = step_size(np.concatenate([_trained(part) for part in parts]) for parts, _ in seen)
         del seen  # it would keep all that follows
-    all_parts: list[Pieces] = []
+    all_parts: list[Segments] = []
     group_ends: list[int] = []
     in_epochs: list[int] = []
     rows = 0
@@ -224,10 +224,10 @@ def plan_rows(
         rows = start + ends[-1]
         if max_steps and rows > (max_steps - 1) * global_batch_size:
             break
-    pieces = layouts.cut(layouts.chain(all_parts), max_steps * global_batch_size if max_steps else rows)
-    return Schedule(
-        pieces=pieces,
-        sources=(np.searchsorted(firsts, pieces.examples, side="right") - 1).astype(np.int16),
+    segments = layouts.cut(layouts.chain(all_parts), max_steps * global_batch_size if max_steps else rows)
+    return RowPlan(
+        segments=segments,
+        sources=(np.searchsorted(firsts, segments.examples, side="right") - 1).astype(np.int16),
         weights=_weights(sources),
         capacity=capacity,
         global_batch_size=global_batch_size,
@@ -245,7 +245,7 @@ def _epochs(
     layout: Layout,
     mixing: Mixing,
     document_mask: bool,
-) -> Iterator[tuple[list[Pieces], list[int]]]:
+) -> Iterator[tuple[list[Segments], list[int]]]:
     """The rows of one epoch after the other, in parts, and the rows of each epoch at which a group of shards ends."""
     lengths = np.concatenate([source.lengths for source in sources]).astype(np.int64)
     trained = np.concatenate([source.trained for source in sources]).astype(np.int64)
@@ -271,7 +271,7 @@ def _epochs(
         yield parts, np.cumsum([len(part.offsets) - 1 for part in parts]).tolist()
 
 
-def _trained(part: Pieces) -> np.ndarray:
+def _trained(part: Segments) -> np.ndarray:
     """[rows] trained tokens."""
     return np.add.reduceat(part.trained, part.offsets[:-1])
 

@@ -47,7 +47,7 @@ DECISIVE = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 READ_CPUS = 0.1
 WAITING_BYTES = 128 << 20
 """Records and finished shards that wait in memory between tasks, about."""
-Tell = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
 def shard_set(config: Config, source: Source, part: Part, model: str, with_prompts: bool) -> ShardSet:
@@ -100,7 +100,7 @@ def write(
     model: str,
     max_rejected: float,
     chat_template: str | None = None,
-    tell: Tell = lambda line: None,
+    notify: Notify = lambda line: None,
     runs_code: bool = False,
 ) -> list[Manifest]:
     """Tokenize what is not in the cache yet, all missing sets in one pass of Ray Data, and give the manifests of all.
@@ -110,7 +110,7 @@ def write(
         model: folder or hub id that holds the tokenizer.
         max_rejected: share of a set's records that may be unusable.
         chat_template: Jinja text to use instead of the tokenizer's own.
-        tell: takes lines that say how far it is.
+        notify: takes lines that say how far it is.
         runs_code: code that comes with the model may run.
 
     Raises:
@@ -120,9 +120,9 @@ def write(
     missing = list({each.directory: each for each in sets if not is_whole(each.manifest)}.values())
     written: dict[StoragePath, list[Shard]] = {}
     if missing:
-        written = _write_missing(missing, partial(Tokenizer.load, model, chat_template, runs_code), tell)
+        written = _write_missing(missing, partial(Tokenizer.load, model, chat_template, runs_code), notify)
     for parts in _by_source(missing):
-        _refuse_overlong(parts, written)
+        _refuse_overflow(parts, written)
         rejected = [item for each in parts for shard in written[each.directory] for item in shard.rejected]
         records = sum(shard.records for each in parts for shard in written[each.directory])
         _check_rejected(parts[0].source.name, rejected, records, max_rejected)
@@ -147,7 +147,7 @@ def _by_source(sets: Sequence[ShardSet]) -> list[list[ShardSet]]:
 
 
 def _write_missing(
-    missing: Sequence[ShardSet], load_tokenizer: Callable[[], Tokenizer], tell: Tell
+    missing: Sequence[ShardSet], load_tokenizer: Callable[[], Tokenizer], notify: Notify
 ) -> dict[StoragePath, list[Shard]]:
     import ray
 
@@ -191,7 +191,7 @@ def _write_missing(
             )
             .iter_rows()
         )
-        progress = _Progress(tell)
+        progress = _Progress(notify)
         for row in rows:
             if row["failed"]:
                 raise RequestError(row["failed"])
@@ -204,8 +204,8 @@ def _write_missing(
 class _Progress:
     """Says every few seconds how far tokenizing is."""
 
-    def __init__(self, tell: Tell, seconds: float = 10.0) -> None:
-        self.tell, self.seconds = tell, seconds
+    def __init__(self, notify: Notify, seconds: float = 10.0) -> None:
+        self.notify, self.seconds = notify, seconds
         self.begun = self.told = time.monotonic()
         self.records = self.tokens = 0
 
@@ -216,7 +216,7 @@ class _Progress:
         if now - self.told >= self.seconds:
             self.told = now
             speed = self.tokens / (now - self.begun)
-            self.tell(f"tokenizing: {self.records:,} records, {self.tokens:,} tokens, {speed:,.0f} tokens/s")
+            self.notify(f"tokenizing: {self.records:,} records, {self.tokens:,} tokens, {speed:,.0f} tokens/s")
 
 
 def _be_ready() -> None:
@@ -292,7 +292,7 @@ def _tokenize_task(
     yield {"directory": "", "shard": b"", "failed": failed}
 
 
-def _refuse_overlong(parts: Sequence[ShardSet], written: Mapping[StoragePath, Sequence[Shard]]) -> None:
+def _refuse_overflow(parts: Sequence[ShardSet], written: Mapping[StoragePath, Sequence[Shard]]) -> None:
     """Stop before a manifest is written, so that mended data is read again."""
     dropped = [item for each in parts for shard in written[each.directory] for item in shard.dropped]
     if dropped and parts[0].options.on_overflow == "error":

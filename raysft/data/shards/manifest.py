@@ -90,7 +90,7 @@ class Shard:
 
 def is_whole(path: StoragePath) -> bool:
     """Whether a manifest and all shards that it names are there as they were written; what is damaged is written again."""
-    there = path.parent.list()  # one question for all of them
+    there = path.parent.entries()  # one question for all of them
     if path.name not in there:
         return False
     try:
@@ -111,7 +111,7 @@ def save(path: StoragePath, name: str, shards: Sequence[Shard]) -> None:
         for shard in whole:
             (path.parent / shard.name).remove()
         return
-    counts, there = Counter[str](), path.parent.list()
+    counts, there = Counter[str](), path.parent.entries()
     for shard in shards:
         counts.update(shard.counts)
     detail = {
@@ -155,7 +155,7 @@ def load(path: StoragePath, reused: bool = False) -> Manifest:
         raise RequestError(
             f"{path}: the manifest of tokenized shards is damaged; delete the folder {path.parent}"
         ) from None
-    there = path.parent.list()
+    there = path.parent.entries()
     for shard in detail["shards"]:
         if shard not in there:
             raise RequestError(f"{path.parent}: shard {shard} is gone; delete the folder, it is written again")

@@ -21,7 +21,7 @@ from raysft.data.sources.formats import examples
 from raysft.data.sources.holdout import is_held_out
 from raysft.data.sources.readers import Raw
 from raysft.data.sources.sampling import Draw
-from raysft.data.tokenization.tokenize import Options, Overflow, Tokenized, Tokenizing
+from raysft.data.tokenization.tokenize import ExampleTokenizer, Options, Overflow, Tokenized
 from raysft.data.tokenization.tokenizer import Tokenizer
 from raysft.data.tokenization.turn_ends import Turn
 from raysft.data.types import Example, Rejected
@@ -68,7 +68,7 @@ def write_shards(parts: Sequence[ShardSet], records: Iterable[tuple[str, Raw]], 
 
 
 def _write_shards(parts: Sequence[ShardSet], records: Iterable[tuple[str, Raw]], tokenizer: Tokenizer) -> list[Shard]:
-    drafts = [_Draft(each, Tokenizing(tokenizer, each.options)) for each in parts]
+    drafts = [_Draft(each, ExampleTokenizer(tokenizer, each.options)) for each in parts]
     # What cannot be read belongs to the part that is trained on.
     main = next((draft for draft in drafts if draft.part.part != "holdout"), None)
     for item, form in examples(records, parts[0].source):
@@ -86,7 +86,7 @@ def _write_shards(parts: Sequence[ShardSet], records: Iterable[tuple[str, Raw]],
 class _Draft:
     """A shard that is being written."""
 
-    def __init__(self, part: ShardSet, tokenizing: Tokenizing) -> None:
+    def __init__(self, part: ShardSet, tokenizing: ExampleTokenizer) -> None:
         self.part, self.tokenizing = part, tokenizing
         self.waiting: list[Example] = []
         self.examples: list[Tokenized] = []

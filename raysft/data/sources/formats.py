@@ -12,7 +12,7 @@ from raysft.data.sources.columns import FIELDS, Read, check_columns, filled, fin
 from raysft.data.sources.messages import list_in, text_in, turns_in
 from raysft.data.sources.readers import Raw, Unreadable, parsed
 from raysft.data.sources.tool_calls import strings, tool_schemas, tools_in
-from raysft.data.types import IGNORED, Example, Message, Record, Rejected
+from raysft.data.types import IGNORE_INDEX, Example, Message, Record, Rejected
 
 LEAST_WEIGHT = 1e-6
 """Losses of examples further apart than this and its inverse cannot be added up in float32."""
@@ -126,9 +126,11 @@ def _token_ids(read: Read) -> tuple[tuple[int, ...], tuple[int, ...]]:
     for field, values in (("input_ids", ids), ("labels", labels)):
         if not isinstance(values, list) or not values:
             raise ValueError(f"{field} holds {values!r:.40}, a list of token ids belongs there")
-        least = 0 if field == "input_ids" else IGNORED
+        least = 0 if field == "input_ids" else IGNORE_INDEX
         wrong = [
-            value for value in values if type(value) is not int or not least <= value < 2**31 or IGNORED < value < 0
+            value
+            for value in values
+            if type(value) is not int or not least <= value < 2**31 or IGNORE_INDEX < value < 0
         ]
         if wrong:
             raise ValueError(f"{field} holds {wrong[0]!r:.40}, a token id belongs there")

@@ -23,7 +23,7 @@ from raysft.data.tokenization.token_spans import Encoded
 from raysft.data.tokenization.tokenizer import Tokenizer, backend_of, span_encoder
 from raysft.data.tokenization.truncation import split, truncate
 from raysft.data.tokenization.turn_ends import Framing, Seen, kept
-from raysft.data.types import IGNORED, Example, Message, Rejected
+from raysft.data.types import IGNORE_INDEX, Example, Message, Rejected
 from raysft.errors import RequestError
 
 NO_IDS = np.empty(0, np.int32)
@@ -72,7 +72,7 @@ class Tokenized:
     input_ids: np.ndarray
     """[tokens] int32."""
     labels: np.ndarray
-    """[tokens] int32, ``IGNORED`` where not trained; aligned with ``input_ids``, not shifted."""
+    """[tokens] int32, ``IGNORE_INDEX`` where not trained; aligned with ``input_ids``, not shifted."""
     weight: float = 1.0
     prompt: str = ""
     """Rendered text up to the last assistant turn, with the generation prompt."""
@@ -87,7 +87,7 @@ class Tokenized:
     @property
     def trained(self) -> int:
         """Tokens that are predicted and trained on. Nothing precedes the first one, so it never counts."""
-        return int(np.count_nonzero(self.labels[1:] != IGNORED))
+        return int(np.count_nonzero(self.labels[1:] != IGNORE_INDEX))
 
     @property
     def largest(self) -> int:
@@ -103,10 +103,10 @@ class Overflow:
     tokens: int
 
 
-Outcome = Tokenized | Rejected | Overflow
+TokenizeResult = Tokenized | Rejected | Overflow
 
 
-class Tokenizing:
+class ExampleTokenizer:
     """A tokenizer at work, under options."""
 
     def __init__(self, tokenizer: Tokenizer, options: Options) -> None:
@@ -122,7 +122,7 @@ class Tokenizing:
         tool_template = tokenizer.tool_template
         self.tool_template = chat_template(tool_template, variables) if tool_template else self.template
 
-    def __call__(self, examples: Sequence[Example]) -> Iterator[Outcome]:
+    def __call__(self, examples: Sequence[Example]) -> Iterator[TokenizeResult]:
         """Tokenize a batch of examples in one pass; an example may give several pieces or be rejected.
 
         Raises:
@@ -143,7 +143,7 @@ class Tokenizing:
             elif each.example.prompt is not None:
                 yield from self._completion(each)
             elif each.example.text:
-                ids = next(encoded_texts) if each.in_one_pass else self._begun(each.example.text, escape=True)
+                ids = next(encoded_texts) if each.in_one_pass else self._with_bos(each.example.text, escape=True)
                 yield from self._text(each, ids)
             else:
                 yield from self._ids(each.example)
@@ -212,7 +212,7 @@ class Tokenizing:
             return {self._escaped(key): self._escaped(inner) for key, inner in value.items()}
         return type(value)(map(self._escaped, value)) if isinstance(value, list | tuple) else value
 
-    def _conversation(self, each: _Prepared, encoded: Encoded | None) -> Iterator[Outcome]:
+    def _conversation(self, each: _Prepared, encoded: Encoded | None) -> Iterator[TokenizeResult]:
         example = each.example
         if encoded is not None:
             ids, turns = encoded
@@ -233,7 +233,7 @@ class Tokenizing:
     def _labels(self, ids: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:
         if self.options.train_on_prompt:
             return ids
-        labels = np.full(len(ids), IGNORED, np.int32)
+        labels = np.full(len(ids), IGNORE_INDEX, np.int32)
         for start, end in spans:
             labels[start:end] = ids[start:end]
         return labels
@@ -254,9 +254,9 @@ class Tokenizing:
             reference = each.rendered.text[start:end]
         return replace(tokenized, prompt=prompt, prompt_ids=ids, reference=_unmarked(reference))
 
-    def _text(self, each: _Prepared, ids: Sequence[int] | np.ndarray) -> Iterator[Outcome]:
+    def _text(self, each: _Prepared, ids: Sequence[int] | np.ndarray) -> Iterator[TokenizeResult]:
         """A text and the token that ends it; all of it is trained on."""
-        example, input_ids = each.example, self._ended(ids)
+        example, input_ids = each.example, self._with_eos(ids)
         if len(input_ids) < 2:
             yield Rejected(example.source, example.record, "the text has no token")
             return
@@ -266,13 +266,13 @@ class Tokenizing:
         )
         yield from [whole] if self.options.stage == "pt" else self._fit(whole, [(0, len(input_ids))])
 
-    def _completion(self, each: _Prepared) -> Iterator[Outcome]:
+    def _completion(self, each: _Prepared) -> Iterator[TokenizeResult]:
         """A prompt and what follows it, encoded apart: the prompt is the one that generation will be asked with."""
         example, escape = each.example, not each.in_one_pass
         prompt, reference = example.text[: example.prompt], example.text[example.prompt :]
-        begun = self._begun(prompt, escape)
+        begun = self._with_bos(prompt, escape)
         following = self._encode_escaped(self._escaped(reference))[0] if escape else self._encoded(reference)
-        input_ids = self._ended([*begun, *following])
+        input_ids = self._with_eos([*begun, *following])
         turn = (len(begun), len(input_ids))
         tokenized = Tokenized(
             example.source,
@@ -291,16 +291,16 @@ class Tokenizing:
     def _encoded(self, text: str, special: bool = False) -> list[int]:
         return self.backend.encode(text, add_special_tokens=special).ids
 
-    def _begun(self, text: str, escape: bool) -> list[int]:
+    def _with_bos(self, text: str, escape: bool) -> list[int]:
         """Ids of a text with the special tokens that the tokenizer puts before it."""
         around = [token for token in self._encoded("", special=True) if token != self.parts.eos]
         return [*around, *(self._encode_escaped(self._escaped(text))[0].tolist() if escape else self._encoded(text))]
 
-    def _ended(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    def _with_eos(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Ids with the token that ends a text behind them."""
         return np.asarray(ids if len(ids) and ids[-1] == self.parts.eos else [*ids, self.parts.eos], np.int32)
 
-    def _ids(self, example: Example) -> Iterator[Outcome]:
+    def _ids(self, example: Example) -> Iterator[TokenizeResult]:
         """Ids that came tokenized."""
         ids = np.asarray(example.ids, np.int32)
         labels = np.asarray(example.labels, np.int32)
@@ -325,7 +325,7 @@ class Tokenizing:
         )
         yield from self._fit(tokenized, [(0, len(ids))])
 
-    def _fit(self, whole: Tokenized, turns: Sequence[tuple[int, int]]) -> Iterator[Outcome]:
+    def _fit(self, whole: Tokenized, turns: Sequence[tuple[int, int]]) -> Iterator[TokenizeResult]:
         """The example in a row or, as ``data.on_overflow`` says, what is left of it."""
         options, tokens = self.options, len(whole.input_ids)
         pieces = [whole]

@@ -17,7 +17,7 @@ from raysft.data.tokenization.assistant_spans import ChatTemplate, Rendered
 from raysft.data.tokenization.markers import Render
 from raysft.data.tokenization.markers import Turn as Conversed
 from raysft.data.tokenization.span_search import Span
-from raysft.data.types import IGNORED
+from raysft.data.types import IGNORE_INDEX
 
 
 class Turn(NamedTuple):
@@ -116,9 +116,11 @@ class Framing:
 
     def end_of_ids(self, ids: np.ndarray, labels: np.ndarray) -> Seen:
         """How ids that are no conversation end, where that is a token of its own; of others nothing is known."""
-        labelled = np.flatnonzero(labels != IGNORED)
+        labelled = np.flatnonzero(labels != IGNORE_INDEX)
         at = self._last(ids, 0, int(labelled[-1]) + 1) if len(labelled) else 0
-        return ((at, self._turn("ended", ids[at])),) if labels[at] != IGNORED and int(ids[at]) in self.special else ()
+        return (
+            ((at, self._turn("ended", ids[at])),) if labels[at] != IGNORE_INDEX and int(ids[at]) in self.special else ()
+        )
 
     def look(
         self,
@@ -152,7 +154,7 @@ class Framing:
         else:
             how = self._turn("ended" if self.own[ids[last]] else "worded", ids[last])
         before = rendered.form.turns[:index]
-        begun = self._begun(template, before, rendered.form.tools, rendered.text, span[0])
+        begun = self._with_bos(template, before, rendered.form.tools, rendered.text, span[0])
         inside = [] if written else start + np.flatnonzero(self.own[ids[start:last]])
         return (
             *((start, turn) for turn in begun),
@@ -173,7 +175,7 @@ class Framing:
             self._turns[kind, token] = Turn(kind, token, self.texts.get(token) or self.decode(token))
         return self._turns[kind, token]
 
-    def _begun(
+    def _with_bos(
         self, template: ChatTemplate, before: Sequence[Conversed], tools: Sequence[Any], text: str, start: int
     ) -> tuple[Turn, ...]:
         """Whether a turn that starts there begins as generation would begin it: with all that the generation prompt opens.

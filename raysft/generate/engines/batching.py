@@ -50,23 +50,23 @@ def obstacle(config: Config, model: str) -> str:
     if runs_code(config, folder):
         return "code that comes with the model is not known to take part"
     try:
-        described: Any = AutoConfig.from_pretrained(
+        hf_config: Any = AutoConfig.from_pretrained(
             adapter_base(folder) or folder, local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         return f"its config.json is of no use ({str(error).splitlines()[0]:.120})"
-    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(described), None)
-    kind = f"model_type={described.model_type}"
-    if found is None or described.is_encoder_decoder:
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(hf_config), None)
+    kind = f"model_type={hf_config.model_type}"
+    if found is None or hf_config.is_encoder_decoder:
         return f"{kind} is no decoder that transformers knows"
     if found._is_stateful:
         return f"{kind} is recurrent"
     # Attention that does not come from transformers' registry, or only the eager one, would not see the pages.
     if not (found._supports_attention_backend and found._supports_sdpa):
         return f"{kind} has attention of its own"
-    if scale_turn(described):
+    if scale_turn(hf_config):
         return f"{kind} scales its positions by the longest prompt beside it (longrope)"
-    text = described.get_text_config()
+    text = hf_config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         return f"{kind} has layers of the kind {min(kinds)}"

@@ -22,7 +22,7 @@ from raysft.generate.engine_pool import Pool
 from raysft.generate.engines.context_window import fit, limit, positions_of
 from raysft.generate.engines.model import padding_token, stop_tokens
 from raysft.generate.engines.sampling import prompt_seed
-from raysft.models.adapters import adapter_base, adapter_description
+from raysft.models.adapters import adapter_base, read_adapter_config
 from raysft.models.loading import generation_config
 from raysft.models.remote_code import runs_code
 from raysft.models.tokenizer import tokenizer_of
@@ -41,7 +41,7 @@ _COLUMNS = ("id", "cut", "generated_text", "generated_tokens", "time_taken_llm",
 
 
 @dataclass(frozen=True)
-class Served:
+class VllmModel:
     """A model as vLLM is told of it; nothing of its weights is loaded here."""
 
     source: str
@@ -58,7 +58,7 @@ class Served:
     positions: int | None
 
     @classmethod
-    def of(cls, config: Config, model: str, ends: Sequence[int] = ()) -> Served:
+    def of(cls, config: Config, model: str, ends: Sequence[int] = ()) -> VllmModel:
         """Look into a model's folder; ``ends``: tokens that end an answer, besides those that it and the config name.
 
         Raises:
@@ -91,7 +91,7 @@ class Served:
         )
 
 
-def requests(config: Config, served: Served, prompts: pa.Table) -> pa.Table:
+def requests(config: Config, served: VllmModel, prompts: pa.Table) -> pa.Table:
     """Prompts (columns id, input_ids) as the processor takes them: id, cut, tokenized_prompt, sampling_params and, for an
     adapter, model."""
     new_tokens = config.generate.max_new_tokens
@@ -109,7 +109,7 @@ def requests(config: Config, served: Served, prompts: pa.Table) -> pa.Table:
     return pa.table(columns)
 
 
-def sampling(config: Config, served: Served, id: str, new_tokens: int) -> dict[str, Any]:
+def sampling(config: Config, served: VllmModel, id: str, new_tokens: int) -> dict[str, Any]:
     """Arguments of vLLM's ``SamplingParams`` for a prompt; the seed is its own, whichever engine it goes to."""
     settings = config.generate
     arguments: dict[str, Any] = {
@@ -126,7 +126,7 @@ def sampling(config: Config, served: Served, id: str, new_tokens: int) -> dict[s
     return arguments
 
 
-def processor_config(config: Config, served: Served, pool: Pool, blocks: Sequence[pa.Table]) -> Any:
+def processor_config(config: Config, served: VllmModel, pool: Pool, blocks: Sequence[pa.Table]) -> Any:
     """The ``vLLMEngineProcessorConfig`` for a pool of engines and the requests that they get."""
     from ray.data.llm import vLLMEngineProcessorConfig
 
@@ -165,7 +165,7 @@ def processor_config(config: Config, served: Served, pool: Pool, blocks: Sequenc
 
 
 def completed(
-    config: Config, served: Served, prompts: Sequence[pa.Table], pool: Pool, restarts: int
+    config: Config, served: VllmModel, prompts: Sequence[pa.Table], pool: Pool, restarts: int
 ) -> ray.data.Dataset:
     """A dataset of what vLLM wrote after the prompts, in blocks of ``generate.batch_size``; ``entries`` reads it.
 
@@ -262,7 +262,7 @@ def _longest(requests: pa.Table) -> int:
 
 
 def _lora_rank(folder: Path) -> int:
-    description = adapter_description(folder)
+    description = read_adapter_config(folder)
     foreign = [key for key in _FOREIGN_TO_LORA if description.get(key)]
     foreign += [f"bias={description['bias']}"] if description.get("bias", "none") != "none" else []
     foreign += [f"peft_type={description.get('peft_type')}"] if description.get("peft_type") != "LORA" else []

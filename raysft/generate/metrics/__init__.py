@@ -26,7 +26,7 @@ from raysft.generate.metrics.script import NotGiven, script_of
 if TYPE_CHECKING:  # it imports evaluate, which takes seconds, and a config is checked without
     from raysft.generate.metrics.additive import AdditiveMetric
 
-BROUGHT = {
+BUILTIN_METRICS = {
     name: Path(__file__).with_name(f"{name}.py")
     for name in ("similarity", "rouge", "bleu", "bleu_zh", "chrf", "exact_match")
 }
@@ -45,15 +45,17 @@ def check(config: Config) -> None:
         RequestError: one of them cannot be loaded.
     """
     for name in config.generate.metrics:
-        if name in BROUGHT:
+        if name in BUILTIN_METRICS:
             continue
         try:
             with _loaded(name):
                 pass
         except Exception as error:
-            near = difflib.get_close_matches(name, BROUGHT, n=1)
+            near = difflib.get_close_matches(name, BUILTIN_METRICS, n=1)
             remedy = (
-                f"did you mean {near[0]}?" if near else f"those that come with raysft are {', '.join(sorted(BROUGHT))}"
+                f"did you mean {near[0]}?"
+                if near
+                else f"those that come with raysft are {', '.join(sorted(BUILTIN_METRICS))}"
             )
             reason = " ".join(str(error).split()) or type(error).__name__
             fault = reason if isinstance(error, NotGiven) else f"cannot be loaded ({reason:.200})"
@@ -156,7 +158,7 @@ def _statistics(
 ) -> dict[str, np.ndarray]:
     """[examples, statistics] of each metric; by tasks on the cluster where that is worth it."""
     found: dict[str, np.ndarray] = {}
-    brought = [name for name in modules if name in BROUGHT]  # the file of another may not be on every node
+    brought = [name for name in modules if name in BUILTIN_METRICS]  # the file of another may not be on every node
     if brought and len(predictions) >= PARALLEL_FROM and ray.is_initialized():
         with _blaming(", ".join(brought)):
             found = _by_tasks(brought, predictions, references)
@@ -210,7 +212,7 @@ def _loaded(name: str) -> Iterator[Any]:
     of_evaluate.HF_EVALUATE_OFFLINE |= constants.HF_HUB_OFFLINE  # by itself evaluate heeds only its own variable
     with tempfile.TemporaryDirectory(prefix="raysft-metric-") as folder:
         own: dict[str, Any] = {"cache_dir": folder, "experiment_id": uuid.uuid4().hex}
-        if name in BROUGHT:
+        if name in BUILTIN_METRICS:
             # evaluate.load would copy the file into the home folder, which a container may not have, to do the same.
             yield cast(Any, import_main_class(f"{__name__}.{name}"))(**own)
         else:

@@ -26,7 +26,7 @@ STALL_SECONDS = 300
 """How long a training waits for the checkpoint before; well below what other workers wait for it in a collective."""
 
 
-class Saver:
+class AsyncWriter:
     """Writes one worker's part of each checkpoint in a thread, one at a time. All workers make one together."""
 
     def __init__(self, checkpoints: StoragePath, keep: int, emit: Callable[[str, Any], None]) -> None:

@@ -33,8 +33,8 @@ from raysft.train.checkpoint.optimizer_state import (
     read_rest,
     set_random_states,
 )
-from raysft.train.checkpoint.tensor_io import Pieces, write_tensors
-from raysft.train.checkpoint.zero_shards import Fragment, base_optimizer, fragments, owners, spread
+from raysft.train.checkpoint.tensor_io import TensorReader, write_tensors
+from raysft.train.checkpoint.zero_shards import Fragment, base_optimizer, fragments, owners, sync_model_weights
 from raysft.train.optim import go_to_step
 
 WEIGHT = "weight"
@@ -44,7 +44,7 @@ SETTINGS = ("lr", "initial_lr", "betas", "eps", "weight_decay")
 """What an optimizer keeps beside its state and the config decides."""
 
 
-class Damaged(RuntimeError):
+class CorruptCheckpoint(RuntimeError):
     """A checkpoint is not what was written; it is marked, and the workers start again from the one before."""
 
 
@@ -60,7 +60,7 @@ class Snapshot:
     cursor: Cursor
 
     @property
-    def bytes(self) -> int:
+    def size_bytes(self) -> int:
         """Of all tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
@@ -111,7 +111,7 @@ def remove_part(part: Snapshot, folder: StoragePath) -> None:
     """Take away what there is of one worker's part, so that a try that failed holds no room."""
     for name in (f"part_{part.rank}.json", f"part_{part.rank}.safetensors", f"state_{part.rank}.pt"):
         (folder / name).remove()
-    if folder.local and not folder.list():
+    if folder.local and not folder.entries():
         folder.remove()
 
 
@@ -172,7 +172,7 @@ def tidy(checkpoints: StoragePath, keep: int) -> None:
         if folder not in lasting:
             folder.remove()
     whole = {folder.name for _, folder in found}
-    for name in checkpoints.list():
+    for name in checkpoints.entries():
         step = name.removeprefix("checkpoint_").split("_")[0]
         if name not in whole and step.isdigit() and int(step) < found[0][0].step:
             (checkpoints / name).remove()
@@ -184,7 +184,7 @@ def remove_passing(checkpoints: StoragePath) -> None:
     passing = [folder for cursor, folder in found if cursor.passing]
     for folder in passing:
         folder.remove()
-    if passing and checkpoints.local and not checkpoints.list():
+    if passing and checkpoints.local and not checkpoints.entries():
         checkpoints.remove()
 
 
@@ -253,7 +253,7 @@ def check(folder: StoragePath, cursor: Cursor, scratch: Path) -> dict[int, Stora
         if rank == 0:
             (folder / DAMAGED).write_text(json.dumps({"file": wrong}))
         dist.barrier()
-        raise Damaged(f"checkpoint after step {cursor.step}: {folder / wrong} is not what was written")
+        raise CorruptCheckpoint(f"checkpoint after step {cursor.step}: {folder / wrong} is not what was written")
     return near
 
 
@@ -274,7 +274,7 @@ def _wrong(folder: StoragePath, part: int, near: StoragePath) -> str | None:
 
 
 @torch.no_grad()
-def load(engine: Any, schedule: Any, folder: StoragePath | Path) -> tuple[Cursor, list[Any]]:
+def load(engine: Any, lr_scheduler: Any, folder: StoragePath | Path) -> tuple[Cursor, list[Any]]:
     """Put a training back to where a checkpoint was written, by as many workers or by others.
 
     The optimizer's settings and the course of the learning rate are those of the config now: the rate of a step follows from
@@ -284,7 +284,7 @@ def load(engine: Any, schedule: Any, folder: StoragePath | Path) -> tuple[Cursor
 
     Args:
         engine: as it was made for a config that may go on from it.
-        schedule: of the learning rate.
+        lr_scheduler: of the learning rate.
         folder: the checkpoint.
 
     Returns:
@@ -301,7 +301,7 @@ def load(engine: Any, schedule: Any, folder: StoragePath | Path) -> tuple[Cursor
     with tempfile.TemporaryDirectory(prefix="raysft-") as scratch:
         near = check(folder, cursor, Path(scratch))
         rest = _read_rest(folder, near.get(own, folder), own)
-        pieces = Pieces({part: near.get(part, folder) for part in range(cursor.workers)}, near)
+        pieces = TensorReader({part: near.get(part, folder) for part in range(cursor.workers)}, near)
         kinds = [kind for kind in pieces.kinds if kind != WEIGHT and by_weight]
         if by_weight:
             for owner in owners(engine):
@@ -315,13 +315,13 @@ def load(engine: Any, schedule: Any, folder: StoragePath | Path) -> tuple[Cursor
             for kind in kinds:
                 pieces.want(kind, fragment.name, fragment.start, fragment.of(optimizer.state[fragment.owner][kind]))
         pieces.read()
-    spread(engine)
+    sync_model_weights(engine)
     if not by_weight:
         settings = [{key: group[key] for key in SETTINGS if key in group} for group in optimizer.param_groups]
         optimizer.load_state_dict(rest["optimizer"])
         for group, own in zip(optimizer.param_groups, settings, strict=True):
             group.update(own)
-    go_to_step(schedule, cursor.step)
+    go_to_step(lr_scheduler, cursor.step)
     for name, value in rest["engine"].items():
         setattr(engine, name, value)
     for name, value in rest["scaler"].items():
@@ -351,4 +351,4 @@ def _read_rest(folder: StoragePath, near: StoragePath, part: int) -> dict[str, A
     except pickle.UnpicklingError:
         (folder / DAMAGED).write_text(json.dumps({"file": name}))
         what = "more than tensors and plain values, which no training has written"
-        raise Damaged(f"{folder / name} holds {what}") from None
+        raise CorruptCheckpoint(f"{folder / name} holds {what}") from None

@@ -49,7 +49,7 @@ def _read_header(file: Any) -> list[tuple[str, str, int, int]]:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Segment:
     """Some elements of a parameter, or of what the optimizer keeps for it, in a file."""
 
     start: int
@@ -61,7 +61,7 @@ class Piece:
     """Its first byte in the part's file."""
 
 
-class Pieces:
+class TensorReader:
     """The pieces of all parts together."""
 
     def __init__(self, parts: Mapping[int, StoragePath], mine: Iterable[int]) -> None:
@@ -74,27 +74,27 @@ class Pieces:
         self._files = {part: folder / f"part_{part}.safetensors" for part, folder in parts.items()}
         headers: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(headers, {part: self._files[part].read(_read_header) for part in mine})
-        self._pieces: dict[tuple[str, str], list[Piece]] = {}
+        self._segments: dict[tuple[str, str], list[Segment]] = {}
         for part, header in sorted(item for each in headers for item in each.items()):
             for key, dtype, begin, end in header:
                 kind, start, name = key.split(":", 2)
                 size = (end - begin) // DTYPES[dtype].itemsize
-                self._pieces.setdefault((kind, name), []).append(Piece(int(start), size, dtype, part, begin))
+                self._segments.setdefault((kind, name), []).append(Segment(int(start), size, dtype, part, begin))
         self._wanted: dict[int, list[tuple[int, str, torch.Tensor]]] = {}
         self._lacking: str | None = None
-        self.kinds = sorted({kind for kind, _ in self._pieces})
+        self.kinds = sorted({kind for kind, _ in self._segments})
         """What there is: the weight, and what the optimizer keeps."""
 
     def want(self, kind: str, name: str, start: int, into: torch.Tensor) -> None:
         """Say which elements of a parameter are wanted, and where; ``read`` fills them in."""
         missing = len(into)
-        for piece in self._pieces.get((kind, name), ()):
-            first = max(piece.start, start)
-            last = min(piece.start + piece.size, start + len(into))
+        for segment in self._segments.get((kind, name), ()):
+            first = max(segment.start, start)
+            last = min(segment.start + segment.size, start + len(into))
             if first < last:
-                begin = piece.begin + (first - piece.start) * DTYPES[piece.dtype].itemsize
+                begin = segment.begin + (first - segment.start) * DTYPES[segment.dtype].itemsize
                 target = into[first - start : last - start]
-                self._wanted.setdefault(piece.part, []).append((begin, piece.dtype, target))
+                self._wanted.setdefault(segment.part, []).append((begin, segment.dtype, target))
                 missing -= last - first
         if missing and not self._lacking:
             self._lacking = f"{kind} of {name}"

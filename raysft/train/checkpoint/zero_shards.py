@@ -91,7 +91,7 @@ def base_optimizer(engine: Any) -> Any:
 
 
 @torch.no_grad()
-def spread(engine: Any) -> None:
+def sync_model_weights(engine: Any) -> None:
     """Bring fragments that were set to where the model computes with them; all workers call it."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 3:

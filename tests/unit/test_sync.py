@@ -8,12 +8,13 @@ from dataclasses import asdict, replace
 import pytest
 
 from raysft.errors import RunFailed
-from raysft.storage import lock, sync
+from raysft.storage import lock as lock_module
+from raysft.storage import sync
 from raysft.storage.json_files import append_json
-from raysft.storage.lock import Held, Holder, held
+from raysft.storage.lock import Locked, LockOwner, lock
 from raysft.storage.path import StoragePath
 from raysft.storage.run_directory import RunDirectory
-from raysft.storage.sync import Mirror, looked_into, mirrored
+from raysft.storage.sync import Sync, open_read_only, synced
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_files_go_there_as_they_change_and_come_from_there(run, tmp_path, monkey
     (run.place / "old.partial").write_text("x")
     run.path.mkdir(parents=True)
     (run.path / "left-behind").write_text("by another life")
-    with mirrored(run, print):
+    with synced(run, print):
         assert sorted(path.name for path in run.path.iterdir()) == ["old.partial", "results.json"]
         (run.path / "old.partial").unlink()
         append_json(run.trainer_log, {"step": 1})
@@ -60,7 +61,7 @@ def test_files_go_there_as_they_change_and_come_from_there(run, tmp_path, monkey
 
 
 def test_what_did_not_change_is_not_sent_again(run, server):
-    sent = Mirror(run, print)
+    sent = Sync(run, print)
     sent.fetch()
     run.config.write_text("a: 1")
     sent.push()
@@ -72,8 +73,8 @@ def test_what_did_not_change_is_not_sent_again(run, server):
 def test_what_is_no_more_is_taken_away_before_anything_is_brought(run, monkeypatch):
     run.path.mkdir(parents=True)
     run.results("train").write_text("{}")
-    Mirror(run, print).push()
-    killed = Mirror(run, print)
+    Sync(run, print).push()
+    killed = Sync(run, print)
     killed.fetch()
     run.results("train").unlink()
     run.config.write_text("epochs: 3")
@@ -90,7 +91,7 @@ def test_what_is_no_more_is_taken_away_before_anything_is_brought(run, monkeypat
 def test_a_storage_that_is_away_is_said_once_and_the_files_follow(run, server, monkeypatch):
     monkeypatch.setattr(sync, "EVERY_SECONDS", 0.1)
     said: list[str] = []
-    with mirrored(run, said.append):
+    with synced(run, said.append):
         server.fails("PUT", seconds=600)
         run.config.write_text("a: 1")
         limit = time.monotonic() + 30
@@ -100,14 +101,14 @@ def test_a_storage_that_is_away_is_said_once_and_the_files_follow(run, server, m
         server.heals()
     assert len(said) == 1
     assert said[0].startswith(f"{run.place}/config.yaml: no answer from the storage")
-    assert run.place.list().keys() == {"config.yaml"}
+    assert run.place.entries().keys() == {"config.yaml"}
 
 
 def test_a_storage_that_stays_away_at_the_end_is_one_line(run, server, monkeypatch):
     monkeypatch.setattr("raysft.storage.retry.RETRY_SECONDS", 1.0)
 
     def works():
-        with mirrored(run, lambda line: None):
+        with synced(run, lambda line: None):
             server.fails("PUT", seconds=600)
             run.config.write_text("a: 1")
 
@@ -119,7 +120,7 @@ def test_who_only_looks_leaves_the_working_copy_alone(run):
     run.path.mkdir(parents=True)
     run.config.write_text("of who works here")
     (run.place / "config.yaml").write_text("there")
-    with looked_into(run.place, print, back=True) as directory:
+    with open_read_only(run.place, print, back=True) as directory:
         assert directory.config.read_text() == "there"
         directory.model_card.write_text("card")
     assert run.config.read_text() == "of who works here"
@@ -127,25 +128,25 @@ def test_who_only_looks_leaves_the_working_copy_alone(run):
 
 
 def test_the_lock_of_an_object_store(run, monkeypatch):
-    monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.01)
-    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.1)
-    monkeypatch.setattr(lock, "DEAD_SECONDS", 0.6)
+    monkeypatch.setattr(lock_module, "SETTLE_SECONDS", 0.01)
+    monkeypatch.setattr(lock_module, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(lock_module, "DEAD_SECONDS", 0.6)
     file = run.place / ".lock"
-    with held(run.place):
+    with lock(run.place):
         assert json.loads(file.read_text())["process"] == os.getpid()
-        with pytest.raises(Held, match=f"{run.place}: process {os.getpid()} on"), held(run.place):
+        with pytest.raises(Locked, match=f"{run.place}: process {os.getpid()} on"), lock(run.place):
             pass
         limit = time.monotonic() + 20
         while not json.loads(file.read_text())["beat"]:
             assert time.monotonic() < limit
     assert not file.exists()
-    file.write_text(json.dumps(asdict(replace(Holder.me(), host="elsewhere", process=7))))
+    file.write_text(json.dumps(asdict(replace(LockOwner.me(), host="elsewhere", process=7))))
     said: list[str] = []
-    with held(run.place, said.append):
+    with lock(run.place, said.append):
         assert said == [f"{run.place}: process 7 on elsewhere works here; waiting 1 s for a sign"]
         # Another took it in the same moment, and was later.
-    monkeypatch.setattr(lock.time, "sleep", lambda seconds: file.write_text(json.dumps(asdict(Holder.me()))))
-    with pytest.raises(Held, match="another process began to work here in this moment"), held(run.place):
+    monkeypatch.setattr(lock_module.time, "sleep", lambda seconds: file.write_text(json.dumps(asdict(LockOwner.me()))))
+    with pytest.raises(Locked, match="another process began to work here in this moment"), lock(run.place):
         pass
 
 

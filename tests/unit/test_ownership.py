@@ -37,7 +37,7 @@ def test_auto_goes_on_with_the_number_that_the_run_began_with(tmp_path):
     assert auto.train.global_batch_size == "auto"
     belongs_to(directory, auto)
     assert settled(directory, auto) == config(tmp_path, global_batch_size=4)
-    assert settled(directory, auto).mathematics() == config(tmp_path, global_batch_size=4).mathematics()
+    assert settled(directory, auto).numerics_keys() == config(tmp_path, global_batch_size=4).numerics_keys()
 
 
 def test_with_more_epochs_auto_keeps_its_number_and_only_the_epochs_differ(tmp_path):

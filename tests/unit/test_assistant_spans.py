@@ -15,9 +15,9 @@ from raysft.data.sources.formats import examples as as_examples
 from raysft.data.sources.readers import read_raw
 from raysft.data.tokenization.assistant_spans import labelled
 from raysft.data.tokenization.span_search import REMEDY
-from raysft.data.tokenization.tokenize import Options, Overflow, Tokenized, Tokenizing
+from raysft.data.tokenization.tokenize import ExampleTokenizer, Options, Overflow, Tokenized
 from raysft.data.tokenization.tokenizer import Tokenizer
-from raysft.data.types import IGNORED, Example, Message, Rejected
+from raysft.data.types import IGNORE_INDEX, Example, Message, Rejected
 from raysft.errors import RequestError
 from raysft.models.tokenizer import load_tokenizer
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
@@ -61,7 +61,7 @@ def folder(tokenizer_with):
     return tokenizer_with()
 
 
-def tokenizer_of(folder: str, **options) -> Tokenizing:
+def tokenizer_of(folder: str, **options) -> ExampleTokenizer:
     defaults = {
         "stage": "sft",
         "sequence_length": 64,
@@ -73,7 +73,7 @@ def tokenizer_of(folder: str, **options) -> Tokenizing:
         "template_options": {},
         "with_prompts": False,
     }
-    return Tokenizing(Tokenizer.load(folder), Options(**{**defaults, **options}))
+    return ExampleTokenizer(Tokenizer.load(folder), Options(**{**defaults, **options}))
 
 
 def tokenize(folder: str, *examples: Example, **options) -> list[Tokenized]:
@@ -83,7 +83,7 @@ def tokenize(folder: str, *examples: Example, **options) -> list[Tokenized]:
 
 
 def trained_text(folder: str, item: Tokenized) -> str:
-    return load_tokenizer(folder).decode(item.input_ids[item.labels != IGNORED].tolist())
+    return load_tokenizer(folder).decode(item.input_ids[item.labels != IGNORE_INDEX].tolist())
 
 
 def whole_template(folder: str, example: Example) -> list[int]:
@@ -104,7 +104,7 @@ def test_ids_are_those_of_the_chat_template(folder, turns, train_on_prompt):
 def test_labels_cover_what_the_assistant_wrote_and_the_token_that_ends_its_turn(folder, turns):
     (item,) = tokenize(folder, conversation(*turns))
     assert trained_text(folder, item) == "".join(content + END for role, content in turns if role == "assistant")
-    on = item.labels != IGNORED
+    on = item.labels != IGNORE_INDEX
     assert (item.labels[on] == item.input_ids[on]).all()
     assert item.trained == on.sum()
 
@@ -165,7 +165,7 @@ def test_of_a_long_text_each_token_but_the_first_is_predicted_once_and_its_end_i
     whole = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     assert item.input_ids.tolist() == item.labels.tolist() == whole
     lengths = Lengths(np.array([len(whole)]), np.array([item.trained]), np.array([1]))
-    pieces = plan_rows([lengths], capacity=16, global_batch_size=1, layout=layout).pieces
+    pieces = plan_rows([lengths], capacity=16, global_batch_size=1, layout=layout).segments
     predicted = [
         token for start, stop in zip(pieces.starts, pieces.stops, strict=True) for token in whole[start + 1 : stop]
     ]
@@ -218,7 +218,7 @@ def test_real_conversations_are_tokenized_as_the_template_says(folder, model, na
         )
         assert item.input_ids.tolist() == whole
         answers = [turn for turn in form.turns if turn["role"] == "assistant"]
-        on = np.concatenate([[0], item.labels != IGNORED, [0]])
+        on = np.concatenate([[0], item.labels != IGNORE_INDEX, [0]])
         turns = np.flatnonzero(np.diff(on)).reshape(-1, 2)
         assert len(turns) == len(answers)
         for (start, end), answer in zip(turns, answers, strict=True):
@@ -330,7 +330,7 @@ def test_named_templates_mark_what_the_assistant_wrote(folder, name):
     """With special tokens of the tiny tokenizer, which are other ones: the frames are what counts."""
     config = parse({"model": {"path": folder, "chat_template": name}, "data": {"train": [{"name": "a", "path": "a"}]}})
     options = tokenizer_of(folder, sequence_length=999).options
-    tokenizing = Tokenizing(Tokenizer.load(folder, config.chat_template), options)
+    tokenizing = ExampleTokenizer(Tokenizer.load(folder, config.chat_template), options)
     turns = [("system", "Be nice."), ("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]
     (item,) = tokenizing([conversation(*turns)])
     assert isinstance(item, Tokenized), item
@@ -476,7 +476,7 @@ def test_a_template_for_tools_is_used_where_there_are_some(tokenizer_with):
     ("stage", "labels", "reason"),
     [
         ("sft", (1, 99999), "labels holds 99999 and the tokenizer has"),
-        ("pt", (IGNORED, 2), "labels differ from input_ids, and with stage: pt every token is trained on"),
+        ("pt", (IGNORE_INDEX, 2), "labels differ from input_ids, and with stage: pt every token is trained on"),
     ],
 )
 def test_labels_that_cannot_be_meant_are_rejected(folder, stage, labels, reason):

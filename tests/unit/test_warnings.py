@@ -28,7 +28,7 @@ def source(**changes) -> SourcePlan:
         records=20_000,
         examples=20_000,
         tokens=8_000_000,
-        trained_tokens=4_000_000,
+        loss_tokens=4_000_000,
         longest=1900,
         rejected=0,
         dropped=0,
@@ -49,11 +49,11 @@ def plan(**changes) -> Plan:
         steps=125,
         epochs=1,
         global_batch_size=32,
-        rows_per_step_chosen=True,
+        global_batch_size_chosen=True,
         sequence_length=2048,
         tokens=8_000_000,
-        trained_tokens=4_000_000,
-        useful=0.98,
+        loss_tokens=4_000_000,
+        packing_efficiency=0.98,
         empty_rows=0,
         filler_rows=0,
         workers=1,
@@ -110,8 +110,8 @@ SINGLE = {"data__packing": False}
             "14 steps are too few to learn anything; use train.epochs=15, or add data",
         ),
         (
-            {"train__rows_per_step": 32},
-            {"rows": 608, "rows_of_epochs": (608,), "steps": 19, "rows_per_step_chosen": False},
+            {"train__global_batch_size": 32},
+            {"rows": 608, "rows_of_epochs": (608,), "steps": 19, "global_batch_size_chosen": False},
             "19 steps are too few to learn anything; use train.global_batch_size=auto instead of 32",
         ),
         (
@@ -153,7 +153,7 @@ SINGLE = {"data__packing": False}
                 "global_batch_size": 16,
                 "epochs": 2,
                 "empty_rows": 28,
-                "rows_per_step_chosen": False,
+                "global_batch_size_chosen": False,
             },
             "4 steps are too few to learn anything; use train.global_batch_size=auto instead of 16",
         ),
@@ -163,9 +163,10 @@ SINGLE = {"data__packing": False}
             "15 steps are too few to learn anything; use train.epochs=4, or add data",
         ),
         (
-            {"train__rows_per_step": 32},
+            {"train__global_batch_size": 32},
             {"rows": 120, "rows_of_epochs": (5,) * 24, "steps": 24, "empty_rows": 648},
-            "84% of the rows of all steps are empty, as train.global_batch_size=32 and an epoch has 5; use train.global_batch_size=auto",
+            "84% of the rows of all steps are empty, as train.global_batch_size=32 and an epoch has 5; "
+            "use train.global_batch_size=auto",
         ),
         (
             {},
@@ -174,18 +175,22 @@ SINGLE = {"data__packing": False}
         ),
         (
             SINGLE,
-            {"useful": 0.03, "sources": {"a": source(longest=70)}},
+            {"packing_efficiency": 0.03, "sources": {"a": source(longest=70)}},
             "97% of the rows is padding; data.sequence_length=72 instead of 2048 holds the longest example",
         ),
-        (SINGLE, {"useful": 0.2}, "80% of the rows is padding; data.packing=true puts several examples into a row"),
+        (
+            SINGLE,
+            {"packing_efficiency": 0.2},
+            "80% of the rows is padding; data.packing=true puts several examples into a row",
+        ),
         (
             {"data__holdout": 0.1},
-            {"evaluation": {"a": source(examples=1, trained_tokens=40)}},
+            {"evaluation": {"a": source(examples=1, loss_tokens=40)}},
             "evaluation set 'a' has 1 example, so its figures are mostly chance; raise data.holdout",
         ),
         (
             {"data__eval": [{"name": "a", "path": "few.jsonl"}]},
-            {"evaluation": {"a": source(examples=2, trained_tokens=80)}},
+            {"evaluation": {"a": source(examples=2, loss_tokens=80)}},
             "evaluation set 'a' has 2 examples, so its figures are mostly chance; add examples to it",
         ),
         (
@@ -202,7 +207,8 @@ SINGLE = {"data__packing": False}
         (
             {},
             {"sources": {"a": source(counts={"truncated": 9000})}},
-            "source 'a': 9,000 of 20,000 examples are cut off at data.sequence_length=2048; raise it, or use data.on_overflow=split",
+            "source 'a': 9,000 of 20,000 examples are cut off at data.sequence_length=2048; raise it, or use "
+            "data.on_overflow=split",
         ),
         (
             {"train__warmup_ratio": 1.0},
@@ -219,8 +225,8 @@ def test_what_would_surprise_is_said_in_one_line(settings, changes, expected):
     ("settings", "changes"),
     [
         # A pass over short examples that fill few rows when packed: padding costs nothing there, steps would be lacking.
-        (SINGLE, {"useful": 0.2, "rows": 120, "rows_of_epochs": (120,)}),
-        ({}, {"evaluation": {"long": source(examples=3, trained_tokens=90_000)}}),
+        (SINGLE, {"packing_efficiency": 0.2, "rows": 120, "rows_of_epochs": (120,)}),
+        ({}, {"evaluation": {"long": source(examples=3, loss_tokens=90_000)}}),
         ({}, {"sources": {"a": source(rejected=100)}}),
     ],
 )

@@ -15,7 +15,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from raysft.errors import RunFailed, StorageFailed
 from raysft.train.checkpoint.cursor import Cursor
-from raysft.train.checkpoint.format import Damaged
+from raysft.train.checkpoint.format import CorruptCheckpoint
 from raysft.train.loop import _Loop, _train
 from raysft.train.restarts import Fault, Restarts, cause, faults_of
 
@@ -68,7 +68,7 @@ def test_another_step_or_another_error_is_another_failure():
         StorageFailed("s3://b: no answer"),
         RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:3"),
         RuntimeError("NCCL error: unhandled system error"),
-        Damaged("part_0.safetensors is not what was written"),
+        CorruptCheckpoint("part_0.safetensors is not what was written"),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -92,7 +92,7 @@ def test_an_error_in_reading_rows_does_not_name_those_of_the_step_before():
         raise IndexError("position 7 is out of range")
 
     loop: Any = object.__new__(_Loop)
-    loop.schedule, loop.judge = SimpleNamespace(steps=2), SimpleNamespace(wants_to_stop=False)
+    loop.row_plan, loop.early_stopper = SimpleNamespace(steps=2), SimpleNamespace(should_stop=False)
     loop.job = SimpleNamespace(config=SimpleNamespace(train=SimpleNamespace(eval_at_start=False)))
     loop.set_up, loop.emit_setup = lambda resume: Cursor(0, 0, 0, {}), lambda waited: None
 

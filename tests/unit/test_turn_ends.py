@@ -137,8 +137,8 @@ def test_only_turns_that_are_trained_on_count(tmp_path, tokenizer):
 
 def test_an_end_that_was_cut_off_is_none(tmp_path, tokenizer):
     long = [["Hi.", "word " * 200]]
-    for on_overlong, expected in (("truncate", Turns(cut=1)), ("split", Turns(ended={"<|end|>": 1}))):
-        made = manifest(tmp_path, framed("<|end|>"), long, on_overflow=on_overlong)
+    for on_overflow, expected in (("truncate", Turns(cut=1)), ("split", Turns(ended={"<|end|>": 1}))):
+        made = manifest(tmp_path, framed("<|end|>"), long, on_overflow=on_overflow)
         assert Turns.of(made.turns) == expected
     made = manifest(tmp_path, framed("<|end|>"), [*long, ["Hi.", "Yo."]], on_overflow="truncate")
     assert Turns.of(made.turns) == Turns(ended={"<|end|>": 1}, cut=1)

@@ -11,7 +11,7 @@ from pathlib import Path
 from raysft.storage.json_files import read_jsonl
 from raysft.telemetry.events import StepRecord
 from raysft.telemetry.terminal import Terminal
-from raysft.telemetry.train_log import Journal
+from raysft.telemetry.train_log import TrainLog
 
 
 def step(number: int, loss: float = 1.0) -> StepRecord:
@@ -27,8 +27,8 @@ def step(number: int, loss: float = 1.0) -> StepRecord:
         remaining_time="0",
         throughput=1.0,
         total_tokens=100 * number,
-        trained_tokens=50,
-        useful=1.0,
+        loss_tokens=50,
+        packing_efficiency=1.0,
         rows=number,
         step_seconds=2.0,
         data_wait_seconds=0.0,
@@ -50,12 +50,12 @@ def set_up(at: int) -> dict:
 
 def test_what_a_killed_driver_did_not_write_comes_from_the_checkpoint(tmp_path: Path, capsys):
     log = tmp_path / "trainer_log.jsonl"
-    first = Journal(log, Terminal())
+    first = TrainLog(log, Terminal())
     first("setup", set_up(0))
     first("step", step(1))
     evaluation = {"current_steps": 2, "eval_loss": 3.0}
     known = [asdict(step(1)), asdict(step(2, loss=float("nan"))), evaluation]
-    again = Journal(log, Terminal())
+    again = TrainLog(log, Terminal())
     again("setup", {**set_up(2), "log": known})
     again("step", step(3))
     found = list(read_jsonl(log))
@@ -70,13 +70,13 @@ def test_what_a_killed_driver_did_not_write_comes_from_the_checkpoint(tmp_path: 
 
 def test_a_log_has_each_step_once_and_results_count_all_of_them(tmp_path: Path, capsys):
     log = tmp_path / "trainer_log.jsonl"
-    first = Journal(log, Terminal())
+    first = TrainLog(log, Terminal())
     first("setup", set_up(0))
     for number in (1, 2, 3, 4):
         first("step", step(number, loss=number))
     with log.open("a") as file:
         file.write('{"current_steps": 5, "lo')  # killed in the middle of a line
-    again = Journal(log, Terminal())
+    again = TrainLog(log, Terminal())
     again("setup", set_up(2))
     for number in (3, 4, 5):
         again("step", step(number, loss=10.0))
@@ -90,7 +90,7 @@ def test_a_log_has_each_step_once_and_results_count_all_of_them(tmp_path: Path, 
 
 
 def test_results_are_json_where_a_loss_was_not_finite(tmp_path: Path, capsys):
-    journal = Journal(tmp_path / "trainer_log.jsonl", Terminal())
+    journal = TrainLog(tmp_path / "trainer_log.jsonl", Terminal())
     journal("setup", set_up(0))
     journal("step", step(1, loss=float("nan")))
     assert journal.results() == {}
@@ -113,7 +113,7 @@ def test_a_reader_that_goes_away_ends_nothing(tmp_path: Path):
 
 
 def test_a_storage_that_fails_for_many_workers_is_said_once(tmp_path, capsys):
-    journal = Journal(tmp_path / "log.jsonl", Terminal())
+    journal = TrainLog(tmp_path / "log.jsonl", Terminal())
     for _ in range(3):
         journal("waiting", "s3://x: waiting for the storage")
         journal("unsaved", {"step": 4, "reason": "full", "left_out": False})

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from raysft.data.rows import mixture, packed_dataset
-from raysft.data.rows.packed_dataset import Batch, Rows, _shares, as_batches, share
+from raysft.data.rows.packed_dataset import Batch, PackedDataset, _shares, as_batches, rows_for_rank
 from raysft.data.shards import build
-from raysft.data.types import IGNORED
+from raysft.data.types import IGNORE_INDEX
 from raysft.errors import RequestError
 from tests.shards import data_config, the_set, write_records, written
 from tests.tiny import tiny_tokenizer
@@ -37,7 +37,7 @@ def model(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory, model) -> Rows:
+def rows(tmp_path_factory, model) -> PackedDataset:
     """Two sources in several shards each."""
     folder: Path = tmp_path_factory.mktemp("stream")
     write_records(folder / "a.jsonl", records(70, 1))
@@ -48,11 +48,11 @@ def rows(tmp_path_factory, model) -> Rows:
         patch.setattr(build, "SHARD_RECORDS", 20)
         manifests = [written(each, model) for each in sets]
     assert [len(manifest.shards) for manifest in manifests] == [4, 3]
-    rows = Rows(
+    rows = PackedDataset(
         manifests=tuple(each.manifest.location for each in sets), capacity=CAPACITY, global_batch_size=4, epochs=2
     )
-    assert len(rows.schedule.pieces.examples) > 3 * rows.schedule.rows, "rows hold too few examples to show anything"
-    assert rows.schedule.step_rows[:-1].min() < 4, (
+    assert len(rows.row_plan.segments.examples) > 3 * rows.row_plan.rows, "rows hold too few examples to show anything"
+    assert rows.row_plan.step_rows[:-1].min() < 4, (
         "the first epoch fills its last step, so that no row in between is empty"
     )
     return rows
@@ -78,7 +78,7 @@ def taken_apart(batch: Batch, index: int) -> list[tuple[list[int], list[int]]]:
 
 
 def trained(batch: Batch) -> int:
-    return int((batch["labels"] != IGNORED).sum())
+    return int((batch["labels"] != IGNORE_INDEX).sum())
 
 
 def same(left: Batch, right: Batch) -> bool:
@@ -88,46 +88,46 @@ def same(left: Batch, right: Batch) -> bool:
 @pytest.mark.parametrize("layout", ["packed", "single"])
 def test_rows_hold_the_examples_of_the_schedule_as_they_were_tokenized(rows, originals, layout):
     rows = replace(rows, layout=layout)
-    batch = rows.batch(range(rows.schedule.rows))
-    for index in range(rows.schedule.rows):
-        expected = [originals[example] for example in rows.schedule.row(index)]
-        assert taken_apart(batch, index) == [(ids, [IGNORED, *labels[1:]]) for ids, labels in expected]
+    batch = rows.batch(range(rows.row_plan.rows))
+    for index in range(rows.row_plan.rows):
+        expected = [originals[example] for example in rows.row_plan.row(index)]
+        assert taken_apart(batch, index) == [(ids, [IGNORE_INDEX, *labels[1:]]) for ids, labels in expected]
     assert batch["tokens"].sum() == 2 * sum(len(ids) for ids, _ in originals)
 
 
 def test_positions_start_again_at_each_example_and_where_padding_begins(rows):
-    batch = rows.batch(range(rows.schedule.rows))
-    for index in range(rows.schedule.rows):
+    batch = rows.batch(range(rows.row_plan.rows))
+    for index in range(rows.row_plan.rows):
         lengths = [len(ids) for ids, _ in taken_apart(batch, index)]
-        assert len(lengths) == len(rows.schedule.row(index))
+        assert len(lengths) == len(rows.row_plan.row(index))
         parts = [*lengths, CAPACITY - sum(lengths)]
         assert batch["position_ids"][index].tolist() == [place for part in parts for place in range(part)]
-        assert (batch["labels"][index, sum(lengths) :] == IGNORED).all()
+        assert (batch["labels"][index, sum(lengths) :] == IGNORE_INDEX).all()
 
 
 def test_the_first_token_of_each_example_has_no_label_even_where_the_prompt_is_trained_on(model, tmp_path):
     write_records(tmp_path / "a.jsonl", records(20, 3))
     each = the_set(data_config(tmp_path, train_on_prompt=True, sequence_length=CAPACITY), model)
     manifest = written(each, model)
-    whole = Rows((each.manifest.location,), CAPACITY, global_batch_size=3)
-    batch = whole.batch(range(whole.schedule.rows))
-    assert (batch["labels"][batch["position_ids"] == 0] == IGNORED).all()
+    whole = PackedDataset((each.manifest.location,), CAPACITY, global_batch_size=3)
+    batch = whole.batch(range(whole.row_plan.rows))
+    assert (batch["labels"][batch["position_ids"] == 0] == IGNORE_INDEX).all()
     assert trained(batch) == manifest.trained.sum() == (manifest.lengths - 1).sum()
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 5])
 def test_labels_of_a_step_add_up_to_what_its_loss_is_divided_by_however_many_workers_share_it(rows, workers):
     steps = [list(rows.steps(0, worker, workers)) for worker in range(workers)]
-    assert {len(each) for each in steps} == {rows.schedule.steps}
-    for step in range(rows.schedule.steps):
-        assert sum(trained(each[step]) for each in steps) == rows.schedule.step_trained[step]
-        assert sum(each[step]["tokens"].sum() for each in steps) == rows.schedule.step_tokens[step]
+    assert {len(each) for each in steps} == {rows.row_plan.steps}
+    for step in range(rows.row_plan.steps):
+        assert sum(trained(each[step]) for each in steps) == rows.row_plan.step_loss_tokens[step]
+        assert sum(each[step]["tokens"].sum() for each in steps) == rows.row_plan.step_tokens[step]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 5])
 def test_a_steps_rows_are_shared_out_once_in_order_and_the_rest_are_fillers(workers):
     for step, expected in ((0, [0, 1, 2, 3]), (1, [4, 5, 6, 7]), (2, [8, 9])):
-        shares = [share(10, 4, step, worker, workers).tolist() for worker in range(workers)]
+        shares = [rows_for_rank(10, 4, step, worker, workers).tolist() for worker in range(workers)]
         assert len({len(each) for each in shares}) == 1
         numbers = [number for each in shares for number in each]
         assert [number for number in numbers if number >= 0] == expected
@@ -138,15 +138,15 @@ def test_a_filler_row_has_no_labels_and_no_tokens(rows):
     batch = rows.batch([0, -1])
     assert batch["row"].tolist() == [0, -1]
     assert batch["tokens"][1] == 0
-    assert (batch["labels"][1] == IGNORED).all()
+    assert (batch["labels"][1] == IGNORE_INDEX).all()
     assert batch["position_ids"][1].tolist() == list(range(CAPACITY))
 
 
 def test_an_empty_row_between_epochs_is_a_filler_with_a_number(rows):
-    step = int(np.flatnonzero(rows.schedule.step_rows < 4)[0])
-    batch = rows.batch(rows.share(step, 0, 1))
+    step = int(np.flatnonzero(rows.row_plan.step_rows < 4)[0])
+    batch = rows.batch(rows.rows_for_rank(step, 0, 1))
     assert batch["row"].tolist() == list(range(4 * step, 4 * step + 4))
-    filled = int(rows.schedule.step_rows[step])
+    filled = int(rows.row_plan.step_rows[step])
     fillers = rows.batch([-1] * (4 - filled))
     assert all(np.array_equal(batch[name][filled:], fillers[name]) for name in batch if name != "row")
     assert (batch["tokens"][:filled] > 0).all()
@@ -155,9 +155,9 @@ def test_an_empty_row_between_epochs_is_a_filler_with_a_number(rows):
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_rows_that_the_data_decides_are_those_of_the_number(rows, workers):
     decided = pickle.loads(pickle.dumps(replace(rows, global_batch_size=None, epochs=20)))
-    number = decided.schedule.global_batch_size
+    number = decided.row_plan.global_batch_size
     assert number > 1, "one row in a step shows nothing"
-    assert decided.schedule.steps >= 100
+    assert decided.row_plan.steps >= 100
     given = replace(decided, global_batch_size=number)
     for worker in range(workers):
         pairs = zip(decided.steps(0, worker, workers), given.steps(0, worker, workers), strict=True)
@@ -179,15 +179,15 @@ def test_what_tasks_hand_out_in_turn_is_what_each_worker_would_read_itself(
     rows, monkeypatch, workers, first, share_tokens, piece_rows, group
 ):
     monkeypatch.setattr(packed_dataset, "SHARE_TOKENS", share_tokens)
-    monkeypatch.setattr(packed_dataset, "PIECE_ROWS", piece_rows)
+    monkeypatch.setattr(packed_dataset, "SEGMENT_ROWS", piece_rows)
     monkeypatch.setattr(mixture, "GROUP_EXAMPLES", group)
     rows = replace(rows)
-    tables = [table for piece in rows._pieces(first, workers) for table in _shares({"piece": [piece]})]
+    tables = [table for segment in rows._segments(first, workers) for table in _shares({"piece": [segment]})]
     assert {table.num_rows for table in tables} == {1}
     for worker in range(workers):
         dealt = list(rows.batches(tables[worker::workers], workers))
         read = list(rows.steps(first, worker, workers))
-        assert len(dealt) == len(read) == rows.schedule.steps - first
+        assert len(dealt) == len(read) == rows.row_plan.steps - first
         assert all(same(left, right) for left, right in zip(dealt, read, strict=True))
 
 
@@ -203,8 +203,8 @@ def test_a_share_comes_apart_into_its_steps(rows):
 
 def test_places_name_the_shard_and_the_position_in_it(rows):
     places = rows._places([3, -1, 0])
-    expected = [*rows.schedule.row(3), *rows.schedule.row(0)]
-    assert places.counts.tolist() == [len(rows.schedule.row(3)), 0, len(rows.schedule.row(0))]
+    expected = [*rows.row_plan.row(3), *rows.row_plan.row(0)]
+    assert places.counts.tolist() == [len(rows.row_plan.row(3)), 0, len(rows.row_plan.row(0))]
     sizes = [20, 20, 20, 10, 20, 20, 5]
     starts = np.cumsum([0, *sizes])
     assert (starts[places.shards] + places.positions).tolist() == expected
@@ -212,7 +212,7 @@ def test_places_name_the_shard_and_the_position_in_it(rows):
 
 
 def test_rows_travel_without_what_can_be_computed_again(rows):
-    assert rows.schedule.rows > 0
+    assert rows.row_plan.rows > 0
     sent = pickle.dumps(rows)
     assert len(sent) < 1000
     again = pickle.loads(sent)
@@ -223,20 +223,20 @@ def test_rows_travel_without_what_can_be_computed_again(rows):
 def test_rows_whose_data_changes_on_the_way_are_those_of_both(rows, originals, tmp_path):
     """Two epochs of both sources, then two of the second alone; told and read back as JSON."""
     changed = replace(rows, manifests=rows.manifests[1:], epochs=4, earlier=replace(rows, epochs=2))
-    assert Rows.of(json.loads(json.dumps(changed.described()))) == changed
-    kept = rows.schedule.steps
+    assert PackedDataset.of(json.loads(json.dumps(changed.described()))) == changed
+    kept = rows.row_plan.steps
     for step in range(kept):
-        ours, theirs = changed.batch(changed.share(step, 0, 1)), rows.batch(rows.share(step, 0, 1))
+        ours, theirs = changed.batch(changed.rows_for_rank(step, 0, 1)), rows.batch(rows.rows_for_rank(step, 0, 1))
         filled = theirs["row"] >= 0
         for name in theirs:
             np.testing.assert_array_equal(ours[name][filled], theirs[name][filled], err_msg=name)
     alone = replace(rows, manifests=rows.manifests[1:], epochs=4)
-    first = replace(alone, epochs=2).schedule.steps
-    for step, same in zip(range(kept, changed.schedule.steps), range(first, alone.schedule.steps), strict=True):
-        ours, theirs = changed.batch(changed.share(step, 0, 1)), alone.batch(alone.share(same, 0, 1))
+    first = replace(alone, epochs=2).row_plan.steps
+    for step, same in zip(range(kept, changed.row_plan.steps), range(first, alone.row_plan.steps), strict=True):
+        ours, theirs = changed.batch(changed.rows_for_rank(step, 0, 1)), alone.batch(alone.rows_for_rank(same, 0, 1))
         for name in ("input_ids", "labels", "position_ids", "tokens"):
             np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
-        assert set(ours["sources"][ours["labels"] != IGNORED].tolist()) == {2}, "numbered after those of before"
+        assert set(ours["sources"][ours["labels"] != IGNORE_INDEX].tolist()) == {2}, "numbered after those of before"
     assert changed.sources == ("a", "b", "b")
 
 
@@ -244,19 +244,19 @@ def test_rows_whose_data_changes_on_the_way_are_those_of_both(rows, originals, t
 def test_fewer_epochs_than_reach_the_other_data_are_those_of_before(rows, epochs):
     other = replace(rows, manifests=rows.manifests[1:], epochs=epochs, earlier=replace(rows, epochs=2))
     before = replace(rows, epochs=epochs)
-    assert other.schedule.steps == before.schedule.steps
-    for step in range(before.schedule.steps):
-        ours, theirs = (each.batch(each.share(step, 0, 1)) for each in (other, before))
+    assert other.row_plan.steps == before.row_plan.steps
+    for step in range(before.row_plan.steps):
+        ours, theirs = (each.batch(each.rows_for_rank(step, 0, 1)) for each in (other, before))
         np.testing.assert_array_equal(ours["input_ids"], theirs["input_ids"])
-    assert replace(other, max_steps=1).schedule.steps == 1
+    assert replace(other, max_steps=1).row_plan.steps == 1
 
 
 def test_what_a_run_has_trained_on_is_known_without_its_cache(rows, tmp_path):
     described = rows.described()
-    gone = Rows.of({**described, "manifests": [str(tmp_path / "gone" / "manifest.parquet")]})
+    gone = PackedDataset.of({**described, "manifests": [str(tmp_path / "gone" / "manifest.parquet")]})
     assert gone.described()["global_batch_size"] == described["global_batch_size"]
     with pytest.raises(RequestError) as caught:
-        _ = gone.schedule
+        _ = gone.row_plan
     assert str(caught.value) == (
         f"{tmp_path}/gone/manifest.parquet: the tokenized data that this run has trained on is gone; put data.cache back, or "
         "choose another run.name"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from raysft.data.rows import mixture
-from raysft.data.rows.row_plan import Lengths, Schedule, plan_rows, step_size
+from raysft.data.rows.row_plan import Lengths, RowPlan, plan_rows, step_size
 
 RANDOM = np.random.default_rng(0)
 LENGTHS = RANDOM.integers(1, 33, 500).astype(np.int32)
@@ -17,13 +17,13 @@ TRAINED = (LENGTHS * RANDOM.random(500)).astype(np.int32)
 SHARD_ENDS = np.array([100, 130, 350, 400, 500])
 
 
-def planned(**options) -> Schedule:
+def planned(**options) -> RowPlan:
     defaults = {"capacity": 64, "global_batch_size": 8}
     return plan_rows([Lengths(LENGTHS, TRAINED, SHARD_ENDS)], **{**defaults, **options})
 
 
-def rows_of(schedule: Schedule, first: int = 0, last: int | None = None) -> list[list[int]]:
-    return [schedule.row(index).tolist() for index in range(first, schedule.rows if last is None else last)]
+def rows_of(row_plan: RowPlan, first: int = 0, last: int | None = None) -> list[list[int]]:
+    return [row_plan.row(index).tolist() for index in range(first, row_plan.rows if last is None else last)]
 
 
 def flat(rows: list[list[int]]) -> list[int]:
@@ -43,29 +43,29 @@ OPTIONS = [
 @pytest.mark.parametrize("group", [1, 120, 10_000])
 def test_each_epoch_holds_each_example_once_and_no_row_is_too_full(options, group, monkeypatch):
     monkeypatch.setattr(mixture, "GROUP_EXAMPLES", group)
-    schedule = planned(epochs=3, **options)
-    filled = [row for row in rows_of(schedule) if row]
-    for start, end in pairwise([0, *schedule.epoch_ends.tolist()]):
+    row_plan = planned(epochs=3, **options)
+    filled = [row for row in rows_of(row_plan) if row]
+    for start, end in pairwise([0, *row_plan.epoch_ends.tolist()]):
         assert sorted(flat(filled[start:end])) == list(range(500))
-    assert schedule.group_ends[-1] == schedule.rows
-    assert schedule.epoch_ends[-1] == len(filled)
-    assert all(0 < LENGTHS[row].sum() <= 64 for row in rows_of(schedule) if row)
+    assert row_plan.group_ends[-1] == row_plan.rows
+    assert row_plan.epoch_ends[-1] == len(filled)
+    assert all(0 < LENGTHS[row].sum() <= 64 for row in rows_of(row_plan) if row)
 
 
 @pytest.mark.parametrize("options", [*OPTIONS, {"global_batch_size": 1}, {"global_batch_size": 1000}], ids=str)
 def test_no_step_holds_rows_of_two_epochs_and_only_the_last_of_each_is_not_full(options):
-    schedule, one = planned(epochs=3, **options), planned(**options)
-    per_step = schedule.global_batch_size
-    assert schedule.steps == 3 * -(-one.rows // per_step)
-    assert schedule.rows_of_epochs == [one.rows] * 3
-    in_epoch = schedule.steps // 3
+    row_plan, one = planned(epochs=3, **options), planned(**options)
+    per_step = row_plan.global_batch_size
+    assert row_plan.steps == 3 * -(-one.rows // per_step)
+    assert row_plan.rows_of_epochs == [one.rows] * 3
+    in_epoch = row_plan.steps // 3
     for epoch in range(3):
         steps = slice(epoch * in_epoch, (epoch + 1) * in_epoch)
         full, last = divmod(one.rows, per_step)
-        assert schedule.step_rows[steps].tolist() == [per_step] * full + [last] * (last > 0)
+        assert row_plan.step_rows[steps].tolist() == [per_step] * full + [last] * (last > 0)
         first = epoch * in_epoch * per_step
-        assert sorted(flat(rows_of(schedule, first, min(first + in_epoch * per_step, schedule.rows)))) == [*range(500)]
-        assert schedule.epoch_of(schedule.consumed((epoch + 1) * in_epoch)) == epoch + 1.0
+        assert sorted(flat(rows_of(row_plan, first, min(first + in_epoch * per_step, row_plan.rows)))) == [*range(500)]
+        assert row_plan.epoch_of(row_plan.consumed((epoch + 1) * in_epoch)) == epoch + 1.0
 
 
 def test_the_first_epoch_is_the_same_however_many_follow():
@@ -77,9 +77,9 @@ def test_the_same_arguments_give_the_same_rows():
 
 
 def test_other_seeds_and_other_epochs_give_other_orders():
-    schedule = planned(seed=3, epochs=2)
-    middle = int(schedule.epoch_ends[0])
-    first, second = rows_of(schedule, 0, middle), rows_of(schedule, middle)
+    row_plan = planned(seed=3, epochs=2)
+    middle = int(row_plan.epoch_ends[0])
+    first, second = rows_of(row_plan, 0, middle), rows_of(row_plan, middle)
     assert first != second
     assert first != rows_of(planned(seed=4))
     assert first == rows_of(planned(seed=3))
@@ -87,17 +87,19 @@ def test_other_seeds_and_other_epochs_give_other_orders():
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_steps_add_up_to_all_tokens_and_each_to_its_rows(options):
-    schedule = planned(epochs=2, **options)
-    per_step = schedule.global_batch_size
-    assert schedule.steps == -(-schedule.rows // per_step) == len(schedule.step_tokens) == len(schedule.step_trained)
-    for step in range(schedule.steps):
-        examples = flat(rows_of(schedule, step * per_step, min((step + 1) * per_step, schedule.rows)))
-        assert schedule.step_tokens[step] == LENGTHS[examples].sum()
-        assert schedule.step_trained[step] == TRAINED[examples].sum()
-    assert schedule.step_tokens.sum() == 2 * LENGTHS.sum()
-    filled = sum(1 for row in rows_of(schedule) if row)
-    assert schedule.step_rows.sum() == filled
-    assert schedule.useful == pytest.approx(2 * LENGTHS.sum() / (filled * 64))
+    row_plan = planned(epochs=2, **options)
+    per_step = row_plan.global_batch_size
+    assert (
+        row_plan.steps == -(-row_plan.rows // per_step) == len(row_plan.step_tokens) == len(row_plan.step_loss_tokens)
+    )
+    for step in range(row_plan.steps):
+        examples = flat(rows_of(row_plan, step * per_step, min((step + 1) * per_step, row_plan.rows)))
+        assert row_plan.step_tokens[step] == LENGTHS[examples].sum()
+        assert row_plan.step_loss_tokens[step] == TRAINED[examples].sum()
+    assert row_plan.step_tokens.sum() == 2 * LENGTHS.sum()
+    filled = sum(1 for row in rows_of(row_plan) if row)
+    assert row_plan.step_rows.sum() == filled
+    assert row_plan.packing_efficiency == pytest.approx(2 * LENGTHS.sum() / (filled * 64))
 
 
 @pytest.mark.parametrize("max_steps", [1, 3, 20])
@@ -124,22 +126,22 @@ def test_without_shuffling_the_order_is_that_of_the_data():
 
 
 def test_packing_leaves_little_room_empty():
-    assert planned().useful > 0.98
-    assert planned(layout="single").useful == pytest.approx(LENGTHS.sum() / (500 * 64))
+    assert planned().packing_efficiency > 0.98
+    assert planned(layout="single").packing_efficiency == pytest.approx(LENGTHS.sum() / (500 * 64))
 
 
 @pytest.mark.parametrize(("group", "sizes"), [(100, [100] * 5), (120, [125] * 4), (300, [500])])
 def test_groups_hold_at_least_so_many_examples(group, sizes, monkeypatch):
     monkeypatch.setattr(mixture, "GROUP_EXAMPLES", group)
-    schedule = planned(shuffle=False, layout="single")
-    assert np.diff([0, *schedule.group_ends]).tolist() == sizes
+    row_plan = planned(shuffle=False, layout="single")
+    assert np.diff([0, *row_plan.group_ends]).tolist() == sizes
 
 
 def test_a_row_never_mixes_groups_and_a_shard_is_in_few_of_them(monkeypatch):
     monkeypatch.setattr(mixture, "GROUP_EXAMPLES", 120)
-    schedule = planned()
-    ends = [0, *schedule.group_ends.tolist()]
-    groups = [set(flat(rows_of(schedule, start, end))) for start, end in pairwise(ends)]
+    row_plan = planned()
+    ends = [0, *row_plan.group_ends.tolist()]
+    groups = [set(flat(rows_of(row_plan, start, end))) for start, end in pairwise(ends)]
     assert sum(map(len, groups)) == len(set().union(*groups)) == 500
     shards = [{int(np.searchsorted(SHARD_ENDS, example, side="right")) for example in group} for group in groups]
     # Borders of groups cut through at most one shard each.
@@ -147,12 +149,12 @@ def test_a_row_never_mixes_groups_and_a_shard_is_in_few_of_them(monkeypatch):
 
 
 def test_consumed_rows_are_a_share_of_the_epochs():
-    schedule = planned(epochs=2, layout="single")
+    row_plan = planned(epochs=2, layout="single")
     consumed = [0, 125, 500, 501, 750, 1000]
-    assert [schedule.epoch_of(rows) for rows in consumed] == [0.0, 0.25, 1.0, 1.002, 1.5, 2.0]
+    assert [row_plan.epoch_of(rows) for rows in consumed] == [0.0, 0.25, 1.0, 1.002, 1.5, 2.0]
     # 500 rows in steps of 8: the 63rd step ends the first epoch.
-    assert [schedule.consumed(steps) for steps in (0, 62, 63, 64, 126)] == [0, 496, 500, 508, 1000]
-    assert type(schedule.epoch_of(125)) is float
+    assert [row_plan.consumed(steps) for steps in (0, 62, 63, 64, 126)] == [0, 496, 500, 508, 1000]
+    assert type(row_plan.epoch_of(125)) is float
 
 
 def test_a_cut_epoch_counts_as_the_part_that_is_consumed():
@@ -186,9 +188,9 @@ def test_of_many_epochs_no_more_are_laid_out_than_decide():
 def test_a_step_that_the_data_decides_has_something_to_learn_from():
     trained = np.where(np.arange(120) % 3 == 0, 5, 0)
     given = [Lengths(np.full(120, 20), trained, np.array([120]))]
-    schedule = plan_rows(given, capacity=20, layout="single", shuffle=False)
-    assert schedule.global_batch_size == 4
-    assert schedule.step_trained.all()
+    row_plan = plan_rows(given, capacity=20, layout="single", shuffle=False)
+    assert row_plan.global_batch_size == 4
+    assert row_plan.step_loss_tokens.all()
 
 
 def sources(*sizes: int, weights: tuple[float, ...] = ()) -> list[Lengths]:
@@ -207,9 +209,9 @@ def sources(*sizes: int, weights: tuple[float, ...] = ()) -> list[Lengths]:
 )
 def test_a_mixture_takes_of_each_source_what_its_weight_says_in_every_epoch(mixing, takes, epochs):
     given = sources(300, 900, weights=(3.0, 1.0))
-    schedule = plan_rows(given, capacity=64, global_batch_size=8, mixing=mixing, epochs=epochs)
-    filled = [row for row in rows_of(schedule) if row]
-    for start, end in pairwise([0, *schedule.epoch_ends.tolist()]):
+    row_plan = plan_rows(given, capacity=64, global_batch_size=8, mixing=mixing, epochs=epochs)
+    filled = [row for row in rows_of(row_plan) if row]
+    for start, end in pairwise([0, *row_plan.epoch_ends.tolist()]):
         examples = np.array(flat(filled[start:end]))
         counts = [
             np.bincount(examples[examples < 300], minlength=300),
@@ -221,21 +223,21 @@ def test_a_mixture_takes_of_each_source_what_its_weight_says_in_every_epoch(mixi
 
 
 def test_a_mixture_is_drawn_anew_in_each_epoch():
-    schedule = plan_rows(sources(300, 900), capacity=64, global_batch_size=8, mixing="first_exhausted", epochs=2)
-    middle = int(schedule.epoch_ends[0])
+    row_plan = plan_rows(sources(300, 900), capacity=64, global_batch_size=8, mixing="first_exhausted", epochs=2)
+    middle = int(row_plan.epoch_ends[0])
     first, second = (
         {example for example in flat(rows) if example >= 300}
-        for rows in (rows_of(schedule, 0, middle), rows_of(schedule, middle))
+        for rows in (rows_of(row_plan, 0, middle), rows_of(row_plan, middle))
     )
     assert first != second
 
 
 def test_each_group_has_its_part_of_every_source(monkeypatch):
     monkeypatch.setattr(mixture, "GROUP_EXAMPLES", 200)
-    schedule = plan_rows(sources(300, 900), capacity=64, global_batch_size=8)
-    assert len(schedule.group_ends) == 6
-    for start, end in pairwise([0, *schedule.group_ends.tolist()]):
-        examples = np.array(flat(rows_of(schedule, start, end)))
+    row_plan = plan_rows(sources(300, 900), capacity=64, global_batch_size=8)
+    assert len(row_plan.group_ends) == 6
+    for start, end in pairwise([0, *row_plan.group_ends.tolist()]):
+        examples = np.array(flat(rows_of(row_plan, start, end)))
         assert [(examples < 300).sum(), (examples >= 300).sum()] == [50, 150]
 
 
@@ -243,15 +245,15 @@ def test_weights_of_a_step_and_of_its_sources_are_known_in_advance():
     given = sources(300, 900)
     random = np.random.default_rng(2)
     weighted = [replace(given[0], example_weights=random.random(300).astype(np.float32)), given[1]]
-    schedule = plan_rows(weighted, capacity=64, global_batch_size=8)
+    row_plan = plan_rows(weighted, capacity=64, global_batch_size=8)
     of_examples = np.concatenate([weighted[0].example_weights, np.ones(900)])
     trained = np.concatenate([each.trained for each in given])
-    for step in range(schedule.steps):
-        examples = np.array(flat(rows_of(schedule, step * 8, min(step * 8 + 8, schedule.rows))))
+    for step in range(row_plan.steps):
+        examples = np.array(flat(rows_of(row_plan, step * 8, min(step * 8 + 8, row_plan.rows))))
         expected = of_examples[examples] * trained[examples]
-        assert schedule.step_weight[step] == pytest.approx(expected.sum())
+        assert row_plan.step_weight[step] == pytest.approx(expected.sum())
         both = [expected[examples < 300].sum(), expected[examples >= 300].sum()]
-        assert schedule.source_weight(step, 2).tolist() == pytest.approx(both)
+        assert row_plan.source_weight(step, 2).tolist() == pytest.approx(both)
 
 
 @pytest.mark.parametrize("document_mask", [True, False])
@@ -259,18 +261,18 @@ def test_weights_of_a_step_and_of_its_sources_are_known_in_advance():
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_joined_documents_fill_every_row_and_lose_nothing(capacity, shuffle, document_mask):
     given = sources(40)
-    schedule = plan_rows(
+    row_plan = plan_rows(
         given, capacity=capacity, global_batch_size=1, layout="joined", document_mask=document_mask, shuffle=shuffle
     )
-    assert (schedule.step_tokens[:-1] == capacity).all()
-    pieces = schedule.pieces
+    assert (row_plan.step_tokens[:-1] == capacity).all()
+    segments = row_plan.segments
     predicted = {example: [] for example in range(40)}
-    for row in range(schedule.rows):
-        for piece in range(pieces.offsets[row], pieces.offsets[row + 1]):
-            first = pieces.starts[piece] + (1 if document_mask or piece == pieces.offsets[row] else 0)
-            predicted[int(pieces.examples[piece])] += range(first, pieces.stops[piece])
+    for row in range(row_plan.rows):
+        for segment in range(segments.offsets[row], segments.offsets[row + 1]):
+            first = segments.starts[segment] + (1 if document_mask or segment == segments.offsets[row] else 0)
+            predicted[int(segments.examples[segment])] += range(first, segments.stops[segment])
     total = sum(len(tokens) for tokens in predicted.values())
-    assert total == schedule.step_trained.sum()
+    assert total == row_plan.step_loss_tokens.sum()
     if document_mask:  # each token but a document's first, once
         assert all(tokens == list(range(1, given[0].lengths[example])) for example, tokens in predicted.items())
     else:  # each token but the very first, once
@@ -282,8 +284,8 @@ def test_joined_documents_fill_every_row_and_lose_nothing(capacity, shuffle, doc
 def test_log_normal_lengths_leave_less_than_half_a_percent_of_padding(mean):
     lengths = np.exp(np.random.default_rng(0).normal(np.log(mean) - 0.5, 1.0, 100_000)).astype(int).clip(1, 4096)
     ends = np.arange(10_000, 100_001, 10_000)
-    schedule = plan_rows([Lengths(lengths, lengths - 1, ends)], capacity=4096, global_batch_size=32)
-    assert schedule.useful >= 0.995
+    row_plan = plan_rows([Lengths(lengths, lengths - 1, ends)], capacity=4096, global_batch_size=32)
+    assert row_plan.packing_efficiency >= 0.995
 
 
 def test_a_part_of_a_source_is_a_sample_of_all_its_shards():

@@ -10,10 +10,10 @@ import torch
 from raysft.config import Config, TrainSection, parse
 from raysft.errors import RequestError
 from raysft.models.adapters import merge
-from raysft.models.fingerprint import model_identity
+from raysft.models.fingerprint import model_fingerprint
 from raysft.train.check_model import check_model
 from raysft.train.finetuning import load_model
-from raysft.train.optim import make_schedule
+from raysft.train.optim import make_lr_scheduler
 from tests.tiny import tiny_model
 
 
@@ -84,12 +84,12 @@ def test_a_model_that_is_not_whole_is_refused(model, tmp_path):
 def test_the_identity_of_a_model_follows_its_config_and_weights(model, tmp_path):
     (tmp_path / "config.json").write_text((model / "config.json").read_text())
     (tmp_path / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes())
-    assert model_identity(str(tmp_path)) == model_identity(str(model))
+    assert model_fingerprint(str(tmp_path)) == model_fingerprint(str(model))
     (tmp_path / "model.safetensors").write_bytes(b"")
-    assert model_identity(str(tmp_path)) != model_identity(str(model))
+    assert model_fingerprint(str(tmp_path)) != model_fingerprint(str(model))
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
 def test_a_run_of_one_step_trains_with_the_whole_rate(name):
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
-    assert make_schedule(optimizer, TrainSection(warmup_ratio=0.03, schedule=name), steps=1).get_last_lr() == [0.5]
+    assert make_lr_scheduler(optimizer, TrainSection(warmup_ratio=0.03, schedule=name), steps=1).get_last_lr() == [0.5]

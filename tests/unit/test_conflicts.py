@@ -137,7 +137,7 @@ def test_settings_of_deepspeed_are_merged_from_a_mapping_or_a_file(tmp_path):
     given = {"zero_optimization": {"stage": "auto", "overlap_comm": False}, "comms_logger": {"enabled": True}}
     (tmp_path / "ds.json").write_text(json.dumps(given))
     for source in (given, str(tmp_path / "ds.json")):
-        settings = deepspeed_settings(config(train__deepspeed=source, train__rows_per_step=32), 2)
+        settings = deepspeed_settings(config(train__deepspeed=source, train__global_batch_size=32), 2)
         assert settings["zero_optimization"] == {"stage": 2, "overlap_comm": False}
         assert settings["comms_logger"] == {"enabled": True}
         assert settings["train_batch_size"] == 32
@@ -157,7 +157,7 @@ def test_settings_of_deepspeed_are_merged_from_a_mapping_or_a_file(tmp_path):
 )
 def test_settings_of_deepspeed_that_contradict_the_config_are_refused(given, message):
     with pytest.raises(RequestError) as caught:
-        deepspeed_settings(config(train__deepspeed=given, train__rows_per_step=32), 1)
+        deepspeed_settings(config(train__deepspeed=given, train__global_batch_size=32), 1)
     assert message in str(caught.value)
 
 

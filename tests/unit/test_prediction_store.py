@@ -5,24 +5,24 @@ from pathlib import Path
 
 import pytest
 
-from raysft.generate.prediction_store import Journal
+from raysft.generate.prediction_store import PredictionStore
 
 
 def entry(id: str) -> dict:
     return {"id": id, "predict": "x"}
 
 
-def begun(folder: Path) -> Journal:
-    journal = Journal(folder / "out.jsonl", "here")
+def begun(folder: Path) -> PredictionStore:
+    journal = PredictionStore(folder / "out.jsonl", "here")
     assert journal.open() == {}
     journal.append([entry("a"), entry("b")])
     journal.close()
-    return Journal(folder / "out.jsonl", "here")
+    return PredictionStore(folder / "out.jsonl", "here")
 
 
 def test_entries_of_a_call_that_died_are_there_for_the_next(tmp_path):
     assert list(begun(tmp_path).open()) == ["a", "b"]
-    assert Journal(tmp_path / "out.jsonl", "other").open() == {}
+    assert PredictionStore(tmp_path / "out.jsonl", "other").open() == {}
 
 
 @pytest.mark.parametrize("line", ["[]", "null", "{", '{"other": 1}', "[1]"])
@@ -34,7 +34,7 @@ def test_lines_that_are_no_entries_are_begun_anew(tmp_path, place, line):
     assert journal.open() == {}
     journal.append([entry("c")])
     journal.close()
-    assert list(Journal(tmp_path / "out.jsonl", "here").open()) == ["c"]
+    assert list(PredictionStore(tmp_path / "out.jsonl", "here").open()) == ["c"]
 
 
 def test_an_output_is_complete_under_its_own_settings_and_without_failures(tmp_path):
@@ -48,7 +48,7 @@ def test_an_output_is_complete_under_its_own_settings_and_without_failures(tmp_p
     assert facts is not None
     assert facts["runtime"] == 1.0
     assert not (tmp_path / ".out.jsonl.partial").exists()
-    assert Journal(tmp_path / "out.jsonl", "other").finished() is None
+    assert PredictionStore(tmp_path / "out.jsonl", "other").finished() is None
     for torn in ("[]", "null", "{", json.dumps({**facts, "bytes": 1})):
         (tmp_path / ".out.jsonl.done").write_text(torn)
         assert journal.finished() is None

@@ -13,10 +13,10 @@ from raysft.errors import RunFailed, StorageFailed
 from raysft.storage import retry
 from raysft.storage.path import StoragePath
 from raysft.train.checkpoint import format
-from raysft.train.checkpoint.async_writer import Saver
+from raysft.train.checkpoint.async_writer import AsyncWriter
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.checkpoint.format import Snapshot, folder_name
-from raysft.train.checkpoint.tensor_io import Pieces
+from raysft.train.checkpoint.tensor_io import TensorReader
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,7 +40,7 @@ def saved(monkeypatch):
     """Saves a small state after some steps; gives what was told."""
     monkeypatch.setattr(format, "snapshot", lambda engine, cursor, log: part(cursor.step))
 
-    def save(saver: Saver, *steps: int) -> None:
+    def save(saver: AsyncWriter, *steps: int) -> None:
         for step in steps:
             saver(None, Cursor(step, step, step, {}), [])
         saver.close()
@@ -63,14 +63,14 @@ def test_the_newest_are_kept_and_what_is_half_written_before_them_goes(checkpoin
     format.write(part(2, workers=2), half)
     format.write(part(9, workers=2), later)
     events: list = []
-    saver = Saver(checkpoints, 2, lambda event, content: events.append((event, content)))
+    saver = AsyncWriter(checkpoints, 2, lambda event, content: events.append((event, content)))
     assert saver.resume is None
     saved(saver, 1, 2, 3)
     assert [content["step"] for event, content in events if event == "checkpoint"] == [1, 2, 3]
     assert steps(checkpoints) == [3, 2]
     assert later.exists(), "perhaps it is still being written"
     assert not half.exists()
-    again = Saver(checkpoints, 2, print)
+    again = AsyncWriter(checkpoints, 2, print)
     assert again.resume == next(format.complete(checkpoints))
     saved(again, 3, 4)
     assert steps(checkpoints) == [4, 3]
@@ -91,12 +91,12 @@ def test_passing_ones_push_no_others_out_and_go_when_the_model_is_written(checkp
     format.tidy(checkpoints, 2)
     assert steps(checkpoints) == [5, 4]
     format.remove_passing(checkpoints)
-    assert not checkpoints.list()
+    assert not checkpoints.entries()
 
 
 def test_a_full_disk_costs_the_checkpoint_and_nothing_else(tmp_path, saved, monkeypatch):
     checkpoints, events = StoragePath.of(tmp_path), []
-    saver = Saver(checkpoints, 2, lambda event, content: events.append((event, content)))
+    saver = AsyncWriter(checkpoints, 2, lambda event, content: events.append((event, content)))
     saved(saver, 1)
 
     def full(*_: object) -> None:
@@ -116,7 +116,7 @@ def test_a_full_disk_costs_the_checkpoint_and_nothing_else(tmp_path, saved, monk
 def test_a_storage_that_does_not_come_back_costs_the_checkpoint_and_nothing_else(server, tmp_path, saved, monkeypatch):
     monkeypatch.setattr(retry, "RETRY_SECONDS", 1.0)
     checkpoints, events = StoragePath.of(server.uri(f"{tmp_path.name}/c")), []
-    saver = Saver(checkpoints, 2, lambda event, content: events.append((event, content)))
+    saver = AsyncWriter(checkpoints, 2, lambda event, content: events.append((event, content)))
     server.fails("PUT", seconds=600)
     saved(saver, 1)
     server.heals()
@@ -129,10 +129,10 @@ def test_a_storage_that_does_not_come_back_costs_the_checkpoint_and_nothing_else
 def test_storage_that_is_away_is_not_taken_for_no_checkpoint(server, tmp_path, saved, monkeypatch):
     monkeypatch.setattr(retry, "RETRY_SECONDS", 0.5)
     checkpoints = StoragePath.of(server.uri(f"{tmp_path.name}/c"))
-    saved(Saver(checkpoints, 2, print), 1)
+    saved(AsyncWriter(checkpoints, 2, print), 1)
     server.fails("GET|HEAD", seconds=600)
     with pytest.raises(StorageFailed):
-        Saver(checkpoints, 2, lambda event, content: None)
+        AsyncWriter(checkpoints, 2, lambda event, content: None)
     server.heals()
 
 
@@ -172,7 +172,7 @@ def test_ranges_of_parts_are_read_and_what_differs_from_its_digest_is_found(chec
     cursor = Cursor.read(folder)
     near = format.check(folder, cursor, tmp_path / "scratch")
     assert near.keys() == {0, 1}, "one worker checks all"
-    pieces = Pieces({0: folder, 1: near[1]}, mine=near)
+    pieces = TensorReader({0: folder, 1: near[1]}, mine=near)
     assert pieces.kinds == ["exp_avg", "weight"]
     weight, average = torch.zeros(4), torch.zeros(10)
     pieces.want("weight", "w", 3, weight)
@@ -186,6 +186,6 @@ def test_ranges_of_parts_are_read_and_what_differs_from_its_digest_is_found(chec
     content = bytearray((folder / "part_1.safetensors").read_bytes())
     content[-1] ^= 1
     (folder / "part_1.safetensors").write_bytes(bytes(content))
-    with pytest.raises(format.Damaged, match=r"part_1\.safetensors is not what was written"):
+    with pytest.raises(format.CorruptCheckpoint, match=r"part_1\.safetensors is not what was written"):
         format.check(folder, cursor, tmp_path / "again")
     assert format.newest(checkpoints) is None

@@ -5,18 +5,18 @@ import math
 import pytest
 
 from raysft.config import TrainSection
-from raysft.train.early_stopping import Judge
+from raysft.train.early_stopping import EarlyStopper
 
 
 def judged(losses, patience=None, threshold=0.0):
     kept: list[int] = []
     stopping = {"patience": patience, "threshold": threshold}
-    judge = Judge(TrainSection(keep_best=True, early_stopping=stopping), lambda: kept.append(step))
+    early_stopper = EarlyStopper(TrainSection(keep_best=True, early_stopping=stopping), lambda: kept.append(step))
     for step, loss in enumerate(losses, 1):
-        judge.look({"eval_loss": loss}, step)
-        if judge.wants_to_stop:
+        early_stopper.update({"eval_loss": loss}, step)
+        if early_stopper.should_stop:
             break
-    return judge.best.step, kept, step
+    return early_stopper.best.step, kept, step
 
 
 @pytest.mark.parametrize(

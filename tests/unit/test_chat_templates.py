@@ -10,9 +10,9 @@ import pytest
 
 from raysft.config import Source
 from raysft.data.sources.formats import to_example
-from raysft.data.tokenization.tokenize import Options, Tokenized, Tokenizing
+from raysft.data.tokenization.tokenize import ExampleTokenizer, Options, Tokenized
 from raysft.data.tokenization.tokenizer import Tokenizer
-from raysft.data.types import IGNORED, Rejected
+from raysft.data.types import IGNORE_INDEX, Rejected
 from raysft.models.tokenizer import load_tokenizer
 from tests.tiny import tiny_tokenizer
 
@@ -42,7 +42,7 @@ SHOWN_CALL = json.dumps(CALL["function"])
 def at_work(tmp_path_factory):
     """The tiny tokenizer with a chat template, at work, and as transformers has it."""
 
-    def load(template: str | dict[str, str], **options: Any) -> tuple[Tokenizing, Any]:
+    def load(template: str | dict[str, str], **options: Any) -> tuple[ExampleTokenizer, Any]:
         tokenizer = tiny_tokenizer()
         tokenizer.chat_template = template
         folder = str(tmp_path_factory.mktemp("tokenizer"))
@@ -58,12 +58,12 @@ def at_work(tmp_path_factory):
             "template_options": {},
             "with_prompts": True,
         }
-        return Tokenizing(Tokenizer.load(folder), Options(**{**defaults, **options})), load_tokenizer(folder)
+        return ExampleTokenizer(Tokenizer.load(folder), Options(**{**defaults, **options})), load_tokenizer(folder)
 
     return load
 
 
-def tokenized(tokenizing: Tokenizing, record: dict[str, Any]) -> Tokenized | Rejected:
+def tokenized(tokenizing: ExampleTokenizer, record: dict[str, Any]) -> Tokenized | Rejected:
     source = Source.model_validate({"name": "s", "path": "p"})
     (item,) = tokenizing([to_example(record, "openai", source, "f:1")])
     return item  # type: ignore[return-value]
@@ -76,7 +76,7 @@ def learnt(at_work, template: str, messages: list[dict[str, Any]], tools: list[d
     assert isinstance(item, Tokenized), item
     assert "tools_as_text" not in dict(item.counts)
     assert item.input_ids.tolist() == hugging_face.apply_chat_template(messages, tools=tools, return_dict=False)
-    on = item.labels != IGNORED
+    on = item.labels != IGNORE_INDEX
     assert (item.labels[on] == item.input_ids[on]).all()
     return hugging_face.decode(item.input_ids[on].tolist())
 
@@ -356,7 +356,7 @@ def test_turns_that_a_template_leaves_out_are_not_learnt_and_are_counted(at_work
     assert isinstance(item, Tokenized)
     assert dict(item.counts) == {"turns_left_out": 1}
     assert item.input_ids.tolist() == hugging_face.apply_chat_template(CHAT, return_dict=False)
-    assert hugging_face.decode(item.input_ids[item.labels != IGNORED].tolist()) == f"four{END}"
+    assert hugging_face.decode(item.input_ids[item.labels != IGNORE_INDEX].tolist()) == f"four{END}"
 
 
 SPLIT = (

@@ -43,7 +43,7 @@ def test_no_memory_is_taken_for_gradients_that_there_are_not(prepared, stage, fi
     rows = rows_of(prepared[2])
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         engine = engine_of(prepared, {}, finetuning=finetuning, zero_stage=stage)
-        train_step(engine, rows.batch(range(4)), float(rows.schedule.step_weight[0]))
+        train_step(engine, rows.batch(range(4)), float(rows.row_plan.step_weight[0]))
     taken = [each.cpu_memory_usage for each in profiled.events()]
     assert max(taken) < LARGEST_TENSOR
     trained = sum(p.ds_numel if stage == 3 else p.numel() for p in engine.module.parameters() if p.requires_grad)

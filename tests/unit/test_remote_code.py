@@ -12,7 +12,7 @@ import torch
 
 from raysft.config import Config, parse, with_overrides
 from raysft.errors import RequestError
-from raysft.models.fingerprint import model_identity
+from raysft.models.fingerprint import model_fingerprint
 from raysft.models.resolve import find_model
 from raysft.storage.run_directory import RunDirectory
 from raysft.train.check_model import check_model
@@ -98,10 +98,10 @@ def test_trust_is_a_list_of_names():
 
 def test_the_code_belongs_to_what_decides_the_numbers(model):
     other, named = config(model, ("another",)), config(model, (str(model),))
-    assert config(model).mathematics() == other.mathematics() != named.mathematics()
-    before = model_identity(str(model))
+    assert config(model).numerics_keys() == other.numerics_keys() != named.numerics_keys()
+    before = model_fingerprint(str(model))
     (model / "modeling_own.py").write_text("# other code")
-    assert model_identity(str(model)) != before
+    assert model_fingerprint(str(model)) != before
 
 
 def test_a_model_with_code_trains_evaluates_generates_and_is_exported(tmp_path, ran):
