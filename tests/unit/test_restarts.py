@@ -46,7 +46,7 @@ def test_an_error_that_comes_again_at_the_same_step_ends_the_run():
     found = cause(pickle.loads(pickle.dumps(errors[1])))
     assert isinstance(found, RunFailed)
     assert str(found).startswith(
-        "worker 1 failed in step 4: IndexError: index 987 is out of range (tests/unit/test_failures.py:"
+        "worker 1 failed in step 4: IndexError: index 987 is out of range (tests/unit/test_restarts.py:"
     )
     assert str(found).endswith(
         "; its rows 8 hold chat: a.jsonl:3; this is the second time, so it is not tried again: "

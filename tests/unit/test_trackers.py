@@ -13,7 +13,7 @@ import pytest
 from raysft.telemetry import trackers
 from raysft.telemetry.trackers import missing_tracker, open_trackers
 from tests.servers import http, serving, silent
-from tests.unit.test_log import set_up, step
+from tests.unit.test_train_log import set_up, step
 
 
 def scalars(folder) -> dict[str, list[tuple[int, float]]]:
