@@ -1,15 +1,36 @@
-"""What raysft raises."""
+"""The errors that raysft raises on purpose, each with its exit code, and the text of those that libraries raise."""
 
 from __future__ import annotations
 
 
-class RunFailed(RuntimeError):
-    """The request was right and the run failed all the same. The command exits with code 1."""
-
-
 class RequestError(ValueError):
-    """The request is wrong: one line with the fact, the value and the remedy. The command exits with code 2."""
+    """The request is wrong. One line holds the fact, the value and the remedy; the command exits with code 2."""
+
+
+class RunFailed(RuntimeError):
+    """The request was right, but the run failed. The command exits with code 1."""
 
 
 class StorageFailed(RuntimeError):
-    """A storage refuses, or did not answer for as long as it was waited for."""
+    """A storage refused a request, or did not answer within the time limit. The command exits with code 1."""
+
+
+def one_line(error: BaseException | str, length: int = 200) -> str:
+    """First line of an error's message, for use inside a message of our own.
+
+    A line that ends with a colon is joined with the next one. An error without a message gives the name of its type. A
+    final full stop is removed, and longer text is cut to ``length`` characters.
+
+    >>> one_line(ValueError("Not a number: \\n  'x'.\\nSee the manual."))
+    "Not a number: 'x'"
+    >>> one_line(KeyboardInterrupt()), one_line("0123456789", length=6)
+    ('KeyboardInterrupt', '01234…')
+    """
+    lines = [stripped for line in str(error).splitlines() if (stripped := " ".join(line.split()))]
+    text = ""
+    for line in lines:
+        text = f"{text} {line}".lstrip()
+        if not text.endswith(":"):
+            break
+    text = text.rstrip(".:") or ("no message" if isinstance(error, str) else type(error).__name__)
+    return text if len(text) <= length else f"{text[: length - 1]}…"

@@ -11,7 +11,7 @@ import yaml
 
 from raysft.config.config import Config
 from raysft.config.validate import validate
-from raysft.errors import RequestError
+from raysft.errors import RequestError, one_line
 
 
 def parse(raw: Mapping[str, Any]) -> Config:
@@ -91,11 +91,11 @@ def _parse_yaml(text: str, path: Path) -> tuple[dict[str, Any], dict[tuple[str, 
         root = yaml.compose(text, Loader=_LineLoader)
         raw = yaml.load(text, Loader=_LineLoader)
     except (ValueError, RecursionError) as error:  # 2024-99-99 is taken for a date; an anchor may hold itself
-        raise RequestError(f"{path}: no usable YAML ({str(error).splitlines()[0]}); mend the file") from None
+        raise RequestError(f"{path}: no usable YAML ({one_line(error)}); mend the file") from None
     except yaml.YAMLError as error:
         mark, position = getattr(error, "problem_mark", None), getattr(error, "position", 0)
         line = min(mark.line, text.rstrip().count("\n")) if mark else text.count("\n", 0, position)
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        reason = getattr(error, "problem", None) or one_line(error)
         raise RequestError(f"{path}:{line + 1}: no valid YAML ({reason}); mend this line") from None
     if raw is None:
         raise RequestError(f"{path}: the config is empty; it needs at least model.path and data.train")
