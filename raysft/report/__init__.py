@@ -27,7 +27,7 @@ def report(run: RunDirectory) -> str:
         terminal, plain text of at most 100 columns otherwise.
 
     Raises:
-        FileNotFoundError: ``run.path`` is no run directory.
+        RequestError: ``run.path`` is no run directory.
         RunFailed: a file of the run is corrupt; the message names it and the line.
     """
     log = read_run(run)

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from raysft.errors import RunFailed
+from raysft.errors import RequestError, RunFailed
 from raysft.storage.json_files import read_jsonl
 from raysft.storage.run_directory import RunDirectory
 
@@ -93,14 +93,12 @@ def read_run(run: RunDirectory) -> RunLog:
     """Read a run directory.
 
     Raises:
-        FileNotFoundError: it is no run directory.
+        RequestError: it is no run directory.
         RunFailed: one of its files is corrupt.
     """
     if not run.config.is_file():
         fact = "holds no config.yaml and so is no run directory" if run.path.is_dir() else "there is no such folder"
-        raise FileNotFoundError(
-            f"{run.remote or run.path}: {fact}; give the folder {{run.storage}}/{{run.name}} of a run"
-        )
+        raise RequestError(f"{run.remote or run.path}: {fact}; give the folder {{run.storage}}/{{run.name}} of a run")
     steps: dict[int, dict[str, Any]] = {}
     evaluations: dict[int, dict[str, Any]] = {}
     for number, record in enumerate(read_lines(run.trainer_log), start=1):

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from raysft.errors import RequestError
 from raysft.storage import hub
 from raysft.storage.path import Entry, StoragePath
 
@@ -68,9 +69,12 @@ def model_copy(model: str) -> Path:
     """A model's folder on this node; what lies in an object store or on the hub is fetched, from the hub into its own cache.
 
     Raises:
-        FileNotFoundError: neither this node nor the hub has it.
+        RequestError: neither this node, nor the object store, nor the hub has it.
     """
-    folder = Path(local_copy(model))
+    try:
+        folder = Path(local_copy(model))
+    except FileNotFoundError:
+        raise RequestError(f"{StoragePath.of(model)}: there is no such file or folder; check the path") from None
     if folder.is_dir() or not may_be_on_hub(model):
         return folder
     from huggingface_hub import snapshot_download
@@ -80,7 +84,7 @@ def model_copy(model: str) -> Path:
         if not any(folder.glob("*.safetensors")):
             snapshot_download(model, allow_patterns=[*BESIDE_WEIGHTS, "*.bin"])
     except hub.failures() as error:
-        raise FileNotFoundError(f"{model}: is no folder here, and {hub.reason_of(error) or hub.NONSENSE}") from None
+        raise RequestError(f"{model}: is no folder here, and {hub.reason_of(error) or hub.NONSENSE}") from None
     return folder
 
 

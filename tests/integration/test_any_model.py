@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raysft.cli import main
+from raysft.errors import RequestError
 from raysft.storage.json_files import read_jsonl
 from tests.tiny import tiny_model, tiny_tokenizer, with_code, write_chats
 
@@ -233,7 +234,7 @@ def test_a_model_of_the_hub_is_taken_from_its_cache(folder, other, monkeypatch):
     from raysft.storage.local_cache import model_copy
 
     assert model_copy("some/model") == there / "snapshots" / commit
-    with pytest.raises(FileNotFoundError, match="some/none: is no folder here, and HF_HUB_OFFLINE is set"):
+    with pytest.raises(RequestError, match="some/none: is no folder here, and HF_HUB_OFFLINE is set"):
         model_copy("some/none")
 
 

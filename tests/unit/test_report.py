@@ -15,7 +15,7 @@ import yaml
 from matplotlib.image import imread
 
 from raysft.config import Config, with_overrides
-from raysft.errors import RunFailed
+from raysft.errors import RequestError, RunFailed
 from raysft.report import report
 from raysft.report.plots import MOST_POINTS, smooth
 from raysft.report.warnings import _rise
@@ -321,7 +321,7 @@ def test_credentials_appear_nowhere(tmp_path: Path):
 @pytest.mark.parametrize("missing", ["folder", "config"])
 def test_a_path_that_is_no_run_directory_is_refused(tmp_path: Path, missing: str):
     path = tmp_path / "nowhere" if missing == "folder" else tmp_path
-    with pytest.raises(FileNotFoundError, match="give the folder") as caught:
+    with pytest.raises(RequestError, match="give the folder") as caught:
         report(RunDirectory(path))
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)

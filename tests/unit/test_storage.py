@@ -14,7 +14,7 @@ from raysft.data.sources.readers import parsed, read_raw
 from raysft.errors import RequestError, StorageFailed
 from raysft.run.ownership import ensure_writable
 from raysft.storage import filesystems, path
-from raysft.storage.local_cache import local_copy
+from raysft.storage.local_cache import local_copy, model_copy
 from raysft.storage.path import StoragePath
 from raysft.storage.retry import retry_for
 from tests.servers import http, serving
@@ -134,6 +134,8 @@ def test_a_node_fetches_a_model_once_and_a_new_one_anew(remote, tmp_path, monkey
     assert not copy.exists(), "nobody asked for it for a week"
     with pytest.raises(FileNotFoundError):
         local_copy((remote / "nothing").location)
+    with pytest.raises(RequestError, match=f"^{remote}/nothing: there is no such file or folder; check the path$"):
+        model_copy((remote / "nothing").location)
 
 
 def test_a_storage_that_is_away_for_a_while_is_waited_for(remote, server):
@@ -143,7 +145,7 @@ def test_a_storage_that_is_away_for_a_while_is_waited_for(remote, server):
         (remote / "x").write_text("there")
     assert (remote / "x").read_text() == "there"
     assert len(said) == 1
-    assert said[0].startswith(f"{remote / 'x'}: waiting for the storage, 60 s at most (")
+    assert said[0].startswith(f"{remote}/x: waiting for the storage, at most 60 s (")
     assert "region" not in said[0]
 
 
@@ -250,7 +252,7 @@ def test_a_storage_that_never_answered_is_waited_for_less_than_one_of_a_run(tmp_
             find_files(Source(name="a", path=path))
         with (
             pytest.raises(StorageFailed, match="no answer from the storage for "),
-            sync.looked_into(config.run_place, print),
+            sync.open_read_only(config.run_place, print),
         ):
             pass
         assert time.monotonic() - begun < 30
