@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from raysft.cluster.placement import Node
 from raysft.config import Config
 from raysft.errors import RequestError
 
@@ -23,8 +24,8 @@ ON_A_NODE = "raysft runs on a node of its cluster: ray job submit --address http
 
 
 @contextmanager
-def cluster(config: Config) -> Iterator[list[dict[str, float]]]:
-    """Join or start the Ray cluster; gives the resources of each of its nodes, and leaves it as it was found."""
+def cluster(config: Config) -> Iterator[list[Node]]:
+    """Join or start the Ray cluster and yield its nodes; leave a cluster that was joined running."""
     import ray
 
     mine = not ray.is_initialized()
@@ -44,10 +45,19 @@ def cluster(config: Config) -> Iterator[list[dict[str, float]]]:
         # Kubernetes ends a pod with SIGTERM, at which Ray would dump its stack; it is to end like Ctrl-C.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        yield [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+        yield alive_nodes()
     finally:
         if mine:
             ray.shutdown()
+
+
+def alive_nodes() -> list[Node]:
+    """Return the nodes of the joined cluster that are alive, as far as Ray knows."""
+    import ray
+
+    return [
+        Node.of(node["Resources"], node["NodeManagerAddress"], node["NodeID"]) for node in ray.nodes() if node["Alive"]
+    ]
 
 
 def _join(address: str | None) -> None:

@@ -1,40 +1,85 @@
-"""What finds room on a cluster's nodes beside the data tasks. Imports nothing of raysft."""
+"""How many workers, engines and trials fit on a cluster's nodes. Imports nothing of raysft."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 TASK_CPUS = 0.5
-"""What reading and tokenizing ask of Ray together: data tasks must find room beside training workers on a small machine."""
+"""CPUs that the tasks which read and tokenize data reserve; on a small machine they must fit beside the training workers."""
+LISTED_NODES = 8
+"""Most nodes that a message lists."""
 
 
-def workers_per_node(node: Mapping[str, float], each: float, use_gpu: bool, taken: float = 0.0) -> int:
-    """Workers that fit on a node of which something else takes some CPUs; a worker's CPUs and GPU are of one node.
+@dataclass(frozen=True)
+class Node:
+    """The resources of a node, as Ray hands them out."""
 
-    >>> places({"CPU": 8.0, "GPU": 2.0}, each=1.0, use_gpu=True), places({"CPU": 2.0}, each=1.0, use_gpu=False, taken=0.5)
-    (2, 1)
-    """
-    count = max(0, int((node.get("CPU", 0.0) - taken) / each + 1e-9))
-    return min(count, int(node.get("GPU", 0.0))) if use_gpu else count
+    cpus: float = 0.0
+    gpus: float = 0.0
+    name: str = ""
+    """Its address, for messages."""
+    id: str = ""
+    """Ray's id of it."""
+
+    @classmethod
+    def of(cls, resources: Mapping[str, float], name: str = "", id: str = "") -> Node:
+        """Return the node with Ray's resources, ``{"CPU": 2.0, "GPU": 1.0, …}``."""
+        return cls(resources.get("CPU", 0.0), resources.get("GPU", 0.0), name, id)
+
+    def capacity(self, cpus: float = 0.0, gpus: float = 0.0, reserved_cpus: float = 0.0) -> int:
+        """Return the number of processes that fit on the node; all resources of a process come from one node.
+
+        Args:
+            cpus: CPUs of one process.
+            gpus: GPUs of one process.
+            reserved_cpus: CPUs of this node that something else holds.
+
+        >>> Node(cpus=8.0, gpus=2.0).capacity(cpus=1.0, gpus=1.0), Node(cpus=2.0).capacity(cpus=1.0, reserved_cpus=0.5)
+        (2, 1)
+        """
+        # Ray counts in units of 1e-4; the small number keeps 0.3 / 0.1 from being 2.
+        counts = [int((self.cpus - reserved_cpus) / cpus + 1e-9)] if cpus else []
+        counts += [int(self.gpus / gpus + 1e-9)] if gpus else []
+        return max(0, min(counts))
 
 
-def max_workers(nodes: Sequence[Mapping[str, float]], each: float, use_gpu: bool, reserved_cpus: float = 0.0) -> int:
-    """Workers that fit on a cluster beside one data task, which needs its CPUs on one node too.
+def total(nodes: Sequence[Node]) -> Node:
+    """Return the sum of all nodes' resources."""
+    return Node(sum(node.cpus for node in nodes), sum(node.gpus for node in nodes))
+
+
+def max_workers(nodes: Sequence[Node], cpus_per_worker: float, use_gpu: bool, reserved_cpus: float = 0.0) -> int:
+    """Return the number of training workers that fit on a cluster beside one data task, which also needs one node.
 
     Args:
-        nodes: resources of each node, as ``{"CPU": 2.0, "GPU": 1.0}``.
-        each: CPUs of a worker.
-        use_gpu: whether each worker takes a GPU.
-        reserved_cpus: CPUs that something else keeps.
+        nodes: the cluster's nodes.
+        cpus_per_worker: CPUs that a worker reserves.
+        use_gpu: True if each worker reserves a GPU.
+        reserved_cpus: CPUs of the cluster that something else holds.
 
-    >>> room([{"CPU": 2.0}, {"CPU": 1.0}], each=1.0, use_gpu=False)
+    >>> max_workers([Node(2.0), Node(1.0)], cpus_per_worker=1.0, use_gpu=False)
     2
     """
-    fitting = [workers_per_node(node, each, use_gpu) for node in nodes]
-    beside = [
-        sum(fitting) - here + workers_per_node(node, each, use_gpu, TASK_CPUS)
-        for node, here in zip(nodes, fitting, strict=True)
-        if node.get("CPU", 0.0) >= TASK_CPUS
+    capacities = [node.capacity(cpus_per_worker, float(use_gpu)) for node in nodes]
+    beside_task = [
+        sum(capacities) - capacity + node.capacity(cpus_per_worker, float(use_gpu), TASK_CPUS)
+        for node, capacity in zip(nodes, capacities, strict=True)
+        if node.cpus >= TASK_CPUS
     ]
-    cpus = sum(node.get("CPU", 0.0) for node in nodes) - TASK_CPUS - reserved_cpus
-    return max(0, min(max(beside, default=0), int(cpus / each + 1e-9)))
+    return min(max(beside_task, default=0), total(nodes).capacity(cpus_per_worker, 0.0, TASK_CPUS + reserved_cpus))
+
+
+def listed(nodes: Sequence[Node], use_gpu: bool) -> str:
+    """Return the resources of the first nodes as text, for messages.
+
+    >>> listed([Node(2.0), Node(4.0, name="10.0.0.8")], use_gpu=False)
+    'node 0: 2 CPUs; 10.0.0.8: 4 CPUs'
+    """
+    lines = [
+        f"{node.name or f'node {index}'}: {node.cpus:g} CPUs" + (f", {node.gpus:g} GPUs" if use_gpu else "")
+        for index, node in enumerate(nodes[:LISTED_NODES])
+    ]
+    if len(nodes) > LISTED_NODES:
+        lines.append(f"and {len(nodes) - LISTED_NODES} more")
+    return "; ".join(lines) or "no nodes"

@@ -15,17 +15,9 @@ import ray
 import ray.data
 from ray.util.annotations import RayDeprecationWarning
 
+from raysft.cluster.placement import Node, listed
 from raysft.config import Config
 from raysft.errors import RequestError
-
-
-@dataclass(frozen=True)
-class Node:
-    """A living node of the cluster and what Ray may hand out of it."""
-
-    name: str
-    cpus: float
-    gpus: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -37,20 +29,6 @@ class Pool:
     gpus: float
     engines_per_node: int
     """Most engines that one node gets when they are spread."""
-
-
-def nodes() -> list[Node]:
-    """The living nodes of the cluster that this process has joined."""
-    return [
-        Node(node["NodeManagerAddress"], node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
-
-
-def living() -> set[str]:
-    """Ids of the nodes that live, as far as Ray knows."""
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def size_pool(config: Config, cluster: Sequence[Node], batches: int, shrinks: bool = False) -> Pool:
@@ -68,19 +46,21 @@ def size_pool(config: Config, cluster: Sequence[Node], batches: int, shrinks: bo
         RequestError: the cluster can never place that many.
 
     >>> config = Config.model_validate({"model": {"path": "m"}, "data": {"train": [{"name": "a", "path": "a"}]}})
-    >>> size_pool(config, [Node("head", 0), Node("10.0.0.7", 8), Node("10.0.0.8", 8)], batches=100).engines
+    >>> size_pool(config, [Node(0), Node(8), Node(8)], batches=100).engines
     2
     """
     use_gpu, share = config.scaling.use_gpu, config.generate.gpus_per_engine if config.scaling.use_gpu else 1
-    unit, room = ("GPU", [int(n.gpus) for n in cluster]) if use_gpu else ("CPU", [int(n.cpus) for n in cluster])
-    if not sum(room):
+    unit = "GPU" if use_gpu else "CPU"
+    if not sum(node.capacity(gpus=1.0) if use_gpu else node.capacity(cpus=1.0) for node in cluster):
         remedy = "set scaling.use_gpu=false, or add a GPU node" if use_gpu else "add a node with a CPU"
-        raise RequestError(f"generation wants 1 {unit} and the cluster has none ({_listed(cluster)}); {remedy}")
-    room = [free // share for free in room]
+        raise RequestError(f"generation wants 1 {unit} and the cluster has none ({listed(cluster, use_gpu)}); {remedy}")
+    # Beside a GPU, a reserved CPU could only keep an engine from its place.
+    cpus, gpus = (0.0, float(share)) if use_gpu else (1.0, 0.0)
+    room = [node.capacity(cpus, gpus) for node in cluster]
     places = sum(room)
     if not places:
         raise RequestError(
-            f"generate.gpus_per_engine={share} wants {share} GPUs on one node and none has as many ({_listed(cluster)}); "
+            f"generate.gpus_per_engine={share} wants {share} GPUs on one node and none has as many ({listed(cluster, use_gpu)}); "
             "lower it, or add such a node"
         )
     wanted = config.generate.num_actors or (places if use_gpu else sum(1 for free in room if free))
@@ -91,13 +71,13 @@ def size_pool(config: Config, cluster: Sequence[Node], batches: int, shrinks: bo
             else f"{wanted} {unit}s and the cluster has"
         )
         raise RequestError(
-            f"generate.num_actors={wanted} wants {what} {places} ({_listed(cluster)}); use {places}, or add nodes"
+            f"generate.num_actors={wanted} wants {what} {places} ({listed(cluster, use_gpu)}); use {places}, or add nodes"
         )
     engines = max(1, min(wanted, places, batches))
     return Pool(
         engines=engines,
-        cpus=0.0 if use_gpu else 1.0,  # beside a GPU a reserved CPU could only keep an engine from its place
-        gpus=float(share) if use_gpu else 0.0,
+        cpus=cpus,
+        gpus=gpus,
         engines_per_node=math.ceil(engines / sum(1 for free in room if free)),
     )
 
@@ -136,7 +116,3 @@ def quiet_ray_data() -> Iterator[Any]:
             yield context
     finally:
         logger.setLevel(level)
-
-
-def _listed(cluster: Sequence[Node]) -> str:
-    return ", ".join(f"{node.name} {node.cpus:g} CPUs {node.gpus:g} GPUs" for node in cluster) or "no living node"

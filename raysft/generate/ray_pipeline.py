@@ -18,6 +18,7 @@ import ray.data
 import torch
 from ray.exceptions import RayError
 
+from raysft.cluster.connect import alive_nodes
 from raysft.config import Config
 from raysft.errors import RunFailed
 from raysft.generate import engine_pool
@@ -51,14 +52,14 @@ def completions(
     """
     shrinks = False
     while prompts.num_rows:
-        began, done = engine_pool.living(), set[str]()
+        began, done = _alive_ids(), set[str]()
         try:
             for entries in _pass(config, model, prompts, ends, began, shrinks):
                 done.update(entry["id"] for entry in entries)
                 yield entries
             return
         except RayError as error:
-            gone = len(began - engine_pool.living())
+            gone = len(began - _alive_ids())
             if not gone:
                 reason = str(error).partition("The actor is dead because ")[2] or str(error)
                 raise _failed(reason, config, died=True) from error
@@ -66,6 +67,10 @@ def completions(
         prompts = without(prompts, done)
         nodes = f"{gone} node{'' if gone == 1 else 's'}"
         print(f"generate: {nodes} died; going on with {prompts.num_rows} prompts on those that live", file=sys.stderr)
+
+
+def _alive_ids() -> set[str]:
+    return {node.id for node in alive_nodes()}
 
 
 def without(prompts: pa.Table, done: Container[str]) -> pa.Table:
@@ -78,7 +83,7 @@ def _pass(
 ) -> Generator[list[dict[str, Any]], None, None]:
     """All prompts through one pool of engines."""
     rows, size = prompts.num_rows, config.generate.batch_size
-    pool = engine_pool.size_pool(config, engine_pool.nodes(), math.ceil(rows / size), shrinks)
+    pool = engine_pool.size_pool(config, alive_nodes(), math.ceil(rows / size), shrinks)
     if config.generate.engine == "transformers" and batching(config, model) == "continuous":
         # Not so many that an engine has nothing to do.
         size = max(size, min(SUPPLY * size, math.ceil(rows / pool.engines)))
@@ -165,7 +170,7 @@ class _Patience:
     def _watch(self) -> None:
         while not self._done.wait(5.0):
             waited = time.monotonic() - self._last
-            if waited > max(STALL_SECONDS, 3 * self._longest) and not self._began <= engine_pool.living():
+            if waited > max(STALL_SECONDS, 3 * self._longest) and not self._began <= _alive_ids():
                 ray.kill(self._pipeline)
                 return
 

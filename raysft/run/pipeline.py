@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from raysft.cluster.connect import cluster
+from raysft.cluster.placement import Node
 from raysft.config import Config, load, masked, parse, with_overrides
 from raysft.data.prepare import Prepared, generated_for, prepare
 from raysft.data.shards.manifest import write_prompts
@@ -225,7 +226,7 @@ def _open_run(
     config: Config,
     directory: RunDirectory,
     terminal: Terminal,
-    nodes: list[dict[str, float]],
+    nodes: Sequence[Node],
     changed: Changed,
     allow_changed: bool,
 ) -> RunContext:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 
-from raysft.cluster.placement import TASK_CPUS, max_workers, workers_per_node
+from raysft.cluster.placement import TASK_CPUS, Node, listed, max_workers
 from raysft.config import Config
 from raysft.data.prepare import Prepared
 from raysft.data.shards.manifest import Manifest
@@ -144,12 +144,12 @@ def _count(number: int, noun: str, plural: str = "s") -> str:
     return f"{number:,} {noun}{'' if number == 1 else plural}"
 
 
-def check_resources(config: Config, nodes: Sequence[Mapping[str, float]], reserved_cpus: float = 0.0) -> None:
+def check_resources(config: Config, nodes: Sequence[Node], reserved_cpus: float = 0.0) -> None:
     """Refuse what the cluster can never place: Ray would wait for it for ever and say nothing.
 
     Args:
         config: the run's config.
-        nodes: resources of each node, as ``{"CPU": 2.0, "GPU": 1.0}``.
+        nodes: the cluster's nodes.
         reserved_cpus: CPUs that something else keeps while the run goes on (a Tune trial).
 
     Raises:
@@ -158,52 +158,43 @@ def check_resources(config: Config, nodes: Sequence[Mapping[str, float]], reserv
     scaling = config.scaling
     count, each, use_gpu = scaling.fewest_workers, scaling.cpus_per_worker, scaling.use_gpu
     asked = f"scaling.num_workers={[count, scaling.most_workers] if scaling.is_elastic else count}"
-    most = sum(workers_per_node(node, each, use_gpu) for node in nodes)
+    most = sum(node.capacity(each, float(use_gpu)) for node in nodes)
     if count > most:
         gpus = f"{count} GPUs with " if use_gpu else ""
         least = "at least " if scaling.is_elastic else ""
         raise RequestError(
             f"{asked} wants {least}{gpus}{count * each:g} CPUs in shares of {each:g} and the cluster has room "
-            f"for {most} ({_listed(nodes, use_gpu)}); {_remedy(nodes, most, each, use_gpu)}"
+            f"for {most} ({listed(nodes, use_gpu)}); {_remedy(nodes, most, each, use_gpu)}"
         )
     beside_data = max_workers(nodes, each, use_gpu, reserved_cpus)
     if count > beside_data:
-        cpus = sum(node.get("CPU", 0.0) for node in nodes)
+        cpus = sum(node.cpus for node in nodes)
         wanted = count * each + TASK_CPUS + reserved_cpus
         less = (tenths / 10 for tenths in range(int(10 * each - 1e-9), 0, -1))
         fitting = next((share for share in less if max_workers(nodes, share, use_gpu, reserved_cpus) >= count), None)
         fewer = f"use scaling.num_workers={beside_data}, or add nodes" if beside_data else "add nodes"
         raise RequestError(
             f"{asked} × scaling.cpus_per_worker={each:g} leaves no CPU for data tasks: {wanted:g} CPUs "
-            f"wanted with {TASK_CPUS:g} for data on one node, {cpus:g} in the cluster ({_listed(nodes, use_gpu)}); "
+            f"wanted with {TASK_CPUS:g} for data on one node, {cpus:g} in the cluster ({listed(nodes, use_gpu)}); "
             + (f"use scaling.cpus_per_worker={fitting:g}" if fitting else fewer)
         )
 
 
-def _remedy(nodes: Sequence[Mapping[str, float]], most: int, each: float, use_gpu: bool) -> str:
+def _remedy(nodes: Sequence[Node], most: int, each: float, use_gpu: bool) -> str:
     if most:
         return f"use {most}, or add nodes"
-    if use_gpu and not any(node.get("GPU", 0.0) >= 1 for node in nodes):
+    if use_gpu and not any(node.gpus >= 1 for node in nodes):
         return "add nodes with GPUs, or set scaling.use_gpu=false"
     return f"lower scaling.cpus_per_worker={each:g}, or add nodes"
 
 
-def _listed(nodes: Sequence[Mapping[str, float]], use_gpu: bool) -> str:
-    """What the first nodes have."""
-    each = [
-        f"node {index}: " + ", ".join(f"{node.get(name, 0.0):g} {name}s" for name in ("CPU", "GPU")[: 1 + use_gpu])
-        for index, node in enumerate(nodes[:8])
-    ]
-    return "; ".join([*each, f"and {len(nodes) - 8} more"] if len(nodes) > 8 else each) or "no nodes"
-
-
-def make_plan(config: Config, prepared: Prepared, nodes: Sequence[Mapping[str, float]]) -> Plan:
+def make_plan(config: Config, prepared: Prepared, nodes: Sequence[Node]) -> Plan:
     """Put the plan together from manifests and row_plan.
 
     Args:
         config: as it was given; with ``train.global_batch_size: auto`` the row_plan knows the number.
         prepared: what is trained and evaluated on.
-        nodes: resources of each node.
+        nodes: the cluster's nodes.
     """
     row_plan = prepared.train_rows.row_plan
     scaling, per_step = config.scaling, row_plan.global_batch_size
@@ -232,8 +223,8 @@ def make_plan(config: Config, prepared: Prepared, nodes: Sequence[Mapping[str, f
         accumulation=-(-each // config.train.micro_batch_size),
         cpus=workers * config.scaling.cpus_per_worker + TASK_CPUS,
         gpus=float(workers) if config.scaling.use_gpu else 0.0,
-        cluster_cpus=sum(node.get("CPU", 0.0) for node in nodes),
-        cluster_gpus=sum(node.get("GPU", 0.0) for node in nodes),
+        cluster_cpus=sum(node.cpus for node in nodes),
+        cluster_gpus=sum(node.gpus for node in nodes),
         sources=plan_sources(prepared.train),
         evaluation=plan_sources(prepared.eval),
         turns=Turns.of(total(manifest.turns for manifest in prepared.train)),

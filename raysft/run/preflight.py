@@ -57,12 +57,13 @@ def check_tokens(used: Iterable[tuple[int, str]], rows: int | None, tokenizer: A
 
 def check_engines(config: Config) -> None:
     """Find out that an engine is not installed or could not be placed."""
+    from raysft.cluster.connect import alive_nodes
     from raysft.generate import engine_pool as engines
     from raysft.generate.engines import check_engine
 
     if config.stage == "sft" and config.generate.enabled:
         check_engine(config)
-        engines.size_pool(config, engines.nodes(), batches=config.generate.num_actors or 1)
+        engines.size_pool(config, alive_nodes(), batches=config.generate.num_actors or 1)
 
 
 def refuse_other_model(config: Config) -> None:

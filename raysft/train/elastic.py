@@ -23,7 +23,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ScalingPolicy,
 )
 
-from raysft.cluster.placement import max_workers, workers_per_node
+from raysft.cluster.placement import Node, max_workers
 from raysft.config.scaling import ScalingSection
 from raysft.errors import RunFailed
 from raysft.storage.run_directory import RunDirectory
@@ -63,8 +63,8 @@ def workers_of(
     return config, (_Elastic if scaling.is_elastic else _Fixed)(config, scaling, run, steps, emit)
 
 
-def living_nodes() -> list[dict[str, float]]:
-    """Resources of the nodes that work now and will stay.
+def living_nodes() -> list[Node]:
+    """Return the nodes that answer now and are not being drained.
 
     Ray knows of a node's death 15 seconds later; workers that were placed there would be waited for a whole minute.
     """
@@ -72,7 +72,7 @@ def living_nodes() -> list[dict[str, float]]:
     nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
     with ThreadPoolExecutor(min(64, max(1, len(nodes)))) as pool:
         answers = list(pool.map(_answers, nodes))
-    return [node["Resources"] for node, answer in zip(nodes, answers, strict=True) if answer]
+    return [Node.of(node["Resources"]) for node, answer in zip(nodes, answers, strict=True) if answer]
 
 
 def _answers(node: dict[str, Any]) -> bool:
@@ -164,8 +164,8 @@ class _Elastic(_Patience, ElasticScalingPolicy):
             self._taken = time.monotonic() + TAKEN_SECONDS, max(self._asked - 1, self.wanted.fewest_workers)
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
-        each = self.wanted.cpus_per_worker
-        reserved = sum(workers_per_node(node, each, self.wanted.use_gpu) for node in reserved_resources.values())
+        cpus, gpus = self.wanted.cpus_per_worker, float(self.wanted.use_gpu)
+        reserved = sum(Node.of(resources).capacity(cpus, gpus) for resources in reserved_resources.values())
         # Ray may count a dead node for some seconds more, and leaves nothing to data tasks.
         return min(reserved, self._most_now())
 

@@ -21,6 +21,7 @@ from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raysft.cluster.connect import alive_nodes
 from raysft.config import Config
 from raysft.errors import RequestError, RunFailed, StorageFailed
 from raysft.models.onednn import use_onednn
@@ -180,9 +181,9 @@ def _threads(config: Config) -> int:
     """Threads of one worker's computation: its part of a node's cores."""
     if config.scaling.threads_per_worker:
         return config.scaling.threads_per_worker
-    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-    on_node = min(config.scaling.most_workers, max(1, int(max(nodes) // config.scaling.cpus_per_worker)))
-    return max(1, int(max(nodes)) // on_node)
+    largest = max(node.cpus for node in alive_nodes())
+    workers = min(config.scaling.most_workers, max(1, int(largest // config.scaling.cpus_per_worker)))
+    return max(1, int(largest) // workers)
 
 
 class _EventPump:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from raysft.cluster.connect import cluster
+from raysft.cluster.placement import Node
 from raysft.config import Config, with_overrides
 from raysft.errors import RequestError, RunFailed
 from raysft.run.ownership import belongs_to
@@ -23,7 +24,7 @@ from raysft.storage.json_files import write_atomically, write_json
 from raysft.storage.run_directory import RunDirectory
 from raysft.storage.sync import open_read_only, synced
 from raysft.telemetry.terminal import Terminal
-from raysft.tune.trials import TRIAL_CPUS, Nodes, Trial, check_metric, combinations, concurrent_trials, with_engines
+from raysft.tune.trials import TRIAL_CPUS, Trial, check_metric, combinations, concurrent_trials, with_engines
 
 
 def tune(config: Config) -> Config:
@@ -72,7 +73,7 @@ def _tuned(config: Config, trials: Sequence[Trial], directory: RunDirectory, ter
     return _conclude(config, trials, outcomes, terminal)
 
 
-def _prepare(trials: Sequence[Trial], nodes: Nodes, terminal: Terminal) -> None:
+def _prepare(trials: Sequence[Trial], nodes: Sequence[Node], terminal: Terminal) -> None:
     """Convert models and tokenize data, once for each way in which they differ between trials."""
     from raysft.data.prepare import prepare
     from raysft.models.remote_code import check_code

@@ -6,11 +6,11 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raysft.cluster.placement import TASK_CPUS
+from raysft.cluster.placement import TASK_CPUS, Node, total
 from raysft.config import Config, with_overrides
 from raysft.errors import RequestError
 from raysft.run.plan import check_resources
@@ -20,8 +20,6 @@ TRIAL_CPUS = 0.1
 """What a trial's own process reserves: it only drives; workers, data tasks and engines reserve their own."""
 RESERVED = ("run.name", "run.storage", "data.cache", "scaling.address", "tune")
 """Keys that the sweep itself decides."""
-
-Nodes = Sequence[Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ def _generates(config: Config) -> bool:
     return config.stage == "sft" and config.generate.enabled and bool(config.data.eval or config.data.holdout)
 
 
-def with_engines(trial: Trial, nodes: Nodes) -> Trial:
+def with_engines(trial: Trial, nodes: Sequence[Node]) -> Trial:
     """The trial with as many engines as it has room for: by default they would spread over the whole cluster, where
     other trials train.
 
@@ -119,7 +117,7 @@ def with_engines(trial: Trial, nodes: Nodes) -> Trial:
         engines = config.generate.num_actors or max(1, scaling.most_workers // config.generate.gpus_per_engine)
     else:
         # The trial's own share spoils one CPU, and no engine takes a part of one.
-        whole = [int(node.get("CPU", 0.0)) for node in nodes]
+        whole = [node.capacity(cpus=1.0) for node in nodes]
         room = sum(whole) - 1
         usual = max(1, int(scaling.most_workers * scaling.cpus_per_worker))
         engines = config.generate.num_actors or min(usual, max(1, sum(1 for cpus in whole if cpus)))
@@ -131,20 +129,17 @@ def with_engines(trial: Trial, nodes: Nodes) -> Trial:
     return Trial(trial.name, trial.values, with_overrides(config, {"generate.num_actors": engines}))
 
 
-def concurrent_trials(config: Config, nodes: Nodes) -> int:
+def concurrent_trials(config: Config, nodes: Sequence[Node]) -> int:
     """How many trials the cluster can hold at a time; Tune does not count what a trial starts.
 
     Raises:
         RequestError: not even one.
     """
-    check_resources(config, [dict(node) for node in nodes], reserved_cpus=TRIAL_CPUS)
+    check_resources(config, nodes, reserved_cpus=TRIAL_CPUS)
     scaling = config.scaling
     engines = (config.generate.num_actors or 0) if _generates(config) else 0
     cpus = scaling.most_workers * scaling.cpus_per_worker + TASK_CPUS
     if not scaling.use_gpu:
         cpus = max(cpus, engines)
-    fits = int(sum(node.get("CPU", 0.0) for node in nodes) / (cpus + TRIAL_CPUS) + 1e-9)
-    if scaling.use_gpu:
-        gpus = max(scaling.most_workers, engines * config.generate.gpus_per_engine)
-        fits = min(fits, int(sum(node.get("GPU", 0.0) for node in nodes) / gpus))
-    return max(1, fits)
+    gpus = max(scaling.most_workers, engines * config.generate.gpus_per_engine) if scaling.use_gpu else 0.0
+    return max(1, total(nodes).capacity(cpus + TRIAL_CPUS, gpus))

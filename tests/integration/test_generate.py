@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from raysft.cluster.placement import Node
 from raysft.config import Config, with_overrides
 from raysft.errors import RequestError, RunFailed
 from raysft.generate import batch_inference, engine_pool
@@ -363,7 +364,7 @@ def test_an_adapter_is_generated_with(model, prompts, tmp_path, dtype):
 
 
 def test_the_pool_follows_the_cluster():
-    head, two, four = engine_pool.Node("head", 0), engine_pool.Node("a", 2), engine_pool.Node("b", 4)
+    head, two, four = Node(0), Node(2), Node(4)
     assert engine_pool.size_pool(config(), [head, two, four], batches=9).engines == 2
     assert engine_pool.size_pool(config(), [head, two, four], batches=1).engines == 1
     asked = engine_pool.size_pool(config(num_actors=6), [head, two, four], batches=9)
@@ -373,9 +374,9 @@ def test_the_pool_follows_the_cluster():
     left = engine_pool.size_pool(config(num_actors=6), [head, four], batches=9, shrinks=True)
     assert (left.engines, left.engines_per_node) == (4, 4), "a node died meanwhile"
     gpus = with_overrides(config(), {"scaling.use_gpu": True})
-    pool = engine_pool.size_pool(gpus, [engine_pool.Node("a", 1, gpus=8), engine_pool.Node("b", 1, gpus=8)], batches=99)
+    pool = engine_pool.size_pool(gpus, [Node(1, gpus=8), Node(1, gpus=8)], batches=99)
     assert (pool.engines, pool.gpus, pool.cpus) == (16, 1.0, 0.0)
-    nodes = [engine_pool.Node("a", 1, gpus=8), engine_pool.Node("b", 1, gpus=3), engine_pool.Node("c", 1, gpus=1)]
+    nodes = [Node(1, gpus=8), Node(1, gpus=3), Node(1, gpus=1)]
     large = with_overrides(gpus, {"generate.gpus_per_engine": 2})
     pool = engine_pool.size_pool(large, nodes, batches=99)
     assert (pool.engines, pool.gpus) == (5, 2.0), "an engine lies on one node"

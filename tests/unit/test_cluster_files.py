@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from raysft.cli import _parser
+from raysft.cluster.placement import Node
 from raysft.config import load
 from raysft.run.plan import check_resources
 
@@ -96,12 +97,12 @@ def test_every_pod_mounts_the_volume_that_the_run_is_stored_on(documents, cluste
 
 
 def test_the_run_fits_the_cluster(cluster, config):
-    nodes = [{"CPU": float(cluster["headGroupSpec"]["rayStartParams"]["num-cpus"])}]
+    nodes = [Node(float(cluster["headGroupSpec"]["rayStartParams"]["num-cpus"]))]
     for group in cluster["workerGroupSpecs"]:
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
         container = group["template"]["spec"]["containers"][0]
         assert container["resources"]["requests"] == container["resources"]["limits"]
-        nodes += [{"CPU": float(container["resources"]["limits"]["cpu"])}] * group["replicas"]
+        nodes += [Node(float(container["resources"]["limits"]["cpu"]))] * group["replicas"]
     check_resources(config, nodes)
 
 

@@ -11,6 +11,7 @@ from ray.train.v2._internal.execution.controller.state import ReschedulingState
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 from ray.train.v2.api.exceptions import ControllerError
 
+from raysft.cluster.placement import Node
 from raysft.config.scaling import ScalingSection
 from raysft.errors import RunFailed
 from raysft.storage.run_directory import RunDirectory
@@ -21,14 +22,16 @@ class Cluster:
     """Nodes that Ray would tell of."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.nodes: list[dict[str, float]] = []
+        self.nodes: list[Node] = []
         patch.setattr(elastic, "living_nodes", lambda: self.nodes)
         self.reserved: list[dict[str, float]] | None = None
         """What Ray gives, where that is less."""
         patch.setattr(
             elastic._Elastic,
             "_get_reserved_resources",
-            lambda policy: dict(enumerate(self.nodes if self.reserved is None else self.reserved)),
+            lambda policy: dict(
+                enumerate([{"CPU": node.cpus} for node in self.nodes] if self.reserved is None else self.reserved)
+            ),
         )
         for kind in (elastic._Elastic, elastic._Fixed):
             patch.setattr(kind, "_maybe_send_resource_request", lambda policy: None)
@@ -59,31 +62,31 @@ def begun(policy: Any) -> int:
 def test_as_many_workers_as_there_is_room_for_beside_the_data(cluster, tmp_path):
     policy = policy_of(tmp_path, num_workers=[1, 4])
     for cpus, workers in (((2,), 1), ((2, 1), 2), ((8, 8), 4), ((0.5,), 0)):
-        cluster.nodes = [{"CPU": float(each)} for each in cpus]
+        cluster.nodes = [Node(float(each)) for each in cpus]
         assert begun(policy) == workers, cpus
 
 
 def test_shares_of_a_cpu_are_counted_right(cluster, tmp_path):
-    cluster.nodes = [{"CPU": 2.0}]
+    cluster.nodes = [Node(2.0)]
     assert begun(policy_of(tmp_path, num_workers=[1, 4], cpus_per_worker=0.7)) == 2
 
 
 def test_a_wait_for_nodes_is_said_and_has_an_end(cluster, tmp_path):
     told: list[Any] = []
     policy = policy_of(tmp_path, told, num_workers=2, wait_minutes=0.001)
-    cluster.nodes = [{"CPU": 1.5}]
+    cluster.nodes = [Node(1.5)]
     assert begun(policy) == 0
     assert "room for 1 of at least 2 workers" in told[0][1]
     policy._waits_since -= 1
     with pytest.raises(RunFailed, match=r"room for 1 of 2 workers for scaling.wait_minutes=0.001; add nodes"):
         begun(policy)
-    cluster.nodes = [{"CPU": 4.0}]
+    cluster.nodes = [Node(4.0)]
     assert begun(policy) == 2
 
 
 def test_ray_is_given_some_time_to_see_all_nodes(cluster, tmp_path):
     policy = policy_of(tmp_path, num_workers=[1, 2])
-    cluster.nodes, cluster.reserved = [{"CPU": 2.0}, {"CPU": 2.0}], [{"CPU": 1.0}]
+    cluster.nodes, cluster.reserved = [Node(2.0), Node(2.0)], [{"CPU": 1.0}]
     assert begun(policy) == 0
     policy._short_since -= elastic.SETTLE_SECONDS
     assert begun(policy) == 1, "others may hold the rest"
@@ -95,7 +98,7 @@ def test_it_grows_right_after_a_checkpoint(cluster, tmp_path, monkeypatch):
     newest = [SimpleNamespace(step=10)]
     monkeypatch.setattr(elastic, "cursor_of", lambda place: newest[0])
     policy = policy_of(tmp_path, num_workers=[1, 4])
-    cluster.nodes = [{"CPU": 4.0}]
+    cluster.nodes = [Node(4.0)]
     running = SimpleNamespace(num_workers=1)
 
     def decide() -> Any:
@@ -106,13 +109,13 @@ def test_it_grows_right_after_a_checkpoint(cluster, tmp_path, monkeypatch):
     assert decide().num_workers == 3
     newest[0] = SimpleNamespace(step=100)
     assert isinstance(decide(), NoopDecision), "there is nothing left to do"
-    cluster.nodes = [{"CPU": 0.5}]
+    cluster.nodes = [Node(0.5)]
     assert isinstance(decide(), NoopDecision), "workers that live are not taken away"
 
 
 def test_room_that_others_hold_is_not_asked_for_again_and_again(cluster, tmp_path):
     policy = policy_of(tmp_path, num_workers=[2, 4])
-    cluster.nodes = [{"CPU": 8.0}]
+    cluster.nodes = [Node(8.0)]
     assert begun(policy) == 4
     for expected in (3, 2, 2):
         policy.after_controller_state_update(

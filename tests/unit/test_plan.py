@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from raysft.cluster.placement import Node
 from raysft.config import Config, parse, with_overrides
 from raysft.data.prepare import Prepared
 from raysft.data.rows.packed_dataset import PackedDataset
@@ -19,8 +20,8 @@ def scaled(**scaling) -> Config:
     return parse({"model": {"path": "m"}, "data": {"train": [{"name": "a", "path": "a.json"}]}, "scaling": scaling})
 
 
-def cpus(*amounts: float) -> list[dict[str, float]]:
-    return [{"CPU": float(amount), "memory": 1e9} for amount in amounts]
+def cpus(*amounts: float) -> list[Node]:
+    return [Node.of({"CPU": float(amount), "memory": 1e9}) for amount in amounts]
 
 
 @pytest.mark.parametrize(
@@ -34,9 +35,9 @@ def cpus(*amounts: float) -> list[dict[str, float]]:
         (cpus(2, 2), {"num_workers": 2, "cpus_per_worker": 1.5}, 0),
         (cpus(1, 0.5), {"num_workers": 1}, 0),
         (cpus(2), {"cpus_per_worker": 0.5}, 1.0),
-        ([{"CPU": 8.0, "GPU": 2.0}], {"num_workers": 2, "use_gpu": True}, 0),
+        ([Node(8.0, 2.0)], {"num_workers": 2, "use_gpu": True}, 0),
         (cpus(2), {"num_workers": [1, 8]}, 0),
-        ([{"CPU": 2.0, "GPU": 1.0}, {"CPU": 2.0, "GPU": 1.0}], {"num_workers": 2, "use_gpu": True}, 0),
+        ([Node(2.0, 1.0), Node(2.0, 1.0)], {"num_workers": 2, "use_gpu": True}, 0),
     ],
 )
 def test_what_the_cluster_can_place_is_accepted(nodes, scaling, reserved):
@@ -78,7 +79,7 @@ def test_what_the_cluster_can_place_is_accepted(nodes, scaling, reserved):
             "lower scaling.cpus_per_worker=1, or add nodes",
         ),
         (
-            [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0}],
+            [Node(8.0, 1.0), Node(8.0)],
             {"num_workers": 2, "use_gpu": True},
             "scaling.num_workers=2 wants 2 GPUs with 2 CPUs in shares of 1 and the cluster has room for 1 "
             "(node 0: 8 CPUs, 1 GPUs; node 1: 8 CPUs, 0 GPUs); use 1, or add nodes",
@@ -91,7 +92,7 @@ def test_what_the_cluster_can_place_is_accepted(nodes, scaling, reserved):
         ),
         (
             # CPUs and GPU of a worker must be of one node.
-            [{"CPU": 1.0, "GPU": 4.0}, {"CPU": 8.0}],
+            [Node(1.0, 4.0), Node(8.0)],
             {"num_workers": 4, "use_gpu": True},
             "scaling.num_workers=4 wants 4 GPUs with 4 CPUs in shares of 1 and the cluster has room for 1 "
             "(node 0: 1 CPUs, 4 GPUs; node 1: 8 CPUs, 0 GPUs); use 1, or add nodes",

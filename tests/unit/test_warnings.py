@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
+from raysft.cluster.placement import Node
 from raysft.config import Config, parse, with_overrides
 from raysft.data.prepare import _schedule, _shared_files
 from raysft.data.shards.build import shard_set
@@ -246,7 +247,7 @@ def test_whoever_follows_a_warning_has_steps_enough(count, global_batch_size, pa
     for _ in range(4):
         each = the_set(asked, str(tmp_path / "model"))
         manifest = written(each, str(tmp_path / "model"))
-        planned = make_plan(asked, _schedule(asked, [each], [], [manifest]), [{"CPU": 2.0}])
+        planned = make_plan(asked, _schedule(asked, [each], [], [manifest]), [Node(2.0)])
         lines = [line for line in planned.warnings if "nothing is evaluated" not in line]
         if not lines:
             break
