@@ -69,6 +69,12 @@ class Config(Section):
         return self.model.lora.alpha if self.model.lora.alpha is not None else 2.0 * self.model.lora.rank
 
     @property
+    def generates(self) -> bool:
+        """True if a run generates predictions after training: enabled, for conversations, with at least one source."""
+        sources = self.generate.sources or self.data.eval or self.data.holdout
+        return self.stage == "sft" and self.generate.enabled and bool(sources)
+
+    @property
     def chat_template(self) -> str | None:
         """The Jinja text of ``model.chat_template``; None where the tokenizer's own is used.
 

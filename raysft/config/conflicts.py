@@ -9,8 +9,6 @@ from raysft.config.config import Config
 from raysft.config.train import ZERO_OPTIMIZERS
 from raysft.errors import RequestError
 
-ADAPTERS = ("lora", "oft")
-
 
 def refuse(config: Config) -> None:
     """Raise what speaks against a config first.
@@ -36,6 +34,7 @@ def _problems(config: Config) -> Iterator[str]:
 
 def _of_optimizers(config: Config) -> Iterator[str]:
     train, finetuning = config.train, config.model.finetuning
+    trains_adapter = config.model.adapter is not None
     name = train.optimizer
     if name not in ZERO_OPTIMIZERS:
         if train.zero_stage:
@@ -45,7 +44,7 @@ def _of_optimizers(config: Config) -> Iterator[str]:
             )
         if config.dtype == "float16":
             yield f"train.optimizer={name} has no loss scaling for model.dtype=float16; use bfloat16 or float32"
-    if name in ("galore", "apollo", "badam") and finetuning in ADAPTERS:
+    if name in ("galore", "apollo", "badam") and trains_adapter:
         yield (
             f"train.optimizer={name} saves memory where whole matrices are trained, and model.finetuning={finetuning} trains "
             "small ones; set model.finetuning to full or freeze, or take adamw"
@@ -111,7 +110,7 @@ def _of_vllm(config: Config) -> Iterator[str]:
         yield f"generate.engine=vllm batches by itself and generate.batching={generate.batching}; take batching out, {other}"
     if model.quantization:
         yield f"generate.engine=vllm loads weights as they are and model.quantization={model.quantization}; take it out, {other}"
-    if config.stage != "sft" or model.finetuning not in ADAPTERS:
+    if config.stage != "sft" or model.adapter is None:
         return
     adapter = "oft" if model.finetuning == "oft" else "lora.dora" if model.lora.dora else ""
     adapter = adapter or ("lora.extra_modules" if model.lora.extra_modules else "")
@@ -131,7 +130,7 @@ def _of_sources(config: Config) -> Iterator[str]:
 def _of_adapters(config: Config) -> Iterator[str]:
     model, train = config.model, config.train
     lora = model.lora
-    if model.adapters and model.finetuning not in ADAPTERS:
+    if model.adapters and model.adapter is None:
         yield f"model.adapters goes with model.finetuning lora or oft, and it is {model.finetuning}; set one of them"
     if model.new_adapter and not model.adapters:
         yield "model.new_adapter=True and model.adapters names none to merge; name them, or take new_adapter out"
@@ -147,7 +146,7 @@ def _of_adapters(config: Config) -> Iterator[str]:
         if lora.loraplus_ratio is not None and train.optimizer != "adamw":
             yield f"model.lora.loraplus_ratio goes with train.optimizer=adamw and it is {train.optimizer}; use adamw"
     if model.quantization:
-        if model.finetuning not in ADAPTERS:
+        if model.adapter is None:
             yield (
                 f"model.quantization={model.quantization} freezes the weights and model.finetuning={model.finetuning} trains them; "
                 "use lora or oft"

@@ -112,5 +112,10 @@ class ModelSection(Section):
 
     @property
     def runs_code(self) -> bool:
-        """Whether code that comes with the model may run."""
+        """True if code that comes with the model may run."""
         return self.path in self.trust_remote_code
+
+    @property
+    def adapter(self) -> LoraSection | OftSection | None:
+        """Settings of the adapter that is trained; None if the model's own weights are trained."""
+        return {"lora": self.lora, "oft": self.oft}.get(self.finetuning)

@@ -343,6 +343,26 @@ def test_what_only_looks_like_a_config_is_one_line(tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "generates"),
+    [
+        ([], False),
+        (["data.holdout=0.1"], True),
+        (["data.eval=[{name: b, path: b}]"], True),
+        (["generate.sources=[a]"], True),
+        (["data.holdout=0.1", "generate.enabled=false"], False),
+        (["data.holdout=0.1", "stage=pt"], False),
+    ],
+)
+def test_a_run_generates_where_there_are_prompts_for_it(write, overrides, generates):
+    assert load(write(BASE), overrides).generates == generates
+
+
+def test_the_adapter_is_the_section_that_finetuning_names(write):
+    models = [load(write(BASE), [f"model.finetuning={kind}"]).model for kind in ("lora", "oft", "full", "freeze")]
+    assert [model.adapter for model in models] == [models[0].lora, models[1].oft, None, None]
+
+
 def test_a_home_folder_is_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     plain = {"model": {"path": "m"}, "data": {"train": [{"name": "a", "path": "a"}]}}
