@@ -224,7 +224,7 @@ class _Loop:
         """Train on one step's rows and log it; gives the cursor after it."""
         index = cursor.step
         self.moment = f"step {index + 1}"
-        expected = self.job.train_rows.share(index, self.rank, self.workers)
+        expected = self.job.train_rows.rows_for_rank(index, self.rank, self.workers)
         if batch is None or not np.array_equal(batch["row"], expected):
             came = "no rows" if batch is None else f"rows {batch['row'].tolist()}"
             # One worker's trouble, unlike what RunFailed says: Ray Train starts all again from the checkpoint.
@@ -258,7 +258,7 @@ class _Loop:
         at, _, step = self.moment.partition(" ")
         if at != "step":
             return ""
-        shares = self.job.train_rows.share(int(step) - 1, self.rank, self.workers).tolist()
+        shares = self.job.train_rows.rows_for_rank(int(step) - 1, self.rank, self.workers).tolist()
         rows = [row for row in shares if row >= 0]
         return f"its rows {', '.join(map(str, rows))} hold {named_records(self.job.train_rows, rows)}" if rows else ""
 
