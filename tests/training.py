@@ -33,6 +33,7 @@ from tests.tiny import SENTENCES, tiny_model
 TOLERANCE = 1e-5
 SEQUENCE_LENGTH = 96
 STEPS = 4
+IMPORTED = ["tests.training", "raysft.train.loop", "deepspeed", "peft", "transformers.models.llama.modeling_llama"]
 WITHIN_SECONDS = 300
 """How long one training may take before it counts as hanging; on a busy machine processes take a minute to start."""
 
@@ -182,7 +183,7 @@ def _trained(case: Case, rank: int, world: int, name: str) -> Result:
     run = RunDirectory(config.run_directory / name)
     run.path.mkdir(parents=True, exist_ok=True)
     evaluated = {"d": case.eval_rows or rows}
-    job = loop.Job(
+    job = loop.TrainJob(
         config=config, model=config.model.path, run=run, train_rows=rows, eval_rows=evaluated, adapter=case.adapter
     )
     failure = ""
