@@ -27,6 +27,8 @@ from raysft.data.shards.manifest import Manifest
 from raysft.data.types import IGNORE_INDEX
 from raysft.errors import RequestError, RunFailed
 from raysft.storage.run_directory import RunDirectory
+from raysft.telemetry.events import StepRecord, TrainingEnded
+from raysft.train.job import TrainJob
 from tests.shards import the_set, written
 from tests.tiny import SENTENCES, tiny_model
 
@@ -137,7 +139,7 @@ class Result(NamedTuple):
     norms: list[float]
     weights: dict[str, np.ndarray]
     evaluation: dict[str, float]
-    events: list[tuple[str, Any]]
+    events: list[Any]
     """All that it told, in order."""
     model: Path
     """The folder that it wrote."""
@@ -179,11 +181,11 @@ def _trained(case: Case, rank: int, world: int, name: str) -> Result:
         return "going" if case.leaves_in and rank == world - 1 and next(asked) >= case.leaves_in else ""
 
     config, rows = case.config, case.rows
-    events: list[tuple[str, Any]] = []
+    events: list[Any] = []
     run = RunDirectory(config.run_directory / name)
     run.path.mkdir(parents=True, exist_ok=True)
     evaluated = {"d": case.eval_rows or rows}
-    job = loop.TrainJob(
+    job = TrainJob(
         config=config, model=config.model.path, run=run, train_rows=rows, eval_rows=evaluated, adapter=case.adapter
     )
     failure = ""
@@ -193,19 +195,19 @@ def _trained(case: Case, rank: int, world: int, name: str) -> Result:
             rows.steps(0, rank, world),
             0,
             torch.device("cpu"),
-            lambda event, content: events.append((event, content)),
+            events.append,
             save,
             case.resume,
             notice,
         )
     except (RunFailed, RequestError) as error:
         failure = str(error)
-    steps = [content for event, content in events if event == "step"]
+    steps = [event for event in events if isinstance(event, StepRecord)]
     weights = {}
     if rank == 0 and not failure:
         (file,) = (run.path / "model").glob("*model.safetensors")
         weights = {key: value.float().numpy() for key, value in load_file(file).items()}
-    evaluation = next((content["eval"] for event, content in events if event == "end"), {})
+    evaluation = next((event.eval for event in events if isinstance(event, TrainingEnded)), {})
     losses, norms = [step.loss for step in steps], [step.grad_norm for step in steps]
     return Result(losses, norms, weights, evaluation, events, run.path / "model", failure)
 

@@ -300,7 +300,7 @@ def evaluate_model(context: RunContext) -> None:
         raise RequestError("there is nothing to evaluate on; name data.eval or set data.holdout above 0")
     from raysft.train import launch
 
-    results = launch.evaluate(_job(context), lambda event, content: None)
+    results = launch.evaluate(_job(context), lambda event: None)
     context.directory.write_results("eval", results["eval"])
     context.terminal.line(evaluation_line(results["eval"]))
 
@@ -372,7 +372,7 @@ def _identity(model: str, adapter: str | None, prepared: Prepared) -> dict[str, 
 
 
 def _job(context: RunContext) -> Any:
-    from raysft.train.loop import TrainJob
+    from raysft.train.job import TrainJob
 
     return TrainJob(
         config=context.config,

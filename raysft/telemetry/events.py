@@ -1,19 +1,41 @@
-"""What a training reports while it runs."""
+"""Events of a training run: what workers and the scaling policy report to the driver while it runs.
+
+``Event`` is the union of all event classes. ``TrainLog`` in ``train_log`` handles each of them.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class SetupDone:
+    """The workers loaded the model, and a checkpoint if there was one; training starts now."""
+
+    step: int
+    """Optimizer steps done before: 0, or those of the checkpoint."""
+    workers: int
+    model_seconds: float
+    """Seconds to load the model and the checkpoint."""
+    data_wait_seconds: float
+    """Seconds spent waiting for the first rows after that."""
+    parameters: int
+    trained_parameters: int
+    log: list[dict[str, Any]] = field(default_factory=list)
+    """Log records from the checkpoint, for a driver that died before it wrote them."""
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step, as logged and printed; the keys are those of LLaMA-Factory's ``trainer_log.jsonl`` and more."""
+    """Metrics of one optimizer step, as logged and printed. The keys include those of LLaMA-Factory's ``trainer_log.jsonl``."""
 
     current_steps: int
     total_steps: int
     loss: float
-    """Mean loss of the step's trained tokens, natural logarithm."""
+    """Mean loss over the step's loss tokens, natural logarithm."""
     lr: float
     grad_norm: float
     epoch: float
@@ -25,29 +47,29 @@ class StepRecord:
     total_tokens: int
     """Tokens without padding consumed so far."""
     loss_tokens: int
-    """Trained tokens of this step: what its loss is divided by."""
+    """Loss tokens of this step: the denominator of its loss."""
     packing_efficiency: float
-    """Share of the step's row space that holds tokens and not padding."""
+    """Fraction of the step's row capacity that holds tokens, not padding."""
     rows: int
-    """The cursor: rows consumed so far, over all workers."""
+    """Rows consumed so far over all workers (the cursor)."""
     step_seconds: float
     data_wait_seconds: float
     memory_gib: float
-    """Peak memory of rank 0's device, or resident memory of its process without GPU."""
+    """Peak memory of rank 0's GPU; without a GPU, resident memory of its process."""
     memory_total_gib: float
     loss_token_throughput: float = 0.0
-    """Trained tokens per second over all workers: what the training is for."""
+    """Loss tokens per second over all workers."""
     throughput_per_device: float = 0.0
-    """Tokens per second of one worker's device, without padding."""
+    """Tokens per second and device, without padding."""
     loss_token_throughput_per_device: float = 0.0
-    """Trained tokens per second of one worker's device."""
+    """Loss tokens per second and device."""
     mfu: float | None = None
-    """Model FLOPs utilisation: share of the devices' 16-bit peak that the model's own operations use; None without GPU."""
+    """Model FLOPs utilization: the model's own FLOPs divided by the devices' 16-bit peak; None without a GPU."""
     source_losses: dict[str, float] = field(default_factory=dict)
-    """Mean loss of each source's trained tokens in this step, where there are several sources."""
+    """Mean loss over the loss tokens of each source in this step; empty with a single source."""
 
     def line(self) -> str:
-        """The step as one line for people.
+        """Format the step as one line for the terminal.
 
         >>> StepRecord(120, 1000, 1.83421, 1.9e-05, 0.71, 0.1, 12.0, "0:10", "1:13", 41234.0, 9, 5, 0.961, 3840,
         ...            2.0, 0.0, 61.2, 80.0).line()
@@ -63,21 +85,130 @@ class StepRecord:
 
 
 @dataclass(frozen=True)
+class StepSkipped:
+    """An optimizer step was not applied because its loss or gradient was not finite."""
+
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class EvaluationDone:
+    """All evaluation sets were evaluated."""
+
+    record: dict[str, Any]
+    """``current_steps``, ``total_steps``, ``epoch``, ``percentage``, and the ``evaluation_results``."""
+
+
+@dataclass(frozen=True)
+class StoppedEarly:
+    """Early stopping ended the training."""
+
+    step: int
+    best_step: int
+    best_loss: float
+
+
+@dataclass(frozen=True)
+class CheckpointSaved:
+    """A checkpoint is complete."""
+
+    step: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class CheckpointFailed:
+    """A checkpoint could not be written. Training continues, and older checkpoints are kept."""
+
+    step: int
+    reason: str
+    skipped: bool = False
+    """True if nothing was written because the checkpoint before it was still being written."""
+
+
+@dataclass(frozen=True)
+class CheckpointCorrupt:
+    """A checkpoint differs from what was written; the one before it is used instead."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A worker or the scaling policy waits for storage or nodes."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class WorkersRestarting:
+    """The workers failed and are started again."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class WorkersResized:
+    """An elastic training is restarted with more workers."""
+
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class PreemptionNotice:
+    """A worker's machine will be taken away soon; a checkpoint follows."""
+
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class TrainingEnded:
+    """The training is complete and its model is written."""
+
+    train: dict[str, Any]
+    """Results for ``train_results.json``."""
+    eval: dict[str, float]
+    """Results for ``eval_results.json``; empty without evaluation sets."""
+
+
+Event = (
+    SetupDone
+    | StepRecord
+    | StepSkipped
+    | EvaluationDone
+    | StoppedEarly
+    | CheckpointSaved
+    | CheckpointFailed
+    | CheckpointCorrupt
+    | Waiting
+    | WorkersRestarting
+    | WorkersResized
+    | PreemptionNotice
+    | TrainingEnded
+)
+Emit = Callable[[Event], None]
+"""Receives events: in a worker it sends them to the driver, in the driver it handles them."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """Loss and accuracy of one evaluation set at one moment of the training."""
+    """Loss and accuracy on one evaluation set after some step."""
 
     name: str
     step: int
     loss: float
-    """Mean loss of the trained tokens, natural logarithm."""
+    """Mean loss over the loss tokens, natural logarithm."""
     accuracy: float
-    """Share of trained tokens that are the most probable one."""
+    """Fraction of loss tokens that the model ranks first."""
     tokens: int
-    """Trained tokens that the two are means over."""
+    """Loss tokens: the denominator of both."""
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinite where that overflows."""
+        """exp(loss), or infinity on overflow."""
         try:
             return math.exp(self.loss)
         except OverflowError:
@@ -85,8 +216,8 @@ class Evaluation:
 
 
 def evaluation_results(evaluations: list[Evaluation]) -> dict[str, float]:
-    """Evaluations as flat results: ``eval_loss``, ``eval_perplexity``, ``eval_accuracy`` over all sets, token-weighted, and
-    with more than one set ``eval_{name}_loss`` and so on for each.
+    """Flatten evaluations: token-weighted ``eval_loss``, ``eval_perplexity``, ``eval_accuracy`` and ``eval_tokens`` over all
+    sets, and with several sets ``eval_{name}_loss`` and so on for each set.
 
     >>> evaluation_results([Evaluation("a", 3, 1.0, 0.5, 30), Evaluation("b", 3, 2.0, 0.1, 10)])["eval_loss"]
     1.25

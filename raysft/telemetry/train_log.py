@@ -1,34 +1,50 @@
-"""The training log: what workers report, written to a file and printed."""
+"""The training log: handles the workers' events in the driver, writes ``trainer_log.jsonl`` and prints progress."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import psutil
 
+from raysft.storage.json_files import write_atomically
+from raysft.telemetry.events import (
+    CheckpointCorrupt,
+    CheckpointFailed,
+    CheckpointSaved,
+    EvaluationDone,
+    Event,
+    PreemptionNotice,
+    SetupDone,
+    StepRecord,
+    StepSkipped,
+    StoppedEarly,
+    TrainingEnded,
+    Waiting,
+    WorkersResized,
+    WorkersRestarting,
+)
 from raysft.telemetry.terminal import Terminal
 
-QUIET_SECONDS = 5.0
-"""How often it is said that a storage is waited for."""
+WAITING_SECONDS = 5.0
+"""Least time between two printed ``Waiting`` messages: a thousand workers may wait for the same storage."""
 
 
 def evaluation_line(results: Mapping[str, Any]) -> str:
-    """Evaluation results as one line."""
+    """Format evaluation results as one line."""
     return (
         f"eval loss {results['eval_loss']:.4f} | perplexity {results['eval_perplexity']:.2f} | "
-        f"token accuracy {100 * results['eval_accuracy']:.1f}% | {results['eval_tokens']:,} trained tokens"
+        f"token accuracy {100 * results['eval_accuracy']:.1f}% | {results['eval_tokens']:,} loss tokens"
     )
 
 
-def _line(record: Mapping[str, Any]) -> str:
-    # JSON has no infinity: readers of other languages would stumble over the whole file.
+def _json_line(record: Mapping[str, Any]) -> str:
+    # JSON has no infinity or NaN: many readers would reject the whole file.
     finite = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
     }
@@ -36,73 +52,67 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 class TrainLog:
-    """Takes the workers' events in the driver: writes the log file, prints, calls callbacks, measures the start."""
+    """Handles events in the driver: writes the log file, prints lines, calls callbacks, and times the start."""
 
     def __init__(self, log: Path, terminal: Terminal, callbacks: Sequence[Any] = ()) -> None:
         """
         Args:
-            log: ``trainer_log.jsonl``; a resumed run goes on in it, from the checkpoint's step.
-            terminal: where lines go.
-            callbacks: objects with any of ``on_setup``, ``on_step``, ``on_evaluate``, ``on_checkpoint`` and ``on_end``.
+            log: ``trainer_log.jsonl``; a resumed run appends to it from the checkpoint's step on.
+            terminal: prints the lines.
+            callbacks: objects with any of the methods ``on_setup(setup)``, ``on_step(record)``, ``on_evaluate(results)``,
+                ``on_checkpoint(cursor)`` and ``on_end(results)``. ``on_step`` gets a ``StepRecord``, the others a dict.
         """
         self._log, self._terminal, self._callbacks = log, terminal, callbacks
         self._launched = time.time()
-        self._setup: dict[str, Any] = {}
-        self._set_up = 0.0
-        self._unsaved, self._waiting = (-1, False), 0.0
-        """What was said last: which checkpoint was not written or left out, and when a storage was waited for."""
+        self._setup: SetupDone | None = None
+        self._setup_time = 0.0
+        self._last_failed: tuple[int, bool] | None = None
+        """Step and ``skipped`` of the last ``CheckpointFailed`` that was printed."""
+        self._last_waiting = 0.0
+        """Time at which a ``Waiting`` message was last printed."""
         self.timings: dict[str, float] = {}
-        """Where the seconds to the first step went; empty until it was done."""
+        """Seconds of each phase up to the first step; empty until that step is done."""
 
-    def __call__(self, event: str, content: Any) -> None:
-        """Take one event."""
-        if event == "setup":
-            self._begin(content)
-        elif event == "step":
-            self._step(content)
-        elif event == "evaluate":
-            self._terminal.line(f"after step {content['current_steps']} | {evaluation_line(content)}")
-            self._append(content)
-        elif event == "skipped":
-            self._terminal.line(f"step {content['step']} is left out: {content['reason']}")
-        elif event == "stopped":
-            self._terminal.line(
-                f"stopped after step {content['step']}: no evaluation was better than that after step "
-                f"{content['best_step']} (eval loss {content['best_loss']:.4f})"
-            )
-        elif event == "damaged":
-            self._terminal.line(f"{content}; it is passed over for the one before")
-        elif event == "failure":
-            self._terminal.line(f"{content}; starting again")
-        elif event == "resize":
-            self._terminal.line(f"there is room for {content['after']} workers now instead of {content['before']}")
-        elif event == "notice":
-            self._terminal.line(
-                f"after step {content['step']}: a machine is about to be taken away"
-                + (f" ({content['reason']})" if content["reason"] else "")
-            )
-        elif event == "checkpoint":
-            self._terminal.line(f"checkpoint after step {content['step']}")
-        elif event in ("unsaved", "waiting"):
-            self._trouble(event, content)
-        for callback in self._callbacks:
-            method = getattr(callback, f"on_{event}", None)
-            if method is not None:
-                method(content)
-
-    def _trouble(self, event: str, content: Any) -> None:
-        """Say that the storage fails; where it does for one worker, it does for a thousand."""
-        if event == "unsaved" and (content["step"], content["left_out"]) != self._unsaved:
-            self._unsaved = content["step"], content["left_out"]
-            self._terminal.line(
-                f"no checkpoint after step {content['step']}: {content['reason']}; the training goes on, and older ones stay"
-            )
-        elif event == "waiting" and time.time() - self._waiting > QUIET_SECONDS:
-            self._waiting = time.time()
-            self._terminal.line(content)
+    def __call__(self, event: Event) -> None:
+        """Handle one event."""
+        match event:
+            case SetupDone():
+                self._set_up(event)
+                self._call("on_setup", asdict(event))
+            case StepRecord():
+                self._step(event)
+                self._call("on_step", event)
+            case EvaluationDone(record):
+                self._print(f"after step {record['current_steps']} | {evaluation_line(record)}")
+                self._append(record)
+                self._call("on_evaluate", record)
+            case CheckpointSaved(step):
+                self._print(f"checkpoint after step {step}")
+                self._call("on_checkpoint", asdict(event))
+            case CheckpointFailed():
+                self._checkpoint_failed(event)
+            case CheckpointCorrupt(reason):
+                self._print(f"{reason}; using the checkpoint before it")
+            case StepSkipped(step, reason):
+                self._print(f"step {step} skipped: {reason}")
+            case StoppedEarly(step, best_step, best_loss):
+                self._print(f"stopped early after step {step}: best eval loss {best_loss:.4f} after step {best_step}")
+            case Waiting(message):
+                self._wait(message)
+            case WorkersRestarting(reason):
+                self._print(f"{reason}; restarting the workers")
+            case WorkersResized(before, after):
+                self._print(f"the cluster can place {after} workers now instead of {before}; restarting with {after}")
+            case PreemptionNotice(step, reason):
+                shown = f" ({reason})" if reason else ""
+                self._print(f"after step {step}: a machine will be preempted soon{shown}; writing a checkpoint")
+            case TrainingEnded():
+                self._call("on_end", asdict(event))
+            case _:
+                assert_never(event)
 
     def results(self) -> dict[str, float]:
-        """Mean loss and speed over all steps of the run, those before it was interrupted too."""
+        """Mean loss and speed over all steps of the run, including those before an interruption."""
         steps = [record for record in self._records() if "step_seconds" in record]
         losses = [record["loss"] for record in steps if record["loss"] is not None]
         seconds = sum(record["step_seconds"] for record in steps)
@@ -115,52 +125,71 @@ class TrainLog:
             "train_tokens_per_second": round(steps[-1]["total_tokens"] / seconds, 2),
         }
 
-    def _begin(self, content: dict[str, Any]) -> None:
-        self._go_back(content["step"], content.get("log", ()))
-        self._setup, self._set_up = content, time.time()
-        if content["step"]:
-            workers = content["workers"]
-            self._terminal.line(
-                f"going on after step {content['step']} with {workers} worker{'' if workers == 1 else 's'}"
-            )
-        whole, trained = content["parameters"], content["trained_parameters"]
-        self._terminal.line(
-            f"model: {whole / 1e6:,.1f}M parameters, {trained / 1e6:,.2f}M of them trained ({trained / whole:.2%})"
-        )
+    def _call(self, method: str, argument: Any) -> None:
+        for callback in self._callbacks:
+            if function := getattr(callback, method, None):
+                function(argument)
 
-    def _step(self, record: Any) -> None:
-        if not self.timings:
-            now, born = time.time(), psutil.Process().create_time()
+    def _print(self, line: str) -> None:
+        self._terminal.line(line)
+
+    def _checkpoint_failed(self, event: CheckpointFailed) -> None:
+        # When the storage fails for one worker, it fails for all of them: print it once.
+        if (event.step, event.skipped) != self._last_failed:
+            self._last_failed = event.step, event.skipped
+            self._print(
+                f"no checkpoint after step {event.step}: {event.reason}; training continues, older checkpoints are kept"
+            )
+
+    def _wait(self, message: str) -> None:
+        if time.time() - self._last_waiting > WAITING_SECONDS:
+            self._last_waiting = time.time()
+            self._print(message)
+
+    def _set_up(self, setup: SetupDone) -> None:
+        self._rewind(setup.step, setup.log)
+        self._setup, self._setup_time = setup, time.time()
+        if setup.step:
+            self._print(
+                f"resuming after step {setup.step} with {setup.workers} worker{'' if setup.workers == 1 else 's'}"
+            )
+        total, trained = setup.parameters, setup.trained_parameters
+        self._print(f"model: {total / 1e6:,.1f}M parameters, {trained / 1e6:,.2f}M trainable ({trained / total:.2%})")
+
+    def _step(self, record: StepRecord) -> None:
+        if not self.timings and self._setup:
+            now, process_start = time.time(), psutil.Process().create_time()
             self.timings = {
-                "seconds_to_first_step": round(now - born, 2),
-                "seconds_to_launch": round(self._launched - born, 2),
-                "seconds_to_load_model": round(self._setup["model_seconds"], 2),
-                "seconds_to_wait_for_data": round(self._setup["data_wait_seconds"], 2),
-                "seconds_to_evaluate": round(now - self._set_up - record.step_seconds, 2),
+                "seconds_to_first_step": round(now - process_start, 2),
+                "seconds_to_launch": round(self._launched - process_start, 2),
+                "seconds_to_load_model": round(self._setup.model_seconds, 2),
+                "seconds_to_wait_for_data": round(self._setup.data_wait_seconds, 2),
+                "seconds_to_evaluate": round(now - self._setup_time - record.step_seconds, 2),
                 "seconds_of_first_step": record.step_seconds,
             }
-        self._terminal.line(record.line())
+        self._print(record.line())
         self._terminal.advance("training", record.current_steps, record.total_steps)
         self._append(asdict(record))
 
-    def _append(self, content: Mapping[str, Any]) -> None:
+    def _append(self, record: Mapping[str, Any]) -> None:
         with self._log.open("a", encoding="utf-8") as file:
-            file.write(_line(content))
+            file.write(_json_line(record))
 
     def _records(self) -> list[dict[str, Any]]:
-        """What the log holds; a half line, as a killed run may have left it, does not count."""
+        """Read the log, without an incomplete last line that a killed run may have left."""
         if not self._log.exists():
             return []
         lines = self._log.read_text(encoding="utf-8").split("\n")[:-1]
         return [json.loads(line) for line in lines if line]
 
-    def _go_back(self, step: int, known: Sequence[Mapping[str, Any]]) -> None:
-        """Let the log end where the training goes on from: what came after is done again, and what this process, or one
-        before it, did not live to write comes from the checkpoint."""
-        kept = [record for record in self._records() if record["current_steps"] <= step] if step else []
-        there = {(record["current_steps"], "loss" in record) for record in kept}
-        kept += [record for record in known if (record["current_steps"], "loss" in record) not in there]
-        kept.sort(key=lambda record: record["current_steps"])  # an evaluation stays behind its step
-        draft = self._log.with_name(f".{self._log.name}.{os.getpid()}")
-        draft.write_text("".join(map(_line, kept)), encoding="utf-8")
-        draft.replace(self._log)
+    def _rewind(self, step: int, checkpoint_log: Sequence[Mapping[str, Any]]) -> None:
+        """Make the log end at the step that training resumes from.
+
+        Later records are dropped, since their steps are repeated. Records that no driver lived to write come from the
+        checkpoint.
+        """
+        records = [record for record in self._records() if record["current_steps"] <= step] if step else []
+        written = {(record["current_steps"], "loss" in record) for record in records}
+        records += [record for record in checkpoint_log if (record["current_steps"], "loss" in record) not in written]
+        records.sort(key=lambda record: record["current_steps"])  # stable: an evaluation stays behind its step
+        write_atomically(self._log, "".join(map(_json_line, records)))

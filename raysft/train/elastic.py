@@ -27,8 +27,8 @@ from raysft.cluster.placement import Node, max_workers
 from raysft.config.scaling import ScalingSection
 from raysft.errors import RunFailed
 from raysft.storage.run_directory import RunDirectory
+from raysft.telemetry.events import Emit, Waiting, WorkersResized, WorkersRestarting
 from raysft.train.checkpoint.format import cursor_of
-from raysft.train.loop import Emit
 from raysft.train.restarts import cause
 
 LOOK_SECONDS = 5.0
@@ -52,7 +52,7 @@ def workers_of(
         scaling: what was asked for.
         run: whose checkpoints say when growing costs no work.
         steps: of the whole training.
-        emit: takes ``failure``, ``waiting`` and ``resize`` events.
+        emit: takes ``WorkersRestarting``, ``Waiting`` and ``WorkersResized``.
     """
     resources = {"CPU": scaling.cpus_per_worker, **({"GPU": 1.0} if scaling.use_gpu else {})}
     config = ScalingConfig(
@@ -103,7 +103,7 @@ class _Patience:
         error = getattr(current_state, "training_failed_error", None)
         known = getattr(previous_state, "training_failed_error", None)
         if error is not None and error is not known and not current_state.is_terminal():
-            self.emit("failure", str(cause(error)))
+            self.emit(WorkersRestarting(str(cause(error))))
 
     def wait(self, there: int) -> NoopDecision:
         """Let some time go by.
@@ -123,9 +123,10 @@ class _Patience:
         if now - self._said > SAY_SECONDS:
             self._said = now
             self.emit(
-                "waiting",
-                f"waiting for nodes: the cluster has room for {there} of at least {fewest} workers "
-                f"({left / 60:.0f} more minutes, scaling.wait_minutes)",
+                Waiting(
+                    f"waiting for nodes: the cluster has room for {there} of at least {fewest} workers "
+                    f"({left / 60:.0f} more minutes, scaling.wait_minutes)"
+                )
             )
         time.sleep(min(1.0, max(0.1, left)))
         return NoopDecision()
@@ -208,5 +209,5 @@ class _Elastic(_Patience, ElasticScalingPolicy):
         if step <= self._growing_since or step >= self.steps:
             return NoopDecision()
         self._asked = there
-        self.emit("resize", {"before": worker_group_state.num_workers, "after": there})
+        self.emit(WorkersResized(worker_group_state.num_workers, there))
         return ResizeDecision(there, cast(Any, self.scaling_config._resources_per_worker_not_none))

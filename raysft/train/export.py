@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from raysft.storage.local_cache import local_copy
 from raysft.storage.path import StoragePath
 from raysft.storage.retry import reason_of, retry_for
 from raysft.storage.run_directory import MODEL_MARKS, RunDirectory, is_whole
+from raysft.telemetry.events import Emit, Waiting
 from raysft.train.checkpoint.cursor import Best
 
 Weights = dict[str, torch.Tensor]
@@ -34,7 +35,7 @@ class Exporter:
         ends: tokens that end the turns that are trained on.
     """
 
-    def __init__(self, run: RunDirectory, emit: Callable[[str, Any], None], ends: Sequence[int] = ()) -> None:
+    def __init__(self, run: RunDirectory, emit: Emit, ends: Sequence[int] = ()) -> None:
         self._run, self._emit, self._ends = run, emit, ends
         self._best: tuple[int, Path] | None = None
         """The best model on this node and its step, while it is on its way to an object store."""
@@ -56,8 +57,9 @@ class Exporter:
             kept = [is_whole(self._there(best.step)) or trained]
             if not kept[0]:
                 self._emit(
-                    "waiting",
-                    f"{self._run.best}: the best model, after step {best.step}, is not there; another is sought",
+                    Waiting(
+                        f"{self._run.best}: the best model, after step {best.step}, is missing; starting the search over"
+                    )
                 )
         dist.broadcast_object_list(kept, src=0)
         return best if kept[0] else None
@@ -143,7 +145,7 @@ class Exporter:
                     send(sent[1], self._there(sent[0]))
                     self._leave_only(sent[0])
             except (StorageFailed, OSError) as error:
-                self._emit("waiting", f"the best model stays on this node until the end of the training: {error}")
+                self._emit(Waiting(f"the best model stays on this node until the end of the training: {error}"))
 
     def _there(self, step: int) -> StoragePath:
         """Where the model after so many steps is kept: a checkpoint may tell of one that is not there, and another one must not be
@@ -166,7 +168,7 @@ class Exporter:
             self._best = None
 
     def _patience(self) -> Any:
-        return retry_for(notify=lambda line: self._emit("waiting", line))
+        return retry_for(notify=lambda line: self._emit(Waiting(line)))
 
 
 @contextmanager

@@ -6,103 +6,43 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from raysft.config import Config
 from raysft.storage.local_cache import local_copy
 from raysft.storage.path import StoragePath
-from raysft.storage.run_directory import RunDirectory
-from raysft.telemetry.events import evaluation_results
+from raysft.telemetry.events import (
+    Emit,
+    EvaluationDone,
+    PreemptionNotice,
+    SetupDone,
+    StepSkipped,
+    StoppedEarly,
+    TrainingEnded,
+    evaluation_results,
+)
 from raysft.train.checkpoint import format
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.checkpoint.triggers import Due, Notice
 from raysft.train.deepspeed_config import size
 from raysft.train.early_stopping import EarlyStopper, known_best
 from raysft.train.export import Exporter
+from raysft.train.job import Batch, RowPlan, TrainJob
 from raysft.train.nonfinite import NonFinite, named_records
 from raysft.train.restarts import faults_of
-from raysft.train.step import Batch, evaluate, train_step
+from raysft.train.step import evaluate, train_step
 from raysft.train.step_metrics import StepMetrics
 
-Emit = Callable[[str, Any], None]
-"""(event, content) to whoever watches: ``setup``, ``step``, ``evaluate``, ``checkpoint``, ``unsaved``, ``waiting``, ``end``."""
 Save = Callable[[Any, Cursor, list[dict[str, Any]]], None]
 """Keeps the state of an engine at a cursor, with the latest records of the log."""
 LOGGED = 1000
 """Records of the log that a checkpoint holds, for a driver that died before it wrote them."""
-
-
-class RowPlan(Protocol):
-    """What the loop knows in advance (``data.row_plan.RowPlan``)."""
-
-    capacity: int
-    global_batch_size: int
-    step_rows: np.ndarray
-    step_tokens: np.ndarray
-    step_loss_tokens: np.ndarray
-    step_weight: np.ndarray
-    step_squares: np.ndarray
-
-    def source_weight(self, step: int, sources: int) -> np.ndarray: ...
-
-    @property
-    def rows(self) -> int: ...
-
-    @property
-    def steps(self) -> int: ...
-
-    def consumed(self, steps: int) -> int: ...
-
-    def epoch_of(self, rows: int) -> float: ...
-
-
-class RowSource(Protocol):
-    """Where rows come from (``data.stream.Rows``)."""
-
-    @property
-    def sources(self) -> tuple[str, ...]: ...
-
-    @property
-    def row_plan(self) -> Any: ...
-
-    def steps(self, first: int, worker: int, workers: int) -> Iterator[Batch]: ...
-
-    def batches(self, shares: Any, workers: int) -> Iterator[Batch]: ...
-
-    def dataset(self, first: int, workers: int) -> Any: ...
-
-    def execution_options(self, workers: int) -> Any: ...
-
-    def rows_for_rank(self, step: int, worker: int, workers: int) -> np.ndarray: ...
-
-    def records(self, row: int) -> list[str]: ...
-
-
-@dataclass(frozen=True)
-class TrainJob:
-    """What every worker of a training is told."""
-
-    config: Config
-    model: str
-    """Folder or hub id to load from."""
-    run: RunDirectory
-    train_rows: Any
-    """``RowSource``."""
-    eval_rows: dict[str, Any]
-    """``RowSource`` of each evaluation set."""
-    adapter: str | None = None
-    """Folder of an adapter to go on with."""
-    identity: dict[str, str] = field(default_factory=dict)
-    """What the training is of, as ``Cursor`` has it."""
-    ends: tuple[int, ...] = ()
-    """Tokens that end the turns that are trained on, for the model's generation config."""
 
 
 def train(
@@ -165,7 +105,7 @@ class _Loop:
         self.job, self.device, self.save = job, device, save
         self.rank, self.workers = dist.get_rank(), dist.get_world_size()
         self.due = Due(job.config.train, self.rank, notice)
-        self.emit: Emit = emit if self.rank == 0 else lambda event, content: None
+        self.emit: Emit = emit if self.rank == 0 else lambda event: None
         self.log: deque[dict[str, Any]] = deque(maxlen=LOGGED)
         self.row_plan: RowPlan = job.train_rows.row_plan
         self.data_wait = 0.0
@@ -206,16 +146,15 @@ class _Loop:
         now = time.perf_counter()
         parameters = list(self.engine.module.parameters())
         self.emit(
-            "setup",
-            {
-                "step": self.first,
-                "workers": self.workers,
-                "log": list(self.log),
-                "model_seconds": now - self.started - data_wait,
-                "data_wait_seconds": data_wait,
-                "parameters": sum(size(p) for p in parameters),
-                "trained_parameters": sum(size(p) for p in parameters if p.requires_grad),
-            },
+            SetupDone(
+                step=self.first,
+                workers=self.workers,
+                model_seconds=now - self.started - data_wait,
+                data_wait_seconds=data_wait,
+                parameters=sum(size(p) for p in parameters),
+                trained_parameters=sum(size(p) for p in parameters if p.requires_grad),
+                log=list(self.log),
+            )
         )
         self.started = time.perf_counter()
         self.due.start_clock()
@@ -239,7 +178,7 @@ class _Loop:
         if not trained.applied:
             what = self.nonfinite.check(index, trained)
             if what:
-                self.emit("skipped", {"step": index + 1, "reason": what})
+                self.emit(StepSkipped(index + 1, what))
             if not self.engine.was_step_applied():
                 self.lr.step()  # DeepSpeed leaves the LR scheduler unchanged; it has to end with the run
         tokens = int(self.row_plan.step_tokens[index])
@@ -247,10 +186,10 @@ class _Loop:
         elapsed = time.perf_counter() - self.started
         left = (self.row_plan.steps - cursor.step) * elapsed / (cursor.step - self.first)
         if self.due.hear(cursor.step, trained.noticed, trained.late):
-            self.emit("notice", {"step": cursor.step, "reason": self.due.notice()})
+            self.emit(PreemptionNotice(cursor.step, self.due.notice()))
         record = self.figures.record(cursor, trained, lr, seconds, self.data_wait, elapsed, left)
         self.log.append(asdict(record))
-        self.emit("step", record)
+        self.emit(record)
         return cursor
 
     def rows_at_hand(self) -> str:
@@ -268,9 +207,9 @@ class _Loop:
         if train.eval_every_steps and cursor.step % train.eval_every_steps == 0:
             self.evaluated = self.evaluate(cursor)
             self.early_stopper.update(self.evaluated, cursor.step)
-            if self.early_stopper.should_stop and self.early_stopper.best:
-                best = {"best_step": self.early_stopper.best.step, "best_loss": self.early_stopper.best.loss}
-                self.emit("stopped", {"step": cursor.step, **best})
+            best = self.early_stopper.best
+            if self.early_stopper.should_stop and best:
+                self.emit(StoppedEarly(cursor.step, best.step, best.loss))
         if self.due.after(cursor.step):
             self._checkpoint(replace(cursor, passing=not self.due.by_steps(cursor.step)))
 
@@ -292,7 +231,7 @@ class _Loop:
                 **results,
             }
             self.log.append(record)
-            self.emit("evaluate", record)
+            self.emit(EvaluationDone(record))
         return results
 
     def _checkpoint(self, cursor: Cursor) -> None:
@@ -323,7 +262,7 @@ class _Loop:
             self.exporter.write_best(best.step)
         else:
             self._export(self.exporter.write)
-        self.emit("end", {"train": results, "eval": self.evaluated})
+        self.emit(TrainingEnded(results, self.evaluated))
 
     def _keep_best(self) -> None:
         assert self.early_stopper.best

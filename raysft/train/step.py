@@ -23,8 +23,8 @@ import torch.distributed as dist
 from raysft.data.types import IGNORE_INDEX
 from raysft.errors import RunFailed
 from raysft.telemetry.events import Evaluation
+from raysft.train.job import Batch
 
-Batch = dict[str, np.ndarray]
 KINDS = {
     "input_ids": torch.long,
     "position_ids": torch.long,

@@ -140,20 +140,22 @@ def without_ray(raw: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from raysft.storage.run_directory import RunDirectory
+    from raysft.telemetry.events import StepRecord
     from raysft.train import loop
+    from raysft.train.job import TrainJob
 
     config, rows = prepared_rows(raw)
     one_process()
     torch.distributed.init_process_group("gloo", rank=0, world_size=1)
     clock = Clock()
 
-    def emit(event: str, content: Any) -> None:
-        if event == "step":
-            clock.on_step(content)
+    def emit(event: Any) -> None:
+        if isinstance(event, StepRecord):
+            clock.on_step(event)
 
     run = RunDirectory(config.run_directory)
     run.path.mkdir(parents=True)
-    job = loop.TrainJob(config=config, model=config.model.path, run=run, train_rows=rows, eval_rows={})
+    job = TrainJob(config=config, model=config.model.path, run=run, train_rows=rows, eval_rows={})
     loop.train(job, rows.steps(0, 0, 1), 0, torch.device("cpu"), emit, lambda *state: None, None)
     return clock.result(rows.row_plan)
 

@@ -123,7 +123,7 @@ def leaves_with_notice(folder: Path, reference: str, fault: str, draw: random.Ra
 
         code = attempt(folder, "notice", moment, *ELASTIC, *LONGER, *rare, cluster.address)
     outcome = compared(folder, "longer", "notice", fault, 1, code, exact=False)
-    outcome.survived &= "a machine is about to be taken away" in said(folder, "notice")
+    outcome.survived &= "a machine will be preempted soon" in said(folder, "notice")
     return outcome
 
 

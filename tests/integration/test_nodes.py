@@ -12,5 +12,5 @@ def test_training_goes_on_with_fewer_workers_when_a_node_dies(tmp_path):
     outcome = nodes.dies_in_training(tmp_path, "left-alone", "a node dies in training", random.Random(1))
     printed = said(tmp_path, "node")
     assert outcome.good, f"{outcome}\n{printed}"
-    assert "; starting again" in printed, "it says why"
+    assert "; restarting the workers" in printed, "it says why"
     assert "with 1 worker\n" in printed, "and what it goes on with"

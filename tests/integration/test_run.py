@@ -28,7 +28,7 @@ from raysft.storage.run_directory import RunDirectory
 from raysft.train import launch
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.checkpoint.format import complete
-from raysft.train.loop import TrainJob
+from raysft.train.job import TrainJob
 from tests.tiny import SENTENCES, tiny_model, with_code, write_chats
 from tests.training import make_config, prepare
 
@@ -276,7 +276,7 @@ def test_a_damaged_checkpoint_is_passed_over(folder, sft_run, capsys):
     assert main(["train", str(folder / "sft.yaml"), *arguments]) == 0
     said = capsys.readouterr().out
     assert f"{part} is not what was written" in said
-    assert f"going on after step {Cursor.read(before).step}" in said
+    assert f"resuming after step {Cursor.read(before).step}" in said
     for one, two in zip(steps_of(flipped), steps_of(sft_run), strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
 
@@ -370,7 +370,7 @@ def test_checkpoints_by_time_save_an_interrupted_run_and_go_when_it_is_done(fold
     assert Cursor.read(next(complete(run / "checkpoints"))).step >= 2
     capsys.readouterr()
     assert main(["train", str(folder / "sft.yaml"), *arguments, "generate.enabled=false"]) == 0
-    assert "going on after step" in capsys.readouterr().out
+    assert "resuming after step" in capsys.readouterr().out
     for one, two in zip(steps_of(run), steps_of(sft_run), strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
     assert not (run / "checkpoints").exists()
@@ -424,7 +424,7 @@ def test_a_worker_that_fails_alone_before_the_training_ends_it(tmp_path):
     job = TrainJob(config, str(model), run, rows, {"d": rows})
     begun = time.monotonic()
     with pytest.raises(RequestError, match="worker 1 is damaged"):
-        launch.evaluate(job, lambda event, content: None)
+        launch.evaluate(job, lambda event: None)
     assert time.monotonic() - begun < 300  # a collective waits for 600 s
 
 
@@ -497,7 +497,7 @@ def test_an_error_that_comes_again_at_the_same_step_is_not_tried_four_times(fold
     capsys.readouterr()
     assert main(["train", str(folder / "sft.yaml"), *settings]) == 1
     out, error = capsys.readouterr()
-    assert out.count("; starting again") == 1
+    assert out.count("; restarting the workers") == 1
     assert error.count("\n") == 1
     steps = [line.split("/")[0] for line in out.splitlines() if line.startswith("step ")]
     assert len(set(steps)) == len(steps), "each step before it is trained once"

@@ -179,7 +179,7 @@ def test_a_storage_that_fails_costs_a_checkpoint_and_no_step(server, folder, cap
     assert seen.events.index("checkpoint 2") > seen.events.index("step 6"), "the training went on meanwhile"
     said = capsys.readouterr().out
     assert "waiting for the storage, 600 s at most" in said
-    assert "no checkpoint after step 4: that after step 2 is still being written; the training goes on" in said
+    assert "no checkpoint after step 4: that after step 2 is still being written; training continues" in said
     assert "no checkpoint after step 6: s3://bucket/runs/fails/checkpoints/" in said
     assert "ACCESS_DENIED" in said
     assert [format.Cursor.read(each).step for each in format.complete(run / "checkpoints")] == [2]

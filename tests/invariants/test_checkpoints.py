@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from raysft.storage.path import StoragePath
+from raysft.telemetry.events import PreemptionNotice, SetupDone
 from raysft.train.checkpoint import format
 from raysft.train.checkpoint.cursor import Cursor
 from tests.training import STEPS, Case, Result, make_config, prepare, rows_of, train_all
@@ -110,7 +111,7 @@ def test_every_weight_is_kept_once(left_alone):
         kinds = {key.split(":")[0] for key in sizes}
         assert kinds == {"weight", "exp_avg", "exp_avg_sq"}, way
         trained = sum(size for key, size in sizes.items() if key.startswith("weight:"))
-        assert trained == next(content for event, content in result.events if event == "setup")["trained_parameters"]
+        assert trained == next(event for event in result.events if isinstance(event, SetupDone)).trained_parameters
         assert all(
             sizes[key.replace("weight:", "exp_avg:")] == sizes[key] for key in sizes if key.startswith("weight:")
         )
@@ -119,7 +120,7 @@ def test_every_weight_is_kept_once(left_alone):
 def test_a_machine_that_leaves_leaves_a_checkpoint(prepared, left_alone, tmp_path):
     config = make_config(prepared[0] / "leaving", prepared[1], zero_stage=2)
     [result] = train_all([Case(config, rows_of(prepared[2]), keep=tmp_path, leaves_in=2)], 2)
-    assert [content["step"] for event, content in result.events if event == "notice"] == [2], "once, to all workers"
+    assert [event.step for event in result.events if isinstance(event, PreemptionNotice)] == [2], "once, to all workers"
     assert [folder.name for folder in format.complete(tmp_path)] == ["checkpoint_2"]
     assert result.losses == left_alone["zero 2", 2][0].losses
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from raysft.data.shards.manifest import Manifest
+from raysft.telemetry.events import EvaluationDone, StepRecord, StepSkipped, StoppedEarly
 from tests.shards import the_set, written
 from tests.training import (
     STEPS,
@@ -87,11 +88,11 @@ def test_such_a_step_can_be_left_out(poisoned, broken, case):
     result, step = broken[case], step_with_the_record(poisoned[2])
     assert not result.failure
     assert [math.isfinite(loss) for loss in result.losses] == [index != step for index in range(step + 3)]
-    assert [content["step"] for event, content in result.events if event == "skipped"] == [step + 1]
+    assert [event.step for event in result.events if isinstance(event, StepSkipped)] == [step + 1]
     weight = result.weights["model.layers.0.mlp.up_proj.weight"]
     assert np.isfinite(weight).all()
     np.testing.assert_allclose(weight, broken["skip"].weights["model.layers.0.mlp.up_proj.weight"], atol=1e-5)
-    rates = [content.lr for event, content in result.events if event == "step"]
+    rates = [event.lr for event in result.events if isinstance(event, StepRecord)]
     expected = [1e-2 * 0.5 * (1 + math.cos(math.pi * index / (step + 3))) for index in range(step + 3)]
     assert rates == pytest.approx(expected), "the course of the learning rate does not wait"
 
@@ -120,18 +121,17 @@ def judged(prepared) -> dict[str, Result]:
 
 
 def evaluations(result: Result) -> list[float]:
-    return [
-        content["eval_loss"] for event, content in result.events if event == "evaluate" and content["current_steps"] > 0
-    ]
+    records = [event.record for event in result.events if isinstance(event, EvaluationDone)]
+    return [record["eval_loss"] for record in records if record["current_steps"] > 0]
 
 
 def test_the_best_model_is_kept(judged):
     losses = evaluations(judged["best"])
     best = losses.index(min(losses))
     assert 0 <= best < len(losses) - 1, "the test needs a training that gets worse at its end"
-    end = judged["best"].events[-1][1]
-    assert end["train"]["best_step"] == best + 1
-    assert end["train"]["best_eval_loss"] == end["eval"]["eval_loss"] == min(losses)
+    end = judged["best"].events[-1]
+    assert end.train["best_step"] == best + 1
+    assert end.train["best_eval_loss"] == end.eval["eval_loss"] == min(losses)
     assert not np.array_equal(judged["best"].weights["model.norm.weight"], judged["whole"].weights["model.norm.weight"])
     assert not (judged["best"].model.parent / ".best").exists()
 
@@ -165,11 +165,11 @@ def test_a_training_that_gets_no_better_stops(judged, case, patience):
     assert expected is not None
     assert expected < 5
     assert len(judged[case].losses) == expected
-    assert [content["step"] for event, content in judged[case].events if event == "stopped"] == [expected]
-    end = judged[case].events[-1][1]
-    assert end["train"]["total_steps"] == expected
-    assert end["train"]["planned_steps"] == 5
-    assert end["eval"]["eval_loss"] == (min(losses) if case == "patient" else losses[-1])
+    assert [event.step for event in judged[case].events if isinstance(event, StoppedEarly)] == [expected]
+    end = judged[case].events[-1]
+    assert end.train["total_steps"] == expected
+    assert end.train["planned_steps"] == 5
+    assert end.eval["eval_loss"] == (min(losses) if case == "patient" else losses[-1])
 
 
 OFFLOADED = {

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from raysft.config import TrainSection
 from raysft.config.resume_effects import EFFECTS, Effect
+from raysft.telemetry.events import StepRecord
 from raysft.train.checkpoint import format
 from raysft.train.checkpoint.cursor import EVALUATION, Best, Cursor
 from raysft.train.early_stopping import EarlyStopper, known_best, should_stop
@@ -92,7 +93,7 @@ def resumed(prepared, begun) -> dict[str, Result]:
 
 
 def rates(result: Result) -> list[float]:
-    return [content.lr for event, content in result.events if event == "step"]
+    return [event.lr for event in result.events if isinstance(event, StepRecord)]
 
 
 def test_the_learning_rate_is_that_of_the_new_schedule_from_the_first_step_on(resumed):
@@ -108,7 +109,7 @@ def test_nothing_that_was_done_is_done_again(begun, resumed):
     whole = begun["adamw"][0]
     assert (resumed["nothing"].losses, resumed["nothing"].norms) == (whole.losses[HALF:], whole.norms[HALF:])
     for name, result in resumed.items():
-        rows = [content.rows for event, content in result.events if event == "step"]
+        rows = [event.rows for event in result.events if isinstance(event, StepRecord)]
         steps = CHANGES.get(name, {}).get("max_steps", STEPS)
         assert rows == [min(4 * (step + 1), 18) for step in range(HALF, steps)], name
 

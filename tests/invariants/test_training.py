@@ -14,6 +14,7 @@ from raysft.config import with_overrides
 from raysft.data.rows.packed_dataset import PackedDataset
 from raysft.data.shards.manifest import Manifest
 from raysft.data.types import IGNORE_INDEX
+from raysft.telemetry.events import StepRecord
 from raysft.train.objective import Objective
 from tests.training import (
     SEQUENCE_LENGTH,
@@ -64,7 +65,7 @@ def test_ten_steps_over_epochs_that_do_not_fill_their_last_one_equal_a_plain_loo
     # Ten steps of Adam at a rate of 0.01 make more of rounding than four.
     assert_same((*ours[:3], {}), (losses, norms, weights, {}), tolerance=1e-4)
     np.testing.assert_allclose(ours.losses, losses, rtol=TOLERANCE)
-    logged = [content.rows for event, content in ours.events if event == "step"]
+    logged = [event.rows for event in ours.events if isinstance(event, StepRecord)]
     assert logged == np.cumsum(rows.row_plan.step_rows).tolist()
 
 

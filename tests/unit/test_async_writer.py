@@ -12,6 +12,7 @@ import torch.distributed as dist
 from raysft.errors import RunFailed, StorageFailed
 from raysft.storage import retry
 from raysft.storage.path import StoragePath
+from raysft.telemetry.events import CheckpointFailed, CheckpointSaved
 from raysft.train.checkpoint import format
 from raysft.train.checkpoint.async_writer import AsyncWriter
 from raysft.train.checkpoint.cursor import Cursor
@@ -63,10 +64,10 @@ def test_the_newest_are_kept_and_what_is_half_written_before_them_goes(checkpoin
     format.write(part(2, workers=2), half)
     format.write(part(9, workers=2), later)
     events: list = []
-    saver = AsyncWriter(checkpoints, 2, lambda event, content: events.append((event, content)))
+    saver = AsyncWriter(checkpoints, 2, events.append)
     assert saver.resume is None
     saved(saver, 1, 2, 3)
-    assert [content["step"] for event, content in events if event == "checkpoint"] == [1, 2, 3]
+    assert [event.step for event in events if isinstance(event, CheckpointSaved)] == [1, 2, 3]
     assert steps(checkpoints) == [3, 2]
     assert later.exists(), "perhaps it is still being written"
     assert not half.exists()
@@ -96,7 +97,7 @@ def test_passing_ones_push_no_others_out_and_go_when_the_model_is_written(checkp
 
 def test_a_full_disk_costs_the_checkpoint_and_nothing_else(tmp_path, saved, monkeypatch):
     checkpoints, events = StoragePath.of(tmp_path), []
-    saver = AsyncWriter(checkpoints, 2, lambda event, content: events.append((event, content)))
+    saver = AsyncWriter(checkpoints, 2, events.append)
     saved(saver, 1)
 
     def full(*_: object) -> None:
@@ -105,9 +106,8 @@ def test_a_full_disk_costs_the_checkpoint_and_nothing_else(tmp_path, saved, monk
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
         saved(saver, 2)
-    event, content = events[-1]
-    assert event == "unsaved"
-    assert content["reason"] == "No space left on device; free some, or lower train.keep_last"
+    assert isinstance(events[-1], CheckpointFailed)
+    assert events[-1].reason == "No space left on device; free some, or lower train.keep_last"
     assert len(list(tmp_path.iterdir())) == 1, "nothing of it is left"
     saved(saver, 3)
     assert steps(checkpoints) == [3, 1]
@@ -116,12 +116,12 @@ def test_a_full_disk_costs_the_checkpoint_and_nothing_else(tmp_path, saved, monk
 def test_a_storage_that_does_not_come_back_costs_the_checkpoint_and_nothing_else(server, tmp_path, saved, monkeypatch):
     monkeypatch.setattr(retry, "RETRY_SECONDS", 1.0)
     checkpoints, events = StoragePath.of(server.uri(f"{tmp_path.name}/c")), []
-    saver = AsyncWriter(checkpoints, 2, lambda event, content: events.append((event, content)))
+    saver = AsyncWriter(checkpoints, 2, events.append)
     server.fails("PUT", seconds=600)
     saved(saver, 1)
     server.heals()
-    assert events[-1][0] == "unsaved"
-    assert "no answer from the storage for" in events[-1][1]["reason"]
+    assert isinstance(events[-1], CheckpointFailed)
+    assert "no answer from the storage for" in events[-1].reason
     saved(saver, 2)
     assert steps(checkpoints) == [2]
 
@@ -132,7 +132,7 @@ def test_storage_that_is_away_is_not_taken_for_no_checkpoint(server, tmp_path, s
     saved(AsyncWriter(checkpoints, 2, print), 1)
     server.fails("GET|HEAD", seconds=600)
     with pytest.raises(StorageFailed):
-        AsyncWriter(checkpoints, 2, lambda event, content: None)
+        AsyncWriter(checkpoints, 2, lambda event: None)
     server.heals()
 
 

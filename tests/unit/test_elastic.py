@@ -47,9 +47,7 @@ def cluster(monkeypatch) -> Cluster:
 def policy_of(folder: Path, told: list[Any] | None = None, **settings) -> Any:
     events = told if told is not None else []
     section = ScalingSection(**settings)
-    _, policy = elastic.workers_of(
-        section, RunDirectory(folder), 100, lambda event, content: events.append((event, content))
-    )
+    _, policy = elastic.workers_of(section, RunDirectory(folder), 100, events.append)
     return policy
 
 
@@ -76,7 +74,7 @@ def test_a_wait_for_nodes_is_said_and_has_an_end(cluster, tmp_path):
     policy = policy_of(tmp_path, told, num_workers=2, wait_minutes=0.001)
     cluster.nodes = [Node(1.5)]
     assert begun(policy) == 0
-    assert "room for 1 of at least 2 workers" in told[0][1]
+    assert "room for 1 of at least 2 workers" in told[0].message
     policy._waits_since -= 1
     with pytest.raises(RunFailed, match=r"room for 1 of 2 workers for scaling.wait_minutes=0.001; add nodes"):
         begun(policy)

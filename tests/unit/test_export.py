@@ -55,7 +55,7 @@ class Told(Exporter):
 
     def __init__(self, run: RunDirectory) -> None:
         self.told: list[str] = []
-        super().__init__(run, lambda event, content: self.told.append(content))
+        super().__init__(run, lambda event: self.told.append(event.message))
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_an_earlier_best_model_is_not_taken_for_one_that_did_not_get_there(run):
     assert Told(run).known(best_of(4)) == best_of(4)
     again = Told(run)  # its machine died while that after step 6 was on its way, and a checkpoint tells of it
     assert again.known(best_of(6)) is None
-    assert "after step 6, is not there" in again.told[0]
+    assert "after step 6, is missing" in again.told[0]
     again.keep_best(8, "after 8", None)
     again._wait()
     assert list(run.best.entries()) == ["8"]
@@ -131,7 +131,7 @@ def keeps(rank: int, run: str, store: str, out, full: bool) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=20)
     )
-    exporter = Exporter(RunDirectory.of(StoragePath.of(run)), lambda event, content: None)
+    exporter = Exporter(RunDirectory.of(StoragePath.of(run)), lambda event: None)
     model = Unwritable() if full else Writable()
     if rank == 1:
         tempfile.tempdir = "/there/is/no/such/folder"  # as on a node whose disk is full

@@ -6,7 +6,7 @@ import json
 import re
 import time
 import urllib.request
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -28,7 +28,7 @@ def test_tensorboard_has_steps_sources_and_evaluations(tmp_path):
     for begin, last in ((0, 4), (2, 3)):
         time.sleep(1.1)  # files of one second are not always read in their order
         (tracker,) = open_trackers(["tensorboard"], tmp_path, {})
-        tracker.on_setup(set_up(begin))
+        tracker.on_setup(asdict(set_up(begin)))
         for number in range(begin + 1, last + 1):
             tracker.on_step(replace(step(number, loss=float(number + begin)), source_losses={"a": 0.5}))
         tracker.on_evaluate({"current_steps": last, "eval_loss": 2.0, "eval_tokens": 9, "epoch": 1.0})
@@ -94,7 +94,7 @@ def test_a_server_that_fails_neither_ends_nor_holds_up_the_training(tmp_path, mo
             open_trackers(["wandb"], tmp_path, {"greets": True}, said.append)
         (tracker,) = open_trackers(["wandb"], tmp_path, {}, said.append)
         begun = time.monotonic()
-        tracker.on_setup(set_up(0))
+        tracker.on_setup(asdict(set_up(0)))
         for number in range(1, 100):
             tracker.on_step(step(number))
         assert time.monotonic() - begun < 0.4

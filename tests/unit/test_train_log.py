@@ -1,4 +1,4 @@
-"""What is logged and shown, whatever becomes of the one who reads it."""
+"""The training log: what it writes, prints and passes to callbacks."""
 
 from __future__ import annotations
 
@@ -7,9 +7,27 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, get_args
+
+import pytest
 
 from raysft.storage.json_files import read_jsonl
-from raysft.telemetry.events import StepRecord
+from raysft.telemetry.events import (
+    CheckpointCorrupt,
+    CheckpointFailed,
+    CheckpointSaved,
+    EvaluationDone,
+    Event,
+    PreemptionNotice,
+    SetupDone,
+    StepRecord,
+    StepSkipped,
+    StoppedEarly,
+    TrainingEnded,
+    Waiting,
+    WorkersResized,
+    WorkersRestarting,
+)
 from raysft.telemetry.terminal import Terminal
 from raysft.telemetry.train_log import TrainLog
 
@@ -37,27 +55,90 @@ def step(number: int, loss: float = 1.0) -> StepRecord:
     )
 
 
-def set_up(at: int) -> dict:
-    return {
-        "step": at,
-        "workers": 1,
-        "model_seconds": 1.0,
-        "data_wait_seconds": 0.0,
-        "parameters": 10,
-        "trained_parameters": 1,
-    }
+def set_up(at: int, log: list[dict[str, Any]] | None = None) -> SetupDone:
+    return SetupDone(
+        step=at,
+        workers=1,
+        model_seconds=1.0,
+        data_wait_seconds=0.0,
+        parameters=10,
+        trained_parameters=1,
+        log=log or [],
+    )
+
+
+EVENTS: dict[type, tuple[Event, str]] = {
+    SetupDone: (set_up(3), "resuming after step 3 with 1 worker\nmodel: 0.0M parameters, 0.00M trainable (10.00%)"),
+    StepRecord: (step(4), "step 4/9 | loss 1.0000 |"),
+    StepSkipped: (StepSkipped(4, "the loss is nan"), "step 4 skipped: the loss is nan"),
+    EvaluationDone: (
+        EvaluationDone(
+            {"current_steps": 4, "eval_loss": 1.5, "eval_perplexity": 4.48, "eval_accuracy": 0.25, "eval_tokens": 1200}
+        ),
+        "after step 4 | eval loss 1.5000 | perplexity 4.48 | token accuracy 25.0% | 1,200 loss tokens",
+    ),
+    StoppedEarly: (StoppedEarly(6, 4, 1.5), "stopped early after step 6: best eval loss 1.5000 after step 4"),
+    CheckpointSaved: (CheckpointSaved(4, 16), "checkpoint after step 4"),
+    CheckpointFailed: (CheckpointFailed(4, "disk full"), "no checkpoint after step 4: disk full"),
+    CheckpointCorrupt: (CheckpointCorrupt("part_0 is corrupt"), "part_0 is corrupt; using the checkpoint before it"),
+    Waiting: (Waiting("s3://x: waiting"), "s3://x: waiting"),
+    WorkersRestarting: (WorkersRestarting("worker 1 failed"), "worker 1 failed; restarting the workers"),
+    WorkersResized: (WorkersResized(2, 3), "3 workers now instead of 2"),
+    PreemptionNotice: (PreemptionNotice(4, "node ab"), "after step 4: a machine will be preempted soon (node ab)"),
+    TrainingEnded: (TrainingEnded({"total_steps": 9}, {"eval_loss": 1.5}), ""),
+}
+"""One event of every class, and what the terminal must show for it."""
+
+
+class Recording:
+    """A callback with all documented methods."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("on_setup", "on_step", "on_evaluate", "on_checkpoint", "on_end"):
+            raise AttributeError(name)
+        return lambda argument: self.calls.append((name, argument))
+
+
+def test_every_event_is_handled(tmp_path: Path, capsys):
+    assert set(EVENTS) == set(get_args(Event))
+    callback = Recording()
+    log = TrainLog(tmp_path / "trainer_log.jsonl", Terminal(), [callback])
+    for event, shown in EVENTS.values():
+        log(event)
+        printed = capsys.readouterr().out
+        assert shown in printed
+        assert shown or not printed
+    with pytest.raises(AssertionError):
+        log("step")  # type: ignore[arg-type]
+
+
+def test_callbacks_get_a_record_of_each_step_and_plain_values_otherwise(tmp_path: Path, capsys):
+    callback = Recording()
+    log = TrainLog(tmp_path / "trainer_log.jsonl", Terminal(), [callback, object()])
+    for event, _ in EVENTS.values():
+        log(event)
+    calls = dict(callback.calls)
+    assert list(calls) == ["on_setup", "on_step", "on_evaluate", "on_checkpoint", "on_end"]
+    assert (calls["on_setup"]["step"], calls["on_setup"]["trained_parameters"]) == (3, 1)
+    assert calls["on_step"] == step(4)
+    assert calls["on_evaluate"]["eval_loss"] == 1.5
+    assert calls["on_checkpoint"] == {"step": 4, "rows": 16}
+    assert calls["on_end"] == {"train": {"total_steps": 9}, "eval": {"eval_loss": 1.5}}
 
 
 def test_what_a_killed_driver_did_not_write_comes_from_the_checkpoint(tmp_path: Path, capsys):
     log = tmp_path / "trainer_log.jsonl"
     first = TrainLog(log, Terminal())
-    first("setup", set_up(0))
-    first("step", step(1))
+    first(set_up(0))
+    first(step(1))
     evaluation = {"current_steps": 2, "eval_loss": 3.0}
     known = [asdict(step(1)), asdict(step(2, loss=float("nan"))), evaluation]
     again = TrainLog(log, Terminal())
-    again("setup", {**set_up(2), "log": known})
-    again("step", step(3))
+    again(set_up(2, known))
+    again(step(3))
     found = list(read_jsonl(log))
     assert [(record["current_steps"], record.get("loss", "evaluation")) for record in found] == [
         (1, 1.0),
@@ -65,21 +146,21 @@ def test_what_a_killed_driver_did_not_write_comes_from_the_checkpoint(tmp_path: 
         (2, "evaluation"),
         (3, 1.0),
     ]
-    assert "going on after step 2" in capsys.readouterr().out
+    assert "resuming after step 2" in capsys.readouterr().out
 
 
 def test_a_log_has_each_step_once_and_results_count_all_of_them(tmp_path: Path, capsys):
     log = tmp_path / "trainer_log.jsonl"
     first = TrainLog(log, Terminal())
-    first("setup", set_up(0))
+    first(set_up(0))
     for number in (1, 2, 3, 4):
-        first("step", step(number, loss=number))
+        first(step(number, loss=number))
     with log.open("a") as file:
         file.write('{"current_steps": 5, "lo')  # killed in the middle of a line
     again = TrainLog(log, Terminal())
-    again("setup", set_up(2))
+    again(set_up(2))
     for number in (3, 4, 5):
-        again("step", step(number, loss=10.0))
+        again(step(number, loss=10.0))
     assert [record["current_steps"] for record in read_jsonl(log)] == [1, 2, 3, 4, 5]
     assert again.results() == {
         "train_loss": (1 + 2 + 10 + 10 + 10) / 5,
@@ -90,12 +171,12 @@ def test_a_log_has_each_step_once_and_results_count_all_of_them(tmp_path: Path, 
 
 
 def test_results_are_json_where_a_loss_was_not_finite(tmp_path: Path, capsys):
-    journal = TrainLog(tmp_path / "trainer_log.jsonl", Terminal())
-    journal("setup", set_up(0))
-    journal("step", step(1, loss=float("nan")))
-    assert journal.results() == {}
-    journal("step", step(2, loss=2.0))
-    assert json.loads(json.dumps(journal.results(), allow_nan=False))["train_loss"] == 2.0
+    log = TrainLog(tmp_path / "trainer_log.jsonl", Terminal())
+    log(set_up(0))
+    log(step(1, loss=float("nan")))
+    assert log.results() == {}
+    log(step(2, loss=2.0))
+    assert json.loads(json.dumps(log.results(), allow_nan=False))["train_loss"] == 2.0
 
 
 def test_a_reader_that_goes_away_ends_nothing(tmp_path: Path):
@@ -113,15 +194,15 @@ def test_a_reader_that_goes_away_ends_nothing(tmp_path: Path):
 
 
 def test_a_storage_that_fails_for_many_workers_is_said_once(tmp_path, capsys):
-    journal = TrainLog(tmp_path / "log.jsonl", Terminal())
+    log = TrainLog(tmp_path / "log.jsonl", Terminal())
     for _ in range(3):
-        journal("waiting", "s3://x: waiting for the storage")
-        journal("unsaved", {"step": 4, "reason": "full", "left_out": False})
-    journal("unsaved", {"step": 6, "reason": "busy", "left_out": True})
-    journal("unsaved", {"step": 6, "reason": "full", "left_out": False})
+        log(Waiting("s3://x: waiting for the storage"))
+        log(CheckpointFailed(4, "full"))
+    log(CheckpointFailed(6, "busy", skipped=True))
+    log(CheckpointFailed(6, "full"))
     assert capsys.readouterr().out.splitlines() == [
         "s3://x: waiting for the storage",
-        "no checkpoint after step 4: full; the training goes on, and older ones stay",
-        "no checkpoint after step 6: busy; the training goes on, and older ones stay",
-        "no checkpoint after step 6: full; the training goes on, and older ones stay",
+        "no checkpoint after step 4: full; training continues, older checkpoints are kept",
+        "no checkpoint after step 6: busy; training continues, older checkpoints are kept",
+        "no checkpoint after step 6: full; training continues, older checkpoints are kept",
     ]

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from raysft.errors import StorageFailed
 from raysft.storage.path import StoragePath
 from raysft.storage.retry import reason_of, retry_for
+from raysft.telemetry.events import CheckpointFailed, CheckpointSaved, Emit, Waiting
 from raysft.train.checkpoint import format
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.checkpoint.format import Snapshot
@@ -29,12 +30,12 @@ STALL_SECONDS = 300
 class AsyncWriter:
     """Writes one worker's part of each checkpoint in a thread, one at a time. All workers make one together."""
 
-    def __init__(self, checkpoints: StoragePath, keep: int, emit: Callable[[str, Any], None]) -> None:
+    def __init__(self, checkpoints: StoragePath, keep: int, emit: Emit) -> None:
         """
         Args:
             checkpoints: the folder of them all.
             keep: how many complete ones stay.
-            emit: takes ``checkpoint``, ``unsaved`` and ``waiting``.
+            emit: receives ``CheckpointSaved``, ``CheckpointFailed`` and ``Waiting``.
         """
         self._checkpoints, self._keep, self._emit = checkpoints, keep, emit
         self._rank, self._failing = dist.get_rank(), threading.Event()
@@ -61,7 +62,7 @@ class AsyncWriter:
         if self._wait(STALL_SECONDS, while_failing=False):
             self._start()
         else:
-            self._unsaved(cursor.step, f"that after step {self._step} is still being written", left_out=True)
+            self._unsaved(cursor.step, f"that after step {self._step} is still being written", skipped=True)
 
     def close(self) -> None:
         """Wait for the last one; nothing changes the state any more, so that it may also be copied now."""
@@ -100,17 +101,17 @@ class AsyncWriter:
                 format.remove_part(part, folder)
             return
         if self._rank == 0:
-            self._emit("checkpoint", {"step": part.cursor.step, "rows": part.cursor.rows})
+            self._emit(CheckpointSaved(part.cursor.step, part.cursor.rows))
             # What could not be removed now is so after the next.
             with suppress(Exception), retry_for(0):
                 format.tidy(self._checkpoints, self._keep)
 
-    def _unsaved(self, step: int, reason: str, left_out: bool = False) -> None:
-        self._emit("unsaved", {"step": step, "reason": reason, "left_out": left_out})
+    def _unsaved(self, step: int, reason: str, skipped: bool = False) -> None:
+        self._emit(CheckpointFailed(step, reason, skipped))
 
     def _say(self, line: str) -> None:
         self._failing.set()
-        self._emit("waiting", line)
+        self._emit(Waiting(line))
 
 
 def _reason(error: Exception) -> str:

@@ -1,0 +1,158 @@
+"""Events on their way from the workers to the driver: a queue, and a thread that handles them while the workers train."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+import ray
+from ray.exceptions import RayError
+from ray.util.queue import Empty, Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raysft.errors import RequestError, RunFailed
+from raysft.telemetry.events import Emit, Event, SetupDone, TrainingEnded, WorkersRestarting
+
+SEND_SECONDS = 10
+"""How long a worker tries to send an event."""
+POLL_SECONDS = 10
+"""How long the driver waits for an event at a time; polling more often takes CPU from the workers on a small machine."""
+LAST_EVENT_SECONDS = 60
+"""How long the driver waits for the workers' last event after they finished."""
+INTERRUPT_SECONDS = 30
+"""How long the driver waits for the event being handled after Ctrl-C."""
+
+
+@dataclass(frozen=True)
+class PermanentFailure:
+    """An error of a worker that a restart cannot fix."""
+
+    error: RequestError | RunFailed
+
+
+def make_queue() -> Queue:
+    """Create the queue on the driver's node: it lives as long as that node, and reserves no CPU."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+
+
+def emitter(queue: Queue) -> Emit:
+    """Return a function that sends events to the driver. It never fails: training matters more than its log."""
+
+    def emit(event: Event) -> None:
+        _send(queue, event)
+
+    return emit
+
+
+@contextmanager
+def permanent_failures(queue: Queue) -> Iterator[None]:
+    """Send ``RequestError`` and ``RunFailed`` to the driver. If they were raised, Ray Train would restart the workers."""
+    try:
+        yield
+    except (RequestError, RunFailed) as error:
+        _send(queue, PermanentFailure(error))
+
+
+def _send(queue: Queue, message: Event | PermanentFailure) -> None:
+    try:
+        queue.put(message, timeout=SEND_SECONDS)
+    except RayError:
+        print(f"cannot send event to the driver: {message}", flush=True)
+
+
+class EventPump:
+    """Handles events in a thread while the workers train."""
+
+    def __init__(self, queue: Queue, handle: Emit, stop: Callable[[], None]) -> None:
+        """
+        Args:
+            queue: from ``make_queue``.
+            handle: handles each event in this process.
+            stop: stops the workers.
+        """
+        self._queue, self._handle, self._stop = queue, handle, stop
+        self._abandoned = False
+        self.broken: BaseException | None = None
+        """The error that stopped the workers: raised by ``handle`` (the log or a callback), or by a worker during setup."""
+        self._end: TrainingEnded | None = None
+        self._failure: RequestError | RunFailed | None = None
+        self._set_up = False
+        """True once the workers loaded the model. Before that they hold nothing that must be written."""
+
+    def __enter__(self) -> EventPump:
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        # After Ctrl-C, events that are still queued are not handled.
+        self._abandoned = error is KeyboardInterrupt
+        self._closing.set()
+        with suppress(RayError):
+            self._queue.put(None, timeout=SEND_SECONDS)
+        self._thread.join(timeout=INTERRUPT_SECONDS if self._abandoned else LAST_EVENT_SECONDS)
+        self._queue.shutdown(force=True)
+
+    def _run(self) -> None:
+        while not self._abandoned:
+            try:
+                message = self._queue.get(timeout=POLL_SECONDS)
+            except Empty:
+                if self._closing.is_set():
+                    return
+                continue
+            except RayError:
+                return
+            if message is None or not self._take(message):
+                return
+
+    def _take(self, message: Event | PermanentFailure) -> bool:
+        """Handle one message. Returns False after the last one."""
+        match message:
+            case PermanentFailure(error):
+                self._failure = error
+                if self._set_up:
+                    return True  # every worker fails alike
+                # It may concern this worker alone (a corrupt copy on its node), while the others wait in a collective.
+                return self._break(error)
+            case SetupDone():
+                self._set_up = True
+            case WorkersRestarting():
+                self._set_up = False
+            case TrainingEnded():
+                self._end = message
+        try:
+            self._handle(message)
+        except BaseException as error:
+            return self._break(error)
+        return True
+
+    def _break(self, error: BaseException) -> bool:
+        self.broken = error
+        self._stop()
+        return False
+
+    def end(self) -> TrainingEnded:
+        """Wait a bounded time for the last event.
+
+        Raises:
+            RunFailed: it did not arrive; or a worker's, the log's or a callback's own error.
+        """
+        limit = time.monotonic() + LAST_EVENT_SECONDS
+        while self._end is None or self.broken is not None:
+            if self.broken is not None:
+                raise self.broken
+            if self._failure is not None:
+                raise self._failure
+            if time.monotonic() > limit or not self._thread.is_alive():
+                raise RunFailed(
+                    "the workers finished, but their results did not reach the driver; "
+                    "the same command resumes from the newest checkpoint"
+                )
+            time.sleep(0.05)
+        return self._end

@@ -1,0 +1,81 @@
+"""What the workers train: the job that the driver sends to each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from raysft.config import Config
+from raysft.storage.run_directory import RunDirectory
+
+Batch = dict[str, np.ndarray]
+"""Rows of one worker: ``row`` and ``tokens`` [rows], and the arrays of ``step.TENSORS`` [rows, sequence_length]."""
+
+
+class RowPlan(Protocol):
+    """The rows of each step, known before training starts (``data.rows.row_plan.RowPlan``)."""
+
+    capacity: int
+    global_batch_size: int
+    step_rows: np.ndarray
+    step_tokens: np.ndarray
+    step_loss_tokens: np.ndarray
+    step_weight: np.ndarray
+    step_squares: np.ndarray
+
+    def source_weight(self, step: int, sources: int) -> np.ndarray: ...
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def steps(self) -> int: ...
+
+    def consumed(self, steps: int) -> int: ...
+
+    def epoch_of(self, rows: int) -> float: ...
+
+
+class RowSource(Protocol):
+    """Rows to train or evaluate on (``data.rows.packed_dataset.PackedDataset``)."""
+
+    @property
+    def sources(self) -> tuple[str, ...]: ...
+
+    @property
+    def row_plan(self) -> Any: ...
+
+    def steps(self, first: int, worker: int, workers: int) -> Iterator[Batch]: ...
+
+    def batches(self, tables: Any, workers: int) -> Iterator[Batch]: ...
+
+    def dataset(self, first: int, workers: int) -> Any: ...
+
+    def execution_options(self, workers: int) -> Any: ...
+
+    def rows_for_rank(self, step: int, worker: int, workers: int) -> np.ndarray: ...
+
+    def records(self, row: int) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """Everything that a worker needs to know about a training."""
+
+    config: Config
+    model: str
+    """Folder or hub id of the model to start from."""
+    run: RunDirectory
+    train_rows: Any
+    """``RowSource``."""
+    eval_rows: dict[str, Any]
+    """Evaluation set → ``RowSource``."""
+    adapter: str | None = None
+    """Folder of an adapter to continue training."""
+    identity: dict[str, str] = field(default_factory=dict)
+    """Hashes of the model and the data, as ``Cursor.identity`` has them."""
+    ends: tuple[int, ...] = ()
+    """Token ids that end an assistant turn, for the model's generation config."""

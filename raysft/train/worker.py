@@ -1,0 +1,88 @@
+"""The functions that each Ray Train worker runs: they connect the loop to Ray's data, checkpoints and events."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, cast
+
+import ray.train
+import torch
+from ray.train.torch import get_device
+from ray.train.v2._internal.execution.context import get_train_context
+
+from raysft.models.onednn import use_onednn
+from raysft.telemetry.events import CheckpointCorrupt, TrainingEnded, evaluation_results
+from raysft.train import loop
+from raysft.train.checkpoint import format
+from raysft.train.checkpoint.async_writer import AsyncWriter
+from raysft.train.checkpoint.cursor import Cursor
+from raysft.train.event_pump import emitter, permanent_failures
+from raysft.train.finetuning import load_trained
+from raysft.train.loss import TokenLoss
+from raysft.train.step import evaluate
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """Train from the newest checkpoint to the end.
+
+    Args:
+        settings: ``job`` (``TrainJob``), ``queue`` for events, and ``threads`` of this worker.
+    """
+    try:
+        with permanent_failures(settings["queue"]):
+            _train(settings)
+    except format.CorruptCheckpoint as error:
+        if ray.train.get_context().get_world_rank() == 0:
+            emitter(settings["queue"])(CheckpointCorrupt(str(error)))
+        raise
+
+
+def _train(settings: dict[str, Any]) -> None:
+    job, emit = settings["job"], emitter(settings["queue"])
+    torch.set_num_threads(settings["threads"])
+    workers = ray.train.get_context().get_world_size()
+    writer = AsyncWriter(job.run.checkpoints, job.config.train.keep_last, emit)
+    first = Cursor.read(writer.resume).step if writer.resume else 0
+    shard = cast(Any, ray.train.get_dataset_shard("train"))
+    tables = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+    batches = job.train_rows.batches(tables, workers)
+    loop.train(job, batches, first, get_device(), emit, writer, writer.resume, _notice)
+    writer.close()
+
+
+def _notice() -> str:
+    """Return which nodes Ray is draining, and until when; empty if none.
+
+    Ray's public API for this is a collective call. The loop already shares the answer with the sums of each step.
+    """
+    info = get_train_context().preemption_context.preemption_info
+    if info is None:
+        return ""
+    until = f" at {time.strftime('%H:%M:%S', time.localtime(info.deadline_ms / 1000))}" if info.deadline_ms else ""
+    return f"node {', '.join(name[:8] for name in info.preempted_node_ids)}{until}"
+
+
+def evaluate_worker(settings: dict[str, Any]) -> None:
+    """Evaluate the trained model on this worker's rows of all evaluation sets; settings as for ``train_worker``."""
+    with permanent_failures(settings["queue"]):
+        _evaluate(settings)
+
+
+def _evaluate(settings: dict[str, Any]) -> None:
+    # DeepSpeed takes seconds to import; the driver imports this module too and does not need it.
+    from raysft.train.engine import check_model
+
+    job, emit = settings["job"], emitter(settings["queue"])
+    torch.set_num_threads(settings["threads"])
+    context, device = ray.train.get_context(), get_device()
+    if device.type == "cpu":
+        use_onednn()
+    model = TokenLoss(load_trained(job.config, job.run.model)).to(device).eval()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+    check_model(model, job.config, device)
+    evaluations = [
+        evaluate(model, name, 0, rows.steps(0, rank, workers), job.config.train.micro_batch_size, device)
+        for name, rows in job.eval_rows.items()
+    ]
+    if rank == 0:
+        emit(TrainingEnded({}, evaluation_results(evaluations)))
