@@ -22,7 +22,8 @@ from raysft.config import Source
 from raysft.data.sources.formats import to_example
 from raysft.data.tokenization.chat_template import chat_template
 from raysft.data.tokenization.text_boundaries import TAG
-from raysft.data.tokenization.tokenize import ExampleTokenizer, Options, Tokenized
+from raysft.data.tokenization.tokenize import ExampleTokenizer
+from raysft.data.tokenization.tokenized_example import TokenizedExample, TokenizeOptions
 from raysft.data.tokenization.tokenizer import Tokenizer
 from raysft.data.types import IGNORE_INDEX
 from raysft.models.tokenizer import load_tokenizer
@@ -168,7 +169,7 @@ class Trial:
         tokenizer.add_special_tokens({key: value for key, value in VARIABLES.items() if key != "pad_token"})
         tokenizer.save_pretrained(folder)
         self.hugging_face = load_tokenizer(folder)
-        options = Options(
+        options = TokenizeOptions(
             stage="sft", sequence_length=100_000, mask_history=False, train_on_prompt=False, on_overflow="error",
             keep_prompt="head", control_tokens="keep", template_options={}, with_prompts=False,
         )  # fmt: skip
@@ -188,7 +189,7 @@ class Trial:
         except Exception as error:  # whatever the template raises
             whole = None
             refusal = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if not isinstance(item, Tokenized):
+        if not isinstance(item, TokenizedExample):
             if details:
                 print(f"  {name}: {item.reason}")
             return "refused by it" if whole is None else f"REJECTED {item.reason}"

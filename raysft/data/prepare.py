@@ -13,7 +13,7 @@ from raysft.data.shards.build import Notify, ShardSet, shard_set, write
 from raysft.data.shards.manifest import Manifest
 from raysft.data.shards.shard_writer import Part
 from raysft.data.tokenization.tokenizer import load_once
-from raysft.data.tokenization.turn_ends import end_tokens, total
+from raysft.data.tokenization.turn_ends import merge_counts, stop_token_ids
 from raysft.errors import RequestError
 
 
@@ -34,7 +34,7 @@ class Prepared:
     @property
     def ends(self) -> tuple[int, ...]:
         """Tokens that end the assistant's turns, as they are trained on and as the references have them."""
-        return end_tokens(total(each.turns for each in (*self.train, *self.prompts)))
+        return stop_token_ids(merge_counts(each.turns for each in (*self.train, *self.prompts)))
 
 
 def prepare(config: Config, model: str, notify: Notify = lambda line: None) -> Prepared:
@@ -118,7 +118,7 @@ def _schedule(
         max_steps=config.train.max_steps,
         layout=layout,
         mixing=data.mixing,
-        shares=tuple(source.weight or 1.0 for source in data.train),
+        mixing_weights=tuple(source.weight or 1.0 for source in data.train),
         document_mask=data.document_mask,
     )
     eval_rows = {

@@ -243,7 +243,7 @@ def _open_run(
     if it.changed:
         terminal.line(record_changes(directory, it))
     # Before the config: who is killed in between finds the config that the run was begun with, and asks for the change again.
-    write_json(directory.plan, {**plan.as_dict(), SCHEDULE: it.scheduled.described()})
+    write_json(directory.plan, {**plan.as_dict(), SCHEDULE: it.scheduled.to_dict()})
     write_atomically(directory.config, config.to_yaml())
     manifests = [*prepared.train, *prepared.eval]
     write_jsonl(directory.rejected, [flat(item) for each in manifests for item in (*each.rejected, *each.dropped)])

@@ -9,7 +9,7 @@ from raysft.cluster.placement import TASK_CPUS, Node, listed, max_workers
 from raysft.config import Config
 from raysft.data.prepare import Prepared
 from raysft.data.shards.manifest import Manifest
-from raysft.data.tokenization.turn_ends import Turns, total
+from raysft.data.tokenization.turn_ends import TurnStatistics, merge_counts
 from raysft.errors import RequestError
 from raysft.run.warnings import warnings
 
@@ -86,7 +86,7 @@ class Plan:
     cluster_gpus: float
     sources: dict[str, SourcePlan]
     evaluation: dict[str, SourcePlan]
-    turns: Turns = field(default_factory=Turns)
+    turns: TurnStatistics = field(default_factory=TurnStatistics)
     """How the turns that are trained on begin and end."""
     shared_files: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Evaluation sets that read a file which a training source reads too: name → that source, and the file."""
@@ -104,8 +104,8 @@ class Plan:
             lines.append(f"train {name}: {_source_line(source)}")
         for name, source in self.evaluation.items():
             lines.append(f"eval {name}: {_source_line(source)}")
-        if self.stage == "sft" and self.turns.ended:
-            ends = ", ".join(f"{text} ({count:,})" for text, count in self.turns.ended.items())
+        if self.stage == "sft" and self.turns.end_tokens:
+            ends = ", ".join(f"{text} ({count:,})" for text, count in self.turns.end_tokens.items())
             lines.append(f"turns: {self.turns.total:,} trained on, ended by {ends}")
         lines.append(
             f"rows: {self.rows:,} of {self.sequence_length} tokens over {_count(self.epochs, 'epoch')}, "
@@ -227,7 +227,7 @@ def make_plan(config: Config, prepared: Prepared, nodes: Sequence[Node]) -> Plan
         cluster_gpus=sum(node.gpus for node in nodes),
         sources=plan_sources(prepared.train),
         evaluation=plan_sources(prepared.eval),
-        turns=Turns.of(total(manifest.turns for manifest in prepared.train)),
+        turns=TurnStatistics.of(merge_counts(manifest.turns for manifest in prepared.train)),
         shared_files=prepared.shared_files,
     )
     return replace(plan, warnings=tuple(warnings(config, plan)))
@@ -243,7 +243,7 @@ def _source(manifest: Manifest) -> SourcePlan:
         records=manifest.records,
         examples=len(manifest),
         tokens=int(manifest.lengths.sum()),
-        loss_tokens=int(manifest.trained.sum()),
+        loss_tokens=int(manifest.loss_tokens.sum()),
         longest=int(manifest.lengths.max()),
         rejected=len(manifest.rejected),
         dropped=len(manifest.dropped),

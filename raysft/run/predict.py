@@ -15,7 +15,7 @@ from raysft.config import Config
 from raysft.data.prepare import prepare_prompts
 from raysft.data.shards.manifest import Manifest, write_prompts
 from raysft.data.tokenization.tokenizer import load_once
-from raysft.data.tokenization.turn_ends import end_tokens, total
+from raysft.data.tokenization.turn_ends import merge_counts, stop_token_ids
 from raysft.errors import RequestError
 from raysft.models.quantization import check_method, method_of, quantization_config
 from raysft.models.weight_files import check_weights, embedding_rows
@@ -51,7 +51,7 @@ def predict(config: Config) -> RunDirectory:
             write_json(directory.plan, {"generation": generation})
             rejected = [flat(item) for each in manifests for item in (*each.rejected, *each.dropped)]
             write_jsonl(directory.rejected, rejected)
-            ends = end_tokens(total(manifest.turns for manifest in manifests))
+            ends = stop_token_ids(merge_counts(manifest.turns for manifest in manifests))
             if not write_prompts(manifests, directory.prompts, config.generate.max_examples, ends):
                 raise RequestError(
                     "no example has a prompt to generate for (ready tokens have none); name other sources"

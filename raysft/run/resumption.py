@@ -76,7 +76,7 @@ def check_resumption(
     }
     _refuse_others(directory, others, cursor, there, rows, allow_changed)
     from_epoch = 0
-    if there is not None and rows.in_epochs_as(there):
+    if there is not None and rows.has_same_epochs(there):
         rows = replace(rows, earlier=there.earlier)
     elif there is not None:
         from_epoch = _next_epoch(directory, config, there, rows, cursor, {**changed, **others})
@@ -93,7 +93,7 @@ def _scheduled(directory: RunDirectory) -> PackedDataset | None:
         described = json.loads(directory.plan.read_text(encoding="utf-8")).get(SCHEDULE)
     except (OSError, ValueError, AttributeError):
         return None
-    return PackedDataset.of(described) if described else None
+    return PackedDataset.from_dict(described) if described else None
 
 
 def _refuse_others(
@@ -105,7 +105,7 @@ def _refuse_others(
     allow_changed: bool,
 ) -> None:
     """Refuse files that hold something else under the same name."""
-    if there is not None and rows.in_epochs_as(there):  # it was let through before
+    if there is not None and rows.has_same_epochs(there):  # it was let through before
         others = {name: values for name, values in others.items() if effect_of(name) is Effect.NEVER}
     if not others:
         return
@@ -124,7 +124,7 @@ def _next_epoch(
 ) -> int:
     """The epoch that other data begins with: what has begun is finished as it was, so that each example keeps its place."""
     begun = math.ceil(there.row_plan.epoch_of(cursor.rows) - 1e-9)
-    if begun >= config.train.epochs and not rows.in_epochs_as(_of_epoch(there, begun)):
+    if begun >= config.train.epochs and not rows.has_same_epochs(_of_epoch(there, begun)):
         what = ", ".join(key for key in changed if effect_of(key) is Effect.EPOCH)
         raise RequestError(
             f"{directory.place}: {what} can change from epoch {begun + 1} on, and train.epochs={config.train.epochs}; "

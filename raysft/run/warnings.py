@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from raysft.config import Config
-from raysft.data.rows.row_plan import ENOUGH_STEPS
+from raysft.data.rows.row_plan import MIN_AUTO_STEPS
 
 if TYPE_CHECKING:
     from raysft.run.plan import Plan
@@ -51,8 +51,8 @@ def _more_steps(config: Config, plan: Plan) -> str:
     if config.stage == "sft" and config.data.packing and plan.examples > of_epoch:
         remedies.append(f"data.packing=false ({plan.examples} rows an epoch instead of {of_epoch})")
         of_epoch = plan.examples
-    if of_epoch * plan.epochs < ENOUGH_STEPS:
-        remedies.append(f"train.epochs={math.ceil(ENOUGH_STEPS / of_epoch)}")
+    if of_epoch * plan.epochs < MIN_AUTO_STEPS:
+        remedies.append(f"train.epochs={math.ceil(MIN_AUTO_STEPS / of_epoch)}")
     if not chosen and plan.global_batch_size > 1:
         remedies.append("train.global_batch_size=auto")
     return f"use {' and '.join(remedies)}, or add data"
@@ -86,7 +86,7 @@ def padding(config: Config, plan: Plan) -> Iterator[str]:
     enough = math.ceil(max(source.longest for source in plan.sources.values()) / 8) * 8
     if 2 * enough <= plan.sequence_length:
         remedy = f"data.sequence_length={max(enough, 8)} instead of {plan.sequence_length} holds the longest example"
-    elif not config.data.packing and plan.rows * plan.packing_efficiency >= ENOUGH_STEPS:
+    elif not config.data.packing and plan.rows * plan.packing_efficiency >= MIN_AUTO_STEPS:
         remedy = "data.packing=true puts several examples into a row"
     else:
         return
@@ -164,41 +164,41 @@ def turns_do_not_end(config: Config, plan: Plan) -> Iterator[str]:
     """Where no token ends the assistant's turns, generation runs to its limit."""
     turns = plan.turns
     remedy = "name a template in model.chat_template that writes a special token, such as eos_token, behind each answer"
-    endless = turns.open + turns.worded
+    endless = turns.no_end + turns.text_ends
     if config.stage != "sft" or not turns.total:
         return
-    if turns.cut == turns.total:
+    if turns.truncated == turns.total:
         yield (
             f"every trained turn is cut off before its end, so the model cannot learn to stop; raise "
             f"data.sequence_length={plan.sequence_length}, or set data.on_overflow=drop"
         )
-    elif turns.ended and set(turns.ended) == set(turns.passed):
+    elif turns.end_tokens and set(turns.end_tokens) == set(turns.inner_end_tokens):
         yield (
-            f"{', '.join(turns.passed)} ends the assistant's turns and also stands inside them, so generation does not stop there; "
-            "name the token to stop at in generate.stop_tokens"
+            f"{', '.join(turns.inner_end_tokens)} ends the assistant's turns and also stands inside them, so generation does not "
+            "stop there; name the token to stop at in generate.stop_tokens"
         )
-    elif turns.ended and endless:
+    elif turns.end_tokens and endless:
         yield f"no token of its own ends {endless:,} of {turns.total:,} trained turns; {remedy}"
-    elif turns.worded > turns.open:
+    elif turns.text_ends > turns.no_end:
         yield (
-            f"the assistant's turns end with ordinary text (its last token is {turns.last_word!r}) and not with a special token, "
+            f"the assistant's turns end with ordinary text (its last token is {turns.end_text!r}) and not with a special token, "
             f"so generation does not know where to stop; {remedy}"
         )
-    elif turns.open:
+    elif turns.no_end:
         yield f"no token ends the assistant's turns, so the model cannot learn to stop; {remedy}"
 
 
 def prompts_open_what_was_not_trained(config: Config, plan: Plan) -> Iterator[str]:
     """Generation should begin where training begins."""
-    if plan.turns.unseen:
+    if plan.turns.prompt_only:
         yield (
-            f"the generation prompt ends with {plan.turns.unseen!r}, and no trained turn begins that way, so the model will be "
-            "asked for what it has not learnt; put that into the data (reasoning_content, where it opens thinking), change "
+            f"the generation prompt ends with {plan.turns.prompt_only!r}, and no trained turn begins that way, so the model will "
+            "be asked for what it has not learnt; put that into the data (reasoning_content, where it opens thinking), change "
             "data.template_options, or name another template in model.chat_template"
         )
-    if plan.turns.unprompted:
+    if plan.turns.turn_only:
         yield (
-            f"the generation prompt opens no turn, and the trained ones follow {plan.turns.unprompted!r}; name a template in "
+            f"the generation prompt opens no turn, and the trained ones follow {plan.turns.turn_only!r}; name a template in "
             "model.chat_template that writes it under add_generation_prompt"
         )
 

@@ -228,7 +228,7 @@ def test_two_sources_train_alike_on_one_worker_and_two_and_their_losses_are_logg
     folder, model, manifest = prepared
     path = f"{manifest.directory}/manifest.parquet"
     rows = PackedDataset(
-        (path, path), SEQUENCE_LENGTH, 4, seed=3, max_steps=STEPS, mixing="first_exhausted", shares=(1.0, 3.0)
+        (path, path), SEQUENCE_LENGTH, 4, seed=3, max_steps=STEPS, mixing="first_exhausted", mixing_weights=(1.0, 3.0)
     )
     one = train(make_config(folder, model, micro_batch_size=4), rows)
     two = train(make_config(folder, model, micro_batch_size=2), rows, world=2)

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from raysft.config import Source, parse
-from raysft.data.rows.row_plan import Lengths, plan_rows
+from raysft.data.rows.row_plan import SourceLengths, plan_rows
 from raysft.data.sources.files import find_files
 from raysft.data.sources.formats import examples as as_examples
 from raysft.data.sources.readers import read_raw
 from raysft.data.tokenization.assistant_spans import labelled
 from raysft.data.tokenization.span_search import REMEDY
-from raysft.data.tokenization.tokenize import ExampleTokenizer, Options, Overflow, Tokenized
+from raysft.data.tokenization.tokenize import ExampleTokenizer
+from raysft.data.tokenization.tokenized_example import Overflow, TokenizedExample, TokenizeOptions
 from raysft.data.tokenization.tokenizer import Tokenizer
 from raysft.data.types import IGNORE_INDEX, Example, Message, Rejected
 from raysft.errors import RequestError
@@ -73,16 +74,16 @@ def tokenizer_of(folder: str, **options) -> ExampleTokenizer:
         "template_options": {},
         "with_prompts": False,
     }
-    return ExampleTokenizer(Tokenizer.load(folder), Options(**{**defaults, **options}))
+    return ExampleTokenizer(Tokenizer.load(folder), TokenizeOptions(**{**defaults, **options}))
 
 
-def tokenize(folder: str, *examples: Example, **options) -> list[Tokenized]:
+def tokenize(folder: str, *examples: Example, **options) -> list[TokenizedExample]:
     items = list(tokenizer_of(folder, **options)(examples))
-    assert all(isinstance(item, Tokenized) for item in items), items
+    assert all(isinstance(item, TokenizedExample) for item in items), items
     return items  # type: ignore[return-value]
 
 
-def trained_text(folder: str, item: Tokenized) -> str:
+def trained_text(folder: str, item: TokenizedExample) -> str:
     return load_tokenizer(folder).decode(item.input_ids[item.labels != IGNORE_INDEX].tolist())
 
 
@@ -106,7 +107,7 @@ def test_labels_cover_what_the_assistant_wrote_and_the_token_that_ends_its_turn(
     assert trained_text(folder, item) == "".join(content + END for role, content in turns if role == "assistant")
     on = item.labels != IGNORE_INDEX
     assert (item.labels[on] == item.input_ids[on]).all()
-    assert item.trained == on.sum()
+    assert item.loss_tokens == on.sum()
 
 
 def test_mask_history_leaves_the_last_answer_alone(folder):
@@ -117,7 +118,7 @@ def test_mask_history_leaves_the_last_answer_alone(folder):
 def test_train_on_prompt_labels_every_token_but_the_first_which_nothing_predicts(folder):
     (item,) = tokenize(folder, conversation(*CONVERSATIONS["several turns"]), train_on_prompt=True)
     assert (item.labels == item.input_ids).all()
-    assert item.trained == len(item.input_ids) - 1
+    assert item.loss_tokens == len(item.input_ids) - 1
 
 
 def test_a_prompt_ends_where_the_model_must_answer(folder):
@@ -164,13 +165,13 @@ def test_of_a_long_text_each_token_but_the_first_is_predicted_once_and_its_end_i
     (item,) = tokenize(folder, Example("s", "f:1", text=text), stage="pt")
     whole = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     assert item.input_ids.tolist() == item.labels.tolist() == whole
-    lengths = Lengths(np.array([len(whole)]), np.array([item.trained]), np.array([1]))
+    lengths = SourceLengths(np.array([len(whole)]), np.array([item.loss_tokens]), np.array([1]))
     pieces = plan_rows([lengths], capacity=16, global_batch_size=1, layout=layout).segments
     predicted = [
         token for start, stop in zip(pieces.starts, pieces.stops, strict=True) for token in whole[start + 1 : stop]
     ]
     assert predicted == whole[1:]
-    assert pieces.trained.sum() == len(whole) - 1
+    assert pieces.loss_tokens.sum() == len(whole) - 1
 
 
 @pytest.mark.parametrize(
@@ -210,7 +211,7 @@ def test_real_conversations_are_tokenized_as_the_template_says(folder, model, na
     examples = real_examples(name, 150)
     tokenizing, hugging_face = tokenizer_of(path, sequence_length=10_000), load_tokenizer(path)
     for example, item in zip(examples, tokenizing(examples), strict=True):
-        assert isinstance(item, Tokenized), item
+        assert isinstance(item, TokenizedExample), item
         form = tokenizing.template.rendered(example.messages, example.tools).form
         assert form.as_text == (model == "tiny" and bool(example.tools))
         whole = hugging_face.apply_chat_template(
@@ -302,13 +303,13 @@ def test_what_is_too_long_is_counted_with_its_tokens(folder, on_overflow):
         assert dropped.tokens == tokens
     elif on_overflow == "truncate":
         (cut,) = outcome
-        assert isinstance(cut, Tokenized)
+        assert isinstance(cut, TokenizedExample)
         assert len(cut.input_ids) == 64
         assert dict(cut.counts) == {"truncated": 1, "truncated_tokens": tokens - 64}
         assert len(cut.prompt_ids) > 0
     else:
-        assert all(isinstance(piece, Tokenized) and len(piece.input_ids) <= 64 for piece in outcome)
-        assert sum(piece.trained for piece in outcome) == whole.trained  # type: ignore[union-attr]
+        assert all(isinstance(piece, TokenizedExample) and len(piece.input_ids) <= 64 for piece in outcome)
+        assert sum(piece.loss_tokens for piece in outcome) == whole.loss_tokens  # type: ignore[union-attr]
         assert not any(len(piece.prompt_ids) for piece in outcome)  # type: ignore[union-attr]
 
 
@@ -333,7 +334,7 @@ def test_named_templates_mark_what_the_assistant_wrote(folder, name):
     tokenizing = ExampleTokenizer(Tokenizer.load(folder, config.chat_template), options)
     turns = [("system", "Be nice."), ("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]
     (item,) = tokenizing([conversation(*turns)])
-    assert isinstance(item, Tokenized), item
+    assert isinstance(item, TokenizedExample), item
     text = trained_text(folder, item)
     assert text.lstrip().startswith("two")
     assert "four" in text

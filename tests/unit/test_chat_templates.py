@@ -10,7 +10,8 @@ import pytest
 
 from raysft.config import Source
 from raysft.data.sources.formats import to_example
-from raysft.data.tokenization.tokenize import ExampleTokenizer, Options, Tokenized
+from raysft.data.tokenization.tokenize import ExampleTokenizer
+from raysft.data.tokenization.tokenized_example import TokenizedExample, TokenizeOptions
 from raysft.data.tokenization.tokenizer import Tokenizer
 from raysft.data.types import IGNORE_INDEX, Rejected
 from raysft.models.tokenizer import load_tokenizer
@@ -58,12 +59,14 @@ def at_work(tmp_path_factory):
             "template_options": {},
             "with_prompts": True,
         }
-        return ExampleTokenizer(Tokenizer.load(folder), Options(**{**defaults, **options})), load_tokenizer(folder)
+        return ExampleTokenizer(Tokenizer.load(folder), TokenizeOptions(**{**defaults, **options})), load_tokenizer(
+            folder
+        )
 
     return load
 
 
-def tokenized(tokenizing: ExampleTokenizer, record: dict[str, Any]) -> Tokenized | Rejected:
+def tokenized(tokenizing: ExampleTokenizer, record: dict[str, Any]) -> TokenizedExample | Rejected:
     source = Source.model_validate({"name": "s", "path": "p"})
     (item,) = tokenizing([to_example(record, "openai", source, "f:1")])
     return item  # type: ignore[return-value]
@@ -73,7 +76,7 @@ def learnt(at_work, template: str, messages: list[dict[str, Any]], tools: list[d
     """What is trained on, after it was seen that the ids are those of the record's own messages and tools."""
     tokenizing, hugging_face = at_work(template)
     item = tokenized(tokenizing, {"messages": messages, "tools": tools})
-    assert isinstance(item, Tokenized), item
+    assert isinstance(item, TokenizedExample), item
     assert "tools_as_text" not in dict(item.counts)
     assert item.input_ids.tolist() == hugging_face.apply_chat_template(messages, tools=tools, return_dict=False)
     on = item.labels != IGNORE_INDEX
@@ -309,7 +312,7 @@ def test_a_question_that_a_template_leaves_out_before_the_only_answer_is_counted
         system, asked = contents
         messages = turns(("user", "hi"), ("system", system), ("user", asked), ("assistant", "Two."))
         item = tokenized(tokenizing, {"messages": messages})
-        assert isinstance(item, Tokenized)
+        assert isinstance(item, TokenizedExample)
         assert dict(item.counts) == counts
 
 
@@ -342,7 +345,7 @@ def test_arguments_that_are_encoded_twice_are_trained_as_the_template_has_them_a
     call = {"id": "abcde1234", "type": "function", "function": {"name": "add", "arguments": arguments}}
     messages = [CALLING[0], {**CALLING[1], "tool_calls": [call]}, *CALLING[2:]]
     item = tokenized(tokenizing, {"messages": messages})
-    assert isinstance(item, Tokenized), item
+    assert isinstance(item, TokenizedExample), item
     assert item.input_ids.tolist() == hugging_face.apply_chat_template(messages, return_dict=False)
     assert dict(item.counts) == ({"quoted_arguments": 1} if counted else {})
 
@@ -353,7 +356,7 @@ FEW = LOOP + "{% if loop.revindex <= 2 %}" + TURN + "{% endif %}{% endfor %}" + 
 def test_turns_that_a_template_leaves_out_are_not_learnt_and_are_counted(at_work):
     tokenizing, hugging_face = at_work(FEW)
     item = tokenized(tokenizing, {"messages": CHAT})
-    assert isinstance(item, Tokenized)
+    assert isinstance(item, TokenizedExample)
     assert dict(item.counts) == {"turns_left_out": 1}
     assert item.input_ids.tolist() == hugging_face.apply_chat_template(CHAT, return_dict=False)
     assert hugging_face.decode(item.input_ids[item.labels != IGNORE_INDEX].tolist()) == f"four{END}"
@@ -392,7 +395,7 @@ WITHOUT_TOOLS = (
 def test_only_what_a_template_shows_no_trace_of_is_written_as_text_and_that_is_counted(at_work, template, tools, calls):
     tokenizing, hugging_face = at_work(template)
     item = tokenized(tokenizing, {"messages": CALLING, "tools": [ADD]})
-    assert isinstance(item, Tokenized), item
+    assert isinstance(item, TokenizedExample), item
     assert dict(item.counts) == {"tools_as_text": 1}
     text = hugging_face.decode(item.input_ids.tolist())
     assert ("<tools>" in text, "<tool_response>" in text) == (tools, calls)
@@ -447,7 +450,7 @@ def test_a_template_reads_every_key_of_turns_calls_and_tools(at_work, template):
     for seed in range(60):
         record = odd_record(seed)
         item = tokenized(tokenizing, record)
-        assert isinstance(item, Tokenized), (seed, item)
+        assert isinstance(item, TokenizedExample), (seed, item)
         shown = [{k: v for k, v in turn.items() if k not in ("train", "weight")} for turn in record["messages"]]
         whole = hugging_face.apply_chat_template(shown, tools=record["tools"], tokenize=True, return_dict=False)
         assert item.input_ids.tolist() == whole

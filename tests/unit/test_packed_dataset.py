@@ -112,7 +112,7 @@ def test_the_first_token_of_each_example_has_no_label_even_where_the_prompt_is_t
     whole = PackedDataset((each.manifest.location,), CAPACITY, global_batch_size=3)
     batch = whole.batch(range(whole.row_plan.rows))
     assert (batch["labels"][batch["position_ids"] == 0] == IGNORE_INDEX).all()
-    assert trained(batch) == manifest.trained.sum() == (manifest.lengths - 1).sum()
+    assert trained(batch) == manifest.loss_tokens.sum() == (manifest.lengths - 1).sum()
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 5])
@@ -223,7 +223,7 @@ def test_rows_travel_without_what_can_be_computed_again(rows):
 def test_rows_whose_data_changes_on_the_way_are_those_of_both(rows, originals, tmp_path):
     """Two epochs of both sources, then two of the second alone; told and read back as JSON."""
     changed = replace(rows, manifests=rows.manifests[1:], epochs=4, earlier=replace(rows, epochs=2))
-    assert PackedDataset.of(json.loads(json.dumps(changed.described()))) == changed
+    assert PackedDataset.from_dict(json.loads(json.dumps(changed.to_dict()))) == changed
     kept = rows.row_plan.steps
     for step in range(kept):
         ours, theirs = changed.batch(changed.rows_for_rank(step, 0, 1)), rows.batch(rows.rows_for_rank(step, 0, 1))
@@ -252,9 +252,9 @@ def test_fewer_epochs_than_reach_the_other_data_are_those_of_before(rows, epochs
 
 
 def test_what_a_run_has_trained_on_is_known_without_its_cache(rows, tmp_path):
-    described = rows.described()
-    gone = PackedDataset.of({**described, "manifests": [str(tmp_path / "gone" / "manifest.parquet")]})
-    assert gone.described()["global_batch_size"] == described["global_batch_size"]
+    described = rows.to_dict()
+    gone = PackedDataset.from_dict({**described, "manifests": [str(tmp_path / "gone" / "manifest.parquet")]})
+    assert gone.to_dict()["global_batch_size"] == described["global_batch_size"]
     with pytest.raises(RequestError) as caught:
         _ = gone.row_plan
     assert str(caught.value) == (
@@ -265,6 +265,11 @@ def test_what_a_run_has_trained_on_is_known_without_its_cache(rows, tmp_path):
 
 def test_the_same_rows_are_known_wherever_they_lie_and_however_many_epochs_there_are(rows):
     moved = tuple(path.replace("/shards/", "/elsewhere/shards/") for path in rows.manifests)
-    assert rows.in_epochs_as(replace(rows, manifests=moved, epochs=7, max_steps=3))
-    for other in ({"seed": 1}, {"manifests": rows.manifests[:1]}, {"mixing": "all_exhausted"}, {"shares": (1.0, 2.0)}):
-        assert not rows.in_epochs_as(replace(rows, **other))
+    assert rows.has_same_epochs(replace(rows, manifests=moved, epochs=7, max_steps=3))
+    for other in (
+        {"seed": 1},
+        {"manifests": rows.manifests[:1]},
+        {"mixing": "all_exhausted"},
+        {"mixing_weights": (1.0, 2.0)},
+    ):
+        assert not rows.has_same_epochs(replace(rows, **other))

@@ -183,7 +183,7 @@ def test_a_plan_counts_steps_rows_tokens_and_what_is_empty(tmp_path, monkeypatch
     manifest = written(each, str(tmp_path / "model"))
     rows = PackedDataset((each.manifest.location,), capacity=64, global_batch_size=4, epochs=3, layout="single")
     plan = make_plan(config, Prepared((manifest,), (), rows, {}), cpus(2, 2))
-    length, trained = int(manifest.lengths[0]), int(manifest.trained[0])
+    length, trained = int(manifest.lengths[0]), int(manifest.loss_tokens[0])
     assert (plan.examples, plan.rows, plan.steps, plan.rows_of_epochs) == (10, 30, 9, (10, 10, 10))
     assert (plan.tokens, plan.loss_tokens) == (30 * length, 30 * trained)
     assert plan.packing_efficiency == pytest.approx(length / 64, abs=1e-6)

@@ -70,7 +70,7 @@ def goes_on(directory: RunDirectory, steps: int, identity: dict[str, str] = IDEN
 def planned(steps: int) -> Any:
     """Rows of which nothing but the number of steps counts."""
     rows = PackedDataset(("a-all-d/manifest.parquet",), 64, 4)
-    rows.__dict__["schedule"] = SimpleNamespace(steps=steps)
+    rows.__dict__["row_plan"] = SimpleNamespace(steps=steps)
     return rows
 
 
@@ -226,7 +226,7 @@ def with_data(
 
 def trained_with(directory: RunDirectory, scheduled: PackedDataset, **changes: Any) -> None:
     """As a run leaves it that was let through."""
-    directory.plan.write_text(json.dumps({SCHEDULE: scheduled.described()}))
+    directory.plan.write_text(json.dumps({SCHEDULE: scheduled.to_dict()}))
     directory.config.write_text(config(directory.path.parent, **{"train__epochs": 4, **changes}).to_yaml())
 
 

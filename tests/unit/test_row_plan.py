@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from raysft.data.rows import mixture
-from raysft.data.rows.row_plan import Lengths, RowPlan, plan_rows, step_size
+from raysft.data.rows.row_plan import RowPlan, SourceLengths, auto_batch_size, plan_rows
 
 RANDOM = np.random.default_rng(0)
 LENGTHS = RANDOM.integers(1, 33, 500).astype(np.int32)
@@ -19,7 +19,7 @@ SHARD_ENDS = np.array([100, 130, 350, 400, 500])
 
 def planned(**options) -> RowPlan:
     defaults = {"capacity": 64, "global_batch_size": 8}
-    return plan_rows([Lengths(LENGTHS, TRAINED, SHARD_ENDS)], **{**defaults, **options})
+    return plan_rows([SourceLengths(LENGTHS, TRAINED, SHARD_ENDS)], **{**defaults, **options})
 
 
 def rows_of(row_plan: RowPlan, first: int = 0, last: int | None = None) -> list[list[int]]:
@@ -165,7 +165,7 @@ def test_a_cut_epoch_counts_as_the_part_that_is_consumed():
 @pytest.mark.parametrize("epochs", [1, 2, 7, 40])
 @pytest.mark.parametrize("examples", [1, 3, 40, 500, 4000])
 def test_the_data_decides_how_many_rows_a_step_has(examples, epochs, max_steps):
-    given = [Lengths(np.full(examples, 20), np.full(examples, 9), np.array([examples]))]
+    given = [SourceLengths(np.full(examples, 20), np.full(examples, 9), np.array([examples]))]
     whole = plan_rows(given, capacity=64, epochs=epochs, layout="single")
     cut = plan_rows(given, capacity=64, epochs=epochs, layout="single", max_steps=max_steps)
     chosen = whole.global_batch_size
@@ -181,25 +181,25 @@ def test_the_data_decides_how_many_rows_a_step_has(examples, epochs, max_steps):
 
 def test_of_many_epochs_no_more_are_laid_out_than_decide():
     seen = []
-    assert step_size(seen.append(epoch) or np.ones(5) for epoch in range(100_000)) == 8
+    assert auto_batch_size(seen.append(epoch) or np.ones(5) for epoch in range(100_000)) == 8
     assert len(seen) < 1000
 
 
 def test_a_step_that_the_data_decides_has_something_to_learn_from():
     trained = np.where(np.arange(120) % 3 == 0, 5, 0)
-    given = [Lengths(np.full(120, 20), trained, np.array([120]))]
+    given = [SourceLengths(np.full(120, 20), trained, np.array([120]))]
     row_plan = plan_rows(given, capacity=20, layout="single", shuffle=False)
     assert row_plan.global_batch_size == 4
     assert row_plan.step_loss_tokens.all()
 
 
-def sources(*sizes: int, weights: tuple[float, ...] = ()) -> list[Lengths]:
+def sources(*sizes: int, weights: tuple[float, ...] = ()) -> list[SourceLengths]:
     random = np.random.default_rng(1)
     made = []
     for size, weight in zip(sizes, weights or (1.0,) * len(sizes), strict=True):
         lengths = random.integers(2, 33, size)
         ends = np.unique([*range(100, size, 100), size])
-        made.append(Lengths(lengths, lengths - 1, ends, weight))
+        made.append(SourceLengths(lengths, lengths - 1, ends, weight))
     return made
 
 
@@ -247,7 +247,7 @@ def test_weights_of_a_step_and_of_its_sources_are_known_in_advance():
     weighted = [replace(given[0], example_weights=random.random(300).astype(np.float32)), given[1]]
     row_plan = plan_rows(weighted, capacity=64, global_batch_size=8)
     of_examples = np.concatenate([weighted[0].example_weights, np.ones(900)])
-    trained = np.concatenate([each.trained for each in given])
+    trained = np.concatenate([each.loss_tokens for each in given])
     for step in range(row_plan.steps):
         examples = np.array(flat(rows_of(row_plan, step * 8, min(step * 8 + 8, row_plan.rows))))
         expected = of_examples[examples] * trained[examples]
@@ -284,7 +284,7 @@ def test_joined_documents_fill_every_row_and_lose_nothing(capacity, shuffle, doc
 def test_log_normal_lengths_leave_less_than_half_a_percent_of_padding(mean):
     lengths = np.exp(np.random.default_rng(0).normal(np.log(mean) - 0.5, 1.0, 100_000)).astype(int).clip(1, 4096)
     ends = np.arange(10_000, 100_001, 10_000)
-    row_plan = plan_rows([Lengths(lengths, lengths - 1, ends)], capacity=4096, global_batch_size=32)
+    row_plan = plan_rows([SourceLengths(lengths, lengths - 1, ends)], capacity=4096, global_batch_size=32)
     assert row_plan.packing_efficiency >= 0.995
 
 

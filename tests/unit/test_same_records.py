@@ -19,7 +19,8 @@ from raysft.config import Source
 from raysft.data.sources.files import find_files
 from raysft.data.sources.formats import examples
 from raysft.data.sources.readers import read_raw
-from raysft.data.tokenization.tokenize import ExampleTokenizer, Options, Tokenized
+from raysft.data.tokenization.tokenize import ExampleTokenizer
+from raysft.data.tokenization.tokenized_example import TokenizedExample, TokenizeOptions
 from raysft.data.tokenization.tokenizer import Tokenizer
 from raysft.data.types import IGNORE_INDEX, Example
 from raysft.models.tokenizer import load_tokenizer
@@ -195,9 +196,9 @@ def read(path: Path, model: str) -> Iterator[tuple[list[int], list[int]]]:
     items = [item for item, _ in examples(((place, raw) for place, _, raw in read_raw(file)), source)]
     read = [item for item in items if isinstance(item, Example)]
     assert read == items
-    options = Options("sft", 1 << 20, False, False, "error", "head", "keep", {}, False)
+    options = TokenizeOptions("sft", 1 << 20, False, False, "error", "head", "keep", {}, False)
     for item in ExampleTokenizer(Tokenizer.load(model), options)(read):
-        assert isinstance(item, Tokenized), item
+        assert isinstance(item, TokenizedExample), item
         yield item.input_ids.tolist(), item.labels.tolist()
 
 

@@ -5,22 +5,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from raysft.data.rows.row_plan import Lengths, RowPlan, plan_rows
-from raysft.data.rows.splice import spliced
+from raysft.data.rows.row_plan import RowPlan, SourceLengths, plan_rows
+from raysft.data.rows.splice import splice
 
 RANDOM = np.random.default_rng(1)
 
 
-def source(count: int, weights: bool = False) -> Lengths:
+def source(count: int, weights: bool = False) -> SourceLengths:
     lengths = RANDOM.integers(1, 30, count).astype(np.int32)
     own = RANDOM.random(count).astype(np.float32) if weights else None
-    return Lengths(lengths, lengths, np.array([count // 2, count]), 1.0, own)
+    return SourceLengths(lengths, lengths, np.array([count // 2, count]), 1.0, own)
 
 
 FIRST, OTHER, MORE = source(110), source(60), source(75, weights=True)
 
 
-def planned(*sources: Lengths, **options) -> RowPlan:
+def planned(*sources: SourceLengths, **options) -> RowPlan:
     return plan_rows(list(sources), **{"capacity": 32, "global_batch_size": 8, "seed": 3, **options})
 
 
@@ -32,7 +32,7 @@ def steps_of(row_plan: RowPlan, first: int, last: int) -> list[list[int]]:
 @pytest.mark.parametrize("layout", ["packed", "single"])
 def test_what_came_before_stays_and_what_follows_is_the_others_from_its_epoch_on(layout):
     before, after = planned(FIRST, epochs=2, layout=layout), planned(OTHER, MORE, epochs=4, layout=layout)
-    whole = spliced(before, after, examples=110, sources=1)
+    whole = splice(before, after, examples=110, sources=1)
     kept, rest = before.steps, planned(OTHER, MORE, epochs=2, layout=layout).steps
     assert whole.steps == kept + after.steps - rest
     assert steps_of(whole, 0, kept)[: before.rows] == steps_of(before, 0, kept)
@@ -46,8 +46,8 @@ def test_what_came_before_stays_and_what_follows_is_the_others_from_its_epoch_on
 
 
 def test_each_epoch_holds_each_of_its_examples_once_also_after_two_changes():
-    once = spliced(planned(FIRST, epochs=1), planned(OTHER, epochs=2), 110, 1)
-    whole = spliced(once, planned(MORE, epochs=5), 110 + 60, 2)
+    once = splice(planned(FIRST, epochs=1), planned(OTHER, epochs=2), 110, 1)
+    whole = splice(once, planned(MORE, epochs=5), 110 + 60, 2)
     filled = [row for row in steps_of(whole, 0, whole.steps) if row]
     expected = [range(110), range(110, 170)] + 3 * [range(170, 245)]
     starts = [0, *whole.epoch_ends.tolist()]
@@ -60,8 +60,8 @@ def test_each_epoch_holds_each_of_its_examples_once_also_after_two_changes():
 
 
 def test_steps_are_counted_over_all_of_it():
-    whole = spliced(planned(FIRST, epochs=1), planned(OTHER, epochs=9), 110, 1)
-    cut = spliced(planned(FIRST, epochs=1), planned(OTHER, epochs=9), 110, 1, max_steps=20)
+    whole = splice(planned(FIRST, epochs=1), planned(OTHER, epochs=9), 110, 1)
+    cut = splice(planned(FIRST, epochs=1), planned(OTHER, epochs=9), 110, 1, max_steps=20)
     assert cut.steps == 20
     assert steps_of(cut, 0, 20) == steps_of(whole, 0, 20)
     assert len(cut.sources) == len(cut.segments.examples)

@@ -11,7 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from raysft.data.shards.manifest import Manifest
-from raysft.data.tokenization.turn_ends import Turn, Turns, end_tokens, total
+from raysft.data.tokenization.turn_ends import TurnObservation, TurnStatistics, merge_counts, stop_token_ids
 from tests.shards import data_config, the_set, write_records, written
 from tests.tiny import tiny_tokenizer
 
@@ -46,13 +46,13 @@ def manifest(folder: Path, template: str, records: list[Any], **data: Any) -> Ma
 
 
 def ended(made: Manifest) -> dict[str, int]:
-    return Turns.of(made.turns).ended
+    return TurnStatistics.of(made.turns).end_tokens
 
 
 def test_the_end_is_what_the_labels_end_with_and_not_the_eos_of_the_tokenizer(tmp_path, tokenizer):
     template = "{% for m in messages %}" + HEADER + "{{ m.content }}<|end|>\n" + asking("<|im_start|>assistant\n")
     made = manifest(tmp_path, template, CHAT * 3)
-    (end,) = end_tokens(made.turns)
+    (end,) = stop_token_ids(made.turns)
     assert (end, ended(made)) == (tokenizer.convert_tokens_to_ids("<|end|>"), {"<|end|>": 6})
     messages = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(CHAT[0])]
     ids = tokenizer.apply_chat_template(messages, chat_template=template)["input_ids"]
@@ -60,7 +60,7 @@ def test_the_end_is_what_the_labels_end_with_and_not_the_eos_of_the_tokenizer(tm
     assert row["input_ids"] == ids
     last = [at for at, label in enumerate(row["labels"]) if label != -100 and (row["labels"] + [-100])[at + 1] == -100]
     assert [ids[at] for at in last] == [end, end]
-    assert Turns.of(made.turns) == Turns(ended={"<|end|>": 6})
+    assert TurnStatistics.of(made.turns) == TurnStatistics(end_tokens={"<|end|>": 6})
 
 
 def test_calls_and_answers_may_end_with_different_tokens(tmp_path, tokenizer):
@@ -77,29 +77,29 @@ def test_calls_and_answers_may_end_with_different_tokens(tmp_path, tokenizer):
     )
     made = manifest(tmp_path, template, [{"messages": messages}])
     assert ended(made) == {"<|call|>": 1, "<|return|>": 1}
-    assert end_tokens(made.turns) == tuple(tokenizer.convert_tokens_to_ids(["<|call|>", "<|return|>"]))
+    assert stop_token_ids(made.turns) == tuple(tokenizer.convert_tokens_to_ids(["<|call|>", "<|return|>"]))
 
 
 @pytest.mark.parametrize(
     ("end", "expected"),
     [
-        ("", Turns(open=2)),
-        ("\n", Turns(open=2)),
-        ("\n### End\n", Turns(worded=2, last_word="nd")),
+        ("", TurnStatistics(no_end=2)),
+        ("\n", TurnStatistics(no_end=2)),
+        ("\n### End\n", TurnStatistics(text_ends=2, end_text="nd")),
         # Of the template's own kind is the end of the turns that others follow.
-        ("<|end|>\n", Turns(ended={"<|end|>": 2})),
-        ("{% if not loop.last %}<|end|>{% endif %}", Turns(ended={"<|end|>": 1}, open=1)),
+        ("<|end|>\n", TurnStatistics(end_tokens={"<|end|>": 2})),
+        ("{% if not loop.last %}<|end|>{% endif %}", TurnStatistics(end_tokens={"<|end|>": 1}, no_end=1)),
     ],
 )
 def test_turns_that_no_token_ends_are_counted(tmp_path, tokenizer, end, expected):
     made = manifest(tmp_path, framed(end), CHAT)
-    assert Turns.of(made.turns) == expected
+    assert TurnStatistics.of(made.turns) == expected
 
 
 def test_an_end_that_a_template_does_not_mark_as_generated_is_not_trained(tmp_path, tokenizer):
     marked = "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}"
     template = "{% for m in messages %}" + HEADER + marked + "{% endif %}<|end|>" + asking("<|im_start|>assistant\n")
-    assert Turns.of(manifest(tmp_path, template, CHAT).turns) == Turns(open=2)
+    assert TurnStatistics.of(manifest(tmp_path, template, CHAT).turns) == TurnStatistics(no_end=2)
 
 
 def test_a_token_that_the_template_writes_inside_turns_too_is_no_place_to_stop_at(tmp_path, tokenizer):
@@ -112,17 +112,19 @@ def test_a_token_that_the_template_writes_inside_turns_too_is_no_place_to_stop_a
         {"role": "assistant", "content": "So.", "reasoning_content": "Hm."},
     ]
     made = manifest(tmp_path, template, [{"messages": messages}])
-    assert Turns.of(made.turns) == Turns(ended={"<|end|>": 1, "<|return|>": 1}, passed=("<|end|>",))
-    assert end_tokens(made.turns) == (tokenizer.convert_tokens_to_ids("<|return|>"),)
+    assert TurnStatistics.of(made.turns) == TurnStatistics(
+        end_tokens={"<|end|>": 1, "<|return|>": 1}, inner_end_tokens=("<|end|>",)
+    )
+    assert stop_token_ids(made.turns) == (tokenizer.convert_tokens_to_ids("<|return|>"),)
 
 
 def test_what_somebody_writes_does_not_change_where_turns_end(tmp_path, tokenizer):
     records = [["Hi.", "One <|end|> ends a turn."], ["Hi.", "That is <|end|>"], ["Hi.", "Yo."]]
     made = manifest(tmp_path, framed("<|end|>"), records)
-    assert end_tokens(made.turns) == (tokenizer.convert_tokens_to_ids("<|end|>"),)
+    assert stop_token_ids(made.turns) == (tokenizer.convert_tokens_to_ids("<|end|>"),)
     assert ended(made) == {"<|end|>": 3}
     made = manifest(tmp_path, framed(""), [["Hi.", "Yo.<|endoftext|>"]])
-    assert end_tokens(made.turns) == (tokenizer.eos_token_id,)  # that is how these turns end, and what is learnt
+    assert stop_token_ids(made.turns) == (tokenizer.eos_token_id,)  # that is how these turns end, and what is learnt
 
 
 def test_only_turns_that_are_trained_on_count(tmp_path, tokenizer):
@@ -137,20 +139,23 @@ def test_only_turns_that_are_trained_on_count(tmp_path, tokenizer):
 
 def test_an_end_that_was_cut_off_is_none(tmp_path, tokenizer):
     long = [["Hi.", "word " * 200]]
-    for on_overflow, expected in (("truncate", Turns(cut=1)), ("split", Turns(ended={"<|end|>": 1}))):
+    for on_overflow, expected in (
+        ("truncate", TurnStatistics(truncated=1)),
+        ("split", TurnStatistics(end_tokens={"<|end|>": 1})),
+    ):
         made = manifest(tmp_path, framed("<|end|>"), long, on_overflow=on_overflow)
-        assert Turns.of(made.turns) == expected
+        assert TurnStatistics.of(made.turns) == expected
     made = manifest(tmp_path, framed("<|end|>"), [*long, ["Hi.", "Yo."]], on_overflow="truncate")
-    assert Turns.of(made.turns) == Turns(ended={"<|end|>": 1}, cut=1)
+    assert TurnStatistics.of(made.turns) == TurnStatistics(end_tokens={"<|end|>": 1}, truncated=1)
 
 
 def test_texts_completions_and_ready_tokens_end_where_their_labels_do(tmp_path, tokenizer):
     eos, end = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")
-    assert end_tokens(manifest(tmp_path, framed(""), [{"text": "Once."}], stage="pt").turns) == (eos,)
-    assert end_tokens(manifest(tmp_path, framed(""), [{"prompt": "Hi.", "completion": "Yo."}]).turns) == (eos,)
+    assert stop_token_ids(manifest(tmp_path, framed(""), [{"text": "Once."}], stage="pt").turns) == (eos,)
+    assert stop_token_ids(manifest(tmp_path, framed(""), [{"prompt": "Hi.", "completion": "Yo."}]).turns) == (eos,)
     for labels, expected in (([-100, 6, end], (end,)), ([-100, 6, -100], ()), ([5, 6, end], (end,))):
         record = {"input_ids": [5, 6, end], "labels": labels}
-        assert end_tokens(manifest(tmp_path, framed(""), [record]).turns) == expected
+        assert stop_token_ids(manifest(tmp_path, framed(""), [record]).turns) == expected
 
 
 def test_added_tokens_that_are_no_ends_are_not_taken_for_some(tmp_path):
@@ -158,7 +163,7 @@ def test_added_tokens_that_are_no_ends_are_not_taken_for_some(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["\n", "</b>", "<|stop|>"])
     tokenizer.save_pretrained(tmp_path / "model")
-    assert Turns.of(manifest(tmp_path, framed("\n"), [["Hi.", "<b>Yo</b>"]]).turns) == Turns(open=1)
+    assert TurnStatistics.of(manifest(tmp_path, framed("\n"), [["Hi.", "<b>Yo</b>"]]).turns) == TurnStatistics(no_end=1)
     assert ended(manifest(tmp_path, framed("<|stop|>\n"), [["Hi.", "<b>So</b>"]])) == {"<|stop|>": 1}
 
 
@@ -177,8 +182,8 @@ THINKS = "<|im_start|>assistant\n<think>\n"
     ],
 )
 def test_a_generation_prompt_that_opens_what_no_turn_has_is_seen(tmp_path, tokenizer, prompt, turn, unseen, unprompted):
-    seen = Turns.of(manifest(tmp_path, framed("<|end|>\n", prompt, turn), CHAT).turns)
-    assert (seen.unseen, seen.unprompted) == (unseen, unprompted)
+    seen = TurnStatistics.of(manifest(tmp_path, framed("<|end|>\n", prompt, turn), CHAT).turns)
+    assert (seen.prompt_only, seen.turn_only) == (unseen, unprompted)
 
 
 def test_a_template_may_need_no_generation_prompt(tmp_path, tokenizer):
@@ -186,7 +191,7 @@ def test_a_template_may_need_no_generation_prompt(tmp_path, tokenizer):
         "{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]{% else %} {{ m.content }}<|end|>"
         "{% endif %}{% endfor %}"
     )
-    assert Turns.of(manifest(tmp_path, template, CHAT).turns) == Turns(ended={"<|end|>": 2})
+    assert TurnStatistics.of(manifest(tmp_path, template, CHAT).turns) == TurnStatistics(end_tokens={"<|end|>": 2})
 
 
 def test_thinking_in_some_of_the_data_is_enough(tmp_path, tokenizer):
@@ -194,12 +199,12 @@ def test_thinking_in_some_of_the_data_is_enough(tmp_path, tokenizer):
     plain = {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Yo."}]}
     thinks = {"messages": [plain["messages"][0], {**plain["messages"][1], "reasoning_content": "Hm."}]}
     template = framed("<|end|>\n", THINKS, turn)
-    assert Turns.of(manifest(tmp_path, template, [plain] * 9).turns).unseen == "<think>\n"
-    assert Turns.of(manifest(tmp_path, template, [*[plain] * 9, thinks]).turns).unseen == ""
+    assert TurnStatistics.of(manifest(tmp_path, template, [plain] * 9).turns).prompt_only == "<think>\n"
+    assert TurnStatistics.of(manifest(tmp_path, template, [*[plain] * 9, thinks]).turns).prompt_only == ""
 
 
 def test_what_several_sources_hold_is_seen_together(tmp_path, tokenizer):
-    end, call = (Turn("ended", number, text) for number, text in ((5, "<|end|>"), (6, "<|call|>")))
-    inside = Turn("inside", 5, "<|end|>")
-    assert end_tokens(total([Counter({end: 3}), Counter({call: 1})])) == (5, 6)
-    assert end_tokens(total([Counter({end: 3}), Counter({call: 1, inside: 1})])) == (6,)
+    end, call = (TurnObservation("end_token", number, text) for number, text in ((5, "<|end|>"), (6, "<|call|>")))
+    inside = TurnObservation("inner_token", 5, "<|end|>")
+    assert stop_token_ids(merge_counts([Counter({end: 3}), Counter({call: 1})])) == (5, 6)
+    assert stop_token_ids(merge_counts([Counter({end: 3}), Counter({call: 1, inside: 1})])) == (6,)

@@ -17,8 +17,8 @@ import pyarrow as pa
 
 from raysft.cluster.placement import TASK_CPUS
 from raysft.data.rows.row_layouts import ranges
-from raysft.data.rows.row_plan import Layout, Lengths, Mixing, RowPlan, plan_rows
-from raysft.data.rows.splice import spliced
+from raysft.data.rows.row_plan import Layout, Mixing, RowPlan, SourceLengths, plan_rows
+from raysft.data.rows.splice import splice
 from raysft.data.shards.manifest import Manifest, load
 from raysft.data.sources.pickle_guard import read_table
 from raysft.data.types import IGNORE_INDEX
@@ -75,7 +75,7 @@ class PackedDataset:
     max_steps: int | None = None
     layout: Layout = "packed"
     mixing: Mixing = "concat"
-    shares: tuple[float, ...] = ()
+    mixing_weights: tuple[float, ...] = ()
     """Weights of the sources in the mixture. Default: all the same."""
     document_mask: bool = True
     shuffle: bool = True
@@ -83,22 +83,22 @@ class PackedDataset:
     """What all epochs that it has are taken from, before the rest is taken from here: the data changed on the way."""
 
     @classmethod
-    def of(cls, described: Mapping[str, Any]) -> PackedDataset:
+    def from_dict(cls, described: Mapping[str, Any]) -> PackedDataset:
         """The rows that ``described`` tells of."""
         fields: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in described.items()
         }
         earlier = fields.pop("earlier", None)
-        return cls(**fields, earlier=cls.of(earlier) if earlier else None)
+        return cls(**fields, earlier=cls.from_dict(earlier) if earlier else None)
 
-    def described(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """All that decides the rows, as JSON."""
         # A row_plan needs the manifests, and those of a run that is done may be gone with the cache.
         return asdict(
             self if self.global_batch_size else replace(self, global_batch_size=self.row_plan.global_batch_size)
         )
 
-    def in_epochs_as(self, other: PackedDataset) -> bool:
+    def has_same_epochs(self, other: PackedDataset) -> bool:
         """Whether an epoch holds the same rows here and there, wherever the same manifests lie."""
 
         def course(rows: PackedDataset) -> PackedDataset:
@@ -123,16 +123,18 @@ class PackedDataset:
         if self.earlier.epochs >= self.epochs:  # other data was to come, and then fewer epochs than would reach it
             return replace(self.earlier, epochs=self.epochs, max_steps=self.max_steps).row_plan
         known = self.earlier._loaded
-        return spliced(
+        return splice(
             self.earlier.row_plan, self._planned(None), sum(map(len, known)), len(known), max_steps=self.max_steps
         )
 
     def _planned(self, max_steps: int | None) -> RowPlan:
-        shares = self.shares or (1.0,) * len(self.manifests)
+        mixing_weights = self.mixing_weights or (1.0,) * len(self.manifests)
         return plan_rows(
             [
-                Lengths(each.lengths, each.trained, each.shard_ends(), rows_for_rank, each.weights)
-                for each, rows_for_rank in zip(self._own, shares, strict=True)
+                SourceLengths(
+                    manifest.lengths, manifest.loss_tokens, manifest.shard_ends(), mixing_weight, manifest.weights
+                )
+                for manifest, mixing_weight in zip(self._own, mixing_weights, strict=True)
             ],
             capacity=self.capacity,
             global_batch_size=self.global_batch_size,

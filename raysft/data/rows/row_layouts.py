@@ -24,14 +24,14 @@ class Segments(NamedTuple):
     """[pieces] first token of the example that the piece holds."""
     stops: np.ndarray
     """[pieces] the token after its last."""
-    trained: np.ndarray
+    loss_tokens: np.ndarray
     """[pieces] trained tokens."""
 
 
 def packed(
     examples: np.ndarray,
     lengths: np.ndarray,
-    trained: np.ndarray,
+    loss_tokens: np.ndarray,
     capacity: int,
     random: np.random.Generator | None,
 ) -> Segments:
@@ -41,10 +41,10 @@ def packed(
     rows = [rows[row] for row in order.tolist()]
     chosen = examples[np.concatenate(rows)]
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
-    return Segments(offsets, chosen, np.zeros(len(chosen), np.int64), lengths[chosen], trained[chosen])
+    return Segments(offsets, chosen, np.zeros(len(chosen), np.int64), lengths[chosen], loss_tokens[chosen])
 
 
-def single(examples: np.ndarray, lengths: np.ndarray, trained: np.ndarray, capacity: int) -> Segments:
+def single(examples: np.ndarray, lengths: np.ndarray, loss_tokens: np.ndarray, capacity: int) -> Segments:
     """One example in a row; a longer one in several, each of which begins with the last token of the one before."""
     counts = np.maximum(1, -(-(lengths[examples] - 1) // (capacity - 1)))
     chosen = np.repeat(examples, counts)
@@ -52,7 +52,7 @@ def single(examples: np.ndarray, lengths: np.ndarray, trained: np.ndarray, capac
     stops = np.minimum(starts + capacity, lengths[chosen])
     whole = np.repeat(counts == 1, counts)
     return Segments(
-        np.arange(len(chosen) + 1), chosen, starts, stops, np.where(whole, trained[chosen], stops - starts - 1)
+        np.arange(len(chosen) + 1), chosen, starts, stops, np.where(whole, loss_tokens[chosen], stops - starts - 1)
     )
 
 
@@ -84,12 +84,12 @@ def joined(examples: np.ndarray, lengths: np.ndarray, capacity: int, document_ma
     segment_starts = np.maximum(starts[row], begin) - begin
     segment_stops = np.minimum(stops[row], ends[index]) - begin
     offsets = np.concatenate([[0], np.cumsum(counts)])
-    trained = segment_stops - segment_starts
+    loss_tokens = segment_stops - segment_starts
     if document_mask:
-        trained -= 1
+        loss_tokens -= 1
     else:
-        trained[offsets[:-1]] -= 1
-    return Segments(offsets, examples[index], segment_starts, segment_stops, trained)
+        loss_tokens[offsets[:-1]] -= 1
+    return Segments(offsets, examples[index], segment_starts, segment_stops, loss_tokens)
 
 
 def ranges(counts: np.ndarray) -> np.ndarray:

@@ -18,19 +18,19 @@ from raysft.data.rows import row_layouts as layouts
 from raysft.data.rows.mixture import Mixing
 from raysft.data.rows.row_layouts import Layout, Segments
 
-MOST_ROWS = 32
+MAX_AUTO_BATCH_SIZE = 32
 """Rows of a step where nobody says how many, and there is data enough."""
-ENOUGH_STEPS = 100
+MIN_AUTO_STEPS = 100
 """Steps that a training should have at least: Adam moves a weight by no more than the learning rate in each of them."""
 
 
 @dataclass(frozen=True)
-class Lengths:
+class SourceLengths:
     """What the row_plan must know of one source."""
 
     lengths: np.ndarray
     """[examples] tokens."""
-    trained: np.ndarray
+    loss_tokens: np.ndarray
     """[examples] trained tokens."""
     shard_ends: np.ndarray
     """[shards] index of the example after each shard's last."""
@@ -97,7 +97,7 @@ class RowPlan:
     @cached_property
     def step_loss_tokens(self) -> np.ndarray:
         """[steps] trained tokens."""
-        return self._per_step(self.segments.trained)
+        return self._per_step(self.segments.loss_tokens)
 
     @cached_property
     def step_squares(self) -> np.ndarray:
@@ -129,8 +129,8 @@ class RowPlan:
 
     @cached_property
     def _weighted(self) -> np.ndarray:
-        trained = self.segments.trained.astype(np.float64)
-        return trained if self.weights is None else trained * self.weights[self.segments.examples]
+        loss_tokens = self.segments.loss_tokens.astype(np.float64)
+        return loss_tokens if self.weights is None else loss_tokens * self.weights[self.segments.examples]
 
     def _edges(self, steps: np.ndarray | int) -> np.ndarray:
         return np.minimum(np.asarray(steps) * self.global_batch_size, self.rows)
@@ -140,7 +140,7 @@ class RowPlan:
         return np.diff(totals[self.segments.offsets[self._edges(np.arange(self.steps + 1))]])
 
 
-def step_size(epochs: Iterable[np.ndarray]) -> int:
+def auto_batch_size(epochs: Iterable[np.ndarray]) -> int:
     """How many rows a step has where nobody says: 32 where that gives at least 100 steps in all, else fewer.
 
     It is a power of two, which the usual numbers of workers divide, and no larger than an epoch needs. It is raised as far as
@@ -159,23 +159,23 @@ def step_size(epochs: Iterable[np.ndarray]) -> int:
     for epoch in epochs:
         known.append(epoch)
         total += len(epoch)
-        if -(-total // MOST_ROWS) >= ENOUGH_STEPS:
+        if -(-total // MAX_AUTO_BATCH_SIZE) >= MIN_AUTO_STEPS:
             break
     shortest = min(map(len, known))
-    size = MOST_ROWS
-    while size > 1 and (-(-total // size) < ENOUGH_STEPS or size >= 2 * shortest):
+    size = MAX_AUTO_BATCH_SIZE
+    while size > 1 and (-(-total // size) < MIN_AUTO_STEPS or size >= 2 * shortest):
         size //= 2
-    while size < MOST_ROWS and not all(_each_step_learns(epoch, size) for epoch in known):
+    while size < MAX_AUTO_BATCH_SIZE and not all(_each_step_learns(epoch, size) for epoch in known):
         size *= 2
     return size
 
 
-def _each_step_learns(trained: np.ndarray, size: int) -> bool:
-    return bool(np.add.reduceat(trained, np.arange(0, len(trained), size)).all())
+def _each_step_learns(loss_tokens: np.ndarray, size: int) -> bool:
+    return bool(np.add.reduceat(loss_tokens, np.arange(0, len(loss_tokens), size)).all())
 
 
 def plan_rows(
-    sources: Sequence[Lengths],
+    sources: Sequence[SourceLengths],
     *,
     capacity: int,
     global_batch_size: int | None = None,
@@ -210,7 +210,9 @@ def plan_rows(
     laid = _epochs(sources, firsts, capacity, seed if shuffle else None, epochs, layout, mixing, document_mask)
     if global_batch_size is None:
         laid, seen = tee(laid)
-        global_batch_size = step_size(np.concatenate([_trained(part) for part in parts]) for parts, _ in seen)
+        global_batch_size = auto_batch_size(
+            np.concatenate([_row_loss_tokens(part) for part in parts]) for parts, _ in seen
+        )
         del seen  # it would keep all that follows
     all_parts: list[Segments] = []
     group_ends: list[int] = []
@@ -237,7 +239,7 @@ def plan_rows(
 
 
 def _epochs(
-    sources: Sequence[Lengths],
+    sources: Sequence[SourceLengths],
     firsts: np.ndarray,
     capacity: int,
     seed: int | None,
@@ -248,7 +250,7 @@ def _epochs(
 ) -> Iterator[tuple[list[Segments], list[int]]]:
     """The rows of one epoch after the other, in parts, and the rows of each epoch at which a group of shards ends."""
     lengths = np.concatenate([source.lengths for source in sources]).astype(np.int64)
-    trained = np.concatenate([source.trained for source in sources]).astype(np.int64)
+    loss_tokens = np.concatenate([source.loss_tokens for source in sources]).astype(np.int64)
     takes = mixture.mixture([len(source) for source in sources], [source.weight for source in sources], mixing)
     for epoch in range(epochs):
         random = None if seed is None else np.random.default_rng([seed, epoch])
@@ -263,20 +265,20 @@ def _epochs(
             yield [part], np.ceil(ends * (len(part.offsets) - 1)).astype(int).tolist()
             continue
         parts = [
-            layouts.packed(group, lengths, trained, capacity, random)
+            layouts.packed(group, lengths, loss_tokens, capacity, random)
             if layout == "packed"
-            else layouts.single(group, lengths, trained, capacity)
+            else layouts.single(group, lengths, loss_tokens, capacity)
             for group in groups
         ]
         yield parts, np.cumsum([len(part.offsets) - 1 for part in parts]).tolist()
 
 
-def _trained(part: Segments) -> np.ndarray:
+def _row_loss_tokens(part: Segments) -> np.ndarray:
     """[rows] trained tokens."""
-    return np.add.reduceat(part.trained, part.offsets[:-1])
+    return np.add.reduceat(part.loss_tokens, part.offsets[:-1])
 
 
-def _weights(sources: Sequence[Lengths]) -> np.ndarray | None:
+def _weights(sources: Sequence[SourceLengths]) -> np.ndarray | None:
     if all(source.example_weights is None for source in sources):
         return None
     plain = [np.ones(len(source), np.float32) for source in sources]

@@ -8,7 +8,7 @@ from raysft.data.rows import row_layouts as layouts
 from raysft.data.rows.row_plan import RowPlan
 
 
-def spliced(earlier: RowPlan, later: RowPlan, examples: int, sources: int, max_steps: int | None = None) -> RowPlan:
+def splice(earlier: RowPlan, later: RowPlan, examples: int, sources: int, max_steps: int | None = None) -> RowPlan:
     """All epochs of ``earlier``, then those of ``later`` that come after them.
 
     Args:

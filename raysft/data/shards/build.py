@@ -27,14 +27,14 @@ from raysft.data.sources.files import DataFile, find_files
 from raysft.data.sources.readers import Raw, read_raw
 from raysft.data.sources.registry import find_source
 from raysft.data.sources.sampling import Draw
-from raysft.data.tokenization.tokenize import Options
+from raysft.data.tokenization.tokenized_example import TokenizeOptions
 from raysft.data.tokenization.tokenizer import Tokenizer
 from raysft.data.types import Rejected
 from raysft.errors import RequestError
 from raysft.storage.local_cache import local_copy
 from raysft.storage.path import StoragePath
 
-VERSION = 5
+VERSION = 6
 """Part of every key: raise it when the same input would give other shards."""
 SHARD_RECORDS = 5_000
 """Records that one task tokenizes, and a shard holds, at most."""
@@ -54,7 +54,7 @@ def shard_set(config: Config, source: Source, part: Part, model: str, with_promp
     """Name a set by all that decides its content: files, tokenizer, template and options."""
     source = find_source(config, source)
     files = tuple(find_files(source))
-    options = Options.of(config, with_prompts)
+    options = TokenizeOptions.of(config, with_prompts)
     draw = Draw(source.num_samples, config.run.seed) if source.num_samples else None
     # Texts to continue are cut when rows are planned, so that their shards serve every length of row.
     decisive = asdict(options) if config.stage == "sft" else {"stage": "pt", "control_tokens": options.control_tokens}

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raysft.data.sources.pickle_guard import read_table
-from raysft.data.tokenization.turn_ends import Turn, total
+from raysft.data.tokenization.turn_ends import TurnObservation, merge_counts
 from raysft.data.types import Rejected
 from raysft.errors import RequestError
 from raysft.storage.path import StoragePath
@@ -35,7 +35,7 @@ class Manifest:
     """[examples] int32 index of the shard, not decreasing."""
     lengths: np.ndarray
     """[examples] int32."""
-    trained: np.ndarray
+    loss_tokens: np.ndarray
     """[examples] int32."""
     records: int
     """Records read, usable or not."""
@@ -46,7 +46,7 @@ class Manifest:
     """What happened to how many: ``truncated``, ``truncated_tokens``, ``split``, ``dropped_tokens``, ``control_tokens`` …"""
     largest: tuple[int, str]
     """The largest token id, and a record that holds it."""
-    turns: Counter[Turn]
+    turns: Counter[TurnObservation]
     """How the turns that are trained on begin and end."""
     formats: tuple[str, ...]
     """Formats that were found."""
@@ -76,7 +76,7 @@ class Shard:
     """File in the set's folder; empty where no example was usable."""
     records: int
     lengths: np.ndarray
-    trained: np.ndarray
+    loss_tokens: np.ndarray
     weights: np.ndarray
     rejected: tuple[Rejected, ...]
     dropped: tuple[Rejected, ...]
@@ -84,7 +84,7 @@ class Shard:
     """Tokens of the longest example that was dropped; 0 where none was."""
     counts: dict[str, int]
     largest: tuple[int, str]
-    turns: Counter[Turn]
+    turns: Counter[TurnObservation]
     formats: tuple[str, ...]
 
 
@@ -123,13 +123,13 @@ def save(path: StoragePath, name: str, shards: Sequence[Shard]) -> None:
         "dropped": [asdict(item) for shard in shards for item in shard.dropped],
         "counts": dict(counts),
         "largest": max((shard.largest for shard in shards), key=itemgetter(0)),
-        "turns": [[*turn, count] for turn, count in total(shard.turns for shard in shards).items()],
+        "turns": [[*turn, count] for turn, count in merge_counts(shard.turns for shard in shards).items()],
         "formats": sorted({form for shard in shards for form in shard.formats}),
     }
     columns: dict[str, Any] = {
         "shard": np.repeat(np.arange(len(whole), dtype=np.int32), [len(shard.lengths) for shard in whole]),
         "length": np.concatenate([shard.lengths for shard in whole]),
-        "trained": np.concatenate([shard.trained for shard in whole]),
+        "loss_tokens": np.concatenate([shard.loss_tokens for shard in whole]),
     }
     weights = np.concatenate([shard.weights for shard in whole])
     if (weights != 1).any():
@@ -165,13 +165,13 @@ def load(path: StoragePath, reused: bool = False) -> Manifest:
         shards=tuple(detail["shards"]),
         shard_of=table["shard"].to_numpy(),
         lengths=table["length"].to_numpy(),
-        trained=table["trained"].to_numpy(),
+        loss_tokens=table["loss_tokens"].to_numpy(),
         records=detail["records"],
         rejected=tuple(Rejected(**item) for item in detail["rejected"]),
         dropped=tuple(Rejected(**item) for item in detail["dropped"]),
         counts=detail["counts"],
         largest=tuple(detail["largest"]),
-        turns=Counter({Turn(*turn): count for *turn, count in detail["turns"]}),
+        turns=Counter({TurnObservation(*turn): count for *turn, count in detail["turns"]}),
         formats=tuple(detail["formats"]),
         weights=table["weight"].to_numpy() if "weight" in table.column_names else None,
         key=path.parent.name,

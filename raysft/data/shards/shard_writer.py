@@ -21,9 +21,10 @@ from raysft.data.sources.formats import examples
 from raysft.data.sources.holdout import is_held_out
 from raysft.data.sources.readers import Raw
 from raysft.data.sources.sampling import Draw
-from raysft.data.tokenization.tokenize import ExampleTokenizer, Options, Overflow, Tokenized
+from raysft.data.tokenization.tokenize import ExampleTokenizer
+from raysft.data.tokenization.tokenized_example import Overflow, TokenizedExample, TokenizeOptions
 from raysft.data.tokenization.tokenizer import Tokenizer
-from raysft.data.tokenization.turn_ends import Turn
+from raysft.data.tokenization.turn_ends import TurnObservation
 from raysft.data.types import Example, Rejected
 from raysft.errors import RequestError
 from raysft.storage.path import StoragePath
@@ -40,7 +41,7 @@ class ShardSet:
     source: Source
     part: Part
     files: tuple[DataFile, ...]
-    options: Options
+    options: TokenizeOptions
     holdout: float
     draw: Draw | None
     """Which of the records, where not all or the first."""
@@ -89,12 +90,12 @@ class _Draft:
     def __init__(self, part: ShardSet, tokenizing: ExampleTokenizer) -> None:
         self.part, self.tokenizing = part, tokenizing
         self.waiting: list[Example] = []
-        self.examples: list[Tokenized] = []
+        self.examples: list[TokenizedExample] = []
         self.rejected: list[Rejected] = []
         self.dropped: list[Rejected] = []
         self.longest_dropped = 0
         self.counts = Counter[str]()
-        self.turns = Counter[Turn]()
+        self.turns = Counter[TurnObservation]()
         self.formats: set[str] = set()
         self.records = 0
 
@@ -111,9 +112,9 @@ class _Draft:
 
     def _tokenize(self) -> None:
         for outcome in self.tokenizing(self.waiting):
-            if isinstance(outcome, Tokenized):
+            if isinstance(outcome, TokenizedExample):
                 self.examples.append(outcome)
-                self.turns.update(turn for _, turn in outcome.seen)
+                self.turns.update(turn for _, turn in outcome.observations)
                 for name, number in outcome.counts:
                     self.counts[name] += number
             elif isinstance(outcome, Overflow):
@@ -135,7 +136,7 @@ class _Draft:
             name=name,
             records=self.records,
             lengths=np.array([len(each.input_ids) for each in self.examples], np.int32),
-            trained=np.array([each.trained for each in self.examples], np.int32),
+            loss_tokens=np.array([each.loss_tokens for each in self.examples], np.int32),
             weights=np.array([each.weight for each in self.examples], np.float32),
             rejected=tuple(self.rejected),
             dropped=tuple(self.dropped),
@@ -157,7 +158,7 @@ def _check_stage(example: Example, each: ShardSet) -> None:
         )
 
 
-def _table(examples: Sequence[Tokenized], each: ShardSet) -> pa.Table:
+def _table(examples: Sequence[TokenizedExample], each: ShardSet) -> pa.Table:
     columns: dict[str, Any] = {
         "input_ids": _lists([example.input_ids for example in examples]),
         "labels": _lists([example.labels for example in examples]),

@@ -8,114 +8,44 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from raysft.config import Config
 from raysft.data.sources.tool_calls import strings
 from raysft.data.tokenization.assistant_spans import Rendered, first_line, labelled
 from raysft.data.tokenization.chat_template import chat_template
 from raysft.data.tokenization.template_inputs import quoted
 from raysft.data.tokenization.token_spans import Encoded
+from raysft.data.tokenization.tokenized_example import (
+    NO_IDS,
+    Overflow,
+    TokenizedExample,
+    TokenizeOptions,
+    TokenizeResult,
+)
 from raysft.data.tokenization.tokenizer import Tokenizer, backend_of, span_encoder
 from raysft.data.tokenization.truncation import split, truncate
-from raysft.data.tokenization.turn_ends import Framing, Seen, kept
+from raysft.data.tokenization.turn_ends import TurnInspector, truncate_observations
 from raysft.data.types import IGNORE_INDEX, Example, Message, Rejected
 from raysft.errors import RequestError
 
-NO_IDS = np.empty(0, np.int32)
 MARK_START, MARK_END = "\ufdd0", "\ufdd1"
 """Noncharacters, which stand in no text, around a control token that is to be plain text."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What decides ids and labels besides the tokenizer."""
-
-    stage: str
-    sequence_length: int
-    mask_history: bool
-    train_on_prompt: bool
-    on_overflow: Literal["truncate", "split", "drop", "error"]
-    keep_prompt: Literal["head", "tail"]
-    control_tokens: Literal["keep", "escape", "reject"]
-    template_options: dict[str, Any]
-    with_prompts: bool
-    """Also give prompt and reference of each conversation, for generation."""
-
-    @classmethod
-    def of(cls, config: Config, with_prompts: bool) -> Options:
-        """The options of a config."""
-        data = config.data
-        return cls(
-            stage=config.stage,
-            sequence_length=data.sequence_length,
-            mask_history=data.mask_history,
-            train_on_prompt=data.train_on_prompt,
-            on_overflow=data.on_overflow,
-            keep_prompt=data.keep_prompt,
-            control_tokens=data.control_tokens_in_text,
-            template_options=data.template_options,
-            with_prompts=with_prompts,
-        )
-
-
-@dataclass(frozen=True)
-class Tokenized:
-    """One tokenized example."""
-
-    source: str
-    record: str
-    input_ids: np.ndarray
-    """[tokens] int32."""
-    labels: np.ndarray
-    """[tokens] int32, ``IGNORE_INDEX`` where not trained; aligned with ``input_ids``, not shifted."""
-    weight: float = 1.0
-    prompt: str = ""
-    """Rendered text up to the last assistant turn, with the generation prompt."""
-    prompt_ids: np.ndarray = field(default_factory=lambda: NO_IDS)
-    reference: str = ""
-    """What the assistant wrote in its last turn."""
-    counts: tuple[tuple[str, int], ...] = ()
-    """What happened to it and is to be shown: ``truncated``, ``truncated_tokens``, ``split``, ``control_tokens`` …"""
-    seen: Seen = ()
-    """How its trained turns begin and end."""
-
-    @property
-    def trained(self) -> int:
-        """Tokens that are predicted and trained on. Nothing precedes the first one, so it never counts."""
-        return int(np.count_nonzero(self.labels[1:] != IGNORE_INDEX))
-
-    @property
-    def largest(self) -> int:
-        """The largest token id that the model is given, or is to predict."""
-        return max(int(ids.max(initial=0)) for ids in (self.input_ids, self.labels, self.prompt_ids))
-
-
-@dataclass(frozen=True)
-class Overflow:
-    """An example that is longer than a row, and is not used."""
-
-    rejected: Rejected
-    tokens: int
-
-
-TokenizeResult = Tokenized | Rejected | Overflow
 
 
 class ExampleTokenizer:
     """A tokenizer at work, under options."""
 
-    def __init__(self, tokenizer: Tokenizer, options: Options) -> None:
+    def __init__(self, tokenizer: Tokenizer, options: TokenizeOptions) -> None:
         self.parts, self.options = tokenizer, options
         self.backend = backend_of(tokenizer.identity, tokenizer.backend, plain=False)
         self.encode_spans = span_encoder(tokenizer.identity, tokenizer.backend)
         # Not their number: some tokenizers leave out ids.
         self.ids_end = max(self.backend.get_vocab().values(), default=-1) + 1
-        self.framing = Framing(self.backend, tokenizer.eos, self.ids_end)
+        self.inspector = TurnInspector(self.backend, tokenizer.eos, self.ids_end)
         self.control = re.compile("|".join(map(re.escape, tokenizer.control_tokens)) or "(?!)")
         variables = {**tokenizer.special_tokens, **options.template_options}
         self.template = chat_template(tokenizer.template, variables) if tokenizer.template else None
@@ -223,10 +153,12 @@ class ExampleTokenizer:
         first = len(turns) - 1 if self.options.mask_history else 0
         trained = [number for number in range(first, len(turns)) if assistant[number].train]
         labels = self._labels(ids, [turns[number] for number in trained])
-        look = partial(self.framing.look, self._template(example), each.rendered, ids, written=each.written)
+        look = partial(
+            self.inspector.inspect_turn, self._template(example), each.rendered, ids, has_control_tokens=each.written
+        )
         seen = [one for number in trained for one in look(number, turns[number])]
-        tokenized = Tokenized(
-            example.source, example.record, ids, labels, example.weight, counts=each.counts, seen=tuple(seen)
+        tokenized = TokenizedExample(
+            example.source, example.record, ids, labels, example.weight, counts=each.counts, observations=tuple(seen)
         )
         yield from self._fit(self._with_prompt(tokenized, each) if self.options.with_prompts else tokenized, turns)
 
@@ -238,7 +170,7 @@ class ExampleTokenizer:
             labels[start:end] = ids[start:end]
         return labels
 
-    def _with_prompt(self, tokenized: Tokenized, each: _Prepared) -> Tokenized:
+    def _with_prompt(self, tokenized: TokenizedExample, each: _Prepared) -> TokenizedExample:
         example = each.example
         form = each.rendered.form
         prompt = self._template(example).render(form.turns[: form.answers[-1]], form.tools, True)
@@ -260,9 +192,9 @@ class ExampleTokenizer:
         if len(input_ids) < 2:
             yield Rejected(example.source, example.record, "the text has no token")
             return
-        seen = self.framing.end_of_ids(input_ids, input_ids)
-        whole = Tokenized(
-            example.source, example.record, input_ids, input_ids, example.weight, counts=each.counts, seen=seen
+        seen = self.inspector.inspect_ids(input_ids, input_ids)
+        whole = TokenizedExample(
+            example.source, example.record, input_ids, input_ids, example.weight, counts=each.counts, observations=seen
         )
         yield from [whole] if self.options.stage == "pt" else self._fit(whole, [(0, len(input_ids))])
 
@@ -274,14 +206,14 @@ class ExampleTokenizer:
         following = self._encode_escaped(self._escaped(reference))[0] if escape else self._encoded(reference)
         input_ids = self._with_eos([*begun, *following])
         turn = (len(begun), len(input_ids))
-        tokenized = Tokenized(
+        tokenized = TokenizedExample(
             example.source,
             example.record,
             input_ids,
             self._labels(input_ids, [turn]),
             example.weight,
             counts=each.counts,
-            seen=self.framing.end_of_ids(input_ids, input_ids),
+            observations=self.inspector.inspect_ids(input_ids, input_ids),
         )
         if self.options.with_prompts:
             ids = np.asarray(begun, np.int32)
@@ -316,16 +248,26 @@ class ExampleTokenizer:
                 )
                 yield Rejected(example.source, example.record, reason)
                 return
-            yield Tokenized(
-                example.source, example.record, ids, ids, example.weight, seen=self.framing.end_of_ids(ids, ids)
+            yield TokenizedExample(
+                example.source,
+                example.record,
+                ids,
+                ids,
+                example.weight,
+                observations=self.inspector.inspect_ids(ids, ids),
             )
             return
-        tokenized = Tokenized(
-            example.source, example.record, ids, labels, example.weight, seen=self.framing.end_of_ids(ids, labels)
+        tokenized = TokenizedExample(
+            example.source,
+            example.record,
+            ids,
+            labels,
+            example.weight,
+            observations=self.inspector.inspect_ids(ids, labels),
         )
         yield from self._fit(tokenized, [(0, len(ids))])
 
-    def _fit(self, whole: Tokenized, turns: Sequence[tuple[int, int]]) -> Iterator[TokenizeResult]:
+    def _fit(self, whole: TokenizedExample, turns: Sequence[tuple[int, int]]) -> Iterator[TokenizeResult]:
         """The example in a row or, as ``data.on_overflow`` says, what is left of it."""
         options, tokens = self.options, len(whole.input_ids)
         pieces = [whole]
@@ -342,7 +284,7 @@ class ExampleTokenizer:
                     replace(plain, input_ids=whole.input_ids[start:stop], labels=whole.labels[start:stop])
                     for start, stop in cuts
                 ]
-                pieces = [piece for piece in pieces if piece.trained]
+                pieces = [piece for piece in pieces if piece.loss_tokens]
                 counts = (("split", 1), ("split_pieces", len(pieces)))
             else:
                 left = truncate(
@@ -354,14 +296,17 @@ class ExampleTokenizer:
                 )
                 pieces = [
                     replace(
-                        whole, input_ids=whole.input_ids[left], labels=whole.labels[left], seen=kept(whole.seen, left)
+                        whole,
+                        input_ids=whole.input_ids[left],
+                        labels=whole.labels[left],
+                        observations=truncate_observations(whole.observations, left),
                     )
                 ]
                 counts = (("truncated", 1), ("truncated_tokens", tokens - len(left)))
             if pieces:
                 pieces[0] = replace(pieces[0], counts=(*whole.counts, *counts))
-            pieces[1:] = [replace(piece, counts=(), seen=()) for piece in pieces[1:]]
-        if not pieces or not pieces[0].trained:
+            pieces[1:] = [replace(piece, counts=(), observations=()) for piece in pieces[1:]]
+        if not pieces or not pieces[0].loss_tokens:
             yield Rejected(whole.source, whole.record, "no token of it would be trained on")
             return
         yield from pieces

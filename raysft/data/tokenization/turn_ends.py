@@ -1,6 +1,7 @@
-"""How the assistant's turns that are trained on begin and end: where generation may stop, and what training never saw.
+"""How trained assistant turns begin and end, and what generation needs to know about it.
 
-It is seen from the labels themselves, turn by turn, and counted with the shards.
+The tokenizer observes each turn from its own labels and counts the observations with the shards. From the counts follow the tokens
+that generation stops at, and warnings where training never sees what generation asks for.
 """
 
 from __future__ import annotations
@@ -14,173 +15,183 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from raysft.data.tokenization.assistant_spans import ChatTemplate, Rendered
-from raysft.data.tokenization.markers import Render
-from raysft.data.tokenization.markers import Turn as Conversed
+from raysft.data.tokenization.markers import Render, Turn
 from raysft.data.tokenization.span_search import Span
 from raysft.data.types import IGNORE_INDEX
 
+Kind = Literal["end_token", "end_text", "no_end", "truncated", "inner_token", "prompted", "prompt_only", "turn_only"]
 
-class Turn(NamedTuple):
-    """One thing that is seen of a trained turn."""
 
-    kind: Literal["ended", "worded", "open", "cut", "inside", "asked", "unasked", "headed"]
-    """``ended`` by a token of its own, as ``<|im_end|>`` is one; ``worded``: the template ends it with ordinary tokens; ``open``:
-    nothing stands behind its text; ``cut``: its end was cut off; ``inside``: the template writes a token of its own inside it;
-    ``asked``: it begins with all that the generation prompt opens; ``unasked``: it does not; ``headed``: the generation prompt
-    opens nothing, and something precedes the turn."""
+class TurnObservation(NamedTuple):
+    """One observation about a trained turn."""
+
+    kind: Kind
+    """How it ends: ``end_token``: with a token of its own, such as ``<|im_end|>``; ``end_text``: with ordinary tokens that the
+    template writes; ``no_end``: with its content; ``truncated``: its end was cut off.
+
+    ``inner_token``: the template writes a token of its own inside the turn.
+
+    How it begins: ``prompted``: with all that the generation prompt opens; ``prompt_only``: without part of it; ``turn_only``: the
+    generation prompt opens nothing, but the template writes text before the turn."""
     token: int = -1
-    """The last token, or the one inside."""
+    """Id of the last or the inner token."""
     text: str = ""
-    """The token as text; of ``unasked`` what only the generation prompt has, of ``headed`` what it lacks."""
+    """The token as text. For ``prompt_only`` the text that only the generation prompt has, for ``turn_only`` the text that it
+    lacks."""
 
 
-ASKED = (Turn("asked"),)
-Seen = tuple[tuple[int, Turn], ...]
-"""What is seen of an example's turns, each with the index of the token that it is about."""
+PROMPTED = (TurnObservation("prompted"),)
+Observations = tuple[tuple[int, TurnObservation], ...]
+"""Observations about the turns of an example, each with the index of the token that it is about."""
 
 
 @dataclass(frozen=True)
-class Turns:
-    """What is seen of all turns that are trained on, in numbers."""
+class TurnStatistics:
+    """Observations about all trained turns, in numbers."""
 
-    ended: dict[str, int] = field(default_factory=dict)
-    """Turns by the token that ends them."""
-    passed: tuple[str, ...] = ()
-    """Tokens that end some turns and that the template writes inside others, so that generation does not stop at them."""
-    worded: int = 0
-    last_word: str = ""
+    end_tokens: dict[str, int] = field(default_factory=dict)
+    """End token → number of turns."""
+    inner_end_tokens: tuple[str, ...] = ()
+    """Tokens that end some turns but stand inside others, so that generation does not stop at them."""
+    text_ends: int = 0
+    """Turns that end with ordinary tokens."""
+    end_text: str = ""
     """The last token of most of these."""
-    open: int = 0
-    cut: int = 0
-    unseen: str = ""
-    """What the generation prompt opens and no turn begins with."""
-    unprompted: str = ""
-    """What precedes the turns and no generation prompt opens."""
+    no_end: int = 0
+    truncated: int = 0
+    prompt_only: str = ""
+    """Text that the generation prompt opens but no turn begins with."""
+    turn_only: str = ""
+    """Text that precedes the turns but is not in the generation prompt."""
 
     @classmethod
-    def of(cls, counts: Counter[Turn]) -> Turns:
-        """Sum up what was counted."""
+    def of(cls, counts: Counter[TurnObservation]) -> TurnStatistics:
+        """Summarize counted observations."""
 
-        def number(kind: str) -> int:
-            return sum(count for turn, count in counts.items() if turn.kind == kind)
+        def number(kind: Kind) -> int:
+            return sum(count for seen, count in counts.items() if seen.kind == kind)
 
-        def most(kind: str) -> str:
-            return max(((count, turn.text) for turn, count in counts.items() if turn.kind == kind), default=(0, ""))[1]
+        def most_frequent(kind: Kind) -> str:
+            return max(((count, seen.text) for seen, count in counts.items() if seen.kind == kind), default=(0, ""))[1]
 
-        stops = end_tokens(counts)
-        ended = {turn.text: count for turn, count in counts.most_common() if turn.kind == "ended"}
+        stops = stop_token_ids(counts)
         return cls(
-            ended=ended,
-            passed=tuple(turn.text for turn in counts if turn.kind == "ended" and turn.token not in stops),
-            worded=number("worded"),
-            last_word=most("worded"),
-            open=number("open"),
-            cut=number("cut"),
-            unseen="" if number("asked") else most("unasked"),
-            unprompted="" if number("asked") else most("headed"),
+            end_tokens={seen.text: count for seen, count in counts.most_common() if seen.kind == "end_token"},
+            inner_end_tokens=tuple(
+                seen.text for seen in counts if seen.kind == "end_token" and seen.token not in stops
+            ),
+            text_ends=number("end_text"),
+            end_text=most_frequent("end_text"),
+            no_end=number("no_end"),
+            truncated=number("truncated"),
+            prompt_only="" if number("prompted") else most_frequent("prompt_only"),
+            turn_only="" if number("prompted") else most_frequent("turn_only"),
         )
 
     @property
     def total(self) -> int:
         """Turns whose end is known."""
-        return sum(self.ended.values()) + self.worded + self.open + self.cut
+        return sum(self.end_tokens.values()) + self.text_ends + self.no_end + self.truncated
 
 
-def end_tokens(counts: Counter[Turn]) -> tuple[int, ...]:
+def stop_token_ids(counts: Counter[TurnObservation]) -> tuple[int, ...]:
     """Tokens that end turns and never stand inside one, where generation would stop too early."""
-    inside = {turn.token for turn in counts if turn.kind == "inside"}
-    return tuple(sorted({turn.token for turn in counts if turn.kind == "ended"} - inside))
+    inner = {seen.token for seen in counts if seen.kind == "inner_token"}
+    return tuple(sorted({seen.token for seen in counts if seen.kind == "end_token"} - inner))
 
 
-def kept(seen: Seen, indices: np.ndarray) -> Seen:
-    """What is left to be seen of an example that was cut down to the tokens at these indices."""
-    there = np.isin([at for at, _ in seen], indices)
-    ends = ("ended", "worded", "open")
-    pairs = zip(seen, there, strict=True)
-    return tuple((at, turn if stays else Turn("cut")) for (at, turn), stays in pairs if stays or turn.kind in ends)
+def truncate_observations(observations: Observations, kept_tokens: np.ndarray) -> Observations:
+    """Observations that remain true of an example cut down to the tokens at these indices."""
+    kept = np.isin([index for index, _ in observations], kept_tokens)
+    return tuple(
+        (index, seen if stays else TurnObservation("truncated"))
+        for (index, seen), stays in zip(observations, kept, strict=True)
+        if stays or seen.kind in ("end_token", "end_text", "no_end")
+    )
 
 
-class Framing:
-    """Looks at what frames the trained turns of conversations."""
+class TurnInspector:
+    """Observes how the trained turns of tokenized examples begin and end."""
 
-    def __init__(self, backend: Any, eos: int | None, ids_end: int) -> None:
-        # Some tokenizers have white space and HTML among the tokens that were added to them.
-        added = {index: each for index, each in backend.get_added_tokens_decoder().items() if each.content.strip()}
+    def __init__(self, backend: Any, eos: int | None, vocab_size: int) -> None:
+        # Some tokenizers list white space and HTML among their added tokens.
+        added = {index: token for index, token in backend.get_added_tokens_decoder().items() if token.content.strip()}
         self.texts = {index: token.content for index, token in added.items()}
         self.special = {index for index, token in added.items() if token.special} | ({eos} - {None})
-        self.own = np.zeros(ids_end, np.bool_)
-        self.own[[*added, *self.special]] = True
+        self.is_added = np.zeros(vocab_size, np.bool_)
+        self.is_added[[*added, *self.special]] = True
         self.decode = lru_cache(maxsize=10_000)(lambda token: backend.decode([token], skip_special_tokens=False))
-        self._turns: dict[tuple[str, int], Turn] = {}
-        self._openings: dict[tuple[bool, str], str | Turn | None] = {}
+        self._observations: dict[tuple[Kind, int], TurnObservation] = {}
+        self._openings: dict[tuple[bool, str], str | TurnObservation | None] = {}
 
-    def end_of_ids(self, ids: np.ndarray, labels: np.ndarray) -> Seen:
-        """How ids that are no conversation end, where that is a token of its own; of others nothing is known."""
+    def inspect_ids(self, ids: np.ndarray, labels: np.ndarray) -> Observations:
+        """Observe how ids that are not a conversation end: only a special token can be told from text."""
         labelled = np.flatnonzero(labels != IGNORE_INDEX)
-        at = self._last(ids, 0, int(labelled[-1]) + 1) if len(labelled) else 0
-        return (
-            ((at, self._turn("ended", ids[at])),) if labels[at] != IGNORE_INDEX and int(ids[at]) in self.special else ()
-        )
+        last = self._last_token(ids, 0, int(labelled[-1]) + 1) if len(labelled) else 0
+        if labels[last] == IGNORE_INDEX or int(ids[last]) not in self.special:
+            return ()
+        return ((last, self._observation("end_token", ids[last])),)
 
-    def look(
+    def inspect_turn(
         self,
         template: ChatTemplate,
         rendered: Rendered,
         ids: np.ndarray,
         number: int,
         tokens: Span,
-        written: bool,
-    ) -> Seen:
-        """How a turn of a conversation begins and ends.
+        has_control_tokens: bool,
+    ) -> Observations:
+        """Observe how one assistant turn of a conversation begins and ends.
 
         Args:
-            template: that of the conversation.
-            rendered: what it made of the conversation.
-            ids: the tokens of that.
-            number: which of the assistant's turns it is.
-            tokens: [start, end) of its tokens.
-            written: control tokens stand in what somebody wrote, so that those inside a turn may not be the template's.
+            template: the chat template that rendered the conversation.
+            rendered: the rendered conversation.
+            ids: its tokens.
+            number: index among the assistant turns.
+            tokens: [start, end) of the turn's tokens.
+            has_control_tokens: the record itself contains control tokens, so that one inside a turn may not be the template's.
         """
         start, end = tokens
         if start == end:
             return ()
         span, index = rendered.spans[number], rendered.form.answers[number]
         content = rendered.form.turns[index].get("content")
-        last = self._last(ids, start, end)
+        last = self._last_token(ids, start, end)
         if int(ids[last]) in self.special:
-            how = self._turn("ended", ids[last])
+            ending = self._observation("end_token", ids[last])
         elif isinstance(content, str) and _ends_with(rendered.text[slice(*span)], content):
-            how = Turn("open")
+            ending = TurnObservation("no_end")
         else:
-            how = self._turn("ended" if self.own[ids[last]] else "worded", ids[last])
+            ending = self._observation("end_token" if self.is_added[ids[last]] else "end_text", ids[last])
         before = rendered.form.turns[:index]
-        begun = self._with_bos(template, before, rendered.form.tools, rendered.text, span[0])
-        inside = [] if written else start + np.flatnonzero(self.own[ids[start:last]])
+        beginning = self._beginning(template, before, rendered.form.tools, rendered.text, span[0])
+        inner = [] if has_control_tokens else start + np.flatnonzero(self.is_added[ids[start:last]])
         return (
-            *((start, turn) for turn in begun),
-            *((int(at), self._turn("inside", ids[at])) for at in inside),
-            (last, how),
+            *((start, seen) for seen in beginning),
+            *((int(at), self._observation("inner_token", ids[at])) for at in inner),
+            (last, ending),
         )
 
-    def _last(self, ids: np.ndarray, start: int, end: int) -> int:
-        """The last token of a turn; white space behind a token of its own does not count."""
-        at = end - 1
-        while at > start and not self.own[ids[at]] and not self.decode(int(ids[at])).strip():
-            at -= 1
-        return at
+    def _last_token(self, ids: np.ndarray, start: int, end: int) -> int:
+        """Index of a turn's last token that is not white space."""
+        last = end - 1
+        while last > start and not self.is_added[ids[last]] and not self.decode(int(ids[last])).strip():
+            last -= 1
+        return last
 
-    def _turn(self, kind: Any, token: Any) -> Turn:
+    def _observation(self, kind: Kind, token: Any) -> TurnObservation:
         token = int(token)
-        if (kind, token) not in self._turns:
-            self._turns[kind, token] = Turn(kind, token, self.texts.get(token) or self.decode(token))
-        return self._turns[kind, token]
+        if (kind, token) not in self._observations:
+            text = self.texts.get(token) or self.decode(token)
+            self._observations[kind, token] = TurnObservation(kind, token, text)
+        return self._observations[kind, token]
 
-    def _with_bos(
-        self, template: ChatTemplate, before: Sequence[Conversed], tools: Sequence[Any], text: str, start: int
-    ) -> tuple[Turn, ...]:
-        """Whether a turn that starts there begins as generation would begin it: with all that the generation prompt opens.
+    def _beginning(
+        self, template: ChatTemplate, before: Sequence[Turn], tools: Sequence[Any], text: str, start: int
+    ) -> tuple[TurnObservation, ...]:
+        """Compare the text around ``start``, where a turn begins, with what the generation prompt opens.
 
-        The generation prompt is rendered for the first turn of its kind, and looked for in all.
+        The generation prompt is rendered once for each kind of conversation, for its first turn.
         """
         key = bool(tools), before[-1]["role"]
         if key not in self._openings:
@@ -189,34 +200,37 @@ class Framing:
         if not isinstance(opening, str):
             return () if opening is None else (opening,)
         if text.find(opening, max(0, start - len(opening)), start + len(opening)) >= 0:
-            return ASKED
+            return PROMPTED
         common = next(size for size in range(len(opening) - 1, -1, -1) if text.endswith(opening[:size], 0, start))
-        return (Turn("unasked", text=opening[common:]),)
+        return (TurnObservation("prompt_only", text=opening[common:]),)
 
 
 def _ends_with(text: str, content: str) -> bool:
     return bool(content.strip()) and text.rstrip().endswith(content.strip())
 
 
-def _opening(render: Render, before: Sequence[Conversed], tools: Sequence[Any], trained: str) -> str | Turn | None:
-    """What the generation prompt opens behind a conversation; where that is nothing, what precedes a trained turn all the same.
+def _opening(
+    render: Render, before: Sequence[Turn], tools: Sequence[Any], text_before: str
+) -> str | TurnObservation | None:
+    """Text that the generation prompt adds to a conversation, or the header that a trained turn has without it.
 
-    None where there is nothing to say.
+    None where the template refuses the conversation or there is neither.
     """
     try:
-        told, asked = render(before, tools, False), render(before, tools, True)
-    except Exception:  # some templates refuse conversations that end with what precedes a turn
+        without, with_prompt = render(before, tools, False), render(before, tools, True)
+    except Exception:  # some templates refuse conversations that end before an assistant turn
         return None
-    same = next((at for at, pair in enumerate(zip(told, asked, strict=False)) if pair[0] != pair[1]), len(told))
-    if opening := asked[same:]:
+    pairs = zip(without, with_prompt, strict=False)
+    same = next((index for index, (one, other) in enumerate(pairs) if one != other), len(without))
+    if opening := with_prompt[same:]:
         return opening
-    header = trained[len(asked) :] if trained.startswith(asked) else ""
-    return Turn("headed", text=header) if header.strip() else None
+    header = text_before[len(with_prompt) :] if text_before.startswith(with_prompt) else ""
+    return TurnObservation("turn_only", text=header) if header.strip() else None
 
 
-def total(counts: Iterable[Counter[Turn]]) -> Counter[Turn]:
-    """What was counted of several sets together."""
-    whole = Counter[Turn]()
-    for each in counts:
-        whole.update(each)
-    return whole
+def merge_counts(counts: Iterable[Counter[TurnObservation]]) -> Counter[TurnObservation]:
+    """Add up counts of several sets."""
+    merged = Counter[TurnObservation]()
+    for part in counts:
+        merged.update(part)
+    return merged
