@@ -25,7 +25,15 @@ from raysft.storage.local_cache import model_copy
 COLUMNS = ("id", "source", "prompt", "input_ids", "label")
 
 
-def generate(config: Config, *, model: str, prompts: Path, output: Path, progress: bool = True) -> dict[str, Any]:
+def generate(
+    config: Config,
+    *,
+    model: str,
+    prompts: Path,
+    output: Path,
+    role: metrics.ModelRole = "trained",
+    progress: bool = True,
+) -> list[metrics.MetricRow]:
     """Predict what follows each prompt, write the predictions in the order of the prompts, and score them.
 
     Ray must be initialised. Predictions are kept as they come: when this is killed and called again with the same
@@ -38,11 +46,12 @@ def generate(config: Config, *, model: str, prompts: Path, output: Path, progres
             ``end_tokens``, generation stops at these too.
         output: JSON lines to write: ``{"prompt", "predict", "label", "id", "source", "tokens", "stop"}``, and ``error``
             where a prompt could not be completed; its prediction is empty then.
+        role: what the model is in this run, for the metric rows.
         progress: say on stderr how far it is.
 
     Returns:
-        What ``metrics.score`` gives (``predict_rouge-1``, …, by source as well where there are several), and of the call
-        that generated: ``predict_runtime`` in seconds, ``predict_tokens_per_second`` without the engines' start.
+        The rows of ``metrics.score``, and two of the call that generated: ``runtime``, and ``tokens_per_second`` without the
+        start of the engines.
 
     Raises:
         RequestError: the model, the prompts, a metric, the engine or the size of the pool cannot be, said before anything
@@ -59,10 +68,13 @@ def generate(config: Config, *, model: str, prompts: Path, output: Path, progres
         check_weights(model_copy(model), model)
         check_suitable(config, model)
         facts = _generate_missing(config, model, table, journal, name=output.stem, shown=progress)
-    results = metrics.score(config, list(read_jsonl(output)))
-    results["predict_runtime"] = facts["runtime"]
-    results["predict_tokens_per_second"] = facts["tokens_per_second"]
-    return results
+    return [
+        *metrics.score(config, list(read_jsonl(output)), role),
+        metrics.MetricRow("runtime", None, role, facts["runtime"], unit="seconds", higher_is_better=False),
+        metrics.MetricRow(
+            "tokens_per_second", None, role, facts["tokens_per_second"], unit="tokens/second", higher_is_better=True
+        ),
+    ]
 
 
 def _generate_missing(

@@ -311,26 +311,28 @@ def generate_predictions(context: RunContext) -> None:
     if not context.prepared.prompts:
         return
     from raysft.generate.batch_inference import generate as infer
+    from raysft.generate.metrics import write_metrics
 
     if not write_prompts(
         context.prepared.prompts, directory.prompts, config.generate.max_examples, context.prepared.ends
     ):
         context.terminal.line("generate: no example has a prompt (ready tokens have none); nothing is generated")
         return
-    results: dict[str, Any] = {}
+    rows = []
     if not config.generate.compare_base:
         directory.base_predictions.unlink(missing_ok=True)  # those of an earlier call were perhaps made otherwise
     else:
         context.terminal.line("generating with the model before training")
-        base = infer(
-            config, model=context.adapter or context.model, prompts=directory.prompts, output=directory.base_predictions
+        rows += infer(
+            config,
+            model=context.adapter or context.model,
+            prompts=directory.prompts,
+            output=directory.base_predictions,
+            role="base",
         )
-        results.update({f"base_{key}": value for key, value in base.items()})
     context.terminal.line("generating with the trained model")
-    results.update(
-        infer(config, model=directory.model.location, prompts=directory.prompts, output=directory.predictions)
-    )
-    directory.write_results("predict", results)
+    rows += infer(config, model=directory.model.location, prompts=directory.prompts, output=directory.predictions)
+    write_metrics(directory, rows)
 
 
 def _prepared(config: Config) -> tuple[Config, str, str | None, Prepared]:

@@ -37,6 +37,7 @@ def predict(config: Config) -> RunDirectory:
         RunFailed: an engine failed.
     """
     from raysft.generate.batch_inference import generate
+    from raysft.generate.metrics import write_metrics
 
     directory, terminal = RunDirectory.of(config.run_place), Terminal()
     ensure_writable(config)
@@ -58,8 +59,10 @@ def predict(config: Config) -> RunDirectory:
                 )
             check_tokens(_used(directory.prompts), rows, tokenizer, f"generate.model={model}")
             terminal.line(f"generating with {config.generate.model}")
-            results = generate(config, model=model, prompts=directory.prompts, output=directory.predictions)
-        directory.write_results("predict", results)
+            metric_rows = generate(
+                config, model=model, prompts=directory.prompts, output=directory.predictions, role="other"
+            )
+        write_metrics(directory, metric_rows)
     return directory
 
 

@@ -86,6 +86,11 @@ class RunDirectory:
         return self.path / "generated_predictions_base.jsonl"
 
     @property
+    def metrics(self) -> Path:
+        """Metrics of the predictions: one line for each metric, source and model."""
+        return self.path / "metrics.jsonl"
+
+    @property
     def checkpoints(self) -> StoragePath:
         """Checkpoints to resume from."""
         return self.place / "checkpoints"

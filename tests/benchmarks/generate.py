@@ -72,9 +72,12 @@ def raysft(model: str, file: Path, folder: Path, count: int, new_tokens: int) ->
         }
     )
     output = folder / "predictions.jsonl"
-    results = generate(config, model=model, prompts=folder / "prompts.parquet", output=output)
+    metrics = generate(config, model=model, prompts=folder / "prompts.parquet", output=output)
     rows = list(read_jsonl(output))
-    tokens, rate = sum(row["tokens"] for row in rows), results["predict_tokens_per_second"]
+    tokens, rate = (
+        sum(row["tokens"] for row in rows),
+        next(row.value for row in metrics if row.metric == "tokens_per_second"),
+    )
     return {"tokens": tokens, "rate": rate, "seconds": tokens / rate, "texts": [row["predict"] for row in rows]}
 
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from raysft.cluster.placement import Node
 from raysft.config import Config, with_overrides
 from raysft.errors import RequestError, RunFailed
-from raysft.generate import batch_inference, engine_pool
+from raysft.generate import batch_inference, engine_pool, metrics
 from raysft.generate.batch_inference import generate
 from raysft.generate.engines import Completion
 from raysft.generate.engines.sampling import choose_tokens
@@ -94,7 +94,8 @@ def as_text(model: Path, tokens: list[list[int]]) -> list[str]:
 @pytest.mark.usefixtures("local_ray")
 def test_predictions_are_those_of_each_prompt_alone_in_order(model, prompts, tmp_path, capfd):
     output = tmp_path / "generated_predictions.jsonl"
-    results = generate(config(num_actors=2), model=str(model), prompts=prompts, output=output)
+    metric_rows = generate(config(num_actors=2), model=str(model), prompts=prompts, output=output)
+    results = metrics.flat_results(metric_rows)
 
     rows = list(read_jsonl(output))
     table = pq.read_table(prompts)
@@ -112,7 +113,7 @@ def test_predictions_are_those_of_each_prompt_alone_in_order(model, prompts, tmp
 
     capfd.readouterr()
     before = output.stat().st_mtime_ns
-    assert generate(config(batch_size=8), model=str(model), prompts=prompts, output=output) == results
+    assert generate(config(batch_size=8), model=str(model), prompts=prompts, output=output) == metric_rows
     assert output.stat().st_mtime_ns == before
     assert capfd.readouterr().err == ""
 
@@ -183,7 +184,7 @@ def test_a_prompt_that_failed_is_tried_again_by_the_next_call(model, prompts, tm
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batch_inference, "completions", without_memory)
-        results = generate(config(), model=str(model), prompts=prompts, output=output)
+        results = metrics.flat_results(generate(config(), model=str(model), prompts=prompts, output=output))
         assert results["predict_examples"] == len(QUESTIONS)
         assert [row.get("error") for row in read_jsonl(output)] == [None, None, "no memory", *[None] * 5]
         told = "1 of 8 prompts were not completed (generate once more to try them again), the first of them: q:2: no memory"
@@ -247,22 +248,20 @@ def test_a_model_that_does_not_load_fails_in_one_line(model, prompts, tmp_path):
 
 @pytest.mark.usefixtures("local_ray")
 def test_metrics_of_many_predictions_are_the_same_from_tasks(monkeypatch):
-    from raysft.generate import metrics
     from tests.unit.test_metrics import PAIRS, rows
 
-    every = config(metrics=list(metrics.BROUGHT))
+    every = config(metrics=list(metrics.BUILTIN_METRICS))
     here = metrics.score(every, rows(PAIRS * 20, sources=("x", "y")))
-    monkeypatch.setattr(metrics, "PARALLEL_FROM", 1)
-    monkeypatch.setattr(metrics, "_BLOCK", 33)
+    monkeypatch.setattr("raysft.generate.metrics.scoring.PARALLEL_FROM", 1)
+    monkeypatch.setattr("raysft.generate.metrics.scoring._BLOCK", 33)
     assert metrics.score(every, rows(PAIRS * 20, sources=("x", "y"))) == here
 
 
 @pytest.mark.usefixtures("local_ray")
 def test_a_metric_that_fails_in_a_task_is_one_line(monkeypatch):
-    from raysft.generate import metrics
     from tests.unit.test_metrics import rows
 
-    monkeypatch.setattr(metrics, "PARALLEL_FROM", 1)
+    monkeypatch.setattr("raysft.generate.metrics.scoring.PARALLEL_FROM", 1)
     with pytest.raises(RunFailed, match=r"^generate.metrics: 'rouge' failed: .*NoneType") as failed:
         metrics.score(config(metrics=["rouge", "bleu"]), rows([("text", "text"), ("text", None)]))
     assert len(str(failed.value)) < 350
@@ -271,8 +270,8 @@ def test_a_metric_that_fails_in_a_task_is_one_line(monkeypatch):
 def test_no_prompts_give_an_empty_output(model, prompts, tmp_path):
     empty = tmp_path / "empty.parquet"
     pq.write_table(pq.read_table(prompts).slice(0, 0), empty)
-    results = generate(config(), model=str(model), prompts=empty, output=tmp_path / "out.jsonl", progress=False)
-    assert results["predict_examples"] == 0
+    rows = generate(config(), model=str(model), prompts=empty, output=tmp_path / "out.jsonl", progress=False)
+    assert metrics.flat_results(rows)["predict_examples"] == 0
     assert (tmp_path / "out.jsonl").read_text() == ""
 
 

@@ -9,7 +9,9 @@ import random
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import jieba
 import numpy as np
@@ -23,6 +25,9 @@ from raysft.config import Config, with_overrides
 from raysft.errors import RequestError, RunFailed
 from raysft.generate import metrics
 from raysft.generate.metrics.bootstrap import intervals, resampled_sums, totals
+from raysft.generate.metrics.loading import loaded
+from raysft.storage.json_files import read_jsonl
+from raysft.storage.run_directory import RunDirectory
 
 jieba.setLogLevel(logging.WARNING)
 
@@ -55,6 +60,11 @@ def rows(pairs, sources=("one",)):
     ]
 
 
+def score(config: Config, predictions: list[dict]) -> dict[str, Any]:
+    """The scores under their flat keys."""
+    return metrics.flat_results(metrics.score(config, predictions))
+
+
 def by_definition(predict: str, label: str) -> dict[str, float]:
     """LLaMA-Factory's definitions, straight from the libraries."""
     hypothesis, reference = " ".join(jieba.cut(predict)), " ".join(jieba.cut(label))
@@ -68,12 +78,12 @@ def by_definition(predict: str, label: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("pair", PAIRS, ids=range(len(PAIRS)))
 def test_one_example_has_the_values_of_the_libraries(pair):
-    scored = metrics.score(config(), rows([pair]))
+    scored = score(config(), rows([pair]))
     assert scored == {"predict_examples": 1, **{f"predict_{k}": v for k, v in by_definition(*pair).items()}}
 
 
 def test_all_examples_and_each_source_have_the_means_of_theirs():
-    scored = metrics.score(config(), rows(PAIRS, sources=("x", "y", "y")))
+    scored = score(config(), rows(PAIRS, sources=("x", "y", "y")))
     expected = [by_definition(*pair) for pair in PAIRS]
     groups = {"": slice(None), "x_": slice(0, None, 3)}
     for prefix, members in groups.items():
@@ -90,7 +100,7 @@ def corpus(pairs=PAIRS) -> tuple[list[str], list[str]]:
 def scored(metric: str, pairs=PAIRS, **run) -> dict:
     """Figures of one metric over all examples."""
     named = with_overrides(config(metrics=[metric]), {f"run.{key}": value for key, value in run.items()})
-    return {key.removeprefix("predict_"): value for key, value in metrics.score(named, rows(pairs)).items()}
+    return {key.removeprefix("predict_"): value for key, value in score(named, rows(pairs)).items()}
 
 
 ENGLISH = [pair for pair in PAIRS if all(text.isascii() for text in pair)]
@@ -197,25 +207,25 @@ def test_exact_match_is_a_share_and_does_not_see_blanks_at_the_ends():
     assert 0 <= found["exact_match_low"] < 0.5 < found["exact_match_high"] <= 1
 
 
-@pytest.mark.parametrize("metric", metrics.BROUGHT)
+@pytest.mark.parametrize("metric", metrics.BUILTIN_METRICS)
 def test_in_seven_uneven_parts_the_statistics_and_figures_are_those_of_the_whole(metric):
     predictions, references = corpus(PAIRS * 3)
-    with metrics._loaded(metric) as module:
+    with loaded(metric) as module:
         whole = module.statistics(predictions, references)
         cuts = [0, 1, 1, 4, 11, 12, 30, len(predictions)]
         parts = [module.statistics(predictions[a:b], references[a:b]) for a, b in itertools.pairwise(cuts)]
         assert np.array_equal(np.concatenate(parts), whole)
-        figures = module.figures(totals(whole), len(whole))
-        of_parts = module.figures(np.sum([totals(part) for part in parts], axis=0), len(whole))
+        figures = module.scores(totals(whole), len(whole))
+        of_parts = module.scores(np.sum([totals(part) for part in parts], axis=0), len(whole))
     assert of_parts == pytest.approx(figures, abs=1e-9)
     assert all(np.isfinite(value) and 0 <= value <= 100.0001 for value in figures.values())
 
 
-@pytest.mark.parametrize("metric", metrics.BROUGHT)
+@pytest.mark.parametrize("metric", metrics.BUILTIN_METRICS)
 def test_every_metric_is_a_module_for_evaluate(metric, tmp_path):
     import evaluate
 
-    module = evaluate.load(str(metrics.BROUGHT[metric]), cache_dir=str(tmp_path))
+    module = evaluate.load(str(metrics.BUILTIN_METRICS[metric]), cache_dir=str(tmp_path))
     predictions, references = corpus()
     computed = module.compute(predictions=predictions, references=references)
     assert computed == {key: value for key, value in scored(metric).items() if key in computed}
@@ -224,9 +234,9 @@ def test_every_metric_is_a_module_for_evaluate(metric, tmp_path):
 
 
 def test_a_source_among_others_is_scored_as_if_it_were_alone():
-    everything = config(metrics=list(metrics.BROUGHT))
-    together = metrics.score(everything, rows(PAIRS, sources=("x", "y", "y")))
-    alone = metrics.score(everything, [row for row in rows(PAIRS, sources=("x", "y", "y")) if row["source"] == "y"])
+    everything = config(metrics=list(metrics.BUILTIN_METRICS))
+    together = score(everything, rows(PAIRS, sources=("x", "y", "y")))
+    alone = score(everything, [row for row in rows(PAIRS, sources=("x", "y", "y")) if row["source"] == "y"])
     figures = {key.removeprefix("predict_"): value for key, value in alone.items() if not key.endswith("_signature")}
     assert len(figures) == 1 + 3 * (4 + 4 + 1 + 1 + 1 + 1)
     assert {key: together[f"predict_y_{key}"] for key in figures} == figures
@@ -247,10 +257,10 @@ def test_a_resample_has_the_figure_of_its_texts():
     """The examples that a resample drew, as texts: sacreBLEU gives them the same BLEU."""
     predictions, references = corpus(PAIRS)
     draws = np.random.default_rng(3).integers(len(PAIRS), size=(5, len(PAIRS)))
-    with metrics._loaded("bleu") as module:
+    with loaded("bleu") as module:
         for sums, drawn in zip(resampled_sums(module.statistics(predictions, references), 3, 5), draws, strict=True):
             texts = [predictions[i] for i in drawn], [[references[i] for i in drawn]]
-            assert module.figures(sums, len(drawn))["bleu"] == pytest.approx(
+            assert module.scores(sums, len(drawn))["bleu"] == pytest.approx(
                 sacrebleu.corpus_bleu(*texts).score, abs=1e-9
             )
 
@@ -261,10 +271,11 @@ def test_an_interval_is_as_wide_as_that_of_a_plain_loop():
     means = sorted(sum(generator.choices(values, k=300)) / 300 for _ in range(1000))
     sums = resampled_sums(np.array(values).reshape(-1, 1), seed=0)
     found = intervals([{"mean": float(total) / 300} for [total] in sums])
-    assert found["mean_low"] == pytest.approx(means[24], abs=0.005)
-    assert found["mean_high"] == pytest.approx(means[975], abs=0.005)
+    low, high = found["mean"]
+    assert low == pytest.approx(means[24], abs=0.005)
+    assert high == pytest.approx(means[975], abs=0.005)
     width = 2 * 1.96 * np.std(values) / np.sqrt(300)
-    assert found["mean_high"] - found["mean_low"] == pytest.approx(width, rel=0.1)
+    assert high - low == pytest.approx(width, rel=0.1)
 
 
 def test_resamples_do_not_depend_on_how_many_are_in_memory(monkeypatch):
@@ -275,7 +286,42 @@ def test_resamples_do_not_depend_on_how_many_are_in_memory(monkeypatch):
 
 
 def test_no_predictions_have_no_values():
-    assert metrics.score(config(), []) == {"predict_examples": 0}
+    assert score(config(), []) == {"predict_examples": 0}
+
+
+def test_the_result_files_hold_the_rows_and_the_flat_keys_of_llamafactory(tmp_path):
+    run = RunDirectory(tmp_path)
+    predictions = rows([("a b", "a b"), ("c", "d"), ("e", "e")], sources=("x", "y_z", "x"))
+    named = config(metrics=["exact_match", "bleu"])
+    scores = [row for role in ("base", "trained") for row in metrics.score(named, predictions, role)]
+    signature = next(row.signature for row in scores if row.metric == "bleu")
+    scores.append(metrics.MetricRow("runtime", None, "trained", 1.5, unit="seconds", higher_is_better=False))
+    metrics.write_metrics(run, scores)
+
+    flat = run.read_results("predict")
+    assert run.read_results("all") == flat
+    figures = ("exact_match", "exact_match_low", "exact_match_high", "bleu", "bleu_low", "bleu_high")
+    keys = {"examples", "x_examples", "y_z_examples", *figures, *(f"x_{key}" for key in figures), "bleu_signature"}
+    keys |= {"y_z_exact_match", "y_z_bleu"}  # one example, and so no interval
+    assert set(flat) == {f"{base}predict_{key}" for key in keys for base in ("", "base_")} | {"predict_runtime"}
+    values = {"examples": 3, "exact_match": 2 / 3, "x_examples": 2, "x_exact_match": 1.0, "x_exact_match_low": 1.0}
+    values |= {"y_z_exact_match": 0.0, "runtime": 1.5, "bleu_signature": signature}
+    assert {key: flat[f"predict_{key}"] for key in values} == values
+
+    lines = list(read_jsonl(run.metrics))
+    assert lines == [asdict(row) for row in scores]
+    [row] = [row for row in lines if (row["metric"], row["source"], row["model"]) == ("exact_match", "x", "trained")]
+    assert row == {
+        "metric": "exact_match",
+        "source": "x",
+        "model": "trained",
+        "value": 1.0,
+        "low": 1.0,
+        "high": 1.0,
+        "unit": "fraction",
+        "higher_is_better": True,
+        "signature": None,
+    }
 
 
 @pytest.mark.parametrize(
@@ -284,7 +330,7 @@ def test_no_predictions_have_no_values():
         ("similarty", "HF_HUB_OFFLINE is set", "did you mean similarity"),
         ("bluezh", "HF_HUB_OFFLINE is set", "did you mean bleu_zh"),
         ("exact-match", "HF_HUB_OFFLINE is set", "did you mean exact_match"),
-        ("./no/metric", "cannot be loaded", "those that come with raysft are bleu, bleu_zh"),
+        ("./no/metric", "cannot be loaded", "built-in metrics: bleu, bleu_zh"),
     ],
 )
 def test_an_unknown_metric_is_refused_in_one_line(name, fault, remedy, monkeypatch):
@@ -323,7 +369,7 @@ def test_a_metric_named_by_path_sees_whole_groups(tmp_path):
     path.write_text(WORDS)
     named = config(metrics=[str(path)])
     metrics.check(named)
-    scored = metrics.score(named, rows([("a", "a b c d"), ("a b", "a b"), ("a", "a")], sources=("x", "y")))
+    scored = score(named, rows([("a", "a b c d"), ("a b", "a b"), ("a", "a")], sources=("x", "y")))
     assert scored["predict_ratio"] == 4 / 7
     assert scored["predict_x_ratio"] == 2 / 5
     assert scored["predict_words_examples"] == 3  # its own key, beside ours of that name
@@ -343,9 +389,9 @@ class Shouting(AdditiveMetric):
         counts = [[len(words & set(r.split())), len(words)] for words, r in zip(loud, references)]
         return np.array(counts, dtype=float)
 
-    def figures(self, sums, examples):
+    def scores(self, sums, examples):
         if sums[1] > 100:
-            raise ValueError("too\\nloud")
+            raise ValueError("too loud\\nfor us")
         return {"shouting": sums[0] / max(sums[1], 1)}
 '''
 
@@ -356,14 +402,14 @@ def test_an_additive_metric_named_by_path_has_intervals(tmp_path):
     found = scored(str(path), [("A B", "A"), ("B", "B"), ("c", "c")] * 5)
     assert found["shouting"] == 2 / 3
     assert found["shouting_low"] < 2 / 3 < found["shouting_high"]
-    with pytest.raises(RunFailed, match=r"shouting.py' failed: too loud"):
+    with pytest.raises(RunFailed, match=r"shouting.py' failed: too loud; .*fix"):
         scored(str(path), [("A B", "A")] * 60)
 
 
 def test_two_processes_at_once_score_alike_and_leave_nothing_behind(tmp_path):
     script = (
-        "from raysft.generate import metrics\nfrom tests.unit.test_metrics import PAIRS, config, rows\n"
-        "print(sorted(metrics.score(config(), rows(PAIRS)).items()))"
+        "from raysft.generate import metrics\nfrom tests.unit.test_metrics import PAIRS, config, rows, score\n"
+        "print(score(config(), rows(PAIRS)))"
     )
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "TMPDIR": str(tmp_path)}
@@ -376,7 +422,7 @@ def test_two_processes_at_once_score_alike_and_leave_nothing_behind(tmp_path):
         for _ in range(2)
     ]  # fmt: skip
     outputs = [process.communicate(timeout=120) for process in started]
-    assert outputs[0][0] == outputs[1][0] == f"{sorted(metrics.score(config(), rows(PAIRS)).items())}\n"
+    assert outputs[0][0] == outputs[1][0] == f"{score(config(), rows(PAIRS))}\n"
     assert "Building prefix dict" not in outputs[0][1]
     assert not list((tmp_path / "cwd").iterdir())
     assert not list(tmp_path.glob("raysft-metric-*"))

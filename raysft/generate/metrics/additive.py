@@ -1,4 +1,4 @@
-"""Metrics whose figures follow from sums over examples, so that they can be computed in parts and resampled."""
+"""Metrics that are computed from sums over examples, so that they can be computed in parts and resampled."""
 
 from __future__ import annotations
 
@@ -13,34 +13,38 @@ from raysft.generate.metrics.bootstrap import totals
 
 
 class AdditiveMetric(evaluate.Metric, abc.ABC):
-    """A module for ``evaluate`` that says what of each example has to be summed, and what figures the sums give.
+    """An ``evaluate`` module that defines the statistics of each example, and the scores that follow from their sums.
 
-    A metric of the whole corpus, such as BLEU, is a ratio of sums and no mean of the ratios of its parts. With the sums
-    it can be computed by many tasks, for each source and for resampled examples, and is the same to the last digit.
-    ``generate.metrics`` may name a file with a class of this kind; its figures then have intervals too.
+    A metric of a whole corpus, such as BLEU, is a ratio of sums, not a mean over its parts. From the sums, many tasks
+    compute it exactly, for each source and for resampled examples. A file in ``generate.metrics`` may hold a class of
+    this kind; its scores then have intervals too.
     """
 
     description: str = ""
     citation: str = ""
     results: str = ""
-    """What the figures are, for the documentation that ``evaluate`` shows."""
+    """Names of the scores, for the documentation that ``evaluate`` shows."""
+    unit: str | None = None
+    """Unit of the scores: ``points`` (0 to 100) or ``fraction`` (0 to 1); None: unknown."""
+    higher_is_better: bool | None = None
+    """Direction of the scores; None: unknown."""
 
     @property
     def signature(self) -> str:
-        """Version and settings by which others can repeat the figures, in the words of the library; empty without such."""
+        """Version and settings that reproduce the scores, as the library writes them; empty if it writes none."""
         return ""
 
     @abc.abstractmethod
     def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
-        """What is to be summed: [examples, statistics] float64, the same number of columns for no examples too."""
+        """Statistics to sum: [examples, statistics] float64, with the same number of columns for zero examples."""
 
     @abc.abstractmethod
-    def figures(self, sums: np.ndarray, examples: int) -> dict[str, float]:
-        """The figures of a corpus.
+    def scores(self, sums: np.ndarray, examples: int) -> dict[str, float]:
+        """Scores of a corpus.
 
         Args:
             sums: [statistics] sums over its examples.
-            examples: how many there are; none is allowed.
+            examples: number of examples; may be 0.
         """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -59,15 +63,15 @@ Returns:
         )
 
     def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-        # The loader of evaluate hands over its own kind of column.
-        return self.figures(totals(self.statistics(list(predictions), list(references))), len(predictions))
+        # evaluate passes columns of its own type.
+        return self.scores(totals(self.statistics(list(predictions), list(references))), len(predictions))
 
 
 class MeanMetric(AdditiveMetric):
-    """A metric that is the mean of its values for each example."""
+    """A metric that is the mean over the scores of single examples."""
 
     keys: tuple[str, ...]
-    """Names of the figures, in the order of the statistics' columns."""
+    """Names of the scores, in the order of the statistics' columns."""
 
-    def figures(self, sums: np.ndarray, examples: int) -> dict[str, float]:
+    def scores(self, sums: np.ndarray, examples: int) -> dict[str, float]:
         return {key: float(total) / max(examples, 1) for key, total in zip(self.keys, sums, strict=True)}

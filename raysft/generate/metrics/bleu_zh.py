@@ -4,10 +4,10 @@ from raysft.generate.metrics import bleu
 
 
 class BleuZh(bleu.Bleu):
-    """As ``bleu``, with sacreBLEU's tokenizer ``zh``; what is not Chinese is cut nearly as ``13a`` does."""
+    """Like ``bleu``, with sacreBLEU's tokenizer ``zh``; other scripts are split almost as ``13a`` splits them."""
 
     description = (
-        "Corpus BLEU (0 to 100) by sacreBLEU with its tokenizer zh, smoothed exponentially, one reference an example."
+        "Corpus BLEU (0 to 100) by sacreBLEU with its tokenizer zh, smoothed exponentially, one reference per example."
     )
     results = "bleu_zh."
     tokenizer = "zh"

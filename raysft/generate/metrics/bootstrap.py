@@ -1,7 +1,8 @@
-"""How much a figure would vary with other examples of the same kind: percentile bootstrap over examples.
+"""Confidence intervals of scores, by percentile bootstrap over examples.
 
 Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13; for BLEU: Koehn, Statistical Significance Tests
-for Machine Translation Evaluation (2004). It says nothing of how figures vary with the seed of training or of sampling.
+for Machine Translation Evaluation (2004). An interval covers the choice of examples, but not the seeds of training and
+sampling.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import numpy as np
 
 RESAMPLES = 1000
 LEVEL = 95.0
-"""Percent of the resamples that an interval holds."""
+"""Percentage of the resamples that an interval holds."""
 _WEIGHTS = 1 << 22
 """Weights in memory at a time (32 MiB)."""
 
 
 def totals(statistics: np.ndarray) -> np.ndarray:
-    """[statistics] sums over [examples, statistics], each added up just as ``np.mean`` adds up one column.
+    """[statistics] sums over [examples, statistics], each added up exactly as ``np.mean`` adds up one column.
 
     >>> totals(np.array([[1.0, 10.0], [2.0, 20.0]])).tolist()
     [3.0, 30.0]
@@ -27,15 +28,16 @@ def totals(statistics: np.ndarray) -> np.ndarray:
 
 
 def resampled_sums(statistics: np.ndarray, seed: int, resamples: int = RESAMPLES) -> np.ndarray:
-    """Sums of the statistics over examples drawn anew, as many as there are, with replacement.
+    """Sums of the statistics over resamples: as many examples as there are, drawn with replacement.
 
-    A resample is how often each example was drawn (multinomial), and all sums of many resamples are one product of
-    matrices: with 100,000 examples a thousand resamples take a few seconds, whatever the number of metrics.
-    The same seed and number of examples give the same draws, so that two models are compared on the same resamples.
+    A resample is a vector that counts how often each example was drawn (multinomial), so that the sums of many resamples
+    are one matrix product: 1,000 resamples of 100,000 examples take a few seconds, whatever the number of metrics.
+    The same seed and number of examples give the same draws: two models are compared on the same resamples.
 
     Args:
         statistics: [examples, statistics], at least one example.
         seed: of the draws.
+        resamples: number of resamples.
 
     Returns:
         [resamples, statistics]
@@ -52,14 +54,14 @@ def resampled_sums(statistics: np.ndarray, seed: int, resamples: int = RESAMPLES
     return sums
 
 
-def intervals(resampled: Sequence[Mapping[str, float]], level: float = LEVEL) -> dict[str, float]:
-    """``{key}_low`` and ``{key}_high`` of each figure, between which ``level`` percent of the resamples lie.
+def intervals(resampled: Sequence[Mapping[str, float]], level: float = LEVEL) -> dict[str, tuple[float, float]]:
+    """The interval of each score that holds ``level`` percent of the resamples, rounded to 4 places.
 
     >>> intervals([{"bleu": float(i)} for i in range(101)], level=90)
-    {'bleu_low': 5.0, 'bleu_high': 95.0}
+    {'bleu': (5.0, 95.0)}
     """
     found = {}
     for key in resampled[0] if resampled else ():
-        ends = np.percentile([figures[key] for figures in resampled], [50 - level / 2, 50 + level / 2])
-        found[f"{key}_low"], found[f"{key}_high"] = (round(float(end), 4) for end in ends)
+        low, high = np.percentile([scores[key] for scores in resampled], [50 - level / 2, 50 + level / 2])
+        found[key] = (round(float(low), 4), round(float(high), 4))
     return found

@@ -1,7 +1,7 @@
-"""ROUGE by ``rouge_score``, the implementation of the literature in English: a module for ``evaluate.load(path)``.
+"""ROUGE by ``rouge_score``, the usual implementation for English: a module for ``evaluate.load(path)``.
 
-Its tokenizer throws away all but a to z and 0 to 9, and Chinese text scores 0. Here letters of other scripts are kept: text in
-Latin letters has the figures of ``rouge_score`` itself, and other text has figures.
+The tokenizer of ``rouge_score`` discards everything but a to z and 0 to 9, so that Chinese text scores 0. This module keeps
+letters of other scripts; text in Latin letters has exactly the scores of ``rouge_score``.
 """
 
 import functools
@@ -15,7 +15,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 
 from raysft.generate.metrics.additive import MeanMetric
-from raysft.generate.metrics.subsequence import common_length, common_positions
+from raysft.subsequence import common_length, common_pairs
 
 _TOKEN = regex.compile(
     r"""(?V1)
@@ -29,15 +29,17 @@ _TOKEN = regex.compile(
 
 
 class Rouge(MeanMetric):
-    """Statistics are the F values of each example."""
+    """Statistics are the four F-measures of each example."""
 
     description = """ROUGE-1, ROUGE-2, ROUGE-L and ROUGE-Lsum (F times 100, 0 to 100) by rouge_score with Porter's stemmer, the mean
-over examples; sentences of ROUGE-Lsum are lines. Chinese and Japanese characters are words, as are the words of other
-scripts, which rouge_score alone throws away."""
+over examples; the sentences of ROUGE-Lsum are lines. Chinese and Japanese characters count as words, and words of other
+scripts are kept, which rouge_score itself discards."""
     citation = """@inproceedings{lin-2004-rouge, title = {{ROUGE}: A Package for Automatic Evaluation of Summaries},
 author = {Lin, Chin-Yew}, year = {2004}}"""
     results = "rouge1, rouge2, rougeL, rougeLsum."
     keys = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+    unit = "points"
+    higher_is_better = True
 
     def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
         words = _Words()
@@ -45,8 +47,8 @@ author = {Lin, Chin-Yew}, year = {2004}}"""
         values = []
         for prediction, reference in zip(predictions, references, strict=True):
             ngrams = scorer.score(reference, prediction)
-            of_both = [[words.tokenize(line) for line in text.split("\n")] for text in (prediction, reference)]
-            subsequences = _rouge_l(*of_both), _rouge_lsum(*of_both)
+            lines = [[words.tokenize(line) for line in text.split("\n")] for text in (prediction, reference)]
+            subsequences = _rouge_l(*lines), _rouge_lsum(*lines)
             values.append([ngrams["rouge1"].fmeasure, ngrams["rouge2"].fmeasure, *subsequences])
         return 100 * np.array(values, dtype=np.float64).reshape(-1, len(self.keys))
 
@@ -60,14 +62,14 @@ def _rouge_l(prediction: list[list[str]], reference: list[list[str]]) -> float:
 def _rouge_lsum(prediction: list[list[str]], reference: list[list[str]]) -> float:
     """F of the summary-level ROUGE-L (Lin 2004, section 3.2), from the words of each line.
 
-    Of a line of the reference those words count that are in its longest common subsequence with any line of the prediction; as
-    in ROUGE-1.5.5 no word more often than both texts have it.
+    A word in a line of the reference is a hit if it is in the longest common subsequence with any line of the prediction.
+    As in ROUGE-1.5.5, no word is a hit more often than it occurs in both texts.
     """
     left = [Counter(word for line in lines for word in line) for lines in (prediction, reference)]
     lengths = [counts.total() for counts in left]
     hits = 0
     for line in reference:
-        found = set[int]().union(*(common_positions(other, line) for other in prediction))
+        found = {at for other in prediction for _, at in common_pairs(other, line)}
         for word in (line[position] for position in sorted(found)):
             if all(counts[word] for counts in left):
                 hits += 1
@@ -76,16 +78,16 @@ def _rouge_lsum(prediction: list[list[str]], reference: list[list[str]]) -> floa
     return _f(hits, *lengths)
 
 
-def _f(hits: int, predicted: int, wanted: int) -> float:
+def _f(hits: int, predicted: int, expected: int) -> float:
     """The harmonic mean of precision and recall."""
     if not hits:
         return 0.0
-    precision, recall = hits / predicted, hits / wanted
+    precision, recall = hits / predicted, hits / expected
     return 2 * precision * recall / (precision + recall)
 
 
 class _Words(Tokenizer):
-    """Words in small letters, those of more than three Latin letters without their endings."""
+    """Splits text into lower-case words, and stems those of more than three Latin letters."""
 
     def __init__(self) -> None:
         self._stem = functools.lru_cache(maxsize=1 << 16)(PorterStemmer().stem)

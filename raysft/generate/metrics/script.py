@@ -1,4 +1,4 @@
-"""The file of an ``evaluate`` module by path or by its id on the hub."""
+"""Find the file of an ``evaluate`` module by its path or its id on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -8,37 +8,38 @@ from raysft.storage import hub
 from raysft.storage.local_cache import may_be_on_hub
 
 KINDS = ("metric", "comparison", "measurement")
-"""The hub's ``NAME`` is ``evaluate-KIND/NAME`` of the first kind that has it."""
+"""A ``NAME`` without an owner is ``evaluate-KIND/NAME`` of the first kind that has it."""
 
 
-class NotGiven(Exception):
-    """A module is neither here nor given by the hub: "FACT; REMEDY"."""
+class ScriptNotFound(Exception):
+    """No file of the module was found, neither locally nor on the Hub. The message continues a sentence about the module."""
 
 
-def script_of(name: str) -> str:
-    """The file that ``evaluate.load`` can load a module from without asking the hub, whose errors it would not tell apart and
-    wait for without a bound.
+def find_script(name: str) -> str:
+    """Find a file that ``evaluate.load`` can load without asking the Hub.
+
+    ``evaluate`` itself would wait for the Hub without a limit, and report all of its errors alike.
 
     Args:
-        name: a file, the folder ``…/NAME`` of a ``NAME.py``, or an id on the hub.
+        name: a file, the folder ``…/NAME`` of a ``NAME.py``, or an id on the Hub.
 
     Raises:
-        NotGiven: neither the hub gives it, nor its cache where the hub does not answer.
+        ScriptNotFound: the Hub does not have it or does not answer, and it is not cached.
     """
     if name.endswith(".py") or (Path(name) / f"{Path(name).name}.py").is_file() or not may_be_on_hub(name):
         return name
     ids = [name] if "/" in name else [f"evaluate-{kind}/{name}" for kind in KINDS]
     try:
-        return str(_fetched(ids))
+        return str(_fetch(ids))
     except hub.failures() as error:
-        kept = next((found for id in ids if (found := _kept(id))), None)
-        if kept is None:
-            raise NotGiven(f"is no file here, and {hub.reason_of(error) or hub.NONSENSE}") from None
-        return str(kept)
+        cached = next((script for id in ids if (script := _cached_by_evaluate(id))), None)
+        if cached is None:
+            raise ScriptNotFound(f"is not a local file, and {hub.reason_of(error) or hub.NONSENSE}") from None
+        return str(cached)
 
 
-def _fetched(ids: list[str]) -> Path:
-    """The file of the first id that the hub or its cache has; else what came in the way."""
+def _fetch(ids: list[str]) -> Path:
+    """Fetch the file of the first id that the Hub or its cache has; raise the first failure that says more than "not found"."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -52,13 +53,13 @@ def _fetched(ids: list[str]) -> Path:
             continue
         script = folder / f"{Path(id).name}.py"
         if not script.is_file():
-            raise NotGiven(f"is no metric: {id} on the hub holds no {script.name}; check its name")
+            raise ScriptNotFound(f"is not a metric: {id} on the Hub has no {script.name}; check its name")
         return script
     raise next((error for error in failures if not isinstance(error, RepositoryNotFoundError)), failures[0])
 
 
-def _kept(id: str) -> Path | None:
-    """The newest file that ``evaluate`` itself has fetched for an id at some time."""
+def _cached_by_evaluate(id: str) -> Path | None:
+    """The newest file that ``evaluate`` itself has cached for an id."""
     from evaluate.loading import init_dynamic_modules
 
     folder = Path(init_dynamic_modules(), "metrics", id.replace("/", "--"))

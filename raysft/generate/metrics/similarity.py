@@ -1,6 +1,6 @@
-"""ROUGE and BLEU-4 as LLaMA-Factory defines them, so that figures compare: a module for ``evaluate.load(path)``.
+"""ROUGE and BLEU-4 as LLaMA-Factory defines them, so that scores are comparable: a module for ``evaluate.load(path)``.
 
-``evaluate`` reads the imports of this file as text: one import a line, and nothing relative.
+``evaluate`` parses the imports of this file as text: one import per line, none relative.
 """
 
 import warnings
@@ -12,15 +12,15 @@ from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_chinese import Rouge
 
 from raysft.generate.metrics.additive import MeanMetric
-from raysft.generate.metrics.subsequence import common_length
+from raysft.subsequence import common_length
 
-with warnings.catch_warnings():  # jieba imports pkg_resources, which warns of its own end
+with warnings.catch_warnings():  # jieba imports pkg_resources, which warns that it is deprecated
     warnings.simplefilter("ignore")
     import jieba
 
 
 class Similarity(MeanMetric):
-    """Statistics are the four values of each example."""
+    """Statistics are the four scores of each example."""
 
     description = """Similarity of predictions to references: ROUGE-1, ROUGE-2 and ROUGE-L (F) over the words that jieba
 finds, and BLEU-4 over characters with the smoothing method3 of NLTK; all times 100, the mean over examples."""
@@ -30,6 +30,8 @@ author = {Lin, Chin-Yew}, year = {2004}}
 author = {Papineni, Kishore and Roukos, Salim and Ward, Todd and Zhu, Wei-Jing}, year = {2002}}"""
     results = "rouge-1, rouge-2, rouge-l, bleu-4."
     keys = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
+    unit = "points"
+    higher_is_better = True
 
     def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
         jieba.setLogLevel("WARNING")
@@ -37,13 +39,13 @@ author = {Papineni, Kishore and Roukos, Salim and Ward, Todd and Zhu, Wei-Jing},
         values = [[example[key] for key in self.keys] for example in examples]
         return np.array(values, dtype=np.float64).reshape(-1, len(self.keys))
 
-    def figures(self, sums: np.ndarray, examples: int) -> dict[str, float]:
-        # LLaMA-Factory rounds the values of each example and then their mean.
-        return {key: round(mean, 4) for key, mean in super().figures(sums, examples).items()}
+    def scores(self, sums: np.ndarray, examples: int) -> dict[str, float]:
+        # LLaMA-Factory rounds the scores of each example, and then their mean.
+        return {key: round(mean, 4) for key, mean in super().scores(sums, examples).items()}
 
 
 def _similarity(prediction: str, reference: str) -> dict[str, float]:
-    """The four values of one example, each times 100 and rounded to 4 places."""
+    """The four scores of one example, each times 100 and rounded to 4 places."""
     hypothesis, target = (" ".join(jieba.cut(text)) for text in (prediction, reference))
     scores = {"rouge-1": 0.0, "rouge-2": 0.0, "rouge-l": 0.0}
     if hypothesis.split() and target.split():
@@ -57,8 +59,9 @@ def _similarity(prediction: str, reference: str) -> dict[str, float]:
 
 
 def _rouge_l(hypothesis: str, reference: str) -> float:
-    """ROUGE-L of ``rouge_chinese`` to the last digit, without its table of words × words, which for two texts of 1,000
-    words takes a second and for each doubling four times as much, in memory too.
+    """ROUGE-L of ``rouge_chinese`` to the last digit, without its quadratic table.
+
+    That table takes a second for two texts of 1,000 words, and four times the time and memory for each doubling.
     """
     words = []
     for text in (hypothesis, reference):
