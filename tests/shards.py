@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from raysft.config import Config, parse
-from raysft.data.shards.build import Part, ShardSet, chunks, shard_set, write_shards
-from raysft.data.shards.manifest import Manifest, load, save
+from raysft.data.shards.build import ShardSet, Split, record_batches, shard_set, write_shards
+from raysft.data.shards.manifest import Manifest, load_manifest, save_manifest
 from raysft.data.tokenization.tokenizer import Tokenizer
 
 
@@ -31,9 +31,9 @@ def data_config(folder: Path, names: Sequence[str] = ("a",), stage: str = "sft",
     )
 
 
-def the_set(config: Config, model: str, source: int = 0, part: Part = "all", with_prompts: bool = False) -> ShardSet:
+def the_set(config: Config, model: str, source: int = 0, split: Split = "all", with_prompts: bool = False) -> ShardSet:
     """What is to be tokenized of one source."""
-    return shard_set(config, config.data.train[source], part, model, with_prompts)
+    return shard_set(config, config.data.train[source], split, model, with_prompts)
 
 
 def written(each: ShardSet, model: str, template: str | None = None) -> Manifest:
@@ -41,8 +41,8 @@ def written(each: ShardSet, model: str, template: str | None = None) -> Manifest
     tokenizer = Tokenizer.load(model, template)
     shards = [
         shard
-        for records in chunks(each.files, each.source.max_examples, each.draw)
+        for records in record_batches(each.files, each.source.max_examples, each.sample)
         for shard in write_shards([each], records, tokenizer)
     ]
-    save(each.manifest, each.source.name, shards)
-    return load(each.manifest)
+    save_manifest(each.manifest, each.source.name, shards)
+    return load_manifest(each.manifest)

@@ -9,16 +9,16 @@ from typing import Any
 from raysft.config import Config, Source, with_overrides
 from raysft.data.rows.packed_dataset import PackedDataset
 from raysft.data.rows.row_plan import Layout
-from raysft.data.shards.build import Notify, ShardSet, shard_set, write
+from raysft.data.shards.build import Notify, ShardSet, build_shards, shard_set
 from raysft.data.shards.manifest import Manifest
-from raysft.data.shards.shard_writer import Part
+from raysft.data.shards.shard_writer import Split
 from raysft.data.tokenization.tokenizer import load_once
 from raysft.data.tokenization.turn_ends import merge_counts, stop_token_ids
 from raysft.errors import RequestError
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedData:
     """What the data stage hands on."""
 
     train: tuple[Manifest, ...]
@@ -32,12 +32,12 @@ class Prepared:
     """Evaluation sets that read a file which a training source reads too: name → that source, and the file."""
 
     @property
-    def ends(self) -> tuple[int, ...]:
+    def end_tokens(self) -> tuple[int, ...]:
         """Tokens that end the assistant's turns, as they are trained on and as the references have them."""
         return stop_token_ids(merge_counts(each.turns for each in (*self.train, *self.prompts)))
 
 
-def prepare(config: Config, model: str, notify: Notify = lambda line: None) -> Prepared:
+def prepare(config: Config, model: str, notify: Notify = lambda line: None) -> PreparedData:
     """Tokenize all sources into the cache, or find them there, and row_plan their rows.
 
     Args:
@@ -54,17 +54,18 @@ def prepare(config: Config, model: str, notify: Notify = lambda line: None) -> P
     ]
     with_prompts = config.stage == "sft"
     by_part = {
-        (source.name, part): shard_set(config, source, part, model, with_prompts) for source, part in _evaluated(config)
+        (source.name, split): shard_set(config, source, split, model, with_prompts)
+        for source, split in evaluation_sets(config)
     }
     evaluation = list(by_part.values())
-    asked = generated_for(config) if with_prompts and config.generate.enabled else []
+    asked = generation_sets(config) if with_prompts and config.generate.enabled else []
     prompts = [
-        by_part.get((source.name, part)) or shard_set(config, source, part, model, with_prompts=True)
-        for source, part in asked
+        by_part.get((source.name, split)) or shard_set(config, source, split, model, with_prompts=True)
+        for source, split in asked
     ]
     most, trusted = config.data.max_rejected, config.model.runs_code
-    manifests = write([*train, *evaluation, *prompts], model, most, config.chat_template, notify, trusted)
-    prepared = _schedule(config, train, evaluation, manifests)
+    manifests = build_shards([*train, *evaluation, *prompts], model, most, config.chat_template, notify, trusted)
+    prepared = _plan_rows(config, train, evaluation, manifests)
     return replace(prepared, prompts=tuple(manifests[len(train) + len(evaluation) :]))
 
 
@@ -86,27 +87,27 @@ def prepare_prompts(config: Config, model: str, runs_code: bool, notify: Notify 
     if load_once(model, runs_code).chat_template:
         settings["model.chat_template"] = None
     config = with_overrides(config, settings)
-    sets = [shard_set(config, source, part, model, with_prompts=True) for source, part in generated_for(config)]
-    return write(sets, model, config.data.max_rejected, config.chat_template, notify, runs_code)
+    sets = [shard_set(config, source, split, model, with_prompts=True) for source, split in generation_sets(config)]
+    return build_shards(sets, model, config.data.max_rejected, config.chat_template, notify, runs_code)
 
 
-def _evaluated(config: Config) -> list[tuple[Source, Part]]:
+def evaluation_sets(config: Config) -> list[tuple[Source, Split]]:
     """The evaluation sets: what is held out of the training sources, and the sources for evaluation."""
-    held_out: list[tuple[Source, Part]] = [(source, "holdout") for source in config.data.train if config.data.holdout]
+    held_out: list[tuple[Source, Split]] = [(source, "holdout") for source in config.data.train if config.data.holdout]
     return [*held_out, *((source, "all") for source in config.data.eval)]
 
 
-def generated_for(config: Config) -> list[tuple[Source, Part]]:
+def generation_sets(config: Config) -> list[tuple[Source, Split]]:
     """What ``generate.sources`` names, or the evaluation sets."""
-    evaluated, names = _evaluated(config), config.generate.sources
-    by_name: dict[str, tuple[Source, Part]] = {source.name: (source, "all") for source in config.data.train}
-    by_name |= {source.name: (source, part) for source, part in evaluated}
+    evaluated, names = evaluation_sets(config), config.generate.sources
+    by_name: dict[str, tuple[Source, Split]] = {source.name: (source, "all") for source in config.data.train}
+    by_name |= {source.name: (source, split) for source, split in evaluated}
     return [by_name[name] for name in dict.fromkeys(names)] or evaluated
 
 
-def _schedule(
+def _plan_rows(
     config: Config, train: Sequence[ShardSet], evaluation: Sequence[ShardSet], manifests: Sequence[Manifest]
-) -> Prepared:
+) -> PreparedData:
     data = config.data
     layout: Layout = "single" if not data.packing else "joined" if config.stage == "pt" else "packed"
     train_rows = PackedDataset(
@@ -138,7 +139,7 @@ def _schedule(
         raise RequestError(
             f"step {step} has no trained token; raise train.global_batch_size={row_plan.global_batch_size}"
         )
-    return Prepared(
+    return PreparedData(
         tuple(manifests[: len(train)]),
         tuple(manifests[len(train) : len(train) + len(evaluation)]),
         train_rows,
@@ -153,7 +154,7 @@ def _shared_files(train: Sequence[ShardSet], evaluation: Sequence[ShardSet]) -> 
     return {
         each.source.name: (sources[file.identity], file.path)
         for each in evaluation
-        if each.part == "all"
+        if each.split == "all"
         for file in each.files
         if file.identity in sources
     }

@@ -29,7 +29,7 @@ VISIBLE = {code: 0x2400 + code for code in range(32) if code not in b"\n\t"}
 
 
 @dataclass(frozen=True)
-class ShownRow:
+class DecodedRow:
     """One packed row, decoded."""
 
     title: str
@@ -37,7 +37,7 @@ class ShownRow:
     """For each example its (text, trained) parts, in order."""
 
 
-def shown_rows(rows: PackedDataset, model: str, count: int, runs_code: bool = False) -> Iterator[ShownRow]:
+def decode_rows(rows: PackedDataset, model: str, count: int, runs_code: bool = False) -> Iterator[DecodedRow]:
     """The first rows in their training order, decoded.
 
     Args:
@@ -56,7 +56,7 @@ def shown_rows(rows: PackedDataset, model: str, count: int, runs_code: bool = Fa
         inside = slice(segments.offsets[number], segments.offsets[number + 1])
         ends = np.cumsum(segments.stops[inside] - segments.starts[inside]).tolist()
         trained = int((labels != IGNORE_INDEX).sum())
-        yield ShownRow(
+        yield DecodedRow(
             title=f"row {number} of {rows.row_plan.rows:,}: {len(ends)} example{'s' * (len(ends) != 1)}, {tokens} of "
             f"{rows.capacity} tokens, {trained} trained",
             examples=[_parts(tokenizer, ids[start:end], labels[start:end]) for start, end in pairwise([0, *ends])],
@@ -72,7 +72,7 @@ def _parts(tokenizer: Any, ids: np.ndarray, labels: np.ndarray) -> list[tuple[st
 
 
 @dataclass(frozen=True)
-class Lengths:
+class LengthSummary:
     """How long examples are, and what of their tokens is lost."""
 
     bars: list[tuple[int, int, int]]
@@ -81,7 +81,7 @@ class Lengths:
     """What is in the rows and what is lost, in words."""
 
     @classmethod
-    def of(cls, rows: PackedDataset, manifests: Sequence[Manifest]) -> Lengths:
+    def of(cls, rows: PackedDataset, manifests: Sequence[Manifest]) -> LengthSummary:
         """The lengths of a training's examples, under its row_plan."""
         lengths = np.concatenate([manifest.lengths for manifest in manifests])
         low, high = int(lengths.min()), int(lengths.max())
@@ -110,7 +110,7 @@ class Lengths:
         )
 
 
-def print_rows(shown: Sequence[ShownRow], lengths: Lengths, console: Console | None = None) -> None:
+def print_rows(shown: Sequence[DecodedRow], lengths: LengthSummary, console: Console | None = None) -> None:
     """Print rows, examples in colours by turns, trained tokens bold and underlined; then the lengths of all examples.
 
     Without colours (a file, a pipe) trained tokens stand between ⟦ and ⟧ and examples are separated by a line.
@@ -136,7 +136,7 @@ def print_rows(shown: Sequence[ShownRow], lengths: Lengths, console: Console | N
         console.print(Text(line), soft_wrap=True)
 
 
-def write_page(shown: Sequence[ShownRow], lengths: Lengths, path: Path) -> None:
+def write_page(shown: Sequence[DecodedRow], lengths: LengthSummary, path: Path) -> None:
     """Write the same as one HTML page that needs nothing else."""
     most = max(count for _, _, count in lengths.bars)
     bars = "".join(
@@ -149,7 +149,7 @@ def write_page(shown: Sequence[ShownRow], lengths: Lengths, path: Path) -> None:
     path.write_text(PAGE.format(bars=bars, lines=lines, rows=rows), encoding="utf-8")
 
 
-def _section(row: ShownRow) -> str:
+def _section(row: DecodedRow) -> str:
     examples = "".join(
         f'<div class="example e{number % len(COLOURS)}">'
         + "".join(f"<b>{html.escape(text)}</b>" if trained else html.escape(text) for text, trained in parts)

@@ -21,11 +21,11 @@ class Message:
     content: str
     tool_calls: tuple[dict[str, Any], ...] = ()
     """Functions that the assistant calls, as ``{"type": "function", "function": {"name": …, "arguments": {…}}}``."""
-    train: bool = True
+    trainable: bool = True
     """Whether what the assistant wrote here may be trained on."""
     extra: dict[str, Any] = field(default_factory=dict)
     """The turn's other keys, any of which a chat template may read: ``name``, ``tool_call_id``, ``reasoning_content`` …"""
-    given: dict[str, Any] | None = None
+    original: dict[str, Any] | None = None
     """The turn as its record has it, where it is in the form that chat templates know and says more than role and content."""
 
 
@@ -41,7 +41,7 @@ class Example:
     tools: tuple[dict[str, Any], ...] = ()
     """Functions that the assistant may call, as JSON schemas."""
     text: str = ""
-    prompt: int | None = None
+    prompt_length: int | None = None
     """Characters of ``text`` that are a prompt; None for a text without one."""
     ids: tuple[int, ...] = ()
     """Token ids, where the data is tokenized already."""

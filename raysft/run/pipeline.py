@@ -13,7 +13,7 @@ import yaml
 from raysft.cluster.connect import cluster
 from raysft.cluster.placement import Node
 from raysft.config import Config, load, masked, parse, with_overrides
-from raysft.data.prepare import Prepared, generated_for, prepare
+from raysft.data.prepare import PreparedData, generation_sets, prepare
 from raysft.data.shards.manifest import write_prompts
 from raysft.data.tokenization.tokenizer import load_once
 from raysft.errors import RequestError, StorageFailed
@@ -105,12 +105,12 @@ def check(config: Config) -> Plan:
 
 def show(config: Config, rows: int, page: Path | None = None) -> None:
     """Print the first packed rows of the training data and the lengths of its examples, or write them as an HTML page."""
-    from raysft.data.preview import Lengths, print_rows, shown_rows, write_page
+    from raysft.data.preview import LengthSummary, decode_rows, print_rows, write_page
 
     with cluster(config):
         _, model, _, prepared = _prepared(config)
-    shown = list(shown_rows(prepared.train_rows, model, rows, config.model.runs_code))
-    lengths = Lengths.of(prepared.train_rows, prepared.train)
+    shown = list(decode_rows(prepared.train_rows, model, rows, config.model.runs_code))
+    lengths = LengthSummary.of(prepared.train_rows, prepared.train)
     if page is None:
         print_rows(shown, lengths)
         return
@@ -147,7 +147,7 @@ def generate(config: Config) -> None:
         raise RequestError(f"stage={config.stage!r} has no generation; it belongs to stage: sft")
     if not config.generate.enabled:
         raise RequestError("generate.enabled=False; set it to true to generate")
-    if not generated_for(config):
+    if not generation_sets(config):
         raise RequestError("there is nothing to generate for; name data.eval or generate.sources")
     if config.generate.model is not None:
         print_report(predict(config))
@@ -201,7 +201,7 @@ class RunContext:
     """Folder or hub id of the model to start from."""
     adapter: str | None
     """Folder of the adapter to go on with."""
-    prepared: Prepared
+    prepared: PreparedData
     identity: dict[str, str]
     """What the training is of, as ``Cursor`` has it."""
 
@@ -314,7 +314,7 @@ def generate_predictions(context: RunContext) -> None:
     from raysft.generate.metrics import write_metrics
 
     if not write_prompts(
-        context.prepared.prompts, directory.prompts, config.generate.max_examples, context.prepared.ends
+        context.prepared.prompts, directory.prompts, config.generate.max_examples, context.prepared.end_tokens
     ):
         context.terminal.line("generate: no example has a prompt (ready tokens have none); nothing is generated")
         return
@@ -335,7 +335,7 @@ def generate_predictions(context: RunContext) -> None:
     write_metrics(directory, rows)
 
 
-def _prepared(config: Config) -> tuple[Config, str, str | None, Prepared]:
+def _prepared(config: Config) -> tuple[Config, str, str | None, PreparedData]:
     """The config with what the data decided, the model, the adapter to go on with, and the data.
 
     Raises:
@@ -355,14 +355,14 @@ def _prepared(config: Config) -> tuple[Config, str, str | None, Prepared]:
     prepared = prepare(config, model, notify)
     named, manifests = f"model.path={config.model.path}", (*prepared.train, *prepared.eval, *prepared.prompts)
     rows = embedding_rows(Path(local_copy(model)), hf_config, named)
-    check_tokens((each.largest for each in manifests), rows, load_once(model, config.model.runs_code), named)
+    check_tokens((each.largest_token for each in manifests), rows, load_once(model, config.model.runs_code), named)
     if config.train.global_batch_size == "auto":
         config = with_overrides(config, {"train.global_batch_size": prepared.train_rows.row_plan.global_batch_size})
         deepspeed_settings(config, config.scaling.most_workers)
     return config, model, adapter, prepared
 
 
-def _identity(model: str, adapter: str | None, prepared: Prepared) -> dict[str, str]:
+def _identity(model: str, adapter: str | None, prepared: PreparedData) -> dict[str, str]:
     from raysft.models.fingerprint import model_fingerprint
     from raysft.train.checkpoint.cursor import EVALUATION
 
@@ -384,7 +384,7 @@ def _job(context: RunContext) -> Any:
         train_rows=context.prepared.train_rows,
         eval_rows=context.prepared.eval_rows,
         identity=context.identity,
-        ends=context.prepared.ends,
+        ends=context.prepared.end_tokens,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from raysft.cluster.placement import TASK_CPUS, Node, listed, max_workers
 from raysft.config import Config
-from raysft.data.prepare import Prepared
+from raysft.data.prepare import PreparedData
 from raysft.data.shards.manifest import Manifest
 from raysft.data.tokenization.turn_ends import TurnStatistics, merge_counts
 from raysft.errors import RequestError
@@ -188,7 +188,7 @@ def _remedy(nodes: Sequence[Node], most: int, each: float, use_gpu: bool) -> str
     return f"lower scaling.cpus_per_worker={each:g}, or add nodes"
 
 
-def make_plan(config: Config, prepared: Prepared, nodes: Sequence[Node]) -> Plan:
+def make_plan(config: Config, prepared: PreparedData, nodes: Sequence[Node]) -> Plan:
     """Put the plan together from manifests and row_plan.
 
     Args:

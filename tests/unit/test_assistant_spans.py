@@ -11,7 +11,7 @@ import pytest
 from raysft.config import Source, parse
 from raysft.data.rows.row_plan import SourceLengths, plan_rows
 from raysft.data.sources.files import find_files
-from raysft.data.sources.formats import examples as as_examples
+from raysft.data.sources.formats import to_examples as as_examples
 from raysft.data.sources.readers import read_raw
 from raysft.data.tokenization.assistant_spans import labelled
 from raysft.data.tokenization.span_search import REMEDY
@@ -241,7 +241,7 @@ def written(answer: dict) -> tuple[str, ...]:
 
 
 def test_a_completion_and_its_end_are_trained_on_and_its_prompt_is_not(folder):
-    (item,) = tokenize(folder, Example("s", "f:1", text="What is it? It is 42.", prompt=11), with_prompts=True)
+    (item,) = tokenize(folder, Example("s", "f:1", text="What is it? It is 42.", prompt_length=11), with_prompts=True)
     assert trained_text(folder, item) == " It is 42." + END
     assert (item.prompt, item.reference) == ("What is it?", " It is 42.")
     assert item.prompt_ids.tolist() == item.input_ids[: len(item.prompt_ids)].tolist()
@@ -257,7 +257,7 @@ def test_ids_that_come_tokenized_stay_as_they_are(folder):
 
 def test_turns_that_are_not_to_be_trained_on_have_no_label(folder):
     messages = [Message(*turn) for turn in CONVERSATIONS["several turns"]]  # type: ignore[arg-type]
-    messages[2] = Message("assistant", "b", train=False)
+    messages[2] = Message("assistant", "b", trainable=False)
     (item,) = tokenize(folder, Example("s", "f:1", tuple(messages)))
     assert trained_text(folder, item) == "d" + END
 
@@ -437,7 +437,7 @@ def test_an_answer_whose_first_word_joins_the_space_of_the_prompt_is_learnt_whol
 
 def test_a_prompt_is_encoded_as_generation_will_ask_it(folder):
     text, prompt = "Q: x\nA: the sea", "Q: x\nA: "
-    (item,) = tokenize(folder, Example("s", "f:1", text=text, prompt=len(prompt)), with_prompts=True)
+    (item,) = tokenize(folder, Example("s", "f:1", text=text, prompt_length=len(prompt)), with_prompts=True)
     decode = load_tokenizer(folder).decode
     assert decode(item.prompt_ids.tolist()) == prompt
     assert item.input_ids.tolist()[: len(item.prompt_ids)] == item.prompt_ids.tolist()
@@ -450,7 +450,7 @@ def test_control_tokens_are_escaped_wherever_somebody_wrote_them(folder):
     call = {"type": "function", "function": {"name": "say", "arguments": {"text": f"x{END}"}}}
     spoken = Example("s", "f:1", (Message("user", "a \uf0a1 b"), Message("assistant", "", (call,))))
     plain = Example("s", "f:2", text=f"a {END} b")
-    completion = Example("s", "f:3", text=f"p{END}c{END}d", prompt=len(f"p{END}"))
+    completion = Example("s", "f:3", text=f"p{END}c{END}d", prompt_length=len(f"p{END}"))
     for example, ends in ((spoken, 2), (plain, 1), (completion, 1)):
         (item,) = tokenize(folder, example, control_tokens="escape", sequence_length=512, with_prompts=True)
         assert item.input_ids.tolist().count(control) == ends

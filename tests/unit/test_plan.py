@@ -8,7 +8,7 @@ import pytest
 
 from raysft.cluster.placement import Node
 from raysft.config import Config, parse, with_overrides
-from raysft.data.prepare import Prepared
+from raysft.data.prepare import PreparedData
 from raysft.data.rows.packed_dataset import PackedDataset
 from raysft.errors import RequestError
 from raysft.run.plan import check_resources, make_plan
@@ -182,7 +182,7 @@ def test_a_plan_counts_steps_rows_tokens_and_what_is_empty(tmp_path, monkeypatch
     each = the_set(config, str(tmp_path / "model"))
     manifest = written(each, str(tmp_path / "model"))
     rows = PackedDataset((each.manifest.location,), capacity=64, global_batch_size=4, epochs=3, layout="single")
-    plan = make_plan(config, Prepared((manifest,), (), rows, {}), cpus(2, 2))
+    plan = make_plan(config, PreparedData((manifest,), (), rows, {}), cpus(2, 2))
     length, trained = int(manifest.lengths[0]), int(manifest.loss_tokens[0])
     assert (plan.examples, plan.rows, plan.steps, plan.rows_of_epochs) == (10, 30, 9, (10, 10, 10))
     assert (plan.tokens, plan.loss_tokens) == (30 * length, 30 * trained)

@@ -17,7 +17,7 @@ import yaml
 
 from raysft.config import Source
 from raysft.data.sources.files import find_files
-from raysft.data.sources.formats import examples
+from raysft.data.sources.formats import to_examples
 from raysft.data.sources.holdout import is_held_out, opening
 from raysft.data.sources.messages import ROLES
 from raysft.data.sources.readers import read_raw
@@ -48,7 +48,7 @@ def save(name: str, content: str | bytes) -> None:
 def read_all(path: str | list[str], **options) -> list[Example | Rejected]:
     source = Source.model_validate({"name": "s", "path": path, **options})
     records = ((f"{file.path}:{position}", raw) for file in find_files(source) for position, _, raw in read_raw(file))
-    return [item for item, _ in examples(records, source)]
+    return [item for item, _ in to_examples(records, source)]
 
 
 def reasons(items: list[Example | Rejected]) -> dict[str, str]:
@@ -653,5 +653,5 @@ def test_a_pretty_printed_object_says_what_is_wanted():
 
 
 def test_completions_without_a_prompt_are_held_out_by_their_own_text():
-    held = [is_held_out(Example("s", "f", text=f"text {number}", prompt=0), 0.3) for number in range(200)]
+    held = [is_held_out(Example("s", "f", text=f"text {number}", prompt_length=0), 0.3) for number in range(200)]
     assert 30 < sum(held) < 90

@@ -12,8 +12,8 @@ import yaml
 
 from raysft.config import Config, Source, parse, with_overrides
 from raysft.config.data import Column
-from raysft.data.sources.formats import examples
-from raysft.data.sources.registry import find_source
+from raysft.data.sources.formats import to_examples
+from raysft.data.sources.registry import resolve_source
 from raysft.data.types import Example
 from raysft.errors import RequestError
 
@@ -41,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def found(folder: Path, name: str, stage: str = "sft", **options) -> Source:
-    return find_source(config(folder, stage), Source.model_validate({"name": name, **options}))
+    return resolve_source(config(folder, stage), Source.model_validate({"name": name, **options}))
 
 
 def config(folder: Path, stage: str = "sft") -> Config:
@@ -93,9 +93,9 @@ def test_an_entry_describes_a_source_also_when_the_config_was_loaded_again(tmp_p
     data = {"train": [{"name": "x"}], "registry": str(tmp_path)}
     config = parse({"model": {"path": "m"}, "data": data})
     again = parse(yaml.safe_load(with_overrides(config, changed).to_yaml()))
-    source = find_source(again, again.data.train[0])
+    source = resolve_source(again, again.data.train[0])
     assert source.path == str(tmp_path / "a.json")
-    assert source == find_source(config, config.data.train[0])
+    assert source == resolve_source(config, config.data.train[0])
 
 
 RECORD = {
@@ -127,7 +127,7 @@ ASKED = [("user", "N"), ("assistant", "O")]
 def test_a_column_that_is_not_named_is_not_read(tmp_path, columns, turns):
     entry = {"file_name": "a.json", **({"columns": columns} if columns else {})}
     (tmp_path / "dataset_info.json").write_text(json.dumps({"x": entry}))
-    ((item, _),) = examples([("a:1", RECORD)], found(tmp_path, "x"))
+    ((item, _),) = to_examples([("a:1", RECORD)], found(tmp_path, "x"))
     assert isinstance(item, Example), item
     assert [(message.role, message.content) for message in item.messages] == turns
     assert (item.tools, item.weight) == ((), 1.0)
@@ -138,7 +138,7 @@ def test_conversations_alone_are_read_of_an_entry_without_columns(tmp_path, form
     (tmp_path / "dataset_info.json").write_text(json.dumps({"x": {"file_name": "a.json", "formatting": form}}))
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     record = {**RECORD, "conversations": turns, "messages": [{"role": "user", "content": "other"}]}
-    ((item, _),) = examples([("a:1", record)], found(tmp_path, "x"))
+    ((item, _),) = to_examples([("a:1", record)], found(tmp_path, "x"))
     assert isinstance(item, Example), item
     assert [(message.role, message.content) for message in item.messages] == [("user", "q"), ("assistant", "a")]
     assert item.tools == ()

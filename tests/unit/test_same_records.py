@@ -17,7 +17,7 @@ import yaml
 
 from raysft.config import Source
 from raysft.data.sources.files import find_files
-from raysft.data.sources.formats import examples
+from raysft.data.sources.formats import to_examples
 from raysft.data.sources.readers import read_raw
 from raysft.data.tokenization.tokenize import ExampleTokenizer
 from raysft.data.tokenization.tokenized_example import TokenizedExample, TokenizeOptions
@@ -193,7 +193,7 @@ def model(tmp_path_factory) -> str:
 def read(path: Path, model: str) -> Iterator[tuple[list[int], list[int]]]:
     source = Source(name="s", path=str(path))
     (file,) = find_files(source)
-    items = [item for item, _ in examples(((place, raw) for place, _, raw in read_raw(file)), source)]
+    items = [item for item, _ in to_examples(((place, raw) for place, _, raw in read_raw(file)), source)]
     read = [item for item in items if isinstance(item, Example)]
     assert read == items
     options = TokenizeOptions("sft", 1 << 20, False, False, "error", "head", "keep", {}, False)

@@ -9,7 +9,7 @@ import pytest
 
 from raysft.cli import main
 from raysft.config import Config, load, masked, parse, refuse_secrets, with_overrides
-from raysft.data.sources.registry import find_source
+from raysft.data.sources.registry import resolve_source
 from raysft.errors import RequestError
 from raysft.telemetry.trackers import TensorBoard
 from raysft.train.deepspeed_config import deepspeed_settings
@@ -139,7 +139,7 @@ def test_a_secret_in_a_registry_is_refused():
     Path("dataset_info.json").write_text(json.dumps({"a": {"cloud_file_name": "s3://KEYID:HIDDEN@b/c.json"}}))
     named = config(registry="dataset_info.json", train=[{"name": "a"}])
     assert "dataset_info.json: dataset 'a': path holds a password" in refusal(
-        lambda: find_source(named, named.data.train[0])
+        lambda: resolve_source(named, named.data.train[0])
     )
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from raysft.config import Config, with_overrides
 from raysft.data.shards import build
-from raysft.data.shards.build import ShardSet, chunks, shard_set, write, write_shards
-from raysft.data.shards.manifest import load, write_prompts
-from raysft.data.sources.sampling import Draw
+from raysft.data.shards.build import ShardSet, build_shards, record_batches, shard_set, write_shards
+from raysft.data.shards.manifest import load_manifest, write_prompts
+from raysft.data.sources.sampling import RandomSample
 from raysft.errors import RequestError
 from raysft.run.preflight import check_tokens
 from tests.shards import data_config, the_set, write_records, written
@@ -39,7 +39,7 @@ def _without_ray(tmp_path, monkeypatch):
         return {
             each.directory: [
                 shard
-                for records in chunks(each.files, each.source.max_examples, each.draw)
+                for records in record_batches(each.files, each.source.max_examples, each.sample)
                 for shard in write_shards([each], records, tokenizer)
             ]
             for each in missing
@@ -51,7 +51,7 @@ def _without_ray(tmp_path, monkeypatch):
 
 def refusal(sets: list[ShardSet], model: str, max_rejected: float = 0.0) -> str:
     with pytest.raises(RequestError) as caught:
-        write(sets, model, max_rejected)
+        build_shards(sets, model, max_rejected)
     assert "\n" not in str(caught.value)
     assert not any(each.manifest.exists() for each in sets)
     return str(caught.value)
@@ -69,7 +69,7 @@ def records_of(each: ShardSet, model: str) -> list[str]:
 def test_training_and_held_out_parts_are_disjoint_and_together_whole(tmp_path, model, holdout):
     write_records(tmp_path / "a.jsonl", [[f"question {number}", "a"] for number in range(60)] + [3])
     config = data_config(tmp_path, holdout=holdout)
-    train, held_out = (set(records_of(the_set(config, model, part=part), model)) for part in ("train", "holdout"))
+    train, held_out = (set(records_of(the_set(config, model, split=split), model)) for split in ("train", "holdout"))
     assert not train & held_out
     assert train | held_out == {f"a.jsonl:{line}" for line in range(1, 61)}
 
@@ -77,7 +77,7 @@ def test_training_and_held_out_parts_are_disjoint_and_together_whole(tmp_path, m
 def test_what_cannot_be_read_is_counted_once_with_the_training_part(tmp_path, model):
     write_records(tmp_path / "a.jsonl", [[f"question {number}", "a"] for number in range(60)] + [3])
     config = data_config(tmp_path, holdout=0.5)
-    train, held_out = (written(the_set(config, model, part=part), model) for part in ("train", "holdout"))
+    train, held_out = (written(the_set(config, model, split=split), model) for split in ("train", "holdout"))
     assert [item.record for item in train.rejected] == ["a.jsonl:61"]
     assert held_out.rejected == ()
     assert train.records + held_out.records == 61
@@ -116,13 +116,13 @@ def test_num_samples_takes_all_records_and_some_again_where_there_are_fewer(tmp_
     drawn = drawn_of(config, model, num_samples=12)
     assert len(drawn) == len(set(drawn)) == 12  # one that comes again has a name of its own
     assert {place.split("#")[0] for place in drawn} == {f"a.jsonl:{line}" for line in range(1, 6)}
-    assert list(chunks([], None, Draw(3, 0))) == [[]]
+    assert list(record_batches([], None, RandomSample(3, 0))) == [[]]
 
 
 def test_a_set_is_written_once_and_found_again(tmp_path, model):
     write_records(tmp_path / "a.jsonl", [GOOD] * 3)
     each = the_set(data_config(tmp_path), model)
-    first, again = write([each], model, 0)[0], write([each], model, 0)[0]
+    first, again = build_shards([each], model, 0)[0], build_shards([each], model, 0)[0]
     assert (first.reused, again.reused) == (False, True)
     assert first.shards == again.shards
     assert first.lengths.tolist() == again.lengths.tolist()
@@ -131,7 +131,7 @@ def test_a_set_is_written_once_and_found_again(tmp_path, model):
 def test_a_set_to_train_and_to_evaluate_on_holds_each_example_once(tmp_path, model):
     write_records(tmp_path / "a.jsonl", [GOOD] * 3)
     config = data_config(tmp_path)
-    train, evaluation = write([the_set(config, model), the_set(config, model)], model, 0)
+    train, evaluation = build_shards([the_set(config, model), the_set(config, model)], model, 0)
     assert len(train) == len(evaluation) == 3
 
 
@@ -231,7 +231,7 @@ def test_data_that_cannot_be_used_is_refused_before_a_manifest_is_written(tmp_pa
 def test_an_empty_held_out_part_says_so(tmp_path, model):
     write_records(tmp_path / "a.jsonl", [["What is AI?", "a"]])
     config = data_config(tmp_path, holdout=0.01)
-    assert refusal([the_set(config, model, part="holdout")], model) == (
+    assert refusal([the_set(config, model, split="holdout")], model) == (
         "source 'a': the held-out part (data.holdout=0.01) has no usable example (0 records in a.jsonl); add data, "
         "or raise data.holdout"
     )
@@ -240,7 +240,7 @@ def test_an_empty_held_out_part_says_so(tmp_path, model):
 def test_rejected_and_dropped_records_within_the_limit_are_kept_in_the_manifest(tmp_path, model):
     write_records(tmp_path / "a.jsonl", [GOOD, LONG, 3, GOOD])
     each = the_set(data_config(tmp_path, on_overflow="drop"), model)
-    for manifest in (*write([each], model, 0.25), *write([each], model, 0.25)):
+    for manifest in (*build_shards([each], model, 0.25), *build_shards([each], model, 0.25)):
         assert [item.record for item in manifest.rejected] == ["a.jsonl:3"]
         assert [item.record for item in manifest.dropped] == ["a.jsonl:2"]
         assert (len(manifest), manifest.records) == (2, 4)
@@ -249,16 +249,16 @@ def test_rejected_and_dropped_records_within_the_limit_are_kept_in_the_manifest(
 def test_a_stricter_limit_counts_for_shards_of_the_cache_too(tmp_path, model):
     write_records(tmp_path / "a.jsonl", [GOOD, 3])
     each = the_set(data_config(tmp_path), model)
-    write([each], model, 0.5)
+    build_shards([each], model, 0.5)
     with pytest.raises(RequestError, match=r"^a\.jsonl:2: .*raise data\.max_rejected=0\.1$"):
-        write([each], model, 0.1)
+        build_shards([each], model, 0.1)
 
 
 def test_mended_data_is_read_again(tmp_path, model):
     write_records(tmp_path / "a.jsonl", [GOOD, 3])
     refusal([the_set(data_config(tmp_path), model)], model)
     write_records(tmp_path / "a.jsonl", [GOOD, GOOD])
-    assert len(write([the_set(data_config(tmp_path), model)], model, 0)[0]) == 2
+    assert len(build_shards([the_set(data_config(tmp_path), model)], model, 0)[0]) == 2
 
 
 def test_a_damaged_cache_says_what_to_delete(tmp_path, model):
@@ -267,11 +267,11 @@ def test_a_damaged_cache_says_what_to_delete(tmp_path, model):
     (shard,) = written(each, model).shards
     (each.directory / shard).remove()
     with pytest.raises(RequestError) as caught:
-        load(each.manifest)
+        load_manifest(each.manifest)
     assert str(caught.value) == f"{each.directory}: shard {shard} is gone; delete the folder, it is written again"
     each.manifest.write_bytes(b"PAR1")
     with pytest.raises(RequestError) as caught:
-        load(each.manifest)
+        load_manifest(each.manifest)
     message = f"{each.manifest}: the manifest of tokenized shards is damaged; delete the folder {each.directory}"
     assert str(caught.value) == message
 
@@ -309,13 +309,13 @@ def test_every_file_of_a_tokenizer_is_part_of_the_key(tmp_path, name):
 def test_damaged_shards_are_written_again(tmp_path, model):
     write_records(tmp_path / "a.jsonl", [GOOD])
     each = the_set(data_config(tmp_path), model)
-    (manifest,) = write([each], model, 0.0)
+    (manifest,) = build_shards([each], model, 0.0)
     for damage in (lambda path: path.write_bytes(b""), lambda path: path.unlink()):
         damage(manifest.shard_paths()[0].local)
-        (manifest,) = write([each], model, 0.0)
+        (manifest,) = build_shards([each], model, 0.0)
         assert not manifest.reused
         assert pq.read_table(manifest.shard_paths()[0].local).num_rows == 1
-    assert write([each], model, 0.0)[0].reused
+    assert build_shards([each], model, 0.0)[0].reused
 
 
 def test_what_may_be_rejected_is_measured_over_all_parts_of_a_source(tmp_path, model):
@@ -323,8 +323,8 @@ def test_what_may_be_rejected_is_measured_over_all_parts_of_a_source(tmp_path, m
         tmp_path / "a.jsonl", [["How are you?", "Fine."], *([[f"Question {n}?", "Yes."] for n in range(99)]), 5]
     )
     config = data_config(tmp_path, holdout=0.05, max_rejected=0.02)
-    sets = [the_set(config, model, part=part) for part in ("train", "holdout")]
-    assert sum(len(manifest.rejected) for manifest in write(sets, model, 0.02)) >= 1
+    sets = [the_set(config, model, split=split) for split in ("train", "holdout")]
+    assert sum(len(manifest.rejected) for manifest in build_shards(sets, model, 0.02)) >= 1
 
 
 def test_a_text_whose_tokens_the_model_has_no_embeddings_for_is_found_before_the_start(tmp_path, monkeypatch):
@@ -335,12 +335,12 @@ def test_a_text_whose_tokens_the_model_has_no_embeddings_for_is_found_before_the
     write_records(tmp_path / "a.jsonl", [GOOD, ["Take <|b|>.", "I do."], ["Take <|a|>.", "I do <|b|>."]])
     manifest = written(the_set(data_config(tmp_path), str(tmp_path / "model")), str(tmp_path / "model"))
     token = tokenizer.convert_tokens_to_ids("<|b|>")
-    assert manifest.largest == (token, "a.jsonl:2")
+    assert manifest.largest_token == (token, "a.jsonl:2")
     # A token that no text uses may lie outside, and a padded vocabulary has more rows than there are tokens.
     for rows in (token + 1, token + 100, None):
-        check_tokens([manifest.largest], rows, tokenizer, "m")
+        check_tokens([manifest.largest_token], rows, tokenizer, "m")
     with pytest.raises(RequestError) as caught:
-        check_tokens([manifest.largest], token, tokenizer, "m")
+        check_tokens([manifest.largest_token], token, tokenizer, "m")
     assert str(caught.value) == (
         f"m: its tokenizer has 403 tokens and the model embeddings for {token}; a.jsonl:2 holds token {token} ('<|b|>'); put "
         "the tokenizer that belongs to the model into its folder, or resize the model's embeddings to 403 "
@@ -356,10 +356,10 @@ def test_the_largest_token_is_that_of_ids_labels_and_prompts(tmp_path, model, fi
     config = data_config(tmp_path)
     each = shard_set(config, config.data.train[0], "all", model, with_prompts=True)
     if field != "prompt":
-        assert written(each, model).largest == (399, "a.jsonl:1")
+        assert written(each, model).largest_token == (399, "a.jsonl:1")
         return
     (row,) = pq.read_table(written(each, model).shard_paths()[0].local).to_pylist()
-    assert written(each, model).largest[0] == max(row["input_ids"] + row["prompt_ids"])
+    assert written(each, model).largest_token[0] == max(row["input_ids"] + row["prompt_ids"])
 
 
 def test_ids_that_a_tokenizer_leaves_out_count(tmp_path):
@@ -370,4 +370,4 @@ def test_ids_that_a_tokenizer_leaves_out_count(tmp_path):
     (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(described))
     write_records(tmp_path / "a.jsonl", [{"input_ids": [5, 400], "labels": [5, 400]}])
     manifest = written(the_set(data_config(tmp_path), str(tmp_path / "model")), str(tmp_path / "model"))
-    assert (manifest.largest, manifest.rejected) == ((400, "a.jsonl:1"), ())
+    assert (manifest.largest_token, manifest.rejected) == ((400, "a.jsonl:1"), ())

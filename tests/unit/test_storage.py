@@ -10,7 +10,7 @@ import pytest
 
 from raysft.config import Source, parse
 from raysft.data.sources.files import find_files
-from raysft.data.sources.readers import parsed, read_raw
+from raysft.data.sources.readers import parse_record, read_raw
 from raysft.errors import RequestError, StorageFailed
 from raysft.run.ownership import ensure_writable
 from raysft.storage import filesystems, path
@@ -182,13 +182,13 @@ def test_what_waiting_does_not_mend_is_raised_at_once(remote, server, status, wo
 def test_what_is_wrong_with_a_uri_or_a_content_is_nothing_to_wait_for(remote):
     from pyarrow import ArrowInvalid
 
-    from raysft.data.shards.manifest import is_whole
+    from raysft.data.shards.manifest import is_complete
     from raysft.data.sources.pickle_guard import read_table
 
     with pytest.raises(ArrowInvalid, match="Unexpected query parameter"):
         StoragePath.of("s3://bucket/x?no_such_option=1").exists()
     (remote / "manifest.parquet").write_bytes(b"PAR1 and no more PAR1")
-    assert not is_whole(remote / "manifest.parquet")
+    assert not is_complete(remote / "manifest.parquet")
     with pytest.raises((ArrowInvalid, OSError)):
         read_table(remote / "manifest.parquet")
 
@@ -263,7 +263,7 @@ def test_data_in_a_storage_that_is_away_for_a_while_is_found(remote, server):
     server.fails("HEAD", seconds=5)  # longer than the attempts of the client itself
     (file,) = find_files(Source(name="s", path=(remote / "a.jsonl").location))
     assert server.refused
-    assert [parsed(raw) for _, _, raw in read_raw(file)] == [{"text": "a"}]
+    assert [parse_record(raw) for _, _, raw in read_raw(file)] == [{"text": "a"}]
 
 
 PAGE = b"<html>Please log in</html>"

@@ -9,7 +9,7 @@ import pytest
 
 from raysft.config import Source
 from raysft.data.sources.formats import to_example
-from raysft.data.sources.tool_calls import tool_schemas, tools_as_text, tools_in
+from raysft.data.sources.tool_calls import parse_tools, tool_schemas, tools_as_text
 from raysft.data.tokenization.assistant_spans import ChatTemplate
 from raysft.data.types import Example, Message
 
@@ -25,12 +25,12 @@ def example(record: dict, form: str, **options) -> Example:
     "value", ['[{"name": "add"}]', [{"name": "add"}], [{"type": "function", "function": {"name": "add"}}]]
 )
 def test_tools_come_as_json_or_as_lists_wrapped_or_not(value):
-    assert tool_schemas(tools_in(value)) == ({"type": "function", "function": {"name": "add"}},)
+    assert tool_schemas(parse_tools(value)) == ({"type": "function", "function": {"name": "add"}},)
 
 
 @pytest.mark.parametrize("value", ["", "[]", None, []])
 def test_no_tools_are_no_tools(value):
-    assert tools_in(value) == ()
+    assert parse_tools(value) == ()
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_no_tools_are_no_tools(value):
 )
 def test_wrong_tools_say_why(value, reason):
     with pytest.raises(ValueError, match=reason):
-        tools_in(value)
+        parse_tools(value)
 
 
 SHAREGPT = {
@@ -73,7 +73,7 @@ LEGACY = {
 @pytest.mark.parametrize(("record", "form"), [(SHAREGPT, "sharegpt"), (OPENAI, "openai"), (LEGACY, "openai")])
 def test_every_form_of_a_call_becomes_the_same(record, form):
     found = example(record, form)
-    assert tuple(replace(message, given=None) for message in found.messages) == (
+    assert tuple(replace(message, original=None) for message in found.messages) == (
         Message("user", "1 + 1?"),
         Message("assistant", "", (CALL,)),
         Message("tool", "2"),
@@ -114,7 +114,7 @@ def test_turns_that_are_not_to_be_trained_on_are_marked():
         ("assistant", {"weight": 1}),
     ]
     record = {"messages": [{"role": role, "content": "x", **extra} for role, extra in turns]}
-    assert [m.train for m in example(record, "openai").messages if m.role == "assistant"] == [False, False, True]
+    assert [m.trainable for m in example(record, "openai").messages if m.role == "assistant"] == [False, False, True]
 
 
 def test_a_prompt_of_messages_is_not_trained_on():
@@ -126,7 +126,10 @@ def test_a_prompt_of_messages_is_not_trained_on():
         ],
         "completion": [{"role": "assistant", "content": "d"}],
     }
-    assert [m.train for m in example(record, "prompt_completion").messages if m.role == "assistant"] == [False, True]
+    assert [m.trainable for m in example(record, "prompt_completion").messages if m.role == "assistant"] == [
+        False,
+        True,
+    ]
 
 
 def chatml(messages, tools, ask):

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from raysft.cli import main
 from raysft.config import Source, load, parse, with_overrides
 from raysft.data.sources.files import find_files
-from raysft.data.sources.formats import examples
-from raysft.data.sources.pickle_guard import PICKLED, read_table
+from raysft.data.sources.formats import to_examples
+from raysft.data.sources.pickle_guard import PICKLE_EXTENSION, read_table
 from raysft.data.sources.readers import read_raw
 from raysft.errors import RequestError
 from raysft.models.fingerprint import model_fingerprint
@@ -57,7 +57,7 @@ def refusal(call) -> str:
 def read(path: str) -> list[Any]:
     source = Source(name="s", path=path)
     records = ((file.path, raw) for file in find_files(source) for _, _, raw in read_raw(file))
-    return [item for item, _ in examples(records, source)]
+    return [item for item, _ in to_examples(records, source)]
 
 
 def pickled_column(nested: bool) -> pa.Table:
@@ -87,7 +87,9 @@ def test_pickled_objects_in_a_data_file_are_refused(kind, nested):
 
 
 def test_pickled_objects_are_known_by_their_name_where_nobody_registered_the_type():
-    field = pa.field("x", pa.list_(pa.field("item", pa.large_binary(), metadata={"ARROW:extension:name": PICKLED})))
+    field = pa.field(
+        "x", pa.list_(pa.field("item", pa.large_binary(), metadata={"ARROW:extension:name": PICKLE_EXTENSION}))
+    )
     pq.write_table(pa.table([[[b"x"]]], schema=pa.schema([field])), "a.parquet", store_schema=True)
     assert "holds pickled Python objects" in refusal(lambda: read("a.parquet"))
 
@@ -132,10 +134,10 @@ def test_a_run_directorys_config_and_a_corpus_that_call_python_are_refused(capsy
 def test_a_registry_is_json():
     Path("dataset_info.json").write_text(f"a: {CALL}")
     Path("c.yaml").write_text("model: {path: m}\ndata: {registry: dataset_info.json, train: [{name: a}]}\n")
-    from raysft.data.sources.registry import find_source
+    from raysft.data.sources.registry import resolve_source
 
     config = load("c.yaml")
-    assert "no valid JSON" in refusal(lambda: find_source(config, config.data.train[0]))
+    assert "no valid JSON" in refusal(lambda: resolve_source(config, config.data.train[0]))
 
 
 @pytest.fixture(scope="module")

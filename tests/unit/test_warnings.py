@@ -10,7 +10,7 @@ import yaml
 
 from raysft.cluster.placement import Node
 from raysft.config import Config, parse, with_overrides
-from raysft.data.prepare import _schedule, _shared_files
+from raysft.data.prepare import _plan_rows, _shared_files
 from raysft.data.shards.build import shard_set
 from raysft.data.tokenization.turn_ends import TurnStatistics
 from raysft.run.plan import Plan, SourcePlan, make_plan
@@ -247,7 +247,7 @@ def test_whoever_follows_a_warning_has_steps_enough(count, global_batch_size, pa
     for _ in range(4):
         each = the_set(asked, str(tmp_path / "model"))
         manifest = written(each, str(tmp_path / "model"))
-        planned = make_plan(asked, _schedule(asked, [each], [], [manifest]), [Node(2.0)])
+        planned = make_plan(asked, _plan_rows(asked, [each], [], [manifest]), [Node(2.0)])
         lines = [line for line in planned.warnings if "nothing is evaluated" not in line]
         if not lines:
             break
@@ -270,7 +270,7 @@ def test_an_evaluation_set_that_reads_training_data_is_known_whatever_names_it(t
     sources = [{"name": name, "path": path} for name, path in paths.items()] + [{"name": "listed"}]
     sources += [{"name": "other", "path": "other.jsonl"}]
     asked = data_config(tmp_path, holdout=0.1, registry=str(tmp_path), eval=sources)
-    trained, held_out = the_set(asked, model, part="train"), the_set(asked, model, part="holdout")
+    trained, held_out = the_set(asked, model, split="train"), the_set(asked, model, split="holdout")
     evaluation = [held_out, *(shard_set(asked, each, "all", model, False) for each in asked.data.eval)]
     found = _shared_files([trained], evaluation)
     assert {name: where for name, (where, _) in found.items()} == dict.fromkeys([*paths, "listed"], "a")

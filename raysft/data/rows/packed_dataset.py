@@ -19,7 +19,7 @@ from raysft.cluster.placement import TASK_CPUS
 from raysft.data.rows.row_layouts import ranges
 from raysft.data.rows.row_plan import Layout, Mixing, RowPlan, SourceLengths, plan_rows
 from raysft.data.rows.splice import splice
-from raysft.data.shards.manifest import Manifest, load
+from raysft.data.shards.manifest import Manifest, load_manifest
 from raysft.data.sources.pickle_guard import read_table
 from raysft.data.types import IGNORE_INDEX
 from raysft.storage.path import StoragePath
@@ -113,7 +113,7 @@ class PackedDataset:
 
     @cached_property
     def _own(self) -> list[Manifest]:
-        return [load(StoragePath(path)) for path in self.manifests]
+        return [load_manifest(StoragePath(path)) for path in self.manifests]
 
     @cached_property
     def row_plan(self) -> RowPlan:

@@ -21,12 +21,12 @@ from typing import Any
 
 from raysft.cluster.placement import TASK_CPUS
 from raysft.config import Config, Source
-from raysft.data.shards.manifest import Manifest, Shard, is_whole, load, save
-from raysft.data.shards.shard_writer import Part, ShardSet, write_shards
+from raysft.data.shards.manifest import Manifest, Shard, is_complete, load_manifest, save_manifest
+from raysft.data.shards.shard_writer import ShardSet, Split, write_shards
 from raysft.data.sources.files import DataFile, find_files
-from raysft.data.sources.readers import Raw, read_raw
-from raysft.data.sources.registry import find_source
-from raysft.data.sources.sampling import Draw
+from raysft.data.sources.readers import RawRecord, read_raw
+from raysft.data.sources.registry import resolve_source
+from raysft.data.sources.sampling import RandomSample
 from raysft.data.tokenization.tokenized_example import TokenizeOptions
 from raysft.data.tokenization.tokenizer import Tokenizer
 from raysft.data.types import Rejected
@@ -34,7 +34,7 @@ from raysft.errors import RequestError
 from raysft.storage.local_cache import local_copy
 from raysft.storage.path import StoragePath
 
-VERSION = 6
+CACHE_VERSION = 6
 """Part of every key: raise it when the same input would give other shards."""
 SHARD_RECORDS = 5_000
 """Records that one task tokenizes, and a shard holds, at most."""
@@ -42,42 +42,42 @@ SHARD_BYTES = 16 << 20
 """Bytes of them, about. Neither bound depends on the cluster, so that shards come out the same everywhere."""
 READ_BYTES = 64 << 20
 """Bytes of data files that one task reads at most (a single larger file is one task)."""
-DECISIVE = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
+TOKENIZER_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 """Endings of a tokenizer's files."""
 READ_CPUS = 0.1
-WAITING_BYTES = 128 << 20
+QUEUE_BYTES = 128 << 20
 """Records and finished shards that wait in memory between tasks, about."""
 Notify = Callable[[str], None]
 
 
-def shard_set(config: Config, source: Source, part: Part, model: str, with_prompts: bool) -> ShardSet:
+def shard_set(config: Config, source: Source, split: Split, model: str, with_prompts: bool) -> ShardSet:
     """Name a set by all that decides its content: files, tokenizer, template and options."""
-    source = find_source(config, source)
+    source = resolve_source(config, source)
     files = tuple(find_files(source))
     options = TokenizeOptions.of(config, with_prompts)
-    draw = Draw(source.num_samples, config.run.seed) if source.num_samples else None
+    sample = RandomSample(source.num_samples, config.run.seed) if source.num_samples else None
     # Texts to continue are cut when rows are planned, so that their shards serve every length of row.
     decisive = asdict(options) if config.stage == "sft" else {"stage": "pt", "control_tokens": options.control_tokens}
     identity = {
-        "version": VERSION,
+        "version": CACHE_VERSION,
         "files": [(Path(file.path).name, file.identity) for file in files],
         "source": source.model_dump(mode="json", exclude={"path", "weight"}),
-        "part": part,
-        "holdout": config.data.holdout if part != "all" else 0,
+        "split": split,
+        "holdout": config.data.holdout if split != "all" else 0,
         "options": decisive,
         "tokenizer": _tokenizer_identity(model),
         "template": config.chat_template,
-        "draw": asdict(draw) if draw else None,
+        "sample": asdict(sample) if sample else None,
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
     return ShardSet(
         source=source,
-        part=part,
+        split=split,
         files=files,
         options=options,
         holdout=config.data.holdout,
-        draw=draw,
-        directory=config.cache_directory / "shards" / f"{source.name}-{part}-{key}",
+        sample=sample,
+        directory=config.cache_directory / "shards" / f"{source.name}-{split}-{key}",
     )
 
 
@@ -90,12 +90,12 @@ def _tokenizer_identity(model: str) -> str:
 
         return f"{model}@{PreTrainedConfig.get_config_dict(model)[0].get('_commit_hash')}"
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in DECISIVE and path.is_file()):
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in TOKENIZER_SUFFIXES and path.is_file()):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
 
-def write(
+def build_shards(
     sets: Sequence[ShardSet],
     model: str,
     max_rejected: float,
@@ -117,7 +117,7 @@ def write(
         RequestError: too many records cannot be used, one is longer than a row, or none is left.
     """
     # A set may stand among the training and the evaluation sets; written twice it would hold everything twice.
-    missing = list({each.directory: each for each in sets if not is_whole(each.manifest)}.values())
+    missing = list({each.directory: each for each in sets if not is_complete(each.manifest)}.values())
     written: dict[StoragePath, list[Shard]] = {}
     if missing:
         written = _write_missing(missing, partial(Tokenizer.load, model, chat_template, runs_code), notify)
@@ -129,8 +129,8 @@ def write(
         for each in parts:
             _refuse_empty(each, written[each.directory])
     for each in missing:
-        save(each.manifest, each.source.name, written[each.directory])
-    manifests = {each.directory: load(each.manifest, reused=each.directory not in written) for each in sets}
+        save_manifest(each.manifest, each.source.name, written[each.directory])
+    manifests = {each.directory: load_manifest(each.manifest, reused=each.directory not in written) for each in sets}
     for parts in _by_source(sets):
         whole = [manifests[each.directory] for each in parts]
         rejected = [item for manifest in whole for item in manifest.rejected]
@@ -153,15 +153,15 @@ def _write_missing(
 
     cpus = ray.cluster_resources().get("CPU", 1.0)
     # Processes for the tasks start, and import what these need, while the tokenizer is loaded here.
-    ready = ray.remote(num_cpus=TASK_CPUS - READ_CPUS)(_be_ready)
+    ready = ray.remote(num_cpus=TASK_CPUS - READ_CPUS)(_warm_up)
     starting = [ready.remote() for _ in range(max(1, int(cpus)))]
     tokenizer = load_tokenizer()
     del starting
     sets = _by_source(missing)
     tasks = [
-        {"task": (number, files, parts[0].source.max_examples, parts[0].draw)}
+        {"task": (number, files, parts[0].source.max_examples, parts[0].sample)}
         for number, parts in enumerate(sets)
-        for files in _tasks(parts[0])
+        for files in _read_tasks(parts[0])
     ]
     # Ray counts what waits at the start, and reading tasks give more later.
     warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks", category=UserWarning)
@@ -174,7 +174,7 @@ def _write_missing(
     context.enable_progress_bars = False
     context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
     # Reading is quicker than tokenizing: it is not to fill the memory with what waits.
-    context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=WAITING_BYTES)
+    context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=QUEUE_BYTES)
     # Half of that for each of the two: else records that wait take all, and tokenizing may go on with one task alone.
     context.op_resource_reservation_ratio = 1.0
     context.target_max_block_size = 1  # each row, some records or a shard, travels by itself
@@ -191,7 +191,7 @@ def _write_missing(
             )
             .iter_rows()
         )
-        progress = _Progress(notify)
+        progress = _ProgressReport(notify)
         for row in rows:
             if row["failed"]:
                 raise RequestError(row["failed"])
@@ -201,7 +201,7 @@ def _write_missing(
     return by_set
 
 
-class _Progress:
+class _ProgressReport:
     """Says every few seconds how far tokenizing is."""
 
     def __init__(self, notify: Notify, seconds: float = 10.0) -> None:
@@ -219,15 +219,15 @@ class _Progress:
             self.notify(f"tokenizing: {self.records:,} records, {self.tokens:,} tokens, {speed:,.0f} tokens/s")
 
 
-def _be_ready() -> None:
+def _warm_up() -> None:
     """Ray task: import what the tasks need."""
     import ray.data  # noqa: F401
     import transformers.utils.chat_template_utils  # noqa: F401
 
 
-def _tasks(each: ShardSet) -> Iterator[tuple[DataFile, ...]]:
+def _read_tasks(each: ShardSet) -> Iterator[tuple[DataFile, ...]]:
     """Files for one reading task."""
-    if each.source.max_examples or each.draw:
+    if each.source.max_examples or each.sample:
         yield each.files  # records are counted over all files
         return
     files: list[DataFile] = []
@@ -241,31 +241,31 @@ def _tasks(each: ShardSet) -> Iterator[tuple[DataFile, ...]]:
 
 def _read_task(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Ray task: read files; one row out for the records of each shard."""
-    reading, files, limit, draw = row["task"]
+    reading, files, limit, sample = row["task"]
     try:
-        for records in chunks(files, limit, draw):
+        for records in record_batches(files, limit, sample):
             yield {"reading": reading, "records": pickle.dumps(records), "failed": ""}
     except RequestError as error:
         yield {"reading": reading, "records": b"", "failed": str(error)}
 
 
-def chunks(
-    files: Sequence[DataFile], limit: int | None = None, draw: Draw | None = None
-) -> Iterator[list[tuple[str, Raw]]]:
+def record_batches(
+    files: Sequence[DataFile], limit: int | None = None, sample: RandomSample | None = None
+) -> Iterator[list[tuple[str, RawRecord]]]:
     """Records of files with their places, as many at a time as one task tokenizes.
 
     Args:
         files: where to read.
         limit: records to read at most.
-        draw: takes them from a part drawn at random.
+        sample: takes them from a part drawn at random.
     """
-    records: list[tuple[str, Raw]] = []
+    records: list[tuple[str, RawRecord]] = []
     total = 0
 
-    def read() -> Iterator[tuple[str, int, Raw]]:
+    def read() -> Iterator[tuple[str, int, RawRecord]]:
         return ((f"{file.path}:{position}", size, raw) for file in files for position, size, raw in read_raw(file))
 
-    for where, size, raw in draw.of(read, limit) if draw else islice(read(), limit):
+    for where, size, raw in sample.select(read, limit) if sample else islice(read(), limit):
         if records and (len(records) >= SHARD_RECORDS or total + size > SHARD_BYTES):
             yield records
             records, total = [], 0
@@ -305,8 +305,8 @@ def _refuse_overflow(parts: Sequence[ShardSet], written: Mapping[StoragePath, Se
 def _refuse_empty(each: ShardSet, shards: Sequence[Shard]) -> None:
     if any(shard.name for shard in shards):
         return
-    part = {"train": "the part to train on", "holdout": "the held-out part"}.get(each.part)
-    what = f"{part} (data.holdout={each.holdout:g})" if part else "the source"
+    split = {"train": "the part to train on", "holdout": "the held-out part"}.get(each.split)
+    what = f"{split} (data.holdout={each.holdout:g})" if split else "the source"
     paths = ", ".join(dict.fromkeys(file.path for file in each.files))
     records, dropped = sum(shard.records for shard in shards), sum(len(shard.dropped) for shard in shards)
     rejected = next((item for shard in shards for item in shard.rejected), None)
@@ -321,7 +321,7 @@ def _refuse_empty(each: ShardSet, shards: Sequence[Shard]) -> None:
     elif rejected:
         remedy = "mend the data"
     else:
-        remedy = "add data, or raise data.holdout" if each.part == "holdout" else "add data"
+        remedy = "add data, or raise data.holdout" if each.split == "holdout" else "add data"
     raise RequestError(
         f"source {each.source.name!r}: {what} has no usable example ({records} records in {paths:.100}){why}; {remedy}"
     )

@@ -31,7 +31,7 @@ class Manifest:
     directory: StoragePath
     shards: tuple[str, ...]
     """File names in ``directory``."""
-    shard_of: np.ndarray
+    shard_index: np.ndarray
     """[examples] int32 index of the shard, not decreasing."""
     lengths: np.ndarray
     """[examples] int32."""
@@ -44,7 +44,7 @@ class Manifest:
     """Conversations that were longer than a row, with ``data.on_overflow: drop``."""
     counts: dict[str, int]
     """What happened to how many: ``truncated``, ``truncated_tokens``, ``split``, ``dropped_tokens``, ``control_tokens`` …"""
-    largest: tuple[int, str]
+    largest_token: tuple[int, str]
     """The largest token id, and a record that holds it."""
     turns: Counter[TurnObservation]
     """How the turns that are trained on begin and end."""
@@ -61,7 +61,7 @@ class Manifest:
 
     def shard_ends(self) -> np.ndarray:
         """[shards] index of the example after each shard's last."""
-        return np.searchsorted(self.shard_of, np.arange(len(self.shards)), side="right")
+        return np.searchsorted(self.shard_index, np.arange(len(self.shards)), side="right")
 
     def shard_paths(self) -> list[StoragePath]:
         """Where the shards are."""
@@ -83,12 +83,12 @@ class Shard:
     longest_dropped: int
     """Tokens of the longest example that was dropped; 0 where none was."""
     counts: dict[str, int]
-    largest: tuple[int, str]
+    largest_token: tuple[int, str]
     turns: Counter[TurnObservation]
     formats: tuple[str, ...]
 
 
-def is_whole(path: StoragePath) -> bool:
+def is_complete(path: StoragePath) -> bool:
     """Whether a manifest and all shards that it names are there as they were written; what is damaged is written again."""
     there = path.parent.entries()  # one question for all of them
     if path.name not in there:
@@ -104,10 +104,10 @@ def _detail(schema: pa.Schema) -> dict[str, Any]:
     return json.loads((schema.metadata or {})[b"raysft"])
 
 
-def save(path: StoragePath, name: str, shards: Sequence[Shard]) -> None:
+def save_manifest(path: StoragePath, name: str, shards: Sequence[Shard]) -> None:
     """Put the manifest in place: from here on the set is complete. One that another run has put there stays."""
     whole = [shard for shard in shards if shard.name]
-    if is_whole(path):
+    if is_complete(path):
         for shard in whole:
             (path.parent / shard.name).remove()
         return
@@ -122,7 +122,7 @@ def save(path: StoragePath, name: str, shards: Sequence[Shard]) -> None:
         "rejected": [asdict(item) for shard in shards for item in shard.rejected],
         "dropped": [asdict(item) for shard in shards for item in shard.dropped],
         "counts": dict(counts),
-        "largest": max((shard.largest for shard in shards), key=itemgetter(0)),
+        "largest_token": max((shard.largest_token for shard in shards), key=itemgetter(0)),
         "turns": [[*turn, count] for turn, count in merge_counts(shard.turns for shard in shards).items()],
         "formats": sorted({form for shard in shards for form in shard.formats}),
     }
@@ -138,7 +138,7 @@ def save(path: StoragePath, name: str, shards: Sequence[Shard]) -> None:
     path.write(lambda stream: pq.write_table(table, stream, compression="zstd"))
 
 
-def load(path: StoragePath, reused: bool = False) -> Manifest:
+def load_manifest(path: StoragePath, reused: bool = False) -> Manifest:
     """Read a manifest.
 
     Raises:
@@ -163,14 +163,14 @@ def load(path: StoragePath, reused: bool = False) -> Manifest:
         name=detail["name"],
         directory=path.parent,
         shards=tuple(detail["shards"]),
-        shard_of=table["shard"].to_numpy(),
+        shard_index=table["shard"].to_numpy(),
         lengths=table["length"].to_numpy(),
         loss_tokens=table["loss_tokens"].to_numpy(),
         records=detail["records"],
         rejected=tuple(Rejected(**item) for item in detail["rejected"]),
         dropped=tuple(Rejected(**item) for item in detail["dropped"]),
         counts=detail["counts"],
-        largest=tuple(detail["largest"]),
+        largest_token=tuple(detail["largest_token"]),
         turns=Counter({TurnObservation(*turn): count for *turn, count in detail["turns"]}),
         formats=tuple(detail["formats"]),
         weights=table["weight"].to_numpy() if "weight" in table.column_names else None,

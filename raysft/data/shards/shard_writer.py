@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 from raysft.config import Source
 from raysft.data.shards.manifest import Shard
 from raysft.data.sources.files import DataFile
-from raysft.data.sources.formats import examples
+from raysft.data.sources.formats import to_examples
 from raysft.data.sources.holdout import is_held_out
-from raysft.data.sources.readers import Raw
-from raysft.data.sources.sampling import Draw
+from raysft.data.sources.readers import RawRecord
+from raysft.data.sources.sampling import RandomSample
 from raysft.data.tokenization.tokenize import ExampleTokenizer
 from raysft.data.tokenization.tokenized_example import Overflow, TokenizedExample, TokenizeOptions
 from raysft.data.tokenization.tokenizer import Tokenizer
@@ -29,9 +29,9 @@ from raysft.data.types import Example, Rejected
 from raysft.errors import RequestError
 from raysft.storage.path import StoragePath
 
-BATCH = 500
+TOKENIZE_BATCH = 500
 """Examples that are tokenized at once."""
-Part = Literal["all", "train", "holdout"]
+Split = Literal["all", "train", "holdout"]
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class ShardSet:
     """What is to be tokenized: one part of one source, under one key."""
 
     source: Source
-    part: Part
+    split: Split
     files: tuple[DataFile, ...]
     options: TokenizeOptions
     holdout: float
-    draw: Draw | None
+    sample: RandomSample | None
     """Which of the records, where not all or the first."""
     directory: StoragePath
     """Folder of this key in the cache."""
@@ -55,10 +55,12 @@ class ShardSet:
 
     def takes(self, example: Example) -> bool:
         """Whether an example belongs to this part of the source."""
-        return self.part == "all" or (self.part == "holdout") == is_held_out(example, self.holdout)
+        return self.split == "all" or (self.split == "holdout") == is_held_out(example, self.holdout)
 
 
-def write_shards(parts: Sequence[ShardSet], records: Iterable[tuple[str, Raw]], tokenizer: Tokenizer) -> list[Shard]:
+def write_shards(
+    parts: Sequence[ShardSet], records: Iterable[tuple[str, RawRecord]], tokenizer: Tokenizer
+) -> list[Shard]:
     """Tokenize some records of a source into one shard for each of its parts."""
     # Thousands of small objects are made that all stay: the collector would look through them again and again.
     gc.disable()
@@ -68,27 +70,29 @@ def write_shards(parts: Sequence[ShardSet], records: Iterable[tuple[str, Raw]], 
         gc.enable()
 
 
-def _write_shards(parts: Sequence[ShardSet], records: Iterable[tuple[str, Raw]], tokenizer: Tokenizer) -> list[Shard]:
-    drafts = [_Draft(each, ExampleTokenizer(tokenizer, each.options)) for each in parts]
+def _write_shards(
+    parts: Sequence[ShardSet], records: Iterable[tuple[str, RawRecord]], tokenizer: Tokenizer
+) -> list[Shard]:
+    drafts = [ShardWriter(each, ExampleTokenizer(tokenizer, each.options)) for each in parts]
     # What cannot be read belongs to the part that is trained on.
-    main = next((draft for draft in drafts if draft.part.part != "holdout"), None)
-    for item, form in examples(records, parts[0].source):
+    main = next((draft for draft in drafts if draft.split.split != "holdout"), None)
+    for item, form in to_examples(records, parts[0].source):
         if isinstance(item, Rejected):
             if main:
                 main.reject(item)
             continue
         _check_stage(item, parts[0])
         for draft in drafts:
-            if draft.part.takes(item):
+            if draft.split.takes(item):
                 draft.add(item, form)
     return [draft.finish() for draft in drafts]
 
 
-class _Draft:
+class ShardWriter:
     """A shard that is being written."""
 
-    def __init__(self, part: ShardSet, tokenizing: ExampleTokenizer) -> None:
-        self.part, self.tokenizing = part, tokenizing
+    def __init__(self, split: ShardSet, tokenizing: ExampleTokenizer) -> None:
+        self.split, self.tokenizing = split, tokenizing
         self.waiting: list[Example] = []
         self.examples: list[TokenizedExample] = []
         self.rejected: list[Rejected] = []
@@ -107,7 +111,7 @@ class _Draft:
         self.records += 1
         self.formats.add(form)
         self.waiting.append(example)
-        if len(self.waiting) == BATCH:
+        if len(self.waiting) == TOKENIZE_BATCH:
             self._tokenize()
 
     def _tokenize(self) -> None:
@@ -130,8 +134,8 @@ class _Draft:
             self._tokenize()
         name = f"{uuid.uuid4().hex}.parquet" if self.examples else ""
         if name:
-            table = _table(self.examples, self.part)
-            (self.part.directory / name).write(lambda stream: pq.write_table(table, stream, compression="zstd"))
+            table = _table(self.examples, self.split)
+            (self.split.directory / name).write(lambda stream: pq.write_table(table, stream, compression="zstd"))
         return Shard(
             name=name,
             records=self.records,
@@ -142,14 +146,16 @@ class _Draft:
             dropped=tuple(self.dropped),
             longest_dropped=self.longest_dropped,
             counts=dict(self.counts),
-            largest=max(((each.largest, each.record) for each in self.examples), key=itemgetter(0), default=(0, "")),
+            largest_token=max(
+                ((each.largest, each.record) for each in self.examples), key=itemgetter(0), default=(0, "")
+            ),
             turns=self.turns,
             formats=tuple(sorted(self.formats)),
         )
 
 
 def _check_stage(example: Example, each: ShardSet) -> None:
-    text = bool(example.text) and example.prompt is None
+    text = bool(example.text) and example.prompt_length is None
     if not example.ids and (each.options.stage == "pt") != text:
         have, want = ("raw text", "conversations") if text else ("conversations", "format: text")
         raise RequestError(

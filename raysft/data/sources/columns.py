@@ -9,7 +9,7 @@ from raysft.config import Source
 from raysft.data.sources.json_stream import JSON
 from raysft.data.types import Record
 
-FIELDS = {
+REQUIRED_FIELDS = {
     "openai": ("messages",),
     "sharegpt": ("conversations",),
     "tokenized": ("input_ids",),
@@ -19,31 +19,31 @@ FIELDS = {
     "text": ("text",),
 }
 """What a format needs, in the order in which formats are tried."""
-INSTEAD = {"instruction": "input"}
+ALTERNATIVE_FIELD = {"instruction": "input"}
 """A field that may stand in the place of one that a format needs."""
-NESTED = ("messages", "conversations", "history", "turns", "input_ids", "labels")
+LIST_FIELDS = ("messages", "conversations", "history", "turns", "input_ids", "labels")
 """Fields of lists, which a text column holds as JSON."""
-Read = Callable[[str], Any]
+FieldReader = Callable[[str], Any]
 """field → its value in the record."""
 
 
-def reader(record: Record, source: Source) -> Read:
+def field_reader(record: Record, source: Source) -> FieldReader:
     """What gives the values of a record's fields."""
 
     def read(field: str) -> Any:
         column = source.column(field)
         value = None if column is None else record.get(column)
-        return _from_json(value) if field in NESTED and isinstance(value, str) else value
+        return _from_json(value) if field in LIST_FIELDS and isinstance(value, str) else value
 
     return read
 
 
-def filled(record: Record) -> tuple[str, ...]:
+def filled_columns(record: Record) -> tuple[str, ...]:
     """The columns that hold something."""
     return tuple(column for column, value in record.items() if value is not None and value != "")
 
 
-def find_format(record: Record, source: Source, before: str) -> str:
+def detect_format(record: Record, source: Source, before: str) -> str:
     """The format of a record; one that has none is measured by that of the record before."""
     try:
         return _detect(record, source)
@@ -59,16 +59,18 @@ def _detect(record: Record, source: Source) -> str:
     Raises:
         ValueError: no format has such columns.
     """
-    there, full = set(record) - {None}, set(filled(record)) - {None}
+    there, full = set(record) - {None}, set(filled_columns(record)) - {None}
 
     def has(field: str, columns: set[str]) -> bool:
-        return source.column(field) in columns or (field in INSTEAD and source.column(INSTEAD[field]) in columns)
+        return source.column(field) in columns or (
+            field in ALTERNATIVE_FIELD and source.column(ALTERNATIVE_FIELD[field]) in columns
+        )
 
     # A format of which everything is there, else one of which the first is: then it is said what else it needs. Where all of
     # it is empty, it is the format of other records of a Parquet or CSV file.
     for needed in (None, 1):
         for columns in (full, there):
-            for form, fields in FIELDS.items():
+            for form, fields in REQUIRED_FIELDS.items():
                 whole = all(has(field, there) for field in fields[:needed])
                 if whole and any(has(field, columns) for field in fields):
                     return form
@@ -84,8 +86,8 @@ def check_columns(record: Record, form: str, source: Source) -> None:
     Raises:
         ValueError: it is not.
     """
-    for field in FIELDS[form]:
-        columns = [source.column(each) for each in (field, INSTEAD.get(field)) if each]
+    for field in REQUIRED_FIELDS[form]:
+        columns = [source.column(each) for each in (field, ALTERNATIVE_FIELD.get(field)) if each]
         if any(column is not None and record.get(column) is not None for column in columns):
             continue
         if columns[0] is None:

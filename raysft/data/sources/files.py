@@ -22,11 +22,11 @@ from raysft.storage.filesystems import filesystem_of, options_of, quoted
 from raysft.storage.path import StoragePath
 from raysft.storage.retry import FIRST_SECONDS, retry_for
 
-ABOUT = ("README", "LICENSE", "LICENCE")
+DOCUMENTATION_PREFIXES = ("README", "LICENSE", "LICENCE")
 """How files begin that stand in a folder about its data. Other files of no known kind are refused: they might be data."""
-INFO = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
+DATASETS_METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 """A registry, and what ``datasets`` writes about a set beside its files; with it a ``state.json``."""
-SPLITS = "dataset_dict.json"
+SPLITS_METADATA = "dataset_dict.json"
 """What ``datasets`` writes beside the folders of several splits."""
 
 
@@ -45,7 +45,7 @@ class DataFile:
     identity: str
     """Hash of the content (local files), or of size and modification time (object stores)."""
 
-    def changed(self) -> bool:
+    def has_changed(self) -> bool:
         """Whether somebody wrote to it since it was found."""
         filesystem, path = filesystem_of(self.uri)
         info = filesystem.get_file_info(path)
@@ -76,7 +76,7 @@ def _expand(pattern: str, name: str) -> Iterator[DataFile]:
     try:
         infos = sorted(_found(location), key=lambda info: (info.path.count("/"), info.path))
         if "://" not in location:
-            infos = _without_detours(infos)
+            infos = _without_symlink_duplicates(infos)
         infos.sort(key=lambda info: info.path)
         files = [_data_file(info, location if "://" in location else "") for info in infos]
     except RequestError:
@@ -103,7 +103,7 @@ def _found(location: str) -> list[Any]:
         return StoragePath.of(location).with_retries(lambda filesystem, path: list(_matching(filesystem, path)))
 
 
-def _without_detours(infos: list[Any]) -> list[Any]:
+def _without_symlink_duplicates(infos: list[Any]) -> list[Any]:
     """Each file once, by its shortest path: a link may lead back into its own folder."""
     found: dict[str, Any] = {}
     for info in infos:
@@ -114,7 +114,7 @@ def _without_detours(infos: list[Any]) -> list[Any]:
 def _data_file(info: Any, location: str) -> DataFile:
     """The file that was found; ``location`` is the URI by which it was, empty for a local one."""
     scheme, _, rest = location.partition("://")
-    shown = f"{scheme}://{info.path}" if location else _shorten(info.path)
+    shown = f"{scheme}://{info.path}" if location else _display_path(info.path)
     if location:
         # pyarrow's paths begin with the bucket; on HDFS the host is no part of them.
         host = rest.split("/")[0] + "/" if scheme in ("hdfs", "viewfs") else ""
@@ -127,7 +127,7 @@ def _data_file(info: Any, location: str) -> DataFile:
     return DataFile(path=shown, uri=uri, size=info.size or 0, modified=info.mtime_ns, identity=identity)
 
 
-def _shorten(path: str) -> str:
+def _display_path(path: str) -> str:
     """A path as people know it: relative where it lies below the working directory or site-packages."""
     _, found, inner = path.partition("site-packages/")
     if found:
@@ -142,22 +142,22 @@ def _matching(filesystem: Any, path: str) -> Iterator[Any]:
         yield info
     elif info.type == fs.FileType.Directory:
         inside = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
-        described = _described(inside)
+        described = _datasets_folders(inside)
         _refuse_splits(inside, described)
         for inner in inside:
             hidden = any(part.startswith((".", "_")) for part in inner.path[len(path) :].split("/"))
-            about = inner.base_name.upper().startswith(ABOUT) or inner.base_name in INFO
+            about = inner.base_name.upper().startswith(DOCUMENTATION_PREFIXES) or inner.base_name in DATASETS_METADATA
             about |= inner.base_name == "state.json" and _folder(inner) in described
-            if inner.type == fs.FileType.File and not hidden and not about and not _is_cached(inner, described):
+            if inner.type == fs.FileType.File and not hidden and not about and not _is_datasets_cache(inner, described):
                 yield inner
     elif re.search(r"[*?\[]", path):
         folder = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
         selector = fs.FileSelector(folder, recursive=True, allow_not_found=True)
         inside = filesystem.get_file_info(selector)
-        described = _described(inside)
+        described = _datasets_folders(inside)
         for inner in inside:
-            fits = inner.type == fs.FileType.File and _fits(inner.path.split("/"), path.split("/"))
-            if fits and not _is_cached(inner, described):
+            fits = inner.type == fs.FileType.File and _matches_glob(inner.path.split("/"), path.split("/"))
+            if fits and not _is_datasets_cache(inner, described):
                 yield inner
 
 
@@ -165,37 +165,37 @@ def _folder(info: Any) -> str:
     return info.path.rpartition("/")[0]
 
 
-def _described(infos: list[Any]) -> set[str]:
+def _datasets_folders(infos: list[Any]) -> set[str]:
     """The folders that ``datasets`` has described."""
-    return {_folder(info) for info in infos if info.base_name in INFO}
+    return {_folder(info) for info in infos if info.base_name in DATASETS_METADATA}
 
 
-def _is_cached(info: Any, described: set[str]) -> bool:
+def _is_datasets_cache(info: Any, described: set[str]) -> bool:
     """Whether a file is what ``map`` or ``filter`` of ``datasets`` made of a set and left beside it: the same records again."""
     return info.base_name.startswith("cache-") and info.base_name.endswith(".arrow") and _folder(info) in described
 
 
 def _refuse_splits(infos: list[Any], described: set[str]) -> None:
     """A set that was saved with its splits is not trained on as a whole: one of them is there to test with."""
-    for whole in (_folder(info) for info in infos if info.base_name == SPLITS):
+    for whole in (_folder(info) for info in infos if info.base_name == SPLITS_METADATA):
         splits = sorted(folder for folder in described if folder.rpartition("/")[0] == whole)
         if len(splits) > 1:
             names = ", ".join(split.rpartition("/")[2] for split in splits)
             one = next((split for split in splits if split.endswith("/train")), splits[0])
             raise RequestError(
-                f"{_shorten(whole)}: holds the splits {names}; name the folder of one, such as {_shorten(one)}, or a list of "
-                "several"
+                f"{_display_path(whole)}: holds the splits {names}; "
+                f"name the folder of one, such as {_display_path(one)}, or a list of several"
             )
 
 
-def _fits(parts: list[str], patterns: list[str]) -> bool:
+def _matches_glob(parts: list[str], patterns: list[str]) -> bool:
     """Whether a path fits a glob, part by part; ``**`` stands for any number of folders, and no star for a leading dot."""
     if not patterns or not parts:
         return patterns == parts
     if patterns == ["**"]:
         return not any(part.startswith(".") for part in parts)
-    if patterns[0] == "**" and _fits(parts, patterns[1:]):
+    if patterns[0] == "**" and _matches_glob(parts, patterns[1:]):
         return True
     if parts[0].startswith(".") and not patterns[0].startswith("."):
         return False
-    return fnmatch.fnmatchcase(parts[0], patterns[0]) and _fits(parts[1:], patterns[patterns[0] != "**" :])
+    return fnmatch.fnmatchcase(parts[0], patterns[0]) and _matches_glob(parts[1:], patterns[patterns[0] != "**" :])

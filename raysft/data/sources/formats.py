@@ -8,17 +8,24 @@ from decimal import Decimal
 from typing import Any
 
 from raysft.config import Source
-from raysft.data.sources.columns import FIELDS, Read, check_columns, filled, find_format, reader
-from raysft.data.sources.messages import list_in, text_in, turns_in
-from raysft.data.sources.readers import Raw, Unreadable, parsed
-from raysft.data.sources.tool_calls import strings, tool_schemas, tools_in
+from raysft.data.sources.columns import (
+    REQUIRED_FIELDS,
+    FieldReader,
+    check_columns,
+    detect_format,
+    field_reader,
+    filled_columns,
+)
+from raysft.data.sources.messages import parse_turns, require_list, require_text
+from raysft.data.sources.readers import RawRecord, Unreadable, parse_record
+from raysft.data.sources.tool_calls import nested_strings, parse_tools, tool_schemas
 from raysft.data.types import IGNORE_INDEX, Example, Message, Record, Rejected
 
-LEAST_WEIGHT = 1e-6
+MIN_WEIGHT = 1e-6
 """Losses of examples further apart than this and its inverse cannot be added up in float32."""
 
 
-def examples(records: Iterable[tuple[str, Raw]], source: Source) -> Iterator[tuple[Example | Rejected, str]]:
+def to_examples(records: Iterable[tuple[str, RawRecord]], source: Source) -> Iterator[tuple[Example | Rejected, str]]:
     """Records of a source as examples, each with the format that it has; what cannot be used says why.
 
     Args:
@@ -27,13 +34,13 @@ def examples(records: Iterable[tuple[str, Raw]], source: Source) -> Iterator[tup
     """
     form, known = "", dict[tuple[str, ...], str]()
     for where, raw in records:
-        record = parsed(raw)
+        record = parse_record(raw)
         if isinstance(record, Unreadable):
             yield Rejected(source.name, where, record.reason), form
             continue
         try:
-            columns = filled(record)
-            form = source.format or known.get(columns) or find_format(record, source, form)
+            columns = filled_columns(record)
+            form = source.format or known.get(columns) or detect_format(record, source, form)
             known[columns] = form
             yield to_example(record, form, source, where), form
         except ValueError as error:
@@ -47,7 +54,7 @@ def to_example(record: Record, form: str, source: Source, where: str) -> Example
         ValueError: with the reason, where it cannot be used.
     """
     check_columns(record, form, source)
-    read = reader(record, source)
+    read = field_reader(record, source)
     weight = _weight(read("weight"))
     if form == "text":
         return Example(source.name, where, text=_full_text(read("text"), "text"), weight=weight)
@@ -55,53 +62,53 @@ def to_example(record: Record, form: str, source: Source, where: str) -> Example
         ids, labels = _token_ids(read)
         return Example(source.name, where, ids=ids, labels=labels, weight=weight)
     if form == "prompt_completion" and isinstance(read("completion"), str):
-        prompt = text_in(read("prompt"), "prompt")
+        prompt = require_text(read("prompt"), "prompt")
         text = prompt + _full_text(read("completion"), "completion")
-        return Example(source.name, where, text=text, prompt=len(prompt), weight=weight)
+        return Example(source.name, where, text=text, prompt_length=len(prompt), weight=weight)
     messages = tuple(_messages(form, read, source.tags))
-    _check(messages)
-    tools = tools_in(read("tools"))
+    _check_turns(messages)
+    tools = parse_tools(read("tools"))
     if form != "openai":
         tools = tool_schemas(tools)
-    for text in strings(tools):
-        text_in(text, "tools")
+    for text in nested_strings(tools):
+        require_text(text, "tools")
     return Example(source.name, where, messages=messages, tools=tools, weight=weight)
 
 
-def _messages(form: str, read: Read, tags: Mapping[Any, str]) -> Iterator[Message]:
+def _messages(form: str, read: FieldReader, tags: Mapping[Any, str]) -> Iterator[Message]:
     system = read("system")
     if form not in ("sharegpt", "openai", "prompt_completion") and system:
-        yield Message("system", text_in(system, "system"))
+        yield Message("system", require_text(system, "system"))
     if form == "alpaca":
         yield from _alpaca(read)
     elif form == "turns":
-        for index, turn in enumerate(list_in(read("turns"), "turns")):
-            yield Message("assistant" if index % 2 else "user", text_in(turn, f"turns[{index}]"))
+        for index, turn in enumerate(require_list(read("turns"), "turns")):
+            yield Message("assistant" if index % 2 else "user", require_text(turn, f"turns[{index}]"))
     elif form == "prompt_completion":
-        for message in turns_in(read("prompt"), "prompt", tags):
-            yield replace(message, train=False)
-        yield from turns_in(read("completion"), "completion", tags)
+        for message in parse_turns(read("prompt"), "prompt", tags):
+            yield replace(message, trainable=False)
+        yield from parse_turns(read("completion"), "completion", tags)
     else:
-        column = FIELDS[form][0]
-        turns = list(turns_in(read(column), column, tags))
+        column = REQUIRED_FIELDS[form][0]
+        turns = list(parse_turns(read(column), column, tags))
         if system and turns[0].role != "system":  # what the conversation itself says goes before what its record says
-            yield Message("system", text_in(system, "system"))
+            yield Message("system", require_text(system, "system"))
         yield from turns
 
 
-def _alpaca(read: Read) -> Iterator[Message]:
+def _alpaca(read: FieldReader) -> Iterator[Message]:
     history = read("history")
-    for index, pair in enumerate(list_in(history, "history") if history else []):
+    for index, pair in enumerate(require_list(history, "history") if history else []):
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError(f"history[{index}] holds {pair!r:.40}, a pair of question and answer belongs there")
         for role, text in zip(("user", "assistant"), pair, strict=True):
-            yield Message(role, text_in("" if text is None else text, f"history[{index}]"))  # type: ignore[arg-type]
-    parts = [text_in(read(field) or "", field) for field in ("instruction", "input")]
+            yield Message(role, require_text("" if text is None else text, f"history[{index}]"))  # type: ignore[arg-type]
+    parts = [require_text(read(field) or "", field) for field in ("instruction", "input")]
     yield Message("user", "\n".join(part for part in parts if part))
-    yield Message("assistant", text_in(read("output"), "output"))
+    yield Message("assistant", require_text(read("output"), "output"))
 
 
-def _check(messages: tuple[Message, ...]) -> None:
+def _check_turns(messages: tuple[Message, ...]) -> None:
     """A conversation has a question before its first answer, and answers that are not empty, one at a time."""
     roles = [message.role for message in messages]
     if "assistant" not in roles:
@@ -119,7 +126,7 @@ def _check(messages: tuple[Message, ...]) -> None:
             )
 
 
-def _token_ids(read: Read) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _token_ids(read: FieldReader) -> tuple[tuple[int, ...], tuple[int, ...]]:
     ids = read("input_ids")
     labels = read("labels")
     labels = ids if labels is None else labels
@@ -148,13 +155,13 @@ def _weight(value: Any) -> float:
         weight = float(value)
     except (ValueError, OverflowError):
         raise ValueError(f"weight holds {value!r:.40}, a number belongs there") from None
-    if not LEAST_WEIGHT <= weight <= 1 / LEAST_WEIGHT:
-        raise ValueError(f"weight is {value!r:.40}; it must lie between {LEAST_WEIGHT:g} and {1 / LEAST_WEIGHT:g}")
+    if not MIN_WEIGHT <= weight <= 1 / MIN_WEIGHT:
+        raise ValueError(f"weight is {value!r:.40}; it must lie between {MIN_WEIGHT:g} and {1 / MIN_WEIGHT:g}")
     return weight
 
 
 def _full_text(value: Any, field: str) -> str:
-    text = text_in(value, field)
+    text = require_text(value, field)
     if not text.strip():
         raise ValueError(f"the {field} is empty")
     return text

@@ -15,7 +15,7 @@ def opening(example: Example) -> str:
     Case, punctuation and spaces do not count, so that near copies stay together.
     """
     text = next((message.content for message in example.messages if message.role == "user"), "")
-    text = text or example.text[: example.prompt] or example.text or " ".join(map(str, example.ids[:64]))
+    text = text or example.text[: example.prompt_length] or example.text or " ".join(map(str, example.ids[:64]))
     return " ".join(re.findall(r"\w+", text.casefold())) or text
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from raysft.data.sources.tool_calls import strings, tool_call
+from raysft.data.sources.tool_calls import nested_strings, parse_tool_call
 from raysft.data.types import Message, Record
 
 ROLES = {
@@ -22,19 +22,25 @@ ROLES = {
     "function": "tool",
 }
 """Names of roles in the field's data; a ``function`` is an assistant's call whose content is JSON."""
-TAGGED = {"user": "user", "assistant": "assistant", "observation": "tool", "function": "function", "system": "system"}
-KNOWN_TO_TEMPLATES = ("system", "developer", "user", "assistant", "tool")
+ROLE_OF_TAG = {
+    "user": "user",
+    "assistant": "assistant",
+    "observation": "tool",
+    "function": "function",
+    "system": "system",
+}
+TEMPLATE_ROLES = ("system", "developer", "user", "assistant", "tool")
 """Roles that chat templates know."""
-DIRECTIONS = ("train", "weight")
+TRAINING_KEYS = ("train", "weight")
 """Keys of a turn that say how to train on it, and are no part of what the model reads."""
-READ = {"role", "content", "from", "value", "tool_calls", "function_call", *DIRECTIONS}
+CONSUMED_KEYS = {"role", "content", "from", "value", "tool_calls", "function_call", *TRAINING_KEYS}
 """Keys of a turn that become something else, and so are not kept beside it."""
 
 
-def turns_in(value: Any, column: str, tags: Mapping[Any, str]) -> Iterator[Message]:
+def parse_turns(value: Any, column: str, tags: Mapping[Any, str]) -> Iterator[Message]:
     """Turns of role and content, by the keys ``from`` and ``value`` or ``role`` and ``content``."""
-    roles = {**ROLES, **{tags[tag]: role for tag, role in TAGGED.items() if tag in tags}} if tags else ROLES
-    for index, turn in enumerate(list_in(value, column)):
+    roles = {**ROLES, **{tags[tag]: role for tag, role in ROLE_OF_TAG.items() if tag in tags}} if tags else ROLES
+    for index, turn in enumerate(require_list(value, column)):
         where = f"{column}[{index}]"
         if not isinstance(turn, dict):
             raise ValueError(f"{where} holds {turn!r:.60}, a turn of role and content belongs there")
@@ -52,32 +58,38 @@ def turns_in(value: Any, column: str, tags: Mapping[Any, str]) -> Iterator[Messa
             raise ValueError(f"{where} has the role {role!r:.40}; known: {', '.join(roles)}")
         content = _content(turn.get(text_key), f"{where}.{text_key}")
         if known == "function":
-            known, calls, content = "assistant", _calls_in(content, where), ""
+            known, calls, content = "assistant", _parse_calls(content, where), ""
         extra = {
-            key: value for key, value in turn.items() if key not in {*READ, role_key, text_key} and value is not None
+            key: value
+            for key, value in turn.items()
+            if key not in {*CONSUMED_KEYS, role_key, text_key} and value is not None
         }
-        made = tuple(tool_call(call, where) for call in list_in(calls, f"{where}.tool_calls", "calls")) if calls else ()
-        given = _given(turn, called is not None) if (role_key, text_key) == ("role", "content") else None
-        for text in strings((made, extra, given)):
-            text_in(text, where)
+        made = (
+            tuple(parse_tool_call(call, where) for call in require_list(calls, f"{where}.tool_calls", "calls"))
+            if calls
+            else ()
+        )
+        original = _original(turn, called is not None) if (role_key, text_key) == ("role", "content") else None
+        for text in nested_strings((made, extra, original)):
+            require_text(text, where)
         yield Message(
             role=known,  # type: ignore[arg-type]
             content=content,
             tool_calls=made,
-            train=_trained(turn, where),
+            trainable=_trainable(turn, where),
             extra=extra,
-            given=given,
+            original=original,
         )
 
 
-def _given(turn: Record, calls: bool) -> Record | None:
+def _original(turn: Record, calls: bool) -> Record | None:
     """A turn as chat templates are to see it; None where role and content say all of it, or they do not know its role."""
-    hidden = DIRECTIONS if calls else (*DIRECTIONS, "function_call")
-    given = {key: value for key, value in turn.items() if key not in hidden and value is not None}
-    if given["role"] not in KNOWN_TO_TEMPLATES:
+    hidden = TRAINING_KEYS if calls else (*TRAINING_KEYS, "function_call")
+    original = {key: value for key, value in turn.items() if key not in hidden and value is not None}
+    if original["role"] not in TEMPLATE_ROLES:
         return None
-    says_more = list(given) != ["role", "content"] or not isinstance(given["content"], str)
-    return given if says_more or ROLES[given["role"]] != given["role"] else None
+    says_more = list(original) != ["role", "content"] or not isinstance(original["content"], str)
+    return original if says_more or ROLES[original["role"]] != original["role"] else None
 
 
 def _content(value: Any, where: str) -> str:
@@ -88,11 +100,11 @@ def _content(value: Any, where: str) -> str:
         other = [part.get("type") for part in value if part.get("type") != "text"]
         if other:
             raise ValueError(f"{where} holds a part of type {other[0]!r}; only text can be trained on")
-        return "".join(text_in(part.get("text"), where) for part in value)
-    return text_in(value, where)
+        return "".join(require_text(part.get("text"), where) for part in value)
+    return require_text(value, where)
 
 
-def _calls_in(content: str, where: str) -> list[Any]:
+def _parse_calls(content: str, where: str) -> list[Any]:
     """The calls that a function turn holds as JSON: one, or a list."""
     try:
         calls = json.loads(content)
@@ -101,7 +113,7 @@ def _calls_in(content: str, where: str) -> list[Any]:
     return calls if isinstance(calls, list) else [calls]
 
 
-def _trained(turn: Record, where: str) -> bool:
+def _trainable(turn: Record, where: str) -> bool:
     """Whether a turn may be trained on: ``train: false``, or ``weight: 0`` as OpenAI has it, says no."""
     for key in ("train", "weight"):
         value = turn.get(key)
@@ -110,7 +122,7 @@ def _trained(turn: Record, where: str) -> bool:
     return turn.get("train") not in (False, 0) and turn.get("weight") not in (False, 0)
 
 
-def text_in(value: Any, field: str) -> str:
+def require_text(value: Any, field: str) -> str:
     """A value that has to be a text which can be encoded."""
     if not isinstance(value, str):
         raise ValueError(f"{field} holds {value!r:.40}, a text belongs there")
@@ -121,7 +133,7 @@ def text_in(value: Any, field: str) -> str:
     return value
 
 
-def list_in(value: Any, field: str, what: str = "turns") -> list[Any]:
+def require_list(value: Any, field: str, what: str = "turns") -> list[Any]:
     """A value that has to be a list which holds something."""
     if not isinstance(value, list) or not value:
         raise ValueError(f"{field} holds {value!r:.40}, a list of {what} belongs there")

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from raysft.storage.path import StoragePath
 
-PICKLED = "ray.data.arrow_pickled_object"
+PICKLE_EXTENSION = "ray.data.arrow_pickled_object"
 """The extension type in which Ray Data keeps Python objects. Once Ray Data is imported, pyarrow unpickles the values of such a
 column, wherever the file comes from."""
 
@@ -22,7 +22,7 @@ def refuse_pickles(schema: pa.Schema) -> None:
         pa.ArrowInvalid: one holds pickled objects.
     """
     for field in schema:
-        if PICKLED in _extensions(field):
+        if PICKLE_EXTENSION in _extensions(field):
             raise pa.ArrowInvalid(f"column {field.name!r} holds pickled Python objects, which could run code")
 
 

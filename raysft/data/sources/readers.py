@@ -33,12 +33,12 @@ class JsonLine:
     line: bytes
 
 
-Raw = Record | JsonLine | Unreadable
-Positioned = Iterator[tuple[str, int, Raw]]
+RawRecord = Record | JsonLine | Unreadable
+PositionedRecords = Iterator[tuple[str, int, RawRecord]]
 """(position in the file, bytes about, record)."""
 
 
-def read_raw(file: DataFile) -> Positioned:
+def read_raw(file: DataFile) -> PositionedRecords:
     """Records of a file in their order, as far as they must be parsed to know where each ends.
 
     Raises:
@@ -55,7 +55,7 @@ def read_raw(file: DataFile) -> Positioned:
         )
     try:
         yield from reader(file)
-        changed = file.changed()
+        changed = file.has_changed()
     except RecursionError:
         raise RequestError(f"{file.path}: is nested thousands of times; mend the file") from None
     except (OSError, pa.ArrowException, EOFError) as error:
@@ -67,7 +67,7 @@ def read_raw(file: DataFile) -> Positioned:
         raise RequestError(f"{file.path}: changed while it was read; start again when nobody writes to it")
 
 
-def parsed(raw: Raw) -> Record | Unreadable:
+def parse_record(raw: RawRecord) -> Record | Unreadable:
     """The record itself."""
     if not isinstance(raw, JsonLine):
         return raw
@@ -83,18 +83,18 @@ def parsed(raw: Raw) -> Record | Unreadable:
         return Unreadable(f"no usable JSON ({first_line(error)}): {text.strip()[:40]!r}")
 
 
-def _json_lines(file: DataFile) -> Positioned:
+def _json_lines(file: DataFile) -> PositionedRecords:
     with _stream(file) as stream:
         yield from _lines_of_json(stream)
 
 
-def _lines_of_json(stream: Any, start: bytes = b"") -> Positioned:
+def _lines_of_json(stream: Any, start: bytes = b"") -> PositionedRecords:
     for number, line in enumerate(_lines(stream, start), 1):
         if line.strip():
             yield str(number), len(line), JsonLine(line)
 
 
-def _text(file: DataFile) -> Positioned:
+def _text(file: DataFile) -> PositionedRecords:
     with _stream(file) as stream:
         for number, line in enumerate(_lines(stream), 1):
             if not line.strip():
@@ -105,7 +105,7 @@ def _text(file: DataFile) -> Positioned:
                 yield str(number), len(line), Unreadable(f"is not UTF-8 text (byte {line[error.start]:#x})")
 
 
-def _json(file: DataFile) -> Positioned:
+def _json(file: DataFile) -> PositionedRecords:
     """A list of records, read piece by piece; or one record a line."""
     with _stream(file) as stream:
         start = stream.read(READ_BYTES)
@@ -122,7 +122,7 @@ def _json(file: DataFile) -> Positioned:
             yield from _lines_of_json(stream, start)
 
 
-def _csv(file: DataFile) -> Positioned:
+def _csv(file: DataFile) -> PositionedRecords:
     # The module's own limit of 128 KiB is short of a long document.
     csv.field_size_limit(sys.maxsize)
     with _stream(file) as stream:
@@ -147,13 +147,13 @@ def _csv(file: DataFile) -> Positioned:
             raise RequestError(f"{file.path}:{begin}: no valid CSV ({error}); mend this record") from None
 
 
-def _parquet(file: DataFile) -> Positioned:
+def _parquet(file: DataFile) -> PositionedRecords:
     with _seekable(file) as source:
         for index, size, record in parquet_records(source):
             yield f"[{index}]", size, record
 
 
-def _arrow(file: DataFile) -> Positioned:
+def _arrow(file: DataFile) -> PositionedRecords:
     with _seekable(file) as source:
         for index, size, record in arrow_records(source):
             yield f"[{index}]", size, record
@@ -168,7 +168,7 @@ class _Loader(yaml.CSafeLoader):
     }
 
 
-def _yaml(file: DataFile) -> Positioned:
+def _yaml(file: DataFile) -> PositionedRecords:
     """A list of records, or a mapping whose ``conversations`` is that list (as chatterbot-corpus has it)."""
     with _stream(file) as stream:
         loader = _Loader(_decode(stream.read().removeprefix(codecs.BOM_UTF8), file.path))
@@ -200,7 +200,7 @@ def _yaml_record(loader: Any, node: yaml.Node) -> Record | Unreadable:
         return Unreadable(f"no usable YAML ({error})")
 
 
-READERS: dict[tuple[str, ...], Callable[[DataFile], Positioned]] = {
+READERS: dict[tuple[str, ...], Callable[[DataFile], PositionedRecords]] = {
     (".jsonl", ".ndjson"): _json_lines,
     (".json",): _json,
     (".txt",): _text,

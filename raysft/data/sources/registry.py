@@ -33,11 +33,11 @@ COLUMNS = {
     "openai": {"messages": "conversations"},
 }
 """formatting → the columns of an entry that names none. One that names some has no others."""
-NO_COLUMNS = {"alpaca": ("messages",), "sharegpt": ("prompt", "query", "response", "history")}
+FOREIGN_COLUMNS = {"alpaca": ("messages",), "sharegpt": ("prompt", "query", "response", "history")}
 """Columns that records of the other shape have."""
 TAGS = {f"{tag}_tag": tag for tag in get_args(Tag)}
 PREFERENCES = "preferences, which sft and pt do not train on"
-UNUSABLE = {
+UNSUPPORTED_COLUMNS = {
     "chosen": PREFERENCES,
     "rejected": PREFERENCES,
     "kto_tag": PREFERENCES,
@@ -46,15 +46,15 @@ UNUSABLE = {
     "audios": "audios, and raysft trains on text",
 }
 """Columns that cannot be read, and what they say of a dataset."""
-PLACES = ("hf_hub_url", "script_url", "cloud_file_name", "file_name")
+LOCATION_KEYS = ("hf_hub_url", "script_url", "cloud_file_name", "file_name")
 """Where a dataset may be. There the first one counts; which one was meant is a guess."""
-OTHER_HUBS = ("ms_hub_url", "om_hub_url")
+OTHER_HUB_KEYS = ("ms_hub_url", "om_hub_url")
 """Where the dataset of an ``hf_hub_url`` may be found as well."""
-IN_A_HUB = ("subset", "split", "folder")
-KEYS = (*PLACES, *OTHER_HUBS, *IN_A_HUB, "formatting", "ranking", "columns", "tags", "num_samples")
+HUB_KEYS = ("subset", "split", "folder")
+ENTRY_KEYS = (*LOCATION_KEYS, *OTHER_HUB_KEYS, *HUB_KEYS, "formatting", "ranking", "columns", "tags", "num_samples")
 
 
-def find_source(config: Config, source: Source) -> Source:
+def resolve_source(config: Config, source: Source) -> Source:
     """A source with its path and its shape: as it is where it names a path, else as the registry describes it.
 
     What the config says of the source goes before what the registry says, of columns and tags each by itself.
@@ -102,13 +102,13 @@ def _describe(entry: Any, stage: str, where: str, folder: Path) -> dict[str, Any
     if not isinstance(entry, Mapping):
         raise RequestError(f"{where} is {entry!r:.40}; a mapping with file_name belongs there")
     entry = {key: value for key, value in entry.items() if value is not None}
-    _refuse_unknown(entry, KEYS, where, "")
+    _refuse_unknown(entry, ENTRY_KEYS, where, "")
     columns, tags = (_mapping(entry, key, where) for key in ("columns", "tags"))
-    _refuse_unknown(columns, (*FIELDS, *UNUSABLE), where, "columns.")
+    _refuse_unknown(columns, (*FIELDS, *UNSUPPORTED_COLUMNS), where, "columns.")
     _refuse_unknown(tags, TAGS, where, "tags.")
     if entry.get("ranking"):
         raise RequestError(f"{where} holds {PREFERENCES} (ranking); choose another")
-    for column, holds in UNUSABLE.items():
+    for column, holds in UNSUPPORTED_COLUMNS.items():
         if column in columns:
             raise RequestError(f"{where} holds {holds} (columns.{column}); choose another")
     form = entry.get("formatting", "alpaca")
@@ -159,7 +159,7 @@ def _hint(name: str, known: Iterable[str], prefix: str = "") -> str:
 def _refuse_other_shape(form: str, columns: Mapping[str, Any], tags: Mapping[str, Any], where: str) -> None:
     """What belongs to records of another shape is not read there, and hints at a formatting that was forgotten."""
     shape = "alpaca" if form == "alpaca" else "sharegpt"
-    other = [f"columns.{name}" for name in columns if name in NO_COLUMNS[shape]]
+    other = [f"columns.{name}" for name in columns if name in FOREIGN_COLUMNS[shape]]
     other += ["tags"] if tags and form == "alpaca" else []
     if other:
         remedy = "set formatting to sharegpt or openai" if form == "alpaca" else "set formatting to alpaca"
@@ -175,25 +175,25 @@ def _mapping(entry: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
 
 
 def _path(entry: Mapping[str, Any], where: str, folder: Path) -> str:
-    places = [key for key in PLACES if key in entry]
-    for key in (*places, *(key for key in IN_A_HUB if key in entry)):
+    places = [key for key in LOCATION_KEYS if key in entry]
+    for key in (*places, *(key for key in HUB_KEYS if key in entry)):
         if not isinstance(entry[key], str) or not entry[key]:
             raise RequestError(f"{where}: {key} is {entry[key]!r:.40}; a name belongs there")
     if len(places) > 1:
         raise RequestError(f"{where} names {' and '.join(places)}; leave one of them")
     if not places or places == ["script_url"]:
-        kinds = ", ".join(key for key in (*places, *OTHER_HUBS) if key in entry) or "no file"
+        kinds = ", ".join(key for key in (*places, *OTHER_HUB_KEYS) if key in entry) or "no file"
         raise RequestError(f"{where} names {kinds}; raysft reads file_name, cloud_file_name and hf_hub_url")
     if places == ["hf_hub_url"]:
         return _in_hub(entry, where)
-    for key in IN_A_HUB:
+    for key in HUB_KEYS:
         if key in entry and (key, entry[key]) != ("split", "train"):
             raise RequestError(f"{where} has the {key} {entry[key]!r}, and a file has none; name the file of it alone")
     return str(folder / entry["file_name"]) if places == ["file_name"] else entry["cloud_file_name"]
 
 
 def _in_hub(entry: Mapping[str, Any], where: str) -> str:
-    subset, split, folder = (entry.get(key) for key in IN_A_HUB)
+    subset, split, folder = (entry.get(key) for key in HUB_KEYS)
     if split and set("[]+") & set(split):
         raise RequestError(f"{where} has the split {split!r}; name a whole one, and num_samples for a part of it")
     if not folder:

@@ -7,20 +7,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from raysft.data.sources.readers import Raw
+from raysft.data.sources.readers import RawRecord
 
-Placed = tuple[str, int, Raw]
+LocatedRecord = tuple[str, int, RawRecord]
 """(``file:position``, bytes about, record)."""
 
 
 @dataclass(frozen=True)
-class Draw:
+class RandomSample:
     """``count`` records of a source, by ``seed``."""
 
     count: int
     seed: int
 
-    def of(self, read: Callable[[], Iterator[Placed]], limit: int | None = None) -> Iterator[Placed]:
+    def select(self, read: Callable[[], Iterator[LocatedRecord]], limit: int | None = None) -> Iterator[LocatedRecord]:
         """The records that are drawn, in the order of their files; one that is drawn again has a place of its own.
 
         They are read twice, since how many there are decides what is drawn.
@@ -29,15 +29,15 @@ class Draw:
             read: gives all records, each time that it is called.
             limit: take only the first of those that are drawn.
         """
-        times = self.times(sum(1 for _ in read()), limit)
+        times = self.repeats(sum(1 for _ in read()), limit)
         for (where, size, raw), number in zip(read(), times, strict=True):
             for again in range(number):
                 yield f"{where}#{again + 1}" if again else where, size, raw
 
-    def times(self, records: int, limit: int | None = None) -> np.ndarray:
+    def repeats(self, records: int, limit: int | None = None) -> np.ndarray:
         """[records] How often each record is drawn: numpy's legacy generator, so that it is what LLaMA-Factory draws.
 
-        >>> Draw(5, seed=0).times(3).sum(), Draw(2, seed=0).times(3).tolist()
+        >>> RandomSample(5, seed=0).repeats(3).sum(), RandomSample(2, seed=0).repeats(3).tolist()
         (np.int64(5), [0, 1, 1])
         """
         random = np.random.RandomState(self.seed)

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 
-def tool_call(call: Any, where: str) -> dict[str, Any]:
+def parse_tool_call(call: Any, where: str) -> dict[str, Any]:
     """A call of a function as ``{"type": "function", "function": {"name": …, "arguments": {…}}}``.
 
     Raises:
         ValueError: it is none.
 
-    >>> tool_call({"name": "add", "arguments": '{"a": 1}'}, "")["function"]
+    >>> parse_tool_call({"name": "add", "arguments": '{"a": 1}'}, "")["function"]
     {'name': 'add', 'arguments': {'a': 1}}
     """
     function = call.get("function", call) if isinstance(call, dict) else None
@@ -31,7 +31,7 @@ def tool_call(call: Any, where: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": function["name"], "arguments": arguments}, **extra}
 
 
-def tools_in(value: Any) -> tuple[dict[str, Any], ...]:
+def parse_tools(value: Any) -> tuple[dict[str, Any], ...]:
     """Functions that may be called, as they are; from a list, or from JSON that holds one.
 
     Raises:
@@ -54,21 +54,21 @@ def tool_schemas(tools: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
     return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
 
 
-def strings(value: Any) -> Iterator[str]:
+def nested_strings(value: Any) -> Iterator[str]:
     """All texts in nested mappings and lists, keys too.
 
-    >>> list(strings([{"a": "b"}, 1, ("c",)]))
+    >>> list(nested_strings([{"a": "b"}, 1, ("c",)]))
     ['a', 'b', 'c']
     """
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for key, inner in value.items():
-            yield from strings(key)
-            yield from strings(inner)
+            yield from nested_strings(key)
+            yield from nested_strings(inner)
     elif isinstance(value, list | tuple):
         for inner in value:
-            yield from strings(inner)
+            yield from nested_strings(inner)
 
 
 def tools_as_text(turns: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:

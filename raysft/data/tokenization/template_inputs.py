@@ -147,9 +147,9 @@ def quoted(messages: Sequence[Message], texts: Sequence[str]) -> bool:
 
 def _arguments_as_text(message: Message) -> Iterator[str]:
     """The arguments of a turn's calls that are objects, and were given as JSON text."""
-    given = message.given or {}
+    given = message.original or {}
     calls = given.get("tool_calls") or [given.get("function_call") or {}]
-    for call, read in zip(calls if message.given else (), message.tool_calls, strict=False):
+    for call, read in zip(calls if message.original else (), message.tool_calls, strict=False):
         arguments = call.get("function", call).get("arguments")
         if isinstance(arguments, str) and isinstance(read["function"]["arguments"], dict):
             yield arguments
@@ -192,7 +192,7 @@ def _with_arguments_as_text(turn: Turn) -> Turn:
 
 
 def _given(message: Message) -> Turn:
-    return _read(message) if message.given is None else message.given
+    return _read(message) if message.original is None else message.original
 
 
 def _read(message: Message) -> Turn:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from raysft.data.sources.tool_calls import strings
+from raysft.data.sources.tool_calls import nested_strings
 from raysft.data.tokenization.assistant_spans import Rendered, first_line, labelled
 from raysft.data.tokenization.chat_template import chat_template
 from raysft.data.tokenization.template_inputs import quoted
@@ -60,7 +60,7 @@ class ExampleTokenizer:
         """
         prepared = [self._prepare(example) for example in examples]
         chats = [p.rendered for p in prepared if isinstance(p, _Prepared) and p.in_one_pass and p.example.messages]
-        whole = [p for p in prepared if isinstance(p, _Prepared) and p.in_one_pass and p.example.prompt is None]
+        whole = [p for p in prepared if isinstance(p, _Prepared) and p.in_one_pass and p.example.prompt_length is None]
         texts = [each.example.text for each in whole if each.example.text]
         # A chat template writes all special tokens itself; a plain text gets those that the tokenizer puts around it.
         encoded_chats = self.encode_spans([chat.text for chat in chats], [chat.spans for chat in chats])
@@ -70,7 +70,7 @@ class ExampleTokenizer:
                 yield each
             elif each.example.messages:
                 yield from self._conversation(each, next(encoded_chats) if each.in_one_pass else None)
-            elif each.example.prompt is not None:
+            elif each.example.prompt_length is not None:
                 yield from self._completion(each)
             elif each.example.text:
                 ids = next(encoded_texts) if each.in_one_pass else self._with_bos(each.example.text, escape=True)
@@ -131,7 +131,7 @@ class ExampleTokenizer:
             content=self._escaped(message.content),
             tool_calls=self._escaped(message.tool_calls),
             extra=self._escaped(message.extra),
-            given=self._escaped(message.given),
+            original=self._escaped(message.original),
         )
 
     def _escaped(self, value: Any) -> Any:
@@ -151,7 +151,7 @@ class ExampleTokenizer:
             turns = [_bounds(labelled(offsets, [span])) for span in each.rendered.spans]
         assistant = [message for message in example.messages if message.role == "assistant"]
         first = len(turns) - 1 if self.options.mask_history else 0
-        trained = [number for number in range(first, len(turns)) if assistant[number].train]
+        trained = [number for number in range(first, len(turns)) if assistant[number].trainable]
         labels = self._labels(ids, [turns[number] for number in trained])
         look = partial(
             self.inspector.inspect_turn, self._template(example), each.rendered, ids, has_control_tokens=each.written
@@ -201,7 +201,7 @@ class ExampleTokenizer:
     def _completion(self, each: _Prepared) -> Iterator[TokenizeResult]:
         """A prompt and what follows it, encoded apart: the prompt is the one that generation will be asked with."""
         example, escape = each.example, not each.in_one_pass
-        prompt, reference = example.text[: example.prompt], example.text[example.prompt :]
+        prompt, reference = example.text[: example.prompt_length], example.text[example.prompt_length :]
         begun = self._with_bos(prompt, escape)
         following = self._encode_escaped(self._escaped(reference))[0] if escape else self._encoded(reference)
         input_ids = self._with_eos([*begun, *following])
@@ -340,10 +340,10 @@ def _texts(example: Example) -> Iterator[str]:
     yield example.text
     for message in example.messages:
         yield message.content
-        if message.tool_calls or message.extra or message.given:
-            yield from strings((message.tool_calls, message.extra, message.given))
+        if message.tool_calls or message.extra or message.original:
+            yield from nested_strings((message.tool_calls, message.extra, message.original))
     if example.tools:
-        yield from strings(example.tools)
+        yield from nested_strings(example.tools)
 
 
 def _bounds(inside: Sequence[bool]) -> tuple[int, int]:
