@@ -166,6 +166,7 @@ def _trained(case: Case, rank: int, world: int, name: str) -> Result:
 
     from raysft.train import loop, loss
     from raysft.train.checkpoint import format, triggers
+    from raysft.train.checkpoint.resume import ResumePoint
 
     loss.CHUNK_TOKENS = case.chunk_tokens
     looks = itertools.count(1)
@@ -189,17 +190,10 @@ def _trained(case: Case, rank: int, world: int, name: str) -> Result:
         config=config, model=config.model.path, run=run, train_rows=rows, eval_rows=evaluated, adapter=case.adapter
     )
     failure = ""
+    resume = ResumePoint.of(case.resume) if case.resume else None
+    batches = rows.steps(resume.cursor.step if resume else 0, rank, world)
     try:
-        loop.train(
-            job,
-            rows.steps(0, rank, world),
-            0,
-            torch.device("cpu"),
-            events.append,
-            save,
-            case.resume,
-            notice,
-        )
+        loop.train(job, batches, torch.device("cpu"), events.append, save, resume, notice)
     except (RunFailed, RequestError) as error:
         failure = str(error)
     steps = [event for event in events if isinstance(event, StepRecord)]

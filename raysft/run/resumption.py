@@ -15,7 +15,7 @@ from raysft.run.ownership import Changed, told
 from raysft.storage.json_files import append_json
 from raysft.storage.run_directory import RunDirectory
 from raysft.train.checkpoint.cursor import EVALUATION, Cursor
-from raysft.train.checkpoint.format import cursor_of
+from raysft.train.checkpoint.format import newest
 from raysft.train.early_stopping import known_best, should_stop
 
 SCHEDULE = "schedule"
@@ -61,14 +61,15 @@ def check_resumption(
     trained, there = directory.is_done(), _scheduled(directory)
     if trained and not changed:
         return Resumption(None, rows, there or rows, {})
-    cursor = cursor_of(directory.checkpoints)
-    if cursor is None:
+    checkpoint = newest(directory.checkpoints)
+    if checkpoint is None:
         if trained:
             raise RequestError(
                 f"{directory.place}: is trained and has no checkpoint to go on from (train.save_every_steps leaves some); "
                 f"choose another run.name ({told(changed)})"
             )
         return Resumption(None, rows, rows, changed)
+    cursor = checkpoint.cursor
     others = {
         name: [cursor.identity.get(name), identity.get(name)]
         for name in sorted({*cursor.identity, *identity} - {EVALUATION})

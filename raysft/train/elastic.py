@@ -28,7 +28,7 @@ from raysft.config.scaling import ScalingSection
 from raysft.errors import RunFailed
 from raysft.storage.run_directory import RunDirectory
 from raysft.telemetry.events import Emit, Waiting, WorkersResized, WorkersRestarting
-from raysft.train.checkpoint.format import cursor_of
+from raysft.train.checkpoint.format import newest
 from raysft.train.restarts import cause
 
 LOOK_SECONDS = 5.0
@@ -202,8 +202,8 @@ class _Elastic(_Patience, ElasticScalingPolicy):
         if there <= worker_group_state.num_workers:
             self._growing_since = None
             return NoopDecision()
-        cursor = cursor_of(self.run.checkpoints)
-        step = cursor.step if cursor else 0
+        checkpoint = newest(self.run.checkpoints)
+        step = checkpoint.cursor.step if checkpoint else 0
         if self._growing_since is None:
             self._growing_since = step
         if step <= self._growing_since or step >= self.steps:

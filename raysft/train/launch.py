@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -16,14 +17,16 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from raysft.cluster.connect import alive_nodes
 from raysft.config import Config
 from raysft.errors import StorageFailed
+from raysft.storage.path import StoragePath
 from raysft.storage.retry import retry_for
-from raysft.telemetry.events import Emit, TrainingEnded
+from raysft.telemetry.events import Emit, TrainingEnded, Waiting
 from raysft.train.checkpoint import format
+from raysft.train.checkpoint.resume import ResumePoint
 from raysft.train.elastic import workers_of
 from raysft.train.event_pump import EventPump, emitter, make_queue
 from raysft.train.job import TrainJob
 from raysft.train.restarts import Restarts, cause
-from raysft.train.worker import evaluate_worker, train_worker
+from raysft.train.worker import RESUME, TRAIN, evaluate_worker, train_worker
 
 KEEP_MEMORY = {
     "MALLOC_ARENA_MAX": "1",
@@ -39,30 +42,41 @@ STOP_SECONDS = 30
 """How long the driver waits for the workers to stop."""
 
 
-@dataclass(frozen=True)
-class _ResumeStep:
-    """The step of the newest checkpoint. Ray Train calls it each time it starts the workers."""
+class _Resumption:
+    """Decides where the workers resume. Ray Train's controller asks at each start: the newest checkpoint may be another one.
 
-    job: TrainJob
+    The decision travels as if it were a dataset, since datasets are what Ray Train makes anew for each start.
+    """
 
-    def __call__(self) -> int:
-        cursor = format.cursor_of(self.job.run.checkpoints)
-        return cursor.step if cursor else 0
+    def __init__(self, checkpoints: StoragePath, emit: Emit) -> None:
+        self._checkpoints, self._emit = checkpoints, emit
+        self._decision: ResumePoint | None = None
+
+    def datasets(self) -> dict[str, Callable[[], ResumePoint | None]]:
+        """What Ray Train calls for each dataset, in this order."""
+        return {RESUME: self._decide, TRAIN: lambda: self._decision}
+
+    def _decide(self) -> ResumePoint | None:
+        with retry_for(notify=lambda line: self._emit(Waiting(line))):
+            self._decision = format.newest(self._checkpoints)
+        return self._decision
 
 
 class _PlannedDataConfig(ray.train.DataConfig):
-    """Makes the training data from a step on, for the number of workers of this start."""
+    """Makes the training data from the resume point on, for the number of workers of this start."""
 
     def __init__(self, job: TrainJob) -> None:
-        super().__init__()
+        super().__init__(datasets_to_split=[TRAIN])
         self._job = job
 
     def configure(self, datasets: Any, world_size: int, *others: Any, **options: Any) -> Any:
-        """Make the dataset, and split it among the workers."""
-        rows = self._job.train_rows
-        made = {name: rows.dataset(first, world_size) for name, first in datasets.items()}
+        """Split the rows from the resume point on among the workers; hand the resume point itself to each of them."""
+        (name, resume), rows = *datasets.items(), self._job.train_rows
+        if name == RESUME:
+            return [{RESUME: resume}] * world_size
+        made = rows.dataset(resume.cursor.step if resume else 0, world_size)
         base = ray.train.DataConfig(execution_options=rows.execution_options(world_size))
-        return base.configure(made, world_size, *others, **options)
+        return base.configure({name: made}, world_size, *others, **options)
 
 
 def train(job: TrainJob, handle: Emit) -> dict[str, dict[str, float]]:
@@ -78,7 +92,7 @@ def train(job: TrainJob, handle: Emit) -> dict[str, dict[str, float]]:
     Raises:
         RunFailed: the workers failed more than ``train.max_failures`` times, or failed with an error that a restart cannot fix.
     """
-    end = _fit(job, train_worker, {"train": _ResumeStep(job)}, handle)
+    end = _fit(job, train_worker, handle)
     with suppress(StorageFailed), retry_for(0):
         format.tidy(job.run.checkpoints, job.config.train.keep_last)  # the last checkpoint may have completed late
     return asdict(end)
@@ -86,15 +100,15 @@ def train(job: TrainJob, handle: Emit) -> dict[str, dict[str, float]]:
 
 def evaluate(job: TrainJob, handle: Emit) -> dict[str, dict[str, float]]:
     """Evaluate the run's trained model on all evaluation sets; returns ``eval`` results."""
-    return asdict(_fit(job, evaluate_worker, {}, handle))
+    return asdict(_fit(job, evaluate_worker, handle))
 
 
-def _fit(job: TrainJob, worker: Any, datasets: dict[str, Any], handle: Emit) -> TrainingEnded:
+def _fit(job: TrainJob, worker: Any, handle: Emit) -> TrainingEnded:
     # Ray Train would resume from its own state under the run's name, and fail when its storage fails. We write checkpoints
     # ourselves, so it gets an empty temporary folder.
     with tempfile.TemporaryDirectory(prefix="raysft-train-", ignore_cleanup_errors=True) as folder:
         queue = make_queue()
-        trainer = _trainer(job, worker, datasets, queue, folder)
+        trainer = _trainer(job, worker, queue, folder)
         with EventPump(queue, handle, trainer.stop) as pump:
             try:
                 trainer.fit()
@@ -109,9 +123,9 @@ def _fit(job: TrainJob, worker: Any, datasets: dict[str, Any], handle: Emit) -> 
             return pump.end()
 
 
-def _trainer(job: TrainJob, worker: Any, datasets: dict[str, Any], queue: Any, folder: str) -> _Trainer:
-    use_gpu = job.config.scaling.use_gpu
-    scaling, policy = workers_of(job.config.scaling, job.run, job.train_rows.row_plan.steps, emitter(queue))
+def _trainer(job: TrainJob, worker: Any, queue: Any, folder: str) -> _Trainer:
+    use_gpu, emit = job.config.scaling.use_gpu, emitter(queue)
+    scaling, policy = workers_of(job.config.scaling, job.run, job.train_rows.row_plan.steps, emit)
     trainer = _Trainer(
         worker,
         train_loop_config={"job": job, "queue": queue, "threads": _threads(job.config)},
@@ -125,7 +139,7 @@ def _trainer(job: TrainJob, worker: Any, datasets: dict[str, Any], queue: Any, f
             worker_runtime_env={} if use_gpu else {"env_vars": KEEP_MEMORY},
         ),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_SECONDS),
-        datasets=datasets,
+        datasets=_Resumption(job.run.checkpoints, emit).datasets() if worker is train_worker else {},
         dataset_config=_PlannedDataConfig(job),
     )
     trainer.scaling_policy = policy

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 from raysft.storage.local_cache import local_copy
-from raysft.storage.path import StoragePath
 from raysft.telemetry.events import (
     Emit,
     EvaluationDone,
@@ -29,6 +27,7 @@ from raysft.telemetry.events import (
 )
 from raysft.train.checkpoint import format
 from raysft.train.checkpoint.cursor import Cursor
+from raysft.train.checkpoint.resume import ResumePoint
 from raysft.train.checkpoint.triggers import Due, Notice
 from raysft.train.deepspeed_config import size
 from raysft.train.early_stopping import EarlyStopper, known_best
@@ -48,19 +47,17 @@ LOGGED = 1000
 def train(
     job: TrainJob,
     batches: Iterator[Batch],
-    first_step: int,
     device: torch.device,
     emit: Emit,
     save: Save,
-    resume: StoragePath | Path | None,
+    resume: ResumePoint | None = None,
     notice: Notice = str,
 ) -> None:
     """Train to the end of the row plan, evaluate, and write the trained model.
 
     Args:
         job: what to do.
-        batches: this worker's rows of each step, from ``first_step`` on.
-        first_step: the step that ``batches`` begins with.
+        batches: this worker's rows of each step, from that of ``resume`` on.
         device: where to compute.
         emit: takes the events; only the first worker calls it.
         save: keeps a checkpoint; all workers call it.
@@ -73,10 +70,10 @@ def train(
     """
     loop = _Loop(job, device, emit, save, notice)
     with faults_of(loop.rank, lambda: loop.moment, loop.rows_at_hand):
-        _train(loop, batches, first_step, resume)
+        _train(loop, batches, resume)
 
 
-def _train(loop: _Loop, batches: Iterator[Batch], first_step: int, resume: StoragePath | Path | None) -> None:
+def _train(loop: _Loop, batches: Iterator[Batch], resume: ResumePoint | None) -> None:
     with ThreadPoolExecutor(1) as ahead:
         # The first rows are read while the model is loaded.
         first_batch = ahead.submit(next, batches, None)
@@ -84,8 +81,6 @@ def _train(loop: _Loop, batches: Iterator[Batch], first_step: int, resume: Stora
         waiting = time.perf_counter()
         batch = first_batch.result()
     loop.emit_setup(time.perf_counter() - waiting)
-    for _ in range(first_step, cursor.step):
-        batch = next(batches, None)  # the data began before the checkpoint
     if cursor.step == 0 and loop.job.config.train.eval_at_start:
         loop.evaluate(cursor)
     while cursor.step < loop.row_plan.steps and not loop.early_stopper.should_stop:
@@ -116,7 +111,7 @@ class _Loop:
         self.nonfinite = NonFinite(job)
         self.exporter = Exporter(job.run, emit, job.ends)
 
-    def set_up(self, resume: StoragePath | Path | None) -> Cursor:
+    def set_up(self, resume: ResumePoint | None) -> Cursor:
         """Load the model, and the state of a checkpoint; gives the cursor to start from."""
         # Only workers need DeepSpeed; the driver, which imports this module too, starts without it.
         from raysft.train.engine import make_engine
@@ -129,8 +124,8 @@ class _Loop:
         torch.manual_seed(self.job.config.run.seed + self.rank)
         cursor = Cursor(0, 0, 0, self.job.identity)
         if resume is not None:
-            cursor, log = format.load(self.engine, self.lr, resume)
-            self.log.extend(log)
+            cursor = resume.cursor
+            self.log.extend(format.load(self.engine, self.lr, resume))
         best = known_best(self.job.config.train, cursor, self.job.identity)
         if self.job.config.train.keep_best:
             best = self.exporter.known(best)

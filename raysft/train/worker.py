@@ -15,11 +15,14 @@ from raysft.telemetry.events import CheckpointCorrupt, TrainingEnded, evaluation
 from raysft.train import loop
 from raysft.train.checkpoint import format
 from raysft.train.checkpoint.async_writer import AsyncWriter
-from raysft.train.checkpoint.cursor import Cursor
+from raysft.train.checkpoint.resume import ResumePoint
 from raysft.train.event_pump import emitter, permanent_failures
 from raysft.train.finetuning import load_trained
 from raysft.train.loss import TokenLoss
 from raysft.train.step import evaluate
+
+TRAIN, RESUME = "train", "resume"
+"""Names under which Ray Train hands a worker its rows, and the ``ResumePoint`` that they begin at (or None)."""
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -41,12 +44,12 @@ def _train(settings: dict[str, Any]) -> None:
     job, emit = settings["job"], emitter(settings["queue"])
     torch.set_num_threads(settings["threads"])
     workers = ray.train.get_context().get_world_size()
-    writer = AsyncWriter(job.run.checkpoints, job.config.train.keep_last, emit)
-    first = Cursor.read(writer.resume).step if writer.resume else 0
-    shard = cast(Any, ray.train.get_dataset_shard("train"))
+    resume = cast(ResumePoint | None, ray.train.get_dataset_shard(RESUME))
+    shard = cast(Any, ray.train.get_dataset_shard(TRAIN))
     tables = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
     batches = job.train_rows.batches(tables, workers)
-    loop.train(job, batches, first, get_device(), emit, writer, writer.resume, _notice)
+    writer = AsyncWriter(job.run.checkpoints, job.config.train.keep_last, emit)
+    loop.train(job, batches, get_device(), emit, writer, resume, _notice)
     writer.close()
 
 

@@ -156,7 +156,7 @@ def without_ray(raw: dict[str, Any]) -> dict[str, Any]:
     run = RunDirectory(config.run_directory)
     run.path.mkdir(parents=True)
     job = TrainJob(config=config, model=config.model.path, run=run, train_rows=rows, eval_rows={})
-    loop.train(job, rows.steps(0, 0, 1), 0, torch.device("cpu"), emit, lambda *state: None, None)
+    loop.train(job, rows.steps(0, 0, 1), torch.device("cpu"), emit, lambda *state: None)
     return clock.result(rows.row_plan)
 
 

@@ -109,6 +109,6 @@ def damaged(folder: Path, reference: str, name: str, kind: str, damage: Callable
     attempt(folder, name, after(lambda run: len(steps_of(run)) >= 8, 0.2))
     checkpoint = newest(folder / "runs" / name / "checkpoints")
     assert checkpoint
-    assert checkpoint.local
-    damage(checkpoint.local)
+    assert checkpoint.path.local
+    damage(checkpoint.path.local)
     return compared(folder, reference, name, kind, 1, attempt(folder, name, None))

@@ -132,13 +132,13 @@ def test_another_machine_goes_on_where_one_was_killed(whole, server, folder):
     shutil.rmtree(folder / "elsewhere")
     newest = format.newest(killed / "checkpoints")
     assert newest
-    assert format.Cursor.read(newest).step == 4
+    assert newest.cursor.step == 4
     # One more, of which the last worker's part did not come to its end.
     torn = killed / "checkpoints" / format.folder_name(5, "torn")
-    for name, entry in newest.walk().items():
+    for name, entry in newest.path.walk().items():
         if name != "part_0.json":
             assert entry.size
-            (torn / name).write_bytes((newest / name).read_bytes())
+            (torn / name).write_bytes((newest.path / name).read_bytes())
     assert format.newest(killed / "checkpoints") == newest
     lock = json.loads((killed / ".lock").read_text())
     assert lock["process"] == process.pid

@@ -10,6 +10,7 @@ from raysft.storage.path import StoragePath
 from raysft.telemetry.events import PreemptionNotice, SetupDone
 from raysft.train.checkpoint import format
 from raysft.train.checkpoint.cursor import Cursor
+from raysft.train.checkpoint.resume import ResumePoint
 from tests.training import STEPS, Case, Result, make_config, prepare, rows_of, train_all
 
 HALF = STEPS // 2
@@ -161,11 +162,11 @@ def test_a_flipped_bit_is_found_and_the_one_before_is_taken(prepared, left_alone
     content = bytearray(file.read_bytes())
     content[-5] ^= 4
     file.write_bytes(bytes(content))
-    assert format.newest(tmp_path / "kept") == StoragePath.of(newer), "its size is right"
+    assert format.newest(tmp_path / "kept") == ResumePoint.of(newer), "its size is right"
     with pytest.raises(AssertionError, match="a worker failed"):
         train_all([case(prepared, "zero 2", 1, resume=newer)], 1)
     assert json.loads((newer / format.DAMAGED).read_text()) == {"file": "part_1.safetensors"}
-    assert format.newest(tmp_path / "kept") == StoragePath.of(older)
+    assert format.newest(tmp_path / "kept") == ResumePoint.of(older)
 
 
 @pytest.mark.parametrize("missing", ["part_1.safetensors", "part_1.json", "state_0.pt", "cursor.json"])

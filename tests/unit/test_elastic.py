@@ -94,7 +94,7 @@ def test_ray_is_given_some_time_to_see_all_nodes(cluster, tmp_path):
 
 def test_it_grows_right_after_a_checkpoint(cluster, tmp_path, monkeypatch):
     newest = [SimpleNamespace(step=10)]
-    monkeypatch.setattr(elastic, "cursor_of", lambda place: newest[0])
+    monkeypatch.setattr(elastic, "newest", lambda checkpoints: SimpleNamespace(cursor=newest[0]))
     policy = policy_of(tmp_path, num_workers=[1, 4])
     cluster.nodes = [Node(4.0)]
     running = SimpleNamespace(num_workers=1)

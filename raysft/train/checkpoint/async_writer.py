@@ -39,16 +39,10 @@ class AsyncWriter:
         """
         self._checkpoints, self._keep, self._emit = checkpoints, keep, emit
         self._rank, self._failing = dist.get_rank(), threading.Event()
-        # One worker looks, so that all go on from the same.
-        said: list[Any] = [None]
-        if self._rank == 0:
-            with retry_for(notify=self._say):
-                newest = format.newest(checkpoints)
-                said = [(newest, uuid.uuid4().hex[:8])]
-        dist.broadcast_object_list(said, src=0)
-        self.resume: StoragePath | None = said[0][0]
-        """The newest complete checkpoint."""
-        self._attempt: str = said[0][1]
+        attempt = [uuid.uuid4().hex[:8]]
+        dist.broadcast_object_list(attempt, src=0)
+        self._attempt = attempt[0]
+        """Part of the folders' names, the same on all workers."""
         self._thread: threading.Thread | None = None
         self._step = 0
         """Of the one that is being written."""

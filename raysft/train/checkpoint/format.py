@@ -33,6 +33,7 @@ from raysft.train.checkpoint.optimizer_state import (
     read_rest,
     set_random_states,
 )
+from raysft.train.checkpoint.resume import ResumePoint
 from raysft.train.checkpoint.tensor_io import TensorReader, write_tensors
 from raysft.train.checkpoint.zero_shards import Fragment, base_optimizer, fragments, owners, sync_model_weights
 from raysft.train.optim import go_to_step
@@ -144,14 +145,9 @@ def complete(checkpoints: StoragePath | Path) -> Iterator[StoragePath]:
         yield folder
 
 
-def newest(checkpoints: StoragePath | Path) -> StoragePath | None:
-    """The one to go on from."""
-    return next(complete(checkpoints), None)
-
-
-def cursor_of(checkpoints: StoragePath | Path) -> Cursor | None:
-    """The cursor of the one to go on from."""
-    return next((cursor for cursor, _ in _complete(StoragePath.of(checkpoints))), None)
+def newest(checkpoints: StoragePath | Path) -> ResumePoint | None:
+    """Return the newest complete checkpoint: the one that a training resumes from."""
+    return next((ResumePoint(folder, cursor) for cursor, folder in _complete(StoragePath.of(checkpoints))), None)
 
 
 def folder_name(step: int, attempt: str) -> str:
@@ -274,7 +270,7 @@ def _wrong(folder: StoragePath, part: int, near: StoragePath) -> str | None:
 
 
 @torch.no_grad()
-def load(engine: Any, lr_scheduler: Any, folder: StoragePath | Path) -> tuple[Cursor, list[Any]]:
+def load(engine: Any, lr_scheduler: Any, resume: ResumePoint) -> list[Any]:
     """Put a training back to where a checkpoint was written, by as many workers or by others.
 
     The optimizer's settings and the course of the learning rate are those of the config now: the rate of a step follows from
@@ -285,17 +281,16 @@ def load(engine: Any, lr_scheduler: Any, folder: StoragePath | Path) -> tuple[Cu
     Args:
         engine: as it was made for a config that may go on from it.
         lr_scheduler: of the learning rate.
-        folder: the checkpoint.
+        resume: the checkpoint.
 
     Returns:
-        Its cursor, and the records of the log that it came with, on the first worker.
+        The log records in it, on the first worker.
 
     Raises:
         Damaged: it is not what was written.
         RunFailed: it is of another model.
     """
-    folder = StoragePath.of(folder)
-    cursor, rank = Cursor.read(folder), dist.get_rank()
+    folder, cursor, rank = resume.path, resume.cursor, dist.get_rank()
     own = rank if rank < cursor.workers else 0
     optimizer, by_weight = base_optimizer(engine), is_by_weight(engine)
     with tempfile.TemporaryDirectory(prefix="raysft-") as scratch:
@@ -328,7 +323,7 @@ def load(engine: Any, lr_scheduler: Any, folder: StoragePath | Path) -> tuple[Cu
         setattr(engine.optimizer.loss_scaler, name, value)
     if rank < cursor.workers:
         set_random_states(rest["random"])
-    return cursor, rest["log"]
+    return rest["log"]  # type: ignore[no-any-return]
 
 
 def _key(kind: str, fragment: Fragment) -> str:

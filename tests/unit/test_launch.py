@@ -1,0 +1,90 @@
+"""Where the workers of a training resume."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray import cloudpickle
+
+from raysft.storage import retry
+from raysft.storage.path import StoragePath
+from raysft.telemetry.events import Waiting
+from raysft.train import launch
+from raysft.train.checkpoint import format
+from raysft.train.checkpoint.cursor import Cursor
+from raysft.train.checkpoint.format import Snapshot, folder_name
+from raysft.train.checkpoint.resume import ResumePoint
+from raysft.train.worker import RESUME, TRAIN
+
+
+@pytest.fixture
+def checkpoints(tmp_path) -> StoragePath:
+    return StoragePath.of(tmp_path / "checkpoints")
+
+
+def save(checkpoints: StoragePath, step: int) -> StoragePath:
+    folder = checkpoints / folder_name(step, "a")
+    format.write(Snapshot(0, {}, {}, Cursor(step, 4 * step, 0, {})), folder)
+    return folder
+
+
+def started(resumption: launch._Resumption) -> tuple[ResumePoint | None, ResumePoint | None]:
+    """What the workers and the data resume from, as Ray Train's controller asks for it."""
+    datasets = cloudpickle.loads(cloudpickle.dumps(resumption.datasets()))
+    return tuple(function() for function in datasets.values())  # type: ignore[return-value]
+
+
+def test_the_data_begins_where_the_workers_resume_whatever_is_written_meanwhile(checkpoints):
+    datasets = launch._Resumption(checkpoints, print).datasets()
+    assert list(datasets) == [RESUME, TRAIN]
+    first = save(checkpoints, 2)
+    resume = datasets[RESUME]()
+    second = save(checkpoints, 4)
+    assert resume == datasets[TRAIN]() == ResumePoint.of(first)
+    assert datasets[RESUME]() == datasets[TRAIN]() == ResumePoint.of(second), (
+        "another start of the workers decides anew"
+    )
+
+
+def test_a_decision_is_shared_in_the_controller_too(checkpoints):
+    assert started(launch._Resumption(checkpoints, print)) == (None, None)
+    save(checkpoints, 2)
+    resume, train = started(launch._Resumption(checkpoints, print))
+    assert resume is train is not None
+
+
+def test_storage_that_is_away_is_waited_for_and_not_taken_for_no_checkpoint(checkpoints, monkeypatch):
+    expected, answers = ResumePoint.of(save(checkpoints, 2)), iter([OSError("connection refused")])
+
+    def walk(self: StoragePath) -> Any:
+        return retry.retry(fail_once, "s3://bucket") or original(self)
+
+    def fail_once() -> None:
+        for error in answers:
+            raise error
+
+    original = StoragePath.walk
+    monkeypatch.setattr(StoragePath, "walk", walk)
+    events: list[Any] = []
+    assert launch._Resumption(checkpoints, events.append).datasets()[RESUME]() == expected
+    assert [type(event) for event in events] == [Waiting]
+    assert "s3://bucket: waiting for the storage" in events[0].message
+
+
+def test_workers_get_the_resume_point_and_rows_from_its_step_on(monkeypatch):
+    asked: list[Any] = []
+    rows = SimpleNamespace(
+        dataset=lambda first, workers: asked.append((first, workers)) or "dataset",
+        execution_options=lambda workers: None,
+    )
+    monkeypatch.setattr(
+        launch.ray.train.DataConfig, "configure", lambda self, made, workers, *rest, **options: [made] * workers
+    )
+    config: Any = launch._PlannedDataConfig(SimpleNamespace(train_rows=rows))  # type: ignore[arg-type]
+    resume = ResumePoint(StoragePath.of("/c"), Cursor(3, 12, 0, {}))
+    assert config.configure({RESUME: resume}, 2) == [{RESUME: resume}] * 2
+    assert config.configure({TRAIN: resume}, 2) == [{TRAIN: "dataset"}] * 2
+    config.configure({TRAIN: None}, 3)
+    assert asked == [(3, 2), (0, 3)]
