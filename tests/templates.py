@@ -193,11 +193,11 @@ class Trial:
             if details:
                 print(f"  {name}: {item.reason}")
             return "refused by it" if whole is None else f"REJECTED {item.reason}"
-        rendered = self.tokenizing._template(example).rendered(example.messages, example.tools)
-        form = rendered.form
-        if rendered.form.as_text or list(form.turns) != messages or list(form.tools) != tools:
-            messages, tools = list(form.turns), list(form.tools)
-            kept = "as text" if form.as_text else "kept as read"
+        rendered = self.tokenizing.template_for(example).render_conversation(example.messages, example.tools)
+        given = rendered.given
+        if given.tools_as_text or list(given.turns) != messages or list(given.tools) != tools:
+            messages, tools = list(given.turns), list(given.tools)
+            kept = "as text" if given.tools_as_text else "kept as read"
             if details and whole is None:
                 print(f"  {name}: {kept}, since: {refusal}")
             whole = self.text(messages, tools, False)
@@ -228,13 +228,13 @@ class Trial:
                         yield f"WORD OF TURN {index} IN {inside}"
                     at = text.find(word, at + 1)
         for index, (start, end) in mine.items():
-            if not self.tokenizing.template.tracked:  # one that marks generations is taken at its word
+            if not self.tokenizing.template.render_generations:  # one that marks generations is taken at its word
                 yield from self.bounds(text, start, end, messages, tools, index)
             if details:
                 before, behind = text[max(0, start - 30) : start], text[end : end + 30]
                 print(f"  {details}, turn {index}: …{before!r} ⟦{text[start:end]!r}⟧ {behind!r}…")
-        if self.marked and self.marked.tracked:
-            marked, theirs = self.marked.tracked(messages, tools)
+        if self.marked and self.marked.render_generations:
+            marked, theirs = self.marked.render_generations(messages, tools)
             if marked == text and [text[a:b].strip() for a, b in theirs] != [text[a:b].strip() for a, b in spans]:
                 yield "TRAINING DIFFERS"
                 if details:

@@ -10,6 +10,7 @@ import pytest
 
 from raysft.config import Source
 from raysft.data.sources.formats import to_example
+from raysft.data.tokenization.span_search import REMEDY
 from raysft.data.tokenization.tokenize import ExampleTokenizer
 from raysft.data.tokenization.tokenized_example import TokenizedExample, TokenizeOptions
 from raysft.data.tokenization.tokenizer import Tokenizer
@@ -219,7 +220,7 @@ def test_a_record_that_the_template_refuses_is_rejected_with_its_words(at_work):
     without = [{key: value for key, value in turn.items() if key != "tool_call_id"} for turn in CALLING]
     item = tokenized(tokenizing, {"messages": without})
     assert isinstance(item, Rejected)
-    assert item.reason == "the chat template refuses the conversation (ids have 9 letters)"
+    assert item.reason.endswith("refuses the conversation (ids have 9 letters)")
 
 
 BRACKETS = (
@@ -300,9 +301,8 @@ def test_an_only_answer_that_holds_the_question_is_refused(at_work):
     tokenizing, _ = at_work(quoting + "{% endfor %}" + ASK)
     item = tokenized(tokenizing, {"messages": turns(("user", "ab"), ("assistant", "b"))})
     assert isinstance(item, Rejected)
-    assert item.reason.startswith(
-        "the chat template writes turn 0 inside the assistant's; add {% generation %} markers"
-    )
+    assert "turn 0 inside an assistant turn" in item.reason
+    assert item.reason.endswith("; " + REMEDY)
 
 
 def test_a_question_that_a_template_leaves_out_before_the_only_answer_is_counted(at_work):
@@ -377,10 +377,8 @@ def test_a_turn_that_holds_what_another_said_is_refused_with_a_remedy(at_work):
     tokenizing, _ = at_work(SPLIT)
     item = tokenized(tokenizing, {"messages": [CALLING[0], {**CALLING[1], "content": "Now"}, *CALLING[2:]]})
     assert isinstance(item, Rejected)
-    assert item.reason == (
-        "the chat template writes turn 2 inside the assistant's; add {% generation %} markers to it, or name another in "
-        "model.chat_template"
-    )
+    for part in ("turn 2 inside an assistant turn", "{% generation %}", "model.chat_template"):
+        assert part in item.reason
 
 
 WITHOUT_TOOLS = (

@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 from transformers import AutoTokenizer
 
-from raysft.data.tokenization.fast_encoder import QuickEncoder
+from raysft.data.tokenization.fast_encoder import FastEncoder
 from raysft.errors import RequestError
 from tests.tiny import tiny_tokenizer
 
@@ -47,8 +47,8 @@ def test_any_text_has_the_tokens_of_the_tokenizer(name, special):
     if name != "tiny" and not (SHARED / name).is_dir():
         pytest.skip("needs the shared data")
     backend = (tiny_tokenizer() if name == "tiny" else AutoTokenizer.from_pretrained(SHARED / name)).backend_tokenizer
-    encode = QuickEncoder(backend)
-    assert encode.quick is not None
+    encode = FastEncoder(backend)
+    assert encode.fast is not None
     written = texts([token.content for token in backend.get_added_tokens_decoder().values()], 4_000)
     expected = backend.encode_batch_fast(written, add_special_tokens=special)
     for text, ids, encoding in zip(written, encode(written, special), expected, strict=True):
@@ -60,8 +60,8 @@ def test_a_byte_that_the_vocabulary_lacks_is_passed_over_as_the_tokenizer_does()
     vocabulary = described["model"]["vocab"]
     vocabulary["nothing"] = vocabulary.pop("ē")  # as byte-level BPE writes 0x13
     backend = tokenizers.Tokenizer.from_str(json.dumps(described))
-    encode = QuickEncoder(backend)
-    assert encode.quick is not None
+    encode = FastEncoder(backend)
+    assert encode.fast is not None
     written = ["Hi", "Hi \x13 there", "Berlin"]
     expected = [backend.encode(text, add_special_tokens=False).ids for text in written]
     assert [ids.tolist() for ids in encode(written)] == expected
@@ -71,36 +71,36 @@ def test_tokens_around_a_text_are_those_of_the_tokenizer():
     backend = tiny_tokenizer().backend_tokenizer
     end = backend.get_added_tokens_decoder()[0].content
     backend.post_processor = tokenizers.processors.TemplateProcessing(f"{end} $A {end}", special_tokens=[(end, 0)])
-    encode = QuickEncoder(backend)
+    encode = FastEncoder(backend)
     (ids,) = encode(["a b"], add_special_tokens=True)
-    assert encode.quick is not None
+    assert encode.fast is not None
     assert ids.tolist() == [0, *backend.encode("a b", add_special_tokens=False).ids, 0]
 
 
 def test_a_tokenizer_of_another_kind_encodes_itself():
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    encode = QuickEncoder(backend)
-    assert encode.quick is None
+    encode = FastEncoder(backend)
+    assert encode.fast is None
     assert [ids.tolist() for ids in encode(["a b c", ""])] == [[0, 1, 2], []]
 
 
 def test_without_fastokens_the_tokenizer_encodes(monkeypatch):
     monkeypatch.setitem(sys.modules, "fastokens", None)
     backend = tiny_tokenizer().backend_tokenizer
-    encode = QuickEncoder(backend)
-    assert encode.quick is None
+    encode = FastEncoder(backend)
+    assert encode.fast is None
     assert [ids.tolist() for ids in encode(["Hello there"])] == [backend.encode("Hello there").ids]
 
 
 class _Wrong:
     """Gives one token too many for each text with a word in it."""
 
-    def __init__(self, quick, word: str) -> None:
-        self.quick, self.word = quick, word
+    def __init__(self, fast, word: str) -> None:
+        self.fast, self.word = fast, word
 
     def encode_batch_flat(self, texts: list[str], special: bool) -> tuple[bytes, bytes]:
-        return self.quick.encode_batch_flat([text.replace(self.word, self.word + " x") for text in texts], special)
+        return self.fast.encode_batch_flat([text.replace(self.word, self.word + " x") for text in texts], special)
 
 
 @pytest.mark.parametrize("word", ["Hello", "façade", "한국어"])
@@ -115,12 +115,12 @@ def test_other_tokens_for_a_probe_keep_the_tokenizer(monkeypatch, word):
             return _Wrong(right(text), word)
 
     monkeypatch.setattr(fastokens, "Tokenizer", Tokenizer)
-    assert QuickEncoder(tiny_tokenizer().backend_tokenizer).quick is None
+    assert FastEncoder(tiny_tokenizer().backend_tokenizer).fast is None
 
 
 def test_other_tokens_for_a_text_of_a_batch_end_it():
-    encode = QuickEncoder(tiny_tokenizer().backend_tokenizer)
-    encode.quick = _Wrong(encode.quick, "rare")
+    encode = FastEncoder(tiny_tokenizer().backend_tokenizer)
+    encode.fast = _Wrong(encode.fast, "rare")
     encode(["a", "b", "c"])
     with pytest.raises(RequestError, match=r"different tokens for 'a rare word'.*pip uninstall fastokens"):
         encode(["a", "a rare word", "c"])
@@ -132,7 +132,7 @@ def test_a_vocabulary_that_lacks_bytes_of_the_probes_is_encoded_quickly_all_the_
     vocabulary["nothing"] = vocabulary.pop("\u0100")  # as byte-level BPE writes 0
     whole["model"]["merges"] = [pair for pair in whole["model"]["merges"] if "\u0100" not in "".join(pair)]
     backend = tokenizers.Tokenizer.from_str(json.dumps(whole))
-    encode = QuickEncoder(backend)
-    assert encode.quick is not None
+    encode = FastEncoder(backend)
+    assert encode.fast is not None
     for text in ("Hello there", "a\u0000b"):
         assert [ids.tolist() for ids in encode([text])] == [backend.encode(text, add_special_tokens=False).ids]

@@ -140,9 +140,9 @@ def chatml(messages, tools, ask):
 def test_a_template_without_tools_gets_them_as_text_and_the_call_is_learnt():
     found = example(SHAREGPT, "sharegpt")
     template = ChatTemplate(chatml)
-    rendered = template.rendered(found.messages, found.tools)
-    assert rendered.form.as_text
-    assert rendered.form.tools == ()
+    rendered = template.render_conversation(found.messages, found.tools)
+    assert rendered.given.tools_as_text
+    assert rendered.given.tools == ()
     assert '"description": "adds"' in rendered.text
     call = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call></>'
     assert [rendered.text[start:end] for start, end in rendered.spans] == [call, "It is 2.</>"]
@@ -177,17 +177,19 @@ def test_masks_are_right_where_earlier_thinking_is_left_out():
         Message("user", "b</>"),
         Message("assistant", "c"),
     ]
-    rendered = ChatTemplate(forgetful).rendered(messages)
+    rendered = ChatTemplate(forgetful).render_conversation(messages)
     assert [rendered.text[start:end] for start, end in rendered.spans] == ["b</>", "<think></think>c</>"]
 
 
 def test_a_template_that_shows_contents_in_another_way_is_followed():
     messages = [Message("user", "a"), Message("assistant", "bee"), Message("user", "c"), Message("assistant", "d")]
-    rendered = ChatTemplate(lambda *given: chatml(*given).upper()).rendered(messages)
+    rendered = ChatTemplate(lambda *given: chatml(*given).upper()).render_conversation(messages)
     assert [rendered.text[start:end] for start, end in rendered.spans] == ["BEE</>", "D</>"]
 
 
 def test_a_template_that_hides_where_turns_are_is_refused():
     messages = [Message("user", "a"), Message("assistant", "bee"), Message("user", "c"), Message("assistant", "d")]
-    with pytest.raises(ValueError, match="the chat template"):
-        ChatTemplate(lambda *given: chatml(*given)[::-1]).rendered(messages)
+    with pytest.raises(
+        ValueError, match=r"locate assistant turn 1 .*; add \{% generation %\} .* set model\.chat_template$"
+    ):
+        ChatTemplate(lambda *given: chatml(*given)[::-1]).render_conversation(messages)

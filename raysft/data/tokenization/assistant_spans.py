@@ -1,6 +1,6 @@
-"""Conversations → the text that the chat template makes of them, and which characters the assistant wrote.
+"""Render a conversation and find which characters the assistant wrote.
 
-The one place that decides masks.
+This is the only place that decides loss masks.
 """
 
 from __future__ import annotations
@@ -9,14 +9,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from raysft.data.tokenization.markers import Render, Tool, Turn, look
-from raysft.data.tokenization.span_search import REMEDY, Bounds, Span
-from raysft.data.tokenization.static_template import Skeleton
-from raysft.data.tokenization.template_inputs import Form, Hidden, before_answers, forms, hidden, in_parts, written
+from raysft.data.tokenization.markers import Render, Tool, Turn, render_with_markers
+from raysft.data.tokenization.span_search import REMEDY, Span, SpanFinder
+from raysft.data.tokenization.static_template import StaticTemplate
+from raysft.data.tokenization.template_inputs import (
+    Omission,
+    TemplateInput,
+    find_omission,
+    template_inputs,
+    up_to_first_call,
+    with_content_parts,
+    with_tools_as_text,
+)
 from raysft.data.types import Message
 
-SKELETONS = 1000
-"""Orders of roles that are remembered at most."""
+MAX_STATIC_TEMPLATES = 1000
+"""Orders of roles to remember."""
 
 
 @dataclass(frozen=True)
@@ -25,158 +33,161 @@ class Rendered:
 
     text: str
     spans: tuple[Span, ...]
-    """What the assistant wrote in each of its turns, with the token that ends the turn."""
-    form: Form = field(default_factory=lambda: Form(()))
-    """What the template was given."""
-    left_out: bool = False
-    """Whether the template leaves out turns."""
+    """What the assistant wrote in each of its turns, with the end token."""
+    given: TemplateInput = field(default_factory=lambda: TemplateInput(()))
+    """What the template read."""
+    omits_turns: bool = False
+    """True if the template leaves out turns."""
 
 
 @dataclass
-class _Tried:
-    """What came of the forms of a conversation."""
+class _Attempts:
+    """Outcome of rendering a conversation in several forms."""
 
-    missing: Hidden | None = None
-    """What the template hides of the last one that it rendered."""
-    refused: Exception | None = None
-    """Why it refused one, the first time."""
-    rendered: list[Form] = field(default_factory=list)
-    """Those that it rendered."""
+    omission: Omission | None = None
+    """What the template left out in the last form that it rendered."""
+    error: Exception | None = None
+    """Why it refused a form, the first time."""
+    rendered: list[TemplateInput] = field(default_factory=list)
+    """Forms that it rendered."""
 
 
 @dataclass
 class ChatTemplate:
-    """A chat template, and what it makes of conversations."""
+    """A chat template that renders conversations and finds the assistant turns in them."""
 
     render: Render
-    tracked: Callable[[Sequence[Turn], Sequence[Tool]], tuple[str, tuple[Span, ...]]] | None = None
-    """Rendering that knows the spans by itself, for a template that marks them with ``{% generation %}``."""
-    plain: bool = False
-    """Whether it only writes contents out (``skeleton.only_writes_contents``)."""
-    names_tools: bool = True
-    """Whether its text names ``tools``; one that does not cannot show any."""
+    render_generations: Callable[[Sequence[Turn], Sequence[Tool]], tuple[str, tuple[Span, ...]]] | None = None
+    """Renders text and spans, for a template that marks the spans with ``{% generation %}``."""
+    only_copies_contents: bool = False
+    """See ``static_template.only_copies_contents``."""
+    mentions_tools: bool = True
+    """True if the template's source contains ``tools``. One that does not cannot show any."""
     eos: str = ""
     """The token that ends a text."""
-    _skeletons: dict[tuple[str, ...], Skeleton | None] = field(default_factory=dict)
+    _static_templates: dict[tuple[str, ...], StaticTemplate | None] = field(default_factory=dict)
 
-    def rendered(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Rendered:
-        """Render a conversation, and find what the assistant wrote in it, turn by turn.
+    def render_conversation(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Rendered:
+        """Render a conversation, and find what the assistant wrote in it.
 
-        A turn goes from behind the generation prompt to the end of the token that ends it; white space that the template puts
-        behind that token is not part of it. There is a span for each assistant turn, in order.
+        There is a span for each assistant turn, in order. It starts after the generation prompt and ends with the turn's end
+        token, without the white space that the template writes after that token.
 
-        The template gets turns and tools as their record has them. Only where it then refuses them or leaves something out does
-        it get them as they were read, and only where it shows no trace of tools or calls are these written into the texts.
+        The template reads turns and tools as their record has them. If it refuses them or leaves something out, it reads them as
+        raysft normalizes them. Tools and calls become text only if the template shows no trace of them.
 
         Raises:
-            ValueError: the place of a turn cannot be told.
+            ValueError: a span is not certain, or the template leaves out what it must show.
             Exception: whatever the template raises.
         """
-        tried = _Tried()
-        for form in forms(messages, tools):
-            if shown := self._shown(form, tried):
-                return shown
-        missing = tried.missing or self._missing_before_answers(form)
-        if not missing:
-            raise tried.refused or ValueError(f"the chat template shows nothing of the conversation; {REMEDY}")
-        form = tried.rendered[0] if tried.rendered else form
-        if missing.as_text:
-            form = written(form, messages, missing)
-            tried = _Tried()
-            if shown := self._shown(form, tried):
-                return shown
-            if tried.refused:
-                raise tried.refused
-        if shown := self._shown(in_parts(form), _Tried()):
-            return shown
-        if missing.as_text:
-            raise ValueError(f"the chat template shows no tools, and no system turn that could name them; {REMEDY}")
-        return self._partly(form)
+        attempts = _Attempts()
+        for given in template_inputs(messages, tools):
+            if rendered := self._attempt(given, attempts):
+                return rendered
+        omission = attempts.omission or self._omission_up_to_first_call(given)
+        if not omission:
+            raise attempts.error or ValueError(f"the chat template shows nothing of the conversation; {REMEDY}")
+        given = attempts.rendered[0] if attempts.rendered else given
+        if omission.fits_in_text:
+            given = with_tools_as_text(given, messages, omission)
+            attempts = _Attempts()
+            if rendered := self._attempt(given, attempts):
+                return rendered
+            if attempts.error:
+                raise attempts.error
+        if rendered := self._attempt(with_content_parts(given), _Attempts()):
+            return rendered
+        if omission.fits_in_text:
+            raise ValueError(
+                "the chat template shows neither tools nor a system turn that could describe them; "
+                "name one that does in model.chat_template"
+            )
+        return self._without_omitted_turns(given)
 
-    def _shown(self, form: Form, tried: _Tried) -> Rendered | None:
-        """A conversation in one form; None where the template refuses it or leaves something out."""
-        if self.plain and form.texts and (form.calls or form.tools) and not (form.tools and self.names_tools):
-            tried.missing = Hidden(tools=bool(form.tools), calls=form.calls)  # it reads no other keys
+    def _attempt(self, given: TemplateInput, attempts: _Attempts) -> Rendered | None:
+        """Render one form; None if the template refuses it or leaves something out."""
+        copies = self.only_copies_contents and given.is_plain_text
+        if copies and (given.has_calls or given.tools) and not (given.tools and self.mentions_tools):
+            attempts.omission = Omission(tools=bool(given.tools), calls=given.has_calls)  # it reads no other keys
             return None
         try:
-            if self.plain and form.texts and not form.tools and (skeleton := self._skeleton(form.roles)):
-                return Rendered(*skeleton.fill([turn["content"] for turn in form.turns]), form)
-            text, spans = self._text(form)
-        except Exception as error:  # a template refuses what it does not support with errors of its own
-            tried.refused = tried.refused or error
+            if copies and not given.tools and (static := self._static_template(given.roles)):
+                return Rendered(*static.fill([turn["content"] for turn in given.turns]), given)
+            text, spans = self._render(given)
+        except Exception as error:  # a template may raise errors of its own
+            attempts.error = attempts.error or error
             return None
-        if not form.may_be_hidden:
-            spans = spans or self._bounds.asked(form.turns, text)
+        if not given.may_be_omitted:
+            spans = spans or self._span_finder.find_only_answer(given.turns, text)
             if spans:
-                return Rendered(text, spans, form)
-        view = look(self.render, form.turns, form.tools, text)
-        tried.missing = hidden(form, view, text)
-        tried.rendered.append(form)
-        return None if tried.missing else Rendered(text, spans or self._bounds.find(view, text), form)
+                return Rendered(text, spans, given)
+        marked = render_with_markers(self.render, given.turns, given.tools, text)
+        attempts.omission = find_omission(given, marked, text)
+        attempts.rendered.append(given)
+        return None if attempts.omission else Rendered(text, spans or self._span_finder.find(marked, text), given)
 
-    def _partly(self, form: Form) -> Rendered:
-        """A conversation of which the template leaves out turns in every form."""
-        text, spans = self._text(form)
-        spans = spans or self._bounds.find(look(self.render, form.turns, form.tools, text), text)
+    def _without_omitted_turns(self, given: TemplateInput) -> Rendered:
+        """Render a conversation of which the template leaves out turns in every form."""
+        text, spans = self._render(given)
+        spans = spans or self._span_finder.find(render_with_markers(self.render, given.turns, given.tools, text), text)
         if not any(start < end for start, end in spans):
             raise ValueError(f"the chat template leaves out what the assistant wrote; {REMEDY}")
-        return Rendered(text, spans, form, left_out=True)
+        return Rendered(text, spans, given, omits_turns=True)
 
-    def _skeleton(self, roles: tuple[str, ...]) -> Skeleton | None:
-        """What the template writes around turns of these roles."""
-        if roles not in self._skeletons:
-            if len(self._skeletons) >= SKELETONS:
-                self._skeletons.clear()
+    def _static_template(self, roles: tuple[str, ...]) -> StaticTemplate | None:
+        """Return what the template writes around turns of these roles; None if that is not certain."""
+        if roles not in self._static_templates:
+            if len(self._static_templates) >= MAX_STATIC_TEMPLATES:
+                self._static_templates.clear()
             contents = [f"\uf2b1{index}\uf2b2" for index in range(len(roles))]
-            form = Form(
+            given = TemplateInput(
                 tuple({"role": role, "content": content} for role, content in zip(roles, contents, strict=True))
             )
-            text, _ = self._text(form)
-            view = look(self.render, form.turns, (), text)
-            self._skeletons[roles] = None
-            if not hidden(form, view, text):
-                spans = self._bounds.find(view, text)
-                self._skeletons[roles] = Skeleton.learn(text, contents, form.answers, spans)
-        return self._skeletons[roles]
+            text, _ = self._render(given)
+            marked = render_with_markers(self.render, given.turns, (), text)
+            self._static_templates[roles] = None
+            if not find_omission(given, marked, text):
+                spans = self._span_finder.find(marked, text)
+                self._static_templates[roles] = StaticTemplate.from_rendering(
+                    text, contents, given.assistant_turns, spans
+                )
+        return self._static_templates[roles]
 
-    def _text(self, form: Form) -> tuple[str, tuple[Span, ...] | None]:
-        """The rendering, and the spans where the template marks as many generations as there are assistant turns."""
-        if self.tracked:
-            text, spans = self.tracked(form.turns, form.tools)
-            return text, spans if len(spans) == len(form.answers) else None
-        return self.render(form.turns, form.tools, False), None
+    def _render(self, given: TemplateInput) -> tuple[str, tuple[Span, ...] | None]:
+        """Render text, and spans if the template marks as many generations as there are assistant turns."""
+        if self.render_generations:
+            text, spans = self.render_generations(given.turns, given.tools)
+            return text, spans if len(spans) == len(given.assistant_turns) else None
+        return self.render(given.turns, given.tools, False), None
 
     @cached_property
-    def _bounds(self) -> Bounds:
-        return Bounds(self.render, self.eos)
+    def _span_finder(self) -> SpanFinder:
+        return SpanFinder(self.render, self.eos)
 
-    def _missing_before_answers(self, form: Form) -> Hidden | None:
-        """What a template that refuses a conversation hides of its beginning up to the first call; it may mind the answer."""
-        part = before_answers(form)
+    def _omission_up_to_first_call(self, given: TemplateInput) -> Omission | None:
+        """Find what the template leaves out before the end of the first call; it may refuse the result that follows."""
+        part = up_to_first_call(given)
         try:
-            text, _ = self._text(part)
-        except Exception:  # refused again
+            text, _ = self._render(part)
+        except Exception:  # it refuses this too
             return None
-        return hidden(part, look(self.render, part.turns, part.tools, text), text)
+        return find_omission(part, render_with_markers(self.render, part.turns, part.tools, text), text)
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def tokens_in_spans(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
+    """Return for each token whether it lies inside one of the spans.
 
+    Args:
+        offsets: [start, end) of each token, in characters, in order.
+        spans: [start, end) in characters, in order.
 
-def labelled(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
-    """For each token, given by its [start, end) in characters, whether it lies inside one of the spans, both in order.
-
-    >>> labelled([(0, 2), (2, 4), (4, 6)], [(2, 6)])
+    >>> tokens_in_spans([(0, 2), (2, 4), (4, 6)], [(2, 6)])
     [False, True, True]
     """
     inside = []
-    position = 0
+    number = 0
     for start, end in offsets:
-        while position < len(spans) and spans[position][1] <= start:
-            position += 1
-        inside.append(
-            position < len(spans) and spans[position][0] <= start and end <= spans[position][1] and end > start
-        )
+        while number < len(spans) and spans[number][1] <= start:
+            number += 1
+        inside.append(number < len(spans) and spans[number][0] <= start and end <= spans[number][1] and end > start)
     return inside

@@ -1,6 +1,7 @@
-"""Texts to tokens eight times as fast as the tokenizer itself does it, where fastokens knows its kind.
+"""Encode texts with fastokens, if it gives the same tokens as the model's tokenizer.
 
-What counts are the tokens of the tokenizer: they are compared before fastokens is used, and for a text of every batch.
+fastokens encodes byte-level BPE several times as fast as ``tokenizers``; ``python -m tests.benchmarks.data`` measures both. The
+tokenizer stays the reference: its tokens are compared before fastokens is used, and then for one text of every batch.
 """
 
 from __future__ import annotations
@@ -21,70 +22,70 @@ PROBES = (
     "😀👨‍👩‍👧 a\u200db \u00a0\u3000\ufeff\u0000\u0001",
     "def f(x):\n    return {'a': [1, 2]}  # " + "x" * 200,
 )
-"""Texts on which both must agree before one stands for the other."""
+"""Texts that both must encode alike before fastokens is used."""
 
 
-class QuickEncoder:
-    """Encodes batches of texts as a tokenizer does."""
+class FastEncoder:
+    """Encodes batches of texts to the tokens of a tokenizer."""
 
     def __init__(self, backend: Any) -> None:
-        """Take a ``tokenizers.Tokenizer``, which decides what is right."""
+        """Take a ``tokenizers.Tokenizer``, which is the reference."""
         self.backend = backend
-        self.quick = _quick(backend)
+        self.fast = _fast_tokenizer(backend)
 
     def __call__(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[np.ndarray]:
-        """Ids of each text, int32; special tokens in it count as such.
+        """Return [tokens] int32 ids of each text. Special tokens in a text count as such.
 
         Raises:
             RequestError: fastokens gives other tokens than the tokenizer.
         """
         texts = list(texts)
-        if self.quick is None or not texts:
-            return self._exact(texts, add_special_tokens)
+        if self.fast is None or not texts:
+            return self._reference(texts, add_special_tokens)
         try:
-            encoded = _encode(self.quick, texts, add_special_tokens)
-        except ValueError:  # it refuses a byte that the vocabulary lacks, which the tokenizer passes over
-            return self._exact(texts, add_special_tokens)
+            encoded = _encode(self.fast, texts, add_special_tokens)
+        except ValueError:  # it refuses a byte that the vocabulary lacks, which the tokenizer skips
+            return self._reference(texts, add_special_tokens)
         checked = len(texts) // 2
         if encoded[checked].tolist() != self.backend.encode(texts[checked], add_special_tokens=add_special_tokens).ids:
             raise RequestError(
                 f"fastokens and tokenizers give different tokens for {texts[checked][:100]!r}; "
-                "take fastokens away (pip uninstall fastokens): raysft does without it, slower"
+                "uninstall fastokens (pip uninstall fastokens), raysft works without it, only slower"
             )
         return encoded
 
-    def _exact(self, texts: list[str], add_special_tokens: bool) -> list[np.ndarray]:
+    def _reference(self, texts: list[str], add_special_tokens: bool) -> list[np.ndarray]:
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
 
 
-def _encode(quick: Any, texts: list[str], add_special_tokens: bool) -> list[np.ndarray]:
-    ids, ends = quick.encode_batch_flat(texts, add_special_tokens)
+def _encode(fast: Any, texts: list[str], add_special_tokens: bool) -> list[np.ndarray]:
+    ids, ends = fast.encode_batch_flat(texts, add_special_tokens)
     return np.split(
         np.frombuffer(ids, np.uint32).astype(np.int32), np.frombuffer(ends, np.uint64)[1:-1].astype(np.int64)
     )
 
 
-def _quick(backend: Any) -> Any:
-    """The tokenizer in fastokens; None where that is not installed, does not know its kind or gives other tokens."""
+def _fast_tokenizer(backend: Any) -> Any:
+    """Load the tokenizer into fastokens; None if that is not installed, cannot read it or gives other tokens."""
     try:
         import fastokens
 
-        quick = fastokens.Tokenizer.from_json_str(backend.to_str())
+        fast = fastokens.Tokenizer.from_json_str(backend.to_str())
     except (ImportError, ValueError):
         return None
     added = [token.content for token in backend.get_added_tokens_decoder().values()]
     texts = [
         *PROBES,
-        *(text.join(PROBES[2:4]) for text in added[:1000]),
-        *(f" {text} {text}x" for text in added[:1000]),
+        *(token.join(PROBES[2:4]) for token in added[:1000]),
+        *(f" {token} {token}x" for token in added[:1000]),
     ]
     for special in (False, True):
-        for text, right in zip(texts, backend.encode_batch_fast(texts, add_special_tokens=special), strict=True):
+        for text, expected in zip(texts, backend.encode_batch_fast(texts, add_special_tokens=special), strict=True):
             try:
-                (ids,) = _encode(quick, [text], special)
-            except ValueError:  # a byte that the vocabulary lacks: such batches go to the tokenizer
+                (ids,) = _encode(fast, [text], special)
+            except ValueError:  # a byte that the vocabulary lacks: the tokenizer encodes such batches
                 continue
-            if ids.tolist() != right.ids:
+            if ids.tolist() != expected.ids:
                 return None
-    return quick
+    return fast

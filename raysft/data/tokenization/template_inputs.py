@@ -1,4 +1,4 @@
-"""A conversation as the chat template is given it: as its record has it, as it was read, or with tools and calls as text."""
+"""A conversation in the forms that a chat template may need: as recorded, as read, or with tools and calls as text."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from raysft.data.sources.tool_calls import calls_as_text, tool_schemas, tools_as_text
-from raysft.data.tokenization.markers import Tool, Turn, View
+from raysft.data.tokenization.markers import MarkedRendering, Tool, Turn
 from raysft.data.types import Message
 
 
 @dataclass(frozen=True)
-class Form:
-    """Turns and tools as a chat template is given them."""
+class TemplateInput:
+    """Turns and tools as a chat template reads them."""
 
     turns: tuple[Turn, ...]
     tools: tuple[Tool, ...] = ()
-    as_text: bool = False
-    """Whether tools or calls were written into the turns."""
+    tools_as_text: bool = False
+    """True if tools or calls were written into the turns as text."""
 
     @property
-    def calls(self) -> bool:
-        """Whether functions are called in it."""
+    def has_calls(self) -> bool:
+        """True if a turn calls functions."""
         return any(turn.get("tool_calls") or turn.get("function_call") for turn in self.turns)
 
     @property
-    def texts(self) -> bool:
-        """Whether every turn's content is a text."""
+    def is_plain_text(self) -> bool:
+        """True if the content of every turn is text."""
         return all(isinstance(turn.get("content"), str) for turn in self.turns)
 
     @property
@@ -37,164 +37,172 @@ class Form:
         return tuple(turn["role"] for turn in self.turns)
 
     @property
-    def answers(self) -> list[int]:
-        """The numbers of the assistant's turns."""
+    def assistant_turns(self) -> list[int]:
+        """Indices of the assistant turns."""
         return [index for index, turn in enumerate(self.turns) if turn["role"] == "assistant"]
 
     @property
-    def may_be_hidden(self) -> bool:
-        """Whether it holds something that not every template has a place for."""
-        known = all(turn["role"] in ("system", "user", "assistant") for turn in self.turns)
-        return bool(self.tools) or self.calls or not known or not self.texts
+    def may_be_omitted(self) -> bool:
+        """True if it contains something that some templates leave out."""
+        usual_roles = all(turn["role"] in ("system", "user", "assistant") for turn in self.turns)
+        return bool(self.tools) or self.has_calls or not usual_roles or not self.is_plain_text
 
 
 @dataclass(frozen=True)
-class Hidden:
-    """What a template leaves out of a conversation."""
+class Omission:
+    """What a template leaves out of a conversation; false if nothing."""
 
     tools: bool
     calls: bool
+    """Calls or their results."""
     turn: int | None = None
-    """The number of a turn whose content it does not show, or not as such."""
+    """Index of a turn whose content it leaves out or does not write as text."""
 
     @property
-    def as_text(self) -> bool:
-        """Whether it can be written into the texts instead."""
+    def fits_in_text(self) -> bool:
+        """True if tools or calls are missing, which can be written into the texts instead."""
         return self.tools or self.calls
 
     def __bool__(self) -> bool:
-        return self.as_text or self.turn is not None
+        return self.fits_in_text or self.turn is not None
 
 
-def forms(messages: Sequence[Message], tools: Sequence[Tool]) -> Iterator[Form]:
-    """The forms that a conversation may be given in, the record's own first."""
-    given = Form(tuple(_given(message) for message in messages), tuple(tools))
-    yield given
-    read = Form(tuple(_read(message) for message in messages), tool_schemas(tools))
-    if read != given:
-        yield read
-    if read.calls:  # OpenAI's own form, which some templates insist on
-        yield replace(read, turns=tuple(_with_arguments_as_text(turn) for turn in read.turns))
+def template_inputs(messages: Sequence[Message], tools: Sequence[Tool]) -> Iterator[TemplateInput]:
+    """Yield the forms of a conversation to try, the record's own first."""
+    recorded = TemplateInput(tuple(_recorded_turn(message) for message in messages), tuple(tools))
+    yield recorded
+    normalized = TemplateInput(tuple(_normalized_turn(message) for message in messages), tool_schemas(tools))
+    if normalized != recorded:
+        yield normalized
+    if normalized.has_calls:  # some templates insist on OpenAI's form, in which arguments are JSON text
+        yield replace(normalized, turns=tuple(_with_json_arguments(turn) for turn in normalized.turns))
 
 
-def written(form: Form, messages: Sequence[Message], hidden: Hidden) -> Form:
-    """The form with what a template hides written into the texts; calls are those that were read."""
-    turns = tuple(calls_as_text(_read(message)) for message in messages) if hidden.calls else form.turns
-    turns = tools_as_text(turns, tool_schemas(form.tools)) if hidden.tools else turns
-    return Form(turns, () if hidden.tools else form.tools, as_text=hidden.as_text)
+def with_tools_as_text(given: TemplateInput, messages: Sequence[Message], omission: Omission) -> TemplateInput:
+    """Write the tools and calls that a template leaves out into the texts."""
+    turns = tuple(calls_as_text(_normalized_turn(message)) for message in messages) if omission.calls else given.turns
+    turns = tools_as_text(turns, tool_schemas(given.tools)) if omission.tools else turns
+    return TemplateInput(turns, () if omission.tools else given.tools, tools_as_text=omission.fits_in_text)
 
 
-def in_parts(form: Form) -> Form:
-    """The form for a template that reads nothing but lists of parts, as those of models that see do."""
+def with_content_parts(given: TemplateInput) -> TemplateInput:
+    """Turn contents into lists of parts, for a template that reads nothing else, as those of vision models do."""
     return replace(
-        form,
+        given,
         turns=tuple(
             {**turn, "content": [{"type": "text", "text": turn["content"]}]}
             if isinstance(turn.get("content"), str)
             else turn
-            for turn in form.turns
+            for turn in given.turns
         ),
     )
 
 
-def before_answers(form: Form) -> Form:
-    """The beginning of a conversation up to its first call; a template that raises may do so for what follows it."""
-    first = next(
+def up_to_first_call(given: TemplateInput) -> TemplateInput:
+    """Cut a conversation after its first call, because a template may refuse it for what follows."""
+    end = next(
         (
             index + bool(turn.get("tool_calls"))
-            for index, turn in enumerate(form.turns)
+            for index, turn in enumerate(given.turns)
             if turn["role"] == "tool" or turn.get("tool_calls")
         ),
-        len(form.turns),
+        len(given.turns),
     )
-    return replace(form, turns=form.turns[:first])
+    return replace(given, turns=given.turns[:end])
 
 
-def hidden(form: Form, view: View, text: str) -> Hidden:
-    """What of a form is not in its rendering."""
-    calls = [index for index, turn in enumerate(form.turns) if turn.get("tool_calls") or turn.get("function_call")]
-    answers = [index for index, turn in enumerate(form.turns) if turn["role"] == "tool"]
-    gone = [
+def find_omission(given: TemplateInput, marked: MarkedRendering, text: str) -> Omission:
+    """Find what a rendering leaves out of its input.
+
+    Args:
+        given: the input.
+        marked: its rendering with markers.
+        text: its rendering without.
+    """
+    calls = [index for index, turn in enumerate(given.turns) if turn.get("tool_calls") or turn.get("function_call")]
+    results = [index for index, turn in enumerate(given.turns) if turn["role"] == "tool"]
+    omitted = [
         index
-        for index, turn in enumerate(form.turns)
-        if (turn["role"] != "tool" and index not in calls and view.shows(index, "content") is False)
-        or (isinstance(turn.get("content"), list) and _written_out(turn["content"], text))
+        for index, turn in enumerate(given.turns)
+        if (turn["role"] != "tool" and index not in calls and marked.shows(index, "content") is False)
+        or (isinstance(turn.get("content"), list) and _is_dumped(turn["content"], text))
     ]
-    return Hidden(
-        tools=bool(form.tools) and not _seen(view.shows(-1), [_name(tool) for tool in form.tools], text),
+    return Omission(
+        tools=bool(given.tools) and not _is_shown(marked.shows(-1), [_name(tool) for tool in given.tools], text),
         calls=(
             bool(calls)
-            and not all(_seen(view.shows(index, "tool_calls"), _called(form.turns[index]), text) for index in calls)
+            and not all(
+                _is_shown(marked.shows(index, "tool_calls"), _called_names(given.turns[index]), text) for index in calls
+            )
         )
-        or any(view.shows(index) is False for index in answers),
-        turn=gone[0] if gone else None,
+        or any(marked.shows(index) is False for index in results),
+        turn=omitted[0] if omitted else None,
     )
 
 
-def quoted(messages: Sequence[Message], texts: Sequence[str]) -> bool:
-    """Whether arguments that a record gives as JSON text, as OpenAI's API does, stand in texts as a quoted one.
+def has_double_encoded_arguments(messages: Sequence[Message], texts: Sequence[str]) -> bool:
+    """Return True if a text quotes arguments that the record gives as JSON text, as OpenAI's API does.
 
-    A template that writes a call as JSON encodes them a second time then, and the model learns to.
+    A template that writes calls as JSON then encodes them a second time, and the model learns to do so.
     """
     return any(
-        form in text
+        quoted in text
         for message in messages
-        for arguments in _arguments_as_text(message)
-        for form in (json.dumps(arguments, ensure_ascii=False), json.dumps(arguments), repr(arguments))
+        for arguments in _json_arguments(message)
+        for quoted in (json.dumps(arguments, ensure_ascii=False), json.dumps(arguments), repr(arguments))
         for text in texts
     )
 
 
-def _arguments_as_text(message: Message) -> Iterator[str]:
-    """The arguments of a turn's calls that are objects, and were given as JSON text."""
-    given = message.original or {}
-    calls = given.get("tool_calls") or [given.get("function_call") or {}]
-    for call, read in zip(calls if message.original else (), message.tool_calls, strict=False):
+def _json_arguments(message: Message) -> Iterator[str]:
+    """Yield the arguments of a turn's calls that are an object but are recorded as JSON text."""
+    recorded = message.original or {}
+    calls = recorded.get("tool_calls") or [recorded.get("function_call") or {}]
+    for call, normalized in zip(calls if message.original else (), message.tool_calls, strict=False):
         arguments = call.get("function", call).get("arguments")
-        if isinstance(arguments, str) and isinstance(read["function"]["arguments"], dict):
+        if isinstance(arguments, str) and isinstance(normalized["function"]["arguments"], dict):
             yield arguments
 
 
-def _written_out(parts: list[Any], text: str) -> bool:
-    """Whether a template writes a list of parts as such, where it is not a whole turn that it writes as JSON."""
+def _is_dumped(parts: list[Any], text: str) -> bool:
+    """Return True if a template writes a list of parts as JSON or ``repr``, other than in a turn that it writes as JSON."""
     as_json = json.dumps(parts, ensure_ascii=False)
     return str(parts) in text or text.count(as_json) > text.count(f'"content": {as_json}')
 
 
-def _seen(shown: bool | None, names: Sequence[str], text: str) -> bool:
-    """Whether the letters tell that something is shown or, where there are none, its name does."""
-    return any(name in text for name in names) if shown is None else shown
+def _is_shown(marker_shown: bool | None, names: Sequence[str], text: str) -> bool:
+    """Return True if a marker is shown or, where there is none, one of the names."""
+    return any(name in text for name in names) if marker_shown is None else marker_shown
 
 
-def _called(turn: Turn) -> list[str]:
+def _called_names(turn: Turn) -> list[str]:
     return [_name(call) for call in turn.get("tool_calls") or [turn["function_call"]]]
 
 
 def _name(value: Any) -> str:
+    """Return the name of a function, or NUL, which no text contains."""
     function = value.get("function", value) if isinstance(value, dict) else {}
     name = function.get("name") if isinstance(function, dict) else None
     return name if isinstance(name, str) else "\0"
 
 
-def _with_arguments_as_text(turn: Turn) -> Turn:
+def _with_json_arguments(turn: Turn) -> Turn:
+    """Encode the arguments of a turn's calls as JSON text."""
     if not turn.get("tool_calls"):
         return turn
-    functions = [call["function"] for call in turn["tool_calls"]]
-    texts = [
-        each["arguments"] if isinstance(each["arguments"], str) else json.dumps(each["arguments"], ensure_ascii=False)
-        for each in functions
-    ]
-    calls = [
-        {**call, "function": {**each, "arguments": text}}
-        for call, each, text in zip(turn["tool_calls"], functions, texts, strict=True)
-    ]
+    calls = []
+    for call in turn["tool_calls"]:
+        function = call["function"]
+        arguments = function["arguments"]
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        calls.append({**call, "function": {**function, "arguments": text}})
     return {**turn, "tool_calls": calls}
 
 
-def _given(message: Message) -> Turn:
-    return _read(message) if message.original is None else message.original
+def _recorded_turn(message: Message) -> Turn:
+    return _normalized_turn(message) if message.original is None else message.original
 
 
-def _read(message: Message) -> Turn:
+def _normalized_turn(message: Message) -> Turn:
     calls = {"tool_calls": list(message.tool_calls)} if message.tool_calls else {}
     return {"role": message.role, "content": message.content, **calls, **message.extra}

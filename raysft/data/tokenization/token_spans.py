@@ -1,7 +1,7 @@
-"""Which tokens lie in a span of characters.
+"""Find the tokens of spans of characters.
 
-The tokenizer can say it, and takes a third longer when it keeps count. Tokens of a byte-level tokenizer are the bytes of the text
-cut in pieces, so that adding up their lengths says the same.
+A tokenizer can report the characters of each token, but then takes a third longer. The tokens of a byte-level tokenizer are
+consecutive bytes of the text, so that their lengths, added up, give the same spans.
 """
 
 from __future__ import annotations
@@ -13,106 +13,100 @@ from typing import Any
 
 import numpy as np
 
-from raysft.data.tokenization.assistant_spans import Span
-from raysft.data.tokenization.fast_encoder import QuickEncoder
+from raysft.data.tokenization.fast_encoder import FastEncoder
+from raysft.data.tokenization.span_search import Span
 
 Encoded = tuple[np.ndarray, list[Span]]
-"""[tokens] int32 ids, and [start, end) of the tokens inside each span."""
+"""[tokens] int32 ids, and [start, end) in tokens of each span."""
 
 
 class SpanEncoder:
-    """Encodes texts, and finds the tokens of their spans."""
+    """Encodes texts and finds the tokens of their spans."""
 
     def __init__(self, backend: Any) -> None:
         self.backend = backend
-        self.encode = QuickEncoder(backend)
+        self.encode = FastEncoder(backend)
         self.token_bytes = _token_bytes(backend)
 
     def __call__(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> Iterator[Encoded]:
         """Encode a batch.
 
         Args:
-            texts: as they are; special tokens in them count as such and none is added.
+            texts: texts in which special tokens count as such. None is added.
             spans: [start, end) in characters, in order, for each text.
 
         Yields:
-            For each text its ids and, for each of its spans, the tokens that lie in it: as a whole, or those that join white
-            space before it (a generation prompt that ends in a space) to the first letters of what was written.
+            For each text its ids and the tokens of each span: those that lie inside, and one that joins white space before the
+            span (of a generation prompt that ends in a space) to its first letters.
         """
         if self.token_bytes is None:
-            for text, wanted, encoding in zip(
-                texts, spans, self.backend.encode_batch(list(texts), add_special_tokens=False), strict=True
-            ):
-                yield np.asarray(encoding.ids, np.int32), [token_span(encoding, span, text) for span in wanted]
+            encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
+            for text, text_spans, encoding in zip(texts, spans, encodings, strict=True):
+                yield np.asarray(encoding.ids, np.int32), [token_span(encoding, span, text) for span in text_spans]
             return
-        for text, wanted, ids in zip(texts, spans, self.encode(texts), strict=True):
+        for text, text_spans, ids in zip(texts, spans, self.encode(texts), strict=True):
             ends = np.cumsum(self.token_bytes[ids])
             if len(ends) and ends[-1] == _bytes(text) and unicodedata.is_normalized("NFC", text):
-                yield (
-                    ids,
-                    [
-                        _from_ends(ends, _bytes(text[: span[0]]), _bytes(text[: span[1]]), _joins(text, span[0]))
-                        for span in wanted
-                    ],
-                )
-            else:  # the tokenizer changed the text before it cut it
-                kept = self.backend.encode(text, add_special_tokens=False)
-                yield ids, [token_span(kept, span, text) for span in wanted]
+                yield ids, [_token_span_by_bytes(ends, span, text) for span in text_spans]
+            else:  # the tokenizer normalized the text
+                encoding = self.backend.encode(text, add_special_tokens=False)
+                yield ids, [token_span(encoding, span, text) for span in text_spans]
 
 
 def token_span(encoding: Any, span: Span, text: str) -> Span:
-    """[start, end) of the tokens of an encoded text that lie inside a span of its characters, as the tokenizer counts them."""
+    """Return [start, end) of the tokens inside a span of characters, as the tokenizer reports them."""
     start, end = span
     first, stop = _token_from(encoding, start, len(text)), _token_from(encoding, end, len(text))
-    if first < stop and encoding.token_to_chars(first)[0] < start and not _joins(text, start):
+    if first < stop and encoding.token_to_chars(first)[0] < start and not _follows_space(text, start):
         first += 1
     return first, max(first, stop)
 
 
-def _token_from(encoding: Any, at: int, characters: int) -> int:
-    """The token that holds a character or, where none does, the next one that does."""
-    for place in range(at, characters):
-        token = encoding.char_to_token(place)
+def _token_from(encoding: Any, start: int, end: int) -> int:
+    """Return the first token that holds a character from ``start`` on."""
+    for position in range(start, end):
+        token = encoding.char_to_token(position)
         if token is not None:
             return token
     return len(encoding)
 
 
-def _joins(text: str, start: int) -> bool:
-    """Whether a token that begins before ``start`` and reaches over it belongs to what begins there: it joins a space to it."""
+def _follows_space(text: str, start: int) -> bool:
+    """Return True if ``start`` is a first letter after white space: a token that reaches over it belongs to the span."""
     return 0 < start < len(text) and text[start - 1].isspace() and not text[start].isspace()
 
 
-def _from_ends(ends: np.ndarray, start: int, end: int, joins: bool) -> Span:
-    """The same from the bytes at which tokens end: those that begin at ``start`` or later and end at ``end`` or before."""
+def _token_span_by_bytes(ends: np.ndarray, span: Span, text: str) -> Span:
+    """Return the same as ``token_span``, from the bytes at which tokens end."""
+    start, end = _bytes(text[: span[0]]), _bytes(text[: span[1]])
     first = int(np.searchsorted(ends, start, side="right"))
-    if not joins and first < len(ends) and (ends[first - 1] if first else 0) < start:
+    if not _follows_space(text, span[0]) and first < len(ends) and (ends[first - 1] if first else 0) < start:
         first += 1
     return first, max(first, int(np.searchsorted(ends, end, side="right")))
 
 
 def _bytes(text: str) -> int:
+    """Length of a text in UTF-8."""
     return len(text) if text.isascii() else len(text.encode())
 
 
 def _token_bytes(backend: Any) -> np.ndarray | None:
-    """[vocabulary] bytes of each token; None where tokens are not the bytes of the text in pieces."""
-    whole = json.loads(backend.to_str())
-    steps = whole["pre_tokenizer"] or {}
+    """[vocabulary] bytes of each token; None if tokens are not consecutive bytes of the text."""
+    settings = json.loads(backend.to_str())
+    steps = settings["pre_tokenizer"] or {}
     steps = steps.get("pretokenizers", [steps])
-    levels = [step for step in steps if step.get("type") == "ByteLevel"]
-    changes = [step for step in steps if step.get("type") not in ("ByteLevel", "Digits", "Split")]
-    removes = [step for step in steps if step.get("behavior") == "Removed"]
-    normalizer = (whole["normalizer"] or {"type": "NFC"})[
-        "type"
-    ]  # texts that NFC would change are told apart one by one
+    byte_level = [step for step in steps if step.get("type") == "ByteLevel"]
+    other_steps = [step for step in steps if step.get("type") not in ("ByteLevel", "Digits", "Split")]
+    removing_steps = [step for step in steps if step.get("behavior") == "Removed"]
+    # Texts that NFC would change are found one by one.
+    normalizer = (settings["normalizer"] or {"type": "NFC"})["type"]
     added = backend.get_added_tokens_decoder()
     if (
-        whole["model"]["type"] != "BPE"
-        or len(levels) != 1
-        or levels[0].get("add_prefix_space", True)
-        or changes
-        or removes
+        settings["model"]["type"] != "BPE"
+        or len(byte_level) != 1
+        or byte_level[0].get("add_prefix_space", True)
+        or other_steps
+        or removing_steps
         or normalizer != "NFC"
         or any(token.lstrip or token.rstrip for token in added.values())
     ):

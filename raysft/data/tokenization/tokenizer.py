@@ -1,4 +1,4 @@
-"""A model's tokenizer: loaded once by the driver, and sent to the tasks in parts that need no transformers."""
+"""A model's tokenizer, loaded once by the driver and sent to the tasks in parts that need no transformers."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from raysft.errors import RequestError
 from raysft.models.tokenizer import load_tokenizer
 
 CACHED_WORDS = 100_000
-"""Words whose tokens are remembered, some 10 MB; the library's own 10,000 are fewer than a corpus has, and a tenth slower."""
+"""Words whose tokens the tokenizer remembers, about 10 MB. Its default of 10,000 is less than a corpus has and a tenth slower."""
 load_once = lru_cache(maxsize=2)(load_tokenizer)
-"""A model's tokenizer, loaded once in a process: it takes a second where the vocabulary is large."""
+"""Load a model's tokenizer, once in a process: that takes a second if the vocabulary is large."""
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A model's tokenizer, as it travels to the tasks."""
+    """The parts of a model's tokenizer that the tasks need."""
 
     backend: str
     """The fast tokenizer as JSON (``tokenizer.json``)."""
     template: str | None
     """The chat template."""
     tool_template: str | None
-    """The one for conversations with functions, where the tokenizer has one of that name."""
+    """The chat template for conversations with tools, if the tokenizer has its own (``tool_use``)."""
     special_tokens: dict[str, Any]
     """Name → token, for the template."""
     control_tokens: tuple[str, ...]
-    """Special tokens as they would be written in a text."""
+    """Special tokens as a text could contain them."""
     eos: int | None
     identity: str
-    """Hash of all that."""
+    """Hash of all the above."""
 
     @classmethod
     def load(cls, model: str, chat_template: str | None = None, runs_code: bool = False) -> Tokenizer:
-        """Take a tokenizer apart.
+        """Load a model's tokenizer and take it apart.
 
         Args:
             model: folder or hub id.
             chat_template: Jinja text to use instead of the tokenizer's own.
-            runs_code: code that comes with the model may run, here; the tasks need none of it.
+            runs_code: allow the model's own code to run in this process. The tasks need none of it.
 
         Raises:
-            RequestError: there is no fast tokenizer.
+            RequestError: the model has no fast tokenizer.
         """
         tokenizer = load_once(model, runs_code)
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -67,19 +67,26 @@ class Tokenizer:
 
 
 @lru_cache(maxsize=4)
-def backend_of(identity: str, backend: str, plain: bool) -> Any:
-    """The tokenizer; a ``plain`` one takes special tokens in a text for characters."""
+def load_backend(identity: str, backend: str, plain: bool = False) -> Any:
+    """Load a ``tokenizers.Tokenizer``.
+
+    Args:
+        identity: hash of the tokenizer, a short key for the cache.
+        backend: the tokenizer as JSON.
+        plain: encode special tokens in a text as ordinary characters.
+    """
     import tokenizers
 
-    made = tokenizers.Tokenizer.from_str(backend)
-    if isinstance(made.model, tokenizers.models.BPE | tokenizers.models.Unigram):
-        made.model._resize_cache(CACHED_WORDS)
-    made.no_truncation()
-    made.no_padding()
-    made.encode_special_tokens = plain
-    return made
+    loaded = tokenizers.Tokenizer.from_str(backend)
+    if isinstance(loaded.model, tokenizers.models.BPE | tokenizers.models.Unigram):
+        loaded.model._resize_cache(CACHED_WORDS)
+    loaded.no_truncation()
+    loaded.no_padding()
+    loaded.encode_special_tokens = plain
+    return loaded
 
 
 @lru_cache(maxsize=2)
-def span_encoder(identity: str, backend: str) -> SpanEncoder:
-    return SpanEncoder(backend_of(identity, backend, plain=False))
+def load_span_encoder(identity: str, backend: str) -> SpanEncoder:
+    """Load a tokenizer's ``SpanEncoder``; it is compared with fastokens once."""
+    return SpanEncoder(load_backend(identity, backend))

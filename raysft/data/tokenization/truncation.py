@@ -1,4 +1,4 @@
-"""What becomes of an example that is longer than a row."""
+"""Choose the tokens to keep of an example that is longer than a row."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ Span = tuple[int, int]
 
 
 def truncated_lengths(source: int, target: int, cutoff: int) -> tuple[int, int]:
-    """How much of a prompt and of its answer is kept where both together are too long.
+    """Divide a row between a prompt and its answer, as LLaMA-Factory's ``cutoff_len`` does.
 
-    A short side is kept whole as far as possible, and two long ones are shortened in proportion, as LLaMA-Factory does it
-    with its ``cutoff_len``, so that figures compare.
+    A side that takes less than half of the row stays whole if possible; two long sides are shortened in proportion.
 
     Args:
         source: tokens of the prompt.
@@ -21,51 +20,52 @@ def truncated_lengths(source: int, target: int, cutoff: int) -> tuple[int, int]:
         cutoff: tokens that both may have together.
 
     Returns:
-        Tokens of the prompt and of the answer that are kept.
+        Tokens to keep of the prompt and of the answer.
 
     >>> truncated_lengths(3000, 2000, 1000), truncated_lengths(100, 1000, 1000)
     ((600, 400), (100, 900))
     """
     if 2 * target < cutoff:
-        most = cutoff
+        max_target = cutoff
     elif 2 * source < cutoff:
-        most = cutoff - source
+        max_target = cutoff - source
     else:
-        most = cutoff * target // (source + target)
-    target = min(target, most)
+        max_target = cutoff * target // (source + target)
+    target = min(target, max_target)
     return min(source, cutoff - target), target
 
 
 def truncate(tokens: int, turns: Sequence[Span], capacity: int, *, tail: bool, last_first: bool) -> np.ndarray:
-    """Which tokens of a conversation are kept in a row: of each turn a part, as long as there is room.
+    """Choose the tokens of a conversation to keep: a part of each turn, until the row is full.
 
     Args:
         tokens: length of the conversation.
-        turns: [start, end) of each assistant turn, in tokens; what lies between two is the prompt of the second.
-        capacity: tokens that a row holds.
-        tail: keep the end of a prompt and not its beginning. Of answers the beginning is always kept.
-        last_first: let the last turns have room first, as only they are trained on.
+        turns: [start, end) in tokens of each assistant turn; what precedes a turn, back to the turn before, is its prompt.
+        capacity: tokens in a row.
+        tail: keep the end of prompts instead of the beginning. Answers always keep their beginning.
+        last_first: start with the last turn, because it is the only one to train on.
 
     Returns:
-        Indices of the tokens that are kept, in order.
+        Indices of the tokens to keep, in order.
     """
-    starts = [0, *(end for _, end in turns[:-1])]
-    pairs = [(before, start, end) for before, (start, end) in zip(starts, turns, strict=True)]
+    prompt_starts = [0, *(end for _, end in turns[:-1])]
+    pairs = [(prompt_start, start, end) for prompt_start, (start, end) in zip(prompt_starts, turns, strict=True)]
     kept: list[np.ndarray] = []
-    room = capacity
-    for before, start, end in reversed(pairs) if last_first else pairs:
-        if room <= 0:
+    available = capacity
+    for prompt_start, start, end in reversed(pairs) if last_first else pairs:
+        if available <= 0:
             break
-        source, target = truncated_lengths(start - before, end - start, room)
-        prompt = np.arange(start - source, start) if tail else np.arange(before, before + source)
+        source, target = truncated_lengths(start - prompt_start, end - start, available)
+        prompt = np.arange(start - source, start) if tail else np.arange(prompt_start, prompt_start + source)
         kept.append(np.concatenate([prompt, np.arange(start, start + target)]))
-        room -= source + target
+        available -= source + target
     return np.sort(np.concatenate(kept)) if kept else np.arange(min(tokens, capacity))
 
 
 def split(tokens: int, capacity: int) -> list[Span]:
-    """Pieces of at most ``capacity`` tokens; each begins with the last token of the one before, so that every token but the
-    first is predicted once.
+    """Cut a sequence into pieces of at most ``capacity`` tokens.
+
+    Each piece begins with the last token of the piece before, so that every token but the first is predicted once.
 
     >>> split(10, 4)
     [(0, 4), (3, 7), (6, 10)]

@@ -154,8 +154,8 @@ class TurnInspector:
         start, end = tokens
         if start == end:
             return ()
-        span, index = rendered.spans[number], rendered.form.answers[number]
-        content = rendered.form.turns[index].get("content")
+        span, index = rendered.spans[number], rendered.given.assistant_turns[number]
+        content = rendered.given.turns[index].get("content")
         last = self._last_token(ids, start, end)
         if int(ids[last]) in self.special:
             ending = self._observation("end_token", ids[last])
@@ -163,8 +163,8 @@ class TurnInspector:
             ending = TurnObservation("no_end")
         else:
             ending = self._observation("end_token" if self.is_added[ids[last]] else "end_text", ids[last])
-        before = rendered.form.turns[:index]
-        beginning = self._beginning(template, before, rendered.form.tools, rendered.text, span[0])
+        before = rendered.given.turns[:index]
+        beginning = self._beginning(template, before, rendered.given.tools, rendered.text, span[0])
         inner = [] if has_control_tokens else start + np.flatnonzero(self.is_added[ids[start:last]])
         return (
             *((start, seen) for seen in beginning),

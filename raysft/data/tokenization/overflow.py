@@ -1,0 +1,76 @@
+"""Fit tokenized examples into rows, as ``data.on_overflow`` says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from raysft.data.tokenization.span_search import Span
+from raysft.data.tokenization.tokenized_example import (
+    NO_IDS,
+    Overflow,
+    TokenizedExample,
+    TokenizeOptions,
+    TokenizeResult,
+)
+from raysft.data.tokenization.truncation import split, truncate
+from raysft.data.tokenization.turn_ends import truncate_observations
+from raysft.data.types import Rejected
+
+
+def fit_to_row(example: TokenizedExample, turns: Sequence[Span], options: TokenizeOptions) -> Iterator[TokenizeResult]:
+    """Yield an example if it fits into a row, else what ``data.on_overflow`` makes of it.
+
+    Args:
+        example: a tokenized example.
+        turns: [start, end) in tokens of each assistant turn.
+        options: they decide what happens to a longer example.
+    """
+    tokens = len(example.input_ids)
+    if tokens <= options.sequence_length:
+        fitted = [example]
+    elif options.on_overflow in ("drop", "error"):
+        reason = f"{tokens} tokens do not fit into data.sequence_length={options.sequence_length}"
+        yield Overflow(Rejected(example.source, example.record, reason), tokens)
+        return
+    elif options.on_overflow == "split":
+        fitted = _split(example, options.sequence_length)
+    else:
+        fitted = [_truncate(example, turns, options)]
+    if fitted and fitted[0].loss_tokens:
+        yield from fitted
+    else:
+        yield Rejected(example.source, example.record, "contains no token to train on")
+
+
+def _split(example: TokenizedExample, capacity: int) -> list[TokenizedExample]:
+    """Cut an example into pieces; the first carries the counts and the observations. Pieces without loss tokens are left out."""
+    # A piece may begin in the middle of a turn, so that there is no prompt to generate from.
+    plain = replace(example, prompt="", prompt_ids=NO_IDS, reference="")
+    pieces = [
+        replace(plain, input_ids=example.input_ids[start:stop], labels=example.labels[start:stop])
+        for start, stop in split(len(example.input_ids), capacity)
+    ]
+    pieces = [piece for piece in pieces if piece.loss_tokens]
+    counts = (*example.counts, ("split", 1), ("split_pieces", len(pieces)))
+    return [
+        replace(piece, counts=counts) if index == 0 else replace(piece, counts=(), observations=())
+        for index, piece in enumerate(pieces)
+    ]
+
+
+def _truncate(example: TokenizedExample, turns: Sequence[Span], options: TokenizeOptions) -> TokenizedExample:
+    kept = truncate(
+        len(example.input_ids),
+        turns,
+        options.sequence_length,
+        tail=options.keep_prompt == "tail",
+        last_first=options.mask_history,
+    )
+    return replace(
+        example,
+        input_ids=example.input_ids[kept],
+        labels=example.labels[kept],
+        observations=truncate_observations(example.observations, kept),
+        counts=(*example.counts, ("truncated", 1), ("truncated_tokens", len(example.input_ids) - len(kept))),
+    )
