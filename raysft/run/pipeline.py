@@ -19,7 +19,7 @@ from raysft.data.tokenization.tokenizer import load_once
 from raysft.errors import RequestError, StorageFailed
 from raysft.models.weight_files import embedding_rows
 from raysft.run.ownership import Changed, belongs_to, ensure_writable, exclusive_access, settled
-from raysft.run.plan import Plan, check_resources, make_plan
+from raysft.run.plan import Plan, make_plan
 from raysft.run.predict import predict
 from raysft.run.preflight import (
     check_engines,
@@ -30,6 +30,7 @@ from raysft.run.preflight import (
     check_trained,
     refuse_other_model,
 )
+from raysft.run.resources import check_resources
 from raysft.storage.json_files import flat, write_atomically, write_json, write_jsonl
 from raysft.storage.local_cache import local_copy
 from raysft.storage.path import StoragePath
@@ -95,7 +96,8 @@ def check(config: Config) -> Plan:
     with cluster(config) as nodes:
         check_resources(config, nodes)
         check_engines(config)
-        plan = make_plan(config, _prepared(begun_with)[-1], nodes)
+        _, _, adapter, prepared = _prepared(begun_with)
+        plan = make_plan(config, prepared, nodes, adapter)
     terminal = Terminal()
     for line in plan.lines():
         terminal.line(line)
@@ -239,7 +241,7 @@ def _open_run(
     identity = _identity(model, adapter, prepared)
     it = check_resumption(directory, config, prepared.train_rows, identity, changed, allow_changed)
     prepared = replace(prepared, train_rows=it.rows)
-    plan = make_plan(asked, prepared, nodes)
+    plan = make_plan(asked, prepared, nodes, adapter)
     if it.changed:
         terminal.line(record_changes(directory, it))
     # Before the config: who is killed in between finds the config that the run was begun with, and asks for the change again.

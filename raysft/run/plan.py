@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
-from raysft.cluster.placement import TASK_CPUS, Node, listed, max_workers
+from raysft.cluster.placement import TASK_CPUS, Node, max_workers
 from raysft.config import Config
 from raysft.data.prepare import PreparedData
 from raysft.data.shards.manifest import Manifest
 from raysft.data.tokenization.turn_ends import TurnStatistics, merge_counts
-from raysft.errors import RequestError
+from raysft.models.adapters import read_adapter_config
 from raysft.run.warnings import warnings
+from raysft.storage.local_cache import local_copy
 
 COUNTED = {
     "rejected": "{:,} rejected",
@@ -45,6 +47,29 @@ class SourcePlan:
     formats: tuple[str, ...]
     """Formats of its records, as named or found."""
     reused: bool
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The settings a training runs with, after every default that raysft decides. The report reads them."""
+
+    dtype: str
+    """Type of the weights: ``float32``, ``bfloat16`` or ``float16``."""
+    finetuning: str
+    """``full``, ``freeze``, ``lora`` or ``oft``."""
+    adapter: str
+    """Kind of the adapter that the run writes: ``none``, ``lora`` or ``oft``."""
+    lora_alpha: float | None
+    """Scale of a LoRA adapter; None without one."""
+    learning_rate: float
+    """Peak learning rate."""
+    global_batch_size: int
+    """Rows in a step, also where the config has ``auto``."""
+    workers: int
+    """Number of workers that the cluster has room for at the start."""
+    attention: str
+    """Attention kernel; ``auto`` where transformers chooses the best one that the model has."""
+    zero_stage: int
 
 
 @dataclass(frozen=True)
@@ -86,6 +111,7 @@ class Plan:
     cluster_gpus: float
     sources: dict[str, SourcePlan]
     evaluation: dict[str, SourcePlan]
+    resolved: Resolved
     turns: TurnStatistics = field(default_factory=TurnStatistics)
     """How the turns that are trained on begin and end."""
     shared_files: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -94,7 +120,7 @@ class Plan:
     """What a person would otherwise find out only by looking at the result, a line each."""
 
     def as_dict(self) -> dict[str, object]:
-        """What ``plan.json`` holds."""
+        """The content of ``plan.json``; ``resolved`` has the keys of ``Resolved``."""
         return asdict(self)
 
     def lines(self) -> list[str]:
@@ -104,8 +130,8 @@ class Plan:
             lines.append(f"train {name}: {_source_line(source)}")
         for name, source in self.evaluation.items():
             lines.append(f"eval {name}: {_source_line(source)}")
-        if self.stage == "sft" and self.turns.end_tokens:
-            ends = ", ".join(f"{text} ({count:,})" for text, count in self.turns.end_tokens.items())
+        if self.stage == "sft" and self.turns.ended:
+            ends = ", ".join(f"{text} ({count:,})" for text, count in self.turns.ended.items())
             lines.append(f"turns: {self.turns.total:,} trained on, ended by {ends}")
         lines.append(
             f"rows: {self.rows:,} of {self.sequence_length} tokens over {_count(self.epochs, 'epoch')}, "
@@ -144,57 +170,16 @@ def _count(number: int, noun: str, plural: str = "s") -> str:
     return f"{number:,} {noun}{'' if number == 1 else plural}"
 
 
-def check_resources(config: Config, nodes: Sequence[Node], reserved_cpus: float = 0.0) -> None:
-    """Refuse what the cluster can never place: Ray would wait for it for ever and say nothing.
-
-    Args:
-        config: the run's config.
-        nodes: the cluster's nodes.
-        reserved_cpus: CPUs that something else keeps while the run goes on (a Tune trial).
-
-    Raises:
-        RequestError: with what is wanted, what is there, and what to do.
-    """
-    scaling = config.scaling
-    count, each, use_gpu = scaling.fewest_workers, scaling.cpus_per_worker, scaling.use_gpu
-    asked = f"scaling.num_workers={[count, scaling.most_workers] if scaling.is_elastic else count}"
-    most = sum(node.capacity(each, float(use_gpu)) for node in nodes)
-    if count > most:
-        gpus = f"{count} GPUs with " if use_gpu else ""
-        least = "at least " if scaling.is_elastic else ""
-        raise RequestError(
-            f"{asked} wants {least}{gpus}{count * each:g} CPUs in shares of {each:g} and the cluster has room "
-            f"for {most} ({listed(nodes, use_gpu)}); {_remedy(nodes, most, each, use_gpu)}"
-        )
-    beside_data = max_workers(nodes, each, use_gpu, reserved_cpus)
-    if count > beside_data:
-        cpus = sum(node.cpus for node in nodes)
-        wanted = count * each + TASK_CPUS + reserved_cpus
-        less = (tenths / 10 for tenths in range(int(10 * each - 1e-9), 0, -1))
-        fitting = next((share for share in less if max_workers(nodes, share, use_gpu, reserved_cpus) >= count), None)
-        fewer = f"use scaling.num_workers={beside_data}, or add nodes" if beside_data else "add nodes"
-        raise RequestError(
-            f"{asked} × scaling.cpus_per_worker={each:g} leaves no CPU for data tasks: {wanted:g} CPUs "
-            f"wanted with {TASK_CPUS:g} for data on one node, {cpus:g} in the cluster ({listed(nodes, use_gpu)}); "
-            + (f"use scaling.cpus_per_worker={fitting:g}" if fitting else fewer)
-        )
-
-
-def _remedy(nodes: Sequence[Node], most: int, each: float, use_gpu: bool) -> str:
-    if most:
-        return f"use {most}, or add nodes"
-    if use_gpu and not any(node.gpus >= 1 for node in nodes):
-        return "add nodes with GPUs, or set scaling.use_gpu=false"
-    return f"lower scaling.cpus_per_worker={each:g}, or add nodes"
-
-
-def make_plan(config: Config, prepared: PreparedData, nodes: Sequence[Node]) -> Plan:
-    """Put the plan together from manifests and row_plan.
+def make_plan(
+    config: Config, prepared: PreparedData, nodes: Sequence[Node], adapter: str | None = None
+) -> Plan:
+    """Put the plan together from the manifests and the row plan.
 
     Args:
         config: as it was given; with ``train.global_batch_size: auto`` the row_plan knows the number.
         prepared: what is trained and evaluated on.
         nodes: the cluster's nodes.
+        adapter: folder of the adapter that training continues from.
     """
     row_plan = prepared.train_rows.row_plan
     scaling, per_step = config.scaling, row_plan.global_batch_size
@@ -227,10 +212,32 @@ def make_plan(config: Config, prepared: PreparedData, nodes: Sequence[Node]) -> 
         cluster_gpus=sum(node.gpus for node in nodes),
         sources=plan_sources(prepared.train),
         evaluation=plan_sources(prepared.eval),
+        resolved=_resolved(config, per_step, workers, adapter),
         turns=TurnStatistics.of(merge_counts(manifest.turns for manifest in prepared.train)),
         shared_files=prepared.shared_files,
     )
     return replace(plan, warnings=tuple(warnings(config, plan)))
+
+
+def _resolved(config: Config, global_batch_size: int, workers: int, adapter: str | None) -> Resolved:
+    from raysft.models.attention import kernel
+
+    finetuning, alpha = config.model.finetuning, config.lora_alpha
+    if adapter is not None:
+        alpha = read_adapter_config(Path(local_copy(adapter))).get(
+            "lora_alpha"
+        )  # the config may leave it to the adapter
+    return Resolved(
+        dtype=config.dtype,
+        finetuning=finetuning,
+        adapter=finetuning if config.model.adapter else "none",
+        lora_alpha=alpha if finetuning == "lora" else None,
+        learning_rate=config.train.learning_rate,
+        global_batch_size=global_batch_size,
+        workers=workers,
+        attention=kernel(config) or "auto",
+        zero_stage=config.train.zero_stage,
+    )
 
 
 def plan_sources(manifests: Sequence[Manifest]) -> dict[str, SourcePlan]:
@@ -243,7 +250,7 @@ def _source(manifest: Manifest) -> SourcePlan:
         records=manifest.records,
         examples=len(manifest),
         tokens=int(manifest.lengths.sum()),
-        loss_tokens=int(manifest.loss_tokens.sum()),
+        loss_tokens=int(manifest.trained.sum()),
         longest=int(manifest.lengths.max()),
         rejected=len(manifest.rejected),
         dropped=len(manifest.dropped),

@@ -13,7 +13,7 @@ from typing import Any
 from raysft.cluster.placement import TASK_CPUS, Node, total
 from raysft.config import Config, with_overrides
 from raysft.errors import RequestError
-from raysft.run.plan import check_resources
+from raysft.run.resources import check_resources
 from raysft.telemetry.events import Evaluation, evaluation_results
 
 TRIAL_CPUS = 0.1

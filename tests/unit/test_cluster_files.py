@@ -13,7 +13,7 @@ import yaml
 from raysft.cli import _parser
 from raysft.cluster.placement import Node
 from raysft.config import load
-from raysft.run.plan import check_resources
+from raysft.run.resources import check_resources
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = ROOT.parent / "shared" / "data" / "kuberay" / "ray.io_rayjobs.yaml"

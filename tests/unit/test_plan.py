@@ -11,7 +11,8 @@ from raysft.config import Config, parse, with_overrides
 from raysft.data.prepare import PreparedData
 from raysft.data.rows.packed_dataset import PackedDataset
 from raysft.errors import RequestError
-from raysft.run.plan import check_resources, make_plan
+from raysft.run.plan import make_plan
+from raysft.run.resources import check_resources
 from tests.shards import data_config, the_set, write_records, written
 from tests.tiny import tiny_tokenizer
 
@@ -189,7 +190,19 @@ def test_a_plan_counts_steps_rows_tokens_and_what_is_empty(tmp_path, monkeypatch
     assert plan.packing_efficiency == pytest.approx(length / 64, abs=1e-6)
     assert (plan.rows_per_worker, plan.filler_rows, plan.accumulation, plan.empty_rows) == (2, 2, 1, 6)
     assert (plan.cpus, plan.gpus, plan.cluster_cpus, plan.cluster_gpus) == (3.5, 0, 4, 0)
-    assert json.loads(json.dumps(plan.as_dict()))["sources"]["a"]["rejected"] == 1
+    written_plan = json.loads(json.dumps(plan.as_dict()))
+    assert written_plan["sources"]["a"]["rejected"] == 1
+    assert written_plan["resolved"] == {
+        "dtype": "float32",
+        "finetuning": "lora",
+        "adapter": "lora",
+        "lora_alpha": 16,
+        "learning_rate": 1e-4,
+        "global_batch_size": 4,
+        "workers": 3,
+        "attention": "auto",
+        "zero_stage": 2,
+    }
     assert plan.lines()[: -len(plan.warnings)] == [
         f"train a: turns, 10 examples of 11 records, {10 * length} tokens, {10 * trained} trained, longest {length}, 1 rejected",
         "turns: 10 trained on, ended by <|im_end|> (10)",
