@@ -58,7 +58,7 @@ def prepare(config: Config, model: str, notify: Notify = lambda line: None) -> P
         for source, split in evaluation_sets(config)
     }
     evaluation = list(by_part.values())
-    asked = generation_sets(config) if with_prompts and config.generate.enabled else []
+    asked = generation_sets(config) if config.generates else []
     prompts = [
         by_part.get((source.name, split)) or shard_set(config, source, split, model, with_prompts=True)
         for source, split in asked

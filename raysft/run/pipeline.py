@@ -13,7 +13,7 @@ import yaml
 from raysft.cluster.connect import cluster
 from raysft.cluster.placement import Node
 from raysft.config import Config, load, masked, parse, with_overrides
-from raysft.data.prepare import PreparedData, generation_sets, prepare
+from raysft.data.prepare import PreparedData, prepare
 from raysft.data.shards.manifest import write_prompts
 from raysft.data.tokenization.tokenizer import load_once
 from raysft.errors import RequestError, StorageFailed
@@ -149,7 +149,7 @@ def generate(config: Config) -> None:
         raise RequestError(f"stage={config.stage!r} has no generation; it belongs to stage: sft")
     if not config.generate.enabled:
         raise RequestError("generate.enabled=False; set it to true to generate")
-    if not generation_sets(config):
+    if not config.generates:
         raise RequestError("there is nothing to generate for; name data.eval or generate.sources")
     if config.generate.model is not None:
         print_report(predict(config))

@@ -130,8 +130,8 @@ class Plan:
             lines.append(f"train {name}: {_source_line(source)}")
         for name, source in self.evaluation.items():
             lines.append(f"eval {name}: {_source_line(source)}")
-        if self.stage == "sft" and self.turns.ended:
-            ends = ", ".join(f"{text} ({count:,})" for text, count in self.turns.ended.items())
+        if self.stage == "sft" and self.turns.end_tokens:
+            ends = ", ".join(f"{text} ({count:,})" for text, count in self.turns.end_tokens.items())
             lines.append(f"turns: {self.turns.total:,} trained on, ended by {ends}")
         lines.append(
             f"rows: {self.rows:,} of {self.sequence_length} tokens over {_count(self.epochs, 'epoch')}, "
@@ -170,9 +170,7 @@ def _count(number: int, noun: str, plural: str = "s") -> str:
     return f"{number:,} {noun}{'' if number == 1 else plural}"
 
 
-def make_plan(
-    config: Config, prepared: PreparedData, nodes: Sequence[Node], adapter: str | None = None
-) -> Plan:
+def make_plan(config: Config, prepared: PreparedData, nodes: Sequence[Node], adapter: str | None = None) -> Plan:
     """Put the plan together from the manifests and the row plan.
 
     Args:
@@ -224,9 +222,8 @@ def _resolved(config: Config, global_batch_size: int, workers: int, adapter: str
 
     finetuning, alpha = config.model.finetuning, config.lora_alpha
     if adapter is not None:
-        alpha = read_adapter_config(Path(local_copy(adapter))).get(
-            "lora_alpha"
-        )  # the config may leave it to the adapter
+        # The config may leave it to the adapter.
+        alpha = read_adapter_config(Path(local_copy(adapter))).get("lora_alpha")
     return Resolved(
         dtype=config.dtype,
         finetuning=finetuning,

@@ -25,7 +25,7 @@ def check_metrics(config: Config) -> None:
     """Find a misspelt metric."""
     from raysft.generate import metrics
 
-    if config.stage == "sft" and config.generate.enabled:
+    if config.generates:
         metrics.check(config)
 
 
@@ -33,7 +33,7 @@ def check_generation(config: Config, model: str) -> None:
     """Find out that the model cannot be generated with as asked."""
     from raysft.generate.engines import check_suitable
 
-    if config.stage == "sft" and config.generate.enabled:
+    if config.generates:
         check_suitable(config, model)
 
 
@@ -61,7 +61,7 @@ def check_engines(config: Config) -> None:
     from raysft.generate import engine_pool as engines
     from raysft.generate.engines import check_engine
 
-    if config.stage == "sft" and config.generate.enabled:
+    if config.generates:
         check_engine(config)
         engines.size_pool(config, alive_nodes(), batches=config.generate.num_actors or 1)
 

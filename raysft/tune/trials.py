@@ -92,14 +92,11 @@ def check_metric(config: Config, metric: str) -> None:
     reason = ""
     if metric.startswith("eval_") and metric not in known:
         reason = f"the evaluation gives {', '.join(known)}" if known else "there is no data.eval and no data.holdout"
-    elif metric.startswith(("predict_", "base_predict_")) and not _generates(config):
-        reason = "nothing is generated (generate.enabled, stage: sft, and data.eval or data.holdout)"
+    elif metric.startswith(("predict_", "base_predict_")) and not config.generates:
+        remedy = "set stage=sft and generate.enabled=true, and give data.eval, data.holdout or generate.sources"
+        reason = f"these runs generate nothing; {remedy}"
     if reason:
         raise RequestError(f"tune.metric={metric!r} is no result of these runs: {reason}")
-
-
-def _generates(config: Config) -> bool:
-    return config.stage == "sft" and config.generate.enabled and bool(config.data.eval or config.data.holdout)
 
 
 def with_engines(trial: Trial, nodes: Sequence[Node]) -> Trial:
@@ -110,7 +107,7 @@ def with_engines(trial: Trial, nodes: Sequence[Node]) -> Trial:
         RequestError: not one engine fits beside the trial itself.
     """
     config = trial.config
-    if not _generates(config):
+    if not config.generates:
         return trial
     scaling = config.scaling
     if scaling.use_gpu:
@@ -137,7 +134,7 @@ def concurrent_trials(config: Config, nodes: Sequence[Node]) -> int:
     """
     check_resources(config, nodes, reserved_cpus=TRIAL_CPUS)
     scaling = config.scaling
-    engines = (config.generate.num_actors or 0) if _generates(config) else 0
+    engines = (config.generate.num_actors or 0) if config.generates else 0
     cpus = scaling.most_workers * scaling.cpus_per_worker + TASK_CPUS
     if not scaling.use_gpu:
         cpus = max(cpus, engines)

@@ -287,26 +287,32 @@ def test_warnings_stand_below_the_plan_and_in_its_file():
 @pytest.mark.parametrize(
     ("turns", "told"),
     [
-        (TurnStatistics(open=8), "no token ends the assistant's turns, so the model cannot learn to stop; name a template in "),
         (
-            TurnStatistics(worded=7, last_word="End", open=1),
+            TurnStatistics(no_end=8),
+            "no token ends the assistant's turns, so the model cannot learn to stop; name a template in ",
+        ),
+        (
+            TurnStatistics(text_ends=7, end_text="End", no_end=1),
             "the assistant's turns end with ordinary text (its last token is 'End')",
         ),
         (
-            TurnStatistics(ended={"<|end|>": 6}, worded=1, open=1),
+            TurnStatistics(end_tokens={"<|end|>": 6}, text_ends=1, no_end=1),
             "no token of its own ends 2 of 8 trained turns; name a template in ",
         ),
         (
-            TurnStatistics(ended={"<|end|>": 8}, passed=("<|end|>",)),
+            TurnStatistics(end_tokens={"<|end|>": 8}, inner_end_tokens=("<|end|>",)),
             "<|end|> ends the assistant's turns and also stands inside them",
         ),
-        (TurnStatistics(cut=8), "every trained turn is cut off before its end, so the model cannot learn to stop; raise "),
         (
-            TurnStatistics(ended={"<|end|>": 8}, unseen="<think>\n"),
+            TurnStatistics(truncated=8),
+            "every trained turn is cut off before its end, so the model cannot learn to stop; raise ",
+        ),
+        (
+            TurnStatistics(end_tokens={"<|end|>": 8}, prompt_only="<think>\n"),
             "the generation prompt ends with '<think>\\n', and no trained turn ",
         ),
         (
-            TurnStatistics(ended={"<|end|>": 8}, unprompted="A:"),
+            TurnStatistics(end_tokens={"<|end|>": 8}, turn_only="A:"),
             "the generation prompt opens no turn, and the trained ones follow 'A:'",
         ),
     ],
@@ -327,12 +333,12 @@ def test_arguments_of_calls_that_are_encoded_twice_are_told():
 
 def test_nothing_is_said_of_turns_that_end_or_are_none():
     for turns in (
-        TurnStatistics(ended={"<|end|>": 8}),
-        TurnStatistics(ended={"<|call|>": 1, "<|end|>": 8}, passed=("<|call|>",)),
+        TurnStatistics(end_tokens={"<|end|>": 8}),
+        TurnStatistics(end_tokens={"<|call|>": 1, "<|end|>": 8}, inner_end_tokens=("<|call|>",)),
         TurnStatistics(),
     ):
         assert not list(warnings(config(), plan(turns=turns)))
-    assert not list(warnings(config(stage="pt"), plan(stage="pt", turns=TurnStatistics(open=8))))
+    assert not list(warnings(config(stage="pt"), plan(stage="pt", turns=TurnStatistics(no_end=8))))
 
 
 def test_a_run_that_cannot_go_on_from_a_checkpoint_is_told_of():
