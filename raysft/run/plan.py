@@ -247,7 +247,7 @@ def _source(manifest: Manifest) -> SourcePlan:
         records=manifest.records,
         examples=len(manifest),
         tokens=int(manifest.lengths.sum()),
-        loss_tokens=int(manifest.trained.sum()),
+        loss_tokens=int(manifest.loss_tokens.sum()),
         longest=int(manifest.lengths.max()),
         rejected=len(manifest.rejected),
         dropped=len(manifest.dropped),
