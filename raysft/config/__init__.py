@@ -1,7 +1,7 @@
 """Typed configuration: defaults < YAML file < ``key.path=value`` overrides.
 
-Unknown keys are refused with the nearest known one named, everything is frozen, and each field is documented by the
-docstring under it, from which ``raysft COMMAND --help`` is generated.
+An unknown key is refused with a suggestion. All sections are frozen. The docstring under each field documents it in
+``raysft config`` and ``raysft VERB --help``.
 """
 
 from raysft.config.config import Config

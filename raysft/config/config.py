@@ -1,4 +1,4 @@
-"""A whole config: frozen, no unknown keys, each field documented by the docstring under it."""
+"""The root of the config schema, with the values that follow from several sections."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from raysft.config.scaling import ScalingSection
 from raysft.config.section import Section
 from raysft.config.train import ZERO_OPTIMIZERS, TrainSection
 from raysft.config.tune import TuneSection
-from raysft.errors import RequestError
+from raysft.errors import RequestError, one_line
 from raysft.storage.local_cache import working_copy
 from raysft.storage.path import StoragePath
 
 
 class Config(Section):
-    """A whole run."""
+    """Settings of a run."""
 
     stage: Literal["sft", "pt"] = "sft"
     """``sft``: supervised fine-tuning on conversations; ``pt``: continued pre-training on raw text."""
@@ -37,35 +37,37 @@ class Config(Section):
 
     @property
     def run_place(self) -> StoragePath:
-        """The run's directory, wherever it is."""
+        """The run directory, local or in object storage."""
         return StoragePath.of(self.run.storage) / self.run.name
 
     @property
     def run_directory(self) -> Path:
-        """Absolute path of the run's directory; of one in an object store that of the working copy."""
+        """Absolute path of the run directory, or of its working copy if the run is in object storage."""
         return self.run_place.local or working_copy(self.run_place)
 
     @property
     def cache_directory(self) -> StoragePath:
-        """The cache of tokenized shards and converted models."""
+        """The cache for tokenized shards and converted models."""
         return StoragePath.of(self.data.cache) if self.data.cache else StoragePath.of(self.run.storage) / "cache"
 
     @property
     def dtype(self) -> str:
-        """The type of the weights, with ``auto`` decided."""
+        """Data type of the weights, with ``auto`` resolved."""
         if self.model.dtype != "auto":
             return self.model.dtype
         return "bfloat16" if self.scaling.use_gpu else "float32"
 
     @property
     def autocast(self) -> bool:
-        """Whether weights stay float32 and only the computation is bfloat16: for optimizers that ZeRO, which keeps float32
-        copies of bfloat16 weights, does not know."""
+        """True if weights stay in float32 and only the computation uses bfloat16.
+
+        ZeRO keeps float32 copies of bfloat16 weights, but only for the optimizers that it supports; others need this.
+        """
         return self.dtype == "bfloat16" and self.train.optimizer not in ZERO_OPTIMIZERS
 
     @property
     def lora_alpha(self) -> float:
-        """The scale of the adapter, with its default decided."""
+        """``model.lora.alpha``, with its default resolved."""
         return self.model.lora.alpha if self.model.lora.alpha is not None else 2.0 * self.model.lora.rank
 
     @property
@@ -76,42 +78,42 @@ class Config(Section):
 
     @property
     def chat_template(self) -> str | None:
-        """The Jinja text of ``model.chat_template``; None where the tokenizer's own is used.
+        """Jinja source of ``model.chat_template``; None if the tokenizer's own template is used.
 
         Raises:
-            RequestError: there is no template of that name, and no such file.
+            RequestError: no built-in template and no readable file has this name, or the file is empty.
         """
         name = self.model.chat_template
         if name is None:
             return None
-        ours = {path.stem: path for path in (Path(__file__).parent.parent / "chat_templates").glob("*.jinja")}
-        path = ours.get(name, Path(name))
+        built_in = {path.stem: path for path in (Path(__file__).parent.parent / "chat_templates").glob("*.jinja")}
+        path = built_in.get(name, Path(name))
         try:
             text = path.read_text(encoding="utf-8-sig")
             if not text.strip():
-                raise RequestError(f"model.chat_template={name}: the file is empty; give a Jinja template")
-            return text.rstrip("\n") if path in ours.values() else text
+                raise RequestError(f"model.chat_template={name}: the file is empty; use a Jinja template")
+            return text.rstrip("\n") if path in built_in.values() else text
         except (OSError, UnicodeDecodeError) as error:
             raise RequestError(
-                f"model.chat_template={name}: is no template's name ({', '.join(sorted(ours))}) and cannot be read as a file "
-                f"({getattr(error, 'strerror', None) or error}); give one of them"
+                f"model.chat_template={name} is not a readable file ({getattr(error, 'strerror', None) or one_line(error)}); use "
+                f"the path of a Jinja template, or one of {', '.join(sorted(built_in))}"
             ) from None
 
     def numerics_keys(self) -> dict[str, Any]:
-        """The keys that decide which numbers a training gives, flat: a run directory belongs to exactly these."""
-        whole = self.model_dump(mode="json")
-        whole["model"]["trust_remote_code"] = self.model.runs_code  # other names decide nothing
-        return {key: value for key, value in _flatten(whole) if effect_of(key) is not Effect.ALWAYS}
+        """Flat mapping of the keys that affect the numbers of a training. A run directory belongs to exactly these values."""
+        settings = self.model_dump(mode="json")
+        settings["model"]["trust_remote_code"] = self.model.runs_code  # the names of other models affect nothing
+        return {key: value for key, value in _flatten(settings) if effect_of(key) is not Effect.ALWAYS}
 
     def to_yaml(self) -> str:
-        """The resolved config as a file that ``load`` reads back."""
+        """The resolved config as YAML that ``load`` can read back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
 def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of nested mappings as (dotted key, value), as overrides name them; lists count as leaves, but for sources."""
-    if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
-        value = {str(index): each for index, each in enumerate(value)}
+    """Yield the leaves of nested mappings as (dotted key, value), with the keys of overrides. A list of mappings is not a leaf."""
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        value = {str(index): item for index, item in enumerate(value)}
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from _flatten(inner, f"{prefix}.{key}" if prefix else str(key))

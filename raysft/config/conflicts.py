@@ -1,4 +1,7 @@
-"""Settings of a training that cannot go together, found before anything starts."""
+"""Settings that cannot be combined, found before anything starts.
+
+Each message says which setting requires what, the value that conflicts with it, and what to change.
+"""
 
 from __future__ import annotations
 
@@ -10,220 +13,277 @@ from raysft.config.train import ZERO_OPTIMIZERS
 from raysft.errors import RequestError
 
 
-def refuse(config: Config) -> None:
-    """Raise what speaks against a config first.
+def refuse_conflicts(config: Config) -> None:
+    """Refuse a config whose settings contradict each other.
 
     Raises:
-        RequestError: two of its settings contradict each other.
+        RequestError: names the first conflict.
     """
-    for problem in _problems(config):
+    for problem in _conflicts(config):
         raise RequestError(problem)
 
 
-def _problems(config: Config) -> Iterator[str]:
-    yield from _of_optimizers(config)
-    yield from _of_adapters(config)
-    yield from _of_precision(config)
-    yield from _of_offload(config)
-    yield from _of_schedule(config)
-    yield from _of_losses(config)
-    yield from _of_evaluation(config)
-    yield from _of_generation(config)
-    yield from _of_sources(config)
+def _conflicts(config: Config) -> Iterator[str]:
+    yield from _optimizer(config)
+    yield from _adapters(config)
+    if config.model.finetuning == "lora":
+        yield from _lora(config)
+    if config.model.quantization:
+        yield from _quantization(config)
+    yield from _precision(config)
+    yield from _offload(config)
+    yield from _schedule(config)
+    yield from _loss(config)
+    yield from _evaluation(config)
+    if config.generate.enabled:
+        yield from _generation(config)
+        if config.generate.engine == "vllm":
+            yield from _vllm(config)
+    yield from _generation_sources(config)
 
 
-def _of_optimizers(config: Config) -> Iterator[str]:
-    train, finetuning = config.train, config.model.finetuning
-    trains_adapter = config.model.adapter is not None
+def _optimizer(config: Config) -> Iterator[str]:
+    train, finetuning, workers = config.train, config.model.finetuning, config.scaling.num_workers
     name = train.optimizer
     if name not in ZERO_OPTIMIZERS:
         if train.zero_stage:
             yield (
-                f"train.optimizer={name} needs whole matrices and train.zero_stage={train.zero_stage} cuts them into parts; "
-                "set train.zero_stage=0, or take adamw"
+                f"train.optimizer={name} requires whole matrices, but train.zero_stage={train.zero_stage} partitions them; "
+                "set train.zero_stage=0 or use adamw"
             )
         if config.dtype == "float16":
-            yield f"train.optimizer={name} has no loss scaling for model.dtype=float16; use bfloat16 or float32"
-    if name in ("galore", "apollo", "badam") and trains_adapter:
+            yield f"train.optimizer={name} has no loss scaling, but model.dtype=float16 requires it; use bfloat16 or float32"
+    if name in ("galore", "apollo", "badam") and config.model.adapter is not None:
         yield (
-            f"train.optimizer={name} saves memory where whole matrices are trained, and model.finetuning={finetuning} trains "
-            "small ones; set model.finetuning to full or freeze, or take adamw"
+            f"train.optimizer={name} saves memory only for full matrices, but model.finetuning={finetuning} trains small ones; "
+            "set model.finetuning to full or freeze, or use adamw"
         )
     if name == "apollo" and config.scaling.most_workers > 1:
         yield (
-            f"train.optimizer=apollo draws random projections, in each worker other ones, and scaling.num_workers="
-            f"{config.scaling.num_workers}; use 1 worker, or another optimizer"
+            "train.optimizer=apollo supports one worker (each would draw its own random projections), but scaling.num_workers="
+            f"{workers}; use 1 worker or another optimizer"
         )
     if not train.resumes and train.save_every_steps:
         yield (
-            f"train.optimizer=badam keeps the state of one block at a time and cannot go on from a checkpoint, and "
-            f"train.save_every_steps={train.save_every_steps}; take it out, or use another optimizer"
+            f"train.optimizer={name} cannot resume from a checkpoint (it keeps the state of one block at a time), but "
+            f"train.save_every_steps={train.save_every_steps}; remove it or use another optimizer"
         )
     if name == "badam" and config.scaling.most_workers > 1:
         yield (
-            f"train.optimizer=badam trains one block at a time in one worker and scaling.num_workers={config.scaling.num_workers}; "
-            "use 1 worker, or another optimizer"
+            f"train.optimizer=badam supports one worker, but scaling.num_workers={workers}; use 1 worker or another optimizer"
         )
 
 
-def _of_generation(config: Config) -> Iterator[str]:
-    generate = config.generate
-    if generate.enabled and generate.num_beams > 1 and generate.do_sample:
-        yield (
-            f"generate.num_beams={generate.num_beams} searches and generate.do_sample=True draws; "
-            "set generate.do_sample=false, or generate.num_beams=1"
-        )
-    if generate.enabled and generate.gpus_per_engine > 1 and not config.scaling.use_gpu:
-        yield f"generate.gpus_per_engine={generate.gpus_per_engine} goes with scaling.use_gpu=true; set it, or take it out"
-    if generate.enabled and generate.batching == "continuous":
-        if generate.num_beams > 1:
-            yield (
-                f"generate.batching=continuous has no beams and generate.num_beams={generate.num_beams}; "
-                "set generate.batching=static, or generate.num_beams=1"
-            )
-        if generate.gpus_per_engine > 1:
-            yield (
-                f"generate.batching=continuous keeps its cache on one GPU and generate.gpus_per_engine="
-                f"{generate.gpus_per_engine}; set generate.batching=static, or generate.gpus_per_engine=1"
-            )
-        if generate.max_seconds is not None:
-            yield (
-                f"generate.batching=continuous has no batches to time and generate.max_seconds={generate.max_seconds:g}; "
-                "set generate.batching=static, or take max_seconds out"
-            )
-    if generate.enabled and generate.engine == "vllm":
-        yield from _of_vllm(config)
-
-
-def _of_vllm(config: Config) -> Iterator[str]:
-    generate, model, other = config.generate, config.model, "or generate.engine=transformers"
-    if not config.scaling.use_gpu:
-        yield f"generate.engine=vllm needs GPUs and scaling.use_gpu=False; set scaling.use_gpu=true, {other}"
-    if generate.num_beams > 1:
-        yield f"generate.engine=vllm has no beams and generate.num_beams={generate.num_beams}; use generate.num_beams=1, {other}"
-    if generate.max_seconds is not None:
-        yield (
-            f"generate.engine=vllm has no batches to time and generate.max_seconds={generate.max_seconds:g}; "
-            f"take max_seconds out, {other}"
-        )
-    if generate.batching != "auto":
-        yield f"generate.engine=vllm batches by itself and generate.batching={generate.batching}; take batching out, {other}"
-    if model.quantization:
-        yield f"generate.engine=vllm loads weights as they are and model.quantization={model.quantization}; take it out, {other}"
-    if config.stage != "sft" or model.adapter is None:
-        return
-    adapter = "oft" if model.finetuning == "oft" else "lora.dora" if model.lora.dora else ""
-    adapter = adapter or ("lora.extra_modules" if model.lora.extra_modules else "")
-    if adapter:
-        yield f"generate.engine=vllm takes plain LoRA adapters alone and the config asks for {adapter}; leave it out, {other}"
-
-
-def _of_sources(config: Config) -> Iterator[str]:
-    known = [source.name for source in (*config.data.eval, *config.data.train)]
-    for name in config.generate.sources:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known):.200}"
-            yield f"generate.sources names {name!r}, which is no source of data.eval or data.train; {hint}"
-
-
-def _of_adapters(config: Config) -> Iterator[str]:
-    model, train = config.model, config.train
-    lora = model.lora
+def _adapters(config: Config) -> Iterator[str]:
+    model = config.model
     if model.adapters and model.adapter is None:
-        yield f"model.adapters goes with model.finetuning lora or oft, and it is {model.finetuning}; set one of them"
+        yield (
+            f"model.adapters requires model.finetuning=lora or oft, but model.finetuning={model.finetuning}; "
+            "use one of them or remove model.adapters"
+        )
     if model.new_adapter and not model.adapters:
-        yield "model.new_adapter=True and model.adapters names none to merge; name them, or take new_adapter out"
-    if model.finetuning == "lora":
-        if lora.pissa and lora.dora:
-            yield "model.lora.pissa and model.lora.dora both change what an adapter begins with; set one of them"
-        if lora.dora and train.zero_stage == 3:
-            yield "model.lora.dora needs the norms of whole weights and train.zero_stage=3 shares them out; use zero_stage 2"
-        if lora.pissa and train.zero_stage == 3:
-            yield "model.lora.pissa takes whole weights apart and train.zero_stage=3 shares them out; use zero_stage 2"
-        if lora.pissa and model.adapters and not model.new_adapter:
-            yield "model.lora.pissa begins a new adapter and model.adapters goes on with one; set model.new_adapter=true"
-        if lora.loraplus_ratio is not None and train.optimizer != "adamw":
-            yield f"model.lora.loraplus_ratio goes with train.optimizer=adamw and it is {train.optimizer}; use adamw"
-    if model.quantization:
-        if model.adapter is None:
-            yield (
-                f"model.quantization={model.quantization} freezes the weights and model.finetuning={model.finetuning} trains them; "
-                "use lora or oft"
-            )
-        if train.zero_stage == 3:
-            yield (
-                f"model.quantization={model.quantization} and train.zero_stage=3: quantized weights cannot be shared out; "
-                "use zero_stage 2"
-            )
-        if model.finetuning == "lora" and lora.pissa:
-            yield f"model.lora.pissa needs exact weights and model.quantization={model.quantization} rounds them; set one of them"
-        if len(model.adapters) > 1 or (model.adapters and model.new_adapter):
-            yield (
-                f"model.quantization={model.quantization} takes one adapter to go on with and cannot merge others; "
-                "merge them first (raysft export)"
-            )
+        yield (
+            "model.new_adapter=True requires adapters to merge, but model.adapters is empty; "
+            "list them or remove model.new_adapter"
+        )
 
 
-def _of_precision(config: Config) -> Iterator[str]:
-    if config.dtype == "float16" and not config.scaling.use_gpu:
-        yield "model.dtype=float16 trains on GPUs only; use bfloat16 or float32, or set scaling.use_gpu=true"
-    if config.train.fp8 != "off":
-        if not config.scaling.use_gpu:
-            yield f"train.fp8={config.train.fp8} needs a GPU of the Hopper generation or later; set train.fp8=off"
+def _lora(config: Config) -> Iterator[str]:
+    lora, model, train = config.model.lora, config.model, config.train
+    if lora.pissa and lora.dora:
+        yield "model.lora.pissa and model.lora.dora both change how an adapter is initialized; set only one of them"
+    if lora.dora and train.zero_stage == 3:
+        yield (
+            "model.lora.dora=True requires the norms of whole weights, but train.zero_stage=3 partitions them; "
+            "set train.zero_stage=2"
+        )
+    if lora.pissa and train.zero_stage == 3:
+        yield (
+            "model.lora.pissa=True decomposes whole weights, but train.zero_stage=3 partitions them; set train.zero_stage=2"
+        )
+    if lora.pissa and model.adapters and not model.new_adapter:
+        yield (
+            "model.lora.pissa=True initializes a new adapter, but model.adapters continues an existing one; "
+            "set model.new_adapter=true or model.lora.pissa=false"
+        )
+    if lora.loraplus_ratio is not None and train.optimizer != "adamw":
+        yield (
+            f"model.lora.loraplus_ratio requires train.optimizer=adamw, but train.optimizer={train.optimizer}; "
+            "use adamw or remove loraplus_ratio"
+        )
+
+
+def _quantization(config: Config) -> Iterator[str]:
+    model = config.model
+    named = f"model.quantization={model.quantization}"
+    if model.adapter is None:
+        yield (
+            f"{named} freezes the weights, but model.finetuning={model.finetuning} trains them; "
+            "set model.finetuning to lora or oft"
+        )
+    if config.train.zero_stage == 3:
+        yield f"{named} loads weights that cannot be partitioned, but train.zero_stage=3 does so; set train.zero_stage=2"
+    if model.finetuning == "lora" and model.lora.pissa:
+        yield f"model.lora.pissa=True requires unquantized weights, but {named}; set only one of them"
+    if len(model.adapters) > 1 or (model.adapters and model.new_adapter):
+        yield (
+            f"{named} cannot merge adapters, but model.adapters lists adapters to merge; merge them first with raysft export, "
+            "or list only the one to continue"
+        )
+
+
+def _precision(config: Config) -> Iterator[str]:
+    model, train, use_gpu = config.model, config.train, config.scaling.use_gpu
+    if config.dtype == "float16" and not use_gpu:
+        yield (
+            "model.dtype=float16 requires GPUs, but scaling.use_gpu=False; "
+            "use bfloat16 or float32, or set scaling.use_gpu=true"
+        )
+    if train.fp8 != "off":
+        if not use_gpu:
+            yield f"train.fp8={train.fp8} requires GPUs, but scaling.use_gpu=False; set train.fp8=off or scaling.use_gpu=true"
         if config.dtype != "bfloat16":
-            yield f"train.fp8={config.train.fp8} goes with model.dtype=bfloat16 and it is {config.dtype}; use bfloat16"
-        if config.model.quantization:
-            yield f"train.fp8={config.train.fp8} and model.quantization={config.model.quantization} both set types; set one"
-    if config.model.liger and not config.scaling.use_gpu:
-        yield "model.liger=True needs GPUs; set scaling.use_gpu=true, or model.liger=false"
-    if config.model.attention == "flash_attention_2" and not config.scaling.use_gpu:
-        yield "model.attention=flash_attention_2 needs GPUs; use sdpa, or set scaling.use_gpu=true"
-    if config.model.attention == "flash_attention_2" and config.dtype == "float32":
-        yield "model.attention=flash_attention_2 computes in 16 bits and model.dtype=float32; use bfloat16, or sdpa"
+            yield f"train.fp8={train.fp8} requires model.dtype=bfloat16, but model.dtype={config.dtype}; use bfloat16"
+        if model.quantization:
+            yield (
+                f"train.fp8={train.fp8} requires unquantized weights, but model.quantization={model.quantization}; "
+                "set only one of them"
+            )
+    if model.liger and not use_gpu:
+        yield "model.liger=True requires GPUs, but scaling.use_gpu=False; set scaling.use_gpu=true or model.liger=false"
+    if model.attention == "flash_attention_2" and not use_gpu:
+        yield (
+            "model.attention=flash_attention_2 requires GPUs, but scaling.use_gpu=False; use sdpa or set scaling.use_gpu=true"
+        )
+    if model.attention == "flash_attention_2" and config.dtype == "float32":
+        yield (
+            "model.attention=flash_attention_2 requires a 16-bit data type, but model.dtype=float32; use bfloat16, or use sdpa"
+        )
 
 
-def _of_offload(config: Config) -> Iterator[str]:
+def _offload(config: Config) -> Iterator[str]:
     train = config.train
     optimizer, parameters = train.offload.optimizer, train.offload.parameters
     if parameters != "none" and train.zero_stage != 3:
         yield (
-            f"train.offload.parameters={parameters} goes with train.zero_stage=3 and it is {train.zero_stage}; "
-            "use 3, or offload the optimizer alone"
+            f"train.offload.parameters={parameters} requires train.zero_stage=3, but train.zero_stage={train.zero_stage}; "
+            "set it to 3, or offload only the optimizer"
         )
     if optimizer != "none" and train.zero_stage == 0:
-        yield f"train.offload.optimizer={optimizer} goes with train.zero_stage 1 to 3 and it is 0; use one of them"
+        yield (
+            f"train.offload.optimizer={optimizer} requires train.zero_stage=1, 2 or 3, but train.zero_stage=0; "
+            "use one of them or set train.offload.optimizer=none"
+        )
     if optimizer == "nvme" and train.zero_stage != 3:
-        yield f"train.offload.optimizer=nvme goes with train.zero_stage=3 and it is {train.zero_stage}; use 3, or cpu"
+        yield (
+            f"train.offload.optimizer=nvme requires train.zero_stage=3, but train.zero_stage={train.zero_stage}; "
+            "set it to 3, or use cpu"
+        )
     if "nvme" in (optimizer, parameters) and not train.offload.folder:
-        yield "train.offload on nvme has no folder; set train.offload.folder to one on a local disk"
+        yield (
+            "train.offload to nvme requires a folder, but train.offload.folder is not set; set it to a folder on a local disk"
+        )
 
 
-def _of_schedule(config: Config) -> Iterator[str]:
+def _schedule(config: Config) -> Iterator[str]:
     train = config.train
     if train.schedule in ("constant", "constant_with_warmup") and train.schedule_options:
         yield (
-            f"train.schedule={train.schedule} takes no options and train.schedule_options={train.schedule_options}; "
-            "take them out"
+            f"train.schedule={train.schedule} has no options, but train.schedule_options={train.schedule_options}; remove them"
         )
 
 
-def _of_losses(config: Config) -> Iterator[str]:
-    if config.train.label_smoothing and config.train.loss != "cross_entropy":
-        yield (
-            f"train.label_smoothing={config.train.label_smoothing:g} and train.loss={config.train.loss}: both change what is "
-            "asked of a token; set one of them"
-        )
-
-
-def _of_evaluation(config: Config) -> Iterator[str]:
+def _loss(config: Config) -> Iterator[str]:
     train = config.train
-    wanted = [
-        f"train.{name}"
-        for name, on in (("early_stopping", train.early_stopping.patience), ("keep_best", train.keep_best))
-        if on
-    ]
-    if wanted and not train.eval_every_steps:
-        yield f"{wanted[0]} compares evaluations and train.eval_every_steps is not set; set it"
-    if wanted and not config.data.eval and not config.data.holdout:
-        yield f"{wanted[0]} compares evaluations and there is nothing to evaluate on; name data.eval or set data.holdout above 0"
+    if train.label_smoothing and train.loss != "cross_entropy":
+        yield (
+            f"train.label_smoothing={train.label_smoothing:g} requires train.loss=cross_entropy, but train.loss={train.loss}; "
+            "set only one of them"
+        )
+
+
+def _evaluation(config: Config) -> Iterator[str]:
+    train = config.train
+    asked = {"train.early_stopping": train.early_stopping.patience, "train.keep_best": train.keep_best}
+    named = next((key for key, value in asked.items() if value), None)
+    if named and not train.eval_every_steps:
+        yield f"{named} compares evaluations, but train.eval_every_steps is not set; set it"
+    if named and not config.data.eval and not config.data.holdout:
+        yield f"{named} compares evaluations, but there is no evaluation data; set data.eval, or data.holdout above 0"
+
+
+def _generation(config: Config) -> Iterator[str]:
+    generate = config.generate
+    if generate.num_beams > 1 and generate.do_sample:
+        yield (
+            f"generate.num_beams={generate.num_beams} (beam search) requires generate.do_sample=false, but it is True; "
+            "set generate.do_sample=false or generate.num_beams=1"
+        )
+    if generate.gpus_per_engine > 1 and not config.scaling.use_gpu:
+        yield (
+            f"generate.gpus_per_engine={generate.gpus_per_engine} requires GPUs, but scaling.use_gpu=False; "
+            "set scaling.use_gpu=true or remove gpus_per_engine"
+        )
+    if generate.batching != "continuous":
+        return
+    remedy = "set generate.batching=static or"
+    if generate.num_beams > 1:
+        yield (
+            f"generate.batching=continuous does not support beam search, but generate.num_beams={generate.num_beams}; "
+            f"{remedy} generate.num_beams=1"
+        )
+    if generate.gpus_per_engine > 1:
+        yield (
+            f"generate.batching=continuous supports one GPU per engine, but generate.gpus_per_engine="
+            f"{generate.gpus_per_engine}; {remedy} generate.gpus_per_engine=1"
+        )
+    if generate.max_seconds is not None:
+        yield (
+            f"generate.batching=continuous has no batches to time, but generate.max_seconds={generate.max_seconds:g}; "
+            f"{remedy} remove max_seconds"
+        )
+
+
+def _vllm(config: Config) -> Iterator[str]:
+    generate, model = config.generate, config.model
+    alternative = "or set generate.engine=transformers"
+    if not config.scaling.use_gpu:
+        yield f"generate.engine=vllm requires GPUs, but scaling.use_gpu=False; set scaling.use_gpu=true, {alternative}"
+    if generate.num_beams > 1:
+        yield (
+            f"generate.engine=vllm does not support beam search, but generate.num_beams={generate.num_beams}; "
+            f"set generate.num_beams=1, {alternative}"
+        )
+    if generate.max_seconds is not None:
+        yield (
+            f"generate.engine=vllm has no batches to time, but generate.max_seconds={generate.max_seconds:g}; "
+            f"remove max_seconds, {alternative}"
+        )
+    if generate.batching != "auto":
+        yield (
+            f"generate.engine=vllm does its own batching, but generate.batching={generate.batching}; "
+            f"remove batching, {alternative}"
+        )
+    if model.quantization:
+        yield (
+            f"generate.engine=vllm loads weights unquantized, but model.quantization={model.quantization}; "
+            f"remove it, {alternative}"
+        )
+    unsupported = ""
+    if config.stage == "sft" and model.finetuning == "oft":
+        unsupported = "model.finetuning=oft"
+    elif config.stage == "sft" and model.finetuning == "lora" and model.lora.dora:
+        unsupported = "model.lora.dora=True"
+    elif config.stage == "sft" and model.finetuning == "lora" and model.lora.extra_modules:
+        unsupported = f"model.lora.extra_modules={model.lora.extra_modules}"
+    if unsupported:
+        yield f"generate.engine=vllm supports only plain LoRA adapters, but {unsupported}; change that, {alternative}"
+
+
+def _generation_sources(config: Config) -> Iterator[str]:
+    known = [source.name for source in (*config.data.eval, *config.data.train)]
+    for name in config.generate.sources:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"use names of {', '.join(known):.200}"
+            yield f"generate.sources contains {name!r}, but neither data.eval nor data.train has such a source; {hint}"

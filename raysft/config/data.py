@@ -1,4 +1,4 @@
-"""The ``data`` section: sources, masks, rows."""
+"""The ``data`` section: sources, loss masks, rows."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from raysft.config.section import Fraction, Name, Positive, Section, Text, known_scheme
+from raysft.errors import one_line
 
 Format = Literal["alpaca", "sharegpt", "openai", "prompt_completion", "turns", "text", "tokenized"]
 Column = Literal[
@@ -22,31 +23,31 @@ class Source(Section):
     """One dataset."""
 
     name: Name
-    """Name of the source in logs, metrics and rejected.jsonl; with ``data.registry``, its name there."""
+    """Name of the source in logs, metrics and ``rejected.jsonl``, and in ``data.registry`` if that is set."""
     path: Text | Annotated[list[Text], Field(min_length=1)] | None = None
-    """File, folder or glob, or a list of them; local, or on a filesystem that pyarrow reads (``s3://``, ``gs://``,
-    ``hdfs://``, ``hf://datasets/``), or ``package:NAME/GLOB`` inside an installed Python package. Not needed for a
-    source of ``data.registry``. Credentials belong into the environment, a profile or a machine's role: one in a config is
-    refused."""
+    """File, folder or glob, or a list of them: local, in object storage (``s3://``, ``gs://``, ``hdfs://``, ``abfs://``), on the
+    Hugging Face Hub (``hf://datasets/``), or ``package:NAME/GLOB`` for files of an installed Python package. Not required for a
+    source of ``data.registry``. Keep credentials in the environment, a profile or the machine's role; a config that contains
+    any is refused."""
     format: Format | None = None
-    """Shape of a record: ``alpaca`` (instruction, input, output), ``sharegpt`` (conversations of from/value), ``openai``
-    (messages of role/content), ``prompt_completion`` (two texts, or two lists of messages), ``turns`` (a list of texts,
-    the user's and the assistant's by turns), ``text``, ``tokenized`` (input_ids, labels). Default: found from the columns."""
+    """Record format: ``alpaca`` (instruction, input, output), ``sharegpt`` (conversations with from/value), ``openai`` (messages
+    with role/content), ``prompt_completion`` (two texts or two lists of messages), ``turns`` (a list of texts that alternates
+    between user and assistant), ``text``, or ``tokenized`` (input_ids, labels). Default: inferred from the columns."""
     columns: dict[Column, Text | None] = {}
-    """Where a field has another name in the file: field → column, for example ``{output: answer}``; null for a field that is
-    not to be read. A column that stands for one field is not read for the field of its own name as well."""
+    """Columns that have other names in the file: field → column, for example ``{output: answer}``, or ``null`` to ignore a field.
+    A column that is mapped to one field is no longer read as the field of its own name."""
     tags: dict[Tag, Text] = {}
-    """Where a conversation uses other words: ``role`` and ``content`` name the keys of a turn; ``user``, ``assistant``,
-    ``observation``, ``function`` and ``system`` are its roles."""
+    """Keys and roles that have other names in a conversation: ``role`` and ``content`` are the keys of a turn; ``user``,
+    ``assistant``, ``observation``, ``function`` and ``system`` are its roles."""
     weight: Annotated[float, Field(gt=0)] | None = None
-    """Share of this source in the mixture, relative to the others (``data.mixing``). Default: 1."""
+    """Weight of this source relative to the others; requires ``data.mixing`` other than concat. Default: 1."""
     num_samples: Positive | None = None
-    """Draw N records at random, by ``run.seed``. Where there are fewer, all are taken, and as many again as lack."""
+    """Sample N records at random, seeded with ``run.seed``. A source with fewer records gives all of them, and repeats some."""
     max_examples: Positive | None = None
-    """Read only the first N records: of the file, or of those that were drawn."""
+    """Use only the first N records, counted after sampling with ``num_samples``."""
 
     def column(self, field: str) -> str | None:
-        """The column that a field is read from; None where it is not read.
+        """Column that a field is read from; None if the field is not read.
 
         >>> Source(name="s", columns={"instruction": "input"}).column("input")
         """
@@ -56,43 +57,47 @@ class Source(Section):
 
 
 class DataSection(Section):
+    """Sources, loss masks and rows."""
+
     train: Annotated[list[Source], Field(min_length=1)]
-    """Sources to train on."""
+    """Sources to train on. Each has the keys ``data.train[]``."""
     eval: list[Source] = []
-    """Sources to evaluate and generate on."""
+    """Sources to evaluate and generate on, with the same keys as those of ``data.train``."""
     registry: Text | None = None
-    """A ``dataset_info.json`` as LLaMA-Factory has it, or its folder: a source without a path is looked up there by name. As
-    there, a column that its entry does not name is not read; what a source says itself goes before what its entry says."""
+    """A ``dataset_info.json`` in LLaMA-Factory's format, or its folder. A source without a path is looked up in it by name. As in
+    LLaMA-Factory, only the columns that the entry names are read. Settings of the source override those of its entry."""
     mixing: Literal["concat", "first_exhausted", "all_exhausted"] = "concat"
-    """``concat``: every example once an epoch. Otherwise examples are drawn in the proportion of the sources' weights, anew
-    in each epoch, until the first source is used up, or until each one was (smaller ones come again)."""
+    """``concat``: use every example once per epoch. ``first_exhausted`` and ``all_exhausted``: in each epoch, draw examples in
+    proportion to the weights of the sources until the first source, or every source, is used up (smaller sources repeat)."""
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of each training source that is kept out of training and evaluated under the source's name. A stable hash
-    of an example's opening decides, so that examples that open alike stay on one side, in this and any other run."""
+    """Fraction of each training source to hold out of training and evaluate on, under the name of the source. A stable hash of
+    the opening of an example decides, so that examples with the same opening are on the same side, in every run."""
     sequence_length: Annotated[int, Field(ge=8, strict=True)] = 2048
-    """Tokens that one row holds."""
+    """Tokens per row."""
     packing: bool = True
-    """Put several examples into one row; they do not see each other. With ``stage: pt``: join documents and cut full rows."""
+    """Pack several examples into one row; they do not attend to each other. With ``stage: pt``: concatenate documents and cut
+    the stream into full rows."""
     document_mask: bool = True
-    """With ``stage: pt``: documents in one row do not see each other."""
+    """With ``stage: pt``: documents in the same row do not attend to each other."""
     mask_history: bool = False
-    """Train only on the last assistant turn of each conversation."""
+    """Compute the loss only on the last assistant turn of each conversation."""
     train_on_prompt: bool = False
-    """Train on every token of a conversation, not only on what the assistant wrote."""
+    """Compute the loss on every token of a conversation, not only on assistant turns."""
     on_overflow: Literal["truncate", "split", "drop", "error"] = "error"
-    """A conversation longer than a row is shortened, cut into several examples, dropped, or stops the run; always counted.
-    Raw text is never shortened."""
+    """What to do with a conversation longer than a row: truncate it, split it into several examples, drop it, or stop with an
+    error. Affected conversations are counted. Raw text is never truncated."""
     keep_prompt: Literal["head", "tail"] = "head"
-    """With ``on_overflow: truncate``: which end of a prompt is kept."""
+    """With ``on_overflow: truncate``: which end of a prompt to keep."""
     control_tokens_in_text: Literal["keep", "escape", "reject"] = "keep"
-    """A special token of the tokenizer that is written out in a text (``<|im_end|>``): it acts as one, as in
-    ``apply_chat_template``; is encoded as plain characters; or the record is rejected. Always counted."""
+    """What to do with text that spells a special token (``<|im_end|>``). ``keep``: encode it as that token, as
+    ``apply_chat_template`` does; ``escape``: encode it as plain text; ``reject``: reject the record. Affected records are
+    counted."""
     template_options: dict[str, Any] = {}
     """Variables for the chat template, for example ``{enable_thinking: false}``."""
     max_rejected: Fraction = 0.0
-    """Share of records that may be unusable before the run stops; each one is kept in rejected.jsonl."""
+    """Fraction of records that may be unusable; with more, the run stops. ``rejected.jsonl`` lists them."""
     cache: Text | None = None
-    """Folder of tokenized shards and converted models, shared by runs: a path that every node of the cluster sees, or a URI.
+    """Folder for tokenized shards and converted models, shared by runs: a path that every node of the cluster can see, or a URI.
     Default: ``{run.storage}/cache``."""
 
     @field_validator("cache")
@@ -103,7 +108,7 @@ class DataSection(Section):
     @field_validator("template_options")
     @classmethod
     def _options_are_plain(cls, value: dict[str, Any]) -> dict[str, Any]:
-        taken = {
+        reserved = {
             "messages",
             "conversations",
             "tools",
@@ -111,34 +116,35 @@ class DataSection(Section):
             "chat_template",
             "add_generation_prompt",
         } & value.keys()
-        if taken:
-            raise ValueError(f"{sorted(taken)[0]} is what the template is given anyway; take it out")
-        # YAML makes a date of 2024-07-26, where templates want the text.
-        plain = {key: each.isoformat() if isinstance(each, date) else each for key, each in value.items()}
+        if reserved:
+            raise ValueError(f"{sorted(reserved)[0]} is set by raysft; remove it")
+        # YAML reads 2024-07-26 as a date, but templates expect text.
+        plain = {key: option.isoformat() if isinstance(option, date) else option for key, option in value.items()}
         try:
             json.dumps(plain)
         except TypeError as error:
-            raise ValueError(f"texts, numbers, booleans, lists and mappings belong there ({error})") from None
+            raise ValueError(f"use strings, numbers, booleans, lists and mappings ({one_line(error)})") from None
         return plain
 
     @model_validator(mode="after")
     def _masks_agree(self) -> DataSection:
         if self.mask_history and self.train_on_prompt:
-            raise ValueError("mask_history and train_on_prompt contradict each other; set one of them")
+            raise ValueError("mask_history and train_on_prompt contradict each other; set only one of them")
         return self
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> DataSection:
         for sources in (self.train, self.eval):
             names = [source.name for source in sources]
-            twice = {name for name in names if names.count(name) > 1}
-            if twice:
-                raise ValueError(f"two sources are named {sorted(twice)[0]!r}; give each its own name")
+            repeated = {name for name in names if names.count(name) > 1}
+            if repeated:
+                raise ValueError(f"two sources are named {sorted(repeated)[0]!r}; rename one of them")
         if self.holdout:
             clash = {s.name for s in self.train} & {s.name for s in self.eval}
             if clash:
                 raise ValueError(
-                    f"{sorted(clash)[0]!r} is in data.train and data.eval; with data.holdout > 0 names must differ"
+                    f"data.train and data.eval both have a source named {sorted(clash)[0]!r}, but data.holdout={self.holdout:g} "
+                    "evaluates under the names of data.train; rename one of them"
                 )
         return self
 
@@ -146,11 +152,11 @@ class DataSection(Section):
     def _sources_are_complete(self) -> DataSection:
         for source in (*self.train, *self.eval):
             if source.path is None and self.registry is None:
-                raise ValueError(f"source {source.name!r} has no path; give it one, or name data.registry")
+                raise ValueError(f"source {source.name!r} has no path; set its path, or set data.registry")
         weighted = [source.name for source in self.train if source.weight is not None]
         if weighted and self.mixing == "concat":
             raise ValueError(
-                f"source {weighted[0]!r} has a weight, which data.mixing=concat does not use; "
+                f"source {weighted[0]!r} has a weight, but data.mixing=concat ignores weights; "
                 "set data.mixing to first_exhausted or all_exhausted"
             )
         return self

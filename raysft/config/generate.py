@@ -10,60 +10,63 @@ from raysft.config.section import Count, Positive, Section, Text
 
 
 class GenerateSection(Section):
+    """Predictions and their metrics."""
+
     enabled: bool = True
-    """Generate predictions for the evaluation sets after training, and score them (``stage: sft``)."""
+    """After training, generate predictions for the evaluation sets and score them (``stage: sft``)."""
     compare_base: bool = True
-    """Generate with the untrained model too, and show both side by side. Not with ``model``."""
+    """Also generate with the base model, and show both predictions side by side. Has no effect with ``model``."""
     model: Text | None = None
-    """Model or adapter that ``raysft generate`` generates with instead of the trained one: a folder, a hub id, a ``*.gguf``
-    file, or a URI of an object store. Nothing needs to be trained; ``run.name`` must be that of no training. Prompts are made
-    with its own tokenizer and chat template (``model.chat_template``, where it has none); an adapter without a tokenizer has
-    that of its base. ``model.quantization`` and ``model.dtype`` say how it is loaded."""
+    """Model or adapter that ``raysft generate`` uses instead of the trained one: a folder, a Hub id, a ``*.gguf`` file, or a URI in
+    object storage. No training is required. Use a ``run.name`` that no training run uses. Prompts use the model's own tokenizer
+    and chat template, or ``model.chat_template`` if it has none; an adapter without a tokenizer uses that of its base model.
+    ``model.quantization`` and ``model.dtype`` apply."""
     sources: list[Text] = []
-    """Names of the sources to generate for, of ``data.eval`` and ``data.train``; with ``data.holdout`` a training source is its
-    held-out part, else all of it. Default: those of ``data.eval``, and held-out parts."""
+    """Names of the sources of ``data.eval`` and ``data.train`` to generate for. A training source means its held-out part with
+    ``data.holdout``, otherwise all of it. Default: all of ``data.eval`` and the held-out parts."""
     engine: Literal["transformers", "vllm"] = "transformers"
-    """What generates: ``transformers``, on CPUs and GPUs; or ``vllm``, on GPUs, with ``pip install 'raysft[vllm]'`` on every
-    node, which itself finds out how many prompts it completes at once."""
+    """Inference engine: ``transformers`` on CPUs or GPUs, or ``vllm`` on GPUs, which needs ``pip install 'raysft[vllm]'`` on every
+    node and chooses the number of concurrent prompts itself."""
     num_actors: Positive | None = None
-    """Engines that work in parallel. Default: one per GPU, or one per node without GPU."""
+    """Number of engines that work in parallel. Default: one per ``gpus_per_engine`` GPUs, or one per node without GPUs."""
     gpus_per_engine: Positive = 1
-    """GPUs of one node that hold an engine's model together, for a model larger than one of them (``scaling.use_gpu``)."""
+    """GPUs of one node to split the model of an engine over, for models that do not fit on one GPU. Requires
+    ``scaling.use_gpu``."""
     max_examples: Positive | None = None
-    """Generate for N examples only, spread evenly over each evaluation set."""
+    """Generate for only N examples of each evaluation set, spread evenly over it. Default: all examples."""
     batching: Literal["auto", "continuous", "static"] = "auto"
-    """``continuous``: where a prediction ends another prompt takes its place; one GPU, no beams, no ``max_seconds``.
-    ``static``: batch by batch, each until its last prediction ends. ``auto``: continuous on GPUs, where the model and the
-    settings allow it."""
+    """``continuous``: as soon as a prediction ends, another prompt takes its place (one GPU per engine, no beam search, no
+    ``max_seconds``). ``static``: complete one batch before starting the next. ``auto``: continuous on GPUs if the model and the
+    settings support it, otherwise static."""
     batch_size: Positive = 64
-    """Prompts that an engine completes at once; where memory runs out, half as many. With vLLM: that it is given,
-    and that come back, together."""
+    """Prompts that an engine completes at the same time; halved when memory runs out. With vLLM: prompts that are submitted, and
+    results that are returned, together."""
     max_new_tokens: Positive = 1024
-    """Longest prediction, in tokens."""
+    """Maximum length of a prediction, in tokens."""
     do_sample: bool = True
-    """Sample; otherwise take the most probable token."""
+    """Sample; otherwise choose the most probable token (greedy decoding)."""
     temperature: Annotated[float, Field(gt=0)] = 0.95
-    """Softmax temperature in sampling."""
+    """Softmax temperature for sampling."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.7
-    """Sample from the most probable tokens that together have this probability."""
+    """Sample from the smallest set of most probable tokens whose total probability reaches this value."""
     top_k: Count = 50
-    """Sample from the K most probable tokens; 0: from all."""
+    """Sample from the K most probable tokens. 0: from all tokens."""
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
-    """Above 1, tokens that were used become less probable."""
+    """Values above 1 make tokens that already occurred less probable. 1: no penalty."""
     num_beams: Positive = 1
-    """Beams of a beam search, with ``do_sample: false``; 1: none."""
+    """Number of beams; requires ``do_sample: false``. 1: no beam search."""
     length_penalty: float = 1.0
-    """In a beam search: above 0 longer predictions are preferred, below 0 shorter ones."""
+    """With beam search: values above 0 favor longer predictions, values below 0 shorter ones."""
     stop_tokens: list[Text] = []
-    """Tokens that end a prediction, besides those that end the assistant's turns in the data, the tokenizer's eos token, and those
-    in the model's generation config."""
+    """Additional tokens that end a prediction. The tokens that end assistant turns in the training data, the tokenizer's EOS token
+    and those in the model's generation config always do."""
     skip_special_tokens: bool = True
-    """Leave special tokens out of the predicted text."""
+    """Remove special tokens from the predicted text."""
     max_seconds: Annotated[float, Field(gt=0)] | None = None
-    """Longest time for a batch of prompts; what was written until then is the prediction."""
+    """Time limit for a batch of prompts; the text generated until then is the prediction. Default: no limit."""
     metrics: list[str] = ["similarity"]
-    """Metrics of the predictions: modules of the package ``evaluate``. These come with raysft and need no network:
-    ``similarity`` (ROUGE over jieba's words and BLEU-4 over characters, as LLaMA-Factory), ``rouge`` (rouge_score), ``bleu``
-    (sacreBLEU of the corpus; ``bleu_zh`` for Chinese), ``chrf`` (sacreBLEU), ``exact_match`` (0 to 1; all others 0 to 100).
-    Others are Python code, which runs because it is named here: a file, a folder, or an id on the hub, from where it is fetched
-    (``NAME`` alone is ``evaluate-metric/NAME`` there, unless there is a ``NAME/NAME.py`` here)."""
+    """Metrics for the predictions, as modules of the ``evaluate`` package. These are built in and need no network: ``similarity``
+    (ROUGE over jieba words and BLEU-4 over characters, as in LLaMA-Factory), ``rouge`` (rouge_score), ``bleu`` (corpus-level
+    sacreBLEU; ``bleu_zh`` for Chinese), ``chrf`` (sacreBLEU) and ``exact_match`` (0 to 1; all others 0 to 100). Any other entry is
+    Python code that will be run: a file, a folder, or a Hub id, which is downloaded (``NAME`` alone means
+    ``evaluate-metric/NAME`` on the Hub, unless ``NAME/NAME.py`` exists)."""

@@ -1,4 +1,4 @@
-"""A YAML file and ``key.path=value`` overrides → a config; lines of the file are kept for messages."""
+"""Load a config from a YAML file and ``key.path=value`` overrides, with line numbers in error messages."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from raysft.errors import RequestError, one_line
 
 
 def parse(raw: Mapping[str, Any]) -> Config:
-    """A config from nested mappings.
+    """Build a config from nested mappings.
 
     Raises:
-        RequestError: a key or value is not what the schema says.
+        RequestError: a key is unknown, or a value is invalid.
     """
     return validate(dict(raw), lambda path: "config")
 
@@ -27,7 +27,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and apply ``key.path=value`` overrides.
 
     Raises:
-        RequestError: the file is missing or no YAML, or a key or value is not what the schema says.
+        RequestError: the file is missing or not YAML, a key is unknown, or a value is invalid.
     """
     path = Path(path)
     raw, lines = _parse_yaml(_read(path), path)
@@ -37,7 +37,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         if any(location[: len(key)] == key for key in from_command_line):
             return "command line"
         if location not in lines and any(key[: len(location)] == location for key in from_command_line):
-            return "command line"  # a section that an override made
+            return "command line"  # a section that only an override mentions
         for end in range(len(location), 0, -1):
             if location[:end] in lines:
                 return f"{path}:{lines[location[:end]]}"
@@ -55,52 +55,53 @@ def _read(path: Path) -> str:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise RequestError(f"{path}: there is no such config file; give the path of a YAML file") from None
+        raise RequestError(f"{path}: config file not found; use the path of a YAML file") from None
     except OSError as error:
-        raise RequestError(f"{path}: the config file cannot be read ({error.strerror})") from None
+        raise RequestError(
+            f"{path}: cannot read the config file ({error.strerror}); use the path of a YAML file"
+        ) from None
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise RequestError(
-            f"{path}:{line}: is not UTF-8 text (byte {content[error.start]:#x}); mend this line"
+            f"{path}:{line}: not UTF-8 text (byte {content[error.start]:#x}); save the file as UTF-8"
         ) from None
 
 
 def _override(raw: dict[str, Any], override: str) -> tuple[str, ...]:
-    """Set what one ``key.path=value`` says; gives the key's parts."""
+    """Apply one ``key.path=value`` override; return the parts of its key."""
     key, equals, value = override.partition("=")
     parts = tuple(key.split("."))
     if not equals or not all(parts):
-        raise RequestError(f"{override!r} is no override; write key.path=value, for example train.epochs=2")
+        raise RequestError(f"{override!r} is not an override; use key.path=value, for example train.epochs=2")
     try:
         parsed = yaml.safe_load(value)
     except (yaml.YAMLError, ValueError, RecursionError):
-        raise RequestError(f"{override!r}: the value is no YAML scalar, list or mapping") from None
+        raise RequestError(f"{override!r}: the value is not valid YAML; check its quotes and brackets") from None
     _assign(raw, key, parsed, where=f"{override!r}")
     return parts
 
 
-class _LineLoader(yaml.SafeLoader):
-    """Safe YAML; a key that stands twice is an error, not the silent loss of the first."""
-
-
 def _parse_yaml(text: str, path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
-    """The file's mapping, and the line on which each key path stands (from 1)."""
+    """Parse the file into nested mappings, and find the line of each key path (from 1)."""
     try:
-        root = yaml.compose(text, Loader=_LineLoader)
-        raw = yaml.load(text, Loader=_LineLoader)
-    except (ValueError, RecursionError) as error:  # 2024-99-99 is taken for a date; an anchor may hold itself
-        raise RequestError(f"{path}: no usable YAML ({one_line(error)}); mend the file") from None
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        raw = yaml.load(text, Loader=yaml.SafeLoader)
+    except (ValueError, RecursionError) as error:  # 2024-99-99 is read as a date; an anchor may contain itself
+        raise RequestError(f"{path}: invalid YAML ({one_line(error)}); correct the file") from None
     except yaml.YAMLError as error:
         mark, position = getattr(error, "problem_mark", None), getattr(error, "position", 0)
         line = min(mark.line, text.rstrip().count("\n")) if mark else text.count("\n", 0, position)
         reason = getattr(error, "problem", None) or one_line(error)
-        raise RequestError(f"{path}:{line + 1}: no valid YAML ({reason}); mend this line") from None
+        raise RequestError(f"{path}:{line + 1}: invalid YAML ({reason}); correct this line") from None
     if raw is None:
-        raise RequestError(f"{path}: the config is empty; it needs at least model.path and data.train")
+        raise RequestError(f"{path}: the config is empty; set at least model.path and data.train")
     if not isinstance(raw, dict):
-        raise RequestError(f"{path}: a config is a mapping of sections (model, data, …), this is {raw!r:.60}")
+        raise RequestError(
+            f"{path}: a config must be a mapping of sections (model, data, …), but this is {raw!r:.60}; "
+            "use configs/quickstart.yaml as an example"
+        )
     lines: dict[tuple[str, ...], int] = {}
 
     def walk(node: yaml.Node, at: tuple[str, ...]) -> None:
@@ -109,8 +110,8 @@ def _parse_yaml(text: str, path: Path) -> tuple[dict[str, Any], dict[tuple[str, 
                 inner = (*at, str(key.value))
                 if inner in lines:
                     raise RequestError(
-                        f"{path}:{key.start_mark.line + 1}: {'.'.join(inner)} stands twice (first on line {lines[inner]}); "
-                        "keep one"
+                        f"{path}:{key.start_mark.line + 1}: duplicate key {'.'.join(inner)} (first on line {lines[inner]}); "
+                        "remove one of them"
                     )
                 lines[inner] = key.start_mark.line + 1
                 walk(value, inner)
@@ -123,38 +124,38 @@ def _parse_yaml(text: str, path: Path) -> tuple[dict[str, Any], dict[tuple[str, 
         if root is not None:
             walk(root, ())
     except RecursionError:
-        raise RequestError(f"{path}: no usable YAML (an anchor holds itself); mend the file") from None
+        raise RequestError(f"{path}: invalid YAML (an anchor contains itself); correct the file") from None
     return raw, lines
 
 
 def _assign(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
-    """Set a dotted key inside nested mappings and lists, making mappings on the way."""
-    at: Any = raw
-    parts = key.split(".")
-    for position, part in enumerate(parts):
-        last = position == len(parts) - 1
-        if isinstance(at, list):
-            if not part.isdigit() or int(part) >= len(at):
+    """Set a dotted key inside nested mappings and lists; create missing mappings on the way."""
+    node: Any = raw
+    *parents, last = key.split(".")
+    for position, part in enumerate((*parents, last)):
+        named = f"{where}: {'.'.join(parents[:position])}"
+        index: Any = part
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
                 raise RequestError(
-                    f"{where}: {'.'.join(parts[:position])} is a list of {len(at)}; {part!r} is none of them"
+                    f"{named} is a list of length {len(node)}, but {part!r} is not an index of it; override an existing item "
+                    "or the whole list"
                 )
-            if last:
-                at[int(part)] = value
-            else:
-                at = at[int(part)]
-        elif isinstance(at, dict):
-            if last:
-                at[part] = value
-            else:
-                if at.get(part) is None:
-                    at[part] = {}
-                at = at[part]
+            index = int(part)
+        elif not isinstance(node, dict):
+            raise RequestError(
+                f"{named} is {node!r}, which has no keys; override {'.'.join(parents[:position])} itself"
+            )
+        elif position < len(parents) and node.get(part) is None:
+            node[part] = {}
+        if position < len(parents):
+            node = node[index]
         else:
-            raise RequestError(f"{where}: {'.'.join(parts[:position])} holds {at!r} and has no keys inside")
+            node[index] = value
 
 
 def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
-    """A copy of a config with dotted keys set to new values, validated."""
+    """Copy a config with dotted keys set to new values, and validate it."""
     raw = config.model_dump(mode="json")
     for key, value in overrides.items():
         _assign(raw, key, value, where="an override")

@@ -11,95 +11,106 @@ from raysft.config.train import Targets
 
 
 class FreezeSection(Section):
+    """Layers to train."""
+
     layers: Annotated[int, Field(strict=True)] = 2
-    """How many layers are trained: the last N; with a negative number the first N."""
+    """Number of layers to train: the last N, or the first N if negative."""
     modules: Targets = "all"
-    """Modules inside those layers that are trained, for example ``[mlp]``; ``all``: whole layers."""
+    """Modules to train inside these layers, for example ``[mlp]``. ``all``: the whole layers."""
     extra_modules: list[Text] = []
-    """Modules outside the layers that are trained as well, for example ``[embed_tokens, norm]``."""
+    """Modules outside the layers to train as well, for example ``[embed_tokens, norm]``."""
 
     @field_validator("layers")
     @classmethod
-    def _some(cls, value: int) -> int:
+    def _not_zero(cls, value: int) -> int:
         if not value:
-            raise ValueError("0 layers train nothing; give the last N, or the first N as a negative number")
+            raise ValueError("trains no layer; use N for the last N layers, or -N for the first N")
         return value
 
 
 class LoraSection(Section):
+    """Low-rank adapters."""
+
     rank: Positive = 8
     """Rank of the adapter matrices."""
     alpha: Annotated[float, Field(gt=0)] | None = None
-    """Scale of the adapter; the update is multiplied by alpha / rank. Default: 2 · rank."""
+    """Scale of the adapter: its update is multiplied by alpha / rank. Default: 2 · rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
     target: Targets = "all"
-    """``all``: every linear layer but the output head and, in mixtures of experts, the routers (``gate``, ``router``,
-    ``shared_expert_gate``); or a list of module names, which may name routers. Where peft knows a model's experts, as those of
-    Mixtral, Qwen3 and DeepSeek, ``all`` covers them, without ``dropout``, ``dora`` and ``pissa``, and leaves out the shared
-    experts and dense layers whose parts have the same names (``gate_proj``, ``up_proj``, ``down_proj``)."""
+    """Modules that get an adapter. ``all``: every linear layer except the output head and, in a mixture of experts, the routers
+    (``gate``, ``router``, ``shared_expert_gate``). Or a list of module names, which may include routers. If peft supports the
+    experts of a model (Mixtral, Qwen3, DeepSeek and others), ``all`` includes them; ``dropout``, ``dora`` and ``pissa`` are then
+    not available, and shared experts and dense layers with the same module names (``gate_proj``, ``up_proj``, ``down_proj``)
+    get no adapter."""
     extra_modules: list[Text] = []
-    """Modules that are trained whole and kept with the adapter, for example ``[embed_tokens, lm_head]``."""
+    """Modules to train in full and save with the adapter, for example ``[embed_tokens, lm_head]``."""
     dora: bool = False
-    """DoRA: train the magnitude of each weight apart from its direction."""
+    """DoRA: train the magnitude and the direction of each weight separately."""
     rslora: bool = False
-    """Rank-stabilised LoRA: scale by alpha / √rank."""
+    """Rank-stabilized LoRA: scale by alpha / √rank instead of alpha / rank."""
     pissa: bool = False
-    """PiSSA: begin with the principal singular vectors of each weight, and train these. What is written is an ordinary LoRA
-    of the unchanged model."""
+    """PiSSA: initialize the adapter with the principal singular vectors of each weight. The saved adapter is an ordinary LoRA
+    adapter for the unchanged base model."""
     pissa_iterations: Count = 16
-    """Iterations of the fast SVD that PiSSA begins with; 0: the exact one."""
+    """Iterations of PiSSA's fast SVD. 0: compute the exact SVD."""
     loraplus_ratio: Annotated[float, Field(gt=0)] | None = None
-    """LoRA+: how many times higher the learning rate of the B matrices is. Default: the same for both."""
+    """LoRA+: ratio of the learning rate of the B matrices to that of the A matrices. Default: the same for both."""
 
 
 class OftSection(Section):
+    """Orthogonal adapters."""
+
     block_size: Positive = 32
     """Size of the orthogonal blocks."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the blocks that are left out at random."""
+    """Fraction of the blocks to drop at random."""
     target: Targets = "all"
-    """``all``: every linear layer but the output head and the routers of a mixture of experts; or a list of module names."""
+    """Modules that get an adapter. ``all``: every linear layer except the output head and the routers of a mixture of experts.
+    Or a list of module names."""
     extra_modules: list[Text] = []
-    """Modules that are trained whole and kept with the adapter."""
+    """Modules to train in full and save with the adapter."""
 
 
 class ModelSection(Section):
+    """The model, and which of its weights to train."""
+
     path: Text
-    """Model folder, Hugging Face hub id, ``*.gguf`` file, or ``package:NAME/FILE`` inside an installed Python package."""
+    """Model folder, Hugging Face Hub id, ``*.gguf`` file, or ``package:NAME/FILE`` for a file of an installed Python package."""
     trust_remote_code: list[Text] = []
-    """Models whose own code may run, by name: ``[org/model]``. A model that only code of its own can load is refused unless its
-    ``path`` stands here, exactly as it is written there; if it takes code from another repository, that one's name too. Read
-    the code first: it runs on every node, with all rights of the run. Default: nobody."""
+    """Models that may run their own Python code, for example ``[org/model]``. A model that needs its own code is refused unless
+    this list contains its ``path``, spelled the same way, and the name of any other repository that the code comes from. Read
+    the code first: it runs on every node, with the permissions of the run. Default: none."""
     chat_template: Text | None = None
-    """Chat template to use instead of the tokenizer's own, and to save with the model: a name (``chatml``, ``llama3``,
-    ``gemma``, ``alpaca``, ``vicuna``) or a ``*.jinja`` file."""
+    """Chat template that replaces the tokenizer's own and is saved with the model: ``chatml``, ``llama3``, ``gemma``,
+    ``alpaca``, ``vicuna``, or the path of a ``*.jinja`` file."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the weights in training and generation. ``auto``: bfloat16 on GPU, float32 on CPU. ``float16`` trains with
+    """Data type of the weights in training and generation. ``auto``: bfloat16 on GPU, float32 on CPU. ``float16`` trains with
     dynamic loss scaling."""
     finetuning: Literal["full", "freeze", "lora", "oft"] = "lora"
-    """What is trained: all weights, those of some layers, low-rank adapters, or orthogonal ones."""
+    """Weights to train. ``full``: all; ``freeze``: those of some layers; ``lora``: low-rank adapters; ``oft``: orthogonal
+    adapters."""
     freeze: FreezeSection = FreezeSection()
-    """Which layers are trained, used when ``finetuning`` is freeze."""
+    """Layers to train with ``finetuning: freeze``."""
     lora: LoraSection = LoraSection()
-    """Adapter settings, used when ``finetuning`` is lora."""
+    """Adapter settings with ``finetuning: lora``."""
     oft: OftSection = OftSection()
-    """Adapter settings, used when ``finetuning`` is oft."""
+    """Adapter settings with ``finetuning: oft``."""
     adapters: list[Text] = []
-    """Folders of adapters that were trained before, in their order: all but the last are merged into the model, and the
-    last is trained on."""
+    """Folders of earlier adapters, in the order in which they were trained. All except the last are merged into the model;
+    training continues with the last."""
     new_adapter: bool = False
-    """Merge all of ``adapters``, and begin a new one."""
+    """Merge all of ``adapters`` into the model and train a new adapter."""
     quantization: Literal["4bit", "8bit"] | None = None
-    """Load the frozen weights quantized by bitsandbytes (QLoRA). Checkpoints that are quantized already (GPTQ, AWQ,
-    bitsandbytes) are loaded as they are, where the library that they need is installed."""
+    """Quantize the frozen weights with bitsandbytes (QLoRA; extra ``quant``). A model that is already quantized (GPTQ, AWQ,
+    bitsandbytes) needs no setting; it loads as it is if the library that it needs is installed."""
     quantization_type: Literal["nf4", "fp4"] = "nf4"
     """Data type of 4-bit weights."""
     double_quantization: bool = True
-    """Quantize the scales of 4-bit weights too."""
+    """Also quantize the scales of 4-bit weights."""
     attention: Literal["auto", "sdpa", "flash_attention_2", "flex_attention", "eager"] = "auto"
-    """Attention kernel; each keeps the examples of a row apart. ``auto``: FlashAttention's varlen kernel on GPU where the
-    package flash-attn is installed, else torch's sdpa."""
+    """Attention implementation. All of them keep the examples of a row apart. ``auto``: FlashAttention's varlen kernel on GPU
+    if the package flash-attn is installed, otherwise PyTorch's SDPA."""
     liger: bool = False
     """Use Liger's fused kernels on GPU (extra ``liger``)."""
 
@@ -107,7 +118,7 @@ class ModelSection(Section):
     @classmethod
     def _by_name(cls, value: Any) -> Any:
         if value is True:
-            raise ValueError("name the models whose code may run, for example [org/model]")
+            raise ValueError("list the models that may run their own code, for example [org/model]")
         return value or []
 
     @property

@@ -1,4 +1,4 @@
-"""Files inside installed Python packages: ``package:NAME/PATH``."""
+"""Paths of files inside installed Python packages: ``package:NAME/PATH``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from raysft.errors import RequestError
 
 
 def locate(path: str, key: str) -> str:
-    """Where a path of the config is: inside a package, found without importing it, or as it stands.
+    """Resolve ``package:NAME/PATH`` without importing the package; return any other path unchanged.
 
     Args:
         path: ``package:NAME/PATH``, or any other path.
-        key: what the path belongs to, for the message.
+        key: the config key that holds the path, for the error message.
 
     Raises:
         RequestError: the package is not installed.
@@ -23,5 +23,5 @@ def locate(path: str, key: str) -> str:
     package, _, inner = path.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.origin:
-        raise RequestError(f"{key}: {path}: Python package {package!r} is not installed; pip install it")
+        raise RequestError(f"{key}: {path}: the Python package {package!r} is not installed; install it with pip")
     return str(Path(spec.origin).parent / inner)

@@ -1,6 +1,7 @@
-"""What may still change when a run goes on: each config key is decided here, once. Pure.
+"""Which config keys may change when a run resumes. Pure.
 
-What runs refuse or take over, what their help says of each key, and what belongs to a run's identity all follow from this table.
+This table is the single source for what a resumed run refuses or accepts, for the notes in ``raysft config``, and for the settings
+that identify a run.
 """
 
 from __future__ import annotations
@@ -10,16 +11,16 @@ from enum import Enum
 
 
 class Effect(Enum):
-    """What becomes of a key that has another value when a run goes on."""
+    """Effect of a key that has a new value when a run resumes."""
 
-    ALWAYS = "may change at any time"
-    """It decides no number of the training."""
-    NOW = "takes effect at once"
-    """From the first step after the checkpoint on, with ``--allow-changed``."""
-    EPOCH = "takes effect from the next epoch on"
-    """With ``--allow-changed``: the epoch that has begun is finished as it was, so that it has each example once."""
-    NEVER = "cannot change"
-    """The state of the run, or its rows, would not fit any more."""
+    ALWAYS = "can change at any time"
+    """The key does not affect the numbers of a training."""
+    NOW = "can change with --allow-changed, from the next step on"
+    """The new value applies from the first step after the checkpoint."""
+    EPOCH = "can change with --allow-changed, from the next epoch on"
+    """The current epoch is completed with the old value, so that it contains each example once."""
+    NEVER = "cannot change in a run that has started"
+    """The state of the run or its rows would no longer match."""
 
 
 _KEYS = {
@@ -35,7 +36,7 @@ _KEYS = {
         generate.length_penalty generate.stop_tokens generate.skip_special_tokens generate.max_seconds generate.metrics
         tune.space tune.metric tune.mode tune.max_concurrent
     """,
-    # A path may change because the same files lie elsewhere now: what they hold is compared by itself.
+    # Paths may change because files can move; the content of the files is compared separately.
     Effect.NOW: """
         model.path model.trust_remote_code model.adapters model.attention model.liger
         model.lora.dropout model.lora.loraplus_ratio model.oft.dropout
@@ -63,20 +64,20 @@ _KEYS = {
         train.global_batch_size train.optimizer train.optimizer_options
     """,
 }
-_BESIDE = {"the model": Effect.NEVER, "the adapter": Effect.NEVER, "the data": Effect.EPOCH}
-"""What the config only names: the content of files."""
+_FILES = {"the model": Effect.NEVER, "the adapter": Effect.NEVER, "the data": Effect.EPOCH}
+"""Effects for the content of files, which the config only names."""
 EFFECTS: dict[str, Effect] = {key: effect for effect, keys in _KEYS.items() for key in keys.split()}
-"""Every key of the config, as ``documented_fields`` names it."""
+"""Effect of every config key, with the names of ``documented_fields``."""
 
 
 def effect_of(key: str) -> Effect:
-    """What becomes of a key, also of one inside a free mapping or a list.
+    """Effect of a key, which may be inside a free mapping or a list.
 
-    >>> effect_of("train.schedule_options.num_cycles"), effect_of("data.train.0.path"), effect_of("data.eval.1.path")
-    (<Effect.NOW: 'takes effect at once'>, <Effect.NOW: 'takes effect at once'>, <Effect.NOW: 'takes effect at once'>)
+    >>> effect_of("train.schedule_options.num_cycles").name, effect_of("data.train.0.path").name, effect_of("run.seed").name
+    ('NOW', 'NOW', 'NEVER')
     """
     known = re.sub(r"\.\d+(?=\.|$)", "[]", key)
-    for name, effect in _BESIDE.items():
+    for name, effect in _FILES.items():
         if known.startswith(name):
             return effect
     while known not in EFFECTS:

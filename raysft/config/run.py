@@ -10,14 +10,16 @@ from raysft.config.section import Name, Section, Text, known_scheme
 
 
 class RunSection(Section):
+    """Name, storage and seed of a run."""
+
     name: Name = "run"
-    """Name of the run directory inside ``run.storage``. Default: the config file's name without its ending."""
+    """Name of the run directory inside ``run.storage``. Default: the name of the config file without its extension."""
     storage: Text = "runs"
-    """Folder that holds run directories and the cache: a path that every node of the cluster sees, or a URI (``s3://``,
-    ``gs://``, ``hdfs://``, ``abfs://``; options as ``?region=…``). Of a run in an object store this machine keeps the small
-    files in ``~/.cache/raysft/runs`` while it works on it."""
+    """Folder for run directories and the cache: a path that every node of the cluster can see, or a URI (``s3://``, ``gs://``,
+    ``hdfs://``, ``abfs://``; with options such as ``?region=…``). While a run in an object store is active, this machine keeps
+    its small files in ``~/.cache/raysft/runs``."""
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
-    """Seed of the data order, adapter initialisation, dropout and sampling. The same seed gives the same numbers."""
+    """Seed for data order, adapter initialization, dropout and sampling. The same seed gives the same numbers."""
 
     @field_validator("storage")
     @classmethod

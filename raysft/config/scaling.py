@@ -10,43 +10,45 @@ from raysft.config.section import Positive, Section
 
 
 class ScalingSection(Section):
+    """Workers, their resources and the Ray cluster."""
+
     num_workers: Positive | tuple[Positive, Positive] = 1
-    """Training workers; one GPU each, with ``use_gpu``. ``[fewest, most]``: as many as the cluster has room for at the moment;
-    training goes on with fewer when a node leaves, and with more again, from its next checkpoint on, when one comes. The
-    numerics_keys stays the same: a step always has ``train.global_batch_size`` rows."""
+    """Number of training workers; with ``use_gpu``, each has one GPU. ``[min, max]``: elastic training with as many workers as
+    the cluster can place. It continues with fewer workers when a node leaves, and with more, from the next checkpoint on, when a
+    node joins. The results do not depend on the number of workers: a step always has ``train.global_batch_size`` rows."""
     wait_minutes: Annotated[float, Field(gt=0)] = 30
-    """How long to wait for nodes, once training has begun, while the cluster has room for fewer workers than are wanted."""
+    """Minutes to wait for nodes if, after training has started, the cluster can place fewer workers than the minimum."""
     use_gpu: bool = False
     """Train and generate on GPUs."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
-    """CPUs that Ray reserves for a worker. Leave at least half a CPU of the cluster to the data tasks."""
+    """CPUs that Ray reserves for each worker. Leave at least half a CPU of the cluster free for data tasks."""
     threads_per_worker: Positive | None = None
-    """Threads of a worker's computation without GPU. Default: the node's cores divided by its workers."""
+    """Compute threads of each worker without a GPU. Default: the node's cores divided by its workers."""
     address: str | None = None
-    """Ray cluster to join. Default: the one this process is started in or that runs on this machine, else a new one of
-    this machine alone. ``local`` asks for a new one in any case. Give HOST:PORT of the cluster's head; addresses of Ray Client
-    (``ray://``) cannot be used."""
+    """Ray cluster to join, as HOST:PORT of its head node. Default: the cluster that this process belongs to or that runs on this
+    machine, otherwise a new one on this machine. ``local``: always start a new one. Ray Client addresses (``ray://``) are not
+    supported."""
 
     @field_validator("num_workers", mode="before")
     @classmethod
-    def _is_a_number_or_two(cls, value: Any) -> Any:
-        numbers = list(value) if isinstance(value, list | tuple) else [value, value]
-        whole = all(isinstance(each, int) and not isinstance(each, bool) and each > 0 for each in numbers)
-        if not whole or len(numbers) != 2 or numbers[0] > numbers[1]:
-            raise ValueError("is neither a positive number nor [fewest, most]; use 2, or [1, 4]")
+    def _number_or_range(cls, value: Any) -> Any:
+        limits = list(value) if isinstance(value, list | tuple) else [value, value]
+        positive = all(isinstance(limit, int) and not isinstance(limit, bool) and limit > 0 for limit in limits)
+        if not positive or len(limits) != 2 or limits[0] > limits[1]:
+            raise ValueError("must be a positive number or [min, max], for example 2 or [1, 4]")
         return value
 
     @property
     def fewest_workers(self) -> int:
-        """Workers below which a training waits."""
+        """Minimum number of workers; with fewer, training waits."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
 
     @property
     def most_workers(self) -> int:
-        """Workers that a training never has more of."""
+        """Maximum number of workers."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
     @property
     def is_elastic(self) -> bool:
-        """Whether the number of workers may change while a training goes on."""
+        """True if the number of workers may change during training."""
         return self.fewest_workers < self.most_workers

@@ -1,4 +1,4 @@
-"""The ``model`` and ``train`` sections: what is trained, and how."""
+"""The ``train`` section."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from raysft.config.section import Beta, Count, Fraction, Positive, Section, Text
 Targets = Literal["all"] | Annotated[list[Text], Field(min_length=1)]
 Optimizer = Literal["adamw", "adafactor", "muon", "adam_mini", "galore", "apollo", "badam"]
 ZERO_OPTIMIZERS = ("adamw",)
-"""Those that look at each weight alone; the others look at the shape of a matrix, which ZeRO's flat parts do not have."""
+"""Optimizers that treat each weight by itself. The others need whole matrices, which ZeRO flattens and splits."""
 Schedule = Literal[
     "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "cosine_with_min_lr", "polynomial",
     "inverse_sqrt", "warmup_stable_decay",
@@ -19,100 +19,110 @@ Schedule = Literal[
 
 
 class OffloadSection(Section):
+    """States that DeepSpeed keeps outside the device."""
+
     optimizer: Literal["none", "cpu", "nvme"] = "none"
-    """Where the optimizer's states are kept and its step is computed: on the device, in the node's memory, or on disk."""
+    """Where DeepSpeed keeps optimizer states and computes the optimizer step. ``none``: on the device; ``cpu``: in the node's
+    memory; ``nvme``: states on disk."""
     parameters: Literal["none", "cpu", "nvme"] = "none"
-    """Where weights wait while they are not computed with; with ``zero_stage: 3``."""
+    """Where ZeRO-3 keeps parameters that are not in use."""
     folder: Text | None = None
-    """Folder on a local NVMe disk, for ``nvme``."""
+    """Folder on a local NVMe disk; required by ``nvme``."""
 
 
 class EarlyStopping(Section):
+    """When to stop before the end of the schedule."""
+
     patience: Positive | None = None
-    """Stop after this many evaluations without improvement. Default: never."""
+    """Stop after this many consecutive evaluations without improvement. Default: never."""
     threshold: Annotated[float, Field(ge=0)] = 0.0
-    """How much better than the best an evaluation must be to count as an improvement."""
+    """Minimum decrease of ``eval_loss`` below the best value so far that counts as an improvement."""
 
 
 class TrainSection(Section):
+    """Optimization, loss, evaluation and checkpoints."""
+
     epochs: Positive = 1
-    """Times that every example is trained on."""
+    """Number of passes over the training data."""
     max_steps: Positive | None = None
-    """Stop after this many optimizer steps, if that comes before the end of the epochs."""
+    """Stop after this many optimizer steps, even if the epochs are not complete."""
     global_batch_size: Positive | Literal["auto"] = "auto"
-    """Rows in one optimizer step over all workers together, whatever their number. ``auto``: 32 where all epochs together then
-    have at least 100 steps, else 16, 8, 4, 2 or 1; data and config alone decide, and ``max_steps`` does not count. The run's
-    ``config.yaml`` has the number, and a run that goes on keeps it. An epoch begins with a step of its own."""
+    """Rows per optimizer step, summed over all workers and independent of their number. A row holds ``data.sequence_length``
+    tokens. ``auto``: the largest of 32, 16, 8, 4, 2 and 1 that gives at least 100 steps over all epochs (1 if none does),
+    without regard to ``max_steps``. The run directory's ``config.yaml`` records the number, and a resumed run keeps it. Each
+    epoch starts a new step."""
     micro_batch_size: Positive = 1
-    """Rows that one worker computes at once; more are accumulated."""
+    """Rows per forward and backward pass of one worker. Gradients accumulate until the step is complete."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    """Highest learning rate of the schedule."""
+    """Peak learning rate."""
     optimizer: Optimizer = "adamw"
-    """``adamw`` (torch's, or DeepSpeed's CPU-Adam when offloaded), ``adafactor`` and ``muon`` (torch's; with muon, matrices
-    inside the layers by Muon and all else by AdamW), ``adam_mini``, ``galore``, ``apollo``, ``badam`` (extra ``optim``)."""
+    """``adamw`` (PyTorch's, or DeepSpeed's CPUAdam with offload), ``adafactor`` and ``muon`` (PyTorch's; Muon updates the
+    matrices inside the layers, AdamW everything else), ``adam_mini``, ``galore``, ``apollo``, ``badam`` (extra ``optim``)."""
     optimizer_options: dict[str, Any] = {}
-    """More arguments of the optimizer, under the names that its library gives them, for example ``{rank: 64}`` for galore."""
+    """Additional arguments for the optimizer, as its library names them, for example ``{rank: 64}`` for galore."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """Adam's decay rates of the first and second moment."""
+    """Adam's decay rates for the first and second moments."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    """Adam's term that keeps the division finite."""
+    """Adam's epsilon, added to the denominator for numerical stability."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    """Gradients are scaled down to this global norm; 0 switches clipping off."""
+    """Clip gradients to this global norm. 0: no clipping."""
     schedule: Schedule = "cosine"
-    """Course of the learning rate after warm-up, over the exact number of steps; transformers' schedules by their names."""
+    """Learning-rate schedule after the warm-up, over the exact number of steps. The names are those of transformers."""
     schedule_options: dict[str, Any] = {}
-    """More arguments of the schedule, for example ``{num_cycles: 3}`` or, for warmup_stable_decay, ``{num_decay_steps: 100}``
-    (default there: a tenth of the steps)."""
+    """Additional arguments for the schedule, for example ``{num_cycles: 3}``, or ``{num_decay_steps: 100}`` for
+    warmup_stable_decay (default: a tenth of the steps)."""
     warmup_ratio: Fraction = 0.03
-    """Share of the steps in which the learning rate rises from 0."""
+    """Fraction of the steps over which the learning rate rises linearly from 0."""
     loss: Literal["cross_entropy", "dft", "eaft"] = "cross_entropy"
-    """Loss of a trained token: cross-entropy; DFT, which weighs it by the token's own probability; or EAFT, which weighs it
-    by the entropy of the prediction. A step's loss is the sum over its trained tokens divided by their number."""
+    """Loss of a token: cross-entropy; ``dft``, which weights it by the probability of the token; or ``eaft``, which weights it by
+    the entropy of the prediction. The loss of a step is the sum over its loss tokens divided by their number."""
     eaft_alpha: Annotated[float, Field(gt=0)] = 1.0
-    """Exponent of EAFT's entropy weight."""
+    """Exponent of the entropy weight with ``loss: eaft``."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the target's probability that is spread over all tokens."""
+    """Probability mass that is moved from the target token to all tokens equally."""
     z_loss: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the squared log of the softmax's denominator, added to the loss of each trained token."""
+    """Weight of the squared log of the softmax denominator, which is added to the loss of each loss token."""
     neftune_alpha: Annotated[float, Field(gt=0)] | None = None
-    """NEFTune: strength of the noise on the embeddings, which is ± alpha / √(tokens of the example · embedding size)."""
+    """NEFTune: add uniform noise of ± alpha / √(tokens of the example · embedding size) to the embeddings. Default: no noise."""
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """DeepSpeed ZeRO stage: what the workers share out: nothing, optimizer states, gradients too, weights too."""
+    """DeepSpeed ZeRO stage. 0: no partitioning; 1: optimizer states are partitioned across workers; 2: gradients as well;
+    3: parameters as well."""
     offload: OffloadSection = OffloadSection()
-    """What is kept outside the device."""
+    """States that DeepSpeed keeps outside the device."""
     deepspeed: dict[str, Any] | Text = {}
-    """More DeepSpeed settings, or the path of a JSON file with them; they may not contradict what the config says."""
+    """Additional DeepSpeed settings, or the path of a JSON file with them. They must not contradict the config."""
     gradient_checkpointing: bool = False
-    """Compute activations a second time instead of keeping them: less memory, about a third more time."""
+    """Recompute activations in the backward pass instead of storing them: less memory, about a third more time."""
     fp8: Literal["off", "torchao"] = "off"
-    """Multiply matrices in 8-bit floats on GPUs that can (Hopper and later), through torchao (extra ``fp8``)."""
+    """Multiply matrices in FP8 with torchao (extra ``fp8``), on GPUs that support it (Ada, Hopper and later)."""
     nonfinite: Literal["stop", "skip"] = "stop"
-    """What to do when the loss or the gradient is infinite or no number: stop and name the rows, or leave the step out."""
+    """On a NaN or infinite loss or gradient: stop and list the rows, or skip the step."""
     eval_at_start: bool = True
-    """Evaluate before the first step as well, so that a run shows what it changed."""
+    """Also evaluate before the first step, so that the report can compare before and after."""
     eval_every_steps: Positive | None = None
-    """Evaluate every N steps; always at the end."""
+    """Evaluate every N steps, in addition to the end. Default: only at the end."""
     early_stopping: EarlyStopping = EarlyStopping()
-    """When to stop before the end of the schedule; looks at ``eval_loss``."""
+    """Early stopping on ``eval_loss``."""
     keep_best: bool = False
-    """Write the model of the evaluation with the lowest ``eval_loss`` instead of the last one."""
+    """Save the model with the lowest ``eval_loss`` instead of the last one."""
     save_every_steps: Positive | None = None
-    """Write a checkpoint to resume from every N steps, and at the end; these stay when the run is done. Default: none."""
+    """Save a checkpoint every N steps and at the end. The run keeps these checkpoints when it is done. Default: no such
+    checkpoints."""
     save_every_minutes: Annotated[float, Field(gt=0)] | None = 15
-    """Write a checkpoint when N minutes have passed since the last one, so that a run that dies loses no more than that. They
-    are removed once the trained model is written. ``null``: none."""
+    """Save a checkpoint when the last one is N minutes old, so that a crash loses at most this much work. The run removes these
+    checkpoints when it has saved the trained model. ``null``: no such checkpoints."""
     keep_last: Positive = 2
-    """How many checkpoints are kept, the newest ones; a damaged one is passed over for the one before."""
+    """Number of most recent checkpoints to keep. If the newest one is corrupt, a run resumes from the one before it."""
     max_failures: Count = 3
-    """How often the workers are started again from the newest checkpoint after one of them died. An error of their own that
-    comes again at the same step ends the run."""
+    """Number of times that workers restart from the newest checkpoint after a worker dies. A worker error that occurs again at
+    the same step ends the run."""
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
-    """Where the figures of each step go besides ``trainer_log.jsonl``: TensorBoard files in the run directory; W&B and MLflow
-    (extras of their names, which find their servers and keys themselves)."""
+    """Where to log metrics, in addition to ``trainer_log.jsonl``. TensorBoard writes to the run directory; ``wandb`` and
+    ``mlflow`` (extras with these names) find their server and credentials by themselves."""
 
     @property
     def resumes(self) -> bool:
-        """Whether a training can go on from a checkpoint. badam keeps the state of one block at a time, and cannot."""
+        """True if training can resume from a checkpoint. It cannot with badam, which keeps the state of one block at a time."""
         return self.optimizer != "badam"

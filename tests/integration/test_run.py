@@ -441,7 +441,7 @@ def test_ctrl_c_is_exit_code_130_and_one_line(folder):
         _, error = process.communicate()
         alarm.cancel()
     assert process.returncode == 130
-    assert "raysft: stopped; the same command goes on from the newest checkpoint" in error
+    assert "raysft: interrupted; run the same command again to resume" in error
     assert "Traceback" not in error
 
 
@@ -567,6 +567,8 @@ def test_check_plans_without_training(folder, sft_run, capsys):
         ("scaling.use_gpu=true", "GPUs"),
         ("generate.num_actors=3", "generate.num_actors=3"),
         ("scaling.cpus_per_worker=1", "leaves no CPU for data tasks"),
+        ("model.path=no-such-model", "model.path=no-such-model"),
+        ("data.train.0.path=no-such-file.json", "no-such-file.json"),
         ("data.sequence_length=16", "raise it, or set data.on_overflow to truncate, split or drop"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +12,11 @@ import pytest
 
 from raysft import __version__
 from raysft.cli import main
-from raysft.config import documented_fields
+from raysft.config import Config, documented_fields, load
+from raysft.config.reference import SECTIONS
 from raysft.errors import RequestError, RunFailed
 from raysft.run import pipeline
+from tests.messages import holds
 
 HEAVY = ("torch", "ray", "deepspeed", "transformers", "peft", "datasets", "pyarrow")
 WITH_CONFIG = ("run", "check", "show", "prepare", "train", "evaluate", "generate", "tune")
@@ -44,8 +48,9 @@ def test_the_package_and_its_help_load_nothing_heavy(tmp_path):
     code = f"""
 import sys
 import raysft
+raysft.Callback, raysft.Config, raysft.RequestError, raysft.RunFailed, raysft.load_config
 from raysft.cli import main
-for arguments in (["--help"], ["run", "--help"], ["--version"], ["run", "none.yaml"]):
+for arguments in (["--help"], ["run", "--help"], ["--version"], ["run", "none.yaml"], ["config"], ["config", "tran"]):
     try:
         main(arguments)
     except SystemExit:
@@ -53,11 +58,16 @@ for arguments in (["--help"], ["run", "--help"], ["--version"], ["run", "none.ya
     print("heavy:", arguments, [name for name in {HEAVY} if name in sys.modules])
 """
     lines = [line for line in python(code, tmp_path).stdout.splitlines() if line.startswith("heavy:")]
-    assert [line.rpartition("[")[2] for line in lines] == ["]"] * 4
+    assert [line.rpartition("[")[2] for line in lines] == ["]"] * 6
 
 
-def test_the_flows_are_found_on_the_package_though_it_loads_them_late():
+def test_the_public_names_are_found_on_the_package_though_it_loads_them_late():
     import raysft
+
+    assert set(raysft.__all__) <= set(dir(raysft))
+    assert all(getattr(raysft, name) for name in raysft.__all__)
+    assert raysft.load_config is load
+    assert raysft.Config is Config
 
     assert raysft.run_sft is pipeline.run_sft
     assert raysft.run_pt is pipeline.run_pt
@@ -79,9 +89,7 @@ def test_a_wrong_config_is_one_line_and_exit_code_2(tmp_path, arguments):
 def test_every_verb_refuses_a_missing_config(tmp_path, monkeypatch, capsys, verb):
     monkeypatch.chdir(tmp_path)
     assert main([verb, "none.yaml"]) == 2
-    assert capsys.readouterr().err == (
-        "raysft: error: none.yaml: there is no such config file; give the path of a YAML file\n"
-    )
+    assert holds(capsys.readouterr().err.rstrip("\n"), "raysft: error: none.yaml: … not found … path of a YAML file")
 
 
 @pytest.mark.parametrize("verb", WITH_DIRECTORY)
@@ -98,7 +106,16 @@ def test_every_verb_refuses_a_missing_run_directory(tmp_path, capsys, verb):
     [
         (RequestError("wrong"), 2, "raysft: error: wrong\n"),
         (RunFailed("broke"), 1, "raysft: failed: broke\n"),
-        (KeyboardInterrupt(), 130, "raysft: stopped; the same command goes on from the newest checkpoint\n"),
+        (
+            KeyboardInterrupt(),
+            130,
+            "raysft: interrupted; run the same command again to resume from the newest checkpoint\n",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/x"),
+            1,
+            "raysft: failed: /x: No space left on device; free some space, then run the same command again to resume\n",
+        ),
         (None, 0, ""),
     ],
 )
@@ -110,6 +127,23 @@ def test_exit_codes_tell_a_wrong_request_from_a_failed_run(config, monkeypatch, 
     monkeypatch.setattr(pipeline, "run", outcome)
     assert main(["run", config]) == code
     assert capsys.readouterr().err == line
+
+
+def test_a_file_that_raysft_itself_misses_is_a_bug_with_its_traceback(config, tmp_path):
+    code = f"""
+import sys
+import raysft.run.pipeline as pipeline
+from raysft.cli import main
+def run(config, **options):
+    open("missing.bin")
+pipeline.run = run
+sys.exit(main(["run", "{config}"]))
+"""
+    outcome = python(code, tmp_path)
+    assert outcome.returncode == 1
+    assert "Traceback" in outcome.stderr
+    assert "in run\n" in outcome.stderr
+    assert outcome.stderr.splitlines()[-1] == "FileNotFoundError: [Errno 2] No such file or directory: 'missing.bin'"
 
 
 @pytest.mark.parametrize(
@@ -127,9 +161,9 @@ def test_overrides_may_stand_before_and_after_options(config, monkeypatch, argum
     assert seen == [(2, 2)]
 
 
-def test_show_wants_a_row_at_least(config, capsys):
+def test_show_needs_at_least_one_row(config, capsys):
     assert main(["show", config, "--rows", "0"]) == 2
-    assert capsys.readouterr().err == "raysft: error: --rows 0: show at least one row\n"
+    assert holds(capsys.readouterr().err.rstrip("\n"), "raysft: error: --rows 0: … at least 1")
 
 
 @pytest.mark.parametrize(
@@ -152,17 +186,73 @@ def test_a_wrong_command_line_is_exit_code_2(capsys, arguments, message):
 def test_help_names_every_verb_and_the_exit_codes(capsys):
     text = helped(capsys)
     listed = [line.split()[0] for line in text.splitlines() if line.startswith("    ") and line.split()]
-    assert set(WITH_CONFIG + WITH_DIRECTORY) <= set(listed)
-    assert "exit codes: 0 done, 1 the run failed, 2 the request was wrong" in text
+    assert {*WITH_CONFIG, *WITH_DIRECTORY, "config"} <= set(listed)
+    assert "exit codes: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted" in text
 
 
-@pytest.mark.parametrize("verb", WITH_CONFIG)
-def test_help_of_a_verb_names_every_key_with_its_default_and_docstring(capsys, verb):
-    text = helped(capsys, verb)
+def keys(text: str) -> list[str]:
+    return re.findall(r"^  ([a-z][\w.\[\]]+)  \[", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("verb", "missing"),
+    [
+        ("run", {"tune"}),
+        ("check", {"tune"}),
+        ("show", {"train", "generate", "tune"}),
+        ("prepare", {"train", "generate", "tune"}),
+        ("train", {"generate", "tune"}),
+        ("evaluate", {"generate", "tune"}),
+        ("generate", {"train", "tune"}),
+        ("tune", set()),
+    ],
+)
+def test_help_of_a_verb_shows_the_keys_of_the_sections_that_it_uses(capsys, verb, missing):
+    used = [key for key, _, _ in documented_fields() if key.partition(".")[0] not in missing]
+    assert keys(helped(capsys, verb)) == used
+
+
+def test_the_reference_has_every_key_with_its_default_and_docstring_by_section(capsys):
+    assert main(["config"]) == 0
+    text = capsys.readouterr().out
     words = "".join(text.split())  # lines break at hyphens too
+    assert keys(text) == [key for key, _, _ in documented_fields()]
     for key, default, docstring in documented_fields():
         assert f"\n  {key}  [{default}]" in text
-        assert "".join(docstring.split()) in words
+        assert "".join(docstring.replace("``", "`").split()) in words
+    assert [line.partition(":")[0] for line in text.splitlines() if re.match(r"[a-z]+: ", line)] == list(SECTIONS[1:])
+
+
+@pytest.mark.parametrize(
+    ("prefix", "first", "last"),
+    [
+        ("train", "train.epochs", "train.trackers"),
+        ("model.lora", "model.lora.rank", "model.lora.loraplus_ratio"),
+        ("data.train.0", "data.train[].name", "data.train[].max_examples"),
+        ("stage", "stage", "stage"),
+        ("train.loss", "train.loss", "train.loss"),
+    ],
+)
+def test_the_reference_of_a_section_or_key_shows_only_that(capsys, prefix, first, last):
+    assert main(["config", prefix]) == 0
+    shown = keys(capsys.readouterr().out)
+    assert (shown[0], shown[-1]) == (first, last)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "suggestion"),
+    [
+        ("train.lora", "did you mean model.lora?"),
+        ("trian", "did you mean train?"),
+        ("trian.epochs", "did you mean train.epochs?"),
+        ("data.train.0.pth", "did you mean data.train.0.path?"),
+        ("train.rows_per_step", "it is now called train.global_batch_size"),
+        ("xyz.q", "known keys: stage, run, model, data, train, scaling, generate, tune"),
+    ],
+)
+def test_a_reference_of_an_unknown_key_suggests_a_known_one(capsys, prefix, suggestion):
+    assert main(["config", prefix]) == 2
+    assert capsys.readouterr().err == f"raysft: error: unknown key {prefix}; {suggestion}\n"
 
 
 @pytest.mark.parametrize("verb", WITH_DIRECTORY)
@@ -176,11 +266,13 @@ def test_the_version_is_that_of_the_package(capsys):
     assert capsys.readouterr().out == f"raysft {__version__}\n"
 
 
-def test_help_says_of_each_key_whether_it_may_change_in_a_run_that_has_begun(capsys):
-    lines = helped(capsys, "train").splitlines()
+def test_help_says_of_each_key_whether_it_can_change_when_a_run_resumes(capsys):
+    lines = helped(capsys, "run").splitlines()
     for start in (
         "  generate.top_p  [0.7]",
-        "  train.epochs  [1]  (--allow-changed: at once)",
+        "  train.epochs  [1]  (next step)",
+        "  data.mask_history  [false]  (next epoch)",
         "  model.lora.rank  [8]  (fixed)",
+        "  (next step)   can change with --allow-changed, from the next step on",
     ):
         assert start in lines

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from raysft.config import Config, documented_fields, load, parse, with_overrides
 from raysft.config.validate import RENAMED
 from raysft.errors import RequestError
+from tests.messages import holds
 
 BASE = """\
 stage: sft
@@ -66,15 +67,15 @@ def test_overrides_reach_into_lists_and_make_sections(write):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("a", "'a' is no override; write key.path=value, for example train.epochs=2"),
-        ("=x", "'=x' is no override; write key.path=value, for example train.epochs=2"),
-        ("train..epochs=1", "'train..epochs=1' is no override; write key.path=value, for example train.epochs=2"),
-        ("train.epochs=[1", "'train.epochs=[1': the value is no YAML scalar, list or mapping"),
-        ("train.epochs=two", "command line: train.epochs='two': input should be a valid integer"),
-        ("train.epochs=", "command line: train.epochs=None: input should be a valid integer"),
-        ("data.train.5.name=x", "'data.train.5.name=x': data.train is a list of 1; '5' is none of them"),
-        ("data.train.x=1", "'data.train.x=1': data.train is a list of 1; 'x' is none of them"),
-        ("model.path.x=3", "'model.path.x=3': model.path holds 'm' and has no keys inside"),
+        ("a", "'a' … key.path=value"),
+        ("=x", "'=x' … key.path=value"),
+        ("train..epochs=1", "'train..epochs=1' … key.path=value"),
+        ("train.epochs=[1", "'train.epochs=[1' … YAML"),
+        ("train.epochs=two", "command line: train.epochs='two' … must be a valid integer"),
+        ("train.epochs=", "command line: train.epochs=None … must be a valid integer"),
+        ("data.train.5.name=x", "'data.train.5.name=x': data.train … list … '5' … item"),
+        ("data.train.x=1", "'data.train.x=1': data.train … list … 'x' … item"),
+        ("model.path.x=3", "'model.path.x=3': model.path … 'm' … no keys"),
         ("tran.epochs=2", "command line: unknown key tran; did you mean train?"),
         ("train.epoch=2", "command line: unknown key train.epoch; did you mean train.epochs?"),
         ("data.train.0.nmae=x", "command line: unknown key data.train.0.nmae; did you mean data.train.0.name?"),
@@ -82,18 +83,18 @@ def test_overrides_reach_into_lists_and_make_sections(write):
             "data.train=[{nmae: x}]",
             "command line: unknown key data.train.0.nmae; did you mean data.train.0.name? (and 1 more)",
         ),
-        ("data=", "command line: data.train is required and is not there; add it"),
+        ("data=", "command line: data.train … required … add it"),
     ],
 )
 def test_a_wrong_override_is_told_from_the_file(write, override, message):
-    assert refusal(write(BASE), override) == message
+    assert holds(refusal(write(BASE), override), message)
 
 
 def test_an_error_in_the_file_is_not_blamed_on_an_override_beside_it(write):
     path = write(BASE + "train:\n  epochs: two\n")
-    assert refusal(path, "train.max_steps=2") == "c.yaml:9: train.epochs='two': input should be a valid integer"
+    assert holds(refusal(path, "train.max_steps=2"), "c.yaml:9: train.epochs='two' … must be a valid integer")
     path = write(BASE + "    - {name: a, path: b}\n")
-    assert refusal(path, "data.packing=false") == "c.yaml:4: data: two sources are named 'a'; give each its own name"
+    assert holds(refusal(path, "data.packing=false"), "c.yaml:4: data: … two sources … 'a' … rename")
 
 
 @pytest.mark.parametrize(
@@ -117,111 +118,111 @@ def test_an_error_in_the_file_is_not_blamed_on_an_override_beside_it(write):
             "train:\n  max_examples: 8\n",
             "c.yaml:9: unknown key train.max_examples; did you mean data.train[].max_examples or generate.max_examples?",
         ),
-        ("tune:\n  xyz: 1\n", "c.yaml:9: unknown key tune.xyz; known here: space, metric, mode, max_concurrent"),
+        ("tune:\n  xyz: 1\n", "c.yaml:9: unknown key tune.xyz … known keys: space, metric, mode, max_concurrent"),
         (
             "1: 2\n",
-            "c.yaml:8: unknown key 1; known here: stage, run, model, data, train, scaling, generate, tune",
+            "c.yaml:8: unknown key 1 … known keys: stage, run, model, data, train, scaling, generate, tune",
         ),
     ],
 )
 def test_an_unknown_key_names_the_nearest_known_one(write, appended, message):
-    assert refusal(write(BASE + appended)) == message
+    assert holds(refusal(write(BASE + appended)), message)
 
 
 def test_an_unknown_key_comes_before_other_errors(write):
     path = write(BASE + "train:\n  epochs: 0\n  learning_rate: -1\n  loss_: x\n")
-    assert refusal(path) == "c.yaml:11: unknown key train.loss_; did you mean train.loss? (and 2 more)"
+    assert holds(refusal(path), "c.yaml:11: unknown key train.loss_; did you mean train.loss? (and 2 more)")
 
 
 @pytest.mark.parametrize(
     ("appended", "message"),
     [
-        ("train: {epochs: two}", "c.yaml:8: train.epochs='two': input should be a valid integer"),
-        ("train: {epochs: 2.5}", "c.yaml:8: train.epochs=2.5: input should be a valid integer"),
-        ("train: {save_every_steps: yes}", "c.yaml:8: train.save_every_steps=True: input should be a valid integer"),
-        ("train: {epochs: 0}", "c.yaml:8: train.epochs=0: input should be greater than 0"),
-        ("train: {learning_rate: .inf}", "c.yaml:8: train.learning_rate=inf: input should be a finite number"),
-        ("train: {betas: [0.9, 2]}", "c.yaml:8: train.betas.1=2: input should be less than 1"),
-        ("train: {zero_stage: 4}", "c.yaml:8: train.zero_stage=4: input should be 0, 1, 2 or 3"),
-        ("train: 3", "c.yaml:8: train=3: a section with keys of its own belongs here"),
-        ("run: {seed: -1}", "c.yaml:8: run.seed=-1: input should be greater than or equal to 0"),
-        ("run: {storage: 7}", "c.yaml:8: run.storage=7: input should be a valid string"),
+        ("train: {epochs: two}", "c.yaml:8: train.epochs='two' … must be a valid integer"),
+        ("train: {epochs: 2.5}", "c.yaml:8: train.epochs=2.5 … must be a valid integer"),
+        ("train: {save_every_steps: yes}", "c.yaml:8: train.save_every_steps=True … must be a valid integer"),
+        ("train: {epochs: 0}", "c.yaml:8: train.epochs=0 … must be greater than 0"),
+        ("train: {learning_rate: .inf}", "c.yaml:8: train.learning_rate=inf … must be a finite number"),
+        ("train: {betas: [0.9, 2]}", "c.yaml:8: train.betas.1=2 … must be less than 1"),
+        ("train: {zero_stage: 4}", "c.yaml:8: train.zero_stage=4 … must be 0, 1, 2 or 3"),
+        ("train: 3", "c.yaml:8: train=3 … section"),
+        ("run: {seed: -1}", "c.yaml:8: run.seed=-1 … must be greater than or equal to 0"),
+        ("run: {storage: 7}", "c.yaml:8: run.storage=7 … must be a valid string"),
         (
             "run: {name: a/b}",
-            "c.yaml:8: run.name='a/b': use letters, digits, '.', '_' and '-', with a letter or digit first",
+            "c.yaml:8: run.name='a/b' … letters, digits",
         ),
-        ("generate: {metrics: rouge}", "c.yaml:8: generate.metrics='rouge': input should be a valid list"),
-        ("generate: {top_p: 1.5}", "c.yaml:8: generate.top_p=1.5: input should be less than or equal to 1"),
-        ("tune: {space: {train.epochs: []}}", "c.yaml:8: tune.space.train.epochs=[]: should not be empty"),
-        ("      max_examples: 0", "c.yaml:8: data.train.0.max_examples=0: input should be greater than 0"),
+        ("generate: {metrics: rouge}", "c.yaml:8: generate.metrics='rouge' … must be a valid list"),
+        ("generate: {top_p: 1.5}", "c.yaml:8: generate.top_p=1.5 … must be less than or equal to 1"),
+        ("tune: {space: {train.epochs: []}}", "c.yaml:8: tune.space.train.epochs=[] … not be empty"),
+        ("      max_examples: 0", "c.yaml:8: data.train.0.max_examples=0 … must be greater than 0"),
         (
             "      format: foo",
-            "c.yaml:8: data.train.0.format='foo': input should be 'alpaca', 'sharegpt', 'openai', 'prompt_completion', "
+            "c.yaml:8: data.train.0.format='foo' … must be 'alpaca', 'sharegpt', 'openai', 'prompt_completion', "
             "'turns', 'text' or 'tokenized'",
         ),
-        ("      columns: {output: 3}", "c.yaml:8: data.train.0.columns.output=3: input should be a valid string"),
-        ("    - b.json", "c.yaml:8: data.train.1='b.json': a section with keys of its own belongs here"),
-        ("    - path: b.json", "c.yaml:8: data.train.1.name is required and is not there; add it"),
-        ("    - {name: b, path: []}", "c.yaml:8: data.train.1.path=[]: should not be empty"),
-        ("    - {name: b, path: 3}", "c.yaml:8: data.train.1.path=3: input should be a valid string or a valid list"),
-        ("    - {name: b, path: [x, 3]}", "c.yaml:8: data.train.1.path.1=3: input should be a valid string"),
-        ("    - {name: a, path: b}", "c.yaml:4: data: two sources are named 'a'; give each its own name"),
+        ("      columns: {output: 3}", "c.yaml:8: data.train.0.columns.output=3 … must be a valid string"),
+        ("    - b.json", "c.yaml:8: data.train.1='b.json' … section"),
+        ("    - path: b.json", "c.yaml:8: data.train.1.name … required … add it"),
+        ("    - {name: b, path: []}", "c.yaml:8: data.train.1.path=[] … not be empty"),
+        ("    - {name: b, path: 3}", "c.yaml:8: data.train.1.path=3 … must be a valid string or a valid list"),
+        ("    - {name: b, path: [x, 3]}", "c.yaml:8: data.train.1.path.1=3 … must be a valid string"),
+        ("    - {name: a, path: b}", "c.yaml:4: data: … two sources … 'a' … rename"),
         (
             "  packing: maybe",
-            "c.yaml:8: data.packing='maybe': input should be a valid boolean, unable to interpret input",
+            "c.yaml:8: data.packing='maybe' … must be a valid boolean, unable to interpret input",
         ),
-        ("  holdout: 1", "c.yaml:8: data.holdout=1: input should be less than 1"),
+        ("  holdout: 1", "c.yaml:8: data.holdout=1 … must be less than 1"),
         (
             "  holdout: 0.1\n  eval: [{name: a, path: b}]",
-            "c.yaml:4: data: 'a' is in data.train and data.eval; with data.holdout > 0 names must differ",
+            "c.yaml:4: data: data.train … data.eval … 'a' … data.holdout=0.1 … rename",
         ),
     ],
 )
 def test_a_wrong_value_names_file_line_key_and_value(write, appended, message):
-    assert refusal(write(BASE + appended + "\n")) == message
+    assert holds(refusal(write(BASE + appended + "\n")), message)
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("q_proj", "c.yaml:4: model.lora.target='q_proj': input should be 'all' or a valid list"),
-        ("[q_proj, 3]", "c.yaml:4: model.lora.target.1=3: input should be a valid string"),
+        ("q_proj", "c.yaml:4: model.lora.target='q_proj' … must be 'all' or a valid list"),
+        ("[q_proj, 3]", "c.yaml:4: model.lora.target.1=3 … must be a valid string"),
     ],
 )
 def test_a_value_that_may_be_of_two_kinds_says_both(write, value, message):
     path = write(f"model:\n  path: m\n  lora:\n    target: {value}\ndata: {{train: [{{name: a, path: a}}]}}\n")
-    assert refusal(path) == message
+    assert holds(refusal(path), message)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "c.yaml: the config is empty; it needs at least model.path and data.train"),
-        ("# a comment\n", "c.yaml: the config is empty; it needs at least model.path and data.train"),
-        ("[1]\n", "c.yaml: a config is a mapping of sections (model, data, …), this is [1]"),
-        ("model: {path: x}\n", "c.yaml: data is required and is not there; add it"),
-        ("model:\n  path: m\ndata:\n  train: a.json\n", "c.yaml:4: data.train='a.json': input should be a valid list"),
-        ("model:\n  path: m\ndata:\n  train: []\n", "c.yaml:4: data.train=[]: should not be empty"),
-        ("a: 1\n\na: 2\n", "c.yaml:3: a stands twice (first on line 1); keep one"),
-        ("t:\n  a: 1\n  a: 2\n", "c.yaml:3: t.a stands twice (first on line 2); keep one"),
+        ("", "c.yaml: … empty … model.path … data.train"),
+        ("# a comment\n", "c.yaml: … empty … model.path … data.train"),
+        ("[1]\n", "c.yaml: … mapping … [1] … quickstart.yaml"),
+        ("model: {path: x}\n", "c.yaml: data … required … add it"),
+        ("model:\n  path: m\ndata:\n  train: a.json\n", "c.yaml:4: data.train='a.json' … must be a valid list"),
+        ("model:\n  path: m\ndata:\n  train: []\n", "c.yaml:4: data.train=[] … not be empty"),
+        ("a: 1\n\na: 2\n", "c.yaml:3: duplicate key a … line 1 … remove"),
+        ("t:\n  a: 1\n  a: 2\n", "c.yaml:3: duplicate key t.a … line 2 … remove"),
         (
             "a: 1\nb: [\n",
-            "c.yaml:2: no valid YAML (expected the node content, but found '<stream end>'); mend this line",
+            "c.yaml:2: … YAML … expected the node content, but found '<stream end>' … correct",
         ),
         (
             "model:\n\tpath: x",
-            "c.yaml:2: no valid YAML (found character '\\t' that cannot start any token); mend this line",
+            "c.yaml:2: … YAML … found character '\\t' that cannot start any token … correct",
         ),
-        ("a: 1\nb: *c\n", "c.yaml:2: no valid YAML (found undefined alias 'c'); mend this line"),
+        ("a: 1\nb: *c\n", "c.yaml:2: … YAML … found undefined alias 'c' … correct"),
         (
             "a: 1\nb: \x00\n",
-            "c.yaml:2: no valid YAML (unacceptable character #x0000: special characters are not allowed); mend this line",
+            "c.yaml:2: … YAML … unacceptable character #x0000: special characters are not allowed … correct",
         ),
-        (b"a: 1\nb: \xff\n", "c.yaml:2: is not UTF-8 text (byte 0xff); mend this line"),
+        (b"a: 1\nb: \xff\n", "c.yaml:2: … UTF-8 … 0xff … save"),
     ],
 )
 def test_a_file_that_is_no_config_is_refused_in_one_line(write, text, message):
-    assert refusal(write(text)) == message
+    assert holds(refusal(write(text)), message)
 
 
 def test_yaml_that_runs_code_is_refused(write):
@@ -229,8 +230,8 @@ def test_yaml_that_runs_code_is_refused(write):
 
 
 def test_a_missing_file_and_a_folder_are_told_apart(write, tmp_path):
-    assert refusal("none.yaml") == "none.yaml: there is no such config file; give the path of a YAML file"
-    assert refusal(str(tmp_path)) == f"{tmp_path}: the config file cannot be read (Is a directory)"
+    assert holds(refusal("none.yaml"), "none.yaml: … not found … path of a YAML file")
+    assert holds(refusal(str(tmp_path)), f"{tmp_path}: … Is a directory … path of a YAML file")
 
 
 @pytest.mark.parametrize("text", ["5e-4", "5.0e-4", "0.0005", "'5e-4'"])
@@ -272,7 +273,7 @@ def test_the_resolved_config_reads_back_as_itself(write):
 
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())
 def test_a_key_of_an_earlier_version_is_refused_with_its_name_of_today(write, old, new):
-    assert refusal(write(BASE), f"{old}=1") == f"command line: unknown key {old}; it is called {new} now"
+    assert holds(refusal(write(BASE), f"{old}=1"), f"command line: unknown key {old} … called {new}")
     assert new in {key for key, _, _ in documented_fields()}
 
 
@@ -313,12 +314,12 @@ def test_every_field_has_a_docstring():
         ("stage=pt", False),
     ],
 )
-def test_the_mathematics_follow_what_decides_the_numbers(write, override, same):
+def test_numerics_keys_change_with_what_decides_the_numbers(write, override, same):
     before, after = load(write(BASE)), load(write(BASE), [override])
     assert (before.numerics_keys() == after.numerics_keys()) == same
 
 
-def test_mathematics_names_the_keys_flat(write):
+def test_numerics_keys_are_flat(write):
     numerics_keys = load(write(BASE)).numerics_keys()
     assert numerics_keys["train.learning_rate"] == 1e-4
     assert not {"run.name", "run.storage", "data.cache"} & numerics_keys.keys()
@@ -327,8 +328,8 @@ def test_mathematics_names_the_keys_flat(write):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: &a [*a]", "no usable YAML"),
-        ("run: {storage: 2024-99-99}", "no usable YAML (month must be in 1..12"),
+        ("a: &a [*a]", "invalid YAML"),
+        ("run: {storage: 2024-99-99}", "invalid YAML (month must be in 1..12"),
         (
             "model: {path: m}\ndata: {train: [{name: a, path: a}], mask_history: true, train_on_prompt: true}",
             "contradict",
@@ -382,8 +383,9 @@ def test_a_date_for_the_chat_template_is_the_text_that_was_written():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"tools": 1}, "tools is what the template is given anyway"), ({"x": {1, 2}}, "texts, numbers")],
+    [({"tools": 1}, "tools … remove"), ({"x": {1, 2}}, "use strings, numbers")],
 )
 def test_what_a_chat_template_cannot_take_is_refused(options, message):
-    with pytest.raises(RequestError, match=message):
+    with pytest.raises(RequestError) as caught:
         parse(with_template_options(options))
+    assert holds(str(caught.value), f"config: data.template_options … {message}")

@@ -10,6 +10,7 @@ import pytest
 from raysft.config import Config, parse
 from raysft.errors import RequestError
 from raysft.train.deepspeed_config import deepspeed_settings
+from tests.messages import holds
 
 
 def config(**settings) -> Config:
@@ -29,15 +30,44 @@ GPU = {"scaling__use_gpu": True}
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"train__optimizer": "muon"}, "train.optimizer=muon needs whole matrices and train.zero_stage=2"),
-        ({"generate__gpus_per_engine": 2}, "generate.gpus_per_engine=2 goes with scaling.use_gpu=true"),
+        ({"train__optimizer": "muon"}, "train.optimizer=muon … train.zero_stage=2 … adamw"),
+        ({"generate__gpus_per_engine": 2}, "generate.gpus_per_engine=2 … scaling.use_gpu=False … remove"),
+        ({"generate__num_beams": 2}, "generate.num_beams=2 … generate.do_sample=false or generate.num_beams=1"),
         (
             {"generate__gpus_per_engine": 2, "generate__batching": "continuous", **GPU},
-            "generate.batching=continuous keeps its cache on one GPU and generate.gpus_per_engine=2",
+            "generate.batching=continuous … generate.gpus_per_engine=2 … generate.batching=static",
+        ),
+        (
+            {"generate__max_seconds": 2, "generate__batching": "continuous"},
+            "generate.batching=continuous … generate.max_seconds=2 … generate.batching=static",
+        ),
+        (
+            {"generate__engine": "vllm"},
+            "generate.engine=vllm … scaling.use_gpu=False … scaling.use_gpu=true … generate.engine=transformers",
+        ),
+        (
+            {"generate__engine": "vllm", "generate__batching": "static", **GPU},
+            "generate.engine=vllm … generate.batching=static … remove",
+        ),
+        (
+            {"generate__engine": "vllm", "model__quantization": "4bit", **GPU},
+            "generate.engine=vllm … model.quantization=4bit … remove",
+        ),
+        (
+            {"generate__engine": "vllm", "model__finetuning": "oft", **GPU},
+            "generate.engine=vllm … LoRA … model.finetuning=oft … generate.engine=transformers",
+        ),
+        (
+            {"generate__engine": "vllm", "model__lora__extra_modules": ["lm_head"], **GPU},
+            "generate.engine=vllm … LoRA … model.lora.extra_modules=['lm_head'] … generate.engine=transformers",
         ),
         (
             {"train__optimizer": "galore", "train__zero_stage": 0},
-            "train.optimizer=galore saves memory where whole matrices are trained, and model.finetuning=lora",
+            "train.optimizer=galore … model.finetuning=lora … full or freeze",
+        ),
+        (
+            {"train__optimizer": "galore", "train__zero_stage": 0, "model__finetuning": "oft"},
+            "train.optimizer=galore … model.finetuning=oft … full or freeze",
         ),
         (
             {
@@ -46,7 +76,7 @@ GPU = {"scaling__use_gpu": True}
                 "model__finetuning": "full",
                 "scaling__num_workers": 2,
             },
-            "train.optimizer=badam trains one block at a time in one worker and scaling.num_workers=2",
+            "train.optimizer=badam … scaling.num_workers=2 … 1 worker",
         ),
         (
             {
@@ -55,47 +85,74 @@ GPU = {"scaling__use_gpu": True}
                 "model__finetuning": "full",
                 "scaling__num_workers": 2,
             },
-            "train.optimizer=apollo draws random projections",
+            "train.optimizer=apollo … random projections … scaling.num_workers=2 … 1 worker",
         ),
         (
             {"train__optimizer": "adafactor", "train__zero_stage": 0, "model__dtype": "float16", **GPU},
-            "has no loss scaling for model.dtype=float16",
+            "train.optimizer=adafactor … model.dtype=float16 … bfloat16",
         ),
         (
             {"model__adapters": ["a"], "model__finetuning": "full"},
-            "model.adapters goes with model.finetuning lora or oft",
+            "model.adapters … lora or oft … model.finetuning=full … remove",
         ),
-        ({"model__new_adapter": True}, "model.adapters names none to merge"),
-        ({"model__lora__pissa": True, "model__lora__dora": True}, "both change what an adapter begins with"),
-        ({"model__lora__pissa": True, "train__zero_stage": 3}, "train.zero_stage=3 shares them out; use zero_stage 2"),
-        ({"model__lora__pissa": True, "model__adapters": ["a"]}, "set model.new_adapter=true"),
+        ({"model__new_adapter": True}, "model.new_adapter=True … model.adapters is empty … remove"),
+        ({"model__lora__pissa": True, "model__lora__dora": True}, "model.lora.pissa … model.lora.dora … only one"),
+        (
+            {"model__lora__pissa": True, "train__zero_stage": 3},
+            "model.lora.pissa=True … train.zero_stage=3 … zero_stage=2",
+        ),
+        ({"model__lora__pissa": True, "model__adapters": ["a"]}, "model.lora.pissa=True … set model.new_adapter=true"),
         (
             {"model__lora__loraplus_ratio": 4, "train__optimizer": "muon", "train__zero_stage": 0},
-            "model.lora.loraplus_ratio goes with train.optimizer=adamw and it is muon",
+            "model.lora.loraplus_ratio … train.optimizer=muon … use adamw",
         ),
-        ({"model__quantization": "4bit", "model__finetuning": "full"}, "freezes the weights and model.finetuning=full"),
-        ({"model__quantization": "8bit", "train__zero_stage": 3}, "quantized weights cannot be shared out"),
-        ({"model__quantization": "4bit", "model__lora__pissa": True}, "needs exact weights"),
-        ({"model__quantization": "4bit", "model__adapters": ["a", "b"]}, "takes one adapter to go on with"),
-        ({"model__dtype": "float16"}, "model.dtype=float16 trains on GPUs only"),
-        ({"train__fp8": "torchao"}, "train.fp8=torchao needs a GPU"),
+        (
+            {"model__quantization": "4bit", "model__finetuning": "full"},
+            "model.quantization=4bit … model.finetuning=full … lora or oft",
+        ),
+        (
+            {"model__quantization": "8bit", "train__zero_stage": 3},
+            "model.quantization=8bit … zero_stage=3 … zero_stage=2",
+        ),
+        (
+            {"model__quantization": "4bit", "model__lora__pissa": True},
+            "model.lora.pissa=True … model.quantization=4bit … one",
+        ),
+        (
+            {"model__quantization": "4bit", "model__adapters": ["a", "b"]},
+            "model.quantization=4bit … model.adapters … raysft export",
+        ),
+        ({"model__dtype": "float16"}, "model.dtype=float16 … GPUs … scaling.use_gpu=False … use bfloat16"),
+        ({"train__fp8": "torchao"}, "train.fp8=torchao … GPUs … scaling.use_gpu=False … train.fp8=off"),
         (
             {"train__fp8": "torchao", "model__dtype": "float32", **GPU},
-            "goes with model.dtype=bfloat16 and it is float32",
+            "train.fp8=torchao … model.dtype=float32 … use bfloat16",
         ),
-        ({"model__liger": True}, "model.liger=True needs GPUs"),
-        ({"model__attention": "flash_attention_2"}, "needs GPUs; use sdpa"),
-        ({"train__offload__parameters": "cpu"}, "goes with train.zero_stage=3 and it is 2"),
-        ({"train__offload__optimizer": "cpu", "train__zero_stage": 0}, "goes with train.zero_stage 1 to 3 and it is 0"),
-        ({"train__offload__optimizer": "nvme"}, "train.offload.optimizer=nvme goes with train.zero_stage=3"),
-        ({"train__offload__optimizer": "nvme", "train__zero_stage": 3}, "set train.offload.folder"),
-        ({"train__loss": "dft", "train__label_smoothing": 0.1}, "both change what is asked of a token"),
-        ({"train__keep_best": True}, "train.keep_best compares evaluations and train.eval_every_steps is not set"),
+        ({"model__liger": True}, "model.liger=True … GPUs … scaling.use_gpu=False … model.liger=false"),
+        ({"model__attention": "flash_attention_2"}, "model.attention=flash_attention_2 … GPUs … use sdpa"),
+        ({"train__offload__parameters": "cpu"}, "train.offload.parameters=cpu … train.zero_stage=2 … set it to 3"),
+        (
+            {"train__offload__optimizer": "cpu", "train__zero_stage": 0},
+            "train.offload.optimizer=cpu … train.zero_stage=0 … train.offload.optimizer=none",
+        ),
+        ({"train__offload__optimizer": "nvme"}, "train.offload.optimizer=nvme … train.zero_stage=2 … set it to 3"),
+        (
+            {"train__offload__optimizer": "nvme", "train__zero_stage": 3},
+            "train.offload … train.offload.folder … local disk",
+        ),
+        (
+            {"train__loss": "dft", "train__label_smoothing": 0.1},
+            "train.label_smoothing=0.1 … train.loss=dft … only one",
+        ),
+        ({"train__keep_best": True}, "train.keep_best … train.eval_every_steps is not set; set it"),
         (
             {"train__early_stopping": {"patience": 2}, "train__eval_every_steps": 5},
-            "train.early_stopping compares evaluations and there is nothing to evaluate on",
+            "train.early_stopping … no evaluation data … data.holdout",
         ),
-        ({"model__lora__dora": True, "train__zero_stage": 3}, "needs the norms of whole weights"),
+        (
+            {"model__lora__dora": True, "train__zero_stage": 3},
+            "model.lora.dora=True … train.zero_stage=3 … zero_stage=2",
+        ),
         (
             {
                 "train__optimizer": "badam",
@@ -103,18 +160,22 @@ GPU = {"scaling__use_gpu": True}
                 "model__finetuning": "full",
                 "train__save_every_steps": 5,
             },
-            "cannot go on from a checkpoint",
+            "train.optimizer=badam … train.save_every_steps=5 … remove",
         ),
-        ({"train__schedule": "constant", "train__schedule_options": {"x": 1}}, "takes no options"),
-        ({"model__freeze__layers": 0}, "0 layers train nothing"),
-        ({"generate__sources": ["aa"]}, "no source of data.eval or data.train; did you mean 'a'?"),
+        (
+            {"train__schedule": "constant", "train__schedule_options": {"x": 1}},
+            "train.schedule=constant … train.schedule_options={'x': 1} … remove",
+        ),
+        ({"model__freeze__layers": 0}, "config: model.freeze.layers=0 … -N"),
+        ({"scaling__num_workers": [4, 1]}, "config: scaling.num_workers=[4, 1] … [min, max]"),
+        ({"generate__sources": ["aa"]}, "generate.sources … 'aa' … data.eval … data.train … did you mean 'a'?"),
+        ({"run__storage": "ftp://h/x"}, "config: run.storage='ftp://h/x' … s3"),
     ],
 )
 def test_what_contradicts_itself_is_refused(settings, message):
     with pytest.raises(RequestError) as caught:
         config(**settings)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert holds(str(caught.value), message)
 
 
 @pytest.mark.parametrize(

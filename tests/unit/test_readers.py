@@ -479,7 +479,7 @@ def test_paths_name_files_folders_globs_lists_and_packages(path, found, monkeypa
         (["a.json", "*.json"], "source 's': *.json matches a.json a second time; name it once"),
         (
             "package:no_such_thing/x",
-            "source 's': package:no_such_thing/x: Python package 'no_such_thing' is not installed; pip install it",
+            "source 's': package:no_such_thing/x: the Python package 'no_such_thing' is not installed; install it with pip",
         ),
         (
             "nope://bucket/x",
