@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from raysft.config import Config, documented_fields, load, parse, with_overrides
+from raysft.config import documented_fields, load, parse, with_overrides
 from raysft.config.validate import RENAMED
 from raysft.errors import RequestError
 from tests.messages import holds
@@ -287,8 +287,25 @@ def test_with_overrides_validates_what_it_changes():
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("**/*.yaml")), ids=lambda path: path.name)
-def test_every_config_of_the_repository_parses(path):
-    assert isinstance(load(path), Config)
+def test_every_recipe_parses_and_has_its_own_command_in_its_header(path):
+    config = load(path)
+    header = [line for line in path.read_text().splitlines() if line.startswith("#   ")]
+    commands = [line.partition("raysft ")[2].split() for line in header if f"configs/{path.name}" in line]
+    verb, file, *overrides = commands[0]
+    assert verb == ("tune" if config.tune.space else "generate" if config.generate.model else "run")
+    assert file == f"configs/{path.name}"
+    assert config.run.name == path.stem
+    for _, file, *overrides in commands:
+        assert load(CONFIGS.parent / file, overrides)
+
+
+def test_there_is_a_recipe_for_each_way_to_train():
+    recipes = [load(path) for path in CONFIGS.glob("*.yaml")]
+    assert {config.model.finetuning for config in recipes} >= {"lora", "full"}
+    assert {config.stage for config in recipes} == {"sft", "pt"}
+    assert any(config.model.quantization for config in recipes)
+    assert any(config.train.zero_stage == 3 for config in recipes)
+    assert any(config.scaling.is_elastic for config in recipes)
 
 
 def test_every_field_has_a_docstring():
