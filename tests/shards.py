@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from raysft.config import Config, parse
-from raysft.data.shards.build import ShardSet, Split, record_batches, shard_set, write_shards
 from raysft.data.shards.manifest import Manifest, load_manifest, save_manifest
+from raysft.data.shards.ray_pipeline import record_batches
+from raysft.data.shards.shard_set import ShardSet, Split, resolve_shard_set
+from raysft.data.shards.shard_writer import write_shards
 from raysft.data.tokenization.tokenizer import Tokenizer
 
 
@@ -33,7 +35,7 @@ def data_config(folder: Path, names: Sequence[str] = ("a",), stage: str = "sft",
 
 def the_set(config: Config, model: str, source: int = 0, split: Split = "all", with_prompts: bool = False) -> ShardSet:
     """What is to be tokenized of one source."""
-    return shard_set(config, config.data.train[source], split, model, with_prompts)
+    return resolve_shard_set(config, config.data.train[source], split, model, with_prompts)
 
 
 def written(each: ShardSet, model: str, template: str | None = None) -> Manifest:

@@ -1,4 +1,4 @@
-"""Files → tokenized shards → packed rows in a known order: the data stage."""
+"""The data stage: from files to tokenized shards to a plan of packed rows."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 from raysft.config import Config, Source, with_overrides
 from raysft.data.rows.packed_dataset import PackedDataset
 from raysft.data.rows.row_plan import Layout
-from raysft.data.shards.build import Notify, ShardSet, build_shards, shard_set
+from raysft.data.shards.build import build_shards
 from raysft.data.shards.manifest import Manifest
-from raysft.data.shards.shard_writer import Split
+from raysft.data.shards.ray_pipeline import Notify
+from raysft.data.shards.shard_set import ShardSet, Split, resolve_shard_set
 from raysft.data.tokenization.tokenizer import load_once
 from raysft.data.tokenization.turn_ends import merge_counts, stop_token_ids
 from raysft.errors import RequestError
@@ -19,99 +20,111 @@ from raysft.errors import RequestError
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What the data stage hands on."""
+    """Everything that training and generation need to know about the data."""
 
     train: tuple[Manifest, ...]
+    """One manifest for each training source."""
     eval: tuple[Manifest, ...]
+    """One manifest for each evaluation set."""
     train_rows: PackedDataset
     eval_rows: dict[str, PackedDataset]
-    """Rows of each evaluation set by its name."""
+    """Name of an evaluation set → its rows."""
     prompts: tuple[Manifest, ...] = ()
-    """What is generated for."""
+    """One manifest for each source that predictions are generated for."""
     shared_files: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """Evaluation sets that read a file which a training source reads too: name → that source, and the file."""
+    """Evaluation source → (training source, file), where both read the same file."""
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
-        """Tokens that end the assistant's turns, as they are trained on and as the references have them."""
-        return stop_token_ids(merge_counts(each.turns for each in (*self.train, *self.prompts)))
+        """IDs of the tokens that end an assistant turn, in the training data and in the references."""
+        return stop_token_ids(merge_counts(manifest.turns for manifest in (*self.train, *self.prompts)))
 
 
 def prepare(config: Config, model: str, notify: Notify = lambda line: None) -> PreparedData:
-    """Tokenize all sources into the cache, or find them there, and row_plan their rows.
+    """Tokenize the data of a run and plan its rows.
+
+    1. Name the shard set of each source and split: its files, the tokenizer and all options, hashed to one cache key.
+    2. Tokenize the sets that are not in the cache, in one pass of Ray Data; each set gets a manifest.
+    3. Plan from the manifests alone, without reading tokens, which examples make up which row of which step.
 
     Args:
         config: the run's config.
-        model: folder or hub id that holds the tokenizer.
-        notify: takes lines that say how far it is.
+        model: folder or hub ID of the model whose tokenizer is used.
+        notify: called with lines about the progress.
 
     Raises:
-        RequestError: the data cannot be used as asked.
+        RequestError: the data cannot be used as requested.
     """
-    train = [
-        shard_set(config, source, "train" if config.data.holdout else "all", model, with_prompts=False)
-        for source in config.data.train
-    ]
+    train_split: Split = "train" if config.data.holdout else "all"
+    train = [resolve_shard_set(config, source, train_split, model, with_prompts=False) for source in config.data.train]
     with_prompts = config.stage == "sft"
-    by_part = {
-        (source.name, split): shard_set(config, source, split, model, with_prompts)
+    evaluation = {
+        (source.name, split): resolve_shard_set(config, source, split, model, with_prompts)
         for source, split in evaluation_sets(config)
     }
-    evaluation = list(by_part.values())
-    asked = generation_sets(config) if config.generates else []
+    generation = generation_sets(config) if config.generates else []
     prompts = [
-        by_part.get((source.name, split)) or shard_set(config, source, split, model, with_prompts=True)
-        for source, split in asked
+        evaluation.get((source.name, split)) or resolve_shard_set(config, source, split, model, with_prompts=True)
+        for source, split in generation
     ]
-    most, trusted = config.data.max_rejected, config.model.runs_code
-    manifests = build_shards([*train, *evaluation, *prompts], model, most, config.chat_template, notify, trusted)
-    prepared = _plan_rows(config, train, evaluation, manifests)
+    manifests = build_shards(
+        [*train, *evaluation.values(), *prompts],
+        model,
+        config.data.max_rejected,
+        config.chat_template,
+        notify,
+        config.model.runs_code,
+    )
+    prepared = _plan_rows(config, train, list(evaluation.values()), manifests)
     return replace(prepared, prompts=tuple(manifests[len(train) + len(evaluation) :]))
 
 
 def prepare_prompts(config: Config, model: str, runs_code: bool, notify: Notify = lambda line: None) -> list[Manifest]:
-    """Tokenize what is generated for with the tokenizer of any model, or find it in the cache.
+    """Tokenize the prompts of ``generate.sources`` with the tokenizer of any model, which need not be the trained one.
 
-    No prompt is left out for the length of its conversation: there are no rows that it would have to fit into.
+    No prompt is dropped for the length of its conversation: without rows there is no length limit.
 
     Args:
         config: the run's config.
-        model: folder that holds the tokenizer.
-        runs_code: code that comes with the tokenizer may run.
-        notify: takes lines that say how far it is.
+        model: folder of the model whose tokenizer is used.
+        runs_code: allow code that comes with the tokenizer to run.
+        notify: called with lines about the progress.
 
     Raises:
-        RequestError: the data cannot be used as asked.
+        RequestError: the data cannot be used as requested.
     """
-    settings: dict[str, Any] = {"data.on_overflow": "truncate"}
+    overrides: dict[str, Any] = {"data.on_overflow": "truncate"}
     if load_once(model, runs_code).chat_template:
-        settings["model.chat_template"] = None
-    config = with_overrides(config, settings)
-    sets = [shard_set(config, source, split, model, with_prompts=True) for source, split in generation_sets(config)]
+        overrides["model.chat_template"] = None
+    config = with_overrides(config, overrides)
+    sets = [
+        resolve_shard_set(config, source, split, model, with_prompts=True) for source, split in generation_sets(config)
+    ]
     return build_shards(sets, model, config.data.max_rejected, config.chat_template, notify, runs_code)
 
 
 def evaluation_sets(config: Config) -> list[tuple[Source, Split]]:
-    """The evaluation sets: what is held out of the training sources, and the sources for evaluation."""
+    """Sources to evaluate: the held-out split of each training source, then ``data.eval``."""
     held_out: list[tuple[Source, Split]] = [(source, "holdout") for source in config.data.train if config.data.holdout]
     return [*held_out, *((source, "all") for source in config.data.eval)]
 
 
 def generation_sets(config: Config) -> list[tuple[Source, Split]]:
-    """What ``generate.sources`` names, or the evaluation sets."""
-    evaluated, names = evaluation_sets(config), config.generate.sources
+    """Sources to generate for: ``generate.sources``, by default the evaluation sets."""
+    evaluation = evaluation_sets(config)
     by_name: dict[str, tuple[Source, Split]] = {source.name: (source, "all") for source in config.data.train}
-    by_name |= {source.name: (source, split) for source, split in evaluated}
-    return [by_name[name] for name in dict.fromkeys(names)] or evaluated
+    by_name |= {source.name: (source, split) for source, split in evaluation}
+    return [by_name[name] for name in dict.fromkeys(config.generate.sources)] or evaluation
 
 
 def _plan_rows(
     config: Config, train: Sequence[ShardSet], evaluation: Sequence[ShardSet], manifests: Sequence[Manifest]
 ) -> PreparedData:
+    """Plan the rows of training and evaluation; ``manifests`` starts with those of ``train``, then of ``evaluation``."""
     data = config.data
     layout: Layout = "single" if not data.packing else "joined" if config.stage == "pt" else "packed"
     train_rows = PackedDataset(
-        manifests=tuple(each.manifest.location for each in train),
+        manifests=tuple(shards.manifest.location for shards in train),
         capacity=data.sequence_length,
         global_batch_size=None if config.train.global_batch_size == "auto" else config.train.global_batch_size,
         seed=config.run.seed,
@@ -123,38 +136,46 @@ def _plan_rows(
         document_mask=data.document_mask,
     )
     eval_rows = {
-        each.source.name: PackedDataset(
-            manifests=(each.manifest.location,),
+        shards.source.name: PackedDataset(
+            manifests=(shards.manifest.location,),
             capacity=data.sequence_length,
             global_batch_size=config.train.micro_batch_size * config.scaling.most_workers,
             layout=layout,
             document_mask=data.document_mask,
             shuffle=False,
         )
-        for each in evaluation
+        for shards in evaluation
     }
-    row_plan = train_rows.row_plan
-    if not row_plan.step_loss_tokens.all():
-        step = int((row_plan.step_loss_tokens == 0).argmax()) + 1
-        raise RequestError(
-            f"step {step} has no trained token; raise train.global_batch_size={row_plan.global_batch_size}"
-        )
+    _refuse_empty_steps(train_rows)
     return PreparedData(
-        tuple(manifests[: len(train)]),
-        tuple(manifests[len(train) : len(train) + len(evaluation)]),
-        train_rows,
-        eval_rows,
+        train=tuple(manifests[: len(train)]),
+        eval=tuple(manifests[len(train) : len(train) + len(evaluation)]),
+        train_rows=train_rows,
+        eval_rows=eval_rows,
         shared_files=_shared_files(train, evaluation),
     )
 
 
+def _refuse_empty_steps(rows: PackedDataset) -> None:
+    plan = rows.row_plan
+    if not plan.step_loss_tokens.all():
+        step = int((plan.step_loss_tokens == 0).argmax()) + 1
+        raise RequestError(
+            f"every step needs at least one loss token, but step {step} has none; "
+            f"raise train.global_batch_size={plan.global_batch_size}"
+        )
+
+
 def _shared_files(train: Sequence[ShardSet], evaluation: Sequence[ShardSet]) -> dict[str, tuple[str, str]]:
-    """By what files hold: a registry, a glob or a copy may name one otherwise."""
-    sources = {file.identity: each.source.name for each in train for file in each.files if file.size}
+    """Find files of evaluation sources that a training source reads too.
+
+    Files are compared by content: a registry, a glob or a copy may give the same data another name.
+    """
+    training_files = {file.identity: shards.source.name for shards in train for file in shards.files if file.size}
     return {
-        each.source.name: (sources[file.identity], file.path)
-        for each in evaluation
-        if each.split == "all"
-        for file in each.files
-        if file.identity in sources
+        shards.source.name: (training_files[file.identity], file.path)
+        for shards in evaluation
+        if shards.split == "all"
+        for file in shards.files
+        if file.identity in training_files
     }

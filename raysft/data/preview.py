@@ -1,4 +1,4 @@
-"""Packed rows and lengths for people: what is trained on stands out, and so does where one example ends and the next begins."""
+"""A readable preview of packed rows: loss tokens are highlighted and examples are set apart."""
 
 from __future__ import annotations
 
@@ -19,32 +19,30 @@ from raysft.data.types import IGNORE_INDEX
 from raysft.telemetry.terminal import Console
 
 COLOURS = ("cyan", "yellow", "magenta", "green")
-"""Colours of examples, by turns."""
+"""Colours of successive examples."""
 BINS = 12
-"""Bars of the histogram of lengths."""
-
-
+"""Bars of the length histogram."""
 VISIBLE = {code: 0x2400 + code for code in range(32) if code not in b"\n\t"}
-"""Control characters of the data as the symbols that Unicode has for them: a terminal would obey them."""
+"""Control characters → their Unicode symbols: a terminal would act on the characters themselves."""
 
 
 @dataclass(frozen=True)
 class DecodedRow:
-    """One packed row, decoded."""
+    """One packed row as text."""
 
     title: str
     examples: list[list[tuple[str, bool]]]
-    """For each example its (text, trained) parts, in order."""
+    """For each example its (text, has loss) segments, in order."""
 
 
 def decode_rows(rows: PackedDataset, model: str, count: int, runs_code: bool = False) -> Iterator[DecodedRow]:
-    """The first rows in their training order, decoded.
+    """Decode the first rows, in training order.
 
     Args:
-        rows: the row_plan and its shards.
-        model: folder or hub id of the tokenizer.
-        count: how many rows.
-        runs_code: code that comes with the model may run.
+        rows: the planned rows.
+        model: folder or hub ID of the model whose tokenizer is used.
+        count: number of rows.
+        runs_code: allow code that comes with the model to run.
     """
     tokenizer = load_once(model, runs_code)
     filled = np.flatnonzero(np.diff(rows.row_plan.segments.offsets))
@@ -55,15 +53,15 @@ def decode_rows(rows: PackedDataset, model: str, count: int, runs_code: bool = F
         segments = rows.row_plan.segments
         inside = slice(segments.offsets[number], segments.offsets[number + 1])
         ends = np.cumsum(segments.stops[inside] - segments.starts[inside]).tolist()
-        trained = int((labels != IGNORE_INDEX).sum())
+        loss_tokens = int((labels != IGNORE_INDEX).sum())
         yield DecodedRow(
             title=f"row {number} of {rows.row_plan.rows:,}: {len(ends)} example{'s' * (len(ends) != 1)}, {tokens} of "
-            f"{rows.capacity} tokens, {trained} trained",
-            examples=[_parts(tokenizer, ids[start:end], labels[start:end]) for start, end in pairwise([0, *ends])],
+            f"{rows.capacity} tokens, {loss_tokens} in the loss",
+            examples=[_segments(tokenizer, ids[start:end], labels[start:end]) for start, end in pairwise([0, *ends])],
         )
 
 
-def _parts(tokenizer: Any, ids: np.ndarray, labels: np.ndarray) -> list[tuple[str, bool]]:
+def _segments(tokenizer: Any, ids: np.ndarray, labels: np.ndarray) -> list[tuple[str, bool]]:
     edges = [0, *(np.flatnonzero(np.diff(labels != IGNORE_INDEX)) + 1).tolist(), len(ids)]
     return [
         (tokenizer.decode(ids[start:end].tolist()).translate(VISIBLE), bool(labels[start] != IGNORE_INDEX))
@@ -73,16 +71,16 @@ def _parts(tokenizer: Any, ids: np.ndarray, labels: np.ndarray) -> list[tuple[st
 
 @dataclass(frozen=True)
 class LengthSummary:
-    """How long examples are, and what of their tokens is lost."""
+    """How long examples are, and how many of their tokens are lost."""
 
     bars: list[tuple[int, int, int]]
-    """(from, to, examples) for each bar of the histogram; the bounds belong to it."""
+    """(shortest, longest, examples) for each bar of the histogram, both bounds inclusive."""
     lines: list[str]
-    """What is in the rows and what is lost, in words."""
+    """Sentences about the tokens in the rows and the tokens that were lost."""
 
     @classmethod
     def of(cls, rows: PackedDataset, manifests: Sequence[Manifest]) -> LengthSummary:
-        """The lengths of a training's examples, under its row_plan."""
+        """Summarize the training examples of a row plan."""
         lengths = np.concatenate([manifest.lengths for manifest in manifests])
         low, high = int(lengths.min()), int(lengths.max())
         width = -(-(high - low + 1) // BINS)
@@ -92,43 +90,43 @@ class LengthSummary:
             for index, count in enumerate(counts)
         ]
         tokens, filled = int(rows.row_plan.step_tokens.sum()), rows.row_plan.consumed(rows.row_plan.steps)
-        total = {
+        lost = {
             name: sum(manifest.counts.get(name, 0) for manifest in manifests)
             for name in ("truncated_tokens", "dropped_tokens")
         }
-        whole = int(lengths.sum()) + sum(total.values())
+        all_tokens = int(lengths.sum()) + sum(lost.values())
         rejected = sum(len(manifest.rejected) for manifest in manifests)
         records = sum(manifest.records for manifest in manifests)
         return cls(
             bars,
             [
-                f"{tokens:,} tokens in {filled:,} rows; {1 - rows.row_plan.packing_efficiency:.2%} of their space is padding",
-                f"of the {whole:,} tokens of all examples lost: {total['truncated_tokens'] / whole:.2%} to truncation, "
-                f"{total['dropped_tokens'] / whole:.2%} to dropping what is too long",
+                f"{tokens:,} tokens in {filled:,} rows; {1 - rows.row_plan.packing_efficiency:.2%} padding",
+                f"of {all_tokens:,} tokens in all examples, {lost['truncated_tokens'] / all_tokens:.2%} were truncated and "
+                f"{lost['dropped_tokens'] / all_tokens:.2%} were dropped with examples that are too long",
                 f"{rejected:,} of {records:,} records rejected ({rejected / max(1, records):.2%})",
             ],
         )
 
 
 def print_rows(shown: Sequence[DecodedRow], lengths: LengthSummary, console: Console | None = None) -> None:
-    """Print rows, examples in colours by turns, trained tokens bold and underlined; then the lengths of all examples.
+    """Print rows, then the length histogram: each example in a colour, loss tokens bold and underlined.
 
-    Without colours (a file, a pipe) trained tokens stand between ⟦ and ⟧ and examples are separated by a line.
+    Output without colours (a file, a pipe) marks loss tokens with ⟦ and ⟧ and separates examples with a line.
     """
     console = console or Console(highlight=False)
     for row in shown:
         console.print(Text(f"── {row.title} ──", style="bold"))
-        for number, parts in enumerate(row.examples):
+        for number, segments in enumerate(row.examples):
             text = Text()
-            for part, trained in parts:
+            for segment, has_loss in segments:
                 colour = COLOURS[number % len(COLOURS)]
-                marked = f"⟦{part}⟧" if trained and not console.is_terminal else part
-                text.append(marked, style=f"bold underline {colour}" if trained else f"dim {colour}")
+                marked = f"⟦{segment}⟧" if has_loss and not console.is_terminal else segment
+                text.append(marked, style=f"bold underline {colour}" if has_loss else f"dim {colour}")
             text.rstrip()
             console.print(text, soft_wrap=True)
             if not console.is_terminal:
                 console.print("─" * 20)
-    console.print(Text("── lengths of the examples, in tokens ──", style="bold"))
+    console.print(Text("── example lengths in tokens ──", style="bold"))
     most = max(count for _, _, count in lengths.bars)
     for start, end, count in lengths.bars:
         console.print(Text(f"{start:>7,} – {end:<7,} {count:>9,} {'█' * round(40 * count / most)}"), soft_wrap=True)
@@ -137,7 +135,7 @@ def print_rows(shown: Sequence[DecodedRow], lengths: LengthSummary, console: Con
 
 
 def write_page(shown: Sequence[DecodedRow], lengths: LengthSummary, path: Path) -> None:
-    """Write the same as one HTML page that needs nothing else."""
+    """Write the same preview as one self-contained HTML page."""
     most = max(count for _, _, count in lengths.bars)
     bars = "".join(
         f'<tr><td class="n">{start:,} – {end:,}</td><td class="n">{count:,}</td>'
@@ -152,9 +150,9 @@ def write_page(shown: Sequence[DecodedRow], lengths: LengthSummary, path: Path) 
 def _section(row: DecodedRow) -> str:
     examples = "".join(
         f'<div class="example e{number % len(COLOURS)}">'
-        + "".join(f"<b>{html.escape(text)}</b>" if trained else html.escape(text) for text, trained in parts)
+        + "".join(f"<b>{html.escape(text)}</b>" if has_loss else html.escape(text) for text, has_loss in segments)
         + "</div>"
-        for number, parts in enumerate(row.examples)
+        for number, segments in enumerate(row.examples)
     )
     return f"<h2>{html.escape(row.title)}</h2>{examples}"
 
@@ -176,9 +174,9 @@ table {{ border-collapse: collapse; width: 100%; margin: .5rem 0 }} td {{ paddin
 .bar {{ background: #0aa; height: .9em; min-width: 1px }}
 </style></head><body>
 <h1>Packed rows</h1>
-<p><span class="example" style="border:0;padding:0 .3rem"><b>marked</b></span> is trained on; each box is one example, and the
-examples of a row do not see each other.</p>
-<h2>Lengths of the examples, in tokens</h2>
+<p><span class="example" style="border:0;padding:0 .3rem"><b>Marked</b></span> tokens are in the loss. Each box is one
+example; the examples of a row do not attend to each other.</p>
+<h2>Example lengths in tokens</h2>
 <table>{bars}</table>
 {lines}
 {rows}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 IGNORE_INDEX = -100
-"""Label of a token that is not trained on."""
+"""Label of a token that the loss ignores."""
 
 
 Record = dict[str, Any]
@@ -20,41 +20,42 @@ class Message:
     role: Literal["system", "user", "assistant", "tool"]
     content: str
     tool_calls: tuple[dict[str, Any], ...] = ()
-    """Functions that the assistant calls, as ``{"type": "function", "function": {"name": …, "arguments": {…}}}``."""
+    """The assistant's function calls, as ``{"type": "function", "function": {"name": …, "arguments": {…}}}``."""
     trainable: bool = True
-    """Whether what the assistant wrote here may be trained on."""
+    """False keeps an assistant message out of the loss."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """The turn's other keys, any of which a chat template may read: ``name``, ``tool_call_id``, ``reasoning_content`` …"""
+    """Other keys of the turn that a chat template may read: ``name``, ``tool_call_id``, ``reasoning_content`` …"""
     original: dict[str, Any] | None = None
-    """The turn as its record has it, where it is in the form that chat templates know and says more than role and content."""
+    """The turn as written in its record, if chat templates understand it and it holds more than role and content."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One unpacked example as every format becomes it: a conversation, a text, or token ids."""
+    """One unpacked example, whatever its format was: a conversation, a text or token IDs."""
 
     source: str
     """Name of the source."""
     record: str
-    """Where it stands: ``file:line`` or ``file:[index]``."""
+    """The record's place in its file: ``file:line`` or ``file:[index]``."""
     messages: tuple[Message, ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
     """Functions that the assistant may call, as JSON schemas."""
     text: str = ""
     prompt_length: int | None = None
-    """Characters of ``text`` that are a prompt; None for a text without one."""
+    """Leading characters of ``text`` that are a prompt; None for raw text."""
     ids: tuple[int, ...] = ()
-    """Token ids, where the data is tokenized already."""
+    """Token IDs, if the record is tokenized already."""
     labels: tuple[int, ...] = ()
-    """Labels of ``ids``."""
+    """Labels of ``ids``, not shifted."""
     weight: float = 1.0
-    """What each of its trained tokens counts in the loss."""
+    """Weight of each of its loss tokens in the loss."""
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """A record that cannot be used."""
+    """A record that cannot be used, and why."""
 
     source: str
     record: str
+    """The record's place in its file, as in ``Example``."""
     reason: str

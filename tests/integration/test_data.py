@@ -149,7 +149,7 @@ def test_bad_records_are_kept_with_file_line_and_reason_and_the_others_are_used(
         ("a.parquet", b"PAR1" + b"\0" * 50 + b"PAR1", "cannot be read"),
         ("a.jsonl.gz", gzip.compress(lines(*[GOOD] * 500))[:-20], "cannot be read"),
         ("a.json", b'[{"text": "a"}, {"te', "a.json:1: no valid JSON"),
-        ("a.jsonl", b"", "has no usable example (0 records"),
+        ("a.jsonl", b"", "no usable example"),
     ],
 )
 def test_files_that_are_broken_as_a_whole_stop_the_run(tmp_path, model, monkeypatch, capsys, name, content, message):

@@ -569,7 +569,7 @@ def test_check_plans_without_training(folder, sft_run, capsys):
         ("scaling.cpus_per_worker=1", "leaves no CPU for data tasks"),
         ("model.path=no-such-model", "model.path=no-such-model"),
         ("data.train.0.path=no-such-file.json", "no-such-file.json"),
-        ("data.sequence_length=16", "raise it, or set data.on_overflow to truncate, split or drop"),
+        ("data.sequence_length=16", "raise data.sequence_length, or set data.on_overflow to truncate, split or drop"),
     ],
 )
 def test_what_cannot_run_is_refused_at_once(folder, capsys, override, message):

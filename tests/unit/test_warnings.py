@@ -11,7 +11,7 @@ import yaml
 from raysft.cluster.placement import Node
 from raysft.config import Config, parse, with_overrides
 from raysft.data.prepare import _plan_rows, _shared_files
-from raysft.data.shards.build import shard_set
+from raysft.data.shards.shard_set import resolve_shard_set
 from raysft.data.tokenization.turn_ends import TurnStatistics
 from raysft.run.plan import Plan, Resolved, SourcePlan, make_plan
 from raysft.run.warnings import warnings
@@ -272,7 +272,7 @@ def test_an_evaluation_set_that_reads_training_data_is_known_whatever_names_it(t
     sources += [{"name": "other", "path": "other.jsonl"}]
     asked = data_config(tmp_path, holdout=0.1, registry=str(tmp_path), eval=sources)
     trained, held_out = the_set(asked, model, split="train"), the_set(asked, model, split="holdout")
-    evaluation = [held_out, *(shard_set(asked, each, "all", model, False) for each in asked.data.eval)]
+    evaluation = [held_out, *(resolve_shard_set(asked, each, "all", model, False) for each in asked.data.eval)]
     found = _shared_files([trained], evaluation)
     assert {name: where for name, (where, _) in found.items()} == dict.fromkeys([*paths, "listed"], "a")
     assert found["several"] == ("a", "more.jsonl")

@@ -1,9 +1,8 @@
-"""What a set of shards holds: lengths and trained tokens of its examples, by which everything else is planned."""
+"""The manifest of a shard set: lengths and loss tokens of its examples, from which all rows are planned."""
 
 from __future__ import annotations
 
 import json
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ from raysft.storage.path import StoragePath
 
 @dataclass(frozen=True)
 class Manifest:
-    """Lengths and trained tokens of a set's examples: all that planning needs."""
+    """Lengths and loss tokens of a shard set's examples, which is all that planning needs."""
 
     name: str
     """Name of the source."""
@@ -32,48 +31,50 @@ class Manifest:
     shards: tuple[str, ...]
     """File names in ``directory``."""
     shard_index: np.ndarray
-    """[examples] int32 index of the shard, not decreasing."""
+    """[examples] int32 index of the example's shard, non-decreasing."""
     lengths: np.ndarray
-    """[examples] int32."""
+    """[examples] int32 tokens."""
     loss_tokens: np.ndarray
-    """[examples] int32."""
+    """[examples] int32 tokens with a label."""
     records: int
     """Records read, usable or not."""
     rejected: tuple[Rejected, ...]
+    """Records that cannot be used."""
     dropped: tuple[Rejected, ...]
-    """Conversations that were longer than a row, with ``data.on_overflow: drop``."""
+    """Conversations longer than a row, with ``data.on_overflow: drop``."""
     counts: dict[str, int]
-    """What happened to how many: ``truncated``, ``truncated_tokens``, ``split``, ``dropped_tokens``, ``control_tokens`` …"""
+    """Event → number: ``truncated``, ``truncated_tokens``, ``split``, ``dropped_tokens``, ``control_tokens`` …"""
     largest_token: tuple[int, str]
-    """The largest token id, and a record that holds it."""
+    """The largest token ID, and a record that contains it."""
     turns: Counter[TurnObservation]
-    """How the turns that are trained on begin and end."""
+    """How the turns with loss begin and end."""
     formats: tuple[str, ...]
-    """Formats that were found."""
+    """Record formats that occur in the source."""
     weights: np.ndarray | None
-    """[examples] float32 what each trained token counts; None where no example has a weight."""
+    """[examples] float32 loss weight of each example's tokens; None if no example has a weight."""
     key: str
+    """Name of the set in the cache, which identifies its content."""
     reused: bool = False
-    """Whether it was in the cache before."""
+    """True if the set was in the cache already."""
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def shard_ends(self) -> np.ndarray:
-        """[shards] index of the example after each shard's last."""
+        """[shards] index one past the last example of each shard."""
         return np.searchsorted(self.shard_index, np.arange(len(self.shards)), side="right")
 
     def shard_paths(self) -> list[StoragePath]:
-        """Where the shards are."""
+        """Paths of the shard files."""
         return [self.directory / shard for shard in self.shards]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What one task made of some records for one set."""
+    """Facts about one written shard, collected into the manifest; the fields are those of ``Manifest``."""
 
     name: str
-    """File in the set's folder; empty where no example was usable."""
+    """File name in the set's folder; empty if no example was usable."""
     records: int
     lengths: np.ndarray
     loss_tokens: np.ndarray
@@ -81,7 +82,7 @@ class Shard:
     rejected: tuple[Rejected, ...]
     dropped: tuple[Rejected, ...]
     longest_dropped: int
-    """Tokens of the longest example that was dropped; 0 where none was."""
+    """Tokens of the longest dropped example; 0 if none was dropped."""
     counts: dict[str, int]
     largest_token: tuple[int, str]
     turns: Counter[TurnObservation]
@@ -89,35 +90,41 @@ class Shard:
 
 
 def is_complete(path: StoragePath) -> bool:
-    """Whether a manifest and all shards that it names are there as they were written; what is damaged is written again."""
-    there = path.parent.entries()  # one question for all of them
-    if path.name not in there:
+    """True if a manifest and all its shards exist with the sizes they were written with.
+
+    A damaged set counts as incomplete, so that it is written again.
+    """
+    files = path.parent.entries()  # one request for all shards
+    if path.name not in files:
         return False
     try:
-        sizes = _detail(read_table(path).schema)["sizes"]
-        return all(name in there and there[name].size == size for name, size in sizes.items())
+        sizes = _metadata(read_table(path).schema)["sizes"]
+        return all(name in files and files[name].size == size for name, size in sizes.items())
     except (OSError, pa.ArrowException, KeyError, ValueError):
         return False
 
 
-def _detail(schema: pa.Schema) -> dict[str, Any]:
+def _metadata(schema: pa.Schema) -> dict[str, Any]:
     return json.loads((schema.metadata or {})[b"raysft"])
 
 
 def save_manifest(path: StoragePath, name: str, shards: Sequence[Shard]) -> None:
-    """Put the manifest in place: from here on the set is complete. One that another run has put there stays."""
-    whole = [shard for shard in shards if shard.name]
+    """Write the manifest, which completes the set.
+
+    If another run has completed the set in the meantime, its manifest stays and the shards of this run are removed.
+    """
+    written = [shard for shard in shards if shard.name]
     if is_complete(path):
-        for shard in whole:
+        for shard in written:
             (path.parent / shard.name).remove()
         return
-    counts, there = Counter[str](), path.parent.entries()
+    counts, files = Counter[str](), path.parent.entries()
     for shard in shards:
         counts.update(shard.counts)
-    detail = {
+    metadata = {
         "name": name,
-        "shards": [shard.name for shard in whole],
-        "sizes": {shard.name: there[shard.name].size for shard in whole},
+        "shards": [shard.name for shard in written],
+        "sizes": {shard.name: files[shard.name].size for shard in written},
         "records": sum(shard.records for shard in shards),
         "rejected": [asdict(item) for shard in shards for item in shard.rejected],
         "dropped": [asdict(item) for shard in shards for item in shard.dropped],
@@ -127,14 +134,14 @@ def save_manifest(path: StoragePath, name: str, shards: Sequence[Shard]) -> None
         "formats": sorted({form for shard in shards for form in shard.formats}),
     }
     columns: dict[str, Any] = {
-        "shard": np.repeat(np.arange(len(whole), dtype=np.int32), [len(shard.lengths) for shard in whole]),
-        "length": np.concatenate([shard.lengths for shard in whole]),
-        "loss_tokens": np.concatenate([shard.loss_tokens for shard in whole]),
+        "shard": np.repeat(np.arange(len(written), dtype=np.int32), [len(shard.lengths) for shard in written]),
+        "length": np.concatenate([shard.lengths for shard in written]),
+        "loss_tokens": np.concatenate([shard.loss_tokens for shard in written]),
     }
-    weights = np.concatenate([shard.weights for shard in whole])
+    weights = np.concatenate([shard.weights for shard in written])
     if (weights != 1).any():
         columns["weight"] = weights
-    table = pa.table(columns).replace_schema_metadata({"raysft": json.dumps(detail)})
+    table = pa.table(columns).replace_schema_metadata({"raysft": json.dumps(metadata)})
     path.write(lambda stream: pq.write_table(table, stream, compression="zstd"))
 
 
@@ -142,73 +149,79 @@ def load_manifest(path: StoragePath, reused: bool = False) -> Manifest:
     """Read a manifest.
 
     Raises:
-        RequestError: it is gone or damaged, or names shards that are gone.
+        RequestError: the manifest or one of its shards is missing or damaged.
     """
     try:
         table = read_table(path)
-        detail = _detail(table.schema)
+        metadata = _metadata(table.schema)
     except FileNotFoundError:
         raise RequestError(
-            f"{path}: the tokenized data that this run has trained on is gone; put data.cache back, or choose another run.name"
+            f"{path}: the tokenized data of this run is missing; restore data.cache, or choose another run.name"
         ) from None
     except (OSError, pa.ArrowException, KeyError, ValueError):
         raise RequestError(
-            f"{path}: the manifest of tokenized shards is damaged; delete the folder {path.parent}"
+            f"{path}: the manifest of tokenized shards is damaged; delete {path.parent} to have it written again"
         ) from None
-    there = path.parent.entries()
-    for shard in detail["shards"]:
-        if shard not in there:
-            raise RequestError(f"{path.parent}: shard {shard} is gone; delete the folder, it is written again")
+    files = path.parent.entries()
+    for shard in metadata["shards"]:
+        if shard not in files:
+            raise RequestError(f"{path.parent}: shard {shard} is missing; delete the folder to have it written again")
     return Manifest(
-        name=detail["name"],
+        name=metadata["name"],
         directory=path.parent,
-        shards=tuple(detail["shards"]),
+        shards=tuple(metadata["shards"]),
         shard_index=table["shard"].to_numpy(),
         lengths=table["length"].to_numpy(),
         loss_tokens=table["loss_tokens"].to_numpy(),
-        records=detail["records"],
-        rejected=tuple(Rejected(**item) for item in detail["rejected"]),
-        dropped=tuple(Rejected(**item) for item in detail["dropped"]),
-        counts=detail["counts"],
-        largest_token=tuple(detail["largest_token"]),
-        turns=Counter({TurnObservation(*turn): count for *turn, count in detail["turns"]}),
-        formats=tuple(detail["formats"]),
+        records=metadata["records"],
+        rejected=tuple(Rejected(**item) for item in metadata["rejected"]),
+        dropped=tuple(Rejected(**item) for item in metadata["dropped"]),
+        counts=metadata["counts"],
+        largest_token=tuple(metadata["largest_token"]),
+        turns=Counter({TurnObservation(*turn): count for *turn, count in metadata["turns"]}),
+        formats=tuple(metadata["formats"]),
         weights=table["weight"].to_numpy() if "weight" in table.column_names else None,
         key=path.parent.name,
         reused=reused,
     )
 
 
-def write_prompts(manifests: Sequence[Manifest], path: Path, max_examples: int | None, ends: Sequence[int] = ()) -> int:
-    """Gather prompts of evaluation sets, spread evenly over each of them, into one Parquet file for generation.
+def write_prompts(
+    manifests: Sequence[Manifest], path: Path, max_examples: int | None, end_tokens: Sequence[int] = ()
+) -> int:
+    """Collect prompts of evaluation sets, spread evenly over each set, into one Parquet file for generation.
 
-    Columns: ``id`` (unique), ``source``, ``prompt``, ``input_ids`` (list of int32), ``label``. The metadata ``end_tokens`` holds
-    ``ends``, the tokens that end an answer to these prompts, as JSON.
+    Columns: ``id`` (unique), ``source``, ``prompt``, ``input_ids`` (list of int32), ``label``. The schema metadata
+    ``end_tokens`` holds, as JSON, the IDs of the tokens that end an answer to these prompts.
+
+    Args:
+        manifests: sets that were tokenized with prompts.
+        path: file to write.
+        max_examples: limit for each set.
+        end_tokens: IDs to store in the metadata.
 
     Returns:
-        Their number.
+        Number of prompts.
     """
-    whole = pa.concat_tables([table for manifest in manifests for table in _prompts(manifest, max_examples)])
-    whole = whole.replace_schema_metadata({"end_tokens": json.dumps(list(ends))})
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    pq.write_table(whole, draft)
-    draft.replace(path)
-    return len(whole)
+    table = pa.concat_tables([table for manifest in manifests for table in _prompts(manifest, max_examples)])
+    table = table.replace_schema_metadata({"end_tokens": json.dumps(list(end_tokens))})
+    StoragePath.of(path).write(lambda stream: pq.write_table(table, stream))
+    return len(table)
 
 
 def _prompts(manifest: Manifest, max_examples: int | None) -> Iterator[pa.Table]:
-    # Files often hold what is alike side by side: the first N would be N of a kind.
+    # Similar records often stand next to each other in a file, so the first N would not be representative.
     count = min(max_examples or len(manifest), len(manifest))
-    chosen = np.linspace(0, len(manifest) - 1, count).round().astype(np.int64)
+    selected = np.linspace(0, len(manifest) - 1, count).round().astype(np.int64)
     ends = manifest.shard_ends()
     for shard, path in enumerate(manifest.shard_paths()):
         first = int(ends[shard - 1]) if shard else 0
-        here = chosen[(chosen >= first) & (chosen < ends[shard])] - first
-        if not len(here):
+        in_shard = selected[(selected >= first) & (selected < ends[shard])] - first
+        if not len(in_shard):
             continue
         table = read_table(path, ["source", "record", "prompt", "prompt_ids", "reference"])
-        table = table.take(pa.array(here))
-        # An example that was cut into pieces, or came as ids, has none.
+        table = table.take(pa.array(in_shard))
+        # Examples that were split, or that came as token IDs, have no prompt.
         table = table.filter(pa.array([len(ids) > 0 for ids in table["prompt_ids"]]))
         sources, records = table["source"].to_pylist(), table["record"].to_pylist()
         yield pa.table(

@@ -1,0 +1,200 @@
+"""Read, tokenize and write shards in parallel, in one pass of Ray Data over all shard sets."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any
+
+from raysft.cluster.placement import TASK_CPUS
+from raysft.data.shards.manifest import Shard
+from raysft.data.shards.shard_set import ShardSet
+from raysft.data.shards.shard_writer import write_shards
+from raysft.data.sources.files import DataFile
+from raysft.data.sources.readers import RawRecord, read_raw
+from raysft.data.sources.sampling import RandomSample
+from raysft.data.tokenization.tokenizer import Tokenizer
+from raysft.errors import RequestError
+from raysft.storage.path import StoragePath
+
+SHARD_RECORDS = 5_000
+"""Most records in a shard, and in one tokenizing task."""
+SHARD_BYTES = 16 << 20
+"""Approximate limit on the bytes of these records. No limit depends on the cluster, so shards are the same everywhere."""
+READ_BYTES = 64 << 20
+"""Limit on the bytes that one reading task reads; a larger file is a task of its own."""
+READ_CPUS = 0.1
+"""CPUs of a reading task."""
+QUEUE_BYTES = 128 << 20
+"""Approximate limit on the records and shards that wait in memory between tasks."""
+Notify = Callable[[str], None]
+
+
+def write_shard_sets(
+    sets_by_source: Sequence[Sequence[ShardSet]], load_tokenizer: Callable[[], Tokenizer], notify: Notify
+) -> dict[StoragePath, list[Shard]]:
+    """Tokenize all sets; the sets of one source are written in one pass over its files.
+
+    Args:
+        sets_by_source: the sets to write, grouped by source.
+        load_tokenizer: loads the tokenizer once, while Ray starts its workers.
+        notify: called with lines about the progress.
+
+    Returns:
+        Folder of a set → its shards, in the order of the records.
+
+    Raises:
+        RequestError: a file cannot be read, or does not fit the stage.
+    """
+    import ray
+
+    cpus = ray.cluster_resources().get("CPU", 1.0)
+    # While the tokenizer loads here, workers start and import what the tasks need.
+    warm_up = ray.remote(num_cpus=TASK_CPUS - READ_CPUS)(_warm_up)
+    warming = [warm_up.remote() for _ in range(max(1, int(cpus)))]
+    tokenizer = load_tokenizer()
+    del warming
+    tasks = [
+        {"task": (number, files, sets[0].source.max_examples, sets[0].sample)}
+        for number, sets in enumerate(sets_by_source)
+        for files in _read_tasks(sets[0])
+    ]
+    # Ray compares the pool sizes with the number of inputs, but reading tasks produce more of them later.
+    warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks", category=UserWarning)
+
+    def pool(size: float) -> Any:
+        return ray.data.TaskPoolStrategy(size=max(1, int(size)))
+
+    shards: dict[StoragePath, list[Shard]] = {each.directory: [] for sets in sets_by_source for each in sets}
+    with ray.data.DataContext.current(_data_context()):
+        rows = (
+            ray.data.from_items(tasks, override_num_blocks=len(tasks))
+            .flat_map(_read_task, num_cpus=READ_CPUS, compute=pool(cpus / 4))
+            .flat_map(
+                partial(_tokenize_task, sets_by_source=sets_by_source, tokenizer=tokenizer),
+                num_cpus=TASK_CPUS - READ_CPUS,
+                # More tasks than cores: Ray Data takes a tenth of a second to start the next one after one has finished.
+                compute=pool(cpus + max(1, cpus / 4)),
+            )
+            .iter_rows()
+        )
+        progress = _ProgressReport(notify)
+        for row in rows:
+            if row["error"]:
+                raise RequestError(row["error"])
+            shard: Shard = pickle.loads(row["shard"])
+            shards[StoragePath(row["directory"])].append(shard)
+            progress.add(shard)
+    return shards
+
+
+def _data_context() -> Any:
+    import ray
+
+    context = ray.data.DataContext.get_current().copy()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
+    # Reading is faster than tokenizing; the limit keeps records that wait from filling the memory.
+    context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=QUEUE_BYTES)
+    # Reserve half of the limit for each operator. Otherwise waiting records take all of it, and one tokenizing task is left.
+    context.op_resource_reservation_ratio = 1.0
+    context.target_max_block_size = 1  # send each row (the records of a shard, or a shard) on its own
+    return context
+
+
+class _ProgressReport:
+    """Reports the progress of tokenizing every few seconds."""
+
+    def __init__(self, notify: Notify, interval_seconds: float = 10.0) -> None:
+        self.notify, self.interval_seconds = notify, interval_seconds
+        self.start = self.last_report = time.monotonic()
+        self.records = self.tokens = 0
+
+    def add(self, shard: Shard) -> None:
+        """Count a finished shard, and report if it is time to."""
+        self.records += shard.records
+        self.tokens += int(shard.lengths.sum())
+        now = time.monotonic()
+        if now - self.last_report >= self.interval_seconds:
+            self.last_report = now
+            speed = self.tokens / (now - self.start)
+            self.notify(f"tokenizing: {self.records:,} records, {self.tokens:,} tokens, {speed:,.0f} tokens/s")
+
+
+def _warm_up() -> None:
+    """Ray task: import what the other tasks need."""
+    import ray.data  # noqa: F401
+    import transformers.utils.chat_template_utils  # noqa: F401
+
+
+def _read_tasks(shard_set: ShardSet) -> Iterator[tuple[DataFile, ...]]:
+    """Group the files of a source into reading tasks."""
+    if shard_set.source.max_examples or shard_set.sample:
+        yield shard_set.files  # these count records across all files
+        return
+    files: list[DataFile] = []
+    for file in shard_set.files:
+        if files and sum(f.size for f in files) + file.size > READ_BYTES:
+            yield tuple(files)
+            files = []
+        files.append(file)
+    yield tuple(files)
+
+
+def _read_task(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Ray task: read files, and return one row for the records of each shard."""
+    source, files, limit, sample = row["task"]
+    try:
+        for records in record_batches(files, limit, sample):
+            yield {"source": source, "records": pickle.dumps(records), "error": ""}
+    except RequestError as error:
+        yield {"source": source, "records": b"", "error": str(error)}
+
+
+def record_batches(
+    files: Sequence[DataFile], limit: int | None = None, sample: RandomSample | None = None
+) -> Iterator[list[tuple[str, RawRecord]]]:
+    """Read records with their locations, one list for each shard; the last list may be empty.
+
+    Args:
+        files: files to read, in order.
+        limit: most records to read.
+        sample: random sample to take records from.
+    """
+    records: list[tuple[str, RawRecord]] = []
+    total = 0
+
+    def read() -> Iterator[tuple[str, int, RawRecord]]:
+        return ((f"{file.path}:{position}", size, raw) for file in files for position, size, raw in read_raw(file))
+
+    for location, size, raw in sample.select(read, limit) if sample else islice(read(), limit):
+        if records and (len(records) >= SHARD_RECORDS or total + size > SHARD_BYTES):
+            yield records
+            records, total = [], 0
+        records.append((location, raw))
+        total += size
+    yield records
+
+
+def _tokenize_task(
+    row: dict[str, Any], sets_by_source: Sequence[Sequence[ShardSet]], tokenizer: Tokenizer
+) -> Iterator[dict[str, Any]]:
+    """Ray task: tokenize records and write shards, and return one row for each set of the source."""
+    # Each core runs a task already: threads of the tokenizer would only compete with the other tasks.
+    os.environ.setdefault("RAYON_NUM_THREADS", "1")
+    error = row["error"]
+    if not error:
+        sets = sets_by_source[row["source"]]
+        try:
+            for shard_set, shard in zip(sets, write_shards(sets, pickle.loads(row["records"]), tokenizer), strict=True):
+                yield {"directory": shard_set.directory.location, "shard": pickle.dumps(shard), "error": ""}
+            return
+        except RequestError as caught:
+            error = str(caught)
+    yield {"directory": "", "shard": b"", "error": error}
