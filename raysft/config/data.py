@@ -60,7 +60,7 @@ class DataSection(Section):
     """Sources, loss masks and rows."""
 
     train: Annotated[list[Source], Field(min_length=1)]
-    """Sources to train on. Each has the keys ``data.train[]``."""
+    """Sources to train on, each with the keys of ``data.train[]``."""
     eval: list[Source] = []
     """Sources to evaluate and generate on, with the same keys as those of ``data.train``."""
     registry: Text | None = None

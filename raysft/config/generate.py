@@ -58,7 +58,7 @@ class GenerateSection(Section):
     length_penalty: float = 1.0
     """With beam search: values above 0 favor longer predictions, values below 0 shorter ones."""
     stop_tokens: list[Text] = []
-    """Additional tokens that end a prediction. The tokens that end assistant turns in the training data, the tokenizer's EOS token
+    """Additional tokens that end a prediction. The tokens that end assistant turns in the data, the tokenizer's EOS token
     and those in the model's generation config always do."""
     skip_special_tokens: bool = True
     """Remove special tokens from the predicted text."""

@@ -33,6 +33,8 @@ def reference(prefix: str = "", sections: Sequence[str] = SECTIONS) -> str:
         RequestError: no key has this prefix; the message suggests one that exists.
     """
     parts = _parts(prefix)
+    if parts[:3] == ["data", "eval", "[]"]:
+        parts[1] = "train"  # evaluation sources have the same keys
     lines: list[str] = []
     section = ""
     for key, default, docstring in documented_fields():
@@ -43,7 +45,7 @@ def reference(prefix: str = "", sections: Sequence[str] = SECTIONS) -> str:
             section = top
             lines += ["", f"{section}: {_title(section)}"] if section != key else [""]
         lines.append(f"  {key}  [{default}]  {MARKS[effect_of(key)]}".rstrip())
-        lines += textwrap.wrap(docstring.replace("``", "`"), WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines += _wrap(docstring.replace("``", "`"))
     if not lines:
         raise RequestError(f"unknown key {prefix}; {suggest(tuple(prefix.split('.')))}")
     return "\n".join([LEGEND, *lines])
@@ -56,6 +58,10 @@ def _parts(key: str) -> list[str]:
     (['data', 'train', '[]', 'path'], ['data', 'train', '[]', 'path'])
     """
     return ["[]" if part.isdigit() else part for part in key.replace("[]", ".[]").split(".") if part]
+
+
+def _wrap(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False)
 
 
 def _title(section: str) -> str:

@@ -6,10 +6,12 @@ import errno
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
+import raysft as raysft_package
 from raysft import __version__
 from raysft.cli import main
 from raysft.config import Config, documented_fields, load
@@ -73,6 +75,18 @@ def test_the_public_names_are_found_on_the_package_though_it_loads_them_late():
     assert raysft.run_pt is pipeline.run_pt
     with pytest.raises(AttributeError, match="module 'raysft' has no attribute 'run_sf'"):
         raysft.run_sf  # noqa: B018
+
+
+def test_the_package_brings_its_licence_its_types_and_every_file_that_is_not_python():
+    root = Path(raysft_package.__file__).parent
+    project = tomllib.loads((root.parent / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["raysft"]
+    packed = {path for pattern in patterns for path in root.glob(pattern)}
+    files = {path for path in root.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert root / "py.typed" in packed
+    assert packed == files
+    for name in project["project"]["license-files"]:
+        assert "Apache License" in (root.parent / name).read_text()
 
 
 @pytest.mark.parametrize("arguments", [["run", "c.yaml", "train.epoch=2"], ["check", "c.yaml", "train.epoch=2"]])
@@ -229,6 +243,7 @@ def test_the_reference_has_every_key_with_its_default_and_docstring_by_section(c
         ("train", "train.epochs", "train.trackers"),
         ("model.lora", "model.lora.rank", "model.lora.loraplus_ratio"),
         ("data.train.0", "data.train[].name", "data.train[].max_examples"),
+        ("data.eval[].path", "data.train[].path", "data.train[].path"),
         ("stage", "stage", "stage"),
         ("train.loss", "train.loss", "train.loss"),
     ],
