@@ -12,6 +12,7 @@ from typing import Any, get_args
 import pytest
 
 from raysft.storage.json_files import read_jsonl
+from raysft.telemetry.callback import Callback
 from raysft.telemetry.events import (
     CheckpointCorrupt,
     CheckpointFailed,
@@ -117,11 +118,11 @@ def test_every_event_is_handled(tmp_path: Path, capsys):
 
 def test_callbacks_get_a_record_of_each_step_and_plain_values_otherwise(tmp_path: Path, capsys):
     callback = Recording()
-    log = TrainLog(tmp_path / "trainer_log.jsonl", Terminal(), [callback, object()])
+    log = TrainLog(tmp_path / "trainer_log.jsonl", Terminal(), [callback, Callback(), object()])
     for event, _ in EVENTS.values():
         log(event)
     calls = dict(callback.calls)
-    assert list(calls) == ["on_setup", "on_step", "on_evaluate", "on_checkpoint", "on_end"]
+    assert list(calls) == [name for name in vars(Callback) if name.startswith("on_")]
     assert (calls["on_setup"]["step"], calls["on_setup"]["trained_parameters"]) == (3, 1)
     assert calls["on_step"] == step(4)
     assert calls["on_evaluate"]["eval_loss"] == 1.5
