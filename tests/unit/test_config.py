@@ -86,7 +86,7 @@ def test_overrides_reach_into_lists_and_make_sections(write):
         ("data=", "command line: data.train … required … add it"),
     ],
 )
-def test_a_wrong_override_is_told_from_the_file(write, override, message):
+def test_a_wrong_override_is_distinguished_from_the_file(write, override, message):
     assert holds(refusal(write(BASE), override), message)
 
 
@@ -229,7 +229,7 @@ def test_yaml_that_runs_code_is_refused(write):
     assert "could not determine a constructor" in refusal(write(BASE + "train: !!python/object/apply:os.getcwd []\n"))
 
 
-def test_a_missing_file_and_a_folder_are_told_apart(write, tmp_path):
+def test_a_missing_file_and_a_folder_have_different_messages(write, tmp_path):
     assert holds(refusal("none.yaml"), "none.yaml: … not found … path of a YAML file")
     assert holds(refusal(str(tmp_path)), f"{tmp_path}: … Is a directory … path of a YAML file")
 

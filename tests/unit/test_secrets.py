@@ -61,11 +61,11 @@ def _here(tmp_path, monkeypatch):
 def test_a_secret_is_refused_in_one_line_that_does_not_hold_it(tmp_path, capsys, secret, verb):
     Path("c.yaml").write_text(CONFIG.replace("a.json", json.dumps(secret)))
     assert main([verb, "c.yaml"]) == 2
-    told = capsys.readouterr()
-    assert told.err.startswith("raysft: error: c.yaml:5: data.train.0.path contains ")
-    assert "remove it" in told.err
-    assert told.err.count("\n") == 1
-    assert "HIDDEN" not in told.err + told.out
+    captured = capsys.readouterr()
+    assert captured.err.startswith("raysft: error: c.yaml:5: data.train.0.path contains ")
+    assert "remove it" in captured.err
+    assert captured.err.count("\n") == 1
+    assert "HIDDEN" not in captured.err + captured.out
     assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
 
 
@@ -93,18 +93,18 @@ def test_paths_without_secrets_pass(path):
 )
 def test_secrets_are_found_wherever_they_stand(capsys, override, key):
     assert main(["check", "c.yaml", override]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("raysft: error: ")
-    assert key in told
-    assert told.count("\n") == 1
-    assert "HIDDEN" not in told
+    captured = capsys.readouterr().err
+    assert captured.startswith("raysft: error: ")
+    assert key in captured
+    assert captured.count("\n") == 1
+    assert "HIDDEN" not in captured
 
 
 def test_a_broken_override_is_told_without_its_secret(capsys):
     assert main(["check", "c.yaml", "data.train.0.path=[s3://KEYID:HIDDEN@b/c"]) == 2
-    told = capsys.readouterr().err
-    assert "not valid YAML" in told
-    assert "HIDDEN" not in told
+    captured = capsys.readouterr().err
+    assert "not valid YAML" in captured
+    assert "HIDDEN" not in captured
 
 
 def test_ordinary_keys_are_no_secrets():
