@@ -154,7 +154,7 @@ def _run(parsed: argparse.Namespace) -> None:
 
 def _check(parsed: argparse.Namespace) -> None:
     config = _load(parsed)
-    from raysft.run.pipeline import check
+    from raysft.run.verbs import check
 
     check(config)
 
@@ -163,35 +163,35 @@ def _show(parsed: argparse.Namespace) -> None:
     config = _load(parsed)
     if parsed.rows < 1:
         raise RequestError(f"--rows {parsed.rows}: must be at least 1; use a positive number")
-    from raysft.run.pipeline import show
+    from raysft.run.verbs import show
 
     show(config, parsed.rows, parsed.html)
 
 
 def _prepare(parsed: argparse.Namespace) -> None:
     config = _load(parsed)
-    from raysft.run.pipeline import prepare_data
+    from raysft.run.verbs import prepare_data
 
     prepare_data(config)
 
 
 def _train(parsed: argparse.Namespace) -> None:
     config = _load(parsed)
-    from raysft.run.pipeline import train
+    from raysft.run.verbs import train
 
     train(config, allow_changed=parsed.allow_changed)
 
 
 def _evaluate(parsed: argparse.Namespace) -> None:
     config = _load(parsed)
-    from raysft.run.pipeline import evaluate
+    from raysft.run.verbs import evaluate
 
     evaluate(config)
 
 
 def _generate(parsed: argparse.Namespace) -> None:
     config = _load(parsed)
-    from raysft.run.pipeline import generate
+    from raysft.run.verbs import generate
 
     generate(config)
 
@@ -211,7 +211,7 @@ def _report(parsed: argparse.Namespace) -> None:
 
 
 def _export(parsed: argparse.Namespace) -> None:
-    from raysft.run.pipeline import export
+    from raysft.run.verbs import export
 
     export(_run_path(parsed.run_dir), parsed.output)
 

@@ -19,91 +19,110 @@ from raysft.storage.retry import FIRST_SECONDS, reason_of, retry_for
 from raysft.storage.run_directory import RunDirectory
 from raysft.telemetry.terminal import Terminal
 
-Changed = Mapping[str, list[Any]]
-"""By key: [value there, value here]."""
-SHOWN = 4
-"""Keys that a line names with their values."""
+Changes = Mapping[str, list[Any]]
+"""By key: [value that the run has, value that is asked for now]."""
+MAX_DESCRIBED = 4
+"""Most keys whose values a message names."""
 
 
-def settled(directory: RunDirectory, config: Config) -> Config:
-    """The config of a run that goes on: what ``auto`` decided when it began stays, whatever has changed since."""
-    if config.train.global_batch_size != "auto" or not (begun(directory) and directory.config.exists()):
+def with_recorded_batch_size(directory: RunDirectory, config: Config) -> Config:
+    """Replace ``train.global_batch_size: auto`` by the number that the run began with, if it has begun."""
+    if config.train.global_batch_size != "auto" or not (has_training(directory) and directory.config.exists()):
         return config
-    return with_overrides(config, {"train.global_batch_size": _config_there(directory).train.global_batch_size})
+    return with_overrides(config, {"train.global_batch_size": _recorded_config(directory).train.global_batch_size})
 
 
-def differences(directory: RunDirectory, config: Config) -> Changed:
-    """The keys that would give other numbers than the config that began a run: [value there, value here].
+def differences(directory: RunDirectory, config: Config) -> Changes:
+    """Return the keys that would change the numbers of a training that has begun.
 
     Raises:
-        RequestError: the folder is no run directory.
+        RequestError: the folder is not a run directory.
     """
     if not directory.config.exists():
-        place = directory.place
-        if (place.local and place.local.is_file()) or any(".lock" not in name for name in place.entries()):
-            raise RequestError(f"{place}: the folder is not empty and holds no config.yaml; choose another run.name")
+        _refuse_other_folder(directory)
         return {}
-    there, here = _config_there(directory).numerics_keys(), settled(directory, config).numerics_keys()
-    keys = [key for key in sorted({*here, *there}) if here.get(key) != there.get(key)] if begun(directory) else []
-    return {key: [there.get(key), here.get(key)] for key in keys}
+    recorded = _recorded_config(directory).numerics_keys()
+    if not has_training(directory):
+        return {}
+    asked = with_recorded_batch_size(directory, config).numerics_keys()
+    keys = [key for key in sorted({*asked, *recorded}) if asked.get(key) != recorded.get(key)]
+    return {key: [recorded.get(key), asked.get(key)] for key in keys}
 
 
-def _config_there(directory: RunDirectory) -> Config:
+def _refuse_other_folder(directory: RunDirectory) -> None:
+    """Refuse a folder with files but without a ``config.yaml``."""
+    place = directory.place
+    if (place.local and place.local.is_file()) or any(".lock" not in name for name in place.entries()):
+        raise RequestError(f"{place}: is not empty, but holds no config.yaml; choose another run.name")
+
+
+def _recorded_config(directory: RunDirectory) -> Config:
     try:
         return parse(yaml.safe_load(directory.config.read_text(encoding="utf-8")))
     except (TypeError, ValueError, yaml.YAMLError):
         raise RequestError(f"{directory.config}: is not a config of this version; choose another run.name") from None
 
 
-def begun(directory: RunDirectory) -> bool:
-    """Whether a training has left something in a run directory."""
+def has_training(directory: RunDirectory) -> bool:
+    """Return True if a training has written to a run directory."""
     return directory.trainer_log.exists() or directory.checkpoints.exists() or directory.model.exists()
 
 
-def belongs_to(directory: RunDirectory, config: Config, allow_changed: bool = False) -> Changed:
-    """A run directory belongs to one config from its first step on; refuse another one that would give other numbers.
+def check_ownership(directory: RunDirectory, config: Config, allow_changed: bool = False) -> Changes:
+    """Refuse a config that would change the numbers of the run in this directory.
 
     Args:
-        directory: the run's.
-        config: what is asked for now.
-        allow_changed: let through what may change when a run goes on, and all where there is nothing yet to go on from.
+        directory: the run's directory.
+        config: the config that is asked for.
+        allow_changed: accept what may change when a run resumes, and anything before the first checkpoint.
 
     Returns:
-        What changed and was let through.
+        The changes that are accepted.
 
     Raises:
-        RequestError: with the keys that differ.
+        RequestError: other keys changed; the message names them.
     """
-    changed = differences(directory, config)
-    if not changed:
+    changes = differences(directory, config)
+    if not changes:
         return {}
-    fixed = {key: values for key, values in changed.items() if effect_of(key) is Effect.NEVER}
+    fixed = {key: values for key, values in changes.items() if effect_of(key) is Effect.NEVER}
     if not (directory.checkpoints.exists() or directory.model.exists()):
         fixed = {}
     if allow_changed and not fixed:
-        return changed
+        return changes
     remedy = (
-        f"{', '.join(fixed)} cannot change in a run that has begun: put it back, or choose another run.name"
+        f"{', '.join(fixed)} cannot change once a run has begun: restore the old value, or choose another run.name"
         if fixed
-        else "choose another run.name, or go on all the same with --allow-changed"
+        else "choose another run.name, or resume with --allow-changed"
     )
-    raise RequestError(f"{directory.place}: belongs to another config: {told(fixed or changed)}; {remedy}")
+    raise RequestError(f"{directory.place}: belongs to another config: {describe_changes(fixed or changes)}; {remedy}")
 
 
-def told(changed: Changed) -> str:
-    """What changed, in one line.
+def refuse_training(directory: RunDirectory, config: Config) -> None:
+    """Refuse a training's directory for predictions of ``generate.model``, which would pass for the trained model's."""
+    if has_training(directory):
+        raise RequestError(
+            f"{directory.place}: belongs to a training, but generate.model={config.generate.model} is another model; "
+            "choose another run.name"
+        )
+    if not directory.config.exists():
+        _refuse_other_folder(directory)
 
-    >>> told({"train.epochs": [1, 3]})
-    'train.epochs is 1 there and 3 here'
+
+def describe_changes(changes: Changes) -> str:
+    """Name the changed keys with both values, in one line.
+
+    >>> describe_changes({"train.epochs": [1, 3]})
+    'train.epochs=3 (the run has 1)'
     """
-    shown = [f"{key} is {there!r:.60} there and {here!r:.60} here" for key, (there, here) in changed.items()]
-    more = f" and {len(shown) - SHOWN} more: {', '.join(list(changed)[SHOWN:])}" if len(shown) > SHOWN else ""
-    return ", ".join(shown[:SHOWN]) + more
+    described = [f"{key}={asked!r:.60} (the run has {recorded!r:.60})" for key, (recorded, asked) in changes.items()]
+    more = list(changes)[MAX_DESCRIBED:]
+    return ", ".join(described[:MAX_DESCRIBED]) + (f" and {len(more)} more: {', '.join(more)}" if more else "")
 
 
 @contextmanager
 def exclusive_access(directory: RunDirectory, terminal: Terminal) -> Iterator[None]:
-    """Keep other processes out of a run directory; one that nothing was written into is taken away again."""
+    """Lock a run directory against other processes; remove it afterwards if it is empty."""
     try:
         with lock(directory.place, terminal.line):
             yield
@@ -111,14 +130,14 @@ def exclusive_access(directory: RunDirectory, terminal: Terminal) -> Iterator[No
         raise RequestError(f"{error}; wait for it, stop it, or choose another run.name") from None
     finally:
         with suppress(OSError):
-            directory.path.rmdir()  # only where it is empty
+            directory.path.rmdir()  # fails if the folder is not empty
 
 
 def ensure_writable(config: Config) -> None:
-    """Make the folders that a run writes into.
+    """Create the folders that a run writes to.
 
     Raises:
-        RequestError: one cannot be made.
+        RequestError: one of them cannot be created or written to.
     """
     for key, folder in (("run.storage", config.run_place.parent), ("data.cache", config.cache_directory)):
         try:
@@ -132,14 +151,14 @@ def ensure_writable(config: Config) -> None:
         except OSError as error:
             if not folder.local:
                 raise RequestError(f"{key}: {folder}: {reason_of(error)}; check the path and its credentials") from None
-            raise RequestError(f"{key}: {folder} cannot be made ({error.strerror}); choose another folder") from None
+            raise RequestError(f"{key}: {folder} cannot be created ({error.strerror}); choose another folder") from None
 
 
 def _probe(folder: StoragePath) -> None:
-    """Write a file, read it and take it away: a server that is no storage may say yes to everything."""
+    """Write a file, read it and remove it: a server that is not a storage may answer every request with success."""
     name = f".probe-{uuid.uuid4().hex}"
     probe = folder / name
     probe.write_text(name)
     if probe.read_bytes() != name.encode():
-        raise StorageFailed(f"{folder}: what is written there is not what is read; what answers is no storage")
+        raise StorageFailed(f"{folder}: returns other content than was written; the server is no object store")
     probe.remove()

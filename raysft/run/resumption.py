@@ -1,4 +1,4 @@
-"""What a run goes on from, and whether it can with what changed since it began. Nothing is written before that is known."""
+"""Decide whether a run can resume, and with which rows, before anything is written."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from raysft.config import Config
 from raysft.config.resume_effects import Effect, effect_of
 from raysft.data.rows.packed_dataset import PackedDataset
 from raysft.errors import RequestError
-from raysft.run.ownership import Changed, told
+from raysft.run.ownership import Changes, describe_changes
 from raysft.storage.json_files import append_json
 from raysft.storage.run_directory import RunDirectory
 from raysft.train.checkpoint.cursor import EVALUATION, Cursor
 from raysft.train.checkpoint.format import newest
 from raysft.train.early_stopping import known_best, should_stop
 
-SCHEDULE = "schedule"
-"""Where ``plan.json`` has all that decides the rows of the training."""
+ROW_PLAN = "row_plan"
+"""Key of ``plan.json`` with everything that decides the rows of the training."""
 
 
 @dataclass(frozen=True)
 class Resumption:
-    """What a run goes on from, and with what."""
+    """Where a run resumes, and what it trains on."""
 
     cursor: Cursor | None
-    """Where it goes on; None where it begins anew, or is trained already."""
+    """Cursor of the newest checkpoint; None if the run starts from the beginning, or is already trained."""
     rows: PackedDataset
-    """What it trains on."""
-    scheduled: PackedDataset
-    """What it has trained on where it is trained already, else the same."""
-    changed: Changed
+    """Rows to train on."""
+    recorded_rows: PackedDataset
+    """Rows for ``plan.json``: those that a finished run was trained on, else ``rows``."""
+    changes: Changes
     from_epoch: int = 0
-    """The first epoch of other data."""
+    """First epoch with other data; 0 if the data is the same."""
 
 
 def check_resumption(
@@ -42,107 +42,114 @@ def check_resumption(
     config: Config,
     rows: PackedDataset,
     identity: Mapping[str, str],
-    changed: Changed,
+    changes: Changes,
     allow_changed: bool = False,
 ) -> Resumption:
-    """Find out whether and how a run can go on from its newest checkpoint.
+    """Find out whether and how a run can resume from its newest checkpoint.
 
     Args:
-        directory: the run's.
-        config: what is asked for now.
-        rows: of a training that begins with that.
-        identity: what the training is of now, as ``Cursor`` has it.
-        changed: keys of the config that differ from those that the run was begun with, and may.
-        allow_changed: whether the data may be another, too.
+        directory: the run's directory.
+        config: the config that is asked for.
+        rows: the rows of a training that starts from the beginning with it.
+        identity: hashes of the model and the data that are asked for, as ``Cursor`` keeps them.
+        changes: changed keys that the run accepts.
+        allow_changed: accept other data too.
 
     Raises:
-        RequestError: it cannot go on like this.
+        RequestError: the run cannot resume with this request.
     """
-    trained, there = directory.is_done(), _scheduled(directory)
-    if trained and not changed:
-        return Resumption(None, rows, there or rows, {})
+    trained, recorded = directory.is_done(), _recorded_rows(directory)
+    if trained and not changes:
+        return Resumption(None, rows, recorded or rows, {})
     checkpoint = newest(directory.checkpoints)
     if checkpoint is None:
         if trained:
             raise RequestError(
-                f"{directory.place}: is trained and has no checkpoint to go on from (train.save_every_steps leaves some); "
-                f"choose another run.name ({told(changed)})"
+                f"{directory.place}: is already trained, but has no checkpoint to resume from (train.save_every_steps keeps "
+                f"some); choose another run.name ({describe_changes(changes)})"
             )
-        return Resumption(None, rows, rows, changed)
+        return Resumption(None, rows, rows, changes)
     cursor = checkpoint.cursor
-    others = {
+    changed_files = {
         name: [cursor.identity.get(name), identity.get(name)]
         for name in sorted({*cursor.identity, *identity} - {EVALUATION})
         if cursor.identity.get(name) != identity.get(name)
     }
-    _refuse_others(directory, others, cursor, there, rows, allow_changed)
+    _refuse_changed_files(directory, changed_files, cursor, recorded, rows, allow_changed)
     from_epoch = 0
-    if there is not None and rows.has_same_epochs(there):
-        rows = replace(rows, earlier=there.earlier)
-    elif there is not None:
-        from_epoch = _next_epoch(directory, config, there, rows, cursor, {**changed, **others})
-        rows = replace(rows, earlier=_until(there, from_epoch - 1))
-        changed = {**changed, **others}
-    if changed:
-        _refuse_without_steps(directory, config, rows.row_plan.steps, identity, changed, cursor, trained)
-    return Resumption(cursor, rows, rows, changed, from_epoch)
+    if recorded is not None and rows.has_same_epochs(recorded):
+        rows = replace(rows, earlier=recorded.earlier)
+    elif recorded is not None:
+        from_epoch = _next_epoch(directory, config, recorded, rows, cursor, {**changes, **changed_files})
+        rows = replace(rows, earlier=_first_epochs(recorded, from_epoch - 1))
+        changes = {**changes, **changed_files}
+    if changes:
+        _refuse_without_steps(directory, config, rows.row_plan.steps, identity, changes, cursor, trained)
+    return Resumption(cursor, rows, rows, changes, from_epoch)
 
 
-def _scheduled(directory: RunDirectory) -> PackedDataset | None:
-    """What the run trains on so far; None where nothing tells."""
+def _recorded_rows(directory: RunDirectory) -> PackedDataset | None:
+    """Rows that ``plan.json`` records; None without a readable one."""
     try:
-        described = json.loads(directory.plan.read_text(encoding="utf-8")).get(SCHEDULE)
+        recorded = json.loads(directory.plan.read_text(encoding="utf-8")).get(ROW_PLAN)
     except (OSError, ValueError, AttributeError):
         return None
-    return PackedDataset.from_dict(described) if described else None
+    return PackedDataset.from_dict(recorded) if recorded else None
 
 
-def _refuse_others(
+def _refuse_changed_files(
     directory: RunDirectory,
-    others: Changed,
+    changed_files: Changes,
     cursor: Cursor,
-    there: PackedDataset | None,
+    recorded: PackedDataset | None,
     rows: PackedDataset,
     allow_changed: bool,
 ) -> None:
-    """Refuse files that hold something else under the same name."""
-    if there is not None and rows.has_same_epochs(there):  # it was let through before
-        others = {name: values for name, values in others.items() if effect_of(name) is Effect.NEVER}
-    if not others:
+    """Refuse a model or data whose files hold something else under the same name."""
+    if recorded is not None and rows.has_same_epochs(recorded):  # an earlier call accepted the data
+        changed_files = {name: hashes for name, hashes in changed_files.items() if effect_of(name) is Effect.NEVER}
+    if not changed_files:
         return
-    fixed = there is None or any(effect_of(name) is Effect.NEVER for name in others)
+    fixed = recorded is None or any(effect_of(name) is Effect.NEVER for name in changed_files)
     if allow_changed and not fixed:
         return
-    remedy = "" if fixed else "or go on with it from the next epoch on with --allow-changed"
+    remedies = ["restore the old files", "choose another run.name"]
+    if not fixed:
+        remedies.append("use the new data from the next epoch on with --allow-changed")
     raise RequestError(
-        f"{directory.place}: {' and '.join(others)} changed since this run's checkpoint after step {cursor.step}; "
-        f"put it back as it was, {'' if remedy else 'or '}choose another run.name{remedy and ', '}{remedy}"
+        f"{directory.place}: {' and '.join(changed_files)} changed since this run's checkpoint after step {cursor.step}; "
+        f"{', '.join(remedies[:-1])}, or {remedies[-1]}"
     )
 
 
 def _next_epoch(
-    directory: RunDirectory, config: Config, there: PackedDataset, rows: PackedDataset, cursor: Cursor, changed: Changed
+    directory: RunDirectory,
+    config: Config,
+    recorded: PackedDataset,
+    rows: PackedDataset,
+    cursor: Cursor,
+    changes: Changes,
 ) -> int:
-    """The epoch that other data begins with: what has begun is finished as it was, so that each example keeps its place."""
-    begun = math.ceil(there.row_plan.epoch_of(cursor.rows) - 1e-9)
-    if begun >= config.train.epochs and not rows.has_same_epochs(_of_epoch(there, begun)):
-        what = ", ".join(key for key in changed if effect_of(key) is Effect.EPOCH)
+    """First epoch with other data; the current epoch ends as it began, so that it has every example once."""
+    current = math.ceil(recorded.row_plan.epoch_of(cursor.rows) - 1e-9)
+    if current >= config.train.epochs and not rows.has_same_epochs(_rows_of_epoch(recorded, current)):
+        keys = ", ".join(key for key in changes if effect_of(key) is Effect.EPOCH)
         raise RequestError(
-            f"{directory.place}: {what} can change from epoch {begun + 1} on, and train.epochs={config.train.epochs}; "
-            "raise train.epochs, put it back as it was, or choose another run.name"
+            f"{directory.place}: {keys} can change from epoch {current + 1} on, but train.epochs={config.train.epochs}; "
+            "raise train.epochs, restore the old data, or choose another run.name"
         )
-    return begun + 1
+    return current + 1
 
 
-def _of_epoch(rows: PackedDataset, epoch: int) -> PackedDataset:
-    """The rows that an epoch is made of."""
-    return _of_epoch(rows.earlier, epoch) if rows.earlier is not None and rows.earlier.epochs >= epoch else rows
+def _rows_of_epoch(rows: PackedDataset, epoch: int) -> PackedDataset:
+    """Rows of the part of a training that an epoch belongs to."""
+    return _rows_of_epoch(rows.earlier, epoch) if rows.earlier is not None and rows.earlier.epochs >= epoch else rows
 
 
-def _until(rows: PackedDataset, epochs: int) -> PackedDataset:
-    """The first epochs of some rows."""
+def _first_epochs(rows: PackedDataset, epochs: int) -> PackedDataset:
+    """The same rows, for the first epochs alone."""
     if rows.earlier is not None and rows.earlier.epochs >= epochs:
-        return _until(rows.earlier, epochs)
+        return _first_epochs(rows.earlier, epochs)
     return replace(rows, epochs=epochs, max_steps=None)
 
 
@@ -151,36 +158,41 @@ def _refuse_without_steps(
     config: Config,
     steps: int,
     identity: Mapping[str, str],
-    changed: Changed,
+    changes: Changes,
     cursor: Cursor,
     trained: bool,
 ) -> None:
-    what, done = told(changed), cursor.step
+    """Refuse changes after which no step is left to train."""
+    described, done = describe_changes(changes), cursor.step
     if steps < done or (trained and steps == done):
         raise RequestError(
-            f"{directory.place}: {done} steps are done, and with what is asked for now there are {steps} in all ({what}); "
+            f"{directory.place}: the run has done {done} steps, but with {described} it has {steps} in all; "
             "raise train.epochs or train.max_steps, or choose another run.name"
         )
     patience = config.train.early_stopping.patience
     if trained and should_stop(config.train, known_best(config.train, cursor, identity)):
         raise RequestError(
-            f"{directory.place}: the last evaluations up to step {done} brought no improvement, and would end the run there "
-            f"({what}); raise train.early_stopping.patience={patience}, set it to null, or choose another run.name"
+            f"{directory.place}: the last evaluations before step {done} brought no improvement, so early stopping would end "
+            f"the run there again ({described}); raise train.early_stopping.patience={patience}, set it to null, or choose "
+            "another run.name"
         )
 
 
 def record_changes(directory: RunDirectory, resumption: Resumption) -> str:
-    """Note what a run goes on with, and take its results away: it is not done any more. Gives a line that says so."""
-    cursor, changed, epoch = resumption.cursor, resumption.changed, resumption.from_epoch
-    after = cursor.step if cursor else 0
-    record = {"after_step": after, "changed": dict(changed)} | ({"from_epoch": epoch} if epoch else {})
-    append_json(directory.changes, record)
+    """Record what changed, and remove the results: the run is not done any more.
+
+    Returns:
+        A line about it.
+    """
+    cursor, changes, epoch = resumption.cursor, resumption.changes, resumption.from_epoch
+    record = {"after_step": cursor.step if cursor else 0, "changed": dict(changes)}
+    append_json(directory.changes, record | ({"from_epoch": epoch} if epoch else {}))
     for stage in ("train", "eval", "predict", "all"):
         directory.results(stage).unlink(missing_ok=True)
-    shown = {key: f"{key}={here!r:.60} (before: {there!r:.60})" for key, (there, here) in changed.items()}
-    later = [shown.pop(key) for key in changed if epoch and effect_of(key) is Effect.EPOCH]
-    where = f"goes on after step {after}" if cursor else "has no checkpoint and begins anew"
-    what = ([f"with {', '.join(shown.values())}"] if shown else []) + (
+    described = {key: f"{key}={asked!r:.60} (before: {recorded!r:.60})" for key, (recorded, asked) in changes.items()}
+    later = [described.pop(key) for key in changes if epoch and effect_of(key) is Effect.EPOCH]
+    start = f"resumes after step {cursor.step}" if cursor else "has no checkpoint and starts from the beginning"
+    settings = ([f"with {', '.join(described.values())}"] if described else []) + (
         [f"from epoch {epoch} on with {', '.join(later)}"] if later else []
     )
-    return f"{directory.place}: {where} {', and '.join(what)}"
+    return f"{directory.place}: {start} {', and '.join(settings)}"

@@ -1,28 +1,25 @@
-"""A sweep: whole runs over a grid of config values, through Ray Tune."""
+"""Run a sweep: whole runs over a grid of config values, through Ray Tune."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from raysft.cluster.connect import cluster
 from raysft.cluster.placement import Node
 from raysft.config import Config, with_overrides
 from raysft.errors import RequestError, RunFailed
-from raysft.run.ownership import belongs_to
 from raysft.run.pipeline import run
-from raysft.run.plan import make_plan
-from raysft.run.preflight import refuse_other_model
+from raysft.run.preflight import Preflight, preflight
+from raysft.run.resources import check_resources
 from raysft.storage.json_files import write_atomically, write_json
-from raysft.storage.run_directory import RunDirectory
-from raysft.storage.sync import open_read_only, synced
+from raysft.storage.sync import open_read_only
 from raysft.telemetry.terminal import Terminal
 from raysft.tune.trials import TRIAL_CPUS, Trial, check_metric, combinations, concurrent_trials, with_engines
 
@@ -30,83 +27,62 @@ from raysft.tune.trials import TRIAL_CPUS, Trial, check_metric, combinations, co
 def tune(config: Config) -> Config:
     """Run every combination of ``tune.space`` and write the best config as ``best.yaml``.
 
-    All trials share the tokenized shards and the converted model, which are made before the first of them starts. Started
-    again, a sweep runs only what is missing.
+    All trials share the tokenized shards and the converted model, which are made before the first trial starts. A sweep that
+    is started again runs only the trials that are missing.
 
     Args:
-        config: what all trials have in common, with ``tune.space``.
+        config: the config that all trials share, with ``tune.space``.
 
     Returns:
         The best trial's config, ready to run by itself.
 
     Raises:
-        RequestError: the space is empty or names unknown keys, or the cluster cannot place a trial.
-        RunFailed: a trial failed; what the others gave is written all the same.
+        RequestError: the space is empty or has unknown keys, or a trial cannot run.
+        RunFailed: a trial failed; the results of the others are written all the same.
     """
     trials = combinations(config)
     for trial in trials:
-        refuse_other_model(trial.config)
-    directory = RunDirectory.of(config.run_place)
-    terminal = Terminal()
-    for trial in trials:
         check_metric(trial.config, config.tune.metric)
-        with open_read_only(trial.config.run_place, terminal.line) as there:
-            belongs_to(there, trial.config)
-    with synced(directory, terminal.line):
-        belongs_to(directory, config)
-        return _tuned(config, trials, directory, terminal)
+    with preflight(config, "tune", trials=[trial.config for trial in trials], place=_place) as ready:
+        trials = [replace(trial, config=placed) for trial, placed in zip(trials, ready.configs, strict=True)]
+        return _run_trials(config, trials, ready)
 
 
-def _tuned(config: Config, trials: Sequence[Trial], directory: RunDirectory, terminal: Terminal) -> Config:
-    with cluster(config) as nodes:
-        trials = [with_engines(trial, nodes) for trial in trials]
-        concurrent = min(concurrent_trials(trial.config, nodes) for trial in trials)
-        concurrent = min(concurrent, len(trials), config.tune.max_concurrent or concurrent)
-        _prepare(trials, nodes, terminal)
-        terminal.line(
-            f"tune: {len(trials)} trials, {concurrent} at a time, best by {config.tune.mode} {config.tune.metric}; "
-            f"their runs: {config.run_place / 'trials'}"
-        )
-        directory.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory.config, config.to_yaml())
-        outcomes = _fit(config, trials, concurrent)
-    return _conclude(config, trials, outcomes, terminal)
+def _place(config: Config, nodes: Sequence[Node]) -> Config:
+    """Return a trial's config with as many engines as fit beside it."""
+    check_resources(config, nodes, reserved_cpus=TRIAL_CPUS)
+    return with_engines(config, nodes)
 
 
-def _prepare(trials: Sequence[Trial], nodes: Sequence[Node], terminal: Terminal) -> None:
-    """Convert models and tokenize data, once for each way in which they differ between trials."""
-    from raysft.data.prepare import prepare
-    from raysft.models.remote_code import check_code
-    from raysft.models.resolve import find_model
-
-    prepared = set()
-    for trial in trials:
-        config = trial.config
-        key = json.dumps([config.stage, config.model.path, config.data.model_dump(mode="json")], sort_keys=True)
-        if key in prepared:
-            continue
-        prepared.add(key)
-        model = find_model(config.model.path, config.cache_directory, terminal.line)
-        check_code(config, model, terminal.line)
-        for line in make_plan(config, prepare(config, model), nodes).lines():
-            terminal.line(line)
+def _run_trials(config: Config, trials: Sequence[Trial], ready: Preflight) -> Config:
+    fitting = min(concurrent_trials(trial.config, ready.nodes) for trial in trials)
+    concurrent = min(fitting, len(trials), config.tune.max_concurrent or fitting)
+    for planned in ready.runs:
+        for line in planned.plan.lines():
+            ready.terminal.line(line)
+    ready.terminal.line(
+        f"tune: {len(trials)} trials, {concurrent} at a time, best by {config.tune.mode} {config.tune.metric}; "
+        f"their runs: {config.run_place / 'trials'}"
+    )
+    write_atomically(ready.directory.config, config.to_yaml())
+    return _conclude(config, trials, _fit(config, trials, concurrent), ready.terminal)
 
 
 def _fit(config: Config, trials: Sequence[Trial], concurrent: int) -> dict[str, Any]:
-    """Run the trials; gives the results or the error of each by its name, and nothing of one that was interrupted."""
+    """Run the trials and return the results or the error of each by its name; interrupted trials are left out."""
     import ray.tune
 
     folder = config.run_directory / "tune"
-    shutil.rmtree(folder, ignore_errors=True)  # Tune's own records of an earlier call: the runs are elsewhere
+    shutil.rmtree(folder, ignore_errors=True)  # Tune's records of an earlier call; the runs are elsewhere
     progress, stop = _watchers(config.tune.metric, {trial.name: str(trial) for trial in trials})
     tuner = ray.tune.Tuner(
         ray.tune.with_resources(_trainable(trials), {"cpu": TRIAL_CPUS}),
-        # A name, and not the values: Tune puts placeholders for lists and mappings, and takes some strings for code.
+        # Names, since Tune replaces lists and mappings by placeholders and evaluates some strings as code.
         param_space={"trial": ray.tune.grid_search([trial.name for trial in trials])},
         tune_config=ray.tune.TuneConfig(
             max_concurrent_trials=concurrent,
-            trial_name_creator=lambda it: it.config["trial"],
-            trial_dirname_creator=lambda it: it.config["trial"],
+            trial_name_creator=lambda trial: trial.config["trial"],
+            trial_dirname_creator=lambda trial: trial.config["trial"],
         ),
         run_config=ray.tune.RunConfig(
             name=folder.name, storage_path=str(folder.parent), verbose=0, callbacks=[progress], stop=stop
@@ -123,11 +99,11 @@ def _fit(config: Config, trials: Sequence[Trial], concurrent: int) -> dict[str, 
 
 @contextlib.contextmanager
 def _quiet_tune() -> Iterator[None]:
-    """Tune without its tables, tracebacks and advice: each trial has a line of ours, and what fails is said once."""
+    """Silence Tune's tables, tracebacks and advice: we print a line for each trial, and each failure once."""
     logger, switch = logging.getLogger("ray.tune"), "RAY_AIR_NEW_OUTPUT"
     level, before = logger.level, os.environ.get(switch)
     logger.setLevel(logging.CRITICAL)
-    os.environ[switch] = "0"  # the new output prints its tables at verbose=0 too, and has no other switch
+    os.environ[switch] = "0"  # the new output prints tables even at verbose=0, and has no other switch
     try:
         yield
     finally:
@@ -142,7 +118,7 @@ def _trainable(trials: Sequence[Trial]) -> Callable[[dict[str, Any]], None]:
     home = os.getcwd()
 
     def trial(values: dict[str, Any]) -> None:
-        # Tune moves a trial into a folder of its own, where relative paths of the config mean nothing.
+        # Tune changes into a folder of the trial, but paths in the config are relative to ours.
         with contextlib.suppress(FileNotFoundError):
             os.chdir(home)
         name = values["trial"]
@@ -154,9 +130,9 @@ def _trainable(trials: Sequence[Trial]) -> Callable[[dict[str, Any]], None]:
 
 
 def _watchers(metric: str, named: Mapping[str, str]) -> tuple[Any, Any]:
-    """What Tune tells while it runs: a callback that prints a line for each trial, and a stopper.
+    """Return a callback that prints a line for each trial, and a stopper.
 
-    Tune pickles both, so they hold no terminal.
+    Tune pickles both, so neither keeps a terminal.
     """
     import ray.tune
     import ray.tune.stopper
@@ -175,7 +151,7 @@ def _watchers(metric: str, named: Mapping[str, str]) -> tuple[Any, Any]:
             Terminal().line(f"failed: {named[str(trial)]} | {reason}")
 
     class WithoutMetric(ray.tune.stopper.Stopper):
-        """Ends the sweep with the first trial that does not give the metric: the others would not either."""
+        """Stop the sweep after the first trial without the metric: no other trial would have it."""
 
         def __init__(self) -> None:
             self.found = False
@@ -191,27 +167,29 @@ def _watchers(metric: str, named: Mapping[str, str]) -> tuple[Any, Any]:
 
 
 def _reason(error: Any) -> Exception:
-    """What a trial failed of, as an error of ours with one line."""
+    """Return the error that a trial failed with, as one of ours with a one-line message."""
     while getattr(error, "cause", None) is not None:
         error = error.cause
     if isinstance(error, RequestError | RunFailed):
         return error
     lines = str(error).strip().splitlines() or [""]
-    # Without the error itself Tune gives the traceback's text, whose last line is the error.
+    # If Tune has no error object, it gives the text of the traceback, which ends with the error.
     return RunFailed(lines[-1] if isinstance(error, str) else f"{type(error).__name__}: {lines[0]}")
 
 
 def _conclude(config: Config, trials: Sequence[Trial], outcomes: Mapping[str, Any], terminal: Terminal) -> Config:
-    """Write ``tune_results.json`` and ``best.yaml``; complain about what is lacking."""
+    """Write ``tune_results.json`` and ``best.yaml``, then raise if trials failed or lack the metric."""
     metric, directory = config.tune.metric, config.run_directory
     results = {name: outcome for name, outcome in outcomes.items() if not isinstance(outcome, Exception)}
     errors = [outcome for outcome in outcomes.values() if isinstance(outcome, Exception)]
     for found in results.values():
         if metric not in found:
             ours = [key for key in _read_results(trials, found["run_name"]) if isinstance(key, str)]
-            raise RequestError(f"tune.metric={metric!r} is not among the results: {', '.join(sorted(ours))}")
+            raise RequestError(
+                f"tune.metric={metric!r} is not a result of these runs; use one of {', '.join(sorted(ours))}"
+            )
     if len(outcomes) < len(trials):
-        raise KeyboardInterrupt  # Tune catches the signal itself, and ends in order
+        raise KeyboardInterrupt  # Tune has handled the signal and returned
     done = [trial for trial in trials if _is_finite(results.get(trial.name, {}).get(metric))]
     done.sort(key=lambda trial: results[trial.name][metric], reverse=config.tune.mode == "max")
     rows = [{"run": t.name, metric: results[t.name][metric], "config": t.values} for t in done]
@@ -225,13 +203,14 @@ def _conclude(config: Config, trials: Sequence[Trial], outcomes: Mapping[str, An
     terminal.line(f"best config: {config.run_place / 'best.yaml'}")
     if errors:
         raise RunFailed(
-            f"{len(errors)} of {len(trials)} trials failed, and best.yaml is the best of the others: {errors[0]}"
+            f"{len(errors)} of {len(trials)} trials failed ({errors[0]}); best.yaml is the best of the others; start the same "
+            "command again to retry the failed ones"
         )
     return best
 
 
 def _read_results(trials: Sequence[Trial], name: str) -> dict[str, Any]:
-    """What a trial's run gave, without what Tune adds."""
+    """Results of a trial's run, without the keys that Tune adds."""
     trial = next(trial for trial in trials if trial.name == name)
     with open_read_only(trial.config.run_place, Terminal().line) as directory:
         return directory.read_results("all")

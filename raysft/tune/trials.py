@@ -1,4 +1,4 @@
-"""The trials of a grid: their configs, and what of a cluster each of them takes."""
+"""Trials of a grid: their configs, and the resources that each of them takes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from typing import Any
 from raysft.cluster.placement import TASK_CPUS, Node, total
 from raysft.config import Config, with_overrides
 from raysft.errors import RequestError
-from raysft.run.resources import check_resources
 from raysft.telemetry.events import Evaluation, evaluation_results
 
 TRIAL_CPUS = 0.1
-"""What a trial's own process reserves: it only drives; workers, data tasks and engines reserve their own."""
+"""CPUs that the process of a trial reserves. It only drives; workers, data tasks and engines reserve their own."""
 RESERVED = ("run.name", "run.storage", "data.cache", "scaling.address", "tune")
-"""Keys that the sweep itself decides."""
+"""Keys that the sweep sets itself."""
 
 
 @dataclass(frozen=True)
@@ -27,50 +26,50 @@ class Trial:
     """One combination of ``tune.space``."""
 
     name: str
-    """Its run directory inside ``trials/``. Values decide it, so that a sweep that is started again finds its trials."""
+    """Name of its run directory in ``trials/``. It follows from the values, so a restarted sweep finds its trials."""
     values: dict[str, Any]
-    """Dotted key → value."""
+    """Value by dotted key."""
     config: Config
-    """The whole run."""
+    """Config of the whole run."""
 
     def __str__(self) -> str:
         return ", ".join(f"{key}={value}" for key, value in self.values.items())
 
 
 def combinations(config: Config) -> list[Trial]:
-    """All trials of the grid, each a valid config.
+    """Return all trials of the grid, each with a valid config.
 
     Raises:
-        RequestError: a key is unknown or not to be varied, or a value is wrong.
+        RequestError: a key is unknown or cannot vary, or a value is wrong.
     """
     space = config.tune.space
     if not space:
         raise RequestError(
-            "tune.space is empty; name keys and values to try, for example {train.learning_rate: [1.0e-4, 3.0e-4]}"
+            "tune.space is empty; give keys and values to try, for example {train.learning_rate: [1.0e-4, 3.0e-4]}"
         )
     for key in space:
         if key in RESERVED or key.partition(".")[0] in RESERVED:
-            raise RequestError(f"tune.space: {key} is the same for all trials; take it out")
+            raise RequestError(f"tune.space: {key} is the same for all trials; remove it from tune.space")
     trials: dict[str, Trial] = {}
     for values in itertools.product(*space.values()):
         trial = _trial(config, dict(zip(space, values, strict=True)))
         if trial.name in trials:
-            raise RequestError(f"tune.space names {trial} twice; keep one")
+            raise RequestError(f"tune.space has {trial} twice; keep one")
         trials[trial.name] = trial
     return list(trials.values())
 
 
 def _trial(config: Config, values: dict[str, Any]) -> Trial:
-    own = {
+    fixed = {
         "run.storage": (config.run_place / "trials").location,
         "data.cache": config.cache_directory.location,
         "tune.space": {},
     }
     try:
-        whole = with_overrides(config, {**values, **own})
+        whole = with_overrides(config, {**values, **fixed})
     except RequestError as error:
         raise RequestError(f"tune.space: {str(error).removeprefix('override: ')}") from None
-    # As the config understands them: YAML reads 1e-5 as text.
+    # As the config parses them: YAML reads 1e-5 as text.
     values = {key: _value(whole.model_dump(mode="json"), key) for key in values}
     text = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in values.items())
     readable = re.sub(r"[^A-Za-z0-9._]+", "-", text)[:80].strip("-._")
@@ -85,54 +84,47 @@ def _value(dumped: Any, key: str) -> Any:
 
 
 def check_metric(config: Config, metric: str) -> None:
-    """Refuse a metric that no run of this config gives, as far as that is known before the first one."""
+    """Refuse a metric that no run of this config gives, as far as that is known before the first run."""
     sets = [source.name for source in config.data.eval]
     sets += [source.name for source in config.data.train] if config.data.holdout else []
     known = list(evaluation_results([Evaluation(name, 0, 0.0, 0.0, 1) for name in sets]))
     reason = ""
     if metric.startswith("eval_") and metric not in known:
-        reason = f"the evaluation gives {', '.join(known)}" if known else "there is no data.eval and no data.holdout"
+        reason = f"use one of {', '.join(known)}" if known else "they evaluate nothing; set data.eval or data.holdout"
     elif metric.startswith(("predict_", "base_predict_")) and not config.generates:
         remedy = "set stage=sft and generate.enabled=true, and give data.eval, data.holdout or generate.sources"
-        reason = f"these runs generate nothing; {remedy}"
+        reason = f"they generate nothing; {remedy}"
     if reason:
-        raise RequestError(f"tune.metric={metric!r} is no result of these runs: {reason}")
+        raise RequestError(f"tune.metric={metric!r} is not a result of these runs; {reason}")
 
 
-def with_engines(trial: Trial, nodes: Sequence[Node]) -> Trial:
-    """The trial with as many engines as it has room for: by default they would spread over the whole cluster, where
-    other trials train.
+def with_engines(config: Config, nodes: Sequence[Node]) -> Config:
+    """Set the number of engines of a trial: by default they would spread over the whole cluster, where other trials train.
 
     Raises:
-        RequestError: not one engine fits beside the trial itself.
+        RequestError: no engine fits beside the trial itself.
     """
-    config = trial.config
     if not config.generates:
-        return trial
+        return config
     scaling = config.scaling
     if scaling.use_gpu:
         engines = config.generate.num_actors or max(1, scaling.most_workers // config.generate.gpus_per_engine)
     else:
-        # The trial's own share spoils one CPU, and no engine takes a part of one.
-        whole = [node.capacity(cpus=1.0) for node in nodes]
-        room = sum(whole) - 1
-        usual = max(1, int(scaling.most_workers * scaling.cpus_per_worker))
-        engines = config.generate.num_actors or min(usual, max(1, sum(1 for cpus in whole if cpus)))
-        if engines > room:
+        # An engine needs a whole CPU, and the trial's own process takes a part of one.
+        whole_cpus = [node.capacity(cpus=1.0) for node in nodes]
+        trial_cpus = max(1, int(scaling.most_workers * scaling.cpus_per_worker))
+        nodes_with_cpu = sum(1 for cpus in whole_cpus if cpus)
+        engines = config.generate.num_actors or min(trial_cpus, max(1, nodes_with_cpu))
+        if engines > sum(whole_cpus) - 1:
             raise RequestError(
-                f"generation in a trial wants {engines} whole CPUs beside the trial's own {TRIAL_CPUS:g}, and the cluster has "
-                f"{sum(whole)}; set generate.enabled=false, or add CPUs"
+                f"generation in a trial needs {engines} whole CPUs beside {TRIAL_CPUS:g} for the trial's own process, but the "
+                f"cluster has {sum(whole_cpus)}; set generate.enabled=false, or add CPUs"
             )
-    return Trial(trial.name, trial.values, with_overrides(config, {"generate.num_actors": engines}))
+    return with_overrides(config, {"generate.num_actors": engines})
 
 
 def concurrent_trials(config: Config, nodes: Sequence[Node]) -> int:
-    """How many trials the cluster can hold at a time; Tune does not count what a trial starts.
-
-    Raises:
-        RequestError: not even one.
-    """
-    check_resources(config, nodes, reserved_cpus=TRIAL_CPUS)
+    """Number of trials that fit into the cluster at a time; Tune does not count the processes that a trial starts."""
     scaling = config.scaling
     engines = (config.generate.num_actors or 0) if config.generates else 0
     cpus = scaling.most_workers * scaling.cpus_per_worker + TASK_CPUS

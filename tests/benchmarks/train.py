@@ -126,7 +126,8 @@ def prepared_rows(raw: dict[str, Any]) -> tuple[Any, Any]:
 
 def through_ray(raw: dict[str, Any]) -> dict[str, Any]:
     from raysft.config import parse
-    from raysft.run.pipeline import open_run, train_model
+    from raysft.run.context import open_run
+    from raysft.run.pipeline import train_model
 
     clock, config = Clock(), parse(raw)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), open_run(config) as it:

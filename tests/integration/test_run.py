@@ -163,7 +163,7 @@ def test_a_finished_run_is_not_trained_again(folder, sft_run, capsys):
     steps = len(steps_of(sft_run))
     predictions = (sft_run / "generated_predictions.jsonl").read_text()
     assert main(["run", str(folder / "sft.yaml")]) == 0
-    assert "is trained already" in capsys.readouterr().out
+    assert "is already trained" in capsys.readouterr().out
     assert len(steps_of(sft_run)) == steps
     assert (sft_run / "generated_predictions.jsonl").read_text() == predictions
 
@@ -171,7 +171,7 @@ def test_a_finished_run_is_not_trained_again(folder, sft_run, capsys):
 def test_a_run_directory_belongs_to_one_config(folder, sft_run, capsys):
     assert main(["train", str(folder / "sft.yaml"), "train.learning_rate=0.5"]) == 2
     error = capsys.readouterr().err
-    assert "belongs to another config: train.learning_rate is 0.01 there and 0.5 here" in error
+    assert "belongs to another config: train.learning_rate=0.5 (the run has 0.01)" in error
     assert error.count("\n") == 1
 
 
@@ -299,17 +299,17 @@ def test_a_run_that_is_done_goes_on_with_more_epochs_and_with_other_data_in_them
     predicted = (run / "generated_predictions.jsonl").read_text()
     capsys.readouterr()
     assert main(command) == 0
-    assert "is trained already" in capsys.readouterr().out
+    assert "is already trained" in capsys.readouterr().out
     before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
     for refused, reason in (
-        (["train.epochs=3"], "train.epochs is 1 there and 3 here; choose another run.name, or go on all the same with"),
+        (["train.epochs=3"], "train.epochs=3 (the run has 1); choose another run.name, or resume with --allow-changed"),
         (
             ["train.max_grad_norm=2", "--allow-changed"],
-            "2 steps are done, and with what is asked for now there are 2 in all",
+            "has done 2 steps, but with train.max_grad_norm=2.0 (the run has 1.0) it has 2 in all",
         ),
         (
             ["train.optimizer=muon", "train.zero_stage=0", "--allow-changed"],
-            "train.optimizer cannot change in a run that",
+            "train.optimizer cannot change",
         ),
     ):
         assert main([*command, *refused]) == 2
@@ -320,7 +320,7 @@ def test_a_run_that_is_done_goes_on_with_more_epochs_and_with_other_data_in_them
         assert (run / name).read_bytes() == before[name], "nothing is rewritten"
     assert main([*command, "train.epochs=3", "train.learning_rate=2e-2", "--allow-changed"]) == 0
     out = capsys.readouterr().out
-    assert "goes on after step 2 with train.epochs=3 (before: 1), train.learning_rate=0.02 (before: 0.01)" in out
+    assert "resumes after step 2 with train.epochs=3 (before: 1), train.learning_rate=0.02 (before: 0.01)" in out
     steps = steps_of(run)
     assert [step["current_steps"] for step in steps] == [1, 2, 3, 4, 5, 6]
     assert [step["lr"] for step in steps] == pytest.approx(
@@ -542,13 +542,13 @@ def test_the_data_decides_how_many_rows_a_step_has_once_for_a_run(folder, pt_run
     # With other data auto would be another number; this run has begun with 2.
     longer = ["train.epochs=70", "run.name=pt"]
     assert main(["check", str(folder / "pt.yaml"), *longer]) == 2
-    assert "train.epochs is 7 there and 70 here; choose" in capsys.readouterr().err
+    assert "train.epochs=70 (the run has 7); choose" in capsys.readouterr().err
     assert main(["check", str(folder / "pt.yaml"), "run.name=longer", *longer[:1]]) == 0
     assert " of 16 rows (auto: chosen by the data)" in capsys.readouterr().out
     assert main(["run", str(folder / "pt.yaml")]) == 0
     out = capsys.readouterr().out
     assert " of 2 rows (auto: chosen by the data)" in out
-    assert "is trained already" in out
+    assert "is already trained" in out
 
 
 def test_check_plans_without_training(folder, sft_run, capsys):

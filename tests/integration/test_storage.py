@@ -95,7 +95,7 @@ def test_a_run_in_an_object_store_is_all_there(whole, folder, capsys):
     # What is done is done on every machine.
     shutil.rmtree(folder / "home" / ".cache")
     assert main(["run", str(folder / "c.yaml"), "run.name=whole"]) == 0
-    assert "is trained already" in capsys.readouterr().out
+    assert "is already trained" in capsys.readouterr().out
     assert main(["report", whole.location]) == 0
     assert main(["export", whole.location, "--output", str(folder / "exported")]) == 0
     assert (folder / "exported" / "model.safetensors").stat().st_size

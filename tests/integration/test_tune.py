@@ -113,9 +113,9 @@ def refused(capsys, *overrides: str) -> str:
         ("tune.space={train.learning_rat: [1]}", "tune.space: unknown key train.learning_rat; did you mean"),
         ("tune.space={train.learning_rate: [1, fast]}", "tune.space: train.learning_rate='fast': "),
         ("tune.space={run.name: [a, b]}", "run.name is the same for all trials"),
-        ("tune.space={train.max_steps: [1, 1]}", "names train.max_steps=1 twice"),
+        ("tune.space={train.max_steps: [1, 1]}", "has train.max_steps=1 twice"),
         ("tune.space={}", "tune.space is empty"),
-        ("tune.metric=eval_los", "tune.metric='eval_los' is no result of these runs: the evaluation gives eval_loss, "),
+        ("tune.metric=eval_los", "tune.metric='eval_los' is not a result of these runs; use one of eval_loss, "),
     ],
 )
 def test_a_wrong_sweep_is_one_line(override, reason, capsys):
@@ -129,7 +129,7 @@ def test_a_wrong_sweep_is_one_line(override, reason, capsys):
         ("scaling.num_workers=3", "scaling.num_workers=3 wants 3 CPUs"),
         ("tune.space={scaling.num_workers: [1, 3]}", "scaling.num_workers=3 wants 3 CPUs"),
         ("scaling.cpus_per_worker=1.45", "leaves no CPU for data tasks"),
-        ("generate.num_actors=2", "generation in a trial wants 2 whole CPUs"),
+        ("generate.num_actors=2", "generation in a trial needs 2 whole CPUs"),
     ],
 )
 def test_a_trial_that_never_fits_is_refused(override, reason, capsys):
@@ -142,7 +142,9 @@ def test_a_metric_that_no_run_gives_ends_the_sweep_with_the_first_trial(sweep, c
     shown = capsys.readouterr()
     line, *more = shown.err.splitlines()
     assert not more
-    assert line.startswith("raysft: error: tune.metric='train_los' is not among the results: epoch, eval_accuracy, ")
+    assert line.startswith(
+        "raysft: error: tune.metric='train_los' is not a result of these runs; use one of epoch, eval_accuracy, "
+    )
     assert shown.out.count("started: ") == 1
 
 
@@ -155,6 +157,7 @@ def test_a_trial_that_fails_is_one_line_and_the_others_count(sweep, capsys):
     shown = capsys.readouterr()
     line, *more = shown.err.splitlines()
     assert not more
-    assert line.startswith("raysft: failed: 1 of 3 trials failed, and best.yaml is the best of the others: step ")
+    assert line.startswith("raysft: failed: 1 of 3 trials failed (step ")
+    assert "best.yaml is the best of the others" in line
     assert "3 trials, 2 at a time" in shown.out
     assert load(sweep.with_name("fails") / "best.yaml").train.learning_rate == 1e-2

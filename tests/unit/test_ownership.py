@@ -8,7 +8,7 @@ import pytest
 
 from raysft.config import Config, parse
 from raysft.errors import RequestError
-from raysft.run.ownership import belongs_to, differences, settled
+from raysft.run.ownership import check_ownership, differences, with_recorded_batch_size
 from raysft.storage.run_directory import RunDirectory
 
 
@@ -35,25 +35,28 @@ def test_auto_goes_on_with_the_number_that_the_run_began_with(tmp_path):
     directory = begun(tmp_path, global_batch_size=4)
     auto = config(tmp_path)
     assert auto.train.global_batch_size == "auto"
-    belongs_to(directory, auto)
-    assert settled(directory, auto) == config(tmp_path, global_batch_size=4)
-    assert settled(directory, auto).numerics_keys() == config(tmp_path, global_batch_size=4).numerics_keys()
+    check_ownership(directory, auto)
+    assert with_recorded_batch_size(directory, auto) == config(tmp_path, global_batch_size=4)
+    assert (
+        with_recorded_batch_size(directory, auto).numerics_keys()
+        == config(tmp_path, global_batch_size=4).numerics_keys()
+    )
 
 
 def test_with_more_epochs_auto_keeps_its_number_and_only_the_epochs_differ(tmp_path):
     directory = begun(tmp_path, global_batch_size=4)
     longer = config(tmp_path, epochs=50)
     assert differences(directory, longer) == {"train.epochs": [1, 50]}
-    assert settled(directory, longer).train.global_batch_size == 4
+    assert with_recorded_batch_size(directory, longer).train.global_batch_size == 4
 
 
 def test_another_number_is_another_config(tmp_path):
     directory = begun(tmp_path, global_batch_size=4)
-    with pytest.raises(RequestError, match=r"train\.global_batch_size is 4 there and 8 here"):
-        belongs_to(directory, config(tmp_path, global_batch_size=8))
+    with pytest.raises(RequestError, match=r"train\.global_batch_size=8 \(the run has 4\)"):
+        check_ownership(directory, config(tmp_path, global_batch_size=8))
 
 
 def test_before_anything_is_trained_the_data_decides(tmp_path):
     directory = begun(tmp_path, global_batch_size=4)
     directory.trainer_log.unlink()
-    assert settled(directory, config(tmp_path)).train.global_batch_size == "auto"
+    assert with_recorded_batch_size(directory, config(tmp_path)).train.global_batch_size == "auto"

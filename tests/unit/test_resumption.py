@@ -15,8 +15,8 @@ from raysft.config import Config, documented_fields, parse, with_overrides
 from raysft.config.resume_effects import EFFECTS, Effect, effect_of
 from raysft.data.rows.packed_dataset import PackedDataset
 from raysft.errors import RequestError
-from raysft.run.ownership import belongs_to, differences
-from raysft.run.resumption import SCHEDULE, Resumption, check_resumption, record_changes
+from raysft.run.ownership import check_ownership, differences
+from raysft.run.resumption import ROW_PLAN, Resumption, check_resumption, record_changes
 from raysft.storage.run_directory import RunDirectory
 from raysft.train.checkpoint import format
 from raysft.train.checkpoint.cursor import EVALUATION, Best, Cursor
@@ -63,7 +63,7 @@ def content(directory: RunDirectory) -> dict[str, bytes]:
 def goes_on(directory: RunDirectory, steps: int, identity: dict[str, str] = IDENTITY, **changes: Any) -> Cursor | None:
     """Ask with ``--allow-changed``; steps are those of the whole training then."""
     asked = config(directory.path.parent, **changes)
-    changed = belongs_to(directory, asked, allow_changed=True)
+    changed = check_ownership(directory, asked, allow_changed=True)
     return check_resumption(directory, asked, planned(steps), identity, changed, allow_changed=True).cursor
 
 
@@ -109,23 +109,23 @@ def test_keys_inside_lists_and_mappings_are_decided_with_them(key, effect):
 def test_without_leave_a_changed_key_is_refused_with_both_values_and_the_ways_out(tmp_path):
     directory = begun(tmp_path)
     with pytest.raises(RequestError) as caught:
-        belongs_to(directory, config(tmp_path, train__epochs=3, train__learning_rate=0.5))
+        check_ownership(directory, config(tmp_path, train__epochs=3, train__learning_rate=0.5))
     assert str(caught.value) == (
-        f"{directory.place}: belongs to another config: train.epochs is 1 there and 3 here, train.learning_rate is 0.0001 "
-        "there and 0.5 here; choose another run.name, or go on all the same with --allow-changed"
+        f"{directory.place}: belongs to another config: train.epochs=3 (the run has 1), train.learning_rate=0.5 (the run has "
+        "0.0001); choose another run.name, or resume with --allow-changed"
     )
-    assert belongs_to(directory, config(tmp_path, generate__top_k=3, train__save_every_minutes=None)) == {}
+    assert check_ownership(directory, config(tmp_path, generate__top_k=3, train__save_every_minutes=None)) == {}
 
 
 @pytest.mark.parametrize("allow_changed", [False, True])
 def test_what_the_state_depends_on_is_refused_even_with_leave(tmp_path, allow_changed):
     directory = begun(tmp_path)
     with pytest.raises(RequestError) as caught:
-        belongs_to(directory, config(tmp_path, train__epochs=3, model__lora__rank=4), allow_changed)
-    assert str(caught.value) == (
-        f"{directory.place}: belongs to another config: model.lora.rank is 8 there and 4 here; "
-        "model.lora.rank cannot change in a run that has begun: put it back, or choose another run.name"
-    )
+        check_ownership(directory, config(tmp_path, train__epochs=3, model__lora__rank=4), allow_changed)
+    message = str(caught.value)
+    assert "model.lora.rank=4 (the run has 8); model.lora.rank cannot change" in message
+    assert "train.epochs" not in message, "that may change"
+    assert message.endswith("choose another run.name")
 
 
 def test_where_nothing_was_kept_all_may_change(tmp_path):
@@ -133,7 +133,7 @@ def test_where_nothing_was_kept_all_may_change(tmp_path):
     assert goes_on(directory, 6, model__lora__rank=4) is None
     anew = Resumption(None, planned(6), planned(6), differences(directory, config(tmp_path, model__lora__rank=4)))
     assert record_changes(directory, anew).endswith(
-        "has no checkpoint and begins anew with model.lora.rank=4 (before: 8)"
+        "has no checkpoint and starts from the beginning with model.lora.rank=4 (before: 8)"
     )
 
 
@@ -143,21 +143,19 @@ def test_a_run_that_is_done_trains_on_where_there_is_more_to_train(tmp_path):
     assert cursor
     assert cursor.step == 4
     assert refusal(directory, 4, train__learning_rate=0.5) == (
-        "4 steps are done, and with what is asked for now there are 4 in all (train.learning_rate is 0.0001 there and 0.5 "
-        "here); raise train.epochs or train.max_steps, or choose another run.name"
+        "the run has done 4 steps, but with train.learning_rate=0.5 (the run has 0.0001) it has 4 in all; "
+        "raise train.epochs or train.max_steps, or choose another run.name"
     )
-    assert refusal(directory, 3, train__max_steps=3).startswith(
-        "4 steps are done, and with what is asked for now there are 3"
-    )
+    assert "has done 4 steps, but with train.max_steps=3" in refusal(directory, 3, train__max_steps=3)
     done = check_resumption(directory, config(tmp_path), planned(4), {"the model": "another"}, {})
     assert done.cursor is None, "it is just done"
 
 
 def test_a_run_that_is_done_without_a_checkpoint_cannot_train_on(tmp_path):
     directory = begun(tmp_path, step=None, done=True)
-    assert refusal(directory, 6, train__epochs=3).startswith(
-        "is trained and has no checkpoint to go on from (train.save_every_steps leaves some); choose another run.name"
-    )
+    message = refusal(directory, 6, train__epochs=3)
+    assert message.startswith("is already trained, but has no checkpoint to resume from (train.save_every_steps ")
+    assert "choose another run.name" in message
 
 
 def test_an_interrupted_run_may_end_where_it_is_but_not_before(tmp_path):
@@ -165,14 +163,14 @@ def test_an_interrupted_run_may_end_where_it_is_but_not_before(tmp_path):
     cursor = goes_on(directory, 4, train__max_steps=4)
     assert cursor
     assert cursor.step == 4
-    assert refusal(directory, 3, train__max_steps=3).startswith("4 steps are done")
+    assert refusal(directory, 3, train__max_steps=3).startswith("the run has done 4 steps, but ")
 
 
 def test_a_run_that_stopped_early_goes_on_only_with_more_patience(tmp_path):
     best = Best(step=1, since=3, results={"eval_loss": 1.0}, seen=4)
     directory = begun(tmp_path, done=True, best=best)
     told = refusal(directory, 12, train__epochs=2, train__early_stopping__patience=3)
-    assert told.startswith("the last evaluations up to step 4 brought no improvement, and would end the run there (")
+    assert told.startswith("the last evaluations before step 4 brought no improvement")
     assert told.endswith("raise train.early_stopping.patience=3, set it to null, or choose another run.name")
     assert goes_on(directory, 12, train__epochs=2, train__early_stopping__patience=4)
     assert goes_on(directory, 12, {**IDENTITY, EVALUATION: "other sets"}, train__early_stopping__patience=3)
@@ -183,7 +181,7 @@ def test_other_files_under_the_same_name_are_refused(tmp_path, what):
     directory = begun(tmp_path)
     for changes in ({}, {"train__epochs": 3}):
         assert refusal(directory, 6, {**IDENTITY, what: "other"}, **changes) == (
-            f"{what} changed since this run's checkpoint after step 4; put it back as it was, or choose another run.name"
+            f"{what} changed since this run's checkpoint after step 4; restore the old files, or choose another run.name"
         )
     assert goes_on(directory, 6, model__path="elsewhere/m", data__train__0__path="elsewhere/a.jsonl"), "the same files"
 
@@ -191,9 +189,9 @@ def test_other_files_under_the_same_name_are_refused(tmp_path, what):
 def test_what_changed_is_recorded_with_the_step_and_the_run_is_done_no_more(tmp_path):
     directory = begun(tmp_path, done=True)
     asked = config(tmp_path, train__epochs=3)
-    it = check_resumption(directory, asked, planned(6), IDENTITY, belongs_to(directory, asked, allow_changed=True))
+    it = check_resumption(directory, asked, planned(6), IDENTITY, check_ownership(directory, asked, allow_changed=True))
     line = record_changes(directory, it)
-    assert line == f"{directory.place}: goes on after step 4 with train.epochs=3 (before: 1)"
+    assert line == f"{directory.place}: resumes after step 4 with train.epochs=3 (before: 1)"
     assert json.loads(directory.changes.read_text()) == {"after_step": 4, "changed": {"train.epochs": [1, 3]}}
     assert not directory.is_done()
     assert directory.is_trained(), "its model stays until there is another"
@@ -219,27 +217,27 @@ def with_data(
 ) -> Resumption:
     """Ask with other data; 20 examples are an epoch of 5 steps."""
     asked = config(directory.path.parent, **{"train__epochs": 4, **changes})
-    changed = belongs_to(directory, asked, allow_changed=True)
+    changed = check_ownership(directory, asked, allow_changed=True)
     identity = {**IDENTITY, "the data of source 'a'": key}
     return check_resumption(directory, asked, rows, identity, changed, allow_changed)
 
 
 def trained_with(directory: RunDirectory, scheduled: PackedDataset, **changes: Any) -> None:
     """As a run leaves it that was let through."""
-    directory.plan.write_text(json.dumps({SCHEDULE: scheduled.to_dict()}))
+    directory.plan.write_text(json.dumps({ROW_PLAN: scheduled.to_dict()}))
     directory.config.write_text(config(directory.path.parent, **{"train__epochs": 4, **changes}).to_yaml())
 
 
 def test_other_data_comes_with_the_next_epoch_and_stays_so(tmp_path, sources):
     directory = begun(tmp_path, step=7)
     trained_with(directory, sources["a"])
-    with pytest.raises(RequestError, match=r"or go on with it from the next epoch on with --allow-changed$"):
+    with pytest.raises(RequestError, match=r", or use the new data from the next epoch on with --allow-changed$"):
         with_data(directory, sources["b"], "other", allow_changed=False)
     it = with_data(directory, sources["b"], "other")
     assert it.rows == replace(sources["b"], earlier=replace(sources["a"], epochs=2))
     assert it.rows.row_plan.steps == 2 * 5 + 2 * 3
     assert record_changes(directory, it).endswith(
-        "goes on after step 7 from epoch 3 on with the data of source 'a'='other' (before: 'd')"
+        "resumes after step 7 from epoch 3 on with the data of source 'a'='other' (before: 'd')"
     )
     told = {"after_step": 7, "changed": {"the data of source 'a'": ["d", "other"]}, "from_epoch": 3}
     assert json.loads(directory.changes.read_text()) == told
@@ -247,7 +245,7 @@ def test_other_data_comes_with_the_next_epoch_and_stays_so(tmp_path, sources):
     trained_with(directory, it.rows)
     again = with_data(directory, sources["b"], "other", allow_changed=False)
     assert again.rows == it.rows
-    assert not again.changed
+    assert not again.changes
     third = with_data(directory, sources["c"], "third")
     assert third.rows == replace(sources["c"], earlier=replace(sources["a"], epochs=2))
 
@@ -268,8 +266,8 @@ def test_other_data_without_an_epoch_to_come_is_refused(tmp_path, sources):
     with pytest.raises(RequestError) as caught:
         with_data(directory, replace(sources["b"], epochs=1), "other", train__epochs=1)
     assert str(caught.value) == (
-        f"{directory.place}: the data of source 'a' can change from epoch 2 on, and train.epochs=1; "
-        "raise train.epochs, put it back as it was, or choose another run.name"
+        f"{directory.place}: the data of source 'a' can change from epoch 2 on, but train.epochs=1; "
+        "raise train.epochs, restore the old data, or choose another run.name"
     )
     more = with_data(directory, replace(sources["b"], epochs=2), "other", train__epochs=2)
     assert more.rows.row_plan.rows_of_epochs == [20, 12]
@@ -281,4 +279,4 @@ def test_other_data_that_has_not_come_yet_can_be_put_back(tmp_path, sources):
     trained_with(directory, replace(sources["b"], epochs=2, earlier=replace(sources["a"], epochs=1)), train__epochs=2)
     back = with_data(directory, replace(sources["a"], epochs=1), "d", train__epochs=1)
     assert back.rows.row_plan.rows_of_epochs == [20]
-    assert dict(back.changed) == {"train.epochs": [2, 1]}
+    assert dict(back.changes) == {"train.epochs": [2, 1]}

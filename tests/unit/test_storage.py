@@ -302,6 +302,6 @@ def test_a_server_that_says_yes_to_everything_is_no_storage(served):
     path = served(http("200 OK", PAGE), "runs")
     config = parse({"run": {"storage": path}, "model": {"path": "m"}, "data": {"train": [{"name": "a", "path": "a"}]}})
     with pytest.raises(
-        RequestError, match=r"^run.storage: s3://bucket/runs: .* what answers is no storage; check the path"
+        RequestError, match=r"^run.storage: s3://bucket/runs: .* the server is no object store; check the path"
     ):
         ensure_writable(config)

@@ -7,7 +7,7 @@ import pytest
 from raysft.cluster.placement import Node
 from raysft.config import Config, parse
 from raysft.errors import RequestError
-from raysft.tune.trials import Trial, check_metric, concurrent_trials, with_engines
+from raysft.tune.trials import check_metric, concurrent_trials, with_engines
 
 NODES = [Node(cpus=4.0)]
 
@@ -45,18 +45,18 @@ def test_a_metric_of_generation_is_refused_where_nothing_is_generated(given):
 
 @pytest.mark.parametrize("given", GENERATES)
 def test_a_trial_that_generates_has_its_engines_counted(given):
-    trial = with_engines(Trial("t", {}, given), NODES)
-    assert trial.config.generate.num_actors == 1
-    assert concurrent_trials(trial.config, NODES) == 2
-    many = with_engines(Trial("t", {}, config(generate={"sources": ["a"], "num_actors": 3})), NODES)
-    assert concurrent_trials(many.config, NODES) == 1
+    placed = with_engines(given, NODES)
+    assert placed.generate.num_actors == 1
+    assert concurrent_trials(placed, NODES) == 2
+    many = with_engines(config(generate={"sources": ["a"], "num_actors": 3}), NODES)
+    assert concurrent_trials(many, NODES) == 1
 
 
 @pytest.mark.parametrize("given", GENERATES_NOTHING)
 def test_a_trial_that_generates_nothing_has_no_engines(given):
-    assert with_engines(Trial("t", {}, given), NODES).config.generate.num_actors is None
+    assert with_engines(given, NODES).generate.num_actors is None
 
 
 def test_engines_that_find_no_place_beside_a_trial_are_refused():
     with pytest.raises(RequestError, match=r"4.*generate\.enabled=false"):
-        with_engines(Trial("t", {}, config(generate={"sources": ["a"], "num_actors": 4})), NODES)
+        with_engines(config(generate={"sources": ["a"], "num_actors": 4}), NODES)

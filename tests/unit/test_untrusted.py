@@ -117,14 +117,16 @@ def test_yaml_that_calls_python_is_refused_in_one_line(capsys, verb):
 
 
 def test_a_run_directorys_config_and_a_corpus_that_call_python_are_refused(capsys):
-    from raysft.run.ownership import belongs_to
+    from raysft.run.ownership import check_ownership
     from raysft.storage.run_directory import RunDirectory
 
     Path("c.yaml").write_text(yaml.safe_dump(CONFIG))
     config = load("c.yaml")
     config.run_directory.mkdir(parents=True)
     (config.run_directory / "config.yaml").write_text(f"train: {CALL}\n")
-    assert "is not a config of this version" in refusal(lambda: belongs_to(RunDirectory(config.run_directory), config))
+    assert "is not a config of this version" in refusal(
+        lambda: check_ownership(RunDirectory(config.run_directory), config)
+    )
     assert main(["report", str(config.run_directory)]) == 1
     assert "the file is no YAML mapping" in capsys.readouterr().err
     Path("corpus.yaml").write_text(f"- [a, {CALL}]\n- [b, c]\n")

@@ -1,0 +1,111 @@
+"""The verbs of the command line beside ``run`` and ``tune``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from raysft.cluster.connect import cluster
+from raysft.config import Config, parse
+from raysft.errors import RequestError
+from raysft.run.context import open_run
+from raysft.run.ownership import ensure_writable
+from raysft.run.pipeline import evaluate_model, generate_predictions, print_report, train_model
+from raysft.run.plan import Plan
+from raysft.run.predict import predict
+from raysft.run.preflight import preflight, read_inputs
+from raysft.storage.local_cache import local_copy
+from raysft.storage.path import StoragePath
+from raysft.storage.retry import FIRST_SECONDS, retry_for
+from raysft.storage.run_directory import RunDirectory
+from raysft.telemetry.terminal import Terminal
+
+
+def check(config: Config) -> Plan:
+    """Print what a run would do. Model and data are opened and checked; only the cache is written to.
+
+    Raises:
+        RequestError: it could not run.
+    """
+    with preflight(config, "check") as ready:
+        (run,) = ready.runs
+    for line in run.plan.lines():
+        ready.terminal.line(line)
+    ready.terminal.line(f"run directory: {config.run_place}")
+    return run.plan
+
+
+def show(config: Config, rows: int, page: Path | None = None) -> None:
+    """Print the first packed rows of the training data and the lengths of its examples, or write them as an HTML page."""
+    from raysft.data.preview import LengthSummary, decode_rows, print_rows, write_page
+
+    ensure_writable(config)
+    with cluster(config):
+        _, model, _, prepared = read_inputs(config, Terminal().line)
+    shown = list(decode_rows(prepared.train_rows, model, rows, config.model.runs_code))
+    lengths = LengthSummary.of(prepared.train_rows, prepared.train)
+    if page is None:
+        print_rows(shown, lengths)
+        return
+    try:
+        write_page(shown, lengths, page)
+    except OSError as error:
+        raise RequestError(f"--html {page}: cannot be written ({error.strerror}); choose another file") from None
+    Terminal().line(f"written: {page}")
+
+
+def prepare_data(config: Config) -> None:
+    """Tokenize the data into the cache, and plan."""
+    with open_run(config, "prepare") as context:
+        for manifest in (*context.prepared.train, *context.prepared.eval):
+            context.terminal.line(f"{'reused' if manifest.reused else 'written'}: {manifest.directory}")
+
+
+def train(config: Config, callbacks: Sequence[Any] = (), allow_changed: bool = False) -> None:
+    """Train and evaluate."""
+    with open_run(config, "train", allow_changed) as context:
+        train_model(context, callbacks)
+
+
+def evaluate(config: Config) -> None:
+    """Evaluate the trained model in a job of its own."""
+    with open_run(config, "evaluate") as context:
+        evaluate_model(context)
+
+
+def generate(config: Config) -> None:
+    """Generate predictions and score them, with the trained model or with ``generate.model``."""
+    if config.generate.model is not None:
+        print_report(predict(config))
+        return
+    with open_run(config, "generate") as context:
+        generate_predictions(context)
+        print_report(context.directory)
+
+
+def export(place: StoragePath, output: Path) -> None:
+    """Write the trained model of a run directory as one Hugging Face model, adapters merged."""
+    from raysft.models.adapters import merge
+
+    with retry_for(FIRST_SECONDS):
+        is_run = (place / "config.yaml").exists()
+    if not is_run:
+        raise RequestError(f"{place}: holds no config.yaml; give a run directory, {{run.storage}}/{{run.name}}")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RequestError(f"--output {output}: is not an empty folder; choose another")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"--output {output}: cannot be created ({error.strerror}); choose another folder") from None
+    directory = RunDirectory.of(place)
+    if not place.local and not directory.is_trained():
+        raise RequestError(f"{directory.model}: holds no trained model; train first (raysft train CONFIG)")
+    try:
+        trusted = parse(yaml.safe_load((place / "config.yaml").read_text())).model.runs_code
+    except (RequestError, TypeError, ValueError, yaml.YAMLError):
+        trusted = False  # a config of another version; the model can be exported all the same
+    merge(Path(local_copy(directory.model.location)), output, trusted)
+    Terminal().line(f"exported: {output}")

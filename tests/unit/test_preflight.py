@@ -1,0 +1,187 @@
+"""Every verb refuses the same requests, in the same order, before anything starts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+
+from raysft.cli import main
+from raysft.cluster.placement import Node
+from raysft.config import load
+from raysft.errors import RequestError
+from raysft.run import preflight
+from raysft.tune.trials import combinations
+
+CONFIG = {
+    "run": {"name": "r", "storage": "runs"},
+    "model": {"path": "./none"},
+    "data": {"train": [{"name": "a", "path": "a.jsonl"}], "eval": [{"name": "b", "path": "b.jsonl"}]},
+    "generate": {"metrics": ["similarity"]},
+}
+SWEEP = "tune.space={train.learning_rate: [1.0e-4, 1.0e-3]}"
+TRAINING = ["run", "check", "prepare", "train", "tune"]
+"""Verbs that need no trained model."""
+EVERY = [*TRAINING, "evaluate", "generate"]
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text(yaml.safe_dump(CONFIG))
+
+
+@pytest.fixture
+def started(monkeypatch) -> list[str]:
+    """A cluster of two CPUs that needs no Ray; holds a name for each time that it was joined."""
+    started: list[str] = []
+
+    @contextmanager
+    def cluster(config):
+        started.append(config.run.name)
+        yield [Node(cpus=2.0)]
+
+    monkeypatch.setattr(preflight, "cluster", cluster)
+    monkeypatch.setattr(preflight, "alive_nodes", lambda: [Node(cpus=2.0)])
+    return started
+
+
+@pytest.fixture
+def refusal(capsys) -> Callable[..., str]:
+    def refusal(verb: str, *overrides: str) -> str:
+        arguments = [verb, "c.yaml", *overrides, *([SWEEP] if verb == "tune" else [])]
+        before = sorted(str(path) for path in Path("runs").rglob("*"))
+        assert main(arguments) == 2
+        line, *more = capsys.readouterr().err.splitlines()
+        assert not more
+        made = {str(path) for path in Path("runs").rglob("*")} - set(before)
+        assert made <= {"runs/cache"}, "nothing but the cache is written to"
+        return line.removeprefix("raysft: error: ")
+
+    return refusal
+
+
+def trained() -> None:
+    """Leave what a training leaves."""
+    folder = Path("runs/r/model")
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder.parent / "config.yaml").write_text(load("c.yaml").to_yaml())
+    (folder.parent / "train_results.json").write_text(json.dumps({}))
+
+
+@pytest.mark.parametrize(
+    ("verb", "overrides", "remedy"),
+    [
+        *((verb, ["generate.model=m"], "remove generate.model, or use raysft generate") for verb in ("run", "check", "tune")),
+        ("evaluate", ["data.eval=[]"], "set data.eval, or data.holdout above 0"),
+        ("generate", ["stage=pt"], "set stage=sft"),
+        ("generate", ["generate.enabled=false"], "set it to true"),
+        ("generate", ["data.eval=[]", "generate.model=m"], "set data.eval, data.holdout or generate.sources"),
+        ("tune", ["tune.metric=eval_los"], "use one of eval_loss"),
+    ],
+)  # fmt: skip
+def test_a_config_that_a_verb_can_do_nothing_with_is_refused_first(verb, overrides, remedy, refusal, started):
+    assert remedy in refusal(verb, *overrides, "run.storage=c.yaml/runs")
+    assert not started
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "generate"])
+def test_what_needs_a_trained_model_is_refused_without_one(verb, refusal, started):
+    assert "holds no trained model; train first" in refusal(verb, "train.trackers=[wandb]")
+    assert not started
+
+
+@pytest.mark.parametrize("key", ["run.storage", "data.cache"])
+@pytest.mark.parametrize("verb", TRAINING)
+def test_a_folder_that_cannot_be_created_is_refused(verb, key, refusal, started):
+    line = refusal(verb, f"{key}=c.yaml/x")
+    assert line.startswith(f"{key}: ")
+    assert line.endswith("choose another folder")
+    assert not started
+
+
+@pytest.mark.parametrize("verb", [*TRAINING, "generate"])
+def test_a_folder_with_other_files_is_refused(verb, refusal, started):
+    Path("runs/r").mkdir(parents=True)
+    Path("runs/r/notes.txt").write_text("mine")
+    line = refusal(verb, *(["generate.model=m"] if verb == "generate" else []))
+    assert line.endswith("is not empty, but holds no config.yaml; choose another run.name")
+    assert not started
+
+
+@pytest.mark.parametrize("verb", [*TRAINING, "evaluate", "generate"])
+def test_a_directory_of_another_config_is_refused(verb, refusal, started):
+    trained()
+    line = refusal(verb, "model.lora.rank=4", "generate.num_actors=9")
+    assert "belongs to another config: model.lora.rank=4 (the run has 8)" in line
+    assert not started
+
+
+def test_the_directory_of_a_training_is_refused_for_another_model(refusal, started):
+    trained()
+    assert "belongs to a training, but generate.model=m is another model" in refusal("generate", "generate.model=m")
+    assert not started
+
+
+def test_a_trial_whose_directory_is_of_another_config_is_refused(refusal, started):
+    last = Path("runs/r/trials") / combinations(load("c.yaml", [SWEEP]))[-1].name
+    last.mkdir(parents=True)
+    (last / "notes.txt").write_text("mine")
+    Path("runs/r/config.yaml").write_text(load("c.yaml", [SWEEP]).to_yaml())
+    assert "is not empty, but holds no config.yaml" in refusal("tune")
+    assert not started
+
+
+@pytest.mark.parametrize("verb", EVERY)
+def test_packages_and_metrics_that_are_missing_are_refused(verb, refusal, started, monkeypatch):
+    if verb in ("evaluate", "generate"):
+        trained()
+    monkeypatch.setattr(preflight, "missing_tracker", lambda names: "wandb" if "wandb" in names else None)
+    line = refusal(verb, "train.trackers=[wandb]", "scaling.num_workers=9")
+    assert "which is not installed; pip install 'raysft[wandb]'" in line
+    Path("wrong.py").write_text("import a_package_that_is_not_there\n")
+    line = refusal(verb, "generate.metrics=[wrong.py]", "scaling.num_workers=9")
+    assert line.startswith("generate.metrics: 'wrong.py' cannot be loaded")
+    assert not started
+
+
+@pytest.mark.parametrize("verb", EVERY)
+def test_workers_and_engines_that_fit_nowhere_are_refused_before_the_model_is_looked_for(verb, refusal, started):
+    if verb in ("evaluate", "generate"):
+        trained()
+    assert "scaling.num_workers=9" in refusal(verb, "scaling.num_workers=9", "generate.num_actors=9")
+    assert "generat" in refusal(verb, "generate.num_actors=9")
+    assert started == ["r", "r"]
+
+
+def test_generation_with_any_model_needs_engines_and_no_workers(refusal, started):
+    assert "generate.num_actors=9" in refusal("generate", "generate.model=./m", "generate.num_actors=9")
+    assert "generate.model=./m: there is no such folder" in refusal(
+        "generate", "generate.model=./m", "scaling.num_workers=9"
+    )
+    assert len(started) == 2
+
+
+@pytest.mark.parametrize("verb", TRAINING)
+def test_a_model_that_is_not_there_is_refused_before_data_is_read(verb, refusal, started):
+    assert refusal(verb) == "model.path=./none: there is no such folder"
+    assert started == ["r"]
+
+
+def test_the_model_of_every_trial_is_checked_before_data_is_read(capsys, started, monkeypatch):
+    checked: list[str] = []
+
+    def check_model_files(config, notify):
+        checked.append(config.model.path)
+        if config.model.path == "./other":
+            raise RequestError("model.path=./other: there is no such folder")
+
+    monkeypatch.setattr(preflight, "check_model_files", check_model_files)
+    assert main(["tune", "c.yaml", "tune.space={model.path: [./none, ./other]}"]) == 2
+    assert checked == ["./none", "./other"]
+    assert "model.path=./other" in capsys.readouterr().err
