@@ -17,7 +17,7 @@ from raysft.cli import main
 from raysft.config import Config, documented_fields, load
 from raysft.config.reference import SECTIONS
 from raysft.errors import RequestError, RunFailed
-from raysft.run import pipeline
+from raysft.run import pipeline, verbs
 from tests.messages import holds
 
 HEAVY = ("torch", "ray", "deepspeed", "transformers", "peft", "datasets", "pyarrow")
@@ -170,7 +170,7 @@ sys.exit(main(["run", "{config}"]))
 )
 def test_overrides_may_stand_before_and_after_options(config, monkeypatch, arguments):
     seen = []
-    monkeypatch.setattr(pipeline, "show", lambda config, rows, page: seen.append((config.train.epochs, rows)))
+    monkeypatch.setattr(verbs, "show", lambda config, rows, page: seen.append((config.train.epochs, rows)))
     assert main(arguments) == 0
     assert seen == [(2, 2)]
 

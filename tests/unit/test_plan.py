@@ -215,5 +215,5 @@ def test_a_plan_counts_steps_rows_tokens_and_what_is_empty(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("workers", [0, -1, True, 1.5, "2", [2, 1], [0, 2], [1], [1, 2, 3], [1, "2"], []])
 def test_a_number_of_workers_is_one_or_two_positive_numbers(workers):
-    with pytest.raises(RequestError, match=r"^config: scaling.num_workers=.*: is neither a positive number nor"):
+    with pytest.raises(RequestError, match=r"^config: scaling.num_workers=.*: must be a positive number or "):
         scaled(num_workers=workers)

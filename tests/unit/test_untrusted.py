@@ -109,11 +109,11 @@ def test_yaml_that_calls_python_is_refused_in_one_line(capsys, verb):
     Path("c.yaml").write_text(f"{yaml.safe_dump(CONFIG)}train: {CALL}\n")
     assert main([verb, "c.yaml"]) == 2
     told = capsys.readouterr().err
-    assert "c.yaml:8: no valid YAML (could not determine a constructor" in told
+    assert "c.yaml:8: invalid YAML (could not determine a constructor" in told
     assert told.count("\n") == 1
     Path("c.yaml").write_text(yaml.safe_dump(CONFIG))
     assert main([verb, "c.yaml", f"train={CALL}"]) == 2
-    assert "the value is no YAML scalar, list or mapping" in capsys.readouterr().err
+    assert "the value is not valid YAML" in capsys.readouterr().err
 
 
 def test_a_run_directorys_config_and_a_corpus_that_call_python_are_refused(capsys):
