@@ -1,4 +1,4 @@
-"""A run directory becomes metrics, plots, a model card, a page, and the summary that a run ends with."""
+"""Reports: plots, a model card, an HTML page and a summary, made from the files of a run."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ __all__ = ["report"]
 
 
 def report(run: RunDirectory) -> str:
-    """Write ``trainer_state.json``, the plots, the model card and ``report.html`` from what a run left in its directory.
+    """Write ``trainer_state.json``, the plots, the model card and ``report.html`` into a run directory.
 
-    Where only predictions of another model are, there is no model that a card would be of.
-
-    It needs nothing but the directory, and may be repeated at any time, also while the run goes on.
+    It reads nothing but the directory, and may be repeated at any time, also while the run is in progress. A run that only
+    generates with another model gets no model card.
 
     Returns:
-        The summary for the terminal: before and after, samples, and which file holds what. Coloured if stdout is a
-        terminal, plain text of at most 100 columns otherwise.
+        The summary for the terminal: results before and after training, warnings, samples and files. It is coloured if
+        stdout is a terminal, and plain text of at most 100 columns otherwise.
 
     Raises:
-        RequestError: ``run.path`` is no run directory.
+        RequestError: ``run.path`` is not a run directory.
         RunFailed: a file of the run is corrupt; the message names it and the line.
     """
     log = read_run(run)

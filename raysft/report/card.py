@@ -12,7 +12,8 @@ import yaml
 
 from raysft.report.comparison import INTERVALS, compare, compare_predictions, unfinished
 from raysft.report.read_run import RunLog
-from raysft.report.run_facts import planned, went
+from raysft.report.run_facts import plan_facts, training_facts
+from raysft.report.text import masked
 
 _PACKAGES = ("raysft", "ray", "torch", "transformers", "peft", "deepspeed")
 
@@ -29,11 +30,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("model", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("model")
 """
-_ASK = """\
+_CHAT_PROMPT = """\
 messages = [{"role": "user", "content": "Hello!"}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 """
-_CONTINUE = """\
+_TEXT_PROMPT = """\
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 """
 _GENERATE = """\
@@ -46,178 +47,38 @@ def model_card(log: RunLog, plots: list[Path]) -> str:
     """The card as Markdown.
 
     Args:
-        plots: plots of this run; the training curve is shown if it is among them.
+        log: what the run wrote.
+        plots: plots of this run; the card shows the training loss if it is among them.
     """
     sections = [
         _front_matter(log),
         f"# {log.name}",
-        _opening(log),
+        _introduction(log),
         _results(log),
         "![Training loss](training_loss.png)" if "training_loss.png" in {plot.name for plot in plots} else "",
-        _use(log),
+        _usage(log),
         _data(log),
-        _table("Training", ("setting", "value"), _settings(log)),
-        _table("Plan", ("", ""), planned(log)),
-        _table("How it went", ("", ""), went(log)),
-        _table("Versions", ("package", "installed where this card was written"), versions()),
-        "[`report.html`](report.html) shows curves, predictions beside their references and the data of this run.",
-        "`raysft run config.yaml run.storage=FOLDER` with the config beside this card trains it again.",
+        _table("Training settings", ("setting", "value"), _settings(log)),
+        _table("Planned", ("", ""), plan_facts(log)),
+        _table("Measured", ("", ""), training_facts(log)),
+        _table("Versions", ("package", "version"), versions()),
+        "[`report.html`](report.html) shows the curves, predictions beside their references, and the data.",
+        "To reproduce this run, use the `config.yaml` beside this card: `raysft run config.yaml run.storage=FOLDER`.",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def masked(location: Any) -> str:
-    """A path without what may be secret: credentials and the query of a URI.
+def adapter_name(adapter: str) -> str:
+    """Name of an adapter as papers write it.
 
-    >>> masked("s3://key:secret@bucket/chats.jsonl?endpoint_override=host")
-    's3://***@bucket/chats.jsonl?***'
-    >>> masked("data/part-?.jsonl")
-    'data/part-?.jsonl'
+    >>> adapter_name("lora"), adapter_name("oft")
+    ('LoRA', 'OFT')
     """
-    text = str(location)
-    if "://" not in text:
-        return text
-    # A secret may hold slashes and @ that should have been escaped: with a colon all up to the last @ is masked.
-    text = re.sub(r"://(?:[^@/]*:.*@|[^@/]*@)", "://***@", text)
-    return re.sub(r"[?#].*", "?***", text)
-
-
-def _front_matter(log: RunLog) -> str:
-    base = str(log.option("model.path", ""))
-    front: dict[str, Any] = {}
-    # The Hub refuses a card whose base_model is no id of its own; another base is named in the text.
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists() and not base.endswith(".gguf"):
-        front["base_model"] = base
-    front |= {
-        "library_name": "peft" if _is_adapter(log) else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["raysft", str(log.option("stage", "sft")), str(log.option("model.finetuning", "full"))],
-    }
-    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---"
-
-
-def _opening(log: RunLog) -> str:
-    what = "A LoRA adapter of" if _is_adapter(log) else "All weights of"
-    how = "continued in pre-training on" if log.option("stage") == "pt" else "fine-tuned on"
-    names = ", ".join(_code(source.get("name", "?")) for source in log.sources("train")) or "unnamed data"
-    base = _code(masked(log.option("model.path", "?")))
-    last = log.steps[-1] if log.steps else {}
-    done, total = last.get("current_steps", 0), last.get("total_steps", 0)
-    partly = f" The run stands at step {done:,} of {total:,}." if isinstance(total, int) and done < total else ""
-    text = f"{what} {base}, {how} {names} with [Ray](https://www.ray.io) by raysft.{partly}"
-    return text if log.steps else f"{text} No step of training is logged yet."
-
-
-def _results(log: RunLog) -> str:
-    """The before/after table, and how the text was generated that was scored."""
-    rows = compare(log)
-    table = [(row.label, row.shown_before, row.shown_after, row.change) for row in rows]
-    text = _table("Results", ("measure", "before", "after", "change"), table)
-    if unfinished(log) and rows:
-        text += f"\n\n{unfinished(log)}"
-    if any(row.after_interval for row in rows):
-        text += f"\n\nIn brackets: {INTERVALS}."
-    signatures = [
-        f"{match[1]} {_code(str(value))}"
-        for key, value in log.predicted.items()
-        if (match := re.fullmatch(r"predict_(\w+)_signature", key))
-    ]
-    if signatures:
-        text += f"\n\nSettings, as sacreBLEU writes them: {', '.join(signatures)}."
-    if compare_predictions(log):
-        option = log.option
-        sampling = (
-            f"temperature {option('generate.temperature')}, top-p {option('generate.top_p')}, "
-            f"top-k {option('generate.top_k')}"
-            if option("generate.do_sample")
-            else "the most probable token each time"
-        )
-        text += f"\n\nText was generated with {sampling}, at most {option('generate.max_new_tokens')} new tokens."
-    return text
-
-
-def _use(log: RunLog) -> str:
-    """How to load the model, for this case."""
-    load = _LOAD_ADAPTER if _is_adapter(log) else _LOAD_MODEL
-    if log.option("model.path") in log.option("model.trust_remote_code", []):
-        load = load.replace('"model"', '"model", trust_remote_code=True')
-    ask = _CONTINUE if log.option("stage") == "pt" else _ASK
-    text = f"## Use\n\n`model` is the folder beside this card.\n\n```python\n{load}\n{ask}{_GENERATE}```"
-    if _is_adapter(log):
-        text += (
-            "\n\nThe base model is the one that `model/adapter_config.json` names as `base_model_name_or_path`. If it "
-            'lies elsewhere, load it first and put the adapter on it: `PeftModel.from_pretrained(base, "model")`.'
-        )
-    return text
-
-
-def _data(log: RunLog) -> str:
-    """Which sources were trained and evaluated on."""
-    rows = []
-    for use, part, planned_as in (("train", "train", "sources"), ("evaluation", "eval", "evaluation")):
-        counts = log.plan.get(planned_as)
-        for source in log.sources(part):
-            paths = source.get("path", "")
-            path = ", ".join(masked(each) for each in (paths if isinstance(paths, list) else [paths]))
-            first, drawn = source.get("max_examples"), source.get("num_samples")
-            of = counts.get(source.get("name")) if isinstance(counts, dict) else None
-            examples = of.get("examples") if isinstance(of, dict) else None
-            chosen = f"the first {first:,}" if first else f"{drawn:,} drawn at random" if drawn else ""
-            size = f"{examples:,}" if isinstance(examples, int) else chosen
-            rows.append((str(source.get("name", "")), use, _code(path), size))
-    text = _table("Data", ("source", "used for", "path", "examples"), rows)
-    holdout = log.option("data.holdout", 0)
-    if text and holdout:
-        text += f"\n\n{100 * holdout:g}% of each training source was kept out of training and evaluated on."
-    return text
-
-
-def _settings(log: RunLog) -> list[tuple[str, str]]:
-    """The settings that decide what was learned."""
-    option = log.option
-    rows: list[tuple[str, Any]] = [("finetuning", option("model.finetuning"))]
-    if _is_adapter(log):
-        rank = option("model.lora.rank")
-        alpha = option("model.lora.alpha", 2 * rank if isinstance(rank, int) else None)
-        target = option("model.lora.target", "all")
-        modules = "all linear layers but the head" if target == "all" else target
-        rows += [("LoRA rank", rank), ("LoRA alpha", alpha), ("LoRA dropout", option("model.lora.dropout"))]
-        rows += [("LoRA modules", ", ".join(modules) if isinstance(modules, list) else modules)]
-    rows += [
-        ("learning rate", option("train.learning_rate")),
-        (
-            "schedule",
-            f"{option('train.schedule')}, warm-up over {100 * option('train.warmup_ratio', 0):g}% of the steps",
-        ),
-        ("optimizer", f"{option('train.optimizer')}, betas {option('train.betas')}, epsilon {option('train.epsilon')}"),
-        ("weight decay", option("train.weight_decay")),
-        ("gradient clipping", option("train.max_grad_norm")),
-        ("loss", option("train.loss")),
-        ("rows per step", option("train.global_batch_size")),
-        ("tokens per row", option("data.sequence_length")),
-        ("packing", option("data.packing")),
-        ("epochs", option("train.epochs")),
-        ("most steps", option("train.max_steps")),
-        ("type of the weights", _dtype(log)),
-        ("workers", _workers(option("scaling.num_workers"))),
-        ("ZeRO stage", option("train.zero_stage")),
-        ("seed", option("run.seed")),
-    ]
-    return [(label, str(value)) for label, value in rows if value is not None]
-
-
-def _workers(asked: Any) -> Any:
-    return " to ".join(map(str, asked)) if isinstance(asked, list) else asked
-
-
-def _dtype(log: RunLog) -> Any:
-    if log.option("model.dtype", "auto") != "auto":
-        return log.option("model.dtype")
-    return "bfloat16" if log.option("scaling.use_gpu") else "float32"
+    return {"lora": "LoRA"}.get(adapter, adapter.upper())
 
 
 def versions() -> list[tuple[str, str]]:
-    """Packages and their versions, here and now."""
+    """Packages and their versions in the environment that writes the report."""
     rows = [("Python", platform.python_version())]
     for package in _PACKAGES:
         try:
@@ -227,8 +88,158 @@ def versions() -> list[tuple[str, str]]:
     return rows
 
 
-def _is_adapter(log: RunLog) -> bool:
-    return log.option("model.finetuning") == "lora"
+def _front_matter(log: RunLog) -> str:
+    base = str(log.option("model.path", ""))
+    front: dict[str, Any] = {}
+    # The Hub refuses a card whose base_model is not a Hub id. The text names any other base.
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists() and not base.endswith(".gguf"):
+        front |= {"base_model": base, "base_model_relation": "adapter" if log.adapter else "finetune"}
+    front |= {
+        "library_name": log.library,
+        "pipeline_tag": "text-generation",
+        "tags": ["raysft", str(log.option("stage", "sft")), log.finetuning],
+    }
+    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---"
+
+
+def _introduction(log: RunLog) -> str:
+    base = _code(masked(log.option("model.path", "?")))
+    data = ", ".join(_code(source.get("name", "?")) for source in log.sources("train")) or "unnamed data"
+    method = "continued pre-training" if log.option("stage") == "pt" else "supervised fine-tuning"
+    if log.adapter:
+        article = "a" if log.adapter == "lora" else "an"
+        model = f"This is {article} {adapter_name(log.adapter)} adapter for {base}, trained by {method} on {data}"
+    elif log.finetuning == "freeze":
+        model = f"This model is {base} after {method} of some of its layers on {data}"
+    else:
+        model = f"This model is {base} after {method} of all its weights on {data}"
+    text = f"{model}, with raysft on [Ray](https://www.ray.io)."
+    if not log.steps:
+        return f"{text} No training step is logged yet."
+    done, total = log.steps[-1]["current_steps"], log.steps[-1].get("total_steps")
+    unfinished = isinstance(total, int) and done < total
+    return f"{text} Training has reached step {done:,} of {total:,}." if unfinished else text
+
+
+def _results(log: RunLog) -> str:
+    """The before/after table, and how the scored text was generated."""
+    rows = compare(log)
+    table = [(row.label, row.shown_before, row.shown_after, row.change) for row in rows]
+    text = _table("Results", ("metric", "before", "after", "change"), table)
+    if unfinished(log) and rows:
+        text += f"\n\n{unfinished(log)}"
+    if any(row.after_interval for row in rows):
+        text += f"\n\nValues in brackets are {INTERVALS}."
+    signatures = {str(row.get("metric")): _code(str(row["signature"])) for row in log.metrics if row.get("signature")}
+    if signatures:
+        listed = ", ".join(f"{metric} {signature}" for metric, signature in signatures.items())
+        text += f"\n\nsacreBLEU signatures: {listed}."
+    if compare_predictions(log):
+        option = log.option
+        sampling = (
+            f"sampling (temperature {option('generate.temperature')}, top-p {option('generate.top_p')}, "
+            f"top-k {option('generate.top_k')})"
+            if option("generate.do_sample")
+            else "greedy decoding"
+            if option("generate.num_beams", 1) == 1
+            else f"beam search ({option('generate.num_beams')} beams)"
+        )
+        text += f"\n\nPredictions were generated by {sampling}, with at most {option('generate.max_new_tokens')} new tokens."
+    return text
+
+
+def _usage(log: RunLog) -> str:
+    """How to load this model and generate with it."""
+    load = _LOAD_ADAPTER if log.adapter else _LOAD_MODEL
+    if log.option("model.path") in log.option("model.trust_remote_code", []):
+        load = load.replace('"model"', '"model", trust_remote_code=True')
+    prompt = _TEXT_PROMPT if log.option("stage") == "pt" else _CHAT_PROMPT
+    text = f"## Usage\n\n`model` is the folder beside this card.\n\n```python\n{load}\n{prompt}{_GENERATE}```"
+    if log.adapter:
+        text += (
+            "\n\nThe base model is `base_model_name_or_path` in `model/adapter_config.json`. If it is stored elsewhere, load it "
+            'first and add the adapter: `PeftModel.from_pretrained(base, "model")`.'
+        )
+    return text
+
+
+def _data(log: RunLog) -> str:
+    """The sources of the training and the evaluation."""
+    rows = []
+    for use, part, plan_key in (("training", "train", "sources"), ("evaluation", "eval", "evaluation")):
+        planned = log.plan.get(plan_key)
+        for source in log.sources(part):
+            paths = source.get("path", "")
+            path = ", ".join(masked(path) for path in (paths if isinstance(paths, list) else [paths]))
+            first, sampled = source.get("max_examples"), source.get("num_samples")
+            plan = planned.get(source.get("name")) if isinstance(planned, dict) else None
+            examples = plan.get("examples") if isinstance(plan, dict) else None
+            limit = f"the first {first:,}" if first else f"{sampled:,} at random" if sampled else ""
+            size = f"{examples:,}" if isinstance(examples, int) else limit
+            rows.append((str(source.get("name", "")), use, _code(path), size))
+    text = _table("Data", ("source", "used for", "path", "examples"), rows)
+    holdout = log.option("data.holdout", 0)
+    if text and holdout:
+        text += f"\n\n{100 * holdout:g}% of each training source was held out for evaluation."
+    return text
+
+
+def _settings(log: RunLog) -> list[tuple[str, str]]:
+    """The settings that decide what the model learns. Those that raysft resolves come from the plan."""
+    option, resolved = log.option, log.resolved.get
+    betas = option("train.betas")
+    rows: list[tuple[str, Any]] = [
+        ("fine-tuning", log.finetuning),
+        *_method_settings(log),
+        ("learning rate", resolved("learning_rate")),
+        (
+            "LR schedule",
+            f"{option('train.schedule')}, warm-up over {100 * option('train.warmup_ratio', 0):g}% of the steps",
+        ),
+        (
+            "optimizer",
+            f"{option('train.optimizer')}, betas {tuple(betas) if isinstance(betas, list) else betas}, "
+            f"epsilon {option('train.epsilon')}",
+        ),
+        ("weight decay", option("train.weight_decay")),
+        ("gradient clipping", option("train.max_grad_norm")),
+        ("loss", option("train.loss")),
+        ("rows per step", resolved("global_batch_size")),
+        ("tokens per row", option("data.sequence_length")),
+        ("packing", option("data.packing")),
+        ("epochs", option("train.epochs")),
+        ("max. steps", option("train.max_steps")),
+        ("dtype of the weights", resolved("dtype")),
+        ("attention", resolved("attention")),
+        ("workers", resolved("workers")),
+        ("ZeRO stage", resolved("zero_stage")),
+        ("seed", option("run.seed")),
+    ]
+    return [(label, str(value)) for label, value in rows if value is not None]
+
+
+def _method_settings(log: RunLog) -> list[tuple[str, Any]]:
+    """Settings of the adapter, or of the layers that are trained."""
+    option = log.option
+    if log.adapter:
+        name, section = adapter_name(log.adapter), f"model.{log.adapter}"
+        target = option(f"{section}.target", "all")
+        modules = "all linear layers except the output head" if target == "all" else target
+        return [
+            (f"{name} rank", option(f"{section}.rank")),
+            (f"{name} alpha", log.resolved.get("lora_alpha")),
+            (f"{name} block size", option(f"{section}.block_size")),
+            (f"{name} dropout", option(f"{section}.dropout")),
+            (f"{name} modules", ", ".join(modules) if isinstance(modules, list) else modules),
+        ]
+    layers = option("model.freeze.layers")
+    if log.finetuning == "freeze" and isinstance(layers, int):
+        modules = option("model.freeze.modules", "all")
+        return [
+            ("trained layers", f"the {'last' if layers > 0 else 'first'} {abs(layers)}"),
+            ("trained modules", ", ".join(modules) if isinstance(modules, list) else modules),
+        ]
+    return []
 
 
 def _table(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

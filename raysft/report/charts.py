@@ -1,90 +1,89 @@
-"""The curves of a run, for the page."""
+"""The charts of a run, for the page."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from raysft.report.curves import Chart, Drawing, Line
-from raysft.report.predictions import visible
 from raysft.report.read_run import RunLog, finite, series
+from raysft.report.text import visible
+
+MAX_SOURCES = 6
+"""Number of sources whose training loss is drawn: the page has so many colours."""
 
 
 def loss_charts(log: RunLog) -> list[Drawing]:
-    """The training loss with the evaluations, once for a wide page and once for a narrow one."""
+    """Training and evaluation loss, once for a wide page and once for a narrow one."""
     steps, values = series(log.steps, "loss")
     lines = [Line("training", steps, values, 0, noisy=True)] if steps else []
-    at, points = series(log.evaluations, "eval_loss")
-    lines += [Line("evaluation", at, points, 1)] if at else []
-    missing = _missing(log, "loss")
+    eval_steps, eval_values = series(log.evaluations, "eval_loss")
+    lines += [Line("evaluation", eval_steps, eval_values, 1)] if eval_steps else []
     if not lines:
         return []
-    title = "Loss, nats per token"
+    missing = _missing(log, "loss")
+    sizes = ((940, 340), (440, 280))
     return [
-        Drawing(Chart(title, lines, missing, width=width, height=height)) for width, height in ((940, 340), (440, 280))
+        Drawing(Chart("Loss, nats per token", lines, missing, width=width, height=height)) for width, height in sizes
     ]
 
 
 def small_charts(log: RunLog) -> list[Drawing]:
-    """The small charts."""
-    charts, sets = [], log.evaluation_sets
-    for measure, title, scale in (
-        ("loss", "Evaluation loss, nats per token", 1),
-        ("accuracy", "Token accuracy on the evaluation data, %", 100),
-    ):
-        keys = [("all sets" if sets else "evaluation", f"eval_{measure}", 1)]
-        keys += [(name, f"eval_{name}_{measure}", 2 + place) for place, name in enumerate(sets)]
-        charts.append((title, log.evaluations, keys, scale, False, False))
-    several = list(dict.fromkeys(name for record in log.steps for name in record.get("source_losses") or {}))
-    by_source = (
-        [{"current_steps": record["current_steps"], **(record.get("source_losses") or {})} for record in log.steps]
-        if several
-        else []
-    )
-    charts += [
-        (
-            "Training loss of each source",
-            by_source,
-            [(name, name, place) for place, name in enumerate(several[:6])],
-            1,
-            True,
-            False,
-        ),
-        ("Learning rate", log.steps, [("learning rate", "lr", 3)], 1, False, True),
-        ("Gradient norm", log.steps, [("gradient norm", "grad_norm", 4)], 1, True, True),
-        ("Tokens per second, without padding", log.steps, [("tokens/s", "throughput", 2)], 1, True, True),
-        ("Model FLOPs utilisation, %", log.steps, [("MFU", "mfu", 5)], 100, True, True),
-        (
-            "Seconds a step",
-            log.steps,
-            [("whole step", "step_seconds", 0), ("waiting for data", "data_wait_seconds", 1)],
-            1,
-            True,
-            True,
-        ),
-        ("Memory, GiB", log.steps, [("memory", "memory_gib", 5)], 1, False, True),
+    """All other charts that have data."""
+    step_seconds = [("step", "step_seconds", 0), ("waiting for data", "data_wait_seconds", 1)]
+    charts = [
+        _evaluation_chart(log, "Evaluation loss, nats per token", "loss"),
+        _evaluation_chart(log, "Token accuracy on the evaluation sets, %", "accuracy", scale=100),
+        _source_chart(log),
+        _step_chart(log, "Learning rate", [("learning rate", "lr", 3)], noisy=False),
+        _step_chart(log, "Gradient norm", [("gradient norm", "grad_norm", 4)]),
+        _step_chart(log, "Tokens per second, without padding", [("tokens/s", "throughput", 2)]),
+        _step_chart(log, "Model FLOPs utilization (MFU), %", [("MFU", "mfu", 5)], scale=100),
+        _step_chart(log, "Seconds per step", step_seconds),
+        _step_chart(log, "Memory, GiB", [("memory", "memory_gib", 5)], noisy=False),
     ]
-    drawn = (_chart(log, *arguments) for arguments in charts)
-    return [Drawing(chart) for chart in drawn if chart]
+    return [Drawing(chart) for chart in charts if chart]
 
 
-def _chart(
-    log: RunLog,
-    title: str,
-    records: list[dict[str, Any]],
-    keys: list[tuple[str, str, int]],
-    scale: float,
-    noisy: bool,
-    from_zero: bool,
+def _evaluation_chart(log: RunLog, title: str, result: str, scale: float = 1) -> Chart | None:
+    """One result of the evaluations, over all sets and, if there are several, for each of them."""
+    sets = log.evaluation_sets
+    keys = [("all sets" if sets else "evaluation", f"eval_{result}", 1)]
+    keys += [(name, f"eval_{name}_{result}", 2 + index) for index, name in enumerate(sets)]
+    lines = _lines(log.evaluations, keys, scale, noisy=False)
+    return Chart(title, lines) if lines else None
+
+
+def _source_chart(log: RunLog) -> Chart | None:
+    """The training loss of each source, if the run logs it."""
+    records = [
+        {"current_steps": record["current_steps"], **record["source_losses"]}
+        for record in log.steps
+        if record.get("source_losses")
+    ]
+    names = list(dict.fromkeys(name for record in records for name in record if name != "current_steps"))[:MAX_SOURCES]
+    lines = _lines(records, [(name, name, index) for index, name in enumerate(names)], 1, noisy=True)
+    return Chart("Training loss by source, nats per token", lines) if lines else None
+
+
+def _step_chart(
+    log: RunLog, title: str, keys: list[tuple[str, str, int]], scale: float = 1, noisy: bool = True
 ) -> Chart | None:
-    lines = []
-    for label, key, colour in keys:
-        steps, values = series(records, key)
-        if steps:
-            lines.append(Line(visible(label), steps, [scale * value for value in values], colour, noisy))
+    """Values of the steps, with the axis from zero."""
+    lines = _lines(log.steps, keys, scale, noisy)
     missing = _missing(log, "grad_norm") if any(key == "grad_norm" for _, key, _ in keys) else ()
-    return Chart(title, lines, missing, from_zero) if lines else None
+    return Chart(title, lines, missing, from_zero=True) if lines else None
+
+
+def _lines(records: list[dict[str, Any]], keys: list[tuple[str, str, int]], scale: float, noisy: bool) -> list[Line]:
+    """A line for each (label, key, colour) that has values."""
+    found = ((label, color, *series(records, key)) for label, key, color in keys)
+    return [
+        Line(visible(label), steps, [scale * value for value in values], color, noisy)
+        for label, color, steps, values in found
+        if steps
+    ]
 
 
 def _missing(log: RunLog, key: str) -> list[int]:
-    """Steps whose value is logged and not finite."""
+    """Steps at which a value is logged, but not finite."""
     return [record["current_steps"] for record in log.steps if key in record and finite(record[key]) is None]

@@ -1,116 +1,117 @@
-"""Before and after: the same measures of the model as it came and as it was trained."""
+"""Results before and after training, side by side."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from raysft.report.read_run import RunLog, finite
+from raysft.report.text import visible
 
-Kind = Literal["loss", "perplexity", "share", "score", "other"]
+INTERVALS = "95% confidence intervals, bootstrapped over the examples"
+"""The meaning of the brackets after a value."""
 
-_DECIMALS: dict[Kind, int] = {"loss": 4, "perplexity": 2, "score": 2, "other": 4}
-
-INTERVALS = "95% intervals, by bootstrap over the examples"
-"""What stands in brackets behind a value."""
-
-_NO_QUALITY = re.compile(r"(?:.*_)?(?:count|examples|prompts|runtime|samples|second|seconds|steps|time|tokens)")
-"""Names of results that say how much or how long and not how well."""
+_EFFORT_UNITS = ("examples", "seconds", "tokens/second")
+"""Units of metric rows that measure size or speed, not quality."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One measure before and after training."""
+    """One metric before and after training."""
 
-    label: str
-    kind: Kind
+    metric: str
+    """Its name as people write it."""
     before: float | None
     after: float
     before_interval: tuple[float, float] | None = None
-    """Ends of its 95% interval, where it has one."""
+    """Ends of the 95% interval; None if the metric has none."""
     after_interval: tuple[float, float] | None = None
     source: str = ""
-    """The source that it was measured on; empty over all of them."""
+    """Name of the source that it was measured on; empty for all sources together."""
+    unit: str = ""
+    """``nats``, ``perplexity``, ``fraction`` (0 to 1, shown in percent), ``points`` (0 to 100), or empty if unknown."""
+    higher_is_better: bool | None = None
+    """None if unknown."""
 
     @property
-    def measure(self) -> str:
-        """The label without the source."""
-        return self.label.removesuffix(f", {self.source}") if self.source else self.label
+    def label(self) -> str:
+        """Name of the metric, and of the source if it is not over all of them."""
+        return f"{self.metric}, {self.source}" if self.source else self.metric
 
     @property
     def change(self) -> str:
-        """Absolute change, and relative to the value before; empty where either is missing or infinite.
+        """Absolute and relative change; empty if a value is missing or infinite.
 
-        >>> Comparison("loss", "loss", 2.0, 1.5).change
+        >>> Comparison("loss", 2.0, 1.5).change
         '-0.5000 (-25.0%)'
         """
         before, after = finite(self.before), finite(self.after)
         if before is None or after is None:
             return ""
-        if self.kind == "share":
+        if self.unit == "fraction":
             absolute = f"{100 * (after - before):+.1f} points"
-        elif self.kind == "perplexity" and max(before, after) >= 1e5:
+        elif self.unit == "perplexity" and max(before, after) >= 1e5:
             absolute = f"{after - before:+.2e}"
         else:
-            absolute = f"{after - before:+.{_DECIMALS[self.kind]}f}"
+            absolute = f"{after - before:+.{self._decimals}f}"
         return f"{absolute} ({100 * (after - before) / before:+.1f}%)" if before else absolute
 
     @property
     def better(self) -> bool | None:
-        """Whether it changed for the better; None without change, or if nothing says which way is better."""
-        if self.before is None or not self.change or self.after == self.before or self.kind == "other":
+        """True if training improved the metric; None without a change, or if its direction is unknown."""
+        if self.before is None or not self.change or self.after == self.before or self.higher_is_better is None:
             return None
-        return (self.after < self.before) == (self.kind in ("loss", "perplexity"))
+        return (self.after > self.before) == self.higher_is_better
 
     @property
     def shown_before(self) -> str:
-        """The value before as text, with its interval."""
+        """The value before training as text, with its interval."""
         return self._with_interval(self.before, self.before_interval)
 
     @property
     def shown_after(self) -> str:
-        """The value after as text, with its interval.
+        """The value after training as text, with its interval.
 
-        >>> Comparison("BLEU", "score", None, 41.2, None, (39.8, 42.6)).shown_after
+        >>> Comparison("BLEU", None, 41.2, None, (39.8, 42.6), unit="points").shown_after
         '41.20 (39.80–42.60)'
         """
         return self._with_interval(self.after, self.after_interval)
 
-    def _with_interval(self, value: float | None, interval: tuple[float, float] | None) -> str:
-        return (
-            f"{self.show(value)} ({self.show(interval[0])}–{self.show(interval[1])})" if interval else self.show(value)
-        )
-
     def show(self, value: float | None) -> str:
-        """A value of this measure as text.
+        """A value of this metric as text.
 
-        >>> Comparison("token accuracy", "share", None, 0.5).show(0.5)
-        '50.0%'
+        >>> Comparison("perplexity", None, 3.0, unit="perplexity").show(12.345)
+        '12.35'
         """
         if value is None:
             return "–"
-        if finite(value) is None:
-            return str(value)
-        if self.kind == "share":
+        if self.unit == "fraction":
             return f"{100 * value:.1f}%"
-        if self.kind == "perplexity" and value >= 1e5:
+        if self.unit == "perplexity" and value >= 1e5:
             return f"{value:.2e}"
-        return f"{value:.{_DECIMALS[self.kind]}f}"
+        return f"{value:.{self._decimals}f}"
+
+    @property
+    def _decimals(self) -> int:
+        return 2 if self.unit in ("perplexity", "points") else 4
+
+    def _with_interval(self, value: float | None, interval: tuple[float, float] | None) -> str:
+        text = self.show(value)
+        return f"{text} ({self.show(interval[0])}–{self.show(interval[1])})" if interval else text
 
 
 def compare(log: RunLog) -> list[Comparison]:
-    """The rows of the before/after table; only measures that the trained model has."""
-    return [*_evaluations(log), *compare_predictions(log)]
+    """All rows of the before/after table: evaluations, then metrics of generated text."""
+    return [*compare_evaluations(log), *compare_predictions(log)]
 
 
 def unfinished(log: RunLog) -> str:
-    """Says so if "after" is not the end of the training but its last evaluation; empty otherwise."""
+    """A sentence if the values after training are those of an evaluation during training; empty otherwise."""
     if log.evaluated or not _last_evaluation(log):
         return ""
-    return (
-        f"The run has no eval_results.json: after is the evaluation at step {_last_evaluation(log)['current_steps']}."
-    )
+    step = _last_evaluation(log)["current_steps"]
+    return f'Training has not written eval_results.json: "after" shows the evaluation at step {step:,}.'
 
 
 def _last_evaluation(log: RunLog) -> dict[str, Any]:
@@ -118,70 +119,68 @@ def _last_evaluation(log: RunLog) -> dict[str, Any]:
     return last if last.get("current_steps") else {}
 
 
-def _evaluations(log: RunLog) -> list[Comparison]:
-    """Loss, perplexity and accuracy over all evaluation sets and, if there are several, for each."""
+def compare_evaluations(log: RunLog) -> list[Comparison]:
+    """Loss, perplexity and accuracy over all evaluation sets and, if there are several, for each of them."""
     after = log.evaluated or _last_evaluation(log)
     before = next((record for record in log.evaluations if record["current_steps"] == 0), {})
-    measures: tuple[tuple[str, str, Kind], ...] = (
-        ("held-out loss", "loss", "loss"),
-        ("perplexity", "perplexity", "perplexity"),
-        ("token accuracy", "accuracy", "share"),
+    metrics = (
+        ("evaluation loss", "loss", "nats", False),
+        ("perplexity", "perplexity", "perplexity", False),
+        ("token accuracy", "accuracy", "fraction", True),
     )
     rows = []
     for name in ("", *log.evaluation_sets):
         prefix = f"eval_{name}_" if name else "eval_"
-        for label, key, kind in measures:
+        for metric, key, unit, higher_is_better in metrics:
             value = _number(after.get(prefix + key))
             if value is not None:
-                full_label = f"{label}, {name}" if name else label
-                rows.append(Comparison(full_label, kind, _number(before.get(prefix + key)), value, source=name))
+                value_before = _number(before.get(prefix + key))
+                rows.append(
+                    Comparison(metric, value_before, value, source=name, unit=unit, higher_is_better=higher_is_better)
+                )
     return rows
 
 
 def compare_predictions(log: RunLog) -> list[Comparison]:
-    """Metrics of generated text: ``predict_X`` after, ``base_predict_X`` before."""
-    found = []
-    for key, value in log.predicted.items():
-        metric = key.removeprefix("predict_")
-        number = _number(value)
-        if metric == key or number is None or _NO_QUALITY.fullmatch(metric) or _is_end(key, log):
-            continue
-        source = _source_of(metric, log)
-        metric = metric.removeprefix(f"{source}_") if source else metric
-        label = _metric_label(metric)
-        full_label = f"{label}, {source}" if source else label
-        base, ends = f"base_{key}", (_interval(f"base_{key}", log), _interval(key, log))
-        row = Comparison(full_label, _kind(metric), _number(log.predicted.get(base)), number, *ends, source=source)
-        # First over all sources; ROUGE before BLEU, as everywhere in the literature, and other metrics after them.
-        found.append(((source, 0 if "rouge" in metric else 1 if "bleu" in metric else 2, metric), row))
-    return [row for _, row in sorted(found, key=lambda item: item[0])]
+    """Metrics of generated text, those over all sources first."""
+    before: dict[tuple[str, str], dict[str, Any]] = {}
+    after: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in log.metrics:
+        if row.get("unit") not in _EFFORT_UNITS and _number(row.get("value")) is not None:
+            rows = before if row.get("model") == "base" else after
+            rows[str(row.get("source") or ""), str(row.get("metric"))] = row
+    return [_comparison(after[key], before.get(key, {})) for key in sorted(after, key=_order)]
 
 
-def _interval(key: str, log: RunLog) -> tuple[float, float] | None:
-    """Ends of the 95% interval of a result, if it has one."""
-    low, high = (finite(log.predicted.get(f"{key}_{end}")) for end in ("low", "high"))
+def _order(key: tuple[str, str]) -> tuple[str, int, str]:
+    """By source; ROUGE before BLEU, as papers list them, and other metrics after both."""
+    source, metric = key
+    return source, 0 if "rouge" in metric else 1 if "bleu" in metric else 2, metric
+
+
+def _comparison(after: dict[str, Any], before: dict[str, Any]) -> Comparison:
+    better = after.get("higher_is_better")
+    return Comparison(
+        metric=visible(_metric_name(str(after["metric"]))),
+        before=_number(before.get("value")),
+        after=float(after["value"]),
+        before_interval=_interval(before),
+        after_interval=_interval(after),
+        source=visible(str(after.get("source") or "")),
+        unit=str(after.get("unit") or ""),
+        higher_is_better=better if isinstance(better, bool) else None,
+    )
+
+
+def _interval(row: dict[str, Any]) -> tuple[float, float] | None:
+    low, high = finite(row.get("low")), finite(row.get("high"))
     return None if low is None or high is None else (low, high)
 
 
-def _is_end(key: str, log: RunLog) -> bool:
-    """Whether a result is an end of the interval of another."""
-    of = re.sub("_(low|high)$", "", key)
-    return of != key and of in log.predicted and _interval(of, log) is not None
+def _metric_name(metric: str) -> str:
+    """Name of a metric as people write it. ``rouge1`` and the like stay as ``rouge_score`` writes them.
 
-
-def _source_of(metric: str, log: RunLog) -> str:
-    """The source whose name a result begins with; empty if it is over all of them."""
-    names = {str(source.get("name")) for part in ("eval", "train") for source in log.sources(part)}
-    # The sources of a registry stand in the plan alone.
-    planned = (log.plan.get(part) for part in ("sources", "evaluation", "generation"))
-    names |= {name for part in planned if isinstance(part, dict) for name in part}
-    return max((name for name in names if metric.startswith(f"{name}_")), key=len, default="")
-
-
-def _metric_label(metric: str) -> str:
-    """A metric's name as people write it; ``rouge1`` and its like are what ``rouge_score`` calls its own.
-
-    >>> _metric_label("rouge-l"), _metric_label("bleu"), _metric_label("exact_match")
+    >>> _metric_name("rouge-l"), _metric_name("bleu"), _metric_name("exact_match")
     ('ROUGE-L', 'BLEU', 'exact match')
     """
     if re.fullmatch(r"(rouge|bleu)-\w+|bleu", metric):
@@ -189,12 +188,6 @@ def _metric_label(metric: str) -> str:
     return {"bleu_zh": "BLEU zh", "chrf": "chrF"}.get(metric, metric.replace("_", " "))
 
 
-def _kind(metric: str) -> Kind:
-    if metric == "exact_match":
-        return "share"
-    return "score" if re.fullmatch(r"(rouge|bleu)-\w+|rouge(\d|L|Lsum)|bleu|bleu_zh|chrf", metric) else "other"
-
-
 def _number(value: Any) -> float | None:
-    """A number, infinite ones included: that a perplexity overflowed is a result."""
+    """A number, also an infinite one: an overflowing perplexity is a result."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

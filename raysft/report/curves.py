@@ -1,4 +1,4 @@
-"""Curves as SVG inside the page: thinned so that no spike is lost, readable without a script."""
+"""Line charts as inline SVG. Points are thinned without losing spikes, and values can be read without a script."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from markupsafe import Markup
 
 from raysft.report.plots import smooth
 
-FEW = 40
-"""Up to as many points get a mark each."""
-COLUMNS_OF_TITLES = 80
-"""Parts of the width that say their values when pointed at."""
+MAX_DOTS = 40
+"""Largest number of points that are drawn as dots."""
+TOOLTIP_COLUMNS = 80
+"""Number of columns with a tooltip."""
 LEFT, RIGHT, TOP, BOTTOM = 52, 18, 10, 34
-"""Margins of a chart; at the left and at the bottom stand the figures of its axes."""
+"""Margins of a chart. The labels of the axes are in the left and bottom ones."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,15 @@ class Line:
     label: str
     steps: Sequence[int]
     values: Sequence[float]
-    colour: int = 0
-    """Which of the page's colours."""
+    color: int = 0
+    """Index of one of the page's colors."""
     noisy: bool = False
-    """Draw the values light and their smoothed course bold."""
+    """Draw the values light and a smoothed curve bold."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves over the same steps."""
+    """Lines over the same steps."""
 
     title: str
     lines: list[Line]
@@ -46,12 +46,12 @@ class Chart:
 
 
 def thin(steps: np.ndarray, values: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray]:
-    """The lowest and the highest point of each column, in the order of the steps: what a curve of all points looks like.
+    """Keep the lowest and the highest point of each column, so that the curve looks as if all points were drawn.
 
     Args:
         steps: [points] increasing.
         values: [points] finite.
-        columns: of pixels.
+        columns: number of pixel columns.
 
     >>> thin(np.arange(1000), np.eye(1, 1000, 7)[0], columns=10)[1].max()
     np.float64(1.0)
@@ -66,13 +66,13 @@ def thin(steps: np.ndarray, values: np.ndarray, columns: int) -> tuple[np.ndarra
 
 
 def _parts(steps: np.ndarray, columns: int) -> list[np.ndarray]:
-    """Indices of the points in each column that has any."""
+    """Indices of the points in each column that is not empty."""
     edges = np.linspace(float(steps[0]), float(steps[-1]) + 1e-9, columns + 1)[1:-1]
     return [part for part in np.split(np.arange(len(steps)), np.searchsorted(steps, edges)) if len(part)]
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
-    """Round figures between two values.
+    """Round numbers between two values.
 
     >>> ticks(0.3, 2.2, 5), ticks(0, 33, 6)
     ([0.5, 1.0, 1.5, 2.0], [0.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0])
@@ -84,11 +84,11 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     return [float(f"{index * width:.12g}") for index in range(first, last + 1)]
 
 
-def figure(value: float) -> str:
-    """A number at an axis or in a title.
+def number_text(value: float) -> str:
+    """A number on an axis or in a tooltip.
 
-    >>> figure(41234), figure(1500000), figure(0.00002), figure(2.34567), figure(1234.5)
-    ('41.2k', '1.5M', '2e-05', '2.346', '1,234')
+    >>> [number_text(value) for value in (41234, 1500000, 0.00002, 2.34567, 1234.5)]
+    ['41.2k', '1.5M', '2e-05', '2.346', '1,234']
     """
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
@@ -97,7 +97,7 @@ def figure(value: float) -> str:
 
 
 class Drawing:
-    """A chart as it is drawn: what its axes show follows from its values."""
+    """A chart with its axes, computed from its values."""
 
     def __init__(self, chart: Chart) -> None:
         self.chart = chart
@@ -109,63 +109,66 @@ class Drawing:
         if self.first == self.last:
             self.first, self.last = self.first - 1, self.last + 1
         self.columns = chart.width - LEFT - RIGHT
-        self.courses = {place: self._course(place) for place, (line, _, _) in enumerate(self.lines) if line.noisy}
+        self.smoothed = {index: self._smooth(index) for index, (line, _, _) in enumerate(self.lines) if line.noisy}
         self.low, self.high = self._range()
 
     def svg(self) -> Markup:
-        """The chart; its text has the size that it says where the chart is as wide as it says."""
+        """The chart as SVG. Its text has its nominal size if the chart is drawn at its nominal width."""
         chart = self.chart
         parts = [self._axes()]
-        for place in range(len(self.lines)):
-            parts.append(self._line(place))
-        parts += [self._beyond(), self._missing(), self._titles()]
+        for index in range(len(self.lines)):
+            parts.append(self._line(index))
+        parts += [self._beyond(), self._missing(), self._tooltips()]
         return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
             chart.width, chart.height, chart.title, Markup("").join(parts)
         )
 
     def note(self) -> str:
-        """What the curves cannot show, in words."""
+        """A sentence about values that the curves cannot show."""
         above = np.concatenate([values[values > self.high] for _, _, values in self.lines] or [np.zeros(0)])
-        missing, said = sorted(self.chart.missing), []
+        missing, notes = sorted(self.chart.missing), []
         if len(above):
-            said.append(f"▲ above the axis: {_times(len(above), 'step')}, up to {figure(float(above.max()))}")
+            notes.append(f"▲ above the axis: {_count(len(above), 'step')}, up to {number_text(float(above.max()))}")
         if missing:
-            said.append(f"not finite: {_times(len(missing), 'step')}, first step {missing[0]:,}")
-        return "; ".join(said)
+            notes.append(f"not finite: {_count(len(missing), 'step')}, first step {missing[0]:,}")
+        return "; ".join(notes)
 
     def _x(self, step: float) -> float:
         return LEFT + self.columns * (step - self.first) / (self.last - self.first)
 
     def _y(self, value: float) -> float:
-        room = self.chart.height - TOP - BOTTOM
-        return TOP + room * (1 - (min(value, self.high) - self.low) / (self.high - self.low))
+        height = self.chart.height - TOP - BOTTOM
+        return TOP + height * (1 - (min(value, self.high) - self.low) / (self.high - self.low))
 
-    def _course(self, place: int) -> tuple[np.ndarray, np.ndarray]:
-        """The smoothed curve: of the mean of every second column, a single spike capped so that it does not become a hill."""
-        _, steps, values = self.lines[place]
+    def _smooth(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """The smoothed curve, from the means of two-pixel columns. Single spikes are capped, otherwise they would become hills."""
+        _, steps, values = self.lines[index]
         capped = np.minimum(values, 3 * np.percentile(values, 99)) if len(values) and values.min() >= 0 else values
         parts = _parts(steps, self.columns // 2) if len(steps) else []
         x, y = (np.array([array[part].mean() for part in parts]) for array in (steps, capped))
         return (x, smooth(y)) if len(x) > 2 else (x, y)
 
     def _range(self) -> tuple[float, float]:
-        """Lowest and highest value that the axis shows: it ends above the courses if single steps lie far beyond them."""
+        """Lowest and highest value on the axis. Values far above the smoothed curves are cut off."""
         lows, highs = [0.0] if self.chart.from_zero else [], []
-        for place, (_, _, values) in enumerate(self.lines):
+        for index, (_, _, values) in enumerate(self.lines):
             if not len(values):
                 continue
             lows.append(float(values.min()))
-            highest, usual = float(values.max()), float(self.courses[place][1].max()) if place in self.courses else 0.0
+            highest, usual = (
+                float(values.max()),
+                float(self.smoothed[index][1].max()) if index in self.smoothed else 0.0,
+            )
             highs.append(1.5 * usual if 0 < 3 * usual < highest else highest)
         low, high = min(lows, default=0.0), max(highs, default=1.0)
-        room = (high - low) or abs(high) or 1.0
-        return low if self.chart.from_zero and low >= 0 else low - 0.06 * room, high + 0.06 * room
+        span = (high - low) or abs(high) or 1.0
+        return low if self.chart.from_zero and low >= 0 else low - 0.06 * span, high + 0.06 * span
 
     def _axes(self) -> Markup:
         chart, bottom = self.chart, self.chart.height - BOTTOM
         parts = [
             Markup('<path class="grid" d="M{} {:.1f}H{}"/><text class="y" x="{}" y="{:.1f}">{}</text>').format(
-                LEFT, self._y(value), chart.width - RIGHT, LEFT - 6, self._y(value) + 4, figure(value)
+                LEFT, self._y(value), chart.width - RIGHT, LEFT - 6, self._y(value) + 4, number_text(value)
             )
             for value in ticks(self.low, self.high, max(3, (chart.height - TOP - BOTTOM) // 34))
         ]
@@ -173,7 +176,7 @@ class Drawing:
         for step in marks:
             parts.append(
                 Markup('<path class="axis" d="M{0:.1f} {1}v4"/><text class="x" x="{0:.1f}" y="{2}">{3}</text>').format(
-                    self._x(step), bottom, bottom + 17, figure(step)
+                    self._x(step), bottom, bottom + 17, number_text(step)
                 )
             )
         parts.append(Markup('<path class="axis" d="M{} {}H{}"/>').format(LEFT, bottom, chart.width - RIGHT))
@@ -181,17 +184,17 @@ class Drawing:
         parts.append(Markup('<text class="x" x="{}" y="{}">step</text>').format(middle, chart.height - 3))
         return Markup("").join(parts)
 
-    def _line(self, place: int) -> Markup:
-        line, steps, values = self.lines[place]
-        colour, few = f"c{line.colour % 6}", len(steps) <= FEW
+    def _line(self, index: int) -> Markup:
+        line, steps, values = self.lines[index]
+        color, few = f"c{line.color % 6}", len(steps) <= MAX_DOTS
         x, y = thin(steps, values, self.columns)
         raw = Markup('<path class="{}" d="{}"/>').format(
-            f"raw {colour}" if line.noisy else f"line {colour}", self._path(x, y)
+            f"raw {color}" if line.noisy else f"line {color}", self._path(x, y)
         )
         dots = (
             Markup("").join(
                 Markup('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="{}"/>').format(
-                    f"{colour} faint" if line.noisy and len(x) > 2 else colour, self._x(step), self._y(value), 2.6
+                    f"{color} faint" if line.noisy and len(x) > 2 else color, self._x(step), self._y(value), 2.6
                 )
                 for step, value in zip(x, y, strict=True)
                 if value <= self.high
@@ -199,16 +202,16 @@ class Drawing:
             if few
             else ""
         )
-        if place not in self.courses:
+        if index not in self.smoothed:
             return raw + dots
-        return raw + dots + Markup('<path class="line {}" d="{}"/>').format(colour, self._path(*self.courses[place]))
+        return raw + dots + Markup('<path class="line {}" d="{}"/>').format(color, self._path(*self.smoothed[index]))
 
     def _path(self, x: np.ndarray, y: np.ndarray) -> str:
         points = [f"{self._x(step):.1f} {self._y(value):.1f}" for step, value in zip(x, y, strict=True)]
         return "M" + "L".join(points) if points else ""
 
     def _beyond(self) -> Markup:
-        """A mark at the upper edge where the axis ends below a value."""
+        """Marks at the upper edge for values above the axis."""
         parts = []
         for _, steps, values in self.lines:
             above = values > self.high
@@ -216,13 +219,13 @@ class Drawing:
                 for step, value in zip(*thin(steps[above], values[above], self.columns // 8), strict=True):
                     parts.append(
                         Markup('<path class="beyond" d="M{:.1f} {}l-4 7h8z"><title>{}</title></path>').format(
-                            self._x(step), TOP - 8, f"step {step:,}: {figure(value)}, above the axis"
+                            self._x(step), TOP - 8, f"step {step:,}: {number_text(value)}, above the axis"
                         )
                     )
         return Markup("").join(parts)
 
     def _missing(self) -> Markup:
-        """A mark at the lower edge for every step whose value is not finite."""
+        """Marks at the lower edge for steps whose value is not finite."""
         steps = np.array(self.chart.missing, dtype=np.int64)
         steps, _ = thin(steps, np.zeros(len(steps)), self.columns // 4) if len(steps) else (steps, steps)
         bottom = self.chart.height - BOTTOM
@@ -233,35 +236,35 @@ class Drawing:
             for step in steps
         )
 
-    def _titles(self) -> Markup:
-        """Columns that say their values when pointed at."""
-        width, parts = (self.last - self.first) / COLUMNS_OF_TITLES, []
-        for column in range(COLUMNS_OF_TITLES):
+    def _tooltips(self) -> Markup:
+        """Invisible columns with their values as tooltips."""
+        width, parts = (self.last - self.first) / TOOLTIP_COLUMNS, []
+        for column in range(TOOLTIP_COLUMNS):
             start, end = self.first + column * width, self.first + (column + 1) * width
-            says = [
-                text for line in self.lines if (text := _said(*line, start, end + (column == COLUMNS_OF_TITLES - 1)))
+            texts = [
+                text for line in self.lines if (text := _tooltip(*line, start, end + (column == TOOLTIP_COLUMNS - 1)))
             ]
-            if says:
+            if texts:
                 parts.append(
                     Markup('<rect x="{:.1f}" y="{}" width="{:.1f}" height="{}"><title>{}</title></rect>').format(
                         self._x(start),
                         TOP,
-                        self.columns / COLUMNS_OF_TITLES,
+                        self.columns / TOOLTIP_COLUMNS,
                         self.chart.height - TOP - BOTTOM,
-                        "\n".join(says),
+                        "\n".join(texts),
                     )
                 )
         return Markup('<g class="point">{}</g>').format(Markup("").join(parts))
 
 
-def _times(number: int, noun: str) -> str:
+def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
-def _said(line: Line, steps: np.ndarray, values: np.ndarray, start: float, end: float) -> str:
-    """The values of a line in some steps, as text.
+def _tooltip(line: Line, steps: np.ndarray, values: np.ndarray, start: float, end: float) -> str:
+    """Values of a line in a range of steps, as text.
 
-    >>> _said(Line("loss", [], []), np.array([1, 2]), np.array([2.0, 1.0]), 1, 3)
+    >>> _tooltip(Line("loss", [], []), np.array([1, 2]), np.array([2.0, 1.0]), 1, 3)
     'steps 1–2: loss 1.5 (1 to 2)'
     """
     low, high = np.searchsorted(steps, [start, end])
@@ -269,6 +272,6 @@ def _said(line: Line, steps: np.ndarray, values: np.ndarray, start: float, end: 
         return ""
     inside, label = values[low:high], line.label
     if high - low == 1:
-        return f"step {steps[low]:,}: {label} {figure(float(inside[0]))}"
-    among = f"{figure(float(inside.min()))} to {figure(float(inside.max()))}"
-    return f"steps {steps[low]:,}–{steps[high - 1]:,}: {label} {figure(float(inside.mean()))} ({among})"
+        return f"step {steps[low]:,}: {label} {number_text(float(inside[0]))}"
+    span = f"{number_text(float(inside.min()))} to {number_text(float(inside.max()))}"
+    return f"steps {steps[low]:,}–{steps[high - 1]:,}: {label} {number_text(float(inside.mean()))} ({span})"

@@ -1,4 +1,4 @@
-"""The report as one HTML page, ``report.html``: it needs no network, no script and no other file."""
+"""The report as one HTML page, ``report.html``, without network access, scripts or other files."""
 
 from __future__ import annotations
 
@@ -11,38 +11,39 @@ from typing import Any
 import jinja2
 import yaml
 
-from raysft.report.card import masked, versions
+from raysft.report.card import adapter_name, versions
 from raysft.report.charts import loss_charts, small_charts
 from raysft.report.comparison import Comparison, compare, unfinished
-from raysft.report.headline import interval, verdict
+from raysft.report.headline import headline, interval_text
 from raysft.report.histograms import histograms
-from raysft.report.predictions import read_predictions, visible
+from raysft.report.predictions import read_predictions
 from raysft.report.read_run import RunLog, finite, read_lines
-from raysft.report.run_facts import generated, planned, went
+from raysft.report.run_facts import generation_facts, plan_facts, training_facts
 from raysft.report.sources import reasons, sources
+from raysft.report.text import masked, visible
 from raysft.storage.json_files import write_atomically
 
-MOST_CHANGES = 50
-"""Changes on the way that are listed, the last ones."""
+MAX_CHANGES = 50
+"""Number of changed settings that are listed, the last ones."""
 
 
 def write_page(log: RunLog, warnings: Sequence[str] = ()) -> None:
     """Write ``report.html``.
 
     Args:
-        log: what the run left.
-        warnings: lines that stand below the verdict.
+        log: what the run wrote.
+        warnings: lines below the headline figures.
 
     Raises:
         RunFailed: a file of the run is corrupt.
     """
     rows, predictions = compare(log), read_predictions(log)
-    total, why = reasons(log)
+    rejected, rejection_reasons = reasons(log)
     text = _template().render(
         name=log.name,
-        what=_what(log),
-        state=_state(log),
-        faces=verdict(log, rows),
+        subtitle=_subtitle(log),
+        progress=_progress(log),
+        figures=headline(log),
         warnings=[visible(masked(line)) for line in warnings],
         unfinished=unfinished(log),
         loss=loss_charts(log),
@@ -52,13 +53,17 @@ def write_page(log: RunLog, warnings: Sequence[str] = ()) -> None:
         predictions=predictions,
         other_model=bool(log.other_model),
         histograms=histograms(predictions, "predicted" if log.other_model else "after"),
-        colours={"after": 0, "predicted": 0, "before": 1, "reference": 2},
-        interval=interval,
+        colors={"after": 0, "predicted": 0, "before": 1, "reference": 2},
+        interval_text=interval_text,
         sources=sources(log),
         holdout=finite(log.option("data.holdout")) or 0,
-        rejected=total,
-        reasons=why,
-        tables=[("As planned", planned(log)), ("As it went", went(log)), ("Generation", generated(log))],
+        rejected=rejected,
+        reasons=rejection_reasons,
+        tables=[
+            ("Planned", plan_facts(log)),
+            ("Measured", training_facts(log)),
+            ("Generation", generation_facts(log)),
+        ],
         config=_config(log),
         versions=versions(),
         changes=_changes(log),
@@ -84,39 +89,41 @@ def _template() -> jinja2.Template:
     return environment.get_template("page.html.jinja")
 
 
-def _what(log: RunLog) -> str:
-    """What was trained, in a line."""
+def _subtitle(log: RunLog) -> str:
+    """Model, stage and method on one line."""
     if log.other_model:
-        return visible(f"{masked(log.other_model)} · predictions of this model as it is, nothing was trained")
+        return visible(f"{masked(log.other_model)} · generation only, nothing was trained")
     stage = "continued pre-training" if log.option("stage") == "pt" else "supervised fine-tuning"
-    finetuning = log.option("model.finetuning", "full")
-    rank = log.option("model.lora.rank")
-    how = {"full": "all weights", "freeze": "some layers", "lora": f"LoRA adapter, rank {rank}"}.get(
-        finetuning, f"{finetuning}"
-    )
-    return visible(f"{masked(log.option('model.path', '?'))} · {stage} · {how}")
+    rank, block_size = log.option("model.lora.rank"), log.option("model.oft.block_size")
+    method = {
+        "full": "all weights",
+        "freeze": "some layers",
+        "lora": f"{adapter_name('lora')} adapter, rank {rank}",
+        "oft": f"{adapter_name('oft')} adapter, block size {block_size}",
+    }.get(log.finetuning, log.finetuning)
+    return visible(f"{masked(log.option('model.path', '?'))} · {stage} · {method}")
 
 
-def _state(log: RunLog) -> str:
-    """How far the training is, if it is not at its end."""
+def _progress(log: RunLog) -> str:
+    """How far the training is; empty once it has finished."""
     if log.other_model:
         return ""
     if not log.steps:
-        return "No step of training is logged yet."
+        return "No training step is logged yet."
     done, total = log.steps[-1]["current_steps"], log.steps[-1].get("total_steps")
     if isinstance(total, int) and done < total and not log.trained:
-        return f"The training stands at step {done:,} of {total:,}."
+        return f"Training has reached step {done:,} of {total:,}."
     return ""
 
 
 def _by_source(rows: list[Comparison]) -> list[tuple[str, list[Comparison]]]:
-    """The measures over all sources, then those of each."""
+    """Rows grouped by source, those over all sources first."""
     names = dict.fromkeys(row.source for row in rows)
     return [(name, [row for row in rows if row.source == name]) for name in sorted(names, key=bool)]
 
 
 def _config(log: RunLog) -> list[tuple[str, str, bool]]:
-    """The resolved config as YAML: (section, text, whether there is more of it than one line)."""
+    """The resolved config as YAML: (section, text, True if the section can be folded)."""
     sections = []
     for key, value in log.config.items():
         text = yaml.safe_dump({key: _masked(value)}, sort_keys=False, allow_unicode=True, width=110)
@@ -125,7 +132,7 @@ def _config(log: RunLog) -> list[tuple[str, str, bool]]:
 
 
 def _masked(value: Any) -> Any:
-    """A config as it was written before secrets in it were refused may hold some."""
+    """A value with all of its texts masked. Configs of older versions may hold secrets."""
     if isinstance(value, dict):
         return {key: _masked(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -134,15 +141,15 @@ def _masked(value: Any) -> Any:
 
 
 def _changes(log: RunLog) -> list[tuple[int, str, str, str]]:
-    """What was changed on the way: (number of the change, key, before, after), the last ones."""
+    """Settings that changed when the run was resumed: (number of the change, key, before, after)."""
     changes = []
     for number, row in enumerate(read_lines(log.directory.changes), start=1):
         changed = row.get("changed")
         for key, values in (changed if isinstance(changed, dict) else {}).items():
             before, after = values if isinstance(values, list) and len(values) == 2 else (None, values)
-            changes.append((number, visible(str(key)), _shown(before), _shown(after)))
-    return changes[-MOST_CHANGES:]
+            changes.append((number, visible(str(key)), _json(before), _json(after)))
+    return changes[-MAX_CHANGES:]
 
 
-def _shown(value: Any) -> str:
+def _json(value: Any) -> str:
     return visible(json.dumps(_masked(value), ensure_ascii=False)[:300])

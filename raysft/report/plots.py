@@ -1,4 +1,4 @@
-"""The plots of a run: raw values light, their course bold, in colours that colour-blind people tell apart."""
+"""The plots of a run: raw values light, smoothed curves bold, in a palette for colour-blind readers."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from raysft.report.read_run import RunLog, series
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 _MARKERS = "sD^vPX"
 
-MOST_POINTS = 2000
-"""Points that a plot's width can show; of more, the mean and the extremes of as many bins are drawn."""
-FEW_POINTS = 30
-"""Up to as many, every point gets a mark."""
+MAX_POINTS = 2000
+"""Number of points that fit into the width of a plot. Of longer runs, the mean and the extremes of as many bins are drawn."""
+MAX_MARKS = 30
+"""Largest number of points that are drawn with a mark."""
 
 _STYLE: dict[Any, Any] = {
     "axes.edgecolor": "#888888",
@@ -44,7 +44,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def draw(log: RunLog) -> list[Path]:
-    """Draw every plot that there is data for.
+    """Draw all plots that have data.
 
     Returns:
         The files written.
@@ -58,7 +58,7 @@ def draw(log: RunLog) -> list[Path]:
             "training_throughput.png": _panels(
                 log,
                 "Throughput",
-                [("throughput", "tokens/s, no padding", BLUE), ("packing_efficiency", "useful tokens, %", GREEN)],
+                [("throughput", "tokens/s, no padding", BLUE), ("packing_efficiency", "row capacity in use, %", GREEN)],
             ),
             "training_grad_norm.png": _panels(
                 log,
@@ -76,13 +76,13 @@ def draw(log: RunLog) -> list[Path]:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Gaussian mean over a sixtieth of the course, at least over neighbours, so that it lags behind nothing.
+    """Smooth values by a centred Gaussian over a sixtieth of them, at least over neighbours. It does not lag.
 
     Args:
         values: [points] finite values, equally spaced.
 
     Returns:
-        [points] where the course runs; near its ends the mean is over what there is.
+        [points] smoothed values; near the ends, the mean is over the values that exist.
 
     >>> smooth(np.array([1.0, 1.0, 1.0])).tolist()
     [1.0, 1.0, 1.0]
@@ -95,11 +95,11 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def _training_loss(log: RunLog) -> Figure | None:
-    """Training loss by step; evaluation losses on the same axes."""
+    """Training loss by step, and evaluation losses on the same axes."""
     if not series(log.steps, "loss")[0]:
         return None
     figure, (axes,) = _figure(f"Training loss: {log.name}")
-    highest = _course(axes, *series(log.steps, "loss"), color=BLUE, label="training")
+    highest = _draw_smoothed(axes, *series(log.steps, "loss"), color=BLUE, label="training")
     steps, values = series(log.evaluations, "eval_loss")
     if steps:
         axes.plot(steps, values, color=VERMILION, linewidth=1.6, label="evaluation", zorder=4, **_marks(steps))
@@ -111,14 +111,14 @@ def _training_loss(log: RunLog) -> Figure | None:
 
 
 def _evaluation(log: RunLog, key: str, sets: list[str]) -> Figure | None:
-    """One result of the evaluations by step, over all sets and, if there are several, for each."""
+    """One result of the evaluations by step, over all sets and, if there are several, for each of them."""
     steps, values = series(log.evaluations, f"eval_{key}")
     if not steps:
         return None
-    of = key.removesuffix("_loss") if key not in ("loss", "accuracy") else ""
+    set_name = key.removesuffix("_loss") if key not in ("loss", "accuracy") else ""
     measure = "accuracy" if key == "accuracy" else "loss"
     scale = 100 if measure == "accuracy" else 1
-    figure, (axes,) = _figure(f"Evaluation {measure}{f' on {of}' if of else ''}: {log.name}")
+    figure, (axes,) = _figure(f"Evaluation {measure}{f' on {set_name}' if set_name else ''}: {log.name}")
     for position, name in enumerate(sets):
         at, points = series(log.evaluations, f"eval_{name}_{key}")
         color = (BLUE, ORANGE, GREEN, PURPLE, SKY)[position % 5]
@@ -126,14 +126,14 @@ def _evaluation(log: RunLog, key: str, sets: list[str]) -> Figure | None:
         axes.plot(at, scale * np.array(points), color=color, linewidth=1.4, label=name, **marks)
     label = "all sets" if sets else None
     axes.plot(steps, scale * np.array(values), color=VERMILION, linewidth=2.4, label=label, zorder=4, **_marks(steps))
-    axes.set_ylabel("accuracy (% of trained tokens)" if measure == "accuracy" else "loss (nats per token)")
+    axes.set_ylabel("accuracy (% of loss tokens)" if measure == "accuracy" else "loss (nats per token)")
     if sets:
         axes.legend(loc="best")
     return figure
 
 
 def _panels(log: RunLog, title: str, panels: list[tuple[str, str, str]]) -> Figure | None:
-    """Several keys of the steps, one panel above the other over the same steps."""
+    """Several keys, in panels above each other over the same steps."""
     present = [panel for panel in panels if series(log.steps, panel[0])[0]]
     if not present:
         return None
@@ -147,7 +147,7 @@ def _panels(log: RunLog, title: str, panels: list[tuple[str, str, str]]) -> Figu
             axes.set_ylim(bottom=0)
             continue
         scale = 100 if key == "packing_efficiency" else 1
-        highest = _course(axes, steps, [scale * value for value in values], color=color, label=None)
+        highest = _draw_smoothed(axes, steps, [scale * value for value in values], color=color, label=None)
         if key == "packing_efficiency":
             axes.set_ylim(0, 105)
         else:
@@ -158,7 +158,7 @@ def _panels(log: RunLog, title: str, panels: list[tuple[str, str, str]]) -> Figu
 
 
 def _figure(title: str, rows: int = 1) -> tuple[Figure, list[Axes]]:
-    """An empty figure with panels that share their steps."""
+    """An empty figure with panels that share the axis of the steps."""
     figure = Figure(figsize=(9, 5 if rows == 1 else 3.2 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     panels = list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
@@ -169,38 +169,38 @@ def _figure(title: str, rows: int = 1) -> tuple[Figure, list[Axes]]:
     return figure, panels
 
 
-def _course(axes: Axes, steps: list[int], values: list[float], *, color: str, label: str | None) -> float:
-    """Draw raw values light and their smoothed course bold.
+def _draw_smoothed(axes: Axes, steps: list[int], values: list[float], *, color: str, label: str | None) -> float:
+    """Draw raw values light and a smoothed curve bold.
 
     Returns:
-        The highest value that the axes must show: of the smoothed course, or of all if that is not far above.
+        The highest value that the axis must show: the highest of all, unless that is far above the smoothed curve.
     """
     x, y = np.array(steps, dtype=float), np.array(values)
     highest = float(y.max())
-    # Capped, a single spike stays one: the smoothed course would draw it as a hill.
+    # Single spikes are capped: smoothing would turn them into hills.
     capped = np.minimum(y, 3 * np.percentile(y, 99))
-    if len(y) > MOST_POINTS:
-        bins = np.array_split(np.arange(len(y)), MOST_POINTS)
+    if len(y) > MAX_POINTS:
+        bins = np.array_split(np.arange(len(y)), MAX_POINTS)
         low, high = (np.array([pick(y[part]) for part in bins]) for pick in (np.min, np.max))
         x, capped = (np.array([numbers[part].mean() for part in bins]) for numbers in (x, capped))
         axes.fill_between(x, low, high, color=color, alpha=0.25, linewidth=0)
     else:
         axes.plot(x, y, color=color, alpha=0.35, linewidth=1, **_marks(steps, size=4))
-    course = smooth(capped)
+    smoothed = smooth(capped)
     axes.plot(
-        x, course, color=color, linewidth=2.4, label=label, zorder=3, **(_marks(steps, size=9) if len(x) < 2 else {})
+        x, smoothed, color=color, linewidth=2.4, label=label, zorder=3, **(_marks(steps, size=9) if len(x) < 2 else {})
     )
-    usual = float(course.max())
+    usual = float(smoothed.max())
     return highest if highest <= 3 * usual or usual <= 0 else 1.5 * usual
 
 
 def _marks(steps: list[int], marker: str = "o", size: int = 6) -> dict[str, Any]:
-    """Marks on the points of a curve, as long as there is room for them."""
-    return {"marker": marker, "markersize": size} if len(steps) <= FEW_POINTS else {}
+    """Style of the marks on a curve; none if it has many points."""
+    return {"marker": marker, "markersize": size} if len(steps) <= MAX_MARKS else {}
 
 
 def _cut_spikes(axes: Axes, highest: float, values: list[object]) -> None:
-    """End the axis above ``highest`` if there is more, and say what lies beyond it or cannot be drawn at all."""
+    """Cut the axis off above ``highest``, with a note about values above it and values that are not finite."""
     numbers = np.array([value if isinstance(value, int | float) else np.nan for value in values], dtype=float)
     beyond = int(np.sum(np.isfinite(numbers) & (numbers > highest)))
     broken = int(np.sum(~np.isfinite(numbers)))
@@ -218,7 +218,7 @@ def _cut_spikes(axes: Axes, highest: float, values: list[object]) -> None:
 
 
 def _plain(value: float, _: object = None) -> str:
-    """A tick as people write it.
+    """A tick label.
 
     >>> _plain(20000.0), _plain(0.5)
     ('20,000', '0.5')
@@ -227,7 +227,7 @@ def _plain(value: float, _: object = None) -> str:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Write a PNG so that a reader sees the old one or the new one, never a part."""
+    """Write a PNG atomically."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     figure.savefig(draft, format="png")
     draft.replace(path)

@@ -1,4 +1,4 @@
-"""What a run planned and how it went, as label and text, for the terminal and the model card."""
+"""Facts of a run as pairs of label and text, for the terminal, the model card and the page."""
 
 from __future__ import annotations
 
@@ -13,56 +13,55 @@ _PLAN = {
     "epochs": ("epochs", "count"),
     "steps": ("steps", "count"),
     "tokens": ("tokens", "count"),
-    "loss_tokens": ("trained tokens", "count"),
-    "packing_efficiency": ("padding", "rest"),
+    "loss_tokens": ("loss tokens", "count"),
+    "packing_efficiency": ("padding", "remainder"),
 }
-_TRAINED = {
+_TRAINING = {
     "total_steps": ("steps", "count"),
     "train_loss": ("mean training loss", "decimal"),
     "train_runtime": ("training time", "seconds"),
     "seconds_to_first_step": ("time to the first step", "seconds"),
-    "seconds_to_launch": ("of it before training was launched", "seconds"),
-    "seconds_to_load_model": ("of it loading the model", "seconds"),
-    "seconds_to_wait_for_data": ("of it waiting for data", "seconds"),
-    "seconds_to_evaluate": ("of it evaluating", "seconds"),
-    "seconds_of_first_step": ("of it computing", "seconds"),
+    "seconds_to_launch": ("… launching the workers", "seconds"),
+    "seconds_to_load_model": ("… loading the model", "seconds"),
+    "seconds_to_wait_for_data": ("… waiting for data", "seconds"),
+    "seconds_to_evaluate": ("… evaluating", "seconds"),
+    "seconds_of_first_step": ("… computing the step", "seconds"),
     "train_tokens_per_second": ("tokens per second", "count"),
-    "packing_efficiency": ("padding", "rest"),
+    "packing_efficiency": ("padding", "remainder"),
 }
-"""Key → label and kind of number; other numbers are shown under their own names."""
-_GENERATED = {
-    "predict_examples": ("predictions", "count"),
-    "predict_runtime": ("generation time", "seconds"),
-    "predict_tokens_per_second": ("generated tokens per second", "count"),
-    "base_predict_runtime": ("generation time of the model before", "seconds"),
-    "base_predict_tokens_per_second": ("generated tokens per second of the model before", "count"),
+"""Key → label and kind of number. Other numbers are shown under their own names."""
+_GENERATION = {
+    ("trained", "examples"): ("predictions", "count"),
+    ("trained", "runtime"): ("generation time", "seconds"),
+    ("trained", "tokens_per_second"): ("generated tokens per second", "count"),
+    ("base", "runtime"): ("generation time, base model", "seconds"),
+    ("base", "tokens_per_second"): ("generated tokens per second, base model", "count"),
 }
 
 
-def planned(log: RunLog) -> list[tuple[str, str]]:
-    """The numbers of ``plan.json``, those that are there."""
-    return _known(log.plan, _PLAN)
+def plan_facts(log: RunLog) -> list[tuple[str, str]]:
+    """Numbers of ``plan.json``."""
+    return _labelled(log.plan, _PLAN)
 
 
-def went(log: RunLog) -> list[tuple[str, str]]:
-    """The numbers of ``train_results.json``, the well-known ones first."""
-    keys = [*(key for key in _TRAINED if key in log.trained), *sorted(log.trained.keys() - _TRAINED.keys())]
-    lines = []
-    for key in keys:
-        label, kind = _TRAINED.get(key, (key.replace("_", " "), "decimal"))
-        value = finite(log.trained[key])
-        if value is not None:
-            lines.append((label, _text(value, kind)))
-    return lines
+def training_facts(log: RunLog) -> list[tuple[str, str]]:
+    """Numbers of ``train_results.json``, those with a label of their own first."""
+    others = {key: (key.replace("_", " "), "decimal") for key in sorted(log.trained.keys() - _TRAINING.keys())}
+    return _labelled(log.trained, _TRAINING | others)
 
 
-def generated(log: RunLog) -> list[tuple[str, str]]:
-    """How many predictions ``predict_results.json`` is of, and how fast they were made."""
-    return _known(log.predicted, _GENERATED)
+def generation_facts(log: RunLog) -> list[tuple[str, str]]:
+    """Number of predictions, and the time that it took to generate them."""
+    found = {
+        ("base" if row.get("model") == "base" else "trained", str(row.get("metric"))): row.get("value")
+        for row in log.metrics
+        if not row.get("source")
+    }
+    return _labelled(found, _GENERATION)
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them.
+    """Seconds in readable units.
 
     >>> duration(4.25), duration(200), duration(90000)
     ('4.2 s', '3 min 20 s', '25 h 0 min')
@@ -73,20 +72,21 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _known(found: dict[str, Any], labels: dict[str, tuple[str, str]]) -> list[tuple[str, str]]:
-    known = ((label, kind, finite(found.get(key))) for key, (label, kind) in labels.items())
-    return [(label, _text(value, kind)) for label, kind, value in known if value is not None]
+def _labelled(values: dict[Any, Any], labels: dict[Any, tuple[str, str]]) -> list[tuple[str, str]]:
+    """The finite numbers under their labels, in the order of the labels."""
+    numbers = ((label, kind, finite(values.get(key))) for key, (label, kind) in labels.items())
+    return [(label, _text(value, kind)) for label, kind, value in numbers if value is not None]
 
 
 def _text(value: float, kind: str) -> str:
     """A number of some kind as text.
 
-    >>> _text(12345.6, "count"), _text(0.961, "rest"), _text(0.00012345, "decimal")
+    >>> _text(12345.6, "count"), _text(0.961, "remainder"), _text(0.00012345, "decimal")
     ('12,346', '3.9%', '0.0001234')
     """
     if kind == "seconds":
         return duration(value)
-    if kind == "rest":
+    if kind == "remainder":
         return f"{100 * (1 - value):.1f}%"
     if kind == "count" or value == int(value):
         return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.2g}"

@@ -1,4 +1,4 @@
-"""The data of a run for the page: what was used of each source, and what was rejected and why."""
+"""The data of a run for the page: sizes of the sources, and rejected records with their reasons."""
 
 from __future__ import annotations
 
@@ -6,66 +6,66 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from raysft.report.card import masked
-from raysft.report.predictions import visible
 from raysft.report.read_run import RunLog, finite, read_lines
+from raysft.report.text import masked, visible
 
-MOST_REASONS = 20
-"""Reasons that are shown, the most frequent ones."""
-MOST_PLACES = 5
-"""Records that are named for each."""
-MOST_KINDS = 2000
-"""Reasons that are told apart while they are counted: data can be wrong in as many ways as it has records."""
+MAX_REASONS = 20
+"""Number of reasons that are shown, the most frequent ones."""
+MAX_RECORDS = 5
+"""Number of records that are named for each reason."""
+MAX_KINDS = 2000
+"""Number of reasons that are counted apart. Data can be wrong in as many ways as it has records."""
 
 _COUNTS = {
     "rejected": "rejected",
     "dropped": "dropped",
-    "dropped_tokens": "tokens dropped",
+    "dropped_tokens": "dropped tokens",
     "truncated": "truncated",
-    "truncated_tokens": "tokens cut off",
+    "truncated_tokens": "truncated tokens",
     "split": "split",
-    "split_pieces": "pieces of them",
-    "control_tokens": "control tokens in the text",
-    "tools_as_text": "tools written into the text",
-    "turns_left_out": "turns left out by the chat template",
-    "quoted_arguments": "arguments of calls written as a quoted text",
+    "split_pieces": "segments of split examples",
+    "control_tokens": "with control tokens in the text",
+    "tools_as_text": "with tools written as text",
+    "turns_left_out": "with turns that the chat template omits",
+    "quoted_arguments": "with tool-call arguments as a quoted string",
 }
-"""What is counted of a source, in the order of the plan."""
+"""Key in the plan → label. A count is shown if it is not 0."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One source as it was used."""
+    """One source of the run."""
 
     name: str
     use: str
     path: str
-    figures: dict[str, str]
-    """Label → text, only what is there."""
+    facts: dict[str, str]
+    """Label → text."""
 
 
 @dataclass
 class Reason:
-    """Records that were rejected for the same reason."""
+    """Records that were rejected or dropped for one reason."""
 
     source: str
     text: str
-    """The reason as the first of them has it."""
+    """The reason in the words of the first record."""
     count: int = 0
-    places: list[str] = field(default_factory=list)
+    records: list[str] = field(default_factory=list)
+    """The first records, as file and line."""
 
 
 def sources(log: RunLog) -> list[Source]:
-    """The sources in the order of the config; those that a registry or a holdout brought in follow."""
-    listed = {part: {str(source.get("name")): source for source in log.sources(part)} for part in ("train", "eval")}
+    """Sources in the order of the config, followed by those that come from a registry or a holdout."""
+    configured = {part: {str(source.get("name")): source for source in log.sources(part)} for part in ("train", "eval")}
     if log.other_model:
-        planned, everywhere = _planned(log, "generation"), {**listed["train"], **listed["eval"]}
-        return [_source(name, "generation", everywhere, planned) for name in planned]
+        planned, all_sources = _planned(log, "generation"), {**configured["train"], **configured["eval"]}
+        return [_source(name, "generation", all_sources, planned) for name in planned]
     found = []
-    for use, part, planned_as in (("training", "train", "sources"), ("evaluation", "eval", "evaluation")):
-        planned = _planned(log, planned_as)
-        names = dict.fromkeys([*listed[part], *planned])
-        found += [_source(name, use, listed[part], planned) for name in names]
+    for use, part, plan_key in (("training", "train", "sources"), ("evaluation", "eval", "evaluation")):
+        planned = _planned(log, plan_key)
+        names = dict.fromkeys([*configured[part], *planned])
+        found += [_source(name, use, configured[part], planned) for name in names]
     return found
 
 
@@ -74,18 +74,18 @@ def _planned(log: RunLog, part: str) -> dict[str, Any]:
     return planned if isinstance(planned, dict) else {}
 
 
-def _source(name: str, use: str, listed: dict[str, dict[str, Any]], planned: dict[str, Any]) -> Source:
-    paths = listed.get(name, {}).get("path", "")
-    path = ", ".join(visible(masked(each)) for each in (paths if isinstance(paths, list) else [paths]))
+def _source(name: str, use: str, configured: dict[str, dict[str, Any]], planned: dict[str, Any]) -> Source:
+    paths = configured.get(name, {}).get("path", "")
+    path = ", ".join(visible(masked(path)) for path in (paths if isinstance(paths, list) else [paths]))
     plan = planned.get(name)
-    figures = _figures(plan if isinstance(plan, dict) else {})
+    facts = _facts(plan if isinstance(plan, dict) else {})
     if use == "generation":
-        figures.pop("trained tokens", None)
-    return Source(name, use, path, figures)
+        facts.pop("loss tokens", None)
+    return Source(name, use, path, facts)
 
 
-def _figures(plan: dict[str, Any]) -> dict[str, str]:
-    """The figures of one source in the plan; only what happened is counted among them."""
+def _facts(plan: dict[str, Any]) -> dict[str, str]:
+    """Sizes of one source, and the counts that are not 0."""
     counted = {**plan, **(plan["counts"] if isinstance(plan.get("counts"), dict) else {})}
     examples, tokens = finite(plan.get("examples")), finite(plan.get("tokens"))
     shown = {
@@ -94,20 +94,20 @@ def _figures(plan: dict[str, Any]) -> dict[str, str]:
             ("records", "records"),
             ("examples", "examples"),
             ("tokens", "tokens"),
-            ("loss_tokens", "trained tokens"),
+            ("loss_tokens", "loss tokens"),
         )
     }
-    shown["tokens an example"] = tokens / examples if tokens and examples else None
-    shown["longest"] = finite(plan.get("longest"))
+    shown["tokens per example"] = tokens / examples if tokens and examples else None
+    shown["longest example"] = finite(plan.get("longest"))
     shown |= {label: finite(counted.get(key)) or None for key, label in _COUNTS.items()}
     return {label: f"{value:,.0f}" for label, value in shown.items() if value is not None}
 
 
 def reasons(log: RunLog) -> tuple[int, list[Reason]]:
-    """Why records were rejected or dropped.
+    """Reasons for which records were rejected or dropped.
 
     Returns:
-        How many were, and the most frequent reasons, with the first records of each.
+        The number of records, and the most frequent reasons with their first records.
     """
     found: dict[tuple[str, str], Reason] = {}
     total = 0
@@ -115,17 +115,17 @@ def reasons(log: RunLog) -> tuple[int, list[Reason]]:
         total += 1
         source, text = str(row.get("source", "")), str(row.get("reason", ""))
         kind = (source, _kind(text))
-        if kind not in found and len(found) >= MOST_KINDS:
+        if kind not in found and len(found) >= MAX_KINDS:
             kind, text = (source, ""), "other reasons"
         reason = found.setdefault(kind, Reason(visible(source), visible(text[:500])))
         reason.count += 1
-        if len(reason.places) < MOST_PLACES:
-            reason.places.append(visible(masked(row.get("record", ""))[:300]))
-    return total, sorted(found.values(), key=lambda reason: -reason.count)[:MOST_REASONS]
+        if len(reason.records) < MAX_RECORDS:
+            reason.records.append(visible(masked(row.get("record", ""))[:300]))
+    return total, sorted(found.values(), key=lambda reason: -reason.count)[:MAX_REASONS]
 
 
 def _kind(reason: str) -> str:
-    """A reason without what differs between records.
+    """A reason without its numbers and quotations, which differ between records.
 
     >>> _kind("420 tokens, a row holds 128") == _kind("9 tokens, a row holds 128")
     True

@@ -1,4 +1,4 @@
-"""The log history in Hugging Face's form, for tools that read a Trainer's output."""
+"""The log history in Hugging Face's format, for tools that read the output of a Trainer."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _STEP_KEYS = {
     "epoch": "epoch",
     "total_tokens": "num_input_tokens_seen",
 }
-"""Our key → Hugging Face's. What has no counterpart there stays in ``trainer_log.jsonl`` alone."""
+"""Our key → Hugging Face's. Keys without a counterpart are only in ``trainer_log.jsonl``."""
 
 
 def trainer_state(log: RunLog) -> dict[str, Any]:
     """The content of ``trainer_state.json``; ``transformers.TrainerState.load_from_json`` reads it.
 
-    Numbers that are not finite become null, since JSON knows none and strict readers refuse them.
+    Numbers that are not finite become null: JSON has no notation for them, and strict readers refuse them.
     """
     steps = [
         {"step": record["current_steps"]}
@@ -31,7 +31,7 @@ def trainer_state(log: RunLog) -> dict[str, Any]:
         | {key: value for key, value in record.items() if key == "epoch" or key.startswith("eval_")}
         for record in log.evaluations
     ]
-    # Sorting is stable: the evaluation after a step follows it, as a Trainer logs them.
+    # The sort is stable: an evaluation follows the step that it was made after, as in a Trainer's log.
     history = sorted([*steps, *evaluations], key=lambda entry: entry["step"])
     last = (log.steps or log.evaluations)[-1]
     if log.trained:

@@ -1,4 +1,7 @@
-"""What a person should know before they use the model: what the plan warned of, and what the training and its predictions show."""
+"""Warnings about a trained model: those of the plan, and those that follow from its losses and predictions.
+
+Each function is one warning, and each line is fact, value and remedy.
+"""
 
 from __future__ import annotations
 
@@ -10,48 +13,52 @@ from typing import Any
 
 from raysft.report.read_run import RunLog, finite, read_lines, series
 
-SOME_STEPS = 10
-"""Steps below which the course of a loss says nothing."""
-HARDLY = 0.01
-"""A share of the held-out loss that nobody trains for."""
-SOME_PREDICTIONS = 5
+MIN_STEPS = 10
+"""Fewest steps from which a trend of the loss is read."""
+MIN_CHANGE = 0.01
+"""Smallest relative change of a loss that counts as one."""
+MIN_PREDICTIONS = 5
+"""Fewest predictions with one fault that are reported."""
 
 
 def warnings(log: RunLog) -> list[str]:
-    """One line for each, those of the plan first; each is fact, value and remedy."""
+    """All warnings, one line each, those of the plan first."""
     planned = log.plan.get("warnings")
     lines = [str(line) for line in planned] if isinstance(planned, list) else []
     return lines + [line for warning in WARNINGS for line in warning(log)]
 
 
 def loss_rose(log: RunLog) -> Iterator[str]:
-    """The training loss at the end against that of the beginning, a tenth of the steps each, in short trainings up to a third: a
-    loss that only scatters passes for one that rose in one of a hundred trainings."""
+    """Warn if the training loss rose, or is not finite.
+
+    It compares the means of the first and the last tenth of the steps, or up to a third in short runs. A loss that is only
+    noise is reported in about one of a hundred runs.
+    """
     steps, losses = series(log.steps, "loss")
     if len(log.steps) > len(steps):
         yield (
-            f"the loss of {len(log.steps) - len(steps):,} of {len(log.steps):,} steps is no number; lower train.learning_rate, or "
-            "look at the records of these steps"
+            f"the loss of {len(log.steps) - len(steps):,} of {len(log.steps):,} steps is NaN or infinite; lower "
+            "train.learning_rate, or inspect the records of these steps"
         )
-    if rose := _rise(losses):
-        part, first, last = rose
+    if rise := _rise(losses):
+        part, first, last = rise
         means = f"from {first:.4f} to {last:.4f} (means of the first and the last {part:,} steps)"
         yield f"the training loss rose {means}; {_lower_rate(log)}"
 
 
 def _rise(losses: list[float]) -> tuple[int, float, float] | None:
-    """The steps that are compared and the means of the first and the last of them, where these are more than noise apart."""
-    if len(losses) < SOME_STEPS:
+    """The number of steps that are compared, and the means of the first and the last of them; None if they differ by noise."""
+    if len(losses) < MIN_STEPS:
         return None
     part = max(len(losses) // 10, min(10, len(losses) // 3))
     first, last = losses[:part], losses[-part:]
     before, after = statistics.fmean(first), statistics.fmean(last)
     noise = math.sqrt((statistics.variance(first) + statistics.variance(last)) / part)
-    return (part, before, after) if after - before > max(3 * noise, HARDLY * before) else None
+    return (part, before, after) if after - before > max(3 * noise, MIN_CHANGE * before) else None
 
 
 def evaluation_got_worse(log: RunLog) -> Iterator[str]:
-    """Each evaluation set at the end against before the training, and against the best evaluation between."""
+    """Warn if the last evaluation is worse than the first or the best one, or hardly better than the first."""
     evaluations = [record for record in log.evaluations if record.get("current_steps")]
     before = next((record for record in log.evaluations if record.get("current_steps") == 0), {})
     after = log.evaluated or (evaluations[-1] if evaluations else {})
@@ -65,28 +72,28 @@ def _worse(
     log: RunLog, name: str, evaluations: list[dict[str, Any]], before: dict[str, Any], after: dict[str, Any]
 ) -> Iterator[str]:
     key = f"eval_{name}_loss" if name else "eval_loss"
-    what = f"the held-out loss of {name!r}" if name else "the held-out loss"
+    what = f"the evaluation loss of {name!r}" if name else "the evaluation loss"
     start, end = finite(before.get(key)), finite(after.get(key))
     if end is None:
         return
     steps, losses = series(evaluations, key)
     lowest = min(losses, default=end)
-    if lowest < (1 - HARDLY) * end and (start is None or lowest < start):
+    if lowest < (1 - MIN_CHANGE) * end and (start is None or lowest < start):
         yield (
-            f"{what} was lowest after step {steps[losses.index(lowest)]:,} ({lowest:.4f}) and {end:.4f} at the end; set "
-            "train.keep_best=true, or train fewer epochs"
+            f"{what} was lowest after step {steps[losses.index(lowest)]:,} ({lowest:.4f}), but is {end:.4f} at the end; set "
+            "train.keep_best=true, or train for fewer epochs"
         )
-    elif start is not None and end > (1 + HARDLY) * start:
-        yield f"{what} rose from {start:.4f} to {end:.4f}; {_lower_rate(log)}, or train fewer epochs"
-    elif start is not None and not name and log.evaluated and abs(end - start) <= HARDLY * start:
+    elif start is not None and end > (1 + MIN_CHANGE) * start:
+        yield f"{what} rose from {start:.4f} to {end:.4f}; {_lower_rate(log)}, or train for fewer epochs"
+    elif start is not None and not name and log.evaluated and abs(end - start) <= MIN_CHANGE * start:
         yield (
-            f"{what} hardly changed, from {start:.4f} to {end:.4f}; train more epochs, or raise train.learning_rate"
+            f"{what} hardly changed, from {start:.4f} to {end:.4f}; train for more epochs, or raise train.learning_rate"
             f"{_equals(log.option('train.learning_rate'))}"
         )
 
 
-def predictions_tell(log: RunLog) -> Iterator[str]:
-    """Predictions that are cut off, empty, all the same, or missing."""
+def faulty_predictions(log: RunLog) -> Iterator[str]:
+    """Warn if predictions failed, or if most are cut off, empty or the same."""
     stops, empty, same, first = Counter[str](), 0, 0, None
     for row in read_lines(log.directory.predictions):
         text = str(row.get("predict", "")).strip()
@@ -96,14 +103,14 @@ def predictions_tell(log: RunLog) -> Iterator[str]:
         same += text == first
     count = stops.total()
     if stops["error"]:
-        yield f"{stops['error']:,} of {count:,} prompts failed; the same command tries them again"
-    if 2 * stops["length"] >= max(count, SOME_PREDICTIONS):
+        yield f"{stops['error']:,} of {count:,} prompts failed; run the same command again to retry them"
+    if 2 * stops["length"] >= max(count, MIN_PREDICTIONS):
         limit = f"generate.max_new_tokens{_equals(log.option('generate.max_new_tokens'))}"
-        yield f"{stops['length']:,} of {count:,} predictions were cut off at {limit}; raise it, or train longer"
-    if 2 * empty >= max(count, SOME_PREDICTIONS):
-        yield f"{empty:,} of {count:,} predictions are empty; compare the chat template with what the model was trained on"
-    elif same == count >= SOME_PREDICTIONS:
-        yield f"all {count:,} predictions are the same text; {_lower_rate(log)}, or look at the data"
+        yield f"{stops['length']:,} of {count:,} predictions were cut off at {limit}; raise it, or train for longer"
+    if 2 * empty >= max(count, MIN_PREDICTIONS):
+        yield f"{empty:,} of {count:,} predictions are empty; check that training and generation use the same chat template"
+    elif same == count >= MIN_PREDICTIONS:
+        yield f"all {count:,} predictions are the same text; {_lower_rate(log)}, or inspect the training data"
 
 
 def _lower_rate(log: RunLog) -> str:
@@ -115,4 +122,4 @@ def _equals(value: Any) -> str:
     return f"={value:g}" if finite(value) is not None else ""
 
 
-WARNINGS: tuple[Callable[[RunLog], Iterator[str]], ...] = (loss_rose, evaluation_got_worse, predictions_tell)
+WARNINGS: tuple[Callable[[RunLog], Iterator[str]], ...] = (loss_rose, evaluation_got_worse, faulty_predictions)

@@ -98,6 +98,7 @@ def test_a_run_leaves_everything_that_a_run_directory_holds(sft_run):
         "train_results.json",
         "eval_results.json",
         "predict_results.json",
+        "metrics.jsonl",
         "all_results.json",
         "generated_predictions.jsonl",
         "generated_predictions_base.jsonl",
@@ -528,7 +529,7 @@ def test_pre_training_has_a_perplexity_for_each_evaluation_set(pt_run):
     )
     assert evaluation["eval_loss"] == pytest.approx(mean / tokens)
     assert not (run / "generated_predictions.jsonl").exists()
-    assert "held-out loss" in (run / "README.md").read_text()
+    assert "evaluation loss" in (run / "README.md").read_text()
 
 
 def test_the_data_decides_how_many_rows_a_step_has_once_for_a_run(folder, pt_run, capsys):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from matplotlib.image import imread
 
 from raysft.config import Config, with_overrides
 from raysft.errors import RequestError, RunFailed
+from raysft.generate.metrics import MetricRow, ModelRole, write_metrics
 from raysft.report import report
-from raysft.report.plots import MOST_POINTS, smooth
+from raysft.report.plots import MAX_POINTS, smooth
 from raysft.report.warnings import _rise
 from raysft.storage.json_files import flat, read_jsonl, write_json, write_jsonl
 from raysft.storage.run_directory import RunDirectory
@@ -87,6 +90,17 @@ def make_run(
         "packing_efficiency": 0.961,
         "examples": 4321,
         "sources": sources,
+        "resolved": {
+            "dtype": config.dtype,
+            "finetuning": config.model.finetuning,
+            "adapter": config.model.finetuning if config.model.finetuning in ("lora", "oft") else "none",
+            "lora_alpha": 16.0 if config.model.finetuning == "lora" else None,
+            "learning_rate": config.train.learning_rate,
+            "global_batch_size": 32,
+            "workers": 2,
+            "attention": "sdpa",
+            "zero_stage": config.train.zero_stage,
+        },
     }
     write_json(run.plan, plan)
     run.write_results("train", {"train_loss": 1.31, "train_runtime": 200.4, "train_tokens_per_second": 41234.5})
@@ -95,12 +109,36 @@ def make_run(
     return run
 
 
+ROLES: tuple[ModelRole, ...] = ("base", "trained")
+
+
+def both_models(
+    scores: dict[str, float], unit: str | None = None, source: str | None = None, interval: bool = False
+) -> list[MetricRow]:
+    """Rows of both models; those of the base model have half the value."""
+    return [
+        MetricRow(
+            metric,
+            source,
+            role,
+            value * factor,
+            value * factor * 0.9 if interval else None,
+            value * factor * 1.1 if interval else None,
+            unit,
+            True if unit else None,
+        )
+        for role, factor in zip(ROLES, (0.5, 1.0), strict=True)
+        for metric, value in scores.items()
+    ]
+
+
 def add_predictions(run: RunDirectory) -> None:
-    """Scores and predictions of both models, written in another order by each."""
-    scores = {"rouge-1": 41.5, "rouge-2": 20.25, "rouge-l": 35.0, "bleu-4": 12.0, "exact_match": 0.25, "runtime": 9.0}
-    results = {f"predict_{name}": value for name, value in scores.items()}
-    results |= {f"base_predict_{name}": value / 2 for name, value in scores.items()}
-    run.write_results("predict", results)
+    """Scores and predictions of both models, each in another order."""
+    scores = {"rouge-1": 41.5, "rouge-2": 20.25, "rouge-l": 35.0, "bleu-4": 12.0}
+    rows = [*both_models(scores, "points"), *both_models({"exact_match": 0.25}, "fraction")]
+    rows += [MetricRow("examples", None, "trained", 5, unit="examples")]
+    rows += [MetricRow("runtime", None, role, 9.0, unit="seconds", higher_is_better=False) for role in ROLES]
+    write_metrics(run, rows)
     turns = (("system", "Be brief."), ("user", "Question {} [bold]?"))
     prompt = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns) + "<|im_start|>assistant\n"
     rows = [{"id": i, "prompt": prompt.format(i), "label": f"right {i}", "source": "chats"} for i in range(5)]
@@ -134,7 +172,7 @@ def test_a_finished_run_gets_metrics_plots_card_and_summary(tmp_path: Path):
         "training_throughput.png",
         "training_grad_norm.png",
     }
-    assert cells(text, "held-out loss") == ["2.7000", "1.2037", "-1.4963", "(-55.4%)"]
+    assert cells(text, "evaluation loss") == ["2.7000", "1.2037", "-1.4963", "(-55.4%)"]
     assert cells(text, "token accuracy") == ["35.0%", "65.0%", "+30.0", "points", "(+85.7%)"]
     assert cells(text, "ROUGE-L") == ["17.50", "35.00", "+17.50", "(+100.0%)"]
     assert cells(text, "exact match")[:2] == ["12.5%", "25.0%"]
@@ -157,10 +195,12 @@ def test_samples_show_the_same_prompt_before_and_after(tmp_path: Path):
 
 
 def test_scores_of_several_sources_follow_those_over_all(tmp_path: Path):
-    sources = [{"name": name, "path": "x.jsonl"} for name in ("long_poems", "time")]
-    run = make_run(tmp_path, data__eval=sources)
-    scores = {"rouge-1": 40.0, "examples": 7, "long_poems_rouge-1": 30.0, "long_poems_examples": 3, "time_f1": 0.5}
-    run.write_results("predict", {f"predict_{key}": value for key, value in scores.items()})
+    run = make_run(tmp_path)
+    rows = [MetricRow("examples", source, "trained", 3, unit="examples") for source in (None, "long_poems", "time")]
+    rows += [MetricRow("rouge-1", "long_poems", "trained", 30.0, unit="points", higher_is_better=True)]
+    rows += [MetricRow("f1", "time", "trained", 0.5)]
+    rows += [MetricRow("rouge-1", None, "trained", 40.0, unit="points", higher_is_better=True)]
+    write_metrics(run, rows)
     text = report(run)
     assert cells(text, "ROUGE-1, long_poems") == ["–", "30.00"]
     assert cells(text, "f1, time") == ["–", "0.5000"]
@@ -169,26 +209,28 @@ def test_scores_of_several_sources_follow_those_over_all(tmp_path: Path):
 
 
 def test_intervals_stand_in_brackets(tmp_path: Path):
-    run = make_run(tmp_path, data__eval=[{"name": name, "path": "x.jsonl"} for name in ("chats", "short_stories")])
-    scores = {"bleu": 41.2, "short_stories_rougeLsum": 100.0, "exact_match": 0.25, "chrf": 7.5, "top_low": 3.0}
-    results: dict[str, Any] = {f"predict_{key}": value for key, value in scores.items()}
-    results |= {f"base_predict_{key}": value / 2 for key, value in scores.items()}
-    for key in ("bleu", "short_stories_rougeLsum", "exact_match"):
-        for name in (f"predict_{key}", f"base_predict_{key}"):
-            results |= {f"{name}_low": results[name] * 0.9, f"{name}_high": results[name] * 1.1}
-    run.write_results("predict", results | {"predict_bleu_signature": "tok:13a|version:2"})
+    run = make_run(tmp_path)
+    rows = [
+        *both_models({"bleu": 41.2}, "points", interval=True),
+        *both_models({"rougeLsum": 100.0}, "points", "short_stories", interval=True),
+        *both_models({"exact_match": 0.25}, "fraction", interval=True),
+        *both_models({"chrf": 7.5}, "points"),
+        *both_models({"top_low": 3.0}),
+    ]
+    signature = "tok:13a|version:2"
+    write_metrics(run, [replace(row, signature=signature) if row.metric == "bleu" else row for row in rows])
     text = report(run)
     assert cells(text, "BLEU")[:4] == ["20.60", "(18.54–22.66)", "41.20", "(37.08–45.32)"]
     assert cells(text, "exact match")[:4] == ["12.5%", "(11.2%–13.8%)", "25.0%", "(22.5%–27.5%)"]
     assert cells(text, "chrF") == ["3.75", "7.50", "+3.75", "(+100.0%)"]
     assert cells(text, "rougeLsum, short_stories")[2:4] == ["100.00", "(90.00–110.00)"]
-    assert cells(text, "top low")[:2] == ["1.5000", "3.0000"], "what is no end of an interval is a result"
+    assert cells(text, "top low")[:2] == ["1.5000", "3.0000"], "the name of a metric is not taken apart"
     assert "bleu low" not in text
-    assert text.count("95% intervals") == 1
+    assert text.count("95% confidence intervals") == 1
     assert max(len(line) for line in text.splitlines() if str(run.path) not in line) <= 100
     card = run.model_card.read_text(encoding="utf-8")
     assert "| BLEU | 20.60 (18.54–22.66) | 41.20 (37.08–45.32) | +20.60 (+100.0%) |" in card
-    assert "In brackets: 95% intervals, by bootstrap over the examples." in card
+    assert "95% confidence intervals" in card
     assert "bleu `tok:13a|version:2`" in card
 
 
@@ -219,8 +261,8 @@ def test_several_evaluation_sets_have_rows_and_plots_of_their_own(tmp_path: Path
     run = make_run(tmp_path, names=("chats", "poems_old"))
     text = report(run)
     assert {"training_eval_chats_loss.png", "training_eval_poems_old_loss.png"} <= pictures(run)
-    assert cells(text, "held-out loss, poems_old")[0] == "3.1000"
-    assert cells(text, "held-out loss")[0] == "2.9000"
+    assert cells(text, "evaluation loss, poems_old")[0] == "3.1000"
+    assert cells(text, "evaluation loss")[0] == "2.9000"
 
 
 def test_numbers_that_are_not_finite_break_neither_json_nor_plots(tmp_path: Path):
@@ -243,7 +285,7 @@ def test_numbers_that_are_not_finite_break_neither_json_nor_plots(tmp_path: Path
 def test_what_a_run_has_not_written_is_left_out(tmp_path: Path):
     run = make_run(tmp_path, names=(), stage="pt")
     text = report(run)
-    assert "Nothing to compare" in text
+    assert "No results yet" in text
     assert "Sample" not in text
     assert pictures(run) == {"training_loss.png", "training_throughput.png", "training_grad_norm.png"}
     assert "## Results" not in run.model_card.read_text(encoding="utf-8")
@@ -254,8 +296,8 @@ def test_a_config_alone_is_a_run_that_has_not_begun(tmp_path: Path):
     for path in run.path.iterdir():
         if path != run.config:
             path.unlink()
-    assert "Nothing to compare" in report(run)
-    assert "No step of training is logged yet" in run.model_card.read_text(encoding="utf-8")
+    assert "No results yet" in report(run)
+    assert "No training step is logged yet" in run.model_card.read_text(encoding="utf-8")
     assert not run.trainer_state.exists()
 
 
@@ -265,7 +307,7 @@ def test_the_start_of_a_training_is_said_in_words(tmp_path: Path):
         "train", {"seconds_to_first_step": 50.0, "seconds_to_load_model": 8.0, "seconds_of_first_step": 2.0}
     )
     lines = {" ".join(line.split()) for line in report(run).splitlines()}
-    assert {"time to the first step 50.0 s", "of it loading the model 8.0 s", "of it computing 2.0 s"} <= lines
+    assert {"time to the first step 50.0 s", "… loading the model 8.0 s", "… computing the step 2.0 s"} <= lines
 
 
 def test_before_the_end_the_last_evaluation_stands_in_and_is_named(tmp_path: Path):
@@ -274,24 +316,53 @@ def test_before_the_end_the_last_evaluation_stands_in_and_is_named(tmp_path: Pat
     lines = run.trainer_log.read_text().splitlines(keepends=True)
     run.trainer_log.write_text("".join(lines[:8]) + lines[8][:40])  # killed while it wrote step 7
     text = report(run)
-    assert "after is the evaluation at step 5" in text
-    assert "The run stands at step 6 of 10" in run.model_card.read_text(encoding="utf-8")
+    assert "the evaluation at step 5" in text
+    assert "Training has reached step 6 of 10" in run.model_card.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("finetuning", "library"), [("lora", "peft"), ("full", "transformers")])
-def test_the_card_says_how_to_load_this_model(tmp_path: Path, finetuning: str, library: str):
+@pytest.mark.parametrize(
+    ("finetuning", "library", "model", "settings"),
+    [
+        ("lora", "peft", "a LoRA adapter for", {"LoRA rank": "8", "LoRA alpha": "16.0"}),
+        ("oft", "peft", "an OFT adapter for", {"OFT block size": "32"}),
+        ("freeze", "transformers", "of some of its layers", {"trained layers": "the last 2", "trained modules": "all"}),
+        ("full", "transformers", "of all its weights", {}),
+    ],
+)
+def test_the_card_says_how_to_load_this_model(
+    tmp_path: Path, finetuning: str, library: str, model: str, settings: dict[str, str]
+):
     run = make_run(tmp_path, model__finetuning=finetuning)
-    report(run)
+    (run.path / "model").mkdir()
+    text = report(run)
     card = run.model_card.read_text(encoding="utf-8")
     front = front_matter(run)
     assert (front["library_name"], front["base_model"]) == (library, "Qwen/Qwen3-0.6B")
+    assert front["base_model_relation"] == ("adapter" if library == "peft" else "finetune")
     assert front["pipeline_tag"] == "text-generation"
-    assert "raysft" in front["tags"]
+    assert front["tags"] == ["raysft", "sft", finetuning]
+    assert model in card
+    assert f"load it with {library}" in text
     assert ("AutoPeftModelForCausalLM.from_pretrained" in card) == (library == "peft")
-    assert ("| LoRA alpha | 16" in card) == (library == "peft")
+    assert ("AutoModelForCausalLM.from_pretrained" in card.replace("AutoPeft", "")) == (library == "transformers")
+    shown = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", card, re.MULTILINE))
+    of_other_methods = {
+        "LoRA rank",
+        "LoRA alpha",
+        "OFT block size",
+        "trained layers",
+        "trained modules",
+    } - settings.keys()
+    assert settings.items() <= shown.items()
+    assert not of_other_methods & shown.keys()
+    assert (shown["fine-tuning"], shown["dtype of the weights"], shown["rows per step"]) == (
+        finetuning,
+        "float32",
+        "32",
+    )
     assert "![Training loss](training_loss.png)" in card
-    assert "| held-out loss | 2.7000 | 1.2037 |" in card
-    assert "| chats | train | `chats.jsonl` | 4,321 |" in card
+    assert "| evaluation loss | 2.7000 | 1.2037 |" in card
+    assert "| chats | training | `chats.jsonl` | 4,321 |" in card
     assert "| padding | 3.9% |" in card
     for block in card.split("```python\n")[1:]:
         compile(block.split("```")[0], "card", "exec")
@@ -321,7 +392,7 @@ def test_credentials_appear_nowhere(tmp_path: Path):
 @pytest.mark.parametrize("missing", ["folder", "config"])
 def test_a_path_that_is_no_run_directory_is_refused(tmp_path: Path, missing: str):
     path = tmp_path / "nowhere" if missing == "folder" else tmp_path
-    with pytest.raises(RequestError, match="give the folder") as caught:
+    with pytest.raises(RequestError, match="pass the folder") as caught:
         report(RunDirectory(path))
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -352,7 +423,7 @@ def test_a_corrupt_file_is_named_with_its_line(tmp_path: Path, name: str, conten
 
 
 def test_a_long_run_is_drawn_from_a_bounded_number_of_points(tmp_path: Path):
-    run = make_run(tmp_path, steps=20 * MOST_POINTS, names=())
+    run = make_run(tmp_path, steps=20 * MAX_POINTS, names=())
     report(run)
     assert imread(run.path / "training_loss.png").shape[:2] == (750, 1350)
 
@@ -380,11 +451,22 @@ def test_what_the_plan_warned_of_stands_in_the_summary_and_on_the_page(tmp_path:
     assert "<li>1 step is &lt;few&gt;; take more</li>" in run.page.read_text()
 
 
-def said(run: RunDirectory) -> list[str]:
+def warned(run: RunDirectory) -> list[str]:
     """The warnings of the summary."""
     text = report(run)
     block = text.partition("\nWarnings\n")[2].partition("\n\n")[0]
-    return [" ".join(each.split()) for each in block.removeprefix("- ").split("\n- ") if each]
+    return [" ".join(line.split()) for line in block.removeprefix("- ").split("\n- ") if line]
+
+
+LOWER_RATE = ("; lower train.learning_rate=0.0001", "3e-05")
+
+
+def assert_warned(run: RunDirectory, expected: Sequence[Sequence[str]]) -> None:
+    """One warning for each of the expected ones, which holds all of its parts in their order."""
+    lines = warned(run)
+    assert len(lines) == len(expected)
+    for line, parts in zip(lines, expected, strict=True):
+        assert re.search(".*".join(map(re.escape, parts)), line), line
 
 
 def with_losses(run: RunDirectory, losses: Sequence[float | None]) -> RunDirectory:
@@ -411,17 +493,14 @@ def with_evaluations(run: RunDirectory, losses: dict[int, dict[str, float]], end
 def test_a_training_loss_that_rose_is_told_with_what_to_try(tmp_path: Path):
     run = with_losses(make_run(tmp_path, steps=50), [2.0 + 0.02 * step + 0.1 * (step % 2) for step in range(50)])
     # The first ten steps: 2 + 0.02 × 4.5 + 0.1 / 2; the last ten are 40 steps later.
-    assert said(run) == [
-        "the training loss rose from 2.1400 to 2.9400 (means of the first and the last 10 steps); lower "
-        "train.learning_rate=0.0001, for example to 3e-05"
-    ]
+    assert_warned(run, [("training loss rose", "2.1400", "2.9400", "10 steps", *LOWER_RATE)])
 
 
 @pytest.mark.parametrize("slope", [-0.01, 0.0, 0.002])
 def test_noise_is_no_rise(tmp_path: Path, slope: float):
     noise = random.Random(1)
     losses = [2.0 + slope * step + noise.gauss(0, 0.3) for step in range(50)]
-    assert said(with_losses(make_run(tmp_path, steps=50), losses)) == []
+    assert warned(with_losses(make_run(tmp_path, steps=50), losses)) == []
 
 
 @pytest.mark.parametrize("steps", [10, 12, 24, 50, 100, 400])
@@ -437,51 +516,45 @@ def test_a_loss_that_only_scatters_hardly_ever_passes_for_one_that_rose(steps: i
 
 
 def test_a_few_steps_say_nothing_of_the_loss_and_steps_without_a_number_are_counted(tmp_path: Path):
-    assert said(with_losses(make_run(tmp_path, steps=4), [1.0, 2.0, 3.0, None])) == [
-        "the loss of 1 of 4 steps is no number; lower train.learning_rate, or look at the records of these steps"
-    ]
+    run = with_losses(make_run(tmp_path, steps=4), [1.0, 2.0, 3.0, None])
+    assert_warned(run, [("loss", "1 of 4 steps", "; lower train.learning_rate", "records")])
 
 
 @pytest.mark.parametrize(
     ("evaluations", "expected"),
     [
         ({0: {"a": 2.0}, 10: {"a": 1.5}}, []),
-        (
-            {0: {"a": 2.0}, 10: {"a": 2.5}},
-            [
-                "the held-out loss rose from 2.0000 to 2.5000; lower train.learning_rate=0.0001, for example to 3e-05, or train "
-                "fewer epochs"
-            ],
-        ),
+        ({0: {"a": 2.0}, 10: {"a": 2.5}}, [("evaluation loss rose", "2.0000", "2.5000", *LOWER_RATE, "fewer epochs")]),
         (
             {0: {"a": 2.0}, 4: {"a": 1.25}, 10: {"a": 1.5}},
-            [
-                "the held-out loss was lowest after step 4 (1.2500) and 1.5000 at the end; set train.keep_best=true, or train "
-                "fewer epochs"
-            ],
+            [("evaluation loss", "lowest", "step 4", "1.2500", "1.5000", "; set train.keep_best=true")],
         ),
         (
             {0: {"a": 2.0}, 10: {"a": 1.99}},
             [
-                "the held-out loss hardly changed, from 2.0000 to 1.9900; train more epochs, or raise "
-                "train.learning_rate=0.0001"
+                (
+                    "evaluation loss",
+                    "hardly",
+                    "2.0000",
+                    "1.9900",
+                    "; train",
+                    "epochs",
+                    "raise train.learning_rate=0.0001",
+                )
             ],
         ),
         (
             {0: {"a": 2.0, "b": 2.0}, 10: {"a": 1.0, "b": 2.5}},
-            [
-                "the held-out loss of 'b' rose from 2.0000 to 2.5000; lower train.learning_rate=0.0001, for example to 3e-05, or "
-                "train fewer epochs"
-            ],
+            [("evaluation loss of 'b' rose", "2.0000", "2.5000", *LOWER_RATE, "fewer epochs")],
         ),
     ],
 )
 def test_an_evaluation_that_got_worse_or_hardly_better_is_told(tmp_path: Path, evaluations, expected):
-    assert said(with_evaluations(make_run(tmp_path), evaluations)) == expected
+    assert_warned(with_evaluations(make_run(tmp_path), evaluations), expected)
 
 
 def test_a_run_that_goes_on_has_not_hardly_changed(tmp_path: Path):
-    assert said(with_evaluations(make_run(tmp_path), {0: {"a": 2.0}, 1: {"a": 1.995}}, ended=False)) == []
+    assert warned(with_evaluations(make_run(tmp_path), {0: {"a": 2.0}, 1: {"a": 1.995}}, ended=False)) == []
 
 
 @pytest.mark.parametrize(
@@ -490,22 +563,11 @@ def test_a_run_that_goes_on_has_not_hardly_changed(tmp_path: Path):
         ([{"stop": "eos"}] * 5, []),
         (
             [{"stop": "length"}] * 3 + [{"stop": "eos"}] * 2,
-            ["3 of 5 predictions were cut off at generate.max_new_tokens=1024; raise it, or train longer"],
+            [("3 of 5 predictions", "cut off", "generate.max_new_tokens=1024; raise it")],
         ),
-        (
-            [{"predict": " ", "stop": "eos"}] * 5,
-            ["5 of 5 predictions are empty; compare the chat template with what the model was trained on"],
-        ),
-        (
-            [{"predict": "I", "stop": "eos"}] * 5,
-            [
-                "all 5 predictions are the same text; lower train.learning_rate=0.0001, for example to 3e-05, or look at the data"
-            ],
-        ),
-        (
-            [{"stop": "error"}] * 2 + [{"stop": "eos"}] * 3,
-            ["2 of 5 prompts failed; the same command tries them again"],
-        ),
+        ([{"predict": " ", "stop": "eos"}] * 5, [("5 of 5 predictions", "empty; check", "chat template")]),
+        ([{"predict": "I", "stop": "eos"}] * 5, [("all 5 predictions", "the same text", *LOWER_RATE, "data")]),
+        ([{"stop": "error"}] * 2 + [{"stop": "eos"}] * 3, [("2 of 5 prompts", "failed", "; run the same command")]),
     ],
 )
 def test_predictions_that_are_cut_off_empty_or_all_the_same_are_told(tmp_path: Path, changes, expected):
@@ -513,4 +575,4 @@ def test_predictions_that_are_cut_off_empty_or_all_the_same_are_told(tmp_path: P
     add_predictions(run)
     rows = [row | change for row, change in zip(read_jsonl(run.predictions), changes, strict=True)]
     write_jsonl(run.predictions, rows)
-    assert said(run) == expected
+    assert_warned(run, expected)
