@@ -1,7 +1,7 @@
-"""How many workers a training has at a moment: what the cluster's living nodes have room for, within what was asked for.
+"""Scaling policies: how many workers a training has, given the nodes that are alive and ``scaling.num_workers``.
 
-Ray Train asks these policies in its controller. Its own would start workers that leave no CPU to the data tasks, try for ever
-where a node is gone for good, and begin again in the middle of the work when a node is added.
+Ray Train's controller asks a policy. Ray's own policies leave no CPU to the data tasks, retry forever when a node is gone
+for good, and restart in the middle of the work when a node is added.
 """
 
 from __future__ import annotations
@@ -14,14 +14,6 @@ from typing import Any, cast
 import ray
 from ray._private.state import state as cluster_state
 from ray.train import ScalingConfig
-from ray.train.v2._internal.execution.controller.state import ReschedulingState
-from ray.train.v2._internal.execution.scaling_policy import (
-    ElasticScalingPolicy,
-    FixedScalingPolicy,
-    NoopDecision,
-    ResizeDecision,
-    ScalingPolicy,
-)
 
 from raysft.cluster.placement import Node, max_workers
 from raysft.config.scaling import ScalingSection
@@ -29,30 +21,38 @@ from raysft.errors import RunFailed
 from raysft.storage.run_directory import RunDirectory
 from raysft.telemetry.events import Emit, Waiting, WorkersResized, WorkersRestarting
 from raysft.train.checkpoint.format import newest
+from raysft.train.ray_train_internals import (
+    ElasticScalingPolicy,
+    FixedScalingPolicy,
+    NoopDecision,
+    ReschedulingState,
+    ResizeDecision,
+    ScalingPolicy,
+)
 from raysft.train.restarts import cause
 
-LOOK_SECONDS = 5.0
-"""How often it is looked whether there is room for more workers."""
+GROW_CHECK_SECONDS = 5.0
+"""Least time between two checks whether more workers fit."""
 ANSWER_SECONDS = 3.0
 """How long a node may take to answer."""
-TAKEN_SECONDS = 600.0
-"""How long fewer workers are asked for after those that there should be room for found none: others may hold it."""
+FEWER_SECONDS = 600.0
+"""How long a policy asks for fewer workers after Ray could not place as many as should fit; another job may hold the rest."""
 SETTLE_SECONDS = 25.0
-"""How long Ray, which looks at its nodes every 20 seconds, may take to give what they have."""
-SAY_SECONDS = 60.0
-"""How often it is said what is waited for."""
+"""How long Ray, which looks at its nodes every 20 seconds, may take to offer all that they have."""
+NOTIFY_SECONDS = 60.0
+"""Seconds between two messages about waiting for nodes."""
 
 
 def workers_of(
     scaling: ScalingSection, run: RunDirectory, steps: int, emit: Emit
 ) -> tuple[ScalingConfig, ScalingPolicy]:
-    """What Ray Train is asked for, and who decides how many workers there are.
+    """Make Ray Train's scaling config and the policy that decides on the number of workers.
 
     Args:
-        scaling: what was asked for.
-        run: whose checkpoints say when growing costs no work.
-        steps: of the whole training.
-        emit: takes ``WorkersRestarting``, ``Waiting`` and ``WorkersResized``.
+        scaling: the section of the config.
+        run: the run directory; its checkpoints tell when growing loses no work.
+        steps: total steps of the training.
+        emit: receives ``WorkersRestarting``, ``Waiting`` and ``WorkersResized``.
     """
     resources = {"CPU": scaling.cpus_per_worker, **({"GPU": 1.0} if scaling.use_gpu else {})}
     config = ScalingConfig(
@@ -63,13 +63,13 @@ def workers_of(
     return config, (_Elastic if scaling.is_elastic else _Fixed)(config, scaling, run, steps, emit)
 
 
-def living_nodes() -> list[Node]:
+def live_nodes() -> list[Node]:
     """Return the nodes that answer now and are not being drained.
 
-    Ray knows of a node's death 15 seconds later; workers that were placed there would be waited for a whole minute.
+    Ray notices a node's death 15 seconds late, and would wait a whole minute for workers that it placed there.
     """
-    leaving = cluster_state.get_draining_nodes()
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+    draining = cluster_state.get_draining_nodes()
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
     with ThreadPoolExecutor(min(64, max(1, len(nodes)))) as pool:
         answers = list(pool.map(_answers, nodes))
     return [Node.of(node["Resources"]) for node, answer in zip(nodes, answers, strict=True) if answer]
@@ -83,100 +83,104 @@ def _answers(node: dict[str, Any]) -> bool:
         return False
 
 
-class _Patience:
-    """Waits a bounded time for nodes, and says so."""
+class _BoundedWait:
+    """Base of both policies: waits a bounded time for nodes, and emits events."""
 
     def __init__(
         self, config: ScalingConfig, scaling: ScalingSection, run: RunDirectory, steps: int, emit: Emit
     ) -> None:
         super().__init__(config)  # pyright: ignore
-        self.wanted, self.run, self.steps, self.emit = scaling, run, steps, emit
-        self._waits_since: float | None = None
-        self._said = float("-inf")
+        self.scaling, self.run, self.steps, self.emit = scaling, run, steps, emit
+        self._waiting_since: float | None = None
+        self._notified = float("-inf")
 
     def max_workers(self) -> int:
-        """Workers that the living nodes have room for beside the data tasks."""
-        return max_workers(living_nodes(), self.wanted.cpus_per_worker, self.wanted.use_gpu)
+        """Number of workers that fit on the live nodes beside the data tasks."""
+        return max_workers(live_nodes(), self.scaling.cpus_per_worker, self.scaling.use_gpu)
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-        """Say why workers are started again."""
+        """Report why the workers are restarted."""
         error = getattr(current_state, "training_failed_error", None)
-        known = getattr(previous_state, "training_failed_error", None)
-        if error is not None and error is not known and not current_state.is_terminal():
+        reported = getattr(previous_state, "training_failed_error", None)
+        if error is not None and error is not reported and not current_state.is_terminal():
             self.emit(WorkersRestarting(str(cause(error))))
 
-    def wait(self, there: int) -> NoopDecision:
-        """Let some time go by.
+    def wait(self, available: int) -> NoopDecision:
+        """Sleep for a moment.
+
+        Args:
+            available: number of workers that fit now.
 
         Raises:
-            RunFailed: it was waited long enough.
+            RunFailed: ``scaling.wait_minutes`` have passed.
         """
-        now = time.monotonic()
-        self._waits_since = now if self._waits_since is None else self._waits_since
-        left = self._waits_since + 60 * self.wanted.wait_minutes - now
-        fewest = self.wanted.fewest_workers
+        now, needed = time.monotonic(), self.scaling.fewest_workers
+        self._waiting_since = now if self._waiting_since is None else self._waiting_since
+        left = self._waiting_since + 60 * self.scaling.wait_minutes - now
         if left < 0:
             raise RunFailed(
-                f"the cluster has had room for {there} of {fewest} workers for scaling.wait_minutes="
-                f"{self.wanted.wait_minutes:g}; add nodes and give the command again, or let scaling.num_workers begin lower"
+                f"scaling.num_workers needs at least {needed} workers, but the cluster could place only {available} for "
+                f"scaling.wait_minutes={self.scaling.wait_minutes:g}; add nodes and run the same command again, or lower "
+                "scaling.num_workers"
             )
-        if now - self._said > SAY_SECONDS:
-            self._said = now
+        if now - self._notified > NOTIFY_SECONDS:
+            self._notified = now
             self.emit(
                 Waiting(
-                    f"waiting for nodes: the cluster has room for {there} of at least {fewest} workers "
-                    f"({left / 60:.0f} more minutes, scaling.wait_minutes)"
+                    f"waiting for nodes: the cluster can place {available} of at least {needed} workers "
+                    f"(giving up in {left / 60:.0f} minutes, scaling.wait_minutes)"
                 )
             )
         time.sleep(min(1.0, max(0.1, left)))
         return NoopDecision()
 
 
-class _Fixed(_Patience, FixedScalingPolicy):
-    """One number of workers."""
+class _Fixed(_BoundedWait, FixedScalingPolicy):
+    """A fixed number of workers."""
 
     def make_decision_for_non_running_worker_group(self) -> Any:
-        """Start them when there is room."""
-        there = self.max_workers()
-        if there < self.wanted.fewest_workers:
-            self._maybe_send_resource_request()  # where nodes can be had for the asking
-            return self.wait(there)
-        self._waits_since = None
+        """Start the workers once they fit."""
+        available = self.max_workers()
+        if available < self.scaling.fewest_workers:
+            self._maybe_send_resource_request()  # an autoscaler may add nodes
+            return self.wait(available)
+        self._waiting_since = None
         return super().make_decision_for_non_running_worker_group()
 
 
-class _Elastic(_Patience, ElasticScalingPolicy):
-    """As many workers as there is room for; more of them only when a checkpoint was just written, so that no work is lost."""
+class _Elastic(_BoundedWait, ElasticScalingPolicy):
+    """As many workers as fit. Grows only right after a checkpoint, so that no work is lost."""
 
-    _looked = float("-inf")
+    _checked = float("-inf")
+    """Time of the last check whether more workers fit."""
     _growing_since: int | None = None
-    """The newest checkpoint's step when room for more was found."""
+    """Step of the newest checkpoint when the policy found that more workers fit."""
     _short_since: float | None = None
-    """When Ray gave less than there should be."""
-    _asked = 0
-    """Workers that were asked for last."""
-    _taken: tuple[float, int] = (float("-inf"), 0)
-    """Until when no more than so many workers are asked for."""
+    """Time since which Ray has offered less than should fit."""
+    _requested = 0
+    """Number of workers of the last start."""
+    _limit: tuple[float, int] = (float("-inf"), 0)
+    """(time, workers): until that time the policy asks for at most so many workers."""
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-        """Where workers found no place, ask for one fewer."""
+        """Ask for one worker fewer if Ray could not place them all."""
         super().after_controller_state_update(previous_state, current_state)
         if isinstance(current_state, ReschedulingState):
-            self._taken = time.monotonic() + TAKEN_SECONDS, max(self._asked - 1, self.wanted.fewest_workers)
+            self._limit = time.monotonic() + FEWER_SECONDS, max(self._requested - 1, self.scaling.fewest_workers)
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
-        cpus, gpus = self.wanted.cpus_per_worker, float(self.wanted.use_gpu)
+        cpus, gpus = self.scaling.cpus_per_worker, float(self.scaling.use_gpu)
         reserved = sum(Node.of(resources).capacity(cpus, gpus) for resources in reserved_resources.values())
         # Ray may count a dead node for some seconds more, and leaves nothing to data tasks.
         return min(reserved, self._most_now())
 
     def _most_now(self) -> int:
-        """Workers that the cluster should have room for."""
-        until, most = self._taken
-        return min(self.max_workers(), most if time.monotonic() < until else self.wanted.most_workers)
+        """Number of workers that should fit on the cluster now."""
+        until, limit = self._limit
+        return min(self.max_workers(), limit if time.monotonic() < until else self.scaling.most_workers)
 
     def make_decision_for_non_running_worker_group(self) -> Any:
-        """Start as many as there is room for, but not fewer than the fewest."""
+        """Start as many workers as fit, but at least ``fewest_workers``."""
         self._growing_since = None
         decision: Any = super().make_decision_for_non_running_worker_group()
         if isinstance(decision, NoopDecision):
@@ -186,20 +190,20 @@ class _Elastic(_Patience, ElasticScalingPolicy):
         if decision.num_workers < self._most_now() and now - self._short_since < SETTLE_SECONDS:
             time.sleep(1.0)
             return NoopDecision()
-        self._waits_since, self._short_since, self._asked = None, None, decision.num_workers
+        self._waiting_since, self._short_since, self._requested = None, None, decision.num_workers
         return decision
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
-        """Grow after a checkpoint. Workers that are alive are never taken away."""
+        """Grow after a checkpoint. Live workers are never removed."""
         self._maybe_send_resource_request()
         now = time.monotonic()
-        # With all that were asked for there is nothing to look for: looking asks each node.
-        if now - self._looked < LOOK_SECONDS or worker_group_state.num_workers >= self.wanted.most_workers:
+        # At the maximum there is nothing to check for, and a check asks each node.
+        if now - self._checked < GROW_CHECK_SECONDS or worker_group_state.num_workers >= self.scaling.most_workers:
             return NoopDecision()
-        self._looked = now
+        self._checked = now
         reserved = self._get_reserved_resources()
-        there = self._count_possible_workers(reserved) if reserved else 0
-        if there <= worker_group_state.num_workers:
+        available = self._count_possible_workers(reserved) if reserved else 0
+        if available <= worker_group_state.num_workers:
             self._growing_since = None
             return NoopDecision()
         checkpoint = newest(self.run.checkpoints)
@@ -208,6 +212,6 @@ class _Elastic(_Patience, ElasticScalingPolicy):
             self._growing_since = step
         if step <= self._growing_since or step >= self.steps:
             return NoopDecision()
-        self._asked = there
-        self.emit(WorkersResized(worker_group_state.num_workers, there))
-        return ResizeDecision(there, cast(Any, self.scaling_config._resources_per_worker_not_none))
+        self._requested = available
+        self.emit(WorkersResized(worker_group_state.num_workers, available))
+        return ResizeDecision(available, cast(Any, self.scaling_config._resources_per_worker_not_none))

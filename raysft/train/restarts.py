@@ -1,4 +1,4 @@
-"""What workers raise and what Ray Train makes of it → what happened, in one line, and whether to start again."""
+"""Failures of workers: which error is the cause, in one line, and whether the workers are restarted."""
 
 from __future__ import annotations
 
@@ -9,45 +9,48 @@ from pathlib import Path
 from typing import Any
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 
-from raysft.errors import RequestError, RunFailed, StorageFailed
+from raysft.errors import RequestError, RunFailed, StorageFailed, one_line
 from raysft.train.checkpoint.format import CorruptCheckpoint
+from raysft.train.ray_train_internals import DefaultFailurePolicy, FailureDecision
 
-SIGNS_OF_ANOTHERS_DEATH = (
+INFRASTRUCTURE_SIGNS = (
     "gloo", "nccl", "connection closed", "connection reset", "connection refused", "broken pipe", "timed out", "ecc error",
 )  # fmt: skip
-"""What errors say that come from the network or from failing hardware; torch gives them no types of their own everywhere."""
+"""Words in the messages of errors that come from the network or from failing hardware; torch has no types for all of them."""
 
 
 class Fault(RuntimeError):
-    """What a worker's own code raised, with the moment of the training in which it did."""
+    """An error in a worker's own code, and the moment of the training at which it was raised.
+
+    Network, machine and storage failures are no faults: they may be gone after a restart.
+    """
 
     def __init__(self, moment: str, kind: str, place: str, line: str, rows: str) -> None:
         super().__init__(moment, kind, place, line, rows)
-        self.mark = moment, kind, place
-        """Two that are alike in this are no accident."""
+        self.signature = moment, kind, place
+        """Two faults with the same signature are not a coincidence."""
         self.line, self.rows = line, rows
-        self.again = False
-        """Whether the same came before."""
+        self.repeated = False
+        """True if a fault with this signature was raised before."""
 
     def __str__(self) -> str:
-        """What happened, on which rows, and why it ended the run."""
-        told = self.line + (f"; {self.rows}" if self.rows else "")
-        if not self.again:
-            return told
-        remedy = "fix the cause" + (", or take these records out" if self.rows else "")
-        return f"{told}; this is the second time, so it is not tried again: {remedy}"
+        """The error, the rows that it concerns, and the remedy if it ended the run."""
+        shown = self.line + (f"; {self.rows}" if self.rows else "")
+        if not self.repeated:
+            return shown
+        remedy = "fix the cause" + (", or remove these records" if self.rows else "")
+        return f"{shown}; not retried, because it failed the same way before: {remedy}"
 
 
 @contextmanager
 def faults_of(rank: int, moment: Callable[[], str], rows: Callable[[], str]) -> Iterator[None]:
-    """Let a worker's errors tell when they came; those by which the network, a machine or a storage fails stay as they are.
+    """Turn errors of a worker's own code into a ``Fault``; infrastructure errors are raised unchanged.
 
     Args:
         rank: of this worker.
-        moment: what it is at, for people: ``step 4``.
-        rows: which rows it has there and where they come from; empty where there are none.
+        moment: returns what the worker is doing, for messages: ``step 4``.
+        rows: returns the rows that it is working on and their records; empty if it works on none.
     """
     try:
         yield
@@ -56,25 +59,25 @@ def faults_of(rank: int, moment: Callable[[], str], rows: Callable[[], str]) -> 
     except Exception as error:
         own: BaseException = error
         if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
-            own = error.cause  # a data task's
-        if _is_death(own):
+            own = error.cause  # raised in a data task
+        if _is_infrastructure(own):
             raise
         at, kind, place = moment(), type(own).__name__, _place(error)
         try:
             on = rows()
-        except Exception:  # what is to be told must not get lost because a shard cannot be read
+        except Exception:  # the error itself must be reported even if a shard cannot be read
             on = ""
-        line = f"worker {rank} failed in {at}: {kind}: {_first_line(own):.200} ({place})"
+        line = f"worker {rank} failed in {at}: {kind}: {one_line(own)} ({place})"
         raise Fault(at, kind, place, line, on) from error
 
 
-def _is_death(error: BaseException) -> bool:
-    """Whether it is what is seen of a machine, a connection or a storage that fails, so that it may be gone the next time."""
+def _is_infrastructure(error: BaseException) -> bool:
+    """Return True if the error shows a failing machine, connection or storage, so that a restart may help."""
     if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
         return False
     if isinstance(error, OSError | StorageFailed | RayError):
         return True
-    return any(sign in str(error).lower() for sign in SIGNS_OF_ANOTHERS_DEATH)
+    return any(sign in str(error).lower() for sign in INFRASTRUCTURE_SIGNS)
 
 
 def _place(error: BaseException) -> str:
@@ -85,51 +88,47 @@ def _place(error: BaseException) -> str:
 
 
 class Restarts(DefaultFailurePolicy):
-    """Start workers again after a failure, up to ``train.max_failures`` times, but only once after the same fault."""
+    """Restart the workers after a failure, up to ``train.max_failures`` times, but only once after the same fault."""
 
     def __init__(self, failure_config: Any) -> None:
         super().__init__(failure_config)
-        self._seen: set[tuple[str, str, str]] = set()
+        self._signatures: set[tuple[str, str, str]] = set()
 
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
-        """Whether to start again."""
+        """Decide whether to restart."""
         fault = _fault(training_failed_error)
-        if fault is not None and fault.mark in self._seen:
-            fault.again = True
+        if fault is not None and fault.signature in self._signatures:
+            fault.repeated = True
             return FailureDecision.RAISE
         if fault is not None:
-            self._seen.add(fault.mark)
+            self._signatures.add(fault.signature)
         return super().make_decision(training_failed_error)
 
 
 def _fault(error: Any) -> Fault | None:
-    """What the first worker's own code raised; nothing where a worker died, which others may have stumbled over."""
+    """The first worker's fault; None if a worker died, since that may have caused the errors of the others."""
     failures = getattr(error, "worker_failures", None) or {}
-    if any(isinstance(found, RayActorError) for found in failures.values()):
+    if any(isinstance(failure, RayActorError) for failure in failures.values()):
         return None
     return next((failures[rank] for rank in sorted(failures) if isinstance(failures[rank], Fault)), None)
 
 
 def cause(error: Any) -> Exception:
-    """The first worker's own error as one of ours, or the controller's."""
-    ours = getattr(error, "controller_failure", None)
-    if isinstance(ours, RequestError | RunFailed):
-        return ours
+    """Turn Ray Train's error into the ``RequestError`` or ``RunFailed`` of the first worker, or of the controller."""
+    controller = getattr(error, "controller_failure", None)
+    if isinstance(controller, RequestError | RunFailed):
+        return controller
     fault = _fault(error)
     if fault is not None:
         return RunFailed(str(fault))
     failures = getattr(error, "worker_failures", None) or {}
-    # A worker that died comes first: the others fail when they cannot reach it.
+    # A worker that died comes first: the others fail because they cannot reach it.
     for rank in sorted(failures, key=lambda rank: (not isinstance(failures[rank], RayActorError), rank)):
-        found = failures[rank]
-        while getattr(found, "cause", None) is not None:
-            found = found.cause
-        if isinstance(found, RequestError | RunFailed):
-            return found
-        if found is not None:
-            return RunFailed(f"worker {rank} failed: {type(found).__name__}: {_first_line(found):.200}")
-    return RunFailed(f"the training failed: {_first_line(ours or error)}")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        failure = failures[rank]
+        while getattr(failure, "cause", None) is not None:
+            failure = failure.cause
+        if isinstance(failure, RequestError | RunFailed):
+            return failure
+        if failure is not None:
+            return RunFailed(f"worker {rank} failed: {type(failure).__name__}: {one_line(failure)}")
+    return RunFailed(f"the training failed: {one_line(controller or error)}")

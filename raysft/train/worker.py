@@ -8,7 +8,6 @@ from typing import Any, cast
 import ray.train
 import torch
 from ray.train.torch import get_device
-from ray.train.v2._internal.execution.context import get_train_context
 
 from raysft.models.onednn import use_onednn
 from raysft.telemetry.events import CheckpointCorrupt, TrainingEnded, evaluation_results
@@ -19,6 +18,7 @@ from raysft.train.checkpoint.resume import ResumePoint
 from raysft.train.event_pump import emitter, permanent_failures
 from raysft.train.finetuning import load_trained
 from raysft.train.loss import TokenLoss
+from raysft.train.ray_train_internals import get_train_context
 from raysft.train.step import evaluate
 
 TRAIN, RESUME = "train", "resume"

@@ -506,7 +506,7 @@ def test_an_error_that_comes_again_at_the_same_step_is_not_tried_four_times(fold
     assert error.startswith(f"raysft: failed: worker 0 failed in {failing}: ValueError: no such token here (")
     assert f"chat: {tmp_path}/data.jsonl:7" in error
     assert error.endswith(
-        "this is the second time, so it is not tried again: fix the cause, or take these records out\n"
+        "not retried, because it failed the same way before: fix the cause, or remove these records\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""How many workers there are to be, from what a cluster has."""
+"""Scaling policies: the number of workers that a cluster's nodes allow, and bounded waits for nodes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.train.v2._internal.execution.controller.state import ReschedulingState
-from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 from ray.train.v2.api.exceptions import ControllerError
 
 from raysft.cluster.placement import Node
@@ -16,16 +14,17 @@ from raysft.config.scaling import ScalingSection
 from raysft.errors import RunFailed
 from raysft.storage.run_directory import RunDirectory
 from raysft.train import elastic
+from raysft.train.ray_train_internals import NoopDecision, ReschedulingState, ResizeDecision
 
 
 class Cluster:
-    """Nodes that Ray would tell of."""
+    """The nodes of a cluster, as Ray reports them."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.nodes: list[Node] = []
-        patch.setattr(elastic, "living_nodes", lambda: self.nodes)
+        patch.setattr(elastic, "live_nodes", lambda: self.nodes)
         self.reserved: list[dict[str, float]] | None = None
-        """What Ray gives, where that is less."""
+        """What Ray offers, if that is less."""
         patch.setattr(
             elastic._Elastic,
             "_get_reserved_resources",
@@ -36,7 +35,7 @@ class Cluster:
         for kind in (elastic._Elastic, elastic._Fixed):
             patch.setattr(kind, "_maybe_send_resource_request", lambda policy: None)
         patch.setattr(elastic.time, "sleep", lambda seconds: None)
-        patch.setattr(elastic, "LOOK_SECONDS", 0.0)
+        patch.setattr(elastic, "GROW_CHECK_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -44,52 +43,54 @@ def cluster(monkeypatch) -> Cluster:
     return Cluster(monkeypatch)
 
 
-def policy_of(folder: Path, told: list[Any] | None = None, **settings) -> Any:
-    events = told if told is not None else []
+def policy_of(folder: Path, events: list[Any] | None = None, **settings) -> Any:
+    events = events if events is not None else []
     section = ScalingSection(**settings)
     _, policy = elastic.workers_of(section, RunDirectory(folder), 100, events.append)
     return policy
 
 
-def begun(policy: Any) -> int:
-    """Workers that are started now; 0 while it waits."""
+def started(policy: Any) -> int:
+    """Number of workers that are started now; 0 while the policy waits."""
     decision = policy.make_decision_for_non_running_worker_group()
     return decision.num_workers if isinstance(decision, ResizeDecision) else 0
 
 
-def test_as_many_workers_as_there_is_room_for_beside_the_data(cluster, tmp_path):
+def test_as_many_workers_start_as_fit_beside_the_data_tasks(cluster, tmp_path):
     policy = policy_of(tmp_path, num_workers=[1, 4])
     for cpus, workers in (((2,), 1), ((2, 1), 2), ((8, 8), 4), ((0.5,), 0)):
-        cluster.nodes = [Node(float(each)) for each in cpus]
-        assert begun(policy) == workers, cpus
+        cluster.nodes = [Node(float(count)) for count in cpus]
+        assert started(policy) == workers, cpus
 
 
-def test_shares_of_a_cpu_are_counted_right(cluster, tmp_path):
+def test_fractions_of_a_cpu_are_counted_right(cluster, tmp_path):
     cluster.nodes = [Node(2.0)]
-    assert begun(policy_of(tmp_path, num_workers=[1, 4], cpus_per_worker=0.7)) == 2
+    assert started(policy_of(tmp_path, num_workers=[1, 4], cpus_per_worker=0.7)) == 2
 
 
-def test_a_wait_for_nodes_is_said_and_has_an_end(cluster, tmp_path):
-    told: list[Any] = []
-    policy = policy_of(tmp_path, told, num_workers=2, wait_minutes=0.001)
+def test_a_wait_for_nodes_is_reported_and_bounded(cluster, tmp_path):
+    events: list[Any] = []
+    policy = policy_of(tmp_path, events, num_workers=2, wait_minutes=0.001)
     cluster.nodes = [Node(1.5)]
-    assert begun(policy) == 0
-    assert "room for 1 of at least 2 workers" in told[0].message
-    policy._waits_since -= 1
-    with pytest.raises(RunFailed, match=r"room for 1 of 2 workers for scaling.wait_minutes=0.001; add nodes"):
-        begun(policy)
+    assert started(policy) == 0
+    assert "1 of at least 2 workers" in events[0].message
+    assert "scaling.wait_minutes" in events[0].message
+    policy._waiting_since -= 1
+    with pytest.raises(RunFailed, match=r"2 workers, .* only 1 .*scaling.wait_minutes=0.001; add nodes") as caught:
+        started(policy)
+    assert "scaling.num_workers" in str(caught.value)
     cluster.nodes = [Node(4.0)]
-    assert begun(policy) == 2
+    assert started(policy) == 2
 
 
-def test_ray_is_given_some_time_to_see_all_nodes(cluster, tmp_path):
+def test_ray_gets_some_time_to_see_all_nodes(cluster, tmp_path):
     policy = policy_of(tmp_path, num_workers=[1, 2])
     cluster.nodes, cluster.reserved = [Node(2.0), Node(2.0)], [{"CPU": 1.0}]
-    assert begun(policy) == 0
+    assert started(policy) == 0
     policy._short_since -= elastic.SETTLE_SECONDS
-    assert begun(policy) == 1, "others may hold the rest"
+    assert started(policy) == 1, "another job may hold the rest"
     cluster.reserved = None
-    assert begun(policy) == 2
+    assert started(policy) == 2
 
 
 def test_it_grows_right_after_a_checkpoint(cluster, tmp_path, monkeypatch):
@@ -106,17 +107,17 @@ def test_it_grows_right_after_a_checkpoint(cluster, tmp_path, monkeypatch):
     newest[0] = SimpleNamespace(step=20)
     assert decide().num_workers == 3
     newest[0] = SimpleNamespace(step=100)
-    assert isinstance(decide(), NoopDecision), "there is nothing left to do"
+    assert isinstance(decide(), NoopDecision), "no step is left"
     cluster.nodes = [Node(0.5)]
-    assert isinstance(decide(), NoopDecision), "workers that live are not taken away"
+    assert isinstance(decide(), NoopDecision), "live workers are never removed"
 
 
-def test_room_that_others_hold_is_not_asked_for_again_and_again(cluster, tmp_path):
+def test_after_a_failed_placement_fewer_workers_are_requested(cluster, tmp_path):
     policy = policy_of(tmp_path, num_workers=[2, 4])
     cluster.nodes = [Node(8.0)]
-    assert begun(policy) == 4
+    assert started(policy) == 4
     for expected in (3, 2, 2):
         policy.after_controller_state_update(
             None, ReschedulingState(training_failed_error=ControllerError(OSError("x")))
         )
-        assert begun(policy) == expected
+        assert started(policy) == expected

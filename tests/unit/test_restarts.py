@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig
-from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from raysft.errors import RunFailed, StorageFailed
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.checkpoint.format import CorruptCheckpoint
 from raysft.train.loop import _Loop, _train
+from raysft.train.ray_train_internals import FailureDecision
 from raysft.train.restarts import Fault, Restarts, cause, faults_of
 
 
@@ -49,8 +49,8 @@ def test_an_error_that_comes_again_at_the_same_step_ends_the_run():
         "worker 1 failed in step 4: IndexError: index 987 is out of range (tests/unit/test_restarts.py:"
     )
     assert str(found).endswith(
-        "; its rows 8 hold chat: a.jsonl:3; this is the second time, so it is not tried again: "
-        "fix the cause, or take these records out"
+        "; its rows 8 hold chat: a.jsonl:3; not retried, because it failed the same way before: "
+        "fix the cause, or remove these records"
     )
 
 

@@ -1,0 +1,38 @@
+"""The private parts of Ray Train that raysft uses, in one place; another version of Ray may change them without notice.
+
+Beside these names, ``elastic``, ``restarts`` and ``launch`` override or call methods that are private, too: of the scaling
+policies ``_get_reserved_resources``, ``_count_possible_workers`` and ``_maybe_send_resource_request``, of ``ScalingConfig``
+``_resources_per_worker_not_none``, and of ``TorchTrainer`` ``_initialize_and_run_controller`` and ``_register_sigint_handler``.
+"""
+
+from __future__ import annotations
+
+# A worker's context: the only access to preemption notices that is not a collective call.
+from ray.train.v2._internal.execution.context import get_train_context
+
+# The controller's state after workers could not be placed: the next start asks for fewer.
+from ray.train.v2._internal.execution.controller.state import ReschedulingState
+
+# Decides whether workers that failed are restarted; TorchTrainer takes no failure policy in its public arguments.
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+
+# Decide how many workers there are; TorchTrainer takes no scaling policy in its public arguments.
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    FixedScalingPolicy,
+    NoopDecision,
+    ResizeDecision,
+    ScalingPolicy,
+)
+
+__all__ = [
+    "DefaultFailurePolicy",
+    "ElasticScalingPolicy",
+    "FailureDecision",
+    "FixedScalingPolicy",
+    "NoopDecision",
+    "ReschedulingState",
+    "ResizeDecision",
+    "ScalingPolicy",
+    "get_train_context",
+]
