@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: stage lines, step lines, a progress bar with the time left. Imports nothing of raysft."""
+"""Terminal output of a run: lines, and a progress bar with the remaining time. Imports nothing of raysft."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import rich.progress
 
 
 class Console(rich.console.Console):
-    """A console whose reader may go away (``| head``, a lost connection): what remains to be done is done all the same."""
+    """A console whose reader may disappear (``| head``, a lost connection) without ending the run."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        # The interpreter flushes what is left when it ends, and would complain.
+        # At exit the interpreter flushes stdout, and would print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Terminal:
-    """Prints lines; below them, on a terminal, a bar with the time left."""
+    """Prints lines; on a terminal it also shows a progress bar below them."""
 
     def __init__(self) -> None:
         self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
@@ -35,8 +35,8 @@ class Terminal:
         except BrokenPipeError:
             self._console.on_broken_pipe()
 
-    def advance(self, what: str, done: int, total: int) -> None:
-        """Show that ``done`` of ``total`` is done; without a terminal nothing is drawn."""
+    def advance(self, activity: str, done: int, total: int) -> None:
+        """Set the bar to ``done`` of ``total``; does nothing if stdout is no terminal."""
         if not self._console.is_terminal:
             return
         if self._bar is None:
@@ -50,19 +50,19 @@ class Terminal:
                 console=self._console,
                 transient=True,
             )
-            self._task = self._bar.add_task(what, total=total)
+            self._task = self._bar.add_task(activity, total=total)
             self._bar.start()
-        self._bar.update(self._task, description=what, completed=done, total=total)
+        self._bar.update(self._task, description=activity, completed=done, total=total)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them.
+    """Format seconds as H:MM:SS.
 
     >>> duration(75), duration(3675)
     ('0:01:15', '1:01:15')

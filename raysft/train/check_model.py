@@ -1,4 +1,4 @@
-"""What can be known of a model before workers load it."""
+"""Checks of a model against the config before any worker loads it."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from raysft.storage.local_cache import local_copy
 
 
 def check_model(config: Config, model: str, notify: Callable[[str], None] = lambda line: None) -> Any:
-    """Find out before anything is started what the workers could only find out later.
+    """Find the problems that the workers would only find after they started.
 
     Args:
         config: the run's config.
         model: folder or hub id.
-        notify: takes a line where something is left alone.
+        notify: receives a line about a setting of the model that is ignored.
 
     Returns:
         The model's configuration.
 
     Raises:
-        RequestError: code would have to run that nobody has named, weights are missing, adapters have no place in the model,
-            or rows are longer than its positions.
+        RequestError: the model needs code that ``model.trust_remote_code`` does not allow, has no weights, has no modules for the
+            adapters, or has fewer positions than a row.
     """
     from raysft.models.attention import kernel
     from raysft.train.deepspeed_config import deepspeed_settings
@@ -37,10 +37,10 @@ def check_model(config: Config, model: str, notify: Callable[[str], None] = lamb
     positions = getattr(hf_config, "max_position_embeddings", None)
     if positions and config.data.sequence_length > positions:
         raise RequestError(
-            f"data.sequence_length={config.data.sequence_length} and the model has {positions} positions; use at most {positions}"
+            f"data.sequence_length={config.data.sequence_length}, but the model has {positions} positions; use at most {positions}"
         )
     if layerdrop := getattr(hf_config, "layerdrop", 0):
-        notify(f"model: layerdrop={layerdrop} of its config.json is not applied; all layers are trained in every step")
+        notify(f"model: ignoring layerdrop={layerdrop} of its config.json; every step trains all layers")
     _check_quantized(model, hf_config, config)
     check_installed(config.train.optimizer)
     quantization_config(config)
@@ -63,12 +63,13 @@ def _names_modules(config: Config) -> bool:
 
 
 def _check_quantized(model: str, hf_config: Any, config: Config) -> None:
-    """Quantized weights are frozen, and a library must know them."""
+    """Refuse a quantized model that would be trained in full, or whose method has no library installed."""
     method = method_of(hf_config)
     if method is None:
         return
     if config.model.finetuning not in ("lora", "oft"):
         raise RequestError(
-            f"model.path={model}: is quantized ({method}), which freezes its weights; set model.finetuning to lora or oft"
+            f"model.path={model} is quantized ({method}), which freezes its weights, but model.finetuning="
+            f"{config.model.finetuning}; set model.finetuning to lora or oft"
         )
     check_method(f"model.path={model}", method, config)

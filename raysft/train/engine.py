@@ -49,7 +49,7 @@ def make_engine(
         load_model(config, model_path, device, adapter),
         objective=_objective(config),
         neftune_alpha=config.train.neftune_alpha,
-        most_tokens=config.train.micro_batch_size * config.data.sequence_length if zero3 else None,
+        max_tokens=config.train.micro_batch_size * config.data.sequence_length if zero3 else None,
     )
     if config.train.fp8 != "off":
         from raysft.train.fp8 import use_fp8

@@ -1,4 +1,4 @@
-"""Matrix multiplications in 8-bit floats, through torchao."""
+"""Matrix multiplication in 8-bit floats (FP8), with torchao."""
 
 from __future__ import annotations
 
@@ -10,31 +10,35 @@ from torch import nn
 
 from raysft.errors import RequestError
 
-HOPPER = (8, 9)
-"""Compute capability from which on a GPU multiplies 8-bit floats."""
+MIN_CAPABILITY = (8, 9)
+"""Lowest compute capability of a GPU that multiplies 8-bit floats: Ada; Hopper is (9, 0)."""
 
 
 def check_fp8(device: torch.device) -> None:
-    """Refuse where 8-bit floats would only be imitated.
+    """Check that the device can multiply 8-bit floats.
 
     Raises:
-        RequestError: the device cannot multiply them, or torchao is not installed.
+        RequestError: it would only emulate them, or torchao is not installed.
     """
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    if capability is None or capability < HOPPER:
+    if capability is None or capability < MIN_CAPABILITY:
         name = torch.cuda.get_device_name(device) if capability else "a CPU"
         raise RequestError(
-            f"train.fp8=torchao needs a GPU of the Ada or Hopper generation or later, not {name}; set it off"
+            "train.fp8=torchao needs a GPU of compute capability 8.9 or higher (Ada, Hopper or later), but a worker has "
+            f"{name}; set train.fp8=off"
         )
     if importlib.util.find_spec("torchao") is None:
-        raise RequestError("train.fp8=torchao needs the package torchao; pip install 'raysft[fp8]' on every node")
+        raise RequestError(
+            "train.fp8=torchao needs the package torchao, which is not installed; "
+            "run pip install 'raysft[fp8]' on every node"
+        )
 
 
 def use_fp8(model: nn.Module, device: torch.device) -> None:
-    """Convert the linear layers inside the model, and make sure that it happened.
+    """Convert the linear layers of a model.
 
     Raises:
-        RequestError: it cannot be done here.
+        RequestError: the device cannot do it, or no layer was converted.
     """
     check_fp8(device)
     from torchao.float8 import (  # pyright: ignore[reportMissingImports]
@@ -43,14 +47,14 @@ def use_fp8(model: nn.Module, device: torch.device) -> None:
     )
 
     convert_to_float8_training(
-        model, config=Float8LinearConfig.from_recipe_name("rowwise"), module_filter_fn=_takes_part
+        model, config=Float8LinearConfig.from_recipe_name("rowwise"), module_filter_fn=_is_convertible
     )
     if not any("Float8" in type(module).__name__ for module in model.modules()):
-        raise RequestError("train.fp8=torchao: no layer of this model can be computed in 8 bits; set it off")
+        raise RequestError("train.fp8=torchao cannot convert any layer of this model; set train.fp8=off")
 
 
-def _takes_part(module: Any, name: str) -> bool:
-    """Linear layers whose sides the hardware can split, but the output head, which is computed in chunks of its own."""
+def _is_convertible(module: Any, name: str) -> bool:
+    """True for linear layers whose sides are multiples of 16, except the output head, which is computed in chunks."""
     return (
         isinstance(module, nn.Linear) and "lm_head" not in name and not any(side % 16 for side in module.weight.shape)
     )

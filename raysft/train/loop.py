@@ -1,4 +1,7 @@
-"""The worker's loop. It needs a process group and an iterator of batches, and no Ray."""
+"""The training loop of one worker. It needs a process group and an iterator of batches, and no Ray.
+
+Read ``train`` and ``_train`` first: everything else is a step of theirs.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from raysft.storage.local_cache import local_copy
+from raysft.models.tokenizer import load_tokenizer
 from raysft.telemetry.events import (
     Emit,
     EvaluationDone,
@@ -35,13 +38,13 @@ from raysft.train.export import Exporter
 from raysft.train.job import Batch, RowPlan, TrainJob
 from raysft.train.nonfinite import NonFinite, named_records
 from raysft.train.restarts import faults_of
-from raysft.train.step import evaluate, train_step
+from raysft.train.step import StepResult, evaluate, train_step
 from raysft.train.step_metrics import StepMetrics
 
 Save = Callable[[Any, Cursor, list[dict[str, Any]]], None]
-"""Keeps the state of an engine at a cursor, with the latest records of the log."""
-LOGGED = 1000
-"""Records of the log that a checkpoint holds, for a driver that died before it wrote them."""
+"""Saves a checkpoint: (engine, cursor, latest log records)."""
+LOG_RECORDS = 1000
+"""Log records in a checkpoint, for a driver that died before it wrote them."""
 
 
 def train(
@@ -56,39 +59,39 @@ def train(
     """Train to the end of the row plan, evaluate, and write the trained model.
 
     Args:
-        job: what to do.
-        batches: this worker's rows of each step, from that of ``resume`` on.
+        job: what to train.
+        batches: this worker's rows of each step, from the step of ``resume`` on.
         device: where to compute.
-        emit: takes the events; only the first worker calls it.
-        save: keeps a checkpoint; all workers call it.
-        resume: checkpoint to go on from.
-        notice: says when machines are about to be taken away: a checkpoint is written then.
+        emit: receives the events; called by the first worker only.
+        save: saves a checkpoint; called by all workers.
+        resume: the checkpoint to resume from.
+        notice: returns a reason while this worker's machine is about to be preempted, so that a checkpoint is saved.
 
     Raises:
-        RunFailed: loss or gradient are not finite; on all workers alike.
-        Fault: this worker failed otherwise, for example because rows come in another order than planned.
+        RunFailed: loss or gradient are not finite; raised by all workers alike.
+        Fault: this worker failed otherwise, for example because its rows differ from the row plan.
     """
     loop = _Loop(job, device, emit, save, notice)
-    with faults_of(loop.rank, lambda: loop.moment, loop.rows_at_hand):
+    with faults_of(loop.rank, lambda: loop.moment, loop.current_rows):
         _train(loop, batches, resume)
 
 
 def _train(loop: _Loop, batches: Iterator[Batch], resume: ResumePoint | None) -> None:
-    with ThreadPoolExecutor(1) as ahead:
-        # The first rows are read while the model is loaded.
-        first_batch = ahead.submit(next, batches, None)
+    with ThreadPoolExecutor(1) as executor:
+        # Read the first rows while the model is loaded.
+        first_batch = executor.submit(next, batches, None)
         cursor = loop.set_up(resume)
-        waiting = time.perf_counter()
+        waiting_since = time.perf_counter()
         batch = first_batch.result()
-    loop.emit_setup(time.perf_counter() - waiting)
+    loop.emit_setup(time.perf_counter() - waiting_since)
     if cursor.step == 0 and loop.job.config.train.eval_at_start:
         loop.evaluate(cursor)
     while cursor.step < loop.row_plan.steps and not loop.early_stopper.should_stop:
         cursor = loop.step(batch, cursor)
         if cursor.step < loop.row_plan.steps:
-            asked, loop.moment = time.perf_counter(), f"reading the rows of step {cursor.step + 1}"
+            waiting_since, loop.moment = time.perf_counter(), f"reading the rows of step {cursor.step + 1}"
             batch = next(batches, None)
-            loop.data_wait = time.perf_counter() - asked
+            loop.data_wait = time.perf_counter() - waiting_since
             loop.after_step(cursor)
     loop.finish(cursor)
 
@@ -101,48 +104,50 @@ class _Loop:
         self.rank, self.workers = dist.get_rank(), dist.get_world_size()
         self.due = Due(job.config.train, self.rank, notice)
         self.emit: Emit = emit if self.rank == 0 else lambda event: None
-        self.log: deque[dict[str, Any]] = deque(maxlen=LOGGED)
+        self.log: deque[dict[str, Any]] = deque(maxlen=LOG_RECORDS)
         self.row_plan: RowPlan = job.train_rows.row_plan
         self.data_wait = 0.0
+        """Seconds spent waiting for the rows of the current step."""
         self.moment = "the setup"
-        """What it is at, for people."""
-        self.first = 0
-        self.evaluated: dict[str, float] = {}
+        """What the worker is doing, for error messages."""
+        self.first_step = 0
+        self.eval_results: dict[str, float] = {}
+        """Results of the latest evaluation."""
         self.nonfinite = NonFinite(job)
         self.exporter = Exporter(job.run, emit, job.ends)
 
     def set_up(self, resume: ResumePoint | None) -> Cursor:
-        """Load the model, and the state of a checkpoint; gives the cursor to start from."""
-        # Only workers need DeepSpeed; the driver, which imports this module too, starts without it.
+        """Load the model and the checkpoint; returns the cursor to start from."""
+        # DeepSpeed takes seconds to import; the driver imports this module too and does not need it.
         from raysft.train.engine import make_engine
 
         self.started = time.perf_counter()
         torch.manual_seed(self.job.config.run.seed + self.rank)
-        self.engine, self.lr = make_engine(
+        self.engine, self.lr_scheduler = make_engine(
             self.job.config, self.job.model, self.workers, self.row_plan.steps, self.device, self.job.adapter
         )
         torch.manual_seed(self.job.config.run.seed + self.rank)
         cursor = Cursor(0, 0, 0, self.job.identity)
         if resume is not None:
             cursor = resume.cursor
-            self.log.extend(format.load(self.engine, self.lr, resume))
+            self.log.extend(format.load(self.engine, self.lr_scheduler, resume))
         best = known_best(self.job.config.train, cursor, self.job.identity)
         if self.job.config.train.keep_best:
-            best = self.exporter.known(best)
+            best = self.exporter.confirm_best(best)
         cursor = replace(cursor, identity=self.job.identity)
         self.early_stopper = EarlyStopper(self.job.config.train, self._keep_best, best)
-        names, model = self.job.train_rows.sources, self.engine.module.model
-        self.figures = StepMetrics(self.row_plan, names, self.workers, self.device, model)
-        self.first = cursor.step
+        sources, model = self.job.train_rows.sources, self.engine.module.model
+        self.step_metrics = StepMetrics(self.row_plan, sources, self.workers, self.device, model)
+        self.first_step = cursor.step
         return cursor
 
     def emit_setup(self, data_wait: float) -> None:
-        """Say where the time before the first step went."""
+        """Report the setup and its time, and start the clocks of the training."""
         now = time.perf_counter()
         parameters = list(self.engine.module.parameters())
         self.emit(
             SetupDone(
-                step=self.first,
+                step=self.first_step,
                 workers=self.workers,
                 model_seconds=now - self.started - data_wait,
                 data_wait_seconds=data_wait,
@@ -155,53 +160,61 @@ class _Loop:
         self.due.start_clock()
 
     def step(self, batch: Batch | None, cursor: Cursor) -> Cursor:
-        """Train on one step's rows and log it; gives the cursor after it."""
+        """Train on one step's rows and log it; returns the cursor after it."""
         index = cursor.step
         self.moment = f"step {index + 1}"
-        expected = self.job.train_rows.rows_for_rank(index, self.rank, self.workers)
-        if batch is None or not np.array_equal(batch["row"], expected):
-            came = "no rows" if batch is None else f"rows {batch['row'].tolist()}"
-            # One worker's trouble, unlike what RunFailed says: Ray Train starts all again from the checkpoint.
-            raise RuntimeError(
-                f"step {index + 1}: worker {self.rank} was to get rows {expected.tolist()} and got {came}"
-            )
-        begun = time.perf_counter()
+        batch = self._checked(batch, index)
+        started = time.perf_counter()
         lr = self.engine.get_lr()[0]
         weight, sources = float(self.row_plan.step_weight[index]), len(self.job.train_rows.sources)
-        trained = train_step(self.engine, batch, weight, sources, self.due.asks)
-        seconds = time.perf_counter() - begun
-        if not trained.applied:
-            what = self.nonfinite.check(index, trained)
-            if what:
-                self.emit(StepSkipped(index + 1, what))
-            if not self.engine.was_step_applied():
-                self.lr.step()  # DeepSpeed leaves the LR scheduler unchanged; it has to end with the run
+        result = train_step(self.engine, batch, weight, sources, self.due.asks)
+        seconds = time.perf_counter() - started
+        if not result.applied:
+            self._skip(index, result)
         tokens = int(self.row_plan.step_tokens[index])
         cursor = Cursor(index + 1, self.row_plan.consumed(index + 1), cursor.tokens + tokens, cursor.identity)
         elapsed = time.perf_counter() - self.started
-        left = (self.row_plan.steps - cursor.step) * elapsed / (cursor.step - self.first)
-        if self.due.hear(cursor.step, trained.noticed, trained.late):
+        remaining = (self.row_plan.steps - cursor.step) * elapsed / (cursor.step - self.first_step)
+        if self.due.hear(cursor.step, result.noticed, result.late):
             self.emit(PreemptionNotice(cursor.step, self.due.notice()))
-        record = self.figures.record(cursor, trained, lr, seconds, self.data_wait, elapsed, left)
+        record = self.step_metrics.record(cursor, result, lr, seconds, self.data_wait, elapsed, remaining)
         self.log.append(asdict(record))
         self.emit(record)
         return cursor
 
-    def rows_at_hand(self) -> str:
-        """Which rows this worker has in the step that it is at, and where they come from."""
-        at, _, step = self.moment.partition(" ")
-        if at != "step":
+    def _checked(self, batch: Batch | None, index: int) -> Batch:
+        """Return the batch if it holds the rows that the row plan has for this worker and step."""
+        expected = self.job.train_rows.rows_for_rank(index, self.rank, self.workers)
+        if batch is None or not np.array_equal(batch["row"], expected):
+            received = "no rows" if batch is None else f"rows {batch['row'].tolist()}"
+            # Not RunFailed: this may concern one worker alone, and a restart from the checkpoint may fix it.
+            raise RuntimeError(
+                f"step {index + 1}: worker {self.rank} needs rows {expected.tolist()}, but received {received}"
+            )
+        return batch
+
+    def _skip(self, index: int, result: StepResult) -> None:
+        """Report a step that was not applied, and advance the learning rate all the same."""
+        if reason := self.nonfinite.check(index, result):
+            self.emit(StepSkipped(index + 1, reason))
+        if not self.engine.was_step_applied():
+            self.lr_scheduler.step()  # DeepSpeed leaves it unchanged, but it must end with the run
+
+    def current_rows(self) -> str:
+        """Name the rows of the current step on this worker, and their records; empty outside of a step."""
+        activity, _, step = self.moment.partition(" ")
+        if activity != "step":
             return ""
-        shares = self.job.train_rows.rows_for_rank(int(step) - 1, self.rank, self.workers).tolist()
-        rows = [row for row in shares if row >= 0]
+        planned = self.job.train_rows.rows_for_rank(int(step) - 1, self.rank, self.workers).tolist()
+        rows = [row for row in planned if row >= 0]
         return f"its rows {', '.join(map(str, rows))} hold {named_records(self.job.train_rows, rows)}" if rows else ""
 
     def after_step(self, cursor: Cursor) -> None:
-        """What is due every so many steps; the last step's is done by ``finish``."""
+        """Evaluate and save a checkpoint if they are due. ``finish`` does it after the last step."""
         train = self.job.config.train
         if train.eval_every_steps and cursor.step % train.eval_every_steps == 0:
-            self.evaluated = self.evaluate(cursor)
-            self.early_stopper.update(self.evaluated, cursor.step)
+            self.eval_results = self.evaluate(cursor)
+            self.early_stopper.update(self.eval_results, cursor.step)
             best = self.early_stopper.best
             if self.early_stopper.should_stop and best:
                 self.emit(StoppedEarly(cursor.step, best.step, best.loss))
@@ -209,7 +222,7 @@ class _Loop:
             self._checkpoint(replace(cursor, passing=not self.due.by_steps(cursor.step)))
 
     def evaluate(self, cursor: Cursor) -> dict[str, float]:
-        """Evaluate all sets and log it; gives the results."""
+        """Evaluate all sets, log and return the results."""
         self.moment = f"the evaluation after step {cursor.step}"
         rows = self.job.config.train.micro_batch_size
         evaluations = [
@@ -234,7 +247,7 @@ class _Loop:
         self.due.start_clock()
 
     def finish(self, cursor: Cursor) -> None:
-        """Evaluate, write the model, and say how it went."""
+        """Evaluate, save the last checkpoint, write the model, and report the results."""
         results: dict[str, Any] = {
             "total_steps": cursor.step,
             "total_rows": cursor.rows,
@@ -243,32 +256,29 @@ class _Loop:
         }
         if cursor.step < self.row_plan.steps:
             results["planned_steps"] = self.row_plan.steps
-            self.evaluated = self.evaluated or self.evaluate(cursor)
+            self.eval_results = self.eval_results or self.evaluate(cursor)
         else:
-            self.evaluated = self.evaluate(cursor)
-            self.early_stopper.update(self.evaluated, cursor.step)
-        if self.job.config.train.save_every_steps and cursor.step > self.first:
-            self._checkpoint(cursor)  # who trains on has to know of the last evaluation
+            self.eval_results = self.evaluate(cursor)
+            self.early_stopper.update(self.eval_results, cursor.step)
+        if self.job.config.train.save_every_steps and cursor.step > self.first_step:
+            self._checkpoint(cursor)  # a longer training that resumes here must know the last evaluation
         best = self.early_stopper.best
         if best:
             results |= {"best_step": best.step, "best_eval_loss": best.loss}
         if best and self.job.config.train.keep_best:
-            self.evaluated = best.results
-            self.exporter.write_best(best.step)
+            self.eval_results = best.results
+            self.exporter.promote_best(best.step)
         else:
             self._export(self.exporter.write)
-        self.emit(TrainingEnded(results, self.evaluated))
+        self.emit(TrainingEnded(results, self.eval_results))
 
     def _keep_best(self) -> None:
         assert self.early_stopper.best
-        self._export(partial(self.exporter.keep_best, self.early_stopper.best.step))
+        self._export(partial(self.exporter.save_best, self.early_stopper.best.step))
 
     def _export(self, write: Callable[[Any, Any], None]) -> None:
-        """Write the model as it is now."""
+        """Write the current model and its tokenizer."""
         self.moment = "writing the model"
-        from transformers import AutoTokenizer
-
-        near, trusted = local_copy(self.job.model), self.job.config.model.runs_code
-        tokenizer = AutoTokenizer.from_pretrained(near, trust_remote_code=trusted)
+        tokenizer = load_tokenizer(self.job.model, self.job.config.model.runs_code)
         tokenizer.chat_template = self.job.config.chat_template or tokenizer.chat_template
         write(self.engine.module.model, tokenizer)

@@ -1,4 +1,4 @@
-"""The loss of trained tokens: logits only where there is a label, in chunks."""
+"""The loss over loss tokens: logits are computed only where there is a label, and in chunks."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from raysft.models.attention import is_varlen, without_adapters
 from raysft.train.objective import CROSS_ENTROPY, Objective, embedding_noise
 
 CHUNK_TOKENS = 1024
-"""Trained tokens whose logits exist at the same time, so that peak memory does not grow with rows × vocabulary."""
+"""Number of loss tokens whose logits exist at the same time, so that peak memory does not grow with rows × vocabulary."""
 
 
 class TokenLoss(nn.Module):
-    """A causal language model with its loss: what the engine wraps and calls.
+    """A causal language model with its loss: the module that the engine wraps and calls.
 
-    Its sum over a step's microbatches and workers, divided by the step's trained tokens, is the step's loss.
+    The sum over a step's microbatches and workers, divided by the step's loss tokens, is the step's loss.
     """
 
     def __init__(
@@ -30,20 +30,20 @@ class TokenLoss(nn.Module):
         model: nn.Module,
         objective: Objective = CROSS_ENTROPY,
         neftune_alpha: float | None = None,
-        most_tokens: int | None = None,
+        max_tokens: int | None = None,
     ) -> None:
         """
         Args:
             model: a transformers causal language model, with or without peft adapters.
             objective: loss of a token in training; evaluations measure the cross-entropy.
             neftune_alpha: strength of the noise on the embeddings in training.
-            most_tokens: how many tokens a microbatch of any worker can hold. The number of chunks then follows from this alone
-                and not from the batch: under ZeRO-3 each call of the head is a collective (see ``step``).
+            max_tokens: most tokens that a microbatch of any worker holds. If given, the number of chunks depends on it alone and
+                not on the batch: with ZeRO-3, each call of the head is a collective (see ``step``).
         """
         super().__init__()
         self.model = model
         self.objective, self.neftune_alpha = objective, neftune_alpha
-        self.most_tokens = most_tokens
+        self.max_tokens = max_tokens
 
     def forward(
         self,
@@ -58,41 +58,41 @@ class TokenLoss(nn.Module):
         """
         Args:
             input_ids: [rows, tokens].
-            position_ids: [rows, tokens], starting again at each example of a row: this alone keeps examples apart.
-            labels: [rows, tokens], ``IGNORE_INDEX`` where not trained; aligned with ``input_ids``.
-            weights: [rows, tokens] what the loss of each token counts. Default: 1.
-            sources: [rows, tokens] number of each token's source. Default: 0.
-            number_of_sources: how many there are.
-            score: measure for an evaluation: the cross-entropy, and correct predictions.
+            position_ids: [rows, tokens], starting at 0 in each example of a row; nothing else separates the examples.
+            labels: [rows, tokens], aligned with ``input_ids``; ``IGNORE_INDEX`` where there is no loss.
+            weights: [rows, tokens] weight of each token's loss. Default: 1.
+            sources: [rows, tokens] source number of each token. Default: 0.
+            number_of_sources: number of sources.
+            score: True in evaluations: measure the cross-entropy, and count correct predictions.
 
         Returns:
-            The sum of the trained tokens' weighted losses (float32); [number_of_sources] the same of each source,
-            without gradient; and the number of trained tokens whose label is the most probable one (0 unless ``score``).
+            The weighted sum of the losses (float32); [number_of_sources] the same sum per source, without gradient; and the number
+            of loss tokens whose label the model ranks first (0 unless ``score``).
         """
         decoder, head = _parts(self.model)
-        # Without a cache transformers sees from the positions where examples begin; with one it silently does not.
+        # Without a cache, transformers derives the examples from the positions; with a cache it silently does not.
         inputs = self._inputs(decoder, input_ids, position_ids)
         hidden = self._hidden(decoder, inputs, position_ids)
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).reshape(-1)
         chosen = targets != IGNORE_INDEX
         if not chosen.any():
-            # The head must be used and a gradient must flow all the same: other workers do it in this moment.
+            # The other workers call the head and send gradients now, so this one must do the same.
             chosen = torch.zeros_like(chosen)
             chosen[0] = True
         hidden, targets = hidden.reshape(-1, hidden.shape[-1])[chosen], targets[chosen]
-        # Both belong to the token that is predicted, as the label does.
-        beside = [
+        # Like labels, both belong to the predicted token.
+        shifted = [
             None if values is None else F.pad(values[:, 1:], (0, 1)).reshape(-1)[chosen]
             for values in (weights, sources)
         ]
-        chunks = -(-(self.most_tokens or len(targets)) // CHUNK_TOKENS)
+        chunks = -(-(self.max_tokens or len(targets)) // CHUNK_TOKENS)
         columns = [
-            [None] * chunks if values is None else _split(values, chunks) for values in (hidden, targets, *beside)
+            [None] * chunks if values is None else _split(values, chunks) for values in (hidden, targets, *shifted)
         ]
         objective = CROSS_ENTROPY if score else self.objective
         totals = []
-        for piece in zip(*columns, strict=True):
-            arguments: Any = (_with_scale(head, self.model), objective, *piece, number_of_sources, score)
+        for chunk in zip(*columns, strict=True):
+            arguments: Any = (_with_scale(head, self.model), objective, *chunk, number_of_sources, score)
             if chunks > 1 and torch.is_grad_enabled():
                 totals.append(checkpoint(_chunk_loss, *arguments, use_reentrant=False))
             else:
@@ -118,10 +118,10 @@ class TokenLoss(nn.Module):
 
     @torch.no_grad()
     def check_head(self, device: torch.device) -> None:
-        """Make sure that decoder and head alone give the model's logits; some models scale or cap them in between.
+        """Check that decoder and head together give the model's logits; some models scale or cap logits after the head.
 
         Raises:
-            RunFailed: they do not, so that the loss would be wrong.
+            RunFailed: the logits differ, so that the loss would be wrong.
         """
         decoder, head = _parts(self.model)
         ids = torch.arange(8, device=device)[None]
@@ -132,64 +132,63 @@ class TokenLoss(nn.Module):
         if not torch.allclose(whole, parts, rtol=1e-3, atol=1e-3):
             raise RunFailed(
                 f"{type(self.model).__name__} changes its logits after the output head (by up to "
-                f"{(whole - parts).abs().max():.2g}); raysft cannot train this architecture yet"
+                f"{(whole - parts).abs().max():.2g}), which raysft does not support; use another architecture"
             )
 
     @torch.no_grad()
     def check_causal(self, device: torch.device) -> None:
-        """Make sure that no token sees those after it, which it is to predict.
+        """Check that no token attends to later tokens, which it must predict.
 
         Raises:
-            RunFailed: one does, as in encoders, so that the loss would say nothing.
+            RunFailed: one does, as in encoders, so that the loss would be meaningless.
         """
         ids = torch.arange(8, device=device)[None]
         other = ids.clone()
         other[:, 4:] += 13
-        self._refuse_difference(ids, other, ids, slice(4), "lets tokens see those after them", "give another model")
+        fault = "is not causal: changing later tokens changes earlier hidden states"
+        self._refuse_difference(ids, other, ids, slice(4), fault, "use a causal language model")
 
     @torch.no_grad()
     def check_rows(self, device: torch.device, rows: int, remedy: str) -> None:
-        """Make sure that the examples of a row do not see each other: whatever stands in the first, the second is the same.
+        """Check that the examples of a row do not attend to each other: changing the first must not change the second.
 
         Args:
             device: where the model is.
             rows: rows of a microbatch.
-            remedy: what to do where they do.
+            remedy: for the error message.
 
         Raises:
-            RunFailed: they do, as in models with a recurrent state, or whose masks take no note of positions.
+            RunFailed: they do, as in models with a recurrent state, or whose masks ignore positions.
         """
         positions = torch.arange(8, device=device).repeat(2)[None].expand(rows, -1).contiguous()
         ids = torch.arange(16, device=device)[None].expand(rows, -1) % 13
         other = ids.clone()
         other[:, :8] += 13
-        what = "lets the examples of a row see each other"
-        self._refuse_difference(ids, other, positions, slice(8, None), what, remedy)
+        fault = "does not keep the examples of a row apart: changing one changes hidden states of the next"
+        self._refuse_difference(ids, other, positions, slice(8, None), fault, remedy)
 
     def _refuse_difference(
-        self, ids: torch.Tensor, other: torch.Tensor, positions: torch.Tensor, tokens: slice, what: str, remedy: str
+        self, ids: torch.Tensor, other: torch.Tensor, positions: torch.Tensor, tokens: slice, fault: str, remedy: str
     ) -> None:
-        """Two inputs, [rows, tokens], must have the same hidden states at some of their tokens."""
+        """Refuse the model if two inputs, [rows, tokens], have different hidden states at the given tokens."""
         if getattr(without_adapters(self.model), "is_loaded_in_8bit", False):
-            return  # which rounds a token by what the whole batch holds
+            return  # LLM.int8 rounds each token depending on the whole batch
         decoder, _ = _parts(self.model)
-        states = [self._hidden(decoder, {"input_ids": each}, positions)[:, tokens].float() for each in (ids, other)]
+        states = [self._hidden(decoder, {"input_ids": tensor}, positions)[:, tokens].float() for tensor in (ids, other)]
         difference, size = (states[0] - states[1]).abs().max(), states[0].abs().max()
         exact = next(decoder.parameters()).dtype == torch.float32
         if difference > size * (1e-5 if exact else 2e-2):
-            raise RunFailed(
-                f"{type(without_adapters(self.model)).__name__} {what} (a hidden state changes by {difference:.2g}); {remedy}"
-            )
+            raise RunFailed(f"{type(without_adapters(self.model)).__name__} {fault} by {difference:.2g}; {remedy}")
 
 
 def _parts(model: Any) -> tuple[Any, Any]:
-    """The decoder and the output head of a model, under its adapters."""
+    """The decoder and the output head of a model, without its adapters' wrapper."""
     model = without_adapters(model)
     return model.base_model, model.get_output_embeddings()
 
 
 def _with_scale(head: Any, model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The output head with what some architectures do to its logits, by the names that their configs give it."""
+    """The output head, with the scaling and capping of logits that the configs of some architectures ask for."""
     config = model.config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
@@ -203,10 +202,10 @@ def _with_scale(head: Any, model: Any) -> Callable[[torch.Tensor], torch.Tensor]
     return logits
 
 
-def _split(values: torch.Tensor, pieces: int) -> list[torch.Tensor]:
-    """Exactly ``pieces`` parts, the last ones empty where there is too little."""
-    size = -(-len(values) // pieces)
-    return [values[index * size : (index + 1) * size] for index in range(pieces)]
+def _split(values: torch.Tensor, chunks: int) -> list[torch.Tensor]:
+    """Split into exactly ``chunks`` parts; the last ones may be empty."""
+    size = -(-len(values) // chunks)
+    return [values[index * size : (index + 1) * size] for index in range(chunks)]
 
 
 def _chunk_loss(

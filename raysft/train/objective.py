@@ -1,4 +1,4 @@
-"""What a trained token's prediction costs."""
+"""Training objectives: the loss of each token."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 
 EAFT_TOP = 20
-"""Most probable tokens that EAFT's entropy looks at."""
+"""Number of most probable tokens over which EAFT takes the entropy."""
 EAFT_SCALE = 3.0
-"""About the entropy of 20 equally probable tokens (ln 20), which brings the weight to 0 … 1."""
+"""About ln 20, the entropy of 20 equally probable tokens, so that the weight is between 0 and 1."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of a token, by the settings of ``train``."""
+    """Loss of a token, with the settings of ``train``."""
 
     loss: str = "cross_entropy"
     label_smoothing: float = 0.0
@@ -23,14 +23,14 @@ class Objective:
     eaft_alpha: float = 1.0
 
     def __call__(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The loss of each token.
+        """Compute the loss of each token.
 
         With p the softmax of the logits and t the target:
 
-        - ``cross_entropy``: −log p[t]; smoothed by ε it is −(1 − ε) log p[t] − ε / V · Σ log p (Szegedy et al. 2016).
-        - ``dft``: −sg(p[t]) log p[t], sg being without gradient (Wu et al. 2025, "On the generalization of SFT").
+        - ``cross_entropy``: −log p[t]; with label smoothing ε: −(1 − ε) log p[t] − ε / V · Σ log p (Szegedy et al. 2016).
+        - ``dft``: −sg(p[t]) log p[t], sg meaning stop-gradient (Wu et al. 2025, "On the generalization of SFT").
         - ``eaft``: −sg(H / 3)^α log p[t], H the entropy over the 20 most probable tokens (entropy-adaptive fine-tuning).
-        - and with ``z_loss`` ζ, + ζ · log²(Σ exp logits) (PaLM, Chowdhery et al. 2022).
+        - ``z_loss`` ζ adds ζ · log²(Σ exp logits) (PaLM, Chowdhery et al. 2022).
 
         Args:
             logits: [tokens, vocabulary] float32.
@@ -57,23 +57,23 @@ def entropy_weight(logits: torch.Tensor, alpha: float) -> torch.Tensor:
 
 
 CROSS_ENTROPY = Objective()
-"""What evaluations measure, whatever is trained with."""
+"""The objective of evaluations, whatever the training objective is."""
 
 
 def embedding_noise(position_ids: torch.Tensor, size: int, alpha: float) -> torch.Tensor:
-    """NEFTune's noise (Jain et al. 2024): uniform in ± alpha / √(L · d), L being the length of the token's own example.
+    """NEFTune's noise (Jain et al. 2024): uniform in ± alpha / √(L · d), L the length of the token's example.
 
     Args:
-        position_ids: [rows, tokens], starting again at each example.
-        size: d, of the embeddings.
-        alpha: strength.
+        position_ids: [rows, tokens], starting at 0 in each example.
+        size: d, the size of the embeddings.
+        alpha: strength of the noise.
 
     Returns:
         [rows, tokens, d] float32.
     """
-    begins = position_ids == 0
-    begins[:, 0] = True
-    example = begins.reshape(-1).cumsum(0) - 1
+    starts = position_ids == 0
+    starts[:, 0] = True
+    example = starts.reshape(-1).cumsum(0) - 1
     lengths = torch.bincount(example)[example].reshape(position_ids.shape)
     noise = torch.empty(*position_ids.shape, size, device=position_ids.device).uniform_(-1, 1)
     return noise * (alpha / (lengths * size).sqrt())[..., None]

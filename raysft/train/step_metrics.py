@@ -1,4 +1,4 @@
-"""The figures of a step."""
+"""Metrics of a step: the record that is logged, from what was planned and what was measured."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from raysft.train.step import StepResult
 
 
 class StepMetrics:
-    """Makes the record of each step from what is planned and what was measured."""
+    """Makes the record of each step."""
 
     def __init__(self, row_plan: Any, sources: tuple[str, ...], workers: int, device: torch.device, model: Any) -> None:
         """
         Args:
             row_plan: of the training rows.
-            sources: names, in the order of their numbers.
-            workers: how many devices share the work.
-            device: this worker's.
-            model: the transformers model inside.
+            sources: names of the sources, by source number.
+            workers: number of devices that train.
+            device: of this worker.
+            model: the transformers or peft model inside the engine.
         """
         self._row_plan, self._sources, self._workers = row_plan, sources, workers
         self._device, self._model, self._peak = device, model, peak_flops(device)
@@ -32,72 +32,72 @@ class StepMetrics:
     def record(
         self,
         cursor: Cursor,
-        trained: StepResult,
+        result: StepResult,
         lr: float,
         seconds: float,
         data_wait: float,
         elapsed: float,
-        left: float,
+        remaining: float,
     ) -> StepRecord:
-        """The record of a step.
+        """Make the record of a step.
 
         Args:
             cursor: after the step.
-            trained: what it came to.
-            lr: its learning rate.
-            seconds: that it took.
-            data_wait: seconds that it waited for rows before.
-            elapsed: seconds since the training began, or went on.
-            left: seconds to its end, as far as is known.
+            result: of the step.
+            lr: learning rate of the step.
+            seconds: duration of the step.
+            data_wait: seconds that it waited for its rows before that.
+            elapsed: seconds since the training started or resumed.
+            remaining: estimated seconds to the end of the training.
         """
         row_plan, step = self._row_plan, cursor.step - 1
-        tokens, targets = int(row_plan.step_tokens[step]), int(row_plan.step_loss_tokens[step])
+        tokens, loss_tokens = int(row_plan.step_tokens[step]), int(row_plan.step_loss_tokens[step])
         memory, memory_total = _memory(self._device)
         return StepRecord(
             current_steps=cursor.step,
             total_steps=row_plan.steps,
-            loss=trained.loss,
+            loss=result.loss,
             lr=lr,
-            grad_norm=trained.norm,
+            grad_norm=result.norm,
             epoch=round(row_plan.epoch_of(cursor.rows), 4),
             percentage=round(100 * cursor.step / row_plan.steps, 2),
             elapsed_time=duration(elapsed),
-            remaining_time=duration(left),
+            remaining_time=duration(remaining),
             throughput=round(tokens / seconds, 2),
             total_tokens=cursor.tokens,
-            loss_tokens=targets,
+            loss_tokens=loss_tokens,
             packing_efficiency=round(tokens / (int(row_plan.step_rows[step]) * row_plan.capacity), 6),
             rows=cursor.rows,
             step_seconds=round(seconds, 4),
             data_wait_seconds=round(data_wait, 4),
             memory_gib=round(memory, 3),
             memory_total_gib=round(memory_total, 3),
-            loss_token_throughput=round(targets / seconds, 2),
+            loss_token_throughput=round(loss_tokens / seconds, 2),
             throughput_per_device=round(tokens / seconds / self._workers, 2),
-            loss_token_throughput_per_device=round(targets / seconds / self._workers, 2),
+            loss_token_throughput_per_device=round(loss_tokens / seconds / self._workers, 2),
             mfu=self._mfu(step, seconds),
-            source_losses=self._source_losses(step, trained),
+            source_losses=self._source_losses(step, result),
         )
 
-    def _source_losses(self, step: int, trained: StepResult) -> dict[str, float]:
+    def _source_losses(self, step: int, result: StepResult) -> dict[str, float]:
         if len(self._sources) == 1:
             return {}
         weights = self._row_plan.source_weight(step, len(self._sources))
-        pairs = zip(self._sources, trained.by_source, weights, strict=True)
-        return {name: float(total / weight) for name, total, weight in pairs if weight}
+        sums = zip(self._sources, result.by_source, weights, strict=True)
+        return {name: float(loss / weight) for name, loss, weight in sums if weight}
 
     def _mfu(self, step: int, seconds: float) -> float | None:
         if self._peak is None:
             return None
         row_plan = self._row_plan
-        tokens, targets = float(row_plan.step_tokens[step]), float(row_plan.step_loss_tokens[step])
-        flops = model_flops(self._model, tokens, float(row_plan.step_squares[step]), targets)
+        tokens, loss_tokens = float(row_plan.step_tokens[step]), float(row_plan.step_loss_tokens[step])
+        flops = model_flops(self._model, tokens, float(row_plan.step_squares[step]), loss_tokens)
         return round(flops / seconds / self._peak / self._workers, 4)
 
 
 def _memory(device: torch.device) -> tuple[float, float]:
-    """(peak used, there) GiB of the device; without GPU, what this process holds and what the node has."""
+    """(peak, total) GiB of the GPU; without a GPU, (resident memory of this process, memory of the node)."""
     if device.type == "cuda":
-        there = torch.cuda.get_device_properties(device).total_memory
-        return torch.cuda.max_memory_allocated(device) / 2**30, there / 2**30
+        total = torch.cuda.get_device_properties(device).total_memory
+        return torch.cuda.max_memory_allocated(device) / 2**30, total / 2**30
     return psutil.Process().memory_info().rss / 2**30, psutil.virtual_memory().total / 2**30

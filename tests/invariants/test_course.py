@@ -79,7 +79,7 @@ def test_a_step_that_is_not_finite_stops_the_run_and_names_its_records(poisoned,
     step = step_with_the_record(poisoned[2])
     assert failure.startswith(f"step {step + 1}: the loss is nan and the gradient norm")
     assert f"rows {4 * step} to {4 * step + 3}: d: " in failure
-    assert failure.endswith("look at these records, lower train.learning_rate, or set train.nonfinite=skip")
+    assert failure.endswith("check these records, lower train.learning_rate, or set train.nonfinite=skip")
     assert len(broken["stop"].losses) == step
 
 

@@ -179,7 +179,7 @@ def test_chunked_logits_give_the_same_loss_and_gradient(prepared, monkeypatch, o
     found = []
     for chunk, most in ((10_000, None), (7, None), (16, 4 * SEQUENCE_LENGTH)):
         monkeypatch.setattr(loss_module, "CHUNK_TOKENS", chunk)
-        model = TokenLoss(load_model(make_config(folder, path), str(path)), objective, most_tokens=most)
+        model = TokenLoss(load_model(make_config(folder, path), str(path)), objective, max_tokens=most)
         correct = model(**part, score=True)[2]
         total = model(**part)[0]
         total.backward()

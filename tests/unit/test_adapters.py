@@ -112,20 +112,23 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path, model, adapters, sett
     [
         (
             {"finetuning": "freeze", "freeze": {"layers": 3}},
-            "model.freeze.layers=3 and the model has 2 layers; use at most 2",
+            "model.freeze.layers=3, but the model has 2 layers; use at most 2",
         ),
         (
             {"finetuning": "freeze", "freeze": {"modules": ["mpl"]}},
-            "model.freeze.modules names 'mpl' and the model has no such module there; it has down_proj",
+            "model.freeze.modules names 'mpl', but the model has no such module there; use one of: down_proj",
         ),
         (
             {"finetuning": "freeze", "freeze": {"extra_modules": ["mlp"]}},
-            "model.freeze.extra_modules names 'mlp' and the model has no such module there; it has embed_tokens, lm_head",
+            "model.freeze.extra_modules names 'mlp', but the model has no such module there; use one of: embed_tokens",
         ),
-        ({"lora": {"extra_modules": ["nrm"]}}, "model.lora.extra_modules names 'nrm' and the model has no such module"),
+        (
+            {"lora": {"extra_modules": ["nrm"]}},
+            "model.lora.extra_modules names 'nrm', but the model has no such module",
+        ),
         (
             {"finetuning": "oft", "oft": {"target": ["q"]}},
-            "model.oft.target names 'q' and the model has no such module",
+            "model.oft.target names 'q', but the model has no such module",
         ),
     ],
 )
@@ -138,7 +141,11 @@ def test_modules_that_are_not_there_are_told_before_anything_starts(tmp_path, mo
 @pytest.mark.parametrize(
     ("method", "finetuning", "message"),
     [
-        ("gptq", "full", "is quantized (gptq), which freezes its weights; set model.finetuning to lora or oft"),
+        (
+            "gptq",
+            "full",
+            "is quantized (gptq), which freezes its weights, but model.finetuning=full; set model.finetuning",
+        ),
         ("awq", "lora", "is quantized by awq, which needs the package gptqmodel; install it on every node"),
     ],
 )
@@ -155,7 +162,7 @@ def test_a_quantized_checkpoint_needs_adapters_and_its_library(tmp_path, model, 
 def test_8_bit_floats_are_refused_on_a_cpu():
     from raysft.train.fp8 import check_fp8
 
-    with pytest.raises(RequestError, match="needs a GPU of the Ada or Hopper generation or later, not a CPU"):
+    with pytest.raises(RequestError, match=r"train.fp8=torchao needs .* 8\.9 .*, but .* CPU; set train.fp8=off"):
         check_fp8(torch.device("cpu"))
 
 
@@ -205,7 +212,7 @@ def test_a_tied_weight_is_trained_by_either_name(tmp_path, tied):
 
 
 def test_pissa_takes_no_more_than_a_matrix_has(tmp_path, tied):
-    with pytest.raises(RequestError, match=r"model\.lora\.rank=64 and .* is 32 × 32"):
+    with pytest.raises(RequestError, match=r"32 × 32.*, but model\.lora\.rank=64; use at most 32"):
         check_model(config(tmp_path, tied, lora={"pissa": True, "rank": 64}), str(tied))
     check_model(config(tmp_path, tied, lora={"pissa": True, "rank": 32}), str(tied))
 

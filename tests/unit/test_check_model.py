@@ -59,7 +59,7 @@ def test_no_layer_is_left_out_at_random(tmp_path):
     said: list[str] = []
     full = config(model={"path": "m", "finetuning": "full"})
     check_model(full, str(tmp_path), said.append)
-    assert said == ["model: layerdrop=0.5 of its config.json is not applied; all layers are trained in every step"]
+    assert said == ["model: ignoring layerdrop=0.5 of its config.json; every step trains all layers"]
     model = load_model(full, str(tmp_path)).train()
     ids = torch.arange(20)[None]
     with torch.no_grad():
@@ -69,7 +69,7 @@ def test_no_layer_is_left_out_at_random(tmp_path):
 
 def test_rows_longer_than_the_models_positions_are_refused(model):
     long = config(data={"train": [{"name": "a", "path": "a"}], "sequence_length": 1024})
-    assert "data.sequence_length=1024 and the model has 512 positions" in refusal(long, model)
+    assert "data.sequence_length=1024, but the model has 512 positions; use at most 512" in refusal(long, model)
 
 
 def test_a_model_that_is_not_whole_is_refused(model, tmp_path):

@@ -1,4 +1,4 @@
-"""What is written of a trained model."""
+"""The exported model, and the best model of a run on its way to its place."""
 
 import errno
 import json
@@ -50,12 +50,12 @@ def test_buffers_that_belong_to_a_model_are_written_too(tmp_path: Path):
     assert written.keys() - {"model.balance"} == load_file(folder / "model.safetensors").keys()
 
 
-class Told(Exporter):
-    """Remembers what it told."""
+class RecordingExporter(Exporter):
+    """Records the messages of its events."""
 
     def __init__(self, run: RunDirectory) -> None:
-        self.told: list[str] = []
-        super().__init__(run, lambda event: self.told.append(event.message))
+        self.messages: list[str] = []
+        super().__init__(run, lambda event: self.messages.append(event.message))
 
 
 @pytest.fixture
@@ -63,12 +63,12 @@ def run(tmp_path, monkeypatch):
     """A run directory in an object store."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr("raysft.train.export.gather", lambda model: {})
-    monkeypatch.setattr("raysft.train.export.save", mark_alone)
+    monkeypatch.setattr("raysft.train.export.save", save_mark_only)
     with s3_server() as server:
         yield RunDirectory.of(StoragePath.of(server.uri(f"{tmp_path.name}/r")))
 
 
-def mark_alone(model: str, weights: object, tokenizer: object, folder: Path, ends: Sequence[int] = ()) -> None:
+def save_mark_only(model: str, weights: object, tokenizer: object, folder: Path, ends: Sequence[int] = ()) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(model)
 
@@ -79,66 +79,70 @@ def best_of(step: int) -> Best:
 
 @pytest.mark.usefixtures("group")
 def test_the_best_model_is_still_known_when_it_is_the_trained_one_already(run):
-    exporter = Told(run)
-    exporter.keep_best(4, "after 4", None)
-    exporter.write_best(4)
-    again = Told(run)  # the process was killed before it wrote its results
-    assert again.known(best_of(4)) == best_of(4)
-    again.write_best(4)
+    exporter = RecordingExporter(run)
+    exporter.save_best(4, "after 4", None)
+    exporter.promote_best(4)
+    again = RecordingExporter(run)  # the process was killed before it wrote its results
+    assert again.confirm_best(best_of(4)) == best_of(4)
+    again.promote_best(4)
     assert (run.model / "config.json").read_text() == "after 4"
-    assert not again.told
+    assert not again.messages
     assert not run.best.entries()
 
 
 @pytest.mark.usefixtures("group")
-def test_an_earlier_best_model_is_not_taken_for_one_that_did_not_get_there(run):
-    exporter = Told(run)
-    exporter.keep_best(4, "after 4", None)
-    exporter._wait()
-    assert Told(run).known(best_of(4)) == best_of(4)
-    again = Told(run)  # its machine died while that after step 6 was on its way, and a checkpoint tells of it
-    assert again.known(best_of(6)) is None
-    assert "after step 6, is missing" in again.told[0]
-    again.keep_best(8, "after 8", None)
-    again._wait()
+def test_an_earlier_best_model_is_not_taken_for_one_that_was_never_uploaded(run):
+    exporter = RecordingExporter(run)
+    exporter.save_best(4, "after 4", None)
+    exporter._wait_for_upload()
+    assert RecordingExporter(run).confirm_best(best_of(4)) == best_of(4)
+    again = RecordingExporter(
+        run
+    )  # its machine died during the upload after step 6, which a checkpoint names as the best
+    assert again.confirm_best(best_of(6)) is None
+    assert "after step 6, is missing" in again.messages[0]
+    again.save_best(8, "after 8", None)
+    again._wait_for_upload()
     assert list(run.best.entries()) == ["8"]
 
 
 @pytest.mark.usefixtures("group")
-def test_a_later_best_model_is_not_taken_for_the_one_that_a_checkpoint_tells_of(tmp_path, monkeypatch):
+def test_a_later_best_model_is_not_taken_for_the_one_that_a_checkpoint_names(tmp_path, monkeypatch):
     monkeypatch.setattr("raysft.train.export.gather", lambda model: {})
-    monkeypatch.setattr("raysft.train.export.save", mark_alone)
+    monkeypatch.setattr("raysft.train.export.save", save_mark_only)
     run = RunDirectory(tmp_path / "r")
-    exporter = Told(run)
-    exporter.keep_best(4, "after 4", None)
-    assert Told(run).known(best_of(4)) == best_of(4)
-    exporter.keep_best(6, "after 6", None)
+    exporter = RecordingExporter(run)
+    exporter.save_best(4, "after 4", None)
+    assert RecordingExporter(run).confirm_best(best_of(4)) == best_of(4)
+    exporter.save_best(6, "after 6", None)
     assert list(run.best.entries()) == ["6"]
-    again = Told(run)  # it was killed, and goes on from a checkpoint between the two with another learning rate
-    assert again.known(best_of(4)) is None
-    again.keep_best(8, "after 8", None)
-    again.write_best(8)
+    again = RecordingExporter(
+        run
+    )  # it was killed, and resumes from a checkpoint between the two with another learning rate
+    assert again.confirm_best(best_of(4)) is None
+    again.save_best(8, "after 8", None)
+    again.promote_best(8)
     assert (run.model / "config.json").read_text() == "after 8"
     assert not run.best.exists()
-    assert Told(run).known(best_of(8)) == best_of(8), "it is the trained one already"
-    again.keep_best(9, "after 9", None)
+    assert RecordingExporter(run).confirm_best(best_of(8)) == best_of(8), "it is the trained one already"
+    again.save_best(9, "after 9", None)
     again.write("after 10", None)
     assert (run.model / "config.json").read_text() == "after 10"
-    assert not run.best.exists(), "the config did not ask for it any more"
+    assert not run.best.exists(), "the config no longer asks for it"
 
 
-def keeps(rank: int, run: str, store: str, out, full: bool) -> None:
+def write_models(rank: int, run: str, store: str, out, full: bool) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=20)
     )
     exporter = Exporter(RunDirectory.of(StoragePath.of(run)), lambda event: None)
     model = Unwritable() if full else Writable()
     if rank == 1:
-        tempfile.tempdir = "/there/is/no/such/folder"  # as on a node whose disk is full
+        tempfile.tempdir = "/there/is/no/such/folder"  # like a node with a full disk
     try:
-        exporter.keep_best(4, model, Tokenizer())
+        exporter.save_best(4, model, Tokenizer())
         exporter.write(model, Tokenizer())
-        out.put((rank, "went on"))
+        out.put((rank, "written"))
     except RunFailed as error:
         out.put((rank, str(error)))
     dist.barrier()
@@ -157,7 +161,7 @@ class Writable(torch.nn.Linear):
 
 
 class Unwritable(Writable):
-    """One for which there is no room."""
+    """A model that does not fit on the disk."""
 
     def save_pretrained(self, folder: Path, state_dict: dict) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -168,30 +172,30 @@ class Tokenizer:
         pass
 
 
-def told(run: str, store: Path, full: bool) -> dict[int, str]:
-    """What two workers say that keep and write a model together."""
+def outcomes(run: str, store: Path, full: bool) -> dict[int, str]:
+    """How it ends for two workers that save and write a model together."""
     context = multiprocessing.get_context("spawn")
     out = context.Queue()
-    processes = [context.Process(target=keeps, args=(rank, run, str(store), out, full)) for rank in range(2)]
+    processes = [context.Process(target=write_models, args=(rank, run, str(store), out, full)) for rank in range(2)]
     for process in processes:
         process.start()
-    said = dict(out.get(timeout=100) for _ in processes)
+    found = dict(out.get(timeout=100) for _ in processes)
     for process in processes:
         process.join(timeout=30)
-    return said
+    return found
 
 
 def test_a_best_model_that_cannot_be_written_ends_all_workers_alike(tmp_path):
-    said = told(str(tmp_path / "r"), tmp_path / "store", full=True)
-    assert said[0] == said[1]
-    assert "No space left" in said[0]
+    outcome = outcomes(str(tmp_path / "r"), tmp_path / "store", full=True)
+    assert outcome[0] == outcome[1]
+    assert "No space left" in outcome[0]
 
 
-def test_a_worker_that_writes_nothing_needs_no_room_to_export(tmp_path):
-    """It only helps to put the weights together; where it gave up before, the first worker waited for it."""
+def test_a_worker_that_writes_nothing_needs_no_disk_space_to_export(tmp_path):
+    """It only takes part in gathering the weights; if it failed before that, the first worker would wait for it."""
     with s3_server() as server:
-        said = told(server.uri(f"{tmp_path.name}/r"), tmp_path / "store", full=False)
-    assert said == {0: "went on", 1: "went on"}
+        outcome = outcomes(server.uri(f"{tmp_path.name}/r"), tmp_path / "store", full=False)
+    assert outcome == {0: "written", 1: "written"}
 
 
 GENERATING = {
@@ -200,7 +204,7 @@ GENERATING = {
     "generate": {"batching": "static"},
 }
 PUBLISHED = {"do_sample": False, "temperature": 0.6, "eos_token_id": 2, "max_length": 77}
-"""transformers warns of it, and refuses to save it once it was changed."""
+"""transformers warns about it, and refuses to save it after a change."""
 
 
 @pytest.mark.usefixtures("group")
@@ -222,7 +226,7 @@ def test_the_generation_config_names_where_turns_end_beside_what_it_had(tmp_path
     export(model, weights, AutoTokenizer.from_pretrained(folder), StoragePath.of(tmp_path / "out"), ends=(7, 9))
     written = GenerationConfig.from_pretrained(tmp_path / "out")
     assert (written.eos_token_id, written.max_length, written.temperature) == (after, 77, 0.6)
-    # As one model too, and for whoever goes on with the adapter.
+    # The merged model keeps them too.
     merge(tmp_path / "out", tmp_path / "whole")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "whole").generation_config.eos_token_id == after
     engine = create_engine(parse(GENERATING), str(tmp_path / "out"))

@@ -101,7 +101,7 @@ def test_an_error_in_reading_rows_does_not_name_those_of_the_step_before():
         return Cursor(1, 4, 0, {})
 
     loop.step = step
-    with pytest.raises(Fault) as caught, faults_of(0, lambda: loop.moment, loop.rows_at_hand):
+    with pytest.raises(Fault) as caught, faults_of(0, lambda: loop.moment, loop.current_rows):
         _train(loop, rows(), None)
     assert str(caught.value).startswith(
         "worker 0 failed in reading the rows of step 2: IndexError: position 7 is out of range ("

@@ -1,4 +1,4 @@
-"""Figures reach TensorBoard, and those that a killed run wrote after its checkpoint are hidden."""
+"""Metrics reach the trackers, and a tracker that fails does not disturb the training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def scalars(folder) -> dict[str, list[tuple[int, float]]]:
 
     events = EventAccumulator(str(folder))
     events.Reload()
-    return {name: [(each.step, each.value) for each in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    return {name: [(point.step, point.value) for point in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
 def test_tensorboard_has_steps_sources_and_evaluations(tmp_path):
@@ -50,12 +50,12 @@ def test_a_tracker_without_its_package_is_named(monkeypatch):
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_trackers_of_extras_are_known(name):
-    with pytest.raises(RuntimeError, match=f"{name} cannot be opened .*No module named '{name}'"):
+    with pytest.raises(RuntimeError, match=f"cannot open {name} .*No module named '{name}'"):
         open_trackers([name], None, {})  # type: ignore[arg-type]
 
 
 class Posting(trackers._Writer):
-    """Sends figures to a server, as the libraries of trackers do, and without a limit of time, as some of them do."""
+    """Sends metrics to a server without a time limit, as some tracker libraries do."""
 
     port = 0
 
@@ -63,8 +63,8 @@ class Posting(trackers._Writer):
         if config.get("greets"):
             self.write(0, {})
 
-    def write(self, step, figures) -> None:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/", json.dumps(figures).encode()) as answer:
+    def write(self, step, metrics) -> None:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/", json.dumps(metrics).encode()) as answer:
             json.load(answer)
 
 
@@ -72,7 +72,7 @@ class Posting(trackers._Writer):
 def hurried(monkeypatch):
     monkeypatch.setattr(trackers, "OPEN_SECONDS", 0.5)
     monkeypatch.setattr(trackers, "CLOSE_SECONDS", 0.5)
-    monkeypatch.setitem(trackers.KINDS, "wandb", Posting)
+    monkeypatch.setitem(trackers.WRITERS, "wandb", Posting)
 
 
 @pytest.mark.parametrize(
@@ -88,27 +88,27 @@ def hurried(monkeypatch):
 )
 @pytest.mark.usefixtures("hurried")
 def test_a_server_that_fails_neither_ends_nor_holds_up_the_training(tmp_path, monkeypatch, answer, reason):
-    said: list[str] = []
+    lines: list[str] = []
     with serving(answer) as Posting.port:
-        with pytest.raises(RuntimeError, match=re.escape(f"wandb cannot be opened ({reason})")):
-            open_trackers(["wandb"], tmp_path, {"greets": True}, said.append)
-        (tracker,) = open_trackers(["wandb"], tmp_path, {}, said.append)
-        begun = time.monotonic()
+        with pytest.raises(RuntimeError, match=re.escape(f"cannot open wandb ({reason})")):
+            open_trackers(["wandb"], tmp_path, {"greets": True}, lines.append)
+        (tracker,) = open_trackers(["wandb"], tmp_path, {}, lines.append)
+        started = time.monotonic()
         tracker.on_setup(asdict(set_up(0)))
         for number in range(1, 100):
             tracker.on_step(step(number))
-        assert time.monotonic() - begun < 0.4
+        assert time.monotonic() - started < 0.4
         tracker.close()
-        assert time.monotonic() - begun < 2
-    assert said == [f"wandb: takes no figures any more ({reason}); trainer_log.jsonl holds all"]
+        assert time.monotonic() - started < 2
+    assert lines == [f"wandb: disabled ({reason}); trainer_log.jsonl has all metrics"]
 
 
 @pytest.mark.usefixtures("hurried")
-def test_figures_that_nobody_takes_do_not_fill_the_memory(tmp_path, monkeypatch):
-    said: list[str] = []
-    monkeypatch.setattr(trackers, "MOST_WAITING", 10)
+def test_metrics_that_no_server_takes_do_not_fill_the_memory(tmp_path, monkeypatch):
+    lines: list[str] = []
+    monkeypatch.setattr(trackers, "MAX_QUEUED", 10)
     with serving(silent) as Posting.port:
-        (tracker,) = open_trackers(["wandb"], tmp_path, {}, said.append)
+        (tracker,) = open_trackers(["wandb"], tmp_path, {}, lines.append)
         for number in range(1, 100):
             tracker.on_step(step(number))
-    assert said == ["wandb: takes no figures any more (10 wait to be taken); trainer_log.jsonl holds all"]
+    assert lines == ["wandb: disabled (10 writes are waiting); trainer_log.jsonl has all metrics"]
