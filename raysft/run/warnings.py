@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from raysft.config import Config
-from raysft.data.rows.row_plan import MIN_AUTO_STEPS
+from raysft.data.rows.batch_size import MIN_AUTO_STEPS
 
 if TYPE_CHECKING:
     from raysft.run.plan import Plan

@@ -89,8 +89,8 @@ def _measure(model: str, path: Path, folder: Path) -> dict[str, float]:
         rows = prepare(config, model).train_rows
         made = time.perf_counter()
         seen = 0
-        shares = rows.dataset(0, 1).iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
-        for batch in rows.batches(shares, 1):
+        tables = rows.dataset(0, 1).iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+        for batch in rows.batches(tables, 1):
             seen += int(batch["tokens"].sum())
         done = time.perf_counter()
         assert seen == rows.row_plan.step_tokens.sum()

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from raysft.config import Config
-from raysft.data.rows.packed_dataset import Batch, PackedDataset
+from raysft.data.rows.collate import Batch
+from raysft.data.rows.packed_dataset import PackedDataset
 from raysft.data.types import IGNORE_INDEX
 from tests.shards import the_set, write_records, written
 from tests.tiny import tiny_mixture, tiny_model

@@ -12,8 +12,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from raysft.data.rows import mixture, packed_dataset
-from raysft.data.rows.packed_dataset import Batch, PackedDataset, _shares, as_batches, rows_for_rank
+from raysft.data.rows import mixture, ray_stream
+from raysft.data.rows.collate import Batch
+from raysft.data.rows.packed_dataset import PackedDataset
+from raysft.data.rows.ray_stream import ReadTask, plan_blocks, read_blocks, split_block
+from raysft.data.rows.row_plan import rows_for_rank
 from raysft.data.shards import ray_pipeline
 from raysft.data.types import IGNORE_INDEX
 from raysft.errors import RequestError
@@ -62,7 +65,7 @@ def rows(tmp_path_factory, model) -> PackedDataset:
 def originals(rows) -> list[tuple[list[int], list[int]]]:
     """Ids and labels of all examples, in the order of the manifests, read from the shards as they are."""
     found = []
-    for manifest in rows._loaded:
+    for manifest in rows._manifests:
         for path in manifest.shard_paths():
             table = pq.read_table(path.local)
             found += zip(table["input_ids"].to_pylist(), table["labels"].to_pylist(), strict=True)
@@ -173,16 +176,20 @@ def test_a_later_start_gives_the_rest_of_the_same_steps(rows):
 @pytest.mark.parametrize("workers", [1, 2, 3])
 @pytest.mark.parametrize("first", [0, 5])
 @pytest.mark.parametrize(
-    ("share_tokens", "piece_rows", "group"), [(1 << 18, 4096, 10_000), (2 * 4 * CAPACITY, 8, 40), (1, 1, 1)]
+    ("block_tokens", "task_rows", "group"), [(1 << 18, 4096, 10_000), (2 * 4 * CAPACITY, 8, 40), (1, 1, 1)]
 )
 def test_what_tasks_hand_out_in_turn_is_what_each_worker_would_read_itself(
-    rows, monkeypatch, workers, first, share_tokens, piece_rows, group
+    rows, monkeypatch, workers, first, block_tokens, task_rows, group
 ):
-    monkeypatch.setattr(packed_dataset, "SHARE_TOKENS", share_tokens)
-    monkeypatch.setattr(packed_dataset, "SEGMENT_ROWS", piece_rows)
+    monkeypatch.setattr(ray_stream, "BLOCK_TOKENS", block_tokens)
+    monkeypatch.setattr(ray_stream, "TASK_ROWS", task_rows)
     monkeypatch.setattr(mixture, "GROUP_EXAMPLES", group)
     rows = replace(rows)
-    tables = [table for segment in rows._segments(first, workers) for table in _shares({"piece": [segment]})]
+    tables = [
+        table
+        for blocks in plan_blocks(rows.row_plan, rows._find_slices, first, workers)
+        for table in read_blocks({"task": [ReadTask(blocks, tuple(rows._shards[0]), CAPACITY, True)]})
+    ]
     assert {table.num_rows for table in tables} == {1}
     for worker in range(workers):
         dealt = list(rows.batches(tables[worker::workers], workers))
@@ -191,24 +198,22 @@ def test_what_tasks_hand_out_in_turn_is_what_each_worker_would_read_itself(
         assert all(same(left, right) for left, right in zip(dealt, read, strict=True))
 
 
-def test_a_share_comes_apart_into_its_steps(rows):
-    places = rows._places([0, 1, 2, -1])
-    (table,) = _shares(
-        {"piece": [{"shares": [places], "paths": rows._shards[0], "capacity": CAPACITY, "document_mask": True}]}
-    )
-    first, second = as_batches(table, 2)
+def test_a_block_is_split_into_its_steps(rows):
+    task = ReadTask((rows._find_slices([0, 1, 2, -1]),), tuple(rows._shards[0]), CAPACITY, True)
+    (table,) = read_blocks({"task": [task]})
+    first, second = split_block(table, 2)
     assert same(first, rows.batch([0, 1]))
     assert same(second, rows.batch([2, -1]))
 
 
-def test_places_name_the_shard_and_the_position_in_it(rows):
-    places = rows._places([3, -1, 0])
+def test_slices_name_the_shard_and_the_position_in_it(rows):
+    slices = rows._find_slices([3, -1, 0])
     expected = [*rows.row_plan.row(3), *rows.row_plan.row(0)]
-    assert places.counts.tolist() == [len(rows.row_plan.row(3)), 0, len(rows.row_plan.row(0))]
+    assert slices.counts.tolist() == [len(rows.row_plan.row(3)), 0, len(rows.row_plan.row(0))]
     sizes = [20, 20, 20, 10, 20, 20, 5]
     starts = np.cumsum([0, *sizes])
-    assert (starts[places.shards] + places.positions).tolist() == expected
-    assert (places.positions < np.array(sizes)[places.shards]).all()
+    assert (starts[slices.shards] + slices.positions).tolist() == expected
+    assert (slices.positions < np.array(sizes)[slices.shards]).all()
 
 
 def test_rows_travel_without_what_can_be_computed_again(rows):

@@ -61,8 +61,8 @@ def test_no_examples_need_no_row():
 @pytest.mark.parametrize(
     ("lengths", "message"),
     [
-        ([3, 9, 4], "an example has 9 tokens and a row holds 8"),
-        ([3, 0], "an example has 0 tokens, so no row would hold it"),
+        ([3, 9, 4], "an example has 9 tokens, but a row holds only 8"),
+        ([3, 0], "an example has 0 tokens, but a row needs at least 1"),
     ],
 )
 def test_what_no_row_can_hold_is_refused(lengths, message):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from raysft.data.rows import mixture
-from raysft.data.rows.row_plan import RowPlan, SourceLengths, auto_batch_size, plan_rows
+from raysft.data.rows.batch_size import auto_batch_size
+from raysft.data.rows.row_plan import RowPlan, SourceLengths, plan_rows
 
 RANDOM = np.random.default_rng(0)
 LENGTHS = RANDOM.integers(1, 33, 500).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Which examples of which source one epoch takes, and in which groups they are packed. Pure."""
+"""Choose the examples that one epoch takes from each source, and the groups in which they are packed. Pure."""
 
 from __future__ import annotations
 
@@ -8,34 +8,42 @@ from typing import Literal
 import numpy as np
 
 GROUP_EXAMPLES = 10_000
-"""Shards are read and packed in groups of at least so many examples: enough for best fit to leave almost no padding."""
+"""Examples in a group at least. Shards are read and packed in groups; so many examples leave almost no padding."""
 
 Mixing = Literal["concat", "first_exhausted", "all_exhausted"]
 
 
 def mixture(sizes: Sequence[int], weights: Sequence[float], mixing: Mixing) -> list[int]:
-    """How many examples of each source one epoch takes.
+    """Return how many examples of each source one epoch takes.
 
     Args:
         sizes: examples in each source.
-        weights: relative shares of the mixture.
-        mixing: ``concat`` takes each source whole; otherwise the takes are in the proportion of the weights, and the source that
-            decides (the first, or the last, to be used up) is taken whole exactly once.
+        weights: relative weights of the sources.
+        mixing: ``concat`` takes every source as a whole. Otherwise the numbers are in proportion to the weights, and the source
+            that runs out first, or last, is taken as a whole exactly once.
 
     >>> mixture([100, 1000], [1, 1], "first_exhausted"), mixture([100, 1000], [1, 3], "all_exhausted")
     ([100, 100], [333, 1000])
     """
     if mixing == "concat":
         return list(sizes)
-    rounds = [size / weight for size, weight in zip(sizes, weights, strict=True)]
-    wanted = min(rounds) if mixing == "first_exhausted" else max(rounds)
-    return [max(1, round(wanted * weight)) for weight in weights]
+    passes = [size / weight for size, weight in zip(sizes, weights, strict=True)]
+    scale = min(passes) if mixing == "first_exhausted" else max(passes)
+    return [max(1, round(scale * weight)) for weight in weights]
 
 
 def order(shard_ends: np.ndarray, take: int, random: np.random.Generator | None) -> np.ndarray:
-    """``take`` examples of a source, shard after shard; each example once before any comes twice.
+    """Order ``take`` examples of a source, shard by shard; every example comes once before any comes twice.
 
-    Where a part of the source is taken, it is a random sample of all its shards: files are often sorted.
+    A part of a source is a random sample of all its shards, because files are often sorted.
+
+    Args:
+        shard_ends: [shards] index of the example after each shard's last.
+        take: number of examples.
+        random: source of the order; None keeps that of the data.
+
+    Returns:
+        [take] indices of examples.
     """
     starts = np.concatenate([[0], shard_ends[:-1]]).astype(np.int64)
     total = int(shard_ends[-1]) if len(shard_ends) else 0
@@ -55,12 +63,17 @@ def order(shard_ends: np.ndarray, take: int, random: np.random.Generator | None)
 
 
 def groups(orders: Sequence[np.ndarray], random: np.random.Generator | None) -> Iterator[np.ndarray]:
-    """Groups of at least ``GROUP_EXAMPLES`` examples, each with its part of every source."""
+    """Yield groups of at least ``GROUP_EXAMPLES`` examples, each with its part of every source.
+
+    Args:
+        orders: the ordered examples of each source.
+        random: source of the order within a group; None keeps the sources one after the other.
+    """
     if random is None:
         orders = [np.concatenate(orders)]
-    number = max(1, sum(map(len, orders)) // GROUP_EXAMPLES)
-    for group in range(number):
-        parts = [order[len(order) * group // number : len(order) * (group + 1) // number] for order in orders]
-        whole = np.concatenate(parts)
-        if len(whole):
-            yield random.permutation(whole) if random else whole
+    count = max(1, sum(map(len, orders)) // GROUP_EXAMPLES)
+    for index in range(count):
+        parts = [order[len(order) * index // count : len(order) * (index + 1) // count] for order in orders]
+        group = np.concatenate(parts)
+        if len(group):
+            yield random.permutation(group) if random else group

@@ -1,4 +1,4 @@
-"""The epochs of one row_plan and then those of another: what a run trains on whose data changes on the way. Pure."""
+"""Join the epochs of two row plans, for a run whose data changes on the way. Pure."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from raysft.data.rows.row_plan import RowPlan
 
 
 def splice(earlier: RowPlan, later: RowPlan, examples: int, sources: int, max_steps: int | None = None) -> RowPlan:
-    """All epochs of ``earlier``, then those of ``later`` that come after them.
+    """Return all epochs of ``earlier``, then those of ``later`` with a higher number.
 
     Args:
-        earlier: whole epochs.
-        later: all epochs, from the first one on; with rows and steps of the same size.
-        examples: those of ``earlier``, over all its sources; those of ``later`` are numbered after them.
-        sources: those of ``earlier``, likewise.
-        max_steps: cut the row_plan after so many steps.
+        earlier: a plan of whole epochs.
+        later: a plan of all epochs, from the first on, with the same sizes of row and step.
+        examples: examples in the sources of ``earlier``; those of ``later`` are numbered after them.
+        sources: sources of ``earlier``, likewise.
+        max_steps: cut the plan after this number of steps.
     """
     per_step, done = earlier.global_batch_size, len(earlier.epoch_ends)
     assert (per_step, earlier.capacity) == (later.global_batch_size, later.capacity)
     ends = np.concatenate([[0], later.epoch_ends])
     skipped = int((-(-np.diff(ends[: done + 1]) // per_step) * per_step).sum())
     start = -(-earlier.rows // per_step) * per_step
-    rest = layouts.cut(later.segments, later.rows, skipped)
-    filled = layouts.empty(start - earlier.rows)
-    segments = layouts.chain([earlier.segments, filled, rest._replace(examples=rest.examples + examples)])
+    rest = layouts.slice_rows(later.segments, skipped, later.rows)
+    padding = layouts.empty_rows(start - earlier.rows)
+    segments = layouts.concatenate([earlier.segments, padding, rest._replace(examples=rest.examples + examples)])
     numbers = np.concatenate([earlier.sources, later.sources[len(later.sources) - len(rest.examples) :] + sources])
     if max_steps:
-        segments = layouts.cut(segments, max_steps * per_step)
+        segments = layouts.slice_rows(segments, 0, max_steps * per_step)
     return RowPlan(
         segments=segments,
         sources=numbers[: len(segments.examples)].astype(np.int16),
-        weights=_weights(earlier, later, examples),
+        weights=_example_weights(earlier, later, examples),
         capacity=earlier.capacity,
         global_batch_size=per_step,
         group_ends=np.concatenate([earlier.group_ends, later.group_ends[later.group_ends > skipped] - skipped + start]),
@@ -40,10 +40,11 @@ def splice(earlier: RowPlan, later: RowPlan, examples: int, sources: int, max_st
     )
 
 
-def _weights(earlier: RowPlan, later: RowPlan, examples: int) -> np.ndarray | None:
+def _example_weights(earlier: RowPlan, later: RowPlan, examples: int) -> np.ndarray | None:
+    """[examples of both] float32; None if all are 1."""
     if earlier.weights is None and later.weights is None:
         return None
     before = np.ones(examples, np.float32) if earlier.weights is None else earlier.weights
-    highest = int(later.segments.examples.max()) + 1
-    after = np.ones(highest, np.float32) if later.weights is None else later.weights
+    used = int(later.segments.examples.max()) + 1
+    after = np.ones(used, np.float32) if later.weights is None else later.weights
     return np.concatenate([before, after])
