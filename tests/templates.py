@@ -1,11 +1,12 @@
-"""Chat templates of a folder, each with many kinds of conversations: ``python -m tests.templates FOLDER [NAME …]``.
+"""Check the chat templates of a folder against many kinds of conversations: ``python -m tests.templates FOLDER [NAME …]``.
 
-For each ``*.jinja`` file of FOLDER and each kind, the ids are compared with those of ``apply_chat_template`` and the spans with the
-conversation: every word that the assistant wrote and the template shows lies in the span of its turn, and every word of others
-outside. A span starts where the template's own generation prompt ends and ends where the conversation up to it does, wherever
-these are the beginning of the text. A file ``NAME_training.jinja`` with ``{% generation %}`` marks is compared with ``NAME.jinja``.
+For each ``*.jinja`` file of FOLDER and each kind of conversation, it compares the ids with those of ``apply_chat_template``, and
+the spans with the conversation: a word that the assistant wrote and the template shows lies in the span of its turn, and a word of
+anybody else lies outside. A span starts at the end of the template's own generation prompt, and ends at the end of the conversation
+up to its turn, wherever these are the beginning of the text. A file ``NAME_training.jinja`` with ``{% generation %}`` markers is
+compared with ``NAME.jinja``.
 
-Prints a line for each template and, if names are given, what stands at the bounds of each turn.
+It prints a line for each template and, with names given, the text around each span.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ PARAMETERS = {
 
 
 class Words:
-    """Words that no template has, each once."""
+    """Words that no template contains, each once."""
 
     def __init__(self) -> None:
         self.numbers = itertools.count(1000)
@@ -59,8 +60,8 @@ def answer(number: int, name: str, content: str) -> dict[str, Any]:
     return turn("tool", content, tool_call_id=f"abcde{1000 + number}", name=name)
 
 
-def kinds() -> Iterator[tuple[str, list[dict[str, Any]], list[dict[str, Any]]]]:
-    """(name, messages, tools)"""
+def conversations() -> Iterator[tuple[str, list[dict[str, Any]], list[dict[str, Any]]]]:
+    """Yield (name, messages, tools)."""
     w = Words()
     tools = [
         {"type": "function", "function": {"name": name, "description": w(), "parameters": PARAMETERS}}
@@ -69,7 +70,7 @@ def kinds() -> Iterator[tuple[str, list[dict[str, Any]], list[dict[str, Any]]]]:
     user, assistant = lambda **keys: turn("user", w(), **keys), lambda **keys: turn("assistant", w(), **keys)
     calling = lambda *calls, content="", **keys: turn("assistant", content, tool_calls=list(calls), **keys)  # noqa: E731
     weather = lambda number, **keys: call(number, "get_weather", {"city": w(2), **keys})  # noqa: E731
-    said = lambda number, content=None: answer(number, "get_weather", content or w())  # noqa: E731
+    result = lambda number, content=None: answer(number, "get_weather", content or w())  # noqa: E731
     yield "one turn", [user(), assistant()], []
     yield "system", [turn("system", w()), user(), assistant()], []
     yield "three turns", [user(), assistant(), user(), assistant(), user(), assistant()], []
@@ -100,36 +101,36 @@ def kinds() -> Iterator[tuple[str, list[dict[str, Any]], list[dict[str, Any]]]]:
     )
     yield "reasoning", [user(), assistant(reasoning_content=w()), user(), assistant(reasoning_content=w())], []
     yield "tools unused", [user(), assistant(), user(), assistant()], tools
-    yield "a call", [user(), calling(weather(1)), said(1), assistant()], tools
+    yield "a call", [user(), calling(weather(1)), result(1), assistant()], tools
     yield (
         "a call as JSON text",
-        [user(), calling(call(1, "get_weather", f'{{"city": "{w()}"}}')), said(1), assistant()],
+        [user(), calling(call(1, "get_weather", f'{{"city": "{w()}"}}')), result(1), assistant()],
         tools,
     )
     yield (
         "a call with text",
-        [turn("system", w()), user(), calling(weather(1), content=w()), said(1), assistant(), user(), assistant()],
+        [turn("system", w()), user(), calling(weather(1), content=w()), result(1), assistant(), user(), assistant()],
         tools,
     )
-    yield "calls at once", [user(), calling(weather(1), weather(2)), said(1), said(2), assistant()], tools
+    yield "calls at once", [user(), calling(weather(1), weather(2)), result(1), result(2), assistant()], tools
     yield (
         "calls one after the other",
-        [user(), calling(weather(1)), said(1), calling(weather(2)), said(2), assistant()],
+        [user(), calling(weather(1)), result(1), calling(weather(2)), result(2), assistant()],
         tools,
     )
     yield (
         "a call of numbers",
-        [user(), calling(call(1, "find_city", {"n": 3})), said(1, '{"a": "b\\n"}'), assistant()],
+        [user(), calling(call(1, "find_city", {"n": 3})), result(1, '{"a": "b\\n"}'), assistant()],
         tools,
     )
-    yield "a call of nothing", [user(), calling(call(1, "find_city", {})), said(1), assistant()], tools
+    yield "a call of nothing", [user(), calling(call(1, "find_city", {})), result(1), assistant()], tools
     yield "a call at the end", [user(), assistant(), user(), calling(weather(1))], tools
     yield (
         "thoughts and calls",
         [
             user(),
             calling(weather(1), reasoning_content=w()),
-            said(1),
+            result(1),
             assistant(reasoning_content=w()),
             user(),
             assistant(reasoning_content=w()),
@@ -160,8 +161,8 @@ def words_in(value: Any) -> set[str]:
     }
 
 
-class Trial:
-    """One template at its conversations."""
+class TemplateCheck:
+    """One template and its tokenizer."""
 
     def __init__(self, path: Path, folder: str) -> None:
         tokenizer = tiny_tokenizer()
@@ -173,33 +174,33 @@ class Trial:
             stage="sft", sequence_length=100_000, mask_history=False, train_on_prompt=False, on_overflow="error",
             keep_prompt="head", control_tokens="keep", template_options={}, with_prompts=False,
         )  # fmt: skip
-        self.tokenizing = ExampleTokenizer(Tokenizer.load(folder), options)
+        self.tokenizer = ExampleTokenizer(Tokenizer.load(folder), options)
         training = path.with_name(f"{path.stem}_training.jinja")
         self.marked = (
             chat_template(training.read_text(), self.hugging_face.special_tokens_map) if training.exists() else None
         )
 
     def __call__(self, name: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]], details: bool) -> str:
-        """What became of a conversation: "kept", "as text", or what went wrong."""
+        """Return "kept", "as text" or the problems of a conversation."""
         record = {"messages": messages, "tools": tools}
         example = to_example(record, "openai", Source.model_validate({"name": "s", "path": "p"}), name)
-        (item,) = self.tokenizing([example])
+        (item,) = self.tokenizer([example])
         try:
             whole = self.text(messages, tools, False)
-        except Exception as error:  # whatever the template raises
+        except Exception as error:  # a template may raise errors of its own
             whole = None
             refusal = str(error).splitlines()[0] if str(error) else type(error).__name__
         if not isinstance(item, TokenizedExample):
             if details:
                 print(f"  {name}: {item.reason}")
-            return "refused by it" if whole is None else f"REJECTED {item.reason}"
-        rendered = self.tokenizing.template_for(example).render_conversation(example.messages, example.tools)
+            return "refused" if whole is None else f"REJECTED {item.reason}"
+        rendered = self.tokenizer.template_for(example).render_conversation(example.messages, example.tools)
         given = rendered.given
         if given.tools_as_text or list(given.turns) != messages or list(given.tools) != tools:
             messages, tools = list(given.turns), list(given.tools)
             kept = "as text" if given.tools_as_text else "kept as read"
             if details and whole is None:
-                print(f"  {name}: {kept}, since: {refusal}")
+                print(f"  {name}: {kept}, because: {refusal}")
             whole = self.text(messages, tools, False)
         else:
             kept = "kept"
@@ -208,9 +209,9 @@ class Trial:
         problems += self.spans(rendered.text, rendered.spans, messages, tools, item, details and name)
         return "; ".join(problems) or kept
 
-    def text(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], ask: bool) -> str:
+    def text(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         return self.hugging_face.apply_chat_template(
-            messages, tools=tools or None, tokenize=False, add_generation_prompt=ask
+            messages, tools=tools or None, tokenize=False, add_generation_prompt=add_generation_prompt
         )
 
     def spans(self, text, spans, messages, tools, item, details) -> Iterator[str]:
@@ -218,46 +219,46 @@ class Trial:
         if len(spans) != len(answers):
             yield "SPANS MISSING"
             return
-        mine = dict(zip(answers, spans, strict=True))
+        by_turn = dict(zip(answers, spans, strict=True))
         for index, message in [*enumerate(messages), (-1, tools)]:
             for word in words_in(message):
                 at = text.find(word)
                 while at >= 0:
-                    inside = [turn for turn, (start, end) in mine.items() if start <= at and at + len(word) <= end]
-                    if inside != ([index] if index in mine else []):
+                    inside = [turn for turn, (start, end) in by_turn.items() if start <= at and at + len(word) <= end]
+                    if inside != ([index] if index in by_turn else []):
                         yield f"WORD OF TURN {index} IN {inside}"
                     at = text.find(word, at + 1)
-        for index, (start, end) in mine.items():
-            if not self.tokenizing.template.render_generations:  # one that marks generations is taken at its word
+        for index, (start, end) in by_turn.items():
+            if not self.tokenizer.template.render_generations:  # the spans that a template marks are not checked
                 yield from self.bounds(text, start, end, messages, tools, index)
             if details:
-                before, behind = text[max(0, start - 30) : start], text[end : end + 30]
-                print(f"  {details}, turn {index}: …{before!r} ⟦{text[start:end]!r}⟧ {behind!r}…")
+                before, after = text[max(0, start - 30) : start], text[end : end + 30]
+                print(f"  {details}, turn {index}: …{before!r} ⟦{text[start:end]!r}⟧ {after!r}…")
         if self.marked and self.marked.render_generations:
-            marked, theirs = self.marked.render_generations(messages, tools)
-            if marked == text and [text[a:b].strip() for a, b in theirs] != [text[a:b].strip() for a, b in spans]:
+            marked, marked_spans = self.marked.render_generations(messages, tools)
+            if marked == text and [text[a:b].strip() for a, b in marked_spans] != [text[a:b].strip() for a, b in spans]:
                 yield "TRAINING DIFFERS"
                 if details:
-                    print(f"  {details}, marked: {[text[a:b] for a, b in theirs]}")
+                    print(f"  {details}, marked: {[text[a:b] for a, b in marked_spans]}")
         labelled = self.hugging_face.decode(item.input_ids[item.labels != IGNORE_INDEX].tolist())
-        # A token may hold the space before a first word, which the prompt ends with.
+        # A token may join the space at the end of the prompt to the first word.
         if "".join("".join(text[start:end] for start, end in spans).split()) != "".join(labelled.split()):
             yield "LABELS DIFFER"
 
     def bounds(self, text, start, end, messages, tools, index) -> Iterator[str]:
         try:
             prompt = self.text(messages[:index], tools, True)
-        except Exception:  # whatever the template raises
+        except Exception:  # a template may raise errors of its own
             prompt = None
         if prompt and text.startswith(prompt) and start != len(prompt):
             yield f"START OF TURN {index} IS NOT THE PROMPT'S END"
         try:
             ended = self.text(messages[: index + 1], tools, False)
-        except Exception:  # whatever the template raises
+        except Exception:  # a template may raise errors of its own
             ended = None
-        asks = prompt and ended and ended.rstrip().endswith(prompt.rstrip()[-12:])  # whether it is told to or not
+        asks = prompt and ended and ended.rstrip().endswith(prompt.rstrip()[-12:])  # whether or not it is asked to
         if ended and not asks and text.startswith(ended.rstrip()):
-            closing = text[len(ended.rstrip()) : end].strip()  # what some write only where others follow
+            closing = text[len(ended.rstrip()) : end].strip()  # some templates write it only if others follow
             if end < len(ended.rstrip()) or (closing and not TAG.fullmatch(closing)):
                 yield f"END OF TURN {index} IS NOT THE TEXT'S END"
 
@@ -273,11 +274,11 @@ def main() -> None:
             continue
         outcomes: dict[str, list[str]] = {}
         with tempfile.TemporaryDirectory() as folder:
-            trial = Trial(path, folder)
-            for name, messages, tools in kinds():
+            check = TemplateCheck(path, folder)
+            for name, messages, tools in conversations():
                 try:
-                    outcome = trial(name, messages, tools, bool(parsed.names))
-                except Exception as error:  # the next one goes on
+                    outcome = check(name, messages, tools, bool(parsed.names))
+                except Exception as error:  # continue with the next one
                     if parsed.names:
                         raise
                     outcome = f"FAILED {type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""Rendering and tokenizing: what is trained on is what the chat template gives, and only what the assistant wrote."""
+"""Tokenization: ids match the chat template, and labels cover what the assistant wrote."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from raysft.config import Source, parse
 from raysft.data.rows.row_plan import SourceLengths, plan_rows
 from raysft.data.sources.files import find_files
-from raysft.data.sources.formats import to_examples as as_examples
+from raysft.data.sources.formats import to_examples
 from raysft.data.sources.readers import read_raw
 from raysft.data.tokenization.assistant_spans import tokens_in_spans
 from raysft.data.tokenization.span_search import REMEDY
@@ -44,7 +44,7 @@ def conversation(*turns: tuple[str, str]) -> Example:
 
 @pytest.fixture(scope="module")
 def tokenizer_with(tmp_path_factory):
-    """Save the tiny tokenizer, with changed attributes, and give its folder."""
+    """Save the tiny tokenizer with changed attributes and return its folder."""
 
     def save(**attributes) -> str:
         tokenizer = tiny_tokenizer()
@@ -197,20 +197,20 @@ def test_a_tokenizer_that_lacks_something_is_told_from_bad_data(tokenizer_with, 
 def real_examples(name: str, count: int) -> list[Example]:
     source = Source(name="s", path=str(SHARED / name))
     records = [(f"{file.path}:{position}", raw) for file in find_files(source) for position, _, raw in read_raw(file)]
-    return [item for item, _ in as_examples(records, source) if isinstance(item, Example)][:count]
+    return [item for item, _ in to_examples(records, source) if isinstance(item, Example)][:count]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the demo data")
 @pytest.mark.parametrize("model", ["tiny", "qwen3"])
 @pytest.mark.parametrize("name", ["alpaca_en_demo.json", "identity.json", "glaive_toolcall_en_demo.json"])
 def test_real_conversations_are_tokenized_as_the_template_says(folder, model, name):
-    """Every trained sequence is the template's, token for token, and each turn's labels are what the assistant wrote."""
+    """Ids match the template exactly, and the labels of each turn are what the assistant wrote."""
     path = folder if model == "tiny" else str(SHARED / "tokenizers" / "qwen3")
     examples = real_examples(name, 150)
-    tokenizing, hugging_face = tokenizer_of(path, sequence_length=10_000), load_tokenizer(path)
-    for example, item in zip(examples, tokenizing(examples), strict=True):
+    tokenizer, hugging_face = tokenizer_of(path, sequence_length=10_000), load_tokenizer(path)
+    for example, item in zip(examples, tokenizer(examples), strict=True):
         assert isinstance(item, TokenizedExample), item
-        given = tokenizing.template.render_conversation(example.messages, example.tools).given
+        given = tokenizer.template.render_conversation(example.messages, example.tools).given
         assert given.tools_as_text == (model == "tiny" and bool(example.tools))
         whole = hugging_face.apply_chat_template(
             list(given.turns), tools=list(given.tools) or None, tokenize=True, return_dict=False
@@ -227,7 +227,7 @@ def test_real_conversations_are_tokenized_as_the_template_says(folder, model, na
 
 
 NO_THINKING = "<think>\n\n</think>\n\n"
-"""Qwen3's template has the assistant write this where it did not think and is asked to answer."""
+"""Qwen3's template writes this into an assistant turn without reasoning."""
 
 
 def written(answer: dict) -> tuple[str, ...]:
@@ -328,19 +328,19 @@ def test_which_end_of_a_prompt_is_kept_is_the_users_choice(folder):
 
 @pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "alpaca", "vicuna"])
 def test_named_templates_mark_what_the_assistant_wrote(folder, name):
-    """With special tokens of the tiny tokenizer, which are other ones: the frames are what counts."""
+    """The tiny tokenizer has other special tokens, but the text around the turns is the same."""
     config = parse({"model": {"path": folder, "chat_template": name}, "data": {"train": [{"name": "a", "path": "a"}]}})
     options = tokenizer_of(folder, sequence_length=999).options
-    tokenizing = ExampleTokenizer(Tokenizer.load(folder, config.chat_template), options)
+    tokenizer = ExampleTokenizer(Tokenizer.load(folder, config.chat_template), options)
     turns = [("system", "Be nice."), ("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]
-    (item,) = tokenizing([conversation(*turns)])
+    (item,) = tokenizer([conversation(*turns)])
     assert isinstance(item, TokenizedExample), item
     text = trained_text(folder, item)
     assert text.lstrip().startswith("two")
     assert "four" in text
     assert "one" not in text
     assert "three" not in text
-    assert len(text) > len("twofour"), "the end of a turn is learnt"
+    assert len(text) > len("twofour"), "labels cover the end of a turn"
 
 
 def test_a_template_that_marks_generations_is_taken_at_its_word(tokenizer_with):
@@ -428,7 +428,7 @@ def test_a_system_turn_may_stand_inside_a_conversation(folder):
 
 
 def test_an_answer_whose_first_word_joins_the_space_of_the_prompt_is_learnt_whole(tokenizer_with):
-    """A byte-level tokenizer makes one token of a space and the letters behind it."""
+    """A byte-level tokenizer joins a space and the letters after it into one token."""
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
     folder = tokenizer_with(chat_template=template + "{% if add_generation_prompt %}assistant: {% endif %}")
     (item,) = tokenize(folder, conversation(("user", "Berlin"), ("assistant", "the sea")))

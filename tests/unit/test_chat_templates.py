@@ -1,4 +1,4 @@
-"""Chat templates of every kind: the ids are theirs, and what the assistant wrote is found in them or the record is rejected."""
+"""Chat templates of every kind: ids match the template, and the assistant turns are located or the record is rejected."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ SHOWN_CALL = json.dumps(CALL["function"])
 
 
 @pytest.fixture(scope="module")
-def at_work(tmp_path_factory):
-    """The tiny tokenizer with a chat template, at work, and as transformers has it."""
+def load_tokenizers(tmp_path_factory):
+    """Load the tiny tokenizer with a chat template, as an ExampleTokenizer and as transformers has it."""
 
     def load(template: str | dict[str, str], **options: Any) -> tuple[ExampleTokenizer, Any]:
         tokenizer = tiny_tokenizer()
@@ -67,16 +67,18 @@ def at_work(tmp_path_factory):
     return load
 
 
-def tokenized(tokenizing: ExampleTokenizer, record: dict[str, Any]) -> TokenizedExample | Rejected:
+def tokenized(tokenizer: ExampleTokenizer, record: dict[str, Any]) -> TokenizedExample | Rejected:
     source = Source.model_validate({"name": "s", "path": "p"})
-    (item,) = tokenizing([to_example(record, "openai", source, "f:1")])
+    (item,) = tokenizer([to_example(record, "openai", source, "f:1")])
     return item  # type: ignore[return-value]
 
 
-def learnt(at_work, template: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
-    """What is trained on, after it was seen that the ids are those of the record's own messages and tools."""
-    tokenizing, hugging_face = at_work(template)
-    item = tokenized(tokenizing, {"messages": messages, "tools": tools})
+def trained_text(
+    load_tokenizers, template: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+) -> str:
+    """Return the text that the labels cover, after checking the ids against the record's own messages and tools."""
+    tokenizer, hugging_face = load_tokenizers(template)
+    item = tokenized(tokenizer, {"messages": messages, "tools": tools})
     assert isinstance(item, TokenizedExample), item
     assert "tools_as_text" not in dict(item.counts)
     assert item.input_ids.tolist() == hugging_face.apply_chat_template(messages, tools=tools, return_dict=False)
@@ -210,15 +212,15 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_the_assistant_wrote_is_found_whatever_the_template_does(at_work, kind):
+def test_what_the_assistant_wrote_is_found_whatever_the_template_does(load_tokenizers, kind):
     template, messages, expected = KINDS[kind]
-    assert learnt(at_work, template, messages) == expected
+    assert trained_text(load_tokenizers, template, messages) == expected
 
 
-def test_a_record_that_the_template_refuses_is_rejected_with_its_words(at_work):
-    tokenizing, _ = at_work(MINDS_IDS)
+def test_a_record_that_the_template_refuses_is_rejected_with_its_words(load_tokenizers):
+    tokenizer, _ = load_tokenizers(MINDS_IDS)
     without = [{key: value for key, value in turn.items() if key != "tool_call_id"} for turn in CALLING]
-    item = tokenized(tokenizing, {"messages": without})
+    item = tokenized(tokenizer, {"messages": without})
     assert isinstance(item, Rejected)
     assert item.reason.endswith("refuses the conversation (ids have 9 letters)")
 
@@ -244,10 +246,10 @@ ALWAYS_ASKS = (
         (ALWAYS_ASKS, [("ask", f"b{END}"), ("ask", f"b..{END}  ")]),
     ],
 )
-def test_contents_that_read_like_the_template_are_told_from_it(at_work, template, answers):
+def test_contents_that_read_like_the_template_are_told_from_it(load_tokenizers, template, answers):
     messages = turns(*(pair for ask, answer in answers for pair in (("user", ask), ("assistant", answer))))
     end = END if template == BRACKETS else "<|end|>"
-    assert learnt(at_work, template, messages) == "".join(f"{answer}{end}" for _, answer in answers)
+    assert trained_text(load_tokenizers, template, messages) == "".join(f"{answer}{end}" for _, answer in answers)
 
 
 HEAD = "<|im_start|>{{ m.role }}\n{{ m.content | string }}<|end|>\n"
@@ -259,14 +261,14 @@ HEAD = "<|im_start|>{{ m.role }}\n{{ m.content | string }}<|end|>\n"
     [CHAT, [*CHAT, *turns(("assistant", "and five"))], [*CHAT[:2], *turns(("assistant", "or 2")), *CHAT[2:]], CHAT[:2]],
 )
 @pytest.mark.parametrize("begin", ["", "{{ bos_token }}", "{{ bos_token }}<|im_start|>system\nBe nice.<|end|>\n"])
-def test_what_asks_for_another_turn_behind_the_last_one_belongs_to_none(at_work, asks, messages, begin):
-    """The next turn begins as it does, so that it is the same whether the turn is the last or not."""
+def test_what_asks_for_another_turn_behind_the_last_one_belongs_to_none(load_tokenizers, asks, messages, begin):
+    """The next turn begins in the same way, so that this text is the same whether the turn is the last or not."""
     expected = "".join(f"{turn['content']}<|end|>" for turn in messages if turn["role"] == "assistant")
-    assert learnt(at_work, begin + LOOP + HEAD + "{% endfor %}" + asks, messages) == expected
+    assert trained_text(load_tokenizers, begin + LOOP + HEAD + "{% endfor %}" + asks, messages) == expected
 
 
-def test_a_call_is_found_where_its_turns_content_is_hidden_and_no_letter_of_the_call_can_be_replaced(at_work):
-    """Two questions that are the same, of which the template shows each that equals the last."""
+def test_a_call_is_found_where_its_turns_content_is_hidden_and_no_letter_of_the_call_can_be_replaced(load_tokenizers):
+    """The template shows every question that equals the last one, and both do."""
     template = (
         "{% set asked = messages | selectattr('role', 'equalto', 'user') | list %}" + LOOP
         + "{% if m.role == 'user' %}{{ '[TOOLS]' if m == asked[-1] }}[U]{{ m.content }}[/U]{% elif m.tool_calls %}"
@@ -274,12 +276,12 @@ def test_a_call_is_found_where_its_turns_content_is_hidden_and_no_letter_of_the_
     )  # fmt: skip
     messages = [*CALLING[:1], {**CALLING[1], "content": "hm"}, *CALLING[2:], *CALLING]
     messages = [turn for turn in messages if turn["role"] != "tool"]
-    assert learnt(at_work, template, messages) == f"{SHOWN_CALL}{END}four{END}{SHOWN_CALL}{END}four{END}"
+    assert trained_text(load_tokenizers, template, messages) == f"{SHOWN_CALL}{END}four{END}{SHOWN_CALL}{END}four{END}"
 
 
 @pytest.mark.parametrize("sign", ['"', "\\", "'", ' "\\"', "\n", "-", "\U00017000", "\uffff"])
-def test_arguments_of_signs_that_quotes_change_do_not_hide_the_turns(at_work, sign):
-    """The last turn begins as none does inside a conversation, so that letters have to tell where its text goes on."""
+def test_arguments_of_signs_that_quotes_change_do_not_hide_the_turns(load_tokenizers, sign):
+    """The last turn begins as no other turn does, so that only markers can locate its content."""
     template = (
         LOOP + "{% if m.role == 'assistant' %}<|im_start|>assistant\n{{ '<think></think>' if loop.last }}{{ m.content }}"
         "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}<|im_end|>\n{% else %}" + TURN + "{% endif %}"
@@ -288,30 +290,30 @@ def test_arguments_of_signs_that_quotes_change_do_not_hide_the_turns(at_work, si
     function = {"name": "split", "arguments": {"text": "a b", "at": [sign]}}
     messages = [CALLING[0], {**CALLING[1], "tool_calls": [{**CALL, "function": function}]}, *CALLING[2:]]
     assert (
-        learnt(at_work, template, messages)
+        trained_text(load_tokenizers, template, messages)
         == f"{json.dumps(function, ensure_ascii=False)}{END}<think></think>four{END}"
     )
 
 
-def test_an_only_answer_that_holds_the_question_is_refused(at_work):
+def test_an_only_answer_that_holds_the_question_is_refused(load_tokenizers):
     quoting = (
         LOOP
         + "<|im_start|>{{ m.role }}\n{{ '> ' + loop.previtem.content if loop.previtem }}\n{{ m.content }}<|im_end|>\n"
     )
-    tokenizing, _ = at_work(quoting + "{% endfor %}" + ASK)
-    item = tokenized(tokenizing, {"messages": turns(("user", "ab"), ("assistant", "b"))})
+    tokenizer, _ = load_tokenizers(quoting + "{% endfor %}" + ASK)
+    item = tokenized(tokenizer, {"messages": turns(("user", "ab"), ("assistant", "b"))})
     assert isinstance(item, Rejected)
     assert "turn 0 inside an assistant turn" in item.reason
     assert item.reason.endswith("; " + REMEDY)
 
 
-def test_a_question_that_a_template_leaves_out_before_the_only_answer_is_counted(at_work):
+def test_a_question_that_a_template_leaves_out_before_the_only_answer_is_counted(load_tokenizers):
     no_system = LOOP + "{% if m.role != 'system' or loop.first %}" + TURN + "{% endif %}{% endfor %}" + ASK
-    tokenizing, _ = at_work(no_system)
+    tokenizer, _ = load_tokenizers(no_system)
     for contents, counts in [(("Be nice", "one"), {"turns_left_out": 1}), (("", "one"), {})]:
         system, asked = contents
         messages = turns(("user", "hi"), ("system", system), ("user", asked), ("assistant", "Two."))
-        item = tokenized(tokenizing, {"messages": messages})
+        item = tokenized(tokenizer, {"messages": messages})
         assert isinstance(item, TokenizedExample)
         assert dict(item.counts) == counts
 
@@ -335,16 +337,16 @@ AS_PYTHON = AS_JSON.replace("m.tool_calls | tojson", "m.tool_calls")
         (AS_JSON, {"city": "Rome"}, False),
         (AS_PYTHON, {"city": "Rome"}, False),
         (JOINED, '{"city": "Rome"}', False),
-        (AS_JSON, "to Rome", False),  # no object that could be given instead
+        (AS_JSON, "to Rome", False),  # not an object that the template could encode once
     ],
 )
 def test_arguments_that_are_encoded_twice_are_trained_as_the_template_has_them_and_counted(
-    at_work, template, arguments, counted
+    load_tokenizers, template, arguments, counted
 ):
-    tokenizing, hugging_face = at_work(template)
+    tokenizer, hugging_face = load_tokenizers(template)
     call = {"id": "abcde1234", "type": "function", "function": {"name": "add", "arguments": arguments}}
     messages = [CALLING[0], {**CALLING[1], "tool_calls": [call]}, *CALLING[2:]]
-    item = tokenized(tokenizing, {"messages": messages})
+    item = tokenized(tokenizer, {"messages": messages})
     assert isinstance(item, TokenizedExample), item
     assert item.input_ids.tolist() == hugging_face.apply_chat_template(messages, return_dict=False)
     assert dict(item.counts) == ({"quoted_arguments": 1} if counted else {})
@@ -353,9 +355,9 @@ def test_arguments_that_are_encoded_twice_are_trained_as_the_template_has_them_a
 FEW = LOOP + "{% if loop.revindex <= 2 %}" + TURN + "{% endif %}{% endfor %}" + ASK
 
 
-def test_turns_that_a_template_leaves_out_are_not_learnt_and_are_counted(at_work):
-    tokenizing, hugging_face = at_work(FEW)
-    item = tokenized(tokenizing, {"messages": CHAT})
+def test_turns_that_a_template_leaves_out_are_not_learnt_and_are_counted(load_tokenizers):
+    tokenizer, hugging_face = load_tokenizers(FEW)
+    item = tokenized(tokenizer, {"messages": CHAT})
     assert isinstance(item, TokenizedExample)
     assert dict(item.counts) == {"turns_left_out": 1}
     assert item.input_ids.tolist() == hugging_face.apply_chat_template(CHAT, return_dict=False)
@@ -372,10 +374,10 @@ SPLIT = (
 )
 
 
-def test_a_turn_that_holds_what_another_said_is_refused_with_a_remedy(at_work):
-    """A mask of it would hold what the tool gave."""
-    tokenizing, _ = at_work(SPLIT)
-    item = tokenized(tokenizing, {"messages": [CALLING[0], {**CALLING[1], "content": "Now"}, *CALLING[2:]]})
+def test_a_turn_that_holds_what_another_said_is_refused_with_a_remedy(load_tokenizers):
+    """Its mask would cover the tool's result."""
+    tokenizer, _ = load_tokenizers(SPLIT)
+    item = tokenized(tokenizer, {"messages": [CALLING[0], {**CALLING[1], "content": "Now"}, *CALLING[2:]]})
     assert isinstance(item, Rejected)
     for part in ("turn 2 inside an assistant turn", "{% generation %}", "model.chat_template"):
         assert part in item.reason
@@ -390,9 +392,11 @@ WITHOUT_TOOLS = (
     ("template", "tools", "calls"),
     [(WITHOUT_TOOLS, True, True), (LOOP + TURN + "{% endfor %}" + ASK, True, True), (ANSWERS_AS_JSON, True, False)],
 )
-def test_only_what_a_template_shows_no_trace_of_is_written_as_text_and_that_is_counted(at_work, template, tools, calls):
-    tokenizing, hugging_face = at_work(template)
-    item = tokenized(tokenizing, {"messages": CALLING, "tools": [ADD]})
+def test_only_what_a_template_shows_no_trace_of_is_written_as_text_and_that_is_counted(
+    load_tokenizers, template, tools, calls
+):
+    tokenizer, hugging_face = load_tokenizers(template)
+    item = tokenized(tokenizer, {"messages": CALLING, "tools": [ADD]})
     assert isinstance(item, TokenizedExample), item
     assert dict(item.counts) == {"tools_as_text": 1}
     text = hugging_face.decode(item.input_ids.tolist())
@@ -415,7 +419,7 @@ ODD = (
 
 
 def odd_record(seed: int) -> dict[str, Any]:
-    """A conversation whose turns, calls and tools have keys that few have."""
+    """A conversation whose turns, calls and tools have unusual keys."""
     choose = random.Random(seed)
     word = lambda: "".join(choose.choices('abcde é\n"<', k=8)) + choose.choice("xyz")  # noqa: E731
     keys = {
@@ -442,12 +446,12 @@ def odd_record(seed: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("template", ODD)
-def test_a_template_reads_every_key_of_turns_calls_and_tools(at_work, template):
-    """But those that say how to train on a turn."""
-    tokenizing, hugging_face = at_work(template)
+def test_a_template_reads_every_key_of_turns_calls_and_tools(load_tokenizers, template):
+    """Except those that say how to train on a turn."""
+    tokenizer, hugging_face = load_tokenizers(template)
     for seed in range(60):
         record = odd_record(seed)
-        item = tokenized(tokenizing, record)
+        item = tokenized(tokenizer, record)
         assert isinstance(item, TokenizedExample), (seed, item)
         shown = [{k: v for k, v in turn.items() if k not in ("train", "weight")} for turn in record["messages"]]
         whole = hugging_face.apply_chat_template(shown, tools=record["tools"], tokenize=True, return_dict=False)

@@ -1,4 +1,4 @@
-"""fastokens stands for the tokenizer only where it gives the same tokens."""
+"""fastokens is used only if it gives the same tokens as the tokenizer."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_without_fastokens_the_tokenizer_encodes(monkeypatch):
 
 
 class _Wrong:
-    """Gives one token too many for each text with a word in it."""
+    """Gives one token too many for each text that contains a word."""
 
     def __init__(self, fast, word: str) -> None:
         self.fast, self.word = fast, word

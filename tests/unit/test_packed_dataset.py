@@ -1,4 +1,4 @@
-"""Rows: what a worker gets is the examples as they were tokenized, side by side, each in its place and step."""
+"""Packed rows: a worker gets the examples as they were tokenized, side by side, in the rows and steps of the plan."""
 
 from __future__ import annotations
 
@@ -54,16 +54,14 @@ def rows(tmp_path_factory, model) -> PackedDataset:
     rows = PackedDataset(
         manifests=tuple(each.manifest.location for each in sets), capacity=CAPACITY, global_batch_size=4, epochs=2
     )
-    assert len(rows.row_plan.segments.examples) > 3 * rows.row_plan.rows, "rows hold too few examples to show anything"
-    assert rows.row_plan.step_rows[:-1].min() < 4, (
-        "the first epoch fills its last step, so that no row in between is empty"
-    )
+    assert len(rows.row_plan.segments.examples) > 3 * rows.row_plan.rows, "rows hold too few examples to test packing"
+    assert rows.row_plan.step_rows[:-1].min() < 4, "the first epoch fills its last step, so that no row is empty"
     return rows
 
 
 @pytest.fixture(scope="module")
 def originals(rows) -> list[tuple[list[int], list[int]]]:
-    """Ids and labels of all examples, in the order of the manifests, read from the shards as they are."""
+    """Ids and labels of all examples, read from the shards in the order of the manifests."""
     found = []
     for manifest in rows._manifests:
         for path in manifest.shard_paths():
@@ -72,36 +70,36 @@ def originals(rows) -> list[tuple[list[int], list[int]]]:
     return found
 
 
-def taken_apart(batch: Batch, index: int) -> list[tuple[list[int], list[int]]]:
-    """Ids and labels of each example in a row, parted where positions start again."""
+def split_examples(batch: Batch, index: int) -> list[tuple[list[int], list[int]]]:
+    """Split a row into the ids and labels of its examples, where positions start again."""
     tokens = int(batch["tokens"][index])
     ids, labels, positions = (batch[name][index, :tokens] for name in ("input_ids", "labels", "position_ids"))
     starts = [*np.flatnonzero(positions == 0).tolist(), tokens]
     return [(ids[start:end].tolist(), labels[start:end].tolist()) for start, end in pairwise(starts)]
 
 
-def trained(batch: Batch) -> int:
+def loss_tokens_of(batch: Batch) -> int:
     return int((batch["labels"] != IGNORE_INDEX).sum())
 
 
-def same(left: Batch, right: Batch) -> bool:
+def equal(left: Batch, right: Batch) -> bool:
     return left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
 
 
 @pytest.mark.parametrize("layout", ["packed", "single"])
-def test_rows_hold_the_examples_of_the_schedule_as_they_were_tokenized(rows, originals, layout):
+def test_rows_hold_the_examples_of_the_plan_as_they_were_tokenized(rows, originals, layout):
     rows = replace(rows, layout=layout)
     batch = rows.batch(range(rows.row_plan.rows))
     for index in range(rows.row_plan.rows):
         expected = [originals[example] for example in rows.row_plan.row(index)]
-        assert taken_apart(batch, index) == [(ids, [IGNORE_INDEX, *labels[1:]]) for ids, labels in expected]
+        assert split_examples(batch, index) == [(ids, [IGNORE_INDEX, *labels[1:]]) for ids, labels in expected]
     assert batch["tokens"].sum() == 2 * sum(len(ids) for ids, _ in originals)
 
 
 def test_positions_start_again_at_each_example_and_where_padding_begins(rows):
     batch = rows.batch(range(rows.row_plan.rows))
     for index in range(rows.row_plan.rows):
-        lengths = [len(ids) for ids, _ in taken_apart(batch, index)]
+        lengths = [len(ids) for ids, _ in split_examples(batch, index)]
         assert len(lengths) == len(rows.row_plan.row(index))
         parts = [*lengths, CAPACITY - sum(lengths)]
         assert batch["position_ids"][index].tolist() == [place for part in parts for place in range(part)]
@@ -115,7 +113,7 @@ def test_the_first_token_of_each_example_has_no_label_even_where_the_prompt_is_t
     whole = PackedDataset((each.manifest.location,), CAPACITY, global_batch_size=3)
     batch = whole.batch(range(whole.row_plan.rows))
     assert (batch["labels"][batch["position_ids"] == 0] == IGNORE_INDEX).all()
-    assert trained(batch) == manifest.loss_tokens.sum() == (manifest.lengths - 1).sum()
+    assert loss_tokens_of(batch) == manifest.loss_tokens.sum() == (manifest.lengths - 1).sum()
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 5])
@@ -123,12 +121,12 @@ def test_labels_of_a_step_add_up_to_what_its_loss_is_divided_by_however_many_wor
     steps = [list(rows.steps(0, worker, workers)) for worker in range(workers)]
     assert {len(each) for each in steps} == {rows.row_plan.steps}
     for step in range(rows.row_plan.steps):
-        assert sum(trained(each[step]) for each in steps) == rows.row_plan.step_loss_tokens[step]
+        assert sum(loss_tokens_of(each[step]) for each in steps) == rows.row_plan.step_loss_tokens[step]
         assert sum(each[step]["tokens"].sum() for each in steps) == rows.row_plan.step_tokens[step]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 5])
-def test_a_steps_rows_are_shared_out_once_in_order_and_the_rest_are_fillers(workers):
+def test_the_rows_of_a_step_are_divided_in_order_and_the_rest_are_fillers(workers):
     for step, expected in ((0, [0, 1, 2, 3]), (1, [4, 5, 6, 7]), (2, [8, 9])):
         shares = [rows_for_rank(10, 4, step, worker, workers).tolist() for worker in range(workers)]
         assert len({len(each) for each in shares}) == 1
@@ -159,18 +157,18 @@ def test_an_empty_row_between_epochs_is_a_filler_with_a_number(rows):
 def test_rows_that_the_data_decides_are_those_of_the_number(rows, workers):
     decided = pickle.loads(pickle.dumps(replace(rows, global_batch_size=None, epochs=20)))
     number = decided.row_plan.global_batch_size
-    assert number > 1, "one row in a step shows nothing"
+    assert number > 1, "with one row in a step every number would pass"
     assert decided.row_plan.steps >= 100
     given = replace(decided, global_batch_size=number)
     for worker in range(workers):
         pairs = zip(decided.steps(0, worker, workers), given.steps(0, worker, workers), strict=True)
-        assert all(same(left, right) for left, right in pairs)
+        assert all(equal(left, right) for left, right in pairs)
 
 
 def test_a_later_start_gives_the_rest_of_the_same_steps(rows):
     whole, rest = list(rows.steps(0, 1, 2)), list(rows.steps(3, 1, 2))
     assert len(rest) == len(whole) - 3
-    assert all(same(left, right) for left, right in zip(whole[3:], rest, strict=True))
+    assert all(equal(left, right) for left, right in zip(whole[3:], rest, strict=True))
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -178,7 +176,7 @@ def test_a_later_start_gives_the_rest_of_the_same_steps(rows):
 @pytest.mark.parametrize(
     ("block_tokens", "task_rows", "group"), [(1 << 18, 4096, 10_000), (2 * 4 * CAPACITY, 8, 40), (1, 1, 1)]
 )
-def test_what_tasks_hand_out_in_turn_is_what_each_worker_would_read_itself(
+def test_each_worker_gets_the_blocks_that_it_would_read_itself(
     rows, monkeypatch, workers, first, block_tokens, task_rows, group
 ):
     monkeypatch.setattr(ray_stream, "BLOCK_TOKENS", block_tokens)
@@ -192,18 +190,18 @@ def test_what_tasks_hand_out_in_turn_is_what_each_worker_would_read_itself(
     ]
     assert {table.num_rows for table in tables} == {1}
     for worker in range(workers):
-        dealt = list(rows.batches(tables[worker::workers], workers))
+        streamed = list(rows.batches(tables[worker::workers], workers))
         read = list(rows.steps(first, worker, workers))
-        assert len(dealt) == len(read) == rows.row_plan.steps - first
-        assert all(same(left, right) for left, right in zip(dealt, read, strict=True))
+        assert len(streamed) == len(read) == rows.row_plan.steps - first
+        assert all(equal(left, right) for left, right in zip(streamed, read, strict=True))
 
 
 def test_a_block_is_split_into_its_steps(rows):
     task = ReadTask((rows._find_slices([0, 1, 2, -1]),), tuple(rows._shards[0]), CAPACITY, True)
     (table,) = read_blocks({"task": [task]})
     first, second = split_block(table, 2)
-    assert same(first, rows.batch([0, 1]))
-    assert same(second, rows.batch([2, -1]))
+    assert equal(first, rows.batch([0, 1]))
+    assert equal(second, rows.batch([2, -1]))
 
 
 def test_slices_name_the_shard_and_the_position_in_it(rows):
@@ -222,11 +220,11 @@ def test_rows_travel_without_what_can_be_computed_again(rows):
     assert len(sent) < 1000
     again = pickle.loads(sent)
     assert again == rows
-    assert same(again.batch([0, 5]), rows.batch([0, 5]))
+    assert equal(again.batch([0, 5]), rows.batch([0, 5]))
 
 
 def test_rows_whose_data_changes_on_the_way_are_those_of_both(rows, originals, tmp_path):
-    """Two epochs of both sources, then two of the second alone; told and read back as JSON."""
+    """Two epochs of both sources, then two of the second alone; also after a round trip through JSON."""
     changed = replace(rows, manifests=rows.manifests[1:], epochs=4, earlier=replace(rows, epochs=2))
     assert PackedDataset.from_dict(json.loads(json.dumps(changed.to_dict()))) == changed
     kept = rows.row_plan.steps
@@ -237,11 +235,16 @@ def test_rows_whose_data_changes_on_the_way_are_those_of_both(rows, originals, t
             np.testing.assert_array_equal(ours[name][filled], theirs[name][filled], err_msg=name)
     alone = replace(rows, manifests=rows.manifests[1:], epochs=4)
     first = replace(alone, epochs=2).row_plan.steps
-    for step, same in zip(range(kept, changed.row_plan.steps), range(first, alone.row_plan.steps), strict=True):
-        ours, theirs = changed.batch(changed.rows_for_rank(step, 0, 1)), alone.batch(alone.rows_for_rank(same, 0, 1))
+    for step, step_alone in zip(range(kept, changed.row_plan.steps), range(first, alone.row_plan.steps), strict=True):
+        ours, theirs = (
+            changed.batch(changed.rows_for_rank(step, 0, 1)),
+            alone.batch(alone.rows_for_rank(step_alone, 0, 1)),
+        )
         for name in ("input_ids", "labels", "position_ids", "tokens"):
             np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
-        assert set(ours["sources"][ours["labels"] != IGNORE_INDEX].tolist()) == {2}, "numbered after those of before"
+        assert set(ours["sources"][ours["labels"] != IGNORE_INDEX].tolist()) == {2}, (
+            "sources are numbered after the earlier ones"
+        )
     assert changed.sources == ("a", "b", "b")
 
 

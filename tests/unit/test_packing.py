@@ -1,4 +1,4 @@
-"""Packing: nothing lost, nothing twice, nothing over, and as few rows as best fit gives."""
+"""Packing: every example in exactly one row, no row too full, and no more rows than best fit needs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from raysft.data.rows.packing import pack
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> int:
-    """Rows that the textbook algorithm needs, one example at a time."""
+    """Number of rows that the textbook algorithm needs, one example at a time."""
     rooms: list[int] = []
     for length in sorted(lengths.tolist(), reverse=True):
         fitting = [room for room in rooms if room >= length]

@@ -1,4 +1,4 @@
-"""Schedule: each epoch holds each example once, and what a step holds is known before it starts."""
+"""Row plan: each epoch holds each example once, and the content of a step is known before it starts."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from raysft.data.rows.row_plan import RowPlan, SourceLengths, plan_rows
 
 RANDOM = np.random.default_rng(0)
 LENGTHS = RANDOM.integers(1, 33, 500).astype(np.int32)
-TRAINED = (LENGTHS * RANDOM.random(500)).astype(np.int32)
+LOSS_TOKENS = (LENGTHS * RANDOM.random(500)).astype(np.int32)
 SHARD_ENDS = np.array([100, 130, 350, 400, 500])
 
 
-def planned(**options) -> RowPlan:
+def plan(**options) -> RowPlan:
     defaults = {"capacity": 64, "global_batch_size": 8}
-    return plan_rows([SourceLengths(LENGTHS, TRAINED, SHARD_ENDS)], **{**defaults, **options})
+    return plan_rows([SourceLengths(LENGTHS, LOSS_TOKENS, SHARD_ENDS)], **{**defaults, **options})
 
 
 def rows_of(row_plan: RowPlan, first: int = 0, last: int | None = None) -> list[list[int]]:
@@ -44,7 +44,7 @@ OPTIONS = [
 @pytest.mark.parametrize("group", [1, 120, 10_000])
 def test_each_epoch_holds_each_example_once_and_no_row_is_too_full(options, group, monkeypatch):
     monkeypatch.setattr(mixture, "GROUP_EXAMPLES", group)
-    row_plan = planned(epochs=3, **options)
+    row_plan = plan(epochs=3, **options)
     filled = [row for row in rows_of(row_plan) if row]
     for start, end in pairwise([0, *row_plan.epoch_ends.tolist()]):
         assert sorted(flat(filled[start:end])) == list(range(500))
@@ -55,7 +55,7 @@ def test_each_epoch_holds_each_example_once_and_no_row_is_too_full(options, grou
 
 @pytest.mark.parametrize("options", [*OPTIONS, {"global_batch_size": 1}, {"global_batch_size": 1000}], ids=str)
 def test_no_step_holds_rows_of_two_epochs_and_only_the_last_of_each_is_not_full(options):
-    row_plan, one = planned(epochs=3, **options), planned(**options)
+    row_plan, one = plan(epochs=3, **options), plan(**options)
     per_step = row_plan.global_batch_size
     assert row_plan.steps == 3 * -(-one.rows // per_step)
     assert row_plan.rows_of_epochs == [one.rows] * 3
@@ -70,25 +70,25 @@ def test_no_step_holds_rows_of_two_epochs_and_only_the_last_of_each_is_not_full(
 
 
 def test_the_first_epoch_is_the_same_however_many_follow():
-    assert rows_of(planned(epochs=3))[: planned().rows] == rows_of(planned())
+    assert rows_of(plan(epochs=3))[: plan().rows] == rows_of(plan())
 
 
 def test_the_same_arguments_give_the_same_rows():
-    assert rows_of(planned(seed=3, epochs=2)) == rows_of(planned(seed=3, epochs=2))
+    assert rows_of(plan(seed=3, epochs=2)) == rows_of(plan(seed=3, epochs=2))
 
 
 def test_other_seeds_and_other_epochs_give_other_orders():
-    row_plan = planned(seed=3, epochs=2)
+    row_plan = plan(seed=3, epochs=2)
     middle = int(row_plan.epoch_ends[0])
     first, second = rows_of(row_plan, 0, middle), rows_of(row_plan, middle)
     assert first != second
-    assert first != rows_of(planned(seed=4))
-    assert first == rows_of(planned(seed=3))
+    assert first != rows_of(plan(seed=4))
+    assert first == rows_of(plan(seed=3))
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_steps_add_up_to_all_tokens_and_each_to_its_rows(options):
-    row_plan = planned(epochs=2, **options)
+    row_plan = plan(epochs=2, **options)
     per_step = row_plan.global_batch_size
     assert (
         row_plan.steps == -(-row_plan.rows // per_step) == len(row_plan.step_tokens) == len(row_plan.step_loss_tokens)
@@ -96,7 +96,7 @@ def test_steps_add_up_to_all_tokens_and_each_to_its_rows(options):
     for step in range(row_plan.steps):
         examples = flat(rows_of(row_plan, step * per_step, min((step + 1) * per_step, row_plan.rows)))
         assert row_plan.step_tokens[step] == LENGTHS[examples].sum()
-        assert row_plan.step_loss_tokens[step] == TRAINED[examples].sum()
+        assert row_plan.step_loss_tokens[step] == LOSS_TOKENS[examples].sum()
     assert row_plan.step_tokens.sum() == 2 * LENGTHS.sum()
     filled = sum(1 for row in rows_of(row_plan) if row)
     assert row_plan.step_rows.sum() == filled
@@ -104,43 +104,43 @@ def test_steps_add_up_to_all_tokens_and_each_to_its_rows(options):
 
 
 @pytest.mark.parametrize("max_steps", [1, 3, 20])
-def test_max_steps_is_the_beginning_of_the_whole_schedule(max_steps):
-    whole, cut = planned(epochs=3, seed=1), planned(epochs=3, seed=1, max_steps=max_steps)
+def test_max_steps_is_the_beginning_of_the_whole_plan(max_steps):
+    whole, cut = plan(epochs=3, seed=1), plan(epochs=3, seed=1, max_steps=max_steps)
     assert cut.steps == max_steps
     assert cut.rows == max_steps * 8
     assert rows_of(cut) == rows_of(whole)[: cut.rows]
 
 
 def test_max_steps_beyond_the_epochs_changes_nothing():
-    assert rows_of(planned(max_steps=10_000)) == rows_of(planned())
+    assert rows_of(plan(max_steps=10_000)) == rows_of(plan())
 
 
 def test_without_packing_each_row_holds_one_example():
-    assert planned(layout="single").rows == 500
-    assert {len(row) for row in rows_of(planned(layout="single"))} == {1}
+    assert plan(layout="single").rows == 500
+    assert {len(row) for row in rows_of(plan(layout="single"))} == {1}
 
 
 def test_without_shuffling_the_order_is_that_of_the_data():
-    assert flat(rows_of(planned(shuffle=False, layout="single"))) == list(range(500))
-    firsts = [min(row) for row in rows_of(planned(shuffle=False))]
+    assert flat(rows_of(plan(shuffle=False, layout="single"))) == list(range(500))
+    firsts = [min(row) for row in rows_of(plan(shuffle=False))]
     assert firsts == sorted(firsts)
 
 
 def test_packing_leaves_little_room_empty():
-    assert planned().packing_efficiency > 0.98
-    assert planned(layout="single").packing_efficiency == pytest.approx(LENGTHS.sum() / (500 * 64))
+    assert plan().packing_efficiency > 0.98
+    assert plan(layout="single").packing_efficiency == pytest.approx(LENGTHS.sum() / (500 * 64))
 
 
 @pytest.mark.parametrize(("group", "sizes"), [(100, [100] * 5), (120, [125] * 4), (300, [500])])
-def test_groups_hold_at_least_so_many_examples(group, sizes, monkeypatch):
+def test_groups_hold_at_least_the_given_number_of_examples(group, sizes, monkeypatch):
     monkeypatch.setattr(mixture, "GROUP_EXAMPLES", group)
-    row_plan = planned(shuffle=False, layout="single")
+    row_plan = plan(shuffle=False, layout="single")
     assert np.diff([0, *row_plan.group_ends]).tolist() == sizes
 
 
 def test_a_row_never_mixes_groups_and_a_shard_is_in_few_of_them(monkeypatch):
     monkeypatch.setattr(mixture, "GROUP_EXAMPLES", 120)
-    row_plan = planned()
+    row_plan = plan()
     ends = [0, *row_plan.group_ends.tolist()]
     groups = [set(flat(rows_of(row_plan, start, end))) for start, end in pairwise(ends)]
     assert sum(map(len, groups)) == len(set().union(*groups)) == 500
@@ -149,8 +149,8 @@ def test_a_row_never_mixes_groups_and_a_shard_is_in_few_of_them(monkeypatch):
     assert sum(map(len, shards)) <= len(SHARD_ENDS) + len(groups) - 1
 
 
-def test_consumed_rows_are_a_share_of_the_epochs():
-    row_plan = planned(epochs=2, layout="single")
+def test_consumed_rows_are_converted_to_epochs():
+    row_plan = plan(epochs=2, layout="single")
     consumed = [0, 125, 500, 501, 750, 1000]
     assert [row_plan.epoch_of(rows) for rows in consumed] == [0.0, 0.25, 1.0, 1.002, 1.5, 2.0]
     # 500 rows in steps of 8: the 63rd step ends the first epoch.
@@ -159,7 +159,7 @@ def test_consumed_rows_are_a_share_of_the_epochs():
 
 
 def test_a_cut_epoch_counts_as_the_part_that_is_consumed():
-    assert planned(epochs=2, layout="single", max_steps=10).epoch_of(80) == 0.16
+    assert plan(epochs=2, layout="single", max_steps=10).epoch_of(80) == 0.16
 
 
 @pytest.mark.parametrize("max_steps", [None, 1, 7])
@@ -187,8 +187,8 @@ def test_of_many_epochs_no_more_are_laid_out_than_decide():
 
 
 def test_a_step_that_the_data_decides_has_something_to_learn_from():
-    trained = np.where(np.arange(120) % 3 == 0, 5, 0)
-    given = [SourceLengths(np.full(120, 20), trained, np.array([120]))]
+    loss_tokens = np.where(np.arange(120) % 3 == 0, 5, 0)
+    given = [SourceLengths(np.full(120, 20), loss_tokens, np.array([120]))]
     row_plan = plan_rows(given, capacity=20, layout="single", shuffle=False)
     assert row_plan.global_batch_size == 4
     assert row_plan.step_loss_tokens.all()
@@ -248,10 +248,10 @@ def test_weights_of_a_step_and_of_its_sources_are_known_in_advance():
     weighted = [replace(given[0], example_weights=random.random(300).astype(np.float32)), given[1]]
     row_plan = plan_rows(weighted, capacity=64, global_batch_size=8)
     of_examples = np.concatenate([weighted[0].example_weights, np.ones(900)])
-    trained = np.concatenate([each.loss_tokens for each in given])
+    loss_tokens = np.concatenate([each.loss_tokens for each in given])
     for step in range(row_plan.steps):
         examples = np.array(flat(rows_of(row_plan, step * 8, min(step * 8 + 8, row_plan.rows))))
-        expected = of_examples[examples] * trained[examples]
+        expected = of_examples[examples] * loss_tokens[examples]
         assert row_plan.step_weight[step] == pytest.approx(expected.sum())
         both = [expected[examples < 300].sum(), expected[examples >= 300].sum()]
         assert row_plan.source_weight(step, 2).tolist() == pytest.approx(both)
@@ -291,9 +291,9 @@ def test_log_normal_lengths_leave_less_than_half_a_percent_of_padding(mean):
 
 def test_a_part_of_a_source_is_a_sample_of_all_its_shards():
     ends = np.arange(1, 21) * 5000
-    taken = mixture.order(ends, 1000, np.random.default_rng(0))
-    assert len(np.unique(taken)) == 1000
-    per_shard = np.bincount(taken // 5000, minlength=20)
+    chosen = mixture.order(ends, 1000, np.random.default_rng(0))
+    assert len(np.unique(chosen)) == 1000
+    per_shard = np.bincount(chosen // 5000, minlength=20)
     assert per_shard.min() > 20
     assert per_shard.max() < 90
     assert (np.bincount(mixture.order(ends, 150_000, np.random.default_rng(0))) >= 1).all()

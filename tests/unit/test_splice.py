@@ -1,4 +1,4 @@
-"""Other data from the next epoch on: each epoch holds each of its examples once, and what came before stays as it was."""
+"""Spliced plans: each epoch holds each of its examples once, and the earlier epochs stay as they were."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def source(count: int, weights: bool = False) -> SourceLengths:
 FIRST, OTHER, MORE = source(110), source(60), source(75, weights=True)
 
 
-def planned(*sources: SourceLengths, **options) -> RowPlan:
+def plan(*sources: SourceLengths, **options) -> RowPlan:
     return plan_rows(list(sources), **{"capacity": 32, "global_batch_size": 8, "seed": 3, **options})
 
 
@@ -31,9 +31,9 @@ def steps_of(row_plan: RowPlan, first: int, last: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("layout", ["packed", "single"])
 def test_what_came_before_stays_and_what_follows_is_the_others_from_its_epoch_on(layout):
-    before, after = planned(FIRST, epochs=2, layout=layout), planned(OTHER, MORE, epochs=4, layout=layout)
+    before, after = plan(FIRST, epochs=2, layout=layout), plan(OTHER, MORE, epochs=4, layout=layout)
     whole = splice(before, after, examples=110, sources=1)
-    kept, rest = before.steps, planned(OTHER, MORE, epochs=2, layout=layout).steps
+    kept, rest = before.steps, plan(OTHER, MORE, epochs=2, layout=layout).steps
     assert whole.steps == kept + after.steps - rest
     assert steps_of(whole, 0, kept)[: before.rows] == steps_of(before, 0, kept)
     theirs = [[example + 110 for example in row] for row in steps_of(after, rest, after.steps)]
@@ -46,8 +46,8 @@ def test_what_came_before_stays_and_what_follows_is_the_others_from_its_epoch_on
 
 
 def test_each_epoch_holds_each_of_its_examples_once_also_after_two_changes():
-    once = splice(planned(FIRST, epochs=1), planned(OTHER, epochs=2), 110, 1)
-    whole = splice(once, planned(MORE, epochs=5), 110 + 60, 2)
+    once = splice(plan(FIRST, epochs=1), plan(OTHER, epochs=2), 110, 1)
+    whole = splice(once, plan(MORE, epochs=5), 110 + 60, 2)
     filled = [row for row in steps_of(whole, 0, whole.steps) if row]
     expected = [range(110), range(110, 170)] + 3 * [range(170, 245)]
     starts = [0, *whole.epoch_ends.tolist()]
@@ -60,8 +60,8 @@ def test_each_epoch_holds_each_of_its_examples_once_also_after_two_changes():
 
 
 def test_steps_are_counted_over_all_of_it():
-    whole = splice(planned(FIRST, epochs=1), planned(OTHER, epochs=9), 110, 1)
-    cut = splice(planned(FIRST, epochs=1), planned(OTHER, epochs=9), 110, 1, max_steps=20)
+    whole = splice(plan(FIRST, epochs=1), plan(OTHER, epochs=9), 110, 1)
+    cut = splice(plan(FIRST, epochs=1), plan(OTHER, epochs=9), 110, 1, max_steps=20)
     assert cut.steps == 20
     assert steps_of(cut, 0, 20) == steps_of(whole, 0, 20)
     assert len(cut.sources) == len(cut.segments.examples)

@@ -1,4 +1,4 @@
-"""What becomes of examples that are longer than a row."""
+"""Truncation and splitting of examples that are longer than a row."""
 
 from __future__ import annotations
 

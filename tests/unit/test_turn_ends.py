@@ -1,4 +1,4 @@
-"""How trained turns begin and end: found in the labels of conversations, whatever template wrote them."""
+"""How trained turns begin and end, as the labels of conversations show it for any template."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEADER = "<|im_start|>{{ m.role }}\n"
 
 
 def framed(end: str, prompt: str = "<|im_start|>assistant\n", turn: str = "{{ m.content }}") -> str:
-    """A template with this behind each turn, and this as its generation prompt; it says itself what the assistant writes."""
+    """A template with an end after each turn and a generation prompt, which marks what the assistant writes."""
     marked = "{% if m.role == 'assistant' %}{% generation %}" + turn + end + "{% endgeneration %}{% else %}"
     return f"{{% for m in messages %}}{HEADER}{marked}{turn}{end}{{% endif %}}{asking(prompt)}"
 
@@ -86,7 +86,7 @@ def test_calls_and_answers_may_end_with_different_tokens(tmp_path, tokenizer):
         ("", TurnStatistics(no_end=2)),
         ("\n", TurnStatistics(no_end=2)),
         ("\n### End\n", TurnStatistics(text_ends=2, end_text="nd")),
-        # Of the template's own kind is the end of the turns that others follow.
+        # An added token counts even if white space follows it.
         ("<|end|>\n", TurnStatistics(end_tokens={"<|end|>": 2})),
         ("{% if not loop.last %}<|end|>{% endif %}", TurnStatistics(end_tokens={"<|end|>": 1}, no_end=1)),
     ],
@@ -124,7 +124,7 @@ def test_what_somebody_writes_does_not_change_where_turns_end(tmp_path, tokenize
     assert stop_token_ids(made.turns) == (tokenizer.convert_tokens_to_ids("<|end|>"),)
     assert ended(made) == {"<|end|>": 3}
     made = manifest(tmp_path, framed(""), [["Hi.", "Yo.<|endoftext|>"]])
-    assert stop_token_ids(made.turns) == (tokenizer.eos_token_id,)  # that is how these turns end, and what is learnt
+    assert stop_token_ids(made.turns) == (tokenizer.eos_token_id,)  # the turns end with it, and the labels cover it
 
 
 def test_only_turns_that_are_trained_on_count(tmp_path, tokenizer):
@@ -159,7 +159,7 @@ def test_texts_completions_and_ready_tokens_end_where_their_labels_do(tmp_path, 
 
 
 def test_added_tokens_that_are_no_ends_are_not_taken_for_some(tmp_path):
-    """Some vocabularies hold line breaks and HTML as tokens that were added."""
+    """Some vocabularies list line breaks and HTML among their added tokens."""
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["\n", "</b>", "<|stop|>"])
     tokenizer.save_pretrained(tmp_path / "model")
