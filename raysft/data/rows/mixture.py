@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 GROUP_EXAMPLES = 10_000
-"""Examples in a group at least. Shards are read and packed in groups; so many examples leave almost no padding."""
+"""Minimum number of examples in a group. Shards are read and packed in groups; this many examples leave almost no padding."""
 
 Mixing = Literal["concat", "first_exhausted", "all_exhausted"]
 

@@ -1,4 +1,4 @@
-"""Replace a few letters of a conversation by rare ones, to see where a chat template writes each turn.
+"""Replace a few letters of a conversation with rare ones, to see where a chat template writes each turn.
 
 A marker takes the place of one letter, so that a text keeps its length, its white space and its tags, and most templates treat it
 alike. A rendering with markers counts only if it differs from the plain one at the markers and nowhere else.

@@ -95,7 +95,7 @@ class ExampleTokenizer:
 
     def _prepare(self, example: Example) -> _Prepared | Rejected:
         """Render an example, and handle control tokens in its texts."""
-        counts = []
+        counts: list[tuple[str, int]] = []
         has_control_tokens = self.control_tokens.found_in(example)
         if has_control_tokens:
             counts.append(("control_tokens", 1))
