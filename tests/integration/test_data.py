@@ -119,7 +119,7 @@ BAD = {
     "nested lists": b'{"messages": [[{"role": "user", "content": "a"}]]}',
     "a key twice": b'{"text": "a", "text": "b"}',
     "a number": b'{"messages": [{"role": "user", "content": 3}, {"role": "assistant", "content": "b"}]}',
-    "half a character": b'{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "b"}]}',
+    "an unpaired surrogate": b'{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "b"}]}',
     "an unknown role": b'{"messages": [{"role": "bot", "content": "a"}]}',
     "no object": b"3",
     "deep brackets": b"[" * 100_000,
@@ -139,7 +139,7 @@ def test_bad_records_are_kept_with_file_line_and_reason_and_the_others_are_used(
     assert f"2 examples of {2 + len(BAD)} records" in capsys.readouterr().out
     assert main(["prepare", "c.yaml", "run.name=r", "data.max_rejected=0.1"]) == 2
     error = capsys.readouterr().err
-    assert "data.jsonl:2: no valid JSON" in error
+    assert "data.jsonl:2: invalid JSON" in error
     assert error.count("\n") == 1
 
 
@@ -148,7 +148,7 @@ def test_bad_records_are_kept_with_file_line_and_reason_and_the_others_are_used(
     [
         ("a.parquet", b"PAR1" + b"\0" * 50 + b"PAR1", "cannot be read"),
         ("a.jsonl.gz", gzip.compress(lines(*[GOOD] * 500))[:-20], "cannot be read"),
-        ("a.json", b'[{"text": "a"}, {"te', "a.json:1: no valid JSON"),
+        ("a.json", b'[{"text": "a"}, {"te', "a.json:1: invalid JSON"),
         ("a.jsonl", b"", "no usable example"),
     ],
 )
@@ -203,7 +203,7 @@ def texts_of(manifest: Manifest, model: str) -> list[str]:
     return [tokenizer.decode(ids) for ids in rows]
 
 
-def test_a_line_of_megabytes_is_told_from_the_others(tmp_path, model, monkeypatch):
+def test_a_line_of_megabytes_is_dropped_and_the_others_are_used(tmp_path, model, monkeypatch):
     monkeypatch.chdir(tmp_path)
     long = {"messages": [{"role": "user", "content": "word " * 1_000_000}, GOOD["messages"][1]]}
     (tmp_path / "data.jsonl").write_bytes(lines(GOOD, long, GOOD))
@@ -263,7 +263,7 @@ def yaml_of(path: Path) -> dict:
     return yaml.safe_load(path.read_text())
 
 
-def test_a_file_that_changes_while_it_is_read_is_told(tmp_path, model, monkeypatch):
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, model, monkeypatch):
     from raysft.config import Source
     from raysft.data.sources.files import find_files
     from raysft.data.sources.readers import read_raw

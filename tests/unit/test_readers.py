@@ -193,11 +193,12 @@ def test_no_column_is_read_twice(columns, turns):
     assert (item.text or [(message.role, message.content) for message in item.messages]) == turns
 
 
-def test_a_field_that_no_column_is_read_as_is_told():
+def test_a_field_that_the_config_excludes_is_named():
     save("a.jsonl", lines([{"instruction": "I", "input": "N", "output": "O"}]))
     (item,) = read_all("a.jsonl", format="alpaca", columns={"output": None})
     assert isinstance(item, Rejected)
-    assert item.reason.startswith("no column is read as 'output' (columns here: instruction, input, output); format")
+    for part in ("alpaca", "'output'", "(columns: instruction, input, output)", "data.train[].columns"):
+        assert part in item.reason
 
 
 @pytest.mark.parametrize(
@@ -266,7 +267,7 @@ def test_records_of_several_formats_keep_theirs_in_one_parquet_file():
         for items in (read_all("a.parquet"), read_all("a.jsonl"))
     )
     assert nested == plain
-    assert plain[-1] == "column 'output' is null"
+    assert str(plain[-1]).endswith("column 'output' is null")
 
 
 def test_parquet_with_nested_messages_reads_as_json_does():
@@ -279,69 +280,49 @@ def test_parquet_with_nested_messages_reads_as_json_does():
     assert nested.messages == plain.messages
 
 
+COLUMNS = "data.train[].columns"
+
+
 @pytest.mark.parametrize(
-    ("record", "reason"),
+    ("record", "parts"),
     [
-        (3, "a record is a mapping or a list of turns, this is 3"),
-        (
-            {"instruction": "q"},
-            "column 'output' is not there (columns here: instruction); format alpaca needs it, "
-            "another name can be given in data.train[].columns",
-        ),
-        (
-            {"instruction": "q", "output": None},
-            "column 'output' is null (columns here: instruction, output); format alpaca needs it, "
-            "another name can be given in data.train[].columns",
-        ),
-        (
-            {"foo": 1, "bar": 2},
-            "no known format has the columns foo, bar; name data.train[].format and data.train[].columns",
-        ),
-        ({}, "no known format has the columns (none); name data.train[].format and data.train[].columns"),
-        ({"instruction": "q", "output": 3}, "output holds 3, a text belongs there"),
-        ({"instruction": "q", "output": " \n"}, "turn 1 of the assistant is empty"),
-        ({"instruction": "q", "output": "a", "history": 3}, "history holds 3, a list of turns belongs there"),
-        (
-            {"instruction": "q", "output": "a", "history": [["x"]]},
-            "history[0] holds ['x'], a pair of question and answer belongs there",
-        ),
-        (
-            {"instruction": "\ud800", "output": "a"},
-            "instruction holds half a character ('\\ud800'), which no tokenizer takes",
-        ),
-        ({"messages": []}, "messages holds [], a list of turns belongs there"),
-        ({"messages": "hello"}, "messages holds 'hello', a list of turns belongs there"),
-        ({"messages": ["hello"]}, "messages[0] holds 'hello', a turn of role and content belongs there"),
-        ({"messages": [{"role": "user"}]}, "messages[0] needs 'role' and 'content', it is {'role': 'user'}"),
+        (3, ["a mapping or a list of turns", "3"]),
+        ({"instruction": "q"}, ["alpaca", "'output'", "missing", "(columns: instruction)", COLUMNS]),
+        ({"instruction": "q", "output": None}, ["alpaca", "'output'", "null", "instruction, output", COLUMNS]),
+        ({"foo": 1, "bar": 2}, ["no known format", "foo, bar", "data.train[].format", COLUMNS]),
+        ({}, ["no known format", "(none)", "data.train[].format", COLUMNS]),
+        ({"instruction": "q", "output": 3}, ["output", "text", "3"]),
+        ({"instruction": "q", "output": " \n"}, ["turn 1 of the assistant", "empty"]),
+        ({"instruction": "q", "output": "a", "history": 3}, ["history", "list of turns", "3"]),
+        ({"instruction": "q", "output": "a", "history": [["x"]]}, ["history[0]", "pair", "['x']"]),
+        ({"instruction": "\ud800", "output": "a"}, ["instruction", "surrogate", "'\\ud800'"]),
+        ({"messages": []}, ["messages", "list of turns", "[]"]),
+        ({"messages": "hello"}, ["messages", "list of turns", "'hello'"]),
+        ({"messages": ["hello"]}, ["messages[0]", "role and content", "'hello'"]),
+        ({"messages": [{"role": "user"}]}, ["messages[0]", "'role'", "'content'", "{'role': 'user'}"]),
         (
             {"messages": [{"role": "user", "content": None}]},
-            "messages[0] needs 'role' and 'content', it is {'role': 'user', 'content': None}",
+            ["messages[0]", "'role'", "'content'", "{'role': 'user', 'content': None}"],
         ),
-        (
-            {"messages": [{"role": "bot", "content": "x"}]},
-            "messages[0] has the role 'bot'; known: " + ", ".join(ROLES),
-        ),
-        (
-            {"messages": [{"role": ["user"], "content": "x"}]},
-            "messages[0] has the role ['user']; known: " + ", ".join(ROLES),
-        ),
-        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content holds 3, a text belongs there"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "no assistant turn, so there is nothing to learn"),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, "the assistant speaks before any user turn"),
-        (
-            {"conversations": [{"from": "observation", "value": "x"}]},
-            "no assistant turn, so there is nothing to learn",
-        ),
-        (["q"], "no assistant turn, so there is nothing to learn"),
-        (["q", 3], "turns[1] holds 3, a text belongs there"),
-        ({"text": " "}, "the text is empty"),
+        ({"messages": [{"role": "bot", "content": "x"}]}, ["messages[0]", "role", "'bot'", ", ".join(ROLES)]),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, ["messages[0]", "role", "['user']", ", ".join(ROLES)]),
+        ({"messages": [{"role": "user", "content": 3}]}, ["messages[0].content", "text", "3"]),
+        ({"messages": [{"role": "user", "content": "x"}]}, ["no assistant turn"]),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, ["before the first user turn"]),
+        ({"conversations": [{"from": "observation", "value": "x"}]}, ["no assistant turn"]),
+        (["q"], ["no assistant turn"]),
+        (["q", 3], ["turns[1]", "text", "3"]),
+        ({"text": " "}, ["text is empty"]),
     ],
 )
-def test_an_unusable_record_is_kept_with_its_line_and_reason(record, reason):
+def test_an_unusable_record_is_kept_with_its_line_and_reason(record, parts):
     Path("a.jsonl").write_text("\n" + json.dumps(record) + "\n" + json.dumps(["q", "a"]) + "\n")
-    items = read_all("a.jsonl")
-    assert items[0] == Rejected("s", "a.jsonl:2", reason)
-    assert len(items) == 2
+    rejected, good = read_all("a.jsonl")
+    assert isinstance(rejected, Rejected)
+    assert (rejected.source, rejected.record) == ("s", "a.jsonl:2")
+    assert [part for part in parts if part not in rejected.reason] == []
+    assert "\n" not in rejected.reason
+    assert isinstance(good, Example)
 
 
 def test_one_broken_line_does_not_cost_the_others():
@@ -349,43 +330,57 @@ def test_one_broken_line_does_not_cost_the_others():
     items = read_all("a.jsonl")
     assert [item.record for item in items if isinstance(item, Example)] == ["a.jsonl:1", "a.jsonl:5"]
     found = reasons(items)
-    assert found["a.jsonl:2"] == "no valid JSON (Expecting value at column 17): '{\"instruction\":'"
-    assert found["a.jsonl:3"] == "is not UTF-8 text (byte 0xe9)"
-    assert found["a.jsonl:4"].startswith("no usable JSON (maximum recursion depth exceeded")
+    assert "invalid JSON (Expecting value at column 17): '{\"instruction\":'" in found["a.jsonl:2"]
+    assert "not UTF-8 text (byte 0xe9)" in found["a.jsonl:3"]
+    assert "unusable JSON (maximum recursion depth exceeded" in found["a.jsonl:4"]
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content", "place", "parts", "remedy"),
     [
         (
             "a.json",
             '[\n ["q", "\u2028"],\n ["q" "a"]]\n',
-            """a.json:3: no valid JSON (Expecting ',' delimiter at column 7): '["q" "a"]]'; mend the file""",
+            "a.json:3",
+            ["invalid JSON", "Expecting ',' delimiter at column 7", """'["q" "a"]]'"""],
+            "correct the file",
         ),
-        ("a.json", "[\n", "a.json:2: no valid JSON (Expecting value at column 1): ''; mend the file"),
-        ("a.json", b'[["q",\n"\xe9"]]', "a.json:2: is not UTF-8 text (byte 0xe9); write the file again"),
-        ("a.csv", b"text\nok\n\xe9t\xe9\n", "a.csv:3: is not UTF-8 text (byte 0xe9); write the file again"),
-        ("a.csv", "text,text\na,b\n", "a.csv:1: two columns are named 'text'; give each its own name"),
-        ("a.csv", 'text\nok\n"open\nend\n', "a.csv:3: no valid CSV (unexpected end of data); mend this record"),
-        ("a.yml", "- [a\n- b: [", "a.yml:2: no valid YAML (did not find expected ',' or ']'); mend the file"),
+        ("a.json", "[\n", "a.json:2", ["invalid JSON", "Expecting value at column 1"], "correct the file"),
+        ("a.json", b'[["q",\n"\xe9"]]', "a.json:2", ["not UTF-8", "byte 0xe9"], "UTF-8"),
+        ("a.csv", b"text\nok\n\xe9t\xe9\n", "a.csv:3", ["not UTF-8", "byte 0xe9"], "UTF-8"),
+        ("a.csv", "text,text\na,b\n", "a.csv:1", ["two columns are named 'text'"], "rename"),
+        (
+            "a.csv",
+            'text\nok\n"open\nend\n',
+            "a.csv:3",
+            ["invalid CSV", "unexpected end of data"],
+            "correct the record",
+        ),
         (
             "a.yml",
-            "- \x00",
-            "a.yml: no valid YAML (unacceptable character #x0000: control characters are not allowed); mend the file",
+            "- [a\n- b: [",
+            "a.yml:2",
+            ["invalid YAML", "did not find expected ',' or ']'"],
+            "correct the file",
         ),
-        ("a.yml", "a: b\n", "a.yml: a YAML data file is a list, or has a list under 'conversations'"),
-        ("a.yml", "", "a.yml: a YAML data file is a list, or has a list under 'conversations'"),
+        ("a.yml", "- \x00", "a.yml", ["invalid YAML", "unacceptable character #x0000"], "correct the file"),
+        ("a.yml", "a: b\n", "a.yml", ["list", "'conversations'"], "correct the file"),
+        ("a.yml", "", "a.yml", ["list", "'conversations'"], "correct the file"),
         (
             "a.xyz",
             "",
-            "a.xyz: unknown kind of file; known endings: .jsonl .ndjson .json .txt .csv .parquet .arrow .yml .yaml "
-            "(each also with .gz .zst .bz2)",
+            "a.xyz",
+            ["unknown kind of file"],
+            ".jsonl .ndjson .json .txt .csv .parquet .arrow .yml .yaml (each also with .gz .zst .bz2)",
         ),
     ],
 )
-def test_a_file_that_is_broken_as_a_whole_is_refused_in_one_line(name, content, message):
+def test_a_file_that_is_broken_as_a_whole_is_refused_in_one_line(name, content, place, parts, remedy):
     save(name, content)
-    assert refusal(name) == message
+    fact, _, advice = refusal(name).rpartition("; ")
+    assert fact.startswith(f"{place}: ")
+    assert [part for part in parts if part not in fact] == []
+    assert remedy in advice
 
 
 @pytest.mark.parametrize(
@@ -420,8 +415,8 @@ def test_csv_counts_lines_of_the_file_and_keeps_long_and_broken_fields():
         ("a.csv:6", long),
     ]
     assert reasons(items) == {
-        "a.csv:5": "has 1 columns and the header line has 2",
-        "a.csv:7": "has 3 columns and the header line has 2",
+        "a.csv:5": "has 1 columns, but the header has 2",
+        "a.csv:7": "has 3 columns, but the header has 2",
     }
 
 
@@ -429,8 +424,8 @@ def test_yaml_that_is_no_text_is_rejected_record_by_record():
     save("a.yml", "- [q, yes]\n- [q, !!timestamp 2020-99-99]\n- [q, a]\n- [q, 2020-09-09]\n")
     items = read_all("a.yml")
     assert reasons(items) == {
-        "a.yml:1": "turns[1] holds True, a text belongs there",
-        "a.yml:2": "no usable YAML (month must be in 1..12)",
+        "a.yml:1": "turns[1] must be text, but is True",
+        "a.yml:2": "unusable YAML (month must be in 1..12)",
     }
     assert isinstance(items[3], Example)
     assert items[3].messages[1].content == "2020-09-09"
@@ -471,26 +466,21 @@ def test_paths_name_files_folders_globs_lists_and_packages(path, found, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("path", "message"),
+    ("path", "parts"),
     [
-        ("none.txt", "source 's': none.txt matches no file; check data path and working directory"),
-        ("*.txt", "source 's': *.txt matches no file; check data path and working directory"),
-        ("none/", "source 's': none/ matches no file; check data path and working directory"),
-        (["a.json", "*.json"], "source 's': *.json matches a.json a second time; name it once"),
-        (
-            "package:no_such_thing/x",
-            "source 's': package:no_such_thing/x: the Python package 'no_such_thing' is not installed; install it with pip",
-        ),
-        (
-            "nope://bucket/x",
-            "source 's': nope://bucket/x cannot be read (Unrecognized filesystem type in URI: nope://bucket); "
-            "check the path and its credentials",
-        ),
+        ("none.txt", ["none.txt matches no file", "check the path and the working directory"]),
+        ("*.txt", ["*.txt matches no file", "check the path and the working directory"]),
+        ("none/", ["none/ matches no file", "check the path and the working directory"]),
+        (["a.json", "*.json"], ["*.json matches a.json", "remove one of them"]),
+        ("package:no_such_thing/x", ["package:no_such_thing/x: ", "'no_such_thing' is not installed"]),
+        ("nope://bucket/x", ["nope://bucket/x cannot be read (Unrecognized filesystem type", "check the path"]),
     ],
 )
-def test_a_path_without_files_is_refused(path, message):
+def test_a_path_without_files_is_refused(path, parts):
     save("a.json", "[]")
-    assert refusal(path) == message
+    message = refusal(path)
+    assert message.startswith("source 's': ")
+    assert [part for part in parts if part not in message] == []
 
 
 def test_a_files_identity_is_its_content():
@@ -550,11 +540,11 @@ def test_the_held_out_share_is_about_as_asked_and_grows_with_it():
     assert sides[0.1] <= sides[0.5]
 
 
-def test_a_link_back_into_its_folder_and_a_path_told_twice_give_no_record_twice():
+def test_a_link_back_into_its_folder_and_a_path_named_twice_give_no_record_twice():
     save("d/a.txt", "one\ntwo\n")
     Path("d/self").symlink_to(".")
     assert len(read_all("d")) == 2
-    assert refusal(["d/a.txt", "d/../d/a.txt"]).endswith("a second time; name it once")
+    assert refusal(["d/a.txt", "d/../d/a.txt"]).endswith("remove one of them")
 
 
 def test_what_datasets_writes_about_a_saved_set_is_no_part_of_its_data():
@@ -576,7 +566,7 @@ def test_what_datasets_writes_about_a_saved_set_is_no_part_of_its_data():
         assert [item.messages for item in read_all(path) if isinstance(item, Example)] == plain
     save("mine/cache-1.jsonl", lines(records))
     assert len(read_all("mine")) == 2
-    assert refusal("data") == "source 's': data matches no file; check data path and working directory"
+    assert "data matches no file" in refusal("data")
 
 
 def test_a_set_saved_with_its_splits_is_read_split_by_split():
@@ -586,9 +576,9 @@ def test_a_set_saved_with_its_splits_is_read_split_by_split():
         return datasets.Dataset.from_list([{"text": name} for name in names])
 
     datasets.DatasetDict({"test": saved("a"), "train": saved("b", "c"), "valid": saved("d")}).save_to_disk("all/set")
-    line = "all/set: holds the splits test, train, valid; name the folder of one, such as all/set/train, or a list of several"
-    assert refusal("all/set") == line
-    assert refusal("all") == line
+    assert refusal("all/set") == refusal("all")
+    for part in ("all/set: ", "the splits test, train, valid", "set path to", "all/set/train"):
+        assert part in refusal("all")
     assert len(read_all("all/set/train")) == 2
     assert len(read_all(["all/set/train", "all/set/valid"])) == 3
     datasets.DatasetDict({"train": saved("b", "c")}).save_to_disk("one")
@@ -606,16 +596,16 @@ TALK = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "c
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("s.jsonl", TALK.replace('"b"', '"b", "reasoning_content": "\\ud800"'), "half a character"),
-        ("t.jsonl", TALK.replace("]}", '], "tools": [{"name": "\\ud800"}]}'), "half a character"),
-        ("w.jsonl", '{"text": "a", "weight": 1' + "0" * 400 + "}", "weight holds"),
-        ("x.jsonl", '{"text": "a", "weight": 1e-60}', "it must lie between 1e-06 and 1e+06"),
-        ("n.jsonl", TALK.replace("]}", '], "tools": "' + "[" * 100_000 + '"}'), "which is no JSON"),
-        ("i.jsonl", '{"input_ids": [1, 2], "labels": [-99, 2]}', "labels holds -99"),
-        ("b.yaml", "- {text: !!bool maybe}\n- {text: good}\n", "no usable YAML"),
+        ("s.jsonl", TALK.replace('"b"', '"b", "reasoning_content": "\\ud800"'), "unpaired surrogate"),
+        ("t.jsonl", TALK.replace("]}", '], "tools": [{"name": "\\ud800"}]}'), "unpaired surrogate"),
+        ("w.jsonl", '{"text": "a", "weight": 1' + "0" * 400 + "}", "weight must be a number"),
+        ("x.jsonl", '{"text": "a", "weight": 1e-60}', "between 1e-06 and 1e+06"),
+        ("n.jsonl", TALK.replace("]}", '], "tools": "' + "[" * 100_000 + '"}'), "tools must be"),
+        ("i.jsonl", '{"input_ids": [1, 2], "labels": [-99, 2]}', "labels must contain token IDs only, but has -99"),
+        ("b.yaml", "- {text: !!bool maybe}\n- {text: good}\n", "unusable YAML"),
     ],
 )  # fmt: skip
-def test_what_only_a_part_of_a_record_spoils_is_told_of_that_record(name, content, reason):
+def test_an_invalid_part_of_a_record_rejects_that_record_alone(name, content, reason):
     save(name, content + "\n")
     item = read_all(name)[0]
     assert isinstance(item, Rejected)
@@ -623,7 +613,7 @@ def test_what_only_a_part_of_a_record_spoils_is_told_of_that_record(name, conten
     assert len(item.reason) < 300
 
 
-def test_rejected_records_with_half_a_character_can_be_written(tmp_path):
+def test_rejected_records_with_an_unpaired_surrogate_can_be_written(tmp_path):
     write_jsonl(tmp_path / "r.jsonl", [{"reason": "\ud800 é"}])
     assert json.loads((tmp_path / "r.jsonl").read_text()) == {"reason": "\ud800 é"}
 
@@ -647,9 +637,11 @@ def test_a_system_column_opens_a_conversation_that_has_no_system_turn_of_its_own
     assert [item.messages[0].content for item in read_all("m.jsonl")] == ["S", "T"]  # type: ignore[union-attr]
 
 
-def test_a_pretty_printed_object_says_what_is_wanted():
+def test_a_pretty_printed_object_says_what_is_needed():
     save("one.json", json.dumps({"text": "a"}, indent=2))
-    assert "write a list of records, or one record a line" in refusal("one.json")
+    message = refusal("one.json")
+    for part in ("one.json: ", "list of records", "one record per line", "convert the file"):
+        assert part in message
 
 
 def test_completions_without_a_prompt_are_held_out_by_their_own_text():

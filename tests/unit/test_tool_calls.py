@@ -34,7 +34,7 @@ def test_no_tools_are_no_tools(value):
 
 
 @pytest.mark.parametrize(
-    ("value", "reason"), [("{", "is no JSON"), ("3", "a list of functions"), ([3], "a list of functions")]
+    ("value", "reason"), [("{", "JSON"), ("3", "a list of functions"), ([3], "a list of functions")]
 )
 def test_wrong_tools_say_why(value, reason):
     with pytest.raises(ValueError, match=reason):
@@ -85,11 +85,11 @@ def test_every_form_of_a_call_becomes_the_same(record, form):
 @pytest.mark.parametrize(
     ("turn", "reason"),
     [
-        ({"from": "function_call", "value": "add(1)"}, "is a function call and holds no JSON"),
-        ({"from": "function_call", "value": "[3]"}, "a function's name and arguments belong there"),
-        ({"role": "assistant", "content": "x", "tool_calls": [{"function": {}}]}, "a function's name and arguments"),
-        ({"role": "user", "content": [{"type": "image_url"}]}, "a part of type 'image_url'; only text"),
-        ({"role": "assistant", "content": "x", "train": "maybe"}, "train is 'maybe'; true or false"),
+        ({"from": "function_call", "value": "add(1)"}, "is a function call and must be JSON"),
+        ({"from": "function_call", "value": "[3]"}, "a function with name and arguments"),
+        ({"role": "assistant", "content": "x", "tool_calls": [{"function": {}}]}, "a function with name and arguments"),
+        ({"role": "user", "content": [{"type": "image_url"}]}, "text parts only, but has a part of type 'image_url'"),
+        ({"role": "assistant", "content": "x", "train": "maybe"}, "train must be true or false, but is 'maybe'"),
     ],
 )
 def test_wrong_turns_say_why(turn, reason):

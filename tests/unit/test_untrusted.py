@@ -80,7 +80,7 @@ def test_pickled_objects_in_a_data_file_are_refused(kind, nested):
         with (pa.ipc.new_file if kind == "arrow" else pa.ipc.new_stream)("a.arrow", table.schema) as writer:
             writer.write_table(table)
     told = refusal(lambda: read("a.*"))
-    assert "cannot be read (column 'x' holds pickled Python objects, which could run code)" in told
+    assert "cannot be read (column 'x' contains pickled Python objects, which could run code)" in told
     if kind == "parquet":
         with pytest.raises(pa.ArrowInvalid, match="pickled"):
             read_table(StoragePath.of("a.parquet"))
@@ -91,7 +91,7 @@ def test_pickled_objects_are_known_by_their_name_where_nobody_registered_the_typ
         "x", pa.list_(pa.field("item", pa.large_binary(), metadata={"ARROW:extension:name": PICKLE_EXTENSION}))
     )
     pq.write_table(pa.table([[[b"x"]]], schema=pa.schema([field])), "a.parquet", store_schema=True)
-    assert "holds pickled Python objects" in refusal(lambda: read("a.parquet"))
+    assert "contains pickled Python objects" in refusal(lambda: read("a.parquet"))
 
 
 @pytest.mark.parametrize("name", ["a.pkl", "a.pickle", "a.pt", "a.npy", "a.joblib", "a.bin"])
@@ -139,7 +139,7 @@ def test_a_registry_is_json():
     from raysft.data.sources.registry import resolve_source
 
     config = load("c.yaml")
-    assert "no valid JSON" in refusal(lambda: resolve_source(config, config.data.train[0]))
+    assert "invalid JSON" in refusal(lambda: resolve_source(config, config.data.train[0]))
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
-"""Parquet and Arrow files as the records that JSON would hold.
+"""Read Parquet and Arrow files as the records that a JSON file would hold.
 
-A struct has one set of fields for all records, so that a record which lacks a key has a null there. Such a null is no key:
-left in, every function would get the parameters of all others, and every call their arguments.
+All values of a struct column have the same fields, so a record that lacks a key has a null in its place. These nulls are
+removed; otherwise every function would have the parameters of all other functions, and every call their arguments.
 """
 
 from __future__ import annotations
@@ -13,26 +13,27 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raysft.data.sources.json_stream import JSON, Unreadable, first_line
+from raysft.data.sources.json_stream import JSON, Unreadable
 from raysft.data.sources.pickle_guard import refuse_pickles
 from raysft.data.types import Record
+from raysft.errors import one_line
 
 BATCH_RECORDS = 1000
-"""Records that become Python objects at once."""
-Item = tuple[int, int, Record | Unreadable]
-"""(index in the file, bytes about, record)."""
+"""Records that are converted to Python objects together."""
+IndexedRecord = tuple[int, int, Record | Unreadable]
+"""(index in the file, approximate bytes, record)."""
 Converter = Callable[[Any], Any]
 
 
-def parquet_records(source: Any) -> Iterator[Item]:
-    """Records of an open Parquet file, batch by batch."""
-    whole = pq.ParquetFile(source)
-    refuse_pickles(whole.schema_arrow)
-    yield from _indexed_records(whole.iter_batches(batch_size=BATCH_RECORDS))
+def parquet_records(source: Any) -> Iterator[IndexedRecord]:
+    """Read the records of an open Parquet file, batch by batch."""
+    file = pq.ParquetFile(source)
+    refuse_pickles(file.schema_arrow)
+    yield from _indexed_records(file.iter_batches(batch_size=BATCH_RECORDS))
 
 
-def arrow_records(source: Any) -> Iterator[Item]:
-    """Records of an open Arrow file of either kind: the one with random access, or the stream that ``datasets`` writes."""
+def arrow_records(source: Any) -> Iterator[IndexedRecord]:
+    """Read the records of an open Arrow file, in the file format or in the stream format that ``datasets`` writes."""
     try:
         reader = pa.ipc.open_file(source)
     except pa.ArrowInvalid:
@@ -45,11 +46,11 @@ def arrow_records(source: Any) -> Iterator[Item]:
         yield from _indexed_records(reader.get_batch(number) for number in range(reader.num_record_batches))
 
 
-def _indexed_records(batches: Iterator[pa.RecordBatch]) -> Iterator[Item]:
+def _indexed_records(batches: Iterator[pa.RecordBatch]) -> Iterator[IndexedRecord]:
     index = 0
-    for whole in batches:
-        for start in range(0, len(whole), BATCH_RECORDS):
-            batch = whole.slice(start, BATCH_RECORDS)
+    for large_batch in batches:
+        for start in range(0, len(large_batch), BATCH_RECORDS):
+            batch = large_batch.slice(start, BATCH_RECORDS)
             size = batch.nbytes // max(1, len(batch))
             for record in _records(batch):
                 yield index, size, record
@@ -58,15 +59,15 @@ def _indexed_records(batches: Iterator[pa.RecordBatch]) -> Iterator[Item]:
 
 def _records(batch: pa.RecordBatch) -> Iterator[Record | Unreadable]:
     names = batch.schema.names
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise pa.ArrowInvalid(f"two columns are named {twice[0]!r}")
+    duplicates = [name for name in names if names.count(name) > 1]
+    if duplicates:
+        raise pa.ArrowInvalid(f"two columns are named {duplicates[0]!r}")
     try:
         columns = [_json_values(column) for column in batch.columns]
     except (ValueError, OverflowError, RecursionError) as error:
-        # Bytes that are no text, dates that Python does not know, a key twice.
+        # Invalid UTF-8, dates outside Python's range, duplicate keys: find the record that has them.
         if len(batch) == 1:
-            yield Unreadable(f"holds what is no value of its column's type ({first_line(error)})")
+            yield Unreadable(f"contains a value that does not fit its column's type ({one_line(error)})")
             return
         for row in range(len(batch)):
             yield from _records(batch.slice(row, 1))
@@ -76,13 +77,13 @@ def _records(batch: pa.RecordBatch) -> Iterator[Record | Unreadable]:
 
 
 def _json_values(column: pa.Array) -> list[Any]:
-    change = _converter(column.type)
+    convert = _converter(column.type)
     values = column.to_pylist()
-    return values if change is None else [None if value is None else change(value) for value in values]
+    return values if convert is None else [None if value is None else convert(value) for value in values]
 
 
 def _converter(kind: pa.DataType) -> Converter | None:
-    """What makes a value of a type the one that JSON would hold; None where it is that already. Nulls are not given to it."""
+    """Function that converts a non-null value of a type to its JSON equivalent; None if the value is one already."""
     if isinstance(kind, pa.BaseExtensionType):
         return EXTENSION_CONVERTERS.get(kind.extension_name) or _converter(kind.storage_type)
     types = pa.types
@@ -95,25 +96,27 @@ def _converter(kind: pa.DataType) -> Converter | None:
     if hasattr(kind, "value_type"):  # lists of every kind
         inner = _converter(kind.value_type)
         return inner and _list(inner)
-    return next((change for fits, change in CONVERTERS if fits(kind)), None)
+    return next((convert for is_type, convert in CONVERTERS if is_type(kind)), None)
 
 
-def _struct(changes: dict[str, Converter | None]) -> Converter:
+def _struct(converters: dict[str, Converter | None]) -> Converter:
     return lambda value: {
-        name: each(inner) if (each := changes[name]) else inner for name, inner in value.items() if inner is not None
+        name: convert(inner) if (convert := converters[name]) else inner
+        for name, inner in value.items()
+        if inner is not None
     }
 
 
 def _map(inner: Converter | None) -> Converter:
-    """A map has the keys of its own record: a null is a value there."""
+    """A map has the keys of its own record only, so its nulls are values."""
 
-    def change(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    def convert(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
         keys = [key for key, _ in pairs]
         if len(set(keys)) != len(keys):
-            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+            raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
         return {key: inner(value) if inner and value is not None else value for key, value in pairs}
 
-    return change
+    return convert
 
 
 def _list(inner: Converter) -> Converter:
@@ -121,7 +124,7 @@ def _list(inner: Converter) -> Converter:
 
 
 def _decode_bytes(content: bytes) -> str | bytes:
-    """Text that its writer did not call text; other bytes stay, and no field takes them."""
+    """Decode binary columns that hold text. Other bytes stay bytes, which no field accepts."""
     try:
         return content.decode()
     except UnicodeDecodeError:
@@ -133,12 +136,12 @@ def _decimal_to_number(value: Any) -> int | float:
 
 
 def _float_converter(kind: type[np.floating]) -> Converter:
-    """0.1 and not 0.10000000149011612, which is how the nearest number of 32 bits reads in 64."""
+    """Convert float16 or float32 to the shortest decimal: 0.1, not 0.10000000149011612."""
     return lambda value: float(str(kind(value)))
 
 
 EXTENSION_CONVERTERS: dict[str, Converter] = {"arrow.json": JSON.decode, "arrow.uuid": str}
-"""``arrow.json`` is how ``datasets`` keeps values that have no one type: a null inside of it was written as one."""
+"""Converters by extension type. ``datasets`` stores values of mixed types as ``arrow.json``, where a null is a real value."""
 CONVERTERS: tuple[tuple[Callable[[pa.DataType], bool], Converter], ...] = (
     (
         lambda kind: pa.types.is_date(kind) or pa.types.is_time(kind) or pa.types.is_timestamp(kind),

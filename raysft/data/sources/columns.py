@@ -1,4 +1,4 @@
-"""The columns of a record → the format that it has, and the values of its fields."""
+"""Detect the format of a record from its columns, and read its fields."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ REQUIRED_FIELDS = {
     "turns": ("turns",),
     "text": ("text",),
 }
-"""What a format needs, in the order in which formats are tried."""
+"""Format → the fields that it requires. Formats are tried in this order."""
 ALTERNATIVE_FIELD = {"instruction": "input"}
-"""A field that may stand in the place of one that a format needs."""
+"""Required field → a field that may replace it."""
 LIST_FIELDS = ("messages", "conversations", "history", "turns", "input_ids", "labels")
-"""Fields of lists, which a text column holds as JSON."""
+"""Fields whose values are lists; in a text column they are JSON."""
 FieldReader = Callable[[str], Any]
-"""field → its value in the record."""
+"""Function from a field to its value in a record."""
 
 
 def field_reader(record: Record, source: Source) -> FieldReader:
-    """What gives the values of a record's fields."""
+    """Return a function that reads fields of a record."""
 
     def read(field: str) -> Any:
         column = source.column(field)
@@ -39,69 +39,68 @@ def field_reader(record: Record, source: Source) -> FieldReader:
 
 
 def filled_columns(record: Record) -> tuple[str, ...]:
-    """The columns that hold something."""
+    """Columns with a value that is neither null nor empty."""
     return tuple(column for column, value in record.items() if value is not None and value != "")
 
 
-def detect_format(record: Record, source: Source, before: str) -> str:
-    """The format of a record; one that has none is measured by that of the record before."""
+def detect_format(record: Record, source: Source, previous: str) -> str:
+    """Format of a record; if its columns fit no format, the format of the previous record, to report what it lacks.
+
+    Raises:
+        ValueError: the columns fit no format, and there is no previous record.
+    """
     try:
         return _detect(record, source)
     except ValueError:
-        if not before:
+        if not previous:
             raise
-        return before
+        return previous
 
 
 def _detect(record: Record, source: Source) -> str:
-    """The format of a record, from its columns.
+    columns, filled = set(record) - {None}, set(filled_columns(record)) - {None}
 
-    Raises:
-        ValueError: no format has such columns.
-    """
-    there, full = set(record) - {None}, set(filled_columns(record)) - {None}
+    def has(field: str, among: set[str]) -> bool:
+        names = (field, ALTERNATIVE_FIELD.get(field))
+        return any(name is not None and source.column(name) in among for name in names)
 
-    def has(field: str, columns: set[str]) -> bool:
-        return source.column(field) in columns or (
-            field in ALTERNATIVE_FIELD and source.column(ALTERNATIVE_FIELD[field]) in columns
-        )
-
-    # A format of which everything is there, else one of which the first is: then it is said what else it needs. Where all of
-    # it is empty, it is the format of other records of a Parquet or CSV file.
-    for needed in (None, 1):
-        for columns in (full, there):
+    # Prefer a format whose required columns all exist; else take one whose first column exists, and report what is missing.
+    # At least one required column must have a value, unless all are empty: other records of a CSV or Parquet file may
+    # have another format, and leave the columns of this one empty.
+    for required in (None, 1):
+        for nonempty in (filled, columns):
             for form, fields in REQUIRED_FIELDS.items():
-                whole = all(has(field, there) for field in fields[:needed])
-                if whole and any(has(field, columns) for field in fields):
+                complete = all(has(field, columns) for field in fields[:required])
+                if complete and any(has(field, nonempty) for field in fields):
                     return form
     raise ValueError(
         f"no known format has the columns {', '.join(map(str, record)) or '(none)'}; "
-        "name data.train[].format and data.train[].columns"
+        "set data.train[].format and data.train[].columns"
     )
 
 
 def check_columns(record: Record, form: str, source: Source) -> None:
-    """See that everything is there that a format needs.
+    """Check that a record has all columns that its format requires.
 
     Raises:
-        ValueError: it is not.
+        ValueError: one is missing, null or not read.
     """
     for field in REQUIRED_FIELDS[form]:
-        columns = [source.column(each) for each in (field, ALTERNATIVE_FIELD.get(field)) if each]
+        columns = [source.column(name) for name in (field, ALTERNATIVE_FIELD.get(field)) if name]
         if any(column is not None and record.get(column) is not None for column in columns):
             continue
         if columns[0] is None:
-            state = f"no column is read as {field!r}"
+            problem = f"data.train[].columns excludes {field!r}"
         else:
-            state = f"column {columns[0]!r} {'is null' if columns[0] in record else 'is not there'}"
+            problem = f"column {columns[0]!r} is {'null' if columns[0] in record else 'missing'}"
         raise ValueError(
-            f"{state} (columns here: {', '.join(map(str, record))}); format {form} needs it, "
-            "another name can be given in data.train[].columns"
+            f"format {form} requires {field!r}, but {problem} (columns: {', '.join(map(str, record))}); "
+            "fill the column, or map another one in data.train[].columns"
         )
 
 
 def _from_json(text: str) -> Any:
-    """The value that a text holds as JSON; the text itself where it is none."""
+    """Decode a text as JSON; return the text itself if it is not JSON."""
     try:
         return JSON.decode(text) if text.strip() else None
     except (ValueError, RecursionError):

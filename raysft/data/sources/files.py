@@ -1,4 +1,4 @@
-"""Paths, globs, folders and URIs of a source → its files."""
+"""Find the files of a source from its paths, globs, folders and URIs."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ import pyarrow as pa
 from pyarrow import fs
 
 from raysft.config import Source, locate
-from raysft.errors import RequestError, StorageFailed
+from raysft.errors import RequestError, StorageFailed, one_line
 from raysft.storage import hub
 from raysft.storage.filesystems import filesystem_of, options_of, quoted
 from raysft.storage.path import StoragePath
 from raysft.storage.retry import FIRST_SECONDS, retry_for
 
 DOCUMENTATION_PREFIXES = ("README", "LICENSE", "LICENCE")
-"""How files begin that stand in a folder about its data. Other files of no known kind are refused: they might be data."""
+"""Prefixes of documentation files, which are skipped. Other files of an unknown kind are refused: they might be data."""
 DATASETS_METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
-"""A registry, and what ``datasets`` writes about a set beside its files; with it a ``state.json``."""
+"""A registry, and the metadata files that ``datasets`` saves beside its data, along with a ``state.json``."""
 SPLITS_METADATA = "dataset_dict.json"
-"""What ``datasets`` writes beside the folders of several splits."""
+"""The file that ``datasets`` saves beside the folders of several splits."""
 
 
 @dataclass(frozen=True)
@@ -35,38 +35,40 @@ class DataFile:
     """One file of a source."""
 
     path: str
-    """As shown to people: the path of the config, with globs resolved."""
+    """Path for messages: as in the config, with globs resolved."""
     uri: str
-    """Where pyarrow finds it."""
+    """Path or URI for pyarrow."""
     size: int
     """Bytes."""
     modified: int | None
-    """Nanoseconds of its modification time, where the filesystem knows it."""
+    """Modification time in nanoseconds, if the filesystem knows it."""
     identity: str
-    """Hash of the content (local files), or of size and modification time (object stores)."""
+    """Hash of the content (local files), or of path, size and modification time (object stores)."""
 
     def has_changed(self) -> bool:
-        """Whether somebody wrote to it since it was found."""
+        """True if the file was written to since it was found."""
         filesystem, path = filesystem_of(self.uri)
         info = filesystem.get_file_info(path)
         return (info.size or 0, info.mtime_ns) != (self.size, self.modified)
 
 
 def find_files(source: Source) -> list[DataFile]:
-    """All files of a source that has a path, sorted within each of its paths.
+    """Find all files of a source that has a path; the files of each path are sorted.
 
     Raises:
-        RequestError: a path matches no file, two match the same one, or a filesystem cannot be reached.
+        RequestError: a path matches no file, two paths match the same file, or a filesystem cannot be read.
     """
     patterns = [source.path] if isinstance(source.path, str) else list(source.path or ())
-    found: dict[str, DataFile] = {}
+    files: dict[str, DataFile] = {}
     for pattern in patterns:
         for file in _expand(pattern, source.name):
-            place = file.uri if "://" in file.uri else os.path.realpath(file.uri)
-            if place in found:
-                raise RequestError(f"source {source.name!r}: {pattern} matches {file.path} a second time; name it once")
-            found[place] = file
-    return list(found.values())
+            location = file.uri if "://" in file.uri else os.path.realpath(file.uri)
+            if location in files:
+                raise RequestError(
+                    f"source {source.name!r}: {pattern} matches {file.path}, but an earlier path does too; remove one of them"
+                )
+            files[location] = file
+    return list(files.values())
 
 
 def _expand(pattern: str, name: str) -> Iterator[DataFile]:
@@ -74,7 +76,7 @@ def _expand(pattern: str, name: str) -> Iterator[DataFile]:
     if location.startswith("file://"):
         location = unquote(urlsplit(location).path)
     try:
-        infos = sorted(_found(location), key=lambda info: (info.path.count("/"), info.path))
+        infos = sorted(_list_files(location), key=lambda info: (info.path.count("/"), info.path))
         if "://" not in location:
             infos = _without_symlink_duplicates(infos)
         infos.sort(key=lambda info: info.path)
@@ -84,39 +86,39 @@ def _expand(pattern: str, name: str) -> Iterator[DataFile]:
     except StorageFailed as error:
         raise RequestError(f"source {name!r}: {error}; check the path and its credentials") from None
     except (*hub.failures(), pa.ArrowException) as error:
-        fault = (hub.reason_of(error) or hub.NONSENSE) if location.startswith("hf://") else None
-        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        if location.startswith("hf://"):
+            advice = hub.reason_of(error) or hub.NONSENSE
+            raise RequestError(f"source {name!r}: {pattern} cannot be read: {advice}") from None
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise RequestError(
-            f"source {name!r}: {pattern} cannot be read: {fault}"
-            if fault
-            else f"source {name!r}: {pattern} cannot be read ({reason:.200}); check the path and its credentials"
+            f"source {name!r}: {pattern} cannot be read ({reason}); check the path and its credentials"
         ) from None
     if not files:
-        raise RequestError(f"source {name!r}: {pattern} matches no file; check data path and working directory")
+        raise RequestError(f"source {name!r}: {pattern} matches no file; check the path and the working directory")
     yield from files
 
 
-def _found(location: str) -> list[Any]:
-    if "://" not in location or location.startswith("hf://"):  # the hub is asked with a patience of its own
+def _list_files(location: str) -> list[Any]:
+    if "://" not in location or location.startswith("hf://"):  # requests to the hub have retries of their own
         return list(_matching(*filesystem_of(location)))
     with retry_for(FIRST_SECONDS):
         return StoragePath.of(location).with_retries(lambda filesystem, path: list(_matching(filesystem, path)))
 
 
 def _without_symlink_duplicates(infos: list[Any]) -> list[Any]:
-    """Each file once, by its shortest path: a link may lead back into its own folder."""
-    found: dict[str, Any] = {}
+    """Keep each file once, by its shortest path: a symbolic link may lead back into its own folder."""
+    by_real_path: dict[str, Any] = {}
     for info in infos:
-        found.setdefault(os.path.realpath(info.path), info)
-    return list(found.values())
+        by_real_path.setdefault(os.path.realpath(info.path), info)
+    return list(by_real_path.values())
 
 
 def _data_file(info: Any, location: str) -> DataFile:
-    """The file that was found; ``location`` is the URI by which it was, empty for a local one."""
+    """Describe a file that was found under ``location``, a URI; empty for a local file."""
     scheme, _, rest = location.partition("://")
     shown = f"{scheme}://{info.path}" if location else _display_path(info.path)
     if location:
-        # pyarrow's paths begin with the bucket; on HDFS the host is no part of them.
+        # pyarrow's paths start with the bucket, but on HDFS they leave out the host.
         host = rest.split("/")[0] + "/" if scheme in ("hdfs", "viewfs") else ""
         uri = f"{scheme}://{host}{quoted(info.path.lstrip('/'))}{options_of(rest)}"
         identity = hashlib.sha256(f"{shown} {info.size} {info.mtime_ns}".encode()).hexdigest()
@@ -128,12 +130,9 @@ def _data_file(info: Any, location: str) -> DataFile:
 
 
 def _display_path(path: str) -> str:
-    """A path as people know it: relative where it lies below the working directory or site-packages."""
-    _, found, inner = path.partition("site-packages/")
-    if found:
-        return inner
-    here = str(Path.cwd()) + "/"
-    return path.removeprefix(here)
+    """Path for messages: relative if it lies in the working directory or in site-packages."""
+    _, separator, in_package = path.partition("site-packages/")
+    return in_package if separator else path.removeprefix(f"{Path.cwd()}/")
 
 
 def _matching(filesystem: Any, path: str) -> Iterator[Any]:
@@ -141,24 +140,29 @@ def _matching(filesystem: Any, path: str) -> Iterator[Any]:
     if info.type == fs.FileType.File:
         yield info
     elif info.type == fs.FileType.Directory:
-        inside = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
-        described = _datasets_folders(inside)
-        _refuse_splits(inside, described)
-        for inner in inside:
+        infos = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
+        dataset_folders = _datasets_folders(infos)
+        _refuse_splits(infos, dataset_folders)
+        for inner in infos:
             hidden = any(part.startswith((".", "_")) for part in inner.path[len(path) :].split("/"))
-            about = inner.base_name.upper().startswith(DOCUMENTATION_PREFIXES) or inner.base_name in DATASETS_METADATA
-            about |= inner.base_name == "state.json" and _folder(inner) in described
-            if inner.type == fs.FileType.File and not hidden and not about and not _is_datasets_cache(inner, described):
+            skipped = hidden or _is_documentation(inner, dataset_folders) or _is_datasets_cache(inner, dataset_folders)
+            if inner.type == fs.FileType.File and not skipped:
                 yield inner
     elif re.search(r"[*?\[]", path):
         folder = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
-        selector = fs.FileSelector(folder, recursive=True, allow_not_found=True)
-        inside = filesystem.get_file_info(selector)
-        described = _datasets_folders(inside)
-        for inner in inside:
-            fits = inner.type == fs.FileType.File and _matches_glob(inner.path.split("/"), path.split("/"))
-            if fits and not _is_datasets_cache(inner, described):
+        infos = filesystem.get_file_info(fs.FileSelector(folder, recursive=True, allow_not_found=True))
+        dataset_folders = _datasets_folders(infos)
+        for inner in infos:
+            matches = inner.type == fs.FileType.File and _matches_glob(inner.path.split("/"), path.split("/"))
+            if matches and not _is_datasets_cache(inner, dataset_folders):
                 yield inner
+
+
+def _is_documentation(info: Any, dataset_folders: set[str]) -> bool:
+    """True for a file about the data, such as a README or the metadata of ``datasets``."""
+    if info.base_name.upper().startswith(DOCUMENTATION_PREFIXES) or info.base_name in DATASETS_METADATA:
+        return True
+    return info.base_name == "state.json" and _folder(info) in dataset_folders
 
 
 def _folder(info: Any) -> str:
@@ -166,30 +170,32 @@ def _folder(info: Any) -> str:
 
 
 def _datasets_folders(infos: list[Any]) -> set[str]:
-    """The folders that ``datasets`` has described."""
+    """Folders that ``datasets`` has written metadata to."""
     return {_folder(info) for info in infos if info.base_name in DATASETS_METADATA}
 
 
-def _is_datasets_cache(info: Any, described: set[str]) -> bool:
-    """Whether a file is what ``map`` or ``filter`` of ``datasets`` made of a set and left beside it: the same records again."""
-    return info.base_name.startswith("cache-") and info.base_name.endswith(".arrow") and _folder(info) in described
+def _is_datasets_cache(info: Any, dataset_folders: set[str]) -> bool:
+    """True for a cache file of ``map`` or ``filter`` in a ``datasets`` folder: it repeats the records of the dataset."""
+    return (
+        info.base_name.startswith("cache-") and info.base_name.endswith(".arrow") and _folder(info) in dataset_folders
+    )
 
 
-def _refuse_splits(infos: list[Any], described: set[str]) -> None:
-    """A set that was saved with its splits is not trained on as a whole: one of them is there to test with."""
-    for whole in (_folder(info) for info in infos if info.base_name == SPLITS_METADATA):
-        splits = sorted(folder for folder in described if folder.rpartition("/")[0] == whole)
+def _refuse_splits(infos: list[Any], dataset_folders: set[str]) -> None:
+    """Refuse a dataset folder with several splits: training on all of them would include the test split."""
+    for dataset in (_folder(info) for info in infos if info.base_name == SPLITS_METADATA):
+        splits = sorted(folder for folder in dataset_folders if folder.rpartition("/")[0] == dataset)
         if len(splits) > 1:
             names = ", ".join(split.rpartition("/")[2] for split in splits)
-            one = next((split for split in splits if split.endswith("/train")), splits[0])
+            example = next((split for split in splits if split.endswith("/train")), splits[0])
             raise RequestError(
-                f"{_display_path(whole)}: holds the splits {names}; "
-                f"name the folder of one, such as {_display_path(one)}, or a list of several"
+                f"{_display_path(dataset)}: contains the splits {names}; "
+                f"set path to the folder of one split, for example {_display_path(example)}, or to a list of them"
             )
 
 
 def _matches_glob(parts: list[str], patterns: list[str]) -> bool:
-    """Whether a path fits a glob, part by part; ``**`` stands for any number of folders, and no star for a leading dot."""
+    """Match path parts with glob parts; ``**`` matches any number of folders, and no wildcard matches a leading dot."""
     if not patterns or not parts:
         return patterns == parts
     if patterns == ["**"]:

@@ -1,4 +1,4 @@
-"""One record of any format → one example, or the reason why it cannot be used."""
+"""Convert records of any format to examples, or to the reason why they cannot be used."""
 
 from __future__ import annotations
 
@@ -22,49 +22,49 @@ from raysft.data.sources.tool_calls import nested_strings, parse_tools, tool_sch
 from raysft.data.types import IGNORE_INDEX, Example, Message, Record, Rejected
 
 MIN_WEIGHT = 1e-6
-"""Losses of examples further apart than this and its inverse cannot be added up in float32."""
+"""Smallest weight, and inverse of the largest: losses further apart cannot be summed in float32."""
 
 
 def to_examples(records: Iterable[tuple[str, RawRecord]], source: Source) -> Iterator[tuple[Example | Rejected, str]]:
-    """Records of a source as examples, each with the format that it has; what cannot be used says why.
+    """Convert records to examples, each with the format of its record.
 
     Args:
-        records: (``file:position``, record).
-        source: where they are from.
+        records: (location as ``file:position``, record).
+        source: the source of the records.
     """
-    form, known = "", dict[tuple[str, ...], str]()
-    for where, raw in records:
+    form, format_of_columns = "", dict[tuple[str, ...], str]()
+    for location, raw in records:
         record = parse_record(raw)
         if isinstance(record, Unreadable):
-            yield Rejected(source.name, where, record.reason), form
+            yield Rejected(source.name, location, record.reason), form
             continue
         try:
             columns = filled_columns(record)
-            form = source.format or known.get(columns) or detect_format(record, source, form)
-            known[columns] = form
-            yield to_example(record, form, source, where), form
+            form = source.format or format_of_columns.get(columns) or detect_format(record, source, form)
+            format_of_columns[columns] = form
+            yield to_example(record, form, source, location), form
         except ValueError as error:
-            yield Rejected(source.name, where, str(error)), form
+            yield Rejected(source.name, location, str(error)), form
 
 
-def to_example(record: Record, form: str, source: Source, where: str) -> Example:
-    """One record as an example.
+def to_example(record: Record, form: str, source: Source, location: str) -> Example:
+    """Convert a record to an example.
 
     Raises:
-        ValueError: with the reason, where it cannot be used.
+        ValueError: the record cannot be used.
     """
     check_columns(record, form, source)
     read = field_reader(record, source)
     weight = _weight(read("weight"))
     if form == "text":
-        return Example(source.name, where, text=_full_text(read("text"), "text"), weight=weight)
+        return Example(source.name, location, text=_full_text(read("text"), "text"), weight=weight)
     if form == "tokenized":
         ids, labels = _token_ids(read)
-        return Example(source.name, where, ids=ids, labels=labels, weight=weight)
+        return Example(source.name, location, ids=ids, labels=labels, weight=weight)
     if form == "prompt_completion" and isinstance(read("completion"), str):
         prompt = require_text(read("prompt"), "prompt")
         text = prompt + _full_text(read("completion"), "completion")
-        return Example(source.name, where, text=text, prompt_length=len(prompt), weight=weight)
+        return Example(source.name, location, text=text, prompt_length=len(prompt), weight=weight)
     messages = tuple(_messages(form, read, source.tags))
     _check_turns(messages)
     tools = parse_tools(read("tools"))
@@ -72,7 +72,7 @@ def to_example(record: Record, form: str, source: Source, where: str) -> Example
         tools = tool_schemas(tools)
     for text in nested_strings(tools):
         require_text(text, "tools")
-    return Example(source.name, where, messages=messages, tools=tools, weight=weight)
+    return Example(source.name, location, messages=messages, tools=tools, weight=weight)
 
 
 def _messages(form: str, read: FieldReader, tags: Mapping[Any, str]) -> Iterator[Message]:
@@ -91,7 +91,7 @@ def _messages(form: str, read: FieldReader, tags: Mapping[Any, str]) -> Iterator
     else:
         column = REQUIRED_FIELDS[form][0]
         turns = list(parse_turns(read(column), column, tags))
-        if system and turns[0].role != "system":  # what the conversation itself says goes before what its record says
+        if system and turns[0].role != "system":  # a system turn in the conversation takes precedence
             yield Message("system", require_text(system, "system"))
         yield from turns
 
@@ -100,7 +100,7 @@ def _alpaca(read: FieldReader) -> Iterator[Message]:
     history = read("history")
     for index, pair in enumerate(require_list(history, "history") if history else []):
         if not isinstance(pair, list) or len(pair) != 2:
-            raise ValueError(f"history[{index}] holds {pair!r:.40}, a pair of question and answer belongs there")
+            raise ValueError(f"history[{index}] must be a pair of question and answer, but is {pair!r:.40}")
         for role, text in zip(("user", "assistant"), pair, strict=True):
             yield Message(role, require_text("" if text is None else text, f"history[{index}]"))  # type: ignore[arg-type]
     parts = [require_text(read(field) or "", field) for field in ("instruction", "input")]
@@ -109,12 +109,12 @@ def _alpaca(read: FieldReader) -> Iterator[Message]:
 
 
 def _check_turns(messages: tuple[Message, ...]) -> None:
-    """A conversation has a question before its first answer, and answers that are not empty, one at a time."""
+    """Check that a user turn precedes the first answer, and that each answer has content and follows a user or tool turn."""
     roles = [message.role for message in messages]
     if "assistant" not in roles:
-        raise ValueError("no assistant turn, so there is nothing to learn")
+        raise ValueError("the conversation has no assistant turn to train on")
     if "user" not in roles[: roles.index("assistant")]:
-        raise ValueError("the assistant speaks before any user turn")
+        raise ValueError("an assistant turn comes before the first user turn")
     for index, message in enumerate(messages):
         if message.role != "assistant":
             continue
@@ -122,7 +122,7 @@ def _check_turns(messages: tuple[Message, ...]) -> None:
             raise ValueError(f"turn {index} of the assistant is empty")
         if roles[index - 1] == "system":
             raise ValueError(
-                f"turn {index} of the assistant follows a system turn; a user or tool turn belongs between"
+                f"turn {index} of the assistant must follow a user or tool turn, but follows a system turn"
             )
 
 
@@ -132,17 +132,19 @@ def _token_ids(read: FieldReader) -> tuple[tuple[int, ...], tuple[int, ...]]:
     labels = ids if labels is None else labels
     for field, values in (("input_ids", ids), ("labels", labels)):
         if not isinstance(values, list) or not values:
-            raise ValueError(f"{field} holds {values!r:.40}, a list of token ids belongs there")
-        least = 0 if field == "input_ids" else IGNORE_INDEX
-        wrong = [
+            raise ValueError(f"{field} must be a list of token IDs, but is {values!r:.40}")
+        minimum = 0 if field == "input_ids" else IGNORE_INDEX
+        invalid = [
             value
             for value in values
-            if type(value) is not int or not least <= value < 2**31 or IGNORE_INDEX < value < 0
+            if type(value) is not int or not minimum <= value < 2**31 or IGNORE_INDEX < value < 0
         ]
-        if wrong:
-            raise ValueError(f"{field} holds {wrong[0]!r:.40}, a token id belongs there")
+        if invalid:
+            raise ValueError(f"{field} must contain token IDs only, but has {invalid[0]!r:.40}")
     if len(labels) != len(ids):
-        raise ValueError(f"labels has {len(labels)} values and input_ids {len(ids)}; each token has one label")
+        raise ValueError(
+            f"each token needs one label, but labels has {len(labels)} values and input_ids has {len(ids)}"
+        )
     return tuple(ids), tuple(labels)
 
 
@@ -150,13 +152,13 @@ def _weight(value: Any) -> float:
     if value is None or value == "":  # an empty cell of a CSV file
         return 1.0
     if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
-        raise ValueError(f"weight holds {value!r:.40}, a number belongs there")
+        raise ValueError(f"weight must be a number, but is {value!r:.40}")
     try:
         weight = float(value)
     except (ValueError, OverflowError):
-        raise ValueError(f"weight holds {value!r:.40}, a number belongs there") from None
+        raise ValueError(f"weight must be a number, but is {value!r:.40}") from None
     if not MIN_WEIGHT <= weight <= 1 / MIN_WEIGHT:
-        raise ValueError(f"weight is {value!r:.40}; it must lie between {MIN_WEIGHT:g} and {1 / MIN_WEIGHT:g}")
+        raise ValueError(f"weight must be between {MIN_WEIGHT:g} and {1 / MIN_WEIGHT:g}, but is {value!r:.40}")
     return weight
 
 

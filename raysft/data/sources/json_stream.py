@@ -1,4 +1,4 @@
-"""JSON, strictly, and lists of it read piece by piece."""
+"""Strict JSON, and lists of JSON values that are read incrementally."""
 
 from __future__ import annotations
 
@@ -8,36 +8,38 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from raysft.errors import RequestError
+from raysft.errors import RequestError, one_line
 
 READ_BYTES = 1 << 20
+"""Bytes read from a stream at a time."""
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Stands in the place of a record that cannot be read."""
+    """Placeholder for a record that cannot be read."""
 
     reason: str
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    whole = dict(pairs)
-    if len(whole) != len(pairs):
+    result = dict(pairs)
+    if len(result) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
-    return whole
+        raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
+    return result
 
 
 JSON = json.JSONDecoder(object_pairs_hook=_object)
+"""Decoder that refuses duplicate keys."""
 
 
 def json_list(stream: Any, start: bytes, path: str) -> Iterator[tuple[int, int, Any]]:
-    """Items of a list that begins with ``start`` and goes on in ``stream``: (index, characters, item).
+    """Read the items of a JSON list, whose text is ``start`` followed by ``stream``, as (index, characters, item).
 
-    An item that is well-formed and of no use is ``Unreadable``.
+    An item that is well-formed but unusable, such as an object with a duplicate key, becomes ``Unreadable``.
 
     Raises:
-        RequestError: it is no valid JSON, or no UTF-8 text; with the line.
+        RequestError: the text invalid JSON or not UTF-8; the message has the line.
     """
     buffer = _Buffer(stream, start, path)
     buffer.skip("[", expected="[")
@@ -45,18 +47,18 @@ def json_list(stream: Any, start: bytes, path: str) -> Iterator[tuple[int, int, 
     while buffer.peek() != "]":
         if index:
             buffer.skip(",", expected="',' or ']'")
-        before = buffer.at
+        item_start = buffer.at
         item = buffer.value()
-        yield index, buffer.at - before, item
+        yield index, buffer.at - item_start, item
         index += 1
-        buffer.forget()
+        buffer.discard_read()
     buffer.skip("]", expected="]")
     if buffer.peek():
         raise buffer.error("Extra data after the list", buffer.at)
 
 
 class _Buffer:
-    """A part of a JSON text, and how far it is read."""
+    """Part of a JSON text, and the position up to which it has been read."""
 
     def __init__(self, stream: Any, start: bytes, path: str) -> None:
         self.stream, self.path = stream, path
@@ -73,11 +75,11 @@ class _Buffer:
         except UnicodeDecodeError as error:
             line = self._line(len(self.text)) + content.count(b"\n", 0, error.start)
             raise RequestError(
-                f"{self.path}:{line}: is not UTF-8 text (byte {error.object[error.start]:#x}); write the file again"
+                f"{self.path}:{line}: is not UTF-8 text (byte {error.object[error.start]:#x}); save the file as UTF-8"
             ) from None
 
     def _more(self) -> None:
-        # As much again as is there: a record of any size is tried only a few times.
+        # Double the text, so that even a huge record is parsed only a few times.
         self._take(self.stream.read(max(READ_BYTES, len(self.text))))
 
     def _line(self, at: int) -> int:
@@ -87,11 +89,11 @@ class _Buffer:
         line = self.text[self.text.rfind("\n", 0, at) + 1 :].split("\n")[0].strip()
         column = at - self.text.rfind("\n", 0, at)
         return RequestError(
-            f"{self.path}:{self._line(at)}: no valid JSON ({reason} at column {column}): {line[:40]!r}; mend the file"
+            f"{self.path}:{self._line(at)}: invalid JSON ({reason} at column {column}): {line[:40]!r}; correct the file"
         )
 
     def peek(self) -> str:
-        """The next character that is no white space; empty at the end."""
+        """Return the next character that is not white space; empty at the end."""
         while True:
             while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
                 self.at += 1
@@ -105,7 +107,7 @@ class _Buffer:
         self.at += 1
 
     def value(self) -> Any:
-        """The JSON value that begins here; ``Unreadable`` where it is well-formed and of no use."""
+        """Read the next JSON value; ``Unreadable`` if it is well-formed but unusable."""
         self.peek()
         while True:
             try:
@@ -114,18 +116,18 @@ class _Buffer:
                 if self.ended:
                     raise self.error(error.msg, error.pos) from None
             except (ValueError, RecursionError) as error:
-                return self._pass_over(first_line(error))
+                return self._skip_value(one_line(error))
             else:
                 if end < len(self.text) or self.ended:
                     self.at = end
                     return item
             self._more()
 
-    def _pass_over(self, reason: str) -> Unreadable:
+    def _skip_value(self, reason: str) -> Unreadable:
         while True:
             try:
                 _, self.at = json.JSONDecoder().raw_decode(self.text, self.at)
-                return Unreadable(f"no usable JSON ({reason})")
+                return Unreadable(f"unusable JSON ({reason})")
             except json.JSONDecodeError as error:
                 if self.ended:
                     raise self.error(error.msg, error.pos) from None
@@ -133,12 +135,8 @@ class _Buffer:
                 raise self.error(reason, self.at) from None
             self._more()
 
-    def forget(self) -> None:
-        """Let go of what is read."""
+    def discard_read(self) -> None:
+        """Free the text that has been read."""
         if self.at > READ_BYTES:
             self.lines_before += self.text.count("\n", 0, self.at)
             self.text, self.at = self.text[self.at :], 0
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

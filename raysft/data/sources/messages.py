@@ -1,4 +1,4 @@
-"""The turns of a record → messages."""
+"""Convert the turns of a record to messages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROLES = {
     "observation": "tool",
     "function": "tool",
 }
-"""Names of roles in the field's data; a ``function`` is an assistant's call whose content is JSON."""
+"""Role in the data → role of a message; ``function`` is an assistant turn whose content is a call as JSON."""
 ROLE_OF_TAG = {
     "user": "user",
     "assistant": "assistant",
@@ -29,62 +29,71 @@ ROLE_OF_TAG = {
     "function": "function",
     "system": "system",
 }
+"""Tag of a source → role of a message, as in ``ROLES``."""
 TEMPLATE_ROLES = ("system", "developer", "user", "assistant", "tool")
-"""Roles that chat templates know."""
+"""Roles that chat templates accept."""
 TRAINING_KEYS = ("train", "weight")
-"""Keys of a turn that say how to train on it, and are no part of what the model reads."""
+"""Keys of a turn that control training, and are not shown to the model."""
 CONSUMED_KEYS = {"role", "content", "from", "value", "tool_calls", "function_call", *TRAINING_KEYS}
-"""Keys of a turn that become something else, and so are not kept beside it."""
+"""Keys of a turn that become fields of the message, and so do not go into ``extra``."""
 
 
 def parse_turns(value: Any, column: str, tags: Mapping[Any, str]) -> Iterator[Message]:
-    """Turns of role and content, by the keys ``from`` and ``value`` or ``role`` and ``content``."""
+    """Convert turns with the keys ``from`` and ``value``, or ``role`` and ``content``, to messages.
+
+    Args:
+        value: list of turns, as read.
+        column: the field that holds them, for messages.
+        tags: the source's own names of keys and roles.
+
+    Raises:
+        ValueError: a turn cannot be used.
+    """
     roles = {**ROLES, **{tags[tag]: role for tag, role in ROLE_OF_TAG.items() if tag in tags}} if tags else ROLES
     for index, turn in enumerate(require_list(value, column)):
         where = f"{column}[{index}]"
         if not isinstance(turn, dict):
-            raise ValueError(f"{where} holds {turn!r:.60}, a turn of role and content belongs there")
-        role_key = tags.get("role") or ("from" if "from" in turn else "role")
-        text_key = tags.get("content") or ("value" if "value" in turn else "content")
-        called = turn.get("function_call")
-        if isinstance(called, dict) and not any(called.values()):
-            called = None  # as JSON that was written from a Parquet file has it in turns without a call
-        calls = turn.get("tool_calls") or ([called] if called else [])
-        if role_key not in turn or (turn.get(text_key) is None and not calls):
-            raise ValueError(f"{where} needs {role_key!r} and {text_key!r}, it is {turn!r:.60}")
-        role = turn[role_key]
-        known = roles.get(role) if isinstance(role, str) else None
-        if known is None:
-            raise ValueError(f"{where} has the role {role!r:.40}; known: {', '.join(roles)}")
-        content = _content(turn.get(text_key), f"{where}.{text_key}")
-        if known == "function":
-            known, calls, content = "assistant", _parse_calls(content, where), ""
-        extra = {
-            key: value
-            for key, value in turn.items()
-            if key not in {*CONSUMED_KEYS, role_key, text_key} and value is not None
-        }
-        made = (
-            tuple(parse_tool_call(call, where) for call in require_list(calls, f"{where}.tool_calls", "calls"))
-            if calls
-            else ()
-        )
-        original = _original(turn, called is not None) if (role_key, text_key) == ("role", "content") else None
-        for text in nested_strings((made, extra, original)):
-            require_text(text, where)
-        yield Message(
-            role=known,  # type: ignore[arg-type]
-            content=content,
-            tool_calls=made,
-            trainable=_trainable(turn, where),
-            extra=extra,
-            original=original,
-        )
+            raise ValueError(f"{where} must be a turn with role and content, but is {turn!r:.60}")
+        yield _message(turn, where, roles, tags)
 
 
-def _original(turn: Record, calls: bool) -> Record | None:
-    """A turn as chat templates are to see it; None where role and content say all of it, or they do not know its role."""
-    hidden = TRAINING_KEYS if calls else (*TRAINING_KEYS, "function_call")
+def _message(turn: Record, where: str, roles: Mapping[str, str], tags: Mapping[Any, str]) -> Message:
+    role_key = tags.get("role") or ("from" if "from" in turn else "role")
+    text_key = tags.get("content") or ("value" if "value" in turn else "content")
+    function_call = turn.get("function_call")
+    if isinstance(function_call, dict) and not any(function_call.values()):
+        function_call = None  # JSON written from a Parquet file has an empty call in every turn without one
+    calls = turn.get("tool_calls") or ([function_call] if function_call else [])
+    if role_key not in turn or (turn.get(text_key) is None and not calls):
+        raise ValueError(f"{where} must have {role_key!r} and {text_key!r}, but is {turn!r:.60}")
+    name = turn[role_key]
+    role = roles.get(name) if isinstance(name, str) else None
+    if role is None:
+        raise ValueError(f"{where} has the unknown role {name!r:.40}; known roles: {', '.join(roles)}")
+    content = _content(turn.get(text_key), f"{where}.{text_key}")
+    if role == "function":
+        role, calls, content = "assistant", _parse_calls(content, where), ""
+    calls = require_list(calls, f"{where}.tool_calls", "calls") if calls else []
+    tool_calls = tuple(parse_tool_call(call, where) for call in calls)
+    consumed = {*CONSUMED_KEYS, role_key, text_key}
+    extra = {key: value for key, value in turn.items() if key not in consumed and value is not None}
+    standard_keys = (role_key, text_key) == ("role", "content")
+    original = _original(turn, function_call is not None) if standard_keys else None
+    for text in nested_strings((tool_calls, extra, original)):
+        require_text(text, where)
+    return Message(
+        role=role,  # type: ignore[arg-type]
+        content=content,
+        tool_calls=tool_calls,
+        trainable=_trainable(turn, where),
+        extra=extra,
+        original=original,
+    )
+
+
+def _original(turn: Record, has_function_call: bool) -> Record | None:
+    """The turn without training keys and nulls; None if it is just role and content, or if templates lack its role."""
+    hidden = TRAINING_KEYS if has_function_call else (*TRAINING_KEYS, "function_call")
     original = {key: value for key, value in turn.items() if key not in hidden and value is not None}
     if original["role"] not in TEMPLATE_ROLES:
         return None
@@ -93,48 +102,58 @@ def _original(turn: Record, calls: bool) -> Record | None:
 
 
 def _content(value: Any, where: str) -> str:
-    """A turn's text; OpenAI also writes it as a list of parts."""
+    """Text of a turn; in OpenAI's format it may be a list of parts."""
     if value is None:
         return ""
     if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
-        other = [part.get("type") for part in value if part.get("type") != "text"]
-        if other:
-            raise ValueError(f"{where} holds a part of type {other[0]!r}; only text can be trained on")
+        other_types = [part.get("type") for part in value if part.get("type") != "text"]
+        if other_types:
+            raise ValueError(f"{where} must contain text parts only, but has a part of type {other_types[0]!r}")
         return "".join(require_text(part.get("text"), where) for part in value)
     return require_text(value, where)
 
 
 def _parse_calls(content: str, where: str) -> list[Any]:
-    """The calls that a function turn holds as JSON: one, or a list."""
+    """Decode the content of a function turn: JSON with one call or a list of them."""
     try:
         calls = json.loads(content)
     except (ValueError, RecursionError):
-        raise ValueError(f"{where} is a function call and holds no JSON: {content[:40]!r}") from None
+        raise ValueError(f"{where} is a function call and must be JSON, but is {content[:40]!r}") from None
     return calls if isinstance(calls, list) else [calls]
 
 
 def _trainable(turn: Record, where: str) -> bool:
-    """Whether a turn may be trained on: ``train: false``, or ``weight: 0`` as OpenAI has it, says no."""
-    for key in ("train", "weight"):
+    """False if the turn is excluded from training, by ``train: false`` or by OpenAI's ``weight: 0``."""
+    for key in TRAINING_KEYS:
         value = turn.get(key)
         if value is not None and value not in (0, 1):
-            raise ValueError(f"{where}.{key} is {value!r:.40}; true or false belongs there")
+            raise ValueError(f"{where}.{key} must be true or false, but is {value!r:.40}")
     return turn.get("train") not in (False, 0) and turn.get("weight") not in (False, 0)
 
 
 def require_text(value: Any, field: str) -> str:
-    """A value that has to be a text which can be encoded."""
+    """Return the value if it is valid Unicode text.
+
+    Raises:
+        ValueError: it is not.
+    """
     if not isinstance(value, str):
-        raise ValueError(f"{field} holds {value!r:.40}, a text belongs there")
+        raise ValueError(f"{field} must be text, but is {value!r:.40}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{field} holds half a character ({value[error.start]!r}), which no tokenizer takes") from None
+        raise ValueError(
+            f"{field} contains an unpaired surrogate ({value[error.start]!r}), which is not valid Unicode text"
+        ) from None
     return value
 
 
-def require_list(value: Any, field: str, what: str = "turns") -> list[Any]:
-    """A value that has to be a list which holds something."""
+def require_list(value: Any, field: str, items: str = "turns") -> list[Any]:
+    """Return the value if it is a list with at least one item.
+
+    Raises:
+        ValueError: it is not.
+    """
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{field} holds {value!r:.40}, a list of {what} belongs there")
+        raise ValueError(f"{field} must be a non-empty list of {items}, but is {value!r:.40}")
     return value

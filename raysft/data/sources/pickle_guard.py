@@ -1,4 +1,4 @@
-"""Columns whose values would run code when they are read."""
+"""Refuse columns whose values would run code when they are read."""
 
 from __future__ import annotations
 
@@ -11,32 +11,36 @@ import pyarrow.parquet as pq
 from raysft.storage.path import StoragePath
 
 PICKLE_EXTENSION = "ray.data.arrow_pickled_object"
-"""The extension type in which Ray Data keeps Python objects. Once Ray Data is imported, pyarrow unpickles the values of such a
-column, wherever the file comes from."""
+"""Extension type of Ray Data for Python objects. Once Ray Data is imported, pyarrow unpickles the values of such a column,
+wherever the file comes from."""
 
 
 def refuse_pickles(schema: pa.Schema) -> None:
-    """Look at every column, and inside of it, before a value is read.
+    """Check every column and its nested types; call it before any value is read.
 
     Raises:
-        pa.ArrowInvalid: one holds pickled objects.
+        pa.ArrowInvalid: a column contains pickled objects.
     """
     for field in schema:
         if PICKLE_EXTENSION in _extensions(field):
-            raise pa.ArrowInvalid(f"column {field.name!r} holds pickled Python objects, which could run code")
+            raise pa.ArrowInvalid(f"column {field.name!r} contains pickled Python objects, which could run code")
 
 
-def read_table(place: StoragePath, columns: Sequence[str] | None = None) -> pa.Table:
-    """A Parquet file of the cache, which others may write into too; a local one stays on the disk until it is looked at."""
-    # From elsewhere it is fetched first: what is wrong with its content is nothing to wait for.
-    source = place.local or pa.BufferReader(place.read_bytes())
+def read_table(path: StoragePath, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a Parquet file of the cache, which is not trusted as others may write to it. Local files are memory-mapped.
+
+    Raises:
+        pa.ArrowException: the file is damaged or contains pickled objects.
+    """
+    # A remote file is fetched first, so that only fetching it is retried, and not decoding a damaged one.
+    source = path.local or pa.BufferReader(path.read_bytes())
     table = pq.read_table(source, columns=list(columns) if columns else None, memory_map=True)
     refuse_pickles(table.schema)
     return table
 
 
 def _extensions(field: Any) -> Iterator[str]:
-    """Names of the extension types in a field; where nobody registered a type, its name stands in the metadata."""
+    """Names of all extension types in a field; the name of a type that is not registered is in the metadata."""
     yield (field.metadata or {}).get(b"ARROW:extension:name", b"").decode(errors="replace")
     kind = field.type
     while isinstance(kind, pa.BaseExtensionType):

@@ -1,4 +1,4 @@
-"""Files of any supported kind → records with their position, one after the other and never a whole file at once."""
+"""Stream the records of a data file, with their positions, without holding the whole file in memory (except YAML)."""
 
 from __future__ import annotations
 
@@ -17,32 +17,33 @@ import yaml
 
 from raysft.data.sources.arrow import arrow_records, parquet_records
 from raysft.data.sources.files import DataFile
-from raysft.data.sources.json_stream import JSON, READ_BYTES, Unreadable, first_line, json_list
+from raysft.data.sources.json_stream import JSON, READ_BYTES, Unreadable, json_list
 from raysft.data.types import Record
-from raysft.errors import RequestError
+from raysft.errors import RequestError, one_line
 from raysft.storage.filesystems import filesystem_of
 from raysft.storage.retry import reason_of
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+"""File ending → compression, as pyarrow names it."""
 
 
 @dataclass(frozen=True)
 class JsonLine:
-    """A record that is not parsed yet: that is left to the tasks that tokenize."""
+    """A record that the tokenizing task parses, so that reading stays fast."""
 
     line: bytes
 
 
 RawRecord = Record | JsonLine | Unreadable
 PositionedRecords = Iterator[tuple[str, int, RawRecord]]
-"""(position in the file, bytes about, record)."""
+"""(position in the file, approximate bytes, record)."""
 
 
 def read_raw(file: DataFile) -> PositionedRecords:
-    """Records of a file in their order, as far as they must be parsed to know where each ends.
+    """Read the records of a file in order, parsed only as far as needed to separate them.
 
     Raises:
-        RequestError: the file as a whole is unreadable, of no known kind, or changed since it was found.
+        RequestError: the file is unreadable as a whole, of an unknown kind, or was changed since it was found.
     """
     name = file.path.lower()
     for compression in COMPRESSIONS:
@@ -51,24 +52,23 @@ def read_raw(file: DataFile) -> PositionedRecords:
     if reader is None:
         known = " ".join(ending for endings in READERS for ending in endings)
         raise RequestError(
-            f"{file.path}: unknown kind of file; known endings: {known} (each also with {' '.join(COMPRESSIONS)})"
+            f"{file.path}: unknown kind of file; convert it, or set path to files that end with one of: {known} "
+            f"(each also with {' '.join(COMPRESSIONS)})"
         )
     try:
         yield from reader(file)
         changed = file.has_changed()
     except RecursionError:
-        raise RequestError(f"{file.path}: is nested thousands of times; mend the file") from None
+        raise RequestError(f"{file.path}: is nested too deeply; correct the file") from None
     except (OSError, pa.ArrowException, EOFError) as error:
-        remedy = (
-            "check what the storage answers, or write the file again" if "://" in file.uri else "write the file again"
-        )
+        remedy = "check the storage, or write the file again" if "://" in file.uri else "write the file again"
         raise RequestError(f"{file.path}: cannot be read ({reason_of(error)}); {remedy}") from None
     if changed:
-        raise RequestError(f"{file.path}: changed while it was read; start again when nobody writes to it")
+        raise RequestError(f"{file.path}: changed while it was read; start again when nothing writes to it")
 
 
 def parse_record(raw: RawRecord) -> Record | Unreadable:
-    """The record itself."""
+    """Parse a record, if that is still to be done."""
     if not isinstance(raw, JsonLine):
         return raw
     try:
@@ -78,9 +78,12 @@ def parse_record(raw: RawRecord) -> Record | Unreadable:
     try:
         return _as_record(JSON.decode(text))
     except json.JSONDecodeError as error:
-        return Unreadable(f"no valid JSON ({error.msg} at column {error.colno}): {text.strip()[:40]!r}")
-    except (ValueError, RecursionError) as error:  # a key twice, numbers of thousands of digits, thousands of brackets
-        return Unreadable(f"no usable JSON ({first_line(error)}): {text.strip()[:40]!r}")
+        return Unreadable(f"invalid JSON ({error.msg} at column {error.colno}): {text.strip()[:40]!r}")
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # duplicate keys, numbers with thousands of digits, thousands of brackets
+        return Unreadable(f"unusable JSON ({one_line(error)}): {text.strip()[:40]!r}")
 
 
 def _json_lines(file: DataFile) -> PositionedRecords:
@@ -106,7 +109,7 @@ def _text(file: DataFile) -> PositionedRecords:
 
 
 def _json(file: DataFile) -> PositionedRecords:
-    """A list of records, read piece by piece; or one record a line."""
+    """Read a list of records incrementally, or one record per line."""
     with _stream(file) as stream:
         start = stream.read(READ_BYTES)
         while start and not start.removeprefix(codecs.BOM_UTF8).strip() and (more := stream.read(READ_BYTES)):
@@ -116,35 +119,38 @@ def _json(file: DataFile) -> PositionedRecords:
                 yield f"[{index}]", size, item if isinstance(item, Unreadable) else _as_record(item)
         elif start.removeprefix(codecs.BOM_UTF8).split(maxsplit=1)[:1] == [b"{"] and b"\n" in start:
             raise RequestError(
-                f"{file.path}: begins with one JSON object over several lines; write a list of records, or one record a line"
+                f"{file.path}: must be a JSON list of records or have one record per line, but starts with an object over "
+                "several lines; convert the file"
             )
         else:
             yield from _lines_of_json(stream, start)
 
 
 def _csv(file: DataFile) -> PositionedRecords:
-    # The module's own limit of 128 KiB is short of a long document.
+    # The default limit of 128 KiB is too small for long documents.
     csv.field_size_limit(sys.maxsize)
     with _stream(file) as stream:
         lines = (_decode(line, file.path, before) for before, line in enumerate(_lines(stream, ends=True)))
         reader = csv.reader(lines, strict=True)
-        begin = 1
+        first_line = 1
         try:
             columns = next(reader, [])
-            twice = [column for column in columns if columns.count(column) > 1]
-            if twice:
-                raise RequestError(f"{file.path}:1: two columns are named {twice[0]!r}; give each its own name")
-            begin = reader.line_num + 1
+            duplicates = [column for column in columns if columns.count(column) > 1]
+            if duplicates:
+                raise RequestError(f"{file.path}:1: two columns are named {duplicates[0]!r}; rename one of them")
+            first_line = reader.line_num + 1
             for row in reader:
                 size = sum(map(len, row))
                 if row and len(row) != len(columns):
-                    reason = f"has {len(row)} columns and the header line has {len(columns)}"
-                    yield str(begin), size, Unreadable(reason)
+                    reason = f"has {len(row)} columns, but the header has {len(columns)}"
+                    yield str(first_line), size, Unreadable(reason)
                 elif row:
-                    yield str(begin), size, dict(zip(columns, row, strict=True))
-                begin = reader.line_num + 1
+                    yield str(first_line), size, dict(zip(columns, row, strict=True))
+                first_line = reader.line_num + 1
         except csv.Error as error:
-            raise RequestError(f"{file.path}:{begin}: no valid CSV ({error}); mend this record") from None
+            raise RequestError(
+                f"{file.path}:{first_line}: invalid CSV ({one_line(error)}); correct the record"
+            ) from None
 
 
 def _parquet(file: DataFile) -> PositionedRecords:
@@ -160,7 +166,7 @@ def _arrow(file: DataFile) -> PositionedRecords:
 
 
 class _Loader(yaml.CSafeLoader):
-    """Takes 2024-07-26 for the text that it is in JSON: no template can write a date."""
+    """Loads 2024-07-26 as text, as JSON does: chat templates cannot write dates."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
@@ -169,7 +175,7 @@ class _Loader(yaml.CSafeLoader):
 
 
 def _yaml(file: DataFile) -> PositionedRecords:
-    """A list of records, or a mapping whose ``conversations`` is that list (as chatterbot-corpus has it)."""
+    """Read a list of records, or a mapping with that list under ``conversations`` (as in chatterbot-corpus)."""
     with _stream(file) as stream:
         loader = _Loader(_decode(stream.read().removeprefix(codecs.BOM_UTF8), file.path))
     try:
@@ -178,15 +184,17 @@ def _yaml(file: DataFile) -> PositionedRecords:
             nested = [value for key, value in root.value if key.value == "conversations"]
             root = nested[0] if nested else root
         if not isinstance(root, yaml.SequenceNode):
-            raise RequestError(f"{file.path}: a YAML data file is a list, or has a list under 'conversations'")
+            raise RequestError(
+                f"{file.path}: must be a list of records, or have one under 'conversations'; correct the file"
+            )
         for node in root.value:
             size = node.end_mark.index - node.start_mark.index
             yield str(node.start_mark.line + 1), size, _yaml_record(loader, node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or first_line(error)
-        raise RequestError(f"{file.path}{line}: no valid YAML ({reason}); mend the file") from None
+        reason = getattr(error, "problem", None) or one_line(error)
+        raise RequestError(f"{file.path}{line}: invalid YAML ({reason}); correct the file") from None
     finally:
         loader.dispose()
 
@@ -195,9 +203,9 @@ def _yaml_record(loader: Any, node: yaml.Node) -> Record | Unreadable:
     try:
         return _as_record(loader.construct_document(node))
     except yaml.YAMLError as error:
-        return Unreadable(f"no usable YAML ({getattr(error, 'problem', None) or error})")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:  # !!int x
-        return Unreadable(f"no usable YAML ({error})")
+        return Unreadable(f"unusable YAML ({getattr(error, 'problem', None) or one_line(error)})")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:  # such as !!int x
+        return Unreadable(f"unusable YAML ({one_line(error)})")
 
 
 READERS: dict[tuple[str, ...], Callable[[DataFile], PositionedRecords]] = {
@@ -221,7 +229,7 @@ def _stream(file: DataFile) -> Iterator[Any]:
 
 @contextmanager
 def _seekable(file: DataFile) -> Iterator[Any]:
-    """A file that is read from several places: a compressed one is unpacked first."""
+    """Open a file for random access; a compressed file is decompressed into memory first."""
     if file.path.lower().endswith(tuple(COMPRESSIONS)):
         with _stream(file) as stream:
             yield pa.BufferReader(stream.read())
@@ -232,30 +240,34 @@ def _seekable(file: DataFile) -> Iterator[Any]:
 
 
 def _lines(stream: Any, start: bytes = b"", ends: bool = False) -> Iterator[bytes]:
-    """Lines split at \\n (and \\r\\n) alone: characters such as U+2028 do not end a line of JSON. With ``ends`` these stay."""
+    """Split at \\n and \\r\\n only, as characters such as U+2028 do not end a line of JSON. With ``ends`` line ends are kept."""
     mark = codecs.BOM_UTF8
-    pieces: list[bytes] = []
+    fragments: list[bytes] = []
     for chunk in chain([start], iter(lambda: stream.read(READ_BYTES), b"")):
-        *whole, last = chunk.split(b"\n")
-        if whole:
-            whole[0] = b"".join([*pieces, whole[0]])  # a long line is put together once, at its end
-            pieces = []
-        pieces.append(last)
-        for line in whole:
+        *lines, rest = chunk.split(b"\n")
+        if lines:
+            lines[0] = b"".join([*fragments, lines[0]])  # join a long line once, at its end
+            fragments = []
+        fragments.append(rest)
+        for line in lines:
             yield line.removeprefix(mark) + b"\n" if ends else line.removeprefix(mark).removesuffix(b"\r")
             mark = b""
-    if last := b"".join(pieces).removeprefix(mark):
+    if last := b"".join(fragments).removeprefix(mark):
         yield last if ends else last.removesuffix(b"\r")
 
 
 def _decode(content: bytes, path: str, lines_before: int = 0) -> str:
-    """UTF-8, of a file that is of no use when a part of it is something else."""
+    """Decode UTF-8 of a file that cannot be read in parts.
+
+    Raises:
+        RequestError: the content is not UTF-8.
+    """
     try:
         return content.decode()
     except UnicodeDecodeError as error:
         line = lines_before + content.count(b"\n", 0, error.start) + 1
         raise RequestError(
-            f"{path}:{line}: is not UTF-8 text (byte {content[error.start]:#x}); write the file again"
+            f"{path}:{line}: is not UTF-8 text (byte {content[error.start]:#x}); save the file as UTF-8"
         ) from None
 
 
@@ -264,4 +276,4 @@ def _as_record(item: Any) -> Record | Unreadable:
         return item
     if isinstance(item, list):
         return {"turns": item}
-    return Unreadable(f"a record is a mapping or a list of turns, this is {item!r:.40}")
+    return Unreadable(f"a record must be a mapping or a list of turns, but is {item!r:.40}")

@@ -1,4 +1,4 @@
-"""Some of a source's records, drawn at random."""
+"""Draw random samples of a source's records."""
 
 from __future__ import annotations
 
@@ -10,32 +10,35 @@ import numpy as np
 from raysft.data.sources.readers import RawRecord
 
 LocatedRecord = tuple[str, int, RawRecord]
-"""(``file:position``, bytes about, record)."""
+"""(location as ``file:position``, approximate bytes, record)."""
 
 
 @dataclass(frozen=True)
 class RandomSample:
-    """``count`` records of a source, by ``seed``."""
+    """A random sample of ``count`` records."""
 
     count: int
     seed: int
 
     def select(self, read: Callable[[], Iterator[LocatedRecord]], limit: int | None = None) -> Iterator[LocatedRecord]:
-        """The records that are drawn, in the order of their files; one that is drawn again has a place of its own.
+        """Yield the sampled records in file order; repetitions get distinct locations (``file:position#2``).
 
-        They are read twice, since how many there are decides what is drawn.
+        Records are read twice, as their number decides which are drawn.
 
         Args:
-            read: gives all records, each time that it is called.
-            limit: take only the first of those that are drawn.
+            read: returns an iterator over all records, each time it is called.
+            limit: use only the first records drawn.
         """
-        times = self.repeats(sum(1 for _ in read()), limit)
-        for (where, size, raw), number in zip(read(), times, strict=True):
-            for again in range(number):
-                yield f"{where}#{again + 1}" if again else where, size, raw
+        repeats = self.repeats(sum(1 for _ in read()), limit)
+        for (location, size, raw), number in zip(read(), repeats, strict=True):
+            for repeat in range(number):
+                yield f"{location}#{repeat + 1}" if repeat else location, size, raw
 
     def repeats(self, records: int, limit: int | None = None) -> np.ndarray:
-        """[records] How often each record is drawn: numpy's legacy generator, so that it is what LLaMA-Factory draws.
+        """[records] number of times that each record is drawn.
+
+        A source with fewer than ``count`` records is used completely, and filled up with repetitions. numpy's legacy generator
+        draws the same records as LLaMA-Factory.
 
         >>> RandomSample(5, seed=0).repeats(3).sum(), RandomSample(2, seed=0).repeats(3).tolist()
         (np.int64(5), [0, 1, 1])
