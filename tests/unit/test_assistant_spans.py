@@ -110,7 +110,7 @@ def test_labels_cover_what_the_assistant_wrote_and_the_token_that_ends_its_turn(
     assert item.loss_tokens == on.sum()
 
 
-def test_mask_history_leaves_the_last_answer_alone(folder):
+def test_mask_history_keeps_only_the_last_answer(folder):
     (item,) = tokenize(folder, conversation(*CONVERSATIONS["several turns"]), mask_history=True)
     assert trained_text(folder, item) == "d" + END
 
@@ -163,7 +163,7 @@ def test_a_conversation_without_a_trained_token_is_rejected(tokenizer_with):
 
 @pytest.mark.parametrize("layout", ["single", "joined"])
 @pytest.mark.parametrize("words", [1, 5, 13, 200])
-def test_of_a_long_text_each_token_but_the_first_is_predicted_once_and_its_end_is_learnt(folder, words, layout):
+def test_each_token_of_a_long_text_but_the_first_is_predicted_once_and_so_is_its_end(folder, words, layout):
     tokenizer = load_tokenizer(folder)
     text = " ".join(f"word{number}" for number in range(words))
     (item,) = tokenize(folder, Example("s", "f:1", text=text), stage="pt")
@@ -185,7 +185,7 @@ def test_of_a_long_text_each_token_but_the_first_is_predicted_once_and_its_end_i
         ({"eos_token": None}, Example("s", "f:1", text="a"), "set eos_token"),
     ],
 )
-def test_a_tokenizer_that_lacks_something_is_told_from_bad_data(tokenizer_with, attributes, example, remedy):
+def test_a_tokenizer_that_lacks_something_is_not_blamed_on_the_data(tokenizer_with, attributes, example, remedy):
     with pytest.raises(RequestError) as caught:
         list(tokenizer_of(tokenizer_with(**attributes))([example]))
     message = str(caught.value)
@@ -203,7 +203,7 @@ def real_examples(name: str, count: int) -> list[Example]:
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the demo data")
 @pytest.mark.parametrize("model", ["tiny", "qwen3"])
 @pytest.mark.parametrize("name", ["alpaca_en_demo.json", "identity.json", "glaive_toolcall_en_demo.json"])
-def test_real_conversations_are_tokenized_as_the_template_says(folder, model, name):
+def test_real_conversations_match_the_template(folder, model, name):
     """Ids match the template exactly, and the labels of each turn are what the assistant wrote."""
     path = folder if model == "tiny" else str(SHARED / "tokenizers" / "qwen3")
     examples = real_examples(name, 150)
@@ -238,14 +238,14 @@ def written(answer: dict) -> tuple[str, ...]:
     return (f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>',)
 
 
-def test_a_completion_and_its_end_are_trained_on_and_its_prompt_is_not(folder):
+def test_labels_cover_a_completion_and_its_end_but_not_its_prompt(folder):
     (item,) = tokenize(folder, Example("s", "f:1", text="What is it? It is 42.", prompt_length=11), with_prompts=True)
     assert trained_text(folder, item) == " It is 42." + END
     assert (item.prompt, item.reference) == ("What is it?", " It is 42.")
     assert item.prompt_ids.tolist() == item.input_ids[: len(item.prompt_ids)].tolist()
 
 
-def test_ids_that_come_tokenized_stay_as_they_are(folder):
+def test_tokenized_records_keep_their_ids_and_labels(folder):
     (item,) = tokenize(folder, Example("s", "f:1", ids=(5, 6, 7), labels=(-100, 6, 7)))
     assert (item.input_ids.tolist(), item.labels.tolist()) == ([5, 6, 7], [-100, 6, 7])
     (wrong,) = tokenizer_of(folder)([Example("s", "f:1", ids=(5, 10**6), labels=(5, 6))])
@@ -254,7 +254,7 @@ def test_ids_that_come_tokenized_stay_as_they_are(folder):
     assert "model.path" in wrong.reason
 
 
-def test_turns_that_are_not_to_be_trained_on_have_no_label(folder):
+def test_turns_that_must_not_be_trained_on_have_no_labels(folder):
     messages = [Message(*turn) for turn in CONVERSATIONS["several turns"]]  # type: ignore[arg-type]
     messages[2] = Message("assistant", "b", trainable=False)
     (item,) = tokenize(folder, Example("s", "f:1", tuple(messages)))
@@ -271,7 +271,7 @@ def test_control_tokens_in_a_text_act_as_such_and_are_counted(folder):
     assert item.input_ids.tolist().count(end) == 3
 
 
-def test_escaped_control_tokens_are_plain_characters_as_transformers_has_it(folder):
+def test_escaped_control_tokens_are_plain_characters_as_in_transformers(folder):
     tokenizer = load_tokenizer(folder)
     (item,) = tokenize(folder, FAKE, control_tokens="escape", with_prompts=True)
     turns = [{"role": message.role, "content": message.content} for message in FAKE.messages]
@@ -313,7 +313,7 @@ def test_what_is_too_long_is_counted_with_its_tokens(folder, on_overflow):
         assert not any(len(piece.prompt_ids) for piece in outcome)  # type: ignore[union-attr]
 
 
-def test_which_end_of_a_prompt_is_kept_is_the_users_choice(folder):
+def test_the_user_chooses_which_end_of_a_prompt_to_keep(folder):
     example = conversation(("user", "first " + "a " * 100 + "last"), ("assistant", "b"))
     texts = {}
     for end in ("head", "tail"):
@@ -343,7 +343,7 @@ def test_named_templates_mark_what_the_assistant_wrote(folder, name):
     assert len(text) > len("twofour"), "labels cover the end of a turn"
 
 
-def test_a_template_that_marks_generations_is_taken_at_its_word(tokenizer_with):
+def test_spans_that_a_template_marks_as_generated_are_trusted(tokenizer_with):
     template = (
         "{% for m in messages %}{% if m.role == 'assistant' %}[A]{% generation %}{{ m.content }}!{% endgeneration %}\n"
         "{% else %}[U]{{ m.content }}{% endif %}{% endfor %}"
@@ -407,7 +407,7 @@ TOOLS = (
 
 
 @pytest.mark.parametrize("result", ["a.txt", "a.txt\n", " a.txt", "\n\na.txt \n"])
-def test_white_space_around_the_turns_of_others_does_not_hide_the_answers(tokenizer_with, result):
+def test_white_space_around_other_turns_does_not_hide_the_answers(tokenizer_with, result):
     folder = tokenizer_with(chat_template=TOOLS + ASK)
     turns = (
         ("user", "list"),
@@ -427,7 +427,7 @@ def test_a_system_turn_may_stand_inside_a_conversation(folder):
     assert trained_text(folder, item) == f"b{END}d{END}"
 
 
-def test_an_answer_whose_first_word_joins_the_space_of_the_prompt_is_learnt_whole(tokenizer_with):
+def test_labels_cover_a_first_word_that_joins_the_space_of_the_prompt(tokenizer_with):
     """A byte-level tokenizer joins a space and the letters after it into one token."""
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
     folder = tokenizer_with(chat_template=template + "{% if add_generation_prompt %}assistant: {% endif %}")
@@ -462,7 +462,7 @@ def test_control_tokens_are_escaped_wherever_somebody_wrote_them(folder):
     assert "\uf0a1" in load_tokenizer(folder).decode(item.input_ids.tolist())
 
 
-def test_a_template_for_tools_is_used_where_there_are_some(tokenizer_with):
+def test_a_template_for_tools_is_used_for_conversations_with_tools(tokenizer_with):
     folder = tokenizer_with(
         chat_template={"default": CHAT_TEMPLATE, "tool_use": "{{ tools[0].function.name }}\n" + CHAT_TEMPLATE}
     )
@@ -480,13 +480,13 @@ def test_a_template_for_tools_is_used_where_there_are_some(tokenizer_with):
         ("pt", (IGNORE_INDEX, 2), "labels differ from input_ids, but stage: pt"),
     ],
 )
-def test_labels_that_cannot_be_meant_are_rejected(folder, stage, labels, reason):
+def test_impossible_labels_are_rejected(folder, stage, labels, reason):
     outcome = next(iter(tokenizer_of(folder, stage=stage)([Example("s", "f:1", ids=(1, 2), labels=labels)])))
     assert isinstance(outcome, Rejected)
     assert reason in outcome.reason
 
 
-def test_a_template_that_is_no_jinja_is_no_fault_of_the_data(tokenizer_with):
+def test_an_invalid_template_is_not_blamed_on_the_data(tokenizer_with):
     folder = tokenizer_with(chat_template="{% for m in messages %}{{ m.content")
     with pytest.raises(RequestError, match=r"not valid Jinja \(line 1: .*set model\.chat_template"):
         tokenizer_of(folder)

@@ -212,12 +212,12 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_the_assistant_wrote_is_found_whatever_the_template_does(load_tokenizers, kind):
+def test_the_assistant_turns_are_found_for_every_kind_of_template(load_tokenizers, kind):
     template, messages, expected = KINDS[kind]
     assert trained_text(load_tokenizers, template, messages) == expected
 
 
-def test_a_record_that_the_template_refuses_is_rejected_with_its_words(load_tokenizers):
+def test_a_record_that_the_template_refuses_is_rejected_with_the_templates_message(load_tokenizers):
     tokenizer, _ = load_tokenizers(MINDS_IDS)
     without = [{key: value for key, value in turn.items() if key != "tool_call_id"} for turn in CALLING]
     item = tokenized(tokenizer, {"messages": without})
@@ -246,7 +246,7 @@ ALWAYS_ASKS = (
         (ALWAYS_ASKS, [("ask", f"b{END}"), ("ask", f"b..{END}  ")]),
     ],
 )
-def test_contents_that_read_like_the_template_are_told_from_it(load_tokenizers, template, answers):
+def test_contents_that_read_like_the_template_are_told_apart_from_it(load_tokenizers, template, answers):
     messages = turns(*(pair for ask, answer in answers for pair in (("user", ask), ("assistant", answer))))
     end = END if template == BRACKETS else "<|end|>"
     assert trained_text(load_tokenizers, template, messages) == "".join(f"{answer}{end}" for _, answer in answers)
@@ -261,13 +261,13 @@ HEAD = "<|im_start|>{{ m.role }}\n{{ m.content | string }}<|end|>\n"
     [CHAT, [*CHAT, *turns(("assistant", "and five"))], [*CHAT[:2], *turns(("assistant", "or 2")), *CHAT[2:]], CHAT[:2]],
 )
 @pytest.mark.parametrize("begin", ["", "{{ bos_token }}", "{{ bos_token }}<|im_start|>system\nBe nice.<|end|>\n"])
-def test_what_asks_for_another_turn_behind_the_last_one_belongs_to_none(load_tokenizers, asks, messages, begin):
+def test_a_generation_prompt_after_the_last_turn_belongs_to_no_turn(load_tokenizers, asks, messages, begin):
     """The next turn begins in the same way, so that this text is the same whether the turn is the last or not."""
     expected = "".join(f"{turn['content']}<|end|>" for turn in messages if turn["role"] == "assistant")
     assert trained_text(load_tokenizers, begin + LOOP + HEAD + "{% endfor %}" + asks, messages) == expected
 
 
-def test_a_call_is_found_where_its_turns_content_is_hidden_and_no_letter_of_the_call_can_be_replaced(load_tokenizers):
+def test_a_call_is_found_without_markers_in_it_or_in_its_turns_content(load_tokenizers):
     """The template shows every question that equals the last one, and both do."""
     template = (
         "{% set asked = messages | selectattr('role', 'equalto', 'user') | list %}" + LOOP
@@ -280,7 +280,7 @@ def test_a_call_is_found_where_its_turns_content_is_hidden_and_no_letter_of_the_
 
 
 @pytest.mark.parametrize("sign", ['"', "\\", "'", ' "\\"', "\n", "-", "\U00017000", "\uffff"])
-def test_arguments_of_signs_that_quotes_change_do_not_hide_the_turns(load_tokenizers, sign):
+def test_arguments_with_characters_that_quoting_changes_do_not_hide_the_turns(load_tokenizers, sign):
     """The last turn begins as no other turn does, so that only markers can locate its content."""
     template = (
         LOOP + "{% if m.role == 'assistant' %}<|im_start|>assistant\n{{ '<think></think>' if loop.last }}{{ m.content }}"
@@ -295,7 +295,7 @@ def test_arguments_of_signs_that_quotes_change_do_not_hide_the_turns(load_tokeni
     )
 
 
-def test_an_only_answer_that_holds_the_question_is_refused(load_tokenizers):
+def test_an_only_answer_that_contains_the_question_is_refused(load_tokenizers):
     quoting = (
         LOOP
         + "<|im_start|>{{ m.role }}\n{{ '> ' + loop.previtem.content if loop.previtem }}\n{{ m.content }}<|im_end|>\n"
@@ -340,7 +340,7 @@ AS_PYTHON = AS_JSON.replace("m.tool_calls | tojson", "m.tool_calls")
         (AS_JSON, "to Rome", False),  # not an object that the template could encode once
     ],
 )
-def test_arguments_that_are_encoded_twice_are_trained_as_the_template_has_them_and_counted(
+def test_double_encoded_arguments_are_kept_as_the_template_writes_them_and_counted(
     load_tokenizers, template, arguments, counted
 ):
     tokenizer, hugging_face = load_tokenizers(template)
@@ -355,7 +355,7 @@ def test_arguments_that_are_encoded_twice_are_trained_as_the_template_has_them_a
 FEW = LOOP + "{% if loop.revindex <= 2 %}" + TURN + "{% endif %}{% endfor %}" + ASK
 
 
-def test_turns_that_a_template_leaves_out_are_not_learnt_and_are_counted(load_tokenizers):
+def test_turns_that_a_template_leaves_out_have_no_labels_and_are_counted(load_tokenizers):
     tokenizer, hugging_face = load_tokenizers(FEW)
     item = tokenized(tokenizer, {"messages": CHAT})
     assert isinstance(item, TokenizedExample)
@@ -374,7 +374,7 @@ SPLIT = (
 )
 
 
-def test_a_turn_that_holds_what_another_said_is_refused_with_a_remedy(load_tokenizers):
+def test_a_turn_that_contains_another_is_refused_with_a_remedy(load_tokenizers):
     """Its mask would cover the tool's result."""
     tokenizer, _ = load_tokenizers(SPLIT)
     item = tokenized(tokenizer, {"messages": [CALLING[0], {**CALLING[1], "content": "Now"}, *CALLING[2:]]})
@@ -392,7 +392,7 @@ WITHOUT_TOOLS = (
     ("template", "tools", "calls"),
     [(WITHOUT_TOOLS, True, True), (LOOP + TURN + "{% endfor %}" + ASK, True, True), (ANSWERS_AS_JSON, True, False)],
 )
-def test_only_what_a_template_shows_no_trace_of_is_written_as_text_and_that_is_counted(
+def test_only_tools_and_calls_that_a_template_leaves_out_become_text_and_that_is_counted(
     load_tokenizers, template, tools, calls
 ):
     tokenizer, hugging_face = load_tokenizers(template)
@@ -459,7 +459,7 @@ def test_a_template_reads_every_key_of_turns_calls_and_tools(load_tokenizers, te
         assert "tools_as_text" not in dict(item.counts)
 
 
-def test_what_a_template_may_read_is_kept_of_converted_turns():
+def test_converted_turns_keep_the_keys_that_a_template_may_read():
     turn = {"from": "gpt", "value": "four", "reasoning_content": "so far", "mood": {"now": "fine"}, "weight": 1}
     record = {"conversations": [{"from": "human", "value": "one?", "name": "Ann"}, turn]}
     example = to_example(record, "sharegpt", Source.model_validate({"name": "s", "path": "p"}), "f:1")

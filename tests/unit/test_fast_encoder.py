@@ -55,7 +55,7 @@ def test_any_text_has_the_tokens_of_the_tokenizer(name, special):
         assert ids.tolist() == encoding.ids, text
 
 
-def test_a_byte_that_the_vocabulary_lacks_is_passed_over_as_the_tokenizer_does():
+def test_a_byte_that_the_vocabulary_lacks_is_skipped_as_the_tokenizer_does():
     described = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
     vocabulary = described["model"]["vocab"]
     vocabulary["nothing"] = vocabulary.pop("ē")  # as byte-level BPE writes 0x13
@@ -67,7 +67,7 @@ def test_a_byte_that_the_vocabulary_lacks_is_passed_over_as_the_tokenizer_does()
     assert [ids.tolist() for ids in encode(written)] == expected
 
 
-def test_tokens_around_a_text_are_those_of_the_tokenizer():
+def test_special_tokens_around_a_text_are_those_of_the_tokenizer():
     backend = tiny_tokenizer().backend_tokenizer
     end = backend.get_added_tokens_decoder()[0].content
     backend.post_processor = tokenizers.processors.TemplateProcessing(f"{end} $A {end}", special_tokens=[(end, 0)])
@@ -104,7 +104,7 @@ class _Wrong:
 
 
 @pytest.mark.parametrize("word", ["Hello", "façade", "한국어"])
-def test_other_tokens_for_a_probe_keep_the_tokenizer(monkeypatch, word):
+def test_different_tokens_for_a_probe_disable_fastokens(monkeypatch, word):
     import fastokens
 
     right = fastokens.Tokenizer.from_json_str
@@ -118,7 +118,7 @@ def test_other_tokens_for_a_probe_keep_the_tokenizer(monkeypatch, word):
     assert FastEncoder(tiny_tokenizer().backend_tokenizer).fast is None
 
 
-def test_other_tokens_for_a_text_of_a_batch_end_it():
+def test_different_tokens_for_a_text_of_a_batch_are_an_error():
     encode = FastEncoder(tiny_tokenizer().backend_tokenizer)
     encode.fast = _Wrong(encode.fast, "rare")
     encode(["a", "b", "c"])
@@ -126,7 +126,7 @@ def test_other_tokens_for_a_text_of_a_batch_end_it():
         encode(["a", "a rare word", "c"])
 
 
-def test_a_vocabulary_that_lacks_bytes_of_the_probes_is_encoded_quickly_all_the_same():
+def test_a_vocabulary_that_lacks_bytes_of_the_probes_still_uses_fastokens():
     whole = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
     vocabulary = whole["model"]["vocab"]
     vocabulary["nothing"] = vocabulary.pop("\u0100")  # as byte-level BPE writes 0

@@ -106,7 +106,7 @@ def test_positions_start_again_at_each_example_and_where_padding_begins(rows):
         assert (batch["labels"][index, sum(lengths) :] == IGNORE_INDEX).all()
 
 
-def test_the_first_token_of_each_example_has_no_label_even_where_the_prompt_is_trained_on(model, tmp_path):
+def test_the_first_token_of_each_example_has_no_label_even_with_train_on_prompt(model, tmp_path):
     write_records(tmp_path / "a.jsonl", records(20, 3))
     each = the_set(data_config(tmp_path, train_on_prompt=True, sequence_length=CAPACITY), model)
     manifest = written(each, model)
@@ -117,7 +117,7 @@ def test_the_first_token_of_each_example_has_no_label_even_where_the_prompt_is_t
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 5])
-def test_labels_of_a_step_add_up_to_what_its_loss_is_divided_by_however_many_workers_share_it(rows, workers):
+def test_labels_of_a_step_add_up_to_its_loss_denominator_for_any_number_of_workers(rows, workers):
     steps = [list(rows.steps(0, worker, workers)) for worker in range(workers)]
     assert {len(each) for each in steps} == {rows.row_plan.steps}
     for step in range(rows.row_plan.steps):
@@ -154,7 +154,7 @@ def test_an_empty_row_between_epochs_is_a_filler_with_a_number(rows):
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_rows_that_the_data_decides_are_those_of_the_number(rows, workers):
+def test_an_automatic_batch_size_gives_the_rows_of_that_number(rows, workers):
     decided = pickle.loads(pickle.dumps(replace(rows, global_batch_size=None, epochs=20)))
     number = decided.row_plan.global_batch_size
     assert number > 1, "with one row in a step every number would pass"
@@ -165,7 +165,7 @@ def test_rows_that_the_data_decides_are_those_of_the_number(rows, workers):
         assert all(equal(left, right) for left, right in pairs)
 
 
-def test_a_later_start_gives_the_rest_of_the_same_steps(rows):
+def test_a_later_start_gives_the_remaining_steps(rows):
     whole, rest = list(rows.steps(0, 1, 2)), list(rows.steps(3, 1, 2))
     assert len(rest) == len(whole) - 3
     assert all(equal(left, right) for left, right in zip(whole[3:], rest, strict=True))
@@ -214,7 +214,7 @@ def test_slices_name_the_shard_and_the_position_in_it(rows):
     assert (slices.positions < np.array(sizes)[slices.shards]).all()
 
 
-def test_rows_travel_without_what_can_be_computed_again(rows):
+def test_a_pickled_dataset_leaves_out_what_can_be_computed_again(rows):
     assert rows.row_plan.rows > 0
     sent = pickle.dumps(rows)
     assert len(sent) < 1000
@@ -223,7 +223,7 @@ def test_rows_travel_without_what_can_be_computed_again(rows):
     assert equal(again.batch([0, 5]), rows.batch([0, 5]))
 
 
-def test_rows_whose_data_changes_on_the_way_are_those_of_both(rows, originals, tmp_path):
+def test_a_dataset_that_changes_on_the_way_has_the_rows_of_both(rows, originals, tmp_path):
     """Two epochs of both sources, then two of the second alone; also after a round trip through JSON."""
     changed = replace(rows, manifests=rows.manifests[1:], epochs=4, earlier=replace(rows, epochs=2))
     assert PackedDataset.from_dict(json.loads(json.dumps(changed.to_dict()))) == changed
@@ -249,7 +249,7 @@ def test_rows_whose_data_changes_on_the_way_are_those_of_both(rows, originals, t
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
-def test_fewer_epochs_than_reach_the_other_data_are_those_of_before(rows, epochs):
+def test_a_training_that_ends_before_the_data_changes_has_the_earlier_rows(rows, epochs):
     other = replace(rows, manifests=rows.manifests[1:], epochs=epochs, earlier=replace(rows, epochs=2))
     before = replace(rows, epochs=epochs)
     assert other.row_plan.steps == before.row_plan.steps
@@ -259,7 +259,7 @@ def test_fewer_epochs_than_reach_the_other_data_are_those_of_before(rows, epochs
     assert replace(other, max_steps=1).row_plan.steps == 1
 
 
-def test_what_a_run_has_trained_on_is_known_without_its_cache(rows, tmp_path):
+def test_a_stored_dataset_is_readable_without_its_cache(rows, tmp_path):
     described = rows.to_dict()
     gone = PackedDataset.from_dict({**described, "manifests": [str(tmp_path / "gone" / "manifest.parquet")]})
     assert gone.to_dict()["global_batch_size"] == described["global_batch_size"]
@@ -270,7 +270,7 @@ def test_what_a_run_has_trained_on_is_known_without_its_cache(rows, tmp_path):
     assert "missing; restore data.cache, or choose another run.name" in message
 
 
-def test_the_same_rows_are_known_wherever_they_lie_and_however_many_epochs_there_are(rows):
+def test_the_same_epochs_are_recognized_in_any_cache_and_for_any_number_of_epochs(rows):
     moved = tuple(path.replace("/shards/", "/elsewhere/shards/") for path in rows.manifests)
     assert rows.has_same_epochs(replace(rows, manifests=moved, epochs=7, max_steps=3))
     for other in (

@@ -35,7 +35,7 @@ def draw(shape: str, seed: int) -> tuple[np.ndarray, int]:
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("shape", ["even", "short", "skewed", "few different", "full rows", "just over half"])
-def test_each_example_is_in_one_row_and_rows_are_as_few_as_best_fit_gives(shape, seed):
+def test_each_example_is_in_one_row_and_there_are_no_more_rows_than_best_fit_needs(shape, seed):
     lengths, capacity = draw(shape, seed)
     rows = pack(lengths, capacity)
     assert sorted(np.concatenate(rows).tolist()) == list(range(len(lengths)))
@@ -54,7 +54,7 @@ def test_examples_of_one_length_keep_their_order():
     assert [index for row in sorted(rows, key=lambda row: row[0]) for index in row] == [0, 1, 2, 3, 4]
 
 
-def test_no_examples_need_no_row():
+def test_no_examples_give_no_rows():
     assert pack(np.array([], np.int32), 8) == []
 
 

@@ -77,7 +77,7 @@ def test_the_same_arguments_give_the_same_rows():
     assert rows_of(plan(seed=3, epochs=2)) == rows_of(plan(seed=3, epochs=2))
 
 
-def test_other_seeds_and_other_epochs_give_other_orders():
+def test_another_seed_or_epoch_gives_another_order():
     row_plan = plan(seed=3, epochs=2)
     middle = int(row_plan.epoch_ends[0])
     first, second = rows_of(row_plan, 0, middle), rows_of(row_plan, middle)
@@ -87,7 +87,7 @@ def test_other_seeds_and_other_epochs_give_other_orders():
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_steps_add_up_to_all_tokens_and_each_to_its_rows(options):
+def test_totals_of_steps_are_those_of_their_rows(options):
     row_plan = plan(epochs=2, **options)
     per_step = row_plan.global_batch_size
     assert (
@@ -126,7 +126,7 @@ def test_without_shuffling_the_order_is_that_of_the_data():
     assert firsts == sorted(firsts)
 
 
-def test_packing_leaves_little_room_empty():
+def test_packing_leaves_little_padding():
     assert plan().packing_efficiency > 0.98
     assert plan(layout="single").packing_efficiency == pytest.approx(LENGTHS.sum() / (500 * 64))
 
@@ -158,14 +158,14 @@ def test_consumed_rows_are_converted_to_epochs():
     assert type(row_plan.epoch_of(125)) is float
 
 
-def test_a_cut_epoch_counts_as_the_part_that_is_consumed():
+def test_a_cut_epoch_counts_in_proportion():
     assert plan(epochs=2, layout="single", max_steps=10).epoch_of(80) == 0.16
 
 
 @pytest.mark.parametrize("max_steps", [None, 1, 7])
 @pytest.mark.parametrize("epochs", [1, 2, 7, 40])
 @pytest.mark.parametrize("examples", [1, 3, 40, 500, 4000])
-def test_the_data_decides_how_many_rows_a_step_has(examples, epochs, max_steps):
+def test_an_automatic_batch_size_follows_from_the_data(examples, epochs, max_steps):
     given = [SourceLengths(np.full(examples, 20), np.full(examples, 9), np.array([examples]))]
     whole = plan_rows(given, capacity=64, epochs=epochs, layout="single")
     cut = plan_rows(given, capacity=64, epochs=epochs, layout="single", max_steps=max_steps)
@@ -180,13 +180,13 @@ def test_the_data_decides_how_many_rows_a_step_has(examples, epochs, max_steps):
     assert chosen == 32 or -(-examples * epochs // (2 * chosen)) < 100 or chosen >= examples or twice.steps < 100
 
 
-def test_of_many_epochs_no_more_are_laid_out_than_decide():
+def test_an_automatic_batch_size_reads_no_more_epochs_than_it_needs():
     seen = []
     assert auto_batch_size(seen.append(epoch) or np.ones(5) for epoch in range(100_000)) == 8
     assert len(seen) < 1000
 
 
-def test_a_step_that_the_data_decides_has_something_to_learn_from():
+def test_an_automatic_batch_size_gives_every_step_loss_tokens():
     loss_tokens = np.where(np.arange(120) % 3 == 0, 5, 0)
     given = [SourceLengths(np.full(120, 20), loss_tokens, np.array([120]))]
     row_plan = plan_rows(given, capacity=20, layout="single", shuffle=False)
@@ -208,7 +208,7 @@ def sources(*sizes: int, weights: tuple[float, ...] = ()) -> list[SourceLengths]
 @pytest.mark.parametrize(
     ("mixing", "takes"), [("concat", [300, 900]), ("first_exhausted", [300, 100]), ("all_exhausted", [2700, 900])]
 )
-def test_a_mixture_takes_of_each_source_what_its_weight_says_in_every_epoch(mixing, takes, epochs):
+def test_every_epoch_of_a_mixture_takes_from_each_source_in_proportion_to_its_weight(mixing, takes, epochs):
     given = sources(300, 900, weights=(3.0, 1.0))
     row_plan = plan_rows(given, capacity=64, global_batch_size=8, mixing=mixing, epochs=epochs)
     filled = [row for row in rows_of(row_plan) if row]

@@ -30,7 +30,7 @@ def steps_of(row_plan: RowPlan, first: int, last: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("layout", ["packed", "single"])
-def test_what_came_before_stays_and_what_follows_is_the_others_from_its_epoch_on(layout):
+def test_earlier_epochs_stay_and_later_ones_come_from_the_other_plan(layout):
     before, after = plan(FIRST, epochs=2, layout=layout), plan(OTHER, MORE, epochs=4, layout=layout)
     whole = splice(before, after, examples=110, sources=1)
     kept, rest = before.steps, plan(OTHER, MORE, epochs=2, layout=layout).steps
@@ -45,7 +45,7 @@ def test_what_came_before_stays_and_what_follows_is_the_others_from_its_epoch_on
     assert whole.source_weight(kept - 1, 3)[1:].sum() == 0
 
 
-def test_each_epoch_holds_each_of_its_examples_once_also_after_two_changes():
+def test_each_epoch_holds_each_of_its_examples_once_even_after_two_changes():
     once = splice(plan(FIRST, epochs=1), plan(OTHER, epochs=2), 110, 1)
     whole = splice(once, plan(MORE, epochs=5), 110 + 60, 2)
     filled = [row for row in steps_of(whole, 0, whole.steps) if row]
@@ -59,7 +59,7 @@ def test_each_epoch_holds_each_of_its_examples_once_also_after_two_changes():
     assert whole.group_ends[-1] == whole.rows
 
 
-def test_steps_are_counted_over_all_of_it():
+def test_max_steps_counts_the_steps_of_both_plans():
     whole = splice(plan(FIRST, epochs=1), plan(OTHER, epochs=9), 110, 1)
     cut = splice(plan(FIRST, epochs=1), plan(OTHER, epochs=9), 110, 1, max_steps=20)
     assert cut.steps == 20

@@ -20,7 +20,7 @@ from raysft.data.tokenization.truncation import split, truncate, truncated_lengt
         (10, 10, (10, 10)),
     ],
 )
-def test_prompt_and_answer_keep_the_lengths_that_llama_factory_gives_them(source, target, kept):
+def test_prompt_and_answer_are_shortened_as_llama_factory_does_it(source, target, kept):
     assert truncated_lengths(source, target, 1000) == kept
 
 
@@ -35,7 +35,7 @@ def test_one_turn_keeps_the_head_or_the_tail_of_its_prompt_and_the_head_of_its_a
 @pytest.mark.parametrize("tail", [False, True])
 @pytest.mark.parametrize("last_first", [False, True])
 @pytest.mark.parametrize("seed", range(20))
-def test_what_is_kept_fits_is_in_order_and_starts_at_the_side_that_goes_first(seed, last_first, tail):
+def test_kept_tokens_fit_and_are_in_order_and_the_first_side_is_served_first(seed, last_first, tail):
     random = np.random.default_rng(seed)
     borders = np.sort(random.choice(np.arange(1, 400), 2 * random.integers(1, 6), replace=False))
     turns = [tuple(pair) for pair in borders.reshape(-1, 2).tolist()]
@@ -52,7 +52,7 @@ def test_what_is_kept_fits_is_in_order_and_starts_at_the_side_that_goes_first(se
     assert first == list(range(start, start + len(first)))
 
 
-def test_turns_that_find_no_room_are_left_out():
+def test_turns_that_do_not_fit_are_left_out():
     kept = truncate(100, [(10, 50), (60, 100)], 50, tail=False, last_first=False)
     assert kept.tolist() == list(range(50))
     assert truncate(100, [(10, 50), (60, 100)], 50, tail=False, last_first=True).tolist() == list(range(50, 100))

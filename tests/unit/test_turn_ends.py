@@ -49,7 +49,7 @@ def ended(made: Manifest) -> dict[str, int]:
     return TurnStatistics.of(made.turns).end_tokens
 
 
-def test_the_end_is_what_the_labels_end_with_and_not_the_eos_of_the_tokenizer(tmp_path, tokenizer):
+def test_the_end_token_is_the_last_labelled_one_and_not_the_tokenizers_eos(tmp_path, tokenizer):
     template = "{% for m in messages %}" + HEADER + "{{ m.content }}<|end|>\n" + asking("<|im_start|>assistant\n")
     made = manifest(tmp_path, template, CHAT * 3)
     (end,) = stop_token_ids(made.turns)
@@ -96,13 +96,13 @@ def test_turns_that_no_token_ends_are_counted(tmp_path, tokenizer, end, expected
     assert TurnStatistics.of(made.turns) == expected
 
 
-def test_an_end_that_a_template_does_not_mark_as_generated_is_not_trained(tmp_path, tokenizer):
+def test_an_end_outside_the_generation_markers_is_not_trained(tmp_path, tokenizer):
     marked = "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}"
     template = "{% for m in messages %}" + HEADER + marked + "{% endif %}<|end|>" + asking("<|im_start|>assistant\n")
     assert TurnStatistics.of(manifest(tmp_path, template, CHAT).turns) == TurnStatistics(no_end=2)
 
 
-def test_a_token_that_the_template_writes_inside_turns_too_is_no_place_to_stop_at(tmp_path, tokenizer):
+def test_generation_does_not_stop_at_a_token_that_the_template_also_writes_inside_turns(tmp_path, tokenizer):
     turn = "{% if m.reasoning_content %}{{ m.reasoning_content }}<|end|>{% endif %}{{ m.content }}"
     template = framed("{{ '<|return|>' if loop.last else '<|end|>' }}", turn=turn)
     messages = [
@@ -137,7 +137,7 @@ def test_only_turns_that_are_trained_on_count(tmp_path, tokenizer):
     assert ended(manifest(tmp_path, framed(end), [{"messages": messages}])) == {"<|end|>": 1}
 
 
-def test_an_end_that_was_cut_off_is_none(tmp_path, tokenizer):
+def test_a_truncated_turn_has_no_end(tmp_path, tokenizer):
     long = [["Hi.", "word " * 200]]
     for on_overflow, expected in (
         ("truncate", TurnStatistics(truncated=1)),
@@ -149,7 +149,7 @@ def test_an_end_that_was_cut_off_is_none(tmp_path, tokenizer):
     assert TurnStatistics.of(made.turns) == TurnStatistics(end_tokens={"<|end|>": 1}, truncated=1)
 
 
-def test_texts_completions_and_ready_tokens_end_where_their_labels_do(tmp_path, tokenizer):
+def test_texts_completions_and_ids_end_where_their_labels_do(tmp_path, tokenizer):
     eos, end = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")
     assert stop_token_ids(manifest(tmp_path, framed(""), [{"text": "Once."}], stage="pt").turns) == (eos,)
     assert stop_token_ids(manifest(tmp_path, framed(""), [{"prompt": "Hi.", "completion": "Yo."}]).turns) == (eos,)
@@ -158,7 +158,7 @@ def test_texts_completions_and_ready_tokens_end_where_their_labels_do(tmp_path, 
         assert stop_token_ids(manifest(tmp_path, framed(""), [record]).turns) == expected
 
 
-def test_added_tokens_that_are_no_ends_are_not_taken_for_some(tmp_path):
+def test_white_space_and_html_among_added_tokens_are_not_taken_for_end_tokens(tmp_path):
     """Some vocabularies list line breaks and HTML among their added tokens."""
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["\n", "</b>", "<|stop|>"])
@@ -171,7 +171,7 @@ THINKS = "<|im_start|>assistant\n<think>\n"
 
 
 @pytest.mark.parametrize(
-    ("prompt", "turn", "unseen", "unprompted"),
+    ("prompt", "turn", "prompt_only", "turn_only"),
     [
         (THINKS, "{{ m.content }}", "<think>\n", ""),
         (THINKS, "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}", "", ""),
@@ -181,9 +181,11 @@ THINKS = "<|im_start|>assistant\n<think>\n"
         ("<|im_start|>assistant\n", "{% if m.role == 'assistant' %}<think>\n{% endif %}{{ m.content }}", "", ""),
     ],
 )
-def test_a_generation_prompt_that_opens_what_no_turn_has_is_seen(tmp_path, tokenizer, prompt, turn, unseen, unprompted):
-    seen = TurnStatistics.of(manifest(tmp_path, framed("<|end|>\n", prompt, turn), CHAT).turns)
-    assert (seen.prompt_only, seen.turn_only) == (unseen, unprompted)
+def test_a_generation_prompt_that_differs_from_the_turns_is_noticed(
+    tmp_path, tokenizer, prompt, turn, prompt_only, turn_only
+):
+    statistics = TurnStatistics.of(manifest(tmp_path, framed("<|end|>\n", prompt, turn), CHAT).turns)
+    assert (statistics.prompt_only, statistics.turn_only) == (prompt_only, turn_only)
 
 
 def test_a_template_may_need_no_generation_prompt(tmp_path, tokenizer):
@@ -203,7 +205,7 @@ def test_thinking_in_some_of_the_data_is_enough(tmp_path, tokenizer):
     assert TurnStatistics.of(manifest(tmp_path, template, [*[plain] * 9, thinks]).turns).prompt_only == ""
 
 
-def test_what_several_sources_hold_is_seen_together(tmp_path, tokenizer):
+def test_observations_of_several_sources_are_merged(tmp_path, tokenizer):
     end, call = (TurnObservation("end_token", number, text) for number, text in ((5, "<|end|>"), (6, "<|call|>")))
     inside = TurnObservation("inner_token", 5, "<|end|>")
     assert stop_token_ids(merge_counts([Counter({end: 3}), Counter({call: 1})])) == (5, 6)
