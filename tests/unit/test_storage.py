@@ -293,7 +293,7 @@ def served(monkeypatch):
 @pytest.mark.parametrize("name", NONSENSE)
 def test_data_that_is_cut_off_or_a_page_is_one_line(served, name):
     (file,) = find_files(Source(name="s", path=served(NONSENSE[name], name)))
-    remedy = "check what the storage answers, or write the file again"
+    remedy = "check the storage, or write the file again"
     with pytest.raises(RequestError, match=rf"^s3://bucket/{name}: cannot be read \(.+\); {remedy}$"):
         list(read_raw(file))
 
