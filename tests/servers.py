@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 
@@ -45,6 +46,15 @@ def silent(connection: socket.socket) -> None:
     """Read all that comes and never answer."""
     while connection.recv(65536):
         pass
+
+
+def trickling(connection: socket.socket) -> None:
+    """Promise a long answer and send a byte of it every tenth of a second."""
+    asked = connection.recv(65536)
+    connection.sendall(_head("200 OK", 1 << 20, {"ETag": '"a"', "X-Repo-Commit": "a" * 40}))
+    while not asked.startswith(b"HEAD"):  # which has no body
+        connection.sendall(b"x")
+        time.sleep(0.1)
 
 
 def http(status: str, body: bytes = b"", length: int | None = None, **headers: str) -> Answer:

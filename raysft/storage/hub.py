@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 from functools import lru_cache, partial
 from typing import Any
 
 ATTEMPT_SECONDS = 10.0
 """How long one request may wait without a byte."""
+SLOWEST_BYTES = 1024
+"""Bytes per second below which a response counts as no answer."""
 PATIENCE_SECONDS = 25.0
 """How long a hub that fails is asked again. Its library would ask for minutes, file by file, and wait for as long as a server
 tells it to."""
@@ -53,7 +56,10 @@ def _send(once: Any, away: dict[str, float], request: Any, **options: Any) -> An
     while True:
         limit = patience
         try:
-            response = once(request, **options)
+            response = once(request, **{**options, "stream": True})
+            response.stream = _paced(response.stream)
+            if not options.get("stream"):
+                response.read()
             if response.status_code not in PASSING:
                 away.pop(server, None)
                 return response
@@ -73,6 +79,28 @@ def _send(once: Any, away: dict[str, float], request: Any, **options: Any) -> An
             print(f"waiting for the hub: {server} ({reason})", file=sys.stderr)
         time.sleep(pause)
         pause = min(2 * pause, 8.0)
+
+
+def _paced(stream: Any) -> Any:
+    """The body of a response; a server that only trickles raises ``ReadTimeout``, as one that sends nothing does."""
+    import httpx2
+
+    class Paced(httpx2.SyncByteStream):
+        def __iter__(self) -> Iterator[bytes]:
+            since, received = time.monotonic(), 0
+            for chunk in stream:
+                yield chunk
+                received += len(chunk)
+                seconds = time.monotonic() - since
+                if seconds > ATTEMPT_SECONDS:
+                    if received < SLOWEST_BYTES * seconds:
+                        raise httpx2.ReadTimeout(f"it sent {received} bytes in {seconds:.0f} s")
+                    since, received = time.monotonic(), 0
+
+        def close(self) -> None:
+            stream.close()
+
+    return Paced()
 
 
 def failures() -> tuple[type[Exception], ...]:
