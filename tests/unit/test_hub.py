@@ -33,7 +33,7 @@ KINDS = {
         "does not answer ([Errno 111] Connection refused); check the network and HF_ENDPOINT",
     ),
     "is silent": (silent, "does not answer (timed out); check the network and HF_ENDPOINT"),
-    "trickles": (trickling, "does not answer (it sent "),
+    "trickles": (trickling, "(it sent "),
     "hangs up": (lambda connection: None, "does not answer ("),
     "fails": (http("500 Internal Server Error"), "does not answer (500 Internal Server Error); check the network"),
     "is busy for an hour": (
