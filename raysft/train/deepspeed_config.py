@@ -1,4 +1,4 @@
-"""Config → DeepSpeed's settings."""
+"""DeepSpeed settings from the config."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from raysft.config import Config, refuse_secrets
 from raysft.errors import RequestError
 
 OURS = ("optimizer", "scheduler", "data_efficiency", "curriculum_learning")
-"""Sections of DeepSpeed that would take over what a config of ours decides."""
+"""Sections of a DeepSpeed config that would override keys of ours."""
 LARGEST_BUCKET = 500_000_000
-"""Gradients that DeepSpeed reduces at once unless told otherwise."""
+"""DeepSpeed's default for the number of gradient elements that it reduces at once."""
 
 
 def zero_stage(config: Config) -> int:
-    """The ZeRO stage, at least 1 where weights are 16-bit: without ZeRO DeepSpeed would update them as they are, and small
-    steps would be lost; from stage 1 on it keeps float32 ones."""
+    """Return the ZeRO stage: at least 1 for 16-bit weights.
+
+    Without ZeRO, DeepSpeed updates 16-bit weights in place, and small updates are lost; from stage 1 on it keeps float32
+    copies.
+    """
     return (
         max(config.train.zero_stage, 1)
         if config.dtype != "float32" and not config.autocast
@@ -27,10 +30,10 @@ def zero_stage(config: Config) -> int:
 
 
 def deepspeed_settings(config: Config, workers: int) -> dict[str, Any]:
-    """The settings that a config asks for, at a number of workers, with those of ``train.deepspeed``.
+    """Merge the settings of the config, for a number of workers, with those of ``train.deepspeed``.
 
     Raises:
-        RequestError: the two contradict each other.
+        RequestError: they contradict each other.
     """
     mixed = config.dtype if not config.autocast else "float32"
     settings: dict[str, Any] = {
@@ -39,9 +42,9 @@ def deepspeed_settings(config: Config, workers: int) -> dict[str, Any]:
         "bf16": {"enabled": mixed == "bfloat16"},
         "fp16": {"enabled": mixed == "float16"},
         "zero_optimization": {"stage": zero_stage(config), **_offload(config)},
-        # An offloaded step is torch's own where DeepSpeed's cannot be compiled.
+        # If DeepSpeed's CPU optimizer cannot be compiled, an offloaded step uses torch's.
         "zero_force_ds_cpu_optimizer": False,
-        # Our own step line says all that its print-outs say.
+        # Our step line has the same information.
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
@@ -50,7 +53,7 @@ def deepspeed_settings(config: Config, workers: int) -> dict[str, Any]:
 
 
 def _sizes(config: Config, workers: int) -> dict[str, int]:
-    """How a step's rows are cut up; nothing as long as the data has not decided how many there are."""
+    """Batch sizes and accumulation; empty while ``train.global_batch_size`` is auto and the data is not known yet."""
     if config.train.global_batch_size == "auto":
         return {}
     rows = -(-config.train.global_batch_size // workers)
@@ -64,10 +67,10 @@ def _sizes(config: Config, workers: int) -> dict[str, int]:
 
 
 def with_bucket(settings: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """The settings with a reduce bucket that holds no more than the gradients there are, unless ``train.deepspeed`` has one.
+    """Limit the reduce bucket to the number of trained elements, unless ``train.deepspeed`` sets it.
 
-    DeepSpeed allocates the whole bucket in each backward, or for good, however little is trained: 2 GB for a LoRA of 5 MB. Its
-    other bucket sizes are limits and allocate nothing.
+    DeepSpeed allocates the whole bucket, in each backward or permanently, even if little is trained: 2 GB for a LoRA of 5 MB.
+    Its other bucket sizes are limits and allocate nothing.
     """
     trained = sum(size(parameter) for parameter in model.parameters() if parameter.requires_grad)
     zero = {"reduce_bucket_size": min(LARGEST_BUCKET, trained), **settings["zero_optimization"]}
@@ -80,14 +83,14 @@ def size(parameter: Any) -> int:
 
 
 def _offload(config: Config) -> dict[str, Any]:
-    wanted = config.train.offload
+    offload = config.train.offload
     return {
         key: {
             "device": device,
             "pin_memory": config.scaling.use_gpu,
-            **({"nvme_path": str(Path(wanted.folder or "").expanduser().absolute())} if device == "nvme" else {}),
+            **({"nvme_path": str(Path(offload.folder or "").expanduser().absolute())} if device == "nvme" else {}),
         }
-        for key, device in (("offload_optimizer", wanted.optimizer), ("offload_param", wanted.parameters))
+        for key, device in (("offload_optimizer", offload.optimizer), ("offload_param", offload.parameters))
         if device != "none"
     }
 
@@ -100,26 +103,28 @@ def _given(config: Config) -> Mapping[str, Any]:
         read = json.loads(Path(given).expanduser().read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise RequestError(f"train.deepspeed={given}: is no JSON file that can be read ({reason}); mend it") from None
+        raise RequestError(f"train.deepspeed={given}: cannot be read as JSON ({reason}); fix the file") from None
     if not isinstance(read, dict):
-        raise RequestError(f"train.deepspeed={given}: holds no JSON object; give DeepSpeed's settings by their names")
+        raise RequestError(
+            f"train.deepspeed={given}: holds no JSON object; use a file with DeepSpeed's settings by name"
+        )
     refuse_secrets(read, lambda place: f"train.deepspeed={given}")
     return read
 
 
 def _merged(ours: Mapping[str, Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Both together; where both say something they must say the same. ``auto``, as Hugging Face writes it, leaves it to us."""
+    """Merge two settings that must agree where both have a key. ``auto``, as in Hugging Face's files, takes ours."""
     merged = dict(ours)
     for key, value in given.items():
         path = f"{where}.{key}"
         if where == "train.deepspeed" and key in OURS:
-            raise RequestError(f"{path}: raysft sets this itself (train.optimizer, train.schedule, data); take it out")
+            raise RequestError(f"{path} is set by raysft (train.optimizer, train.schedule, data); remove it")
         if value == "auto":
             continue
         if isinstance(value, Mapping) and isinstance(ours.get(key, {}), Mapping):
             merged[key] = _merged(ours.get(key, {}), value, path)
         elif key in ours and ours[key] != value:
-            raise RequestError(f"{path}={value!r} and the rest of the config makes it {ours[key]!r}; take it out")
+            raise RequestError(f"{path}={value!r}, but the rest of the config sets it to {ours[key]!r}; remove it")
         else:
             merged[key] = value
     return merged

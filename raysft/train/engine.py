@@ -1,4 +1,4 @@
-"""Config → DeepSpeed engine."""
+"""The DeepSpeed engine: model, loss and optimizer of one worker."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from raysft.train.optim import make_lr_scheduler, make_optimizer
 def make_engine(
     config: Config, model_path: str, workers: int, steps: int, device: torch.device, adapter: str | None = None
 ) -> tuple[Any, Any]:
-    """Load the model and wrap it.
+    """Load the model and wrap it with DeepSpeed.
 
     Args:
         config: the run's config.
-        model_path: what to load.
-        workers: size of the process group, which exists already.
-        steps: optimizer steps of the whole run.
+        model_path: folder or hub id of the model.
+        workers: size of the process group, which must exist.
+        steps: total optimizer steps of the run.
         device: where the model goes.
-        adapter: folder of an adapter to go on with.
+        adapter: folder of an adapter to continue training.
 
     Returns:
         The engine, and the LR scheduler.
@@ -39,12 +39,12 @@ def make_engine(
         use_onednn()
     # Without this DeepSpeed compiles an all-reduce of its own on CPU nodes: most of a minute, and a compiler, for what gloo does.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # DeepSpeed takes over the process group that is there, before ZeRO-3 shares weights out over it.
+    # DeepSpeed must adopt the existing process group before ZeRO-3 partitions weights over it.
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     settings = deepspeed_settings(config, workers)
     zero3 = config.train.zero_stage == 3
-    # While this lives, from_pretrained shares the weights out as it loads them, instead of loading all of them on each worker.
-    keep = HfDeepSpeedConfig(settings) if zero3 else None
+    # While this object lives, from_pretrained partitions weights as it loads them, instead of loading all of them on each worker.
+    partitioning = HfDeepSpeedConfig(settings) if zero3 else None
     model = TokenLoss(
         load_model(config, model_path, device, adapter),
         objective=_objective(config),
@@ -66,7 +66,7 @@ def make_engine(
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=settings, dist_init_required=False
     )
-    del keep
+    del partitioning
     engine.eval()
     check_model(model, config, device)
     engine.train()
@@ -74,23 +74,25 @@ def make_engine(
 
 
 def gather_experts_whole(model: TokenLoss) -> None:
-    """Let ZeRO-3 gather experts with their adapters as one. peft computes with such adapters without calling them, and what is
-    not called is not gathered."""
+    """Make ZeRO-3 gather experts and their adapters as one module.
+
+    peft computes with these adapters without calling them, and ZeRO-3 gathers only modules that are called.
+    """
     from peft.tuners.lora.layer import ParamWrapper
 
     adapted = [module for module in model.modules() if isinstance(module, ParamWrapper)]
     for module in adapted:
         deepspeed.utils.set_z3_leaf_module(module, True)
     if adapted:
-        # DeepSpeed waits for the gradients of their inputs, which the first layer's would not have.
+        # DeepSpeed waits for gradients of their inputs; without this, the first layer's input has none.
         without_adapters(model.model).enable_input_require_grads()
 
 
 def check_model(model: TokenLoss, config: Config, device: torch.device) -> None:
-    """Make sure that what the loss takes for granted holds for this architecture.
+    """Check that the loss is right for this architecture: its output head, causality, and packed rows.
 
     Raises:
-        RunFailed: it does not.
+        RunFailed: one of them is not as the loss requires.
     """
     try:
         model.check_head(device)

@@ -1,4 +1,4 @@
-"""How much of what a GPU can compute a training uses."""
+"""FLOPs of a training step, and the peak FLOPs of GPUs, for model FLOPs utilization (MFU)."""
 
 from __future__ import annotations
 
@@ -27,37 +27,37 @@ PEAKS = {
     "V100": 125e12,
     "T4": 65e12,
 }
-"""Dense 16-bit operations per second, as the makers give them, by a part of the device's name; the first that fits counts."""
+"""Part of a device's name → dense 16-bit FLOP/s from its data sheet; the first match counts."""
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """What the device computes at most, in 16-bit floating-point operations per second; None where it is not known."""
+    """Return the peak 16-bit FLOP/s of a device; None if unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
     return next((flops for part, flops in PEAKS.items() if part in name), None)
 
 
-def model_flops(model: Any, tokens: float, squares: float, trained: float) -> float:
-    """Operations that one pass forward and backward over some tokens needs, recomputation not counted.
+def model_flops(model: Any, tokens: float, squares: float, loss_tokens: float) -> float:
+    """Count the FLOPs of one forward and backward pass, without recomputation.
 
-    As Chowdhery et al. 2022 (PaLM, appendix B) count it: 6 for each weight and token, 2 of them forward, 2 for the gradient of
-    the activations and 2 for that of the weight, which frozen weights do not need; and 12 · layers · width for each pair of
-    tokens that attend to each other, half of them with a causal mask. The output head works on trained tokens alone.
+    As in Chowdhery et al. 2022 (PaLM, appendix B): 6 per weight and token (2 in forward, 2 for the gradient of the activations,
+    and 2 for that of the weight, which frozen weights do not need), and 12 · layers · width per pair of tokens in one example,
+    half of them with a causal mask. The output head is computed for loss tokens only.
 
     Args:
         model: a transformers model, with or without adapters.
-        tokens: without padding.
-        squares: sum over examples of the square of their tokens.
-        trained: trained tokens.
+        tokens: number of tokens without padding.
+        squares: sum over examples of the square of their length.
+        loss_tokens: number of loss tokens.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = base.config.get_text_config()
     head, embedding = base.get_output_embeddings().weight, base.get_input_embeddings().weight
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    body = sum(_flops(each) for each in model.parameters() if each is not head and each is not embedding)
+    body = sum(_flops(weight) for weight in model.parameters() if weight is not head and weight is not embedding)
     attention = 12 * config.num_hidden_layers * config.num_attention_heads * width * squares / 2
-    return tokens * body + trained * _flops(head) + attention
+    return tokens * body + loss_tokens * _flops(head) + attention
 
 
 def _flops(parameter: Any) -> float:

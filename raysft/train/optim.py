@@ -1,4 +1,4 @@
-"""Optimizer and course of the learning rate."""
+"""Optimizers and learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from raysft.config import TrainSection
-from raysft.errors import RequestError
+from raysft.errors import RequestError, one_line
 
 EXTRA = {
     "adam_mini": "pytorch_optimizer",
@@ -21,22 +21,22 @@ EXTRA = {
     "apollo": "pytorch_optimizer",
     "badam": "badam",
 }
-"""Optimizers that the extra ``optim`` brings, and the package of each."""
+"""Optimizer → the package that it needs; the extra ``optim`` installs them."""
 GALORE = {"rank": 16, "update_proj_gap": 200, "scale": 2.0, "projection_type": "std"}
 APOLLO = {"rank": 16, "update_proj_gap": 200, "scale": 32.0, "projection_type": "random"}
-"""What LLaMA-Factory begins with."""
+"""Defaults, as in LLaMA-Factory."""
 
 
 def make_optimizer(model: nn.Module, train: TrainSection, loraplus_ratio: float | None = None) -> torch.optim.Optimizer:
-    """The optimizer over the trained parameters; weight decay spares vectors (biases and norms).
+    """Make the optimizer of the trained parameters. Weight decay does not apply to vectors (biases and norms).
 
     Args:
-        model: holds them.
-        train: names the optimizer and its settings.
-        loraplus_ratio: how many times higher the learning rate of LoRA's B matrices is.
+        model: has the parameters.
+        train: the section of the config.
+        loraplus_ratio: factor on the learning rate of LoRA's B matrices.
 
     Raises:
-        RequestError: its library is not installed, or knows no such option.
+        RequestError: the optimizer's package is not installed, or refuses an option.
     """
     check_installed(train.optimizer)
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -44,33 +44,39 @@ def make_optimizer(model: nn.Module, train: TrainSection, loraplus_ratio: float 
         return MAKERS[train.optimizer](model, parameters, train, loraplus_ratio)
     except (TypeError, ValueError, RuntimeError) as error:
         raise RequestError(
-            f"train.optimizer={train.optimizer} refuses train.optimizer_options={train.optimizer_options} ({error}); mend them"
+            f"train.optimizer={train.optimizer} refuses train.optimizer_options={train.optimizer_options} ({one_line(error)}); "
+            "fix the options"
         ) from None
 
 
 def check_installed(optimizer: str) -> None:
-    """Find out before anything starts whether an optimizer's library is there."""
+    """Check that the optimizer's package is installed.
+
+    Raises:
+        RequestError: it is not.
+    """
     package = EXTRA.get(optimizer)
     if package and importlib.util.find_spec(package) is None:
         raise RequestError(
-            f"train.optimizer={optimizer} needs the Python package {package}; pip install 'raysft[optim]' on every node"
+            f"train.optimizer={optimizer} needs the package {package}, which is not installed; "
+            "run pip install 'raysft[optim]' on every node"
         )
 
 
 def make_lr_scheduler(optimizer: torch.optim.Optimizer, train: TrainSection, steps: int) -> Any:
-    """Warm-up, then the named course over the exact number of steps.
+    """Make the learning-rate schedule: warm-up, then ``train.schedule`` over exactly ``steps`` steps.
 
     Raises:
-        RequestError: the course knows no such option.
+        RequestError: the schedule refuses an option.
     """
-    # The first step of a warm-up has rate 0: a run of one step would train nothing.
+    # The first step of a warm-up has learning rate 0, so a run of one step must have no warm-up.
     warmup = min(math.ceil(train.warmup_ratio * steps), steps - 1)
     options = dict(train.schedule_options)
     if train.schedule == "warmup_stable_decay":
         options.setdefault("num_decay_steps", max(1, steps // 10))
     if train.schedule == "cosine_with_min_lr" and not {"min_lr", "min_lr_rate"} & options.keys():
         options["min_lr_rate"] = 0.1
-    # Its import takes three seconds, and the driver, which asks this module for names, needs none of it.
+    # The import takes three seconds, and the driver, which imports this module, does not need it.
     from transformers import get_scheduler
 
     try:
@@ -83,13 +89,14 @@ def make_lr_scheduler(optimizer: torch.optim.Optimizer, train: TrainSection, ste
         )
     except (TypeError, ValueError) as error:
         raise RequestError(
-            f"train.schedule={train.schedule} refuses train.schedule_options={train.schedule_options} ({error}); mend them"
+            f"train.schedule={train.schedule} refuses train.schedule_options={train.schedule_options} ({one_line(error)}); "
+            "fix the options"
         ) from None
 
 
 def go_to_step(lr_scheduler: Any, steps: int) -> None:
-    """Let the learning rate be that of the step after so many."""
-    # It counts one on when it sets the rate; it also counts its calls, to complain about one before the optimizer's first step.
+    """Set the learning rate to that of the step after the first ``steps``."""
+    # ``step`` increments ``last_epoch``; ``_step_count`` suppresses a warning about a call before the optimizer's first step.
     lr_scheduler.load_state_dict({**lr_scheduler.state_dict(), "last_epoch": steps - 1, "_step_count": steps + 2})
     lr_scheduler.step()
 
@@ -115,18 +122,18 @@ def _adamw(model: nn.Module, parameters: Parameters, train: TrainSection, ratio:
 
 
 def has_compiler() -> bool:
-    """Whether DeepSpeed can compile its CPU-Adam here; torch's own does the same, a little slower."""
+    """Return True if DeepSpeed can compile its CPU-Adam here; torch's own AdamW does the same, a little slower."""
     return any(shutil.which(name) for name in ("c++", "g++", "clang++"))
 
 
 def _by_rate(
     chosen: Iterable[nn.Parameter], parameters: Parameters, ratio: float
 ) -> Iterable[tuple[list[nn.Parameter], float]]:
-    """LoRA+ (Hayou et al. 2024): B matrices, and what is an embedding's adapter, learn faster."""
-    fast = {id(each) for name, each in parameters.items() if "lora_B" in name or "lora_embedding_B" in name}
-    members = list(chosen)
-    yield [each for each in members if id(each) not in fast], 1.0
-    yield [each for each in members if id(each) in fast], ratio
+    """Split parameters for LoRA+ (Hayou et al. 2024): (parameters, factor on the learning rate), higher for B matrices."""
+    fast = {id(weight) for name, weight in parameters.items() if "lora_B" in name or "lora_embedding_B" in name}
+    group = list(chosen)
+    yield [weight for weight in group if id(weight) not in fast], 1.0
+    yield [weight for weight in group if id(weight) in fast], ratio
 
 
 def _adafactor(
@@ -138,17 +145,16 @@ def _adafactor(
 
 
 def _muon(model: nn.Module, parameters: Parameters, train: TrainSection, ratio: float | None) -> torch.optim.Optimizer:
-    inside = {name: each for name, each in parameters.items() if _is_inner_matrix(name, each)}
-    beside = {name: each for name, each in parameters.items() if name not in inside}
-    # Scaled to the size of AdamW's updates, so that both take the same learning rate (Liu et al. 2025).
+    inner, others = _by_place(parameters)
+    # Scales updates to the size of AdamW's, so that both can have the same learning rate (Liu et al. 2025).
     options = {"adjust_lr_fn": "match_rms_adamw", **train.optimizer_options}
-    muon = torch.optim.Muon(list(inside.values()), lr=train.learning_rate, weight_decay=train.weight_decay, **options)
-    if not beside:
+    muon = torch.optim.Muon(list(inner.values()), lr=train.learning_rate, weight_decay=train.weight_decay, **options)
+    if not others:
         return muon
-    rest = torch.optim.AdamW(
-        _groups(beside, train.weight_decay), lr=train.learning_rate, betas=train.betas, eps=train.epsilon
+    adamw = torch.optim.AdamW(
+        _groups(others, train.weight_decay), lr=train.learning_rate, betas=train.betas, eps=train.epsilon
     )
-    return Together(muon, rest)
+    return CombinedOptimizer(muon, adamw)
 
 
 def _adam_mini(
@@ -192,14 +198,13 @@ def _low_rank(
     train: TrainSection,
     defaults: dict[str, Any],
 ) -> torch.optim.Optimizer:
-    """Matrices inside the layers by their projections, all else whole."""
+    """Make an optimizer that projects the matrices inside the layers, and updates all other parameters in full."""
     projected = {**defaults, **{key: value for key, value in train.optimizer_options.items() if key in defaults}}
     options = {key: value for key, value in train.optimizer_options.items() if key not in defaults}
-    inside = {name: each for name, each in parameters.items() if _is_inner_matrix(name, each)}
-    beside = {name: each for name, each in parameters.items() if name not in inside}
-    groups = [{**group, **projected} for group in _groups(inside, train.weight_decay)]
+    inner, others = _by_place(parameters)
+    groups = [{**group, **projected} for group in _groups(inner, train.weight_decay)]
     return optimizer(
-        [*groups, *_groups(beside, train.weight_decay)],
+        [*groups, *_groups(others, train.weight_decay)],
         lr=train.learning_rate,
         betas=train.betas,
         eps=train.epsilon,
@@ -210,7 +215,7 @@ def _low_rank(
 def _badam(model: nn.Module, parameters: Parameters, train: TrainSection, ratio: float | None) -> torch.optim.Optimizer:
     from badam import BlockOptimizer
 
-    # It makes groups of its own for each block, from the optimizer's defaults: decay is among them.
+    # BAdam makes its own groups for each block, from the optimizer's defaults, including weight decay.
     base = torch.optim.AdamW(
         list(parameters.values()),
         lr=train.learning_rate,
@@ -220,9 +225,8 @@ def _badam(model: nn.Module, parameters: Parameters, train: TrainSection, ratio:
     )
     options = {"switch_mode": "ascending", "verbose": 0, **train.optimizer_options}
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="BAdam expect model"
-        )  # it keeps float32 copies, also of float32 weights
+        # BAdam keeps float32 copies, even of float32 weights.
+        warnings.filterwarnings("ignore", message="BAdam expect model")
         return BlockOptimizer(base_optimizer=base, named_parameters_list=list(parameters.items()), **options)
 
 
@@ -237,32 +241,32 @@ MAKERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-class Together(torch.optim.Optimizer):
-    """Two optimizers, each with parameters of its own, as one."""
+class CombinedOptimizer(torch.optim.Optimizer):
+    """Several optimizers, each with its own parameters, as one."""
 
     def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
         self.optimizers = optimizers
-        super().__init__([group for each in optimizers for group in each.param_groups], {})
-        # The very groups of the two: who sets a learning rate here sets it there.
-        self.param_groups = [group for each in optimizers for group in each.param_groups]
+        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
+        # The optimizers' own groups, so that a learning rate set here is set there.
+        self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        """One step of each."""
+        """Step all optimizers."""
         loss = closure() if closure is not None else None
-        for each in self.optimizers:
-            each.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of each."""
-        return {"optimizers": [each.state_dict() for each in self.optimizers]}
+        """Return the states of all optimizers."""
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put the states back."""
-        for each, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
-            each.load_state_dict(state)
-        self.param_groups = [group for each in self.optimizers for group in each.param_groups]
+        """Restore the states."""
+        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
 
 def _groups(parameters: Parameters, weight_decay: float) -> list[dict[str, Any]]:
@@ -273,11 +277,17 @@ def _groups(parameters: Parameters, weight_decay: float) -> list[dict[str, Any]]
     return [group for group in groups if group["params"]]
 
 
+def _by_place(parameters: Parameters) -> tuple[Parameters, Parameters]:
+    """Split parameters into the matrices inside the layers and all others."""
+    inner = {name: weight for name, weight in parameters.items() if _is_inner_matrix(name, weight)}
+    return inner, {name: weight for name, weight in parameters.items() if name not in inner}
+
+
 def _is_inner_matrix(name: str, parameter: Any) -> bool:
-    """Whether it is a matrix inside a layer, and neither embedding nor output head."""
+    """Return True for a matrix inside a layer: neither an embedding nor the output head."""
     return _dimensions(parameter) == 2 and "embed" not in name and "lm_head" not in name
 
 
 def _dimensions(parameter: Any) -> int:
-    # ZeRO-3 leaves an empty vector in place of the weight and keeps its shape aside.
+    # ZeRO-3 replaces the weight with an empty vector and stores its shape in ``ds_shape``.
     return len(getattr(parameter, "ds_shape", parameter.shape))

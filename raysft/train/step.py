@@ -1,11 +1,11 @@
 """One optimizer step, and one pass over an evaluation set.
 
-Every worker makes the same collectives in the same order, whatever its rows hold. Otherwise the workers wait for each other in
-different places, or add up numbers that do not belong together. Under ZeRO-3 each call of a module that has weights gathers them
-from all workers, so calling one is a collective, in backward as well; under ZeRO-1 and 2 so is each gradient that a weight gets.
-Rows differ between workers in number (fillers), width, labels, sources and weights. What is called, and how often, may depend on
-the config, on the model and on the row plan, which all workers know, but never on a worker's own rows. A part of the model that
-only some rows need, such as an encoder of images, is called for every microbatch all the same, on a stand-in that counts nothing.
+Every worker makes the same collectives in the same order, whatever its rows hold. Otherwise the workers would wait for each
+other in different places, or sum numbers that do not belong together. With ZeRO-3, each call of a module with weights gathers
+them from all workers, in forward and backward, so calling it is a collective; with ZeRO-1 and 2, each gradient of a weight is
+one. Workers' rows differ in number (fillers), width, labels, sources and weights. So which modules are called, and how often,
+may depend on the config, the model and the row plan, which all workers know, but never on a worker's own rows. A part of the
+model that only some rows need, such as an image encoder, must be called for every microbatch, on a stand-in without effect.
 """
 
 from __future__ import annotations
@@ -25,31 +25,32 @@ from raysft.errors import RunFailed
 from raysft.telemetry.events import Evaluation
 from raysft.train.job import Batch
 
-KINDS = {
+TENSORS = {
     "input_ids": torch.long,
     "position_ids": torch.long,
     "labels": torch.long,
     "weights": torch.float32,
     "sources": torch.long,
 }
+"""Inputs of ``TokenLoss`` and their dtypes; a batch holds them as [rows, tokens]."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step came to."""
+    """Result of one optimizer step."""
 
     loss: float
-    """The step's loss over all workers: the weighted sum over trained tokens divided by their weight."""
+    """The step's loss over all workers: the weighted sum over loss tokens divided by their total weight."""
     norm: float
-    """Norm of the whole gradient before clipping."""
+    """Norm of the gradient over all workers, before clipping."""
     by_source: np.ndarray
-    """[sources] float64 the weighted sum of each source."""
+    """[sources] float64: the weighted sum of losses of each source."""
     applied: bool
-    """Whether the weights were changed; they are not where the gradient is infinite or no number."""
+    """False if the weights were not updated, because the gradient is NaN or infinite."""
     noticed: bool = False
-    """Whether any worker's machine is about to be taken away."""
+    """True if any worker's machine is about to be preempted."""
     late: bool = False
-    """Whether the first worker's clock asks for a checkpoint."""
+    """True if the first worker's clock asks for a checkpoint."""
 
 
 def train_step(
@@ -63,20 +64,20 @@ def train_step(
 
     Args:
         engine: the DeepSpeed engine.
-        batch: this worker's rows, as ``data.stream`` makes them.
-        weight: weight of the trained tokens of the whole step, over all workers; their number where all count the same.
-        sources: how many sources there are.
-        asks: whether this worker's machine is about to be taken away, and whether its clock asks for a checkpoint; called
-            when all is computed, and all workers are told.
+        batch: this worker's rows, from a ``RowSource``.
+        weight: total weight of the step's loss tokens over all workers; without weights, their number.
+        sources: number of sources.
+        asks: returns (this worker's machine is about to be preempted, its clock asks for a checkpoint). It is called after the
+            computation, and all workers learn if it is true for any of them.
     """
     accumulation = engine.gradient_accumulation_steps()
-    # DeepSpeed averages over microbatches and workers; the sum is wanted, over one known number of tokens.
+    # DeepSpeed averages over microbatches and workers; undo that, and divide by the step's weight instead.
     scale = accumulation * dist.get_world_size() / weight
     totals = torch.zeros(3 + sources, device=engine.device)
     norm = None
     for microbatch in microbatches(batch, engine.train_micro_batch_size_per_gpu(), engine.device):
         loss, by_source, _ = engine(**microbatch, number_of_sources=sources)
-        # 1, or no number where the loss is infinite, though its gradient may be finite: such a step is not to be applied.
+        # `loss * 0 + 1` is 1 for a finite loss and NaN otherwise; it makes the gradient NaN, so that the step is skipped.
         engine.backward(loss * scale * (loss.detach() * 0 + 1))
         if engine.is_gradient_accumulation_boundary() and not hasattr(engine.optimizer, "_global_grad_norm"):
             # A plain optimizer (ZeRO 0 in float32) does not keep the norm, and its gradients are whole on each worker.
@@ -94,7 +95,7 @@ def train_step(
 
 @contextmanager
 def _without_update(engine: Any) -> Iterator[None]:
-    """A step of which only the counting is done, as ZeRO does it by itself where a gradient is not finite."""
+    """Make ``engine.step`` count the step without an update, as ZeRO itself does for a gradient that is not finite."""
     update = engine.optimizer.step
     engine.optimizer.step = lambda *arguments, **options: None
     try:
@@ -105,43 +106,48 @@ def _without_update(engine: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def evaluate(model: Any, name: str, step: int, batches: Iterable[Batch], rows: int, device: torch.device) -> Evaluation:
-    """Loss and accuracy of an evaluation set, exact over all workers: sums are added up, then divided once.
+    """Compute loss and accuracy on an evaluation set, exactly over all workers: sums are reduced, then divided once.
 
-    Every token counts the same here, whatever its weight in training.
+    All loss tokens count the same, whatever their weight in training.
 
     Args:
         model: ``TokenLoss``, or the engine around it.
         name: name of the set.
         step: optimizer steps done.
-        batches: this worker's rows; every worker has the same number of them.
-        rows: rows computed at once.
+        batches: this worker's rows; all workers have the same number of batches.
+        rows: rows per microbatch.
         device: where the model is.
+
+    Raises:
+        RunFailed: the set has no loss token.
     """
     training = model.training
     model.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=device)
     for batch in batches:
         for microbatch in microbatches(batch, rows, device):
-            shown = {name: microbatch[name] for name in ("input_ids", "position_ids", "labels")}
-            loss, _, correct = model(**shown, score=True)
-            # A label at the front of an example is never predicted, and the data stage has masked it.
-            trained = (microbatch["labels"][:, 1:] != IGNORE_INDEX).sum()
-            totals += torch.stack([loss.double(), correct.double(), trained.double()])
+            inputs = {name: microbatch[name] for name in ("input_ids", "position_ids", "labels")}
+            loss, _, correct = model(**inputs, score=True)
+            # The first token of an example is never predicted; the data stage has masked its label.
+            loss_tokens = (microbatch["labels"][:, 1:] != IGNORE_INDEX).sum()
+            totals += torch.stack([loss.double(), correct.double(), loss_tokens.double()])
     model.train(training)
     dist.all_reduce(totals)
-    loss, correct, trained = totals.tolist()
-    if not trained:
-        raise RunFailed(f"evaluation set {name!r} has no trained token")
-    return Evaluation(name=name, step=step, loss=loss / trained, accuracy=correct / trained, tokens=int(trained))
+    loss, correct, tokens = totals.tolist()
+    if not tokens:
+        raise RunFailed(
+            f"evaluation set {name!r} has no loss token; remove the set, or give examples with assistant messages"
+        )
+    return Evaluation(name=name, step=step, loss=loss / tokens, accuracy=correct / tokens, tokens=int(tokens))
 
 
 def microbatches(batch: Batch, rows: int, device: torch.device) -> Iterable[dict[str, torch.Tensor]]:
-    """Cut rows into microbatches, without the padding that all rows of one have at their end."""
+    """Cut rows into microbatches, without the padding that all rows of a microbatch share at their end."""
     for start in range(0, len(batch["row"]), rows):
         part = {name: values[start : start + rows] for name, values in batch.items()}
         width = max(8, -(-int(part["tokens"].max()) // 8) * 8)
         yield {
-            name: torch.as_tensor(part[name][:, :width], dtype=kind).to(device, non_blocking=True)
-            for name, kind in KINDS.items()
+            name: torch.as_tensor(part[name][:, :width], dtype=dtype).to(device, non_blocking=True)
+            for name, dtype in TENSORS.items()
             if name in part
         }

@@ -209,11 +209,11 @@ def test_settings_of_deepspeed_are_merged_from_a_mapping_or_a_file(tmp_path):
     [
         (
             {"zero_optimization": {"stage": 3}},
-            "train.deepspeed.zero_optimization.stage=3 and the rest of the config makes it 2",
+            "train.deepspeed.zero_optimization.stage=3, but the rest of the config sets it to 2",
         ),
-        ({"train_batch_size": 7}, "train.deepspeed.train_batch_size=7 and the rest of the config makes it 32"),
-        ({"optimizer": {"type": "Adam"}}, "train.deepspeed.optimizer: raysft sets this itself"),
-        ("missing.json", "is no JSON file that can be read (No such file or directory)"),
+        ({"train_batch_size": 7}, "train.deepspeed.train_batch_size=7, but the rest of the config sets it to 32"),
+        ({"optimizer": {"type": "Adam"}}, "train.deepspeed.optimizer is set by raysft"),
+        ("missing.json", "cannot be read as JSON (No such file or directory)"),
     ],
 )
 def test_settings_of_deepspeed_that_contradict_the_config_are_refused(given, message):

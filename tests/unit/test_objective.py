@@ -69,7 +69,7 @@ def test_a_loss_is_its_formula(logits, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_gradient_is_that_of_its_formula(logits, name):
-    """By differences in float64; the weights of DFT and EAFT are taken as constants, which they are defined to be."""
+    """Against finite differences in float64; the weights of DFT and EAFT are constants by definition."""
     objective, formula = CASES[name]
     objective(logits, TARGETS).sum().backward()
     assert logits.grad is not None

@@ -1,4 +1,4 @@
-"""Courses of the learning rate over the exact number of steps, and optimizers that cannot be made."""
+"""Learning-rate schedules over the exact number of steps, and optimizers that cannot be made."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def rates(**settings) -> list[float]:
 
 
 @pytest.mark.parametrize("name", get_args(Schedule))
-def test_every_course_warms_up_and_stays_within_its_rate(name):
+def test_every_schedule_warms_up_and_stays_within_its_rate(name):
     found = rates(schedule=name)
     if name != "constant":
         assert found[:4] == pytest.approx([0, 0.25, 0.5, 0.75])
@@ -64,5 +64,5 @@ def test_an_option_that_does_not_exist_is_refused(settings, message):
 
 def test_an_optimizer_without_its_library_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(RequestError, match=r"needs the Python package badam; pip install 'raysft\[optim\]'"):
+    with pytest.raises(RequestError, match=r"needs the package badam, .*; run pip install 'raysft\[optim\]'"):
         make_optimizer(torch.nn.Linear(2, 2), TrainSection(optimizer="badam", zero_stage=0))
