@@ -22,7 +22,7 @@ def report(run: RunDirectory) -> str:
     generates with another model gets no model card.
 
     Returns:
-        The summary for the terminal: results before and after training, warnings, samples and files. It is coloured if
+        The summary for the terminal: results before and after training, warnings, samples and files. It is colored if
         stdout is a terminal, and plain text of at most 100 columns otherwise.
 
     Raises:

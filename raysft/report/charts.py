@@ -9,7 +9,7 @@ from raysft.report.read_run import RunLog, finite, series
 from raysft.report.text import visible
 
 MAX_SOURCES = 6
-"""Number of sources whose training loss is drawn: the page has so many colours."""
+"""Number of sources whose training loss is drawn, one for each color of the page."""
 
 
 def loss_charts(log: RunLog) -> list[Drawing]:
@@ -75,7 +75,7 @@ def _step_chart(
 
 
 def _lines(records: list[dict[str, Any]], keys: list[tuple[str, str, int]], scale: float, noisy: bool) -> list[Line]:
-    """A line for each (label, key, colour) that has values."""
+    """A line for each (label, key, color) that has values."""
     found = ((label, color, *series(records, key)) for label, key, color in keys)
     return [
         Line(visible(label), steps, [scale * value for value in values], color, noisy)

@@ -104,8 +104,8 @@ class Drawing:
         self.lines = [
             (line, np.array(line.steps, dtype=np.int64), np.array(line.values, dtype=float)) for line in chart.lines
         ]
-        every = np.concatenate([steps for _, steps, _ in self.lines] + [np.array(chart.missing, dtype=np.int64)])
-        self.first, self.last = int(every.min()), int(every.max())
+        all_steps = np.concatenate([steps for _, steps, _ in self.lines] + [np.array(chart.missing, dtype=np.int64)])
+        self.first, self.last = int(all_steps.min()), int(all_steps.max())
         if self.first == self.last:
             self.first, self.last = self.first - 1, self.last + 1
         self.columns = chart.width - LEFT - RIGHT
@@ -155,10 +155,8 @@ class Drawing:
             if not len(values):
                 continue
             lows.append(float(values.min()))
-            highest, usual = (
-                float(values.max()),
-                float(self.smoothed[index][1].max()) if index in self.smoothed else 0.0,
-            )
+            highest = float(values.max())
+            usual = float(self.smoothed[index][1].max()) if index in self.smoothed else 0.0
             highs.append(1.5 * usual if 0 < 3 * usual < highest else highest)
         low, high = min(lows, default=0.0), max(highs, default=1.0)
         span = (high - low) or abs(high) or 1.0

@@ -1,4 +1,4 @@
-"""The plots of a run: raw values light, smoothed curves bold, in a palette for colour-blind readers."""
+"""The plots of a run: raw values light, smoothed curves bold, in a palette for color-blind readers."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ _FILES = {
 def summary(log: RunLog, warnings: Sequence[str] = ()) -> str:
     """Results before and after training, warnings, samples, and the files of the run, 100 columns wide.
 
-    It is coloured if stdout is a terminal, and plain text otherwise.
+    It is colored if stdout is a terminal, and plain text otherwise.
     """
     terminal = sys.stdout.isatty()
     console = Console(file=io.StringIO(), width=WIDTH, force_terminal=terminal, highlight=False, legacy_windows=False)

@@ -72,7 +72,7 @@ def _worse(
     log: RunLog, name: str, evaluations: list[dict[str, Any]], before: dict[str, Any], after: dict[str, Any]
 ) -> Iterator[str]:
     key = f"eval_{name}_loss" if name else "eval_loss"
-    what = f"the evaluation loss of {name!r}" if name else "the evaluation loss"
+    loss = f"the evaluation loss of {name!r}" if name else "the evaluation loss"
     start, end = finite(before.get(key)), finite(after.get(key))
     if end is None:
         return
@@ -80,14 +80,14 @@ def _worse(
     lowest = min(losses, default=end)
     if lowest < (1 - MIN_CHANGE) * end and (start is None or lowest < start):
         yield (
-            f"{what} was lowest after step {steps[losses.index(lowest)]:,} ({lowest:.4f}), but is {end:.4f} at the end; set "
+            f"{loss} was lowest after step {steps[losses.index(lowest)]:,} ({lowest:.4f}), but is {end:.4f} at the end; set "
             "train.keep_best=true, or train for fewer epochs"
         )
     elif start is not None and end > (1 + MIN_CHANGE) * start:
-        yield f"{what} rose from {start:.4f} to {end:.4f}; {_lower_rate(log)}, or train for fewer epochs"
+        yield f"{loss} rose from {start:.4f} to {end:.4f}; {_lower_rate(log)}, or train for fewer epochs"
     elif start is not None and not name and log.evaluated and abs(end - start) <= MIN_CHANGE * start:
         yield (
-            f"{what} hardly changed, from {start:.4f} to {end:.4f}; train for more epochs, or raise train.learning_rate"
+            f"{loss} hardly changed, from {start:.4f} to {end:.4f}; train for more epochs, or raise train.learning_rate"
             f"{_equals(log.option('train.learning_rate'))}"
         )
 

@@ -92,7 +92,7 @@ def test_the_page_holds_what_a_run_came_to(tmp_path: Path):
         run.rejected, [{"source": "chats", "record": f"a.jsonl:{n}", "reason": r} for n, r in enumerate(reasons)]
     )
     append_json(run.changes, {"changed": {"train.learning_rate": [1e-4, 5e-5]}})
-    it = page(run)
+    rendered = page(run)
     for part in (
         "toy Qwen/Qwen3-0.6B · supervised fine-tuning · LoRA adapter, rank 8",
         "2.9000 → 1.4037",
@@ -110,10 +110,10 @@ def test_the_page_holds_what_a_run_came_to(tmp_path: Path):
         "learning_rate: 0.0001",
         "torch",
     ):
-        assert part in it.text
+        assert part in rendered.text
     for label, text in (("records", "4,400"), ("examples", "4,321"), ("rejected", "79"), ("truncated", "12")):
-        assert f"<dt>{label}</dt><dd>{text}</dd>" in it.html
-    titles = [attrs["aria-label"] for tag, attrs in it.tags if tag == "svg"]
+        assert f"<dt>{label}</dt><dd>{text}</dd>" in rendered.html
+    titles = [attrs["aria-label"] for tag, attrs in rendered.tags if tag == "svg"]
     assert titles[0] == "Loss, nats per token"
     assert len(titles) >= 8
 
@@ -121,16 +121,16 @@ def test_the_page_holds_what_a_run_came_to(tmp_path: Path):
 def test_nothing_of_the_page_comes_from_elsewhere(tmp_path: Path):
     run = make_run(tmp_path)
     add_predictions(run)
-    it = page(run)
-    assert not {tag for tag, _ in it.tags} & {"script", "link", "img", "iframe", "object", "base", "form"}
-    for _, attrs in it.tags:
+    rendered = page(run)
+    assert not {tag for tag, _ in rendered.tags} & {"script", "link", "img", "iframe", "object", "base", "form"}
+    for _, attrs in rendered.tags:
         for name, value in attrs.items():
             assert not name.startswith("on")
             assert not re.search(r"//|javascript:|data:", value or "") or name == "content"
-    style = it.html[it.html.index("<style>") : it.html.index("</style>")]
+    style = rendered.html[rendered.html.index("<style>") : rendered.html.index("</style>")]
     assert "url(" not in style
     assert "@import" not in style
-    assert "default-src 'none'" in it.html
+    assert "default-src 'none'" in rendered.html
 
 
 def test_whatever_a_file_of_the_run_holds_stays_text(tmp_path: Path):
@@ -150,23 +150,23 @@ def test_whatever_a_file_of_the_run_holds_stays_text(tmp_path: Path):
     run.config.write_text(yaml.safe_dump(config))
     log = [json.loads(line) for line in run.trainer_log.read_text().splitlines()]
     write_jsonl(run.trainer_log, [record | {"source_losses": {HOSTILE: 1.0}} for record in log])
-    it = page(run)
-    assert not {tag for tag, _ in it.tags} & {"script", "img"}
-    assert HOSTILE in "".join(it.texts)
-    assert "\\ud83d half" in it.text
-    assert "a␀b␛[31m" in it.text
-    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", it.html)
+    rendered = page(run)
+    assert not {tag for tag, _ in rendered.tags} & {"script", "img"}
+    assert HOSTILE in "".join(rendered.texts)
+    assert "\\ud83d half" in rendered.text
+    assert "a␀b␛[31m" in rendered.text
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", rendered.html)
 
 
 def test_with_many_predictions_the_page_stays_small(tmp_path: Path):
     run = make_run(tmp_path)
     many_predictions(run, 20_000)
-    it = page(run)
-    assert len(it.html) < 1_000_000
-    assert sum(tag == "article" for tag, _ in it.tags) == 3 * SHOWN
-    assert "20,000 predictions of the trained model" in it.text
-    assert "Stop reason" in it.text
-    scores = [float(score) for score in re.findall(r"word F1 (\d\.\d\d)", it.text)]
+    rendered = page(run)
+    assert len(rendered.html) < 1_000_000
+    assert sum(tag == "article" for tag, _ in rendered.tags) == 3 * SHOWN
+    assert "20,000 predictions of the trained model" in rendered.text
+    assert "Stop reason" in rendered.text
+    scores = [float(score) for score in re.findall(r"word F1 (\d\.\d\d)", rendered.text)]
     assert scores[:SHOWN] == [0.0] * SHOWN
     assert scores[SHOWN : 2 * SHOWN] == [1.0] * SHOWN
     assert len(set(scores[2 * SHOWN :])) > 5, "the random sample has scores of all kinds"
@@ -191,14 +191,14 @@ def test_what_is_missing_is_left_out(tmp_path: Path):
         name.unlink()
     with run.trainer_log.open("a") as file:
         file.write('{"current_steps": 2, "lo')
-    it = page(run)
-    assert "continued pre-training" in it.text
-    assert "Predictions" not in it.text
-    assert "Before and after" not in it.text
+    rendered = page(run)
+    assert "continued pre-training" in rendered.text
+    assert "Predictions" not in rendered.text
+    assert "Before and after" not in rendered.text
     run.trainer_log.unlink()
-    it = page(run)
-    assert "No training step is logged yet" in it.text
-    assert "svg" not in {tag for tag, _ in it.tags}
+    rendered = page(run)
+    assert "No training step is logged yet" in rendered.text
+    assert "svg" not in {tag for tag, _ in rendered.tags}
 
 
 def test_an_interrupted_run_says_how_far_it_is(tmp_path: Path):
@@ -210,10 +210,10 @@ def test_an_interrupted_run_says_how_far_it_is(tmp_path: Path):
     run.base_predictions.unlink()
     with run.predictions.open("a") as file:
         file.write('{"id": 5, "pro')
-    it = page(run)
-    assert "Training has reached step 6 of 10" in it.text
-    assert "5 predictions of the trained model." in it.text
-    assert "before training" not in it.text
+    rendered = page(run)
+    assert "Training has reached step 6 of 10" in rendered.text
+    assert "5 predictions of the trained model." in rendered.text
+    assert "before training" not in rendered.text
 
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf])

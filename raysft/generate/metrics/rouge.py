@@ -54,26 +54,26 @@ author = {Lin, Chin-Yew}, year = {2004}}"""
 
 
 def _rouge_l(prediction: list[list[str]], reference: list[list[str]]) -> float:
-    """F of ROUGE-L, from the words of each line."""
+    """F-measure of ROUGE-L, from the words of each line."""
     texts = [[word for line in lines for word in line] for lines in (prediction, reference)]
     return _f(common_length(*texts), *map(len, texts))
 
 
 def _rouge_lsum(prediction: list[list[str]], reference: list[list[str]]) -> float:
-    """F of the summary-level ROUGE-L (Lin 2004, section 3.2), from the words of each line.
+    """F-measure of the summary-level ROUGE-L (Lin 2004, section 3.2), from the words of each line.
 
     A word in a line of the reference is a hit if it is in the longest common subsequence with any line of the prediction.
     As in ROUGE-1.5.5, no word is a hit more often than it occurs in both texts.
     """
-    left = [Counter(word for line in lines for word in line) for lines in (prediction, reference)]
-    lengths = [counts.total() for counts in left]
+    remaining = [Counter(word for line in lines for word in line) for lines in (prediction, reference)]
+    lengths = [counts.total() for counts in remaining]
     hits = 0
     for line in reference:
-        found = {at for other in prediction for _, at in common_pairs(other, line)}
-        for word in (line[position] for position in sorted(found)):
-            if all(counts[word] for counts in left):
+        positions = {position for other in prediction for _, position in common_pairs(other, line)}
+        for word in (line[position] for position in sorted(positions)):
+            if all(counts[word] for counts in remaining):
                 hits += 1
-                for counts in left:
+                for counts in remaining:
                     counts[word] -= 1
     return _f(hits, *lengths)
 
