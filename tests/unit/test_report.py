@@ -7,7 +7,7 @@ import math
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from raysft.generate.metrics import MetricRow, ModelRole, write_metrics
 from raysft.report import report
 from raysft.report.plots import MAX_POINTS, smooth
 from raysft.report.warnings import _rise
+from raysft.run.plan import Resolved
 from raysft.storage.json_files import flat, read_jsonl, write_json, write_jsonl
 from raysft.storage.run_directory import RunDirectory
 from raysft.telemetry.events import Evaluation, StepRecord, evaluation_results
@@ -82,6 +83,18 @@ def make_run(
         if names and (step % every == 0 or step == steps):
             log.append(evaluation_record(step, steps, names))
     write_jsonl(run.trainer_log, log)
+    finetuning = config.model.finetuning
+    resolved = Resolved(
+        dtype="bfloat16",
+        finetuning=finetuning,
+        adapter=finetuning if finetuning in ("lora", "oft") else "none",
+        lora_alpha=24.0 if finetuning == "lora" else None,
+        learning_rate=3e-5,
+        global_batch_size=32,
+        workers=2,
+        attention="flash_attention_2",
+        zero_stage=3,
+    )
     sources = {"chats": {"examples": 4321, "tokens": 600_000}}
     plan = {
         "rows": 320,
@@ -90,17 +103,7 @@ def make_run(
         "packing_efficiency": 0.961,
         "examples": 4321,
         "sources": sources,
-        "resolved": {
-            "dtype": config.dtype,
-            "finetuning": config.model.finetuning,
-            "adapter": config.model.finetuning if config.model.finetuning in ("lora", "oft") else "none",
-            "lora_alpha": 16.0 if config.model.finetuning == "lora" else None,
-            "learning_rate": config.train.learning_rate,
-            "global_batch_size": 32,
-            "workers": 2,
-            "attention": "sdpa",
-            "zero_stage": config.train.zero_stage,
-        },
+        "resolved": asdict(resolved),
     }
     write_json(run.plan, plan)
     run.write_results("train", {"train_loss": 1.31, "train_runtime": 200.4, "train_tokens_per_second": 41234.5})
@@ -323,7 +326,7 @@ def test_before_the_end_the_last_evaluation_stands_in_and_is_named(tmp_path: Pat
 @pytest.mark.parametrize(
     ("finetuning", "library", "model", "settings"),
     [
-        ("lora", "peft", "a LoRA adapter for", {"LoRA rank": "8", "LoRA alpha": "16.0"}),
+        ("lora", "peft", "a LoRA adapter for", {"LoRA rank": "8", "LoRA alpha": "24.0"}),
         ("oft", "peft", "an OFT adapter for", {"OFT block size": "32"}),
         ("freeze", "transformers", "of some of its layers", {"trained layers": "the last 2", "trained modules": "all"}),
         ("full", "transformers", "of all its weights", {}),
@@ -355,11 +358,9 @@ def test_the_card_says_how_to_load_this_model(
     } - settings.keys()
     assert settings.items() <= shown.items()
     assert not of_other_methods & shown.keys()
-    assert (shown["fine-tuning"], shown["dtype of the weights"], shown["rows per step"]) == (
-        finetuning,
-        "float32",
-        "32",
-    )
+    resolved = {"fine-tuning": finetuning, "dtype of the weights": "bfloat16", "attention": "flash_attention_2"}
+    resolved |= {"learning rate": "3e-05", "rows per step": "32", "workers": "2", "ZeRO stage": "3"}
+    assert resolved.items() <= shown.items(), "settings come from the plan, not from the config"
     assert "![Training loss](training_loss.png)" in card
     assert "| evaluation loss | 2.7000 | 1.2037 |" in card
     assert "| chats | training | `chats.jsonl` | 4,321 |" in card
@@ -378,7 +379,7 @@ def test_a_base_model_that_is_no_hub_id_stays_out_of_the_front_matter(tmp_path: 
 def test_credentials_appear_nowhere(tmp_path: Path):
     secret = [{"name": "a", "path": ["s3://KEY:SE/CR@ET@bucket/a.jsonl?token=HIDDEN", "hdfs://USER@host/b"]}]
     run = make_run(tmp_path)
-    # No config with these is accepted now; one that was written before may still be reported on.
+    # Such a config is refused now, but older versions accepted it.
     config = yaml.safe_load(run.config.read_text())
     config["data"]["train"], config["model"]["path"] = secret, "s3://KEY:SECRET@models/m?sig=HIDDEN"
     run.config.write_text(yaml.safe_dump(config))
@@ -407,6 +408,7 @@ def test_a_path_that_is_no_run_directory_is_refused(tmp_path: Path, missing: str
         ("trainer_log.jsonl", b'{"loss": 2.0}\n', 1),
         ("trainer_log.jsonl", b'{"current_steps": 1, "loss": 2.0}\n"\xff"\n', 2),
         ("generated_predictions.jsonl", b'{"prompt": "a"}\nnonsense\n', 2),
+        ("metrics.jsonl", b'{"metric": "bleu"}\n[]\n', 2),
         ("eval_results.json", b'{\n  "eval_loss": \n', 3),
         ("plan.json", b"[]", 1),
         ("config.yaml", b"run:\n  name: [\n", 3),
