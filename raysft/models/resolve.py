@@ -84,5 +84,5 @@ def _on_hub(path: str, key: str, marks: Sequence[str]) -> str:
             if not isinstance(hf_config, dict):
                 raise ValueError("config.json holds no mapping")
     except Exception as error:
-        raise RequestError(f"{key}={path}: is no folder here, and {hub.reason_of(error) or hub.NONSENSE}") from None
+        raise RequestError(f"{key}={path}: is no folder here, and {hub.reason_of(error) or hub.UNUSABLE}") from None
     return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -14,7 +13,6 @@ from raysft.config import Config, parse, with_overrides
 from raysft.config.resume_effects import Effect, effect_of
 from raysft.errors import RequestError, StorageFailed
 from raysft.storage.lock import Locked, lock
-from raysft.storage.path import StoragePath
 from raysft.storage.retry import FIRST_SECONDS, reason_of, retry_for
 from raysft.storage.run_directory import RunDirectory
 from raysft.telemetry.terminal import Terminal
@@ -141,24 +139,11 @@ def ensure_writable(config: Config) -> None:
     """
     for key, folder in (("run.storage", config.run_place.parent), ("data.cache", config.cache_directory)):
         try:
-            if folder.local:
-                folder.local.mkdir(parents=True, exist_ok=True)
-            else:
-                with retry_for(FIRST_SECONDS):
-                    _probe(folder)
+            with retry_for(FIRST_SECONDS):
+                folder.ensure_writable()
         except (StorageFailed, ArrowException) as error:
             raise RequestError(f"{key}: {reason_of(error)}; check the path and its credentials") from None
         except OSError as error:
             if not folder.local:
                 raise RequestError(f"{key}: {folder}: {reason_of(error)}; check the path and its credentials") from None
             raise RequestError(f"{key}: {folder} cannot be created ({error.strerror}); choose another folder") from None
-
-
-def _probe(folder: StoragePath) -> None:
-    """Write a file, read it and remove it: a server that is not a storage may answer every request with success."""
-    name = f".probe-{uuid.uuid4().hex}"
-    probe = folder / name
-    probe.write_text(name)
-    if probe.read_bytes() != name.encode():
-        raise StorageFailed(f"{folder}: returns other content than was written; the server is no object store")
-    probe.remove()

@@ -12,33 +12,33 @@ from urllib.parse import quote, unquote
 from raysft.storage import hub
 
 CONNECT_SECONDS, REQUEST_SECONDS = 5.0, 20.0
-"""How long one attempt of a request to S3 may wait without a byte; there are three."""
+"""Longest wait for a byte in one attempt of an S3 request; the client makes three attempts."""
 _QUOTABLE = "/:@!$&'()*+,;=~"
 
 
 def quoted(path: str) -> str:
-    """A path as a URI has it."""
+    """Return a path as it is written in a URI."""
     return quote(path, safe=_QUOTABLE)
 
 
 def options_of(location: str) -> str:
-    """The options of a URI (``?region=…``), as pyarrow takes them; a question mark without options is part of a glob."""
+    """Return the options of a URI for pyarrow (``?region=…``); a question mark without options is part of a glob."""
     found = re.search(r"\?\w+=[^?]*$", location)
     return found.group() if found else ""
 
 
 def filesystem_of(location: str) -> tuple[Any, str]:
-    """The pyarrow filesystem of a path or URI, and the path in it."""
+    """Return the pyarrow filesystem of a path or URI, and the path in it."""
     if "://" not in location:
         from pyarrow import fs
 
         return fs.LocalFileSystem(), str(Path(location).expanduser().absolute())
     if location.startswith("hf://"):
-        hub.be_patient()
+        hub.bound_requests()
     options = options_of(location)
     scheme, _, rest = location.removesuffix(options).partition("://")
     host, _, path = rest.partition("/")
-    # Only where it begins is parsed: a glob is no part of a URI, and people write spaces as they are.
+    # Parse only the beginning: the path may hold globs and spaces, which URIs do not allow.
     filesystem, root = _filesystem(f"{scheme}://{quote(host, safe=_QUOTABLE + '%')}{options}")
     return filesystem, f"{root.rstrip('/')}/{unquote(path)}" if path else root
 
@@ -49,11 +49,11 @@ def _filesystem(root: str) -> tuple[Any, str]:
 
     filesystem, path = fs.FileSystem.from_uri(root)
     if isinstance(filesystem, fs.GcsFileSystem):
-        # By itself it asks for a quarter of an hour, and for that long again for its credentials.
+        # By default the client retries for 15 minutes, and as long again for credentials.
         _, (options,) = filesystem.__reduce__()
         filesystem = fs.GcsFileSystem(**{**options, "retry_time_limit": timedelta(seconds=REQUEST_SECONDS)})
     if isinstance(filesystem, fs.S3FileSystem):
-        # A URI has no option for these. Without them a server that takes a request and never answers holds it for minutes.
+        # A URI has no options for these. By default a request waits minutes for a server that accepts it but never answers.
         _, (options,) = filesystem.__reduce__()
         bounded = {"connect_timeout": CONNECT_SECONDS, "request_timeout": REQUEST_SECONDS, "allow_delayed_open": True}
         filesystem = fs.S3FileSystem(**{**options, **bounded})

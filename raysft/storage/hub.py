@@ -1,4 +1,4 @@
-"""The Hugging Face hub: asked with a patience that ends, and its errors said in one line. Imports nothing of raysft."""
+"""The Hugging Face hub: bounded requests, and one-line reasons for its errors. Imports nothing of raysft."""
 
 from __future__ import annotations
 
@@ -9,83 +9,83 @@ from functools import lru_cache, partial
 from typing import Any
 
 ATTEMPT_SECONDS = 10.0
-"""How long one request may wait without a byte."""
-SLOWEST_BYTES = 1024
-"""Bytes per second below which a response counts as no answer."""
-PATIENCE_SECONDS = 25.0
-"""How long a hub that fails is asked again. Its library would ask for minutes, file by file, and wait for as long as a server
-tells it to."""
-TOLD_SECONDS = 310.0
-"""How long to wait where the hub itself says when it will answer again; its limits hold for five minutes."""
+"""Longest wait for a byte of one request."""
+MIN_BYTES_PER_SECOND = 1024
+"""Rate below which a response counts as no answer."""
+RETRY_SECONDS = 25.0
+"""Longest time to retry a request. The hub's library retries for minutes, file by file, or for as long as the server says."""
+RETRY_AFTER_SECONDS = 310.0
+"""The same if the server names a time (``Retry-After``); the hub's rate limits last five minutes."""
 AWAY_SECONDS = 60.0
-"""How long a hub that did not answer is not asked again: what the cache has is loaded without it, and the rest fails at once."""
-NONSENSE = "what the hub answers is of no use; check its name and HF_ENDPOINT, or give a folder"
-PASSING = (408, 429, 500, 502, 503, 504)
-"""HTTP states that pass."""
+"""Time without retries after a server did not answer: cached files load without it, others fail at once."""
+UNUSABLE = "the hub's answer is not usable; check the name and HF_ENDPOINT, or give a folder"
+TRANSIENT = (408, 429, 500, 502, 503, 504)
+"""HTTP status codes worth a retry."""
 
 
 @lru_cache(maxsize=1)
-def be_patient() -> None:
-    """Have all that this process asks of the hub, through whichever library, asked with a patience that ends."""
+def bound_requests() -> None:
+    """Bound all requests of this process to the hub, whichever library makes them."""
     import logging
 
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils._http import default_client_factory
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would report each of its attempts
-    away: dict[str, float] = {}
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would log every attempt
+    unreachable: dict[str, float] = {}
 
-    def client() -> Any:
-        made = default_client_factory()
-        made.send = partial(_send, made.send, away)  # all requests go through it
-        return made
+    def bounded_client() -> Any:
+        client = default_client_factory()
+        client.send = partial(_send, client.send, unreachable)  # all requests go through it
+        return client
 
-    set_client_factory(client)
+    set_client_factory(bounded_client)
 
 
-def _send(once: Any, away: dict[str, float], request: Any, **options: Any) -> Any:
-    """Send a request until it is answered, or until the patience for its server ends."""
+def _send(send: Any, unreachable: dict[str, float], request: Any, **options: Any) -> Any:
+    """Send a request, and retry it until it is answered or its time is up."""
     import httpx2
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    server, begun, pause = f"{request.url.scheme}://{request.url.netloc.decode()}", time.monotonic(), 0.5
-    # Some of the library's requests have no limit.
+    server, started, pause = f"{request.url.scheme}://{request.url.netloc.decode()}", time.monotonic(), 0.5
+    # Some requests of the library have no timeout.
     limits = dict.fromkeys(("connect", "read", "write", "pool"), ATTEMPT_SECONDS)
     request.extensions["timeout"] = limits | {k: v for k, v in request.extensions.get("timeout", {}).items() if v}
-    patience = 0.0 if begun - away.get(server, -AWAY_SECONDS) < AWAY_SECONDS else PATIENCE_SECONDS
+    recently = started - unreachable.get(server, -AWAY_SECONDS) < AWAY_SECONDS
+    retry_seconds = 0.0 if recently else RETRY_SECONDS
     while True:
-        limit = patience
+        limit = retry_seconds
         try:
-            response = once(request, **{**options, "stream": True})
-            response.stream = _paced(response.stream)
+            response = send(request, **{**options, "stream": True})
+            response.stream = _require_rate(response.stream)
             if not options.get("stream"):
                 response.read()
-            if response.status_code not in PASSING:
-                away.pop(server, None)
+            if response.status_code not in TRANSIENT:
+                unreachable.pop(server, None)
                 return response
             response.close()
             reason = f"{response.status_code} {response.reason_phrase}"
-            told = response.headers.get("retry-after", "")
-            if told.isdigit() and int(told) > pause:
-                pause, limit = float(told), TOLD_SECONDS
-                reason += f", to be asked again in {told} s"
+            retry_after = response.headers.get("retry-after", "")
+            if retry_after.isdigit() and int(retry_after) > pause:
+                pause, limit = float(retry_after), RETRY_AFTER_SECONDS
+                reason += f", retry after {retry_after} s"
         except (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError) as error:
             reason = str(error) or type(error).__name__
-        if time.monotonic() - begun + pause > limit:
-            away[server] = time.monotonic()
-            # At this error, unlike at others, the libraries look into their caches.
+        if time.monotonic() - started + pause > limit:
+            unreachable[server] = time.monotonic()
+            # On this error, unlike on others, the libraries fall back to their caches.
             raise OfflineModeIsEnabled(f"{server} does not answer ({reason})")
-        if pause > PATIENCE_SECONDS:
+        if pause > RETRY_SECONDS:
             print(f"waiting for the hub: {server} ({reason})", file=sys.stderr)
         time.sleep(pause)
         pause = min(2 * pause, 8.0)
 
 
-def _paced(stream: Any) -> Any:
-    """The body of a response; a server that only trickles raises ``ReadTimeout``, as one that sends nothing does."""
+def _require_rate(stream: Any) -> Any:
+    """Return a response's body that raises ``ReadTimeout`` if the server only trickles, as if it sent nothing."""
     import httpx2
 
-    class Paced(httpx2.SyncByteStream):
+    class RateChecked(httpx2.SyncByteStream):
         def __iter__(self) -> Iterator[bytes]:
             since, received = time.monotonic(), 0
             for chunk in stream:
@@ -93,26 +93,25 @@ def _paced(stream: Any) -> Any:
                 received += len(chunk)
                 seconds = time.monotonic() - since
                 if seconds > ATTEMPT_SECONDS:
-                    if received < SLOWEST_BYTES * seconds:
+                    if received < MIN_BYTES_PER_SECOND * seconds:
                         raise httpx2.ReadTimeout(f"it sent {received} bytes in {seconds:.0f} s")
                     since, received = time.monotonic(), 0
 
         def close(self) -> None:
             stream.close()
 
-    return Paced()
+    return RateChecked()
 
 
-def failures() -> tuple[type[Exception], ...]:
-    """What the hub's library raises: errors of its own, of a download that breaks off, and what it stumbles over in an answer
-    that is nonsense."""
+def error_types() -> tuple[type[Exception], ...]:
+    """Types of the errors that the hub's library raises: its own, of broken downloads, and of answers it cannot parse."""
     import httpx2
 
     return OSError, ValueError, LookupError, TypeError, AttributeError, httpx2.HTTPError
 
 
 def reason_of(error: BaseException) -> str | None:
-    """Why the hub did not give something, and what to do about it, as "FACT; REMEDY"; None where it is not the hub's fault."""
+    """Return why a request to the hub failed, as "FACT; REMEDY"; None if the error is not of the hub."""
     import httpx2
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -121,21 +120,20 @@ def reason_of(error: BaseException) -> str | None:
     while error is not None and error not in chain:
         chain.append(error)
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    if constants.HF_HUB_OFFLINE and any(
-        isinstance(each, OfflineModeIsEnabled | LocalEntryNotFoundError) for each in chain
-    ):
-        return "HF_HUB_OFFLINE is set, and the cache does not hold it; unset it, or fetch it before"
-    for each in chain:
-        if isinstance(each, OfflineModeIsEnabled):
-            return f"{each}; check the network and HF_ENDPOINT, or give a folder"
-        if isinstance(each, HfHubHTTPError):
-            state = f"{each.response.status_code} {each.response.reason_phrase}"
-            if each.response.status_code in (401, 403):
-                # It says so of what is not there, too.
-                return f"the hub refuses ({state}); check its name, and whether HF_TOKEN may read it"
-            if each.response.status_code == 404:
-                return f"the hub does not have it ({state}); check its name"
-            return f"the hub answers {state}; try again later, or give a folder"
-        if isinstance(each, httpx2.TransportError):
-            return f"the download broke off ({each}); start again, which goes on with it, or give a folder"
+    not_cached = (OfflineModeIsEnabled, LocalEntryNotFoundError)
+    if constants.HF_HUB_OFFLINE and any(isinstance(cause, not_cached) for cause in chain):
+        return "HF_HUB_OFFLINE is set, but the cache does not have it; unset HF_HUB_OFFLINE, or download it first"
+    for cause in chain:
+        if isinstance(cause, OfflineModeIsEnabled):
+            return f"{cause}; check the network and HF_ENDPOINT, or give a folder"
+        if isinstance(cause, HfHubHTTPError):
+            status = f"{cause.response.status_code} {cause.response.reason_phrase}"
+            if cause.response.status_code in (401, 403):
+                # The hub gives this answer for missing repositories too.
+                return f"the hub denies access ({status}); check the name, and whether HF_TOKEN may read it"
+            if cause.response.status_code == 404:
+                return f"the hub does not have it ({status}); check the name"
+            return f"the hub answers {status}; try again later, or give a folder"
+        if isinstance(cause, httpx2.TransportError):
+            return f"the download broke off ({cause}); run the same command again to resume it, or give a folder"
     return None

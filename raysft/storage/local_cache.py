@@ -1,4 +1,4 @@
-"""What a machine keeps of places elsewhere: copies of models for all its processes, and the small files of runs."""
+"""This machine's copies of remote files: models, shared by all processes, and the small files of runs."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from raysft.storage import hub
 from raysft.storage.path import Entry, StoragePath
 
 KEPT_DAYS = 7
-"""How long a copy that nobody asks for stays on a node."""
+"""Days after which an unused copy is removed."""
 
 BESIDE_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
-"""Files of a model besides its weights, which are on the hub in several forms at once."""
+"""Patterns of a model's files other than weights, which the hub may have in several formats."""
 
 
 def cache_home() -> Path:
-    """What this machine keeps of other places."""
+    """Folder for all copies on this machine."""
     return Path.home() / ".cache" / "raysft"
 
 
 def working_copy(place: StoragePath) -> Path:
-    """The local folder in which the small files of a run in an object store are read and written."""
-    # With its options: the same bucket of another server (``endpoint_override``) is another one.
+    """Return the local folder for the small files of a run in an object store."""
+    # Include the options: with another ``endpoint_override`` the same bucket name is another bucket.
     return cache_home() / "runs" / hashlib.sha256(place.parent.location.encode()).hexdigest()[:16] / place.name
 
 
 def local_copy(location: str) -> str:
-    """A path that this node can open: what is no URI as it is, else a copy that all processes of the node share.
+    """Return a path that this node can open: a URI is copied once for all processes of the node, all else stays as it is.
 
     Raises:
-        FileNotFoundError: there is nothing.
+        FileNotFoundError: the URI names nothing.
     """
     if "://" not in location:
         if may_be_on_hub(location):
-            hub.be_patient()  # whoever asks for this path loads from it
+            hub.bound_requests()  # the caller loads from the hub by this id
         return location
     place = StoragePath.of(location)
     files = place.walk() or {"": place.entry()}  # a single file
@@ -51,7 +51,7 @@ def local_copy(location: str) -> str:
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with (target.parent / ".lock").open("w") as lock:
-            # Only those who want this one copy wait here, and only while one of them fetches it.
+            # Only processes that need this copy wait here, while one of them makes it.
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.exists():
                 _fetch(place, files, target)
@@ -61,15 +61,15 @@ def local_copy(location: str) -> str:
 
 
 def may_be_on_hub(model: str) -> bool:
-    """Whether a model's location has the form of an id on the hub, ``NAME`` or ``ORG/NAME``."""
+    """Return True if a model's location may be an id on the hub, ``NAME`` or ``ORG/NAME``."""
     return "://" not in model and not model.startswith((".", "/", "~")) and model.count("/") <= 1
 
 
 def model_copy(model: str) -> Path:
-    """A model's folder on this node; what lies in an object store or on the hub is fetched, from the hub into its own cache.
+    """Return a model's folder on this node, fetched from its object store or, into the hub's own cache, from the hub.
 
     Raises:
-        RequestError: neither this node, nor the object store, nor the hub has it.
+        RequestError: the model is nowhere.
     """
     try:
         folder = Path(local_copy(model))
@@ -83,8 +83,8 @@ def model_copy(model: str) -> Path:
         folder = Path(snapshot_download(model, allow_patterns=[*BESIDE_WEIGHTS, "*.safetensors"]))
         if not any(folder.glob("*.safetensors")):
             snapshot_download(model, allow_patterns=[*BESIDE_WEIGHTS, "*.bin"])
-    except hub.failures() as error:
-        raise RequestError(f"{model}: is no folder here, and {hub.reason_of(error) or hub.NONSENSE}") from None
+    except hub.error_types() as error:
+        raise RequestError(f"{model}: is not a local folder, and {hub.reason_of(error) or hub.UNUSABLE}") from None
     return folder
 
 
@@ -94,7 +94,7 @@ def _fetch(place: StoragePath, files: dict[str, Entry], target: Path) -> None:
         for name, entry in files.items():
             file = draft / name if name else draft
             (place / name if name else place).download(file)
-            os.utime(file, ns=(entry.modified, entry.modified))  # by which others know it again
+            os.utime(file, ns=(entry.modified, entry.modified))  # fingerprints include it
         draft.replace(target)
     finally:
         StoragePath(str(draft)).remove()
@@ -108,14 +108,14 @@ def _forget_unused(copies: Path) -> None:
 
 
 def in_cache(target: StoragePath, write: Callable[[Path], None]) -> StoragePath:
-    """A model folder in the cache, written by whoever comes first; others wait for it."""
+    """Return a model folder in the cache; the first process writes it, others wait for it."""
     if (target / "config.json").exists():
         return target
-    # For an object store it is made here; machines that make the same one at once put the same files there.
+    # For an object store write it locally, then upload; machines that do so at once upload the same files.
     beside = target.local.parent if target.local else cache_home() / "models"
     beside.mkdir(parents=True, exist_ok=True)
     with (beside / f".{target.name}.lock").open("w") as lock:
-        # Only those who want this one model wait here, and only while one of them works on it.
+        # Only processes that need this model wait here, while one of them writes it.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (target / "config.json").exists():
             draft = beside / f".{target.name}.{uuid.uuid4().hex}"

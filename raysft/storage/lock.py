@@ -1,4 +1,4 @@
-"""One process at a time works in a run directory, on whatever machine it is."""
+"""Lock a run directory for one process, across machines."""
 
 from __future__ import annotations
 
@@ -21,40 +21,40 @@ from raysft.storage.path import StoragePath
 from raysft.storage.retry import retry_for
 
 BEAT_SECONDS = 5.0
-"""How often the holder says that it is alive."""
+"""Time between two heartbeats of the owner."""
 SETTLE_SECONDS = 1.0
-"""How long who takes an object store's folder waits for another that takes it in the same moment."""
+"""Time to wait after taking a lock in an object store, for another process that takes it at the same moment."""
 DEAD_SECONDS = 30.0
-"""A holder on another machine that said nothing for so long is dead."""
+"""Time without a heartbeat after which an owner on another machine counts as dead."""
 
 
 class Locked(Exception):
-    """Another process that is alive works in the folder."""
+    """Another live process uses the folder."""
 
 
 @dataclass(frozen=True)
 class LockOwner:
-    """Who works in a folder."""
+    """The process that holds a lock."""
 
     host: str
     process: int
     born: float
-    """When the process started, in seconds since 1970: its number may be another's later."""
+    """Start of the process in seconds since 1970; a later process may get the same number."""
     token: str
-    """Of this holding alone."""
+    """Unique for each time that a lock is taken."""
     beat: int = 0
-    """Counts up while it is alive."""
+    """Number of heartbeats."""
     processes: str = ""
-    """Among which its number counts: containers may have one name and processes of their own."""
+    """Boot and process namespace of the process number: containers may share a host name."""
 
     @classmethod
     def me(cls) -> LockOwner:
-        """This process."""
+        """Return this process as an owner."""
         born, token = psutil.Process().create_time(), uuid.uuid4().hex
         return cls(socket.gethostname(), os.getpid(), born, token, processes=_processes())
 
     def is_alive(self) -> bool | None:
-        """Whether the process runs; None on another machine, where only its signs can tell."""
+        """Return True if the process runs; None on another machine, where only heartbeats tell."""
         if (self.host, self.processes) != (socket.gethostname(), _processes()):
             return None
         try:
@@ -65,14 +65,14 @@ class LockOwner:
 
 @contextmanager
 def lock(folder: StoragePath | Path, notify: Callable[[str], None] = print) -> Iterator[None]:
-    """Hold a folder, and let it go at the end; a holder that is dead is followed at once, on another machine after a while.
+    """Hold the lock of a folder for the block; take over the lock of a dead process.
 
     Args:
-        folder: is made where it is not there; it may be in an object store.
-        notify: takes a line where it has to be waited for.
+        folder: local or in an object store; it is created if needed.
+        notify: receives a line while an owner on another machine has time for a heartbeat.
 
     Raises:
-        Held: another process that is alive holds it.
+        Locked: another live process holds it.
     """
     folder, me = StoragePath.of(folder), LockOwner.me()
     if folder.local:
@@ -81,66 +81,67 @@ def lock(folder: StoragePath | Path, notify: Callable[[str], None] = print) -> I
     try:
         _take(file, me, notify)
     except PermissionError as error:
-        raise Locked(f"{file}: cannot be read or written ({error.strerror})") from None
-    done = threading.Event()
-    beating = threading.Thread(target=_beat, args=(file, me, done, notify), daemon=True)
-    beating.start()
+        raise Locked(f"{file}: cannot be read or written ({error.strerror}); another user may hold it") from None
+    stopped = threading.Event()
+    heartbeat = threading.Thread(target=_beat, args=(file, me, stopped, notify), daemon=True)
+    heartbeat.start()
     try:
         yield
     finally:
-        done.set()
-        beating.join(timeout=BEAT_SECONDS)
+        stopped.set()
+        heartbeat.join(timeout=BEAT_SECONDS)
         with suppress(StorageFailed), retry_for(BEAT_SECONDS, notify), suppress(OSError):
-            if _holder(file, me.token):
+            if _read_owner(file, me.token):
                 file.remove()
 
 
 def _take(file: StoragePath, me: LockOwner, notify: Callable[[str], None]) -> None:
-    if file.local:  # an object store makes no file only where there is none
+    if file.local:  # an object store cannot create a file exclusively
         try:
             with file.local.open("x") as stream:
                 json.dump(asdict(me), stream)
             return
         except FileExistsError:
-            if _holder(file) is None:  # perhaps it is being written just now
+            if _read_owner(file) is None:  # another process may be writing it
                 time.sleep(SETTLE_SECONDS / 5)
-    other = _holder(file)
+    other = _read_owner(file)
     alive = other.is_alive() if other else False
     if alive is None:
         assert other is not None
-        notify(
-            f"{file.parent}: process {other.process} on {other.host} works here; waiting {DEAD_SECONDS:.0f} s for a sign"
-        )
+        owner = f"process {other.process} on {other.host}"
+        notify(f"{file.parent}: {owner} uses this folder; waiting {DEAD_SECONDS:.0f} s for its heartbeat")
         limit = time.monotonic() + DEAD_SECONDS
         while time.monotonic() < limit and not alive:
             time.sleep(min(1.0, DEAD_SECONDS / 4))
-            sign = _holder(file)
-            if sign is None:
-                break  # it has let go meanwhile
-            alive = sign != other
+            latest = _read_owner(file)
+            if latest is None:
+                break  # the owner released it
+            alive = latest != other
     if alive:
-        who = _holder(file) or other
-        raise Locked(f"{file.parent}: " + (f"process {who.process} on {who.host} works here" if who else "is in use"))
+        who = _read_owner(file) or other
+        raise Locked(
+            f"{file.parent}: " + (f"process {who.process} on {who.host} uses this folder" if who else "is in use")
+        )
     _write(file, me)
-    # Of several that follow a dead one the last to write holds it; who wrote before sees that now, or at its next sign.
+    # If several processes take over, the last to write owns the lock; the others see that now or at their next heartbeat.
     time.sleep(0.2 if file.local else SETTLE_SECONDS)
-    if not _holder(file, me.token):
-        raise Locked(f"{file.parent}: another process began to work here in this moment")
+    if not _read_owner(file, me.token):
+        raise Locked(f"{file.parent}: another process took the lock at the same moment")
 
 
-def _beat(file: StoragePath, me: LockOwner, done: threading.Event, notify: Callable[[str], None]) -> None:
+def _beat(file: StoragePath, me: LockOwner, stopped: threading.Event, notify: Callable[[str], None]) -> None:
     count = 0
-    while not done.wait(BEAT_SECONDS):
+    while not stopped.wait(BEAT_SECONDS):
         count += 1
         try:
             with retry_for(0):
-                other = _holder(file)
+                other = _read_owner(file)
         except (OSError, StorageFailed):
-            continue  # away for a while, for all others too
+            continue  # the storage does not answer, nor does it to others
         if other is not None and other.token != me.token:
-            # This machine slept, and was taken for dead: two must not write.
-            notify(f"{file.parent}: process {other.process} on {other.host} took over; this one stops")
-            # Not SIGINT, which may be switched off for what runs in the background.
+            # This machine was suspended and counted as dead; two processes must not write.
+            notify(f"{file.parent}: process {other.process} on {other.host} took the lock over; this process stops")
+            # Not SIGINT, which background processes may ignore.
             os.kill(os.getpid(), signal.SIGTERM)
             return
         with suppress(OSError, StorageFailed), retry_for(0):
@@ -148,7 +149,7 @@ def _beat(file: StoragePath, me: LockOwner, done: threading.Event, notify: Calla
 
 
 def _processes() -> str:
-    """Of this machine since its start, and of this container."""
+    """Return an id of this machine's boot and of this container's process namespace."""
     parts = []
     for path in (Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")):
         with suppress(OSError):
@@ -156,18 +157,18 @@ def _processes() -> str:
     return " ".join(parts)
 
 
-def _write(file: StoragePath, holder: LockOwner) -> None:
-    file.write_text(json.dumps(asdict(holder)))
+def _write(file: StoragePath, owner: LockOwner) -> None:
+    file.write_text(json.dumps(asdict(owner)))
 
 
-def _holder(file: StoragePath, token: str | None = None) -> LockOwner | None:
-    """Who the file names; with a token only that one.
+def _read_owner(file: StoragePath, token: str | None = None) -> LockOwner | None:
+    """Return the owner that the file names; with a token only the owner with that token.
 
     Raises:
-        OSError: it is there and cannot be read, which says nothing of who holds it.
+        OSError: the file cannot be read, so its owner is unknown.
     """
     try:
-        holder = LockOwner(**json.loads(file.read_text()))
+        owner = LockOwner(**json.loads(file.read_text()))
     except (FileNotFoundError, ValueError, TypeError):
         return None
-    return holder if token is None or holder.token == token else None
+    return owner if token is None or owner.token == token else None

@@ -1,6 +1,6 @@
-"""Files and folders by local path or by URI, read and written in one way whatever holds them.
+"""Files and folders by local path or URI, with one interface for every filesystem.
 
-A storage that is away for a while is waited for, and each wait is bounded and says what it waits for.
+Operations on a storage that does not answer are retried for a bounded time, and say what they wait for.
 """
 
 from __future__ import annotations
@@ -17,38 +17,39 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
+from raysft.errors import StorageFailed
 from raysft.storage.filesystems import filesystem_of, options_of, quoted
 from raysft.storage.retry import retry
 
 SCHEMES = ("s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
-"""What pyarrow has a filesystem for. ``file`` is a local path."""
+"""Schemes with a filesystem in pyarrow. ``file`` is a local path."""
 WHOLE_OR_NOTHING = ("s3", "gs", "gcs", "abfs", "abfss")
-"""Where a file is seen only when all of it is there; elsewhere a draft is renamed."""
+"""Schemes whose files appear only once they are complete; elsewhere a draft is written and renamed."""
 CHUNK_BYTES = 16 << 20
 
-Got = TypeVar("Got")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a listing says of a file or folder."""
+    """A file or folder in a listing."""
 
     size: int
     modified: int
-    """Nanoseconds since 1970; 0 where the storage does not say."""
+    """Nanoseconds since 1970; 0 if the storage does not say."""
     folder: bool = False
 
 
 @dataclass(frozen=True)
 class StoragePath:
-    """A file or folder on any filesystem; in an object store folders are there when something is in them."""
+    """A file or folder on any filesystem; in an object store a folder exists if it has files."""
 
     location: str
     """An absolute local path, or a URI with its options (``?region=…``)."""
 
     @classmethod
     def of(cls, location: str | Path | StoragePath) -> StoragePath:
-        """The place that a path or URI names.
+        """Return the file or folder that a path or URI names.
 
         >>> StoragePath.of("s3://key:secret@bucket/runs?region=eu-north-1") / "a b"
         StoragePath('s3://bucket/runs/a b')
@@ -64,7 +65,7 @@ class StoragePath:
         return cls(text.removesuffix(options).rstrip("/") + options)
 
     def __str__(self) -> str:
-        """For people: without options, and without secrets."""
+        """Return the location for messages: without options and secrets."""
         if self.local:
             return self.location
         scheme, _, rest = self.location.removesuffix(options_of(self.location)).partition("://")
@@ -81,51 +82,51 @@ class StoragePath:
 
     @property
     def local(self) -> Path | None:
-        """The path; None where it is not a local one."""
+        """The local path; None for a URI."""
         return None if "://" in self.location else Path(self.location)
 
     @property
     def name(self) -> str:
-        """The last part."""
+        """The last component."""
         return str(self).rpartition("/")[2]
 
     @property
     def parent(self) -> StoragePath:
-        """The folder around it."""
+        """The folder that contains it."""
         if self.local:
             return StoragePath(str(self.local.parent))
         options = options_of(self.location)
         return StoragePath(self.location.removesuffix(options).rpartition("/")[0] + options)
 
     def exists(self) -> bool:
-        """Whether there is such a file, or a folder with something in it."""
+        """Return True if the file, or a folder with files in it, exists."""
         if self.local:
             return self.local.exists()
         return self._info() is not None
 
     def entry(self) -> Entry:
-        """Size and time.
+        """Return size and time of the file or folder.
 
         Raises:
-            FileNotFoundError: there is nothing.
+            FileNotFoundError: it does not exist.
         """
         if self.local:
             return _entry_of(self.local.stat())
         info = self._info()
         if info is None:
-            raise FileNotFoundError(errno.ENOENT, "there is no such file", str(self))
+            raise FileNotFoundError(errno.ENOENT, "no such file or folder", str(self))
         return _entry(info)
 
     def entries(self) -> dict[str, Entry]:
-        """What is in the folder, by name; empty where there is no such folder."""
+        """List the folder by name; empty if it does not exist."""
         if self.local:
-            with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.local) as found:
-                return {each.name: _entry_of(each.stat()) for each in sorted(found, key=lambda each: each.name)}
+            with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.local) as listing:
+                return {item.name: _entry_of(item.stat()) for item in sorted(listing, key=lambda item: item.name)}
             return {}
-        return self._listed(recursive=False)
+        return self._list(recursive=False)
 
     def walk(self) -> dict[str, Entry]:
-        """All files in the folder and in the folders in it, by their path from here."""
+        """List all files below the folder by their relative paths."""
         if self.local:
             files = sorted(path for path in self.local.rglob("*") if path.is_file())
             found = {}
@@ -133,39 +134,39 @@ class StoragePath:
                 with suppress(FileNotFoundError):
                     found[path.relative_to(self.local).as_posix()] = _entry_of(path.stat())
             return found
-        return {name: each for name, each in self._listed(recursive=True).items() if not each.folder}
+        return {name: entry for name, entry in self._list(recursive=True).items() if not entry.folder}
 
-    def read(self, function: Callable[[Any], Got]) -> Got:
-        """What a function gives that reads the open file; it is called again where the storage failed on the way.
+    def read(self, function: Callable[[Any], Result]) -> Result:
+        """Return what a function makes of the open file; it is called again if the storage fails meanwhile.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: the file does not exist.
         """
         if self.local:
             with self.local.open("rb") as file:
                 return function(file)
 
-        def once(filesystem: Any, path: str) -> Got:
+        def once(filesystem: Any, path: str) -> Result:
             with filesystem.open_input_file(path) as file:
                 return function(file)
 
         return self.with_retries(once)
 
-    def write(self, function: Callable[[Any], Got]) -> Got:
-        """Let a function write the file, which is seen when all of it is there; called again where the storage failed."""
+    def write(self, function: Callable[[Any], Result]) -> Result:
+        """Let a function write the file, which appears once it is complete; called again if the storage fails meanwhile."""
         if self.local:
             self.local.parent.mkdir(parents=True, exist_ok=True)
             draft = self.local.with_name(f".{self.local.name}.{uuid.uuid4().hex}")
             try:
                 with draft.open("wb") as stream:
-                    got = function(stream)
+                    result = function(stream)
                 draft.replace(self.local)
             finally:
                 draft.unlink(missing_ok=True)
-            return got
+            return result
         return self.with_retries(lambda filesystem, path: self._write_once(filesystem, path, function))
 
-    def _write_once(self, filesystem: Any, path: str, function: Callable[[Any], Got]) -> Got:
+    def _write_once(self, filesystem: Any, path: str, function: Callable[[Any], Result]) -> Result:
         folder, _, name = path.rpartition("/")
         direct = self.location.split("://")[0] in WHOLE_OR_NOTHING
         draft = path if direct else f"{folder}/.{name}.{uuid.uuid4().hex}"
@@ -173,36 +174,36 @@ class StoragePath:
             filesystem.create_dir(folder, recursive=True)
         try:
             with filesystem.open_output_stream(draft, compression=None) as stream:
-                got = function(stream)
+                result = function(stream)
             if not direct:
                 if self._info_once(filesystem, path) is not None:
                     filesystem.delete_file(path)
                 filesystem.move(draft, path)
         except BaseException:
-            # A stream that is left early is closed like one that is done.
+            # An aborted stream is closed like a complete one, so its file may exist.
             with suppress(Exception):
                 filesystem.delete_file(draft)
             raise
-        return got
+        return result
 
     def read_bytes(self) -> bytes:
-        """The content."""
+        """Return the content."""
         return self.read(lambda file: file.read())
 
     def read_text(self) -> str:
-        """The content as UTF-8."""
+        """Return the content, decoded as UTF-8."""
         return self.read_bytes().decode("utf-8")
 
     def write_bytes(self, content: bytes) -> None:
-        """Put a file in place."""
+        """Write the file."""
         self.write(lambda stream: stream.write(content))
 
     def write_text(self, content: str) -> None:
-        """Put a text in place, as UTF-8."""
+        """Write the file, encoded as UTF-8."""
         self.write_bytes(content.encode("utf-8"))
 
     def upload(self, source: Path, last: str | None = None) -> None:
-        """Put a local file here, or the files of a local folder; ``last`` names the one that says that all are there."""
+        """Write a local file or folder here; the file named ``last`` comes last, to mark a complete folder."""
         if source.is_file():
             with source.open("rb") as file:
 
@@ -217,7 +218,7 @@ class StoragePath:
             (self / name).upload(source / name)
 
     def download(self, target: Path) -> None:
-        """Bring the file to a local path, which is there when all of it is."""
+        """Copy the file to a local path, which appears once it is complete."""
 
         def copy(file: Any) -> None:
             StoragePath(str(target.absolute())).write(lambda stream: shutil.copyfileobj(file, stream, CHUNK_BYTES))
@@ -225,7 +226,7 @@ class StoragePath:
         self.read(copy)
 
     def remove(self) -> None:
-        """Remove the file, or the folder with all that is in it; what is not there may stay away."""
+        """Remove the file, or the folder with everything in it; it need not exist."""
         if self.local:
             if self.local.is_dir() and not self.local.is_symlink():
                 shutil.rmtree(self.local, ignore_errors=True)
@@ -238,8 +239,26 @@ class StoragePath:
             if info is not None:
                 (filesystem.delete_dir if _entry(info).folder else filesystem.delete_file)(path)
 
-        with suppress(FileNotFoundError):  # somebody else removed it in this moment
+        with suppress(FileNotFoundError):  # another process removed it meanwhile
             self.with_retries(once)
+
+    def ensure_writable(self) -> None:
+        """Create the folder; in an object store check that it keeps what is written to it.
+
+        Raises:
+            OSError: the folder cannot be created.
+            StorageFailed: the storage refused, did not answer, or is not an object store.
+        """
+        if self.local:
+            self.local.mkdir(parents=True, exist_ok=True)
+            return
+        name = f".probe-{uuid.uuid4().hex}"
+        probe = self / name
+        probe.write_text(name)
+        # A server that is not an object store may answer every request with success.
+        if probe.read_bytes() != name.encode():
+            raise StorageFailed(f"{self}: returns other content than was written; the server is no object store")
+        probe.remove()
 
     def _info(self) -> Any:
         return self.with_retries(self._info_once)
@@ -250,7 +269,7 @@ class StoragePath:
         info = filesystem.get_file_info(path)
         return None if info.type == fs.FileType.NotFound else info
 
-    def _listed(self, recursive: bool) -> dict[str, Entry]:
+    def _list(self, recursive: bool) -> dict[str, Entry]:
         from pyarrow import fs
 
         def once(filesystem: Any, path: str) -> dict[str, Entry]:
@@ -259,11 +278,11 @@ class StoragePath:
 
         return dict(sorted(self.with_retries(once).items()))
 
-    def with_retries(self, operation: Callable[[Any, str], Got]) -> Got:
-        """Call an operation with the filesystem and the path in it, retried as ``retry_for`` says.
+    def with_retries(self, operation: Callable[[Any, str], Result]) -> Result:
+        """Call an operation with the filesystem and the path in it; retry it as ``retry_for`` says.
 
         Raises:
-            StorageFailed: the storage refuses, or failed for as long as it is retried.
+            StorageFailed: the storage refused, or failed until the time limit.
         """
         return retry(lambda: operation(*filesystem_of(self.location)), str(self))
 

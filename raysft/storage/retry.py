@@ -1,4 +1,4 @@
-"""Retries of storage operations: how long, how often, and when not to retry at all."""
+"""Retry storage operations for a bounded time; raise at once what waiting cannot fix."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import TypeVar
 from raysft.errors import StorageFailed
 
 RETRY_SECONDS = 600.0
-"""How long a failing storage operation is retried."""
+"""Longest time to retry a storage operation."""
 FIRST_SECONDS = 45.0
-"""The same for the first operations of a command: a storage that has never answered is more likely a wrong address."""
+"""The same for the first operations of a command: if a storage never answered, the address is probably wrong."""
 NOTIFY_SECONDS = 60.0
-"""Seconds between two lines about the same wait."""
+"""Time between two lines about the same wait."""
 LONGEST_PAUSE_SECONDS = 15.0
 
 _PERMANENT = re.compile(
@@ -31,12 +31,12 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long to retry a storage operation."""
+    """Time limit of retries, and where to report them."""
 
     seconds: float | None = None
-    """Limit of one operation. Default: ``RETRY_SECONDS``."""
+    """Longest time to retry one operation. Default: ``RETRY_SECONDS``."""
     notify: Callable[[str], None] = print
-    """Receives a line that names what is being waited for."""
+    """Receives a line that names the file and the reason."""
 
 
 _policy: ContextVar[RetryPolicy | None] = ContextVar("retry_policy", default=None)
@@ -44,7 +44,7 @@ _policy: ContextVar[RetryPolicy | None] = ContextVar("retry_policy", default=Non
 
 @contextmanager
 def retry_for(seconds: float | None = None, notify: Callable[[str], None] = print) -> Iterator[None]:
-    """Set how long this thread retries storage operations inside the block; 0 tries once."""
+    """Set how long this thread retries storage operations inside the block; 0: try once."""
     token = _policy.set(RetryPolicy(seconds, notify))
     try:
         yield
@@ -53,15 +53,15 @@ def retry_for(seconds: float | None = None, notify: Callable[[str], None] = prin
 
 
 def retry(operation: Callable[[], Result], name: str) -> Result:
-    """Call an operation until it succeeds; an error that waiting cannot cure is raised at once.
+    """Call an operation until it succeeds; raise at once what waiting cannot fix.
 
     Args:
         operation: the call to make.
         name: the file or folder, for messages.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        StorageFailed: the storage refuses, or failed for as long as the policy in force retries.
+        FileNotFoundError: the file does not exist.
+        StorageFailed: the storage refused, or failed until the time limit.
     """
     policy, started, notified, pause = _policy.get() or RetryPolicy(), time.monotonic(), -NOTIFY_SECONDS, 0.5
     seconds = RETRY_SECONDS if policy.seconds is None else policy.seconds
@@ -73,7 +73,7 @@ def retry(operation: Callable[[], Result], name: str) -> Result:
         except OSError as error:
             waited, reason = time.monotonic() - started, reason_of(error)
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise  # of a local file that is read or written meanwhile
+                raise  # the local disk is full, not the storage
             if _PERMANENT.search(str(error)):
                 raise StorageFailed(f"{name}: the storage refuses ({reason})") from error
             if waited + pause > seconds:
@@ -86,7 +86,7 @@ def retry(operation: Callable[[], Result], name: str) -> Result:
 
 
 def reason_of(error: BaseException) -> str:
-    """What an error of a filesystem says, in one line."""
+    """Return the message of a filesystem's error in one line."""
     if isinstance(error, StorageFailed):
         return str(error)
     text = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""The nouns that stages hand to each other, and the layout of a run directory."""
+"""The layout of a run directory."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from raysft.storage.local_cache import working_copy
 from raysft.storage.path import StoragePath
 
 MODEL_MARKS = ("adapter_config.json", "config.json")
-"""What a model's folder holds one of, once it is whole."""
+"""A complete model folder has one of these; they are written last."""
 
 
-def is_whole(model: StoragePath) -> bool:
-    """Whether a model's folder is there as it was written."""
+def is_complete(model: StoragePath) -> bool:
+    """Return True if a model folder is complete."""
     return any((model / mark).exists() for mark in MODEL_MARKS)
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The files of a run, by the names that LLaMA-Factory's users know."""
+    """The files of a run, named as LLaMA-Factory names them where it has them."""
 
     path: Path
-    """Where the small ones are read and written: the folder itself, or the working copy of one elsewhere."""
+    """Local folder of the small files: the run directory, or the working copy of a remote one."""
     remote: StoragePath | None = None
-    """The folder itself where it is in an object store."""
+    """The run directory if it is in an object store."""
 
     @classmethod
     def of(cls, place: StoragePath) -> RunDirectory:
-        """The run directory at a place."""
+        """Return the run directory at a path or URI."""
         return cls(place.local) if place.local else cls(working_copy(place), place)
 
     @property
     def place(self) -> StoragePath:
-        """The folder itself, with checkpoints and model."""
+        """The run directory, local or remote."""
         return self.remote or StoragePath.of(self.path)
 
     @property
@@ -47,22 +47,22 @@ class RunDirectory:
 
     @property
     def plan(self) -> Path:
-        """Rows, steps, tokens, padding and resources, as planned before the start."""
+        """Rows, steps, tokens, padding, resources and resolved settings, as planned before the start."""
         return self.path / "plan.json"
 
     @property
     def trainer_log(self) -> Path:
-        """One record for each step (``StepRecord``) and each evaluation."""
+        """One record per step (``StepRecord``) and per evaluation."""
         return self.path / "trainer_log.jsonl"
 
     @property
     def trainer_state(self) -> Path:
-        """The log history in Hugging Face's form."""
+        """The log history in Hugging Face's format."""
         return self.path / "trainer_state.json"
 
     @property
     def changes(self) -> Path:
-        """What the run went on with although it was begun with something else, each time."""
+        """Settings and data that changed when the run resumed."""
         return self.path / "changes.jsonl"
 
     @property
@@ -77,12 +77,12 @@ class RunDirectory:
 
     @property
     def predictions(self) -> Path:
-        """``{"prompt", "predict", "label", "id", "source"}`` a line, of the trained model."""
+        """Predictions of the trained model, a line each: ``{"prompt", "predict", "label", "id", "source"}``."""
         return self.path / "generated_predictions.jsonl"
 
     @property
     def base_predictions(self) -> Path:
-        """The same of the model before training."""
+        """Predictions of the model before training, in the same format."""
         return self.path / "generated_predictions_base.jsonl"
 
     @property
@@ -97,20 +97,20 @@ class RunDirectory:
 
     @property
     def model(self) -> StoragePath:
-        """The trained model or adapter, loads with transformers or peft."""
+        """The trained model or adapter; loads with transformers or peft."""
         return self.place / "model"
 
     @property
     def best(self) -> StoragePath:
-        """The model of the best evaluation so far, while the training goes on."""
+        """The model of the best evaluation so far, during training."""
         return self.place / ".best"
 
     def is_trained(self) -> bool:
-        """Whether there is a trained model."""
-        return is_whole(self.model)
+        """Return True if there is a trained model."""
+        return is_complete(self.model)
 
     def is_done(self) -> bool:
-        """Whether the training came to its end, with its model and its results written."""
+        """Return True if the training ended, and its model and results are written."""
         return self.results("train").exists() and self.is_trained()
 
     @property
@@ -128,14 +128,14 @@ class RunDirectory:
         return self.path / f"{stage}_results.json"
 
     def read_results(self, stage: Literal["train", "eval", "predict", "all"]) -> dict[str, Any]:
-        """The results of a stage; empty where it has not run."""
+        """Return the results of a stage; empty if it has not run."""
         path = self.results(stage)
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def write_results(self, stage: Literal["train", "eval", "predict"], results: Mapping[str, Any]) -> None:
-        """Write a stage's results and the union of all stages' (``all_results.json``)."""
+        """Write a stage's results, and the union of all stages' results (``all_results.json``)."""
         write_json(self.results(stage), results)
-        whole: dict[str, Any] = {}
-        for each in ("train", "eval", "predict"):
-            whole.update(self.read_results(each))
-        write_json(self.results("all"), whole)
+        union: dict[str, Any] = {}
+        for other in ("train", "eval", "predict"):
+            union.update(self.read_results(other))
+        write_json(self.results("all"), union)

@@ -1,4 +1,4 @@
-"""The small files of a run in an object store: worked on in a copy on this machine, which is brought there as it changes."""
+"""Sync the small files of a run in an object store with a working copy on this machine."""
 
 from __future__ import annotations
 
@@ -16,136 +16,142 @@ from raysft.storage.retry import FIRST_SECONDS, reason_of, retry_for
 from raysft.storage.run_directory import RunDirectory
 
 EVERY_SECONDS = 5.0
-"""How often what changed is brought there."""
+"""Time between two uploads of changed files."""
 LAST_SECONDS = 30.0
-"""How long a run that ends early waits for the storage."""
+"""Longest time that a run which ends early waits for the storage."""
 FOLDERS = ("tensorboard",)
-"""Folders that are brought there; nobody reads them here, so they are not fetched."""
-OF_JOURNALS = (".partial", ".done")
-"""Endings of hidden files that a run goes on from; other hidden files are drafts and locks."""
+"""Folders that are uploaded; they are never read here, so never fetched."""
+SYNCED_HIDDEN_SUFFIXES = (".partial", ".done")
+"""Suffixes of the hidden files that a run resumes from; other hidden files are drafts and locks."""
 
 
 class Sync:
-    """Keeps the files of a working copy and those of the run directory alike."""
+    """Keeps a working copy and its run directory in sync."""
 
     def __init__(self, directory: RunDirectory, notify: Callable[[str], None]) -> None:
         assert directory.remote
-        self._here, self._there, self._say = directory.path, directory.remote, notify
-        self._same: dict[str, tuple[int, int]] = {}
-        """Size and time here of what is there too, by name."""
-        self._done = threading.Event()
+        self._local, self._remote, self._notify = directory.path, directory.remote, notify
+        self._synced: dict[str, tuple[int, int]] = {}
+        """By name, size and time of the local files that the run directory has too."""
+        self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
     def fetch(self) -> None:
-        """Make the working copy what is there: that may have come from another machine since."""
-        shutil.rmtree(self._here, ignore_errors=True)
-        self._here.mkdir(parents=True, exist_ok=True)
-        for name, entry in self._there.entries().items():
-            if not entry.folder and _belongs(name):
-                (self._there / name).download(self._here / name)
-                self._same[name] = _signature(self._here / name)
+        """Replace the working copy by the run directory's files: another machine may have changed them."""
+        shutil.rmtree(self._local, ignore_errors=True)
+        self._local.mkdir(parents=True, exist_ok=True)
+        for name, entry in self._remote.entries().items():
+            if not entry.folder and _is_synced(name):
+                (self._remote / name).download(self._local / name)
+                self._synced[name] = _signature(self._local / name)
 
     def push(self) -> None:
-        """Bring there what changed, and take away what is no more.
+        """Upload the files that changed, and remove those that are gone.
 
         Raises:
-            StorageFailed: the storage takes nothing.
+            StorageFailed: the storage refuses them or does not answer.
         """
-        found = {path.name: path for path in self._here.iterdir() if path.is_file() and _belongs(path.name)}
+        found = {path.name: path for path in self._local.iterdir() if path.is_file() and _is_synced(path.name)}
         for folder in FOLDERS:
-            inside = (path for path in (self._here / folder).rglob("*") if path.is_file())
-            found |= {path.relative_to(self._here).as_posix(): path for path in inside}
-        # First what is no more: who is killed in between must not find another config beside the results of the one before.
-        for name in self._same.keys() - found.keys():
-            (self._there / name).remove()
-            del self._same[name]
+            inside = (path for path in (self._local / folder).rglob("*") if path.is_file())
+            found |= {path.relative_to(self._local).as_posix(): path for path in inside}
+        # Remove first: a process killed in between must not leave a new config beside the results of the old one.
+        for name in self._synced.keys() - found.keys():
+            (self._remote / name).remove()
+            del self._synced[name]
         for name, path in found.items():
-            with suppress(FileNotFoundError):  # replaced in this moment
+            with suppress(FileNotFoundError):  # the run is replacing it
                 signature = _signature(path)
-                if self._same.get(name) != signature:
-                    (self._there / name).upload(path)
-                    self._same[name] = signature
+                if self._synced.get(name) != signature:
+                    (self._remote / name).upload(path)
+                    self._synced[name] = signature
 
     def start(self) -> None:
-        """Push from time to time; a storage that fails meanwhile is said once."""
-        self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
+        """Start to push regularly; report a storage that fails once."""
+        self._thread = threading.Thread(target=self._run, name="sync", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         failed, pause = False, EVERY_SECONDS
-        while not self._done.wait(pause):
-            begun = time.monotonic()
+        while not self._stopped.wait(pause):
+            started = time.monotonic()
             try:
                 with retry_for(0):
                     self.push()
                 failed = False
             except (StorageFailed, OSError) as error:
                 if not failed:
-                    self._say(f"{reason_of(error)}; the run goes on, and its files follow when the storage answers")
+                    self._notify(
+                        f"{reason_of(error)}; the run continues, and uploads its files when the storage answers"
+                    )
                 failed = True
-            pause = max(EVERY_SECONDS, 10 * (time.monotonic() - begun))  # a long log is not sent all the time
+            pause = max(
+                EVERY_SECONDS, 10 * (time.monotonic() - started)
+            )  # uploads of a long log take at most a tenth of the time
 
     def stop(self) -> None:
-        """Push no more."""
-        self._done.set()
+        """Stop to push regularly."""
+        self._stopped.set()
         if self._thread is not None:
             self._thread.join()
 
 
 @contextmanager
 def synced(directory: RunDirectory, notify: Callable[[str], None]) -> Iterator[None]:
-    """While a process works in a run directory: its files come here at the start, and go there meanwhile and at the end.
+    """Fetch the files of a remote run directory, and push them during the block and at its end.
 
     Raises:
-        RunFailed: at the end the storage does not take them.
+        RunFailed: the storage does not take them at the end.
     """
     if directory.remote is None:
         yield
         return
-    mirror = Sync(directory, notify)
+    sync = Sync(directory, notify)
     with retry_for(notify=notify):
-        mirror.fetch()
-    mirror.start()
+        sync.fetch()
+    sync.start()
     try:
         yield
     except BaseException:
-        mirror.stop()
+        sync.stop()
         with suppress(StorageFailed, OSError), retry_for(LAST_SECONDS, notify):
-            mirror.push()
+            sync.push()
         raise
-    mirror.stop()
+    sync.stop()
     try:
         with retry_for(notify=notify):
-            mirror.push()
+            sync.push()
     except StorageFailed as error:
-        raise RunFailed(f"{error}; the last files of the run are in {directory.path} alone") from error
+        raise RunFailed(
+            f"{error}; the last files of the run are only in {directory.path}; copy them to {directory.place}"
+        ) from error
 
 
 @contextmanager
 def open_read_only(place: StoragePath, notify: Callable[[str], None], back: bool = False) -> Iterator[RunDirectory]:
-    """A run directory to read, beside whoever works in it; of one in an object store a passing copy of its small files.
+    """Open a run directory to read, without its lock; of a remote one fetch the small files into a temporary folder.
 
     Args:
         place: the run directory.
-        notify: takes a line where the storage has to be waited for.
-        back: bring there what is written into it.
+        notify: receives a line if the storage does not answer.
+        back: push what the block writes into it.
     """
     if place.local:
         yield RunDirectory(place.local)
         return
     with tempfile.TemporaryDirectory(prefix="raysft-run-") as folder:
         directory = RunDirectory(Path(folder) / place.name, place)
-        mirror = Sync(directory, notify)
+        sync = Sync(directory, notify)
         with retry_for(FIRST_SECONDS, notify):
-            mirror.fetch()
+            sync.fetch()
         with retry_for(notify=notify):
             yield directory
             if back:
-                mirror.push()
+                sync.push()
 
 
-def _belongs(name: str) -> bool:
-    return not name.startswith(".") or name.endswith(OF_JOURNALS)
+def _is_synced(name: str) -> bool:
+    return not name.startswith(".") or name.endswith(SYNCED_HIDDEN_SUFFIXES)
 
 
 def _signature(path: Path) -> tuple[int, int]:

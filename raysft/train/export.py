@@ -19,7 +19,7 @@ from raysft.errors import RunFailed, StorageFailed
 from raysft.storage.local_cache import local_copy
 from raysft.storage.path import StoragePath
 from raysft.storage.retry import reason_of, retry_for
-from raysft.storage.run_directory import MODEL_MARKS, RunDirectory, is_whole
+from raysft.storage.run_directory import MODEL_MARKS, RunDirectory, is_complete
 from raysft.telemetry.events import Emit, Waiting
 from raysft.train.checkpoint.cursor import Best
 
@@ -54,7 +54,7 @@ class Exporter:
         if dist.get_rank() == 0:
             # It may have become the trained model already, if the process died before it wrote its results.
             promoted = self._run.is_trained() and not self._run.best.entries()
-            exists = [is_whole(self._best_folder(best.step)) or promoted]
+            exists = [is_complete(self._best_folder(best.step)) or promoted]
             if not exists[0]:
                 self._emit(
                     Waiting(
@@ -125,7 +125,7 @@ class Exporter:
                 put_in_place(best.local, model.local)
             elif self._best is not None:
                 send(self._best[1], model)
-            elif is_whole(best):  # otherwise it was promoted before
+            elif is_complete(best):  # otherwise it was promoted before
                 send(Path(local_copy(best.location)), model)
             self._run.best.remove()
         self._discard_draft()

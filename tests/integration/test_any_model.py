@@ -234,7 +234,7 @@ def test_a_model_of_the_hub_is_taken_from_its_cache(folder, other, monkeypatch):
     from raysft.storage.local_cache import model_copy
 
     assert model_copy("some/model") == there / "snapshots" / commit
-    with pytest.raises(RequestError, match="some/none: is no folder here, and HF_HUB_OFFLINE is set"):
+    with pytest.raises(RequestError, match="some/none: is not a local folder, and HF_HUB_OFFLINE is set"):
         model_copy("some/none")
 
 

@@ -38,16 +38,19 @@ KINDS = {
     "fails": (http("500 Internal Server Error"), "does not answer (500 Internal Server Error); check the network"),
     "is busy for an hour": (
         http("429 Too Many Requests", Retry_After="3600"),
-        "to be asked again in 3600 s); check the",
+        "retry after 3600 s); check the",
     ),
     "wants a token": (
         http("401 Unauthorized", b"{}"),
-        "the hub refuses (401 Unauthorized); check its name, and whether HF_TOKEN",
+        "the hub denies access (401 Unauthorized); check the name, and whether HF_TOKEN",
     ),
-    "forbids": (http("403 Forbidden", b"{}"), "the hub refuses (403 Forbidden); check its name, and whether HF_TOKEN"),
-    "does not have it": (http("404 Not Found", b"{}"), "the hub does not have it (404 Not Found); check its name"),
-    "answers a page": (PORTAL, "what the hub answers is of no use; check its name and HF_ENDPOINT"),
-    "answers a list": (http("200 OK", b"[1]", ETag='"a"', X_Repo_Commit="a" * 40), "what the hub answers is of no use"),
+    "forbids": (
+        http("403 Forbidden", b"{}"),
+        "the hub denies access (403 Forbidden); check the name, and whether HF_TOKEN",
+    ),
+    "does not have it": (http("404 Not Found", b"{}"), "the hub does not have it (404 Not Found); check the name"),
+    "answers a page": (PORTAL, "the hub's answer is not usable; check the name and HF_ENDPOINT"),
+    "answers a list": (http("200 OK", b"[1]", ETag='"a"', X_Repo_Commit="a" * 40), "the hub's answer is not usable"),
 }
 
 
@@ -75,7 +78,7 @@ def use(endpoint: str, monkeypatch, cache) -> None:
 @pytest.fixture
 def ask(monkeypatch, tmp_path):
     """Asks a hub in a hurry, and gives what was said."""
-    monkeypatch.setattr(hub, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(hub, "RETRY_SECONDS", 1.0)
     monkeypatch.setattr(hub, "ATTEMPT_SECONDS", 0.5)
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.5)
 
@@ -102,7 +105,7 @@ def test_a_model_that_the_hub_does_not_give_is_one_line_in_time(ask, tmp_path, k
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_that_the_hub_does_not_give_are_one_line_in_time(ask, kind):
     line = ask(kind, lambda: model_copy("some/model"))
-    assert line.startswith("some/model: is no folder here, and ")
+    assert line.startswith("some/model: is not a local folder, and ")
     assert KINDS[kind][1] in line
 
 
@@ -132,7 +135,7 @@ def on_hub(kind: str, id: str, files: dict[str, bytes]) -> dict[str, bytes]:
 
 
 def test_weights_that_are_cut_off_are_one_line_in_time(monkeypatch, tmp_path):
-    monkeypatch.setattr(hub, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(hub, "RETRY_SECONDS", 1.0)
     # The library waits a second before each of its attempts to go on with a download.
     monkeypatch.setattr(file_download, "time", SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))
     model = tiny_model(tmp_path / "model")
@@ -141,8 +144,8 @@ def test_weights_that_are_cut_off_are_one_line_in_time(monkeypatch, tmp_path):
     with serving(answer) as port:
         use(f"http://127.0.0.1:{port}", monkeypatch, tmp_path / "cache")
         begun = time.monotonic()
-        fault = r"the download broke off \(.+\); start again, which goes on with it, or give a folder$"
-        with pytest.raises(RequestError, match=f"^some/model: is no folder here, and {fault}"):
+        fault = r"the download broke off \(.+\); run the same command again to resume it, or give a folder$"
+        with pytest.raises(RequestError, match=f"^some/model: is not a local folder, and {fault}"):
             model_copy("some/model")
         with pytest.raises(RequestError, match=f"^some/model: its weights cannot be loaded: {fault}"):
             load_weights("some/model", cache_dir=tmp_path / "cache")
@@ -190,7 +193,7 @@ class Ends(evaluate.Comparison):
 
 
 def test_a_metric_of_the_hub_is_fetched_once_and_scores_when_the_hub_is_gone(monkeypatch, tmp_path):
-    monkeypatch.setattr(hub, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(hub, "RETRY_SECONDS", 1.0)
     files = {"ends.py": ENDS.encode(), "ending.py": b"END = '!'"}
     with serving(pages(on_hub("spaces", "evaluate-comparison/ends", files), X_Repo_Commit=COMMIT)) as port:
         use(f"http://127.0.0.1:{port}", monkeypatch, tmp_path)
@@ -217,7 +220,9 @@ def test_a_hub_that_did_not_answer_is_not_asked_again_for_each_file(ask, tmp_pat
 def test_a_metric_that_evaluate_has_fetched_is_used_without_the_hub(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("evaluate.loading.init_dynamic_modules", lambda: str(tmp_path))
-    with pytest.raises(script.ScriptNotFound, match="HF_HUB_OFFLINE is set, and the cache does not hold it; unset it"):
+    with pytest.raises(
+        script.ScriptNotFound, match="HF_HUB_OFFLINE is set, but the cache does not have it; unset HF_HUB_OFFLINE"
+    ):
         script.find_script("ends")
     kept = tmp_path / "metrics" / "evaluate-metric--ends" / "f00" / "ends.py"
     kept.parent.mkdir(parents=True)
@@ -227,7 +232,9 @@ def test_a_metric_that_evaluate_has_fetched_is_used_without_the_hub(monkeypatch,
 
 def test_without_network_by_ones_own_wish_the_hub_is_not_asked(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(RequestError, match="HF_HUB_OFFLINE is set, and the cache does not hold it; unset it"):
+    with pytest.raises(
+        RequestError, match="HF_HUB_OFFLINE is set, but the cache does not have it; unset HF_HUB_OFFLINE"
+    ):
         find_model("some/model", StoragePath.of(tmp_path), print)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
     with pytest.raises(RequestError, match=r"its tokenizer cannot be loaded \(.*\); put its files"):

@@ -51,7 +51,7 @@ def test_one_on_another_machine_is_given_time_for_a_sign(tmp_path, monkeypatch):
     said = []
     with lock(tmp_path, said.append):
         pass
-    assert said == [f"{tmp_path}: process 7 on elsewhere works here; waiting 1 s for a sign"]
+    assert said == [f"{tmp_path}: process 7 on elsewhere uses this folder; waiting 1 s for its heartbeat"]
 
     (tmp_path / ".lock").write_text(json.dumps(asdict(there)))
     beats = iter([None, asdict(replace(there, beat=1))])
@@ -71,7 +71,7 @@ def test_one_on_another_machine_that_ends_meanwhile_is_followed(tmp_path, monkey
     monkeypatch.setattr(lock_module.time, "sleep", lambda seconds: (tmp_path / ".lock").unlink(missing_ok=True))
     taken = []
     monkeypatch.setattr(lock_module, "_write", lambda file, holder: taken.append(holder))
-    with pytest.raises(Locked, match="in this moment"):
+    with pytest.raises(Locked, match="at the same moment"):
         lock_module._take(StoragePath.of(tmp_path / ".lock"), LockOwner.me(), print)
     assert taken, "it was followed; what became of the lock after that is another matter"
 
@@ -120,7 +120,7 @@ def test_who_was_taken_for_dead_stops(tmp_path, monkeypatch):
             works()
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert said == [f"{tmp_path}: process 7 on elsewhere took over; this one stops"]
+    assert said == [f"{tmp_path}: process 7 on elsewhere took the lock over; this process stops"]
     assert json.loads((tmp_path / ".lock").read_text())["process"] == 7, "what is another's is left alone"
 
 

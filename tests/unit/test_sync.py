@@ -112,7 +112,7 @@ def test_a_storage_that_stays_away_at_the_end_is_one_line(run, server, monkeypat
             server.fails("PUT", seconds=600)
             run.config.write_text("a: 1")
 
-    with pytest.raises(RunFailed, match=r"the last files of the run are in .* alone"):
+    with pytest.raises(RunFailed, match=r"the last files of the run are only in .*; copy them to s3://"):
         works()
 
 
@@ -143,10 +143,10 @@ def test_the_lock_of_an_object_store(run, monkeypatch):
     file.write_text(json.dumps(asdict(replace(LockOwner.me(), host="elsewhere", process=7))))
     said: list[str] = []
     with lock(run.place, said.append):
-        assert said == [f"{run.place}: process 7 on elsewhere works here; waiting 1 s for a sign"]
+        assert said == [f"{run.place}: process 7 on elsewhere uses this folder; waiting 1 s for its heartbeat"]
         # Another took it in the same moment, and was later.
     monkeypatch.setattr(lock_module.time, "sleep", lambda seconds: file.write_text(json.dumps(asdict(LockOwner.me()))))
-    with pytest.raises(Locked, match="another process began to work here in this moment"), lock(run.place):
+    with pytest.raises(Locked, match="another process took the lock at the same moment"), lock(run.place):
         pass
 
 

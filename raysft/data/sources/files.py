@@ -85,9 +85,9 @@ def _expand(pattern: str, name: str) -> Iterator[DataFile]:
         raise
     except StorageFailed as error:
         raise RequestError(f"source {name!r}: {error}; check the path and its credentials") from None
-    except (*hub.failures(), pa.ArrowException) as error:
+    except (*hub.error_types(), pa.ArrowException) as error:
         if location.startswith("hf://"):
-            advice = hub.reason_of(error) or hub.NONSENSE
+            advice = hub.reason_of(error) or hub.UNUSABLE
             raise RequestError(f"source {name!r}: {pattern} cannot be read: {advice}") from None
         reason = getattr(error, "strerror", None) or one_line(error)
         raise RequestError(

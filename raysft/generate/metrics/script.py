@@ -31,10 +31,10 @@ def find_script(name: str) -> str:
     ids = [name] if "/" in name else [f"evaluate-{kind}/{name}" for kind in KINDS]
     try:
         return str(_fetch(ids))
-    except hub.failures() as error:
+    except hub.error_types() as error:
         cached = next((script for id in ids if (script := _cached_by_evaluate(id))), None)
         if cached is None:
-            raise ScriptNotFound(f"is not a local file, and {hub.reason_of(error) or hub.NONSENSE}") from None
+            raise ScriptNotFound(f"is not a local file, and {hub.reason_of(error) or hub.UNUSABLE}") from None
         return str(cached)
 
 
@@ -43,12 +43,12 @@ def _fetch(ids: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    hub.be_patient()
+    hub.bound_requests()
     failures: list[Exception] = []
     for id in ids:
         try:
             folder = Path(snapshot_download(id, repo_type="space", allow_patterns="*.py"))
-        except hub.failures() as error:
+        except hub.error_types() as error:
             failures.append(error)
             continue
         script = folder / f"{Path(id).name}.py"
