@@ -55,20 +55,20 @@ def conversations(count: int) -> list[dict]:
 
 
 def prepare(folder: Path) -> tuple[Path, Path, Manifest]:
-    """A tiny model, and shards of some conversations: (folder, model, manifest)."""
+    """Make a tiny model, and shards of some conversations: (folder, model, manifest)."""
     model = tiny_model(folder / "model")
     data = folder / "data.jsonl"
-    data.write_text("".join(json.dumps(each) + "\n" for each in conversations(60)))
+    data.write_text("".join(json.dumps(record) + "\n" for record in conversations(60)))
     config = make_config(folder, model)
     return folder, model, written(the_set(config, str(model)), str(model))
 
 
 def make_config(folder: Path, model: Path, settings: dict[str, Any] | None = None, **train) -> Config:
-    """A training of a few steps.
+    """Make the config of a training of a few steps.
 
     Args:
         folder: of the run and its data.
-        model: to start from.
+        model: the model to start from.
         settings: dotted keys and their values.
         train: keys of the section ``train``, and ``finetuning`` of ``model``.
     """
@@ -87,7 +87,7 @@ def make_config(folder: Path, model: Path, settings: dict[str, Any] | None = Non
                 "warmup_ratio": 0.0,
                 "max_steps": STEPS,
                 "zero_stage": 0,
-                # Adam divides by the root of the second moment: where a gradient is nearly 0 that turns rounding into steps.
+                # Adam divides by the root of the second moment, which turns rounding of gradients near 0 into steps.
                 "epsilon": 1e-4,
                 **train,
             },
@@ -113,41 +113,41 @@ def rows_of(
 
 @dataclass(frozen=True)
 class Case:
-    """One training of several in a process group."""
+    """One of several trainings in a process group."""
 
     config: Config
     rows: PackedDataset
     adapter: str | None = None
     resume: Path | None = None
-    """A checkpoint to go on from."""
+    """The checkpoint to resume from."""
     keep: Path | None = None
-    """Where the checkpoints go (``checkpoint_2`` after two steps)."""
+    """Folder for checkpoints (``checkpoint_2`` after two steps). Default: none are written."""
     leaves_in: int | None = None
-    """The step in which the last worker learns that its machine will be taken away."""
+    """The step in which the last worker learns that its machine will be preempted."""
     eval_rows: PackedDataset | None = None
-    """What is evaluated. Default: what is trained."""
+    """Rows to evaluate on. Default: the training rows."""
     chunk_tokens: int = 1024
-    """Trained tokens whose logits are made together."""
+    """Loss tokens per chunk of logits."""
     clocks: tuple[float, ...] = ()
-    """Minutes by which each worker's clock has moved on whenever it looks at it. Default: real clocks."""
+    """Minutes by which each worker's clock advances whenever it is read. Default: real clocks."""
 
 
 class Result(NamedTuple):
-    """What a training came to."""
+    """Result of a training."""
 
     losses: list[float]
     norms: list[float]
     weights: dict[str, np.ndarray]
     evaluation: dict[str, float]
     events: list[Any]
-    """All that it told, in order."""
+    """All events, in order."""
     model: Path
-    """The folder that it wrote."""
+    """Folder of the trained model."""
     failure: str = ""
 
 
 def worker(rank: int, world: int, port: int, cases: Sequence[Case], out) -> None:
-    """One process: runs the trainings one after the other; the first one puts their results into ``out``."""
+    """Run the trainings one after another in one process; rank 0 puts their results into ``out``."""
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank)
     )
@@ -169,25 +169,29 @@ def _trained(case: Case, rank: int, world: int, name: str) -> Result:
     from raysft.train.checkpoint.resume import ResumePoint
 
     loss.CHUNK_TOKENS = case.chunk_tokens
-    looks = itertools.count(1)
-    triggers.monotonic = (lambda: 60 * case.clocks[rank] * next(looks)) if case.clocks else time.monotonic
+    readings = itertools.count(1)
+    triggers.monotonic = (lambda: 60 * case.clocks[rank] * next(readings)) if case.clocks else time.monotonic
 
     def save(engine: Any, cursor: format.Cursor, log: list[Any]) -> None:
         if case.keep:
             format.write(format.snapshot(engine, cursor, log), case.keep / f"checkpoint_{cursor.step}")
 
-    asked = itertools.count(1)
+    calls = itertools.count(1)
 
     def notice() -> str:
-        return "going" if case.leaves_in and rank == world - 1 and next(asked) >= case.leaves_in else ""
+        return "going" if case.leaves_in and rank == world - 1 and next(calls) >= case.leaves_in else ""
 
     config, rows = case.config, case.rows
     events: list[Any] = []
     run = RunDirectory(config.run_directory / name)
     run.path.mkdir(parents=True, exist_ok=True)
-    evaluated = {"d": case.eval_rows or rows}
     job = TrainJob(
-        config=config, model=config.model.path, run=run, train_rows=rows, eval_rows=evaluated, adapter=case.adapter
+        config=config,
+        model=config.model.path,
+        run=run,
+        train_rows=rows,
+        eval_rows={"d": case.eval_rows or rows},
+        adapter=case.adapter,
     )
     failure = ""
     resume = ResumePoint.of(case.resume) if case.resume else None
@@ -207,14 +211,14 @@ def _trained(case: Case, rank: int, world: int, name: str) -> Result:
 
 
 def train(config: Config, rows: PackedDataset, world: int = 1) -> Result:
-    """A training with ``world`` workers."""
+    """Train with ``world`` workers."""
     return train_all([Case(config, rows)], world)[0]
 
 
 def train_all(cases: Sequence[Case], world: int = 1) -> list[Result]:
-    """Trainings with ``world`` workers, one after the other in the same new processes.
+    """Run trainings with ``world`` workers, one after another in the same new processes.
 
-    The processes are forks of one that has imported what trains and has run nothing: the imports take a process ten seconds.
+    The processes are forks of one that has the imports, which take ten seconds, and has run nothing.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
@@ -232,7 +236,7 @@ def train_all(cases: Sequence[Case], world: int = 1) -> list[Result]:
             assert process.exitcode == 0
     finally:
         for process in processes:
-            process.kill()  # after a failure one may be waiting for another
+            process.kill()  # after a failure, one may be waiting for another
     return results
 
 
@@ -264,14 +268,14 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def plain_model(path: Path) -> nn.Module:
-    """The model, trained whole."""
+    """The model in float32, for full fine-tuning."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
 def plain_loss(model: nn.Module, batch: Any) -> torch.Tensor:
-    """The loss of a step of four rows, computed example by example."""
+    """Compute the loss of a step of four rows example by example."""
     total, count = torch.zeros(()), 0
     for row in range(4):
         for ids, labels in examples_of(batch, row):
@@ -282,7 +286,7 @@ def plain_loss(model: nn.Module, batch: Any) -> torch.Tensor:
 
 
 def plain_training(model: nn.Module, rows: PackedDataset, make: Callable[[nn.Module], torch.optim.Optimizer] = adamw):
-    """The same training as a plain loop over single examples, with nothing of raysft but its rows."""
+    """Train with a plain loop over single examples, which uses nothing of raysft but its rows."""
     from transformers import get_scheduler
 
     model.train()
@@ -303,7 +307,7 @@ def plain_training(model: nn.Module, rows: PackedDataset, make: Callable[[nn.Mod
 
 
 def examples_of(batch, row: int):
-    """The examples of a packed row, one by one: (ids, labels)."""
+    """Yield the examples of a packed row: (ids, labels)."""
     tokens = int(batch["tokens"][row])
     starts = [*np.flatnonzero(batch["position_ids"][row, :tokens] == 0).tolist(), tokens]
     for start, end in itertools.pairwise(starts):

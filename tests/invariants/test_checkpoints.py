@@ -1,4 +1,4 @@
-"""A training that goes on from a checkpoint is the one that was never stopped."""
+"""A training that resumes from a checkpoint equals one that was never interrupted."""
 
 import json
 from pathlib import Path
@@ -30,9 +30,9 @@ WAYS = {
     "apollo": {"optimizer": "apollo", "optimizer_options": {"rank": 4, "update_proj_gap": 3}},
 }
 SINGLE = ("apollo",)
-"""Those that train with one worker alone."""
+"""Ways that support one worker only."""
 SEEDED = ("dropout",)
-"""Those whose random numbers belong to a worker, so that they are others with others."""
+"""Ways that draw random numbers per worker, which differ with another number of workers."""
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +48,8 @@ def case(prepared, way: str, workers: int, **more) -> Case:
 
 
 @pytest.fixture(scope="module")
-def left_alone(prepared) -> dict[tuple[str, int], tuple[Result, Path]]:
-    """Trainings to their end, and the folder of the checkpoints that they wrote on the way."""
+def uninterrupted(prepared) -> dict[tuple[str, int], tuple[Result, Path]]:
+    """Uninterrupted trainings, and the folders of their checkpoints."""
     folder, found = prepared[0], {}
     for workers in (1, 2):
         ways = [way for way in WAYS if workers == 1 or way not in SINGLE]
@@ -60,20 +60,20 @@ def left_alone(prepared) -> dict[tuple[str, int], tuple[Result, Path]]:
     return found
 
 
-def resumed(prepared, left_alone, workers: int, others: int) -> dict[str, tuple[Result, Result]]:
-    """Each way with its second half trained by ``others``, from the checkpoint of ``workers``."""
-    ways = [way for way, number in left_alone if number == workers and (workers == others or way not in SINGLE)]
+def resumed(prepared, uninterrupted, workers: int, others: int) -> dict[str, tuple[Result, Result]]:
+    """Train the second half of each way with ``others`` workers, from the checkpoint of ``workers``."""
+    ways = [way for way, number in uninterrupted if number == workers and (workers == others or way not in SINGLE)]
     cases = [
-        case(prepared, way, others, resume=left_alone[way, workers][1] / f"checkpoint_{HALF}", keep=None)
+        case(prepared, way, others, resume=uninterrupted[way, workers][1] / f"checkpoint_{HALF}", keep=None)
         for way in ways
     ]
     results = train_all(cases, others)
-    return {way: (left_alone[way, workers][0], result) for way, result in zip(ways, results, strict=True)}
+    return {way: (uninterrupted[way, workers][0], result) for way, result in zip(ways, results, strict=True)}
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_the_same_workers_go_on_bit_for_bit(prepared, left_alone, workers):
-    for way, (whole, second) in resumed(prepared, left_alone, workers, workers).items():
+def test_the_same_workers_resume_bit_for_bit(prepared, uninterrupted, workers):
+    for way, (whole, second) in resumed(prepared, uninterrupted, workers, workers).items():
         assert not second.failure, (way, second.failure)
         assert second.losses == whole.losses[HALF:], way
         assert second.norms == whole.norms[HALF:], way
@@ -83,8 +83,8 @@ def test_the_same_workers_go_on_bit_for_bit(prepared, left_alone, workers):
 
 
 @pytest.mark.parametrize(("workers", "others"), [(2, 1), (2, 3)])
-def test_other_numbers_of_workers_go_on_alike(prepared, left_alone, workers, others):
-    for way, (whole, second) in resumed(prepared, left_alone, workers, others).items():
+def test_another_number_of_workers_resumes_with_the_same_losses(prepared, uninterrupted, workers, others):
+    for way, (whole, second) in resumed(prepared, uninterrupted, workers, others).items():
         if way in SEEDED:
             assert np.isfinite(second.losses).all(), way
             continue
@@ -96,12 +96,12 @@ def test_other_numbers_of_workers_go_on_alike(prepared, left_alone, workers, oth
             )
 
 
-def test_every_weight_is_kept_once(left_alone):
-    """Each worker writes its own part, and all parts together are the model, its moments and nothing twice."""
+def test_every_weight_is_kept_once(uninterrupted):
+    """Each worker writes its own part; together the parts hold the model and its moments, each element once."""
     from safetensors import safe_open
 
     for way in ("zero 0", "zero 1", "zero 2", "zero 3", "lora"):
-        result, kept = left_alone[way, 2]
+        result, kept = uninterrupted[way, 2]
         sizes: dict[str, int] = {}
         for part in range(2):
             with safe_open(kept / f"checkpoint_{HALF}" / f"part_{part}.safetensors", "np") as file:
@@ -118,15 +118,15 @@ def test_every_weight_is_kept_once(left_alone):
         )
 
 
-def test_a_machine_that_leaves_leaves_a_checkpoint(prepared, left_alone, tmp_path):
+def test_a_preemption_notice_leads_to_a_checkpoint(prepared, uninterrupted, tmp_path):
     config = make_config(prepared[0] / "leaving", prepared[1], zero_stage=2)
     [result] = train_all([Case(config, rows_of(prepared[2]), keep=tmp_path, leaves_in=2)], 2)
     assert [event.step for event in result.events if isinstance(event, PreemptionNotice)] == [2], "once, to all workers"
     assert [folder.name for folder in format.complete(tmp_path)] == ["checkpoint_2"]
-    assert result.losses == left_alone["zero 2", 2][0].losses
+    assert result.losses == uninterrupted["zero 2", 2][0].losses
 
 
-def test_checkpoints_by_time_go_on_bit_for_bit_and_all_workers_write_them_together(prepared, tmp_path):
+def test_checkpoints_by_time_resume_bit_for_bit_and_all_workers_write_them_together(prepared, tmp_path):
     def by_time(name: str, **more) -> Case:
         options = {"save_every_minutes": more.pop("minutes", 15)}
         config = make_config(prepared[0] / name, prepared[1], zero_stage=2, **options)
@@ -141,7 +141,7 @@ def test_checkpoints_by_time_go_on_bit_for_bit_and_all_workers_write_them_togeth
         ],
         2,
     )
-    assert not (tmp_path / "short").exists(), "a run that is shorter writes none"
+    assert not (tmp_path / "short").exists(), "a shorter run writes none"
     assert [folder.name for folder in format.complete(tmp_path / "apart")] == ["checkpoint_3"]
     cursors = [Cursor.read(folder) for folder in format.complete(tmp_path / "often")]
     assert [(cursor.step, cursor.passing) for cursor in cursors] == [(3, True), (2, True), (1, True)]
@@ -152,17 +152,17 @@ def test_checkpoints_by_time_go_on_bit_for_bit_and_all_workers_write_them_togeth
         assert np.array_equal(second.weights[name], weights), name
 
 
-def test_a_flipped_bit_is_found_and_the_one_before_is_taken(prepared, left_alone, tmp_path):
+def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_used(prepared, uninterrupted, tmp_path):
     import shutil
 
-    _, kept = left_alone["zero 2", 2]
+    _, kept = uninterrupted["zero 2", 2]
     shutil.copytree(kept, tmp_path / "kept")
-    newer, older = (each.local for each in format.complete(tmp_path / "kept"))
+    newer, older = (folder.local for folder in format.complete(tmp_path / "kept"))
     file = newer / "part_1.safetensors"
     content = bytearray(file.read_bytes())
     content[-5] ^= 4
     file.write_bytes(bytes(content))
-    assert format.newest(tmp_path / "kept") == ResumePoint.of(newer), "its size is right"
+    assert format.newest(tmp_path / "kept") == ResumePoint.of(newer), "its sizes are right"
     with pytest.raises(AssertionError, match="a worker failed"):
         train_all([case(prepared, "zero 2", 1, resume=newer)], 1)
     assert json.loads((newer / format.DAMAGED).read_text()) == {"file": "part_1.safetensors"}
@@ -170,12 +170,12 @@ def test_a_flipped_bit_is_found_and_the_one_before_is_taken(prepared, left_alone
 
 
 @pytest.mark.parametrize("missing", ["part_1.safetensors", "part_1.json", "state_0.pt", "cursor.json"])
-def test_a_half_written_checkpoint_is_none(left_alone, tmp_path, missing):
+def test_an_incomplete_checkpoint_does_not_count(uninterrupted, tmp_path, missing):
     import shutil
 
-    _, kept = left_alone["zero 2", 2]
+    _, kept = uninterrupted["zero 2", 2]
     shutil.copytree(kept, tmp_path / "kept")
-    newer, older = (each.local for each in format.complete(tmp_path / "kept"))
+    newer, older = (folder.local for folder in format.complete(tmp_path / "kept"))
     (newer / missing).unlink()
     assert list(format.complete(tmp_path / "kept")) == [StoragePath.of(older)]
     (older / "part_0.safetensors").write_bytes(b"short")

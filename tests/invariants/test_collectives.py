@@ -1,4 +1,4 @@
-"""Workers whose rows differ in all that rows can differ in make the same collectives, and train as one worker does."""
+"""Workers whose rows differ in every possible way make the same collectives, and train as one worker does."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tests.training import Case, Result, assert_same, make_config, train_all
 
 CAPACITY = 96
 CHUNK_TOKENS = 16
-"""So that a row takes from one to six chunks."""
-SHARED_OUT = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-"""With ZeRO-3 also what is small."""
+"""Makes one to six chunks of a row."""
+PARTITION_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+"""With ZeRO-3, small parameters are partitioned too."""
 MIXTURES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 16, "mlp_only_layers": [0]},
     "deepseek_v3": {
@@ -30,7 +30,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "v_head_dim": 8, "head_dim": 4,
     },
 }  # fmt: skip
-"""Of whose experts a short row uses some alone."""
+"""Mixture-of-experts models; a short row does not use all of their experts."""
 ALONE: dict[str, dict[str, Any]] = {"zero_stage": 0, "micro_batch_size": 4}
 WAYS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"zero_stage": 0}),
@@ -45,11 +45,11 @@ WAYS: list[tuple[str, dict[str, Any]]] = [
     ("deepseek_v3", {"zero_stage": 3}),
     ("deepseek_v3", {"zero_stage": 3, "finetuning": "lora"}),
 ]
-"""Model, and what two workers are to do as one does it alone."""
+"""(model, settings of two workers), compared with one worker."""
 
 
 class SomeUnlabelled(PackedDataset):
-    """Rows of which the last worker's have no label in the first step."""
+    """In the first step, the last worker's rows have no labels."""
 
     def batch(self, rows):
         made: Batch = super().batch(rows)
@@ -58,7 +58,7 @@ class SomeUnlabelled(PackedDataset):
 
 
 def examples(count: int, seed: int) -> list[dict[str, Any]]:
-    """Short and long ones in turn, trained on from some token on, with weights."""
+    """Make short and long examples in turn, with labels from some token on, and weights."""
     draw = random.Random(seed)
     made = []
     for index in range(count):
@@ -71,7 +71,7 @@ def examples(count: int, seed: int) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> tuple[Path, PackedDataset, PackedDataset]:
-    """(folder, training rows, evaluation rows); the last step of both leaves a worker with fillers alone."""
+    """(folder, training rows, evaluation rows); in the last step of both, one worker has fillers only."""
     folder = tmp_path_factory.mktemp("collectives")
     model = tiny_model(folder / "llama")
     manifests = []
@@ -83,13 +83,13 @@ def rows(tmp_path_factory) -> tuple[Path, PackedDataset, PackedDataset]:
     paths = [f"{directory}/manifest.parquet" for directory in manifests]
     train_rows = SomeUnlabelled(tuple(paths[:2]), CAPACITY, 4, seed=3, layout="single")
     eval_rows = PackedDataset((paths[2],), CAPACITY, 4, layout="single", shuffle=False)
-    assert [each.row_plan.rows for each in (train_rows, eval_rows)] == [10, 5]
+    assert [dataset.row_plan.rows for dataset in (train_rows, eval_rows)] == [10, 5]
     return folder, train_rows, eval_rows
 
 
 @pytest.fixture(scope="module")
 def trained(rows) -> list[tuple[Result, Result]]:
-    """Of each way what one worker came to, and two."""
+    """For each way: the results of one worker and of two."""
     for model_type, settings in MIXTURES.items():
         tiny_mixture(rows[0] / model_type, model_type, **settings)
     alone = list(dict.fromkeys((model, way.get("finetuning", "full")) for model, way in WAYS))
@@ -107,7 +107,7 @@ def case(rows: tuple[Path, PackedDataset, PackedDataset], model: str, way: dict[
         "train.max_steps": None,
         "train.eval_every_steps": 2,
         "train.keep_best": True,
-        "train.deepspeed": SHARED_OUT,
+        "train.deepspeed": PARTITION_ALL,
     }
     config: Config = make_config(folder, folder / model, settings, **{"micro_batch_size": 2, **way})
     return Case(config, train_rows, eval_rows=eval_rows, chunk_tokens=CHUNK_TOKENS)

@@ -1,4 +1,4 @@
-"""The course of a training: what is not finite, when it stops, which model it keeps, and where its states are."""
+"""Non-finite steps, early stopping, the best model, and offloading."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory):
-    """Data of which one record, ``data.jsonl:7``, holds a token whose embedding is no number."""
+    """Data with one record, ``data.jsonl:7``, that has a token whose embedding is NaN."""
     folder, model, _ = prepare(tmp_path_factory.mktemp("poisoned"))
     records = conversations(60)
     records[6]["messages"][0]["content"] = "§"
-    (folder / "data.jsonl").write_text("".join(json.dumps(each, ensure_ascii=False) + "\n" for each in records))
+    (folder / "data.jsonl").write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     whole = plain_model(model)
     whole.config.tie_word_embeddings = False
     whole.lm_head.weight = torch.nn.Parameter(whole.lm_head.weight.detach().clone())
@@ -84,7 +84,7 @@ def test_a_step_that_is_not_finite_stops_the_run_and_names_its_records(poisoned,
 
 
 @pytest.mark.parametrize("case", ["skip", "skip with ZeRO 2", "skip with ZeRO 3"])
-def test_such_a_step_can_be_left_out(poisoned, broken, case):
+def test_such_a_step_can_be_skipped(poisoned, broken, case):
     result, step = broken[case], step_with_the_record(poisoned[2])
     assert not result.failure
     assert [math.isfinite(loss) for loss in result.losses] == [index != step for index in range(step + 3)]
@@ -94,11 +94,11 @@ def test_such_a_step_can_be_left_out(poisoned, broken, case):
     np.testing.assert_allclose(weight, broken["skip"].weights["model.layers.0.mlp.up_proj.weight"], atol=1e-5)
     rates = [event.lr for event in result.events if isinstance(event, StepRecord)]
     expected = [1e-2 * 0.5 * (1 + math.cos(math.pi * index / (step + 3))) for index in range(step + 3)]
-    assert rates == pytest.approx(expected), "the course of the learning rate does not wait"
+    assert rates == pytest.approx(expected), "the learning rate advances in a skipped step too"
 
 
 @pytest.fixture(scope="module")
-def judged(prepared) -> dict[str, Result]:
+def evaluated(prepared) -> dict[str, Result]:
     folder, model, manifest = prepared
     wild = {
         "train.learning_rate": 0.5,
@@ -125,23 +125,25 @@ def evaluations(result: Result) -> list[float]:
     return [record["eval_loss"] for record in records if record["current_steps"] > 0]
 
 
-def test_the_best_model_is_kept(judged):
-    losses = evaluations(judged["best"])
+def test_the_best_model_is_kept(evaluated):
+    losses = evaluations(evaluated["best"])
     best = losses.index(min(losses))
-    assert 0 <= best < len(losses) - 1, "the test needs a training that gets worse at its end"
-    end = judged["best"].events[-1]
+    assert 0 <= best < len(losses) - 1, "the test needs a training that gets worse at the end"
+    end = evaluated["best"].events[-1]
     assert end.train["best_step"] == best + 1
     assert end.train["best_eval_loss"] == end.eval["eval_loss"] == min(losses)
-    assert not np.array_equal(judged["best"].weights["model.norm.weight"], judged["whole"].weights["model.norm.weight"])
-    assert not (judged["best"].model.parent / ".best").exists()
+    assert not np.array_equal(
+        evaluated["best"].weights["model.norm.weight"], evaluated["whole"].weights["model.norm.weight"]
+    )
+    assert not (evaluated["best"].model.parent / ".best").exists()
 
 
-def test_the_kept_model_has_the_loss_that_it_was_kept_for(prepared, judged):
+def test_the_kept_model_has_the_loss_that_it_was_kept_for(prepared, evaluated):
     from raysft.train.loss import TokenLoss
     from raysft.train.step import microbatches
 
     rows = rows_of(prepared[2], steps=5)
-    model = TokenLoss(plain_model(judged["best"].model)).eval()
+    model = TokenLoss(plain_model(evaluated["best"].model)).eval()
     with torch.no_grad():
         losses = [
             model(**part, score=True)[0].item()
@@ -149,24 +151,24 @@ def test_the_kept_model_has_the_loss_that_it_was_kept_for(prepared, judged):
             for part in microbatches(batch, 4, torch.device("cpu"))
         ]
     assert sum(losses) / rows.row_plan.step_loss_tokens.sum() == pytest.approx(
-        min(evaluations(judged["best"])), rel=1e-5
+        min(evaluations(evaluated["best"])), rel=1e-5
     )
 
 
 @pytest.mark.parametrize(("case", "patience"), [("patient", 2), ("impatient", 1)])
-def test_a_training_that_gets_no_better_stops(judged, case, patience):
-    losses = evaluations(judged[case])
+def test_a_training_without_improvement_stops(evaluated, case, patience):
+    losses = evaluations(evaluated[case])
     best, since, expected = math.inf, 0, None
-    for number, loss in enumerate(evaluations(judged["whole"]), 1):
+    for number, loss in enumerate(evaluations(evaluated["whole"]), 1):
         best, since = (loss, 0) if loss < best else (best, since + 1)
         if since == patience:
             expected = number
             break
     assert expected is not None
     assert expected < 5
-    assert len(judged[case].losses) == expected
-    assert [event.step for event in judged[case].events if isinstance(event, StoppedEarly)] == [expected]
-    end = judged[case].events[-1]
+    assert len(evaluated[case].losses) == expected
+    assert [event.step for event in evaluated[case].events if isinstance(event, StoppedEarly)] == [expected]
+    end = evaluated[case].events[-1]
     assert end.train["total_steps"] == expected
     assert end.train["planned_steps"] == 5
     assert end.eval["eval_loss"] == (min(losses) if case == "patient" else losses[-1])

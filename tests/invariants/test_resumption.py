@@ -1,4 +1,4 @@
-"""What may change when a training goes on takes effect in the first step after the checkpoint, and in none before."""
+"""Settings that may change on resume take effect in the first step after the checkpoint, and not before."""
 
 import json
 from dataclasses import replace
@@ -21,7 +21,7 @@ from tests.training import STEPS, Case, Result, make_config, plain_loss, plain_m
 HALF = STEPS // 2
 BEFORE: dict[str, Any] = {"schedule": "linear", "save_every_steps": HALF}
 KINDS = ("adafactor", "muon", "galore")
-"""Optimizers whose state is kept whole, with its settings."""
+"""Optimizers whose state dict is saved as it is, with its settings."""
 TINY = 1e-12
 
 
@@ -32,7 +32,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def begun(prepared) -> dict[str, tuple[Result, Path]]:
-    """Trainings by their optimizers, and their checkpoints after half of the steps."""
+    """Optimizer → an uninterrupted training, and its checkpoint after half of the steps."""
     folder, model, manifest = prepared
     names = ("adamw", *KINDS)
     cases = [
@@ -72,7 +72,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def resumed(prepared, begun) -> dict[str, Result]:
-    """The second half with something else, by what that is."""
+    """Name of a change → the second half trained with it."""
     folder, model, manifest = prepared
     cases = {
         name: Case(
@@ -88,7 +88,7 @@ def resumed(prepared, begun) -> dict[str, Result]:
         )
         cases[kind] = Case(config, rows_of(manifest), resume=begun[kind][1])
     found = dict(zip(cases, train_all(list(cases.values())), strict=True))
-    assert not [name for name, result in found.items() if result.failure], [each.failure for each in found.values()]
+    assert not [name for name, result in found.items() if result.failure], [result.failure for result in found.values()]
     return found
 
 
@@ -105,7 +105,7 @@ def test_the_learning_rate_is_that_of_the_new_schedule_from_the_first_step_on(re
     assert rates(resumed["warmup_ratio"]) == pytest.approx([1e-2 * step / 3 for step in left])
 
 
-def test_nothing_that_was_done_is_done_again(begun, resumed):
+def test_no_step_is_repeated(begun, resumed):
     whole = begun["adamw"][0]
     assert (resumed["nothing"].losses, resumed["nothing"].norms) == (whole.losses[HALF:], whole.norms[HALF:])
     for name, result in resumed.items():
@@ -115,7 +115,7 @@ def test_nothing_that_was_done_is_done_again(begun, resumed):
 
 
 @pytest.mark.parametrize("name", ["adam", "max_grad_norm"])
-def test_the_optimizers_settings_are_the_new_ones_and_its_state_the_old(prepared, resumed, name):
+def test_the_optimizer_has_new_settings_and_its_old_state(prepared, resumed, name):
     losses, weights = plain_change(prepared, CHANGES[name])
     np.testing.assert_allclose(resumed[name].losses, losses[HALF:], rtol=1e-4)
     for key, value in weights.items():
@@ -123,7 +123,7 @@ def test_the_optimizers_settings_are_the_new_ones_and_its_state_the_old(prepared
 
 
 def plain_change(prepared, change: dict[str, Any]):
-    """A plain loop in which the optimizer's settings change half-way."""
+    """Train with a plain loop in which the optimizer's settings change half-way."""
     model, rows = plain_model(prepared[1]), rows_of(prepared[2])
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4, weight_decay=0.0)
@@ -152,22 +152,22 @@ def plain_change(prepared, change: dict[str, Any]):
 
 
 @pytest.mark.parametrize("name", ["micro_batch_size", "zero_stage", "offload"])
-def test_how_it_is_computed_may_change_and_what_is_computed_stays(begun, resumed, name):
+def test_settings_of_the_computation_do_not_change_its_results(begun, resumed, name):
     np.testing.assert_allclose(resumed[name].losses, begun["adamw"][0].losses[HALF:], rtol=1e-4)
     for key, value in begun["adamw"][0].weights.items():
         np.testing.assert_allclose(resumed[name].weights[key], value, rtol=1e-3, atol=1e-4, err_msg=key)
 
 
-def test_the_loss_is_the_new_one_in_the_first_step(resumed):
+def test_a_new_loss_counts_from_the_first_step_on(resumed):
     plain = resumed["nothing"].losses[0]
-    assert 0 < resumed["loss"].losses[0] < plain, "each token counts with its probability, which is below 1"
+    assert 0 < resumed["loss"].losses[0] < plain, "DFT weights each token with its probability, which is below 1"
     assert resumed["z_loss"].losses[0] > plain
     for name in ("label_smoothing", "neftune_alpha"):
         assert abs(resumed[name].losses[0] - plain) > 1e-3, name
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_state_that_is_kept_whole_brings_no_old_learning_rate(begun, resumed, kind):
+def test_a_saved_state_dict_does_not_restore_the_old_learning_rate(begun, resumed, kind):
     whole, kept = begun[kind]
     assert resumed[kind].losses[0] == pytest.approx(whole.losses[HALF], rel=1e-5)
     then = load_file(kept / "part_0.safetensors")
@@ -178,16 +178,16 @@ def test_a_state_that_is_kept_whole_brings_no_old_learning_rate(begun, resumed, 
     assert any(not np.allclose(whole.weights[name], value) for name, value in resumed[kind].weights.items())
 
 
-def test_all_that_takes_effect_at_once_is_tried():
+def test_every_key_that_takes_effect_at_once_is_tested():
     tried = {key for change in CHANGES.values() for key in change} | {"learning_rate"}
     elsewhere = {
-        "epochs": "the test of whole runs",
+        "epochs": "in the test of whole runs",
         "schedule_options": "with schedule",
         "eaft_alpha": "with loss",
-        "deepspeed": "as zero_stage: the engine is made anew",
+        "deepspeed": "like zero_stage: a new engine is made",
         "fp8": "needs a GPU",
-        "nonfinite": "is asked in each step",
-        "eval_every_steps": "is asked after each step",
+        "nonfinite": "is read in each step",
+        "eval_every_steps": "is read after each step",
         "early_stopping": "below",
         "keep_best": "below",
     }
@@ -195,7 +195,7 @@ def test_all_that_takes_effect_at_once_is_tried():
     assert keys == tried | elsewhere.keys()
 
 
-def test_what_was_best_counts_only_where_it_can_be_compared_and_was_kept():
+def test_the_best_evaluation_counts_only_if_it_is_comparable_and_its_model_was_kept():
     stops = TrainSection(early_stopping={"patience": 2})
     keeps = TrainSection(keep_best=True)
     best = Best(step=3, since=2, results={"eval_loss": 1.0}, kept=False)
@@ -207,11 +207,11 @@ def test_what_was_best_counts_only_where_it_can_be_compared_and_was_kept():
     assert known_best(keeps, cursor, {EVALUATION: "a"}) is None, "its model was not kept"
     kept = replace(cursor, best=replace(best, kept=True))
     assert known_best(keeps, kept, {EVALUATION: "a"}) == kept.best
-    assert known_best(stops, kept, {EVALUATION: "a"}) == best, "from now on its model is kept no longer"
-    assert known_best(TrainSection(), kept, {EVALUATION: "a"}) is None, "nothing is compared with it any more"
+    assert known_best(stops, kept, {EVALUATION: "a"}) == best, "its model is no longer kept"
+    assert known_best(TrainSection(), kept, {EVALUATION: "a"}) is None, "nothing is compared with it"
 
 
-def test_an_evaluation_that_a_checkpoint_knows_counts_once():
+def test_an_evaluation_that_is_in_the_checkpoint_counts_once():
     early_stopper = EarlyStopper(TrainSection(early_stopping={"patience": 2}), lambda: None)
     for step, loss in ((1, 1.0), (2, 1.5), (2, 1.5)):
         early_stopper.update({"eval_loss": loss}, step)
@@ -219,7 +219,7 @@ def test_an_evaluation_that_a_checkpoint_knows_counts_once():
     assert (early_stopper.best.since, early_stopper.best.seen) == (1, 2)
 
 
-def test_a_checkpoint_at_the_end_knows_the_last_evaluation(prepared, tmp_path):
+def test_a_checkpoint_at_the_end_has_the_last_evaluation(prepared, tmp_path):
     config = make_config(
         tmp_path / "run", prepared[1], {"data.holdout": 0.1, "train.early_stopping.patience": 3}, eval_every_steps=2,
         **BEFORE,

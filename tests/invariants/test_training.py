@@ -1,4 +1,4 @@
-"""What a trainer promises: the same numbers however rows are packed, split over workers, accumulated, or shared out by ZeRO.
+"""The same numbers however rows are packed, split over workers, accumulated, or partitioned by ZeRO.
 
 Every case trains the same rows of the same examples, in a process group of its own, without Ray.
 """
@@ -39,7 +39,7 @@ def prepared(tmp_path_factory) -> tuple[Path, Path, Manifest]:
 
 @pytest.fixture(scope="module")
 def reference(prepared):
-    """The training that others are compared with: 1 worker, 4 rows at once, no ZeRO."""
+    """The training that others are compared with: one worker, micro-batches of four rows, no ZeRO."""
     folder, model, manifest = prepared
     return train(make_config(folder, model, micro_batch_size=4), rows_of(manifest))
 
@@ -62,7 +62,7 @@ def test_ten_steps_over_epochs_that_do_not_fill_their_last_one_equal_a_plain_loo
     assert 0 < rows.row_plan.step_rows[:-1].min() < 4, "each epoch fills its last step"
     losses, norms, weights = plain_training(plain_model(model), rows)
     ours = train(make_config(folder, model, micro_batch_size=4 // world, max_steps=10, epochs=3), rows, world=world)
-    # Ten steps of Adam at a rate of 0.01 make more of rounding than four.
+    # Over ten steps of Adam, rounding grows more than over four.
     assert_same((*ours[:3], {}), (losses, norms, weights, {}), tolerance=1e-4)
     np.testing.assert_allclose(ours.losses, losses, rtol=TOLERANCE)
     logged = [event.rows for event in ours.events if isinstance(event, StepRecord)]

@@ -1,6 +1,6 @@
-"""What is trained and by which optimizer: each against its own library, and exactly the weights that it should.
+"""Optimizers compared with their libraries, and exactly the weights trained that should be.
 
-All cases of one worker run one after the other in one process; starting one takes longer than the trainings.
+All cases run one after another in one process, which takes longer to start than to train.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(prepared) -> dict[str, Result]:
-    """Every case, trained by one worker."""
+    """Case → its training with one worker."""
     folder, model, manifest = prepared
     cases = [
         Case(make_config(folder, model, settings, micro_batch_size=4), rows_of(manifest)) for settings in CASES.values()
@@ -82,7 +82,7 @@ def trained(prepared) -> dict[str, Result]:
 
 
 def decayed(model: torch.nn.Module) -> list[dict[str, Any]]:
-    """Matrices and vectors apart, in this order, as the optimizers get them."""
+    """Two groups, matrices and vectors, as the optimizers get them."""
     parameters = list(model.parameters())
     return [{"params": [p for p in parameters if p.dim() >= 2]}, {"params": [p for p in parameters if p.dim() < 2]}]
 
@@ -92,21 +92,21 @@ def is_inner(name: str, parameter: torch.Tensor) -> bool:
 
 
 class Both(torch.optim.Optimizer):
-    """Two optimizers with one learning rate, as somebody would write it by hand."""
+    """Two optimizers with one learning rate, written by hand."""
 
     def __init__(self, *optimizers):
         super().__init__([torch.nn.Parameter(torch.zeros(1))], {"lr": RATE})
         self.optimizers = optimizers
 
     def step(self):  # type: ignore[override]
-        for each in self.optimizers:
-            for group in each.param_groups:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
                 group["lr"] = self.param_groups[0]["lr"]
-            each.step()
+            optimizer.step()
 
     def zero_grad(self):  # type: ignore[override]
-        for each in self.optimizers:
-            each.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
 
 
 def adafactor(model):
@@ -172,7 +172,7 @@ def test_an_optimizer_steps_as_its_library_used_alone(prepared, trained, case, m
 
 
 def test_apollo_steps_as_its_library_used_alone(prepared, trained):
-    """Its projections are drawn anew in each process, so that only steps of one seed can be compared."""
+    """It draws its projections anew in each process, so only steps with one seed can be compared."""
     from raysft.train.optim import make_optimizer
 
     folder, path, _ = prepared
@@ -193,7 +193,7 @@ def test_apollo_steps_as_its_library_used_alone(prepared, trained):
 
 
 @pytest.mark.parametrize("case", ["checkpointed", "eager"])
-def test_what_saves_memory_or_time_does_not_change_the_training(trained, case):
+def test_saving_memory_or_time_does_not_change_the_training(trained, case):
     assert_same(trained["full"][:4], trained[case][:4])
 
 
@@ -230,19 +230,19 @@ def test_every_matrix_of_an_adapter_learns_and_the_base_stays(prepared, trained,
         assert all("oft_R" in name for name in weights)
         assert all(np.abs(value).max() > 0 for value in weights.values())
         return
-    begun = [name for name in weights if "lora_B" in name]
+    matrices = [name for name in weights if "lora_B" in name]
     two = "two modules" in case
-    assert len(begun) == (4 if two else 14)
-    assert all(np.abs(weights[name]).max() > 0 for name in begun), "B begins at zero and learns at once"
-    rank = 16 if "pissa" in case else 8  # the difference to what PiSSA begins with has twice its rank
+    assert len(matrices) == (4 if two else 14)
+    assert all(np.abs(weights[name]).max() > 0 for name in matrices), "B starts at zero and learns at once"
+    rank = 16 if "pissa" in case else 8  # the difference from the start of PiSSA has twice its rank
     assert all(weights[name].shape[0] == rank for name in weights if "lora_A" in name)
     whole = [name for name in weights if "lora" not in name]
     assert whole == (["base_model.model.model.norm.weight"] if two else [])
 
 
 @pytest.mark.parametrize("case", ADAPTERS)
-def test_the_adapter_that_is_written_is_the_one_that_was_trained(prepared, trained, case):
-    """Loaded with plain peft on the untouched base it has the loss that training ended with; merged, the same logits."""
+def test_the_exported_adapter_is_the_trained_one(prepared, trained, case):
+    """Loaded with peft on the unchanged base, it has the loss that training ended with; merged, the same logits."""
     from raysft.train.finetuning import load_trained
     from raysft.train.loss import TokenLoss
     from raysft.train.step import microbatches
@@ -271,7 +271,7 @@ def test_the_adapter_that_is_written_is_the_one_that_was_trained(prepared, train
     torch.testing.assert_close(merged, apart, rtol=1e-4, atol=1e-4)
 
 
-def test_pissa_begins_where_the_model_is(trained):
+def test_pissa_starts_with_the_loss_of_the_model(trained):
     for case in ("pissa", "exact pissa"):
         assert trained[case].losses[0] == pytest.approx(trained["lora"].losses[0], rel=TOLERANCE)
     assert trained["pissa"].losses[1:] != trained["lora"].losses[1:]
@@ -303,5 +303,5 @@ def test_loraplus_steps_as_pefts_own(prepared, trained):
 
 @pytest.mark.parametrize("case", ["4bit", "8bit"])
 def test_a_quantized_base_trains_about_like_the_exact_one(trained, case):
-    """Also after the evaluation at the start, which once left weights in a layout whose gradients were wrong."""
+    """Also after an evaluation at the start, which once left weights in a layout with wrong gradients."""
     np.testing.assert_allclose(trained[case].losses, trained["lora"].losses, rtol=0.015)

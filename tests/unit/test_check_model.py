@@ -1,4 +1,4 @@
-"""What is found out about a model before anything is started."""
+"""Checks of a model before anything starts."""
 
 from __future__ import annotations
 

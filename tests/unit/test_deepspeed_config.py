@@ -1,4 +1,4 @@
-"""What DeepSpeed is told, beside what a config says."""
+"""Settings of DeepSpeed that do not come from the config alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from raysft.train.step import train_step
 from tests.training import make_config, prepare, rows_of
 
 LARGEST_TENSOR = 1 << 20
-"""Bytes; of the tiny model, its rows and its logits none has half as many."""
+"""Bytes; the tensors of the tiny model, its rows and its logits have less than half as many."""
 
 
 @pytest.fixture(scope="module")
@@ -38,19 +38,19 @@ def engine_of(prepared: tuple[Path, Path, Any], settings: dict[str, Any], **trai
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("finetuning", ["lora", "full"])
-def test_no_memory_is_taken_for_gradients_that_there_are_not(prepared, stage, finetuning):
-    """DeepSpeed's own bucket is 2 GB, in each backward or from the start."""
+def test_the_reduce_bucket_takes_no_more_memory_than_the_gradients(prepared, stage, finetuning):
+    """DeepSpeed's default bucket takes 2 GB, in each backward or from the start."""
     rows = rows_of(prepared[2])
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         engine = engine_of(prepared, {}, finetuning=finetuning, zero_stage=stage)
         train_step(engine, rows.batch(range(4)), float(rows.row_plan.step_weight[0]))
-    taken = [each.cpu_memory_usage for each in profiled.events()]
-    assert max(taken) < LARGEST_TENSOR
+    allocated = [event.cpu_memory_usage for event in profiled.events()]
+    assert max(allocated) < LARGEST_TENSOR
     trained = sum(p.ds_numel if stage == 3 else p.numel() for p in engine.module.parameters() if p.requires_grad)
     assert engine.zero_reduce_bucket_size() == trained
 
 
-def test_a_bucket_that_the_config_names_is_taken(prepared):
+def test_a_bucket_size_in_the_config_is_used(prepared):
     given = {"zero_optimization": {"reduce_bucket_size": 7000}}
     engine = engine_of(prepared, {"train.deepspeed": given}, finetuning="lora", zero_stage=2)
     assert engine.optimizer.reduce_bucket_size == 7000

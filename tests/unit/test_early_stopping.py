@@ -1,4 +1,4 @@
-"""Which model is kept, and when to stop."""
+"""Which model is kept as the best, and when training stops."""
 
 import math
 
@@ -8,7 +8,7 @@ from raysft.config import TrainSection
 from raysft.train.early_stopping import EarlyStopper
 
 
-def judged(losses, patience=None, threshold=0.0):
+def outcome(losses, patience=None, threshold=0.0):
     kept: list[int] = []
     stopping = {"patience": patience, "threshold": threshold}
     early_stopper = EarlyStopper(TrainSection(keep_best=True, early_stopping=stopping), lambda: kept.append(step))
@@ -31,4 +31,4 @@ def judged(losses, patience=None, threshold=0.0):
     ],
 )
 def test_the_lowest_is_kept_and_patience_counts_from_the_last_improvement(losses, patience, threshold, expected):
-    assert judged(losses, patience, threshold) == expected
+    assert outcome(losses, patience, threshold) == expected

@@ -1,4 +1,4 @@
-"""Which failures of workers are tried again, and what is said of them."""
+"""Which failures restart the workers, and what the messages say."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from raysft.train.restarts import Fault, Restarts, cause, faults_of
 
 
 def raised(error: Exception, moment: str = "step 4", rank: int = 1) -> Exception:
-    """What a worker raises where its code raises an error; as it comes to the driver."""
+    """The exception that reaches the driver when a worker's code raises an error."""
     try:
         with faults_of(rank, lambda: moment, lambda: "its rows 8 hold chat: a.jsonl:3"):
             raise error
@@ -31,7 +31,7 @@ def raised(error: Exception, moment: str = "step 4", rank: int = 1) -> Exception
 
 def decisions(*failures: dict[int, Exception]) -> list[str]:
     policy = Restarts(FailureConfig(max_failures=3))
-    return [policy.make_decision(WorkerGroupError("", each)).value for each in failures]
+    return [policy.make_decision(WorkerGroupError("", workers)).value for workers in failures]
 
 
 def test_an_error_that_comes_again_at_the_same_step_ends_the_run():
@@ -72,7 +72,7 @@ def test_another_step_or_another_error_is_another_failure():
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_what_looks_like_the_death_of_a_machine_is_tried_as_often_as_may_be(error):
+def test_infrastructure_failures_are_retried_up_to_max_failures(error):
     found: Any = raised(error)
     assert type(found) is type(error)
     assert decisions(*[{0: found}] * 4) == ["RETRY"] * 3 + ["RAISE"]

@@ -167,10 +167,10 @@ def test_a_tracker_that_fails_is_told_without_its_servers_password(tmp_path, mon
         terminal=SimpleNamespace(line=lines.append),
     )
     monkeypatch.setattr(TensorBoard, "write", fails)
-    (tracker,) = pipeline._trackers(it)
+    (tracker,) = pipeline._open_trackers(it)
     tracker.on_evaluate({"current_steps": 1, "eval_loss": 1.0})
     tracker.close()
     assert len(lines) == 1
     assert "https://***@host" in lines[0]
     monkeypatch.setattr(TensorBoard, "__init__", fails)
-    assert "https://***@host" in refusal(lambda: pipeline._trackers(it))
+    assert "https://***@host" in refusal(lambda: pipeline._open_trackers(it))
