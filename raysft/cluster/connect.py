@@ -13,7 +13,7 @@ from typing import Any
 
 from raysft.cluster.placement import Node
 from raysft.config import Config
-from raysft.errors import RequestError
+from raysft.errors import RequestError, one_line
 
 ANSWER_SECONDS = 20.0
 """How long a cluster may take to answer before it counts as gone; one that has just been started listens after a few."""
@@ -74,8 +74,8 @@ def _join(address: str | None) -> None:
     try:
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
-        what = f"cannot be joined ({reason:.200}); {ON_A_NODE}" if found else f"cannot be started ({reason:.200})"
+        reason = one_line(error.__cause__ or error)
+        what = f"cannot be joined ({reason}); {ON_A_NODE}" if found else f"cannot be started ({reason})"
         raise RequestError(f"{named}: {what}") from None
 
 
@@ -140,10 +140,8 @@ def _ask(found: str, named: str) -> None:
             if failed.code() == grpc.StatusCode.UNAUTHENTICATED:
                 raise RequestError(f"{named}: the cluster wants another access token; {_TOKEN}") from None
             if failed.code() not in passing or left < PAUSE_SECONDS:
-                reason = " ".join(str(failed.details()).split())
-                raise RequestError(
-                    f"{named}: no Ray cluster answers at {found} ({reason:.160}); {_remedy(named)}"
-                ) from None
+                reason = one_line(failed.details() or "", 160)
+                raise RequestError(f"{named}: no Ray cluster answers at {found} ({reason}); {_remedy(named)}") from None
             time.sleep(PAUSE_SECONDS)
     channel.close()
     if reply.ray_version != ray.__version__:

@@ -12,7 +12,7 @@ from typing import Any
 
 from raysft.config import Config
 from raysft.config.model import LoraSection
-from raysft.errors import RequestError
+from raysft.errors import RequestError, one_line
 from raysft.models.fingerprint import model_fingerprint
 from raysft.models.loading import generation_config, load_weights
 from raysft.models.weight_files import check_weights
@@ -161,7 +161,7 @@ def load_adapter(model: Any, folder: str | Path, **options: Any) -> Any:
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split()):.160}"
+            reason = f"{type(error).__name__}: {one_line(error, 160)}"
             raise RequestError(
                 f"{folder}: is no adapter of this model ({reason}); give the model that it belongs to, or copy it again"
             ) from None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from raysft.config import Config
-from raysft.errors import RequestError
+from raysft.errors import RequestError, one_line
 from raysft.models.weight_files import check_weights
 from raysft.storage import hub
 
@@ -38,8 +38,8 @@ def read_hf_config(
         raise
     except Exception as error:
         fault = hub.reason_of(error)
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RequestError(f"{key}={model}: {fault or f'its config.json is of no use ({reason:.120})'}") from None
+        reason = fault or f"its config.json is of no use ({one_line(error, 120)})"
+        raise RequestError(f"{key}={model}: {reason}") from None
     _check_causal(hf_config, f"{key}={model}", path in config.model.trust_remote_code)
     check_weights(Path(model), f"{key}={model}")
     return hf_config

@@ -10,7 +10,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from raysft.errors import RequestError
+from raysft.errors import RequestError, one_line
 from raysft.models.loading import load_weights
 from raysft.storage.local_cache import in_cache
 from raysft.storage.path import StoragePath
@@ -50,9 +50,7 @@ def _convert(file: Path, folder: Path, key: str) -> None:
         model = load_weights(file.parent, dtype=torch.float32, **what)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **what)
     except (OSError, ValueError, KeyError) as error:
-        raise RequestError(
-            f"{key}={file}: transformers cannot read this GGUF file ({str(error).splitlines()[0]})"
-        ) from None
+        raise RequestError(f"{key}={file}: transformers cannot read this GGUF file ({one_line(error)})") from None
     # It is a plain float32 model now; with the mark of its origin left on, transformers refuses to save it.
     del model.config.quantization_config
     model.hf_quantizer = None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from raysft.config import Config
-from raysft.errors import RequestError
+from raysft.errors import RequestError, one_line
 from raysft.models.adapters import adapter_base
 from raysft.models.remote_code import runs_code
 from raysft.storage import hub
@@ -27,9 +27,8 @@ def load_tokenizer(model: str, runs_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(local_copy(model), trust_remote_code=runs_code)
     except Exception as error:  # the library that reads tokenizer.json has no other
-        reason = " ".join(str(error).split()) or type(error).__name__
         fault = hub.reason_of(error)
-        why = f": {fault}" if fault else f" ({reason:.160}); put its files (tokenizer.json, …) into the folder"
+        why = f": {fault}" if fault else f" ({one_line(error, 160)}); put its files (tokenizer.json, …) into the folder"
         raise RequestError(f"{model}: its tokenizer cannot be loaded{why}") from None
 
 

@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TypeVar
 
-from raysft.errors import StorageFailed
+from raysft.errors import StorageFailed, one_line
 
 RETRY_SECONDS = 600.0
 """Longest time to retry a storage operation."""
@@ -89,6 +89,6 @@ def reason_of(error: BaseException) -> str:
     """Return the message of a filesystem's error in one line."""
     if isinstance(error, StorageFailed):
         return str(error)
-    text = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-    found = re.search(r"AWS Error .*? during \w+", text)
-    return f"{found.group() if found else text:.200}"
+    text = getattr(error, "strerror", None) or str(error)
+    found = re.search(r"AWS Error .*? during \w+", text, re.DOTALL)
+    return one_line(found.group() if found else text or error)

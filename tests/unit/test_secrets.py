@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -161,16 +162,16 @@ def test_a_tracker_that_fails_is_told_without_its_servers_password(tmp_path, mon
         raise OSError("https://me:HIDDEN@host/api/2.0 does not answer")
 
     lines: list[str] = []
-    it = SimpleNamespace(
+    context: Any = SimpleNamespace(
         config=config(),
         directory=SimpleNamespace(path=tmp_path),
         terminal=SimpleNamespace(line=lines.append),
     )
     monkeypatch.setattr(TensorBoard, "write", fails)
-    (tracker,) = pipeline._open_trackers(it)
+    (tracker,) = pipeline._open_trackers(context)
     tracker.on_evaluate({"current_steps": 1, "eval_loss": 1.0})
     tracker.close()
     assert len(lines) == 1
     assert "https://***@host" in lines[0]
     monkeypatch.setattr(TensorBoard, "__init__", fails)
-    assert "https://***@host" in refusal(lambda: pipeline._open_trackers(it))
+    assert "https://***@host" in refusal(lambda: pipeline._open_trackers(context))

@@ -64,9 +64,9 @@ def prompts(*tokens: list[int]) -> pa.Table:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"use_gpu": False}, "generate.engine=vllm needs GPUs and scaling.use_gpu=False; set scaling.use_gpu=true"),
-        ({"num_beams": 2, "do_sample": False}, "has no beams and generate.num_beams=2"),
-        ({"max_seconds": 9}, "has no batches to time and generate.max_seconds=9"),
+        ({"use_gpu": False}, "generate.engine=vllm requires GPUs, but scaling.use_gpu=False; set scaling.use_gpu=true"),
+        ({"num_beams": 2, "do_sample": False}, "generate.engine=vllm .* generate.num_beams=2; set"),
+        ({"max_seconds": 9}, "generate.engine=vllm .* generate.max_seconds=9; remove"),
     ],
 )
 def test_what_vllm_cannot_do_is_refused(settings, message):
@@ -77,15 +77,15 @@ def test_what_vllm_cannot_do_is_refused(settings, message):
 @pytest.mark.parametrize(
     ("key", "value", "named"),
     [
-        ("finetuning", "oft", "oft"),
-        ("lora", {"dora": True}, "lora.dora"),
-        ("lora", {"extra_modules": ["x"]}, "lora.extra"),
+        ("finetuning", "oft", "model.finetuning=oft"),
+        ("lora", {"dora": True}, "model.lora.dora=True"),
+        ("lora", {"extra_modules": ["x"]}, "model.lora.extra_modules="),
     ],
 )
 def test_adapters_that_vllm_does_not_serve_are_refused_before_they_are_trained(key, value, named):
     raw = config().model_dump(mode="json")
     raw["model"][key] = value
-    with pytest.raises(RequestError, match=f"takes plain LoRA adapters alone and the config asks for {named}"):
+    with pytest.raises(RequestError, match=rf"generate\.engine=vllm .* LoRA .* {named}.*; change"):
         parse(raw)
     raw["generate"]["enabled"] = False
     parse(raw)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from raysft.config import Config
-from raysft.errors import RequestError
+from raysft.errors import RequestError, one_line
 from raysft.generate.engines.context_window import scale_turn
 from raysft.models.adapters import adapter_base
 from raysft.models.remote_code import runs_code
@@ -54,7 +54,7 @@ def obstacle(config: Config, model: str) -> str:
             adapter_base(folder) or folder, local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
-        return f"its config.json is of no use ({str(error).splitlines()[0]:.120})"
+        return f"its config.json is of no use ({one_line(error, 120)})"
     found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(hf_config), None)
     kind = f"model_type={hf_config.model_type}"
     if found is None or hf_config.is_encoder_decoder:
