@@ -136,7 +136,7 @@ def comes_back(folder: Path, reference: str, fault: str, draw: random.Random) ->
             if not at and len(steps_of(run)) >= 30:  # there is a checkpoint
                 cluster.kill()
                 at.append(seconds)
-            elif len(at) == 1 and "going on after" in said(folder, "back"):
+            elif len(at) == 1 and "resuming after" in said(folder, "back"):
                 cluster.add()
                 at.append(seconds)
             return False
