@@ -1,4 +1,4 @@
-"""Batch inference: prompts through a pool of engines on the cluster, to predictions on disk and their metrics."""
+"""Batch inference: send prompts through a pool of engines, store the predictions, and score them."""
 
 from __future__ import annotations
 
@@ -34,40 +34,39 @@ def generate(
     role: metrics.ModelRole = "trained",
     progress: bool = True,
 ) -> list[metrics.MetricRow]:
-    """Predict what follows each prompt, write the predictions in the order of the prompts, and score them.
+    """Generate a prediction for each prompt, write them in the order of the prompts, and score them.
 
-    Ray must be initialised. Predictions are kept as they come: when this is killed and called again with the same
-    model, prompts and settings, only what is missing is generated; a complete ``output`` without
-    failed prompts is only scored again.
+    Ray must be initialised. Predictions are stored as they arrive: if the process is killed and called again with the same
+    model, prompts and settings, it generates only what is missing. A complete ``output`` without failed prompts is only
+    scored again.
 
     Args:
         model: folder of a Hugging Face model, or of a peft adapter whose base is a local folder.
-        prompts: Parquet with the columns id (unique), source, prompt, input_ids and label; where its metadata has
-            ``end_tokens``, generation stops at these too.
-        output: JSON lines to write: ``{"prompt", "predict", "label", "id", "source", "tokens", "stop"}``, and ``error``
-            where a prompt could not be completed; its prediction is empty then.
-        role: what the model is in this run, for the metric rows.
-        progress: say on stderr how far it is.
+        prompts: Parquet file with the columns id (unique), source, prompt, input_ids and label; generation also stops at the
+            ``end_tokens`` of its metadata.
+        output: JSON Lines file to write: ``{"prompt", "predict", "label", "id", "source", "tokens", "stop"}``. A prompt that
+            failed has an ``error`` and an empty prediction.
+        role: the part that the model plays in this run, for the metric rows.
+        progress: report progress on stderr.
 
     Returns:
-        The rows of ``metrics.score``, and two of the call that generated: ``runtime``, and ``tokens_per_second`` without the
-        start of the engines.
+        The rows of ``metrics.score``, and two rows about the call that generated: ``runtime``, and ``tokens_per_second``
+        without the start of the engines.
 
     Raises:
-        RequestError: the model, the prompts, a metric, the engine or the size of the pool cannot be, said before anything
-            starts.
-        RunFailed: an engine failed; what it had predicted stays on disk.
+        RequestError: the model, the prompts, a metric, the engine or the pool size is invalid; raised before anything starts.
+        RunFailed: an engine failed; its predictions so far stay on disk.
     """
     metrics.check(config)
     check_engine(config)
     output = Path(output)
     table = _read_prompts(Path(prompts))
-    journal = PredictionStore(output, fingerprint(config, model, Path(prompts)))
-    facts = journal.finished()
+    store = PredictionStore(output, fingerprint(config, model, Path(prompts)))
+    facts = store.finished()
     if facts is None:
         check_weights(model_copy(model), model)
         check_suitable(config, model)
-        facts = _generate_missing(config, model, table, journal, name=output.stem, shown=progress)
+        facts = _generate_missing(config, model, table, store, name=output.stem, shown=progress)
     return [
         *metrics.score(config, list(read_jsonl(output)), role),
         metrics.MetricRow("runtime", None, role, facts["runtime"], unit="seconds", higher_is_better=False),
@@ -78,34 +77,34 @@ def generate(
 
 
 def _generate_missing(
-    config: Config, model: str, table: pa.Table, journal: PredictionStore, *, name: str, shown: bool
+    config: Config, model: str, table: pa.Table, store: PredictionStore, *, name: str, shown: bool
 ) -> dict[str, Any]:
-    """Complete the prompts that the journal does not have, and finish it; gives the facts of this."""
-    with contextlib.closing(journal):
-        # What failed before is tried again: memory may have run out for what else was there.
-        entries = {id: entry for id, entry in journal.open().items() if not entry["error"]}
+    """Generate the predictions that the store lacks, and finish it; returns the runtime and the speed."""
+    with contextlib.closing(store):
+        # Retry what failed before: memory may have run out for another reason.
+        entries = {id: entry for id, entry in store.open().items() if not entry["error"]}
         missing = without(table, entries)
         use_gpu = config.scaling.use_gpu
         state = GenerationProgress(
             name, total=table.num_rows, done=len(entries), waiting=lambda: engine_pool.free_now(use_gpu), shown=shown
         )
-        with state, contextlib.closing(completions(config, model, missing, _ends(table))) as batches:
+        with state, contextlib.closing(completions(config, model, missing, _end_tokens(table))) as batches:
             for batch in batches:
-                journal.append(batch)
+                store.append(batch)
                 entries.update((entry["id"], entry) for entry in batch)
                 state.advance(len(batch), sum(entry["tokens"] for entry in batch), batch[0]["seconds"])
         if entries and all(entry["error"] for entry in entries.values()):
             raise RunFailed(f"generation failed: {next(iter(entries.values()))['error']}")
         failed = [entry for entry in entries.values() if entry["error"]]
         facts = {"runtime": round(state.seconds, 3), "tokens_per_second": round(state.tokens_per_second, 3)}
-        journal.finish(_rows(table, entries), facts, len(failed))
+        store.finish(_rows(table, entries), facts, len(failed))
     if failed:
-        print(f"{name}: {len(failed)} of {table.num_rows} prompts were not completed (generate once more to try them again), "
-              f"the first of them: {failed[0]['id']}: {failed[0]['error']}", file=sys.stderr)  # fmt: skip
+        print(f"{name}: {len(failed)} of {table.num_rows} prompts failed, the first of them {failed[0]['id']}: "
+              f"{failed[0]['error']}; generate again to retry them", file=sys.stderr)  # fmt: skip
     cut = sum(1 for entry in entries.values() if entry["cut"])
     if cut:
-        print(f"{name}: {cut} of {table.num_rows} prompts lost their beginning, which with generate.max_new_tokens="
-              f"{config.generate.max_new_tokens} has no room in the model's positions", file=sys.stderr)  # fmt: skip
+        print(f"{name}: {cut} of {table.num_rows} prompts lost their beginning, because they exceed the model's "
+              f"positions with generate.max_new_tokens={config.generate.max_new_tokens}; lower it", file=sys.stderr)  # fmt: skip
     return facts
 
 
@@ -113,22 +112,22 @@ def _read_prompts(path: Path) -> pa.Table:
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
-        raise RequestError(f"{path}: the prompts cannot be read as Parquet ({error}); write them anew") from None
-    lacking = [column for column in COLUMNS if column not in table.column_names]
-    if lacking:
-        raise RequestError(f"{path}: the prompts lack the column {lacking[0]!r} (of {table.column_names}); add it")
+        raise RequestError(f"{path}: the prompts cannot be read as Parquet ({error}); write them again") from None
+    missing = [column for column in COLUMNS if column not in table.column_names]
+    if missing:
+        raise RequestError(f"{path}: the prompts lack the column {missing[0]!r} (of {table.column_names}); add it")
     if len(set(table["id"].to_pylist())) != table.num_rows:
-        raise RequestError(f"{path}: two of {table.num_rows} prompts have the same id; give each its own")
+        raise RequestError(f"{path}: two of {table.num_rows} prompts have the same id; make the ids unique")
     return table.select(list(COLUMNS))
 
 
-def _ends(prompts: pa.Table) -> list[int]:
-    """Tokens that end an answer to the prompts, as whoever wrote them says."""
+def _end_tokens(prompts: pa.Table) -> list[int]:
+    """Read the tokens that end an answer from the metadata of the prompts."""
     return json.loads((prompts.schema.metadata or {}).get(b"end_tokens", b"[]"))
 
 
 def _rows(table: pa.Table, entries: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The predictions as the output has them, in the order of the prompts."""
+    """Put the predictions in the order of the prompts, with the columns of the output."""
     columns = (table[column].to_pylist() for column in ("prompt", "label", "id", "source"))
     return [
         {

@@ -1,4 +1,4 @@
-"""Predictions on disk as they come, so that a call that was killed and started again does only what is missing."""
+"""Store predictions on disk as they arrive, so that a restarted call generates only what is missing."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from raysft.models.adapters import adapter_base
 from raysft.storage.json_files import read_jsonl, write_json, write_jsonl
 from raysft.storage.local_cache import model_copy
 
-_NOT_OF_THE_TEXT = {
+_WITHOUT_EFFECT = {
     "enabled", "model", "sources", "compare_base", "num_actors", "gpus_per_engine", "max_examples", "batching", "batch_size",
     "metrics",
 }  # fmt: skip
-"""Settings of ``generate`` that do not change what is predicted for a prompt."""
+"""Settings of ``generate`` that do not change the prediction of a prompt."""
 
 
 _DECISIVE = (".safetensors", ".bin", ".json", ".model", ".tiktoken", ".txt", ".py")
@@ -26,20 +26,20 @@ _DECISIVE = (".safetensors", ".bin", ".json", ".model", ".tiktoken", ".txt", ".p
 
 
 def fingerprint(config: Config, model: str, prompts: Path) -> str:
-    """A hash of all that decides the predictions: model files (path, size, time), prompts, settings.
+    """Hash everything that decides the predictions: model files (path, size, time), prompts and settings.
 
-    The prompts count by content, because a run that is started again may write the same file anew.
+    The prompts count by content, because a restarted run may write the same file again.
     """
     folder = model_copy(model)
     base = adapter_base(folder)
-    # Copies of what lies elsewhere have the times of that, and a path of their own on each machine.
+    # Local copies of remote models keep the remote times, but have another path on each machine.
     files = [
         (str(file.absolute()) if "://" not in model else file.name, file.stat().st_size, file.stat().st_mtime_ns)
         for place in (folder, *([base] if base else []))
         for file in sorted(place.iterdir())
         if file.suffix in _DECISIVE
     ]
-    settings = config.generate.model_dump(mode="json", exclude=_NOT_OF_THE_TEXT)
+    settings = config.generate.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
     if config.model.quantization:
         settings |= config.model.model_dump(include={"quantization", "quantization_type", "double_quantization"})
     with prompts.open("rb") as file:
@@ -49,10 +49,9 @@ def fingerprint(config: Config, model: str, prompts: Path) -> str:
 
 
 class PredictionStore:
-    """The files of one output: ``.{name}.partial`` while it grows, then ``output`` and ``.{name}.done``.
+    """Files of one output: ``.{name}.partial`` while it grows, then ``output`` and ``.{name}.done``.
 
-    The first line of the partial file and the ``done`` file hold the fingerprint: what was written under another one is
-    not used.
+    The first line of the partial file and the ``done`` file hold the fingerprint; content with another fingerprint is ignored.
     """
 
     def __init__(self, output: Path, fingerprint: str) -> None:
@@ -63,7 +62,7 @@ class PredictionStore:
         self._file: Any = None
 
     def finished(self) -> dict[str, Any] | None:
-        """Facts of the call that wrote ``output``, when that is complete, under this fingerprint, and no prompt of it failed."""
+        """Return the facts of the call that wrote ``output`` if it is complete and none of its prompts failed, else None."""
         if not (self._output.exists() and self._done.exists()):
             return None
         try:
@@ -76,7 +75,7 @@ class PredictionStore:
         return facts if same and not facts.get("failed") else None
 
     def open(self) -> dict[str, dict[str, Any]]:
-        """Start or go on; gives the entries that are there already, by id."""
+        """Start or continue; returns the entries that exist already, by id."""
         self._output.parent.mkdir(parents=True, exist_ok=True)
         entries = self._read()
         self._file = self._partial.open("a" if entries is not None else "w", encoding="utf-8")
@@ -85,20 +84,20 @@ class PredictionStore:
         return entries or {}
 
     def append(self, entries: Sequence[dict[str, Any]]) -> None:
-        """Add entries (each with an ``id``); when this returns a crash of the machine does not lose them."""
+        """Add entries (each with an ``id``); once this returns, they survive a crash of the machine."""
         self._write(entries)
 
     def close(self) -> None:
-        """Close the partial file and leave it."""
+        """Close the partial file and keep it."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
     def finish(self, rows: list[dict[str, Any]], facts: dict[str, Any], failed: int = 0) -> None:
-        """Write ``output`` atomically, note that it is complete, remove the partial file.
+        """Write ``output`` atomically, mark it complete, and remove the partial file.
 
         Args:
-            failed: entries that another call is to try again; the partial file stays for it.
+            failed: number of entries that the next call retries; the partial file stays for it.
         """
         self.close()
         write_jsonl(self._output, rows)
@@ -108,12 +107,12 @@ class PredictionStore:
             self._partial.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, dict[str, Any]] | None:
-        """Entries under this fingerprint, a torn last line cut off; None where there are none to go on from."""
+        """Read the entries of this fingerprint and cut off a torn last line; None if there are none to continue from."""
         if not self._partial.exists():
             return None
         content = self._partial.read_bytes()
         whole = content.rfind(b"\n") + 1
-        if whole != len(content):  # else the next entry would be glued to the torn one
+        if whole != len(content):  # or the next entry would be appended to the torn one
             os.truncate(self._partial, whole)
         try:
             header, *entries = list(read_jsonl(self._partial))

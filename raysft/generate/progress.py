@@ -1,4 +1,4 @@
-"""How far generation is, on stderr: a bar on a terminal, else a line every ten seconds."""
+"""Report the progress of generation on stderr: a bar on a terminal, otherwise a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 QUIET = 60.0
-"""Seconds without a prediction after which the line says so."""
+"""Seconds without a prediction after which the line mentions it."""
 
 
 class GenerationProgress:
-    """A context that tells a person how far it is, also while nothing comes.
+    """Context manager that reports progress, also while no predictions arrive.
 
     Args:
-        name: what is generated.
-        total: prompts, those done before included.
-        done: prompts done before.
-        waiting: says why nothing may come, in a few words; asked while nothing has come for a while.
-        shown: False keeps it silent.
-        interval: seconds between two lines where there is no terminal.
+        name: name of the output.
+        total: number of prompts, including those done before.
+        done: number of prompts done before.
+        waiting: gives a short reason why nothing may arrive; called after a while without predictions.
+        shown: whether to print anything.
+        interval: seconds between two lines without a terminal.
     """
 
     def __init__(
@@ -58,18 +58,18 @@ class GenerationProgress:
 
     @property
     def seconds(self) -> float:
-        """Since the start, with the engines' start."""
+        """Seconds since the start, including the start of the engines."""
         return time.monotonic() - self._start
 
     @property
     def tokens_per_second(self) -> float:
-        """While engines were generating: from the start of the first batch to the end of the last."""
+        """Tokens per second from the start of the first batch to the end of the last."""
         if self._first_batch is None:
             return 0.0
         return self._tokens / max(self._last_batch - self._first_batch, 1e-9)
 
     def advance(self, prompts: int, tokens: int, seconds: float) -> None:
-        """Count a batch that has come, and that an engine took so long for."""
+        """Count a batch that took an engine ``seconds``."""
         self._last_batch = time.monotonic()
         if self._first_batch is None:
             self._first_batch = self._last_batch - seconds
@@ -77,21 +77,25 @@ class GenerationProgress:
         self._tokens += tokens
 
     def line(self) -> str:
-        """The state as one line.
+        """Format the state as one line.
 
         >>> GenerationProgress("predictions", total=16, done=0, waiting=lambda: "2 of 2 CPUs free").line()
-        'generate predictions | 0/16 prompts | engines start, then a first batch (2 of 2 CPUs free) | 0:00:00 so far'
+        'generate predictions | 0/16 prompts | waiting for engines and the first batch (2 of 2 CPUs free) | 0:00:00 elapsed'
         """
         parts = [f"generate {self._name}", f"{self._done}/{self._total} prompts"]
         if self._first_batch is None:
             return " | ".join(
-                [*parts, f"engines start, then a first batch ({self._waiting()})", f"{_clock(self.seconds)} so far"]
+                [
+                    *parts,
+                    f"waiting for engines and the first batch ({self._waiting()})",
+                    f"{_clock(self.seconds)} elapsed",
+                ]
             )
         now = time.monotonic()
         left = (now - self._first_batch) * (self._total - self._done) / (self._done - self._before)
         parts += [f"{self.tokens_per_second:.0f} tok/s", f"{_clock(left)} left"]
         if now - self._last_batch > QUIET and self._done < self._total:
-            parts.append(f"nothing came for {_clock(now - self._last_batch)} ({self._waiting()})")
+            parts.append(f"no prediction for {_clock(now - self._last_batch)} ({self._waiting()})")
         return " | ".join(parts)
 
     def _report(self) -> None:

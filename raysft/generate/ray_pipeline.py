@@ -1,4 +1,4 @@
-"""Prompts through a pool of engine actors, as Ray Data runs them, on whatever nodes live."""
+"""Run prompts through a pool of engine actors with Ray Data, and survive nodes that die."""
 
 from __future__ import annotations
 
@@ -26,47 +26,47 @@ from raysft.generate.engines import Completion, Engine, batching, create_engine
 from raysft.generate.engines.interface import failure
 
 RESTARTS = 3
-"""How often an engine whose process died is started again."""
+"""How often an engine is restarted after its process died."""
 SUPPLY = 4
-"""Batches that an engine of continuous batching is given at a time. When it runs out of prompts, some time passes in which fewer
-and fewer run; and what it was given is what is lost when it dies."""
+"""Batches that an engine with continuous batching receives at a time. More keep it full for longer before its last prompts run
+out; fewer lose less when it dies."""
 _Read = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
 STALL_SECONDS = 60.0
-"""After so long without a batch, and three times as long as the longest took, engines of a node that died are given up."""
+"""Time without a batch (and at least three times the longest batch so far) after which the engines of a dead node are given up."""
 
 
 def completions(
     config: Config, model: str, prompts: pa.Table, ends: Sequence[int] = ()
 ) -> Generator[list[dict[str, Any]], None, None]:
-    """Batches of entries ({id, predict, tokens, cut, stop, error, seconds}) as the engines finish them, in any order.
+    """Yield batches of entries ({id, predict, tokens, cut, stop, error, seconds}) as the engines finish them, in any order.
 
-    When a node dies the prompts that are left go to engines on those that live.
+    When a node dies, the remaining prompts go to engines on the nodes that are alive.
 
     Args:
         prompts: a table with the columns id and input_ids.
-        ends: tokens that end an answer, besides those that the model and the config name.
+        ends: tokens that end an answer, besides those of the model and the config.
 
     Raises:
-        RequestError: no engine finds a place.
-        RunFailed: an engine failed, and not because its node died.
+        RequestError: the cluster cannot place an engine.
+        RunFailed: an engine failed, but not because its node died.
     """
     shrinks = False
     while prompts.num_rows:
-        began, done = _alive_ids(), set[str]()
+        nodes_at_start, done = _alive_ids(), set[str]()
         try:
-            for entries in _pass(config, model, prompts, ends, began, shrinks):
+            for entries in _pass(config, model, prompts, ends, nodes_at_start, shrinks):
                 done.update(entry["id"] for entry in entries)
                 yield entries
             return
         except RayError as error:
-            gone = len(began - _alive_ids())
-            if not gone:
+            dead = len(nodes_at_start - _alive_ids())
+            if not dead:
                 reason = str(error).partition("The actor is dead because ")[2] or str(error)
                 raise _failed(reason, config, died=True) from error
         shrinks = True
         prompts = without(prompts, done)
-        nodes = f"{gone} node{'' if gone == 1 else 's'}"
-        print(f"generate: {nodes} died; going on with {prompts.num_rows} prompts on those that live", file=sys.stderr)
+        nodes = f"{dead} node{'' if dead == 1 else 's'}"
+        print(f"generate: {nodes} died; continuing with {prompts.num_rows} prompts on the others", file=sys.stderr)
 
 
 def _alive_ids() -> set[str]:
@@ -74,37 +74,37 @@ def _alive_ids() -> set[str]:
 
 
 def without(prompts: pa.Table, done: Container[str]) -> pa.Table:
-    """The prompts that are left."""
+    """Filter out the prompts that are done."""
     return prompts.filter(pa.array([id not in done for id in prompts["id"].to_pylist()], pa.bool_()))
 
 
 def _pass(
-    config: Config, model: str, prompts: pa.Table, ends: Sequence[int], began: set[str], shrinks: bool
+    config: Config, model: str, prompts: pa.Table, ends: Sequence[int], nodes_at_start: set[str], shrinks: bool
 ) -> Generator[list[dict[str, Any]], None, None]:
-    """All prompts through one pool of engines."""
+    """Send all prompts through one pool of engines."""
     rows, size = prompts.num_rows, config.generate.batch_size
     pool = engine_pool.size_pool(config, alive_nodes(), math.ceil(rows / size), shrinks)
     if config.generate.engine == "transformers" and batching(config, model) == "continuous":
-        # Not so many that an engine has nothing to do.
+        # Keep enough batches for every engine.
         size = max(size, min(SUPPLY * size, math.ceil(rows / pool.engines)))
     batches = _batches(prompts, size)
     with engine_pool.quiet_ray_data():
         pipeline = _by_vllm if config.generate.engine == "vllm" else _by_actors
         dataset, read = pipeline(config, model, ends, batches, pool)
-        # The pipeline has a process of its own, which can be stopped when it waits for what never comes.
+        # The pipeline runs in an actor, which can be killed when it waits for an engine that never comes back.
         [split] = dataset.streaming_split(1)
-        with _Patience(split._coord_actor, began) as patience:  # pyright: ignore
+        with _StallGuard(split._coord_actor, nodes_at_start) as guard:  # pyright: ignore
             batch: Any
             for batch in split.iter_batches(batch_size=cast(Any, None), batch_format="pyarrow", prefetch_batches=0):
                 entries = read(batch.to_pylist())
-                patience.came(entries[0]["seconds"])
+                guard.received(entries[0]["seconds"])
                 yield entries
 
 
 def _by_actors(
     config: Config, model: str, ends: Sequence[int], batches: Sequence[pa.Table], pool: engine_pool.Pool
 ) -> tuple[ray.data.Dataset, _Read]:
-    """Batches through engines of this package, and how to read what they give."""
+    """Build a pipeline with the engines of this package, and the function that reads its rows."""
 
     def read(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if "failed" in rows[0]:
@@ -114,16 +114,16 @@ def _by_actors(
     dataset = ray.data.from_arrow(list(batches)).map_batches(
         _EngineActor,
         fn_constructor_args=(config, model, ends, pool.engines_per_node),
-        batch_size=None,  # a block is a batch
+        batch_size=None,  # one block is one batch
         batch_format="pyarrow",
         zero_copy_batch=True,
-        # One batch each at a time, or the engine that is up first would take those of the others.
+        # One batch per engine at a time; otherwise the first engine to start would take them all.
         compute=ray.data.ActorPoolStrategy(size=pool.engines, max_tasks_in_flight_per_actor=1),
         num_cpus=pool.cpus,
         num_gpus=pool.gpus,
-        # Ray Data's own choice is without end: an engine killed for its memory would be started for ever.
+        # Ray Data restarts without limit by default: an engine killed for its memory would restart forever.
         max_restarts=RESTARTS,
-        # As often as Ray can: of a node that died it takes 15 seconds to know that it is no passing disturbance.
+        # Without limit: Ray needs 15 seconds to tell a dead node from a passing disturbance.
         max_task_retries=-1,
     )
     return dataset, read
@@ -132,30 +132,30 @@ def _by_actors(
 def _by_vllm(
     config: Config, model: str, ends: Sequence[int], batches: Sequence[pa.Table], pool: engine_pool.Pool
 ) -> tuple[ray.data.Dataset, _Read]:
-    """Batches through vLLM, and how to read what it gives."""
+    """Build a pipeline with vLLM, and the function that reads its rows."""
     from raysft.generate.engines import vllm
 
-    served = vllm.VllmModel.of(config, model, ends)
+    vllm_model = vllm.VllmModel.of(config, model, ends)
 
     def read(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        entries = vllm.entries(rows, served.stops)
-        if len(entries) > 1 and all(entry["error"] for entry in entries):  # that is no matter of a prompt
+        entries = vllm.entries(rows, vllm_model.stops)
+        if len(entries) > 1 and all(entry["error"] for entry in entries):  # not the fault of one prompt
             raise _failed(entries[0]["error"], config)
         return entries
 
-    return vllm.completed(config, served, batches, pool, RESTARTS), read
+    return vllm.completed(config, vllm_model, batches, pool, RESTARTS), read
 
 
-class _Patience:
-    """Stops a pipeline that waits for an engine whose node died and which finds no place on another one."""
+class _StallGuard:
+    """Stop a pipeline that waits for an engine whose node died and which fits on no other node."""
 
-    def __init__(self, pipeline: Any, began: set[str]) -> None:
-        self._pipeline, self._began = pipeline, began
+    def __init__(self, pipeline: Any, nodes_at_start: set[str]) -> None:
+        self._pipeline, self._nodes_at_start = pipeline, nodes_at_start
         self._last, self._longest = time.monotonic(), 0.0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> _Patience:
+    def __enter__(self) -> _StallGuard:
         self._thread.start()
         return self
 
@@ -163,23 +163,24 @@ class _Patience:
         self._done.set()
         ray.kill(self._pipeline)
 
-    def came(self, seconds: float) -> None:
+    def received(self, seconds: float) -> None:
         """A batch, for which an engine took so long."""
         self._last, self._longest = time.monotonic(), max(self._longest, seconds)
 
     def _watch(self) -> None:
         while not self._done.wait(5.0):
             waited = time.monotonic() - self._last
-            if waited > max(STALL_SECONDS, 3 * self._longest) and not self._began <= _alive_ids():
+            if waited > max(STALL_SECONDS, 3 * self._longest) and not self._nodes_at_start <= _alive_ids():
                 ray.kill(self._pipeline)
                 return
 
 
 def _batches(prompts: pa.Table, size: int) -> list[pa.Table]:
-    """Prompts of like length together, so that little of a batch is padding; longest first, so that the last batches,
-    for which some engines wait for others, are short and too much for the memory shows early.
+    """Group prompts of similar length, longest first.
 
-    A batch that is not full comes first: the longest prompts differ most in length, and the fewer share them the better.
+    Similar lengths leave little padding. With the longest first, a lack of memory shows early, and the last batches, for which
+    some engines wait for others, are short. A batch that is not full comes first, because the longest prompts differ most in
+    length.
     """
     lengths = np.asarray(pa.compute.list_value_length(prompts["input_ids"]))  # pyright: ignore
     order = np.argsort(-lengths, kind="stable")
@@ -189,9 +190,9 @@ def _batches(prompts: pa.Table, size: int) -> list[pa.Table]:
 
 
 class _EngineActor:
-    """An engine in a process of its own, as Ray Data calls it.
+    """Engine in an actor of Ray Data.
 
-    What an engine raises comes back as data: Ray would print it three times over, a hundred lines each.
+    An exception is returned as data; Ray would print it three times, a hundred lines each.
     """
 
     def __init__(self, config: Config, model: str, ends: Sequence[int], engines_per_node: int) -> None:
@@ -223,15 +224,15 @@ class _EngineActor:
 
 
 def complete(engine: Engine, ids: Sequence[str], prompts: Sequence[Sequence[int]]) -> list[Completion]:
-    """A batch, and where that fails its halves: what cannot be completed alone costs no other prompt.
+    """Complete a batch; if that fails, complete its halves, so that a prompt that fails costs no other.
 
     Raises:
-        Exception: what the engine raised, where several prompts fail, each of them; that is no matter of a prompt.
+        Exception: the engine's first error, if every one of several prompts fails; then the prompts are not to blame.
     """
     completions, first = _complete(engine, ids, prompts)
-    # Of prompts that are too large, which are all in the first batch, the memory of the others knows nothing.
-    matter_of_prompts = isinstance(first, torch.OutOfMemoryError)
-    if first and len(ids) > 1 and not matter_of_prompts and all(completion.error for completion in completions):
+    # The prompts that are too large are all in the first batch; the others may fit.
+    blame_prompts = isinstance(first, torch.OutOfMemoryError)
+    if first and len(ids) > 1 and not blame_prompts and all(completion.error for completion in completions):
         raise first
     return completions
 
@@ -243,7 +244,7 @@ def _complete(
         return engine.complete(ids, prompts), None
     except Exception as error:
         caught = error
-    # Outside, so that the memory which the failure holds is free again.
+    # Outside the handler, so that the memory that the exception holds is free.
     torch.cuda.empty_cache()
     if len(ids) == 1:
         return [failure(caught)], caught
@@ -254,12 +255,12 @@ def _complete(
 
 
 def _failed(reason: str, config: Config, *, died: bool = False) -> RunFailed:
-    """One line for what went wrong in an engine, with a remedy where there is one."""
+    """Describe the failure of an engine in one line, with a remedy if there is one."""
     reason = " ".join(reason.split())
     remedy = ""
     if died or "outofmemory" in reason.lower().replace(" ", ""):
         remedy = f"; if memory ran out, lower generate.batch_size={config.generate.batch_size}"
-        if config.generate.engine == "vllm":  # which has no more prompts at a time than it has memory for
+        if config.generate.engine == "vllm":  # which never runs more prompts at a time than fit
             remedy = f"; if memory ran out, raise generate.gpus_per_engine={config.generate.gpus_per_engine}"
         elif config.scaling.use_gpu:
             remedy += ", or raise generate.gpus_per_engine"

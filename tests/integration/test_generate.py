@@ -187,7 +187,7 @@ def test_a_prompt_that_failed_is_tried_again_by_the_next_call(model, prompts, tm
         results = metrics.flat_results(generate(config(), model=str(model), prompts=prompts, output=output))
         assert results["predict_examples"] == len(QUESTIONS)
         assert [row.get("error") for row in read_jsonl(output)] == [None, None, "no memory", *[None] * 5]
-        told = "1 of 8 prompts were not completed (generate once more to try them again), the first of them: q:2: no memory"
+        told = "1 of 8 prompts failed, the first of them q:2: no memory"
         assert told in capfd.readouterr().err
         generate(config(), model=str(model), prompts=prompts, output=output, progress=False)
     assert asked[1:] == [["q:2"]]
@@ -222,14 +222,14 @@ def test_an_engine_that_is_killed_is_started_again(model, prompts, tmp_path):
 @pytest.mark.usefixtures("local_ray")
 def test_what_cannot_be_is_refused_before_anything_starts(model, prompts, tmp_path):
     output = tmp_path / "out.jsonl"
-    with pytest.raises(RequestError, match=r"num_actors=3 wants 3 CPUs and the cluster has 2 .*; use 2, or add nodes"):
+    with pytest.raises(RequestError, match=r"num_actors=3 needs 3 CPUs, but the cluster has 2 .*; use 2, or add nodes"):
         generate(config(num_actors=3, batch_size=1), model=str(model), prompts=prompts, output=output)
     with pytest.raises(RequestError, match="similarty"):
         generate(config(metrics=["similarty"]), model=str(model), prompts=prompts, output=output)
     with pytest.raises(RequestError, match="is no model folder"):
         generate(config(), model=str(tmp_path / "none"), prompts=prompts, output=output)
     gpus = with_overrides(config(), {"scaling.use_gpu": True})
-    with pytest.raises(RequestError, match="wants 1 GPU and the cluster has none"):
+    with pytest.raises(RequestError, match="needs 1 GPU, but the cluster has none"):
         generate(gpus, model=str(model), prompts=prompts, output=output)
 
 
@@ -368,7 +368,7 @@ def test_the_pool_follows_the_cluster():
     assert engine_pool.size_pool(config(), [head, two, four], batches=1).engines == 1
     asked = engine_pool.size_pool(config(num_actors=6), [head, two, four], batches=9)
     assert (asked.engines, asked.engines_per_node, asked.cpus) == (6, 3, 1.0)
-    with pytest.raises(RequestError, match=r"generate\.num_actors=6 wants 6 CPUs and the cluster has 4"):
+    with pytest.raises(RequestError, match=r"generate\.num_actors=6 needs 6 CPUs, but the cluster has 4"):
         engine_pool.size_pool(config(num_actors=6), [head, four], batches=9)
     left = engine_pool.size_pool(config(num_actors=6), [head, four], batches=9, shrinks=True)
     assert (left.engines, left.engines_per_node) == (4, 4), "a node died meanwhile"
@@ -379,7 +379,7 @@ def test_the_pool_follows_the_cluster():
     large = with_overrides(gpus, {"generate.gpus_per_engine": 2})
     pool = engine_pool.size_pool(large, nodes, batches=99)
     assert (pool.engines, pool.gpus) == (5, 2.0), "an engine lies on one node"
-    with pytest.raises(RequestError, match="num_actors=6 wants 6 times 2 GPUs and the cluster has room for 5"):
+    with pytest.raises(RequestError, match="num_actors=6 needs 6 times 2 GPUs, but the cluster can place 5"):
         engine_pool.size_pool(with_overrides(large, {"generate.num_actors": 6}), nodes, batches=99)
     with pytest.raises(RequestError, match="gpus_per_engine=9 wants 9 GPUs on one node and none has as many"):
         engine_pool.size_pool(with_overrides(gpus, {"generate.gpus_per_engine": 9}), nodes, batches=99)
