@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from raysft.cli import main
+from raysft.config import Config, Source, parse, with_overrides
+from raysft.data.sources.files import find_files
+from raysft.data.tokenization.chat_template import chat_template
+from raysft.errors import RequestError
+from raysft.run.ownership import check_ownership, ensure_writable
+from raysft.storage.run_directory import RunDirectory
 
 CONFIG = "model: {path: m}\ndata:\n  train:\n    - name: a\n      path: a.json\n"
 
@@ -62,3 +70,54 @@ def _here(tmp_path, monkeypatch):
 def test_a_wrong_config(capsys, arguments, message):
     assert main(["check", *arguments.split()]) == 2
     assert capsys.readouterr().err == f"raysft: error: {message}\n"
+
+
+def refusal(call: Callable[..., Any], *arguments: Any) -> str:
+    with pytest.raises(RequestError) as caught:
+        call(*arguments)
+    return str(caught.value)
+
+
+def configured(**run: Any) -> Config:
+    raw = {"model": {"path": "m"}, "data": {"train": [{"name": "a", "path": "a.json"}]}}
+    return parse({**raw, "run": {"storage": str(Path("runs").absolute()), "name": "r", **run}})
+
+
+def test_a_chat_template_that_does_not_exist():
+    config = with_overrides(configured(), {"model.chat_template": "chatlm"})
+    assert refusal(lambda: config.chat_template) == (
+        "model.chat_template=chatlm is not a readable file (No such file or directory); use the path of a Jinja template, or one "
+        "of alpaca, chatml, gemma, llama3, vicuna"
+    )
+
+
+def test_a_chat_template_with_a_wrong_block():
+    assert refusal(chat_template, "{% for m in messages %}\n{{ m }", {}) == (
+        "the chat template is not valid Jinja (line 2: unexpected '}'); fix it, or set model.chat_template"
+    )
+
+
+def test_data_that_do_not_exist():
+    assert refusal(find_files, Source(name="chats", path="chats/*.jsonl")) == (
+        "source 'chats': chats/*.jsonl matches no file; check the path and the working directory"
+    )
+
+
+def test_a_storage_that_cannot_be_written():
+    config = configured(storage=str(Path("c.yaml").absolute() / "runs"))
+    assert refusal(ensure_writable, config) == (
+        f"run.storage: {config.run.storage} cannot be created (Not a directory); choose another folder"
+    )
+
+
+def test_a_run_directory_of_another_config():
+    config = configured()
+    directory = RunDirectory(config.run_directory)
+    directory.path.mkdir(parents=True)
+    directory.config.write_text(config.to_yaml())
+    directory.checkpoints.mkdir()
+    other = with_overrides(config, {"model.lora.rank": 4})
+    assert refusal(check_ownership, directory, other) == (
+        f"{directory.place}: belongs to another config: model.lora.rank=4 (the run has 8); model.lora.rank cannot change once a "
+        "run has begun: restore the old value, or choose another run.name"
+    )
