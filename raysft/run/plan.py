@@ -1,4 +1,4 @@
-"""What a run will do, before it does it: rows, steps, tokens, padding, and resources against the cluster."""
+"""Plan a run before it starts: rows, steps, tokens, padding, and resources of the cluster."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ COUNTED = {
     "turns_left_out": "{:,} with turns that the chat template leaves out",
     "quoted_arguments": "{:,} with calls whose arguments are a quoted text",
 }
-"""What is counted, in the words of the plan."""
+"""Counts of a source, in the words of the plan."""
 
 
 @dataclass(frozen=True)
 class SourcePlan:
-    """One source as it will be used."""
+    """One source, as the run uses it."""
 
     records: int
     examples: int
@@ -43,9 +43,9 @@ class SourcePlan:
     rejected: int
     dropped: int
     counts: dict[str, int]
-    """What happened to how many examples and tokens: ``truncated``, ``split``, ``control_tokens`` …"""
+    """Number of examples and tokens that were ``truncated``, ``split`` and so on (``COUNTED``)."""
     formats: tuple[str, ...]
-    """Formats of its records, as named or found."""
+    """Formats of its records, as configured or detected."""
     reused: bool
 
 
@@ -74,32 +74,32 @@ class Resolved:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole run, planned."""
+    """The plan of a whole run."""
 
     stage: str
     examples: int
-    """Examples to train on, in one epoch."""
+    """Training examples in one epoch."""
     rows: int
-    """Rows over all epochs that hold examples."""
+    """Rows with examples, over all epochs."""
     rows_of_epochs: tuple[int, ...]
     """Rows of each epoch."""
     steps: int
     epochs: int
     global_batch_size: int
     global_batch_size_chosen: bool
-    """Whether the data decided it (``train.global_batch_size: auto``)."""
+    """True if the data decided it (``train.global_batch_size: auto``)."""
     sequence_length: int
     tokens: int
     """Tokens without padding over all epochs."""
     loss_tokens: int
     packing_efficiency: float
-    """Share of the row space that holds tokens."""
+    """Share of the positions in rows that hold tokens."""
     empty_rows: int
-    """Rows that steps have room for beside those with examples: an epoch may end before its last step is full."""
+    """Empty rows in the last steps of epochs, which may not be full."""
     filler_rows: int
-    """Rows without labels in each whole step, because ``global_batch_size`` does not divide by the workers."""
+    """Rows without labels in each full step, if ``global_batch_size`` is not a multiple of the workers."""
     workers: int
-    """As many as the cluster has room for now, where their number may change."""
+    """Number that the cluster has room for now; an elastic run may change it."""
     fewest_workers: int
     most_workers: int
     rows_per_worker: int
@@ -113,18 +113,18 @@ class Plan:
     evaluation: dict[str, SourcePlan]
     resolved: Resolved
     turns: TurnStatistics = field(default_factory=TurnStatistics)
-    """How the turns that are trained on begin and end."""
+    """How the trained turns begin and end."""
     shared_files: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """Evaluation sets that read a file which a training source reads too: name → that source, and the file."""
+    """Evaluation sets that share a file with a training source: by name, that source and the file."""
     warnings: tuple[str, ...] = ()
-    """What a person would otherwise find out only by looking at the result, a line each."""
+    """One line for each problem that would otherwise show only in the results."""
 
     def as_dict(self) -> dict[str, object]:
         """The content of ``plan.json``; ``resolved`` has the keys of ``Resolved``."""
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """The plan for people."""
+        """Return the plan as lines for the terminal."""
         lines = []
         for name, source in self.sources.items():
             lines.append(f"train {name}: {_source_line(source)}")
@@ -132,24 +132,24 @@ class Plan:
             lines.append(f"eval {name}: {_source_line(source)}")
         if self.stage == "sft" and self.turns.end_tokens:
             ends = ", ".join(f"{text} ({count:,})" for text, count in self.turns.end_tokens.items())
-            lines.append(f"turns: {self.turns.total:,} trained on, ended by {ends}")
+            lines.append(f"turns: {self.turns.total:,} trained, ended by {ends}")
         lines.append(
             f"rows: {self.rows:,} of {self.sequence_length} tokens over {_count(self.epochs, 'epoch')}, "
             f"{100 * self.packing_efficiency:.1f}% packed, {self.tokens:,} tokens, {self.loss_tokens:,} trained"
         )
         lines.append(
             f"steps: {self.steps:,} of {_count(self.global_batch_size, 'row')}"
-            + (" (auto: chosen by the data)" if self.global_batch_size_chosen else "")
+            + (" (auto: chosen from the data)" if self.global_batch_size_chosen else "")
             + f" = {_count(self.workers, 'worker')} × "
             f"{_count(self.rows_per_worker, 'row')} in {_count(self.accumulation, 'microbatch', 'es')}"
             + (f", {self.filler_rows} of them empty in each step" if self.filler_rows else "")
             + (f"; {_count(self.empty_rows, 'row')} at the ends of epochs stay empty" if self.empty_rows else "")
         )
         if self.most_workers > self.fewest_workers:
-            lines.append(f"workers: {self.fewest_workers} to {self.most_workers}, as nodes come and go")
+            lines.append(f"workers: {self.fewest_workers} to {self.most_workers}, as nodes join and leave")
         lines.append(
-            f"resources: {self.cpus:g} CPUs and {self.gpus:g} GPUs wanted, "
-            f"{self.cluster_cpus:g} CPUs and {self.cluster_gpus:g} GPUs there"
+            f"resources: needs {self.cpus:g} CPUs and {self.gpus:g} GPUs, the cluster has "
+            f"{self.cluster_cpus:g} CPUs and {self.cluster_gpus:g} GPUs"
         )
         return lines + [f"warning: {warning}" for warning in self.warnings]
 
@@ -174,15 +174,15 @@ def make_plan(config: Config, prepared: PreparedData, nodes: Sequence[Node], ada
     """Put the plan together from the manifests and the row plan.
 
     Args:
-        config: as it was given; with ``train.global_batch_size: auto`` the row_plan knows the number.
-        prepared: what is trained and evaluated on.
+        config: as given; with ``train.global_batch_size: auto`` the row plan has the number.
+        prepared: training and evaluation data.
         nodes: the cluster's nodes.
         adapter: folder of the adapter that training continues from.
     """
     row_plan = prepared.train_rows.row_plan
     scaling, per_step = config.scaling, row_plan.global_batch_size
     workers = min(scaling.most_workers, max(1, max_workers(nodes, scaling.cpus_per_worker, scaling.use_gpu)))
-    each = -(-per_step // workers)
+    rows_per_worker = -(-per_step // workers)
     rows = row_plan.consumed(row_plan.steps)
     plan = Plan(
         stage=config.stage,
@@ -198,12 +198,12 @@ def make_plan(config: Config, prepared: PreparedData, nodes: Sequence[Node], ada
         loss_tokens=int(row_plan.step_loss_tokens.sum()),
         packing_efficiency=round(row_plan.packing_efficiency, 6),
         empty_rows=row_plan.steps * per_step - rows,
-        filler_rows=each * workers - per_step,
+        filler_rows=rows_per_worker * workers - per_step,
         workers=workers,
         fewest_workers=scaling.fewest_workers,
         most_workers=scaling.most_workers,
-        rows_per_worker=each,
-        accumulation=-(-each // config.train.micro_batch_size),
+        rows_per_worker=rows_per_worker,
+        accumulation=-(-rows_per_worker // config.train.micro_batch_size),
         cpus=workers * config.scaling.cpus_per_worker + TASK_CPUS,
         gpus=float(workers) if config.scaling.use_gpu else 0.0,
         cluster_cpus=sum(node.cpus for node in nodes),
@@ -238,7 +238,7 @@ def _resolved(config: Config, global_batch_size: int, workers: int, adapter: str
 
 
 def plan_sources(manifests: Sequence[Manifest]) -> dict[str, SourcePlan]:
-    """Each source as it will be used, by its name."""
+    """Return each source as the run uses it, by name."""
     return {manifest.name: _source(manifest) for manifest in manifests}
 
 

@@ -545,10 +545,10 @@ def test_the_data_decides_how_many_rows_a_step_has_once_for_a_run(folder, pt_run
     assert main(["check", str(folder / "pt.yaml"), *longer]) == 2
     assert "train.epochs=70 (the run has 7); choose" in capsys.readouterr().err
     assert main(["check", str(folder / "pt.yaml"), "run.name=longer", *longer[:1]]) == 0
-    assert " of 16 rows (auto: chosen by the data)" in capsys.readouterr().out
+    assert " of 16 rows (auto: chosen from the data)" in capsys.readouterr().out
     assert main(["run", str(folder / "pt.yaml")]) == 0
     out = capsys.readouterr().out
-    assert " of 2 rows (auto: chosen by the data)" in out
+    assert " of 2 rows (auto: chosen from the data)" in out
     assert "is already trained" in out
 
 
@@ -557,17 +557,17 @@ def test_check_plans_without_training(folder, sft_run, capsys):
     out = capsys.readouterr().out
     plan = json.loads((sft_run / "plan.json").read_text())
     assert f"rows: {plan['rows']}" in out
-    assert "resources: 2 CPUs and 0 GPUs wanted, 2 CPUs and 0 GPUs there" in out
+    assert "resources: needs 2 CPUs and 0 GPUs, the cluster has 2 CPUs and 0 GPUs" in out
     assert not (folder / "runs" / "planned").exists()
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("scaling.num_workers=5", "scaling.num_workers=5 wants 3.75 CPUs"),
+        ("scaling.num_workers=5", "scaling.num_workers=5 needs 0.75 CPUs per worker"),
         ("scaling.use_gpu=true", "GPUs"),
         ("generate.num_actors=3", "generate.num_actors=3"),
-        ("scaling.cpus_per_worker=1", "leaves no CPU for data tasks"),
+        ("scaling.cpus_per_worker=1", "leave no CPU for data tasks"),
         ("model.path=no-such-model", "model.path=no-such-model"),
         ("data.train.0.path=no-such-file.json", "no-such-file.json"),
         ("data.sequence_length=16", "raise data.sequence_length, or set data.on_overflow to truncate, split or drop"),
@@ -687,7 +687,7 @@ def test_a_model_stops_where_its_turns_were_trained_to_end(tmp_path, capsys):
     (tmp_path / "c.yaml").write_text(json.dumps(settings))
     assert main(["run", str(tmp_path / "c.yaml")]) == 0
     run = tmp_path / "runs" / "r"
-    assert "turns: 8 trained on, ended by <|end|> (8)" in capsys.readouterr().out
+    assert "turns: 8 trained, ended by <|end|> (8)" in capsys.readouterr().out
     (written,) = read_jsonl(run / "generated_predictions.jsonl")
     assert (written["predict"], written["stop"]) == ("yo yo", "eos")
     # The model before is asked with the same prompts, and stops there too.
