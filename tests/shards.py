@@ -1,4 +1,4 @@
-"""Tokenized shards made here and now, without Ray."""
+"""Tokenized shards for tests, written in this process without Ray."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from raysft.data.tokenization.tokenizer import Tokenizer
 
 
 def write_records(path: Path, records: Sequence[Any]) -> None:
-    """Write one JSON record a line."""
+    """Write one JSON record per line."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def data_config(folder: Path, names: Sequence[str] = ("a",), stage: str = "sft", **data: Any) -> Config:
-    """A config whose sources are ``{name}.jsonl`` in ``folder``, with the cache there."""
+    """A config whose sources are ``{name}.jsonl`` in ``folder``, which also holds the cache."""
     sources = [{"name": name, "path": str(folder / f"{name}.jsonl")} for name in names]
     return parse(
         {
@@ -34,12 +34,12 @@ def data_config(folder: Path, names: Sequence[str] = ("a",), stage: str = "sft",
 
 
 def the_set(config: Config, model: str, source: int = 0, split: Split = "all", with_prompts: bool = False) -> ShardSet:
-    """What is to be tokenized of one source."""
+    """The shard set of one training source."""
     return resolve_shard_set(config, config.data.train[source], split, model, with_prompts)
 
 
 def written(each: ShardSet, model: str, template: str | None = None) -> Manifest:
-    """Tokenize a set in this process, and give its manifest."""
+    """Tokenize a set in this process, and return its manifest."""
     tokenizer = Tokenizer.load(model, template)
     shards = [
         shard

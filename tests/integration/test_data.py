@@ -1,4 +1,4 @@
-"""Data through the command line, on a local Ray cluster of 2 CPUs: object stores, bad records, and runs that write at once."""
+"""Data through the command line, on a local Ray cluster of 2 CPUs: object stores, bad records and concurrent runs."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_files_folders_and_globs_of_an_object_store_are_read(bucket, tmp_path, m
     assert [manifest.reused for manifest in prepare(config, model).train] == [True] * 5
 
 
-def test_an_object_store_that_has_not_the_file_is_one_line(bucket, tmp_path, model, capsys):
+def test_a_file_missing_in_an_object_store_is_refused_in_one_line(bucket, tmp_path, model, capsys):
     _, options = bucket
     config = config_of(tmp_path, model, f"s3://bucket/nothing.jsonl?{options}")
     (tmp_path / "c.yaml").write_text(config.to_yaml())
@@ -234,7 +234,7 @@ def wait_for(condition: Callable[[], object], what: str, seconds: float = 120) -
         time.sleep(0.02)
 
 
-def test_two_runs_that_write_one_set_at_once_and_one_that_is_killed_leave_it_whole(tmp_path, model):
+def test_two_concurrent_runs_and_a_killed_one_leave_a_complete_set(tmp_path, model):
     records = [
         {"messages": [{"role": "user", "content": f"word {n} " * 20}, GOOD["messages"][1]]} for n in range(25_000)
     ]

@@ -1,4 +1,4 @@
-"""Parquet and Arrow: a record is what it was before its file gave all records the same fields."""
+"""Parquet and Arrow: records are read as they were before the file format gave all of them the same fields."""
 
 from __future__ import annotations
 
@@ -43,13 +43,16 @@ VALUES = [
 
 
 @ALL
-def test_a_key_that_only_other_records_have_is_not_there(through):
+def test_a_record_has_no_keys_of_other_records(through):
     records = through(pa.table({"v": VALUES}))
     assert (
         [record["v"] for record in records]
         == [
             VALUES[0],
-            {"b": [{"c": 1}, {"e": [None, "f"]}, {}], "deep": {}},  # of a null nobody knows whether it was written
+            {
+                "b": [{"c": 1}, {"e": [None, "f"]}, {}],
+                "deep": {},
+            },  # a null that was written cannot be told from a missing key
             *VALUES[2:],
         ]
     )
@@ -92,7 +95,7 @@ def test_a_map_has_the_keys_of_its_own_record_and_its_nulls(through):
     assert [record["v"] for record in through(pa.table({"v": column}))] == values
 
 
-def test_a_map_with_a_key_twice_spoils_its_own_record_alone():
+def test_a_map_with_a_duplicate_key_rejects_its_own_record_only():
     column = pa.array([[("a", 1), ("a", 2)], [("a", 1)]], pa.map_(pa.string(), pa.int64()))
     bad, good = through_arrow(pa.table({"v": column}))
     assert isinstance(bad, Unreadable)
@@ -101,7 +104,7 @@ def test_a_map_with_a_key_twice_spoils_its_own_record_alone():
 
 
 @ALL
-def test_json_inside_of_a_column_is_what_was_written_with_its_nulls(through):
+def test_json_columns_keep_their_nulls(through):
     texts = ['{"a": null, "b": [1, null]}', "[]", '"x"', None]
     inner = pa.ExtensionArray.from_storage(pa.json_(), pa.array(texts))
     column = pa.ListArray.from_arrays(pa.array(range(5), pa.int32()), inner)
@@ -109,7 +112,7 @@ def test_json_inside_of_a_column_is_what_was_written_with_its_nulls(through):
     assert [record["v"] for record in through(pa.table({"v": column}))] == [[value] for value in values]
 
 
-def test_json_that_is_none_spoils_its_own_record_alone():
+def test_invalid_json_in_a_column_rejects_its_own_record_only():
     column = pa.ExtensionArray.from_storage(pa.json_(), pa.array(["{", "{}"]))
     bad, good = through_arrow(pa.table({"v": column}))
     assert isinstance(bad, Unreadable)
@@ -135,7 +138,7 @@ def test_json_that_is_none_spoils_its_own_record_alone():
     ],
     ids=str,
 )
-def test_values_inside_of_structs_are_those_of_json(through, kind, value, read):
+def test_values_in_structs_are_those_of_json(through, kind, value, read):
     column = pa.array([{"a": value}, {}, {"a": None}], pa.struct({"a": kind}))
     records = through(pa.table({"v": column, "w": pa.array([value, None, None], kind)}))
     assert records == [{"v": {"a": read}, "w": read}, {"v": {}, "w": None}, {"v": {}, "w": None}]

@@ -1,4 +1,4 @@
-"""Reading: every kind of file and shape of record becomes an example, or a reason with its place."""
+"""Readers: every kind of file and format of record gives an example, or a reason with its location."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_every_kind_of_file_gives_the_same_examples_and_names_their_place(name, 
     assert [item.record for item in items] == [f"{name}:{position}" for position in positions]
 
 
-def test_a_text_file_is_one_text_a_line():
+def test_a_text_file_has_one_text_per_line():
     save("a.txt", "one\r\n\ntwo \u2028 still two\nthree")
     assert [(item.record, item.text) for item in read_all("a.txt") if isinstance(item, Example)] == [
         ("a.txt:1", "one"),
@@ -132,7 +132,7 @@ def test_a_text_file_is_one_text_a_line():
 
 
 @pytest.mark.parametrize("head", ["categories: [x]\nconversations:\n", ""])
-def test_a_yaml_corpus_is_a_list_of_turns_by_turns(head):
+def test_a_yaml_corpus_is_a_list_of_alternating_turns(head):
     save("a.yml", head + "- - Hi\n  - Hello\n- [a, b, c]\n")
     first = head.count("\n") + 1
     items = read_all("a.yml")
@@ -213,7 +213,7 @@ def test_a_field_that_the_config_excludes_is_named():
         ({"instruction": "", "input": ""}, ""),
     ],
 )
-def test_parts_that_are_empty_are_left_out_of_a_question(parts, question):
+def test_empty_parts_are_left_out_of_a_question(parts, question):
     save("a.jsonl", lines([{**parts, "output": "yes"}]))
     (item,) = read_all("a.jsonl")
     assert isinstance(item, Example), item
@@ -325,7 +325,7 @@ def test_an_unusable_record_is_kept_with_its_line_and_reason(record, parts):
     assert isinstance(good, Example)
 
 
-def test_one_broken_line_does_not_cost_the_others():
+def test_a_broken_line_is_rejected_and_the_others_are_read():
     save("a.jsonl", b'["q", "a"]\n{"instruction": \n["q", "\xe9"]\n' + b"[" * 100_000 + b'\n["q", "a"]\n')
     items = read_all("a.jsonl")
     assert [item.record for item in items if isinstance(item, Example)] == ["a.jsonl:1", "a.jsonl:5"]
@@ -420,7 +420,7 @@ def test_csv_counts_lines_of_the_file_and_keeps_long_and_broken_fields():
     }
 
 
-def test_yaml_that_is_no_text_is_rejected_record_by_record():
+def test_yaml_values_other_than_text_are_rejected_record_by_record():
     save("a.yml", "- [q, yes]\n- [q, !!timestamp 2020-99-99]\n- [q, a]\n- [q, 2020-09-09]\n")
     items = read_all("a.yml")
     assert reasons(items) == {
@@ -531,9 +531,11 @@ def test_examples_that_open_alike_stay_on_one_side():
     assert opening(Example("s", "f:1", text="Ein Text.")) == "ein text"
 
 
-def test_the_held_out_share_is_about_as_asked_and_grows_with_it():
+def test_the_held_out_fraction_is_close_to_the_requested_one():
     examples = [conversation(f"question {number}") for number in range(4000)]
-    sides = {share: {e.messages[1].content for e in examples if is_held_out(e, share)} for share in (0.0, 0.1, 0.5)}
+    sides = {
+        fraction: {e.messages[1].content for e in examples if is_held_out(e, fraction)} for fraction in (0.0, 0.1, 0.5)
+    }
     assert not sides[0.0]
     assert 320 <= len(sides[0.1]) <= 480
     assert 1850 <= len(sides[0.5]) <= 2150
@@ -547,7 +549,7 @@ def test_a_link_back_into_its_folder_and_a_path_named_twice_give_no_record_twice
     assert refusal(["d/a.txt", "d/../d/a.txt"]).endswith("remove one of them")
 
 
-def test_what_datasets_writes_about_a_saved_set_is_no_part_of_its_data():
+def test_metadata_and_caches_of_datasets_are_not_read_as_data():
     import datasets
 
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -605,7 +607,7 @@ TALK = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "c
         ("b.yaml", "- {text: !!bool maybe}\n- {text: good}\n", "unusable YAML"),
     ],
 )  # fmt: skip
-def test_an_invalid_part_of_a_record_rejects_that_record_alone(name, content, reason):
+def test_an_invalid_part_of_a_record_rejects_that_record_only(name, content, reason):
     save(name, content + "\n")
     item = read_all(name)[0]
     assert isinstance(item, Rejected)
@@ -618,7 +620,7 @@ def test_rejected_records_with_an_unpaired_surrogate_can_be_written(tmp_path):
     assert json.loads((tmp_path / "r.jsonl").read_text()) == {"reason": "\ud800 é"}
 
 
-def test_a_parquet_value_that_is_no_text_spoils_its_own_record_alone():
+def test_a_parquet_value_of_invalid_utf8_rejects_its_own_record_only():
     texts = pa.StringArray.from_buffers(
         3, pa.py_buffer(b"\0\0\0\0\4\0\0\0\6\0\0\0\t\0\0\0"), pa.py_buffer(b"good\xff\xfetoo")
     )

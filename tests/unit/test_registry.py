@@ -1,4 +1,4 @@
-"""Registries in LLaMA-Factory's form are read as they are."""
+"""Registries of LLaMA-Factory are read unchanged."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def config(folder: Path, stage: str = "sft") -> Config:
     return parse({"stage": stage, "model": {"path": "m"}, "data": data})
 
 
-def test_a_byte_order_mark_is_no_part_of_a_registry(folder):
+def test_a_byte_order_mark_before_a_registry_is_ignored(folder):
     content = (folder / "dataset_info.json").read_bytes()
     (folder / "dataset_info.json").write_bytes(codecs.BOM_UTF8 + content)
     assert found(folder, "plain").path == str(folder / "plain.json")
@@ -74,12 +74,12 @@ def test_a_source_is_described_by_its_entry(folder):
     assert found(folder, "cloud").path == "s3://bucket/data.jsonl"
 
 
-def test_what_stands_in_the_place_of_the_prompt_is_the_text_to_continue(folder):
+def test_the_prompt_column_is_the_text_for_pre_training(folder):
     web = found(folder, "web", stage="pt")
     assert (web.format, read_fields(web)) == ("text", {"text": "text"})
 
 
-def test_the_config_goes_before_the_registry(folder):
+def test_the_config_takes_precedence_over_the_registry(folder):
     assert found(folder, "chat", num_samples=2).num_samples == 2
     assert found(folder, "chat", path="other.json") == Source(name="chat", path="other.json")
     more = found(folder, "chat", columns={"weight": "w", "system": None})
@@ -87,7 +87,7 @@ def test_the_config_goes_before_the_registry(folder):
 
 
 @pytest.mark.parametrize("changed", [{"train.global_batch_size": 2}, {}])
-def test_an_entry_describes_a_source_also_when_the_config_was_loaded_again(tmp_path, changed):
+def test_an_entry_still_applies_after_the_config_was_saved_and_loaded(tmp_path, changed):
     entry = {"file_name": "a.json", "formatting": "sharegpt", "num_samples": 3}
     (tmp_path / "dataset_info.json").write_text(json.dumps({"x": entry}))
     data = {"train": [{"name": "x"}], "registry": str(tmp_path)}
@@ -134,7 +134,7 @@ def test_a_column_that_is_not_named_is_not_read(tmp_path, columns, turns):
 
 
 @pytest.mark.parametrize("form", ["sharegpt", "openai"])
-def test_conversations_alone_are_read_of_an_entry_without_columns(tmp_path, form):
+def test_an_entry_without_columns_reads_only_conversations(tmp_path, form):
     (tmp_path / "dataset_info.json").write_text(json.dumps({"x": {"file_name": "a.json", "formatting": form}}))
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     record = {**RECORD, "conversations": turns, "messages": [{"role": "user", "content": "other"}]}
@@ -185,7 +185,7 @@ FILE = {"file_name": "p.json"}
         ("p.json", "must be a mapping, but is 'p.json'; write it as"),
     ],
 )
-def test_what_an_entry_says_and_is_not_done_is_refused_in_one_line(tmp_path, entry, message):
+def test_an_entry_that_cannot_be_followed_is_refused_in_one_line(tmp_path, entry, message):
     (tmp_path / "dataset_info.json").write_text(json.dumps({"x": entry}))
     with pytest.raises(RequestError) as caught:
         found(tmp_path, "x")
@@ -207,14 +207,14 @@ def test_what_an_entry_says_and_is_not_done_is_refused_in_one_line(tmp_path, ent
         ),
     ],
 )
-def test_texts_to_continue_are_one_column(tmp_path, entry, message):
+def test_pre_training_needs_one_text_column(tmp_path, entry, message):
     (tmp_path / "dataset_info.json").write_text(json.dumps({"x": entry}))
     with pytest.raises(RequestError) as caught:
         found(tmp_path, "x", stage="pt")
     assert message in str(caught.value)
 
 
-def test_a_name_that_the_registry_has_not_is_refused_with_the_nearest(folder):
+def test_an_unknown_name_is_refused_with_the_nearest_known_one(folder):
     with pytest.raises(RequestError, match="no dataset is named 'plane'; did you mean 'plain'\\?"):
         found(folder, "plane")
 

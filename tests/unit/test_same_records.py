@@ -1,4 +1,4 @@
-"""The same records in every form of file give the tokens and labels that the chat template gives for the records themselves."""
+"""The same records in every file format give the tokens and labels of the chat template."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ EVERYTHING = (
     "{% if m.role == 'assistant' %}{% generation %}{{ m | tojson }}<|im_end|>{% endgeneration %}"
     "{% else %}{{ m | tojson }}<|im_end|>{% endif %}\n{% endfor %}"
 )
-"""A template that writes all that it is given."""
+"""A template that writes everything it receives."""
 TEXTS = ["x", "null", "2024-07-26", "yes", "1e5", " a\n\n b ", "q\"u,o'te", "北京 🏯", "{}", "- a: b", "~", "[1]"]
 ARGUMENTS: dict[str, Callable[[random.Random], Any]] = {
     "city": lambda r: r.choice(TEXTS),
@@ -52,7 +52,7 @@ SCHEMA: dict[str, Callable[[random.Random], Any]] = {
 
 
 class Full(random.Random):
-    """Takes every key, none of them null: of such a record a column gets its fields in their order."""
+    """Chooses every key and no null: the first record fixes the order of a column's fields."""
 
     def random(self) -> float:
         return 0.5
@@ -62,7 +62,7 @@ class Full(random.Random):
 
 
 def some(r: random.Random, fields: dict[str, Callable[[random.Random], Any]]) -> dict[str, Any]:
-    """Some of the fields, in their order; here and there one is null."""
+    """Some of the fields, in order; occasionally one is null."""
     chances = {name: r.random() for name in fields}
     return {name: make(r) if chances[name] > 0.1 else None for name, make in fields.items() if chances[name] < 0.6}
 
@@ -98,7 +98,7 @@ def alpaca(r: random.Random) -> dict[str, Any]:
 
 
 def conversation(record: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
-    """What a record says, in the form of chat templates."""
+    """The messages and tools of a record, as chat templates expect them."""
     if "messages" in record:
         return record["messages"], record.get("tools")
     if "conversations" in record:
@@ -132,7 +132,7 @@ def as_table(records: list[dict[str, Any]]) -> pa.Table:
 
 
 def as_json_columns(records: list[dict[str, Any]]) -> pa.Table:
-    """Lists of values of no one type, as ``datasets`` keeps them."""
+    """Lists of values of mixed types, as ``datasets`` stores them."""
 
     def column(values: list[Any]) -> pa.Array:
         if not any(isinstance(value, list) for value in values):

@@ -1,4 +1,4 @@
-"""Tokenized shards: what decides their key, what is counted, and when a data set is refused."""
+"""Tokenized shards: their cache key, what is counted, and when data is refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def model(tmp_path_factory) -> str:
 
 @pytest.fixture(autouse=True)
 def _without_ray(tmp_path, monkeypatch):
-    """Run the tasks one after the other in this process."""
+    """Write shards in this process, without Ray."""
 
     def write_in_process(sets_by_source, load_tokenizer, notify):
         tokenizer = load_tokenizer()
@@ -70,7 +70,7 @@ def records_of(each: ShardSet, model: str) -> list[str]:
 
 
 @pytest.mark.parametrize("holdout", [0.1, 0.5, 0.9])
-def test_training_and_held_out_parts_are_disjoint_and_together_whole(tmp_path, model, holdout):
+def test_training_and_held_out_splits_are_disjoint_and_complete(tmp_path, model, holdout):
     write_records(tmp_path / "a.jsonl", [[f"question {number}", "a"] for number in range(60)] + [3])
     config = data_config(tmp_path, holdout=holdout)
     train, held_out = (set(records_of(the_set(config, model, split=split), model)) for split in ("train", "holdout"))
@@ -78,7 +78,7 @@ def test_training_and_held_out_parts_are_disjoint_and_together_whole(tmp_path, m
     assert train | held_out == {f"a.jsonl:{line}" for line in range(1, 61)}
 
 
-def test_what_cannot_be_read_is_counted_once_with_the_training_part(tmp_path, model):
+def test_unreadable_records_are_counted_once_in_the_training_split(tmp_path, model):
     write_records(tmp_path / "a.jsonl", [[f"question {number}", "a"] for number in range(60)] + [3])
     config = data_config(tmp_path, holdout=0.5)
     train, held_out = (written(the_set(config, model, split=split), model) for split in ("train", "holdout"))
@@ -107,18 +107,18 @@ def test_num_samples_draws_records_by_the_seed(tmp_path, model):
     assert drawn == drawn_of(config, model, num_samples=8) != [f"a.jsonl:{line}" for line in range(1, 9)]
     assert set(drawn) != set(drawn_of(config, model, num_samples=8, seed=1))
     assert set(drawn_of(config, model, num_samples=8, max_examples=3)) < set(drawn)
-    # As numpy's generator gives them to whoever seeds it so.
+    # The same records as numpy's legacy generator draws with this seed.
     np.random.seed(42)
     assert set(drawn_of(config, model, num_samples=8, seed=42)) == {
         f"a.jsonl:{index + 1}" for index in np.random.permutation(20)[:8]
     }
 
 
-def test_num_samples_takes_all_records_and_some_again_where_there_are_fewer(tmp_path, model):
+def test_num_samples_repeats_records_if_there_are_fewer(tmp_path, model):
     write_records(tmp_path / "a.jsonl", [GOOD] * 5)
     config = data_config(tmp_path)
     drawn = drawn_of(config, model, num_samples=12)
-    assert len(drawn) == len(set(drawn)) == 12  # one that comes again has a name of its own
+    assert len(drawn) == len(set(drawn)) == 12  # repetitions have distinct locations
     assert {place.split("#")[0] for place in drawn} == {f"a.jsonl:{line}" for line in range(1, 6)}
     assert list(record_batches([], None, RandomSample(3, 0))) == [[]]
 
@@ -227,7 +227,7 @@ def test_data_that_cannot_be_used_is_refused_before_a_manifest_is_written(
     assert [part for part in remedies if part not in remedy] == []
 
 
-def test_an_empty_held_out_part_says_so(tmp_path, model):
+def test_an_empty_held_out_split_is_refused(tmp_path, model):
     write_records(tmp_path / "a.jsonl", [["What is AI?", "a"]])
     config = data_config(tmp_path, holdout=0.01)
     message = refusal([the_set(config, model, split="holdout")], model)
@@ -244,7 +244,7 @@ def test_rejected_and_dropped_records_within_the_limit_are_kept_in_the_manifest(
         assert (len(manifest), manifest.records) == (2, 4)
 
 
-def test_a_stricter_limit_counts_for_shards_of_the_cache_too(tmp_path, model):
+def test_a_stricter_limit_applies_to_cached_shards_too(tmp_path, model):
     write_records(tmp_path / "a.jsonl", [GOOD, 3])
     each = the_set(data_config(tmp_path), model)
     build_shards([each], model, 0.5)
@@ -252,7 +252,7 @@ def test_a_stricter_limit_counts_for_shards_of_the_cache_too(tmp_path, model):
         build_shards([each], model, 0.1)
 
 
-def test_mended_data_is_read_again(tmp_path, model):
+def test_corrected_data_is_read_again(tmp_path, model):
     write_records(tmp_path / "a.jsonl", [GOOD, 3])
     refusal([the_set(data_config(tmp_path), model)], model)
     write_records(tmp_path / "a.jsonl", [GOOD, GOOD])
@@ -318,7 +318,7 @@ def test_damaged_shards_are_written_again(tmp_path, model):
     assert build_shards([each], model, 0.0)[0].reused
 
 
-def test_what_may_be_rejected_is_measured_over_all_parts_of_a_source(tmp_path, model):
+def test_max_rejected_applies_to_all_splits_of_a_source_together(tmp_path, model):
     write_records(
         tmp_path / "a.jsonl", [["How are you?", "Fine."], *([[f"Question {n}?", "Yes."] for n in range(99)]), 5]
     )
@@ -341,11 +341,11 @@ def test_a_text_whose_tokens_the_model_has_no_embeddings_for_is_found_before_the
         check_tokens([manifest.largest_token], rows, tokenizer, "m")
     with pytest.raises(RequestError) as caught:
         check_tokens([manifest.largest_token], token, tokenizer, "m")
-    assert str(caught.value) == (
-        f"m: its tokenizer has 403 tokens and the model embeddings for {token}; a.jsonl:2 holds token {token} ('<|b|>'); put "
-        "the tokenizer that belongs to the model into its folder, or resize the model's embeddings to 403 "
-        "(resize_token_embeddings) and save it"
-    )
+    message = str(caught.value)
+    assert message.startswith("m: ")
+    for part in ("403 tokens", f"embeddings for {token}", "a.jsonl:2", f"token {token} ('<|b|>')", "resize"):
+        assert part in message
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize("field", ["input_ids", "labels", "prompt"])

@@ -1,4 +1,4 @@
-"""Functions and their calls: from every form in which data has them, into the template or into the text."""
+"""Functions and their calls: from every form in the data to the chat template, or to text."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def example(record: dict, form: str, **options) -> Example:
 @pytest.mark.parametrize(
     "value", ['[{"name": "add"}]', [{"name": "add"}], [{"type": "function", "function": {"name": "add"}}]]
 )
-def test_tools_come_as_json_or_as_lists_wrapped_or_not(value):
+def test_tools_are_lists_or_json_wrapped_or_not(value):
     assert tool_schemas(parse_tools(value)) == ({"type": "function", "function": {"name": "add"}},)
 
 
 @pytest.mark.parametrize("value", ["", "[]", None, []])
-def test_no_tools_are_no_tools(value):
+def test_empty_tools_are_allowed(value):
     assert parse_tools(value) == ()
 
 
 @pytest.mark.parametrize(
     ("value", "reason"), [("{", "JSON"), ("3", "a list of functions"), ([3], "a list of functions")]
 )
-def test_wrong_tools_say_why(value, reason):
+def test_invalid_tools_are_refused_with_a_reason(value, reason):
     with pytest.raises(ValueError, match=reason):
         parse_tools(value)
 
@@ -92,7 +92,7 @@ def test_every_form_of_a_call_becomes_the_same(record, form):
         ({"role": "assistant", "content": "x", "train": "maybe"}, "train must be true or false, but is 'maybe'"),
     ],
 )
-def test_wrong_turns_say_why(turn, reason):
+def test_invalid_turns_are_refused_with_a_reason(turn, reason):
     with pytest.raises(ValueError, match=reason):
         example({"messages": [{"role": "user", "content": "a"}, turn]}, "openai")
 
@@ -133,7 +133,7 @@ def test_a_prompt_of_messages_is_not_trained_on():
 
 
 def chatml(messages, tools, ask):
-    """A template that knows nothing of tools."""
+    """A template without support for tools."""
     return "".join(f"<{m['role']}>{m['content']}</>\n" for m in messages) + ("<assistant>" if ask else "")
 
 
@@ -149,7 +149,7 @@ def test_a_template_without_tools_gets_them_as_text_and_the_call_is_learnt():
     assert "<user><tool_response>\n2\n</tool_response></>" in rendered.text
 
 
-def test_tools_join_a_system_turn_that_is_there():
+def test_tools_are_appended_to_an_existing_system_turn():
     turns = [
         {"role": role, "content": text} for role, text in (("system", "Be nice."), ("user", "a"), ("assistant", "b"))
     ]
@@ -159,7 +159,7 @@ def test_tools_join_a_system_turn_that_is_there():
 
 
 def forgetful(messages, tools, ask):
-    """A template that, as Qwen3's, leaves the thinking out of turns that others follow."""
+    """A template that, like Qwen3's, removes the thinking of all turns but the last."""
     text = ""
     for index, message in enumerate(messages):
         content = message["content"]

@@ -79,10 +79,8 @@ def parse_record(raw: RawRecord) -> Record | Unreadable:
         return _as_record(JSON.decode(text))
     except json.JSONDecodeError as error:
         return Unreadable(f"invalid JSON ({error.msg} at column {error.colno}): {text.strip()[:40]!r}")
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # duplicate keys, numbers with thousands of digits, thousands of brackets
+    except (ValueError, RecursionError) as error:
+        # Duplicate keys, numbers with thousands of digits, thousands of brackets.
         return Unreadable(f"unusable JSON ({one_line(error)}): {text.strip()[:40]!r}")
 
 
