@@ -112,10 +112,9 @@ def test_a_storage_that_cannot_be_written():
 
 def test_a_run_directory_of_another_config():
     config = configured()
+    (config.run_directory / "checkpoints").mkdir(parents=True)
+    (config.run_directory / "config.yaml").write_text(config.to_yaml())
     directory = RunDirectory(config.run_directory)
-    directory.path.mkdir(parents=True)
-    directory.config.write_text(config.to_yaml())
-    directory.checkpoints.mkdir()
     other = with_overrides(config, {"model.lora.rank": 4})
     assert refusal(check_ownership, directory, other) == (
         f"{directory.place}: belongs to another config: model.lora.rank=4 (the run has 8); model.lora.rank cannot change once a "
