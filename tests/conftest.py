@@ -1,10 +1,13 @@
 """What tests of several folders begin with."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.objects import Server, s3_server
+from tests.tiny import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -12,3 +15,24 @@ def server() -> Iterator[Server]:
     """A real S3 server on this machine, and credentials for it."""
     with s3_server() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    """The folder of a tiny model, made once: a test that changes files changes those of a copy."""
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer_with(tmp_path_factory) -> Callable[..., str]:
+    """Save the tiny tokenizer, with changed attributes, and give its folder."""
+
+    def save(**attributes: Any) -> str:
+        tokenizer = tiny_tokenizer()
+        for name, value in attributes.items():
+            setattr(tokenizer, name, value)
+        folder = str(tmp_path_factory.mktemp("tokenizer"))
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return save

@@ -12,7 +12,25 @@ from raysft.data.shards.manifest import Manifest, load_manifest, save_manifest
 from raysft.data.shards.ray_pipeline import record_batches
 from raysft.data.shards.shard_set import ShardSet, Split, resolve_shard_set
 from raysft.data.shards.shard_writer import write_shards
+from raysft.data.tokenization.tokenize import ExampleTokenizer
+from raysft.data.tokenization.tokenized_example import TokenizeOptions
 from raysft.data.tokenization.tokenizer import Tokenizer
+
+
+def example_tokenizer(folder: str, **options: Any) -> ExampleTokenizer:
+    """Tokenize conversations with the tokenizer of a folder, in rows of 64 tokens where nothing else is said."""
+    defaults = {
+        "stage": "sft",
+        "sequence_length": 64,
+        "mask_history": False,
+        "train_on_prompt": False,
+        "on_overflow": "error",
+        "keep_prompt": "head",
+        "control_tokens": "keep",
+        "template_options": {},
+        "with_prompts": False,
+    }
+    return ExampleTokenizer(Tokenizer.load(folder), TokenizeOptions(**{**defaults, **options}))
 
 
 def write_records(path: Path, records: Sequence[Any]) -> None:

@@ -84,31 +84,8 @@ def tiny_model(folder: str | Path, seed: int = 0, spread: float = 0.1) -> Path:
     Returns:
         The folder, as AutoModelForCausalLM and AutoTokenizer load it. The same seed gives the same weights.
     """
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    tokenizer = tiny_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=True,
-        initializer_range=spread,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config).to(torch.float32)
-    folder = Path(folder)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    return _save_random(folder, "llama", seed, {**sizes, "initializer_range": spread, "tie_word_embeddings": True})
 
 
 def tiny_mixture(folder: str | Path, model_type: str = "qwen3_moe", seed: int = 0, **settings: Any) -> Path:
@@ -118,6 +95,11 @@ def tiny_mixture(folder: str | Path, model_type: str = "qwen3_moe", seed: int = 
         model_type: as transformers has it.
         settings: what its config says beyond sizes.
     """
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "num_experts_per_tok": 2}
+    return _save_random(folder, model_type, seed, {**sizes, "initializer_range": 0.1, **settings})
+
+
+def _save_random(folder: str | Path, model_type: str, seed: int, settings: dict[str, Any]) -> Path:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -125,8 +107,6 @@ def tiny_mixture(folder: str | Path, model_type: str = "qwen3_moe", seed: int = 
     config = AutoConfig.for_model(
         model_type,
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -134,7 +114,7 @@ def tiny_mixture(folder: str | Path, model_type: str = "qwen3_moe", seed: int = 
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **{"head_dim": 8, "num_experts_per_tok": 2, "initializer_range": 0.1, **settings},
+        **settings,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

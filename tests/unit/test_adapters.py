@@ -20,11 +20,6 @@ IDS = torch.arange(40)[None]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def adapters(tmp_path_factory, model) -> list[str]:
     """Two adapters of random weights, each for the model as it is."""
     from peft import LoraConfig, get_peft_model

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,14 +18,15 @@ from raysft.data.sources.readers import read_raw
 from raysft.data.tokenization.assistant_spans import tokens_in_spans
 from raysft.data.tokenization.span_search import REMEDY
 from raysft.data.tokenization.tokenize import ExampleTokenizer
-from raysft.data.tokenization.tokenized_example import Overflow, TokenizedExample, TokenizeOptions
+from raysft.data.tokenization.tokenized_example import Overflow, TokenizedExample
 from raysft.data.tokenization.tokenizer import Tokenizer
 from raysft.data.types import IGNORE_INDEX, Example, Message, Rejected
 from raysft.errors import RequestError
 from raysft.models.tokenizer import load_tokenizer
-from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
+from tests import samples
+from tests.shards import example_tokenizer
+from tests.tiny import CHAT_TEMPLATE
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 END = "<|im_end|>"
 CONVERSATIONS = {
     "one turn": [("user", "Hi"), ("assistant", "Hello")],
@@ -43,42 +46,12 @@ def conversation(*turns: tuple[str, str]) -> Example:
 
 
 @pytest.fixture(scope="module")
-def tokenizer_with(tmp_path_factory):
-    """Save the tiny tokenizer with changed attributes and return its folder."""
-
-    def save(**attributes) -> str:
-        tokenizer = tiny_tokenizer()
-        for name, value in attributes.items():
-            setattr(tokenizer, name, value)
-        folder = str(tmp_path_factory.mktemp("tokenizer"))
-        tokenizer.save_pretrained(folder)
-        return folder
-
-    return save
-
-
-@pytest.fixture(scope="module")
 def folder(tokenizer_with):
     return tokenizer_with()
 
 
-def tokenizer_of(folder: str, **options) -> ExampleTokenizer:
-    defaults = {
-        "stage": "sft",
-        "sequence_length": 64,
-        "mask_history": False,
-        "train_on_prompt": False,
-        "on_overflow": "error",
-        "keep_prompt": "head",
-        "control_tokens": "keep",
-        "template_options": {},
-        "with_prompts": False,
-    }
-    return ExampleTokenizer(Tokenizer.load(folder), TokenizeOptions(**{**defaults, **options}))
-
-
 def tokenize(folder: str, *examples: Example, **options) -> list[TokenizedExample]:
-    items = list(tokenizer_of(folder, **options)(examples))
+    items = list(example_tokenizer(folder, **options)(examples))
     assert all(isinstance(item, TokenizedExample) for item in items), items
     return items  # type: ignore[return-value]
 
@@ -146,7 +119,7 @@ def test_examples_of_a_batch_keep_their_order_when_one_is_rejected(tokenizer_wit
     )
     folder = tokenizer_with(chat_template=template)
     batch = [conversation(("user", word), ("assistant", word)) for word in ("one", "bad", "two")]
-    one, bad, two = tokenizer_of(folder)(batch)
+    one, bad, two = example_tokenizer(folder)(batch)
     assert isinstance(bad, Rejected)
     assert (bad.source, bad.record) == ("s", "f:1")
     assert "(no bad)" in bad.reason
@@ -156,7 +129,7 @@ def test_examples_of_a_batch_keep_their_order_when_one_is_rejected(tokenizer_wit
 
 def test_a_conversation_without_a_trained_token_is_rejected(tokenizer_with):
     folder = tokenizer_with(chat_template="{{ messages[0]['content'] }}")
-    (item,) = tokenizer_of(folder)([conversation(("user", "a"), ("assistant", "b"))])
+    (item,) = example_tokenizer(folder)([conversation(("user", "a"), ("assistant", "b"))])
     assert isinstance(item, Rejected)
     assert item.reason.endswith("; " + REMEDY)
 
@@ -187,31 +160,41 @@ def test_each_token_of_a_long_text_but_the_first_is_predicted_once_and_so_is_its
 )
 def test_a_tokenizer_that_lacks_something_is_not_blamed_on_the_data(tokenizer_with, attributes, example, remedy):
     with pytest.raises(RequestError) as caught:
-        list(tokenizer_of(tokenizer_with(**attributes))([example]))
+        list(example_tokenizer(tokenizer_with(**attributes))([example]))
     message = str(caught.value)
     assert message.startswith("f:1: is a ")
     assert remedy in message.partition("; ")[2]
     assert "\n" not in message
 
 
-def real_examples(name: str, count: int) -> list[Example]:
-    source = Source(name="s", path=str(SHARED / name))
+def real_examples(path: Path, count: int) -> list[Example]:
+    source = Source(name="s", path=str(path))
     records = [(f"{file.path}:{position}", raw) for file in find_files(source) for position, _, raw in read_raw(file)]
     return [item for item, _ in to_examples(records, source) if isinstance(item, Example)][:count]
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the demo data")
-@pytest.mark.parametrize("model", ["tiny", "qwen3"])
-@pytest.mark.parametrize("name", ["alpaca_en_demo.json", "identity.json", "glaive_toolcall_en_demo.json"])
-def test_real_conversations_match_the_template(folder, model, name):
+@functools.cache
+def load_tokenizers(folder: str) -> tuple[ExampleTokenizer, Any]:
+    """Load a tokenizer once: that of a real model takes ten seconds."""
+    return example_tokenizer(folder, sequence_length=10_000), load_tokenizer(folder)
+
+
+REAL = ("alpaca_en_demo.json", "identity.json", "glaive_toolcall_en_demo.json")
+
+
+@pytest.mark.parametrize("template", ["without tools", "with tools", *samples.tokenizers()], ids=str)
+@pytest.mark.parametrize("file", samples.files("alpaca.json", "calls.json", more=REAL), ids=lambda file: file.name)
+def test_real_conversations_match_the_template(folder, tokenizer_with, template, file):
     """Ids match the template exactly, and the labels of each turn are what the assistant wrote."""
-    path = folder if model == "tiny" else str(SHARED / "tokenizers" / "qwen3")
-    examples = real_examples(name, 150)
-    tokenizer, hugging_face = tokenizer_of(path, sequence_length=10_000), load_tokenizer(path)
+    templates = {"without tools": folder, "with tools": tokenizer_with(chat_template=samples.TOOLS_TEMPLATE)}
+    path = templates.get(template, str(template))
+    examples = real_examples(file, 150)
+    assert examples
+    tokenizer, hugging_face = load_tokenizers(path)
     for example, item in zip(examples, tokenizer(examples), strict=True):
         assert isinstance(item, TokenizedExample), item
         given = tokenizer.template.render_conversation(example.messages, example.tools).given
-        assert given.tools_as_text == (model == "tiny" and bool(example.tools))
+        assert given.tools_as_text == (template == "without tools" and bool(example.tools))
         whole = hugging_face.apply_chat_template(
             list(given.turns), tools=list(given.tools) or None, tokenize=True, return_dict=False
         )
@@ -248,7 +231,7 @@ def test_labels_cover_a_completion_and_its_end_but_not_its_prompt(folder):
 def test_tokenized_records_keep_their_ids_and_labels(folder):
     (item,) = tokenize(folder, Example("s", "f:1", ids=(5, 6, 7), labels=(-100, 6, 7)))
     assert (item.input_ids.tolist(), item.labels.tolist()) == ([5, 6, 7], [-100, 6, 7])
-    (wrong,) = tokenizer_of(folder)([Example("s", "f:1", ids=(5, 10**6), labels=(5, 6))])
+    (wrong,) = example_tokenizer(folder)([Example("s", "f:1", ids=(5, 10**6), labels=(5, 6))])
     assert isinstance(wrong, Rejected)
     assert wrong.reason.startswith("input_ids contains token 1000000, but")
     assert "model.path" in wrong.reason
@@ -284,7 +267,7 @@ def test_escaped_control_tokens_are_plain_characters_as_in_transformers(folder):
 
 
 def test_control_tokens_in_a_text_can_be_rejected(folder):
-    (item,) = tokenizer_of(folder, control_tokens="reject")([FAKE])
+    (item,) = example_tokenizer(folder, control_tokens="reject")([FAKE])
     assert isinstance(item, Rejected)
     assert "data.control_tokens_in_text" in item.reason
 
@@ -295,7 +278,7 @@ LONG = conversation(("user", "a " * 60), ("assistant", "b " * 60))
 @pytest.mark.parametrize("on_overflow", ["truncate", "split", "drop"])
 def test_what_is_too_long_is_counted_with_its_tokens(folder, on_overflow):
     (whole,) = tokenize(folder, LONG, sequence_length=4096)
-    outcome = list(tokenizer_of(folder, on_overflow=on_overflow, with_prompts=True)([LONG]))
+    outcome = list(example_tokenizer(folder, on_overflow=on_overflow, with_prompts=True)([LONG]))
     tokens = len(whole.input_ids)
     if on_overflow == "drop":
         (dropped,) = outcome
@@ -330,7 +313,7 @@ def test_the_user_chooses_which_end_of_a_prompt_to_keep(folder):
 def test_named_templates_mark_what_the_assistant_wrote(folder, name):
     """The tiny tokenizer has other special tokens, but the text around the turns is the same."""
     config = parse({"model": {"path": folder, "chat_template": name}, "data": {"train": [{"name": "a", "path": "a"}]}})
-    options = tokenizer_of(folder, sequence_length=999).options
+    options = example_tokenizer(folder, sequence_length=999).options
     tokenizer = ExampleTokenizer(Tokenizer.load(folder, config.chat_template), options)
     turns = [("system", "Be nice."), ("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]
     (item,) = tokenizer([conversation(*turns)])
@@ -481,7 +464,7 @@ def test_a_template_for_tools_is_used_for_conversations_with_tools(tokenizer_wit
     ],
 )
 def test_impossible_labels_are_rejected(folder, stage, labels, reason):
-    outcome = next(iter(tokenizer_of(folder, stage=stage)([Example("s", "f:1", ids=(1, 2), labels=labels)])))
+    outcome = next(iter(example_tokenizer(folder, stage=stage)([Example("s", "f:1", ids=(1, 2), labels=labels)])))
     assert isinstance(outcome, Rejected)
     assert reason in outcome.reason
 
@@ -489,4 +472,4 @@ def test_impossible_labels_are_rejected(folder, stage, labels, reason):
 def test_an_invalid_template_is_not_blamed_on_the_data(tokenizer_with):
     folder = tokenizer_with(chat_template="{% for m in messages %}{{ m.content")
     with pytest.raises(RequestError, match=r"not valid Jinja \(line 1: .*set model\.chat_template"):
-        tokenizer_of(folder)
+        example_tokenizer(folder)

@@ -12,11 +12,10 @@ from raysft.config import Source
 from raysft.data.sources.formats import to_example
 from raysft.data.tokenization.span_search import REMEDY
 from raysft.data.tokenization.tokenize import ExampleTokenizer
-from raysft.data.tokenization.tokenized_example import TokenizedExample, TokenizeOptions
-from raysft.data.tokenization.tokenizer import Tokenizer
+from raysft.data.tokenization.tokenized_example import TokenizedExample
 from raysft.data.types import IGNORE_INDEX, Rejected
 from raysft.models.tokenizer import load_tokenizer
-from tests.tiny import tiny_tokenizer
+from tests.shards import example_tokenizer
 
 END = "<|im_end|>"
 TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
@@ -41,28 +40,13 @@ SHOWN_CALL = json.dumps(CALL["function"])
 
 
 @pytest.fixture(scope="module")
-def load_tokenizers(tmp_path_factory):
+def load_tokenizers(tokenizer_with):
     """Load the tiny tokenizer with a chat template, as an ExampleTokenizer and as transformers has it."""
 
     def load(template: str | dict[str, str], **options: Any) -> tuple[ExampleTokenizer, Any]:
-        tokenizer = tiny_tokenizer()
-        tokenizer.chat_template = template
-        folder = str(tmp_path_factory.mktemp("tokenizer"))
-        tokenizer.save_pretrained(folder)
-        defaults = {
-            "stage": "sft",
-            "sequence_length": 4096,
-            "mask_history": False,
-            "train_on_prompt": False,
-            "on_overflow": "error",
-            "keep_prompt": "head",
-            "control_tokens": "keep",
-            "template_options": {},
-            "with_prompts": True,
-        }
-        return ExampleTokenizer(Tokenizer.load(folder), TokenizeOptions(**{**defaults, **options})), load_tokenizer(
-            folder
-        )
+        folder = tokenizer_with(chat_template=template)
+        given = {"sequence_length": 4096, "with_prompts": True, **options}
+        return example_tokenizer(folder, **given), load_tokenizer(folder)
 
     return load
 

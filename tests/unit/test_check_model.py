@@ -14,12 +14,7 @@ from raysft.models.fingerprint import model_fingerprint
 from raysft.train.check_model import check_model
 from raysft.train.finetuning import load_model
 from raysft.train.optim import make_lr_scheduler
-from tests.tiny import tiny_model
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"))
+from tests import messages
 
 
 def config(**changes) -> Config:
@@ -32,10 +27,7 @@ def lora(target: list[str]) -> Config:
 
 
 def refusal(config: Config, folder: Path) -> str:
-    with pytest.raises(RequestError) as caught:
-        check_model(config, str(folder))
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return messages.refusal(check_model, config, str(folder))
 
 
 def test_a_good_model_passes(model):

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from raysft.config import documented_fields, load, parse, with_overrides
 from raysft.config.validate import RENAMED
 from raysft.errors import RequestError
+from tests import messages
 from tests.messages import holds
 
 BASE = """\
@@ -39,10 +40,7 @@ def write(tmp_path, monkeypatch):
 
 
 def refusal(path: str, *overrides: str) -> str:
-    with pytest.raises(RequestError) as caught:
-        load(path, overrides)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return messages.refusal(load, path, overrides)
 
 
 def test_defaults_give_way_to_the_file_and_the_file_to_overrides(write):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import sys
-from pathlib import Path
 
 import pytest
 import tokenizers
@@ -13,9 +12,9 @@ from transformers import AutoTokenizer
 
 from raysft.data.tokenization.fast_encoder import FastEncoder
 from raysft.errors import RequestError
+from tests import samples
 from tests.tiny import tiny_tokenizer
 
-SHARED = Path(__file__).parents[3] / "shared" / "data" / "tokenizers"
 ALPHABETS = (
     "abcdefghijklmnopqrstuvwxyz      ABC",
     "aeiou  \n\t\r.,;:'\"!?()[]{}0123456789",
@@ -42,11 +41,9 @@ def texts(added: list[str], count: int) -> list[str]:
 
 
 @pytest.mark.parametrize("special", [False, True])
-@pytest.mark.parametrize("name", ["tiny", "qwen3"])
-def test_any_text_has_the_tokens_of_the_tokenizer(name, special):
-    if name != "tiny" and not (SHARED / name).is_dir():
-        pytest.skip("needs the shared data")
-    backend = (tiny_tokenizer() if name == "tiny" else AutoTokenizer.from_pretrained(SHARED / name)).backend_tokenizer
+@pytest.mark.parametrize("folder", [None, *samples.tokenizers()], ids=str)
+def test_any_text_has_the_tokens_of_the_tokenizer(folder, special):
+    backend = (AutoTokenizer.from_pretrained(folder) if folder else tiny_tokenizer()).backend_tokenizer
     encode = FastEncoder(backend)
     assert encode.fast is not None
     written = texts([token.content for token in backend.get_added_tokens_decoder().values()], 4_000)

@@ -18,14 +18,10 @@ from raysft.models.tokenizer import load_tokenizer
 from raysft.models.weight_files import check_weights, embedding_rows
 from raysft.train.check_model import check_model
 from raysft.train.finetuning import load_model, load_trained
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.messages import refusal
+from tests.tiny import tiny_tokenizer
 
 CONFIG = parse({"model": {"path": "m"}, "data": {"train": [{"name": "a", "path": "a"}], "sequence_length": 64}})
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +39,6 @@ def copied(folder: Path, into: Path) -> Path:
 
 def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
-
-
-def refusal(call) -> str:
-    with pytest.raises(RequestError) as refused:
-        call()
-    assert "\n" not in str(refused.value)
-    return str(refused.value)
 
 
 def test_a_torn_file_is_named(model, adapter, tmp_path):

@@ -21,7 +21,6 @@ from raysft.data.shards import ray_pipeline
 from raysft.data.types import IGNORE_INDEX
 from raysft.errors import RequestError
 from tests.shards import data_config, the_set, write_records, written
-from tests.tiny import tiny_tokenizer
 
 CAPACITY = 128
 WORDS = ["the", "capital", "of", "France", "is", "Paris", "and", "a", "list", "of", "three", "animals"]
@@ -33,10 +32,8 @@ def records(count: int, seed: int) -> list[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    folder = str(tmp_path_factory.mktemp("model"))
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+def model(tokenizer_with) -> str:
+    return tokenizer_with()
 
 
 @pytest.fixture(scope="module")

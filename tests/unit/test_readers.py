@@ -22,8 +22,8 @@ from raysft.data.sources.holdout import is_held_out, opening
 from raysft.data.sources.messages import ROLES
 from raysft.data.sources.readers import read_raw
 from raysft.data.types import Example, Message, Rejected
-from raysft.errors import RequestError
 from raysft.storage.json_files import write_jsonl
+from tests import messages, samples
 
 ALPACA = [
     {"instruction": "Add.", "input": "1 2", "output": "3"},
@@ -56,10 +56,7 @@ def reasons(items: list[Example | Rejected]) -> dict[str, str]:
 
 
 def refusal(path: str | list[str], **options) -> str:
-    with pytest.raises(RequestError) as caught:
-        read_all(path, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return messages.refusal(read_all, path, **options)
 
 
 def lines(records: list) -> str:
@@ -490,17 +487,14 @@ def test_a_files_identity_is_its_content():
     assert a == b != c
 
 
-def test_real_data_reads_without_loss():
-    folder = Path(__file__).parents[3] / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip("needs the demo data")
-    for name, count in (("alpaca_en_demo.json", 999), ("identity.json", 91)):
-        items = read_all(str(folder / name))
-        assert len(items) == count
-        assert not reasons(items)
-    conversations = read_all(str(folder / "glaive_toolcall_en_demo.json"))
-    assert len(conversations) == 300
-    assert all("has the role 'function_call'" in reason for reason in reasons(conversations).values())
+REAL = ("alpaca_en_demo.json", "identity.json", "glaive_toolcall_en_demo.json")
+
+
+@pytest.mark.parametrize("path", samples.files("alpaca.json", "calls.json", more=REAL), ids=lambda path: path.name)
+def test_real_data_reads_without_loss(path):
+    items = read_all(str(path))
+    assert len(items) == len(json.loads(path.read_text()))
+    assert not reasons(items)
 
 
 def conversation(question: str, answer: str = "a") -> Example:

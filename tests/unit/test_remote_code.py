@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from raysft.config import Config, parse, with_overrides
-from raysft.errors import RequestError
 from raysft.models.fingerprint import model_fingerprint
 from raysft.models.resolve import find_model
 from raysft.storage.run_directory import RunDirectory
 from raysft.train.check_model import check_model
+from tests.messages import refusal
 from tests.tiny import tiny_model, with_code
 from tests.training import Case, make_config, prepare, rows_of, train_all
 
@@ -42,13 +42,6 @@ def model(tmp_path, ran) -> Path:
 def config(path: Path | str, named: object = ()) -> Config:
     model = {"path": str(path), "trust_remote_code": list(named) if isinstance(named, tuple) else named}
     return parse({"model": model, "data": {"train": [{"name": "a", "path": "a.jsonl"}], "sequence_length": 64}})
-
-
-def refusal(call) -> str:
-    with pytest.raises(RequestError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("named", [(), ("own-model",), ("*",), ("org/model",)])

@@ -19,12 +19,10 @@ from raysft.config import Source
 from raysft.data.sources.files import find_files
 from raysft.data.sources.formats import to_examples
 from raysft.data.sources.readers import read_raw
-from raysft.data.tokenization.tokenize import ExampleTokenizer
-from raysft.data.tokenization.tokenized_example import TokenizedExample, TokenizeOptions
-from raysft.data.tokenization.tokenizer import Tokenizer
+from raysft.data.tokenization.tokenized_example import TokenizedExample
 from raysft.data.types import IGNORE_INDEX, Example
 from raysft.models.tokenizer import load_tokenizer
-from tests.tiny import tiny_tokenizer
+from tests.shards import example_tokenizer
 
 EVERYTHING = (
     "{% if tools %}{{ tools | tojson }}\n{% endif %}{% for m in messages %}<|im_start|>"
@@ -182,12 +180,8 @@ LOSE_NULLS = {
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    folder = str(tmp_path_factory.mktemp("model"))
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = EVERYTHING
-    tokenizer.save_pretrained(folder)
-    return folder
+def model(tokenizer_with) -> str:
+    return tokenizer_with(chat_template=EVERYTHING)
 
 
 def read(path: Path, model: str) -> Iterator[tuple[list[int], list[int]]]:
@@ -196,8 +190,7 @@ def read(path: Path, model: str) -> Iterator[tuple[list[int], list[int]]]:
     items = [item for item, _ in to_examples(((place, raw) for place, _, raw in read_raw(file)), source)]
     read = [item for item in items if isinstance(item, Example)]
     assert read == items
-    options = TokenizeOptions("sft", 1 << 20, False, False, "error", "head", "keep", {}, False)
-    for item in ExampleTokenizer(Tokenizer.load(model), options)(read):
+    for item in example_tokenizer(model, sequence_length=1 << 20)(read):
         assert isinstance(item, TokenizedExample), item
         yield item.input_ids.tolist(), item.labels.tolist()
 

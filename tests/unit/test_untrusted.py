@@ -26,7 +26,8 @@ from raysft.models.fingerprint import model_fingerprint
 from raysft.storage.path import StoragePath
 from raysft.train.check_model import check_model
 from raysft.train.checkpoint import format
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.messages import refusal
+from tests.tiny import tiny_tokenizer
 
 RAN = Path("ran")
 """What the code in these files would leave behind."""
@@ -45,13 +46,6 @@ def _in_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     yield
     assert not RAN.exists(), "code out of a file has run"
-
-
-def refusal(call) -> str:
-    with pytest.raises(RequestError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def read(path: str) -> list[Any]:
@@ -140,11 +134,6 @@ def test_a_registry_is_json():
 
     config = load("c.yaml")
     assert "invalid JSON" in refusal(lambda: resolve_source(config, config.data.train[0]))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 def in_bin(model: Path, name: str = "model.safetensors", into: str = "pytorch_model.bin", **more: Any) -> Path:

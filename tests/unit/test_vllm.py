@@ -37,11 +37,6 @@ def config(use_gpu: bool = True, **generate) -> Config:
     return parse({"model": {"path": "m"}, "data": data, "scaling": {"use_gpu": use_gpu}, "generate": settings})
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
 def adapter(model, tmp_path) -> Path:
     folder = tmp_path / "adapter"
