@@ -34,8 +34,8 @@ _FILES = {
     "predict_results.json": "metrics of generated text, with LLaMA-Factory's keys",
     "metrics.jsonl": "the same as one row per metric, source and model",
     "all_results.json": "all results in one file",
-    "generated_predictions.jsonl": "predictions of the trained model",
-    "generated_predictions_base.jsonl": "predictions of the model before training",
+    "generated_predictions.jsonl": "prompts, predictions and references",
+    "generated_predictions_base.jsonl": "the same for the model before training",
     "rejected.jsonl": "rejected and dropped records",
     "changes.jsonl": "settings that changed during the run",
 }
