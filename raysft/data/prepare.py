@@ -18,28 +18,6 @@ from raysft.data.tokenization.turn_ends import merge_counts, stop_token_ids
 from raysft.errors import RequestError
 
 
-@dataclass(frozen=True)
-class PreparedData:
-    """Everything that training and generation need to know about the data."""
-
-    train: tuple[Manifest, ...]
-    """One manifest for each training source."""
-    eval: tuple[Manifest, ...]
-    """One manifest for each evaluation set."""
-    train_rows: PackedDataset
-    eval_rows: dict[str, PackedDataset]
-    """Name of an evaluation set → its rows."""
-    prompts: tuple[Manifest, ...] = ()
-    """One manifest for each source that predictions are generated for."""
-    shared_files: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """Evaluation source → (training source, file), where both read the same file."""
-
-    @property
-    def end_tokens(self) -> tuple[int, ...]:
-        """IDs of the tokens that end an assistant turn, in the training data and in the references."""
-        return stop_token_ids(merge_counts(manifest.turns for manifest in (*self.train, *self.prompts)))
-
-
 def prepare(config: Config, model: str, notify: Notify = lambda line: None) -> PreparedData:
     """Tokenize the data of a run and plan its rows.
 
@@ -77,6 +55,28 @@ def prepare(config: Config, model: str, notify: Notify = lambda line: None) -> P
     )
     prepared = _plan_rows(config, train, list(evaluation.values()), manifests)
     return replace(prepared, prompts=tuple(manifests[len(train) + len(evaluation) :]))
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Everything that training and generation need to know about the data."""
+
+    train: tuple[Manifest, ...]
+    """One manifest for each training source."""
+    eval: tuple[Manifest, ...]
+    """One manifest for each evaluation set."""
+    train_rows: PackedDataset
+    eval_rows: dict[str, PackedDataset]
+    """Name of an evaluation set → its rows."""
+    prompts: tuple[Manifest, ...] = ()
+    """One manifest for each source that predictions are generated for."""
+    shared_files: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Evaluation source → (training source, file), where both read the same file."""
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """IDs of the tokens that end an assistant turn, in the training data and in the references."""
+        return stop_token_ids(merge_counts(manifest.turns for manifest in (*self.train, *self.prompts)))
 
 
 def prepare_prompts(config: Config, model: str, runs_code: bool, notify: Notify = lambda line: None) -> list[Manifest]:
