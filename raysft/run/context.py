@@ -47,6 +47,7 @@ def _begin(ready: Preflight) -> RunContext:
     from raysft.run.resumption import ROW_PLAN, record_changes
 
     directory, terminal, (run,) = ready.directory, ready.terminal, ready.runs
+    assert run.resumption is not None
     if run.resumption.changes:
         terminal.line(record_changes(directory, run.resumption))
     # The config comes last: a process that is killed before it finds the old one, and asks for the change again.

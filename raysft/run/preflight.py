@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from raysft.cluster.connect import alive_nodes, cluster
 from raysft.cluster.placement import Node
@@ -42,9 +42,24 @@ from raysft.storage.sync import open_read_only, synced
 from raysft.telemetry.terminal import Terminal
 from raysft.telemetry.trackers import missing_tracker
 
+if TYPE_CHECKING:
+    from raysft.run.resumption import Resumption
+
 Verb = Literal["run", "check", "prepare", "train", "evaluate", "generate", "tune"]
 Place = Callable[[Config, Sequence[Node]], Config]
 """Returns the config as it fits into the cluster, or raises RequestError."""
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model that can be trained as the config says."""
+
+    model: str
+    """Folder, URI or hub id of the model to start from, with earlier adapters merged."""
+    adapter: str | None
+    """Folder of the adapter to continue from."""
+    embedding_rows: int | None
+    """Number of tokens that it has embeddings for; None if it does not say."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +76,8 @@ class PlannedRun:
     plan: Plan
     identity: dict[str, str]
     """Hashes of the model and the data, as ``Cursor`` keeps them."""
-    resumption: Any = None
-    """The ``Resumption`` of the run; None for a trial, which finds out when it starts."""
+    resumption: Resumption | None = None
+    """None for a trial, which finds out when it starts."""
 
 
 @dataclass(frozen=True)
@@ -258,16 +273,6 @@ def _plan_trials(
         yield PlannedRun(config, files.model, files.adapter, prepared, plan, identity)
 
 
-@dataclass(frozen=True)
-class ModelFiles:
-    """A model that can be trained as the config says."""
-
-    model: str
-    adapter: str | None
-    rows: int | None
-    """Number of tokens that it has embeddings for; None if it does not say."""
-
-
 def read_inputs(config: Config, notify: Callable[[str], None]) -> tuple[Config, str, str | None, PreparedData]:
     """Return the config with what the data decided, the model, the adapter to continue from, and the data.
 
@@ -310,7 +315,7 @@ def prepare_data(config: Config, files: ModelFiles, notify: Callable[[str], None
     manifests = (*prepared.train, *prepared.eval, *prepared.prompts)
     tokenizer = load_once(files.model, config.model.runs_code)
     largest = (manifest.largest_token for manifest in manifests)
-    check_tokens(largest, files.rows, tokenizer, f"model.path={config.model.path}")
+    check_tokens(largest, files.embedding_rows, tokenizer, f"model.path={config.model.path}")
     if config.train.global_batch_size == "auto":
         config = with_overrides(config, {"train.global_batch_size": prepared.train_rows.row_plan.global_batch_size})
         deepspeed_settings(config, config.scaling.most_workers)

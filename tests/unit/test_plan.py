@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 
@@ -11,7 +12,7 @@ from raysft.config import Config, parse, with_overrides
 from raysft.data.prepare import PreparedData
 from raysft.data.rows.packed_dataset import PackedDataset
 from raysft.errors import RequestError
-from raysft.run.plan import make_plan
+from raysft.run.plan import _resolved, make_plan
 from raysft.run.resources import check_resources
 from tests.shards import data_config, the_set, write_records, written
 from tests.tiny import tiny_tokenizer
@@ -196,6 +197,24 @@ def test_a_plan_counts_steps_rows_tokens_and_what_is_empty(tmp_path, monkeypatch
         "6 rows at the ends of epochs stay empty",
         "resources: needs 3.5 CPUs and 0 GPUs, the cluster has 4 CPUs and 0 GPUs",
     ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"model.finetuning": "full"}, {"finetuning": "full", "adapter": "none", "lora_alpha": None}),
+        ({"model.finetuning": "freeze"}, {"finetuning": "freeze", "adapter": "none", "lora_alpha": None}),
+        ({"model.finetuning": "oft"}, {"finetuning": "oft", "adapter": "oft", "lora_alpha": None}),
+        ({"model.lora.alpha": 3}, {"adapter": "lora", "lora_alpha": 3}),
+        ({"model.adapters": ["old"]}, {"adapter": "lora", "lora_alpha": 64}),
+        ({"scaling.use_gpu": True, "model.attention": "sdpa"}, {"dtype": "bfloat16", "attention": "sdpa"}),
+    ],
+)
+def test_a_plan_has_the_settings_with_every_default_resolved(settings, expected, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 64}')
+    adapter = str(tmp_path) if "model.adapters" in settings else None
+    resolved = asdict(_resolved(with_overrides(scaled(), settings), 8, 1, adapter))
+    assert {key: resolved[key] for key in expected} == expected
 
 
 @pytest.mark.parametrize("workers", [0, -1, True, 1.5, "2", [2, 1], [0, 2], [1], [1, 2, 3], [1, "2"], []])
