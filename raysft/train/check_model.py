@@ -57,7 +57,7 @@ def check_model(config: Config, model: str, notify: Callable[[str], None] = lamb
 
 def _names_modules(config: Config) -> bool:
     model = config.model
-    section = {"lora": model.lora, "oft": model.oft}.get(model.finetuning)
+    section = model.adapter
     special = section is not None and (section.target != "all" or section.extra_modules or section.dropout)
     return model.finetuning == "freeze" or bool(special) or model.lora.pissa or model.lora.dora
 
@@ -67,7 +67,7 @@ def _check_quantized(model: str, hf_config: Any, config: Config) -> None:
     method = method_of(hf_config)
     if method is None:
         return
-    if config.model.finetuning not in ("lora", "oft"):
+    if config.model.adapter is None:
         raise RequestError(
             f"model.path={model} is quantized ({method}), which freezes its weights, but model.finetuning="
             f"{config.model.finetuning}; set model.finetuning to lora or oft"

@@ -135,7 +135,7 @@ def check_names(model: nn.Module, config: Config) -> None:
     """
     if config.model.finetuning == "freeze":
         freeze(model, config)
-    section = {"lora": config.model.lora, "oft": config.model.oft}.get(config.model.finetuning)
+    section = config.model.adapter
     if section is None:
         return
     modules = {name for name, _ in model.named_modules()}
