@@ -22,8 +22,7 @@ def run_sft(config: Config | Mapping[str, Any] | str | Path, callbacks: Sequence
 
     Args:
         config: a config, a mapping in its form, or the path of a YAML file; ``stage`` must be sft.
-        callbacks: objects with any of ``on_step(record)``, ``on_evaluate(results)``, ``on_checkpoint(cursor)`` and
-            ``on_end(results)``; called in this process with what the first worker logs.
+        callbacks: called in this process with the events of the training; ``raysft.Callback`` documents the methods.
 
     Returns:
         All results, as in ``all_results.json``.

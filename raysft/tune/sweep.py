@@ -14,7 +14,7 @@ from typing import Any
 
 from raysft.cluster.placement import Node
 from raysft.config import Config, with_overrides
-from raysft.errors import RequestError, RunFailed
+from raysft.errors import RequestError, RunFailed, one_line
 from raysft.run.pipeline import run
 from raysft.run.preflight import Preflight, preflight
 from raysft.run.resources import check_resources
@@ -172,9 +172,10 @@ def _reason(error: Any) -> Exception:
         error = error.cause
     if isinstance(error, RequestError | RunFailed):
         return error
-    lines = str(error).strip().splitlines() or [""]
-    # If Tune has no error object, it gives the text of the traceback, which ends with the error.
-    return RunFailed(lines[-1] if isinstance(error, str) else f"{type(error).__name__}: {lines[0]}")
+    if isinstance(error, str):
+        # If Tune has no error object, it gives the text of the traceback, which ends with the error.
+        return RunFailed(one_line(error.strip().rpartition("\n")[2]))
+    return RunFailed(f"{type(error).__name__}: {one_line(error)}")
 
 
 def _conclude(config: Config, trials: Sequence[Trial], outcomes: Mapping[str, Any], terminal: Terminal) -> Config:
