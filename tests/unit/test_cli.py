@@ -82,7 +82,7 @@ def test_the_package_brings_its_licence_its_types_and_every_file_that_is_not_pyt
     project = tomllib.loads((root.parent / "pyproject.toml").read_text())
     patterns = project["tool"]["setuptools"]["package-data"]["raysft"]
     packed = {path for pattern in patterns for path in root.glob(pattern)}
-    files = {path for path in root.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    files = {path for path in root.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc", ".md")}
     assert root / "py.typed" in packed
     assert packed == files
     for name in project["project"]["license-files"]:
