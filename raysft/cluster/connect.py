@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from raysft.cluster.placement import Node
+from raysft.cluster.ray_internals import cluster_address, head_version, load_token
 from raysft.config import Config
 from raysft.errors import RequestError, one_line
 
@@ -92,20 +93,15 @@ def _named(address: str | None) -> str:
 
 def _find(address: str | None) -> str | None:
     """HOST:PORT of the cluster to join, found as ``ray.init`` finds it; None to start one."""
-    from ray._private import services
-    from ray._private.authentication import authentication_token_setup as tokens
     from ray.exceptions import AuthenticationError
 
     named, given = _named(address), os.environ.get("RAY_ADDRESS") if address in (None, "auto") else address
     if given and "://" in given:
         raise RequestError(f"{named}: is the address of a Ray Client or a dashboard, which no run can use; {ON_A_NODE}")
     try:
-        found = services.canonicalize_bootstrap_address(address)  # pyright: ignore[reportArgumentType]
+        found = cluster_address(address)
         if found is not None:
-            services.extract_ip_port(found)
-            if address in (None, "auto"):
-                tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-            tokens.ensure_token_if_auth_enabled(create_token_if_missing=False)
+            load_token(discover=address in (None, "auto"))
     except AuthenticationError:
         raise RequestError(f"{named}: RAY_AUTH_MODE is token and there is no token; {_TOKEN}") from None
     except ConnectionError:  # of auto
@@ -122,31 +118,27 @@ def _ask(found: str, named: str) -> None:
     """Ask a cluster's head whether it lives: ``ray.init`` would wait for minutes, or end the process, where it does not."""
     import grpc
     import ray
-    from ray._private.grpc_utils import init_grpc_channel
-    from ray._private.ray_constants import GLOBAL_GRPC_OPTIONS
-    from ray.core.generated.gcs_service_pb2 import CheckAliveRequest  # pyright: ignore[reportAttributeAccessIssue]
-    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
     passing = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-    limit, reply = time.monotonic() + ANSWER_SECONDS, None
-    channel: Any = init_grpc_channel(found, GLOBAL_GRPC_OPTIONS)
-    while reply is None:
-        left = limit - time.monotonic()
-        try:
-            ask = NodeInfoGcsServiceStub(channel).CheckAlive
-            reply = ask(CheckAliveRequest(), timeout=max(0.1, min(ATTEMPT_SECONDS, left)))
-        except grpc.RpcError as error:
-            failed: Any = error
-            if failed.code() == grpc.StatusCode.UNAUTHENTICATED:
-                raise RequestError(f"{named}: the cluster wants another access token; {_TOKEN}") from None
-            if failed.code() not in passing or left < PAUSE_SECONDS:
-                reason = one_line(failed.details() or "", 160)
-                raise RequestError(f"{named}: no Ray cluster answers at {found} ({reason}); {_remedy(named)}") from None
-            time.sleep(PAUSE_SECONDS)
-    channel.close()
-    if reply.ray_version != ray.__version__:
+    limit, version = time.monotonic() + ANSWER_SECONDS, None
+    with head_version(found) as ask:
+        while version is None:
+            left = limit - time.monotonic()
+            try:
+                version = ask(max(0.1, min(ATTEMPT_SECONDS, left)))
+            except grpc.RpcError as error:
+                failed: Any = error
+                if failed.code() == grpc.StatusCode.UNAUTHENTICATED:
+                    raise RequestError(f"{named}: the cluster wants another access token; {_TOKEN}") from None
+                if failed.code() not in passing or left < PAUSE_SECONDS:
+                    reason = one_line(failed.details() or "", 160)
+                    raise RequestError(
+                        f"{named}: no Ray cluster answers at {found} ({reason}); {_remedy(named)}"
+                    ) from None
+                time.sleep(PAUSE_SECONDS)
+    if version != ray.__version__:
         raise RequestError(
-            f"{named}: the cluster has Ray {reply.ray_version} and this process {ray.__version__}; use one image for both"
+            f"{named}: the cluster has Ray {version} and this process {ray.__version__}; use one image for both"
         )
 
 

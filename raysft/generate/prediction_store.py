@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from raysft.config import Config
-from raysft.models.adapters import adapter_base
+from raysft.models.adapter_files import adapter_base
+from raysft.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from raysft.storage.json_files import read_jsonl, write_json, write_jsonl
 from raysft.storage.local_cache import model_copy
 
@@ -21,30 +22,21 @@ _WITHOUT_EFFECT = {
 """Settings of ``generate`` that do not change the prediction of a prompt."""
 
 
-_DECISIVE = (".safetensors", ".bin", ".json", ".model", ".tiktoken", ".txt", ".py")
-"""Endings of the files of a model and its tokenizer that decide what is predicted."""
-
-
 def fingerprint(config: Config, model: str, prompts: Path) -> str:
-    """Hash everything that decides the predictions: model files (path, size, time), prompts and settings.
-
-    The prompts count by content, because a restarted run may write the same file again.
-    """
+    """Hash everything that decides the predictions: the model and its tokenizer, the prompts' content, and the settings."""
     folder = model_copy(model)
     base = adapter_base(folder)
-    # Local copies of remote models keep the remote times, but have another path on each machine.
-    files = [
-        (str(file.absolute()) if "://" not in model else file.name, file.stat().st_size, file.stat().st_mtime_ns)
-        for place in (folder, *([base] if base else []))
-        for file in sorted(place.iterdir())
-        if file.suffix in _DECISIVE
+    models = [
+        (model_fingerprint(str(place)), tokenizer_fingerprint(str(place)))
+        for place in (folder, base)
+        if place is not None
     ]
     settings = config.generate.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
     if config.model.quantization:
         settings |= config.model.model_dump(include={"quantization", "quantization_type", "double_quantization"})
     with prompts.open("rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
-    whole = [files, content, settings, config.dtype, config.run.seed if config.generate.do_sample else None]
+    whole = [models, content, settings, config.dtype, config.run.seed if config.generate.do_sample else None]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -19,6 +19,7 @@ import torch
 from ray.exceptions import RayError
 
 from raysft.cluster.connect import alive_nodes
+from raysft.cluster.ray_internals import split_coordinator
 from raysft.config import Config
 from raysft.errors import RunFailed
 from raysft.generate import engine_pool
@@ -93,7 +94,7 @@ def _pass(
         dataset, read = pipeline(config, model, ends, batches, pool)
         # The pipeline runs in an actor, which can be killed when it waits for an engine that never comes back.
         [split] = dataset.streaming_split(1)
-        with _StallGuard(split._coord_actor, nodes_at_start) as guard:  # pyright: ignore
+        with _StallGuard(split_coordinator(split), nodes_at_start) as guard:
             batch: Any
             for batch in split.iter_batches(batch_size=cast(Any, None), batch_format="pyarrow", prefetch_batches=0):
                 entries = read(batch.to_pylist())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -13,10 +12,12 @@ from typing import Any
 from raysft.config import Config
 from raysft.config.model import LoraSection
 from raysft.errors import RequestError, one_line
+from raysft.models.adapter_files import read_adapter_config
 from raysft.models.fingerprint import model_fingerprint
 from raysft.models.loading import generation_config, load_weights
+from raysft.models.tokenizer import load_tokenizer
 from raysft.models.weight_files import check_weights
-from raysft.storage.local_cache import in_cache, local_copy, model_copy
+from raysft.storage.local_cache import in_cache, local_copy
 from raysft.storage.path import StoragePath
 
 
@@ -99,15 +100,13 @@ def _merged(
 def merge_adapters(model: str, adapters: Sequence[Path], output: Path, runs_code: bool = False) -> None:
     """Write the full model that a model and its adapters make, with the tokenizer; ``runs_code``: its own code may run."""
     import torch
-    from transformers import AutoTokenizer
 
-    near = local_copy(model)
-    whole = load_weights(near, dtype=torch.float32, trust_remote_code=runs_code)
+    whole = load_weights(local_copy(model), dtype=torch.float32, trust_remote_code=runs_code)
     for adapter in adapters:
         whole = merge_adapter(load_adapter(whole, adapter))
     whole.config.use_cache = True
     whole.save_pretrained(output)
-    AutoTokenizer.from_pretrained(near, trust_remote_code=runs_code).save_pretrained(output)
+    load_tokenizer(model, runs_code).save_pretrained(output)
 
 
 def merge(adapter: Path, output: Path, runs_code: bool = False) -> None:
@@ -122,17 +121,13 @@ def merge(adapter: Path, output: Path, runs_code: bool = False) -> None:
         RequestError: the folder holds neither.
     """
     import torch
-    from transformers import AutoTokenizer
 
     check_weights(adapter, str(adapter))
     if (adapter / "adapter_config.json").exists():
-        from raysft.models.adapters import load_with_base
-
-        trusted: dict[str, Any] = {"trust_remote_code": runs_code}
-        model = merge_adapter(load_with_base(adapter, dtype=torch.float32, **trusted))
+        model = merge_adapter(load_with_base(adapter, dtype=torch.float32, trust_remote_code=runs_code))
         model.config.use_cache = True
         model.save_pretrained(output)
-        AutoTokenizer.from_pretrained(adapter, **trusted).save_pretrained(output)
+        load_tokenizer(str(adapter), runs_code).save_pretrained(output)
     elif (adapter / "config.json").exists():
         shutil.copytree(adapter, output, dirs_exist_ok=True)
     else:
@@ -190,50 +185,6 @@ def merge_adapter(model: Any) -> Any:
         for hf_config in (whole.config, whole.config.get_text_config()):
             hf_config.tie_word_embeddings = False
     return whole
-
-
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """What an adapter's ``adapter_config.json`` holds.
-
-    Raises:
-        RequestError: it cannot be read as that.
-    """
-    path = folder / "adapter_config.json"
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(description, dict):
-            raise ValueError("no mapping")
-    except (OSError, ValueError) as error:
-        raise RequestError(f"{path}: is no description of an adapter ({error}); copy or train it again") from None
-    return description
-
-
-def adapter_base(model: Path) -> Path | None:
-    """Folder of the model that an adapter sits on; None where the folder is a whole model.
-
-    Raises:
-        RequestError: the folder or the adapter's base is not there.
-    """
-    if not model.is_dir():
-        raise RequestError(f"{model} is no model folder; give a folder with a config.json or an adapter_config.json")
-    description = model / "adapter_config.json"
-    if not description.exists():
-        if not (model / "config.json").exists():
-            raise RequestError(f"{model} holds neither config.json nor adapter_config.json; give a model's folder")
-        return None
-    named = named_base(model)
-    base = model_copy(named) if named else None
-    if base is None or not base.is_dir():
-        raise RequestError(
-            f"{description}: base_model_name_or_path={named!r} is no folder here; put the base model there or correct it"
-        )
-    return base
-
-
-def named_base(adapter: Path) -> str | None:
-    """The model that an adapter's description names."""
-    named = read_adapter_config(adapter).get("base_model_name_or_path")
-    return str(named) if named else None
 
 
 def load_with_base(folder: Path, **options: Any) -> Any:

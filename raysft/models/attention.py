@@ -9,6 +9,11 @@ import torch
 
 from raysft.config import Config
 from raysft.errors import RequestError
+from raysft.models.transformers_internals import (
+    attention_implementation,
+    can_set_attention,
+    supports_flash_attention,
+)
 
 EXAMPLEWISE = "examplewise_sdpa"
 """What transformers knows ``examplewise`` by."""
@@ -48,9 +53,9 @@ def _is_plain(model: Any, tokens: int) -> bool:
     window = getattr(hf_config, "sliding_window", None)
     kinds = set(getattr(hf_config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
     return (
-        model.config._attn_implementation == "sdpa"
-        and model._supports_flash_attn
-        and model._can_set_attn_implementation()
+        attention_implementation(model) == "sdpa"
+        and supports_flash_attention(model)
+        and can_set_attention(model)
         and kinds <= {"full_attention", "sliding_attention"}
         and ("sliding_attention" not in kinds or window is None or window >= tokens)
     )
@@ -108,7 +113,7 @@ def without_adapters(model: Any) -> Any:
 
 def is_varlen(model: Any) -> bool:
     """Whether the kernel is FlashAttention's, which tells examples apart by their positions only in a batch of one row."""
-    return str(model.config._attn_implementation).startswith("flash")
+    return attention_implementation(model).startswith("flash")
 
 
 def _joined(states: torch.Tensor) -> torch.Tensor:

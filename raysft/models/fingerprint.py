@@ -1,32 +1,45 @@
-"""What a model or an adapter is, as one hash."""
+"""Hashes by which a model, an adapter or a tokenizer is known to be the same, and which files count."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
 
+from raysft.models.transformers_internals import hub_commit
 from raysft.storage.local_cache import local_copy
 
-FINGERPRINTED_SUFFIXES = (".safetensors", ".bin", ".py")
-"""Endings of the files that decide what a model computes, besides its config."""
+CODE_SUFFIXES = (".py",)
+MODEL_SUFFIXES = (".safetensors", ".bin", *CODE_SUFFIXES)
+"""Suffixes of the files that decide what a model computes, besides its configuration."""
+TOKENIZER_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", *CODE_SUFFIXES)
+"""Suffixes of the files that decide how a model tokenizes and renders conversations; ``.json`` includes configurations."""
+SAMPLES, SAMPLE_BYTES = 256, 1 << 16
+"""What is hashed of a large file: a model of many GiB takes a second. A training changes all weights, or whole layers."""
 
 
 def model_fingerprint(model: str) -> str:
-    """Hash of a model's or adapter's config, weights and code (of large files samples); the id of a model on the hub."""
+    """Hash a model's or adapter's configuration, weights and code (of large files samples); return the id of a hub model."""
     folder = Path(local_copy(model))
     if not folder.is_dir():
         return model
-    decisive = (path for ending in FINGERPRINTED_SUFFIXES for path in folder.glob(f"*{ending}"))
-    weights = sorted((path.name, path.stat().st_size, _sampled(path)) for path in decisive)
-    hf_config = next(path for name in ("adapter_config.json", "config.json") if (path := folder / name).exists())
-    return hashlib.sha256(hf_config.read_bytes() + repr(weights).encode()).hexdigest()[:16]
+    files = (path for suffix in MODEL_SUFFIXES for path in folder.glob(f"*{suffix}"))
+    weights = sorted((path.name, path.stat().st_size, _sampled_hash(path)) for path in files)
+    description = next(path for name in ("adapter_config.json", "config.json") if (path := folder / name).exists())
+    return hashlib.sha256(description.read_bytes() + repr(weights).encode()).hexdigest()[:16]
 
 
-SAMPLES, SAMPLE_BYTES = 256, 1 << 16
-"""Of a large file, so that a model of many GiB is known in a second; a training changes all of its weights, or whole layers."""
+def tokenizer_fingerprint(model: str) -> str:
+    """Hash the tokenizer's files in a model's folder, or name the commit of a model on the hub."""
+    folder = Path(local_copy(model))
+    if not folder.is_dir():
+        return f"{model}@{hub_commit(model)}"
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in TOKENIZER_SUFFIXES and path.is_file()):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
-def _sampled(file: Path) -> str:
+def _sampled_hash(file: Path) -> str:
     size, digest = file.stat().st_size, hashlib.sha256()
     with file.open("rb") as stream:
         if size <= SAMPLES * SAMPLE_BYTES:

@@ -12,6 +12,8 @@ from typing import Any
 
 from raysft.errors import RequestError, one_line
 from raysft.models.loading import load_weights
+from raysft.models.tokenizer import load_tokenizer
+from raysft.models.transformers_internals import forget_quantizer
 from raysft.storage.local_cache import in_cache
 from raysft.storage.path import StoragePath
 
@@ -42,17 +44,14 @@ def _quiet() -> Iterator[None]:
 
 def _convert(file: Path, folder: Path, key: str) -> None:
     import torch
-    from transformers import AutoTokenizer
 
     # Files beside it might name code; a GGUF needs none.
     what: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
     try:
         model = load_weights(file.parent, dtype=torch.float32, **what)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, **what)
+        tokenizer = load_tokenizer(str(file.parent), gguf_file=file.name)
     except (OSError, ValueError, KeyError) as error:
         raise RequestError(f"{key}={file}: transformers cannot read this GGUF file ({one_line(error)})") from None
-    # It is a plain float32 model now; with the mark of its origin left on, transformers refuses to save it.
-    del model.config.quantization_config
-    model.hf_quantizer = None
+    forget_quantizer(model)  # transformers would refuse to save it
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

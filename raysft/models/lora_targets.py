@@ -7,6 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from raysft.models.peft_internals import fit_to_model
+from raysft.models.transformers_internals import recorded_outputs, weight_conversions
+
 
 def linear_layers(model: Any) -> set[str]:
     """Names of all linear layers but the output head and those of routers."""
@@ -43,11 +46,8 @@ def set_targets(config: Any, model: Any) -> None:
     peft knows the experts of many mixtures, which are no linear layers since transformers 5, and names their weights, and with
     them the routers', where it is told ``all-linear``.
     """
-    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
     layers = linear_layers(model)
-    convert_peft_config_for_transformers(config, model=model, conversions=get_model_conversion_mapping(model))
+    fit_to_model(config, model, weight_conversions(model))
     if not isinstance(config.target_modules, str):
         # Its experts take the place of all layers that are called like theirs.
         layers = {name for name in layers if name.rpartition(".")[2] in config.target_modules}
@@ -62,7 +62,7 @@ def set_targets(config: Any, model: Any) -> None:
 def _marked(model: Any) -> Iterator[type]:
     """Classes of the modules that give a model's router logits."""
     for module in model.modules():
-        recorded = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", ())
+        recorded = recorded_outputs(module).get("router_logits", ())
         for each in recorded if isinstance(recorded, Iterable) and not isinstance(recorded, type) else (recorded,):
             kind = getattr(each, "target_class", each)
             if isinstance(kind, type):

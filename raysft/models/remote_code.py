@@ -8,7 +8,8 @@ from typing import Any
 
 from raysft.config import Config, locate
 from raysft.errors import RequestError
-from raysft.models.adapters import adapter_base, named_base
+from raysft.models.adapter_files import adapter_base, named_base
+from raysft.models.transformers_internals import tokenizer_config
 from raysft.storage.path import StoragePath
 
 
@@ -31,9 +32,8 @@ def check_code(
         RequestError: code would have to run that ``model.trust_remote_code`` does not name.
     """
     from transformers import PreTrainedConfig
-    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    hf_config, tokenizer = PreTrainedConfig.get_config_dict(model)[0], get_tokenizer_config(model)
+    hf_config, tokenizer = PreTrainedConfig.get_config_dict(model)[0], tokenizer_config(model)
     references = [*_strings(hf_config.get("auto_map")), *_strings(tokenizer.get("auto_map"))]
     path, named = path or config.model.path, config.model.trust_remote_code
     if not references:

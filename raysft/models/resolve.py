@@ -17,21 +17,28 @@ from raysft.storage.retry import FIRST_SECONDS, reason_of, retry_for
 from raysft.storage.run_directory import MODEL_MARKS
 
 
-def find_model(path: str, cache: StoragePath, notify: Callable[[str], None], key: str = "model.path") -> str:
-    """A folder, URI or hub id that every later stage can load from, on each node through ``local_copy``.
+def find_model(
+    path: str,
+    cache: StoragePath,
+    notify: Callable[[str], None],
+    key: str = "model.path",
+    accept_adapter: bool = False,
+) -> str:
+    """Return a folder, URI or hub id that every later stage can load from, on each node through ``local_copy``.
 
-    A GGUF file is de-quantized to safetensors once, in the cache; whoever comes second waits for the first one's.
+    A GGUF file is dequantized to safetensors once, in the cache; a second process waits for the first one's.
 
     Args:
-        path: what stands under ``key``.
+        path: folder, URI, hub id or GGUF file.
         cache: folder for converted models.
-        notify: takes a line for people where it takes a while.
-        key: where it is named; under ``generate.model`` it may be an adapter.
+        notify: receives a line for the user before something that takes long.
+        key: the config key of the path, for messages.
+        accept_adapter: accept an adapter in place of a whole model.
 
     Raises:
         RequestError: there is no such model.
     """
-    path, marks = locate(path, key), MODEL_MARKS if key == "generate.model" else ("config.json",)
+    path, marks = locate(path, key), MODEL_MARKS if accept_adapter else ("config.json",)
     if "://" in path:
         return _elsewhere(StoragePath.of(path), cache, notify, key, marks)
     if path.endswith(".gguf"):

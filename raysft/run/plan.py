@@ -11,7 +11,7 @@ from raysft.config import Config
 from raysft.data.prepare import PreparedData
 from raysft.data.shards.manifest import Manifest
 from raysft.data.tokenization.turn_ends import TurnStatistics, merge_counts
-from raysft.models.adapters import read_adapter_config
+from raysft.models.adapter_files import read_adapter_config
 from raysft.run.warnings import warnings
 from raysft.storage.local_cache import local_copy
 

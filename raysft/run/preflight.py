@@ -354,7 +354,7 @@ def training_identity(model: str, adapter: str | None, prepared: PreparedData) -
 
 def _plan_prompts(config: Config, notify: Callable[[str], None]) -> PlannedPrompts:
     """Check ``generate.model``, and tokenize the prompts with its tokenizer."""
-    from raysft.models.adapters import adapter_base
+    from raysft.models.adapter_files import adapter_base
     from raysft.models.architecture import read_hf_config
     from raysft.models.quantization import check_method, method_of, quantization_config
     from raysft.models.remote_code import code_name, runs_code
@@ -362,7 +362,7 @@ def _plan_prompts(config: Config, notify: Callable[[str], None]) -> PlannedPromp
     from raysft.models.tokenizer import tokenizer_folder
 
     key = "generate.model"
-    model = find_model(config.generate.model or "", config.cache_directory, notify, key)
+    model = find_model(config.generate.model or "", config.cache_directory, notify, key, accept_adapter=True)
     folder, named = model_copy(model), f"{key}={model}"
     base = adapter_base(folder)
     check_weights(folder, named)

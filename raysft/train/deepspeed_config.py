@@ -9,6 +9,7 @@ from typing import Any
 
 from raysft.config import Config, refuse_secrets
 from raysft.errors import RequestError
+from raysft.train.deepspeed_internals import numel
 
 OURS = ("optimizer", "scheduler", "data_efficiency", "curriculum_learning")
 """Sections of a DeepSpeed config that would override keys of ours."""
@@ -72,14 +73,9 @@ def with_bucket(settings: Mapping[str, Any], model: Any) -> dict[str, Any]:
     DeepSpeed allocates the whole bucket, in each backward or permanently, even if little is trained: 2 GB for a LoRA of 5 MB.
     Its other bucket sizes are limits and allocate nothing.
     """
-    trained = sum(size(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    trained = sum(numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
     zero = {"reduce_bucket_size": min(LARGEST_BUCKET, trained), **settings["zero_optimization"]}
     return {**settings, "zero_optimization": zero}
-
-
-def size(parameter: Any) -> int:
-    """Elements of a whole parameter, of which a worker holds but a part under ZeRO-3."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _offload(config: Config) -> dict[str, Any]:

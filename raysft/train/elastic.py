@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import ray
-from ray._private.state import state as cluster_state
 from ray.train import ScalingConfig
 
 from raysft.cluster.placement import Node, max_workers
+from raysft.cluster.ray_internals import draining_nodes
 from raysft.config.scaling import ScalingSection
 from raysft.errors import RunFailed
 from raysft.storage.run_directory import RunDirectory
@@ -68,7 +68,7 @@ def live_nodes() -> list[Node]:
 
     Ray notices a node's death 15 seconds late, and would wait a whole minute for workers that it placed there.
     """
-    draining = cluster_state.get_draining_nodes()
+    draining = draining_nodes()
     nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
     with ThreadPoolExecutor(min(64, max(1, len(nodes)))) as pool:
         answers = list(pool.map(_answers, nodes))

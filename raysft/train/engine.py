@@ -12,7 +12,9 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from raysft.config import Config
 from raysft.models.attention import NoPositions, use_plain, without_adapters
 from raysft.models.onednn import use_onednn
+from raysft.models.peft_internals import parameter_adapters
 from raysft.train.deepspeed_config import deepspeed_settings, with_bucket
+from raysft.train.deepspeed_internals import use_gloo_allreduce
 from raysft.train.finetuning import load_model
 from raysft.train.loss import TokenLoss
 from raysft.train.objective import Objective
@@ -37,8 +39,7 @@ def make_engine(
     """
     if device.type == "cpu":
         use_onednn()
-    # Without this DeepSpeed compiles an all-reduce of its own on CPU nodes: most of a minute, and a compiler, for what gloo does.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    use_gloo_allreduce()
     # DeepSpeed must adopt the existing process group before ZeRO-3 partitions weights over it.
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     settings = deepspeed_settings(config, workers)
@@ -78,9 +79,7 @@ def gather_experts_whole(model: TokenLoss) -> None:
 
     peft computes with these adapters without calling them, and ZeRO-3 gathers only modules that are called.
     """
-    from peft.tuners.lora.layer import ParamWrapper
-
-    adapted = [module for module in model.modules() if isinstance(module, ParamWrapper)]
+    adapted = parameter_adapters(model)
     for module in adapted:
         deepspeed.utils.set_z3_leaf_module(module, True)
     if adapted:

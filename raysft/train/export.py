@@ -22,6 +22,7 @@ from raysft.storage.retry import reason_of, retry_for
 from raysft.storage.run_directory import MODEL_MARKS, RunDirectory, is_complete
 from raysft.telemetry.events import Emit, Waiting
 from raysft.train.checkpoint.cursor import Best
+from raysft.train.deepspeed_internals import is_partitioned
 
 Weights = dict[str, torch.Tensor]
 
@@ -198,7 +199,7 @@ def gather(model: Any) -> Weights | None:
         if adapters_only and not parameter.requires_grad:
             continue
         # ZeRO-3 partitions parameters over the workers; gather one at a time.
-        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+        with deepspeed.zero.GatheredParameters([parameter], enabled=is_partitioned(parameter)):
             if first:
                 weights[name] = parameter.detach().cpu().clone()
     return weights if first else None

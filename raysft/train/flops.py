@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from raysft.train.deepspeed_internals import numel
+
 PEAKS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -61,5 +63,4 @@ def model_flops(model: Any, tokens: float, squares: float, loss_tokens: float) -
 
 
 def _flops(parameter: Any) -> float:
-    size = getattr(parameter, "ds_numel", parameter.numel())
-    return (6.0 if parameter.requires_grad else 4.0) * size
+    return (6.0 if parameter.requires_grad else 4.0) * numel(parameter)

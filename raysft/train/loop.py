@@ -32,7 +32,7 @@ from raysft.train.checkpoint import format
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.checkpoint.resume import ResumePoint
 from raysft.train.checkpoint.triggers import Due, Notice
-from raysft.train.deepspeed_config import size
+from raysft.train.deepspeed_internals import numel
 from raysft.train.early_stopping import EarlyStopper, known_best
 from raysft.train.export import Exporter
 from raysft.train.job import Batch, RowPlan, TrainJob
@@ -151,8 +151,8 @@ class _Loop:
                 workers=self.workers,
                 model_seconds=now - self.started - data_wait,
                 data_wait_seconds=data_wait,
-                parameters=sum(size(p) for p in parameters),
-                trained_parameters=sum(size(p) for p in parameters if p.requires_grad),
+                parameters=sum(numel(p) for p in parameters),
+                trained_parameters=sum(numel(p) for p in parameters if p.requires_grad),
                 log=list(self.log),
             )
         )

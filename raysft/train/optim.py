@@ -14,6 +14,7 @@ from torch import nn
 
 from raysft.config import TrainSection
 from raysft.errors import RequestError, one_line
+from raysft.train.deepspeed_internals import dimensions
 
 EXTRA = {
     "adam_mini": "pytorch_optimizer",
@@ -271,8 +272,8 @@ class CombinedOptimizer(torch.optim.Optimizer):
 
 def _groups(parameters: Parameters, weight_decay: float) -> list[dict[str, Any]]:
     groups = [
-        {"params": [p for p in parameters.values() if _dimensions(p) >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters.values() if _dimensions(p) < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters.values() if dimensions(p) >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters.values() if dimensions(p) < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
@@ -285,9 +286,4 @@ def _by_place(parameters: Parameters) -> tuple[Parameters, Parameters]:
 
 def _is_inner_matrix(name: str, parameter: Any) -> bool:
     """Return True for a matrix inside a layer: neither an embedding nor the output head."""
-    return _dimensions(parameter) == 2 and "embed" not in name and "lm_head" not in name
-
-
-def _dimensions(parameter: Any) -> int:
-    # ZeRO-3 replaces the weight with an empty vector and stores its shape in ``ds_shape``.
-    return len(getattr(parameter, "ds_shape", parameter.shape))
+    return dimensions(parameter) == 2 and "embed" not in name and "lm_head" not in name

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from raysft.data.types import IGNORE_INDEX
 from raysft.errors import RunFailed
 from raysft.telemetry.events import Evaluation
+from raysft.train.deepspeed_internals import keeps_gradient_norm
 from raysft.train.job import Batch
 
 TENSORS = {
@@ -79,8 +80,8 @@ def train_step(
         loss, by_source, _ = engine(**microbatch, number_of_sources=sources)
         # `loss * 0 + 1` is 1 for a finite loss and NaN otherwise; it makes the gradient NaN, so that the step is skipped.
         engine.backward(loss * scale * (loss.detach() * 0 + 1))
-        if engine.is_gradient_accumulation_boundary() and not hasattr(engine.optimizer, "_global_grad_norm"):
-            # A plain optimizer (ZeRO 0 in float32) does not keep the norm, and its gradients are whole on each worker.
+        if engine.is_gradient_accumulation_boundary() and not keeps_gradient_norm(engine):
+            # Of a plain optimizer, whose gradients are whole on each worker.
             norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
         with _without_update(engine) if norm is not None and not torch.isfinite(norm) else nullcontext():
             engine.step()

@@ -15,13 +15,11 @@ from raysft.data.sources.registry import resolve_source
 from raysft.data.sources.sampling import RandomSample
 from raysft.data.tokenization.tokenized_example import TokenizeOptions
 from raysft.data.types import Example
-from raysft.storage.local_cache import local_copy
+from raysft.models.fingerprint import tokenizer_fingerprint
 from raysft.storage.path import StoragePath
 
 CACHE_VERSION = 6
 """Part of every key. Raise it when the same input would produce different shards."""
-TOKENIZER_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
-"""Suffixes of the files that decide how a model tokenizes and renders."""
 Split = Literal["all", "train", "holdout"]
 """Part of a source: all examples, or those on one side of ``data.holdout``."""
 
@@ -77,7 +75,7 @@ def resolve_shard_set(config: Config, source: Source, split: Split, model: str, 
         "split": split,
         "holdout": config.data.holdout if split != "all" else 0,
         "options": decisive,
-        "tokenizer": _tokenizer_identity(model),
+        "tokenizer": tokenizer_fingerprint(model),
         "template": config.chat_template,
         "sample": asdict(sample) if sample else None,
     }
@@ -91,16 +89,3 @@ def resolve_shard_set(config: Config, source: Source, split: Split, model: str, 
         sample=sample,
         directory=config.cache_directory / "shards" / f"{source.name}-{split}-{key}",
     )
-
-
-def _tokenizer_identity(model: str) -> str:
-    """Hash the tokenizer files of a model folder (all but the weights), or name the commit of a model on the hub."""
-    folder = Path(local_copy(model))
-    if not folder.is_dir():
-        from transformers import PreTrainedConfig
-
-        return f"{model}@{PreTrainedConfig.get_config_dict(model)[0].get('_commit_hash')}"
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in TOKENIZER_SUFFIXES and path.is_file()):
-        digest.update(str(path.relative_to(folder)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()

@@ -11,6 +11,7 @@ from raysft.data.tokenization.markers import Tool, Turn
 from raysft.data.tokenization.span_search import Span
 from raysft.data.tokenization.static_template import only_copies_contents
 from raysft.errors import RequestError
+from raysft.models.transformers_internals import compile_chat_template, render_chat_template
 
 
 def chat_template(template: str, variables: dict[str, Any]) -> ChatTemplate:
@@ -24,20 +25,16 @@ def chat_template(template: str, variables: dict[str, Any]) -> ChatTemplate:
         RequestError: the text is not valid Jinja.
     """
     import jinja2
-    from transformers.utils.chat_template_utils import (
-        _compile_jinja_template,  # the one that render_jinja_template uses, so that both refuse the same templates
-        render_jinja_template,
-    )
 
     try:
-        _compile_jinja_template(template)
+        compile_chat_template(template)
     except jinja2.TemplateSyntaxError as error:
         raise RequestError(
             f"the chat template is not valid Jinja (line {error.lineno}: {error.message}); fix it, or set model.chat_template"
         ) from None
 
     def render(turns: Sequence[Turn], tools: Sequence[Tool], add_generation_prompt: bool, **options: Any) -> Any:
-        return render_jinja_template(
+        return render_chat_template(
             # apply_chat_template also removes keys without a value.
             conversations=[[{key: value for key, value in turn.items() if value is not None} for turn in turns]],
             tools=list(tools) or None,

@@ -7,8 +7,9 @@ from typing import Any, Literal
 from raysft.config import Config
 from raysft.errors import RequestError, one_line
 from raysft.generate.engines.context_window import scale_turn
-from raysft.models.adapters import adapter_base
+from raysft.models.adapter_files import adapter_base
 from raysft.models.remote_code import runs_code
+from raysft.models.transformers_internals import is_recurrent, supports_registered_attention
 from raysft.storage.local_cache import model_copy
 
 
@@ -59,10 +60,10 @@ def obstacle(config: Config, model: str) -> str:
     kind = f"model_type={hf_config.model_type}"
     if found is None or hf_config.is_encoder_decoder:
         return f"{kind} is no decoder that transformers knows"
-    if found._is_stateful:
+    if is_recurrent(found):
         return f"{kind} is recurrent"
     # Attention that does not come from transformers' registry, or only the eager one, would not see the pages.
-    if not (found._supports_attention_backend and found._supports_sdpa):
+    if not supports_registered_attention(found):
         return f"{kind} has attention of its own"
     if scale_turn(hf_config):
         return f"{kind} scales its positions by the longest prompt beside it (longrope)"

@@ -15,20 +15,23 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import LogitsProcessorList
-from transformers.generation.configuration_utils import ContinuousBatchingConfig
-from transformers.generation.continuous_batching import ContinuousBatchingManager
-from transformers.generation.continuous_batching.cb_logits_processors import (
-    ContinuousBatchingLogitsProcessor,
-    ContinuousBatchingLogitsProcessorList,
-)
-from transformers.generation.continuous_batching.requests import GenerationOutput
-from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
 
 from raysft.config import Config
 from raysft.generate.engines.base import ModelEngine
+from raysft.generate.engines.continuous_internals import (
+    ContinuousBatchingConfig,
+    ContinuousBatchingLogitsProcessor,
+    ContinuousBatchingManager,
+    GenerationOutput,
+    cache_width,
+    create_manager,
+    drop_manager,
+    fatal_error,
+    steps_done,
+)
 from raysft.generate.engines.interface import Completion, failure
 from raysft.generate.engines.sampling import RequestPenalty, RequestSampling, uniform_numbers
+from raysft.models.transformers_internals import supports_flash_attention
 
 PATIENCE = 600.0
 """Seconds without a step or a result after which generation is given up; the first step may compile kernels."""
@@ -68,7 +71,7 @@ class ContinuousEngine(ModelEngine):
         # Adapters lie in the layers of the model itself, of which their wrapper knows nothing that generation needs.
         self._inner: Any = self._model.get_base_model() if isinstance(self._model, PeftModel) else self._model
         half = self._inner.dtype in (torch.bfloat16, torch.float16)
-        if self._device.type == "cuda" and half and self._inner._supports_flash_attn and find_spec("flash_attn"):
+        if self._device.type == "cuda" and half and supports_flash_attention(self._inner) and find_spec("flash_attn"):
             self._inner.set_attn_implementation("flash_attention_2")
         # Errors come back to the caller, who says them once.
         logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
@@ -149,10 +152,7 @@ class ContinuousEngine(ModelEngine):
         if self._broken:
             raise self._broken
         generation = self._generation(self._settings.max_new_tokens)
-        manager = self._inner.init_continuous_batching(generation, cache)
-        manager.logit_processor = ContinuousBatchingLogitsProcessorList(LogitsProcessorList(processors))  # pyright: ignore
-        manager.logit_processor.tensors_required = len(processors)
-        return manager
+        return create_manager(self._inner, generation, cache, processors)
 
     def _pages_for(self, requests: Mapping[str, Request]) -> int:
         """Pages that the requests of a step need where they are the longest ones."""
@@ -163,7 +163,7 @@ class ContinuousEngine(ModelEngine):
 
     def _most_pages(self) -> int:
         text = self._inner.config.get_text_config()
-        per_token = 2 * text.num_hidden_layers * find_num_key_value_heads(text) * find_head_dim(text) + CPU_STEP_TOKENS
+        per_token = cache_width(text) + CPU_STEP_TOKENS
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_MEMORY_SHARE
         return int(memory / (per_token * self._inner.dtype.itemsize * CPU_PAGE_TOKENS))
 
@@ -195,7 +195,7 @@ class ContinuousEngine(ModelEngine):
             raise
         finally:
             manager.stop(timeout=STOP_SECONDS, keep_for_next_session=whole, hard_stop=not whole)
-            fatal = manager.background_thread_status.fatal_error
+            fatal = fatal_error(manager)
             if fatal or not whole or manager.is_running():
                 self._drop()
         if fatal:
@@ -206,8 +206,7 @@ class ContinuousEngine(ModelEngine):
 
     def _drop(self) -> None:
         self._manager, self._pages = None, 0
-        # Its own way to be rid of it waits for the thread, which may never end.
-        self._inner._cached_continuous_batching_manager = None
+        drop_manager(self._inner)
 
 
 def gather(manager: ContinuousBatchingManager, wanted: Collection[str]) -> dict[str, GenerationOutput]:
@@ -228,9 +227,9 @@ def gather(manager: ContinuousBatchingManager, wanted: Collection[str]) -> dict[
             continue
         waits_for = f"{len(wanted) - len(found)} of {len(wanted)} predictions"
         if not lives:
-            fatal = manager.background_thread_status.fatal_error
+            fatal = fatal_error(manager)
             raise RuntimeError(f"continuous batching ended and owes {waits_for} ({fatal or 'it did not say why'})")
-        if (now_at := getattr(manager, "current_batch", -1)) != steps:
+        if (now_at := steps_done(manager)) != steps:
             steps, moved = now_at, time.monotonic()
         elif time.monotonic() - moved > PATIENCE:
             raise TimeoutError(f"continuous batching made no step in {PATIENCE:g} s; waited for {waits_for}")

@@ -12,7 +12,8 @@ from transformers import AutoConfig, GenerationConfig
 
 from raysft.config import Config
 from raysft.errors import RequestError
-from raysft.models.adapters import adapter_base, load_adapter, merge_adapter
+from raysft.models.adapter_files import adapter_base
+from raysft.models.adapters import load_adapter, merge_adapter
 from raysft.models.loading import load_weights
 from raysft.models.quantization import keep_layout, method_of, quantization_config
 from raysft.models.remote_code import runs_code

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor, StoppingCriteria
-from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
+
+from raysft.generate.engines.continuous_internals import ContinuousBatchingLogitsProcessor
 
 
 def choose_tokens(

@@ -22,7 +22,7 @@ from raysft.generate.engine_pool import Pool
 from raysft.generate.engines.context_window import fit, limit, positions_of
 from raysft.generate.engines.model import padding_token, stop_tokens
 from raysft.generate.engines.sampling import prompt_seed
-from raysft.models.adapters import adapter_base, read_adapter_config
+from raysft.models.adapter_files import adapter_base, read_adapter_config
 from raysft.models.loading import generation_config
 from raysft.models.remote_code import runs_code
 from raysft.models.tokenizer import tokenizer_of

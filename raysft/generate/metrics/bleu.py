@@ -6,11 +6,11 @@ piece: use ``bleu_zh``. For other languages without spaces use ``chrf``, which n
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import sacrebleu
 
+from raysft.generate.metrics import sacrebleu_internals
 from raysft.generate.metrics.additive import AdditiveMetric
 
 
@@ -34,16 +34,14 @@ author = {Post, Matt}, year = {2018}}"""
         return str(self._bleu.get_signature())
 
     def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
-        bleu: Any = self._bleu
-        counts = bleu._extract_corpus_statistics(predictions, [references]) if len(predictions) else []
-        # sacreBLEU caches 65,536 texts and their words in two places: a GB in each process if predictions are long.
-        for tokenizer in (bleu.tokenizer, bleu.tokenizer._post_tokenizer):
-            cached: Any = type(tokenizer).__call__
-            cached.cache_clear()
-        return np.array(counts, dtype=np.float64).reshape(-1, 2 + 2 * bleu.max_ngram_order)
+        counts = sacrebleu_internals.statistics(
+            self._bleu, predictions, references, columns=2 + 2 * self._bleu.max_ngram_order
+        )
+        sacrebleu_internals.clear_caches(self._bleu)
+        return counts
 
     def scores(self, sums: np.ndarray, examples: int) -> dict[str, float]:
-        return {self.key: float(self._bleu._compute_score_from_stats([int(total) for total in sums]).score)}
+        return {self.key: sacrebleu_internals.score(self._bleu, sums)}
 
     @functools.cached_property
     def _bleu(self) -> sacrebleu.BLEU:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import sacrebleu
 
+from raysft.generate.metrics import sacrebleu_internals
 from raysft.generate.metrics.additive import AdditiveMetric
 
 
@@ -27,11 +28,10 @@ author = {Popovi{\\'c}, Maja}, year = {2015}}"""
         return str(self._chrf.get_signature())
 
     def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
-        counts = self._chrf._extract_corpus_statistics(predictions, [references]) if len(predictions) else []
-        return np.array(counts, dtype=np.float64).reshape(-1, 3 * self._chrf.order)
+        return sacrebleu_internals.statistics(self._chrf, predictions, references, columns=3 * self._chrf.order)
 
     def scores(self, sums: np.ndarray, examples: int) -> dict[str, float]:
-        return {"chrf": float(self._chrf._compute_score_from_stats([int(total) for total in sums]).score)}
+        return {"chrf": sacrebleu_internals.score(self._chrf, sums)}
 
     @functools.cached_property
     def _chrf(self) -> sacrebleu.CHRF:

@@ -23,7 +23,6 @@ import torch.distributed as dist
 from raysft.storage.path import Entry, StoragePath
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.checkpoint.optimizer_state import (
-    count_again,
     counter,
     counters,
     is_by_weight,
@@ -35,7 +34,14 @@ from raysft.train.checkpoint.optimizer_state import (
 )
 from raysft.train.checkpoint.resume import ResumePoint
 from raysft.train.checkpoint.tensor_io import TensorReader, write_tensors
-from raysft.train.checkpoint.zero_shards import Fragment, base_optimizer, fragments, owners, sync_model_weights
+from raysft.train.checkpoint.zero_shards import Fragment, fragments, owners
+from raysft.train.deepspeed_internals import (
+    base_optimizer,
+    is_cpu_adam,
+    loss_scaler,
+    replay_cpu_adam,
+    sync_model_weights,
+)
 from raysft.train.optim import go_to_step
 
 WEIGHT = "weight"
@@ -86,7 +92,7 @@ def snapshot(engine: Any, cursor: Cursor, log: Sequence[Any] = ()) -> Snapshot:
     rest = {
         "random": random_states(),
         "optimizer": counters(engine) if by_weight else optimizer.state_dict(),
-        "scaler": numbers(getattr(engine.optimizer, "loss_scaler", None)),
+        "scaler": numbers(loss_scaler(engine)),
         "log": list(log),
         "engine": {name: getattr(engine, name) for name in ("global_steps", "global_samples", "skipped_steps")},
     }
@@ -304,8 +310,9 @@ def load(engine: Any, lr_scheduler: Any, resume: ResumePoint) -> list[Any]:
                     **{name: counter(value, owner, optimizer) for name, value in rest["optimizer"].items()},
                     **{kind: torch.zeros_like(owner, requires_grad=False) for kind in kinds},
                 }
-            count_again(optimizer, rest["optimizer"].get("step"))
-        for fragment in fragments(engine, all_of_them=True):
+            if is_cpu_adam(optimizer):
+                replay_cpu_adam(optimizer, int(rest["optimizer"]["step"]))
+        for fragment in fragments(engine, replicated=True):
             pieces.want(WEIGHT, fragment.name, fragment.start, fragment.weight)
             for kind in kinds:
                 pieces.want(kind, fragment.name, fragment.start, fragment.of(optimizer.state[fragment.owner][kind]))
@@ -320,7 +327,7 @@ def load(engine: Any, lr_scheduler: Any, resume: ResumePoint) -> list[Any]:
     for name, value in rest["engine"].items():
         setattr(engine, name, value)
     for name, value in rest["scaler"].items():
-        setattr(engine.optimizer.loss_scaler, name, value)
+        setattr(loss_scaler(engine), name, value)
     if rank < cursor.workers:
         set_random_states(rest["random"])
     return rest["log"]  # type: ignore[no-any-return]

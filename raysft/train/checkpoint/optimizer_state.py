@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from raysft.train.checkpoint.zero_shards import base_optimizer, owners
+from raysft.train.checkpoint.zero_shards import owners
+from raysft.train.deepspeed_internals import base_optimizer, is_cpu_adam
 
 
 def is_by_weight(engine: Any) -> bool:
@@ -37,23 +38,11 @@ def counters(engine: Any) -> dict[str, Any]:
 def counter(value: Any, owner: torch.Tensor, optimizer: Any) -> Any:
     """A counter of its own for each owner, as the optimizer wants it: DeepSpeed's CPU-Adam a plain number, torch's a tensor, with
     fused kernels on the device."""
-    if hasattr(optimizer, "ds_opt_adam"):
+    if is_cpu_adam(optimizer):
         return int(value) if torch.is_tensor(value) else value
     value = torch.tensor(float(value)) if isinstance(value, int) else value
     on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     return value.to(owner.device if on_device else "cpu", copy=True) if torch.is_tensor(value) else value
-
-
-def count_again(optimizer: Any, steps: Any) -> None:
-    """DeepSpeed's CPU-Adam multiplies powers of its betas up, a factor each step, where nobody can set them; another way to
-    compute them differs in the last digit."""
-    if not hasattr(optimizer, "ds_opt_adam"):
-        return
-    nothing = [torch.zeros(1) for _ in range(4)]
-    for step in range(1, int(steps) + 1):
-        optimizer.ds_opt_adam.adam_update(
-            optimizer.opt_id, step, 0.0, *optimizer.param_groups[0]["betas"], 1.0, 0.0, True, *nothing
-        )
 
 
 def numbers(scaler: Any) -> dict[str, Any]:

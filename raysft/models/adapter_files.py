@@ -1,0 +1,54 @@
+"""The files of an adapter: its configuration, and the model that it belongs to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from raysft.errors import RequestError
+from raysft.storage.local_cache import model_copy
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """What an adapter's ``adapter_config.json`` holds.
+
+    Raises:
+        RequestError: it cannot be read as that.
+    """
+    path = folder / "adapter_config.json"
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(description, dict):
+            raise ValueError("no mapping")
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{path}: is no description of an adapter ({error}); copy or train it again") from None
+    return description
+
+
+def adapter_base(model: Path) -> Path | None:
+    """Folder of the model that an adapter sits on; None where the folder is a whole model.
+
+    Raises:
+        RequestError: the folder or the adapter's base is not there.
+    """
+    if not model.is_dir():
+        raise RequestError(f"{model} is no model folder; give a folder with a config.json or an adapter_config.json")
+    description = model / "adapter_config.json"
+    if not description.exists():
+        if not (model / "config.json").exists():
+            raise RequestError(f"{model} holds neither config.json nor adapter_config.json; give a model's folder")
+        return None
+    named = named_base(model)
+    base = model_copy(named) if named else None
+    if base is None or not base.is_dir():
+        raise RequestError(
+            f"{description}: base_model_name_or_path={named!r} is no folder here; put the base model there or correct it"
+        )
+    return base
+
+
+def named_base(adapter: Path) -> str | None:
+    """The model that an adapter's description names."""
+    named = read_adapter_config(adapter).get("base_model_name_or_path")
+    return str(named) if named else None

@@ -1,0 +1,81 @@
+"""The private parts of transformers that raysft uses, in one place; ``tests/contracts/test_transformers.py`` checks that they
+exist. Those of continuous batching are in ``generate/engines/continuous_internals.py``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def attention_implementation(model: Any) -> str:
+    """Return the name of the attention function that a model uses."""
+    return str(model.config._attn_implementation)
+
+
+def can_set_attention(model: Any) -> bool:
+    """Return True if a model's attention function can be replaced."""
+    return bool(model._can_set_attn_implementation())
+
+
+def supports_flash_attention(model: Any) -> bool:
+    """Return True if a model passes on all that FlashAttention needs, positions among it."""
+    return bool(model._supports_flash_attn)
+
+
+def supports_registered_attention(model_class: Any) -> bool:
+    """Return True if the models of a class take any attention function of transformers' registry, and not an eager one alone."""
+    return bool(model_class._supports_attention_backend and model_class._supports_sdpa)
+
+
+def is_recurrent(model_class: Any) -> bool:
+    """Return True if the models of a class keep a state that is not a cache of keys and values."""
+    return bool(model_class._is_stateful)
+
+
+def recorded_outputs(module: Any) -> dict[str, Any]:
+    """Return the classes of the modules that give each additional output of a model (``router_logits`` …)."""
+    return getattr(module, "_can_record_outputs", None) or {}
+
+
+def weight_conversions(model: Any) -> Any:
+    """Return how transformers renames and merges the weights of a checkpoint for a model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return get_model_conversion_mapping(model)
+
+
+def forget_quantizer(model: Any) -> None:
+    """Let a model that was dequantized while it was loaded be saved as a plain one."""
+    del model.config.quantization_config
+    model.hf_quantizer = None
+
+
+def tokenizer_config(model: str) -> dict[str, Any]:
+    """Return the content of a model's ``tokenizer_config.json``."""
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    return get_tokenizer_config(model)
+
+
+def hub_commit(model: str) -> str | None:
+    """Return the commit of a model on the hub."""
+    from transformers import PreTrainedConfig
+
+    return PreTrainedConfig.get_config_dict(model)[0].get("_commit_hash")
+
+
+def compile_chat_template(template: str) -> None:
+    """Compile a chat template as ``render_chat_template`` does.
+
+    Raises:
+        jinja2.TemplateSyntaxError: it is not valid Jinja.
+    """
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    _compile_jinja_template(template)
+
+
+def render_chat_template(**arguments: Any) -> Any:
+    """Render conversations as ``apply_chat_template`` does; return their texts and, if asked for, the spans of the answers."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    return render_jinja_template(**arguments)
