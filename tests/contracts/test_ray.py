@@ -1,0 +1,51 @@
+"""Ray and Ray Data: addresses, tokens, the head's answer, nodes that are drained, and the coordinator of a split."""
+
+from __future__ import annotations
+
+import inspect
+
+import ray
+import ray.data
+from ray._private import grpc_utils, ray_constants, services
+from ray._private.authentication import authentication_token_setup
+from ray._private.state import GlobalState, state
+from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+from ray.data._internal.iterator import stream_split_iterator
+
+from tests.contracts.contract import Contract
+
+RAY = Contract("ray", "raysft/cluster/ray_internals.py")
+
+
+def test_addresses_are_found_as_ray_init_finds_them():
+    RAY.positional(RAY.name(services, "canonicalize_bootstrap_address"), 1)
+    RAY.positional(RAY.name(services, "extract_ip_port"), 1)
+    assert services.canonicalize_bootstrap_address("10.0.0.7:6379") == "10.0.0.7:6379"
+
+
+def test_tokens_are_loaded_as_ray_init_loads_them():
+    discover = RAY.name(authentication_token_setup, "maybe_enable_token_auth_if_token_available")
+    RAY.parameters(discover, ["warn_if_disabled"])
+    ensure = RAY.name(authentication_token_setup, "ensure_token_if_auth_enabled")
+    RAY.parameters(ensure, ["create_token_if_missing"])
+
+
+def test_a_head_tells_its_version():
+    RAY.positional(RAY.name(grpc_utils, "init_grpc_channel"), 2)
+    RAY.name(ray_constants, "GLOBAL_GRPC_OPTIONS")
+    RAY.name(gcs_service_pb2_grpc, "NodeInfoGcsServiceStub")
+    RAY.source(gcs_service_pb2_grpc.NodeInfoGcsServiceStub, "self.CheckAlive =", "CheckAlive(")
+    RAY.name(gcs_service_pb2, "CheckAliveRequest")
+    reply = RAY.name(gcs_service_pb2, "CheckAliveReply", "CheckAlive(")
+    assert "ray_version" in reply.DESCRIPTOR.fields_by_name, f"look at {RAY.line('ray_version')}"
+
+
+def test_nodes_that_are_drained_are_known_by_their_ids():
+    assert isinstance(state, GlobalState)
+    RAY.positional(RAY.name(GlobalState, "get_draining_nodes"), 1)
+    assert "Dict[str" in str(inspect.signature(GlobalState.get_draining_nodes).return_annotation)
+
+
+def test_a_split_has_the_actor_that_runs_its_pipeline():
+    RAY.source(stream_split_iterator.StreamSplitDataIterator, "self._coord_actor =", "_coord_actor")
+    RAY.name(ray.data.Dataset, "streaming_split")

@@ -1,0 +1,23 @@
+"""torch: oneDNN's product of matrices, and the counters of a learning rate scheduler."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.contracts.contract import Contract
+
+ONEDNN = Contract("torch", "raysft/models/onednn.py")
+OPTIM = Contract("torch", "raysft/train/optim.py")
+
+
+def test_onednn_has_an_operator_for_linear_layers():
+    product = ONEDNN.name(torch.ops.mkldnn, "_linear_pointwise").default
+    a, b = torch.randn(4, 8), torch.randn(6, 8)
+    torch.testing.assert_close(product(a, b, None, "none", [], ""), a @ b.t())
+
+
+def test_a_learning_rate_scheduler_counts_its_steps_and_its_calls():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    state = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0).state_dict()
+    for name in ("last_epoch", "_step_count"):
+        assert name in state, f"torch {torch.__version__} lacks LRScheduler.{name}; look at {OPTIM.line(name)}"

@@ -1,0 +1,87 @@
+"""transformers: what models say of their attention, and how chat templates are rendered."""
+
+from __future__ import annotations
+
+import jinja2
+import pytest
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    conversion_mapping,
+)
+from transformers.models.auto import tokenization_auto
+from transformers.utils import chat_template_utils
+
+from raysft.models import transformers_internals
+from tests.contracts.contract import Contract
+
+TRANSFORMERS = Contract("transformers", "raysft/models/transformers_internals.py")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8,
+            attn_implementation="sdpa",
+        )
+    )  # fmt: skip
+
+
+def test_models_say_which_attention_they_use_and_support(model):
+    for name in ("_supports_flash_attn", "_supports_sdpa", "_supports_attention_backend", "_is_stateful"):
+        TRANSFORMERS.name(PreTrainedModel, name)
+    TRANSFORMERS.name(PreTrainedModel, "_can_set_attn_implementation")
+    assert TRANSFORMERS.name(model.config, "_attn_implementation") == "sdpa"
+    assert transformers_internals.supports_flash_attention(model)
+    assert transformers_internals.can_set_attention(model)
+    assert transformers_internals.supports_registered_attention(LlamaForCausalLM)
+    assert not transformers_internals.is_recurrent(LlamaForCausalLM)
+
+
+def test_mixtures_of_experts_mark_their_routers():
+    from transformers.models.mixtral.modeling_mixtral import MixtralPreTrainedModel
+
+    assert issubclass(MixtralForCausalLM, MixtralPreTrainedModel)
+    outputs = TRANSFORMERS.name(MixtralPreTrainedModel, "_can_record_outputs")
+    assert "router_logits" in outputs, f"look at raysft/models/lora_targets.py; there are {sorted(outputs)}"
+
+
+def test_weights_are_converted_by_a_mapping_of_the_model(model):
+    TRANSFORMERS.positional(TRANSFORMERS.name(conversion_mapping, "get_model_conversion_mapping"), 1)
+    assert transformers_internals.weight_conversions(model) is not None
+
+
+def test_descriptions_are_read_without_code():
+    TRANSFORMERS.positional(TRANSFORMERS.name(tokenization_auto, "get_tokenizer_config"), 1)
+    TRANSFORMERS.positional(TRANSFORMERS.name(PreTrainedConfig, "get_config_dict"), 1)
+    TRANSFORMERS.source(PreTrainedConfig, '"_commit_hash"', "_commit_hash")
+
+
+def test_chat_templates_are_compiled_and_rendered_by_the_same_code():
+    TRANSFORMERS.positional(TRANSFORMERS.name(chat_template_utils, "_compile_jinja_template"), 1)
+    render = TRANSFORMERS.name(chat_template_utils, "render_jinja_template")
+    TRANSFORMERS.parameters(
+        render, ["conversations", "tools", "chat_template", "add_generation_prompt", "return_assistant_tokens_mask"]
+    )
+    TRANSFORMERS.source(render, "_compile_jinja_template(chat_template)", "_compile_jinja_template")
+    with pytest.raises(jinja2.TemplateSyntaxError):
+        transformers_internals.compile_chat_template("{% if %}")
+    template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    texts, spans = transformers_internals.render_chat_template(
+        conversations=[[{"role": "assistant", "content": "yes"}]],
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+    )
+    assert (texts, [[tuple(span) for span in each] for each in spans]) == (["yes"], [[(0, 3)]])
+
+
+def test_a_dequantized_model_forgets_its_quantizer(model):
+    model.config.quantization_config, model.hf_quantizer = {}, object()
+    transformers_internals.forget_quantizer(model)
+    assert not hasattr(model.config, "quantization_config")
+    assert model.hf_quantizer is None
+    TRANSFORMERS.source(PreTrainedModel, "hf_quantizer", "hf_quantizer")
