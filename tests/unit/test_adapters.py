@@ -161,6 +161,18 @@ def test_8_bit_floats_are_refused_on_a_cpu():
         check_fp8(torch.device("cpu"))
 
 
+@pytest.mark.parametrize(("capability", "fits"), [((8, 6), False), ((8, 9), True), ((9, 0), True)])
+def test_8_bit_floats_need_a_gpu_of_ada_or_later(monkeypatch, capability, fits):
+    from raysft.train.fp8 import check_fp8
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "this GPU")
+    needed = "torchao, which is not installed" if fits else r"8\.9 .* but a worker has this GPU"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RequestError, match=needed):
+        check_fp8(torch.device("cuda"))
+
+
 def test_adapters_of_one_form_and_other_weights_are_merged_apart(tmp_path, model, adapters):
     for adapter in adapters:
         base, _ = find_adapter(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from raysft.config import Config, TrainSection, parse
 from raysft.errors import RequestError
 from raysft.models.adapters import merge
-from raysft.models.fingerprint import model_fingerprint
+from raysft.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from raysft.train.check_model import check_model
 from raysft.train.finetuning import load_model
 from raysft.train.optim import make_lr_scheduler
@@ -79,6 +80,16 @@ def test_the_identity_of_a_model_follows_its_config_and_weights(model, tmp_path)
     assert model_fingerprint(str(tmp_path)) == model_fingerprint(str(model))
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert model_fingerprint(str(tmp_path)) != model_fingerprint(str(model))
+
+
+def test_the_identity_of_a_tokenizer_follows_its_files_and_not_the_weights(model, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(model, folder)
+    assert tokenizer_fingerprint(str(folder)) == tokenizer_fingerprint(str(model))
+    (folder / "model.safetensors").write_bytes(b"")
+    assert tokenizer_fingerprint(str(folder)) == tokenizer_fingerprint(str(model))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert tokenizer_fingerprint(str(folder)) != tokenizer_fingerprint(str(model))
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant"])

@@ -1,6 +1,7 @@
 """Weights that are not whole are found out, and not drawn at random."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+import raysft
 from raysft.config import parse, with_overrides
+from raysft.data.tokenization.tokenizer import Tokenizer
 from raysft.errors import RequestError
 from raysft.generate.engines import create_engine
 from raysft.models.adapters import find_adapter, merge, merge_adapters
@@ -227,3 +230,38 @@ def test_a_tokenizer_that_only_other_libraries_read_is_one_line(tmp_path, capfd)
         load_tokenizer(str(tmp_path))
     assert "\n" not in str(refused.value)
     assert capfd.readouterr().err == ""
+
+
+def of_run(model, adapter, output):
+    Tokenizer.load(str(model))
+
+
+def of_export(model, adapter, output):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model / name, adapter / name)
+    merge(adapter, output)
+
+
+def of_merged_adapters(model, adapter, output):
+    merge_adapters(str(model), [adapter], output)
+
+
+@pytest.mark.parametrize("load", [of_run, of_export, of_merged_adapters])
+def test_a_damaged_tokenizer_is_one_line_with_a_remedy(model, adapter, tmp_path, load):
+    model, adapter = copied(model, tmp_path / "model"), copied(adapter, tmp_path / "adapter")
+    tiny_tokenizer().save_pretrained(model)
+    cut(model / "tokenizer.json")
+    said = refusal(lambda: load(model, adapter, tmp_path / "output"))
+    assert "its tokenizer cannot be loaded (" in said
+    assert said.endswith("put its files (tokenizer.json, …) into the folder")
+
+
+def test_one_function_loads_every_tokenizer():
+    package = Path(raysft.__file__).parent
+    users = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if re.search(r"AutoTokenizer\.from_pretrained\((?!\"model\")", path.read_text(encoding="utf-8"))
+    }
+    # remote_code.py only asks whether transformers knows the tokenizer without the model's own code.
+    assert users == {"models/tokenizer.py", "models/remote_code.py"}
