@@ -159,7 +159,7 @@ def test_a_prompt_that_breaks_the_model_costs_no_other(prompts, engine):
 def test_a_thread_that_dies_is_no_wait_without_end(model, prompts, monkeypatch):
     engine = ContinuousEngine(config(model), str(model), threads=1)
     monkeypatch.setattr(ContinuousBatchingManager, "_run_generation_loop", lambda self: None)
-    with pytest.raises(RuntimeError, match="continuous batching ended and owes 8 of 8 predictions"):
+    with pytest.raises(RuntimeError, match="continuous batching ended without 8 of 8 predictions"):
         engine.complete(IDS, prompts)
     monkeypatch.undo()
     assert [completion.error for completion in engine.complete(IDS, prompts)] == [""] * 8
@@ -168,14 +168,14 @@ def test_a_thread_that_dies_is_no_wait_without_end(model, prompts, monkeypatch):
 def test_a_thread_that_hangs_is_given_up(model, prompts, monkeypatch):
     engine = ContinuousEngine(config(model), str(model), threads=1)
     step = ContinuousBatchingManager._generation_step
-    monkeypatch.setattr(continuous, "PATIENCE", 0.5)
+    monkeypatch.setattr(continuous, "STALL_SECONDS", 0.5)
     monkeypatch.setattr(continuous, "STOP_SECONDS", 0.1)
     released = threading.Event()
     monkeypatch.setattr(ContinuousBatchingManager, "_generation_step", lambda self: (released.wait(60), step(self)))
     begun = time.monotonic()
     try:
         for _ in range(2):  # the thread may come back to life with the model, which nobody else may use then
-            with pytest.raises(TimeoutError, match=r"made no step in 0.5 s; waited for 8 of 8 predictions"):
+            with pytest.raises(TimeoutError, match=r"made no progress in 0.5 s while waiting for 8 of 8 predictions"):
                 engine.complete(IDS, prompts)
         assert time.monotonic() - begun < 30
     finally:
@@ -227,9 +227,11 @@ def test_a_model_that_its_description_promises_too_much_of_is_found_out(model, m
     from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
     monkeypatch.setattr(PagedAttentionCache, "update", lambda self, key, value, layer_idx, kwargs: (key, value))
-    with pytest.raises(RequestError, match=r"generate.batching=continuous and .*; set generate.batching to auto"):
+    with pytest.raises(
+        RequestError, match=r"generate.batching=continuous does not support .*; set generate.batching to auto"
+    ):
         create_engine(config(model), str(model), threads=1)
     monkeypatch.setattr("raysft.generate.engines.batching", lambda config, model: "continuous")
     engine = create_engine(config(model, batching="auto"), str(model), threads=1)
     assert isinstance(engine, TransformersEngine)
-    assert "static batches, because continuous ones do not work with" in capsys.readouterr().err
+    assert "using static batches, because continuous batching fails with" in capsys.readouterr().err

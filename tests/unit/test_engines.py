@@ -76,7 +76,7 @@ def test_a_model_that_reads_its_padding_is_given_none(tmp_path):
     engine = TransformersEngine(config(tmp_path), str(tmp_path))
     written = [completion.text for completion in engine.complete([*QUESTIONS, "y"], asked)]
     assert written == [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in alone]
-    assert not engine._heeds_mask
+    assert not engine._ignores_padding
 
 
 def test_a_scale_that_the_longest_prompt_decides_is_that_of_each_alone(tmp_path):
@@ -110,7 +110,7 @@ def test_padding_is_a_token_that_the_model_knows(model, prompts, tmp_path):
     tokenizer.save_pretrained(tmp_path / "padded")
     assert tokenizer.pad_token_id == AutoModelForCausalLM.from_pretrained(model).config.vocab_size
     expected = TransformersEngine(config(model), str(model))
-    assert expected._heeds_mask
+    assert expected._ignores_padding
     engine = TransformersEngine(config(model), str(tmp_path / "padded"))
     assert engine.complete(QUESTIONS, prompts) == expected.complete(QUESTIONS, prompts)
 

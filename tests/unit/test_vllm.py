@@ -90,7 +90,7 @@ def test_adapters_that_vllm_does_not_serve_are_refused_before_they_are_trained(k
 def test_where_vllm_is_not_installed_it_is_said_first(tmp_path):
     check_engine(config(engine="transformers"))
     with pytest.raises(
-        RequestError, match=r"^generate.engine=vllm and vLLM is not installed; pip install 'raysft\[vllm\]'"
+        RequestError, match=r"^generate.engine=vllm, but vLLM is not installed; pip install 'raysft\[vllm\]'"
     ):
         generate(config(), model="none", prompts=tmp_path / "none", output=tmp_path / "out.jsonl")
     assert list(tmp_path.iterdir()) == []
@@ -154,12 +154,12 @@ def test_ray_takes_the_settings(model, adapter):
 )
 def test_an_adapter_that_vllm_does_not_serve_is_refused(adapter, settings, named):
     describe(adapter, **settings)
-    with pytest.raises(RequestError, match=f"vLLM serves no adapter with {named}; merge it into its model"):
+    with pytest.raises(RequestError, match=f"vLLM does not support adapters with {named}; merge it into its model"):
         VllmModel.of(config(), str(adapter))
 
 
 def test_gpus_that_do_not_divide_the_heads_are_refused(model):
-    with pytest.raises(RequestError, match=r"gpus_per_engine=3 and the model has 4 attention heads"):
+    with pytest.raises(RequestError, match=r"4 attention heads, but generate.gpus_per_engine=3"):
         VllmModel.of(config(gpus_per_engine=3), str(model))
 
 
@@ -201,7 +201,7 @@ def stage(settings: Config, served: VllmModel, blocks: list[pa.Table]) -> Any:
         map_batches_kwargs={},
     )
     arguments = plain.get_dataset_map_batches_kwargs(batch_size=2, data_column="__data")["fn_constructor_kwargs"]
-    return vllm.on_its_node(plain.fn, served.source)(**arguments)
+    return vllm.on_each_node(plain.fn, served.source)(**arguments)
 
 
 def run(engine: Any, block: pa.Table) -> list[dict[str, Any]]:

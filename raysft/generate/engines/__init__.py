@@ -1,4 +1,4 @@
-"""Engines: what completes tokenized prompts, behind one small interface."""
+"""Engines that complete tokenized prompts, behind one small interface."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ __all__ = ["Completion", "Engine", "batching", "check_engine", "check_suitable",
 
 
 def check_engine(config: Config) -> None:
-    """Find out before anything starts that the engine is not installed.
+    """Check that the engine is installed.
 
     Raises:
-        RequestError: ``generate.engine=vllm``, and there is no vLLM.
+        RequestError: ``generate.engine=vllm``, but vLLM is missing.
     """
     if config.generate.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise RequestError(
-            "generate.engine=vllm and vLLM is not installed; pip install 'raysft[vllm]' on every node, or set "
+            "generate.engine=vllm, but vLLM is not installed; pip install 'raysft[vllm]' on every node, or set "
             "generate.engine=transformers"
         )
 
 
 def check_suitable(config: Config, model: str) -> None:
-    """Find out before anything starts what of ``generate`` does not go with a model.
+    """Check that the settings of ``generate`` suit the model.
 
     Args:
-        model: folder of a Hugging Face model, or of a peft adapter; or where one is.
+        model: location of a Hugging Face model or a peft adapter.
 
     Raises:
-        RequestError: its tokenizer has not a token of ``generate.stop_tokens``, or ``generate.batching=continuous`` is not for it.
+        RequestError: the tokenizer lacks a token of ``generate.stop_tokens``, or the model does not support
+            ``generate.batching=continuous``.
     """
     settings = config.generate
     if settings.engine == "transformers" and settings.batching == "continuous":
@@ -49,16 +50,15 @@ def check_suitable(config: Config, model: str) -> None:
 
 
 def create_engine(config: Config, model: str, threads: int | None = None, ends: Sequence[int] = ()) -> Engine:
-    """The engine of transformers that ``generate.batching`` names, with the model loaded; vLLM's is made by
-    ``raysft.generate.engines.vllm``.
+    """Load the model into the transformers engine that ``generate.batching`` names; ``engines.vllm`` builds vLLM's.
 
     Args:
         model: folder of a Hugging Face model, or of a peft adapter.
-        threads: threads to compute with; default: torch's own choice.
-        ends: tokens that end an answer, besides those that the model and the config name.
+        threads: number of threads; default: torch's own choice.
+        ends: tokens that end an answer, besides those of the model and the config.
 
     Raises:
-        RequestError: ``generate.batching=continuous`` does not go with the model.
+        RequestError: the model does not support ``generate.batching=continuous``.
     """
     from raysft.generate.engines.static import TransformersEngine
 
@@ -72,7 +72,7 @@ def create_engine(config: Config, model: str, threads: int | None = None, ends: 
         return engine
     if config.generate.batching == "continuous":
         raise refused(model, reason)
-    print(f"generate: static batches, because continuous ones do not work with {model}: {reason}", file=sys.stderr)
+    print(f"generate: using static batches, because continuous batching fails with {model}: {reason}", file=sys.stderr)
     del engine
     gc.collect()
     return TransformersEngine(config, model, threads, ends)

@@ -1,4 +1,4 @@
-"""What engines of transformers share: a loaded model, and how a prompt and what follows it fit into its positions."""
+"""Base class of the transformers engines: a loaded model, and prompts that fit into its positions."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from raysft.storage.local_cache import model_copy
 
 
 class ModelEngine:
-    """A model of transformers in this process, with its tokenizer.
+    """A transformers model in this process, with its tokenizer.
 
     Args:
         model: folder of a Hugging Face model, or of a peft adapter.
-        threads: threads to compute with; default: torch's own choice.
-        ends: tokens that end an answer, besides those that the model and the config name.
+        threads: number of threads; default: torch's own choice.
+        ends: tokens that end an answer, besides those of the model and the config.
     """
 
     def __init__(self, config: Config, model: str, threads: int | None = None, ends: Sequence[int] = ()) -> None:
@@ -44,15 +44,15 @@ class ModelEngine:
         self._positions = positions_of(self._model.config)
 
     def _fit(self, prompt: Sequence[int]) -> Sequence[int]:
-        """The prompt, or its tail; for none a token that stands for it."""
+        """Return the prompt or its tail; an empty prompt becomes one padding token."""
         return fit(prompt if len(prompt) else [self._padding], self._positions, self._settings.max_new_tokens)
 
     def _limit(self, prompt: Sequence[int]) -> int:
-        """Tokens that may follow a prompt that fits."""
+        """Number of tokens that may follow a prompt that fits."""
         return limit(prompt, self._positions, self._settings.max_new_tokens)
 
     def _generation(self, new_tokens: int) -> GenerationConfig:
-        # Always "greedy" for transformers: sampling is the last processor, which leaves one token to choose.
+        # Greedy for transformers, because our own processor samples: it leaves one token to choose from.
         return GenerationConfig(
             max_new_tokens=new_tokens,
             do_sample=False,

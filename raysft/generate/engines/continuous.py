@@ -1,4 +1,4 @@
-"""transformers' continuous batching: where a prediction ends, another prompt takes its place."""
+"""Continuous batching of transformers: when a prediction ends, another prompt takes its place."""
 
 from __future__ import annotations
 
@@ -33,47 +33,47 @@ from raysft.generate.engines.interface import Completion, failure
 from raysft.generate.engines.sampling import RequestPenalty, RequestSampling, uniform_numbers
 from raysft.models.transformers_internals import supports_flash_attention
 
-PATIENCE = 600.0
-"""Seconds without a step or a result after which generation is given up; the first step may compile kernels."""
+STALL_SECONDS = 600.0
+"""Seconds without a step or a result after which generation fails; the first step may compile kernels."""
 STOP_SECONDS = 30.0
-"""Seconds that the thread has to end."""
+"""Seconds that the thread gets to stop."""
 CPU_STEP_TOKENS = 512
-"""Tokens of one step on a CPU, where attention is computed between all of them, whatever prompt they belong to."""
+"""Tokens of one step on a CPU, where attention is computed between all of them, across prompts."""
 CPU_PAGE_TOKENS = 32
-"""Tokens of a page of the cache on a CPU; on a GPU the kernels want the 256 of transformers."""
+"""Tokens of a page of the cache on a CPU; on a GPU the kernels need the 256 of transformers."""
 CPU_MEMORY_SHARE = 0.25
-"""Most of a machine's memory that the cache may take on a CPU."""
+"""Largest share of the machine's memory that the cache may take on a CPU."""
 RESERVE = 1.25
-"""Pages there are for each that is needed: with less than 15 % free, transformers takes in no further prompt."""
+"""Pages per page needed: with less than 15% free, transformers accepts no further prompt."""
 TRIAL_TOKENS, TRIAL_PAGES = 8, 8
 TRIAL = ("The capital of France is Paris, and the capital of Germany is", "Once upon a time there was")
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt as it is handed over."""
+    """A prompt with its limits."""
 
     tokens: list[int]
     limit: int
     """Most new tokens."""
     stops: list[int]
-    """Tokens that end it; -1: none."""
+    """Tokens that end it; [-1] for none."""
 
 
 class ContinuousEngine(ModelEngine):
-    """Completes at most ``generate.batch_size`` prompts at once, of as many as it is given.
+    """Complete any number of prompts, at most ``generate.batch_size`` at once.
 
-    The predictions are those of static batches: greedy in float32 token for token, and sampled with the same random numbers.
+    Predictions equal those of static batches: token for token if greedy in float32, and with the same random numbers if sampled.
     """
 
     def __init__(self, config: Config, model: str, threads: int | None = None, ends: Sequence[int] = ()) -> None:
         super().__init__(config, model, threads, ends)
-        # Adapters lie in the layers of the model itself, of which their wrapper knows nothing that generation needs.
+        # Adapters are inside the layers; generation does not need the wrapper around the model.
         self._inner: Any = self._model.get_base_model() if isinstance(self._model, PeftModel) else self._model
         half = self._inner.dtype in (torch.bfloat16, torch.float16)
         if self._device.type == "cuda" and half and supports_flash_attention(self._inner) and find_spec("flash_attn"):
             self._inner.set_attn_implementation("flash_attention_2")
-        # Errors come back to the caller, who says them once.
+        # The caller receives the errors and reports them once.
         logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
         self._sampling = RequestSampling(config.generate)
         self._manager: ContinuousBatchingManager | None = None
@@ -82,15 +82,15 @@ class ContinuousEngine(ModelEngine):
         self._calls = itertools.count()
 
     def complete(self, ids: Sequence[str], prompts: Sequence[Sequence[int]]) -> list[Completion]:
-        """Complete prompts, as the interface says.
+        """Complete prompts.
 
         Raises:
-            TimeoutError: nothing came for ``PATIENCE`` seconds; so does each later call.
-            Exception: what ended the thread that generates, for all prompts alike.
+            TimeoutError: no progress for ``STALL_SECONDS``; every later call fails as well.
+            Exception: the error that ended the generating thread, and with it all prompts.
         """
         call, stops = next(self._calls), self._stops or [-1]
         kept = [list(self._fit(prompt)) for prompt in prompts]
-        # A name of its own for each: what a call left behind when it failed is none of the next one's.
+        # Unique names, so that the remains of a failed call are not taken for results of the next one.
         names = [f"{call}/{index}" for index in range(len(ids))]
         requests = {name: Request(tokens, self._limit(tokens), stops) for name, tokens in zip(names, kept, strict=True)}
         if self._settings.do_sample:
@@ -106,7 +106,7 @@ class ContinuousEngine(ModelEngine):
         ]
 
     def trial(self) -> str:
-        """Complete two sentences and compare with the model's own logits; gives what is wrong, empty where nothing is."""
+        """Complete two sentences and compare with the model's own logits; returns what is wrong, or an empty string."""
         requests = {
             f"trial/{index}": Request(self._tokenizer(text)["input_ids"], TRIAL_TOKENS, [-1])
             for index, text in enumerate(TRIAL)
@@ -122,19 +122,19 @@ class ContinuousEngine(ModelEngine):
         for name, request in requests.items():
             tokens = found[name].generated_tokens
             if found[name].error or len(tokens) != TRIAL_TOKENS or not self._is_likely(request.tokens, tokens):
-                return f"its tokens are not those of the model on its own ({found[name].error or tokens})"
+                return f"its tokens differ from those of the model alone ({found[name].error or tokens})"
         return ""
 
     @torch.no_grad()
     def _is_likely(self, prompt: list[int], tokens: list[int]) -> bool:
-        """Whether each token is the most probable one, but for rounding: by less than half the spread of the logits."""
+        """True if each token is the most probable one up to rounding, within half the standard deviation of the logits."""
         row = torch.tensor([prompt + tokens], device=self._device)
         logits = self._inner(row).logits[0, len(prompt) - 1 : -1].float()
         chosen = logits.gather(-1, row[0, len(prompt) :, None])[:, 0]
         return bool((logits.max(-1).values - chosen < 0.5 * logits.std(-1) + 1e-6).all())
 
     def _ready(self, requests: Mapping[str, Request]) -> ContinuousBatchingManager:
-        """What runs requests: that of the calls before, where its cache is large enough."""
+        """Return the manager of earlier calls if its cache is large enough, else a new one."""
         # On a GPU the cache is as large as the memory allows.
         pages = self._pages_for(requests) if self._device.type == "cpu" else 0
         if self._manager is None or pages > self._pages:
@@ -155,7 +155,7 @@ class ContinuousEngine(ModelEngine):
         return create_manager(self._inner, generation, cache, processors)
 
     def _pages_for(self, requests: Mapping[str, Request]) -> int:
-        """Pages that the requests of a step need where they are the longest ones."""
+        """Number of pages that a step with the longest requests needs."""
         longest = max(len(request.tokens) + request.limit for request in requests.values())
         pages = math.ceil(longest / CPU_PAGE_TOKENS)
         at_once = min(self._settings.batch_size, len(requests))
@@ -169,18 +169,18 @@ class ContinuousEngine(ModelEngine):
 
     def _cache(self, pages: int) -> ContinuousBatchingConfig:
         size = self._settings.batch_size
-        # Its own choice for a GPU: what is free of the memory but for a fifth, in which there are logits of each prompt.
+        # On a GPU, take the free memory but for a fifth, which holds the logits.
         sizes: dict[str, Any] = {"max_memory_percent": 0.8}
         if self._device.type == "cpu":
             step = max(CPU_STEP_TOKENS, size)
             sizes = {"num_blocks": pages, "page_size": CPU_PAGE_TOKENS, "max_batch_tokens": step}
         if self._settings.repetition_penalty != 1.0:
             sizes |= {"use_async_batching": False, "use_cuda_graph": False}
-        # A kernel that is not installed would be fetched.
+        # With auto_switch_to_flash, transformers would download a kernel that is not installed.
         return ContinuousBatchingConfig(max_requests_per_batch=size, auto_switch_to_flash=False, **sizes)
 
     def _run(self, manager: ContinuousBatchingManager, requests: Mapping[str, Request]) -> dict[str, GenerationOutput]:
-        """The outcome of each request. The thread lives as long as this, for a process does not end while it does."""
+        """Run requests to their end. The thread is stopped afterwards, because the process cannot exit while it runs."""
         whole = False
         manager.start()
         try:
@@ -199,7 +199,7 @@ class ContinuousEngine(ModelEngine):
             if fatal or not whole or manager.is_running():
                 self._drop()
         if fatal:
-            # The frames that it was raised through hold the cache.
+            # The frames of the traceback hold the cache.
             fatal.add_note("".join(traceback.format_tb(fatal.__traceback__)))
             raise fatal.with_traceback(None)
         return found
@@ -209,28 +209,30 @@ class ContinuousEngine(ModelEngine):
         drop_manager(self._inner)
 
 
-def gather(manager: ContinuousBatchingManager, wanted: Collection[str]) -> dict[str, GenerationOutput]:
-    """Wait for the outcome of requests.
+def gather(manager: ContinuousBatchingManager, names: Collection[str]) -> dict[str, GenerationOutput]:
+    """Wait for the results of requests.
 
     Raises:
-        TimeoutError: neither a step nor a result for ``PATIENCE`` seconds.
-        RuntimeError: the thread is gone.
+        TimeoutError: neither a step nor a result for ``STALL_SECONDS`` seconds.
+        RuntimeError: the thread has ended.
     """
     found: dict[str, GenerationOutput] = {}
-    steps, moved = -1, time.monotonic()
-    while len(found) < len(wanted):
-        lives = manager.is_running()
+    steps, progressed = -1, time.monotonic()
+    while len(found) < len(names):
+        alive = manager.is_running()
         result = manager.get_result(timeout=0.5)
         if result is not None:
-            if result.request_id in wanted and result.is_finished():
+            if result.request_id in names and result.is_finished():
                 found[result.request_id] = result
             continue
-        waits_for = f"{len(wanted) - len(found)} of {len(wanted)} predictions"
-        if not lives:
+        missing = f"{len(names) - len(found)} of {len(names)} predictions"
+        if not alive:
             fatal = fatal_error(manager)
-            raise RuntimeError(f"continuous batching ended and owes {waits_for} ({fatal or 'it did not say why'})")
-        if (now_at := steps_done(manager)) != steps:
-            steps, moved = now_at, time.monotonic()
-        elif time.monotonic() - moved > PATIENCE:
-            raise TimeoutError(f"continuous batching made no step in {PATIENCE:g} s; waited for {waits_for}")
+            raise RuntimeError(f"continuous batching ended without {missing} ({fatal or 'no reason given'})")
+        if (step := steps_done(manager)) != steps:
+            steps, progressed = step, time.monotonic()
+        elif time.monotonic() - progressed > STALL_SECONDS:
+            raise TimeoutError(
+                f"continuous batching made no progress in {STALL_SECONDS:g} s while waiting for {missing}"
+            )
     return found

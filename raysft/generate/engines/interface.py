@@ -1,4 +1,4 @@
-"""What every engine does."""
+"""The interface of an engine."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from raysft.errors import RequestError
 
 @dataclass(frozen=True)
 class Completion:
-    """What an engine wrote after one prompt."""
+    """Completion of one prompt."""
 
     text: str
     tokens: int
-    """Tokens generated, the one that ended the turn included."""
+    """Number of tokens generated, including the one that ended the turn."""
     cut: int = 0
-    """Tokens taken off the front of the prompt because the model has no more positions."""
+    """Number of tokens cut from the front of the prompt because the model has too few positions."""
     stop: str = "length"
-    """Why it ended: ``eos`` at a token that ends a turn, ``length`` at the most tokens, ``time`` after
-    ``generate.max_seconds``, ``error`` where it could not be made."""
+    """Why it ended: ``eos`` at an end-of-turn token, ``length`` at the token limit, ``time`` after ``generate.max_seconds``,
+    ``error`` if it failed."""
     error: str = ""
-    """What went wrong."""
+    """Reason of a failure."""
 
 
 def failure(error: Exception | str) -> Completion:
-    """What stands for a prompt that could not be completed."""
-    said = str(error) if isinstance(error, RequestError | str) else f"{type(error).__name__}: {error}"
-    return Completion("", tokens=0, stop="error", error=f"{' '.join(said.split()):.300}")
+    """Build the completion of a prompt that failed."""
+    message = str(error) if isinstance(error, RequestError | str) else f"{type(error).__name__}: {error}"
+    return Completion("", tokens=0, stop="error", error=f"{' '.join(message.split()):.300}")
 
 
 class Engine(Protocol):
-    """Completes prompts, at most ``generate.batch_size`` at once; made once in its process, then called with some at a time."""
+    """Completes prompts, at most ``generate.batch_size`` at once; created once per process, then called repeatedly."""
 
     def complete(self, ids: Sequence[str], prompts: Sequence[Sequence[int]]) -> list[Completion]:
         """Complete prompts.
 
         Args:
-            ids: names of the prompts; with the seed of the run they decide what is sampled.
-            prompts: token ids of each.
+            ids: names of the prompts; with the run's seed they determine the sampling.
+            prompts: token IDs of each prompt.
 
         Returns:
-            One completion for each prompt, in their order.
+            One completion per prompt, in order.
         """
         ...

@@ -1,4 +1,4 @@
-"""The model that generates: a whole one or an adapter on its base, and the tokens that end its turns."""
+"""Load the model that generates, with its stop and padding tokens."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from raysft.models.remote_code import runs_code
 
 
 def load_model(config: Config, folder: Path, device: torch.device) -> Any:
-    """The model on its device, or spread over the GPUs of this process where an engine has several."""
+    """Load the model onto its device, or spread it over the GPUs of this process if the engine has several."""
     base, dtype = adapter_base(folder), getattr(torch, config.dtype)
     trusted, quantization = runs_code(config, folder), quantization_config(config)
     method = method_of(AutoConfig.from_pretrained(base or folder, trust_remote_code=trusted))
-    # "balanced" fills all GPUs alike: what is left of each is for the cache of its layers.
+    # "balanced" fills all GPUs equally; the rest of each holds the cache of its layers.
     spread = "balanced" if config.generate.gpus_per_engine > 1 else {"": device}
     model = load_weights(
         base or folder,
         dtype=dtype,
-        # Weights in few bits are laid out for their device while they are loaded.
+        # Quantized weights get the layout of their device while they are loaded.
         device_map=spread if device.type == "cuda" or quantization or method else None,
         local_files_only=True,
         trust_remote_code=trusted,
-        **({"quantization_config": quantization} if quantization else {}),  # None would hide that of the checkpoint
+        **({"quantization_config": quantization} if quantization else {}),  # None would hide the checkpoint's own
     )
     if dtype == torch.float32:
         keep_layout(model)
-    # Merged, each layer is one product in place of three. In bfloat16 the sum would round small updates away, and so the
-    # adapter stays beside the weights there, and beside those in few bits.
+    # A merged layer computes one product instead of three. In bfloat16 the sum would round small updates away, so the adapter
+    # stays separate there, as it does beside quantized weights.
     merges = dtype == torch.float32 and not getattr(model, "is_quantized", False)
     if base is not None:
         model = load_adapter(model, folder)
         merges = merges and not model.active_peft_config.is_prompt_learning
         model = merge_adapter(model) if merges else model
-    # What the file says of sampling must not mix with the config's; its stop tokens are kept.
+    # Keep the stop tokens of the file, but not its sampling settings, which would mix with the config's.
     inner = model if base is None or merges else model.get_base_model()
     inner.generation_config = GenerationConfig(eos_token_id=inner.generation_config.eos_token_id)
     return model
@@ -53,13 +53,13 @@ def load_model(config: Config, folder: Path, device: torch.device) -> Any:
 def stop_tokens(
     tokenizer: Any, generation: GenerationConfig, more: Sequence[str], ends: Sequence[int] = ()
 ) -> list[int]:
-    """Tokens that end a turn.
+    """Collect the tokens that end a turn.
 
     Args:
-        tokenizer: its eos is one.
-        generation: the model's generation config, which names others.
+        tokenizer: its EOS token is one of them.
+        generation: the model's generation config, which may name others.
         more: tokens that the config names.
-        ends: those that end the turns of the data.
+        ends: end-of-turn tokens of the data.
     """
     named: Any = generation.eos_token_id
     named = list(named) if isinstance(named, list | tuple) else [named]
@@ -68,7 +68,7 @@ def stop_tokens(
 
 
 def named_tokens(tokenizer: Any, names: Sequence[str]) -> list[int]:
-    """The numbers of tokens.
+    """Look up the IDs of tokens.
 
     Raises:
         RequestError: the tokenizer has no such token.
@@ -77,14 +77,14 @@ def named_tokens(tokenizer: Any, names: Sequence[str]) -> list[int]:
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, [str(token) for token in tokenizer.all_special_tokens], n=1)
-            remedy = f"did you mean {near[0]!r}?" if near else "name one as the tokenizer writes it"
+            remedy = f"did you mean {near[0]!r}?" if near else "use the tokenizer's spelling"
             raise RequestError(f"generate.stop_tokens: the tokenizer has no token {name!r}; {remedy}")
     return [known[name] for name in names]
 
 
 def padding_token(tokenizer: Any, stops: Sequence[int], description: Any) -> int:
-    """A token to fill rows with that are shorter than others, or in place of a prompt of none."""
-    # A token that the tokenizer was given and the model was not cannot be looked up, not even to be masked.
+    """Choose the token that pads shorter rows and replaces an empty prompt."""
+    # A token that the tokenizer has but the model has no embedding for cannot be used, not even masked.
     known = description.get_text_config().vocab_size
     usable = (token for token in (tokenizer.pad_token_id, *stops) if token is not None and token < known)
     return next(usable, 0)

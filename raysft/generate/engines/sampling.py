@@ -1,4 +1,4 @@
-"""Draws that belong to a prompt, whatever else is in its batch."""
+"""Sampling that depends on the prompt alone, whatever else is in its batch."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from raysft.generate.engines.continuous_internals import ContinuousBatchingLogit
 def choose_tokens(
     scores: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_k: int, top_p: float
 ) -> torch.Tensor:
-    """Sample a token for each row with a given random number, over what temperature, top-k and top-p leave.
+    """Sample a token for each row with a given random number, after temperature, top-k and top-p.
 
     Args:
         scores: [rows, vocabulary] logits.
         uniforms: [rows] numbers in [0, 1).
         top_k: most probable tokens to keep; 0 keeps all.
-        top_p: of these, the most probable that together have this probability; the first one always.
+        top_p: keep the most probable of these that together reach this probability, at least one.
 
     Returns:
         [rows] token ids.
@@ -34,7 +34,7 @@ def choose_tokens(
     probability = torch.softmax(best.double(), dim=-1)
     before = probability.cumsum(-1) - probability
     probability = probability.masked_fill(before >= top_p, 0.0)
-    # In the order of the vocabulary, so that two tokens whose logits are nearly one change places in no draw.
+    # Sort by token ID, so that rounding cannot swap two tokens with nearly equal logits.
     tokens, order = tokens.sort(dim=-1)
     reached = probability.gather(-1, order).cumsum(-1)
     point = uniforms.double()[:, None] * reached[:, -1:]
@@ -43,18 +43,18 @@ def choose_tokens(
 
 
 def leave_one(scores: torch.Tensor, uniforms: torch.Tensor, settings: Any) -> torch.Tensor:
-    """[rows, vocabulary] scores that leave each row the one token that its random number chooses."""
+    """Mask all tokens of each row but the one that its random number selects; [rows, vocabulary]."""
     tokens = choose_tokens(scores, uniforms, settings.temperature, settings.top_k, settings.top_p)
     return torch.full_like(scores, float("-inf")).scatter_(1, tokens[:, None], 0.0)
 
 
 def uniform_numbers(seed: int, id: str, count: int) -> torch.Tensor:
-    """[count] numbers in [0, 1) that belong to a seed and a prompt, and to nothing else."""
+    """[count] numbers in [0, 1) that depend on the seed and the prompt only."""
     return torch.rand(count, generator=torch.Generator().manual_seed(prompt_seed(seed, id)))
 
 
 def prompt_seed(seed: int, id: str) -> int:
-    """A seed, from 0 to 2⁶³ - 1, that belongs to the run's seed and a prompt.
+    """Derive a seed from 0 to 2⁶³ - 1 from the run's seed and the prompt's id.
 
     >>> prompt_seed(7, "q:1") == prompt_seed(7, "q:1") != prompt_seed(7, "q:2")
     True
@@ -63,7 +63,7 @@ def prompt_seed(seed: int, id: str) -> int:
 
 
 class RowSampling(LogitsProcessor):
-    """Leaves each row the one token that its random number of this step chooses."""
+    """Logits processor that leaves each row the token that its random number of this step selects."""
 
     def __init__(self, settings: Any, uniforms: torch.Tensor, prompt_length: int) -> None:
         self._settings, self._uniforms, self._prompt_length = settings, uniforms, prompt_length
@@ -73,7 +73,7 @@ class RowSampling(LogitsProcessor):
 
 
 class RowLimits(StoppingCriteria):
-    """Ends a row at its own number of new tokens."""
+    """Stop each row at its own number of new tokens."""
 
     def __init__(self, limits: torch.Tensor, prompt_length: int) -> None:
         self._limits, self._prompt_length = limits, prompt_length
@@ -85,9 +85,9 @@ class RowLimits(StoppingCriteria):
 
 
 class RequestSampling(ContinuousBatchingLogitsProcessor):
-    """What ``RowSampling`` does, for requests of continuous batching, each of which is at a step of its own."""
+    """``RowSampling`` for continuous batching, where each request is at its own step."""
 
-    supported_kwargs: dict[str, type] = {}  # noqa: RUF012, the base class has it so
+    supported_kwargs: dict[str, type] = {}  # noqa: RUF012, as in the base class
     ignored_kwargs: tuple[str, ...] = ()
 
     def __init__(self, settings: Any) -> None:
@@ -96,11 +96,11 @@ class RequestSampling(ContinuousBatchingLogitsProcessor):
         self._lengths: dict[str, int] = {}
 
     def begin(self, uniforms: Mapping[str, torch.Tensor], lengths: Mapping[str, int]) -> None:
-        """Take up requests in place of those before.
+        """Replace the requests of the previous call.
 
         Args:
-            uniforms: by the request's name, a number in [0, 1) for each token that it may get.
-            lengths: tokens of its prompt.
+            uniforms: for each request, a number in [0, 1) for every token that it may generate.
+            lengths: for each request, the tokens of its prompt.
         """
         self._uniforms = {name: numbers.tolist() for name, numbers in uniforms.items()}
         self._lengths = dict(lengths)
@@ -109,12 +109,12 @@ class RequestSampling(ContinuousBatchingLogitsProcessor):
         int32_tensor.zero_()
 
     def prepare_tensor_args(self, requests_with_new_token: Sequence[Any]) -> torch.Tensor:
-        """[requests] float32, seen as the int32 that transformers carries to the device."""
+        """[requests] float32, viewed as the int32 that transformers copies to the device."""
         numbers = [self._number(request.state) for request in requests_with_new_token]
         return torch.tensor(numbers, dtype=torch.float32).view(torch.int32)
 
     def _number(self, state: Any) -> float:
-        # The position counts what is underway too. A request that warms up has no numbers; one that ended can be a step behind.
+        # The position includes tokens in flight. A warm-up request has no numbers; one that ended can be a step behind.
         numbers = self._uniforms.get(state.request_id, [0.0])
         step = state.position_offset - self._lengths.get(state.request_id, 0)
         return numbers[min(step, len(numbers) - 1)]
@@ -126,7 +126,7 @@ class RequestSampling(ContinuousBatchingLogitsProcessor):
 class RequestPenalty(ContinuousBatchingLogitsProcessor):
     """The repetition penalty of transformers for requests of continuous batching.
 
-    It reads each request's tokens where the step is prepared, so steps must neither overlap nor be recorded as graphs.
+    It reads each request's tokens while the step is prepared, so steps must neither overlap nor be captured as graphs.
     """
 
     supported_kwargs: dict[str, type] = {}  # noqa: RUF012
@@ -149,9 +149,9 @@ class RequestPenalty(ContinuousBatchingLogitsProcessor):
         if not self._used:
             return scores
         longest = max(len(tokens) for tokens in self._used)
-        # Filled up with a token of its own, for a token that is there twice counts once.
+        # Pad each row with one of its own tokens: a repeated token counts once.
         rows = [tokens + tokens[-1:] * (longest - len(tokens)) for tokens in self._used]
         ids: Any = torch.tensor(rows, device=scores.device)
-        # Prompts that are read in parts have rows without meaning at the end.
+        # Chunked prompts leave meaningless rows at the end.
         penalized: Any = self._penalty(ids, scores[: len(rows)])  # pyright: ignore
         return torch.cat([penalized, scores[len(rows) :]])

@@ -1,4 +1,4 @@
-"""transformers' own generation, batch by batch."""
+"""Static batches with ``model.generate`` of transformers."""
 
 from __future__ import annotations
 
@@ -9,28 +9,27 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor, StoppingCriteriaList
 
 from raysft.generate.engines.base import ModelEngine
-from raysft.generate.engines.context_window import scale_turn
+from raysft.generate.engines.context_window import longrope_threshold
 from raysft.generate.engines.interface import Completion
 from raysft.generate.engines.sampling import RowLimits, RowSampling, uniform_numbers
 
 TRIAL_TOKENS = 8
-"""Tokens, and as many of padding, by which it is found out whether a model passes over padding."""
+"""Tokens, and as many padding tokens, of the test whether a model ignores padding."""
 
 
 class TransformersEngine(ModelEngine):
     """Static batches through ``model.generate``, padded on the left.
 
-    Greedy: in float32 the text is that of ``model.generate`` on the prompt alone, token for token.
-    Sampling: each prompt draws from random numbers of its own, made from ``run.seed`` and its id, so a prediction does
-    not depend on the other prompts, their order, the number of engines or a restart. What remains is rounding: the
-    logits of a batch of another shape differ in their last digits, and a draw that falls just between two tokens (or a
-    greedy tie in bfloat16) can turn on that.
+    Greedy predictions in float32 equal ``model.generate`` on the prompt alone, token for token. When sampling, each prompt has
+    its own random numbers, derived from ``run.seed`` and its id, so that a prediction does not depend on other prompts, their
+    order, the number of engines or a restart. Only rounding remains: logits of a batch of another shape differ in their last
+    digits, which can decide a draw that falls between two tokens, or a greedy tie in bfloat16.
     """
 
     def complete(self, ids: Sequence[str], prompts: Sequence[Sequence[int]]) -> list[Completion]:
-        """Complete prompts, as the interface says."""
+        """Complete prompts."""
         size = self._settings.batch_size
-        alone = [self._goes_alone(prompt) for prompt in prompts]
+        alone = [self._runs_alone(prompt) for prompt in prompts]
         shared = [index for index in range(len(ids)) if not alone[index]]
         batches = [shared[at : at + size] for at in range(0, len(shared), size)]
         found: dict[int, Completion] = {}
@@ -39,23 +38,23 @@ class TransformersEngine(ModelEngine):
             found.update(zip(batch, completions, strict=True))
         return [found[index] for index in range(len(ids))]
 
-    def _goes_alone(self, prompt: Sequence[int]) -> bool:
-        """Whether what is beside a prompt in a batch would change its prediction, or it theirs."""
-        kept, turn = self._fit(prompt), scale_turn(self._model.config)
-        return not self._heeds_mask or (turn is not None and len(kept) + self._limit(kept) > turn)
+    def _runs_alone(self, prompt: Sequence[int]) -> bool:
+        """True if other prompts in the batch would change this prediction, or it theirs."""
+        kept, threshold = self._fit(prompt), longrope_threshold(self._model.config)
+        return not self._ignores_padding or (threshold is not None and len(kept) + self._limit(kept) > threshold)
 
     @functools.cached_property
     @torch.inference_mode()
-    def _heeds_mask(self) -> bool:
-        """Whether padding that is masked changes nothing, as found out; some models read it all the same (RWKV, XLNet)."""
+    def _ignores_padding(self) -> bool:
+        """True if masked padding changes nothing, by a test; some models read it anyway (RWKV, XLNet)."""
         prompt = torch.arange(TRIAL_TOKENS) % self._model.config.get_text_config().vocab_size
         alone, padded = (self._logits(prompt, pads) for pads in (0, TRIAL_TOKENS))
-        # What 16 bits round away is no difference.
+        # Tolerate the rounding of 16 bits.
         most = 1e-2 if self._model.dtype == torch.float32 else 0.5
         return bool(((alone - padded).abs() <= most * alone.std(-1, keepdim=True) + 1e-6).all())
 
     def _logits(self, prompt: torch.Tensor, pads: int) -> torch.Tensor:
-        """[2, vocabulary] logits of the two tokens that follow a prompt."""
+        """[2, vocabulary] logits of the two tokens after a prompt."""
         row = torch.cat([torch.full((pads,), self._padding), prompt])[None].to(self._device)
         mask = torch.cat([torch.zeros(pads), torch.ones(len(prompt))]).long()[None].to(self._device)
         settings = GenerationConfig(
@@ -91,13 +90,13 @@ class TransformersEngine(ModelEngine):
         ]
 
     def _by_beam(self, of_rows: torch.Tensor) -> torch.Tensor:
-        """[rows] → [rows · beams], as a beam search holds them."""
+        """[rows] → [rows · beams], the layout of a beam search."""
         return of_rows.repeat_interleave(self._settings.num_beams).to(self._device)
 
     def _processors(self, ids: Sequence[str], pads: torch.Tensor, longest: int) -> LogitsProcessorList:
         processors = LogitsProcessorList()
         if self._settings.repetition_penalty != 1.0:
-            # Padding is no token that was used; often it is the stop token, which a penalty would keep from coming.
+            # Padding was not used by the text; it is often the stop token, which a penalty would suppress.
             penalty = self._settings.repetition_penalty
             processors.append(RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=self._by_beam(pads)))
         if self._settings.do_sample:
