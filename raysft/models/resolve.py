@@ -43,44 +43,48 @@ def find_model(
         return _elsewhere(StoragePath.of(path), cache, notify, key, marks)
     if path.endswith(".gguf"):
         if not Path(path).is_file():
-            raise RequestError(f"{key}={path}: there is no such GGUF file")
+            raise RequestError(f"{key}={path}: GGUF file not found; check the path")
         return converted(Path(path), cache, notify, key)
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not any((folder / mark).exists() for mark in marks):
             raise RequestError(
-                f"{key}={path}: the folder holds no {' or '.join(marks)}; give a folder in Hugging Face's form"
+                f"{key}={path}: the folder contains no {' or '.join(marks)}; use a model folder in Hugging Face format"
             )
         return str(folder.absolute())
     if folder.exists():
-        raise RequestError(f"{key}={path}: is a file; give the folder that it lies in, or a GGUF file (*.gguf)")
+        raise RequestError(
+            f"{key}={path}: is a file, not a model folder; use the folder that contains it, or a GGUF file (*.gguf)"
+        )
     if not may_be_on_hub(path):
-        raise RequestError(f"{key}={path}: there is no such folder")
+        raise RequestError(f"{key}={path}: folder not found; check the path, or use a Hub id")
     return _on_hub(path, key, marks)
 
 
 def _elsewhere(
     place: StoragePath, cache: StoragePath, notify: Callable[[str], None], key: str, marks: Sequence[str]
 ) -> str:
-    """A model in an object store."""
+    """Return the URI of a model in object storage, or the folder that its GGUF file was converted to."""
     try:
         with retry_for(FIRST_SECONDS, notify):
             copy = Path(local_copy(place.location))
     except FileNotFoundError:
-        raise RequestError(f"{key}={place}: there is nothing; check the path") from None
+        raise RequestError(f"{key}={place}: not found; check the path") from None
     except (StorageFailed, OSError, ArrowException) as error:
         raise RequestError(
-            f"{key}={place}: cannot be read ({reason_of(error)}); check it and its credentials"
+            f"{key}={place}: cannot be read ({reason_of(error)}); check the path and its credentials"
         ) from None
     if copy.suffix == ".gguf":
         return converted(copy, cache, notify, key)
     if not any((copy / mark).exists() for mark in marks):
-        raise RequestError(f"{key}={place}: holds no {' or '.join(marks)}; give a folder in Hugging Face's form")
+        raise RequestError(
+            f"{key}={place}: contains no {' or '.join(marks)}; use a model folder in Hugging Face format"
+        )
     return place.location
 
 
 def _on_hub(path: str, key: str, marks: Sequence[str]) -> str:
-    """Check that the hub (or its local cache) has the model; the id itself is what each node loads."""
+    """Check that the Hub or its local cache has the model, and return its id, from which each node loads it."""
     from transformers import PreTrainedConfig
 
     try:
@@ -89,7 +93,7 @@ def _on_hub(path: str, key: str, marks: Sequence[str]) -> str:
         else:
             hf_config, _ = PreTrainedConfig.get_config_dict(local_copy(path))  # without the model's own code
             if not isinstance(hf_config, dict):
-                raise ValueError("config.json holds no mapping")
+                raise ValueError("config.json is not a mapping")
     except Exception as error:
-        raise RequestError(f"{key}={path}: is no folder here, and {hub.reason_of(error) or hub.UNUSABLE}") from None
+        raise RequestError(f"{key}={path}: not a local folder, and {hub.reason_of(error) or hub.UNUSABLE}") from None
     return path

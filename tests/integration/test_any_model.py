@@ -245,15 +245,15 @@ def test_what_cannot_be_is_refused_before_anything_starts(folder, other, adapter
     for verb in ("run", "check"):
         told = refused(folder, capsys, f"generate.model={other}", verb=verb)
         assert f"but generate.model={other}; remove generate.model, or use raysft generate" in told
-    assert "there is no such folder" in refused(folder, capsys, f"generate.model={tmp_path}/none")
-    assert "holds no config.json" not in refused(folder, capsys, f"generate.model={tmp_path}")
+    assert "folder not found" in refused(folder, capsys, f"generate.model={tmp_path}/none")
+    assert "contains no config.json" not in refused(folder, capsys, f"generate.model={tmp_path}")
     for file, part in (("adapter_model.safetensors", adapter), ("model.safetensors", other)):
         torn = tmp_path / part.name
         shutil.copytree(part, torn)
         (torn / file).unlink()
         assert "holds no weights" in refused(folder, capsys, f"generate.model={torn}")
     told = refused(folder, capsys, f"generate.model={other}/model.safetensors")
-    assert "is a file; give the folder that it lies in" in told
+    assert "is a file, not a model folder" in told
     torn = tmp_path / "torn"
     shutil.copytree(other, torn)
     weights = (torn / "model.safetensors").read_bytes()

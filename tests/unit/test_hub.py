@@ -98,7 +98,7 @@ def ask(monkeypatch, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_that_the_hub_does_not_give_is_one_line_in_time(ask, tmp_path, kind):
     line = ask(kind, lambda: find_model("some/model", StoragePath.of(tmp_path), print))
-    assert line.startswith("model.path=some/model: is no folder here, and ")
+    assert line.startswith("model.path=some/model: not a local folder, and ")
     assert KINDS[kind][1] in line
 
 

@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 
 from raysft.cli import main
+from raysft.cluster.placement import Node
 from raysft.config import Config, Source, parse, with_overrides
 from raysft.data.sources.files import find_files
 from raysft.data.tokenization.chat_template import chat_template
 from raysft.errors import RequestError
+from raysft.models.resolve import find_model
 from raysft.run.ownership import check_ownership, ensure_writable
+from raysft.run.resources import check_resources
+from raysft.storage.path import StoragePath
 from raysft.storage.run_directory import RunDirectory
 
 CONFIG = "model: {path: m}\ndata:\n  train:\n    - name: a\n      path: a.json\n"
@@ -100,6 +104,24 @@ def test_a_chat_template_with_a_wrong_block():
 def test_data_that_do_not_exist():
     assert refusal(find_files, Source(name="chats", path="chats/*.jsonl")) == (
         "source 'chats': chats/*.jsonl matches no file; check the path and the working directory"
+    )
+
+
+def test_a_model_that_does_not_exist(tmp_path):
+    assert refusal(find_model, f"{tmp_path}/none", StoragePath.of(tmp_path), print) == (
+        f"model.path={tmp_path}/none: folder not found; check the path, or use a Hub id"
+    )
+    (tmp_path / "empty").mkdir()
+    assert refusal(find_model, f"{tmp_path}/empty", StoragePath.of(tmp_path), print) == (
+        f"model.path={tmp_path}/empty: the folder contains no config.json; use a model folder in Hugging Face format"
+    )
+
+
+def test_a_cluster_that_is_too_small():
+    config = with_overrides(configured(), {"scaling.num_workers": 2, "scaling.use_gpu": True})
+    assert refusal(check_resources, config, [Node(cpus=8, gpus=1)]) == (
+        "scaling.num_workers=2 needs 2 GPUs and 1 CPUs per worker, but the cluster can place only 1 worker "
+        "(node 0: 8 CPUs, 1 GPUs); use scaling.num_workers=1, or add nodes"
     )
 
 

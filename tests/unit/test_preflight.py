@@ -161,15 +161,13 @@ def test_workers_and_engines_that_fit_nowhere_are_refused_before_the_model_is_lo
 
 def test_generation_with_any_model_needs_engines_and_no_workers(refusal, started):
     assert "generate.num_actors=9" in refusal("generate", "generate.model=./m", "generate.num_actors=9")
-    assert "generate.model=./m: there is no such folder" in refusal(
-        "generate", "generate.model=./m", "scaling.num_workers=9"
-    )
+    assert "generate.model=./m: folder not found" in refusal("generate", "generate.model=./m", "scaling.num_workers=9")
     assert len(started) == 2
 
 
 @pytest.mark.parametrize("verb", TRAINING)
 def test_a_model_that_is_not_there_is_refused_before_data_is_read(verb, refusal, started):
-    assert refusal(verb) == "model.path=./none: there is no such folder"
+    assert refusal(verb) == "model.path=./none: folder not found; check the path, or use a Hub id"
     assert started == ["r"]
 
 
@@ -179,7 +177,7 @@ def test_the_model_of_every_trial_is_checked_before_data_is_read(capsys, started
     def check_model_files(config, notify):
         checked.append(config.model.path)
         if config.model.path == "./other":
-            raise RequestError("model.path=./other: there is no such folder")
+            raise RequestError("model.path=./other: folder not found")
 
     monkeypatch.setattr(preflight, "check_model_files", check_model_files)
     assert main(["tune", "c.yaml", "tune.space={model.path: [./none, ./other]}"]) == 2
