@@ -12,11 +12,12 @@ from raysft.cluster.connect import cluster
 from raysft.config import Config, parse
 from raysft.errors import RequestError
 from raysft.run.context import open_run
+from raysft.run.inputs import read_inputs
 from raysft.run.ownership import ensure_writable
 from raysft.run.pipeline import evaluate_model, generate_predictions, print_report, train_model
 from raysft.run.plan import Plan
 from raysft.run.predict import predict
-from raysft.run.preflight import preflight, read_inputs
+from raysft.run.preflight import preflight
 from raysft.storage.local_cache import local_copy
 from raysft.storage.path import StoragePath
 from raysft.storage.retry import FIRST_SECONDS, retry_for

@@ -18,7 +18,7 @@ from raysft.data.shards.shard_set import ShardSet, resolve_shard_set
 from raysft.data.shards.shard_writer import write_shards
 from raysft.data.sources.sampling import RandomSample
 from raysft.errors import RequestError
-from raysft.run.preflight import check_tokens
+from raysft.run.inputs import check_tokens
 from tests import messages
 from tests.shards import data_config, the_set, write_records, written
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer

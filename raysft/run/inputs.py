@@ -1,0 +1,144 @@
+"""The model and the data of a run: found, checked and prepared before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raysft.config import Config, with_overrides
+from raysft.data.prepare import PreparedData, prepare, prepare_prompts
+from raysft.data.shards.manifest import Manifest
+from raysft.data.tokenization.tokenizer import load_once
+from raysft.errors import RequestError
+from raysft.models.weight_files import check_weights, embedding_rows
+from raysft.storage.local_cache import local_copy, model_copy
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model that can be trained as the config says."""
+
+    model: str
+    """Folder, URI or hub id of the model to start from, with earlier adapters merged."""
+    adapter: str | None
+    """Folder of the adapter to continue from."""
+    embedding_rows: int | None
+    """Number of tokens that it has embeddings for; None if it does not say."""
+
+
+@dataclass(frozen=True)
+class PromptInputs:
+    """Prompts for any model, ``generate.model``."""
+
+    model: str
+    """Folder, URI or hub id."""
+    manifests: list[Manifest]
+    tokenizer: Any
+    embedding_rows: int | None
+    """Number of tokens that the model has embeddings for; None if it does not say."""
+
+
+def read_inputs(config: Config, notify: Callable[[str], None]) -> tuple[Config, str, str | None, PreparedData]:
+    """Return the config with what the data decided, the model, the adapter to continue from, and the data.
+
+    Raises:
+        RequestError: they cannot be used as asked.
+    """
+    files = check_model_files(config, notify)
+    config, prepared = prepare_data(config, files, notify)
+    return config, files.model, files.adapter, prepared
+
+
+def check_model_files(config: Config, notify: Callable[[str], None]) -> ModelFiles:
+    """Find the model, merge adapters into it, and refuse what cannot be trained or generated with."""
+    from raysft.models.adapters import find_adapter
+    from raysft.models.resolve import find_model
+    from raysft.train.check_model import check_model
+
+    model = find_model(config.model.path, config.cache_directory, notify)
+    hf_config = check_model(config, model, notify)
+    check_generation(config, model)
+    model, adapter = find_adapter(config, model, notify)
+    return ModelFiles(
+        model, adapter, embedding_rows(Path(local_copy(model)), hf_config, f"model.path={config.model.path}")
+    )
+
+
+def check_generation(config: Config, model: str) -> None:
+    """Refuse settings of ``generate`` that the model does not support."""
+    if config.generates:
+        from raysft.generate.engines import check_suitable
+
+        check_suitable(config, model)
+
+
+def prepare_data(config: Config, files: ModelFiles, notify: Callable[[str], None]) -> tuple[Config, PreparedData]:
+    """Tokenize the data, and return the config with the batch size that it decides."""
+    from raysft.train.deepspeed_config import deepspeed_settings
+
+    prepared = prepare(config, files.model, notify)
+    manifests = (*prepared.train, *prepared.eval, *prepared.prompts)
+    tokenizer = load_once(files.model, config.model.runs_code)
+    largest = (manifest.largest_token for manifest in manifests)
+    check_tokens(largest, files.embedding_rows, tokenizer, f"model.path={config.model.path}")
+    if config.train.global_batch_size == "auto":
+        config = with_overrides(config, {"train.global_batch_size": prepared.train_rows.row_plan.global_batch_size})
+        deepspeed_settings(config, config.scaling.most_workers)
+    return config, prepared
+
+
+def check_tokens(used: Iterable[tuple[int, str]], rows: int | None, tokenizer: Any, named: str) -> None:
+    """Refuse text whose tokens the model has no embeddings for: somebody may have added tokens to the tokenizer alone.
+
+    Args:
+        used: token ids, and where each of them occurs.
+        rows: number of tokens that the model has embeddings for; None if it does not say.
+        tokenizer: the tokenizer that made them.
+        named: the model as messages name it, ``model.path=PATH``.
+    """
+    for token, where in used:
+        if rows is not None and token >= rows:
+            raise RequestError(
+                f"{named}: its tokenizer has {len(tokenizer)} tokens, but the model embeddings for {rows}; {where} holds token "
+                f"{token} ({tokenizer.convert_ids_to_tokens(token)!r}); put the tokenizer that belongs to the model into its "
+                f"folder, or resize the model's embeddings to {len(tokenizer)} (resize_token_embeddings) and save it"
+            )
+
+
+def training_identity(model: str, adapter: str | None, prepared: PreparedData) -> dict[str, str]:
+    """Hashes of what a training is of, by name, as ``Cursor`` keeps them."""
+    from raysft.models.fingerprint import model_fingerprint
+    from raysft.train.checkpoint.cursor import EVALUATION
+
+    identity = {"the model": model_fingerprint(model)}
+    if adapter:
+        identity["the adapter"] = model_fingerprint(adapter)
+    identity |= {f"the data of source {manifest.name!r}": manifest.key for manifest in prepared.train}
+    return identity | {EVALUATION: " ".join(manifest.key for manifest in prepared.eval)}
+
+
+def read_prompts(config: Config, notify: Callable[[str], None]) -> PromptInputs:
+    """Check ``generate.model``, and tokenize the prompts with its tokenizer."""
+    from raysft.models.adapter_files import adapter_base
+    from raysft.models.architecture import read_hf_config
+    from raysft.models.quantization import check_method, method_of, quantization_config
+    from raysft.models.remote_code import code_name, runs_code
+    from raysft.models.resolve import find_model
+    from raysft.models.tokenizer import tokenizer_folder
+
+    key = "generate.model"
+    model = find_model(config.generate.model or "", config.cache_directory, notify, key, accept_adapter=True)
+    folder, named = model_copy(model), f"{key}={model}"
+    base = adapter_base(folder)
+    check_weights(folder, named)
+    hf_config = read_hf_config(config, str(base or folder), code_name(config, folder), notify, key)
+    if method := method_of(hf_config):
+        check_method(named, method, config)
+    quantization_config(config)
+    check_generation(config, model)
+    rows = embedding_rows(base or folder, hf_config, named)
+    tokenizer_path, trusted = str(tokenizer_folder(folder)), runs_code(config, folder)
+    manifests = prepare_prompts(config, tokenizer_path, trusted, notify)
+    return PromptInputs(model, manifests, load_once(tokenizer_path, trusted), rows)
