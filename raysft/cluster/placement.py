@@ -77,9 +77,19 @@ def listed(nodes: Sequence[Node], use_gpu: bool) -> str:
     'node 0: 2 CPUs; 10.0.0.8: 4 CPUs'
     """
     lines = [
-        f"{node.name or f'node {index}'}: {node.cpus:g} CPUs" + (f", {node.gpus:g} GPUs" if use_gpu else "")
+        f"{node.name or f'node {index}'}: {counted(node.cpus, 'CPU')}"
+        + (f", {counted(node.gpus, 'GPU')}" if use_gpu else "")
         for index, node in enumerate(nodes[:LISTED_NODES])
     ]
     if len(nodes) > LISTED_NODES:
         lines.append(f"and {len(nodes) - LISTED_NODES} more")
     return "; ".join(lines) or "no nodes"
+
+
+def counted(number: float, noun: str) -> str:
+    """Return a number with its noun, for messages.
+
+    >>> counted(1, "worker"), counted(0.5, "CPU")
+    ('1 worker', '0.5 CPUs')
+    """
+    return f"{number:g} {noun}{'' if number == 1 else 's'}"

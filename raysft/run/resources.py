@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from raysft.cluster.placement import TASK_CPUS, Node, listed, max_workers
+from raysft.cluster.placement import TASK_CPUS, Node, counted, listed, max_workers
 from raysft.config import Config
 from raysft.errors import RequestError
 
@@ -27,10 +27,10 @@ def check_resources(config: Config, nodes: Sequence[Node], reserved_cpus: float 
     beside_data = max_workers(nodes, cpus_per_worker, use_gpu, reserved_cpus)
     if count > capacity:
         at_least = "at least " if scaling.is_elastic else ""
-        gpus = f"{_count(count, 'GPU')} and " if use_gpu else ""
+        gpus = f"{at_least}{counted(count, 'GPU')} and " if use_gpu else ""
         raise RequestError(
-            f"{workers} needs {at_least}{gpus}{cpus_per_worker:g} CPUs per worker, but the cluster can place only "
-            f"{_count(capacity, 'worker')} ({listed(nodes, use_gpu)}); {_remedy(nodes, beside_data, cpus_per_worker, use_gpu)}"
+            f"{workers} needs {gpus}{counted(cpus_per_worker, 'CPU')} per worker, but the cluster can place only "
+            f"{counted(capacity, 'worker')} ({listed(nodes, use_gpu)}); {_remedy(nodes, beside_data, cpus_per_worker, use_gpu)}"
         )
     if count > beside_data:
         cpus = sum(node.cpus for node in nodes)
@@ -43,10 +43,6 @@ def check_resources(config: Config, nodes: Sequence[Node], reserved_cpus: float 
             f"{TASK_CPUS:g} of them for data on one node, but the cluster has {cpus:g} ({listed(nodes, use_gpu)}); "
             + (f"use scaling.cpus_per_worker={fitting:g}" if fitting else fewer)
         )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _remedy(nodes: Sequence[Node], workers: int, cpus_per_worker: float, use_gpu: bool) -> str:

@@ -126,8 +126,8 @@ def test_a_wrong_sweep_is_one_line(override, reason, capsys):
 @pytest.mark.parametrize(
     ("override", "reason"),
     [
-        ("scaling.num_workers=3", "scaling.num_workers=3 needs 1 CPUs per worker"),
-        ("tune.space={scaling.num_workers: [1, 3]}", "scaling.num_workers=3 needs 1 CPUs per worker"),
+        ("scaling.num_workers=3", "scaling.num_workers=3 needs 1 CPU per worker"),
+        ("tune.space={scaling.num_workers: [1, 3]}", "scaling.num_workers=3 needs 1 CPU per worker"),
         ("scaling.cpus_per_worker=1.45", "leave no CPU for data tasks"),
         ("generate.num_actors=2", "generation in a trial needs 2 whole CPUs"),
     ],

@@ -120,8 +120,8 @@ def test_a_model_that_does_not_exist(tmp_path):
 def test_a_cluster_that_is_too_small():
     config = with_overrides(configured(), {"scaling.num_workers": 2, "scaling.use_gpu": True})
     assert refusal(check_resources, config, [Node(cpus=8, gpus=1)]) == (
-        "scaling.num_workers=2 needs 2 GPUs and 1 CPUs per worker, but the cluster can place only 1 worker "
-        "(node 0: 8 CPUs, 1 GPUs); use scaling.num_workers=1, or add nodes"
+        "scaling.num_workers=2 needs 2 GPUs and 1 CPU per worker, but the cluster can place only 1 worker "
+        "(node 0: 8 CPUs, 1 GPU); use scaling.num_workers=1, or add nodes"
     )
 
 

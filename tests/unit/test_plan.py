@@ -53,7 +53,7 @@ def test_what_the_cluster_can_place_is_accepted(nodes, scaling, reserved):
             cpus(2),
             {"num_workers": [3, 8]},
             [
-                "scaling.num_workers=[3, 8] needs at least 1 CPUs per worker",
+                "scaling.num_workers=[3, 8] needs 1 CPU per worker",
                 "only 2 workers (node 0: 2 CPUs)",
                 "use scaling.num_workers=1,",
             ],
@@ -61,7 +61,7 @@ def test_what_the_cluster_can_place_is_accepted(nodes, scaling, reserved):
         (
             cpus(2),
             {"num_workers": 3},
-            ["scaling.num_workers=3 needs 1 CPUs per worker", "only 2 workers", "use scaling.num_workers=1,"],
+            ["scaling.num_workers=3 needs 1 CPU per worker", "only 2 workers", "use scaling.num_workers=1,"],
         ),
         (
             cpus(2, 2),
@@ -77,7 +77,7 @@ def test_what_the_cluster_can_place_is_accepted(nodes, scaling, reserved):
             {"cpus_per_worker": 2},
             [
                 "only 0 workers",
-                f"({'; '.join(f'node {index}: 1 CPUs' for index in range(8))}; and 3 more)",
+                f"({'; '.join(f'node {index}: 1 CPU' for index in range(8))}; and 3 more)",
                 "lower scaling.cpus_per_worker=2, or add nodes",
             ],
         ),
@@ -86,8 +86,8 @@ def test_what_the_cluster_can_place_is_accepted(nodes, scaling, reserved):
             [Node(8.0, 1.0), Node(8.0)],
             {"num_workers": 2, "use_gpu": True},
             [
-                "scaling.num_workers=2 needs 2 GPUs and 1 CPUs per worker",
-                "only 1 worker (node 0: 8 CPUs, 1 GPUs; node 1: 8 CPUs, 0 GPUs)",
+                "scaling.num_workers=2 needs 2 GPUs and 1 CPU per worker",
+                "only 1 worker (node 0: 8 CPUs, 1 GPU; node 1: 8 CPUs, 0 GPUs)",
                 "use scaling.num_workers=1, or add nodes",
             ],
         ),
@@ -102,7 +102,7 @@ def test_what_the_cluster_can_place_is_accepted(nodes, scaling, reserved):
             {"num_workers": 4, "use_gpu": True},
             [
                 "needs 4 GPUs and",
-                "only 1 worker (node 0: 1 CPUs, 4 GPUs; node 1: 8 CPUs, 0 GPUs)",
+                "only 1 worker (node 0: 1 CPU, 4 GPUs; node 1: 8 CPUs, 0 GPUs)",
                 "use scaling.num_workers=1",
             ],
         ),
