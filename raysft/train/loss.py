@@ -72,7 +72,22 @@ class TokenLoss(nn.Module):
         decoder, head = _parts(self.model)
         # Without a cache, transformers derives the examples from the positions; with a cache it silently does not.
         inputs = self._inputs(decoder, input_ids, position_ids)
-        hidden = self._hidden(decoder, inputs, position_ids)
+        objective = CROSS_ENTROPY if score else self.objective
+        chunks = self._chunks(self._hidden(decoder, inputs, position_ids), labels, weights, sources)
+        totals = []
+        for chunk in chunks:
+            arguments: Any = (_with_scale(head, self.model), objective, *chunk, number_of_sources, score)
+            if len(chunks) > 1 and torch.is_grad_enabled():
+                totals.append(checkpoint(_chunk_loss, *arguments, use_reentrant=False))
+            else:
+                totals.append(_chunk_loss(*arguments))
+        loss, by_source, correct = (torch.stack(column).sum(0) for column in zip(*totals, strict=True))  # type: ignore[arg-type]
+        return loss, by_source, correct
+
+    def _chunks(
+        self, hidden: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None, sources: torch.Tensor | None
+    ) -> list[tuple[torch.Tensor | None, ...]]:
+        """Select the loss tokens, and split their (hidden states, targets, weights, sources) into chunks."""
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).reshape(-1)
         chosen = targets != IGNORE_INDEX
         if not chosen.any():
@@ -89,16 +104,7 @@ class TokenLoss(nn.Module):
         columns = [
             [None] * chunks if values is None else _split(values, chunks) for values in (hidden, targets, *shifted)
         ]
-        objective = CROSS_ENTROPY if score else self.objective
-        totals = []
-        for chunk in zip(*columns, strict=True):
-            arguments: Any = (_with_scale(head, self.model), objective, *chunk, number_of_sources, score)
-            if chunks > 1 and torch.is_grad_enabled():
-                totals.append(checkpoint(_chunk_loss, *arguments, use_reentrant=False))
-            else:
-                totals.append(_chunk_loss(*arguments))
-        loss, by_source, correct = (torch.stack(column).sum(0) for column in zip(*totals, strict=True))  # type: ignore[arg-type]
-        return loss, by_source, correct
+        return list(zip(*columns, strict=True))
 
     def _hidden(self, decoder: Any, inputs: dict[str, torch.Tensor], position_ids: torch.Tensor) -> torch.Tensor:
         """[rows, tokens, size]"""
