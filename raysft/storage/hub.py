@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from functools import lru_cache, partial
 from typing import Any
 
+from raysft.errors import one_line
+
 ATTEMPT_SECONDS = 10.0
 """Longest wait for a byte of one request."""
 MIN_BYTES_PER_SECOND = 1024
@@ -70,7 +72,7 @@ def _send(send: Any, unreachable: dict[str, float], request: Any, **options: Any
                 pause, limit = float(retry_after), RETRY_AFTER_SECONDS
                 reason += f", retry after {retry_after} s"
         except (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError) as error:
-            reason = str(error) or type(error).__name__
+            reason = one_line(error)
         if time.monotonic() - started + pause > limit:
             unreachable[server] = time.monotonic()
             # On this error, unlike on others, the libraries fall back to their caches.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raysft.config import Config, refuse_secrets
-from raysft.errors import RequestError
+from raysft.errors import RequestError, one_line
 from raysft.train.deepspeed_internals import numel
 
 OURS = ("optimizer", "scheduler", "data_efficiency", "curriculum_learning")
@@ -98,7 +98,7 @@ def _given(config: Config) -> Mapping[str, Any]:
     try:
         read = json.loads(Path(given).expanduser().read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise RequestError(f"train.deepspeed={given}: cannot be read as JSON ({reason}); fix the file") from None
     if not isinstance(read, dict):
         raise RequestError(
