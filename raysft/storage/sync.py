@@ -67,7 +67,7 @@ class Sync:
                     self._synced[name] = signature
 
     def start(self) -> None:
-        """Start to push regularly; report a storage that fails once."""
+        """Start pushing at intervals; report a failing storage once."""
         self._thread = threading.Thread(target=self._run, name="sync", daemon=True)
         self._thread.start()
 
@@ -85,12 +85,11 @@ class Sync:
                         f"{reason_of(error)}; the run continues, and uploads its files when the storage answers"
                     )
                 failed = True
-            pause = max(
-                EVERY_SECONDS, 10 * (time.monotonic() - started)
-            )  # uploads of a long log take at most a tenth of the time
+            # Uploads of a long log take at most a tenth of the time.
+            pause = max(EVERY_SECONDS, 10 * (time.monotonic() - started))
 
     def stop(self) -> None:
-        """Stop to push regularly."""
+        """Stop pushing."""
         self._stopped.set()
         if self._thread is not None:
             self._thread.join()
