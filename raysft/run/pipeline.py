@@ -68,7 +68,7 @@ def run(config: Config, callbacks: Sequence[Any] = (), allow_changed: bool = Fal
 
 def train_model(context: RunContext, callbacks: Sequence[Any] = ()) -> None:
     """Train and evaluate; results go to ``train_results.json`` and ``eval_results.json``."""
-    from raysft.train.checkpoint.format import remove_passing
+    from raysft.train.checkpoint.format import remove_temporary
 
     if context.directory.is_done():
         context.terminal.line(
@@ -77,7 +77,7 @@ def train_model(context: RunContext, callbacks: Sequence[Any] = ()) -> None:
     else:
         _train(context, callbacks)
     with suppress(StorageFailed), retry_for(0):
-        remove_passing(context.directory.checkpoints)
+        remove_temporary(context.directory.checkpoints)
 
 
 def _train(context: RunContext, callbacks: Sequence[Any]) -> None:

@@ -94,7 +94,7 @@ def train(job: TrainJob, handle: Emit) -> dict[str, dict[str, float]]:
     """
     end = _fit(job, train_worker, handle)
     with suppress(StorageFailed), retry_for(0):
-        format.tidy(job.run.checkpoints, job.config.train.keep_last)  # the last checkpoint may have completed late
+        format.prune(job.run.checkpoints, job.config.train.keep_last)  # the last checkpoint may have completed late
     return asdict(end)
 
 

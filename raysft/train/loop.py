@@ -31,7 +31,7 @@ from raysft.telemetry.events import (
 from raysft.train.checkpoint import format
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.checkpoint.resume import ResumePoint
-from raysft.train.checkpoint.triggers import Due, Notice
+from raysft.train.checkpoint.triggers import CheckpointTrigger, Notice
 from raysft.train.deepspeed_internals import numel
 from raysft.train.early_stopping import EarlyStopper, known_best
 from raysft.train.export import Exporter
@@ -102,7 +102,7 @@ class _Loop:
     def __init__(self, job: TrainJob, device: torch.device, emit: Emit, save: Save, notice: Notice) -> None:
         self.job, self.device, self.save = job, device, save
         self.rank, self.workers = dist.get_rank(), dist.get_world_size()
-        self.due = Due(job.config.train, self.rank, notice)
+        self.trigger = CheckpointTrigger(job.config.train, self.rank, notice)
         self.emit: Emit = emit if self.rank == 0 else lambda event: None
         self.log: deque[dict[str, Any]] = deque(maxlen=LOG_RECORDS)
         self.row_plan: RowPlan = job.train_rows.row_plan
@@ -157,7 +157,7 @@ class _Loop:
             )
         )
         self.started = time.perf_counter()
-        self.due.start_clock()
+        self.trigger.start_clock()
 
     def step(self, batch: Batch | None, cursor: Cursor) -> Cursor:
         """Train on one step's rows and log it; returns the cursor after it."""
@@ -167,7 +167,7 @@ class _Loop:
         started = time.perf_counter()
         lr = self.engine.get_lr()[0]
         weight, sources = float(self.row_plan.step_weight[index]), len(self.job.train_rows.sources)
-        result = train_step(self.engine, batch, weight, sources, self.due.asks)
+        result = train_step(self.engine, batch, weight, sources, self.trigger.requests)
         seconds = time.perf_counter() - started
         if not result.applied:
             self._skip(index, result)
@@ -175,8 +175,8 @@ class _Loop:
         cursor = Cursor(index + 1, self.row_plan.consumed(index + 1), cursor.tokens + tokens, cursor.identity)
         elapsed = time.perf_counter() - self.started
         remaining = (self.row_plan.steps - cursor.step) * elapsed / (cursor.step - self.first_step)
-        if self.due.hear(cursor.step, result.noticed, result.late):
-            self.emit(PreemptionNotice(cursor.step, self.due.notice()))
+        if self.trigger.update(cursor.step, result.noticed, result.late):
+            self.emit(PreemptionNotice(cursor.step, self.trigger.notice()))
         record = self.step_metrics.record(cursor, result, lr, seconds, self.data_wait, elapsed, remaining)
         self.log.append(asdict(record))
         self.emit(record)
@@ -218,8 +218,8 @@ class _Loop:
             best = self.early_stopper.best
             if self.early_stopper.should_stop and best:
                 self.emit(StoppedEarly(cursor.step, best.step, best.loss))
-        if self.due.after(cursor.step):
-            self._checkpoint(replace(cursor, passing=not self.due.by_steps(cursor.step)))
+        if self.trigger.is_due(cursor.step):
+            self._checkpoint(replace(cursor, temporary=not self.trigger.is_scheduled(cursor.step)))
 
     def evaluate(self, cursor: Cursor) -> dict[str, float]:
         """Evaluate all sets, log and return the results."""
@@ -244,7 +244,7 @@ class _Loop:
 
     def _checkpoint(self, cursor: Cursor) -> None:
         self.save(self.engine, replace(cursor, best=self.early_stopper.best), list(self.log))
-        self.due.start_clock()
+        self.trigger.start_clock()
 
     def finish(self, cursor: Cursor) -> None:
         """Evaluate, save the last checkpoint, write the model, and report the results."""

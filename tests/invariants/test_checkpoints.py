@@ -144,7 +144,7 @@ def test_checkpoints_by_time_resume_bit_for_bit_and_all_workers_write_them_toget
     assert not (tmp_path / "short").exists(), "a shorter run writes none"
     assert [folder.name for folder in format.complete(tmp_path / "apart")] == ["checkpoint_3"]
     cursors = [Cursor.read(folder) for folder in format.complete(tmp_path / "often")]
-    assert [(cursor.step, cursor.passing) for cursor in cursors] == [(3, True), (2, True), (1, True)]
+    assert [(cursor.step, cursor.temporary) for cursor in cursors] == [(3, True), (2, True), (1, True)]
     [second] = train_all([by_time("second", resume=tmp_path / "often" / "checkpoint_2")], 2)
     assert often.losses == apart.losses == short.losses
     assert (second.losses, second.norms) == (often.losses[2:], often.norms[2:])

@@ -76,20 +76,20 @@ def test_the_newest_are_kept_and_what_is_half_written_before_them_goes(checkpoin
 
 
 def test_passing_ones_push_no_others_out_and_go_when_the_model_is_written(checkpoints):
-    def have(*passing: int) -> None:
+    def have(*temporary: int) -> None:
         for step in (1, 2, 3, 4, 5):
-            cursor = replace(part(step).cursor, passing=step in passing)
+            cursor = replace(part(step).cursor, temporary=step in temporary)
             format.write(replace(part(step), cursor=cursor), checkpoints / folder_name(step, "a"))
 
     have(4, 5)
-    format.tidy(checkpoints, 2)
+    format.prune(checkpoints, 2)
     assert steps(checkpoints) == [5, 4, 3, 2], "the newest two, and the newest two that were asked for"
-    format.remove_passing(checkpoints)
+    format.remove_temporary(checkpoints)
     assert steps(checkpoints) == [3, 2]
     have(1, 2, 3, 4, 5)
-    format.tidy(checkpoints, 2)
+    format.prune(checkpoints, 2)
     assert steps(checkpoints) == [5, 4]
-    format.remove_passing(checkpoints)
+    format.remove_temporary(checkpoints)
     assert not checkpoints.entries()
 
 
@@ -179,7 +179,7 @@ def test_ranges_of_parts_are_read_and_what_differs_from_its_digest_is_found(chec
     assert weight.tolist() == [3, 4, 5, 6]
     assert average.tolist() == list(range(10))
     pieces.want("weight", "w", 8, torch.zeros(4))
-    with pytest.raises(RunFailed, match="it holds no weight of w"):
+    with pytest.raises(RunFailed, match="it has no weight of w"):
         pieces.read()
     content = bytearray((folder / "part_1.safetensors").read_bytes())
     content[-1] ^= 1

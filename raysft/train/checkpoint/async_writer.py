@@ -1,4 +1,4 @@
-"""Checkpoints written while the training goes on. A storage that fails costs a checkpoint, never the training."""
+"""Checkpoints are written while training continues. A storage that fails costs a checkpoint, never the training."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.checkpoint.format import Snapshot
 
 SAVE_SECONDS = 1800
-"""How long the end of the training waits for the last checkpoint."""
+"""How long the end of a training waits for the last checkpoint."""
 STALL_SECONDS = 300
-"""How long a training waits for the checkpoint before; well below what other workers wait for it in a collective."""
+"""How long a training waits for the previous checkpoint; well below the timeout of other workers in a collective."""
 
 
 class AsyncWriter:
-    """Writes one worker's part of each checkpoint in a thread, one at a time. All workers make one together."""
+    """Write one worker's part of each checkpoint in a thread, one at a time. All workers create their writers together."""
 
     def __init__(self, checkpoints: StoragePath, keep: int, emit: Emit) -> None:
         """
@@ -50,22 +50,22 @@ class AsyncWriter:
         """Makes the newest one, where it is not written."""
 
     def __call__(self, engine: Any, cursor: Cursor, log: list[dict[str, Any]]) -> None:
-        """Copy this worker's part, and write it while the training goes on."""
+        """Copy this worker's part, and write it while training continues."""
         self._owed = partial(format.snapshot, engine, cursor, log)
-        # A second copy of the state would need its memory once more: what is slow is waited for, what fails is not.
+        # A second copy of the state would double its memory: wait for a slow storage, but not for one that fails.
         if self._wait(STALL_SECONDS, while_failing=False):
             self._start()
         else:
             self._unsaved(cursor.step, f"that after step {self._step} is still being written", skipped=True)
 
     def close(self) -> None:
-        """Wait for the last one; nothing changes the state any more, so that it may also be copied now."""
+        """Wait for the last checkpoint. The state no longer changes, so one that is still owed can be copied now."""
         done = self._wait(SAVE_SECONDS)
         if done and self._owed:
             self._start()
             done = self._wait(SAVE_SECONDS)
         if not done:
-            self._unsaved(self._step, f"it was not written within {SAVE_SECONDS} s, its storage hangs")
+            self._unsaved(self._step, f"its storage did not finish the write within {SAVE_SECONDS} s")
 
     def _start(self) -> None:
         assert self._owed
@@ -76,7 +76,7 @@ class AsyncWriter:
         self._thread.start()
 
     def _wait(self, seconds: float, while_failing: bool = True) -> bool:
-        """Wait until the checkpoint before is written or given up; whether it is."""
+        """Wait until the previous checkpoint is written or given up; return True if it is."""
         limit = time.monotonic() + seconds
         while self._thread is not None and self._thread.is_alive():
             if time.monotonic() > limit or (self._failing.is_set() and not while_failing):
@@ -96,9 +96,9 @@ class AsyncWriter:
             return
         if self._rank == 0:
             self._emit(CheckpointSaved(part.cursor.step, part.cursor.rows))
-            # What could not be removed now is so after the next.
+            # What cannot be removed now is removed after the next checkpoint.
             with suppress(Exception), retry_for(0):
-                format.tidy(self._checkpoints, self._keep)
+                format.prune(self._checkpoints, self._keep)
 
     def _unsaved(self, step: int, reason: str, skipped: bool = False) -> None:
         self._emit(CheckpointFailed(step, reason, skipped))

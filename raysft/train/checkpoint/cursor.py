@@ -1,4 +1,4 @@
-"""How far a training is, as each checkpoint and each line of the log knows it."""
+"""The position of a training, in each checkpoint and each record of the log."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from raysft.storage.path import StoragePath
 
 EVALUATION = "what is evaluated"
-"""Name of the evaluation sets in a cursor's identity: with others the best evaluation so far says nothing."""
+"""The key of the evaluation sets in a cursor's identity: if they change, the best evaluation so far does not count."""
 
 
 @dataclass(frozen=True)
@@ -18,50 +18,50 @@ class Best:
     """The best evaluation so far."""
 
     step: int
-    """Optimizer steps done when it was made."""
+    """Optimizer steps done at that evaluation."""
     since: int
     """Evaluations since the last improvement."""
     results: dict[str, float]
     """As ``eval_results.json`` holds them."""
     bar: float = math.inf
-    """The loss that was the last improvement by more than ``early_stopping.threshold``."""
+    """The loss of the last improvement by more than ``early_stopping.threshold``."""
     seen: int = 0
-    """Optimizer steps done at the last evaluation that it was compared with."""
+    """Optimizer steps done at the latest evaluation that was compared with it."""
     kept: bool = True
-    """Whether its model was kept."""
+    """True if its model was kept."""
 
     @property
     def loss(self) -> float:
-        """By which it is the best."""
+        """The loss by which it is the best."""
         return self.results["eval_loss"]
 
 
 @dataclass(frozen=True)
 class Cursor:
-    """How far a training is: with seed and manifest it says exactly what is left."""
+    """The position of a training; with the seed and the manifests it determines exactly which rows remain."""
 
     step: int
     """Optimizer steps done."""
     rows: int
     """Rows consumed, over all workers."""
     tokens: int
-    """Tokens without padding in them."""
+    """Tokens in those rows, without padding."""
     identity: dict[str, str]
-    """What it is a training of: hashes of the model, of each source and of what is evaluated, by name."""
+    """Name → hash of what is trained: the model, each source and the evaluation sets."""
     best: Best | None = None
     workers: int = 1
-    """How many wrote the checkpoint."""
-    passing: bool = False
-    """Whether it is removed once the model is written: ``save_every_steps`` did not ask for it."""
+    """Number of workers that wrote the checkpoint."""
+    temporary: bool = False
+    """True if it is removed once the model is written, because ``save_every_steps`` did not ask for it."""
 
     @classmethod
     def read(cls, folder: StoragePath | Path) -> Cursor:
-        """The cursor of a checkpoint."""
+        """Read the cursor of a checkpoint."""
         return cls.parse((StoragePath.of(folder) / "cursor.json").read_bytes())
 
     @classmethod
     def parse(cls, content: bytes) -> Cursor:
-        """The cursor in the content of ``cursor.json``."""
-        whole = json.loads(content)
-        best = whole.pop("best", None)
-        return cls(**whole, best=Best(**best) if best else None)
+        """Parse the content of ``cursor.json``."""
+        values = json.loads(content)
+        best = values.pop("best", None)
+        return cls(**values, best=Best(**best) if best else None)

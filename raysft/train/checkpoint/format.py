@@ -1,9 +1,9 @@
-"""State to go on from: what a training is, apart from its config, its model and its data.
+"""The state of a training, apart from its config, model and data, in a folder that any number of workers can resume from.
 
-A checkpoint is a folder, local or in an object store. Each worker writes the fragments that it keeps (``part_0.safetensors``), the
-rest of its state (``state_0.pt``) and, when both are written, their digests (``part_0.json``); the first worker also writes
-``cursor.json``. It is complete when all workers' digests are there. Fragments are kept by the parameter's name and their place in
-it, so that any number of workers, under any stage of ZeRO, can go on from it.
+The folder is local or in an object store. Each worker writes its fragments (``part_0.safetensors``), the rest of its state
+(``state_0.pt``) and, after both, their digests (``part_0.json``); rank 0 also writes ``cursor.json``. A checkpoint is complete
+when the digests of all workers exist. Fragments are stored by the parameter's name and their offset in it, so they are
+independent of the number of workers and of the ZeRO stage.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ from raysft.train.deepspeed_internals import (
 from raysft.train.optim import go_to_step
 
 WEIGHT = "weight"
-"""Kind of a fragment beside the optimizer's own names (``exp_avg`` …)."""
+"""The kind of a fragment of weights; the others are the optimizer's own names (``exp_avg`` …)."""
 DAMAGED = "damaged.json"
 SETTINGS = ("lr", "initial_lr", "betas", "eps", "weight_decay")
-"""What an optimizer keeps beside its state and the config decides."""
+"""Settings in an optimizer's state that the config decides."""
 
 
 class CorruptCheckpoint(RuntimeError):
-    """A checkpoint is not what was written; it is marked, and the workers start again from the one before."""
+    """A checkpoint differs from what was written. It is marked, and the workers restart from the one before."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One worker's part of a checkpoint in memory, so that the training can go on while it is written."""
+    """One worker's part of a checkpoint in memory, so that training can continue while it is written."""
 
     rank: int
     tensors: dict[str, torch.Tensor]
@@ -68,7 +68,7 @@ class Snapshot:
 
     @property
     def size_bytes(self) -> int:
-        """Of all tensors."""
+        """Bytes of all tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
 
@@ -78,8 +78,8 @@ def snapshot(engine: Any, cursor: Cursor, log: Sequence[Any] = ()) -> Snapshot:
 
     Args:
         engine: the DeepSpeed engine.
-        cursor: how far the training is.
-        log: the latest records of ``trainer_log.jsonl``: the driver may have died before it wrote them.
+        cursor: the training's position.
+        log: the latest records of ``trainer_log.jsonl``, in case the driver died before it wrote them.
     """
     optimizer = base_optimizer(engine)
     tensors = {}
@@ -100,7 +100,7 @@ def snapshot(engine: Any, cursor: Cursor, log: Sequence[Any] = ()) -> Snapshot:
 
 
 def write(part: Snapshot, folder: StoragePath | Path) -> None:
-    """Write one worker's part; others write theirs into the same folder."""
+    """Write one worker's part; the other workers write theirs into the same folder."""
     folder = StoragePath.of(folder)
     digests = {}
 
@@ -115,7 +115,7 @@ def write(part: Snapshot, folder: StoragePath | Path) -> None:
 
 
 def remove_part(part: Snapshot, folder: StoragePath) -> None:
-    """Take away what there is of one worker's part, so that a try that failed holds no room."""
+    """Remove what exists of one worker's part, so that a failed attempt takes no space."""
     for name in (f"part_{part.rank}.json", f"part_{part.rank}.safetensors", f"state_{part.rank}.pt"):
         (folder / name).remove()
     if folder.local and not folder.entries():
@@ -123,30 +123,30 @@ def remove_part(part: Snapshot, folder: StoragePath) -> None:
 
 
 def _digested(stream: Any, save: Callable[[Any], object]) -> dict[str, Any]:
-    writing = _Digesting(stream)
-    save(writing)
-    return {"bytes": writing.bytes, "sha256": writing.digest.hexdigest()}
+    writer = _DigestWriter(stream)
+    save(writer)
+    return {"bytes": writer.size_bytes, "sha256": writer.digest.hexdigest()}
 
 
-class _Digesting:
-    """Counts and digests what is written: it need not be read again, and never lies on a disk on its way to an object store."""
+class _DigestWriter:
+    """Count and hash what is written, so that it need not be read again or stored on disk before it is uploaded."""
 
     def __init__(self, stream: Any) -> None:
-        self._stream, self.digest, self.bytes = stream, hashlib.sha256(), 0
+        self._stream, self.digest, self.size_bytes = stream, hashlib.sha256(), 0
 
     def write(self, content: Any) -> int:
         view = memoryview(content)
         self.digest.update(view)
-        self.bytes += view.nbytes
+        self.size_bytes += view.nbytes
         self._stream.write(content)
         return view.nbytes
 
     def flush(self) -> None:
-        """Nothing is held here."""
+        """Do nothing: there is no buffer."""
 
 
 def complete(checkpoints: StoragePath | Path) -> Iterator[StoragePath]:
-    """Checkpoints of which every worker's part is there and none is known to be damaged, the newest first."""
+    """Yield the complete checkpoints that are not known to be damaged, the newest first."""
     for _, folder in _complete(StoragePath.of(checkpoints)):
         yield folder
 
@@ -157,59 +157,60 @@ def newest(checkpoints: StoragePath | Path) -> ResumePoint | None:
 
 
 def folder_name(step: int, attempt: str) -> str:
-    """Name of a checkpoint's folder; workers that were started again never mix their parts with those of before."""
+    """Return the name of a checkpoint's folder; restarted workers never mix their parts with those of an earlier attempt."""
     return f"checkpoint_{step:08d}_{attempt}"
 
 
-def tidy(checkpoints: StoragePath, keep: int) -> None:
-    """Remove complete ones beside the newest ``keep``, and what was half written before the newest of them.
+def prune(checkpoints: StoragePath, keep: int) -> None:
+    """Remove all complete checkpoints but the newest ``keep``, and incomplete ones older than the newest.
 
-    Passing ones count among the newest, but push none of the others out, which stay when the passing ones go.
+    Temporary checkpoints count among the newest, but displace no others: those stay when the temporary ones are removed.
     """
     found = _complete(checkpoints)
     if not found:
         return
-    lasting = [folder for cursor, folder in found if not cursor.passing][:keep]
+    permanent = [folder for cursor, folder in found if not cursor.temporary][:keep]
     for _, folder in found[keep:]:
-        if folder not in lasting:
+        if folder not in permanent:
             folder.remove()
-    whole = {folder.name for _, folder in found}
+    complete_names = {folder.name for _, folder in found}
     for name in checkpoints.entries():
         step = name.removeprefix("checkpoint_").split("_")[0]
-        if name not in whole and step.isdigit() and int(step) < found[0][0].step:
+        if name not in complete_names and step.isdigit() and int(step) < found[0][0].step:
             (checkpoints / name).remove()
 
 
-def remove_passing(checkpoints: StoragePath) -> None:
-    """Remove those that were only to save work until the model is written."""
-    found = _complete(checkpoints)
-    passing = [folder for cursor, folder in found if cursor.passing]
-    for folder in passing:
+def remove_temporary(checkpoints: StoragePath) -> None:
+    """Remove the checkpoints that only protected work until the model was written."""
+    temporary = [folder for cursor, folder in _complete(checkpoints) if cursor.temporary]
+    for folder in temporary:
         folder.remove()
-    if passing and checkpoints.local and not checkpoints.entries():
+    if temporary and checkpoints.local and not checkpoints.entries():
         checkpoints.remove()
 
 
 def _complete(checkpoints: StoragePath) -> list[tuple[Cursor, StoragePath]]:
-    """One listing tells of all of them, however many parts they have."""
+    """List the complete checkpoints with their cursors, the newest first, from one listing of all files."""
     files: dict[str, dict[str, Entry]] = {}
     for path, entry in checkpoints.walk().items():
         name, _, file = path.partition("/")
         if name.startswith("checkpoint_") and file:
             files.setdefault(name, {})[file] = entry
-    found = [
-        (cursor, checkpoints / name) for name, inside in files.items() if (cursor := _whole(checkpoints / name, inside))
-    ]
-    return sorted(found, key=lambda each: (each[0].step, each[1].name), reverse=True)
+    found = []
+    for name, inside in files.items():
+        folder = checkpoints / name
+        if cursor := _cursor_if_complete(folder, inside):
+            found.append((cursor, folder))
+    return sorted(found, key=lambda item: (item[0].step, item[1].name), reverse=True)
 
 
-def _whole(folder: StoragePath, files: Mapping[str, Entry]) -> Cursor | None:
-    """The cursor of a complete checkpoint."""
+def _cursor_if_complete(folder: StoragePath, files: Mapping[str, Entry]) -> Cursor | None:
+    """Return the cursor of a checkpoint; None if it is incomplete or known to be damaged."""
     if DAMAGED in files or "cursor.json" not in files:
         return None
     try:
         content = (folder / "cursor.json").read_bytes()
-        # Others go by what it says before all files are compared: the driver, and Ray Data, which begins at its step.
+        # The driver and Ray Data use the cursor before all files are checked.
         if (
             json.loads((folder / "part_0.json").read_text())["cursor.json"]["sha256"]
             != hashlib.sha256(content).hexdigest()
@@ -219,9 +220,9 @@ def _whole(folder: StoragePath, files: Mapping[str, Entry]) -> Cursor | None:
         for rank in range(cursor.workers):
             if any(name not in files for name in (f"part_{rank}.json", f"part_{rank}.safetensors", f"state_{rank}.pt")):
                 return None
-            # Elsewhere a file is there as it was written, or not at all; each would have to be asked for its sizes.
-            for name, said in json.loads((folder / f"part_{rank}.json").read_text()).items() if folder.local else ():
-                if files[name].size != said["bytes"]:
+            # In an object store a file exists whole or not at all.
+            for name, digest in json.loads((folder / f"part_{rank}.json").read_text()).items() if folder.local else ():
+                if files[name].size != digest["bytes"]:
                     return None
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         return None  # half written
@@ -229,81 +230,79 @@ def _whole(folder: StoragePath, files: Mapping[str, Entry]) -> Cursor | None:
 
 
 def check(folder: StoragePath, cursor: Cursor, scratch: Path) -> dict[int, StoragePath]:
-    """Compare a checkpoint with its digests; each worker reads its share, and all come to the same end.
+    """Compare a checkpoint with its digests. Each worker reads some of the parts; all workers return or raise alike.
 
     Args:
         folder: the checkpoint.
-        cursor: its own.
-        scratch: a local folder for copies of parts that lie elsewhere.
+        cursor: the checkpoint's cursor.
+        scratch: a local folder for copies of parts in an object store.
 
     Returns:
-        By their number where this worker's share of the parts can be read quickly.
+        Part number → local folder, for the parts that this worker has read.
 
     Raises:
-        Damaged: a file is not what was written.
+        CorruptCheckpoint: a file differs from what was written.
     """
     rank, workers = dist.get_rank(), dist.get_world_size()
-    near: dict[int, StoragePath] = {}
+    local_parts: dict[int, StoragePath] = {}
     found = None
     for part in range(rank, cursor.workers, workers):
-        near[part] = folder if folder.local else StoragePath.of(scratch)
-        found = found or _wrong(folder, part, near[part])
-    everyones: list[Any] = [None] * workers
-    dist.all_gather_object(everyones, found)
-    wrong = next((each for each in everyones if each), None)
-    if wrong:
+        local_parts[part] = folder if folder.local else StoragePath.of(scratch)
+        found = found or _corrupt_file(folder, part, local_parts[part])
+    corrupt_files: list[Any] = [None] * workers
+    dist.all_gather_object(corrupt_files, found)
+    corrupt = next((name for name in corrupt_files if name), None)
+    if corrupt:
         if rank == 0:
-            (folder / DAMAGED).write_text(json.dumps({"file": wrong}))
+            (folder / DAMAGED).write_text(json.dumps({"file": corrupt}))
         dist.barrier()
-        raise CorruptCheckpoint(f"checkpoint after step {cursor.step}: {folder / wrong} is not what was written")
-    return near
+        raise CorruptCheckpoint(f"checkpoint after step {cursor.step}: {folder / corrupt} is not what was written")
+    return local_parts
 
 
-def _wrong(folder: StoragePath, part: int, near: StoragePath) -> str | None:
-    """A file of a part that differs from its digest; the part is copied to ``near`` if it is not there."""
-    for name, said in json.loads((folder / f"part_{part}.json").read_text()).items():
+def _corrupt_file(folder: StoragePath, part: int, local_folder: StoragePath) -> str | None:
+    """Return the first file of a part that differs from its digest. The part is copied to ``local_folder`` first."""
+    for name, expected in json.loads((folder / f"part_{part}.json").read_text()).items():
         try:
-            if near != folder:
-                local = (near / name).local
+            if local_folder != folder:
+                local = (local_folder / name).local
                 assert local
                 (folder / name).download(local)
-            digest = (near / name).read(lambda file: hashlib.file_digest(file, "sha256").hexdigest())
+            digest = (local_folder / name).read(lambda file: hashlib.file_digest(file, "sha256").hexdigest())
         except FileNotFoundError:
             return str(name)
-        if digest != said["sha256"]:
+        if digest != expected["sha256"]:
             return str(name)
     return None
 
 
 @torch.no_grad()
 def load(engine: Any, lr_scheduler: Any, resume: ResumePoint) -> list[Any]:
-    """Put a training back to where a checkpoint was written, by as many workers or by others.
+    """Restore the state of a training from a checkpoint that any number of workers wrote.
 
-    The optimizer's settings and the course of the learning rate are those of the config now: the rate of a step follows from
-    its number and the config alone.
-
-    With other workers, those that were not there draw random numbers of their own (dropout); all else goes on as it was.
+    The optimizer's settings and the learning rate follow the current config: the rate depends on the step's number alone. Workers
+    that did not exist when the checkpoint was written draw their own random numbers (dropout); all else continues unchanged.
 
     Args:
-        engine: as it was made for a config that may go on from it.
-        lr_scheduler: of the learning rate.
+        engine: a new DeepSpeed engine, of a config that may resume from the checkpoint.
+        lr_scheduler: the engine's learning rate scheduler.
         resume: the checkpoint.
 
     Returns:
-        The log records in it, on the first worker.
+        The log records of the checkpoint, of rank 0.
 
     Raises:
-        Damaged: it is not what was written.
-        RunFailed: it is of another model.
+        CorruptCheckpoint: a file differs from what was written.
+        RunFailed: the checkpoint belongs to another model.
     """
     folder, cursor, rank = resume.path, resume.cursor, dist.get_rank()
     own = rank if rank < cursor.workers else 0
     optimizer, by_weight = base_optimizer(engine), is_by_weight(engine)
     with tempfile.TemporaryDirectory(prefix="raysft-") as scratch:
-        near = check(folder, cursor, Path(scratch))
-        rest = _read_rest(folder, near.get(own, folder), own)
-        pieces = TensorReader({part: near.get(part, folder) for part in range(cursor.workers)}, near)
-        kinds = [kind for kind in pieces.kinds if kind != WEIGHT and by_weight]
+        local_parts = check(folder, cursor, Path(scratch))
+        rest = _read_rest(folder, local_parts.get(own, folder), own)
+        reader = TensorReader({part: local_parts.get(part, folder) for part in range(cursor.workers)}, local_parts)
+        kinds = [kind for kind in reader.kinds if kind != WEIGHT and by_weight]
         if by_weight:
             for owner in owners(engine):
                 optimizer.state[owner] = {
@@ -313,10 +312,10 @@ def load(engine: Any, lr_scheduler: Any, resume: ResumePoint) -> list[Any]:
             if is_cpu_adam(optimizer):
                 replay_cpu_adam(optimizer, int(rest["optimizer"]["step"]))
         for fragment in fragments(engine, replicated=True):
-            pieces.want(WEIGHT, fragment.name, fragment.start, fragment.weight)
+            reader.want(WEIGHT, fragment.name, fragment.start, fragment.weight)
             for kind in kinds:
-                pieces.want(kind, fragment.name, fragment.start, fragment.of(optimizer.state[fragment.owner][kind]))
-        pieces.read()
+                reader.want(kind, fragment.name, fragment.start, fragment.of(optimizer.state[fragment.owner][kind]))
+        reader.read()
     sync_model_weights(engine)
     if not by_weight:
         settings = [{key: group[key] for key in SETTINGS if key in group} for group in optimizer.param_groups]
@@ -341,15 +340,15 @@ def _copied(values: torch.Tensor) -> torch.Tensor:
     return values.detach().to("cpu", copy=True).contiguous()
 
 
-def _read_rest(folder: StoragePath, near: StoragePath, part: int) -> dict[str, Any]:
-    """A worker's state beside its tensors.
+def _read_rest(folder: StoragePath, local_folder: StoragePath, part: int) -> dict[str, Any]:
+    """Read a worker's state besides its tensors.
 
     Raises:
-        Damaged: it holds what could run code, whatever its digest says.
+        CorruptCheckpoint: the file could run code, whatever its digest says.
     """
     name = f"state_{part}.pt"
     try:
-        return (near / name).read(read_rest)
+        return (local_folder / name).read(read_rest)
     except pickle.UnpicklingError:
         (folder / DAMAGED).write_text(json.dumps({"file": name}))
         what = "more than tensors and plain values, which no training has written"

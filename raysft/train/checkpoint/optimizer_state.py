@@ -1,4 +1,4 @@
-"""What belongs to a training's state beside the tensors of its weights: counters, random states, the scale of a loss."""
+"""The state of a training besides its tensors: counters, random states and the scale of the loss."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from raysft.train.deepspeed_internals import base_optimizer, is_cpu_adam
 
 
 def is_by_weight(engine: Any) -> bool:
-    """Whether the optimizer keeps nothing but a number for each weight, and counters."""
+    """Return True if the optimizer's state is one number per weight, and counters."""
     if engine.zero_optimization_stage():
-        return True  # others are refused there
+        return True  # ZeRO accepts no other optimizer
     return isinstance(engine.optimizer, torch.optim.Adam)
 
 
 def is_for_each_weight(state: Any, owner: torch.Tensor) -> bool:
-    """Whether a state of the optimizer holds a number for each weight of its owner."""
+    """Return True if an optimizer state has one number for each weight of its owner."""
     return torch.is_tensor(state) and state.dim() > 0 and state.numel() == owner.numel()
 
 
 def counters(engine: Any) -> dict[str, Any]:
-    """What an optimizer keeps besides, the same for all weights: the number of steps."""
+    """Return the optimizer states that are the same for all weights: the number of steps."""
     optimizer = base_optimizer(engine)
     for owner in owners(engine):
         found = {name: value for name, value in optimizer.state[owner].items() if not is_for_each_weight(value, owner)}
@@ -36,8 +36,7 @@ def counters(engine: Any) -> dict[str, Any]:
 
 
 def counter(value: Any, owner: torch.Tensor, optimizer: Any) -> Any:
-    """A counter of its own for each owner, as the optimizer wants it: DeepSpeed's CPU-Adam a plain number, torch's a tensor, with
-    fused kernels on the device."""
+    """Return a counter for one owner: a number for DeepSpeed's CPU-Adam, a tensor for torch, on the device for fused kernels."""
     if is_cpu_adam(optimizer):
         return int(value) if torch.is_tensor(value) else value
     value = torch.tensor(float(value)) if isinstance(value, int) else value
@@ -46,12 +45,12 @@ def counter(value: Any, owner: torch.Tensor, optimizer: Any) -> Any:
 
 
 def numbers(scaler: Any) -> dict[str, Any]:
-    """The state of a loss scaler."""
+    """Return the state of a loss scaler."""
     return {name: value for name, value in vars(scaler).items() if isinstance(value, int | float)} if scaler else {}
 
 
 def random_states() -> dict[str, Any]:
-    """The states of all random numbers that this process draws."""
+    """Return the states of all random number generators of this process."""
     name, keys, *numpys = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
@@ -62,7 +61,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
-    """Go on drawing from where ``random_states`` was called."""
+    """Restore what ``random_states`` returned."""
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
@@ -72,7 +71,7 @@ def set_random_states(states: Mapping[str, Any]) -> None:
 
 
 def read_rest(file: Any) -> dict[str, Any]:
-    """Tensors and plain values alone are loaded, and what GaLore and APOLLO keep beside them."""
+    """Load tensors and plain values alone, and the projectors of GaLore and APOLLO."""
     theirs = sys.modules.get("pytorch_optimizer.optimizer.utils.galore")
     with torch.serialization.safe_globals([theirs.GaLoreProjector] if theirs else []):
         return torch.load(file, weights_only=True)  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
-"""The tensors of a checkpoint's parts, in the format of safetensors, of which a worker reads no more than it keeps.
+"""The tensors of a checkpoint's parts, in the safetensors format; a worker reads only what it keeps.
 
-The library itself writes and reads files on a local disk; here they go through a stream, with no second copy in memory, and what is
-read of a part that lies elsewhere is a range of it.
+The safetensors library needs files on a local disk. This module uses streams, without a second copy in memory, and reads ranges of
+parts in an object store.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write_tensors(tensors: Mapping[str, torch.Tensor], stream: Any) -> None:
-    """Write tensors, each contiguous and in the memory of the CPU."""
+    """Write contiguous tensors in CPU memory to a stream."""
     header, end = {}, 0
     # The largest type first, so that each tensor begins where its type may.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
@@ -38,44 +38,44 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], stream: Any) -> None:
 
 
 def _read_header(file: Any) -> list[tuple[str, str, int, int]]:
-    """Of each tensor its name, its type, and where it begins and ends in the file."""
+    """Return (name, dtype, first byte, end) of each tensor in a file."""
     length = int.from_bytes(file.read(8), "little")
     header = json.loads(bytes(file.read(length)))
     header.pop("__metadata__", None)
     return [
-        (name, it["dtype"], 8 + length + it["data_offsets"][0], 8 + length + it["data_offsets"][1])
-        for name, it in header.items()
+        (name, entry["dtype"], 8 + length + entry["data_offsets"][0], 8 + length + entry["data_offsets"][1])
+        for name, entry in header.items()
     ]
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Some elements of a parameter, or of what the optimizer keeps for it, in a file."""
+    """Elements of a parameter, or of an optimizer state for it, in a file."""
 
     start: int
-    """Its first element in the flattened parameter."""
+    """The first element in the flattened parameter."""
     size: int
     dtype: str
     part: int
     begin: int
-    """Its first byte in the part's file."""
+    """The first byte in the part's file."""
 
 
 class TensorReader:
-    """The pieces of all parts together."""
+    """Read tensors from the segments in all parts."""
 
     def __init__(self, parts: Mapping[int, StoragePath], mine: Iterable[int]) -> None:
         """All workers call it.
 
         Args:
-            parts: by their number the folders that they are read from.
-            mine: those of which this worker reads the header, and tells it the others.
+            parts: part number → folder to read it from.
+            mine: the parts whose headers this worker reads and sends to the others.
         """
         self._files = {part: folder / f"part_{part}.safetensors" for part, folder in parts.items()}
         headers: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(headers, {part: self._files[part].read(_read_header) for part in mine})
         self._segments: dict[tuple[str, str], list[Segment]] = {}
-        for part, header in sorted(item for each in headers for item in each.items()):
+        for part, header in sorted(item for by_part in headers for item in by_part.items()):
             for key, dtype, begin, end in header:
                 kind, start, name = key.split(":", 2)
                 size = (end - begin) // DTYPES[dtype].itemsize
@@ -83,10 +83,10 @@ class TensorReader:
         self._wanted: dict[int, list[tuple[int, str, torch.Tensor]]] = {}
         self._lacking: str | None = None
         self.kinds = sorted({kind for kind, _ in self._segments})
-        """What there is: the weight, and what the optimizer keeps."""
+        """The kinds in the checkpoint: weights and optimizer states."""
 
     def want(self, kind: str, name: str, start: int, into: torch.Tensor) -> None:
-        """Say which elements of a parameter are wanted, and where; ``read`` fills them in."""
+        """Request the elements of a parameter that ``read`` copies into a tensor."""
         missing = len(into)
         for segment in self._segments.get((kind, name), ()):
             first = max(segment.start, start)
@@ -100,18 +100,18 @@ class TensorReader:
             self._lacking = f"{kind} of {name}"
 
     def read(self) -> None:
-        """Fill in what is wanted. All workers call it.
+        """Read all that was requested. All workers call it.
 
         Raises:
-            RunFailed: some of that is not there; on all workers alike, also where only one wanted it.
+            RunFailed: the checkpoint lacks something that any worker requested; raised on all workers.
         """
-        everyones: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyones, self._lacking)
-        lacking = next((each for each in everyones if each), None)
+        missing: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(missing, self._lacking)
+        lacking = next((name for name in missing if name), None)
         if lacking:
-            raise RunFailed(f"the checkpoint is of another model: it holds no {lacking}")
+            raise RunFailed(f"the checkpoint belongs to another model: it has no {lacking}")
         for part, wanted in self._wanted.items():
-            wanted.sort(key=lambda each: each[0])
+            wanted.sort(key=lambda item: item[0])
             self._files[part].read(partial(_fill, wanted))
 
 
