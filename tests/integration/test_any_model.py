@@ -290,7 +290,7 @@ def test_a_tokenizer_with_tokens_that_its_model_does_not_know_is_refused(folder,
     model.save_pretrained(wrong)
     assert main(["generate", str(folder / "c.yaml"), "run.name=wrong", f"generate.model={wrong}"]) == 2
     told = capsys.readouterr().err
-    assert f"generate.model={wrong}: its tokenizer has 400 tokens and the model embeddings for 120; prompt " in told
+    assert f"generate.model={wrong}: its tokenizer has 400 tokens, but the model embeddings for 120; prompt " in told
     (wrong / "config.json").write_text(json.dumps({**model.config.to_dict(), "vocab_size": 130}))
     told = refused(folder, capsys, f"generate.model={wrong}")
     assert "config.json says vocab_size=130 and its weights hold 120 embeddings" in told
