@@ -17,9 +17,9 @@ from raysft.config import Config
 from raysft.errors import RequestError, one_line
 
 ANSWER_SECONDS = 20.0
-"""How long a cluster may take to answer before it counts as gone; one that has just been started listens after a few."""
+"""How long a cluster may take to answer; one that has just started listens after a few seconds."""
 ATTEMPT_SECONDS = 10.0
-"""How long one question may take."""
+"""The timeout of one attempt."""
 PAUSE_SECONDS = 1.0
 ON_A_NODE = "raysft runs on a node of its cluster: ray job submit --address http://HOST:8265 -- raysft …"
 

@@ -11,10 +11,10 @@ from raysft.storage.local_cache import model_copy
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """What an adapter's ``adapter_config.json`` holds.
+    """Read an adapter's ``adapter_config.json``.
 
     Raises:
-        RequestError: it cannot be read as that.
+        RequestError: the file cannot be read, or does not hold a mapping.
     """
     path = folder / "adapter_config.json"
     try:
@@ -22,33 +22,33 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         if not isinstance(description, dict):
             raise ValueError("no mapping")
     except (OSError, ValueError) as error:
-        raise RequestError(f"{path}: is no description of an adapter ({error}); copy or train it again") from None
+        raise RequestError(f"{path}: is not an adapter's configuration ({error}); copy or train it again") from None
     return description
 
 
 def adapter_base(model: Path) -> Path | None:
-    """Folder of the model that an adapter sits on; None where the folder is a whole model.
+    """Return the folder of an adapter's base model; None if the folder holds a whole model.
 
     Raises:
-        RequestError: the folder or the adapter's base is not there.
+        RequestError: the folder or the adapter's base does not exist.
     """
     if not model.is_dir():
-        raise RequestError(f"{model} is no model folder; give a folder with a config.json or an adapter_config.json")
+        raise RequestError(f"{model} is not a model folder; give a folder with a config.json or an adapter_config.json")
     description = model / "adapter_config.json"
     if not description.exists():
         if not (model / "config.json").exists():
-            raise RequestError(f"{model} holds neither config.json nor adapter_config.json; give a model's folder")
+            raise RequestError(f"{model} has neither config.json nor adapter_config.json; give a model's folder")
         return None
     named = named_base(model)
     base = model_copy(named) if named else None
     if base is None or not base.is_dir():
         raise RequestError(
-            f"{description}: base_model_name_or_path={named!r} is no folder here; put the base model there or correct it"
+            f"{description}: base_model_name_or_path={named!r} is not a folder here; put the base model there, or correct the name"
         )
     return base
 
 
 def named_base(adapter: Path) -> str | None:
-    """The model that an adapter's description names."""
+    """Return the name of the base model in an adapter's configuration."""
     named = read_adapter_config(adapter).get("base_model_name_or_path")
     return str(named) if named else None

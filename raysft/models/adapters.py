@@ -1,4 +1,4 @@
-"""Adapters that were trained before: merged into the model, or gone on with."""
+"""Adapters that exist already: merge them into the model, or continue training them."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from raysft.storage.path import StoragePath
 
 
 def find_adapter(config: Config, model: str, notify: Callable[[str], None]) -> tuple[str, str | None]:
-    """The model to begin with, earlier adapters merged into it, and the adapter to go on with.
+    """Return the model to start from, with earlier adapters merged into it, and the adapter to continue with.
 
     Args:
         config: the run's config.
         model: folder or hub id of the model without adapters.
-        notify: takes a line for people where it takes a while.
+        notify: receives a line for the user before something that takes long.
 
     Raises:
-        RequestError: there is no such adapter, or it is of another kind than what is to be trained.
+        RequestError: an adapter is missing or is not of the kind that the config trains.
     """
     places = [StoragePath.of(path) for path in config.model.adapters]
     folders = [_folder(path, place) for path, place in zip(config.model.adapters, places, strict=True)]
@@ -47,13 +47,11 @@ def _folder(path: str, place: StoragePath) -> Path:
     try:
         folder = Path(local_copy(place.location))
     except FileNotFoundError:
-        raise RequestError(f"model.adapters: {place} is not there; give a folder that peft has written") from None
+        raise RequestError(f"model.adapters: {place} does not exist; give a folder that peft has written") from None
     if not (folder / "adapter_config.json").exists():
-        raise RequestError(f"model.adapters: {path} holds no adapter_config.json; give a folder that peft has written")
+        raise RequestError(f"model.adapters: {path} has no adapter_config.json; give a folder that peft has written")
     if not (folder / "adapter_model.safetensors").exists():
-        raise RequestError(
-            f"model.adapters: {path} holds no weights (adapter_model.safetensors); copy or train it again"
-        )
+        raise RequestError(f"model.adapters: {path} has no weights (adapter_model.safetensors); copy or train it again")
     check_weights(folder, f"model.adapters: {path}")
     return folder
 
@@ -71,7 +69,7 @@ def _check_kind(folder: Path, config: Config) -> None:
 
 
 def _check_form(folder: Path, hf_config: Mapping[str, Any], config: Config) -> None:
-    """An adapter that is gone on with keeps its form; what a config says otherwise would have no effect."""
+    """Refuse settings that would have no effect: an adapter that is trained further keeps its form."""
     lora, usual = config.model.lora, LoraSection()
     for key, theirs in (("rank", "r"), ("alpha", "lora_alpha"), ("dropout", "lora_dropout"), ("dora", "use_dora"),
                         ("rslora", "use_rslora")):  # fmt: skip
@@ -86,19 +84,19 @@ def _check_form(folder: Path, hf_config: Mapping[str, Any], config: Config) -> N
 def _merged(
     model: str, adapters: Sequence[Path], cache: StoragePath, notify: Callable[[str], None], runs_code: bool
 ) -> str:
-    """A copy of the model in the cache, with adapters merged into it in their order."""
+    """Return a copy of the model in the cache, with the adapters merged into it in order."""
     names = [model_fingerprint(model), *(model_fingerprint(str(each)) for each in adapters)]
     key = hashlib.sha256(repr(names).encode()).hexdigest()[:16]
 
     def write(folder: Path) -> None:
-        notify(f"model: {len(adapters)} adapters are merged into {model}, once, in {cache / 'models'}")
+        notify(f"model: {len(adapters)} adapters are being merged into {model}, once, in {cache / 'models'}")
         merge_adapters(model, adapters, folder, runs_code)
 
     return in_cache(cache / "models" / f"merged-{key}", write).location
 
 
 def merge_adapters(model: str, adapters: Sequence[Path], output: Path, runs_code: bool = False) -> None:
-    """Write the full model that a model and its adapters make, with the tokenizer; ``runs_code``: its own code may run."""
+    """Merge adapters into a model and write it with its tokenizer; ``runs_code``: the model's own code may run."""
     import torch
 
     whole = load_weights(local_copy(model), dtype=torch.float32, trust_remote_code=runs_code)
@@ -110,15 +108,15 @@ def merge_adapters(model: str, adapters: Sequence[Path], output: Path, runs_code
 
 
 def merge(adapter: Path, output: Path, runs_code: bool = False) -> None:
-    """Write the full model that an adapter and its base make, with the tokenizer; a full model is copied.
+    """Merge an adapter into its base and write the model with its tokenizer; copy a whole model.
 
     Args:
-        adapter: folder of either.
+        adapter: folder of an adapter or of a whole model.
         output: folder to write.
-        runs_code: code that comes with the base may run.
+        runs_code: True if code that comes with the base may run.
 
     Raises:
-        RequestError: the folder holds neither.
+        RequestError: the folder has neither.
     """
     import torch
 
@@ -135,11 +133,10 @@ def merge(adapter: Path, output: Path, runs_code: bool = False) -> None:
 
 
 def load_adapter(model: Any, folder: str | Path, **options: Any) -> Any:
-    """A model with the adapter of a folder on it, as peft loads it, with all of its weights.
+    """Put the adapter of a folder on a model, with all of its weights.
 
     Raises:
-        RequestError: the folder lacks some, without which it would do nothing, or not what it has learnt; or it is of another
-            model.
+        RequestError: the folder lacks weights, or the adapter belongs to another model.
     """
     import torch
     from peft import PeftModel
@@ -158,18 +155,17 @@ def load_adapter(model: Any, folder: str | Path, **options: Any) -> Any:
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {one_line(error, 160)}"
             raise RequestError(
-                f"{folder}: is no adapter of this model ({reason}); give the model that it belongs to, or copy it again"
+                f"{folder}: is not an adapter of this model ({reason}); give the model that it belongs to, or copy it again"
             ) from None
     if generation := generation_config(Path(folder)):
-        model.generation_config = generation  # where its turns end may be what it has learnt
+        model.generation_config = generation  # the adapter may have learned where turns end
     return adapted
 
 
 def merge_adapter(model: Any) -> Any:
-    """The plain model with the weights of the adapter on it merged into its own.
+    """Merge the adapter on a model into its weights and return the plain model.
 
-    An embedding that is the output head too is one weight: where the adapter changes the one and not the other they are two
-    from then on.
+    If the embedding is also the output head, and the adapter changes only one of them, they are untied.
     """
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -188,7 +184,7 @@ def merge_adapter(model: Any) -> Any:
 
 
 def load_with_base(folder: Path, **options: Any) -> Any:
-    """A model, or an adapter on its base wherever that lies."""
+    """Load a model, or an adapter on its base."""
     if not (folder / "adapter_config.json").exists():
         return load_weights(folder, **options)
     base = str(read_adapter_config(folder).get("base_model_name_or_path"))

@@ -1,4 +1,4 @@
-"""Attention that never looks from one example of a row into another, and its kernels."""
+"""Attention kernels, and attention that keeps the examples of a packed row apart."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from raysft.models.transformers_internals import (
 )
 
 EXAMPLEWISE = "examplewise_sdpa"
-"""What transformers knows ``examplewise`` by."""
+"""The name of ``examplewise`` in transformers."""
 
 
 def kernel(config: Config) -> str | None:
-    """The name by which transformers knows the attention kernel to load a model with; None: the best that the model has.
+    """Return transformers' name of the attention kernel to load a model with; None for the model's best.
 
     Raises:
         RequestError: its package is not installed.
@@ -34,10 +34,10 @@ def kernel(config: Config) -> str | None:
 
 
 def use_examplewise(model: Any, config: Config) -> None:
-    """Let a model on a CPU compute attention example by example, where it is free to choose and the model allows it.
+    """Make a model on a CPU compute attention example by example, if the config and the model allow it.
 
-    The examples of a row are a part of it each: together they have fewer pairs of tokens than the row, half of which the
-    causal kernel leaves out too, and no mask is made. A row of 512 tokens takes a third of the time of sdpa with a mask.
+    All examples together have fewer pairs of tokens than the row, the causal kernel skips half of these, and no mask is made: a
+    row of 512 tokens takes a third of the time of sdpa with a mask.
     """
     if config.model.attention != "auto" or config.scaling.use_gpu or not _is_plain(model, config.data.sequence_length):
         return
@@ -48,7 +48,7 @@ def use_examplewise(model: Any, config: Config) -> None:
 
 
 def _is_plain(model: Any, tokens: int) -> bool:
-    """Whether every layer attends to all that precedes, within so many tokens, and is told the positions."""
+    """Return True if every layer attends to all preceding tokens in a row of ``tokens``, and gets the positions."""
     hf_config = model.config.get_text_config()
     window = getattr(hf_config, "sliding_window", None)
     kinds = set(getattr(hf_config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
@@ -88,34 +88,34 @@ def examplewise(
 
     rows, _, tokens, _ = query.shape
     if position_ids is None or position_ids.shape[-1] != tokens:
-        raise NoPositions(f"{type(module).__name__} does not say where examples begin")
+        raise NoPositions(f"{type(module).__name__} does not pass positions on, so examples cannot be told apart")
     options["is_causal"] = True
     begins = (position_ids.expand(rows, tokens).reshape(-1) == 0).nonzero().flatten().tolist()
     lengths = [end - start for start, end in zip(begins, [*begins[1:], rows * tokens], strict=True)]
-    pieces = zip(*(_joined(each).split(lengths, dim=2) for each in (query, key, value)), strict=True)
-    outputs = [sdpa_attention_forward(module, q, k, v, None, **options)[0] for q, k, v in pieces]
+    examples = zip(*(_joined(states).split(lengths, dim=2) for states in (query, key, value)), strict=True)
+    outputs = [sdpa_attention_forward(module, q, k, v, None, **options)[0] for q, k, v in examples]
     return torch.cat(outputs, dim=1).view(rows, tokens, *outputs[0].shape[2:]), None
 
 
 class NoPositions(Exception):
-    """A model's layers do not hand positions on to their attention."""
+    """A model's layers do not pass positions on to their attention."""
 
 
 def use_plain(model: Any) -> None:
-    """Take back ``use_examplewise``."""
+    """Undo ``use_examplewise``."""
     model.set_attn_implementation("sdpa")
 
 
 def without_adapters(model: Any) -> Any:
-    """The transformers model under peft's."""
+    """Return the transformers model inside a peft model."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def is_varlen(model: Any) -> bool:
-    """Whether the kernel is FlashAttention's, which tells examples apart by their positions only in a batch of one row."""
+    """Return True for FlashAttention, which separates examples by their positions only in a batch of one row."""
     return attention_implementation(model).startswith("flash")
 
 
 def _joined(states: torch.Tensor) -> torch.Tensor:
-    """[rows, heads, tokens, size] as one row: [1, heads, rows · tokens, size]."""
+    """Reshape [rows, heads, tokens, size] to one row: [1, heads, rows · tokens, size]."""
     return states.transpose(0, 1).flatten(1, 2)[None]

@@ -1,4 +1,4 @@
-"""What lies in the folder of a model or an adapter: loaded whole, or one line that says what is wrong."""
+"""Load all weights of a model, or say in one line what is wrong with its folder."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from raysft.storage import hub
 
 
 def load_weights(folder: str | Path, **options: Any) -> Any:
-    """A causal language model as ``from_pretrained`` loads it, with all of its weights.
+    """Load a causal language model with ``from_pretrained``, and check that no weight is missing.
 
     Raises:
-        RequestError: the folder lacks some, which transformers would draw at random, or has others; or the hub does not give them.
+        RequestError: weights are missing (transformers would draw them at random), misshapen, or cannot be downloaded.
     """
     from transformers import AutoModelForCausalLM
 
@@ -31,14 +31,14 @@ def load_weights(folder: str | Path, **options: Any) -> Any:
         raise
     model, lacking = loaded[0], loaded[1]["missing_keys"]
     by_bitsandbytes = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
-    # What other libraries call their scales is not known here.
+    # The names that other libraries give to their scales are unknown here.
     if lacking and (by_bitsandbytes or not getattr(model, "is_quantized", False)):
         raise RequestError(f"{folder}: lacks {len(lacking)} of the model's weights ({min(lacking)}); copy it again")
     return model
 
 
 def generation_config(*folders: Path) -> Any:
-    """What the first of some folders says of generation that says anything (``generation_config.json``); None where none does."""
+    """Return the generation config of the first folder that has one (``generation_config.json``), or None."""
     from transformers import GenerationConfig
 
     found = (folder for folder in folders if (folder / "generation_config.json").exists())

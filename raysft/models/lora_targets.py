@@ -1,4 +1,4 @@
-"""Which modules an adapter is put on where a config says ``all``."""
+"""The modules that get an adapter if a config says ``all``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from raysft.models.transformers_internals import recorded_outputs, weight_conver
 
 
 def linear_layers(model: Any) -> set[str]:
-    """Names of all linear layers but the output head and those of routers."""
+    """Return the names of all linear layers except the output head and routers."""
     from transformers.pytorch_utils import Conv1D
 
     head, left_out = model.get_output_embeddings(), routers(model)
@@ -24,7 +24,7 @@ def linear_layers(model: Any) -> set[str]:
 
 
 def routers(model: Any) -> set[str]:
-    """Names of the modules that decide how much of which expert a token gets, in a mixture of experts.
+    """Return the names of the modules that route tokens to experts, in a mixture of experts.
 
     transformers marks those whose output are a model's router logits. Where it marks a whole block, or knows nothing of the
     model, the router is what is called so inside it, or beside the experts. The gate of a shared expert is one too.
@@ -41,7 +41,7 @@ def routers(model: Any) -> set[str]:
 
 
 def set_targets(config: Any, model: Any) -> None:
-    """Let a peft config that was made for ``all-linear`` leave routers out; experts stay as peft has them.
+    """Remove routers from a peft config that was made for ``all-linear``; experts stay as peft has them.
 
     peft knows the experts of many mixtures, which are no linear layers since transformers 5, and names their weights, and with
     them the routers', where it is told ``all-linear``.
@@ -60,7 +60,7 @@ def set_targets(config: Any, model: Any) -> None:
 
 
 def _marked(model: Any) -> Iterator[type]:
-    """Classes of the modules that give a model's router logits."""
+    """Yield the classes of the modules that return a model's router logits."""
     for module in model.modules():
         recorded = recorded_outputs(module).get("router_logits", ())
         for each in recorded if isinstance(recorded, Iterable) and not isinstance(recorded, type) else (recorded,):
@@ -75,6 +75,6 @@ def _is_called_router(name: str) -> bool:
 
 
 def _is_in(name: str, modules: set[str]) -> bool:
-    """Whether a name is that of one of some modules, or of something inside one."""
+    """Return True if a name is that of one of the modules, or of something inside one."""
     parts = name.split(".")
     return any(".".join(parts[:length]) in modules for length in range(1, len(parts) + 1))

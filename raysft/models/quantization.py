@@ -1,4 +1,4 @@
-"""Weights in few bits: quantized by bitsandbytes while they are loaded, or already so in their checkpoint."""
+"""Quantized weights: by bitsandbytes while loading, or already in the checkpoint."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from raysft.config import Config
 from raysft.errors import RequestError
 
 QUANTIZERS = {"gptq": "gptqmodel", "awq": "gptqmodel", "bitsandbytes": "bitsandbytes", "hqq": "hqq", "aqlm": "aqlm"}
-"""Packages that load checkpoints which are quantized already."""
+"""Method → the package that loads checkpoints quantized by it."""
 
 
 def quantization_config(config: Config) -> Any:
-    """What bitsandbytes is to do with the weights while they are loaded; None where they stay exact.
+    """Return the settings for bitsandbytes, or None if weights stay exact.
 
     Raises:
-        RequestError: it is not installed.
+        RequestError: bitsandbytes is not installed.
     """
     if config.model.quantization is None:
         return None
@@ -41,14 +41,13 @@ def quantization_config(config: Config) -> Any:
 
 
 def loading_options(config: Config, device: torch.device | str) -> dict[str, Any]:
-    """What ``from_pretrained`` is told where bitsandbytes quantizes, which it does on the device that weights are to be on."""
+    """Return the options of ``from_pretrained`` for bitsandbytes, which quantizes on the weights' own device."""
     quantization = quantization_config(config)
     return {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
 
 
 def method_of(hf_config: Any) -> str | None:
-    """What a checkpoint is quantized by (``gptq``, ``awq``, ``bitsandbytes`` …), as its configuration says; None where its
-    weights are exact."""
+    """Return the method that a checkpoint is quantized by (``gptq``, ``awq``, ``bitsandbytes`` …); None for exact weights."""
     quantized = getattr(hf_config, "quantization_config", None)
     if not quantized:
         return None
@@ -57,7 +56,7 @@ def method_of(hf_config: Any) -> str | None:
 
 
 def check_method(model: str, method: str, config: Config) -> None:
-    """Refuse a checkpoint that would be quantized twice, or whose library is not there.
+    """Refuse a checkpoint that would be quantized twice, or whose library is not installed.
 
     Args:
         model: the model as messages name it, ``model.path=PATH``.
@@ -69,7 +68,7 @@ def check_method(model: str, method: str, config: Config) -> None:
     """
     if config.model.quantization:
         raise RequestError(
-            f"{model}: is quantized already ({method}) and model.quantization={config.model.quantization}; take it out"
+            f"{model}: is already quantized ({method}), but model.quantization={config.model.quantization}; remove the key"
         )
     package = QUANTIZERS.get(method)
     if package and importlib.util.find_spec(package) is None:
@@ -79,7 +78,7 @@ def check_method(model: str, method: str, config: Config) -> None:
 
 
 def keep_layout(model: nn.Module) -> None:
-    """Keep bitsandbytes from laying 4-bit weights out anew for a CPU when they are first used without gradients.
+    """Keep bitsandbytes from changing the layout of 4-bit weights on a CPU when they are first used without gradients.
 
     That layout multiplies in bfloat16, also where float32 is asked for (seen with 0.50.2: logits of SmolLM2-135M that are off
     by 0.5), and gradients that flow through it in later steps come out wrong (a third of their norm).

@@ -1,4 +1,4 @@
-"""Which model, and in which form: found, converted once where needed, loaded, and fitted with adapters."""
+"""Find a model: a folder, a URI, a hub id or a GGUF file, which is converted once."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ def test_a_checkpoint_that_is_quantized_already_is_loaded_as_it_is(folder, capsy
     )
     assert predicted(rows) == predicted(of_config)
     told = refused(folder, capsys, f"generate.model={small}", "model.quantization=4bit")
-    assert "is quantized already (bitsandbytes) and model.quantization=4bit; take it out" in told
+    assert "is already quantized (bitsandbytes), but model.quantization=4bit; remove the key" in told
     described = json.loads((small / "config.json").read_text())
     described["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (small / "config.json").write_text(json.dumps(described))
@@ -273,13 +273,13 @@ def test_what_cannot_be_is_refused_before_anything_starts(folder, other, adapter
     shutil.copytree(adapter, tmp_path / "words")
     (tmp_path / "words" / "adapter_config.json").write_text("[]")
     told = refused(folder, capsys, f"generate.model={tmp_path}/words")
-    assert "adapter_config.json: is no description of an adapter" in told
+    assert "adapter_config.json: is not an adapter's configuration" in told
     lost = tmp_path / "lost"
     shutil.copytree(adapter, lost)
     described = json.loads((lost / "adapter_config.json").read_text())
     described["base_model_name_or_path"] = str(tmp_path / "gone")
     (lost / "adapter_config.json").write_text(json.dumps(described))
-    assert "gone' is no folder here; put the base model there" in refused(folder, capsys, f"generate.model={lost}")
+    assert "gone' is not a folder here; put the base model there" in refused(folder, capsys, f"generate.model={lost}")
 
 
 def test_a_tokenizer_with_tokens_that_its_model_does_not_know_is_refused(folder, tmp_path, capsys):

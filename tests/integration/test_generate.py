@@ -226,7 +226,7 @@ def test_what_cannot_be_is_refused_before_anything_starts(model, prompts, tmp_pa
         generate(config(num_actors=3, batch_size=1), model=str(model), prompts=prompts, output=output)
     with pytest.raises(RequestError, match="similarty"):
         generate(config(metrics=["similarty"]), model=str(model), prompts=prompts, output=output)
-    with pytest.raises(RequestError, match="is no model folder"):
+    with pytest.raises(RequestError, match="is not a model folder"):
         generate(config(), model=str(tmp_path / "none"), prompts=prompts, output=output)
     gpus = with_overrides(config(), {"scaling.use_gpu": True})
     with pytest.raises(RequestError, match="needs 1 GPU, but the cluster has none"):

@@ -93,7 +93,7 @@ def test_without_adapters_the_model_stays_as_it_is(tmp_path, model):
     ("settings", "message"),
     [
         ({"finetuning": "oft"}, "is lora and model.finetuning=oft is to go on with it; set model.finetuning=lora"),
-        ({"adapters": ["nothing"]}, "model.adapters: nothing holds no adapter_config.json"),
+        ({"adapters": ["nothing"]}, "model.adapters: nothing has no adapter_config.json"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path, model, adapters, settings, message):

@@ -144,11 +144,11 @@ def test_an_adapter_that_does_not_fit_is_one_line(model, tmp_path):
     file, description = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
     weights, described = load_file(file), json.loads(description.read_text())
     save_file({name: value for name, value in weights.items() if "norm" not in name}, file)
-    assert "is no adapter of this model (KeyError: " in refusal(lambda: create_engine(CONFIG, str(tmp_path)))
+    assert "is not an adapter of this model (KeyError: " in refusal(lambda: create_engine(CONFIG, str(tmp_path)))
     save_file(weights, file)
     for changed in ({"r": 3}, {"r": 0}, {"target_modules": ["none"]}, {"peft_type": "NONE"}):
         description.write_text(json.dumps({**described, **changed}))
-        assert "is no adapter of this model (" in refusal(lambda: create_engine(CONFIG, str(tmp_path)))
+        assert "is not an adapter of this model (" in refusal(lambda: create_engine(CONFIG, str(tmp_path)))
 
 
 def test_no_way_in_which_a_model_is_loaded_draws_weights_at_random(model, tmp_path):

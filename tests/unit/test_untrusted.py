@@ -190,7 +190,7 @@ def test_an_adapter_in_a_pickle_is_refused_and_runs_no_code(model):
     folder = in_bin(Path("adapter"), "adapter_model.safetensors", "adapter_model.bin", x=Code())
     save_file({}, folder / "other.safetensors")
     config = with_overrides(config, {"model.adapters": [str(folder)]})
-    assert "holds no weights (adapter_model.safetensors)" in refusal(lambda: find_adapter(config, str(model), print))
+    assert "has no weights (adapter_model.safetensors)" in refusal(lambda: find_adapter(config, str(model), print))
     for load_it in (
         lambda: load_trained(config, folder),
         lambda: create_engine(config, str(folder)),
