@@ -1,4 +1,4 @@
-"""The Ray cluster that a run works on."""
+"""Join the Ray cluster that a run uses, or start one."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def cluster(config: Config) -> Iterator[list[Node]]:
     if mine:
         for name in ("ray", "ray.data", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        # A cluster of the run's own ends with it: nobody looks at its dashboard, and each of its processes takes a part of a
-        # step's cores, before which its workers would have to step back (Ray starts them with niceness 15).
+        # A cluster that the run starts ends with it. Nobody opens its dashboard, and its workers should not yield the cores to
+        # Ray's own processes (Ray starts workers with niceness 15).
         os.environ.setdefault("RAY_worker_niceness", "0")
         _join(config.scaling.address)
-    # Ray Data sets its own loggers up when it is imported.
+    # Ray Data configures its loggers when it is imported.
     import ray.data
 
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if threading.current_thread() is threading.main_thread():
-        # Kubernetes ends a pod with SIGTERM, at which Ray would dump its stack; it is to end like Ctrl-C.
+        # Kubernetes stops a pod with SIGTERM, at which Ray would dump its stack; handle it like Ctrl-C.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield alive_nodes()
@@ -62,10 +62,10 @@ def alive_nodes() -> list[Node]:
 
 
 def _join(address: str | None) -> None:
-    """Connect to the cluster of an address, of RAY_ADDRESS or of this machine, or start one.
+    """Connect to the cluster at an address, at RAY_ADDRESS or on this machine, or start one.
 
     Raises:
-        RequestError: there is no such cluster, or it does not take this process.
+        RequestError: there is no such cluster, or it refuses this process.
     """
     import ray
 
@@ -84,7 +84,7 @@ _TOKEN = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN (or the file ~/.ray/auth_t
 
 
 def _named(address: str | None) -> str:
-    """Where an address comes from, for messages."""
+    """Name the setting that an address comes from, for messages."""
     if address not in (None, "auto"):
         return f"scaling.address={address}"
     elsewhere = os.environ.get("RAY_ADDRESS")
@@ -92,30 +92,30 @@ def _named(address: str | None) -> str:
 
 
 def _find(address: str | None) -> str | None:
-    """HOST:PORT of the cluster to join, found as ``ray.init`` finds it; None to start one."""
+    """Find HOST:PORT of the cluster to join in the way of ``ray.init``; None to start one."""
     from ray.exceptions import AuthenticationError
 
     named, given = _named(address), os.environ.get("RAY_ADDRESS") if address in (None, "auto") else address
     if given and "://" in given:
-        raise RequestError(f"{named}: is the address of a Ray Client or a dashboard, which no run can use; {ON_A_NODE}")
+        raise RequestError(f"{named}: a run cannot use the address of a Ray Client or a dashboard; {ON_A_NODE}")
     try:
         found = cluster_address(address)
         if found is not None:
             load_token(discover=address in (None, "auto"))
     except AuthenticationError:
-        raise RequestError(f"{named}: RAY_AUTH_MODE is token and there is no token; {_TOKEN}") from None
+        raise RequestError(f"{named}: RAY_AUTH_MODE=token, but there is no token; {_TOKEN}") from None
     except ConnectionError:  # of auto
-        raise RequestError(f"{named}: no Ray cluster runs on this machine; start one, or name its HOST:PORT") from None
+        raise RequestError(f"{named}: no Ray cluster runs on this machine; start one, or set its HOST:PORT") from None
     except (ValueError, OSError) as error:
         raise RequestError(
-            f"{named}: is no address of a Ray cluster ({error}); give HOST:PORT of its head, or local for a cluster of "
-            "this run's own"
+            f"{named}: not the address of a Ray cluster ({error}); set HOST:PORT of its head, or local to start one for "
+            "this run"
         ) from None
     return found
 
 
 def _ask(found: str, named: str) -> None:
-    """Ask a cluster's head whether it lives: ``ray.init`` would wait for minutes, or end the process, where it does not."""
+    """Check that a cluster's head is alive; otherwise ``ray.init`` would wait for minutes, or end the process."""
     import grpc
     import ray
 
@@ -129,7 +129,7 @@ def _ask(found: str, named: str) -> None:
             except grpc.RpcError as error:
                 failed: Any = error
                 if failed.code() == grpc.StatusCode.UNAUTHENTICATED:
-                    raise RequestError(f"{named}: the cluster wants another access token; {_TOKEN}") from None
+                    raise RequestError(f"{named}: the cluster requires another access token; {_TOKEN}") from None
                 if failed.code() not in passing or left < PAUSE_SECONDS:
                     reason = one_line(failed.details() or "", 160)
                     raise RequestError(
@@ -138,11 +138,11 @@ def _ask(found: str, named: str) -> None:
                 time.sleep(PAUSE_SECONDS)
     if version != ray.__version__:
         raise RequestError(
-            f"{named}: the cluster has Ray {version} and this process {ray.__version__}; use one image for both"
+            f"{named}: the cluster runs Ray {version}, but this process has {ray.__version__}; use one image for both"
         )
 
 
 def _remedy(named: str) -> str:
     if named.startswith("the"):
-        return "`ray stop` forgets it, or set scaling.address=local for one of this run's own"
-    return "check the address, or set scaling.address=local for a cluster of this run's own"
+        return "run `ray stop` to forget it, or set scaling.address=local to start one for this run"
+    return "check the address, or set scaling.address=local to start one for this run"

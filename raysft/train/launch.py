@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
@@ -52,8 +51,8 @@ class _Resumption:
         self._checkpoints, self._emit = checkpoints, emit
         self._decision: ResumePoint | None = None
 
-    def datasets(self) -> dict[str, Callable[[], ResumePoint | None]]:
-        """What Ray Train calls for each dataset, in this order."""
+    def datasets(self) -> dict[str, Any]:
+        """Functions that Ray Train calls for each dataset, in this order; each returns a resume point or None."""
         return {RESUME: self._decide, TRAIN: lambda: self._decision}
 
     def _decide(self) -> ResumePoint | None:

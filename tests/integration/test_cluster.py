@@ -230,9 +230,9 @@ def test_more_workers_than_the_cluster_has_end_the_job_at_once(cluster):
 @pytest.mark.parametrize(
     ("token", "fact"),
     [
-        ({"RAY_AUTH_MODE": None}, "the cluster wants another access token"),
-        ({"RAY_AUTH_TOKEN": "0" * 64}, "the cluster wants another access token"),
-        ({"RAY_AUTH_TOKEN": None}, "RAY_AUTH_MODE is token and there is no token"),
+        ({"RAY_AUTH_MODE": None}, "the cluster requires another access token"),
+        ({"RAY_AUTH_TOKEN": "0" * 64}, "the cluster requires another access token"),
+        ({"RAY_AUTH_TOKEN": None}, "RAY_AUTH_MODE=token, but there is no token"),
     ],
 )
 def test_a_cluster_that_wants_another_token_says_so_at_once(cluster, token, fact):
@@ -247,4 +247,4 @@ def test_the_server_of_ray_clients_is_not_taken_for_the_cluster(cluster):
     address = f"127.0.0.1:{cluster.ports['client']}"
     line = cluster.refuse(RAY_ADDRESS=address)
     assert line.startswith(f"raysft: error: RAY_ADDRESS={address}: no Ray cluster answers at ")
-    assert line.endswith("; check the address, or set scaling.address=local for a cluster of this run's own")
+    assert line.endswith("; check the address, or set scaling.address=local to start one for this run")

@@ -42,18 +42,26 @@ def test_what_does_not_answer_like_a_cluster_is_given_up_in_time(monkeypatch, se
         said = refusal(None if through == "RAY_ADDRESS" else f"127.0.0.1:{port}")
     assert time.monotonic() - begun < 20
     assert said.startswith(f"{through}=127.0.0.1:{port}: no Ray cluster answers at ")
-    assert said.endswith("; check the address, or set scaling.address=local for a cluster of this run's own")
+    assert said.endswith("; check the address, or set scaling.address=local to start one for this run")
 
 
 @pytest.mark.parametrize(
     ("address", "fact", "remedy"),
     [
-        ("nonsense", "is no address of a Ray cluster (Invalid address format: nonsense)", "give HOST:PORT of its head"),
-        ("127.0.0.1:abc", "is no address of a Ray cluster (Malformed address port abc", "give HOST:PORT of its head"),
-        ("127.0.0.1:99999", "is no address of a Ray cluster (Invalid address port 99999", "give HOST:PORT of its head"),
-        ("127.0.0.1:1", "is no address of a Ray cluster (Invalid address port 1.", "give HOST:PORT of its head"),
-        ("ray://127.0.0.1:10001", "is the address of a Ray Client or a dashboard", "ray job submit --address"),
-        ("http://127.0.0.1:8265", "is the address of a Ray Client or a dashboard", "ray job submit --address"),
+        (
+            "nonsense",
+            "not the address of a Ray cluster (Invalid address format: nonsense)",
+            "give HOST:PORT of its head",
+        ),
+        ("127.0.0.1:abc", "not the address of a Ray cluster (Malformed address port abc", "give HOST:PORT of its head"),
+        (
+            "127.0.0.1:99999",
+            "not the address of a Ray cluster (Invalid address port 99999",
+            "give HOST:PORT of its head",
+        ),
+        ("127.0.0.1:1", "not the address of a Ray cluster (Invalid address port 1.", "give HOST:PORT of its head"),
+        ("ray://127.0.0.1:10001", "cannot use the address of a Ray Client or a dashboard", "ray job submit --address"),
+        ("http://127.0.0.1:8265", "cannot use the address of a Ray Client or a dashboard", "ray job submit --address"),
     ],
 )
 @pytest.mark.parametrize("through", ["RAY_ADDRESS", "scaling.address"])
@@ -85,7 +93,7 @@ def test_a_cluster_of_another_version_is_named(monkeypatch):
             said = refusal(f"127.0.0.1:{port}")
         finally:
             server.stop(0)
-    assert said.startswith(f"scaling.address=127.0.0.1:{port}: the cluster has Ray 2.9.3 and this process ")
+    assert said.startswith(f"scaling.address=127.0.0.1:{port}: the cluster runs Ray 2.9.3, but this process has ")
 
 
 def refusal(address: str | None) -> str:
