@@ -1,14 +1,41 @@
 """What tests on a local cluster of Ray begin with."""
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import ray
 
+from tests.objects import credentials
+
+
+@pytest.fixture(scope="package")
+def home(tmp_path_factory) -> Iterator[Path]:
+    """A home folder for this process and its Ray, and credentials for S3 servers; Ray ends with the last test of this folder."""
+    home = tmp_path_factory.mktemp("home")
+    with credentials(), pytest.MonkeyPatch.context() as patch:
+        # Ray keeps the token of its clusters at home, and in this process the one that it has read before.
+        token = Path.home() / ".ray" / "auth_token"
+        if token.exists():
+            patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+        if "MPLCONFIGDIR" not in os.environ:
+            patch.setenv(
+                "MPLCONFIGDIR", str(Path.home() / ".cache" / "matplotlib")
+            )  # a list of fonts, which takes seconds
+        patch.setenv("HOME", str(home))
+        # As in a cluster that raysft starts: its processes do not step back before other programs of the machine.
+        patch.setenv("RAY_worker_niceness", "0")
+        yield home
+        ray.shutdown()
+
 
 @pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    """A cluster of 2 CPUs for the tests of a file: to start one takes seconds."""
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+def local_ray(home) -> Path:
+    """A cluster of 2 CPUs, started once for all files that this process tests; gives the home folder that it works in.
+
+    A start takes ten seconds of CPU time, and the processes of one that runs have imported already what tasks need.
+    """
+    if not ray.is_initialized():
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    return home

@@ -25,20 +25,10 @@ from raysft.data.prepare import prepare
 from raysft.data.shards.manifest import Manifest
 from raysft.models.tokenizer import load_tokenizer
 from raysft.storage.json_files import read_jsonl
-from tests.objects import credentials
-from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 GOOD = {"messages": [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Fine."}]}
-
-
-@pytest.fixture(scope="module")
-def local_ray():
-    with credentials():
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-        yield
-        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +48,8 @@ def bucket(local_ray):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    return str(tiny_model(tmp_path_factory.mktemp("model")))
+def model(model) -> str:
+    return str(model)
 
 
 def config_of(folder: Path, model: str, *paths: str, **data) -> Config:
@@ -215,13 +205,14 @@ PREPARE = "import sys; from raysft.cli import main; sys.exit(main(sys.argv[1:]))
 
 
 def started(config: Path) -> subprocess.Popen[str]:
+    """A process that works on the cluster of these tests."""
     command = [
         sys.executable,
         "-c",
         PREPARE,
         "prepare",
         str(config),
-        "scaling.address=local",
+        f"scaling.address={ray.get_runtime_context().gcs_address}",
         f"run.name=r{time.time_ns()}",
     ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import ray
 
 import raysft
 from raysft.cli import main
@@ -40,22 +39,14 @@ generate: {{max_examples: 4, max_new_tokens: 4, do_sample: false, compare_base: 
 
 
 @pytest.fixture(scope="module")
-def folder(server, tmp_path_factory):
-    """A model in the object store, data, a config, and a home of this machine's own with a Ray cluster."""
+def folder(local_ray, server, tmp_path_factory) -> Path:
+    """A model in the object store, data and a config."""
     folder = tmp_path_factory.mktemp("storage")
     StoragePath.of(server.uri("models/base")).upload(tiny_model(folder / "base"))
     write_chats(folder / "chat.jsonl", 60)
     text = CONFIG.format(folder=folder, storage=server.uri("runs"), model=server.uri("models/base"))
     (folder / "c.yaml").write_text(text)
-    with pytest.MonkeyPatch.context() as patch:
-        # Ray keeps the token of its clusters at home, and in this process the one that it has read before.
-        token = Path.home() / ".ray" / "auth_token"
-        if token.exists():
-            patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
-        patch.setenv("HOME", str(folder / "home"))
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-        yield folder
-        ray.shutdown()
+    return folder
 
 
 def place(server: Server, name: str) -> StoragePath:
@@ -74,7 +65,7 @@ def whole(server, folder) -> StoragePath:
     return place(server, "whole")
 
 
-def test_a_run_in_an_object_store_is_all_there(whole, folder, capsys):
+def test_a_run_in_an_object_store_is_all_there(whole, folder, local_ray, capsys):
     files = whole.walk()
     assert {
         "config.yaml",
@@ -93,7 +84,7 @@ def test_a_run_in_an_object_store_is_all_there(whole, folder, capsys):
     assert len(list(format.complete(whole / "checkpoints"))) == 2, "train.keep_last"
     assert any(name.startswith("cache/shards/") for name in whole.parent.walk())
     # What is done is done on every machine.
-    shutil.rmtree(folder / "home" / ".cache")
+    shutil.rmtree(local_ray / ".cache" / "raysft")
     assert main(["run", str(folder / "c.yaml"), "run.name=whole"]) == 0
     assert "is already trained" in capsys.readouterr().out
     assert main(["report", whole.location]) == 0

@@ -18,6 +18,8 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, re
 
 @pytest.fixture(scope="module", autouse=True)
 def _ray():
+    """A cluster with a GPU in place of the other tests' cluster without one."""
+    ray.shutdown()
     ray.init(
         address="local", num_cpus=2, num_gpus=1, include_dashboard=False, logging_level="error", log_to_driver=False
     )
