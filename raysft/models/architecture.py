@@ -1,4 +1,4 @@
-"""A model's configuration, and whether it can be trained here."""
+"""Read a model's config and check that raysft can train it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from raysft.storage import hub
 def read_hf_config(
     config: Config, model: str, path: str, notify: Callable[[str], None], key: str = "model.path"
 ) -> Any:
-    """A model's configuration, when its files are of use.
+    """Read a model's config and check its files.
 
     Args:
         config: names the models whose code may run.
-        model: folder or hub id.
-        path: its name, for the trust in its code and for messages.
-        notify: takes a line where something is left alone.
-        key: where it is named.
+        model: folder or hub ID.
+        path: its name, for trust in its code and for messages.
+        notify: receives a line if something is not used.
+        key: the setting that names the model.
 
     Raises:
-        RequestError: code would have to run that nobody has named, its config cannot be read, or weights are missing.
+        RequestError: the model needs code that is not trusted, its config cannot be read, or weights are missing.
     """
     from transformers import AutoConfig
 
@@ -38,7 +38,7 @@ def read_hf_config(
         raise
     except Exception as error:
         fault = hub.reason_of(error)
-        reason = fault or f"its config.json is of no use ({one_line(error, 120)})"
+        reason = fault or f"its config.json cannot be used ({one_line(error, 120)})"
         raise RequestError(f"{key}={model}: {reason}") from None
     _check_causal(hf_config, f"{key}={model}", path in config.model.trust_remote_code)
     check_weights(Path(model), f"{key}={model}")
@@ -46,11 +46,11 @@ def read_hf_config(
 
 
 def _check_causal(hf_config: Any, named: str, trusted: bool) -> None:
-    """The model must be one that continues texts, from left to right."""
+    """Refuse models that do not continue text from left to right."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if trusted and "AutoModelForCausalLM" in (getattr(hf_config, "auto_map", None) or {}):
         return
     if type(hf_config) not in MODEL_FOR_CAUSAL_LM_MAPPING or hf_config.is_encoder_decoder:
-        kind = "encoder and decoder" if hf_config.is_encoder_decoder else "no causal language model of transformers"
-        raise RequestError(f"{named}: model_type={hf_config.model_type} is {kind}; give a model that continues text")
+        kind = "an encoder-decoder" if hf_config.is_encoder_decoder else "not a causal language model of transformers"
+        raise RequestError(f"{named}: model_type={hf_config.model_type} is {kind}; use a model that continues text")

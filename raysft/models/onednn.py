@@ -1,8 +1,8 @@
-"""float32 matrix products of CPUs that torch's library holds back.
+"""Fast float32 matrix products on AMD CPUs.
 
-MKL, which multiplies for torch on a CPU, uses AVX-512 on Intel's processors only; oneDNN, which torch has as well and uses for
-bfloat16, asks the processor what it can do. On an AMD EPYC 9005 it multiplies 2.2 times as fast (503 against 224 GFLOPS for
-512 × 576 × 1536 on two cores), in true float32: only the order of the sums differs.
+MKL, which torch uses on CPUs, has AVX-512 kernels for Intel processors only. oneDNN, which torch includes and uses for bfloat16,
+checks what the processor supports. On an AMD EPYC 9005 it is 2.2 times as fast (503 against 224 GFLOPS for 512 × 576 × 1536 on two
+cores), in full float32: only the order of summation differs.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from typing import Any
 import torch
 
 SMALL = 1 << 18
-"""Multiplications under which the call costs more than oneDNN saves."""
+"""Number of multiplications below which the call costs more than oneDNN saves."""
 
 
 def use_onednn() -> bool:
-    """Multiply float32 matrices of this process with oneDNN where MKL would not use the processor; says whether it does.
+    """Use oneDNN for float32 products in this process if MKL lacks kernels for the processor; returns True if it does.
 
-    The choice follows from the processor alone, never from a measurement: a run that goes on must compute as before.
+    The choice depends on the processor alone, never on a measurement, because a resumed run must compute as before.
     """
-    return held_back() and _override() is not None
+    return is_slow_with_mkl() and _override() is not None
 
 
-def held_back(hf_config: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this is a processor with AVX-512 that MKL does not take for one."""
+def is_slow_with_mkl(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """True if the processor has AVX-512, but MKL does not use it."""
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
-    return wide and torch.backends.mkl.is_available() and "AuthenticAMD" in _read(hf_config)
+    return wide and torch.backends.mkl.is_available() and "AuthenticAMD" in _read(cpuinfo)
 
 
 def _read(path: Path) -> str:
@@ -41,9 +41,9 @@ def _read(path: Path) -> str:
 
 @lru_cache(maxsize=1)
 def _override() -> Any:
-    """Put oneDNN behind ``aten::mm`` and ``aten::addmm``, to which linear layers and their gradients come down."""
+    """Replace ``aten::mm`` and ``aten::addmm``, which linear layers and their gradients call, with oneDNN."""
     product: Any = torch.ops.mkldnn._linear_pointwise.default
-    # The variants with ``out`` keep the kernels of their own.
+    # The ``out`` variants keep their own kernels.
     mm_as_before: Any = torch.ops.aten.mm.out
     addmm_as_before: Any = torch.ops.aten.addmm.out
 
@@ -53,7 +53,7 @@ def _override() -> Any:
         return mm_as_before(a, b, out=a.new_empty(a.shape[0], b.shape[1]))  # type: ignore[no-any-return]
 
     def addmm(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: Any = 1, alpha: Any = 1) -> torch.Tensor:
-        # oneDNN reads as many elements as there are columns, one behind the other.
+        # oneDNN reads one contiguous element per column.
         plain = bias.shape == b.shape[1:] and bias.is_contiguous() and bias.dtype == torch.float32
         if _suits(a, b) and plain and beta == 1 and alpha == 1:
             return product(a, b.t(), bias, "none", [], "")  # type: ignore[no-any-return]
@@ -62,7 +62,7 @@ def _override() -> Any:
 
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that a kernel is replaced, which is meant
+        warnings.simplefilter("ignore", UserWarning)  # about the replaced kernel, which is intended
         library.impl("mm", mm, "CPU")
         library.impl("addmm", addmm, "CPU")
     return library

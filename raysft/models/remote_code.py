@@ -1,4 +1,4 @@
-"""Code that comes with a model."""
+"""Trust in code that a model brings."""
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ from raysft.storage.path import StoragePath
 def check_code(
     config: Config, model: str, notify: Callable[[str], None], path: str | None = None, key: str = "model.path"
 ) -> None:
-    """Refuse a model that transformers can load only with code that nobody has named.
+    """Refuse a model that transformers can load only with code that the config does not trust.
 
-    Where transformers has classes of its own for a model, as it has by now for many that still bring code, these are used and the
-    code is not run.
+    If transformers has its own classes for a model, as it has for many that still bring code, raysft uses those.
 
     Args:
         config: names the models whose code may run.
-        model: folder or hub id.
-        notify: takes a line where code is left alone.
+        model: folder or hub ID.
+        notify: receives a line if code is not run.
         path: the model's name, by which its code is trusted. Default: ``model.path``.
-        key: where it is named.
+        key: the setting that names the model.
 
     Raises:
-        RequestError: code would have to run that ``model.trust_remote_code`` does not name.
+        RequestError: the model needs code that ``model.trust_remote_code`` does not name.
     """
     from transformers import PreTrainedConfig
 
@@ -44,21 +43,21 @@ def check_code(
         )
         if others:
             raise RequestError(
-                f"{key}={path}: takes its code from {others[0]}, which model.trust_remote_code={named} does not name; "
-                f"read it, then add {others[0]}"
+                f"{key}={path} takes its code from {others[0]}, but model.trust_remote_code={named} does not name that; "
+                f"read the code, then add {others[0]}"
             )
         return
     if _needed(model, bool(tokenizer.get("auto_map"))):
         files = ", ".join(sorted({each.split("--")[-1].rpartition(".")[0] + ".py" for each in references}))
         raise RequestError(
-            f"{key}={path}: is loaded by code that comes with it ({files:.100}), and model.trust_remote_code={named} does "
-            f"not name it; read the code, then set model.trust_remote_code=[{path}]"
+            f"{key}={path} needs its own code ({files:.100}), but model.trust_remote_code={named} does not name it; read the "
+            f"code, then set model.trust_remote_code=[{path}]"
         )
-    notify("model: the code that comes with it is not run (model.trust_remote_code); transformers has its own for it")
+    notify("model: its own code is not run, because transformers has classes for it (model.trust_remote_code runs it)")
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """``auto_map`` holds classes as MODULE.CLASS or REPOSITORY--MODULE.CLASS, for tokenizers in pairs."""
+    """Yield the classes of an ``auto_map``: MODULE.CLASS or REPOSITORY--MODULE.CLASS, in pairs for tokenizers."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list | tuple):
@@ -67,7 +66,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _needed(model: str, tokenizer_too: bool) -> bool:
-    """Whether transformers has no class of its own for the config, the model or the tokenizer."""
+    """True if transformers has no class for the config, the model or the tokenizer."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
 
     try:
@@ -75,25 +74,25 @@ def _needed(model: str, tokenizer_too: bool) -> bool:
         if tokenizer_too:
             AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:
-        return "trust_remote_code" in str(error)  # whatever else is wrong is said where it is loaded
+        return "trust_remote_code" in str(error)  # other errors are reported when the model is loaded
     return type(hf_config) not in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def code_name(config: Config, folder: Path) -> str:
-    """The name that ``model.trust_remote_code`` holds where the code of a model may run.
+    """Return the name under which ``model.trust_remote_code`` must list a model for its code to run.
 
-    It is that of the model which is generated with. Of an adapter it is that of its base, for ``adapter_config.json`` may name
-    any folder.
+    It is the name of the model that generates, or, for an adapter, of its base model, because ``adapter_config.json`` may name any
+    folder.
     """
     if adapter_base(folder) is None:
         return config.generate.model or config.model.path
     base = named_base(folder) or ""
-    there, trained = StoragePath.of(base), StoragePath.of(locate(config.model.path, "model.path"))
-    # With adapters merged it lies in the cache.
-    ours = there == trained or there.parent == config.cache_directory / "models"
+    location, trained = StoragePath.of(base), StoragePath.of(locate(config.model.path, "model.path"))
+    # A model with merged adapters is in the cache.
+    ours = location == trained or location.parent == config.cache_directory / "models"
     return config.model.path if ours else base
 
 
 def runs_code(config: Config, folder: Path) -> bool:
-    """Whether code that comes with a model may run."""
+    """True if a model's own code may run."""
     return bool(config.model.trust_remote_code) and code_name(config, folder) in config.model.trust_remote_code

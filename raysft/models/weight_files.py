@@ -1,4 +1,4 @@
-"""The weight files of a model or an adapter, checked without reading the weights."""
+"""Check the weight files of a model or an adapter without reading the weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MODEL_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-"""Where weights lie, in the order in which peft and transformers look for them; others beside these are not read."""
+"""Weight files, in the order in which peft and transformers look for them; others are not read."""
 
 
 EMBEDDINGS = (
@@ -30,33 +30,34 @@ EMBEDDINGS = (
     ".embed_in.weight",
     ".tok_embeddings.weight",
 )
-"""How the names of token embeddings end in most models of transformers."""
+"""Suffixes of the names of token embeddings in most transformers models."""
 
 
 def check_weights(folder: Path, named: str) -> None:
-    """Find out, without reading them, that weights are missing or damaged; those of a model that lies on the hub are looked at
-    when they are there.
+    """Refuse weights that are missing or damaged, without reading them. Weights on the hub are checked after the download.
 
     Args:
-        folder: that of a model or an adapter.
+        folder: folder of a model or an adapter.
         named: the folder as messages name it, ``model.path=PATH``.
 
     Raises:
-        RequestError: with the file and the remedy.
+        RequestError: names the file and the remedy.
     """
     if not folder.is_dir():
         return
     adapter = [folder / name for name in ADAPTER_FILES if (folder / name).exists()]
     found = next(iter(adapter or [folder / name for name in MODEL_FILES if (folder / name).exists()]), None)
     if found is None:
-        raise RequestError(f"{named}: holds no weights (*.safetensors); give a whole model, or copy or train it again")
+        raise RequestError(
+            f"{named}: holds no weights (*.safetensors); use a complete model, or copy or train it again"
+        )
     for file in _parts(found, named) if found.suffix == ".json" else [found]:
         check = _check_safetensors if file.suffix == ".safetensors" else _check_bin
         check(file, named)
 
 
 def _parts(index: Path, named: str) -> list[Path]:
-    """The files that an index of weights names."""
+    """List the files that an index of weights names."""
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
         names = sorted(set(content["weight_map"].values()))
@@ -76,51 +77,51 @@ def _check_safetensors(file: Path, named: str) -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="np"):  # reads the names, and compares them with the file's length
+        with safe_open(file, framework="np"):  # reads the header and compares it with the file's length
             pass
     except (SafetensorError, OSError) as error:
         raise RequestError(f"{named}: {file.name} is damaged ({error}); copy it again") from None
 
 
 def _check_bin(file: Path, named: str) -> None:
-    """Weights of the old kind are pickles: they must hold tensors alone. transformers loads nothing else out of them either."""
+    """Check weights in the old pickle format, which must hold tensors only; transformers loads nothing else from them."""
     import torch
 
     try:
-        # Their names and shapes; the numbers stay where they are, but in files older than torch 1.6.
+        # Names and shapes only; the numbers stay on disk, except in files older than torch 1.6.
         content = torch.load(file, weights_only=True, map_location="meta", mmap=zipfile.is_zipfile(file))
     except (pickle.UnpicklingError, RuntimeError, struct.error, EOFError):
         content = None
     if not isinstance(content, dict):
         raise RequestError(
-            f"{named}: {file.name} is damaged, or holds more than tensors, which could run code and is not "
-            "loaded; give a model in *.safetensors"
+            f"{named}: {file.name} is damaged, or holds more than tensors, which could run code; use a model "
+            "in *.safetensors"
         )
 
 
-def embedding_rows(folder: Path, description: Any, named: str) -> int | None:
-    """How many tokens a model has embeddings for: as many as its weights hold, else as its config says.
+def embedding_rows(folder: Path, hf_config: Any, named: str) -> int | None:
+    """Number of tokens that a model has embeddings for: as its weights say, else its config.
 
     Args:
-        folder: that of the model; one on the hub has none here.
-        description: the model's configuration.
+        folder: the model's folder; does not exist for a model on the hub.
+        hf_config: the model's config.
         named: the folder as messages name it, ``model.path=PATH``.
 
     Raises:
-        RequestError: the weights and the configuration disagree, so that the model cannot be loaded.
+        RequestError: weights and config disagree, so that the model cannot be loaded.
     """
-    said = getattr(description.get_text_config(), "vocab_size", None)
-    held = _embeddings_held(folder, named)
-    if held and said and held != said and _embeddings_made(description) not in (held, None):
+    in_config = getattr(hf_config.get_text_config(), "vocab_size", None)
+    in_weights = _rows_in_weights(folder, named)
+    if in_weights and in_config and in_weights != in_config and _rows_of_config(hf_config) not in (in_weights, None):
         raise RequestError(
-            f"{named}: config.json says vocab_size={said} and its weights hold {held} embeddings; correct vocab_size, or copy "
-            "the model again"
+            f"{named}: config.json has vocab_size={in_config}, but its weights hold {in_weights} embeddings; "
+            "correct vocab_size, or copy the model again"
         )
-    return held or said
+    return in_weights or in_config
 
 
-def _embeddings_held(folder: Path, named: str) -> int | None:
-    """Rows of the embeddings in a model's files; None where they cannot be told by their name."""
+def _rows_in_weights(folder: Path, named: str) -> int | None:
+    """Rows of the embeddings in a model's files; None if no name is known."""
     from safetensors import safe_open
 
     index = folder / "model.safetensors.index.json"
@@ -132,12 +133,12 @@ def _embeddings_held(folder: Path, named: str) -> int | None:
     return max((shape[0] for shape in shapes if len(shape) == 2), default=None)
 
 
-def _embeddings_made(description: Any) -> int | None:
-    """Rows of the embeddings that transformers makes for a configuration; None where that is up to the model's own code."""
+def _rows_of_config(hf_config: Any) -> int | None:
+    """Rows of the embeddings that transformers creates for a config; None if the model's own code decides."""
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-    if type(description) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if type(hf_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return None
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(description).get_input_embeddings().weight.shape[0]
+        return AutoModelForCausalLM.from_config(hf_config).get_input_embeddings().weight.shape[0]

@@ -270,7 +270,7 @@ def test_what_cannot_be_is_refused_before_anything_starts(folder, other, adapter
         file.unlink()
     assert "tokenizer" in refused(folder, capsys, f"generate.model={torn}")
     (torn / "config.json").write_text('{"model_type": "t5"}')
-    assert "model_type=t5 is encoder and decoder" in refused(folder, capsys, f"generate.model={torn}")
+    assert "model_type=t5 is an encoder-decoder" in refused(folder, capsys, f"generate.model={torn}")
     shutil.copytree(adapter, tmp_path / "words")
     (tmp_path / "words" / "adapter_config.json").write_text("[]")
     told = refused(folder, capsys, f"generate.model={tmp_path}/words")
@@ -294,14 +294,14 @@ def test_a_tokenizer_with_tokens_that_its_model_does_not_know_is_refused(folder,
     assert f"generate.model={wrong}: its tokenizer has 400 tokens, but the model embeddings for 120; prompt " in told
     (wrong / "config.json").write_text(json.dumps({**model.config.to_dict(), "vocab_size": 130}))
     told = refused(folder, capsys, f"generate.model={wrong}")
-    assert "config.json says vocab_size=130 and its weights hold 120 embeddings" in told
+    assert "config.json has vocab_size=130, but its weights hold 120 embeddings" in told
 
 
 def test_code_runs_only_where_this_model_is_named(folder, tmp_path, capsys):
     own = with_code(tiny_model(tmp_path / "own"), tmp_path / "ran")
     trusts_base = f"model.trust_remote_code=[{folder}/base]"
     told = refused(folder, capsys, f"generate.model={own}", trusts_base)
-    assert f"generate.model={own}: is loaded by code that comes with it" in told
+    assert f"generate.model={own} needs its own code" in told
     assert not (tmp_path / "ran").exists()
     assert len(generate(folder, "own", f"generate.model={own}", f"model.trust_remote_code=[{own}]")) == 4
     assert (tmp_path / "ran").exists()

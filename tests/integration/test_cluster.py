@@ -219,7 +219,7 @@ def test_more_workers_than_the_cluster_has_end_the_job_at_once(cluster):
     # Once in the job's log, and once more as Ray's reason for the end of the job.
     (line,) = {line for line in output.splitlines() if "raysft: " in line}
     assert line.startswith("raysft: error: scaling.num_workers=3 needs 1 CPU per worker, but the cluster ")
-    assert line.endswith("; use 2, or add nodes")
+    assert line.endswith("; use scaling.num_workers=1, or add nodes")
     assert "exit code 2" in output
     assert "Traceback" not in output
     assert not (cluster.folder / "runs" / "large").exists()

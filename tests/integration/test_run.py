@@ -631,9 +631,7 @@ def test_code_that_comes_with_a_model_runs_only_where_it_is_named(folder, tmp_pa
     ]
     assert main(["check", *told]) == 2
     refused = capsys.readouterr().err
-    assert refused.startswith(
-        f"raysft: error: model.path={own}: is loaded by code that comes with it (modeling_own.py)"
-    )
+    assert refused.startswith(f"raysft: error: model.path={own} needs its own code (modeling_own.py)")
     assert refused.count("\n") == 1
     assert not ran.exists()
     assert main(["run", *told, f"model.trust_remote_code=[{own}]"]) == 0

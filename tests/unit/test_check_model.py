@@ -71,7 +71,7 @@ def test_a_model_that_is_not_whole_is_refused(model, tmp_path):
     with pytest.raises(RequestError, match="holds no weights"):
         merge(tmp_path, tmp_path / "out")
     (tmp_path / "config.json").write_text("{")
-    assert "its config.json is of no use" in refusal(config(), tmp_path)
+    assert "its config.json cannot be used" in refusal(config(), tmp_path)
 
 
 def test_the_identity_of_a_model_follows_its_config_and_weights(model, tmp_path):

@@ -60,8 +60,16 @@ def test_what_does_not_answer_like_a_cluster_is_given_up_in_time(monkeypatch, se
             "set HOST:PORT of its head",
         ),
         ("127.0.0.1:1", "not the address of a Ray cluster (Invalid address port 1.", "set HOST:PORT of its head"),
-        ("ray://127.0.0.1:10001", "cannot use the address of a Ray Client or a dashboard", "ray job submit --address"),
-        ("http://127.0.0.1:8265", "cannot use the address of a Ray Client or a dashboard", "ray job submit --address"),
+        (
+            "ray://127.0.0.1:10001",
+            "a run cannot use the address of a Ray Client or a dashboard",
+            "ray job submit --address",
+        ),
+        (
+            "http://127.0.0.1:8265",
+            "a run cannot use the address of a Ray Client or a dashboard",
+            "ray job submit --address",
+        ),
     ],
 )
 @pytest.mark.parametrize("through", ["RAY_ADDRESS", "scaling.address"])

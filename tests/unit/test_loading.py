@@ -195,7 +195,7 @@ def test_nor_an_adapter_without_some_of_its_weights(model, adapter, tmp_path):
 
 
 def test_a_model_that_does_not_continue_text_is_refused(model, tmp_path):
-    for kind, told in (("t5", "encoder and decoder"), ("bart", "encoder and decoder"), ("vit", "no causal language")):
+    for kind, told in (("t5", "an encoder-decoder"), ("bart", "an encoder-decoder"), ("vit", "not a causal language")):
         folder = copied(model, tmp_path / kind)
         (folder / "config.json").write_text(json.dumps({"model_type": kind}))
         assert f"model_type={kind} is {told}" in refusal(lambda folder=folder: check_model(CONFIG, str(folder)))
@@ -211,7 +211,7 @@ def test_the_embeddings_of_a_model_are_counted_in_its_weights(model, tmp_path, s
     assert embedding_rows(folder, description, "m") == 448
     description.vocab_size = 400
     told = refusal(lambda: embedding_rows(folder, description, "m"))
-    assert told.startswith("m: config.json says vocab_size=400 and its weights hold 448 embeddings; ")
+    assert told.startswith("m: config.json has vocab_size=400, but its weights hold 448 embeddings; ")
 
 
 def test_nothing_is_said_of_embeddings_that_only_the_own_code_of_a_model_knows(model):

@@ -71,7 +71,7 @@ def test_the_choice_follows_from_the_processor(tmp_path, monkeypatch, vendor, ex
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     described = tmp_path / "cpuinfo"
     described.write_text(f"processor : 0\nvendor_id : {vendor}\n")
-    assert onednn.held_back(described) is expected
-    assert not onednn.held_back(Path("/nowhere"))
+    assert onednn.is_slow_with_mkl(described) is expected
+    assert not onednn.is_slow_with_mkl(Path("/nowhere"))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert not onednn.held_back(described)
+    assert not onednn.is_slow_with_mkl(described)

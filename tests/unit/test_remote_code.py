@@ -49,7 +49,7 @@ def test_code_that_is_not_named_is_refused_and_not_run(model, ran, named):
     wanted = config(model, named)
     found = find_model(wanted.model.path, wanted.cache_directory, print)
     told = refusal(lambda: check_model(wanted, found))
-    assert f"model.path={model}: is loaded by code that comes with it (modeling_own.py)" in told
+    assert f"model.path={model} needs its own code (modeling_own.py)" in told
     assert f"set model.trust_remote_code=[{model}]" in told
     assert not ran.exists()
 
@@ -71,7 +71,7 @@ def test_code_that_is_not_needed_is_left_alone_and_that_is_said(tmp_path, ran):
     folder, lines = with_code(tiny_model(tmp_path / "m"), ran, model_type="llama"), list[str]()
     check_model(config(folder), str(folder), lines.append)
     assert lines == [
-        "model: the code that comes with it is not run (model.trust_remote_code); transformers has its own for it"
+        "model: its own code is not run, because transformers has classes for it (model.trust_remote_code runs it)"
     ]
     assert not ran.exists()
 
@@ -79,7 +79,7 @@ def test_code_that_is_not_needed_is_left_alone_and_that_is_said(tmp_path, ran):
 def test_code_out_of_another_repository_needs_that_ones_name_too(tmp_path, ran):
     folder = with_code(tiny_model(tmp_path / "m"), ran, origin="some/where--")
     told = refusal(lambda: check_model(config(folder, (str(folder),)), str(folder)))
-    assert "takes its code from some/where, which model.trust_remote_code=" in told
+    assert "takes its code from some/where, but model.trust_remote_code=" in told
     assert not ran.exists()
 
 
