@@ -381,5 +381,5 @@ def test_the_pool_follows_the_cluster():
     assert (pool.engines, pool.gpus) == (5, 2.0), "an engine lies on one node"
     with pytest.raises(RequestError, match="num_actors=6 needs 6 times 2 GPUs, but the cluster can place 5"):
         engine_pool.size_pool(with_overrides(large, {"generate.num_actors": 6}), nodes, batches=99)
-    with pytest.raises(RequestError, match="gpus_per_engine=9 wants 9 GPUs on one node and none has as many"):
+    with pytest.raises(RequestError, match="gpus_per_engine=9 needs 9 GPUs on one node, but no node has that many"):
         engine_pool.size_pool(with_overrides(gpus, {"generate.gpus_per_engine": 9}), nodes, batches=99)
