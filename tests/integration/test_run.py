@@ -341,7 +341,7 @@ def test_a_run_that_is_done_goes_on_with_more_epochs_and_with_other_data_in_them
     (run / "train_results.json").unlink()
     data.write_text("".join((folder / "chat.jsonl").read_text().splitlines(keepends=True)[8:20]))
     for more, reason in (
-        ([], "the data of source 'chat' changed since this run's checkpoint after step 6; put it back as it was"),
+        ([], "the data of source 'chat' changed since this run's checkpoint after step 6; restore the old files"),
         (
             ["--allow-changed"],
             "the data of source 'chat' can change from epoch 4 on, and train.epochs=3; raise train.epochs",

@@ -38,5 +38,5 @@ def test_an_engine_that_does_not_start_fails_the_run_in_one_line(tmp_path, capfd
         list(completions(config, model, prompts))
     assert "\n" not in str(failed.value)
     assert capfd.readouterr().err == ""
-    with pytest.raises(RequestError, match=r"gpus_per_engine=2 wants 2 GPUs on one node and none has as many"):
+    with pytest.raises(RequestError, match=r"gpus_per_engine=2 needs 2 GPUs on one node, but no node has that many"):
         list(completions(with_overrides(config, {"generate.gpus_per_engine": 2}), model, prompts))
