@@ -344,7 +344,7 @@ def test_a_run_that_is_done_goes_on_with_more_epochs_and_with_other_data_in_them
         ([], "the data of source 'chat' changed since this run's checkpoint after step 6; restore the old files"),
         (
             ["--allow-changed"],
-            "the data of source 'chat' can change from epoch 4 on, and train.epochs=3; raise train.epochs",
+            "the data of source 'chat' can change from epoch 4 on, but train.epochs=3; raise train.epochs",
         ),
     ):
         assert main([*command, *more]) == 2
@@ -384,7 +384,7 @@ def test_checkpoints_by_time_save_an_interrupted_run_and_go_when_it_is_done(fold
         "--allow-changed",
     ]
     assert main(told) == 2
-    assert "is trained and has no checkpoint to go on from" in capsys.readouterr().err
+    assert "is already trained, but has no checkpoint to resume from" in capsys.readouterr().err
 
 
 class Fails:
