@@ -498,7 +498,9 @@ def test_an_error_that_comes_again_at_the_same_step_is_not_tried_four_times(fold
     capsys.readouterr()
     assert main(["train", str(folder / "sft.yaml"), *settings]) == 1
     out, error = capsys.readouterr()
-    assert out.count("; restarting the workers") == 1
+    assert [line.endswith("; restarting the workers") for line in out.splitlines() if "no such token" in line] == [
+        True
+    ], out
     assert error.count("\n") == 1
     steps = [line.split("/")[0] for line in out.splitlines() if line.startswith("step ")]
     assert len(set(steps)) == len(steps), "each step before it is trained once"
