@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from raysft.report.read_run import RunLog, series
+from raysft.storage.path import StoragePath
 
 # Okabe and Ito's palette.
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
@@ -228,6 +228,4 @@ def _plain(value: float, _: object = None) -> str:
 
 def _save(figure: Figure, path: Path) -> None:
     """Write a PNG atomically."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    figure.savefig(draft, format="png")
-    draft.replace(path)
+    StoragePath.of(path).write(lambda stream: figure.savefig(stream, format="png"))
