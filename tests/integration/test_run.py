@@ -270,6 +270,7 @@ def test_a_damaged_checkpoint_is_passed_over(folder, sft_run, capsys):
         raysft.run_sft(load(folder / "sft.yaml", arguments), callbacks=[Interrupt(8)])
     flipped = folder / "runs" / "flipped"
     newest, before = (place.local for place in islice(complete(flipped / "checkpoints"), 2))
+    step = Cursor.read(before).step  # the resumed training removes this checkpoint once it has newer ones
     part = newest / "part_0.safetensors"
     content = bytearray(part.read_bytes())
     content[-7] ^= 1
@@ -277,7 +278,7 @@ def test_a_damaged_checkpoint_is_passed_over(folder, sft_run, capsys):
     assert main(["train", str(folder / "sft.yaml"), *arguments]) == 0
     said = capsys.readouterr().out
     assert f"{part} is not what was written" in said
-    assert f"resuming after step {Cursor.read(before).step}" in said
+    assert f"resuming after step {step} " in said
     for one, two in zip(steps_of(flipped), steps_of(sft_run), strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
 
