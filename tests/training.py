@@ -165,16 +165,17 @@ def _trained(case: Case, rank: int, world: int, name: str) -> Result:
     from safetensors.torch import load_file
 
     from raysft.train import loop, loss
-    from raysft.train.checkpoint import format, triggers
+    from raysft.train.checkpoint import parts, state, triggers
+    from raysft.train.checkpoint.cursor import Cursor
     from raysft.train.checkpoint.resume import ResumePoint
 
     loss.CHUNK_TOKENS = case.chunk_tokens
     readings = itertools.count(1)
     triggers.monotonic = (lambda: 60 * case.clocks[rank] * next(readings)) if case.clocks else time.monotonic
 
-    def save(engine: Any, cursor: format.Cursor, log: list[Any]) -> None:
+    def save(engine: Any, cursor: Cursor, log: list[Any]) -> None:
         if case.keep:
-            format.write(format.snapshot(engine, cursor, log), case.keep / f"checkpoint_{cursor.step}")
+            parts.write(state.snapshot(engine, cursor, log), case.keep / f"checkpoint_{cursor.step}")
 
     calls = itertools.count(1)
 

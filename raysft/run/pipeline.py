@@ -68,7 +68,7 @@ def run(config: Config, callbacks: Sequence[Any] = (), allow_changed: bool = Fal
 
 def train_model(context: RunContext, callbacks: Sequence[Any] = ()) -> None:
     """Train and evaluate; results go to ``train_results.json`` and ``eval_results.json``."""
-    from raysft.train.checkpoint.format import remove_temporary
+    from raysft.train.checkpoint.catalog import remove_temporary
 
     if context.directory.is_done():
         context.terminal.line(

@@ -14,8 +14,8 @@ from raysft.errors import RequestError
 from raysft.run.ownership import Changes, describe_changes
 from raysft.storage.json_files import append_json
 from raysft.storage.run_directory import RunDirectory
+from raysft.train.checkpoint.catalog import newest
 from raysft.train.checkpoint.cursor import EVALUATION, Cursor
-from raysft.train.checkpoint.format import newest
 from raysft.train.early_stopping import known_best, should_stop
 
 ROW_PLAN = "row_plan"

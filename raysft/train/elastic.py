@@ -20,7 +20,7 @@ from raysft.config.scaling import ScalingSection
 from raysft.errors import RunFailed
 from raysft.storage.run_directory import RunDirectory
 from raysft.telemetry.events import Emit, Waiting, WorkersResized, WorkersRestarting
-from raysft.train.checkpoint.format import newest
+from raysft.train.checkpoint.catalog import newest
 from raysft.train.ray_train_internals import (
     ElasticScalingPolicy,
     FixedScalingPolicy,

@@ -43,9 +43,26 @@ def make_engine(
     # DeepSpeed must adopt the existing process group before ZeRO-3 partitions weights over it.
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     settings = deepspeed_settings(config, workers)
-    zero3 = config.train.zero_stage == 3
     # While this object lives, from_pretrained partitions weights as it loads them, instead of loading all of them on each worker.
-    partitioning = HfDeepSpeedConfig(settings) if zero3 else None
+    partitioning = HfDeepSpeedConfig(settings) if config.train.zero_stage == 3 else None
+    model = _loss_model(config, model_path, device, adapter)
+    ratio = config.model.lora.loraplus_ratio if config.model.finetuning == "lora" else None
+    optimizer = make_optimizer(model, config.train, ratio)
+    lr_scheduler = make_lr_scheduler(optimizer, config.train, steps)
+    settings = with_bucket(settings, model)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=settings, dist_init_required=False
+    )
+    del partitioning
+    engine.eval()
+    check_model(model, config, device)
+    engine.train()
+    return engine, lr_scheduler
+
+
+def _loss_model(config: Config, model_path: str, device: torch.device, adapter: str | None) -> TokenLoss:
+    """Load the model with its loss; ZeRO-3 decides where the weights are, otherwise they are on the device."""
+    zero3 = config.train.zero_stage == 3
     model = TokenLoss(
         load_model(config, model_path, device, adapter),
         objective=_objective(config),
@@ -60,18 +77,7 @@ def make_engine(
         gather_experts_whole(model)
     else:
         model.to(device)
-    ratio = config.model.lora.loraplus_ratio if config.model.finetuning == "lora" else None
-    optimizer = make_optimizer(model, config.train, ratio)
-    lr_scheduler = make_lr_scheduler(optimizer, config.train, steps)
-    settings = with_bucket(settings, model)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=settings, dist_init_required=False
-    )
-    del partitioning
-    engine.eval()
-    check_model(model, config, device)
-    engine.train()
-    return engine, lr_scheduler
+    return model
 
 
 def gather_experts_whole(model: TokenLoss) -> None:

@@ -19,7 +19,7 @@ from raysft.errors import StorageFailed
 from raysft.storage.path import StoragePath
 from raysft.storage.retry import retry_for
 from raysft.telemetry.events import Emit, TrainingEnded, Waiting
-from raysft.train.checkpoint import format
+from raysft.train.checkpoint import catalog
 from raysft.train.checkpoint.resume import ResumePoint
 from raysft.train.elastic import workers_of
 from raysft.train.event_pump import EventPump, emitter, make_queue
@@ -57,7 +57,7 @@ class _Resumption:
 
     def _decide(self) -> ResumePoint | None:
         with retry_for(notify=lambda line: self._emit(Waiting(line))):
-            self._decision = format.newest(self._checkpoints)
+            self._decision = catalog.newest(self._checkpoints)
         return self._decision
 
 
@@ -93,7 +93,7 @@ def train(job: TrainJob, handle: Emit) -> dict[str, dict[str, float]]:
     """
     end = _fit(job, train_worker, handle)
     with suppress(StorageFailed), retry_for(0):
-        format.prune(job.run.checkpoints, job.config.train.keep_last)  # the last checkpoint may have completed late
+        catalog.prune(job.run.checkpoints, job.config.train.keep_last)  # the last checkpoint may have completed late
     return asdict(end)
 
 

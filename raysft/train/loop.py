@@ -28,10 +28,10 @@ from raysft.telemetry.events import (
     TrainingEnded,
     evaluation_results,
 )
-from raysft.train.checkpoint import format
+from raysft.train.checkpoint import state
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.checkpoint.resume import ResumePoint
-from raysft.train.checkpoint.triggers import CheckpointTrigger, Notice
+from raysft.train.checkpoint.triggers import CheckpointTrigger, PreemptionReason
 from raysft.train.deepspeed_internals import numel
 from raysft.train.early_stopping import EarlyStopper, known_best
 from raysft.train.export import Exporter
@@ -54,7 +54,7 @@ def train(
     emit: Emit,
     save: Save,
     resume: ResumePoint | None = None,
-    notice: Notice = str,
+    preemption_reason: PreemptionReason = str,
 ) -> None:
     """Train to the end of the row plan, evaluate, and write the trained model.
 
@@ -65,13 +65,13 @@ def train(
         emit: receives the events; called by the first worker only.
         save: saves a checkpoint; called by all workers.
         resume: the checkpoint to resume from.
-        notice: returns a reason while this worker's machine is about to be preempted, so that a checkpoint is saved.
+        preemption_reason: returns a reason while this worker's machine is about to be preempted, so that a checkpoint is saved.
 
     Raises:
         RunFailed: loss or gradient are not finite; raised by all workers alike.
         Fault: this worker failed otherwise, for example because its rows differ from the row plan.
     """
-    loop = _Loop(job, device, emit, save, notice)
+    loop = _Loop(job, device, emit, save, preemption_reason)
     with faults_of(loop.rank, lambda: loop.moment, loop.current_rows):
         _train(loop, batches, resume)
 
@@ -99,10 +99,12 @@ def _train(loop: _Loop, batches: Iterator[Batch], resume: ResumePoint | None) ->
 class _Loop:
     """State of one worker's training."""
 
-    def __init__(self, job: TrainJob, device: torch.device, emit: Emit, save: Save, notice: Notice) -> None:
+    def __init__(
+        self, job: TrainJob, device: torch.device, emit: Emit, save: Save, preemption_reason: PreemptionReason
+    ) -> None:
         self.job, self.device, self.save = job, device, save
         self.rank, self.workers = dist.get_rank(), dist.get_world_size()
-        self.trigger = CheckpointTrigger(job.config.train, self.rank, notice)
+        self.trigger = CheckpointTrigger(job.config.train, self.rank, preemption_reason)
         self.emit: Emit = emit if self.rank == 0 else lambda event: None
         self.log: deque[dict[str, Any]] = deque(maxlen=LOG_RECORDS)
         self.row_plan: RowPlan = job.train_rows.row_plan
@@ -130,7 +132,7 @@ class _Loop:
         cursor = Cursor(0, 0, 0, self.job.identity)
         if resume is not None:
             cursor = resume.cursor
-            self.log.extend(format.load(self.engine, self.lr_scheduler, resume))
+            self.log.extend(state.load(self.engine, self.lr_scheduler, resume))
         best = known_best(self.job.config.train, cursor, self.job.identity)
         if self.job.config.train.keep_best:
             best = self.exporter.confirm_best(best)
@@ -176,7 +178,7 @@ class _Loop:
         elapsed = time.perf_counter() - self.started
         remaining = (self.row_plan.steps - cursor.step) * elapsed / (cursor.step - self.first_step)
         if self.trigger.update(cursor.step, result.noticed, result.late):
-            self.emit(PreemptionNotice(cursor.step, self.trigger.notice()))
+            self.emit(PreemptionNotice(cursor.step, self.trigger.preemption_reason()))
         record = self.step_metrics.record(cursor, result, lr, seconds, self.data_wait, elapsed, remaining)
         self.log.append(asdict(record))
         self.emit(record)

@@ -11,7 +11,7 @@ from typing import Any
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from raysft.errors import RequestError, RunFailed, StorageFailed, one_line
-from raysft.train.checkpoint.format import CorruptCheckpoint
+from raysft.train.checkpoint.catalog import CorruptCheckpoint
 from raysft.train.ray_train_internals import DefaultFailurePolicy, FailureDecision
 
 INFRASTRUCTURE_SIGNS = (

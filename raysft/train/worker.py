@@ -12,7 +12,7 @@ from ray.train.torch import get_device
 from raysft.models.onednn import use_onednn
 from raysft.telemetry.events import CheckpointCorrupt, TrainingEnded, evaluation_results
 from raysft.train import loop
-from raysft.train.checkpoint import format
+from raysft.train.checkpoint import catalog
 from raysft.train.checkpoint.async_writer import AsyncWriter
 from raysft.train.checkpoint.resume import ResumePoint
 from raysft.train.event_pump import emitter, permanent_failures
@@ -34,7 +34,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     try:
         with permanent_failures(settings["queue"]):
             _train(settings)
-    except format.CorruptCheckpoint as error:
+    except catalog.CorruptCheckpoint as error:
         if ray.train.get_context().get_world_rank() == 0:
             emitter(settings["queue"])(CheckpointCorrupt(str(error)))
         raise
@@ -49,11 +49,11 @@ def _train(settings: dict[str, Any]) -> None:
     tables = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
     batches = job.train_rows.batches(tables, workers)
     writer = AsyncWriter(job.run.checkpoints, job.config.train.keep_last, emit)
-    loop.train(job, batches, get_device(), emit, writer, resume, _notice)
+    loop.train(job, batches, get_device(), emit, writer, resume, _preemption_reason)
     writer.close()
 
 
-def _notice() -> str:
+def _preemption_reason() -> str:
     """Return which nodes Ray is draining, and until when; empty if none.
 
     Ray's public API for this is a collective call. The loop already shares the answer with the sums of each step.

@@ -41,7 +41,8 @@ def main() -> None:
 
 def measure(model: str, file: Path, folder: Path, rounds: int) -> dict[str, Any]:
     """Seconds of each stall and step."""
-    from raysft.train.checkpoint import format
+    from raysft.train.checkpoint import parts, state
+    from raysft.train.checkpoint.cursor import Cursor
     from raysft.train.engine import make_engine
     from raysft.train.step import train_step
 
@@ -61,15 +62,15 @@ def measure(model: str, file: Path, folder: Path, rounds: int) -> dict[str, Any]
     measured: dict[str, Any] = {"waited for": [], "meanwhile": [], "alone": [], "beside": []}
     step()
     for number in range(rounds):
-        cursor = format.Cursor(number, 0, 0, {})
+        cursor = Cursor(number, 0, 0, {})
         begun = time.perf_counter()
-        part = format.snapshot(engine, cursor)
-        format.write(part, folder / f"checkpoint_{number}_waited")
+        part = state.snapshot(engine, cursor)
+        parts.write(part, folder / f"checkpoint_{number}_waited")
         measured["waited for"].append(time.perf_counter() - begun)
         measured["alone"].append(step())
         begun = time.perf_counter()
-        part = format.snapshot(engine, cursor)
-        writing = threading.Thread(target=format.write, args=(part, folder / f"checkpoint_{number}"))
+        part = state.snapshot(engine, cursor)
+        writing = threading.Thread(target=parts.write, args=(part, folder / f"checkpoint_{number}"))
         writing.start()
         measured["meanwhile"].append(time.perf_counter() - begun)
         measured["beside"].append(step())

@@ -14,7 +14,7 @@ from deepspeed.utils.tensor_fragment import fragment_address, tensor_fragment
 from tests.contracts.contract import Contract
 
 DEEPSPEED = Contract("deepspeed", "raysft/train/deepspeed_internals.py")
-FORMAT = Contract("deepspeed", "raysft/train/checkpoint/format.py")
+STATE = Contract("deepspeed", "raysft/train/checkpoint/state.py")
 
 
 def test_its_own_all_reduce_can_be_turned_off():
@@ -64,7 +64,7 @@ def test_cpu_adam_computes_its_bias_corrections_step_by_step():
 
 def test_an_engine_counts_what_a_checkpoint_holds():
     for attribute in ("global_steps", "global_samples", "skipped_steps"):
-        FORMAT.source(DeepSpeedEngine, f"self.{attribute} =", attribute)
+        STATE.source(DeepSpeedEngine, f"self.{attribute} =", attribute)
     for method in ("zero_optimization_stage", "get_global_grad_norm", "was_step_applied"):
         assert callable(getattr(DeepSpeedEngine, method, None)), (
             f"DeepSpeedEngine.{method}; look at raysft/train/step.py"

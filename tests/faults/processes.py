@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from raysft.train.checkpoint.format import newest
+from raysft.train.checkpoint.catalog import newest
 from tests.faults.runs import Moment, Outcome, after, attempt, compared, steps_of, together
 
 

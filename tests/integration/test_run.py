@@ -26,8 +26,8 @@ from raysft.storage.json_files import read_jsonl
 from raysft.storage.lock import lock
 from raysft.storage.run_directory import RunDirectory
 from raysft.train import launch
+from raysft.train.checkpoint.catalog import complete
 from raysft.train.checkpoint.cursor import Cursor
-from raysft.train.checkpoint.format import complete
 from raysft.train.job import TrainJob
 from tests.tiny import SENTENCES, tiny_model, with_code, write_chats
 from tests.training import make_config, prepare

@@ -15,7 +15,8 @@ import raysft
 from raysft.cli import main
 from raysft.config import load
 from raysft.storage.path import StoragePath
-from raysft.train.checkpoint import format
+from raysft.train.checkpoint import catalog
+from raysft.train.checkpoint.cursor import Cursor
 from tests.objects import Server
 from tests.tiny import tiny_model, write_chats
 
@@ -81,7 +82,7 @@ def test_a_run_in_an_object_store_is_all_there(whole, folder, local_ray, capsys)
     } <= files.keys()
     assert any(name.startswith("tensorboard/") for name in files)
     assert not [name for name in files if "/.best" in name or ".lock" in name or "partial" in name]
-    assert len(list(format.complete(whole / "checkpoints"))) == 2, "train.keep_last"
+    assert len(list(catalog.complete(whole / "checkpoints"))) == 2, "train.keep_last"
     assert any(name.startswith("cache/shards/") for name in whole.parent.walk())
     # What is done is done on every machine.
     shutil.rmtree(local_ray / ".cache" / "raysft")
@@ -121,16 +122,16 @@ def test_another_machine_goes_on_where_one_was_killed(whole, server, folder):
     psutil.wait_procs(children, timeout=10)
     server.heals()
     shutil.rmtree(folder / "elsewhere")
-    newest = format.newest(killed / "checkpoints")
+    newest = catalog.newest(killed / "checkpoints")
     assert newest
     assert newest.cursor.step == 4
     # One more, of which the last worker's part did not come to its end.
-    torn = killed / "checkpoints" / format.folder_name(5, "torn")
+    torn = killed / "checkpoints" / catalog.folder_name(5, "torn")
     for name, entry in newest.path.walk().items():
         if name != "part_0.json":
             assert entry.size
             (torn / name).write_bytes((newest.path / name).read_bytes())
-    assert format.newest(killed / "checkpoints") == newest
+    assert catalog.newest(killed / "checkpoints") == newest
     lock = json.loads((killed / ".lock").read_text())
     assert lock["process"] == process.pid
     assert main(["train", str(folder / "c.yaml"), "run.name=killed"]) == 0
@@ -173,7 +174,7 @@ def test_a_storage_that_fails_costs_a_checkpoint_and_no_step(server, folder, cap
     assert "no checkpoint after step 4: that after step 2 is still being written; training continues" in said
     assert "no checkpoint after step 6: s3://bucket/runs/fails/checkpoints/" in said
     assert "ACCESS_DENIED" in said
-    assert [format.Cursor.read(each).step for each in format.complete(run / "checkpoints")] == [2]
+    assert [Cursor.read(each).step for each in catalog.complete(run / "checkpoints")] == [2]
     assert {"config.json", "model.safetensors"} <= (run / "model").entries().keys()
 
 

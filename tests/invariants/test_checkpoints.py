@@ -8,7 +8,7 @@ import pytest
 
 from raysft.storage.path import StoragePath
 from raysft.telemetry.events import PreemptionNotice, SetupDone
-from raysft.train.checkpoint import format
+from raysft.train.checkpoint import catalog
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.checkpoint.resume import ResumePoint
 from tests.training import STEPS, Case, Result, make_config, prepare, rows_of, train_all
@@ -122,7 +122,7 @@ def test_a_preemption_notice_leads_to_a_checkpoint(prepared, uninterrupted, tmp_
     config = make_config(prepared[0] / "leaving", prepared[1], zero_stage=2)
     [result] = train_all([Case(config, rows_of(prepared[2]), keep=tmp_path, leaves_in=2)], 2)
     assert [event.step for event in result.events if isinstance(event, PreemptionNotice)] == [2], "once, to all workers"
-    assert [folder.name for folder in format.complete(tmp_path)] == ["checkpoint_2"]
+    assert [folder.name for folder in catalog.complete(tmp_path)] == ["checkpoint_2"]
     assert result.losses == uninterrupted["zero 2", 2][0].losses
 
 
@@ -142,8 +142,8 @@ def test_checkpoints_by_time_resume_bit_for_bit_and_all_workers_write_them_toget
         2,
     )
     assert not (tmp_path / "short").exists(), "a shorter run writes none"
-    assert [folder.name for folder in format.complete(tmp_path / "apart")] == ["checkpoint_3"]
-    cursors = [Cursor.read(folder) for folder in format.complete(tmp_path / "often")]
+    assert [folder.name for folder in catalog.complete(tmp_path / "apart")] == ["checkpoint_3"]
+    cursors = [Cursor.read(folder) for folder in catalog.complete(tmp_path / "often")]
     assert [(cursor.step, cursor.temporary) for cursor in cursors] == [(3, True), (2, True), (1, True)]
     [second] = train_all([by_time("second", resume=tmp_path / "often" / "checkpoint_2")], 2)
     assert often.losses == apart.losses == short.losses
@@ -157,16 +157,16 @@ def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_used(prepared, unin
 
     _, kept = uninterrupted["zero 2", 2]
     shutil.copytree(kept, tmp_path / "kept")
-    newer, older = (folder.local for folder in format.complete(tmp_path / "kept"))
+    newer, older = (folder.local for folder in catalog.complete(tmp_path / "kept"))
     file = newer / "part_1.safetensors"
     content = bytearray(file.read_bytes())
     content[-5] ^= 4
     file.write_bytes(bytes(content))
-    assert format.newest(tmp_path / "kept") == ResumePoint.of(newer), "its sizes are right"
+    assert catalog.newest(tmp_path / "kept") == ResumePoint.of(newer), "its sizes are right"
     with pytest.raises(AssertionError, match="a worker failed"):
         train_all([case(prepared, "zero 2", 1, resume=newer)], 1)
-    assert json.loads((newer / format.DAMAGED).read_text()) == {"file": "part_1.safetensors"}
-    assert format.newest(tmp_path / "kept") == ResumePoint.of(older)
+    assert json.loads((newer / catalog.DAMAGED).read_text()) == {"file": "part_1.safetensors"}
+    assert catalog.newest(tmp_path / "kept") == ResumePoint.of(older)
 
 
 @pytest.mark.parametrize("missing", ["part_1.safetensors", "part_1.json", "state_0.pt", "cursor.json"])
@@ -175,8 +175,8 @@ def test_an_incomplete_checkpoint_does_not_count(uninterrupted, tmp_path, missin
 
     _, kept = uninterrupted["zero 2", 2]
     shutil.copytree(kept, tmp_path / "kept")
-    newer, older = (folder.local for folder in format.complete(tmp_path / "kept"))
+    newer, older = (folder.local for folder in catalog.complete(tmp_path / "kept"))
     (newer / missing).unlink()
-    assert list(format.complete(tmp_path / "kept")) == [StoragePath.of(older)]
+    assert list(catalog.complete(tmp_path / "kept")) == [StoragePath.of(older)]
     (older / "part_0.safetensors").write_bytes(b"short")
-    assert format.newest(tmp_path / "kept") is None
+    assert catalog.newest(tmp_path / "kept") is None

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from raysft.config import TrainSection
 from raysft.config.resume_effects import EFFECTS, Effect
 from raysft.telemetry.events import StepRecord
-from raysft.train.checkpoint import format
+from raysft.train.checkpoint import catalog
 from raysft.train.checkpoint.cursor import EVALUATION, Best, Cursor
 from raysft.train.early_stopping import EarlyStopper, known_best, should_stop
 from tests.training import STEPS, Case, Result, make_config, plain_loss, plain_model, prepare, rows_of, train_all
@@ -225,11 +225,11 @@ def test_a_checkpoint_at_the_end_has_the_last_evaluation(prepared, tmp_path):
         **BEFORE,
     )  # fmt: skip
     train_all([Case(config, rows_of(prepared[2]), keep=tmp_path / "kept")])
-    cursor = Cursor.read(next(format.complete(tmp_path / "kept")))
+    cursor = Cursor.read(next(catalog.complete(tmp_path / "kept")))
     assert cursor.step == STEPS
     assert cursor.best
     assert cursor.best.seen == STEPS
     assert (
-        json.loads((next(format.complete(tmp_path / "kept")).local / "cursor.json").read_text())["best"]["seen"]
+        json.loads((next(catalog.complete(tmp_path / "kept")).local / "cursor.json").read_text())["best"]["seen"]
         == STEPS
     )

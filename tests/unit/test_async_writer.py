@@ -13,10 +13,11 @@ from raysft.errors import RunFailed, StorageFailed
 from raysft.storage import retry
 from raysft.storage.path import StoragePath
 from raysft.telemetry.events import CheckpointFailed, CheckpointSaved
-from raysft.train.checkpoint import format
+from raysft.train.checkpoint import catalog, parts
 from raysft.train.checkpoint.async_writer import AsyncWriter
+from raysft.train.checkpoint.catalog import folder_name
 from raysft.train.checkpoint.cursor import Cursor
-from raysft.train.checkpoint.format import Snapshot, folder_name
+from raysft.train.checkpoint.parts import Snapshot
 from raysft.train.checkpoint.tensor_io import TensorReader
 
 
@@ -56,13 +57,13 @@ def part(step: int, workers: int = 1, rank: int = 0) -> Snapshot:
 
 
 def steps(checkpoints: StoragePath) -> list[int]:
-    return [Cursor.read(folder).step for folder in format.complete(checkpoints)]
+    return [Cursor.read(folder).step for folder in catalog.complete(checkpoints)]
 
 
 def test_the_newest_are_kept_and_what_is_half_written_before_them_goes(checkpoints, saved):
     half, later = (checkpoints / folder_name(step, "half") for step in (2, 9))
-    format.write(part(2, workers=2), half)
-    format.write(part(9, workers=2), later)
+    parts.write(part(2, workers=2), half)
+    parts.write(part(9, workers=2), later)
     events: list = []
     saver = AsyncWriter(checkpoints, 2, events.append)
     saved(saver, 1, 2, 3)
@@ -79,17 +80,17 @@ def test_passing_ones_push_no_others_out_and_go_when_the_model_is_written(checkp
     def have(*temporary: int) -> None:
         for step in (1, 2, 3, 4, 5):
             cursor = replace(part(step).cursor, temporary=step in temporary)
-            format.write(replace(part(step), cursor=cursor), checkpoints / folder_name(step, "a"))
+            parts.write(replace(part(step), cursor=cursor), checkpoints / folder_name(step, "a"))
 
     have(4, 5)
-    format.prune(checkpoints, 2)
+    catalog.prune(checkpoints, 2)
     assert steps(checkpoints) == [5, 4, 3, 2], "the newest two, and the newest two that were asked for"
-    format.remove_temporary(checkpoints)
+    catalog.remove_temporary(checkpoints)
     assert steps(checkpoints) == [3, 2]
     have(1, 2, 3, 4, 5)
-    format.prune(checkpoints, 2)
+    catalog.prune(checkpoints, 2)
     assert steps(checkpoints) == [5, 4]
-    format.remove_temporary(checkpoints)
+    catalog.remove_temporary(checkpoints)
     assert not checkpoints.entries()
 
 
@@ -130,7 +131,7 @@ def test_storage_that_is_away_is_not_taken_for_no_checkpoint(server, tmp_path, s
     saved(AsyncWriter(checkpoints, 2, print), 1)
     server.fails("GET|HEAD", seconds=600)
     with pytest.raises(StorageFailed):
-        format.newest(checkpoints)
+        catalog.newest(checkpoints)
     server.heals()
 
 
@@ -138,7 +139,7 @@ def test_a_torn_upload_is_none_and_looking_takes_few_requests(server, tmp_path):
     checkpoints, workers = StoragePath.of(server.uri(f"{tmp_path.name}/c")), 20
     for step in (1, 2):
         for rank in range(workers):
-            format.write(part(step, workers, rank), checkpoints / folder_name(step, "a"))
+            parts.write(part(step, workers, rank), checkpoints / folder_name(step, "a"))
     asked = len(server.requests)
     assert steps(checkpoints)[0] == 2
     assert len(server.requests) - asked < 20
@@ -149,13 +150,13 @@ def test_a_torn_upload_is_none_and_looking_takes_few_requests(server, tmp_path):
         assert steps(checkpoints) == [1]
         file.write_bytes(content)
     assert steps(checkpoints) == [2, 1]
-    (checkpoints / folder_name(2, "a") / format.DAMAGED).write_text(json.dumps({"file": "x"}))
+    (checkpoints / folder_name(2, "a") / catalog.DAMAGED).write_text(json.dumps({"file": "x"}))
     assert steps(checkpoints) == [1]
 
 
 def test_a_cursor_with_a_flipped_bit_is_passed_over(checkpoints):
     for step in (1, 2):
-        format.write(part(step), checkpoints / folder_name(step, "a"))
+        parts.write(part(step), checkpoints / folder_name(step, "a"))
     file = checkpoints / folder_name(2, "a") / "cursor.json"
     file.write_text(file.read_text().replace('"step": 2', '"step": 3'))
     assert steps(checkpoints) == [1]
@@ -166,9 +167,9 @@ def test_ranges_of_parts_are_read_and_what_differs_from_its_digest_is_found(chec
     for rank in range(2):
         values = torch.arange(5 * rank, 5 * rank + 5, dtype=torch.float32)
         tensors = {f"weight:{5 * rank}:w": values, f"exp_avg:{5 * rank}:w": values.to(torch.bfloat16)}
-        format.write(replace(part(1, workers=2, rank=rank), tensors=tensors), folder)
+        parts.write(replace(part(1, workers=2, rank=rank), tensors=tensors), folder)
     cursor = Cursor.read(folder)
-    near = format.check(folder, cursor, tmp_path / "scratch")
+    near = parts.check(folder, cursor, tmp_path / "scratch")
     assert near.keys() == {0, 1}, "one worker checks all"
     pieces = TensorReader({0: folder, 1: near[1]}, mine=near)
     assert pieces.kinds == ["exp_avg", "weight"]
@@ -184,6 +185,6 @@ def test_ranges_of_parts_are_read_and_what_differs_from_its_digest_is_found(chec
     content = bytearray((folder / "part_1.safetensors").read_bytes())
     content[-1] ^= 1
     (folder / "part_1.safetensors").write_bytes(bytes(content))
-    with pytest.raises(format.CorruptCheckpoint, match=r"part_1\.safetensors is not what was written"):
-        format.check(folder, cursor, tmp_path / "again")
-    assert format.newest(checkpoints) is None
+    with pytest.raises(catalog.CorruptCheckpoint, match=r"part_1\.safetensors is not what was written"):
+        parts.check(folder, cursor, tmp_path / "again")
+    assert catalog.newest(checkpoints) is None

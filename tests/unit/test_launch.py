@@ -12,9 +12,10 @@ from raysft.storage import retry
 from raysft.storage.path import StoragePath
 from raysft.telemetry.events import Waiting
 from raysft.train import launch
-from raysft.train.checkpoint import format
+from raysft.train.checkpoint import parts
+from raysft.train.checkpoint.catalog import folder_name
 from raysft.train.checkpoint.cursor import Cursor
-from raysft.train.checkpoint.format import Snapshot, folder_name
+from raysft.train.checkpoint.parts import Snapshot
 from raysft.train.checkpoint.resume import ResumePoint
 from raysft.train.worker import RESUME, TRAIN
 
@@ -26,7 +27,7 @@ def checkpoints(tmp_path) -> StoragePath:
 
 def save(checkpoints: StoragePath, step: int) -> StoragePath:
     folder = checkpoints / folder_name(step, "a")
-    format.write(Snapshot(0, {}, {}, Cursor(step, 4 * step, 0, {})), folder)
+    parts.write(Snapshot(0, {}, {}, Cursor(step, 4 * step, 0, {})), folder)
     return folder
 
 

@@ -13,8 +13,8 @@ from ray.train import FailureConfig
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from raysft.errors import RunFailed, StorageFailed
+from raysft.train.checkpoint.catalog import CorruptCheckpoint
 from raysft.train.checkpoint.cursor import Cursor
-from raysft.train.checkpoint.format import CorruptCheckpoint
 from raysft.train.loop import _Loop, _train
 from raysft.train.ray_train_internals import FailureDecision
 from raysft.train.restarts import Fault, Restarts, cause, faults_of

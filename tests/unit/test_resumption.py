@@ -18,7 +18,7 @@ from raysft.errors import RequestError
 from raysft.run.ownership import check_ownership, differences
 from raysft.run.resumption import ROW_PLAN, Resumption, check_resumption, record_changes
 from raysft.storage.run_directory import RunDirectory
-from raysft.train.checkpoint import format
+from raysft.train.checkpoint import catalog, parts
 from raysft.train.checkpoint.cursor import EVALUATION, Best, Cursor
 from tests import messages
 from tests.shards import data_config, the_set, write_records, written
@@ -47,8 +47,8 @@ def begun(folder: Path, step: int | None = 4, done: bool = False, best: Best | N
     directory.trainer_log.write_text("{}\n")
     if step is not None:
         cursor = Cursor(step, 4 * step, 0, dict(IDENTITY), best)
-        part = format.Snapshot(0, {"weight:0:w": torch.zeros(2)}, {}, cursor)
-        format.write(part, directory.checkpoints / format.folder_name(step, "a"))
+        part = parts.Snapshot(0, {"weight:0:w": torch.zeros(2)}, {}, cursor)
+        parts.write(part, directory.checkpoints / catalog.folder_name(step, "a"))
     if done:
         (directory.path / "model").mkdir()
         (directory.path / "model" / "config.json").write_text("{}")

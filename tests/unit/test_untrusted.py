@@ -25,7 +25,7 @@ from raysft.errors import RequestError
 from raysft.models.fingerprint import model_fingerprint
 from raysft.storage.path import StoragePath
 from raysft.train.check_model import check_model
-from raysft.train.checkpoint import format
+from raysft.train.checkpoint import catalog, parts
 from tests.messages import refusal
 from tests.tiny import tiny_tokenizer
 
@@ -205,11 +205,11 @@ def test_a_checkpoint_that_runs_code_is_passed_over():
     folder = Path("checkpoint_2")
     folder.mkdir()
     torch.save({"random": torch.zeros(1)}, folder / "state_0.pt")
-    assert list(format._read_rest(StoragePath.of(folder), StoragePath.of(folder), 0)) == ["random"]
+    assert list(parts.read_state(StoragePath.of(folder), StoragePath.of(folder), 0)) == ["random"]
     torch.save({"random": torch.zeros(1), "x": Code()}, folder / "state_0.pt")
-    with pytest.raises(format.CorruptCheckpoint, match=r"state_0\.pt holds more than tensors and plain values"):
-        format._read_rest(StoragePath.of(folder), StoragePath.of(folder), 0)
-    assert (folder / format.DAMAGED).exists()
+    with pytest.raises(catalog.CorruptCheckpoint, match=r"state_0\.pt holds more than tensors and plain values"):
+        parts.read_state(StoragePath.of(folder), StoragePath.of(folder), 0)
+    assert (folder / catalog.DAMAGED).exists()
 
 
 def test_a_chat_template_stays_in_its_sandbox():

@@ -17,9 +17,9 @@ from raysft.errors import StorageFailed
 from raysft.storage.path import StoragePath
 from raysft.storage.retry import reason_of, retry_for
 from raysft.telemetry.events import CheckpointFailed, CheckpointSaved, Emit, Waiting
-from raysft.train.checkpoint import format
+from raysft.train.checkpoint import catalog, parts, state
 from raysft.train.checkpoint.cursor import Cursor
-from raysft.train.checkpoint.format import Snapshot
+from raysft.train.checkpoint.parts import Snapshot
 
 SAVE_SECONDS = 1800
 """How long the end of a training waits for the last checkpoint."""
@@ -51,7 +51,7 @@ class AsyncWriter:
 
     def __call__(self, engine: Any, cursor: Cursor, log: list[dict[str, Any]]) -> None:
         """Copy this worker's part, and write it while training continues."""
-        self._owed = partial(format.snapshot, engine, cursor, log)
+        self._owed = partial(state.snapshot, engine, cursor, log)
         # A second copy of the state would double its memory: wait for a slow storage, but not for one that fails.
         if self._wait(STALL_SECONDS, while_failing=False):
             self._start()
@@ -85,20 +85,20 @@ class AsyncWriter:
         return True
 
     def _write(self, part: Snapshot) -> None:
-        folder = self._checkpoints / format.folder_name(part.cursor.step, self._attempt)
+        folder = self._checkpoints / catalog.folder_name(part.cursor.step, self._attempt)
         try:
             with retry_for(notify=self._say):
-                format.write(part, folder)
+                parts.write(part, folder)
         except Exception as error:
             self._unsaved(part.cursor.step, _reason(error))
             with suppress(Exception), retry_for(0):
-                format.remove_part(part, folder)
+                parts.remove_part(part, folder)
             return
         if self._rank == 0:
             self._emit(CheckpointSaved(part.cursor.step, part.cursor.rows))
             # What cannot be removed now is removed after the next checkpoint.
             with suppress(Exception), retry_for(0):
-                format.prune(self._checkpoints, self._keep)
+                catalog.prune(self._checkpoints, self._keep)
 
     def _unsaved(self, step: int, reason: str, skipped: bool = False) -> None:
         self._emit(CheckpointFailed(step, reason, skipped))

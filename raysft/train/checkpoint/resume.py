@@ -13,7 +13,7 @@ from raysft.train.checkpoint.cursor import Cursor
 class ResumePoint:
     """A complete checkpoint and its cursor.
 
-    ``format.newest`` decides on it once for each start of the workers, in Ray Train's controller. The data and all workers
+    ``catalog.newest`` decides on it once for each start of the workers, in Ray Train's controller. The data and all workers
     get the same value, so that they cannot disagree.
     """
 

@@ -7,21 +7,21 @@ from time import monotonic
 
 from raysft.config import TrainSection
 
-Notice = Callable[[], str]
-"""Returns what is known of the coming preemption of this worker's machine; empty if there is none."""
+PreemptionReason = Callable[[], str]
+"""Returns why this worker's machine will be preempted soon; empty if it will not."""
 
 
 class CheckpointTrigger:
     """Decide on all workers alike when to save; what only one worker knows reaches the others with the sums of a step."""
 
-    def __init__(self, train: TrainSection, rank: int, notice: Notice) -> None:
+    def __init__(self, train: TrainSection, rank: int, preemption_reason: PreemptionReason) -> None:
         """
         Args:
             train: how often to save.
             rank: this worker's rank; the clock of rank 0 counts.
-            notice: called in each step.
+            preemption_reason: called in each step.
         """
-        self._train, self._first, self.notice = train, rank == 0, notice
+        self._train, self._first, self.preemption_reason = train, rank == 0, preemption_reason
         self._saved = monotonic()
         self._noticed_after: int | None = None
         """The step after which a preemption became known."""
@@ -38,7 +38,7 @@ class CheckpointTrigger:
             return False, False
         minutes = self._train.save_every_minutes
         late = self._first and minutes is not None and monotonic() - self._saved >= 60 * minutes
-        return bool(self.notice()), late
+        return bool(self.preemption_reason()), late
 
     def update(self, step: int, noticed: bool, late: bool) -> bool:
         """Take what any worker requested in a step; return True for the first notice of a preemption."""
