@@ -1,8 +1,10 @@
-"""Ray and Ray Data: addresses, tokens, the head's answer, nodes that are drained, and the coordinator of a split."""
+"""Ray and Ray Data: addresses, tokens, the head's answer, drained nodes, the coordinator of a split, and random ids of forks."""
 
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 
 import ray
 import ray.data
@@ -49,3 +51,20 @@ def test_nodes_that_are_drained_are_known_by_their_ids():
 def test_a_split_has_the_actor_that_runs_its_pipeline():
     RAY.source(stream_split_iterator.StreamSplitDataIterator, "self._coord_actor =", "_coord_actor")
     RAY.name(ray.data.Dataset, "streaming_split")
+
+
+def test_forked_workers_draw_ids_of_their_own():
+    """Ray's core draws ids from a generator that a fork would share, had it been used before."""
+    script = """
+import os, ray
+from tests import warm_worker
+warm_worker.import_all(("ray.data", "ray.train"))
+for _ in range(2):
+    if os.fork() == 0:
+        print(ray.ObjectID.from_random().hex(), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    ids = run.stdout.split()
+    assert len(ids) == len(set(ids)) == 2, run.stdout

@@ -1,12 +1,14 @@
 """What tests on a local cluster of Ray begin with."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import ray
 
+from tests import warm_worker
 from tests.objects import credentials
 
 
@@ -30,9 +32,29 @@ def home(tmp_path_factory) -> Iterator[Path]:
         ray.shutdown()
 
 
+@pytest.fixture(scope="package")
+def _warm(home) -> Iterator[Callable[[], None]]:
+    """Start a cluster of 2 CPUs whose workers are forks of a process that has imported what they need."""
+    with ExitStack() as stack:
+
+        def start() -> None:
+            ray.init(
+                address="local",
+                num_cpus=2,
+                include_dashboard=False,
+                log_to_driver=False,
+                runtime_env={"py_executable": warm_worker.COMMAND},
+            )
+            (raylet,) = ray._private.worker._global_node.all_processes["raylet"]
+            job = ray.get_runtime_context().get_job_id()
+            stack.enter_context(warm_worker.serving(raylet.process.pid, job))
+
+        yield start
+
+
 @pytest.fixture(scope="module")
-def local_ray(home) -> Path:
+def local_ray(home, _warm) -> Path:
     """A cluster of 2 CPUs, started once for all files that this process tests; gives the home folder that it works in."""
     if not ray.is_initialized():
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        _warm()
     return home
