@@ -33,7 +33,7 @@ def converted(file: Path, cache: StoragePath, notify: Callable[[str], None], key
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the bars of transformers, and without DeepSpeed's word, when saving imports it, that there is no GPU."""
+    """Without the progress bars of transformers, and without DeepSpeed's message that there is no GPU: saving imports it."""
     logging.disable(logging.WARNING)
     try:
         with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):

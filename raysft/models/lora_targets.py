@@ -43,8 +43,8 @@ def routers(model: Any) -> set[str]:
 def set_targets(config: Any, model: Any) -> None:
     """Remove routers from a peft config that was made for ``all-linear``; experts stay as peft has them.
 
-    peft knows the experts of many mixtures, which are no linear layers since transformers 5, and names their weights, and with
-    them the routers', where it is told ``all-linear``.
+    For ``all-linear`` peft also targets the weights of the experts of many mixtures, which are not linear layers since
+    transformers 5, and with them those of the routers.
     """
     layers = linear_layers(model)
     fit_to_model(config, model, weight_conversions(model))

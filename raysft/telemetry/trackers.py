@@ -147,7 +147,6 @@ class _Writer:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of one step."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """Flush and close."""

@@ -35,7 +35,7 @@ def use_gloo_allreduce() -> None:
 
 
 def numel(parameter: Any) -> int:
-    """Return the number of elements of a whole parameter, of which a worker holds but a part under ZeRO-3."""
+    """Return the number of elements of a whole parameter, of which a worker holds only a part under ZeRO-3."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 

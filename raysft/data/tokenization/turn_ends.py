@@ -52,7 +52,7 @@ class TurnStatistics:
     end_tokens: dict[str, int] = field(default_factory=dict)
     """End token → number of turns."""
     inner_end_tokens: tuple[str, ...] = ()
-    """Tokens that end some turns but stand inside others, so that generation does not stop at them."""
+    """Tokens that end some turns but occur inside others, so that generation does not stop at them."""
     text_ends: int = 0
     """Turns that end with ordinary tokens."""
     end_text: str = ""
@@ -95,7 +95,7 @@ class TurnStatistics:
 
 
 def stop_token_ids(counts: Counter[TurnObservation]) -> tuple[int, ...]:
-    """Tokens that end turns and never stand inside one, where generation would stop too early."""
+    """Tokens that end turns and never occur inside one, where generation would stop too early."""
     inner = {seen.token for seen in counts if seen.kind == "inner_token"}
     return tuple(sorted({seen.token for seen in counts if seen.kind == "end_token"} - inner))
 
