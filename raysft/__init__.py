@@ -6,12 +6,16 @@ The public API is ``run_sft`` and ``run_pt``, with ``load_config``, ``Config``, 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from raysft.garbage import postpone_collection
+
 if TYPE_CHECKING:
     from raysft.config import Config
     from raysft.config import load as load_config
     from raysft.errors import RequestError, RunFailed
     from raysft.run.pipeline import run_pt, run_sft
     from raysft.telemetry.callback import Callback
+
+postpone_collection()
 
 __version__ = "0.1.0"
 __all__ = ["Callback", "Config", "RequestError", "RunFailed", "load_config", "run_pt", "run_sft"]

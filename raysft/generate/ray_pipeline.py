@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
-import torch
 from ray.exceptions import RayError
 
 from raysft.cluster.connect import alive_nodes
@@ -23,7 +22,7 @@ from raysft.cluster.ray_internals import split_coordinator
 from raysft.config import Config
 from raysft.errors import RunFailed
 from raysft.generate import engine_pool
-from raysft.generate.engines import Completion, Engine, batching, create_engine
+from raysft.generate.engines import Engine, batching, create_engine
 from raysft.generate.engines.interface import failure
 
 RESTARTS = 3
@@ -202,6 +201,10 @@ class _EngineActor:
         self._engine: Engine | None = None
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        from raysft.generate.engines.bisection import (
+            complete,  # imports torch, which the pipeline itself does not need
+        )
+
         start = time.monotonic()
         ids = batch["id"].to_pylist()
         try:
@@ -222,37 +225,6 @@ class _EngineActor:
                 "seconds": [seconds] * len(ids),
             }
         )
-
-
-def complete(engine: Engine, ids: Sequence[str], prompts: Sequence[Sequence[int]]) -> list[Completion]:
-    """Complete a batch; if that fails, complete its halves, so that a prompt that fails costs no other.
-
-    Raises:
-        Exception: the engine's first error, if every one of several prompts fails; then the prompts are not to blame.
-    """
-    completions, first = _complete(engine, ids, prompts)
-    # The prompts that are too large are all in the first batch; the others may fit.
-    blame_prompts = isinstance(first, torch.OutOfMemoryError)
-    if first and len(ids) > 1 and not blame_prompts and all(completion.error for completion in completions):
-        raise first
-    return completions
-
-
-def _complete(
-    engine: Engine, ids: Sequence[str], prompts: Sequence[Sequence[int]]
-) -> tuple[list[Completion], Exception | None]:
-    try:
-        return engine.complete(ids, prompts), None
-    except Exception as error:
-        caught = error
-    # Outside the handler, so that the memory that the exception holds is free.
-    torch.cuda.empty_cache()
-    if len(ids) == 1:
-        return [failure(caught)], caught
-    half = len(ids) // 2
-    left, first = _complete(engine, ids[:half], prompts[:half])
-    right, second = _complete(engine, ids[half:], prompts[half:])
-    return left + right, first or second
 
 
 def _failed(reason: str, config: Config, *, died: bool = False) -> RunFailed:

@@ -16,16 +16,15 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from raysft.cluster.connect import alive_nodes
 from raysft.config import Config
 from raysft.errors import StorageFailed
-from raysft.storage.path import StoragePath
 from raysft.storage.retry import retry_for
-from raysft.telemetry.events import Emit, TrainingEnded, Waiting
+from raysft.telemetry.events import Emit, TrainingEnded
 from raysft.train.checkpoint import catalog
-from raysft.train.checkpoint.resume import ResumePoint
+from raysft.train.dataset_config import PlannedDataConfig, Resumption
 from raysft.train.elastic import workers_of
 from raysft.train.event_pump import EventPump, emitter, make_queue
 from raysft.train.job import TrainJob
 from raysft.train.restarts import Restarts, cause
-from raysft.train.worker import RESUME, TRAIN, evaluate_worker, train_worker
+from raysft.train.worker import evaluate_worker, train_worker
 
 KEEP_MEMORY = {
     "MALLOC_ARENA_MAX": "1",
@@ -39,43 +38,6 @@ COLLECTIVE_SECONDS = 600
 """How long a worker waits for the others in a collective."""
 STOP_SECONDS = 30
 """How long the driver waits for the workers to stop."""
-
-
-class _Resumption:
-    """Decides where the workers resume. Ray Train's controller asks at each start: the newest checkpoint may be another one.
-
-    The decision travels as if it were a dataset, since datasets are what Ray Train makes anew for each start.
-    """
-
-    def __init__(self, checkpoints: StoragePath, emit: Emit) -> None:
-        self._checkpoints, self._emit = checkpoints, emit
-        self._decision: ResumePoint | None = None
-
-    def datasets(self) -> dict[str, Any]:
-        """Functions that Ray Train calls for each dataset, in this order; each returns a resume point or None."""
-        return {RESUME: self._decide, TRAIN: lambda: self._decision}
-
-    def _decide(self) -> ResumePoint | None:
-        with retry_for(notify=lambda line: self._emit(Waiting(line))):
-            self._decision = catalog.newest(self._checkpoints)
-        return self._decision
-
-
-class _PlannedDataConfig(ray.train.DataConfig):
-    """Makes the training data from the resume point on, for the number of workers of this start."""
-
-    def __init__(self, job: TrainJob) -> None:
-        super().__init__(datasets_to_split=[TRAIN])
-        self._job = job
-
-    def configure(self, datasets: Any, world_size: int, *others: Any, **options: Any) -> Any:
-        """Split the rows from the resume point on among the workers; hand the resume point itself to each of them."""
-        (name, resume), rows = *datasets.items(), self._job.train_rows
-        if name == RESUME:
-            return [{RESUME: resume}] * world_size
-        made = rows.dataset(resume.cursor.step if resume else 0, world_size)
-        base = ray.train.DataConfig(execution_options=rows.execution_options(world_size))
-        return base.configure({name: made}, world_size, *others, **options)
 
 
 def train(job: TrainJob, handle: Emit) -> dict[str, dict[str, float]]:
@@ -138,8 +100,8 @@ def _trainer(job: TrainJob, worker: Any, queue: Any, folder: str) -> _Trainer:
             worker_runtime_env={} if use_gpu else {"env_vars": KEEP_MEMORY},
         ),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_SECONDS),
-        datasets=_Resumption(job.run.checkpoints, emit).datasets() if worker is train_worker else {},
-        dataset_config=_PlannedDataConfig(job),
+        datasets=Resumption(job.run.checkpoints, emit).datasets() if worker is train_worker else {},
+        dataset_config=PlannedDataConfig(job),
     )
     trainer.scaling_policy = policy
     return trainer

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from raysft.garbage import resume_collection
 from raysft.models.tokenizer import load_tokenizer
 from raysft.telemetry.events import (
     Emit,
@@ -123,6 +124,7 @@ class _Loop:
         # DeepSpeed takes seconds to import; the driver imports this module too and does not need it.
         from raysft.train.engine import make_engine
 
+        resume_collection()
         self.started = time.perf_counter()
         torch.manual_seed(self.job.config.run.seed + self.rank)
         self.engine, self.lr_scheduler = make_engine(

@@ -15,14 +15,12 @@ from raysft.train import loop
 from raysft.train.checkpoint import catalog
 from raysft.train.checkpoint.async_writer import AsyncWriter
 from raysft.train.checkpoint.resume import ResumePoint
+from raysft.train.dataset_config import RESUME, TRAIN
 from raysft.train.event_pump import emitter, permanent_failures
 from raysft.train.finetuning import load_trained
 from raysft.train.loss import TokenLoss
 from raysft.train.ray_train_internals import get_train_context
 from raysft.train.step import evaluate
-
-TRAIN, RESUME = "train", "resume"
-"""Names under which Ray Train hands a worker its rows, and the ``ResumePoint`` that they begin at (or None)."""
 
 
 def train_worker(settings: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from raysft.errors import RunFailed, StorageFailed
 from raysft.storage import retry
 from raysft.storage.path import StoragePath
 from raysft.telemetry.events import CheckpointFailed, CheckpointSaved
-from raysft.train.checkpoint import catalog, parts
+from raysft.train.checkpoint import catalog, parts, state
 from raysft.train.checkpoint.async_writer import AsyncWriter
 from raysft.train.checkpoint.catalog import folder_name
 from raysft.train.checkpoint.cursor import Cursor
@@ -40,7 +40,7 @@ def checkpoints(request, tmp_path) -> StoragePath:
 @pytest.fixture
 def saved(monkeypatch):
     """Saves a small state after some steps; gives what was told."""
-    monkeypatch.setattr(format, "snapshot", lambda engine, cursor, log: part(cursor.step))
+    monkeypatch.setattr(state, "snapshot", lambda engine, cursor, log: part(cursor.step))
 
     def save(saver: AsyncWriter, *steps: int) -> None:
         for step in steps:

@@ -17,9 +17,9 @@ from transformers.generation.continuous_batching.scheduler import Scheduler
 from raysft.config import Config, parse
 from raysft.errors import RequestError
 from raysft.generate.engines import batching, continuous, create_engine
+from raysft.generate.engines.bisection import complete
 from raysft.generate.engines.continuous import ContinuousEngine
 from raysft.generate.engines.static import TransformersEngine
-from raysft.generate.ray_pipeline import complete
 from tests.tiny import tiny_model, tiny_tokenizer
 
 QUESTIONS = (

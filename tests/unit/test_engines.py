@@ -13,9 +13,9 @@ from raysft.config import Config, parse
 from raysft.errors import RequestError
 from raysft.generate.engines import Completion, check_suitable, create_engine
 from raysft.generate.engines.batching import obstacle
+from raysft.generate.engines.bisection import complete
 from raysft.generate.engines.model import named_tokens
 from raysft.generate.engines.static import TransformersEngine
-from raysft.generate.ray_pipeline import complete
 from tests.tiny import tiny_model, tiny_tokenizer
 
 QUESTIONS = ("Hi", "What is the capital of France?", "a list of three", "x")

@@ -6,18 +6,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray.train
 from ray import cloudpickle
 
 from raysft.storage import retry
 from raysft.storage.path import StoragePath
 from raysft.telemetry.events import Waiting
-from raysft.train import launch
 from raysft.train.checkpoint import parts
 from raysft.train.checkpoint.catalog import folder_name
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.checkpoint.parts import Snapshot
 from raysft.train.checkpoint.resume import ResumePoint
-from raysft.train.worker import RESUME, TRAIN
+from raysft.train.dataset_config import RESUME, TRAIN, PlannedDataConfig, Resumption
 
 
 @pytest.fixture
@@ -31,14 +31,14 @@ def save(checkpoints: StoragePath, step: int) -> StoragePath:
     return folder
 
 
-def started(resumption: launch._Resumption) -> tuple[ResumePoint | None, ResumePoint | None]:
+def started(resumption: Resumption) -> tuple[ResumePoint | None, ResumePoint | None]:
     """What the workers and the data resume from, as Ray Train's controller asks for it."""
     datasets = cloudpickle.loads(cloudpickle.dumps(resumption.datasets()))
     return tuple(function() for function in datasets.values())  # type: ignore[return-value]
 
 
 def test_the_data_begins_where_the_workers_resume_whatever_is_written_meanwhile(checkpoints):
-    datasets = launch._Resumption(checkpoints, print).datasets()
+    datasets = Resumption(checkpoints, print).datasets()
     assert list(datasets) == [RESUME, TRAIN]
     first = save(checkpoints, 2)
     resume = datasets[RESUME]()
@@ -50,9 +50,9 @@ def test_the_data_begins_where_the_workers_resume_whatever_is_written_meanwhile(
 
 
 def test_a_decision_is_shared_in_the_controller_too(checkpoints):
-    assert started(launch._Resumption(checkpoints, print)) == (None, None)
+    assert started(Resumption(checkpoints, print)) == (None, None)
     save(checkpoints, 2)
-    resume, train = started(launch._Resumption(checkpoints, print))
+    resume, train = started(Resumption(checkpoints, print))
     assert resume is train is not None
 
 
@@ -69,7 +69,7 @@ def test_storage_that_is_away_is_waited_for_and_not_taken_for_no_checkpoint(chec
     original = StoragePath.walk
     monkeypatch.setattr(StoragePath, "walk", walk)
     events: list[Any] = []
-    assert launch._Resumption(checkpoints, events.append).datasets()[RESUME]() == expected
+    assert Resumption(checkpoints, events.append).datasets()[RESUME]() == expected
     assert [type(event) for event in events] == [Waiting]
     assert "s3://bucket: waiting for the storage" in events[0].message
 
@@ -81,9 +81,9 @@ def test_workers_get_the_resume_point_and_rows_from_its_step_on(monkeypatch):
         execution_options=lambda workers: None,
     )
     monkeypatch.setattr(
-        launch.ray.train.DataConfig, "configure", lambda self, made, workers, *rest, **options: [made] * workers
+        ray.train.DataConfig, "configure", lambda self, made, workers, *rest, **options: [made] * workers
     )
-    config: Any = launch._PlannedDataConfig(SimpleNamespace(train_rows=rows))  # type: ignore[arg-type]
+    config: Any = PlannedDataConfig(SimpleNamespace(train_rows=rows))  # type: ignore[arg-type]
     resume = ResumePoint(StoragePath.of("/c"), Cursor(3, 12, 0, {}))
     assert config.configure({RESUME: resume}, 2) == [{RESUME: resume}] * 2
     assert config.configure({TRAIN: resume}, 2) == [{TRAIN: "dataset"}] * 2

@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from raysft.config import Config
+from raysft.garbage import resume_collection
 from raysft.generate.engines.context_window import fit, limit, positions_of
 from raysft.generate.engines.interface import Completion
 from raysft.generate.engines.model import load_model, padding_token, stop_tokens
@@ -38,6 +39,7 @@ class ModelEngine:
         if self._device.type == "cpu":
             use_onednn()
         self._tokenizer = tokenizer_of(config, folder)
+        resume_collection()
         self._model = load_model(config, folder, self._device).eval()
         self._stops = stop_tokens(self._tokenizer, self._model.generation_config, config.generate.stop_tokens, ends)
         self._padding = padding_token(self._tokenizer, self._stops, self._model.config)

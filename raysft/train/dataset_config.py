@@ -1,0 +1,58 @@
+"""What Ray Train asks at each start of the workers: from which checkpoint they resume, and which rows each of them gets.
+
+Ray Train unpickles this in processes of its own that never train. Nothing here imports torch, which would take them seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray.data
+import ray.train
+
+from raysft.storage.path import StoragePath
+from raysft.storage.retry import retry_for
+from raysft.telemetry.events import Emit, Waiting
+from raysft.train.checkpoint import catalog
+from raysft.train.checkpoint.resume import ResumePoint
+from raysft.train.job import TrainJob
+
+RESUME, TRAIN = "resume", "train"
+"""Names under which Ray Train hands a worker the ``ResumePoint`` (or None) and the rows that begin there."""
+
+
+class Resumption:
+    """Decides where the workers resume. Ray Train's controller asks at each start: the newest checkpoint may be another one.
+
+    The decision travels as if it were a dataset, since datasets are what Ray Train makes anew for each start.
+    """
+
+    def __init__(self, checkpoints: StoragePath, emit: Emit) -> None:
+        self._checkpoints, self._emit = checkpoints, emit
+        self._decision: ResumePoint | None = None
+
+    def datasets(self) -> dict[str, Any]:
+        """Functions that Ray Train calls for each dataset, in this order; each returns a resume point or None."""
+        return {RESUME: self._decide, TRAIN: lambda: self._decision}
+
+    def _decide(self) -> ResumePoint | None:
+        with retry_for(notify=lambda line: self._emit(Waiting(line))):
+            self._decision = catalog.newest(self._checkpoints)
+        return self._decision
+
+
+class PlannedDataConfig(ray.train.DataConfig):
+    """Makes the training data from the resume point on, for the number of workers of this start."""
+
+    def __init__(self, job: TrainJob) -> None:
+        super().__init__(datasets_to_split=[TRAIN])
+        self._job = job
+
+    def configure(self, datasets: Any, world_size: int, *others: Any, **options: Any) -> Any:
+        """Split the rows from the resume point on among the workers; hand the resume point itself to each of them."""
+        (name, resume), rows = *datasets.items(), self._job.train_rows
+        if name == RESUME:
+            return [{RESUME: resume}] * world_size
+        made = rows.dataset(resume.cursor.step if resume else 0, world_size)
+        base = ray.train.DataConfig(execution_options=rows.execution_options(world_size))
+        return base.configure({name: made}, world_size, *others, **options)
