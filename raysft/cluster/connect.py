@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from raysft.cluster.placement import Node
-from raysft.cluster.ray_internals import cluster_address, head_version, load_token
+from raysft.cluster.ray_internals import cluster_address, head_version, load_token, local_resources
 from raysft.config import Config
 from raysft.errors import RequestError, one_line
 
@@ -24,9 +24,18 @@ PAUSE_SECONDS = 1.0
 ON_A_NODE = "raysft runs on a node of its cluster: ray job submit --address http://HOST:8265 -- raysft …"
 
 
+_deferred: list[str | None] = []
+"""Address of the cluster that ``ensure_cluster`` is to start; empty if there is none to start."""
+
+
 @contextmanager
-def cluster(config: Config) -> Iterator[list[Node]]:
-    """Join or start the Ray cluster and yield its nodes; leave a cluster that was joined running."""
+def cluster(config: Config, deferred: bool = False) -> Iterator[list[Node]]:
+    """Join or start the Ray cluster and yield its nodes; leave a cluster that was joined running.
+
+    Args:
+        config: the run's config.
+        deferred: do not start a cluster before ``ensure_cluster`` is called; yield the resources of this machine.
+    """
     import ray
 
     mine = not ray.is_initialized()
@@ -36,20 +45,43 @@ def cluster(config: Config) -> Iterator[list[Node]]:
         # A cluster that the run starts ends with it. Nobody opens its dashboard, and its workers should not yield the cores to
         # Ray's own processes (Ray starts workers with niceness 15).
         os.environ.setdefault("RAY_worker_niceness", "0")
-        _join(config.scaling.address)
-    # Ray Data configures its loggers when it is imported.
-    import ray.data
+    try:
+        if mine and deferred and _find(config.scaling.address) is None:
+            _stop_at_sigterm()
+            _deferred[:] = [config.scaling.address]
+            yield [Node.of(local_resources())]
+            return
+        if mine:
+            _join(config.scaling.address)
+        _quiet()
+        _stop_at_sigterm()
+        yield alive_nodes()
+    finally:
+        _deferred.clear()
+        if mine:
+            ray.shutdown()
+
+
+def ensure_cluster() -> None:
+    """Start the cluster that ``cluster`` has deferred, if it has not started yet."""
+    if _deferred:
+        _join(_deferred.pop())
+        _quiet()
+        _stop_at_sigterm()
+
+
+def _quiet() -> None:
+    """Keep Ray's logs out of a command's output."""
+    import ray.data  # noqa: F401 - configures its loggers when it is imported
 
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _stop_at_sigterm() -> None:
+    """Handle SIGTERM, with which Kubernetes stops a pod, like Ctrl-C; Ray would dump its stack."""
     if threading.current_thread() is threading.main_thread():
-        # Kubernetes stops a pod with SIGTERM, at which Ray would dump its stack; handle it like Ctrl-C.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield alive_nodes()
-    finally:
-        if mine:
-            ray.shutdown()
 
 
 def alive_nodes() -> list[Node]:

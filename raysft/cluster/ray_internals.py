@@ -25,6 +25,14 @@ def cluster_address(address: str | None) -> str | None:
     return found
 
 
+def local_resources() -> dict[str, float]:
+    """Return the resources of this machine, ``{"CPU": 2.0, "GPU": 0.0}``, as Ray would find them if it started here."""
+    from ray._private.resource_and_label_spec import ResourceAndLabelSpec
+
+    found = ResourceAndLabelSpec().resolve(is_head=True, node_ip_address="127.0.0.1")
+    return {"CPU": float(found.num_cpus or 0), "GPU": float(found.num_gpus or 0)}
+
+
 def load_token(discover: bool) -> None:
     """Load the cluster's access token, as ``ray.init`` does.
 

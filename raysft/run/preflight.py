@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from raysft.cluster.connect import alive_nodes, cluster
+from raysft.cluster.connect import cluster
 from raysft.cluster.placement import Node
 from raysft.config import Config
 from raysft.data.prepare import PreparedData
@@ -123,11 +123,11 @@ def preflight(
                 check_ownership(existing, trial)
         for run in runs:
             check_packages(run, trains=not predicts)
-        with cluster(config) as nodes:
+        with cluster(config, deferred=verb in ("check", "prepare")) as nodes:
             if not predicts:
                 runs = [(place or _placed)(run, nodes) for run in runs]
             for run in runs:
-                check_engines(run)
+                check_engines(run, nodes)
             ready = Preflight(directory, terminal, nodes, tuple(runs))
             if predicts:
                 yield replace(ready, prompts=read_prompts(config, terminal.line))
@@ -199,7 +199,7 @@ def check_packages(config: Config, trains: bool = True) -> None:
         metrics.check(config)
 
 
-def check_engines(config: Config) -> None:
+def check_engines(config: Config, nodes: Sequence[Node]) -> None:
     """Refuse an engine that is not installed or that the cluster cannot place."""
     if not config.generates:
         return
@@ -207,7 +207,7 @@ def check_engines(config: Config) -> None:
     from raysft.generate.engines import check_engine
 
     check_engine(config)
-    size_pool(config, alive_nodes(), batches=config.generate.num_actors or 1)
+    size_pool(config, nodes, batches=config.generate.num_actors or 1)
 
 
 def _placed(config: Config, nodes: Sequence[Node]) -> Config:

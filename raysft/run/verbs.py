@@ -44,7 +44,7 @@ def show(config: Config, rows: int, page: Path | None = None) -> None:
     from raysft.data.preview import LengthSummary, decode_rows, print_rows, write_page
 
     ensure_writable(config)
-    with cluster(config):
+    with cluster(config, deferred=True):
         _, model, _, prepared = read_inputs(config, Terminal().line)
     shown = list(decode_rows(prepared.train_rows, model, rows, config.model.runs_code))
     lengths = LengthSummary.of(prepared.train_rows, prepared.train)

@@ -10,6 +10,7 @@ import ray
 import ray.data
 from ray._private import grpc_utils, ray_constants, services
 from ray._private.authentication import authentication_token_setup
+from ray._private.resource_and_label_spec import ResourceAndLabelSpec
 from ray._private.state import GlobalState, state
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from ray.data._internal.iterator import stream_split_iterator
@@ -23,6 +24,13 @@ def test_addresses_are_found_as_ray_init_finds_them():
     RAY.positional(RAY.name(services, "canonicalize_bootstrap_address"), 1)
     RAY.positional(RAY.name(services, "extract_ip_port"), 1)
     assert services.canonicalize_bootstrap_address("10.0.0.7:6379") == "10.0.0.7:6379"
+
+
+def test_the_resources_of_this_machine_are_found_as_ray_finds_them():
+    RAY.parameters(ResourceAndLabelSpec.resolve, ["is_head", "node_ip_address"])
+    found = ResourceAndLabelSpec().resolve(is_head=True, node_ip_address="127.0.0.1")
+    assert RAY.name(found, "num_cpus") >= 1
+    assert RAY.name(found, "num_gpus") >= 0
 
 
 def test_tokens_are_loaded_as_ray_init_loads_them():

@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 from safetensors.numpy import load_file
 
+from raysft.data.shards.ray_pipeline import LOCAL_BYTES
 from raysft.storage.json_files import read_jsonl
 from tests.tiny import tiny_model, write_chats
 
@@ -99,6 +100,9 @@ def prepare(folder: Path, conversations: int = 600) -> None:
     """A tiny model, conversations and the config."""
     tiny_model(folder / "base")
     write_chats(folder / "chat.jsonl", conversations)
+    # Spaces that JSON ignores make the file too large to be tokenized in the driver, where no node or task can die.
+    padded = (line.ljust(2 * LOCAL_BYTES // conversations) for line in (folder / "chat.jsonl").read_text().splitlines())
+    (folder / "chat.jsonl").write_text("\n".join(padded))
     (folder / "faults.yaml").write_text(CONFIG.format(folder=folder))
 
 

@@ -22,6 +22,7 @@ from pyarrow import fs
 from raysft.cli import main
 from raysft.config import Config, parse
 from raysft.data.prepare import prepare
+from raysft.data.shards import ray_pipeline
 from raysft.data.shards.manifest import Manifest
 from raysft.models.tokenizer import load_tokenizer
 from raysft.storage.json_files import read_jsonl
@@ -29,6 +30,12 @@ from raysft.storage.json_files import read_jsonl
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 GOOD = {"messages": [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Fine."}]}
+
+
+@pytest.fixture(autouse=True)
+def _on_cluster(monkeypatch):
+    """Tokenize on the cluster, however small the data is."""
+    monkeypatch.setattr(ray_pipeline, "LOCAL_BYTES", -1)
 
 
 @pytest.fixture(scope="module")
@@ -267,3 +274,24 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, model, monkey
     os.utime(path)
     with pytest.raises(RequestError, match="changed while it was read"):
         list(read_raw(file))
+
+
+def test_small_data_becomes_the_same_shards_in_the_driver(tmp_path, model, monkeypatch):
+    for name, count in (("a", 900), ("b", 40)):
+        records = [
+            {"messages": [{"role": "user", "content": f"{name} {n}"}, GOOD["messages"][1]]} for n in range(count)
+        ]
+        (tmp_path / f"{name}.jsonl").write_bytes(lines(*records, {"messages": None}))
+    paths = [str(tmp_path / f"{name}.jsonl") for name in "ab"]
+    monkeypatch.setattr(ray_pipeline, "SHARD_RECORDS", 64)  # of the driver alone: the tasks make one shard of each file
+    made: dict[str, list] = {}
+    for where, limit in (("cluster", -1), ("driver", 1 << 20)):
+        monkeypatch.setattr(ray_pipeline, "LOCAL_BYTES", limit)
+        config = config_of(tmp_path / where, model, *paths, holdout=0.2, max_rejected=0.1)
+        manifests = prepare(config, model)
+        made[where] = [
+            (pa.concat_tables(pq.read_table(path.local) for path in manifest.shard_paths()), manifest.rejected)
+            for manifest in (*manifests.train, *manifests.eval)
+        ]
+    assert made["driver"] == made["cluster"]
+    assert sum(table.num_rows for table, _ in made["driver"]) == 940

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Callable
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
+from pathlib import Path
 
 import pytest
 
+from raysft.cli import main
 from raysft.cluster import connect
-from tests import messages
+from raysft.data.shards import ray_pipeline
+from tests import messages, samples
 from tests.servers import serving, silent
 
 
@@ -102,6 +106,27 @@ def test_a_cluster_of_another_version_is_named(monkeypatch):
         finally:
             server.stop(0)
     assert said.startswith(f"scaling.address=127.0.0.1:{port}: the cluster runs Ray 2.9.3, but this process has ")
+
+
+@pytest.mark.parametrize("limit", [1 << 20, -1])
+def test_a_check_starts_a_cluster_only_for_data_that_it_has_to_tokenize_there(
+    tmp_path, model, monkeypatch, capsys, limit
+):
+    class Started(Exception):
+        pass
+
+    def join(address: str | None) -> None:
+        raise Started
+
+    data = "data.train=[{name: a, path: " + str(Path(samples.__file__).parent / "alpaca.json") + "}]"
+    (tmp_path / "c.yaml").write_text(f"model: {{path: {model}}}\nrun: {{storage: {tmp_path}/runs}}\ndata: {{}}\n")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray_pipeline, "LOCAL_BYTES", limit)
+    monkeypatch.setattr(connect, "_join", join)
+    with pytest.raises(Started) if limit < 0 else nullcontext():
+        assert main(["check", str(tmp_path / "c.yaml"), "scaling.address=local", "data.sequence_length=256", data]) == 0
+        assert f"the cluster has {len(os.sched_getaffinity(0))} CPUs" in "".join(capsys.readouterr())
+    assert not connect._deferred
 
 
 def refusal(address: str | None) -> str:

@@ -41,12 +41,11 @@ def started(monkeypatch) -> list[str]:
     started: list[str] = []
 
     @contextmanager
-    def cluster(config):
+    def cluster(config, deferred=False):
         started.append(config.run.name)
         yield [Node(cpus=2.0)]
 
     monkeypatch.setattr(preflight, "cluster", cluster)
-    monkeypatch.setattr(preflight, "alive_nodes", lambda: [Node(cpus=2.0)])
     return started
 
 

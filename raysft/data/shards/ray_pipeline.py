@@ -11,6 +11,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+from raysft.cluster.connect import ensure_cluster
 from raysft.cluster.placement import TASK_CPUS
 from raysft.data.shards.manifest import Shard
 from raysft.data.shards.shard_set import ShardSet
@@ -28,6 +29,8 @@ SHARD_BYTES = 16 << 20
 """Approximate limit on the bytes of these records. No limit depends on the cluster, so shards are the same everywhere."""
 READ_BYTES = 64 << 20
 """Limit on the bytes that one reading task reads; a larger file is a task of its own."""
+LOCAL_BYTES = 2 << 20
+"""Data up to this size is tokenized in the driver, which takes a second or two; the tasks' processes take longer to start."""
 READ_CPUS = 0.1
 """CPUs of a reading task."""
 QUEUE_BYTES = 128 << 20
@@ -42,7 +45,7 @@ def write_shard_sets(
 
     Args:
         sets_by_source: the sets to write, grouped by source.
-        load_tokenizer: loads the tokenizer once, while Ray starts its workers.
+        load_tokenizer: loads the tokenizer; called once.
         notify: called with lines about the progress.
 
     Returns:
@@ -51,46 +54,69 @@ def write_shard_sets(
     Raises:
         RequestError: a file cannot be read, or does not fit the stage.
     """
+    tasks = [
+        {"task": (number, files, sets[0].source.max_examples, sets[0].sample)}
+        for number, sets in enumerate(sets_by_source)
+        for files in _read_tasks(sets[0])
+    ]
+    size = sum(file.size for sets in sets_by_source for file in sets[0].files)
+    make_rows = _in_this_process if size <= LOCAL_BYTES else _on_cluster
+    shards: dict[StoragePath, list[Shard]] = {each.directory: [] for sets in sets_by_source for each in sets}
+    progress = _ProgressReport(notify)
+    for row in make_rows(tasks, sets_by_source, load_tokenizer):
+        if row["error"]:
+            raise RequestError(row["error"])
+        shard: Shard = pickle.loads(row["shard"])
+        shards[StoragePath(row["directory"])].append(shard)
+        progress.add(shard)
+    return shards
+
+
+def _in_this_process(
+    tasks: Sequence[dict[str, Any]],
+    sets_by_source: Sequence[Sequence[ShardSet]],
+    load_tokenizer: Callable[[], Tokenizer],
+) -> Iterator[dict[str, Any]]:
+    """Do what ``_on_cluster`` does, in the same order, for data that is tokenized before a worker would have started."""
+    tokenizer = load_tokenizer()
+    for task in tasks:
+        for records in _read_task(task):
+            yield from _tokenize_task(records, sets_by_source, tokenizer)
+
+
+def _on_cluster(
+    tasks: Sequence[dict[str, Any]],
+    sets_by_source: Sequence[Sequence[ShardSet]],
+    load_tokenizer: Callable[[], Tokenizer],
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each shard (or an error) from a pipeline of Ray Data: read, then tokenize and write."""
     import ray
 
+    ensure_cluster()
     cpus = ray.cluster_resources().get("CPU", 1.0)
     # While the tokenizer loads here, workers start and import what the tasks need.
     warm_up = ray.remote(num_cpus=TASK_CPUS - READ_CPUS)(_warm_up)
     warming = [warm_up.remote() for _ in range(max(1, int(cpus)))]
     tokenizer = load_tokenizer()
     del warming
-    tasks = [
-        {"task": (number, files, sets[0].source.max_examples, sets[0].sample)}
-        for number, sets in enumerate(sets_by_source)
-        for files in _read_tasks(sets[0])
-    ]
     # Ray compares the pool sizes with the number of inputs, but reading tasks produce more of them later.
     warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks", category=UserWarning)
 
     def pool(size: float) -> Any:
         return ray.data.TaskPoolStrategy(size=max(1, int(size)))
 
-    shards: dict[StoragePath, list[Shard]] = {each.directory: [] for sets in sets_by_source for each in sets}
     with ray.data.DataContext.current(_data_context()):
-        rows = (
+        yield from (
             ray.data.from_items(tasks, override_num_blocks=len(tasks))
             .flat_map(_read_task, num_cpus=READ_CPUS, compute=pool(cpus / 4))
             .flat_map(
-                partial(_tokenize_task, sets_by_source=sets_by_source, tokenizer=tokenizer),
+                partial(_tokenize_on_core, sets_by_source=sets_by_source, tokenizer=tokenizer),
                 num_cpus=TASK_CPUS - READ_CPUS,
                 # More tasks than cores: Ray Data takes a tenth of a second to start the next one after one has finished.
                 compute=pool(cpus + max(1, cpus / 4)),
             )
             .iter_rows()
         )
-        progress = _ProgressReport(notify)
-        for row in rows:
-            if row["error"]:
-                raise RequestError(row["error"])
-            shard: Shard = pickle.loads(row["shard"])
-            shards[StoragePath(row["directory"])].append(shard)
-            progress.add(shard)
-    return shards
 
 
 def _data_context() -> Any:
@@ -148,7 +174,7 @@ def _read_tasks(shard_set: ShardSet) -> Iterator[tuple[DataFile, ...]]:
 
 
 def _read_task(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Ray task: read files, and return one row for the records of each shard."""
+    """Read files, and return one row for the records of each shard."""
     source, files, limit, sample = row["task"]
     try:
         for records in record_batches(files, limit, sample):
@@ -185,9 +211,7 @@ def record_batches(
 def _tokenize_task(
     row: dict[str, Any], sets_by_source: Sequence[Sequence[ShardSet]], tokenizer: Tokenizer
 ) -> Iterator[dict[str, Any]]:
-    """Ray task: tokenize records and write shards, and return one row for each set of the source."""
-    # Each core runs a task already: threads of the tokenizer would only compete with the other tasks.
-    os.environ.setdefault("RAYON_NUM_THREADS", "1")
+    """Tokenize records and write shards, and return one row for each set of the source."""
     error = row["error"]
     if not error:
         sets = sets_by_source[row["source"]]
@@ -198,3 +222,9 @@ def _tokenize_task(
         except RequestError as caught:
             error = str(caught)
     yield {"directory": "", "shard": b"", "error": error}
+
+
+def _tokenize_on_core(row: dict[str, Any], **options: Any) -> Iterator[dict[str, Any]]:
+    """Ray task: ``_tokenize_task`` in a process that shares the machine with one such task for each core."""
+    os.environ.setdefault("RAYON_NUM_THREADS", "1")  # more threads would only compete with the other tasks
+    return _tokenize_task(row, **options)
