@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,11 +20,15 @@ from raysft.storage.sync import open_read_only
 
 TRAINING = ("stage", "run", "model", "data", "train", "scaling")
 EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted"
+FAULTS_OF_PATHS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
+"""Errors of the operating system that the user can correct; a file that raysft itself misses is a bug."""
 PROGRESS = "Progress goes to standard output. An error is one line on standard error that names the remedy."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb and return the exit code: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without × or … must not end a run
     parsed = _parse(arguments)
     try:
         parsed.verb(parsed)
@@ -36,18 +41,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        print(
-            f"raysft: failed: {where}{error.strerror}; free some space, then run the same command again to resume",
-            file=sys.stderr,
-        )
+        print(f"raysft: failed: {_describe(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("raysft: interrupted; run the same command again to resume from the newest checkpoint", file=sys.stderr)
+        resumed = " to resume from the newest checkpoint" if parsed.verb in (_run, _train, _tune) else ""
+        print(f"raysft: interrupted; run the same command again{resumed}", file=sys.stderr)
         return 130
     return 0
+
+
+def _describe(error: OSError) -> str:
+    """Describe an error of the operating system in one line; raise it again if the user cannot do anything about it."""
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{where}{error.strerror}; free some space, then run the same command again to resume"
+    if where and error.errno in FAULTS_OF_PATHS:
+        return f"{where}{error.strerror}; correct the path or its permissions, then run the same command again"
+    raise error
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -129,7 +139,9 @@ def _add_config_verb(
 ) -> argparse.ArgumentParser:
     parser = _add_verb(verbs, verb, summary, f"config keys\n\n{reference(sections=VERB_SECTIONS[verb])}")
     parser.add_argument("config", metavar="CONFIG", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys to set, such as train.epochs=2")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", default=[], help="config keys to set, such as train.epochs=2"
+    )
     return parser
 
 

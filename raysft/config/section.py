@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from raysft.storage.path import SCHEMES
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", coerce_numbers_to_str=True)]
+# File systems allow 255 bytes; the names of shard sets and trials add to it.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=150, coerce_numbers_to_str=True)]
 Text = Annotated[str, Field(min_length=1)]
 # Strict, because `save_every_steps: yes` must not become 1.
 Positive = Annotated[int, Field(gt=0, strict=True)]

@@ -22,6 +22,9 @@ WORDING = {
     "string_pattern_mismatch": "must start with a letter or digit and contain only letters, digits, '.', '_' and '-'",
     "string_too_short": "must not be empty",
     "too_short": "must not be empty",
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "dict_type": "must be a mapping of keys to values",
 }
 """Pydantic error types whose message we replace."""
 RENAMED = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -108,5 +109,9 @@ def export(place: StoragePath, output: Path) -> None:
         trusted = parse(yaml.safe_load((place / "config.yaml").read_text())).model.runs_code
     except (RequestError, TypeError, ValueError, yaml.YAMLError):
         trusted = False  # a config of another version; the model can be exported all the same
-    merge(Path(local_copy(directory.model.location)), output, trusted)
+    try:
+        merge(Path(local_copy(directory.model.location)), output, trusted)
+    except BaseException:
+        shutil.rmtree(output, ignore_errors=True)  # half a model; the same command must be able to run again
+        raise
     Terminal().line(f"exported: {output}")

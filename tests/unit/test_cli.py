@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import subprocess
 import sys
@@ -130,6 +131,11 @@ def test_every_verb_refuses_a_missing_run_directory(tmp_path, capsys, verb):
             1,
             "raysft: failed: /x: No space left on device; free some space, then run the same command again to resume\n",
         ),
+        (
+            OSError(errno.EROFS, "Read-only file system", "/x"),
+            1,
+            "raysft: failed: /x: Read-only file system; correct the path or its permissions, then run the same command again\n",
+        ),
         (None, 0, ""),
     ],
 )
@@ -141,6 +147,49 @@ def test_exit_codes_tell_a_wrong_request_from_a_failed_run(config, monkeypatch, 
     monkeypatch.setattr(pipeline, "run", outcome)
     assert main(["run", config]) == code
     assert capsys.readouterr().err == line
+
+
+def test_only_a_verb_that_trains_resumes_after_an_interruption(config, monkeypatch, capsys):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verbs, "check", interrupted)
+    assert main(["check", config]) == 130
+    assert capsys.readouterr().err == "raysft: interrupted; run the same command again\n"
+
+
+def test_a_folder_in_place_of_a_file_is_named_in_one_line(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    (tmp_path / "plan.json").mkdir()
+    assert main(["report", str(tmp_path)]) == 1
+    assert holds(capsys.readouterr().err.rstrip("\n"), f"raysft: failed: {tmp_path}/plan.json: Is a directory; … path")
+
+
+def test_names_too_long_for_a_folder_are_refused(config, capsys):
+    assert main(["check", config, f"run.name={'a' * 151}"]) == 2
+    assert holds(capsys.readouterr().err.rstrip("\n"), "raysft: error: command line: run.name='aaa … 150 characters")
+    assert main(["report", "a" * 300]) == 1
+    assert holds(capsys.readouterr().err.rstrip("\n"), "raysft: failed: aaa … File name too long; correct the path")
+
+
+def test_a_terminal_that_lacks_characters_gets_question_marks(tmp_path):
+    code = "from raysft.cli import main; main(['config', 'train.neftune_alpha'])"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert "NEFTune: add uniform noise of ? alpha" in shown.stdout
+
+
+def test_an_export_that_fails_leaves_no_half_model(tmp_path, monkeypatch, capsys):
+    def full(folder, output, trusted):
+        (output / "config.json").write_text("")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("raysft.models.adapters.merge", full)
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    for _ in range(2):
+        assert main(["export", str(tmp_path), "--output", str(tmp_path / "out")]) == 1
+        assert "free some space, then run the same command again" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_that_raysft_itself_misses_is_a_bug_with_its_traceback(config, tmp_path):
@@ -184,6 +233,7 @@ def test_show_needs_at_least_one_row(config, capsys):
     ("arguments", "message"),
     [
         ([], "raysft: error: the following arguments are required: VERB"),
+        (["check"], "raysft check: error: the following arguments are required: CONFIG\n"),
         (["rnu", "c.yaml"], "raysft: error: argument VERB: invalid choice: 'rnu' (choose from "),
         (["run", "c.yaml", "--fast"], "raysft: error: unrecognized arguments: --fast"),
         (["report", "runs/a", "train.epochs=2"], "raysft: error: unrecognized arguments: train.epochs=2"),
@@ -194,7 +244,7 @@ def test_a_wrong_command_line_is_exit_code_2(capsys, arguments, message):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith(message)
+    assert capsys.readouterr().err.splitlines(keepends=True)[-1].startswith(message)
 
 
 def test_help_names_every_verb_and_the_exit_codes(capsys):

@@ -167,7 +167,7 @@ def test_an_unknown_key_comes_before_other_errors(write):
         ("    - {name: a, path: b}", "c.yaml:4: data: … two sources … 'a' … rename"),
         (
             "  packing: maybe",
-            "c.yaml:8: data.packing='maybe' … must be a valid boolean, unable to interpret input",
+            "c.yaml:8: data.packing='maybe' … must be true or false",
         ),
         ("  holdout: 1", "c.yaml:8: data.holdout=1 … must be less than 1"),
         (

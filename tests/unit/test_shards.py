@@ -228,7 +228,13 @@ def test_an_empty_held_out_split_is_refused(tmp_path, model):
     write_records(tmp_path / "a.jsonl", [["What is AI?", "a"]])
     config = data_config(tmp_path, holdout=0.01)
     message = refusal([the_set(config, model, split="holdout")], model)
-    for part in ("source 'a': ", "data.holdout=0.01", "no usable example", "add data, or raise data.holdout"):
+    for part in (
+        "source 'a': ",
+        "data.holdout=0.01",
+        "no usable example",
+        "(0 records fall into it)",
+        "add data, or raise data.holdout",
+    ):
         assert part in message
 
 

@@ -93,6 +93,7 @@ def _refuse_empty(shard_set: ShardSet, shards: Sequence[Shard]) -> None:
     subject = f"{split} (data.holdout={shard_set.holdout:g})" if split else "the source"
     paths = ", ".join(dict.fromkeys(file.path for file in shard_set.files))
     records, dropped = sum(shard.records for shard in shards), sum(len(shard.dropped) for shard in shards)
+    counted = f"{records} records {'fall into it' if split else 'read'}"
     rejected = next((item for shard in shards for item in shard.rejected), None)
     reasons = [f"{rejected.record}: {rejected.reason}"] if rejected else []
     if dropped:
@@ -107,7 +108,7 @@ def _refuse_empty(shard_set: ShardSet, shards: Sequence[Shard]) -> None:
         remedy = "add data, or raise data.holdout" if shard_set.split == "holdout" else "add data"
     raise RequestError(
         f"source {shard_set.source.name!r}: {subject} has no usable example in {paths:.100} "
-        f"({'; '.join([f'{records} records read', *reasons])}); {remedy}"
+        f"({'; '.join([counted, *reasons])}); {remedy}"
     )
 
 
