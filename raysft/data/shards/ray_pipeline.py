@@ -107,7 +107,7 @@ def _on_cluster(
 
     with ray.data.DataContext.current(_data_context()):
         yield from (
-            ray.data.from_items(tasks, override_num_blocks=len(tasks))
+            ray.data.from_items(list(tasks), override_num_blocks=len(tasks))
             .flat_map(_read_task, num_cpus=READ_CPUS, compute=pool(cpus / 4))
             .flat_map(
                 partial(_tokenize_on_core, sets_by_source=sets_by_source, tokenizer=tokenizer),
