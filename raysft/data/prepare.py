@@ -22,7 +22,7 @@ def prepare(config: Config, model: str, notify: Notify = lambda line: None) -> P
     """Tokenize the data of a run and plan its rows.
 
     1. Name the shard set of each source and split: its files, the tokenizer and all options, hashed to one cache key.
-    2. Tokenize the sets that are not in the cache, in one pass of Ray Data; each set gets a manifest.
+    2. Tokenize the sets that are not in the cache, in one pass (of Ray Data, unless they are small); each set gets a manifest.
     3. Plan from the manifests alone, without reading tokens, which examples make up which row of which step.
 
     Args:
