@@ -20,7 +20,11 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 def known_scheme(value: str) -> str:
     """Return the path or URI unchanged if raysft supports its scheme; raise ValueError otherwise."""
-    scheme, found, _ = value.partition("://")
+    scheme, found, rest = value.partition("://")
+    if "\0" in value:
+        raise ValueError("a path cannot contain a NUL character; remove it")
+    if found and not rest:
+        raise ValueError(f"{value} names no bucket or folder; add it")
     if found and scheme not in (*SCHEMES, "file"):
         raise ValueError(f"{scheme}:// is not supported; use a path, or one of {', '.join(SCHEMES)}")
     return value

@@ -144,6 +144,8 @@ def test_an_unknown_key_comes_before_other_errors(write):
         ("train: {zero_stage: 4}", "c.yaml:8: train.zero_stage=4 … must be 0, 1, 2 or 3"),
         ("train: 3", "c.yaml:8: train=3 … section"),
         ("run: {seed: -1}", "c.yaml:8: run.seed=-1 … must be greater than or equal to 0"),
+        ("run: {storage: 's3://'}", "c.yaml:8: run.storage='s3://' … names no bucket or folder; add it"),
+        ('run: {storage: "a\\0b"}', "c.yaml:8: run.storage= … NUL character; remove it"),
         ("run: {storage: 7}", "c.yaml:8: run.storage=7 … must be a valid string"),
         (
             "run: {name: a/b}",
