@@ -185,7 +185,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     line = 1
     try:
         value = yaml.safe_load(path.read_bytes())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2024-99-99 is read as a date
         mark = getattr(error, "problem_mark", None)
         value, line = None, mark.line + 1 if mark else _undecodable_line(path)
     if not isinstance(value, dict):
