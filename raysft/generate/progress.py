@@ -18,6 +18,8 @@ QUIET = 60.0
 class GenerationProgress:
     """Context manager that reports progress, also while no predictions arrive.
 
+    Predictions may arrive before it is entered, when the engines are ahead of what is shown.
+
     Args:
         name: name of the output.
         total: number of prompts, including those done before.
@@ -40,13 +42,14 @@ class GenerationProgress:
         self._name, self._total, self._done, self._before = name, total, done, done
         self._waiting, self._shown, self._interval = waiting, shown, interval
         self._tokens = 0
-        self._start = time.monotonic()
+        self._start: float | None = None
         self._first_batch: float | None = None
-        self._last_batch = self._start
+        self._last_batch = time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._report, daemon=True)
 
     def __enter__(self) -> GenerationProgress:
+        self._start = self._first_batch or time.monotonic()
         if self._shown:
             self._thread.start()
         return self
@@ -58,8 +61,9 @@ class GenerationProgress:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the start, including the start of the engines."""
-        return time.monotonic() - self._start
+        """Seconds since it was entered, including the start of the engines, or since its first batch began if that was earlier."""
+        start = self._start or self._first_batch
+        return time.monotonic() - start if start else 0.0
 
     @property
     def tokens_per_second(self) -> float:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Container, Generator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -22,41 +21,66 @@ from raysft.cluster.ray_internals import split_coordinator
 from raysft.config import Config
 from raysft.errors import RunFailed
 from raysft.generate import engine_pool
-from raysft.generate.engines import Engine, batching, create_engine
-from raysft.generate.engines.interface import failure
+from raysft.generate.engine_actor import EngineActor
+from raysft.generate.engines import batching
 
 RESTARTS = 3
-"""How often an engine is restarted after its process died."""
+"""How often an engine is restarted after its process died, whichever model it has loaded."""
 SUPPLY = 4
 """Batches that an engine with continuous batching receives at a time. More keep it full for longer before its last prompts run
 out; fewer lose less when it dies."""
-_Read = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
+_Entries = list[dict[str, Any]]
+_Read = Callable[[_Entries], tuple[int, _Entries]]
 STALL_SECONDS = 60.0
 """Time without a batch (and at least three times the longest batch so far) after which the engines of a dead node are given up."""
 
 
-def completions(
-    config: Config, model: str, prompts: pa.Table, ends: Sequence[int] = ()
-) -> Generator[list[dict[str, Any]], None, None]:
-    """Yield batches of entries ({id, predict, tokens, cut, stop, error, seconds}) as the engines finish them, in any order.
+@dataclass(frozen=True)
+class ModelPrompts:
+    """Prompts that one model completes."""
 
+    model: str
+    """Location of a model or an adapter."""
+    prompts: pa.Table
+    """Columns id and input_ids."""
+
+
+def completions(
+    config: Config, asked: Sequence[ModelPrompts], ends: Sequence[int] = ()
+) -> Generator[tuple[int, _Entries], None, None]:
+    """Yield batches of entries as the engines finish them, each with the index in ``asked`` that it belongs to.
+
+    An entry is {id, predict, tokens, cut, stop, error, seconds}. One pool of engines completes the prompts of all models: it
+    starts with those of the first, and an engine loads the next model when nothing is left to take for the one before. Batches
+    of a model come in any order, and its last ones may come after the first ones of the next. vLLM gets a pool for each model.
     When a node dies, the remaining prompts go to engines on the nodes that are alive.
 
     Args:
-        prompts: a table with the columns id and input_ids.
         ends: tokens that end an answer, besides those of the model and the config.
 
     Raises:
         RequestError: the cluster cannot place an engine.
         RunFailed: an engine failed, but not because its node died.
     """
+    if config.generate.engine != "vllm":
+        yield from _on_living_nodes(config, asked, ends)
+        return
+    for index, each in enumerate(asked):
+        for _, entries in _on_living_nodes(config, [each], ends):
+            yield index, entries
+
+
+def _on_living_nodes(
+    config: Config, asked: Sequence[ModelPrompts], ends: Sequence[int]
+) -> Generator[tuple[int, _Entries], None, None]:
+    """Send the prompts through a pool of engines, and what is missing through another whenever nodes have died."""
     shrinks = False
-    while prompts.num_rows:
-        nodes_at_start, done = _alive_ids(), set[str]()
+    while any(each.prompts.num_rows for each in asked):
+        nodes_at_start, done = _alive_ids(), [set[str]() for _ in asked]
         try:
-            for entries in _pass(config, model, prompts, ends, nodes_at_start, shrinks):
-                done.update(entry["id"] for entry in entries)
-                yield entries
+            for index, entries in _pass(config, asked, ends, nodes_at_start, shrinks):
+                done[index].update(entry["id"] for entry in entries)
+                yield index, entries
             return
         except RayError as error:
             dead = len(nodes_at_start - _alive_ids())
@@ -64,9 +88,11 @@ def completions(
                 reason = str(error).partition("The actor is dead because ")[2] or str(error)
                 raise _failed(reason, config, died=True) from error
         shrinks = True
-        prompts = without(prompts, done)
-        nodes = f"{dead} node{'' if dead == 1 else 's'}"
-        print(f"generate: {nodes} died; continuing with {prompts.num_rows} prompts on the others", file=sys.stderr)
+        asked = [
+            replace(each, prompts=without(each.prompts, finished)) for each, finished in zip(asked, done, strict=True)
+        ]
+        nodes, left = f"{dead} node{'' if dead == 1 else 's'}", sum(each.prompts.num_rows for each in asked)
+        print(f"generate: {nodes} died; continuing with {left} prompts on the others", file=sys.stderr)
 
 
 def _alive_ids() -> set[str]:
@@ -79,41 +105,57 @@ def without(prompts: pa.Table, done: Container[str]) -> pa.Table:
 
 
 def _pass(
-    config: Config, model: str, prompts: pa.Table, ends: Sequence[int], nodes_at_start: set[str], shrinks: bool
-) -> Generator[list[dict[str, Any]], None, None]:
+    config: Config, asked: Sequence[ModelPrompts], ends: Sequence[int], nodes_at_start: set[str], shrinks: bool
+) -> Generator[tuple[int, _Entries], None, None]:
     """Send all prompts through one pool of engines."""
-    rows, size = prompts.num_rows, config.generate.batch_size
-    pool = engine_pool.size_pool(config, alive_nodes(), math.ceil(rows / size), shrinks)
-    if config.generate.engine == "transformers" and batching(config, model) == "continuous":
-        # Keep enough batches for every engine.
-        size = max(size, min(SUPPLY * size, math.ceil(rows / pool.engines)))
-    batches = _batches(prompts, size)
+    number = sum(math.ceil(each.prompts.num_rows / config.generate.batch_size) for each in asked)
+    pool = engine_pool.size_pool(config, alive_nodes(), number, shrinks)
+    batches = [_batches(each.prompts, _block_size(config, each, pool)) for each in asked]
     with engine_pool.quiet_ray_data():
         pipeline = _by_vllm if config.generate.engine == "vllm" else _by_actors
-        dataset, read = pipeline(config, model, ends, batches, pool)
+        dataset, read = pipeline(config, [each.model for each in asked], ends, batches, pool)
         # The pipeline runs in an actor, which can be killed when it waits for an engine that never comes back.
         [split] = dataset.streaming_split(1)
         with _StallGuard(split_coordinator(split), nodes_at_start) as guard:
             batch: Any
             for batch in split.iter_batches(batch_size=cast(Any, None), batch_format="pyarrow", prefetch_batches=0):
-                entries = read(batch.to_pylist())
+                index, entries = read(batch.to_pylist())
                 guard.received(entries[0]["seconds"])
-                yield entries
+                yield index, entries
+
+
+def _block_size(config: Config, asked: ModelPrompts, pool: engine_pool.Pool) -> int:
+    """Number of prompts that an engine receives at a time."""
+    size = config.generate.batch_size
+    if config.generate.engine == "transformers" and batching(config, asked.model) == "continuous":
+        # Keep enough batches for every engine.
+        return max(size, min(SUPPLY * size, math.ceil(asked.prompts.num_rows / pool.engines)))
+    return size
 
 
 def _by_actors(
-    config: Config, model: str, ends: Sequence[int], batches: Sequence[pa.Table], pool: engine_pool.Pool
+    config: Config,
+    models: Sequence[str],
+    ends: Sequence[int],
+    batches: Sequence[Sequence[pa.Table]],
+    pool: engine_pool.Pool,
 ) -> tuple[ray.data.Dataset, _Read]:
     """Build a pipeline with the engines of this package, and the function that reads its rows."""
 
-    def read(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def read(rows: _Entries) -> tuple[int, _Entries]:
         if "failed" in rows[0]:
             raise _failed(rows[0]["failed"], config) from RuntimeError(rows[0]["traceback"])
-        return rows
+        index = int(rows[0]["model"])
+        return index, [{key: value for key, value in row.items() if key != "model"} for row in rows]
 
-    dataset = ray.data.from_arrow(list(batches)).map_batches(
-        _EngineActor,
-        fn_constructor_args=(config, model, ends, pool.engines_per_node),
+    blocks = [
+        batch.append_column("model", pa.array([index] * batch.num_rows, pa.int32()))
+        for index, of_model in enumerate(batches)
+        for batch in of_model
+    ]
+    dataset = ray.data.from_arrow(blocks).map_batches(
+        EngineActor,
+        fn_constructor_args=(config, models, ends, pool.engines_per_node),
         batch_size=None,  # one block is one batch
         batch_format="pyarrow",
         zero_copy_batch=True,
@@ -130,20 +172,25 @@ def _by_actors(
 
 
 def _by_vllm(
-    config: Config, model: str, ends: Sequence[int], batches: Sequence[pa.Table], pool: engine_pool.Pool
+    config: Config,
+    models: Sequence[str],
+    ends: Sequence[int],
+    batches: Sequence[Sequence[pa.Table]],
+    pool: engine_pool.Pool,
 ) -> tuple[ray.data.Dataset, _Read]:
-    """Build a pipeline with vLLM, and the function that reads its rows."""
+    """Build a pipeline with vLLM for one model, and the function that reads its rows."""
     from raysft.generate.engines import vllm
 
+    [model], [of_model] = models, batches
     vllm_model = vllm.VllmModel.of(config, model, ends)
 
-    def read(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def read(rows: _Entries) -> tuple[int, _Entries]:
         entries = vllm.entries(rows, vllm_model.stops)
         if len(entries) > 1 and all(entry["error"] for entry in entries):  # not the fault of one prompt
             raise _failed(entries[0]["error"], config)
-        return entries
+        return 0, entries
 
-    return vllm.completed(config, vllm_model, batches, pool, RESTARTS), read
+    return vllm.completed(config, vllm_model, of_model, pool, RESTARTS), read
 
 
 class _StallGuard:
@@ -187,44 +234,6 @@ def _batches(prompts: pa.Table, size: int) -> list[pa.Table]:
     ordered = prompts.select(["id", "input_ids"]).take(pa.array(order))
     ends = range(ordered.num_rows % size or size, ordered.num_rows + 1, size)
     return [ordered.slice(max(0, end - size), min(size, end)).combine_chunks() for end in ends]
-
-
-class _EngineActor:
-    """Engine in an actor of Ray Data.
-
-    An exception is returned as data; Ray would print it three times, a hundred lines each.
-    """
-
-    def __init__(self, config: Config, model: str, ends: Sequence[int], engines_per_node: int) -> None:
-        threads = None if config.scaling.use_gpu else engine_pool.threads(config, engines_per_node)
-        self._make = functools.partial(create_engine, config, model, threads, ends)
-        self._engine: Engine | None = None
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        from raysft.generate.engines.bisection import (
-            complete,  # imports torch, which the pipeline itself does not need
-        )
-
-        start = time.monotonic()
-        ids = batch["id"].to_pylist()
-        try:
-            self._engine = self._engine or self._make()
-            start = time.monotonic()
-            completions = complete(self._engine, ids, batch["input_ids"].to_pylist())
-        except Exception as error:
-            return pa.table({"failed": [failure(error).error], "traceback": [traceback.format_exc()]})
-        seconds = time.monotonic() - start
-        return pa.table(
-            {
-                "id": ids,
-                "predict": [completion.text for completion in completions],
-                "tokens": [completion.tokens for completion in completions],
-                "cut": [completion.cut for completion in completions],
-                "stop": [completion.stop for completion in completions],
-                "error": [completion.error for completion in completions],
-                "seconds": [seconds] * len(ids),
-            }
-        )
 
 
 def _failed(reason: str, config: Config, *, died: bool = False) -> RunFailed:

@@ -140,24 +140,20 @@ def generate_predictions(context: RunContext) -> None:
     config, directory, prepared = context.config, context.directory, context.prepared
     if not prepared.prompts:
         return
-    from raysft.generate.batch_inference import generate
+    from raysft.generate.batch_inference import Output, generate
     from raysft.generate.metrics import write_metrics
 
     if not write_prompts(prepared.prompts, directory.prompts, config.generate.max_examples, prepared.end_tokens):
         context.terminal.line("generate: skipped, as no example has a prompt (records of token IDs have none)")
         return
-    rows = []
+    outputs = []
     if config.generate.compare_base:
-        context.terminal.line("generating with the model before training")
         model = context.adapter or context.model
-        output = directory.base_predictions
-        rows += generate(config, model=model, prompts=directory.prompts, output=output, role="base")
+        outputs.append(Output(model, directory.base_predictions, "base", "the model before training"))
     else:
         directory.base_predictions.unlink(missing_ok=True)  # an earlier call may have made them with other settings
-    context.terminal.line("generating with the trained model")
-    model = directory.model.location
-    rows += generate(config, model=model, prompts=directory.prompts, output=directory.predictions)
-    write_metrics(directory, rows)
+    outputs.append(Output(directory.model.location, directory.predictions, "trained", "the trained model"))
+    write_metrics(directory, generate(config, directory.prompts, outputs, notify=context.terminal.line))
 
 
 def print_report(directory: RunDirectory) -> None:

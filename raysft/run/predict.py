@@ -30,7 +30,7 @@ def predict(config: Config) -> RunDirectory:
         RequestError: the model, the data or the cluster cannot do it, or the run directory belongs to a training.
         RunFailed: an engine failed.
     """
-    from raysft.generate.batch_inference import generate
+    from raysft.generate.batch_inference import Output, generate
     from raysft.generate.metrics import write_metrics
 
     with preflight(config, "generate") as ready:
@@ -49,8 +49,8 @@ def predict(config: Config) -> RunDirectory:
         # Of the prompts alone: an answer or a prompt that is not generated for may hold any token.
         largest = _largest_tokens(directory.prompts)
         check_tokens(largest, ready.prompts.embedding_rows, ready.prompts.tokenizer, f"generate.model={model}")
-        ready.terminal.line(f"generating with {config.generate.model}")
-        rows = generate(config, model=model, prompts=directory.prompts, output=directory.predictions, role="other")
+        output = Output(model, directory.predictions, "other", str(config.generate.model))
+        rows = generate(config, directory.prompts, [output], notify=ready.terminal.line)
         # Inside the block, so that the results reach an object store with the other files.
         write_metrics(directory, rows)
     return directory

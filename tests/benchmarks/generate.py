@@ -54,7 +54,7 @@ def raysft(model: str, file: Path, folder: Path, count: int, new_tokens: int) ->
     import ray
 
     from raysft.config import parse
-    from raysft.generate.batch_inference import generate
+    from raysft.generate.batch_inference import Output, generate
     from raysft.storage.json_files import read_jsonl
 
     for name in ("ray", "ray.data"):
@@ -72,7 +72,7 @@ def raysft(model: str, file: Path, folder: Path, count: int, new_tokens: int) ->
         }
     )
     output = folder / "predictions.jsonl"
-    metrics = generate(config, model=model, prompts=folder / "prompts.parquet", output=output)
+    metrics = generate(config, folder / "prompts.parquet", [Output(model, output)])
     rows = list(read_jsonl(output))
     tokens, rate = (
         sum(row["tokens"] for row in rows),

@@ -21,7 +21,7 @@ from raysft.cluster.placement import Node
 from raysft.config import Config, with_overrides
 from raysft.errors import RequestError, RunFailed
 from raysft.generate import batch_inference, engine_pool, metrics
-from raysft.generate.batch_inference import generate
+from raysft.generate.batch_inference import Output
 from raysft.generate.engines import Completion
 from raysft.generate.engines.sampling import choose_tokens
 from raysft.generate.engines.static import TransformersEngine
@@ -48,9 +48,20 @@ def config(model: Path | str = "m", **generate) -> Config:
     )
 
 
+def generate(settings: Config, *, model: str, prompts: Path, output: Path, **options) -> list[metrics.MetricRow]:
+    """Generate with one model."""
+    return batch_inference.generate(settings, prompts, [Output(model, output)], **options)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("model"), spread=0.2)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> Path:
+    """A model that answers otherwise, with the same tokenizer."""
+    return tiny_model(tmp_path_factory.mktemp("other"), seed=1, spread=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -176,11 +187,11 @@ def test_a_killed_call_goes_on_with_what_is_missing(model, prompts, tmp_path, ca
 def test_a_prompt_that_failed_is_tried_again_by_the_next_call(model, prompts, tmp_path, capfd):
     output, completions, asked = tmp_path / "out.jsonl", batch_inference.completions, []
 
-    def without_memory(config, model, prompts, ends):
-        asked.append(prompts["id"].to_pylist())
-        for batch in completions(config, model, prompts, ends):
+    def without_memory(config, models, ends):
+        asked.append(models[0].prompts["id"].to_pylist())
+        for index, batch in completions(config, models, ends):
             failed = {"predict": "", "error": "no memory"} if len(asked) == 1 else {}
-            yield [{**each, **failed} if each["id"] == "q:2" else each for each in batch]
+            yield index, [{**each, **failed} if each["id"] == "q:2" else each for each in batch]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batch_inference, "completions", without_memory)
@@ -196,27 +207,64 @@ def test_a_prompt_that_failed_is_tried_again_by_the_next_call(model, prompts, tm
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_an_engine_that_is_killed_is_started_again(model, prompts, tmp_path):
-    output, partial = tmp_path / "out.jsonl", tmp_path / ".out.jsonl.partial"
+def test_two_models_take_turns_in_one_pool(model, other, prompts, tmp_path, monkeypatch, capfd):
+    started, size_pool = [], engine_pool.size_pool
+    monkeypatch.setattr(engine_pool, "size_pool", lambda *given: started.append(given[2]) or size_pool(*given))
+    outputs = [Output(str(model), tmp_path / "a.jsonl", "base", "one"), Output(str(other), tmp_path / "b.jsonl")]
+    lines = []
+    rows = batch_inference.generate(config(num_actors=2), prompts, outputs, notify=lines.append)
+    assert started == [6], "one pool for the three batches of each"
+    for each, output in zip((model, other), outputs, strict=True):
+        assert [row["predict"] for row in read_jsonl(output.path)] == as_text(each, alone(each, prompts))
+    assert [row.model for row in rows if row.metric == "tokens_per_second" and row.value > 0] == ["base", "trained"]
+    assert lines == ["generating with one", "generating with the model"]
+    told = capfd.readouterr().err
+    assert told.index("generate a | 8/8 prompts") < told.index("generate b | 8/8 prompts")
+
+    outputs[1].path.unlink()
+    again = batch_inference.generate(config(num_actors=1), prompts, outputs, progress=False)
+    assert started == [6, 3], "only for what is missing"
+    assert [row["predict"] for row in read_jsonl(outputs[1].path)] == as_text(other, alone(other, prompts))
+    scores = [[row for row in found if row.model == "base"] for found in (rows, again)]
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_second_model_that_does_not_load_leaves_the_predictions_of_the_first(model, prompts, tmp_path):
+    broken, weights = tiny_model(tmp_path / "broken"), tmp_path / "broken" / "model.safetensors"
+    save_file({name: value[:1] for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    outputs = [Output(str(model), tmp_path / "a.jsonl", "base"), Output(str(broken), tmp_path / "b.jsonl")]
+    with pytest.raises(RunFailed, match=f"generation failed: .*{broken}: its weights have other shapes"):
+        batch_inference.generate(config(), prompts, outputs, progress=False)
+    assert [row["predict"] for row in read_jsonl(outputs[0].path)] == as_text(model, alone(model, prompts))
+    assert not outputs[1].path.exists()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_an_engine_that_is_killed_is_started_again(model, other, prompts, tmp_path):
+    outputs = [Output(str(model), tmp_path / "a.jsonl", "base"), Output(str(other), tmp_path / "b.jsonl")]
+    partial = tmp_path / ".b.jsonl.partial"
     killed = []
 
     def kill_one():
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while len(list(read_jsonl(partial))) < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
         for process in psutil.Process().children(recursive=True):
-            if "_EngineActor" in " ".join(process.cmdline()):
+            if "EngineActor" in " ".join(process.cmdline()):
                 process.send_signal(signal.SIGKILL)
                 killed.append(len(list(read_jsonl(partial))) - 1)
 
     thread = threading.Thread(target=kill_one)
     thread.start()
-    settings = config(batch_size=1, max_new_tokens=200)
-    generate(settings, model=str(model), prompts=prompts, output=output, progress=False)
+    settings = config(batch_size=1, max_new_tokens=100)
+    batch_inference.generate(settings, prompts, outputs, progress=False)
     thread.join()
     assert len(killed) == 1
     assert 1 <= killed[0] < len(QUESTIONS)
-    assert [row["predict"] for row in read_jsonl(output)] == as_text(model, alone(model, prompts, new_tokens=200))
+    for each, output in zip((model, other), outputs, strict=True):
+        expected = as_text(each, alone(each, prompts, new_tokens=100))
+        assert [row["predict"] for row in read_jsonl(output.path)] == expected
 
 
 @pytest.mark.usefixtures("local_ray")

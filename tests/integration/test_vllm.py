@@ -10,7 +10,7 @@ import ray
 
 from raysft.config import parse, with_overrides
 from raysft.errors import RequestError, RunFailed
-from raysft.generate.ray_pipeline import completions
+from raysft.generate.ray_pipeline import ModelPrompts, completions
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
@@ -35,8 +35,8 @@ def test_an_engine_that_does_not_start_fails_the_run_in_one_line(tmp_path, capfd
     prompts = pa.table({"id": list("abc"), "input_ids": pa.array([[5, 6], [7], [8]], pa.list_(pa.int32()))})
     capfd.readouterr()
     with pytest.raises(RunFailed, match=r"^generation failed: ImportError: vLLM is not installed") as failed:
-        list(completions(config, model, prompts))
+        list(completions(config, [ModelPrompts(model, prompts)]))
     assert "\n" not in str(failed.value)
     assert capfd.readouterr().err == ""
     with pytest.raises(RequestError, match=r"gpus_per_engine=2 needs 2 GPUs on one node, but no node has that many"):
-        list(completions(with_overrides(config, {"generate.gpus_per_engine": 2}), model, prompts))
+        list(completions(with_overrides(config, {"generate.gpus_per_engine": 2}), [ModelPrompts(model, prompts)]))

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from raysft.config import Config, parse, with_overrides
 from raysft.errors import RequestError
-from raysft.generate.batch_inference import generate
+from raysft.generate.batch_inference import Output, generate
 from raysft.generate.engine_pool import Pool
 from raysft.generate.engines import check_engine, vllm
 from raysft.generate.engines.vllm import VllmModel
@@ -92,7 +92,7 @@ def test_where_vllm_is_not_installed_it_is_said_first(tmp_path):
     with pytest.raises(
         RequestError, match=r"^generate.engine=vllm, but vLLM is not installed; pip install 'raysft\[vllm\]'"
     ):
-        generate(config(), model="none", prompts=tmp_path / "none", output=tmp_path / "out.jsonl")
+        generate(config(), tmp_path / "none", [Output("none", tmp_path / "out.jsonl")])
     assert list(tmp_path.iterdir()) == []
 
 

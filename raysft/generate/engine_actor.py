@@ -1,0 +1,69 @@
+"""An engine in an actor of Ray Data, which loads one model after the other."""
+
+from __future__ import annotations
+
+import gc
+import time
+import traceback
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+from raysft.config import Config
+from raysft.generate import engine_pool
+from raysft.generate.engines import Engine, create_engine
+from raysft.generate.engines.interface import failure
+
+
+class EngineActor:
+    """Complete batches (columns id, input_ids and model, an index in ``models``) with one model in memory at a time.
+
+    An exception is returned as data; Ray would print it three times, a hundred lines each.
+    """
+
+    def __init__(self, config: Config, models: Sequence[str], ends: Sequence[int], engines_per_node: int) -> None:
+        self._config, self._models, self._ends = config, models, ends
+        self._threads = None if config.scaling.use_gpu else engine_pool.threads(config, engines_per_node)
+        self._engine: Engine | None = None
+        self._loaded: int | None = None
+
+    def _load(self, index: int) -> Engine:
+        """Return the engine with a model, which is loaded if another one is."""
+        if self._engine is not None and self._loaded == index:
+            return self._engine
+        if self._engine is not None:
+            import torch
+
+            # The next model may need the memory, and an engine's parts refer to each other.
+            self._engine = None
+            gc.collect()
+            torch.cuda.empty_cache()
+        self._engine, self._loaded = create_engine(self._config, self._models[index], self._threads, self._ends), index
+        return self._engine
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        from raysft.generate.engines.bisection import (
+            complete,  # imports torch, which the pipeline itself does not need
+        )
+
+        start = time.monotonic()
+        ids, index = batch["id"].to_pylist(), batch["model"][0].as_py()
+        try:
+            engine = self._load(index)
+            start = time.monotonic()
+            completions = complete(engine, ids, batch["input_ids"].to_pylist())
+        except Exception as error:
+            return pa.table({"failed": [failure(error).error], "traceback": [traceback.format_exc()]})
+        seconds = time.monotonic() - start
+        return pa.table(
+            {
+                "id": ids,
+                "predict": [completion.text for completion in completions],
+                "tokens": [completion.tokens for completion in completions],
+                "cut": [completion.cut for completion in completions],
+                "stop": [completion.stop for completion in completions],
+                "error": [completion.error for completion in completions],
+                "seconds": [seconds] * len(ids),
+                "model": [index] * len(ids),
+            }
+        )
