@@ -14,6 +14,9 @@ def test_onednn_has_an_operator_for_linear_layers():
     product = ONEDNN.name(torch.ops.mkldnn, "_linear_pointwise").default
     a, b = torch.randn(4, 8), torch.randn(6, 8)
     torch.testing.assert_close(product(a, b, None, "none", [], ""), a @ b.t())
+    packed = ONEDNN.name(torch.ops.mkldnn, "_reorder_linear_weight")(b, 4)
+    torch.testing.assert_close(product(a, packed, None, "none", [], ""), a @ b.t())
+    assert torch.equal(packed.to_dense(), b)
 
 
 def test_a_learning_rate_scheduler_counts_its_steps_and_its_calls():

@@ -1,11 +1,14 @@
 """oneDNN behind torch's matrix products gives the same numbers."""
 
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from raysft.models import onednn
+from raysft.models.onednn import PackedLinear, pack_linear
 
 
 @pytest.fixture
@@ -75,3 +78,84 @@ def test_the_choice_follows_from_the_processor(tmp_path, monkeypatch, vendor, ex
     assert not onednn.is_slow_with_mkl(Path("/nowhere"))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     assert not onednn.is_slow_with_mkl(described)
+
+
+@pytest.fixture
+def packs(monkeypatch):
+    """A processor on which oneDNN is used and layers are packed."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(onednn, "is_slow_with_mkl", lambda: True)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(8,), (64,), (300,), (2, 40), (1,), (1, 1), (0,), (3, 0)])
+@torch.inference_mode()
+def test_a_packed_layer_computes_what_onednn_does_with_plain_weights(shape, bias):
+    torch.manual_seed(2)
+    layer = nn.Linear(576, 1536, bias=bias)
+    packed = PackedLinear(layer, 64)
+    x = torch.randn(*shape, 576)
+    exact = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    torch.testing.assert_close(packed(x), exact.float(), rtol=1e-5, atol=1e-5)
+    if x.numel() >= 8 * 576:
+        plain = torch.ops.mkldnn._linear_pointwise.default(x, layer.weight, layer.bias, "none", [], "")
+        assert torch.equal(packed(x), plain)
+        spread = torch.randn(*shape, 2 * 576)[..., ::2]
+        assert torch.equal(packed(spread), packed(spread.contiguous()))
+    assert torch.equal(packed.weight, layer.weight)
+
+
+class Tied(nn.Module):
+    """An embedding that is also the output layer, two layers with the same weight, one of another kind, and an adapter's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(700, 96)
+        self.layers = nn.ModuleList(nn.Linear(96, 96) for _ in range(3))
+        self.layers[1].weight, self.layers[1].bias = self.layers[0].weight, self.layers[0].bias
+        self.lora = nn.ModuleDict({"default": nn.Linear(96, 96)})
+        self.half = nn.Linear(96, 96).to(torch.bfloat16)
+        self.small = nn.Linear(8, 8)
+        self.special = nn.utils.parametrizations.weight_norm(nn.Linear(96, 96))
+        self.head = nn.Linear(96, 700, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.head(x)
+
+
+def test_a_weight_is_there_once_and_one_that_an_embedding_shares_twice(packs):
+    torch.manual_seed(3)
+    model, tokens = Tied().eval(), torch.arange(64)
+    with torch.inference_mode():
+        expected = model(tokens)
+    embedding = model.embedding.weight
+    weights = [weakref.ref(layer.weight) for layer in model.layers]
+    assert pack_linear(model, 64) == 4
+    assert {name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, PackedLinear)} == {
+        "layers.0", "layers.1", "layers.2", "head",
+    }  # fmt: skip
+    assert [weight() for weight in weights] == [None] * 3
+    assert model.layers[0] is model.layers[1]
+    assert model.embedding.weight is embedding
+    with torch.inference_mode():
+        torch.testing.assert_close(model(tokens), expected, rtol=1e-5, atol=1e-5)
+    assert pack_linear(model, 64) == 0
+
+
+def test_only_layers_that_gain_are_packed(packs, monkeypatch):
+    def layers() -> nn.Module:
+        return nn.Sequential(nn.Linear(64, 64), nn.Linear(1024, 511), nn.Linear(1024, 512))
+
+    assert pack_linear(layers(), 64) == 2  # 64 · 64 · 64 products are as many as SMALL, not more
+    assert pack_linear(layers(), 65) == 3
+    monkeypatch.setattr(onednn, "is_slow_with_mkl", lambda: False)
+    assert pack_linear(layers(), 64) == 1
+    assert pack_linear(layers(), 7) == 0
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert pack_linear(layers(), 64) == 0

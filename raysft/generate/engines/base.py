@@ -13,7 +13,8 @@ from raysft.garbage import resume_collection
 from raysft.generate.engines.context_window import fit, limit, positions_of
 from raysft.generate.engines.interface import Completion
 from raysft.generate.engines.model import load_model, padding_token, stop_tokens
-from raysft.models.onednn import use_onednn
+from raysft.models.onednn import pack_linear, use_onednn
+from raysft.models.remote_code import runs_code
 from raysft.models.tokenizer import tokenizer_of
 from raysft.storage.local_cache import model_copy
 
@@ -41,6 +42,9 @@ class ModelEngine:
         self._tokenizer = tokenizer_of(config, folder)
         resume_collection()
         self._model = load_model(config, folder, self._device).eval()
+        self._runs_code = runs_code(config, folder)
+        if self._device.type == "cpu" and config.dtype == "float32" and not self._runs_code:
+            pack_linear(self._model, self._settings.batch_size * self._settings.num_beams)
         self._stops = stop_tokens(self._tokenizer, self._model.generation_config, config.generate.stop_tokens, ends)
         self._padding = padding_token(self._tokenizer, self._stops, self._model.config)
         self._positions = positions_of(self._model.config)
