@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3ForCausalLM, RwkvConfig, RwkvForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 
 from raysft.config import Config, parse
 from raysft.errors import RequestError
@@ -15,7 +25,9 @@ from raysft.generate.engines import Completion, check_suitable, create_engine
 from raysft.generate.engines.batching import obstacle
 from raysft.generate.engines.bisection import complete
 from raysft.generate.engines.model import named_tokens
+from raysft.generate.engines.roomy_cache import roomy_cache
 from raysft.generate.engines.static import TransformersEngine
+from raysft.models import onednn
 from tests.tiny import tiny_model, tiny_tokenizer
 
 QUESTIONS = ("Hi", "What is the capital of France?", "a list of three", "x")
@@ -54,6 +66,104 @@ def test_a_beam_search_is_that_of_transformers(model, prompts):
         assert completion.text == tokenizer.decode(found[0, len(prompt) :], skip_special_tokens=True)
 
 
+def alone(plain, tokenizer, prompts: list[list[int]], new_tokens: int, stops: list[int]) -> list[str]:
+    """What ``model.generate`` writes for each prompt by itself."""
+    written = []
+    for prompt in prompts:
+        rows = plain.generate(torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False, eos_token_id=stops)
+        tokens = rows[0, len(prompt) :].tolist()
+        tokens = tokens[: -1 if tokens[-1] in stops else None]
+        written.append(tokenizer.decode(tokens, skip_special_tokens=True))
+    return written
+
+
+@pytest.mark.parametrize("kind", ["full", "sliding"])
+def test_rows_that_have_finished_leave_the_batch_and_change_no_other(model, tmp_path, kind):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if kind == "sliding":
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.2}
+        described = MistralConfig(
+            vocab_size=len(tokenizer), sliding_window=8, num_key_value_heads=2, **sizes, **special
+        )
+        MistralForCausalLM(described).save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        model = tmp_path
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    torch.manual_seed(1)
+    asked = [torch.randint(3, len(tokenizer), (3 + at % 7,)).tolist() for at in range(16)]
+    ends = torch.randperm(len(tokenizer))[: len(tokenizer) // 12].tolist()
+    stops = sorted({tokenizer.eos_token_id, plain.generation_config.eos_token_id or 2, *ends})
+    engine = TransformersEngine(config(model, max_new_tokens=40), str(model), ends=ends)
+    assert engine._ignores_padding
+    assert engine._shrinks
+    rows = []
+    engine._model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    found = engine.complete([str(at) for at in range(16)], asked)
+    assert [each.text for each in found] == alone(plain, tokenizer, asked, 40, stops)
+    assert len({each.tokens for each in found}) > 4
+    assert rows[0] == 16
+    assert rows == sorted(rows, reverse=True)
+    assert len(set(rows)) > 3
+    # All rows until the end would be 16 · 40; without those that have finished it is little more than the tokens.
+    assert sum(rows) <= 1.3 * sum(each.tokens for each in found)
+
+
+def test_a_cache_with_room_holds_the_same_numbers_and_is_not_copied(model, monkeypatch):
+    monkeypatch.setattr("raysft.generate.engines.roomy_cache.ROOM", 5)
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    roomy, usual = roomy_cache(plain.config), DynamicCache(config=plain.config)
+    torch.manual_seed(2)
+    places = []
+    with torch.inference_mode():
+        for at, tokens in enumerate([3, 1, 1, 2, 1, 1, 1, 1, 1]):
+            ids = torch.randint(3, 200, (4 if at < 4 else 2, tokens))
+            if at == 4:
+                for cache in (roomy, usual):
+                    cache.batch_select_indices(torch.tensor([3, 1]))
+            found, expected = (plain(ids, past_key_values=cache).logits for cache in (roomy, usual))
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            for one, other in zip(roomy.layers, usual.layers, strict=True):
+                assert torch.equal(one.keys, other.keys)
+                assert torch.equal(one.values, other.values)
+            places.append(roomy.layers[0].keys.data_ptr())
+    assert roomy.get_seq_length() == 12
+    # Room for 5 after the first 3 tokens; again 5 for the rows that are left.
+    assert len(set(places[:4])) == 1
+    assert len(set(places[4:])) == 1
+
+
+@pytest.mark.parametrize("generate", [{"do_sample": True, "top_k": 0}, {"repetition_penalty": 1.4}])
+def test_a_draw_and_a_penalty_are_the_same_in_a_batch_that_shrinks(model, generate):
+    torch.manual_seed(1)
+    asked = [torch.randint(3, 200, (3 + at % 7,)).tolist() for at in range(16)]
+    settings, names, ends = config(model, max_new_tokens=40, **generate), [str(at) for at in range(16)], range(3, 40)
+    shrinking = TransformersEngine(settings, str(model), ends=list(ends))
+    assert shrinking._shrinks
+    whole = TransformersEngine(settings, str(model), ends=list(ends))
+    whole._shrinks = False
+    found = shrinking.complete(names, asked)
+    assert found == whole.complete(names, asked)
+    assert len({each.tokens for each in found}) > 3
+
+
+def test_packed_weights_change_no_token(model, prompts, monkeypatch):
+    monkeypatch.setattr(onednn, "is_slow_with_mkl", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr("raysft.generate.engines.base.use_onednn", lambda: True)  # it would stay in this process
+    engine = TransformersEngine(config(model, batch_size=128), str(model))
+    packed = [name for name, module in engine._model.named_modules() if isinstance(module, onednn.PackedLinear)]
+    assert "lm_head" in packed
+    assert len(packed) > 4
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    found = engine.complete(QUESTIONS, prompts)
+    assert [each.text for each in found] == alone(plain, tokenizer, prompts, 12, engine._stops)
+
+
 def test_a_model_that_reads_its_padding_is_given_none(tmp_path):
     tokenizer = tiny_tokenizer()
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -77,6 +187,7 @@ def test_a_model_that_reads_its_padding_is_given_none(tmp_path):
     written = [completion.text for completion in engine.complete([*QUESTIONS, "y"], asked)]
     assert written == [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in alone]
     assert not engine._ignores_padding
+    assert not engine._shrinks
 
 
 def test_a_scale_that_the_longest_prompt_decides_is_that_of_each_alone(tmp_path):

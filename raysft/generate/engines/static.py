@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor, StoppingCriteriaList
@@ -12,6 +13,7 @@ from raysft.generate.engines.base import ModelEngine
 from raysft.generate.engines.context_window import longrope_threshold
 from raysft.generate.engines.interface import Completion
 from raysft.generate.engines.sampling import RowLimits, RowSampling, uniform_numbers
+from raysft.generate.engines.shrinking import can_shrink, grow
 
 TRIAL_TOKENS = 8
 """Tokens, and as many padding tokens, of the test whether a model ignores padding."""
@@ -76,6 +78,17 @@ class TransformersEngine(ModelEngine):
         rows = torch.tensor([[self._padding] * (longest - len(prompt)) + list(prompt) for prompt in kept])
         mask = (torch.arange(longest)[None, :] >= pads[:, None]).long()
         limits = torch.tensor([self._limit(prompt) for prompt in kept])
+        written = (self._shrinking if len(ids) > 1 and self._shrinks else self._whole)(ids, rows, mask, pads, limits)
+        return [
+            self._completion(tokens[:limit], limit, prompt, short)
+            for tokens, limit, prompt, short in zip(written, limits.tolist(), prompts, kept, strict=True)
+        ]
+
+    def _whole(
+        self, ids: Sequence[str], rows: torch.Tensor, mask: torch.Tensor, pads: torch.Tensor, limits: torch.Tensor
+    ) -> list[list[int]]:
+        """Generate until the last row has finished; returns the new tokens of each row, with padding."""
+        longest = rows.shape[1]
         output = self._model.generate(
             input_ids=rows.to(self._device),
             attention_mask=mask.to(self._device),
@@ -83,11 +96,27 @@ class TransformersEngine(ModelEngine):
             logits_processor=self._processors(ids, pads, longest),
             stopping_criteria=StoppingCriteriaList([RowLimits(limits.to(self._device), longest)]),
         )
-        written = output[:, longest:].tolist()
-        return [
-            self._completion(tokens[:limit], limit, prompt, short)
-            for tokens, limit, prompt, short in zip(written, limits.tolist(), prompts, kept, strict=True)
-        ]
+        return output[:, longest:].tolist()
+
+    def _shrinking(
+        self, ids: Sequence[str], rows: torch.Tensor, mask: torch.Tensor, pads: torch.Tensor, limits: torch.Tensor
+    ) -> list[list[int]]:
+        """As ``_whole``, but rows leave the batch when they have finished."""
+
+        def arguments(left: list[int], new_tokens: int) -> dict[str, Any]:
+            settings = self._generation(new_tokens)
+            settings.return_dict_in_generate = True
+            processors = self._processors([ids[index] for index in left], pads[left], rows.shape[1])
+            return {"generation_config": settings, "logits_processor": processors}
+
+        return grow(self._model, rows, mask, limits, self._stops, arguments)
+
+    @functools.cached_property
+    def _shrinks(self) -> bool:
+        """True if finished rows may leave a batch: on CPUs, where a step takes as long as it has rows."""
+        settings = self._settings
+        plain = settings.num_beams == 1 and settings.max_seconds is None and not self._runs_code
+        return plain and self._device.type == "cpu" and can_shrink(self._model, self._padding)
 
     def _by_beam(self, of_rows: torch.Tensor) -> torch.Tensor:
         """[rows] → [rows · beams], the layout of a beam search."""
