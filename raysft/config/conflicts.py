@@ -247,8 +247,6 @@ def _generation(config: Config) -> Iterator[str]:
 def _vllm(config: Config) -> Iterator[str]:
     generate, model = config.generate, config.model
     alternative = "or set generate.engine=transformers"
-    if not config.scaling.use_gpu:
-        yield f"generate.engine=vllm requires GPUs, but scaling.use_gpu=False; set scaling.use_gpu=true, {alternative}"
     if generate.num_beams > 1:
         yield (
             f"generate.engine=vllm does not support beam search, but generate.num_beams={generate.num_beams}; "

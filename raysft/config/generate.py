@@ -25,8 +25,8 @@ class GenerateSection(Section):
     """Names of the sources of ``data.eval`` and ``data.train`` to generate for. A training source means its held-out part with
     ``data.holdout``, otherwise all of it. Default: all of ``data.eval`` and the held-out parts."""
     engine: Literal["transformers", "vllm"] = "transformers"
-    """Inference engine: ``transformers`` on CPUs or GPUs, or ``vllm`` on GPUs, which needs ``pip install 'raysft[vllm]'`` on every
-    node and chooses the number of concurrent prompts itself."""
+    """Inference engine: ``transformers`` on CPUs or GPUs, or ``vllm``, which needs ``pip install 'raysft[vllm]'`` on every node
+    (without GPUs: vLLM's build for CPUs) and chooses the number of concurrent prompts itself."""
     num_actors: Positive | None = None
     """Number of engines that work in parallel. Default: one per ``gpus_per_engine`` GPUs, or one per node without GPUs."""
     gpus_per_engine: Positive = 1

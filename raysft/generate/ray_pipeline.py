@@ -244,6 +244,8 @@ def _failed(reason: str, config: Config, *, died: bool = False) -> RunFailed:
         remedy = f"; if memory ran out, lower generate.batch_size={config.generate.batch_size}"
         if config.generate.engine == "vllm":  # which never runs more prompts at a time than fit
             remedy = f"; if memory ran out, raise generate.gpus_per_engine={config.generate.gpus_per_engine}"
+            if not config.scaling.use_gpu:
+                remedy = "; if memory ran out, lower VLLM_CPU_KVCACHE_SPACE, the GiB of its cache, on every node"
         elif config.scaling.use_gpu:
             remedy += ", or raise generate.gpus_per_engine"
     what = f"an engine died {RESTARTS + 1} times: " if died else ""

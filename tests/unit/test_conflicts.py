@@ -42,10 +42,6 @@ GPU = {"scaling__use_gpu": True}
             "generate.batching=continuous … generate.max_seconds=2 … generate.batching=static",
         ),
         (
-            {"generate__engine": "vllm"},
-            "generate.engine=vllm … scaling.use_gpu=False … scaling.use_gpu=true … generate.engine=transformers",
-        ),
-        (
             {"generate__engine": "vllm", "generate__batching": "static", **GPU},
             "generate.engine=vllm … generate.batching=static … remove",
         ),

@@ -1,6 +1,6 @@
 """Generation by vLLM: what it is asked, by settings that Ray takes, and what becomes of its answers and failures.
 
-vLLM itself needs a GPU. Ray's stage runs here too, on a stand-in that has of vLLM what the stage calls.
+vLLM itself is not run. Ray's stage runs here too, on a stand-in that has of vLLM what the stage calls.
 """
 
 from __future__ import annotations
@@ -59,7 +59,6 @@ def prompts(*tokens: list[int]) -> pa.Table:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"use_gpu": False}, "generate.engine=vllm requires GPUs, but scaling.use_gpu=False; set scaling.use_gpu=true"),
         ({"num_beams": 2, "do_sample": False}, "generate.engine=vllm .* generate.num_beams=2; set"),
         ({"max_seconds": 9}, "generate.engine=vllm .* generate.max_seconds=9; remove"),
     ],
@@ -94,6 +93,33 @@ def test_where_vllm_is_not_installed_it_is_said_first(tmp_path):
     ):
         generate(config(), tmp_path / "none", [Output("none", tmp_path / "out.jsonl")])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("version", "use_gpu", "named"),
+    [
+        ("0.29.0", True, ""),
+        ("0.29.0+cpu", False, ""),
+        ("0.29.0", False, "use_gpu=False, but vLLM 0.29.0 is built for GPUs; install its build for CPUs"),
+        ("0.29.0+cpu", True, "use_gpu=True, but vLLM 0.29.0[+]cpu is built for CPUs; install its build for GPUs"),
+    ],
+)
+def test_a_build_of_vllm_runs_on_the_processors_that_it_is_for(monkeypatch, tmp_path, version, use_gpu, named):
+    package = tmp_path / "vllm"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise AssertionError('looking at it must not import it')")
+    described = tmp_path / f"vllm-{version}.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    if not named:
+        check_engine(config(use_gpu=use_gpu))
+        return
+    other = str(not use_gpu).lower()
+    with pytest.raises(
+        RequestError, match=rf"{named} on every node, set scaling.use_gpu={other}, or set generate.engine"
+    ):
+        check_engine(config(use_gpu=use_gpu))
 
 
 def test_requests_are_tokens_and_settings_of_their_own(model):
@@ -186,13 +212,13 @@ def test_answers_become_entries():
     assert third == {"id": "c", "predict": "", "tokens": 0, "stop": "error", "error": "ValueError: too long", **shared}
 
 
-def stage(settings: Config, served: VllmModel, blocks: list[pa.Table]) -> Any:
-    """The stage's engine, made as Ray Data makes it in an actor."""
+def plain_stage(settings: Config, served: VllmModel, blocks: list[pa.Table], pool: Pool) -> Any:
+    """Ray's stage around vLLM, with the settings of this project."""
     from ray.llm._internal.batch.stages import vLLMEngineStage
 
-    made = vllm.processor_config(settings, served, Pool(1, 0.0, 1.0, 1), blocks)
+    made = vllm.processor_config(settings, served, pool, blocks)
     made_of = {"batch_size", "max_concurrent_batches", "engine_kwargs", "task_type", "should_continue_on_error"}
-    plain = vLLMEngineStage(
+    return vLLMEngineStage(
         fn_constructor_kwargs={
             "model": made.model_source,
             "log_engine_metrics": made.log_engine_metrics,
@@ -200,6 +226,26 @@ def stage(settings: Config, served: VllmModel, blocks: list[pa.Table]) -> Any:
         },
         map_batches_kwargs={},
     )
+
+
+@pytest.mark.parametrize(("cpus", "gpus"), [(1.0, 0.0), (0.0, 2.0)])
+def test_an_engine_takes_the_gpus_of_the_pool_and_none_on_cpus(model, cpus, gpus):
+    settings = config(use_gpu=bool(gpus), gpus_per_engine=int(gpus) or 1)
+    served = VllmModel.of(settings, str(model))
+    blocks = [vllm.requests(settings, served, prompts([5]))]
+    made = plain_stage(settings, served, blocks, Pool(1, cpus, gpus, 1))
+    vllm.adapt(made, served.source, Pool(1, cpus, gpus, 1), restarts=3)
+    taken = made.get_dataset_map_batches_kwargs(batch_size=2, data_column="__data")
+    assert {name: taken[name] for name in ("num_cpus", "num_gpus", "max_restarts")} == {
+        "num_cpus": cpus,
+        "num_gpus": gpus,
+        "max_restarts": 3,
+    }
+
+
+def stage(settings: Config, served: VllmModel, blocks: list[pa.Table]) -> Any:
+    """The stage's engine, made as Ray Data makes it in an actor."""
+    plain = plain_stage(settings, served, blocks, Pool(1, 0.0, 1.0, 1))
     arguments = plain.get_dataset_map_batches_kwargs(batch_size=2, data_column="__data")["fn_constructor_kwargs"]
     return vllm.on_each_node(plain.fn, served.source)(**arguments)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -17,15 +18,26 @@ __all__ = ["Completion", "Engine", "batching", "check_engine", "check_suitable",
 
 
 def check_engine(config: Config) -> None:
-    """Check that the engine is installed.
+    """Check that the engine is installed, and built for the processors that the config names.
 
     Raises:
-        RequestError: ``generate.engine=vllm``, but vLLM is missing.
+        RequestError: ``generate.engine=vllm``, but vLLM is missing, or its build is the one for GPUs and there are none, or the
+            one for CPUs and there are GPUs.
     """
-    if config.generate.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+    if config.generate.engine != "vllm":
+        return
+    if importlib.util.find_spec("vllm") is None:
         raise RequestError(
             "generate.engine=vllm, but vLLM is not installed; pip install 'raysft[vllm]' on every node, or set "
             "generate.engine=transformers"
+        )
+    version, use_gpu = importlib.metadata.version("vllm"), config.scaling.use_gpu
+    # vLLM itself decides by this part of its version which processors it runs on.
+    if ("cpu" in version) == use_gpu:
+        needs, lacks = ("GPUs", "CPUs") if not use_gpu else ("CPUs", "GPUs")
+        raise RequestError(
+            f"generate.engine=vllm with scaling.use_gpu={use_gpu}, but vLLM {version} is built for {needs}; install its build "
+            f"for {lacks} on every node, set scaling.use_gpu={str(not use_gpu).lower()}, or set generate.engine=transformers"
         )
 
 

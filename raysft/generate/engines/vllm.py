@@ -185,10 +185,21 @@ def completed(
             processor_config(config, vllm_model, pool, blocks), preprocess_map_kwargs=free, postprocess_map_kwargs=free
         )
     stage = processor.get_stage_by_name("vLLMEngineStage")
-    stage.fn = on_each_node(stage.fn, vllm_model.source)
-    # Ray Data restarts without limit by default: an engine killed for its memory would restart forever.
-    stage.map_batches_kwargs |= {"num_cpus": pool.cpus, "max_restarts": restarts, "max_task_retries": -1}
+    adapt(stage, vllm_model.source, pool, restarts)
     return processor(ray.data.from_arrow(list(blocks))).select_columns(list(_COLUMNS), num_cpus=0)
+
+
+def adapt(stage: Any, source: str, pool: Pool, restarts: int) -> None:
+    """Let a stage of Ray download the model to each node, and reserve for each engine what the pool says."""
+    stage.fn = on_each_node(stage.fn, source)
+    # In place and last: whenever a field is assigned, the stage sets the GPUs again, also for vLLM's build for CPUs.
+    stage.map_batches_kwargs.update(
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus,
+        # Ray Data restarts without limit by default: an engine killed for its memory would restart forever.
+        max_restarts=restarts,
+        max_task_retries=-1,
+    )
 
 
 @contextlib.contextmanager
