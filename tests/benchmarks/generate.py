@@ -3,7 +3,10 @@
 The prompts are those of FILE (alpaca, JSON), spread evenly over it, so that their lengths differ as they do there. In one run,
 greedy and in float32 on all cores: (a) raysft, a pool of engines on a Ray of this machine, with the defaults of a config; (b)
 ``model.generate`` on static batches of 8 in the order of the file, as LLaMA-Factory does it. Tokens are counted up to the one that
-ends a prediction; the start of the engine and of Ray does not count. Both should write the same text.
+ends a prediction; the start of the engine and of Ray does not count. All should write the same text.
+
+``--vllm PYTHON`` adds (c) vLLM, without compilation: PYTHON is the interpreter of an environment with vLLM's build for CPUs, which
+needs another torch than raysft's own. It is asked before and after the others, since a machine's speed changes.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ import json
 import logging
 import multiprocessing
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -28,23 +33,65 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="JSON list of alpaca records")
     parser.add_argument("--prompts", type=int, default=200, help="prompts (default 200)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest prediction (default 128)")
+    parser.add_argument("--vllm", metavar="PYTHON", help="interpreter with vLLM's build for CPUs, to measure it too")
+    parser.add_argument("--only-vllm", action="store_true", help=argparse.SUPPRESS)
     parsed = parser.parse_args()
+    what = (parsed.model, parsed.file, parsed.prompts, parsed.max_new_tokens)
+    if parsed.only_vllm:
+        print(json.dumps(vllm(*what)))
+        return
+    if parsed.vllm:
+        shown("vllm", elsewhere(parsed.vllm))
     with tempfile.TemporaryDirectory() as folder:
         measured = []
         for way in (raysft, static):
             # A process for each: neither inherits threads or memory of the other.
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                found = pool.submit(
-                    way, parsed.model, parsed.file, Path(folder), parsed.prompts, parsed.max_new_tokens
-                ).result()
-            measured.append(found)
-            print(
-                f"{way.__name__:8} | {found['tokens']:7,} tokens | {found['seconds']:6.1f} s | {found['rate']:6.1f} tok/s",
-                flush=True,
-            )
-    ours, theirs = measured
-    same = sum(one == other for one, other in zip(ours["texts"], theirs["texts"], strict=True))
-    print(f"ratio {ours['rate'] / theirs['rate']:.2f}; {same} of {len(ours['texts'])} predictions are the same")
+                measured.append(shown(way.__name__, pool.submit(way, *what[:2], Path(folder), *what[2:]).result()))
+    if parsed.vllm:
+        measured.append(shown("vllm", elsewhere(parsed.vllm)))
+    ours = measured[0]
+    for name, theirs in zip(("static", "vllm"), measured[1:], strict=False):
+        same = sum(one == other for one, other in zip(ours["texts"], theirs["texts"], strict=True))
+        print(
+            f"{ours['rate'] / theirs['rate']:.2f} times {name}; {same} of {len(ours['texts'])} predictions are the same"
+        )
+
+
+def shown(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    """Print a measurement, and return it."""
+    print(
+        f"{name:8} | {found['tokens']:7,} tokens | {found['seconds']:6.1f} s | {found['rate']:6.1f} tok/s", flush=True
+    )
+    return found
+
+
+def elsewhere(python: str) -> dict[str, Any]:
+    """Measure vLLM in the environment of another interpreter, with the arguments of this process."""
+    command = [python, "-m", "tests.benchmarks.generate", *sys.argv[1:], "--only-vllm"]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def vllm(model: str, file: Path, count: int, new_tokens: int) -> dict[str, Any]:
+    """vLLM, with all prompts at once."""
+    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
+    from vllm.inputs import TokensPrompt  # pyright: ignore[reportMissingImports]
+
+    _, ids = prompts(model, file, count)
+    engine = LLM(model, dtype="float32", enforce_eager=True, max_model_len=max(map(len, ids)) + new_tokens)
+    asked = [TokensPrompt(prompt_token_ids=tokens) for tokens in ids]
+    engine.generate(asked[:1], SamplingParams(temperature=0.0, max_tokens=2), use_tqdm=False)
+    begun = time.perf_counter()
+    found = engine.generate(asked, SamplingParams(temperature=0.0, max_tokens=new_tokens), use_tqdm=False)
+    seconds = time.perf_counter() - begun
+    tokens = sum(len(each.outputs[0].token_ids) for each in found)
+    return {
+        "tokens": tokens,
+        "rate": tokens / seconds,
+        "seconds": seconds,
+        "texts": [each.outputs[0].text for each in found],
+    }
 
 
 def raysft(model: str, file: Path, folder: Path, count: int, new_tokens: int) -> dict[str, Any]:
