@@ -83,7 +83,7 @@ def _adapters(config: Config) -> Iterator[str]:
         )
     if model.new_adapter and not model.adapters:
         yield (
-            "model.new_adapter=True requires adapters to merge, but model.adapters is empty; "
+            "model.new_adapter=true requires adapters to merge, but model.adapters is empty; "
             "list them or remove model.new_adapter"
         )
 
@@ -94,16 +94,16 @@ def _lora(config: Config) -> Iterator[str]:
         yield "model.lora.pissa and model.lora.dora both change how an adapter is initialized; set only one of them"
     if lora.dora and train.zero_stage == 3:
         yield (
-            "model.lora.dora=True requires the norms of whole weights, but train.zero_stage=3 partitions them; "
+            "model.lora.dora=true requires the norms of whole weights, but train.zero_stage=3 partitions them; "
             "set train.zero_stage=2"
         )
     if lora.pissa and train.zero_stage == 3:
         yield (
-            "model.lora.pissa=True decomposes whole weights, but train.zero_stage=3 partitions them; set train.zero_stage=2"
+            "model.lora.pissa=true decomposes whole weights, but train.zero_stage=3 partitions them; set train.zero_stage=2"
         )
     if lora.pissa and model.adapters and not model.new_adapter:
         yield (
-            "model.lora.pissa=True initializes a new adapter, but model.adapters continues an existing one; "
+            "model.lora.pissa=true initializes a new adapter, but model.adapters continues an existing one; "
             "set model.new_adapter=true or model.lora.pissa=false"
         )
     if lora.loraplus_ratio is not None and train.optimizer != "adamw":
@@ -124,7 +124,7 @@ def _quantization(config: Config) -> Iterator[str]:
     if config.train.zero_stage == 3:
         yield f"{named} loads weights that cannot be partitioned, but train.zero_stage=3 does so; set train.zero_stage=2"
     if model.finetuning == "lora" and model.lora.pissa:
-        yield f"model.lora.pissa=True requires unquantized weights, but {named}; set only one of them"
+        yield f"model.lora.pissa=true requires unquantized weights, but {named}; set only one of them"
     if len(model.adapters) > 1 or (model.adapters and model.new_adapter):
         yield (
             f"{named} cannot merge adapters, but model.adapters lists adapters to merge; merge them first with raysft export, "
@@ -136,12 +136,12 @@ def _precision(config: Config) -> Iterator[str]:
     model, train, use_gpu = config.model, config.train, config.scaling.use_gpu
     if config.dtype == "float16" and not use_gpu:
         yield (
-            "model.dtype=float16 requires GPUs, but scaling.use_gpu=False; "
+            "model.dtype=float16 requires GPUs, but scaling.use_gpu=false; "
             "use bfloat16 or float32, or set scaling.use_gpu=true"
         )
     if train.fp8 != "off":
         if not use_gpu:
-            yield f"train.fp8={train.fp8} requires GPUs, but scaling.use_gpu=False; set train.fp8=off or scaling.use_gpu=true"
+            yield f"train.fp8={train.fp8} requires GPUs, but scaling.use_gpu=false; set train.fp8=off or scaling.use_gpu=true"
         if config.dtype != "bfloat16":
             yield f"train.fp8={train.fp8} requires model.dtype=bfloat16, but model.dtype={config.dtype}; use bfloat16"
         if model.quantization:
@@ -150,10 +150,10 @@ def _precision(config: Config) -> Iterator[str]:
                 "set only one of them"
             )
     if model.liger and not use_gpu:
-        yield "model.liger=True requires GPUs, but scaling.use_gpu=False; set scaling.use_gpu=true or model.liger=false"
+        yield "model.liger=true requires GPUs, but scaling.use_gpu=false; set scaling.use_gpu=true or model.liger=false"
     if model.attention == "flash_attention_2" and not use_gpu:
         yield (
-            "model.attention=flash_attention_2 requires GPUs, but scaling.use_gpu=False; use sdpa or set scaling.use_gpu=true"
+            "model.attention=flash_attention_2 requires GPUs, but scaling.use_gpu=false; use sdpa or set scaling.use_gpu=true"
         )
     if model.attention == "flash_attention_2" and config.dtype == "float32":
         yield (
@@ -221,7 +221,7 @@ def _generation(config: Config) -> Iterator[str]:
         )
     if generate.gpus_per_engine > 1 and not config.scaling.use_gpu:
         yield (
-            f"generate.gpus_per_engine={generate.gpus_per_engine} requires GPUs, but scaling.use_gpu=False; "
+            f"generate.gpus_per_engine={generate.gpus_per_engine} requires GPUs, but scaling.use_gpu=false; "
             "set scaling.use_gpu=true or remove gpus_per_engine"
         )
     if generate.batching != "continuous":
@@ -271,7 +271,7 @@ def _vllm(config: Config) -> Iterator[str]:
     if config.stage == "sft" and model.finetuning == "oft":
         unsupported = "model.finetuning=oft"
     elif config.stage == "sft" and model.finetuning == "lora" and model.lora.dora:
-        unsupported = "model.lora.dora=True"
+        unsupported = "model.lora.dora=true"
     elif config.stage == "sft" and model.finetuning == "lora" and model.lora.extra_modules:
         unsupported = f"model.lora.extra_modules={model.lora.extra_modules}"
     if unsupported:

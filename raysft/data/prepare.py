@@ -17,6 +17,9 @@ from raysft.data.tokenization.tokenizer import load_once
 from raysft.data.tokenization.turn_ends import merge_counts, stop_token_ids
 from raysft.errors import RequestError
 
+MAX_PLANNED = 1 << 32
+"""Most examples, counted once per epoch, whose order is planned before the start; the plan takes some 20 bytes for each."""
+
 
 def prepare(config: Config, model: str, notify: Notify = lambda line: None) -> PreparedData:
     """Tokenize the data of a run and plan its rows.
@@ -122,6 +125,12 @@ def _plan_rows(
 ) -> PreparedData:
     """Plan the rows of training and evaluation; ``manifests`` starts with those of ``train``, then of ``evaluation``."""
     data = config.data
+    planned = config.train.epochs * sum(map(len, manifests[: len(train)]))
+    if planned > MAX_PLANNED and not config.train.max_steps:
+        raise RequestError(
+            f"train.epochs={config.train.epochs} asks for {planned:,} examples, but a plan holds at most {MAX_PLANNED:,}; lower "
+            "it, or set train.max_steps"
+        )
     layout: Layout = "single" if not data.packing else "joined" if config.stage == "pt" else "packed"
     train_rows = PackedDataset(
         manifests=tuple(shards.manifest.location for shards in train),

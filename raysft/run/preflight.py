@@ -151,7 +151,7 @@ def check_verb(config: Config, verb: Verb) -> None:
     if verb == "generate" and config.stage != "sft":
         raise RequestError(f"raysft generate needs conversations, but stage={config.stage}; set stage=sft")
     if verb == "generate" and not config.generate.enabled:
-        raise RequestError("raysft generate needs generate.enabled, but generate.enabled=False; set it to true")
+        raise RequestError("raysft generate needs generate.enabled, but generate.enabled=false; set it to true")
     if verb == "generate" and not config.generates:
         raise RequestError("there is nothing to generate for; set data.eval, data.holdout or generate.sources")
 

@@ -264,7 +264,7 @@ def _adapter_config(model: nn.Module, config: Config, path: str) -> Any:
 def _use_liger(model: Any) -> None:
     if importlib.util.find_spec("liger_kernel") is None:
         raise RequestError(
-            "model.liger=True needs the package liger-kernel, which is not installed; "
+            "model.liger=true needs the package liger-kernel, which is not installed; "
             "run pip install 'raysft[liger]' on every node"
         )
     from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]

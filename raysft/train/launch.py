@@ -15,7 +15,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from raysft.cluster.connect import alive_nodes
 from raysft.config import Config
-from raysft.errors import StorageFailed
+from raysft.errors import RunFailed, StorageFailed, one_line
 from raysft.storage.retry import retry_for
 from raysft.telemetry.events import Emit, TrainingEnded
 from raysft.train.checkpoint import catalog
@@ -75,9 +75,9 @@ def _fit(job: TrainJob, worker: Any, handle: Emit) -> TrainingEnded:
                 trainer.fit()
             except ray.train.TrainingFailedError as error:
                 raise cause(error) from error
-            except RayError:
+            except RayError as error:
                 if not pump.broken:
-                    raise
+                    raise RunFailed(f"the training failed: {one_line(error)}; run it again to resume") from error
             except KeyboardInterrupt:
                 trainer.stop()
                 raise

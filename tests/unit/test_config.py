@@ -70,7 +70,7 @@ def test_overrides_reach_into_lists_and_make_sections(write):
         ("train..epochs=1", "'train..epochs=1' … key.path=value"),
         ("train.epochs=[1", "'train.epochs=[1' … YAML"),
         ("train.epochs=two", "command line: train.epochs='two' … must be a valid integer"),
-        ("train.epochs=", "command line: train.epochs=None … must be a valid integer"),
+        ("train.epochs=", "command line: train.epochs=null … must be a valid integer"),
         ("data.train.5.name=x", "'data.train.5.name=x': data.train … list … '5' … item"),
         ("data.train.x=1", "'data.train.x=1': data.train … list … 'x' … item"),
         ("model.path.x=3", "'model.path.x=3': model.path … 'm' … no keys"),
@@ -137,7 +137,7 @@ def test_an_unknown_key_comes_before_other_errors(write):
     [
         ("train: {epochs: two}", "c.yaml:8: train.epochs='two' … must be a valid integer"),
         ("train: {epochs: 2.5}", "c.yaml:8: train.epochs=2.5 … must be a valid integer"),
-        ("train: {save_every_steps: yes}", "c.yaml:8: train.save_every_steps=True … must be a valid integer"),
+        ("train: {save_every_steps: yes}", "c.yaml:8: train.save_every_steps=true … must be a valid integer"),
         ("train: {epochs: 0}", "c.yaml:8: train.epochs=0 … must be greater than 0"),
         ("train: {learning_rate: .inf}", "c.yaml:8: train.learning_rate=inf … must be a finite number"),
         ("train: {betas: [0.9, 2]}", "c.yaml:8: train.betas.1=2 … must be less than 1"),
@@ -172,6 +172,8 @@ def test_an_unknown_key_comes_before_other_errors(write):
             "c.yaml:8: data.packing='maybe' … must be true or false",
         ),
         ("  holdout: 1", "c.yaml:8: data.holdout=1 … must be less than 1"),
+        ("train: {epochs: null}", "c.yaml:8: train.epochs=null … must be a valid integer"),
+        ("train: {epochs: true}", "c.yaml:8: train.epochs=true … "),
         (
             "  holdout: 0.1\n  eval: [{name: a, path: b}]",
             "c.yaml:4: data: data.train … data.eval … 'a' … data.holdout=0.1 … rename",

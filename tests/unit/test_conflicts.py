@@ -31,7 +31,7 @@ GPU = {"scaling__use_gpu": True}
     ("settings", "message"),
     [
         ({"train__optimizer": "muon"}, "train.optimizer=muon … train.zero_stage=2 … adamw"),
-        ({"generate__gpus_per_engine": 2}, "generate.gpus_per_engine=2 … scaling.use_gpu=False … remove"),
+        ({"generate__gpus_per_engine": 2}, "generate.gpus_per_engine=2 … scaling.use_gpu=false … remove"),
         ({"generate__num_beams": 2}, "generate.num_beams=2 … generate.do_sample=false or generate.num_beams=1"),
         (
             {"generate__gpus_per_engine": 2, "generate__batching": "continuous", **GPU},
@@ -91,13 +91,13 @@ GPU = {"scaling__use_gpu": True}
             {"model__adapters": ["a"], "model__finetuning": "full"},
             "model.adapters … lora or oft … model.finetuning=full … remove",
         ),
-        ({"model__new_adapter": True}, "model.new_adapter=True … model.adapters is empty … remove"),
+        ({"model__new_adapter": True}, "model.new_adapter=true … model.adapters is empty … remove"),
         ({"model__lora__pissa": True, "model__lora__dora": True}, "model.lora.pissa … model.lora.dora … only one"),
         (
             {"model__lora__pissa": True, "train__zero_stage": 3},
-            "model.lora.pissa=True … train.zero_stage=3 … zero_stage=2",
+            "model.lora.pissa=true … train.zero_stage=3 … zero_stage=2",
         ),
-        ({"model__lora__pissa": True, "model__adapters": ["a"]}, "model.lora.pissa=True … set model.new_adapter=true"),
+        ({"model__lora__pissa": True, "model__adapters": ["a"]}, "model.lora.pissa=true … set model.new_adapter=true"),
         (
             {"model__lora__loraplus_ratio": 4, "train__optimizer": "muon", "train__zero_stage": 0},
             "model.lora.loraplus_ratio … train.optimizer=muon … use adamw",
@@ -112,19 +112,19 @@ GPU = {"scaling__use_gpu": True}
         ),
         (
             {"model__quantization": "4bit", "model__lora__pissa": True},
-            "model.lora.pissa=True … model.quantization=4bit … one",
+            "model.lora.pissa=true … model.quantization=4bit … one",
         ),
         (
             {"model__quantization": "4bit", "model__adapters": ["a", "b"]},
             "model.quantization=4bit … model.adapters … raysft export",
         ),
-        ({"model__dtype": "float16"}, "model.dtype=float16 … GPUs … scaling.use_gpu=False … use bfloat16"),
-        ({"train__fp8": "torchao"}, "train.fp8=torchao … GPUs … scaling.use_gpu=False … train.fp8=off"),
+        ({"model__dtype": "float16"}, "model.dtype=float16 … GPUs … scaling.use_gpu=false … use bfloat16"),
+        ({"train__fp8": "torchao"}, "train.fp8=torchao … GPUs … scaling.use_gpu=false … train.fp8=off"),
         (
             {"train__fp8": "torchao", "model__dtype": "float32", **GPU},
             "train.fp8=torchao … model.dtype=float32 … use bfloat16",
         ),
-        ({"model__liger": True}, "model.liger=True … GPUs … scaling.use_gpu=False … model.liger=false"),
+        ({"model__liger": True}, "model.liger=true … GPUs … scaling.use_gpu=false … model.liger=false"),
         ({"model__attention": "flash_attention_2"}, "model.attention=flash_attention_2 … GPUs … use sdpa"),
         ({"train__offload__parameters": "cpu"}, "train.offload.parameters=cpu … train.zero_stage=2 … set it to 3"),
         (
@@ -147,7 +147,7 @@ GPU = {"scaling__use_gpu": True}
         ),
         (
             {"model__lora__dora": True, "train__zero_stage": 3},
-            "model.lora.dora=True … train.zero_stage=3 … zero_stage=2",
+            "model.lora.dora=true … train.zero_stage=3 … zero_stage=2",
         ),
         (
             {

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray.train
 from ray import cloudpickle
+from ray.exceptions import ActorUnavailableError
 
+from raysft.errors import RunFailed
 from raysft.storage import retry
 from raysft.storage.path import StoragePath
 from raysft.telemetry.events import Waiting
+from raysft.train import launch
 from raysft.train.checkpoint import parts
 from raysft.train.checkpoint.catalog import folder_name
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.checkpoint.parts import Snapshot
 from raysft.train.checkpoint.resume import ResumePoint
 from raysft.train.dataset_config import RESUME, TRAIN, PlannedDataConfig, Resumption
+from tests.messages import holds
 
 
 @pytest.fixture
@@ -89,3 +94,20 @@ def test_workers_get_the_resume_point_and_rows_from_its_step_on(monkeypatch):
     assert config.configure({TRAIN: resume}, 2) == [{TRAIN: "dataset"}] * 2
     config.configure({TRAIN: None}, 3)
     assert asked == [(3, 2), (0, 3)]
+
+
+def test_a_cluster_that_is_lost_ends_the_training_in_one_line(monkeypatch):
+    class Pump(nullcontext):
+        broken = None
+
+    def fit() -> None:
+        raise ActorUnavailableError("The actor is unavailable:\nRpcError: Connection refused", None)
+
+    trainer: Any = SimpleNamespace(fit=fit, stop=lambda: None)
+    monkeypatch.setattr(launch, "make_queue", lambda: None)
+    monkeypatch.setattr(launch, "EventPump", lambda *arguments: Pump(Pump()))
+    monkeypatch.setattr(launch, "_trainer", lambda *arguments: trainer)
+    with pytest.raises(RunFailed) as failed:
+        launch.evaluate(SimpleNamespace(), lambda event: None)  # type: ignore[arg-type]
+    assert holds(str(failed.value), "the training failed … The actor is unavailable … run it again")
+    assert "\n" not in str(failed.value)

@@ -58,7 +58,7 @@ def _here(tmp_path, monkeypatch):
         ),
         (
             "c.yaml model.attention=flash_attention_2",
-            "model.attention=flash_attention_2 requires GPUs, but scaling.use_gpu=False; use sdpa or set scaling.use_gpu=true",
+            "model.attention=flash_attention_2 requires GPUs, but scaling.use_gpu=false; use sdpa or set scaling.use_gpu=true",
         ),
         (
             "c.yaml run.storage=s3://me:word@bucket/runs",

@@ -9,11 +9,12 @@ import pytest
 
 from raysft.cluster.placement import Node
 from raysft.config import Config, parse, with_overrides
-from raysft.data.prepare import PreparedData
+from raysft.data.prepare import PreparedData, prepare
 from raysft.data.rows.packed_dataset import PackedDataset
 from raysft.errors import RequestError
 from raysft.run.plan import _resolved, make_plan
 from raysft.run.resources import check_resources
+from tests.messages import holds, refusal
 from tests.shards import data_config, the_set, write_records, written
 from tests.tiny import tiny_tokenizer
 
@@ -221,3 +222,12 @@ def test_a_plan_has_the_settings_with_every_default_resolved(settings, expected,
 def test_a_number_of_workers_is_one_or_two_positive_numbers(workers):
     with pytest.raises(RequestError, match=r"^config: scaling.num_workers=.*: must be a positive number or "):
         scaled(num_workers=workers)
+
+
+def test_epochs_that_no_plan_can_hold_are_refused_unless_the_steps_are_limited(tmp_path, tokenizer_with):
+    write_records(tmp_path / "a.jsonl", [{"instruction": "a", "output": "b"}] * 3)
+    config, model = data_config(tmp_path), tokenizer_with()
+    refused = refusal(prepare, with_overrides(config, {"train.epochs": 10**18}), model)
+    assert holds(refused, "train.epochs=1000000000000000000 … 3,000,000,000,000,000,000 examples … set train.max_steps")
+    limited = with_overrides(config, {"train.epochs": 10**18, "train.max_steps": 2})
+    assert prepare(limited, model).train_rows.row_plan.steps == 2

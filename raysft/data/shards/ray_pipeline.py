@@ -7,6 +7,7 @@ import pickle
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -92,13 +93,15 @@ def _on_cluster(
     """Yield a row for each shard (or an error) from a pipeline of Ray Data: read, then tokenize and write."""
     import ray
 
-    ensure_cluster()
-    cpus = ray.cluster_resources().get("CPU", 1.0)
-    # While the tokenizer loads here, workers start and import what the tasks need.
-    warm_up = ray.remote(num_cpus=TASK_CPUS - READ_CPUS)(_warm_up)
-    warming = [warm_up.remote() for _ in range(max(1, int(cpus)))]
-    tokenizer = load_tokenizer()
-    del warming
+    # While the tokenizer loads, the cluster starts, then its workers, and they import what the tasks need.
+    with ThreadPoolExecutor(1) as thread:
+        loading = thread.submit(load_tokenizer)
+        ensure_cluster()
+        cpus = ray.cluster_resources().get("CPU", 1.0)
+        warm_up = ray.remote(num_cpus=TASK_CPUS - READ_CPUS)(_warm_up)
+        warming = [warm_up.remote() for _ in range(max(1, int(cpus)))]
+        tokenizer = loading.result()
+        del warming
     # Ray compares the pool sizes with the number of inputs, but reading tasks produce more of them later.
     warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks", category=UserWarning)
 
