@@ -136,8 +136,8 @@ def test_an_adapter_on_experts_is_written_loaded_and_merged(tmp_path, kind):
     ("section", "told"),
     [
         ({"dropout": 0.1}, "model.lora.dropout=0.1 does not work with adapters on the experts of Qwen3MoeForCausalLM"),
-        ({"dora": True}, "model.lora.dora=True does not work"),
-        ({"pissa": True, "rank": 4}, "model.lora.pissa=True does not work"),
+        ({"dora": True}, "model.lora.dora=true does not work"),
+        ({"pissa": True, "rank": 4}, "model.lora.pissa=true does not work"),
         ({"target": ["gate_proj"]}, "model.lora.target=['gate_proj'] is refused by peft"),
         ({"target": ["experts"]}, "model.lora.target=['experts'] is refused by peft"),
     ],

@@ -85,7 +85,7 @@ def test_code_out_of_another_repository_needs_that_ones_name_too(tmp_path, ran):
 
 def test_trust_is_a_list_of_names():
     told = refusal(lambda: config("m", True))
-    assert "model.trust_remote_code=True: list the models that may run their own code" in told
+    assert "model.trust_remote_code=true: list the models that may run their own code" in told
     assert config("m", False).model.trust_remote_code == []
 
 

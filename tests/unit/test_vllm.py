@@ -72,7 +72,7 @@ def test_what_vllm_cannot_do_is_refused(settings, message):
     ("key", "value", "named"),
     [
         ("finetuning", "oft", "model.finetuning=oft"),
-        ("lora", {"dora": True}, "model.lora.dora=True"),
+        ("lora", {"dora": True}, "model.lora.dora=true"),
         ("lora", {"extra_modules": ["x"]}, "model.lora.extra_modules="),
     ],
 )
