@@ -201,7 +201,8 @@ def _check_adapter(model: Any, config: Config, section: Any) -> None:
     for key in ("dropout", "dora", "pissa") if getattr(adapter_config, "target_parameters", None) else ():
         if getattr(lora, key):
             raise RequestError(
-                f"model.lora.{key}={str(getattr(lora, key)).lower()} does not work with adapters on the experts of {type(model).__name__}; "
+                f"model.lora.{key}={str(getattr(lora, key)).lower()} does not work with adapters on the experts of "
+                f"{type(model).__name__}; "
                 "remove it, or name modules outside of the experts in model.lora.target, for example [q_proj, v_proj]"
             )
 

@@ -100,8 +100,8 @@ def test_where_vllm_is_not_installed_it_is_said_first(tmp_path):
     [
         ("0.29.0", True, ""),
         ("0.29.0+cpu", False, ""),
-        ("0.29.0", False, "use_gpu=False, but vLLM 0.29.0 is built for GPUs; install its build for CPUs"),
-        ("0.29.0+cpu", True, "use_gpu=True, but vLLM 0.29.0[+]cpu is built for CPUs; install its build for GPUs"),
+        ("0.29.0", False, "use_gpu=false, but vLLM 0.29.0 is built for GPUs; install its build for CPUs"),
+        ("0.29.0+cpu", True, "use_gpu=true, but vLLM 0.29.0[+]cpu is built for CPUs; install its build for GPUs"),
     ],
 )
 def test_a_build_of_vllm_runs_on_the_processors_that_it_is_for(monkeypatch, tmp_path, version, use_gpu, named):
