@@ -37,7 +37,8 @@ def check_engine(config: Config) -> None:
         needs, lacks = ("GPUs", "CPUs") if not use_gpu else ("CPUs", "GPUs")
         raise RequestError(
             f"generate.engine=vllm with scaling.use_gpu={str(use_gpu).lower()}, but vLLM {version} is built for {needs}; "
-            f"install its build for {lacks} on every node, set scaling.use_gpu={str(not use_gpu).lower()}, or set generate.engine=transformers"
+            f"install its build for {lacks} on every node, set scaling.use_gpu={str(not use_gpu).lower()}, or set "
+            "generate.engine=transformers"
         )
 
 
