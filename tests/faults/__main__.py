@@ -51,7 +51,7 @@ def main() -> int:
     each, more = divmod(parsed.kills, len(kinds))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare(folder)
+        prepare(folder, large=True)
         left_alone(folder, "left-alone")
         if any(fault in faults for fault in LONGER):
             left_alone(folder, "longer", *nodes.LONGER, "train.save_every_steps=200")

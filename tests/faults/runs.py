@@ -96,13 +96,17 @@ TITLE = (
 )
 
 
-def prepare(folder: Path, conversations: int = 600) -> None:
-    """A tiny model, conversations and the config."""
+def prepare(folder: Path, conversations: int = 600, large: bool = False) -> None:
+    """A tiny model, conversations and the config.
+
+    Args:
+        large: make the data too large to be tokenized in the driver, where no node or task can die.
+    """
     tiny_model(folder / "base")
     write_chats(folder / "chat.jsonl", conversations)
-    # Spaces that JSON ignores make the file too large to be tokenized in the driver, where no node or task can die.
-    padded = (line.ljust(2 * LOCAL_BYTES // conversations) for line in (folder / "chat.jsonl").read_text().splitlines())
-    (folder / "chat.jsonl").write_text("\n".join(padded))
+    if large:  # by spaces that JSON ignores
+        lines = (folder / "chat.jsonl").read_text().splitlines()
+        (folder / "chat.jsonl").write_text("\n".join(line.ljust(2 * LOCAL_BYTES // len(lines)) for line in lines))
     (folder / "faults.yaml").write_text(CONFIG.format(folder=folder))
 
 
