@@ -32,21 +32,21 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="JSON list of alpaca records")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="examples (default 20000 200000)")
     parsed = parser.parse_args()
-    print("examples |   tokens | bare tokenizer | file to rows | ratio | rows alone | peak memory | useful")
+    print("examples |   tokens | bare tokenizer | file to rows | ratio | rows alone | peak memory | packed")
     for size in parsed.sizes:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             measured = pool.submit(measure, parsed.model, parsed.file, size).result()
         print(
             f"{size:8,} | {measured['tokens'] / 1e6:7.1f}M | {measured['bare'] / 1e3:10,.0f}k/s | "
             f"{measured['whole'] / 1e3:8,.0f}k/s | {measured['whole'] / measured['bare']:5.2f} | "
-            f"{measured['rows'] / 1e6:6.1f}M/s | {measured['memory'] / 2**30:7.2f} GiB | {measured['useful']:.2%}",
+            f"{measured['rows'] / 1e6:6.1f}M/s | {measured['memory'] / 2**30:7.2f} GiB | {measured['packing_efficiency']:.2%}",
             flush=True,
         )
 
 
 def measure(model: str, records: Path, size: int) -> dict[str, float]:
     """Tokens per second and bytes of memory, with so many examples."""
-    import ray
+    import ray.data  # which configures its loggers when it is imported
 
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
