@@ -6,8 +6,9 @@ import os
 import pickle
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -65,12 +66,13 @@ def write_shard_sets(
     make_rows = _in_this_process if size <= LOCAL_BYTES else _on_cluster
     shards: dict[StoragePath, list[Shard]] = {each.directory: [] for sets in sets_by_source for each in sets}
     progress = _ProgressReport(notify)
-    for row in make_rows(tasks, sets_by_source, load_tokenizer):
-        if row["error"]:
-            raise RequestError(row["error"])
-        shard: Shard = pickle.loads(row["shard"])
-        shards[StoragePath(row["directory"])].append(shard)
-        progress.add(shard)
+    with closing(make_rows(tasks, sets_by_source, load_tokenizer)) as rows:  # at an error, Ray Data stops at once
+        for row in rows:
+            if row["error"]:
+                raise RequestError(row["error"])
+            shard: Shard = pickle.loads(row["shard"])
+            shards[StoragePath(row["directory"])].append(shard)
+            progress.add(shard)
     return shards
 
 
@@ -78,7 +80,7 @@ def _in_this_process(
     tasks: Sequence[dict[str, Any]],
     sets_by_source: Sequence[Sequence[ShardSet]],
     load_tokenizer: Callable[[], Tokenizer],
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Do what ``_on_cluster`` does, in the same order, for data that is tokenized before a worker would have started."""
     tokenizer = load_tokenizer()
     for task in tasks:
@@ -90,7 +92,7 @@ def _on_cluster(
     tasks: Sequence[dict[str, Any]],
     sets_by_source: Sequence[Sequence[ShardSet]],
     load_tokenizer: Callable[[], Tokenizer],
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Yield a row for each shard (or an error) from a pipeline of Ray Data: read, then tokenize and write."""
     import ray
 
