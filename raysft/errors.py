@@ -15,6 +15,13 @@ class StorageFailed(RuntimeError):
     """A storage refused a request, or did not answer within the time limit. The command exits with code 1."""
 
 
+def as_yaml(value: object) -> str:
+    """Write a value as a config has it: ``null`` and ``true``, not ``None`` and ``True``."""
+    return (
+        {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else repr(value)
+    )
+
+
 def one_line(error: BaseException | str, length: int = 200) -> str:
     """First line of an error's message, for use inside a message of our own.
 

@@ -14,7 +14,7 @@ from raysft.config.conflicts import refuse_conflicts
 from raysft.config.data import Column, Source, Tag
 from raysft.config.secrets import refuse_secrets
 from raysft.config.section import Section
-from raysft.errors import RequestError
+from raysft.errors import RequestError, as_yaml
 
 UNKNOWN_KEY = ("extra_forbidden", "invalid_key")
 WORDING = {
@@ -96,17 +96,12 @@ def _describe(path: tuple[str, ...], problems: Sequence[Any]) -> str:
         return f"unknown key {key}; {suggest(path)}"
     if problem["type"] == "missing":
         return f"{key} is required, but missing; add it"
-    value = "" if isinstance(problem["input"], dict | Section) else f"={_as_yaml(problem['input']):.80}"
+    value = "" if isinstance(problem["input"], dict | Section) else f"={as_yaml(problem['input']):.80}"
     message = WORDING.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
     message = message.replace("Input should", "must")
     for other in others:
         message += f" or {other['msg'].removeprefix('Input should be ')}"
     return f"{key or 'config'}{value}: {message[0].lower()}{message[1:]}"
-
-
-def _as_yaml(value: Any) -> str:
-    """Write a value as a config has it: ``null`` and ``true``, not ``None`` and ``True``."""
-    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
 def suggest(path: tuple[str, ...]) -> str:

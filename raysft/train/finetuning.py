@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from raysft.config import Config
-from raysft.errors import RequestError, one_line
+from raysft.errors import RequestError, as_yaml, one_line
 from raysft.models.adapters import load_adapter, load_with_base
 from raysft.models.attention import kernel, use_examplewise, without_adapters
 from raysft.models.loading import load_weights
@@ -201,7 +201,7 @@ def _check_adapter(model: Any, config: Config, section: Any) -> None:
     for key in ("dropout", "dora", "pissa") if getattr(adapter_config, "target_parameters", None) else ():
         if getattr(lora, key):
             raise RequestError(
-                f"model.lora.{key}={str(getattr(lora, key)).lower()} does not work with adapters on the experts of "
+                f"model.lora.{key}={as_yaml(getattr(lora, key))} does not work with adapters on the experts of "
                 f"{type(model).__name__}; "
                 "remove it, or name modules outside of the experts in model.lora.target, for example [q_proj, v_proj]"
             )

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from raysft.config import Config
-from raysft.errors import RequestError
+from raysft.errors import RequestError, as_yaml
 from raysft.generate.engines.batching import batching, refused
 from raysft.generate.engines.interface import Completion, Engine
 from raysft.storage.local_cache import model_copy
@@ -36,8 +36,8 @@ def check_engine(config: Config) -> None:
     if ("cpu" in version) == use_gpu:
         needs, lacks = ("GPUs", "CPUs") if not use_gpu else ("CPUs", "GPUs")
         raise RequestError(
-            f"generate.engine=vllm with scaling.use_gpu={str(use_gpu).lower()}, but vLLM {version} is built for {needs}; "
-            f"install its build for {lacks} on every node, set scaling.use_gpu={str(not use_gpu).lower()}, or set "
+            f"generate.engine=vllm with scaling.use_gpu={as_yaml(use_gpu)}, but vLLM {version} is built for {needs}; "
+            f"install its build for {lacks} on every node, set scaling.use_gpu={as_yaml(not use_gpu)}, or set "
             "generate.engine=transformers"
         )
 

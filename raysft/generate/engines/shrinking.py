@@ -84,14 +84,14 @@ def grow(
 
 @torch.inference_mode()
 def can_shrink(model: Any, padding: int) -> bool:
-    """Return True if a model goes on generating as before when a row is left out, by a test.
+    """Test whether a model generates the same tokens after a row was left out; return True if it does.
 
     The cache must consist of keys and values alone; states of other kinds (recurrent, quantized) are not indexed by row.
     """
     prompt = torch.arange(2 * TRIAL_TOKENS).reshape(2, -1) % model.config.get_text_config().vocab_size
     prompt[0, 0] = padding
     mask = (torch.arange(2 * TRIAL_TOKENS).reshape(2, -1) > 0).long()
-    whole = _trial(model, prompt, mask, 4, padding)
+    whole = trial(model, prompt, mask, 4, padding)
     # Its own cache; one for which other layers are needed is not replaced.
     layers = getattr(whole.past_key_values, "layers", ())
     known = {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
@@ -100,14 +100,15 @@ def can_shrink(model: Any, padding: int) -> bool:
     cache = roomy_cache(model.config)
     if len(cache.layers) != len(layers):
         return False
-    half = _trial(model, prompt, mask, 2, padding, cache)
+    half = trial(model, prompt, mask, 2, padding, cache)
     cache.batch_select_indices(torch.tensor([1]))
-    rest = _trial(model, half.sequences[1:], torch.ones(1, TRIAL_TOKENS + 2).long(), 2, padding, cache)
+    rest = trial(model, half.sequences[1:], torch.ones(1, TRIAL_TOKENS + 2).long(), 2, padding, cache)
     expected, found = torch.cat(whole.logits[2:])[1::2], torch.cat(rest.logits)
     return bool(((expected - found).abs() <= 1e-2 * expected.std(-1, keepdim=True) + 1e-6).all())
 
 
-def _trial(model: Any, rows: torch.Tensor, mask: torch.Tensor, new_tokens: int, padding: int, cache: Any = None) -> Any:
+def trial(model: Any, rows: torch.Tensor, mask: torch.Tensor, new_tokens: int, padding: int, cache: Any = None) -> Any:
+    """Generate so many tokens greedily, whatever they are; returns the output of ``model.generate``, with logits."""
     settings = GenerationConfig(
         max_new_tokens=new_tokens,
         do_sample=False,
@@ -116,4 +117,5 @@ def _trial(model: Any, rows: torch.Tensor, mask: torch.Tensor, new_tokens: int, 
         output_logits=True,
         return_dict_in_generate=True,
     )
-    return model.generate(input_ids=rows, attention_mask=mask, past_key_values=cache, generation_config=settings)
+    started = {} if cache is None else {"past_key_values": cache}
+    return model.generate(input_ids=rows, attention_mask=mask, generation_config=settings, **started)

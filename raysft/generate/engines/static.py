@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor, StoppingCriteriaList
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, StoppingCriteriaList
 
 from raysft.generate.engines.base import ModelEngine
 from raysft.generate.engines.context_window import longrope_threshold
 from raysft.generate.engines.interface import Completion
 from raysft.generate.engines.sampling import RowLimits, RowSampling, uniform_numbers
-from raysft.generate.engines.shrinking import can_shrink, grow
+from raysft.generate.engines.shrinking import can_shrink, grow, trial
 
 TRIAL_TOKENS = 8
 """Tokens, and as many padding tokens, of the test whether a model ignores padding."""
@@ -59,15 +59,7 @@ class TransformersEngine(ModelEngine):
         """[2, vocabulary] logits of the two tokens after a prompt."""
         row = torch.cat([torch.full((pads,), self._padding), prompt])[None].to(self._device)
         mask = torch.cat([torch.zeros(pads), torch.ones(len(prompt))]).long()[None].to(self._device)
-        settings = GenerationConfig(
-            max_new_tokens=2,
-            do_sample=False,
-            pad_token_id=self._padding,
-            eos_token_id=-1,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        output = self._model.generate(input_ids=row, attention_mask=mask, generation_config=settings)
+        output = trial(self._model, row, mask, 2, self._padding)
         return torch.cat(list(output.logits))
 
     @torch.inference_mode()
