@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from raysft.models.transformers_internals import hub_commit
+from raysft.storage.hub import commit_of
 from raysft.storage.local_cache import local_copy
 
 CODE_SUFFIXES = (".py",)
@@ -32,7 +32,7 @@ def tokenizer_fingerprint(model: str) -> str:
     """Hash the tokenizer's files in a model's folder, or name the commit of a model on the hub."""
     folder = Path(local_copy(model))
     if not folder.is_dir():
-        return f"{model}@{hub_commit(model)}"
+        return f"{model}@{commit_of(model)}"
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.suffix in TOKENIZER_SUFFIXES and path.is_file()):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())

@@ -56,13 +56,6 @@ def tokenizer_config(model: str) -> dict[str, Any]:
     return get_tokenizer_config(model)
 
 
-def hub_commit(model: str) -> str | None:
-    """Return the commit of a model on the hub."""
-    from transformers import PreTrainedConfig
-
-    return PreTrainedConfig.get_config_dict(model)[0].get("_commit_hash")
-
-
 def compile_chat_template(template: str) -> None:
     """Compile a chat template as ``render_chat_template`` does.
 

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 from raysft.errors import one_line
@@ -103,6 +104,14 @@ def _require_rate(stream: Any) -> Any:
             stream.close()
 
     return RateChecked()
+
+
+def commit_of(model: str) -> str | None:
+    """Return the commit of a hub model that this machine's cache holds and the libraries load; None if it holds none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    file = try_to_load_from_cache(model, "config.json")  # {cache}/models--{model}/snapshots/{commit}/config.json
+    return Path(file).parent.name if isinstance(file, str) else None
 
 
 def error_types() -> tuple[type[Exception], ...]:

@@ -8,7 +8,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MixtralForCausalLM,
-    PreTrainedConfig,
     PreTrainedModel,
     conversion_mapping,
 )
@@ -57,8 +56,6 @@ def test_weights_are_converted_by_a_mapping_of_the_model(model):
 
 def test_descriptions_are_read_without_code():
     TRANSFORMERS.positional(TRANSFORMERS.name(tokenization_auto, "get_tokenizer_config"), 1)
-    TRANSFORMERS.positional(TRANSFORMERS.name(PreTrainedConfig, "get_config_dict"), 1)
-    TRANSFORMERS.source(PreTrainedConfig, '"_commit_hash"', "_commit_hash")
 
 
 def test_chat_templates_are_compiled_and_rendered_by_the_same_code():

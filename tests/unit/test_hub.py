@@ -17,6 +17,7 @@ from raysft.data.sources.files import find_files
 from raysft.errors import RequestError
 from raysft.generate import metrics
 from raysft.generate.metrics import script
+from raysft.models.fingerprint import tokenizer_fingerprint
 from raysft.models.loading import load_weights
 from raysft.models.resolve import find_model
 from raysft.models.tokenizer import load_tokenizer
@@ -150,6 +151,17 @@ def test_weights_that_are_cut_off_are_one_line_in_time(monkeypatch, tmp_path):
         with pytest.raises(RequestError, match=f"^some/model: its weights cannot be loaded: {fault}"):
             load_weights("some/model", cache_dir=tmp_path / "cache")
         assert time.monotonic() - begun < 60
+
+
+def test_a_model_of_the_hub_is_known_by_its_commit(monkeypatch, tmp_path):
+    model = tiny_model(tmp_path / "model")
+    files = {file.name: file.read_bytes() for file in model.iterdir()}
+    assert hub.commit_of("some/model") is None
+    with serving(pages(on_hub("models", "some/model", files), X_Repo_Commit=COMMIT)) as port:
+        use(f"http://127.0.0.1:{port}", monkeypatch, tmp_path / "cache")
+        assert find_model("some/model", StoragePath.of(tmp_path), print) == "some/model"
+        assert hub.commit_of("some/model") == COMMIT
+    assert tokenizer_fingerprint("some/model") == f"some/model@{COMMIT}"
 
 
 def scored(metric: str) -> Config:
