@@ -26,6 +26,7 @@ from raysft.data.rows.packed_dataset import PackedDataset
 from raysft.data.shards.manifest import Manifest
 from raysft.data.types import IGNORE_INDEX
 from raysft.errors import RequestError, RunFailed
+from raysft.storage.path import StoragePath
 from raysft.storage.run_directory import RunDirectory
 from raysft.telemetry.events import StepRecord, TrainingEnded
 from raysft.train.job import TrainJob
@@ -128,6 +129,8 @@ class Case:
     """Rows to evaluate on. Default: the training rows."""
     chunk_tokens: int = 1024
     """Loss tokens per chunk of logits."""
+    evaluations: Path | None = None
+    """Folder of evaluations before the first step, to take them from and to keep them in. Default: none are kept."""
     clocks: tuple[float, ...] = ()
     """Minutes by which each worker's clock advances whenever it is read. Default: real clocks."""
 
@@ -193,6 +196,7 @@ def _trained(case: Case, rank: int, world: int, name: str) -> Result:
         train_rows=rows,
         eval_rows={"d": case.eval_rows or rows},
         adapter=case.adapter,
+        evaluations=StoragePath.of(case.evaluations) if case.evaluations else None,
     )
     failure = ""
     resume = ResumePoint.of(case.resume) if case.resume else None

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 
 from raysft.config.data import DataSection
+from raysft.config.evaluation_effects import Bearing, bearing_of
 from raysft.config.generate import GenerateSection
 from raysft.config.model import ModelSection
 from raysft.config.resume_effects import Effect, effect_of
@@ -104,6 +105,21 @@ class Config(Section):
         settings = self.model_dump(mode="json")
         settings["model"]["trust_remote_code"] = self.model.runs_code  # the names of other models affect nothing
         return {key: value for key, value in _flatten(settings) if effect_of(key) is not Effect.ALWAYS}
+
+    def evaluation_keys(self) -> dict[str, Any]:
+        """Flat mapping of the keys that may change the evaluation of the model before it is trained."""
+        excluded = {Bearing.CONTENT, Bearing.NONE} | ({Bearing.ADAPTER} if self.starts_as_base else set())
+        settings = _flatten(self.model_dump(mode="json"))
+        return {key: value for key, value in settings if bearing_of(key) not in excluded}
+
+    @property
+    def starts_as_base(self) -> bool:
+        """True if the model surely computes what it computes without its adapter, until the first step."""
+        lora, continues = self.model.lora, bool(self.model.adapters) and not self.model.new_adapter
+        if self.model.finetuning == "lora":
+            # B is zero in a new adapter, so that it adds exactly zero, unless float16 overflows before the product with B.
+            return not (lora.dora or lora.pissa or continues or self.dtype == "float16")
+        return self.model.adapter is None
 
     def to_yaml(self) -> str:
         """The resolved config as YAML that ``load`` can read back."""

@@ -97,8 +97,8 @@ class DataSection(Section):
     max_rejected: Fraction = 0.0
     """Fraction of records that may be unusable; with more, the run stops. ``rejected.jsonl`` lists them."""
     cache: Text | None = None
-    """Folder for tokenized shards and converted models, shared by runs: a path that every node of the cluster can see, or a URI.
-    Default: ``{run.storage}/cache``."""
+    """Folder for tokenized shards, converted models and evaluations before the first step, shared by runs: a path that every node
+    of the cluster can see, or a URI. Default: ``{run.storage}/cache``."""
 
     @field_validator("cache")
     @classmethod

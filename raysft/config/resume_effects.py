@@ -7,6 +7,7 @@ that identify a run.
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from enum import Enum
 
 
@@ -76,10 +77,19 @@ def effect_of(key: str) -> Effect:
     >>> effect_of("train.schedule_options.num_cycles").name, effect_of("data.train.0.path").name, effect_of("run.seed").name
     ('NOW', 'NOW', 'NEVER')
     """
-    known = re.sub(r"\.\d+(?=\.|$)", "[]", key)
     for name, effect in _FILES.items():
-        if known.startswith(name):
+        if key.startswith(name):
             return effect
-    while known not in EFFECTS:
+    return EFFECTS[documented_key(key, EFFECTS)]
+
+
+def documented_key(key: str, documented: Container[str]) -> str:
+    """Documented key that a key inside a free mapping or a list belongs to.
+
+    >>> documented_key("data.train.0.columns.output", {"data.train", "data.train[].columns"})
+    'data.train[].columns'
+    """
+    known = re.sub(r"\.\d+(?=\.|$)", "[]", key)
+    while known not in documented:
         known = known[:-2] if known.endswith("[]") else known.rpartition(".")[0]
-    return EFFECTS[known]
+    return known

@@ -100,7 +100,8 @@ class TrainSection(Section):
     nonfinite: Literal["stop", "skip"] = "stop"
     """On a NaN or infinite loss or gradient: stop and list the rows, or skip the step."""
     eval_at_start: bool = True
-    """Also evaluate before the first step, so that the report can compare before and after."""
+    """Also evaluate before the first step, so that the report can compare before and after. The results are kept in
+    ``data.cache``, from which a later run takes them if it would compute the same on the same machines."""
     eval_every_steps: Positive | None = None
     """Evaluate every N steps, in addition to the end. Default: only at the end."""
     early_stopping: EarlyStopping = EarlyStopping()

@@ -22,10 +22,26 @@ def model_fingerprint(model: str) -> str:
     folder = Path(local_copy(model))
     if not folder.is_dir():
         return model
-    files = (path for suffix in MODEL_SUFFIXES for path in folder.glob(f"*{suffix}"))
-    weights = sorted((path.name, path.stat().st_size, _sampled_hash(path)) for path in files)
+    weights = [(path.name, path.stat().st_size, _sampled_hash(path)) for path in _decisive_files(folder)]
     description = next(path for name in ("adapter_config.json", "config.json") if (path := folder / name).exists())
     return hashlib.sha256(description.read_bytes() + repr(weights).encode()).hexdigest()[:16]
+
+
+def exact_fingerprint(model: str) -> str | None:
+    """Identify a model or adapter by ``model_fingerprint`` and the times of its files, or a hub model by its commit.
+
+    The samples of a large file may miss a few rows that are edited in place; the file's time does not. A copy of the files counts
+    as another model. None if this machine's cache of the hub does not hold the model.
+    """
+    folder = Path(local_copy(model))
+    if not folder.is_dir():
+        commit = commit_of(model)
+        return commit and f"{model}@{commit}"
+    return f"{model_fingerprint(model)} {[path.stat().st_mtime_ns for path in _decisive_files(folder)]}"
+
+
+def _decisive_files(folder: Path) -> list[Path]:
+    return sorted(path for suffix in MODEL_SUFFIXES for path in folder.glob(f"*{suffix}"))
 
 
 def tokenizer_fingerprint(model: str) -> str:

@@ -123,6 +123,7 @@ def train_job(context: RunContext) -> Any:
         eval_rows=context.prepared.eval_rows,
         identity=context.identity,
         ends=context.prepared.end_tokens,
+        evaluations=context.config.cache_directory / "evaluations",
     )
 
 

@@ -98,6 +98,8 @@ class EvaluationDone:
 
     record: dict[str, Any]
     """``current_steps``, ``total_steps``, ``epoch``, ``percentage``, and the ``evaluation_results``."""
+    note: str = ""
+    """What to add to the printed line, for example that the results are from the cache."""
 
 
 @dataclass(frozen=True)

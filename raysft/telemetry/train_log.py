@@ -82,8 +82,8 @@ class TrainLog:
             case StepRecord():
                 self._step(event)
                 self._call("on_step", event)
-            case EvaluationDone(record):
-                self._print(f"after step {record['current_steps']} | {evaluation_line(record)}")
+            case EvaluationDone(record, note):
+                self._print(f"after step {record['current_steps']} | {evaluation_line(record)}{note and f' | {note}'}")
                 self._append(record)
                 self._call("on_evaluate", record)
             case CheckpointSaved(step):

@@ -50,7 +50,7 @@ def deepspeed_settings(config: Config, workers: int) -> dict[str, Any]:
         "wall_clock_breakdown": False,
     }
     settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"} if config.autocast else {"enabled": False}
-    return _merged(settings, _given(config), "train.deepspeed")
+    return _merged(settings, given_settings(config), "train.deepspeed")
 
 
 def _sizes(config: Config, workers: int) -> dict[str, int]:
@@ -91,7 +91,12 @@ def _offload(config: Config) -> dict[str, Any]:
     }
 
 
-def _given(config: Config) -> Mapping[str, Any]:
+def given_settings(config: Config) -> Mapping[str, Any]:
+    """Return the settings of ``train.deepspeed``, which may be in a file.
+
+    Raises:
+        RequestError: the file cannot be used.
+    """
     given = config.train.deepspeed
     if isinstance(given, dict):
         return given

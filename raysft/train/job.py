@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from raysft.config import Config
+from raysft.storage.path import StoragePath
 from raysft.storage.run_directory import RunDirectory
 
 Batch = dict[str, np.ndarray]
@@ -48,6 +49,8 @@ class RowSource(Protocol):
     @property
     def row_plan(self) -> Any: ...
 
+    def content(self) -> dict[str, Any]: ...
+
     def steps(self, first: int, worker: int, workers: int) -> Iterator[Batch]: ...
 
     def batches(self, tables: Any, workers: int) -> Iterator[Batch]: ...
@@ -79,3 +82,5 @@ class TrainJob:
     """Hashes of the model and the data, as ``Cursor.identity`` has them."""
     ends: tuple[int, ...] = ()
     """Token ids that end an assistant turn, for the model's generation config."""
+    evaluations: StoragePath | None = None
+    """Folder that keeps evaluations of models before their training; None to keep none."""

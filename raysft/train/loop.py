@@ -36,6 +36,7 @@ from raysft.train.checkpoint.triggers import CheckpointTrigger, PreemptionReason
 from raysft.train.deepspeed_internals import numel
 from raysft.train.early_stopping import EarlyStopper, known_best
 from raysft.train.export import Exporter
+from raysft.train.first_evaluation import FirstEvaluation
 from raysft.train.job import Batch, RowPlan, TrainJob
 from raysft.train.nonfinite import NonFinite, named_records
 from raysft.train.restarts import faults_of
@@ -86,7 +87,7 @@ def _train(loop: _Loop, batches: Iterator[Batch], resume: ResumePoint | None) ->
         batch = first_batch.result()
     loop.emit_setup(time.perf_counter() - waiting_since)
     if cursor.step == 0 and loop.job.config.train.eval_at_start:
-        loop.evaluate(cursor)
+        loop.evaluate(cursor, FirstEvaluation.find(loop.job, loop.device))
     while cursor.step < loop.row_plan.steps and not loop.early_stopper.should_stop:
         cursor = loop.step(batch, cursor)
         if cursor.step < loop.row_plan.steps:
@@ -225,12 +226,13 @@ class _Loop:
         if self.trigger.is_due(cursor.step):
             self._checkpoint(replace(cursor, temporary=not self.trigger.is_scheduled(cursor.step)))
 
-    def evaluate(self, cursor: Cursor) -> dict[str, float]:
-        """Evaluate all sets, log and return the results."""
+    def evaluate(self, cursor: Cursor, first: FirstEvaluation | None = None) -> dict[str, float]:
+        """Evaluate all sets but those known from ``first``, log and return the results."""
         self.moment = f"the evaluation after step {cursor.step}"
-        rows = self.job.config.train.micro_batch_size
+        rows, known = self.job.config.train.micro_batch_size, first.known if first else {}
         evaluations = [
-            evaluate(self.engine, name, cursor.step, source.steps(0, self.rank, self.workers), rows, self.device)
+            known.get(name)
+            or evaluate(self.engine, name, cursor.step, source.steps(0, self.rank, self.workers), rows, self.device)
             for name, source in self.job.eval_rows.items()
         ]
         results = evaluation_results(evaluations)
@@ -243,7 +245,7 @@ class _Loop:
                 **results,
             }
             self.log.append(record)
-            self.emit(EvaluationDone(record))
+            self.emit(EvaluationDone(record, first.keep(evaluations) if first else ""))
         return results
 
     def _checkpoint(self, cursor: Cursor) -> None:

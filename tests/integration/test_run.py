@@ -219,12 +219,16 @@ class KillAWorker:
                     return
 
 
-def test_a_killed_worker_loses_and_repeats_nothing(folder, sft_run):
+def test_a_killed_worker_loses_and_repeats_nothing(folder, sft_run, capsys):
     """Killed after step 4, the training goes on from the checkpoint of step 3 and ends like one that was left alone."""
     kill = KillAWorker(step=4)
     raysft.run_sft(load(folder / "sft.yaml", ["run.name=killed", "generate.enabled=false"]), callbacks=[kill])
     assert kill.killed == 1
     killed = folder / "runs" / "killed"
+    # It starts like the other one, whose evaluation the cache has kept.
+    lines = [line for line in capsys.readouterr().out.splitlines() if "after step 0 |" in line]
+    assert [line.endswith(" | from the cache") for line in lines] == [True]
+    assert next(read_jsonl(killed / "trainer_log.jsonl")) == next(read_jsonl(sft_run / "trainer_log.jsonl"))
     last = {step["current_steps"]: step for step in steps_of(killed)}
     assert len(kill.seen) > len(last), "the steps after the checkpoint were trained again"
     assert list(last) == sorted(last), "the log has each step once"

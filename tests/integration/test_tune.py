@@ -18,7 +18,7 @@ data:
   train: [{{name: chat, path: chat.jsonl}}]
   eval: [{{name: held, path: held.jsonl}}]
   sequence_length: 128
-train: {{max_steps: 4, global_batch_size: 2, zero_stage: 0, schedule: constant, warmup_ratio: 0, eval_at_start: false}}
+train: {{max_steps: 4, global_batch_size: 2, zero_stage: 0, schedule: constant, warmup_ratio: 0}}
 scaling: {{threads_per_worker: 1}}
 generate: {{compare_base: false, max_examples: 2, max_new_tokens: 4, do_sample: false}}
 tune: {{space: {{train.learning_rate: {rates}}}}}
@@ -80,6 +80,17 @@ def test_every_trial_is_a_whole_run_and_all_share_the_shards(sweep):
     cache = sweep.parent / "cache" / "shards"
     assert sorted(path.name.partition("-")[0] for path in cache.iterdir()) == ["chat", "held"]
     assert len(list(cache.glob("*/*.parquet"))) == 4  # a manifest and a shard of each
+
+
+def test_only_the_first_trial_evaluates_the_model_that_all_start_from(sweep):
+    (kept,) = (sweep.parent / "cache" / "evaluations").iterdir()
+    firsts = [json.loads(log.read_text().splitlines()[0]) for log in sweep.glob("trials/*/trainer_log.jsonl")]
+    assert len(firsts) == 2
+    for first in firsts:
+        assert first["current_steps"] == 0
+        assert first["eval_loss"] == json.loads(kept.read_text())["evaluation"]["loss"]
+    begun = max(config.stat().st_mtime_ns for config in sweep.glob("trials/*/config.yaml"))
+    assert kept.stat().st_mtime_ns < begun, "the second trial has computed it again"
 
 
 def test_a_sweep_started_again_runs_only_what_is_missing(sweep, folder, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from raysft.config import Config, TrainSection, parse
 from raysft.errors import RequestError
 from raysft.models.adapters import merge
-from raysft.models.fingerprint import model_fingerprint, tokenizer_fingerprint
+from raysft.models.fingerprint import exact_fingerprint, model_fingerprint, tokenizer_fingerprint
 from raysft.train.check_model import check_model
 from raysft.train.finetuning import load_model
 from raysft.train.optim import make_lr_scheduler
@@ -80,6 +81,15 @@ def test_the_identity_of_a_model_follows_its_config_and_weights(model, tmp_path)
     assert model_fingerprint(str(tmp_path)) == model_fingerprint(str(model))
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert model_fingerprint(str(tmp_path)) != model_fingerprint(str(model))
+
+
+def test_the_exact_identity_follows_the_times_of_the_files(model, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(model, folder)  # with its times
+    assert exact_fingerprint(str(folder)) == exact_fingerprint(str(model))
+    os.utime(folder / "model.safetensors", ns=(1, 1))
+    assert exact_fingerprint(str(folder)) != exact_fingerprint(str(model))
+    assert exact_fingerprint("org/that-nobody-fetched") is None
 
 
 def test_the_identity_of_a_tokenizer_follows_its_files_and_not_the_weights(model, tmp_path):

@@ -17,7 +17,7 @@ from raysft.data.sources.files import find_files
 from raysft.errors import RequestError
 from raysft.generate import metrics
 from raysft.generate.metrics import script
-from raysft.models.fingerprint import tokenizer_fingerprint
+from raysft.models.fingerprint import exact_fingerprint, tokenizer_fingerprint
 from raysft.models.loading import load_weights
 from raysft.models.resolve import find_model
 from raysft.models.tokenizer import load_tokenizer
@@ -161,7 +161,7 @@ def test_a_model_of_the_hub_is_known_by_its_commit(monkeypatch, tmp_path):
         use(f"http://127.0.0.1:{port}", monkeypatch, tmp_path / "cache")
         assert find_model("some/model", StoragePath.of(tmp_path), print) == "some/model"
         assert hub.commit_of("some/model") == COMMIT
-    assert tokenizer_fingerprint("some/model") == f"some/model@{COMMIT}"
+    assert exact_fingerprint("some/model") == tokenizer_fingerprint("some/model") == f"some/model@{COMMIT}"
 
 
 def scored(metric: str) -> Config:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -277,3 +278,17 @@ def test_the_same_epochs_are_recognized_in_any_cache_and_for_any_number_of_epoch
         {"mixing_weights": (1.0, 2.0)},
     ):
         assert not rows.has_same_epochs(replace(rows, **other))
+
+
+def test_the_content_of_rows_is_that_of_the_files_wherever_they_lie(rows, tmp_path):
+    moved = []
+    for path in rows.manifests:
+        shutil.copytree(Path(path).parent, tmp_path / Path(path).parent.name)
+        moved.append(str(tmp_path / Path(path).parent.name / Path(path).name))
+    content = rows.content()
+    assert json.loads(json.dumps(content)) == json.loads(json.dumps(replace(rows, manifests=tuple(moved)).content()))
+    assert str(Path(rows.manifests[0]).parent.parent) not in json.dumps(content)
+    for other in ({"capacity": 32}, {"layout": "single"}, {"shuffle": False}, {"global_batch_size": 3}):
+        assert replace(rows, **other).content() != content
+    later = replace(rows, earlier=rows)
+    assert later.content() == {**content, "earlier": content}

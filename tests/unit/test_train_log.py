@@ -91,6 +91,15 @@ EVENTS: dict[type, tuple[Event, str]] = {
 """One event of every class, and what the terminal must show for it."""
 
 
+def test_a_note_stands_at_the_end_of_the_line_and_not_in_the_log(tmp_path: Path, capsys):
+    record = EVENTS[EvaluationDone][0].record  # type: ignore[union-attr]
+    for note in ("", "from the cache"):
+        TrainLog(tmp_path / f"{note}.jsonl", Terminal())(EvaluationDone(record, note))
+    computed, reused = capsys.readouterr().out.splitlines()
+    assert reused == f"{computed} | from the cache"
+    assert (tmp_path / ".jsonl").read_text() == (tmp_path / "from the cache.jsonl").read_text()
+
+
 class Recording:
     """A callback with all documented methods."""
 

@@ -60,6 +60,14 @@ class PackedDataset:
         chosen = self if self.global_batch_size else replace(self, global_batch_size=self.row_plan.global_batch_size)
         return asdict(chosen)
 
+    def content(self) -> dict[str, Any]:
+        """Return everything that decides the rows and their tokens, as JSON, wherever the manifests are stored.
+
+        Shards have unique names, so a set that was written again, perhaps in another order, has another content.
+        """
+        manifests = [[manifest.key, *manifest.shards] for manifest in self._own_manifests]
+        return {**self.to_dict(), "manifests": manifests, "earlier": self.earlier and self.earlier.content()}
+
     def has_same_epochs(self, other: PackedDataset) -> bool:
         """Return True if an epoch has the same rows in both, wherever the manifests are stored."""
 

@@ -1,0 +1,135 @@
+"""The evaluation before the first step. The cache keeps it: later runs and the trials of a sweep often start with the same model.
+
+It is kept for each set under a hash of everything that may change its last bit: model, rows, settings and the workers' machines.
+So a number that is taken from the cache is the one that this run would compute.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from raysft.errors import StorageFailed
+from raysft.models.fingerprint import exact_fingerprint
+from raysft.storage.hub import commit_of
+from raysft.storage.local_cache import may_be_on_hub
+from raysft.storage.path import StoragePath
+from raysft.storage.retry import reason_of, retry_for
+from raysft.telemetry.events import Evaluation
+from raysft.train.deepspeed_config import given_settings
+from raysft.train.job import TrainJob
+from raysft.train.machine import describe_machine
+
+FAILURES = (OSError, ValueError, TypeError, KeyError, StorageFailed)
+"""What a missing or damaged file, or a storage that fails, may raise."""
+
+
+@dataclass(frozen=True)
+class FirstEvaluation:
+    """What the cache knows of the evaluation that is due, the same for all workers, and where to keep the rest."""
+
+    known: dict[str, Evaluation]
+    """Evaluation set → its evaluation, from the cache."""
+    files: dict[str, StoragePath]
+    """Evaluation set → its file in the cache; empty on all workers but the first, and if nothing is to be kept."""
+
+    @classmethod
+    def find(cls, job: TrainJob, device: torch.device) -> FirstEvaluation:
+        """Look the evaluation up; a collective, after which all workers know the same.
+
+        Args:
+            job: the training.
+            device: where this worker computes.
+        """
+        if job.evaluations is None or not job.eval_rows or job.config.model.runs_code:  # such code may do anything
+            return cls({}, {})
+        workers: list[Any] = [None] * dist.get_world_size()
+        # Each node has fetched a model of the hub by itself.
+        commit = commit_of(job.model) if may_be_on_hub(job.model) else None
+        dist.all_gather_object(workers, (socket.gethostname(), _hash([commit, describe_machine(device)])))
+        files: dict[str, StoragePath] = {}
+        found: list[Any] = [{}]
+        if dist.get_rank() == 0:
+            files = _files(job, job.evaluations, workers)
+            found = [{name: evaluation for name, file in files.items() if (evaluation := _read(name, file))}]
+        dist.broadcast_object_list(found, device=device)
+        return cls(found[0], files)
+
+    def keep(self, evaluations: Sequence[Evaluation]) -> str:
+        """Write those that the cache lacks; a failure to do so ends nothing.
+
+        Returns:
+            A note for the log; empty if all were computed and kept.
+        """
+        try:
+            for evaluation in evaluations:
+                if evaluation.name in self.files and evaluation.name not in self.known:
+                    _write(evaluation, self.files[evaluation.name])
+        except FAILURES as error:
+            return f"not kept in the cache ({reason_of(error)})"
+        if len(self.known) < len(evaluations):
+            return f"{', '.join(self.known)} from the cache" if self.known else ""
+        return "from the cache"
+
+
+def _files(job: TrainJob, folder: StoragePath, workers: Sequence[tuple[str, str]]) -> dict[str, StoragePath]:
+    """Name the file of each set; none if the content of the model is not known.
+
+    Args:
+        job: the training.
+        folder: folder of the files.
+        workers: host, and hash of the machine, of each worker.
+    """
+    try:
+        content = exact_fingerprint(job.model)
+        if content is None:
+            return {}
+        hosts = list(dict.fromkeys(host for host, _ in workers))
+        shared = {
+            "model": content,
+            "adapter": job.adapter and exact_fingerprint(job.adapter),
+            "settings": job.config.evaluation_keys(),
+            "deepspeed": given_settings(job.config),
+            # In which order sums are made depends on which workers share a host.
+            "workers": [(hosts.index(host), machine) for host, machine in workers],
+        }
+        return {
+            name: folder / f"{name}-{_hash({**shared, 'rows': rows.content()})}.json"
+            for name, rows in job.eval_rows.items()
+        }
+    except FAILURES:
+        return {}
+
+
+def _read(name: str, file: StoragePath) -> Evaluation | None:
+    """Read an evaluation; None if there is none, or a damaged one."""
+    try:
+        with retry_for(0):
+            stored = json.loads(file.read_text())
+        values = stored["evaluation"]
+        if stored["hash"] != _hash(values):
+            return None
+        return Evaluation(name, 0, float(values["loss"]), float(values["accuracy"]), int(values["tokens"]))
+    except FAILURES:
+        return None
+
+
+def _write(evaluation: Evaluation, file: StoragePath) -> None:
+    if not math.isfinite(evaluation.loss):  # perhaps by a fault of the machine
+        return
+    values = {"loss": evaluation.loss, "accuracy": evaluation.accuracy, "tokens": evaluation.tokens}
+    with retry_for(0):
+        file.write_text(json.dumps({"evaluation": values, "hash": _hash(values)}) + "\n")
+
+
+def _hash(value: Any) -> str:
+    """Hash what JSON can hold; its numbers are read back as they were written, to the last bit."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]

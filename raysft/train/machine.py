@@ -1,0 +1,78 @@
+"""What decides the last bits of a worker's numbers besides model, data and settings: processor, libraries, code and threads."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PROCESSOR = Path("/proc/cpuinfo")
+DRIVER = Path("/proc/driver/nvidia/version")
+VOLATILE = (
+    "processor",
+    "microcode",
+    "cpu MHz",
+    "bogomips",
+    "BogoMIPS",
+    "core id",
+    "apicid",
+    "initial apicid",
+    "physical id",
+)
+"""Lines of ``/proc/cpuinfo`` that differ among processors, or moments, that compute alike."""
+VARIABLES = ("ATEN_", "CUBLAS", "CUDNN", "DISABLE_ADDMM", "DNNL_", "GOMP_", "KMP_", "MKL_", "NCCL_", "NVIDIA_TF32", "OMP_",
+             "ONEDNN_", "PYTORCH_", "TORCH_")  # fmt: skip
+"""How the environment variables begin that make libraries compute in another way."""
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Describe all of this; two workers whose descriptions are equal compute the same from the same."""
+    return {
+        "processor": processor(),
+        "gpu": _gpu(device) if device.type == "cuda" else None,
+        "torch": [torch.__config__.show(), torch.__config__.parallel_info(), torch.get_num_threads()],
+        "modes": [torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()],
+        "python": platform.python_version(),
+        "packages": packages(),
+        "raysft": source_hash(),
+        "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
+    }
+
+
+def processor(cpuinfo: Path = PROCESSOR) -> str:
+    """Return the kind of the first processor, with its features and caches."""
+    first, _, _ = _read(cpuinfo).partition("\n\n")
+    lines = [line for line in first.splitlines() if line.partition(":")[0].strip() not in VOLATILE]
+    return "\n".join([platform.machine(), *lines])
+
+
+def _gpu(device: torch.device) -> list[Any]:
+    known = torch.cuda.get_device_properties(device)
+    kind = [known.name, known.major, known.minor, known.multi_processor_count, known.total_memory]
+    return [*kind, torch.backends.cudnn.version(), _read(DRIVER)]
+
+
+def packages() -> list[str]:
+    """Return names and versions of all installed packages; reading their metadata would take 0.1 s."""
+    folders = {Path(entry) for entry in sys.path if Path(entry).is_dir()}
+    return sorted({name for folder in folders for name in os.listdir(folder) if name.endswith(".dist-info")})
+
+
+def source_hash() -> str:
+    """Hash the code of raysft, which has the same version number while it is being changed."""
+    root, digest = Path(__file__).parent.parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
