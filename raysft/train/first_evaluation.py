@@ -60,7 +60,7 @@ class FirstEvaluation:
         if dist.get_rank() == 0:
             files = _files(job, job.evaluations, workers)
             found = [{name: evaluation for name, file in files.items() if (evaluation := _read(name, file))}]
-        dist.broadcast_object_list(found, device=device)
+        dist.broadcast_object_list(found, src=0)
         return cls(found[0], files)
 
     def keep(self, evaluations: Sequence[Evaluation]) -> str:

@@ -3,7 +3,7 @@
 Each command is a process of its own, on a machine that should do nothing else. The seconds are those from its start until it
 prints a line. ``check`` finds its data in the cache. ``prepare`` tokenizes two sizes of data, made of the records of FILE (alpaca,
 JSON); the fixed part is what is left for no data. ``run`` trains two steps with LoRA on a few records and generates for two, on a
-cluster of its own and on one that is up.
+cluster of its own and on one that is up; all but the first find the evaluation before the first step in the cache.
 """
 
 from __future__ import annotations
