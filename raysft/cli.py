@@ -157,8 +157,17 @@ def _load(parsed: argparse.Namespace) -> Config:
     return load(parsed.config, parsed.overrides)
 
 
-def _run(parsed: argparse.Namespace) -> None:
+def _load_for_workers(parsed: argparse.Namespace) -> Config:
+    """Load a config, and let the libraries of the workers be imported while this process imports its own."""
     config = _load(parsed)
+    from raysft.cluster.connect import prepare_workers
+
+    prepare_workers(config)
+    return config
+
+
+def _run(parsed: argparse.Namespace) -> None:
+    config = _load_for_workers(parsed)
     from raysft.run.pipeline import run
 
     run(config, allow_changed=parsed.allow_changed)
@@ -188,28 +197,28 @@ def _prepare(parsed: argparse.Namespace) -> None:
 
 
 def _train(parsed: argparse.Namespace) -> None:
-    config = _load(parsed)
+    config = _load_for_workers(parsed)
     from raysft.run.verbs import train
 
     train(config, allow_changed=parsed.allow_changed)
 
 
 def _evaluate(parsed: argparse.Namespace) -> None:
-    config = _load(parsed)
+    config = _load_for_workers(parsed)
     from raysft.run.verbs import evaluate
 
     evaluate(config)
 
 
 def _generate(parsed: argparse.Namespace) -> None:
-    config = _load(parsed)
+    config = _load_for_workers(parsed)
     from raysft.run.verbs import generate
 
     generate(config)
 
 
 def _tune(parsed: argparse.Namespace) -> None:
-    config = _load(parsed)
+    config = _load_for_workers(parsed)
     from raysft.tune import tune
 
     tune(config)

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from raysft.cluster import workers
 from raysft.cluster.placement import Node
-from raysft.cluster.ray_internals import cluster_address, head_version, load_token, local_resources
+from raysft.cluster.ray_internals import Head, cluster_address, head_at, load_token, local_resources
 from raysft.config import Config
 from raysft.errors import RequestError, one_line
 
@@ -52,7 +53,7 @@ def cluster(config: Config, deferred: bool = False) -> Iterator[list[Node]]:
             yield [Node.of(local_resources())]
             return
         if mine:
-            _join(config.scaling.address)
+            _join(config.scaling.address, config.scaling.use_gpu)
         _quiet()
         _stop_at_sigterm()
         yield alive_nodes()
@@ -60,6 +61,7 @@ def cluster(config: Config, deferred: bool = False) -> Iterator[list[Node]]:
         _deferred.clear()
         if mine:
             ray.shutdown()
+            workers.stop()
 
 
 def ensure_cluster() -> None:
@@ -93,8 +95,12 @@ def alive_nodes() -> list[Node]:
     ]
 
 
-def _join(address: str | None) -> None:
+def _join(address: str | None, use_gpu: bool | None = None) -> None:
     """Connect to the cluster at an address, at RAY_ADDRESS or on this machine, or start one.
+
+    Args:
+        address: as ``scaling.address`` has it.
+        use_gpu: True if workers that train use GPUs; None if none will train, so that it is not worth while to fork them.
 
     Raises:
         RequestError: there is no such cluster, or it refuses this process.
@@ -102,17 +108,29 @@ def _join(address: str | None) -> None:
     import ray
 
     named, found = _named(address), _find(address)
-    if found is not None:
-        _ask(found, named)
+    nodes = 1 if found is None else _ask(found, named)
+    if nodes > 1:
+        workers.stop()  # Ray has only one command for the workers of all nodes
+    elif use_gpu is not None:
+        workers.start(use_gpu)
     try:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        with workers.forked_workers(joins=found is not None) as options:
+            ray.init(
+                address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **options
+            )
+    except (OSError, RuntimeError, ValueError) as error:
         reason = one_line(error.__cause__ or error)
         what = f"cannot be joined ({reason}); {ON_A_NODE}" if found else f"cannot be started ({reason})"
         raise RequestError(f"{named}: {what}") from None
 
 
 _TOKEN = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN (or the file ~/.ray/auth_token) to the cluster's token"
+
+
+def prepare_workers(config: Config) -> None:
+    """Start to import what workers need, in a process that they will be forks of, if a run will probably start its own cluster."""
+    if config.scaling.address in (None, "local") and "RAY_ADDRESS" not in os.environ:
+        workers.start(config.scaling.use_gpu)
 
 
 def _named(address: str | None) -> str:
@@ -146,32 +164,40 @@ def _find(address: str | None) -> str | None:
     return found
 
 
-def _ask(found: str, named: str) -> None:
-    """Check that a cluster's head is alive; otherwise ``ray.init`` would wait for minutes, or end the process."""
-    import grpc
+def _ask(found: str, named: str) -> int:
+    """Check that a cluster's head is alive; otherwise ``ray.init`` would wait for minutes, or end the process.
+
+    Returns:
+        How many nodes the cluster has.
+    """
     import ray
 
+    with head_at(found) as head:
+        version = _version(head, found, named)
+        if version != ray.__version__:
+            raise RequestError(
+                f"{named}: the cluster runs Ray {version}, but this process has {ray.__version__}; use one image for both"
+            )
+        return head.number_of_nodes(ATTEMPT_SECONDS)
+
+
+def _version(head: Head, found: str, named: str) -> str:
+    import grpc
+
     passing = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-    limit, version = time.monotonic() + ANSWER_SECONDS, None
-    with head_version(found) as ask:
-        while version is None:
-            left = limit - time.monotonic()
-            try:
-                version = ask(max(0.1, min(ATTEMPT_SECONDS, left)))
-            except grpc.RpcError as error:
-                failed: Any = error
-                if failed.code() == grpc.StatusCode.UNAUTHENTICATED:
-                    raise RequestError(f"{named}: the cluster requires another access token; {_TOKEN}") from None
-                if failed.code() not in passing or left < PAUSE_SECONDS:
-                    reason = one_line(failed.details() or "", 160)
-                    raise RequestError(
-                        f"{named}: no Ray cluster answers at {found} ({reason}); {_remedy(named)}"
-                    ) from None
-                time.sleep(PAUSE_SECONDS)
-    if version != ray.__version__:
-        raise RequestError(
-            f"{named}: the cluster runs Ray {version}, but this process has {ray.__version__}; use one image for both"
-        )
+    limit = time.monotonic() + ANSWER_SECONDS
+    while True:
+        left = limit - time.monotonic()
+        try:
+            return head.version(max(0.1, min(ATTEMPT_SECONDS, left)))
+        except grpc.RpcError as error:
+            failed: Any = error
+            if failed.code() == grpc.StatusCode.UNAUTHENTICATED:
+                raise RequestError(f"{named}: the cluster requires another access token; {_TOKEN}") from None
+            if failed.code() not in passing or left < PAUSE_SECONDS:
+                reason = one_line(failed.details() or "", 160)
+                raise RequestError(f"{named}: no Ray cluster answers at {found} ({reason}); {_remedy(named)}") from None
+            time.sleep(PAUSE_SECONDS)
 
 
 def _remedy(named: str) -> str:

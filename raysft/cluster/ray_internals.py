@@ -5,8 +5,11 @@ Those of Ray Train are in ``train/ray_train_internals.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -49,23 +52,75 @@ def load_token(discover: bool) -> None:
     authentication_token_setup.ensure_token_if_auth_enabled(create_token_if_missing=False)
 
 
-@contextmanager
-def head_version(address: str) -> Iterator[Callable[[float], str]]:
-    """Open a channel to a cluster's head; yield a function that asks it, for some seconds, for its version of Ray.
+class Head:
+    """A cluster's head, which is asked without ``ray.init``: that waits for minutes, or ends the process, if it does not answer.
 
-    ``ray.init`` would wait for minutes, or end the process, if the head does not answer. The function raises ``grpc.RpcError``.
+    The methods raise ``grpc.RpcError``; timeouts are in seconds.
     """
+
+    def __init__(self, service: Any) -> None:
+        self._service = service
+
+    def version(self, timeout: float) -> str:
+        """Return its version of Ray."""
+        from ray.core.generated.gcs_service_pb2 import CheckAliveRequest  # pyright: ignore[reportAttributeAccessIssue]
+
+        return self._service.CheckAlive(CheckAliveRequest(), timeout=timeout).ray_version
+
+    def number_of_nodes(self, timeout: float) -> int:
+        """Return the number of nodes that are alive."""
+        from ray.core.generated.gcs_pb2 import GcsNodeInfo  # pyright: ignore[reportAttributeAccessIssue]
+        from ray.core.generated.gcs_service_pb2 import GetAllNodeInfoRequest  # pyright: ignore[reportAttributeAccessIssue]
+
+        reply = self._service.GetAllNodeInfo(GetAllNodeInfoRequest(), timeout=timeout)
+        return sum(node.state == GcsNodeInfo.ALIVE for node in reply.node_info_list)
+
+
+@contextmanager
+def head_at(address: str) -> Iterator[Head]:
+    """Open a channel to a cluster's head at HOST:PORT."""
     from ray._private.grpc_utils import init_grpc_channel
     from ray._private.ray_constants import GLOBAL_GRPC_OPTIONS
-    from ray.core.generated.gcs_service_pb2 import CheckAliveRequest  # pyright: ignore[reportAttributeAccessIssue]
     from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
     channel: Any = init_grpc_channel(address, GLOBAL_GRPC_OPTIONS)
-    service = NodeInfoGcsServiceStub(channel)
     try:
-        yield lambda seconds: service.CheckAlive(CheckAliveRequest(), timeout=seconds).ray_version
+        yield Head(NodeInfoGcsServiceStub(channel))
     finally:
         channel.close()
+
+
+def job_runtime_env() -> Mapping[str, Any]:
+    """Return the runtime environment that ``ray job submit`` gave this process for its workers; empty without one."""
+    from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+
+    return json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}")).get("runtime_env") or {}
+
+
+@contextmanager
+def setup_worker(file: str) -> Iterator[None]:
+    """Make a cluster that is started in this block start its workers with a file in place of Ray's ``setup_worker.py``."""
+    from ray._private import ray_constants
+
+    original = ray_constants.SETUP_WORKER_FILENAME
+    ray_constants.SETUP_WORKER_FILENAME = file  # joined to the folder of Ray's, which an absolute path replaces
+    try:
+        yield
+    finally:
+        ray_constants.SETUP_WORKER_FILENAME = original
+
+
+def draw_actor_ids_from_system() -> None:
+    """Let the ids of actor classes come from the operating system, and not from a generator in Ray's core.
+
+    Importing a class of actors draws one. Forks of this process would go on with the same numbers, which are also the ids of
+    their objects: two that start at a time would crash, and Ray renews the lease of one that crashes while it starts only after
+    a minute.
+    """
+    from ray import ActorClassID, actor
+
+    drawn = SimpleNamespace(from_random=lambda: ActorClassID(os.urandom(ActorClassID.size())))
+    setattr(actor, "ActorClassID", drawn)  # noqa: B010 - a name that it does not export
 
 
 def draining_nodes() -> set[str]:

@@ -28,7 +28,7 @@ from raysft.train.worker import evaluate_worker, train_worker
 
 KEEP_MEMORY = {
     "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 33),
+    "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 33),
 }
 """Environment of CPU workers that makes glibc keep a step's memory for the next step. By default it returns each large tensor to

@@ -5,16 +5,24 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import ray
+import ray.actor
 import ray.data
-from ray._private import grpc_utils, ray_constants, services
+from ray._private import grpc_utils, ray_constants, services, worker
 from ray._private.authentication import authentication_token_setup
+from ray._private.node import Node
 from ray._private.resource_and_label_spec import ResourceAndLabelSpec
+from ray._private.runtime_env import constants as runtime_env_constants
+from ray._private.runtime_env.context import RuntimeEnvContext
 from ray._private.state import GlobalState, state
-from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+from ray._private.workers import setup_worker
+from ray.core.generated import gcs_pb2, gcs_service_pb2, gcs_service_pb2_grpc
 from ray.data._internal.iterator import stream_split_iterator
+from ray.job_config import JobConfig
 
+from raysft.cluster import forkserver
 from tests.contracts.contract import Contract
 
 RAY = Contract("ray", "raysft/cluster/ray_internals.py")
@@ -65,8 +73,10 @@ def test_forked_workers_draw_ids_of_their_own():
     """Ray's core draws ids from a generator that a fork would share, had it been used before."""
     script = """
 import os, ray
-from tests import warm_worker
-warm_worker.import_all(("ray.data", "ray.train"))
+from raysft.cluster import forkserver, ray_internals
+ray_internals.draw_actor_ids_from_system()
+for name in forkserver.MODULES:
+    __import__(name)
 for _ in range(2):
     if os.fork() == 0:
         print(ray.ObjectID.from_random().hex(), flush=True)
@@ -76,3 +86,29 @@ for _ in range(2):
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
     ids = run.stdout.split()
     assert len(ids) == len(set(ids)) == 2, run.stdout
+
+
+def test_a_head_tells_its_nodes():
+    RAY.source(gcs_service_pb2_grpc.NodeInfoGcsServiceStub, "self.GetAllNodeInfo =", "GetAllNodeInfo(")
+    RAY.name(gcs_service_pb2, "GetAllNodeInfoRequest")
+    reply = RAY.name(gcs_service_pb2, "GetAllNodeInfoReply", "GetAllNodeInfo(")
+    assert "node_info_list" in reply.DESCRIPTOR.fields_by_name
+    assert "state" in RAY.name(gcs_pb2, "GcsNodeInfo").DESCRIPTOR.fields_by_name
+    assert gcs_pb2.GcsNodeInfo.ALIVE != gcs_pb2.GcsNodeInfo.DEAD  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_job_hands_its_runtime_environment_over_as_json():
+    RAY.name(runtime_env_constants, "RAY_JOB_CONFIG_JSON_ENV_VAR")
+    RAY.source(worker.init, "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_CONFIG_JSON_ENV_VAR")
+    RAY.source(JobConfig.from_json, '"runtime_env"', '"runtime_env"')
+
+
+def test_workers_are_started_by_a_file_whose_name_is_a_constant():
+    RAY.name(ray_constants, "SETUP_WORKER_FILENAME")
+    RAY.source(Node.__init__, "ray_constants.SETUP_WORKER_FILENAME", "SETUP_WORKER_FILENAME")
+    assert Path(setup_worker.__file__) == Path(forkserver._setup_worker())
+    for argument in (forkserver.LANGUAGE, forkserver.CONTEXT):
+        RAY.source(setup_worker, argument.rstrip("="), argument)
+    RAY.parameters(RuntimeEnvContext, ["command_prefix", "env_vars", "py_executable", "override_worker_entrypoint"])
+    RAY.name(ray.actor, "ActorClassID")
+    assert ray.JobID.nil().hex() == forkserver.NO_JOB

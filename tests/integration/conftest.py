@@ -2,13 +2,12 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import ray
 
-from tests import warm_worker
+from raysft.cluster import workers
 from tests.objects import credentials
 
 
@@ -33,28 +32,22 @@ def home(tmp_path_factory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="package")
-def _warm(home) -> Iterator[Callable[[], None]]:
-    """Start a cluster of 2 CPUs whose workers are forks of a process that has imported what they need."""
-    with ExitStack() as stack:
+def _start(home) -> Iterator[Callable[[], None]]:
+    """Start a cluster of 2 CPUs, with workers as those of a run."""
 
-        def start() -> None:
-            ray.init(
-                address="local",
-                num_cpus=2,
-                include_dashboard=False,
-                log_to_driver=False,
-                runtime_env={"py_executable": warm_worker.COMMAND},
-            )
-            (raylet,) = ray._private.worker._global_node.all_processes["raylet"]
-            job = ray.get_runtime_context().get_job_id()
-            stack.enter_context(warm_worker.serving(raylet.process.pid, job))
+    def start() -> None:
+        workers.start(use_gpu=False)
+        with workers.forked_workers(joins=False) as options:
+            ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, **options)
 
-        yield start
+    yield start
+    ray.shutdown()
+    workers.stop()
 
 
 @pytest.fixture(scope="module")
-def local_ray(home, _warm) -> Path:
+def local_ray(home, _start) -> Path:
     """A cluster of 2 CPUs, started once for all files that this process tests; gives the home folder that it works in."""
     if not ray.is_initialized():
-        _warm()
+        _start()
     return home

@@ -1,0 +1,222 @@
+"""A process that forks Ray's workers, and the file that Ray starts in place of a worker.
+
+The file hands its arguments, environment and outputs to the server, which has imported what workers need and forks, and lives as
+long as the fork does. If no server answers, it becomes the worker that Ray would have started. ``workers.py`` starts the server.
+
+Ray's core reads its settings from the environment when it is loaded, and the id of its raylet, so the server imports it for the
+first request, and forks for that raylet only. Its forks are of no job until they get their first task, as workers are that Ray
+starts in advance. The server never touches a GPU: CUDA does not work in a fork of a process that
+has used it. The server ends with the driver.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import socket
+import struct
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+FILE = os.path.abspath(__file__)
+ADDRESS = "RAYSFT_FORKSERVER"
+"""Environment variable with the path of the server's socket."""
+LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "pandas", "pyarrow.dataset", "pyarrow.parquet")
+"""What workers import, without Ray."""
+MODULES = (
+    "ray.data",
+    "ray.train",
+    "raysft.data.prepare",
+    "raysft.train.launch",
+    "raysft.train.engine",
+    "raysft.generate.ray_pipeline",
+    "raysft.generate.engine_actor",
+    "raysft.generate.engines.static",
+)
+"""What workers import that imports Ray."""
+ANSWER_SECONDS = 50.0
+"""Longer than the imports take on a busy machine, and less than Ray waits for a worker."""
+POLL_SECONDS = 1.0
+MALLOPT = {"MALLOC_MMAP_MAX_": -4, "MALLOC_TRIM_THRESHOLD_": -1}
+"""glibc's variables, which it reads when a program starts → its numbers of them, which a fork can set (``man mallopt``)."""
+RAYLET, JOB = "RAY_RAYLET_PID", "RAY_JOB_ID"
+NO_JOB = "ffffffff"
+LANGUAGE, CONTEXT = "--language=", "--serialized-runtime-env-context="
+"""Arguments that Ray's ``setup_worker.py`` takes, besides those of the worker."""
+
+
+def _serve(listening: socket.socket, address: str) -> None:
+    """Import, then fork for each request until the driver has ended."""
+    import shutil
+
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(FILE)))
+    from raysft.garbage import postpone_collection, resume_collection
+
+    try:
+        postpone_collection()
+        for name in LIBRARIES:
+            __import__(name)
+        raylet = ""
+        while True:
+            ready, _, _ = select.select([listening, sys.stdin], [], [], POLL_SECONDS)
+            with contextlib.suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+            if sys.stdin in ready:  # it is closed
+                return
+            if listening not in ready:
+                continue
+            connection, _ = listening.accept()
+            with connection, contextlib.suppress(OSError, KeyError):
+                request = _receive(connection)
+                if not raylet:
+                    raylet = request.environment[RAYLET]
+                    _import_ray({**request.environment, JOB: NO_JOB})
+                    resume_collection()
+                if raylet == request.environment[RAYLET] and os.fork() == 0:
+                    listening.close()
+                    _work(connection, request)
+                request.close()
+    finally:
+        shutil.rmtree(os.path.dirname(address), ignore_errors=True)
+
+
+def _import_ray(environment: dict[str, str]) -> None:
+    """Import Ray in a worker's environment."""
+    os.environ.clear()
+    os.environ.update(environment)
+    from raysft.cluster.ray_internals import draw_actor_ids_from_system
+
+    draw_actor_ids_from_system()
+    for name in MODULES:
+        __import__(name)
+
+
+class _Request:
+    """What a worker is to be: sent by ``_ask``."""
+
+    def __init__(self, content: dict[str, Any], outputs: Sequence[int]) -> None:
+        self.arguments: list[str] = content["arguments"]
+        self.environment: dict[str, str] = content["environment"]
+        self.folder: str = content["folder"]
+        self.score: str = content["score"]
+        """How likely the kernel ends it when memory is short."""
+        self.outputs = outputs
+
+    def close(self) -> None:
+        for output in self.outputs:
+            os.close(output)
+
+
+def _receive(connection: socket.socket) -> _Request:
+    connection.settimeout(POLL_SECONDS)
+    head, outputs, _, _ = socket.recv_fds(connection, 4, 2)
+    received = b""
+    while len(received) < struct.unpack("!I", head)[0]:
+        part = connection.recv(1 << 16)
+        if not part:
+            raise ConnectionResetError
+        received += part
+    return _Request(json.loads(received), outputs)
+
+
+def _work(connection: socket.socket, request: _Request) -> NoReturn:
+    """Be the worker that was asked for."""
+    import atexit
+    import runpy
+    import traceback
+
+    import numpy as np
+
+    code = 1
+    try:
+        connection.sendall(b"+")
+        os.setpgid(0, 0)  # Ray may end all processes of a worker's group
+        with open(os.devnull) as nothing:
+            os.dup2(nothing.fileno(), 0)
+        for number, output in enumerate(request.outputs, 1):
+            os.dup2(output, number)
+        request.close()
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as score:
+            score.write(request.score)
+        os.environ.clear()
+        os.environ.update(request.environment)
+        _set_malloc()
+        os.chdir(request.folder)
+        sys.argv = request.arguments
+        sys.path[0] = os.path.dirname(sys.argv[0])
+        np.random.seed()  # forks would draw alike; Python's own generator is seeded by the fork
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            atexit._run_exitfuncs()
+        os._exit(code)
+
+
+def _set_malloc() -> None:
+    """Do what the environment asks of glibc, which has started long ago."""
+    import ctypes
+
+    for name, option in MALLOPT.items():
+        if name in os.environ:
+            value = int(os.environ[name])
+            ctypes.CDLL(None).mallopt(option, value if value < 1 << 31 else -1)  # -1: as large as can be
+
+
+def _ask(arguments: Sequence[str]) -> None:
+    """Ask for a fork that runs the script and the arguments, and live as long as it does."""
+    worker = [argument for argument in arguments if not argument.startswith((LANGUAGE, CONTEXT))]
+    context: dict[str, Any] = {}
+    for argument in arguments:
+        if argument.startswith(CONTEXT):
+            context = json.loads(argument.removeprefix(CONTEXT) or "{}")
+    variables: dict[str, str] = context.get("env_vars") or {}
+    # What else Ray's setup_worker.py can do, it does itself.
+    plain = not context.get("command_prefix") and not context.get("override_worker_entrypoint")
+    plain &= context.get("py_executable") in (None, sys.executable) and "$" not in "".join(variables.values())
+    if not (plain and worker[0].endswith(".py") and _fork(worker, variables)):
+        setup = [] if len(worker) == len(arguments) else [_setup_worker()]
+        os.execv(sys.executable, [sys.executable, *setup, *arguments])
+
+
+def _fork(worker: Sequence[str], variables: dict[str, str]) -> bool:
+    """Ask the server for a fork, and wait for its end; False if there is none."""
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", encoding="ascii") as score:
+        environment = {**os.environ, **variables}
+        content = {"arguments": worker, "environment": environment, "folder": os.getcwd(), "score": score.read()}
+        sent = json.dumps(content).encode()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(ANSWER_SECONDS)
+            connection.connect(os.environ[ADDRESS])
+            socket.send_fds(connection, [struct.pack("!I", len(sent))], [1, 2])
+            connection.sendall(sent)
+            if connection.recv(1) == b"+":
+                connection.settimeout(None)
+                with contextlib.suppress(ConnectionResetError):
+                    connection.recv(1)  # comes back when the fork ends
+                return True
+    return False
+
+
+def _setup_worker() -> str:
+    """Path of the file of Ray that this one stands in for; found without importing Ray."""
+    from importlib.util import find_spec
+
+    spec = find_spec("ray")
+    assert spec is not None
+    return os.path.join(*(spec.submodule_search_locations or ()), "_private", "workers", "setup_worker.py")
+
+
+if __name__ == "__main__":
+    if sys.argv[1].isdigit():
+        _serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2])
+    else:
+        _ask(sys.argv[1:])

@@ -1,0 +1,219 @@
+"""Ray's workers are forks of one process that has imported what they need, and like the workers that Ray would start."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+from ray.cluster_utils import Cluster
+
+from raysft.cluster import forkserver, workers
+
+SECONDS = 60.0
+CLUSTER = """
+import os, time, ray
+from pathlib import Path
+from raysft.cluster import workers
+from raysft.cluster.connect import cluster
+from raysft.config import parse
+
+@ray.remote
+def script():
+    return Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\\0")[1]
+
+def parent(variables={}):
+    return ray.get(script.options(runtime_env={"env_vars": variables}).remote())
+
+with cluster(parse({"run": {"name": "a"}, "model": {"path": "m"}, "data": {"train": [{"name": "a", "path": "a.jsonl"}]}})):
+"""
+"""A driver that can tell what the process runs whose child a worker is."""
+
+
+class Process:
+    """Tells about its process."""
+
+    def process(self) -> tuple[int, str]:
+        """Its id, and the script that its parent runs."""
+        return os.getpid(), Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")[1]
+
+    def imported(self, names: tuple[str, ...]) -> set[str]:
+        return set(names) & set(sys.modules)
+
+    def numbers(self) -> tuple[float, float]:
+        return random.random(), float(np.random.rand())
+
+    def environment(self) -> dict[str, str]:
+        return dict(os.environ)
+
+    def setting(self, name: str) -> str:
+        return Path(f"/proc/self/{name}").read_text()
+
+    def files(self) -> list[str]:
+        return sorted(os.readlink(f"/proc/self/fd/{fd}") for fd in (0, 1, 2))
+
+    def group(self) -> tuple[int, int]:
+        return os.getpgid(0), os.getpid()
+
+
+Worker: Any = ray.remote(num_cpus=1)(Process)
+
+
+@pytest.fixture
+def two(local_ray):
+    """Two workers at a time."""
+    pair = [Worker.remote() for _ in range(2)]
+    yield pair
+    for worker in pair:
+        ray.kill(worker)
+
+
+def plain(**environment: str):
+    """A worker that Ray starts itself: its command has a prefix, which a fork cannot have."""
+    return Worker.options(runtime_env={"py_executable": f"env {sys.executable}", "env_vars": environment}).remote()
+
+
+def test_workers_are_forks_of_a_process_that_has_imported_their_libraries(two):
+    (one, parent), (other, _) = ray.get([worker.process.remote() for worker in two], timeout=SECONDS)
+    assert one != other
+    assert parent == forkserver.FILE
+    names = (*forkserver.LIBRARIES, *forkserver.MODULES)
+    assert ray.get(two[0].imported.remote(names), timeout=SECONDS) == set(names)
+
+
+def test_workers_draw_different_random_numbers(two):
+    (python, numpy), (others_python, others_numpy) = ray.get(
+        [worker.numbers.remote() for worker in two], timeout=SECONDS
+    )
+    assert python != others_python
+    assert numpy != others_numpy
+
+
+def test_a_fork_is_like_a_worker_that_ray_starts(two):
+    """Environment, files, how readily the kernel ends it, and a process group that is not the server's."""
+    ray.get(two[1].process.remote(), timeout=SECONDS)
+    ray.kill(two[1])
+    theirs, ours = plain(), two[0]
+    assert ray.get(theirs.process.remote(), timeout=SECONDS)[1] != forkserver.FILE
+    environments = ray.get([worker.environment.remote() for worker in (ours, theirs)], timeout=SECONDS)
+    different = {name for name in set().union(*environments) if len({e.get(name) for e in environments}) > 1}
+    assert different <= {"_", "SHLVL", "RAY_WORKER_ID", "OLDPWD"}
+    for name in ("oom_score_adj", "comm"):
+        assert ray.get(ours.setting.remote(name), timeout=SECONDS) == ray.get(
+            theirs.setting.remote(name), timeout=SECONDS
+        )
+    group, pid = ray.get(ours.group.remote(), timeout=SECONDS)
+    assert group == pid
+    ray.kill(theirs)
+
+
+def test_variables_of_a_runtime_environment_reach_a_fork(local_ray):
+    worker = Worker.options(runtime_env={"env_vars": {"RAYSFT_TEST": "näh"}}).remote()
+    assert ray.get(worker.process.remote(), timeout=SECONDS)[1] == forkserver.FILE
+    environment: Any = ray.get(worker.environment.remote(), timeout=SECONDS)
+    assert environment["RAYSFT_TEST"] == "näh"
+    ray.kill(worker)
+
+
+def test_a_worker_that_is_killed_is_replaced(local_ray):
+    """The process that Ray has started ends with the fork."""
+
+    @ray.remote(num_cpus=1, max_retries=1)
+    def die_once(path: str) -> int:
+        if not os.path.exists(path):
+            Path(path).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return os.getpid()
+
+    marker = local_ray / "died"
+    marker.unlink(missing_ok=True)
+    assert ray.get(die_once.remote(str(marker)), timeout=SECONDS)
+    assert marker.exists()
+
+
+def driver(script: str, **environment: str) -> subprocess.Popen[str]:
+    """A driver of its own, that holds a cluster while the script runs."""
+    return subprocess.Popen(
+        [sys.executable, "-c", CLUSTER + textwrap.indent(script, "    ")],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline()
+
+
+def test_the_server_ends_with_a_driver_that_is_killed_and_leaves_nothing():
+    script = "print(parent(), os.path.dirname(workers._running[0].address), flush=True); time.sleep(600)"
+    with driver(script, RAY_ADDRESS="local") as process:
+        file, folder = line(process).split()
+        assert file == forkserver.FILE
+        assert os.path.exists(folder)
+        process.kill()
+        process.wait(timeout=SECONDS)
+    limit = time.monotonic() + SECONDS
+    while os.path.exists(folder):
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+
+
+def test_a_server_that_has_ended_is_not_missed():
+    """Its forks go on; later workers start in Ray's own way."""
+    script = """
+print(parent(), flush=True)
+workers._running[0].stop()
+print(parent({"A": "b"}), flush=True)
+"""
+    with driver(script, RAY_ADDRESS="local") as process:
+        assert line(process).strip() == forkserver.FILE
+        assert line(process).startswith("--raylet_socket_name")
+        assert process.wait(timeout=SECONDS) == 0
+
+
+def test_workers_of_a_cluster_that_is_joined_are_forks_if_it_has_one_node():
+    """Ray has one command for the workers of all nodes, and the server is on one."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        with driver("print(parent(), flush=True)", RAY_ADDRESS=str(cluster.address)) as process:
+            assert line(process).strip() == forkserver.FILE
+            assert process.wait(timeout=SECONDS) == 0
+        cluster.add_node(num_cpus=1)
+        with driver("print(parent(), workers._running, flush=True)", RAY_ADDRESS=str(cluster.address)) as process:
+            printed = line(process)
+            assert printed.startswith("--raylet_socket_name")
+            assert printed.endswith("[]\n"), "the server has nothing to do"
+            assert process.wait(timeout=SECONDS) == 0
+    finally:
+        cluster.shutdown()
+
+
+@pytest.mark.parametrize("given", [{}, {"env_vars": {"A": "b"}}, {"working_dir": "gcs://a.zip"}])
+def test_forks_know_the_environment_of_a_submitted_job(monkeypatch, given):
+    monkeypatch.setenv(RAY_JOB_CONFIG_JSON_ENV_VAR, json.dumps({"runtime_env": given}))
+    monkeypatch.setattr(workers, "_running", [SimpleNamespace(address="somewhere")])
+    with workers.forked_workers(joins=True) as options:
+        assert forkserver.FILE in options["runtime_env"]["py_executable"]
+        assert options["runtime_env"]["env_vars"] == {forkserver.ADDRESS: "somewhere"}
+
+
+@pytest.mark.parametrize("given", [{"pip": ["a"]}, {"py_executable": "uv run"}, {"container": {"image": "a"}}])
+def test_workers_of_another_environment_than_the_drivers_are_not_forked(monkeypatch, given):
+    monkeypatch.setenv(RAY_JOB_CONFIG_JSON_ENV_VAR, json.dumps({"runtime_env": given}))
+    monkeypatch.setattr(workers, "_running", [SimpleNamespace(address="somewhere")])
+    with workers.forked_workers(joins=True) as options:
+        assert options == {}
