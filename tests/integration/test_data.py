@@ -236,7 +236,8 @@ def test_two_concurrent_runs_and_a_killed_one_leave_a_complete_set(tmp_path, mod
     records = [
         {"messages": [{"role": "user", "content": f"word {n} " * 20}, GOOD["messages"][1]]} for n in range(25_000)
     ]
-    (tmp_path / "data.jsonl").write_bytes(lines(*records))
+    width = ray_pipeline.LOCAL_BYTES // len(records) + 1  # tasks tokenize it; JSON ignores spaces
+    (tmp_path / "data.jsonl").write_bytes(b"\n".join(line.ljust(width) for line in lines(*records).splitlines()))
     (tmp_path / "c.yaml").write_text(
         config_of(tmp_path, model, str(tmp_path / "data.jsonl"), on_overflow="truncate").to_yaml()
     )
