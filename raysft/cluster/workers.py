@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -86,7 +87,8 @@ def forked_workers(joins: bool) -> Iterator[dict[str, Any]]:
         yield {}
     elif joins:
         variables = {ADDRESS: _running[0].address}
-        yield {"runtime_env": {"py_executable": f"{sys.executable} -S -E {FILE}", "env_vars": variables}}
+        command = shlex.join([sys.executable, "-S", "-E", FILE])
+        yield {"runtime_env": {"py_executable": command, "env_vars": variables}}
     else:
         os.environ[ADDRESS] = _running[0].address  # the raylet inherits it, and the workers from the raylet
         try:
