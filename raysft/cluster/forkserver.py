@@ -19,7 +19,7 @@ import socket
 import struct
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 FILE = os.path.abspath(__file__)
 ADDRESS = "RAYSFT_FORKSERVER"
@@ -48,40 +48,40 @@ LANGUAGE, CONTEXT = "--language=", "--serialized-runtime-env-context="
 """Arguments that Ray's ``setup_worker.py`` takes, besides those of the worker."""
 
 
-def _serve(listening: socket.socket, address: str) -> None:
-    """Import, then fork for each request until the driver has ended."""
-    import shutil
+def _serve(listening: socket.socket) -> tuple[socket.socket, Request] | None:
+    """Import, then fork for each request until the driver has ended.
 
+    Returns:
+        In a fork, the connection that shows that it is alive, and what it is to be.
+    """
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(FILE)))
     from raysft.garbage import postpone_collection, resume_collection
 
-    try:
-        postpone_collection()
-        for name in LIBRARIES:
-            __import__(name)
-        raylet = ""
-        while True:
-            ready, _, _ = select.select([listening, sys.stdin], [], [], POLL_SECONDS)
-            with contextlib.suppress(ChildProcessError):
-                while os.waitpid(-1, os.WNOHANG)[0]:
-                    pass
-            if sys.stdin in ready:  # it is closed
-                return
-            if listening not in ready:
-                continue
-            connection, _ = listening.accept()
-            with connection, contextlib.suppress(OSError, KeyError):
-                request = _receive(connection)
-                if not raylet:
-                    raylet = request.environment[RAYLET]
-                    _import_ray({**request.environment, JOB: NO_JOB})
-                    resume_collection()
-                if raylet == request.environment[RAYLET] and os.fork() == 0:
-                    listening.close()
-                    _work(connection, request)
-                request.close()
-    finally:
-        shutil.rmtree(os.path.dirname(address), ignore_errors=True)
+    postpone_collection()
+    for name in LIBRARIES:
+        __import__(name)
+    raylet = ""
+    while True:
+        ready, _, _ = select.select([listening, sys.stdin], [], [], POLL_SECONDS)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        if sys.stdin in ready:  # it is closed
+            return None
+        if listening not in ready:
+            continue
+        connection, _ = listening.accept()
+        with contextlib.suppress(OSError, KeyError):
+            request = Request.receive(connection)
+            if not raylet:
+                raylet = request.environment[RAYLET]
+                _import_ray({**request.environment, JOB: NO_JOB})
+                resume_collection()
+            if raylet == request.environment[RAYLET] and os.fork() == 0:
+                listening.close()
+                return connection, request
+            request.close()
+        connection.close()
 
 
 def _import_ray(environment: dict[str, str]) -> None:
@@ -95,8 +95,8 @@ def _import_ray(environment: dict[str, str]) -> None:
         __import__(name)
 
 
-class _Request:
-    """What a worker is to be: sent by ``_ask``."""
+class Request:
+    """What a worker is to be."""
 
     def __init__(self, content: dict[str, Any], outputs: Sequence[int]) -> None:
         self.arguments: list[str] = content["arguments"]
@@ -105,60 +105,49 @@ class _Request:
         self.score: str = content["score"]
         """How likely the kernel ends it when memory is short."""
         self.outputs = outputs
+        """File descriptors of its outputs."""
+
+    @classmethod
+    def receive(cls, connection: socket.socket) -> Request:
+        """Receive what ``_fork`` sends."""
+        connection.settimeout(POLL_SECONDS)
+        head, outputs, _, _ = socket.recv_fds(connection, 4, 2)
+        received = b""
+        while len(received) < struct.unpack("!I", head)[0]:
+            part = connection.recv(1 << 16)
+            if not part:
+                raise ConnectionResetError
+            received += part
+        return cls(json.loads(received), outputs)
 
     def close(self) -> None:
         for output in self.outputs:
             os.close(output)
 
 
-def _receive(connection: socket.socket) -> _Request:
-    connection.settimeout(POLL_SECONDS)
-    head, outputs, _, _ = socket.recv_fds(connection, 4, 2)
-    received = b""
-    while len(received) < struct.unpack("!I", head)[0]:
-        part = connection.recv(1 << 16)
-        if not part:
-            raise ConnectionResetError
-        received += part
-    return _Request(json.loads(received), outputs)
-
-
-def _work(connection: socket.socket, request: _Request) -> NoReturn:
+def _work(connection: socket.socket, request: Request) -> None:
     """Be the worker that was asked for."""
-    import atexit
     import runpy
-    import traceback
 
     import numpy as np
 
-    code = 1
-    try:
-        connection.sendall(b"+")
-        os.setpgid(0, 0)  # Ray may end all processes of a worker's group
-        with open(os.devnull) as nothing:
-            os.dup2(nothing.fileno(), 0)
-        for number, output in enumerate(request.outputs, 1):
-            os.dup2(output, number)
-        request.close()
-        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as score:
-            score.write(request.score)
-        os.environ.clear()
-        os.environ.update(request.environment)
-        _set_malloc()
-        os.chdir(request.folder)
-        sys.argv = request.arguments
-        sys.path[0] = os.path.dirname(sys.argv[0])
-        np.random.seed()  # forks would draw alike; Python's own generator is seeded by the fork
-        runpy.run_path(sys.argv[0], run_name="__main__")
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(Exception):
-            atexit._run_exitfuncs()
-        os._exit(code)
+    connection.sendall(b"+")
+    os.setpgid(0, 0)  # Ray may end all processes of a worker's group
+    with open(os.devnull, encoding="ascii") as nothing:
+        os.dup2(nothing.fileno(), 0)
+    for number, output in enumerate(request.outputs, 1):
+        os.dup2(output, number)
+    request.close()
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as score:
+        score.write(request.score)
+    os.environ.clear()
+    os.environ.update(request.environment)
+    _set_malloc()
+    os.chdir(request.folder)
+    sys.argv = request.arguments
+    sys.path[0] = os.path.dirname(sys.argv[0])
+    np.random.seed()  # forks would draw alike; Python's own generator is seeded by the fork
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def _set_malloc() -> None:
@@ -215,8 +204,22 @@ def _setup_worker() -> str:
     return os.path.join(*(spec.submodule_search_locations or ()), "_private", "workers", "setup_worker.py")
 
 
+def main(arguments: Sequence[str]) -> None:
+    """Serve on the socket that is given as a file descriptor and a path, or ask for a worker."""
+    if not arguments[0].isdigit():
+        _ask(arguments)
+        return
+    worker = None
+    try:
+        worker = _serve(socket.socket(fileno=int(arguments[0])))
+    finally:
+        if worker is None:
+            import shutil
+
+            shutil.rmtree(os.path.dirname(arguments[1]), ignore_errors=True)
+    if worker is not None:
+        _work(*worker)
+
+
 if __name__ == "__main__":
-    if sys.argv[1].isdigit():
-        _serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2])
-    else:
-        _ask(sys.argv[1:])
+    main(sys.argv[1:])
