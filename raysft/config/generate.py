@@ -38,9 +38,10 @@ class GenerateSection(Section):
     """``continuous``: as soon as a prediction ends, another prompt takes its place (one GPU per engine, no beam search, no
     ``max_seconds``). ``static``: complete one batch before starting the next. ``auto``: continuous on GPUs if the model and the
     settings support it, otherwise static."""
-    batch_size: Positive = 64
-    """Prompts that an engine completes at the same time; halved when memory runs out. With vLLM: prompts that are submitted, and
-    results that are returned, together."""
+    batch_size: Positive = 128
+    """Most prompts that an engine completes at the same time; halved when memory runs out. On CPUs fewer, if the keys and values of
+    so many tokens could take more than a quarter of the machine's memory. With vLLM: prompts that are submitted, and results that
+    are returned, together."""
     max_new_tokens: Positive = 1024
     """Maximum length of a prediction, in tokens."""
     do_sample: bool = True

@@ -29,6 +29,8 @@ RESTARTS = 3
 SUPPLY = 4
 """Batches that an engine with continuous batching receives at a time. More keep it full for longer before its last prompts run
 out; fewer lose less when it dies."""
+WORTH = 64
+"""Prompts that another engine is started for, though a batch may hold more."""
 _Entries = list[dict[str, Any]]
 _Read = Callable[[_Entries], tuple[int, _Entries]]
 STALL_SECONDS = 60.0
@@ -108,7 +110,7 @@ def _pass(
     config: Config, asked: Sequence[ModelPrompts], ends: Sequence[int], nodes_at_start: set[str], shrinks: bool
 ) -> Generator[tuple[int, _Entries], None, None]:
     """Send all prompts through one pool of engines."""
-    number = sum(math.ceil(each.prompts.num_rows / config.generate.batch_size) for each in asked)
+    number = sum(math.ceil(each.prompts.num_rows / min(config.generate.batch_size, WORTH)) for each in asked)
     pool = engine_pool.size_pool(config, alive_nodes(), number, shrinks)
     batches = [_batches(each.prompts, _block_size(config, each, pool)) for each in asked]
     with engine_pool.quiet_ray_data():
@@ -126,11 +128,11 @@ def _pass(
 
 def _block_size(config: Config, asked: ModelPrompts, pool: engine_pool.Pool) -> int:
     """Number of prompts that an engine receives at a time."""
-    size = config.generate.batch_size
+    size = most = config.generate.batch_size
     if config.generate.engine == "transformers" and batching(config, asked.model) == "continuous":
-        # Keep enough batches for every engine.
-        return max(size, min(SUPPLY * size, math.ceil(asked.prompts.num_rows / pool.engines)))
-    return size
+        most = SUPPLY * size
+    # Keep enough batches for every engine.
+    return min(most, max(min(size, WORTH), math.ceil(asked.prompts.num_rows / pool.engines)))
 
 
 def _by_actors(

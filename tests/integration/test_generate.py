@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raysft.cluster.placement import Node
-from raysft.config import Config, with_overrides
+from raysft.config import Config, parse, with_overrides
 from raysft.errors import RequestError, RunFailed
-from raysft.generate import batch_inference, engine_pool, metrics
+from raysft.generate import batch_inference, engine_pool, metrics, ray_pipeline
 from raysft.generate.batch_inference import Output
 from raysft.generate.engines import Completion
 from raysft.generate.engines.sampling import choose_tokens
@@ -408,6 +408,28 @@ def test_an_adapter_is_generated_with(model, prompts, tmp_path, dtype):
     alike = as_text(model, [tokens[: 24 if dtype == "float32" else 3]])[0]
     assert completions[1].text.startswith(alike)  # bfloat16 rounds otherwise in another shape, sooner or later
     assert completions[1].text != as_text(model, alone(model, prompts))[1]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "engines", "settings", "size"),
+    [
+        (1000, 1, {}, 128),
+        (200, 4, {}, 64),
+        (200, 2, {}, 100),
+        (9, 2, {}, 64),
+        (1000, 2, {"batch_size": 16}, 16),
+        (9, 2, {"batch_size": 16}, 16),
+        (1000, 2, {"batching": "continuous"}, 500),
+        (1000, 1, {"batching": "continuous"}, 512),
+        (200, 2, {"batching": "continuous"}, 100),
+        (20, 2, {"batching": "continuous", "batch_size": 16}, 16),
+    ],
+)
+def test_a_large_batch_is_divided_among_the_engines(model, prompts, engines, settings, size):
+    given = {"model": {"path": str(model)}, "data": {"train": [{"name": "a", "path": "a"}]}, "generate": settings}
+    asked = ray_pipeline.ModelPrompts(str(model), pa.table({"id": list(map(str, range(prompts)))}))
+    pool = engine_pool.Pool(engines, cpus=1.0, gpus=0.0, engines_per_node=1)
+    assert ray_pipeline._block_size(parse(given), asked, pool) == size
 
 
 def test_the_pool_follows_the_cluster():

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,11 +23,11 @@ from transformers import (
 
 from raysft.config import Config, parse
 from raysft.errors import RequestError
-from raysft.generate.engines import Completion, check_suitable, create_engine
+from raysft.generate.engines import Completion, check_suitable, create_engine, shrinking
 from raysft.generate.engines.batching import obstacle
 from raysft.generate.engines.bisection import complete
 from raysft.generate.engines.model import named_tokens
-from raysft.generate.engines.roomy_cache import roomy_cache
+from raysft.generate.engines.roomy_cache import joined, roomy_cache
 from raysft.generate.engines.static import TransformersEngine
 from raysft.models import onednn
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -78,7 +80,8 @@ def alone(plain, tokenizer, prompts: list[list[int]], new_tokens: int, stops: li
 
 
 @pytest.mark.parametrize("kind", ["full", "sliding"])
-def test_rows_that_have_finished_leave_the_batch_and_change_no_other(model, tmp_path, kind):
+def test_rows_that_have_finished_leave_the_batch_and_change_no_other(model, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(shrinking, "GROUP_TOKENS", 60)
     tokenizer = AutoTokenizer.from_pretrained(model)
     if kind == "sliding":
         torch.manual_seed(0)
@@ -92,24 +95,30 @@ def test_rows_that_have_finished_leave_the_batch_and_change_no_other(model, tmp_
         model = tmp_path
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     torch.manual_seed(1)
-    asked = [torch.randint(3, len(tokenizer), (3 + at % 7,)).tolist() for at in range(16)]
+    asked = [torch.randint(3, len(tokenizer), (2 + at * at % 29,)).tolist() for at in range(16)]
     ends = torch.randperm(len(tokenizer))[: len(tokenizer) // 12].tolist()
     stops = sorted({tokenizer.eos_token_id, plain.generation_config.eos_token_id or 2, *ends})
     engine = TransformersEngine(config(model, max_new_tokens=40), str(model), ends=ends)
     assert engine._ignores_padding
     assert engine._shrinks
-    rows = []
+    assert engine._token_bytes == 2 * 2 * 32 * 4, "keys and values of two layers, 32 float32 numbers each"
+    shapes = []
     engine._model.register_forward_pre_hook(
-        lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     found = engine.complete([str(at) for at in range(16)], asked)
     assert [each.text for each in found] == alone(plain, tokenizer, asked, 40, stops)
     assert len({each.tokens for each in found}) > 4
-    assert rows[0] == 16
-    assert rows == sorted(rows, reverse=True)
-    assert len(set(rows)) > 3
-    # All rows until the end would be 16 · 40; without those that have finished it is little more than the tokens.
-    assert sum(rows) <= 1.3 * sum(each.tokens for each in found)
+    groups = [shape for shape in shapes if shape[1] > 1]
+    assert sum(rows for rows, _ in groups) == 16
+    assert max(rows * tokens for rows, tokens in groups) <= 60
+    together = sum(rows * tokens for rows, tokens in groups)
+    assert together <= 1.2 * sum(map(len, asked)) < 0.7 * 16 * max(map(len, asked))
+    steps = [rows for rows, tokens in shapes if tokens == 1]
+    assert steps == sorted(steps, reverse=True)
+    assert len(set(steps)) > 3
+    # All rows until the end would be 16 · 39; without those that have finished it is the tokens after the first ones.
+    assert sum(steps) == sum(each.tokens - 1 for each in found)
 
 
 def test_a_cache_with_room_holds_the_same_numbers_and_is_not_copied(model, monkeypatch):
@@ -131,21 +140,66 @@ def test_a_cache_with_room_holds_the_same_numbers_and_is_not_copied(model, monke
                 assert torch.equal(one.values, other.values)
             places.append(roomy.layers[0].keys.data_ptr())
     assert roomy.get_seq_length() == 12
-    # Room for 5 after the first 3 tokens; again 5 for the rows that are left.
-    assert len(set(places[:4])) == 1
-    assert len(set(places[4:])) == 1
+    # Room for 5 after the first 3 tokens, and again after 8; the rows that are left stay where they are.
+    assert len(set(places[:5])) == 1
+    assert len(set(places[5:])) == 1
+    assert places[4] != places[5]
+
+
+def test_caches_that_are_joined_pad_the_shorter_one_and_forget_what_is_padding_in_all(model):
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    torch.manual_seed(3)
+    prompts = [torch.randint(3, 200, (rows, tokens)) for rows, tokens in ((1, 9), (3, 4))]
+    with torch.inference_mode():
+        caches = [plain(ids, past_key_values=DynamicCache(config=plain.config)).past_key_values for ids in prompts]
+        apart = [[(layer.keys, layer.values) for layer in cache.layers] for cache in caches]
+        batch = shrinking.Batch(
+            torch.arange(4), torch.zeros(4, 10).long(), torch.tensor([0, 5, 5, 5]), 9, joined(plain.config, caches, 9)
+        )
+        assert batch.cache.get_seq_length() == 9
+        assert [cache.get_seq_length() for cache in caches] == [0, 0]
+        for layer, long, short in zip(batch.cache.layers, *apart, strict=True):
+            for found, one, three in zip((layer.keys, layer.values), long, short, strict=True):
+                assert torch.equal(found[:1], one)
+                assert torch.equal(found[1:, :, 5:], three)
+                assert not found[1:, :, :5].any()
+        batch.keep(torch.tensor([False, True, False, True]))
+        assert (batch.prompts.tolist(), batch.pads.tolist(), batch.begin) == ([3, 1], [0, 0], 4)
+        for layer, short in zip(batch.cache.layers, apart[1], strict=True):
+            assert torch.equal(layer.keys, short[0][[2, 0]])
+            assert torch.equal(layer.values, short[1][[2, 0]])
+
+
+@pytest.mark.parametrize(("memory", "beams", "most"), [(1e9, 1, 5), (240_000, 1, 3), (240_000, 2, 1), (1.0, 1, 1)])
+def test_the_cache_of_a_batch_takes_no_more_than_its_share_of_the_memory(model, monkeypatch, memory, beams, most):
+    monkeypatch.setattr("raysft.generate.engines.static.cpu_cache_bytes", lambda: memory)
+    engine = TransformersEngine(config(model, batch_size=5, max_new_tokens=3, num_beams=beams), str(model))
+    description = engine._model.config
+    # Keys and values of two layers in float32; the longest prompt has 14 tokens, 3 follow, and a layer makes room for 128.
+    width = description.num_key_value_heads * description.hidden_size // description.num_attention_heads
+    each = 2 * 2 * width * 4 * (14 + 3 + 128) * beams
+    assert most == max(1, min(5, int(memory // each)))
+    sizes, batch = [], engine._batch
+    monkeypatch.setattr(engine, "_batch", lambda ids, prompts: sizes.append(len(ids)) or batch(ids, prompts))
+    asked = [[5 + at] * (14 if at == 2 else 4) for at in range(7)]
+    found = engine.complete([str(at) for at in range(7)], asked)
+    assert (max(sizes), sum(sizes)) == (most, 7)
+    roomy = TransformersEngine(config(model, max_new_tokens=3, num_beams=beams), str(model))
+    monkeypatch.setattr("raysft.generate.engines.static.cpu_cache_bytes", lambda: 1e12)
+    assert found == roomy.complete([str(at) for at in range(7)], asked)
 
 
 @pytest.mark.parametrize("generate", [{"do_sample": True, "top_k": 0}, {"repetition_penalty": 1.4}])
-def test_a_draw_and_a_penalty_are_the_same_in_a_batch_that_shrinks(model, generate):
+def test_a_draw_and_a_penalty_are_the_same_in_a_batch_that_shrinks(model, monkeypatch, generate):
+    monkeypatch.setattr(shrinking, "GROUP_TOKENS", 60)
     torch.manual_seed(1)
-    asked = [torch.randint(3, 200, (3 + at % 7,)).tolist() for at in range(16)]
+    asked = [torch.randint(3, 200, (2 + at * at % 29,)).tolist() for at in range(16)]
     settings, names, ends = config(model, max_new_tokens=40, **generate), [str(at) for at in range(16)], range(3, 40)
-    shrinking = TransformersEngine(settings, str(model), ends=list(ends))
-    assert shrinking._shrinks
+    engine = TransformersEngine(settings, str(model), ends=list(ends))
+    assert engine._shrinks
     whole = TransformersEngine(settings, str(model), ends=list(ends))
     whole._shrinks = False
-    found = shrinking.complete(names, asked)
+    found = engine.complete(names, asked)
     assert found == whole.complete(names, asked)
     assert len({each.tokens for each in found}) > 3
 
@@ -188,6 +242,24 @@ def test_a_model_that_reads_its_padding_is_given_none(tmp_path):
     assert written == [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in alone]
     assert not engine._ignores_padding
     assert not engine._shrinks
+
+
+def test_an_adapter_of_virtual_tokens_keeps_its_batch_whole(model, prompts, tmp_path):
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    torch.manual_seed(0)
+    adapter: Any = get_peft_model(plain, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    adapter.peft_config["default"].base_model_name_or_path = str(model)
+    adapter.save_pretrained(tmp_path)
+    engine = TransformersEngine(config(model), str(tmp_path))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    found = engine.complete(QUESTIONS, prompts)
+    assert not engine._shrinks
+    for prompt, completion in zip(prompts, found, strict=True):
+        rows = torch.tensor([prompt])
+        written = adapter.generate(
+            input_ids=rows, attention_mask=torch.ones_like(rows), max_new_tokens=12, do_sample=False
+        )
+        assert completion.text == tokenizer.decode(written[0, len(prompt) :], skip_special_tokens=True)
 
 
 def test_a_scale_that_the_longest_prompt_decides_is_that_of_each_alone(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,14 @@ from raysft.models.onednn import pack_linear, use_onednn
 from raysft.models.remote_code import runs_code
 from raysft.models.tokenizer import tokenizer_of
 from raysft.storage.local_cache import model_copy
+
+CPU_MEMORY_SHARE = 0.25
+"""Largest share of the machine's memory that the cache may take on a CPU."""
+
+
+def cpu_cache_bytes() -> float:
+    """Bytes that the cache may take on a CPU."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_MEMORY_SHARE
 
 
 class ModelEngine:

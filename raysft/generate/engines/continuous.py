@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import os
 import time
 import traceback
 from collections.abc import Collection, Mapping, Sequence
@@ -17,7 +16,7 @@ import torch
 from peft import PeftModel
 
 from raysft.config import Config
-from raysft.generate.engines.base import ModelEngine
+from raysft.generate.engines.base import ModelEngine, cpu_cache_bytes
 from raysft.generate.engines.continuous_internals import (
     ContinuousBatchingConfig,
     ContinuousBatchingLogitsProcessor,
@@ -41,8 +40,6 @@ CPU_STEP_TOKENS = 512
 """Tokens of one step on a CPU, where attention is computed between all of them, across prompts."""
 CPU_PAGE_TOKENS = 32
 """Tokens of a page of the cache on a CPU; on a GPU the kernels need the 256 of transformers."""
-CPU_MEMORY_SHARE = 0.25
-"""Largest share of the machine's memory that the cache may take on a CPU."""
 RESERVE = 1.25
 """Pages per page needed: with less than 15% free, transformers accepts no further prompt."""
 TRIAL_TOKENS, TRIAL_PAGES = 8, 8
@@ -164,8 +161,7 @@ class ContinuousEngine(ModelEngine):
     def _most_pages(self) -> int:
         text = self._inner.config.get_text_config()
         per_token = cache_width(text) + CPU_STEP_TOKENS
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_MEMORY_SHARE
-        return int(memory / (per_token * self._inner.dtype.itemsize * CPU_PAGE_TOKENS))
+        return int(cpu_cache_bytes() / (per_token * self._inner.dtype.itemsize * CPU_PAGE_TOKENS))
 
     def _cache(self, pages: int) -> ContinuousBatchingConfig:
         size = self._settings.batch_size

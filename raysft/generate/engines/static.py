@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, StoppingCriteriaList
 
-from raysft.generate.engines.base import ModelEngine
+from raysft.generate.engines.base import ModelEngine, cpu_cache_bytes
 from raysft.generate.engines.context_window import longrope_threshold
 from raysft.generate.engines.interface import Completion
+from raysft.generate.engines.roomy_cache import ROOM, token_bytes
 from raysft.generate.engines.sampling import RowLimits, RowSampling, uniform_numbers
-from raysft.generate.engines.shrinking import can_shrink, grow, trial
+from raysft.generate.engines.shrinking import can_shrink, grow, mask_of, padded, trial
 
 TRIAL_TOKENS = 8
 """Tokens, and as many padding tokens, of the test whether a model ignores padding."""
@@ -30,7 +31,7 @@ class TransformersEngine(ModelEngine):
 
     def complete(self, ids: Sequence[str], prompts: Sequence[Sequence[int]]) -> list[Completion]:
         """Complete prompts."""
-        size = self._settings.batch_size
+        size = self._rows_at_once(prompts)
         alone = [self._runs_alone(prompt) for prompt in prompts]
         shared = [index for index in range(len(ids)) if not alone[index]]
         batches = [shared[at : at + size] for at in range(0, len(shared), size)]
@@ -39,6 +40,23 @@ class TransformersEngine(ModelEngine):
             completions = self._batch([ids[index] for index in batch], [prompts[index] for index in batch])
             found.update(zip(batch, completions, strict=True))
         return [found[index] for index in range(len(ids))]
+
+    def _rows_at_once(self, prompts: Sequence[Sequence[int]]) -> int:
+        """Rows of a batch: as configured, or on a CPU fewer if the cache of so many could exceed its share of the memory."""
+        size = self._settings.batch_size
+        if min(size, len(prompts)) < 2 or self._device.type != "cpu" or self._runs_code:
+            return size
+        kept = [self._fit(prompt) for prompt in prompts]
+        tokens = self._settings.num_beams * (max(len(prompt) + self._limit(prompt) for prompt in kept) + ROOM)
+        return max(1, min(size, int(cpu_cache_bytes() / max(1.0, tokens * self._token_bytes))))
+
+    @functools.cached_property
+    @torch.inference_mode()
+    def _token_bytes(self) -> float:
+        """Bytes that a token takes in the cache; 0 if it does not grow with the tokens."""
+        rows = torch.zeros(1, TRIAL_TOKENS).long()
+        output = trial(self._model, rows, torch.ones_like(rows), 1, self._padding)
+        return token_bytes(getattr(output, "past_key_values", None))
 
     def _runs_alone(self, prompt: Sequence[int]) -> bool:
         """True if other prompts in the batch would change this prediction, or it theirs."""
@@ -65,43 +83,36 @@ class TransformersEngine(ModelEngine):
     @torch.inference_mode()
     def _batch(self, ids: Sequence[str], prompts: Sequence[Sequence[int]]) -> list[Completion]:
         kept = [self._fit(prompt) for prompt in prompts]
-        longest = max(len(prompt) for prompt in kept)
-        pads = torch.tensor([longest - len(prompt) for prompt in kept])
-        rows = torch.tensor([[self._padding] * (longest - len(prompt)) + list(prompt) for prompt in kept])
-        mask = (torch.arange(longest)[None, :] >= pads[:, None]).long()
         limits = torch.tensor([self._limit(prompt) for prompt in kept])
-        written = (self._shrinking if len(ids) > 1 and self._shrinks else self._whole)(ids, rows, mask, pads, limits)
+        written = (self._shrinking if len(ids) > 1 and self._shrinks else self._whole)(ids, kept, limits)
         return [
             self._completion(tokens[:limit], limit, prompt, short)
             for tokens, limit, prompt, short in zip(written, limits.tolist(), prompts, kept, strict=True)
         ]
 
-    def _whole(
-        self, ids: Sequence[str], rows: torch.Tensor, mask: torch.Tensor, pads: torch.Tensor, limits: torch.Tensor
-    ) -> list[list[int]]:
+    def _whole(self, ids: Sequence[str], prompts: Sequence[Sequence[int]], limits: torch.Tensor) -> list[list[int]]:
         """Generate until the last row has finished; returns the new tokens of each row, with padding."""
+        rows, pads = padded(prompts, self._padding)
         longest = rows.shape[1]
         output = self._model.generate(
             input_ids=rows.to(self._device),
-            attention_mask=mask.to(self._device),
+            attention_mask=mask_of(pads, longest).to(self._device),
             generation_config=self._generation(int(limits.max())),
             logits_processor=self._processors(ids, pads, longest),
             stopping_criteria=StoppingCriteriaList([RowLimits(limits.to(self._device), longest)]),
         )
         return output[:, longest:].tolist()
 
-    def _shrinking(
-        self, ids: Sequence[str], rows: torch.Tensor, mask: torch.Tensor, pads: torch.Tensor, limits: torch.Tensor
-    ) -> list[list[int]]:
-        """As ``_whole``, but rows leave the batch when they have finished."""
+    def _shrinking(self, ids: Sequence[str], prompts: Sequence[Sequence[int]], limits: torch.Tensor) -> list[list[int]]:
+        """As ``_whole``, but prompts are read in groups of like length, and rows leave the batch when they have finished."""
 
-        def arguments(left: list[int], new_tokens: int) -> dict[str, Any]:
+        def arguments(left: list[int], pads: torch.Tensor, begin: int, new_tokens: int) -> dict[str, Any]:
             settings = self._generation(new_tokens)
             settings.return_dict_in_generate = True
-            processors = self._processors([ids[index] for index in left], pads[left], rows.shape[1])
+            processors = self._processors([ids[index] for index in left], pads, begin)
             return {"generation_config": settings, "logits_processor": processors}
 
-        return grow(self._model, rows, mask, limits, self._stops, arguments)
+        return grow(self._model, prompts, limits, self._stops, self._padding, arguments)
 
     @functools.cached_property
     def _shrinks(self) -> bool:
