@@ -11,6 +11,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from raysft.config import Config
 from raysft.models.attention import NoPositions, use_plain, without_adapters
+from raysft.models.fused_layers import fuse_layers
 from raysft.models.onednn import use_onednn
 from raysft.models.peft_internals import parameter_adapters
 from raysft.train.deepspeed_config import deepspeed_settings, with_bucket
@@ -77,6 +78,8 @@ def _loss_model(config: Config, model_path: str, device: torch.device, adapter: 
         gather_experts_whole(model)
     else:
         model.to(device)
+        if device.type == "cpu" and config.dtype == "float32":
+            fuse_layers(model.model)
     return model
 
 
