@@ -1,9 +1,10 @@
 """How fast a training is: ``python -m tests.benchmarks.train MODEL FILE``.
 
 Trains the same packed rows of FILE (alpaca, JSON) in one run, on all cores, in float32: (a) with raysft through Ray, (b) with the
-same worker loop without Ray, (c) with transformers' Trainer, LoRA and full. Each has a process of its own, one after the other;
-a rate is the tokens of all steps but the first, without padding, divided by the time from the end of the first to the end of the
-last. Then it says where the seconds from the command to the first step of (a) went.
+same worker loop without Ray, (c) with transformers' Trainer, LoRA and full, and (d) as (b), but with the layers as transformers
+and peft compute them, which ``raysft.models.fused_layers`` replaces. Each has a process of its own, one after the other; a rate
+is the tokens of all steps but the first, without padding, divided by the time from the end of the first to the end of the last.
+Then it says where the seconds from the command to the first step of (a) went.
 """
 
 from __future__ import annotations
@@ -36,14 +37,18 @@ def main() -> None:
     )
     parser.add_argument("--finetuning", nargs="+", default=["lora", "full"], help="default: lora full")
     parsed = parser.parse_args()
-    print("finetuning | through Ray | without Ray | transformers | a / b | a / c | trained | first losses")
+    ways = {"a": through_ray, "b": without_ray, "c": with_transformers, "d": with_plain_layers}
+    print(
+        "finetuning | through Ray | without Ray | transformers | plain layers | a / b | a / c | b / d | trained | "
+        "first losses"
+    )
     started: dict[str, Any] = {}
     for finetuning in parsed.finetuning:
         best: dict[str, float] = {}
         losses: dict[str, float] = {}
         trained = 0.0
         for _ in range(parsed.rounds):
-            for name, work in (("a", through_ray), ("b", without_ray), ("c", with_transformers)):
+            for name, work in ways.items():
                 with tempfile.TemporaryDirectory() as folder:
                     raw = settings(parsed.model, parsed.file, Path(folder), finetuning, parsed.steps)
                     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -53,8 +58,8 @@ def main() -> None:
                 started = found.get("timings") or started
         print(
             f"{finetuning:10} | {best['a']:7.1f} tok/s | {best['b']:7.1f} tok/s | {best['c']:8.1f} tok/s | "
-            f"{best['a'] / best['b']:5.2f} | {best['a'] / best['c']:5.2f} | {trained:7.1%} | "
-            + " ".join(f"{losses[name]:.5f}" for name in "abc"),
+            f"{best['d']:8.1f} tok/s | {best['a'] / best['b']:5.2f} | {best['a'] / best['c']:5.2f} | "
+            f"{best['b'] / best['d']:5.2f} | {trained:7.1%} | " + " ".join(f"{losses[name]:.5f}" for name in ways),
             flush=True,
         )
     print("\nseconds from the command to the first step, of (a):")
@@ -159,6 +164,13 @@ def without_ray(raw: dict[str, Any]) -> dict[str, Any]:
     job = TrainJob(config=config, model=config.model.path, run=run, train_rows=rows, eval_rows={})
     loop.train(job, rows.steps(0, 0, 1), torch.device("cpu"), emit, lambda *state: None)
     return clock.result(rows.row_plan)
+
+
+def with_plain_layers(raw: dict[str, Any]) -> dict[str, Any]:
+    from raysft.train import engine
+
+    engine.fuse_layers = lambda model: None
+    return without_ray(raw)
 
 
 def with_transformers(raw: dict[str, Any]) -> dict[str, Any]:
