@@ -15,8 +15,19 @@ from raysft.generate.engines import Engine, create_engine
 from raysft.generate.engines.interface import failure
 
 
+def batch_row(prompts: pa.Table, model: int) -> pa.Table:
+    """Return a batch of prompts (columns id and input_ids) as the one row that ``EngineActor`` takes.
+
+    Args:
+        prompts: the batch.
+        model: an index in the actor's ``models``.
+    """
+    columns = {name: pa.array([prompts[name].to_pylist()]) for name in ("id", "input_ids")}
+    return pa.table({**columns, "model": pa.array([model], pa.int32())})
+
+
 class EngineActor:
-    """Complete batches (columns id, input_ids and model, an index in ``models``) with one model in memory at a time.
+    """Complete batches, each of them a ``batch_row``, with one model in memory at a time.
 
     An exception is returned as data; Ray would print it three times, a hundred lines each.
     """
@@ -47,11 +58,11 @@ class EngineActor:
         )
 
         start = time.monotonic()
-        ids, index = batch["id"].to_pylist(), batch["model"][0].as_py()
+        [ids], [prompts], [index] = (batch[name].to_pylist() for name in ("id", "input_ids", "model"))
         try:
             engine = self._load(index)
             start = time.monotonic()
-            completions = complete(engine, ids, batch["input_ids"].to_pylist())
+            completions = complete(engine, ids, prompts)
         except Exception as error:
             return pa.table({"failed": [failure(error).error], "traceback": [traceback.format_exc()]})
         seconds = time.monotonic() - start

@@ -21,7 +21,7 @@ from raysft.cluster.ray_internals import split_coordinator
 from raysft.config import Config
 from raysft.errors import RunFailed
 from raysft.generate import engine_pool
-from raysft.generate.engine_actor import EngineActor
+from raysft.generate.engine_actor import EngineActor, batch_row
 from raysft.generate.engines import batching
 
 RESTARTS = 3
@@ -150,15 +150,12 @@ def _by_actors(
         index = int(rows[0]["model"])
         return index, [{key: value for key, value in row.items() if key != "model"} for row in rows]
 
-    blocks = [
-        batch.append_column("model", pa.array([index] * batch.num_rows, pa.int32()))
-        for index, of_model in enumerate(batches)
-        for batch in of_model
-    ]
-    dataset = ray.data.from_arrow(blocks).map_batches(
+    rows = [batch_row(batch, index) for index, of_model in enumerate(batches) for batch in of_model]
+    dataset = ray.data.from_arrow(rows).map_batches(
         EngineActor,
         fn_constructor_args=(config, models, ends, pool.engines_per_node),
-        batch_size=None,  # one block is one batch
+        # Ray Data takes a number alone for GPUs, and to reach it merges blocks.
+        batch_size=1,
         batch_format="pyarrow",
         zero_copy_batch=True,
         # One batch per engine at a time; otherwise the first engine to start would take them all.

@@ -453,3 +453,14 @@ def test_the_pool_follows_the_cluster():
         engine_pool.size_pool(with_overrides(large, {"generate.num_actors": 6}), nodes, batches=99)
     with pytest.raises(RequestError, match="gpus_per_engine=9 needs 9 GPUs on one node, but no node has that many"):
         engine_pool.size_pool(with_overrides(gpus, {"generate.gpus_per_engine": 9}), nodes, batches=99)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_ray_data_takes_engines_that_reserve_gpus(model, prompts):
+    table = pq.read_table(prompts, columns=["id", "input_ids"])
+    settings = with_overrides(config(model), {"scaling.use_gpu": True})
+    pool = engine_pool.size_pool(settings, [Node(cpus=2.0, gpus=2.0)], batches=6)
+    assert (pool.engines, pool.gpus) == (2, 1.0)
+    batches = [table.slice(0, 3), table.slice(3)]
+    dataset, _ = ray_pipeline._by_actors(settings, [str(model)], (), [batches], pool)
+    assert "EngineActor" in repr(dataset)

@@ -14,7 +14,7 @@ from raysft.config import Config, parse
 from raysft.errors import RunFailed
 from raysft.generate import batch_inference, engine_actor
 from raysft.generate.batch_inference import Output, generate
-from raysft.generate.engine_actor import EngineActor
+from raysft.generate.engine_actor import EngineActor, batch_row
 from raysft.generate.engines import continuous, create_engine
 from raysft.generate.prediction_store import PredictionStore
 from raysft.generate.ray_pipeline import ModelPrompts
@@ -47,8 +47,7 @@ def prompts(models, tmp_path) -> Path:
 
 
 def block(prompts: Path, model: int) -> pa.Table:
-    table = pq.read_table(prompts, columns=["id", "input_ids"])
-    return table.append_column("model", pa.array([model] * table.num_rows, pa.int32()))
+    return batch_row(pq.read_table(prompts, columns=["id", "input_ids"]), model)
 
 
 @pytest.mark.parametrize("batching", ["static", "continuous"])
