@@ -141,6 +141,9 @@ def load_adapter(model: Any, folder: str | Path, **options: Any) -> Any:
     import torch
     from peft import PeftModel
 
+    # Otherwise peft reads the weights through a GPU wherever the process sees one, also for a model on the CPU.
+    device = next(model.parameters()).device
+    options.setdefault("torch_device", "cpu" if device.type == "meta" else str(device))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Found missing adapter keys")
         try:

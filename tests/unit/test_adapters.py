@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from raysft.config import Config, parse
 from raysft.errors import RequestError
-from raysft.models.adapters import find_adapter
+from raysft.models.adapters import find_adapter, load_adapter
 from raysft.train.check_model import check_model
 from raysft.train.finetuning import load_model
 from tests.tiny import tiny_model
@@ -233,3 +233,11 @@ def test_a_model_that_is_in_place_outlives_the_draft(tmp_path):
     for _ in range(2):  # the second time as after a restart
         put_in_place(tmp_path / "best", tmp_path / "model")
         assert (tmp_path / "model" / "weights").read_text() == "new"
+
+
+def test_an_adapter_is_read_to_where_its_model_is_and_not_to_a_gpu(model, adapters, monkeypatch):
+    wanted = logits(load_adapter(plain(model), adapters[0]))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # there is none, so that its use fails
+    adapted = load_adapter(plain(model), adapters[0])
+    assert {parameter.device.type for parameter in adapted.parameters()} == {"cpu"}
+    assert torch.equal(logits(adapted), wanted)
