@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -149,22 +150,26 @@ class Result(NamedTuple):
     failure: str = ""
 
 
-def worker(rank: int, world: int, port: int, cases: Sequence[Case], out) -> None:
+def worker(rank: int, world: int, port: int, cases: Sequence[Case], out, device: str = "cpu") -> None:
     """Run the trainings one after another in one process; rank 0 puts their results into ``out``."""
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank)
     )
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    place = torch.device(device, rank) if device == "cuda" else torch.device(device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    backend = "nccl" if place.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(seconds=60))
     for number, case in enumerate(cases):
-        result = _trained(case, rank, world, f"{world}-{port}-{number}")
+        result = _trained(case, rank, world, f"{world}-{port}-{number}", place)
         if rank == 0:
             out.put(result)
         torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def _trained(case: Case, rank: int, world: int, name: str) -> Result:
+def _trained(case: Case, rank: int, world: int, name: str, device: torch.device) -> Result:
     from safetensors.torch import load_file
 
     from raysft.train import loop, loss
@@ -202,7 +207,7 @@ def _trained(case: Case, rank: int, world: int, name: str) -> Result:
     resume = ResumePoint.of(case.resume) if case.resume else None
     batches = rows.steps(resume.cursor.step if resume else 0, rank, world)
     try:
-        loop.train(job, batches, torch.device("cpu"), events.append, save, resume, notice)
+        loop.train(job, batches, device, events.append, save, resume, notice)
     except (RunFailed, RequestError) as error:
         failure = str(error)
     steps = [event for event in events if isinstance(event, StepRecord)]
@@ -220,20 +225,24 @@ def train(config: Config, rows: PackedDataset, world: int = 1) -> Result:
     return train_all([Case(config, rows)], world)[0]
 
 
-def train_all(cases: Sequence[Case], world: int = 1) -> list[Result]:
+def train_all(cases: Sequence[Case], world: int = 1, device: str = "cpu") -> list[Result]:
     """Run trainings with ``world`` workers, one after another in the same new processes.
 
-    The processes are forks of one that has the imports, which take ten seconds, and has run nothing.
+    On CPUs, the processes are forks of one that has the imports, which take ten seconds, and has run nothing; it sees no GPU, or
+    DeepSpeed would choose it. A fork cannot use CUDA if the imports have asked for GPUs.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
+    on_cpu = device == "cpu"
+    context: Any = multiprocessing.get_context("forkserver" if on_cpu else "spawn")
+    if on_cpu:
+        context.set_forkserver_preload(IMPORTED)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     out = context.Queue()
-    processes = [context.Process(target=worker, args=(rank, world, port, cases, out)) for rank in range(world)]
-    for process in processes:
-        process.start()
+    processes = [context.Process(target=worker, args=(rank, world, port, cases, out, device)) for rank in range(world)]
+    with patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}):
+        for process in processes:
+            process.start()
     try:
         results = _results(out, processes, len(cases))
         for process in processes:
