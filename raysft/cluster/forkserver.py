@@ -5,8 +5,8 @@ long as the fork does. If no server answers, it becomes the worker that Ray woul
 
 Ray's core reads its settings from the environment when it is loaded, and the id of its raylet, so the server imports it for the
 first request, and forks for that raylet only. Its forks are of no job until they get their first task, as workers are that Ray
-starts in advance. The server never touches a GPU: CUDA does not work in a fork of a process that
-has used it. The server ends with the driver.
+starts in advance. The server sees no GPU: CUDA does not work in a fork of a process that has asked for one. The server ends with
+the driver.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ MALLOPT = {"MALLOC_MMAP_MAX_": -4, "MALLOC_TRIM_THRESHOLD_": -1}
 """glibc's variables, which it reads when a program starts → its numbers of them, which a fork can set (``man mallopt``)."""
 RAYLET, JOB = "RAY_RAYLET_PID", "RAY_JOB_ID"
 NO_JOB = "ffffffff"
+NO_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
 LANGUAGE, CONTEXT = "--language=", "--serialized-runtime-env-context="
 """Arguments that Ray's ``setup_worker.py`` takes, besides those of the worker."""
 
@@ -75,7 +76,7 @@ def _serve(listening: socket.socket) -> tuple[socket.socket, Request] | None:
             request = Request.receive(connection)
             if not raylet:
                 raylet = request.environment[RAYLET]
-                _import_ray({**request.environment, JOB: NO_JOB})
+                _import_ray({**request.environment, JOB: NO_JOB, **NO_GPUS})
                 resume_collection()
             if raylet == request.environment[RAYLET] and os.fork() == 0:
                 listening.close()

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from raysft.cluster.forkserver import ADDRESS, FILE
+from raysft.cluster.forkserver import ADDRESS, FILE, NO_GPUS
 from raysft.cluster.ray_internals import job_runtime_env, setup_worker
 
 ISOLATED = ("py_executable", "pip", "uv", "conda", "container", "image_uri", "worker_process_setup_hook")
@@ -28,16 +28,15 @@ ISOLATED = ("py_executable", "pip", "uv", "conda", "container", "image_uri", "wo
 class ForkServer:
     """The server, as its driver sees it."""
 
-    def __init__(self, use_gpu: bool) -> None:
+    def __init__(self) -> None:
         # Only this user can open the folder; the server removes it.
         self.address = os.path.join(tempfile.mkdtemp(prefix="raysft-fork-"), "socket")
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
             listening.bind(self.address)
             listening.listen(64)
-            # DeepSpeed looks for a GPU when it is imported: there is none to see, or NVML answers, which CUDA does not notice.
-            own = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"} if use_gpu else {"CUDA_VISIBLE_DEVICES": ""}
-            # Threads of forks would take over the memory pools of this process's threads, which glibc sets up differently.
-            own["MALLOC_ARENA_MAX"] = "1"
+            # DeepSpeed looks for a GPU when it is imported: there is none to see. And threads of forks would take over the memory
+            # pools of this process's threads, which glibc sets up differently.
+            own = {**NO_GPUS, "MALLOC_ARENA_MAX": "1"}
             self._process = subprocess.Popen(
                 [sys.executable, FILE, str(listening.fileno()), self.address],
                 env={**os.environ, **own},
@@ -60,14 +59,16 @@ _running: list[ForkServer] = []
 
 
 def start(use_gpu: bool) -> None:
-    """Start the server, unless it runs already or the system cannot have one.
+    """Start the server, unless it runs already or cannot be.
 
     Args:
-        use_gpu: True if the workers use GPUs.
+        use_gpu: True if the workers use GPUs. Then there is no server: what it imports may use one (transformers imports torchao
+            where it is installed, which does), and CUDA refuses to work in a fork of a process that has.
     """
-    if not _running and sys.platform == "linux":  # forks of a process with threads are unsafe elsewhere
+    # Forks of a process with threads are unsafe elsewhere.
+    if not (_running or use_gpu) and sys.platform == "linux":
         with contextlib.suppress(OSError):
-            _running.append(ForkServer(use_gpu))
+            _running.append(ForkServer())
 
 
 def stop() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from raysft.cli import main
-from raysft.cluster import connect
+from raysft.cluster import connect, workers
 from raysft.data.shards import ray_pipeline
 from tests import messages, samples
 from tests.servers import serving, silent
@@ -131,3 +131,12 @@ def test_a_check_starts_a_cluster_only_for_data_that_it_has_to_tokenize_there(
 
 def refusal(address: str | None) -> str:
     return messages.refusal(connect._join, address)
+
+
+def test_workers_with_gpus_are_no_forks(monkeypatch):
+    monkeypatch.setattr(workers, "_running", [])
+    monkeypatch.setattr(workers, "ForkServer", object)
+    workers.start(use_gpu=True)  # CUDA refuses to work in them
+    assert not workers._running
+    workers.start(use_gpu=False)
+    assert len(workers._running) == 1
