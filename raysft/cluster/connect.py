@@ -13,7 +13,7 @@ from typing import Any
 
 from raysft.cluster import workers
 from raysft.cluster.placement import Node
-from raysft.cluster.ray_internals import Head, cluster_address, head_at, load_token, local_resources
+from raysft.cluster.ray_internals import Head, cluster_address, head_at, is_submitted, load_token, local_resources
 from raysft.config import Config
 from raysft.errors import RequestError, one_line
 
@@ -108,9 +108,8 @@ def _join(address: str | None, use_gpu: bool | None = None) -> None:
     import ray
 
     named, found = _named(address), _find(address)
-    nodes = 1 if found is None else _ask(found, named)
-    if nodes > 1:
-        workers.stop()  # Ray has only one command for the workers of all nodes
+    if found is not None and not _ask(found, named):
+        workers.stop()
     elif use_gpu is not None:
         workers.start(use_gpu)
     try:
@@ -164,12 +163,15 @@ def _find(address: str | None) -> str | None:
     return found
 
 
-def _ask(found: str, named: str) -> int:
+def _ask(found: str, named: str) -> bool:
     """Check that a cluster's head is alive; otherwise ``ray.init`` would wait for minutes, or end the process.
 
     Returns:
-        How many nodes the cluster has.
+        True if workers can be forks of a process of this node. Ray has one command for the workers of all nodes, so there must
+        be no other node, and none that an autoscaler may add: a job, or a head without CPUs, is taken for a part of a larger
+        cluster, whose workers have an environment of their own.
     """
+    import grpc
     import ray
 
     with head_at(found) as head:
@@ -178,7 +180,11 @@ def _ask(found: str, named: str) -> int:
             raise RequestError(
                 f"{named}: the cluster runs Ray {version}, but this process has {ray.__version__}; use one image for both"
             )
-        return head.number_of_nodes(ATTEMPT_SECONDS)
+        try:
+            cpus = head.cpus_of_nodes(ATTEMPT_SECONDS)
+        except grpc.RpcError:
+            return False
+        return len(cpus) == 1 and cpus[0] > 0 and not is_submitted()
 
 
 def _version(head: Head, found: str, named: str) -> str:

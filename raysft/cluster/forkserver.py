@@ -37,8 +37,8 @@ MODULES = (
     "raysft.generate.engines.static",
 )
 """What workers import that imports Ray."""
-ANSWER_SECONDS = 50.0
-"""Longer than the imports take on a busy machine, and less than Ray waits for a worker."""
+ANSWER_SECONDS = 40.0
+"""Longer than the imports take on a busy machine. Ray waits for a worker for 60."""
 POLL_SECONDS = 1.0
 MALLOPT = {"MALLOC_MMAP_MAX_": -4, "MALLOC_TRIM_THRESHOLD_": -1}
 """glibc's variables, which it reads when a program starts → its numbers of them, which a fork can set (``man mallopt``)."""
@@ -113,13 +113,18 @@ class Request:
         """Receive what ``_fork`` sends."""
         connection.settimeout(POLL_SECONDS)
         head, outputs, _, _ = socket.recv_fds(connection, 4, 2)
-        received = b""
-        while len(received) < struct.unpack("!I", head)[0]:
-            part = connection.recv(1 << 16)
-            if not part:
-                raise ConnectionResetError
-            received += part
-        return cls(json.loads(received), outputs)
+        try:
+            received = b""
+            while len(received) < struct.unpack("!I", head)[0]:
+                part = connection.recv(1 << 16)
+                if not part:
+                    raise ConnectionResetError
+                received += part
+            return cls(json.loads(received), outputs)
+        except BaseException:
+            for output in outputs:
+                os.close(output)
+            raise
 
     def close(self) -> None:
         for output in self.outputs:

@@ -5,9 +5,8 @@ Those of Ray Train are in ``train/ray_train_internals.py``.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -67,13 +66,13 @@ class Head:
 
         return self._service.CheckAlive(CheckAliveRequest(), timeout=timeout).ray_version
 
-    def number_of_nodes(self, timeout: float) -> int:
-        """Return the number of nodes that are alive."""
+    def cpus_of_nodes(self, timeout: float) -> list[float]:
+        """Return the CPUs of each node that is alive."""
         from ray.core.generated.gcs_pb2 import GcsNodeInfo  # pyright: ignore[reportAttributeAccessIssue]
         from ray.core.generated.gcs_service_pb2 import GetAllNodeInfoRequest  # pyright: ignore[reportAttributeAccessIssue]
 
-        reply = self._service.GetAllNodeInfo(GetAllNodeInfoRequest(), timeout=timeout)
-        return sum(node.state == GcsNodeInfo.ALIVE for node in reply.node_info_list)
+        nodes = self._service.GetAllNodeInfo(GetAllNodeInfoRequest(), timeout=timeout).node_info_list
+        return [node.resources_total.get("CPU", 0.0) for node in nodes if node.state == GcsNodeInfo.ALIVE]
 
 
 @contextmanager
@@ -90,11 +89,11 @@ def head_at(address: str) -> Iterator[Head]:
         channel.close()
 
 
-def job_runtime_env() -> Mapping[str, Any]:
-    """Return the runtime environment that ``ray job submit`` gave this process for its workers; empty without one."""
+def is_submitted() -> bool:
+    """Return True if ``ray job submit`` started this process."""
     from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
-    return json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}")).get("runtime_env") or {}
+    return RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ
 
 
 @contextmanager

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.cluster_utils import Cluster
 
 from raysft.cluster import forkserver, workers
+from raysft.cluster.connect import _ask
 
 SECONDS = 60.0
 CLUSTER = """
@@ -202,18 +203,39 @@ def test_workers_of_a_cluster_that_is_joined_are_forks_if_it_has_one_node():
         cluster.shutdown()
 
 
-@pytest.mark.parametrize("given", [{}, {"env_vars": {"A": "b"}}, {"working_dir": "gcs://a.zip"}])
-def test_forks_know_the_environment_of_a_submitted_job(monkeypatch, given):
-    monkeypatch.setenv(RAY_JOB_CONFIG_JSON_ENV_VAR, json.dumps({"runtime_env": given}))
-    monkeypatch.setattr(workers, "_running", [SimpleNamespace(address="somewhere")])
-    with workers.forked_workers(joins=True) as options:
-        assert forkserver.FILE in options["runtime_env"]["py_executable"]
-        assert options["runtime_env"]["env_vars"] == {forkserver.ADDRESS: "somewhere"}
+def test_a_folder_for_temporary_files_with_a_long_path_is_left_as_it_was(tmp_path, monkeypatch):
+    """A socket's path has 107 characters at most; then Ray starts the workers."""
+    folder = tmp_path / ("a" * 100)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setattr(workers, "_running", [])
+    workers.start(use_gpu=False)
+    assert workers._running == []
+    assert list(folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("given", [{"pip": ["a"]}, {"py_executable": "uv run"}, {"container": {"image": "a"}}])
-def test_workers_of_another_environment_than_the_drivers_are_not_forked(monkeypatch, given):
-    monkeypatch.setenv(RAY_JOB_CONFIG_JSON_ENV_VAR, json.dumps({"runtime_env": given}))
-    monkeypatch.setattr(workers, "_running", [SimpleNamespace(address="somewhere")])
-    with workers.forked_workers(joins=True) as options:
-        assert options == {}
+def test_a_server_outlives_what_others_send():
+    server = workers.ForkServer()
+    try:
+        for sent in (b"", b"\0", b"\0\0\0\5{}", b"\0\0\0\2{}", b"\0\0\0\1["):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+                connection.settimeout(SECONDS)
+                connection.connect(server.address)
+                connection.sendall(sent)
+                connection.shutdown(socket.SHUT_WR)
+                assert connection.recv(1) == b"", "it hangs up"
+        assert server._process.poll() is None
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize(("cpus", "submitted"), [(0, False), (1, True)])
+def test_workers_of_a_cluster_that_may_grow_are_not_forked(monkeypatch, cpus, submitted):
+    """A head without CPUs has other nodes, sooner or later; a job's workers have an environment of their own."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus})
+    if submitted:
+        monkeypatch.setenv(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}")
+    try:
+        assert not _ask(str(cluster.address), "it")
+    finally:
+        cluster.shutdown()
