@@ -72,7 +72,7 @@ def _serve(listening: socket.socket) -> tuple[socket.socket, Request] | None:
         if listening not in ready:
             continue
         connection, _ = listening.accept()
-        with contextlib.suppress(OSError, KeyError):
+        with contextlib.suppress(OSError, ValueError, KeyError, struct.error):  # what others than ``_fork`` may send
             request = Request.receive(connection)
             if not raylet:
                 raylet = request.environment[RAYLET]
