@@ -1,7 +1,7 @@
 """The functions of a decoder's layers that ``fused_layers`` puts in place, with their gradients; float32 on CPUs.
 
-Each says what it computes; ``g`` is the gradient of the output. All intermediate results that nothing else needs are
-overwritten, since memory takes longer than arithmetic.
+Each says what it computes; ``g`` is the gradient of the output. Intermediate results that nothing else needs are overwritten,
+since memory takes longer than arithmetic. None has a second derivative.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 
 class LoraLinear(Function):
-    """x Wᵀ + bias + scaling · x Aᵀ Bᵀ, the weight W being frozen (Hu et al. 2021).
+    """x Wᵀ + bias + scaling · x Aᵀ Bᵀ, W and the bias being frozen: they get no gradient (Hu et al. 2021).
 
     The product with B is added where the product with W lies, so that neither it nor its scaling nor the sum is a tensor of its
     own; the same in the gradient of x.
@@ -48,7 +48,7 @@ class LoraLinear(Function):
         y = F.linear(rows, weight, bias).addmm_(low, b.t())
         ctx.save_for_backward(rows, low, weight, a, b)
         ctx.scaling, ctx.shape, ctx.has_bias = scaling, x.shape, bias is not None
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], weight.shape[0])  # -1 is undefined for no rows, as of an expert without tokens
 
     @staticmethod
     @once_differentiable
@@ -85,7 +85,7 @@ class RmsNorm(Function):
         g = gradients[0]
         g_weight = None
         if ctx.needs_input_grad[1]:
-            g_weight = (x * r).mul_(g).flatten(0, -2).sum(0)
+            g_weight = (x * r).mul_(g).reshape(-1, x.shape[-1]).sum(0)
         if not ctx.needs_input_grad[0]:
             return None, g_weight, None
         g_x = g * weight

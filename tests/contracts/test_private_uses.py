@@ -17,6 +17,7 @@ USES = {
     "raysft/models/transformers_internals.py": "test_transformers.py",
     "raysft/models/peft_internals.py": "test_peft.py",
     "raysft/models/onednn.py": "test_torch.py",
+    "raysft/models/torch_internals.py": "test_torch.py",
     "raysft/data/tokenization/tokenizer.py": "test_tokenizers.py",
     "raysft/generate/engines/continuous_internals.py": "test_continuous_batching.py",
     "raysft/generate/metrics/sacrebleu_internals.py": "test_sacrebleu.py",

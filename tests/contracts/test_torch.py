@@ -1,12 +1,15 @@
-"""torch: oneDNN's product of matrices, and the counters of a learning rate scheduler."""
+"""torch: oneDNN's product of matrices, the hooks of modules, and the counters of a learning rate scheduler."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from raysft.models.torch_internals import has_hooks
 from tests.contracts.contract import Contract
 
 ONEDNN = Contract("torch", "raysft/models/onednn.py")
+HOOKS = Contract("torch", "raysft/models/torch_internals.py")
 OPTIM = Contract("torch", "raysft/train/optim.py")
 
 
@@ -17,6 +20,25 @@ def test_onednn_has_an_operator_for_linear_layers():
     packed = ONEDNN.name(torch.ops.mkldnn, "_reorder_linear_weight")(b, 4)
     torch.testing.assert_close(product(a, packed, None, "none", [], ""), a @ b.t())
     assert torch.equal(packed.to_dense(), b)
+
+
+@pytest.mark.parametrize(
+    ("name", "register"),
+    [
+        ("_forward_hooks", "register_forward_hook"),
+        ("_forward_pre_hooks", "register_forward_pre_hook"),
+        ("_backward_hooks", "register_full_backward_hook"),
+        ("_backward_pre_hooks", "register_full_backward_pre_hook"),
+    ],
+)
+def test_a_module_knows_its_hooks(name, register):
+    module = torch.nn.Identity()
+    assert not HOOKS.name(module, name)
+    assert not has_hooks(module)
+    hook = getattr(module, register)(lambda *_: None)
+    assert has_hooks(module)
+    hook.remove()
+    assert not has_hooks(module)
 
 
 def test_a_learning_rate_scheduler_counts_its_steps_and_its_calls():

@@ -1,6 +1,8 @@
 """Fused layers against finite differences, and against the layers of transformers and peft that they replace."""
 
 import copy
+from functools import wraps
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,12 @@ from transformers import (
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    SeedOssConfig,
 )
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4MLP
+from transformers.models.glm5_next.modeling_glm5_next import Glm5NextTextMLP
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.step3p7.modeling_step3p7 import Step3p7MLP
 
 from raysft.models import fused_layers
 from raysft.models.fused_functions import LoraLinear, RmsNorm, Rotary, SwiGlu
@@ -54,6 +61,19 @@ def test_gradients_of_lora(bias):
     )
     checked(lambda *trained: LoraLinear.apply(trained[0], weight, offset, *trained[1:], 0.7), x, a, b)
     checked(lambda *trained: LoraLinear.apply(x.detach(), weight, offset, *trained, 0.7), a, b)
+
+
+def test_no_rows_get_a_result_and_no_gradient():
+    """As those of an expert that no token chose."""
+    x, weight, norm = torch.empty(0, 7, requires_grad=True), torch.randn(5, 7), torch.ones(7, requires_grad=True)
+    a, b = torch.randn(2, 7, requires_grad=True), torch.randn(5, 2, requires_grad=True)
+    y = LoraLinear.apply(RmsNorm.apply(x, norm, 1e-3), weight, None, a, b, 0.7)
+    y = SwiGlu.apply(y, y)
+    assert y.shape == (0, 5)
+    y.sum().backward()
+    assert x.grad.shape == (0, 7)
+    for trained in (a, b, norm):
+        assert torch.equal(trained.grad, torch.zeros_like(trained))
 
 
 def test_gradients_of_rms_norm():
@@ -127,8 +147,10 @@ def _original_functions(monkeypatch):
     from transformers.models.phi3 import modeling_phi3
     from transformers.models.qwen2 import modeling_qwen2
     from transformers.models.qwen3 import modeling_qwen3
+    from transformers.models.seed_oss import modeling_seed_oss
 
-    for module in (modeling_cohere, modeling_gemma2, modeling_llama, modeling_phi3, modeling_qwen2, modeling_qwen3):
+    llamas = (modeling_llama, modeling_qwen2, modeling_qwen3, modeling_seed_oss)
+    for module in (modeling_cohere, modeling_gemma2, modeling_phi3, *llamas):
         function = module.apply_rotary_pos_emb
         monkeypatch.setattr(module, fused_layers.ROTARY, getattr(function, "__wrapped__", function))
 
@@ -151,6 +173,7 @@ ALL = {"RmsNorm", "Rotary", "SwiGlu"}
         ),  # one product for both halves, half of a head rotated
         (Gemma2Config, {"head_dim": 8}, {"Rotary"}),  # multiplies by 1 + weight, and has GELU
         (CohereConfig, {}, {"SwiGlu"}),  # rotates neighbors
+        (SeedOssConfig, {"residual_dropout": 0.5}, ALL - {"SwiGlu"}),  # drops out after its SwiGLU
     ],
 )
 @pytest.mark.parametrize("lora", [None, {}])
@@ -189,6 +212,182 @@ def test_other_forms_of_lora_stay_as_they_are(lora):
     fuse_layers(model)
     assert torch.equal(torch.get_rng_state(), state)
     assert functions(model) == ALL
+
+
+@pytest.mark.parametrize(
+    ("kind", "bias", "more"),
+    [(Qwen2Config, "all", {}), (Qwen2Config, "lora_only", {}), (LlamaConfig, "all", {"mlp_bias": True})],
+)
+def test_a_trained_bias_gets_its_gradient(kind, bias, more):
+    plain = built(kind, {"bias": bias}, **more)
+    model = copy.deepcopy(plain)
+    _, gradients = computed(plain)
+    fuse_layers(model)
+    assert "LoraLinear" in functions(model)  # of the layers without a bias
+    _, fused_gradients = computed(model)
+    biases = {name for name in gradients if name.endswith("bias")}
+    assert biases
+    assert fused_gradients.keys() == gradients.keys()
+    for name in biases:
+        torch.testing.assert_close(
+            fused_gradients[name], gradients[name], rtol=1e-5, atol=1e-5 * float(gradients[name].abs().max()), msg=name
+        )
+
+
+def test_a_bias_that_is_trained_later_gets_its_gradient():
+    model = built(Qwen2Config, {})
+    fuse_layers(model)
+    layer = model.base_model.model.model.layers[1].self_attn.q_proj
+    layer.base_layer.bias.requires_grad_(True)
+    x = torch.randn(2, 3, 32)
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.base_layer.bias.grad, torch.full((32,), 6.0))  # once for each row
+
+
+SETTINGS = SimpleNamespace(
+    hidden_size=8,
+    intermediate_size=12,
+    mlp_bias=False,
+    hidden_act="silu",
+    swiglu_limit=2.0,
+    swiglu_limits_shared=[0.0, 2.0],
+    share_expert_dim=12,
+)
+
+
+def is_fused(module) -> bool:
+    fuse_layers(torch.nn.ModuleList([module]))
+    return "forward" in vars(module)
+
+
+@pytest.mark.parametrize(
+    ("make", "after"),
+    [
+        (lambda: DeepseekV4MLP(SETTINGS), False),
+        (lambda: Glm5NextTextMLP(SETTINGS), False),
+        (lambda: Step3p7MLP(SETTINGS, 0), None),
+        (lambda: Step3p7MLP(SETTINGS, 1), True),
+    ],
+)
+def test_a_swiglu_with_limits_keeps_them(make, after):
+    mlp = make()
+    assert not is_fused(mlp)
+    x = 100 * torch.randn(4, 8, requires_grad=True)
+    gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+    if after is not None:
+        up = up.clamp(-2, 2)
+        gate = F.silu(gate).clamp(max=2) if after else F.silu(gate.clamp(max=2))
+    else:
+        gate = F.silu(gate)
+    torch.testing.assert_close(mlp(x), mlp.down_proj(gate * up))
+
+
+class Doubled(LlamaMLP):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Wrapped(LlamaMLP):
+    pass
+
+
+@wraps(LlamaMLP.forward)
+def _tripled(self, x):
+    return 3 * LlamaMLP.forward(self, x)
+
+
+Wrapped.forward = _tripled
+
+
+class Unsourced(LlamaMLP):
+    exec("def forward(self, x):\n    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))")
+
+
+def with_hook(module, part="", register="register_forward_hook"):
+    getattr(module.get_submodule(part), register)(lambda *_: None)
+    return module
+
+
+def with_forward(module, part=""):
+    part = module.get_submodule(part)
+    part.forward = forward = lambda x: x
+    part.kept = forward
+    return module
+
+
+def with_layer(module, name, layer):
+    setattr(module, name, layer)
+    return module
+
+
+class OwnLinear(torch.nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Doubled(SETTINGS),
+        lambda: Wrapped(SETTINGS),
+        lambda: Unsourced(SETTINGS),
+        lambda: with_hook(LlamaMLP(SETTINGS)),
+        lambda: with_hook(LlamaMLP(SETTINGS), "act_fn"),
+        lambda: with_hook(LlamaMLP(SETTINGS), register="register_forward_pre_hook"),
+        lambda: with_hook(LlamaMLP(SETTINGS), register="register_full_backward_hook"),
+        lambda: with_hook(LlamaRMSNorm(8)),
+        lambda: with_forward(LlamaMLP(SETTINGS), "act_fn"),
+        lambda: with_layer(LlamaMLP(SETTINGS), "act_fn", torch.nn.GELU()),
+        lambda: with_layer(LlamaMLP(SETTINGS), "up_proj", OwnLinear(8, 12)),
+    ],
+)
+def test_a_layer_that_is_not_quite_llamas_is_left_alone(make):
+    module = make()
+    usual = LlamaRMSNorm(8) if isinstance(module, LlamaRMSNorm) else LlamaMLP(SETTINGS)
+    fuse_layers(torch.nn.ModuleList([usual, module]))  # each is judged by itself
+    assert "forward" in vars(usual)
+    assert "forward" not in vars(module)
+
+
+def test_a_forward_that_somebody_replaced_is_left_alone():
+    for module in (LlamaMLP(SETTINGS), LlamaRMSNorm(8)):
+        with_forward(module)
+        fuse_layers(torch.nn.ModuleList([module]))
+        assert module.forward is module.kept
+
+
+@pytest.mark.parametrize("part", ["", "base_layer", "lora_A.default", "lora_B.default", "lora_dropout.default"])
+def test_lora_with_a_hook_is_left_alone(part):
+    model = built(LlamaConfig, {})
+    first, second = (layer.mlp.down_proj for layer in model.base_model.model.model.layers)
+    with_hook(second, part)
+    fuse_layers(model)
+    assert "forward" in vars(first)
+    assert "forward" not in vars(second)
+
+
+def test_a_rotation_with_another_half_is_left_alone(monkeypatch):
+    """The function's source is Llama's, but not that of the function that it calls."""
+    from transformers.models.qwen2 import modeling_qwen2
+
+    def rotate_half(x):
+        return torch.cat(x.chunk(2, -1)[::-1], -1)
+
+    monkeypatch.setattr(modeling_qwen2, "rotate_half", rotate_half)
+    model = built(Qwen2Config)
+    fuse_layers(model)
+    assert functions(model) == ALL - {"Rotary"}
+
+
+def test_evaluations_do_not_reach_the_fused_functions(monkeypatch):
+    """Not even on tensors that have a gradient from before."""
+    model = built(LlamaConfig, {})
+    fuse_layers(model)
+    for function in (LoraLinear, RmsNorm, Rotary, SwiGlu):
+        monkeypatch.setattr(function, "apply", None)
+    embedded = torch.randn(1, 5, 32, requires_grad=True)
+    for no_gradient in (torch.no_grad(), torch.inference_mode()):
+        with no_gradient:
+            assert model(inputs_embeds=embedded).logits.isfinite().all()
 
 
 def test_a_disabled_adapter_computes_nothing():
