@@ -34,6 +34,7 @@ class EngineActor:
 
     def __init__(self, config: Config, models: Sequence[str], ends: Sequence[int], engines_per_node: int) -> None:
         self._config, self._models, self._ends = config, models, ends
+        self._engines_per_node = engines_per_node
         self._threads = None if config.scaling.use_gpu else engine_pool.threads(config, engines_per_node)
         self._engine: Engine | None = None
         self._loaded: int | None = None
@@ -49,7 +50,8 @@ class EngineActor:
             self._engine = None
             gc.collect()
             torch.cuda.empty_cache()
-        self._engine, self._loaded = create_engine(self._config, self._models[index], self._threads, self._ends), index
+        model, engines = self._models[index], self._engines_per_node
+        self._engine, self._loaded = create_engine(self._config, model, self._threads, self._ends, engines), index
         return self._engine
 
     def __call__(self, batch: pa.Table) -> pa.Table:

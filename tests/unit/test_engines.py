@@ -170,22 +170,26 @@ def test_caches_that_are_joined_pad_the_shorter_one_and_forget_what_is_padding_i
             assert torch.equal(layer.values, short[1][[2, 0]])
 
 
-@pytest.mark.parametrize(("memory", "beams", "most"), [(1e9, 1, 5), (240_000, 1, 3), (240_000, 2, 1), (1.0, 1, 1)])
-def test_the_cache_of_a_batch_takes_no_more_than_its_share_of_the_memory(model, monkeypatch, memory, beams, most):
-    monkeypatch.setattr("raysft.generate.engines.static.cpu_cache_bytes", lambda: memory)
-    engine = TransformersEngine(config(model, batch_size=5, max_new_tokens=3, num_beams=beams), str(model))
+@pytest.mark.parametrize(
+    ("memory", "engines", "beams", "most"),
+    [(1e9, 1, 1, 5), (240_000, 1, 1, 3), (720_000, 3, 1, 3), (240_000, 1, 2, 1), (240_000, 3, 1, 1), (1.0, 1, 1, 1)],
+)
+def test_the_cache_of_a_batch_takes_no_more_than_its_share(model, monkeypatch, memory, engines, beams, most):
+    monkeypatch.setattr("raysft.generate.engines.static.cpu_cache_bytes", lambda engines: memory / engines)
+    settings = config(model, batch_size=5, max_new_tokens=3, num_beams=beams)
+    engine = TransformersEngine(settings, str(model), engines_per_node=engines)
     description = engine._model.config
     # Keys and values of two layers in float32; the longest prompt has 14 tokens, 3 follow, and a layer makes room for 128.
     width = description.num_key_value_heads * description.hidden_size // description.num_attention_heads
     each = 2 * 2 * width * 4 * (14 + 3 + 128) * beams
-    assert most == max(1, min(5, int(memory // each)))
+    assert most == max(1, min(5, int(memory / engines // each)))
     sizes, batch = [], engine._batch
     monkeypatch.setattr(engine, "_batch", lambda ids, prompts: sizes.append(len(ids)) or batch(ids, prompts))
     asked = [[5 + at] * (14 if at == 2 else 4) for at in range(7)]
     found = engine.complete([str(at) for at in range(7)], asked)
     assert (max(sizes), sum(sizes)) == (most, 7)
     roomy = TransformersEngine(config(model, max_new_tokens=3, num_beams=beams), str(model))
-    monkeypatch.setattr("raysft.generate.engines.static.cpu_cache_bytes", lambda: 1e12)
+    monkeypatch.setattr("raysft.generate.engines.static.cpu_cache_bytes", lambda engines: 1e12)
     assert found == roomy.complete([str(at) for at in range(7)], asked)
 
 

@@ -62,13 +62,16 @@ def check_suitable(config: Config, model: str) -> None:
         named_tokens(tokenizer_of(config, model_copy(model)), settings.stop_tokens)
 
 
-def create_engine(config: Config, model: str, threads: int | None = None, ends: Sequence[int] = ()) -> Engine:
+def create_engine(
+    config: Config, model: str, threads: int | None = None, ends: Sequence[int] = (), engines_per_node: int = 1
+) -> Engine:
     """Load the model into the transformers engine that ``generate.batching`` names; ``engines.vllm`` builds vLLM's.
 
     Args:
         model: folder of a Hugging Face model, or of a peft adapter.
         threads: number of threads; default: torch's own choice.
         ends: tokens that end an answer, besides those of the model and the config.
+        engines_per_node: number of engines that share the memory of this node.
 
     Raises:
         RequestError: the model does not support ``generate.batching=continuous``.
@@ -76,10 +79,10 @@ def create_engine(config: Config, model: str, threads: int | None = None, ends: 
     from raysft.generate.engines.static import TransformersEngine
 
     if batching(config, model) == "static":
-        return TransformersEngine(config, model, threads, ends)
+        return TransformersEngine(config, model, threads, ends, engines_per_node)
     from raysft.generate.engines.continuous import ContinuousEngine
 
-    engine = ContinuousEngine(config, model, threads, ends)
+    engine = ContinuousEngine(config, model, threads, ends, engines_per_node)
     reason = engine.trial()
     if not reason:
         return engine
@@ -88,4 +91,4 @@ def create_engine(config: Config, model: str, threads: int | None = None, ends: 
     print(f"generate: using static batches, because continuous batching fails with {model}: {reason}", file=sys.stderr)
     del engine
     gc.collect()
-    return TransformersEngine(config, model, threads, ends)
+    return TransformersEngine(config, model, threads, ends, engines_per_node)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from transformers import GenerationConfig
@@ -20,12 +22,23 @@ from raysft.models.tokenizer import tokenizer_of
 from raysft.storage.local_cache import model_copy
 
 CPU_MEMORY_SHARE = 0.25
-"""Largest share of the machine's memory that the cache may take on a CPU."""
+"""Largest share of a node's memory that the caches of its engines may take together on CPUs."""
+LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Files with the most bytes that this container may take, of both versions of control groups; Ray reads the same."""
 
 
-def cpu_cache_bytes() -> float:
-    """Bytes that the cache may take on a CPU."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_MEMORY_SHARE
+def memory_bytes(limits: Sequence[Path] = LIMITS) -> int:
+    """Bytes of the machine's memory that this container may take."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for file in limits:
+        with suppress(OSError, ValueError):  # there is none, or it says "max"
+            found.append(int(file.read_text(encoding="ascii")))
+    return min(found)
+
+
+def cpu_cache_bytes(engines_per_node: int) -> float:
+    """Bytes that the cache of one of so many engines may take on a CPU."""
+    return memory_bytes() * CPU_MEMORY_SHARE / engines_per_node
 
 
 class ModelEngine:
@@ -35,9 +48,17 @@ class ModelEngine:
         model: folder of a Hugging Face model, or of a peft adapter.
         threads: number of threads; default: torch's own choice.
         ends: tokens that end an answer, besides those of the model and the config.
+        engines_per_node: number of engines that share the memory of this node.
     """
 
-    def __init__(self, config: Config, model: str, threads: int | None = None, ends: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        config: Config,
+        model: str,
+        threads: int | None = None,
+        ends: Sequence[int] = (),
+        engines_per_node: int = 1,
+    ) -> None:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         if threads:
@@ -45,6 +66,7 @@ class ModelEngine:
         folder = model_copy(model)
         self._settings = config.generate
         self._seed = config.run.seed
+        self._engines_per_node = engines_per_node
         self._device = torch.device("cuda" if config.scaling.use_gpu else "cpu")
         if self._device.type == "cpu":
             use_onednn()

@@ -63,8 +63,15 @@ class ContinuousEngine(ModelEngine):
     Predictions equal those of static batches: token for token if greedy in float32, and with the same random numbers if sampled.
     """
 
-    def __init__(self, config: Config, model: str, threads: int | None = None, ends: Sequence[int] = ()) -> None:
-        super().__init__(config, model, threads, ends)
+    def __init__(
+        self,
+        config: Config,
+        model: str,
+        threads: int | None = None,
+        ends: Sequence[int] = (),
+        engines_per_node: int = 1,
+    ) -> None:
+        super().__init__(config, model, threads, ends, engines_per_node)
         # Adapters are inside the layers; generation does not need the wrapper around the model.
         self._inner: Any = self._model.get_base_model() if isinstance(self._model, PeftModel) else self._model
         half = self._inner.dtype in (torch.bfloat16, torch.float16)
@@ -161,7 +168,8 @@ class ContinuousEngine(ModelEngine):
     def _most_pages(self) -> int:
         text = self._inner.config.get_text_config()
         per_token = cache_width(text) + CPU_STEP_TOKENS
-        return int(cpu_cache_bytes() / (per_token * self._inner.dtype.itemsize * CPU_PAGE_TOKENS))
+        page = per_token * self._inner.dtype.itemsize * CPU_PAGE_TOKENS
+        return int(cpu_cache_bytes(self._engines_per_node) / page)
 
     def _cache(self, pages: int) -> ContinuousBatchingConfig:
         size = self._settings.batch_size

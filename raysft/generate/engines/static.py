@@ -46,9 +46,10 @@ class TransformersEngine(ModelEngine):
         size = self._settings.batch_size
         if min(size, len(prompts)) < 2 or self._device.type != "cpu" or self._runs_code:
             return size
+        memory = cpu_cache_bytes(self._engines_per_node)
         kept = [self._fit(prompt) for prompt in prompts]
         tokens = self._settings.num_beams * (max(len(prompt) + self._limit(prompt) for prompt in kept) + ROOM)
-        return max(1, min(size, int(cpu_cache_bytes() / max(1.0, tokens * self._token_bytes))))
+        return max(1, min(size, int(memory / max(1.0, tokens * self._token_bytes))))
 
     @functools.cached_property
     @torch.inference_mode()
