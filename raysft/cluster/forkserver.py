@@ -24,8 +24,17 @@ from typing import Any
 FILE = os.path.abspath(__file__)
 ADDRESS = "RAYSFT_FORKSERVER"
 """Environment variable with the path of the server's socket."""
-LIBRARIES = ("torch", "transformers", "peft", "deepspeed", "pandas", "pyarrow.dataset", "pyarrow.parquet")
-"""What workers import, without Ray."""
+LIBRARIES = (
+    "raysft.train.imported_code",
+    "torch",
+    "transformers",
+    "peft",
+    "deepspeed",
+    "pandas",
+    "pyarrow.dataset",
+    "pyarrow.parquet",
+)
+"""What workers import, without Ray. The first one reads which code is on disk."""
 MODULES = (
     "ray.data",
     "ray.train",

@@ -16,7 +16,7 @@ class Bearing(Enum):
 
     SETTING = "the evaluation is another one with another value"
     """Also where that is only possible: then another value costs one evaluation more."""
-    CONTENT = "decides rows, files, workers or threads, which the evaluation's key has themselves"
+    CONTENT = "decides rows, files, workers or threads; the evaluation's key holds these instead of the setting"
     ADAPTER = "has no effect on a model that starts as its base"
     NONE = "has no effect before the first step"
 

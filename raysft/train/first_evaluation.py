@@ -52,9 +52,9 @@ class FirstEvaluation:
         if job.evaluations is None or not job.eval_rows or job.config.model.runs_code:  # such code may do anything
             return cls({}, {})
         workers: list[Any] = [None] * dist.get_world_size()
-        # Each node has fetched a model of the hub by itself.
-        commit = commit_of(job.model) if may_be_on_hub(job.model) else None
-        dist.all_gather_object(workers, (socket.gethostname(), _hash([commit, describe_machine(device)])))
+        dist.all_gather_object(workers, _worker(job.model, device))
+        if None in workers:
+            return cls({}, {})
         files: dict[str, StoragePath] = {}
         found: list[Any] = [{}]
         if dist.get_rank() == 0:
@@ -78,6 +78,22 @@ class FirstEvaluation:
         if len(self.known) < len(evaluations):
             return f"{', '.join(self.known)} from the cache" if self.known else ""
         return "from the cache"
+
+
+def _worker(model: str, device: torch.device) -> tuple[str, str] | None:
+    """Describe this worker: its host, and a hash of its machine and code.
+
+    None if they are not known. No failure may end this worker: the others would wait for it.
+    """
+    try:
+        machine = describe_machine(device)
+        if machine is None:
+            return None
+        # Each node has fetched a model of the hub by itself.
+        commit = commit_of(model) if may_be_on_hub(model) else None
+        return socket.gethostname(), _hash([commit, machine])
+    except Exception:
+        return None
 
 
 def _files(job: TrainJob, folder: StoragePath, workers: Sequence[tuple[str, str]]) -> dict[str, StoragePath]:

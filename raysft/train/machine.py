@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from raysft.train.imported_code import imported_code
 
 PROCESSOR = Path("/proc/cpuinfo")
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -30,16 +30,26 @@ VARIABLES = ("ATEN_", "CUBLAS", "CUDNN", "DISABLE_ADDMM", "DNNL_", "GOMP_", "KMP
 """How the environment variables begin that make libraries compute in another way."""
 
 
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Describe all of this; two workers whose descriptions are equal compute the same from the same."""
+def describe_machine(device: torch.device) -> dict[str, Any] | None:
+    """Describe all of this; two workers whose descriptions are equal compute the same from the same.
+
+    Returns:
+        The description, which JSON can hold; None if it is not known which code this process runs.
+
+    Raises:
+        OSError: a folder of ``sys.path`` cannot be read.
+    """
+    code = imported_code()
+    if code is None:
+        return None
     return {
         "processor": processor(),
         "gpu": _gpu(device) if device.type == "cuda" else None,
         "torch": [torch.__config__.show(), torch.__config__.parallel_info(), torch.get_num_threads()],
         "modes": [torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()],
         "python": platform.python_version(),
-        "packages": packages(),
-        "raysft": source_hash(),
+        "packages": code.packages,
+        "raysft": code.raysft,
         "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
     }
 
@@ -55,20 +65,6 @@ def _gpu(device: torch.device) -> list[Any]:
     known = torch.cuda.get_device_properties(device)
     kind = [known.name, known.major, known.minor, known.multi_processor_count, known.total_memory]
     return [*kind, torch.backends.cudnn.version(), _read(DRIVER)]
-
-
-def packages() -> list[str]:
-    """Return names and versions of all installed packages; reading their metadata would take 0.1 s."""
-    folders = {Path(entry) for entry in sys.path if Path(entry).is_dir()}
-    return sorted({name for folder in folders for name in os.listdir(folder) if name.endswith(".dist-info")})
-
-
-def source_hash() -> str:
-    """Hash the code of raysft, which has the same version number while it is being changed."""
-    root, digest = Path(__file__).parent.parent, hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
 
 
 def _read(path: Path) -> str:
