@@ -36,6 +36,7 @@ def _start(home) -> Iterator[Callable[[], None]]:
     """Start a cluster of 2 CPUs, with workers as those of a run."""
 
     def start() -> None:
+        workers.stop()  # that of a cluster that has ended: a server forks for one alone
         workers.start(use_gpu=False)
         with workers.forked_workers(joins=False) as options:
             ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, **options)
