@@ -211,7 +211,7 @@ def _fork(worker: Sequence[str], variables: dict[str, str]) -> bool:
 
 
 def _setup_worker() -> str:
-    """Path of the file of Ray that this one stands in for; found without importing Ray."""
+    """Return the path of Ray's ``setup_worker.py``, which this file replaces, without importing Ray."""
     from importlib.util import find_spec
 
     spec = find_spec("ray")

@@ -64,8 +64,8 @@ def start(use_gpu: bool) -> None:
     """Start the server, unless it runs already or cannot be.
 
     Args:
-        use_gpu: True if the workers use GPUs. Then there is no server: what it imports may use one (transformers imports torchao
-            where it is installed, which does), and CUDA refuses to work in a fork of a process that has.
+        use_gpu: True if the workers use GPUs. No server starts for them: an import may initialize CUDA (torchao does, and
+            transformers imports it if it is installed), and CUDA cannot be used in a fork of such a process.
     """
     # Forks of a process with threads are unsafe elsewhere.
     if not (_running or use_gpu) and sys.platform == "linux":
