@@ -19,6 +19,7 @@ from raysft.train.deepspeed_internals import use_gloo_allreduce
 from raysft.train.finetuning import load_model
 from raysft.train.loss import TokenLoss
 from raysft.train.objective import Objective
+from raysft.train.operators import ASYNC_IO, load_operator
 from raysft.train.optim import make_lr_scheduler, make_optimizer
 
 
@@ -51,6 +52,8 @@ def make_engine(
     optimizer = make_optimizer(model, config.train, ratio)
     lr_scheduler = make_lr_scheduler(optimizer, config.train, steps)
     settings = with_bucket(settings, model)
+    if "nvme" in (config.train.offload.optimizer, config.train.offload.parameters):
+        load_operator(ASYNC_IO)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=settings, dist_init_required=False
     )
@@ -68,7 +71,7 @@ def _loss_model(config: Config, model_path: str, device: torch.device, adapter: 
         load_model(config, model_path, device, adapter),
         objective=_objective(config),
         neftune_alpha=config.train.neftune_alpha,
-        max_tokens=config.train.micro_batch_size * config.data.sequence_length if zero3 else None,
+        max_tokens=config.micro_batch_size * config.data.sequence_length if zero3 else None,
     )
     if config.train.fp8 != "off":
         from raysft.train.fp8 import use_fp8
@@ -109,9 +112,9 @@ def check_model(model: TokenLoss, config: Config, device: torch.device) -> None:
         model.check_head(device)
     model.check_causal(device)
     if config.stage == "sft" and config.data.packing:
-        model.check_rows(device, config.train.micro_batch_size, "set data.packing=false")
+        model.check_rows(device, config.micro_batch_size, "set data.packing=false")
     elif config.stage == "pt" and config.data.document_mask:
-        model.check_rows(device, config.train.micro_batch_size, "set data.document_mask=false")
+        model.check_rows(device, config.micro_batch_size, "set data.document_mask=false")
 
 
 def _objective(config: Config) -> Objective:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -15,6 +14,7 @@ from torch import nn
 from raysft.config import TrainSection
 from raysft.errors import RequestError, one_line
 from raysft.train.deepspeed_internals import dimensions
+from raysft.train.operators import CPU_ADAM, has_compiler, load_operator
 
 EXTRA = {
     "adam_mini": "pytorch_optimizer",
@@ -115,16 +115,12 @@ def _adamw(model: nn.Module, parameters: Parameters, train: TrainSection, ratio:
             if chosen
         ]
     shared = {"lr": train.learning_rate, "betas": train.betas, "eps": train.epsilon}
-    if train.offload.optimizer != "none" and has_compiler():
+    if train.offload.optimizer != "none" and has_compiler():  # torch's own AdamW does the same, a little slower
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+        load_operator(CPU_ADAM)
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **shared, **train.optimizer_options)
     return torch.optim.AdamW(groups, **shared, **{"fused": True, **train.optimizer_options})
-
-
-def has_compiler() -> bool:
-    """Return True if DeepSpeed can compile its CPU-Adam here; torch's own AdamW does the same, a little slower."""
-    return any(shutil.which(name) for name in ("c++", "g++", "clang++"))
 
 
 def _by_rate(
