@@ -22,6 +22,10 @@ from raysft.errors import RequestError, one_line
 from raysft.storage.local_cache import working_copy
 from raysft.storage.path import StoragePath
 
+MICRO_BATCH_TOKENS = 1024
+"""Tokens of a microbatch with ``train.micro_batch_size: auto``. Two rows of 512 tokens train 1.1 times as fast at once as one after
+the other (SmolLM2-135M on two cores); four at once are no faster than two."""
+
 
 class Config(Section):
     """Settings of a run."""
@@ -65,6 +69,13 @@ class Config(Section):
         ZeRO keeps float32 copies of bfloat16 weights, but only for the optimizers that it supports; others need this.
         """
         return self.dtype == "bfloat16" and self.train.optimizer not in ZERO_OPTIMIZERS
+
+    @property
+    def micro_batch_size(self) -> int:
+        """``train.micro_batch_size``, with ``auto`` resolved."""
+        if self.train.micro_batch_size != "auto":
+            return self.train.micro_batch_size
+        return max(1, MICRO_BATCH_TOKENS // self.data.sequence_length)
 
     @property
     def lora_alpha(self) -> float:

@@ -51,8 +51,9 @@ class TrainSection(Section):
     tokens. ``auto``: the largest of 32, 16, 8, 4, 2 and 1 that gives at least 100 steps over all epochs (1 if none does),
     without regard to ``max_steps``. The run directory's ``config.yaml`` records the number, and a resumed run keeps it. Each
     epoch starts a new step."""
-    micro_batch_size: Positive = 1
-    """Rows per forward and backward pass of one worker. Gradients accumulate until the step is complete."""
+    micro_batch_size: Positive | Literal["auto"] = "auto"
+    """Rows per forward and backward pass of one worker. Gradients accumulate until the step is complete. ``auto``: as many as
+    hold 1,024 tokens, at least one."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate."""
     optimizer: Optimizer = "adamw"

@@ -148,7 +148,7 @@ def _plan_rows(
         shards.source.name: PackedDataset(
             manifests=(shards.manifest.location,),
             capacity=data.sequence_length,
-            global_batch_size=config.train.micro_batch_size * config.scaling.most_workers,
+            global_batch_size=config.micro_batch_size * config.scaling.most_workers,
             layout=layout,
             document_mask=data.document_mask,
             shuffle=False,

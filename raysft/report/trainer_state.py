@@ -55,7 +55,7 @@ def trainer_state(log: RunLog) -> dict[str, Any]:
         "save_steps": log.option("train.save_every_steps", 0),
         "stateful_callbacks": {},
         "total_flos": 0,
-        "train_batch_size": log.option("train.micro_batch_size"),
+        "train_batch_size": log.resolved.get("micro_batch_size"),
         "trial_name": None,
         "trial_params": None,
     }

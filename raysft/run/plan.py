@@ -65,6 +65,8 @@ class Resolved:
     """Peak learning rate."""
     global_batch_size: int
     """Rows in a step, also where the config has ``auto``."""
+    micro_batch_size: int
+    """Rows that a worker computes at once, also where the config has ``auto``."""
     workers: int
     """Number of workers that the cluster has room for at the start."""
     attention: str
@@ -203,7 +205,7 @@ def make_plan(config: Config, prepared: PreparedData, nodes: Sequence[Node], ada
         fewest_workers=scaling.fewest_workers,
         most_workers=scaling.most_workers,
         rows_per_worker=rows_per_worker,
-        accumulation=-(-rows_per_worker // config.train.micro_batch_size),
+        accumulation=-(-rows_per_worker // config.micro_batch_size),
         cpus=workers * config.scaling.cpus_per_worker + TASK_CPUS,
         gpus=float(workers) if config.scaling.use_gpu else 0.0,
         cluster_cpus=sum(node.cpus for node in nodes),
@@ -231,6 +233,7 @@ def _resolved(config: Config, global_batch_size: int, workers: int, adapter: str
         lora_alpha=alpha if finetuning == "lora" else None,
         learning_rate=config.train.learning_rate,
         global_batch_size=global_batch_size,
+        micro_batch_size=config.micro_batch_size,
         workers=workers,
         attention=kernel(config) or "auto",
         zero_stage=config.train.zero_stage,

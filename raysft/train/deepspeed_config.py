@@ -58,7 +58,7 @@ def _sizes(config: Config, workers: int) -> dict[str, int]:
     if config.train.global_batch_size == "auto":
         return {}
     rows = -(-config.train.global_batch_size // workers)
-    micro = min(config.train.micro_batch_size, rows)
+    micro = min(config.micro_batch_size, rows)
     accumulation = -(-rows // micro)
     return {
         "train_batch_size": micro * accumulation * workers,

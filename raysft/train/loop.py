@@ -229,7 +229,7 @@ class _Loop:
     def evaluate(self, cursor: Cursor, first: FirstEvaluation | None = None) -> dict[str, float]:
         """Evaluate all sets but those known from ``first``, log and return the results."""
         self.moment = f"the evaluation after step {cursor.step}"
-        rows, known = self.job.config.train.micro_batch_size, first.known if first else {}
+        rows, known = self.job.config.micro_batch_size, first.known if first else {}
         evaluations = [
             known.get(name)
             or evaluate(self.engine, name, cursor.step, source.steps(0, self.rank, self.workers), rows, self.device)

@@ -201,8 +201,8 @@ def with_transformers(raw: dict[str, Any]) -> dict[str, Any]:
         model=load_model(config, config.model.path),
         args=TrainingArguments(
             output_dir=str(config.run_directory),
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=ROWS_PER_STEP,
+            per_device_train_batch_size=config.micro_batch_size,
+            gradient_accumulation_steps=ROWS_PER_STEP // config.micro_batch_size,
             learning_rate=RATE,
             lr_scheduler_type="cosine",
             max_steps=config.train.max_steps,

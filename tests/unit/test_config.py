@@ -46,7 +46,16 @@ def refusal(path: str, *overrides: str) -> str:
 def test_defaults_give_way_to_the_file_and_the_file_to_overrides(write):
     path = write(BASE + "train:\n  epochs: 2\n  global_batch_size: 4\n")
     config = load(path, ["train.global_batch_size=8"])
-    assert (config.train.micro_batch_size, config.train.epochs, config.train.global_batch_size) == (1, 2, 8)
+    assert (config.train.micro_batch_size, config.train.epochs, config.train.global_batch_size) == ("auto", 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("length", "given", "rows"),
+    [(64, "auto", 16), (512, "auto", 2), (1000, "auto", 1), (4096, "auto", 1), (64, "3", 3)],
+)
+def test_a_microbatch_holds_a_thousand_tokens_or_one_row(write, length, given, rows):
+    config = load(write(BASE), [f"data.sequence_length={length}", f"train.micro_batch_size={given}"])
+    assert config.micro_batch_size == rows
 
 
 def test_the_last_of_two_overrides_of_a_key_wins(write):

@@ -186,6 +186,7 @@ def test_a_plan_counts_steps_rows_tokens_and_what_is_empty(tmp_path, monkeypatch
         "lora_alpha": 16,
         "learning_rate": 1e-4,
         "global_batch_size": 4,
+        "micro_batch_size": 2,
         "workers": 3,
         "attention": "auto",
         "zero_stage": 2,

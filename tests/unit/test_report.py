@@ -91,6 +91,7 @@ def make_run(
         lora_alpha=24.0 if finetuning == "lora" else None,
         learning_rate=3e-5,
         global_batch_size=32,
+        micro_batch_size=1,
         workers=2,
         attention="flash_attention_2",
         zero_stage=3,

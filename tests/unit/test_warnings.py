@@ -68,7 +68,7 @@ def plan(**changes) -> Plan:
         cluster_gpus=0.0,
         sources={"a": source()},
         evaluation={"a": source(records=1000, examples=1000)},
-        resolved=Resolved("float32", "lora", "lora", 16.0, 1e-4, 32, 1, "auto", 2),
+        resolved=Resolved("float32", "lora", "lora", 16.0, 1e-4, 32, 1, 1, "auto", 2),
     )
     return replace(usual, **changes)
 
