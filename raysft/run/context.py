@@ -56,6 +56,7 @@ def _begin(ready: Preflight) -> RunContext:
     manifests = (*run.prepared.train, *run.prepared.eval)
     unusable = [flat(record) for manifest in manifests for record in (*manifest.rejected, *manifest.dropped)]
     write_jsonl(directory.rejected, unusable)
+    ready.push()  # checkpoints go there by themselves, and nobody can resume from them without the config
     for line in run.plan.lines():
         terminal.line(line)
     return RunContext(run.config, directory, terminal, run.model, run.adapter, run.prepared, run.identity)

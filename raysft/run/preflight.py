@@ -76,6 +76,8 @@ class Preflight:
     """A request that nothing speaks against, with what the checks found for the next stage."""
 
     directory: RunDirectory
+    push: Callable[[], None]
+    """Returns once a run directory in an object store has the files that were written so far."""
     terminal: Terminal
     nodes: Sequence[Node]
     configs: tuple[Config, ...]
@@ -112,7 +114,7 @@ def preflight(
     predicts = verb == "generate" and config.generate.model is not None
     for run in runs:
         check_verb(run, verb)
-    with _open_directory(config, verb, terminal) as directory:
+    with _open_directory(config, verb, terminal) as (directory, push):
         changes: Changes = {}
         if predicts:
             refuse_training(directory, config)
@@ -128,7 +130,7 @@ def preflight(
                 runs = [(place or _placed)(run, nodes) for run in runs]
             for run in runs:
                 check_engines(run, nodes)
-            ready = Preflight(directory, terminal, nodes, tuple(runs))
+            ready = Preflight(directory, push, terminal, nodes, tuple(runs))
             if predicts:
                 yield replace(ready, prompts=read_prompts(config, terminal.line))
             elif trials:
@@ -157,8 +159,14 @@ def check_verb(config: Config, verb: Verb) -> None:
 
 
 @contextmanager
-def _open_directory(config: Config, verb: Verb, terminal: Terminal) -> Iterator[RunDirectory]:
-    """Open the run directory: for a check to read, else to work in, where all but a sweep work alone."""
+def _open_directory(
+    config: Config, verb: Verb, terminal: Terminal
+) -> Iterator[tuple[RunDirectory, Callable[[], None]]]:
+    """Open the run directory: for a check to read, else to work in, where all but a sweep work alone.
+
+    Yields:
+        The run directory, and ``Preflight.push``.
+    """
     if verb == "evaluate":
         check_trained(config)
     if verb == "generate" and config.generate.model is None:
@@ -166,15 +174,15 @@ def _open_directory(config: Config, verb: Verb, terminal: Terminal) -> Iterator[
     ensure_writable(config)
     if verb == "check":
         with open_read_only(config.run_place, terminal.line) as directory:
-            yield directory
+            yield directory, lambda: None
         return
     directory = RunDirectory.of(config.run_place)
     if verb == "tune":  # each trial locks its own directory
-        with synced(directory, terminal.line):
-            yield directory
+        with synced(directory, terminal.line) as push:
+            yield directory, push
         return
-    with exclusive_access(directory, terminal), synced(directory, terminal.line):
-        yield directory
+    with exclusive_access(directory, terminal), synced(directory, terminal.line) as push:
+        yield directory, push
 
 
 def check_trained(config: Config, remedy: str = "") -> None:

@@ -33,6 +33,7 @@ class Sync:
         self._local, self._remote, self._notify = directory.path, directory.remote, notify
         self._synced: dict[str, tuple[int, int]] = {}
         """By name, size and time of the local files that the run directory has too."""
+        self._pushing = threading.Lock()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -51,6 +52,10 @@ class Sync:
         Raises:
             StorageFailed: the storage refuses them or does not answer.
         """
+        with self._pushing:
+            self._push()
+
+    def _push(self) -> None:
         found = {path.name: path for path in self._local.iterdir() if path.is_file() and _is_synced(path.name)}
         for folder in FOLDERS:
             inside = (path for path in (self._local / folder).rglob("*") if path.is_file())
@@ -96,21 +101,29 @@ class Sync:
 
 
 @contextmanager
-def synced(directory: RunDirectory, notify: Callable[[str], None]) -> Iterator[None]:
+def synced(directory: RunDirectory, notify: Callable[[str], None]) -> Iterator[Callable[[], None]]:
     """Fetch the files of a remote run directory, and push them during the block and at its end.
+
+    Yields:
+        Pushes them at once, for what must be there before the run goes on; raises StorageFailed if the storage does not take them.
 
     Raises:
         RunFailed: the storage does not take them at the end.
     """
     if directory.remote is None:
-        yield
+        yield lambda: None
         return
     sync = Sync(directory, notify)
     with retry_for(notify=notify):
         sync.fetch()
     sync.start()
+
+    def push_now() -> None:
+        with retry_for(notify=notify):
+            sync.push()
+
     try:
-        yield
+        yield push_now
     except BaseException:
         sync.stop()
         with suppress(StorageFailed, OSError), retry_for(LAST_SECONDS, notify):

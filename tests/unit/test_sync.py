@@ -25,6 +25,15 @@ def run(server, tmp_path, monkeypatch) -> RunDirectory:
     server.heals()
 
 
+def test_what_must_be_there_first_does_not_wait_for_its_turn(run, monkeypatch):
+    monkeypatch.setattr(sync, "EVERY_SECONDS", 600)
+    with synced(run, print) as push:
+        run.config.write_text("run: {}")
+        assert not (run.place / "config.yaml").exists()
+        push()
+        assert (run.place / "config.yaml").read_text() == "run: {}"
+
+
 def test_files_go_there_as_they_change_and_come_from_there(run, tmp_path, monkeypatch):
     monkeypatch.setattr(sync, "EVERY_SECONDS", 0.1)
     assert run.path.is_relative_to(tmp_path / "home" / ".cache" / "raysft" / "runs")
