@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import io
 import sys
@@ -22,6 +23,8 @@ TRAINING = ("stage", "run", "model", "data", "train", "scaling")
 EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted"
 FAULTS_OF_PATHS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
 """Errors of the operating system that the user can correct; a file that raysft itself misses is a bug."""
+RUN_DIR = "run directory: a path or a URI"
+COMPARISON = "comparison.html"
 PROGRESS = "Progress goes to standard output. An error is one line on standard error that names the remedy."
 
 
@@ -97,8 +100,19 @@ def _parser() -> argparse.ArgumentParser:
     _add_config_verb(verbs, _evaluate, "evaluate the trained model")
     _add_config_verb(verbs, _generate, "generate predictions and score them")
     _add_config_verb(verbs, _tune, "sweep: one whole run for each combination of the values in tune.space")
-    _add_directory_verb(verbs, _report, "write the report, plots and model card of a run directory")
-    export = _add_directory_verb(verbs, _export, "write one Hugging Face model, with adapters merged")
+    report = _add_verb(
+        verbs,
+        _report,
+        "write the report, plots and model card of a run directory, or a page that compares several runs",
+    )
+    report.add_argument(
+        "run_dirs", nargs="+", metavar="RUN_DIR", help=f"{RUN_DIR}; of several, the first is compared with"
+    )
+    report.add_argument(
+        "--output", type=Path, metavar="FILE", help=f"page that compares several runs (default {COMPARISON})"
+    )
+    export = _add_verb(verbs, _export, "write one Hugging Face model, with adapters merged")
+    export.add_argument("run_dir", metavar="RUN_DIR", help=RUN_DIR)
     keys = _add_verb(verbs, _config, "print all config keys with defaults and documentation")
     for resumable in (run, train):
         resumable.add_argument(
@@ -142,14 +156,6 @@ def _add_config_verb(
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", default=[], help="config keys to set, such as train.epochs=2"
     )
-    return parser
-
-
-def _add_directory_verb(
-    verbs: argparse._SubParsersAction, verb: Callable[[argparse.Namespace], None], summary: str
-) -> argparse.ArgumentParser:
-    parser = _add_verb(verbs, verb, summary)
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="run directory: a path or a URI")
     return parser
 
 
@@ -225,10 +231,33 @@ def _tune(parsed: argparse.Namespace) -> None:
 
 
 def _report(parsed: argparse.Namespace) -> None:
-    from raysft.report import report
+    with contextlib.ExitStack() as stack:
+        if len(parsed.run_dirs) > 1:
+            runs = [_opened(stack, run_dir) for run_dir in parsed.run_dirs]
+            _compare(runs, parsed.output or Path(COMPARISON))
+            return
+        run_dir = parsed.run_dirs[0]
+        if parsed.output:
+            raise RequestError(
+                f"--output {parsed.output}: the report of one run is written into {run_dir}; name a second run, or remove --output"
+            )
+        from raysft.report import report
 
-    with open_read_only(_run_path(parsed.run_dir), print, back=True) as directory:
-        print(report(directory if directory.remote else RunDirectory(Path(parsed.run_dir))))
+        print(report(_opened(stack, run_dir, back=True)))
+
+
+def _opened(stack: contextlib.ExitStack, run_dir: str, back: bool = False) -> RunDirectory:
+    directory = stack.enter_context(open_read_only(_run_path(run_dir), print, back))
+    return directory if directory.remote else RunDirectory(Path(run_dir))
+
+
+def _compare(runs: list[RunDirectory], output: Path) -> None:
+    if output.is_dir():
+        raise RequestError(f"--output {output}: a folder; name a file, for example {output / COMPARISON}")
+    from raysft.generate.metrics.paired import paired_intervals
+    from raysft.report.runs_page import compare_runs
+
+    print(compare_runs(runs, output, paired_intervals))
 
 
 def _export(parsed: argparse.Namespace) -> None:

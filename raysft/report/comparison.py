@@ -161,7 +161,7 @@ def _order(key: tuple[str, str]) -> tuple[str, int, str]:
 def _comparison(after: dict[str, Any], before: dict[str, Any]) -> Comparison:
     better = after.get("higher_is_better")
     return Comparison(
-        metric=visible(_metric_name(str(after["metric"]))),
+        metric=visible(metric_name(str(after["metric"]))),
         before=_number(before.get("value")),
         after=float(after["value"]),
         before_interval=_interval(before),
@@ -177,10 +177,10 @@ def _interval(row: dict[str, Any]) -> tuple[float, float] | None:
     return None if low is None or high is None else (low, high)
 
 
-def _metric_name(metric: str) -> str:
+def metric_name(metric: str) -> str:
     """Name of a metric as people write it. ``rouge1`` and the like stay as ``rouge_score`` writes them.
 
-    >>> _metric_name("rouge-l"), _metric_name("bleu"), _metric_name("exact_match")
+    >>> metric_name("rouge-l"), metric_name("bleu"), metric_name("exact_match")
     ('ROUGE-L', 'BLEU', 'exact match')
     """
     if re.fullmatch(r"(rouge|bleu)-\w+|bleu", metric):

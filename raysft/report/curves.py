@@ -30,6 +30,10 @@ class Line:
     """Index of one of the page's colors."""
     noisy: bool = False
     """Draw the values light and a smoothed curve bold."""
+    raw: bool = True
+    """Draw the values of a noisy line, too, not only its smoothed curve."""
+    style: str = ""
+    """CSS classes of the curve. A ``thin`` one has no dots."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Chart:
     from_zero: bool = False
     width: int = 440
     height: int = 240
+    tooltips: bool = True
 
 
 def thin(steps: np.ndarray, values: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray]:
@@ -118,7 +123,7 @@ class Drawing:
         parts = [self._axes()]
         for index in range(len(self.lines)):
             parts.append(self._line(index))
-        parts += [self._beyond(), self._missing(), self._tooltips()]
+        parts += [self._beyond(), self._missing(), *([self._tooltips()] if chart.tooltips else [])]
         return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
             chart.width, chart.height, chart.title, Markup("").join(parts)
         )
@@ -184,10 +189,15 @@ class Drawing:
 
     def _line(self, index: int) -> Markup:
         line, steps, values = self.lines[index]
-        color, few = f"c{line.color % 6}", len(steps) <= MAX_DOTS
+        color = f"c{line.color % 6}"
+        if line.noisy and not line.raw:
+            return self._curve(line, *self.smoothed[index])
+        few = len(steps) <= MAX_DOTS and "thin" not in line.style
         x, y = thin(steps, values, self.columns)
-        raw = Markup('<path class="{}" d="{}"/>').format(
-            f"raw {color}" if line.noisy else f"line {color}", self._path(x, y)
+        raw = (
+            Markup('<path class="raw {}" d="{}"/>').format(color, self._path(x, y))
+            if line.noisy
+            else self._curve(line, x, y)
         )
         dots = (
             Markup("").join(
@@ -202,7 +212,11 @@ class Drawing:
         )
         if index not in self.smoothed:
             return raw + dots
-        return raw + dots + Markup('<path class="line {}" d="{}"/>').format(color, self._path(*self.smoothed[index]))
+        return raw + dots + self._curve(line, *self.smoothed[index])
+
+    def _curve(self, line: Line, x: np.ndarray, y: np.ndarray) -> Markup:
+        classes = f"line c{line.color % 6} {line.style}".rstrip()
+        return Markup('<path class="{}" d="{}"/>').format(classes, self._path(x, y))
 
     def _path(self, x: np.ndarray, y: np.ndarray) -> str:
         points = [f"{self._x(step):.1f} {self._y(value):.1f}" for step, value in zip(x, y, strict=True)]

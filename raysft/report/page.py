@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 
 from raysft.report.card import adapter_name, versions
@@ -16,6 +13,7 @@ from raysft.report.charts import loss_charts, small_charts
 from raysft.report.comparison import Comparison, compare, unfinished
 from raysft.report.headline import headline, interval_text
 from raysft.report.histograms import histograms
+from raysft.report.html import template
 from raysft.report.predictions import read_predictions
 from raysft.report.read_run import RunLog, finite, read_lines
 from raysft.report.run_facts import generation_facts, plan_facts, training_facts
@@ -39,10 +37,10 @@ def write_page(log: RunLog, warnings: Sequence[str] = ()) -> None:
     """
     rows, predictions = compare(log), read_predictions(log)
     rejected, rejection_reasons = reasons(log)
-    text = _template().render(
+    text = template("page").render(
         name=log.name,
         subtitle=_subtitle(log),
-        progress=_progress(log),
+        progress=progress(log),
         figures=headline(log),
         warnings=[visible(masked(line)) for line in warnings],
         unfinished=unfinished(log),
@@ -76,19 +74,6 @@ def write_page(log: RunLog, warnings: Sequence[str] = ()) -> None:
     write_atomically(log.directory.page, text)
 
 
-@cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {"percent": lambda value: f"{100 * value:.0f}%"}
-    return environment.get_template("page.html.jinja")
-
-
 def _subtitle(log: RunLog) -> str:
     """Model, stage and method on one line."""
     if log.other_model:
@@ -104,7 +89,7 @@ def _subtitle(log: RunLog) -> str:
     return visible(f"{masked(log.option('model.path', '?'))} · {stage} · {method}")
 
 
-def _progress(log: RunLog) -> str:
+def progress(log: RunLog) -> str:
     """How far the training is; empty once it has finished."""
     if log.other_model:
         return ""

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,40 +111,58 @@ def series(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[flo
     return [step for step, value in points if value is not None], [value for _, value in points if value is not None]
 
 
-def read_run(run: RunDirectory) -> RunLog:
+def read_run(run: RunDirectory, problems: list[str] | None = None) -> RunLog:
     """Read a run directory.
+
+    Args:
+        run: the directory.
+        problems: if given, corrupt files are left out, and receives a line for each of them.
 
     Raises:
         RequestError: the folder is not a run directory.
-        RunFailed: one of its files is corrupt.
+        RunFailed: one of its files is corrupt, and ``problems`` is not given.
     """
     if not run.config.is_file():
         fact = "not a run directory (no config.yaml)" if run.path.is_dir() else "no such folder"
         raise RequestError(f"{run.remote or run.path}: {fact}; pass the folder {{run.storage}}/{{run.name}} of a run")
+
+    def readable(read: Callable[[Path], Any], path: Path, otherwise: Any) -> Any:
+        try:
+            return read(path)
+        except RunFailed as error:
+            if problems is None:
+                raise
+            problems.append(str(error))
+            return otherwise
+
+    steps, evaluations = readable(_read_log, run.trainer_log, ({}, {}))
+    return RunLog(
+        directory=run,
+        config=readable(_read_config, run.config, {}),
+        steps=[steps[step] for step in sorted(steps)],
+        evaluations=[evaluations[step] for step in sorted(evaluations)],
+        plan=readable(_read_object, run.plan, {}),
+        trained=readable(_read_object, run.results("train"), {}),
+        evaluated=readable(_read_object, run.results("eval"), {}),
+        metrics=readable(lambda path: list(read_lines(path)), run.metrics, []),
+    )
+
+
+def _read_log(path: Path) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, Any]]]:
+    """Read ``trainer_log.jsonl`` as records of steps and records of evaluations, each by step."""
     steps: dict[int, dict[str, Any]] = {}
     evaluations: dict[int, dict[str, Any]] = {}
-    for number, record in enumerate(read_lines(run.trainer_log), start=1):
+    for number, record in enumerate(read_lines(path), start=1):
         step = record.get("current_steps")
         if not isinstance(step, int):
-            raise RunFailed(
-                f"{run.trainer_log}:{number}: current_steps must be an integer, but is {step!r}; {_remedy('line')}"
-            )
+            raise RunFailed(f"{path}:{number}: current_steps must be an integer, but is {step!r}; {_remedy('line')}")
         # A resumed run repeats the steps after its checkpoint. The last record belongs to the weights that were kept.
         if "loss" in record:
             # json.loads makes new keys for each line: a third of the memory for 100,000 steps.
             steps[step] = {sys.intern(key): value for key, value in record.items()}
         if any(key.startswith("eval_") for key in record):
             evaluations[step] = record
-    return RunLog(
-        directory=run,
-        config=_read_config(run.config),
-        steps=[steps[step] for step in sorted(steps)],
-        evaluations=[evaluations[step] for step in sorted(evaluations)],
-        plan=_read_object(run.plan),
-        trained=_read_object(run.results("train")),
-        evaluated=_read_object(run.results("eval")),
-        metrics=list(read_lines(run.metrics)),
-    )
+    return steps, evaluations
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -243,7 +243,7 @@ def test_show_needs_at_least_one_row(config, capsys):
         (["check"], "raysft check: error: the following arguments are required: CONFIG\n"),
         (["rnu", "c.yaml"], "raysft: error: argument VERB: invalid choice: 'rnu' (choose from "),
         (["run", "c.yaml", "--fast"], "raysft: error: unrecognized arguments: --fast"),
-        (["report", "runs/a", "train.epochs=2"], "raysft: error: unrecognized arguments: train.epochs=2"),
+        (["export", "a", "train.epochs=2", "--output", "b"], "raysft: error: unrecognized arguments: train.epochs=2"),
         (["export", "runs/a"], "raysft export: error: the following arguments are required: --output"),
     ],
 )

@@ -29,9 +29,9 @@ HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 
 class Page(HTMLParser):
     """The elements and texts of a page; every one that is opened is closed, in order."""
 
-    def __init__(self, run: RunDirectory) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__()
-        self.html = run.page.read_text(encoding="utf-8")
+        self.html = path.read_text(encoding="utf-8")
         self.tags: list[tuple[str, dict[str, Any]]] = []
         self.texts: list[str] = []
         self._open: list[str] = []
@@ -58,7 +58,19 @@ class Page(HTMLParser):
 
 def page(run: RunDirectory) -> Page:
     report(run)
-    return Page(run)
+    return Page(run.page)
+
+
+def assert_nothing_from_elsewhere(rendered: Page) -> None:
+    assert not {tag for tag, _ in rendered.tags} & {"script", "link", "img", "iframe", "object", "base", "form"}
+    for _, attrs in rendered.tags:
+        for name, value in attrs.items():
+            assert not name.startswith("on")
+            assert not re.search(r"//|javascript:|data:", value or "") or name == "content"
+    style = rendered.html[rendered.html.index("<style>") : rendered.html.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+    assert "default-src 'none'" in rendered.html
 
 
 def many_predictions(run: RunDirectory, count: int, length: int = 30) -> None:
@@ -121,16 +133,7 @@ def test_the_page_holds_what_a_run_came_to(tmp_path: Path):
 def test_nothing_of_the_page_comes_from_elsewhere(tmp_path: Path):
     run = make_run(tmp_path)
     add_predictions(run)
-    rendered = page(run)
-    assert not {tag for tag, _ in rendered.tags} & {"script", "link", "img", "iframe", "object", "base", "form"}
-    for _, attrs in rendered.tags:
-        for name, value in attrs.items():
-            assert not name.startswith("on")
-            assert not re.search(r"//|javascript:|data:", value or "") or name == "content"
-    style = rendered.html[rendered.html.index("<style>") : rendered.html.index("</style>")]
-    assert "url(" not in style
-    assert "@import" not in style
-    assert "default-src 'none'" in rendered.html
+    assert_nothing_from_elsewhere(page(run))
 
 
 def test_whatever_a_file_of_the_run_holds_stays_text(tmp_path: Path):
