@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     train = _add_config_verb(verbs, _train, "train and evaluate")
     _add_config_verb(verbs, _evaluate, "evaluate the trained model")
     _add_config_verb(verbs, _generate, "generate predictions and score them")
-    _add_config_verb(verbs, _tune, "sweep: one whole run for each combination of the values in tune.space")
+    _add_config_verb(verbs, _tune, "sweep: try the values of tune.space, each in a whole run")
     report = _add_verb(
         verbs,
         _report,

@@ -2,21 +2,91 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from raysft.config.section import Positive, Section
+from raysft.config.section import Count, Positive, Section
+
+RANGES = ("uniform", "loguniform", "quniform", "randint", "lograndint")
+"""Kinds of ranges in ``tune.space``."""
+_FORMS = (
+    f"use a list of values, {{choice: [...]}}, or a range, one of {', '.join(RANGES)}, for example {{uniform: [0, 1]}}"
+)
+
+
+def _known_values(given: Any) -> Any:
+    """Return the values of a key in ``tune.space``, with the bounds of a range as numbers; raise ValueError if they make no set."""
+    if isinstance(given, list):
+        if not given:
+            raise ValueError("must not be empty")
+        return given
+    if not isinstance(given, dict) or len(given) != 1 or next(iter(given)) not in ("choice", *RANGES):
+        raise ValueError(f"is no set of values; {_FORMS}")
+    ((kind, values),) = given.items()
+    shown = f"{{{kind}: {values}}}"
+    if kind == "choice":
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"{shown} offers no value; give a list of values")
+        return given
+    bounds = _numbers(values)
+    wanted = "[low, high, q]" if kind == "quniform" else "[low, high]"
+    if bounds is None or len(bounds) != wanted.count(",") + 1:
+        raise ValueError(f"{shown} is not made of numbers {wanted}; correct it")
+    low, high = bounds[:2]
+    if low >= high:
+        raise ValueError(f"{shown} is empty, as {low:g} is not below {high:g}; give [low, high] in this order")
+    if kind.startswith("log") and low <= 0:
+        raise ValueError(f"{shown} has no logarithm at {low:g}; use a lower bound above 0")
+    if kind.endswith("randint"):
+        if not all(bound == int(bound) for bound in bounds):
+            raise ValueError(f"{shown} is not made of whole numbers; use some, or {kind.replace('randint', 'uniform')}")
+        bounds = [int(bound) for bound in bounds]
+    if kind == "quniform" and not 0 < bounds[2] <= high - low:
+        raise ValueError(f"{shown} has no step q above 0 that fits between its bounds; correct it")
+    return {kind: bounds}
+
+
+def _numbers(values: Any) -> list[Any] | None:
+    """Return numbers, also those that YAML reads as text (1e-5); None if something else is among them."""
+    if not isinstance(values, list) or any(isinstance(value, bool) for value in values):
+        return None
+    try:
+        numbers = [value if isinstance(value, int) else float(value) for value in values]
+    except (TypeError, ValueError):
+        return None
+    return numbers if all(map(math.isfinite, numbers)) else None
+
+
+Mode = Literal["min", "max"]
 
 
 class TuneSection(Section):
     """The sweep of raysft tune."""
 
-    space: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
-    """Config key → list of values to try, for example ``{train.learning_rate: [1.0e-4, 2.0e-4]}``. Each combination is a trial."""
-    metric: str = "eval_loss"
-    """Result that trials are compared by: a key of ``all_results.json``."""
-    mode: Literal["min", "max"] = "min"
-    """``min``: the lowest value is best; ``max``: the highest."""
+    space: dict[str, Annotated[Any, AfterValidator(_known_values)]] = {}
+    """Config key → values to try; keys inside lists have indices (``data.train.0.weight``). A list, or ``{choice: [...]}``, names
+    the values. A range is ``{uniform: [low, high]}``, ``{loguniform: [low, high]}`` (equally likely in each order of magnitude),
+    ``{quniform: [low, high, q]}`` (low, low + q, low + 2q, … up to high), ``{randint: [low, high]}`` or ``{lograndint: [low,
+    high]}`` (whole numbers, both ends included). For example ``{train.learning_rate: {loguniform: [1.0e-5, 1.0e-3]}}``."""
+    search: Literal["grid", "random", "optuna"] = "grid"
+    """``grid``: every combination of lists; ``random``: independent draws; ``optuna``: draws near the best so far, by a
+    tree-structured Parzen estimator (Bergstra et al. 2011; ``pip install 'raysft[tune]'``)."""
+    num_samples: Positive | None = None
+    """Number of configurations that ``random`` and ``optuna`` try, each a different one. A grid has its own number."""
+    seed: Count = 0
+    """Seed of the search, so that a sweep that is started again draws the same configurations."""
+    metric: str | Annotated[list[str], Field(min_length=1)] = "eval_loss"
+    """Result that trials are compared by: a key of ``all_results.json``. With a list, the sweep records the Pareto front (the
+    configurations that no other one beats in all metrics), and ``best.yaml`` is the one of the front with the best first metric."""
+    mode: Mode | Annotated[list[Mode], Field(min_length=1)] = "min"
+    """``min``: the lowest value is best; ``max``: the highest. One for all metrics, or a list with one for each."""
+    repeats: Positive = 1
+    """Number of trials of each configuration, with the seeds ``run.seed``, ``run.seed`` + 1 and so on. Configurations are ranked
+    by the mean, and the sweep says when the best two cannot be told apart (Welch's t-test at 5 %, from 2 repeats)."""
     max_concurrent: Positive | None = None
     """Maximum number of trials that run at the same time. Default: as many as the cluster can place."""
+    max_failures: Count = 0
+    """How often a trial that failed starts again within the sweep, from its newest checkpoint; ``train.max_failures`` restarts
+    the workers of a training before that. A trial that still fails does not end the sweep."""

@@ -1,4 +1,4 @@
-"""Sweeps: whole runs over a grid of config values, through Ray Tune."""
+"""Sweeps: whole runs with different config values, through Ray Tune."""
 
 from raysft.tune.sweep import tune
 

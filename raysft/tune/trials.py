@@ -1,12 +1,13 @@
-"""Trials of a grid: their configs, and the resources that each of them takes."""
+"""Trials of a sweep: their configs, and the resources that each of them takes."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import json
+import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,16 +15,19 @@ from raysft.cluster.placement import TASK_CPUS, Node, total
 from raysft.config import Config, with_overrides
 from raysft.errors import RequestError
 from raysft.telemetry.events import Evaluation, evaluation_results
+from raysft.tune.space import Dimension, dimensions
 
 TRIAL_CPUS = 0.1
 """CPUs that the process of a trial reserves. It only drives; workers, data tasks and engines reserve their own."""
-RESERVED = ("run.name", "run.storage", "data.cache", "scaling.address", "tune")
-"""Keys that the sweep sets itself."""
+DRAWS = 1000
+"""Draws per configuration that are given to a random search to find different ones."""
+PROBES = 64
+"""Combinations of other values that are tried beside a value before it is refused."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One combination of ``tune.space``."""
+    """One configuration of ``tune.space`` with one seed."""
 
     name: str
     """Name of its run directory in ``trials/``. It follows from the values, so a restarted sweep finds its trials."""
@@ -31,50 +35,123 @@ class Trial:
     """Value by dotted key."""
     config: Config
     """Config of the whole run."""
+    configuration: str
+    """Name of the trial with the same values and the sweep's own seed: equal for repeats."""
 
     def __str__(self) -> str:
-        return ", ".join(f"{key}={value}" for key, value in self.values.items())
+        seed = f", seed {self.config.run.seed}" if self.name != self.configuration else ""
+        return described(self.values) + seed
+
+
+def described(values: Mapping[str, Any]) -> str:
+    """Show values in one line.
+
+    >>> described({"train.learning_rate": 0.00012345678, "model.lora.rank": 8})
+    'train.learning_rate=0.00012346, model.lora.rank=8'
+    """
+    return ", ".join(f"{key}={_shown(value)}" for key, value in values.items())
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) and len(str(value)) > 8 else str(value)
 
 
 def combinations(config: Config) -> list[Trial]:
-    """Return all trials of the grid, each with a valid config.
+    """Return the first trial of every configuration of a grid or a random search, each with a valid config.
 
     Raises:
-        RequestError: a key is unknown or cannot vary, or a value is wrong.
+        RequestError: a key is unknown or cannot vary, a value is wrong, or the space has too few configurations.
     """
-    space = config.tune.space
-    if not space:
-        raise RequestError(
-            "tune.space is empty; give keys and values to try, for example {train.learning_rate: [1.0e-4, 3.0e-4]}"
-        )
-    for key in space:
-        if key in RESERVED or key.partition(".")[0] in RESERVED:
-            raise RequestError(f"tune.space: {key} is the same for all trials; remove it from tune.space")
+    space = dimensions(config)
+    if config.tune.search == "random":
+        return _draws(config, space)
     trials: dict[str, Trial] = {}
-    for values in itertools.product(*space.values()):
-        trial = _trial(config, dict(zip(space, values, strict=True)))
+    for values in itertools.product(*(dimension.values for dimension in space)):
+        trial = make_trial(config, dict(zip(config.tune.space, values, strict=True)))
         if trial.name in trials:
             raise RequestError(f"tune.space has {trial} twice; keep one")
         trials[trial.name] = trial
     return list(trials.values())
 
 
-def _trial(config: Config, values: dict[str, Any]) -> Trial:
+def _draws(config: Config, space: Sequence[Dimension]) -> list[Trial]:
+    """Draw different configurations. A larger number begins with those of a smaller one."""
+    probes(config, space)  # a value that is drawn rarely would be found late
+    numbers, wanted = random.Random(config.tune.seed), config.tune.num_samples or 0
+    trials: dict[str, Trial] = {}
+    for _ in range(DRAWS * wanted):
+        trial = make_trial(config, {dimension.key: dimension.draw(numbers) for dimension in space})
+        trials.setdefault(trial.name, trial)
+        if len(trials) == wanted:
+            return list(trials.values())
+    raise RequestError(
+        f"tune.num_samples={wanted}, but {DRAWS * wanted} draws from tune.space gave {len(trials)} different configurations; "
+        "lower it, or add values"
+    )
+
+
+def probes(config: Config, space: Sequence[Dimension]) -> dict[str, list[Trial]]:
+    """Find a valid config for every choice and for the ends of every range.
+
+    Where settings depend on each other, a value may need others than the first ones beside it.
+
+    Returns:
+        Trials by key, in the order of ``Dimension.probes``.
+
+    Raises:
+        RequestError: a value makes no valid config, whatever of the others is beside it.
+    """
+    return {dimension.key: [_probe(config, space, dimension, one) for one in dimension.probes()] for dimension in space}
+
+
+def _probe(config: Config, space: Sequence[Dimension], dimension: Dimension, value: Any) -> Trial:
+    beside = itertools.product(*([value] if other is dimension else other.probes() for other in space))
+    refusal: RequestError | None = None
+    for values in itertools.islice(beside, PROBES):
+        try:
+            return make_trial(config, dict(zip((other.key for other in space), values, strict=True)))
+        except RequestError as error:
+            refusal = refusal or error
+    assert refusal is not None
+    raise refusal
+
+
+def make_trial(config: Config, values: Mapping[str, Any], repeat: int = 0) -> Trial:
+    """Make a trial of some values.
+
+    Args:
+        config: the sweep's config.
+        values: value by dotted key.
+        repeat: number of the repeat, which adds to the seed.
+
+    Raises:
+        RequestError: they make no valid config.
+    """
     fixed = {
         "run.storage": (config.run_place / "trials").location,
         "data.cache": config.cache_directory.location,
-        "tune.space": {},
+        "tune": {},
     }
     try:
         whole = with_overrides(config, {**values, **fixed})
     except RequestError as error:
-        raise RequestError(f"tune.space: {str(error).removeprefix('override: ')}") from None
+        reason = str(error).removeprefix("an override: ").removeprefix("override: ")
+        raise RequestError(f"tune.space: {reason}") from None
     # As the config parses them: YAML reads 1e-5 as text.
     values = {key: _value(whole.model_dump(mode="json"), key) for key in values}
-    text = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in values.items())
+    text = "-".join(f"{key.rpartition('.')[2]}-{_shown(value)}" for key, value in values.items())
     readable = re.sub(r"[^A-Za-z0-9._]+", "-", text)[:80].strip("-._")
     name = f"{readable}-{hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]}"
-    return Trial(name, values, with_overrides(whole, {"run.name": name}))
+    if not repeat:
+        return Trial(name, values, with_overrides(whole, {"run.name": name}), name)
+    seed = whole.run.seed + repeat
+    repeated = f"{name}-seed{seed}"
+    return Trial(repeated, values, with_overrides(whole, {"run.name": repeated, "run.seed": seed}), name)
+
+
+def repeats(config: Config, first: Trial) -> list[Trial]:
+    """Return the trials of a configuration, one for each seed; the first one keeps its name when ``tune.repeats`` is raised."""
+    return [first, *(make_trial(config, first.values, repeat) for repeat in range(1, config.tune.repeats))]
 
 
 def _value(dumped: Any, key: str) -> Any:

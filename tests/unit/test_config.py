@@ -125,7 +125,7 @@ def test_an_error_in_the_file_is_not_blamed_on_an_override_beside_it(write):
             "train:\n  max_examples: 8\n",
             "c.yaml:9: unknown key train.max_examples; did you mean data.train[].max_examples or generate.max_examples?",
         ),
-        ("tune:\n  xyz: 1\n", "c.yaml:9: unknown key tune.xyz … known keys: space, metric, mode, max_concurrent"),
+        ("tune:\n  xyz: 1\n", "c.yaml:9: unknown key tune.xyz … known keys: space, search, num_samples"),
         (
             "1: 2\n",
             "c.yaml:8: unknown key 1 … known keys: stage, run, model, data, train, scaling, generate, tune",

@@ -1,0 +1,133 @@
+"""What happens to trials: a line on the terminal and a line in the record for each event, and the end of a hopeless sweep."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import ray.tune
+import ray.tune.stopper
+from ray.tune.result import AUTO_RESULT_KEYS
+
+from raysft.config import Config
+from raysft.errors import RequestError, RunFailed, one_line
+from raysft.telemetry.terminal import Terminal
+from raysft.tune.ranking import Objectives
+from raysft.tune.record import Record, TrialRecord, numbers
+from raysft.tune.trials import described
+
+OTHERS = frozenset(AUTO_RESULT_KEYS) | {"step", "current_steps"}
+"""Numbers in a trial's results that are no results of its run."""
+
+
+class Recorder(ray.tune.Callback):
+    """Records and prints what becomes of each trial. Tune pickles it, so it keeps no terminal."""
+
+    def __init__(self, objectives: Objectives, record: Record) -> None:
+        self._objectives, self._record = objectives, record
+        self._last: dict[str, TrialRecord] = {}
+
+    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """A trial starts, for the first time or again."""
+        given = trial.config
+        started = TrialRecord(
+            trial=given["trial"],
+            number=given["number"],
+            configuration=given["configuration"],
+            values=json.loads(given["values"]),
+            seed=json.loads(given["config"])["run"]["seed"],
+            started=round(time.time(), 3),
+        )
+        self._last[started.trial] = self._record.append(started)
+        Terminal().line(f"started: {_shown(started)}")
+
+    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
+        """A trial reports an evaluation, or the results of its whole run."""
+        ended = {"state": "done", "ended": round(time.time(), 3)} if is_final(result) else {}
+        self._update(trial, result, **ended)
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """A trial has ended by itself, or was ended by a scheduler."""
+        ended = self._last[trial.config["trial"]]
+        if ended.state != "done":
+            ended = self._update(trial, {}, state="stopped", ended=round(time.time(), 3))
+        results = [(metric, ended.metrics[metric]) for metric in self._objectives.metrics if metric in ended.metrics]
+        if results:
+            found = ", ".join(f"{metric} {_number(value)}" for metric, value in results)
+            Terminal().line(f"{ended.state}: {_shown(ended)} | {found}")
+
+    def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """A trial has failed, and starts again."""
+        failed = self._update(trial, {}, reason=str(_error(trial)))
+        Terminal().line(f"failed, and starts again: {_shown(failed)} | {failed.reason}")
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """A trial has failed for good."""
+        failed = self._update(trial, {}, state="failed", reason=str(_error(trial)), ended=round(time.time(), 3))
+        Terminal().line(f"failed: {_shown(failed)} | {failed.reason}")
+
+    def _update(self, trial: Any, result: Any, **changes: Any) -> TrialRecord:
+        """Record a trial's latest results and other changes."""
+        last = self._last[trial.config["trial"]]
+        if found := numbers(result, OTHERS):
+            step = result.get("step", result.get("current_steps", result.get("total_steps")))
+            changes |= {"metrics": {**last.metrics, **found}, "step": step}
+        self._last[last.trial] = self._record.update(last, **changes)
+        return self._last[last.trial]
+
+
+class WithoutMetric(ray.tune.stopper.Stopper):
+    """Stops the sweep after the first trial without a metric: no other trial would have it."""
+
+    def __init__(self, objectives: Objectives) -> None:
+        self._metrics, self._found = objectives.metrics, False
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Look at a trial's results; no trial is stopped by itself."""
+        self._found = self._found or (is_final(result) and any(metric not in result for metric in self._metrics))
+        return False
+
+    def stop_all(self) -> bool:
+        """Return True if a trial ended without a metric."""
+        return self._found
+
+
+def recorder(config: Config, record: Record) -> Recorder:
+    """Return the callback that records a sweep."""
+    return Recorder(Objectives.of(config.tune), record)
+
+
+def stopper(config: Config) -> WithoutMetric:
+    """Return what ends a sweep whose trials lack a metric."""
+    return WithoutMetric(Objectives.of(config.tune))
+
+
+def is_final(result: Any) -> bool:
+    """True if a trial's results are those of its whole run."""
+    return "run_name" in result
+
+
+def reason_of(error: Any) -> Exception:
+    """Return the error that a trial failed with, as one of ours with a one-line message."""
+    while getattr(error, "cause", None) is not None:
+        error = error.cause
+    if isinstance(error, RequestError | RunFailed):
+        return error
+    if isinstance(error, str):
+        # If Tune has no error object, it gives the text of the traceback, which ends with the error.
+        return RunFailed(one_line(error.strip().rpartition("\n")[2]))
+    return RunFailed(f"{type(error).__name__}: {one_line(error)}")
+
+
+def _error(trial: Any) -> Exception:
+    return reason_of(trial.get_pickled_error() or trial.get_error())
+
+
+def _shown(record: TrialRecord) -> str:
+    seed = f", seed {record.seed}" if record.trial != record.configuration else ""
+    return described(record.values) + seed
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
