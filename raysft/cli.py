@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     report = _add_verb(
         verbs,
         _report,
-        "write the report, plots and model card of a run directory, or a page that compares several runs",
+        "write the report, plots and model card of a run directory, the page of a sweep, or a page that compares several runs",
     )
     report.add_argument(
         "run_dirs", nargs="+", metavar="RUN_DIR", help=f"{RUN_DIR}; of several, the first is compared with"

@@ -7,19 +7,21 @@ from raysft.report.page import write_page
 from raysft.report.plots import draw
 from raysft.report.read_run import read_run
 from raysft.report.summary import summary
+from raysft.report.sweep import TRIALS
+from raysft.report.sweep_page import report_sweep, write_sweep_page
 from raysft.report.trainer_state import trainer_state
 from raysft.report.warnings import warnings
 from raysft.storage.json_files import write_atomically, write_json
 from raysft.storage.run_directory import RunDirectory
 
-__all__ = ["report"]
+__all__ = ["report", "write_sweep_page"]
 
 
 def report(run: RunDirectory) -> str:
     """Write ``trainer_state.json``, the plots, the model card and ``report.html`` into a run directory.
 
     It reads nothing but the directory, and may be repeated at any time, also while the run is in progress. A run that only
-    generates with another model gets no model card.
+    generates with another model gets no model card. The run directory of a sweep gets ``sweep.html`` alone.
 
     Returns:
         The summary for the terminal: results before and after training, warnings, samples and files. It is colored if
@@ -29,6 +31,8 @@ def report(run: RunDirectory) -> str:
         RequestError: ``run.path`` is not a run directory.
         RunFailed: a file of the run is corrupt; the message names it and the line.
     """
+    if (run.path / TRIALS).exists():
+        return report_sweep(run)
     log = read_run(run)
     if log.steps or log.evaluations:
         write_json(run.trainer_state, trainer_state(log))

@@ -48,6 +48,8 @@ class Chart:
     width: int = 440
     height: int = 240
     tooltips: bool = True
+    highest: float | None = None
+    """Cut the axis off above this value."""
 
 
 def thin(steps: np.ndarray, values: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray]:
@@ -164,6 +166,7 @@ class Drawing:
             usual = float(self.smoothed[index][1].max()) if index in self.smoothed else 0.0
             highs.append(1.5 * usual if 0 < 3 * usual < highest else highest)
         low, high = min(lows, default=0.0), max(highs, default=1.0)
+        high = max(low, min(high, self.chart.highest)) if self.chart.highest is not None else high
         span = (high - low) or abs(high) or 1.0
         return low if self.chart.from_zero and low >= 0 else low - 0.06 * span, high + 0.06 * span
 

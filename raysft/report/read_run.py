@@ -141,9 +141,9 @@ def read_run(run: RunDirectory, problems: list[str] | None = None) -> RunLog:
         config=readable(_read_config, run.config, {}),
         steps=[steps[step] for step in sorted(steps)],
         evaluations=[evaluations[step] for step in sorted(evaluations)],
-        plan=readable(_read_object, run.plan, {}),
-        trained=readable(_read_object, run.results("train"), {}),
-        evaluated=readable(_read_object, run.results("eval"), {}),
+        plan=readable(read_object, run.plan, {}),
+        trained=readable(read_object, run.results("train"), {}),
+        evaluated=readable(read_object, run.results("eval"), {}),
         metrics=readable(lambda path: list(read_lines(path)), run.metrics, []),
     )
 
@@ -183,8 +183,22 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
         raise RunFailed(f"{path}:{_undecodable_line(path)}: invalid UTF-8; {_remedy('line')}") from None
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object; empty if the file does not exist."""
+def read_evaluations(run: RunDirectory) -> list[dict[str, Any]]:
+    """Evaluation records of a run in the order of their steps; empty if it has no log.
+
+    Raises:
+        RunFailed: the log is corrupt.
+    """
+    _, evaluations = _read_log(run.trainer_log)
+    return [evaluations[step] for step in sorted(evaluations)]
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object; empty if the file does not exist.
+
+    Raises:
+        RunFailed: the file holds something else.
+    """
     if not path.exists():
         return {}
     try:

@@ -73,6 +73,8 @@ def write_results(
     }
     if len(objectives.metrics) > 1:
         results["front"] = [one.configuration for one in ranking if one.on_front]
+    elif len(ranking) > 1 and all(len(one.trials) > 1 for one in ranking[:2]):
+        results["told_apart"] = not indistinguishable(ranking[0], ranking[1])
     write_json(directory / "tune_results.json", results)
     write_atomically(directory / "trials.csv", _table(records))
 

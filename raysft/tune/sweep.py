@@ -17,6 +17,7 @@ from raysft.run.pipeline import run
 from raysft.run.preflight import Preflight, preflight
 from raysft.run.resources import check_resources
 from raysft.storage.json_files import write_atomically
+from raysft.storage.run_directory import RunDirectory
 from raysft.telemetry.terminal import Terminal
 from raysft.tune.optuna_study import OptunaStudy, check_installed, restored
 from raysft.tune.ranking import Objectives
@@ -198,6 +199,8 @@ def _conclude(
     terminal: Terminal,
 ) -> Config:
     """Write the results, then raise if trials failed or lack the metric; ``errors`` is None if the search was interrupted."""
+    from raysft.report import write_sweep_page
+
     trials = [trial for first in source.trials for trial in repeats(config, first)]
     records = expected(record.read(), trials)
     check_recorded(config, records)
@@ -210,6 +213,7 @@ def _conclude(
         raise first_error or RunFailed(f"no trial gave a finite {config.tune.metric}")
     best = write_best(config.run_directory, config, ranking[0])
     print_ranking(config, ranking, terminal)
+    terminal.line(f"page: {config.run_place / write_sweep_page(RunDirectory.of(config.run_place)).name}")
     if errors:
         raise RunFailed(
             f"{len(errors)} of {len(trials)} trials failed ({first_error}); best.yaml is the best of the others; start the same "

@@ -62,6 +62,7 @@ def test_the_best_config_holds_the_better_rate(sweep):
     losses = {trial["config"]["train.learning_rate"]: trial["eval_loss"] for trial in results["trials"]}
     assert set(losses) == set(RATES)
     best = load(sweep / "best.yaml")
+    assert "best eval_loss" in (sweep / "sweep.html").read_text()
     assert best.train.learning_rate == min(RATES, key=losses.__getitem__) == 1e-2
     assert losses[1e-2] < losses[1e-5] - 0.1
     assert best.run.name == "sweep-best"
@@ -103,7 +104,7 @@ def test_a_sweep_started_again_runs_only_what_is_missing(sweep, folder, capsys):
     assert shown.err == ""
     words = [line.split()[0] for line in shown.out.splitlines()]
     assert [word for word in words if word != "warning:"] == (
-        ["train", "eval", "turns:", "rows:", "steps:", "resources:", "tune:", "eval_loss", "eval_loss", "best"]
+        ["train", "eval", "turns:", "rows:", "steps:", "resources:", "tune:", "eval_loss", "eval_loss", "best", "page:"]
     )
 
 

@@ -17,8 +17,10 @@ from raysft.report.run_differences import differences
 from raysft.report.run_metrics import metric_tables
 from raysft.report.runs import read_runs
 from raysft.storage.json_files import write_jsonl
+from raysft.storage.path import StoragePath
 from raysft.storage.run_directory import RunDirectory
 from tests.messages import holds
+from tests.objects import s3_server
 from tests.unit.test_report import make_run
 from tests.unit.test_report_page import HOSTILE, Page, assert_nothing_from_elsewhere
 
@@ -229,3 +231,21 @@ def test_wrong_requests_are_one_line_and_exit_code_2(tmp_path: Path, capsys, arg
 def _made(folder: Path) -> Path:
     folder.mkdir()
     return folder
+
+
+def test_runs_in_an_object_store_are_compared_with_local_ones(tmp_path: Path, capsys):
+    local, remote = named_run(tmp_path, "local", steps=20), named_run(tmp_path, "remote", steps=20)
+    for run in (local, remote):
+        answer(run, [True, False, True], (0.3, 0.9))
+    with s3_server() as server:
+        place = StoragePath.of(server.uri(f"{tmp_path.name}/remote"))
+        place.upload(remote.path)
+        output = tmp_path / "page.html"
+        assert main(["report", str(local.path), place.location, "--output", str(output)]) == 0
+        assert "comparison.html" not in place.entries()
+    assert "secret" not in capsys.readouterr().out
+    rendered = Page(output)
+    assert "3 prompts are shared by all 2 runs" in rendered.text
+    assert (
+        rendered.html.split('aria-label="Evaluation loss, nats per token"')[1].split("</svg>")[0].count("line c1") == 1
+    )
