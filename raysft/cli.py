@@ -257,7 +257,7 @@ def _compare(runs: list[RunDirectory], output: Path) -> None:
     from raysft.generate.metrics.paired import paired_intervals
     from raysft.report.runs_page import compare_runs
 
-    print(compare_runs(runs, output, paired_intervals))
+    print(compare_runs(runs, output, paired_intervals, print))
 
 
 def _export(parsed: argparse.Namespace) -> None:

@@ -35,13 +35,16 @@ PairedIntervals = Callable[[Sequence[str], Sequence[str], Texts, Iterable[Texts]
 """``raysft.generate.metrics.paired.paired_intervals``, which the report's layer cannot import."""
 
 
-def compare_runs(directories: Sequence[RunDirectory], output: Path, paired_intervals: PairedIntervals) -> str:
+def compare_runs(
+    directories: Sequence[RunDirectory], output: Path, paired_intervals: PairedIntervals, notify: Callable[[str], None]
+) -> str:
     """Write a page that compares runs with the first of them.
 
     Args:
         directories: the run directories, at least two.
         output: the page.
         paired_intervals: computes intervals of differences over the same prompts.
+        notify: receives a line before what takes long with many predictions.
 
     Returns:
         The summary for the terminal, with the path of the page.
@@ -52,7 +55,7 @@ def compare_runs(directories: Sequence[RunDirectory], output: Path, paired_inter
     runs = read_runs(directories)
     seed = int(finite(runs[0].log.option("run.seed")) or 0)
     shared = shared_predictions(runs, seed)
-    paired, unpaired = _paired(runs, seed, paired_intervals)
+    paired, unpaired = _paired(runs, seed, paired_intervals, notify)
     tables = metric_tables(runs, paired)
     changed, lines = differences(runs), [*notes(runs), *unpaired]
     page = template("comparison").render(
@@ -71,13 +74,15 @@ def compare_runs(directories: Sequence[RunDirectory], output: Path, paired_inter
     return _summary(runs, tables, lines, output)
 
 
-def _paired(runs: Sequence[Run], seed: int, paired_intervals: PairedIntervals) -> tuple[dict[int, Paired], list[str]]:
+def _paired(
+    runs: Sequence[Run], seed: int, paired_intervals: PairedIntervals, notify: Callable[[str], None]
+) -> tuple[dict[int, Paired], list[str]]:
     """Intervals of differences for the runs that answer the first run's prompts, and a line about those that do not."""
     first = {key_of(row): row for row in predictions(runs[0])}
     names = runs[0].log.option("generate.metrics", [])
-    if len(first) < 2 or not isinstance(names, list):
+    if len(first) < 2 or not runs[0].log.metrics or not isinstance(names, list):
         return {}, []
-    others = [run for run in runs[1:] if any(True for _ in predictions(run))]
+    others = [run for run in runs[1:] if run.log.metrics and any(True for _ in predictions(run))]
     same = [run for run in others if {key_of(row) for row in predictions(run)} == first.keys()]
     lines = [
         f"{run.label}: its predictions are for other prompts than those of {runs[0].label}, so differences in metrics of "
@@ -85,6 +90,9 @@ def _paired(runs: Sequence[Run], seed: int, paired_intervals: PairedIntervals) -
         for run in others
         if run not in same
     ]
+
+    if same:
+        notify(f"comparing {len(first):,} predictions of {len(same) + 1} runs, prompt by prompt")
 
     def texts() -> Iterator[Texts]:
         for run in same:
