@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
+import ray.cloudpickle
 import ray.tune
 import ray.tune.stopper
+from ray.air.constants import EXPR_ERROR_PICKLE_FILE
 from ray.tune.result import AUTO_RESULT_KEYS
 
 from raysft.config import Config
@@ -121,7 +124,12 @@ def reason_of(error: Any) -> Exception:
 
 
 def _error(trial: Any) -> Exception:
-    return reason_of(trial.get_pickled_error() or trial.get_error())
+    """Return the error that a trial failed with. Tune forgets that of a trial that starts again, but keeps its file."""
+    kept = Path(trial.local_path, EXPR_ERROR_PICKLE_FILE)
+    error = trial.get_pickled_error() or trial.get_error()
+    if error is None and kept.exists():
+        error = ray.cloudpickle.loads(kept.read_bytes())
+    return reason_of(error)
 
 
 def _shown(record: TrialRecord) -> str:

@@ -19,6 +19,7 @@ from raysft.run.resources import check_resources
 from raysft.storage.json_files import write_atomically
 from raysft.storage.run_directory import RunDirectory
 from raysft.telemetry.terminal import Terminal
+from raysft.tune.earlier_call import await_release, earlier_trials
 from raysft.tune.optuna_study import OptunaStudy, check_installed, restored
 from raysft.tune.ranking import Objectives
 from raysft.tune.record import Record, TrialRecord
@@ -78,11 +79,11 @@ def _place(config: Config, nodes: Sequence[Node]) -> Config:
 def _run_trials(config: Config, firsts: Sequence[Trial], ready: Preflight) -> Config:
     record = Record(config.run_directory / "trials.jsonl")
     record.repair()
-    recorded = _recorded(config, record)
+    recorded = earlier_trials(config, record)
+    await_release(config, recorded, ready.terminal.line)
     source = _source(config, firsts, recorded, ready.nodes)
     known = [trial for first in source.trials for trial in repeats(config, first)]
     before = expected(recorded, known)
-    check_recorded(config, before)
     total = (config.tune.num_samples or len(firsts)) * config.tune.repeats
     fitting = min(concurrent_trials(one, ready.nodes) for one in ready.configs)
     concurrent = min(fitting, total, config.tune.max_concurrent or fitting)
@@ -91,13 +92,9 @@ def _run_trials(config: Config, firsts: Sequence[Trial], ready: Preflight) -> Co
             ready.terminal.line(line)
     ready.terminal.line(_announcement(config, total, concurrent, sum(one.ended_well for one in before.values())))
     write_atomically(ready.directory.config, config.to_yaml())
-    return _conclude(config, source, record, _fit(config, source, record, ready.nodes, concurrent), ready.terminal)
-
-
-def _recorded(config: Config, record: Record) -> dict[str, TrialRecord]:
-    """Return the record of an earlier call, without trials whose run directory was removed: they are to run again."""
-    trials = config.run_place / "trials"
-    return {name: one for name, one in record.read().items() if not one.ended_well or (trials / name).exists()}
+    return _conclude(
+        config, source, record, _fit(config, source, record, recorded, ready.nodes, concurrent), ready.terminal
+    )
 
 
 def _source(
@@ -126,7 +123,12 @@ def _announcement(config: Config, total: int, concurrent: int, ended: int) -> st
 
 
 def _fit(
-    config: Config, source: Source, record: Record, nodes: Sequence[Node], concurrent: int
+    config: Config,
+    source: Source,
+    record: Record,
+    recorded: Mapping[str, TrialRecord],
+    nodes: Sequence[Node],
+    concurrent: int,
 ) -> dict[str, Exception] | None:
     """Run the trials that have not ended, and return the error of each that failed by its name; None after an interruption."""
     import ray.tune
@@ -136,7 +138,7 @@ def _fit(
 
     folder = config.run_directory / "tune"
     shutil.rmtree(folder, ignore_errors=True)  # Tune's records of an earlier call; the runs are elsewhere
-    search = Search(config, source, _recorded(config, record), lambda trial: _place(trial, nodes))
+    search = Search(config, source, recorded, lambda trial: _place(trial, nodes))
     tuner = ray.tune.Tuner(
         ray.tune.with_resources(_trainable(), {"cpu": TRIAL_CPUS}),
         tune_config=ray.tune.TuneConfig(

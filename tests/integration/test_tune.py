@@ -1,13 +1,22 @@
 """Sweeps through the command line, on a local Ray cluster of 2 CPUs, with a tiny model."""
 
 import json
+import os
 import shutil
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from raysft.cli import main
 from raysft.config import load
+from raysft.storage.json_files import read_jsonl
+from raysft.tune.trials import combinations
 from tests.tiny import SENTENCES, tiny_model
 
 RATES = [1.0e-5, 1.0e-2]
@@ -148,7 +157,7 @@ def test_a_trial_that_never_fits_is_refused(override, reason, capsys):
 
 @pytest.mark.parametrize("recorded", [True, False])
 def test_a_metric_that_no_run_gives_ends_the_sweep_with_the_first_trial(sweep, capsys, recorded):
-    """Known from the record, or without one, when the first trial has ended."""
+    """Also where all trials are done by the record: another metric may come of a stage that they have not done."""
     shutil.copytree(sweep, sweep.with_name("metric"))
     if not recorded:
         (sweep.with_name("metric") / "trials.jsonl").unlink()
@@ -159,7 +168,7 @@ def test_a_metric_that_no_run_gives_ends_the_sweep_with_the_first_trial(sweep, c
     assert line.startswith(
         "raysft: error: tune.metric='train_los' is not a result of these runs; use one of epoch, eval_accuracy, "
     )
-    assert shown.out.count("started: ") == (0 if recorded else 1)
+    assert shown.out.count("started: ") == 1
     shutil.rmtree(sweep.with_name("metric"))
 
 
@@ -167,12 +176,138 @@ def test_a_trial_that_fails_is_one_line_and_the_others_count(sweep, capsys):
     """With the rate of 1e30 the loss is not finite; the other trials are done already."""
     shutil.copytree(sweep, sweep.with_name("fails"))
     space = f"tune.space={{train.learning_rate: {[*RATES, 1.0e30]}}}"
-    quick = ["generate.enabled=false", "scaling.cpus_per_worker=0.4", "train.max_failures=0"]
+    quick = ["generate.enabled=false", "scaling.cpus_per_worker=0.4", "train.max_failures=0", "tune.max_failures=1"]
     assert main(["tune", "sweep.yaml", "run.name=fails", space, *quick]) == 1
     shown = capsys.readouterr()
     line, *more = shown.err.splitlines()
     assert not more
     assert line.startswith("raysft: failed: 1 of 3 trials failed (step ")
     assert "best.yaml is the best of the others" in line
-    assert "3 trials, 2 at a time" in shown.out
+    assert "3 trials, 2 at a time, 2 done before" in shown.out
+    assert shown.out.count("started: ") == 2
+    assert shown.out.count("failed, and starts again: train.learning_rate=1e+30 | step ") == 1
+    last = list(read_jsonl(sweep.with_name("fails") / "trials.jsonl"))[-1]
+    assert (last["values"], last["state"], last["number"]) == ({"train.learning_rate": 1e30}, "failed", 2)
+    assert last["reason"] in line
     assert load(sweep.with_name("fails") / "best.yaml").train.learning_rate == 1e-2
+
+
+QUICK = ["generate.enabled=false", "tune.max_concurrent=1", "train.eval_at_start=false"]
+RATES_DRAWN = "tune.space={train.learning_rate: {loguniform: [1.0e-5, 1.0e-2]}}"
+
+
+def last_lines(run: Path) -> dict[str, dict]:
+    """The last line of each trial in a sweep's record."""
+    return {line["trial"]: line for line in read_jsonl(run / "trials.jsonl")}
+
+
+def wait_for_a_second_trial(run: Path, process: subprocess.Popen, seconds: float = 240) -> None:
+    """Wait until the first trial is done and the second one has trained a step."""
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit:
+        assert process.poll() is None, process.communicate()[0]
+        states = [line["state"] for line in last_lines(run).values()]
+        if states == ["done", "running"]:
+            second = run / "trials" / list(last_lines(run))[1] / "trainer_log.jsonl"
+            if any("loss" in record for record in read_jsonl(second)):
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"waited {seconds} s for the second trial of {last_lines(run)}")
+
+
+def kill(process: subprocess.Popen, seconds: float = 60) -> None:
+    """Kill a driver that has a cluster of its own, and wait until the processes of the cluster have noticed.
+
+    Ray's workers end when their raylet has ended. In a container the test may be its first process, which inherits the raylet and
+    has to collect it: until then it counts as alive.
+    """
+    limit, cluster = time.monotonic() + seconds, psutil.Process(process.pid).children(recursive=True)
+    agents = [one for one in cluster if one.name().endswith("Agent")]  # they notice nothing for a long time
+    process.kill()
+    process.wait()
+    while alive := [one for one in cluster if one not in agents and one.is_running()]:
+        assert time.monotonic() < limit, f"these have not ended: {alive}"
+        for one in alive:
+            with suppress(ChildProcessError):
+                os.waitpid(one.pid, os.WNOHANG)
+        time.sleep(0.1)
+    for agent in agents:
+        agent.kill()
+
+
+def test_a_random_search_that_was_killed_ends_with_the_same_trials_and_repeats_none(local_ray, folder, capsys):
+    search = ["tune.search=random", "tune.num_samples=3", RATES_DRAWN, "run.name=killed"]
+    arguments = [
+        "tune",
+        "sweep.yaml",
+        *search,
+        *QUICK,
+        "train.epochs=3",
+        "train.max_steps=12",
+        "train.save_every_steps=1",
+    ]
+    drawn = [trial.name for trial in combinations(load("sweep.yaml", arguments[2:]))]
+    run = folder / "runs" / "killed"
+    command = [sys.executable, "-m", "raysft.cli", *arguments, "scaling.address=local"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        wait_for_a_second_trial(run, process)
+    finally:
+        kill(process)
+    assert list(last_lines(run)) == drawn[:2]
+    done = run / "trials" / drawn[0]
+    before = {file: file.stat().st_mtime_ns for file in done.iterdir()}
+    with (run / "trials.jsonl").open("a") as file:
+        file.write('{"trial": "cut o')  # what a driver that is killed while it writes leaves
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "3 trials, 1 at a time, 1 done before" in shown
+    assert shown.count("started: ") == 2
+    assert {file: file.stat().st_mtime_ns for file in done.iterdir()} == before
+    records = last_lines(run)
+    assert [(name, record["state"], record["number"]) for name, record in records.items()] == [
+        (name, "done", number) for number, name in enumerate(drawn)
+    ]
+    states = [line["state"] for line in read_jsonl(run / "trials.jsonl") if line["trial"] == drawn[1]]
+    assert states.count("running") == 2
+    for name in drawn:
+        steps = [
+            line["current_steps"] for line in read_jsonl(run / "trials" / name / "trainer_log.jsonl") if "loss" in line
+        ]
+        assert steps == list(range(1, 13))
+        assert (
+            records[name]["metrics"]["eval_loss"]
+            == json.loads((run / "trials" / name / "all_results.json").read_text())["eval_loss"]
+        )
+
+
+def test_optuna_with_repeats_ranks_by_the_mean_and_goes_on_when_more_is_asked_for(local_ray, folder, capsys):
+    search = ["tune.search=optuna", "tune.repeats=2", RATES_DRAWN, "run.name=optuna"]
+    arguments = ["tune", "sweep.yaml", *search, *QUICK]
+    run = folder / "runs" / "optuna"
+    assert main([*arguments, "tune.num_samples=2"]) == 0
+    assert "4 trials (2 configurations with 2 seeds), 1 at a time" in capsys.readouterr().out
+    first = last_lines(run)
+    assert [(line["number"], line["seed"], line["state"]) for line in first.values()] == [
+        (0, 1, "done"), (1, 2, "done"), (2, 1, "done"), (3, 2, "done"),
+    ]  # fmt: skip
+    losses: dict[str, list[float]] = {}
+    for line in first.values():
+        results = json.loads((run / "trials" / line["trial"] / "all_results.json").read_text())
+        losses.setdefault(line["configuration"], []).append(results["eval_loss"])
+    results = json.loads((run / "tune_results.json").read_text())
+    best, other = results["configurations"]
+    for found in (best, other):
+        values = losses[found["configuration"]]
+        assert found["n"] == 2
+        assert found["eval_loss"] == pytest.approx(statistics.fmean(values))
+        assert found["eval_loss_std"] == pytest.approx(statistics.stdev(values))
+    assert best["eval_loss"] < other["eval_loss"]
+    assert load(run / "best.yaml").train.learning_rate == best["config"]["train.learning_rate"]
+    assert len((run / "trials.csv").read_text().splitlines()) == 5
+    assert main([*arguments, "tune.num_samples=3"]) == 0
+    assert capsys.readouterr().out.count("started: ") == 2
+    more = last_lines(run)
+    assert list(more)[:4] == list(first)
+    assert [line["number"] for line in more.values()] == list(range(6))
+    assert {line["ended"] for line in first.values()} < {line["ended"] for line in more.values()}

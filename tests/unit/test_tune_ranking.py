@@ -99,6 +99,22 @@ class Lines:
         self.lines.append(text)
 
 
+def test_the_front_is_recorded_and_its_best_in_the_first_metric_is_named(tmp_path):
+    given = config(metric=["eval_loss", "predict_bleu"], mode=["min", "max"])
+    points = {"a": (2.0, 9.0), "b": (1.0, 5.0), "c": (3.0, 4.0)}
+    found = [record(name, {"eval_loss": loss, "predict_bleu": bleu}) for name, (loss, bleu) in points.items()]
+    records, terminal = {one.trial: one for one in found}, Lines()
+    ranking = rank(given, records)
+    write_results(tmp_path, given, records, ranking)
+    results = json.loads((tmp_path / "tune_results.json").read_text())
+    assert results["front"] == ["b", "a"]
+    assert results["trials"][0] == {"run": "b", "eval_loss": 1.0, "predict_bleu": 5.0, "config": records["b"].values}
+    print_ranking(given, ranking, terminal)  # pyright: ignore
+    assert [line.endswith("on the Pareto front") for line in terminal.lines] == [True, True, False, False]
+    assert holds(terminal.lines[0], "eval_loss 1.0000, predict_bleu 5.0000 | train.learning_rate=98.0 | b")
+    assert terminal.lines[-1].endswith("best.yaml (of 2 on the Pareto front, the one with the best eval_loss)")
+
+
 def test_a_sweep_says_when_its_best_two_cannot_be_told_apart():
     def said(first: list[float], second: list[float]) -> list[str]:
         terminal = Lines()

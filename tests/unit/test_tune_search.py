@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from ray.tune.search import Searcher
 
-from raysft.config import Config, parse
+from raysft.config import Config, parse, with_overrides
 from raysft.errors import RequestError
+from raysft.tune.earlier_call import earlier_trials
 from raysft.tune.optuna_study import OptunaStudy, check_installed, restored
-from raysft.tune.record import TrialRecord
+from raysft.tune.record import Record, TrialRecord
 from raysft.tune.search import Search
 from raysft.tune.sources import FixedList
 from raysft.tune.trials import Trial, combinations, repeats
@@ -137,6 +138,34 @@ def test_optuna_takes_several_metrics_and_failures():
     assert len(found) == 30
     best = ran(config(mode="max"))
     assert sum(map(loss, best[10:])) > 1.5 * sum(map(loss, found[10:]))
+
+
+def test_a_trial_counts_again_only_with_its_metrics_its_run_and_the_same_generation(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    grid = {"search": "grid", "num_samples": None}
+    names = dict(zip("abcde", combinations(config({RATE: [1, 2, 3, 4, 5]}, **grid)), strict=True))
+
+    def asked(**sections: Any) -> Config:
+        data = {"train": [{"name": "a", "path": "a.jsonl"}], "holdout": 0.1}
+        return parse({"model": {"path": "m"}, "data": data, "tune": {"space": {RATE: [1, 2, 3, 4, 5]}}, **sections})
+
+    file = Record(tmp_path / "trials.jsonl")
+    for number, (key, trial) in enumerate(names.items()):
+        state = "stopped" if key == "d" else "failed" if key == "e" else "done"
+        file.append(record(trial, number, state, **({} if key == "b" else {"eval_loss": 1.0})))
+        if key != "c":
+            run = tmp_path / "runs" / "run" / "trials" / trial.name
+            run.mkdir(parents=True)
+            (run / "config.yaml").write_text(with_overrides(asked(), {"generate.num_actors": 3}).to_yaml())
+    assert (tmp_path / "runs" / "run") == asked().run_directory
+
+    def states(given: Config) -> list[str]:
+        return [one.state for one in earlier_trials(given, file).values()]
+
+    assert states(asked()) == ["done", "running", "running", "stopped", "failed"]
+    assert states(asked(generate={"max_new_tokens": 7})) == ["running", "running", "running", "running", "failed"]
+    assert states(asked(generate={"max_new_tokens": 7, "enabled": False})) == states(asked())
+    assert [one.number for one in earlier_trials(asked(), file).values()] == list(range(5))
 
 
 class Told(FixedList):
