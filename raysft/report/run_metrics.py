@@ -78,7 +78,7 @@ def metric_tables(runs: Sequence[Run], paired: Mapping[int, Paired]) -> list[Met
 def _best(rows: Sequence[Comparison | None]) -> float | None:
     present = [row for row in rows if row]
     directions = {row.higher_is_better for row in present}
-    if len(present) < 2 or len(directions) != 1 or None in directions:
+    if len({row.after for row in present}) < 2 or len(directions) != 1 or None in directions:
         return None
     return (max if directions == {True} else min)(row.after for row in present)
 

@@ -151,7 +151,7 @@ def _print_table(console: Console, table: MetricTable) -> None:
         shown.add_row(Text(shortened(label, 30)), *row[:METRICS])
     console.print(shown)
     if len(heads) > METRICS:
-        console.print(Text(f"{len(heads) - METRICS} more metrics are on the page.", style="dim"))
+        console.print(Text(f"metrics that are only on the page: {len(heads) - METRICS}", style="dim"))
     if any(cell and cell.differs for _, row in table.rows for cell in row):
         console.print(Text(f"* differs from {labels[0]} by more than chance: see the page.", style="dim"))
 

@@ -131,10 +131,10 @@ def learning_curves(sweep: Sweep) -> list[Drawing]:
     found = [(trial, steps, values) for trial, steps, values in found if steps]
     if not found:
         return []
-    best = sweep.configurations[0].trials[0] if sweep.configurations else None
-    found.sort(key=lambda curve: (curve[0] is best, -curve[0].number))
+    best = {trial.name for trial in sweep.configurations[0].trials} if sweep.configurations else set()
+    found.sort(key=lambda curve: (curve[0].name in best, -curve[0].number))
     lines = [
-        _curve(trial, steps, values, trial is best, len(found), place)
+        _curve(trial, steps, values, trial.name in best, len(found), place)
         for place, (trial, steps, values) in enumerate(found)
     ]
     if len(found) <= NAMED_CURVES:

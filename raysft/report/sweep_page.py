@@ -81,6 +81,7 @@ def _write(sweep: Sweep) -> Path:
         events=events(sweep),
         keys=[visible(key) for key in sweep.keys],
         rows=[_row(sweep, trial) for trial in _ordered(sweep)],
+        stopped=any(trial.state == "stopped" for trial in sweep.trials),
         reasons=any(trial.reason for trial in sweep.trials),
         shown_rows=SHOWN_ROWS,
         **sections,
