@@ -11,6 +11,10 @@ class RunFailed(RuntimeError):
     """The request was right, but the run failed. The command exits with code 1."""
 
 
+class RunStopped(Exception):
+    """The run ended before its end because it was asked to, with a checkpoint; it can go on."""
+
+
 class StorageFailed(RuntimeError):
     """A storage refused a request, or did not answer within the time limit. The command exits with code 1."""
 

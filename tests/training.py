@@ -132,6 +132,8 @@ class Case:
     """Loss tokens per chunk of logits."""
     evaluations: Path | None = None
     """Folder of evaluations before the first step, to take them from and to keep them in. Default: none are kept."""
+    decisions: dict[int, tuple[str, ...]] | None = None
+    """By step of an evaluation, what a scheduler decides there in turn (names of ``Decision``); elsewhere it lets train on."""
     clocks: tuple[float, ...] = ()
     """Minutes by which each worker's clock advances whenever it is read. Default: real clocks."""
 
@@ -207,17 +209,32 @@ def _trained(case: Case, rank: int, world: int, name: str, device: torch.device)
     resume = ResumePoint.of(case.resume) if case.resume else None
     batches = rows.steps(resume.cursor.step if resume else 0, rank, world)
     try:
-        loop.train(job, batches, device, events.append, save, resume, notice)
+        loop.train(job, batches, device, events.append, save, resume, notice, _scheduler(case, rank))
     except (RunFailed, RequestError) as error:
         failure = str(error)
     steps = [event for event in events if isinstance(event, StepRecord)]
     weights = {}
-    if rank == 0 and not failure:
+    if rank == 0 and not failure and (run.path / "model").exists():
         (file,) = (run.path / "model").glob("*model.safetensors")
         weights = {key: value.float().numpy() for key, value in load_file(file).items()}
     evaluation = next((event.eval for event in events if isinstance(event, TrainingEnded)), {})
     losses, norms = [step.loss for step in steps], [step.grad_norm for step in steps]
     return Result(losses, norms, weights, evaluation, events, run.path / "model", failure)
+
+
+def _scheduler(case: Case, rank: int) -> Any:
+    """What decides in this worker; only the first one's decision may count."""
+    from raysft.train.decisions import Decision
+
+    if case.decisions is None:
+        return None
+    left = {step: list(names) for step, names in case.decisions.items()}
+
+    def decide(step: int) -> Decision:
+        assert rank == 0, "another worker asks, too"
+        return Decision[left[step].pop(0)] if left.get(step) else Decision.GO_ON
+
+    return decide
 
 
 def train(config: Config, rows: PackedDataset, world: int = 1) -> Result:

@@ -51,22 +51,28 @@ def _read_config(config: Config | Mapping[str, Any] | str | Path, stage: str) ->
     return config
 
 
-def run(config: Config, callbacks: Sequence[Any] = (), allow_changed: bool = False) -> dict[str, Any]:
+def run(
+    config: Config, callbacks: Sequence[Any] = (), allow_changed: bool = False, decisions: Any = None
+) -> dict[str, Any]:
     """Train, evaluate, generate and report; stages that are done are skipped.
 
     Args:
         config: the request.
         callbacks: as ``run_sft`` takes them.
         allow_changed: resume a run that began with other settings, model or data; the change is recorded.
+        decisions: the queue of a scheduler, as ``launch.train`` takes it.
+
+    Raises:
+        RunStopped: the scheduler stopped the training; nothing is generated.
     """
     with open_run(config, "run", allow_changed) as context:
-        train_model(context, callbacks)
+        train_model(context, callbacks, decisions)
         generate_predictions(context)
         print_report(context.directory)
     return context.directory.read_results("all")
 
 
-def train_model(context: RunContext, callbacks: Sequence[Any] = ()) -> None:
+def train_model(context: RunContext, callbacks: Sequence[Any] = (), decisions: Any = None) -> None:
     """Train and evaluate; results go to ``train_results.json`` and ``eval_results.json``."""
     from raysft.train.checkpoint.catalog import remove_temporary
 
@@ -75,18 +81,18 @@ def train_model(context: RunContext, callbacks: Sequence[Any] = ()) -> None:
             f"train: {context.directory.place} is already trained (another run.name starts a new run)"
         )
     else:
-        _train(context, callbacks)
+        _train(context, callbacks, decisions)
     with suppress(StorageFailed), retry_for(0):
         remove_temporary(context.directory.checkpoints)
 
 
-def _train(context: RunContext, callbacks: Sequence[Any]) -> None:
+def _train(context: RunContext, callbacks: Sequence[Any], decisions: Any) -> None:
     from raysft.train import launch
 
     trackers = _open_trackers(context)
     train_log = TrainLog(context.directory.trainer_log, context.terminal, [*trackers, *callbacks])
     try:
-        results = launch.train(train_job(context), train_log)
+        results = launch.train(train_job(context), train_log, decisions)
     finally:
         context.terminal.close()
         for tracker in trackers:

@@ -176,6 +176,15 @@ class TrainingEnded:
     """Results for ``eval_results.json``; empty without evaluation sets."""
 
 
+@dataclass(frozen=True)
+class TrainingStopped:
+    """The scheduler of a sweep ended the training before its end; its checkpoint is kept, and no model is written."""
+
+    step: int
+    eval: dict[str, float]
+    """Results of the latest evaluation."""
+
+
 Event = (
     SetupDone
     | StepRecord
@@ -190,6 +199,7 @@ Event = (
     | WorkersResized
     | PreemptionNotice
     | TrainingEnded
+    | TrainingStopped
 )
 Emit = Callable[[Event], None]
 """Receives events: in a worker it sends them to the driver, in the driver it handles them."""

@@ -25,6 +25,7 @@ from raysft.telemetry.events import (
     StepSkipped,
     StoppedEarly,
     TrainingEnded,
+    TrainingStopped,
     Waiting,
     WorkersResized,
     WorkersRestarting,
@@ -108,6 +109,8 @@ class TrainLog:
                 self._print(f"after step {step}: a machine will be preempted soon{shown}; writing a checkpoint")
             case TrainingEnded():
                 self._call("on_end", asdict(event))
+            case TrainingStopped(step):
+                self._print(f"stopped by the scheduler after step {step}")
             case _:
                 assert_never(event)
 

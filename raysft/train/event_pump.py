@@ -13,8 +13,8 @@ from ray.exceptions import RayError
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raysft.errors import RequestError, RunFailed
-from raysft.telemetry.events import Emit, Event, SetupDone, TrainingEnded, WorkersRestarting
+from raysft.errors import RequestError, RunFailed, RunStopped
+from raysft.telemetry.events import Emit, Event, SetupDone, TrainingEnded, TrainingStopped, WorkersRestarting
 
 SEND_SECONDS = 10
 """How long a worker tries to send an event."""
@@ -79,7 +79,7 @@ class EventPump:
         self.broken: BaseException | None = None
         """The error that stopped the workers: raised by ``handle`` (the log or a callback), or by a worker during setup."""
         self._end: TrainingEnded | None = None
-        self._failure: RequestError | RunFailed | None = None
+        self._failure: RequestError | RunFailed | RunStopped | None = None
         self._set_up = False
         """True once the workers loaded the model. Before that they hold nothing that must be written."""
 
@@ -126,6 +126,8 @@ class EventPump:
                 self._set_up = False
             case TrainingEnded():
                 self._end = message
+            case TrainingStopped(step):
+                self._failure = RunStopped(f"stopped by the scheduler after step {step}")
         try:
             self._handle(message)
         except BaseException as error:
@@ -142,6 +144,7 @@ class EventPump:
 
         Raises:
             RunFailed: it did not arrive; or a worker's, the log's or a callback's own error.
+            RunStopped: the scheduler stopped the training.
         """
         limit = time.monotonic() + LAST_EVENT_SECONDS
         while self._end is None or self.broken is not None:

@@ -12,6 +12,7 @@ import ray.data
 import ray.train
 from ray.exceptions import RayError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.queue import Queue
 
 from raysft.cluster.connect import alive_nodes
 from raysft.config import Config
@@ -41,20 +42,22 @@ STOP_SECONDS = 30
 """How long the driver waits for the workers to stop."""
 
 
-def train(job: TrainJob, handle: Emit) -> dict[str, dict[str, float]]:
+def train(job: TrainJob, handle: Emit, decisions: Queue | None = None) -> dict[str, dict[str, float]]:
     """Run the training to its end.
 
     Args:
         job: what to train.
         handle: receives the events in this process.
+        decisions: of the scheduler; the workers wait for one after each evaluation but the first and the last.
 
     Returns:
         ``train`` and ``eval`` results.
 
     Raises:
         RunFailed: the workers failed more than ``train.max_failures`` times, or failed with an error that a restart cannot fix.
+        RunStopped: the scheduler stopped it.
     """
-    end = _fit(job, train_worker, handle)
+    end = _fit(job, train_worker, handle, decisions)
     with suppress(StorageFailed), retry_for(0):
         catalog.prune(job.run.checkpoints, job.config.train.keep_last)  # the last checkpoint may have completed late
     return asdict(end)
@@ -65,12 +68,12 @@ def evaluate(job: TrainJob, handle: Emit) -> dict[str, dict[str, float]]:
     return asdict(_fit(job, evaluate_worker, handle))
 
 
-def _fit(job: TrainJob, worker: Any, handle: Emit) -> TrainingEnded:
+def _fit(job: TrainJob, worker: Any, handle: Emit, decisions: Queue | None = None) -> TrainingEnded:
     # Ray Train would resume from its own state under the run's name, and fail when its storage fails. We write checkpoints
     # ourselves, so it gets an empty temporary folder.
     with tempfile.TemporaryDirectory(prefix="raysft-train-", ignore_cleanup_errors=True) as folder:
         queue = make_queue()
-        trainer = _trainer(job, worker, queue, folder)
+        trainer = _trainer(job, worker, queue, decisions, folder)
         with EventPump(queue, handle, trainer.stop) as pump:
             try:
                 trainer.fit()
@@ -85,12 +88,12 @@ def _fit(job: TrainJob, worker: Any, handle: Emit) -> TrainingEnded:
             return pump.end()
 
 
-def _trainer(job: TrainJob, worker: Any, queue: Any, folder: str) -> _Trainer:
+def _trainer(job: TrainJob, worker: Any, queue: Queue, decisions: Queue | None, folder: str) -> _Trainer:
     use_gpu, emit = job.config.scaling.use_gpu, emitter(queue)
     scaling, policy = workers_of(job.config.scaling, job.run, job.train_rows.row_plan.steps, emit)
     trainer = _Trainer(
         worker,
-        train_loop_config={"job": job, "queue": queue, "threads": _threads(job.config)},
+        train_loop_config={"job": job, "queue": queue, "decisions": decisions, "threads": _threads(job.config)},
         scaling_config=scaling,
         run_config=ray.train.RunConfig(
             name="train",

@@ -27,12 +27,14 @@ from raysft.telemetry.events import (
     StepSkipped,
     StoppedEarly,
     TrainingEnded,
+    TrainingStopped,
     evaluation_results,
 )
 from raysft.train.checkpoint import state
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.checkpoint.resume import ResumePoint
 from raysft.train.checkpoint.triggers import CheckpointTrigger, PreemptionReason
+from raysft.train.decisions import Decide, Decision, shared
 from raysft.train.deepspeed_internals import numel
 from raysft.train.early_stopping import EarlyStopper, known_best
 from raysft.train.export import Exporter
@@ -57,6 +59,7 @@ def train(
     save: Save,
     resume: ResumePoint | None = None,
     preemption_reason: PreemptionReason = str,
+    decide: Decide | None = None,
 ) -> None:
     """Train to the end of the row plan, evaluate, and write the trained model.
 
@@ -68,12 +71,13 @@ def train(
         save: saves a checkpoint; called by all workers.
         resume: the checkpoint to resume from.
         preemption_reason: returns a reason while this worker's machine is about to be preempted, so that a checkpoint is saved.
+        decide: asked after each evaluation but the first and the last, whether to go on.
 
     Raises:
         RunFailed: loss or gradient are not finite; raised by all workers alike.
         Fault: this worker failed otherwise, for example because its rows differ from the row plan.
     """
-    loop = _Loop(job, device, emit, save, preemption_reason)
+    loop = _Loop(job, device, emit, save, preemption_reason, decide)
     with faults_of(loop.rank, lambda: loop.moment, loop.current_rows):
         _train(loop, batches, resume)
 
@@ -88,23 +92,32 @@ def _train(loop: _Loop, batches: Iterator[Batch], resume: ResumePoint | None) ->
     loop.emit_setup(time.perf_counter() - waiting_since)
     if cursor.step == 0 and loop.job.config.train.eval_at_start:
         loop.evaluate(cursor, FirstEvaluation.find(loop.job, loop.device))
-    while cursor.step < loop.row_plan.steps and not loop.early_stopper.should_stop:
+    while cursor.step < loop.row_plan.steps and not (loop.early_stopper.should_stop or loop.stopped):
         cursor = loop.step(batch, cursor)
         if cursor.step < loop.row_plan.steps:
             waiting_since, loop.moment = time.perf_counter(), f"reading the rows of step {cursor.step + 1}"
             batch = next(batches, None)
             loop.data_wait = time.perf_counter() - waiting_since
             loop.after_step(cursor)
-    loop.finish(cursor)
+    if loop.stopped:
+        loop.stop(cursor)
+    else:
+        loop.finish(cursor)
 
 
 class _Loop:
     """State of one worker's training."""
 
     def __init__(
-        self, job: TrainJob, device: torch.device, emit: Emit, save: Save, preemption_reason: PreemptionReason
+        self,
+        job: TrainJob,
+        device: torch.device,
+        emit: Emit,
+        save: Save,
+        preemption_reason: PreemptionReason,
+        decide: Decide | None,
     ) -> None:
-        self.job, self.device, self.save = job, device, save
+        self.job, self.device, self.save, self.decide = job, device, save, decide
         self.rank, self.workers = dist.get_rank(), dist.get_world_size()
         self.trigger = CheckpointTrigger(job.config.train, self.rank, preemption_reason)
         self.emit: Emit = emit if self.rank == 0 else lambda event: None
@@ -114,7 +127,9 @@ class _Loop:
         """Seconds spent waiting for the rows of the current step."""
         self.moment = "the setup"
         """What the worker is doing, for error messages."""
-        self.first_step = 0
+        self.first_step = self.saved_step = 0
+        self.stopped = False
+        """True once the scheduler has decided to stop."""
         self.eval_results: dict[str, float] = {}
         """Results of the latest evaluation."""
         self.nonfinite = NonFinite(job)
@@ -223,8 +238,16 @@ class _Loop:
             best = self.early_stopper.best
             if self.early_stopper.should_stop and best:
                 self.emit(StoppedEarly(cursor.step, best.step, best.loss))
-        if self.trigger.is_due(cursor.step):
+            if self.decide:
+                self._follow(self.decide, cursor)
+        if self.trigger.is_due(cursor.step) and not self.stopped and self.saved_step != cursor.step:
             self._checkpoint(replace(cursor, temporary=not self.trigger.is_scheduled(cursor.step)))
+
+    def _follow(self, decide: Decide, cursor: Cursor) -> None:
+        """Do what the scheduler decides after an evaluation."""
+        while (decision := shared(decide, cursor.step, self.device)) is Decision.SAVE:
+            self._checkpoint(cursor)
+        self.stopped = decision is Decision.STOP
 
     def evaluate(self, cursor: Cursor, first: FirstEvaluation | None = None) -> dict[str, float]:
         """Evaluate all sets but those known from ``first``, log and return the results."""
@@ -250,7 +273,14 @@ class _Loop:
 
     def _checkpoint(self, cursor: Cursor) -> None:
         self.save(self.engine, replace(cursor, best=self.early_stopper.best), list(self.log))
+        self.saved_step = cursor.step
         self.trigger.start_clock()
+
+    def stop(self, cursor: Cursor) -> None:
+        """End before the end of the row plan, with a checkpoint to go on from."""
+        if self.job.config.train.resumes and self.saved_step != cursor.step:
+            self._checkpoint(cursor)
+        self.emit(TrainingStopped(cursor.step, self.eval_results))
 
     def finish(self, cursor: Cursor) -> None:
         """Evaluate, save the last checkpoint, write the model, and report the results."""

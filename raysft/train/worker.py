@@ -16,6 +16,7 @@ from raysft.train.checkpoint import catalog
 from raysft.train.checkpoint.async_writer import AsyncWriter
 from raysft.train.checkpoint.resume import ResumePoint
 from raysft.train.dataset_config import RESUME, TRAIN
+from raysft.train.decisions import receiver
 from raysft.train.event_pump import emitter, permanent_failures
 from raysft.train.finetuning import load_trained
 from raysft.train.loss import TokenLoss
@@ -27,7 +28,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     """Train from the newest checkpoint to the end.
 
     Args:
-        settings: ``job`` (``TrainJob``), ``queue`` for events, and ``threads`` of this worker.
+        settings: ``job`` (``TrainJob``), ``queue`` for events, ``decisions`` of a scheduler or None, and ``threads``.
     """
     try:
         with permanent_failures(settings["queue"]):
@@ -47,7 +48,8 @@ def _train(settings: dict[str, Any]) -> None:
     tables = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
     batches = job.train_rows.batches(tables, workers)
     writer = AsyncWriter(job.run.checkpoints, job.config.train.keep_last, emit)
-    loop.train(job, batches, get_device(), emit, writer, resume, _preemption_reason)
+    decide = receiver(settings["decisions"]) if settings["decisions"] is not None else None
+    loop.train(job, batches, get_device(), emit, writer, resume, _preemption_reason, decide)
     writer.close()
 
 

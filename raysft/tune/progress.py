@@ -34,16 +34,18 @@ class Recorder(ray.tune.Callback):
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """A trial starts, for the first time or again."""
         given = trial.config
-        started = TrialRecord(
+        known = self._last.get(given["trial"])
+        started = known or TrialRecord(
             trial=given["trial"],
             number=given["number"],
             configuration=given["configuration"],
-            values=json.loads(given["values"]),
+            values={},
             seed=json.loads(given["config"])["run"]["seed"],
             started=round(time.time(), 3),
         )
-        self._last[started.trial] = self._record.append(started)
-        Terminal().line(f"started: {_shown(started)}")
+        changes = {"values": json.loads(given["values"]), "state": "running", "reason": "", "ended": None}
+        self._last[started.trial] = self._record.update(started, **changes)
+        Terminal().line(f"{'goes on' if known else 'started'}: {_shown(self._last[started.trial])}")
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
         """A trial reports an evaluation, or the results of its whole run."""
@@ -76,6 +78,8 @@ class Recorder(ray.tune.Callback):
         if found := numbers(result, OTHERS):
             step = result.get("step", result.get("current_steps", result.get("total_steps")))
             changes |= {"metrics": {**last.metrics, **found}, "step": step}
+        if parent := result.get("parent"):
+            changes |= {"parent": parent}
         self._last[last.trial] = self._record.update(last, **changes)
         return self._last[last.trial]
 

@@ -75,6 +75,20 @@ class Dimension:
             return abs((steps := (value - low) / self.values[2]) - round(steps)) < 1e-8
         return not self.kind.endswith("randint") or value == int(value)
 
+    def nearest(self, value: Any) -> Any:
+        """Return the value of a range that is nearest to a number; a choice stays as it is.
+
+        >>> Dimension("k", "quniform", [0, 1, 0.25]).nearest(0.6), Dimension("k", "randint", [1, 3]).nearest(7.2)
+        (0.5, 3)
+        """
+        if self.kind == CHOICE:
+            return value
+        low, high = self.values[:2]
+        if self.kind == "quniform":
+            return self._on_grid(min(self._steps, max(0, round((value - low) / self.values[2]))))
+        inside = min(high, max(low, value))
+        return round(inside) if self.kind.endswith("randint") else inside
+
     def draw(self, numbers: random.Random) -> Any:
         """Draw a value."""
         if self.kind == CHOICE:

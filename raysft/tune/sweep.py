@@ -6,14 +6,14 @@ import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from raysft.cluster.placement import Node
 from raysft.config import Config
 from raysft.errors import RunFailed
-from raysft.run.pipeline import run
 from raysft.run.preflight import Preflight, preflight
 from raysft.run.resources import check_resources
 from raysft.storage.json_files import write_atomically
@@ -24,6 +24,7 @@ from raysft.tune.optuna_study import OptunaStudy, check_installed, restored
 from raysft.tune.ranking import Objectives
 from raysft.tune.record import Record, TrialRecord
 from raysft.tune.results import check_recorded, expected, print_ranking, rank, write_best, write_results
+from raysft.tune.schedulers import check_scheduler, make_scheduler
 from raysft.tune.sources import FixedList, Source
 from raysft.tune.space import dimensions
 from raysft.tune.trials import (
@@ -66,6 +67,7 @@ def tune(config: Config) -> Config:
     for trial in trials:
         for metric in objectives.metrics:
             check_metric(trial.config, metric)
+    check_scheduler(config, [trial.config for trial in trials])
     with preflight(config, "tune", trials=[trial.config for trial in trials], place=_place) as ready:
         return _run_trials(config, firsts, ready)
 
@@ -77,6 +79,8 @@ def _place(config: Config, nodes: Sequence[Node]) -> Config:
 
 
 def _run_trials(config: Config, firsts: Sequence[Trial], ready: Preflight) -> Config:
+    from raysft.tune.search import Search
+
     record = Record(config.run_directory / "trials.jsonl")
     record.repair()
     recorded = earlier_trials(config, record)
@@ -90,11 +94,12 @@ def _run_trials(config: Config, firsts: Sequence[Trial], ready: Preflight) -> Co
     for planned in ready.runs:
         for line in planned.plan.lines():
             ready.terminal.line(line)
+    scheduler = make_scheduler(config, max(planned.plan.steps for planned in ready.runs), concurrent)
     ready.terminal.line(_announcement(config, total, concurrent, sum(one.ended_well for one in before.values())))
     write_atomically(ready.directory.config, config.to_yaml())
-    return _conclude(
-        config, source, record, _fit(config, source, record, recorded, ready.nodes, concurrent), ready.terminal
-    )
+    nodes = ready.nodes  # Tune pickles the search, so that it keeps no terminal
+    search = Search(config, source, recorded, lambda trial: _place(trial, nodes))
+    return _conclude(config, source, record, _fit(config, search, scheduler, record, concurrent), ready.terminal)
 
 
 def _source(
@@ -122,29 +127,30 @@ def _announcement(config: Config, total: int, concurrent: int, ended: int) -> st
     )
 
 
-def _fit(
-    config: Config,
-    source: Source,
-    record: Record,
-    recorded: Mapping[str, TrialRecord],
-    nodes: Sequence[Node],
-    concurrent: int,
-) -> dict[str, Exception] | None:
+def _fit(config: Config, search: Any, scheduler: Any, record: Record, concurrent: int) -> dict[str, Exception] | None:
     """Run the trials that have not ended, and return the error of each that failed by its name; None after an interruption."""
     import ray.tune
 
     from raysft.tune.progress import reason_of, recorder, stopper
-    from raysft.tune.search import Search
 
     folder = config.run_directory / "tune"
     shutil.rmtree(folder, ignore_errors=True)  # Tune's records of an earlier call; the runs are elsewhere
-    search = Search(config, source, recorded, lambda trial: _place(trial, nodes))
+    space: dict[str, Any] = {}
+    searched: dict[str, Any] = {"search_alg": search, "num_samples": -1, "max_concurrent_trials": concurrent}
+    if config.tune.scheduler == "pbt":
+        from raysft.tune.population import members
+
+        scheduler.members = members(search, record.read())
+        if not scheduler.members:
+            return {}  # all have ended
+        # Names alone: Tune replaces lists and mappings by placeholders.
+        space, searched = {"trial": ray.tune.grid_search(list(scheduler.members))}, {}
     tuner = ray.tune.Tuner(
-        ray.tune.with_resources(_trainable(), {"cpu": TRIAL_CPUS}),
+        _trainable(config),
+        param_space=space,
         tune_config=ray.tune.TuneConfig(
-            search_alg=search,
-            num_samples=-1,  # until the search is finished
-            max_concurrent_trials=concurrent,
+            **searched,
+            scheduler=scheduler,
             trial_name_creator=lambda trial: trial.config["trial"],
             trial_dirname_creator=lambda trial: trial.config["trial"],
         ),
@@ -171,7 +177,9 @@ def _quiet_tune() -> Iterator[None]:
     logger.setLevel(logging.CRITICAL)
     os.environ[switch] = "0"  # the new output prints tables even at verbose=0, and has no other switch
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Consider boosting PBT performance")
+            yield
     finally:
         logger.setLevel(level)
         os.environ.pop(switch)
@@ -179,18 +187,14 @@ def _quiet_tune() -> Iterator[None]:
             os.environ[switch] = before
 
 
-def _trainable() -> Callable[[dict[str, Any]], None]:
-    home = os.getcwd()
-
-    def trial(values: dict[str, Any]) -> None:
-        # Tune changes into a folder of the trial, but paths in the config are relative to ours.
-        with contextlib.suppress(FileNotFoundError):
-            os.chdir(home)
-        ray.tune.report({**run(Config.model_validate_json(values["config"])), "run_name": values["trial"]})
-
+def _trainable(config: Config) -> Any:
     import ray.tune
 
-    return trial
+    from raysft.tune.trainable import Trainable, TrialSettings
+
+    settings = TrialSettings(scheduled=config.tune.scheduler != "none", home=os.getcwd())
+    trial = ray.tune.with_parameters(Trainable, settings=settings)
+    return ray.tune.with_resources(trial, {"cpu": TRIAL_CPUS})
 
 
 def _conclude(

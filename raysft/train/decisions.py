@@ -1,0 +1,54 @@
+"""What a scheduler of trials decides after an evaluation, on its way from the driver to the workers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from ray.exceptions import RayError
+from ray.util.queue import Empty, Queue
+
+WAIT_SECONDS = 300
+"""How long the first worker waits for a decision before it trains on; well below the timeout of the others in a collective."""
+
+
+class Decision(IntEnum):
+    """What a training does after an evaluation."""
+
+    GO_ON = 0
+    SAVE = 1
+    """Save a checkpoint, and ask again."""
+    STOP = 2
+    """Save a checkpoint and end, without a trained model."""
+
+
+Decide = Callable[[int], Decision]
+"""Returns the decision on the evaluation after a step; called by the first worker."""
+
+
+def receiver(queue: Queue) -> Decide:
+    """Return a function that waits for what the driver puts into a queue: (step, decision)."""
+
+    def decide(step: int) -> Decision:
+        limit = time.monotonic() + WAIT_SECONDS
+        try:
+            while (left := limit - time.monotonic()) > 0:
+                after, decision = queue.get(timeout=left)
+                if after == step:  # else it is of workers that failed before they read it
+                    return Decision(decision)
+        except (Empty, RayError):
+            pass  # an unheard scheduler stops nothing
+        return Decision.GO_ON
+
+    return decide
+
+
+def shared(decide: Decide, step: int, device: Any) -> Decision:
+    """Return the first worker's decision on all workers. A collective."""
+    value = torch.tensor(int(decide(step)) if dist.get_rank() == 0 else 0, device=device)
+    dist.broadcast(value, src=0)
+    return Decision(int(value))

@@ -1,0 +1,82 @@
+"""A trial of population-based training goes on from another trial's checkpoint: the files of its run that this changes."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from raysft.errors import RunFailed
+from raysft.storage.path import StoragePath
+from raysft.train.checkpoint import catalog
+
+LINEAGE = "lineage.jsonl"
+"""File of a run directory: whose checkpoints its trial went on from, ``{"trial": NAME, "step": N}`` for each, the oldest first."""
+
+
+def adopt(run: StoragePath, other: StoragePath, step: int) -> None:
+    """Make a run go on from another run's checkpoint: its checkpoints and its log become those of the other run up to there.
+
+    The weights and the optimizer's state have seen the rows that the other run trained on, so its log is the history of this
+    run now. Does nothing if the run has gone on from this checkpoint already.
+
+    Args:
+        run: run directory that goes on.
+        other: run directory that has the checkpoint.
+        step: step of the checkpoint.
+
+    Raises:
+        RunFailed: the checkpoint is gone.
+    """
+    parent = {"trial": other.name, "step": step}
+    parents = read_lineage(run)
+    if parents[-1:] == [parent]:
+        return
+    checkpoint = next((folder for folder in catalog.complete(other / "checkpoints") if _step_of(folder) == step), None)
+    if checkpoint is None:
+        raise RunFailed(
+            f"{other}: the checkpoint after step {step} is gone, so {run.name} cannot go on from it; raise train.keep_last"
+        )
+    before = list((run / "checkpoints").entries())
+    _copy(checkpoint, run / "checkpoints" / checkpoint.name)
+    for name in before:
+        if name != checkpoint.name:
+            (run / "checkpoints" / name).remove()
+    log = [line for line in _lines(other / "trainer_log.jsonl") if line["current_steps"] <= step]
+    _write(run / "trainer_log.jsonl", log)
+    _write(run / LINEAGE, [*parents, parent])  # last: until then it is done again
+
+
+def read_lineage(run: StoragePath) -> list[dict[str, Any]]:
+    """Return whose checkpoints a run went on from, the oldest first."""
+    return _lines(run / LINEAGE)
+
+
+def _step_of(checkpoint: StoragePath) -> int:
+    return int(checkpoint.name.split("_")[1])
+
+
+def _copy(source: StoragePath, target: StoragePath) -> None:
+    if source.local:
+        target.upload(source.local)
+        return
+    with tempfile.TemporaryDirectory(prefix="raysft-lineage-") as folder:
+        for name in source.walk():
+            (source / name).download(Path(folder) / name)
+        target.upload(Path(folder))
+
+
+def _lines(path: StoragePath) -> list[dict[str, Any]]:
+    """Records of a JSON-lines file; without the last one if it is half written. Empty if there is no file."""
+    records = []
+    with suppress(FileNotFoundError):
+        for line in path.read_text().split("\n"):
+            with suppress(ValueError):
+                records.append(json.loads(line))
+    return records
+
+
+def _write(path: StoragePath, records: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))

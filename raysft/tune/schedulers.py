@@ -1,0 +1,169 @@
+"""Ray Tune's schedulers, which end trials or change their values while they train: what a sweep may ask of them."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from raysft.config import Config
+from raysft.errors import RequestError
+from raysft.tune.ranking import Objectives
+from raysft.tune.space import CHOICE, Dimension, dimensions
+
+OURS = (
+    *("arguments", "options", "self", "time_attr", "metric", "mode", "max_t", "hard_stop", "stop_last_trials"),
+    *("min_time_slice", "hyperparam_mutations", "custom_explore_fn", "log_config", "require_attrs"),
+)
+"""Parameters of the schedulers that the sweep sets itself."""
+CHANGEABLE = frozenset(
+    [
+        "train.learning_rate",
+        "train.weight_decay",
+        "train.betas",
+        "train.epsilon",
+        "train.max_grad_norm",
+        "train.loss",
+        "train.label_smoothing",
+        "train.z_loss",
+        "train.eaft_alpha",
+        "train.neftune_alpha",
+        "model.lora.dropout",
+        "model.oft.dropout",
+    ]
+)
+"""Keys that population-based training may change in the middle of a training."""
+
+
+def make_scheduler(config: Config, steps: int, concurrent: int) -> Any:
+    """Make the scheduler of ``tune.scheduler``; None without one.
+
+    Args:
+        config: the config that all trials share.
+        steps: most steps of any trial.
+        concurrent: trials that may train at a time.
+
+    Raises:
+        RequestError: ``tune.scheduler_options`` has a wrong value.
+    """
+    tune = config.tune
+    if tune.scheduler == "none":
+        return None
+    objectives = Objectives.of(tune)
+    first = min(config.train.eval_every_steps or steps, steps)
+    shared: dict[str, Any] = {
+        "time_attr": "step",
+        "metric": objectives.metrics[0],
+        "mode": "min" if objectives.signs[0] > 0 else "max",
+    }
+    if tune.scheduler == "pbt":
+        shared |= {"perturbation_interval": first, **_changes(dimensions(config), random.Random(tune.seed))}
+    elif tune.scheduler == "asha":
+        shared |= {"grace_period": first, "max_t": steps}
+    else:
+        shared |= {"grace_period": first}
+    try:
+        scheduler = _scheduler_class(tune.scheduler)(**{**shared, **tune.scheduler_options})
+    except (AssertionError, TypeError, ValueError) as error:
+        raise RequestError(
+            f"tune.scheduler_options={tune.scheduler_options}: {tune.scheduler} refuses them ({error}); correct the values"
+        ) from None
+    if tune.scheduler == "pbt":
+        scheduler.concurrent = concurrent
+    return scheduler
+
+
+def _changes(space: Sequence[Dimension], numbers: random.Random) -> dict[str, Any]:
+    """Return how population-based training changes values: by a step or a factor, or by a new draw, within the space."""
+    from raysft.tune.trainable import PERTURBED
+
+    def draw(dimension: Dimension) -> Callable[[], Any]:
+        return lambda: dimension.draw(numbers)
+
+    def within(values: dict[str, Any]) -> dict[str, Any]:
+        changed = {one.key: one.nearest(values[PERTURBED][one.key]) for one in space}
+        return {**values, PERTURBED: changed}
+
+    mutations = {one.key: list(one.values) if one.kind == CHOICE else draw(one) for one in space}
+    return {"hyperparam_mutations": {PERTURBED: mutations}, "custom_explore_fn": within, "log_config": False}
+
+
+def check_scheduler(config: Config, trials: Sequence[Config]) -> None:
+    """Refuse a scheduler that could not decide on these trials, and options that it does not have.
+
+    Raises:
+        RequestError: its options are unknown, or the trials give it nothing to decide on.
+    """
+    tune, name = config.tune, config.tune.scheduler
+    if name == "none":
+        if tune.scheduler_options:
+            raise RequestError(
+                f"tune.scheduler_options={tune.scheduler_options} needs a scheduler, but tune.scheduler=none; set one, or remove it"
+            )
+        return
+    _check_options(name, tune.scheduler_options)
+    metric, *others = Objectives.of(tune).metrics
+    if others:
+        raise RequestError(
+            f"tune.scheduler={name} compares trials by one metric, but tune.metric={tune.metric}; use one, or tune.scheduler=none"
+        )
+    if not metric.startswith("eval_"):
+        raise RequestError(
+            f"tune.scheduler={name} decides on evaluations during a training, but tune.metric={metric!r} is known at its end "
+            "only; use a metric that starts with eval_, or tune.scheduler=none"
+        )
+    if any(trial.train.eval_every_steps is None for trial in trials):
+        raise RequestError(
+            f"tune.scheduler={name} decides on evaluations during a training, but train.eval_every_steps=null; set it"
+        )
+    if name == "pbt":
+        _check_population(config)
+
+
+def _check_options(name: str, options: dict[str, Any]) -> None:
+    from ray.tune.schedulers import PopulationBasedTraining
+
+    scheduler = PopulationBasedTraining if name == "pbt" else _scheduler_class(name)
+    known = [parameter for parameter in inspect.signature(scheduler).parameters if parameter not in OURS]
+    for option in options:
+        if option not in known:
+            raise RequestError(f"tune.scheduler_options: {name} has no option {option}; use {', '.join(known)}")
+
+
+def _check_population(config: Config) -> None:
+    """Refuse what population-based training cannot do."""
+    tune = config.tune
+    if tune.search == "optuna":
+        raise RequestError(
+            "tune.scheduler=pbt changes the values of its trials, but tune.search=optuna learns from values that stay; use "
+            "tune.search=random"
+        )
+    if tune.repeats > 1:
+        raise RequestError(
+            f"tune.scheduler=pbt copies trials over each other, but tune.repeats={tune.repeats} compares seeds; set it to 1"
+        )
+    if config.train.optimizer == "badam":
+        raise RequestError(
+            "tune.scheduler=pbt goes on from checkpoints, but train.optimizer=badam has none; use another optimizer"
+        )
+    if config.train.keep_best:
+        raise RequestError(
+            "tune.scheduler=pbt copies trials over each other, but train.keep_best=true keeps a model of the past; set it to false"
+        )
+    for key in tune.space:
+        if key not in CHANGEABLE:
+            raise RequestError(
+                f"tune.scheduler=pbt changes values in the middle of a training, but {key} cannot change there; use "
+                f"{', '.join(sorted(CHANGEABLE))}, or tune.scheduler=asha"
+            )
+
+
+def _scheduler_class(name: str) -> Any:
+    from ray.tune import schedulers
+
+    if name == "pbt":
+        from raysft.tune.population import Population
+
+        return Population
+    return {"asha": schedulers.AsyncHyperBandScheduler, "median": schedulers.MedianStoppingRule}[name]
