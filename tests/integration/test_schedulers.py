@@ -20,7 +20,7 @@ from tests.messages import holds
 from tests.tiny import tiny_model
 from tests.training import conversations
 
-STEPS, EVERY = 12, 3
+STEPS, EVERY = 9, 3
 RATES = [1.0e-2, 1.0e-5, 3.0e-3, 1.0e-6]
 """The first one is the best, so that those after it are behind."""
 
@@ -76,7 +76,7 @@ def halved(local_ray, folder) -> Path:
 
 @pytest.fixture(scope="module")
 def population(local_ray, folder) -> Path:
-    return swept(folder, "pbt", "tune.scheduler_options={quantile_fraction: 0.5, perturbation_interval: 6}")
+    return swept(folder, "pbt", "tune.scheduler_options={quantile_fraction: 0.5}")
 
 
 def records(sweep: Path) -> list[dict]:
