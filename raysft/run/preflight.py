@@ -162,7 +162,7 @@ def check_verb(config: Config, verb: Verb) -> None:
 def _open_directory(
     config: Config, verb: Verb, terminal: Terminal
 ) -> Iterator[tuple[RunDirectory, Callable[[], None]]]:
-    """Open the run directory: for a check to read, else to work in, where all but a sweep work alone.
+    """Open the run directory: for a check to read, else to work in alone.
 
     Yields:
         The run directory, and ``Preflight.push``.
@@ -177,10 +177,6 @@ def _open_directory(
             yield directory, lambda: None
         return
     directory = RunDirectory.of(config.run_place)
-    if verb == "tune":  # each trial locks its own directory
-        with synced(directory, terminal.line) as push:
-            yield directory, push
-        return
     with exclusive_access(directory, terminal), synced(directory, terminal.line) as push:
         yield directory, push
 

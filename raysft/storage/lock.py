@@ -58,7 +58,10 @@ class LockOwner:
         if (self.host, self.processes) != (socket.gethostname(), _processes()):
             return None
         try:
-            return abs(psutil.Process(self.process).create_time() - self.born) < 1.0
+            process = psutil.Process(self.process)
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return False  # it has ended, and nobody has asked how: many containers have no process that does
+            return abs(process.create_time() - self.born) < 1.0
         except psutil.NoSuchProcess:
             return False
 

@@ -16,6 +16,7 @@ import pytest
 from raysft.cli import main
 from raysft.config import load
 from raysft.storage.json_files import read_jsonl
+from raysft.storage.lock import lock
 from raysft.tune.trials import combinations
 from tests.tiny import SENTENCES, tiny_model
 
@@ -139,6 +140,14 @@ def refused(capsys, *overrides: str) -> str:
 )
 def test_a_wrong_sweep_is_one_line(override, reason, capsys):
     assert reason in refused(capsys, override)
+
+
+def test_two_sweeps_do_not_share_a_directory(capsys):
+    with lock(Path("runs/taken").absolute()):
+        assert main(["tune", "sweep.yaml", "run.name=taken"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"runs/taken: process {os.getpid()} on " in line
+    assert line.endswith("uses this folder; wait for it, stop it, or choose another run.name")
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -8,6 +8,7 @@ import signal
 import time
 from dataclasses import asdict, replace
 
+import psutil
 import pytest
 
 from raysft.storage import lock as lock_module
@@ -42,6 +43,14 @@ def test_the_second_is_refused_while_the_first_lives_and_follows_when_it_is_dead
     with lock(tmp_path):
         assert json.loads((tmp_path / ".lock").read_text())["process"] == os.getpid()
     assert not list(tmp_path.iterdir())
+
+
+def test_whoever_has_ended_holds_nobody_off_though_nobody_has_asked_how(tmp_path, other):
+    os.kill(other.pid, signal.SIGKILL)
+    while psutil.Process(other.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    with lock(tmp_path):
+        pass
 
 
 def test_one_on_another_machine_is_given_time_for_a_sign(tmp_path, monkeypatch):
