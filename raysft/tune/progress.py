@@ -18,6 +18,7 @@ from raysft.errors import RequestError, RunFailed, one_line
 from raysft.telemetry.terminal import Terminal
 from raysft.tune.ranking import Objectives
 from raysft.tune.record import Record, TrialRecord, numbers
+from raysft.tune.table import TrialTable, trial_table
 from raysft.tune.trials import described
 
 OTHERS = frozenset(AUTO_RESULT_KEYS) | {"step", "current_steps"}
@@ -25,11 +26,32 @@ OTHERS = frozenset(AUTO_RESULT_KEYS) | {"step", "current_steps"}
 
 
 class Recorder(ray.tune.Callback):
-    """Records and prints what becomes of each trial. Tune pickles it, so it keeps no terminal."""
+    """Records what becomes of each trial, and shows it: in a table on a terminal, else in a line for each event."""
 
-    def __init__(self, objectives: Objectives, record: Record) -> None:
-        self._objectives, self._record = objectives, record
+    def __init__(self, objectives: Objectives, record: Record, table: TrialTable | None = None) -> None:
+        self._objectives, self._record, self._table = objectives, record, table
         self._last: dict[str, TrialRecord] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the terminal out: Tune pickles its callbacks."""
+        return {**vars(self), "_table": None}
+
+    def close(self) -> None:
+        """Remove the table."""
+        if self._table is not None:
+            self._table.close()
+
+    def _say(self, line: str) -> None:
+        """Print a line that a table would show."""
+        if self._table is None:
+            Terminal().line(line)
+
+    def _keep(self, record: TrialRecord) -> TrialRecord:
+        """Keep and show a trial's latest record."""
+        self._last[record.trial] = record
+        if self._table is not None:
+            self._table.show(record)
+        return record
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """A trial starts, for the first time or again."""
@@ -44,8 +66,8 @@ class Recorder(ray.tune.Callback):
             started=round(time.time(), 3),
         )
         changes = {"values": json.loads(given["values"]), "state": "running", "reason": "", "ended": None}
-        self._last[started.trial] = self._record.update(started, **changes)
-        Terminal().line(f"{'goes on' if known else 'started'}: {_shown(self._last[started.trial])}")
+        started = self._keep(self._record.update(started, **changes))
+        self._say(f"{'goes on' if known else 'started'}: {_shown(started)}")
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
         """A trial reports an evaluation, or the results of its whole run."""
@@ -60,7 +82,7 @@ class Recorder(ray.tune.Callback):
         results = [(metric, ended.metrics[metric]) for metric in self._objectives.metrics if metric in ended.metrics]
         if results:
             found = ", ".join(f"{metric} {_number(value)}" for metric, value in results)
-            Terminal().line(f"{ended.state}: {_shown(ended)} | {found}")
+            self._say(f"{ended.state}: {_shown(ended)} | {found}")
 
     def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """A trial has failed, and starts again."""
@@ -80,8 +102,7 @@ class Recorder(ray.tune.Callback):
             changes |= {"metrics": {**last.metrics, **found}, "step": step}
         if parent := result.get("parent"):
             changes |= {"parent": parent}
-        self._last[last.trial] = self._record.update(last, **changes)
-        return self._last[last.trial]
+        return self._keep(self._record.update(last, **changes))
 
 
 class WithoutMetric(ray.tune.stopper.Stopper):
@@ -100,9 +121,10 @@ class WithoutMetric(ray.tune.stopper.Stopper):
         return self._found
 
 
-def recorder(config: Config, record: Record) -> Recorder:
-    """Return the callback that records a sweep."""
-    return Recorder(Objectives.of(config.tune), record)
+def recorder(config: Config, record: Record, total: int, concurrent: int) -> Recorder:
+    """Return the callback that records and shows a sweep of so many trials, so many of them at a time."""
+    objectives = Objectives.of(config.tune)
+    return Recorder(objectives, record, trial_table(objectives, total, concurrent))
 
 
 def stopper(config: Config) -> WithoutMetric:

@@ -35,6 +35,9 @@ def check_recorded(config: Config, records: Mapping[str, TrialRecord]) -> None:
 def rank(config: Config, records: Mapping[str, TrialRecord]) -> list[Ranked]:
     """Rank the configurations of a sweep by the trials that have finite metrics, the best first.
 
+    A configuration counts if no scheduler stopped any of its trials: results of fewer steps do not compare. If that leaves none,
+    all count.
+
     Args:
         config: the sweep's config.
         records: record of each trial, in the order of the sweep.
@@ -43,6 +46,9 @@ def rank(config: Config, records: Mapping[str, TrialRecord]) -> list[Ranked]:
     for record in records.values():
         if record.ended_well and (values := objectives.values(record.metrics)) is not None:
             by_configuration.setdefault(record.configuration, []).append((record, values))
+    stopped = {record.configuration for record in records.values() if record.state == "stopped"}
+    if set(by_configuration) - stopped:
+        by_configuration = {name: found for name, found in by_configuration.items() if name not in stopped}
     return ranked(
         [
             Ranked(name, found[0][0].values, tuple(record.trial for record, _ in found), tuple(row for _, row in found))

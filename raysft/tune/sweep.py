@@ -99,7 +99,7 @@ def _run_trials(config: Config, firsts: Sequence[Trial], ready: Preflight) -> Co
     write_atomically(ready.directory.config, config.to_yaml())
     nodes = ready.nodes  # Tune pickles the search, so that it keeps no terminal
     search = Search(config, source, recorded, lambda trial: _place(trial, nodes))
-    return _conclude(config, source, record, _fit(config, search, scheduler, record, concurrent), ready.terminal)
+    return _conclude(config, source, record, _fit(config, search, scheduler, record, total, concurrent), ready.terminal)
 
 
 def _source(
@@ -127,7 +127,9 @@ def _announcement(config: Config, total: int, concurrent: int, ended: int) -> st
     )
 
 
-def _fit(config: Config, search: Any, scheduler: Any, record: Record, concurrent: int) -> dict[str, Exception] | None:
+def _fit(
+    config: Config, search: Any, scheduler: Any, record: Record, total: int, concurrent: int
+) -> dict[str, Exception] | None:
     """Run the trials that have not ended, and return the error of each that failed by its name; None after an interruption."""
     import ray.tune
 
@@ -145,6 +147,7 @@ def _fit(config: Config, search: Any, scheduler: Any, record: Record, concurrent
             return {}  # all have ended
         # Names alone: Tune replaces lists and mappings by placeholders.
         space, searched = {"trial": ray.tune.grid_search(list(scheduler.members))}, {}
+    watching = recorder(config, record, total, concurrent)
     tuner = ray.tune.Tuner(
         _trainable(config),
         param_space=space,
@@ -158,13 +161,16 @@ def _fit(config: Config, search: Any, scheduler: Any, record: Record, concurrent
             name=folder.name,
             storage_path=str(folder.parent),
             verbose=0,
-            callbacks=[recorder(config, record)],
+            callbacks=[watching],
             stop=stopper(config),
             failure_config=ray.tune.FailureConfig(max_failures=config.tune.max_failures),
         ),
     )
-    with _quiet_tune():
-        grid = tuner.fit()
+    try:
+        with _quiet_tune():
+            grid = tuner.fit()
+    finally:
+        watching.close()
     errors = {Path(result.path).name: reason_of(result.error) for result in grid if result.error}
     return errors if search.finished else None
 
