@@ -24,6 +24,7 @@ from raysft.train.dataset_config import PlannedDataConfig, Resumption
 from raysft.train.elastic import workers_of
 from raysft.train.event_pump import EventPump, emitter, make_queue
 from raysft.train.job import TrainJob
+from raysft.train.ray_train_internals import PlacementGroupCleanerCallback
 from raysft.train.restarts import Restarts, cause
 from raysft.train.worker import evaluate_worker, train_worker
 
@@ -121,7 +122,11 @@ class _Trainer(TorchTrainer):
     _controller: Any = None
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
-        ours = {"scaling_policy": self.scaling_policy, "failure_policy": Restarts(self.run_config.failure_config)}
+        ours = {
+            "scaling_policy": self.scaling_policy,
+            "failure_policy": Restarts(self.run_config.failure_config),
+            "callbacks": [one for one in options["callbacks"] if not isinstance(one, PlacementGroupCleanerCallback)],
+        }
         return super()._initialize_and_run_controller(**{**options, **ours})
 
     def _register_sigint_handler(self, controller: Any) -> None:

@@ -7,6 +7,10 @@ policies ``_get_reserved_resources``, ``_count_possible_workers`` and ``_maybe_s
 
 from __future__ import annotations
 
+# Starts an actor that removes the workers' placement group once the controller is dead. It asks the dashboard of any cluster that
+# it finds on the machine, and takes the controller for dead if that is another one: two trainings side by side end each other.
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
 # A worker's context: the only access to preemption notices that is not a collective call.
 from ray.train.v2._internal.execution.context import get_train_context
 
@@ -31,6 +35,7 @@ __all__ = [
     "FailureDecision",
     "FixedScalingPolicy",
     "NoopDecision",
+    "PlacementGroupCleanerCallback",
     "ReschedulingState",
     "ResizeDecision",
     "ScalingPolicy",

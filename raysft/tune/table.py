@@ -30,7 +30,7 @@ class TrialTable:
         """
         self._objectives, self._total, self._concurrent, self._console = objectives, total, concurrent, console
         self._records: dict[str, TrialRecord] = {}
-        self._live = rich.live.Live(get_renderable=self._table, console=console, refresh_per_second=1, transient=True)
+        self._live = rich.live.Live(get_renderable=self.render, console=console, refresh_per_second=1, transient=True)
         self._live.start()
 
     def show(self, record: TrialRecord) -> None:
@@ -42,7 +42,8 @@ class TrialTable:
         """Remove the table; what it showed is in the record."""
         self._live.stop()
 
-    def _table(self) -> rich.table.Table:
+    def render(self) -> rich.table.Table:
+        """Return the table as it is now."""
         table = rich.table.Table(title=self._title(), title_justify="left", title_style="", expand=True)
         for name in ("trial", "values", "step", *self._objectives.metrics, "state", "left"):
             table.add_column(name, overflow="fold" if name == "values" else "ellipsis", no_wrap=name != "values")

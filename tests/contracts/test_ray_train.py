@@ -7,6 +7,7 @@ from pathlib import Path
 
 import ray.train
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks import placement_group_callback
 from ray.train.v2._internal.execution import context, failure_handling, preemption, scaling_policy
 from ray.train.v2._internal.execution.controller import state
 from ray.train.v2.api import exceptions
@@ -74,6 +75,12 @@ def test_a_trainer_takes_policies_and_leaves_its_signal_handler_out():
     fit = inspect.getsource(inspect.getmodule(initialize))
     for name in ("scaling_policy=", "failure_policy=", "_register_sigint_handler(", "abort.remote("):
         assert name in fit, f"{name}; look at {LAUNCH.line(name.rstrip('=('))}"
+
+
+def test_what_removes_placement_groups_is_one_of_the_callbacks():
+    INTERNALS.name(placement_group_callback, "PlacementGroupCleanerCallback")
+    LAUNCH.source(TorchTrainer._create_default_callbacks, "PlacementGroupCleanerCallback()", 'options["callbacks"]')
+    LAUNCH.source(TorchTrainer.fit, "callbacks=", 'options["callbacks"]')
 
 
 def test_a_worker_knows_which_machines_are_taken_away():

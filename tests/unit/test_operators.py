@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from raysft.train.operators import CPU_ADAM, has_compiler
@@ -31,11 +31,12 @@ def test_a_compilation_that_was_killed_holds_up_nobody(tmp_path):
 def compiling(folder: Path) -> Iterator[None]:
     """A process that compiles, killed with its compilers at the end."""
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(folder)}
-    process = subprocess.Popen([sys.executable, "-c", LOAD], env=environment, start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-c", LOAD], env=environment)
     try:
         yield
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+            each.kill()  # compilers, too: ninja gives each a process group of its own
         process.wait()
 
 

@@ -32,7 +32,7 @@ def table():
 
 def shown(table: TrialTable) -> str:
     text = io.StringIO()
-    rich.console.Console(file=text, width=100).print(table._table())
+    rich.console.Console(file=text, width=100).print(table.render())
     return text.getvalue()
 
 
