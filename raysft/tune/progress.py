@@ -29,28 +29,28 @@ class Recorder(ray.tune.Callback):
     """Records what becomes of each trial, and shows it: in a table on a terminal, else in a line for each event."""
 
     def __init__(self, objectives: Objectives, record: Record, table: TrialTable | None = None) -> None:
-        self._objectives, self._record, self._view = objectives, record, table
+        self._objectives, self._record, self.view = objectives, record, table
         self._last: dict[str, TrialRecord] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the terminal out: Tune pickles its callbacks."""
-        return {**vars(self), "_view": None}
+        return {**vars(self), "view": None}
 
     def close(self) -> None:
         """Remove the table."""
-        if self._view is not None:
-            self._view.close()
+        if self.view is not None:
+            self.view.close()
 
     def _say(self, line: str) -> None:
         """Print a line that a table would show."""
-        if self._view is None:
+        if self.view is None:
             Terminal().line(line)
 
     def _keep(self, record: TrialRecord) -> TrialRecord:
         """Keep and show a trial's latest record."""
         self._last[record.trial] = record
-        if self._view is not None:
-            self._view.show(record)
+        if self.view is not None:
+            self.view.show(record)
         return record
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
