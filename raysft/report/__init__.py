@@ -7,7 +7,6 @@ from raysft.report.page import write_page
 from raysft.report.plots import draw
 from raysft.report.read_run import read_run
 from raysft.report.summary import summary
-from raysft.report.sweep import TRIALS
 from raysft.report.sweep_page import report_sweep, write_sweep_page
 from raysft.report.trainer_state import trainer_state
 from raysft.report.warnings import warnings
@@ -31,7 +30,7 @@ def report(run: RunDirectory) -> str:
         RequestError: ``run.path`` is not a run directory.
         RunFailed: a file of the run is corrupt; the message names it and the line.
     """
-    if (run.path / TRIALS).exists():
+    if run.trials.exists():
         return report_sweep(run)
     log = read_run(run)
     if log.steps or log.evaluations:

@@ -56,7 +56,7 @@ def read_runs(directories: Sequence[RunDirectory]) -> list[Run]:
             raise RequestError(f"{masked(place)}: named {count} times; name every run once")
     found: list[tuple[RunLog, list[str]]] = []
     for directory in directories:
-        if (directory.path / "trials.jsonl").exists():
+        if directory.trials.exists():
             raise RequestError(
                 f"{directory.place}: a sweep, not a run; report it alone, or name the runs in {directory.place / 'trials'}"
             )

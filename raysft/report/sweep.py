@@ -17,8 +17,6 @@ from raysft.storage.run_directory import RunDirectory
 
 FEWEST_DONE = 4
 """Number of finished trials from which they alone decide the axis of results."""
-TRIALS = "trials.jsonl"
-"""File that makes a run directory one of a sweep."""
 STATES = ("done", "stopped", "running", "failed")
 
 
@@ -151,7 +149,7 @@ def read_sweep(directory: RunDirectory) -> Sweep:
         RequestError: the folder is not a run directory.
         RunFailed: ``config.yaml`` or ``trials.jsonl`` is corrupt.
     """
-    lines = list(read_lines(directory.path / TRIALS))
+    lines = list(read_lines(directory.trials))
     trials: dict[str, Trial] = {}
     for line in lines:
         name = str(line.get("trial"))

@@ -91,6 +91,11 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def trials(self) -> Path:
+        """What became of each trial; only a sweep's run directory has it."""
+        return self.path / "trials.jsonl"
+
+    @property
     def checkpoints(self) -> StoragePath:
         """Checkpoints to resume from."""
         return self.place / "checkpoints"

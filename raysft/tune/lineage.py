@@ -11,6 +11,7 @@ from typing import Any
 from raysft.errors import RunFailed
 from raysft.storage.path import StoragePath
 from raysft.train.checkpoint import catalog
+from raysft.train.checkpoint.cursor import Cursor
 
 LINEAGE = "lineage.jsonl"
 """File of a run directory: whose checkpoints its trial went on from, ``{"trial": NAME, "step": N}`` for each, the oldest first."""
@@ -34,7 +35,8 @@ def adopt(run: StoragePath, other: StoragePath, step: int) -> None:
     parents = read_lineage(run)
     if parents[-1:] == [parent]:
         return
-    checkpoint = next((folder for folder in catalog.complete(other / "checkpoints") if _step_of(folder) == step), None)
+    complete = catalog.complete(other / "checkpoints")
+    checkpoint = next((folder for folder in complete if Cursor.read(folder).step == step), None)
     if checkpoint is None:
         raise RunFailed(
             f"{other}: the checkpoint after step {step} is gone, so {run.name} cannot go on from it; raise train.keep_last"
@@ -52,10 +54,6 @@ def adopt(run: StoragePath, other: StoragePath, step: int) -> None:
 def read_lineage(run: StoragePath) -> list[dict[str, Any]]:
     """Return whose checkpoints a run went on from, the oldest first."""
     return _lines(run / LINEAGE)
-
-
-def _step_of(checkpoint: StoragePath) -> int:
-    return int(checkpoint.name.split("_")[1])
 
 
 def _copy(source: StoragePath, target: StoragePath) -> None:

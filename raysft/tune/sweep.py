@@ -81,7 +81,7 @@ def _place(config: Config, nodes: Sequence[Node]) -> Config:
 def _run_trials(config: Config, firsts: Sequence[Trial], ready: Preflight) -> Config:
     from raysft.tune.search import Search
 
-    record = Record(config.run_directory / "trials.jsonl")
+    record = Record(ready.directory.trials)
     record.repair()
     recorded = earlier_trials(config, record)
     await_release(config, recorded, ready.terminal.line)

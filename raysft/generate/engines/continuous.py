@@ -63,15 +63,8 @@ class ContinuousEngine(ModelEngine):
     Predictions equal those of static batches: token for token if greedy in float32, and with the same random numbers if sampled.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        model: str,
-        threads: int | None = None,
-        ends: Sequence[int] = (),
-        engines_per_node: int = 1,
-    ) -> None:
-        super().__init__(config, model, threads, ends, engines_per_node)
+    def __init__(self, config: Config, *arguments: Any, **options: Any) -> None:
+        super().__init__(config, *arguments, **options)
         # Adapters are inside the layers; generation does not need the wrapper around the model.
         self._inner: Any = self._model.get_base_model() if isinstance(self._model, PeftModel) else self._model
         half = self._inner.dtype in (torch.bfloat16, torch.float16)
