@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import threading
 import time
 from pathlib import Path
 
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -27,6 +25,7 @@ from raysft.generate.engines.sampling import choose_tokens
 from raysft.generate.engines.static import TransformersEngine
 from raysft.generate.prediction_store import PredictionStore
 from raysft.storage.json_files import read_jsonl
+from tests.processes import children_named
 from tests.tiny import tiny_model
 
 QUESTIONS = [
@@ -250,10 +249,9 @@ def test_an_engine_that_is_killed_is_started_again(model, other, prompts, tmp_pa
         deadline = time.monotonic() + 120
         while len(list(read_jsonl(partial))) < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
-        for process in psutil.Process().children(recursive=True):
-            if "EngineActor" in " ".join(process.cmdline()):
-                process.send_signal(signal.SIGKILL)
-                killed.append(len(list(read_jsonl(partial))) - 1)
+        for process in children_named("EngineActor"):
+            process.kill()
+            killed.append(len(list(read_jsonl(partial))) - 1)
 
     thread = threading.Thread(target=kill_one)
     thread.start()

@@ -12,7 +12,6 @@ import time
 from itertools import islice
 from pathlib import Path
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -29,6 +28,7 @@ from raysft.train import launch
 from raysft.train.checkpoint.catalog import complete
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.job import TrainJob
+from tests.processes import children_named
 from tests.tiny import SENTENCES, tiny_model, with_code, write_chats
 from tests.training import make_config, prepare
 
@@ -212,11 +212,9 @@ class KillAWorker:
     def on_step(self, record) -> None:
         self.seen.append(record.current_steps)
         if record.current_steps == self.step and not self.killed:
-            for process in psutil.Process().children(recursive=True):
-                if "RayTrainWorker" in process.name() or any("RayTrainWorker" in part for part in process.cmdline()):
-                    process.kill()
-                    self.killed += 1
-                    return
+            process = next(children_named("RayTrainWorker"))
+            process.kill()
+            self.killed += 1
 
 
 def test_a_killed_worker_loses_and_repeats_nothing(folder, sft_run, capsys):

@@ -138,16 +138,21 @@ def test_a_trial_that_is_stopped_gives_back_all_that_it_held(local_ray, folder):
     settings = TrialSettings(scheduled=True, home=str(folder))
     trainable: Any = ray.tune.with_parameters(Trainable, settings=settings)
     trial = ray.remote(num_cpus=0)(trainable).remote({"config": config.model_dump_json()})
-    first: Any = ray.get(trial.train.remote(), timeout=120)
-    assert (first["step"], first["done"]) == (EVERY, False)
-    assert held() == (1.0, 1), "a worker waits for what is decided"
-    begun = time.monotonic()
-    ray.get(trial.stop.remote(), timeout=60)
-    while held() != (0.0, 0):
-        assert time.monotonic() - begun < 20, f"{held()} are still held"
-        time.sleep(0.1)
-    assert log(folder / "runs" / "alone")[-1]["current_steps"] == EVERY
-    ray.kill(trial)
+    try:
+        first: Any = ray.get(trial.train.remote(), timeout=120)
+        assert (first["step"], first["done"]) == (EVERY, False)
+        # A data task that reads ahead may hold half a CPU more.
+        cpus, groups = held()
+        assert cpus >= 1.0
+        assert groups == 1, "a worker waits for what is decided"
+        begun = time.monotonic()
+        ray.get(trial.stop.remote(), timeout=60)
+        while held() != (0.0, 0):
+            assert time.monotonic() - begun < 20, f"{held()} are still held"
+            time.sleep(0.1)
+        assert log(folder / "runs" / "alone")[-1]["current_steps"] == EVERY
+    finally:
+        ray.kill(trial)  # else what a failure shows keeps it alive, and the next tests have no CPU
 
 
 def test_trials_that_are_behind_go_on_from_better_ones(population):
