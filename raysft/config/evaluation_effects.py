@@ -46,7 +46,7 @@ _KEYS = {
         run.seed model.lora.rank model.lora.alpha model.lora.rslora model.lora.dropout
     """,
     Bearing.NONE: """
-        run.name run.storage
+        run.name run.sweep run.storage
         model.lora.loraplus_ratio
         data.train[].weight data.mixing data.max_rejected data.cache
         train.epochs train.max_steps train.global_batch_size

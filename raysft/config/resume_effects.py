@@ -26,7 +26,7 @@ class Effect(Enum):
 
 _KEYS = {
     Effect.ALWAYS: """
-        run.name run.storage data.cache
+        run.name run.sweep run.storage data.cache
         train.gradient_checkpointing train.eval_at_start train.save_every_steps train.save_every_minutes train.keep_last
         train.max_failures train.trackers
         scaling.num_workers scaling.wait_minutes scaling.use_gpu scaling.cpus_per_worker scaling.threads_per_worker

@@ -7,13 +7,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from raysft.config import Config, load, masked, parse
+from raysft.config import Config, load, parse
 from raysft.data.shards.manifest import write_prompts
 from raysft.errors import RequestError, StorageFailed
 from raysft.run.context import RunContext, open_run
+from raysft.run.tracking import run_trackers
 from raysft.storage.retry import retry_for
 from raysft.storage.run_directory import RunDirectory
-from raysft.telemetry.trackers import open_trackers
 from raysft.telemetry.train_log import TrainLog, evaluation_line
 
 
@@ -89,7 +89,7 @@ def train_model(context: RunContext, callbacks: Sequence[Any] = (), decisions: A
 def _train(context: RunContext, callbacks: Sequence[Any], decisions: Any) -> None:
     from raysft.train import launch
 
-    trackers = _open_trackers(context)
+    trackers = run_trackers(context)
     train_log = TrainLog(context.directory.trainer_log, context.terminal, [*trackers, *callbacks])
     try:
         results = launch.train(train_job(context), train_log, decisions)
@@ -103,17 +103,6 @@ def _train(context: RunContext, callbacks: Sequence[Any], decisions: Any) -> Non
     context.directory.write_results(
         "train", {**results["train"], **train_log.results(), **efficiency, **train_log.timings}
     )
-
-
-def _open_trackers(context: RunContext) -> list[Any]:
-    names, config = context.config.train.trackers, context.config.model_dump(mode="json")
-    try:
-        # A tracker's library may print its server's address from the environment, with a secret in it.
-        return open_trackers(names, context.directory.path, config, lambda line: context.terminal.line(masked(line)))
-    except RuntimeError as error:
-        raise RequestError(
-            f"train.trackers: {masked(str(error))}; set it up, or remove it from train.trackers"
-        ) from None
 
 
 def train_job(context: RunContext) -> Any:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from raysft.errors import one_line
+from raysft.storage.run_directory import RunDirectory
+from raysft.telemetry.tracker_writers import WRITERS, MLflowSweep, Writer
 
 OPEN_SECONDS, CLOSE_SECONDS = 60.0, 60.0
 """How long a tracker may take to open, and to write its queue at the end."""
 MAX_QUEUED = 10_000
 """Most writes that wait for a tracker's server."""
+VARIABLES = ("WANDB_", "MLFLOW_", "DATABRICKS_")
+"""How the environment variables of trackers begin."""
 STEP_METRICS = (
     "loss",
     "lr",
@@ -37,9 +41,18 @@ def missing_tracker(names: Sequence[str]) -> str | None:
     return next((name for name in names if importlib.util.find_spec(name) is None), None)
 
 
+def tracker_variables() -> dict[str, str]:
+    """Return the environment variables in which trackers find servers and keys."""
+    return {name: value for name, value in os.environ.items() if name.startswith(VARIABLES)}
+
+
 def open_trackers(
-    names: Sequence[str], run: Path, config: Mapping[str, Any], notify: Callable[[str], None] = print
-) -> list[Any]:
+    names: Sequence[str],
+    run: RunDirectory,
+    config: Mapping[str, Any],
+    notify: Callable[[str], None] = print,
+    sweep: str | None = None,
+) -> list[Tracker]:
     """Open one callback per tracker.
 
     Args:
@@ -47,11 +60,22 @@ def open_trackers(
         run: the run directory.
         config: the resolved config, shown with the metrics.
         notify: receives a line when a tracker fails during training.
+        sweep: name of the sweep that the run is a trial of.
 
     Raises:
         RuntimeError: a tracker cannot be opened, for example because there is no key or its server does not answer.
     """
-    return [Tracker(name, lambda writer=WRITERS[name]: writer(run, config), notify) for name in names]
+    return [Tracker(name, lambda writer=WRITERS[name]: writer(run, config, sweep), notify) for name in names]
+
+
+def open_sweep(
+    names: Sequence[str], sweep: str, config: Mapping[str, Any], notify: Callable[[str], None] = print
+) -> list[Tracker]:
+    """Open what a tracker shows for a sweep itself, before its first trial; arguments and errors are those of ``open_trackers``.
+
+    Only MLflow needs this: trials that start at the same time would each make a parent run.
+    """
+    return [Tracker(name, lambda: MLflowSweep(sweep, config), notify) for name in names if name == "mlflow"]
 
 
 class Tracker:
@@ -60,7 +84,7 @@ class Tracker:
     Training never waits for a tracker's server. When a tracker fails, it is disabled and training continues.
     """
 
-    def __init__(self, name: str, make: Callable[[], _Writer], notify: Callable[[str], None]) -> None:
+    def __init__(self, name: str, make: Callable[[], Writer], notify: Callable[[str], None]) -> None:
         self.name, self.notify, self.broken = name, notify, False
         self._tasks: queue.Queue[Callable[[], None] | None] = queue.Queue(MAX_QUEUED)
         self._opened: queue.Queue[Exception | None] = queue.Queue()
@@ -73,7 +97,7 @@ class Tracker:
         if error:  # every library has error types of its own
             raise RuntimeError(f"cannot open {name} ({one_line(error)})") from error
 
-    def _work(self, make: Callable[[], _Writer]) -> None:
+    def _work(self, make: Callable[[], Writer]) -> None:
         try:
             self._writer = make()
         except Exception as error:
@@ -137,86 +161,3 @@ def _step_metrics(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for source, loss in (record.get("source_losses") or {}).items():
         # Not train/loss/SOURCE: MLflow cannot store a metric and a folder of the same name.
         yield f"train/source_loss/{source}", loss
-
-
-class _Writer:
-    """Writes metrics with one library; all its methods are called in one thread."""
-
-    def begin(self, step: int) -> None:
-        """Start or resume after a step."""
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the metrics of one step."""
-
-    def close(self) -> None:
-        """Flush and close."""
-
-
-class TensorBoard(_Writer):
-    """Event files in ``{run directory}/tensorboard``."""
-
-    def __init__(self, run: Path, config: Mapping[str, Any]) -> None:
-        self._folder, self._writer = run / "tensorboard", None
-
-    def begin(self, step: int) -> None:
-        """Open the writer. Metrics that a killed run wrote after its last checkpoint are hidden: those steps are repeated."""
-        from torch.utils.tensorboard.writer import SummaryWriter
-
-        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1, flush_secs=10)
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the metrics of one step."""
-        assert self._writer is not None
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Flush and close."""
-        if self._writer is not None:
-            self._writer.close()
-
-
-class Wandb(_Writer):
-    """A run of Weights & Biases; the library finds its server and key itself."""
-
-    def __init__(self, run: Path, config: Mapping[str, Any]) -> None:
-        import wandb  # pyright: ignore[reportMissingImports]
-
-        self._run = wandb.init(
-            project="raysft", name=run.name, id=run.name, resume="allow", dir=str(run), config=dict(config)
-        )
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the metrics of one step."""
-        self._run.log(dict(metrics), step=step)
-
-    def close(self) -> None:
-        """Flush and close."""
-        self._run.finish()
-
-
-class MLflow(_Writer):
-    """A run in MLflow's experiment ``raysft``; the library finds its server itself."""
-
-    def __init__(self, run: Path, config: Mapping[str, Any]) -> None:
-        import mlflow  # pyright: ignore[reportMissingImports]
-
-        self._mlflow = mlflow
-        experiment = mlflow.set_experiment("raysft")
-        # A resumed training continues its own MLflow run.
-        query = f"tags.raysft_run = '{run}'"
-        found = mlflow.search_runs([experiment.experiment_id], query, max_results=1, output_format="list")
-        mlflow.start_run(run_id=found[0].info.run_id if found else None, run_name=run.name)
-        mlflow.set_tag("raysft_run", str(run))
-        mlflow.log_dict(dict(config), "config.json")
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the metrics of one step."""
-        self._mlflow.log_metrics(dict(metrics), step=step)
-
-    def close(self) -> None:
-        """Flush and close."""
-        self._mlflow.end_run()
-
-
-WRITERS: dict[str, Callable[..., _Writer]] = {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": MLflow}

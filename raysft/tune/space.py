@@ -11,7 +11,7 @@ from typing import Any
 from raysft.config import Config
 from raysft.errors import RequestError
 
-RESERVED = ("run.name", "run.storage", "data.cache", "scaling.address", "tune")
+RESERVED = ("run.name", "run.sweep", "run.storage", "data.cache", "scaling.address", "tune")
 """Keys that the sweep sets itself."""
 CHOICE = "choice"
 

@@ -16,9 +16,11 @@ from raysft.config import Config
 from raysft.errors import RunFailed
 from raysft.run.preflight import Preflight, preflight
 from raysft.run.resources import check_resources
+from raysft.run.tracking import sweep_trackers
 from raysft.storage.json_files import write_atomically
 from raysft.storage.run_directory import RunDirectory
 from raysft.telemetry.terminal import Terminal
+from raysft.telemetry.trackers import tracker_variables
 from raysft.tune.earlier_call import await_release, earlier_trials
 from raysft.tune.optuna_study import OptunaStudy, check_installed, restored
 from raysft.tune.ranking import Objectives
@@ -99,7 +101,9 @@ def _run_trials(config: Config, firsts: Sequence[Trial], ready: Preflight) -> Co
     write_atomically(ready.directory.config, config.to_yaml())
     nodes = ready.nodes  # Tune pickles the search, so that it keeps no terminal
     search = Search(config, source, recorded, lambda trial: _place(trial, nodes))
-    return _conclude(config, source, record, _fit(config, search, scheduler, record, total, concurrent), ready.terminal)
+    with sweep_trackers(config, ready.terminal):
+        errors = _fit(config, search, scheduler, record, total, concurrent)
+    return _conclude(config, source, record, errors, ready.terminal)
 
 
 def _source(
@@ -198,7 +202,9 @@ def _trainable(config: Config) -> Any:
 
     from raysft.tune.trainable import Trainable, TrialSettings
 
-    settings = TrialSettings(scheduled=config.tune.scheduler != "none", home=os.getcwd())
+    settings = TrialSettings(
+        scheduled=config.tune.scheduler != "none", home=os.getcwd(), environment=tracker_variables()
+    )
     trial = ray.tune.with_parameters(Trainable, settings=settings)
     return ray.tune.with_resources(trial, {"cpu": TRIAL_CPUS})
 

@@ -38,6 +38,8 @@ class TrialSettings:
     """True if a scheduler decides on each evaluation."""
     home: str
     """The folder that relative paths in the configs start from."""
+    environment: Mapping[str, str]
+    """Variables in which trackers find servers and keys; the processes of a cluster have those of the machine that started it."""
 
 
 class Trainable(ray.tune.Trainable):
@@ -52,6 +54,7 @@ class Trainable(ray.tune.Trainable):
         # Tune changes into a folder of the trial.
         with suppress(FileNotFoundError):
             os.chdir(settings.home)
+        os.environ.update(settings.environment)
         self._config, self._changes = Config.model_validate_json(config["config"]), PERTURBED in config
         if self._changes:
             self._config = with_overrides(self._config, config[PERTURBED])

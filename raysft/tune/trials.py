@@ -128,6 +128,7 @@ def make_trial(config: Config, values: Mapping[str, Any], repeat: int = 0) -> Tr
         RequestError: they make no valid config.
     """
     fixed = {
+        "run.sweep": config.run.sweep or config.run.name,
         "run.storage": (config.run_place / "trials").location,
         "data.cache": config.cache_directory.location,
         "tune": {},

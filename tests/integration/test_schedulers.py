@@ -135,7 +135,7 @@ def held() -> tuple[float, int]:
 def test_a_trial_that_is_stopped_gives_back_all_that_it_held(local_ray, folder):
     config = load(folder / "sweep.yaml", ["run.name=alone", "tune={}", "train.max_steps=400"])
     assert held() == (0.0, 0)
-    settings = TrialSettings(scheduled=True, home=str(folder))
+    settings = TrialSettings(scheduled=True, home=str(folder), environment={})
     trainable: Any = ray.tune.with_parameters(Trainable, settings=settings)
     trial = ray.remote(num_cpus=0)(trainable).remote({"config": config.model_dump_json()})
     try:

@@ -201,6 +201,37 @@ def test_a_trial_that_fails_is_one_line_and_the_others_count(sweep, capsys):
     assert load(sweep.with_name("fails") / "best.yaml").train.learning_rate == 1e-2
 
 
+@pytest.mark.usefixtures("local_ray")
+def test_trackers_show_a_sweep_and_its_trials_together(folder, monkeypatch):
+    """Also those that a second call adds. Servers are named in this process alone, after the start of the cluster."""
+    import mlflow
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+    quick = ["train.max_steps=1", "train.eval_at_start=false", "generate.enabled=false", "scaling.cpus_per_worker=0.4"]
+    arguments = ["tune", "sweep.yaml", "run.name=tracked", "train.trackers=[wandb, mlflow]", *quick]
+    rates = [1.0e-5, 1.0e-4, 1.0e-3]
+    for count in (2, 3):
+        assert main([*arguments, f"tune.space={{train.learning_rate: {rates[:count]}}}"]) == 0
+    trials = last_lines(folder / "runs" / "tracked")
+    client = mlflow.MlflowClient()
+    runs = client.search_runs([client.get_experiment_by_name("raysft").experiment_id])
+    (parent,) = (run for run in runs if "mlflow.parentRunId" not in run.data.tags)
+    assert (parent.info.run_name, parent.info.status) == ("tracked", "FINISHED")
+    nested = {run.info.run_name: run for run in runs if run is not parent}
+    assert nested.keys() == trials.keys()
+    assert {run.data.tags["mlflow.parentRunId"] for run in nested.values()} == {parent.info.run_id}
+    assert sorted(float(run.data.params["train.learning_rate"]) for run in nested.values()) == rates
+    for name, run in nested.items():
+        assert run.data.metrics["eval/loss"] == pytest.approx(trials[name]["metrics"]["eval_loss"])
+        assert (
+            len(list((folder / "runs/tracked/trials" / name / "wandb").glob(f"offline-run-*/run-{name}-*.wandb"))) == 1
+        )
+    again = load(folder / "runs/tracked/trials" / name / "config.yaml")
+    assert again.run.sweep == "tracked"
+    assert load(folder / "runs/tracked/best.yaml").run.sweep is None
+
+
 QUICK = ["generate.enabled=false", "tune.max_concurrent=1", "train.eval_at_start=false"]
 RATES_DRAWN = "tune.space={train.learning_rate: {loguniform: [1.0e-5, 1.0e-2]}}"
 

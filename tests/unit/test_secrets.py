@@ -11,7 +11,8 @@ import pytest
 from raysft.cli import main
 from raysft.config import Config, load, masked, parse, refuse_secrets, with_overrides
 from raysft.data.sources.registry import resolve_source
-from raysft.telemetry.trackers import TensorBoard
+from raysft.storage.run_directory import RunDirectory
+from raysft.telemetry.tracker_writers import TensorBoard
 from raysft.train.deepspeed_config import deepspeed_settings
 from tests import messages
 
@@ -154,7 +155,7 @@ def test_a_tracker_that_fails_is_told_without_its_servers_password(tmp_path, mon
     """MLflow's errors repeat the address of its server, which may hold a password that the environment gave."""
     from types import SimpleNamespace
 
-    from raysft.run import pipeline
+    from raysft.run.tracking import run_trackers
 
     def fails(self, *_):
         raise OSError("https://me:HIDDEN@host/api/2.0 does not answer")
@@ -162,14 +163,14 @@ def test_a_tracker_that_fails_is_told_without_its_servers_password(tmp_path, mon
     lines: list[str] = []
     context: Any = SimpleNamespace(
         config=config(),
-        directory=SimpleNamespace(path=tmp_path),
+        directory=RunDirectory(tmp_path),
         terminal=SimpleNamespace(line=lines.append),
     )
     monkeypatch.setattr(TensorBoard, "write", fails)
-    (tracker,) = pipeline._open_trackers(context)
+    (tracker,) = run_trackers(context)
     tracker.on_evaluate({"current_steps": 1, "eval_loss": 1.0})
     tracker.close()
     assert len(lines) == 1
     assert "https://***@host" in lines[0]
     monkeypatch.setattr(TensorBoard, "__init__", fails)
-    assert "https://***@host" in refusal(lambda: pipeline._open_trackers(context))
+    assert "https://***@host" in refusal(lambda: run_trackers(context))

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 import urllib.request
 from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from raysft.storage.run_directory import RunDirectory
 from raysft.telemetry import trackers
-from raysft.telemetry.trackers import missing_tracker, open_trackers
+from raysft.telemetry.tracker_writers import Writer
+from raysft.telemetry.trackers import missing_tracker, open_sweep, open_trackers
 from tests.servers import http, serving, silent
 from tests.unit.test_train_log import set_up, step
 
@@ -27,7 +32,7 @@ def scalars(folder) -> dict[str, list[tuple[int, float]]]:
 def test_tensorboard_has_steps_sources_and_evaluations(tmp_path):
     for begin, last in ((0, 4), (2, 3)):
         time.sleep(1.1)  # files of one second are not always read in their order
-        (tracker,) = open_trackers(["tensorboard"], tmp_path, {})
+        (tracker,) = open_trackers(["tensorboard"], RunDirectory(tmp_path), {})
         tracker.on_setup(asdict(set_up(begin)))
         for number in range(begin + 1, last + 1):
             tracker.on_step(replace(step(number, loss=float(number + begin)), source_losses={"a": 0.5}))
@@ -49,17 +54,94 @@ def test_a_tracker_without_its_package_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
-def test_trackers_of_extras_are_known(name):
-    with pytest.raises(RuntimeError, match=f"cannot open {name} .*No module named '{name}'"):
-        open_trackers([name], None, {})  # type: ignore[arg-type]
+def test_a_tracker_whose_package_is_missing_is_named(name, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(RuntimeError, match=f"cannot open {name} .*{name}"):
+        open_trackers([name], RunDirectory(tmp_path), {})
 
 
-class Posting(trackers._Writer):
+def wandb_run(place: Path, sweep: str | None = None) -> Any:
+    """Log a step of a run to W&B without its server, and return the library's run."""
+    place.mkdir(parents=True, exist_ok=True)
+    (tracker,) = open_trackers(
+        ["wandb"], RunDirectory(place), {"train": {"learning_rate": 0.1}}, pytest.fail, sweep=sweep
+    )
+    tracker.on_setup(asdict(set_up(0)))
+    tracker.on_step(step(1))
+    tracker.close()
+    return tracker._writer._run
+
+
+def test_the_trials_of_a_sweep_are_a_group_in_wandb(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    one = wandb_run(tmp_path / "a" / "lr-0.1", "a")
+    assert (one.name, one.group, one.job_type) == ("lr-0.1", "a", "trial")
+    assert one.config["train"] == {"learning_rate": 0.1}
+    # Values make a trial's name, so another sweep has a trial of this name, which is another run of W&B.
+    assert wandb_run(tmp_path / "b" / "lr-0.1", "b").id != one.id
+    assert wandb_run(tmp_path / "a" / "lr-0.1", "a").id == one.id
+    alone = wandb_run(tmp_path / ("long" * 36))
+    assert (alone.group or None, alone.job_type or None) == (None, None)
+    assert len(alone.id) <= 128
+
+
+@pytest.fixture
+def mlflow_store(tmp_path, monkeypatch):
+    """A client of an empty MLflow store."""
+    import mlflow
+
+    monkeypatch.chdir(tmp_path)  # for its files
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    yield mlflow.MlflowClient()
+    mlflow.set_tracking_uri(before)
+
+
+def test_the_trials_of_a_sweep_are_nested_runs_in_mlflow_and_a_resumed_sweep_has_no_second_parent(
+    tmp_path, mlflow_store
+):
+    def log(place: str, config: dict, sweep: str | None = None) -> None:
+        (tracker,) = open_trackers(["mlflow"], RunDirectory(tmp_path / place), config, pytest.fail, sweep=sweep)
+        tracker.on_setup(asdict(set_up(0)))
+        tracker.on_step(step(1, loss=2.5))
+        tracker.close()
+
+    def runs() -> dict[str, Any]:
+        experiment = mlflow_store.get_experiment_by_name("raysft")
+        return {run.info.run_name: run for run in mlflow_store.search_runs([experiment.experiment_id])}
+
+    log("alone", {})
+    for trials in (["one", "two"], ["two", "three"]):
+        (sweep,) = open_sweep(["tensorboard", "wandb", "mlflow"], "search", {"tune": {}}, pytest.fail)
+        assert runs()["search"].info.status == "RUNNING"
+        for number, trial in enumerate(trials):
+            log(f"search/trials/{trial}", {"train": {"learning_rate": number}, "data": {"train": []}}, "search")
+        sweep.close()
+    # A trial that runs by itself, of a sweep that MLflow does not know.
+    log("other/trials/one", {}, "other")
+    found = runs()
+    parents = {name: run.data.tags.get("mlflow.parentRunId") for name, run in found.items()}
+    search, other = found["search"].info.run_id, found["other"].info.run_id
+    assert parents["two"] == parents["three"] == search
+    assert parents["alone"] is parents["search"] is parents["other"] is None
+    assert found["three"].data.metrics["train/loss"] == 2.5
+    # The second trial began with the rate 1; MLflow keeps a parameter as it was.
+    assert found["two"].data.params == {"train.learning_rate": "1", "data.train": "[]"}
+    assert {found[name].info.status for name in found} == {"FINISHED"}
+    experiment = mlflow_store.get_experiment_by_name("raysft")
+    every = mlflow_store.search_runs([experiment.experiment_id])
+    assert sorted(run.data.tags.get("mlflow.parentRunId", "") for run in every) == sorted(
+        ["", "", "", search, search, search, other]
+    )
+
+
+class Posting(Writer):
     """Sends metrics to a server without a time limit, as some tracker libraries do."""
 
     port = 0
 
-    def __init__(self, run, config) -> None:
+    def __init__(self, run, config, sweep) -> None:
         if config.get("greets"):
             self.write(0, {})
 
@@ -91,8 +173,8 @@ def test_a_server_that_fails_neither_ends_nor_holds_up_the_training(tmp_path, mo
     lines: list[str] = []
     with serving(answer) as Posting.port:
         with pytest.raises(RuntimeError, match=re.escape(f"cannot open wandb ({reason})")):
-            open_trackers(["wandb"], tmp_path, {"greets": True}, lines.append)
-        (tracker,) = open_trackers(["wandb"], tmp_path, {}, lines.append)
+            open_trackers(["wandb"], RunDirectory(tmp_path), {"greets": True}, lines.append)
+        (tracker,) = open_trackers(["wandb"], RunDirectory(tmp_path), {}, lines.append)
         started = time.monotonic()
         tracker.on_setup(asdict(set_up(0)))
         for number in range(1, 100):
@@ -108,7 +190,7 @@ def test_metrics_that_no_server_takes_do_not_fill_the_memory(tmp_path, monkeypat
     lines: list[str] = []
     monkeypatch.setattr(trackers, "MAX_QUEUED", 10)
     with serving(silent) as Posting.port:
-        (tracker,) = open_trackers(["wandb"], tmp_path, {}, lines.append)
+        (tracker,) = open_trackers(["wandb"], RunDirectory(tmp_path), {}, lines.append)
         for number in range(1, 100):
             tracker.on_step(step(number))
     assert lines == ["wandb: disabled (10 writes are waiting); trainer_log.jsonl has all metrics"]

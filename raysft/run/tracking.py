@@ -1,0 +1,55 @@
+"""The trackers of a run and of a sweep, opened or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from raysft.config import Config, masked
+from raysft.errors import RequestError
+from raysft.run.context import RunContext
+from raysft.telemetry.terminal import Terminal
+from raysft.telemetry.trackers import Tracker, open_sweep, open_trackers
+
+
+def run_trackers(context: RunContext) -> list[Tracker]:
+    """Open the trackers of a run.
+
+    Raises:
+        RequestError: one of them cannot be opened.
+    """
+    config, dumped = context.config, context.config.model_dump(mode="json")
+    notify = _masking(context.terminal)
+    return _opened(
+        lambda: open_trackers(config.train.trackers, context.directory, dumped, notify, sweep=config.run.sweep)
+    )
+
+
+@contextmanager
+def sweep_trackers(config: Config, terminal: Terminal) -> Iterator[None]:
+    """Show a sweep as running, for the block, in the trackers that show a sweep itself.
+
+    Raises:
+        RequestError: one of them cannot be opened.
+    """
+    names, sweep, dumped = config.train.trackers, config.run.sweep or config.run.name, config.model_dump(mode="json")
+    trackers = _opened(lambda: open_sweep(names, sweep, dumped, _masking(terminal)))
+    try:
+        yield
+    finally:
+        for tracker in trackers:
+            tracker.close()
+
+
+def _masking(terminal: Terminal) -> Callable[[str], None]:
+    # A tracker's library may print its server's address from the environment, with a secret in it.
+    return lambda line: terminal.line(masked(line))
+
+
+def _opened(opening: Callable[[], Sequence[Tracker]]) -> list[Tracker]:
+    try:
+        return list(opening())
+    except RuntimeError as error:
+        raise RequestError(
+            f"train.trackers: {masked(str(error))}; set it up, or remove it from train.trackers"
+        ) from None
