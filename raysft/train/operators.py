@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
+import re
 import shutil
+import socket
+import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from raysft.errors import RequestError, one_line
 from raysft.storage.local_cache import cache_home
+from raysft.train.machine import processor
 
 CPU_ADAM = "CPUAdamBuilder"
 """Adam for optimizer states that are offloaded."""
 ASYNC_IO = "AsyncIOBuilder"
 """Files on an NVMe disk."""
+TURN_SECONDS = 500.0
+"""How long to wait for a process that compiles; it takes a minute or two, and the other workers wait 600 s for this one."""
 
 
 def has_compiler() -> bool:
@@ -29,27 +40,76 @@ def load_operator(builder_name: str) -> None:
     torch, which compiles for DeepSpeed, marks a compilation by a file named ``lock``, and waits without end for one that a killed
     process has left. So raysft compiles in a folder of its own and one process at a time, which the operating system watches over:
     whoever has its turn and finds such a mark knows that its owner is dead.
+
+    Raises:
+        RequestError: it cannot be compiled on this machine.
+        ImportError: the compiled file is damaged; it is removed, so that the next process compiles again.
     """
     from deepspeed.ops import op_builder
 
-    builder = getattr(op_builder, builder_name)()
-    given = os.environ.get("TORCH_EXTENSIONS_DIR")
-    folder = _folder(given)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f".{builder.name}.turn").open("w") as turn:
-        fcntl.flock(turn, fcntl.LOCK_EX)
-        (folder / builder.name / "lock").unlink(missing_ok=True)
-        os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
-        try:
+    builder, folder = getattr(op_builder, builder_name)(), _folder(os.environ.get("TORCH_EXTENSIONS_DIR"))
+    # A Python that was started by its path may have ninja beside it, but not in PATH.
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), os.path.dirname(sys.executable)])
+    try:
+        with _turn(folder, builder.name), _environment(TORCH_EXTENSIONS_DIR=str(folder), PATH=path):
             builder.load(verbose=False)
-        finally:
-            if given is None:
-                del os.environ["TORCH_EXTENSIONS_DIR"]
+    except ImportError:
+        shutil.rmtree(folder / builder.name, ignore_errors=True)
+        raise
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        raise RequestError(
+            f"train.offload: DeepSpeed's {builder.name} cannot be compiled in {folder} on {socket.gethostname()} "
+            f"({_reason(error)}); correct that, or set train.offload.optimizer and train.offload.parameters to none"
+        ) from error
+
+
+@contextmanager
+def _turn(folder: Path, operator: str) -> Iterator[None]:
+    """Wait until no other process compiles the operator in the folder, and keep them waiting for the block."""
+    folder.mkdir(parents=True, exist_ok=True)
+    limit = time.monotonic() + TURN_SECONDS
+    with (folder / f".{operator}.turn").open("w") as turn:
+        while True:
+            try:
+                fcntl.flock(turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > limit:
+                    raise TimeoutError(f"another process has been compiling it for {TURN_SECONDS:.0f} s") from None
+                time.sleep(0.2)
+        (folder / operator / "lock").unlink(missing_ok=True)
+        yield
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Set environment variables for the block."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
             else:
-                os.environ["TORCH_EXTENSIONS_DIR"] = given
+                os.environ[name] = value
 
 
 def _folder(given: str | None) -> Path:
-    """Where raysft compiles for this torch and this Python, below ``TORCH_EXTENSIONS_DIR`` if the user sets it."""
+    """Where raysft compiles for this processor, torch, DeepSpeed and Python, below ``TORCH_EXTENSIONS_DIR`` if the user sets it.
+
+    Nodes with different processors may share a home folder, and the operators use every instruction that a processor has.
+    """
+    from deepspeed import __version__
+
     root = Path(given) / "raysft" if given else cache_home() / "extensions"
-    return root / f"torch{torch.__version__}-{sys.implementation.cache_tag}"
+    kind = hashlib.sha256(processor().encode()).hexdigest()[:8]
+    return root / f"torch{torch.__version__}-deepspeed{__version__}-{sys.implementation.cache_tag}-{kind}"
+
+
+def _reason(error: BaseException) -> str:
+    """Return the compiler's own words, which torch puts behind its command."""
+    text = str(error)
+    found = re.search(r"^.*\berror: .*$|^.*No space left.*$", text, re.MULTILINE)
+    return one_line(found.group() if found else text)

@@ -37,12 +37,14 @@ def make_optimizer(model: nn.Module, train: TrainSection, loraplus_ratio: float 
         loraplus_ratio: factor on the learning rate of LoRA's B matrices.
 
     Raises:
-        RequestError: the optimizer's package is not installed, or refuses an option.
+        RequestError: the optimizer's package is not installed, it refuses an option, or its operator cannot be compiled.
     """
     check_installed(train.optimizer)
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     try:
         return MAKERS[train.optimizer](model, parameters, train, loraplus_ratio)
+    except RequestError:  # of an operator
+        raise
     except (TypeError, ValueError, RuntimeError) as error:
         raise RequestError(
             f"train.optimizer={train.optimizer} refuses train.optimizer_options={train.optimizer_options} ({one_line(error)}); "

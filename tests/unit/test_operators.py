@@ -1,8 +1,10 @@
-"""DeepSpeed's operators, after a process that compiled one was killed."""
+"""DeepSpeed's operators, where one cannot be compiled, and after a process that compiled one was killed."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,9 +15,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from raysft.train.operators import CPU_ADAM, has_compiler
+from raysft.errors import RequestError
+from raysft.train import operators
+from raysft.train.operators import CPU_ADAM, has_compiler, load_operator
 
 LOAD = f"from raysft.train.operators import load_operator; load_operator({CPU_ADAM!r})"
+COMPILER = """#!/bin/sh
+[ "$1" = --version ] || [ "$1" = -dumpfullversion ] && exec c++ "$@"
+echo "pybind11.h:1:10: fatal error: Python.h: No such file or directory" >&2
+exit 1
+"""
+"""A compiler on a machine without Python's headers."""
 
 
 @pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
@@ -25,6 +35,71 @@ def test_a_compilation_that_was_killed_holds_up_nobody(tmp_path):
     assert mark(tmp_path) == left, "a process that is killed leaves its mark"
     with compiling(tmp_path):
         assert wait_for(lambda: mark(tmp_path) not in (None, left)), "the next one makes a mark of its own"
+
+
+@pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
+def test_what_does_not_compile_is_refused_in_the_words_of_the_compiler(tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text(COMPILER)
+    compiler.chmod(0o755)
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": str(compiler)}
+    done = subprocess.run([sys.executable, "-c", LOAD], env=environment, capture_output=True, text=True, check=False)
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("raysft.errors.RequestError: train.offload: DeepSpeed's cpu_adam cannot be compiled in")
+    assert "fatal error: Python.h: No such file or directory" in line
+    assert line.endswith("set train.offload.optimizer and train.offload.parameters to none")
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "raysft").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    with pytest.raises(RequestError, match=r"cpu_adam cannot be compiled in .*\(\[Errno 20\] Not a directory"):
+        load_operator(CPU_ADAM)
+    assert os.environ["TORCH_EXTENSIONS_DIR"] == str(tmp_path)
+
+
+def test_another_process_is_awaited_only_so_long(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(operators, "TURN_SECONDS", 0.5)
+    monkeypatch.setattr(builder(), "load", lambda self, verbose: None)
+    load_operator(CPU_ADAM)
+    with next(tmp_path.rglob(".cpu_adam.turn")).open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        with pytest.raises(RequestError, match="another process has been compiling"):
+            load_operator(CPU_ADAM)
+    load_operator(CPU_ADAM)
+
+
+def test_a_damaged_operator_is_removed_so_that_the_next_process_compiles(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+
+    def load(self: object, verbose: bool) -> None:
+        file = Path(os.environ["TORCH_EXTENSIONS_DIR"], "cpu_adam", "cpu_adam.so")
+        file.parent.mkdir()
+        file.touch()
+        raise ImportError(f"{file}: file too short")
+
+    monkeypatch.setattr(builder(), "load", load)
+    with pytest.raises(ImportError, match="too short"):
+        load_operator(CPU_ADAM)
+    assert not list(tmp_path.rglob("cpu_adam"))
+
+
+def test_ninja_is_found_beside_a_python_that_was_started_by_its_path(tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(builder(), "load", lambda self, verbose: found.append(shutil.which("ninja")))
+    load_operator(CPU_ADAM)
+    assert found == [os.path.join(os.path.dirname(sys.executable), "ninja")]
+    assert os.environ["PATH"] == str(tmp_path)
+
+
+def builder() -> type:
+    """DeepSpeed's class for the operator."""
+    from deepspeed.ops import op_builder
+
+    return getattr(op_builder, CPU_ADAM)
 
 
 @contextmanager
