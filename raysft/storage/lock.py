@@ -39,7 +39,7 @@ class LockOwner:
     host: str
     process: int
     born: float
-    """Start of the process in seconds since 1970; a later process may get the same number."""
+    """Start of the process in seconds since the machine's own; a later process may get the same number."""
     token: str
     """Unique for each time that a lock is taken."""
     beat: int = 0
@@ -50,7 +50,7 @@ class LockOwner:
     @classmethod
     def me(cls) -> LockOwner:
         """Return this process as an owner."""
-        born, token = psutil.Process().create_time(), uuid.uuid4().hex
+        born, token = _born(psutil.Process()), uuid.uuid4().hex
         return cls(socket.gethostname(), os.getpid(), born, token, processes=_processes())
 
     def is_alive(self) -> bool | None:
@@ -61,7 +61,7 @@ class LockOwner:
             process = psutil.Process(self.process)
             if process.status() == psutil.STATUS_ZOMBIE:
                 return False  # it has ended, and nobody has asked how: many containers have no process that does
-            return abs(process.create_time() - self.born) < 1.0
+            return abs(_born(process) - self.born) < 1.0
         except psutil.NoSuchProcess:
             return False
 
@@ -149,6 +149,11 @@ def _beat(file: StoragePath, me: LockOwner, stopped: threading.Event, notify: Ca
             return
         with suppress(OSError, StorageFailed), retry_for(0):
             _write(file, replace(me, beat=count))
+
+
+def _born(process: psutil.Process) -> float:
+    # The time since 1970 moves, for processes that run as well, when somebody sets the clock.
+    return process.create_time() - psutil.boot_time()
 
 
 def _processes() -> str:

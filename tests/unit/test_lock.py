@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import psutil
 import pytest
@@ -51,6 +52,14 @@ def test_whoever_has_ended_holds_nobody_off_though_nobody_has_asked_how(tmp_path
         time.sleep(0.01)
     with lock(tmp_path):
         pass
+
+
+def test_a_clock_that_is_set_anew_ends_no_owner(tmp_path, other):
+    """The kernel counts from the machine's start, which the clock does not move (``man proc_pid_stat``, field 22)."""
+    since_boot = int(Path(f"/proc/{other.pid}/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf(
+        "SC_CLK_TCK"
+    )
+    assert json.loads((tmp_path / ".lock").read_text())["born"] == pytest.approx(since_boot, abs=0.1)
 
 
 def test_one_on_another_machine_is_given_time_for_a_sign(tmp_path, monkeypatch):
