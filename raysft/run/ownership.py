@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -19,6 +20,8 @@ from raysft.telemetry.terminal import Terminal
 
 Changes = Mapping[str, list[Any]]
 """By key: [value that the run has, value that is asked for now]."""
+BEFORE_CONFIG = re.compile(r"\.?(\.lock|plan\.json|rejected\.jsonl|changes\.jsonl|config\.yaml)(\.|$)")
+"""Names, also of drafts, of the files that a run which ends in its first moment leaves without its config."""
 MAX_DESCRIBED = 4
 """Most keys whose values a message names."""
 
@@ -50,7 +53,7 @@ def differences(directory: RunDirectory, config: Config) -> Changes:
 def _refuse_other_folder(directory: RunDirectory) -> None:
     """Refuse a folder with files but without a ``config.yaml``."""
     place = directory.place
-    if (place.local and place.local.is_file()) or any(".lock" not in name for name in place.entries()):
+    if (place.local and place.local.is_file()) or any(not BEFORE_CONFIG.match(name) for name in place.entries()):
         raise RequestError(f"{place}: is not empty, but holds no config.yaml; choose another run.name")
 
 

@@ -31,6 +31,7 @@ class Sync:
     def __init__(self, directory: RunDirectory, notify: Callable[[str], None]) -> None:
         assert directory.remote
         self._local, self._remote, self._notify = directory.path, directory.remote, notify
+        self._config = directory.config
         self._synced: dict[str, tuple[int, int]] = {}
         """By name, size and time of the local files that the run directory has too."""
         self._pushing = threading.Lock()
@@ -60,11 +61,11 @@ class Sync:
         for folder in FOLDERS:
             inside = (path for path in (self._local / folder).rglob("*") if path.is_file())
             found |= {path.relative_to(self._local).as_posix(): path for path in inside}
-        # Remove first: a process killed in between must not leave a new config beside the results of the old one.
+        # A process that is killed in between must not leave a new config beside the results or the plan of the old one.
         for name in self._synced.keys() - found.keys():
             (self._remote / name).remove()
             del self._synced[name]
-        for name, path in found.items():
+        for name, path in sorted(found.items(), key=lambda file: file[1] == self._config):
             with suppress(FileNotFoundError):  # the run is replacing it
                 signature = _signature(path)
                 if self._synced.get(name) != signature:

@@ -60,3 +60,30 @@ def test_before_anything_is_trained_the_data_decides(tmp_path):
     directory = begun(tmp_path, global_batch_size=4)
     directory.trainer_log.unlink()
     assert with_recorded_batch_size(directory, config(tmp_path)).train.global_batch_size == "auto"
+
+
+def test_auto_is_the_number_that_it_stands_for(tmp_path):
+    auto = config(tmp_path)  # rows of 2,048 tokens
+    assert auto.train.micro_batch_size == "auto"
+    assert differences(begun(tmp_path, micro_batch_size=1), auto) == {}
+
+
+def test_auto_is_another_config_where_it_stands_for_another_number(tmp_path):
+    assert differences(begun(tmp_path, micro_batch_size=2), config(tmp_path)) == {"train.micro_batch_size": [2, 1]}
+
+
+@pytest.mark.parametrize("left", ["plan.json", "rejected.jsonl", ".plan.json.5ac1", ".config.yaml.5ac1", ".lock"])
+def test_a_run_that_ended_before_its_config_was_there_starts_again(tmp_path, left):
+    directory = RunDirectory(tmp_path / "r")
+    directory.path.mkdir()
+    (directory.path / left).write_text("{}")
+    assert check_ownership(directory, config(tmp_path)) == {}
+
+
+@pytest.mark.parametrize("left", ["notes.txt", "my-plan.json", "config.yml", ".git"])
+def test_a_folder_with_other_files_is_refused(tmp_path, left):
+    directory = RunDirectory(tmp_path / "r")
+    directory.path.mkdir()
+    (directory.path / left).write_text("{}")
+    with pytest.raises(RequestError, match="is not empty, but holds no config"):
+        check_ownership(directory, config(tmp_path))

@@ -97,6 +97,17 @@ def test_what_is_no_more_is_taken_away_before_anything_is_brought(run, monkeypat
     assert not (run.place / "train_results.json").exists(), "a new config beside old results would count as done"
 
 
+def test_the_config_is_brought_last(run, server):
+    """Whoever finds it finds the plan, too, and the settings that changed."""
+    run.path.mkdir(parents=True)
+    for file in (run.config, run.plan, run.changes, run.rejected, run.trainer_log):
+        file.write_text("{}")
+    Sync(run, print).push()
+    brought = [request.partition("?")[0].rpartition("/")[2] for request in server.requests if "/r/" in request]
+    assert brought[-1] == "config.yaml"
+    assert {"plan.json", "changes.jsonl"} <= set(brought[:-1])
+
+
 def test_a_storage_that_is_away_is_said_once_and_the_files_follow(run, server, monkeypatch):
     monkeypatch.setattr(sync, "EVERY_SECONDS", 0.1)
     said: list[str] = []
