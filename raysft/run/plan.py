@@ -66,7 +66,7 @@ class Resolved:
     global_batch_size: int
     """Rows in a step, also where the config has ``auto``."""
     micro_batch_size: int
-    """Rows that a worker computes at once, also where the config has ``auto``."""
+    """Rows that a worker computes at once, also where the config has ``auto``, or more than the worker has in a step."""
     workers: int
     """Number of workers that the cluster has room for at the start."""
     attention: str
@@ -233,7 +233,7 @@ def _resolved(config: Config, global_batch_size: int, workers: int, adapter: str
         lora_alpha=alpha if finetuning == "lora" else None,
         learning_rate=config.train.learning_rate,
         global_batch_size=global_batch_size,
-        micro_batch_size=config.micro_batch_size,
+        micro_batch_size=min(config.micro_batch_size, -(-global_batch_size // workers)),
         workers=workers,
         attention=kernel(config) or "auto",
         zero_stage=config.train.zero_stage,

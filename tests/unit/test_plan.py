@@ -209,6 +209,9 @@ def test_a_plan_counts_steps_rows_tokens_and_what_is_empty(tmp_path, monkeypatch
         ({"model.finetuning": "oft"}, {"finetuning": "oft", "adapter": "oft", "lora_alpha": None}),
         ({"model.lora.alpha": 3}, {"adapter": "lora", "lora_alpha": 3}),
         ({"model.adapters": ["old"]}, {"adapter": "lora", "lora_alpha": 64}),
+        ({"data.sequence_length": 512}, {"micro_batch_size": 2}),
+        ({"data.sequence_length": 4096}, {"micro_batch_size": 1}),
+        ({"data.sequence_length": 64}, {"micro_batch_size": 8}),  # no more than a worker has in a step of 8
         ({"scaling.use_gpu": True, "model.attention": "sdpa"}, {"dtype": "bfloat16", "attention": "sdpa"}),
     ],
 )
