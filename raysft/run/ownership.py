@@ -110,6 +110,17 @@ def refuse_training(directory: RunDirectory, config: Config) -> None:
         _refuse_other_folder(directory)
 
 
+def refuse_other_kind(directory: RunDirectory, verb: str) -> None:
+    """Refuse a run in the directory of a sweep and a sweep in that of a run: each would overwrite the other's config."""
+    if verb in ("run", "train", "generate") and directory.trials.exists():
+        owner = "a sweep, whose runs are in its folder trials"
+    elif verb == "tune" and has_training(directory):
+        owner = "a training"
+    else:
+        return
+    raise RequestError(f"{directory.place}: belongs to {owner}; choose another run.name")
+
+
 def describe_changes(changes: Changes) -> str:
     """Name the changed keys with both values, in one line.
 

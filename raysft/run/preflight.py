@@ -34,6 +34,7 @@ from raysft.run.ownership import (
     check_ownership,
     ensure_writable,
     exclusive_access,
+    refuse_other_kind,
     refuse_training,
     with_recorded_batch_size,
 )
@@ -120,6 +121,7 @@ def preflight(
             refuse_training(directory, config)
         else:
             changes = check_ownership(directory, config, allow_changed)
+        refuse_other_kind(directory, verb)
         for trial in trials:
             with open_read_only(trial.run_place, terminal.line) as existing:
                 check_ownership(existing, trial)

@@ -127,6 +127,21 @@ def test_the_directory_of_a_training_is_refused_for_another_model(refusal, start
     assert not started
 
 
+@pytest.mark.parametrize("verb", ["run", "train", "generate"])
+def test_the_directory_of_a_sweep_is_refused_for_a_run(verb, refusal, started):
+    Path("runs/r").mkdir(parents=True)
+    Path("runs/r/trials.jsonl").write_text("{}\n")
+    Path("runs/r/config.yaml").write_text(load("c.yaml", [SWEEP]).to_yaml())
+    assert "belongs to a sweep" in refusal(verb, *(["generate.model=m"] if verb == "generate" else []))
+    assert not started
+
+
+def test_the_directory_of_a_training_is_refused_for_a_sweep(refusal, started):
+    trained()
+    assert refusal("tune").endswith("runs/r: belongs to a training; choose another run.name")
+    assert not started
+
+
 def test_a_trial_whose_directory_is_of_another_config_is_refused(refusal, started):
     last = Path("runs/r/trials") / combinations(load("c.yaml", [SWEEP]))[-1].name
     last.mkdir(parents=True)
