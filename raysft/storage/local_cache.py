@@ -24,8 +24,17 @@ BESIDE_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
 
 
 def cache_home() -> Path:
-    """Folder for all copies on this machine."""
-    return Path.home() / ".cache" / "raysft"
+    """Folder for all copies on this machine.
+
+    Raises:
+        RequestError: the user has no home folder, as containers that run under any number do.
+    """
+    try:
+        return Path.home() / ".cache" / "raysft"
+    except RuntimeError:
+        raise RequestError(
+            f"user {os.getuid()} has no home folder, and HOME is not set; set it on every node"
+        ) from None
 
 
 def working_copy(place: StoragePath) -> Path:

@@ -14,7 +14,7 @@ from raysft.data.sources.readers import parse_record, read_raw
 from raysft.errors import RequestError, StorageFailed
 from raysft.run.ownership import ensure_writable
 from raysft.storage import filesystems, path
-from raysft.storage.local_cache import local_copy, model_copy
+from raysft.storage.local_cache import cache_home, local_copy, model_copy
 from raysft.storage.path import StoragePath
 from raysft.storage.retry import retry_for
 from tests.servers import http, serving
@@ -305,3 +305,11 @@ def test_a_server_that_says_yes_to_everything_is_no_storage(served):
         RequestError, match=r"^run.storage: s3://bucket/runs: .* the server is no object store; check the path"
     ):
         ensure_writable(config)
+
+
+def test_a_user_without_a_home_folder_is_asked_for_one(monkeypatch):
+    """As in a container that runs under a number that no user has."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("os.getuid", lambda: 123456)
+    with pytest.raises(RequestError, match="user 123456 has no home folder, and HOME is not set; set it"):
+        cache_home()
