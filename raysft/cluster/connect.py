@@ -13,7 +13,15 @@ from typing import Any
 
 from raysft.cluster import workers
 from raysft.cluster.placement import Node
-from raysft.cluster.ray_internals import Head, cluster_address, head_at, is_submitted, load_token, local_resources
+from raysft.cluster.ray_internals import (
+    Head,
+    cluster_address,
+    drop_advice_on_processes,
+    head_at,
+    is_submitted,
+    load_token,
+    local_resources,
+)
 from raysft.config import Config
 from raysft.errors import RequestError, one_line
 
@@ -112,6 +120,7 @@ def _join(address: str | None, use_gpu: bool | None = None) -> None:
         workers.stop()
     elif use_gpu is not None:
         workers.start(use_gpu)
+    drop_advice_on_processes()
     try:
         with workers.forked_workers(joins=found is not None) as options:
             ray.init(

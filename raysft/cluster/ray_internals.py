@@ -122,6 +122,26 @@ def draw_actor_ids_from_system() -> None:
     setattr(actor, "ActorClassID", drawn)  # noqa: B010 - a name that it does not export
 
 
+ADVICE = "worker processes have been started on node"
+"""Part of a warning that a node prints when it has many more processes than CPUs."""
+
+
+def drop_advice_on_processes() -> None:
+    """Do not print Ray's advice to start fewer actors: a training has a handful that reserve no CPU, and so has each trial."""
+    from ray._private import worker
+
+    original = worker.print_to_stdstream
+    if getattr(original, "drops_advice", False):
+        return
+
+    def printed(data: dict[str, Any], ignore_prefix: bool) -> None:
+        if lines := [line for line in data["lines"] if ADVICE not in line]:
+            original({**data, "lines": lines}, ignore_prefix)
+
+    setattr(printed, "drops_advice", True)  # noqa: B010 - a function has no such attribute for the type checker
+    worker.print_to_stdstream = printed
+
+
 def draining_nodes() -> set[str]:
     """Return the ids of the nodes that are being drained."""
     from ray._private.state import state

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import ray
 import ray.actor
 import ray.data
@@ -21,7 +22,7 @@ from ray._private.workers import setup_worker
 from ray.core.generated import gcs_pb2, gcs_service_pb2, gcs_service_pb2_grpc
 from ray.data._internal.iterator import stream_split_iterator
 
-from raysft.cluster import forkserver
+from raysft.cluster import forkserver, ray_internals
 from tests.contracts.contract import Contract
 
 RAY = Contract("ray", "raysft/cluster/ray_internals.py")
@@ -61,6 +62,22 @@ def test_nodes_that_are_drained_are_known_by_their_ids():
     assert isinstance(state, GlobalState)
     RAY.positional(RAY.name(GlobalState, "get_draining_nodes"), 1)
     assert "Dict[str" in str(inspect.signature(GlobalState.get_draining_nodes).return_annotation)
+
+
+def test_advice_on_processes_is_not_printed_and_all_else_is(capsys):
+    RAY.parameters(RAY.name(worker, "print_to_stdstream"), ["data", "ignore_prefix"])
+    RAY.source(worker.listen_error_messages, "print_to_stdstream(", "print_to_stdstream")
+    raylet = (Path(ray.__file__).parent / "core" / "src" / "ray" / "raylet" / "raylet").read_bytes()
+    assert f"%s {ray_internals.ADVICE}".encode() in raylet, f"look at {RAY.line('ADVICE')}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "print_to_stdstream", worker.print_to_stdstream)
+        for _ in range(2):
+            ray_internals.drop_advice_on_processes()
+        for line in (f"WARNING: 19 PYTHON {ray_internals.ADVICE}: 1ab2", "The node with node id: 1ab2 is dead"):
+            worker.print_to_stdstream({"lines": [line], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+    shown = capsys.readouterr().out
+    assert "is dead" in shown
+    assert "WARNING" not in shown
 
 
 def test_a_split_has_the_actor_that_runs_its_pipeline():
