@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -139,8 +139,6 @@ def _fit(
 
     from raysft.tune.progress import reason_of, recorder, stopper
 
-    folder = config.run_directory / "tune"
-    shutil.rmtree(folder, ignore_errors=True)  # Tune's records of an earlier call; the runs are elsewhere
     space: dict[str, Any] = {}
     searched: dict[str, Any] = {"search_alg": search, "num_samples": -1, "max_concurrent_trials": concurrent}
     if config.tune.scheduler == "pbt":
@@ -152,29 +150,31 @@ def _fit(
         # Names alone: Tune replaces lists and mappings by placeholders.
         space, searched = {"trial": ray.tune.grid_search(list(scheduler.members))}, {}
     watching = recorder(config, record, total, concurrent)
-    tuner = ray.tune.Tuner(
-        _trainable(config),
-        param_space=space,
-        tune_config=ray.tune.TuneConfig(
-            **searched,
-            scheduler=scheduler,
-            trial_name_creator=lambda trial: trial.config["trial"],
-            trial_dirname_creator=lambda trial: trial.config["trial"],
-        ),
-        run_config=ray.tune.RunConfig(
-            name=folder.name,
-            storage_path=str(folder.parent),
-            verbose=0,
-            callbacks=[watching],
-            stop=stopper(config),
-            failure_config=ray.tune.FailureConfig(max_failures=config.tune.max_failures),
-        ),
-    )
-    try:
-        with _quiet_tune():
-            grid = tuner.fit()
-    finally:
-        watching.close()
+    # Tune's own records, which nothing reads again: a sweep goes on from its own.
+    with tempfile.TemporaryDirectory(prefix="raysft-tune-", ignore_cleanup_errors=True) as folder:
+        tuner = ray.tune.Tuner(
+            _trainable(config),
+            param_space=space,
+            tune_config=ray.tune.TuneConfig(
+                **searched,
+                scheduler=scheduler,
+                trial_name_creator=lambda trial: trial.config["trial"],
+                trial_dirname_creator=lambda trial: trial.config["trial"],
+            ),
+            run_config=ray.tune.RunConfig(
+                name="tune",
+                storage_path=folder,
+                verbose=0,
+                callbacks=[watching],
+                stop=stopper(config),
+                failure_config=ray.tune.FailureConfig(max_failures=config.tune.max_failures),
+            ),
+        )
+        try:
+            with _quiet_tune():
+                grid = tuner.fit()
+        finally:
+            watching.close()
     errors = {Path(result.path).name: reason_of(result.error) for result in grid if result.error}
     return errors if search.finished else None
 

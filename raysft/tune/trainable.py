@@ -22,6 +22,7 @@ from raysft.telemetry.callback import Callback
 from raysft.train.decisions import Decision
 from raysft.train.event_pump import make_queue
 from raysft.tune.lineage import adopt
+from raysft.tune.run_checkpoint import RunCheckpoint, Saved
 
 STOP_SECONDS = 300
 """How long a trial may take to save a checkpoint, and one that is stopped to let go of its workers."""
@@ -49,11 +50,15 @@ class Trainable(ray.tune.Trainable):
     end this process only, and the workers would keep their CPUs and GPUs until the sweep ends.
     """
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        """Remember the folder that Ray started this process in: Tune changes into one of its own."""
+        self._started_in = os.getcwd()
+        super().__init__(*arguments, **options)
+
     def setup(self, config: dict[str, Any], settings: TrialSettings) -> None:
         """Take what the first ``step`` starts: Tune may restore a checkpoint before."""
-        # Tune changes into a folder of the trial.
-        with suppress(FileNotFoundError):
-            os.chdir(settings.home)
+        # A job's working directory may have another path on each node.
+        os.chdir(settings.home if os.path.isdir(settings.home) else self._started_in)
         os.environ.update(settings.environment)
         self._config, self._changes = Config.model_validate_json(config["config"]), PERTURBED in config
         if self._changes:
@@ -101,28 +106,31 @@ class Trainable(ray.tune.Trainable):
         if self._asked is not None and self._decisions is not None:
             self._decisions.put((self._asked, int(decision)))
 
-    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+    def save(self, checkpoint_dir: str | None = None) -> Any:
         """Save a checkpoint of the run after the evaluation that was reported last, and return where it is."""
-        place = {"run": self._config.run_place.location, "step": self._asked}
+        place = RunCheckpoint(self._config.run_place.location, self._asked)
         if self._asked is None or self._decisions is None:
-            return place
+            return Saved(place)
         self._decide(Decision.SAVE)
         limit = time.monotonic() + STOP_SECONDS
         while (left := limit - time.monotonic()) > 0 and self._thread.is_alive():
             with suppress(queue.Empty):
                 if self._saved.get(timeout=min(left, POLL_SECONDS)) == self._asked:
-                    return place
+                    return Saved(place)
         raise RunFailed(f"no checkpoint was saved after step {self._asked}, so no other trial can go on from it")
 
-    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
-        """Go on from another trial's checkpoint; a trial's own run goes on from its newest one by itself."""
-        if not checkpoint or checkpoint["step"] is None:
-            return
-        other = StoragePath.of(checkpoint["run"])
-        if other.location != self._config.run_place.location:
+    def restore(self, checkpoint_path: Any) -> None:
+        """Go on from another trial's checkpoint; a trial's own run goes on from its newest one by itself.
+
+        Args:
+            checkpoint_path: a ``Saved``, or what Tune made of it.
+        """
+        checkpoint: RunCheckpoint = checkpoint_path.checkpoint
+        other = StoragePath.of(checkpoint.run)
+        if checkpoint.step is not None and other.location != self._config.run_place.location:
             with _alone(self._config.run_place):
-                adopt(self._config.run_place, other, checkpoint["step"])
-            self._parent = {"trial": other.name, "step": checkpoint["step"]}
+                adopt(self._config.run_place, other, checkpoint.step)
+            self._parent = {"trial": other.name, "step": checkpoint.step}
 
     def cleanup(self) -> None:
         """Stop the run, and return once it has let go of its workers."""
