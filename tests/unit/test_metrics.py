@@ -82,6 +82,25 @@ def test_one_example_has_the_values_of_the_libraries(pair):
     assert scored == {"predict_examples": 1, **{f"predict_{k}": v for k, v in by_definition(*pair).items()}}
 
 
+def test_random_texts_have_the_values_of_the_libraries():
+    """Words of several scripts, numbers and every kind of white space, also within words and at the ends."""
+    chance = random.Random(0)
+    parts = [
+        *"北京是中国的首都，。！？… \t\n\r\x0b\x1c\x85\u00a0\u3000aZ9%._-+#&é模",
+        "\r\n",
+        " the ",
+        "hello",
+        "3.5%",
+        "любви",
+        "x" * 40,
+    ]
+    texts = ["".join(chance.choices(parts, k=chance.randrange(60))) for _ in range(400)]
+    pairs = list(itertools.pairwise(texts))
+    with loaded("similarity") as module:
+        found = module.statistics(*zip(*pairs, strict=True))
+        assert [dict(zip(module.keys, row, strict=True)) for row in found] == [by_definition(*pair) for pair in pairs]
+
+
 def test_all_examples_and_each_source_have_the_means_of_theirs():
     scored = score(config(), rows(PAIRS, sources=("x", "y", "y")))
     expected = [by_definition(*pair) for pair in PAIRS]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from raysft.cli import main
-from raysft.generate.metrics import MetricRow, write_metrics
+from raysft.generate.metrics import BUILTIN_METRICS, MetricRow, paired, write_metrics
 from raysft.generate.metrics.paired import paired_intervals
 from raysft.report.run_differences import differences
 from raysft.report.run_metrics import metric_tables
@@ -130,6 +131,19 @@ def test_paired_intervals_agree_with_the_normal_approximation():
         assert found[source, "exact_match"] == pytest.approx(expected, abs=0.15 * margin)
     (same,) = paired_intervals(["exact_match"], sources, (texts[0], labels), [(texts[0], labels)], 0)
     assert set(same.values()) == {(0.0, 0.0)}
+
+
+def test_all_cores_find_the_intervals_that_one_finds(monkeypatch):
+    chance = random.Random(0)
+    words = ["the", "sea", "was", "blue", "and", "北京", "is", "far", "away"]
+    first, second, labels = ([" ".join(chance.choices(words, k=chance.randrange(9))) for _ in range(50)] for _ in "abc")
+    arguments = (list(BUILTIN_METRICS), ["one", "two"] * 25, (first, labels), [(second, labels)], 0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(3))
+    (alone,) = paired_intervals(*arguments)
+    monkeypatch.setattr(paired, "PARALLEL_FROM", 10)
+    (together,) = paired_intervals(*arguments)
+    assert together == alone
+    assert len(alone) == 3 * 12, "of all sources together, and of each of two"
 
 
 def test_what_a_run_lacks_is_left_out_and_said(tmp_path: Path, capsys):

@@ -7,12 +7,23 @@ intervals of the two scores may overlap although the difference is clear.
 
 from __future__ import annotations
 
+import math
+import multiprocessing
+import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
+from typing import Any
 
 import numpy as np
 
 from raysft.generate.metrics.bootstrap import intervals, resampled_sums
 from raysft.generate.metrics.loading import BUILTIN_METRICS, loaded, named_failure
+
+PARALLEL_FROM = 1000
+"""Number of prompts from which all cores score them."""
+_BLOCKS = 4
+"""Blocks of prompts for each core, so that all end at about the same time."""
 
 Texts = tuple[Sequence[str], Sequence[str]]
 """Predictions and references, an element for each prompt."""
@@ -58,7 +69,7 @@ def _scores(
         if name not in BUILTIN_METRICS:
             continue
         with named_failure(name), loaded(name) as module:
-            statistics = np.asarray(module.statistics(*texts), dtype=np.float64).reshape(len(texts[0]), -1)
+            statistics = _statistics(name, module, texts)
             for group, members in groups.items():
                 if len(members) < 2:
                     continue  # all resamples of one prompt are equal
@@ -67,3 +78,24 @@ def _scores(
                 for row, more in zip(whole, scores, strict=True):
                     row.update({key: value for key, value in more.items() if key not in row})
     return found
+
+
+def _statistics(name: str, module: Any, texts: Texts) -> np.ndarray:
+    """[prompts, statistics] of a built-in metric."""
+    prompts, cores = len(texts[0]), len(os.sched_getaffinity(0))
+    if prompts < PARALLEL_FROM or cores < 2:
+        return _rows(module, texts)
+    size = math.ceil(prompts / (_BLOCKS * cores))
+    blocks = [tuple(side[start : start + size] for side in texts) for start in range(0, prompts, size)]
+    # Forks have imported what the metrics need, which takes longer than a thousand prompts.
+    with ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("fork")) as processes:
+        return np.concatenate(list(processes.map(_block, repeat(name), blocks)))
+
+
+def _block(name: str, texts: Texts) -> np.ndarray:
+    with loaded(name) as module:
+        return _rows(module, texts)
+
+
+def _rows(module: Any, texts: Texts) -> np.ndarray:
+    return np.asarray(module.statistics(*texts), dtype=np.float64).reshape(len(texts[0]), -1)
