@@ -136,6 +136,8 @@ class Case:
     """By step of an evaluation, what a scheduler decides there in turn (names of ``Decision``); elsewhere it lets train on."""
     clocks: tuple[float, ...] = ()
     """Minutes by which each worker's clock advances whenever it is read. Default: real clocks."""
+    overtime: tuple[float, ...] = ()
+    """Seconds since the deadline on each worker's clock. Default: there is no deadline."""
 
 
 class Result(NamedTuple):
@@ -182,6 +184,7 @@ def _trained(case: Case, rank: int, world: int, name: str, device: torch.device)
     loss.CHUNK_TOKENS = case.chunk_tokens
     readings = itertools.count(1)
     triggers.monotonic = (lambda: 60 * case.clocks[rank] * next(readings)) if case.clocks else time.monotonic
+    triggers.time = (lambda: case.overtime[rank]) if case.overtime else time.time
 
     def save(engine: Any, cursor: Cursor, log: list[Any]) -> None:
         if case.keep:
@@ -204,6 +207,7 @@ def _trained(case: Case, rank: int, world: int, name: str, device: torch.device)
         eval_rows={"d": case.eval_rows or rows},
         adapter=case.adapter,
         evaluations=StoragePath.of(case.evaluations) if case.evaluations else None,
+        deadline=0.0 if case.overtime else None,
     )
     failure = ""
     resume = ResumePoint.of(case.resume) if case.resume else None

@@ -178,9 +178,10 @@ class TrainingEnded:
 
 @dataclass(frozen=True)
 class TrainingStopped:
-    """The scheduler of a sweep ended the training before its end; its checkpoint is kept, and no model is written."""
+    """The training was stopped before its end; its checkpoint is kept, and no model is written."""
 
     step: int
+    reason: str
     eval: dict[str, float]
     """Results of the latest evaluation."""
 

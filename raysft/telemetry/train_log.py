@@ -109,8 +109,8 @@ class TrainLog:
                 self._print(f"after step {step}: a machine will be preempted soon{shown}; writing a checkpoint")
             case TrainingEnded():
                 self._call("on_end", asdict(event))
-            case TrainingStopped(step):
-                self._print(f"stopped by the scheduler after step {step}")
+            case TrainingStopped(step, reason):
+                self._print(f"stopped after step {step}: {reason}")
             case _:
                 assert_never(event)
 

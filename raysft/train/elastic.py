@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
@@ -19,8 +20,10 @@ from raysft.cluster.ray_internals import draining_nodes
 from raysft.config.scaling import ScalingSection
 from raysft.errors import RunFailed
 from raysft.storage.run_directory import RunDirectory
-from raysft.telemetry.events import Emit, Waiting, WorkersResized, WorkersRestarting
+from raysft.telemetry.events import Waiting, WorkersResized, WorkersRestarting
 from raysft.train.checkpoint.catalog import newest
+from raysft.train.controller import ControllerStarted
+from raysft.train.event_pump import Message
 from raysft.train.ray_train_internals import (
     ElasticScalingPolicy,
     FixedScalingPolicy,
@@ -44,7 +47,7 @@ NOTIFY_SECONDS = 60.0
 
 
 def workers_of(
-    scaling: ScalingSection, run: RunDirectory, steps: int, emit: Emit
+    scaling: ScalingSection, run: RunDirectory, steps: int, emit: Callable[[Message], None]
 ) -> tuple[ScalingConfig, ScalingPolicy]:
     """Make Ray Train's scaling config and the policy that decides on the number of workers.
 
@@ -52,7 +55,7 @@ def workers_of(
         scaling: the section of the config.
         run: the run directory; its checkpoints tell when growing loses no work.
         steps: total steps of the training.
-        emit: receives ``WorkersRestarting``, ``Waiting`` and ``WorkersResized``.
+        emit: receives ``ControllerStarted``, ``WorkersRestarting``, ``Waiting`` and ``WorkersResized``.
     """
     resources = {"CPU": scaling.cpus_per_worker, **({"GPU": 1.0} if scaling.use_gpu else {})}
     config = ScalingConfig(
@@ -87,7 +90,12 @@ class _BoundedWait:
     """Base of both policies: waits a bounded time for nodes, and emits events."""
 
     def __init__(
-        self, config: ScalingConfig, scaling: ScalingSection, run: RunDirectory, steps: int, emit: Emit
+        self,
+        config: ScalingConfig,
+        scaling: ScalingSection,
+        run: RunDirectory,
+        steps: int,
+        emit: Callable[[Message], None],
     ) -> None:
         super().__init__(config)  # pyright: ignore
         self.scaling, self.run, self.steps, self.emit = scaling, run, steps, emit
@@ -97,6 +105,11 @@ class _BoundedWait:
     def max_workers(self) -> int:
         """Number of workers that fit on the live nodes beside the data tasks."""
         return max_workers(live_nodes(), self.scaling.cpus_per_worker, self.scaling.use_gpu)
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Tell the driver the controller's actor handle; a policy runs inside the controller."""
+        super().after_controller_start(train_run_context)  # pyright: ignore
+        self.emit(ControllerStarted(ray.get_runtime_context().current_actor))
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Report why the workers are restarted."""

@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysft.errors import RequestError, RunFailed, RunStopped
 from raysft.telemetry.events import Emit, Event, SetupDone, TrainingEnded, TrainingStopped, WorkersRestarting
+from raysft.train.controller import Controller, ControllerStarted
 
 SEND_SECONDS = 10
 """How long a worker tries to send an event."""
@@ -33,17 +34,21 @@ class PermanentFailure:
     error: RequestError | RunFailed
 
 
+Message = Event | PermanentFailure | ControllerStarted
+"""What the queue transports."""
+
+
 def make_queue() -> Queue:
     """Create the queue on the driver's node: it lives as long as that node, and reserves no CPU."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
 
 
-def emitter(queue: Queue) -> Emit:
-    """Return a function that sends events to the driver. It never fails: training matters more than its log."""
+def emitter(queue: Queue) -> Callable[[Message], None]:
+    """Return a function that sends messages to the driver. It never fails: training matters more than its log."""
 
-    def emit(event: Event) -> None:
-        _send(queue, event)
+    def emit(message: Message) -> None:
+        _send(queue, message)
 
     return emit
 
@@ -57,7 +62,7 @@ def permanent_failures(queue: Queue) -> Iterator[None]:
         _send(queue, PermanentFailure(error))
 
 
-def _send(queue: Queue, message: Event | PermanentFailure) -> None:
+def _send(queue: Queue, message: Message) -> None:
     try:
         queue.put(message, timeout=SEND_SECONDS)
     except RayError:
@@ -67,14 +72,14 @@ def _send(queue: Queue, message: Event | PermanentFailure) -> None:
 class EventPump:
     """Handles events in a thread while the workers train."""
 
-    def __init__(self, queue: Queue, handle: Emit, stop: Callable[[], None]) -> None:
+    def __init__(self, queue: Queue, handle: Emit, controller: Controller) -> None:
         """
         Args:
             queue: from ``make_queue``.
             handle: handles each event in this process.
-            stop: stops the workers.
+            controller: stops the workers when ``handle`` fails; it is told the actor handle.
         """
-        self._queue, self._handle, self._stop = queue, handle, stop
+        self._queue, self._handle, self._controller = queue, handle, controller
         self._abandoned = False
         self.broken: BaseException | None = None
         """The error that stopped the workers: raised by ``handle`` (the log or a callback), or by a worker during setup."""
@@ -111,9 +116,12 @@ class EventPump:
             if message is None or not self._take(message):
                 return
 
-    def _take(self, message: Event | PermanentFailure) -> bool:
+    def _take(self, message: Message) -> bool:
         """Handle one message. Returns False after the last one."""
         match message:
+            case ControllerStarted(actor):
+                self._controller.actor = actor
+                return True
             case PermanentFailure(error):
                 self._failure = error
                 if self._set_up:
@@ -126,8 +134,8 @@ class EventPump:
                 self._set_up = False
             case TrainingEnded():
                 self._end = message
-            case TrainingStopped(step):
-                self._failure = RunStopped(f"stopped by the scheduler after step {step}")
+            case TrainingStopped(step, reason):
+                self._failure = RunStopped(f"stopped after step {step}: {reason}")
         try:
             self._handle(message)
         except BaseException as error:
@@ -136,7 +144,7 @@ class EventPump:
 
     def _break(self, error: BaseException) -> bool:
         self.broken = error
-        self._stop()
+        self._controller.abort()
         return False
 
     def end(self) -> TrainingEnded:
@@ -144,7 +152,7 @@ class EventPump:
 
         Raises:
             RunFailed: it did not arrive; or a worker's, the log's or a callback's own error.
-            RunStopped: the scheduler stopped the training.
+            RunStopped: the training was stopped before its end.
         """
         limit = time.monotonic() + LAST_EVENT_SECONDS
         while self._end is None or self.broken is not None:

@@ -20,6 +20,7 @@ from raysft.errors import RunFailed, StorageFailed, one_line
 from raysft.storage.retry import retry_for
 from raysft.telemetry.events import Emit, TrainingEnded
 from raysft.train.checkpoint import catalog
+from raysft.train.controller import Controller
 from raysft.train.dataset_config import PlannedDataConfig, Resumption
 from raysft.train.elastic import workers_of
 from raysft.train.event_pump import EventPump, emitter, make_queue
@@ -39,8 +40,6 @@ the kernel and asks for it again, page by page: 4.2 million page faults in five 
 (SmolLM2, full fine-tuning). And it hides the node's GPUs, which Ray does not: DeepSpeed would compute on them."""
 COLLECTIVE_SECONDS = 600
 """How long a worker waits for the others in a collective."""
-STOP_SECONDS = 30
-"""How long the driver waits for the workers to stop."""
 
 
 def train(job: TrainJob, handle: Emit, decisions: Queue | None = None) -> dict[str, dict[str, float]]:
@@ -56,7 +55,7 @@ def train(job: TrainJob, handle: Emit, decisions: Queue | None = None) -> dict[s
 
     Raises:
         RunFailed: the workers failed more than ``train.max_failures`` times, or failed with an error that a restart cannot fix.
-        RunStopped: the scheduler stopped it.
+        RunStopped: the scheduler stopped it, or its time is over.
     """
     end = _fit(job, train_worker, handle, decisions)
     with suppress(StorageFailed), retry_for(0):
@@ -73,9 +72,10 @@ def _fit(job: TrainJob, worker: Any, handle: Emit, decisions: Queue | None = Non
     # Ray Train would resume from its own state under the run's name, and fail when its storage fails. We write checkpoints
     # ourselves, so it gets an empty temporary folder.
     with tempfile.TemporaryDirectory(prefix="raysft-train-", ignore_cleanup_errors=True) as folder:
-        queue = make_queue()
+        queue, controller = make_queue(), Controller()
         trainer = _trainer(job, worker, queue, decisions, folder)
-        with EventPump(queue, handle, trainer.stop) as pump:
+        trainer.controller = controller
+        with EventPump(queue, handle, controller) as pump:
             try:
                 trainer.fit()
             except ray.train.TrainingFailedError as error:
@@ -84,7 +84,7 @@ def _fit(job: TrainJob, worker: Any, handle: Emit, decisions: Queue | None = Non
                 if not pump.broken:
                     raise RunFailed(f"the training failed: {one_line(error)}; run it again to resume") from error
             except KeyboardInterrupt:
-                trainer.stop()
+                controller.abort()
                 raise
             return pump.end()
 
@@ -119,7 +119,7 @@ class _Trainer(TorchTrainer):
     """
 
     scaling_policy: Any
-    _controller: Any = None
+    controller: Controller
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         ours = {
@@ -130,13 +130,7 @@ class _Trainer(TorchTrainer):
         return super()._initialize_and_run_controller(**{**options, **ours})
 
     def _register_sigint_handler(self, controller: Any) -> None:
-        self._controller = controller
-
-    def stop(self) -> None:
-        """Stop the workers; waits at most ``STOP_SECONDS``."""
-        if self._controller is not None:
-            with suppress(RayError):
-                ray.get(self._controller.abort.remote(), timeout=STOP_SECONDS)
+        self.controller.actor = controller
 
 
 def _threads(config: Config) -> int:

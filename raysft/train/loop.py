@@ -92,14 +92,14 @@ def _train(loop: _Loop, batches: Iterator[Batch], resume: ResumePoint | None) ->
     loop.emit_setup(time.perf_counter() - waiting_since)
     if cursor.step == 0 and loop.job.config.train.eval_at_start:
         loop.evaluate(cursor, FirstEvaluation.find(loop.job, loop.device))
-    while cursor.step < loop.row_plan.steps and not (loop.early_stopper.should_stop or loop.stopped):
+    while cursor.step < loop.row_plan.steps and not (loop.early_stopper.should_stop or loop.stop_reason):
         cursor = loop.step(batch, cursor)
         if cursor.step < loop.row_plan.steps:
             waiting_since, loop.moment = time.perf_counter(), f"reading the rows of step {cursor.step + 1}"
             batch = next(batches, None)
             loop.data_wait = time.perf_counter() - waiting_since
             loop.after_step(cursor)
-    if loop.stopped:
+    if loop.stop_reason:
         loop.stop(cursor)
     else:
         loop.finish(cursor)
@@ -119,7 +119,7 @@ class _Loop:
     ) -> None:
         self.job, self.device, self.save, self.decide = job, device, save, decide
         self.rank, self.workers = dist.get_rank(), dist.get_world_size()
-        self.trigger = CheckpointTrigger(job.config.train, self.rank, preemption_reason)
+        self.trigger = CheckpointTrigger(job.config.train, self.rank, preemption_reason, job.deadline)
         self.emit: Emit = emit if self.rank == 0 else lambda event: None
         self.log: deque[dict[str, Any]] = deque(maxlen=LOG_RECORDS)
         self.row_plan: RowPlan = job.train_rows.row_plan
@@ -128,8 +128,8 @@ class _Loop:
         self.moment = "the setup"
         """What the worker is doing, for error messages."""
         self.first_step = self.saved_step = 0
-        self.stopped = False
-        """True once the scheduler has decided to stop."""
+        self.stop_reason = ""
+        """Why the training ends before the end of its row plan; empty if it goes on."""
         self.eval_results: dict[str, float] = {}
         """Results of the latest evaluation."""
         self.nonfinite = NonFinite(job)
@@ -197,6 +197,8 @@ class _Loop:
         remaining = (self.row_plan.steps - cursor.step) * elapsed / (cursor.step - self.first_step)
         if self.trigger.update(cursor.step, result.noticed, result.late):
             self.emit(PreemptionNotice(cursor.step, self.trigger.preemption_reason()))
+        if result.over and cursor.step < self.row_plan.steps:
+            self.stop_reason = "its time is over"
         record = self.step_metrics.record(cursor, result, lr, seconds, self.data_wait, elapsed, remaining)
         self.log.append(asdict(record))
         self.emit(record)
@@ -238,16 +240,17 @@ class _Loop:
             best = self.early_stopper.best
             if self.early_stopper.should_stop and best:
                 self.emit(StoppedEarly(cursor.step, best.step, best.loss))
-            if self.decide:
+            if self.decide and not self.stop_reason:
                 self._follow(self.decide, cursor)
-        if self.trigger.is_due(cursor.step) and not self.stopped and self.saved_step != cursor.step:
+        if self.trigger.is_due(cursor.step) and not self.stop_reason and self.saved_step != cursor.step:
             self._checkpoint(replace(cursor, temporary=not self.trigger.is_scheduled(cursor.step)))
 
     def _follow(self, decide: Decide, cursor: Cursor) -> None:
         """Do what the scheduler decides after an evaluation."""
         while (decision := shared(decide, cursor.step, self.device)) is Decision.SAVE:
             self._checkpoint(cursor)
-        self.stopped = decision is Decision.STOP
+        if decision is Decision.STOP:
+            self.stop_reason = "the scheduler stopped it"
 
     def evaluate(self, cursor: Cursor, first: FirstEvaluation | None = None) -> dict[str, float]:
         """Evaluate all sets but those known from ``first``, log and return the results."""
@@ -280,7 +283,7 @@ class _Loop:
         """End before the end of the row plan, with a checkpoint to go on from."""
         if self.job.config.train.resumes and self.saved_step != cursor.step:
             self._checkpoint(cursor)
-        self.emit(TrainingStopped(cursor.step, self.eval_results))
+        self.emit(TrainingStopped(cursor.step, self.stop_reason, self.eval_results))
 
     def finish(self, cursor: Cursor) -> None:
         """Evaluate, save the last checkpoint, write the model, and report the results."""

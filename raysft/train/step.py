@@ -52,6 +52,8 @@ class StepResult:
     """True if any worker's machine is about to be preempted."""
     late: bool = False
     """True if the first worker's clock asks for a checkpoint."""
+    over: bool = False
+    """True if the training is to stop because its time is over."""
 
 
 def train_step(
@@ -59,7 +61,7 @@ def train_step(
     batch: Batch,
     weight: float,
     sources: int = 1,
-    asks: Callable[[], tuple[bool, bool]] = lambda: (False, False),
+    asks: Callable[[], tuple[bool, bool, bool]] = lambda: (False, False, False),
 ) -> StepResult:
     """Train on one worker's rows of a step.
 
@@ -68,13 +70,13 @@ def train_step(
         batch: this worker's rows, from a ``RowSource``.
         weight: total weight of the step's loss tokens over all workers; without weights, their number.
         sources: number of sources.
-        asks: returns (this worker's machine is about to be preempted, its clock asks for a checkpoint). It is called after the
-            computation, and all workers learn if it is true for any of them.
+        asks: returns (this worker's machine is about to be preempted, its clock asks for a checkpoint, the time is over). It is
+            called after the computation, and all workers learn if it is true for any of them.
     """
     accumulation = engine.gradient_accumulation_steps()
     # DeepSpeed averages over microbatches and workers; undo that, and divide by the step's weight instead.
     scale = accumulation * dist.get_world_size() / weight
-    totals = torch.zeros(3 + sources, device=engine.device)
+    totals = torch.zeros(4 + sources, device=engine.device)
     norm = None
     for microbatch in microbatches(batch, engine.train_micro_batch_size_per_gpu(), engine.device):
         loss, by_source, _ = engine(**microbatch, number_of_sources=sources)
@@ -85,13 +87,13 @@ def train_step(
             norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
         with _without_update(engine) if norm is not None and not torch.isfinite(norm) else nullcontext():
             engine.step()
-        totals += torch.cat([totals.new_zeros(2), loss.detach()[None], by_source])
-    totals[:2] = totals.new_tensor(asks())
+        totals += torch.cat([totals.new_zeros(3), loss.detach()[None], by_source])
+    totals[:3] = totals.new_tensor(asks())
     dist.all_reduce(totals)
-    noticed, late, total, *by_source = totals.double().tolist()
+    noticed, late, over, total, *by_source = totals.double().tolist()
     norm = float(norm if norm is not None else engine.get_global_grad_norm())
     applied = math.isfinite(norm) and engine.was_step_applied()
-    return StepResult(total / weight, norm, np.asarray(by_source), applied, noticed > 0, late > 0)
+    return StepResult(total / weight, norm, np.asarray(by_source), applied, noticed > 0, late > 0, over > 0)
 
 
 @contextmanager

@@ -37,6 +37,7 @@ def test_policies_decide_how_many_workers_there_are():
     for name, count in (
         ("make_decision_for_non_running_worker_group", 1),
         ("make_decision_for_running_worker_group", 3),
+        ("after_controller_start", 2),
         ("after_controller_state_update", 3),
         ("_count_possible_workers", 2),
         ("_maybe_send_resource_request", 1),

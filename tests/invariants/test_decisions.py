@@ -1,4 +1,4 @@
-"""A scheduler's decisions after evaluations: they are every worker's, and change no number of the training."""
+"""The end of a training that is stopped: all workers stop in the same step, and no number of the training changes."""
 
 from pathlib import Path
 
@@ -28,13 +28,16 @@ def trained(request, tmp_path_factory) -> tuple[dict[str, Result], Path]:
         "saved": case("saved", {HALF: ("SAVE",)}),
         "stopped": case("stopped", {HALF: ("SAVE", "STOP")}),
         "stopped at once": case("stopped at once", {HALF: ("STOP",)}),
-        # The course before has written it.
+        "timed": case("timed", None, overtime=(-1.0, 1.0)),
+        "out of time": case("out of time", {1: ("SAVE",)}, overtime=(1.0, -1.0)),
+        # The courses before have written these.
         "gone on": case("gone on", {}, resume=kept / "stopped at once" / f"checkpoint_{HALF}"),
+        "with more time": case("with more time", None, resume=kept / "out of time" / "checkpoint_1"),
     }
     return dict(zip(cases, train_all(list(cases.values()), request.param), strict=True)), kept
 
 
-@pytest.mark.parametrize("name", ["watched", "saved"])
+@pytest.mark.parametrize("name", ["watched", "saved", "timed"])
 def test_who_may_go_on_trains_as_if_alone(trained, name):
     results, _ = trained
     alone, other = results["alone"], results[name]
@@ -45,28 +48,37 @@ def test_who_may_go_on_trains_as_if_alone(trained, name):
 
 @pytest.mark.parametrize(
     ("name", "steps"),
-    [("alone", []), ("watched", []), ("saved", [HALF]), ("stopped", [HALF]), ("stopped at once", [HALF])],
+    [
+        ("alone", []),
+        ("watched", []),
+        ("saved", [HALF]),
+        ("stopped", [HALF]),
+        ("stopped at once", [HALF]),
+        ("timed", []),
+        ("out of time", [1]),
+    ],
 )
-def test_a_checkpoint_is_saved_where_the_scheduler_wants_one(trained, name, steps):
+def test_a_checkpoint_is_saved_where_one_is_wanted(trained, name, steps):
     _, kept = trained
     found = sorted(path.name for path in (kept / name).iterdir()) if (kept / name).exists() else []
     assert found == [f"checkpoint_{step}" for step in steps]
 
 
-@pytest.mark.parametrize("name", ["stopped", "stopped at once"])
-def test_who_is_stopped_ends_there_without_a_model(trained, name):
+@pytest.mark.parametrize(("name", "step"), [("stopped", HALF), ("stopped at once", HALF), ("out of time", 1)])
+def test_who_is_stopped_ends_there_without_a_model(trained, name, step):
     results, _ = trained
     stopped, last = results[name], results[name].events[-1]
-    assert stopped.losses == results["alone"].losses[:HALF]
+    assert stopped.losses == results["alone"].losses[:step]
     assert isinstance(last, TrainingStopped)
-    assert last.step == HALF
+    assert last.step == step
     assert last.eval["eval_loss"] > 0
     assert not any(isinstance(event, TrainingEnded) for event in stopped.events)
     assert not stopped.weights
 
 
-def test_who_was_stopped_goes_on_where_it_was(trained):
+@pytest.mark.parametrize(("name", "step"), [("gone on", HALF), ("with more time", 1)])
+def test_who_was_stopped_goes_on_where_it_was(trained, name, step):
     results, _ = trained
-    alone, later = results["alone"], results["gone on"]
-    assert later.losses == alone.losses[HALF:]
+    alone, later = results["alone"], results[name]
+    assert later.losses == alone.losses[step:]
     assert all(np.array_equal(later.weights[key], alone.weights[key]) for key in alone.weights)

@@ -87,7 +87,10 @@ EVENTS: dict[type, tuple[Event, str]] = {
     WorkersRestarting: (WorkersRestarting("worker 1 failed"), "worker 1 failed; restarting the workers"),
     WorkersResized: (WorkersResized(2, 3), "3 workers now instead of 2"),
     PreemptionNotice: (PreemptionNotice(4, "node ab"), "after step 4: a machine will be preempted soon (node ab)"),
-    TrainingStopped: (TrainingStopped(4, {"eval_loss": 1.5}), "stopped by the scheduler after step 4"),
+    TrainingStopped: (
+        TrainingStopped(4, "its time is over", {"eval_loss": 1.5}),
+        "stopped after step 4: its time is over",
+    ),
     TrainingEnded: (TrainingEnded({"total_steps": 9}, {"eval_loss": 1.5}), ""),
 }
 """One event of every class, and what the terminal must show for it."""

@@ -1,9 +1,9 @@
-"""When to save a checkpoint: after a number of steps or of minutes, and before a machine is preempted."""
+"""When to save a checkpoint: after a number of steps or of minutes, before a machine is preempted, and when the time is over."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from time import monotonic
+from time import monotonic, time
 
 from raysft.config import TrainSection
 
@@ -14,14 +14,18 @@ PreemptionReason = Callable[[], str]
 class CheckpointTrigger:
     """Decide on all workers alike when to save; what only one worker knows reaches the others with the sums of a step."""
 
-    def __init__(self, train: TrainSection, rank: int, preemption_reason: PreemptionReason) -> None:
+    def __init__(
+        self, train: TrainSection, rank: int, preemption_reason: PreemptionReason, deadline: float | None = None
+    ) -> None:
         """
         Args:
             train: how often to save.
             rank: this worker's rank; the clock of rank 0 counts.
             preemption_reason: called in each step.
+            deadline: when the training is to stop, in seconds since 1970.
         """
         self._train, self._first, self.preemption_reason = train, rank == 0, preemption_reason
+        self._deadline = deadline
         self._saved = monotonic()
         self._noticed_after: int | None = None
         """The step after which a preemption became known."""
@@ -32,13 +36,14 @@ class CheckpointTrigger:
         """Count the minutes from now on: a checkpoint was written, or the training starts."""
         self._saved = monotonic()
 
-    def requests(self) -> tuple[bool, bool]:
-        """Return what this worker adds to a step's sums: its machine will be preempted, and the minutes are over."""
+    def requests(self) -> tuple[bool, bool, bool]:
+        """Return what this worker adds to a step's sums: its machine will be preempted; a checkpoint is late; the time is over."""
+        over = self._first and self._deadline is not None and time() >= self._deadline
         if not self._train.resumes:
-            return False, False
+            return False, False, over
         minutes = self._train.save_every_minutes
         late = self._first and minutes is not None and monotonic() - self._saved >= 60 * minutes
-        return bool(self.preemption_reason()), late
+        return bool(self.preemption_reason()), late, over
 
     def update(self, step: int, noticed: bool, late: bool) -> bool:
         """Take what any worker requested in a step; return True for the first notice of a preemption."""
