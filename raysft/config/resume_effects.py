@@ -36,7 +36,7 @@ _KEYS = {
         generate.do_sample generate.temperature generate.top_p generate.top_k generate.repetition_penalty generate.num_beams
         generate.length_penalty generate.stop_tokens generate.skip_special_tokens generate.max_seconds generate.metrics
         tune.space tune.search tune.num_samples tune.seed tune.metric tune.mode tune.repeats
-        tune.scheduler tune.scheduler_options tune.max_concurrent tune.max_failures
+        tune.scheduler tune.scheduler_options tune.max_concurrent tune.max_failures tune.max_minutes tune.keep
     """,
     # Paths may change because files can move; the content of the files is compared separately.
     Effect.NOW: """

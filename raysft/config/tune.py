@@ -97,6 +97,12 @@ class TuneSection(Section):
     quantile_fraction: 0.25, resample_probability: 0.25}``. Default of the first ones: ``train.eval_every_steps``."""
     max_concurrent: Positive | None = None
     """Maximum number of trials that run at the same time. Default: as many as the cluster can place."""
+    max_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Minutes, counted from the start of the first trial, after which no trial starts and those that train save a checkpoint and
+    stop. The sweep ranks the trials that have ended; started again, it goes on with the others."""
+    keep: Literal["all", "best"] = "all"
+    """``best`` removes models and checkpoints of the trials that are not the best (with several metrics: not on the Pareto front)
+    as soon as that is known, and copies the best model into the sweep's directory, where ``all`` puts a link."""
     max_failures: Count = 0
     """How often a trial that failed starts again within the sweep, from its newest checkpoint; ``train.max_failures`` restarts
     the workers of a training before that. A trial that still fails does not end the sweep."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,11 @@ def _read_config(config: Config | Mapping[str, Any] | str | Path, stage: str) ->
 
 
 def run(
-    config: Config, callbacks: Sequence[Any] = (), allow_changed: bool = False, decisions: Any = None
+    config: Config,
+    callbacks: Sequence[Any] = (),
+    allow_changed: bool = False,
+    decisions: Any = None,
+    deadline: float | None = None,
 ) -> dict[str, Any]:
     """Train, evaluate, generate and report; stages that are done are skipped.
 
@@ -61,18 +66,21 @@ def run(
         callbacks: as ``run_sft`` takes them.
         allow_changed: resume a run that began with other settings, model or data; the change is recorded.
         decisions: the queue of a scheduler, as ``launch.train`` takes it.
+        deadline: when the training is to stop with a checkpoint, in seconds since 1970.
 
     Raises:
-        RunStopped: the scheduler stopped the training; nothing is generated.
+        RunStopped: the training was stopped before its end; nothing is generated.
     """
     with open_run(config, "run", allow_changed) as context:
-        train_model(context, callbacks, decisions)
+        train_model(context, callbacks, decisions, deadline)
         generate_predictions(context)
         print_report(context.directory)
     return context.directory.read_results("all")
 
 
-def train_model(context: RunContext, callbacks: Sequence[Any] = (), decisions: Any = None) -> None:
+def train_model(
+    context: RunContext, callbacks: Sequence[Any] = (), decisions: Any = None, deadline: float | None = None
+) -> None:
     """Train and evaluate; results go to ``train_results.json`` and ``eval_results.json``."""
     from raysft.train.checkpoint.catalog import remove_temporary
 
@@ -81,18 +89,18 @@ def train_model(context: RunContext, callbacks: Sequence[Any] = (), decisions: A
             f"train: {context.directory.place} is already trained (another run.name starts a new run)"
         )
     else:
-        _train(context, callbacks, decisions)
+        _train(context, callbacks, decisions, deadline)
     with suppress(StorageFailed), retry_for(0):
         remove_temporary(context.directory.checkpoints)
 
 
-def _train(context: RunContext, callbacks: Sequence[Any], decisions: Any) -> None:
+def _train(context: RunContext, callbacks: Sequence[Any], decisions: Any, deadline: float | None) -> None:
     from raysft.train import launch
 
     trackers = run_trackers(context)
     train_log = TrainLog(context.directory.trainer_log, context.terminal, [*trackers, *callbacks])
     try:
-        results = launch.train(train_job(context), train_log, decisions)
+        results = launch.train(replace(train_job(context), deadline=deadline), train_log, decisions)
     finally:
         context.terminal.close()
         for tracker in trackers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from ray.tune.result import AUTO_RESULT_KEYS
 from raysft.config import Config
 from raysft.errors import RequestError, RunFailed, one_line
 from raysft.telemetry.terminal import Terminal
+from raysft.tune.best_model import remove_weights
 from raysft.tune.ranking import Objectives
 from raysft.tune.record import Record, TrialRecord, numbers
 from raysft.tune.table import TrialTable, trial_table
+from raysft.tune.trainable import INTERRUPTED
 from raysft.tune.trials import described
 
 OTHERS = frozenset(AUTO_RESULT_KEYS) | {"step", "current_steps"}
@@ -28,8 +31,21 @@ OTHERS = frozenset(AUTO_RESULT_KEYS) | {"step", "current_steps"}
 class Recorder(ray.tune.Callback):
     """Records what becomes of each trial, and shows it: in a table on a terminal, else in a line for each event."""
 
-    def __init__(self, objectives: Objectives, record: Record, table: TrialTable | None = None) -> None:
-        self._objectives, self._record, self.view = objectives, record, table
+    def __init__(
+        self,
+        objectives: Objectives,
+        record: Record,
+        table: TrialTable | None = None,
+        prune: Callable[[], None] = lambda: None,
+    ) -> None:
+        """
+        Args:
+            objectives: what trials are compared by.
+            record: where their changes are recorded.
+            table: shows them; None without a terminal.
+            prune: called when a trial has ended.
+        """
+        self._objectives, self._record, self.view, self._prune = objectives, record, table, prune
         self._last: dict[str, TrialRecord] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -71,18 +87,23 @@ class Recorder(ray.tune.Callback):
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
         """A trial reports an evaluation, or the results of its whole run."""
-        ended = {"state": "done", "ended": round(time.time(), 3)} if is_final(result) else {}
-        self._update(trial, result, **ended)
+        changes: dict[str, Any] = {}
+        if is_final(result):
+            changes = {"state": "done"}
+        elif INTERRUPTED in result:
+            changes = {"state": "interrupted", "reason": result[INTERRUPTED]}
+        self._update(trial, result, **changes, **({"ended": round(time.time(), 3)} if changes else {}))
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """A trial has ended by itself, or was ended by a scheduler."""
         ended = self._last[trial.config["trial"]]
-        if ended.state != "done":
+        if ended.state == "running":
             ended = self._update(trial, {}, state="stopped", ended=round(time.time(), 3))
         results = [(metric, ended.metrics[metric]) for metric in self._objectives.metrics if metric in ended.metrics]
         if results:
             found = ", ".join(f"{metric} {_number(value)}" for metric, value in results)
             self._say(f"{ended.state}: {_shown(ended)} | {found}")
+        self._prune()
 
     def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """A trial has failed, and starts again."""
@@ -124,7 +145,8 @@ class WithoutMetric(ray.tune.stopper.Stopper):
 def recorder(config: Config, record: Record, total: int, concurrent: int) -> Recorder:
     """Return the callback that records and shows a sweep of so many trials, so many of them at a time."""
     objectives = Objectives.of(config.tune)
-    return Recorder(objectives, record, trial_table(objectives, total, concurrent))
+    table = trial_table(objectives, total, concurrent)
+    return Recorder(objectives, record, table, lambda: remove_weights(config, record.read()))
 
 
 def stopper(config: Config) -> WithoutMetric:

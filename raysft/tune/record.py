@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from raysft.storage.json_files import read_jsonl
 
-State = Literal["running", "done", "stopped", "failed"]
+State = Literal["running", "done", "stopped", "failed", "interrupted"]
+"""``stopped``: a scheduler ended it; ``interrupted``: the sweep's time was over, and it goes on when the sweep is started again."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,13 @@ class TrialRecord:
     seed: int
     """``run.seed``."""
     state: State = "running"
-    """A trial that was interrupted stays ``running``; ``stopped`` is one that a scheduler ended."""
+    """A driver that is killed leaves trials ``running``."""
     step: int | None = None
     """Optimizer steps of the latest results."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Results so far, with the keys of ``all_results.json``."""
     reason: str = ""
-    """Why it failed, in one line."""
+    """Why it failed or was interrupted, in one line."""
     started: float = 0.0
     """Seconds since 1970, of the last start."""
     ended: float | None = None

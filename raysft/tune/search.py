@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,7 +20,12 @@ class Search(Searcher):
     """Hands out every trial that has not ended; those of an earlier call count as they were recorded."""
 
     def __init__(
-        self, config: Config, source: Source, recorded: Mapping[str, TrialRecord], place: Callable[[Config], Config]
+        self,
+        config: Config,
+        source: Source,
+        recorded: Mapping[str, TrialRecord],
+        place: Callable[[Config], Config],
+        deadline: float | None = None,
     ) -> None:
         """Make a search.
 
@@ -28,9 +34,11 @@ class Search(Searcher):
             source: gives the configurations.
             recorded: the record of an earlier call, by trial.
             place: fits a trial's config into the cluster.
+            deadline: when no further trial is handed out, in seconds since 1970.
         """
         super().__init__()
         self._config, self._source, self._recorded, self._place = config, source, recorded, place
+        self._deadline = deadline
         self._objectives = Objectives.of(config.tune)
         self._numbers = {name: record.number for name, record in recorded.items()}
         self._queue: list[Trial] = []
@@ -41,16 +49,13 @@ class Search(Searcher):
         self._found: dict[str, list[tuple[float, ...]]] = {}
         """Metrics of each configuration's trials."""
         self.finished = False
-        """True once every trial was handed out."""
+        """True once every trial was handed out, or the time is over."""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         """Return what Tune has of a trial: its name, number, configuration, and its config as JSON, which Tune leaves as it is."""
-        while not self._queue:
-            first = self._source.next()
-            if first is None:
-                self.finished = True
-                return Searcher.FINISHED
-            self._add(first)
+        if not self._fill():
+            self.finished = True
+            return Searcher.FINISHED
         trial = self._queue.pop(0)
         self._running[trial_id] = trial
         number = self._numbers.setdefault(trial.name, max(self._numbers.values(), default=-1) + 1)
@@ -61,6 +66,17 @@ class Search(Searcher):
             "values": json.dumps(trial.values),
             "config": self._place(trial.config).model_dump_json(),
         }
+
+    def _fill(self) -> bool:
+        """Queue trials if none wait; return False if none is to start any more."""
+        if self._deadline is not None and time.time() >= self._deadline:
+            return False
+        while not self._queue:
+            first = self._source.next()
+            if first is None:
+                return False
+            self._add(first)
+        return True
 
     def _add(self, first: Trial) -> None:
         """Queue the trials of a configuration that have not ended."""

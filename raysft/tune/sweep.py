@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-import tempfile
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+import time
+from collections.abc import Mapping, Sequence
 
 from raysft.cluster.placement import Node
 from raysft.config import Config
-from raysft.errors import RunFailed
 from raysft.run.preflight import Preflight, preflight
 from raysft.run.resources import check_resources
 from raysft.run.tracking import sweep_trackers
 from raysft.storage.json_files import write_atomically
-from raysft.storage.run_directory import RunDirectory
 from raysft.telemetry.terminal import Terminal
-from raysft.telemetry.trackers import tracker_variables
 from raysft.tune.earlier_call import await_release, earlier_trials
 from raysft.tune.optuna_study import OptunaStudy, check_installed, restored
 from raysft.tune.ranking import Objectives
 from raysft.tune.record import Record, TrialRecord
-from raysft.tune.results import check_recorded, expected, print_ranking, rank, write_best, write_results
+from raysft.tune.results import expected
+from raysft.tune.running_sweep import Sweep
 from raysft.tune.schedulers import check_scheduler, make_scheduler
 from raysft.tune.sources import FixedList, Source
 from raysft.tune.space import dimensions
@@ -100,10 +92,12 @@ def _run_trials(config: Config, firsts: Sequence[Trial], ready: Preflight) -> Co
     ready.terminal.line(_announcement(config, total, concurrent, sum(one.ended_well for one in before.values())))
     write_atomically(ready.directory.config, config.to_yaml())
     nodes = ready.nodes  # Tune pickles the search, so that it keeps no terminal
-    search = Search(config, source, recorded, lambda trial: _place(trial, nodes))
+    deadline = time.time() + 60 * config.tune.max_minutes if config.tune.max_minutes is not None else None
+    search = Search(config, source, recorded, lambda trial: _place(trial, nodes), deadline)
+    sweep = Sweep(config, source, record, total, concurrent, deadline, ready.terminal)
     with sweep_trackers(config, ready.terminal):
-        errors = _fit(config, search, scheduler, record, total, concurrent)
-    return _conclude(config, source, record, errors, ready.terminal)
+        errors = sweep.fit(search, scheduler)
+    return sweep.conclude(errors)
 
 
 def _source(
@@ -129,112 +123,3 @@ def _announcement(config: Config, total: int, concurrent: int, ended: int) -> st
         + (f"{ended} done before, " if ended else "")
         + f"best by {Objectives.of(config.tune)}; their runs: {config.run_place / 'trials'}"
     )
-
-
-def _fit(
-    config: Config, search: Any, scheduler: Any, record: Record, total: int, concurrent: int
-) -> dict[str, Exception] | None:
-    """Run the trials that have not ended, and return the error of each that failed by its name; None after an interruption."""
-    import ray.tune
-
-    from raysft.tune.progress import reason_of, recorder, stopper
-
-    space: dict[str, Any] = {}
-    searched: dict[str, Any] = {"search_alg": search, "num_samples": -1, "max_concurrent_trials": concurrent}
-    if config.tune.scheduler == "pbt":
-        from raysft.tune.population import members
-
-        scheduler.members = members(search, record.read())
-        if not scheduler.members:
-            return {}  # all have ended
-        # Names alone: Tune replaces lists and mappings by placeholders.
-        space, searched = {"trial": ray.tune.grid_search(list(scheduler.members))}, {}
-    watching = recorder(config, record, total, concurrent)
-    # Tune's own records, which nothing reads again: a sweep goes on from its own.
-    with tempfile.TemporaryDirectory(prefix="raysft-tune-", ignore_cleanup_errors=True) as folder:
-        tuner = ray.tune.Tuner(
-            _trainable(config),
-            param_space=space,
-            tune_config=ray.tune.TuneConfig(
-                **searched,
-                scheduler=scheduler,
-                trial_name_creator=lambda trial: trial.config["trial"],
-                trial_dirname_creator=lambda trial: trial.config["trial"],
-            ),
-            run_config=ray.tune.RunConfig(
-                name="tune",
-                storage_path=folder,
-                verbose=0,
-                callbacks=[watching],
-                stop=stopper(config),
-                failure_config=ray.tune.FailureConfig(max_failures=config.tune.max_failures),
-            ),
-        )
-        try:
-            with _quiet_tune():
-                grid = tuner.fit()
-        finally:
-            watching.close()
-    errors = {Path(result.path).name: reason_of(result.error) for result in grid if result.error}
-    return errors if search.finished else None
-
-
-@contextlib.contextmanager
-def _quiet_tune() -> Iterator[None]:
-    """Silence Tune's tables, tracebacks and advice: we print a line for each trial, and each failure once."""
-    logger, switch = logging.getLogger("ray.tune"), "RAY_AIR_NEW_OUTPUT"
-    level, before = logger.level, os.environ.get(switch)
-    logger.setLevel(logging.CRITICAL)
-    os.environ[switch] = "0"  # the new output prints tables even at verbose=0, and has no other switch
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Consider boosting PBT performance")
-            yield
-    finally:
-        logger.setLevel(level)
-        os.environ.pop(switch)
-        if before is not None:
-            os.environ[switch] = before
-
-
-def _trainable(config: Config) -> Any:
-    import ray.tune
-
-    from raysft.tune.trainable import Trainable, TrialSettings
-
-    settings = TrialSettings(
-        scheduled=config.tune.scheduler != "none", home=os.getcwd(), environment=tracker_variables()
-    )
-    trial = ray.tune.with_parameters(Trainable, settings=settings)
-    return ray.tune.with_resources(trial, {"cpu": TRIAL_CPUS})
-
-
-def _conclude(
-    config: Config,
-    source: Source,
-    record: Record,
-    errors: Mapping[str, Exception] | None,
-    terminal: Terminal,
-) -> Config:
-    """Write the results, then raise if trials failed or lack the metric; ``errors`` is None if the search was interrupted."""
-    from raysft.report import write_sweep_page
-
-    trials = [trial for first in source.trials for trial in repeats(config, first)]
-    records = expected(record.read(), trials)
-    check_recorded(config, records)
-    if errors is None or any(trial.name not in records or records[trial.name].state == "running" for trial in trials):
-        raise KeyboardInterrupt  # Tune has handled the signal and returned
-    ranking = rank(config, records)
-    write_results(config.run_directory, config, records, ranking)
-    first_error = next(iter(errors.values()), None)
-    if not ranking:
-        raise first_error or RunFailed(f"no trial gave a finite {config.tune.metric}")
-    best = write_best(config.run_directory, config, ranking[0])
-    print_ranking(config, ranking, terminal)
-    terminal.line(f"page: {config.run_place / write_sweep_page(RunDirectory.of(config.run_place)).name}")
-    if errors:
-        raise RunFailed(
-            f"{len(errors)} of {len(trials)} trials failed ({first_error}); best.yaml is the best of the others; start the same "
-            "command again to retry the failed ones"
-        )
-    return best

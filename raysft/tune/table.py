@@ -67,7 +67,9 @@ class TrialTable:
     def _title(self) -> str:
         states = [record.state for record in self._records.values()]
         parts = [
-            f"{states.count(state)} {state}" for state in ("done", "stopped", "failed", "running") if state in states
+            f"{states.count(state)} {state}"
+            for state in ("done", "stopped", "interrupted", "failed", "running")
+            if state in states
         ]
         left = self._seconds_left()
         return f"{self._total} trials: {', '.join(parts)}" + (

@@ -27,6 +27,8 @@ from raysft.tune.run_checkpoint import RunCheckpoint, Saved
 STOP_SECONDS = 300
 """How long a trial may take to save a checkpoint, and one that is stopped to let go of its workers."""
 POLL_SECONDS = 5.0
+INTERRUPTED = "interrupted"
+"""The key of a trial's results that says why it stopped before its end, and is to go on when the sweep is started again."""
 PERTURBED = "perturbed"
 """The key under which Tune keeps the values that population-based training changes."""
 
@@ -41,6 +43,8 @@ class TrialSettings:
     """The folder that relative paths in the configs start from."""
     environment: Mapping[str, str]
     """Variables in which trackers find servers and keys; the processes of a cluster have those of the machine that started it."""
+    deadline: float | None = None
+    """When trainings are to stop, in seconds since 1970."""
 
 
 class Trainable(ray.tune.Trainable):
@@ -68,6 +72,7 @@ class Trainable(ray.tune.Trainable):
         self._reports: queue.Queue[dict[str, Any] | BaseException] = queue.Queue()
         self._saved: queue.Queue[int] = queue.Queue()
         """Steps of the checkpoints that are complete."""
+        self._deadline = settings.deadline
         self._decisions = make_queue() if settings.scheduled else None
         self._asked: int | None = None
         """Step of the evaluation that waits for a decision."""
@@ -77,7 +82,7 @@ class Trainable(ray.tune.Trainable):
     def _run(self) -> None:
         callback = _Reports(self._reports.put, self._saved.put, self._stopping)
         try:
-            results = run(self._config, [callback], self._changes, self._decisions)
+            results = run(self._config, [callback], self._changes, self._decisions, self._deadline)
             steps = {"step": results["total_steps"]} if "total_steps" in results else {}
             self._reports.put({**results, **steps, "run_name": self._config.run.name, "done": True})
         except BaseException as error:
@@ -86,6 +91,8 @@ class Trainable(ray.tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Train until the next evaluation or the end, and return its results."""
         if self._thread.ident is None:
+            if self._deadline is not None and time.time() >= self._deadline:
+                return {INTERRUPTED: "its time was over before it started", "done": True}
             with _alone(self._config.run_place):
                 pass
             self._thread.start()
@@ -96,6 +103,8 @@ class Trainable(ray.tune.Trainable):
                 report = self._reports.get(timeout=POLL_SECONDS)
             except queue.Empty:
                 continue  # every wait inside a run has a bound
+            if isinstance(report, RunStopped):
+                return {INTERRUPTED: str(report), "done": True}
             if isinstance(report, BaseException):
                 raise report
             if not report.get("done"):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -399,11 +400,13 @@ class Fails:
 
 
 def test_a_callback_that_raises_stops_the_training(folder):
-    with pytest.raises(ZeroDivisionError, match="of the callback"):
-        raysft.run_sft(
-            load(folder / "sft.yaml", ["run.name=fails", "scaling.num_workers=1", "train.epochs=200"]),
-            callbacks=[Fails()],
-        )
+    """In another thread than the main one, as a trial of a sweep is driven: Ray Train hands its controller over in the main one."""
+    config = load(folder / "sft.yaml", ["run.name=fails", "scaling.num_workers=1", "train.epochs=200"])
+    with (
+        ThreadPoolExecutor(1) as executor,
+        pytest.raises(ZeroDivisionError, match="of the callback"),
+    ):
+        executor.submit(raysft.run_sft, config, callbacks=[Fails()]).result(timeout=300)
     run = folder / "runs" / "fails"
     assert len(steps_of(run)) < 30
     assert not (run / "model").exists()

@@ -92,7 +92,7 @@ def test_an_error_in_reading_rows_does_not_name_those_of_the_step_before():
         raise IndexError("position 7 is out of range")
 
     loop: Any = object.__new__(_Loop)
-    loop.stopped = False
+    loop.stop_reason = ""
     loop.row_plan, loop.early_stopper = SimpleNamespace(steps=2), SimpleNamespace(should_stop=False)
     loop.job = SimpleNamespace(config=SimpleNamespace(train=SimpleNamespace(eval_at_start=False)))
     loop.set_up, loop.emit_setup = lambda resume: Cursor(0, 0, 0, {}), lambda waited: None

@@ -221,6 +221,22 @@ def test_a_search_hands_out_only_what_has_not_ended_and_counts_what_has():
     assert source.told == {trials[2].name: (3.0,)}
 
 
+def test_a_search_hands_out_nothing_after_its_deadline(monkeypatch):
+    given = config({RATE: [1e-4, 1e-3]}, **GRID)
+    now = 10.0
+    monkeypatch.setattr("raysft.tune.search.time.time", lambda: now)
+    source = Told(combinations(given))
+    search = Search(given, source, {}, lambda trial: trial, deadline=20.0)
+    first, now = search.suggest("0"), 20.0
+    assert first != Searcher.FINISHED
+    assert not search.finished
+    assert search.suggest("1") == Searcher.FINISHED
+    assert search.finished
+    # A trial that was interrupted tells the source nothing.
+    search.on_trial_complete("0", {"interrupted": "its time is over", "done": True})
+    assert list(source.told.values()) == [None]
+
+
 def test_a_search_by_optuna_needs_it(monkeypatch):
     check_installed()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

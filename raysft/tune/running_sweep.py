@@ -1,0 +1,182 @@
+"""A sweep under way: Ray Tune runs its trials, and what came of them is written."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raysft.config import Config
+from raysft.errors import RunFailed
+from raysft.storage.run_directory import RunDirectory
+from raysft.telemetry.terminal import Terminal
+from raysft.telemetry.trackers import tracker_variables
+from raysft.tune.best_model import provide_model, remove_weights
+from raysft.tune.ranking import Ranked
+from raysft.tune.record import Record
+from raysft.tune.results import check_recorded, expected, print_ranking, rank, write_best, write_results
+from raysft.tune.sources import Source
+from raysft.tune.trials import TRIAL_CPUS, repeats
+
+ENVIRONMENT = {
+    # The new output prints tables even at verbose=0, and has no other switch.
+    "RAY_AIR_NEW_OUTPUT": "0",
+    # A trial whose time was over has no metric; whether those that ended have it is checked when the sweep ends.
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+}
+"""What Tune reads from the environment while a sweep runs."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep whose trials are known and may start."""
+
+    config: Config
+    source: Source
+    record: Record
+    total: int
+    """Number of its trials."""
+    concurrent: int
+    """Number of trials at a time."""
+    deadline: float | None
+    """When no trial starts and none trains any more, in seconds since 1970."""
+    terminal: Terminal
+
+    def fit(self, search: Any, scheduler: Any) -> dict[str, Exception] | None:
+        """Run the trials that have not ended, and return the error of each that failed by its name; None after an interruption."""
+        import ray.tune
+
+        from raysft.tune.abandoned import AbandonedGroups
+        from raysft.tune.progress import reason_of, recorder, stopper
+
+        config = self.config
+        space: dict[str, Any] = {}
+        searched: dict[str, Any] = {"search_alg": search, "num_samples": -1, "max_concurrent_trials": self.concurrent}
+        if config.tune.scheduler == "pbt":
+            from raysft.tune.population import members
+
+            scheduler.members = members(search, self.record.read())
+            if not scheduler.members:
+                return {}  # all have ended
+            # Names alone: Tune replaces lists and mappings by placeholders.
+            space, searched = {"trial": ray.tune.grid_search(list(scheduler.members))}, {}
+        watching = recorder(config, self.record, self.total, self.concurrent)
+        # Tune's own records, which nothing reads again: a sweep goes on from its own.
+        with tempfile.TemporaryDirectory(prefix="raysft-tune-", ignore_cleanup_errors=True) as folder:
+            tuner = ray.tune.Tuner(
+                _trainable(config, self.deadline),
+                param_space=space,
+                tune_config=ray.tune.TuneConfig(
+                    **searched,
+                    scheduler=scheduler,
+                    trial_name_creator=lambda trial: trial.config["trial"],
+                    trial_dirname_creator=lambda trial: trial.config["trial"],
+                ),
+                run_config=ray.tune.RunConfig(
+                    name="tune",
+                    storage_path=folder,
+                    verbose=0,
+                    callbacks=[watching, AbandonedGroups()],
+                    stop=stopper(config),
+                    failure_config=ray.tune.FailureConfig(max_failures=config.tune.max_failures),
+                ),
+            )
+            try:
+                with _tune_environment():
+                    grid = tuner.fit()
+            finally:
+                watching.close()
+        errors = {Path(result.path).name: reason_of(result.error) for result in grid if result.error}
+        return errors if search.finished else None
+
+    def conclude(self, errors: Mapping[str, Exception] | None) -> Config:
+        """Write the results and return the best config.
+
+        Args:
+            errors: of each trial that failed; None if the search was interrupted.
+
+        Raises:
+            RunFailed: trials failed, or none has a result.
+            RequestError: the trials lack a metric.
+        """
+        config, terminal = self.config, self.terminal
+        trials = [trial for first in self.source.trials for trial in repeats(config, first)]
+        records = expected(self.record.read(), trials)
+        check_recorded(config, records)
+        ended = sum(record.state in ("done", "stopped", "failed") for record in records.values())
+        time_over = self.deadline is not None and time.time() >= self.deadline
+        if errors is None or (ended < len(trials) and not time_over):
+            raise KeyboardInterrupt  # Tune has handled the signal and returned
+        if left := self.total - ended if time_over else 0:
+            terminal.line(
+                f"tune.max_minutes={config.tune.max_minutes} is over, and {left} of {self.total} trials have not ended; "
+                "start the same command again to go on with them"
+            )
+        ranking = rank(config, records)
+        write_results(config.run_directory, config, records, ranking)
+        first_error = next(iter(errors.values()), None)
+        if not ranking:
+            nothing = (
+                f"no trial has ended within tune.max_minutes={config.tune.max_minutes}; start the same command again"
+            )
+            raise first_error or RunFailed(nothing if left else f"no trial gave a finite {config.tune.metric}")
+        self._show(ranking)
+        remove_weights(config, records, over=not left)
+        best = write_best(config.run_directory, config, ranking[0])
+        if errors:
+            raise RunFailed(
+                f"{len(errors)} of {len(trials)} trials failed ({first_error}); best.yaml is the best of the others; start the "
+                "same command again to retry the failed ones"
+            )
+        return best
+
+    def _show(self, ranking: Sequence[Ranked]) -> None:
+        """Print the ranking, and where model and page are."""
+        from raysft.report import write_sweep_page
+
+        config, terminal = self.config, self.terminal
+        print_ranking(config, ranking, terminal)
+        if model := provide_model(config, ranking[0]):
+            terminal.line(f"best model: {model}")
+        terminal.line(f"page: {config.run_place / write_sweep_page(RunDirectory.of(config.run_place)).name}")
+
+
+@contextlib.contextmanager
+def _tune_environment() -> Iterator[None]:
+    """Silence Tune's tables, tracebacks and advice: we print a line for each trial, and each failure once."""
+    logger = logging.getLogger("ray.tune")
+    level, before = logger.level, {name: os.environ.get(name) for name in ENVIRONMENT}
+    logger.setLevel(logging.CRITICAL)
+    os.environ.update(ENVIRONMENT)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Consider boosting PBT performance")
+            yield
+    finally:
+        logger.setLevel(level)
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _trainable(config: Config, deadline: float | None) -> Any:
+    import ray.tune
+
+    from raysft.tune.trainable import Trainable, TrialSettings
+
+    settings = TrialSettings(
+        scheduled=config.tune.scheduler != "none",
+        home=os.getcwd(),
+        environment=tracker_variables(),
+        deadline=deadline,
+    )
+    trial = ray.tune.with_parameters(Trainable, settings=settings)
+    return ray.tune.with_resources(trial, {"cpu": TRIAL_CPUS})

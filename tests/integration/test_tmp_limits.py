@@ -1,0 +1,146 @@
+"""Sweeps that run out of time, keep one model only, or lose a process; on a local Ray cluster of 2 CPUs, with a tiny model."""
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import yaml
+
+from raysft.cli import main
+from raysft.config import load
+from raysft.errors import RunStopped
+from raysft.run.pipeline import run
+from raysft.storage.json_files import read_jsonl
+from raysft.tune import abandoned
+from raysft.tune.record import Record, TrialRecord
+from tests.processes import children_named
+from tests.tiny import tiny_model
+from tests.training import conversations
+
+STEPS = 12
+RATES = [1.0e-5, 1.0e-2, 1.0e-6]
+"""The second one is the best."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("limits")
+    tiny_model(folder / "base")
+    for name, count in (("chat", 60), ("held", 8)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in conversations(count)))
+    config = {
+        "run": {"storage": f"{folder}/runs", "seed": 1},
+        "model": {"path": f"{folder}/base", "finetuning": "full"},
+        "data": {
+            "train": [{"name": "chat", "path": "chat.jsonl"}],
+            "eval": [{"name": "held", "path": "held.jsonl"}],
+            "sequence_length": 128,
+        },
+        "train": {
+            "max_steps": STEPS,
+            "epochs": 10,
+            "global_batch_size": 2,
+            "zero_stage": 0,
+            "schedule": "constant",
+            "warmup_ratio": 0,
+            "save_every_steps": 1,
+            "trackers": [],
+        },
+        "scaling": {"threads_per_worker": 1},
+        "generate": {"enabled": False},
+        "tune": {"space": {"train.learning_rate": RATES}, "max_concurrent": 1},
+    }
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _in_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+
+def recorded(run: Path) -> dict[float, TrialRecord]:
+    """The last record of each trial, by its learning rate."""
+    return {record.values["train.learning_rate"]: record for record in Record(run / "trials.jsonl").read().values()}
+
+
+def steps_of(run: Path) -> list[int]:
+    log = run / "trainer_log.jsonl"
+    return [line["current_steps"] for line in read_jsonl(log) if "loss" in line] if log.exists() else []
+
+
+def test_a_training_whose_time_is_over_goes_on_as_if_it_had_not_been_stopped(local_ray, folder):
+    whole, stopped = (load("sweep.yaml", [f"run.name={name}", "tune={}"]) for name in ("whole", "stopped"))
+    run(whole)
+    with pytest.raises(RunStopped, match="stopped after step 1: its time is over"):
+        run(stopped, deadline=time.time())
+    assert steps_of(folder / "runs" / "stopped") == [1]
+    assert not (folder / "runs" / "stopped" / "model").exists()
+    run(stopped)
+    losses = [
+        [line["loss"] for line in read_jsonl(folder / "runs" / name / "trainer_log.jsonl") if "loss" in line]
+        for name in ("whole", "stopped")
+    ]
+    assert len(losses[0]) == STEPS
+    assert losses[0] == losses[1]
+
+
+def test_a_sweep_whose_time_is_over_goes_on_when_it_is_started_again(local_ray, folder, capsys):
+    arguments = ["tune", "sweep.yaml", "run.name=timed", "tune.keep=best"]
+    sweep = folder / "runs" / "timed"
+    assert main([*arguments, "tune.max_minutes=0.0001"]) == 1
+    printed = capsys.readouterr()
+    assert "tune.max_minutes=0.0001 is over, and 3 of 3 trials have not ended; start the same command" in printed.out
+    assert "no trial has ended" in printed.err
+    assert not any((sweep / name).exists() for name in ("best.yaml", "model"))
+    assert main(arguments) == 0
+    found = recorded(sweep)
+    assert [record.state for record in found.values()] == ["done"] * 3
+    # Of the others nothing is left that takes room.
+    best = found[1e-2].trial
+    assert f"best model: {sweep / 'model'}" in capsys.readouterr().out
+    for record in found.values():
+        trial = sweep / "trials" / record.trial
+        kept = {name for name in ("model", "checkpoints") if (trial / name).exists()}
+        assert kept == ({"model", "checkpoints"} if record.trial == best else set())
+        assert (trial / "all_results.json").exists()
+    copy, model = (place / "model.safetensors" for place in (sweep / "model", sweep / "trials" / best / "model"))
+    assert not (sweep / "model").is_symlink()
+    assert copy.read_bytes() == model.read_bytes()
+    # A sweep that has ended does nothing more, and the model becomes a link.
+    assert main(["tune", "sweep.yaml", "run.name=timed"]) == 0
+    assert "3 done before" in capsys.readouterr().out
+    assert (sweep / "model").is_symlink()
+    assert (sweep / "model" / "model.safetensors").read_bytes() == model.read_bytes()
+
+
+def test_a_trial_whose_process_is_killed_starts_again_and_nothing_of_it_holds_cpus(
+    local_ray, folder, capsys, monkeypatch
+):
+    """Two trials' workers do not fit beside each other, so that what a dead trial holds would end the next one."""
+    monkeypatch.setattr(abandoned, "EMPTY_SECONDS", 1e9)
+    sweep = folder / "runs" / "killed"
+
+    def kill_the_first() -> None:
+        limit = time.monotonic() + 120
+        while not any(len(steps_of(trial)) >= 3 for trial in (sweep / "trials").glob("*")):
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+        next(children_named("Trainable")).kill()
+
+    with ThreadPoolExecutor(1) as executor:
+        killer = executor.submit(kill_the_first)
+        rates = "tune.space={train.learning_rate: [1.0e-5, 1.0e-2]}"
+        steps = ["train.max_steps=60", "train.epochs=20"]
+        code = main(["tune", "sweep.yaml", "run.name=killed", "tune.max_failures=1", rates, *steps])
+        killer.result()
+    assert code == 0
+    assert capsys.readouterr().out.count("failed, and starts again") == 1
+    found = recorded(sweep)
+    assert [record.state for record in found.values()] == ["done"] * 2
+    for record in found.values():
+        assert steps_of(sweep / "trials" / record.trial) == list(range(1, 61))
+    states = [line["state"] for line in read_jsonl(sweep / "trials.jsonl") if line["trial"] == found[1e-5].trial]
+    assert states.count("done") == 1
