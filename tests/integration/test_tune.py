@@ -114,7 +114,20 @@ def test_a_sweep_started_again_runs_only_what_is_missing(sweep, folder, capsys):
     assert shown.err == ""
     words = [line.split()[0] for line in shown.out.splitlines()]
     assert [word for word in words if word != "warning:"] == (
-        ["train", "eval", "turns:", "rows:", "steps:", "resources:", "tune:", "eval_loss", "eval_loss", "best", "page:"]
+        [
+            "train",
+            "eval",
+            "turns:",
+            "rows:",
+            "steps:",
+            "resources:",
+            "tune:",
+            "eval_loss",
+            "eval_loss",
+            "best",
+            "best",
+            "page:",
+        ]
     )
 
 
