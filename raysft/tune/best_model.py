@@ -27,7 +27,7 @@ def best_trial(config: Config, best: Ranked) -> RunDirectory:
 
 
 def provide_model(config: Config, best: Ranked) -> StoragePath | None:
-    """Give the best trial's model a place of its own, ``model`` in the sweep's directory, and return where it is.
+    """Give the best trial's model a place of its own, ``best_model`` in the sweep's directory, and return where it is.
 
     With ``tune.keep: all`` it is a link, with ``best`` a copy. In an object store, which has no links, it stays in its run.
 
@@ -39,8 +39,8 @@ def provide_model(config: Config, best: Ranked) -> StoragePath | None:
         return None
     if model.local is None:
         return model
-    place = config.run_directory / "model"
-    made = place.with_name(".model.partial")
+    place = config.run_directory / "best_model"
+    made = place.with_name(".best_model.partial")
     _remove(made)
     if config.tune.keep == "best":
         shutil.copytree(model.local, made)

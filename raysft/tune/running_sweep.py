@@ -57,16 +57,9 @@ class Sweep:
         from raysft.tune.progress import reason_of, recorder, stopper
 
         config = self.config
-        space: dict[str, Any] = {}
-        searched: dict[str, Any] = {"search_alg": search, "num_samples": -1, "max_concurrent_trials": self.concurrent}
-        if config.tune.scheduler == "pbt":
-            from raysft.tune.population import members
-
-            scheduler.members = members(search, self.record.read())
-            if not scheduler.members:
-                return {}  # all have ended
-            # Names alone: Tune replaces lists and mappings by placeholders.
-            space, searched = {"trial": ray.tune.grid_search(list(scheduler.members))}, {}
+        space, searched = self._space(search, scheduler)
+        if not space and not searched:
+            return {}
         watching = recorder(config, self.record, self.total, self.concurrent)
         # Tune's own records, which nothing reads again: a sweep goes on from its own.
         with tempfile.TemporaryDirectory(prefix="raysft-tune-", ignore_cleanup_errors=True) as folder:
@@ -95,6 +88,18 @@ class Sweep:
                 watching.close()
         errors = {Path(result.path).name: reason_of(result.error) for result in grid if result.error}
         return errors if search.finished else None
+
+    def _space(self, search: Any, scheduler: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return Tune's search space, and the arguments of its search; both are empty for a population that has ended."""
+        import ray.tune
+
+        if self.config.tune.scheduler != "pbt":
+            return {}, {"search_alg": search, "num_samples": -1, "max_concurrent_trials": self.concurrent}
+        from raysft.tune.population import members
+
+        scheduler.members = members(search, self.record.read())
+        # Names alone: Tune replaces lists and mappings by placeholders.
+        return ({"trial": ray.tune.grid_search(list(scheduler.members))} if scheduler.members else {}), {}
 
     def conclude(self, errors: Mapping[str, Exception] | None) -> Config:
         """Write the results and return the best config.

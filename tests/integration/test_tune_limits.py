@@ -94,26 +94,26 @@ def test_a_sweep_whose_time_is_over_goes_on_when_it_is_started_again(local_ray, 
     printed = capsys.readouterr()
     assert "tune.max_minutes=0.0001 is over, and 3 of 3 trials have not ended; start the same command" in printed.out
     assert "no trial has ended" in printed.err
-    assert not any((sweep / name).exists() for name in ("best.yaml", "model"))
+    assert not any((sweep / name).exists() for name in ("best.yaml", "best_model"))
     assert main(arguments) == 0
     found = recorded(sweep)
     assert [record.state for record in found.values()] == ["done"] * 3
     # Of the others nothing is left that takes room.
     best = found[1e-2].trial
-    assert f"best model: {sweep / 'model'}" in capsys.readouterr().out
+    assert f"best model: {sweep / 'best_model'}" in capsys.readouterr().out
     for record in found.values():
         trial = sweep / "trials" / record.trial
         kept = {name for name in ("model", "checkpoints") if (trial / name).exists()}
         assert kept == ({"model", "checkpoints"} if record.trial == best else set())
         assert (trial / "all_results.json").exists()
-    copy, model = (place / "model.safetensors" for place in (sweep / "model", sweep / "trials" / best / "model"))
-    assert not (sweep / "model").is_symlink()
+    copy, model = (place / "model.safetensors" for place in (sweep / "best_model", sweep / "trials" / best / "model"))
+    assert not (sweep / "best_model").is_symlink()
     assert copy.read_bytes() == model.read_bytes()
     # A sweep that has ended does nothing more, and the model becomes a link.
     assert main(["tune", "sweep.yaml", "run.name=timed"]) == 0
     assert "3 done before" in capsys.readouterr().out
-    assert (sweep / "model").is_symlink()
-    assert (sweep / "model" / "model.safetensors").read_bytes() == model.read_bytes()
+    assert (sweep / "best_model").is_symlink()
+    assert (sweep / "best_model" / "model.safetensors").read_bytes() == model.read_bytes()
 
 
 def test_a_trial_whose_process_is_killed_starts_again_and_nothing_of_it_holds_cpus(

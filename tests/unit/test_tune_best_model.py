@@ -104,14 +104,14 @@ def test_the_best_seed_of_the_best_configuration_has_its_model_in_the_sweeps_dir
     config = sweep(tmp_path, keep="all")
     trials(config, a1=("done", {"eval_loss": 2.0}), a2=("done", {"eval_loss": 1.0}))
     place = provide_model(config, BEST)
-    model = config.run_directory / "model"
+    model = config.run_directory / "best_model"
     assert place is not None
     assert place.local == model
     assert model.is_symlink()
     assert (model / "weights").read_text() == "a2"
     # The link is still right when the sweep's directory has moved.
     config.run_directory.rename(tmp_path / "moved")
-    assert (tmp_path / "moved" / "model" / "weights").read_text() == "a2"
+    assert (tmp_path / "moved" / "best_model" / "weights").read_text() == "a2"
     (tmp_path / "moved").rename(config.run_directory)
     # Another best one takes its place, as a link and as a copy.
     provide_model(config, replace(BEST, results=((1.0,), (2.0,))))
@@ -125,7 +125,7 @@ def test_the_best_seed_of_the_best_configuration_has_its_model_in_the_sweeps_dir
 
 def test_a_best_trial_without_a_model_has_none_to_offer(tmp_path):
     assert provide_model(sweep(tmp_path), BEST) is None
-    assert not (tmp_path / "s" / "model").exists()
+    assert not (tmp_path / "s" / "best_model").exists()
 
 
 @pytest.mark.parametrize("relative", ["runs", "./runs/deep"])
@@ -135,4 +135,4 @@ def test_a_link_is_right_where_the_storage_is_a_relative_path(tmp_path, monkeypa
     trials(config, a1=("done", {"eval_loss": 2.0}), a2=("done", {"eval_loss": 1.0}))
     provide_model(config, BEST)
     monkeypatch.chdir("/")
-    assert (tmp_path / relative / "s" / "model" / "weights").read_text() == "a2"
+    assert (tmp_path / relative / "s" / "best_model" / "weights").read_text() == "a2"
