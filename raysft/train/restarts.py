@@ -105,9 +105,15 @@ class Restarts(DefaultFailurePolicy):
         return super().make_decision(training_failed_error)
 
 
+def _failures(error: Any) -> dict[int, Any]:
+    """Return the failure of each worker, by rank; of one that died the ``RayActorError``, around which Ray Train puts its own."""
+    failures = getattr(error, "worker_failures", None) or {}
+    return {rank: getattr(failure, "health_check_failure", failure) for rank, failure in failures.items()}
+
+
 def _fault(error: Any) -> Fault | None:
     """The first worker's fault; None if a worker died, since that may have caused the errors of the others."""
-    failures = getattr(error, "worker_failures", None) or {}
+    failures = _failures(error)
     if any(isinstance(failure, RayActorError) for failure in failures.values()):
         return None
     return next((failures[rank] for rank in sorted(failures) if isinstance(failures[rank], Fault)), None)
@@ -121,10 +127,12 @@ def cause(error: Any) -> Exception:
     fault = _fault(error)
     if fault is not None:
         return RunFailed(str(fault))
-    failures = getattr(error, "worker_failures", None) or {}
+    failures = _failures(error)
     # A worker that died comes first: the others fail because they cannot reach it.
     for rank in sorted(failures, key=lambda rank: (not isinstance(failures[rank], RayActorError), rank)):
         failure = failures[rank]
+        if isinstance(failure, RayActorError):
+            return RunFailed(f"worker {rank} died: {one_line(failure)}")
         while getattr(failure, "cause", None) is not None:
             failure = failure.cause
         if isinstance(failure, RequestError | RunFailed):

@@ -8,8 +8,10 @@ from pathlib import Path
 import ray.train
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import placement_group_callback
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution import context, failure_handling, preemption, scaling_policy
 from ray.train.v2._internal.execution.controller import state
+from ray.train.v2._internal.execution.worker_group import worker_group
 from ray.train.v2.api import exceptions
 
 from tests.contracts.contract import ROOT, Contract
@@ -56,6 +58,10 @@ def test_a_controller_says_why_workers_are_started_again():
     assert "training_failed_error" in source, f"look at {ELASTIC.line('training_failed_error')}"
     for name in ("worker_failures", "controller_failure"):
         assert name in inspect.getsource(exceptions), f"look at {RESTARTS.line(name)}"
+    RESTARTS.source(
+        worker_group.WorkerGroup, "WorkerHealthCheckFailedError(error_msg, failure=e)", "health_check_failure"
+    )
+    RESTARTS.source(WorkerHealthCheckFailedError, "self.health_check_failure = failure", "health_check_failure")
 
 
 def test_a_policy_decides_whether_workers_are_started_again():

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from raysft.errors import RunFailed, StorageFailed
@@ -81,9 +82,10 @@ def test_infrastructure_failures_are_retried_up_to_max_failures(error):
 def test_a_worker_that_dies_is_the_cause_of_what_others_raise():
     fault = raised(ValueError("half a tensor"))
     assert isinstance(fault, Fault)
-    both = {0: fault, 1: RayActorError(error_msg="the actor died")}
+    died = WorkerHealthCheckFailedError("A worker health check failed.", RayActorError(error_msg="the actor died"))
+    both: dict[int, Exception] = {0: fault, 1: died}
     assert decisions(both, both, both, both) == ["RETRY"] * 3 + ["RAISE"]
-    assert "the actor died" in str(cause(WorkerGroupError("", both)))
+    assert str(cause(WorkerGroupError("", both))) == "worker 1 died: the actor died"
 
 
 def test_an_error_in_reading_rows_does_not_name_those_of_the_step_before():
