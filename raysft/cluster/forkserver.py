@@ -202,7 +202,13 @@ def _fork(worker: Sequence[str], variables: dict[str, str]) -> bool:
             connection.connect(os.environ[ADDRESS])
             socket.send_fds(connection, [struct.pack("!I", len(sent))], [1, 2])
             connection.sendall(sent)
-            if connection.recv(1) == b"+":
+            try:
+                answer = connection.recv(1)
+            except TimeoutError:
+                # It hangs. Those that come later do not wait for it: Ray would end them before they have imported by themselves.
+                os.unlink(os.environ[ADDRESS])
+                return False
+            if answer == b"+":
                 connection.settimeout(None)
                 with contextlib.suppress(ConnectionResetError):
                     connection.recv(1)  # comes back when the fork ends
