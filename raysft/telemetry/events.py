@@ -206,6 +206,23 @@ Emit = Callable[[Event], None]
 """Receives events: in a worker it sends them to the driver, in the driver it handles them."""
 
 
+TRAIN_RESULTS = (
+    *(
+        "train_loss",
+        "train_runtime",
+        "train_steps_per_second",
+        "train_tokens_per_second",
+        "packing_efficiency",
+        "epoch",
+    ),
+    *("total_steps", "total_rows", "total_tokens", "planned_steps", "best_step", "best_eval_loss"),
+    *("seconds_to_first_step", "seconds_to_launch", "seconds_to_load_model", "seconds_to_wait_for_data"),
+    *("seconds_to_evaluate", "seconds_of_first_step"),
+)
+"""Names of all results in ``train_results.json``. Only a training that ends before its row plan has ``planned_steps``, and only one
+that looks for its best evaluation has ``best_step`` and ``best_eval_loss``."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Loss and accuracy on one evaluation set after some step."""

@@ -13,6 +13,7 @@ from raysft.run.tracking import sweep_trackers
 from raysft.storage.json_files import write_atomically
 from raysft.telemetry.terminal import Terminal
 from raysft.tune.earlier_call import await_release, earlier_trials
+from raysft.tune.metrics import check_metric
 from raysft.tune.optuna_study import OptunaStudy, check_installed, restored
 from raysft.tune.ranking import Objectives
 from raysft.tune.record import Record, TrialRecord
@@ -24,7 +25,6 @@ from raysft.tune.space import dimensions
 from raysft.tune.trials import (
     TRIAL_CPUS,
     Trial,
-    check_metric,
     combinations,
     concurrent_trials,
     probes,

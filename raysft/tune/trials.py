@@ -14,7 +14,6 @@ from typing import Any
 from raysft.cluster.placement import TASK_CPUS, Node, total
 from raysft.config import Config, with_overrides
 from raysft.errors import RequestError
-from raysft.telemetry.events import Evaluation, evaluation_results
 from raysft.tune.space import Dimension, dimensions
 
 TRIAL_CPUS = 0.1
@@ -159,21 +158,6 @@ def _value(dumped: Any, key: str) -> Any:
     for part in key.split("."):
         dumped = dumped[int(part)] if isinstance(dumped, list) else dumped[part]
     return dumped
-
-
-def check_metric(config: Config, metric: str) -> None:
-    """Refuse a metric that no run of this config gives, as far as that is known before the first run."""
-    sets = [source.name for source in config.data.eval]
-    sets += [source.name for source in config.data.train] if config.data.holdout else []
-    known = list(evaluation_results([Evaluation(name, 0, 0.0, 0.0, 1) for name in sets]))
-    reason = ""
-    if metric.startswith("eval_") and metric not in known:
-        reason = f"use one of {', '.join(known)}" if known else "they evaluate nothing; set data.eval or data.holdout"
-    elif metric.startswith(("predict_", "base_predict_")) and not config.generates:
-        remedy = "set stage=sft and generate.enabled=true, and give data.eval, data.holdout or generate.sources"
-        reason = f"they generate nothing; {remedy}"
-    if reason:
-        raise RequestError(f"tune.metric={metric!r} is not a result of these runs; {reason}")
 
 
 def with_engines(config: Config, nodes: Sequence[Node]) -> Config:

@@ -25,10 +25,12 @@ from raysft.errors import RequestError
 from raysft.storage.json_files import read_jsonl
 from raysft.storage.lock import lock
 from raysft.storage.run_directory import RunDirectory
+from raysft.telemetry.events import TRAIN_RESULTS
 from raysft.train import launch
 from raysft.train.checkpoint.catalog import complete
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.job import TrainJob
+from raysft.tune.metrics import check_metric
 from tests.processes import children_named
 from tests.tiny import SENTENCES, tiny_model, with_code, write_chats
 from tests.training import make_config, prepare
@@ -133,6 +135,10 @@ def test_what_was_learnt_is_in_the_results(sft_run):
     assert {3, 6} <= {record["current_steps"] for record in log if "eval_loss" in record}
     whole = results(sft_run, "all")
     assert {"train_loss", "eval_loss", "predict_rouge-1", "predict_bleu-4", "base_predict_rouge-l"} <= whole.keys()
+    config = load(sft_run / "config.yaml")
+    for name in whole:
+        check_metric(config, name)  # a sweep may compare its trials by each of them
+    assert set(TRAIN_RESULTS) - {"planned_steps", "best_step", "best_eval_loss"} <= whole.keys()
 
 
 def test_the_same_seed_gives_the_same_numbers_on_one_worker(folder, sft_run):

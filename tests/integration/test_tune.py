@@ -178,17 +178,18 @@ def test_a_trial_that_never_fits_is_refused(override, reason, capsys):
 
 
 @pytest.mark.parametrize("recorded", [True, False])
-def test_a_metric_that_no_run_gives_ends_the_sweep_with_the_first_trial(sweep, capsys, recorded):
-    """Also where all trials are done by the record: another metric may come of a stage that they have not done."""
+def test_a_metric_that_a_run_lacks_ends_the_sweep_with_the_first_trial(sweep, capsys, recorded):
+    """Also where all trials are done by the record: another metric may come of a stage that they have not done. The config does not
+    tell whether a run has a best step."""
     shutil.copytree(sweep, sweep.with_name("metric"))
     if not recorded:
         (sweep.with_name("metric") / "trials.jsonl").unlink()
-    assert main(["tune", "sweep.yaml", "run.name=metric", "tune.metric=train_los"]) == 2
+    assert main(["tune", "sweep.yaml", "run.name=metric", "tune.metric=best_step"]) == 2
     shown = capsys.readouterr()
     line, *more = shown.err.splitlines()
     assert not more
     assert line.startswith(
-        "raysft: error: tune.metric='train_los' is not a result of these runs; use one of epoch, eval_accuracy, "
+        "raysft: error: tune.metric='best_step' is not a result of these runs; use one of epoch, eval_accuracy, "
     )
     assert shown.out.count("started: ") == 1
     shutil.rmtree(sweep.with_name("metric"))

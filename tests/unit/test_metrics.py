@@ -76,6 +76,12 @@ def by_definition(predict: str, label: str) -> dict[str, float]:
     return {key: round(value * 100, 4) for key, value in values.items()}
 
 
+@pytest.mark.parametrize("name", metrics.BUILTIN_METRICS)
+def test_the_names_of_the_values_are_known_without_the_metric(name):
+    with loaded(name) as metric:
+        assert tuple(metric.compute(predictions=["a b"], references=["a c"])) == metrics.METRIC_KEYS[name]
+
+
 @pytest.mark.parametrize("pair", PAIRS, ids=range(len(PAIRS)))
 def test_one_example_has_the_values_of_the_libraries(pair):
     scored = score(config(), rows([pair]))

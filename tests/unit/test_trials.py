@@ -7,7 +7,9 @@ import pytest
 from raysft.cluster.placement import Node
 from raysft.config import Config, parse
 from raysft.errors import RequestError
-from raysft.tune.trials import check_metric, concurrent_trials, with_engines
+from raysft.tune.metrics import check_metric
+from raysft.tune.trials import concurrent_trials, with_engines
+from tests.messages import holds, refusal
 
 NODES = [Node(cpus=4.0)]
 
@@ -41,6 +43,28 @@ def test_a_metric_of_generation_is_refused_where_nothing_is_generated(given):
     assert not given.generates
     with pytest.raises(RequestError, match=r"^tune.metric='predict_rouge-l'.*generate.sources$"):
         check_metric(given, "predict_rouge-l")
+
+
+@pytest.mark.parametrize(
+    ("metric", "remedy"),
+    [
+        ("train_los", "use one of eval_loss, … train_loss, "),
+        ("eval_los", "use one of eval_loss, "),
+        ("eval_b_loss", "use one of eval_loss, "),  # only one of several sets has results of its own
+        ("predict_rouge_l", "use one of predict_rouge-1, "),
+        ("predict_bleu", "use one of predict_rouge-1, "),
+        ("base_predict_rouge-l", "use one of predict_rouge-1, "),
+    ],
+)
+def test_a_metric_that_no_run_has_is_refused(metric, remedy):
+    given = config({"eval": [{"name": "b", "path": "b.jsonl"}]}, generate={"compare_base": False})
+    message = refusal(check_metric, given, metric)
+    assert holds(message, f"tune.metric={metric!r} is not a result of these runs; {remedy}")
+
+
+def test_what_another_authors_metric_gives_is_known_after_a_run():
+    given = config({"holdout": 0.1}, generate={"metrics": ["similarity", "own.py"]})
+    check_metric(given, "predict_anything")
 
 
 @pytest.mark.parametrize("given", GENERATES)

@@ -22,6 +22,12 @@ BUILTIN_METRICS = {
     for name in ("similarity", "rouge", "bleu", "bleu_zh", "chrf", "exact_match")
 }
 """Metrics that come with raysft. Each is a file for ``evaluate.load`` with an ``AdditiveMetric``."""
+METRIC_KEYS = {
+    "similarity": ("rouge-1", "rouge-2", "rouge-l", "bleu-4"),
+    "rouge": ("rouge1", "rouge2", "rougeL", "rougeLsum"),
+    **{name: (name,) for name in ("bleu", "bleu_zh", "chrf", "exact_match")},
+}
+"""Names of the values of each built-in metric, for those who do not load it."""
 
 
 def check(config: Config) -> None:
