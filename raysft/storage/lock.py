@@ -32,6 +32,10 @@ class Locked(Exception):
     """Another live process uses the folder."""
 
 
+class LockDenied(Locked):
+    """The lock belongs to another user, and this one may not read or write it."""
+
+
 @dataclass(frozen=True)
 class LockOwner:
     """The process that holds a lock."""
@@ -84,7 +88,7 @@ def lock(folder: StoragePath | Path, notify: Callable[[str], None] = print) -> I
     try:
         _take(file, me, notify)
     except PermissionError as error:
-        raise Locked(f"{file}: cannot be read or written ({error.strerror}); another user may hold it") from None
+        raise LockDenied(f"{file}: cannot be read or written ({error.strerror}); another user may hold it") from None
     stopped = threading.Event()
     heartbeat = threading.Thread(target=_beat, args=(file, me, stopped, notify), daemon=True)
     heartbeat.start()

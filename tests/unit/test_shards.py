@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +86,31 @@ def test_unreadable_records_are_counted_once_in_the_training_split(tmp_path, mod
     assert [item.record for item in train.rejected] == ["a.jsonl:61"]
     assert held_out.rejected == ()
     assert train.records + held_out.records == 61
+
+
+def test_what_two_want_at_the_same_time_is_written_once(tmp_path, model, monkeypatch):
+    write_records(tmp_path / "a.jsonl", [[f"question {number}", "a"] for number in range(20)])
+    config = data_config(tmp_path, holdout=0.5)
+    sets = [the_set(config, model, split=split) for split in ("train", "holdout")]
+    writing, asked, write, said = threading.Event(), [], build.write_shard_sets, []
+
+    def write_slowly(sets_by_source, *arguments):
+        asked.append(sets_by_source)
+        writing.set()
+        while not said:
+            time.sleep(0.01)
+        return write(sets_by_source, *arguments)
+
+    monkeypatch.setattr(build, "write_shard_sets", write_slowly)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(build_shards, sets, model, 0)
+        assert writing.wait(20)
+        second = build_shards(sets[::-1], model, 0, notify=said.append)
+    assert len(asked) == 1
+    assert [manifest.reused for manifest in (*first.result(), *second)] == [False, False, True, True]
+    assert [len(manifest) for manifest in second[::-1]] == [len(manifest) for manifest in first.result()]
+    assert f"process {os.getpid()} on " in said[0]
+    assert not [each for each in sets if (each.directory / ".lock").exists()]
 
 
 def test_max_examples_reads_the_first_records(tmp_path, model):

@@ -1,12 +1,14 @@
 """Tokenized examples as Parquet shards in a content-addressed cache.
 
 A set is complete if and only if its manifest exists. Shards have unique names, and the manifest that lists them is written
-last, atomically. So two runs that write the same set at the same time both leave a complete one.
+last, atomically. So two runs that write the same set at the same time would both leave a complete one; a lock saves them the work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 from raysft.data.shards.manifest import Manifest, Shard, is_complete, load_manifest, save_manifest
@@ -16,7 +18,11 @@ from raysft.data.sources.files import DataFile
 from raysft.data.tokenization.tokenizer import Tokenizer
 from raysft.data.types import Rejected
 from raysft.errors import RequestError
+from raysft.storage.lock import LockDenied, Locked, lock
 from raysft.storage.path import StoragePath
+
+WAIT_SECONDS = 0.5
+"""Time between two looks whether another run has written a set."""
 
 
 def build_shards(
@@ -41,20 +47,21 @@ def build_shards(
         RequestError: too many records are unusable, one is longer than a row, or a set has no examples.
     """
     # Training and evaluation may use the same set; writing it twice would store every example twice.
-    missing = list({shards.directory: shards for shards in sets if not is_complete(shards.manifest)}.values())
+    distinct = list({shards.directory: shards for shards in sets}.values())
     written: dict[StoragePath, list[Shard]] = {}
-    if missing:
-        load_tokenizer = partial(Tokenizer.load, model, chat_template, runs_code)
-        written = write_shard_sets(_by_source(missing), load_tokenizer, notify)
-    for group in _by_source(missing):
-        _refuse_overflow(group, written)
-        shards = [shard for shard_set in group for shard in written[shard_set.directory]]
-        rejected = [item for shard in shards for item in shard.rejected]
-        _check_rejected(group[0].source.name, rejected, sum(shard.records for shard in shards), max_rejected)
-        for shard_set in group:
-            _refuse_empty(shard_set, written[shard_set.directory])
-    for shard_set in missing:
-        save_manifest(shard_set.manifest, shard_set.source.name, written[shard_set.directory])
+    with _missing(distinct, notify) as missing:
+        if missing:
+            load_tokenizer = partial(Tokenizer.load, model, chat_template, runs_code)
+            written = write_shard_sets(_by_source(missing), load_tokenizer, notify)
+        for group in _by_source(missing):
+            _refuse_overflow(group, written)
+            shards = [shard for shard_set in group for shard in written[shard_set.directory]]
+            rejected = [item for shard in shards for item in shard.rejected]
+            _check_rejected(group[0].source.name, rejected, sum(shard.records for shard in shards), max_rejected)
+            for shard_set in group:
+                _refuse_empty(shard_set, written[shard_set.directory])
+        for shard_set in missing:
+            save_manifest(shard_set.manifest, shard_set.source.name, written[shard_set.directory])
     manifests = {
         shard_set.directory: load_manifest(shard_set.manifest, reused=shard_set.directory not in written)
         for shard_set in sets
@@ -65,6 +72,34 @@ def build_shards(
         rejected = [item for manifest in loaded for item in manifest.rejected]
         _check_rejected(group[0].source.name, rejected, sum(manifest.records for manifest in loaded), max_rejected)
     return [manifests[shard_set.directory] for shard_set in sets]
+
+
+@contextmanager
+def _missing(sets: Sequence[ShardSet], notify: Notify) -> Iterator[list[ShardSet]]:
+    """Yield the sets that the cache lacks, with a lock on each; wait for those that another run is writing."""
+    with ExitStack() as locks:
+        # All runs take the locks in the same order, so that none waits for one that waits for it.
+        ordered = sorted(sets, key=lambda shards: shards.directory.location)
+        lacking = [shards.directory for shards in ordered if _take(shards, locks, notify)]
+        yield [shards for shards in sets if shards.directory in lacking]
+
+
+def _take(shards: ShardSet, locks: ExitStack, notify: Notify) -> bool:
+    """Return True, with the set's lock, if the cache lacks the set."""
+    told = False
+    while not is_complete(shards.manifest):
+        try:
+            locks.enter_context(lock(shards.directory, notify))
+        except LockDenied:
+            return True  # it is written all the same, or the storage says why not
+        except Locked as held:
+            if not told:
+                notify(f"{held}; waiting for it, as it writes the same data")
+            told = True
+            time.sleep(WAIT_SECONDS)
+        else:
+            return not is_complete(shards.manifest)
+    return False
 
 
 def _by_source(sets: Sequence[ShardSet]) -> list[list[ShardSet]]:
