@@ -30,6 +30,7 @@ from raysft.tune.trials import (
     probes,
     repeats,
     with_engines,
+    with_share,
 )
 
 
@@ -66,10 +67,10 @@ def tune(config: Config) -> Config:
         return _run_trials(config, firsts, ready)
 
 
-def _place(config: Config, nodes: Sequence[Node]) -> Config:
-    """Return a trial's config with as many engines as fit beside it."""
+def _place(config: Config, nodes: Sequence[Node], concurrent: int = 1) -> Config:
+    """Return a trial's config with the workers that fit beside other trials, and as many engines as fit beside it."""
     check_resources(config, nodes, reserved_cpus=TRIAL_CPUS)
-    return with_engines(config, nodes)
+    return with_engines(with_share(config, nodes, concurrent), nodes)
 
 
 def _run_trials(config: Config, firsts: Sequence[Trial], ready: Preflight) -> Config:
@@ -83,7 +84,7 @@ def _run_trials(config: Config, firsts: Sequence[Trial], ready: Preflight) -> Co
     known = [trial for first in source.trials for trial in repeats(config, first)]
     before = expected(recorded, known)
     total = (config.tune.num_samples or len(firsts)) * config.tune.repeats
-    fitting = min(concurrent_trials(one, ready.nodes) for one in ready.configs)
+    fitting = min(concurrent_trials(one, ready.nodes, config.tune.max_concurrent) for one in ready.configs)
     concurrent = min(fitting, total, config.tune.max_concurrent or fitting)
     for planned in ready.runs:
         for line in planned.plan.lines():
@@ -93,7 +94,7 @@ def _run_trials(config: Config, firsts: Sequence[Trial], ready: Preflight) -> Co
     write_atomically(ready.directory.config, config.to_yaml())
     nodes = ready.nodes  # Tune pickles the search, so that it keeps no terminal
     deadline = time.time() + 60 * config.tune.max_minutes if config.tune.max_minutes is not None else None
-    search = Search(config, source, recorded, lambda trial: _place(trial, nodes), deadline)
+    search = Search(config, source, recorded, lambda trial: _place(trial, nodes, concurrent), deadline)
     sweep = Sweep(config, source, record, total, concurrent, deadline, ready.terminal)
     with sweep_trackers(config, ready.terminal):
         errors = sweep.fit(search, scheduler)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raysft.cluster.placement import TASK_CPUS, Node, total
+from raysft.cluster.placement import TASK_CPUS, Node, max_workers, total
 from raysft.config import Config, with_overrides
 from raysft.errors import RequestError
 from raysft.tune.space import Dimension, dimensions
@@ -185,12 +185,44 @@ def with_engines(config: Config, nodes: Sequence[Node]) -> Config:
     return with_overrides(config, {"generate.num_actors": engines})
 
 
-def concurrent_trials(config: Config, nodes: Sequence[Node]) -> int:
-    """Number of trials that fit into the cluster at a time; Tune does not count the processes that a trial starts."""
+def concurrent_trials(config: Config, nodes: Sequence[Node], wanted: int | None = None) -> int:
+    """Number of trials that fit into the cluster at a time; Tune does not count the processes that a trial starts.
+
+    Args:
+        config: a trial's config. If it is elastic, it counts with its most workers.
+        nodes: the cluster's nodes.
+        wanted: number that is asked for. If so many elastic trials fit only with fewer workers each, they are as many.
+    """
+    with_most = _fitting(config, nodes, config.scaling.most_workers)
+    with_fewest = _fitting(config, nodes, config.scaling.fewest_workers)
+    return max(1, with_most, min(wanted or 1, with_fewest))
+
+
+def _fitting(config: Config, nodes: Sequence[Node], workers: int) -> int:
+    """Number of trials with so many workers that fit into the cluster at a time."""
     scaling = config.scaling
     engines = (config.generate.num_actors or 0) if config.generates else 0
-    cpus = scaling.most_workers * scaling.cpus_per_worker + TASK_CPUS
+    cpus = workers * scaling.cpus_per_worker + TASK_CPUS
     if not scaling.use_gpu:
         cpus = max(cpus, engines)
-    gpus = max(scaling.most_workers, engines * config.generate.gpus_per_engine) if scaling.use_gpu else 0.0
-    return max(1, total(nodes).capacity(cpus + TRIAL_CPUS, gpus))
+    gpus = max(workers, engines * config.generate.gpus_per_engine) if scaling.use_gpu else 0.0
+    return total(nodes).capacity(cpus + TRIAL_CPUS, gpus)
+
+
+def with_share(config: Config, nodes: Sequence[Node], concurrent: int) -> Config:
+    """Limit an elastic trial to the workers that fit beside other trials, and beside its own process and its data tasks.
+
+    Ray Train asks for as many as fit on the nodes, whatever else is there: one trial would hold what the next one waits for.
+
+    Args:
+        config: a trial's config.
+        nodes: the cluster's nodes.
+        concurrent: trials at a time.
+    """
+    scaling = config.scaling
+    if not scaling.is_elastic:
+        return config
+    fewest, beside = scaling.fewest_workers, max_workers(nodes, scaling.cpus_per_worker, scaling.use_gpu, TRIAL_CPUS)
+    counts = range(min(scaling.most_workers, beside), fewest, -1)
+    most = next((count for count in counts if _fitting(config, nodes, count) >= concurrent), fewest)
+    return with_overrides(config, {"scaling.num_workers": [fewest, most]})

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 
 from raysft.cli import main
 from raysft.config import load
@@ -169,6 +170,7 @@ def test_two_sweeps_do_not_share_a_directory(capsys):
     [
         ("scaling.num_workers=3", "scaling.num_workers=3 needs 1 CPU per worker"),
         ("tune.space={scaling.num_workers: [1, 3]}", "scaling.num_workers=3 needs 1 CPU per worker"),
+        ("scaling.num_workers=[3, 4]", "scaling.num_workers=[3, 4] needs 1 CPU per worker"),
         ("scaling.cpus_per_worker=1.45", "leave no CPU for data tasks"),
         ("generate.num_actors=2", "generation in a trial needs 2 whole CPUs"),
     ],
@@ -365,3 +367,54 @@ def test_optuna_with_repeats_ranks_by_the_mean_and_goes_on_when_more_is_asked_fo
     assert list(more)[:4] == list(first)
     assert [line["number"] for line in more.values()] == list(range(6))
     assert {line["ended"] for line in first.values()} < {line["ended"] for line in more.values()}
+
+
+def test_two_elastic_trials_at_a_time_share_the_workers(local_ray, folder, capsys):
+    """With the most workers one trial would fill the cluster, and with as many as the nodes have it would starve its data tasks."""
+    elastic = ["scaling.num_workers=[1, 3]", "scaling.cpus_per_worker=0.2", "tune.max_concurrent=2", "run.name=elastic"]
+    quick = ["generate.enabled=false", "train.eval_at_start=false", "train.max_steps=2", "train.global_batch_size=6"]
+    assert main(["tune", "sweep.yaml", *elastic, *quick]) == 0
+    assert "2 trials, 2 at a time" in capsys.readouterr().out
+    records = list(last_lines(folder / "runs" / "elastic").values())
+    assert [record["state"] for record in records] == ["done", "done"]
+    first, second = records
+    assert second["started"] < first["ended"]
+    for record in records:
+        plan = json.loads((folder / "runs" / "elastic" / "trials" / record["trial"] / "plan.json").read_text())
+        assert (plan["fewest_workers"], plan["most_workers"]) == (1, 2), "0.4 CPUs of 1 for each trial"
+
+
+def test_two_sweeps_at_once_share_a_cluster_and_a_cache(local_ray, folder):
+    """The workers of one leave no CPU for those of the other: they take turns."""
+    address = f"scaling.address={ray.get_runtime_context().gcs_address}"
+    short = ["generate.enabled=false", "train.eval_at_start=false", "train.max_steps=2", "data.cache=shared"]
+    spaces = {"left": [1e-3, 1e-4], "right": [1e-5]}
+    sweeps = {
+        name: subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "raysft.cli",
+                "tune",
+                "sweep.yaml",
+                f"run.name={name}",
+                address,
+                *short,
+                f"tune.space={{train.learning_rate: {rates}}}",
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for name, rates in spaces.items()
+    }
+    outputs = {name: process.communicate(timeout=240)[0] for name, process in sweeps.items()}
+    for name, rates in spaces.items():
+        assert sweeps[name].returncode == 0, outputs[name]
+        records = last_lines(folder / "runs" / name)
+        assert {
+            record["values"]["train.learning_rate"]: record["state"] for record in records.values()
+        } == dict.fromkeys(rates, "done")
+    assert "".join(outputs.values()).count("longest") == 4, "a line for each source and sweep"
+    assert "".join(outputs.values()).count("(from the cache)") == 2, "one of them has tokenized both sources"
+    assert len(list((folder / "shared" / "shards").glob("*/*.parquet"))) == 4, "a manifest and a shard of each"

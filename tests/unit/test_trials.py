@@ -8,7 +8,7 @@ from raysft.cluster.placement import Node
 from raysft.config import Config, parse
 from raysft.errors import RequestError
 from raysft.tune.metrics import check_metric
-from raysft.tune.trials import concurrent_trials, with_engines
+from raysft.tune.trials import concurrent_trials, with_engines, with_share
 from tests.messages import holds, refusal
 
 NODES = [Node(cpus=4.0)]
@@ -84,3 +84,45 @@ def test_a_trial_that_generates_nothing_has_no_engines(given):
 def test_engines_that_find_no_place_beside_a_trial_are_refused():
     with pytest.raises(RequestError, match=r"4.*generate\.enabled=false"):
         with_engines(config(generate={"sources": ["a"], "num_actors": 4}), NODES)
+
+
+def elastic(fewest: int, most: int) -> Config:
+    return config(scaling={"num_workers": [fewest, most]})
+
+
+@pytest.mark.parametrize(
+    ("cpus", "wanted", "trials"),
+    [
+        (16, None, 3),  # of 4 + 0.5 + 0.1 CPUs
+        (16, 2, 3),  # more fit than are asked for
+        (16, 6, 6),  # of 2 + 0.6
+        (16, 9, 6),  # no more fit with two workers
+        (3, None, 1),
+    ],
+)
+def test_elastic_trials_count_with_their_most_workers_unless_more_trials_are_asked_for(cpus, wanted, trials):
+    assert concurrent_trials(elastic(2, 4), [Node(cpus)], wanted) == trials
+
+
+@pytest.mark.parametrize(
+    ("nodes", "concurrent", "most"),
+    [
+        ([16.0], 3, 4),
+        ([16.0], 4, 3),  # 4 trials of 3 + 0.6 CPUs are 14.4
+        ([16.0], 6, 2),
+        ([4.0], 1, 3),  # with 4 workers neither data tasks nor the trial's own process would find a CPU
+        ([1.0, 1.0, 1.0], 1, 2),  # the third worker would leave no node to data tasks
+    ],
+)
+def test_an_elastic_trial_takes_no_more_than_its_share(nodes, concurrent, most):
+    given = [Node(cpus) for cpus in nodes]
+    limited = with_share(elastic(2, 4), given, concurrent)
+    assert limited.scaling.num_workers == (2, most)
+    assert concurrent_trials(limited, given) >= concurrent
+
+
+def test_a_share_changes_no_numbers():
+    fixed = config(scaling={"num_workers": 2})
+    assert with_share(fixed, NODES, 1) == fixed
+    limited = with_share(elastic(2, 4), NODES, 1)
+    assert limited.numerics_keys() == elastic(2, 4).numerics_keys()
