@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -14,3 +15,12 @@ def children_named(text: str) -> Iterator[psutil.Process]:
         with suppress(psutil.Error):  # it has ended, though nobody may have reaped it
             if text in " ".join([process.name(), *process.cmdline()]):
                 yield process
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """Kill a process and all that it has started at once, as if its machine were gone."""
+    everything = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for one in everything:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.wait()

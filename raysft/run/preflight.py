@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
 Verb = Literal["run", "check", "prepare", "train", "evaluate", "generate", "tune"]
 Place = Callable[[Config, Sequence[Node]], Config]
 """Returns the config as it fits into the cluster, or raises RequestError."""
+TRIALS_AT_A_TIME = 16
+"""Run directories of trials that are looked at at a time."""
 
 
 @dataclass(frozen=True)
@@ -122,9 +125,7 @@ def preflight(
         else:
             changes = check_ownership(directory, config, allow_changed)
         refuse_other_kind(directory, verb)
-        for trial in trials:
-            with open_read_only(trial.run_place, terminal.line) as existing:
-                check_ownership(existing, trial)
+        _check_trials(trials, terminal)
         for run in runs:
             check_packages(run, trains=not predicts)
         with cluster(config, deferred=verb in ("check", "prepare")) as nodes:
@@ -140,6 +141,19 @@ def preflight(
             else:
                 planned = _plan_run(runs[0], directory, nodes, changes, allow_changed, terminal.line)
                 yield replace(ready, runs=(planned,))
+
+
+def _check_trials(trials: Sequence[Config], terminal: Terminal) -> None:
+    """Refuse trials whose run directories belong to other settings."""
+
+    def check(trial: Config) -> None:
+        with open_read_only(trial.run_place, terminal.line, only=("config.yaml", "trainer_log.jsonl")) as existing:
+            check_ownership(existing, trial)
+
+    begun = trials[0].run_place.parent.entries() if trials else {}
+    # An object store takes a moment for each answer.
+    with ThreadPoolExecutor(TRIALS_AT_A_TIME) as pool:
+        list(pool.map(check, [trial for trial in trials if trial.run.name in begun]))
 
 
 def check_verb(config: Config, verb: Verb) -> None:

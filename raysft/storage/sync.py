@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -38,12 +38,16 @@ class Sync:
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def fetch(self) -> None:
-        """Replace the working copy by the run directory's files: another machine may have changed them."""
+    def fetch(self, only: Container[str] | None = None) -> None:
+        """Replace the working copy by the run directory's files: another machine may have changed them.
+
+        Args:
+            only: names of the files. Default: all.
+        """
         shutil.rmtree(self._local, ignore_errors=True)
         self._local.mkdir(parents=True, exist_ok=True)
         for name, entry in self._remote.entries().items():
-            if not entry.folder and _is_synced(name):
+            if not entry.folder and _is_synced(name) and (only is None or name in only):
                 (self._remote / name).download(self._local / name)
                 self._synced[name] = _signature(self._local / name)
 
@@ -141,13 +145,16 @@ def synced(directory: RunDirectory, notify: Callable[[str], None]) -> Iterator[C
 
 
 @contextmanager
-def open_read_only(place: StoragePath, notify: Callable[[str], None], back: bool = False) -> Iterator[RunDirectory]:
+def open_read_only(
+    place: StoragePath, notify: Callable[[str], None], back: bool = False, only: Container[str] | None = None
+) -> Iterator[RunDirectory]:
     """Open a run directory to read, without its lock; of a remote one fetch the small files into a temporary folder.
 
     Args:
         place: the run directory.
         notify: receives a line if the storage does not answer.
         back: push what the block writes into it.
+        only: names of the files to fetch. Default: all.
     """
     if place.local:
         yield RunDirectory(place.local)
@@ -156,7 +163,7 @@ def open_read_only(place: StoragePath, notify: Callable[[str], None], back: bool
         directory = RunDirectory(Path(folder) / place.name, place)
         sync = Sync(directory, notify)
         with retry_for(FIRST_SECONDS, notify):
-            sync.fetch()
+            sync.fetch(only)
         with retry_for(notify=notify):
             yield directory
             if back:

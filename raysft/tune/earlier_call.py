@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -19,6 +21,11 @@ from raysft.tune.trials import make_trial
 
 RELEASE_SECONDS = 60
 """Longest time that a sweep waits for the processes of trials that were interrupted."""
+AT_A_TIME = 16
+"""Trials that are looked at at a time."""
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
 
 
 def earlier_trials(config: Config, record: Record) -> dict[str, TrialRecord]:
@@ -28,9 +35,11 @@ def earlier_trials(config: Config, record: Record) -> dict[str, TrialRecord]:
     there is not repeated; settings that would change it are refused before.
     """
     objectives = Objectives.of(config.tune)
+    found = record.read()
+    counts = _all(lambda one: _counts(config, one, objectives), found.values())
     return {
-        name: one if _counts(config, one, objectives) else replace(one, state="running")
-        for name, one in record.read().items()
+        name: one if counted else replace(one, state="running")
+        for (name, one), counted in zip(found.items(), counts, strict=True)
     }
 
 
@@ -63,15 +72,24 @@ def _generation(config: Mapping[str, Any]) -> Any:
 
 def await_release(config: Config, recorded: Mapping[str, TrialRecord], notify: Callable[[str], None]) -> None:
     """Wait for the processes of interrupted trials: those of a driver that was killed take a moment to notice it."""
-    limit, told = time.monotonic() + RELEASE_SECONDS, False
-    for record in recorded.values():
-        run = config.run_place / "trials" / record.trial
-        while record.state == "running" and run.exists() and time.monotonic() < limit:
+    limit, told = time.monotonic() + RELEASE_SECONDS, threading.Event()
+
+    def wait(run: StoragePath) -> None:
+        while run.exists() and time.monotonic() < limit:
             try:
                 with lock(run, notify):
-                    break
+                    return
             except Locked as held:
-                if not told:
+                if not told.is_set():
                     notify(f"tune: {held}; waiting up to {RELEASE_SECONDS} s for it, as its sweep was interrupted")
-                told = True
+                told.set()
                 time.sleep(1)
+
+    running = [record.trial for record in recorded.values() if record.state == "running"]
+    _all(wait, [config.run_place / "trials" / name for name in running])
+
+
+def _all(function: Callable[[Argument], Result], arguments: Iterable[Argument]) -> list[Result]:
+    """Call a function with each argument, several at a time: an object store takes a moment for each answer."""
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        return list(pool.map(function, arguments))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import tempfile
+import shutil
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from raysft.errors import RunFailed
-from raysft.storage.path import StoragePath
+from raysft.storage.path import CHUNK_BYTES, StoragePath
 from raysft.train.checkpoint import catalog
 from raysft.train.checkpoint.cursor import Cursor
 
@@ -57,13 +56,14 @@ def read_lineage(run: StoragePath) -> list[dict[str, Any]]:
 
 
 def _copy(source: StoragePath, target: StoragePath) -> None:
-    if source.local:
-        target.upload(source.local)
-        return
-    with tempfile.TemporaryDirectory(prefix="raysft-lineage-") as folder:
-        for name in source.walk():
-            (source / name).download(Path(folder) / name)
-        target.upload(Path(folder))
+    """Copy a folder file by file, through memory: a node's disk may be smaller than a checkpoint."""
+
+    def copy(file: Any, stream: Any) -> None:
+        file.seek(0)
+        shutil.copyfileobj(file, stream, CHUNK_BYTES)
+
+    for name in source.walk():
+        (source / name).read(lambda file, to=target / name: to.write(lambda stream: copy(file, stream)))
 
 
 def _lines(path: StoragePath) -> list[dict[str, Any]]:
