@@ -96,7 +96,8 @@ class TuneSection(Section):
     3}``, for ``median`` ``{grace_period: 20, min_samples_required: 3}``, for ``pbt`` ``{perturbation_interval: 20,
     quantile_fraction: 0.25, resample_probability: 0.25}``. Default of the first ones: ``train.eval_every_steps``."""
     max_concurrent: Positive | None = None
-    """Maximum number of trials that run at the same time. Default: as many as the cluster can place."""
+    """Maximum number of trials that run at the same time. Default: as many as the cluster can place. Elastic trials
+    (``scaling.num_workers: [min, max]``) take fewer workers each if that makes room for so many."""
     max_minutes: Annotated[float, Field(gt=0)] | None = None
     """Minutes, counted from the start of the first trial, after which no trial starts and those that train save a checkpoint and
     stop. The sweep ranks the trials that have ended; started again, it goes on with the others."""

@@ -388,7 +388,7 @@ def test_two_sweeps_at_once_share_a_cluster_and_a_cache(local_ray, folder):
     """The workers of one leave no CPU for those of the other: they take turns."""
     address = f"scaling.address={ray.get_runtime_context().gcs_address}"
     short = ["generate.enabled=false", "train.eval_at_start=false", "train.max_steps=2", "data.cache=shared"]
-    spaces = {"left": [1e-3, 1e-4], "right": [1e-5]}
+    rates = {"left": 1e-3, "right": 1e-5}
     sweeps = {
         name: subprocess.Popen(
             [
@@ -400,21 +400,19 @@ def test_two_sweeps_at_once_share_a_cluster_and_a_cache(local_ray, folder):
                 f"run.name={name}",
                 address,
                 *short,
-                f"tune.space={{train.learning_rate: {rates}}}",
+                f"tune.space={{train.learning_rate: [{rate}]}}",
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for name, rates in spaces.items()
+        for name, rate in rates.items()
     }
     outputs = {name: process.communicate(timeout=240)[0] for name, process in sweeps.items()}
-    for name, rates in spaces.items():
+    for name, rate in rates.items():
         assert sweeps[name].returncode == 0, outputs[name]
-        records = last_lines(folder / "runs" / name)
-        assert {
-            record["values"]["train.learning_rate"]: record["state"] for record in records.values()
-        } == dict.fromkeys(rates, "done")
+        (record,) = last_lines(folder / "runs" / name).values()
+        assert (record["values"], record["state"]) == ({"train.learning_rate": rate}, "done")
     assert "".join(outputs.values()).count("longest") == 4, "a line for each source and sweep"
     assert "".join(outputs.values()).count("(from the cache)") == 2, "one of them has tokenized both sources"
     assert len(list((folder / "shared" / "shards").glob("*/*.parquet"))) == 4, "a manifest and a shard of each"
