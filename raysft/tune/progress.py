@@ -12,6 +12,7 @@ import ray.cloudpickle
 import ray.tune
 import ray.tune.stopper
 from ray.air.constants import EXPR_ERROR_PICKLE_FILE
+from ray.exceptions import RayActorError
 from ray.tune.result import AUTO_RESULT_KEYS
 
 from raysft.config import Config
@@ -165,6 +166,8 @@ def reason_of(error: Any) -> Exception:
         error = error.cause
     if isinstance(error, RequestError | RunFailed):
         return error
+    if isinstance(error, RayActorError):
+        return RunFailed("the trial's process died (it was killed, its machine failed, or it had no memory left)")
     if isinstance(error, str):
         # If Tune has no error object, it gives the text of the traceback, which ends with the error.
         return RunFailed(one_line(error.strip().rpartition("\n")[2]))
