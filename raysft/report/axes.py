@@ -94,6 +94,8 @@ class Axis:
         ['1e-05', '0.0001', '0.001']
         >>> [text for _, text in Axis.of([8, 64, 16], listed=True).marks(3)]
         ['8', '16', '64']
+        >>> [text for _, text in Axis.of([2e-4, 9e-4], log=True).marks(5)]
+        ['0.0002', '0.0004', '0.0006', '0.0008']
         """
         if self.categories:
             return [(self.place_of_category(text), text) for text in self.categories]
@@ -111,7 +113,8 @@ class Axis:
             values = [float(f"{factor}e{exponent}") for exponent in exponents for factor in factors]
             inside = [value for value in values if self.low <= math.log10(value) <= self.high]
             if len(inside) <= count:
-                return inside
+                # Within a decade, round numbers are closer to each other.
+                return inside if len(inside) > 2 else ticks(10**self.low, 10**self.high, count)
         return inside[:: math.ceil(len(inside) / count)]
 
 

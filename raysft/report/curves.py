@@ -195,7 +195,7 @@ class Drawing:
         color = f"c{line.color % 6}"
         if line.noisy and not line.raw:
             return self._curve(line, *self.smoothed[index])
-        few = len(steps) <= MAX_DOTS and "thin" not in line.style
+        few = len(steps) <= MAX_DOTS and ("thin" not in line.style or len(steps) == 1)
         x, y = thin(steps, values, self.columns)
         raw = (
             Markup('<path class="raw {}" d="{}"/>').format(color, self._path(x, y))
@@ -205,7 +205,10 @@ class Drawing:
         dots = (
             Markup("").join(
                 Markup('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="{}"/>').format(
-                    f"{color} faint" if line.noisy and len(x) > 2 else color, self._x(step), self._y(value), 2.6
+                    f"{color} faint" if line.noisy and len(x) > 2 else f"{color} {line.style}".rstrip(),
+                    self._x(step),
+                    self._y(value),
+                    2.6,
                 )
                 for step, value in zip(x, y, strict=True)
                 if value <= self.high

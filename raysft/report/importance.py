@@ -8,8 +8,10 @@ from raysft.report.axes import category
 from raysft.report.read_run import finite
 from raysft.report.sweep import Sweep
 
-FEWEST = 8
+FEWEST = 12
 """Number of configurations from which settings are weighed."""
+BEST = 0.25
+"""Share of the configurations that are compared with all: of Optuna's 0.1, a small sweep has one, which says nothing."""
 CITATION = "PED-ANOVA (Watanabe, Bansal and Hutter 2023), by Optuna"
 
 
@@ -23,7 +25,7 @@ def importances(sweep: Sweep) -> tuple[list[tuple[str, float]], str]:
     keys = [key for key in sweep.keys if all(key in one.values for one in found)]
     keys = [key for key in keys if len({repr(one.values[key]) for one in found}) > 1]
     if len(found) < FEWEST:
-        return [], f"needs {FEWEST} finished configurations, and there are {len(found)}"
+        return [], f"needs {FEWEST} finished configurations, but there are {len(found)}"
     if len(keys) < 2:
         return [], "needs two settings that vary in all configurations"
     try:
@@ -39,7 +41,7 @@ def importances(sweep: Sweep) -> tuple[list[tuple[str, float]], str]:
         for one in found:
             values = {key: _value(one.values[key], distributions[key]) for key in keys}
             study.add_trial(optuna.trial.create_trial(params=values, distributions=distributions, value=one.means[0]))
-        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=BEST)
         shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
     finally:
         optuna.logging.set_verbosity(before)

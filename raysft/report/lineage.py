@@ -93,4 +93,4 @@ def _arrow(left: float, start: float, end: float, text: str) -> Markup:
 
 def _sentence(sweep: Sweep, trial: Trial, parent: str, step: int) -> str:
     number = next((f"trial {other.number}" for other in sweep.trials if other.name == parent), parent)
-    return f"step {step:,}: trial {trial.number} went on from {number}"
+    return f"step {step:,}: trial {trial.number} continued from {number}"

@@ -124,7 +124,9 @@ class Sweep:
         space = self.space.get(key)
         kind = next(iter(space)) if isinstance(space, dict) and len(space) == 1 else ""
         listed = kind in ("", "choice")
-        values = [trial.values[key] for trial in self.trials if key in trial.values]
+        # A trial without results, which is not drawn, may have the value that made it fail.
+        values = [one.values[key] for one in self.configurations if key in one.values]
+        values = values or [trial.values[key] for trial in self.trials if key in trial.values]
         return Axis.of(values, None if listed else kind.startswith("log"), listed)
 
     @property

@@ -22,6 +22,7 @@ from raysft.storage.json_files import write_atomically
 from raysft.storage.run_directory import RunDirectory
 
 PAGE = "sweep.html"
+SCHEDULERS = {"asha": "ASHA", "median": "median stopping", "pbt": "population-based training"}
 SHOWN_ROWS = 30
 """Number of trials in the table that is not folded."""
 
@@ -82,6 +83,7 @@ def _write(sweep: Sweep) -> Path:
         keys=[visible(key) for key in sweep.keys],
         rows=[_row(sweep, trial) for trial in _ordered(sweep)],
         stopped=any(trial.state == "stopped" for trial in sweep.trials),
+        seeds=any(one.spreads for one in configurations),
         reasons=any(trial.reason for trial in sweep.trials),
         shown_rows=SHOWN_ROWS,
         **sections,
@@ -103,14 +105,15 @@ def measured(sweep: Sweep, one: Configuration) -> str:
 def _subtitle(sweep: Sweep) -> str:
     option = sweep.log.option
     count = len({trial.configuration for trial in sweep.trials})
-    search = f"{option('tune.search', 'grid')} search"
+    search = f"{str(option('tune.search', 'grid')).replace('optuna', 'Optuna')} search"
     scheduler = option("tune.scheduler", "none")
     name = scheduler.get("name") if isinstance(scheduler, dict) else scheduler
     goal = ", ".join(f"{'lowest' if lowest else 'highest'} {metric}" for metric, lowest in sweep.objectives)
     parts = [
         f"Sweep of {masked(option('model.path', '?'))}",
-        search if name in (None, "none") else f"{search}, {name}",
-        f"{count:,} configurations" + (f", up to {sweep.repeats} seeds each" if sweep.repeats > 1 else ""),
+        search if name in (None, "none") else f"{search} with {SCHEDULERS.get(str(name), name)}",
+        f"{count:,} configuration{'s' * (count != 1)}"
+        + (f", up to {sweep.repeats} seeds each" if sweep.repeats > 1 else ""),
         f"best: {goal}",
     ]
     return visible(" · ".join(parts))
@@ -135,24 +138,37 @@ def _figures(sweep: Sweep) -> list[Figure]:
                 f"± {number_text(best.spreads[place])} over {len(best.trials)} seeds" if best.spreads else "one seed"
             )
             figures.append(
-                Figure(visible(f"{'its' if place else 'best'} {metric}"), "", number_text(best.means[place]), spread)
+                Figure(
+                    visible(f"{metric} of the same" if place else f"best {metric}"),
+                    "",
+                    number_text(best.means[place]),
+                    spread,
+                )
             )
     figures.append(Figure("trials", "", f"{len(sweep.trials):,}", ", ".join(_states(sweep))))
     seconds = sum(trial.seconds or 0 for trial in sweep.trials)
     if seconds:
-        figures.append(Figure("time of all trials", "", duration(seconds)))
+        figures.append(Figure("trial time in total", "", duration(seconds)))
     return figures
 
 
 def _verdict(sweep: Sweep) -> str:
     """What the sweep has found out about its best two configurations; empty if it has not."""
-    if len(sweep.configurations) < 2 or len(sweep.objectives) > 1:
+    if len(sweep.configurations) < 2:
         return ""
+    if len(sweep.objectives) > 1:
+        front = sweep.results.get("front")
+        if not isinstance(front, list):
+            return ""
+        stand = "configurations are" if len(front) > 1 else "configuration is"
+        return f"{len(front):,} {stand} on the Pareto front; best.yaml has the one with the best {visible(sweep.objectives[0][0])}."
     told_apart = sweep.results.get("told_apart")
     second = f"the second best ({measured(sweep, sweep.configurations[1])})"
     if isinstance(told_apart, bool):
         return f"The best can{'' if told_apart else 'not'} be told apart from {second} (Welch's t-test at 5 %)."
-    return f"One seed each does not say whether the best differs from {second}." if sweep.repeats < 2 else ""
+    if sweep.repeats > 1:
+        return ""
+    return f"With one seed each, the best may be better than {second} by chance alone; tune.repeats would tell."
 
 
 def _best_values(sweep: Sweep) -> list[tuple[str, Any]]:

@@ -90,7 +90,7 @@ def test_a_difference_on_the_same_prompts_is_found_although_the_intervals_overla
     answer(one, base, ends[0])
     answer(two, better, ends[1])
     rendered, text = compared(capsys, tmp_path, one, two)
-    assert "✱ if the 95% interval of the difference (paired bootstrap) does not hold 0" in rendered.text
+    assert "✱ if the 95% interval of the difference (paired bootstrap) does not contain 0" in rendered.text
     assert f"{100 * shares[1]:.1f}% *" in text
     answer(two, better, ends[1], ids="others")
     rendered, text = compared(capsys, tmp_path, one, two)
