@@ -12,7 +12,7 @@ from pyarrow import ArrowException
 
 from raysft.config import Config, parse, with_overrides
 from raysft.config.resume_effects import Effect, effect_of
-from raysft.errors import RequestError, StorageFailed
+from raysft.errors import RequestError, StorageFailed, as_yaml
 from raysft.storage.lock import Locked, lock
 from raysft.storage.retry import FIRST_SECONDS, reason_of, retry_for
 from raysft.storage.run_directory import RunDirectory
@@ -69,13 +69,14 @@ def has_training(directory: RunDirectory) -> bool:
     return directory.trainer_log.exists() or directory.checkpoints.exists() or directory.model.exists()
 
 
-def check_ownership(directory: RunDirectory, config: Config, allow_changed: bool = False) -> Changes:
+def check_ownership(directory: RunDirectory, config: Config, allow_changed: bool | None = False) -> Changes:
     """Refuse a config that would change the numbers of the run in this directory.
 
     Args:
         directory: the run's directory.
         config: the config that is asked for.
-        allow_changed: accept what may change when a run resumes, and anything before the first checkpoint.
+        allow_changed: accept what may change when a run resumes, and anything before the first checkpoint; None for a command that
+            has no such option.
 
     Returns:
         The changes that are accepted.
@@ -91,11 +92,14 @@ def check_ownership(directory: RunDirectory, config: Config, allow_changed: bool
         fixed = {}
     if allow_changed and not fixed:
         return changes
-    remedy = (
-        f"{', '.join(fixed)} cannot change once a run has begun: restore the old value, or choose another run.name"
-        if fixed
-        else "choose another run.name, or resume with --allow-changed"
-    )
+    if fixed:
+        remedy = (
+            f"{', '.join(fixed)} cannot change once a run has begun: restore the old value, or choose another run.name"
+        )
+    elif allow_changed is None:
+        remedy = "restore the old value, or choose another run.name"
+    else:
+        remedy = "choose another run.name, or resume with --allow-changed"
     raise RequestError(f"{directory.place}: belongs to another config: {describe_changes(fixed or changes)}; {remedy}")
 
 
@@ -126,8 +130,13 @@ def describe_changes(changes: Changes) -> str:
 
     >>> describe_changes({"train.epochs": [1, 3]})
     'train.epochs=3 (the run has 1)'
+    >>> describe_changes({"train.max_steps": [None, 9]})
+    'train.max_steps=9 (the run has null)'
     """
-    described = [f"{key}={asked!r:.60} (the run has {recorded!r:.60})" for key, (recorded, asked) in changes.items()]
+    described = [
+        f"{key}={as_yaml(asked):.60} (the run has {as_yaml(recorded):.60})"
+        for key, (recorded, asked) in changes.items()
+    ]
     more = list(changes)[MAX_DESCRIBED:]
     return ", ".join(described[:MAX_DESCRIBED]) + (f" and {len(more)} more: {', '.join(more)}" if more else "")
 

@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from raysft.run.resumption import Resumption
 
 Verb = Literal["run", "check", "prepare", "train", "evaluate", "generate", "tune"]
+TRAINS_ONE: tuple[Verb, ...] = ("run", "check", "prepare", "train")
+"""Verbs that train one run, or look at what that would do."""
 Place = Callable[[Config, Sequence[Node]], Config]
 """Returns the config as it fits into the cluster, or raises RequestError."""
 TRIALS_AT_A_TIME = 16
@@ -123,7 +125,7 @@ def preflight(
         if predicts:
             refuse_training(directory, config)
         else:
-            changes = check_ownership(directory, config, allow_changed)
+            changes = check_ownership(directory, config, allow_changed if verb in TRAINS_ONE else None)
         refuse_other_kind(directory, verb)
         _check_trials(trials, terminal)
         for run in runs:
@@ -148,7 +150,7 @@ def _check_trials(trials: Sequence[Config], terminal: Terminal) -> None:
 
     def check(trial: Config) -> None:
         with open_read_only(trial.run_place, terminal.line, only=("config.yaml", "trainer_log.jsonl")) as existing:
-            check_ownership(existing, trial)
+            check_ownership(existing, trial, allow_changed=None)
 
     begun = trials[0].run_place.parent.entries() if trials else {}
     # An object store takes a moment for each answer.

@@ -95,6 +95,19 @@ def test_what_needs_a_trained_model_is_refused_without_one(verb, refusal, starte
     assert not started
 
 
+@pytest.mark.parametrize(
+    ("verb", "remedy"),
+    [
+        ("train", "choose another run.name, or resume with --allow-changed"),
+        *((verb, "restore the old value, or choose another run.name") for verb in ("evaluate", "generate")),
+    ],
+)
+def test_a_remedy_is_an_option_that_the_verb_has(verb, remedy, refusal, started):
+    trained()
+    assert refusal(verb, "train.max_steps=9").endswith(f"train.max_steps=9 (the run has null); {remedy}")
+    assert not started
+
+
 @pytest.mark.parametrize("key", ["run.storage", "data.cache"])
 @pytest.mark.parametrize("verb", TRAINING)
 def test_a_folder_that_cannot_be_created_is_refused(verb, key, refusal, started):
