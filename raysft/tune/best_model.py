@@ -34,12 +34,12 @@ def provide_model(config: Config, best: Ranked) -> StoragePath | None:
     Returns:
         None if the best trial has no model, because a scheduler stopped it or an earlier call removed it.
     """
-    model = best_trial(config, best).model
+    model, place = best_trial(config, best).model, config.run_directory / "best_model"
     if not model.exists():
+        _remove(place)  # that of an earlier call is no longer the best
         return None
     if model.local is None:
         return model
-    place = config.run_directory / "best_model"
     made = place.with_name(".best_model.partial")
     _remove(made)
     if config.tune.keep == "best":

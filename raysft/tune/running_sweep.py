@@ -148,8 +148,8 @@ class Sweep:
 
         config, terminal = self.config, self.terminal
         print_ranking(config, ranking, terminal)
-        if model := provide_model(config, ranking[0]):
-            terminal.line(f"best model: {model}")
+        model = provide_model(config, ranking[0])
+        terminal.line(f"best model: {model or 'none is left; raysft run with best.yaml trains it'}")
         terminal.line(f"page: {config.run_place / write_sweep_page(RunDirectory.of(config.run_place)).name}")
 
 

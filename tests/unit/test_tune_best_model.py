@@ -123,8 +123,15 @@ def test_the_best_seed_of_the_best_configuration_has_its_model_in_the_sweeps_dir
     assert (config.run_directory / "trials" / "a1" / "model" / "weights").read_text() == "a1"
 
 
-def test_a_best_trial_without_a_model_has_none_to_offer(tmp_path):
-    assert provide_model(sweep(tmp_path), BEST) is None
+@pytest.mark.parametrize("keep", ["all", "best"])
+def test_a_best_trial_without_a_model_has_none_to_offer(tmp_path, keep):
+    config = sweep(tmp_path, keep=keep)
+    assert provide_model(config, BEST) is None
+    # And that of an earlier call is no longer the best.
+    trials(config, b=("done", {"eval_loss": 2.0}))
+    assert provide_model(config, Ranked("b", {}, ("b",), ((2.0,),)))
+    assert (tmp_path / "s" / "best_model").exists()
+    assert provide_model(config, BEST) is None
     assert not (tmp_path / "s" / "best_model").exists()
 
 
