@@ -27,8 +27,7 @@ def report(run: RunDirectory) -> str:
         stdout is a terminal, and plain text of at most 100 columns otherwise.
 
     Raises:
-        RequestError: ``run.path`` is not a run directory.
-        RunFailed: a file of the run is corrupt; the message names it and the line.
+        RequestError: ``run.path`` is not a run directory, or one of its files is corrupt; the message names it and the line.
     """
     if run.trials.exists():
         return report_sweep(run)

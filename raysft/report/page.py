@@ -33,7 +33,7 @@ def write_page(log: RunLog, warnings: Sequence[str] = ()) -> None:
         warnings: lines below the headline figures.
 
     Raises:
-        RunFailed: a file of the run is corrupt.
+        RequestError: a file of the run is corrupt.
     """
     rows, predictions = compare(log), read_predictions(log)
     rejected, rejection_reasons = reasons(log)

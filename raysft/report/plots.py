@@ -5,13 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from raysft.report.matplotlib_agg import Axes, Figure, FigureCanvasAgg, FuncFormatter, MaxNLocator, mpl
 from raysft.report.read_run import RunLog, series
 from raysft.storage.path import StoragePath
 

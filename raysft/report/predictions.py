@@ -101,7 +101,7 @@ def read_predictions(log: RunLog) -> Predictions:
     """Read the predictions of the trained model, and those of the base model for the same prompts.
 
     Raises:
-        RunFailed: a file of predictions is corrupt.
+        RequestError: a file of predictions is corrupt.
     """
     seed = log.option("run.seed", 0)
     after, groups = _choose(read_lines(log.directory.predictions), random.Random(f"{seed}"))

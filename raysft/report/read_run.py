@@ -13,10 +13,14 @@ from typing import Any
 
 import yaml
 
-from raysft.errors import RequestError, RunFailed
+from raysft.errors import RequestError, one_line
+from raysft.report.file_types import fault
 from raysft.storage.json_files import read_jsonl
 from raysft.storage.run_directory import RunDirectory
 
+_INVALID = (json.JSONDecodeError, ValueError, RecursionError)
+"""What the JSON parser raises; a ValueError for an integer of more than 4,300 digits."""
+_CONFIG_REMEDY = "restore the config that the run was started with"
 _SET_LOSS = re.compile(r"eval_([A-Za-z0-9][A-Za-z0-9._-]*)_loss")
 
 
@@ -119,8 +123,7 @@ def read_run(run: RunDirectory, problems: list[str] | None = None) -> RunLog:
         problems: if given, corrupt files are left out, and receives a line for each of them.
 
     Raises:
-        RequestError: the folder is not a run directory.
-        RunFailed: one of its files is corrupt, and ``problems`` is not given.
+        RequestError: the folder is not a run directory, or one of its files is corrupt and ``problems`` is not given.
     """
     if not run.config.is_file():
         fact = "not a run directory (no config.yaml)" if run.path.is_dir() else "no such folder"
@@ -129,7 +132,7 @@ def read_run(run: RunDirectory, problems: list[str] | None = None) -> RunLog:
     def readable(read: Callable[[Path], Any], path: Path, otherwise: Any) -> Any:
         try:
             return read(path)
-        except RunFailed as error:
+        except RequestError as error:
             if problems is None:
                 raise
             problems.append(str(error))
@@ -155,7 +158,7 @@ def _read_log(path: Path) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str
     for number, record in enumerate(read_lines(path), start=1):
         step = record.get("current_steps")
         if not isinstance(step, int):
-            raise RunFailed(f"{path}:{number}: current_steps must be an integer, but is {step!r}; {_remedy('line')}")
+            raise RequestError(f"{path}:{number}: current_steps must be an integer, but is {step!r}; {_remedy('line')}")
         # A resumed run repeats the steps after its checkpoint. The last record belongs to the weights that were kept.
         if "loss" in record:
             # json.loads makes new keys for each line: a third of the memory for 100,000 steps.
@@ -169,25 +172,29 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Read JSON lines with errors that name file and line. A torn last line, as a killed writer leaves it, is skipped.
 
     Raises:
-        RunFailed: a line is not a JSON object.
+        RequestError: a line is not a JSON object, or one of its values has another type than it should have.
     """
     number = 0
     try:
         for number, row in enumerate(read_jsonl(path), start=1):
             if not isinstance(row, dict):
-                raise RunFailed(f"{path}:{number}: not a JSON object; {_remedy('line')}")
+                raise RequestError(f"{path}:{number}: not a JSON object; {_remedy('line')}")
+            if wrong := fault(path.name, row):
+                raise RequestError(f"{path}:{number}: {wrong}; {_remedy('line')}")
             yield row
-    except json.JSONDecodeError as error:
-        raise RunFailed(f"{path}:{number + 1}: invalid JSON ({error.msg}); {_remedy('line')}") from None
+    except RequestError:  # which is a ValueError, as those of the parser are
+        raise
     except UnicodeDecodeError:
-        raise RunFailed(f"{path}:{_undecodable_line(path)}: invalid UTF-8; {_remedy('line')}") from None
+        raise RequestError(f"{path}:{_undecodable_line(path)}: invalid UTF-8; {_remedy('line')}") from None
+    except _INVALID as error:
+        raise RequestError(f"{path}:{number + 1}: invalid JSON ({_reason(error)}); {_remedy('line')}") from None
 
 
 def read_evaluations(run: RunDirectory) -> list[dict[str, Any]]:
     """Evaluation records of a run in the order of their steps; empty if it has no log.
 
     Raises:
-        RunFailed: the log is corrupt.
+        RequestError: the log is corrupt.
     """
     _, evaluations = _read_log(run.trainer_log)
     return [evaluations[step] for step in sorted(evaluations)]
@@ -197,18 +204,21 @@ def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object; empty if the file does not exist.
 
     Raises:
-        RunFailed: the file holds something else.
+        RequestError: the file holds something else, or a value of another type than it should have.
     """
     if not path.exists():
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise RunFailed(f"{path}:{error.lineno}: invalid JSON ({error.msg}); {_remedy('file')}") from None
     except UnicodeDecodeError:
-        raise RunFailed(f"{path}:{_undecodable_line(path)}: invalid UTF-8; {_remedy('file')}") from None
+        raise RequestError(f"{path}:{_undecodable_line(path)}: invalid UTF-8; {_remedy('file')}") from None
+    except _INVALID as error:
+        line = getattr(error, "lineno", 1)
+        raise RequestError(f"{path}:{line}: invalid JSON ({_reason(error)}); {_remedy('file')}") from None
     if not isinstance(value, dict):
-        raise RunFailed(f"{path}:1: not a JSON object; {_remedy('file')}")
+        raise RequestError(f"{path}:1: not a JSON object; {_remedy('file')}")
+    if wrong := fault(path.name, value):
+        raise RequestError(f"{path}: {wrong}; {_remedy('file')}")
     return value
 
 
@@ -221,7 +231,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         value, line = None, mark.line + 1 if mark else _undecodable_line(path)
     if not isinstance(value, dict):
-        raise RunFailed(f"{path}:{line}: not a YAML mapping; restore the config that the run was started with")
+        raise RequestError(f"{path}:{line}: not a YAML mapping; {_CONFIG_REMEDY}")
+    if wrong := fault(path.name, value):
+        raise RequestError(f"{path}: {wrong}; {_CONFIG_REMEDY}")
     return value
 
 
@@ -233,6 +245,10 @@ def _undecodable_line(path: Path) -> int:
         except UnicodeDecodeError:
             return number
     return 1
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "msg", None) or one_line(error)
 
 
 def _remedy(what: str) -> str:

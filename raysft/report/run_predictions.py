@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from raysft.errors import RunFailed
+from raysft.errors import RequestError
 from raysft.report.read_run import read_lines
 from raysft.report.runs import Run
 from raysft.report.text import last_user_turn, visible, without_middle
@@ -69,7 +69,7 @@ def predictions(run: Run) -> Iterator[dict[str, Any]]:
             if (key := key_of(row)) not in seen:
                 seen.add(key)
                 yield row
-    except RunFailed as error:
+    except RequestError as error:
         if str(error) not in run.problems:
             run.problems.append(str(error))
 

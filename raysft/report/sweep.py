@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from raysft.errors import RunFailed
+from raysft.errors import RequestError
 from raysft.report.axes import Axis
 from raysft.report.read_run import RunLog, finite, read_evaluations, read_lines, read_object, read_run
 from raysft.storage.run_directory import RunDirectory
@@ -148,8 +148,7 @@ def read_sweep(directory: RunDirectory) -> Sweep:
     """Read a sweep.
 
     Raises:
-        RequestError: the folder is not a run directory.
-        RunFailed: ``config.yaml`` or ``trials.jsonl`` is corrupt.
+        RequestError: the folder is not a run directory, or ``config.yaml`` or ``trials.jsonl`` is corrupt.
     """
     lines = list(read_lines(directory.trials))
     trials: dict[str, Trial] = {}
@@ -161,7 +160,7 @@ def read_sweep(directory: RunDirectory) -> Sweep:
     results: dict[str, Any] = {}
     try:
         results = read_object(directory.path / "tune_results.json")
-    except RunFailed as error:
+    except RequestError as error:
         problems.append(str(error))
     return Sweep(read_run(directory), sorted(trials.values(), key=lambda trial: trial.number), results, problems)
 
@@ -174,7 +173,7 @@ def evaluations(sweep: Sweep, trial: Trial) -> list[dict[str, Any]]:
             (run.remote / run.trainer_log.name).download(run.trainer_log)
     try:
         return read_evaluations(run)
-    except RunFailed as error:
+    except RequestError as error:
         sweep.problems.append(str(error))
         return []
 

@@ -34,8 +34,7 @@ def write_sweep_page(directory: RunDirectory) -> Path:
         The page.
 
     Raises:
-        RequestError: the folder is not a run directory.
-        RunFailed: ``config.yaml`` or ``trials.jsonl`` is corrupt.
+        RequestError: the folder is not a run directory, or ``config.yaml`` or ``trials.jsonl`` is corrupt.
     """
     return _write(read_sweep(directory))
 

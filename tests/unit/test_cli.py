@@ -167,9 +167,9 @@ def test_a_folder_in_place_of_a_file_is_named_in_one_line(tmp_path, capsys):
 
 def test_a_run_whose_config_cannot_be_read_is_named_in_one_line(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("run: {name: 2024-99-99}\n")
-    assert main(["report", str(tmp_path)]) == 1
+    assert main(["report", str(tmp_path)]) == 2
     error = capsys.readouterr().err.rstrip("\n")
-    assert holds(error, f"raysft: failed: {tmp_path}/config.yaml:1: not a YAML mapping; restore the config")
+    assert holds(error, f"raysft: error: {tmp_path}/config.yaml:1: not a YAML mapping; restore the config")
 
 
 def test_names_too_long_for_a_folder_are_refused(config, capsys):

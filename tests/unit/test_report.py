@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,8 +19,9 @@ import pytest
 import yaml
 from matplotlib.image import imread
 
+from raysft.cli import main
 from raysft.config import Config, with_overrides
-from raysft.errors import RequestError, RunFailed
+from raysft.errors import RequestError
 from raysft.generate.metrics import MetricRow, ModelRole, write_metrics
 from raysft.report import report
 from raysft.report.plots import MAX_POINTS, smooth
@@ -419,10 +423,72 @@ def test_a_path_that_is_no_run_directory_is_refused(tmp_path: Path, missing: str
 def test_a_corrupt_file_is_named_with_its_line(tmp_path: Path, name: str, content: bytes, line: int):
     run = make_run(tmp_path)
     (run.path / name).write_bytes(content)
-    with pytest.raises(RunFailed) as caught:
+    with pytest.raises(RequestError) as caught:
         report(run)
     assert str(caught.value).startswith(f"{run.path / name}:{line}: ")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fact"),
+    [
+        ("trainer_log.jsonl", b'{"current_steps": 1, "loss": "low"}', ":1: loss must be a number, but is 'low'"),
+        (
+            "trainer_log.jsonl",
+            b'{"current_steps": true, "loss": 2}',
+            ":1: current_steps must be an integer, but is True",
+        ),
+        (
+            "trainer_log.jsonl",
+            b'{"current_steps": 1, "source_losses": [1]}',
+            ":1: source_losses must be a mapping, but is [1]",
+        ),
+        (
+            "trainer_log.jsonl",
+            b'{"current_steps": 1, "eval_a_loss": {}}',
+            ":1: eval_a_loss must be a number, but is {}",
+        ),
+        (
+            "trainer_log.jsonl",
+            b'{"current_steps": 1, "x": [1' + 400 * b"0" + b"]}",
+            ":1: x.0 must be below 2^63, but is 1000",
+        ),
+        (
+            "trainer_log.jsonl",
+            b'{"current_steps": 1, "x": 1' + 5000 * b"0" + b"}",
+            ":1: invalid JSON (Exceeds the limit",
+        ),
+        ("eval_results.json", b'{"eval_loss": "3"}', ": eval_loss must be a number, but is '3'"),
+        ("plan.json", b'{"sources": ' + 100_000 * b"[", ":1: invalid JSON (maximum recursion depth"),
+        ("metrics.jsonl", b'{"metric": "bleu", "value": [2]}', ":1: value must be a number, but is [2]"),
+        ("generated_predictions.jsonl", b'{"id": [1]}', ":1: id must be text or a number, but is [1]"),
+        ("config.yaml", b"train: {warmup_ratio: a}", ": train.warmup_ratio must be a number, but is 'a'"),
+        ("config.yaml", b"data: {train: [{name: [a]}]}", ": data.train.0.name must be text or a number, but is ['a']"),
+    ],
+)
+def test_a_value_of_another_type_is_one_line(tmp_path: Path, capsys, name: str, content: bytes, fact: str):
+    run = make_run(tmp_path)
+    (run.path / name).write_bytes(content + b"\n")
+    assert main(["report", str(run.path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"raysft: error: {run.path / name}{fact}")
+    assert "; restore " in line
+
+
+def test_a_backend_that_matplotlib_does_not_know_draws_files_all_the_same(tmp_path: Path):
+    run = make_run(tmp_path)
+    command = "import os, sys; from raysft.cli import main; code = main(['report', sys.argv[1]]); print(os.environ['MPLBACKEND'])"
+    environment = {**os.environ, "MPLBACKEND": "nowhere"}
+    done = subprocess.run(
+        [sys.executable, "-c", command, str(run.path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.stdout.splitlines()[-1:], done.stderr) == (["nowhere"], "")
+    assert (run.path / "training_loss.png").exists()
 
 
 def test_a_long_run_is_drawn_from_a_bounded_number_of_points(tmp_path: Path):

@@ -315,10 +315,10 @@ def test_a_corrupt_log_of_a_trial_is_left_out_and_said_and_a_corrupt_record_is_a
     assert f"{log}:1: not a JSON object" in rendered.text
     assert drawing(rendered, "eval_loss by step").count('<path class="line') == 1
     (sweep.directory.path / "trials.jsonl").write_text("{\n")
-    assert main(["report", str(sweep.directory.path)]) == 1
+    assert main(["report", str(sweep.directory.path)]) == 2
     error = capsys.readouterr().err.rstrip("\n")
     assert holds(
-        error, f"raysft: failed: {sweep.directory.path}/trials.jsonl:1: invalid JSON … then run raysft report again"
+        error, f"raysft: error: {sweep.directory.path}/trials.jsonl:1: invalid JSON … then run raysft report again"
     )
 
 

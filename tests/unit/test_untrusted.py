@@ -121,7 +121,7 @@ def test_a_run_directorys_config_and_a_corpus_that_call_python_are_refused(capsy
     assert "is not a config of this version" in refusal(
         lambda: check_ownership(RunDirectory(config.run_directory), config)
     )
-    assert main(["report", str(config.run_directory)]) == 1
+    assert main(["report", str(config.run_directory)]) == 2
     assert "not a YAML mapping" in capsys.readouterr().err
     Path("corpus.yaml").write_text(f"- [a, {CALL}]\n- [b, c]\n")
     assert [type(each).__name__ for each in read("corpus.yaml")] == ["Rejected", "Example"]
