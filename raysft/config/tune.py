@@ -23,28 +23,28 @@ def _known_values(given: Any) -> Any:
             raise ValueError("must not be empty")
         return given
     if not isinstance(given, dict) or len(given) != 1 or next(iter(given)) not in ("choice", *RANGES):
-        raise ValueError(f"is no set of values; {_FORMS}")
+        raise ValueError(f"is neither a list of values nor a range; {_FORMS}")
     ((kind, values),) = given.items()
     shown = f"{{{kind}: {values}}}"
     if kind == "choice":
         if not isinstance(values, list) or not values:
-            raise ValueError(f"{shown} offers no value; give a list of values")
+            raise ValueError(f"{shown} has no values; give a list of them")
         return given
     bounds = _numbers(values)
     wanted = "[low, high, q]" if kind == "quniform" else "[low, high]"
     if bounds is None or len(bounds) != wanted.count(",") + 1:
-        raise ValueError(f"{shown} is not made of numbers {wanted}; correct it")
+        raise ValueError(f"{shown} does not have the numbers {wanted}; correct it")
     low, high = bounds[:2]
     if low >= high:
         raise ValueError(f"{shown} is empty, as {low:g} is not below {high:g}; give [low, high] in this order")
     if kind.startswith("log") and low <= 0:
-        raise ValueError(f"{shown} has no logarithm at {low:g}; use a lower bound above 0")
+        raise ValueError(f"{shown} starts at {low:g}, which has no logarithm; use a lower bound above 0")
     if kind.endswith("randint"):
         if not all(bound == int(bound) for bound in bounds):
-            raise ValueError(f"{shown} is not made of whole numbers; use some, or {kind.replace('randint', 'uniform')}")
+            raise ValueError(f"{shown} needs whole numbers; use some, or {kind.replace('randint', 'uniform')}")
         bounds = [int(bound) for bound in bounds]
     if kind == "quniform" and not 0 < bounds[2] <= high - low:
-        raise ValueError(f"{shown} has no step q above 0 that fits between its bounds; correct it")
+        raise ValueError(f"{shown} needs a step q above 0 that fits between its bounds; correct it")
     return {kind: bounds}
 
 

@@ -115,7 +115,7 @@ def _introduction(log: RunLog) -> str:
         model = f"This model is {base} after {method} of all its weights on {data}"
     text = f"{model}, with raysft on [Ray](https://www.ray.io)."
     if not log.steps:
-        return f"{text} No training step is logged yet."
+        return f"{text} No training step has been logged yet."
     done, total = log.steps[-1]["current_steps"], log.steps[-1].get("total_steps")
     unfinished = isinstance(total, int) and done < total
     return f"{text} Training has reached step {done:,} of {total:,}." if unfinished else text

@@ -105,7 +105,7 @@ def fault(file: str, content: Mapping[str, Any]) -> str:
 def _values(content: Any, parts: list[str], before: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, value) of what a key with ``*`` means; nothing if there is no such value."""
     first, *rest = parts
-    inside = dict(enumerate(content)) if isinstance(content, list) else content
+    inside: Any = dict(enumerate(content)) if isinstance(content, list) else content
     if not isinstance(inside, Mapping):
         return
     if first.endswith("*"):

@@ -94,7 +94,7 @@ def progress(log: RunLog) -> str:
     if log.other_model:
         return ""
     if not log.steps:
-        return "No training step is logged yet."
+        return "No training step has been logged yet."
     done, total = log.steps[-1]["current_steps"], log.steps[-1].get("total_steps")
     if isinstance(total, int) and done < total and not log.trained:
         return f"Training has reached step {done:,} of {total:,}."

@@ -111,7 +111,7 @@ class OptunaStudy:
             if trial := self._ask(by_chance=attempt >= TRIES // 2):
                 return trial
         self._notify(
-            f"tune: of {TRIES} further suggestions none made a valid and new config; the sweep ends with {len(self._numbers)} "
+            f"tune: none of {TRIES} further suggestions made a valid new config; the sweep ends with {len(self._numbers)} "
             "configurations"
         )
         return None
@@ -135,7 +135,7 @@ class OptunaStudy:
             trial = make_trial(self._config, values)
             self._accept(trial.config)
         except RequestError as error:
-            self._notify(f"tune: a suggestion of Optuna cannot run, so it is asked again: {error}")
+            self._notify(f"tune: what Optuna suggested cannot run, so it is asked again: {error}")
             trial = None
         if trial is None or trial.name in self._numbers:
             self._study.tell(suggested.number, state=optuna.trial.TrialState.FAIL)

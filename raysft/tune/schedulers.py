@@ -110,12 +110,12 @@ def check_scheduler(config: Config, trials: Sequence[Config]) -> None:
         )
     if not metric.startswith("eval_"):
         raise RequestError(
-            f"tune.scheduler={name} decides on evaluations during a training, but tune.metric={metric!r} is known at its end "
-            "only; use a metric that starts with eval_, or tune.scheduler=none"
+            f"tune.scheduler={name} decides by evaluations during training, but tune.metric={metric!r} is only known at its end; "
+            "use a metric that starts with eval_, or tune.scheduler=none"
         )
     if any(trial.train.eval_every_steps is None for trial in trials):
         raise RequestError(
-            f"tune.scheduler={name} decides on evaluations during a training, but train.eval_every_steps=null; set it"
+            f"tune.scheduler={name} decides by evaluations during training, but train.eval_every_steps=null; set it"
         )
     if name == "pbt":
         _check_population(config)
@@ -136,7 +136,7 @@ def _check_population(config: Config) -> None:
     tune = config.tune
     if tune.search == "optuna":
         raise RequestError(
-            "tune.scheduler=pbt changes the values of its trials, but tune.search=optuna learns from values that stay; use "
+            "tune.scheduler=pbt changes the values of its trials, but tune.search=optuna needs values that stay the same; use "
             "tune.search=random"
         )
     if tune.repeats > 1:
@@ -145,16 +145,16 @@ def _check_population(config: Config) -> None:
         )
     if config.train.optimizer == "badam":
         raise RequestError(
-            "tune.scheduler=pbt goes on from checkpoints, but train.optimizer=badam has none; use another optimizer"
+            "tune.scheduler=pbt copies checkpoints, but train.optimizer=badam has none; use another optimizer"
         )
     if config.train.keep_best:
         raise RequestError(
-            "tune.scheduler=pbt copies trials over each other, but train.keep_best=true keeps a model of the past; set it to false"
+            "tune.scheduler=pbt copies trials over each other, but train.keep_best=true keeps an earlier model; set it to false"
         )
     for key in tune.space:
         if key not in CHANGEABLE:
             raise RequestError(
-                f"tune.scheduler=pbt changes values in the middle of a training, but {key} cannot change there; use "
+                f"tune.scheduler=pbt changes values during training, but {key} cannot change then; use "
                 f"{', '.join(sorted(CHANGEABLE))}, or tune.scheduler=asha"
             )
 

@@ -144,7 +144,7 @@ def _check_keys(config: Config, keys: Sequence[str]) -> None:
                 f"tune.space: run.seed varies with tune.repeats={config.tune.repeats} already; remove one of them"
             )
         if outer := next((other for other in keys if key.startswith(f"{other}.")), None):
-            raise RequestError(f"tune.space: {key} is a part of {outer}, which is there too; remove one of them")
+            raise RequestError(f"tune.space: {key} is part of {outer}, which is listed too; remove one of them")
 
 
 def _check_search(config: Config, found: Sequence[Dimension]) -> None:

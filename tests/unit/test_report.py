@@ -305,7 +305,7 @@ def test_a_config_alone_is_a_run_that_has_not_begun(tmp_path: Path):
         if path != run.config:
             path.unlink()
     assert "No results yet" in report(run)
-    assert "No training step is logged yet" in run.model_card.read_text(encoding="utf-8")
+    assert "No training step has been logged yet" in run.model_card.read_text(encoding="utf-8")
     assert not run.trainer_state.exists()
 
 

@@ -200,7 +200,7 @@ def test_what_is_missing_is_left_out(tmp_path: Path):
     assert "Before and after" not in rendered.text
     run.trainer_log.unlink()
     rendered = page(run)
-    assert "No training step is logged yet" in rendered.text
+    assert "No training step has been logged yet" in rendered.text
     assert "svg" not in {tag for tag, _ in rendered.tags}
 
 

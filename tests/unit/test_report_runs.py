@@ -170,7 +170,8 @@ def test_what_a_run_lacks_is_left_out_and_said(tmp_path: Path, capsys):
     young.trainer_log.unlink()
     rendered, _ = compared(capsys, tmp_path, young, whole)
     assert (
-        "young: No training step is logged yet; no training step, so no training loss; no evaluation" in rendered.text
+        "young: No training step has been logged yet; no training step, so no training loss; no evaluation"
+        in rendered.text
     )
 
 

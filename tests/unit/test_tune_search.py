@@ -124,7 +124,7 @@ def test_a_search_ends_when_no_suggestion_can_run():
 
     source, lines = study(config(num_samples=3), accept=accept)
     assert source.next() is None
-    assert "none made a valid and new config; the sweep ends with 0 configurations" in lines[-1]
+    assert "suggestions made a valid new config; the sweep ends with 0 configurations" in lines[-1]
 
 
 def test_optuna_can_try_all_of_a_small_space():
