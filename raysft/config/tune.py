@@ -35,6 +35,8 @@ def _known_values(given: Any) -> Any:
     if bounds is None or len(bounds) != wanted.count(",") + 1:
         raise ValueError(f"{shown} does not have the numbers {wanted}; correct it")
     low, high = bounds[:2]
+    if not math.isfinite(high - low):
+        raise ValueError(f"{shown} is wider than any number; move its bounds together")
     if low >= high:
         raise ValueError(f"{shown} is empty, as {low:g} is not below {high:g}; give [low, high] in this order")
     if kind.startswith("log") and low <= 0:
@@ -43,7 +45,7 @@ def _known_values(given: Any) -> Any:
         if not all(bound == int(bound) for bound in bounds):
             raise ValueError(f"{shown} needs whole numbers; use some, or {kind.replace('randint', 'uniform')}")
         bounds = [int(bound) for bound in bounds]
-    if kind == "quniform" and not 0 < bounds[2] <= high - low:
+    if kind == "quniform" and not (0 < bounds[2] <= high - low and math.isfinite((high - low) / bounds[2])):
         raise ValueError(f"{shown} needs a step q above 0 that fits between its bounds; correct it")
     return {kind: bounds}
 
@@ -54,9 +56,9 @@ def _numbers(values: Any) -> list[Any] | None:
         return None
     try:
         numbers = [value if isinstance(value, int) else float(value) for value in values]
-    except (TypeError, ValueError):
+        return numbers if all(map(math.isfinite, numbers)) else None
+    except (OverflowError, TypeError, ValueError):
         return None
-    return numbers if all(map(math.isfinite, numbers)) else None
 
 
 Mode = Literal["min", "max"]

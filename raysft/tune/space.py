@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from raysft.config import Config
+from raysft.config.tune import RANGES
 from raysft.errors import RequestError
 
 RESERVED = ("run.name", "run.sweep", "run.storage", "data.cache", "scaling.address", "tune")
 """Keys that the sweep sets itself."""
 CHOICE = "choice"
+MOST = 10_000
+"""Most values of a key, and most trials: each has a config that is made, and checked, before anything starts."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def _check_keys(config: Config, keys: Sequence[str]) -> None:
             "tune.space is empty; give keys and values to try, for example {train.learning_rate: [1.0e-4, 3.0e-4]}"
         )
     for key in keys:
-        if key in RESERVED or key.partition(".")[0] in RESERVED:
+        if key in ("run", *RESERVED) or key.partition(".")[0] in RESERVED:
             raise RequestError(f"tune.space: {key} is the same for all trials; remove it from tune.space")
         if key == "run.seed" and config.tune.repeats > 1:
             raise RequestError(
@@ -149,6 +152,12 @@ def _check_keys(config: Config, keys: Sequence[str]) -> None:
 
 def _check_search(config: Config, found: Sequence[Dimension]) -> None:
     tune, size = config.tune, math.prod(dimension.size for dimension in found)
+    for dimension in found:
+        if dimension.kind == CHOICE and dimension.size > MOST:
+            raise RequestError(
+                f"tune.space: {dimension.key} has {dimension.size:g} values, but a sweep compares at most {MOST}; give fewer, or a "
+                f"range, one of {', '.join(RANGES)}"
+            )
     if tune.search == "grid":
         for dimension in found:
             if dimension.kind != CHOICE:
@@ -167,4 +176,15 @@ def _check_search(config: Config, found: Sequence[Dimension]) -> None:
         raise RequestError(
             f"tune.num_samples={tune.num_samples} needs as many different configurations, but tune.space has {size:g}; "
             "lower it, or add values"
+        )
+    trials = (tune.num_samples or size) * tune.repeats
+    if trials > MOST:
+        raise RequestError(
+            f"the sweep has {trials:g} trials, but it can compare at most {MOST}; "
+            + (
+                "take values out of tune.space, or set tune.search=random"
+                if tune.search == "grid"
+                else "lower tune.num_samples"
+            )
+            + (f", or lower tune.repeats={tune.repeats}" if tune.repeats > 1 else "")
         )

@@ -117,6 +117,9 @@ RANDOM = {"search": "random", "num_samples": 2}
         ({RATE: {"uniform": ["low", 1]}}, "numbers [low, high]"),
         ({RATE: {"uniform": [0, float("inf")]}}, "numbers [low, high]"),
         ({RATE: {"uniform": 3}}, "numbers [low, high]"),
+        ({RATE: {"randint": [1, 10**400]}}, "numbers [low, high]"),
+        ({RATE: {"uniform": [-1e308, 1e308]}}, "wider than any number"),
+        ({RATE: {"quniform": [0, 1, 1e-320]}}, "a step q above 0"),
         ({RATE: {"quniform": [0, 1]}}, "[low, high, q]"),
         ({RATE: {"quniform": [0, 1, 0]}}, "needs a step q above 0"),
         ({RATE: {"quniform": [0, 1, 2]}}, "needs a step q above 0"),
@@ -152,6 +155,11 @@ def test_an_impossible_set_of_values_is_refused_with_the_config(space, message):
         ({"run.seed": [1, 2]}, {"repeats": 2}, "tune.space: run.seed varies with tune.repeats=2 already"),
         ({"model.lora": [{"rank": 2}], "model.lora.rank": [1]}, {}, "tune.space: model.lora.rank is part of model.lora"),
         ({"tune.seed": [1]}, {}, "tune.space: tune.seed is the same for all trials"),
+        ({"run": [{"seed": 1}]}, {}, "tune.space: run is the same for all trials"),
+        ({RATE: {"choice": list(range(1, 10_002))}}, RANDOM, f"tune.space: {RATE} has 10001 values … at most 10000; give fewer"),
+        ({RATE: list(range(1, 200)), "train.epochs": list(range(1, 200))}, {}, "the sweep has 39601 trials … tune.search=random"),
+        ({RATE: {"uniform": [0.1, 1]}}, {**RANDOM, "num_samples": 10**9}, "the sweep has 1e+09 trials … lower tune.num_samples"),
+        ({RATE: [1, 2]}, {"repeats": 10**6}, "the sweep has 2e+06 trials … or lower tune.repeats=1000000"),
     ],
 )  # fmt: skip
 def test_a_space_that_does_not_suit_the_search_or_the_config_is_refused(space, tune, message):
