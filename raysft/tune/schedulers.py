@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,6 +35,37 @@ CHANGEABLE = frozenset(
     ]
 )
 """Keys that population-based training may change in the middle of a training."""
+
+
+def _is_number(value: Any, low: float, high: float = math.inf) -> bool:
+    """True for a finite number that is not below ``low`` or above ``high``."""
+    return type(value) in (int, float) and math.isfinite(value) and low <= value <= high
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value, 0) and value > 0
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "grace_period": ("a number above 0", _is_positive),
+    "perturbation_interval": ("a number above 0", _is_positive),
+    "burn_in_period": ("a number from 0", lambda value: _is_number(value, 0)),
+    "brackets": ("a whole number above 0", _is_count),
+    "min_samples_required": ("a whole number above 0", _is_count),
+    "reduction_factor": ("a number above 1", lambda value: _is_number(value, 1) and value > 1),
+    "quantile_fraction": ("a number from 0 to 0.5", lambda value: _is_number(value, 0, 0.5)),
+    "resample_probability": ("a number from 0 to 1", lambda value: _is_number(value, 0, 1)),
+    "perturbation_factors": (
+        "a list of two numbers above 0",
+        lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_positive, value)),
+    ),
+    "synch": ("true or false", lambda value: isinstance(value, bool)),
+}
+"""What each option of a scheduler is, and whether a value is that. Tune looks at some of them when the first trial reports."""
 
 
 def make_scheduler(config: Config, steps: int, concurrent: int) -> Any:
@@ -126,9 +158,12 @@ def _check_options(name: str, options: dict[str, Any]) -> None:
 
     scheduler = PopulationBasedTraining if name == "pbt" else _scheduler_class(name)
     known = [parameter for parameter in inspect.signature(scheduler).parameters if parameter not in OURS]
-    for option in options:
+    for option, value in options.items():
         if option not in known:
             raise RequestError(f"tune.scheduler_options: {name} has no option {option}; use {', '.join(known)}")
+        wanted, suits = VALUES[option]
+        if not suits(value):
+            raise RequestError(f"tune.scheduler_options: {option}={value!r} is not {wanted}; correct it")
 
 
 def _check_population(config: Config) -> None:

@@ -213,7 +213,7 @@ def test_whoever_took_over_has_the_others_past_and_each_row_once(population):
         ),
         (
             ["tune.scheduler=asha", "tune.scheduler_options={reduction_factor: 0.5}"],
-            "tune.scheduler_options … ; correct",
+            "tune.scheduler_options: reduction_factor=0.5 is not a number above 1; correct it",
         ),
         (
             ["tune.scheduler=pbt", "tune.space={model.lora.rank: [2, 4]}"],

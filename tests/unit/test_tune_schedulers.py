@@ -1,0 +1,63 @@
+"""The options of schedulers, which Ray Tune itself looks at late or never."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+from ray.tune import schedulers
+
+from raysft.config import parse
+from raysft.tune.schedulers import OURS, VALUES, check_scheduler
+from tests.messages import holds, refusal
+
+
+def check(scheduler: str, **options: object) -> None:
+    tune = {"space": {"train.learning_rate": [1e-4]}, "scheduler": scheduler, "scheduler_options": options}
+    sources = [{"name": "a", "path": "a.jsonl"}]
+    config = parse({"model": {"path": "m"}, "data": {"train": sources}, "train": {"eval_every_steps": 2}, "tune": tune})
+    check_scheduler(config, [config])
+
+
+def test_every_option_of_the_schedulers_is_checked():
+    known = {
+        option
+        for scheduler in ("AsyncHyperBandScheduler", "MedianStoppingRule", "PopulationBasedTraining")
+        for option in inspect.signature(getattr(schedulers, scheduler)).parameters
+    }
+    assert known - set(OURS) == VALUES.keys()
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "options"),
+    [
+        ("asha", {"grace_period": 5, "reduction_factor": 1.5, "brackets": 2}),
+        ("median", {"grace_period": 0.5, "min_samples_required": 1}),
+        ("pbt", {"perturbation_interval": 3, "burn_in_period": 0, "quantile_fraction": 0.5, "resample_probability": 1}),
+        ("pbt", {"perturbation_factors": [2, 0.5], "synch": True}),
+    ],
+)
+def test_options_are_taken(scheduler, options):
+    check(scheduler, **options)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "option", "value", "wanted"),
+    [
+        ("asha", "grace_period", 0, "a number above 0"),
+        ("asha", "grace_period", None, "a number above 0"),
+        ("asha", "brackets", 1.5, "a whole number above 0"),
+        ("asha", "reduction_factor", float("inf"), "a number above 1"),
+        ("median", "grace_period", "abc", "a number above 0"),
+        ("median", "min_samples_required", 0, "a whole number above 0"),
+        ("median", "min_samples_required", True, "a whole number above 0"),
+        ("pbt", "resample_probability", 2, "a number from 0 to 1"),
+        ("pbt", "perturbation_factors", [1.2], "a list of two numbers above 0"),
+        ("pbt", "perturbation_factors", [0, 1], "a list of two numbers above 0"),
+        ("pbt", "quantile_fraction", 0.6, "a number from 0 to 0.5"),
+        ("pbt", "synch", 3, "true or false"),
+    ],
+)
+def test_a_value_that_the_scheduler_could_not_use_is_refused(scheduler, option, value, wanted):
+    message = refusal(lambda: check(scheduler, **{option: value}))
+    assert holds(message, f"tune.scheduler_options: {option}={value!r} is not {wanted}; correct it")
