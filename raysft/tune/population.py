@@ -16,7 +16,7 @@ from raysft.tune.trainable import PERTURBED
 
 
 def members(search: Search, recorded: Mapping[str, TrialRecord]) -> dict[str, dict[str, Any]]:
-    """Return what Tune is to have of each trial of a population, by its name.
+    """Return what Tune is to have of each trial of a population, by its name: those that are furthest behind first.
 
     Args:
         search: hands out the trials.
@@ -27,7 +27,8 @@ def members(search: Search, recorded: Mapping[str, TrialRecord]) -> dict[str, di
         assert isinstance(member, dict)
         last = recorded.get(member["trial"])
         found[member["trial"]] = {**member, PERTURBED: last.values if last else json.loads(member["values"])}
-    return found
+    steps = {name: record.step or 0 for name, record in recorded.items()}
+    return dict(sorted(found.items(), key=lambda member: steps.get(member[0], 0)))
 
 
 class Population(PopulationBasedTraining):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ class Recorder(ray.tune.Callback):
         """
         self._objectives, self._record, self.view, self._prune = objectives, record, table, prune
         self._last: dict[str, TrialRecord] = {}
+        self._earlier = {name: known for name, known in record.read().items() if not known.ended_well}
+        """Of an earlier call, the trials that go on."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the terminal out: Tune pickles its callbacks."""
@@ -82,6 +85,8 @@ class Recorder(ray.tune.Callback):
             seed=json.loads(given["config"])["run"]["seed"],
             started=round(time.time(), 3),
         )
+        if known is None and (earlier := self._earlier.get(started.trial)) is not None:
+            started = replace(started, step=earlier.step, metrics=earlier.metrics, parent=earlier.parent)
         changes = {"values": json.loads(given["values"]), "state": "running", "reason": "", "ended": None}
         started = self._keep(self._record.update(started, **changes))
         self._say(f"{'goes on' if known else 'started'}: {_shown(started)}")
