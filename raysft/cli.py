@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import errno
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ PROGRESS = "Progress goes to standard output. An error is one line on standard e
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb and return the exit code: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted."""
+    if sys.stdout is None:  # closed by who called (>&-)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without × or … must not end a run
     parsed = _parse(arguments)

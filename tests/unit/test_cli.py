@@ -186,6 +186,13 @@ def test_a_terminal_that_lacks_characters_gets_question_marks(tmp_path):
     assert "NEFTune: add uniform noise of ? alpha" in shown.stdout
 
 
+def test_a_command_whose_output_is_closed_runs_all_the_same():
+    code = "from raysft.cli import *; from raysft.telemetry.terminal import *; main(['config']); Terminal().line('x')"
+    command = f'"{sys.executable}" -c "{code}" >&-'
+    ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
 def test_an_export_that_fails_leaves_no_half_model(tmp_path, monkeypatch, capsys):
     def full(folder, output, trusted):
         (output / "config.json").write_text("")
