@@ -127,7 +127,7 @@ def preflight(
         else:
             changes = check_ownership(directory, config, allow_changed if verb in TRAINS_ONE else None)
         refuse_other_kind(directory, verb)
-        _check_trials(trials, terminal)
+        check_trials(trials, terminal)
         for run in runs:
             check_packages(run, trains=not predicts)
         with cluster(config, deferred=verb in ("check", "prepare")) as nodes:
@@ -145,7 +145,7 @@ def preflight(
                 yield replace(ready, runs=(planned,))
 
 
-def _check_trials(trials: Sequence[Config], terminal: Terminal) -> None:
+def check_trials(trials: Sequence[Config], terminal: Terminal) -> None:
     """Refuse trials whose run directories belong to other settings."""
 
     def check(trial: Config) -> None:

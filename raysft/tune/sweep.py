@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from raysft.cluster.placement import Node
 from raysft.config import Config
-from raysft.run.preflight import Preflight, preflight
+from raysft.run.preflight import Preflight, check_trials, preflight
 from raysft.run.resources import check_resources
 from raysft.run.tracking import sweep_trackers
 from raysft.storage.json_files import write_atomically
@@ -113,8 +113,11 @@ def _source(
             check_metric(trial, metric)
         _place(trial, nodes)
 
+    found = restored(config, recorded)
+    # Those of a list were among the trials of the preflight.
+    check_trials([trial.config for one in found for trial in repeats(config, one.trial)], Terminal())
     # Tune pickles its search, so that it keeps no terminal.
-    return OptunaStudy(config, restored(config, recorded), accept, lambda line: Terminal().line(line))
+    return OptunaStudy(config, found, accept, lambda line: Terminal().line(line))
 
 
 def _announcement(config: Config, total: int, concurrent: int, ended: int) -> str:

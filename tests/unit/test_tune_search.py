@@ -16,6 +16,7 @@ from raysft.tune.optuna_study import OptunaStudy, check_installed, restored
 from raysft.tune.record import Record, TrialRecord
 from raysft.tune.search import Search
 from raysft.tune.sources import FixedList
+from raysft.tune.sweep import _source
 from raysft.tune.trials import Trial, combinations, repeats
 from tests.messages import holds, refusal
 
@@ -241,3 +242,24 @@ def test_a_search_by_optuna_needs_it(monkeypatch):
     check_installed()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert holds(refusal(check_installed), "tune.search=optuna needs … pip install 'raysft[tune]' … tune.search=random")
+
+
+@pytest.mark.parametrize("repeat", [0, 1])
+def test_a_study_does_not_go_on_with_trials_of_another_config(tmp_path, repeat):
+    """What Optuna suggested is not among the trials that are known before it is asked."""
+    given = with_overrides(
+        config(repeats=2, num_samples=1), {"run.storage": str(tmp_path), "data.cache": str(tmp_path)}
+    )
+    trials = repeats(given, ran(given)[0])
+    recorded = {trial.name: record(trial, number, eval_loss=1.0) for number, trial in enumerate(trials)}
+    had = trials[repeat].config
+    had.run_directory.mkdir(parents=True)
+    (had.run_directory / "config.yaml").write_text(had.to_yaml())
+    (had.run_directory / "trainer_log.jsonl").touch()
+    assert [trial.name for trial in _source(given, [], recorded, []).trials] == [trials[0].name]
+    changed = with_overrides(given, {"train.max_steps": 7})
+    message = refusal(lambda: _source(changed, [], recorded, []))
+    assert holds(
+        message,
+        f"{had.run_directory}: belongs to another config: train.max_steps=7 (the run has null); restore the old value",
+    )
