@@ -217,7 +217,7 @@ def test_whoever_took_over_has_the_others_past_and_each_row_once(population):
         ),
         (
             ["tune.scheduler=pbt", "tune.space={model.lora.rank: [2, 4]}"],
-            "tune.scheduler=pbt … model.lora.rank cannot change there; use",
+            "tune.scheduler=pbt … model.lora.rank cannot change then; use",
         ),
         (["tune.scheduler=pbt", "tune.repeats=2"], "tune.scheduler=pbt … tune.repeats=2 … ; set it to 1"),
         (
