@@ -16,14 +16,15 @@ from raysft.storage.retry import retry_for
 from raysft.storage.run_directory import RunDirectory
 from raysft.tune.ranking import Objectives, Ranked
 from raysft.tune.record import TrialRecord
-from raysft.tune.results import rank
+from raysft.tune.results import is_written, rank
 
 
-def best_trial(config: Config, best: Ranked) -> RunDirectory:
-    """Return the run of the best trial of a configuration."""
+def _best_with_model(config: Config, best: Ranked) -> StoragePath | None:
+    """Return the model of the best trial of a configuration that has one: those of earlier repeats may have been removed."""
     objectives = Objectives.of(config.tune)
     results = dict(zip(best.trials, best.results, strict=True))
-    return _run(config, min(results, key=lambda trial: objectives.cost(results[trial])))
+    trials = sorted(results, key=lambda trial: objectives.cost(results[trial]))
+    return next((model for trial in trials if (model := _run(config, trial).model).exists()), None)
 
 
 def provide_model(config: Config, best: Ranked) -> StoragePath | None:
@@ -32,12 +33,14 @@ def provide_model(config: Config, best: Ranked) -> StoragePath | None:
     With ``tune.keep: all`` it is a link, with ``best`` a copy. In an object store, which has no links, it stays in its run.
 
     Returns:
-        None if the best trial has no model, because a scheduler stopped it or an earlier call removed it.
+        None if no trial of the configuration has a model, because a scheduler stopped them or an earlier call removed it. The
+        model of another configuration is not left there then.
     """
-    model, place = best_trial(config, best).model, config.run_directory / "best_model"
-    if not model.exists():
-        _remove(place)  # that of an earlier call is no longer the best
-        return None
+    model, place = _best_with_model(config, best), config.run_directory / "best_model"
+    if model is None:
+        if place.is_symlink() or not is_written(config.run_directory, config, best):
+            _remove(place)
+        return StoragePath.of(place) if place.exists() else None
     if model.local is None:
         return model
     made = place.with_name(".best_model.partial")
@@ -62,7 +65,8 @@ def remove_weights(config: Config, records: Mapping[str, TrialRecord], over: boo
     """Remove models and checkpoints that ``tune.keep: best`` does not keep.
 
     A configuration is judged when all its repeats have ended. The best of these is kept, and with several metrics the whole
-    Pareto front. So are trials that are to go on.
+    Pareto front. So are trials that are to go on. All are kept if the best has nothing left, as an earlier call with another
+    metric removed it.
 
     Args:
         config: the sweep's config.
@@ -77,11 +81,18 @@ def remove_weights(config: Config, records: Mapping[str, TrialRecord], over: boo
         name: record for name, record in ended.items() if over or repeats[record.configuration] >= config.tune.repeats
     }
     kept = {trial for one in _kept(rank(config, judged), config) for trial in one.trials}
+    with suppress(StorageFailed), retry_for(0):
+        if not any(weights.exists() for name in kept for weights in _weights(config, name)):
+            return
     for name in judged.keys() - kept:
-        run = _run(config, name)
-        for weights in (run.model, run.checkpoints):
+        for weights in _weights(config, name):
             with suppress(StorageFailed), retry_for(0):
                 weights.remove()
+
+
+def _weights(config: Config, trial: str) -> tuple[StoragePath, StoragePath]:
+    run = _run(config, trial)
+    return run.model, run.checkpoints
 
 
 def _kept(ranking: Sequence[Ranked], config: Config) -> list[Ranked]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,8 @@ class Recorder(ray.tune.Callback):
         """Of an earlier call, the trials that go on."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the terminal out: Tune pickles its callbacks."""
-        return {**vars(self), "view": None}
+        """Leave the terminal out, which the sweep has, too: Tune pickles its callbacks, and uses only the originals."""
+        return {**vars(self), "view": None, "_prune": None}
 
     def close(self) -> None:
         """Remove the table."""
@@ -148,11 +148,22 @@ class WithoutMetric(ray.tune.stopper.Stopper):
         return self._found
 
 
-def recorder(config: Config, record: Record, total: int, concurrent: int) -> Recorder:
-    """Return the callback that records and shows a sweep of so many trials, so many of them at a time."""
+def recorder(
+    config: Config, record: Record, total: int, concurrent: int, known: Callable[[], Mapping[str, TrialRecord]]
+) -> Recorder:
+    """Return the callback that records and shows a sweep of so many trials, so many of them at a time.
+
+    Args:
+        config: the sweep's config.
+        record: where changes are recorded.
+        total: number of trials.
+        concurrent: number of trials at a time.
+        known: returns the records of the sweep's trials; trials of another space are not compared with them.
+    """
     objectives = Objectives.of(config.tune)
     table = trial_table(objectives, total, concurrent)
-    return Recorder(objectives, record, table, lambda: remove_weights(config, record.read()))
+    keeps_all = config.tune.keep == "all"
+    return Recorder(objectives, record, table, lambda: None if keeps_all else remove_weights(config, known()))
 
 
 def stopper(config: Config) -> WithoutMetric:

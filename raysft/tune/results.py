@@ -121,9 +121,19 @@ def _cell(value: Any) -> Any:
 
 def write_best(directory: Path, config: Config, best: Ranked) -> Config:
     """Write ``best.yaml``, a config for one run with the best values, and return it."""
-    found = with_overrides(config, {**best.values, "run.name": f"{config.run.name}-best", "tune": {}})
+    found = _best_config(config, best)
     write_atomically(directory / "best.yaml", found.to_yaml())
     return found
+
+
+def is_written(directory: Path, config: Config, best: Ranked) -> bool:
+    """True if ``best.yaml`` is already this configuration's."""
+    place = directory / "best.yaml"
+    return place.exists() and place.read_text(encoding="utf-8") == _best_config(config, best).to_yaml()
+
+
+def _best_config(config: Config, best: Ranked) -> Config:
+    return with_overrides(config, {**best.values, "run.name": f"{config.run.name}-best", "tune": {}})
 
 
 def print_ranking(config: Config, ranking: Sequence[Ranked], terminal: Terminal) -> None:

@@ -20,10 +20,10 @@ from raysft.telemetry.terminal import Terminal
 from raysft.telemetry.trackers import tracker_variables
 from raysft.tune.best_model import provide_model, remove_weights
 from raysft.tune.ranking import Ranked
-from raysft.tune.record import Record
+from raysft.tune.record import Record, TrialRecord
 from raysft.tune.results import check_recorded, expected, print_ranking, rank, write_best, write_results
 from raysft.tune.sources import Source
-from raysft.tune.trials import TRIAL_CPUS, repeats
+from raysft.tune.trials import TRIAL_CPUS, Trial, repeats
 
 ENVIRONMENT = {
     # The new output prints tables even at verbose=0, and has no other switch.
@@ -60,7 +60,7 @@ class Sweep:
         space, searched = self._space(search, scheduler)
         if not space and not searched:
             return {}
-        watching = recorder(config, self.record, self.total, self.concurrent)
+        watching = recorder(config, self.record, self.total, self.concurrent, self._records)
         # Tune's own records, which nothing reads again: a sweep goes on from its own.
         with tempfile.TemporaryDirectory(prefix="raysft-tune-", ignore_cleanup_errors=True) as folder:
             tuner = ray.tune.Tuner(
@@ -89,6 +89,12 @@ class Sweep:
         errors = {Path(result.path).name: reason_of(result.error) for result in grid if result.error}
         return errors if search.finished else None
 
+    def _trials(self) -> list[Trial]:
+        return [trial for first in self.source.trials for trial in repeats(self.config, first)]
+
+    def _records(self) -> dict[str, TrialRecord]:
+        return expected(self.record.read(), self._trials())
+
     def _space(self, search: Any, scheduler: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return Tune's search space, and the arguments of its search; both are empty for a population that has ended."""
         import ray.tune
@@ -112,8 +118,7 @@ class Sweep:
             RequestError: the trials lack a metric.
         """
         config, terminal = self.config, self.terminal
-        trials = [trial for first in self.source.trials for trial in repeats(config, first)]
-        records = expected(self.record.read(), trials)
+        trials, records = self._trials(), self._records()
         check_recorded(config, records)
         ended = sum(record.state in ("done", "stopped", "failed") for record in records.values())
         time_over = self.deadline is not None and time.time() >= self.deadline

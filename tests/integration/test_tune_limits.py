@@ -114,6 +114,12 @@ def test_a_sweep_whose_time_is_over_goes_on_when_it_is_started_again(local_ray, 
     assert "3 done before" in capsys.readouterr().out
     assert (sweep / "best_model").is_symlink()
     assert (sweep / "best_model" / "model.safetensors").read_bytes() == model.read_bytes()
+    # The best one of another space is kept, even if it is worse than the best one of this space.
+    assert main([*arguments, "tune.space={train.learning_rate: [1.0e-7]}"]) == 0
+    found = recorded(sweep)
+    assert found[1e-7].metrics["eval_loss"] > found[1e-2].metrics["eval_loss"]
+    model = sweep / "trials" / found[1e-7].trial / "model" / "model.safetensors"
+    assert copy.read_bytes() == model.read_bytes()
 
 
 def test_a_trial_whose_process_is_killed_starts_again_and_nothing_of_it_holds_cpus(

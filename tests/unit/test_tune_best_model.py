@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from raysft.config import Config, parse
 from raysft.tune.best_model import provide_model, remove_weights
 from raysft.tune.ranking import Ranked
 from raysft.tune.record import State, TrialRecord
+from raysft.tune.results import write_best
 
 
 def sweep(folder: Path, **tune: Any) -> Config:
@@ -143,3 +145,40 @@ def test_a_link_is_right_where_the_storage_is_a_relative_path(tmp_path, monkeypa
     provide_model(config, BEST)
     monkeypatch.chdir("/")
     assert (tmp_path / relative / "s" / "best_model" / "weights").read_text() == "a2"
+
+
+def test_another_metric_neither_ends_the_only_model_nor_calls_it_the_best(tmp_path):
+    """a was the best by the metric before, b is by this one, and has no weights any more."""
+    config = sweep(tmp_path, metric="eval_accuracy", mode="max")
+    place, best = config.run_directory / "best_model", Ranked("b", {}, ("b",), ((0.9,),))
+    records = trials(
+        config,
+        a=("done", {"eval_loss": 1.0, "eval_accuracy": 0.1}),
+        b=("done", {"eval_loss": 2.0, "eval_accuracy": 0.9}),
+    )
+    provide_model(config, Ranked("a", {}, ("a",), ((0.1,),)))
+    for folder in ("model", "checkpoints"):
+        shutil.rmtree(config.run_directory / "trials" / "b" / folder)
+    assert provide_model(config, best) is None
+    assert not place.exists()
+    remove_weights(config, records, over=True)
+    assert kept(config) == ["a"]
+
+
+def test_a_copy_of_the_best_model_outlives_the_trial_that_it_came_from(tmp_path):
+    config = sweep(tmp_path)
+    trials(config, a1=("done", {"eval_loss": 2.0}), a2=("done", {"eval_loss": 1.0}))
+    place = provide_model(config, BEST)
+    write_best(config.run_directory, config, BEST)
+    shutil.rmtree(config.run_directory / "trials")
+    assert provide_model(config, BEST) == place
+    assert (config.run_directory / "best_model" / "weights").read_text() == "a2"
+
+
+def test_of_repeats_that_were_judged_before_the_best_one_with_a_model_is_taken(tmp_path):
+    """With more repeats a configuration can become the best whose first seeds were removed."""
+    config = sweep(tmp_path)
+    trials(config, a1=("done", {"eval_loss": 2.0}), a2=("done", {"eval_loss": 1.0}))
+    shutil.rmtree(config.run_directory / "trials" / "a2" / "model")
+    provide_model(config, BEST)
+    assert (config.run_directory / "best_model" / "weights").read_text() == "a1"
