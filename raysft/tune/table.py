@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from itertools import compress
 
 import rich.console
 import rich.live
@@ -15,6 +16,8 @@ from raysft.tune.trials import described
 
 AROUND = 6
 """Lines of the terminal that are not rows of the table."""
+WIDTHS = {"left": 75, "step": 60, "trial": 45}
+"""Characters that a terminal must have in a line for these columns; in a narrower one they would leave no room for the values."""
 
 
 class TrialTable:
@@ -45,7 +48,9 @@ class TrialTable:
     def render(self) -> rich.table.Table:
         """Return the table as it is now."""
         table = rich.table.Table(title=self._title(), title_justify="left", title_style="", expand=True)
-        for name in ("trial", "values", "step", *self._objectives.metrics, "state", "left"):
+        names = ("trial", "values", "step", *self._objectives.metrics, "state", "left")
+        fits = [self._console.width >= WIDTHS.get(name, 0) for name in names]
+        for name in compress(names, fits):
             table.add_column(name, overflow="fold" if name == "values" else "ellipsis", no_wrap=name != "values")
         for record in self._chosen():
             found = [record.metrics.get(metric) for metric in self._objectives.metrics]
@@ -55,7 +60,8 @@ class TrialTable:
             values = described(record.values) + (
                 f", seed {record.seed}" if record.trial != record.configuration else ""
             )
-            table.add_row(str(record.number), values, step, *numbers, record.state, _clock(_left(record)))
+            cells = (str(record.number), values, step, *numbers, record.state, _clock(_left(record)))
+            table.add_row(*compress(cells, fits))
         return table
 
     def _chosen(self) -> list[TrialRecord]:

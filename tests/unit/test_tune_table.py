@@ -44,6 +44,22 @@ def test_a_row_holds_what_a_trial_has_and_the_time_that_it_still_takes(table):
     assert cells == ["1", "train.learning_rate=0.1", "30/90", "2.1250", "running", "0:02:00"]
 
 
+@pytest.mark.parametrize(("width", "columns"), [(40, 3), (50, 4), (65, 5), (80, 6)])
+def test_a_narrow_terminal_shows_values_and_metrics_before_the_rest(width, columns):
+    console = rich.console.Console(file=io.StringIO(), force_terminal=True, width=width, height=30)
+    table = TrialTable(LOSS, total=20, concurrent=2, console=console)
+    table.show(trial(1, "running"))
+    table.close()
+    text = io.StringIO()
+    rich.console.Console(file=text, width=width).print(table.render())
+    rows = [line.strip("│") for line in text.getvalue().splitlines() if "│" in line]
+    lines = [[cell.strip() for cell in row.split("│")] for row in rows]
+    assert {len(line) for line in lines} == {columns}
+    values = "".join(line[0 if columns == 3 else 1] for line in lines)
+    assert values == "train.learning_rate=0.1"
+    assert "2.1250" in lines[0]
+
+
 def test_trials_that_run_come_first_and_the_terminal_is_not_overrun(table):
     table.show(trial(0, "running"))
     for number in range(1, 9):
