@@ -33,6 +33,7 @@ from raysft.run.inputs import (
 from raysft.run.ownership import (
     Changes,
     check_ownership,
+    differences,
     ensure_writable,
     exclusive_access,
     refuse_other_kind,
@@ -127,7 +128,7 @@ def preflight(
         else:
             changes = check_ownership(directory, config, allow_changed if verb in TRAINS_ONE else None)
         refuse_other_kind(directory, verb)
-        check_trials(trials, terminal)
+        check_trials(trials, terminal, tuple(config.tune.space) if config.tune.scheduler == "pbt" else ())
         for run in runs:
             check_packages(run, trains=not predicts)
         with cluster(config, deferred=verb in ("check", "prepare")) as nodes:
@@ -145,17 +146,28 @@ def preflight(
                 yield replace(ready, runs=(planned,))
 
 
-def check_trials(trials: Sequence[Config], terminal: Terminal) -> None:
-    """Refuse trials whose run directories belong to other settings."""
+def check_trials(trials: Sequence[Config], terminal: Terminal, varying: Sequence[str] = ()) -> None:
+    """Refuse trials whose run directories belong to other settings.
+
+    Args:
+        trials: their configs.
+        terminal: where waiting is told.
+        varying: keys that population-based training has given other values in the meantime.
+    """
 
     def check(trial: Config) -> None:
         with open_read_only(trial.run_place, terminal.line, only=("config.yaml", "trainer_log.jsonl")) as existing:
-            check_ownership(existing, trial, allow_changed=None)
+            if not all(_is_part(key, varying) for key in differences(existing, trial)):
+                check_ownership(existing, trial, allow_changed=None)
 
     begun = trials[0].run_place.parent.entries() if trials else {}
     # An object store takes a moment for each answer.
     with ThreadPoolExecutor(TRIALS_AT_A_TIME) as pool:
         list(pool.map(check, [trial for trial in trials if trial.run.name in begun]))
+
+
+def _is_part(key: str, keys: Sequence[str]) -> bool:
+    return any(key == other or key.startswith(f"{other}.") for other in keys)
 
 
 def check_verb(config: Config, verb: Verb) -> None:

@@ -166,6 +166,13 @@ def test_trials_that_are_behind_go_on_from_better_ones(population):
     assert list(last.values()) == [("done", STEPS)] * len(RATES)
 
 
+def test_a_population_that_has_ended_is_left_alone_when_it_is_started_again(population, folder, capsys):
+    before = records(population)
+    swept(folder, "pbt", "tune.scheduler_options={quantile_fraction: 0.5}")
+    assert records(population) == before
+    assert f"{len(RATES)} done before" in capsys.readouterr().out
+
+
 def test_whoever_took_over_has_the_others_past_and_each_row_once(population):
     taken_over = [run for run in (population / "trials").iterdir() if read_lineage(run)]
     assert taken_over

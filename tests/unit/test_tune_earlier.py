@@ -6,7 +6,9 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
-from raysft.config import parse
+from raysft.config import parse, with_overrides
+from raysft.run.preflight import check_trials
+from raysft.telemetry.terminal import Terminal
 from raysft.tune.population import members
 from raysft.tune.progress import Recorder
 from raysft.tune.ranking import Objectives
@@ -14,6 +16,7 @@ from raysft.tune.record import Record, State, TrialRecord
 from raysft.tune.search import Search
 from raysft.tune.sources import FixedList
 from raysft.tune.trials import combinations
+from tests.messages import refusal
 
 CONFIG = parse(
     {
@@ -63,3 +66,21 @@ def test_of_a_population_that_goes_on_the_trial_that_is_furthest_behind_is_first
     }
     search = Search(CONFIG, FixedList([first, second, third]), recorded, lambda config: config)
     assert list(members(search, recorded)) == [second.name, third.name, first.name]
+
+
+def test_a_population_goes_on_though_its_values_have_changed(tmp_path):
+    given = with_overrides(CONFIG, {"run.storage": str(tmp_path), "data.cache": str(tmp_path)})
+    trial = combinations(given)[0].config
+    trial.run_directory.mkdir(parents=True)
+    (trial.run_directory / "trainer_log.jsonl").touch()
+
+    def ran_with(**changed: float) -> None:
+        had = with_overrides(trial, {f"train.{key}": value for key, value in changed.items()})
+        (trial.run_directory / "config.yaml").write_text(had.to_yaml())
+
+    ran_with(learning_rate=5e-4)
+    check_trials([trial], Terminal(), list(given.tune.space))
+    assert "train.learning_rate=0.001 (the run has 0.0005)" in refusal(lambda: check_trials([trial], Terminal()))
+    ran_with(learning_rate=5e-4, weight_decay=0.5)
+    message = refusal(lambda: check_trials([trial], Terminal(), list(given.tune.space)))
+    assert "train.weight_decay=0.0 (the run has 0.5)" in message
