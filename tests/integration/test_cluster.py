@@ -1,22 +1,12 @@
 """`ray job submit` to a cluster that `ray start --head` made: on 2 CPUs, with a tiny model."""
 
 import json
-import os
-import shutil
-import socket
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 
+from tests.clusters import REFUSAL_SECONDS, Cluster, started
 from tests.tiny import SENTENCES, tiny_model
 
 CONFIG = """
@@ -30,76 +20,8 @@ train: {{max_steps: 2, global_batch_size: 2, save_every_steps: 1}}
 scaling: {{threads_per_worker: 1}}
 generate: {{compare_base: false, max_examples: 2, max_new_tokens: 4, do_sample: false}}
 """
-START_SECONDS, JOB_SECONDS, REFUSAL_SECONDS = 90, 240, 90
-"""Limits, not expectations: several times what a busy machine of 2 cores needs."""
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """A cluster of one node, of this test alone."""
-
-    dashboard: str
-    folder: Path
-    """Where it was started."""
-    environment: dict[str, str]
-    ports: dict[str, int]
-
-    def refuse(self, *arguments: str, **environment: str | None) -> str:
-        """The one line with which `raysft check` refuses, outside of a job."""
-        whole = {**self.environment, **environment}
-        done = subprocess.run(
-            [program("raysft"), "check", "tiny.yaml", *arguments],
-            cwd=self.folder,
-            env={key: value for key, value in whole.items() if value is not None},
-            capture_output=True,
-            text=True,
-            timeout=REFUSAL_SECONDS,
-            check=False,
-        )
-        assert done.returncode == 2, done.stderr
-        (line,) = (done.stdout + done.stderr).splitlines()
-        return line
-
-    def submit(self, *command: str, seconds: int) -> tuple[int, str]:
-        """Run a command as a job to its end; gives the exit code of `ray job submit` and all that it printed."""
-        done = subprocess.run(
-            [program("ray"), "job", "submit", "--address", self.dashboard, "--", *command],
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=seconds,
-            check=False,
-        )
-        return done.returncode, done.stdout
-
-    def jobs(self) -> list[dict[str, Any]]:
-        """Jobs as `ray job list` knows them."""
-        script = (
-            "import json, sys; from ray.job_submission import JobSubmissionClient as Client;"
-            "print(json.dumps([job.model_dump(mode='json') for job in Client(sys.argv[1]).list_jobs()]))"
-        )
-        listed = subprocess.run(
-            [sys.executable, "-c", script, self.dashboard],
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=True,
-        )
-        return json.loads(listed.stdout.splitlines()[-1])
-
-
-def program(name: str) -> str:
-    return str(Path(sys.executable).parent / name)
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+JOB_SECONDS = 240
+"""A limit, not an expectation: several times what a busy machine of 2 cores needs."""
 
 
 @pytest.fixture(scope="module")
@@ -119,66 +41,9 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster(folder) -> Iterator[Cluster]:
-    """`ray start --head` with ports, files and an access token of its own, so that it meets no other Ray of the machine."""
-    # Not in pytest's folder: the path of a Unix socket has at most 107 characters.
-    temporary = tempfile.mkdtemp(prefix="raysft-", dir="/tmp")
-    gcs, dashboard, agent, client = free_ports(4)
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    environment |= {
-        "HOME": temporary,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": os.urandom(32).hex(),
-    }
-    options = {
-        "port": gcs,
-        "dashboard-port": dashboard,
-        "dashboard-agent-listen-port": agent,
-        "ray-client-server-port": client,
-        "node-ip-address": "127.0.0.1",
-        "num-cpus": 2,
-        "object-store-memory": 200_000_000,
-        "temp-dir": temporary,
-    }
-    with open(f"{temporary}/start.log", "w+") as log:
-        head = subprocess.Popen(
-            [program("ray"), "start", "--head", "--block", "--disable-usage-stats"]
-            + [f"--{key}={value}" for key, value in options.items()],
-            cwd=folder,
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            wait_until_up(head, dashboard, Path(log.name))
-            ports = {"gcs": gcs, "client": client}
-            yield Cluster(f"http://127.0.0.1:{dashboard}", folder, environment, ports)
-        finally:
-            stop(head)
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def wait_until_up(head: subprocess.Popen, dashboard: int, log: Path) -> None:
-    limit = time.monotonic() + START_SECONDS
-    while time.monotonic() < limit and head.poll() is None:
-        with socket.socket() as probe:
-            # The dashboard listens last, after the node has joined.
-            if "Ray runtime started" in log.read_text() and not probe.connect_ex(("127.0.0.1", dashboard)):
-                return
-        time.sleep(0.2)
-    raise AssertionError(f"ray start did not come up:\n{log.read_text()}")
-
-
-def stop(head: subprocess.Popen) -> None:
-    """End this cluster and nothing else: `ray stop` would end every Ray of the machine."""
-    if head.poll() is not None:
-        return  # with --block it takes the others along
-    processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()  # nothing of it is kept, and an orderly end takes half a minute
-    head.wait(timeout=30)
-    psutil.wait_procs(processes, timeout=30)
+    """One node."""
+    with started(folder, [2]) as cluster:
+        yield cluster
 
 
 def test_a_submitted_run_joins_the_cluster_and_is_complete(cluster):
