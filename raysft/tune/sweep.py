@@ -10,9 +10,10 @@ from raysft.config import Config
 from raysft.run.preflight import Preflight, check_trials, preflight
 from raysft.run.resources import check_resources
 from raysft.run.tracking import sweep_trackers
-from raysft.storage.json_files import write_atomically
+from raysft.storage.json_files import read_jsonl, write_atomically
 from raysft.telemetry.terminal import Terminal
 from raysft.tune.earlier_call import await_release, earlier_trials
+from raysft.tune.earlier_results import replay
 from raysft.tune.metrics import check_metric
 from raysft.tune.optuna_study import OptunaStudy, check_installed, restored
 from raysft.tune.ranking import Objectives
@@ -90,6 +91,9 @@ def _run_trials(config: Config, firsts: Sequence[Trial], ready: Preflight) -> Co
         for line in planned.plan.lines():
             ready.terminal.line(line)
     scheduler = make_scheduler(config, max(planned.plan.steps for planned in ready.runs), concurrent)
+    if config.tune.scheduler in ("asha", "median"):
+        ended = [name for name, one in before.items() if one.ended_well]
+        replay(scheduler, Objectives.of(config.tune).metrics[0], ended, read_jsonl(ready.directory.trials))
     ready.terminal.line(_announcement(config, total, concurrent, sum(one.ended_well for one in before.values())))
     write_atomically(ready.directory.config, config.to_yaml())
     nodes = ready.nodes  # Tune pickles the search, so that it keeps no terminal

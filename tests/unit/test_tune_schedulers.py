@@ -1,4 +1,4 @@
-"""The options of schedulers, which Ray Tune itself looks at late or never."""
+"""Schedulers: their options, which Ray Tune itself looks at late or never, and what they know of earlier calls."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ import inspect
 import pytest
 from ray.tune import schedulers
 
-from raysft.config import parse
-from raysft.tune.schedulers import OURS, VALUES, check_scheduler
+from raysft.config import Config, parse
+from raysft.tune.earlier_results import NOBODY, EarlierTrial, replay
+from raysft.tune.schedulers import OURS, VALUES, check_scheduler, make_scheduler
 from tests.messages import holds, refusal
 
 
-def check(scheduler: str, **options: object) -> None:
+def config(scheduler: str, **options: object) -> Config:
     tune = {"space": {"train.learning_rate": [1e-4]}, "scheduler": scheduler, "scheduler_options": options}
     sources = [{"name": "a", "path": "a.jsonl"}]
-    config = parse({"model": {"path": "m"}, "data": {"train": sources}, "train": {"eval_every_steps": 2}, "tune": tune})
-    check_scheduler(config, [config])
+    return parse({"model": {"path": "m"}, "data": {"train": sources}, "train": {"eval_every_steps": 2}, "tune": tune})
+
+
+def check(scheduler: str, **options: object) -> None:
+    given = config(scheduler, **options)
+    check_scheduler(given, [given])
 
 
 def test_every_option_of_the_schedulers_is_checked():
@@ -61,3 +66,39 @@ def test_options_are_taken(scheduler, options):
 def test_a_value_that_the_scheduler_could_not_use_is_refused(scheduler, option, value, wanted):
     message = refusal(lambda: check(scheduler, **{option: value}))
     assert holds(message, f"tune.scheduler_options: {option}={value!r} is not {wanted}; correct it")
+
+
+def line(trial: str, state: str, step: int | None = None, **metrics: float) -> dict:
+    return {"trial": trial, "state": state, "step": step, "metrics": metrics}
+
+
+RECORD = [
+    line("good", "running"),
+    line("good", "running", 2, eval_loss=1.0),
+    line("good", "running", 4, eval_loss=0.6),
+    line("good", "done", 8, eval_loss=0.5),
+    line("bad", "running"),
+    line("bad", "running", 2, eval_loss=3.0),
+    line("bad", "stopped", 2, eval_loss=3.0),
+    line("cut", "running", 2, eval_loss=9.0),
+    line("cut", "interrupted", 2, eval_loss=9.0),
+]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "options"),
+    [("asha", {"reduction_factor": 2}), ("median", {"min_samples_required": 1})],
+)
+def test_a_scheduler_compares_with_the_trials_of_earlier_calls(scheduler, options):
+    """A trial worse than those that ended is stopped at its first evaluation, and one that is better goes on, as in one call."""
+
+    def decided(ended: list[str], loss: float) -> str:
+        found = make_scheduler(config(scheduler, **options), steps=8, concurrent=1)
+        replay(found, "eval_loss", ended, RECORD)
+        new = EarlierTrial("new")
+        found.on_trial_add(NOBODY, new)
+        return found.on_trial_result(NOBODY, new, {"step": 2, "eval_loss": loss})
+
+    assert decided([], 2.9) == "CONTINUE"
+    assert decided(["good", "bad"], 2.9) == "STOP"
+    assert decided(["good", "bad"], 0.4) == "CONTINUE"
