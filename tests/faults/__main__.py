@@ -28,13 +28,20 @@ FAULTS = {
     "a node leaves with notice": nodes.leaves_with_notice,
     "a node dies and another one comes": nodes.comes_back,
     "a node dies while predictions are generated": nodes.dies_in_generation,
+    "a node dies under a trial of a sweep": nodes.dies_under_a_trial(again=False),
+    "a node dies under a trial that fails": nodes.dies_under_a_trial(again=True),
     "S3 answers 500 for 15 seconds": storage.failing(500),
     "S3 answers 503 for 15 seconds": storage.failing(503),
     "S3 does not answer for 15 seconds": storage.failing(503, late=30.0),
     "S3 has all that a lost machine leaves": storage.loses_its_machine,
     "the disk is full": storage.is_full,
 }
-LONGER = ("a node leaves with notice", "a node dies and another one comes")
+LONGER = (
+    "a node leaves with notice",
+    "a node dies and another one comes",
+    "a node dies under a trial of a sweep",
+    "a node dies under a trial that fails",
+)
 """Those that need more steps to happen in."""
 
 

@@ -12,6 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from raysft.config import load
+from raysft.storage.json_files import read_jsonl
+from raysft.tune.trials import combinations
 from tests.faults.runs import Moment, Outcome, attempt, compared, said, steps_of
 
 LONGER = ("train.epochs=60", "train.eval_every_steps=200", "train.learning_rate=1.0e-4")
@@ -22,17 +27,22 @@ ELASTIC = ("scaling.num_workers=[1, 2]", "scaling.cpus_per_worker=2")
 
 
 class Nodes:
-    """A head, where the driver and the data tasks find room, and two nodes for a worker each."""
+    """A head, where the driver and the data tasks find room, and two nodes for a worker each.
 
-    def __init__(self) -> None:
+    Args:
+        head: CPUs of the head.
+        each: CPUs of the nodes.
+    """
+
+    def __init__(self, head: int = 1, each: int = 2) -> None:
         from ray.cluster_utils import Cluster
 
         # Of its own in all: `ray.init()` of other programs is not to find it. The path of a Unix socket must be short.
         self._folder = tempfile.mkdtemp(prefix="raysft-", dir="/tmp")
-        each = {"object_store_memory": 150_000_000, "temp_dir": self._folder}
-        head = {"num_cpus": 1, "include_dashboard": False, **each}
-        self._cluster = Cluster(initialize_head=True, head_node_args=head)
-        self._add = lambda: self._cluster.add_node(num_cpus=2, **each)
+        all_have = {"object_store_memory": 150_000_000, "temp_dir": self._folder}
+        first = {"num_cpus": head, "include_dashboard": False, **all_have}
+        self._cluster = Cluster(initialize_head=True, head_node_args=first)
+        self._add = lambda: self._cluster.add_node(num_cpus=each, **all_have)
         self._nodes = [self._add(), self._add()]
 
     @property
@@ -43,6 +53,13 @@ class Nodes:
     def kill(self) -> None:
         """The second node, without a word."""
         self._cluster.remove_node(self._nodes.pop(), allow_graceful=False)
+
+    def kill_around(self, process: psutil.Process) -> None:
+        """The node that a process is a worker of, without a word."""
+        ours = {node.all_processes["raylet"][0].process.pid: node for node in self._nodes}
+        (node,) = (ours[parent.pid] for parent in process.parents() if parent.pid in ours)
+        self._nodes.remove(node)
+        self._cluster.remove_node(node, allow_graceful=False)
 
     def drain(self, seconds: float) -> None:
         """Let the second node know that it will be taken away, as clouds do with spot machines."""
@@ -64,9 +81,9 @@ class Nodes:
 
 
 @contextmanager
-def nodes() -> Iterator[Nodes]:
+def nodes(head: int = 1, each: int = 2) -> Iterator[Nodes]:
     """A cluster for a while."""
-    cluster = Nodes()
+    cluster = Nodes(head, each)
     try:
         yield cluster
     finally:
@@ -176,3 +193,44 @@ def dies_in_generation(folder: Path, reference: str, fault: str, draw: random.Ra
     lost = len({each["id"] for each in theirs} - set(ids))
     differing = sum(a != b for a, b in zip(mine, theirs, strict=False)) / max(1, len(theirs))
     return Outcome(fault, 1, code == 0, lost, len(ids) - len(set(ids)), 0.0, differing)
+
+
+SWEEP = (
+    *LONGER,
+    "train.save_every_steps=20",
+    "scaling.cpus_per_worker=0.4",
+    "tune.space={train.learning_rate: [1.0e-4]}",
+)
+"""The trial trains as the longer training that was left alone. Each of two nodes with a CPU has room for it."""
+
+
+def dies_under_a_trial(again: bool) -> Callable[[Path, str, str, random.Random], Outcome]:
+    """A fault: the node of a trial's process is killed.
+
+    Args:
+        again: True if the trial fails, and goes on when the command is given again; False if the sweep tries it again by itself.
+    """
+
+    def fault(folder: Path, reference: str, fault: str, draw: random.Random) -> Outcome:
+        name = "sweep-again" if again else "sweep"
+        (only,) = combinations(load(folder / "faults.yaml", [f"run.name={name}", *SWEEP]))
+        run, record, step = folder / "runs" / name / "trials" / only.name, folder / "runs" / name / "trials.jsonl", 30
+        with nodes(head=0, each=1) as cluster:
+            settings = (*SWEEP, f"tune.max_failures={0 if again else 1}", cluster.address)
+
+            def kill() -> None:
+                (trial,) = (one for one in psutil.process_iter() if one.name().startswith("ray::ResourceTrain"))
+                cluster.kill_around(trial)
+
+            code = attempt(
+                folder, name, once(lambda _, seconds: len(steps_of(run)) >= step, kill), *settings, verb="tune"
+            )
+            failures = [line["reason"] for line in read_jsonl(record) if line["state"] == "failed"]
+            if again:
+                code = attempt(folder, name, None, *settings, verb="tune") if code == 1 else 1
+        outcome = compared(folder, "longer", f"{name}/trials/{only.name}", fault, 1, code)
+        *_, last = read_jsonl(record)
+        outcome.survived &= last["state"] == "done" and len(failures) == int(again)
+        return outcome
+
+    return fault
