@@ -139,4 +139,7 @@ def cause(error: Any) -> Exception:
             return failure
         if failure is not None:
             return RunFailed(f"worker {rank} failed: {type(failure).__name__}: {one_line(failure)}")
+    if isinstance(controller, RayTaskError) and isinstance(controller.cause, Exception):
+        # Raised in a worker before it trained; Ray's own text begins with the name of a task.
+        return RunFailed(f"the workers did not start: {type(controller.cause).__name__}: {one_line(controller.cause)}")
     return RunFailed(f"the training failed: {one_line(controller or error)}")

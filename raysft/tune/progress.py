@@ -47,14 +47,14 @@ class Recorder(ray.tune.Callback):
             table: shows them; None without a terminal.
             prune: called when a trial has ended.
         """
-        self._objectives, self._record, self.view, self._prune = objectives, record, table, prune
+        self._objectives, self._record, self.view, self.prune = objectives, record, table, prune
         self._last: dict[str, TrialRecord] = {}
         self._earlier = {name: known for name, known in record.read().items() if not known.ended_well}
         """Of an earlier call, the trials that go on."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the terminal out, which the sweep has, too: Tune pickles its callbacks, and uses only the originals."""
-        return {**vars(self), "view": None, "_prune": None}
+        return {**vars(self), "view": None, "prune": None}
 
     def close(self) -> None:
         """Remove the table."""
@@ -109,7 +109,7 @@ class Recorder(ray.tune.Callback):
         if results:
             found = ", ".join(f"{metric} {_number(value)}" for metric, value in results)
             self._say(f"{ended.state}: {_shown(ended)} | {found}")
-        self._prune()
+        self.prune()
 
     def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """A trial has failed, and starts again."""

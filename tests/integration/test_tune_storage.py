@@ -75,7 +75,9 @@ def test_a_sweep_that_was_killed_goes_on_from_another_machine(server, text, tmp_
     monkeypatch.chdir(machines[1])
     done, interrupted = [trial.name for trial in combinations(load("sweep.yaml"))]
     sweep = place(server, "sweep")
-    server.fails(f"{interrupted}/checkpoints/checkpoint_00000004", seconds=600)  # so that it is in the middle
+    server.fails(
+        f"(PUT|POST) .*{interrupted}/checkpoints/checkpoint_00000004", seconds=600
+    )  # so that it is in the middle
     process = subprocess.Popen(
         [sys.executable, "-m", "raysft.cli", "tune", "sweep.yaml", "scaling.address=local"],
         cwd=machines[0],

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.train import FailureConfig
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
-from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from raysft.errors import RunFailed, StorageFailed
 from raysft.train.checkpoint.catalog import CorruptCheckpoint
@@ -86,6 +86,12 @@ def test_a_worker_that_dies_is_the_cause_of_what_others_raise():
     both: dict[int, Exception] = {0: fault, 1: died}
     assert decisions(both, both, both, both) == ["RETRY"] * 3 + ["RAISE"]
     assert str(cause(WorkerGroupError("", both))) == "worker 1 died: the actor died"
+
+
+def test_workers_that_do_not_start_say_why():
+    inner = RayTaskError("_setup_torch_process_group", "Traceback …", OSError("port 4321: address already in use"))
+    found = cause(ControllerError(inner))
+    assert str(found) == "the workers did not start: OSError: port 4321: address already in use"
 
 
 def test_an_error_in_reading_rows_does_not_name_those_of_the_step_before():
