@@ -37,15 +37,16 @@ tune: {{space: {{train.learning_rate: {rates}}}, max_concurrent: 1}}
 def text(server, tmp_path_factory) -> str:
     """A config whose model, data and runs are all in the object store."""
     folder = tmp_path_factory.mktemp("tune-storage")
-    StoragePath.of(server.uri("models/base")).upload(tiny_model(folder / "base"))
+    StoragePath.of(server.uri("tune/models/base")).upload(tiny_model(folder / "base"))
     write_chats(folder / "chat.jsonl", 60)
-    StoragePath.of(server.uri("data/chat.jsonl")).upload(folder / "chat.jsonl")
-    places = {"storage": "runs", "model": "models/base", "data": "data/chat.jsonl"}
+    StoragePath.of(server.uri("tune/data/chat.jsonl")).upload(folder / "chat.jsonl")
+    # The bucket is that of other tests, too.
+    places = {"storage": "tune/runs", "model": "tune/models/base", "data": "tune/data/chat.jsonl"}
     return CONFIG.format(rates=RATES, steps=STEPS, **{key: server.uri(path) for key, path in places.items()})
 
 
 def place(server: Server, name: str) -> StoragePath:
-    return StoragePath.of(server.uri(f"runs/{name}"))
+    return StoragePath.of(server.uri(f"tune/runs/{name}"))
 
 
 def lines_of(file: StoragePath) -> list[dict]:
@@ -141,4 +142,4 @@ def test_a_sweep_in_an_object_store_is_all_there(server, text, tmp_path, local_r
     assert (sweep / "trials.jsonl").read_text() == before
     (tmp_path / "best.yaml").write_text((sweep / "best.yaml").read_text())
     assert main(["check", "best.yaml"]) == 0
-    assert "run directory: s3://bucket/runs/sweep-best" in capsys.readouterr().out
+    assert "run directory: s3://bucket/tune/runs/sweep-best" in capsys.readouterr().out

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -110,9 +110,12 @@ def compiling(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
-            each.kill()  # compilers, too: ninja gives each a process group of its own
+        compilers = psutil.Process(process.pid).children(recursive=True)  # ninja gives each a process group of its own
+        process.kill()  # first, as it would clean up after compilers that fail
         process.wait()
+        for compiler in compilers:
+            with suppress(psutil.NoSuchProcess):
+                compiler.kill()
 
 
 def mark(folder: Path) -> tuple[Path, int] | None:
