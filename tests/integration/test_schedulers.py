@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import ray
 import ray.tune
-import yaml
 from ray.util import placement_group_table
 
 from raysft.cli import main
@@ -17,8 +16,7 @@ from raysft.train.checkpoint import catalog
 from raysft.tune.lineage import read_lineage
 from raysft.tune.trainable import Trainable, TrialSettings
 from tests.messages import holds
-from tests.tiny import tiny_model
-from tests.training import conversations
+from tests.sweeps import write_sweep
 
 STEPS, EVERY = 9, 3
 RATES = [1.0e-2, 1.0e-5, 3.0e-3, 1.0e-6]
@@ -28,32 +26,8 @@ RATES = [1.0e-2, 1.0e-5, 3.0e-3, 1.0e-6]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("schedulers")
-    tiny_model(folder / "base")
-    for name, count in (("chat", 120), ("held", 8)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in conversations(count)))
-    config = {
-        "run": {"storage": f"{folder}/runs", "seed": 1},
-        "model": {"path": f"{folder}/base", "finetuning": "full"},
-        "data": {
-            "train": [{"name": "chat", "path": "chat.jsonl"}],
-            "eval": [{"name": "held", "path": "held.jsonl"}],
-            "sequence_length": 128,
-        },
-        "train": {
-            "max_steps": STEPS,
-            "epochs": 10,
-            "global_batch_size": 2,
-            "zero_stage": 0,
-            "schedule": "constant",
-            "warmup_ratio": 0,
-            "eval_every_steps": EVERY,
-            "trackers": [],
-        },
-        "scaling": {"threads_per_worker": 1},
-        "generate": {"compare_base": False, "max_examples": 2, "max_new_tokens": 4, "do_sample": False},
-        "tune": {"space": {"train.learning_rate": RATES}, "max_concurrent": 1},
-    }
-    (folder / "sweep.yaml").write_text(yaml.safe_dump(config))
+    generate = {"compare_base": False, "max_examples": 2, "max_new_tokens": 4, "do_sample": False}
+    write_sweep(folder, RATES, 120, {"max_steps": STEPS, "eval_every_steps": EVERY}, generate)
     return folder
 
 

@@ -1,12 +1,10 @@
 """Sweeps that run out of time, keep one model only, or lose a process; on a local Ray cluster of 2 CPUs, with a tiny model."""
 
-import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import yaml
 
 from raysft.cli import main
 from raysft.config import load
@@ -16,8 +14,7 @@ from raysft.storage.json_files import read_jsonl
 from raysft.tune import abandoned
 from raysft.tune.record import Record, TrialRecord
 from tests.processes import children_named
-from tests.tiny import tiny_model
-from tests.training import conversations
+from tests.sweeps import write_sweep
 
 STEPS = 12
 RATES = [1.0e-5, 1.0e-2, 1.0e-6]
@@ -27,32 +24,7 @@ RATES = [1.0e-5, 1.0e-2, 1.0e-6]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("limits")
-    tiny_model(folder / "base")
-    for name, count in (("chat", 60), ("held", 8)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in conversations(count)))
-    config = {
-        "run": {"storage": f"{folder}/runs", "seed": 1},
-        "model": {"path": f"{folder}/base", "finetuning": "full"},
-        "data": {
-            "train": [{"name": "chat", "path": "chat.jsonl"}],
-            "eval": [{"name": "held", "path": "held.jsonl"}],
-            "sequence_length": 128,
-        },
-        "train": {
-            "max_steps": STEPS,
-            "epochs": 10,
-            "global_batch_size": 2,
-            "zero_stage": 0,
-            "schedule": "constant",
-            "warmup_ratio": 0,
-            "save_every_steps": 1,
-            "trackers": [],
-        },
-        "scaling": {"threads_per_worker": 1},
-        "generate": {"enabled": False},
-        "tune": {"space": {"train.learning_rate": RATES}, "max_concurrent": 1},
-    }
-    (folder / "sweep.yaml").write_text(yaml.safe_dump(config))
+    write_sweep(folder, RATES, 60, {"max_steps": STEPS, "save_every_steps": 1}, {"enabled": False})
     return folder
 
 
