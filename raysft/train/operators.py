@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from raysft.environment import environment
 from raysft.errors import RequestError, one_line
 from raysft.storage.local_cache import cache_home
 from raysft.train.machine import processor
@@ -51,7 +52,7 @@ def load_operator(builder_name: str) -> None:
     # A Python that was started by its path may have ninja beside it, but not in PATH.
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), os.path.dirname(sys.executable)])
     try:
-        with _turn(folder, builder.name), _environment(TORCH_EXTENSIONS_DIR=str(folder), PATH=path):
+        with _turn(folder, builder.name), environment(TORCH_EXTENSIONS_DIR=str(folder), PATH=path):
             builder.load(verbose=False)
     except ImportError:
         shutil.rmtree(folder / builder.name, ignore_errors=True)
@@ -79,21 +80,6 @@ def _turn(folder: Path, operator: str) -> Iterator[None]:
                 time.sleep(0.2)
         (folder / operator / "lock").unlink(missing_ok=True)
         yield
-
-
-@contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    """Set environment variables for the block."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _folder(given: str | None) -> Path:

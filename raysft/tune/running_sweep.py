@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from raysft.config import Config
+from raysft.environment import environment
 from raysft.errors import RunFailed
 from raysft.storage.run_directory import RunDirectory
 from raysft.telemetry.terminal import Terminal
@@ -162,19 +163,14 @@ class Sweep:
 def _tune_environment() -> Iterator[None]:
     """Silence Tune's tables, tracebacks and advice: we print a line for each trial, and each failure once."""
     logger = logging.getLogger("ray.tune")
-    level, before = logger.level, {name: os.environ.get(name) for name in ENVIRONMENT}
+    level = logger.level
     logger.setLevel(logging.CRITICAL)
-    os.environ.update(ENVIRONMENT)
     try:
-        with warnings.catch_warnings():
+        with environment(**ENVIRONMENT), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Consider boosting PBT performance")
             yield
     finally:
         logger.setLevel(level)
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
 
 
 def _trainable(config: Config, deadline: float | None) -> Any:
