@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from raysft.cli import _parser
+from raysft.cli.parser import build_parser
 from raysft.cluster.placement import Node
 from raysft.config import load
 from raysft.run.resources import check_resources
@@ -37,7 +37,7 @@ def config(documents, monkeypatch):
     monkeypatch.chdir(ROOT)
     command, *arguments = shlex.split(documents["RayJob"]["spec"]["entrypoint"])
     assert command == "raysft"
-    parsed = _parser().parse_args(arguments)
+    parsed = build_parser().parse_args(arguments)
     assert parsed.verb.__name__ == "_run"
     return load(parsed.config, parsed.overrides)
 

@@ -1,0 +1,113 @@
+"""The verbs of the command line with their options and help."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from raysft import __version__
+from raysft.cli import verbs
+from raysft.config.reference import reference
+
+EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted"
+RUN_DIR = "run directory: a path or a URI"
+PROGRESS = "Progress goes to standard output. An error is one line on standard error that names the remedy."
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the arguments of a command; ``verb`` is the function to call with them."""
+    parser = build_parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    # argparse does not accept positional arguments after an option: show CONFIG --rows 2 key=value.
+    overrides = [argument for argument in rest if "=" in argument and not argument.startswith("-")]
+    if overrides != rest or (overrides and "overrides" not in parsed):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if overrides:
+        parsed.overrides += overrides
+    return parsed
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all verbs and their options."""
+    parser = argparse.ArgumentParser(
+        prog="raysft",
+        description="Fine-tune and continue pre-training language models on Ray clusters, from one YAML file.",
+        epilog=f"{PROGRESS}\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"raysft {__version__}")
+    commands = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    run = _add_config_verb(
+        commands, verbs.run, "prepare data, train, evaluate, generate and report; resume where an earlier run stopped"
+    )
+    _add_config_verb(
+        commands,
+        verbs.check,
+        "validate the config, open model and data, and print the plan and its resources, without training",
+    )
+    show = _add_config_verb(
+        commands, verbs.show, "print packed rows, colored by loss mask and example, and the lengths of all examples"
+    )
+    _add_config_verb(commands, verbs.prepare, "tokenize the data into the cache")
+    train = _add_config_verb(commands, verbs.train, "train and evaluate")
+    _add_config_verb(commands, verbs.evaluate, "evaluate the trained model")
+    _add_config_verb(commands, verbs.generate, "generate predictions and score them")
+    _add_config_verb(commands, verbs.tune, "sweep: try the values of tune.space, each in a whole run")
+    report = _add_verb(
+        commands,
+        verbs.report,
+        "write the report, plots and model card of a run directory, the page of a sweep, or a page that compares several runs",
+    )
+    report.add_argument(
+        "run_dirs", nargs="+", metavar="RUN_DIR", help=f"{RUN_DIR}; of several, the first is compared with"
+    )
+    report.add_argument(
+        "--output", type=Path, metavar="FILE", help=f"page that compares several runs (default {verbs.COMPARISON})"
+    )
+    export = _add_verb(commands, verbs.export, "write one Hugging Face model, with adapters merged")
+    export.add_argument("run_dir", metavar="RUN_DIR", help=RUN_DIR)
+    keys = _add_verb(commands, verbs.config, "print all config keys with defaults and documentation")
+    for resumable in (run, train):
+        resumable.add_argument(
+            "--allow-changed",
+            action="store_true",
+            help="resume a run that started with other settings, if they can change (see below); the new settings apply from the "
+            "next step, other data from the next epoch, and changes.jsonl records them",
+        )
+    show.add_argument(
+        "--rows", type=int, default=3, metavar="N", help="number of rows of the training data to show (default 3)"
+    )
+    show.add_argument("--html", type=Path, metavar="FILE", help="write an HTML page instead")
+    export.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder for the model; must be new or empty"
+    )
+    keys.add_argument(
+        "prefix", nargs="?", default="", metavar="PREFIX", help="a section or key, for example train or model.lora"
+    )
+    return parser
+
+
+def _add_verb(
+    commands: argparse._SubParsersAction, verb: Callable[[argparse.Namespace], None], summary: str, keys: str = ""
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        verb.__name__,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=f"{PROGRESS}\n{EXIT_CODES}\n\n{keys}".rstrip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(verb=verb)
+    return parser
+
+
+def _add_config_verb(
+    commands: argparse._SubParsersAction, verb: Callable[[argparse.Namespace], None], summary: str
+) -> argparse.ArgumentParser:
+    parser = _add_verb(commands, verb, summary, f"config keys\n\n{reference(sections=verbs.SECTIONS_OF[verb])}")
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", default=[], help="config keys to set, such as train.epochs=2"
+    )
+    return parser

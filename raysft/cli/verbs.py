@@ -1,0 +1,151 @@
+"""What each verb of the command line does: load the config, then call. Heavy libraries are imported only when a verb runs."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+from raysft.config import Config, load
+from raysft.config.reference import SECTIONS, reference
+from raysft.config.section import known_scheme
+from raysft.errors import RequestError
+from raysft.storage.path import StoragePath
+from raysft.storage.run_directory import RunDirectory
+from raysft.storage.sync import open_read_only
+
+TRAINING = ("stage", "run", "model", "data", "train", "scaling")
+COMPARISON = "comparison.html"
+"""Default page of ``raysft report`` for several runs."""
+
+
+def _load(parsed: argparse.Namespace) -> Config:
+    return load(parsed.config, parsed.overrides)
+
+
+def _load_for_workers(parsed: argparse.Namespace) -> Config:
+    """Load a config, and let the libraries of the workers be imported while this process imports its own."""
+    config = _load(parsed)
+    from raysft.cluster.connect import prepare_workers
+
+    prepare_workers(config)
+    return config
+
+
+def run(parsed: argparse.Namespace) -> None:
+    config = _load_for_workers(parsed)
+    from raysft.run import pipeline
+
+    pipeline.run(config, allow_changed=parsed.allow_changed)
+
+
+def check(parsed: argparse.Namespace) -> None:
+    config = _load(parsed)
+    from raysft.run import verbs
+
+    verbs.check(config)
+
+
+def show(parsed: argparse.Namespace) -> None:
+    config = _load(parsed)
+    if parsed.rows < 1:
+        raise RequestError(f"--rows {parsed.rows}: must be at least 1; use a positive number")
+    from raysft.run import verbs
+
+    verbs.show(config, parsed.rows, parsed.html)
+
+
+def prepare(parsed: argparse.Namespace) -> None:
+    config = _load(parsed)
+    from raysft.run import verbs
+
+    verbs.prepare_data(config)
+
+
+def train(parsed: argparse.Namespace) -> None:
+    config = _load_for_workers(parsed)
+    from raysft.run import verbs
+
+    verbs.train(config, allow_changed=parsed.allow_changed)
+
+
+def evaluate(parsed: argparse.Namespace) -> None:
+    config = _load_for_workers(parsed)
+    from raysft.run import verbs
+
+    verbs.evaluate(config)
+
+
+def generate(parsed: argparse.Namespace) -> None:
+    config = _load_for_workers(parsed)
+    from raysft.run import verbs
+
+    verbs.generate(config)
+
+
+def tune(parsed: argparse.Namespace) -> None:
+    config = _load_for_workers(parsed)
+    from raysft.tune import sweep
+
+    sweep.tune(config)
+
+
+def report(parsed: argparse.Namespace) -> None:
+    with contextlib.ExitStack() as stack:
+        if len(parsed.run_dirs) > 1:
+            runs = [_opened(stack, run_dir) for run_dir in parsed.run_dirs]
+            _compare(runs, parsed.output or Path(COMPARISON))
+            return
+        run_dir = parsed.run_dirs[0]
+        if parsed.output:
+            raise RequestError(
+                f"--output {parsed.output}: the report of one run is written into {run_dir}; name a second run, or remove --output"
+            )
+        from raysft import report as reports
+
+        print(reports.report(_opened(stack, run_dir, back=True)))
+
+
+def _opened(stack: contextlib.ExitStack, run_dir: str, back: bool = False) -> RunDirectory:
+    directory = stack.enter_context(open_read_only(_run_path(run_dir), print, back))
+    return directory if directory.remote else RunDirectory(Path(run_dir))
+
+
+def _compare(runs: list[RunDirectory], output: Path) -> None:
+    if output.is_dir():
+        raise RequestError(f"--output {output}: a folder; name a file, for example {output / COMPARISON}")
+    from raysft.generate.metrics.paired import paired_intervals
+    from raysft.report.runs_page import compare_runs
+
+    print(compare_runs(runs, output, paired_intervals, print))
+
+
+def export(parsed: argparse.Namespace) -> None:
+    from raysft.run import verbs
+
+    verbs.export(_run_path(parsed.run_dir), parsed.output)
+
+
+def config(parsed: argparse.Namespace) -> None:
+    print(reference(parsed.prefix))
+
+
+SECTIONS_OF: dict[Callable[[argparse.Namespace], None], tuple[str, ...]] = {
+    run: (*TRAINING, "generate"),
+    check: (*TRAINING, "generate"),
+    show: ("stage", "run", "model", "data", "scaling"),
+    prepare: ("stage", "run", "model", "data", "scaling"),
+    train: TRAINING,
+    evaluate: TRAINING,
+    generate: ("stage", "run", "model", "data", "scaling", "generate"),
+    tune: SECTIONS,
+}
+"""Sections of the config that each verb uses, for its help."""
+
+
+def _run_path(run_dir: str) -> StoragePath:
+    try:
+        return StoragePath.of(known_scheme(run_dir))
+    except ValueError as error:
+        raise RequestError(f"{run_dir}: {error}") from None
