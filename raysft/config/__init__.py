@@ -4,6 +4,7 @@ An unknown key is refused with a suggestion. All sections are frozen. The docstr
 ``raysft config`` and ``raysft VERB --help``.
 """
 
+from raysft.config.cluster import ClusterSection
 from raysft.config.config import Config
 from raysft.config.data import DataSection, Source
 from raysft.config.generate import GenerateSection
@@ -19,6 +20,7 @@ from raysft.config.tune import TuneSection
 from raysft.config.validate import documented_fields
 
 __all__ = [
+    "ClusterSection",
     "Config",
     "DataSection",
     "GenerateSection",

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import yaml
 
+from raysft.config.cluster import ClusterSection
 from raysft.config.data import DataSection
 from raysft.config.evaluation_effects import Bearing, bearing_of
 from raysft.config.generate import GenerateSection
@@ -39,6 +40,7 @@ class Config(Section):
     scaling: ScalingSection = ScalingSection()
     generate: GenerateSection = GenerateSection()
     tune: TuneSection = TuneSection()
+    cluster: ClusterSection = ClusterSection()
 
     @property
     def run_place(self) -> StoragePath:

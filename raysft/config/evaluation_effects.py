@@ -62,6 +62,17 @@ _KEYS = {
         generate.length_penalty generate.stop_tokens generate.skip_special_tokens generate.max_seconds generate.metrics
         tune.space tune.search tune.num_samples tune.seed tune.metric tune.mode tune.repeats
         tune.scheduler tune.scheduler_options tune.max_concurrent tune.max_failures tune.max_minutes tune.keep
+        cluster.image cluster.image_folders cluster.image_pull_secrets cluster.namespace cluster.service_account
+        cluster.secrets cluster.environment cluster.priority_class cluster.queue cluster.topology cluster.prometheus
+        cluster.start_minutes cluster.deadline_hours cluster.ttl_seconds cluster.release_workers cluster.debug
+        cluster.head.cpus cluster.head.memory cluster.head.disk cluster.head.node_selector cluster.head.tolerations
+        cluster.workers.cpus cluster.workers.memory cluster.workers.disk cluster.workers.node_selector
+        cluster.workers.tolerations cluster.workers.gpus cluster.workers.gpu_resource cluster.workers.resources
+        cluster.workers.replicas cluster.workers.spot
+        cluster.data_workers.cpus cluster.data_workers.memory cluster.data_workers.disk cluster.data_workers.node_selector
+        cluster.data_workers.tolerations cluster.data_workers.replicas
+        cluster.volume.claim cluster.volume.mount_path cluster.volume.size cluster.volume.storage_class
+        cluster.volume.access_mode
     """,
 }
 BEARINGS: dict[str, Bearing] = {key: bearing for bearing, keys in _KEYS.items() for key in keys.split()}
