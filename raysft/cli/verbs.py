@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from raysft.config import Config, load
-from raysft.config.reference import SECTIONS, reference
+from raysft.config.reference import reference
 from raysft.config.section import known_scheme
 from raysft.errors import RequestError
 from raysft.storage.path import StoragePath
@@ -139,7 +139,7 @@ SECTIONS_OF: dict[Callable[[argparse.Namespace], None], tuple[str, ...]] = {
     train: TRAINING,
     evaluate: TRAINING,
     generate: ("stage", "run", "model", "data", "scaling", "generate"),
-    tune: SECTIONS,
+    tune: (*TRAINING, "generate", "tune"),
 }
 """Sections of the config that each verb uses, for its help."""
 

@@ -1,0 +1,1 @@
+"""Run a config elsewhere: on Kubernetes."""

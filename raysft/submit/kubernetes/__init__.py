@@ -1,0 +1,6 @@
+"""Run a config on Kubernetes: the documents of a RayJob, and kubectl to apply them."""
+
+from raysft.submit.kubernetes.documents import documents, render
+from raysft.submit.kubernetes.kubectl import submit
+
+__all__ = ["documents", "render", "submit"]
