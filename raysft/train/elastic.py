@@ -24,6 +24,7 @@ from raysft.telemetry.events import Waiting, WorkersResized, WorkersRestarting
 from raysft.train.checkpoint.catalog import newest
 from raysft.train.controller import ControllerStarted
 from raysft.train.event_pump import Message
+from raysft.train.process_group import ProcessGroupFailed
 from raysft.train.ray_train_internals import (
     ElasticScalingPolicy,
     FixedScalingPolicy,
@@ -178,7 +179,9 @@ class _Elastic(_BoundedWait, ElasticScalingPolicy):
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Ask for one worker fewer if Ray could not place them all."""
         super().after_controller_state_update(previous_state, current_state)
-        if isinstance(current_state, ReschedulingState):
+        error = getattr(current_state, "training_failed_error", None)
+        placed = isinstance(getattr(error, "controller_failure", None), ProcessGroupFailed)
+        if isinstance(current_state, ReschedulingState) and not placed:
             self._limit = time.monotonic() + FEWER_SECONDS, max(self._requested - 1, self.scaling.fewest_workers)
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:

@@ -11,7 +11,7 @@ import ray
 import ray.data
 import ray.train
 from ray.exceptions import RayError
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 
 from raysft.cluster.connect import alive_nodes
@@ -25,6 +25,7 @@ from raysft.train.dataset_config import PlannedDataConfig, Resumption
 from raysft.train.elastic import workers_of
 from raysft.train.event_pump import EventPump, emitter, make_queue
 from raysft.train.job import TrainJob
+from raysft.train.process_group import RestartableTorchConfig
 from raysft.train.ray_train_internals import PlacementGroupCleanerCallback
 from raysft.train.restarts import Restarts, cause
 from raysft.train.worker import evaluate_worker, train_worker
@@ -104,7 +105,7 @@ def _trainer(job: TrainJob, worker: Any, queue: Queue, decisions: Queue | None, 
             ),
             worker_runtime_env={} if use_gpu else {"env_vars": CPU_ENVIRONMENT},
         ),
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_SECONDS),
+        torch_config=RestartableTorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_SECONDS),
         datasets=Resumption(job.run.checkpoints, emit).datasets() if worker is train_worker else {},
         dataset_config=PlannedDataConfig(job),
     )

@@ -3,13 +3,20 @@
 Beside these names, ``elastic``, ``restarts`` and ``launch`` override or call methods that are private, too: of the scaling
 policies ``_get_reserved_resources``, ``_count_possible_workers`` and ``_maybe_send_resource_request``, of ``ScalingConfig``
 ``_resources_per_worker_not_none``, and of ``TorchTrainer`` ``_initialize_and_run_controller`` and ``_register_sigint_handler``.
+``process_group`` calls ``abort`` of a worker group.
 """
 
 from __future__ import annotations
 
+# Starts the process group; TorchConfig names it in a property that is public.
+from ray.train.torch.config import _TorchBackend as TorchBackend
+
 # Starts an actor that removes the workers' placement group once the controller is dead. It asks the dashboard of any cluster that
 # it finds on the machine, and takes the controller for dead if that is another one: two trainings side by side end each other.
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+# The failures of a start after which Ray Train starts the workers again.
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 
 # A worker's context: the only access to preemption notices that is not a collective call.
 from ray.train.v2._internal.execution.context import get_train_context
@@ -39,5 +46,7 @@ __all__ = [
     "ReschedulingState",
     "ResizeDecision",
     "ScalingPolicy",
+    "TorchBackend",
+    "WorkerGroupStartupFailedError",
     "get_train_context",
 ]

@@ -12,7 +12,11 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from raysft.errors import RequestError, RunFailed, StorageFailed, one_line
 from raysft.train.checkpoint.catalog import CorruptCheckpoint
-from raysft.train.ray_train_internals import DefaultFailurePolicy, FailureDecision
+from raysft.train.ray_train_internals import (
+    DefaultFailurePolicy,
+    FailureDecision,
+    WorkerGroupStartupFailedError,
+)
 
 INFRASTRUCTURE_SIGNS = (
     "gloo", "nccl", "connection closed", "connection reset", "connection refused", "broken pipe", "timed out", "ecc error",
@@ -139,7 +143,6 @@ def cause(error: Any) -> Exception:
             return failure
         if failure is not None:
             return RunFailed(f"worker {rank} failed: {type(failure).__name__}: {one_line(failure)}")
-    if isinstance(controller, RayTaskError) and isinstance(controller.cause, Exception):
-        # Raised in a worker before it trained; Ray's own text begins with the name of a task.
-        return RunFailed(f"the workers did not start: {type(controller.cause).__name__}: {one_line(controller.cause)}")
+    if isinstance(controller, WorkerGroupStartupFailedError):
+        return RunFailed(f"the workers did not start: {one_line(controller)}")
     return RunFailed(f"the training failed: {one_line(controller or error)}")

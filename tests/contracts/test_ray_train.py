@@ -7,10 +7,13 @@ from pathlib import Path
 
 import ray.train
 from ray.train.torch import TorchTrainer
+from ray.train.torch import config as torch_config
+from ray.train.v2._internal import exceptions as train_exceptions
 from ray.train.v2._internal.callbacks import placement_group_callback
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution import context, failure_handling, preemption, scaling_policy
 from ray.train.v2._internal.execution.controller import state
+from ray.train.v2._internal.execution.failure_handling import default
 from ray.train.v2._internal.execution.worker_group import worker_group
 from ray.train.v2.api import exceptions
 
@@ -19,6 +22,7 @@ from tests.contracts.contract import ROOT, Contract
 INTERNALS = Contract("ray", "raysft/train/ray_train_internals.py")
 ELASTIC = Contract("ray", "raysft/train/elastic.py")
 LAUNCH = Contract("ray", "raysft/train/launch.py")
+PROCESS_GROUP = Contract("ray", "raysft/train/process_group.py")
 RESTARTS = Contract("ray", "raysft/train/restarts.py")
 
 
@@ -70,6 +74,15 @@ def test_a_policy_decides_whether_workers_are_started_again():
     RESTARTS.positional(policy, 1, "super().__init__(failure_config)")
     RESTARTS.positional(RESTARTS.name(policy, "make_decision"), 2)
     RESTARTS.name(failure_handling.FailureDecision, "RAISE", "FailureDecision.RAISE")
+
+
+def test_a_process_group_that_does_not_start_is_started_again():
+    backend = INTERNALS.name(torch_config, "_TorchBackend", "TorchBackend")
+    PROCESS_GROUP.positional(PROCESS_GROUP.name(backend, "on_start"), 3)
+    PROCESS_GROUP.name(torch_config.TorchConfig, "backend_cls")
+    PROCESS_GROUP.positional(PROCESS_GROUP.name(worker_group.WorkerGroup, "abort"), 1)
+    error = INTERNALS.name(train_exceptions, "WorkerGroupStartupFailedError")
+    assert error in default.RETRYABLE_CONTROLLER_ERRORS, f"look at {PROCESS_GROUP.line('ProcessGroupFailed')}"
 
 
 def test_a_trainer_takes_policies_and_leaves_its_signal_handler_out():

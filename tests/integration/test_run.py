@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 import yaml
 
 import raysft
@@ -25,11 +27,12 @@ from raysft.errors import RequestError
 from raysft.storage.json_files import read_jsonl
 from raysft.storage.lock import lock
 from raysft.storage.run_directory import RunDirectory
-from raysft.telemetry.events import TRAIN_RESULTS
+from raysft.telemetry.events import TRAIN_RESULTS, WorkersRestarting
 from raysft.train import launch
 from raysft.train.checkpoint.catalog import complete
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.job import TrainJob
+from raysft.train.process_group import RestartableBackend, RestartableTorchConfig
 from raysft.tune.metrics import check_metric
 from tests.processes import children_named
 from tests.tiny import SENTENCES, tiny_model, with_code, write_chats
@@ -439,6 +442,50 @@ def test_a_worker_that_fails_alone_before_the_training_ends_it(tmp_path):
     with pytest.raises(RequestError, match="worker 1 is damaged"):
         launch.evaluate(job, lambda event: None)
     assert time.monotonic() - begun < 300  # a collective waits for 600 s
+
+
+class StartsThirdTime(RestartableBackend):
+    """First another process listens at the port that the first worker has chosen, then a worker dies."""
+
+    starts = 0
+
+    def on_start(self, worker_group, backend_config):
+        self.starts += 1
+        taken = socket.create_server(("0.0.0.0", 0))
+        address = ray.util.get_node_ip_address(), taken.getsockname()[1]
+
+        def chosen():
+            if self.starts == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return address
+
+        with taken, pytest.MonkeyPatch.context() as patch:
+            if self.starts < 3:
+                patch.setattr("ray.train.torch.config.get_address_and_port", chosen)
+            super().on_start(worker_group, backend_config)
+
+
+class StartsThirdTimeConfig(RestartableTorchConfig):
+    @property
+    def backend_cls(self):
+        return StartsThirdTime
+
+
+def test_workers_whose_process_group_does_not_start_are_started_again(tmp_path, monkeypatch):
+    """They leave their CPUs to those that come after them: there is no room for both."""
+    folder, model, manifest = prepare(tmp_path)
+    config = make_config(folder, model, {"scaling.num_workers": 2, "scaling.cpus_per_worker": 0.75})
+    shutil.copytree(model, tmp_path / "r" / "model")
+    rows = PackedDataset((f"{manifest.directory}/manifest.parquet",), 96, 4)
+    job = TrainJob(config, str(model), RunDirectory(tmp_path / "r"), rows, {"d": rows})
+    monkeypatch.setattr(launch, "RestartableTorchConfig", StartsThirdTimeConfig)
+    events = []
+    results = launch.evaluate(job, events.append)
+    assert results["eval"]["eval_loss"] > 0
+    reasons = [event.reason for event in events if isinstance(event, WorkersRestarting)]
+    assert [reason.partition(": ")[0] for reason in reasons] == ["the workers did not start"] * 2
+    assert "EADDRINUSE" in reasons[0], reasons
+    assert "ActorDied" in reasons[1] or "died" in reasons[1], reasons
 
 
 def test_ctrl_c_is_exit_code_130_and_one_line(folder):

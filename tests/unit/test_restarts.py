@@ -8,9 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from raysft.errors import RunFailed, StorageFailed
@@ -89,8 +89,7 @@ def test_a_worker_that_dies_is_the_cause_of_what_others_raise():
 
 
 def test_workers_that_do_not_start_say_why():
-    inner = RayTaskError("_setup_torch_process_group", "Traceback …", OSError("port 4321: address already in use"))
-    found = cause(ControllerError(inner))
+    found = cause(ControllerError(WorkerGroupStartupFailedError("OSError: port 4321: address already in use\n…")))
     assert str(found) == "the workers did not start: OSError: port 4321: address already in use"
 
 

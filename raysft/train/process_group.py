@@ -1,0 +1,48 @@
+"""The start of the workers' torch process group. A start that fails is tried again, with workers that are started anew.
+
+Ray Train alone ends the training then, and keeps the workers' placement group, so that nothing else finds room. It takes little
+for a start to fail: the first worker takes a free port, and lets go of it until torch listens there, so that another process may
+take it in between.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ray.exceptions import RayTaskError
+from ray.train.torch import TorchConfig
+
+from raysft.errors import one_line
+from raysft.train.ray_train_internals import TorchBackend, WorkerGroupStartupFailedError
+
+
+class ProcessGroupFailed(WorkerGroupStartupFailedError):
+    """The process group did not start. Ray Train starts the workers again, at most ``controller_failure_limit`` times."""
+
+
+@dataclass
+class RestartableTorchConfig(TorchConfig):
+    """As Ray's, with a start that can be tried again."""
+
+    @property
+    def backend_cls(self) -> type[TorchBackend]:
+        """What starts the process group, in the controller's process."""
+        return RestartableBackend
+
+
+class RestartableBackend(TorchBackend):
+    """Lets go of the workers if their process group does not start."""
+
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        """Start the process group on all workers.
+
+        Raises:
+            ProcessGroupFailed: it did not start; the workers and their placement group are gone.
+        """
+        try:
+            super().on_start(worker_group, backend_config)
+        except Exception as error:
+            worker_group.abort()
+            own = error.cause if isinstance(error, RayTaskError) else error
+            raise ProcessGroupFailed(f"{type(own).__name__}: {one_line(own)}") from error
