@@ -13,7 +13,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -30,6 +29,7 @@ from raysft.telemetry.events import (
     TrainingStopped,
     evaluation_results,
 )
+from raysft.train import step_rows
 from raysft.train.checkpoint import state
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.checkpoint.resume import ResumePoint
@@ -40,10 +40,10 @@ from raysft.train.early_stopping import EarlyStopper, known_best
 from raysft.train.export import Exporter
 from raysft.train.first_evaluation import FirstEvaluation
 from raysft.train.job import Batch, RowPlan, TrainJob
-from raysft.train.nonfinite import NonFinite, named_records
+from raysft.train.nonfinite import NonFinite
 from raysft.train.restarts import faults_of
 from raysft.train.step import StepResult, evaluate, train_step
-from raysft.train.step_metrics import StepMetrics
+from raysft.train.step_metrics import StepMetrics, evaluation_record
 
 Save = Callable[[Any, Cursor, list[dict[str, Any]]], None]
 """Saves a checkpoint: (engine, cursor, latest log records)."""
@@ -154,12 +154,11 @@ class _Loop:
         best = known_best(self.job.config.train, cursor, self.job.identity)
         if self.job.config.train.keep_best:
             best = self.exporter.confirm_best(best)
-        cursor = replace(cursor, identity=self.job.identity)
         self.early_stopper = EarlyStopper(self.job.config.train, self._keep_best, best)
-        sources, model = self.job.train_rows.sources, self.engine.module.model
-        self.step_metrics = StepMetrics(self.row_plan, sources, self.workers, self.device, model)
+        model = self.engine.module.model
+        self.step_metrics = StepMetrics(self.row_plan, self.job.train_rows.sources, self.workers, self.device, model)
         self.first_step = cursor.step
-        return cursor
+        return replace(cursor, identity=self.job.identity)
 
     def emit_setup(self, data_wait: float) -> None:
         """Report the setup and its time, and start the clocks of the training."""
@@ -183,7 +182,7 @@ class _Loop:
         """Train on one step's rows and log it; returns the cursor after it."""
         index = cursor.step
         self.moment = f"step {index + 1}"
-        batch = self._checked(batch, index)
+        batch = step_rows.checked(batch, self.job.train_rows, index, self.rank, self.workers)
         started = time.perf_counter()
         lr = self.engine.get_lr()[0]
         weight, sources = float(self.row_plan.step_weight[index]), len(self.job.train_rows.sources)
@@ -191,8 +190,8 @@ class _Loop:
         seconds = time.perf_counter() - started
         if not result.applied:
             self._skip(index, result)
-        tokens = int(self.row_plan.step_tokens[index])
-        cursor = Cursor(index + 1, self.row_plan.consumed(index + 1), cursor.tokens + tokens, cursor.identity)
+        tokens = cursor.tokens + int(self.row_plan.step_tokens[index])
+        cursor = Cursor(index + 1, self.row_plan.consumed(index + 1), tokens, cursor.identity)
         elapsed = time.perf_counter() - self.started
         remaining = (self.row_plan.steps - cursor.step) * elapsed / (cursor.step - self.first_step)
         if self.trigger.update(cursor.step, result.noticed, result.late):
@@ -204,17 +203,6 @@ class _Loop:
         self.emit(record)
         return cursor
 
-    def _checked(self, batch: Batch | None, index: int) -> Batch:
-        """Return the batch if it holds the rows that the row plan has for this worker and step."""
-        expected = self.job.train_rows.rows_for_rank(index, self.rank, self.workers)
-        if batch is None or not np.array_equal(batch["row"], expected):
-            received = "no rows" if batch is None else f"rows {batch['row'].tolist()}"
-            # Not RunFailed: this may concern one worker alone, and a restart from the checkpoint may fix it.
-            raise RuntimeError(
-                f"step {index + 1}: worker {self.rank} needs rows {expected.tolist()}, but received {received}"
-            )
-        return batch
-
     def _skip(self, index: int, result: StepResult) -> None:
         """Report a step that was not applied, and advance the learning rate all the same."""
         if reason := self.nonfinite.check(index, result):
@@ -225,20 +213,17 @@ class _Loop:
     def current_rows(self) -> str:
         """Name the rows of the current step on this worker, and their records; empty outside of a step."""
         activity, _, step = self.moment.partition(" ")
-        if activity != "step":
-            return ""
-        planned = self.job.train_rows.rows_for_rank(int(step) - 1, self.rank, self.workers).tolist()
-        rows = [row for row in planned if row >= 0]
-        return f"its rows {', '.join(map(str, rows))} hold {named_records(self.job.train_rows, rows)}" if rows else ""
+        return (
+            step_rows.named(self.job.train_rows, int(step) - 1, self.rank, self.workers) if activity == "step" else ""
+        )
 
     def after_step(self, cursor: Cursor) -> None:
         """Evaluate and save a checkpoint if they are due. ``finish`` does it after the last step."""
-        train = self.job.config.train
-        if train.eval_every_steps and cursor.step % train.eval_every_steps == 0:
+        every = self.job.config.train.eval_every_steps
+        if every and cursor.step % every == 0:
             self.eval_results = self.evaluate(cursor)
             self.early_stopper.update(self.eval_results, cursor.step)
-            best = self.early_stopper.best
-            if self.early_stopper.should_stop and best:
+            if self.early_stopper.should_stop and (best := self.early_stopper.best):
                 self.emit(StoppedEarly(cursor.step, best.step, best.loss))
             if self.decide and not self.stop_reason:
                 self._follow(self.decide, cursor)
@@ -263,13 +248,7 @@ class _Loop:
         ]
         results = evaluation_results(evaluations)
         if results:
-            record = {
-                "current_steps": cursor.step,
-                "total_steps": self.row_plan.steps,
-                "epoch": round(self.row_plan.epoch_of(cursor.rows), 4),
-                "percentage": round(100 * cursor.step / self.row_plan.steps, 2),
-                **results,
-            }
+            record = evaluation_record(self.row_plan, cursor, results)
             self.log.append(record)
             self.emit(EvaluationDone(record, first.keep(evaluations) if first else ""))
         return results
@@ -301,8 +280,7 @@ class _Loop:
             self.early_stopper.update(self.eval_results, cursor.step)
         if self.job.config.train.save_every_steps and cursor.step > self.first_step:
             self._checkpoint(cursor)  # a longer training that resumes here must know the last evaluation
-        best = self.early_stopper.best
-        if best:
+        if best := self.early_stopper.best:
             results |= {"best_step": best.step, "best_eval_loss": best.loss}
         if best and self.job.config.train.keep_best:
             self.eval_results = best.results

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 from raysft.errors import RunFailed
 from raysft.train.step import StepResult
+from raysft.train.step_rows import named_records
 
 MAX_IN_A_ROW = 20
 """Skipped steps in a row after which a run that skips them stops: it learns nothing any more."""
-NAMED_RECORDS = 8
-"""Most records that a message names."""
 
 
 class NonFinite:
@@ -52,10 +50,3 @@ class NonFinite:
                 "check these records, or lower train.learning_rate"
             )
         return "" if scaling else reason
-
-
-def named_records(source: Any, rows: Iterable[int]) -> str:
-    """Name the first records of some rows."""
-    names = list(dict.fromkeys(name for row in rows for name in source.records(row)))
-    more = f" and {len(names) - NAMED_RECORDS} more" if len(names) > NAMED_RECORDS else ""
-    return ", ".join(names[:NAMED_RECORDS]) + more

@@ -1,4 +1,4 @@
-"""Metrics of a step: the record that is logged, from what was planned and what was measured."""
+"""The records that are logged of steps and evaluations, from what was planned and what was measured."""
 
 from __future__ import annotations
 
@@ -93,6 +93,17 @@ class StepMetrics:
         tokens, loss_tokens = float(row_plan.step_tokens[step]), float(row_plan.step_loss_tokens[step])
         flops = model_flops(self._model, tokens, float(row_plan.step_squares[step]), loss_tokens)
         return round(flops / seconds / self._peak / self._workers, 4)
+
+
+def evaluation_record(row_plan: Any, cursor: Cursor, results: dict[str, float]) -> dict[str, Any]:
+    """Make the record of an evaluation: where the training stands, and the results."""
+    return {
+        "current_steps": cursor.step,
+        "total_steps": row_plan.steps,
+        "epoch": round(row_plan.epoch_of(cursor.rows), 4),
+        "percentage": round(100 * cursor.step / row_plan.steps, 2),
+        **results,
+    }
 
 
 def _memory(device: torch.device) -> tuple[float, float]:

@@ -1,0 +1,46 @@
+"""The rows that a worker trains on in a step: they are compared with the row plan, and named in messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from raysft.train.job import Batch
+
+NAMED_RECORDS = 8
+"""Most records that a message names."""
+
+
+def checked(batch: Batch | None, source: Any, index: int, rank: int, workers: int) -> Batch:
+    """Return the batch if it holds the rows that the row plan has for this worker and step.
+
+    Args:
+        batch: what was read.
+        source: of the rows.
+        index: of the step, from 0.
+        rank: of the worker.
+        workers: their number.
+
+    Raises:
+        RuntimeError: it holds others. This may concern one worker alone, and a restart from the checkpoint may fix it.
+    """
+    expected = source.rows_for_rank(index, rank, workers)
+    if batch is None or not np.array_equal(batch["row"], expected):
+        received = "no rows" if batch is None else f"rows {batch['row'].tolist()}"
+        raise RuntimeError(f"step {index + 1}: worker {rank} needs rows {expected.tolist()}, but received {received}")
+    return batch
+
+
+def named(source: Any, index: int, rank: int, workers: int) -> str:
+    """Name a worker's rows in a step, and their records; empty if it has none."""
+    rows = [row for row in source.rows_for_rank(index, rank, workers).tolist() if row >= 0]
+    return f"its rows {', '.join(map(str, rows))} hold {named_records(source, rows)}" if rows else ""
+
+
+def named_records(source: Any, rows: Iterable[int]) -> str:
+    """Name the first records of some rows."""
+    names = list(dict.fromkeys(name for row in rows for name in source.records(row)))
+    more = f" and {len(names) - NAMED_RECORDS} more" if len(names) > NAMED_RECORDS else ""
+    return ", ".join(names[:NAMED_RECORDS]) + more
