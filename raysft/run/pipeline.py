@@ -97,14 +97,12 @@ def train_model(
 def _train(context: RunContext, callbacks: Sequence[Any], decisions: Any, deadline: float | None) -> None:
     from raysft.train import launch
 
-    trackers = run_trackers(context)
-    train_log = TrainLog(context.directory.trainer_log, context.terminal, [*trackers, *callbacks])
-    try:
-        results = launch.train(replace(train_job(context), deadline=deadline), train_log, decisions)
-    finally:
-        context.terminal.close()
-        for tracker in trackers:
-            tracker.close()
+    with run_trackers(context) as trackers:
+        train_log = TrainLog(context.directory.trainer_log, context.terminal, [*trackers, *callbacks])
+        try:
+            results = launch.train(replace(train_job(context), deadline=deadline), train_log, decisions)
+        finally:
+            context.terminal.close()
     if results["eval"]:
         context.directory.write_results("eval", results["eval"])
     efficiency = {"packing_efficiency": round(context.prepared.train_rows.row_plan.packing_efficiency, 6)}

@@ -6,23 +6,27 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from raysft.config import Config, masked
-from raysft.errors import RequestError
+from raysft.errors import RequestError, RunStopped
 from raysft.run.context import RunContext
 from raysft.telemetry.terminal import Terminal
+from raysft.telemetry.tracker_writers import Outcome
 from raysft.telemetry.trackers import Tracker, open_sweep, open_trackers
 
 
-def run_trackers(context: RunContext) -> list[Tracker]:
-    """Open the trackers of a run.
+@contextmanager
+def run_trackers(context: RunContext) -> Iterator[list[Tracker]]:
+    """Open the trackers of a run for the block, and show in them how it ends.
 
     Raises:
         RequestError: one of them cannot be opened.
     """
     config, dumped = context.config, context.config.model_dump(mode="json")
     notify = _masking(context.terminal)
-    return _opened(
+    trackers = _opened(
         lambda: open_trackers(config.train.trackers, context.directory, dumped, notify, sweep=config.run.sweep)
     )
+    with _closing(trackers):
+        yield trackers
 
 
 @contextmanager
@@ -33,12 +37,22 @@ def sweep_trackers(config: Config, terminal: Terminal) -> Iterator[None]:
         RequestError: one of them cannot be opened.
     """
     names, sweep, dumped = config.train.trackers, config.run.sweep or config.run.name, config.model_dump(mode="json")
-    trackers = _opened(lambda: open_sweep(names, sweep, dumped, _masking(terminal)))
+    with _closing(_opened(lambda: open_sweep(names, sweep, dumped, _masking(terminal)))):
+        yield
+
+
+@contextmanager
+def _closing(trackers: Sequence[Tracker]) -> Iterator[None]:
+    outcome: Outcome = "failed"
     try:
         yield
+        outcome = "finished"
+    except (RunStopped, KeyboardInterrupt):
+        outcome = "stopped"
+        raise
     finally:
         for tracker in trackers:
-            tracker.close()
+            tracker.close(outcome)
 
 
 def _masking(terminal: Terminal) -> Callable[[str], None]:

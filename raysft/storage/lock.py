@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -100,6 +100,38 @@ def lock(folder: StoragePath | Path, notify: Callable[[str], None] = print) -> I
         with suppress(StorageFailed), retry_for(BEAT_SECONDS, notify), suppress(OSError):
             if _read_owner(file, me.token):
                 file.remove()
+
+
+@contextmanager
+def lock_within(
+    seconds: float,
+    folder: StoragePath,
+    notify: Callable[[str], None],
+    waiting: Callable[[Locked], None] = lambda held: None,
+) -> Iterator[None]:
+    """Hold the lock of a folder for the block, as ``lock`` does, once the process that holds it lets go of it.
+
+    Args:
+        seconds: longest time to wait.
+        folder: local or in an object store.
+        notify: as for ``lock``.
+        waiting: receives each refusal.
+
+    Raises:
+        Locked: it is still held then.
+    """
+    limit = time.monotonic() + seconds
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(lock(folder, notify))
+                break
+            except Locked as held:
+                if time.monotonic() > limit:
+                    raise
+                waiting(held)
+                time.sleep(0.2)
+        yield
 
 
 def _take(file: StoragePath, me: LockOwner, notify: Callable[[str], None]) -> None:

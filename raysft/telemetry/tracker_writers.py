@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from raysft.storage.run_directory import RunDirectory
 
@@ -13,6 +13,11 @@ PROJECT = "raysft"
 """Project in W&B and experiment in MLflow."""
 MLFLOW_PARENT = "mlflow.parentRunId"
 """The tag by which MLflow nests runs."""
+
+MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
+"""Outcome → status of a run in MLflow."""
+Outcome = Literal["finished", "failed", "stopped"]
+"""How a run ended; ``stopped`` before its end, by a person, a scheduler or a limit."""
 
 
 class Writer:
@@ -24,8 +29,8 @@ class Writer:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of one step."""
 
-    def close(self) -> None:
-        """Flush and close."""
+    def close(self, outcome: Outcome) -> None:
+        """Flush and close, and show how the run ended."""
 
 
 class TensorBoard(Writer):
@@ -46,8 +51,8 @@ class TensorBoard(Writer):
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        """Flush and close."""
+    def close(self, outcome: Outcome) -> None:
+        """Flush and close; TensorBoard shows no states."""
         if self._writer is not None:
             self._writer.close()
 
@@ -75,9 +80,9 @@ class Wandb(Writer):
         """Write the metrics of one step."""
         self._run.log(dict(metrics), step=step)
 
-    def close(self) -> None:
-        """Flush and close."""
-        self._run.finish()
+    def close(self, outcome: Outcome) -> None:
+        """Flush and close. W&B knows exit codes alone: a run that was stopped is finished."""
+        self._run.finish(exit_code=int(outcome == "failed"))
 
 
 class MLflow(Writer):
@@ -101,9 +106,9 @@ class MLflow(Writer):
         """Write the metrics of one step."""
         self._mlflow.log_metrics(dict(metrics), step=step)
 
-    def close(self) -> None:
+    def close(self, outcome: Outcome) -> None:
         """Flush and close."""
-        self._mlflow.end_run()
+        self._mlflow.end_run(MLFLOW_STATUS[outcome])
 
 
 class MLflowSweep(Writer):
@@ -116,9 +121,9 @@ class MLflowSweep(Writer):
         self._client.update_run(self._id, status="RUNNING")
         self._client.log_dict(self._id, dict(config), "config.json")
 
-    def close(self) -> None:
-        """Mark it as finished."""
-        self._client.set_terminated(self._id)
+    def close(self, outcome: Outcome) -> None:
+        """Mark it as ended."""
+        self._client.set_terminated(self._id, MLFLOW_STATUS[outcome])
 
 
 def _mlflow_sweep(sweep: str) -> str:
@@ -138,7 +143,9 @@ def _find_mlflow_run(tag: str, value: str) -> Any:
     import mlflow
 
     experiment = mlflow.set_experiment(PROJECT)
-    query = f"tags.{tag} = '{value}'"
+    # MLflow knows no escape for a quote, only the other kind of quotes.
+    quote = '"' if "'" in value else "'"
+    query = f"tags.{tag} = {quote}{value}{quote}"
     found = mlflow.search_runs([experiment.experiment_id], query, max_results=1, output_format="list")
     return found[0] if found else None
 

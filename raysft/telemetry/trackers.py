@@ -14,7 +14,7 @@ from typing import Any
 
 from raysft.errors import one_line
 from raysft.storage.run_directory import RunDirectory
-from raysft.telemetry.tracker_writers import WRITERS, MLflowSweep, Writer
+from raysft.telemetry.tracker_writers import WRITERS, MLflowSweep, Outcome, Writer
 
 OPEN_SECONDS, CLOSE_SECONDS = 60.0, 60.0
 """How long a tracker may take to open, and to write its queue at the end."""
@@ -143,9 +143,9 @@ class Tracker:
         step = results["current_steps"]
         self._enqueue(lambda: self._writer.write(step, metrics))
 
-    def close(self) -> None:
-        """Wait at most ``CLOSE_SECONDS`` until everything is written."""
-        self._enqueue(self._writer.close)
+    def close(self, outcome: Outcome = "finished") -> None:
+        """Show how the run ended, and wait at most ``CLOSE_SECONDS`` until everything is written."""
+        self._enqueue(lambda: self._writer.close(outcome))
         with suppress(queue.Full):
             self._tasks.put_nowait(None)
         self._thread.join(CLOSE_SECONDS)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ import yaml
 
 from raysft.config import Config
 from raysft.errors import RequestError
-from raysft.storage.lock import Locked, lock
+from raysft.storage.lock import Locked, lock_within
 from raysft.storage.path import StoragePath
 from raysft.tune.ranking import Objectives
 from raysft.tune.record import Record, TrialRecord
@@ -74,16 +75,17 @@ def await_release(config: Config, recorded: Mapping[str, TrialRecord], notify: C
     """Wait for the processes of interrupted trials: those of a driver that was killed take a moment to notice it."""
     limit, told = time.monotonic() + RELEASE_SECONDS, threading.Event()
 
+    def tell(held: Locked) -> None:
+        if not told.is_set():
+            notify(f"tune: {held}; waiting up to {RELEASE_SECONDS} s for it, as its sweep was interrupted")
+        told.set()
+
     def wait(run: StoragePath) -> None:
-        while run.exists() and time.monotonic() < limit:
-            try:
-                with lock(run, notify):
-                    return
-            except Locked as held:
-                if not told.is_set():
-                    notify(f"tune: {held}; waiting up to {RELEASE_SECONDS} s for it, as its sweep was interrupted")
-                told.set()
-                time.sleep(1)
+        # A trial that is still alive later waits for itself.
+        with suppress(Locked):
+            if run.exists():
+                with lock_within(limit - time.monotonic(), run, notify, tell):
+                    pass
 
     running = [record.trial for record in recorded.values() if record.state == "running"]
     _all(wait, [config.run_place / "trials" / name for name in running])

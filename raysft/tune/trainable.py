@@ -16,7 +16,7 @@ import ray.tune
 from raysft.config import Config, with_overrides
 from raysft.errors import RunFailed, RunStopped
 from raysft.run.pipeline import run
-from raysft.storage.lock import Locked, lock
+from raysft.storage.lock import Locked, lock_within
 from raysft.storage.path import StoragePath
 from raysft.telemetry.callback import Callback
 from raysft.train.decisions import Decision
@@ -154,16 +154,11 @@ class Trainable(ray.tune.Trainable):
 @contextmanager
 def _alone(place: StoragePath) -> Iterator[None]:
     """Have a run directory to oneself, once an earlier process of the trial has let go of it: Tune does not wait for its end."""
-    limit = time.monotonic() + STOP_SECONDS
-    while True:
-        try:
-            with lock(place, lambda line: None):
-                yield
-                return
-        except Locked as error:
-            if time.monotonic() > limit:
-                raise RunFailed(f"{error}; it should have stopped {STOP_SECONDS} s ago") from None
-            time.sleep(0.1)
+    try:
+        with lock_within(STOP_SECONDS, place, lambda line: None):
+            yield
+    except Locked as error:
+        raise RunFailed(f"{error}; it should have stopped {STOP_SECONDS} s ago") from None
 
 
 class _Reports(Callback):

@@ -7,12 +7,15 @@ import re
 import sys
 import time
 import urllib.request
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from raysft.errors import RunFailed, RunStopped
+from raysft.run.tracking import _closing
 from raysft.storage.run_directory import RunDirectory
 from raysft.telemetry import trackers
 from raysft.telemetry.tracker_writers import Writer
@@ -134,6 +137,32 @@ def test_the_trials_of_a_sweep_are_nested_runs_in_mlflow_and_a_resumed_sweep_has
     assert sorted(run.data.tags.get("mlflow.parentRunId", "") for run in every) == sorted(
         ["", "", "", search, search, search, other]
     )
+
+
+def test_mlflow_shows_how_a_run_ended_also_in_a_folder_with_a_quote(tmp_path, mlflow_store):
+    def last(ending: BaseException | None) -> tuple[str, int]:
+        (tracker,) = open_trackers(["mlflow"], RunDirectory(tmp_path / "it's" / "one"), {}, pytest.fail)
+        with pytest.raises(type(ending)) if ending else nullcontext(), _closing([tracker]):
+            tracker.on_setup(asdict(set_up(0)))
+            if ending:
+                raise ending
+        runs = mlflow_store.search_runs([mlflow_store.get_experiment_by_name("raysft").experiment_id])
+        return runs[0].info.status, len(runs)
+
+    endings = [RunFailed("no memory"), RunStopped("by the scheduler"), KeyboardInterrupt(), None]
+    assert [last(ending) for ending in endings] == [("FAILED", 1), ("KILLED", 1), ("KILLED", 1), ("FINISHED", 1)]
+
+
+def test_wandb_marks_a_run_that_failed(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    codes = []
+    for ending in (RunFailed("no memory"), RunStopped("by the scheduler")):
+        (tracker,) = open_trackers(["wandb"], RunDirectory(tmp_path), {}, pytest.fail)
+        monkeypatch.setattr(tracker._writer._run, "finish", lambda **given: codes.append(given["exit_code"]))
+        with pytest.raises(type(ending)), _closing([tracker]):
+            raise ending
+    assert codes == [1, 0]
 
 
 class Posting(Writer):
