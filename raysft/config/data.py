@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from raysft.config.section import Fraction, Name, Positive, Section, Text, known_scheme
+from raysft.config.section import LARGEST, Fraction, Name, PathOrHubId, Positive, Section, Text, known_scheme
 from raysft.errors import one_line
 
 Format = Literal["alpaca", "sharegpt", "openai", "prompt_completion", "turns", "text", "tokenized"]
@@ -24,7 +24,7 @@ class Source(Section):
 
     name: Name
     """Name of the source in logs, metrics and ``rejected.jsonl``, and in ``data.registry`` if that is set."""
-    path: Text | Annotated[list[Text], Field(min_length=1)] | None = None
+    path: PathOrHubId | Annotated[list[PathOrHubId], Field(min_length=1)] | None = None
     """File, folder or glob, or a list of them: local, in object storage (``s3://``, ``gs://``, ``hdfs://``, ``abfs://``), on the
     Hugging Face Hub (``hf://datasets/``), or ``package:NAME/GLOB`` for files of an installed Python package. Not required for a
     source of ``data.registry``. Keep credentials in the environment, a profile or the machine's role; a config that contains
@@ -63,7 +63,7 @@ class DataSection(Section):
     """Sources to train on, each with the keys of ``data.train[]``."""
     eval: list[Source] = []
     """Sources to evaluate and generate on, with the same keys as those of ``data.train``."""
-    registry: Text | None = None
+    registry: PathOrHubId | None = None
     """A ``dataset_info.json`` in LLaMA-Factory's format, or its folder. A source without a path is looked up in it by name. As in
     LLaMA-Factory, only the columns that the entry names are read. Settings of the source override those of its entry."""
     mixing: Literal["concat", "first_exhausted", "all_exhausted"] = "concat"
@@ -72,7 +72,7 @@ class DataSection(Section):
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Fraction of each training source to hold out of training and evaluate on, under the name of the source. A stable hash of
     the opening of an example decides, so that examples with the same opening are on the same side, in every run."""
-    sequence_length: Annotated[int, Field(ge=8, strict=True)] = 2048
+    sequence_length: Annotated[int, Field(ge=8, le=LARGEST, strict=True)] = 2048
     """Tokens per row."""
     packing: bool = True
     """Pack several examples into one row; they do not attend to each other. With ``stage: pt``: concatenate documents and cut

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from raysft.config.section import Count, Positive, Section, Text
+from raysft.config.section import Count, PathOrHubId, Positive, Section, Text
 
 
 class GenerateSection(Section):
@@ -16,7 +16,7 @@ class GenerateSection(Section):
     """After training, generate predictions for the evaluation sets and score them (``stage: sft``)."""
     compare_base: bool = True
     """Also generate with the base model, and show both predictions side by side. Has no effect with ``model``."""
-    model: Text | None = None
+    model: PathOrHubId | None = None
     """Model or adapter that ``raysft generate`` uses instead of the trained one: a folder, a Hub id, a ``*.gguf`` file, or a URI in
     object storage. No training is required. Use a ``run.name`` that no training run uses. Prompts use the model's own tokenizer
     and chat template, or ``model.chat_template`` if it has none; an adapter without a tokenizer uses that of its base model.

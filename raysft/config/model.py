@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from raysft.config.section import Count, Positive, Section, Text
+from raysft.config.section import Count, PathOrHubId, Positive, Section, Text
 from raysft.config.train import Targets
 
 
@@ -75,13 +75,13 @@ class OftSection(Section):
 class ModelSection(Section):
     """The model, and which of its weights to train."""
 
-    path: Text
+    path: PathOrHubId
     """Model folder, Hugging Face Hub id, ``*.gguf`` file, or ``package:NAME/FILE`` for a file of an installed Python package."""
     trust_remote_code: list[Text] = []
     """Models that may run their own Python code, for example ``[org/model]``. A model that needs its own code is refused unless
     this list contains its ``path``, spelled the same way, and the name of any other repository that the code comes from. Read
     the code first: it runs on every node, with the permissions of the run. Default: none."""
-    chat_template: Text | None = None
+    chat_template: PathOrHubId | None = None
     """Chat template that replaces the tokenizer's own and is saved with the model: ``chatml``, ``llama3``, ``gemma``,
     ``alpaca``, ``vicuna``, or the path of a ``*.jinja`` file."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -96,7 +96,7 @@ class ModelSection(Section):
     """Adapter settings with ``finetuning: lora``."""
     oft: OftSection = OftSection()
     """Adapter settings with ``finetuning: oft``."""
-    adapters: list[Text] = []
+    adapters: list[PathOrHubId] = []
     """Folders of earlier adapters, in the order in which they were trained. All except the last are merged into the model;
     training continues with the last."""
     new_adapter: bool = False

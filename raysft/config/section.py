@@ -4,25 +4,42 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from raysft.storage.path import SCHEMES
 
 # File systems allow 255 bytes; the names of shard sets and trials add to it.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=150, coerce_numbers_to_str=True)]
 Text = Annotated[str, Field(min_length=1)]
+LARGEST = 2**31 - 1
+"""Largest number of anything, so that a product of two is a 64-bit integer."""
 # Strict, because `save_every_steps: yes` must not become 1.
-Positive = Annotated[int, Field(gt=0, strict=True)]
-Count = Annotated[int, Field(ge=0, strict=True)]
+Positive = Annotated[int, Field(gt=0, le=LARGEST, strict=True)]
+Count = Annotated[int, Field(ge=0, le=LARGEST, strict=True)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+NAME_BYTES, PATH_BYTES = 255, 4095
+"""Longest name in a path, and longest path, that Linux takes."""
+
+
+def _possible_path(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("a path cannot contain a NUL character; remove it")
+    long = next((part for part in value.split("/") if len(part.encode()) > NAME_BYTES), None)
+    if long or len(value.encode()) > PATH_BYTES:
+        raise ValueError(
+            f"a path has at most {PATH_BYTES} bytes, and each name in it at most {NAME_BYTES}, but this one has "
+            f"{len(value.encode())}; shorten it"
+        )
+    return value
+
+
+PathOrHubId = Annotated[str, Field(min_length=1), AfterValidator(_possible_path)]
 
 
 def known_scheme(value: str) -> str:
     """Return the path or URI unchanged if raysft supports its scheme; raise ValueError otherwise."""
-    scheme, found, rest = value.partition("://")
-    if "\0" in value:
-        raise ValueError("a path cannot contain a NUL character; remove it")
+    scheme, found, rest = _possible_path(value).partition("://")
     if found and not rest:
         raise ValueError(f"{value} names no bucket or folder; add it")
     if found and scheme not in (*SCHEMES, "file"):

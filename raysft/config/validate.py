@@ -93,7 +93,7 @@ def _describe(path: tuple[str, ...], problems: Sequence[Any]) -> str:
     problem, *others = [one for one in problems if not one["type"].endswith(("_type", "_error"))] or problems
     key = ".".join(path)
     if problem["type"] in UNKNOWN_KEY or problem["loc"][-1:] == ("[key]",):
-        return f"unknown key {key}; {suggest(path)}"
+        return f"unknown key {key if key.strip() else repr(key)}; {suggest(path)}"
     if problem["type"] == "missing":
         return f"{key} is required, but missing; add it"
     value = "" if isinstance(problem["input"], dict | Section) else f"={as_yaml(problem['input']):.80}"

@@ -155,6 +155,15 @@ def test_an_unknown_key_comes_before_other_errors(write):
         ("run: {seed: -1}", "c.yaml:8: run.seed=-1 … must be greater than or equal to 0"),
         ("run: {storage: 's3://'}", "c.yaml:8: run.storage='s3://' … names no bucket or folder; add it"),
         ('run: {storage: "a\\0b"}', "c.yaml:8: run.storage= … NUL character; remove it"),
+        (f"run: {{storage: {'a' * 5000}}}", "c.yaml:8: run.storage='aaa … has 5000; shorten it"),
+        (
+            f"generate: {{model: {'a/' * 2100}}}",
+            "c.yaml:8: generate.model='a/a … at most 4095 bytes … has 4200; shorten it",
+        ),
+        (
+            f"train: {{max_steps: {10**30}}}",
+            "c.yaml:8: train.max_steps=1000 … must be less than or equal to 2147483647",
+        ),
         ("run: {storage: 7}", "c.yaml:8: run.storage=7 … must be a valid string"),
         (
             "run: {name: a/b}",

@@ -146,6 +146,8 @@ def test_an_impossible_set_of_values_is_refused_with_the_config(space, message):
         ({RATE: [1, 2]}, {"search": "random", "num_samples": 3}, "tune.num_samples=3 … has 2; lower it"),
         ({RATE: [1, 1.0, "1"]}, RANDOM, "tune.num_samples=2 … gave 1 different configurations"),
         ({"train.learning_rat": {"uniform": [0.1, 1]}}, RANDOM, "tune.space: unknown key train.learning_rat; did you mean"),
+        ({"": [1]}, {}, "tune.space: unknown key ''; known keys: stage, run"),
+        ({"train.max_steps": {"randint": [1, 10**30]}}, RANDOM, "tune.space: train.max_steps=1000 … equal to 2147483647"),
         ({"data.train.2.weight": [1, 2]}, RANDOM, "tune.space: data.train is a list of length 2, but '2'"),
         ({"model.path": {"uniform": [0, 1]}}, RANDOM, "tune.space: model.path=0: must be a valid string"),
         ({"model.lora.rank": {"uniform": [1, 8]}}, RANDOM, "tune.space: model.lora.rank=3.6737: must be a valid integer"),
