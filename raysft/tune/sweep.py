@@ -96,6 +96,7 @@ def _run_trials(config: Config, firsts: Sequence[Trial], ready: Preflight) -> Co
         replay(scheduler, Objectives.of(config.tune).metrics[0], ended, read_jsonl(ready.directory.trials))
     ready.terminal.line(_announcement(config, total, concurrent, sum(one.ended_well for one in before.values())))
     write_atomically(ready.directory.config, config.to_yaml())
+    ready.directory.trials.touch()  # it marks the directory of a sweep, also before the first trial
     nodes = ready.nodes  # Tune pickles the search, so that it keeps no terminal
     deadline = time.time() + 60 * config.tune.max_minutes if config.tune.max_minutes is not None else None
     search = Search(config, source, recorded, lambda trial: _place(trial, nodes, concurrent), deadline)
