@@ -108,7 +108,7 @@ def _join(address: str | None, use_gpu: bool | None = None) -> None:
 
     Args:
         address: as ``scaling.address`` has it.
-        use_gpu: True if workers that train use GPUs; None if none will train, so that it is not worth while to fork them.
+        use_gpu: True if workers that train use GPUs; None if nothing is trained, and forks would not pay.
 
     Raises:
         RequestError: there is no such cluster, or it refuses this process.

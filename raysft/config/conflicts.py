@@ -209,7 +209,7 @@ def _evaluation(config: Config) -> Iterator[str]:
     if named and not train.eval_every_steps:
         yield f"{named} compares evaluations, but train.eval_every_steps is not set; set it"
     if named and not config.data.eval and not config.data.holdout:
-        yield f"{named} compares evaluations, but there is no evaluation data; set data.eval, or data.holdout above 0"
+        yield f"{named} compares evaluations, but there is no evaluation data; set data.eval or data.holdout"
 
 
 def _generation(config: Config) -> Iterator[str]:

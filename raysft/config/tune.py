@@ -101,8 +101,8 @@ class TuneSection(Section):
     """Maximum number of trials that run at the same time. Default: as many as the cluster can place. Elastic trials
     (``scaling.num_workers: [min, max]``) take fewer workers each if that makes room for so many."""
     max_minutes: Annotated[float, Field(gt=0)] | None = None
-    """Minutes, counted from the start of the first trial, after which no trial starts and those that train save a checkpoint and
-    stop. The sweep ranks the trials that have ended; started again, it goes on with the others."""
+    """Time limit in minutes, from the start of the first trial. After it no trial starts, and running ones save a checkpoint and
+    stop. The sweep ranks the trials that have finished. Run the same command again to continue with the others."""
     keep: Literal["all", "best"] = "all"
     """``best`` removes models and checkpoints of the trials that are not the best (with several metrics: not on the Pareto front)
     as soon as that is known, and copies the best model into the sweep's directory, where ``all`` puts a link."""

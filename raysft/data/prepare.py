@@ -85,7 +85,7 @@ class PreparedData:
 def prepare_prompts(config: Config, model: str, runs_code: bool, notify: Notify = lambda line: None) -> list[Manifest]:
     """Tokenize the prompts of ``generate.sources`` with the tokenizer of any model, which need not be the trained one.
 
-    No prompt is dropped for the length of its conversation: without rows there is no length limit.
+    Long conversations are kept: nothing is packed into rows, so there is no length limit.
 
     Args:
         config: the run's config.
