@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,8 +91,14 @@ class Cluster:
         )
         return json.loads(listed.stdout.splitlines()[-1])
 
-    def start(self, cpus: int) -> None:
-        """Start a node, with folders of its own as if it were another machine: the head if there is none."""
+    def start(self, cpus: int, environment: Mapping[str, str] | None = None, **more: str) -> None:
+        """Start a node, with folders of its own as if it were another machine: the head if there is none.
+
+        Args:
+            cpus: of the node.
+            environment: variables that only this node has.
+            more: further options of `ray start`, or other values of those it has here.
+        """
         number = len(self.nodes)
         home = self.temporary / f"n{number}" if number else self.temporary
         home.mkdir(exist_ok=True)
@@ -110,13 +116,14 @@ class Cluster:
         else:
             options |= {"port": self.ports["gcs"], "dashboard-port": self.ports["dashboard"]}
             options |= {"ray-client-server-port": self.ports["client"]}
+        options |= more
         log = self.temporary / f"start{number}.log"
         with log.open("w") as stream:
             node = subprocess.Popen(
                 [program("ray"), "start", "--block", "--disable-usage-stats", *([] if number else ["--head"])]
                 + [f"--{key}={value}" for key, value in options.items()],
                 cwd=self.folder,
-                env={**self.environment, "HOME": str(home)},
+                env={**self.environment, **(environment or {}), "HOME": str(home)},
                 stdout=stream,
                 stderr=subprocess.STDOUT,
             )
