@@ -18,14 +18,17 @@ FAULTS_OF_PATHS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.E
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb and return the exit code: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted."""
+    """Run a verb and return the exit code: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted.
+
+    ``submit`` and ``follow`` return the exit code of the job that they followed.
+    """
     if sys.stdout is None:  # closed by who called (>&-)
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without × or … must not end a run
     parsed = parse(arguments)
     try:
-        parsed.verb(parsed)
+        return parsed.verb(parsed) or 0
     except RequestError as error:
         print(f"raysft: error: {masked(str(error))}", file=sys.stderr)
         return 2
@@ -41,7 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         resumed = " to resume from the newest checkpoint" if parsed.verb in (verbs.run, verbs.train, verbs.tune) else ""
         print(f"raysft: interrupted; run the same command again{resumed}", file=sys.stderr)
         return 130
-    return 0
 
 
 def _describe(error: OSError) -> str:

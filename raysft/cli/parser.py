@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from raysft import __version__
@@ -12,6 +12,12 @@ from raysft.config.reference import reference
 
 EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted"
 RUN_DIR = "run directory: a path or a URI"
+JOB = "name of a job, as raysft submit prints it"
+DASHBOARD = "dashboard of the cluster, http://HOST:8265 or https://HOST"
+ALLOW_CHANGED = (
+    "resume a run that started with other settings, if they can change (see below); the new settings apply from the next step, "
+    "other data from the next epoch, and changes.jsonl records them"
+)
 PROGRESS = "Progress goes to standard output. An error is one line on standard error that names the remedy."
 
 
@@ -67,14 +73,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     export = _add_verb(commands, verbs.export, "write one Hugging Face model, with adapters merged")
     export.add_argument("run_dir", metavar="RUN_DIR", help=RUN_DIR)
+    _add_cluster_verbs(commands)
     keys = _add_verb(commands, verbs.config, "print all config keys with defaults and documentation")
     for resumable in (run, train):
-        resumable.add_argument(
-            "--allow-changed",
-            action="store_true",
-            help="resume a run that started with other settings, if they can change (see below); the new settings apply from the "
-            "next step, other data from the next epoch, and changes.jsonl records them",
-        )
+        resumable.add_argument("--allow-changed", action="store_true", help=ALLOW_CHANGED)
     show.add_argument(
         "--rows", type=int, default=3, metavar="N", help="number of rows of the training data to show (default 3)"
     )
@@ -88,8 +90,36 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_cluster_verbs(commands: argparse._SubParsersAction) -> None:
+    submit = _add_config_verb(
+        commands, verbs.submit, "run a config as a job on a cluster; the same command again attaches to the job"
+    )
+    submit.add_argument(
+        "--to", required=True, metavar="WHERE", help=f"{DASHBOARD}; or {verbs.KUBERNETES}, with KubeRay and kubectl"
+    )
+    submit.add_argument(
+        "--render", metavar="FILE", help=f"with --to {verbs.KUBERNETES}: only write the documents, - to standard output"
+    )
+    submit.add_argument(
+        "--follow",
+        action=argparse.BooleanOptionalAction,
+        help="show what the job prints until it has ended, and exit as it does (default on a terminal); Ctrl-C leaves the job "
+        "running, twice stops it",
+    )
+    submit.add_argument("--allow-changed", action="store_true", help=ALLOW_CHANGED)
+    follow = _add_verb(commands, verbs.follow, "show what a job prints until it has ended, and exit as it does")
+    follow.add_argument("job", metavar="JOB", help=JOB)
+    follow.add_argument("--to", required=True, metavar="URL", help=DASHBOARD)
+    status = _add_verb(commands, verbs.status, "say how far a job or a run is, and what to do next")
+    status.add_argument("job_or_run_dir", metavar="JOB_OR_RUN_DIR", help=f"{JOB}; or {RUN_DIR}")
+    status.add_argument("--to", metavar="URL", help=f"{DASHBOARD}; for a job")
+    stop = _add_verb(commands, verbs.stop, "stop a job after a checkpoint, and wait until it has ended")
+    stop.add_argument("job", metavar="JOB", help=JOB)
+    stop.add_argument("--to", required=True, metavar="URL", help=DASHBOARD)
+
+
 def _add_verb(
-    commands: argparse._SubParsersAction, verb: Callable[[argparse.Namespace], None], summary: str, keys: str = ""
+    commands: argparse._SubParsersAction, verb: verbs.Verb, summary: str, keys: str = ""
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         verb.__name__,
@@ -102,9 +132,7 @@ def _add_verb(
     return parser
 
 
-def _add_config_verb(
-    commands: argparse._SubParsersAction, verb: Callable[[argparse.Namespace], None], summary: str
-) -> argparse.ArgumentParser:
+def _add_config_verb(commands: argparse._SubParsersAction, verb: verbs.Verb, summary: str) -> argparse.ArgumentParser:
     parser = _add_verb(commands, verb, summary, f"config keys\n\n{reference(sections=verbs.SECTIONS_OF[verb])}")
     parser.add_argument("config", metavar="CONFIG", help="YAML file")
     parser.add_argument(

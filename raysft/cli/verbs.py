@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from raysft.config import Config, load
-from raysft.config.reference import reference
+from raysft.config.reference import SECTIONS, reference
 from raysft.config.section import known_scheme
 from raysft.errors import RequestError
 from raysft.storage.path import StoragePath
 from raysft.storage.run_directory import RunDirectory
 from raysft.storage.sync import open_read_only
 
+Verb = Callable[[argparse.Namespace], int | None]
+"""Does what a command asks for; returns the exit code, None for 0."""
 TRAINING = ("stage", "run", "model", "data", "train", "scaling")
+KUBERNETES = "kubernetes"
+"""Where ``raysft submit`` sends a config in place of the URL of a dashboard."""
 COMPARISON = "comparison.html"
 """Default page of ``raysft report`` for several runs."""
 
@@ -131,7 +136,85 @@ def config(parsed: argparse.Namespace) -> None:
     print(reference(parsed.prefix))
 
 
-SECTIONS_OF: dict[Callable[[argparse.Namespace], None], tuple[str, ...]] = {
+def submit(parsed: argparse.Namespace) -> int:
+    config = _load(parsed)
+    if parsed.to == KUBERNETES:
+        _submit_to_kubernetes(parsed, config)
+        return 0
+    if parsed.render is not None:
+        raise RequestError(
+            f"--render {parsed.render}: writes documents for Kubernetes; use --to {KUBERNETES}, or remove it"
+        )
+    from raysft.submit import submission
+
+    following = sys.stdout.isatty() if parsed.follow is None else parsed.follow
+    folder = Path(parsed.config).absolute().parent
+    return submission.submit(config, parsed.to, folder, following, parsed.allow_changed, _say)
+
+
+def _submit_to_kubernetes(parsed: argparse.Namespace, config: Config) -> None:
+    if parsed.follow:
+        raise RequestError(
+            f"--follow: a job on Kubernetes is followed through its dashboard, which --to {KUBERNETES} does not know; remove it, "
+            "forward port 8265 of the service of its head, then raysft follow JOB --to http://127.0.0.1:8265"
+        )
+    if parsed.allow_changed:
+        raise RequestError(f"--allow-changed: --to {KUBERNETES} has no such option; remove it, or use another run.name")
+    from raysft.submit import kubernetes
+
+    if parsed.render is None:
+        name = kubernetes.submit(config, _say)
+        _say(f"look at it: kubectl get rayjob {name}")
+    elif parsed.render == "-":
+        print(kubernetes.render(config), end="")
+    else:
+        text = kubernetes.render(config)
+        try:
+            Path(parsed.render).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise RequestError(
+                f"--render {parsed.render}: cannot be written ({error.strerror}); choose another file"
+            ) from None
+
+
+def follow(parsed: argparse.Namespace) -> int:
+    from raysft.submit import submission
+
+    return submission.follow_job(parsed.to, parsed.job, _say)
+
+
+def status(parsed: argparse.Namespace) -> None:
+    if parsed.to is not None:
+        from raysft.submit import submission
+
+        submission.job_status(parsed.to, parsed.job_or_run_dir, _say)
+        return
+    place = _existing_run(parsed.job_or_run_dir)
+    from raysft.submit.run_status import print_run_status
+
+    print_run_status(place, _say)
+
+
+def stop(parsed: argparse.Namespace) -> None:
+    from raysft.submit import submission
+
+    submission.stop_job(parsed.to, parsed.job, _say)
+
+
+def _existing_run(run_dir: str) -> StoragePath:
+    place = _run_path(run_dir)
+    if place.local and not place.local.is_dir():
+        raise RequestError(
+            f"{run_dir}: there is no such run directory; for a job, add the cluster's --to http://HOST:8265"
+        )
+    return place
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+SECTIONS_OF: dict[Verb, tuple[str, ...]] = {
     run: (*TRAINING, "generate"),
     check: (*TRAINING, "generate"),
     show: ("stage", "run", "model", "data", "scaling"),
@@ -140,6 +223,7 @@ SECTIONS_OF: dict[Callable[[argparse.Namespace], None], tuple[str, ...]] = {
     evaluate: TRAINING,
     generate: ("stage", "run", "model", "data", "scaling", "generate"),
     tune: (*TRAINING, "generate", "tune"),
+    submit: SECTIONS,
 }
 """Sections of the config that each verb uses, for its help."""
 

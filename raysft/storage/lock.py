@@ -144,18 +144,7 @@ def _take(file: StoragePath, me: LockOwner, notify: Callable[[str], None]) -> No
             if _read_owner(file) is None:  # another process may be writing it
                 time.sleep(SETTLE_SECONDS / 5)
     other = _read_owner(file)
-    alive = other.is_alive() if other else False
-    if alive is None:
-        assert other is not None
-        owner = f"process {other.process} on {other.host}"
-        notify(f"{file.parent}: {owner} uses this folder; waiting {DEAD_SECONDS:.0f} s for its heartbeat")
-        limit = time.monotonic() + DEAD_SECONDS
-        while time.monotonic() < limit and not alive:
-            time.sleep(min(1.0, DEAD_SECONDS / 4))
-            latest = _read_owner(file)
-            if latest is None:
-                break  # the owner released it
-            alive = latest != other
+    alive = other is not None and _is_alive(file, other, notify)
     if alive:
         who = _read_owner(file) or other
         raise Locked(
@@ -166,6 +155,42 @@ def _take(file: StoragePath, me: LockOwner, notify: Callable[[str], None]) -> No
     time.sleep(0.2 if file.local else SETTLE_SECONDS)
     if not _read_owner(file, me.token):
         raise Locked(f"{file.parent}: another process took the lock at the same moment")
+
+
+def live_owner(folder: StoragePath, notify: Callable[[str], None] = print) -> LockOwner | None:
+    """Return the live process that holds the lock of a folder; None if nobody does.
+
+    Args:
+        folder: local or in an object store.
+        notify: receives a line while an owner on another machine has time for a heartbeat.
+
+    Raises:
+        LockDenied: the lock cannot be read.
+    """
+    file = folder / ".lock"
+    try:
+        owner = _read_owner(file)
+        return owner if owner is not None and _is_alive(file, owner, notify) else None
+    except PermissionError as error:
+        raise LockDenied(f"{file}: cannot be read ({error.strerror}); another user may hold it") from None
+
+
+def _is_alive(file: StoragePath, owner: LockOwner, notify: Callable[[str], None]) -> bool:
+    """Return True if the owner that a file names runs; on another machine, if its heartbeat changes within some time."""
+    alive = owner.is_alive()
+    if alive is not None:
+        return alive
+    who = f"process {owner.process} on {owner.host}"
+    notify(f"{file.parent}: {who} uses this folder; waiting {DEAD_SECONDS:.0f} s for its heartbeat")
+    limit = time.monotonic() + DEAD_SECONDS
+    while time.monotonic() < limit:
+        time.sleep(min(1.0, DEAD_SECONDS / 4))
+        latest = _read_owner(file)
+        if latest is None:
+            return False  # the owner released it
+        if latest != owner:
+            return True
+    return False
 
 
 def _beat(file: StoragePath, me: LockOwner, stopped: threading.Event, notify: Callable[[str], None]) -> None:

@@ -1,1 +1,1 @@
-"""Run a config elsewhere: on Kubernetes."""
+"""Send a run to a cluster: as a job of Ray's Jobs API, or to Kubernetes; follow it, look at it and stop it."""

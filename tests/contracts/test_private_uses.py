@@ -12,6 +12,7 @@ from tests.contracts.contract import ROOT
 
 USES = {
     "raysft/cluster/ray_internals.py": "test_ray.py",
+    "raysft/submit/jobs_internals.py": "test_ray_jobs.py",
     "raysft/train/ray_train_internals.py": "test_ray_train.py",
     "raysft/train/deepspeed_internals.py": "test_deepspeed.py",
     "raysft/models/transformers_internals.py": "test_transformers.py",

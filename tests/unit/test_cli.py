@@ -24,6 +24,7 @@ from tests.messages import holds
 HEAVY = ("torch", "ray", "deepspeed", "transformers", "peft", "datasets", "pyarrow")
 WITH_CONFIG = ("run", "check", "show", "prepare", "train", "evaluate", "generate", "tune")
 WITH_DIRECTORY = ("report", "export")
+WITH_CLUSTER = ("submit", "follow", "status", "stop")
 CONFIG = "model: {path: m}\ndata:\n  train: [{name: a, path: a.json}]\n"
 
 
@@ -53,7 +54,8 @@ import sys
 import raysft
 raysft.Callback, raysft.Config, raysft.RequestError, raysft.RunFailed, raysft.load_config
 from raysft.cli import main
-for arguments in (["--help"], ["run", "--help"], ["--version"], ["run", "none.yaml"], ["config"], ["config", "tran"]):
+for arguments in (["--help"], ["run", "--help"], ["--version"], ["run", "none.yaml"], ["config"], ["config", "tran"],
+                  ["submit", "--help"], ["submit", "none.yaml", "--to", "http://x"], ["status", "none"]):
     try:
         main(arguments)
     except SystemExit:
@@ -61,7 +63,7 @@ for arguments in (["--help"], ["run", "--help"], ["--version"], ["run", "none.ya
     print("heavy:", arguments, [name for name in {HEAVY} if name in sys.modules])
 """
     lines = [line for line in python(code, tmp_path).stdout.splitlines() if line.startswith("heavy:")]
-    assert [line.rpartition("[")[2] for line in lines] == ["]"] * 6
+    assert [line.rpartition("[")[2] for line in lines] == ["]"] * 9
 
 
 def test_the_public_names_are_found_on_the_package_though_it_loads_them_late():
@@ -175,8 +177,10 @@ def test_a_run_whose_config_cannot_be_read_is_named_in_one_line(tmp_path, capsys
 def test_names_too_long_for_a_folder_are_refused(config, capsys):
     assert main(["check", config, f"run.name={'a' * 151}"]) == 2
     assert holds(capsys.readouterr().err.rstrip("\n"), "raysft: error: command line: run.name='aaa … 150 characters")
-    assert main(["report", "a" * 300]) == 1
-    assert holds(capsys.readouterr().err.rstrip("\n"), "raysft: failed: aaa … File name too long; correct the path")
+    assert main(["report", "a" * 300]) == 2
+    assert holds(
+        capsys.readouterr().err.rstrip("\n"), "raysft: error: aaa … at most 255, but this one has 300; shorten it"
+    )
 
 
 def test_a_terminal_that_lacks_characters_gets_question_marks(tmp_path):
@@ -251,6 +255,9 @@ def test_show_needs_at_least_one_row(config, capsys):
         (["rnu", "c.yaml"], "raysft: error: argument VERB: invalid choice: 'rnu' (choose from "),
         (["run", "c.yaml", "--fast"], "raysft: error: unrecognized arguments: --fast"),
         (["export", "a", "train.epochs=2", "--output", "b"], "raysft: error: unrecognized arguments: train.epochs=2"),
+        (["submit", "c.yaml"], "raysft submit: error: the following arguments are required: --to"),
+        (["follow", "j"], "raysft follow: error: the following arguments are required: --to"),
+        (["stop", "j"], "raysft stop: error: the following arguments are required: --to"),
         (["export", "runs/a"], "raysft export: error: the following arguments are required: --output"),
     ],
 )
@@ -264,7 +271,7 @@ def test_a_wrong_command_line_is_exit_code_2(capsys, arguments, message):
 def test_help_names_every_verb_and_the_exit_codes(capsys):
     text = helped(capsys)
     listed = [line.split()[0] for line in text.splitlines() if line.startswith("    ") and line.split()]
-    assert {*WITH_CONFIG, *WITH_DIRECTORY, "config"} <= set(listed)
+    assert {*WITH_CONFIG, *WITH_DIRECTORY, *WITH_CLUSTER, "config"} <= set(listed)
     assert "exit codes: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted" in text
 
 
@@ -275,18 +282,19 @@ def keys(text: str) -> list[str]:
 @pytest.mark.parametrize(
     ("verb", "missing"),
     [
-        ("run", {"tune"}),
-        ("check", {"tune"}),
-        ("show", {"train", "generate", "tune"}),
-        ("prepare", {"train", "generate", "tune"}),
-        ("train", {"generate", "tune"}),
-        ("evaluate", {"generate", "tune"}),
-        ("generate", {"train", "tune"}),
-        ("tune", set()),
+        ("run", {"tune", "cluster"}),
+        ("check", {"tune", "cluster"}),
+        ("show", {"train", "generate", "tune", "cluster"}),
+        ("prepare", {"train", "generate", "tune", "cluster"}),
+        ("train", {"generate", "tune", "cluster"}),
+        ("evaluate", {"generate", "tune", "cluster"}),
+        ("generate", {"train", "tune", "cluster"}),
+        ("tune", {"cluster"}),
+        ("submit", set()),
     ],
 )
 def test_help_of_a_verb_shows_the_keys_of_the_sections_that_it_uses(capsys, verb, missing):
-    used = [key for key, _, _ in documented_fields() if key.partition(".")[0] not in {*missing, "cluster"}]
+    used = [key for key, _, _ in documented_fields() if key.partition(".")[0] not in missing]
     assert keys(helped(capsys, verb)) == used
 
 
