@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,8 @@ def write_set(
         chosen = slice(first, first + shard_examples)
         name = f"{number:06d}.parquet"
         if with_tokens:
-            (place / name).write(lambda stream, part=_table(source, first, lengths[chosen]): pq.write_table(part, stream))
+            part = _table(source, first, lengths[chosen])
+            (place / name).write(partial(pq.write_table, part))
         else:
             (place / name).write_bytes(b"")
         of_shard = lengths[chosen].astype(np.int32)

@@ -156,6 +156,8 @@ def _plan_rows(
         for shards in evaluation
     }
     _refuse_empty_steps(train_rows)
+    for rows in eval_rows.values():
+        _ = rows.row_plan  # or each worker would plan them
     return PreparedData(
         train=tuple(manifests[: len(train)]),
         eval=tuple(manifests[len(train) : len(train) + len(evaluation)]),

@@ -16,7 +16,7 @@ import pytest
 from raysft.data.rows import mixture, ray_stream
 from raysft.data.rows.collate import Batch
 from raysft.data.rows.packed_dataset import PackedDataset
-from raysft.data.rows.ray_stream import ReadTask, plan_blocks, read_blocks, split_block
+from raysft.data.rows.ray_stream import Piece, blocks, plan_pieces, read_pieces, split_block
 from raysft.data.rows.row_plan import rows_for_rank
 from raysft.data.shards import ray_pipeline
 from raysft.data.types import IGNORE_INDEX
@@ -61,8 +61,8 @@ def rows(tmp_path_factory, model) -> PackedDataset:
 def originals(rows) -> list[tuple[list[int], list[int]]]:
     """Ids and labels of all examples, read from the shards in the order of the manifests."""
     found = []
-    for manifest in rows._manifests:
-        for path in manifest.shard_paths():
+    for files in rows._files:
+        for path in files.paths():
             table = pq.read_table(path.local)
             found += zip(table["input_ids"].to_pylist(), table["labels"].to_pylist(), strict=True)
     return found
@@ -169,7 +169,12 @@ def test_a_later_start_gives_the_remaining_steps(rows):
     assert all(equal(left, right) for left, right in zip(whole[3:], rest, strict=True))
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+def columns(*pieces: Piece) -> dict[str, np.ndarray]:
+    """Pieces as a data task receives them."""
+    return {name: np.array(values) for name, *values in zip(Piece._fields, *pieces, strict=True)}
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 7])
 @pytest.mark.parametrize("first", [0, 5])
 @pytest.mark.parametrize(
     ("block_tokens", "task_rows", "group"), [(1 << 18, 4096, 10_000), (2 * 4 * CAPACITY, 8, 40), (1, 1, 1)]
@@ -177,15 +182,13 @@ def test_a_later_start_gives_the_remaining_steps(rows):
 def test_each_worker_gets_the_blocks_that_it_would_read_itself(
     rows, monkeypatch, workers, first, block_tokens, task_rows, group
 ):
+    monkeypatch.setattr(ray_stream, "TASK_WORKERS", 3)  # 7 workers share three tasks
     monkeypatch.setattr(ray_stream, "BLOCK_TOKENS", block_tokens)
     monkeypatch.setattr(ray_stream, "TASK_ROWS", task_rows)
     monkeypatch.setattr(mixture, "GROUP_EXAMPLES", group)
     rows = replace(rows)
-    tables = [
-        table
-        for blocks in plan_blocks(rows.row_plan, rows._find_slices, first, workers)
-        for table in read_blocks({"task": [ReadTask(blocks, tuple(rows._shards[0]), CAPACITY, True)]})
-    ]
+    pieces = list(plan_pieces(rows.row_plan, first, workers))
+    tables = [table for piece in pieces for table in read_pieces(columns(piece), rows, workers)]
     assert {table.num_rows for table in tables} == {1}
     for worker in range(workers):
         streamed = list(rows.batches(tables[worker::workers], workers))
@@ -195,11 +198,24 @@ def test_each_worker_gets_the_blocks_that_it_would_read_itself(
 
 
 def test_a_block_is_split_into_its_steps(rows):
-    task = ReadTask((rows._find_slices([0, 1, 2, -1]),), tuple(rows._shards[0]), CAPACITY, True)
-    (table,) = read_blocks({"task": [task]})
+    (table,) = read_pieces(columns(Piece(0, 2, 1, 2)), rows, 2)
     first, second = split_block(table, 2)
-    assert equal(first, rows.batch([0, 1]))
-    assert equal(second, rows.batch([2, -1]))
+    assert equal(first, rows.batch([2, 3]))
+    assert equal(second, rows.batch([6, 7]))
+
+
+def test_with_many_workers_a_task_reads_for_some_of_them_and_their_blocks_are_smaller(rows):
+    for workers in (1, 64, 65, 1000):
+        plan = replace(rows.row_plan, capacity=64, global_batch_size=1000)
+        pieces = list(plan_pieces(plan, 0, workers))
+        assert max(piece.stop_worker - piece.first_worker for piece in pieces) == min(64, workers)
+        numbers = np.concatenate([each for piece in pieces for each in blocks(plan, piece, workers)])
+        assert sorted(numbers[numbers >= 0]) == list(range(plan.rows))
+    small, large = (
+        ray_stream.steps_per_block(replace(rows.row_plan, global_batch_size=workers, capacity=64), workers)
+        for workers in (1000, 16)
+    )
+    assert (small, large) == ((1 << 22) // 1000 // 64, (1 << 18) // 64)
 
 
 def test_slices_name_the_shard_and_the_position_in_it(rows):

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
-from raysft.data.rows.packing import pack
+from raysft.data.rows import packing
+
+
+def pack(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
+    """The indices of each row's examples."""
+    indices, offsets = packing.pack(lengths, capacity)
+    assert offsets[0] == 0
+    assert offsets[-1] == len(indices) == len(lengths)
+    return [indices[first:stop] for first, stop in pairwise(offsets.tolist())]
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raysft.data.rows import mixture
+from raysft.data.rows import mixture, row_layouts, row_plan
 from raysft.data.rows.packed_dataset import PackedDataset
 from raysft.data.rows.row_plan import RowPlan, SourceLengths, plan_rows
 from tests.synthetic import write_set
@@ -128,6 +128,14 @@ def test_plans_and_rows_are_those_of_earlier_versions(tmp_path):
     found = dict(cases(tmp_path))
     assert {name for name in recorded if found.get(name) != recorded[name]} == set()
     assert found.keys() == recorded.keys()
+
+
+def test_sums_and_rows_made_in_small_blocks_are_those_of_earlier_versions_to_the_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_plan, "BLOCK", 50)
+    monkeypatch.setattr(row_layouts, "JOINED_ROWS", 7)
+    recorded = json.loads(RECORDED.read_text())
+    found = {name: hash_of_plan(planned(options)) for name, options in plans()}
+    assert {name for name in found if found[name] != recorded[name]} == set()
 
 
 if __name__ == "__main__":

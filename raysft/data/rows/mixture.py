@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -32,6 +32,11 @@ def mixture(sizes: Sequence[int], weights: Sequence[float], mixing: Mixing) -> l
     return [max(1, round(scale * weight)) for weight in weights]
 
 
+def index_type(numbers: int) -> type[np.signedinteger]:
+    """Return the integer type for so many numbers: half the memory where it suffices."""
+    return np.int32 if numbers < 1 << 31 else np.int64
+
+
 def order(shard_ends: np.ndarray, take: int, random: np.random.Generator | None) -> np.ndarray:
     """Order ``take`` examples of a source, shard by shard; every example comes once before any comes twice.
 
@@ -45,25 +50,31 @@ def order(shard_ends: np.ndarray, take: int, random: np.random.Generator | None)
     Returns:
         [take] indices of examples.
     """
-    starts = np.concatenate([[0], shard_ends[:-1]]).astype(np.int64)
+    starts = np.concatenate([[0], shard_ends[:-1]])
     total = int(shard_ends[-1]) if len(shard_ends) else 0
-    taken: list[np.ndarray] = []
-    missing = take
-    while missing > 0 and total:
-        part = min(missing, total)
-        chosen = np.arange(total) if part == total or random is None else np.sort(random.permutation(total)[:part])
-        edges = np.searchsorted(chosen, [*starts, total])
+    ordered = np.empty(take if total else 0, index_type(total))
+    done = 0
+    while done < len(ordered):
+        part = min(len(ordered) - done, total)
+        chosen = np.arange(total, dtype=ordered.dtype)
+        if part < total and random is not None:
+            random.shuffle(chosen)
+            chosen = np.sort(chosen[:part])
+        edges = np.searchsorted(chosen, np.array([*starts, total], ordered.dtype))
         for shard in (random.permutation(len(shard_ends)) if random else np.arange(len(shard_ends))).tolist():
             examples = chosen[edges[shard] : edges[shard + 1]]
-            taken.append((random.permutation(examples) if random else examples)[:missing])
-            missing -= len(taken[-1])
-            if missing == 0:
+            if random:
+                random.shuffle(examples)
+            examples = examples[: len(ordered) - done]
+            ordered[done : done + len(examples)] = examples
+            done += len(examples)
+            if done == len(ordered):
                 break
-    return np.concatenate(taken) if taken else np.empty(0, np.int64)
+    return ordered
 
 
-def groups(orders: Sequence[np.ndarray], random: np.random.Generator | None) -> Iterator[np.ndarray]:
-    """Yield groups of at least ``GROUP_EXAMPLES`` examples, each with its part of every source.
+def groups(orders: Sequence[np.ndarray], random: np.random.Generator | None) -> list[np.ndarray]:
+    """Return groups of at least ``GROUP_EXAMPLES`` examples, each with its part of every source.
 
     Args:
         orders: the ordered examples of each source.
@@ -71,9 +82,18 @@ def groups(orders: Sequence[np.ndarray], random: np.random.Generator | None) -> 
     """
     if random is None:
         orders = [np.concatenate(orders)]
-    count = max(1, sum(map(len, orders)) // GROUP_EXAMPLES)
+    total = sum(map(len, orders))
+    grouped = np.empty(total, np.result_type(*orders))
+    found, count, start = [], max(1, total // GROUP_EXAMPLES), 0
     for index in range(count):
-        parts = [order[len(order) * index // count : len(order) * (index + 1) // count] for order in orders]
-        group = np.concatenate(parts)
-        if len(group):
-            yield random.permutation(group) if random else group
+        stop = start
+        for order in orders:
+            part = order[len(order) * index // count : len(order) * (index + 1) // count]
+            grouped[stop : stop + len(part)] = part
+            stop += len(part)
+        if stop > start:
+            found.append(grouped[start:stop])
+            if random:
+                random.shuffle(found[-1])
+        start = stop
+    return found

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -10,20 +13,27 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raysft.data.rows import ray_stream
+from raysft.data.rows import mixture, plan_file, ray_stream
 from raysft.data.rows.collate import Batch, RowSlices, collate
+from raysft.data.rows.plan_file import PlannedRows, SourceFiles
+from raysft.data.rows.row_layouts import ranges
 from raysft.data.rows.row_plan import Layout, Mixing, RowPlan, SourceLengths, plan_rows, rows_for_rank
 from raysft.data.rows.splice import splice
-from raysft.data.shards.manifest import Manifest, load_manifest
+from raysft.data.shards.manifest import ShardFiles, load_manifest, load_shard_files
 from raysft.data.sources.pickle_guard import read_table
+from raysft.errors import StorageFailed
 from raysft.storage.path import StoragePath
+
+PLANNED_AT = "_planned_at"
+"""What a pickled dataset carries beside its fields: where its plan is."""
 
 
 @dataclass(frozen=True)
 class PackedDataset:
     """The rows of one or several sources under a row plan.
 
-    Cheap to pickle: the plan is computed again where it is used.
+    The plan lies in a file beside the shards of the first source, named by its content. Whoever needs it maps it into memory:
+    the driver, workers, data tasks, restarted and resumed runs. A dataset is cheap to pickle, and takes along where its plan is.
     """
 
     manifests: tuple[str, ...]
@@ -65,8 +75,11 @@ class PackedDataset:
 
         Shards have unique names, so a set that was written again, perhaps in another order, has another content.
         """
-        manifests = [[manifest.key, *manifest.shards] for manifest in self._own_manifests]
-        return {**self.to_dict(), "manifests": manifests, "earlier": self.earlier and self.earlier.content()}
+        return {
+            **self.to_dict(),
+            "manifests": [[files.key, *files.shards] for files in self._own_files],
+            "earlier": self.earlier and self.earlier.content(),
+        }
 
     def has_same_epochs(self, other: PackedDataset) -> bool:
         """Return True if an epoch has the same rows in both, wherever the manifests are stored."""
@@ -77,23 +90,68 @@ class PackedDataset:
 
         return epoch(self) == epoch(other)
 
-    @cached_property
+    @property
     def row_plan(self) -> RowPlan:
         """The order of all rows."""
-        if self.earlier is None:
-            return self._plan(self.max_steps)
-        if self.earlier.epochs >= self.epochs:  # the training ends before the data changes
-            return replace(self.earlier, epochs=self.epochs, max_steps=self.max_steps).row_plan
-        known = self.earlier._manifests
-        examples = sum(map(len, known))
-        return splice(self.earlier.row_plan, self._plan(None), examples, len(known), max_steps=self.max_steps)
+        return self._planned.row_plan
 
-    def _plan(self, max_steps: int | None) -> RowPlan:
+    @cached_property
+    def _planned(self) -> PlannedRows:
+        """The plan, from its file; the first process that needs it writes the file."""
+        known = vars(self).get(PLANNED_AT)
+        place = StoragePath(known) if known else self._plan_place
+        with suppress(FileNotFoundError, plan_file.DamagedPlan):
+            return self._opened(place)
+        planned = self._plan()
+        # A cache that cannot be written costs every process the time and memory to plan for itself.
+        with suppress(OSError, StorageFailed):
+            plan_file.write_plan(planned, place)
+            return self._opened(place)
+        return planned
+
+    def _opened(self, place: StoragePath) -> PlannedRows:
+        planned = plan_file.open_plan(place)
+        vars(self)[PLANNED_AT] = place.location
+        return planned
+
+    @property
+    def _plan_place(self) -> StoragePath:
+        """The file of the plan: its name is a hash of everything that decides the rows."""
+        key = hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode()).hexdigest()[:24]
+        return StoragePath(self.manifests[0]).parent / f"rows-{key}.arrow"
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            **{name: getattr(self, name) for name in self.__dataclass_fields__},
+            "manifests": [[files.key, *files.shards] for files in self._own_files],
+            "earlier": self.earlier and self.earlier._identity(),
+            "group": mixture.GROUP_EXAMPLES,
+            "version": plan_file.VERSION,
+        }
+
+    def _plan(self) -> PlannedRows:
+        sources = tuple(SourceFiles(files.name, files.shards) for files in self._files)
+        if self.earlier is None:
+            return PlannedRows(*self._own_plan(self.max_steps), sources)
+        known = self.earlier._planned
+        if self.earlier.epochs >= self.epochs:  # the training ends before the data changes
+            cut = replace(self.earlier, epochs=self.epochs, max_steps=self.max_steps)
+            return PlannedRows(cut.row_plan, known.shard_ends, sources)
+        examples = int(known.shard_ends[-1])
+        later, ends = self._own_plan(None)
+        spliced = splice(known.row_plan, later, examples, len(known.sources), max_steps=self.max_steps)
+        return PlannedRows(spliced, np.concatenate([known.shard_ends, examples + ends]), sources)
+
+    def _own_plan(self, max_steps: int | None) -> tuple[RowPlan, np.ndarray]:
+        """Plan the rows of the own sources; returns the plan and [shards] the index of the example after each shard's last."""
         weights = self.mixing_weights or (1.0,) * len(self.manifests)
-        return plan_rows(
+        manifests = [load_manifest(StoragePath(path)) for path in self.manifests]
+        firsts = np.cumsum([0, *map(len, manifests)])
+        ends = np.concatenate([first + manifest.ends for first, manifest in zip(firsts, manifests, strict=False)])
+        row_plan = plan_rows(
             [
-                SourceLengths(manifest.lengths, manifest.loss_tokens, manifest.shard_ends(), weight, manifest.weights)
-                for manifest, weight in zip(self._own_manifests, weights, strict=True)
+                SourceLengths(manifest.lengths, manifest.loss_tokens, manifest.ends, weight, manifest.weights)
+                for manifest, weight in zip(manifests, weights, strict=True)
             ],
             capacity=self.capacity,
             global_batch_size=self.global_batch_size,
@@ -105,15 +163,16 @@ class PackedDataset:
             document_mask=self.document_mask,
             shuffle=self.shuffle,
         )
+        return row_plan, ends
 
     @property
     def sources(self) -> tuple[str, ...]:
         """Names of the sources, in the order of their numbers."""
-        return tuple(manifest.name for manifest in self._manifests)
+        return tuple(source.name for source in self._planned.sources)
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
         """Read and pack rows, given their numbers; −1 gives a filler row without labels."""
-        return collate(self._find_slices(rows), self._shards[0], self.capacity, self.document_mask)
+        return collate(self._find_slices(rows), self._paths, self.capacity, self.document_mask)
 
     def steps(self, first: int, worker: int, workers: int) -> Iterator[Batch]:
         """Yield a worker's rows of each step from ``first`` on, read in this process without Ray."""
@@ -129,17 +188,15 @@ class PackedDataset:
         slices = self._find_slices([row])
         records = []
         for shard, position in zip(slices.shards.tolist(), slices.positions.tolist(), strict=True):
-            table = read_table(StoragePath(self._shards[0][shard]), ["source", "record"])
+            table = read_table(StoragePath(self._paths[shard]), ["source", "record"])
             (example,) = table.slice(position, 1).to_pylist()
             records.append(f"{example['source']}: {example['record']}")
         return records
 
     def dataset(self, first: int, workers: int) -> Any:
         """Return a Ray dataset of the rows of all workers, from step ``first`` on, to be split among them in order."""
-        blocks = ray_stream.plan_blocks(self.row_plan, self._find_slices, first, workers)
-        paths = tuple(self._shards[0])
-        tasks = [ray_stream.ReadTask(task, paths, self.capacity, self.document_mask) for task in blocks]
-        return ray_stream.ray_dataset(tasks, self.execution_options(workers))
+        pieces = list(ray_stream.plan_pieces(self.row_plan, first, workers))
+        return ray_stream.ray_dataset(self, pieces, workers)
 
     def execution_options(self, workers: int) -> Any:
         """Return the ``ray.data.ExecutionOptions`` for ``dataset``."""
@@ -152,45 +209,48 @@ class PackedDataset:
 
     def _find_slices(self, rows: Sequence[int] | np.ndarray) -> RowSlices:
         """Find the segments of rows in the shards."""
-        _, shard_ends = self._shards
-        shard_starts = np.concatenate([[0], shard_ends[:-1]])
-        row_plan, segments = self.row_plan, self.row_plan.segments
-        offsets = segments.offsets
-        of_rows = [np.arange(offsets[row], offsets[row + 1]) if row >= 0 else np.empty(0, np.int64) for row in rows]
-        chosen = np.concatenate(of_rows) if of_rows else np.empty(0, np.int64)
+        planned, row_plan = self._planned, self.row_plan
+        numbers, segments = np.asarray(rows, np.int64), row_plan.segments
+        filled = np.maximum(numbers, 0)
+        firsts = segments.offsets[filled]
+        counts = np.where(numbers >= 0, segments.offsets[filled + 1] - firsts, 0)
+        chosen = np.repeat(firsts, counts) + ranges(counts)
         examples = segments.examples[chosen]
-        shards = np.searchsorted(shard_ends, examples, side="right")
+        shards = np.searchsorted(planned.shard_ends, examples, side="right")
+        shard_starts = np.concatenate([[0], planned.shard_ends[:-1]])
         return RowSlices(
-            rows=np.asarray(rows, np.int64),
-            counts=np.array([len(indices) for indices in of_rows], np.int32),
+            rows=numbers,
+            counts=counts.astype(np.int32),
             shards=shards.astype(np.int32),
             positions=(examples - shard_starts[shards]).astype(np.int32),
             starts=segments.starts[chosen].astype(np.int32),
             stops=segments.stops[chosen].astype(np.int32),
-            sources=row_plan.sources[chosen] if len(self._manifests) > 1 else None,
+            sources=row_plan.sources[chosen] if len(planned.sources) > 1 else None,
             weights=None if row_plan.weights is None else row_plan.weights[examples],
         )
 
     @cached_property
-    def _manifests(self) -> list[Manifest]:
-        """Manifests of all sources, those of ``earlier`` first."""
-        return [*(self.earlier._manifests if self.earlier else []), *self._own_manifests]
+    def _files(self) -> list[ShardFiles]:
+        """Files of all sources, those of ``earlier`` first."""
+        return [*(self.earlier._files if self.earlier else []), *self._own_files]
 
     @cached_property
-    def _own_manifests(self) -> list[Manifest]:
-        return [load_manifest(StoragePath(path)) for path in self.manifests]
+    def _own_files(self) -> list[ShardFiles]:
+        return [load_shard_files(StoragePath(path)) for path in self.manifests]
+
+    @property
+    def _all_manifests(self) -> tuple[str, ...]:
+        return (*(self.earlier._all_manifests if self.earlier else ()), *self.manifests)
 
     @cached_property
-    def _shards(self) -> tuple[list[str], np.ndarray]:
-        """Paths of all shards, and [shards] index of the example after each shard's last."""
-        paths: list[str] = []
-        ends: list[np.ndarray] = []
-        first = 0
-        for manifest in self._manifests:
-            paths.extend(path.location for path in manifest.shard_paths())
-            ends.append(manifest.shard_ends() + first)
-            first += len(manifest)
-        return paths, np.concatenate(ends)
+    def _paths(self) -> list[str]:
+        """Paths of the shards of all sources."""
+        folders = [StoragePath(path).parent for path in self._all_manifests]
+        return [
+            (folder / shard).location
+            for folder, source in zip(folders, self._planned.sources, strict=True)
+            for shard in source.shards
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: vars(self)[name] for name in (*self.__dataclass_fields__, PLANNED_AT) if name in vars(self)}

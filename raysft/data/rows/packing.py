@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import chain
 
 import numpy as np
 
 
-def pack(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
+def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     """Assign examples to rows by best fit, longest first, without splitting any.
 
     The algorithm works on the histogram of lengths (after Krell et al. 2021, "Efficient Sequence Packing without
@@ -20,89 +21,69 @@ def pack(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
         capacity: tokens in a row (``data.sequence_length``).
 
     Returns:
-        For each row the indices of its examples, which have at most ``capacity`` tokens together. Examples of one length keep
-        their order.
+        [examples] int64 indices of the examples, row by row, and [rows + 1] int64 offsets: row r holds the indices offsets[r] to
+        offsets[r + 1], which have at most ``capacity`` tokens together. Examples of one length keep their order.
 
     Raises:
         ValueError: an example is longer than ``capacity``, or empty.
 
-    >>> [row.tolist() for row in pack(np.array([3, 5, 2]), capacity=5)]
-    [[1], [0, 2]]
+    >>> indices, offsets = pack(np.array([3, 5, 2]), capacity=5)
+    >>> indices.tolist(), offsets.tolist()
+    ([1, 0, 2], [0, 1, 3])
     """
-    if len(lengths) and lengths.max() > capacity:
+    if not len(lengths):
+        return np.empty(0, np.int64), np.zeros(1, np.int64)
+    if lengths.max() > capacity:
         raise ValueError(f"an example has {lengths.max()} tokens, but a row holds only {capacity}")
-    if len(lengths) and lengths.min() < 1:
+    if lengths.min() < 1:
         raise ValueError(f"an example has {lengths.min()} tokens, but a row needs at least 1")
-    patterns = _patterns(
-        np.bincount(lengths, minlength=capacity + 1) if len(lengths) else np.zeros(capacity + 1, int), capacity
-    )
-    by_length = np.argsort(lengths, kind="stable")
-    next_of_length = np.searchsorted(lengths[by_length], np.arange(capacity + 1))
-    rows = []
-    for pattern, count in patterns:
-        for _ in range(count):
-            row = np.empty(len(pattern), np.int64)
-            for index, length in enumerate(pattern):
-                row[index] = by_length[next_of_length[length]]
-                next_of_length[length] += 1
-            rows.append(row)
-    return rows
+    patterns = _patterns(np.bincount(lengths, minlength=capacity + 1), capacity)
+    narrow = np.uint16 if capacity < 1 << 16 else np.int32  # NumPy sorts 16 bits in linear time
+    row_by_row = np.fromiter(chain.from_iterable(row * repeats for row, repeats in patterns), narrow, len(lengths))
+    indices = np.empty(len(lengths), np.int64)
+    # The places of one length, in order, take the examples of that length, in order.
+    indices[np.argsort(row_by_row, kind="stable")] = np.argsort(lengths.astype(narrow), kind="stable")
+    sizes = np.repeat([len(row) for row, _ in patterns], [repeats for _, repeats in patterns])
+    return indices, np.concatenate([[0], np.cumsum(sizes)])
 
 
 def _patterns(histogram: np.ndarray, capacity: int) -> list[tuple[tuple[int, ...], int]]:
     """Return (lengths in a row, number of such rows).
 
     A row starts with the longest length. It continues with two that fill it exactly, or else with the longest that fits.
-    """
-    stock = _Stock(histogram, capacity)
-    patterns = []
-    while length := stock.longest(capacity):
-        row: list[int] = []
-        free = capacity
-        while length:
-            pair = stock.pair(free) if row and length < free else ()
-            for chosen in pair or (length,):
-                stock.take(chosen)
-                row.append(chosen)
-                free -= chosen
-            length = stock.longest(free)
-        counts = Counter(row)
-        repeats = min(stock.left[length] // count for length, count in counts.items())
-        for length, count in counts.items():
-            stock.take(length, count * repeats)
-        patterns.append((tuple(row), 1 + repeats))
-    return patterns
-
-
-class _Stock:
-    """Number of unpacked examples of each length.
 
     Bit l of ``available`` is set if an example of l tokens is left, and so is bit capacity − l of ``mirrored``. Shifting one
     against the other shows all pairs of lengths with a given sum.
     """
-
-    def __init__(self, histogram: np.ndarray, capacity: int) -> None:
-        self.left: list[int] = histogram.tolist()
-        self.capacity = capacity
-        lengths = [length for length in range(1, capacity + 1) if self.left[length]]
-        self.available = sum(1 << length for length in lengths)
-        self.mirrored = sum(1 << (capacity - length) for length in lengths)
-
-    def take(self, length: int, count: int = 1) -> None:
-        """Remove examples of a length."""
-        self.left[length] -= count
-        if not self.left[length]:
-            self.available &= ~(1 << length)
-            self.mirrored &= ~(1 << (self.capacity - length))
-
-    def longest(self, free: int) -> int:
-        """Return the longest length of at most ``free`` tokens; 0 if there is none."""
-        return max(0, (self.available & ((2 << free) - 1)).bit_length() - 1)
-
-    def pair(self, free: int) -> tuple[int, ...]:
-        """Return two lengths whose sum is ``free``, the longer one as long as possible; empty if there are none."""
-        pairs = self.available & ((1 << free) - 1) & (self.mirrored >> (self.capacity - free))
-        longer = pairs.bit_length() - 1
-        if longer < 0 or (2 * longer == free and self.left[longer] < 2):
-            return ()
-        return longer, free - longer
+    left: list[int] = histogram.tolist()
+    lengths = np.flatnonzero(histogram).tolist()
+    available = sum(1 << length for length in lengths)
+    mirrored = sum(1 << (capacity - length) for length in lengths)
+    patterns = []
+    while available:
+        row: list[int] = []
+        free, length = capacity, available.bit_length() - 1
+        while length > 0:
+            chosen: tuple[int, ...] = (length,)
+            if row and length < free:
+                pairs = available & ((1 << free) - 1) & (mirrored >> (capacity - free))
+                longer = pairs.bit_length() - 1
+                if longer >= 0 and (2 * longer != free or left[longer] > 1):
+                    chosen = longer, free - longer
+            for taken in chosen:
+                row.append(taken)
+                free -= taken
+                left[taken] -= 1
+                if not left[taken]:
+                    available ^= 1 << taken
+                    mirrored ^= 1 << (capacity - taken)
+            length = (available & ((2 << free) - 1)).bit_length() - 1
+        counts = Counter(row)
+        repeats = min(left[length] // count for length, count in counts.items())
+        for length, count in counts.items() if repeats else ():
+            left[length] -= count * repeats
+            if not left[length]:
+                available ^= 1 << length
+                mirrored ^= 1 << (capacity - length)
+        patterns.append((tuple(row), 1 + repeats))
+    return patterns

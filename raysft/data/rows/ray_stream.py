@@ -7,107 +7,133 @@ row carries its number, and the training loop checks it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import pyarrow as pa
 
 from raysft.cluster.placement import TASK_CPUS
-from raysft.data.rows.collate import Batch, RowSlices, collate
+from raysft.data.rows.collate import Batch
 from raysft.data.rows.row_plan import RowPlan, rows_for_rank
 
 BLOCK_TOKENS = 1 << 18
 """Approximate tokens in a block: few blocks for many workers, and little delay before the first."""
+ALL_TOKENS = 1 << 22
+"""Approximate tokens in the blocks of all workers together: with many workers each has smaller ones."""
 PREFETCH_BYTES = 64 << 20
 """Approximate size of the blocks that wait in memory for the workers; more if there are many workers."""
 TASK_ROWS = 4096
 """Rows that one task reads and packs at most."""
+TASK_WORKERS = 64
+"""Workers that one task reads for at most: with many of them, several tasks read their rows of the same steps at once."""
 
 
-@dataclass(frozen=True)
-class ReadTask:
-    """Blocks that one Ray task reads and packs."""
+class Rows(Protocol):
+    """What a task reads (``packed_dataset.PackedDataset``)."""
 
-    blocks: tuple[RowSlices, ...]
-    paths: tuple[str, ...]
-    """Paths of all shards."""
-    capacity: int
-    document_mask: bool
+    @property
+    def row_plan(self) -> RowPlan: ...
+
+    def batch(self, rows: np.ndarray) -> Batch: ...
+
+    def execution_options(self, workers: int) -> Any: ...
 
 
-def plan_blocks(
-    row_plan: RowPlan, find_slices: Callable[[np.ndarray], RowSlices], first_step: int, workers: int
-) -> Iterator[tuple[RowSlices, ...]]:
-    """Yield the blocks that each task reads: those of some steps within about one group of shards.
+class Piece(NamedTuple):
+    """What one task reads: the blocks of some workers in some steps. Where their rows are, the task finds in the plan."""
+
+    first_step: int
+    stop_step: int
+    first_worker: int
+    stop_worker: int
+
+
+def steps_per_block(row_plan: RowPlan, workers: int) -> int:
+    """Return how many steps a block holds the rows of."""
+    step_tokens = -(-row_plan.global_batch_size // workers) * row_plan.capacity
+    return max(1, min(BLOCK_TOKENS, ALL_TOKENS // workers) // step_tokens)
+
+
+def plan_pieces(row_plan: RowPlan, first_step: int, workers: int) -> Iterator[Piece]:
+    """Yield what each task reads: some steps within about one group of shards.
 
     Args:
         row_plan: the order of the rows.
-        find_slices: finds the segments of rows, given their numbers.
         first_step: the step to begin with.
         workers: number of workers.
     """
-    per_step = row_plan.global_batch_size
-    per_worker = -(-per_step // workers)
-    steps_per_block = max(1, BLOCK_TOKENS // (per_worker * row_plan.capacity))
-    max_steps = max(1, TASK_ROWS // (per_step * steps_per_block)) * steps_per_block
+    per_step, per_block = row_plan.global_batch_size, steps_per_block(row_plan, workers)
+    # The blocks of all workers alternate, so that several tasks can only share those of the same steps.
+    most = per_block if workers > TASK_WORKERS else max(1, TASK_ROWS // (per_step * per_block)) * per_block
     group_ends = np.unique(np.minimum(-(-row_plan.group_ends // per_step), row_plan.steps))
     start = first_step
     while start < row_plan.steps:
         following = np.searchsorted(group_ends, start, side="right")
         group_end = int(group_ends[following]) if start < group_ends[-1] else row_plan.steps
-        stop = min(group_end, start + max_steps)
-        blocks = []
-        for first in range(start, stop, steps_per_block):
-            steps = range(first, min(first + steps_per_block, stop))
-            for worker in range(workers):
-                rows = [rows_for_rank(row_plan.rows, per_step, step, worker, workers) for step in steps]
-                blocks.append(find_slices(np.concatenate(rows)))
-        yield tuple(blocks)
+        stop = min(group_end, start + most)
+        for worker in range(0, workers, TASK_WORKERS):
+            yield Piece(start, stop, worker, min(worker + TASK_WORKERS, workers))
         start = stop
 
 
-def ray_dataset(tasks: Sequence[ReadTask], options: Any) -> Any:
-    """Return a Ray dataset of all blocks, in order.
+def blocks(row_plan: RowPlan, piece: Piece, workers: int) -> Iterator[np.ndarray]:
+    """Yield the numbers of the rows in each block of a piece."""
+    per_block = steps_per_block(row_plan, workers)
+    for first in range(piece.first_step, piece.stop_step, per_block):
+        steps = range(first, min(first + per_block, piece.stop_step))
+        for worker in range(piece.first_worker, piece.stop_worker):
+            of_steps = [
+                rows_for_rank(row_plan.rows, row_plan.global_batch_size, step, worker, workers) for step in steps
+            ]
+            yield np.concatenate(of_steps)
 
-    Args:
-        tasks: what to read.
-        options: ``ray.data.ExecutionOptions``.
-    """
+
+def ray_dataset(rows: Rows, pieces: Sequence[Piece], workers: int) -> Any:
+    """Return a Ray dataset of the blocks of all pieces, in order."""
     import ray
 
     context = ray.data.DataContext.get_current().copy()
     # With a target of one byte, every table that a task yields becomes a block by itself.
     context.target_max_block_size = 1
-    context.execution_options = options
+    context.execution_options = rows.execution_options(workers)
     context.enable_progress_bars = False
     with ray.data.DataContext.current(context):
-        dataset = ray.data.from_items([{"task": task} for task in tasks], override_num_blocks=max(1, len(tasks)))
+        items = [piece._asdict() for piece in pieces]
+        dataset = ray.data.from_items(items, override_num_blocks=max(1, len(items)))
         # At most one task for each core, because each keeps a group of shards in memory.
         cpus = int(ray.cluster_resources().get("CPU", 1.0))
-        pool = ray.data.TaskPoolStrategy(size=max(1, min(cpus, len(tasks))))
-        return dataset.map_batches(cast(Any, read_blocks), batch_size=1, num_cpus=TASK_CPUS, compute=pool)
+        pool = ray.data.TaskPoolStrategy(size=max(1, min(cpus, len(items))))
+        return dataset.map_batches(
+            cast(Any, read_pieces), batch_size=1, num_cpus=TASK_CPUS, compute=pool, fn_args=(rows, workers)
+        )
 
 
 def execution_options(row_plan: RowPlan, workers: int) -> Any:
     """Make Ray Data keep the order and read no further ahead than a few blocks for each worker."""
     import ray
 
-    block_bytes = 20 * max(BLOCK_TOKENS, row_plan.global_batch_size * row_plan.capacity // workers)
+    step_tokens = -(-row_plan.global_batch_size // workers) * row_plan.capacity
+    block_bytes = 20 * max(min(BLOCK_TOKENS, ALL_TOKENS // workers), step_tokens)
     prefetch = ray.data.ExecutionResources(object_store_memory=max(PREFETCH_BYTES, 4 * workers * block_bytes))
     return ray.data.ExecutionOptions(preserve_order=True, resource_limits=prefetch)
 
 
-def read_blocks(batch: dict[str, Any]) -> Iterator[pa.Table]:
-    """Ray task: yield a table of one row for each block."""
-    for task in batch["task"]:
-        for slices in task.blocks:
-            rows = collate(slices, task.paths, task.capacity, task.document_mask)
+def read_pieces(batch: dict[str, np.ndarray], rows: Rows, workers: int) -> Iterator[pa.Table]:
+    """Ray task: yield a table of one row for each block.
+
+    Args:
+        batch: [pieces] the fields of ``Piece``.
+        rows: where to read.
+        workers: number of workers.
+    """
+    for values in zip(*(batch[name].tolist() for name in Piece._fields), strict=True):
+        for numbers in blocks(rows.row_plan, Piece(*values), workers):
+            arrays = rows.batch(numbers).items()
             yield pa.table(
                 {
-                    name: pa.array([values.reshape(-1)], pa.list_(pa.from_numpy_dtype(values.dtype)))
-                    for name, values in rows.items()
+                    name: pa.array([array.reshape(-1)], pa.list_(pa.from_numpy_dtype(array.dtype)))
+                    for name, array in arrays
                 }
             )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -12,6 +12,10 @@ from raysft.data.rows.packing import pack
 Layout = Literal["packed", "single", "joined"]
 """``packed``: several whole examples in a row; ``single``: one example in a row; ``joined``: one stream of tokens, cut into full
 rows."""
+JOINED_ROWS = 1 << 18
+"""Rows of a stream that are laid out at a time, which takes some 40 bytes for each of their segments."""
+GROWTH = 8
+"""Arrays grow by one part in so many, when they are full."""
 
 
 class Segments(NamedTuple):
@@ -45,12 +49,13 @@ def packed(
         capacity: tokens in a row.
         random: source of the order of rows; None orders them by their first example.
     """
-    rows = pack(lengths[examples], capacity)
-    order = random.permutation(len(rows)) if random else np.argsort([row.min() for row in rows], kind="stable")
-    rows = [rows[row] for row in order.tolist()]
-    chosen = examples[np.concatenate(rows)]
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
-    return Segments(offsets, chosen, np.zeros(len(chosen), np.int64), lengths[chosen], loss_tokens[chosen])
+    indices, offsets = pack(lengths[examples], capacity)
+    rows, sizes = len(offsets) - 1, np.diff(offsets)
+    first_examples = np.minimum.reduceat(indices, offsets[:-1]) if random is None else np.empty(0)
+    order = random.permutation(rows) if random else np.argsort(first_examples, kind="stable")
+    chosen = examples[indices[np.repeat(offsets[:-1][order], sizes[order]) + ranges(sizes[order])]]
+    offsets = np.concatenate([[0], np.cumsum(sizes[order])])
+    return Segments(offsets, chosen, np.zeros(len(chosen), np.int32), lengths[chosen], loss_tokens[chosen])
 
 
 def single(examples: np.ndarray, lengths: np.ndarray, loss_tokens: np.ndarray, capacity: int) -> Segments:
@@ -68,7 +73,7 @@ def single(examples: np.ndarray, lengths: np.ndarray, loss_tokens: np.ndarray, c
     )
 
 
-def joined(examples: np.ndarray, lengths: np.ndarray, capacity: int, document_mask: bool) -> Segments:
+def joined(examples: np.ndarray, lengths: np.ndarray, capacity: int, document_mask: bool) -> Iterator[Segments]:
     """Cut the stream of all examples into full rows; only the last row of an epoch is short.
 
     A row that begins inside an example begins with the last token of the row before, so that each token is predicted once. The
@@ -79,11 +84,21 @@ def joined(examples: np.ndarray, lengths: np.ndarray, capacity: int, document_ma
         lengths: [all examples] tokens.
         capacity: tokens in a row.
         document_mask: predict no token from the example before.
+
+    Yields:
+        The rows, in order, some of them at a time.
     """
-    ends = np.cumsum(lengths[examples])
-    total = int(ends[-1])
+    ends = np.cumsum(lengths[examples], dtype=np.int64)
     starts = _joined_row_starts(ends, capacity, document_mask)
-    stops = np.minimum(starts + capacity, total)
+    for first in range(0, len(starts), JOINED_ROWS):
+        yield _joined_rows(starts[first : first + JOINED_ROWS], ends, examples, lengths, capacity, document_mask)
+
+
+def _joined_rows(
+    starts: np.ndarray, ends: np.ndarray, examples: np.ndarray, lengths: np.ndarray, capacity: int, document_mask: bool
+) -> Segments:
+    """Return the rows that begin at some positions in the stream; the other arguments are as in ``joined``."""
+    stops = np.minimum(starts + capacity, ends[-1])
     first = np.searchsorted(ends, starts, side="right")
     counts = np.searchsorted(ends, stops, side="left") - first + 1
     row = np.repeat(np.arange(len(starts)), counts)
@@ -103,22 +118,35 @@ def joined(examples: np.ndarray, lengths: np.ndarray, capacity: int, document_ma
 def _joined_row_starts(ends: np.ndarray, capacity: int, document_mask: bool) -> np.ndarray:
     """[rows] int64 positions in the stream at which rows begin.
 
+    A row begins with the last token of the row before, unless that row ended with an example.
+
     Args:
         ends: [examples] positions at which examples end.
         capacity: tokens in a row.
         document_mask: predict no token from the example before.
     """
-    total = int(ends[-1])
+    total, step = int(ends[-1]), capacity - 1
     if not document_mask:  # the first token of an example is predicted too
-        return np.arange(0, max(1, total - 1), capacity - 1, dtype=np.int64)
-    starts = [0]
-    borders = ends.tolist()
-    number = 0
-    while (stop := starts[-1] + capacity) < total:
-        while borders[number] < stop:
-            number += 1
-        starts.append(stop if borders[number] == stop else stop - 1)
-    return np.asarray(starts, np.int64)
+        return np.arange(0, max(1, total - 1), step, dtype=np.int64)
+    parts, start = [], 0
+    while (end := _row_end_at_border(ends, start + capacity, step)) is not None:
+        parts.append(np.arange(start, end - capacity + 1, step, dtype=np.int64))
+        start = end
+    more = max(0, -(-(total - start - capacity) // step))
+    return np.concatenate([*parts, start + step * np.arange(more + 1, dtype=np.int64)])
+
+
+def _row_end_at_border(ends: np.ndarray, first: int, step: int) -> int | None:
+    """Return the first of the positions first, first + step, … at which an example ends; None if only the last one does."""
+    number, size = int(np.searchsorted(ends, first)), max(64, 2 * step)
+    while number < len(ends):
+        borders = ends[number : number + size]
+        found = np.flatnonzero((borders - first) % step == 0)
+        if len(found):
+            end = int(borders[found[0]])
+            return end if end < ends[-1] else None
+        number += size
+    return None
 
 
 def ranges(counts: np.ndarray) -> np.ndarray:
@@ -131,22 +159,71 @@ def ranges(counts: np.ndarray) -> np.ndarray:
     return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
 
 
-def concatenate(parts: Sequence[Segments]) -> Segments:
-    """Put the rows of several layouts one after the other."""
-    first_segments = np.cumsum([0, *(part.offsets[-1] for part in parts)])
-    offsets = [part.offsets[1:] + first for part, first in zip(parts, first_segments, strict=False)]
-    return Segments(
-        np.concatenate([[0], *offsets]).astype(np.int64),
-        *(np.concatenate([part[field] for part in parts]).astype(np.int64) for field in range(1, 5)),
-    )
+class SegmentsBuilder:
+    """Collects the rows of many layouts in arrays that grow in place; to join them at the end would take twice the memory."""
+
+    def __init__(self, index: type[np.signedinteger]) -> None:
+        """
+        Args:
+            index: integer type for numbers of segments and examples.
+        """
+        self._arrays = [np.zeros(1, index), np.empty(0, index), *(np.empty(0, np.int32) for _ in range(3))]
+        self._used = [1, 0, 0, 0, 0]
+
+    @property
+    def rows(self) -> int:
+        """Rows so far."""
+        return self._used[0] - 1
+
+    def append(self, part: Segments) -> None:
+        """Add rows after those that are there."""
+        self._add(0, part.offsets[1:] + self._used[1])
+        for field in range(1, 5):
+            self._add(field, part[field])
+
+    def _add(self, field: int, values: np.ndarray) -> None:
+        array, used = self._arrays[field], self._used[field]
+        needed = used + len(values)
+        if needed > len(array):
+            array.resize(max(needed, len(array) + len(array) // GROWTH), refcheck=False)
+        array[used:needed] = values
+        self._used[field] = needed
+
+    def loss_tokens(self, first: int) -> np.ndarray:
+        """[rows] int64 tokens that the loss covers in each row from ``first`` on; none of them may be empty."""
+        offsets = self._arrays[0][first : self._used[0]]
+        part = self._arrays[4][offsets[0] : offsets[-1]]
+        return np.add.reduceat(part, offsets[:-1] - offsets[0], dtype=np.int64)
+
+    def build(self) -> Segments:
+        """Return all rows; nothing can be added any more."""
+        for array, used in zip(self._arrays, self._used, strict=True):
+            array.resize(used, refcheck=False)
+        return Segments(*self._arrays)
+
+
+def insert_empty_rows(segments: Segments, after: Sequence[int], rows: Sequence[int]) -> Segments:
+    """Insert empty rows.
+
+    Args:
+        segments: rows.
+        after: numbers of rows, each of them behind so many of ``segments``.
+        rows: how many to insert at each of these places.
+    """
+    if not any(rows):
+        return segments
+    places = np.repeat(after, rows)
+    return segments._replace(offsets=np.insert(segments.offsets, places + 1, segments.offsets[places]))
 
 
 def empty_rows(rows: int) -> Segments:
     """Return rows without segments."""
-    return Segments(np.zeros(rows + 1, np.int64), *np.empty((4, 0), np.int64))
+    return Segments(np.zeros(rows + 1, np.int64), *np.empty((4, 0), np.int32))
 
 
 def slice_rows(segments: Segments, start: int, stop: int) -> Segments:
     """Return the rows from ``start`` up to ``stop``."""
     offsets = segments.offsets[start : stop + 1]
-    return Segments(offsets - offsets[0], *(values[offsets[0] : offsets[-1]] for values in segments[1:]))
+    return Segments(
+        offsets - offsets[0] if offsets[0] else offsets, *(values[offsets[0] : offsets[-1]] for values in segments[1:])
+    )

@@ -6,37 +6,25 @@ the same plan without communication.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import tee
+from itertools import chain, pairwise
+from typing import Any
 
 import numpy as np
 
 from raysft.data.rows import mixture
 from raysft.data.rows import row_layouts as layouts
 from raysft.data.rows.batch_size import auto_batch_size
+from raysft.data.rows.epochs import Epoch, SourceLengths, lay_out_epochs, segment_index_type
 from raysft.data.rows.mixture import Mixing
-from raysft.data.rows.row_layouts import Layout, Segments
+from raysft.data.rows.row_layouts import Layout, Segments, SegmentsBuilder
 
-
-@dataclass(frozen=True)
-class SourceLengths:
-    """Lengths and weights of one source's examples."""
-
-    lengths: np.ndarray
-    """[examples] tokens."""
-    loss_tokens: np.ndarray
-    """[examples] tokens that the loss covers."""
-    shard_ends: np.ndarray
-    """[shards] index of the example after each shard's last."""
-    weight: float = 1.0
-    """Weight of the source in a mixture, relative to the others."""
-    example_weights: np.ndarray | None = None
-    """[examples] float32 weight of each example's tokens in the loss. Default: 1."""
-
-    def __len__(self) -> int:
-        return len(self.lengths)
+BLOCK = 1 << 20
+"""Segments that are looked at together where all of them would take too much memory."""
+STEP_SUMS = ("step_rows", "step_tokens", "step_loss_tokens", "step_squares", "step_weight")
+"""What a plan knows about each step. A stored plan keeps it, because it takes a look at all segments."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +62,8 @@ class RowPlan:
     @cached_property
     def step_rows(self) -> np.ndarray:
         """[steps] rows that are not empty."""
-        filled = np.concatenate([[0], np.cumsum(np.diff(self.segments.offsets) > 0)])
-        return np.diff(filled[self._step_edges(np.arange(self.steps + 1))])
+        offsets = self.segments.offsets
+        return _sums(lambda first, stop: np.diff(offsets[first : stop + 1]) > 0, self._step_edges)
 
     def consumed(self, steps: int) -> int:
         """Return the rows, without empty ones, of the first steps."""
@@ -89,27 +77,31 @@ class RowPlan:
     @cached_property
     def step_tokens(self) -> np.ndarray:
         """[steps] tokens without padding."""
-        return self._per_step(self.segments.stops - self.segments.starts)
+        return _sums(self._lengths, self._segment_edges)
 
     @cached_property
     def step_loss_tokens(self) -> np.ndarray:
         """[steps] tokens that the loss covers."""
-        return self._per_step(self.segments.loss_tokens)
+        return _sums(lambda first, stop: self.segments.loss_tokens[first:stop], self._segment_edges)
 
     @cached_property
     def step_squares(self) -> np.ndarray:
         """[steps] sum of squared segment lengths: twice the number of token pairs that attention compares."""
-        return self._per_step((self.segments.stops - self.segments.starts).astype(np.int64) ** 2)
+        return _sums(lambda first, stop: self._lengths(first, stop) ** 2, self._segment_edges)
 
     @cached_property
     def step_weight(self) -> np.ndarray:
         """[steps] float64 denominator of the loss: the weight of a step's loss tokens; their number if no example has a weight."""
-        return self.step_loss_tokens.astype(np.float64) if self.weights is None else self._per_step(self._loss_weights)
+        if self.weights is None:
+            return self.step_loss_tokens.astype(np.float64)
+        return _sums(self._loss_weights, self._segment_edges)
 
     def source_weight(self, step: int, sources: int) -> np.ndarray:
         """[sources] float64 weight of a step's loss tokens, by source."""
-        first, last = self.segments.offsets[self._step_edges(step)], self.segments.offsets[self._step_edges(step + 1)]
-        return np.bincount(self.sources[first:last], self._loss_weights[first:last], minlength=sources)
+        per_step = self.global_batch_size
+        rows = np.minimum([step * per_step, (step + 1) * per_step], self.rows)
+        first, stop = self.segments.offsets[rows].tolist()
+        return np.bincount(self.sources[first:stop], self._loss_weights(first, stop), minlength=sources)
 
     @property
     def packing_efficiency(self) -> float:
@@ -124,20 +116,46 @@ class RowPlan:
         start = self.epoch_ends[epoch - 1] if epoch else 0
         return float(epoch + (rows - start) / max(1, self.epoch_ends[epoch] - start))
 
-    @cached_property
-    def _loss_weights(self) -> np.ndarray:
-        """[segments] float64 weight of a segment's loss tokens."""
-        loss_tokens = self.segments.loss_tokens.astype(np.float64)
-        return loss_tokens if self.weights is None else loss_tokens * self.weights[self.segments.examples]
+    def _lengths(self, first: int, stop: int) -> np.ndarray:
+        """[segments] int64 tokens of some segments."""
+        return self.segments.stops[first:stop].astype(np.int64) - self.segments.starts[first:stop]
 
-    def _step_edges(self, steps: np.ndarray | int) -> np.ndarray:
-        """Row at which each step begins."""
-        return np.minimum(np.asarray(steps) * self.global_batch_size, self.rows)
+    def _loss_weights(self, first: int, stop: int) -> np.ndarray:
+        """[segments] float64 weight of the loss tokens of some segments."""
+        loss_tokens = self.segments.loss_tokens[first:stop].astype(np.float64)
+        return loss_tokens if self.weights is None else loss_tokens * self.weights[self.segments.examples[first:stop]]
 
-    def _per_step(self, values: np.ndarray) -> np.ndarray:
-        """[steps] sum of a value over the segments of each step."""
-        totals = np.concatenate([[0], np.cumsum(values, dtype=np.result_type(values, np.int64))])
-        return np.diff(totals[self.segments.offsets[self._step_edges(np.arange(self.steps + 1))]])
+    @property
+    def _step_edges(self) -> np.ndarray:
+        """[steps + 1] row at which each step begins, and the number of rows."""
+        return np.minimum(np.arange(self.steps + 1) * self.global_batch_size, self.rows)
+
+    @property
+    def _segment_edges(self) -> np.ndarray:
+        """[steps + 1] segment at which each step begins, and the number of segments."""
+        return self.segments.offsets[self._step_edges]
+
+
+def _sums(values: Callable[[int, int], np.ndarray], edges: np.ndarray) -> np.ndarray:
+    """Add values up between edges, as differences of a running total.
+
+    Args:
+        values: gives the values from one index up to another.
+        edges: [sums + 1] indices, ascending.
+
+    Returns:
+        [sums] int64, or float64 where the values are.
+    """
+    total: Any = 0
+    totals = [np.zeros(1, np.int64)]
+    blocks = np.unique([*np.searchsorted(edges, np.arange(0, edges[-1], BLOCK)), len(edges) - 1]).tolist()
+    for first, last in pairwise([0, *blocks]):
+        between = edges[first + 1 : last + 1] - edges[first]
+        block = values(int(edges[first]), int(edges[last]))
+        running = np.cumsum(np.concatenate([[total], block]), dtype=np.result_type(block, np.int64))
+        totals.append(running[between])
+        total = running[-1]
+    return np.diff(np.concatenate(totals))
 
 
 def rows_for_rank(rows: int, global_batch_size: int, step: int, worker: int, workers: int) -> np.ndarray:
@@ -183,77 +201,54 @@ def plan_rows(
         document_mask: keep the examples of a ``joined`` row apart; otherwise an example's first token is predicted too.
         shuffle: draw the order from the seed; otherwise keep that of the sources.
     """
-    firsts = np.cumsum([0, *map(len, sources)])
-    planned = _epochs(sources, firsts, capacity, seed if shuffle else None, epochs, layout, mixing, document_mask)
+    takes = mixture.mixture([len(source) for source in sources], [source.weight for source in sources], mixing)
+    builder = SegmentsBuilder(segment_index_type(sources, takes, epochs, capacity))
+    made = lay_out_epochs(builder, sources, takes, capacity, seed if shuffle else None, epochs, layout, document_mask)
+    known: list[Epoch] = []
     if global_batch_size is None:
-        planned, peeked = tee(planned)
-        global_batch_size = auto_batch_size(
-            np.concatenate([_row_loss_tokens(part) for part in parts]) for parts, _ in peeked
-        )
-        del peeked  # tee would keep every epoch for it
-    all_parts: list[Segments] = []
-    group_ends: list[int] = []
-    rows_of_epochs: list[int] = []
+        global_batch_size = auto_batch_size(_loss_tokens(builder, made, known))
+    used: list[Epoch] = []
+    starts: list[int] = []
     rows = 0
-    for parts, ends in planned:
-        start = -(-rows // global_batch_size) * global_batch_size
-        all_parts += [layouts.empty_rows(start - rows), *parts]
-        group_ends += [start + end for end in ends]
-        rows_of_epochs.append(ends[-1])
-        rows = start + ends[-1]
+    for epoch in chain(known, made):
+        starts.append(-(-rows // global_batch_size) * global_batch_size)
+        used.append(epoch)
+        rows = starts[-1] + epoch.rows
         if max_steps and rows > (max_steps - 1) * global_batch_size:
             break
-    segments = layouts.concatenate(all_parts)
-    segments = layouts.slice_rows(segments, 0, max_steps * global_batch_size if max_steps else rows)
+    padding = np.diff([each.start - start for each, start in zip(used, starts, strict=True)], prepend=0)
+    segments = layouts.insert_empty_rows(builder.build(), [each.start for each in used], (-padding).tolist())
+    segments = layouts.slice_rows(segments, 0, min(rows, max_steps * global_batch_size) if max_steps else rows)
     return RowPlan(
         segments=segments,
-        sources=(np.searchsorted(firsts, segments.examples, side="right") - 1).astype(np.int16),
+        sources=_sources_of(segments.examples, [len(source) for source in sources]),
         weights=_example_weights(sources),
         capacity=capacity,
         global_batch_size=global_batch_size,
-        group_ends=np.asarray(group_ends),
-        epoch_ends=np.cumsum(rows_of_epochs),
+        group_ends=np.concatenate([start + epoch.group_ends for epoch, start in zip(used, starts, strict=True)]),
+        epoch_ends=np.cumsum([epoch.rows for epoch in used]),
     )
 
 
-def _epochs(
-    sources: Sequence[SourceLengths],
-    firsts: np.ndarray,
-    capacity: int,
-    seed: int | None,
-    epochs: int,
-    layout: Layout,
-    mixing: Mixing,
-    document_mask: bool,
-) -> Iterator[tuple[list[Segments], list[int]]]:
-    """Yield the rows of each epoch, in parts, and the rows of that epoch at which a group of shards ends."""
-    lengths = np.concatenate([source.lengths for source in sources]).astype(np.int64)
-    loss_tokens = np.concatenate([source.loss_tokens for source in sources]).astype(np.int64)
-    takes = mixture.mixture([len(source) for source in sources], [source.weight for source in sources], mixing)
-    for epoch in range(epochs):
-        random = None if seed is None else np.random.default_rng([seed, epoch])
-        orders = [
-            first + mixture.order(source.shard_ends, take, random)
-            for first, source, take in zip(firsts, sources, takes, strict=False)
-        ]
-        groups = list(mixture.groups(orders, random))
-        if layout == "joined":
-            part = layouts.joined(np.concatenate(groups), lengths, capacity, document_mask)
-            ends = np.cumsum([lengths[group].sum() for group in groups]) / max(1, lengths[np.concatenate(groups)].sum())
-            yield [part], np.ceil(ends * (len(part.offsets) - 1)).astype(int).tolist()
-            continue
-        parts = [
-            layouts.packed(group, lengths, loss_tokens, capacity, random)
-            if layout == "packed"
-            else layouts.single(group, lengths, loss_tokens, capacity)
-            for group in groups
-        ]
-        yield parts, np.cumsum([len(part.offsets) - 1 for part in parts]).tolist()
+def _loss_tokens(builder: SegmentsBuilder, made: Iterator[Epoch], known: list[Epoch]) -> Iterator[np.ndarray]:
+    """Yield [rows] loss tokens of each epoch that is made, and remember the epoch."""
+    for epoch in made:
+        known.append(epoch)
+        yield builder.loss_tokens(epoch.start)
 
 
-def _row_loss_tokens(part: Segments) -> np.ndarray:
-    """[rows] tokens that the loss covers."""
-    return np.add.reduceat(part.loss_tokens, part.offsets[:-1])
+def _sources_of(examples: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """[segments] int16 number of the source.
+
+    Args:
+        examples: [segments] index of the example, over all sources in order.
+        sizes: examples in each source.
+    """
+    numbers, firsts = np.zeros(len(examples), np.int16), np.cumsum([0, *sizes])
+    for start in range(0, len(examples) if len(sizes) > 1 else 0, BLOCK):
+        block = slice(start, start + BLOCK)
+        numbers[block] = np.searchsorted(firsts, examples[block], side="right") - 1
+    return numbers
 
 
 def _example_weights(sources: Sequence[SourceLengths]) -> np.ndarray | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from raysft.data.rows import row_layouts as layouts
+from raysft.data.rows.mixture import index_type
+from raysft.data.rows.row_layouts import SegmentsBuilder
 from raysft.data.rows.row_plan import RowPlan
 
 
@@ -24,8 +26,13 @@ def splice(earlier: RowPlan, later: RowPlan, examples: int, sources: int, max_st
     skipped = int((-(-np.diff(ends[: done + 1]) // per_step) * per_step).sum())
     start = -(-earlier.rows // per_step) * per_step
     rest = layouts.slice_rows(later.segments, skipped, later.rows)
-    padding = layouts.empty_rows(start - earlier.rows)
-    segments = layouts.concatenate([earlier.segments, padding, rest._replace(examples=rest.examples + examples)])
+    kept = earlier.segments.examples
+    index = index_type(len(kept) + len(rest.examples) + examples + int(rest.examples.max(initial=0)) + 1)
+    builder = SegmentsBuilder(index)
+    for part in (earlier.segments, layouts.empty_rows(start - earlier.rows)):
+        builder.append(part)
+    builder.append(rest._replace(examples=rest.examples.astype(index) + examples))
+    segments = builder.build()
     numbers = np.concatenate([earlier.sources, later.sources[len(later.sources) - len(rest.examples) :] + sources])
     if max_steps:
         segments = layouts.slice_rows(segments, 0, max_steps * per_step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -30,8 +31,8 @@ class Manifest:
     directory: StoragePath
     shards: tuple[str, ...]
     """File names in ``directory``."""
-    shard_index: np.ndarray
-    """[examples] int32 index of the example's shard, non-decreasing."""
+    ends: np.ndarray
+    """[shards] index one past the last example of each shard."""
     lengths: np.ndarray
     """[examples] int32 tokens."""
     loss_tokens: np.ndarray
@@ -59,10 +60,6 @@ class Manifest:
 
     def __len__(self) -> int:
         return len(self.lengths)
-
-    def shard_ends(self) -> np.ndarray:
-        """[shards] index one past the last example of each shard."""
-        return np.searchsorted(self.shard_index, np.arange(len(self.shards)), side="right")
 
     def shard_paths(self) -> list[StoragePath]:
         """Paths of the shard files."""
@@ -145,45 +142,107 @@ def save_manifest(path: StoragePath, name: str, shards: Sequence[Shard]) -> None
     path.write(lambda stream: pq.write_table(table, stream, compression="zstd"))
 
 
+@dataclass(frozen=True)
+class ShardFiles:
+    """The files of a shard set."""
+
+    name: str
+    """Name of the source."""
+    directory: StoragePath
+    shards: tuple[str, ...]
+    """File names in ``directory``."""
+
+    @property
+    def key(self) -> str:
+        """Name of the set in the cache, which identifies its content."""
+        return self.directory.name
+
+    def paths(self) -> list[StoragePath]:
+        """Paths of the shard files."""
+        return [self.directory / shard for shard in self.shards]
+
+
+def load_shard_files(path: StoragePath) -> ShardFiles:
+    """Read which files a manifest lists, without its columns; raises as ``load_manifest``."""
+    with _named_errors(path):
+        metadata = _metadata(path.read(pq.read_schema))
+        return _existing(ShardFiles(metadata["name"], path.parent, tuple(metadata["shards"])))
+
+
+@contextmanager
+def _named_errors(path: StoragePath) -> Iterator[None]:
+    """Turn what goes wrong with a manifest into a line that says what to do."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise RequestError(
+            f"{path}: the tokenized data of this run is missing; restore data.cache, or choose another run.name"
+        ) from None
+    except RequestError:
+        raise
+    except (OSError, pa.ArrowException, KeyError, ValueError):
+        raise RequestError(
+            f"{path}: the manifest of tokenized shards is damaged; delete {path.parent} to have it written again"
+        ) from None
+
+
+def _existing(files: ShardFiles) -> ShardFiles:
+    present = files.directory.entries()
+    for shard in files.shards:
+        if shard not in present:
+            raise RequestError(
+                f"{files.directory}: shard {shard} is missing; delete the folder to have it written again"
+            )
+    return files
+
+
 def load_manifest(path: StoragePath, reused: bool = False) -> Manifest:
     """Read a manifest.
 
     Raises:
         RequestError: the manifest or one of its shards is missing or damaged.
     """
-    try:
+    with _named_errors(path):
         table = read_table(path)
         metadata = _metadata(table.schema)
-    except FileNotFoundError:
-        raise RequestError(
-            f"{path}: the tokenized data of this run is missing; restore data.cache, or choose another run.name"
-        ) from None
-    except (OSError, pa.ArrowException, KeyError, ValueError):
-        raise RequestError(
-            f"{path}: the manifest of tokenized shards is damaged; delete {path.parent} to have it written again"
-        ) from None
-    files = path.parent.entries()
-    for shard in metadata["shards"]:
-        if shard not in files:
-            raise RequestError(f"{path.parent}: shard {shard} is missing; delete the folder to have it written again")
-    return Manifest(
-        name=metadata["name"],
-        directory=path.parent,
-        shards=tuple(metadata["shards"]),
-        shard_index=table["shard"].to_numpy(),
-        lengths=table["length"].to_numpy(),
-        loss_tokens=table["loss_tokens"].to_numpy(),
-        records=metadata["records"],
-        rejected=tuple(Rejected(**item) for item in metadata["rejected"]),
-        dropped=tuple(Rejected(**item) for item in metadata["dropped"]),
-        counts=metadata["counts"],
-        largest_token=tuple(metadata["largest_token"]),
-        turns=Counter({TurnObservation(*turn): count for *turn, count in metadata["turns"]}),
-        formats=tuple(metadata["formats"]),
-        weights=table["weight"].to_numpy() if "weight" in table.column_names else None,
-        key=path.parent.name,
-        reused=reused,
-    )
+        columns: dict[str, np.ndarray] = {}
+        for name in table.column_names:
+            columns[name] = (
+                _shard_ends(table[name], len(metadata["shards"])) if name == "shard" else table[name].to_numpy()
+            )
+            table = table.drop_columns(name)  # so that no more than one column is in memory twice
+        files = _existing(ShardFiles(metadata["name"], path.parent, tuple(metadata["shards"])))
+        return Manifest(
+            name=files.name,
+            directory=files.directory,
+            shards=files.shards,
+            ends=columns["shard"],
+            lengths=columns["length"],
+            loss_tokens=columns["loss_tokens"],
+            records=metadata["records"],
+            rejected=tuple(Rejected(**item) for item in metadata["rejected"]),
+            dropped=tuple(Rejected(**item) for item in metadata["dropped"]),
+            counts=metadata["counts"],
+            largest_token=tuple(metadata["largest_token"]),
+            turns=Counter({TurnObservation(*turn): count for *turn, count in metadata["turns"]}),
+            formats=tuple(metadata["formats"]),
+            weights=columns.get("weight"),
+            key=files.key,
+            reused=reused,
+        )
+
+
+def _shard_ends(column: pa.ChunkedArray, shards: int) -> np.ndarray:
+    """[shards] int64 index one past the last example of each shard.
+
+    Args:
+        column: [examples] index of the example's shard.
+        shards: number of shards.
+    """
+    sizes = np.zeros(shards, np.int64)
+    for chunk in column.chunks:
+        sizes += np.bincount(chunk.to_numpy(), minlength=shards)
+    return np.cumsum(sizes)
 
 
 def write_prompts(
@@ -213,7 +272,7 @@ def _prompts(manifest: Manifest, max_examples: int | None) -> Iterator[pa.Table]
     # Similar records often stand next to each other in a file, so the first N would not be representative.
     count = min(max_examples or len(manifest), len(manifest))
     selected = np.linspace(0, len(manifest) - 1, count).round().astype(np.int64)
-    ends = manifest.shard_ends()
+    ends = manifest.ends
     for shard, path in enumerate(manifest.shard_paths()):
         first = int(ends[shard - 1]) if shard else 0
         in_shard = selected[(selected >= first) & (selected < ends[shard])] - first
