@@ -90,7 +90,7 @@ class PackedDataset:
 
         return epoch(self) == epoch(other)
 
-    @property
+    @cached_property
     def row_plan(self) -> RowPlan:
         """The order of all rows."""
         return self._planned.row_plan
