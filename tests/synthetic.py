@@ -45,8 +45,7 @@ def write_set(
         chosen = slice(first, first + shard_examples)
         name = f"{number:06d}.parquet"
         if with_tokens:
-            part = _table(source, first, lengths[chosen])
-            (place / name).write(partial(pq.write_table, part))
+            write_shard(place / name, source, first, lengths[chosen])
         else:
             (place / name).write_bytes(b"")
         of_shard = lengths[chosen].astype(np.int32)
@@ -70,10 +69,18 @@ def write_set(
     return (place / "manifest.parquet").location
 
 
-def _table(source: int, first: int, lengths: np.ndarray) -> pa.Table:
+def write_shard(path: StoragePath, source: int, first: int, lengths: np.ndarray) -> None:
+    """Write a shard.
+
+    Args:
+        path: file to write.
+        source: as ``write_set`` takes it.
+        first: number of its first example.
+        lengths: [examples] tokens.
+    """
     made = [tokens(source, first + index, int(length)) for index, length in enumerate(lengths)]
     records = [f"{source}.jsonl:{first + index}" for index in range(len(lengths))]
-    return pa.table(
+    table = pa.table(
         {
             "input_ids": pa.array([ids for ids, _ in made], pa.list_(pa.int32())),
             "labels": pa.array([labels for _, labels in made], pa.list_(pa.int32())),
@@ -81,3 +88,4 @@ def _table(source: int, first: int, lengths: np.ndarray) -> pa.Table:
             "record": pa.array(records),
         }
     )
+    path.write(partial(pq.write_table, table))

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
 
 from raysft.config import Config
-from raysft.errors import RequestError, RunFailed
+from raysft.errors import RunFailed
 from raysft.generate import engine_pool, metrics
 from raysft.generate.engines import check_engine, check_suitable
-from raysft.generate.prediction_store import PredictionStore, fingerprint
+from raysft.generate.prediction_store import PredictionStore, Stored, fingerprint
 from raysft.generate.progress import GenerationProgress
-from raysft.generate.ray_pipeline import ModelPrompts, completions, without
+from raysft.generate.prompts import ModelPrompts, Prompts
+from raysft.generate.ray_pipeline import completions
 from raysft.models.weight_files import check_weights
 from raysft.storage.json_files import read_jsonl
 from raysft.storage.local_cache import model_copy
-
-COLUMNS = ("id", "source", "prompt", "input_ids", "label")
 
 
 @dataclass(frozen=True)
@@ -74,24 +71,27 @@ def generate(
     """
     metrics.check(config)
     check_engine(config)
-    table = _read_prompts(Path(prompts))
-    predictions = [_Predictions(config, output, Path(prompts), table, shown=progress) for output in outputs]
+    read = Prompts.read(Path(prompts))
+    predictions = [
+        _Predictions(config, each, read, fingerprint(config, each.model, Path(prompts)), shown=progress)
+        for each in outputs
+    ]
     for each in predictions:
         if each.facts is None:
             check_weights(model_copy(each.output.model), each.output.model)
             check_suitable(config, each.output.model)
-    _generate_missing(config, table, predictions, notify)
+    _generate_missing(config, read, predictions, notify)
     return [row for each in predictions for row in each.score()]
 
 
 def _generate_missing(
-    config: Config, table: pa.Table, predictions: Sequence[_Predictions], notify: Callable[[str], None]
+    config: Config, prompts: Prompts, predictions: Sequence[_Predictions], notify: Callable[[str], None]
 ) -> None:
     """Generate what the outputs lack, and finish each as soon as it is complete."""
     unfinished = [each for each in predictions if each.facts is None]
     with contextlib.ExitStack() as stack:
-        asked = [ModelPrompts(each.output.model, stack.enter_context(each).missing()) for each in unfinished]
-        batches = stack.enter_context(contextlib.closing(completions(config, asked, _end_tokens(table))))
+        asked = [stack.enter_context(each).missing() for each in unfinished]
+        batches = stack.enter_context(contextlib.closing(completions(config, asked, prompts.end_tokens)))
         for each in predictions:
             notify(f"generating with {each.output.described}")
             if each not in unfinished:
@@ -110,24 +110,29 @@ def _generate_missing(
 class _Predictions:
     """The predictions of one output, while they are generated; a context that keeps its file open.
 
+    Of a prediction it remembers where it is stored, not what it says.
+
     Attributes:
         facts: runtime and speed of the call that wrote the output; None until it is complete.
     """
 
-    def __init__(self, config: Config, output: Output, prompts: Path, table: pa.Table, *, shown: bool) -> None:
-        self._config, self.output, self._table, self._shown = config, output, table, shown
-        self._store = PredictionStore(output.path, fingerprint(config, output.model, prompts))
-        self._entries: dict[str, dict[str, Any]] = {}
+    def __init__(self, config: Config, output: Output, prompts: Prompts, fingerprint: str, *, shown: bool) -> None:
+        self._config, self.output, self._prompts, self._shown = config, output, prompts, shown
+        self._store = PredictionStore(output.path, fingerprint)
+        self._places = np.full(len(prompts), -1, np.int64)
+        self._cut = np.zeros(len(prompts), bool)
+        self._errors: dict[int, str] = {}
+        self._done = 0
         self.facts = self._store.finished()
 
     def __enter__(self) -> _Predictions:
         # Retry what failed before: memory may have run out for another reason.
-        self._entries = {id: entry for id, entry in self._store.open().items() if not entry["error"]}
+        self._remember([entry for entry in self._store.open() if not entry.error])
         use_gpu = self._config.scaling.use_gpu
         self.progress = GenerationProgress(
             self.output.path.stem,
-            total=self._table.num_rows,
-            done=len(self._entries),
+            total=len(self._prompts),
+            done=self._done,
             waiting=lambda: engine_pool.free_now(use_gpu),
             shown=self._shown,
         )
@@ -136,13 +141,22 @@ class _Predictions:
     def __exit__(self, *_: object) -> None:
         self._store.close()
 
-    def missing(self) -> pa.Table:
+    def _remember(self, entries: Sequence[Stored]) -> None:
+        for entry in entries:
+            number = self._prompts.index[entry.id]
+            self._done += self._places[number] < 0
+            self._places[number], self._cut[number] = entry.place, entry.cut
+            self._errors.pop(number, None)
+            if entry.error:
+                self._errors[number] = entry.error
+
+    def missing(self) -> ModelPrompts:
         """Return the prompts without a prediction."""
-        return without(self._table, self._entries)
+        return ModelPrompts.all(self.output.model, self._prompts).without(self._places >= 0)
 
     @property
     def is_complete(self) -> bool:
-        return len(self._entries) == self._table.num_rows
+        return self._done == len(self._prompts)
 
     def add(self, batch: list[dict[str, Any]]) -> None:
         """Store a batch of predictions, and write the output if they are the last.
@@ -150,8 +164,7 @@ class _Predictions:
         Raises:
             RunFailed: all prompts failed.
         """
-        self._store.append(batch)
-        self._entries.update((entry["id"], entry) for entry in batch)
+        self._remember(self._store.append(batch))
         self.progress.advance(len(batch), sum(entry["tokens"] for entry in batch), batch[0]["seconds"])
         if self.is_complete:
             self.finish()
@@ -164,26 +177,37 @@ class _Predictions:
         """
         if self.facts is not None:
             return
-        entries = self._entries
-        if entries and all(entry["error"] for entry in entries.values()):
-            raise RunFailed(f"generation failed: {next(iter(entries.values()))['error']}")
+        failed = len(self._errors)
+        if failed and failed == self._done:
+            raise RunFailed(f"generation failed: {next(iter(self._errors.values()))}")
         facts = {
             "runtime": round(self.progress.seconds, 3),
             "tokens_per_second": round(self.progress.tokens_per_second, 3),
         }
-        failed = sum(1 for entry in entries.values() if entry["error"])
-        self._store.finish(_rows(self._table, entries), facts, failed)
+        self._store.finish(self._rows(), facts, failed)
         self.facts = facts
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        """The predictions in the order of the prompts, with the columns of the output."""
+        for text, place in zip(self._prompts.texts(), self._places.tolist(), strict=True):
+            entry = self._store.entry(place)
+            yield {
+                "prompt": text["prompt"],
+                "predict": entry["predict"],
+                "label": text["label"],
+                "id": text["id"],
+                "source": text["source"],
+                **{key: entry[key] for key in ("tokens", "stop", "error") if entry[key]},
+            }
 
     def warn(self) -> None:
         """Say on stderr which prompts failed or were cut."""
-        name, total = self.output.path.stem, self._table.num_rows
-        failed = [entry for entry in self._entries.values() if entry["error"]]
-        if failed:
-            print(f"{name}: {len(failed)} of {total} prompts failed, the first of them {failed[0]['id']}: "
-                  f"{failed[0]['error']}; generate again to retry them", file=sys.stderr)  # fmt: skip
-        cut = sum(1 for entry in self._entries.values() if entry["cut"])
-        if cut:
+        name, total = self.output.path.stem, len(self._prompts)
+        if self._errors:
+            number, error = next(iter(self._errors.items()))
+            print(f"{name}: {len(self._errors)} of {total} prompts failed, the first of them {self._prompts.ids[number]}: "
+                  f"{error}; generate again to retry them", file=sys.stderr)  # fmt: skip
+        if cut := int(self._cut.sum()):
             print(f"{name}: {cut} of {total} prompts lost their beginning, because they exceed the model's positions "
                   f"with generate.max_new_tokens={self._config.generate.max_new_tokens}; lower it", file=sys.stderr)  # fmt: skip
 
@@ -193,41 +217,7 @@ class _Predictions:
         role, facts = self.output.role, self.facts
         speed = facts["tokens_per_second"]
         return [
-            *metrics.score(self._config, list(read_jsonl(self.output.path)), role),
+            *metrics.score(self._config, read_jsonl(self.output.path), role),
             metrics.MetricRow("runtime", None, role, facts["runtime"], unit="seconds", higher_is_better=False),
             metrics.MetricRow("tokens_per_second", None, role, speed, unit="tokens/second", higher_is_better=True),
         ]
-
-
-def _read_prompts(path: Path) -> pa.Table:
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise RequestError(f"{path}: the prompts cannot be read as Parquet ({error}); write them again") from None
-    missing = [column for column in COLUMNS if column not in table.column_names]
-    if missing:
-        raise RequestError(f"{path}: the prompts lack the column {missing[0]!r} (of {table.column_names}); add it")
-    if len(set(table["id"].to_pylist())) != table.num_rows:
-        raise RequestError(f"{path}: two of {table.num_rows} prompts have the same id; make the ids unique")
-    return table.select(list(COLUMNS))
-
-
-def _end_tokens(prompts: pa.Table) -> list[int]:
-    """Read the tokens that end an answer from the metadata of the prompts."""
-    return json.loads((prompts.schema.metadata or {}).get(b"end_tokens", b"[]"))
-
-
-def _rows(table: pa.Table, entries: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Put the predictions in the order of the prompts, with the columns of the output."""
-    columns = (table[column].to_pylist() for column in ("prompt", "label", "id", "source"))
-    return [
-        {
-            "prompt": prompt,
-            "predict": entries[id]["predict"],
-            "label": label,
-            "id": id,
-            "source": source,
-            **{key: entries[id][key] for key in ("tokens", "stop", "error") if entries[id][key]},
-        }
-        for prompt, label, id, source in zip(*columns, strict=True)
-    ]

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from raysft.config import Config
 from raysft.models.adapter_files import adapter_base
 from raysft.models.fingerprint import model_fingerprint, tokenizer_fingerprint
-from raysft.storage.json_files import read_jsonl, write_json, write_jsonl
+from raysft.storage.json_files import write_json, write_jsonl
 from raysft.storage.local_cache import model_copy
 
 _WITHOUT_EFFECT = {
@@ -40,6 +42,21 @@ def fingerprint(config: Config, model: str, prompts: Path) -> str:
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
 
 
+class Stored(NamedTuple):
+    """An entry in the partial file, which is read again when the output is written."""
+
+    id: str
+    place: int
+    """Where its line begins."""
+    error: str
+    cut: bool
+    """True if the prompt lost its beginning."""
+
+    @classmethod
+    def of(cls, entry: dict[str, Any], place: int) -> Stored:
+        return cls(entry["id"], place, entry.get("error") or "", bool(entry.get("cut")))
+
+
 class PredictionStore:
     """Files of one output: ``.{name}.partial`` while it grows, then ``output`` and ``.{name}.done``.
 
@@ -52,6 +69,7 @@ class PredictionStore:
         self._done = output.with_name(f".{output.name}.done")
         self._fingerprint = fingerprint
         self._file: Any = None
+        self._written: Any = None
 
     def finished(self) -> dict[str, Any] | None:
         """Return the facts of the call that wrote ``output`` if it is complete and none of its prompts failed, else None."""
@@ -66,53 +84,76 @@ class PredictionStore:
         same = facts.get("fingerprint") == self._fingerprint and facts.get("bytes") == self._output.stat().st_size
         return facts if same and not facts.get("failed") else None
 
-    def open(self) -> dict[str, dict[str, Any]]:
-        """Start or continue; returns the entries that exist already, by id."""
+    def open(self) -> list[Stored]:
+        """Start or continue; returns the entries that exist already, in the order in which they came."""
         self._output.parent.mkdir(parents=True, exist_ok=True)
-        entries = self._read()
-        self._file = self._partial.open("a" if entries is not None else "w", encoding="utf-8")
+        entries = self._stored()
+        self._file = self._partial.open("ab" if entries is not None else "wb")
         if entries is None:
             self._write([{"fingerprint": self._fingerprint}])
-        return entries or {}
+        self._written = self._partial.open("rb")
+        return entries or []
 
-    def append(self, entries: Sequence[dict[str, Any]]) -> None:
+    def append(self, entries: Sequence[dict[str, Any]]) -> list[Stored]:
         """Add entries (each with an ``id``); once this returns, they survive a crash of the machine."""
-        self._write(entries)
+        places = self._write(entries)
+        return [Stored.of(entry, place) for entry, place in zip(entries, places, strict=True)]
+
+    def entry(self, place: int) -> dict[str, Any]:
+        """Read an entry again."""
+        self._written.seek(place)
+        return json.loads(self._written.readline())
 
     def close(self) -> None:
         """Close the partial file and keep it."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        for file in (self._file, self._written):
+            if file is not None:
+                file.close()
+        self._file = self._written = None
 
-    def finish(self, rows: list[dict[str, Any]], facts: dict[str, Any], failed: int = 0) -> None:
+    def finish(self, rows: Iterable[dict[str, Any]], facts: dict[str, Any], failed: int = 0) -> None:
         """Write ``output`` atomically, mark it complete, and remove the partial file.
 
         Args:
+            rows: the output, line by line; they may be made of what ``entry`` reads.
+            facts: about the call.
             failed: number of entries that the next call retries; the partial file stays for it.
         """
-        self.close()
         write_jsonl(self._output, rows)
+        self.close()
         size = self._output.stat().st_size
         write_json(self._done, {**facts, "fingerprint": self._fingerprint, "bytes": size, "failed": failed})
         if not failed:
             self._partial.unlink(missing_ok=True)
 
-    def _read(self) -> dict[str, dict[str, Any]] | None:
-        """Read the entries of this fingerprint and cut off a torn last line; None if there are none to continue from."""
+    def _stored(self) -> list[Stored] | None:
+        """Find the entries of this fingerprint and cut off a torn last line; None if there are none to continue from."""
         if not self._partial.exists():
             return None
-        content = self._partial.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole != len(content):  # or the next entry would be appended to the torn one
-            os.truncate(self._partial, whole)
+        entries: list[Stored] = []
+        place, same = 0, False
         try:
-            header, *entries = list(read_jsonl(self._partial))
-            return {entry["id"]: entry for entry in entries} if header["fingerprint"] == self._fingerprint else None
-        except (ValueError, TypeError, KeyError):
+            with self._partial.open("rb") as file:
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    value = json.loads(line)
+                    if place:
+                        entries.append(Stored.of(value, place))
+                    else:
+                        same = value["fingerprint"] == self._fingerprint
+                    place += len(line)
+        except (ValueError, TypeError, KeyError, AttributeError):
             return None
+        if place != self._partial.stat().st_size:  # or the next entry would be appended to the torn one
+            os.truncate(self._partial, place)
+        return entries if same else None
 
-    def _write(self, entries: Sequence[dict[str, Any]]) -> None:
-        self._file.write("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+    def _write(self, entries: Sequence[dict[str, Any]]) -> list[int]:
+        """Append lines; returns where each begins."""
+        lines = [(json.dumps(entry, ensure_ascii=False) + "\n").encode() for entry in entries]
+        places = self._file.tell() + np.cumsum([0, *map(len, lines)])[:-1]
+        self._file.write(b"".join(lines))
         self._file.flush()
         os.fsync(self._file.fileno())
+        return places.tolist()

@@ -6,8 +6,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Container, Generator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -23,6 +22,7 @@ from raysft.errors import RunFailed
 from raysft.generate import engine_pool
 from raysft.generate.engine_actor import EngineActor, batch_row
 from raysft.generate.engines import batching
+from raysft.generate.prompts import ModelPrompts
 
 RESTARTS = 3
 """How often an engine is restarted after its process died, whichever model it has loaded."""
@@ -35,16 +35,6 @@ _Entries = list[dict[str, Any]]
 _Read = Callable[[_Entries], tuple[int, _Entries]]
 STALL_SECONDS = 60.0
 """Time without a batch (and at least three times the longest batch so far) after which the engines of a dead node are given up."""
-
-
-@dataclass(frozen=True)
-class ModelPrompts:
-    """Prompts that one model completes."""
-
-    model: str
-    """Location of a model or an adapter."""
-    prompts: pa.Table
-    """Columns id and input_ids."""
 
 
 def completions(
@@ -77,11 +67,11 @@ def _on_living_nodes(
 ) -> Generator[tuple[int, _Entries], None, None]:
     """Send the prompts through a pool of engines, and what is missing through another whenever nodes have died."""
     shrinks = False
-    while any(each.prompts.num_rows for each in asked):
-        nodes_at_start, done = _alive_ids(), [set[str]() for _ in asked]
+    while any(map(len, asked)):
+        nodes_at_start, done = _alive_ids(), [np.zeros(len(each.prompts), bool) for each in asked]
         try:
             for index, entries in _pass(config, asked, ends, nodes_at_start, shrinks):
-                done[index].update(entry["id"] for entry in entries)
+                done[index][[asked[index].prompts.index[entry["id"]] for entry in entries]] = True
                 yield index, entries
             return
         except RayError as error:
@@ -90,10 +80,8 @@ def _on_living_nodes(
                 reason = str(error).partition("The actor is dead because ")[2] or str(error)
                 raise _failed(reason, config, died=True) from error
         shrinks = True
-        asked = [
-            replace(each, prompts=without(each.prompts, finished)) for each, finished in zip(asked, done, strict=True)
-        ]
-        nodes, left = f"{dead} node{'' if dead == 1 else 's'}", sum(each.prompts.num_rows for each in asked)
+        asked = [each.without(finished) for each, finished in zip(asked, done, strict=True)]
+        nodes, left = f"{dead} node{'' if dead == 1 else 's'}", sum(map(len, asked))
         print(f"generate: {nodes} died; continuing with {left} prompts on the others", file=sys.stderr)
 
 
@@ -101,18 +89,13 @@ def _alive_ids() -> set[str]:
     return {node.id for node in alive_nodes()}
 
 
-def without(prompts: pa.Table, done: Container[str]) -> pa.Table:
-    """Filter out the prompts that are done."""
-    return prompts.filter(pa.array([id not in done for id in prompts["id"].to_pylist()], pa.bool_()))
-
-
 def _pass(
     config: Config, asked: Sequence[ModelPrompts], ends: Sequence[int], nodes_at_start: set[str], shrinks: bool
 ) -> Generator[tuple[int, _Entries], None, None]:
     """Send all prompts through one pool of engines."""
-    number = sum(math.ceil(each.prompts.num_rows / min(config.generate.batch_size, WORTH)) for each in asked)
+    number = sum(math.ceil(len(each) / min(config.generate.batch_size, WORTH)) for each in asked)
     pool = engine_pool.size_pool(config, alive_nodes(), number, shrinks)
-    batches = [_batches(each.prompts, _block_size(config, each, pool)) for each in asked]
+    batches = [each.batches(_block_size(config, each, pool)) for each in asked]
     with engine_pool.quiet_ray_data():
         pipeline = _by_vllm if config.generate.engine == "vllm" else _by_actors
         dataset, read = pipeline(config, [each.model for each in asked], ends, batches, pool)
@@ -132,14 +115,14 @@ def _block_size(config: Config, asked: ModelPrompts, pool: engine_pool.Pool) -> 
     if config.generate.engine == "transformers" and batching(config, asked.model) == "continuous":
         most = SUPPLY * size
     # Keep enough batches for every engine.
-    return min(most, max(min(size, WORTH), math.ceil(asked.prompts.num_rows / pool.engines)))
+    return min(most, max(min(size, WORTH), math.ceil(len(asked) / pool.engines)))
 
 
 def _by_actors(
     config: Config,
     models: Sequence[str],
     ends: Sequence[int],
-    batches: Sequence[Sequence[pa.Table]],
+    batches: Sequence[Iterator[pa.Table]],
     pool: engine_pool.Pool,
 ) -> tuple[ray.data.Dataset, _Read]:
     """Build a pipeline with the engines of this package, and the function that reads its rows."""
@@ -150,8 +133,9 @@ def _by_actors(
         index = int(rows[0]["model"])
         return index, [{key: value for key, value in row.items() if key != "model"} for row in rows]
 
-    rows = [batch_row(batch, index) for index, of_model in enumerate(batches) for batch in of_model]
-    dataset = ray.data.from_arrow(rows).map_batches(
+    # One at a time into the object store, so that this process never holds the tokens of all prompts.
+    rows = [ray.put(batch_row(batch, index)) for index, of_model in enumerate(batches) for batch in of_model]
+    dataset = ray.data.from_arrow_refs(cast(Any, rows)).map_batches(
         EngineActor,
         fn_constructor_args=(config, models, ends, pool.engines_per_node),
         # Ray Data takes a number alone for GPUs, and to reach it merges blocks.
@@ -174,7 +158,7 @@ def _by_vllm(
     config: Config,
     models: Sequence[str],
     ends: Sequence[int],
-    batches: Sequence[Sequence[pa.Table]],
+    batches: Sequence[Iterator[pa.Table]],
     pool: engine_pool.Pool,
 ) -> tuple[ray.data.Dataset, _Read]:
     """Build a pipeline with vLLM for one model, and the function that reads its rows."""
@@ -189,7 +173,7 @@ def _by_vllm(
             raise _failed(entries[0]["error"], config)
         return 0, entries
 
-    return vllm.completed(config, vllm_model, of_model, pool, RESTARTS), read
+    return vllm.completed(config, vllm_model, list(of_model), pool, RESTARTS), read
 
 
 class _StallGuard:
@@ -219,20 +203,6 @@ class _StallGuard:
             if waited > max(STALL_SECONDS, 3 * self._longest) and not self._nodes_at_start <= _alive_ids():
                 ray.kill(self._pipeline)
                 return
-
-
-def _batches(prompts: pa.Table, size: int) -> list[pa.Table]:
-    """Group prompts of similar length, longest first.
-
-    Similar lengths leave little padding. With the longest first, a lack of memory shows early, and the last batches, for which
-    some engines wait for others, are short. A batch that is not full comes first, because the longest prompts differ most in
-    length.
-    """
-    lengths = np.asarray(pa.compute.list_value_length(prompts["input_ids"]))  # pyright: ignore
-    order = np.argsort(-lengths, kind="stable")
-    ordered = prompts.select(["id", "input_ids"]).take(pa.array(order))
-    ends = range(ordered.num_rows % size or size, ordered.num_rows + 1, size)
-    return [ordered.slice(max(0, end - size), min(size, end)).combine_chunks() for end in ends]
 
 
 def _failed(reason: str, config: Config, *, died: bool = False) -> RunFailed:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raysft.config import Config, load, parse
-from raysft.data.shards.manifest import write_prompts
+from raysft.data.shards.prompts import write_prompts
 from raysft.errors import RequestError, StorageFailed
 from raysft.run.context import RunContext, open_run
 from raysft.run.tracking import run_trackers

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from raysft.config import Config
-from raysft.data.shards.manifest import write_prompts
+from raysft.data.shards.prompts import write_prompts
 from raysft.data.tokenization.turn_ends import merge_counts, stop_token_ids
 from raysft.errors import RequestError
 from raysft.run.inputs import check_tokens
@@ -58,6 +58,6 @@ def predict(config: Config) -> RunDirectory:
 
 def _largest_tokens(prompts: Path) -> Iterator[tuple[int, str]]:
     """Yield the largest token id of each prompt, and its name."""
-    table = pq.read_table(prompts, columns=["id", "input_ids"])
-    for name, ids in zip(table["id"].to_pylist(), table["input_ids"], strict=True):
-        yield int(np.max(ids.values.to_numpy(), initial=0)), f"prompt {name}"
+    for batch in pq.ParquetFile(prompts).iter_batches(columns=["id", "input_ids"]):
+        for name, ids in zip(batch["id"].to_pylist(), batch["input_ids"], strict=True):
+            yield int(np.max(ids.values.to_numpy(), initial=0)), f"prompt {name}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,15 @@ def append_json(path: Path, value: Mapping[str, Any]) -> None:
         file.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write one JSON object per line, atomically, not ASCII-escaped."""
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write one JSON object per line, atomically, not ASCII-escaped; rows are taken one at a time."""
+
+    def write(stream: Any) -> None:
+        for row in rows:
+            line = json.dumps(row, ensure_ascii=False) + "\n"
+            stream.write(line.encode("utf-8", errors="backslashreplace"))  # as in ``write_atomically``
+
+    StoragePath.of(path).write(write)
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:

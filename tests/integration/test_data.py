@@ -296,3 +296,38 @@ def test_small_data_becomes_the_same_shards_in_the_driver(tmp_path, model, monke
         ]
     assert made["driver"] == made["cluster"]
     assert sum(table.num_rows for table, _ in made["driver"]) == 940
+
+
+@pytest.mark.parametrize("task_workers", [64, 1])
+def test_the_split_of_ray_gives_each_worker_its_rows_in_order(tmp_path, monkeypatch, task_workers):
+    """Also where several tasks read the rows of the same steps, as with hundreds of workers."""
+    import threading
+
+    import numpy as np
+
+    from raysft.data.rows import ray_stream
+    from raysft.data.rows.packed_dataset import PackedDataset
+    from tests.synthetic import write_set
+
+    monkeypatch.setattr(ray_stream, "TASK_WORKERS", task_workers)
+    monkeypatch.setattr(ray_stream, "BLOCK_TOKENS", 256)
+    lengths = np.random.default_rng(0).integers(2, 60, 300)
+    rows = PackedDataset((write_set(tmp_path / "a", lengths, shard_examples=50),), 64, 6, epochs=2)
+    workers, first = 3, 2
+    splits = rows.dataset(first, workers).streaming_split(workers, equal=True)
+    found: dict[int, list] = {}
+
+    def read(worker: int) -> None:
+        tables = splits[worker].iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+        found[worker] = list(rows.batches(tables, workers))
+
+    threads = [threading.Thread(target=read, args=(worker,)) for worker in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    for worker in range(workers):
+        expected = list(rows.steps(first, worker, workers))
+        assert len(found[worker]) == len(expected) == rows.row_plan.steps - first
+        for ours, theirs in zip(found[worker], expected, strict=True):
+            assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)

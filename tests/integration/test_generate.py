@@ -24,6 +24,7 @@ from raysft.generate.engines import Completion
 from raysft.generate.engines.sampling import choose_tokens
 from raysft.generate.engines.static import TransformersEngine
 from raysft.generate.prediction_store import PredictionStore
+from raysft.generate.prompts import ModelPrompts, Prompts
 from raysft.storage.json_files import read_jsonl
 from tests.processes import children_named
 from tests.tiny import tiny_model
@@ -135,7 +136,7 @@ def test_continuous_batches_are_supplied_with_several_at_a_time(
 ):
     append, written = PredictionStore.append, []
     monkeypatch.setattr(
-        PredictionStore, "append", lambda self, entries: (written.append(len(entries)), append(self, entries))
+        PredictionStore, "append", lambda self, entries: (written.append(len(entries)), append(self, entries))[1]
     )
     settings = config(batching="continuous", batch_size=batch_size, num_actors=engines)
     output = tmp_path / "out.jsonl"
@@ -187,7 +188,7 @@ def test_a_prompt_that_failed_is_tried_again_by_the_next_call(model, prompts, tm
     output, completions, asked = tmp_path / "out.jsonl", batch_inference.completions, []
 
     def without_memory(config, models, ends):
-        asked.append(models[0].prompts["id"].to_pylist())
+        asked.append(models[0].ids)
         for index, batch in completions(config, models, ends):
             failed = {"predict": "", "error": "no memory"} if len(asked) == 1 else {}
             yield index, [{**each, **failed} if each["id"] == "q:2" else each for each in batch]
@@ -298,8 +299,8 @@ def test_metrics_of_many_predictions_are_the_same_from_tasks(monkeypatch):
 
     every = config(metrics=list(metrics.BUILTIN_METRICS))
     here = metrics.score(every, rows(PAIRS * 20, sources=("x", "y")))
-    monkeypatch.setattr("raysft.generate.metrics.scoring.PARALLEL_FROM", 1)
-    monkeypatch.setattr("raysft.generate.metrics.scoring._BLOCK", 33)
+    monkeypatch.setattr("raysft.generate.metrics.blocks.PARALLEL_FROM", 1)
+    monkeypatch.setattr("raysft.generate.metrics.blocks._BLOCK", 33)
     assert metrics.score(every, rows(PAIRS * 20, sources=("x", "y"))) == here
 
 
@@ -307,7 +308,7 @@ def test_metrics_of_many_predictions_are_the_same_from_tasks(monkeypatch):
 def test_a_metric_that_fails_in_a_task_is_one_line(monkeypatch):
     from tests.unit.test_metrics import rows
 
-    monkeypatch.setattr("raysft.generate.metrics.scoring.PARALLEL_FROM", 1)
+    monkeypatch.setattr("raysft.generate.metrics.blocks.PARALLEL_FROM", 1)
     with pytest.raises(RunFailed, match=r"^generate.metrics: 'rouge' failed: .*NoneType") as failed:
         metrics.score(config(metrics=["rouge", "bleu"]), rows([("text", "text"), ("text", None)]))
     assert len(str(failed.value)) < 350
@@ -425,7 +426,8 @@ def test_an_adapter_is_generated_with(model, prompts, tmp_path, dtype):
 )
 def test_a_large_batch_is_divided_among_the_engines(model, prompts, engines, settings, size):
     given = {"model": {"path": str(model)}, "data": {"train": [{"name": "a", "path": "a"}]}, "generate": settings}
-    asked = ray_pipeline.ModelPrompts(str(model), pa.table({"id": list(map(str, range(prompts)))}))
+    table = pa.table({"id": list(map(str, range(prompts))), "input_ids": [[1]] * prompts})
+    asked = ModelPrompts.all(str(model), Prompts.of(table))
     pool = engine_pool.Pool(engines, cpus=1.0, gpus=0.0, engines_per_node=1)
     assert ray_pipeline._block_size(parse(given), asked, pool) == size
 

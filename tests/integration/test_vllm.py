@@ -10,7 +10,8 @@ import ray
 
 from raysft.config import parse, with_overrides
 from raysft.errors import RequestError, RunFailed
-from raysft.generate.ray_pipeline import ModelPrompts, completions
+from raysft.generate.prompts import ModelPrompts, Prompts
+from raysft.generate.ray_pipeline import completions
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
@@ -33,10 +34,11 @@ def test_an_engine_that_does_not_start_fails_the_run_in_one_line(tmp_path, capfd
     settings = {"engine": "vllm", "batch_size": 2, "max_new_tokens": 8}
     config = parse({"model": {"path": model}, "data": data, "scaling": {"use_gpu": True}, "generate": settings})
     prompts = pa.table({"id": list("abc"), "input_ids": pa.array([[5, 6], [7], [8]], pa.list_(pa.int32()))})
+    asked = [ModelPrompts.all(model, Prompts.of(prompts))]
     capfd.readouterr()
     with pytest.raises(RunFailed, match=r"^generation failed: ImportError: vLLM is not installed") as failed:
-        list(completions(config, [ModelPrompts(model, prompts)]))
+        list(completions(config, asked))
     assert "\n" not in str(failed.value)
     assert capfd.readouterr().err == ""
     with pytest.raises(RequestError, match=r"gpus_per_engine=2 needs 2 GPUs on one node, but no node has that many"):
-        list(completions(with_overrides(config, {"generate.gpus_per_engine": 2}), [ModelPrompts(model, prompts)]))
+        list(completions(with_overrides(config, {"generate.gpus_per_engine": 2}), asked))

@@ -17,7 +17,7 @@ from raysft.generate.batch_inference import Output, generate
 from raysft.generate.engine_actor import EngineActor, batch_row
 from raysft.generate.engines import continuous, create_engine
 from raysft.generate.prediction_store import PredictionStore
-from raysft.generate.ray_pipeline import ModelPrompts
+from raysft.generate.prompts import ModelPrompts
 from raysft.storage.json_files import read_jsonl
 from tests.tiny import tiny_model
 
@@ -91,7 +91,7 @@ def test_outputs_become_complete_in_any_order(models, prompts, tmp_path, monkeyp
     asked, complete = [], []
 
     def pool(config, models, ends):
-        asked.append([each.prompts["id"].to_pylist() for each in models])
+        asked.append([each.ids for each in models])
         assert all(isinstance(each, ModelPrompts) for each in models)
         for index, ids in ((0, "da"), (1, "bc"), (1, "ad"), (0, "c"), (0, "b")):
             complete.append((first.exists(), second.exists()))
@@ -138,9 +138,9 @@ def test_each_output_goes_on_with_what_it_lacks(models, prompts, tmp_path, monke
     asked = []
 
     def pool(config, models, ends):
-        asked.append([(each.model, each.prompts["id"].to_pylist()) for each in models])
+        asked.append([(each.model, each.ids) for each in models])
         for index, each in enumerate(models):
-            for id in each.prompts["id"].to_pylist():
+            for id in each.ids:
                 yield index, entries(id, f"call {len(asked)}")
 
     class Killed(BaseException):
@@ -150,10 +150,11 @@ def test_each_output_goes_on_with_what_it_lacks(models, prompts, tmp_path, monke
         append, calls = PredictionStore.append, []
 
         def appended(self, entries):
-            append(self, entries)
+            stored = append(self, entries)
             calls.append(1)
             if len(calls) == count:
                 raise Killed
+            return stored
 
         return appended
 

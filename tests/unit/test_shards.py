@@ -16,7 +16,8 @@ import pytest
 from raysft.config import Config, with_overrides
 from raysft.data.shards import build, ray_pipeline
 from raysft.data.shards.build import build_shards
-from raysft.data.shards.manifest import load_manifest, write_prompts
+from raysft.data.shards.manifest import load_manifest
+from raysft.data.shards.prompts import write_prompts
 from raysft.data.shards.ray_pipeline import record_batches
 from raysft.data.shards.shard_set import ShardSet, resolve_shard_set
 from raysft.data.shards.shard_writer import write_shards

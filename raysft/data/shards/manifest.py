@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -243,52 +242,3 @@ def _shard_ends(column: pa.ChunkedArray, shards: int) -> np.ndarray:
     for chunk in column.chunks:
         sizes += np.bincount(chunk.to_numpy(), minlength=shards)
     return np.cumsum(sizes)
-
-
-def write_prompts(
-    manifests: Sequence[Manifest], path: Path, max_examples: int | None, end_tokens: Sequence[int] = ()
-) -> int:
-    """Collect prompts of evaluation sets, spread evenly over each set, into one Parquet file for generation.
-
-    Columns: ``id`` (unique), ``source``, ``prompt``, ``input_ids`` (list of int32), ``label``. The schema metadata
-    ``end_tokens`` holds, as JSON, the IDs of the tokens that end an answer to these prompts.
-
-    Args:
-        manifests: sets that were tokenized with prompts.
-        path: file to write.
-        max_examples: limit for each set.
-        end_tokens: IDs to store in the metadata.
-
-    Returns:
-        Number of prompts.
-    """
-    table = pa.concat_tables([table for manifest in manifests for table in _prompts(manifest, max_examples)])
-    table = table.replace_schema_metadata({"end_tokens": json.dumps(list(end_tokens))})
-    StoragePath.of(path).write(lambda stream: pq.write_table(table, stream))
-    return len(table)
-
-
-def _prompts(manifest: Manifest, max_examples: int | None) -> Iterator[pa.Table]:
-    # Similar records often stand next to each other in a file, so the first N would not be representative.
-    count = min(max_examples or len(manifest), len(manifest))
-    selected = np.linspace(0, len(manifest) - 1, count).round().astype(np.int64)
-    ends = manifest.ends
-    for shard, path in enumerate(manifest.shard_paths()):
-        first = int(ends[shard - 1]) if shard else 0
-        in_shard = selected[(selected >= first) & (selected < ends[shard])] - first
-        if not len(in_shard):
-            continue
-        table = read_table(path, ["source", "record", "prompt", "prompt_ids", "reference"])
-        table = table.take(pa.array(in_shard))
-        # Examples that were split, or that came as token IDs, have no prompt.
-        table = table.filter(pa.array([len(ids) > 0 for ids in table["prompt_ids"]]))
-        sources, records = table["source"].to_pylist(), table["record"].to_pylist()
-        yield pa.table(
-            {
-                "id": pa.array([f"{source}/{record}" for source, record in zip(sources, records, strict=True)]),
-                "source": pa.array(sources),
-                "prompt": table["prompt"],
-                "input_ids": table["prompt_ids"],
-                "label": table["reference"],
-            }
-        )

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import ray
-import ray.data
 
 from raysft.config import Config
-from raysft.errors import RunFailed
-from raysft.generate.engine_pool import quiet_ray_data
+from raysft.generate.metrics.blocks import in_blocks
 from raysft.generate.metrics.bootstrap import RESAMPLES, intervals, resampled_sums, totals
 from raysft.generate.metrics.loading import BUILTIN_METRICS, loaded, named_failure
 from raysft.generate.metrics.rows import MetricRow, ModelRole, flat_key, flat_results
@@ -22,18 +20,15 @@ from raysft.generate.metrics.rows import MetricRow, ModelRole, flat_key, flat_re
 if TYPE_CHECKING:  # importing evaluate takes seconds, and checking a config does not need it
     from raysft.generate.metrics.additive import AdditiveMetric
 
-PARALLEL_FROM = 500
-"""Number of examples from which Ray tasks are faster than this process: starting them takes seconds."""
-_BLOCK = 100
-"""Fewest examples that a task scores."""
-_MOST_BLOCKS = 2000
-
 Estimate = tuple[float, tuple[float, float] | None]
 """A value and its 95% interval; None if the metric has no interval."""
 
 
-def score(config: Config, predictions: Sequence[dict[str, Any]], model: ModelRole = "trained") -> list[MetricRow]:
+def score(config: Config, predictions: Iterable[dict[str, Any]], model: ModelRole = "trained") -> list[MetricRow]:
     """Score predictions over all sources and, if they come from several, for each source.
+
+    Predictions are taken one at a time. What stays in memory are a few numbers for each of them; metrics that do not say how
+    they add up get all texts at once.
 
     Args:
         config: names the metrics, and the seed of the intervals.
@@ -47,14 +42,12 @@ def score(config: Config, predictions: Sequence[dict[str, Any]], model: ModelRol
     Raises:
         RunFailed: a metric failed on these predictions.
     """
-    groups = _groups([prediction["source"] for prediction in predictions])
-    rows = [MetricRow("examples", name, model, len(group), unit="examples") for name, group in groups.items()]
-    if not predictions:
-        return rows
+    left = iter(predictions)
+    first = list(islice(left, 1))
+    if not first:
+        return [MetricRow("examples", None, model, 0, unit="examples")]
     from raysft.generate.metrics.additive import AdditiveMetric
 
-    texts = [row["predict"] for row in predictions], [row["label"] for row in predictions]
-    taken = set(flat_results(rows))
     with contextlib.ExitStack() as stack:
         modules: dict[str, Any] = {}
         for name in dict.fromkeys(config.generate.metrics):
@@ -62,14 +55,52 @@ def score(config: Config, predictions: Sequence[dict[str, Any]], model: ModelRol
                 modules[name] = stack.enter_context(loaded(name))
         additive = {name: module for name, module in modules.items() if isinstance(module, AdditiveMetric)}
         others = {name: module for name, module in modules.items() if name not in additive}
-        statistics = _statistics(additive, *texts)
+        sources: list[str] = []
+        # Other files may be missing on other nodes, and a class of others may expect all texts.
+        kept = KeptTexts() if any(name not in BUILTIN_METRICS for name in modules) else None
+        statistics = in_blocks(
+            {name: module for name, module in additive.items() if name in BUILTIN_METRICS},
+            _texts(chain(first, left), sources, kept),
+        )
+        for name, module in additive.items():
+            if name not in statistics:
+                assert kept is not None
+                with named_failure(name):
+                    values = np.asarray(module.statistics(kept.predictions, kept.references), dtype=np.float64)
+                    statistics[name] = values.reshape(len(sources), -1)
+        groups = _groups(sources)
+        rows = [MetricRow("examples", name, model, len(group), unit="examples") for name, group in groups.items()]
+        taken = set(flat_results(rows))
         for source, members in groups.items():
-            in_group = {name: values[members] for name, values in statistics.items()}
+            chosen = slice(None) if source is None else members
+            in_group = {name: statistics[name][chosen] for name in additive}
             estimates = _additive_estimates(additive, in_group, config.run.seed)
-            estimates |= _other_estimates(others, texts, members)
+            if kept is not None:
+                estimates |= _other_estimates(others, (kept.predictions, kept.references), members)
             for name, module in modules.items():
                 rows += _rows(module, estimates[name], source, model, Path(name).stem, taken)
     return rows
+
+
+@dataclass
+class KeptTexts:
+    """All texts, for metrics that need them at once."""
+
+    predictions: list[str] = field(default_factory=list)
+    references: list[str] = field(default_factory=list)
+
+
+def _texts(
+    predictions: Iterable[dict[str, Any]], sources: list[str], kept: KeptTexts | None
+) -> Iterator[tuple[str, str]]:
+    """Yield each prediction and its reference, and note its source."""
+    names: dict[str, str] = {}
+    for row in predictions:
+        sources.append(names.setdefault(row["source"], row["source"]))  # one object for each name
+        if kept is not None:
+            kept.predictions.append(row["predict"])
+            kept.references.append(row["label"])
+        yield row["predict"], row["label"]
 
 
 def _groups(sources: Sequence[str]) -> dict[str | None, np.ndarray]:
@@ -145,54 +176,6 @@ def _other_estimates(
             numbers = _numbers(module.compute(predictions=predictions, references=references))
             found[name] = {key: (value, None) for key, value in numbers.items()}
     return found
-
-
-def _statistics(
-    modules: dict[str, AdditiveMetric], predictions: list[str], references: list[str]
-) -> dict[str, np.ndarray]:
-    """[examples, statistics] of each metric, computed by Ray tasks if there are enough examples."""
-    found: dict[str, np.ndarray] = {}
-    builtin = [name for name in modules if name in BUILTIN_METRICS]  # other files may be missing on other nodes
-    if builtin and len(predictions) >= PARALLEL_FROM and ray.is_initialized():
-        with named_failure(", ".join(builtin)):
-            found = _statistics_by_tasks(builtin, predictions, references)
-    for name, module in modules.items():
-        if name not in found:
-            with named_failure(name):
-                values = np.asarray(module.statistics(predictions, references), dtype=np.float64)
-                found[name] = values.reshape(len(predictions), -1)
-    return {name: found[name] for name in modules}
-
-
-def _statistics_by_tasks(names: list[str], predictions: list[str], references: list[str]) -> dict[str, np.ndarray]:
-    """[examples, statistics] of each metric, computed by tasks of Ray Data.
-
-    Raises:
-        RunFailed: a metric failed.
-    """
-
-    def score_block(block: pa.Table) -> dict[str, np.ndarray]:
-        texts = block["predict"].to_pylist(), block["label"].to_pylist()
-        found = {"index": block["index"].to_numpy()}
-        try:
-            for name in names:
-                with named_failure(name), loaded(name) as module:
-                    found[name] = module.statistics(*texts)
-        except RunFailed as error:
-            return {"error": np.array([str(error)])}  # Ray Data would hide the message of a raised error
-        return found
-
-    table = pa.table({"index": np.arange(len(predictions)), "predict": predictions, "label": references})
-    size = max(_BLOCK, len(predictions) // _MOST_BLOCKS)
-    with quiet_ray_data():
-        blocks = ray.data.from_arrow([table.slice(start, size) for start in range(0, len(predictions), size)])
-        scored = blocks.map_batches(score_block, batch_size=None, batch_format="pyarrow")
-        parts: list[Any] = list(scored.iter_batches(batch_size=None, batch_format="numpy"))
-    for part in parts:
-        if "error" in part:
-            raise RunFailed(str(part["error"][0]))
-    order = np.argsort(np.concatenate([part["index"] for part in parts]))
-    return {name: np.concatenate([part[name] for part in parts])[order] for name in names}
 
 
 def _numbers(results: Any) -> dict[str, float]:
