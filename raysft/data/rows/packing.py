@@ -78,12 +78,14 @@ def _patterns(histogram: np.ndarray, capacity: int) -> list[tuple[tuple[int, ...
                     available ^= 1 << taken
                     mirrored ^= 1 << (capacity - taken)
             length = (available & ((2 << free) - 1)).bit_length() - 1
-        counts = Counter(row)
-        repeats = min(left[length] // count for length, count in counts.items())
-        for length, count in counts.items() if repeats else ():
-            left[length] -= count * repeats
-            if not left[length]:
-                available ^= 1 << length
-                mirrored ^= 1 << (capacity - length)
+        repeats = 0
+        if all(map(left.__getitem__, row)):  # seldom, where lengths are many
+            counts = Counter(row)
+            repeats = min(left[length] // count for length, count in counts.items())
+            for length, count in counts.items():
+                left[length] -= count * repeats
+                if not left[length]:
+                    available &= ~(1 << length)
+                    mirrored &= ~(1 << (capacity - length))
         patterns.append((tuple(row), 1 + repeats))
     return patterns
