@@ -133,13 +133,15 @@ def start_ray() -> None:
 
 
 def first_row(examples: int, workers: int, place: Path) -> Callable[[], str]:
-    from raysft.data.rows.ray_stream import Piece, plan_pieces, read_pieces
+    from dataclasses import asdict
+
+    from raysft.data.rows.ray_stream import plan_pieces, read_pieces
 
     rows = dataset_of(place, workers)
 
     def work() -> str:
         last = next(piece for piece in plan_pieces(rows.row_plan, 0, workers) if piece.stop_worker == workers)
-        columns = {name: np.array([value]) for name, value in zip(Piece._fields, last, strict=True)}
+        columns = {name: np.array([value]) for name, value in asdict(last).items()}
         tables = read_pieces(columns, rows, workers)
         for _ in range(last.first_worker, last.stop_worker):
             table = next(tables)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-from dataclasses import replace
+from dataclasses import astuple, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -171,7 +171,7 @@ def test_a_later_start_gives_the_remaining_steps(rows):
 
 def columns(*pieces: Piece) -> dict[str, np.ndarray]:
     """Pieces as a data task receives them."""
-    return {name: np.array(values) for name, *values in zip(Piece._fields, *pieces, strict=True)}
+    return {name: np.array(values) for name, *values in zip(ray_stream.COLUMNS, *map(astuple, pieces), strict=True)}
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 7])

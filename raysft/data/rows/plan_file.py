@@ -23,6 +23,8 @@ from raysft.storage.path import StoragePath
 
 VERSION = 1
 """Part of every plan's name. Raise it when the same data would be planned differently, or the file has another form."""
+SEGMENTS = ("offsets", "examples", "starts", "stops", "loss_tokens")
+"""Names of the arrays of ``Segments``, in order."""
 PLAIN = ("sources", "weights", "group_ends", "epoch_ends")
 """Arrays of ``RowPlan`` beside its segments."""
 
@@ -53,7 +55,7 @@ def write_plan(planned: PlannedRows, path: StoragePath) -> None:
     """Write a plan; the file appears once it is complete."""
     row_plan = planned.row_plan
     arrays: dict[str, np.ndarray | None] = {
-        **row_plan.segments._asdict(),
+        **dict(zip(SEGMENTS, row_plan.segments, strict=True)),
         **{name: getattr(row_plan, name) for name in (*PLAIN, *STEP_SUMS)},
         "shard_ends": planned.shard_ends,
     }
@@ -92,7 +94,7 @@ def open_plan(path: StoragePath) -> PlannedRows:
         metadata = json.loads((table.schema.metadata or {})[b"raysft"])
         arrays = {name: table[name].chunk(0).values.to_numpy() for name in table.column_names}
         row_plan = RowPlan(
-            segments=Segments(*(arrays[name] for name in Segments._fields)),
+            segments=Segments(*(arrays[name] for name in SEGMENTS)),
             **{name: arrays.get(name) for name in PLAIN},  # pyright: ignore[reportArgumentType]
             capacity=int(metadata["capacity"]),
             global_batch_size=int(metadata["global_batch_size"]),

@@ -8,7 +8,8 @@ row carries its number, and the training loop checks it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, cast
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Protocol, cast
 
 import numpy as np
 import pyarrow as pa
@@ -40,13 +41,18 @@ class Rows(Protocol):
     def execution_options(self, workers: int) -> Any: ...
 
 
-class Piece(NamedTuple):
+@dataclass(frozen=True)
+class Piece:
     """What one task reads: the blocks of some workers in some steps. Where their rows are, the task finds in the plan."""
 
     first_step: int
     stop_step: int
     first_worker: int
     stop_worker: int
+
+
+COLUMNS = tuple(field.name for field in fields(Piece))
+"""Columns in which a task gets its pieces."""
 
 
 def steps_per_block(row_plan: RowPlan, workers: int) -> int:
@@ -99,7 +105,7 @@ def ray_dataset(rows: Rows, pieces: Sequence[Piece], workers: int) -> Any:
     context.execution_options = rows.execution_options(workers)
     context.enable_progress_bars = False
     with ray.data.DataContext.current(context):
-        items = [piece._asdict() for piece in pieces]
+        items = [asdict(piece) for piece in pieces]
         dataset = ray.data.from_items(items, override_num_blocks=max(1, len(items)))
         # At most one task for each core, because each keeps a group of shards in memory.
         cpus = int(ray.cluster_resources().get("CPU", 1.0))
@@ -127,7 +133,7 @@ def read_pieces(batch: dict[str, np.ndarray], rows: Rows, workers: int) -> Itera
         rows: where to read.
         workers: number of workers.
     """
-    for values in zip(*(batch[name].tolist() for name in Piece._fields), strict=True):
+    for values in zip(*(batch[name].tolist() for name in COLUMNS), strict=True):
         for numbers in blocks(rows.row_plan, Piece(*values), workers):
             arrays = rows.batch(numbers).items()
             yield pa.table(

@@ -213,7 +213,7 @@ def insert_empty_rows(segments: Segments, after: Sequence[int], rows: Sequence[i
     if not any(rows):
         return segments
     places = np.repeat(after, rows)
-    return segments._replace(offsets=np.insert(segments.offsets, places + 1, segments.offsets[places]))
+    return Segments(np.insert(segments.offsets, places + 1, segments.offsets[places]), *segments[1:])
 
 
 def empty_rows(rows: int) -> Segments:
