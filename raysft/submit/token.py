@@ -19,19 +19,27 @@ def find_token() -> tuple[str, str] | None:
     """Return the token and where it was found; None if there is none.
 
     Raises:
-        RequestError: ``RAY_AUTH_TOKEN_PATH`` names a file that cannot be read.
+        RequestError: ``RAY_AUTH_TOKEN_PATH`` names a file that cannot be read, or it is no token.
     """
     if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
-        return token, "RAY_AUTH_TOKEN"
+        return _checked(token, "RAY_AUTH_TOKEN")
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    path = Path(named) if named else Path.home() / ".ray" / "auth_token"
+    path = Path(named or "~/.ray/auth_token")
     try:
+        path = path.expanduser()
         token = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RuntimeError) as error:  # a user without a home folder
         if named:
             reason = getattr(error, "strerror", None) or "not text"
             raise RequestError(
                 f"RAY_AUTH_TOKEN_PATH={named}: cannot be read ({reason}); correct it, or unset it"
             ) from None
         return None
-    return (token, str(path)) if token else None
+    return _checked(token, str(path)) if token else None
+
+
+def _checked(token: str, where: str) -> tuple[str, str]:
+    """Refuse what no request can carry; the error for it would show the token."""
+    if not (token.isascii() and token.isprintable()) or " " in token:
+        raise RequestError(f"{where}: is not a token, but text with spaces, line breaks or other letters; {HOW}")
+    return token, where

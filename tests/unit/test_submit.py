@@ -466,6 +466,7 @@ def test_ray_auth_mode_sends_the_token_at_once_or_never(run, monkeypatch):
         ),
         ({"RAY_AUTH_TOKEN": "wrong"}, "--to URL: the cluster refuses the access token of RAY_AUTH_TOKEN ("),
         ({"RAY_AUTH_MODE": "token"}, "RAY_AUTH_MODE=token, but there is no token; set RAY_AUTH_TOKEN"),
+        ({"RAY_AUTH_TOKEN": "sec\nret"}, "RAY_AUTH_TOKEN: is not a token"),
         ({"RAY_AUTH_TOKEN_PATH": "/none"}, "RAY_AUTH_TOKEN_PATH=/none: cannot be read (No such file or directory)"),
     ],
 )
@@ -475,7 +476,7 @@ def test_a_wrong_token_or_none_is_one_line_that_does_not_show_it(run, monkeypatc
     with dashboard(token="secret") as server:
         line = refused(run, "submit", "toy.yaml", "--to", server.url)
         assert holds(line, parts.replace("URL", server.url))
-        assert not {"secret", "wrong"} & set(re.findall(r"\w+", line))
+        assert not {"secret", "wrong", "sec", "ret"} & set(re.findall(r"\w+", line))
 
 
 # Kubernetes
