@@ -77,11 +77,19 @@ class Cluster:
 
     def jobs(self) -> list[dict[str, Any]]:
         """Jobs as `ray job list` knows them."""
+        return self._ask("[job.model_dump(mode='json') for job in client.list_jobs()]")
+
+    def log(self, job: str) -> str:
+        """All that a job has printed."""
+        return self._ask(f"client.get_job_logs({job!r})")
+
+    def _ask(self, question: str) -> Any:
+        """What an expression gives with Ray's own client of the Jobs API."""
         script = (
-            "import json, sys; from ray.job_submission import JobSubmissionClient as Client;"
-            "print(json.dumps([job.model_dump(mode='json') for job in Client(sys.argv[1]).list_jobs()]))"
+            "import json, sys; from ray.job_submission import JobSubmissionClient;"
+            f"client = JobSubmissionClient(sys.argv[1]); print(json.dumps({question}))"
         )
-        listed = subprocess.run(
+        answer = subprocess.run(
             [sys.executable, "-c", script, self.dashboard],
             env=self.environment,
             capture_output=True,
@@ -89,7 +97,7 @@ class Cluster:
             timeout=60,
             check=True,
         )
-        return json.loads(listed.stdout.splitlines()[-1])
+        return json.loads(answer.stdout.splitlines()[-1])
 
     def start(self, cpus: int, environment: Mapping[str, str] | None = None, **more: str) -> None:
         """Start a node, with folders of its own as if it were another machine: the head if there is none.

@@ -42,6 +42,57 @@ def serving(answer: Answer) -> Iterator[int]:
             thread.join()
 
 
+class Proxy:
+    """The way to a server of this machine, which may be cut."""
+
+    def __init__(self, port: int) -> None:
+        self._target, self._open, self._away = port, [], 0.0
+        self.port = 0
+        self.cuts = 0
+        """Connections that were broken or refused."""
+
+    def cut(self, seconds: float = 0.0) -> None:
+        """Break all connections, and those that come within so many seconds."""
+        self._away = time.monotonic() + seconds
+        while self._open:
+            self._close(self._open.pop())
+
+    def carry(self, connection: socket.socket) -> None:
+        """Carry a connection's bytes in both directions until one end, or a cut, closes it."""
+        if time.monotonic() < self._away:
+            self._close(connection)
+            return
+        with socket.create_connection(("127.0.0.1", self._target)) as server:
+            pair = (connection, server)
+            self._open += pair
+            back = threading.Thread(target=self._copy, args=(server, connection), daemon=True)
+            back.start()
+            self._copy(*pair)
+            back.join()
+
+    def _close(self, connection: socket.socket) -> None:
+        self.cuts += 1
+        with suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+
+    @staticmethod
+    def _copy(source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while part := source.recv(65536):
+                target.sendall(part)
+        for end in (source, target):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+@contextmanager
+def forwarding(port: int) -> Iterator[Proxy]:
+    """A proxy before a port of this machine."""
+    proxy = Proxy(port)
+    with serving(proxy.carry) as proxy.port:
+        yield proxy
+
+
 def silent(connection: socket.socket) -> None:
     """Read all that comes and never answer."""
     while connection.recv(65536):

@@ -1,19 +1,22 @@
-"""`ray job submit` to a cluster that `ray start --head` made: on 2 CPUs, with a tiny model."""
+"""`ray job submit` and `raysft submit` to a cluster that `ray start --head` made: on 2 CPUs, with a tiny model."""
 
 import json
+import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.clusters import REFUSAL_SECONDS, Cluster, started
+from tests.clusters import REFUSAL_SECONDS, Cluster, program, started
+from tests.servers import forwarding
 from tests.tiny import SENTENCES, tiny_model
 
 CONFIG = """
 run: {{storage: {folder}/runs, seed: 1}}
 model: {{path: {folder}/base, finetuning: lora}}
 data:
-  train: [{{name: chat, path: chat.jsonl}}]
+  train: [{{name: chat, path: {folder}/chat.jsonl}}]
   holdout: 0.2
   sequence_length: 128
 train: {{max_steps: 2, global_batch_size: 2, save_every_steps: 1}}
@@ -46,6 +49,31 @@ def cluster(folder) -> Iterator[Cluster]:
         yield cluster
 
 
+@contextmanager
+def sent(cluster: Cluster, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A command of raysft, in the cluster's environment, that is looked at while it runs."""
+    process = subprocess.Popen(
+        [program("raysft"), *arguments],
+        cwd=cluster.folder,
+        env=cluster.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def done(cluster: Cluster, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of a command of raysft."""
+    with sent(cluster, *arguments) as process:
+        output, errors = process.communicate(timeout=JOB_SECONDS)
+    return process.returncode, output, errors
+
+
 def test_a_submitted_run_joins_the_cluster_and_is_complete(cluster):
     # A relative path: a job starts where `ray start` was called, unless it brings a working directory along.
     code, output = cluster.submit("raysft", "run", "tiny.yaml", seconds=JOB_SECONDS)
@@ -76,19 +104,43 @@ def test_a_submitted_run_joins_the_cluster_and_is_complete(cluster):
     assert job["driver_info"]["pid"]
 
 
+def test_a_config_that_is_sent_is_followed_through_lost_connections_to_its_end(cluster):
+    # Trained above: the job has little to do. A cut at each of its first lines, and no answer for some seconds.
+    with forwarding(cluster.ports["dashboard"]) as proxy:
+        address = f"http://127.0.0.1:{proxy.port}"
+        with sent(cluster, "submit", "tiny.yaml", "--to", address, "--follow") as process:
+            assert process.stdout
+            lines = []
+            for line in process.stdout:
+                lines.append(line)
+                if len(lines) in (2, 3, 8):
+                    proxy.cut(seconds=4 if len(lines) == 3 else 0)
+            code, errors = process.wait(60), process.stderr.read() if process.stderr else ""
+    assert code == 0, errors
+    assert proxy.cuts >= 3
+    job = next(job for job in cluster.jobs() if job["entrypoint"] == "exec raysft run config.yaml")
+    name = job["submission_id"]
+    assert lines[0] == f"{name}: submitted to {address} (run directory {cluster.folder}/runs/tiny)\n"
+    assert "".join(lines[1:-1]) == cluster.log(name)
+    assert any("is already trained" in line for line in lines)
+    assert lines[-1] == f"{name}: has succeeded\n"
+    # The same command again has nothing to do.
+    code, output, errors = done(cluster, "submit", "tiny.yaml", "--to", cluster.dashboard, "--follow")
+    assert (code, errors) == (0, "")
+    assert output.startswith(f"{name}: is done (run directory ")
+
+
 def test_more_workers_than_the_cluster_has_end_the_job_at_once(cluster):
-    code, output = cluster.submit(
-        "raysft", "run", "tiny.yaml", "scaling.num_workers=3", "run.name=large", seconds=REFUSAL_SECONDS
-    )
-    assert code != 0
-    # Once in the job's log, and once more as Ray's reason for the end of the job.
-    (line,) = {line for line in output.splitlines() if "raysft: " in line}
+    arguments = ("submit", "tiny.yaml", "--to", cluster.dashboard, "--follow")
+    code, output, errors = done(cluster, *arguments, "scaling.num_workers=3", "run.name=large")
+    assert code == 2, errors  # as raysft says it; `ray job submit` makes 1 of it
+    (line,) = (line for line in output.splitlines() if "raysft: " in line)
     assert line.startswith("raysft: error: scaling.num_workers=3 needs 1 CPU per worker, but the cluster ")
     assert line.endswith("; use scaling.num_workers=1, or add nodes")
-    assert "exit code 2" in output
+    assert output.splitlines()[-1].endswith(": has failed with exit code 2")
     assert "Traceback" not in output
     assert not (cluster.folder / "runs" / "large").exists()
-    job = next(job for job in cluster.jobs() if "scaling.num_workers=3" in job["entrypoint"])
+    job = next(job for job in cluster.jobs() if "raysft-large-" in job["submission_id"])
     assert job["end_time"] - job["start_time"] < 1000 * REFUSAL_SECONDS
 
 
