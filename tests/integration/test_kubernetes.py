@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ cluster:
 """
 JOB_SECONDS = 240
 """A limit, not an expectation: several times what a busy machine of 2 cores needs."""
+IDLE_SECONDS = 60
+"""A pod without work takes 3 seconds to leave, and must not take the 300 that it may."""
 
 
 def prepare(folder: Path) -> Path:
@@ -70,6 +73,9 @@ def test_the_pods_of_a_job_run_its_config(tmp_path):
                 cluster.start(cpus, variables, **options)
         code, output = cluster.submit(*entrypoint, seconds=JOB_SECONDS)
         assert code == 0, output
+        worker = cluster.nodes[1]
+        worker.send_signal(signal.SIGTERM)
+        worker.wait(timeout=IDLE_SECONDS)
         (job,) = (one for one in cluster.jobs() if one["entrypoint"] == shlex.join(entrypoint))
 
     run = tmp_path / "runs" / "tiny"
