@@ -160,8 +160,11 @@ def _submit_to_kubernetes(parsed: argparse.Namespace, config: Config) -> None:
         )
     if parsed.allow_changed:
         raise RequestError(f"--allow-changed: --to {KUBERNETES} has no such option; remove it, or use another run.name")
+    from raysft.run.preflight import check_verb
     from raysft.submit import kubernetes
+    from raysft.submit.request import verb_of
 
+    check_verb(config, verb_of(config))
     if parsed.render is None:
         name = kubernetes.submit(config, _say)
         _say(f"look at it: kubectl get rayjob {name}")

@@ -110,6 +110,11 @@ def refuse_local(config: Config) -> None:
 
 def relative_paths(config: Config) -> Iterator[tuple[str, str]]:
     """Yield the keys whose paths depend on the folder that a command is started in, with these paths."""
+    return ((key, path) for key, path in named_paths(config) if _is_relative(path))
+
+
+def named_paths(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield the keys that name files, with their paths and URIs; names of the Hub and of what raysft brings along are none."""
     deepspeed = config.train.deepspeed if isinstance(config.train.deepspeed, str) else None
     paths: list[tuple[str, str | Sequence[str] | None]] = [
         ("run.storage", config.run.storage),
@@ -121,18 +126,17 @@ def relative_paths(config: Config) -> Iterator[tuple[str, str]]:
         paths += [(f"data.{part}.{index}.path", source.path) for index, source in enumerate(sources)]
     for key, value in paths:
         for path in [value] if isinstance(value, str) else value or ():
-            if _is_relative(path):
-                yield key, path
+            yield key, path
     models = [("model.path", config.model.path), ("generate.model", config.generate.model)]
     models += [(f"model.adapters.{index}", path) for index, path in enumerate(config.model.adapters)]
     for key, path in models:
-        if path and _is_relative(path) and not _is_hub_id(path):
+        if path and not _is_hub_id(path):
             yield key, path
     template = config.model.chat_template
-    if template and (template.endswith(".jinja") or Path(template).is_file()) and _is_relative(template):
+    if template and (template.endswith(".jinja") or "/" in template or Path(template).is_file()):
         yield "model.chat_template", template
     for index, metric in enumerate(config.generate.metrics):
-        if _is_relative(metric) and not (MODULES_AT_HOME.match(metric) and not Path(metric).exists()):
+        if not (MODULES_AT_HOME.match(metric) and not Path(metric).exists()):
             yield f"generate.metrics.{index}", metric
 
 
@@ -141,8 +145,9 @@ def _is_relative(path: str) -> bool:
 
 
 def _is_hub_id(path: str) -> bool:
-    """True if a relative path is no file of this machine and may name a model on the Hub."""
-    return may_be_on_hub(path) and not path.endswith(".gguf") and not Path(path).exists()
+    """True if a path is no file of this machine and may name a model on the Hub."""
+    package = path.startswith("package:")
+    return may_be_on_hub(path) and not package and not path.endswith(".gguf") and not Path(path).exists()
 
 
 def commit_of(folder: Path) -> str | None:

@@ -12,11 +12,12 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from raysft.cli import main
 from raysft.config import Config, load, with_overrides
 from raysft.submit.kubernetes import documents, render
 from raysft.submit.kubernetes.names import config_text, job_name
 from raysft.submit.kubernetes.pod_template import ENVIRONMENT, KEEP_MEMORY
-from raysft.submit.kubernetes.sizes import verb_of
+from raysft.submit.request import verb_of
 from tests import messages
 from tests.cluster_examples import ALL_OPTIONS, EXAMPLES, ROOT, command, comment, config_of, expected, objects
 
@@ -78,11 +79,14 @@ def test_an_example_is_what_the_renderer_gives(path):
 
 
 @WHOLE
-def test_the_command_of_an_example_names_its_file(path):
-    words = command(path)
-    assert words[words.index("--to") + 1] == "kubernetes"
-    assert ROOT / words[words.index("--render") + 1] == path
-    assert comment(path).splitlines()[0].endswith(".")
+def test_the_command_of_an_example_writes_it(path, tmp_path, monkeypatch):
+    program, *words = command(path)
+    file = words.index("--render") + 1
+    assert (program, ROOT / words[file]) == ("raysft", path)
+    words[file] = str(tmp_path / "rendered.yaml")
+    monkeypatch.chdir(ROOT)
+    assert main(words) == 0
+    assert path.read_text() == f"{comment(path)}\n\n{(tmp_path / 'rendered.yaml').read_text()}"
 
 
 @WHOLE

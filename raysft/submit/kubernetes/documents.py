@@ -11,6 +11,7 @@ from raysft.submit.kubernetes.names import JOB_LABEL, config_text, job_name, met
 from raysft.submit.kubernetes.ray_job import ray_job
 from raysft.submit.kubernetes.refusals import refuse
 from raysft.submit.kubernetes.sizes import worker_pods
+from raysft.submit.request import CONFIG_NAME
 
 Document = dict[str, Any]
 
@@ -52,7 +53,7 @@ def _config_map(config: Config) -> Document:
         "kind": "ConfigMap",
         "metadata": metadata(config, name, **{JOB_LABEL: name}),
         "immutable": True,
-        "data": {"config.yaml": config_text(config)},
+        "data": {CONFIG_NAME: config_text(config)},
     }
 
 

@@ -8,6 +8,7 @@ from raysft.config import Config
 from raysft.config.cluster import DataWorkersSection, HeadSection, WorkersSection, bytes_of
 from raysft.submit.kubernetes.names import JOB_LABEL, job_name
 from raysft.submit.kubernetes.placement import placement
+from raysft.submit.request import STOP_SECONDS
 
 Role = Literal["head", "worker", "data"]
 
@@ -15,8 +16,6 @@ DRAIN_SECONDS = 300
 """How long Ray may take to leave a node after SIGTERM: time for a step and a checkpoint. Its own default is 30."""
 GRACE_SECONDS = DRAIN_SECONDS + 30
 """How long Kubernetes waits after SIGTERM before it kills; the default of 30 would end the drain at once."""
-STOP_SECONDS = DRAIN_SECONDS - 10
-"""How long Ray waits between SIGTERM and SIGKILL when a job is stopped; its own default of 3 is too short for a checkpoint."""
 ENVIRONMENT = {
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(DRAIN_SECONDS),
     "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS),

@@ -15,7 +15,8 @@ from raysft.submit.kubernetes.pod_template import (
     object_store_bytes,
     pod_template,
 )
-from raysft.submit.kubernetes.sizes import WorkerPods, head_memory, ray_cpus, verb_of
+from raysft.submit.kubernetes.sizes import WorkerPods, head_memory, ray_cpus
+from raysft.submit.request import CONFIG_NAME, verb_of
 
 BACKOFF_LIMIT = 3
 """How often KubeRay starts a new cluster for a job that failed; the run goes on from its newest checkpoint there."""
@@ -35,7 +36,7 @@ def ray_job(config: Config, pods: WorkerPods) -> dict[str, Any]:
     cluster, name = config.cluster, job_name(config)
     queue = {"kueue.x-k8s.io/queue-name": cluster.queue} if cluster.queue else {}
     spec: dict[str, Any] = {
-        "entrypoint": f"raysft {verb_of(config)} {CONFIG_FOLDER}/config.yaml",
+        "entrypoint": f"raysft {verb_of(config)} {CONFIG_FOLDER}/{CONFIG_NAME}",
         "submissionMode": "HTTPMode",
         "backoffLimit": BACKOFF_LIMIT,
         **_end(config),

@@ -7,7 +7,8 @@ from raysft.errors import RequestError
 from raysft.run.resources import check_resources
 from raysft.submit.kubernetes.names import config_text
 from raysft.submit.kubernetes.paths import refuse_local_paths
-from raysft.submit.kubernetes.sizes import WorkerPods, nodes_of, verb_of
+from raysft.submit.kubernetes.sizes import WorkerPods, nodes_of
+from raysft.submit.request import verb_of
 
 CONFIG_MAP_BYTES = 1 << 20
 """Most bytes that Kubernetes stores in a ConfigMap."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 from raysft.cluster.placement import TASK_CPUS, Node, max_workers
 from raysft.config import Config
 from raysft.errors import RequestError
+from raysft.submit.request import verb_of
 
 HEAD_MEMORY = 6 << 30
 HEAD_MEMORY_PER_POD = 256 << 20
@@ -21,16 +21,6 @@ class WorkerPods:
 
     fewest: int
     most: int
-
-
-def verb_of(config: Config) -> Literal["run", "generate", "tune"]:
-    """Verb of raysft that the job runs.
-
-    ``tune.space`` makes it a sweep, and ``generate.model`` a generation without training.
-    """
-    if config.tune.space:
-        return "tune"
-    return "generate" if config.generate.model else "run"
 
 
 def worker_pods(config: Config) -> WorkerPods:
