@@ -63,6 +63,7 @@ def test_the_pods_of_a_job_run_its_config(tmp_path):
     mounted.mkdir()
     (mounted / "config.yaml").write_text(objects["ConfigMap"]["data"]["config.yaml"])
     entrypoint = shlex.split(spec["entrypoint"].replace("/etc/raysft", str(mounted)))
+    assert entrypoint[:3] == ["exec", "raysft", "run"]
 
     with started(tmp_path, []) as cluster:
         cpus, variables, options = node(spec["rayClusterSpec"]["headGroupSpec"])

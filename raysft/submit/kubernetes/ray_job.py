@@ -36,7 +36,8 @@ def ray_job(config: Config, pods: WorkerPods) -> dict[str, Any]:
     cluster, name = config.cluster, job_name(config)
     queue = {"kueue.x-k8s.io/queue-name": cluster.queue} if cluster.queue else {}
     spec: dict[str, Any] = {
-        "entrypoint": f"raysft {verb_of(config)} {CONFIG_FOLDER}/{CONFIG_NAME}",
+        # In place of the shell that Ray starts: a stop would end the shell first, and nobody in the pod would notice raysft's end.
+        "entrypoint": f"exec raysft {verb_of(config)} {CONFIG_FOLDER}/{CONFIG_NAME}",
         "submissionMode": "HTTPMode",
         "backoffLimit": BACKOFF_LIMIT,
         **_end(config),
