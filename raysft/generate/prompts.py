@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,7 @@ from raysft.errors import RequestError
 COLUMNS = ("id", "source", "prompt", "input_ids", "label")
 READ_ROWS = 4096
 """Prompts that are read from the file at a time."""
+TOKEN_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class Prompts:
     """Their unique names."""
     offsets: np.ndarray
     """[prompts + 1] int64: prompt i has the tokens offsets[i] to offsets[i + 1]."""
-    tokens: np.ndarray
-    """[tokens of all prompts] int32, mapped from a file."""
+    tokens: BinaryIO
+    """The tokens of all prompts, one after the other, as int32."""
     end_tokens: tuple[int, ...] = ()
     """IDs of the tokens that end an answer to these prompts."""
     path: Path | None = None
@@ -39,7 +41,7 @@ class Prompts:
 
     @classmethod
     def read(cls, path: Path) -> Prompts:
-        """Read names, and copy the tokens to a file that is mapped and has no name.
+        """Read names, and copy the tokens to a file without a name.
 
         Raises:
             RequestError: the file is no Parquet file of prompts, or ids are not unique.
@@ -71,7 +73,8 @@ class Prompts:
         ids = table["input_ids"].to_pylist()
         lengths = [len(each) for each in ids]
         tokens = np.array([token for each in ids for token in each], np.int32)
-        return cls(table["id"].to_pylist(), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]), tokens)
+        ends = np.cumsum(lengths, dtype=np.int64)
+        return cls(table["id"].to_pylist(), np.concatenate([[0], ends]), io.BytesIO(tokens.tobytes()))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -84,11 +87,15 @@ class Prompts:
     def table(self, numbers: np.ndarray) -> pa.Table:
         """Return some prompts as a table with the columns id and input_ids (lists of int32)."""
         starts, lengths = self.offsets[numbers], self.offsets[numbers + 1] - self.offsets[numbers]
-        tokens = [self.tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+        tokens = [self._read(start, length) for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)]
         ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        joined = np.concatenate(tokens) if tokens else np.empty(0, np.int32)
+        joined = np.frombuffer(b"".join(tokens), np.int32)
         input_ids = pa.ListArray.from_arrays(pa.array(ends), pa.array(joined, pa.int32()))
         return pa.table({"id": pa.array([self.ids[number] for number in numbers], pa.string()), "input_ids": input_ids})
+
+    def _read(self, start: int, length: int) -> bytes:
+        self.tokens.seek(TOKEN_BYTES * start)
+        return self.tokens.read(TOKEN_BYTES * length)
 
     def texts(self) -> Iterator[dict[str, Any]]:
         """Yield each prompt's columns but its tokens, in order."""
@@ -142,23 +149,19 @@ class ModelPrompts:
             yield self.prompts.table(ordered[max(0, end - size) : end])
 
 
-def _read_tokens(file: pq.ParquetFile, beside: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Return ids, [prompts] lengths and the mapped tokens of all prompts, one after the other.
+def _read_tokens(file: pq.ParquetFile, beside: Path) -> tuple[list[str], np.ndarray, BinaryIO]:
+    """Return ids, [prompts] lengths, and a file with the tokens of all prompts, one after the other.
 
     Args:
         file: the prompts.
-        beside: folder on whose disk the tokens are kept.
+        beside: folder on whose disk the tokens are kept. Mapped into memory, they would count as this process's.
     """
     ids: list[str] = []
     lengths = [np.empty(0, np.int64)]
-    with tempfile.TemporaryFile(dir=beside) as copy:
-        for batch in file.iter_batches(READ_ROWS, columns=["id", "input_ids"]):
-            ids += batch["id"].to_pylist()
-            column = batch["input_ids"]
-            lengths.append(np.asarray(pc.list_value_length(column)))  # pyright: ignore[reportAttributeAccessIssue]
-            copy.write(column.flatten().to_numpy(zero_copy_only=False).astype(np.int32).tobytes())
-        copy.flush()
-        size = copy.tell()
-        # The mapping outlives the file.
-        tokens = np.memmap(copy, np.int32, "r") if size else np.empty(0, np.int32)
-    return ids, np.concatenate(lengths), tokens
+    copy = tempfile.TemporaryFile(dir=beside)  # noqa: SIM115  (closed with the last reference to it)
+    for batch in file.iter_batches(READ_ROWS, columns=["id", "input_ids"]):
+        ids += batch["id"].to_pylist()
+        column = batch["input_ids"]
+        lengths.append(np.asarray(pc.list_value_length(column)))  # pyright: ignore[reportAttributeAccessIssue]
+        copy.write(column.flatten().to_numpy(zero_copy_only=False).astype(np.int32).tobytes())
+    return ids, np.concatenate(lengths), cast(BinaryIO, copy)
