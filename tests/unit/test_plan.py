@@ -231,7 +231,7 @@ def test_a_number_of_workers_is_one_or_two_positive_numbers(workers):
 def test_epochs_that_no_plan_can_hold_are_refused_unless_the_steps_are_limited(tmp_path, tokenizer_with):
     write_records(tmp_path / "a.jsonl", [{"instruction": "a", "output": "b"}] * 3)
     config, model = data_config(tmp_path), tokenizer_with()
-    refused = refusal(prepare, with_overrides(config, {"train.epochs": 10**18}), model)
-    assert holds(refused, "train.epochs=1000000000000000000 … 3,000,000,000,000,000,000 examples … set train.max_steps")
-    limited = with_overrides(config, {"train.epochs": 10**18, "train.max_steps": 2})
+    refused = refusal(prepare, with_overrides(config, {"train.epochs": 2**31 - 1}), model)
+    assert holds(refused, "train.epochs=2147483647 … 6,442,450,941 examples … set train.max_steps")
+    limited = with_overrides(config, {"train.epochs": 2**31 - 1, "train.max_steps": 2})
     assert prepare(limited, model).train_rows.row_plan.steps == 2
