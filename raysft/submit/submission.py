@@ -79,10 +79,10 @@ def _start_or_find(jobs: Jobs, request: JobRequest, notify: Notify) -> tuple[str
         if last is not None and last.submission_id and last.status == JobStatus.SUCCEEDED:
             notify(f"{last.submission_id}: is done (run directory {request.place}); another run.name starts a new run")
             return last.submission_id, True
-        refuse_taken(request, known)
+        refuse_taken(request, known, jobs.url)
         job = f"{request.prefix}{max(mine, default=0) + 1}"
         try:
-            _submit(jobs, job, request)
+            start(jobs, job, request)
         except JobTaken:
             continue  # by another process, just now
         after = f", as {last.submission_id} has {_ending(last)}" if last is not None else ""
@@ -93,18 +93,23 @@ def _start_or_find(jobs: Jobs, request: JobRequest, notify: Notify) -> tuple[str
     )
 
 
-def refuse_taken(request: JobRequest, known: Sequence[JobDetails]) -> None:
+def refuse_taken(request: JobRequest, known: Sequence[JobDetails], url: str) -> None:
     """Refuse a run whose run directory a job with another config is working in."""
     for job in known:
         about = job.metadata or {}
         if about.get("run_directory") == request.place and not job.status.is_terminal():
             raise RequestError(
                 f"run.name={request.name}: {job.submission_id} is {job.status.value.lower()} with another config in "
-                f"{request.place}; stop it (raysft stop {job.submission_id}), or choose another run.name"
+                f"{request.place}; stop it (raysft stop {job.submission_id} --to {url}), or choose another run.name"
             )
 
 
-def _submit(jobs: Jobs, job: str, request: JobRequest) -> None:
+def start(jobs: Jobs, job: str, request: JobRequest) -> None:
+    """Start a job under a name.
+
+    Raises:
+        JobTaken: there is a job of this name.
+    """
     with tempfile.TemporaryDirectory(prefix="raysft-job-") as folder:
         (Path(folder) / CONFIG_NAME).write_text(request.config, encoding="utf-8", errors="backslashreplace")
         runtime_env = {"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}}

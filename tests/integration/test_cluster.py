@@ -2,12 +2,19 @@
 
 import json
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from raysft.config import load
+from raysft.submit.jobs_internals import Jobs
+from raysft.submit.request import STOP_SECONDS, job_request
+from raysft.submit.submission import start
 from tests.clusters import REFUSAL_SECONDS, Cluster, program, started
 from tests.servers import forwarding
 from tests.tiny import SENTENCES, tiny_model
@@ -23,6 +30,21 @@ train: {{max_steps: 2, global_batch_size: 2, save_every_steps: 1}}
 scaling: {{threads_per_worker: 1}}
 generate: {{compare_base: false, max_examples: 2, max_new_tokens: 4, do_sample: false}}
 """
+SAVING_SECONDS = 6
+SAVES = f"""
+import signal, sys, time
+
+def save(*signal_and_frame):
+    time.sleep({SAVING_SECONDS})
+    print("saved")
+    sys.exit(75)
+
+signal.signal(signal.SIGTERM, save)
+print("works")
+while True:
+    signal.pause()
+"""
+"""What a run does when it is stopped, without the rest of a run."""
 JOB_SECONDS = 240
 """A limit, not an expectation: several times what a busy machine of 2 cores needs."""
 
@@ -142,6 +164,33 @@ def test_more_workers_than_the_cluster_has_end_the_job_at_once(cluster):
     assert not (cluster.folder / "runs" / "large").exists()
     job = next(job for job in cluster.jobs() if "raysft-large-" in job["submission_id"])
     assert job["end_time"] - job["start_time"] < 1000 * REFUSAL_SECONDS
+
+
+def test_a_job_that_is_stopped_has_more_than_rays_three_seconds_to_save_its_work(cluster, monkeypatch):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, cluster.environment[name])
+    script = cluster.folder / "saves.py"
+    script.write_text(SAVES)
+    request = job_request(load(cluster.folder / "tiny.yaml", ["run.name=long"]))
+    assert request.entrypoint == "exec raysft run config.yaml"
+    name, jobs = f"{request.prefix}1", Jobs(cluster.dashboard)
+    start(jobs, name, replace(request, entrypoint=f"exec {sys.executable} {script}"))
+    limit = time.monotonic() + REFUSAL_SECONDS
+    while "works\n" not in jobs.log(name):
+        assert time.monotonic() < limit, jobs.log(name)
+        time.sleep(0.2)
+    # The same config attaches to it, and another one may not use its run directory.
+    submit = ("submit", "tiny.yaml", "--to", cluster.dashboard, "--no-follow", "run.name=long")
+    assert done(cluster, *submit)[1].startswith(f"{name}: is running already; nothing was submitted\n")
+    code, _, errors = done(cluster, *submit, "train.epochs=2")
+    assert code == 2
+    assert f"{name} is running with another config" in errors
+    began = time.monotonic()
+    code, output, errors = done(cluster, "stop", name, "--to", cluster.dashboard)
+    assert (code, errors) == (0, "")
+    assert f"{name}: has been stopped; its last line: saved\n" in output
+    assert SAVING_SECONDS < time.monotonic() - began < STOP_SECONDS / 2, "Ray notices that it has ended"
+    assert jobs.details(name).status == "STOPPED"
 
 
 @pytest.mark.parametrize(
