@@ -51,8 +51,6 @@ class Dashboard:
     jobs: dict[str, Job] = field(default_factory=dict)
     silent_answers: int = 0
     """So many of the next questions about a job get the answer 503."""
-    silent_submissions: int = 0
-    """So many of the next submissions are refused as by a head that has just started."""
     forgotten: bool = False
     """Its jobs are unknown, as after a restart of the head."""
     requests: list[str] = field(default_factory=list)
@@ -106,9 +104,6 @@ class Dashboard:
     async def _submit(self, request: web.Request) -> web.Response:
         asked = await request.json()
         name = asked["submission_id"]
-        if self.silent_submissions > 0:
-            self.silent_submissions -= 1
-            return web.Response(status=500, text="No available agent to submit job, please try again later.")
         if name in self.jobs:
             text = (
                 f"Traceback (most recent call last):\nValueError: Job with submission_id {name} already exists. Please"

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -10,3 +17,58 @@ def has_hooks(module: nn.Module) -> bool:
     return any(
         (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)  # type: ignore[has-type]
     )
+
+
+def fake_tensors() -> Any:
+    """Return a context in which new tensors have a shape and a type, but no memory, and operators compute only these."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()
+
+
+def is_fake(tensor: Any) -> bool:
+    """Return True for a tensor that ``fake_tensors`` made."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that operators return inside its context, each storage once and as long as it lives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        """Bytes alive."""
+        self.peak = 0
+        """Most bytes alive at a time since the start, or since somebody set it."""
+        self._sizes: dict[int, int] = {}
+        self._references: dict[int, Any] = {}
+        self._ignored: list[Any] = []
+
+    def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Never count the storages of these tensors, such as weights."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._ignored.append(storage)  # alive, so that no other storage gets its address
+            self._sizes[storage._cdata] = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                self._add(value.untyped_storage())
+        return result
+
+    def _add(self, storage: Any) -> None:
+        key = storage._cdata
+        if key in self._sizes:
+            return
+        self._sizes[key] = storage.nbytes()
+        self._references[key] = weakref.ref(storage, lambda _: self._remove(key))
+        self.now += self._sizes[key]
+        self.peak = max(self.peak, self.now)
+
+    def _remove(self, key: int) -> None:
+        del self._references[key]
+        self.now -= self._sizes.pop(key)

@@ -26,6 +26,8 @@ class ModelFiles:
     """Folder of the adapter to continue from."""
     embedding_rows: int | None
     """Number of tokens that it has embeddings for; None if it does not say."""
+    hf_config: Any = None
+    """The model's own config."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,8 @@ def check_model_files(config: Config, notify: Callable[[str], None]) -> ModelFil
     hf_config = check_model(config, model, notify)
     check_generation(config, model)
     model, adapter = find_adapter(config, model, notify)
-    return ModelFiles(
-        model, adapter, embedding_rows(Path(local_copy(model)), hf_config, f"model.path={config.model.path}")
-    )
+    rows = embedding_rows(Path(local_copy(model)), hf_config, f"model.path={config.model.path}")
+    return ModelFiles(model, adapter, rows, hf_config)
 
 
 def check_generation(config: Config, model: str) -> None:

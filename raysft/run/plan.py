@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from raysft.cluster.placement import TASK_CPUS, Node, max_workers
 from raysft.config import Config
@@ -120,10 +121,16 @@ class Plan:
     """Evaluation sets that share a file with a training source: by name, that source and the file."""
     warnings: tuple[str, ...] = ()
     """One line for each problem that would otherwise show only in the results."""
+    memory: dict[str, Any] | None = None
+    """What a worker needs at its peak (``estimate.memory.Memory.as_dict``); None if it is not estimated."""
+    needs: tuple[str, ...] = ()
+    """Memory, storage and time as lines for the terminal."""
 
     def as_dict(self) -> dict[str, object]:
         """The content of ``plan.json``; ``resolved`` has the keys of ``Resolved``."""
-        return asdict(self)
+        content = asdict(self)
+        del content["needs"]
+        return content
 
     def lines(self) -> list[str]:
         """Return the plan as lines for the terminal."""
@@ -153,7 +160,7 @@ class Plan:
             f"resources: needs {self.cpus:g} CPUs and {self.gpus:g} GPUs, the cluster has "
             f"{self.cluster_cpus:g} CPUs and {self.cluster_gpus:g} GPUs"
         )
-        return lines + [f"warning: {warning}" for warning in self.warnings]
+        return [*lines, *self.needs, *(f"warning: {warning}" for warning in self.warnings)]
 
 
 def _source_line(source: SourcePlan) -> str:

@@ -6,6 +6,7 @@
 4. Cluster: joined, with room for workers and engines.
 5. Model: files, architecture, adapters, and what generation needs of it.
 6. Data: tokenized into the cache; the model embeds every token, and the run can resume with it.
+7. Needs: memory of workers and nodes, room and access to the storage (``needs``).
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from raysft.run.inputs import (
     PromptInputs,
     check_model_files,
     prepare_data,
-    read_inputs,
     read_prompts,
     training_identity,
 )
+from raysft.run.needs import with_needs
 from raysft.run.ownership import (
     Changes,
     check_ownership,
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
 Verb = Literal["run", "check", "prepare", "train", "evaluate", "generate", "tune"]
 TRAINS_ONE: tuple[Verb, ...] = ("run", "check", "prepare", "train")
 """Verbs that train one run, or look at what that would do."""
+ESTIMATED: tuple[Verb, ...] = ("run", "check", "train", "tune")
+"""Verbs that estimate what a training needs."""
 Place = Callable[[Config, Sequence[Node]], Config]
 """Returns the config as it fits into the cluster, or raises RequestError."""
 TRIALS_AT_A_TIME = 16
@@ -140,9 +143,9 @@ def preflight(
             if predicts:
                 yield replace(ready, prompts=read_prompts(config, terminal.line))
             elif trials:
-                yield replace(ready, runs=tuple(_plan_trials(runs, nodes, terminal.line)))
+                yield replace(ready, runs=tuple(_plan_trials(runs, nodes, verb, terminal.line)))
             else:
-                planned = _plan_run(runs[0], directory, nodes, changes, allow_changed, terminal.line)
+                planned = _plan_run(runs[0], directory, nodes, changes, allow_changed, verb, terminal.line)
                 yield replace(ready, runs=(planned,))
 
 
@@ -255,21 +258,25 @@ def _plan_run(
     nodes: Sequence[Node],
     changes: Changes,
     allow_changed: bool,
+    verb: Verb,
     notify: Callable[[str], None],
 ) -> PlannedRun:
     from raysft.run.resumption import check_resumption
 
     config = with_recorded_batch_size(directory, asked)
-    config, model, adapter, prepared = read_inputs(config, notify)
-    identity = training_identity(model, adapter, prepared)
+    files = check_model_files(config, notify)
+    config, prepared = prepare_data(config, files, notify)
+    identity = training_identity(files.model, files.adapter, prepared)
     resumption = check_resumption(directory, config, prepared.train_rows, identity, changes, allow_changed)
     prepared = replace(prepared, train_rows=resumption.rows)
-    plan = make_plan(asked, prepared, nodes, adapter)
-    return PlannedRun(config, model, adapter, prepared, plan, identity, resumption)
+    plan = make_plan(asked, prepared, nodes, files.adapter)
+    if verb in ESTIMATED:
+        plan = with_needs(plan, config, files, prepared, nodes, table=verb == "check")
+    return PlannedRun(config, files.model, files.adapter, prepared, plan, identity, resumption)
 
 
 def _plan_trials(
-    trials: Sequence[Config], nodes: Sequence[Node], notify: Callable[[str], None]
+    trials: Sequence[Config], nodes: Sequence[Node], verb: Verb, notify: Callable[[str], None]
 ) -> Iterator[PlannedRun]:
     """Check every trial's model, and make the data of each way in which trials differ in it."""
     models = [check_model_files(trial, notify) for trial in trials]
@@ -283,4 +290,6 @@ def _plan_trials(
         config, prepared = prepare_data(trial, files, notify)
         identity = training_identity(files.model, files.adapter, prepared)
         plan = make_plan(trial, prepared, nodes, files.adapter)
+        if verb in ESTIMATED:
+            plan = with_needs(plan, config, files, prepared, nodes)
         yield PlannedRun(config, files.model, files.adapter, prepared, plan, identity)

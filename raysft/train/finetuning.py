@@ -78,7 +78,7 @@ def freeze(model: nn.Module, config: Config) -> None:
         RequestError: the model has no such layers or modules.
     """
     section = config.model.freeze
-    prefix, count = _layers(model)
+    prefix, count = decoder_layers(model)
     if abs(section.layers) > count:
         raise RequestError(
             f"model.freeze.layers={section.layers}, but the model has {count} layers; use at most {count}"
@@ -103,7 +103,7 @@ def freeze(model: nn.Module, config: Config) -> None:
             parameter.requires_grad_(True)
 
 
-def _layers(model: nn.Module) -> tuple[str, int]:
+def decoder_layers(model: nn.Module) -> tuple[str, int]:
     """Name and length of the list that holds the decoder's layers."""
     count = model.config.get_text_config().num_hidden_layers  # type: ignore[operator,union-attr]
     # A vision tower may have as many layers; look in the decoder only.
@@ -188,7 +188,7 @@ def _check_adapter(model: Any, config: Config, section: Any) -> None:
     from peft import get_peft_model
 
     kind, lora = config.model.finetuning, config.model.lora
-    adapter_config = _adapter_config(model, config, model.name_or_path)
+    adapter_config = peft_config(model, config, model.name_or_path)
     if kind == "lora":
         # These compute with the weights, which are missing here.
         adapter_config.use_dora, adapter_config.lora_dropout, adapter_config.init_lora_weights = False, 0.0, True
@@ -216,7 +216,7 @@ def _with_adapter(model: Any, config: Config, path: str, adapter: str | None) ->
         # Whatever base it names, this is the one that it is trained on and must be loaded with.
         model.peft_config["default"].base_model_name_or_path = path
     else:
-        model = get_peft_model(model, _adapter_config(model, config, path))
+        model = get_peft_model(model, peft_config(model, config, path))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -227,7 +227,7 @@ def _with_adapter(model: Any, config: Config, path: str, adapter: str | None) ->
     return model
 
 
-def _adapter_config(model: nn.Module, config: Config, path: str) -> Any:
+def peft_config(model: nn.Module, config: Config, path: str) -> Any:
     from peft import LoraConfig, OFTConfig
 
     section = config.model.lora if config.model.finetuning == "lora" else config.model.oft

@@ -89,11 +89,7 @@ class TokenLoss(nn.Module):
     ) -> list[tuple[torch.Tensor | None, ...]]:
         """Select the loss tokens, and split their (hidden states, targets, weights, sources) into chunks."""
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).reshape(-1)
-        chosen = targets != IGNORE_INDEX
-        if not chosen.any():
-            # The other workers call the head and send gradients now, so this one must do the same.
-            chosen = torch.zeros_like(chosen)
-            chosen[0] = True
+        chosen = self._chosen(targets)
         hidden, targets = hidden.reshape(-1, hidden.shape[-1])[chosen], targets[chosen]
         # Like labels, both belong to the predicted token.
         shifted = [
@@ -105,6 +101,15 @@ class TokenLoss(nn.Module):
             [None] * chunks if values is None else _split(values, chunks) for values in (hidden, targets, *shifted)
         ]
         return list(zip(*columns, strict=True))
+
+    def _chosen(self, targets: torch.Tensor) -> torch.Tensor:
+        """[tokens] True where there is a loss, in at least one place."""
+        chosen = targets != IGNORE_INDEX
+        if not chosen.any():
+            # The other workers call the head and send gradients now, so this one must do the same.
+            chosen = torch.zeros_like(chosen)
+            chosen[0] = True
+        return chosen
 
     def _hidden(self, decoder: Any, inputs: dict[str, torch.Tensor], position_ids: torch.Tensor) -> torch.Tensor:
         """[rows, tokens, size]"""

@@ -1,11 +1,11 @@
-"""torch: oneDNN's product of matrices, the hooks of modules, and the counters of a learning rate scheduler."""
+"""torch: oneDNN's product of matrices, the hooks of modules, fake tensors, and the counters of a learning rate scheduler."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from raysft.models.torch_internals import has_hooks
+from raysft.models.torch_internals import LiveBytes, fake_tensors, has_hooks, is_fake
 from tests.contracts.contract import Contract
 
 ONEDNN = Contract("torch", "raysft/models/onednn.py")
@@ -39,6 +39,38 @@ def test_a_module_knows_its_hooks(name, register):
     assert has_hooks(module)
     hook.remove()
     assert not has_hooks(module)
+
+
+def test_fake_tensors_have_shapes_and_no_memory():
+    with fake_tensors():
+        weight = torch.empty(1 << 20, 1 << 20, requires_grad=True)
+        product = torch.ones(2, 1 << 20) @ weight
+        product.sum().backward()
+    assert is_fake(product)
+    assert not is_fake(torch.empty(1))
+    assert product.device.type == "cpu"
+    assert weight.grad is not None
+    assert weight.grad.shape == weight.shape
+
+
+@pytest.mark.parametrize("fake", [False, True])
+def test_live_bytes_are_those_of_storages_that_are_alive(fake):
+    with fake_tensors() if fake else torch.no_grad():
+        weight, live = torch.empty(10), LiveBytes()
+        live.ignore([weight])
+        with live:
+            one = torch.empty(100)
+            view = one[:50].view(2, 25)
+            weight.detach().view(2, 5)
+            assert live.now == 400, "views and ignored tensors count nothing"
+            other = one + 1
+            assert live.now == live.peak == 800
+            del one
+            assert live.now == 800, "the view holds its storage"
+            del view
+            assert (live.now, live.peak) == (400, 800)
+            del other
+            assert live.now == 0
 
 
 def test_a_learning_rate_scheduler_counts_its_steps_and_its_calls():

@@ -106,6 +106,15 @@ def test_a_run_holds_the_gpu_from_its_workers_on_and_no_longer(device, folder):
     records = steps_of(run)
     assert len(records) == 8
     print("tokens/s:", [record["throughput"] for record in records], "GiB:", records[-1]["memory_gib"])
+    if device == "cuda":
+        estimated = json.loads((run / "plan.json").read_text())["memory"]
+        print(
+            "estimated GiB:",
+            estimated["tensors_gib"],
+            "allocated:",
+            max(each["memory_gib"] for each in records),
+            estimated,
+        )
     print("mfu:", [record.get("mfu") for record in records])
     print("results:", json.loads((run / "all_results.json").read_text()))
     for name in ("generated_predictions", "generated_predictions_base"):

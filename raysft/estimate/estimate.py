@@ -1,0 +1,191 @@
+"""Everything that a training needs, against what there is: lines for the plan, warnings, and refusals.
+
+A run is refused only if it surely cannot fit: a lower bound of its memory is above 1.05 times what a worker has.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from raysft.cluster.placement import Node
+from raysft.config import Config
+from raysft.errors import RequestError
+from raysft.estimate.hardware import NodeMemory
+from raysft.estimate.host import host_memory
+from raysft.estimate.measure import Microbatch, measure
+from raysft.estimate.memory import Hardware, Memory, largest_rows, memory
+from raysft.estimate.remedies import Remedy, cheapest, remedies
+from raysft.estimate.setup import setup_of
+from raysft.estimate.sizes import GIB, ModelSizes
+
+REFUSED, WARNED = 1.05, 0.92
+"""Shares of the memory: above the first a run is refused if that is sure, above the second it is warned about."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is known of a training before it starts."""
+
+    config: Config
+    hf_config: Any
+    """The model's own config."""
+    adapter: str | None
+    """Folder of the adapter that it continues from."""
+    workers: int
+    rows_per_worker: int
+    """Rows of a step that each worker has."""
+    microbatch: Microbatch
+    filled: float = 1.0
+    """Share of the places of a microbatch that surely hold tokens in some step."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of a microbatch."""
+        return min(self.config.micro_batch_size, self.rows_per_worker)
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a worker has."""
+
+    limit: float | None
+    """Bytes of its GPU, or its part of the node's memory; None if unknown."""
+    extra: float
+    """Bytes of swap that it may use besides."""
+    node: float | None
+    """Bytes of the node's memory."""
+    ranks: int
+    """Workers on a node."""
+    hardware: Hardware
+
+    @property
+    def named(self) -> str:
+        """Where the memory is, for messages."""
+        return "each GPU" if self.hardware.gpu else "each worker"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A training's memory against what there is."""
+
+    sizes: ModelSizes
+    memory: Memory
+    place: Place
+    largest: int
+    """Largest number of rows of a microbatch that fits, up to those that a worker has in a step; 0 if none does."""
+    most: int
+    """Rows that a worker has in a step."""
+    host: float
+    """Bytes in the memory of a node."""
+    remedies: tuple[Remedy, ...] = ()
+    """What helps, if it does not fit."""
+    warnings: tuple[str, ...] = field(default=())
+
+    def lines(self, table: bool) -> list[str]:
+        """Return the memory of a worker for the terminal, its parts in the same line or as a table."""
+        memory, limit = self.memory, self.place.limit
+        of = f" of {_gib(limit)}" if limit else ""
+        source = "" if memory.traced else " (activations by formula)"
+        fits = f"; up to {_rows(self.largest)} at once fit" if self.largest else ""
+        line = f"memory: about {_gib(memory.peak)}{of} for {self.place.named}, most {memory.moment}{source}{fits}"
+        node = (
+            [f"memory of a node: about {_gib(self.host)} of {_gib(self.place.node)}"] if self.place.hardware.gpu else []
+        )
+        if table:
+            return [line, *(f"  {name:<14}{value / GIB:9.3f} GiB" for name, value in memory.parts.items()), *node]
+        shown = (f"{name} {value / GIB:.2f}" for name, value in memory.parts.items() if value >= 0.005 * GIB)
+        return [f"{line} ({', '.join(shown)} GiB)", *node]
+
+
+def place_of(training: Training, nodes: Sequence[Node], found: tuple[Node, NodeMemory] | None) -> Place:
+    """Return what a worker has on the node with the least memory, ``found`` by ``smallest_node``."""
+    scaling = training.config.scaling
+    hardware = Hardware(scaling.use_gpu, max(1, len(nodes)), _expandable())
+    if found is None:
+        return Place(None, 0.0, None, training.workers, hardware)
+    node, answer = found
+    # Ray spreads workers, as far as the nodes have room.
+    fewest = -(-training.workers // max(1, len(nodes)))
+    ranks = max(1, min(training.workers, node.capacity(scaling.cpus_per_worker, float(scaling.use_gpu)) or fewest))
+    if scaling.use_gpu:
+        return Place(answer.gpu, 0.0, answer.total, ranks, hardware)
+    return Place(answer.total / ranks if answer.total else None, answer.swap / ranks, answer.total, ranks, hardware)
+
+
+def _expandable() -> bool:
+    settings = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+    return "expandable_segments:true" in settings.lower()
+
+
+def estimate(training: Training, place: Place) -> Estimate:
+    """Estimate a training's memory.
+
+    Raises:
+        RequestError: it surely does not fit.
+        Exception: of any type; the model cannot be made without its weights.
+    """
+    config = training.config
+    sizes, activations = measure(config, training.hf_config, training.adapter, training.microbatch)
+    setup = setup_of(config, training.workers, training.rows_per_worker)
+    needed = memory(sizes, activations, setup, training.rows, place.hardware, training.filled)
+    limit, most = place.limit, max(training.rows, training.rows_per_worker)
+    largest = largest_rows(sizes, activations, setup, place.hardware, WARNED * limit, most) if limit else 0
+    host = host_memory(sizes, setup, needed, place.ranks, place.hardware.gpu)
+    found: tuple[Remedy, ...] = ()
+    if limit and needed.peak > WARNED * limit:
+        found = tuple(remedies(config, needed, place.hardware, training.workers, _memory_of(training)))
+    result = Estimate(sizes, needed, place, largest, most, host, found)
+    if limit and needed.sure > REFUSED * limit + place.extra:
+        raise RequestError(_too_much(result, f"at least {_gib(needed.sure)}"))
+    return Estimate(sizes, needed, place, largest, most, host, found, tuple(_warnings(result)))
+
+
+def _memory_of(training: Training) -> Callable[[Config, Hardware], Memory]:
+    def memory_of(config: Config, hardware: Hardware) -> Memory:
+        adapter = training.adapter if config.model.finetuning == training.config.model.finetuning else None
+        sizes, activations = measure(config, training.hf_config, adapter, training.microbatch)
+        setup = setup_of(config, training.workers, training.rows_per_worker)
+        return memory(sizes, activations, setup, training.rows, hardware)
+
+    return memory_of
+
+
+def _warnings(result: Estimate) -> list[str]:
+    found, limit, node = [], result.place.limit, result.place.node
+    if limit and result.memory.peak > WARNED * limit:
+        found.append(_too_much(result, f"about {_gib(result.memory.peak)}"))
+    elif node and result.host > node:
+        found.append(
+            f"the {result.place.ranks} workers of a node need about {_gib(result.host)} of its memory while they load and train, "
+            f"but it has {_gib(node)}; use fewer workers on a node, or "
+            + ("train.zero_stage=3" if result.place.hardware.gpu else "nodes with more memory")
+        )
+    return found
+
+
+def _too_much(result: Estimate, needed: str) -> str:
+    """Say what is needed, what there is, and the cheapest remedy."""
+    limit = result.place.limit or 0.0
+    text = (
+        f"a microbatch of {_rows(result.memory.rows)} needs {needed} of memory for {result.place.named}, which has "
+        f"{_gib(limit)}"
+    )
+    if 0 < result.largest < result.memory.rows:
+        return f"{text}; use train.micro_batch_size={result.largest}"
+    remedy = cheapest(list(result.remedies), WARNED * limit)
+    if remedy:
+        return f"{text}; use {remedy}"
+    least = min(result.remedies, key=lambda each: each.peak, default=None)
+    more = "a GPU with more memory" if result.place.hardware.gpu else "nodes with more memory or fewer workers on each"
+    return f"{text}; use {more}" + (f", with {least}" if least else "")
+
+
+def _gib(value: float | None) -> str:
+    return f"{(value or 0.0) / GIB:.1f} GiB"
+
+
+def _rows(count: int) -> str:
+    return f"{count} row{'' if count == 1 else 's'}"

@@ -1,0 +1,113 @@
+"""The real classes of a model and its adapters, without the memory of their weights, and their sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from raysft.config import Config
+from raysft.estimate.sizes import ModelSizes, weights_of
+from raysft.models.attention import kernel, without_adapters
+from raysft.models.lora_targets import linear_layers
+from raysft.train.finetuning import decoder_layers, freeze, peft_config
+
+PERSISTENT = 100_000
+"""Elements below which DeepSpeed's ZeRO-3 keeps a weight whole on each worker (``stage3_param_persistence_threshold``)."""
+
+
+def model_without_weights(config: Config, hf_config: Any, adapter: str | None = None) -> Any:
+    """Make the model that a training trains, on torch's device ``meta``.
+
+    Args:
+        config: the run's config.
+        hf_config: the model's own.
+        adapter: folder of the adapter that training continues from.
+    """
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.float32 if config.autocast else getattr(torch, config.dtype)
+    attention = kernel(config)
+    if attention == "flash_attention_2":
+        attention = None  # transformers would ask for the package; the trace has a kernel of its own
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(
+            hf_config, dtype=dtype, attn_implementation=attention, trust_remote_code=config.model.runs_code
+        )
+        model.config.use_cache = False
+        if config.train.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if config.model.finetuning == "freeze":
+            freeze(model, config)
+        elif config.model.adapter is not None:
+            model = _adapted(model, config, adapter)
+    return model.to(dtype)
+
+
+def _adapted(model: Any, config: Config, adapter: str | None) -> Any:
+    from peft import PeftConfig, get_peft_model
+
+    if adapter is not None:
+        from raysft.storage.local_cache import local_copy
+
+        adapter_config: Any = PeftConfig.from_pretrained(local_copy(adapter))
+        adapter_config.inference_mode = False
+    else:
+        adapter_config = peft_config(model, config, "model")
+    if config.model.finetuning == "lora":
+        adapter_config.init_lora_weights = True
+    return get_peft_model(model, adapter_config)
+
+
+def sizes_of(model: Any) -> ModelSizes:
+    """Measure a model of ``model_without_weights``."""
+    base = without_adapters(model)
+    weights = dict(model.named_parameters())
+    prefix, _ = decoder_layers(base)
+    layers = base.get_submodule(prefix)
+    # With peft, a linear layer is inside the layer that adapts it.
+    inner = {name for name in linear_layers(base) if ".lora_" not in name}
+    linear = [module.weight.numel() for name, module in base.named_modules() if name in inner]
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    head_weight = _plain(head)
+    trained_head = head_weight is not None and head_weight.requires_grad
+    return ModelSizes(
+        total=sum(weight.numel() for weight in weights.values()),
+        trained=weights_of(
+            [
+                (tuple(weight.shape), weight.dim() == 2 and "embed" not in name and "lm_head" not in name)
+                for name, weight in weights.items()
+                if weight.requires_grad
+            ]
+        ),
+        quantizable=sum(linear),
+        largest=max(weight.numel() for weight in weights.values()),
+        largest_linear=max(linear, default=0),
+        largest_layer=max(sum(weight.numel() for weight in layer.parameters()) for layer in layers),
+        small=sum(weight.numel() for weight in weights.values() if weight.numel() < PERSISTENT),
+        tied_head=trained_head and head_weight is _plain(embedding),
+        head=head_weight.numel() if head_weight is not None and trained_head else 0,
+    )
+
+
+def _plain(module: Any) -> Any:
+    """Return the weight of an embedding or a head that may have an adapter."""
+    inner = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    return getattr(inner, "weight", None)
+
+
+def without_memory(model: nn.Module) -> None:
+    """Replace weights and buffers of the device ``meta`` with fake ones on the CPU, inside ``fake_tensors``; ties stay."""
+    made: dict[int, Any] = {}
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if id(weight) not in made:
+                made[id(weight)] = (weight, nn.Parameter(fake(weight), requires_grad=weight.requires_grad))
+            setattr(module, name, made[id(weight)][1])
+        for name, values in list(module.named_buffers(recurse=False)):
+            setattr(module, name, fake(values))

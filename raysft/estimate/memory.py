@@ -1,0 +1,147 @@
+"""The memory of a training worker at its peak. Pure.
+
+What is there all the time (weights, float32 copies, moments), and then the most of: the loss (all activations and the logits of a
+chunk), the backward pass of the last layer (all activations, what a layer needs, the bucket), the gradients of the embedding, the
+end of the backward pass (gradients and bucket), and the optimizer's step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from raysft.estimate.sizes import GIB, Activations, ModelSizes
+from raysft.estimate.states import Setup, States, states
+
+CONTEXT, NCCL_ONE_NODE, NCCL = 0.55 * GIB, 0.3 * GIB, 1.2 * GIB
+"""CUDA's context with the libraries' kernels, and the buffers of NCCL."""
+FRAGMENTATION, EXPANDABLE = 0.06, 0.03
+"""Share of what comes and goes that torch's allocator on a GPU cannot use; with expandable segments."""
+PROCESS = 0.6 * GIB
+"""A worker's process on a CPU: Python, torch, transformers, DeepSpeed, Ray."""
+ROWS = ("weights", "gradients", "master weights", "moments", "activations", "logits", "buckets", "rest")
+"""Rows of the table."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where the workers run, as far as it decides what they need."""
+
+    gpu: bool = False
+    nodes: int = 1
+    expandable_segments: bool = False
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a worker at its peak, on a GPU or, without one, in the node's memory."""
+
+    parts: Mapping[str, float]
+    """The rows of the table, which sum to ``peak``."""
+    moment: str
+    """When the peak is: in the loss, in the backward pass, with the last gradients, after it, or in the step."""
+    tensors: float
+    """Bytes of torch's tensors alone, which ``torch.cuda.max_memory_allocated`` counts."""
+    sure: float
+    """Bytes that a worker needs at least."""
+    host: float
+    """Bytes in the node's memory beside the worker's process."""
+    rows: int
+    """Rows of the microbatch."""
+    traced: bool
+    """False if activations come from a formula."""
+
+    @property
+    def peak(self) -> float:
+        """Bytes in all."""
+        return sum(self.parts.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """The numbers in GiB, for ``plan.json``."""
+        gib = {name: round(value / GIB, 4) for name, value in self.parts.items()}
+        return {"peak_gib": round(self.peak / GIB, 4), "tensors_gib": round(self.tensors / GIB, 4), "moment": self.moment,
+                "traced": self.traced, "parts_gib": gib}  # fmt: skip
+
+
+def memory(
+    sizes: ModelSizes, activations: Activations, setup: Setup, rows: int, hardware: Hardware, filled: float = 1.0
+) -> Memory:
+    """Compute the memory of a worker.
+
+    Args:
+        sizes: of the model.
+        activations: of the model.
+        setup: the settings that decide what a worker keeps.
+        rows: rows of a microbatch.
+        hardware: where it runs.
+        filled: share of the places of such a microbatch that surely hold tokens in some step; the padding at the end of all of its
+            rows is cut off.
+    """
+    kept = states(sizes, setup)
+    moments = _moments(activations, kept, setup, rows)
+    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    parts = dict.fromkeys(ROWS, 0.0) | {
+        "weights": kept.weights,
+        "master weights": kept.master,
+        "moments": kept.moments,
+        **moments[moment],
+    }
+    parts["rest"] += kept.gathered
+    tensors = sum(parts.values())
+    parts["rest"] += _beside(tensors - kept.fixed, setup, hardware)
+    return Memory(parts, moment, tensors, _sure(activations, kept, rows, filled), kept.host, rows, activations.traced)
+
+
+def _moments(activations: Activations, kept: States, setup: Setup, rows: int) -> dict[str, dict[str, float]]:
+    """What comes and goes, by row of the table, at each moment that may be the peak."""
+    saved, loss = activations.saved(rows), activations.loss_at(rows)
+    forward = max((each.forward.at(rows) - each.saved.at(rows) for each in activations.layers), default=0.0)
+    return {
+        "in the loss": {
+            "activations": saved,
+            "logits": max(loss.peak, forward),
+            "gradients": kept.kept,
+            "buckets": kept.bucket if setup.zero_stage == 3 else 0.0,
+        },
+        "in the backward pass": {
+            "activations": saved,
+            "rest": activations.backward(rows) + loss.left,
+            "buckets": kept.bucket,
+            "gradients": kept.kept,
+        },
+        "with the last gradients": {
+            "rest": activations.tail.at(rows),
+            "buckets": kept.bucket,
+            "gradients": kept.arrived,
+        },
+        "after the backward pass": {"buckets": kept.bucket, "gradients": kept.ended},
+        "in the step": {"gradients": kept.gradients, "rest": kept.step},
+    }
+
+
+def _beside(dynamic: float, setup: Setup, hardware: Hardware) -> float:
+    """Bytes beside those of tensors."""
+    if not hardware.gpu:
+        return PROCESS
+    share = EXPANDABLE if hardware.expandable_segments else FRAGMENTATION
+    nccl = 0.0 if setup.workers == 1 else NCCL_ONE_NODE if hardware.nodes == 1 else NCCL
+    return CONTEXT + nccl + share * max(0.0, dynamic)
+
+
+def _sure(activations: Activations, kept: States, rows: int, filled: float) -> float:
+    """Bytes that are surely there at once: at the end of the forward pass, or in the step."""
+    saved = filled * activations.saved(rows) if activations.traced else 0.0
+    return kept.weights + kept.master + kept.moments + max(kept.kept + saved, kept.gradients)
+
+
+def largest_rows(
+    sizes: ModelSizes, activations: Activations, setup: Setup, hardware: Hardware, limit: float, most: int
+) -> int:
+    """Return the largest number of rows of a microbatch, up to ``most``, whose peak is at most ``limit`` bytes; 0 if none is."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = memory(sizes, activations, setup, middle, hardware).peak <= limit
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low

@@ -1,0 +1,164 @@
+"""The numbers of a model and of its activations from which the memory of any setup follows. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Weights of one shape that are trained."""
+
+    shape: tuple[int, ...]
+    inner: bool
+    """True for a matrix inside the layers, neither embedding nor output head."""
+    count: int
+    """Number of such weights."""
+
+    @property
+    def elements(self) -> int:
+        """Elements of all of them."""
+        return self.count * math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Sizes of a model and its adapters, in elements."""
+
+    total: int
+    """Of all weights, tied ones once."""
+    trained: tuple[Weight, ...]
+    quantizable: int
+    """Of the linear layers inside the decoder, which bitsandbytes quantizes."""
+    largest: int
+    """Of the largest weight."""
+    largest_linear: int
+    """Of the largest linear layer inside the decoder."""
+    largest_layer: int
+    """Of the largest layer of the decoder; also the block that BAdam trains at a time."""
+    small: int
+    """Of weights with fewer than 100,000 elements, which ZeRO-3 keeps whole."""
+    tied_head: bool = False
+    """True if the output head is the embedding, and is trained."""
+    head: int = 0
+    """Of the output head, if it is trained."""
+
+    @property
+    def trained_elements(self) -> int:
+        """Elements of all trained weights."""
+        return sum(weight.elements for weight in self.trained)
+
+    @property
+    def largest_trained(self) -> int:
+        """Elements of the largest trained weight."""
+        return max((math.prod(weight.shape) for weight in self.trained), default=0)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A number of bytes that grows with the rows of a microbatch: ``fixed + rows · per_row``."""
+
+    fixed: float
+    per_row: float
+
+    @classmethod
+    def through(cls, one: float, two: float) -> Line:
+        """Return the line through the values for one row and for two.
+
+        >>> Line.through(30, 50)
+        Line(fixed=10, per_row=20)
+        """
+        return cls(2 * one - two, two - one)
+
+    def at(self, rows: int) -> float:
+        """Return the bytes for so many rows; never fewer than 0."""
+        return max(0.0, self.fixed + rows * self.per_row)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Layers of the decoder that are alike."""
+
+    count: int
+    saved: Line
+    """Bytes that each keeps from its forward pass for its backward pass."""
+    forward: Line
+    """Most bytes that its forward pass needs at a time."""
+    backward: Line
+    """Most bytes that its backward pass, with what it computes again, needs at a time, beyond what was saved."""
+
+
+@dataclass(frozen=True)
+class LossBytes:
+    """Bytes of the loss for a number of rows, beyond what the decoder has saved."""
+
+    peak: float
+    """Most at a time, in forward and backward."""
+    left: float
+    """When the backward pass of the last layer begins: gradients of the hidden states and of the head."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that a forward and backward pass needs beyond weights and stored gradients."""
+
+    tokens: int
+    """Tokens of a row."""
+    embedded: Line
+    """Kept by what comes before the layers."""
+    layers: tuple[Layers, ...]
+    loss: Mapping[int, LossBytes]
+    """Rows of a microbatch → bytes of the loss."""
+    tail: Line
+    """Most bytes while the first layer's and the embedding's gradients are computed."""
+    traced: bool
+    """False if a formula gave these numbers."""
+
+    def saved(self, rows: int) -> float:
+        """Return what the decoder keeps for the backward pass."""
+        return self.embedded.at(rows) + sum(layers.count * layers.saved.at(rows) for layers in self.layers)
+
+    def loss_at(self, rows: int) -> LossBytes:
+        """Return the bytes of the loss: those of the next larger number of rows that is known, or more than the largest."""
+        known = sorted(self.loss)
+        above = next((each for each in known if each >= rows), None)
+        if above is not None:
+            return self.loss[above]
+        largest, factor = self.loss[known[-1]], rows / known[-1]
+        return LossBytes(largest.peak * factor, largest.left * factor)
+
+    def backward(self, rows: int) -> float:
+        """Return the most bytes that the backward pass of a layer needs beyond what was saved."""
+        return max((layers.backward.at(rows) for layers in self.layers), default=0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON can hold them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Activations:
+        """Read what ``to_dict`` returns."""
+        layers = tuple(
+            Layers(each["count"], Line(**each["saved"]), Line(**each["forward"]), Line(**each["backward"]))
+            for each in content["layers"]
+        )
+        loss = {int(rows): LossBytes(**each) for rows, each in content["loss"].items()}
+        embedded, tail = Line(**content["embedded"]), Line(**content["tail"])
+        return cls(content["tokens"], embedded, layers, loss, tail, content["traced"])
+
+
+def weights_of(shapes: Sequence[tuple[tuple[int, ...], bool]]) -> tuple[Weight, ...]:
+    """Group weights, (shape, whether it is a matrix inside the layers), that are alike.
+
+    >>> weights_of([((4, 2), True), ((4, 2), True)])
+    (Weight(shape=(4, 2), inner=True, count=2),)
+    """
+    counts: dict[tuple[tuple[int, ...], bool], int] = {}
+    for each in shapes:
+        counts[each] = counts.get(each, 0) + 1
+    return tuple(Weight(shape, inner, count) for (shape, inner), count in counts.items())

@@ -1,0 +1,272 @@
+"""Activations of a training, measured on the real classes of its model without their memory.
+
+A model of the first layer and of one layer of each other kind runs forward and backward on fake tensors, with the training's own
+loss, adapters, attention and recomputation, while ``LiveBytes`` counts. All layers of a kind need the same, and all needs are
+linear in the rows of a microbatch, so that two runs of few layers are enough for any number of either.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from raysft.config import Config
+from raysft.estimate.fake_attention import NAME, fake_attention
+from raysft.estimate.fake_model import without_memory
+from raysft.estimate.sizes import Activations, Layers, Line, LossBytes
+from raysft.models.attention import EXAMPLEWISE, kernel, use_examplewise, without_adapters
+from raysft.models.fused_layers import ROTARY, fuse_layers
+from raysft.models.torch_internals import LiveBytes, fake_tensors
+from raysft.models.transformers_internals import attention_implementation, can_set_attention
+from raysft.train.finetuning import decoder_layers
+from raysft.train.loss import TokenLoss
+from raysft.train.objective import Objective
+
+INPUTS = ("input_ids", "position_ids", "labels")
+LOSS_ROWS = (1, 2, 4, 8, 16, 32, 64)
+"""Rows of a microbatch for which the loss is traced, beside those of the config."""
+
+
+@dataclass(frozen=True)
+class _Shape:
+    tokens: int
+    """Tokens of a row."""
+    loss_share: float
+    """Share of them with a loss."""
+    autocast: bool
+
+
+@dataclass
+class _Run:
+    """Bytes alive at the moments of one forward and backward pass."""
+
+    before: list[int] = field(default_factory=list)
+    """Before each layer."""
+    forward: list[int] = field(default_factory=list)
+    """Most during the forward pass of each layer."""
+    after: int = 0
+    """After the last layer."""
+    loss: int = 0
+    """Most between the last layer's forward and backward pass."""
+    begin: dict[int, int] = field(default_factory=dict)
+    """By layer, when its backward pass begins."""
+    backward: dict[int, int] = field(default_factory=dict)
+    """By layer, most during its backward pass."""
+    last: int = 0
+    """Most during the backward pass of the layer that is computed last, and of what comes before it."""
+
+    def enter(self, index: int, live: LiveBytes) -> None:
+        """Note that the backward pass of a layer begins, and with it that of the one after it ends; -1 at the end."""
+        if self.begin:
+            self.backward[min(self.begin)] = live.peak
+        else:
+            self.loss = live.peak
+        if index < 0:
+            self.last = live.peak
+        else:
+            self.begin[index] = live.peak = live.now
+
+
+class _TracedLoss(TokenLoss):
+    """The loss, for a number of loss tokens that does not depend on labels, which have no values here."""
+
+    loss_tokens = 0
+    states: torch.Tensor | None = None
+    """Hidden states to take instead of the decoder's."""
+    needs_mask = False
+    """The decoder would make a mask from the values of the positions."""
+
+    def _chosen(self, targets: torch.Tensor) -> torch.Tensor:
+        return torch.arange(self.loss_tokens)
+
+    def _hidden(self, decoder: Any, inputs: dict[str, torch.Tensor], position_ids: torch.Tensor) -> torch.Tensor:
+        return super()._hidden(decoder, inputs, position_ids) if self.states is None else self.states
+
+    def _inputs(self, decoder: Any, input_ids: torch.Tensor, position_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        inputs = {"input_ids": input_ids}
+        if self.needs_mask:
+            rows, tokens = input_ids.shape
+            dtype = next(decoder.parameters()).dtype
+            inputs["attention_mask"] = torch.empty(rows, 1, tokens, tokens, dtype=dtype)
+        return inputs
+
+
+def trace(config: Config, model: Any, tokens: int, loss_share: float) -> Activations:
+    """Trace a model of ``model_without_weights``, of which only one layer of each kind is left afterwards.
+
+    Args:
+        config: the run's config.
+        model: on the device ``meta``.
+        tokens: tokens of a row.
+        loss_share: share of them with a loss.
+
+    Raises:
+        Exception: of any type; the model computes in a way that depends on values.
+    """
+    layers, counts = _shorten(model)
+    with fake_tensors(), _unchanged_rotary(model):
+        without_memory(model)
+        loss = _TracedLoss(
+            model,
+            Objective(config.train.loss, config.train.label_smoothing, config.train.z_loss, config.train.eaft_alpha),
+            max_tokens=config.micro_batch_size * config.data.sequence_length if config.train.zero_stage == 3 else None,
+        )
+        loss.needs_mask = _set_attention(model, config)
+        if not config.scaling.use_gpu and config.dtype == "float32":
+            fuse_layers(model)
+        loss.train()
+        for parameter in loss.parameters():
+            if parameter.requires_grad:
+                # The stages of ZeRO decide where gradients are kept; here each one goes at once.
+                parameter.register_post_accumulate_grad_hook(_forget_gradient)
+        shape = _Shape(tokens, loss_share, config.autocast)
+        runs = [_run(loss, layers, rows, shape) for rows in (1, 2)]
+        losses = {rows: _loss_alone(loss, rows, shape) for rows in sorted({config.micro_batch_size, *LOSS_ROWS})}
+    return _activations(runs, counts, losses, tokens)
+
+
+def _forget_gradient(parameter: torch.Tensor) -> None:
+    parameter.grad = None
+
+
+def _shorten(model: Any) -> tuple[list[Any], list[int]]:
+    """Leave the first layer and one of each kind among the others; returns these, and how many layers each stands for."""
+    base = without_adapters(model)
+    prefix, _ = decoder_layers(base)
+    layers = base.get_submodule(prefix)
+    kinds = getattr(base.config.get_text_config(), "layer_types", None) or [None] * len(layers)
+    counts: dict[Any, int] = {}
+    chosen = [layers[0]]
+    for layer, kind in list(zip(layers, kinds, strict=False))[1:]:
+        weights = tuple((name, tuple(weight.shape), weight.requires_grad) for name, weight in layer.named_parameters())
+        key = (type(layer), kind, weights)
+        if key not in counts:
+            chosen.append(layer)
+        counts[key] = counts.get(key, 0) + 1
+    parent, _, name = prefix.rpartition(".")
+    setattr(base.get_submodule(parent), name, nn.ModuleList(chosen))
+    return chosen, [1, *counts.values()]
+
+
+@contextmanager
+def _unchanged_rotary(model: Any) -> Iterator[None]:
+    """Undo what ``fuse_layers`` does to the modules of transformers: this process may not train."""
+    modules = [sys.modules[name] for name in {type(module).__module__ for module in model.modules()}]
+    before = [(module, getattr(module, ROTARY)) for module in modules if hasattr(module, ROTARY)]
+    try:
+        yield
+    finally:
+        for module, function in before:
+            setattr(module, ROTARY, function)
+
+
+def _set_attention(model: Any, config: Config) -> bool:
+    """Give the model a kernel that needs the memory of the training's; returns True if it computes with a mask of its own."""
+    from transformers import AttentionInterface
+
+    base = without_adapters(model)
+    use_examplewise(base, config)
+    used = "flash_attention_2" if kernel(config) == "flash_attention_2" else attention_implementation(base)
+    if used == "eager" or not can_set_attention(base):
+        return True
+    masked = used == "sdpa" and config.data.packing
+    AttentionInterface.register(NAME, fake_attention(masked, copies=used == EXAMPLEWISE))
+    base.set_attn_implementation(NAME)
+    return False
+
+
+def _run(loss: _TracedLoss, layers: Sequence[nn.Module], rows: int, shape: _Shape) -> _Run:
+    """Run forward and backward once, and note the bytes alive before and after each layer."""
+    run, live = _Run(), LiveBytes()
+
+    def before(index: int, *_: Any) -> None:
+        if len(run.before) == index:  # else the layer is computed again, in the backward pass
+            run.before.append(live.now)
+            live.peak = live.now
+
+    def after(index: int, module: Any, inputs: Any, output: Any) -> None:
+        if len(run.forward) != index:
+            return
+        run.forward.append(live.peak)
+        run.after = live.peak = live.now
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.requires_grad:
+            hidden.register_hook(lambda gradient: run.enter(index, live))
+
+    hooks = [layer.register_forward_pre_hook(partial(before, index)) for index, layer in enumerate(layers)]
+    hooks += [layer.register_forward_hook(partial(after, index)) for index, layer in enumerate(layers)]
+    _train(loss, live, rows, shape)
+    run.enter(-1, live)
+    for hook in hooks:
+        hook.remove()
+    return run
+
+
+def _loss_alone(loss: _TracedLoss, rows: int, shape: _Shape) -> LossBytes:
+    """Bytes of the loss without the decoder."""
+    live, head = LiveBytes(), without_adapters(loss.model).get_output_embeddings()
+    weight = next(head.parameters())
+    loss.states = torch.empty(rows, shape.tokens, weight.shape[-1], dtype=weight.dtype, requires_grad=True)
+    live.ignore([loss.states])
+    try:
+        _train(loss, live, rows, shape)
+    finally:
+        loss.states = None
+    return LossBytes(live.peak, live.now)
+
+
+def _train(loss: _TracedLoss, live: LiveBytes, rows: int, shape: _Shape) -> None:
+    inputs = {name: torch.zeros(rows, shape.tokens, dtype=torch.long) for name in INPUTS}
+    loss.loss_tokens = max(1, round(rows * shape.tokens * shape.loss_share))
+    live.ignore([*loss.parameters(), *loss.buffers(), *inputs.values()])
+    cast = torch.autocast("cpu", torch.bfloat16) if shape.autocast else nullcontext()
+    with live:
+        with cast:
+            value = loss(**inputs)[0]
+        value.backward()
+
+
+def _activations(
+    runs: Sequence[_Run], counts: Sequence[int], losses: Mapping[int, LossBytes], tokens: int
+) -> Activations:
+    def line(value: Callable[[_Run], float]) -> Line:
+        one, two = map(value, runs)
+        return Line.through(one, two)
+
+    def end(run: _Run, index: int) -> int:
+        return run.before[index + 1] if index + 1 < len(counts) else run.after
+
+    layers = tuple(
+        Layers(
+            count,
+            saved=line(lambda run, i=index: end(run, i) - run.before[i]),
+            forward=line(lambda run, i=index: run.forward[i] - run.before[i]),
+            backward=line(lambda run, i=index: run.backward.get(i, 0) - run.begin.get(i, 0)),
+        )
+        for index, count in enumerate(counts)
+    )
+    # What the norm before the head adds, and a head that is also the embedding: its gradient waits for the embedding's.
+    alone = [losses[rows] for rows in (1, 2)]
+    last = len(counts) - 1
+    peak = Line.through(*(run.loss - run.after - each.peak for run, each in zip(runs, alone, strict=True)))
+    left = Line.through(
+        *(run.begin.get(last, run.after) - run.after - each.left for run, each in zip(runs, alone, strict=True))
+    )
+    return Activations(
+        tokens=tokens,
+        embedded=line(lambda run: run.before[0]),
+        layers=layers,
+        loss={
+            rows: LossBytes(each.peak + peak.fixed + rows * peak.per_row, each.left + left.fixed + rows * left.per_row)
+            for rows, each in losses.items()
+        },
+        tail=line(lambda run: run.last),
+        traced=True,
+    )

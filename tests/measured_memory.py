@@ -1,0 +1,235 @@
+"""The memory of real trainings, measured in processes of their own, and the estimate for the same config.
+
+The peak is that of torch's own allocator for the CPU, which its profiler reports for every tensor that is made or freed, also
+inside operators and in the threads of gradients. It counts what ``torch.cuda.max_memory_allocated`` counts on a GPU, to the
+byte and the same in every run. The resident memory of the process also holds libraries, threads, pages of weight files that are
+only mapped, and what malloc keeps for later; all that is more than a tiny model needs.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+from raysft.config import Config, parse, with_overrides
+from raysft.estimate.estimate import Training
+from raysft.estimate.measure import Microbatch, measure
+from raysft.estimate.memory import Hardware, Memory, memory
+from raysft.estimate.setup import setup_of
+from raysft.estimate.sizes import Activations, ModelSizes
+from tests.training import IMPORTED
+
+SECONDS = 300
+"""How long all trainings together may take."""
+STEPS = 2
+"""The second step has the optimizer's states from its beginning."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes of torch's tensors in one worker."""
+
+    peak: int
+    """Most during the second step."""
+    before: int
+    """Before the second step."""
+    master: int
+    """float32 copies of the weights."""
+    moments: int
+    """States of the optimizer."""
+    weights: int
+    """Weights of the model."""
+
+
+def config_of(folder: Path, model: Path | str, settings: dict[str, Any] | None = None) -> Config:
+    """Make the config of a training that needs no data."""
+    config = parse(
+        {
+            "run": {"name": "r", "storage": str(folder)},
+            "model": {"path": str(model), "dtype": "float32", "finetuning": "full"},
+            "data": {"train": [{"name": "d", "path": str(folder / "none.jsonl")}], "sequence_length": 96},
+            "train": {"global_batch_size": 2, "micro_batch_size": 2, "warmup_ratio": 0.0, "max_steps": STEPS},
+        }
+    )
+    return with_overrides(config, settings or {})
+
+
+def estimated(config: Config, world: int = 1) -> Memory:
+    """Estimate a training whose tokens all have a loss."""
+    sizes, activations = model_of(config)
+    rows = -(-int(config.train.global_batch_size) // world)
+    setup = setup_of(config, world, rows)
+    return memory(sizes, activations, setup, min(rows, config.micro_batch_size), Hardware())
+
+
+def model_of(config: Config) -> tuple[ModelSizes, Activations]:
+    """Sizes and activations of a config's model, traced."""
+    from transformers import AutoConfig
+
+    hf_config = AutoConfig.from_pretrained(config.model.path)
+    training = Training(config, hf_config, None, 1, 1, Microbatch(config.data.sequence_length, 1.0))
+    return measure(config, training.hf_config, None, training.microbatch)
+
+
+def measured(configs: Sequence[Config], world: int = 1) -> list[list[Measured]]:
+    """Train two steps of each config with ``world`` workers, one config after another; gives what each worker needed."""
+    import multiprocessing
+
+    context: Any = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out = context.Queue()
+    processes = [context.Process(target=_worker, args=(rank, world, port, configs, out)) for rank in range(world)]
+    with patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": ""}):
+        for process in processes:
+            process.start()
+    found: dict[int, list[Measured]] = {}
+    try:
+        while len(found) < world:
+            rank, ours = out.get(timeout=SECONDS)
+            found[rank] = ours
+    finally:
+        for process in processes:
+            process.join(5)
+            process.kill()
+    return [[found[rank][index] for rank in range(world)] for index in range(len(configs))]
+
+
+def _worker(rank: int, world: int, port: int, configs: Sequence[Config], out: Any) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank)
+    )
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    out.put((rank, [_measured(config, world) for config in configs]))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _measured(config: Config, world: int) -> Measured:
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    from raysft.train.engine import make_engine
+    from raysft.train.step import train_step
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        engine, scheduler = make_engine(config, config.model.path, world, STEPS, torch.device("cpu"))
+        for parameter in engine.module.parameters():
+            if not (parameter.requires_grad and config.train.zero_stage):
+                parameter.data = parameter.data.clone()  # what ZeRO has not copied is still a part of the mapped file
+        rows = -(-int(config.train.global_batch_size) // world)
+        for step in range(STEPS):
+            batch = _batch(rows, config.data.sequence_length, seed=step)
+            with record_function(f"step {step}"):
+                train_step(engine, batch, float(rows * world * (config.data.sequence_length - 1)))
+        states = _states(engine)
+        engine.destroy()
+        del engine, scheduler
+        gc.collect()
+    return Measured(*_most(profiler), *states)
+
+
+def _batch(rows: int, tokens: int, seed: int) -> dict[str, np.ndarray]:
+    """Rows of one example each, all of whose tokens have a loss."""
+    draw = np.random.default_rng(seed)
+    ids = draw.integers(4, 300, (rows, tokens))
+    return {
+        "row": np.arange(rows),
+        "tokens": np.full(rows, tokens),
+        "input_ids": ids,
+        "position_ids": np.tile(np.arange(tokens), (rows, 1)),
+        "labels": ids,
+    }
+
+
+def most_allocated(function: Callable[[], object]) -> int:
+    """Most bytes of tensors that a function allocates at a time."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    changes, _ = _changes(profiler)
+    return max(change.total for change in changes) - (changes[0].total - changes[0].size)
+
+
+class _Change(NamedTuple):
+    """A tensor that is made or freed."""
+
+    moment: float
+    total: int
+    """Bytes of all tensors after it."""
+    size: int
+
+
+def _changes(profiler: Any) -> tuple[list[_Change], list[dict[str, Any]]]:
+    """All changes in order, from the profiler's own file, and its other events."""
+    with tempfile.TemporaryDirectory() as folder:
+        profiler.export_chrome_trace(str(Path(folder, "trace.json")))
+        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+    changes = [
+        _Change(float(event["ts"]), int(event["args"]["Total Allocated"]), int(event["args"]["Bytes"]))
+        for event in events
+        if event.get("name") == "[memory]" and event["args"].get("Device Type") == 0
+    ]
+    return sorted(changes, key=lambda change: change.moment), events
+
+
+def _most(profiler: Any) -> tuple[int, int]:
+    """Most bytes during the last step, and those before it."""
+    changes, events = _changes(profiler)
+    step = next(
+        event for event in events if event.get("name") == f"step {STEPS - 1}" and event.get("cat") == "user_annotation"
+    )
+    begin, end = step["ts"], step["ts"] + step["dur"]
+    start = changes[0].total - changes[0].size
+    before = next(change.total for change in reversed(changes) if change.moment < begin)
+    return max(change.total for change in changes if begin <= change.moment <= end) - start, before - start
+
+
+def _states(engine: Any) -> tuple[int, int, int]:
+    """Bytes of float32 copies, of the optimizer's states, and of the weights, each storage once."""
+    from raysft.train.deepspeed_internals import base_optimizer, optimized_tensors
+
+    stage = engine.zero_optimization_stage()
+    master = optimized_tensors(engine) if stage else []
+    optimizer = base_optimizer(engine)
+    inner = [*getattr(optimizer, "optimizers", ()), getattr(optimizer, "base_optimizer", None), optimizer]
+    moments = [
+        value
+        for each in inner
+        if each is not None
+        for state in each.state.values()
+        for value in _tensors(state)
+        if value.numel() > 1  # without the counters of steps
+    ]
+    parameters = list(engine.module.parameters())
+    weights = [getattr(each, "ds_tensor", each) for each in parameters]
+    return _bytes(master), _bytes(moments), _bytes(weights)
+
+
+def _tensors(state: Any) -> list[torch.Tensor]:
+    """All tensors of an optimizer's state, also those of a projector that it has."""
+    values = state.values() if isinstance(state, dict) else vars(state).values()
+    found = [value for value in values if isinstance(value, torch.Tensor)]
+    for value in values:
+        if hasattr(value, "ortho_matrix"):
+            found += _tensors(value)
+    return found
+
+
+def _bytes(tensors: Sequence[Any]) -> int:
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())

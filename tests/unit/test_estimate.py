@@ -1,0 +1,358 @@
+"""Estimates of memory, storage and time, against values computed by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from raysft.cluster.placement import Node
+from raysft.config import Config, parse, with_overrides
+from raysft.errors import RequestError
+from raysft.estimate import estimate as estimates
+from raysft.estimate.duration import earlier_speed
+from raysft.estimate.estimate import Place, Training, estimate, place_of
+from raysft.estimate.formula import Decoder, by_formula
+from raysft.estimate.hardware import NodeMemory, gpu_memory, this_node
+from raysft.estimate.measure import Microbatch
+from raysft.estimate.memory import Hardware, largest_rows, memory
+from raysft.estimate.setup import setup_of
+from raysft.estimate.sizes import GIB, Activations, Layers, Line, LossBytes, ModelSizes, Weight
+from raysft.estimate.states import Setup, states
+from raysft.estimate.storage import Storage, check_room, check_shared, storage
+from tests.messages import holds, refusal
+
+BILLION = 1_000_000_000
+SEVEN = ModelSizes(
+    total=7 * BILLION,
+    trained=(Weight((1000, 1000), True, 6500), Weight((125_000, 4000), False, 1)),
+    quantizable=6_500_000_000,
+    largest=500_000_000,
+    largest_linear=1_000_000,
+    largest_layer=200_000_000,
+    small=300_000,
+)
+"""A model of 7B: matrices of a million elements, and an embedding of 500 million."""
+FLAT = Activations(
+    tokens=1000,
+    embedded=Line(0, 100),
+    layers=(Layers(1, Line(0, 10), Line(0, 30), Line(5, 0)), Layers(3, Line(0, 20), Line(0, 30), Line(5, 40))),
+    loss={1: LossBytes(500, 50), 2: LossBytes(900, 90)},
+    tail=Line(0, 300),
+    traced=True,
+)
+SMALL = ModelSizes(1000, (Weight((10, 100), True, 1),), 0, 1000, 0, 1000, 0)
+
+
+def _parts(*parts: str) -> str:
+    return " … ".join(parts)
+
+
+def config_of(folder: Path, **settings) -> Config:
+    base = parse(
+        {
+            "run": {"name": "r", "storage": str(folder)},
+            "model": {"path": "m"},
+            "data": {"train": [{"name": "a", "path": "a.json"}]},
+            "train": {"global_batch_size": 8},
+        }
+    )
+    return with_overrides(base, {key.replace("__", "."): value for key, value in settings.items()})
+
+
+@pytest.mark.parametrize(
+    ("setup", "expected"),
+    [
+        # In bfloat16 on 8 GPUs: weights 14 GB; copies 28 / 8, moments 56 / 8, own gradients 14 / 8; the bucket has 5e8 elements.
+        (Setup(2, 8, 2), {"weights": 14, "master": 3.5, "moments": 7, "ended": 1.75, "gradients": 1.75, "bucket": 1}),
+        # ZeRO 1 keeps all gradients, but those in the bucket, beside the own copies.
+        (Setup(1, 8, 2), {"weights": 14, "master": 3.5, "moments": 7, "ended": 14.75, "bucket": 1}),
+        (Setup(3, 8, 2), {"weights": 1.75, "master": 3.5, "moments": 7, "kept": 1.75, "gathered": 1.1006, "bucket": 1}),
+        # Float32 without ZeRO: all gradients, no copies; flattened to be reduced, 5e8 at a time.
+        (Setup(0, 1, 4), {"weights": 28, "master": 0, "moments": 56, "gradients": 28, "step": 2, "bucket": 0}),
+        # The next microbatches of a step find the gradients of the first.
+        (Setup(2, 8, 2, accumulates=True), {"kept": 1.75, "ended": 3.5}),
+        # Offloaded: copies, their gradients, moments and the weights that go back: 28 + 28 + 56 + 14 over 8.
+        (
+            Setup(2, 8, 2, offload_optimizer=True),
+            {"weights": 14, "master": 0, "moments": 0, "gradients": 0, "host": 126 / 8, "ended": 1},
+        ),
+        (Setup(3, 8, 2, offload_optimizer=True, offload_parameters=True), {"weights": 0, "host": 140 / 8}),
+        (Setup(2, 1, 2, bucket=100_000_000, double_bucket=True), {"bucket": 0.4}),
+        # 6.5e9 weights of half a byte, and for each 64 of them a scale of 1 byte, 256 of which share 4 bytes more.
+        (Setup(2, 1, 2, quantization="4bit"), {"weights": 1 + 3.25 + 6.5 / 64 + 6.5 / 4096, "gathered": 0.002}),
+        (Setup(2, 1, 2, quantization="4bit", double_quantization=False), {"weights": 1 + 3.25 + 6.5 / 16}),
+        (Setup(2, 1, 2, quantization="8bit"), {"weights": 1 + 6.5}),
+    ],
+)
+def test_states_of_a_model_of_7b(setup, expected):
+    found = states(SEVEN, setup)
+    for name, gigabytes in expected.items():
+        assert getattr(found, name) / 1e9 == pytest.approx(gigabytes, rel=1e-4), name
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options", "moments"),
+    [
+        ("adamw", {}, 8 * 7e9),
+        ("adafactor", {}, 4 * (6500 * 2000 + 129_000)),
+        ("muon", {}, 4 * 6.5e9 + 8 * 0.5e9),
+        ("adam_mini", {}, 4 * 6.5e9 + 8 * 0.5e9),
+        # Two moments and a projection of 16 × 1000 for each matrix.
+        ("galore", {}, 6500 * 4 * 16 * 3000 + 8 * 0.5e9),
+        ("apollo", {"rank": 4}, 6500 * 4 * 4 * 3000 + 8 * 0.5e9),
+        ("badam", {}, 8 * 0.2e9),
+    ],
+)
+def test_moments_of_each_optimizer(optimizer, options, moments):
+    assert states(SEVEN, Setup(0, optimizer=optimizer, options=options)).moments == pytest.approx(moments)
+
+
+def test_the_peak_is_the_largest_of_the_moments():
+    # 1,000 float32 weights with ZeRO 2: weights 4,000, copies 4,000, moments 8,000.
+    setup, cpu = Setup(2, 1, 4), Hardware()
+    one = memory(SMALL, FLAT, setup, 1, cpu)
+    # Saved: 100 + 10 + 3 · 20. In the loss 500 more; after the backward pass a bucket and gradients of 4,000 each.
+    assert (one.moment, one.tensors) == ("after the backward pass", 16_000 + 8_000)
+    assert (one.parts["gradients"], one.parts["buckets"]) == (4_000, 4_000)
+    assert sum(one.parts.values()) == one.peak > one.tensors
+    hundred = memory(SMALL, FLAT, setup, 100, cpu)
+    # The loss of two rows, fifty times.
+    assert (hundred.moment, hundred.tensors) == ("in the loss", 16_000 + 170 * 100 + 900 * 50)
+    assert (hundred.parts["activations"], hundred.parts["logits"]) == (17_000, 45_000)
+    assert hundred.sure == 16_000 + 17_000
+    assert memory(SMALL, FLAT, setup, 100, cpu, filled=0.5).sure == 16_000 + 8_500
+    few = memory(SMALL, FLAT, Setup(2, 1, 4, accumulates=True), 100, cpu)
+    assert few.tensors == hundred.tensors + 4_000
+
+
+def test_recomputed_layers_are_needed_once():
+    layers = (Layers(4, Line(0, 10), Line(0, 500), Line(0, 800)),)
+    activations = Activations(1000, Line(0, 0), layers, {1: LossBytes(100, 50)}, Line(0, 0), True)
+    found = memory(SMALL, activations, Setup(0, 1, 4), 1, Hardware())
+    assert found.moment in ("in the step", "after the backward pass")
+    found = memory(SMALL, activations, Setup(0, 1, 4), 100, Hardware())
+    assert found.moment == "in the backward pass"
+    assert found.tensors == 4_000 + 8_000 + 100 * (40 + 800 + 50)
+
+
+def test_on_a_gpu_there_is_more_than_tensors():
+    setup = Setup(2, 8, 2)
+    plain = memory(SMALL, FLAT, setup, 1000, Hardware(gpu=True))
+    better = memory(SMALL, FLAT, setup, 1000, Hardware(gpu=True, expandable_segments=True))
+    many = memory(SMALL, FLAT, setup, 1000, Hardware(gpu=True, nodes=2))
+    assert plain.tensors == better.tensors == many.tensors
+    dynamic = plain.tensors - (2_000 + 500 + 1_000)
+    assert plain.peak - plain.tensors == pytest.approx(0.85 * GIB + 0.06 * dynamic)
+    assert plain.peak - better.peak == pytest.approx(0.03 * dynamic)
+    assert many.peak - plain.peak == pytest.approx(0.9 * GIB)
+
+
+def test_the_largest_microbatch_is_the_last_that_fits():
+    setup, cpu = Setup(2, 1, 4), Hardware()
+    fits = memory(SMALL, FLAT, setup, 37, cpu).peak
+    assert largest_rows(SMALL, FLAT, setup, cpu, fits, most=1000) == 37
+    assert largest_rows(SMALL, FLAT, setup, cpu, fits - 1, most=1000) == 36
+    assert largest_rows(SMALL, FLAT, setup, cpu, fits, most=5) == 5
+    assert largest_rows(SMALL, FLAT, setup, cpu, 100, most=1000) == 0
+
+
+def test_the_formula_for_a_llama_of_8b_has_196_kib_for_each_token_and_layer():
+    llama = Decoder(32, 4096, 14336, 32, 8, 128, 128_256)
+    found = by_formula(llama, 2, 4096, 1.0, False, 1024, (1,))
+    # 2 · 8 · 4096 + 4 · 32 · 128 + 4 · 8 · 128 + 8 · 14336 + 4 · 32 bytes.
+    assert found.layers[0].saved.at(1) / 4096 / 1024 == pytest.approx(196.125)
+    # Float32 logits, log-probabilities and their gradient, and logits and gradient in bfloat16: 16 bytes · 1024 · 128,256.
+    assert found.loss[1].peak - found.loss[1].left == pytest.approx(16 * 1024 * 128_256)
+    recomputed = by_formula(llama, 2, 4096, 1.0, True, 1024, (1,))
+    assert recomputed.saved(1) - recomputed.embedded.at(1) == 32 * 4096 * 2 * 4096
+
+
+def test_activations_survive_json():
+    assert Activations.from_dict(json.loads(json.dumps(FLAT.to_dict()))) == FLAT
+
+
+def test_what_a_config_says(tmp_path):
+    gpu = {"scaling__use_gpu": True}
+    found = setup_of(config_of(tmp_path, train__zero_stage=0, **gpu), 4, 8)
+    assert (found.zero_stage, found.width, found.workers) == (1, 2, 4), "16-bit weights have copies from ZeRO 1 on"
+    assert setup_of(config_of(tmp_path, train__zero_stage=3), 4, 8).double_bucket
+    given = {"zero_optimization": {"reduce_bucket_size": 1e6, "overlap_comm": True}}
+    found = setup_of(config_of(tmp_path, train__deepspeed=given), 1, 8)
+    assert (found.bucket, found.double_bucket) == (1_000_000, True)
+    muon = setup_of(config_of(tmp_path, train__optimizer="muon", train__zero_stage=0, **gpu), 1, 8)
+    assert (muon.zero_stage, muon.width) == (0, 4), "float32 weights with autocast"
+    assert setup_of(config_of(tmp_path, train__micro_batch_size=4), 1, 8).accumulates
+    assert not setup_of(config_of(tmp_path, train__micro_batch_size=8), 1, 8).accumulates
+
+
+@pytest.mark.parametrize(
+    ("kind", "gib"),
+    [
+        ("NVIDIA-H100-80GB-HBM3", 79.2),
+        ("nvidia-h200-141gb", 139.8),
+        ("A100-40G", 39.5),
+        ("nvidia-l4", 22.0),
+        ("NVIDIA L40S", 44.4),
+        ("GB200", 184.0),
+    ],
+)
+def test_memory_of_a_type_of_gpu(kind, gib):
+    assert gpu_memory(kind) == gib * GIB
+
+
+def test_this_node_has_memory():
+    found = this_node()
+    assert found.total is not None
+    assert GIB / 4 < found.total < 1 << 45
+    assert found.gpu is None
+
+
+@pytest.mark.parametrize(
+    ("nodes", "scaling", "found", "limit", "ranks"),
+    [
+        ([Node(4.0)], {"num_workers": 2}, NodeMemory(8e9), 4e9, 2),
+        ([Node(4.0)], {"num_workers": 1}, NodeMemory(8e9), 8e9, 1),
+        ([Node(2.0), Node(2.0)], {"num_workers": 3}, NodeMemory(8e9), 4e9, 2),
+        ([Node(8.0, 2.0)], {"num_workers": 2, "use_gpu": True}, NodeMemory(64e9, 0, 80e9), 80e9, 2),
+        ([Node(8.0, 2.0)], {"num_workers": 2, "use_gpu": True}, NodeMemory(64e9), None, 2),
+        ([Node(8.0)], {"num_workers": 2}, None, None, 2),
+    ],
+)
+def test_what_a_worker_has(tmp_path, nodes, scaling, found, limit, ranks):
+    config = config_of(tmp_path, **{f"scaling__{key}": value for key, value in scaling.items()})
+    training = Training(config, None, None, scaling["num_workers"], 4, Microbatch(512, 1.0))
+    place = place_of(training, nodes, (nodes[0], found) if found else None)
+    assert (place.limit, place.ranks) == (limit, ranks)
+
+
+@pytest.fixture
+def seven(monkeypatch, tmp_path) -> Training:
+    """Full fine-tuning of the model of 7B on a GPU; with recomputation or LoRA it needs less."""
+
+    def measure(config, hf_config, adapter, microbatch):
+        lora = config.model.finetuning == "lora"
+        sizes = ModelSizes(**{**vars(SEVEN), "trained": (Weight((8, 1000), True, 1000),) if lora else SEVEN.trained})
+        row = (0.5 if config.train.gradient_checkpointing else 4.0) * GIB
+        layers = (Layers(1, Line(0, row), Line(0, row), Line(0, 0.1 * GIB)),)
+        return sizes, Activations(4096, Line(0, 0), layers, {64: LossBytes(GIB, 0)}, Line(0, 0), True)
+
+    monkeypatch.setattr(estimates, "measure", measure)
+    config = config_of(
+        tmp_path, scaling__use_gpu=True, model__finetuning="lora", train__micro_batch_size=4, train__zero_stage=2
+    )
+    return Training(config, None, None, 1, 8, Microbatch(4096, 1.0))
+
+
+def on_gpu(gib: float) -> Place:
+    return Place(gib * GIB, 0.0, 512 * GIB, 1, Hardware(gpu=True))
+
+
+def test_what_fits_is_neither_refused_nor_warned_about(seven):
+    found = estimate(seven, on_gpu(79.2))
+    assert not found.warnings
+    assert found.largest == 8
+    assert "of 79.2 GiB for each GPU" in found.lines(table=False)[0]
+    assert len(found.lines(table=True)) == 1 + 8 + 1
+
+
+def test_a_microbatch_that_is_too_large_is_refused_with_the_largest_that_fits(seven):
+    # Weights of 13 GiB and 4 · 4 GiB of activations.
+    message = refusal(lambda: estimate(seven, on_gpu(22.0)))
+    assert holds(
+        message,
+        _parts(
+            "a microbatch of 4 rows needs at least 29.",
+            "for each GPU, which has 22.0 GiB",
+            "use train.micro_batch_size=1",
+        ),
+    )
+
+
+def test_what_may_not_fit_is_warned_about(seven):
+    found = estimate(seven, on_gpu(30.5))
+    (warning,) = found.warnings
+    assert "about 31" in warning
+    assert "use train.micro_batch_size=3" in warning
+
+
+def test_without_a_smaller_microbatch_the_cheapest_remedy_is_named(seven):
+    one = Training(with_overrides(seven.config, {"train.micro_batch_size": 1}), None, None, 1, 8, Microbatch(4096, 1.0))
+    message = refusal(lambda: estimate(one, on_gpu(16.0)))
+    # With recomputation 15.2 GiB, which is more than 0.92 of 16.
+    assert "use train.zero_stage=3, train.offload.optimizer=cpu and train.offload.parameters=cpu (" in message
+    full = Training(with_overrides(one.config, {"model.finetuning": "full"}), None, None, 1, 8, Microbatch(4096, 1.0))
+    message = refusal(lambda: estimate(full, on_gpu(40.0)))
+    # 13 GiB of weights, 26 of copies, 52 of moments: neither recomputation nor a smaller bucket is enough.
+    assert holds(
+        message, _parts("a microbatch of 1 row needs", "GPU, which has 40.0 GiB", "use train.offload.optimizer=cpu")
+    )
+
+
+def test_a_run_that_fits_only_with_swap_is_not_refused(seven):
+    place = Place(22.0 * GIB, 16.0 * GIB, 22.0 * GIB, 1, Hardware())
+    assert estimate(seven, place).warnings
+
+
+def test_checkpoints_and_model_need_room(tmp_path):
+    config = config_of(tmp_path, model__finetuning="full", train__keep_last=2)
+    found = storage(config, SEVEN, setup_of(config, 2, 4))
+    # Weights, and two moments of each, in float32; three of them exist while the third is written.
+    assert (found.checkpoint, found.model, found.kept) == (12 * 7e9, 4 * 7e9, 3)
+    assert found.needed == 3 * 12 * 7e9 + 4 * 7e9
+    offloaded = config_of(tmp_path, model__finetuning="full", train__offload__optimizer="cpu")
+    assert storage(offloaded, SEVEN, setup_of(offloaded, 2, 4)).checkpoint == 12 * 7e9
+    none = config_of(tmp_path, model__finetuning="full", train__save_every_minutes=None)
+    assert storage(none, SEVEN, setup_of(none, 2, 4)).needed == 4 * 7e9
+    assert found.free is not None
+    bucket = config_of(tmp_path, run__storage="s3://bucket/runs")
+    assert storage(bucket, SEVEN, setup_of(bucket, 2, 4)).free is None
+
+
+def test_a_disk_without_room_is_refused(tmp_path):
+    config = config_of(tmp_path)
+    check_room(config, Storage(10 * GIB, GIB, 3, 11 * GIB))
+    message = refusal(lambda: check_room(config, Storage(10 * GIB, GIB, 3, 8 * GIB)))
+    assert holds(message, _parts("run.storage", "8.0 GiB free", "11.0 GiB", "make room"))
+
+
+def test_a_storage_that_another_node_does_not_see_is_refused(tmp_path, monkeypatch):
+    asked = []
+
+    def ask(nodes, function, *arguments):
+        asked.extend(nodes)
+        return [function(*arguments), "is another folder"]
+
+    monkeypatch.setattr("raysft.estimate.storage.ask", ask)
+    nodes = [Node(2.0, name="10.0.0.1"), Node(2.0, name="10.0.0.2")]
+    message = refusal(lambda: check_shared(config_of(tmp_path), nodes))
+    assert holds(message, _parts(f"run.storage: {tmp_path}", "on node 10.0.0.2", "every node shares"))
+    assert asked == nodes
+    assert not list(tmp_path.iterdir()), "a probe is left behind"
+    check_shared(config_of(tmp_path), nodes[:1])
+    check_shared(config_of(tmp_path, run__storage="s3://bucket/runs"), nodes)
+
+
+def test_time_follows_from_an_earlier_run_of_the_same_model(tmp_path):
+    config = config_of(tmp_path)
+    assert earlier_speed(config) is None
+    for name, path, speed in (("other", "n", 9.0), ("same", "m", 900.0)):
+        run = tmp_path / name
+        run.mkdir()
+        (run / "config.yaml").write_text(
+            yaml.safe_dump(with_overrides(config, {"model.path": path}).model_dump(mode="json"))
+        )
+        (run / "plan.json").write_text(json.dumps({"resolved": {"dtype": "float32", "workers": 3}}))
+        (run / "train_results.json").write_text(json.dumps({"train_tokens_per_second": speed}))
+    found = earlier_speed(config)
+    assert found is not None
+    assert (found.run, found.tokens_per_second) == ("same", 300.0)
+    assert earlier_speed(with_overrides(config, {"model.dtype": "bfloat16"})) is None
+    assert earlier_speed(with_overrides(config, {"data.sequence_length": 64})) is None
+
+
+def test_refusals_are_requests(seven):
+    with pytest.raises(RequestError):
+        estimate(seven, on_gpu(8.0))

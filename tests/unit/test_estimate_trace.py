@@ -1,0 +1,142 @@
+"""Traces of activations against real forward and backward passes, and over many architectures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig
+from transformers.models.llama import modeling_llama
+
+from raysft.config import Config
+from raysft.estimate import fake_attention
+from raysft.estimate.fake_model import model_without_weights, sizes_of
+from raysft.estimate.measure import Microbatch, measure
+from raysft.estimate.sizes import Activations
+from raysft.estimate.trace import trace
+from raysft.models.fused_layers import ROTARY, fuse_layers
+from raysft.models.torch_internals import LiveBytes
+from raysft.train.finetuning import load_model
+from raysft.train.loss import TokenLoss
+from tests.measured_memory import config_of, model_of, most_allocated
+from tests.tiny import tiny_model
+
+SIZES = {
+    "vocab_size": 1000,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+CHECKPOINTED = {"train.gradient_checkpointing": True}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trace")
+    tiny_model(folder / "model")
+    return folder
+
+
+def needed(activations: Activations, rows: int) -> float:
+    """Most bytes of a forward and backward pass whose gradients are dropped at once."""
+    saved, loss = activations.saved(rows), activations.loss_at(rows)
+    return max(saved + loss.peak, saved + loss.left + activations.backward(rows), activations.tail.at(rows))
+
+
+def really_needed(config: Config, rows: int) -> int:
+    """The same, in torch's allocator."""
+    model = TokenLoss(load_model(config, config.model.path, torch.device("cpu")))
+    fuse_layers(model.model)
+    model.train()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    tokens = config.data.sequence_length
+    ids = torch.arange(rows * tokens).reshape(rows, tokens) % 300
+    positions = torch.arange(tokens).repeat(rows, 1)
+
+    def step() -> None:
+        model(ids, positions, ids)[0].backward()
+
+    step()  # makes what models keep from one step to the next
+    return most_allocated(step)
+
+
+@pytest.mark.parametrize("recompute", [{}, CHECKPOINTED], ids=["stored", "recomputed"])
+@pytest.mark.parametrize(
+    ("settings", "rows", "tokens"),
+    [
+        ({}, 1, 96),
+        ({}, 4, 96),
+        ({}, 4, 400),  # two chunks of logits
+        ({"model.finetuning": "lora"}, 4, 96),
+        ({"model.finetuning": "lora"}, 4, 400),
+        ({"model.finetuning": "lora", "model.lora.target": ["q_proj"], "model.lora.dropout": 0.1}, 2, 96),
+        ({"model.finetuning": "freeze", "model.freeze.layers": 1}, 2, 96),
+        ({"model.attention": "eager"}, 2, 96),
+    ],
+)
+def test_a_trace_needs_what_a_real_pass_needs(folder, settings, rows, tokens, recompute):
+    sizes = {"data.sequence_length": tokens, "train.micro_batch_size": rows}
+    config = config_of(folder, folder / "model", {**settings, **recompute, **sizes})
+    _, activations = model_of(config)
+    assert activations.traced
+    assert needed(activations, rows) == pytest.approx(really_needed(config, rows), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    ["qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox", "opt", "falcon", "granite", "olmo2"],
+)
+def test_other_architectures_are_traced(folder, model_type):
+    config = config_of(folder, folder / "model", {"model.finetuning": "lora"})
+    model = model_without_weights(config, AutoConfig.for_model(model_type, **SIZES))
+    expected = sum(weight.numel() for weight in model.parameters())
+    sizes = sizes_of(model)
+    assert sizes.total == expected
+    found = trace(config, model, tokens=96, loss_share=0.5)
+    assert sum(layers.count for layers in found.layers) == model.get_base_model().config.num_hidden_layers
+    assert found.saved(2) > found.saved(1) > 96 * SIZES["hidden_size"] * 4
+
+
+def test_a_model_that_cannot_be_traced_gets_a_formula(folder):
+    config = config_of(folder, folder / "model")
+    # Which experts compute is decided by values.
+    mixture = AutoConfig.for_model("mixtral", **SIZES, num_experts_per_tok=2)
+    sizes, found = measure(config, mixture, None, Microbatch(96, 1.0))
+    assert not found.traced
+    assert sizes.total > 4 * 8 * 3 * 64 * 128, "four layers of eight experts"
+    assert found.saved(1) > 4 * 96 * 64 * 4
+
+
+def test_a_second_estimate_is_read_from_the_cache(folder, monkeypatch):
+    config = config_of(folder, folder / "model", {"data.sequence_length": 88})
+    first = model_of(config)
+    monkeypatch.setattr("raysft.estimate.trace.trace", None)
+    assert model_of(config) == first
+
+
+def test_a_trace_leaves_transformers_as_it_was(folder):
+    before = getattr(modeling_llama, ROTARY)
+    config = config_of(folder, folder / "model")
+    trace(config, model_without_weights(config, AutoConfig.from_pretrained(config.model.path)), 96, 1.0)
+    assert getattr(modeling_llama, ROTARY) is before
+
+
+@pytest.mark.parametrize(
+    ("masked", "saved"), [(False, 4 * 8 + 2 * 2 * 8 + 4 * 8), (True, 4 * 8 + 2 * 4 * 8 + 4 * 8 + 5)]
+)
+def test_attention_keeps_its_inputs_its_output_and_a_number_for_each_head(masked, saved):
+    # 5 tokens, 4 heads and 2 of keys, of size 8, in 16 bits.
+    query, key, value = (torch.zeros(1, heads, 5, 8, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2))
+    live, attention = LiveBytes(), fake_attention.fake_attention(masked, copies=False)
+    with live:
+        inputs = [each + 0 for each in (query, key, value)]
+        out, _ = attention(torch.nn.Identity(), *inputs, None)
+        del inputs
+    assert out.shape == (1, 5, 4, 8)
+    assert live.now == 5 * (2 * saved + 4 * 4)
