@@ -166,6 +166,7 @@ def _submit_to_kubernetes(parsed: argparse.Namespace, config: Config) -> None:
 
     check_verb(config, verb_of(config))
     if parsed.render is None:
+        _check_pods(config)
         name = kubernetes.submit(config, _say)
         _say(f"look at it: kubectl get rayjob {name}")
     elif parsed.render == "-":
@@ -178,6 +179,17 @@ def _submit_to_kubernetes(parsed: argparse.Namespace, config: Config) -> None:
             raise RequestError(
                 f"--render {parsed.render}: cannot be written ({error.strerror}); choose another file"
             ) from None
+
+
+def _check_pods(config: Config) -> None:
+    """Refuse a training that its pods cannot hold."""
+    from raysft.run.pods import check_pods
+    from raysft.submit import kubernetes
+    from raysft.submit.kubernetes.sizes import nodes_of, verb_of, worker_pods
+
+    kubernetes.render(config)  # refuses what no pods could do
+    if verb_of(config) == "run":
+        check_pods(config, nodes_of(config, worker_pods(config).fewest), _say)
 
 
 def follow(parsed: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ import pytest
 from raysft.cluster.placement import Node
 from raysft.config import Config, parse, with_overrides
 from raysft.estimate.hardware import NodeMemory
+from raysft.run.pods import check_pods, pod_memory
 from raysft.run.verbs import check
 from tests.messages import holds, refusal
 from tests.tiny import tiny_model, write_chats
@@ -93,3 +94,27 @@ def test_a_full_disk_is_refused(folder, monkeypatch):
     give(monkeypatch, total=64 << 30)
     monkeypatch.setattr("raysft.estimate.storage._free", lambda config: 1e5)
     assert holds(refusal(check, config_of(folder)), "run.storage: … has 0.0 GiB free … make room")
+
+
+def test_pods_have_the_memory_of_their_section(folder):
+    selector = {"cloud.google.com/gke-accelerator": "nvidia-l4", "pool": "a"}
+    workers = {"gpus": 1, "memory": "64Gi", "node_selector": selector}
+    found = pod_memory(config_of(folder, cluster__workers=workers))
+    assert (found.total, found.gpu) == (64 << 30, 22.0 * 2**30)
+    assert pod_memory(config_of(folder)).gpu is None
+
+
+def test_a_training_is_estimated_for_pods_that_do_not_exist(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    lines: list[str] = []
+    config = config_of(folder, run__storage="/mnt/none/runs")
+    check_pods(config, [Node(4.0, name="a worker's pod")], lines.append)
+    assert "of 16.0 GiB for each worker" in lines[0]
+    small = config_of(folder, cluster__workers={"memory": "1Mi"})
+    message = refusal(check_pods, small, [Node(4.0)], lines.append)
+    assert "needs at least" in message
+    elsewhere = config_of(folder, model__path="/mnt/none/model")
+    lines.clear()
+    check_pods(elsewhere, [Node(4.0)], lines.append)
+    assert not lines, "a model of the image cannot be read here"
+    assert not Path("/mnt/none").exists()

@@ -1,0 +1,75 @@
+"""The memory of a training in pods that do not exist yet: ``raysft submit --to kubernetes`` asks before anything is paid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from raysft.cluster.placement import Node
+from raysft.config import Config, with_overrides
+from raysft.config.cluster import bytes_of
+from raysft.errors import RequestError, one_line
+from raysft.estimate.estimate import Training, estimate, place_of
+from raysft.estimate.hardware import NodeMemory, gpu_memory
+from raysft.estimate.measure import Microbatch
+from raysft.storage.local_cache import cache_home, may_be_on_hub
+
+USUAL_BATCH = 32
+"""Rows of a step if the data decides and is not known: the most that ``train.global_batch_size: auto`` takes."""
+
+
+def check_pods(config: Config, nodes: Sequence[Node], notify: Callable[[str], None]) -> None:
+    """Estimate a training in the pods of ``cluster.workers``, if this machine has the model's config.
+
+    The data is not read: rows count as full, and only what does not depend on them can be refused.
+
+    Args:
+        config: with the section ``cluster``.
+        nodes: the pods, as Ray will see them.
+        notify: receives lines and warnings.
+
+    Raises:
+        RequestError: it surely does not fit.
+    """
+    folder = _folder_here(config.model.path)
+    if folder is None:
+        return
+    from transformers import AutoConfig
+
+    try:
+        hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    except (OSError, ValueError) as error:
+        notify(f"memory: not estimated ({one_line(error, 120)})")
+        return
+    batch, workers = config.train.global_batch_size, config.scaling.most_workers
+    rows = -(-(USUAL_BATCH if batch == "auto" else batch) // workers)
+    # The folders of pods are not here.
+    local = with_overrides(config, {"data.cache": str(cache_home())})
+    microbatch = Microbatch(config.data.sequence_length, 1.0)
+    training = Training(local, hf_config, None, workers, rows, microbatch, filled=0.0)
+    try:
+        found = estimate(training, place_of(training, nodes, (nodes[0], pod_memory(config))))
+    except RequestError:
+        raise
+    except Exception as error:  # a model whose code transformers cannot run without weights
+        notify(f"memory: not estimated ({one_line(error, 120)})")
+        return
+    for line in (*found.lines(table=True), *(f"warning: {warning}" for warning in found.warnings)):
+        notify(line)
+
+
+def _folder_here(path: str) -> Path | None:
+    """Return the folder on this machine that has a model's config; None if it is in the image, on the volume or on the hub only."""
+    if may_be_on_hub(path):
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(path, "config.json")
+        return Path(found).parent if isinstance(found, str) else None
+    return Path(path) if (Path(path) / "config.json").is_file() else None
+
+
+def pod_memory(config: Config) -> NodeMemory:
+    """Return the memory of a worker's pod, and of its GPUs if a node selector names their type."""
+    pod = config.cluster.workers
+    kinds = (gpu_memory(value) for value in pod.node_selector.values())
+    return NodeMemory(float(bytes_of(pod.memory)), 0.0, next((found for found in kinds if found), None))
