@@ -11,20 +11,21 @@ from raysft.garbage import postpone_collection
 if TYPE_CHECKING:
     from raysft.config import Config
     from raysft.config import load as load_config
-    from raysft.errors import RequestError, RunFailed
+    from raysft.errors import RequestError, RunFailed, RunStopped
     from raysft.run.pipeline import run_pt, run_sft
     from raysft.telemetry.callback import Callback
 
 postpone_collection()
 
 __version__ = "0.1.0"
-__all__ = ["Callback", "Config", "RequestError", "RunFailed", "load_config", "run_pt", "run_sft"]
+__all__ = ["Callback", "Config", "RequestError", "RunFailed", "RunStopped", "load_config", "run_pt", "run_sft"]
 
 _MODULES = {
     "Callback": ("raysft.telemetry.callback", "Callback"),
     "Config": ("raysft.config", "Config"),
     "RequestError": ("raysft.errors", "RequestError"),
     "RunFailed": ("raysft.errors", "RunFailed"),
+    "RunStopped": ("raysft.errors", "RunStopped"),
     "load_config": ("raysft.config", "load"),
     "run_pt": ("raysft.run.pipeline", "run_pt"),
     "run_sft": ("raysft.run.pipeline", "run_sft"),

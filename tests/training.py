@@ -136,8 +136,9 @@ class Case:
     """By step of an evaluation, what a scheduler decides there in turn (names of ``Decision``); elsewhere it lets train on."""
     clocks: tuple[float, ...] = ()
     """Minutes by which each worker's clock advances whenever it is read. Default: real clocks."""
-    overtime: tuple[float, ...] = ()
-    """Seconds since the deadline on each worker's clock. Default: there is no deadline."""
+    asked: tuple[int, ...] = ()
+    """By worker, from which of its questions on the answer is that the training is to stop; 0: from none. The first worker asks in
+    each step, and here before each batch of an evaluation. Default: no worker is told to."""
 
 
 class Result(NamedTuple):
@@ -176,7 +177,7 @@ def worker(rank: int, world: int, port: int, cases: Sequence[Case], out, device:
 def _trained(case: Case, rank: int, world: int, name: str, device: torch.device) -> Result:
     from safetensors.torch import load_file
 
-    from raysft.train import loop, loss
+    from raysft.train import decisions, loop, loss, step
     from raysft.train.checkpoint import parts, state, triggers
     from raysft.train.checkpoint.cursor import Cursor
     from raysft.train.checkpoint.resume import ResumePoint
@@ -184,16 +185,19 @@ def _trained(case: Case, rank: int, world: int, name: str, device: torch.device)
     loss.CHUNK_TOKENS = case.chunk_tokens
     readings = itertools.count(1)
     triggers.monotonic = (lambda: 60 * case.clocks[rank] * next(readings)) if case.clocks else time.monotonic
-    triggers.time = (lambda: case.overtime[rank]) if case.overtime else time.time
+    step.LOOK_SECONDS = 0.0
 
     def save(engine: Any, cursor: Cursor, log: list[Any]) -> None:
         if case.keep:
             parts.write(state.snapshot(engine, cursor, log), case.keep / f"checkpoint_{cursor.step}")
 
-    calls = itertools.count(1)
+    calls, questions = itertools.count(1), itertools.count(1)
 
     def notice() -> str:
         return "going" if case.leaves_in and rank == world - 1 and next(calls) >= case.leaves_in else ""
+
+    def stop() -> str:
+        return "asked to" if case.asked and case.asked[rank] and next(questions) >= case.asked[rank] else ""
 
     config, rows = case.config, case.rows
     events: list[Any] = []
@@ -207,13 +211,13 @@ def _trained(case: Case, rank: int, world: int, name: str, device: torch.device)
         eval_rows={"d": case.eval_rows or rows},
         adapter=case.adapter,
         evaluations=StoragePath.of(case.evaluations) if case.evaluations else None,
-        deadline=0.0 if case.overtime else None,
     )
     failure = ""
     resume = ResumePoint.of(case.resume) if case.resume else None
     batches = rows.steps(resume.cursor.step if resume else 0, rank, world)
+    outside = decisions.Outside(notice, stop, _scheduler(case, rank))
     try:
-        loop.train(job, batches, device, events.append, save, resume, notice, _scheduler(case, rank))
+        loop.train(job, batches, device, events.append, save, resume, outside)
     except (RunFailed, RequestError) as error:
         failure = str(error)
     steps = [event for event in events if isinstance(event, StepRecord)]

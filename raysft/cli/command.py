@@ -11,14 +11,15 @@ from collections.abc import Sequence
 from raysft.cli import verbs
 from raysft.cli.parser import parse
 from raysft.config import masked
-from raysft.errors import RequestError, RunFailed, StorageFailed
+from raysft.errors import RequestError, RunFailed, RunStopped, StorageFailed
 
 FAULTS_OF_PATHS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
 """Errors of the operating system that the user can correct; a file that raysft itself misses is a bug."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb and return the exit code: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted.
+    """Run a verb and return the exit code: 0 done, 1 the run failed, 2 the request was wrong, 75 stopped, 130
+    interrupted.
 
     ``submit`` and ``follow`` return the exit code of the job that they followed.
     """
@@ -35,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RunFailed, StorageFailed) as error:
         print(f"raysft: failed: {masked(str(error))}", file=sys.stderr)
         return 1
+    except RunStopped as stopped:
+        print(f"raysft: {masked(str(stopped))}; run the same command again to go on", file=sys.stderr)
+        return 75
     except BrokenPipeError:
         return 0
     except OSError as error:

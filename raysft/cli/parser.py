@@ -10,7 +10,9 @@ from raysft import __version__
 from raysft.cli import verbs
 from raysft.config.reference import reference
 
-EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted"
+EXIT_CODES = (
+    "exit codes: 0 done, 1 the run failed, 2 the request was wrong, 75 stopped early (run it again), 130 interrupted"
+)
 RUN_DIR = "run directory: a path or a URI"
 JOB = "name of a job, as raysft submit prints it"
 DASHBOARD = "dashboard of the cluster, http://HOST:8265 or https://HOST"
@@ -113,9 +115,9 @@ def _add_cluster_verbs(commands: argparse._SubParsersAction) -> None:
     status = _add_verb(commands, verbs.status, "say how far a job or a run is, and what to do next")
     status.add_argument("job_or_run_dir", metavar="JOB_OR_RUN_DIR", help=f"{JOB}; or {RUN_DIR}")
     status.add_argument("--to", metavar="URL", help=f"{DASHBOARD}; for a job")
-    stop = _add_verb(commands, verbs.stop, "stop a job after a checkpoint, and wait until it has ended")
-    stop.add_argument("job", metavar="JOB", help=JOB)
-    stop.add_argument("--to", required=True, metavar="URL", help=DASHBOARD)
+    stop = _add_verb(commands, verbs.stop, "stop a job or a run after a checkpoint, and wait until it has ended")
+    stop.add_argument("job_or_run_dir", metavar="JOB_OR_RUN_DIR", help=f"{JOB}; or {RUN_DIR}")
+    stop.add_argument("--to", metavar="URL", help=f"{DASHBOARD}; for a job")
 
 
 def _add_verb(

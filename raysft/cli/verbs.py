@@ -211,9 +211,15 @@ def status(parsed: argparse.Namespace) -> None:
 
 
 def stop(parsed: argparse.Namespace) -> None:
-    from raysft.submit import submission
+    if parsed.to is not None:
+        from raysft.submit import submission
 
-    submission.stop_job(parsed.to, parsed.job, _say)
+        submission.stop_job(parsed.to, parsed.job_or_run_dir, _say)
+        return
+    place = _existing_run(parsed.job_or_run_dir)
+    from raysft.submit.stop_run import stop_run
+
+    stop_run(place, _say)
 
 
 def _existing_run(run_dir: str) -> StoragePath:

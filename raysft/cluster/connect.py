@@ -48,6 +48,13 @@ def cluster(config: Config, deferred: bool = False) -> Iterator[list[Node]]:
     import ray
 
     mine = not ray.is_initialized()
+    with _sigterm_interrupts():
+        yield from _cluster(config, deferred, mine)
+
+
+def _cluster(config: Config, deferred: bool, mine: bool) -> Iterator[list[Node]]:
+    import ray
+
     if mine:
         for name in ("ray", "ray.data", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -56,14 +63,12 @@ def cluster(config: Config, deferred: bool = False) -> Iterator[list[Node]]:
         os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         if mine and deferred and _find(config.scaling.address) is None:
-            _stop_at_sigterm()
             _deferred[:] = [config.scaling.address]
             yield [Node.of(local_resources())]
             return
         if mine:
             _join(config.scaling.address, config.scaling.use_gpu)
         _quiet()
-        _stop_at_sigterm()
         yield alive_nodes()
     finally:
         _deferred.clear()
@@ -77,7 +82,6 @@ def ensure_cluster() -> None:
     if _deferred:
         _join(_deferred.pop())
         _quiet()
-        _stop_at_sigterm()
 
 
 def _quiet() -> None:
@@ -88,10 +92,25 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _stop_at_sigterm() -> None:
-    """Handle SIGTERM, with which Kubernetes stops a pod, like Ctrl-C; Ray would dump its stack."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Handle SIGTERM, with which Kubernetes stops a pod, like Ctrl-C in the block, unless the caller handles it."""
+    with _sigterm_kept():
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        yield
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Leave the handler of SIGTERM as it was; Ray's, which ``ray.init`` installs, would dump its stack."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM) if main else None
+    try:
+        yield
+    finally:
+        if before is not None:  # None: not installed from Python
+            signal.signal(signal.SIGTERM, before)
 
 
 def alive_nodes() -> list[Node]:
@@ -122,7 +141,7 @@ def _join(address: str | None, use_gpu: bool | None = None) -> None:
         workers.start(use_gpu)
     drop_advice_on_processes()
     try:
-        with workers.forked_workers(joins=found is not None) as options:
+        with _sigterm_kept(), workers.forked_workers(joins=found is not None) as options:
             ray.init(
                 address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **options
             )

@@ -142,11 +142,11 @@ def drop_advice_on_processes() -> None:
     worker.print_to_stdstream = printed
 
 
-def draining_nodes() -> set[str]:
-    """Return the ids of the nodes that are being drained."""
+def draining_nodes() -> dict[str, float | None]:
+    """Return the nodes that are being drained: their ids, and when they go, in seconds since 1970; None if that is not known."""
     from ray._private.state import state
 
-    return set(state.get_draining_nodes())
+    return {node: moment / 1000 if moment else None for node, moment in state.get_draining_nodes().items()}
 
 
 def split_coordinator(split: Any) -> Any:

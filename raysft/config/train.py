@@ -120,6 +120,10 @@ class TrainSection(Section):
     max_failures: Count = 3
     """Number of times that workers restart from the newest checkpoint after a worker dies. A worker error that occurs again at
     the same step ends the run."""
+    max_hours: Annotated[float, Field(gt=0)] | None = None
+    """End after this many hours, counted from the start of the command, with a checkpoint and exit code 75; the same command goes
+    on, with as much time again. Leave a step and a checkpoint of time before what would end the job. In a sweep it limits each
+    trial. Default: no limit."""
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
     """Where to log metrics, in addition to ``trainer_log.jsonl``. TensorBoard writes to the run directory; ``wandb`` and
     ``mlflow`` (extras with these names) find their server and credentials by themselves."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from raysft.config import Config
-from raysft.errors import RunFailed
+from raysft.errors import RunFailed, RunStopped
 from raysft.generate import engine_pool, metrics
 from raysft.generate.engines import check_engine, check_suitable
 from raysft.generate.prediction_store import PredictionStore, Stored, fingerprint
@@ -20,6 +20,7 @@ from raysft.generate.progress import GenerationProgress
 from raysft.generate.prompts import ModelPrompts, Prompts
 from raysft.generate.ray_pipeline import completions
 from raysft.models.weight_files import check_weights
+from raysft.stopping import current
 from raysft.storage.json_files import read_jsonl
 from raysft.storage.local_cache import model_copy
 
@@ -68,6 +69,7 @@ def generate(
     Raises:
         RequestError: a model, the prompts, a metric, the engine or the pool size is invalid; raised before anything starts.
         RunFailed: an engine failed; the predictions so far stay on disk.
+        RunStopped: the run was asked to stop; they stay as well.
     """
     metrics.check(config)
     check_engine(config)
@@ -80,7 +82,12 @@ def generate(
         if each.facts is None:
             check_weights(model_copy(each.output.model), each.output.model)
             check_suitable(config, each.output.model)
-    _generate_missing(config, read, predictions, notify)
+    try:
+        with current().ending_by_itself():
+            _generate_missing(config, read, predictions, notify)
+    except RunStopped as stopped:
+        kept, all_prompts = sum(each.done for each in predictions), len(read) * len(predictions)
+        raise RunStopped(f"{stopped}; {kept} of {all_prompts} predictions are kept") from None
     return [row for each in predictions for row in each.score()]
 
 
@@ -101,6 +108,7 @@ def _generate_missing(
                     for index, batch in batches:
                         # Engines may be at the next output while the last batches of this one are on their way.
                         unfinished[index].add(batch)
+                        current().check()
                         if each.is_complete:
                             break
                 each.finish()
@@ -153,6 +161,11 @@ class _Predictions:
     def missing(self) -> ModelPrompts:
         """Return the prompts without a prediction."""
         return ModelPrompts.all(self.output.model, self._prompts).without(self._places >= 0)
+
+    @property
+    def done(self) -> int:
+        """Number of predictions that are stored."""
+        return len(self._prompts) if self.facts is not None else self._done
 
     @property
     def is_complete(self) -> bool:

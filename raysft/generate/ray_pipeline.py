@@ -23,6 +23,7 @@ from raysft.generate import engine_pool
 from raysft.generate.engine_actor import EngineActor, batch_row
 from raysft.generate.engines import batching
 from raysft.generate.prompts import ModelPrompts
+from raysft.stopping import current
 
 RESTARTS = 3
 """How often an engine is restarted after its process died, whichever model it has loaded."""
@@ -66,7 +67,7 @@ def _on_living_nodes(
     config: Config, asked: Sequence[ModelPrompts], ends: Sequence[int]
 ) -> Generator[tuple[int, _Entries], None, None]:
     """Send the prompts through a pool of engines, and what is missing through another whenever nodes have died."""
-    shrinks = False
+    shrinks, stopping = False, current()
     while any(map(len, asked)):
         nodes_at_start, done = _alive_ids(), [np.zeros(len(each.prompts), bool) for each in asked]
         try:
@@ -75,6 +76,7 @@ def _on_living_nodes(
                 yield index, entries
             return
         except RayError as error:
+            stopping.check()
             dead = len(nodes_at_start - _alive_ids())
             if not dead:
                 reason = str(error).partition("The actor is dead because ")[2] or str(error)
@@ -177,19 +179,23 @@ def _by_vllm(
 
 
 class _StallGuard:
-    """Stop a pipeline that waits for an engine whose node died and which fits on no other node."""
+    """Stop a pipeline that waits for an engine whose node died and which fits on no other node, or whose run is to stop."""
 
     def __init__(self, pipeline: Any, nodes_at_start: set[str]) -> None:
         self._pipeline, self._nodes_at_start = pipeline, nodes_at_start
         self._last, self._longest = time.monotonic(), 0.0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
+        # Batches under way are dropped: they may take longer than there is time.
+        self._telling = current().telling(lambda request: ray.kill(self._pipeline))
 
     def __enter__(self) -> _StallGuard:
+        self._telling.__enter__()
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._telling.__exit__(None, None, None)
         self._done.set()
         ray.kill(self._pipeline)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from raysft.config import Config
 from raysft.data.prepare import PreparedData
 from raysft.run.preflight import Preflight, Verb, preflight
+from raysft.stopping import current
 from raysft.storage.json_files import flat, write_atomically, write_json, write_jsonl
 from raysft.storage.run_directory import RunDirectory
 from raysft.telemetry.terminal import Terminal
@@ -39,6 +40,7 @@ def open_run(config: Config, verb: Verb = "train", allow_changed: bool = False) 
         RequestError: the request cannot be carried out; the run directory is as it was.
     """
     with preflight(config, verb, allow_changed) as ready:
+        current().check()
         yield _begin(ready)
 
 

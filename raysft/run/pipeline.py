@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from raysft.data.shards.prompts import write_prompts
 from raysft.errors import RequestError, StorageFailed
 from raysft.run.context import RunContext, open_run
 from raysft.run.tracking import run_trackers
+from raysft.stopping import current
 from raysft.storage.retry import retry_for
 from raysft.storage.run_directory import RunDirectory
 from raysft.telemetry.train_log import TrainLog, evaluation_line
@@ -31,6 +31,7 @@ def run_sft(config: Config | Mapping[str, Any] | str | Path, callbacks: Sequence
     Raises:
         RequestError: the request cannot be carried out.
         RunFailed: the run failed.
+        RunStopped: it was asked to stop, by Ctrl-C or otherwise, and kept its work; call this again to go on.
     """
     return run(_read_config(config, "sft"), callbacks or ())
 
@@ -57,7 +58,6 @@ def run(
     callbacks: Sequence[Any] = (),
     allow_changed: bool = False,
     decisions: Any = None,
-    deadline: float | None = None,
 ) -> dict[str, Any]:
     """Train, evaluate, generate and report; stages that are done are skipped.
 
@@ -66,21 +66,19 @@ def run(
         callbacks: as ``run_sft`` takes them.
         allow_changed: resume a run that began with other settings, model or data; the change is recorded.
         decisions: the queue of a scheduler, as ``launch.train`` takes it.
-        deadline: when the training is to stop with a checkpoint, in seconds since 1970.
 
     Raises:
-        RunStopped: the training was stopped before its end; nothing is generated.
+        RunStopped: the run was asked to stop before its end, and kept its work.
     """
     with open_run(config, "run", allow_changed) as context:
-        train_model(context, callbacks, decisions, deadline)
+        train_model(context, callbacks, decisions)
+        current().check("the training is done")
         generate_predictions(context)
         print_report(context.directory)
     return context.directory.read_results("all")
 
 
-def train_model(
-    context: RunContext, callbacks: Sequence[Any] = (), decisions: Any = None, deadline: float | None = None
-) -> None:
+def train_model(context: RunContext, callbacks: Sequence[Any] = (), decisions: Any = None) -> None:
     """Train and evaluate; results go to ``train_results.json`` and ``eval_results.json``."""
     from raysft.train.checkpoint.catalog import remove_temporary
 
@@ -89,18 +87,18 @@ def train_model(
             f"train: {context.directory.place} is already trained (another run.name starts a new run)"
         )
     else:
-        _train(context, callbacks, decisions, deadline)
+        _train(context, callbacks, decisions)
     with suppress(StorageFailed), retry_for(0):
         remove_temporary(context.directory.checkpoints)
 
 
-def _train(context: RunContext, callbacks: Sequence[Any], decisions: Any, deadline: float | None) -> None:
+def _train(context: RunContext, callbacks: Sequence[Any], decisions: Any) -> None:
     from raysft.train import launch
 
     with run_trackers(context) as trackers:
         train_log = TrainLog(context.directory.trainer_log, context.terminal, [*trackers, *callbacks])
         try:
-            results = launch.train(replace(train_job(context), deadline=deadline), train_log, decisions)
+            results = launch.train(train_job(context), train_log, decisions)
         finally:
             context.terminal.close()
     if results["eval"]:

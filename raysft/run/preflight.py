@@ -43,6 +43,7 @@ from raysft.run.ownership import (
 )
 from raysft.run.plan import Plan, make_plan
 from raysft.run.resources import check_resources
+from raysft.run.stop_sources import watched, watched_node
 from raysft.storage.retry import FIRST_SECONDS, retry_for
 from raysft.storage.run_directory import RunDirectory
 from raysft.storage.sync import open_read_only, synced
@@ -134,7 +135,7 @@ def preflight(
         check_trials(trials, terminal, tuple(config.tune.space) if config.tune.scheduler == "pbt" else ())
         for run in runs:
             check_packages(run, trains=not predicts)
-        with cluster(config, deferred=verb in ("check", "prepare")) as nodes:
+        with cluster(config, deferred=verb in ("check", "prepare")) as nodes, watched_node():
             if not predicts:
                 runs = [(place or _placed)(run, nodes) for run in runs]
             for run in runs:
@@ -210,7 +211,13 @@ def _open_directory(
             yield directory, lambda: None
         return
     directory = RunDirectory.of(config.run_place)
-    with exclusive_access(directory, terminal), synced(directory, terminal.line) as push:
+    # In a sweep, the time limit is that of each trial.
+    max_hours = None if verb == "tune" else config.train.max_hours
+    with (
+        exclusive_access(directory, terminal),
+        watched(config.run_place, max_hours, terminal.line),
+        synced(directory, terminal.line) as push,
+    ):
         yield directory, push
 
 

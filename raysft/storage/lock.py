@@ -28,6 +28,16 @@ DEAD_SECONDS = 30.0
 """Time without a heartbeat after which an owner on another machine counts as dead."""
 
 
+_lost = threading.Event()
+
+
+def lost_lock() -> bool:
+    """Return True, once, if another process took a lock of this one over: it must end at once, and write nothing more."""
+    lost = _lost.is_set()
+    _lost.clear()
+    return lost
+
+
 class Locked(Exception):
     """Another live process uses the folder."""
 
@@ -205,6 +215,7 @@ def _beat(file: StoragePath, me: LockOwner, stopped: threading.Event, notify: Ca
         if other is not None and other.token != me.token:
             # This machine was suspended and counted as dead; two processes must not write.
             notify(f"{file.parent}: process {other.process} on {other.host} took the lock over; this process stops")
+            _lost.set()
             # Not SIGINT, which background processes may ignore.
             os.kill(os.getpid(), signal.SIGTERM)
             return

@@ -14,6 +14,8 @@ from raysft.storage.path import StoragePath
 
 MODEL_MARKS = ("adapter_config.json", "config.json")
 """A complete model folder has one of these; they are written last."""
+STOP_FILE = "stop"
+"""The file that asks a run to end; who starts the run removes it."""
 
 
 def is_complete(model: StoragePath) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from raysft.errors import RunFailed, StorageFailed
 from raysft.storage.path import StoragePath
 from raysft.storage.retry import FIRST_SECONDS, reason_of, retry_for
-from raysft.storage.run_directory import RunDirectory
+from raysft.storage.run_directory import STOP_FILE, RunDirectory
 
 EVERY_SECONDS = 5.0
 """Time between two uploads of changed files."""
@@ -171,7 +171,8 @@ def open_read_only(
 
 
 def _is_synced(name: str) -> bool:
-    return not name.startswith(".") or name.endswith(SYNCED_HIDDEN_SUFFIXES)
+    # A request to stop is read and removed where it was written.
+    return name != STOP_FILE and (not name.startswith(".") or name.endswith(SYNCED_HIDDEN_SUFFIXES))
 
 
 def _signature(path: Path) -> tuple[int, int]:

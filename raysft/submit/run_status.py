@@ -106,7 +106,7 @@ def _age(file: StoragePath) -> str:
 
 def _next(place: StoragePath, holder: str, state: str) -> str:
     if holder:
-        return "wait for it, or stop it where it was started"
+        return f"wait for it, or raysft stop {place}"
     if state == "done":
         return f"raysft report {place}"
     return "the command that started it goes on from the newest checkpoint"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -28,6 +29,18 @@ class Decision(IntEnum):
 
 Decide = Callable[[int], Decision]
 """Returns the decision on the evaluation after a step; called by the first worker."""
+
+
+@dataclass(frozen=True)
+class Outside:
+    """What a worker hears from outside of its training. What only one worker knows reaches the others in collectives."""
+
+    preemption_reason: Callable[[], str] = str
+    """Returns why this worker's machine will be preempted soon, so that a checkpoint is saved; empty if it will not."""
+    stop_reason: Callable[[], str] = str
+    """Returns why the training is to save a checkpoint and end; empty if it is not. The answer of the first worker counts."""
+    decide: Decide | None = None
+    """Asked after each evaluation but the first and the last, whether to go on."""
 
 
 def receiver(queue: Queue) -> Decide:

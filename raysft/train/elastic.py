@@ -18,7 +18,7 @@ from ray.train import ScalingConfig
 from raysft.cluster.placement import Node, max_workers
 from raysft.cluster.ray_internals import draining_nodes
 from raysft.config.scaling import ScalingSection
-from raysft.errors import RunFailed
+from raysft.errors import RunFailed, RunStopped
 from raysft.storage.run_directory import RunDirectory
 from raysft.telemetry.events import Waiting, WorkersResized, WorkersRestarting
 from raysft.train.checkpoint.catalog import newest
@@ -102,6 +102,8 @@ class _BoundedWait:
         self.scaling, self.run, self.steps, self.emit = scaling, run, steps, emit
         self._waiting_since: float | None = None
         self._notified = float("-inf")
+        self._restarting = False
+        """True once workers have failed, or their node went: a training that waits for others goes on from its checkpoint."""
 
     def max_workers(self) -> int:
         """Number of workers that fit on the live nodes beside the data tasks."""
@@ -117,6 +119,7 @@ class _BoundedWait:
         error = getattr(current_state, "training_failed_error", None)
         reported = getattr(previous_state, "training_failed_error", None)
         if error is not None and error is not reported and not current_state.is_terminal():
+            self._restarting = True
             self.emit(WorkersRestarting(str(cause(error))))
 
     def wait(self, available: int) -> NoopDecision:
@@ -127,10 +130,16 @@ class _BoundedWait:
 
         Raises:
             RunFailed: ``scaling.wait_minutes`` have passed.
+            RunStopped: they have, and the training has begun.
         """
         now, needed = time.monotonic(), self.scaling.fewest_workers
         self._waiting_since = now if self._waiting_since is None else self._waiting_since
         left = self._waiting_since + 60 * self.scaling.wait_minutes - now
+        if left < 0 and self._restarting:
+            raise RunStopped(
+                f"stopped: the cluster could place only {available} of at least {needed} workers for "
+                f"scaling.wait_minutes={self.scaling.wait_minutes:g}; add nodes"
+            )
         if left < 0:
             raise RunFailed(
                 f"scaling.num_workers needs at least {needed} workers, but the cluster could place only {available} for "

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-import ray
 from ray.exceptions import RayError
-from ray.util.queue import Empty, Queue
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysft.errors import RequestError, RunFailed, RunStopped
+from raysft.stopping import StopRequest
 from raysft.telemetry.events import Emit, Event, SetupDone, TrainingEnded, TrainingStopped, WorkersRestarting
 from raysft.train.controller import Controller, ControllerStarted
+from raysft.train.mailbox import Mailbox
 
 SEND_SECONDS = 10
 """How long a worker tries to send an event."""
@@ -35,36 +35,30 @@ class PermanentFailure:
 
 
 Message = Event | PermanentFailure | ControllerStarted
-"""What the queue transports."""
+"""What the workers send to the driver."""
 
 
-def make_queue() -> Queue:
-    """Create the queue on the driver's node: it lives as long as that node, and reserves no CPU."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-
-
-def emitter(queue: Queue) -> Callable[[Message], None]:
+def emitter(mailbox: Mailbox) -> Callable[[Message], None]:
     """Return a function that sends messages to the driver. It never fails: training matters more than its log."""
 
     def emit(message: Message) -> None:
-        _send(queue, message)
+        _send(mailbox, message)
 
     return emit
 
 
 @contextmanager
-def permanent_failures(queue: Queue) -> Iterator[None]:
+def permanent_failures(mailbox: Mailbox) -> Iterator[None]:
     """Send ``RequestError`` and ``RunFailed`` to the driver. If they were raised, Ray Train would restart the workers."""
     try:
         yield
     except (RequestError, RunFailed) as error:
-        _send(queue, PermanentFailure(error))
+        _send(mailbox, PermanentFailure(error))
 
 
-def _send(queue: Queue, message: Message) -> None:
+def _send(mailbox: Mailbox, message: Message) -> None:
     try:
-        queue.put(message, timeout=SEND_SECONDS)
+        mailbox.put(message, timeout=SEND_SECONDS)
     except RayError:
         print(f"cannot send event to the driver: {message}", flush=True)
 
@@ -72,14 +66,14 @@ def _send(queue: Queue, message: Message) -> None:
 class EventPump:
     """Handles events in a thread while the workers train."""
 
-    def __init__(self, queue: Queue, handle: Emit, controller: Controller) -> None:
+    def __init__(self, mailbox: Mailbox, handle: Emit, controller: Controller) -> None:
         """
         Args:
-            queue: from ``make_queue``.
+            mailbox: where the workers send events, and which carries a request to stop to them.
             handle: handles each event in this process.
             controller: stops the workers when ``handle`` fails; it is told the actor handle.
         """
-        self._queue, self._handle, self._controller = queue, handle, controller
+        self._mailbox, self._handle, self._controller = mailbox, handle, controller
         self._abandoned = False
         self.broken: BaseException | None = None
         """The error that stopped the workers: raised by ``handle`` (the log or a callback), or by a worker during setup."""
@@ -87,6 +81,9 @@ class EventPump:
         self._failure: RequestError | RunFailed | RunStopped | None = None
         self._set_up = False
         """True once the workers loaded the model. Before that they hold nothing that must be written."""
+        self._stop: StopRequest | None = None
+        self.stopped_after: int | None = None
+        """The step after which the workers stopped before their end."""
 
     def __enter__(self) -> EventPump:
         self._closing = threading.Event()
@@ -99,15 +96,22 @@ class EventPump:
         self._abandoned = error is KeyboardInterrupt
         self._closing.set()
         with suppress(RayError):
-            self._queue.put(None, timeout=SEND_SECONDS)
+            self._mailbox.put(None, timeout=SEND_SECONDS)
         self._thread.join(timeout=INTERRUPT_SECONDS if self._abandoned else LAST_EVENT_SECONDS)
-        self._queue.shutdown(force=True)
+        self._mailbox.close()
+
+    def stop(self, request: StopRequest) -> None:
+        """Ask the workers to save a checkpoint and end; end them at once while they hold nothing that must be written."""
+        self._stop = request
+        self._mailbox.stop(request.reason)
+        if not self._set_up:
+            self._break(RunStopped(f"stopped: {request.reason}"))
 
     def _run(self) -> None:
         while not self._abandoned:
             try:
-                message = self._queue.get(timeout=POLL_SECONDS)
-            except Empty:
+                message = self._mailbox.get(timeout=POLL_SECONDS)
+            except queue.Empty:
                 if self._closing.is_set():
                     return
                 continue
@@ -121,6 +125,8 @@ class EventPump:
         match message:
             case ControllerStarted(actor):
                 self._controller.actor = actor
+                if self.broken is not None:  # asked to stop before it started
+                    self._controller.abort()
                 return True
             case PermanentFailure(error):
                 self._failure = error
@@ -132,9 +138,14 @@ class EventPump:
                 self._set_up = True
             case WorkersRestarting():
                 self._set_up = False
+                if self._stop is not None:
+                    return self._break(
+                        RunStopped(f"stopped: {self._stop.reason}, and the workers failed ({message.reason})")
+                    )
             case TrainingEnded():
                 self._end = message
             case TrainingStopped(step, reason):
+                self.stopped_after = step
                 self._failure = RunStopped(f"stopped after step {step}: {reason}")
         try:
             self._handle(message)

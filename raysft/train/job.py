@@ -84,5 +84,3 @@ class TrainJob:
     """Token ids that end an assistant turn, for the model's generation config."""
     evaluations: StoragePath | None = None
     """Folder that keeps evaluations of models before their training; None to keep none."""
-    deadline: float | None = None
-    """When the training is to save a checkpoint and stop, in seconds since 1970."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
+import time
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
@@ -16,15 +18,18 @@ from ray.util.queue import Queue
 
 from raysft.cluster.connect import alive_nodes
 from raysft.config import Config
-from raysft.errors import RunFailed, StorageFailed, one_line
+from raysft.environment import environment
+from raysft.errors import RunFailed, RunStopped, StorageFailed, one_line
+from raysft.stopping import current
 from raysft.storage.retry import retry_for
 from raysft.telemetry.events import Emit, TrainingEnded
 from raysft.train.checkpoint import catalog
 from raysft.train.controller import Controller
 from raysft.train.dataset_config import PlannedDataConfig, Resumption
 from raysft.train.elastic import workers_of
-from raysft.train.event_pump import EventPump, emitter, make_queue
+from raysft.train.event_pump import EventPump, emitter
 from raysft.train.job import TrainJob
+from raysft.train.mailbox import Mailbox
 from raysft.train.process_group import RestartableTorchConfig
 from raysft.train.ray_train_internals import PlacementGroupCleanerCallback
 from raysft.train.restarts import Restarts, cause
@@ -39,6 +44,8 @@ CPU_ENVIRONMENT = {
 """Environment of CPU workers. It makes glibc keep a step's memory for the next step. By default it returns each large tensor to
 the kernel and asks for it again, page by page: 4.2 million page faults in five steps instead of 0.4 million, and 6% of the time
 (SmolLM2, full fine-tuning). And it hides the node's GPUs, which Ray does not: DeepSpeed would compute on them."""
+NOTICE = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
+"""Ray Train's controller looks every second for nodes of the workers that are drained: a spot machine may go after 15 seconds."""
 COLLECTIVE_SECONDS = 600
 """How long a worker waits for the others in a collective."""
 
@@ -56,7 +63,7 @@ def train(job: TrainJob, handle: Emit, decisions: Queue | None = None) -> dict[s
 
     Raises:
         RunFailed: the workers failed more than ``train.max_failures`` times, or failed with an error that a restart cannot fix.
-        RunStopped: the scheduler stopped it, or its time is over.
+        RunStopped: the scheduler stopped it, or the run was asked to stop.
     """
     end = _fit(job, train_worker, handle, decisions)
     with suppress(StorageFailed), retry_for(0):
@@ -73,12 +80,15 @@ def _fit(job: TrainJob, worker: Any, handle: Emit, decisions: Queue | None = Non
     # Ray Train would resume from its own state under the run's name, and fail when its storage fails. We write checkpoints
     # ourselves, so it gets an empty temporary folder.
     with tempfile.TemporaryDirectory(prefix="raysft-train-", ignore_cleanup_errors=True) as folder:
-        queue, controller = make_queue(), Controller()
-        trainer = _trainer(job, worker, queue, decisions, folder)
+        mailbox, controller = Mailbox(), Controller()
+        trainer = _trainer(job, worker, mailbox, decisions, folder)
         trainer.controller = controller
-        with EventPump(queue, handle, controller) as pump:
+        stopping = current()
+        with EventPump(mailbox, handle, controller) as pump:
             try:
-                trainer.fit()
+                notice = {name: os.environ.get(name, value) for name, value in NOTICE.items()}
+                with stopping.ending_by_itself(), stopping.telling(pump.stop), environment(**notice):
+                    trainer.fit()
             except ray.train.TrainingFailedError as error:
                 raise cause(error) from error
             except RayError as error:
@@ -87,15 +97,37 @@ def _fit(job: TrainJob, worker: Any, handle: Emit, decisions: Queue | None = Non
             except KeyboardInterrupt:
                 controller.abort()
                 raise
-            return pump.end()
+            try:
+                return pump.end()
+            except RunStopped as stopped:
+                saved = _saved(job, pump.stopped_after) if worker is train_worker else ""
+                raise RunStopped(f"{stopped}{saved}") from None
 
 
-def _trainer(job: TrainJob, worker: Any, queue: Queue, decisions: Queue | None, folder: str) -> _Trainer:
-    use_gpu, emit = job.config.scaling.use_gpu, emitter(queue)
+def _saved(job: TrainJob, step: int | None) -> str:
+    """Say which checkpoint the training goes on from, and how long before the machine goes it was complete."""
+    now, request = time.time(), current().request
+    if request is None:
+        return ""
+    with suppress(StorageFailed, OSError), retry_for(0):
+        newest = catalog.newest(job.run.checkpoints)
+        if newest is None or newest.cursor.step != step:
+            return (
+                f"; the newest checkpoint is that of step {newest.cursor.step}"
+                if newest
+                else "; there is no checkpoint"
+            )
+        before = f" {request.until - now:.0f} s before the machine goes" if request.until is not None else ""
+        return f"; checkpoint written{before}"
+    return "; the storage of its checkpoints does not answer"
+
+
+def _trainer(job: TrainJob, worker: Any, mailbox: Mailbox, decisions: Queue | None, folder: str) -> _Trainer:
+    use_gpu, emit = job.config.scaling.use_gpu, emitter(mailbox)
     scaling, policy = workers_of(job.config.scaling, job.run, job.train_rows.row_plan.steps, emit)
     trainer = _Trainer(
         worker,
-        train_loop_config={"job": job, "queue": queue, "decisions": decisions, "threads": _threads(job.config)},
+        train_loop_config={"job": job, "mailbox": mailbox, "decisions": decisions, "threads": _threads(job.config)},
         scaling_config=scaling,
         run_config=ray.train.RunConfig(
             name="train",

@@ -20,33 +20,34 @@ from raysft.garbage import resume_collection
 from raysft.models.tokenizer import load_tokenizer
 from raysft.telemetry.events import (
     Emit,
-    EvaluationDone,
     PreemptionNotice,
     SetupDone,
     StepSkipped,
     StoppedEarly,
     TrainingEnded,
     TrainingStopped,
-    evaluation_results,
 )
 from raysft.train import step_rows
 from raysft.train.checkpoint import state
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.checkpoint.resume import ResumePoint
-from raysft.train.checkpoint.triggers import CheckpointTrigger, PreemptionReason
-from raysft.train.decisions import Decide, Decision, shared
+from raysft.train.checkpoint.triggers import CheckpointTrigger
+from raysft.train.decisions import Decide, Decision, Outside, shared
 from raysft.train.deepspeed_internals import numel
 from raysft.train.early_stopping import EarlyStopper, known_best
+from raysft.train.evaluator import Evaluator
 from raysft.train.export import Exporter
 from raysft.train.first_evaluation import FirstEvaluation
 from raysft.train.job import Batch, RowPlan, TrainJob
 from raysft.train.nonfinite import NonFinite
 from raysft.train.restarts import faults_of
-from raysft.train.step import StepResult, evaluate, train_step
-from raysft.train.step_metrics import StepMetrics, evaluation_record
+from raysft.train.step import EvaluationStopped, StepResult, train_step
+from raysft.train.step_metrics import StepMetrics
 
 Save = Callable[[Any, Cursor, list[dict[str, Any]]], None]
 """Saves a checkpoint: (engine, cursor, latest log records)."""
+ALONE = Outside()
+"""A training that hears nothing from outside."""
 LOG_RECORDS = 1000
 """Log records in a checkpoint, for a driver that died before it wrote them."""
 
@@ -58,8 +59,7 @@ def train(
     emit: Emit,
     save: Save,
     resume: ResumePoint | None = None,
-    preemption_reason: PreemptionReason = str,
-    decide: Decide | None = None,
+    outside: Outside = ALONE,
 ) -> None:
     """Train to the end of the row plan, evaluate, and write the trained model.
 
@@ -70,14 +70,13 @@ def train(
         emit: receives the events; called by the first worker only.
         save: saves a checkpoint; called by all workers.
         resume: the checkpoint to resume from.
-        preemption_reason: returns a reason while this worker's machine is about to be preempted, so that a checkpoint is saved.
-        decide: asked after each evaluation but the first and the last, whether to go on.
+        outside: what this worker hears from outside, such as a request to stop.
 
     Raises:
         RunFailed: loss or gradient are not finite; raised by all workers alike.
         Fault: this worker failed otherwise, for example because its rows differ from the row plan.
     """
-    loop = _Loop(job, device, emit, save, preemption_reason, decide)
+    loop = _Loop(job, device, emit, save, outside)
     with faults_of(loop.rank, lambda: loop.moment, loop.current_rows):
         _train(loop, batches, resume)
 
@@ -92,34 +91,28 @@ def _train(loop: _Loop, batches: Iterator[Batch], resume: ResumePoint | None) ->
     loop.emit_setup(time.perf_counter() - waiting_since)
     if cursor.step == 0 and loop.job.config.train.eval_at_start:
         loop.evaluate(cursor, FirstEvaluation.find(loop.job, loop.device))
+    elif cursor.unevaluated and cursor.step < loop.row_plan.steps:
+        loop.after_step(replace(cursor, unevaluated=False))
     while cursor.step < loop.row_plan.steps and not (loop.early_stopper.should_stop or loop.stop_reason):
         cursor = loop.step(batch, cursor)
-        if cursor.step < loop.row_plan.steps:
+        if cursor.step < loop.row_plan.steps and not loop.stop_reason:
             waiting_since, loop.moment = time.perf_counter(), f"reading the rows of step {cursor.step + 1}"
             batch = next(batches, None)
             loop.data_wait = time.perf_counter() - waiting_since
             loop.after_step(cursor)
+    if not loop.stop_reason:
+        loop.finish(cursor)
     if loop.stop_reason:
         loop.stop(cursor)
-    else:
-        loop.finish(cursor)
 
 
 class _Loop:
     """State of one worker's training."""
 
-    def __init__(
-        self,
-        job: TrainJob,
-        device: torch.device,
-        emit: Emit,
-        save: Save,
-        preemption_reason: PreemptionReason,
-        decide: Decide | None,
-    ) -> None:
-        self.job, self.device, self.save, self.decide = job, device, save, decide
+    def __init__(self, job: TrainJob, device: torch.device, emit: Emit, save: Save, outside: Outside) -> None:
+        self.job, self.device, self.save, self.outside = job, device, save, outside
         self.rank, self.workers = dist.get_rank(), dist.get_world_size()
-        self.trigger = CheckpointTrigger(job.config.train, self.rank, preemption_reason, job.deadline)
+        self.trigger = CheckpointTrigger(job.config.train, self.rank, outside)
         self.emit: Emit = emit if self.rank == 0 else lambda event: None
         self.log: deque[dict[str, Any]] = deque(maxlen=LOG_RECORDS)
         self.row_plan: RowPlan = job.train_rows.row_plan
@@ -132,6 +125,7 @@ class _Loop:
         """Why the training ends before the end of its row plan; empty if it goes on."""
         self.eval_results: dict[str, float] = {}
         """Results of the latest evaluation."""
+        self.evaluator = Evaluator(job, device, self.emit, self.log, self.trigger.stops)
         self.nonfinite = NonFinite(job)
         self.exporter = Exporter(job.run, emit, job.ends)
 
@@ -195,9 +189,9 @@ class _Loop:
         elapsed = time.perf_counter() - self.started
         remaining = (self.row_plan.steps - cursor.step) * elapsed / (cursor.step - self.first_step)
         if self.trigger.update(cursor.step, result.noticed, result.late):
-            self.emit(PreemptionNotice(cursor.step, self.trigger.preemption_reason()))
-        if result.over and cursor.step < self.row_plan.steps:
-            self.stop_reason = "its time is over"
+            self.emit(PreemptionNotice(cursor.step, self.outside.preemption_reason()))
+        if result.over:
+            self._asked_to_stop()
         record = self.step_metrics.record(cursor, result, lr, seconds, self.data_wait, elapsed, remaining)
         self.log.append(asdict(record))
         self.emit(record)
@@ -221,12 +215,14 @@ class _Loop:
         """Evaluate and save a checkpoint if they are due. ``finish`` does it after the last step."""
         every = self.job.config.train.eval_every_steps
         if every and cursor.step % every == 0:
-            self.eval_results = self.evaluate(cursor)
+            self.evaluate(cursor)
+            if self.stop_reason:
+                return
             self.early_stopper.update(self.eval_results, cursor.step)
             if self.early_stopper.should_stop and (best := self.early_stopper.best):
                 self.emit(StoppedEarly(cursor.step, best.step, best.loss))
-            if self.decide and not self.stop_reason:
-                self._follow(self.decide, cursor)
+            if self.outside.decide:
+                self._follow(self.outside.decide, cursor)
         if self.trigger.is_due(cursor.step) and not self.stop_reason and self.saved_step != cursor.step:
             self._checkpoint(replace(cursor, temporary=not self.trigger.is_scheduled(cursor.step)))
 
@@ -237,21 +233,16 @@ class _Loop:
         if decision is Decision.STOP:
             self.stop_reason = "the scheduler stopped it"
 
-    def evaluate(self, cursor: Cursor, first: FirstEvaluation | None = None) -> dict[str, float]:
-        """Evaluate all sets but those known from ``first``, log and return the results."""
+    def evaluate(self, cursor: Cursor, first: FirstEvaluation | None = None) -> None:
+        """Evaluate all sets but those known from ``first``; drop that if the training is to stop meanwhile."""
         self.moment = f"the evaluation after step {cursor.step}"
-        rows, known = self.job.config.micro_batch_size, first.known if first else {}
-        evaluations = [
-            known.get(name)
-            or evaluate(self.engine, name, cursor.step, source.steps(0, self.rank, self.workers), rows, self.device)
-            for name, source in self.job.eval_rows.items()
-        ]
-        results = evaluation_results(evaluations)
-        if results:
-            record = evaluation_record(self.row_plan, cursor, results)
-            self.log.append(record)
-            self.emit(EvaluationDone(record, first.keep(evaluations) if first else ""))
-        return results
+        try:
+            self.eval_results = self.evaluator(self.engine, cursor, first)
+        except EvaluationStopped:
+            self._asked_to_stop()
+
+    def _asked_to_stop(self) -> None:
+        self.stop_reason = self.outside.stop_reason() or "another worker was asked to stop"
 
     def _checkpoint(self, cursor: Cursor) -> None:
         self.save(self.engine, replace(cursor, best=self.early_stopper.best), list(self.log))
@@ -259,24 +250,31 @@ class _Loop:
         self.trigger.start_clock()
 
     def stop(self, cursor: Cursor) -> None:
-        """End before the end of the row plan, with a checkpoint to go on from."""
-        if self.job.config.train.resumes and self.saved_step != cursor.step:
-            self._checkpoint(cursor)
+        """End before the end, with a checkpoint to go on from."""
+        train = self.job.config.train
+        if train.resumes and cursor.step > self.first_step and self.saved_step != cursor.step:
+            due = train.eval_every_steps and cursor.step % train.eval_every_steps == 0
+            unevaluated = bool(due) and self.evaluator.seen != cursor.step
+            kept = self.trigger.is_scheduled(cursor.step) and not unevaluated
+            self._checkpoint(replace(cursor, temporary=not kept, unevaluated=unevaluated))
         self.emit(TrainingStopped(cursor.step, self.stop_reason, self.eval_results))
 
     def finish(self, cursor: Cursor) -> None:
-        """Evaluate, save the last checkpoint, write the model, and report the results."""
+        """Evaluate, save the last checkpoint, write the model, and report the results; nothing of it if it is to stop meanwhile."""
         results: dict[str, Any] = {
             "total_steps": cursor.step,
             "total_rows": cursor.rows,
             "total_tokens": cursor.tokens,
             "epoch": round(self.row_plan.epoch_of(cursor.rows), 4),
         }
-        if cursor.step < self.row_plan.steps:
+        early = cursor.step < self.row_plan.steps
+        if not (early and self.eval_results):
+            self.evaluate(cursor)
+        if self.stop_reason:
+            return
+        if early:
             results["planned_steps"] = self.row_plan.steps
-            self.eval_results = self.eval_results or self.evaluate(cursor)
         else:
-            self.eval_results = self.evaluate(cursor)
             self.early_stopper.update(self.eval_results, cursor.step)
         if self.job.config.train.save_every_steps and cursor.step > self.first_step:
             self._checkpoint(cursor)  # a longer training that resumes here must know the last evaluation

@@ -10,7 +10,7 @@ from typing import Any
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from raysft.errors import RequestError, RunFailed, StorageFailed, one_line
+from raysft.errors import RequestError, RunFailed, RunStopped, StorageFailed, one_line
 from raysft.train.checkpoint.catalog import CorruptCheckpoint
 from raysft.train.ray_train_internals import (
     DefaultFailurePolicy,
@@ -124,9 +124,9 @@ def _fault(error: Any) -> Fault | None:
 
 
 def cause(error: Any) -> Exception:
-    """Turn Ray Train's error into the ``RequestError`` or ``RunFailed`` of the first worker, or of the controller."""
+    """Turn Ray Train's error into that of the first worker, or of the controller, as one of ours."""
     controller = getattr(error, "controller_failure", None)
-    if isinstance(controller, RequestError | RunFailed):
+    if isinstance(controller, RequestError | RunFailed | RunStopped):
         return controller
     fault = _fault(error)
     if fault is not None:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,10 @@ TENSORS = {
 """Inputs of ``TokenLoss`` and their dtypes; a batch holds them as [rows, tokens]."""
 
 
+LOOK_SECONDS, LOOK_BATCHES = 1.0, 64
+"""About how many seconds, and at most how many batches of an evaluation lie between two looks for a request to stop."""
+
+
 @dataclass(frozen=True)
 class StepResult:
     """Result of one optimizer step."""
@@ -53,7 +58,7 @@ class StepResult:
     late: bool = False
     """True if the first worker's clock asks for a checkpoint."""
     over: bool = False
-    """True if the training is to stop because its time is over."""
+    """True if the first worker was asked to stop."""
 
 
 def train_step(
@@ -70,7 +75,7 @@ def train_step(
         batch: this worker's rows, from a ``RowSource``.
         weight: total weight of the step's loss tokens over all workers; without weights, their number.
         sources: number of sources.
-        asks: returns (this worker's machine is about to be preempted, its clock asks for a checkpoint, the time is over). It is
+        asks: returns (this worker's machine is about to be preempted, its clock asks for a checkpoint, it is to stop). It is
             called after the computation, and all workers learn if it is true for any of them.
     """
     accumulation = engine.gradient_accumulation_steps()
@@ -107,8 +112,20 @@ def _without_update(engine: Any) -> Iterator[None]:
         engine.optimizer.step = update
 
 
+class EvaluationStopped(Exception):
+    """A worker was asked to stop; all workers drop the evaluation after the same batch."""
+
+
 @torch.no_grad()
-def evaluate(model: Any, name: str, step: int, batches: Iterable[Batch], rows: int, device: torch.device) -> Evaluation:
+def evaluate(
+    model: Any,
+    name: str,
+    step: int,
+    batches: Iterable[Batch],
+    rows: int,
+    device: torch.device,
+    stops: Callable[[], bool] | None = None,
+) -> Evaluation:
     """Compute loss and accuracy on an evaluation set, exactly over all workers: sums are reduced, then divided once.
 
     All loss tokens count the same, whatever their weight in training.
@@ -120,21 +137,18 @@ def evaluate(model: Any, name: str, step: int, batches: Iterable[Batch], rows: i
         batches: this worker's rows; all workers have the same number of batches.
         rows: rows per microbatch.
         device: where the model is.
+        stops: True if this worker was asked to stop. All workers share that about once a second. Default: none is ever asked.
 
     Raises:
         RunFailed: the set has no loss token.
+        EvaluationStopped: a worker was asked to stop; raised by all workers alike.
     """
     training = model.training
     model.eval()
-    totals = torch.zeros(3, dtype=torch.float64, device=device)
-    for batch in batches:
-        for microbatch in microbatches(batch, rows, device):
-            inputs = {name: microbatch[name] for name in ("input_ids", "position_ids", "labels")}
-            loss, _, correct = model(**inputs, score=True)
-            # The first token of an example is never predicted; the data stage has masked its label.
-            loss_tokens = (microbatch["labels"][:, 1:] != IGNORE_INDEX).sum()
-            totals += torch.stack([loss.double(), correct.double(), loss_tokens.double()])
-    model.train(training)
+    try:
+        totals = _evaluated(model, batches, rows, device, _Looks(stops, device) if stops else lambda: None)
+    finally:
+        model.train(training)
     dist.all_reduce(totals)
     loss, correct, tokens = totals.tolist()
     if not tokens:
@@ -142,6 +156,54 @@ def evaluate(model: Any, name: str, step: int, batches: Iterable[Batch], rows: i
             f"evaluation set {name!r} has no loss token; remove the set, or give examples with assistant messages"
         )
     return Evaluation(name=name, step=step, loss=loss / tokens, accuracy=correct / tokens, tokens=int(tokens))
+
+
+def _evaluated(
+    model: Any, batches: Iterable[Batch], rows: int, device: torch.device, look: Callable[[], None]
+) -> torch.Tensor:
+    """Return this worker's sums of loss, correct predictions and loss tokens, as [3] float64."""
+    totals = torch.zeros(3, dtype=torch.float64, device=device)
+    for batch in batches:
+        look()
+        for microbatch in microbatches(batch, rows, device):
+            inputs = {name: microbatch[name] for name in ("input_ids", "position_ids", "labels")}
+            loss, _, correct = model(**inputs, score=True)
+            # The first token of an example is never predicted; the data stage has masked its label.
+            loss_tokens = (microbatch["labels"][:, 1:] != IGNORE_INDEX).sum()
+            totals += torch.stack([loss.double(), correct.double(), loss_tokens.double()])
+    return totals
+
+
+class _Looks:
+    """Share between batches whether a worker was asked to stop, about once a second: each time costs a collective.
+
+    The first worker's time for a batch decides on the distance, so that all workers look before the same batches.
+    """
+
+    def __init__(self, stops: Callable[[], bool], device: torch.device) -> None:
+        self._stops, self._device = stops, device
+        self._last: float | None = None
+        self._distance, self._left = 1, 0
+
+    def __call__(self) -> None:
+        """Called before each batch.
+
+        Raises:
+            EvaluationStopped: a worker was asked to stop.
+        """
+        if self._left:
+            self._left -= 1
+            return
+        now = monotonic()
+        seconds = LOOK_SECONDS if self._last is None else (now - self._last) / self._distance
+        seconds = seconds if dist.get_rank() == 0 else 0.0
+        shared = torch.tensor([float(self._stops()), seconds], device=self._device)
+        dist.all_reduce(shared)
+        stops, seconds = shared.tolist()
+        if stops:
+            raise EvaluationStopped
+        self._last, self._distance = now, min(LOOK_BATCHES, max(1, int(LOOK_SECONDS / max(seconds, 1e-6))))
+        self._left = self._distance - 1
 
 
 def microbatches(batch: Batch, rows: int, device: torch.device) -> Iterable[dict[str, torch.Tensor]]:

@@ -16,7 +16,7 @@ from raysft.train.checkpoint import catalog
 from raysft.train.checkpoint.async_writer import AsyncWriter
 from raysft.train.checkpoint.resume import ResumePoint
 from raysft.train.dataset_config import RESUME, TRAIN
-from raysft.train.decisions import receiver
+from raysft.train.decisions import Outside, receiver
 from raysft.train.event_pump import emitter, permanent_failures
 from raysft.train.finetuning import load_trained
 from raysft.train.loss import TokenLoss
@@ -28,28 +28,34 @@ def train_worker(settings: dict[str, Any]) -> None:
     """Train from the newest checkpoint to the end.
 
     Args:
-        settings: ``job`` (``TrainJob``), ``queue`` for events, ``decisions`` of a scheduler or None, and ``threads``.
+        settings: ``job`` (``TrainJob``), ``mailbox`` for events and a request to stop, ``decisions`` of a scheduler or None, and
+            ``threads``.
     """
     try:
-        with permanent_failures(settings["queue"]):
+        with permanent_failures(settings["mailbox"]):
             _train(settings)
     except catalog.CorruptCheckpoint as error:
         if ray.train.get_context().get_world_rank() == 0:
-            emitter(settings["queue"])(CheckpointCorrupt(str(error)))
+            emitter(settings["mailbox"])(CheckpointCorrupt(str(error)))
         raise
 
 
 def _train(settings: dict[str, Any]) -> None:
-    job, emit = settings["job"], emitter(settings["queue"])
+    job, mailbox, emit = settings["job"], settings["mailbox"], emitter(settings["mailbox"])
     torch.set_num_threads(settings["threads"])
+    reasons: list[str] = []
+    """Why the driver asks to stop; known to the first worker alone, from which the others learn it."""
+    if ray.train.get_context().get_world_rank() == 0:
+        mailbox.listen(reasons.append)
+    decide = receiver(settings["decisions"]) if settings["decisions"] is not None else None
+    outside = Outside(_preemption_reason, lambda: reasons[0] if reasons else "", decide)
     workers = ray.train.get_context().get_world_size()
     resume = cast(ResumePoint | None, ray.train.get_dataset_shard(RESUME))
     shard = cast(Any, ray.train.get_dataset_shard(TRAIN))
     tables = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
     batches = job.train_rows.batches(tables, workers)
     writer = AsyncWriter(job.run.checkpoints, job.config.train.keep_last, emit)
-    decide = receiver(settings["decisions"]) if settings["decisions"] is not None else None
-    loop.train(job, batches, get_device(), emit, writer, resume, _preemption_reason, decide)
+    loop.train(job, batches, get_device(), emit, writer, resume, outside)
     writer.close()
 
 
@@ -67,7 +73,7 @@ def _preemption_reason() -> str:
 
 def evaluate_worker(settings: dict[str, Any]) -> None:
     """Evaluate the trained model on this worker's rows of all evaluation sets; settings as for ``train_worker``."""
-    with permanent_failures(settings["queue"]):
+    with permanent_failures(settings["mailbox"]):
         _evaluate(settings)
 
 
@@ -75,7 +81,7 @@ def _evaluate(settings: dict[str, Any]) -> None:
     # DeepSpeed takes seconds to import; the driver imports this module too and does not need it.
     from raysft.train.engine import check_model
 
-    job, emit = settings["job"], emitter(settings["queue"])
+    job, emit = settings["job"], emitter(settings["mailbox"])
     torch.set_num_threads(settings["threads"])
     context, device = ray.train.get_context(), get_device()
     if device.type == "cpu":

@@ -15,10 +15,12 @@ from typing import Any
 
 from raysft.config import Config
 from raysft.environment import environment
-from raysft.errors import RunFailed
+from raysft.errors import RunFailed, RunStopped
+from raysft.stopping import current
 from raysft.storage.run_directory import RunDirectory
 from raysft.telemetry.terminal import Terminal
 from raysft.telemetry.trackers import tracker_variables
+from raysft.train.mailbox import Mailbox
 from raysft.tune.best_model import provide_model, remove_weights
 from raysft.tune.ranking import Ranked
 from raysft.tune.record import Record, TrialRecord
@@ -31,6 +33,8 @@ ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     # A trial whose time was over has no metric; whether those that ended have it is checked when the sweep ends.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    # Its handler would end the trials without a checkpoint; ours asks them to stop.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
 """What Tune reads from the environment while a sweep runs."""
 
@@ -61,11 +65,12 @@ class Sweep:
         space, searched = self._space(search, scheduler)
         if not space and not searched:
             return {}
+        mailbox, stopping = Mailbox(), current()
         watching = recorder(config, self.record, self.total, self.concurrent, self._records)
         # Tune's own records, which nothing reads again: a sweep goes on from its own.
         with tempfile.TemporaryDirectory(prefix="raysft-tune-", ignore_cleanup_errors=True) as folder:
             tuner = ray.tune.Tuner(
-                _trainable(config, self.deadline),
+                _trainable(config, self.deadline, mailbox),
                 param_space=space,
                 tune_config=ray.tune.TuneConfig(
                     **searched,
@@ -83,10 +88,15 @@ class Sweep:
                 ),
             )
             try:
-                with _tune_environment():
+                with (
+                    _tune_environment(),
+                    stopping.ending_by_itself(),
+                    stopping.telling(lambda it: mailbox.stop(it.reason)),
+                ):
                     grid = tuner.fit()
             finally:
                 watching.close()
+                mailbox.close()
         errors = {Path(result.path).name: reason_of(result.error) for result in grid if result.error}
         return errors if search.finished else None
 
@@ -117,14 +127,20 @@ class Sweep:
         Raises:
             RunFailed: trials failed, or none has a result.
             RequestError: the trials lack a metric.
+            RunStopped: the sweep or a trial was asked to stop, so that trials have not ended.
         """
         config, terminal = self.config, self.terminal
         trials, records = self._trials(), self._records()
         check_recorded(config, records)
         ended = sum(record.state in ("done", "stopped", "failed") for record in records.values())
         time_over = self.deadline is not None and time.time() >= self.deadline
-        if errors is None or (ended < len(trials) and not time_over):
-            raise KeyboardInterrupt  # Tune has handled the signal and returned
+        stop = current().request
+        if stop is not None and ended < self.total:
+            raise RunStopped(f"stopped: {stop.reason}; {self.total - ended} of {self.total} trials have not ended")
+        if errors is None:
+            raise KeyboardInterrupt  # Tune has handled a signal and returned
+        if ended < len(trials) and not time_over:
+            raise RunStopped(f"stopped: {len(trials) - ended} of {self.total} trials were asked to stop")
         if left := self.total - ended if time_over else 0:
             terminal.line(
                 f"tune.max_minutes={config.tune.max_minutes} is over, and {left} of {self.total} trials have not ended; "
@@ -173,7 +189,7 @@ def _tune_environment() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _trainable(config: Config, deadline: float | None) -> Any:
+def _trainable(config: Config, deadline: float | None, mailbox: Mailbox) -> Any:
     import ray.tune
 
     from raysft.tune.trainable import Trainable, TrialSettings
@@ -183,6 +199,8 @@ def _trainable(config: Config, deadline: float | None) -> Any:
         home=os.getcwd(),
         environment=tracker_variables(),
         deadline=deadline,
+        mailbox=mailbox,
+        restarts=config.tune.max_failures > 0,
     )
     trial = ray.tune.with_parameters(Trainable, settings=settings)
     return ray.tune.with_resources(trial, {"cpu": TRIAL_CPUS})

@@ -10,6 +10,7 @@ from typing import Any
 from ray.tune.search import Searcher
 
 from raysft.config import Config
+from raysft.stopping import current
 from raysft.tune.ranking import Objectives, mean
 from raysft.tune.record import TrialRecord
 from raysft.tune.sources import Source
@@ -49,7 +50,7 @@ class Search(Searcher):
         self._found: dict[str, list[tuple[float, ...]]] = {}
         """Metrics of each configuration's trials."""
         self.finished = False
-        """True once every trial was handed out, or the time is over."""
+        """True once every trial was handed out, the time is over, or the sweep is to stop."""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         """Return what Tune has of a trial: its name, number, configuration, and its config as JSON, which Tune leaves as it is."""
@@ -69,7 +70,7 @@ class Search(Searcher):
 
     def _fill(self) -> bool:
         """Queue trials if none wait; return False if none is to start any more."""
-        if self._deadline is not None and time.time() >= self._deadline:
+        if current().request is not None or (self._deadline is not None and time.time() >= self._deadline):
             return False
         while not self._queue:
             first = self._source.next()

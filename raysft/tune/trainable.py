@@ -7,20 +7,25 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 import ray.tune
+from ray.util.queue import Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysft.config import Config, with_overrides
 from raysft.errors import RunFailed, RunStopped
 from raysft.run.pipeline import run
+from raysft.run.stop_sources import asked_at
+from raysft.stopping import stoppable
 from raysft.storage.lock import Locked, lock_within
 from raysft.storage.path import StoragePath
 from raysft.telemetry.callback import Callback
 from raysft.train.decisions import Decision
-from raysft.train.event_pump import make_queue
+from raysft.train.mailbox import Mailbox
 from raysft.tune.lineage import adopt
 from raysft.tune.run_checkpoint import RunCheckpoint, Saved
 
@@ -45,6 +50,10 @@ class TrialSettings:
     """Variables in which trackers find servers and keys; the processes of a cluster have those of the machine that started it."""
     deadline: float | None = None
     """When trainings are to stop, in seconds since 1970."""
+    mailbox: Mailbox | None = None
+    """Through which the sweep asks them to stop."""
+    restarts: bool = False
+    """True if a trial that fails starts again within the sweep."""
 
 
 class Trainable(ray.tune.Trainable):
@@ -72,8 +81,8 @@ class Trainable(ray.tune.Trainable):
         self._reports: queue.Queue[dict[str, Any] | BaseException] = queue.Queue()
         self._saved: queue.Queue[int] = queue.Queue()
         """Steps of the checkpoints that are complete."""
-        self._deadline = settings.deadline
-        self._decisions = make_queue() if settings.scheduled else None
+        self._settings = settings
+        self._decisions = _decisions_queue() if settings.scheduled else None
         self._asked: int | None = None
         """Step of the evaluation that waits for a decision."""
         self._stopping = threading.Event()
@@ -82,16 +91,35 @@ class Trainable(ray.tune.Trainable):
     def _run(self) -> None:
         callback = _Reports(self._reports.put, self._saved.put, self._stopping)
         try:
-            results = run(self._config, [callback], self._changes, self._decisions, self._deadline)
+            results = self._results(callback)
             steps = {"step": results["total_steps"]} if "total_steps" in results else {}
             self._reports.put({**results, **steps, "run_name": self._config.run.name, "done": True})
         except BaseException as error:
             self._reports.put(error)
 
+    def _results(self, callback: Callback) -> dict[str, Any]:
+        """Run, and return the results.
+
+        Raises:
+            RunStopped: the time was over, the sweep is to stop, or this machine goes and no other may take the trial over.
+        """
+        settings = self._settings
+        with stoppable() as stopping, ExitStack() as stack:
+            if settings.deadline is not None:
+                stack.enter_context(asked_at(stopping, settings.deadline, "its time is over"))
+            if settings.mailbox is not None:
+                settings.mailbox.listen(stopping.ask)
+            try:
+                return run(self._config, [callback], self._changes, self._decisions)
+            except RunStopped as stopped:
+                if settings.restarts and stopping.request is not None and stopping.request.elsewhere:
+                    raise RunFailed(str(stopped)) from None
+                raise
+
     def step(self) -> dict[str, Any]:
         """Train until the next evaluation or the end, and return its results."""
         if self._thread.ident is None:
-            if self._deadline is not None and time.time() >= self._deadline:
+            if self._settings.deadline is not None and time.time() >= self._settings.deadline:
                 return {INTERRUPTED: "its time was over before it started", "done": True}
             with _alone(self._config.run_place):
                 pass
@@ -149,6 +177,12 @@ class Trainable(ray.tune.Trainable):
             self._thread.join(STOP_SECONDS)
         if self._decisions is not None:
             self._decisions.shutdown(force=True)
+
+
+def _decisions_queue() -> Queue:
+    """Create the queue of a scheduler's decisions on this node: it lives as long as that node, and reserves no CPU."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 """`ray job submit` and `raysft submit` to a cluster that `ray start --head` made: on 2 CPUs, with a tiny model."""
 
 import json
+import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from raysft.config import load
+from raysft.storage.json_files import read_jsonl
 from raysft.submit.jobs_internals import Jobs
 from raysft.submit.request import STOP_SECONDS, job_request
 from raysft.submit.submission import start
+from raysft.train.checkpoint.catalog import newest
 from tests.clusters import REFUSAL_SECONDS, Cluster, program, started
 from tests.servers import forwarding
 from tests.tiny import SENTENCES, tiny_model
@@ -214,3 +218,43 @@ def test_the_server_of_ray_clients_is_not_taken_for_the_cluster(cluster):
     line = cluster.refuse(RAY_ADDRESS=address)
     assert line.startswith(f"raysft: error: RAY_ADDRESS={address}: no Ray cluster answers at ")
     assert line.endswith("; check the address, or set scaling.address=local to start one for this run")
+
+
+def test_a_node_that_gets_sigterm_and_30_seconds_later_sigkill_loses_nothing_of_the_run_that_it_drives(cluster):
+    """As Kubernetes ends the pod of a head, whose process this is; nobody tells the driver. The last test: it ends the cluster."""
+    (node,) = cluster.nodes
+    run = cluster.folder / "runs" / "evicted"
+    many = ["train.max_steps=2000", "train.epochs=2000", "train.save_every_steps=null", "data.holdout=0"]
+    address = f"scaling.address=127.0.0.1:{cluster.ports['gcs']}"
+    driver = subprocess.Popen(
+        [program("raysft"), "train", "tiny.yaml", "run.name=evicted", *many, address],
+        cwd=cluster.folder,
+        env=cluster.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    alarm = threading.Timer(JOB_SECONDS, driver.kill)
+    alarm.start()
+    assert driver.stdout
+    next(line for line in driver.stdout if line.startswith("step 3/"))
+    node.terminate()
+    kill = threading.Timer(30, cluster.kill, [node])
+    kill.start()
+    output, error = driver.communicate()
+    in_time = kill.is_alive()
+    kill.cancel()
+    alarm.cancel()
+    assert driver.returncode == 75, error
+    assert in_time
+    assert re.search(
+        r"the driver's node [0-9a-f]{8} is drained: the run ends as soon as its work is saved, \d+ s before", output
+    )
+    checkpoint = newest(run / "checkpoints")
+    assert checkpoint
+    step = checkpoint.cursor.step
+    assert re.search(
+        rf"raysft: stopped after step {step}: .* is drained; checkpoint written \d+ s before the machine", error
+    )
+    steps = [record["current_steps"] for record in read_jsonl(run / "trainer_log.jsonl") if "loss" in record]
+    assert steps == list(range(1, step + 1)), "the checkpoint is that of the last step"

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raysft.cluster.placement import Node
 from raysft.config import Config, parse, with_overrides
-from raysft.errors import RequestError, RunFailed
+from raysft.errors import RequestError, RunFailed, RunStopped
 from raysft.generate import batch_inference, engine_pool, metrics, ray_pipeline
 from raysft.generate.batch_inference import Output
 from raysft.generate.engines import Completion
@@ -25,6 +25,7 @@ from raysft.generate.engines.sampling import choose_tokens
 from raysft.generate.engines.static import TransformersEngine
 from raysft.generate.prediction_store import PredictionStore
 from raysft.generate.prompts import ModelPrompts, Prompts
+from raysft.stopping import Stopping, stoppable
 from raysft.storage.json_files import read_jsonl
 from tests.processes import children_named
 from tests.tiny import tiny_model
@@ -264,6 +265,40 @@ def test_an_engine_that_is_killed_is_started_again(model, other, prompts, tmp_pa
     for each, output in zip((model, other), outputs, strict=True):
         expected = as_text(each, alone(each, prompts, new_tokens=100))
         assert [row["predict"] for row in read_jsonl(output.path)] == expected
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_run_that_is_asked_to_stop_keeps_its_predictions_and_generates_only_the_others_later(
+    model, prompts, tmp_path
+):
+    output, partial = tmp_path / "out.jsonl", tmp_path / ".out.jsonl.partial"
+    settings = config(batch_size=1, num_actors=1, max_new_tokens=100)
+    asked_at: list[float] = []
+
+    def ask(stopping: Stopping) -> None:
+        deadline = time.monotonic() + 120
+        while len(list(read_jsonl(partial))) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        asked_at.append(time.monotonic())
+        stopping.ask("SIGTERM")
+
+    with stoppable() as stopping:
+        thread = threading.Thread(target=ask, args=[stopping])
+        thread.start()
+        with pytest.raises(RunStopped) as stopped:
+            generate(settings, model=str(model), prompts=prompts, output=output, progress=False)
+        thread.join()
+    assert time.monotonic() - asked_at[0] < 15
+    _, *kept = read_jsonl(partial)
+    assert 2 <= len(kept) < len(QUESTIONS)
+    assert str(stopped.value) == f"stopped: SIGTERM; {len(kept)} of {len(QUESTIONS)} predictions are kept"
+    first, *lines = partial.read_text(encoding="utf-8").splitlines()
+    marked = [json.dumps({**json.loads(line), "predict": "kept"}) for line in lines]
+    partial.write_text("\n".join([first, *marked]) + "\n", encoding="utf-8")
+    generate(settings, model=str(model), prompts=prompts, output=output, progress=False)
+    expected = as_text(model, alone(model, prompts, new_tokens=100))
+    for row, text in zip(read_jsonl(output), expected, strict=True):
+        assert row["predict"] == ("kept" if row["id"] in {entry["id"] for entry in kept} else text)
 
 
 @pytest.mark.usefixtures("local_ray")

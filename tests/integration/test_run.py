@@ -488,7 +488,7 @@ def test_workers_whose_process_group_does_not_start_are_started_again(tmp_path, 
     assert "ActorDied" in reasons[1] or "died" in reasons[1], reasons
 
 
-def test_ctrl_c_is_exit_code_130_and_one_line(folder):
+def test_ctrl_c_ends_with_a_checkpoint_exit_code_75_and_one_line(folder):
     # Who starts the tests in the background starts them, and what they start, with Ctrl-C switched off.
     command = ["env", "--default-signal=INT", sys.executable, "-m", "raysft.cli", "train", str(folder / "sft.yaml")]
     arguments = ["run.name=stopped", "scaling.address=local", "scaling.num_workers=1", "train.epochs=500"]
@@ -500,8 +500,9 @@ def test_ctrl_c_is_exit_code_130_and_one_line(folder):
         process.send_signal(signal.SIGINT)
         _, error = process.communicate()
         alarm.cancel()
-    assert process.returncode == 130
-    assert "raysft: interrupted; run the same command again to resume" in error
+    assert process.returncode == 75
+    assert "raysft: stopped after step " in error
+    assert ": Ctrl-C; checkpoint written; run the same command again to go on" in error
     assert "Traceback" not in error
 
 

@@ -1,5 +1,7 @@
 """Sweeps that run out of time, keep one model only, or lose a process; on a local Ray cluster of 2 CPUs, with a tiny model."""
 
+import os
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -7,9 +9,6 @@ from pathlib import Path
 import pytest
 
 from raysft.cli import main
-from raysft.config import load
-from raysft.errors import RunStopped
-from raysft.run.pipeline import run
 from raysft.storage.json_files import read_jsonl
 from raysft.tune import abandoned
 from raysft.tune.record import Record, TrialRecord
@@ -43,20 +42,37 @@ def steps_of(run: Path) -> list[int]:
     return [line["current_steps"] for line in read_jsonl(log) if "loss" in line] if log.exists() else []
 
 
-def test_a_training_whose_time_is_over_goes_on_as_if_it_had_not_been_stopped(local_ray, folder):
-    whole, stopped = (load("sweep.yaml", [f"run.name={name}", "tune={}"]) for name in ("whole", "stopped"))
-    run(whole)
-    with pytest.raises(RunStopped, match="stopped after step 1: its time is over"):
-        run(stopped, deadline=time.time())
-    assert steps_of(folder / "runs" / "stopped") == [1]
-    assert not (folder / "runs" / "stopped" / "model").exists()
-    run(stopped)
-    losses = [
-        [line["loss"] for line in read_jsonl(folder / "runs" / name / "trainer_log.jsonl") if "loss" in line]
-        for name in ("whole", "stopped")
-    ]
-    assert len(losses[0]) == STEPS
-    assert losses[0] == losses[1]
+def test_a_sweep_that_is_asked_to_stop_ends_its_trial_with_a_checkpoint_and_goes_on(local_ray, folder, capsys):
+    arguments = ["tune", "sweep.yaml", "run.name=asked", "train.max_steps=200", "train.epochs=50"]
+    arguments += ["train.save_every_steps=null"]
+    sweep = folder / "runs" / "asked"
+    trials = sweep / "trials"
+
+    def ask_in_the_first() -> None:
+        limit = time.monotonic() + 120
+        while not any(len(steps_of(trial)) >= 3 for trial in trials.glob("*")):
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)  # if it comes too late
+    try:
+        with ThreadPoolExecutor(1) as executor:
+            asking = executor.submit(ask_in_the_first)
+            assert main(arguments) == 75
+            asking.result()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    said = capsys.readouterr().err
+    assert said == "raysft: stopped: SIGTERM; 3 of 3 trials have not ended; run the same command again to go on\n"
+    (only,) = recorded(sweep).values()
+    done = len(steps_of(trials / only.trial))
+    assert only.state == "interrupted"
+    assert only.reason == f"stopped after step {done}: SIGTERM; checkpoint written"
+    assert 3 <= done < 200
+    assert main([*arguments, "tune.space={train.learning_rate: [1.0e-5]}"]) == 0
+    (run,) = trials.iterdir()
+    assert steps_of(run) == list(range(1, 201)), "it goes on with the next step"
 
 
 def test_a_sweep_whose_time_is_over_goes_on_when_it_is_started_again(local_ray, folder, capsys):

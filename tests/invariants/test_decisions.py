@@ -28,16 +28,14 @@ def trained(request, tmp_path_factory) -> tuple[dict[str, Result], Path]:
         "saved": case("saved", {HALF: ("SAVE",)}),
         "stopped": case("stopped", {HALF: ("SAVE", "STOP")}),
         "stopped at once": case("stopped at once", {HALF: ("STOP",)}),
-        "timed": case("timed", None, overtime=(-1.0, 1.0)),
-        "out of time": case("out of time", {1: ("SAVE",)}, overtime=(1.0, -1.0)),
+        "not asked": case("not asked", None, asked=(0, 1)),
         # The courses before have written these.
         "gone on": case("gone on", {}, resume=kept / "stopped at once" / f"checkpoint_{HALF}"),
-        "with more time": case("with more time", None, resume=kept / "out of time" / "checkpoint_1"),
     }
     return dict(zip(cases, train_all(list(cases.values()), request.param), strict=True)), kept
 
 
-@pytest.mark.parametrize("name", ["watched", "saved", "timed"])
+@pytest.mark.parametrize("name", ["watched", "saved", "not asked"])
 def test_who_may_go_on_trains_as_if_alone(trained, name):
     results, _ = trained
     alone, other = results["alone"], results[name]
@@ -54,8 +52,7 @@ def test_who_may_go_on_trains_as_if_alone(trained, name):
         ("saved", [HALF]),
         ("stopped", [HALF]),
         ("stopped at once", [HALF]),
-        ("timed", []),
-        ("out of time", [1]),
+        ("not asked", []),
     ],
 )
 def test_a_checkpoint_is_saved_where_one_is_wanted(trained, name, steps):
@@ -64,7 +61,7 @@ def test_a_checkpoint_is_saved_where_one_is_wanted(trained, name, steps):
     assert found == [f"checkpoint_{step}" for step in steps]
 
 
-@pytest.mark.parametrize(("name", "step"), [("stopped", HALF), ("stopped at once", HALF), ("out of time", 1)])
+@pytest.mark.parametrize(("name", "step"), [("stopped", HALF), ("stopped at once", HALF)])
 def test_who_is_stopped_ends_there_without_a_model(trained, name, step):
     results, _ = trained
     stopped, last = results[name], results[name].events[-1]
@@ -76,9 +73,8 @@ def test_who_is_stopped_ends_there_without_a_model(trained, name, step):
     assert not stopped.weights
 
 
-@pytest.mark.parametrize(("name", "step"), [("gone on", HALF), ("with more time", 1)])
-def test_who_was_stopped_goes_on_where_it_was(trained, name, step):
+def test_who_was_stopped_goes_on_where_it_was(trained):
     results, _ = trained
-    alone, later = results["alone"], results[name]
-    assert later.losses == alone.losses[step:]
+    alone, later = results["alone"], results["gone on"]
+    assert later.losses == alone.losses[HALF:]
     assert all(np.array_equal(later.weights[key], alone.weights[key]) for key in alone.weights)

@@ -105,6 +105,7 @@ def test_every_excluded_setting_of_model_and_optimization_was_tried():
     outside = {
         "train.eval_at_start": "decides whether there is one",
         "train.max_failures": "is the launcher's",
+        "train.max_hours": "is the driver's",
         "train.trackers": "are the driver's",
     }
     excluded = {

@@ -17,7 +17,7 @@ from raysft import __version__
 from raysft.cli import main
 from raysft.config import Config, documented_fields, load
 from raysft.config.reference import SECTIONS
-from raysft.errors import RequestError, RunFailed
+from raysft.errors import RequestError, RunFailed, RunStopped
 from raysft.run import pipeline, verbs
 from tests.messages import holds
 
@@ -123,6 +123,7 @@ def test_every_verb_refuses_a_missing_run_directory(tmp_path, capsys, verb):
     [
         (RequestError("wrong"), 2, "raysft: error: wrong\n"),
         (RunFailed("broke"), 1, "raysft: failed: broke\n"),
+        (RunStopped("stopped: SIGTERM"), 75, "raysft: stopped: SIGTERM; run the same command again to go on\n"),
         (
             KeyboardInterrupt(),
             130,
@@ -257,7 +258,6 @@ def test_show_needs_at_least_one_row(config, capsys):
         (["export", "a", "train.epochs=2", "--output", "b"], "raysft: error: unrecognized arguments: train.epochs=2"),
         (["submit", "c.yaml"], "raysft submit: error: the following arguments are required: --to"),
         (["follow", "j"], "raysft follow: error: the following arguments are required: --to"),
-        (["stop", "j"], "raysft stop: error: the following arguments are required: --to"),
         (["export", "runs/a"], "raysft export: error: the following arguments are required: --output"),
     ],
 )
@@ -272,7 +272,10 @@ def test_help_names_every_verb_and_the_exit_codes(capsys):
     text = helped(capsys)
     listed = [line.split()[0] for line in text.splitlines() if line.startswith("    ") and line.split()]
     assert {*WITH_CONFIG, *WITH_DIRECTORY, *WITH_CLUSTER, "config"} <= set(listed)
-    assert "exit codes: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted" in text
+    assert (
+        "exit codes: 0 done, 1 the run failed, 2 the request was wrong, 75 stopped early (run it again), 130 interrupted"
+        in text
+    )
 
 
 def keys(text: str) -> list[str]:

@@ -7,14 +7,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.train.v2.api.exceptions import ControllerError
+from ray.exceptions import RayActorError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from raysft.cluster.placement import Node
 from raysft.config.scaling import ScalingSection
-from raysft.errors import RunFailed
+from raysft.errors import RunFailed, RunStopped
 from raysft.storage.run_directory import RunDirectory
 from raysft.train import elastic
 from raysft.train.ray_train_internals import NoopDecision, ReschedulingState, ResizeDecision
+from raysft.train.restarts import cause
 
 
 class Cluster:
@@ -81,6 +83,20 @@ def test_a_wait_for_nodes_is_reported_and_bounded(cluster, tmp_path):
     assert "scaling.num_workers" in str(caught.value)
     cluster.nodes = [Node(4.0)]
     assert started(policy) == 2
+
+
+def test_a_training_that_waited_in_vain_for_nodes_in_place_of_those_that_went_can_go_on(cluster, tmp_path):
+    policy = policy_of(tmp_path, num_workers=2, wait_minutes=0.001)
+    gone = SimpleNamespace(training_failed_error=WorkerGroupError("", {1: RayActorError()}), is_terminal=lambda: False)
+    policy.after_controller_state_update(None, gone)
+    cluster.nodes = [Node(1.5)]
+    assert started(policy) == 0
+    policy._waiting_since -= 1
+    with pytest.raises(
+        RunStopped, match=r"stopped: .* only 1 of at least 2 workers .*wait_minutes=0.001; add nodes"
+    ) as caught:
+        started(policy)
+    assert cause(ControllerError(caught.value)) is caught.value
 
 
 def test_ray_gets_some_time_to_see_all_nodes(cluster, tmp_path):

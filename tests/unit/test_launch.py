@@ -100,11 +100,13 @@ def test_a_cluster_that_is_lost_ends_the_training_in_one_line(monkeypatch):
     class Pump(nullcontext):
         broken = None
 
+        def stop(self, request: Any) -> None: ...
+
     def fit() -> None:
         raise ActorUnavailableError("The actor is unavailable:\nRpcError: Connection refused", None)
 
     trainer: Any = SimpleNamespace(fit=fit, stop=lambda: None)
-    monkeypatch.setattr(launch, "make_queue", lambda: None)
+    monkeypatch.setattr(launch, "Mailbox", lambda: None)
     monkeypatch.setattr(launch, "EventPump", lambda *arguments: Pump(Pump()))
     monkeypatch.setattr(launch, "_trainer", lambda *arguments: trainer)
     with pytest.raises(RunFailed) as failed:

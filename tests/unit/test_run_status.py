@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -14,9 +16,13 @@ import pytest
 
 from raysft.cli import main
 from raysft.config import parse
+from raysft.errors import RunStopped
+from raysft.run.stop_sources import watched
+from raysft.stopping import current
 from raysft.storage import lock as lock_module
 from raysft.storage.lock import LockOwner, lock
 from raysft.storage.path import StoragePath
+from raysft.submit import stop_run
 from raysft.train.checkpoint import parts
 from raysft.train.checkpoint.catalog import folder_name
 from raysft.train.checkpoint.cursor import Cursor
@@ -163,3 +169,39 @@ def test_a_run_in_an_object_store_is_read_and_left_as_it_is(server: Server, run,
 def test_what_is_no_run_directory_is_one_line(tmp_path, capsys, folder, parts_):
     assert main(["status", str(tmp_path / folder)]) == 2
     assert holds(capsys.readouterr().err.rstrip("\n"), f"raysft: error: {tmp_path} … {parts_}")
+
+
+def test_a_run_is_stopped_through_its_directory_alone(run, capsys, monkeypatch):
+    monkeypatch.setattr(stop_run, "POLL_SECONDS", 0.02)
+    ended: list[str] = []
+
+    def works() -> None:
+        try:
+            with lock(run, ended.append), watched(StoragePath.of(run), None, ended.append):
+                begun.set()
+                for _ in range(1000):
+                    time.sleep(0.01)
+                    current().check()
+        except RunStopped as stopped:
+            ended.append(str(stopped))
+
+    begun, thread = threading.Event(), threading.Thread(target=works)
+    thread.start()
+    assert begun.wait(10)
+    assert main(["stop", str(run)]) == 0
+    thread.join(10)
+    first, last = capsys.readouterr().out.splitlines()
+    assert holds(first, f"{run}: process {os.getpid()} on … is asked to save its work and end; waiting up to 10 min")
+    assert last == f"{run}: has ended"
+    assert ended[-1] == f"stopped: raysft stop on {socket.gethostname()}"
+    assert not (run / "stop").exists()
+
+
+def test_where_nothing_runs_nothing_is_stopped_later(run, capsys):
+    assert main(["stop", str(run)]) == 0
+    assert capsys.readouterr().out == f"{run}: nothing runs in it\n"
+    assert not (run / "stop").exists()
+    assert main(["stop", str(run / "none")]) == 2
+    assert holds(
+        capsys.readouterr().err.rstrip("\n"), f"raysft: error: {run}/none: there is no such run directory; … --to"
+    )

@@ -53,6 +53,8 @@ class Cursor:
     """Number of workers that wrote the checkpoint."""
     temporary: bool = False
     """True if it is removed once the model is written, because ``save_every_steps`` did not ask for it."""
+    unevaluated: bool = False
+    """True if the training was stopped after this step and before its evaluation, which comes first when it goes on."""
 
     @classmethod
     def read(cls, folder: StoragePath | Path) -> Cursor:

@@ -1,31 +1,24 @@
-"""When to save a checkpoint: after a number of steps or of minutes, before a machine is preempted, and when the time is over."""
+"""When to save a checkpoint: after a number of steps or of minutes, before a machine is preempted, and before it stops."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from time import monotonic, time
+from time import monotonic
 
 from raysft.config import TrainSection
-
-PreemptionReason = Callable[[], str]
-"""Returns why this worker's machine will be preempted soon; empty if it will not."""
+from raysft.train.decisions import Outside
 
 
 class CheckpointTrigger:
     """Decide on all workers alike when to save; what only one worker knows reaches the others with the sums of a step."""
 
-    def __init__(
-        self, train: TrainSection, rank: int, preemption_reason: PreemptionReason, deadline: float | None = None
-    ) -> None:
+    def __init__(self, train: TrainSection, rank: int, outside: Outside) -> None:
         """
         Args:
             train: how often to save.
-            rank: this worker's rank; the clock of rank 0 counts.
-            preemption_reason: called in each step.
-            deadline: when the training is to stop, in seconds since 1970.
+            rank: this worker's rank; the clock of rank 0 counts, and what it hears about the end.
+            outside: asked in each step.
         """
-        self._train, self._first, self.preemption_reason = train, rank == 0, preemption_reason
-        self._deadline = deadline
+        self._train, self._first, self._outside = train, rank == 0, outside
         self._saved = monotonic()
         self._noticed_after: int | None = None
         """The step after which a preemption became known."""
@@ -36,14 +29,18 @@ class CheckpointTrigger:
         """Count the minutes from now on: a checkpoint was written, or the training starts."""
         self._saved = monotonic()
 
+    def stops(self) -> bool:
+        """Return True if this worker knows that the training is to stop."""
+        return self._first and bool(self._outside.stop_reason())
+
     def requests(self) -> tuple[bool, bool, bool]:
-        """Return what this worker adds to a step's sums: its machine will be preempted; a checkpoint is late; the time is over."""
-        over = self._first and self._deadline is not None and time() >= self._deadline
+        """Return what this worker adds to a step's sums: its machine will be preempted; a checkpoint is late; it is to stop."""
+        over = self.stops()
         if not self._train.resumes:
             return False, False, over
         minutes = self._train.save_every_minutes
         late = self._first and minutes is not None and monotonic() - self._saved >= 60 * minutes
-        return bool(self.preemption_reason()), late, over
+        return bool(self._outside.preemption_reason()), late, over
 
     def update(self, step: int, noticed: bool, late: bool) -> bool:
         """Take what any worker requested in a step; return True for the first notice of a preemption."""
