@@ -23,8 +23,10 @@ from raysft.cli import main
 from raysft.config import Config, parse
 from raysft.data.prepare import prepare
 from raysft.data.shards import ray_pipeline
-from raysft.data.shards.manifest import Manifest
+from raysft.data.shards.manifest import Manifest, Shard
+from raysft.errors import RunStopped
 from raysft.models.tokenizer import load_tokenizer
+from raysft.stopping import stoppable
 from raysft.storage.json_files import read_jsonl
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -254,6 +256,40 @@ def test_two_concurrent_runs_and_a_killed_one_leave_a_complete_set(tmp_path, mod
     assert manifest.reused
     assert len(manifest) == 25_000
     assert sum(pq.read_metadata(path.local).num_rows for path in manifest.shard_paths()) == 25_000
+
+
+def test_a_run_that_is_asked_to_stop_keeps_its_shards_and_tokenizes_only_the_others_later(tmp_path, model, monkeypatch):
+    records = [{"messages": [{"role": "user", "content": f"word {n}"}, GOOD["messages"][1]]} for n in range(12_000)]
+    (tmp_path / "data.jsonl").write_bytes(lines(*records))
+    stopped, alone = (
+        config_of(tmp_path / name, model, str(tmp_path / "data.jsonl"), holdout=0.1) for name in ("stopped", "alone")
+    )
+    first: list[str] = []
+    with stoppable() as stopping, pytest.MonkeyPatch.context() as patch:
+
+        def add(self: object, shard: Shard) -> None:
+            first.append(shard.name)
+            if len(first) == 2:  # one for each set of the first task
+                stopping.ask("SIGTERM")
+
+        patch.setattr(ray_pipeline._ProgressReport, "add", add)
+        with pytest.raises(RunStopped, match=r"^stopped: SIGTERM$"):
+            prepare(stopped, model)
+    sets = [[*data.train, *data.eval] for data in (prepare(stopped, model), prepare(alone, model))]
+    assert [manifest.shards[0] for manifest in sets[0]] == first, "those of the first call are a part of the set"
+    contents = [
+        [
+            (pa.concat_tables(pq.read_table(path.local) for path in one.shard_paths()), one.turns, one.counts)
+            for one in each
+        ]
+        for each in sets
+    ]
+    assert contents[0] == contents[1]
+    for one, other in zip(*sets, strict=True):
+        assert (one.lengths == other.lengths).all()
+        assert (one.loss_tokens == other.loss_tokens).all()
+        left = {name for name in one.directory.entries() if name.startswith("part-")}
+        assert not left, "what only protected the work goes when the set is complete"
 
 
 def yaml_of(path: Path) -> dict:

@@ -16,12 +16,14 @@ import pytest
 from raysft.config import Config, with_overrides
 from raysft.data.shards import build, ray_pipeline
 from raysft.data.shards.build import build_shards
-from raysft.data.shards.manifest import load_manifest
+from raysft.data.shards.manifest import load_manifest, save_manifest
+from raysft.data.shards.parts import kept_parts, load_part, part_name, remove_parts, save_part
 from raysft.data.shards.prompts import write_prompts
 from raysft.data.shards.ray_pipeline import record_batches
 from raysft.data.shards.shard_set import ShardSet, resolve_shard_set
 from raysft.data.shards.shard_writer import write_shards
 from raysft.data.sources.sampling import RandomSample
+from raysft.data.tokenization.tokenizer import Tokenizer
 from raysft.errors import RequestError
 from raysft.run.inputs import check_tokens
 from tests import messages
@@ -349,6 +351,42 @@ def test_damaged_shards_are_written_again(tmp_path, model):
         assert not manifest.reused
         assert pq.read_table(manifest.shard_paths()[0].local).num_rows == 1
     assert build_shards([each], model, 0.0)[0].reused
+
+
+def test_what_is_known_of_a_shard_is_kept_until_its_set_is_complete(tmp_path, model):
+    write_records(tmp_path / "a.jsonl", [GOOD, 3, GOOD, LONG])
+    each = the_set(data_config(tmp_path, on_overflow="drop"), model)
+    records = next(record_batches(each.files))
+    name, tokenizer = part_name(location for location, _ in records), Tokenizer.load(model)
+    [shard] = write_shards([each], records, tokenizer)
+    assert shard.rejected
+    assert shard.dropped
+    assert load_part(each.directory, name) is None
+    save_part(each.directory, name, shard)
+    assert kept_parts(each.directory) == {name}
+    found = load_part(each.directory, name)
+    assert found is not None
+    for field, value in vars(shard).items():
+        kept = getattr(found, field)
+        assert type(kept) is type(value), field
+        assert np.array_equal(kept, value) if isinstance(value, np.ndarray) else kept == value, field
+        assert not isinstance(value, np.ndarray) or kept.dtype == value.dtype
+    file = each.directory / shard.name
+    file.write_bytes(file.read_bytes() + b"x")
+    assert load_part(each.directory, name) is None, "the shard is not what was written"
+    remove_parts(each.directory)
+    assert not kept_parts(each.directory)
+
+
+def test_a_set_that_another_run_has_completed_keeps_the_shards_that_both_have(tmp_path, model):
+    write_records(tmp_path / "a.jsonl", [GOOD])
+    each = the_set(data_config(tmp_path), model)
+    records = next(record_batches(each.files))
+    ours, theirs = (write_shards([each], records, Tokenizer.load(model))[0] for _ in range(2))
+    save_manifest(each.manifest, "a", [theirs])
+    save_manifest(each.manifest, "a", [theirs])
+    save_manifest(each.manifest, "a", [ours])
+    assert set(each.directory.entries()) == {"manifest.parquet", theirs.name}
 
 
 def test_max_rejected_applies_to_all_splits_of_a_source_together(tmp_path, model):

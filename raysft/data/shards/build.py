@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 
 from raysft.data.shards.manifest import Manifest, Shard, is_complete, load_manifest, save_manifest
+from raysft.data.shards.parts import remove_parts
 from raysft.data.shards.ray_pipeline import Notify, write_shard_sets
 from raysft.data.shards.shard_set import ShardSet
 from raysft.data.sources.files import DataFile
@@ -45,6 +46,7 @@ def build_shards(
 
     Raises:
         RequestError: too many records are unusable, one is longer than a row, or a set has no examples.
+        RunStopped: the run was asked to stop; shards that are written are found again.
     """
     # Training and evaluation may use the same set; writing it twice would store every example twice.
     distinct = list({shards.directory: shards for shards in sets}.values())
@@ -62,6 +64,7 @@ def build_shards(
                 _refuse_empty(shard_set, written[shard_set.directory])
         for shard_set in missing:
             save_manifest(shard_set.manifest, shard_set.source.name, written[shard_set.directory])
+            remove_parts(shard_set.directory)
     manifests = {
         shard_set.directory: load_manifest(shard_set.manifest, reused=shard_set.directory not in written)
         for shard_set in sets

@@ -107,12 +107,12 @@ def _metadata(schema: pa.Schema) -> dict[str, Any]:
 def save_manifest(path: StoragePath, name: str, shards: Sequence[Shard]) -> None:
     """Write the manifest, which completes the set.
 
-    If another run has completed the set in the meantime, its manifest stays and the shards of this run are removed.
+    If another run has completed the set in the meantime, its manifest stays and the shards of this run alone are removed.
     """
     written = [shard for shard in shards if shard.name]
     if is_complete(path):
-        for shard in written:
-            (path.parent / shard.name).remove()
+        for name in {shard.name for shard in written}.difference(_metadata(read_table(path).schema)["shards"]):
+            (path.parent / name).remove()
         return
     counts, files = Counter[str](), path.parent.entries()
     for shard in shards:

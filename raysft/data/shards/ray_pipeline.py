@@ -6,16 +6,17 @@ import os
 import pickle
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 from raysft.cluster.connect import ensure_cluster
 from raysft.cluster.placement import TASK_CPUS
 from raysft.data.shards.manifest import Shard
+from raysft.data.shards.parts import kept_parts, load_part, part_name, save_part
 from raysft.data.shards.shard_set import ShardSet
 from raysft.data.shards.shard_writer import write_shards
 from raysft.data.sources.files import DataFile
@@ -23,6 +24,7 @@ from raysft.data.sources.readers import COMPRESSIONS, RawRecord, read_raw
 from raysft.data.sources.sampling import RandomSample
 from raysft.data.tokenization.tokenizer import Tokenizer
 from raysft.errors import RequestError
+from raysft.stopping import current
 from raysft.storage.path import StoragePath
 
 SHARD_RECORDS = 5_000
@@ -58,6 +60,7 @@ def write_shard_sets(
 
     Raises:
         RequestError: a file cannot be read, or does not fit the stage.
+        RunStopped: the run was asked to stop.
     """
     tasks = [
         {"task": (number, files, sets[0].source.max_examples, sets[0].sample)}
@@ -67,7 +70,7 @@ def write_shard_sets(
     size = sum(_size(file) for sets in sets_by_source for file in sets[0].files)
     make_rows = _in_this_process if size <= LOCAL_BYTES else _on_cluster
     shards: dict[StoragePath, list[Shard]] = {each.directory: [] for sets in sets_by_source for each in sets}
-    progress = _ProgressReport(notify)
+    progress, stopping = _ProgressReport(notify), current()
     with closing(make_rows(tasks, sets_by_source, load_tokenizer)) as rows:  # at an error, Ray Data stops at once
         for row in rows:
             if row["error"]:
@@ -75,6 +78,7 @@ def write_shard_sets(
             shard: Shard = pickle.loads(row["shard"])
             shards[StoragePath(row["directory"])].append(shard)
             progress.add(shard)
+            stopping.check()
     return shards
 
 
@@ -118,12 +122,13 @@ def _on_cluster(
     def pool(size: float) -> Any:
         return ray.data.TaskPoolStrategy(size=max(1, int(size)))
 
+    kept = {each.directory: kept_parts(each.directory) for sets in sets_by_source for each in sets}
     with ray.data.DataContext.current(_data_context()):
         yield from (
             ray.data.from_items(list(tasks), override_num_blocks=len(tasks))
             .flat_map(_read_task, num_cpus=READ_CPUS, compute=pool(cpus / 4))
             .flat_map(
-                partial(_tokenize_on_core, sets_by_source=sets_by_source, tokenizer=tokenizer),
+                partial(_tokenize_on_core, sets_by_source=sets_by_source, tokenizer=tokenizer, kept=kept),
                 num_cpus=TASK_CPUS - READ_CPUS,
                 # More tasks than cores: Ray Data takes a tenth of a second to start the next one after one has finished.
                 compute=pool(cpus + max(1, cpus / 4)),
@@ -221,15 +226,44 @@ def record_batches(
     yield records
 
 
+def _shards(
+    sets: Sequence[ShardSet],
+    records: list[tuple[str, RawRecord]],
+    tokenizer: Tokenizer,
+    kept: Mapping[StoragePath, frozenset[str]] | None,
+) -> list[Shard]:
+    """Return the shards of some records, one for each set: those of an earlier call, or new ones, which are kept for a later one.
+
+    Args:
+        kept: the parts of each set. None to keep none: it takes less time to write all again.
+    """
+    if kept is None:
+        return write_shards(sets, records, tokenizer)
+    name = part_name(location for location, _ in records)
+    if all(name in kept[each.directory] for each in sets):
+        known = [load_part(each.directory, name) for each in sets]
+        if None not in known:
+            return cast(list[Shard], known)
+    shards = write_shards(sets, records, tokenizer)
+    for each, shard in zip(sets, shards, strict=True):
+        save_part(each.directory, name, shard)
+    return shards
+
+
 def _tokenize_task(
-    row: dict[str, Any], sets_by_source: Sequence[Sequence[ShardSet]], tokenizer: Tokenizer
+    row: dict[str, Any],
+    sets_by_source: Sequence[Sequence[ShardSet]],
+    tokenizer: Tokenizer,
+    kept: Mapping[StoragePath, frozenset[str]] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Tokenize records and write shards, and return one row for each set of the source."""
     error = row["error"]
     if not error:
         sets = sets_by_source[row["source"]]
         try:
-            for shard_set, shard in zip(sets, write_shards(sets, pickle.loads(row["records"]), tokenizer), strict=True):
+            for shard_set, shard in zip(
+                sets, _shards(sets, pickle.loads(row["records"]), tokenizer, kept), strict=True
+            ):
                 yield {"directory": shard_set.directory.location, "shard": pickle.dumps(shard), "error": ""}
             return
         except RequestError as caught:
