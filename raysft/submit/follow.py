@@ -158,13 +158,14 @@ class _Patience:
         self._url, self._job, self._notify = url, job, notify
         self._pause, self._answered = FIRST_PAUSE, time.monotonic()
         self._known = self._lost = False
+        self._forgotten: float | None = None
 
     def answer(self) -> None:
         """Note that the cluster has told about the job."""
         if self._lost:
             self._notify(f"{self._url} answers again")
             self._pause = FIRST_PAUSE
-        self._known, self._lost, self._answered = True, False, time.monotonic()
+        self._known, self._lost, self._answered, self._forgotten = True, False, time.monotonic(), None
 
     def fail(self, error: Unreachable | UnknownJob) -> None:
         """Wait after an attempt that has failed.
@@ -177,7 +178,13 @@ class _Patience:
         reason = short_reason(str(error))
         if unknown and not self._known:
             raise error
-        if unknown and silent > FORGOTTEN_SECONDS:
+        if not unknown:
+            self._forgotten = None
+        elif self._forgotten is None:
+            self._forgotten = (
+                time.monotonic()
+            )  # a head that is new has answered: from now on the job has time to come back
+        if self._forgotten is not None and time.monotonic() - self._forgotten > FORGOTTEN_SECONDS:
             raise RunFailed(
                 f"{self._url} no longer knows {self._job}, so its head has started anew and the job has ended; submit it "
                 "again, and it goes on from its newest checkpoint"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 import pytest
 
 from raysft.errors import RunFailed
@@ -123,6 +126,27 @@ def test_a_cluster_that_has_forgotten_the_job_ends_the_wait(monkeypatch):
     assert LOG.startswith("".join(shown))
     (notice,) = notices
     assert "no longer knows job; trying again" in notice
+
+
+def test_a_job_that_a_new_head_gets_again_has_time_though_the_old_one_was_away_for_longer(monkeypatch):
+    monkeypatch.setattr(following, "FORGOTTEN_SECONDS", 0.5)
+    with dashboard() as server:
+        server.jobs["job"] = Job(LOG, [Tail(1000, "close")])
+        jobs, notices = Jobs(server.url), []
+        original, asked = jobs.details, iter(range(10**6))
+        began = time.monotonic()
+
+        def details(job: str) -> Any:
+            passed, first = time.monotonic() - began, next(asked) == 0
+            if not first and passed < 1.0:
+                raise following.Unreachable("gone")
+            if not first and passed < 1.3:
+                raise UnknownJob("unknown")
+            return original(job)
+
+        monkeypatch.setattr(jobs, "details", details)
+        assert exit_code(follow(jobs, "job", ShownLog(lambda text: None), notices.append)) == 0
+    assert notices[-1] == f"{server.url} answers again"
 
 
 def test_a_cluster_that_stays_away_ends_the_wait_and_says_how_to_come_back(monkeypatch):
