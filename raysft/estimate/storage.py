@@ -23,6 +23,8 @@ PROBE_BYTES = 64 << 20
 """Size of the file that measures the speed of writing."""
 PROBE_FROM = 1 << 30
 """Bytes of a checkpoint from which the speed of writing is measured; a smaller one takes seconds anywhere."""
+NOTICE_SECONDS = 30
+"""From the notice to the end of a machine where nobody set another time: Kubernetes' default, and Ray's."""
 OFTEN = 0.1
 """Share of the time between checkpoints that writing one may take without a warning."""
 
@@ -168,4 +170,29 @@ def slow_checkpoints(needed: Storage, speed: float | None, interval: float | Non
     return (
         f"writing a checkpoint takes about {seconds:.0f} s, {seconds / interval:.0%} of the time between two; raise "
         "train.save_every_minutes or train.save_every_steps"
+    )
+
+
+def late_checkpoint(step: float | None, checkpoint: float | None) -> str:
+    """Return a warning if a machine that goes may be gone before a checkpoint is written; empty otherwise, and if nothing is known.
+
+    Args:
+        step: seconds of a step in an earlier run; None without one.
+        checkpoint: seconds of writing one, as measured; None if that is not known.
+
+    >>> late_checkpoint(20.0, 25.0)
+    "a step and a checkpoint take about 45 s, but a machine may go 30 s after its notice, Kubernetes' and Ray's default: raise \
+terminationGracePeriodSeconds and RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, or the steps since the checkpoint before are repeated"
+    >>> late_checkpoint(20.0, None), late_checkpoint(None, None)
+    ('', '')
+    """
+    seconds = (step or 0.0) + (checkpoint or 0.0)
+    if seconds <= NOTICE_SECONDS:
+        return ""
+    known = " and ".join(name for name, value in (("a step", step), ("a checkpoint", checkpoint)) if value)
+    verb = "take" if step and checkpoint else "takes"
+    return (
+        f"{known} {verb} about {seconds:.0f} s, but a machine may go {NOTICE_SECONDS} s after its notice, Kubernetes' and Ray's "
+        "default: raise terminationGracePeriodSeconds and RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, or the steps since the "
+        "checkpoint before are repeated"
     )

@@ -11,13 +11,21 @@ from raysft.cluster.placement import Node
 from raysft.config import Config
 from raysft.data.prepare import PreparedData
 from raysft.errors import RequestError, one_line
-from raysft.estimate.duration import earlier_speed
+from raysft.estimate.duration import Speed, earlier_speed
 from raysft.estimate.estimate import Place, Training, estimate, place_of
 from raysft.estimate.hardware import smallest_node
 from raysft.estimate.measure import Microbatch, surely_small
 from raysft.estimate.setup import setup_of
 from raysft.estimate.sizes import GIB
-from raysft.estimate.storage import Storage, check_room, check_shared, slow_checkpoints, storage, write_speed
+from raysft.estimate.storage import (
+    Storage,
+    check_room,
+    check_shared,
+    late_checkpoint,
+    slow_checkpoints,
+    storage,
+    write_speed,
+)
 from raysft.run.inputs import ModelFiles
 from raysft.run.plan import Plan
 from raysft.storage.local_cache import local_copy
@@ -54,8 +62,10 @@ def with_needs(
         return replace(plan, needs=(f"memory: not estimated ({one_line(error, 120)})",))
     written = storage(config, found.sizes, setup_of(config, training.workers, training.rows_per_worker))
     check_room(config, written)
-    warnings = (*plan.warnings, *found.warnings, *_storage_warnings(config, written))
-    needs = (*found.lines(table), *_storage_line(written), *_time_line(plan, config))
+    earlier = earlier_speed(config)
+    seconds = earlier.seconds(plan.tokens, plan.workers) / plan.steps if earlier and plan.steps else None
+    warnings = (*plan.warnings, *found.warnings, *_storage_warnings(config, written, seconds))
+    needs = (*found.lines(table), *_storage_line(written), *_time_line(plan, earlier))
     return replace(plan, memory=found.memory.as_dict(), needs=needs, warnings=warnings)
 
 
@@ -93,19 +103,21 @@ def _storage_line(written: Storage) -> Iterator[str]:
     yield f"storage: {checkpoints}{written.model / GIB:.2f} GiB for the trained model{free}"
 
 
-def _storage_warnings(config: Config, written: Storage) -> Iterator[str]:
+def _storage_warnings(config: Config, written: Storage, step_seconds: float | None) -> Iterator[str]:
     if written.free is not None and written.needed > written.free:
         yield (
             f"run.storage: the run writes up to {written.needed / GIB:.1f} GiB, but {config.run_place.parent} has "
             f"{written.free / GIB:.1f} GiB free; make room, or lower train.keep_last={config.train.keep_last}"
         )
-    minutes = config.train.save_every_minutes
-    if minutes and (warning := slow_checkpoints(written, write_speed(config, written), 60 * minutes)):
+    minutes, speed = config.train.save_every_minutes, write_speed(config, written)
+    if minutes and (warning := slow_checkpoints(written, speed, 60 * minutes)):
+        yield warning
+    if warning := late_checkpoint(step_seconds, written.checkpoint / speed if speed else None):
         yield warning
 
 
-def _time_line(plan: Plan, config: Config) -> Iterator[str]:
-    if speed := earlier_speed(config):
+def _time_line(plan: Plan, speed: Speed | None) -> Iterator[str]:
+    if speed:
         seconds = speed.seconds(plan.tokens, plan.workers)
         yield (
             f"time: about {duration(seconds)} for the steps, at the {speed.tokens_per_second:,.0f} tokens/s that each worker of "

@@ -211,13 +211,9 @@ def _open_directory(
             yield directory, lambda: None
         return
     directory = RunDirectory.of(config.run_place)
-    # In a sweep, the time limit is that of each trial.
-    max_hours = None if verb == "tune" else config.train.max_hours
-    with (
-        exclusive_access(directory, terminal),
-        watched(config.run_place, max_hours, terminal.line),
-        synced(directory, terminal.line) as push,
-    ):
+    max_hours = None if verb == "tune" else config.train.max_hours  # in a sweep, it is that of each trial
+    watch = watched(config.run_place, max_hours, terminal.line)
+    with exclusive_access(directory, terminal), watch, synced(directory, terminal.line) as push:
         yield directory, push
 
 
