@@ -104,7 +104,12 @@ def check_shared(config: Config, nodes: Sequence[Node]) -> None:
     name = f".probe-{uuid.uuid4().hex}"
     probe = folder / name
     try:
-        probe.write_text(name)
+        try:
+            probe.write_text(name)
+        except OSError as error:
+            raise RequestError(
+                f"run.storage: {folder} cannot be written to ({error.strerror}); choose another folder"
+            ) from None
         asked = list(nodes[:PROBED_NODES])
         for node, answer in zip(asked, ask(asked, write_beside, str(probe)), strict=True):
             if answer:

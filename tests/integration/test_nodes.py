@@ -37,6 +37,7 @@ print(json.dumps([len(nodes), node.cpus, memory.total, ask(nodes, write_beside, 
 
 def test_every_node_is_asked_for_its_memory_and_for_the_storage(tmp_path):
     prepare(tmp_path)
+    (tmp_path / "runs").mkdir()
     with nodes.nodes() as cluster:
         address = cluster.address.partition("=")[2]
         asked = [sys.executable, "-c", ASKED, address, str(tmp_path / "faults.yaml")]

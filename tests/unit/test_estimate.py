@@ -331,6 +331,8 @@ def test_a_storage_that_another_node_does_not_see_is_refused(tmp_path, monkeypat
     assert holds(message, _parts(f"run.storage: {tmp_path}", "on node 10.0.0.2", "every node shares"))
     assert asked == nodes
     assert not list(tmp_path.iterdir()), "a probe is left behind"
+    message = refusal(lambda: check_shared(config_of(tmp_path / "none"), nodes))
+    assert holds(message, f"run.storage: {tmp_path}/none cannot be written to (No such file … choose another folder")
     check_shared(config_of(tmp_path), nodes[:1])
     check_shared(config_of(tmp_path, run__storage="s3://bucket/runs"), nodes)
 
