@@ -39,6 +39,7 @@ class Nodes:
 
         # Of its own in all: `ray.init()` of other programs is not to find it. The path of a Unix socket must be short.
         self._folder = tempfile.mkdtemp(prefix="raysft-", dir="/tmp")
+        Path("/tmp/ray").mkdir(exist_ok=True)  # where Ray notes the address, in a folder that its first cluster makes
         all_have = {"object_store_memory": 150_000_000, "temp_dir": self._folder}
         first = {"num_cpus": head, "include_dashboard": False, **all_have}
         self._cluster = Cluster(initialize_head=True, head_node_args=first)
