@@ -9,7 +9,7 @@ import queue
 import random
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -139,6 +139,8 @@ class Case:
     asked: tuple[int, ...] = ()
     """By worker, from which of its questions on the answer is that the training is to stop; 0: from none. The first worker asks in
     each step, and here before each batch of an evaluation. Default: no worker is told to."""
+    slow: tuple[str, float] = ("", 0.0)
+    """What the last worker does too slowly, ``forward`` or ``data``, and by how many seconds each time."""
 
 
 class Result(NamedTuple):
@@ -177,7 +179,7 @@ def worker(rank: int, world: int, port: int, cases: Sequence[Case], out, device:
 def _trained(case: Case, rank: int, world: int, name: str, device: torch.device) -> Result:
     from safetensors.torch import load_file
 
-    from raysft.train import decisions, loop, loss, step
+    from raysft.train import decisions, loop, loss, step, stragglers
     from raysft.train.checkpoint import parts, state, triggers
     from raysft.train.checkpoint.cursor import Cursor
     from raysft.train.checkpoint.resume import ResumePoint
@@ -186,6 +188,7 @@ def _trained(case: Case, rank: int, world: int, name: str, device: torch.device)
     readings = itertools.count(1)
     triggers.monotonic = (lambda: 60 * case.clocks[rank] * next(readings)) if case.clocks else time.monotonic
     step.LOOK_SECONDS = 0.0
+    stragglers.EVERY_STEPS = 2
 
     def save(engine: Any, cursor: Cursor, log: list[Any]) -> None:
         if case.keep:
@@ -215,9 +218,13 @@ def _trained(case: Case, rank: int, world: int, name: str, device: torch.device)
     failure = ""
     resume = ResumePoint.of(case.resume) if case.resume else None
     batches = rows.steps(resume.cursor.step if resume else 0, rank, world)
+    slow, seconds = case.slow if rank == world - 1 else ("", 0.0)
+    if slow == "data":
+        batches = (time.sleep(seconds) or batch for batch in batches)
     outside = decisions.Outside(notice, stop, _scheduler(case, rank))
     try:
-        loop.train(job, batches, device, events.append, save, resume, outside)
+        with _delayed(loss.TokenLoss, seconds) if slow == "forward" else contextlib.nullcontext():
+            loop.train(job, batches, device, events.append, save, resume, outside)
     except (RunFailed, RequestError) as error:
         failure = str(error)
     steps = [event for event in events if isinstance(event, StepRecord)]
@@ -228,6 +235,19 @@ def _trained(case: Case, rank: int, world: int, name: str, device: torch.device)
     evaluation = next((event.eval for event in events if isinstance(event, TrainingEnded)), {})
     losses, norms = [step.loss for step in steps], [step.grad_norm for step in steps]
     return Result(losses, norms, weights, evaluation, events, run.path / "model", failure)
+
+
+@contextlib.contextmanager
+def _delayed(model: Any, seconds: float) -> Iterator[None]:
+    """Let each forward pass take longer."""
+    forward = model.forward
+
+    def slow(*inputs: Any, **options: Any) -> Any:
+        time.sleep(seconds)
+        return forward(*inputs, **options)
+
+    with patch.object(model, "forward", slow):
+        yield
 
 
 def _scheduler(case: Case, rank: int) -> Any:

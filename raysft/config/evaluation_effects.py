@@ -54,7 +54,7 @@ _KEYS = {
         train.schedule train.schedule_options train.warmup_ratio
         train.loss train.eaft_alpha train.label_smoothing train.z_loss train.neftune_alpha train.nonfinite
         train.eval_at_start train.eval_every_steps train.early_stopping.patience train.early_stopping.threshold train.keep_best
-        train.save_every_steps train.save_every_minutes train.keep_last train.max_failures train.max_hours
+        train.save_every_steps train.save_every_minutes train.keep_last train.max_failures train.hang_minutes train.max_hours
         train.trackers
         scaling.wait_minutes scaling.address
         generate.enabled generate.compare_base generate.model generate.sources generate.engine generate.num_actors

@@ -28,7 +28,7 @@ _KEYS = {
     Effect.ALWAYS: """
         run.name run.sweep run.storage data.cache
         train.gradient_checkpointing train.eval_at_start train.save_every_steps train.save_every_minutes train.keep_last
-        train.max_failures train.max_hours train.trackers
+        train.max_failures train.hang_minutes train.max_hours train.trackers
         scaling.num_workers scaling.wait_minutes scaling.use_gpu scaling.cpus_per_worker scaling.threads_per_worker
         scaling.address
         generate.enabled generate.compare_base generate.model generate.sources generate.engine generate.num_actors

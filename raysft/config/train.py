@@ -124,6 +124,10 @@ class TrainSection(Section):
     """End after this many hours, counted from the start of the command, with a checkpoint and exit code 75; the same command goes
     on, with as much time again. Leave a step and a checkpoint of time before what would end the job. In a sweep it limits each
     trial. Default: no limit."""
+    hang_minutes: Annotated[float, Field(gt=0)] | None = 15
+    """Minutes without progress after which a worker ends itself, so that the workers restart from the newest checkpoint; four times
+    as long while it loads or writes the model, and never before ten steps of usual length. Long before that, the log says which
+    worker keeps the others waiting. ``null``: never."""
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
     """Where to log metrics, in addition to ``trainer_log.jsonl``. TensorBoard writes to the run directory; ``wandb`` and
     ``mlflow`` (extras with these names) find their server and credentials by themselves."""

@@ -57,6 +57,7 @@ TYPES: dict[str, dict[str, Kind]] = {
         "source_losses.*": NUMBER,
         **_EVALUATION,
     },
+    "diagnosis.jsonl": {"step": INTEGER, "finding": TEXT},
     "eval_results.json": _EVALUATION,
     "metrics.jsonl": {
         **dict.fromkeys(("metric", "source", "model", "unit", "signature"), TEXT),

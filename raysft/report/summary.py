@@ -38,6 +38,8 @@ _FILES = {
     "generated_predictions_base.jsonl": "the same for the model before training",
     "rejected.jsonl": "rejected and dropped records",
     "changes.jsonl": "settings that changed during the run",
+    "diagnosis.jsonl": "workers that kept the others waiting",
+    "diagnosis": "stacks of workers that made no progress",
 }
 
 

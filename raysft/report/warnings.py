@@ -17,6 +17,8 @@ MIN_STEPS = 10
 """Fewest steps from which a trend of the loss is read."""
 MIN_CHANGE = 0.01
 """Smallest relative change of a loss that counts as one."""
+MAX_FINDINGS = 5
+"""Most slow or hanging workers that are named; ``diagnosis.jsonl`` has all."""
 MIN_PREDICTIONS = 5
 """Fewest predictions with one fault that are reported."""
 
@@ -122,4 +124,16 @@ def _equals(value: Any) -> str:
     return f"={value:g}" if finite(value) is not None else ""
 
 
-WARNINGS: tuple[Callable[[RunLog], Iterator[str]], ...] = (loss_rose, evaluation_got_worse, faulty_predictions)
+def workers_kept_others_waiting(log: RunLog) -> Iterator[str]:
+    """Name the workers that were slow or made no progress, each once."""
+    findings = {str(line["finding"]): line for line in read_lines(log.directory.diagnosis) if line.get("finding")}
+    for finding, line in list(findings.items())[-MAX_FINDINGS:]:
+        yield f"step {line.get('step')}: {finding}; look at this machine, or exclude it from the cluster"
+
+
+WARNINGS: tuple[Callable[[RunLog], Iterator[str]], ...] = (
+    loss_rose,
+    evaluation_got_worse,
+    faulty_predictions,
+    workers_kept_others_waiting,
+)

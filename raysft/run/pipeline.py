@@ -15,6 +15,8 @@ from raysft.run.tracking import run_trackers
 from raysft.stopping import current
 from raysft.storage.retry import retry_for
 from raysft.storage.run_directory import RunDirectory
+from raysft.telemetry.events import Event
+from raysft.telemetry.ray_metrics import RayMetrics
 from raysft.telemetry.train_log import TrainLog, evaluation_line
 
 
@@ -95,10 +97,18 @@ def train_model(context: RunContext, callbacks: Sequence[Any] = (), decisions: A
 def _train(context: RunContext, callbacks: Sequence[Any], decisions: Any) -> None:
     from raysft.train import launch
 
-    with run_trackers(context) as trackers:
-        train_log = TrainLog(context.directory.trainer_log, context.terminal, [*trackers, *callbacks])
+    with run_trackers(context) as trackers, RayMetrics(context.config.run.name) as metrics:
+        directory = context.directory
+        train_log = TrainLog(
+            directory.trainer_log, context.terminal, [*trackers, *callbacks], stacks=str(directory.stacks)
+        )
+
+        def handle(event: Event) -> None:
+            metrics(event)
+            train_log(event)
+
         try:
-            results = launch.train(train_job(context), train_log, decisions)
+            results = launch.train(train_job(context), handle, decisions)
         finally:
             context.terminal.close()
     if results["eval"]:

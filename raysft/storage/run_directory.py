@@ -68,6 +68,16 @@ class RunDirectory:
         return self.path / "changes.jsonl"
 
     @property
+    def diagnosis(self) -> Path:
+        """Workers that were slow or made no progress: a line each, with the step. Stacks are in the folder ``diagnosis``."""
+        return self.path / "diagnosis.jsonl"
+
+    @property
+    def stacks(self) -> StoragePath:
+        """Stacks of workers that made no progress."""
+        return self.place / "diagnosis"
+
+    @property
     def rejected(self) -> Path:
         """Records that could not be used."""
         return self.path / "rejected.jsonl"

@@ -167,6 +167,46 @@ class PreemptionNotice:
 
 
 @dataclass(frozen=True)
+class WorkerSlow:
+    """A worker is slower than the others, which wait for it."""
+
+    step: int
+    rank: int
+    place: str
+    """Its host, and its GPU."""
+    factor: float
+    """Its own time in a step, divided by the median of the others."""
+    cause: str
+
+
+@dataclass(frozen=True)
+class WorkersAlive:
+    """A sign of life of the first worker, for times in which nothing else is reported."""
+
+    step: int
+    """The step that is trained on, from 1; 0 before the first."""
+    phase: str
+
+
+@dataclass(frozen=True)
+class WorkerHangs:
+    """A worker makes no progress. Each worker reports itself."""
+
+    rank: int
+    place: str
+    """Its host, and its GPU."""
+    step: int
+    phase: str
+    """A ``Phase`` of ``raysft.train.phases``."""
+    seconds: int
+    """Time without progress."""
+    stacks: str
+    """Name of the file in ``diagnosis/`` with the stacks of its threads; empty if they could not be written."""
+    ends: bool
+    """True if it ends itself now, so that the workers restart."""
+
+
+@dataclass(frozen=True)
 class TrainingEnded:
     """The training is complete and its model is written."""
 
@@ -199,6 +239,9 @@ Event = (
     | WorkersRestarting
     | WorkersResized
     | PreemptionNotice
+    | WorkerSlow
+    | WorkersAlive
+    | WorkerHangs
     | TrainingEnded
     | TrainingStopped
 )

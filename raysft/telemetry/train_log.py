@@ -12,7 +12,7 @@ from typing import Any, assert_never
 
 import psutil
 
-from raysft.storage.json_files import write_atomically
+from raysft.storage.json_files import append_json, write_atomically
 from raysft.telemetry.events import (
     CheckpointCorrupt,
     CheckpointFailed,
@@ -27,9 +27,13 @@ from raysft.telemetry.events import (
     TrainingEnded,
     TrainingStopped,
     Waiting,
+    WorkerHangs,
+    WorkersAlive,
+    WorkerSlow,
     WorkersResized,
     WorkersRestarting,
 )
+from raysft.telemetry.hangs import Hangs
 from raysft.telemetry.terminal import Terminal
 
 WAITING_SECONDS = 5.0
@@ -55,15 +59,17 @@ def _json_line(record: Mapping[str, Any]) -> str:
 class TrainLog:
     """Handles events in the driver: writes the log file, prints lines, calls callbacks, and times the start."""
 
-    def __init__(self, log: Path, terminal: Terminal, callbacks: Sequence[Any] = ()) -> None:
+    def __init__(self, log: Path, terminal: Terminal, callbacks: Sequence[Any] = (), stacks: str = "") -> None:
         """
         Args:
             log: ``trainer_log.jsonl``; a resumed run appends to it from the checkpoint's step on.
             terminal: prints the lines.
             callbacks: objects with any of the methods ``on_setup(setup)``, ``on_step(record)``, ``on_evaluate(results)``,
                 ``on_checkpoint(cursor)`` and ``on_end(results)``. ``on_step`` gets a ``StepRecord``, the others a dict.
+            stacks: folder of the stacks of workers that make no progress, for messages.
         """
         self._log, self._terminal, self._callbacks = log, terminal, callbacks
+        self._hangs = Hangs(self._find, stacks)
         self._launched = time.time()
         self._setup: SetupDone | None = None
         self._setup_time = 0.0
@@ -107,6 +113,12 @@ class TrainLog:
             case PreemptionNotice(step, reason):
                 shown = f" ({reason})" if reason else ""
                 self._print(f"after step {step}: a machine will be preempted soon{shown}; writing a checkpoint")
+            case WorkerSlow(step, rank, place, factor, cause):
+                self._find(step, f"worker {rank} ({place}) is {factor:g} times as slow as the others: {cause}")
+            case WorkerHangs():
+                self._hangs.add(event)
+            case WorkersAlive():
+                pass
             case TrainingEnded():
                 self._call("on_end", asdict(event))
             case TrainingStopped(step, reason):
@@ -136,6 +148,11 @@ class TrainLog:
     def _print(self, line: str) -> None:
         self._terminal.line(line)
 
+    def _find(self, step: int, finding: str) -> None:
+        """Print something that slows the training down, and keep it for the report."""
+        self._print(f"step {step}: {finding}")
+        append_json(self._log.with_name("diagnosis.jsonl"), {"step": step, "finding": finding})
+
     def _checkpoint_failed(self, event: CheckpointFailed) -> None:
         # When the storage fails for one worker, it fails for all of them: print it once.
         if (event.step, event.skipped) != self._last_failed:
@@ -151,7 +168,7 @@ class TrainLog:
 
     def _set_up(self, setup: SetupDone) -> None:
         self._rewind(setup.step, setup.log)
-        self._setup, self._setup_time = setup, time.time()
+        self._setup, self._setup_time, self._hangs.workers = setup, time.time(), setup.workers
         if setup.step:
             self._print(
                 f"resuming after step {setup.step} with {setup.workers} worker{'' if setup.workers == 1 else 's'}"

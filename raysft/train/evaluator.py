@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableSequence
+from collections.abc import Callable, Iterator, MutableSequence
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ import torch.distributed as dist
 from raysft.telemetry.events import Emit, EvaluationDone, evaluation_results
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.first_evaluation import FirstEvaluation
-from raysft.train.job import RowPlan, TrainJob
+from raysft.train.job import Batch, RowPlan, TrainJob
+from raysft.train.phases import Phases
 from raysft.train.step import evaluate
 from raysft.train.step_metrics import evaluation_record
 
@@ -26,6 +27,7 @@ class Evaluator:
         emit: Emit,
         log: MutableSequence[dict[str, Any]],
         stops: Callable[[], bool],
+        phases: Phases,
     ) -> None:
         """
         Args:
@@ -34,8 +36,10 @@ class Evaluator:
             emit: receives ``EvaluationDone``.
             log: receives its record.
             stops: True if this worker was asked to stop.
+            phases: told what this worker does.
         """
         self._job, self._device, self._emit, self._log, self._stops = job, device, emit, log, stops
+        self._phases = phases
         self._row_plan: RowPlan = job.train_rows.row_plan
         self.seen: int | None = None
         """The step after which it was evaluated last."""
@@ -46,11 +50,11 @@ class Evaluator:
         Raises:
             EvaluationStopped: a worker was asked to stop; raised by all workers alike, and nothing is logged.
         """
+        self._phases.enter("evaluation", cursor.step)
         rows, known = self._job.config.micro_batch_size, first.known if first else {}
-        rank, workers = dist.get_rank(), dist.get_world_size()
         evaluations = [
             known.get(name)
-            or evaluate(engine, name, cursor.step, source.steps(0, rank, workers), rows, self._device, self._stops)
+            or evaluate(engine, name, cursor.step, self._batches(source), rows, self._device, self._stops)
             for name, source in self._job.eval_rows.items()
         ]
         self.seen = cursor.step
@@ -60,3 +64,9 @@ class Evaluator:
             self._log.append(record)
             self._emit(EvaluationDone(record, first.keep(evaluations) if first else ""))
         return results
+
+    def _batches(self, source: Any) -> Iterator[Batch]:
+        """Yield this worker's rows of a set; each batch shows that the evaluation goes on."""
+        for batch in source.steps(0, dist.get_rank(), dist.get_world_size()):
+            self._phases.progress()
+            yield batch

@@ -17,6 +17,7 @@ from raysft.telemetry.events import Emit, Event, SetupDone, TrainingEnded, Train
 from raysft.train.controller import Controller, ControllerStarted
 from raysft.train.mailbox import Mailbox
 
+RESUME = "the same command resumes from the newest checkpoint"
 SEND_SECONDS = 10
 """How long a worker tries to send an event."""
 POLL_SECONDS = 10
@@ -66,13 +67,18 @@ def _send(mailbox: Mailbox, message: Message) -> None:
 class EventPump:
     """Handles events in a thread while the workers train."""
 
-    def __init__(self, mailbox: Mailbox, handle: Emit, controller: Controller) -> None:
+    def __init__(
+        self, mailbox: Mailbox, handle: Emit, controller: Controller, silent_minutes: float | None = None
+    ) -> None:
         """
         Args:
             mailbox: where the workers send events, and which carries a request to stop to them.
             handle: handles each event in this process.
             controller: stops the workers when ``handle`` fails; it is told the actor handle.
+            silent_minutes: without a message after which the workers count as lost. Workers that train send signs of life. Default:
+                wait for ever.
         """
+        self._silent_minutes, self._heard = silent_minutes, time.monotonic()
         self._mailbox, self._handle, self._controller = mailbox, handle, controller
         self._abandoned = False
         self.broken: BaseException | None = None
@@ -114,9 +120,15 @@ class EventPump:
             except queue.Empty:
                 if self._closing.is_set():
                     return
+                if self._silent_minutes and time.monotonic() - self._heard > 60 * self._silent_minutes:
+                    self._break(
+                        RunFailed(f"no sign of life from the workers for {self._silent_minutes:g} minutes; {RESUME}")
+                    )
+                    return
                 continue
             except RayError:
                 return
+            self._heard = time.monotonic()
             if message is None or not self._take(message):
                 return
 
@@ -172,9 +184,6 @@ class EventPump:
             if self._failure is not None:
                 raise self._failure
             if time.monotonic() > limit or not self._thread.is_alive():
-                raise RunFailed(
-                    "the workers finished, but their results did not reach the driver; "
-                    "the same command resumes from the newest checkpoint"
-                )
+                raise RunFailed(f"the workers finished, but their results did not reach the driver; {RESUME}")
             time.sleep(0.05)
         return self._end

@@ -46,6 +46,8 @@ the kernel and asks for it again, page by page: 4.2 million page faults in five 
 (SmolLM2, full fine-tuning). And it hides the node's GPUs, which Ray does not: DeepSpeed would compute on them."""
 NOTICE = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
 """Ray Train's controller looks every second for nodes of the workers that are drained: a spot machine may go after 15 seconds."""
+STARTS_MINUTES = 10
+"""How much longer than a worker that hangs all may be silent: while they start, nobody reports."""
 COLLECTIVE_SECONDS = 600
 """How long a worker waits for the others in a collective."""
 
@@ -84,7 +86,8 @@ def _fit(job: TrainJob, worker: Any, handle: Emit, decisions: Queue | None = Non
         trainer = _trainer(job, worker, mailbox, decisions, folder)
         trainer.controller = controller
         stopping = current()
-        with EventPump(mailbox, handle, controller) as pump:
+        hang, trains = job.config.train.hang_minutes, worker is train_worker
+        with EventPump(mailbox, handle, controller, hang + STARTS_MINUTES if hang and trains else None) as pump:
             try:
                 notice = {name: os.environ.get(name, value) for name, value in NOTICE.items()}
                 with stopping.ending_by_itself(), stopping.telling(pump.stop), environment(**notice):

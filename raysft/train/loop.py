@@ -33,6 +33,7 @@ from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.checkpoint.resume import ResumePoint
 from raysft.train.checkpoint.triggers import CheckpointTrigger
 from raysft.train.decisions import Decide, Decision, Outside, shared
+from raysft.train.deepspeed_config import zero_stage
 from raysft.train.deepspeed_internals import numel
 from raysft.train.early_stopping import EarlyStopper, known_best
 from raysft.train.evaluator import Evaluator
@@ -40,9 +41,11 @@ from raysft.train.export import Exporter
 from raysft.train.first_evaluation import FirstEvaluation
 from raysft.train.job import Batch, RowPlan, TrainJob
 from raysft.train.nonfinite import NonFinite
+from raysft.train.phases import Phases
 from raysft.train.restarts import faults_of
 from raysft.train.step import EvaluationStopped, StepResult, train_step
-from raysft.train.step_metrics import StepMetrics
+from raysft.train.step_metrics import StepMetrics, training_results
+from raysft.train.stragglers import Stragglers
 
 Save = Callable[[Any, Cursor, list[dict[str, Any]]], None]
 """Saves a checkpoint: (engine, cursor, latest log records)."""
@@ -60,6 +63,7 @@ def train(
     save: Save,
     resume: ResumePoint | None = None,
     outside: Outside = ALONE,
+    phases: Phases | None = None,
 ) -> None:
     """Train to the end of the row plan, evaluate, and write the trained model.
 
@@ -71,13 +75,15 @@ def train(
         save: saves a checkpoint; called by all workers.
         resume: the checkpoint to resume from.
         outside: what this worker hears from outside, such as a request to stop.
+        phases: told what this worker does.
 
     Raises:
         RunFailed: loss or gradient are not finite; raised by all workers alike.
         Fault: this worker failed otherwise, for example because its rows differ from the row plan.
     """
-    loop = _Loop(job, device, emit, save, outside)
-    with faults_of(loop.rank, lambda: loop.moment, loop.current_rows):
+    loop = _Loop(job, device, emit, save, outside, phases or Phases())
+    rows = partial(step_rows.current, job.train_rows, loop.phases, loop.rank, loop.workers)
+    with faults_of(loop.rank, lambda: loop.phases.moment, rows):
         _train(loop, batches, resume)
 
 
@@ -96,7 +102,8 @@ def _train(loop: _Loop, batches: Iterator[Batch], resume: ResumePoint | None) ->
     while cursor.step < loop.row_plan.steps and not (loop.early_stopper.should_stop or loop.stop_reason):
         cursor = loop.step(batch, cursor)
         if cursor.step < loop.row_plan.steps and not loop.stop_reason:
-            waiting_since, loop.moment = time.perf_counter(), f"reading the rows of step {cursor.step + 1}"
+            loop.phases.enter("data", cursor.step + 1)
+            waiting_since = time.perf_counter()
             batch = next(batches, None)
             loop.data_wait = time.perf_counter() - waiting_since
             loop.after_step(cursor)
@@ -109,8 +116,10 @@ def _train(loop: _Loop, batches: Iterator[Batch], resume: ResumePoint | None) ->
 class _Loop:
     """State of one worker's training."""
 
-    def __init__(self, job: TrainJob, device: torch.device, emit: Emit, save: Save, outside: Outside) -> None:
-        self.job, self.device, self.save, self.outside = job, device, save, outside
+    def __init__(
+        self, job: TrainJob, device: torch.device, emit: Emit, save: Save, outside: Outside, phases: Phases
+    ) -> None:
+        self.job, self.device, self.save, self.outside, self.phases = job, device, save, outside, phases
         self.rank, self.workers = dist.get_rank(), dist.get_world_size()
         self.trigger = CheckpointTrigger(job.config.train, self.rank, outside)
         self.emit: Emit = emit if self.rank == 0 else lambda event: None
@@ -118,14 +127,13 @@ class _Loop:
         self.row_plan: RowPlan = job.train_rows.row_plan
         self.data_wait = 0.0
         """Seconds spent waiting for the rows of the current step."""
-        self.moment = "the setup"
-        """What the worker is doing, for error messages."""
         self.first_step = self.saved_step = 0
         self.stop_reason = ""
         """Why the training ends before the end of its row plan; empty if it goes on."""
         self.eval_results: dict[str, float] = {}
         """Results of the latest evaluation."""
-        self.evaluator = Evaluator(job, device, self.emit, self.log, self.trigger.stops)
+        self.evaluator = Evaluator(job, device, self.emit, self.log, self.trigger.stops, phases)
+        self.stragglers = Stragglers(device, self.emit, zero_stage(job.config) < 3)
         self.nonfinite = NonFinite(job)
         self.exporter = Exporter(job.run, emit, job.ends)
 
@@ -175,12 +183,12 @@ class _Loop:
     def step(self, batch: Batch | None, cursor: Cursor) -> Cursor:
         """Train on one step's rows and log it; returns the cursor after it."""
         index = cursor.step
-        self.moment = f"step {index + 1}"
+        self.phases.enter("forward", index + 1)
         batch = step_rows.checked(batch, self.job.train_rows, index, self.rank, self.workers)
         started = time.perf_counter()
         lr = self.engine.get_lr()[0]
         weight, sources = float(self.row_plan.step_weight[index]), len(self.job.train_rows.sources)
-        result = train_step(self.engine, batch, weight, sources, self.trigger.requests)
+        result = train_step(self.engine, batch, weight, sources, self.trigger.requests, self.phases)
         seconds = time.perf_counter() - started
         if not result.applied:
             self._skip(index, result)
@@ -195,6 +203,8 @@ class _Loop:
         record = self.step_metrics.record(cursor, result, lr, seconds, self.data_wait, elapsed, remaining)
         self.log.append(asdict(record))
         self.emit(record)
+        self.phases.step_took(seconds)
+        self.stragglers.after_step(record, result.forward_seconds)
         return cursor
 
     def _skip(self, index: int, result: StepResult) -> None:
@@ -203,13 +213,6 @@ class _Loop:
             self.emit(StepSkipped(index + 1, reason))
         if not self.engine.was_step_applied():
             self.lr_scheduler.step()  # DeepSpeed leaves it unchanged, but it must end with the run
-
-    def current_rows(self) -> str:
-        """Name the rows of the current step on this worker, and their records; empty outside of a step."""
-        activity, _, step = self.moment.partition(" ")
-        return (
-            step_rows.named(self.job.train_rows, int(step) - 1, self.rank, self.workers) if activity == "step" else ""
-        )
 
     def after_step(self, cursor: Cursor) -> None:
         """Evaluate and save a checkpoint if they are due. ``finish`` does it after the last step."""
@@ -228,6 +231,7 @@ class _Loop:
 
     def _follow(self, decide: Decide, cursor: Cursor) -> None:
         """Do what the scheduler decides after an evaluation."""
+        self.phases.enter("decision")
         while (decision := shared(decide, cursor.step, self.device)) is Decision.SAVE:
             self._checkpoint(cursor)
         if decision is Decision.STOP:
@@ -235,7 +239,6 @@ class _Loop:
 
     def evaluate(self, cursor: Cursor, first: FirstEvaluation | None = None) -> None:
         """Evaluate all sets but those known from ``first``; drop that if the training is to stop meanwhile."""
-        self.moment = f"the evaluation after step {cursor.step}"
         try:
             self.eval_results = self.evaluator(self.engine, cursor, first)
         except EvaluationStopped:
@@ -245,6 +248,7 @@ class _Loop:
         self.stop_reason = self.outside.stop_reason() or "another worker was asked to stop"
 
     def _checkpoint(self, cursor: Cursor) -> None:
+        self.phases.enter("checkpoint", cursor.step)
         self.save(self.engine, replace(cursor, best=self.early_stopper.best), list(self.log))
         self.saved_step = cursor.step
         self.trigger.start_clock()
@@ -261,12 +265,7 @@ class _Loop:
 
     def finish(self, cursor: Cursor) -> None:
         """Evaluate, save the last checkpoint, write the model, and report the results; nothing of it if it is to stop meanwhile."""
-        results: dict[str, Any] = {
-            "total_steps": cursor.step,
-            "total_rows": cursor.rows,
-            "total_tokens": cursor.tokens,
-            "epoch": round(self.row_plan.epoch_of(cursor.rows), 4),
-        }
+        results: dict[str, Any] = training_results(self.row_plan, cursor)
         early = cursor.step < self.row_plan.steps
         if not (early and self.eval_results):
             self.evaluate(cursor)
@@ -293,7 +292,7 @@ class _Loop:
 
     def _export(self, write: Callable[[Any, Any], None]) -> None:
         """Write the current model and its tokenizer."""
-        self.moment = "writing the model"
+        self.phases.enter("export")
         tokenizer = load_tokenizer(self.job.model, self.job.config.model.runs_code)
         tokenizer.chat_template = self.job.config.chat_template or tokenizer.chat_template
         write(self.engine.module.model, tokenizer)

@@ -25,7 +25,9 @@ from raysft.data.types import IGNORE_INDEX
 from raysft.errors import RunFailed
 from raysft.telemetry.events import Evaluation
 from raysft.train.deepspeed_internals import keeps_gradient_norm
+from raysft.train.device_timer import DeviceTimer
 from raysft.train.job import Batch
+from raysft.train.phases import Phases
 
 TENSORS = {
     "input_ids": torch.long,
@@ -59,6 +61,8 @@ class StepResult:
     """True if the first worker's clock asks for a checkpoint."""
     over: bool = False
     """True if the first worker was asked to stop."""
+    forward_seconds: float = 0.0
+    """Time of this worker's forward passes."""
 
 
 def train_step(
@@ -67,6 +71,7 @@ def train_step(
     weight: float,
     sources: int = 1,
     asks: Callable[[], tuple[bool, bool, bool]] = lambda: (False, False, False),
+    phases: Phases | None = None,
 ) -> StepResult:
     """Train on one worker's rows of a step.
 
@@ -77,19 +82,25 @@ def train_step(
         sources: number of sources.
         asks: returns (this worker's machine is about to be preempted, its clock asks for a checkpoint, it is to stop). It is
             called after the computation, and all workers learn if it is true for any of them.
+        phases: told what this worker does.
     """
+    phases = phases or Phases()
     accumulation = engine.gradient_accumulation_steps()
     # DeepSpeed averages over microbatches and workers; undo that, and divide by the step's weight instead.
     scale = accumulation * dist.get_world_size() / weight
     totals = torch.zeros(4 + sources, device=engine.device)
-    norm = None
+    norm, forward = None, DeviceTimer(engine.device)
     for microbatch in microbatches(batch, engine.train_micro_batch_size_per_gpu(), engine.device):
-        loss, by_source, _ = engine(**microbatch, number_of_sources=sources)
+        phases.enter("forward")
+        with forward:
+            loss, by_source, _ = engine(**microbatch, number_of_sources=sources)
+        phases.enter("backward")
         # `loss * 0 + 1` is 1 for a finite loss and NaN otherwise; it makes the gradient NaN, so that the step is skipped.
         engine.backward(loss * scale * (loss.detach() * 0 + 1))
         if engine.is_gradient_accumulation_boundary() and not keeps_gradient_norm(engine):
             # Of a plain optimizer, whose gradients are whole on each worker.
             norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+        phases.enter("step")
         with _without_update(engine) if norm is not None and not torch.isfinite(norm) else nullcontext():
             engine.step()
         totals += torch.cat([totals.new_zeros(3), loss.detach()[None], by_source])
@@ -98,7 +109,9 @@ def train_step(
     noticed, late, over, total, *by_source = totals.double().tolist()
     norm = float(norm if norm is not None else engine.get_global_grad_norm())
     applied = math.isfinite(norm) and engine.was_step_applied()
-    return StepResult(total / weight, norm, np.asarray(by_source), applied, noticed > 0, late > 0, over > 0)
+    return StepResult(
+        total / weight, norm, np.asarray(by_source), applied, noticed > 0, late > 0, over > 0, forward.seconds()
+    )
 
 
 @contextmanager

@@ -95,6 +95,16 @@ class StepMetrics:
         return round(flops / seconds / self._peak / self._workers, 4)
 
 
+def training_results(row_plan: Any, cursor: Cursor) -> dict[str, float]:
+    """Say how much was trained."""
+    return {
+        "total_steps": cursor.step,
+        "total_rows": cursor.rows,
+        "total_tokens": cursor.tokens,
+        "epoch": round(row_plan.epoch_of(cursor.rows), 4),
+    }
+
+
 def evaluation_record(row_plan: Any, cursor: Cursor, results: dict[str, float]) -> dict[str, Any]:
     """Make the record of an evaluation: where the training stands, and the results."""
     return {

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from raysft.train.job import Batch
+from raysft.train.phases import TRAINING, Phases
 
 NAMED_RECORDS = 8
 """Most records that a message names."""
@@ -33,9 +34,11 @@ def checked(batch: Batch | None, source: Any, index: int, rank: int, workers: in
     return batch
 
 
-def named(source: Any, index: int, rank: int, workers: int) -> str:
-    """Name a worker's rows in a step, and their records; empty if it has none."""
-    rows = [row for row in source.rows_for_rank(index, rank, workers).tolist() if row >= 0]
+def current(source: Any, phases: Phases, rank: int, workers: int) -> str:
+    """Name a worker's rows in the current step, and their records; empty outside of a step, or if it has none."""
+    if phases.phase not in TRAINING:
+        return ""
+    rows = [row for row in source.rows_for_rank(phases.step - 1, rank, workers).tolist() if row >= 0]
     return f"its rows {', '.join(map(str, rows))} hold {named_records(source, rows)}" if rows else ""
 
 

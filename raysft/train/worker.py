@@ -20,8 +20,11 @@ from raysft.train.decisions import Outside, receiver
 from raysft.train.event_pump import emitter, permanent_failures
 from raysft.train.finetuning import load_trained
 from raysft.train.loss import TokenLoss
+from raysft.train.phases import Phases
 from raysft.train.ray_train_internals import get_train_context
 from raysft.train.step import evaluate
+from raysft.train.stragglers import place
+from raysft.train.watchdog import Watchdog
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -55,8 +58,11 @@ def _train(settings: dict[str, Any]) -> None:
     tables = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
     batches = job.train_rows.batches(tables, workers)
     writer = AsyncWriter(job.run.checkpoints, job.config.train.keep_last, emit)
-    loop.train(job, batches, get_device(), emit, writer, resume, outside)
-    writer.close()
+    phases, rank, device = Phases(), ray.train.get_context().get_world_rank(), get_device()
+    with Watchdog(phases, rank, place(device), job.run.stacks, emit, job.config.train.hang_minutes):
+        loop.train(job, batches, device, emit, writer, resume, outside, phases)
+        phases.enter("export")
+        writer.close()
 
 
 def _preemption_reason() -> str:

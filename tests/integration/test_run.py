@@ -34,6 +34,7 @@ from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.job import TrainJob
 from raysft.train.process_group import RestartableBackend, RestartableTorchConfig
 from raysft.tune.metrics import check_metric
+from tests.messages import holds
 from tests.processes import children_named
 from tests.tiny import SENTENCES, tiny_model, with_code, write_chats
 from tests.training import make_config, prepare
@@ -215,6 +216,8 @@ def test_predictions_are_those_of_the_exported_model(folder, sft_run, capsys):
 class KillAWorker:
     """Kills a training worker (SIGKILL) when a step is done, once."""
 
+    signal = signal.SIGKILL
+
     def __init__(self, step: int) -> None:
         self.step, self.killed = step, 0
         self.seen: list[int] = []
@@ -223,7 +226,7 @@ class KillAWorker:
         self.seen.append(record.current_steps)
         if record.current_steps == self.step and not self.killed:
             process = next(children_named("RayTrainWorker"))
-            process.kill()
+            process.send_signal(self.signal)
             self.killed += 1
 
 
@@ -247,6 +250,29 @@ def test_a_killed_worker_loses_and_repeats_nothing(folder, sft_run, capsys):
         assert last[step["current_steps"]]["loss"] == pytest.approx(step["loss"], rel=1e-5)
         assert last[step["current_steps"]]["rows"] == step["rows"]
     assert results(killed, "eval")["eval_loss"] == pytest.approx(results(sft_run, "eval")["eval_loss"], rel=1e-5)
+
+
+class StopAWorker(KillAWorker):
+    """Halts a training worker (SIGSTOP) when a step is done, once: it keeps its connections, and does nothing any more."""
+
+    signal = signal.SIGSTOP
+
+
+def test_a_worker_that_hangs_is_named_and_replaced(folder, sft_run, capsys):
+    """The others wait for it in a collective: they say so, end, and all start again from the checkpoint of step 3."""
+    stop = StopAWorker(step=4)
+    changes = ["run.name=hung", "generate.enabled=false", "train.hang_minutes=0.25"]
+    raysft.run_sft(load(folder / "sft.yaml", changes), callbacks=[stop])
+    assert stop.killed == 1
+    hung = folder / "runs" / "hung"
+    (named, *_) = (line["finding"] for line in read_jsonl(hung / "diagnosis.jsonl"))
+    assert holds(named, "no progress for … s: worker … does not answer; 1 other waits in … ; stacks: … hung/diagnosis")
+    assert named in capsys.readouterr().out
+    (stacks, *_) = (hung / "diagnosis").iterdir()
+    assert "train_step" in stacks.read_text()
+    assert "does not answer" in (hung / "report.html").read_text()
+    losses = [[step["loss"] for step in steps_of(run)] for run in (sft_run, hung)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 class Interrupt:

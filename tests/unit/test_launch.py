@@ -108,8 +108,9 @@ def test_a_cluster_that_is_lost_ends_the_training_in_one_line(monkeypatch):
     trainer: Any = SimpleNamespace(fit=fit, stop=lambda: None)
     monkeypatch.setattr(launch, "Mailbox", lambda: None)
     monkeypatch.setattr(launch, "EventPump", lambda *arguments: Pump(Pump()))
+    job: Any = SimpleNamespace(config=SimpleNamespace(train=SimpleNamespace(hang_minutes=15)))
     monkeypatch.setattr(launch, "_trainer", lambda *arguments: trainer)
     with pytest.raises(RunFailed) as failed:
-        launch.evaluate(SimpleNamespace(), lambda event: None)  # type: ignore[arg-type]
+        launch.evaluate(job, lambda event: None)
     assert holds(str(failed.value), "the training failed … The actor is unavailable … run it again")
     assert "\n" not in str(failed.value)

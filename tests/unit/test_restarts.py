@@ -17,8 +17,10 @@ from raysft.errors import RunFailed, StorageFailed
 from raysft.train.checkpoint.catalog import CorruptCheckpoint
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.loop import _Loop, _train
+from raysft.train.phases import Phases
 from raysft.train.ray_train_internals import FailureDecision
 from raysft.train.restarts import Fault, Restarts, cause, faults_of
+from raysft.train.step_rows import current
 
 
 def raised(error: Exception, moment: str = "step 4", rank: int = 1) -> Exception:
@@ -99,17 +101,20 @@ def test_an_error_in_reading_rows_does_not_name_those_of_the_step_before():
         raise IndexError("position 7 is out of range")
 
     loop: Any = object.__new__(_Loop)
-    loop.stop_reason = ""
+    loop.stop_reason, loop.phases = "", Phases()
     loop.row_plan, loop.early_stopper = SimpleNamespace(steps=2), SimpleNamespace(should_stop=False)
     loop.job = SimpleNamespace(config=SimpleNamespace(train=SimpleNamespace(eval_at_start=False)))
     loop.set_up, loop.emit_setup = lambda resume: Cursor(0, 0, 0, {}), lambda waited: None
 
     def step(batch: Any, cursor: Cursor) -> Cursor:
-        loop.moment = "step 1"
+        loop.phases.enter("forward", 1)
         return Cursor(1, 4, 0, {})
 
     loop.step = step
-    with pytest.raises(Fault) as caught, faults_of(0, lambda: loop.moment, loop.current_rows):
+    with (
+        pytest.raises(Fault) as caught,
+        faults_of(0, lambda: loop.phases.moment, lambda: current(None, loop.phases, 0, 1)),
+    ):
         _train(loop, rows(), None)
     assert str(caught.value).startswith(
         "worker 0 failed in reading the rows of step 2: IndexError: position 7 is out of range ("

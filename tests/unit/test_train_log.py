@@ -27,6 +27,9 @@ from raysft.telemetry.events import (
     TrainingEnded,
     TrainingStopped,
     Waiting,
+    WorkerHangs,
+    WorkersAlive,
+    WorkerSlow,
     WorkersResized,
     WorkersRestarting,
 )
@@ -87,6 +90,12 @@ EVENTS: dict[type, tuple[Event, str]] = {
     WorkersRestarting: (WorkersRestarting("worker 1 failed"), "worker 1 failed; restarting the workers"),
     WorkersResized: (WorkersResized(2, 3), "3 workers now instead of 2"),
     PreemptionNotice: (PreemptionNotice(4, "node ab"), "after step 4: a machine will be preempted soon (node ab)"),
+    WorkerSlow: (
+        WorkerSlow(20, 1, "host", 1.4, "forward pass"),
+        "worker 1 (host) is 1.4 times as slow as the others: forward",
+    ),
+    WorkersAlive: (WorkersAlive(20, "data"), ""),
+    WorkerHangs: (WorkerHangs(1, "host", 20, "data", 240, "", False), ""),
     TrainingStopped: (
         TrainingStopped(4, "its time is over", {"eval_loss": 1.5}),
         "stopped after step 4: its time is over",

@@ -1,0 +1,136 @@
+"""Finds workers that hang: each worker watches itself, tells the driver, keeps its stacks, and ends when nothing helps.
+
+Ray Train asks an actor's main thread whether it lives, and the training runs in another one: nobody would notice. When a worker
+stops, the others wait for it in a collective, so that all of them show no progress; the phase of each says who keeps whom.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from raysft.storage.path import StoragePath
+from raysft.telemetry.events import WorkerHangs, WorkersAlive
+from raysft.train.phases import Phase, Phases
+
+EXIT_CODE = 86
+"""Exit code of a worker that ends itself, for Ray's logs."""
+LEAST_SECONDS = 120.0
+"""Time without progress from which a worker is called stuck, unless ``train.hang_minutes`` is less than twice as long."""
+STEPS = 10
+"""Steps of usual length that a worker may take for one before it is called stuck."""
+PATIENCE: dict[Phase, int] = {"setup": 4, "export": 4, "decision": 4}
+"""Phases that may take longer, since a model is large or another process decides, and how many times longer."""
+ALIVE_SECONDS = 60.0
+"""Time between two signs of life to the driver."""
+
+Report = Callable[[WorkerHangs | WorkersAlive], None]
+
+
+class Watchdog:
+    """A thread that looks at the phases of this worker; it costs the training nothing."""
+
+    def __init__(
+        self,
+        phases: Phases,
+        rank: int,
+        where: str,
+        folder: StoragePath,
+        report: Report,
+        hang_minutes: float | None,
+        end: Callable[[int], None] = os._exit,
+    ) -> None:
+        """
+        Args:
+            phases: of this worker.
+            rank: of this worker.
+            where: its host and GPU.
+            folder: where stacks are kept (``diagnosis`` of the run directory).
+            report: sends to the driver; every worker calls it.
+            hang_minutes: ``train.hang_minutes``; None to end never.
+            end: ends the process.
+        """
+        self._phases, self._rank, self._where, self._folder, self._report = phases, rank, where, folder, report
+        self._hang = 60 * hang_minutes if hang_minutes else None
+        self._end = end
+        self._told, self._alive = -1.0, time.monotonic()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        # Python's own thread writes the stacks and ends the process if this one cannot run, because another keeps the lock.
+        self._own_stacks = Path(tempfile.gettempdir(), f"raysft-stacks-{os.getpid()}.txt").open("w", encoding="utf-8")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.set()
+        self._thread.join(10)
+        faulthandler.cancel_dump_traceback_later()
+        self._own_stacks.close()
+        with suppress(OSError):
+            os.unlink(self._own_stacks.name)
+
+    def limits(self, phase: Phase) -> tuple[float, float | None]:
+        """Return the seconds without progress after which a worker is called stuck, and after which it ends itself."""
+        patience = PATIENCE.get(phase, 1)
+        stuck = patience * max(LEAST_SECONDS, STEPS * self._phases.longest_step)
+        if self._hang is None:
+            return stuck, None
+        return min(stuck, patience * self._hang / 2), patience * max(self._hang, STEPS * self._phases.longest_step)
+
+    def _run(self) -> None:
+        every = min(5.0, self._hang / 20) if self._hang else 5.0
+        while not self._closing.wait(every):
+            self._look()
+
+    def _look(self) -> None:
+        phase, progressed, idle = self._phases.phase, self._phases.progressed, self._phases.idle()
+        stuck, end = self.limits(phase)
+        if end is not None:
+            faulthandler.dump_traceback_later(end + LEAST_SECONDS, exit=True, file=self._own_stacks)
+        if self._rank == 0 and time.monotonic() - self._alive > ALIVE_SECONDS:
+            self._alive = time.monotonic()
+            self._report(WorkersAlive(self._phases.step, phase))
+        if idle < stuck:
+            return
+        ends = end is not None and idle >= end
+        if progressed != self._told or ends:
+            self._told = progressed
+            stacks = self._keep_stacks(phase, idle)
+            self._report(WorkerHangs(self._rank, self._where, self._phases.step, phase, round(idle), stacks, ends))
+        if ends:
+            self._end(EXIT_CODE)
+
+    def _keep_stacks(self, phase: Phase, idle: float) -> str:
+        """Write the stacks of all threads into the run directory; returns the file's name, empty if that failed."""
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
+            print(
+                f"worker {self._rank} ({self._where}), step {self._phases.step}: no progress in {phase} for {idle:.0f} s\n",
+                file=file,
+            )
+            file.flush()
+            faulthandler.dump_traceback(file)
+            file.seek(0)
+            text = file.read()
+        place = self._folder / f"worker-{self._rank}-step-{self._phases.step}.txt"
+        written = threading.Event()
+
+        def write() -> None:
+            with suppress(Exception):
+                if place.local:
+                    place.local.parent.mkdir(parents=True, exist_ok=True)
+                place.write_bytes(text.encode())
+                written.set()
+
+        # The storage may be what hangs.
+        thread = threading.Thread(target=write, daemon=True)
+        thread.start()
+        thread.join(30)
+        return place.name if written.is_set() else ""

@@ -1,0 +1,38 @@
+"""A worker that keeps the others waiting is named, with the cause; where all are alike, nobody is."""
+
+from __future__ import annotations
+
+import pytest
+
+from raysft.telemetry.events import WorkerSlow
+from tests.training import Case, make_config, prepare, rows_of, train_all
+
+SECONDS = 0.2
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory) -> list[list[WorkerSlow]]:
+    """Who was called slow in three trainings of two workers, with ZeRO-2, 2 and 3."""
+    folder, model, manifest = prepare(tmp_path_factory.mktemp("stragglers"))
+    cases = [
+        Case(make_config(folder, model, {"train.zero_stage": stage}), rows_of(manifest), slow=slow)
+        for stage, slow in ((2, ("forward", SECONDS)), (2, ("data", SECONDS)), (3, ("forward", SECONDS)))
+    ]
+    return [[event for event in result.events if isinstance(event, WorkerSlow)] for result in train_all(cases, 2)]
+
+
+def test_a_slow_forward_pass_is_named_once(named):
+    (slow,) = named[0]
+    assert (slow.step, slow.rank) == (2, 1)
+    assert slow.factor > 1.2
+    assert slow.cause.startswith("forward pass 0.")
+
+
+def test_waiting_for_rows_is_named(named):
+    (slow,) = named[1]
+    assert slow.rank == 1
+    assert slow.cause.startswith("waits 0.")
+
+
+def test_with_zero_3_a_forward_pass_waits_for_the_others_and_tells_nothing(named):
+    assert named[2] == []
