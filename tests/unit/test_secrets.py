@@ -167,10 +167,9 @@ def test_a_tracker_that_fails_is_told_without_its_servers_password(tmp_path, mon
         terminal=SimpleNamespace(line=lines.append),
     )
     monkeypatch.setattr(TensorBoard, "write", fails)
-    (tracker,) = run_trackers(context)
-    tracker.on_evaluate({"current_steps": 1, "eval_loss": 1.0})
-    tracker.close()
+    with run_trackers(context) as (tracker,):
+        tracker.on_evaluate({"current_steps": 1, "eval_loss": 1.0})
     assert len(lines) == 1
     assert "https://***@host" in lines[0]
     monkeypatch.setattr(TensorBoard, "__init__", fails)
-    assert "https://***@host" in refusal(lambda: run_trackers(context))
+    assert "https://***@host" in refusal(run_trackers(context).__enter__)
