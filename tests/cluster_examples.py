@@ -51,8 +51,9 @@ def expected(path: Path) -> str:
 
 
 def objects(path: Path) -> dict[str, Any]:
-    """Return the objects of an example by their kind."""
-    return {one["kind"]: one for one in yaml.safe_load_all(path.read_text())}
+    """Return the objects of an example by their kind, that of the dashboard's ConfigMap being ``Dashboard``."""
+    found = yaml.safe_load_all(path.read_text())
+    return {"Dashboard" if "grafana_dashboard" in one["metadata"]["labels"] else one["kind"]: one for one in found}
 
 
 if __name__ == "__main__":

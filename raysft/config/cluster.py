@@ -180,7 +180,8 @@ class ClusterSection(Section):
     debug: bool = False
     """Let py-spy and the dashboard show the stacks of processes: grants the capability SYS_PTRACE."""
     prometheus: Text | None = None
-    """Scrape the pods: value of the label ``release`` by which Prometheus's operator selects PodMonitors. Default: no metrics."""
+    """Let Prometheus collect the pods' metrics, with a dashboard for Grafana and alerts: value of the label ``release`` by which
+    Prometheus's operator selects PodMonitors and rules. Default: no metrics."""
 
     @field_validator("environment")
     @classmethod

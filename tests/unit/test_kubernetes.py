@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ from raysft.submit.kubernetes import documents, render
 from raysft.submit.kubernetes.names import config_text, job_name
 from raysft.submit.kubernetes.pod_template import ENVIRONMENT, KEEP_MEMORY
 from raysft.submit.request import verb_of
+from raysft.telemetry.dashboard import alerts, dashboard
 from tests import messages
 from tests.cluster_examples import ALL_OPTIONS, EXAMPLES, ROOT, command, comment, config_of, expected, objects
 
 SCHEMA = ROOT.parent / "shared" / "data" / "kuberay" / "ray.io_rayjobs.yaml"
 KUBERNETES = ("1.30", "1.37")
+STAY = ("PersistentVolumeClaim", "Dashboard", "PrometheusRule")
+"""Kinds that other jobs use, too."""
 WHOLE = pytest.mark.parametrize("path", [*EXAMPLES, ALL_OPTIONS], ids=lambda path: path.stem)
 Job = dict[str, Any]
 
@@ -105,7 +109,7 @@ def test_a_run_keeps_its_name_when_its_file_has_another(tmp_path):
 @pytest.mark.parametrize("version", KUBERNETES)
 def test_the_objects_are_valid_in_kubernetes(path, version):
     found = objects(path)
-    core = [one for kind, one in found.items() if kind not in ("RayJob", "PodMonitor")]
+    core = [one for kind, one in found.items() if kind not in ("RayJob", "PodMonitor", "PrometheusRule")]
     pods = [{"apiVersion": "v1", "kind": "Pod", **template} for template in templates(found["RayJob"]).values()]
     for one in core + pods:
         assert kubernetes_validate.validate(one, version, strict=True) == version
@@ -267,14 +271,23 @@ def test_a_pod_has_no_more_rights_than_it_needs(path):
 
 
 @WHOLE
-def test_what_belongs_to_a_job_is_deleted_with_it_but_its_storage_stays(path):
+def test_what_belongs_to_a_job_is_deleted_with_it_but_its_storage_and_what_jobs_share_stay(path):
     name = objects(path)["RayJob"]["metadata"]["name"]
     for kind, one in objects(path).items():
-        assert one["metadata"]["labels"].get("raysft.io/job") == (None if kind == "PersistentVolumeClaim" else name)
+        assert one["metadata"]["labels"].get("raysft.io/job") == (None if kind in STAY else name)
     delete = next(line for line in path.read_text().splitlines() if line.startswith("# kubectl delete"))
     kinds = delete.split()[3].split(",")
-    assert sorted(kinds) == sorted(kind.lower() for kind in objects(path) if kind != "PersistentVolumeClaim")
+    assert sorted(kinds) == sorted(kind.lower() for kind in objects(path) if kind not in STAY)
     assert delete.endswith(f"-l raysft.io/job={name}")
+
+
+def test_jobs_share_a_dashboard_and_alerts():
+    found = objects(ALL_OPTIONS)
+    assert json.loads(found["Dashboard"]["data"]["raysft.json"]) == dashboard()
+    assert found["PrometheusRule"]["spec"] == alerts()
+    assert (
+        found["PrometheusRule"]["metadata"]["labels"]["release"] == found["PodMonitor"]["metadata"]["labels"]["release"]
+    )
 
 
 def test_only_workers_on_cpus_keep_their_memory():

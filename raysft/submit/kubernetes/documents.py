@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import yaml
@@ -12,7 +13,10 @@ from raysft.submit.kubernetes.ray_job import ray_job
 from raysft.submit.kubernetes.refusals import refuse
 from raysft.submit.kubernetes.sizes import worker_pods
 from raysft.submit.request import CONFIG_NAME
+from raysft.telemetry.dashboard import alerts, dashboard
 
+SHARED_NAME = "raysft-monitoring"
+"""Name of the dashboard and of the alerts."""
 Document = dict[str, Any]
 
 
@@ -24,7 +28,7 @@ def documents(config: Config) -> list[Document]:
     """
     pods = worker_pods(config)
     refuse(config, pods)
-    optional = [_claim(config), _disruption_budget(config), _pod_monitor(config)]
+    optional = [_claim(config), _disruption_budget(config), *_monitoring(config)]
     return [_config_map(config), *(one for one in optional if one), ray_job(config, pods)]
 
 
@@ -36,7 +40,7 @@ def render(config: Config) -> str:
     """
     name = job_name(config)
     given = documents(config)
-    kinds = ",".join(one["kind"].lower() for one in given if one["kind"] != "PersistentVolumeClaim")
+    kinds = ",".join(one["kind"].lower() for one in given if JOB_LABEL in one["metadata"].get("labels", {}))
     header = (
         f"# kubectl apply --server-side -f FILE             start: KubeRay 1.7 or newer makes a Ray cluster and runs raysft on it\n"
         f"# kubectl get rayjob {name}\n"
@@ -89,10 +93,28 @@ def _disruption_budget(config: Config) -> Document:
     }
 
 
-def _pod_monitor(config: Config) -> Document | None:
+def _monitoring(config: Config) -> list[Document]:
+    """Return what Prometheus collects, which is the job's, and dashboard and alerts, which all jobs share."""
     release = config.cluster.prometheus
     if not release:
-        return None
+        return []
+    shown = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        # The label by which Grafana's sidecar finds dashboards.
+        "metadata": metadata(config, SHARED_NAME, grafana_dashboard="1"),
+        "data": {"raysft.json": json.dumps(dashboard())},
+    }
+    rules = {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PrometheusRule",
+        "metadata": metadata(config, SHARED_NAME, release=release),
+        "spec": alerts(),
+    }
+    return [_pod_monitor(config, release), shown, rules]
+
+
+def _pod_monitor(config: Config, release: str) -> Document:
     name = job_name(config)
     relabelings = [
         {"action": "replace", "sourceLabels": [f"__meta_kubernetes_pod_label_{label}"], "targetLabel": label}
