@@ -8,8 +8,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import pytest
 import ray
 from aiohttp import web
 
@@ -51,6 +53,8 @@ class Dashboard:
     jobs: dict[str, Job] = field(default_factory=dict)
     silent_answers: int = 0
     """So many of the next questions about a job get the answer 503."""
+    silent_submissions: int = 0
+    """So many of the next submissions are refused as by a head that has just started."""
     forgotten: bool = False
     """Its jobs are unknown, as after a restart of the head."""
     requests: list[str] = field(default_factory=list)
@@ -104,6 +108,9 @@ class Dashboard:
     async def _submit(self, request: web.Request) -> web.Response:
         asked = await request.json()
         name = asked["submission_id"]
+        if self.silent_submissions > 0:
+            self.silent_submissions -= 1
+            return web.Response(status=500, text="No available agent to submit job, please try again later.")
         if name in self.jobs:
             text = (
                 f"Traceback (most recent call last):\nValueError: Job with submission_id {name} already exists. Please"
@@ -199,3 +206,11 @@ def dashboard(context: ssl.SSLContext | None = None, **settings: Any) -> Iterato
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join(30)
+
+
+def forget_clusters(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    """Let a test know no cluster and no token: a Ray of the same process sets variables, and people have tokens."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS", "SSL_CERT_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))

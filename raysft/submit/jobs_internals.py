@@ -120,6 +120,9 @@ class Jobs:
 
 
 class _Client(JobSubmissionClient):
+    _began = False
+    """True once the headers of requests are ours."""
+
     def __init__(self, url: str) -> None:
         for name in LOGGERS:
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -128,7 +131,7 @@ class _Client(JobSubmissionClient):
             raise RequestError(f"RAY_AUTH_MODE=token, but there is no token; {HOW}")
         authority = os.environ.get("SSL_CERT_FILE") or os.environ.get("REQUESTS_CA_BUNDLE")
         try:
-            super().__init__(url, headers=self._authorization() if token_asked_for() else {}, verify=authority or True)
+            super().__init__(url, verify=authority or True)
         except FileNotFoundError:
             raise RequestError(f"SSL_CERT_FILE={authority}: there is no such file; correct it, or unset it") from None
 
@@ -166,6 +169,9 @@ class _Client(JobSubmissionClient):
 
     def _check_connection_and_version_with_url(self, *arguments: Any, **options: Any) -> None:
         """Check nothing, as ``Jobs`` does it: Ray's way takes every server that answers in JSON for a cluster."""
+        if not self._began:
+            # In place of Ray's headers, which in a process that has joined a cluster hold the token of that one.
+            self._headers, self._began = self._authorization() if token_asked_for() else {}, True
         self.get("/api/version")
 
     def _raise_error(self, r: requests.Response) -> None:

@@ -78,7 +78,9 @@ def job_request(config: Config, allow_changed: bool = False, commit: str | None 
     if commit:
         metadata["git_commit"] = commit
     options = ["--allow-changed"] if allow_changed else []
-    entrypoint = shlex.join(["raysft", verb, CONFIG_NAME, *options])
+    # In place of the shell, which a stop would end first: in a container without an init process nobody would then notice that
+    # raysft has ended, and Ray would wait for it until it kills it.
+    entrypoint = f"exec {shlex.join(['raysft', verb, CONFIG_NAME, *options])}"
     return JobRequest(config.run.name, digest, text, entrypoint, place, metadata)
 
 

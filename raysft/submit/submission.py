@@ -24,7 +24,11 @@ SECOND_SECONDS = 3.0
 """Time for a second Ctrl-C after the first."""
 STOPPED_SECONDS = STOP_SECONDS + 30.0
 """How long a job that is asked to stop may run on."""
+ANSWER_SECONDS = 60.0
+"""How long a cluster that was reached may not answer a request of a command that does not follow a job."""
 POLL_SECONDS = 1.0
+STOPPED_EARLY = 75
+"""Exit code of a run that ended before its end because it was asked to, with a checkpoint."""
 ATTEMPTS = 3
 """Attempts at a number that another process takes at the same moment."""
 
@@ -209,13 +213,16 @@ def _unknown(jobs: Jobs, job: str) -> RequestError:
 
 
 def _ask(jobs: Jobs, request: Callable[[], Answer]) -> Answer:
-    """Make a request of a command that does not wait for the cluster."""
-    try:
-        return request()
-    except Unreachable as error:
-        raise RunFailed(
-            f"{jobs.url} does not answer ({short_reason(str(error))}); run the same command again"
-        ) from None
+    """Make a request that may be made twice; a cluster that has just started has no agent yet that takes jobs."""
+    limit = time.monotonic() + ANSWER_SECONDS
+    while True:
+        try:
+            return request()
+        except Unreachable as error:
+            if time.monotonic() > limit:
+                reason = short_reason(str(error))
+                raise RunFailed(f"{jobs.url} does not answer ({reason}); run the same command again") from None
+            time.sleep(POLL_SECONDS)
 
 
 def _ending(details: JobDetails) -> str:
@@ -224,6 +231,8 @@ def _ending(details: JobDetails) -> str:
         return "succeeded"
     if details.status == JobStatus.STOPPED:
         return "been stopped"
+    if exit_code(details) == STOPPED_EARLY:
+        return f"stopped early (exit code {STOPPED_EARLY}); the same command goes on"
     return f"failed with exit code {exit_code(details)}"
 
 

@@ -11,7 +11,7 @@ from raysft.errors import RunFailed
 from raysft.submit import follow as following
 from raysft.submit.follow import ShownLog, exit_code, follow
 from raysft.submit.jobs_internals import Jobs, UnknownJob
-from tests.dashboards import FAILED, RUNNING, STOPPED, SUCCEEDED, Dashboard, Job, Tail, dashboard
+from tests.dashboards import FAILED, RUNNING, STOPPED, SUCCEEDED, Dashboard, Job, Tail, dashboard, forget_clusters
 
 LOG = "2026-11-26 16:00:01,123\tINFO job_manager.py -- Runtime env is setting up.\n" + "".join(
     f"step {step}/400 | loss {9 / step:.4f} | größer\n" for step in range(1, 401)
@@ -19,7 +19,8 @@ LOG = "2026-11-26 16:00:01,123\tINFO job_manager.py -- Runtime env is setting up
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch):
+def _quick(tmp_path, monkeypatch):
+    forget_clusters(monkeypatch, tmp_path / "home")
     monkeypatch.setattr(following, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(following, "LONGEST_PAUSE", 0.02)
 

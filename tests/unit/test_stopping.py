@@ -19,6 +19,7 @@ from raysft.run.stop_file import request_stop
 from raysft.run.stop_sources import asked_at, watched, watched_node
 from raysft.stopping import Stopping, StopRequest, current, stoppable
 from raysft.storage import lock as lock_module
+from raysft.storage.lock import lost_lock
 from raysft.storage.path import StoragePath
 from tests.objects import Server, credentials
 
@@ -31,9 +32,13 @@ def _quick(monkeypatch) -> Iterator[None]:
     for name in ("FILE_SECONDS", "REMOTE_FILE_SECONDS", "NODE_SECONDS"):
         monkeypatch.setattr(stop_sources, name, 0.02)
     monkeypatch.setattr(stop_sources, "AGAIN_SECONDS", 0.0)
+    # Who starts the tests in the background starts them with Ctrl-C switched off.
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)
+    lost_lock()  # of a test before
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     assert {number: signal.getsignal(number) for number in before} == before
+    signal.signal(signal.SIGINT, outside)
     assert current().request is None
 
 

@@ -28,7 +28,7 @@ from raysft.config import load
 from raysft.submit import follow, kubernetes, submission
 from raysft.submit.jobs_internals import Jobs
 from raysft.submit.request import job_request, relative_paths, verb_of
-from tests.dashboards import FAILED, RUNNING, STOPPED, SUCCEEDED, Dashboard, Job, Tail, dashboard
+from tests.dashboards import FAILED, RUNNING, STOPPED, SUCCEEDED, Dashboard, Job, Tail, dashboard, forget_clusters
 from tests.messages import holds
 from tests.servers import Answer, http, serving
 
@@ -44,10 +44,7 @@ data:
 @pytest.fixture(autouse=True)
 def _alone(tmp_path, monkeypatch):
     """A home without a token, an environment without Ray's settings, and short waits."""
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS", "SSL_CERT_FILE"):
-        monkeypatch.delenv(name, raising=False)
-    (tmp_path / "home").mkdir()
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    forget_clusters(monkeypatch, tmp_path / "home")
     monkeypatch.chdir(tmp_path)
     for module, name in ((follow, "FIRST_PAUSE"), (follow, "LONGEST_PAUSE"), (submission, "POLL_SECONDS")):
         monkeypatch.setattr(module, name, 0.01)
@@ -87,7 +84,7 @@ def test_a_job_is_a_command_and_the_resolved_config_and_nothing_else(run):
         ((name, job),) = server.jobs.items()
         ((_, package),) = server.packages.items()
     assert re.fullmatch(r"raysft-toy-[0-9a-f]{8}-1", name)
-    assert job.entrypoint == "raysft run config.yaml"
+    assert job.entrypoint == "exec raysft run config.yaml"
     assert job.runtime_env["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "290"}
     with zipfile.ZipFile(io.BytesIO(package)) as archive:
         assert [Path(file).name for file in archive.namelist() if not file.endswith("/")] == ["config.yaml"]
@@ -131,6 +128,20 @@ def test_the_same_command_attaches_says_done_or_submits_the_next(run):
         assert len(server.jobs) == 3
         submit(run, server.url, "run.name=other")
         assert len(server.jobs) == 4
+
+
+def test_a_cluster_that_has_just_started_is_given_time_to_take_jobs(run, monkeypatch):
+    with dashboard() as server:
+        server.silent_submissions = 3
+        assert ": submitted to " in submit(run, server.url)
+        assert len(server.jobs) == 1
+        monkeypatch.setattr(submission, "ANSWER_SECONDS", 0.1)
+        server.silent_submissions = 1000
+        code, out, err = run("submit", "toy.yaml", "--to", server.url, "run.name=other")
+    assert (code, out) == (1, "")
+    assert holds(
+        err.rstrip("\n"), f"raysft: failed: {server.url} does not answer (500, No available agent … same command"
+    )
 
 
 def test_a_number_that_another_process_takes_meanwhile_is_that_jobs(run, monkeypatch):
@@ -182,7 +193,7 @@ def test_the_verb_follows_from_the_config(run, overrides, verb):
     with dashboard() as server:
         submit(run, server.url, *overrides)
         (job,) = server.jobs.values()
-    assert job.entrypoint == f"raysft {verb} config.yaml"
+    assert job.entrypoint == f"exec raysft {verb} config.yaml"
 
 
 def test_changed_settings_are_allowed_to_a_run_alone(run):
@@ -190,7 +201,7 @@ def test_changed_settings_are_allowed_to_a_run_alone(run):
         submit(run, server.url, "--allow-changed")
         (job,) = server.jobs.values()
         line = refused(run, "submit", "toy.yaml", "--to", server.url, "--allow-changed", "generate.model=org/other")
-    assert job.entrypoint == "raysft run config.yaml --allow-changed"
+    assert job.entrypoint == "exec raysft run config.yaml --allow-changed"
     assert holds(line, "--allow-changed: raysft generate has no such option; remove it")
 
 
@@ -518,8 +529,12 @@ def test_the_status_of_a_job_says_how_it_is_and_what_to_do_next(run):
         assert "last line: it runs" in lines
         assert lines[-1] == f"next: raysft follow {name} --to {server.url}, or raysft stop {name} --to {server.url}"
         server.jobs[name].status, server.jobs[name].exit_code = FAILED, 75
+        assert (
+            "has stopped early (exit code 75); the same command goes on" in run("status", name, "--to", server.url)[1]
+        )
+        server.jobs[name].exit_code = 1
         lines = run("status", name, "--to", server.url)[1].splitlines()
-    assert lines[0] == f"{name}: has failed with exit code 75"
+    assert lines[0] == f"{name}: has failed with exit code 1"
     assert lines[-1].startswith("next: the command that submitted it")
 
 
