@@ -35,7 +35,7 @@ class Source(Section):
     between user and assistant), ``text``, or ``tokenized`` (input_ids, labels). Default: inferred from the columns."""
     columns: dict[Column, Text | None] = {}
     """Columns that have other names in the file: field → column, for example ``{output: answer}``, or ``null`` to ignore a field.
-    A column that is mapped to one field is no longer read as the field of its own name."""
+    Once a column is mapped to one field, it is not also read as the field of its own name."""
     tags: dict[Tag, Text] = {}
     """Keys and roles that have other names in a conversation: ``role`` and ``content`` are the keys of a turn; ``user``,
     ``assistant``, ``observation``, ``function`` and ``system`` are its roles."""

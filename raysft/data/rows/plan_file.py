@@ -30,7 +30,7 @@ PLAIN = ("sources", "weights", "group_ends", "epoch_ends")
 
 
 class DamagedPlan(ValueError):
-    """A file is no row plan."""
+    """A file does not hold a row plan."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def open_plan(path: StoragePath) -> PlannedRows:
 
     Raises:
         FileNotFoundError: there is none.
-        DamagedPlan: the file is no plan.
+        DamagedPlan: the file does not hold a row plan.
     """
     file = Path(local_copy(path.location))
     try:
