@@ -168,7 +168,7 @@ def _submit_to_kubernetes(parsed: argparse.Namespace, config: Config) -> None:
     if parsed.render is None:
         _check_pods(config)
         name = kubernetes.submit(config, _say)
-        _say(f"look at it: kubectl get rayjob {name}")
+        _say(f"look at it: {kubernetes.kubectl_command(config, f'get rayjob {name}')}")
     elif parsed.render == "-":
         print(kubernetes.render(config), end="")
     else:

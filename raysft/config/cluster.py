@@ -2,53 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from raysft.config.section import Count, Positive, Section, Text
+from raysft.config.kubernetes_values import (
+    Device,
+    Devices,
+    Folder,
+    Image,
+    Label,
+    LabelValue,
+    NodeSelector,
+    ObjectName,
+    Quantity,
+    ShortName,
+    Toleration,
+    Variables,
+)
+from raysft.config.section import LARGEST, Count, Positive, Section
 
-_OBJECT_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
-_QUANTITY = re.compile(r"([1-9][0-9]*)(Mi|Gi|Ti|M|G|T)")
-_UNITS = {"Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40, "M": 10**6, "G": 10**9, "T": 10**12}
-_SECRET_NAME = re.compile(r"(?i)(token|secret|passw(or)?d|credentials?|[_-]key|^key)$")
-
-
-def _object_name(value: str) -> str:
-    if not _OBJECT_NAME.fullmatch(value):
-        raise ValueError("must be the name of an object in Kubernetes: lower-case letters, digits, '-' and '.'")
-    return value
-
-
-def _quantity(value: str) -> str:
-    if not _QUANTITY.fullmatch(value):
-        raise ValueError(f"must be a whole number with a unit ({', '.join(_UNITS)}), for example 64Gi")
-    return value
-
-
-def _folder(value: str) -> str:
-    if not value.startswith("/") or ".." in value.split("/"):
-        raise ValueError("must be an absolute path inside the pods, for example /mnt/raysft")
-    return value.rstrip("/") or "/"
-
-
-ObjectName = Annotated[str, AfterValidator(_object_name)]
-"""Name of an object in Kubernetes."""
-Quantity = Annotated[str, AfterValidator(_quantity)]
-"""Amount of memory or disk, as Kubernetes writes it: 64Gi."""
-Folder = Annotated[str, AfterValidator(_folder)]
-"""Absolute path inside the pods."""
-
-
-def bytes_of(quantity: str) -> int:
-    """Bytes of an amount of memory or disk.
-
-    >>> bytes_of("64Gi") == 64 * 2**30, bytes_of("500M")
-    (True, 500000000)
-    """
-    unit = quantity.lstrip("0123456789")
-    return int(quantity.removesuffix(unit)) * _UNITS[unit]
+_SECRET_NAME = re.compile(r"(?i)(token|secret|passw(or)?d|passphrase|[_-]pwd|credentials?|[_-]key|^key)$")
+_FILES_NAME = re.compile(r"(?i)credentials?$")
+"""Variables that usually name a file with a secret, such as GOOGLE_APPLICATION_CREDENTIALS."""
 
 
 class PodSection(Section):
@@ -59,15 +37,15 @@ class PodSection(Section):
     disk: Quantity | None = None
     """Disk of a pod (``ephemeral-storage``) for what Ray spills and the local copy of the model, such as ``200Gi``. Default: no
     request and no limit."""
-    node_selector: dict[Text, str] = {}
-    """ObjectNames that a node must have, for example ``{cloud.google.com/gke-accelerator: nvidia-h100-80gb}``."""
-    tolerations: list[dict[Text, Any]] = []
+    node_selector: NodeSelector = {}
+    """Labels that a node must have, for example ``{cloud.google.com/gke-accelerator: nvidia-h100-80gb}``."""
+    tolerations: list[Toleration] = []
     """Taints that the pod tolerates, as Kubernetes writes them: ``[{key: nvidia.com/gpu, operator: Exists}]``."""
 
     @field_validator("cpus", mode="before")
     @classmethod
     def _whole(cls, value: Any) -> Any:
-        if isinstance(value, float) and value > 0 and value != int(value):
+        if isinstance(value, float) and value > 0 and math.isfinite(value) and value != int(value):
             raise ValueError(
                 f"must be a whole number, because Ray rounds a pod's CPU limit up; use {int(value) or 1} or {int(value) + 1}"
             )
@@ -97,9 +75,9 @@ class WorkersSection(PodSection):
     """Memory of a pod."""
     gpus: Count = 0
     """GPUs of a pod: all that a machine has, so that its workers share one copy of the model and talk over NVLink."""
-    gpu_resource: Text = "nvidia.com/gpu"
+    gpu_resource: Device = "nvidia.com/gpu"
     """Kubernetes' name of the GPUs, for example ``amd.com/gpu``."""
-    resources: dict[Text, Positive] = {}
+    resources: Devices = {}
     """Further resources of a pod, for example ``{rdma/hca: 1}``."""
     replicas: Positive | None = None
     """Number of pods. Default: what ``scaling.num_workers`` needs; for ``raysft generate`` what ``generate.num_actors`` needs, or
@@ -107,6 +85,14 @@ class WorkersSection(PodSection):
     spot: Literal["gke", "eks", "aks", "karpenter"] | None = None
     """Run the pods on spot nodes, and the head on others: sets the node selector and toleration that this kind of cluster has for
     them. With ``scaling.num_workers: [min, max]``, the run goes on with the workers that remain."""
+
+    @model_validator(mode="after")
+    def _gpus_once(self) -> Self:
+        if self.gpu_resource in self.resources:
+            raise ValueError(
+                f"resources names {self.gpu_resource}, which gpus already asks for; remove it from resources"
+            )
+        return self
 
 
 class DataWorkersSection(PodSection):
@@ -138,20 +124,20 @@ class VolumeSection(Section):
 class ClusterSection(Section):
     """What raysft submit --to kubernetes starts; everything else ignores it, and no value may be a secret."""
 
-    image: Text | None = None
+    image: Image | None = None
     """Image of all pods, with raysft in it (``cluster/Dockerfile``). Required by ``raysft submit --to kubernetes``."""
     image_folders: list[Folder] = []
     """Folders inside the image with models or data that the config names. Other local paths are refused, because pods would not
     find them."""
     image_pull_secrets: list[ObjectName] = []
     """Names of Secrets for the registry of the image."""
-    namespace: ObjectName | None = None
+    namespace: ShortName | None = None
     """Namespace of all objects. Default: that of the current context of kubectl."""
     service_account: ObjectName | None = None
     """Service account of the pods, for access to buckets without keys. Default: the namespace's own."""
     secrets: list[ObjectName] = []
     """Names of Secrets whose entries become environment variables of all pods, such as AWS_SECRET_ACCESS_KEY or HF_TOKEN."""
-    environment: dict[Text, str] = {}
+    environment: Variables = {}
     """Further environment variables of all pods, for example ``{HF_HOME: /mnt/raysft/hub}``. No secrets."""
     priority_class: ObjectName | None = None
     """Priority class of all pods."""
@@ -163,14 +149,14 @@ class ClusterSection(Section):
     """Pods for data."""
     volume: VolumeSection = VolumeSection()
     """The volume."""
-    queue: ObjectName | None = None
+    queue: ShortName | None = None
     """Kueue's local queue that admits the job: all pods at once, or none. Default: no Kueue."""
-    topology: Text | None = None
+    topology: Label | None = None
     """Node label whose value workers should share, for example ``topology.kubernetes.io/zone``; with ``queue`` a level of Kueue's
     topology. A preference, not a condition. Default: none."""
-    start_minutes: Positive = 30
+    start_minutes: Annotated[int, Field(gt=0, le=LARGEST // 60, strict=True)] = 30
     """Minutes that pods may take to start before the job counts as failed. Without effect with ``queue``, where a job may wait."""
-    deadline_hours: Annotated[float, Field(gt=0)] | None = None
+    deadline_hours: Annotated[float, Field(gt=0, le=LARGEST // 3600)] | None = None
     """Hours after which KubeRay ends the job, without a checkpoint; a guard against runs that hang. Default: none."""
     ttl_seconds: Count = 120
     """Seconds that the pods stay after the end of the job, with dashboard and logs."""
@@ -179,15 +165,16 @@ class ClusterSection(Section):
     failed) keeps all its pods until its RayJob is deleted. Not available with ``queue`` and elastic workers."""
     debug: bool = False
     """Let py-spy and the dashboard show the stacks of processes: grants the capability SYS_PTRACE."""
-    prometheus: Text | None = None
+    prometheus: LabelValue | None = None
     """Let Prometheus collect the pods' metrics, with a dashboard for Grafana and alerts: value of the label ``release`` by which
     Prometheus's operator selects PodMonitors and rules. Default: no metrics."""
 
     @field_validator("environment")
     @classmethod
     def _no_secret(cls, value: dict[str, str]) -> dict[str, str]:
-        for name in value:
-            if _SECRET_NAME.search(name):
+        for name, text in value.items():
+            is_path = _FILES_NAME.search(name) and text.startswith("/")
+            if _SECRET_NAME.search(name) and not is_path:
                 raise ValueError(
                     f"the variable {name} looks like a secret, but configs are copied to run directories and logs; "
                     "put it into a Secret and name that in cluster.secrets"

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from raysft.config.cluster import ClusterSection
 from raysft.config.data import DataSection
 from raysft.config.evaluation_effects import Bearing, bearing_of
@@ -19,6 +17,7 @@ from raysft.config.scaling import ScalingSection
 from raysft.config.section import Section
 from raysft.config.train import ZERO_OPTIMIZERS, TrainSection
 from raysft.config.tune import TuneSection
+from raysft.config.yaml_text import dump
 from raysft.errors import RequestError, one_line
 from raysft.storage.local_cache import working_copy
 from raysft.storage.path import StoragePath
@@ -137,7 +136,7 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The resolved config as YAML that ``load`` can read back."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+        return dump(self.model_dump(mode="json"))
 
 
 def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from raysft.cluster.placement import Node
 from raysft.config import Config, with_overrides
-from raysft.config.cluster import bytes_of
+from raysft.config.kubernetes_values import bytes_of
 from raysft.errors import RequestError, one_line
 from raysft.estimate.estimate import Training, estimate, place_of
 from raysft.estimate.hardware import NodeMemory, gpu_memory

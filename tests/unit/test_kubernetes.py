@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -278,7 +279,14 @@ def test_what_belongs_to_a_job_is_deleted_with_it_but_its_storage_and_what_jobs_
     delete = next(line for line in path.read_text().splitlines() if line.startswith("# kubectl delete"))
     kinds = delete.split()[3].split(",")
     assert sorted(kinds) == sorted(kind.lower() for kind in objects(path) if kind not in STAY)
-    assert delete.endswith(f"-l raysft.io/job={name}")
+    assert f"-l raysft.io/job={name}" in delete
+
+
+@WHOLE
+def test_the_commands_of_an_example_name_its_namespace(path):
+    namespace = objects(path)["RayJob"]["metadata"].get("namespace")
+    commands = [line for line in path.read_text().splitlines() if re.match("# kubectl (get|delete)", line)]
+    assert [shlex.split(line)[-2:] == ["--namespace", namespace] for line in commands] == [bool(namespace)] * 2
 
 
 def test_jobs_share_a_dashboard_and_alerts():
@@ -448,6 +456,59 @@ REFUSALS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("generate.num_actors=3", "needs 3 pods", "cluster.workers.replicas=2"),
     ),
     "a name that Kubernetes does not allow": (("cluster.queue=Team_A",), ("cluster.queue='Team_A'", "lower-case")),
+    "infinitely many CPUs": (("cluster.workers.cpus=.inf",), ("cluster.workers.cpus=inf", "integer")),
+    "a namespace with a dot": (("cluster.namespace=a.b",), ("cluster.namespace='a.b'", "lower-case")),
+    "a queue that is too long for a label": ((f"cluster.queue={'q' * 64}",), ("cluster.queue='qqq", "63")),
+    "a claim with two dots": (("cluster.volume.claim=a..b",), ("cluster.volume.claim='a..b'", "lower-case")),
+    "a release with a space": (("cluster.prometheus=a b",), ("cluster.prometheus='a b'", "label")),
+    "a topology that is no label": (("cluster.topology=a/b/c",), ("cluster.topology='a/b/c'", "zone")),
+    "an image with a scheme": (("cluster.image=docker://a",), ("cluster.image='docker://a'", "name of an image")),
+    "a variable with a space": (("cluster.environment={A B: c}",), ("cluster.environment", "'A B'", "variable")),
+    "a variable that no process has": (
+        ('cluster.environment={A: "b\\0"}',),
+        ("cluster.environment.A", "remove them"),
+    ),
+    "CPUs among the devices": (
+        ("cluster.workers.resources={cpu: 64}",),
+        ("cluster.workers.resources", "'cpu'", "keys of their own"),
+    ),
+    "GPUs twice": (
+        ("cluster.workers.resources={nvidia.com/gpu: 4}",),
+        ("cluster.workers", "nvidia.com/gpu", "remove it"),
+    ),
+    "a node that no label selects": (
+        ("cluster.workers.node_selector={pool: a b}",),
+        ("cluster.workers.node_selector.pool='a b'", "label"),
+    ),
+    "a misspelt toleration": (
+        ("cluster.workers.tolerations=[{key: a, operater: Exists}]",),
+        ("cluster.workers.tolerations.0", "operater", "operator"),
+    ),
+    "a toleration with a number": (
+        ("cluster.head.tolerations=[{key: a, value: 1}]",),
+        ("cluster.head.tolerations.0", "value", "quotes"),
+    ),
+    "a toleration of no effect": (
+        ("cluster.head.tolerations=[{key: a, operator: Exists, effect: No}]",),
+        ("cluster.head.tolerations.0", "effect", "NoSchedule"),
+    ),
+    "more hours than a number holds": (("cluster.deadline_hours=1e+300",), ("cluster.deadline_hours", "596523")),
+    "a pod in which Ray cannot start": (
+        ("cluster.workers.memory=249Mi",),
+        ("cluster.workers.memory=249Mi", "250Mi"),
+    ),
+    "a volume over the config": (
+        ("cluster.volume={claim: disk, mount_path: /etc}",),
+        ("cluster.volume.mount_path=/etc", "/etc/raysft", "another folder"),
+    ),
+    "storage that leaves the volume": (
+        ("run.storage=/mnt/raysft/../runs", "cluster.volume.claim=disk"),
+        ("run.storage=/mnt/raysft/../runs", "cluster.volume.mount_path=/mnt/raysft"),
+    ),
+    "more engines than GPUs": (
+        ("generate.num_actors=3", "scaling.num_workers=2"),
+        ("generate.num_actors=3", "hold 2", "use 2"),
+    ),
     "a folder that is none": (("cluster.volume.mount_path=data",), ("cluster.volume.mount_path='data'", "absolute")),
 }
 
@@ -459,12 +520,45 @@ def test_what_cannot_run_is_refused(case):
     assert [word for word in words if word not in message] == [], message
 
 
-@pytest.mark.parametrize("name", ["HF_TOKEN", "TRACKER_PASSWORD", "MY_SECRET", "WANDB_API_KEY"])
+@pytest.mark.parametrize("name", ["HF_TOKEN", "TRACKER_PASSWORD", "MY_SECRET", "WANDB_API_KEY", "DB_PWD", "PASSPHRASE"])
 def test_a_secret_is_refused_and_not_repeated(name):
     message = messages.refusal(config, f"cluster.environment={{{name}: hidden-value}}")
     assert "cluster.environment" in message
     assert name in message
     assert "hidden-value" not in message
+
+
+def test_a_file_with_credentials_may_be_named():
+    given = config("cluster.environment={GOOGLE_APPLICATION_CREDENTIALS: /mnt/raysft/key.json}")
+    assert environment(templates(job(given))["head"])["GOOGLE_APPLICATION_CREDENTIALS"] == "/mnt/raysft/key.json"
+    assert "CREDENTIALS" in messages.refusal(config, "cluster.environment={GOOGLE_APPLICATION_CREDENTIALS: '{}'}")
+
+
+@pytest.mark.parametrize(
+    "value", ["1e3", ".5E-3", "1_0", "0o17", "0X1F", "y", "N", "2026-1-2", "yes", "12:30:45", "~", ""]
+)
+def test_kubectl_takes_text_for_text(value):
+    """It reads YAML with another library than Python's, for which more is a number."""
+    text = render(config(f"cluster.environment={{A: '{value}'}}"))
+    assert re.search(rf"- name: A\n +value: (['\"]){re.escape(value)}\1\n", text)
+
+
+@pytest.mark.parametrize("value", ["\x85", "a\x85b\nc", "\u2028", "\ufeff", "a\n b\t\n", " \n", "# a", "---\n"])
+def test_text_is_the_same_in_the_pods(value):
+    given = with_overrides(config(), {"cluster.environment": {"A": value}})
+    assert environment(templates(job(given))["head"])["A"] == value
+    assert list(yaml.safe_load_all(render(given))) == documents(given)
+    assert yaml.safe_load(config_text(given))["cluster"]["environment"] == {"A": value}
+    assert yaml.safe_load(given.to_yaml()) == given.model_dump(mode="json")
+
+
+def test_a_deadline_is_never_zero_seconds():
+    assert job(config("cluster.deadline_hours=1.0e-9"))["spec"]["activeDeadlineSeconds"] == 1
+
+
+def test_a_label_without_a_value_selects_nodes():
+    pod = templates(job(config("cluster.workers.node_selector={node-role.kubernetes.io/gpu: ''}")))["workers"]
+    assert pod["spec"]["nodeSelector"] == {"node-role.kubernetes.io/gpu": ""}
 
 
 def test_a_config_larger_than_a_config_map_is_refused():

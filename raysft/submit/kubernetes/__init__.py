@@ -2,5 +2,6 @@
 
 from raysft.submit.kubernetes.documents import documents, render
 from raysft.submit.kubernetes.kubectl import submit
+from raysft.submit.kubernetes.names import kubectl_command
 
-__all__ = ["documents", "render", "submit"]
+__all__ = ["documents", "kubectl_command", "render", "submit"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import yaml
 
 from raysft.config import Config
-from raysft.submit.kubernetes.names import JOB_LABEL, config_text, job_name, metadata
+from raysft.config.yaml_text import Dumper
+from raysft.submit.kubernetes.names import JOB_LABEL, config_text, job_name, kubectl_command, metadata
 from raysft.submit.kubernetes.ray_job import ray_job
 from raysft.submit.kubernetes.refusals import refuse
 from raysft.submit.kubernetes.sizes import worker_pods
@@ -17,6 +19,10 @@ from raysft.telemetry.dashboard import alerts, dashboard
 
 SHARED_NAME = "raysft-monitoring"
 """Name of the dashboard and of the alerts."""
+_NO_TEXT = re.compile(
+    r"[-+]?(\.[0-9]+|[0-9][0-9_]*\.?[0-9_]*)([eE][-+]?[0-9]+)?|[-+]?0[xX][0-9a-fA-F_]+|[-+]?0[oObB]?[0-7_]+|[yYnN]|\d{4}-\d.*"
+)
+"""Text that is a number, a truth value or a date for kubectl, though not for PyYAML, unless it is quoted."""
 Document = dict[str, Any]
 
 
@@ -43,8 +49,8 @@ def render(config: Config) -> str:
     kinds = ",".join(one["kind"].lower() for one in given if JOB_LABEL in one["metadata"].get("labels", {}))
     header = (
         f"# kubectl apply --server-side -f FILE             start: KubeRay 1.7 or newer makes a Ray cluster and runs raysft on it\n"
-        f"# kubectl get rayjob {name}\n"
-        f"# kubectl delete {kinds} -l {JOB_LABEL}={name}\n"
+        f"# {kubectl_command(config, f'get rayjob {name}')}\n"
+        f"# {kubectl_command(config, f'delete {kinds} -l {JOB_LABEL}={name}')}\n"
     )
     texts = [yaml.dump(one, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 16) for one in given]
     return header + "---\n".join(texts)
@@ -131,15 +137,16 @@ def _pod_monitor(config: Config, release: str) -> Document:
     }
 
 
-class _Dumper(yaml.SafeDumper):
-    """Writes text of several lines as such, and repeats what occurs twice instead of naming it."""
+class _Dumper(Dumper):
+    """Writes text of several lines as such, and repeats what occurs twice instead of naming it; kubectl reads the same."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+    style = '"' if "\x85" in text else "|" if "\n" in text else "'" if _NO_TEXT.fullmatch(text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 _Dumper.add_representer(str, _text)

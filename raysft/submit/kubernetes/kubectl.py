@@ -9,7 +9,7 @@ from collections.abc import Callable
 from raysft.config import Config
 from raysft.errors import RequestError, one_line
 from raysft.submit.kubernetes.documents import render
-from raysft.submit.kubernetes.names import job_name
+from raysft.submit.kubernetes.names import job_name, kubectl_command
 
 REQUEST_SECONDS = 30
 """How long the cluster may take to answer one request."""
@@ -69,7 +69,7 @@ def submit(config: Config, notify: Callable[[str], None]) -> str:
         if status in ENDED:
             raise RequestError(
                 f"RayJob {name} has ended ({status}), and Kubernetes keeps it; to go on from the newest checkpoint, run "
-                f"{' '.join(['kubectl delete rayjob', name, *namespace])}, then the same command"
+                f"{kubectl_command(config, f'delete rayjob {name}')}, then the same command"
             )
         notify(f"RayJob {name} is there already ({status})")
         return name

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 
-import yaml
-
 from raysft.config import Config
+from raysft.config.yaml_text import dump
 
 NAME_LENGTH = 47
 """Most characters of a RayJob's name: KubeRay adds to it, and a label has 63."""
@@ -21,7 +20,7 @@ def config_text(config: Config) -> str:
     # A config without a name would take that of its file.
     settings["run"] = {"name": config.run.name, **settings.pop("run", {})}
     ordered = {key: settings[key] for key in type(config).model_fields if key in settings}
-    return yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True, width=120)
+    return dump(ordered)
 
 
 def job_name(config: Config) -> str:
@@ -37,6 +36,11 @@ def job_name(config: Config) -> str:
     digest = hashlib.sha256(config_text(config).encode()).hexdigest()[:8]
     slug = re.sub(r"[^a-z0-9]+", "-", config.run.name.lower())[: NAME_LENGTH - len("raysft--") - len(digest)].strip("-")
     return f"raysft-{slug}-{digest}" if slug else f"raysft-{digest}"
+
+
+def kubectl_command(config: Config, words: str) -> str:
+    """Return a command for the job's namespace."""
+    return f"kubectl {words}" + (f" --namespace {config.cluster.namespace}" if config.cluster.namespace else "")
 
 
 def metadata(config: Config, name: str, **labels: str) -> dict[str, object]:

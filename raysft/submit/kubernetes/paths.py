@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import PurePosixPath
+from posixpath import normpath
 
 from raysft.config import ClusterSection, Config
 from raysft.errors import RequestError
@@ -34,13 +35,17 @@ def refuse_local_paths(config: Config) -> None:
 def _is_stored(path: str, cluster: ClusterSection) -> bool:
     if "://" in path:
         return not path.startswith("file://")
-    return bool(cluster.volume.claim) and PurePosixPath(path).is_relative_to(cluster.volume.mount_path)
+    return bool(cluster.volume.claim) and _is_below(path, cluster.volume.mount_path)
 
 
 def _is_visible(path: str, cluster: ClusterSection) -> bool:
     if path.startswith("package:") or _is_stored(path, cluster):
         return True
-    return any(PurePosixPath(path).is_relative_to(folder) for folder in cluster.image_folders)
+    return any(_is_below(path, folder) for folder in cluster.image_folders)
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return PurePosixPath(normpath(path)).is_relative_to(folder)
 
 
 def _remedy_for_storage(cluster: ClusterSection) -> str:

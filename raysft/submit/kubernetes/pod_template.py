@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from raysft.config import Config
-from raysft.config.cluster import DataWorkersSection, HeadSection, WorkersSection, bytes_of
+from raysft.config.cluster import DataWorkersSection, HeadSection, WorkersSection
+from raysft.config.kubernetes_values import bytes_of
 from raysft.submit.kubernetes.names import JOB_LABEL, job_name
 from raysft.submit.kubernetes.placement import placement
 from raysft.submit.request import STOP_SECONDS

@@ -45,7 +45,7 @@ def ray_job(config: Config, pods: WorkerPods) -> dict[str, Any]:
     if not cluster.queue:
         spec["preRunningDeadlineSeconds"] = 60 * cluster.start_minutes
     if cluster.deadline_hours:
-        spec["activeDeadlineSeconds"] = int(3600 * cluster.deadline_hours)
+        spec["activeDeadlineSeconds"] = max(1, int(3600 * cluster.deadline_hours))
     spec["rayClusterSpec"] = _ray_cluster(config, pods)
     return {
         "apiVersion": "ray.io/v1",

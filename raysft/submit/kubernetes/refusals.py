@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
+
 from raysft.config import Config
 from raysft.errors import RequestError
 from raysft.run.resources import check_resources
 from raysft.submit.kubernetes.names import config_text
 from raysft.submit.kubernetes.paths import refuse_local_paths
+from raysft.submit.kubernetes.pod_template import CONFIG_FOLDER, object_store_bytes
 from raysft.submit.kubernetes.sizes import WorkerPods, nodes_of
 from raysft.submit.request import verb_of
 
 CONFIG_MAP_BYTES = 1 << 20
 """Most bytes that Kubernetes stores in a ConfigMap."""
+LEAST_MEMORY, LEAST_STORE = "250Mi", 75 << 20
+"""The smallest object store with which Ray starts, in bytes, and the memory of a pod for it."""
 TRIAL_CPUS = 0.1
 """CPUs that the process of a sweep's trial reserves."""
 
@@ -27,6 +32,7 @@ def refuse(config: Config, pods: WorkerPods) -> None:
         RequestError: names the first problem.
     """
     _refuse_missing(config)
+    _refuse_small_pods(config)
     _refuse_gpus(config)
     _refuse_volume(config, pods)
     refuse_local_paths(config)
@@ -37,6 +43,7 @@ def refuse(config: Config, pods: WorkerPods) -> None:
             f"the config has {size:,} bytes, but a ConfigMap holds {CONFIG_MAP_BYTES:,}; move long lists into files "
             "(data.registry, train.deepspeed)"
         )
+    _refuse_engines(config, pods)
     if verb_of(config) != "generate":
         check_resources(config, nodes_of(config, pods.fewest), TRIAL_CPUS if verb_of(config) == "tune" else 0.0)
 
@@ -54,6 +61,33 @@ def _refuse_missing(config: Config) -> None:
     if config.scaling.address:
         raise RequestError(
             f"scaling.address={config.scaling.address} names another cluster than the one that the job starts; remove it"
+        )
+
+
+def _refuse_small_pods(config: Config) -> None:
+    cluster = config.cluster
+    used = {"head": cluster.head.memory, "workers": cluster.workers.memory}
+    if cluster.data_workers.replicas:
+        used["data_workers"] = cluster.data_workers.memory
+    for name, memory in used.items():
+        if memory and int(object_store_bytes(memory, LEAST_STORE)) < LEAST_STORE:
+            raise RequestError(
+                f"cluster.{name}.memory={memory} is too little for Ray, which needs {LEAST_MEMORY} to start; use some GiB, such "
+                "as 16Gi"
+            )
+
+
+def _refuse_engines(config: Config, pods: WorkerPods) -> None:
+    """Refuse more engines than the pods hold with which the job starts, as the run itself would there."""
+    generate, on_gpus = config.generate, config.scaling.use_gpu
+    if not generate.num_actors or not (config.generates or generate.model):
+        return
+    cpus, gpus = (0.0, float(generate.gpus_per_engine)) if on_gpus else (1.0, 0.0)
+    most = sum(node.capacity(cpus, gpus) for node in nodes_of(config, pods.fewest))
+    if generate.num_actors > most:
+        raise RequestError(
+            f"generate.num_actors={generate.num_actors} engines do not fit into the job's pods, which hold {most}; use {most}, "
+            "or more pods"
         )
 
 
@@ -77,6 +111,12 @@ def _refuse_gpus(config: Config) -> None:
 
 def _refuse_volume(config: Config, pods: WorkerPods) -> None:
     volume, data = config.cluster.volume, config.cluster.data_workers.replicas
+    mounted, own = PurePosixPath(volume.mount_path), PurePosixPath(CONFIG_FOLDER)
+    if volume.claim and (own.is_relative_to(mounted) or mounted.is_relative_to(own)):
+        raise RequestError(
+            f"cluster.volume.mount_path={volume.mount_path} would hide {CONFIG_FOLDER}, where the head finds the config; use "
+            "another folder, such as /mnt/raysft"
+        )
     if volume.claim and volume.access_mode == "ReadWriteOnce" and pods.most + data > 1:
         raise RequestError(
             f"cluster.volume.access_mode=ReadWriteOnce serves one node, but the job has {pods.most + data} pods beside the head; "
