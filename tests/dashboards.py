@@ -53,6 +53,8 @@ class Dashboard:
     jobs: dict[str, Job] = field(default_factory=dict)
     silent_answers: int = 0
     """So many of the next questions about a job get the answer 503."""
+    login_pages: int = 0
+    """So many of the next questions about a job get a page of HTML, as from a proxy at which a login has expired."""
     silent_submissions: int = 0
     """So many of the next submissions are refused as by a head that has just started."""
     forgotten: bool = False
@@ -139,6 +141,9 @@ class Dashboard:
         if self.silent_answers > 0:
             self.silent_answers -= 1
             return web.Response(status=503, text="no healthy upstream")
+        if self.login_pages > 0:
+            self.login_pages -= 1
+            return web.Response(text="<html>Log in</html>", content_type="text/html")
         if self.forgotten or name not in self.jobs:
             return web.Response(status=404, text=f"Job {name} does not exist")
         return None

@@ -129,7 +129,7 @@ def _signals(stopping: Stopping) -> Iterator[_Signals]:
 @contextmanager
 def asked_at(stopping: Stopping, moment: float, reason: str) -> Iterator[None]:
     """Ask the block to end at a moment, in seconds since 1970."""
-    timer = threading.Timer(max(0.0, moment - time.time()), stopping.ask, [reason])
+    timer = threading.Timer(min(threading.TIMEOUT_MAX, max(0.0, moment - time.time())), stopping.ask, [reason])
     timer.daemon = True
     timer.start()
     try:
@@ -152,7 +152,7 @@ def _file(stopping: Stopping, place: StoragePath) -> Iterator[Callable[[], None]
         look()
         yield look
     finally:
-        if found:
+        if found or stop_requested(place):  # also one that came when the end was under way
             clear_stop_request(place)
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import aiohttp
@@ -27,6 +27,7 @@ from raysft.errors import RequestError, one_line
 from raysft.submit.address import EXAMPLE, why_no_answer
 from raysft.submit.token import HOW, find_token, token_asked_for
 
+Answer = TypeVar("Answer")
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 60.0
 """Limits for a connection and for each part of an answer."""
 LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging")
@@ -86,15 +87,15 @@ class Jobs:
 
     def all(self) -> list[JobDetails]:
         """Return all jobs that were submitted to the cluster, in no order."""
-        return [job for job in self._client.list_jobs() if job.submission_id]
+        return [job for job in _understood(self._client.list_jobs) if job.submission_id]
 
     def details(self, job: str) -> JobDetails:
         """Return what the cluster knows about a job."""
-        return self._client.get_job_info(quote(job, safe=""))
+        return _understood(lambda: self._client.get_job_info(quote(job, safe="")))
 
     def log(self, job: str) -> str:
         """Return all that a job has printed so far."""
-        return self._client.get_job_logs(quote(job, safe=""))
+        return _understood(lambda: self._client.get_job_logs(quote(job, safe="")))
 
     async def tail(self, job: str) -> AsyncGenerator[str, None]:
         """Yield all that a job has printed, from the beginning, and then what it prints, until the connection ends."""
@@ -112,11 +113,26 @@ class Jobs:
         Raises:
             JobTaken: there is a job of this name.
         """
-        self._client.submit_job(submission_id=job, entrypoint=entrypoint, runtime_env=runtime_env, metadata=dict(about))
+        options: dict[str, Any] = {"entrypoint": entrypoint, "runtime_env": runtime_env, "metadata": dict(about)}
+        _understood(lambda: self._client.submit_job(submission_id=job, **options))
 
     def stop(self, job: str) -> bool:
         """Ask a job to end; False if it does not run."""
-        return self._client.stop_job(quote(job, safe=""))
+        return _understood(lambda: self._client.stop_job(quote(job, safe="")))
+
+
+def _understood(request: Callable[[], Answer]) -> Answer:
+    """Make a request whose answer may be that of something else than a dashboard, such as the login page of a proxy.
+
+    Raises:
+        Unreachable: it is; the dashboard may answer the next time.
+    """
+    try:
+        return request()
+    except RequestError:  # which is a ValueError
+        raise
+    except (TypeError, ValueError) as error:
+        raise Unreachable(f"the answer is not that of a dashboard: {one_line(error)}") from None
 
 
 class _Client(JobSubmissionClient):

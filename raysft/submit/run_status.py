@@ -7,8 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from raysft.errors import RequestError
-from raysft.report.read_run import RunLog, finite, read_run
-from raysft.storage.json_files import read_jsonl
+from raysft.report.read_run import RunLog, finite, read_lines, read_run
 from raysft.storage.lock import LockDenied, live_owner
 from raysft.storage.path import StoragePath
 from raysft.storage.retry import FIRST_SECONDS, retry_for
@@ -28,7 +27,7 @@ def print_run_status(place: StoragePath, notify: Notify) -> None:
     """
     with open_read_only(place, notify) as directory, retry_for(FIRST_SECONDS, notify):
         problems: list[str] = []
-        log, trials = read_run(directory, problems), trial_states(directory)
+        log, trials = read_run(directory, problems), trial_states(directory, problems)
         holder = holder_of(place, notify)
         notify(f"run: {log.name} in {place}")
         for name, value in (
@@ -62,9 +61,14 @@ def newest_checkpoint(directory: RunDirectory) -> str:
     return f"after step {point.cursor.step}" + (f", {age}" if age else "")
 
 
-def trial_states(directory: RunDirectory) -> Counter[str]:
-    """Number of a sweep's trials by their state; empty if it is no sweep."""
-    last = {line.get("trial"): str(line.get("state")) for line in read_jsonl(directory.trials)}
+def trial_states(directory: RunDirectory, problems: list[str]) -> Counter[str]:
+    """Number of a sweep's trials by their state; empty if it is no sweep. Up to a damaged line, of which ``problems`` tells."""
+    last: dict[str, str] = {}
+    try:
+        for line in read_lines(directory.trials):
+            last[str(line.get("trial"))] = str(line.get("state"))
+    except RequestError as error:
+        problems.append(str(error))
     return Counter(last.values())
 
 

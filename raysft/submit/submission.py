@@ -6,6 +6,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
@@ -131,7 +132,8 @@ def follow_to_end(jobs: Jobs, job: str, notify: Notify) -> int:
                 return 130
             stopping = True
             notify(f"\n{job}: is asked to stop; it has {STOP_SECONDS} s to write a checkpoint")
-            _ask(jobs, lambda: jobs.stop(job))
+            with suppress(UnknownJob):  # its head has started anew, which following it tells
+                _ask(jobs, lambda: jobs.stop(job))
     notify(f"{job}: has {_ending(details)}{_reason(details)}")
     return exit_code(details)
 
@@ -181,7 +183,8 @@ def stop_job(address: str, job: str, notify: Notify) -> None:
     if details.status.is_terminal():
         notify(f"{job}: has {_ending(details)} before{_reason(details)}")
         return
-    _ask(jobs, lambda: jobs.stop(job))
+    with suppress(UnknownJob):  # from one request to the next; the next one tells
+        _ask(jobs, lambda: jobs.stop(job))
     notify(f"{job}: is asked to stop; it has {STOP_SECONDS} s to write a checkpoint")
     limit = time.monotonic() + STOPPED_SECONDS
     while not details.status.is_terminal():
@@ -195,6 +198,11 @@ def stop_job(address: str, job: str, notify: Notify) -> None:
             details = jobs.details(job)
         except Unreachable:
             continue
+        except UnknownJob:
+            raise RunFailed(
+                f"{jobs.url} no longer knows {job}, so its head has started anew and the job has ended; submit it again, and "
+                "it goes on from its newest checkpoint"
+            ) from None
     line = _last_line(jobs, job)
     notify(f"{job}: has {_ending(details)}" + (f"; its last line: {line}" if line else ""))
 

@@ -6,12 +6,14 @@ import json
 import os
 import re
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from raysft.cli import main
@@ -143,6 +145,11 @@ def test_a_sweep_counts_its_trials_by_their_last_state(run, status):
 
 
 def test_what_cannot_be_read_is_said_and_the_rest_is_shown(run, status):
+    (run / "trials.jsonl").write_text('{"trial": "a", "state": "done"}\n{"trial": \n')
+    lines = status(run)
+    assert "trials.jsonl:2: invalid JSON" in lines["problem"]
+    assert lines["progress"] == "1 trials begun: 1 done"
+    (run / "trials.jsonl").unlink()
     (run / "plan.json").write_text("{")
     lines = status(run)
     assert "plan.json:1: invalid JSON" in lines["problem"]
@@ -195,6 +202,19 @@ def test_a_run_is_stopped_through_its_directory_alone(run, capsys, monkeypatch):
     assert last == f"{run}: has ended"
     assert ended[-1] == f"stopped: raysft stop on {socket.gethostname()}"
     assert not (run / "stop").exists()
+
+
+def test_a_run_that_is_killed_meanwhile_is_not_waited_for(run, capsys, monkeypatch):
+    monkeypatch.setattr(stop_run, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(stop_run, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(stop_run, "request_stop", lambda place, reason: (run / "stop").touch() or worker.kill())
+    with subprocess.Popen(["sleep", "60"]) as worker:
+        born = lock_module._born(psutil.Process(worker.pid))
+        owner = replace(LockOwner.me(), process=worker.pid, born=born)
+        (run / ".lock").write_text(json.dumps(asdict(owner)))
+        assert main(["stop", str(run)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"{run}: has ended"
+    assert not (run / "stop").exists(), "the next command would end at once"
 
 
 def test_where_nothing_runs_nothing_is_stopped_later(run, capsys):

@@ -224,6 +224,21 @@ def test_a_time_limit_asks_when_it_is_over(run):
         assert it.request is None, "a limit is that of its block"
 
 
+def test_a_time_limit_may_be_as_long_as_anybody_likes(run, monkeypatch):
+    failed: list = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    with watched(run, 1e300, print):
+        time.sleep(0.05)
+    assert failed == []
+
+
+def test_a_request_that_comes_when_the_end_is_under_way_does_not_end_the_next_run(run, monkeypatch):
+    monkeypatch.setattr(stop_sources, "FILE_SECONDS", 60)
+    with watched(run, None, print):
+        request_stop(run, "too late")
+    assert not (run / "stop").exists()
+
+
 def test_only_the_drivers_own_node_ends_the_run(monkeypatch):
     """Workers on another one restart elsewhere."""
     draining: dict[str, float | None] = {"b" * 56: 5.0}

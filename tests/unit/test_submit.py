@@ -550,6 +550,25 @@ def test_stop_waits_until_the_job_has_ended_and_says_how(run):
         assert run("stop", name, "--to", server.url)[:2] == (0, f"{name}: has been stopped before\n")
 
 
+def test_a_page_in_place_of_an_answer_is_asked_again(run):
+    with dashboard() as server:
+        server.jobs["j"] = Job("step 1\n", [Tail(7, "close")])
+        for command in ("status", "follow", "stop"):
+            server.login_pages = 2
+            code, _, err = run(command, "j", "--to", server.url)
+            assert (code, server.login_pages, err.count("\n")) == (0, 0, 2 if command == "follow" else 0)
+
+
+def test_a_head_that_starts_anew_while_a_job_stops_is_told(run, monkeypatch):
+    with dashboard() as server:
+        submit(run, server.url)
+        (name,) = server.jobs
+        monkeypatch.setattr(Jobs, "stop", lambda self, job: setattr(server, "forgotten", True))
+        code, _, err = run("stop", name, "--to", server.url)
+    assert code == 1
+    assert holds(err.rstrip("\n"), f"raysft: failed: {server.url} no longer knows {name} … newest checkpoint")
+
+
 def test_a_job_that_does_not_stop_is_not_waited_for_forever(run, monkeypatch):
     monkeypatch.setattr(submission, "STOPPED_SECONDS", 0.2)
     monkeypatch.setattr(Jobs, "stop", lambda self, job: True)
