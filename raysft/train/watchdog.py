@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
 from raysft.storage.path import StoragePath
 from raysft.telemetry.events import WorkerHangs, WorkersAlive
@@ -65,7 +64,10 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         # Python's own thread writes the stacks and ends the process if this one cannot run, because another keeps the lock.
-        self._own_stacks = Path(tempfile.gettempdir(), f"raysft-stacks-{os.getpid()}.txt").open("w", encoding="utf-8")
+        # A name of its own: a process that is killed leaves its file, which may be another user's.
+        self._own_stacks = tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", prefix=f"raysft-stacks-{os.getpid()}-", suffix=".txt", delete=False
+        )
         self._thread.start()
         return self
 
@@ -94,7 +96,8 @@ class Watchdog:
         phase, progressed, idle = self._phases.phase, self._phases.progressed, self._phases.idle()
         stuck, end = self.limits(phase)
         if end is not None:
-            faulthandler.dump_traceback_later(end + LEAST_SECONDS, exit=True, file=self._own_stacks)
+            later = min(end + LEAST_SECONDS, threading.TIMEOUT_MAX)
+            faulthandler.dump_traceback_later(later, exit=True, file=self._own_stacks)
         if self._rank == 0 and time.monotonic() - self._alive > ALIVE_SECONDS:
             self._alive = time.monotonic()
             self._report(WorkersAlive(self._phases.step, phase))
@@ -103,7 +106,9 @@ class Watchdog:
         ends = end is not None and idle >= end
         if progressed != self._told or ends:
             self._told = progressed
-            stacks = self._keep_stacks(phase, idle)
+            stacks = ""
+            with suppress(OSError):  # a disk that is full must not keep a worker from ending
+                stacks = self._keep_stacks(phase, idle)
             self._report(WorkerHangs(self._rank, self._where, self._phases.step, phase, round(idle), stacks, ends))
         if ends:
             self._end(EXIT_CODE)

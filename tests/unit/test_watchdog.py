@@ -50,6 +50,32 @@ def test_a_worker_that_waits_for_rows_is_found_and_ends(tmp_path):
     assert "test_a_worker_that_waits_for_rows" in stacks
 
 
+def test_a_limit_of_any_length_can_be_given(tmp_path):
+    with Watchdog(Phases(), 0, "host", StoragePath.of(tmp_path), print, 1e300, end=pytest.fail) as watchdog:
+        watchdog._look()
+
+
+def test_a_worker_ends_though_its_stacks_cannot_be_kept(tmp_path, monkeypatch):
+    ended, reports, phases = threading.Event(), [], Phases()
+    watchdog = Watchdog(
+        phases, 0, "host", StoragePath.of(tmp_path), reports.append, HANG_MINUTES,
+        end=lambda code: ended.set() or watchdog._closing.set(),
+    )  # fmt: skip
+    with watchdog:
+        monkeypatch.setattr("tempfile.TemporaryFile", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "disk full")))
+        phases.enter("data")
+        assert ended.wait(20)
+    assert {report.stacks for report in reports} == {""}
+
+
+def test_a_file_that_a_killed_process_left_is_in_nobodys_way(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    watchdogs = [Watchdog(Phases(), 0, "host", StoragePath.of(tmp_path), print, 1) for _ in range(2)]
+    with watchdogs[0], watchdogs[1]:
+        assert len(list(tmp_path.glob("raysft-stacks-*"))) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_progress_keeps_a_worker_alive_and_a_step_that_takes_long_is_no_hang(tmp_path):
     reports: list = []
     now = [0.0]
