@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import io
 import os
@@ -12,6 +13,7 @@ from raysft.cli import verbs
 from raysft.cli.parser import parse
 from raysft.config import masked
 from raysft.errors import RequestError, RunFailed, RunStopped, StorageFailed
+from raysft.stopping import stoppable
 
 FAULTS_OF_PATHS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
 """Errors of the operating system that the user can correct; a file that raysft itself misses is a bug."""
@@ -28,6 +30,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without × or … must not end a run
     parsed = parse(arguments)
+    with stoppable() as stopping:
+        code = _exit_code(parsed)
+    url = getattr(parsed, "rayjob", None)
+    if url is not None and code:
+        from raysft.submit.own_job import helps_again, stop_own_job
+
+        if not helps_again(code, stopping.request):
+            stop_own_job(url, code)
+    return code
+
+
+def _exit_code(parsed: argparse.Namespace) -> int:
+    """Call the verb, print what it raises, and return the exit code."""
     try:
         return parsed.verb(parsed) or 0
     except RequestError as error:

@@ -20,6 +20,10 @@ ALLOW_CHANGED = (
     "resume a run that started with other settings, if they can change (see below); the new settings apply from the next step, "
     "other data from the next epoch, and changes.jsonl records them"
 )
+RAYJOB = (
+    "in a RayJob, which KubeRay starts again whenever it fails: if that would not help (exit code 2, or 75 after a time limit or "
+    "raysft stop), have the job stopped through this dashboard of its cluster"
+)
 PROGRESS = "Progress goes to standard output. An error is one line on standard error that names the remedy."
 
 
@@ -60,8 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_config_verb(commands, verbs.prepare, "tokenize the data into the cache")
     train = _add_config_verb(commands, verbs.train, "train and evaluate")
     _add_config_verb(commands, verbs.evaluate, "evaluate the trained model")
-    _add_config_verb(commands, verbs.generate, "generate predictions and score them")
-    _add_config_verb(commands, verbs.tune, "sweep: try the values of tune.space, each in a whole run")
+    generate = _add_config_verb(commands, verbs.generate, "generate predictions and score them")
+    tune = _add_config_verb(commands, verbs.tune, "sweep: try the values of tune.space, each in a whole run")
     report = _add_verb(
         commands,
         verbs.report,
@@ -79,6 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
     keys = _add_verb(commands, verbs.config, "print all config keys with defaults and documentation")
     for resumable in (run, train):
         resumable.add_argument("--allow-changed", action="store_true", help=ALLOW_CHANGED)
+    for submitted in (run, tune, generate):
+        submitted.add_argument("--rayjob", metavar="URL", help=RAYJOB)
     show.add_argument(
         "--rows", type=int, default=3, metavar="N", help="number of rows of the training data to show (default 3)"
     )

@@ -138,26 +138,22 @@ def config(parsed: argparse.Namespace) -> None:
 
 def submit(parsed: argparse.Namespace) -> int:
     config = _load(parsed)
+    following = sys.stdout.isatty() if parsed.follow is None else parsed.follow
     if parsed.to == KUBERNETES:
-        _submit_to_kubernetes(parsed, config)
-        return 0
+        return _submit_to_kubernetes(parsed, config, following)
     if parsed.render is not None:
         raise RequestError(
             f"--render {parsed.render}: writes documents for Kubernetes; use --to {KUBERNETES}, or remove it"
         )
     from raysft.submit import submission
 
-    following = sys.stdout.isatty() if parsed.follow is None else parsed.follow
     folder = Path(parsed.config).absolute().parent
     return submission.submit(config, parsed.to, folder, following, parsed.allow_changed, _say)
 
 
-def _submit_to_kubernetes(parsed: argparse.Namespace, config: Config) -> None:
-    if parsed.follow:
-        raise RequestError(
-            f"--follow: a job on Kubernetes is followed through its dashboard, which --to {KUBERNETES} does not know; remove it, "
-            "forward port 8265 of the service of its head, then raysft follow JOB --to http://127.0.0.1:8265"
-        )
+def _submit_to_kubernetes(parsed: argparse.Namespace, config: Config, following: bool) -> int:
+    if parsed.follow and parsed.render is not None:
+        raise RequestError(f"--render {parsed.render}: starts no job that --follow could follow; remove one of them")
     if parsed.allow_changed:
         raise RequestError(f"--allow-changed: --to {KUBERNETES} has no such option; remove it, or use another run.name")
     from raysft.run.preflight import check_verb
@@ -168,6 +164,8 @@ def _submit_to_kubernetes(parsed: argparse.Namespace, config: Config) -> None:
     if parsed.render is None:
         _check_pods(config)
         name = kubernetes.submit(config, _say)
+        if following:
+            return _follow_on_kubernetes(config, name)
         _say(f"look at it: {kubernetes.kubectl_command(config, f'get rayjob {name}')}")
     elif parsed.render == "-":
         print(kubernetes.render(config), end="")
@@ -179,6 +177,21 @@ def _submit_to_kubernetes(parsed: argparse.Namespace, config: Config) -> None:
             raise RequestError(
                 f"--render {parsed.render}: cannot be written ({error.strerror}); choose another file"
             ) from None
+    return 0
+
+
+def _follow_on_kubernetes(config: Config, name: str) -> int:
+    from raysft.submit import kubernetes
+    from raysft.submit.follow_run import go_on_from_files
+    from raysft.submit.following import Lost
+    from raysft.submit.kubernetes.kubectl import namespace_option
+    from raysft.submit.shown_log import ShownLog, show
+
+    log = ShownLog(show)
+    try:
+        return kubernetes.follow_to_end(name, namespace_option(config.cluster.namespace), _say, log)
+    except Lost as lost:
+        return go_on_from_files(config.run_place, lost, log.tail, _say)
 
 
 def _check_pods(config: Config) -> None:

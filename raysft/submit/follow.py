@@ -11,7 +11,9 @@ from ray.job_submission import JobDetails, JobStatus
 
 from raysft.errors import RunFailed
 from raysft.submit.address import short_reason
+from raysft.submit.following import INTERRUPTED, Lost
 from raysft.submit.jobs_internals import Jobs, UnknownJob, Unreachable
+from raysft.submit.shown_log import ShownLog, own_exit_code
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 """Seconds between two attempts; each wait is twice as long as the one before."""
@@ -23,53 +25,15 @@ QUIET_SECONDS, LONGEST_QUIET = 60.0, 960.0
 """After so long without output the log is opened again, as a connection may die without a sign; doubles if nothing was lost."""
 REST_SECONDS = 30.0
 """How long the log of a job that has ended is asked for."""
-HEAD_CHARACTERS = 4096
-"""Characters at the beginning of a log by which it is told from another; its first line has the time of the job's start."""
-INTERRUPTED = 130
-"""Exit code of a job that was stopped, for which Ray keeps none."""
 
 
-class ShownLog:
-    """Shows a log that is read from its beginning again and again, each part once."""
-
-    def __init__(self, show: Callable[[str], None]) -> None:
-        self._show = show
-        self._head, self._at = "", 0
-        self.shown = 0
-        """Characters that were shown."""
-
-    def restart(self) -> None:
-        """Expect the beginning of the log next."""
-        self._at = 0
-
-    def feed(self, text: str) -> None:
-        """Show what is new in the next part of the log.
-
-        >>> log = ShownLog(lambda new: print(repr(new)))
-        >>> log.feed("step 1\\nst")
-        'step 1\\nst'
-        >>> log.restart()
-        >>> log.feed("step 1\\n"); log.feed("step 2\\n")
-        'ep 2\\n'
-        """
-        start = self._at
-        if not text.startswith(self._head[start : start + len(text)]):
-            # Another log under the same name: a new head has started the job again.
-            text, start = self._head[:start] + text, 0
-            self._head, self.shown = "", 0
-        self._at = start + len(text)
-        if len(self._head) < min(self._at, HEAD_CHARACTERS):
-            self._head = (self._head[:start] + text)[:HEAD_CHARACTERS]
-        if self._at > self.shown:
-            self._show(text[self.shown - start :])
-            self.shown = self._at
-
-
-def exit_code(details: JobDetails) -> int:
-    """The exit code for a job that has ended: its driver's own, if Ray knows it."""
+def exit_code(details: JobDetails, log: str = "") -> int:
+    """The exit code for a job that has ended: its driver's own, if Ray knows it, or the end of its log names it."""
     code = details.driver_exit_code
     if code is not None:
         return code if code >= 0 else 128 - code  # as shells say it of a process that a signal has ended
+    if details.status == JobStatus.STOPPED and (named := own_exit_code(log)) is not None:
+        return named
     return {JobStatus.SUCCEEDED: 0, JobStatus.STOPPED: INTERRUPTED}.get(details.status, 1)
 
 
@@ -87,7 +51,8 @@ def follow(jobs: Jobs, job: str, log: ShownLog, notify: Callable[[str], None]) -
 
     Raises:
         UnknownJob: the cluster never had such a job.
-        RunFailed: the cluster has not answered for a long time, or has lost the job.
+        Lost: the cluster has not answered for a long time.
+        RunFailed: it has lost the job.
     """
     patience, quiet = _Patience(jobs.url, job, notify), QUIET_SECONDS
     while True:
@@ -96,7 +61,7 @@ def follow(jobs: Jobs, job: str, log: ShownLog, notify: Callable[[str], None]) -
         except (Unreachable, UnknownJob) as error:
             patience.fail(error)
             continue
-        patience.answer()
+        patience.answer(details)
         if details.status.is_terminal():
             _show_rest(jobs, job, log, notify)
             return details
@@ -159,9 +124,11 @@ class _Patience:
         self._pause, self._answered = FIRST_PAUSE, time.monotonic()
         self._known = self._lost = False
         self._forgotten: float | None = None
+        self._place = ""
 
-    def answer(self) -> None:
-        """Note that the cluster has told about the job."""
+    def answer(self, details: JobDetails) -> None:
+        """Note what the cluster has told about the job."""
+        self._place = (details.metadata or {}).get("run_directory", "")
         if self._lost:
             self._notify(f"{self._url} answers again")
             self._pause = FIRST_PAUSE
@@ -172,7 +139,8 @@ class _Patience:
 
         Raises:
             UnknownJob: the cluster never had the job.
-            RunFailed: it has failed for too long.
+            Lost: there was no answer for too long.
+            RunFailed: the cluster has forgotten the job for too long.
         """
         unknown, silent = isinstance(error, UnknownJob), time.monotonic() - self._answered
         reason = short_reason(str(error))
@@ -190,9 +158,10 @@ class _Patience:
                 "again, and it goes on from its newest checkpoint"
             )
         if silent > LOST_SECONDS:
-            raise RunFailed(
+            raise Lost(
                 f"{self._url} has not answered for {silent / 60:.0f} minutes ({reason}); the job may be running: "
-                f"{come_back(self._job, self._url)}"
+                f"{come_back(self._job, self._url)}",
+                self._place,
             )
         if not self._lost:
             what = f"no longer knows {self._job}" if unknown else f"does not answer ({reason})"

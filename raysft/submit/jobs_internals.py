@@ -5,6 +5,7 @@ This module uses private parts of Ray's client, whose requests wait forever; ``t
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -18,6 +19,8 @@ import aiohttp
 import ray
 import requests
 from packaging.specifiers import SpecifierSet
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+from ray.dashboard.modules.job.common import JOB_ID_METADATA_KEY
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
@@ -44,6 +47,12 @@ class UnknownJob(Exception):
 
 class JobTaken(Exception):
     """A submission id is in use."""
+
+
+def own_job() -> str | None:
+    """Return the submission id of the job that this process was started as; None if it is no job."""
+    given = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}"))
+    return (given.get("metadata") or {}).get(JOB_ID_METADATA_KEY)
 
 
 class Jobs:

@@ -72,6 +72,11 @@ def trial_states(directory: RunDirectory, problems: list[str]) -> Counter[str]:
     return Counter(last.values())
 
 
+def state_of(directory: RunDirectory) -> str:
+    """``done`` or ``not running``, for a run directory that nobody works in."""
+    return _state(directory, read_run(directory, []), trial_states(directory, []))
+
+
 def _state(directory: RunDirectory, log: RunLog, trials: Counter[str]) -> str:
     if trials:
         return "not running" if set(trials) - {"done", "stopped"} else "done"

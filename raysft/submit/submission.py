@@ -16,13 +16,15 @@ from ray.job_submission import JobDetails, JobStatus
 from raysft.config import Config
 from raysft.errors import RequestError, RunFailed, one_line
 from raysft.run.preflight import check_verb
+from raysft.storage.path import StoragePath
 from raysft.submit.address import dashboard_url, short_reason
-from raysft.submit.follow import ShownLog, come_back, exit_code, follow
+from raysft.submit.follow import come_back, exit_code, follow
+from raysft.submit.follow_run import go_on_from_files
+from raysft.submit.following import INTERRUPTED, Lost, pressed_again
 from raysft.submit.jobs_internals import Jobs, JobTaken, UnknownJob, Unreachable
 from raysft.submit.request import CONFIG_NAME, STOP_SECONDS, JobRequest, commit_of, job_request, verb_of
+from raysft.submit.shown_log import ShownLog, show
 
-SECOND_SECONDS = 3.0
-"""Time for a second Ctrl-C after the first."""
 STOPPED_SECONDS = STOP_SECONDS + 30.0
 """How long a job that is asked to stop may run on."""
 ANSWER_SECONDS = 60.0
@@ -63,7 +65,7 @@ def submit(config: Config, address: str, folder: Path, following: bool, allow_ch
     if ended:
         return 0
     if following:
-        return follow_to_end(jobs, job, notify)
+        return follow_to_end(jobs, job, notify, config.run_place)
     notify(f"follow it: {come_back(job, url)}")
     return 0
 
@@ -117,35 +119,30 @@ def start(jobs: Jobs, job: str, request: JobRequest) -> None:
         _ask(jobs, lambda: jobs.submit(job, request.entrypoint, runtime_env, request.metadata))
 
 
-def follow_to_end(jobs: Jobs, job: str, notify: Notify) -> int:
-    """Show a job's output until it has ended, and return its exit code; Ctrl-C detaches, twice stops the job."""
-    log, stopping = ShownLog(_show), False
+def follow_to_end(jobs: Jobs, job: str, notify: Notify, place: StoragePath | None = None) -> int:
+    """Show a job's output until it has ended, and return its exit code; Ctrl-C detaches, twice stops the job.
+
+    If the cluster does not come back, its progress is shown from its run directory, where that can be seen.
+    """
+    log, stopping = ShownLog(show), False
     while True:
         try:
             details = follow(jobs, job, log, _complain)
             break
         except UnknownJob:
             raise _unknown(jobs, job) from None
+        except Lost as lost:
+            return go_on_from_files(place, lost, log.tail, notify)
         except KeyboardInterrupt:
-            if stopping or not _pressed_again(job):
+            if stopping or not pressed_again(job):
                 notify(f"\n{job}: runs on; come back with: {come_back(job, jobs.url)}")
-                return 130
+                return INTERRUPTED
             stopping = True
             notify(f"\n{job}: is asked to stop; it has {STOP_SECONDS} s to write a checkpoint")
             with suppress(UnknownJob):  # its head has started anew, which following it tells
                 _ask(jobs, lambda: jobs.stop(job))
     notify(f"{job}: has {_ending(details)}{_reason(details)}")
-    return exit_code(details)
-
-
-def _pressed_again(job: str) -> bool:
-    """Wait a moment for a second Ctrl-C."""
-    try:
-        print(f"\n{job}: press Ctrl-C again within {SECOND_SECONDS:.0f} s to stop it", flush=True)
-        time.sleep(SECOND_SECONDS)
-    except KeyboardInterrupt:
-        return True
-    return False
+    return exit_code(details, log.tail)
 
 
 def job_status(address: str, job: str, notify: Notify) -> None:
@@ -258,11 +255,6 @@ def _last_line(jobs: Jobs, job: str) -> str:
     except (Unreachable, UnknownJob):
         return ""
     return lines[-1].strip() if lines else ""
-
-
-def _show(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def _complain(line: str) -> None:

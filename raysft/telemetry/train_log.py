@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -46,6 +46,18 @@ def evaluation_line(results: Mapping[str, Any]) -> str:
         f"eval loss {results['eval_loss']:.4f} | perplexity {results['eval_perplexity']:.2f} | "
         f"token accuracy {100 * results['eval_accuracy']:.1f}% | {results['eval_tokens']:,} loss tokens"
     )
+
+
+def progress_line(record: Mapping[str, Any]) -> str:
+    """Format a line of ``trainer_log.jsonl`` as the run prints it."""
+    if "eval_loss" in record:
+        return f"after step {record['current_steps']} | {evaluation_line(record)}"
+    known = {one.name for one in fields(StepRecord)}
+    # JSON has no NaN, which is null there.
+    values: dict[str, Any] = {
+        key: math.nan if value is None and key != "mfu" else value for key, value in record.items() if key in known
+    }
+    return StepRecord(**values).line()
 
 
 def _json_line(record: Mapping[str, Any]) -> str:

@@ -3,9 +3,9 @@
 import inspect
 
 import requests
-from ray._private.runtime_env import packaging
+from ray._private.runtime_env import constants, packaging
 from ray.dashboard.modules import dashboard_sdk
-from ray.dashboard.modules.job import sdk
+from ray.dashboard.modules.job import common, job_supervisor, sdk
 from ray.dashboard.utils import get_address_for_submission_client
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
@@ -50,6 +50,15 @@ def test_the_environment_names_a_dashboard_before_an_argument_does(monkeypatch):
 def test_modules_log_the_names_of_packages_under_their_own_names():
     loggers = (RAY.name(dashboard_sdk, "logger"), RAY.name(sdk, "logger"), RAY.name(packaging, "default_logger"))
     assert tuple(logger.name for logger in loggers) == jobs_internals.LOGGERS
+
+
+def test_a_job_finds_its_own_name_in_its_environment(monkeypatch):
+    metadata = '{"runtime_env": {}, "metadata": {"job_submission_id": "mine", "job_name": "mine"}}'
+    monkeypatch.setenv(RAY.name(constants, "RAY_JOB_CONFIG_JSON_ENV_VAR"), metadata)
+    assert RAY.name(common, "JOB_ID_METADATA_KEY") == "job_submission_id"
+    assert jobs_internals.own_job() == "mine"
+    RAY.source(job_supervisor.JobSupervisor, "{JOB_ID_METADATA_KEY: job_id", "metadata")
+    RAY.source(job_supervisor.JobSupervisor, '"metadata": self._metadata', "metadata")
 
 
 def test_a_jobs_details_have_what_is_shown():

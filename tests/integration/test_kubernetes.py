@@ -10,6 +10,7 @@ import yaml
 
 from raysft.config import load
 from raysft.submit.kubernetes import render
+from raysft.submit.shown_log import own_exit_code
 from tests.clusters import started
 from tests.tiny import SENTENCES, tiny_model
 
@@ -62,8 +63,8 @@ def test_the_pods_of_a_job_run_its_config(tmp_path):
     mounted = tmp_path / "etc"
     mounted.mkdir()
     (mounted / "config.yaml").write_text(objects["ConfigMap"]["data"]["config.yaml"])
-    entrypoint = shlex.split(spec["entrypoint"].replace("/etc/raysft", str(mounted)))
-    assert entrypoint[:3] == ["exec", "raysft", "run"]
+    words = spec["entrypoint"].replace("/etc/raysft", str(mounted))
+    assert words.startswith("exec raysft run ")
 
     with started(tmp_path, []) as cluster:
         cpus, variables, options = node(spec["rayClusterSpec"]["headGroupSpec"])
@@ -72,16 +73,23 @@ def test_the_pods_of_a_job_run_its_config(tmp_path):
             for _ in range(group["replicas"]):
                 cpus, variables, options = node(group)
                 cluster.start(cpus, variables, **options)
+        entrypoint = shlex.split(words.replace("http://127.0.0.1:8265", cluster.dashboard))
+        (mounted / "wrong.yaml").write_text("train: {epochs: 0}\n")
+        wrong = [word.replace("config.yaml", "wrong.yaml") for word in entrypoint]
+        _, refusal = cluster.submit(*wrong, seconds=JOB_SECONDS)
         code, output = cluster.submit(*entrypoint, seconds=JOB_SECONDS)
         assert code == 0, output
         worker = cluster.nodes[1]
         worker.send_signal(signal.SIGTERM)
         worker.wait(timeout=IDLE_SECONDS)
-        (job,) = (one for one in cluster.jobs() if one["entrypoint"] == shlex.join(entrypoint))
+        jobs = {one["entrypoint"]: one for one in cluster.jobs()}
+        refused_log = cluster.log(jobs[shlex.join(wrong)]["submission_id"])
 
     run = tmp_path / "runs" / "tiny"
     assert (run / "model" / "adapter_model.safetensors").exists()
     plan = json.loads((run / "plan.json").read_text())
     assert plan["cluster_cpus"] == 2, "a worker's and a data pod's; the head offers none"
-    assert job["status"] == "SUCCEEDED"
+    assert jobs[shlex.join(entrypoint)]["status"] == "SUCCEEDED"
+    assert jobs[shlex.join(wrong)]["status"] == "STOPPED", "KubeRay would start one again that has failed"
+    assert own_exit_code(refused_log) == 2, refusal
     assert load(run / "config.yaml").cluster == load(tmp_path / "tiny.yaml").cluster

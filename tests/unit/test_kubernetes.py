@@ -178,7 +178,7 @@ PODS = {
 def test_an_example_has_the_pods_that_its_config_needs(path):
     verb, fewest, most, data = PODS[path.stem]
     spec = objects(path)["RayJob"]["spec"]
-    assert spec["entrypoint"] == f"exec raysft {verb} /etc/raysft/config.yaml"
+    assert spec["entrypoint"] == f"exec raysft {verb} /etc/raysft/config.yaml --rayjob http://127.0.0.1:8265"
     groups = {group["groupName"]: group for group in spec["rayClusterSpec"]["workerGroupSpecs"]}
     workers = groups["workers"]
     # KubeRay starts the job when all replicas run, so that more than the fewest could delay it for ever.

@@ -500,7 +500,7 @@ def test_documents_for_kubernetes_are_written_and_nothing_is_asked(run, monkeypa
     ("arguments", "parts"),
     [
         (["--to", "http://127.0.0.1:1", "--render", "-"], "--render -: … use --to kubernetes"),
-        (["--to", "kubernetes", "--follow"], "--follow: … raysft follow JOB --to http://127.0.0.1:8265"),
+        (["--to", "kubernetes", "--follow", "--render", "-"], "--render -: starts no job … --follow"),
         (["--to", "kubernetes", "--allow-changed"], "--allow-changed: --to kubernetes has no such option"),
     ],
 )

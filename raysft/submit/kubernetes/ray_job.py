@@ -9,6 +9,7 @@ from raysft.config import Config
 from raysft.submit.kubernetes.names import JOB_LABEL, job_name, metadata
 from raysft.submit.kubernetes.pod_template import (
     CONFIG_FOLDER,
+    HEAD_PORTS,
     Role,
     container_security,
     has_autoscaler,
@@ -37,7 +38,7 @@ def ray_job(config: Config, pods: WorkerPods) -> dict[str, Any]:
     queue = {"kueue.x-k8s.io/queue-name": cluster.queue} if cluster.queue else {}
     spec: dict[str, Any] = {
         # In place of the shell that Ray starts: a stop would end the shell first, and nobody in the pod would notice raysft's end.
-        "entrypoint": f"exec raysft {verb_of(config)} {CONFIG_FOLDER}/{CONFIG_NAME}",
+        "entrypoint": f"exec raysft {verb_of(config)} {CONFIG_FOLDER}/{CONFIG_NAME}{_final(config)}",
         "submissionMode": "HTTPMode",
         "backoffLimit": BACKOFF_LIMIT,
         **_end(config),
@@ -53,6 +54,14 @@ def ray_job(config: Config, pods: WorkerPods) -> dict[str, Any]:
         "metadata": metadata(config, name, **{JOB_LABEL: name}, **queue),
         "spec": spec,
     }
+
+
+def _final(config: Config) -> str:
+    """Return the option by which a job that another start would not help is stopped, so that KubeRay leaves it alone.
+
+    Not with rules of deletion: they know no job that was stopped, and its pods would stay.
+    """
+    return "" if config.cluster.release_workers else f" --rayjob http://127.0.0.1:{HEAD_PORTS['dashboard']}"
 
 
 def _end(config: Config) -> dict[str, Any]:
