@@ -38,7 +38,7 @@ def check_pods(config: Config, nodes: Sequence[Node], notify: Callable[[str], No
 
     try:
         hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of any type: transformers checks what is in the config
         notify(f"memory: not estimated ({one_line(error, 120)})")
         return
     batch, workers = config.train.global_batch_size, config.scaling.most_workers

@@ -147,7 +147,7 @@ def follow_to_end(jobs: Jobs, job: str, notify: Notify, place: StoragePath | Non
 
 def job_status(address: str, job: str, notify: Notify) -> None:
     """Print what a cluster knows about a job, and what to do next."""
-    jobs = Jobs(dashboard_url(address))
+    jobs = _jobs(address, job)
     details = _details(jobs, job)
     ended = details.status.is_terminal()
     notify(f"{job}: {f'has {_ending(details)}' if ended else f'is {details.status.value.lower()}'}{_reason(details)}")
@@ -166,7 +166,7 @@ def job_status(address: str, job: str, notify: Notify) -> None:
 
 def follow_job(address: str, job: str, notify: Notify) -> int:
     """Show a job's output until it has ended, and return its exit code."""
-    return follow_to_end(Jobs(dashboard_url(address)), job, notify)
+    return follow_to_end(_jobs(address, job), job, notify)
 
 
 def stop_job(address: str, job: str, notify: Notify) -> None:
@@ -175,7 +175,7 @@ def stop_job(address: str, job: str, notify: Notify) -> None:
     Raises:
         RunFailed: it has not ended in time.
     """
-    jobs = Jobs(dashboard_url(address))
+    jobs = _jobs(address, job)
     details = _details(jobs, job)
     if details.status.is_terminal():
         notify(f"{job}: has {_ending(details)} before{_reason(details)}")
@@ -202,6 +202,13 @@ def stop_job(address: str, job: str, notify: Notify) -> None:
             ) from None
     line = _last_line(jobs, job)
     notify(f"{job}: has {_ending(details)}" + (f"; its last line: {line}" if line else ""))
+
+
+def _jobs(address: str, job: str) -> Jobs:
+    """Connect to the cluster of a job."""
+    if job in ("", ".", ".."):  # in a URL they name no job, but the list of all
+        raise RequestError(f"{job!r} names no job; use the name that raysft submit prints")
+    return Jobs(dashboard_url(address))
 
 
 def _details(jobs: Jobs, job: str) -> JobDetails:

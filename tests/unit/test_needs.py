@@ -113,6 +113,10 @@ def test_a_training_is_estimated_for_pods_that_do_not_exist(folder, tmp_path, mo
     small = config_of(folder, cluster__workers={"memory": "1Mi"})
     message = refusal(check_pods, small, [Node(4.0)], lines.append)
     assert "needs at least" in message
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "64"}')
+    lines.clear()
+    check_pods(config_of(folder, model__path=str(tmp_path)), [Node(4.0)], lines.append)
+    assert [line.partition(" (")[0] for line in lines] == ["memory: not estimated"]
     elsewhere = config_of(folder, model__path="/mnt/none/model")
     lines.clear()
     check_pods(elsewhere, [Node(4.0)], lines.append)

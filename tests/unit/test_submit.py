@@ -594,6 +594,12 @@ def test_an_unknown_job_is_one_line_with_those_that_are_known(run, command):
         )
 
 
+@pytest.mark.parametrize("command", ["follow", "status", "stop"])
+@pytest.mark.parametrize("name", ["", ".", ".."])
+def test_what_names_no_job_in_a_url_is_one_line(run, command, name):
+    assert holds(refused(run, command, name, "--to", "http://127.0.0.1:1"), f"{name!r} names no job; use")
+
+
 def test_a_job_without_its_cluster_is_told_to_name_it(run):
     assert holds(refused(run, "status", "raysft-toy-12345678-1"), "raysft-toy-12345678-1: … --to http://HOST:8265")
 
