@@ -103,11 +103,19 @@ def _sigterm_interrupts() -> Iterator[None]:
 
 @contextmanager
 def _sigterm_kept() -> Iterator[None]:
-    """Leave the handler of SIGTERM as it was; Ray's, which ``ray.init`` installs, would dump its stack."""
+    """Leave the handler of SIGTERM as it was; Ray's, which ``ray.init`` installs, would dump its stack.
+
+    Ray's own one of the meantime ends the process with exit code 15: then it is the turn of the handler that was there.
+    """
     main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM) if main else None
     try:
         yield
+    except SystemExit as ended:
+        if before is not None and ended.code == signal.SIGTERM:
+            signal.signal(signal.SIGTERM, before)
+            signal.raise_signal(signal.SIGTERM)
+        raise
     finally:
         if before is not None:  # None: not installed from Python
             signal.signal(signal.SIGTERM, before)

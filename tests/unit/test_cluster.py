@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from contextlib import closing, contextmanager, nullcontext
@@ -14,6 +16,9 @@ import pytest
 from raysft.cli import main
 from raysft.cluster import connect, workers
 from raysft.data.shards import ray_pipeline
+from raysft.errors import RunStopped
+from raysft.run.stop_sources import watched
+from raysft.storage.path import StoragePath
 from tests import messages, samples
 from tests.servers import serving, silent
 
@@ -140,3 +145,16 @@ def test_workers_with_gpus_are_no_forks(monkeypatch):
     assert not workers._running
     workers.start(use_gpu=False)
     assert len(workers._running) == 1
+
+
+def test_sigterm_while_ray_starts_stops_the_run(tmp_path, monkeypatch):
+    """``ray.init`` installs a handler that ends the process with exit code 15."""
+
+    def init(**options: object) -> None:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(RunStopped, match=r"^stopped: SIGTERM$"), watched(StoragePath.of(tmp_path), None, print):
+        connect._join("local")
