@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from raysft.telemetry.terminal import Terminal
 from raysft.telemetry.trackers import tracker_variables
 from raysft.train.mailbox import Mailbox
 from raysft.tune.best_model import provide_model, remove_weights
-from raysft.tune.ranking import Ranked
 from raysft.tune.record import Record, TrialRecord
 from raysft.tune.results import check_recorded, expected, print_ranking, rank, write_best, write_results
 from raysft.tune.sources import Source
@@ -119,7 +118,7 @@ class Sweep:
         return ({"trial": ray.tune.grid_search(list(scheduler.members))} if scheduler.members else {}), {}
 
     def conclude(self, errors: Mapping[str, Exception] | None) -> Config:
-        """Write the results and return the best config.
+        """Write and show what the trials came to, and return the best config; also where some have not ended.
 
         Args:
             errors: of each trial that failed; None if the search was interrupted.
@@ -134,29 +133,22 @@ class Sweep:
         check_recorded(config, records)
         ended = sum(record.state in ("done", "stopped", "failed") for record in records.values())
         time_over = self.deadline is not None and time.time() >= self.deadline
-        stop = current().request
-        if stop is not None and ended < self.total:
-            raise RunStopped(f"stopped: {stop.reason}; {self.total - ended} of {self.total} trials have not ended")
+        if stopped := self._stopped(errors, len(trials) - ended, self.total - ended, time_over):
+            self._show(records, over=False)
+            raise stopped
         if errors is None:
             raise KeyboardInterrupt  # Tune has handled a signal and returned
-        if ended < len(trials) and not time_over:
-            raise RunStopped(f"stopped: {len(trials) - ended} of {self.total} trials were asked to stop")
         if left := self.total - ended if time_over else 0:
             terminal.line(
                 f"tune.max_minutes={config.tune.max_minutes} is over, and {left} of {self.total} trials have not ended; "
                 "start the same command again to go on with them"
             )
-        ranking = rank(config, records)
-        write_results(config.run_directory, config, records, ranking)
-        first_error = next(iter(errors.values()), None)
-        if not ranking:
+        best, first_error = self._show(records, over=not left), next(iter(errors.values()), None)
+        if best is None:
             nothing = (
                 f"no trial has ended within tune.max_minutes={config.tune.max_minutes}; start the same command again"
             )
             raise first_error or RunFailed(nothing if left else f"no trial gave a finite {config.tune.metric}")
-        self._show(ranking)
-        remove_weights(config, records, over=not left)
-        best = write_best(config.run_directory, config, ranking[0])
         if errors:
             raise RunFailed(
                 f"{len(errors)} of {len(trials)} trials failed ({first_error}); best.yaml is the best of the others; start the "
@@ -164,15 +156,48 @@ class Sweep:
             )
         return best
 
-    def _show(self, ranking: Sequence[Ranked]) -> None:
-        """Print the ranking, and where model and page are."""
+    def _stopped(
+        self, errors: Mapping[str, Exception] | None, begun: int, left: int, time_over: bool
+    ) -> RunStopped | None:
+        """Return what ends a sweep that was asked to stop, or a trial of which was; None if neither was.
+
+        Args:
+            errors: as ``conclude`` takes them.
+            begun: trials that are known and have not ended; a search may not have suggested all of them.
+            left: all trials that have not ended.
+            time_over: True if ``tune.max_minutes`` are over.
+        """
+        stop = current().request
+        if stop is not None and left > 0:
+            return RunStopped(f"stopped: {stop.reason}; {left} of {self.total} trials have not ended")
+        if errors is not None and begun > 0 and not time_over:
+            return RunStopped(f"stopped: {begun} of {self.total} trials were asked to stop")
+        return None
+
+    def _show(self, records: Mapping[str, TrialRecord], over: bool) -> Config | None:
+        """Write and print the ranking of the trials that are done, and where the best config, the model and the page are.
+
+        Args:
+            records: of all trials.
+            over: True if no trial is to go on.
+
+        Returns:
+            The best config; None if no trial has a result.
+        """
         from raysft.report import write_sweep_page
 
         config, terminal = self.config, self.terminal
+        ranking = rank(config, records)
+        write_results(config.run_directory, config, records, ranking)
+        if not ranking:
+            return None
         print_ranking(config, ranking, terminal)
         model = provide_model(config, ranking[0])
         terminal.line(f"best model: {model or 'none is left; raysft run with best.yaml trains it'}")
+        remove_weights(config, records, over)
+        best = write_best(config.run_directory, config, ranking[0])
         terminal.line(f"page: {config.run_place / write_sweep_page(RunDirectory.of(config.run_place)).name}")
+        return best
 
 
 @contextlib.contextmanager
