@@ -50,6 +50,13 @@ def with_needs(
         RequestError: it surely does not fit, or a node does not see the storage.
     """
     check_shared(config, nodes)
+    return with_estimate(plan, config, files, prepared, nodes, table)
+
+
+def with_estimate(
+    plan: Plan, config: Config, files: ModelFiles, prepared: PreparedData, nodes: Sequence[Node], table: bool = False
+) -> Plan:
+    """Do as ``with_needs``, but do not look whether all nodes see the storage."""
     training = _training(plan, config, files, prepared)
     place = place_of(training, nodes, smallest_node(nodes, config.scaling.use_gpu))
     if not table and _is_small(training, files, place):

@@ -11,17 +11,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from raysft.cluster.connect import cluster
 from raysft.cluster.placement import Node
 from raysft.config import Config
-from raysft.data.prepare import PreparedData
 from raysft.errors import RequestError
 from raysft.run.inputs import (
     PromptInputs,
@@ -41,45 +39,25 @@ from raysft.run.ownership import (
     refuse_training,
     with_recorded_batch_size,
 )
-from raysft.run.plan import Plan, make_plan
+from raysft.run.plan import make_plan
 from raysft.run.resources import check_resources
 from raysft.run.stop_sources import watched, watched_node
+from raysft.run.trial_plans import PlannedRun, is_part, plan_trials
 from raysft.storage.retry import FIRST_SECONDS, retry_for
 from raysft.storage.run_directory import RunDirectory
 from raysft.storage.sync import open_read_only, synced
 from raysft.telemetry.terminal import Terminal
 from raysft.telemetry.trackers import missing_tracker
 
-if TYPE_CHECKING:
-    from raysft.run.resumption import Resumption
-
 Verb = Literal["run", "check", "prepare", "train", "evaluate", "generate", "tune"]
 TRAINS_ONE: tuple[Verb, ...] = ("run", "check", "prepare", "train")
 """Verbs that train one run, or look at what that would do."""
-ESTIMATED: tuple[Verb, ...] = ("run", "check", "train", "tune")
-"""Verbs that estimate what a training needs."""
+ESTIMATED: tuple[Verb, ...] = ("run", "check", "train")
+"""Verbs of one run that estimate what it needs."""
 Place = Callable[[Config, Sequence[Node]], Config]
 """Returns the config as it fits into the cluster, or raises RequestError."""
 TRIALS_AT_A_TIME = 16
 """Run directories of trials that are looked at at a time."""
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """A training that may start: its model, its data and its plan."""
-
-    config: Config
-    """With the batch size that the data decided."""
-    model: str
-    """Folder, URI or hub id of the model to start from."""
-    adapter: str | None
-    """Folder of the adapter to continue from."""
-    prepared: PreparedData
-    plan: Plan
-    identity: dict[str, str]
-    """Hashes of the model and the data, as ``Cursor`` keeps them."""
-    resumption: Resumption | None = None
-    """None for a trial, which finds out when it starts."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +72,7 @@ class Preflight:
     configs: tuple[Config, ...]
     """The config of each run, as it fits into the cluster."""
     runs: tuple[PlannedRun, ...] = ()
-    """One run; of trials one for each way in which model or data differ."""
+    """One run; of trials one for each way in which model, data or steps differ."""
     prompts: PromptInputs | None = None
     """For ``generate`` with ``generate.model``."""
 
@@ -144,7 +122,7 @@ def preflight(
             if predicts:
                 yield replace(ready, prompts=read_prompts(config, terminal.line))
             elif trials:
-                yield replace(ready, runs=tuple(_plan_trials(runs, nodes, verb, terminal.line)))
+                yield replace(ready, runs=tuple(plan_trials(runs, nodes, tuple(config.tune.space), terminal.line)))
             else:
                 planned = _plan_run(runs[0], directory, nodes, changes, allow_changed, verb, terminal.line)
                 yield replace(ready, runs=(planned,))
@@ -161,17 +139,13 @@ def check_trials(trials: Sequence[Config], terminal: Terminal, varying: Sequence
 
     def check(trial: Config) -> None:
         with open_read_only(trial.run_place, terminal.line, only=("config.yaml", "trainer_log.jsonl")) as existing:
-            if not all(_is_part(key, varying) for key in differences(existing, trial)):
+            if not all(is_part(key, varying) for key in differences(existing, trial)):
                 check_ownership(existing, trial, allow_changed=None)
 
     begun = trials[0].run_place.parent.entries() if trials else {}
     # An object store takes a moment for each answer.
     with ThreadPoolExecutor(TRIALS_AT_A_TIME) as pool:
         list(pool.map(check, [trial for trial in trials if trial.run.name in begun]))
-
-
-def _is_part(key: str, keys: Sequence[str]) -> bool:
-    return any(key == other or key.startswith(f"{other}.") for other in keys)
 
 
 def check_verb(config: Config, verb: Verb) -> None:
@@ -276,23 +250,3 @@ def _plan_run(
     if verb in ESTIMATED:
         plan = with_needs(plan, config, files, prepared, nodes, table=verb == "check")
     return PlannedRun(config, files.model, files.adapter, prepared, plan, identity, resumption)
-
-
-def _plan_trials(
-    trials: Sequence[Config], nodes: Sequence[Node], verb: Verb, notify: Callable[[str], None]
-) -> Iterator[PlannedRun]:
-    """Check every trial's model, and make the data of each way in which trials differ in it."""
-    models = [check_model_files(trial, notify) for trial in trials]
-    planned: set[str] = set()
-    for trial, files in zip(trials, models, strict=True):
-        data, prompts = trial.data.model_dump(mode="json"), (trial.generates, trial.generate.sources)
-        key = json.dumps([trial.stage, trial.model.model_dump(mode="json"), data, prompts], sort_keys=True)
-        if key in planned:
-            continue
-        planned.add(key)
-        config, prepared = prepare_data(trial, files, notify)
-        identity = training_identity(files.model, files.adapter, prepared)
-        plan = make_plan(trial, prepared, nodes, files.adapter)
-        if verb in ESTIMATED:
-            plan = with_needs(plan, config, files, prepared, nodes)
-        yield PlannedRun(config, files.model, files.adapter, prepared, plan, identity)

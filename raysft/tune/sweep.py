@@ -10,6 +10,7 @@ from raysft.config import Config
 from raysft.run.preflight import Preflight, check_trials, preflight
 from raysft.run.resources import check_resources
 from raysft.run.tracking import sweep_trackers
+from raysft.run.trial_plans import memory_key, plan_trials
 from raysft.storage.json_files import read_jsonl, write_atomically
 from raysft.telemetry.terminal import Terminal
 from raysft.tune.earlier_call import await_release, earlier_trials
@@ -81,15 +82,14 @@ def _run_trials(config: Config, firsts: Sequence[Trial], ready: Preflight) -> Co
     record.repair()
     recorded = earlier_trials(config, record)
     await_release(config, recorded, ready.terminal.line)
-    source = _source(config, firsts, recorded, ready.nodes)
+    source = _source(config, firsts, recorded, ready.nodes, ready.configs)
     known = [trial for first in source.trials for trial in repeats(config, first)]
     before = expected(recorded, known)
     total = (config.tune.num_samples or len(firsts)) * config.tune.repeats
     fitting = min(concurrent_trials(one, ready.nodes, config.tune.max_concurrent) for one in ready.configs)
     concurrent = min(fitting, total, config.tune.max_concurrent or fitting)
-    for planned in ready.runs:
-        for line in planned.plan.lines():
-            ready.terminal.line(line)
+    for line in dict.fromkeys(line for planned in ready.runs for line in planned.plan.lines()):
+        ready.terminal.line(line)
     scheduler = make_scheduler(config, max(planned.plan.steps for planned in ready.runs), concurrent)
     if config.tune.scheduler in ("asha", "median"):
         ended = [name for name, one in before.items() if one.ended_well]
@@ -107,16 +107,32 @@ def _run_trials(config: Config, firsts: Sequence[Trial], ready: Preflight) -> Co
 
 
 def _source(
-    config: Config, firsts: Sequence[Trial], recorded: Mapping[str, TrialRecord], nodes: Sequence[Node]
+    config: Config,
+    firsts: Sequence[Trial],
+    recorded: Mapping[str, TrialRecord],
+    nodes: Sequence[Node],
+    checked: Sequence[Config] = (),
 ) -> Source:
-    """Return what gives the configurations, for Optuna with those of an earlier call."""
+    """Return what gives the configurations, for Optuna with those of an earlier call.
+
+    Args:
+        config: the sweep's config.
+        firsts: the first trial of each configuration, unless Optuna gives them.
+        recorded: the record of an earlier call, by trial.
+        nodes: the cluster's nodes.
+        checked: configs of trials whose memory has been looked at.
+    """
     if config.tune.search != "optuna":
         return FixedList(firsts)
+    fitting = set(map(memory_key, checked))
 
     def accept(trial: Config) -> None:
         for metric in Objectives.of(config.tune).metrics:
             check_metric(trial, metric)
-        _place(trial, nodes)
+        placed = _place(trial, nodes)
+        if (needs := memory_key(placed)) not in fitting:
+            plan_trials([placed], nodes, tuple(config.tune.space), lambda line: None)
+            fitting.add(needs)
 
     found = restored(config, recorded)
     # Those of a list were among the trials of the preflight.

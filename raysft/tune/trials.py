@@ -14,6 +14,7 @@ from typing import Any
 from raysft.cluster.placement import TASK_CPUS, Node, max_workers, total
 from raysft.config import Config, with_overrides
 from raysft.errors import RequestError
+from raysft.run.trial_plans import value_at
 from raysft.tune.space import Dimension, dimensions
 
 TRIAL_CPUS = 0.1
@@ -138,7 +139,8 @@ def make_trial(config: Config, values: Mapping[str, Any], repeat: int = 0) -> Tr
         reason = str(error).removeprefix("an override: ").removeprefix("override: ")
         raise RequestError(f"tune.space: {reason}") from None
     # As the config parses them: YAML reads 1e-5 as text.
-    values = {key: _value(whole.model_dump(mode="json"), key) for key in values}
+    dumped = whole.model_dump(mode="json")
+    values = {key: value_at(dumped, key) for key in values}
     text = "-".join(f"{key.rpartition('.')[2]}-{_shown(value)}" for key, value in values.items())
     readable = re.sub(r"[^A-Za-z0-9._]+", "-", text)[:80].strip("-._")
     name = f"{readable}-{hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]}"
@@ -152,12 +154,6 @@ def make_trial(config: Config, values: Mapping[str, Any], repeat: int = 0) -> Tr
 def repeats(config: Config, first: Trial) -> list[Trial]:
     """Return the trials of a configuration, one for each seed; the first one keeps its name when ``tune.repeats`` is raised."""
     return [first, *(make_trial(config, first.values, repeat) for repeat in range(1, config.tune.repeats))]
-
-
-def _value(dumped: Any, key: str) -> Any:
-    for part in key.split("."):
-        dumped = dumped[int(part)] if isinstance(dumped, list) else dumped[part]
-    return dumped
 
 
 def with_engines(config: Config, nodes: Sequence[Node]) -> Config:

@@ -14,7 +14,7 @@ from raysft.cli import main
 from raysft.cluster.placement import Node
 from raysft.config import load
 from raysft.errors import RequestError
-from raysft.run import preflight
+from raysft.run import preflight, trial_plans
 from raysft.tune.trials import combinations
 
 CONFIG = {
@@ -206,7 +206,7 @@ def test_the_model_of_every_trial_is_checked_before_data_is_read(capsys, started
         if config.model.path == "./other":
             raise RequestError("model.path=./other: folder not found")
 
-    monkeypatch.setattr(preflight, "check_model_files", check_model_files)
+    monkeypatch.setattr(trial_plans, "check_model_files", check_model_files)
     assert main(["tune", "c.yaml", "tune.space={model.path: [./none, ./other]}"]) == 2
     assert checked == ["./none", "./other"]
     assert "model.path=./other" in capsys.readouterr().err

@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 from ray.tune.search import Searcher
 
+from raysft.cluster.placement import Node
 from raysft.config import Config, parse, with_overrides
 from raysft.errors import RequestError
+from raysft.tune import sweep
 from raysft.tune.earlier_call import earlier_trials
 from raysft.tune.optuna_study import OptunaStudy, check_installed, restored
 from raysft.tune.record import Record, TrialRecord
 from raysft.tune.search import Search
 from raysft.tune.sources import FixedList
 from raysft.tune.sweep import _source
-from raysft.tune.trials import Trial, combinations, repeats
+from raysft.tune.trials import Trial, combinations, make_trial, repeats
 from tests.messages import holds, refusal
 
 RATE = "train.learning_rate"
@@ -117,6 +119,29 @@ def test_a_suggestion_that_cannot_run_is_shown_and_asked_again():
     assert all(trial.config.model.lora.rank <= 32 for trial in source.trials)
     assert lines
     assert all("asked again: no room" in line for line in lines)
+
+
+def test_a_suggestion_that_has_no_memory_is_asked_again_and_each_shape_is_looked_at_once(monkeypatch, capsys):
+    looked: list[tuple[int, int]] = []
+
+    def plan_trials(trials, *_):
+        (trial,) = trials
+        looked.append((trial.micro_batch_size, trial.model.lora.rank))
+        if trial.micro_batch_size > 4:
+            raise RequestError("no memory")
+
+    monkeypatch.setattr(sweep, "plan_trials", plan_trials)
+    space = {RATE: SPACE[RATE], "train.micro_batch_size": [2, 4, 8], "model.lora.rank": [8, 16]}
+    given = with_overrides(config(space, num_samples=20), {"data.holdout": 0.1})
+    checked = make_trial(given, {RATE: 0.5, "train.micro_batch_size": 2, "model.lora.rank": 8}).config
+    source = _source(given, [], {}, [Node(2.0)], [checked])
+    while trial := source.next():
+        source.tell(trial.name, (0.0,))
+    assert len(source.trials) == 20
+    assert {trial.config.micro_batch_size for trial in source.trials} == {2, 4}
+    fitting = [shape for shape in looked if shape[0] <= 4]
+    assert sorted(fitting) == [(2, 16), (4, 8), (4, 16)], "two rows at rank 8 had been looked at before"
+    assert "asked again: no memory" in capsys.readouterr().out
 
 
 def test_a_search_ends_when_no_suggestion_can_run():

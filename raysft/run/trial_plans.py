@@ -1,0 +1,197 @@
+"""The plans of a sweep's trials, made before the first of them starts.
+
+Rows are planned once for each way in which trials differ in them. Memory is estimated for the trials that need the most: if they
+fit, so do the others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from raysft.cluster.placement import Node
+from raysft.config import Config, with_overrides
+from raysft.data.prepare import PreparedData
+from raysft.errors import RequestError
+from raysft.estimate.storage import check_shared
+from raysft.run.inputs import ModelFiles, check_model_files, prepare_data, training_identity
+from raysft.run.needs import with_estimate
+from raysft.run.plan import Plan, make_plan
+
+if TYPE_CHECKING:
+    from raysft.run.resumption import Resumption
+
+MICROBATCH, RANK = "train.micro_batch_size", "model.lora.rank"
+"""Keys with which the memory grows."""
+UNRELATED = (
+    "run", "tune", "cluster", "generate", "model.lora.alpha", "model.lora.rslora", "model.lora.loraplus_ratio",
+    "train.learning_rate", "train.weight_decay", "train.betas", "train.epsilon", "train.max_grad_norm",
+    "train.schedule", "train.schedule_options", "train.warmup_ratio", "train.neftune_alpha", "train.nonfinite",
+    "train.eval_at_start", "train.eval_every_steps", "train.early_stopping", "train.max_failures", "train.hang_minutes",
+    "train.max_hours", "train.trackers", "scaling.wait_minutes", "scaling.address",
+)  # fmt: skip
+"""Sections and keys on which neither memory nor storage depends. Trials that differ in any other one are estimated apart."""
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A training that may start: its model, its data and its plan."""
+
+    config: Config
+    """With the batch size that the data decided."""
+    model: str
+    """Folder, URI or hub id of the model to start from."""
+    adapter: str | None
+    """Folder of the adapter to continue from."""
+    prepared: PreparedData
+    plan: Plan
+    identity: dict[str, str]
+    """Hashes of the model and the data, as ``Cursor`` keeps them."""
+    resumption: Resumption | None = None
+    """None for a trial, which finds out when it starts."""
+
+
+def plan_trials(
+    trials: Sequence[Config], nodes: Sequence[Node], space: Sequence[str], notify: Callable[[str], None]
+) -> list[PlannedRun]:
+    """Check every trial's model and memory, and plan each way in which trials differ in model, data or steps.
+
+    Args:
+        trials: their configs, as they fit into the cluster.
+        nodes: the cluster's nodes.
+        space: the keys in which trials differ, for messages.
+        notify: receives a line for each source that is tokenized.
+
+    Raises:
+        RequestError: a trial surely cannot run; the message has its values.
+    """
+    models = [check_model_files(trial, notify) for trial in trials]
+    check_shared(trials[0], nodes)
+    runs: dict[str, PlannedRun] = {}
+    shapes: dict[tuple[str, str], list[_Shaped]] = {}
+    for trial, files in zip(trials, models, strict=True):
+        rows = _rows_key(trial, files.model)
+        if rows not in runs:
+            runs[rows] = _planned(trial, files, nodes, notify)
+        settings = _memory_settings(trial)
+        grown = settings.pop(MICROBATCH), settings.pop(RANK)
+        shaped = _Shaped(trial, files, *grown)
+        shapes.setdefault((rows, json.dumps([files.adapter, settings], sort_keys=True)), []).append(shaped)
+    related = [key for key in space if not is_part(key, UNRELATED)]
+    for (rows, _), shaped in shapes.items():
+        runs[rows] = _with_needs(runs[rows], shaped, nodes, related)
+    return list(runs.values())
+
+
+def memory_key(trial: Config) -> str:
+    """Return the settings that the needs of a trial depend on, as text."""
+    return json.dumps(_memory_settings(trial), sort_keys=True)
+
+
+@dataclass(frozen=True)
+class _Shaped:
+    """A trial among those whose memory differs by the rows of a microbatch and the rank alone."""
+
+    config: Config
+    files: ModelFiles
+    rows: int
+    rank: int
+
+    def growth(self, rows_per_worker: int) -> tuple[int, int, bool]:
+        """Numbers none of which can grow without more memory. Accumulated gradients are kept beside activations."""
+        return min(self.rows, rows_per_worker), self.rank, rows_per_worker > self.rows
+
+
+def _planned(trial: Config, files: ModelFiles, nodes: Sequence[Node], notify: Callable[[str], None]) -> PlannedRun:
+    config, prepared = prepare_data(trial, files, notify)
+    identity = training_identity(files.model, files.adapter, prepared)
+    plan = make_plan(trial, prepared, nodes, files.adapter)
+    return PlannedRun(config, files.model, files.adapter, prepared, plan, identity)
+
+
+def _with_needs(run: PlannedRun, trials: Sequence[_Shaped], nodes: Sequence[Node], keys: Sequence[str]) -> PlannedRun:
+    """Add to a plan what the trials need that need the most.
+
+    Args:
+        run: what all of them have in common.
+        trials: their memory differs by microbatch and rank alone.
+        nodes: the cluster's nodes.
+        keys: those of the sweep's space that matter.
+    """
+    plan = replace(make_plan(trials[0].config, run.prepared, nodes, trials[0].files.adapter), warnings=())
+    needs, warnings = list(run.plan.needs), list(run.plan.warnings)
+    said: set[str] = set()
+    for trial in _largest(trials, plan.rows_per_worker):
+        batch = run.prepared.train_rows.row_plan.global_batch_size
+        config = with_overrides(trial.config, {"train.global_batch_size": batch})
+        dumped = trial.config.model_dump(mode="json")
+        named = ", ".join(f"{key}={value_at(dumped, key)}" for key in keys)
+        try:
+            found = with_estimate(plan, config, trial.files, run.prepared, nodes)
+        except RequestError as error:
+            raise RequestError(
+                f"tune.space: {named}: {error}, or leave such values out" if named else str(error)
+            ) from None
+        prefix = f"{named}: " if named else ""
+        needs += [f"{prefix}{line}" for line in found.needs if line not in said]
+        warnings += [f"{prefix}{line}" for line in found.warnings if line not in said]
+        said.update((*found.needs, *found.warnings))
+    return replace(run, plan=replace(run.plan, needs=tuple(needs), warnings=tuple(warnings)))
+
+
+def _largest(trials: Iterable[_Shaped], rows_per_worker: int) -> Iterator[_Shaped]:
+    """Yield the trials that none of the others exceeds in every respect; of equal ones the first."""
+    found: dict[tuple[int, int, bool], _Shaped] = {}
+    for trial in trials:
+        found.setdefault(trial.growth(rows_per_worker), trial)
+    for growth, trial in found.items():
+        if not any(other != growth and all(map(int.__ge__, other, growth)) for other in found):
+            yield trial
+
+
+def _rows_key(trial: Config, model: str) -> str:
+    """Return the settings that the rows of a trial depend on, but for the seed, as text."""
+    prompts, train = (trial.generates, trial.generate.sources), trial.train
+    steps = (train.global_batch_size, train.epochs, train.max_steps)
+    template = (trial.model.chat_template, trial.model.trust_remote_code)
+    content = [trial.stage, model, template, trial.data.model_dump(mode="json"), prompts, steps]
+    return json.dumps(content, sort_keys=True)
+
+
+def _memory_settings(trial: Config) -> dict[str, Any]:
+    """Return the settings that memory and storage may depend on, by key, with the microbatch as a number."""
+    found = dict(_leaves(trial.model_dump(mode="json")))
+    return {key: value for key, value in found.items() if not is_part(key, UNRELATED)} | {
+        MICROBATCH: trial.micro_batch_size,
+        RANK: trial.model.lora.rank,
+    }
+
+
+def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def is_part(key: str, keys: Iterable[str]) -> bool:
+    """Return True if a dotted key is one of some keys or sections, or lies in one of them.
+
+    >>> is_part("run.seed", ["run"]), is_part("train.loss", ["train.los"])
+    (True, False)
+    """
+    return any(key == other or key.startswith(f"{other}.") for other in keys)
+
+
+def value_at(settings: Any, key: str) -> Any:
+    """Return the value of a dotted key, whose parts are indices in lists.
+
+    >>> value_at({"data": {"train": [{"weight": 2.0}]}}, "data.train.0.weight")
+    2.0
+    """
+    for part in key.split("."):
+        settings = settings[int(part)] if isinstance(settings, list) else settings[part]
+    return settings
