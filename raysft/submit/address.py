@@ -30,7 +30,8 @@ def dashboard_url(address: str) -> str:
         host, _ = parts.hostname, parts.port
     except ValueError as error:
         raise RequestError(f"{named}: is not a URL ({one_line(error)}); use {EXAMPLE}") from None
-    if not host or any(character.isspace() for character in address):
+    labels = [] if not host or ":" in host else host.removesuffix(".").split(".")
+    if not host or not address.isprintable() or " " in address or not all(0 < len(label) < 64 for label in labels):
         raise RequestError(f"{named}: is not a URL with a host; use {EXAMPLE}")
     if parts.username is not None:
         raise RequestError(

@@ -287,6 +287,8 @@ def saying(words: bytes) -> Answer:
         ("ray://head:10001", "--to ray://head:10001: the address of a Ray Client … http://HOST:8265"),
         ("s3://bucket", "--to s3://bucket: is not the URL"),
         ("http://", "--to http://: is not a URL with a host"),
+        ("http://a..b:8265", "--to http://a..b:8265: is not a URL with a host"),
+        (f"http://{'a' * 64}:8265", "--to http://aaa … aaa:8265: is not a URL with a host"),
         ("http://head:port", "--to http://head:port: is not a URL ("),
         ("http://head:99999", "--to http://head:99999: is not a URL ("),
         ("http://me:word@head:8265", "--to http://…@head: credentials … RAY_AUTH_TOKEN"),
