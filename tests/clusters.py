@@ -18,8 +18,15 @@ from typing import Any
 
 import psutil
 
-START_SECONDS, REFUSAL_SECONDS = 90, 90
+START_SECONDS, REFUSAL_SECONDS = 180, 180
 """Limits, not expectations: several times what a busy machine of 2 cores needs."""
+
+IDLE = {
+    "LOG_NAME_UPDATE_INTERVAL_S": "3600",
+    "REPORTER_UPDATE_INTERVAL_MS": "3600000",
+    "SCAN_EVENT_DIR_INTERVAL_SECONDS": "3600",
+}
+"""Ray looks for news in log files, of the machine and in event files, which nobody asks for, and takes 5% of a core for it."""
 
 
 @dataclass
@@ -193,7 +200,7 @@ def started(folder: Path, cpus: Sequence[int]) -> Iterator[Cluster]:
     # Not in pytest's folder: the path of a Unix socket has at most 107 characters.
     temporary = Path(tempfile.mkdtemp(prefix="raysft-", dir="/tmp"))
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    environment |= {
+    environment |= IDLE | {
         "HOME": str(temporary),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",

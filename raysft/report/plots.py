@@ -17,6 +17,8 @@ _MARKERS = "sD^vPX"
 
 MAX_POINTS = 2000
 """Number of points that fit into the width of a plot. Of longer runs, the mean and the extremes of as many bins are drawn."""
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 9, 1.05, 0.12, 0.5, 0.6
+"""Inches of a figure and its margins, with room for the widest labels: to measure them takes longer than to draw."""
 MAX_MARKS = 30
 """Largest number of points that are drawn with a mark."""
 
@@ -28,6 +30,7 @@ _STYLE: dict[Any, Any] = {
     "axes.titlelocation": "left",
     "axes.titlesize": 13,
     "axes.titleweight": "bold",
+    "axes.titley": 1.0,
     "axes.xmargin": 0.02,
     "figure.dpi": 150,
     "font.size": 11,
@@ -155,9 +158,13 @@ def _panels(log: RunLog, title: str, panels: list[tuple[str, str, str]]) -> Figu
 
 def _figure(title: str, rows: int = 1) -> tuple[Figure, list[Axes]]:
     """An empty figure with panels that share the axis of the steps."""
-    figure = Figure(figsize=(9, 5 if rows == 1 else 3.2 * rows), layout="constrained")
+    height = 5 if rows == 1 else 3.2 * rows
+    figure = Figure(figsize=(WIDTH, height))
     FigureCanvasAgg(figure)
     panels = list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
+    figure.subplots_adjust(
+        left=LEFT / WIDTH, right=1 - RIGHT / WIDTH, top=1 - TOP / height, bottom=BOTTOM / height, hspace=0.15
+    )
     panels[0].set_title(title if len(title) <= 80 else title[:79] + "…", pad=12)
     panels[-1].set_xlabel("step")
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10, steps=[1, 2, 5, 10]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import tempfile
@@ -11,12 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 
 from raysft.config import load
 from raysft.storage.json_files import read_jsonl
 from raysft.tune.trials import combinations
+from tests.clusters import IDLE
 from tests.faults.runs import Moment, Outcome, attempt, compared, said, steps_of
 
 LONGER = ("train.epochs=60", "train.eval_every_steps=200", "train.learning_rate=1.0e-4")
@@ -42,9 +45,14 @@ class Nodes:
         Path("/tmp/ray").mkdir(exist_ok=True)  # where Ray notes the address, in a folder that its first cluster makes
         all_have = {"object_store_memory": 150_000_000, "temp_dir": self._folder}
         first = {"num_cpus": head, "include_dashboard": False, **all_have}
-        self._cluster = Cluster(initialize_head=True, head_node_args=first)
-        self._add = lambda: self._cluster.add_node(num_cpus=each, **all_have)
+        with patch.dict(os.environ, IDLE):
+            self._cluster = Cluster(initialize_head=True, head_node_args=first)
+        self._more = {"num_cpus": each, **all_have}
         self._nodes = [self._add(), self._add()]
+
+    def _add(self) -> Any:
+        with patch.dict(os.environ, IDLE):
+            return self._cluster.add_node(**self._more)
 
     @property
     def address(self) -> str:

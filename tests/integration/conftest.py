@@ -8,6 +8,7 @@ import pytest
 import ray
 
 from raysft.cluster import workers
+from tests.clusters import IDLE
 from tests.objects import credentials
 
 
@@ -27,6 +28,8 @@ def home(tmp_path_factory) -> Iterator[Path]:
         patch.setenv("HOME", str(home))
         # As in a cluster that raysft starts: its processes do not step back before other programs of the machine.
         patch.setenv("RAY_worker_niceness", "0")
+        for name, value in IDLE.items():
+            patch.setenv(name, value)
         yield home
         ray.shutdown()
 

@@ -49,7 +49,7 @@ while True:
     signal.pause()
 """
 """What a run does when it is stopped, without the rest of a run."""
-JOB_SECONDS = 240
+JOB_SECONDS = 600
 """A limit, not an expectation: several times what a busy machine of 2 cores needs."""
 
 

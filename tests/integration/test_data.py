@@ -210,7 +210,15 @@ def test_a_line_of_megabytes_is_dropped_and_the_others_are_used(tmp_path, model,
     assert (len(manifest), [item.record for item in manifest.dropped]) == (2, ["data.jsonl:2"])
 
 
-PREPARE = "import sys; from raysft.cli import main; sys.exit(main(sys.argv[1:]))"
+PREPARE = """
+import sys
+from raysft.cli import main
+from raysft.data.shards import ray_pipeline
+
+ray_pipeline.LOCAL_BYTES = 0
+sys.exit(main(sys.argv[1:]))
+"""
+"""The command where tasks tokenize also few data."""
 
 
 def started(config: Path) -> subprocess.Popen[str]:
@@ -238,8 +246,7 @@ def test_two_concurrent_runs_and_a_killed_one_leave_a_complete_set(tmp_path, mod
     records = [
         {"messages": [{"role": "user", "content": f"word {n} " * 20}, GOOD["messages"][1]]} for n in range(25_000)
     ]
-    width = ray_pipeline.LOCAL_BYTES // len(records) + 1  # tasks tokenize it; JSON ignores spaces
-    (tmp_path / "data.jsonl").write_bytes(b"\n".join(line.ljust(width) for line in lines(*records).splitlines()))
+    (tmp_path / "data.jsonl").write_bytes(lines(*records))
     (tmp_path / "c.yaml").write_text(
         config_of(tmp_path, model, str(tmp_path / "data.jsonl"), on_overflow="truncate").to_yaml()
     )

@@ -30,9 +30,9 @@ cluster:
   workers: {{cpus: 1, memory: 2Gi}}
   data_workers: {{replicas: 1, cpus: 1, memory: 2Gi}}
 """
-JOB_SECONDS = 240
+JOB_SECONDS = 600
 """A limit, not an expectation: several times what a busy machine of 2 cores needs."""
-IDLE_SECONDS = 60
+IDLE_SECONDS = 120
 """A pod without work takes 3 seconds to leave, and must not take the 300 that it may."""
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import ray
 
 from raysft.cli import main
 from raysft.run.stop_file import request_stop
@@ -40,7 +41,7 @@ generate: {{enabled: false}}
 """
 GRACE_SECONDS = 30
 """From SIGTERM to SIGKILL, as Kubernetes has it by default."""
-SECONDS = 120
+SECONDS = 300
 """A limit, not an expectation."""
 
 
@@ -138,8 +139,9 @@ def test_what_is_stopped_in_each_way_and_goes_on_is_the_run_left_alone(folder, a
 
 def test_a_driver_that_gets_sigterm_and_30_seconds_later_sigkill_loses_nothing(folder, alone, capsys):
     run, command = folder / "runs" / "evicted", ["train", str(folder / "tiny.yaml"), "run.name=evicted"]
+    address = f"scaling.address={ray.get_runtime_context().gcs_address}"
     with subprocess.Popen(
-        [sys.executable, "-m", "raysft.cli", *command, "scaling.address=local"],
+        [sys.executable, "-m", "raysft.cli", *command, address],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -408,7 +408,7 @@ def test_two_sweeps_at_once_share_a_cluster_and_a_cache(local_ray, folder):
         )
         for name, rate in rates.items()
     }
-    outputs = {name: process.communicate(timeout=240)[0] for name, process in sweeps.items()}
+    outputs = {name: process.communicate(timeout=600)[0] for name, process in sweeps.items()}
     for name, rate in rates.items():
         assert sweeps[name].returncode == 0, outputs[name]
         (record,) = last_lines(folder / "runs" / name).values()

@@ -28,7 +28,7 @@ scaling: {{threads_per_worker: 1, cpus_per_worker: 0.4}}
 generate: {{enabled: false}}
 tune: {{space: {{train.learning_rate: [1.0e-2, 1.0e-6]}}, scheduler: asha}}
 """
-JOB_SECONDS = 240
+JOB_SECONDS = 600
 """A limit, not an expectation: several times what a busy machine of 2 cores needs."""
 
 
