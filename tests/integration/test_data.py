@@ -243,9 +243,7 @@ def wait_for(condition: Callable[[], object], what: str, seconds: float = 120) -
 
 
 def test_two_concurrent_runs_and_a_killed_one_leave_a_complete_set(tmp_path, model):
-    records = [
-        {"messages": [{"role": "user", "content": f"word {n} " * 20}, GOOD["messages"][1]]} for n in range(25_000)
-    ]
+    records = [{"messages": [{"role": "user", "content": f"word {n}"}, GOOD["messages"][1]]} for n in range(25_000)]
     (tmp_path / "data.jsonl").write_bytes(lines(*records))
     (tmp_path / "c.yaml").write_text(
         config_of(tmp_path, model, str(tmp_path / "data.jsonl"), on_overflow="truncate").to_yaml()
