@@ -24,6 +24,9 @@ class ScalingSection(Section):
     """CPUs that Ray reserves for each worker. Leave at least half a CPU of the cluster free for data tasks."""
     threads_per_worker: Positive | None = None
     """Compute threads of each worker without a GPU. Default: the node's cores divided by its workers."""
+    worker_tokens_per_second: Annotated[float, Field(gt=0)] | None = None
+    """Tokens that each worker trains on in a second, from which ``raysft check`` estimates how long the training takes. Default:
+    those of the newest run in ``run.storage`` that had the same model and settings."""
     address: str | None = None
     """Ray cluster to join, as HOST:PORT of its head node. Default: the cluster that this process belongs to or that runs on this
     machine, otherwise a new one on this machine. ``local``: always start a new one. Ray Client addresses (``ray://``) are not

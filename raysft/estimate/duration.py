@@ -1,4 +1,4 @@
-"""How long a training will take, from the speed of an earlier run of the same model; never without one."""
+"""How long a training will take, from the speed that the config gives or that an earlier run of the same model had."""
 
 from __future__ import annotations
 
@@ -25,17 +25,36 @@ SAME = ("model.path", "model.finetuning", "model.quantization", "data.sequence_l
 class Speed:
     """Tokens that one worker trained on in a second."""
 
-    run: str
-    """The run that was that fast."""
     tokens_per_second: float
+    run: str | None = None
+    """The run that was that fast; None if the config gives the speed."""
+
+    def __str__(self) -> str:
+        """For messages.
+
+        >>> print(Speed(1234.5, "a"))
+        the 1,234 tokens/s that each worker of a had
+        >>> print(Speed(1234.5))
+        the 1,234 tokens/s of a worker in scaling.worker_tokens_per_second
+        """
+        source = (
+            f"that each worker of {self.run} had" if self.run else "of a worker in scaling.worker_tokens_per_second"
+        )
+        return f"the {self.tokens_per_second:,.0f} tokens/s {source}"
 
     def seconds(self, tokens: int, workers: int) -> float:
         """Return the seconds of a training on so many tokens.
 
-        >>> Speed("a", 500.0).seconds(tokens=60_000, workers=2)
+        >>> Speed(500.0).seconds(tokens=60_000, workers=2)
         60.0
         """
         return tokens / (self.tokens_per_second * workers)
+
+
+def given_speed(config: Config) -> Speed | None:
+    """Return the speed that the config gives; None if it gives none."""
+    given = config.scaling.worker_tokens_per_second
+    return None if given is None else Speed(given)
 
 
 def earlier_speed(config: Config) -> Speed | None:
@@ -61,7 +80,7 @@ def _speed_of(run: StoragePath, config: Config) -> Speed | None:
             or plan["resolved"]["dtype"] != config.dtype
         ):
             return None
-        return Speed(run.name, results["train_tokens_per_second"] / plan["resolved"]["workers"])
+        return Speed(results["train_tokens_per_second"] / plan["resolved"]["workers"], run.name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, yaml.YAMLError):
         return None  # no run, or one of another version
 

@@ -19,7 +19,7 @@ from raysft.estimate.measure import Microbatch, measure
 from raysft.estimate.memory import Hardware, Memory, largest_rows, memory
 from raysft.estimate.remedies import Remedy, cheapest, remedies
 from raysft.estimate.setup import setup_of
-from raysft.estimate.sizes import GIB, ModelSizes
+from raysft.estimate.sizes import GIB, ModelSizes, amount
 
 REFUSED, WARNED = 1.05, 0.92
 """Shares of the memory: above the first a run is refused if that is sure, above the second it is warned about."""
@@ -184,7 +184,7 @@ def _too_much(result: Estimate, needed: str) -> str:
 
 
 def _gib(value: float | None) -> str:
-    return f"{(value or 0.0) / GIB:.1f} GiB"
+    return amount(value or 0.0)
 
 
 def _rows(count: int) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from raysft.config import Config, with_overrides
 from raysft.errors import RequestError
 from raysft.estimate.memory import Hardware, Memory
-from raysft.estimate.sizes import GIB
+from raysft.estimate.sizes import amount
 
 SMALL_BUCKET = 50_000_000
 """Elements of a reduce bucket that still fill a network's messages."""
@@ -25,7 +25,7 @@ class Remedy:
     """Bytes of a worker at its peak."""
 
     def __str__(self) -> str:
-        return f"{self.text} ({self.peak / GIB:.1f} GiB)"
+        return f"{self.text} ({amount(self.peak)})"
 
 
 def remedies(

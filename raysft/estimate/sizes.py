@@ -7,7 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-GIB = 1 << 30
+GIB, MIB = 1 << 30, 1 << 20
+
+
+def amount(value: float) -> str:
+    """Format bytes for messages.
+
+    >>> amount(3.25 * GIB), amount(52_000_000)
+    ('3.2 GiB', '49.6 MiB')
+    """
+    return f"{value / GIB:.1f} GiB" if value >= 0.1 * GIB else f"{value / MIB:.1f} MiB"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from raysft.cluster.placement import Node
 from raysft.config import Config
 from raysft.errors import RequestError
 from raysft.estimate.hardware import ask
-from raysft.estimate.sizes import GIB, ModelSizes
+from raysft.estimate.sizes import ModelSizes, amount
 from raysft.estimate.states import Setup, states
 
 PROBED_NODES = 16
@@ -86,10 +86,25 @@ def check_room(config: Config, needed: Storage) -> None:
     least = needed.model + (needed.checkpoint if needed.kept else 0.0)
     if needed.free is not None and least > 1.05 * needed.free:
         raise RequestError(
-            f"run.storage: {config.run_place.parent} has {needed.free / GIB:.1f} GiB free, but the trained model"
+            f"run.storage: {config.run_place.parent} has {amount(needed.free)} free, but the trained model"
             + (" and one checkpoint take" if needed.kept else " takes")
-            + f" {least / GIB:.1f} GiB; make room, or choose another folder"
+            + f" {amount(least)}; make room, or choose another folder"
         )
+
+
+def check_least_room(config: Config, weight_bytes: float) -> None:
+    """Refuse a run whose model cannot be written, without an estimate of its size.
+
+    Args:
+        config: the run's config.
+        weight_bytes: size of the model's files. A model that is trained itself, and not by an adapter, is written again, with at
+            least half as many bytes: its files have four for a weight at most.
+
+    Raises:
+        RequestError: there is too little room.
+    """
+    least = 0.0 if config.model.adapter is not None else weight_bytes / 2
+    check_room(config, Storage(0.0, least, 0, _free(config)))
 
 
 def check_shared(config: Config, nodes: Sequence[Node]) -> None:

@@ -11,14 +11,15 @@ from raysft.cluster.placement import Node
 from raysft.config import Config
 from raysft.data.prepare import PreparedData
 from raysft.errors import RequestError, one_line
-from raysft.estimate.duration import Speed, earlier_speed
+from raysft.estimate.duration import Speed, earlier_speed, given_speed
 from raysft.estimate.estimate import Place, Training, estimate, place_of
 from raysft.estimate.hardware import smallest_node
 from raysft.estimate.measure import Microbatch, surely_small
 from raysft.estimate.setup import setup_of
-from raysft.estimate.sizes import GIB
+from raysft.estimate.sizes import amount
 from raysft.estimate.storage import (
     Storage,
+    check_least_room,
     check_room,
     check_shared,
     late_checkpoint,
@@ -59,20 +60,24 @@ def with_estimate(
     """Do as ``with_needs``, but do not look whether all nodes see the storage."""
     training = _training(plan, config, files, prepared)
     place = place_of(training, nodes, smallest_node(nodes, config.scaling.use_gpu))
-    if not table and _is_small(training, files, place):
-        return plan
+    given = given_speed(config)
+    weight_bytes = _weight_bytes(files)
+    if not table and weight_bytes and _is_small(training, weight_bytes, place):
+        check_least_room(config, weight_bytes)
+        return replace(plan, needs=tuple(_time_line(config, plan, given)) if given else ())
+    speed = given or earlier_speed(config)
+    time = tuple(_time_line(config, plan, speed)) if speed or table else ()
     try:
         found = estimate(training, place)
     except RequestError:
         raise
     except Exception as error:  # a model whose code transformers cannot run without weights
-        return replace(plan, needs=(f"memory: not estimated ({one_line(error, 120)})",))
+        return replace(plan, needs=(f"memory: not estimated ({one_line(error, 120)})", *time))
     written = storage(config, found.sizes, setup_of(config, training.workers, training.rows_per_worker))
     check_room(config, written)
-    earlier = earlier_speed(config)
-    seconds = earlier.seconds(plan.tokens, plan.workers) / plan.steps if earlier and plan.steps else None
+    seconds = speed.seconds(plan.tokens, plan.workers) / plan.steps if speed and plan.steps else None
     warnings = (*plan.warnings, *found.warnings, *_storage_warnings(config, written, seconds))
-    needs = (*found.lines(table), *_storage_line(written), *_time_line(plan, earlier))
+    needs = (*found.lines(table), *_storage_line(written), *time)
     return replace(plan, memory=found.memory.as_dict(), needs=needs, warnings=warnings)
 
 
@@ -95,26 +100,32 @@ def _training(plan: Plan, config: Config, files: ModelFiles, prepared: PreparedD
     )
 
 
-def _is_small(training: Training, files: ModelFiles, place: Place) -> bool:
-    """Return True for a training on CPUs that is surely far below the memory of its node."""
+def _weight_bytes(files: ModelFiles) -> int:
+    """Return the size of the model's weight files; 0 if they are not on this node."""
     folder = Path(local_copy(files.model))
-    if training.config.scaling.use_gpu or place.limit is None or not folder.is_dir():
+    if not folder.is_dir():
+        return 0
+    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
+
+
+def _is_small(training: Training, weight_bytes: int, place: Place) -> bool:
+    """Return True for a training on CPUs that is surely far below the memory of its node."""
+    if training.config.scaling.use_gpu or place.limit is None:
         return False
-    weight_bytes = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
     return surely_small(training.hf_config, weight_bytes, training.microbatch.tokens, training.rows, place.limit)
 
 
 def _storage_line(written: Storage) -> Iterator[str]:
-    free = f"; {written.free / GIB:.1f} GiB are free" if written.free is not None else ""
-    checkpoints = f"{written.kept} checkpoints of {written.checkpoint / GIB:.2f} GiB and " if written.kept else ""
-    yield f"storage: {checkpoints}{written.model / GIB:.2f} GiB for the trained model{free}"
+    free = f"; {amount(written.free)} are free" if written.free is not None else ""
+    checkpoints = f"{written.kept} checkpoints of {amount(written.checkpoint)} and " if written.kept else ""
+    yield f"storage: {checkpoints}{amount(written.model)} for the trained model{free}"
 
 
 def _storage_warnings(config: Config, written: Storage, step_seconds: float | None) -> Iterator[str]:
     if written.free is not None and written.needed > written.free:
         yield (
-            f"run.storage: the run writes up to {written.needed / GIB:.1f} GiB, but {config.run_place.parent} has "
-            f"{written.free / GIB:.1f} GiB free; make room, or lower train.keep_last={config.train.keep_last}"
+            f"run.storage: the run writes up to {amount(written.needed)}, but {config.run_place.parent} has "
+            f"{amount(written.free)} free; make room, or lower train.keep_last={config.train.keep_last}"
         )
     minutes, speed = config.train.save_every_minutes, write_speed(config, written)
     if minutes and (warning := slow_checkpoints(written, speed, 60 * minutes)):
@@ -123,10 +134,14 @@ def _storage_warnings(config: Config, written: Storage, step_seconds: float | No
         yield warning
 
 
-def _time_line(plan: Plan, speed: Speed | None) -> Iterator[str]:
-    if speed:
-        seconds = speed.seconds(plan.tokens, plan.workers)
+def _time_line(config: Config, plan: Plan, speed: Speed | None) -> Iterator[str]:
+    """Say how long all steps take; evaluations, generation and the start come on top."""
+    if speed is None:
         yield (
-            f"time: about {duration(seconds)} for the steps, at the {speed.tokens_per_second:,.0f} tokens/s that each worker of "
-            f"{speed.run} had"
+            f"time: not known, as no run in {config.run_place.parent} had this model and these settings; "
+            "scaling.worker_tokens_per_second gives a speed"
         )
+        return
+    seconds, hours = speed.seconds(plan.tokens, plan.workers), config.train.max_hours
+    limit = "; train.max_hours ends it before, and the same command goes on" if hours and seconds > 3600 * hours else ""
+    yield f"time: about {duration(seconds)} for all steps, at {speed}{limit}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -170,3 +171,22 @@ def ensure_writable(config: Config) -> None:
             if not folder.local:
                 raise RequestError(f"{key}: {folder}: {reason_of(error)}; check the path and its credentials") from None
             raise RequestError(f"{key}: {folder} cannot be created ({error.strerror}); choose another folder") from None
+
+
+def refuse_read_only(config: Config) -> None:
+    """Refuse a run directory that takes no files.
+
+    Raises:
+        RequestError: says why.
+    """
+    run = config.run_place.local
+    if run is None:
+        return
+    folder = run if run.is_dir() else run.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RequestError(
+            f"run.storage: {folder} cannot be written to ({error.strerror}); choose another folder"
+        ) from None

@@ -1,4 +1,4 @@
-"""The memory of a training in pods that do not exist yet: ``raysft submit --to kubernetes`` asks before anything is paid."""
+"""Memory and time of a training in pods that do not exist yet: ``raysft submit --to kubernetes`` asks before anything is paid."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from raysft.cluster.placement import Node
 from raysft.config import Config, with_overrides
 from raysft.config.kubernetes_values import bytes_of
 from raysft.errors import RequestError, one_line
+from raysft.estimate.duration import given_speed
 from raysft.estimate.estimate import Training, estimate, place_of
 from raysft.estimate.hardware import NodeMemory, gpu_memory
 from raysft.estimate.measure import Microbatch
 from raysft.storage.local_cache import cache_home, may_be_on_hub
+from raysft.telemetry.terminal import duration
 
 USUAL_BATCH = 32
 """Rows of a step if the data decides and is not known: the most that ``train.global_batch_size: auto`` takes."""
@@ -31,6 +33,12 @@ def check_pods(config: Config, nodes: Sequence[Node], notify: Callable[[str], No
     Raises:
         RequestError: it surely does not fit.
     """
+    batch, workers = config.train.global_batch_size, config.scaling.most_workers
+    rows = USUAL_BATCH if batch == "auto" else batch
+    speed, steps = given_speed(config), config.train.max_steps
+    if speed and steps:
+        seconds = speed.seconds(steps * rows * config.data.sequence_length, workers)
+        notify(f"time: at most {duration(seconds)} for {steps:,} steps, at {speed}")
     folder = _folder_here(config.model.path)
     if folder is None:
         return
@@ -41,12 +49,10 @@ def check_pods(config: Config, nodes: Sequence[Node], notify: Callable[[str], No
     except Exception as error:  # of any type: transformers checks what is in the config
         notify(f"memory: not estimated ({one_line(error, 120)})")
         return
-    batch, workers = config.train.global_batch_size, config.scaling.most_workers
-    rows = -(-(USUAL_BATCH if batch == "auto" else batch) // workers)
     # The folders of pods are not here.
     local = with_overrides(config, {"data.cache": str(cache_home())})
     microbatch = Microbatch(config.data.sequence_length, 1.0)
-    training = Training(local, hf_config, None, workers, rows, microbatch, filled=0.0)
+    training = Training(local, hf_config, None, workers, -(-rows // workers), microbatch, filled=0.0)
     try:
         found = estimate(training, place_of(training, nodes, (nodes[0], pod_memory(config))))
     except RequestError:

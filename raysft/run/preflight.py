@@ -36,6 +36,7 @@ from raysft.run.ownership import (
     ensure_writable,
     exclusive_access,
     refuse_other_kind,
+    refuse_read_only,
     refuse_training,
     with_recorded_batch_size,
 )
@@ -180,6 +181,7 @@ def _open_directory(
     if verb == "generate" and config.generate.model is None:
         check_trained(config, ", or set generate.model to any model")
     ensure_writable(config)
+    refuse_read_only(config)
     if verb == "check":
         with open_read_only(config.run_place, terminal.line) as directory:
             yield directory, lambda: None

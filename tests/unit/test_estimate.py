@@ -12,7 +12,7 @@ from raysft.cluster.placement import Node
 from raysft.config import Config, parse, with_overrides
 from raysft.errors import RequestError
 from raysft.estimate import estimate as estimates
-from raysft.estimate.duration import earlier_speed
+from raysft.estimate.duration import earlier_speed, given_speed
 from raysft.estimate.estimate import Place, Training, estimate, place_of
 from raysft.estimate.formula import Decoder, by_formula
 from raysft.estimate.hardware import NodeMemory, gpu_memory, this_node
@@ -353,6 +353,15 @@ def test_time_follows_from_an_earlier_run_of_the_same_model(tmp_path):
     assert (found.run, found.tokens_per_second) == ("same", 300.0)
     assert earlier_speed(with_overrides(config, {"model.dtype": "bfloat16"})) is None
     assert earlier_speed(with_overrides(config, {"data.sequence_length": 64})) is None
+
+
+def test_a_given_speed_counts_without_an_earlier_run_and_before_it(tmp_path):
+    assert given_speed(config_of(tmp_path)) is None
+    speed = given_speed(config_of(tmp_path, scaling__worker_tokens_per_second=250))
+    assert speed is not None
+    assert speed.run is None
+    # 3,000 tokens for two workers of 250 tokens/s.
+    assert speed.seconds(3_000, 2) == 6.0
 
 
 def test_refusals_are_requests(seven):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from raysft.cluster.placement import Node
 from raysft.config import Config, parse, with_overrides
 from raysft.estimate.hardware import NodeMemory
+from raysft.run.needs import with_needs
 from raysft.run.pods import check_pods, pod_memory
 from raysft.run.verbs import check
 from tests.messages import holds, refusal
@@ -61,11 +63,44 @@ def test_check_prints_a_table_and_the_storage(folder, monkeypatch, capsys):
     assert not any("memory" in warning for warning in plan.warnings)
 
 
+def times(printed: str) -> list[str]:
+    return [line for line in printed.splitlines() if line.startswith("time:")]
+
+
+def test_time_follows_from_a_given_speed_and_is_not_known_without_one(folder, monkeypatch, capsys):
+    give(monkeypatch, total=64 << 30)
+    plan = check(config_of(folder))
+    (line,) = times(capsys.readouterr().out)
+    assert holds(
+        line, f"time: not known, as no run in {folder}/runs had … scaling.worker_tokens_per_second gives a speed"
+    )
+    # So many that one worker takes 90 minutes.
+    given = {"scaling__worker_tokens_per_second": plan.tokens / 5_400}
+    check(config_of(folder, **given))
+    (line,) = times(capsys.readouterr().out)
+    assert line.startswith("time: about 1:30:00 for all steps, at the ")
+    assert line.endswith(" tokens/s of a worker in scaling.worker_tokens_per_second")
+    check(config_of(folder, **given, train__max_hours=1.6))
+    assert times(capsys.readouterr().out) == [line]
+    check(config_of(folder, **given, train__max_hours=1.4))
+    (limited,) = times(capsys.readouterr().out)
+    assert limited == f"{line}; train.max_hours ends it before, and the same command goes on"
+
+
+def test_a_step_that_takes_longer_than_a_machines_notice_is_warned_of_at_a_given_speed(folder, monkeypatch):
+    give(monkeypatch, total=64 << 30)
+    quick = check(config_of(folder))
+    assert not any("notice" in warning for warning in quick.warnings)
+    seconds = 40 * quick.steps
+    slow = check(config_of(folder, scaling__worker_tokens_per_second=quick.tokens / seconds))
+    assert any(warning.startswith("a step takes about 40 s, but a machine may go") for warning in slow.warnings)
+
+
 def test_what_surely_does_not_fit_is_refused_in_one_line(folder, monkeypatch):
     give(monkeypatch, total=1 * MIB)
     message = refusal(check, config_of(folder))
     # Weights, copies and moments are 1.6 MB.
-    assert holds(message, "a microbatch of 4 rows needs at least 0.0 GiB of memory for each worker, which has … use ")
+    assert holds(message, "a microbatch of 4 rows needs at least … MiB of memory for each worker, which has 1.0 MiB; use ")
 
 
 def test_swap_counts_before_a_run_is_refused(folder, monkeypatch):
@@ -93,7 +128,31 @@ def test_a_model_that_cannot_be_made_without_weights_is_not_estimated(folder, mo
 def test_a_full_disk_is_refused(folder, monkeypatch):
     give(monkeypatch, total=64 << 30)
     monkeypatch.setattr("raysft.estimate.storage._free", lambda config: 1e5)
-    assert holds(refusal(check, config_of(folder)), "run.storage: … has 0.0 GiB free … make room")
+    assert holds(refusal(check, config_of(folder)), "run.storage: … has 0.1 MiB free … make room")
+
+
+@pytest.mark.parametrize("table", [True, False])
+def test_room_for_the_model_is_asked_for_with_and_without_an_estimate(folder, monkeypatch, table):
+    give(monkeypatch, total=64 << 30)
+    monkeypatch.setattr("raysft.run.preflight.with_needs", lambda *arguments, **_: with_needs(*arguments, table=table))
+    # The model has 99,648 weights of four bytes; half of them is what it takes at least.
+    monkeypatch.setattr("raysft.estimate.storage._free", lambda config: 150_000.0)
+    assert holds(
+        refusal(check, config_of(folder)), "run.storage: … has 0.1 MiB free, but the trained model … make room"
+    )
+    monkeypatch.setattr("raysft.estimate.storage._free", lambda config: 250_000.0)
+    if not table:
+        assert check(config_of(folder)).memory is None
+    check(config_of(folder, model__finetuning="lora"))
+
+
+def test_a_storage_that_takes_no_files_is_refused(folder, monkeypatch):
+    def refuses(dir: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(dir))
+
+    monkeypatch.setattr("raysft.run.ownership.tempfile.TemporaryFile", refuses)
+    message = refusal(check, config_of(folder))
+    assert message == f"run.storage: {folder}/runs cannot be written to (Read-only file system); choose another folder"
 
 
 def test_pods_have_the_memory_of_their_section(folder):
@@ -117,8 +176,13 @@ def test_a_training_is_estimated_for_pods_that_do_not_exist(folder, tmp_path, mo
     lines.clear()
     check_pods(config_of(folder, model__path=str(tmp_path)), [Node(4.0)], lines.append)
     assert [line.partition(" (")[0] for line in lines] == ["memory: not estimated"]
-    elsewhere = config_of(folder, model__path="/mnt/none/model")
+    elsewhere = config_of(
+        folder, model__path="/mnt/none/model", train__max_steps=900, scaling__worker_tokens_per_second=64
+    )
     lines.clear()
     check_pods(elsewhere, [Node(4.0)], lines.append)
-    assert not lines, "a model of the image cannot be read here"
+    # Of a model in the image only the time is known: 900 steps of 4 rows of 128 tokens.
+    assert lines == [
+        "time: at most 2:00:00 for 900 steps, at the 64 tokens/s of a worker in scaling.worker_tokens_per_second"
+    ]
     assert not Path("/mnt/none").exists()

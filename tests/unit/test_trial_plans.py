@@ -106,7 +106,7 @@ def test_a_trial_that_surely_cannot_fit_is_refused_with_its_values(folder, monke
     message = refusal(plans, config_of(folder, space))
     assert holds(
         message,
-        "tune.space: train.micro_batch_size=16: a microbatch of 16 rows needs at least … GiB of memory for each worker … "
+        "tune.space: train.micro_batch_size=16: a microbatch of 16 rows needs at least … MiB of memory for each worker … "
         "use train.micro_batch_size= … , or leave such values out",
     )
 
