@@ -174,7 +174,7 @@ def ensure_writable(config: Config) -> None:
 
 
 def refuse_read_only(config: Config) -> None:
-    """Refuse a run directory that takes no files.
+    """Refuse a run directory that exists, or whose parent does, and takes no files.
 
     Raises:
         RequestError: says why.
@@ -183,6 +183,8 @@ def refuse_read_only(config: Config) -> None:
     if run is None:
         return
     folder = run if run.is_dir() else run.parent
+    if not folder.is_dir():
+        return
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass

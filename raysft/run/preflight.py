@@ -180,8 +180,8 @@ def _open_directory(
         check_trained(config)
     if verb == "generate" and config.generate.model is None:
         check_trained(config, ", or set generate.model to any model")
-    ensure_writable(config)
     refuse_read_only(config)
+    ensure_writable(config)
     if verb == "check":
         with open_read_only(config.run_place, terminal.line) as directory:
             yield directory, lambda: None

@@ -100,7 +100,9 @@ def test_what_surely_does_not_fit_is_refused_in_one_line(folder, monkeypatch):
     give(monkeypatch, total=1 * MIB)
     message = refusal(check, config_of(folder))
     # Weights, copies and moments are 1.6 MB.
-    assert holds(message, "a microbatch of 4 rows needs at least … MiB of memory for each worker, which has 1.0 MiB; use ")
+    assert holds(
+        message, "a microbatch of 4 rows needs at least … MiB of memory for each worker, which has 1.0 MiB; use "
+    )
 
 
 def test_swap_counts_before_a_run_is_refused(folder, monkeypatch):
@@ -153,6 +155,22 @@ def test_a_storage_that_takes_no_files_is_refused(folder, monkeypatch):
     monkeypatch.setattr("raysft.run.ownership.tempfile.TemporaryFile", refuses)
     message = refusal(check, config_of(folder))
     assert message == f"run.storage: {folder}/runs cannot be written to (Read-only file system); choose another folder"
+
+
+def test_a_cache_that_takes_no_files_is_enough_if_it_has_the_data(folder, tmp_path, monkeypatch):
+    def refuses(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    config = config_of(folder, data__cache=str(tmp_path / "cache"))
+    with monkeypatch.context() as patch:
+        patch.setattr("raysft.data.shards.build.lock", refuses)
+        message = refusal(check, config)
+        assert holds(
+            message, f"data.cache: {tmp_path}/cache/shards lacks … (Read-only file system); choose another folder"
+        )
+    check(config)
+    monkeypatch.setattr("raysft.data.shards.build.lock", refuses)
+    check(config)
 
 
 def test_pods_have_the_memory_of_their_section(folder):

@@ -95,6 +95,11 @@ def _take(shards: ShardSet, locks: ExitStack, notify: Notify) -> bool:
             locks.enter_context(lock(shards.directory, notify))
         except LockDenied:
             return True  # it is written all the same, or the storage says why not
+        except OSError as error:
+            raise RequestError(
+                f"data.cache: {shards.directory.parent} lacks the tokenized data and cannot be written to ({error.strerror}); "
+                "choose another folder"
+            ) from None
         except Locked as held:
             if not told:
                 notify(f"{held}; waiting for it, as it writes the same data")
