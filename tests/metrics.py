@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -26,7 +27,7 @@ import yaml
 import raysft
 from raysft.config import load
 from raysft.report.matplotlib_agg import Figure, FigureCanvasAgg
-from raysft.telemetry.dashboard import PANELS, Panel, alerts, dashboard
+from raysft.telemetry.dashboard import PANELS, PANELS_IN_A_ROW, Panel, alerts, dashboard
 from tests.sweeps import write_sweep
 
 CLUSTER = Path(__file__).parents[1] / "cluster"
@@ -55,7 +56,9 @@ def main() -> None:
             _system_config={"metrics_report_interval_ms": 1000},
         )
         began = time.time()
-        raysft.run_sft(load("sweep.yaml", ["run.name=shown", "tune={}"]))
+        raysft.run_sft(
+            load("sweep.yaml", ["run.name=shown", "tune={}", "scaling={num_workers: 2, cpus_per_worker: 0.75}"])
+        )
         time.sleep(5)
         draw(server, began, folder / "dashboard.png")
         ray.shutdown()
@@ -108,29 +111,38 @@ def ask(server: str, path: str, **parameters: Any) -> Any:
             time.sleep(0.5)
 
 
-def curves(server: str, query: str, begin: float) -> list[tuple[list[float], list[float]]]:
-    """Answers to a query of the dashboard, for all runs: (seconds, values) of each line."""
+def curves(server: str, query: str, begin: float) -> list[tuple[dict[str, str], list[float], list[float]]]:
+    """Answers to a query of the dashboard, for all runs: (labels, seconds, values) of each line."""
     query = query.replace("$run", ".*")
     found = ask(server, "query_range", query=query, start=begin, end=time.time(), step=1)["result"]
-    return [([at - begin for at, _ in one["values"]], [float(value) for _, value in one["values"]]) for one in found]
+    return [
+        (one["metric"], [at - begin for at, _ in one["values"]], [float(value) for _, value in one["values"]])
+        for one in found
+    ]
 
 
 def draw(server: str, begin: float, file: Path) -> None:
     """Draw every panel."""
-    figure = Figure(figsize=(16, 12), layout="constrained")
+    rows = len(PANELS) // PANELS_IN_A_ROW
+    figure = Figure(figsize=(16, 3 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(4, 3)
+    axes = figure.subplots(rows, PANELS_IN_A_ROW)
     for axis, panel in zip(axes.flat, PANELS, strict=True):
         draw_panel(axis, server, panel, begin)
     figure.savefig(file, dpi=90)
 
 
+def named(legend: str, labels: dict[str, str]) -> str:
+    """A legend with the values of its labels, as Grafana shows it."""
+    return re.sub(r"{{(\w+)}}", lambda label: labels.get(label[1], ""), legend)
+
+
 def draw_panel(axis: Any, server: str, panel: Panel, begin: float) -> None:
     axis.set_title(f"{panel.title} [{panel.unit}]", fontsize="medium")
     lines = [
-        axis.plot(seconds, values, label=legend.replace("{{run}}", "").strip())
+        axis.plot(seconds, values, label=named(legend, labels))
         for query, legend in panel.queries
-        for seconds, values in curves(server, query, begin)
+        for labels, seconds, values in curves(server, query, begin)
     ]
     if len(lines) > 1:
         axis.legend(fontsize="x-small")

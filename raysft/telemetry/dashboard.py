@@ -31,6 +31,10 @@ def _count(metric: str) -> str:
     return f"increase(ray_raysft_{metric}_total{{{RUN}}}[10m])"
 
 
+OWN_TIME = f"({_of('worker_data_wait_seconds')} + {_of('worker_forward_seconds')})"
+"""The time of a step in which a worker does not wait for the others."""
+WORKER = "{{run}} worker {{rank}} ({{node}})"
+"""Legend of what one worker tells."""
 PANELS = (
     Panel("Progress", ((f"{_of('steps_done')} / {_of('steps_planned')}", "{{run}}"),), "percentunit", "stat"),
     Panel(
@@ -52,6 +56,17 @@ PANELS = (
     ),
     Panel("Memory of the first worker", ((_of("memory_gibibytes"), "{{run}}"),), "gbytes"),
     Panel("Age of the newest checkpoint", ((f"time() - {_of('checkpoint_time')}", "{{run}}"),), "s"),
+    Panel(
+        "Own time of the slowest workers in a step",
+        (
+            (f"topk(5, {OWN_TIME})", WORKER),
+            (f"quantile by (run) (0.5, {OWN_TIME})", "{{run}} median"),
+            (f"max by (run) ({_of('worker_step_seconds')})", "{{run}} whole step"),
+        ),
+        "s",
+    ),
+    Panel("Workers without progress", ((f"topk(5, {_of('worker_idle_seconds')})", WORKER),), "s"),
+    Panel("Workers with the most memory", ((f"topk(5, {_of('worker_memory_gibibytes')})", WORKER),), "gbytes"),
     Panel(
         "Faults in ten minutes",
         tuple(
@@ -128,8 +143,11 @@ class Alert:
     """How long it must hold."""
     summary: str
     remedy: str
+    subject: str = "{{ $labels.run }}"
+    """Whom it concerns, in Prometheus' template language."""
 
 
+_OWN = "(ray_raysft_worker_data_wait_seconds + ray_raysft_worker_forward_seconds)"
 ALERTS = (
     Alert(
         "RaysftNoStep", "time() - ray_raysft_step_time > 600", 1, "no step for ten minutes",
@@ -152,6 +170,13 @@ ALERTS = (
         "the log and diagnosis.jsonl name the machine",
     ),
     Alert(
+        "RaysftWorkerBehind", f"{_OWN} > on (run) group_left () (1.2 * quantile by (run) (0.5, {_OWN})) "
+        f"and {_OWN} > 0.05 * ray_raysft_worker_step_seconds", 10,
+        "takes 1.2 times as long as the median of the workers for its rows and forward passes",
+        "look at its machine: its disk or network if it waits for rows, else the clock of its GPU",
+        "{{ $labels.run }}, worker {{ $labels.rank }} ({{ $labels.node }})",
+    ),
+    Alert(
         "RaysftHangs", "increase(ray_raysft_hangs_total[10m]) > 0", 1, "workers make no progress",
         "the folder diagnosis of the run has their stacks",
     ),
@@ -170,7 +195,7 @@ def alerts() -> dict[str, Any]:
             "expr": alert.query,
             "for": f"{alert.minutes}m",
             "labels": {"severity": "warning"},
-            "annotations": {"summary": f"{{{{ $labels.run }}}}: {alert.summary}", "description": f"{alert.remedy}."},
+            "annotations": {"summary": f"{alert.subject}: {alert.summary}", "description": f"{alert.remedy}."},
         }
         for alert in ALERTS
     ]

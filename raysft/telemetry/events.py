@@ -127,6 +127,8 @@ class CheckpointFailed:
     reason: str
     skipped: bool = False
     """True if nothing was written because the checkpoint before it was still being written."""
+    worker: str = ""
+    """Who could not: run, rank and place."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,8 @@ class Waiting:
     """A worker or the scaling policy waits for storage or nodes."""
 
     message: str
+    worker: str = ""
+    """Who waits: run, rank and place; empty for the scaling policy."""
 
 
 @dataclass(frozen=True)

@@ -116,8 +116,8 @@ class TrainLog:
                 self._print(f"step {step} skipped: {reason}")
             case StoppedEarly(step, best_step, best_loss):
                 self._print(f"stopped early after step {step}: best eval loss {best_loss:.4f} after step {best_step}")
-            case Waiting(message):
-                self._wait(message)
+            case Waiting(message, worker):
+                self._wait(f"{worker}: {message}" if worker else message)
             case WorkersRestarting(reason):
                 self._print(f"{reason}; restarting the workers")
             case WorkersResized(before, after):
@@ -169,9 +169,10 @@ class TrainLog:
         # When the storage fails for one worker, it fails for all of them: print it once.
         if (event.step, event.skipped) != self._last_failed:
             self._last_failed = event.step, event.skipped
-            self._print(
+            failed = (
                 f"no checkpoint after step {event.step}: {event.reason}; training continues, older checkpoints are kept"
             )
+            self._print(f"{event.worker}: {failed}" if event.worker else failed)
 
     def _wait(self, message: str) -> None:
         if time.time() - self._last_waiting > WAITING_SECONDS:

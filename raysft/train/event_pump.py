@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ray.exceptions import RayError
 
 from raysft.errors import RequestError, RunFailed, RunStopped
 from raysft.stopping import StopRequest
-from raysft.telemetry.events import Emit, Event, SetupDone, TrainingEnded, TrainingStopped, WorkersRestarting
+from raysft.telemetry.events import (
+    CheckpointFailed,
+    Emit,
+    Event,
+    SetupDone,
+    TrainingEnded,
+    TrainingStopped,
+    Waiting,
+    WorkersRestarting,
+)
 from raysft.train.controller import Controller, ControllerStarted
 from raysft.train.mailbox import Mailbox
 
@@ -39,10 +49,17 @@ Message = Event | PermanentFailure | ControllerStarted
 """What the workers send to the driver."""
 
 
-def emitter(mailbox: Mailbox) -> Callable[[Message], None]:
-    """Return a function that sends messages to the driver. It never fails: training matters more than its log."""
+def emitter(mailbox: Mailbox, worker: str = "") -> Callable[[Message], None]:
+    """Return a function that sends messages to the driver. It never fails: training matters more than its log.
+
+    Args:
+        mailbox: of the training.
+        worker: the name of the worker that sends, for messages that do not tell it themselves.
+    """
 
     def emit(message: Message) -> None:
+        if worker and isinstance(message, Waiting | CheckpointFailed):
+            message = replace(message, worker=worker)
         _send(mailbox, message)
 
     return emit
@@ -61,7 +78,7 @@ def _send(mailbox: Mailbox, message: Message) -> None:
     try:
         mailbox.put(message, timeout=SEND_SECONDS)
     except RayError:
-        print(f"cannot send event to the driver: {message}", flush=True)
+        logging.getLogger(__name__).warning("cannot send event to the driver: %s", message)
 
 
 class EventPump:

@@ -133,7 +133,7 @@ def _trainer(job: TrainJob, worker: Any, mailbox: Mailbox, decisions: Queue | No
         train_loop_config={"job": job, "mailbox": mailbox, "decisions": decisions, "threads": _threads(job.config)},
         scaling_config=scaling,
         run_config=ray.train.RunConfig(
-            name="train",
+            name=job.config.run.name,  # as Ray's own logs and metrics show it
             storage_path=folder,
             failure_config=ray.train.FailureConfig(
                 max_failures=job.config.train.max_failures, controller_failure_limit=3

@@ -41,7 +41,7 @@ from raysft.train.export import Exporter
 from raysft.train.first_evaluation import FirstEvaluation
 from raysft.train.job import Batch, RowPlan, TrainJob
 from raysft.train.nonfinite import NonFinite
-from raysft.train.phases import Phases
+from raysft.train.phases import Phases, StepTimes
 from raysft.train.restarts import faults_of
 from raysft.train.step import EvaluationStopped, StepResult, train_step
 from raysft.train.step_metrics import StepMetrics, training_results
@@ -203,7 +203,7 @@ class _Loop:
         record = self.step_metrics.record(cursor, result, lr, seconds, self.data_wait, elapsed, remaining)
         self.log.append(asdict(record))
         self.emit(record)
-        self.phases.step_took(seconds)
+        self.phases.step_took(StepTimes(seconds, self.data_wait, result.forward_seconds))
         self.stragglers.after_step(record, result.forward_seconds)
         return cursor
 

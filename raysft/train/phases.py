@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 Phase = Literal["setup", "data", "forward", "backward", "step", "evaluation", "decision", "checkpoint", "export"]
@@ -22,6 +23,18 @@ MOMENTS: dict[Phase, str] = {
 }
 
 
+@dataclass(frozen=True)
+class StepTimes:
+    """Where one worker's last step spent its time, in seconds."""
+
+    step: float
+    """The whole step, without the wait for its rows."""
+    data_wait: float
+    """Waiting for its rows before that."""
+    forward: float
+    """Its forward passes."""
+
+
 class Phases:
     """The current phase of one worker, which other threads may read; entering one costs less than a microsecond."""
 
@@ -34,6 +47,8 @@ class Phases:
         """When the worker last showed progress."""
         self.longest_step = 0.0
         """Seconds of the longest of the latest steps."""
+        self.last_step: StepTimes | None = None
+        """None before the first step."""
 
     def enter(self, phase: Phase, step: int | None = None) -> None:
         """End the current phase, and begin another, of the same step or another one."""
@@ -55,9 +70,10 @@ class Phases:
         """Note that the phase goes on, such as with the next batch of an evaluation."""
         self.progressed = self._clock()
 
-    def step_took(self, seconds: float) -> None:
+    def step_took(self, times: StepTimes) -> None:
         """Note how long a step took; long ones are forgotten in time, as the first is often longer than the others."""
-        self.longest_step = max(seconds, 0.9 * self.longest_step)
+        self.last_step = times
+        self.longest_step = max(times.step, 0.9 * self.longest_step)
 
     def idle(self) -> float:
         """Seconds without progress."""

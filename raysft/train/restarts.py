@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import socket
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,7 +73,7 @@ def faults_of(rank: int, moment: Callable[[], str], rows: Callable[[], str]) -> 
             on = rows()
         except Exception:  # the error itself must be reported even if a shard cannot be read
             on = ""
-        line = f"worker {rank} failed in {at}: {kind}: {one_line(own)} ({place})"
+        line = f"worker {rank} ({socket.gethostname()}) failed in {at}: {kind}: {one_line(own)} ({place})"
         raise Fault(at, kind, place, line, on) from error
 
 
@@ -123,6 +125,12 @@ def _fault(error: Any) -> Fault | None:
     return next((failures[rank] for rank in sorted(failures) if isinstance(failures[rank], Fault)), None)
 
 
+def _address(died: RayActorError) -> str:
+    """The address of a worker's node, which Ray tells in a line of its own; empty if it does not."""
+    found = re.search(r"^\s*ip: (\S+)$", str(died), re.MULTILINE)
+    return f" ({found[1]})" if found else ""
+
+
 def cause(error: Any) -> Exception:
     """Turn Ray Train's error into that of the first worker, or of the controller, as one of ours."""
     controller = getattr(error, "controller_failure", None)
@@ -136,7 +144,7 @@ def cause(error: Any) -> Exception:
     for rank in sorted(failures, key=lambda rank: (not isinstance(failures[rank], RayActorError), rank)):
         failure = failures[rank]
         if isinstance(failure, RayActorError):
-            return RunFailed(f"worker {rank} died: {one_line(failure)}")
+            return RunFailed(f"worker {rank}{_address(failure)} died: {one_line(failure)}")
         while getattr(failure, "cause", None) is not None:
             failure = failure.cause
         if isinstance(failure, RequestError | RunFailed):

@@ -11,6 +11,7 @@ from raysft.telemetry.events import StepRecord
 from raysft.telemetry.terminal import duration
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.flops import model_flops, peak_flops
+from raysft.train.phases import Phases
 from raysft.train.step import StepResult
 
 
@@ -93,6 +94,18 @@ class StepMetrics:
         tokens, loss_tokens = float(row_plan.step_tokens[step]), float(row_plan.step_loss_tokens[step])
         flops = model_flops(self._model, tokens, float(row_plan.step_squares[step]), loss_tokens)
         return round(flops / seconds / self._peak / self._workers, 4)
+
+
+def worker_values(phases: Phases, device: torch.device) -> dict[str, float | None]:
+    """Return what a worker tells of itself now: the values of ``raysft.telemetry.ray_metrics.WORKER_GAUGES``."""
+    times = phases.last_step
+    return {
+        "raysft_worker_step_seconds": times and times.step,
+        "raysft_worker_data_wait_seconds": times and times.data_wait,
+        "raysft_worker_forward_seconds": times and times.forward,
+        "raysft_worker_idle_seconds": phases.idle(),
+        "raysft_worker_memory_gibibytes": _memory(device)[0],
+    }
 
 
 def training_results(row_plan: Any, cursor: Cursor) -> dict[str, float]:

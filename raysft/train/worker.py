@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import time
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, cast
 
 import ray.train
@@ -11,6 +14,8 @@ from ray.train.torch import get_device
 
 from raysft.models.onednn import use_onednn
 from raysft.telemetry.events import CheckpointCorrupt, TrainingEnded, evaluation_results
+from raysft.telemetry.ray_metrics import WorkerMetrics
+from raysft.telemetry.worker_log import named_lines, worker_name
 from raysft.train import loop
 from raysft.train.checkpoint import catalog
 from raysft.train.checkpoint.async_writer import AsyncWriter
@@ -23,6 +28,7 @@ from raysft.train.loss import TokenLoss
 from raysft.train.phases import Phases
 from raysft.train.ray_train_internals import get_train_context
 from raysft.train.step import evaluate
+from raysft.train.step_metrics import worker_values
 from raysft.train.stragglers import place
 from raysft.train.watchdog import Watchdog
 
@@ -35,7 +41,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             ``threads``.
     """
     try:
-        with permanent_failures(settings["mailbox"]):
+        with _named(settings), permanent_failures(settings["mailbox"]):
             _train(settings)
     except catalog.CorruptCheckpoint as error:
         if ray.train.get_context().get_world_rank() == 0:
@@ -44,11 +50,13 @@ def train_worker(settings: dict[str, Any]) -> None:
 
 
 def _train(settings: dict[str, Any]) -> None:
-    job, mailbox, emit = settings["job"], settings["mailbox"], emitter(settings["mailbox"])
+    job, mailbox = settings["job"], settings["mailbox"]
+    run, rank, device = job.config.run.name, ray.train.get_context().get_world_rank(), get_device()
+    emit = emitter(mailbox, worker_name(run, rank, place(device)))
     torch.set_num_threads(settings["threads"])
     reasons: list[str] = []
     """Why the driver asks to stop; known to the first worker alone, from which the others learn it."""
-    if ray.train.get_context().get_world_rank() == 0:
+    if rank == 0:
         mailbox.listen(reasons.append)
     decide = receiver(settings["decisions"]) if settings["decisions"] is not None else None
     outside = Outside(_preemption_reason, lambda: reasons[0] if reasons else "", decide)
@@ -58,8 +66,9 @@ def _train(settings: dict[str, Any]) -> None:
     tables = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
     batches = job.train_rows.batches(tables, workers)
     writer = AsyncWriter(job.run.checkpoints, job.config.train.keep_last, emit)
-    phases, rank, device = Phases(), ray.train.get_context().get_world_rank(), get_device()
-    with Watchdog(phases, rank, place(device), job.run.stacks, emit, job.config.train.hang_minutes):
+    phases = Phases()
+    watchdog = Watchdog(phases, rank, place(device), job.run.stacks, emit, job.config.train.hang_minutes)
+    with watchdog, WorkerMetrics(run, rank, socket.gethostname(), partial(worker_values, phases, device)):
         loop.train(job, batches, device, emit, writer, resume, outside, phases)
         phases.enter("export")
         writer.close()
@@ -79,8 +88,14 @@ def _preemption_reason() -> str:
 
 def evaluate_worker(settings: dict[str, Any]) -> None:
     """Evaluate the trained model on this worker's rows of all evaluation sets; settings as for ``train_worker``."""
-    with permanent_failures(settings["mailbox"]):
+    with _named(settings), permanent_failures(settings["mailbox"]):
         _evaluate(settings)
+
+
+def _named(settings: dict[str, Any]) -> AbstractContextManager[None]:
+    """Name this worker in its log lines."""
+    rank = ray.train.get_context().get_world_rank()
+    return named_lines(settings["job"].config.run.name, rank, place(get_device()))
 
 
 def _evaluate(settings: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import yaml
+from ray._private import worker
 
 import raysft
 from raysft.cli import main
@@ -143,6 +144,22 @@ def test_what_was_learnt_is_in_the_results(sft_run):
     for name in whole:
         check_metric(config, name)  # a sweep may compare its trials by each of them
     assert set(TRAIN_RESULTS) - {"planned_steps", "best_step", "best_eval_loss"} <= whole.keys()
+
+
+def test_every_log_line_of_a_worker_names_run_rank_and_node(sft_run):
+    """Those of Python's logging begin with them; on top of each file stands whose other lines they are."""
+    logs, host = Path(worker.global_worker.node.get_logs_dir_path()), socket.gethostname()
+    both = {f"sft, worker {rank} ({host}): this process" for rank in range(2)}
+    for kind in ("out", "err"):
+        texts = [path.read_text() for path in logs.glob(f"worker-*.{kind}")]
+        assert {line for text in texts for line in text.splitlines() if line.startswith("sft, worker ")} >= both, kind
+    found = [json.loads(line) for path in logs.glob("train/ray-train-app-worker-*.log") for line in path.open()]
+    ours = [record for record in found if record["run_name"] == "sft"]
+    assert {record["world_rank"] for record in ours} == {0, 1}
+    for record in ours:
+        if record["message"].startswith("sft, worker "):
+            assert (record["run"], record["rank"], record["node"]) == ("sft", record["world_rank"], host)
+    assert {record["message"] for record in ours} >= both
 
 
 def test_the_same_seed_gives_the_same_numbers_on_one_worker(folder, sft_run):
@@ -590,7 +607,9 @@ def test_an_error_that_comes_again_at_the_same_step_is_not_tried_four_times(fold
     steps = [line.split("/")[0] for line in out.splitlines() if line.startswith("step ")]
     assert len(set(steps)) == len(steps), "each step before it is trained once"
     failing = f"step {len(steps) + 1}"
-    assert error.startswith(f"raysft: failed: worker 0 failed in {failing}: ValueError: no such token here (")
+    assert error.startswith(
+        f"raysft: failed: worker 0 ({socket.gethostname()}) failed in {failing}: ValueError: no such token here ("
+    )
     assert f"chat: {tmp_path}/data.jsonl:7" in error
     assert error.endswith(
         "not retried, because it failed the same way before: fix the cause, or remove these records\n"

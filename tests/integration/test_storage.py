@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -172,7 +173,9 @@ def test_a_storage_that_fails_costs_a_checkpoint_and_no_step(server, folder, cap
     said = capsys.readouterr().out
     assert "waiting for the storage, at most 600 s" in said
     assert "no checkpoint after step 4: that after step 2 is still being written; training continues" in said
-    assert "no checkpoint after step 6: s3://bucket/runs/fails/checkpoints/" in said
+    host = socket.gethostname()
+    assert f"fails, worker 0 ({host}): s3://bucket/runs/fails/checkpoints/" in said
+    assert f"fails, worker 0 ({host}): no checkpoint after step 6: s3://bucket/runs/fails/checkpoints/" in said
     assert "ACCESS_DENIED" in said
     assert [Cursor.read(each).step for each in catalog.complete(run / "checkpoints")] == [2]
     assert {"config.json", "model.safetensors"} <= (run / "model").entries().keys()

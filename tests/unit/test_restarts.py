@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import socket
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -49,7 +50,7 @@ def test_an_error_that_comes_again_at_the_same_step_ends_the_run():
     found = cause(pickle.loads(pickle.dumps(errors[1])))
     assert isinstance(found, RunFailed)
     assert str(found).startswith(
-        "worker 1 failed in step 4: IndexError: index 987 is out of range (tests/unit/test_restarts.py:"
+        f"worker 1 ({socket.gethostname()}) failed in step 4: IndexError: index 987 is out of range (tests/unit/test_restarts.py:"
     )
     assert str(found).endswith(
         "; its rows 8 hold chat: a.jsonl:3; not retried, because it failed the same way before: "
@@ -90,6 +91,11 @@ def test_a_worker_that_dies_is_the_cause_of_what_others_raise():
     assert str(cause(WorkerGroupError("", both))) == "worker 1 died: the actor died"
 
 
+def test_a_worker_that_dies_is_named_with_the_address_of_its_node():
+    error = RayActorError(error_msg="The actor died unexpectedly.\n\tpid: 17\n\tip: 10.0.0.3\nThe actor is dead.")
+    assert str(cause(WorkerGroupError("", {2: error}))) == "worker 2 (10.0.0.3) died: The actor died unexpectedly"
+
+
 def test_workers_that_do_not_start_say_why():
     found = cause(ControllerError(WorkerGroupStartupFailedError("OSError: port 4321: address already in use\n…")))
     assert str(found) == "the workers did not start: OSError: port 4321: address already in use"
@@ -117,6 +123,6 @@ def test_an_error_in_reading_rows_does_not_name_those_of_the_step_before():
     ):
         _train(loop, rows(), None)
     assert str(caught.value).startswith(
-        "worker 0 failed in reading the rows of step 2: IndexError: position 7 is out of range ("
+        f"worker 0 ({socket.gethostname()}) failed in reading the rows of step 2: IndexError: position 7 is out of range ("
     )
     assert caught.value.rows == ""

@@ -16,7 +16,7 @@ from raysft.telemetry.events import WorkerHangs, WorkersAlive, WorkerSlow
 from raysft.telemetry.hangs import Hangs, diagnosis
 from raysft.telemetry.terminal import Terminal
 from raysft.telemetry.train_log import TrainLog
-from raysft.train.phases import Phases
+from raysft.train.phases import Phases, StepTimes
 from raysft.train.watchdog import Watchdog
 from tests.unit.test_train_log import set_up
 
@@ -86,7 +86,7 @@ def test_progress_keeps_a_worker_alive_and_a_step_that_takes_long_is_no_hang(tmp
             now[0] += 100
             watchdog._look()
             phases.progress()
-        phases.step_took(200)
+        phases.step_took(StepTimes(200, 0, 0))
         phases.enter("backward")
         now[0] += 440
         watchdog._look()
@@ -101,7 +101,7 @@ def test_a_large_model_may_take_longer_to_load_than_a_step():
     watchdog = Watchdog(phases, 0, "host", StoragePath.of("/tmp"), print, 15)
     assert watchdog.limits("forward") == (120, 900)
     assert watchdog.limits("setup") == (480, 3600)
-    phases.step_took(100.0)
+    phases.step_took(StepTimes(100.0, 0, 0))
     assert watchdog.limits("forward") == (450, 1000)
     assert Watchdog(Phases(), 0, "host", StoragePath.of("/tmp"), print, None).limits("data") == (120, None)
 
