@@ -168,7 +168,7 @@ def _submit_to_kubernetes(parsed: argparse.Namespace, config: Config, following:
             return _follow_on_kubernetes(config, name)
         _say(f"look at it: {kubernetes.kubectl_command(config, f'get rayjob {name}')}")
     elif parsed.render == "-":
-        print(kubernetes.render(config), end="")
+        _write_utf8(kubernetes.render(config))
     else:
         text = kubernetes.render(config)
         try:
@@ -242,6 +242,13 @@ def _existing_run(run_dir: str) -> StoragePath:
             f"{run_dir}: there is no such run directory; for a job, add the cluster's --to http://HOST:8265"
         )
     return place
+
+
+def _write_utf8(text: str) -> None:
+    """Write text for other programs, whatever encoding the terminal has."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(text.encode())
+    sys.stdout.buffer.flush()
 
 
 def _say(line: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from urllib.parse import urlsplit
 
 from raysft.errors import RequestError, one_line
@@ -72,6 +73,10 @@ def short_reason(reason: str) -> str:
 
     >>> short_reason("Max retries exceeded (Caused by NewError('[Errno 111] Connection refused'))")
     'Connection refused'
+    >>> short_reason("('Connection aborted.', ConnectionResetError(104, 'Connection reset by peer'))")
+    'Connection reset by peer'
     """
+    if quoted := re.search(r"""(['"])((?:(?!\1).)*)\1\)+$""", reason):
+        reason = quoted[2]
     last = reason.rpartition("Errno ")[2] if "Errno " in reason else reason.rpartition(": ")[2]
     return one_line(last.partition("] ")[2] or last).rstrip("')\"")

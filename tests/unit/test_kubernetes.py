@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import re
 import shlex
@@ -550,6 +551,19 @@ def test_text_is_the_same_in_the_pods(value):
     assert list(yaml.safe_load_all(render(given))) == documents(given)
     assert yaml.safe_load(config_text(given))["cluster"]["environment"] == {"A": value}
     assert yaml.safe_load(given.to_yaml()) == given.model_dump(mode="json")
+
+
+def test_documents_are_utf_8_in_a_terminal_that_is_not(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr("sys.stdout", terminal)
+    given = (
+        "run.storage=s3://bucket/runs",
+        "cluster.image=raysft:1",
+        "cluster.workers={gpus: 1}",
+        "generate.stop_tokens=[数]",
+    )
+    assert main(["submit", str(ROOT / "configs" / "lora.yaml"), "--to", "kubernetes", "--render", "-", *given]) == 0
+    assert terminal.buffer.getvalue().decode() == render(load(ROOT / "configs" / "lora.yaml", given))  # pyright: ignore
 
 
 def test_a_deadline_is_never_zero_seconds():
