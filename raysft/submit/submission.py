@@ -23,7 +23,7 @@ from raysft.submit.follow_run import go_on_from_files
 from raysft.submit.following import INTERRUPTED, Lost, pressed_again
 from raysft.submit.jobs_internals import Jobs, JobTaken, UnknownJob, Unreachable
 from raysft.submit.request import CONFIG_NAME, STOP_SECONDS, JobRequest, commit_of, job_request, verb_of
-from raysft.submit.shown_log import ShownLog, show
+from raysft.submit.shown_log import ShownLog, own_exit_code, show
 
 STOPPED_SECONDS = STOP_SECONDS + 30.0
 """How long a job that is asked to stop may run on."""
@@ -141,7 +141,7 @@ def follow_to_end(jobs: Jobs, job: str, notify: Notify, place: StoragePath | Non
             notify(f"\n{job}: is asked to stop; it has {STOP_SECONDS} s to write a checkpoint")
             with suppress(UnknownJob):  # its head has started anew, which following it tells
                 _ask(jobs, lambda: jobs.stop(job))
-    notify(f"{job}: has {_ending(details)}{_reason(details)}")
+    notify(f"{job}: has {_ending(details, log.tail)}{_reason(details)}")
     return exit_code(details, log.tail)
 
 
@@ -237,12 +237,13 @@ def _ask(jobs: Jobs, request: Callable[[], Answer]) -> Answer:
             time.sleep(POLL_SECONDS)
 
 
-def _ending(details: JobDetails) -> str:
-    """How a job has ended, as a participle."""
+def _ending(details: JobDetails, log: str = "") -> str:
+    """How a job has ended, as a participle; ``log`` is the end of what it has printed."""
     if details.status == JobStatus.SUCCEEDED:
         return "succeeded"
     if details.status == JobStatus.STOPPED:
-        return "been stopped"
+        named = own_exit_code(log)
+        return "been stopped" if named is None else f"ended with exit code {named}"
     if exit_code(details) == STOPPED_EARLY:
         return f"stopped early (exit code {STOPPED_EARLY}); the same command goes on"
     return f"failed with exit code {exit_code(details)}"

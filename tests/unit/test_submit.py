@@ -28,6 +28,7 @@ from raysft.config import load
 from raysft.submit import follow, kubernetes, submission
 from raysft.submit.jobs_internals import Jobs
 from raysft.submit.request import job_request, relative_paths, verb_of
+from raysft.submit.shown_log import STOPPED_WITH
 from tests.dashboards import FAILED, RUNNING, STOPPED, SUCCEEDED, Dashboard, Job, Tail, dashboard, forget_clusters
 from tests.messages import holds
 from tests.servers import Answer, http, serving
@@ -170,6 +171,14 @@ def test_following_ends_as_the_job_does(run):
         f"{name}: has failed with exit code 2",
     ]
     assert err == ""
+
+
+def test_a_job_that_has_itself_stopped_ends_with_the_exit_code_that_it_names(run):
+    last = STOPPED_WITH.format(code=2)
+    with dashboard() as server:
+        server.jobs["j"] = Job(f"raysft: error: x\n{last}\n", status=STOPPED, exit_code=None)
+        code, out, _ = run("follow", "j", "--to", server.url)
+    assert (code, out) == (2, f"raysft: error: x\n{last}\nj: has ended with exit code 2\n")
 
 
 def test_rays_own_reason_is_shown_for_a_job_that_could_not_start(run):
