@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import ray
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
@@ -118,6 +120,36 @@ def test_a_fork_is_like_a_worker_that_ray_starts(two):
     group, pid = ray.get(ours.group.remote(), timeout=SECONDS)
     assert group == pid
     ray.kill(theirs)
+
+
+class Leaves:
+    """Notes in a file what happens when its process ends."""
+
+    def __init__(self, path: str) -> None:
+        self.note = open(path, "a", encoding="utf-8")  # noqa: SIM115  # what is not flushed when the process ends is lost
+        sys.modules["kept"] = self  # type: ignore[assignment]
+        atexit.register(self.note.flush)
+        atexit.register(self.note.write, "handled ")  # the last one that is registered is called first
+
+    def __del__(self) -> None:
+        self.note.write("freed")
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def leave(self) -> None:
+        """End as Ray's own actors do, in good order."""
+        ray.actor.exit_actor()
+
+
+def test_a_fork_ends_with_its_exit_handlers_and_frees_nothing(local_ray, tmp_path):
+    """To free what it has imported would copy each page of it first."""
+    worker: Any = ray.remote(num_cpus=1)(Leaves).remote(str(tmp_path / "note"))
+    process = psutil.Process(ray.get(worker.pid.remote(), timeout=SECONDS))
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(worker.leave.remote(), timeout=SECONDS)
+    process.wait(timeout=SECONDS)
+    assert (tmp_path / "note").read_text() == "handled "
 
 
 def test_variables_of_a_runtime_environment_reach_a_fork(local_ray):
