@@ -35,12 +35,13 @@ class _Kernel(Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
 
-def fake_attention(masked: bool, copies: bool) -> Callable[..., Any]:
+def fake_attention(masked: bool, copies: bool, drops: bool) -> Callable[..., Any]:
     """Return an attention function as transformers' ``AttentionInterface`` has it.
 
     Args:
         masked: the kernel gets a mask.
         copies: the outputs of all examples are joined to a new tensor, as in ``attention.examplewise``.
+        drops: the kernel knows dropout, as those of GPUs do; torch's for CPUs does not, and makes the matrix of all weights then.
     """
 
     def attention(
@@ -51,6 +52,12 @@ def fake_attention(masked: bool, copies: bool) -> Callable[..., Any]:
         attention_mask: torch.Tensor | None,
         **options: Any,
     ) -> tuple[torch.Tensor, None]:
+        if options.get("dropout") and not drops:
+            from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+            mask = query.new_empty(query.shape[0], 1, query.shape[2], key.shape[2]) if masked else None
+            out, _ = sdpa_attention_forward(module, query, key, value, mask, options["dropout"], is_causal=not masked)
+            return (torch.cat([out]) if copies else out), None
         if masked:
             groups = query.shape[1] // key.shape[1]
             key, value = (each.repeat_interleave(groups, dim=1) if groups > 1 else each for each in (key, value))

@@ -177,7 +177,7 @@ def _set_attention(model: Any, config: Config) -> bool:
     if used == "eager" or not can_set_attention(base):
         return True
     masked = used == "sdpa" and config.data.packing
-    AttentionInterface.register(NAME, fake_attention(masked, copies=used == EXAMPLEWISE))
+    AttentionInterface.register(NAME, fake_attention(masked, used == EXAMPLEWISE, config.scaling.use_gpu))
     base.set_attn_implementation(NAME)
     return False
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ PEAKS: dict[str, dict[str, Any]] = {
     "rows one after the other": {"train.micro_batch_size": 1, "train.global_batch_size": 4},
     "last layer": {"model.finetuning": "freeze", "model.freeze.layers": 1},
     "dropout": {"model.finetuning": "lora", "model.lora.dropout": 0.1},
+    "dropout of attention": {"model.path": "dropping"},
 }
 LOW_RANK = {"rank": 4, "update_proj_gap": 2, "scale": 0.5}
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -64,12 +67,22 @@ class Outcome:
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("memory")
     tiny_model(folder / "model")
+    shutil.copytree(folder / "model", folder / "dropping")
+    described = json.loads((folder / "model" / "config.json").read_text())
+    (folder / "dropping" / "config.json").write_text(json.dumps(described | {"attention_dropout": 0.1}))
     return folder
 
 
 def outcomes(folder: Path, cases: dict[str, dict[str, Any]], world: int = 1) -> dict[str, Outcome]:
     usual = {"train.global_batch_size": 4, "train.micro_batch_size": 4}
-    configs = [config_of(folder, folder / "model", {**usual, **settings}) for settings in cases.values()]
+    configs = [
+        config_of(
+            folder,
+            folder / "model",
+            {**usual, **settings, "model.path": str(folder / settings.get("model.path", "model"))},
+        )
+        for settings in cases.values()
+    ]
     found = measured(configs, world)
     return {
         name: Outcome(config, ours[0], states(model_of(config)[0], setup_of(config, world, 4 // world)))

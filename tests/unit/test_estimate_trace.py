@@ -133,7 +133,7 @@ def test_a_trace_leaves_transformers_as_it_was(folder):
 def test_attention_keeps_its_inputs_its_output_and_a_number_for_each_head(masked, saved):
     # 5 tokens, 4 heads and 2 of keys, of size 8, in 16 bits.
     query, key, value = (torch.zeros(1, heads, 5, 8, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2))
-    live, attention = LiveBytes(), fake_attention.fake_attention(masked, copies=False)
+    live, attention = LiveBytes(), fake_attention.fake_attention(masked, copies=False, drops=False)
     with live:
         inputs = [each + 0 for each in (query, key, value)]
         out, _ = attention(torch.nn.Identity(), *inputs, None)
