@@ -134,8 +134,8 @@ def _sizes(content: Mapping[str, Any]) -> ModelSizes:
     return ModelSizes(**{**content, "trained": trained})
 
 
-def surely_small(hf_config: Any, weight_bytes: int, tokens: int, rows: int, limit: float) -> bool:
-    """Return True if a training on CPUs stays below half of the memory, whatever its settings are; cheap, and often False.
+def surely_small(hf_config: Any, weight_bytes: int, tokens: int, rows: int, limit: float, eager: bool = False) -> bool:
+    """Return True if a training on CPUs stays below half of the memory, whatever its other settings are; cheap, and often False.
 
     Args:
         hf_config: the model's own config.
@@ -143,12 +143,19 @@ def surely_small(hf_config: Any, weight_bytes: int, tokens: int, rows: int, limi
         tokens: tokens of a row.
         rows: rows of a microbatch.
         limit: bytes that a worker has.
+        eager: True with ``model.attention: eager``, which keeps matrices of tokens × tokens, as dropout of attention does.
     """
     try:
+        text = hf_config.get_text_config()
+        drops = any(
+            getattr(text, name, None) for name in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+        )
         decoder = Decoder.of(hf_config)
     except (AttributeError, TypeError, ZeroDivisionError):
         return False
     activations = by_formula(decoder, 4, tokens, 1.0, False, 1024, (rows,))
     # Two bytes for each weight in the files; 28 with gradients, float32 copies, moments and what the step needs.
     needed = 14 * weight_bytes + 2 * activations.saved(rows) + 2 * activations.loss_at(rows).peak + PROCESS
+    if eager or drops:
+        needed += 2 * 3 * 4 * rows * decoder.heads * tokens**2 * decoder.layers  # weights, with dropout, and its mask
     return needed < limit / 2

@@ -112,7 +112,8 @@ def _is_small(training: Training, weight_bytes: int, place: Place) -> bool:
     """Return True for a training on CPUs that is surely far below the memory of its node."""
     if training.config.scaling.use_gpu or place.limit is None:
         return False
-    return surely_small(training.hf_config, weight_bytes, training.microbatch.tokens, training.rows, place.limit)
+    tokens, eager = training.microbatch.tokens, training.config.model.attention == "eager"
+    return surely_small(training.hf_config, weight_bytes, tokens, training.rows, place.limit, eager)
 
 
 def _storage_line(written: Storage) -> Iterator[str]:

@@ -12,7 +12,7 @@ from transformers.models.llama import modeling_llama
 from raysft.config import Config
 from raysft.estimate import fake_attention
 from raysft.estimate.fake_model import model_without_weights, sizes_of
-from raysft.estimate.measure import Microbatch, measure
+from raysft.estimate.measure import Microbatch, measure, surely_small
 from raysft.estimate.sizes import Activations
 from raysft.estimate.trace import trace
 from raysft.models.fused_layers import ROTARY, fuse_layers
@@ -140,3 +140,12 @@ def test_attention_keeps_its_inputs_its_output_and_a_number_for_each_head(masked
         del inputs
     assert out.shape == (1, 5, 4, 8)
     assert live.now == 5 * (2 * saved + 4 * 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "eager", "small"), [({}, False, True), ({"attention_dropout": 0.1}, False, False), ({}, True, False)]
+)
+def test_matrices_of_attention_are_not_small(folder, settings, eager, small):
+    """32,768 tokens and 4 heads: 16 GiB for one matrix of one layer."""
+    hf_config = AutoConfig.from_pretrained(folder / "model", **settings)
+    assert surely_small(hf_config, 10**6, 32768, 1, 24 * 2**30, eager) == small
