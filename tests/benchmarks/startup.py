@@ -95,7 +95,7 @@ def command(folder: Path, *arguments: str, parts: Mapping[str, str] | None = Non
     started, seconds = time.perf_counter(), {}
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
-        [sys.executable, "-m", "raysft.cli", verb, str(folder / "c.yaml"), *settings],
+        [sys.executable, "-m", "raysft", verb, str(folder / "c.yaml"), *settings],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

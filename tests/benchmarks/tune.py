@@ -114,7 +114,7 @@ def sweep(folder: Path, config: dict[str, Any]) -> float:
     file = folder / f"{config['run']['name']}.yaml"
     file.write_text(yaml.safe_dump(config))
     begun = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "raysft.cli", "tune", str(file)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "raysft", "tune", str(file)], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - begun
 
 

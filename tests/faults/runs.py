@@ -130,7 +130,7 @@ def attempt(
     Raises:
         TimeoutError: it hangs.
     """
-    command = [sys.executable, "-m", "raysft.cli", verb, str(folder / "faults.yaml"), f"run.name={name}", *settings]
+    command = [sys.executable, "-m", "raysft", verb, str(folder / "faults.yaml"), f"run.name={name}", *settings]
     with (folder / f"{name}.log").open("a") as log:
         environment = {**os.environ, "HOME": str(home)} if home else None
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)

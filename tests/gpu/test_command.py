@@ -79,7 +79,7 @@ def watched(*arguments: str) -> tuple[int, list[tuple[float, str]], list[tuple[f
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    command = [sys.executable, "-u", "-m", "raysft.cli", *arguments]
+    command = [sys.executable, "-u", "-m", "raysft", *arguments]
     lines = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         limit = threading.Timer(SECONDS, process.kill)
@@ -136,7 +136,7 @@ def test_a_worker_more_than_gpus_is_refused_in_one_line(device, folder):
         pytest.skip("needs a GPU")
     count = torch.cuda.device_count()
     ended = subprocess.run(
-        [sys.executable, "-m", "raysft.cli", "run", str(folder / "large.yaml"), "run.name=more",
+        [sys.executable, "-m", "raysft", "run", str(folder / "large.yaml"), "run.name=more",
          f"scaling.num_workers={count + 1}"],
         check=False, capture_output=True, text=True, timeout=SECONDS,
     )  # fmt: skip

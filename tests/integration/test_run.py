@@ -533,7 +533,7 @@ def test_workers_whose_process_group_does_not_start_are_started_again(tmp_path, 
 
 def test_ctrl_c_ends_with_a_checkpoint_exit_code_75_and_one_line(folder):
     # Who starts the tests in the background starts them, and what they start, with Ctrl-C switched off.
-    command = ["env", "--default-signal=INT", sys.executable, "-m", "raysft.cli", "train", str(folder / "sft.yaml")]
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "raysft", "train", str(folder / "sft.yaml")]
     address = f"scaling.address={ray.get_runtime_context().gcs_address}"
     arguments = ["run.name=stopped", address, "scaling.num_workers=1", "train.epochs=500"]
     with subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

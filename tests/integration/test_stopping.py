@@ -141,7 +141,7 @@ def test_a_driver_that_gets_sigterm_and_30_seconds_later_sigkill_loses_nothing(f
     run, command = folder / "runs" / "evicted", ["train", str(folder / "tiny.yaml"), "run.name=evicted"]
     address = f"scaling.address={ray.get_runtime_context().gcs_address}"
     with subprocess.Popen(
-        [sys.executable, "-m", "raysft.cli", *command, address],
+        [sys.executable, "-m", "raysft", *command, address],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -97,7 +97,7 @@ def test_a_run_in_an_object_store_is_all_there(whole, folder, local_ray, capsys)
 
 def test_another_machine_goes_on_where_one_was_killed(whole, server, folder):
     """Killed (SIGKILL) in the middle, its working copy and its disk gone, the same command ends as if nothing had been."""
-    command = [sys.executable, "-m", "raysft.cli", "train", str(folder / "c.yaml"), "run.name=killed"]
+    command = [sys.executable, "-m", "raysft", "train", str(folder / "c.yaml"), "run.name=killed"]
     killed = place(server, "killed")
     environment = {**os.environ, "HOME": str(folder / "elsewhere")}
     server.fails("checkpoint_00000006", seconds=600)  # so that it is in the middle however quick it is

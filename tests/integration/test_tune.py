@@ -304,7 +304,7 @@ def test_a_random_search_that_was_killed_ends_with_the_same_trials_and_repeats_n
     ]
     drawn = [trial.name for trial in combinations(load("sweep.yaml", arguments[2:]))]
     run = folder / "runs" / "killed"
-    command = [sys.executable, "-m", "raysft.cli", *arguments, "scaling.address=local"]
+    command = [sys.executable, "-m", "raysft", *arguments, "scaling.address=local"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         wait_for_a_second_trial(run, process)
@@ -394,7 +394,7 @@ def test_two_sweeps_at_once_share_a_cluster_and_a_cache(local_ray, folder):
             [
                 sys.executable,
                 "-m",
-                "raysft.cli",
+                "raysft",
                 "tune",
                 "sweep.yaml",
                 f"run.name={name}",

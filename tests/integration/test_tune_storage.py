@@ -80,7 +80,7 @@ def test_a_sweep_that_was_killed_goes_on_from_another_machine(server, text, tmp_
         f"(PUT|POST) .*{interrupted}/checkpoints/checkpoint_00000004", seconds=600
     )  # so that it is in the middle
     process = subprocess.Popen(
-        [sys.executable, "-m", "raysft.cli", "tune", "sweep.yaml", "scaling.address=local"],
+        [sys.executable, "-m", "raysft", "tune", "sweep.yaml", "scaling.address=local"],
         cwd=machines[0],
         env={**os.environ, "HOME": str(machines[0])},
         stdout=subprocess.PIPE,

@@ -102,6 +102,35 @@ def test_a_wrong_config_is_one_line_and_exit_code_2(tmp_path, arguments):
     assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
 
 
+PROGRAM = """
+import atexit
+import raysft.cli
+from raysft.__main__ import program
+
+class Kept:
+    def __del__(self):
+        print("freed")
+
+def main():
+    atexit.register(print, "handled")
+    print("done")
+    return 3
+
+kept = Kept()
+raysft.cli.main = main
+program()
+"""
+
+
+def test_the_program_ends_with_the_commands_exit_code_and_all_exit_handlers_and_frees_nothing(tmp_path):
+    outcome = python(PROGRAM, tmp_path)
+    assert (outcome.returncode, outcome.stdout, outcome.stderr) == (3, "done\nhandled\n", "")
+    # What is a bug ends as it does in every program.
+    outcome = python(PROGRAM.replace("return 3", "raise KeyError(3)"), tmp_path)
+    assert (outcome.returncode, outcome.stdout) == (1, "done\nhandled\nfreed\n")
+    assert outcome.stderr.endswith("KeyError: 3\n")
+
+
 @pytest.mark.parametrize("verb", WITH_CONFIG)
 def test_every_verb_refuses_a_missing_config(tmp_path, monkeypatch, capsys, verb):
     monkeypatch.chdir(tmp_path)

@@ -620,7 +620,7 @@ def test_a_job_without_its_cluster_is_told_to_name_it(run):
 
 def interrupted(server: Dashboard, times: int) -> tuple[int, str]:
     """Follow a job in a process of its own, and press Ctrl-C there, again once it asks for that."""
-    command = ["env", "--default-signal=INT", sys.executable, "-m", "raysft.cli", "follow", "j", "--to", server.url]
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "raysft", "follow", "j", "--to", server.url]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout
         shown = process.stdout.readline()
