@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from raysft.cluster.placement import Node
+from raysft.cluster.placement import Node, max_workers
 from raysft.config import Config, with_overrides
 from raysft.config.kubernetes_values import bytes_of
 from raysft.errors import RequestError, one_line
@@ -33,7 +33,11 @@ def check_pods(config: Config, nodes: Sequence[Node], notify: Callable[[str], No
     Raises:
         RequestError: it surely does not fit.
     """
-    batch, workers = config.train.global_batch_size, config.scaling.most_workers
+    batch, scaling = config.train.global_batch_size, config.scaling
+    # Elastic workers begin with as many as find room at the start: with ZeRO, fewer need more each.
+    workers = max(
+        scaling.fewest_workers, min(scaling.most_workers, max_workers(nodes, scaling.cpus_per_worker, scaling.use_gpu))
+    )
     rows = USUAL_BATCH if batch == "auto" else batch
     speed, steps = given_speed(config), config.train.max_steps
     if speed and steps:

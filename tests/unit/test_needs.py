@@ -181,6 +181,19 @@ def test_pods_have_the_memory_of_their_section(folder):
     assert pod_memory(config_of(folder)).gpu is None
 
 
+def test_elastic_workers_are_estimated_as_they_begin(folder, monkeypatch):
+    found: list[int] = []
+
+    def estimate(training, place):
+        found.append(training.workers)
+        raise KeyError
+
+    monkeypatch.setattr("raysft.run.pods.estimate", estimate)
+    for nodes in (1, 2, 9):
+        check_pods(config_of(folder, scaling__num_workers=[2, 8]), [Node(2.5)] * nodes, lambda line: None)
+    assert found == [2, 4, 8]
+
+
 def test_a_training_is_estimated_for_pods_that_do_not_exist(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     lines: list[str] = []
