@@ -7,6 +7,10 @@ class RequestError(ValueError):
     """The request is wrong. One line holds the fact, the value and the remedy; the command exits with code 2."""
 
 
+class NotNow(RequestError):
+    """A request that may be right later: another process works in the folder, or what the request needs does not answer."""
+
+
 class RunFailed(RuntimeError):
     """The request was right, but the run failed. The command exits with code 1."""
 
@@ -17,6 +21,10 @@ class RunStopped(Exception):
 
 class StorageFailed(RuntimeError):
     """A storage refused a request, or did not answer within the time limit. The command exits with code 1."""
+
+
+class StorageSilent(StorageFailed):
+    """A storage did not answer within the time limit."""
 
 
 def as_yaml(value: object) -> str:

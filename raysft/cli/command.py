@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from raysft.cli import verbs
 from raysft.cli.parser import parse
 from raysft.config import masked
-from raysft.errors import RequestError, RunFailed, RunStopped, StorageFailed
+from raysft.errors import NotNow, RequestError, RunFailed, RunStopped, StorageFailed
 from raysft.stopping import stoppable
 
 FAULTS_OF_PATHS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
@@ -36,17 +36,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if url is not None and code:
         from raysft.submit.own_job import helps_again, stop_own_job
 
-        if not helps_again(code, stopping.request):
+        if not (parsed.passes or helps_again(code, stopping.request)):
             stop_own_job(url, code)
     return code
 
 
 def _exit_code(parsed: argparse.Namespace) -> int:
-    """Call the verb, print what it raises, and return the exit code."""
+    """Call the verb, print what it raises, and return the exit code; ``parsed.passes`` says if what it raises may pass."""
+    parsed.passes = False
     try:
         return parsed.verb(parsed) or 0
     except RequestError as error:
         print(f"raysft: error: {masked(str(error))}", file=sys.stderr)
+        parsed.passes = isinstance(error, NotNow)
         return 2
     except (RunFailed, StorageFailed) as error:
         print(f"raysft: failed: {masked(str(error))}", file=sys.stderr)

@@ -23,7 +23,7 @@ from raysft.cluster.ray_internals import (
     local_resources,
 )
 from raysft.config import Config
-from raysft.errors import RequestError, one_line
+from raysft.errors import NotNow, RequestError, one_line
 
 ANSWER_SECONDS = 20.0
 """How long a cluster may take to answer; one that has just started listens after a few seconds."""
@@ -238,7 +238,7 @@ def _version(head: Head, found: str, named: str) -> str:
                 raise RequestError(f"{named}: the cluster requires another access token; {_TOKEN}") from None
             if failed.code() not in passing or left < PAUSE_SECONDS:
                 reason = one_line(failed.details() or "", 160)
-                raise RequestError(f"{named}: no Ray cluster answers at {found} ({reason}); {_remedy(named)}") from None
+                raise NotNow(f"{named}: no Ray cluster answers at {found} ({reason}); {_remedy(named)}") from None
             time.sleep(PAUSE_SECONDS)
 
 

@@ -13,8 +13,8 @@ from pyarrow import ArrowException
 
 from raysft.config import Config, parse, with_overrides
 from raysft.config.resume_effects import Effect, effect_of
-from raysft.errors import RequestError, StorageFailed, as_yaml
-from raysft.storage.lock import Locked, lock
+from raysft.errors import NotNow, RequestError, StorageFailed, StorageSilent, as_yaml
+from raysft.storage.lock import LockDenied, Locked, lock
 from raysft.storage.retry import FIRST_SECONDS, reason_of, retry_for
 from raysft.storage.run_directory import RunDirectory
 from raysft.telemetry.terminal import Terminal
@@ -149,7 +149,8 @@ def exclusive_access(directory: RunDirectory, terminal: Terminal) -> Iterator[No
         with lock(directory.place, terminal.line):
             yield
     except Locked as error:
-        raise RequestError(f"{error}; wait for it, stop it, or choose another run.name") from None
+        kind = RequestError if isinstance(error, LockDenied) else NotNow
+        raise kind(f"{error}; wait for it, stop it, or choose another run.name") from None
     finally:
         with suppress(OSError):
             directory.path.rmdir()  # fails if the folder is not empty
@@ -166,7 +167,8 @@ def ensure_writable(config: Config) -> None:
             with retry_for(FIRST_SECONDS):
                 folder.ensure_writable()
         except (StorageFailed, ArrowException) as error:
-            raise RequestError(f"{key}: {reason_of(error)}; check the path and its credentials") from None
+            kind = NotNow if isinstance(error, StorageSilent) else RequestError
+            raise kind(f"{key}: {reason_of(error)}; check the path and its credentials") from None
         except OSError as error:
             if not folder.local:
                 raise RequestError(f"{key}: {folder}: {reason_of(error)}; check the path and its credentials") from None

@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TypeVar
 
-from raysft.errors import StorageFailed, one_line
+from raysft.errors import StorageFailed, StorageSilent, one_line
 
 RETRY_SECONDS = 600.0
 """Longest time to retry a storage operation."""
@@ -77,7 +77,7 @@ def retry(operation: Callable[[], Result], name: str) -> Result:
             if _PERMANENT.search(str(error)):
                 raise StorageFailed(f"{name}: the storage refuses ({reason})") from error
             if waited + pause > seconds:
-                raise StorageFailed(f"{name}: no answer from the storage for {waited:.0f} s ({reason})") from error
+                raise StorageSilent(f"{name}: no answer from the storage for {waited:.0f} s ({reason})") from error
             if waited - notified >= NOTIFY_SECONDS:
                 policy.notify(f"{name}: waiting for the storage, at most {seconds:.0f} s ({reason})")
                 notified = waited

@@ -18,6 +18,7 @@ from raysft.cluster import connect, workers
 from raysft.data.shards import ray_pipeline
 from raysft.errors import RunStopped
 from raysft.run.stop_sources import watched
+from raysft.storage.lock import lost_lock
 from raysft.storage.path import StoragePath
 from tests import messages, samples
 from tests.servers import serving, silent
@@ -156,5 +157,6 @@ def test_sigterm_while_ray_starts_stops_the_run(tmp_path, monkeypatch):
         time.sleep(10)
 
     monkeypatch.setattr("ray.init", init)
+    lost_lock()  # of another test
     with pytest.raises(RunStopped, match=r"^stopped: SIGTERM$"), watched(StoragePath.of(tmp_path), None, print):
         connect._join("local")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from raysft.cli import main
-from raysft.errors import RunFailed, RunStopped
+from raysft.errors import NotNow, RequestError, RunFailed, RunStopped
 from raysft.run import pipeline
 from raysft.stopping import current
+from raysft.storage.lock import lock
+from raysft.storage.path import StoragePath
+from raysft.storage.retry import retry
 from raysft.submit import own_job
 from raysft.submit.shown_log import own_exit_code
 from tests.dashboards import RUNNING, STOPPED, Job, dashboard, forget_clusters
@@ -38,6 +42,8 @@ def _job(tmp_path, monkeypatch):
     [
         (None, None, 0, False),
         (RunFailed("x"), None, 1, False),
+        (RequestError("x"), None, 2, True),
+        (NotNow("x"), None, 2, False),
         (RunStopped("x"), ("train.max_hours=8 is over", False), 75, True),
         (RunStopped("x"), ("raysft stop on laptop", False), 75, True),
         (RunStopped("x"), ("the driver's node 5f1c0a92 is drained", True), 75, False),
@@ -61,6 +67,26 @@ def test_only_what_would_end_the_same_way_again_is_stopped(monkeypatch, capsys, 
     err = capsys.readouterr().err
     lines = err.splitlines()
     assert own_exit_code("\n".join(line for line in lines if "could not" not in line)) == (code if stopped else None)
+
+
+def test_a_run_directory_in_use_and_a_storage_that_is_silent_are_tried_again(monkeypatch):
+    monkeypatch.setattr("raysft.cluster.connect.prepare_workers", lambda config: None)
+    command = ["run", "toy.yaml", "--rayjob"]
+    with dashboard() as server:
+        server.jobs["mine"] = Job("")
+        with lock(Path("runs", "toy")):  # of a driver that has not ended yet, for example
+            assert main([*command, server.url]) == 2
+        assert server.jobs["mine"].status == RUNNING
+        for error, status in ((TimeoutError("no route"), RUNNING), (OSError("HTTP status 403"), STOPPED)):
+            answer = partial(retry, partial(_fails, error), "s3://bucket")
+            monkeypatch.setattr(StoragePath, "ensure_writable", lambda place, answer=answer: answer())
+            monkeypatch.setattr("raysft.run.ownership.FIRST_SECONDS", 0)
+            assert main([*command, server.url]) == 2
+            assert server.jobs["mine"].status == status
+
+
+def _fails(error: OSError) -> None:
+    raise error
 
 
 @pytest.mark.parametrize("verb", ["run", "tune", "generate"])
