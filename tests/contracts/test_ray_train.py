@@ -8,6 +8,7 @@ from pathlib import Path
 import ray.train
 from ray.train.torch import TorchTrainer
 from ray.train.torch import config as torch_config
+from ray.train.v2._internal import constants
 from ray.train.v2._internal import exceptions as train_exceptions
 from ray.train.v2._internal.callbacks import placement_group_callback
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
@@ -17,6 +18,7 @@ from ray.train.v2._internal.execution.failure_handling import default
 from ray.train.v2._internal.execution.worker_group import worker_group
 from ray.train.v2.api import exceptions
 
+from raysft.train import launch
 from tests.contracts.contract import ROOT, Contract
 
 INTERNALS = Contract("ray", "raysft/train/ray_train_internals.py")
@@ -54,6 +56,10 @@ def test_policies_decide_how_many_workers_there_are():
     ELASTIC.name(ray.train.ScalingConfig, "_resources_per_worker_not_none")
     # The elastic policy asks the method that is overridden.
     ELASTIC.source(elastic, "self._count_possible_workers(", "_count_possible_workers")
+
+
+def test_a_controller_gets_its_settings_from_the_environment_of_the_driver():
+    assert {*launch.NOTICE, *launch.SHORT} <= set(constants.ENV_VARS_TO_PROPAGATE)
 
 
 def test_a_controller_says_why_workers_are_started_again():

@@ -96,6 +96,11 @@ def test_workers_get_the_resume_point_and_rows_from_its_step_on(monkeypatch):
     assert asked == [(3, 2), (0, 3)]
 
 
+def job_of(workers: int, steps: int) -> Any:
+    config = SimpleNamespace(train=SimpleNamespace(hang_minutes=15), scaling=SimpleNamespace(most_workers=workers))
+    return SimpleNamespace(config=config, train_rows=SimpleNamespace(row_plan=SimpleNamespace(steps=steps)))
+
+
 def test_a_cluster_that_is_lost_ends_the_training_in_one_line(monkeypatch):
     class Pump(nullcontext):
         broken = None
@@ -108,9 +113,22 @@ def test_a_cluster_that_is_lost_ends_the_training_in_one_line(monkeypatch):
     trainer: Any = SimpleNamespace(fit=fit, stop=lambda: None)
     monkeypatch.setattr(launch, "Mailbox", lambda: None)
     monkeypatch.setattr(launch, "EventPump", lambda *arguments: Pump(Pump()))
-    job: Any = SimpleNamespace(config=SimpleNamespace(train=SimpleNamespace(hang_minutes=15)))
+    job = job_of(workers=2, steps=10)
     monkeypatch.setattr(launch, "_trainer", lambda *arguments: trainer)
     with pytest.raises(RunFailed) as failed:
         launch.evaluate(job, lambda event: None)
     assert holds(str(failed.value), "the training failed … The actor is unavailable … run it again")
     assert "\n" not in str(failed.value)
+
+
+def test_the_controller_of_a_short_training_with_one_worker_notices_its_end_sooner(monkeypatch):
+    def settings(workers: int, steps: int) -> dict[str, str]:
+        return launch._controller_settings(job_of(workers, steps))
+
+    name = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+    monkeypatch.delenv(name, raising=False)
+    assert float(settings(1, 10)[name]) < 1
+    assert name not in settings(2, 10)
+    assert name not in settings(1, 100_000)
+    monkeypatch.setenv(name, "7")
+    assert settings(1, 10)[name] == "7", "what the user has set"
