@@ -14,8 +14,10 @@ def program() -> None:
     """
     codes: list[int] = []
     atexit.register(_leave, codes)  # before the libraries register theirs, so that it is called last
-    from raysft.cli import main
-
+    try:
+        from raysft.cli import main
+    except KeyboardInterrupt:  # in the first second, before anything has begun
+        sys.exit(130)
     codes.append(main())
     sys.exit(codes[0])
 

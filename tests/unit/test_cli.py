@@ -9,11 +9,13 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import raysft as raysft_package
 from raysft import __version__
+from raysft.__main__ import program
 from raysft.cli import main
 from raysft.config import Config, documented_fields, load
 from raysft.config.reference import SECTIONS
@@ -120,6 +122,18 @@ kept = Kept()
 raysft.cli.main = main
 program()
 """
+
+
+def test_ctrl_c_while_the_program_is_imported_shows_no_stack_trace(monkeypatch):
+    class Interrupted(ModuleType):
+        def __getattr__(self, name: str) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "raysft.cli", Interrupted("raysft.cli"))
+    monkeypatch.setattr("atexit.register", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        program()
+    assert ended.value.code == 130
 
 
 def test_the_program_ends_with_the_commands_exit_code_and_all_exit_handlers_and_frees_nothing(tmp_path):
