@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from raysft.cluster import workers
-from raysft.cluster.placement import Node
+from raysft.cluster.placement import Node, use_of
 from raysft.cluster.ray_internals import (
     Head,
     cluster_address,
@@ -64,12 +64,12 @@ def _cluster(config: Config, deferred: bool, mine: bool) -> Iterator[list[Node]]
     try:
         if mine and deferred and _find(config.scaling.address) is None:
             _deferred[:] = [config.scaling.address]
-            yield [Node.of(local_resources())]
+            yield [Node.of(local_resources(), use=use_of({}, config.scaling.data_label))]
             return
         if mine:
             _join(config.scaling.address, config.scaling.use_gpu)
         _quiet()
-        yield alive_nodes()
+        yield alive_nodes(config.scaling.data_label)
     finally:
         _deferred.clear()
         if mine:
@@ -121,12 +121,23 @@ def _sigterm_kept() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-def alive_nodes() -> list[Node]:
-    """Return the nodes of the joined cluster that are alive, as far as Ray knows."""
+def alive_nodes(data_label: str | None = None) -> list[Node]:
+    """Return the nodes of the joined cluster that are alive, as far as Ray knows.
+
+    Args:
+        data_label: of the nodes for data, as ``scaling.data_label``.
+    """
     import ray
 
     return [
-        Node.of(node["Resources"], node["NodeManagerAddress"], node["NodeID"]) for node in ray.nodes() if node["Alive"]
+        Node.of(
+            node["Resources"],
+            node["NodeManagerAddress"],
+            node["NodeID"],
+            use_of(node["Labels"], data_label),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
     ]
 
 

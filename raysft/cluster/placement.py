@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 TASK_CPUS = 0.5
 """CPUs that the tasks which read and tokenize data reserve; on a small machine they must fit beside the training workers."""
 LISTED_NODES = 8
 """Most nodes that a message lists."""
+Use = Literal["anything", "data", "training"]
+ANYTHING: Use = "anything"
+"""Data tasks and training workers."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +25,23 @@ class Node:
     """Its address, for messages."""
     id: str = ""
     """Ray's id of it."""
+    use: Use = ANYTHING
+    """What a run starts there."""
+
+    @property
+    def takes_data(self) -> bool:
+        """True if data tasks run there."""
+        return self.use != "training"
+
+    @property
+    def takes_workers(self) -> bool:
+        """True if training workers run there."""
+        return self.use != "data"
 
     @classmethod
-    def of(cls, resources: Mapping[str, float], name: str = "", id: str = "") -> Node:
+    def of(cls, resources: Mapping[str, float], name: str = "", id: str = "", use: Use = ANYTHING) -> Node:
         """Return the node with Ray's resources, ``{"CPU": 2.0, "GPU": 1.0, …}``."""
-        return cls(resources.get("CPU", 0.0), resources.get("GPU", 0.0), name, id)
+        return cls(resources.get("CPU", 0.0), resources.get("GPU", 0.0), name, id, use)
 
     def capacity(self, cpus: float = 0.0, gpus: float = 0.0, reserved_cpus: float = 0.0) -> int:
         """Return the number of processes that fit on the node; all resources of a process come from one node.
@@ -60,14 +76,70 @@ def max_workers(nodes: Sequence[Node], cpus_per_worker: float, use_gpu: bool, re
 
     >>> max_workers([Node(2.0), Node(1.0)], cpus_per_worker=1.0, use_gpu=False)
     2
+    >>> max_workers([Node(2.0, use="training"), Node(1.0, use="data")], cpus_per_worker=1.0, use_gpu=False)
+    2
     """
-    capacities = [node.capacity(cpus_per_worker, float(use_gpu)) for node in nodes]
+    capacities = _capacities(nodes, cpus_per_worker, use_gpu)
     beside_task = [
-        sum(capacities) - capacity + node.capacity(cpus_per_worker, float(use_gpu), TASK_CPUS)
+        sum(capacities) - capacity + min(capacity, node.capacity(cpus_per_worker, float(use_gpu), TASK_CPUS))
         for node, capacity in zip(nodes, capacities, strict=True)
-        if node.cpus >= TASK_CPUS
+        if node.takes_data and node.cpus >= TASK_CPUS
     ]
     return min(max(beside_task, default=0), total(nodes).capacity(cpus_per_worker, 0.0, TASK_CPUS + reserved_cpus))
+
+
+def _capacities(nodes: Sequence[Node], cpus_per_worker: float, use_gpu: bool) -> list[int]:
+    return [node.capacity(cpus_per_worker, float(use_gpu)) if node.takes_workers else 0 for node in nodes]
+
+
+def workers_on_a_node(nodes: Sequence[Node], workers: int, cpus_per_worker: float, use_gpu: bool, spread: bool) -> int:
+    """Return the most workers that stand on one node; at least 1.
+
+    Args:
+        nodes: the cluster's nodes.
+        workers: their number.
+        cpus_per_worker: CPUs that a worker reserves.
+        use_gpu: True if each worker reserves a GPU.
+        spread: True if they are spread over the nodes, False if they are packed.
+
+    >>> [workers_on_a_node([Node(4.0), Node(4.0), Node(1.0)], 5, 1.0, False, spread) for spread in (False, True)]
+    [4, 2]
+    """
+    room = _capacities(nodes, cpus_per_worker, use_gpu)
+    counts = range(1, max(room, default=0) + 1)
+    if spread and (
+        even := next((count for count in counts if sum(min(count, each) for each in room) >= workers), None)
+    ):
+        return even
+    return max(1, min(workers, max(room, default=0)))
+
+
+def use_of(labels: Mapping[str, str], data_label: str | None) -> Use:
+    """Return what a node is used for.
+
+    Args:
+        labels: of the node.
+        data_label: KEY=VALUE of the nodes for data; None if there are none.
+
+    >>> use_of({"role": "data"}, "role=data"), use_of({}, "role=data"), use_of({}, None)
+    ('data', 'training', 'anything')
+    """
+    if data_label is None:
+        return ANYTHING
+    key, _, value = data_label.partition("=")
+    return "data" if labels.get(key) == value else "training"
+
+
+def selector_of(data_label: str | None, workers: bool = False) -> dict[str, str]:
+    """Return Ray's label selector of the nodes for data; with ``workers`` that of all others.
+
+    >>> selector_of("role=data"), selector_of("role=data", workers=True), selector_of(None)
+    ({'role': 'data'}, {'role': '!data'}, {})
+    """
+    if data_label is None:
+        return {}
+    key, _, value = data_label.partition("=")
+    return {key: f"!{value}" if workers else value}
 
 
 def listed(nodes: Sequence[Node], use_gpu: bool) -> str:

@@ -102,7 +102,7 @@ class DataWorkersSection(PodSection):
     """Memory of a pod."""
     replicas: Count = 0
     """Number of pods. Above 0, Ray gets only those CPUs of a pod with GPUs that its workers reserve, so that the tasks which make
-    rows run here during training."""
+    rows run here during training; with more than 64 workers, each pod of workers makes its own rows."""
 
 
 class VolumeSection(Section):

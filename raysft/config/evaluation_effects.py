@@ -40,7 +40,7 @@ _KEYS = {
         data.train[].max_examples data.train[].num_samples data.eval data.registry data.holdout
         data.mask_history data.train_on_prompt data.on_overflow data.keep_prompt data.control_tokens_in_text
         data.template_options
-        scaling.num_workers scaling.cpus_per_worker scaling.threads_per_worker
+        scaling.num_workers scaling.cpus_per_worker scaling.threads_per_worker scaling.placement
     """,
     Bearing.ADAPTER: """
         run.seed model.lora.rank model.lora.alpha model.lora.rslora model.lora.dropout
@@ -56,7 +56,7 @@ _KEYS = {
         train.eval_at_start train.eval_every_steps train.early_stopping.patience train.early_stopping.threshold train.keep_best
         train.save_every_steps train.save_every_minutes train.keep_last train.max_failures train.hang_minutes train.max_hours
         train.trackers
-        scaling.wait_minutes scaling.worker_tokens_per_second scaling.address
+        scaling.wait_minutes scaling.worker_tokens_per_second scaling.data_label scaling.address
         generate.enabled generate.compare_base generate.model generate.sources generate.engine generate.num_actors
         generate.gpus_per_engine generate.max_examples generate.batching generate.batch_size generate.max_new_tokens
         generate.do_sample generate.temperature generate.top_p generate.top_k generate.repetition_penalty generate.num_beams

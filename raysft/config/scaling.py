@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from raysft.config.section import Positive, Section
+
+_LABEL = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+_NODE_LABEL = re.compile(rf"([A-Za-z0-9]([A-Za-z0-9.-]{{0,251}}[A-Za-z0-9])?/)?{_LABEL}={_LABEL}")
+
+
+def _node_label(value: str) -> str:
+    if not _NODE_LABEL.fullmatch(value):
+        raise ValueError(
+            "must be KEY=VALUE, each up to 63 letters, digits, '-', '_' and '.' that begin and end with a letter or digit, for "
+            "example role=data"
+        )
+    return value
 
 
 class ScalingSection(Section):
@@ -27,6 +40,12 @@ class ScalingSection(Section):
     worker_tokens_per_second: Annotated[float, Field(gt=0)] | None = None
     """Tokens that each worker trains on in a second, from which ``raysft check`` estimates how long the training takes. Default:
     those of the newest run in ``run.storage`` that had the same model and settings."""
+    placement: Literal["pack", "spread"] = "pack"
+    """``pack``: workers share as few nodes as possible, and talk without the network where they can. ``spread``: they stand on as
+    many nodes as possible, each with more of a node's memory and bandwidth for itself."""
+    data_label: Annotated[str, AfterValidator(_node_label)] | None = None
+    """Label of the nodes that are there for data, as `ray start --labels` gives it, for example ``role=data``: tasks that read and
+    tokenize data run on these nodes only, and training workers on all others. Default: both run anywhere."""
     address: str | None = None
     """Ray cluster to join, as HOST:PORT of its head node. Default: the cluster that this process belongs to or that runs on this
     machine, otherwise a new one on this machine. ``local``: always start a new one. Ray Client addresses (``ray://``) are not

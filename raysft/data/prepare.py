@@ -55,6 +55,7 @@ def prepare(config: Config, model: str, notify: Notify = lambda line: None) -> P
         config.chat_template,
         notify,
         config.model.runs_code,
+        config.scaling.data_label,
     )
     prepared = _plan_rows(config, train, list(evaluation.values()), manifests)
     return replace(prepared, prompts=tuple(manifests[len(train) + len(evaluation) :]))
@@ -103,7 +104,8 @@ def prepare_prompts(config: Config, model: str, runs_code: bool, notify: Notify 
     sets = [
         resolve_shard_set(config, source, split, model, with_prompts=True) for source, split in generation_sets(config)
     ]
-    return build_shards(sets, model, config.data.max_rejected, config.chat_template, notify, runs_code)
+    label = config.scaling.data_label
+    return build_shards(sets, model, config.data.max_rejected, config.chat_template, notify, runs_code, label)
 
 
 def evaluation_sets(config: Config) -> list[tuple[Source, Split]]:

@@ -90,7 +90,7 @@ def smallest_node(nodes: Sequence[Node], use_gpu: bool) -> tuple[Node, NodeMemor
         return (nodes[0] if nodes else Node(1.0), this_node(use_gpu))
     kinds: dict[tuple[float, float], Node] = {}
     for node in nodes:
-        if not use_gpu or node.gpus:
+        if node.takes_workers and (node.gpus or not use_gpu):
             kinds.setdefault((node.cpus, node.gpus), node)
     answers = ask(list(kinds.values()), this_node, use_gpu)
     found = [(node, answer) for node, answer in zip(kinds.values(), answers, strict=True) if answer is not None]

@@ -23,7 +23,8 @@ def check_resources(config: Config, nodes: Sequence[Node], reserved_cpus: float 
     scaling = config.scaling
     count, cpus_per_worker, use_gpu = scaling.fewest_workers, scaling.cpus_per_worker, scaling.use_gpu
     workers = f"scaling.num_workers={[count, scaling.most_workers] if scaling.is_elastic else count}"
-    capacity = sum(node.capacity(cpus_per_worker, float(use_gpu)) for node in nodes)
+    _check_data_nodes(config, nodes)
+    capacity = sum(node.capacity(cpus_per_worker, float(use_gpu)) for node in nodes if node.takes_workers)
     beside_data = max_workers(nodes, cpus_per_worker, use_gpu, reserved_cpus)
     if count > capacity:
         at_least = "at least " if scaling.is_elastic else ""
@@ -43,6 +44,20 @@ def check_resources(config: Config, nodes: Sequence[Node], reserved_cpus: float 
             f"{TASK_CPUS:g} of them for data on one node, but the cluster has {cpus:g} ({listed(nodes, use_gpu)}); "
             + (f"use scaling.cpus_per_worker={fitting:g}" if fitting else fewer)
         )
+
+
+def _check_data_nodes(config: Config, nodes: Sequence[Node]) -> None:
+    label = config.scaling.data_label
+    if any(node.takes_data and node.cpus >= TASK_CPUS for node in nodes) or label is None:
+        return
+    labelled = [node for node in nodes if node.takes_data]
+    if labelled:
+        fact = f"none of the nodes with this label has {TASK_CPUS:g} CPUs for data tasks ({listed(labelled, False)})"
+    else:
+        fact = f"no node of the cluster has this label ({listed(nodes, False)})"
+    raise RequestError(
+        f"scaling.data_label={label}: {fact}; start a node with ray start --labels {label}, or remove scaling.data_label"
+    )
 
 
 def _remedy(nodes: Sequence[Node], workers: int, cpus_per_worker: float, use_gpu: bool) -> str:

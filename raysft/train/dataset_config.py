@@ -10,12 +10,13 @@ from typing import Any
 import ray.data
 import ray.train
 
+from raysft.cluster.placement import selector_of
 from raysft.storage.path import StoragePath
 from raysft.storage.retry import retry_for
 from raysft.telemetry.events import Emit, Waiting
 from raysft.train.checkpoint import catalog
 from raysft.train.checkpoint.resume import ResumePoint
-from raysft.train.job import TrainJob
+from raysft.train.job import SPLIT_WORKERS, TrainJob
 
 RESUME, TRAIN = "resume", "train"
 """Names under which Ray Train hands a worker the ``ResumePoint`` (or None) and the rows that begin there."""
@@ -46,13 +47,20 @@ class PlannedDataConfig(ray.train.DataConfig):
 
     def __init__(self, job: TrainJob) -> None:
         super().__init__(datasets_to_split=[TRAIN])
-        self._job = job
+        self._job, self._split_workers = job, SPLIT_WORKERS
 
-    def configure(self, datasets: Any, world_size: int, *others: Any, **options: Any) -> Any:
-        """Split the rows from the resume point on among the workers; hand the resume point itself to each of them."""
+    def configure(
+        self, datasets: Any, world_size: int, worker_handles: Any, worker_node_ids: Any, **options: Any
+    ) -> Any:
+        """Divide the rows from the resume point on among the workers; hand the resume point itself to each of them."""
         (name, resume), rows = *datasets.items(), self._job.train_rows
         if name == RESUME:
             return [{RESUME: resume}] * world_size
-        made = rows.dataset(resume.cursor.step if resume else 0, world_size)
-        base = ray.train.DataConfig(execution_options=rows.execution_options(world_size))
-        return base.configure({name: made}, world_size, *others, **options)
+        first, data_label = resume.cursor.step if resume else 0, self._job.config.scaling.data_label
+        if world_size > self._split_workers:
+            return [{name: shard} for shard in rows.node_shards(first, worker_node_ids, data_label)]
+        execution = rows.execution_options(world_size)
+        execution.label_selector = selector_of(data_label) or None
+        base = ray.train.DataConfig(execution_options=execution)
+        made = {name: rows.dataset(first, world_size)}
+        return base.configure(made, world_size, worker_handles, worker_node_ids, **options)

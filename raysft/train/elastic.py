@@ -15,7 +15,7 @@ from typing import Any, cast
 import ray
 from ray.train import ScalingConfig
 
-from raysft.cluster.placement import Node, max_workers
+from raysft.cluster.placement import Node, max_workers, selector_of, use_of
 from raysft.cluster.ray_internals import draining_nodes
 from raysft.config.scaling import ScalingSection
 from raysft.errors import RunFailed, RunStopped
@@ -63,12 +63,17 @@ def workers_of(
         num_workers=(scaling.fewest_workers, scaling.most_workers) if scaling.is_elastic else scaling.most_workers,
         use_gpu=scaling.use_gpu,
         resources_per_worker=resources,
+        placement_strategy=scaling.placement.upper(),
+        label_selector=selector_of(scaling.data_label, workers=True) or None,
     )
     return config, (_Elastic if scaling.is_elastic else _Fixed)(config, scaling, run, steps, emit)
 
 
-def live_nodes() -> list[Node]:
+def live_nodes(data_label: str | None) -> list[Node]:
     """Return the nodes that answer now and are not being drained.
+
+    Args:
+        data_label: of the nodes for data, as ``scaling.data_label``.
 
     Ray notices a node's death 15 seconds late, and would wait a whole minute for workers that it placed there.
     """
@@ -76,7 +81,11 @@ def live_nodes() -> list[Node]:
     nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
     with ThreadPoolExecutor(min(64, max(1, len(nodes)))) as pool:
         answers = list(pool.map(_answers, nodes))
-    return [Node.of(node["Resources"]) for node, answer in zip(nodes, answers, strict=True) if answer]
+    return [
+        Node.of(node["Resources"], use=use_of(node["Labels"], data_label))
+        for node, answer in zip(nodes, answers, strict=True)
+        if answer
+    ]
 
 
 def _answers(node: dict[str, Any]) -> bool:
@@ -107,7 +116,7 @@ class _BoundedWait:
 
     def max_workers(self) -> int:
         """Number of workers that fit on the live nodes beside the data tasks."""
-        return max_workers(live_nodes(), self.scaling.cpus_per_worker, self.scaling.use_gpu)
+        return max_workers(live_nodes(self.scaling.data_label), self.scaling.cpus_per_worker, self.scaling.use_gpu)
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """Tell the driver the controller's actor handle; a policy runs inside the controller."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,6 +14,9 @@ from raysft.storage.run_directory import RunDirectory
 
 Batch = dict[str, np.ndarray]
 """Rows of one worker: ``row`` and ``tokens`` [rows], and the arrays of ``step.TENSORS`` [rows, sequence_length]."""
+
+SPLIT_WORKERS = 64
+"""Most workers that share one pipeline of Ray Data, where one actor answers them all. With more, each node reads its own rows."""
 
 
 class RowPlan(Protocol):
@@ -56,6 +59,8 @@ class RowSource(Protocol):
     def batches(self, tables: Any, workers: int) -> Iterator[Batch]: ...
 
     def dataset(self, first: int, workers: int) -> Any: ...
+
+    def node_shards(self, first: int, nodes: Sequence[str], data_label: str | None) -> list[Any]: ...
 
     def execution_options(self, workers: int) -> Any: ...
 

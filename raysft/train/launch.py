@@ -17,6 +17,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 
 from raysft.cluster.connect import alive_nodes
+from raysft.cluster.placement import workers_on_a_node
 from raysft.config import Config
 from raysft.environment import environment
 from raysft.errors import RunFailed, RunStopped, StorageFailed, one_line
@@ -185,6 +186,8 @@ def _threads(config: Config) -> int:
     """Number of threads per worker: ``scaling.threads_per_worker``, or an equal part of a node's CPUs."""
     if config.scaling.threads_per_worker:
         return config.scaling.threads_per_worker
-    largest = max(node.cpus for node in alive_nodes())
-    workers = min(config.scaling.most_workers, max(1, int(largest // config.scaling.cpus_per_worker)))
-    return max(1, int(largest) // workers)
+    scaling, nodes = config.scaling, alive_nodes()
+    workers = workers_on_a_node(
+        nodes, scaling.most_workers, scaling.cpus_per_worker, False, scaling.placement == "spread"
+    )
+    return max(1, int(max(node.cpus for node in nodes)) // workers)

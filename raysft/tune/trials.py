@@ -202,7 +202,7 @@ def _fitting(config: Config, nodes: Sequence[Node], workers: int) -> int:
     if not scaling.use_gpu:
         cpus = max(cpus, engines)
     gpus = max(workers, engines * config.generate.gpus_per_engine) if scaling.use_gpu else 0.0
-    return total(nodes).capacity(cpus + TRIAL_CPUS, gpus)
+    return total([node for node in nodes if node.takes_workers]).capacity(cpus + TRIAL_CPUS, gpus)
 
 
 def with_share(config: Config, nodes: Sequence[Node], concurrent: int) -> Config:

@@ -7,7 +7,8 @@ had: all of it, and what is not a mapped file, which the kernel can drop.
 - ``plan``: the driver reads the manifest, plans all rows, writes the plan, and sums up the steps.
 - ``open``: a worker, a data task or a restarted run maps the plan and looks at a step.
 - ``dataset``: what Ray Train's controller does at each start of the workers.
-- ``first row``: a data task reads the first block of the last worker, with all blocks before it in its piece.
+- ``first row``: a data task, or with many workers the reader of the last node, reads the first block of the last worker, with all
+  blocks before it.
 - ``events``: every worker sends an event; the driver has handled all.
 - ``checkpoints``: look for the newest of two checkpoints on an S3 server (moto), as at each start.
 - ``prompts``: predictions for so many prompts arrive, are stored, put in order, written and scored.

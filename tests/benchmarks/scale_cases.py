@@ -16,6 +16,8 @@ CAPACITY, MEAN, SHARD_EXAMPLES = 4096, 500, 10_000
 """Tokens in a row, mean tokens of an example, examples in a shard."""
 ROWS_PER_WORKER = 2
 """Rows of each worker in a step."""
+NODE_WORKERS = 8
+"""Workers of a node."""
 PROMPT_TOKENS = 100
 """Mean tokens of a prompt."""
 
@@ -69,7 +71,7 @@ def dataset_of(place: Path, workers: int) -> Any:
 
 
 def planned(place: Path, workers: int, with_tokens: bool) -> None:
-    """Plan the rows, and write the shards that the first piece needs."""
+    """Plan the rows, and write the shards that the first rows of all workers need."""
     from raysft.data.rows.ray_stream import plan_pieces
     from raysft.data.shards.manifest import load_manifest, load_shard_files
     from raysft.storage.path import StoragePath
@@ -78,8 +80,8 @@ def planned(place: Path, workers: int, with_tokens: bool) -> None:
     rows = dataset_of(place, workers)
     if not rows.row_plan.rows or not with_tokens:
         return
-    last = next(piece for piece in plan_pieces(rows.row_plan, 0, workers) if piece.stop_worker == workers)
-    numbers = np.arange(last.first_step * rows.global_batch_size, last.stop_step * rows.global_batch_size)
+    piece = next(plan_pieces(rows.row_plan, 0, workers))
+    numbers = np.arange(piece.stop_step * rows.global_batch_size)
     path = StoragePath(rows.manifests[0])
     manifest, files = load_manifest(path), load_shard_files(path)
     for shard in np.unique(rows._find_slices(numbers).shards).tolist():
@@ -111,15 +113,22 @@ def open(examples: int, workers: int, place: Path) -> Callable[[], str]:
 
 def dataset(examples: int, workers: int, place: Path) -> Callable[[], str]:
     start_ray()
+    import ray
+
     from raysft.data.rows.ray_stream import plan_pieces
+    from raysft.train.job import SPLIT_WORKERS
 
     rows = dataset_of(place, workers)
 
-    def work() -> str:
+    def split() -> str:
         assert rows.dataset(0, workers) is not None
         return f"{sum(1 for _ in plan_pieces(rows.row_plan, 0, workers)):,} pieces"
 
-    return work
+    def node() -> str:
+        shards = rows.node_shards(0, [ray.get_runtime_context().get_node_id()] * workers)
+        return f"{len(shards):,} shards of one node"
+
+    return split if workers <= SPLIT_WORKERS else node
 
 
 def start_ray() -> None:
@@ -135,19 +144,27 @@ def start_ray() -> None:
 def first_row(examples: int, workers: int, place: Path) -> Callable[[], str]:
     from dataclasses import asdict
 
-    from raysft.data.rows.ray_stream import plan_pieces, read_pieces
+    from raysft.data.rows.node_reader import NodeReader
+    from raysft.data.rows.ray_stream import plan_pieces, read_pieces, steps_per_block
+    from raysft.train.job import SPLIT_WORKERS
 
     rows = dataset_of(place, workers)
 
-    def work() -> str:
-        last = next(piece for piece in plan_pieces(rows.row_plan, 0, workers) if piece.stop_worker == workers)
-        columns = {name: np.array([value]) for name, value in asdict(last).items()}
+    def split() -> str:
+        columns = {
+            name: np.array([value]) for name, value in asdict(next(plan_pieces(rows.row_plan, 0, workers))).items()
+        }
         tables = read_pieces(columns, rows, workers)
-        for _ in range(last.first_worker, last.stop_worker):
+        for _ in range(workers):
             table = next(tables)
         return f"{table.nbytes / 2**20:.1f} MiB in a block"
 
-    return work
+    def node() -> str:
+        reader = NodeReader(rows, range(workers - NODE_WORKERS, workers), workers)
+        table = reader.block(0, steps_per_block(rows.row_plan, workers), workers - 1)
+        return f"{table.nbytes / 2**20:.1f} MiB in a block"
+
+    return split if workers <= SPLIT_WORKERS else node
 
 
 def events(examples: int, workers: int, place: Path) -> Callable[[], str]:
@@ -156,9 +173,10 @@ def events(examples: int, workers: int, place: Path) -> Callable[[], str]:
 
     from raysft.telemetry.events import Waiting
     from raysft.train.controller import Controller
-    from raysft.train.event_pump import EventPump, emitter, make_queue
+    from raysft.train.event_pump import EventPump, emitter
+    from raysft.train.mailbox import Mailbox
 
-    queue, handled, all_there = make_queue(), [], threading.Event()
+    mailbox, handled, all_there = Mailbox(), [], threading.Event()
 
     def handle(event: Any) -> None:
         handled.append(event)
@@ -166,8 +184,8 @@ def events(examples: int, workers: int, place: Path) -> Callable[[], str]:
             all_there.set()
 
     def work() -> str:
-        with EventPump(queue, handle, Controller()), ThreadPoolExecutor(min(workers, 200)) as pool:
-            list(pool.map(lambda number: emitter(queue)(Waiting(f"worker {number}")), range(workers)))
+        with EventPump(mailbox, handle, Controller()), ThreadPoolExecutor(min(workers, 200)) as pool:
+            list(pool.map(lambda number: emitter(mailbox)(Waiting(f"worker {number}")), range(workers)))
             assert all_there.wait(300)
             return f"{len(handled):,} events"
 

@@ -8,7 +8,7 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,16 @@ ELASTIC = ("scaling.num_workers=[1, 2]", "scaling.cpus_per_worker=2")
 
 
 class Nodes:
-    """A head, where the driver and the data tasks find room, and two nodes for a worker each.
+    """A head, where the driver and the data tasks find room, and nodes for a worker each.
 
     Args:
         head: CPUs of the head.
         each: CPUs of the nodes.
+        count: their number.
+        others: options of further nodes.
     """
 
-    def __init__(self, head: int = 1, each: int = 2) -> None:
+    def __init__(self, head: int = 1, each: int = 2, count: int = 2, others: Sequence[Mapping[str, Any]] = ()) -> None:
         from ray.cluster_utils import Cluster
 
         # Of its own in all: `ray.init()` of other programs is not to find it. The path of a Unix socket must be short.
@@ -48,11 +50,13 @@ class Nodes:
         with patch.dict(os.environ, IDLE):
             self._cluster = Cluster(initialize_head=True, head_node_args=first)
         self._more = {"num_cpus": each, **all_have}
-        self._nodes = [self._add(), self._add()]
+        self._nodes = [self._add() for _ in range(count)]
+        for options in others:
+            self._add(**options)
 
-    def _add(self) -> Any:
+    def _add(self, **options: Any) -> Any:
         with patch.dict(os.environ, IDLE):
-            return self._cluster.add_node(**self._more)
+            return self._cluster.add_node(**{**self._more, **options})
 
     @property
     def address(self) -> str:
@@ -90,9 +94,9 @@ class Nodes:
 
 
 @contextmanager
-def nodes(head: int = 1, each: int = 2) -> Iterator[Nodes]:
+def nodes(head: int = 1, each: int = 2, count: int = 2, others: Sequence[Mapping[str, Any]] = ()) -> Iterator[Nodes]:
     """A cluster for a while."""
-    cluster = Nodes(head, each)
+    cluster = Nodes(head, each, count, others)
     try:
         yield cluster
     finally:

@@ -339,9 +339,8 @@ def test_small_data_becomes_the_same_shards_in_the_driver(tmp_path, model, monke
     assert sum(table.num_rows for table, _ in made["driver"]) == 940
 
 
-@pytest.mark.parametrize("task_workers", [64, 1])
-def test_the_split_of_ray_gives_each_worker_its_rows_in_order(tmp_path, monkeypatch, task_workers):
-    """Also where several tasks read the rows of the same steps, as with hundreds of workers."""
+def test_each_worker_gets_its_rows_in_order_from_ray_data_and_from_readers(tmp_path, monkeypatch):
+    """Also if a reader dies."""
     import threading
 
     import numpy as np
@@ -350,25 +349,32 @@ def test_the_split_of_ray_gives_each_worker_its_rows_in_order(tmp_path, monkeypa
     from raysft.data.rows.packed_dataset import PackedDataset
     from tests.synthetic import write_set
 
-    monkeypatch.setattr(ray_stream, "TASK_WORKERS", task_workers)
     monkeypatch.setattr(ray_stream, "BLOCK_TOKENS", 256)
     lengths = np.random.default_rng(0).integers(2, 60, 300)
     rows = PackedDataset((write_set(tmp_path / "a", lengths, shard_examples=50),), 64, 6, epochs=2)
-    workers, first = 3, 2
-    splits = rows.dataset(first, workers).streaming_split(workers, equal=True)
-    found: dict[int, list] = {}
+    workers, first, found = 3, 2, {}
 
-    def read(worker: int) -> None:
-        tables = splits[worker].iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
-        found[worker] = list(rows.batches(tables, workers))
+    def read(way: str, shards: list, worker: int) -> None:
+        tables = shards[worker].iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+        batches = rows.batches(tables, workers)
+        found[way, worker] = [next(batches)]
+        if way == "readers" and worker == 1:
+            ray.kill(shards[worker].reader, no_restart=False)
+        found[way, worker] += batches
 
-    threads = [threading.Thread(target=read, args=(worker,)) for worker in range(workers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    for worker in range(workers):
+    here = [ray.get_runtime_context().get_node_id()] * workers
+    for way, shards in (
+        ("split", rows.dataset(first, workers).streaming_split(workers, equal=True)),
+        ("readers", rows.node_shards(first, here)),
+    ):
+        threads = [threading.Thread(target=read, args=(way, shards, worker)) for worker in range(workers)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+    for (_, worker), ours in found.items():
         expected = list(rows.steps(first, worker, workers))
-        assert len(found[worker]) == len(expected) == rows.row_plan.steps - first
-        for ours, theirs in zip(found[worker], expected, strict=True):
-            assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+        assert len(ours) == len(expected) == rows.row_plan.steps - first
+        for one, other in zip(ours, expected, strict=True):
+            assert all(np.array_equal(one[name], other[name]) for name in other)
+    assert len(found) == 2 * workers

@@ -29,7 +29,7 @@ from raysft.storage.json_files import read_jsonl
 from raysft.storage.lock import lock
 from raysft.storage.run_directory import RunDirectory
 from raysft.telemetry.events import TRAIN_RESULTS, WorkersRestarting
-from raysft.train import launch
+from raysft.train import dataset_config, launch
 from raysft.train.checkpoint.catalog import complete
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.job import TrainJob
@@ -247,8 +247,12 @@ class KillAWorker:
             self.killed += 1
 
 
-def test_a_killed_worker_loses_and_repeats_nothing(folder, sft_run, capsys):
-    """Killed after step 4, the training goes on from the checkpoint of step 3 and ends like one that was left alone."""
+def test_a_killed_worker_loses_and_repeats_nothing(folder, sft_run, capsys, monkeypatch):
+    """Killed after step 4, the training goes on from the checkpoint of step 3 and ends like one that was left alone.
+
+    Its rows come from a reader of the node, as with many workers; those of the other training from Ray Data.
+    """
+    monkeypatch.setattr(dataset_config, "SPLIT_WORKERS", 1)
     kill = KillAWorker(step=4)
     raysft.run_sft(load(folder / "sft.yaml", ["run.name=killed", "generate.enabled=false"]), callbacks=[kill])
     assert kill.killed == 1

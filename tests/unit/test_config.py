@@ -152,6 +152,11 @@ def test_an_unknown_key_comes_before_other_errors(write):
         ("train: {betas: [0.9, 2]}", "c.yaml:8: train.betas.1=2 … must be less than 1"),
         ("train: {zero_stage: 4}", "c.yaml:8: train.zero_stage=4 … must be 0, 1, 2 or 3"),
         ("train: 3", "c.yaml:8: train=3 … section"),
+        (
+            "scaling: {data_label: data}",
+            "c.yaml:8: scaling.data_label='data' … must be KEY=VALUE … for example role=data",
+        ),
+        ("scaling: {data_label: -a=b}", "c.yaml:8: scaling.data_label='-a=b' … must be KEY=VALUE"),
         ("run: {seed: -1}", "c.yaml:8: run.seed=-1 … must be greater than or equal to 0"),
         ("run: {storage: 's3://'}", "c.yaml:8: run.storage='s3://' … names no bucket or folder; add it"),
         ('run: {storage: "a\\0b"}', "c.yaml:8: run.storage= … NUL character; remove it"),

@@ -24,7 +24,7 @@ class Cluster:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.nodes: list[Node] = []
-        patch.setattr(elastic, "live_nodes", lambda: self.nodes)
+        patch.setattr(elastic, "live_nodes", lambda data_label: self.nodes)
         self.reserved: list[dict[str, float]] | None = None
         """What Ray offers, if that is less."""
         patch.setattr(
@@ -50,6 +50,16 @@ def policy_of(folder: Path, events: list[Any] | None = None, **settings) -> Any:
     section = ScalingSection(**settings)
     _, policy = elastic.workers_of(section, RunDirectory(folder), 100, events.append)
     return policy
+
+
+@pytest.mark.parametrize("workers", [2, [1, 2]])
+def test_ray_train_is_told_where_workers_stand(tmp_path, workers):
+    plain, other = (
+        elastic.workers_of(ScalingSection(num_workers=workers, **more), RunDirectory(tmp_path), 100, print)[0]
+        for more in ({}, {"placement": "spread", "data_label": "role=data"})
+    )
+    assert (plain.placement_strategy, plain.label_selector) == ("PACK", None)
+    assert (other.placement_strategy, other.label_selector) == ("SPREAD", {"role": "!data"})
 
 
 def started(policy: Any) -> int:

@@ -219,6 +219,7 @@ def test_this_node_has_memory():
         ([Node(8.0, 2.0)], {"num_workers": 2, "use_gpu": True}, NodeMemory(64e9, 0, 80e9), 80e9, 2),
         ([Node(8.0, 2.0)], {"num_workers": 2, "use_gpu": True}, NodeMemory(64e9), None, 2),
         ([Node(8.0)], {"num_workers": 2}, None, None, 2),
+        ([Node(4.0), Node(4.0)], {"num_workers": 3, "placement": "spread"}, NodeMemory(8e9), 4e9, 2),
     ],
 )
 def test_what_a_worker_has(tmp_path, nodes, scaling, found, limit, ranks):

@@ -15,8 +15,9 @@ import pytest
 
 from raysft.data.rows import mixture, ray_stream
 from raysft.data.rows.collate import Batch
+from raysft.data.rows.node_reader import NodeReader
 from raysft.data.rows.packed_dataset import PackedDataset
-from raysft.data.rows.ray_stream import Piece, blocks, plan_pieces, read_pieces, split_block
+from raysft.data.rows.ray_stream import Piece, plan_pieces, read_pieces, split_block
 from raysft.data.rows.row_plan import rows_for_rank
 from raysft.data.shards import ray_pipeline
 from raysft.data.types import IGNORE_INDEX
@@ -182,7 +183,6 @@ def columns(*pieces: Piece) -> dict[str, np.ndarray]:
 def test_each_worker_gets_the_blocks_that_it_would_read_itself(
     rows, monkeypatch, workers, first, block_tokens, task_rows, group
 ):
-    monkeypatch.setattr(ray_stream, "TASK_WORKERS", 3)  # 7 workers share three tasks
     monkeypatch.setattr(ray_stream, "BLOCK_TOKENS", block_tokens)
     monkeypatch.setattr(ray_stream, "TASK_ROWS", task_rows)
     monkeypatch.setattr(mixture, "GROUP_EXAMPLES", group)
@@ -198,19 +198,47 @@ def test_each_worker_gets_the_blocks_that_it_would_read_itself(
 
 
 def test_a_block_is_split_into_its_steps(rows):
-    (table,) = read_pieces(columns(Piece(0, 2, 1, 2)), rows, 2)
+    _, table = read_pieces(columns(Piece(0, 2)), rows, 2)
     first, second = split_block(table, 2)
     assert equal(first, rows.batch([2, 3]))
     assert equal(second, rows.batch([6, 7]))
 
 
-def test_with_many_workers_a_task_reads_for_some_of_them_and_their_blocks_are_smaller(rows):
-    for workers in (1, 64, 65, 1000):
-        plan = replace(rows.row_plan, capacity=64, global_batch_size=1000)
-        pieces = list(plan_pieces(plan, 0, workers))
-        assert max(piece.stop_worker - piece.first_worker for piece in pieces) == min(64, workers)
-        numbers = np.concatenate([each for piece in pieces for each in blocks(plan, piece, workers)])
-        assert sorted(numbers[numbers >= 0]) == list(range(plan.rows))
+@pytest.mark.parametrize(("workers", "on_nodes"), [(1, [1]), (5, [2, 2, 1]), (7, [7])])
+@pytest.mark.parametrize("first", [0, 5])
+@pytest.mark.parametrize("block_tokens", [1 << 18, 2 * 4 * CAPACITY, 1])
+def test_the_readers_of_nodes_give_each_worker_its_rows_whoever_asks_first(
+    rows, monkeypatch, workers, on_nodes, first, block_tokens
+):
+    monkeypatch.setattr(ray_stream, "BLOCK_TOKENS", block_tokens)
+    stop, per_block = rows.row_plan.steps, ray_stream.steps_per_block(rows.row_plan, workers)
+    starts, ranks = range(first, stop, per_block), iter(range(workers))
+    for on_node in on_nodes:
+        own = [next(ranks) for _ in range(on_node)]
+        reader = NodeReader(rows, own, workers)
+        asked = [(start, worker) for start in starts for worker in own]
+        if block_tokens == 1:  # more blocks than a reader keeps
+            asked = np.random.default_rng(0).permutation(asked).tolist()
+        tables = {(start, worker): reader.block(start, min(start + per_block, stop), worker) for start, worker in asked}
+        for worker in own:
+            read = list(rows.batches((tables[start, worker] for start in starts), workers))
+            expected = list(rows.steps(first, worker, workers))
+            assert len(read) == len(expected) == stop - first
+            assert all(equal(left, right) for left, right in zip(read, expected, strict=True))
+
+
+def test_a_reader_makes_the_blocks_of_all_its_workers_at_once(rows, monkeypatch):
+    """They draw from the same shards, which would be decompressed for each of them otherwise."""
+    reader, made = NodeReader(rows, [3, 4], 6), []
+    batch = PackedDataset.batch
+    monkeypatch.setattr(PackedDataset, "batch", lambda self, numbers: made.append(len(numbers)) or batch(self, numbers))
+    for worker in (4, 3):
+        for step in (0, 1):
+            reader.block(step, step + 1, worker)
+    assert made == [2, 2]
+
+
+def test_with_many_workers_blocks_are_smaller(rows):
     small, large = (
         ray_stream.steps_per_block(replace(rows.row_plan, global_batch_size=workers, capacity=64), workers)
         for workers in (1000, 16)

@@ -117,6 +117,37 @@ def test_workers_that_find_no_place_are_refused(nodes, scaling, parts):
     assert "\n" not in str(caught.value)
 
 
+LABELLED = {"data_label": "role=data"}
+
+
+def labelled(training: int, data: float) -> list[Node]:
+    """A node that trains, and one for data."""
+    return [Node(float(training), use="training"), Node(float(data), use="data")]
+
+
+def test_workers_may_take_all_cpus_of_a_node_if_another_one_is_for_data_and_none_of_that():
+    check_resources(scaled(num_workers=2, **LABELLED), labelled(2, 0.5))
+    with pytest.raises(RequestError) as caught:
+        check_resources(scaled(num_workers=3, **LABELLED), labelled(2, 8))
+    assert "the cluster can place only 2 workers (node 0: 2 CPUs; node 1: 8 CPUs)" in str(caught.value)
+    assert str(caught.value).endswith("; use scaling.num_workers=2, or add nodes")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "fact"),
+    [
+        ([Node(4.0, use="training")], "no node of the cluster has this label (node 0: 4 CPUs)"),
+        (labelled(4, 0.25), "none of the nodes with this label has 0.5 CPUs for data tasks (node 0: 0.25 CPUs)"),
+    ],
+)
+def test_a_label_of_no_node_that_data_could_run_on_is_refused(nodes, fact):
+    with pytest.raises(RequestError) as caught:
+        check_resources(scaled(**LABELLED), nodes)
+    assert str(caught.value) == (
+        f"scaling.data_label=role=data: {fact}; start a node with ray start --labels role=data, or remove scaling.data_label"
+    )
+
+
 @pytest.mark.parametrize(
     ("nodes", "scaling", "reserved", "needed", "remedy"),
     [

@@ -158,7 +158,7 @@ def test_numbers_that_need_64_bits_have_them():
     assert [index_type(numbers) for numbers in (1, (1 << 31) - 1, 1 << 31)] == [np.int32, np.int32, np.int64]
 
 
-def test_a_task_is_told_which_steps_and_workers_and_not_where_their_rows_are(tmp_path):
+def test_a_task_is_told_which_steps_and_not_where_their_rows_are(tmp_path):
     rows = dataset(tmp_path)
     pieces = list(ray_stream.plan_pieces(rows.row_plan, 0, 4))
     assert {type(number) for piece in pieces for number in astuple(piece)} == {int}

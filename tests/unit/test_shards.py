@@ -43,7 +43,7 @@ def model(tokenizer_with) -> str:
 def _without_ray(tmp_path, monkeypatch):
     """Write shards in this process, without Ray."""
 
-    def write_in_process(sets_by_source, load_tokenizer, notify):
+    def write_in_process(sets_by_source, load_tokenizer, notify, data_label):
         tokenizer = load_tokenizer()
         return {
             each.directory: [

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raysft.data.rows import mixture, plan_file, ray_stream
+from raysft.data.rows import mixture, node_reader, plan_file, ray_stream
 from raysft.data.rows.collate import Batch, RowSlices, collate
 from raysft.data.rows.plan_file import PlannedRows, SourceFiles
 from raysft.data.rows.row_layouts import ranges
@@ -198,12 +198,22 @@ class PackedDataset:
         pieces = list(ray_stream.plan_pieces(self.row_plan, first, workers))
         return ray_stream.ray_dataset(self, pieces, workers)
 
+    def node_shards(self, first: int, nodes: Sequence[str], data_label: str | None = None) -> list[Any]:
+        """Return the rows of each worker, from step ``first`` on, as a reader on its node makes them.
+
+        Args:
+            first: the step.
+            nodes: [workers] Ray's id of the node of each worker.
+            data_label: of the nodes for data, where readers run. Default: those of the workers.
+        """
+        return list(node_reader.node_shards(self, first, nodes, data_label))
+
     def execution_options(self, workers: int) -> Any:
         """Return the ``ray.data.ExecutionOptions`` for ``dataset``."""
         return ray_stream.execution_options(self.row_plan, workers)
 
     def batches(self, tables: Iterable[pa.Table], workers: int) -> Iterator[Batch]:
-        """Yield a worker's rows of each step, from its split of ``dataset``."""
+        """Yield a worker's rows of each step, from its split of ``dataset`` or its shard of ``node_shards``."""
         for table in tables:
             yield from ray_stream.split_block(table, -(-self.row_plan.global_batch_size // workers))
 

@@ -1,8 +1,9 @@
 """Stream rows to the workers with Ray Data, in the order of the row plan.
 
-One row of the Ray dataset, which is also one block, holds one worker's rows of a few steps. Blocks alternate between the workers,
-so that the ordered split of Ray Data deals them out in turn and no worker gets a step ahead. Nothing relies on Ray's order: each
-row carries its number, and the training loop checks it.
+This is the way of the rows to some tens of workers; ``node_reader`` is that to more. One row of the Ray dataset, which is also one
+block, holds one worker's rows of a few steps. Blocks alternate between the workers, so that the ordered split of Ray Data deals
+them out in turn and no worker gets a step ahead. Nothing relies on Ray's order: each row carries its number, and the training loop
+checks it.
 """
 
 from __future__ import annotations
@@ -26,8 +27,6 @@ PREFETCH_BYTES = 64 << 20
 """Approximate size of the blocks that wait in memory for the workers; more if there are many workers."""
 TASK_ROWS = 4096
 """Rows that one task reads and packs at most."""
-TASK_WORKERS = 64
-"""Workers that one task reads for at most: with many of them, several tasks read their rows of the same steps at once."""
 
 
 class Rows(Protocol):
@@ -43,12 +42,10 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Piece:
-    """What one task reads: the blocks of some workers in some steps. Where their rows are, the task finds in the plan."""
+    """What one task reads: the blocks of all workers in some steps. Where their rows are, the task finds in the plan."""
 
     first_step: int
     stop_step: int
-    first_worker: int
-    stop_worker: int
 
 
 COLUMNS = tuple(field.name for field in fields(Piece))
@@ -70,16 +67,14 @@ def plan_pieces(row_plan: RowPlan, first_step: int, workers: int) -> Iterator[Pi
         workers: number of workers.
     """
     per_step, per_block = row_plan.global_batch_size, steps_per_block(row_plan, workers)
-    # The blocks of all workers alternate, so that several tasks can only share those of the same steps.
-    most = per_block if workers > TASK_WORKERS else max(1, TASK_ROWS // (per_step * per_block)) * per_block
+    most = max(1, TASK_ROWS // (per_step * per_block)) * per_block
     group_ends = np.unique(np.minimum(-(-row_plan.group_ends // per_step), row_plan.steps))
     start = first_step
     while start < row_plan.steps:
         following = np.searchsorted(group_ends, start, side="right")
         group_end = int(group_ends[following]) if start < group_ends[-1] else row_plan.steps
         stop = min(group_end, start + most)
-        for worker in range(0, workers, TASK_WORKERS):
-            yield Piece(start, stop, worker, min(worker + TASK_WORKERS, workers))
+        yield Piece(start, stop)
         start = stop
 
 
@@ -88,7 +83,7 @@ def blocks(row_plan: RowPlan, piece: Piece, workers: int) -> Iterator[np.ndarray
     per_block = steps_per_block(row_plan, workers)
     for first in range(piece.first_step, piece.stop_step, per_block):
         steps = range(first, min(first + per_block, piece.stop_step))
-        for worker in range(piece.first_worker, piece.stop_worker):
+        for worker in range(workers):
             of_steps = [
                 rows_for_rank(row_plan.rows, row_plan.global_batch_size, step, worker, workers) for step in steps
             ]
@@ -135,13 +130,17 @@ def read_pieces(batch: dict[str, np.ndarray], rows: Rows, workers: int) -> Itera
     """
     for values in zip(*(batch[name].tolist() for name in COLUMNS), strict=True):
         for numbers in blocks(rows.row_plan, Piece(*values), workers):
-            arrays = rows.batch(numbers).items()
-            yield pa.table(
-                {
-                    name: pa.array([array.reshape(-1)], pa.list_(pa.from_numpy_dtype(array.dtype)))
-                    for name, array in arrays
-                }
-            )
+            yield one_row(rows.batch(numbers))
+
+
+def one_row(batch: Batch) -> pa.Table:
+    """Return a batch as a table of one row, which ``split_block`` divides again."""
+    return pa.table(
+        {
+            name: pa.array([array.reshape(-1)], pa.list_(pa.from_numpy_dtype(array.dtype)))
+            for name, array in batch.items()
+        }
+    )
 
 
 def split_block(table: pa.Table, rows_per_step: int) -> Iterator[Batch]:

@@ -33,6 +33,7 @@ def build_shards(
     chat_template: str | None = None,
     notify: Notify = lambda line: None,
     runs_code: bool = False,
+    data_label: str | None = None,
 ) -> list[Manifest]:
     """Tokenize the sets that the cache lacks, and return the manifests of all sets, in order.
 
@@ -43,6 +44,7 @@ def build_shards(
         chat_template: Jinja text to use instead of the tokenizer's own.
         notify: called with lines about the progress.
         runs_code: allow code that comes with the model to run.
+        data_label: of the nodes for data, where tasks run. Default: all nodes.
 
     Raises:
         RequestError: too many records are unusable, one is longer than a row, or a set has no examples.
@@ -54,7 +56,7 @@ def build_shards(
     with _missing(distinct, notify) as missing:
         if missing:
             load_tokenizer = partial(Tokenizer.load, model, chat_template, runs_code)
-            written = write_shard_sets(_by_source(missing), load_tokenizer, notify)
+            written = write_shard_sets(_by_source(missing), load_tokenizer, notify, data_label)
         for group in _by_source(missing):
             _refuse_overflow(group, written)
             shards = [shard for shard_set in group for shard in written[shard_set.directory]]

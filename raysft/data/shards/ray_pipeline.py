@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Any, cast
 
 from raysft.cluster.connect import ensure_cluster
-from raysft.cluster.placement import TASK_CPUS
+from raysft.cluster.placement import TASK_CPUS, selector_of
 from raysft.data.shards.manifest import Shard
 from raysft.data.shards.parts import kept_parts, load_part, part_name, save_part
 from raysft.data.shards.shard_set import ShardSet
@@ -46,7 +46,10 @@ Notify = Callable[[str], None]
 
 
 def write_shard_sets(
-    sets_by_source: Sequence[Sequence[ShardSet]], load_tokenizer: Callable[[], Tokenizer], notify: Notify
+    sets_by_source: Sequence[Sequence[ShardSet]],
+    load_tokenizer: Callable[[], Tokenizer],
+    notify: Notify,
+    data_label: str | None = None,
 ) -> dict[StoragePath, list[Shard]]:
     """Tokenize all sets; the sets of one source are written in one pass over its files.
 
@@ -54,6 +57,7 @@ def write_shard_sets(
         sets_by_source: the sets to write, grouped by source.
         load_tokenizer: loads the tokenizer; called once.
         notify: called with lines about the progress.
+        data_label: of the nodes for data, where tasks run. Default: all nodes.
 
     Returns:
         Folder of a set → its shards, in the order of the records.
@@ -68,7 +72,7 @@ def write_shard_sets(
         for files in _read_tasks(sets[0])
     ]
     size = sum(_size(file) for sets in sets_by_source for file in sets[0].files)
-    make_rows = _in_this_process if size <= LOCAL_BYTES else _on_cluster
+    make_rows = _in_this_process if size <= LOCAL_BYTES else partial(_on_cluster, data_label=data_label)
     shards: dict[StoragePath, list[Shard]] = {each.directory: [] for sets in sets_by_source for each in sets}
     progress, stopping = _ProgressReport(notify), current()
     with closing(make_rows(tasks, sets_by_source, load_tokenizer)) as rows:  # at an error, Ray Data stops at once
@@ -103,6 +107,7 @@ def _on_cluster(
     tasks: Sequence[dict[str, Any]],
     sets_by_source: Sequence[Sequence[ShardSet]],
     load_tokenizer: Callable[[], Tokenizer],
+    data_label: str | None,
 ) -> Generator[dict[str, Any], None, None]:
     """Yield a row for each shard (or an error) from a pipeline of Ray Data: read, then tokenize and write."""
     import ray
@@ -112,7 +117,7 @@ def _on_cluster(
         loading = thread.submit(load_tokenizer)
         ensure_cluster()
         cpus = ray.cluster_resources().get("CPU", 1.0)
-        warm_up = ray.remote(num_cpus=TASK_CPUS - READ_CPUS)(_warm_up)
+        warm_up = ray.remote(num_cpus=TASK_CPUS - READ_CPUS, label_selector=selector_of(data_label))(_warm_up)
         warming = [warm_up.remote() for _ in range(max(1, int(cpus)))]
         tokenizer = loading.result()
         del warming
@@ -123,7 +128,7 @@ def _on_cluster(
         return ray.data.TaskPoolStrategy(size=max(1, int(size)))
 
     kept = {each.directory: kept_parts(each.directory) for sets in sets_by_source for each in sets}
-    with ray.data.DataContext.current(_data_context()):
+    with ray.data.DataContext.current(_data_context(data_label)):
         yield from (
             ray.data.from_items(list(tasks), override_num_blocks=len(tasks))
             .flat_map(_read_task, num_cpus=READ_CPUS, compute=pool(cpus / 4))
@@ -137,11 +142,12 @@ def _on_cluster(
         )
 
 
-def _data_context() -> Any:
+def _data_context(data_label: str | None) -> Any:
     import ray
 
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
+    context.execution_options.label_selector = selector_of(data_label) or None
     context.enable_progress_bars = False
     context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
     # Reading is faster than tokenizing; the limit keeps records that wait from filling the memory.
