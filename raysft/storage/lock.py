@@ -76,7 +76,7 @@ class LockOwner:
             if process.status() == psutil.STATUS_ZOMBIE:
                 return False  # it has ended, and nobody has asked how: many containers have no process that does
             return abs(_born(process) - self.born) < 1.5  # the machine's own start is known to a second
-        except psutil.NoSuchProcess:
+        except (psutil.NoSuchProcess, ValueError, OverflowError):  # no process can have such a number
             return False
 
 

@@ -197,6 +197,8 @@ class WorkerHangs:
     """A worker makes no progress. Each worker reports itself."""
 
     rank: int
+    workers: int
+    """Number of workers that train."""
     place: str
     """Its host, and its GPU."""
     step: int

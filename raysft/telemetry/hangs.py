@@ -40,8 +40,6 @@ class Hangs:
         self._tell, self._folder, self._seconds = tell, folder, gather_seconds
         self._lock = threading.Lock()
         self._reports: dict[int, WorkerHangs] = {}
-        self.workers = 0
-        """Number of workers that train."""
 
     def add(self, report: WorkerHangs) -> None:
         """Take a report; the first one of a moment starts the clock."""
@@ -55,22 +53,22 @@ class Hangs:
     def _conclude(self) -> None:
         with self._lock:
             reports, self._reports = list(self._reports.values()), {}
-        self._tell(min(one.step for one in reports), diagnosis(reports, self.workers, self._folder))
+        self._tell(min(one.step for one in reports), diagnosis(reports, self._folder))
 
 
-def diagnosis(reports: Sequence[WorkerHangs], workers: int, folder: str) -> str:
+def diagnosis(reports: Sequence[WorkerHangs], folder: str) -> str:
     """Say who keeps whom waiting, and what happens next.
 
-    >>> waiting = [WorkerHangs(rank, "b", 812, "backward", 240, "", False) for rank in range(3)]
-    >>> diagnosis([*waiting, WorkerHangs(3, "a, GPU 5", 812, "data", 240, "", False)], 4, "runs/r/diagnosis")
+    >>> waiting = [WorkerHangs(rank, 4, "b", 812, "backward", 240, "", False) for rank in range(3)]
+    >>> diagnosis([*waiting, WorkerHangs(3, 4, "a, GPU 5", 812, "data", 240, "", False)], "runs/r/diagnosis")
     'no progress for 4 minutes: worker 3 (a, GPU 5) waits for its rows; 3 others wait in backward; stacks: \
 runs/r/diagnosis'
-    >>> diagnosis(waiting[:2], 3, "d")
-    'no progress for 4 minutes: worker 2 does not answer; 2 others wait in backward; stacks: d'
-    >>> diagnosis(waiting, 3, "d")
-    'no progress for 4 minutes: all 3 workers wait for each other in backward; stacks: d'
+    >>> diagnosis(waiting, "d")
+    'no progress for 4 minutes: worker 3 does not answer; 3 others wait in backward; stacks: d'
+    >>> diagnosis([*waiting, WorkerHangs(3, 4, "a", 812, "backward", 240, "", False)], "d")
+    'no progress for 4 minutes: all 4 workers wait for each other in backward; stacks: d'
     """
-    seconds = max(one.seconds for one in reports)
+    seconds, workers = max(one.seconds for one in reports), reports[-1].workers
     silent = sorted(set(range(workers)) - {one.rank for one in reports})
     alone = [one for one in reports if one.phase in ALONE]
     waiting = Counter(one.phase for one in reports if one.phase not in ALONE)

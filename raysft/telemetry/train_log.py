@@ -181,7 +181,7 @@ class TrainLog:
 
     def _set_up(self, setup: SetupDone) -> None:
         self._rewind(setup.step, setup.log)
-        self._setup, self._setup_time, self._hangs.workers = setup, time.time(), setup.workers
+        self._setup, self._setup_time = setup, time.time()
         if setup.step:
             self._print(
                 f"resuming after step {setup.step} with {setup.workers} worker{'' if setup.workers == 1 else 's'}"

@@ -39,6 +39,7 @@ class Watchdog:
         self,
         phases: Phases,
         rank: int,
+        workers: int,
         where: str,
         folder: StoragePath,
         report: Report,
@@ -49,13 +50,15 @@ class Watchdog:
         Args:
             phases: of this worker.
             rank: of this worker.
+            workers: number of all.
             where: its host and GPU.
             folder: where stacks are kept (``diagnosis`` of the run directory).
             report: sends to the driver; every worker calls it.
             hang_minutes: ``train.hang_minutes``; None to end never.
             end: ends the process.
         """
-        self._phases, self._rank, self._where, self._folder, self._report = phases, rank, where, folder, report
+        self._phases, self._rank, self._workers, self._where = phases, rank, workers, where
+        self._folder, self._report = folder, report
         self._hang = 60 * hang_minutes if hang_minutes else None
         self._end = end
         self._told, self._alive = -1.0, time.monotonic()
@@ -109,7 +112,8 @@ class Watchdog:
             stacks = ""
             with suppress(OSError):  # a disk that is full must not keep a worker from ending
                 stacks = self._keep_stacks(phase, idle)
-            self._report(WorkerHangs(self._rank, self._where, self._phases.step, phase, round(idle), stacks, ends))
+            step = self._phases.step
+            self._report(WorkerHangs(self._rank, self._workers, self._where, step, phase, round(idle), stacks, ends))
         if ends:
             self._end(EXIT_CODE)
 

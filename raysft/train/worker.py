@@ -67,7 +67,7 @@ def _train(settings: dict[str, Any]) -> None:
     batches = job.train_rows.batches(tables, workers)
     writer = AsyncWriter(job.run.checkpoints, job.config.train.keep_last, emit)
     phases = Phases()
-    watchdog = Watchdog(phases, rank, place(device), job.run.stacks, emit, job.config.train.hang_minutes)
+    watchdog = Watchdog(phases, rank, workers, place(device), job.run.stacks, emit, job.config.train.hang_minutes)
     with watchdog, WorkerMetrics(run, rank, socket.gethostname(), partial(worker_values, phases, device)):
         loop.train(job, batches, device, emit, writer, resume, outside, phases)
         phases.enter("export")

@@ -144,4 +144,5 @@ def test_who_was_taken_for_dead_stops(tmp_path, monkeypatch):
 
 def test_a_number_that_another_process_has_now_is_no_sign_of_life():
     assert LockOwner.me().is_alive()
+    assert not any(replace(LockOwner.me(), process=number).is_alive() for number in (-5, 1 << 40, 1 << 70))
     assert not replace(LockOwner.me(), born=1.0).is_alive()

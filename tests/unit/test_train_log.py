@@ -95,7 +95,7 @@ EVENTS: dict[type, tuple[Event, str]] = {
         "worker 1 (host) is 1.4 times as slow as the others: forward",
     ),
     WorkersAlive: (WorkersAlive(20, "data"), ""),
-    WorkerHangs: (WorkerHangs(1, "host", 20, "data", 240, "", False), ""),
+    WorkerHangs: (WorkerHangs(1, 2, "host", 20, "data", 240, "", False), ""),
     TrainingStopped: (
         TrainingStopped(4, "its time is over", {"eval_loss": 1.5}),
         "stopped after step 4: its time is over",

@@ -27,8 +27,8 @@ class Ended(Exception):
     pass
 
 
-def hang(rank: int, phase: str, step: int = 812, ends: bool = False) -> WorkerHangs:
-    return WorkerHangs(rank, f"host-{rank}", step, phase, 240, "", ends)
+def hang(rank: int, phase: str, step: int = 812, ends: bool = False, workers: int = 4) -> WorkerHangs:
+    return WorkerHangs(rank, workers, f"host-{rank}", step, phase, 240, "", ends)
 
 
 def test_a_worker_that_waits_for_rows_is_found_and_ends(tmp_path):
@@ -36,7 +36,7 @@ def test_a_worker_that_waits_for_rows_is_found_and_ends(tmp_path):
     phases = Phases()
     phases.step = 7
     watchdog = Watchdog(
-        phases, 3, "host, GPU 5", StoragePath.of(tmp_path / "diagnosis"), reports.append, HANG_MINUTES,
+        phases, 3, 4, "host, GPU 5", StoragePath.of(tmp_path / "diagnosis"), reports.append, HANG_MINUTES,
         end=lambda code: ended.set() or watchdog._closing.set(),
     )  # fmt: skip
     with watchdog:
@@ -51,14 +51,14 @@ def test_a_worker_that_waits_for_rows_is_found_and_ends(tmp_path):
 
 
 def test_a_limit_of_any_length_can_be_given(tmp_path):
-    with Watchdog(Phases(), 0, "host", StoragePath.of(tmp_path), print, 1e300, end=pytest.fail) as watchdog:
+    with Watchdog(Phases(), 0, 1, "host", StoragePath.of(tmp_path), print, 1e300, end=pytest.fail) as watchdog:
         watchdog._look()
 
 
 def test_a_worker_ends_though_its_stacks_cannot_be_kept(tmp_path, monkeypatch):
     ended, reports, phases = threading.Event(), [], Phases()
     watchdog = Watchdog(
-        phases, 0, "host", StoragePath.of(tmp_path), reports.append, HANG_MINUTES,
+        phases, 0, 1, "host", StoragePath.of(tmp_path), reports.append, HANG_MINUTES,
         end=lambda code: ended.set() or watchdog._closing.set(),
     )  # fmt: skip
     with watchdog:
@@ -70,7 +70,7 @@ def test_a_worker_ends_though_its_stacks_cannot_be_kept(tmp_path, monkeypatch):
 
 def test_a_file_that_a_killed_process_left_is_in_nobodys_way(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    watchdogs = [Watchdog(Phases(), 0, "host", StoragePath.of(tmp_path), print, 1) for _ in range(2)]
+    watchdogs = [Watchdog(Phases(), 0, 1, "host", StoragePath.of(tmp_path), print, 1) for _ in range(2)]
     with watchdogs[0], watchdogs[1]:
         assert len(list(tmp_path.glob("raysft-stacks-*"))) == 2
     assert list(tmp_path.iterdir()) == []
@@ -80,7 +80,7 @@ def test_progress_keeps_a_worker_alive_and_a_step_that_takes_long_is_no_hang(tmp
     reports: list = []
     now = [0.0]
     phases = Phases(lambda: now[0])
-    with Watchdog(phases, 1, "host", StoragePath.of(tmp_path), reports.append, 15, end=pytest.fail) as watchdog:
+    with Watchdog(phases, 1, 2, "host", StoragePath.of(tmp_path), reports.append, 15, end=pytest.fail) as watchdog:
         phases.enter("evaluation")
         for _ in range(20):
             now[0] += 100
@@ -98,12 +98,12 @@ def test_progress_keeps_a_worker_alive_and_a_step_that_takes_long_is_no_hang(tmp
 
 def test_a_large_model_may_take_longer_to_load_than_a_step():
     phases = Phases()
-    watchdog = Watchdog(phases, 0, "host", StoragePath.of("/tmp"), print, 15)
+    watchdog = Watchdog(phases, 0, 2, "host", StoragePath.of("/tmp"), print, 15)
     assert watchdog.limits("forward") == (120, 900)
     assert watchdog.limits("setup") == (480, 3600)
     phases.step_took(StepTimes(100.0, 0, 0))
     assert watchdog.limits("forward") == (450, 1000)
-    assert Watchdog(Phases(), 0, "host", StoragePath.of("/tmp"), print, None).limits("data") == (120, None)
+    assert Watchdog(Phases(), 0, 1, "host", StoragePath.of("/tmp"), print, None).limits("data") == (120, None)
 
 
 def test_a_worker_that_holds_the_interpreter_ends_too(tmp_path):
@@ -115,7 +115,7 @@ def test_a_worker_that_holds_the_interpreter_ends_too(tmp_path):
         from raysft.train.phases import Phases
         watchdog.LEAST_SECONDS = 0.5
         phases = Phases()
-        with watchdog.Watchdog(phases, 0, "host", StoragePath.of({str(tmp_path)!r}), print, {HANG_MINUTES}):
+        with watchdog.Watchdog(phases, 0, 2, "host", StoragePath.of({str(tmp_path)!r}), print, {HANG_MINUTES}):
             import time; time.sleep(0.3)
             phases.enter("data")
             re.match(r"(a+)+b", "a" * 40)
@@ -131,32 +131,31 @@ def test_a_worker_that_holds_the_interpreter_ends_too(tmp_path):
 def test_the_first_worker_shows_that_it_is_alive(tmp_path, monkeypatch):
     monkeypatch.setattr("raysft.train.watchdog.ALIVE_SECONDS", 0.1)
     reports: list = []
-    with Watchdog(Phases(), 0, "host", StoragePath.of(tmp_path), reports.append, 0.05):
+    with Watchdog(Phases(), 0, 1, "host", StoragePath.of(tmp_path), reports.append, 0.05):
         time.sleep(0.6)
     assert WorkersAlive(0, "setup") in reports
 
 
 @pytest.mark.parametrize(
-    ("reports", "workers", "line"),
+    ("reports", "line"),
     [
-        ([hang(0, "forward")], 1, "no progress for 4 minutes: worker 0 (host-0) computes a forward pass"),
-        ([hang(0, "setup"), hang(1, "setup")], 2, "worker 0 (host-0) loads the model; worker 1 (host-1) loads the model"),
-        ([hang(rank, "data") for rank in range(6)], 6, "worker 3 (host-3) waits for its rows; 2 more likewise"),
-        ([hang(0, "step")], 7, "workers 1, 2, 3, 4 and 2 more do not answer; 1 other waits in step"),
-        ([hang(0, "step"), hang(1, "backward")], 2, "1 other waits in step; 1 other waits in backward"),
-        ([hang(0, "data", ends=True)], 1, "; the workers end and start again from the newest checkpoint"),
+        ([hang(0, "forward", workers=1)], "no progress for 4 minutes: worker 0 (host-0) computes a forward pass"),
+        ([hang(rank, "setup", workers=2) for rank in range(2)], "worker 0 (host-0) loads the model; worker 1 (host-1)"),
+        ([hang(rank, "data", workers=6) for rank in range(6)], "worker 3 (host-3) waits for its rows; 2 more likewise"),
+        ([hang(0, "step", workers=7)], "workers 1, 2, 3, 4 and 2 more do not answer; 1 other waits in step"),
+        ([hang(0, "step", workers=2), hang(1, "backward", workers=2)], "1 other waits in step; 1 other waits in backward"),
+        ([hang(0, "data", ends=True, workers=1)], "; the workers end and start again from the newest checkpoint"),
     ],
 )  # fmt: skip
-def test_who_keeps_whom_waiting(reports, workers, line):
-    assert line in diagnosis(reports, workers, "runs/r/diagnosis")
+def test_who_keeps_whom_waiting(reports, line):
+    assert line in diagnosis(reports, "runs/r/diagnosis")
 
 
 def test_reports_of_a_moment_are_one_line(tmp_path):
     told: list = []
     hangs = Hangs(lambda step, line: told.append((step, line)), "d", gather_seconds=0.2)
-    hangs.workers = 3
     for rank, phase in enumerate(("backward", "data", "backward")):
-        hangs.add(hang(rank, phase))
+        hangs.add(hang(rank, phase, workers=3))
     time.sleep(0.6)
     assert told == [
         (812, "no progress for 4 minutes: worker 1 (host-1) waits for its rows; 2 others wait in backward; stacks: d")
