@@ -79,21 +79,28 @@ def test_storage_that_is_away_is_waited_for_and_not_taken_for_no_checkpoint(chec
     assert "s3://bucket: waiting for the storage" in events[0].message
 
 
-def test_workers_get_the_resume_point_and_rows_from_its_step_on(monkeypatch):
+@pytest.mark.parametrize(("label", "selector"), [(None, None), ("role=data", {"role": "data"})])
+def test_workers_get_the_resume_point_and_rows_from_its_step_on(monkeypatch, label, selector):
+    """Up to 64 from one pipeline, more from readers on their nodes; with a label both run on the nodes for data."""
     asked: list[Any] = []
+    options = SimpleNamespace()
     rows = SimpleNamespace(
         dataset=lambda first, workers: asked.append((first, workers)) or "dataset",
-        execution_options=lambda workers: None,
+        node_shards=lambda first, nodes, label: asked.append((first, len(nodes), label)) or list(nodes),
+        execution_options=lambda workers: options,
     )
     monkeypatch.setattr(
         ray.train.DataConfig, "configure", lambda self, made, workers, *rest, **options: [made] * workers
     )
-    config: Any = PlannedDataConfig(SimpleNamespace(train_rows=rows))  # type: ignore[arg-type]
-    resume = ResumePoint(StoragePath.of("/c"), Cursor(3, 12, 0, {}))
-    assert config.configure({RESUME: resume}, 2) == [{RESUME: resume}] * 2
-    assert config.configure({TRAIN: resume}, 2) == [{TRAIN: "dataset"}] * 2
-    config.configure({TRAIN: None}, 3)
-    assert asked == [(3, 2), (0, 3)]
+    settings = SimpleNamespace(scaling=SimpleNamespace(data_label=label))
+    config: Any = PlannedDataConfig(SimpleNamespace(config=settings, train_rows=rows))  # type: ignore[arg-type]
+    resume, nodes = ResumePoint(StoragePath.of("/c"), Cursor(3, 12, 0, {})), [f"node {n}" for n in range(65)]
+    assert config.configure({RESUME: resume}, 2, None, nodes[:2]) == [{RESUME: resume}] * 2
+    assert config.configure({TRAIN: resume}, 2, None, nodes[:2]) == [{TRAIN: "dataset"}] * 2
+    assert options.label_selector == selector
+    config.configure({TRAIN: None}, 64, None, nodes[:64])
+    assert config.configure({TRAIN: resume}, 65, None, nodes) == [{TRAIN: node} for node in nodes]
+    assert asked == [(3, 2), (0, 64), (3, 65, label)]
 
 
 def job_of(workers: int, steps: int) -> Any:
