@@ -50,8 +50,6 @@ MODULES = (
 ANSWER_SECONDS = 40.0
 """Longer than the imports take on a busy machine. Ray waits for a worker for 60."""
 POLL_SECONDS = 1.0
-MALLOPT = {"MALLOC_MMAP_MAX_": -4, "MALLOC_TRIM_THRESHOLD_": -1}
-"""glibc's variables, which it reads when a program starts → its numbers of them, which a fork can set (``man mallopt``)."""
 RAYLET, JOB = "RAY_RAYLET_PID", "RAY_JOB_ID"
 NO_JOB = "ffffffff"
 NO_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
@@ -158,7 +156,6 @@ def _work(connection: socket.socket, request: Request) -> None:
         score.write(request.score)
     os.environ.clear()
     os.environ.update(request.environment)
-    _set_malloc()
     os.chdir(request.folder)
     sys.argv = request.arguments
     sys.path[0] = os.path.dirname(sys.argv[0])
@@ -173,16 +170,6 @@ def _leave(server: int) -> None:
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
         os._exit(0)
-
-
-def _set_malloc() -> None:
-    """Do what the environment asks of glibc, which has started long ago."""
-    import ctypes
-
-    for name, option in MALLOPT.items():
-        if name in os.environ:
-            value = int(os.environ[name])
-            ctypes.CDLL(None).mallopt(option, value if value < 1 << 31 else -1)  # -1: as large as can be
 
 
 def _ask(arguments: Sequence[str]) -> None:

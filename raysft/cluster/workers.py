@@ -73,6 +73,11 @@ def start(use_gpu: bool) -> None:
             _running.append(ForkServer())
 
 
+def are_forks() -> bool:
+    """Return True if Ray's workers are forks of a server: that of this process, or one that this process is a fork of."""
+    return bool(_running) or ADDRESS in os.environ
+
+
 def stop() -> None:
     """End the server, if it runs."""
     while _running:

@@ -18,6 +18,7 @@ from ray.util.queue import Queue
 
 from raysft.cluster.connect import alive_nodes
 from raysft.cluster.placement import workers_on_a_node
+from raysft.cluster.workers import are_forks
 from raysft.config import Config
 from raysft.environment import environment
 from raysft.errors import RunFailed, RunStopped, StorageFailed, one_line
@@ -26,6 +27,7 @@ from raysft.storage.retry import retry_for
 from raysft.telemetry.events import Emit, TrainingEnded
 from raysft.train.checkpoint import catalog
 from raysft.train.controller import Controller
+from raysft.train.cpu_worker import KEEP_MEMORY
 from raysft.train.dataset_config import PlannedDataConfig, Resumption
 from raysft.train.elastic import workers_of
 from raysft.train.event_pump import EventPump, emitter
@@ -36,15 +38,6 @@ from raysft.train.ray_train_internals import PlacementGroupCleanerCallback
 from raysft.train.restarts import Restarts, cause
 from raysft.train.worker import evaluate_worker, train_worker
 
-CPU_ENVIRONMENT = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 33),
-    "CUDA_VISIBLE_DEVICES": "",
-}
-"""Environment of CPU workers. It makes glibc keep a step's memory for the next step. By default it returns each large tensor to
-the kernel and asks for it again, page by page: 4.2 million page faults in five steps instead of 0.4 million, and 6% of the time
-(SmolLM2, full fine-tuning). And it hides the node's GPUs, which Ray does not: DeepSpeed would compute on them."""
 NOTICE = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
 """Ray Train's controller looks every second for nodes of the workers that are drained: a spot machine may go after 15 seconds."""
 SHORT_STEPS = 200
@@ -151,7 +144,7 @@ def _trainer(job: TrainJob, worker: Any, mailbox: Mailbox, decisions: Queue | No
             failure_config=ray.train.FailureConfig(
                 max_failures=job.config.train.max_failures, controller_failure_limit=3
             ),
-            worker_runtime_env={} if use_gpu else {"env_vars": CPU_ENVIRONMENT},
+            worker_runtime_env={"env_vars": KEEP_MEMORY} if _keeps_nothing(job.config) else {},
         ),
         torch_config=RestartableTorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_SECONDS),
         datasets=Resumption(job.run.checkpoints, emit).datasets() if worker is train_worker else {},
@@ -159,6 +152,11 @@ def _trainer(job: TrainJob, worker: Any, mailbox: Mailbox, decisions: Queue | No
     )
     trainer.scaling_policy = policy
     return trainer
+
+
+def _keeps_nothing(config: Config) -> bool:
+    """Return True if workers cannot keep a step's memory unless they are started with ``KEEP_MEMORY``; pods are (``submit``)."""
+    return not (config.scaling.use_gpu or config.cluster.image or are_forks())
 
 
 class _Trainer(TorchTrainer):

@@ -1,8 +1,10 @@
-"""The start of the workers' torch process group. A start that fails is tried again, with workers that are started anew.
+"""The start of the workers' process group. A start that fails is tried again, with workers that are started anew.
 
 Ray Train alone ends the training then, and keeps the workers' placement group, so that nothing else finds room. It takes little
 for a start to fail: the first worker takes a free port, and lets go of it until torch listens there, so that another process may
 take it in between.
+
+Before that, workers without a GPU set their processes up (``cpu_worker``).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from ray.exceptions import RayTaskError
 from ray.train.torch import TorchConfig
 
 from raysft.errors import one_line
+from raysft.train import cpu_worker
 from raysft.train.ray_train_internals import TorchBackend, WorkerGroupStartupFailedError
 
 
@@ -41,6 +44,8 @@ class RestartableBackend(TorchBackend):
             ProcessGroupFailed: it did not start; the workers and their placement group are gone.
         """
         try:
+            if backend_config.backend == "gloo":  # the workers have no GPUs
+                worker_group.execute(cpu_worker.set_up)
             super().on_start(worker_group, backend_config)
         except Exception as error:
             worker_group.abort()

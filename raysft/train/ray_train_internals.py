@@ -3,7 +3,7 @@
 Beside these names, ``elastic``, ``restarts`` and ``launch`` override or call methods that are private, too: of the scaling
 policies ``_get_reserved_resources``, ``_count_possible_workers`` and ``_maybe_send_resource_request``, of ``ScalingConfig``
 ``_resources_per_worker_not_none``, and of ``TorchTrainer`` ``_initialize_and_run_controller`` and ``_register_sigint_handler``.
-``process_group`` calls ``abort`` of a worker group.
+``process_group`` calls ``abort`` and ``execute`` of a worker group.
 """
 
 from __future__ import annotations

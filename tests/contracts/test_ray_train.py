@@ -87,6 +87,7 @@ def test_a_process_group_that_does_not_start_is_started_again():
     PROCESS_GROUP.positional(PROCESS_GROUP.name(backend, "on_start"), 3)
     PROCESS_GROUP.name(torch_config.TorchConfig, "backend_cls")
     PROCESS_GROUP.positional(PROCESS_GROUP.name(worker_group.WorkerGroup, "abort"), 1)
+    PROCESS_GROUP.positional(PROCESS_GROUP.name(worker_group.WorkerGroup, "execute"), 2)
     error = INTERNALS.name(train_exceptions, "WorkerGroupStartupFailedError")
     assert error in default.RETRYABLE_CONTROLLER_ERRORS, f"look at {PROCESS_GROUP.line('ProcessGroupFailed')}"
 

@@ -10,6 +10,7 @@ from raysft.config.kubernetes_values import bytes_of
 from raysft.submit.kubernetes.names import JOB_LABEL, job_name
 from raysft.submit.kubernetes.placement import placement
 from raysft.submit.request import STOP_SECONDS
+from raysft.train.cpu_worker import KEEP_MEMORY
 
 Role = Literal["head", "worker", "data"]
 
@@ -23,8 +24,6 @@ ENVIRONMENT = {
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     "PYTHONFAULTHANDLER": "1",
 }
-KEEP_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
-"""As ``train.launch.CPU_ENVIRONMENT``, which explains it: here every process of the pod has it from its start."""
 CONFIG_FOLDER = "/etc/raysft"
 USER = 1000
 """User of the image."""
