@@ -141,6 +141,8 @@ class Case:
     each step, and here before each batch of an evaluation. Default: no worker is told to."""
     slow: tuple[str, float] = ("", 0.0)
     """What the last worker does too slowly, ``forward`` or ``data``, and by how many seconds each time."""
+    writes_until_saved: bool = False
+    """True if the model is not written before there is a checkpoint of the last step; all workers look for requests meanwhile."""
 
 
 class Result(NamedTuple):
@@ -179,7 +181,7 @@ def worker(rank: int, world: int, port: int, cases: Sequence[Case], out, device:
 def _trained(case: Case, rank: int, world: int, name: str, device: torch.device) -> Result:
     from safetensors.torch import load_file
 
-    from raysft.train import decisions, loop, loss, step, stragglers
+    from raysft.train import decisions, export, loop, loss, step, stragglers, watched_write
     from raysft.train.checkpoint import parts, state, triggers
     from raysft.train.checkpoint.cursor import Cursor
     from raysft.train.checkpoint.resume import ResumePoint
@@ -222,8 +224,13 @@ def _trained(case: Case, rank: int, world: int, name: str, device: torch.device)
     if slow == "data":
         batches = (time.sleep(seconds) or batch for batch in batches)
     outside = decisions.Outside(notice, stop, _scheduler(case, rank))
+    watched_write.LOOK_SECONDS = 0.05 if case.writes_until_saved else 60.0
+    waits = patch.object(export, "save", _after(case.keep / f"checkpoint_{STEPS}", export.save)) if case.keep else None
     try:
-        with _delayed(loss.TokenLoss, seconds) if slow == "forward" else contextlib.nullcontext():
+        with (
+            _delayed(loss.TokenLoss, seconds) if slow == "forward" else contextlib.nullcontext(),
+            waits if waits and case.writes_until_saved else contextlib.nullcontext(),
+        ):
             loop.train(job, batches, device, events.append, save, resume, outside)
     except (RunFailed, RequestError) as error:
         failure = str(error)
@@ -235,6 +242,19 @@ def _trained(case: Case, rank: int, world: int, name: str, device: torch.device)
     evaluation = next((event.eval for event in events if isinstance(event, TrainingEnded)), {})
     losses, norms = [step.loss for step in steps], [step.grad_norm for step in steps]
     return Result(losses, norms, weights, evaluation, events, run.path / "model", failure)
+
+
+def _after(folder: Path, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Call a function once a folder exists."""
+
+    def later(*arguments: Any) -> Any:
+        limit = time.monotonic() + WITHIN_SECONDS
+        while not folder.exists():
+            assert time.monotonic() < limit, f"{folder} does not come to exist"
+            time.sleep(0.01)
+        return function(*arguments)
+
+    return later
 
 
 @contextlib.contextmanager

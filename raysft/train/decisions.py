@@ -62,6 +62,11 @@ def receiver(queue: Queue) -> Decide:
 
 def shared(decide: Decide, step: int, device: Any) -> Decision:
     """Return the first worker's decision on all workers. A collective."""
-    value = torch.tensor(int(decide(step)) if dist.get_rank() == 0 else 0, device=device)
-    dist.broadcast(value, src=0)
-    return Decision(int(value))
+    return Decision(from_first(int(decide(step)) if dist.get_rank() == 0 else 0, device=device)[0])
+
+
+def from_first(*values: int, device: Any) -> list[int]:
+    """Return the first worker's numbers on all workers. A collective."""
+    tensor = torch.tensor([int(value) for value in values], device=device)
+    dist.broadcast(tensor, src=0)
+    return tensor.tolist()

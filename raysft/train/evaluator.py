@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from raysft.telemetry.events import Emit, EvaluationDone, evaluation_results
-from raysft.train.checkpoint.cursor import Cursor
+from raysft.train.checkpoint.cursor import EVALUATION, Cursor
 from raysft.train.first_evaluation import FirstEvaluation
 from raysft.train.job import Batch, RowPlan, TrainJob
 from raysft.train.phases import Phases
@@ -64,6 +64,18 @@ class Evaluator:
             self._log.append(record)
             self._emit(EvaluationDone(record, first.keep(evaluations) if first else ""))
         return results
+
+    def known(self, cursor: Cursor) -> dict[str, float]:
+        """Return the results of an evaluation after the cursor's step that its checkpoint's log has; empty if it has none.
+
+        A training that ended before its model was written need not evaluate it again.
+        """
+        if cursor.identity.get(EVALUATION) != self._job.identity.get(EVALUATION):
+            return {}  # other sets are evaluated now
+        record = next((each for each in reversed(self._log) if "eval_loss" in each), {})
+        if record.get("current_steps") != cursor.step:
+            return {}
+        return {name: value for name, value in record.items() if name.startswith("eval_")}
 
     def _batches(self, source: Any) -> Iterator[Batch]:
         """Yield this worker's rows of a set; each batch shows that the evaluation goes on."""

@@ -23,6 +23,7 @@ from raysft.storage.run_directory import MODEL_MARKS, RunDirectory, is_complete
 from raysft.telemetry.events import Emit, Waiting
 from raysft.train.checkpoint.cursor import Best
 from raysft.train.deepspeed_internals import is_partitioned
+from raysft.train.watched_write import Watch
 
 Weights = dict[str, torch.Tensor]
 
@@ -98,37 +99,43 @@ class Exporter:
             self._best = step, draft  # if an upload is running, it takes this one next
         return None
 
-    def write(self, model: Any, tokenizer: Any) -> None:
+    def write(self, model: Any, tokenizer: Any, watch: Watch) -> None:
         """Write the current model as the trained one.
 
         Raises:
-            RunFailed: it cannot be written.
+            RunFailed: it cannot be written; raised by the first worker.
         """
         weights = gather(model)
-        if weights is not None:
+
+        def work() -> None:
+            assert weights is not None
             with _write_errors(), self._retrying():
                 export(model, weights, tokenizer, self._run.model, self._ends)
                 self._run.best.remove()  # left over if the config asked for the best model before
+
+        watch(work)
         self._discard_draft()
 
-    def promote_best(self, step: int) -> None:
+    def promote_best(self, step: int, watch: Watch) -> None:
         """Make the best model, from the given step, the trained one.
 
         Raises:
-            RunFailed: it cannot be written.
+            RunFailed: it cannot be written; raised by the first worker.
         """
-        if dist.get_rank() != 0:
-            return
         best, model = self._best_folder(step), self._run.model
-        with _write_errors(), self._retrying():
-            self._wait_for_upload()
-            if best.local and model.local:
-                put_in_place(best.local, model.local)
-            elif self._best is not None:
-                send(self._best[1], model)
-            elif is_complete(best):  # otherwise it was promoted before
-                send(Path(local_copy(best.location)), model)
-            self._run.best.remove()
+
+        def work() -> None:
+            with _write_errors(), self._retrying():
+                self._wait_for_upload()
+                if best.local and model.local:
+                    put_in_place(best.local, model.local)
+                elif self._best is not None:
+                    send(self._best[1], model)
+                elif is_complete(best):  # otherwise it was promoted before
+                    send(Path(local_copy(best.location)), model)
+                self._run.best.remove()
+
+        watch(work)
         self._discard_draft()
 
     def _upload_best(self) -> None:

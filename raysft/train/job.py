@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from raysft.config import Config
+from raysft.models.tokenizer import load_tokenizer
 from raysft.storage.path import StoragePath
 from raysft.storage.run_directory import RunDirectory
 
@@ -89,3 +90,9 @@ class TrainJob:
     """Token ids that end an assistant turn, for the model's generation config."""
     evaluations: StoragePath | None = None
     """Folder that keeps evaluations of models before their training; None to keep none."""
+
+    def tokenizer(self) -> Any:
+        """Load the tokenizer that is written with the model; it has the chat template that the run used."""
+        tokenizer = load_tokenizer(self.model, self.config.model.runs_code)
+        tokenizer.chat_template = self.config.chat_template or tokenizer.chat_template
+        return tokenizer

@@ -17,11 +17,9 @@ import torch
 import torch.distributed as dist
 
 from raysft.garbage import resume_collection
-from raysft.models.tokenizer import load_tokenizer
 from raysft.telemetry.events import (
     Emit,
     PreemptionNotice,
-    SetupDone,
     StepSkipped,
     StoppedEarly,
     TrainingEnded,
@@ -32,9 +30,8 @@ from raysft.train.checkpoint import state
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.checkpoint.resume import ResumePoint
 from raysft.train.checkpoint.triggers import CheckpointTrigger
-from raysft.train.decisions import Decide, Decision, Outside, shared
+from raysft.train.decisions import Decide, Decision, Outside, from_first, shared
 from raysft.train.deepspeed_config import zero_stage
-from raysft.train.deepspeed_internals import numel
 from raysft.train.early_stopping import EarlyStopper, known_best
 from raysft.train.evaluator import Evaluator
 from raysft.train.export import Exporter
@@ -44,8 +41,9 @@ from raysft.train.nonfinite import NonFinite
 from raysft.train.phases import Phases, StepTimes
 from raysft.train.restarts import faults_of
 from raysft.train.step import EvaluationStopped, StepResult, train_step
-from raysft.train.step_metrics import StepMetrics, training_results
+from raysft.train.step_metrics import StepMetrics, setup_done, training_results
 from raysft.train.stragglers import Stragglers
+from raysft.train.watched_write import Watch, watched
 
 Save = Callable[[Any, Cursor, list[dict[str, Any]]], None]
 """Saves a checkpoint: (engine, cursor, latest log records)."""
@@ -153,6 +151,7 @@ class _Loop:
         if resume is not None:
             cursor = resume.cursor
             self.log.extend(state.load(self.engine, self.lr_scheduler, resume))
+            self.eval_results = self.evaluator.known(cursor)
         best = known_best(self.job.config.train, cursor, self.job.identity)
         if self.job.config.train.keep_best:
             best = self.exporter.confirm_best(best)
@@ -164,19 +163,8 @@ class _Loop:
 
     def emit_setup(self, data_wait: float) -> None:
         """Report the setup and its time, and start the clocks of the training."""
-        now = time.perf_counter()
-        parameters = list(self.engine.module.parameters())
-        self.emit(
-            SetupDone(
-                step=self.first_step,
-                workers=self.workers,
-                model_seconds=now - self.started - data_wait,
-                data_wait_seconds=data_wait,
-                parameters=sum(numel(p) for p in parameters),
-                trained_parameters=sum(numel(p) for p in parameters if p.requires_grad),
-                log=list(self.log),
-            )
-        )
+        seconds = time.perf_counter() - self.started - data_wait
+        self.emit(setup_done(self.engine.module, self.first_step, self.workers, seconds, data_wait, list(self.log)))
         self.started = time.perf_counter()
         self.trigger.start_clock()
 
@@ -255,19 +243,29 @@ class _Loop:
 
     def stop(self, cursor: Cursor) -> None:
         """End before the end, with a checkpoint to go on from."""
-        train = self.job.config.train
-        if train.resumes and cursor.step > self.first_step and self.saved_step != cursor.step:
-            due = train.eval_every_steps and cursor.step % train.eval_every_steps == 0
+        if self._is_unsaved(cursor):
+            every = self.job.config.train.eval_every_steps
+            due = every and cursor.step % every == 0
             unevaluated = bool(due) and self.evaluator.seen != cursor.step
             kept = self.trigger.is_scheduled(cursor.step) and not unevaluated
             self._checkpoint(replace(cursor, temporary=not kept, unevaluated=unevaluated))
         self.emit(TrainingStopped(cursor.step, self.stop_reason, self.eval_results))
 
+    def _is_unsaved(self, cursor: Cursor) -> bool:
+        """Return True if a checkpoint would keep steps from being repeated."""
+        return self.job.config.train.resumes and cursor.step > self.first_step and self.saved_step != cursor.step
+
+    def _save(self, cursor: Cursor) -> None:
+        """Save the end of the training while its model is written."""
+        if self._is_unsaved(cursor):
+            self._checkpoint(replace(cursor, temporary=True))
+            self.phases.enter("export")
+
     def finish(self, cursor: Cursor) -> None:
         """Evaluate, save the last checkpoint, write the model, and report the results; nothing of it if it is to stop meanwhile."""
         results: dict[str, Any] = training_results(self.row_plan, cursor)
         early = cursor.step < self.row_plan.steps
-        if not (early and self.eval_results):
+        if not (self.eval_results and (early or cursor.step == self.first_step)):
             self.evaluate(cursor)
         if self.stop_reason:
             return
@@ -275,15 +273,19 @@ class _Loop:
             results["planned_steps"] = self.row_plan.steps
         else:
             self.early_stopper.update(self.eval_results, cursor.step)
+        if any(from_first(self.trigger.stops(), device=self.device)):
+            self._asked_to_stop()
+            return
         if self.job.config.train.save_every_steps and cursor.step > self.first_step:
             self._checkpoint(cursor)  # a longer training that resumes here must know the last evaluation
+        watch: Watch = partial(watched, asked=self.trigger.stops, react=partial(self._save, cursor), device=self.device)
         if best := self.early_stopper.best:
             results |= {"best_step": best.step, "best_eval_loss": best.loss}
         if best and self.job.config.train.keep_best:
             self.eval_results = best.results
-            self.exporter.promote_best(best.step)
+            self.exporter.promote_best(best.step, watch)
         else:
-            self._export(self.exporter.write)
+            self._export(partial(self.exporter.write, watch=watch))
         self.emit(TrainingEnded(results, self.eval_results))
 
     def _keep_best(self) -> None:
@@ -293,6 +295,4 @@ class _Loop:
     def _export(self, write: Callable[[Any, Any], None]) -> None:
         """Write the current model and its tokenizer."""
         self.phases.enter("export")
-        tokenizer = load_tokenizer(self.job.model, self.job.config.model.runs_code)
-        tokenizer.chat_template = self.job.config.chat_template or tokenizer.chat_template
-        write(self.engine.module.model, tokenizer)
+        write(self.engine.module.model, self.job.tokenizer())

@@ -7,9 +7,10 @@ from typing import Any
 import psutil
 import torch
 
-from raysft.telemetry.events import StepRecord
+from raysft.telemetry.events import SetupDone, StepRecord
 from raysft.telemetry.terminal import duration
 from raysft.train.checkpoint.cursor import Cursor
+from raysft.train.deepspeed_internals import numel
 from raysft.train.flops import model_flops, peak_flops
 from raysft.train.phases import Phases
 from raysft.train.step import StepResult
@@ -116,6 +117,20 @@ def training_results(row_plan: Any, cursor: Cursor) -> dict[str, float]:
         "total_tokens": cursor.tokens,
         "epoch": round(row_plan.epoch_of(cursor.rows), 4),
     }
+
+
+def setup_done(
+    model: torch.nn.Module,
+    step: int,
+    workers: int,
+    model_seconds: float,
+    data_seconds: float,
+    log: list[dict[str, Any]],
+) -> SetupDone:
+    """Make the event of a model that is loaded; the other arguments are its fields."""
+    parameters = list(model.parameters())
+    trained = sum(numel(p) for p in parameters if p.requires_grad)
+    return SetupDone(step, workers, model_seconds, data_seconds, sum(map(numel, parameters)), trained, log)
 
 
 def evaluation_record(row_plan: Any, cursor: Cursor, results: dict[str, float]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from raysft.storage.path import StoragePath
-from raysft.telemetry.events import PreemptionNotice, SetupDone
+from raysft.telemetry.events import EvaluationDone, PreemptionNotice, SetupDone, TrainingEnded
 from raysft.train.checkpoint import catalog
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.checkpoint.resume import ResumePoint
@@ -150,6 +150,31 @@ def test_checkpoints_by_time_resume_bit_for_bit_and_all_workers_write_them_toget
     assert (second.losses, second.norms) == (often.losses[2:], often.norms[2:])
     for name, weights in often.weights.items():
         assert np.array_equal(second.weights[name], weights), name
+
+
+def test_what_is_asked_to_stop_while_its_model_is_written_is_saved_and_only_writes_the_model_again(prepared, tmp_path):
+    def case(name: str, **more) -> Case:
+        config = make_config(prepared[0] / name, prepared[1], zero_stage=2)
+        return Case(config, rows_of(prepared[2]), **more)
+
+    # Two evaluations ask before each of their batches, then each step asks, and the end of the training before it writes.
+    asked = 2 * sum(1 for _ in rows_of(prepared[2]).steps(0, 0, 2)) + STEPS + 2
+    folder = tmp_path / "kept"
+    first, later = train_all(
+        [
+            case("asked", keep=folder, asked=(asked, 0), writes_until_saved=True),
+            case("killed", resume=folder / f"checkpoint_{STEPS}"),
+        ],
+        2,
+    )
+    (checkpoint,) = catalog.complete(folder)
+    assert Cursor.read(checkpoint).temporary
+    assert [type(event) for event in first.events].count(TrainingEnded) == 1, "there was time enough"
+    assert not [event for event in later.events if isinstance(event, EvaluationDone)], "its results are known"
+    assert later.evaluation == first.evaluation
+    assert later.evaluation
+    assert first.weights.keys() == later.weights.keys()
+    assert all(np.array_equal(later.weights[name], first.weights[name]) for name in first.weights)
 
 
 def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_used(prepared, uninterrupted, tmp_path):

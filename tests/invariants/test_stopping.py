@@ -10,13 +10,14 @@ from tests.training import STEPS, Case, Result, make_config, prepare, rows_of, t
 
 WORLDS = (1, 2)
 SAVED_EVERY = 2
+BEFORE_THE_MODEL = "before the model is written"
 
 
 def questions(batches: int) -> dict[str, tuple[int, int]]:
     """Name of a moment → the question with which it begins, and the steps done then.
 
     Args:
-        batches: of an evaluation; each begins with a question, and so ends each step.
+        batches: of an evaluation; each begins with a question, and so ends each step, and one comes before the model is written.
     """
     return {
         "in the first evaluation": (batches, 0),
@@ -25,6 +26,7 @@ def questions(batches: int) -> dict[str, tuple[int, int]]:
         "in a step with a checkpoint": (2 * batches + 2, 2),
         "in the last step": (STEPS * (batches + 1), STEPS),
         "in the last evaluation": (STEPS * (batches + 1) + 1, STEPS),
+        BEFORE_THE_MODEL: (STEPS * (batches + 1) + batches + 1, STEPS),
     }
 
 
@@ -73,7 +75,7 @@ def test_it_ends_after_that_step_with_a_checkpoint_and_without_a_model(trained, 
     assert (kept / name / f"checkpoint_{step}").exists() == (step > 0)
     # The evaluation that was under way is dropped; no other begins.
     assert evaluations(stopped) == evaluations(alone)[: len(evaluations(stopped))]
-    assert len(evaluations(stopped)) == step
+    assert len(evaluations(stopped)) == step + (name == BEFORE_THE_MODEL)
 
 
 @pytest.mark.parametrize("name", MOMENTS[1:])

@@ -4,10 +4,13 @@ import errno
 import json
 import multiprocessing
 import tempfile
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -22,6 +25,7 @@ from raysft.storage.path import StoragePath
 from raysft.storage.run_directory import RunDirectory
 from raysft.train.checkpoint.cursor import Best
 from raysft.train.export import Exporter, export, gather
+from raysft.train.watched_write import watched
 from tests.objects import s3_server
 from tests.tiny import tiny_model
 
@@ -73,6 +77,16 @@ def save_mark_only(model: str, weights: object, tokenizer: object, folder: Path,
     (folder / "config.json").write_text(model)
 
 
+def at_once(work: Callable[[], None]) -> None:
+    """Write in the only worker."""
+    work()
+
+
+def unwatched(work: Callable[[], None]) -> None:
+    """Write in the first worker, which nobody asks to stop."""
+    watched(work, lambda: False, lambda: None, "cpu")
+
+
 def best_of(step: int) -> Best:
     return Best(step, 0, {"eval_loss": 1.0})
 
@@ -81,10 +95,10 @@ def best_of(step: int) -> Best:
 def test_the_best_model_is_still_known_when_it_is_the_trained_one_already(run):
     exporter = RecordingExporter(run)
     exporter.save_best(4, "after 4", None)
-    exporter.promote_best(4)
+    exporter.promote_best(4, at_once)
     again = RecordingExporter(run)  # the process was killed before it wrote its results
     assert again.confirm_best(best_of(4)) == best_of(4)
-    again.promote_best(4)
+    again.promote_best(4, at_once)
     assert (run.model / "config.json").read_text() == "after 4"
     assert not again.messages
     assert not run.best.entries()
@@ -121,12 +135,12 @@ def test_a_later_best_model_is_not_taken_for_the_one_that_a_checkpoint_names(tmp
     )  # it was killed, and resumes from a checkpoint between the two with another learning rate
     assert again.confirm_best(best_of(4)) is None
     again.save_best(8, "after 8", None)
-    again.promote_best(8)
+    again.promote_best(8, at_once)
     assert (run.model / "config.json").read_text() == "after 8"
     assert not run.best.exists()
     assert RecordingExporter(run).confirm_best(best_of(8)) == best_of(8), "it is the trained one already"
     again.save_best(9, "after 9", None)
-    again.write("after 10", None)
+    again.write("after 10", None, at_once)
     assert (run.model / "config.json").read_text() == "after 10"
     assert not run.best.exists(), "the config no longer asks for it"
 
@@ -141,7 +155,7 @@ def write_models(rank: int, run: str, store: str, out, full: bool) -> None:
         tempfile.tempdir = "/there/is/no/such/folder"  # like a node with a full disk
     try:
         exporter.save_best(4, model, Tokenizer())
-        exporter.write(model, Tokenizer())
+        exporter.write(model, Tokenizer(), unwatched)
         out.put((rank, "written"))
     except RunFailed as error:
         out.put((rank, str(error)))
@@ -196,6 +210,85 @@ def test_a_worker_that_writes_nothing_needs_no_disk_space_to_export(tmp_path):
     with s3_server() as server:
         outcome = outcomes(server.uri(f"{tmp_path.name}/r"), tmp_path / "store", full=False)
     assert outcome == {0: "written", 1: "written"}
+
+
+@pytest.mark.usefixtures("group")
+def test_work_that_is_not_saved_is_saved_while_the_model_is_written():
+    said: list[str] = []
+    saved = threading.Event()
+
+    def work() -> None:
+        assert saved.wait(60), "nobody saved the work"
+        said.append("written")
+
+    def react() -> None:
+        said.append("saved")
+        saved.set()
+
+    watched(work, lambda: True, react, "cpu")
+    assert said == ["saved", "written"]
+    watched(lambda: None, lambda: True, react, "cpu")
+    assert said == ["saved", "written"], "what is written at once needs nothing"
+
+    def fails() -> None:
+        raise RunFailed("the disk is full")
+
+    with pytest.raises(RunFailed, match="the disk is full"):
+        watched(fails, lambda: False, react, "cpu")
+
+
+def write_whole(model: str, weights: object, tokenizer: object, folder: Path, ends: Sequence[int] = ()) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(model)
+    (folder / "model.safetensors").write_text(model)
+
+
+def write_half(model: str, weights: object, tokenizer: object, folder: Path, ends: Sequence[int] = ()) -> None:
+    write_whole("half", weights, tokenizer, folder)
+    (folder.parent / "half").touch()
+    time.sleep(LONG)
+
+
+def write_one(run: str, save: Callable[..., None]) -> None:
+    """Write the trained model of a run in a process of its own."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    with patch.multiple("raysft.train.export", gather=lambda model: {}, save=save):
+        Exporter(RunDirectory.of(StoragePath.of(run)), lambda event: None).write("new", None, at_once)
+    dist.destroy_process_group()
+
+
+LONG = 600.0
+"""Seconds that no test waits for."""
+
+
+def test_what_a_process_had_written_of_a_model_when_it_was_killed_does_not_count(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    context = multiprocessing.get_context("spawn")
+    with s3_server() as server:
+        local, remote = tmp_path / "local", server.uri(f"{tmp_path.name}/remote")
+        runs = [RunDirectory.of(StoragePath.of(place)) for place in (local, remote)]
+        write_one(remote, write_whole)  # the model of a shorter training, which is replaced
+        server.fails("PUT .*model.safetensors", LONG, late=30)
+        processes = [
+            context.Process(target=write_one, args=(str(place), save))
+            for place, save in ((local, write_half), (remote, write_whole))
+        ]
+        for process in processes:
+            process.start()
+        limit = time.monotonic() + 100
+        while not ((local / "half").exists() and server.refused):
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+        for process in processes:
+            process.kill()
+            process.join()
+        assert [run.is_trained() for run in runs] == [False, False]
+        server.heals()
+        for run, place in zip(runs, (local, remote), strict=True):
+            write_one(str(place), write_whole)
+            assert [(run.model / name).read_text() for name in ("config.json", "model.safetensors")] == ["new", "new"]
+            assert run.is_trained()
+        assert sorted(path.name for path in local.iterdir()) == ["half", "model"], "nothing else is left behind"
 
 
 GENERATING = {
