@@ -24,8 +24,9 @@ from raysft.data.shards.shard_set import ShardSet, resolve_shard_set
 from raysft.data.shards.shard_writer import write_shards
 from raysft.data.sources.sampling import RandomSample
 from raysft.data.tokenization.tokenizer import Tokenizer
-from raysft.errors import RequestError
+from raysft.errors import RequestError, RunStopped
 from raysft.run.inputs import check_tokens
+from raysft.stopping import stoppable
 from tests import messages
 from tests.shards import data_config, the_set, write_records, written
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
@@ -351,6 +352,33 @@ def test_damaged_shards_are_written_again(tmp_path, model):
         assert not manifest.reused
         assert pq.read_table(manifest.shard_paths()[0].local).num_rows == 1
     assert build_shards([each], model, 0.0)[0].reused
+
+
+def test_data_of_several_shards_that_is_tokenized_in_the_driver_goes_on_where_it_was_stopped(
+    tmp_path, model, monkeypatch
+):
+    write_records(tmp_path / "a.jsonl", [GOOD] * 8)
+    each = the_set(data_config(tmp_path), model)
+    begun: list[int] = []
+
+    def counted(sets, records, tokenizer):
+        begun.append(len(records))
+        if len(begun) == 3:
+            stopping.ask("the machine goes")
+        return write_shards(sets, records, tokenizer)
+
+    monkeypatch.setattr(build, "write_shard_sets", ray_pipeline.write_shard_sets)
+    monkeypatch.setattr(ray_pipeline, "write_shards", counted)
+    monkeypatch.setattr(ray_pipeline, "SHARD_RECORDS", 2)
+    monkeypatch.setattr(ray_pipeline, "SHARD_BYTES", 100)
+    with stoppable() as stopping, pytest.raises(RunStopped, match="the machine goes"):
+        build_shards([each], model, 0.0)
+    assert begun == [2, 2, 2]
+    (manifest,) = build_shards([each], model, 0.0)
+    assert begun == [2, 2, 2, 2], "three of four shards are found again"
+    assert manifest.records == 8
+    assert len({path.location for path in manifest.shard_paths()}) == 4
+    assert not kept_parts(each.directory)
 
 
 def test_what_is_known_of_a_shard_is_kept_until_its_set_is_complete(tmp_path, model):

@@ -30,7 +30,8 @@ from raysft.storage.path import StoragePath
 SHARD_RECORDS = 5_000
 """Most records in a shard, and in one tokenizing task."""
 SHARD_BYTES = 16 << 20
-"""Approximate limit on the bytes of these records. No limit depends on the cluster, so shards are the same everywhere."""
+"""Approximate limit on the bytes of these records. No limit depends on the cluster, so shards are the same everywhere. A request to
+stop is heard after each, and what is under way is repeated: of the slowest records, tool calls, 11 s of CPU time."""
 READ_BYTES = 64 << 20
 """Limit on the bytes that one reading task reads; a larger file is a task of its own."""
 LOCAL_BYTES = 64 << 20
@@ -43,6 +44,8 @@ READ_CPUS = 0.1
 QUEUE_BYTES = 128 << 20
 """Approximate limit on the records and shards that wait in memory between tasks."""
 Notify = Callable[[str], None]
+Kept = Mapping[StoragePath, frozenset[str]]
+"""The parts of each set that an earlier call has left; empty if none are looked for and kept."""
 
 
 def write_shard_sets(
@@ -74,8 +77,10 @@ def write_shard_sets(
     size = sum(_size(file) for sets in sets_by_source for file in sets[0].files)
     make_rows = _in_this_process if size <= LOCAL_BYTES else partial(_on_cluster, data_label=data_label)
     shards: dict[StoragePath, list[Shard]] = {each.directory: [] for sets in sets_by_source for each in sets}
+    # What fits into one shard is written as a whole or not at all.
+    kept = {directory: kept_parts(directory) for directory in shards} if size > min(SHARD_BYTES, LOCAL_BYTES) else {}
     progress, stopping = _ProgressReport(notify), current()
-    with closing(make_rows(tasks, sets_by_source, load_tokenizer)) as rows:  # at an error, Ray Data stops at once
+    with closing(make_rows(tasks, sets_by_source, load_tokenizer, kept)) as rows:  # at an error, Ray Data stops at once
         for row in rows:
             if row["error"]:
                 raise RequestError(row["error"])
@@ -95,18 +100,20 @@ def _in_this_process(
     tasks: Sequence[dict[str, Any]],
     sets_by_source: Sequence[Sequence[ShardSet]],
     load_tokenizer: Callable[[], Tokenizer],
+    kept: Kept,
 ) -> Generator[dict[str, Any], None, None]:
     """Do what ``_on_cluster`` does, in the same order, for data that is tokenized before a worker would have started."""
     tokenizer = load_tokenizer()
     for task in tasks:
         for records in _read_task(task):
-            yield from _tokenize_task(records, sets_by_source, tokenizer)
+            yield from _tokenize_task(records, sets_by_source, tokenizer, kept)
 
 
 def _on_cluster(
     tasks: Sequence[dict[str, Any]],
     sets_by_source: Sequence[Sequence[ShardSet]],
     load_tokenizer: Callable[[], Tokenizer],
+    kept: Kept,
     data_label: str | None,
 ) -> Generator[dict[str, Any], None, None]:
     """Yield a row for each shard (or an error) from a pipeline of Ray Data: read, then tokenize and write."""
@@ -127,7 +134,6 @@ def _on_cluster(
     def pool(size: float) -> Any:
         return ray.data.TaskPoolStrategy(size=max(1, int(size)))
 
-    kept = {each.directory: kept_parts(each.directory) for sets in sets_by_source for each in sets}
     with ray.data.DataContext.current(_data_context(data_label)):
         yield from (
             ray.data.from_items(list(tasks), override_num_blocks=len(tasks))
@@ -236,14 +242,10 @@ def _shards(
     sets: Sequence[ShardSet],
     records: list[tuple[str, RawRecord]],
     tokenizer: Tokenizer,
-    kept: Mapping[StoragePath, frozenset[str]] | None,
+    kept: Kept,
 ) -> list[Shard]:
-    """Return the shards of some records, one for each set: those of an earlier call, or new ones, which are kept for a later one.
-
-    Args:
-        kept: the parts of each set. None to keep none: it takes less time to write all again.
-    """
-    if kept is None:
+    """Return the shards of some records, one for each set: those of an earlier call, or new ones, kept for a later one."""
+    if not kept:
         return write_shards(sets, records, tokenizer)
     name = part_name(location for location, _ in records)
     if all(name in kept[each.directory] for each in sets):
@@ -260,7 +262,7 @@ def _tokenize_task(
     row: dict[str, Any],
     sets_by_source: Sequence[Sequence[ShardSet]],
     tokenizer: Tokenizer,
-    kept: Mapping[StoragePath, frozenset[str]] | None = None,
+    kept: Kept,
 ) -> Iterator[dict[str, Any]]:
     """Tokenize records and write shards, and return one row for each set of the source."""
     error = row["error"]
