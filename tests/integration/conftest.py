@@ -8,6 +8,7 @@ import pytest
 import ray
 
 from raysft.cluster import workers
+from raysft.storage import hub
 from tests.clusters import IDLE
 from tests.objects import credentials
 
@@ -30,6 +31,9 @@ def home(tmp_path_factory) -> Iterator[Path]:
         patch.setenv("RAY_worker_niceness", "0")
         for name, value in IDLE.items():
             patch.setenv(name, value)
+        patch.setattr(
+            hub, "RETRY_SECONDS", 1.0
+        )  # without a network, models that are not there would be asked for that long
         yield home
         ray.shutdown()
 

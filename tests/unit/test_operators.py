@@ -95,6 +95,15 @@ def test_ninja_is_found_beside_a_python_that_was_started_by_its_path(tmp_path, m
     assert os.environ["PATH"] == str(tmp_path)
 
 
+def test_what_debuggers_need_is_not_compiled(tmp_path, monkeypatch):
+    flags: list[str] = []
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(builder(), "load", lambda self, verbose: flags.extend(self.cxx_args()))
+    load_operator(CPU_ADAM)
+    assert [flag for flag in flags if flag.startswith("-g")][-1] == "-g0"
+    assert "-O3" in flags
+
+
 def builder() -> type:
     """DeepSpeed's class for the operator."""
     from deepspeed.ops import op_builder
