@@ -34,6 +34,15 @@ def as_yaml(value: object) -> str:
     )
 
 
+def unreadable(message: str, cause: BaseException) -> RequestError:
+    """Make the error of a request whose place cannot be read or written: one that may be right later if a storage is silent.
+
+    >>> type(unreadable("s3://b: no answer", StorageSilent("no answer"))).__name__
+    'NotNow'
+    """
+    return (NotNow if isinstance(cause, StorageSilent) else RequestError)(message)
+
+
 def one_line(error: BaseException | str, length: int = 200) -> str:
     """First line of an error's message, for use inside a message of our own.
 

@@ -227,9 +227,8 @@ def main(arguments: Sequence[str]) -> None:
     if not arguments[0].isdigit():
         _ask(arguments)
         return
-    atexit.register(
-        _leave, os.getpid()
-    )  # as the first one, before the imports register theirs, so that it is called last
+    # As the first one, before the imports register theirs, so that it is called last.
+    atexit.register(_leave, os.getpid())
     worker = None
     try:
         worker = _serve(socket.socket(fileno=int(arguments[0])))

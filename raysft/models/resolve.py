@@ -8,7 +8,7 @@ from pathlib import Path
 from pyarrow import ArrowException
 
 from raysft.config import locate
-from raysft.errors import NotNow, RequestError, StorageFailed, StorageSilent
+from raysft.errors import RequestError, StorageFailed, unreadable
 from raysft.models.gguf import converted
 from raysft.storage import hub
 from raysft.storage.local_cache import local_copy, may_be_on_hub, model_copy
@@ -71,8 +71,8 @@ def _elsewhere(
     except FileNotFoundError:
         raise RequestError(f"{key}={place}: not found; check the path") from None
     except (StorageFailed, OSError, ArrowException) as error:
-        kind = NotNow if isinstance(error, StorageSilent) else RequestError
-        raise kind(f"{key}={place}: cannot be read ({reason_of(error)}); check the path and its credentials") from None
+        message = f"{key}={place}: cannot be read ({reason_of(error)}); check the path and its credentials"
+        raise unreadable(message, error) from None
     if copy.suffix == ".gguf":
         return converted(copy, cache, notify, key)
     if not any((copy / mark).exists() for mark in marks):

@@ -13,7 +13,7 @@ from pyarrow import ArrowException
 
 from raysft.config import Config, parse, with_overrides
 from raysft.config.resume_effects import Effect, effect_of
-from raysft.errors import NotNow, RequestError, StorageFailed, StorageSilent, as_yaml
+from raysft.errors import NotNow, RequestError, StorageFailed, as_yaml, unreadable
 from raysft.storage.lock import LockDenied, Locked, lock
 from raysft.storage.retry import FIRST_SECONDS, reason_of, retry_for
 from raysft.storage.run_directory import RunDirectory
@@ -167,8 +167,7 @@ def ensure_writable(config: Config) -> None:
             with retry_for(FIRST_SECONDS):
                 folder.ensure_writable()
         except (StorageFailed, ArrowException) as error:
-            kind = NotNow if isinstance(error, StorageSilent) else RequestError
-            raise kind(f"{key}: {reason_of(error)}; check the path and its credentials") from None
+            raise unreadable(f"{key}: {reason_of(error)}; check the path and its credentials", error) from None
         except OSError as error:
             if not folder.local:
                 raise RequestError(f"{key}: {folder}: {reason_of(error)}; check the path and its credentials") from None

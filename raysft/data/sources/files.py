@@ -16,7 +16,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from raysft.config import Source, locate
-from raysft.errors import NotNow, RequestError, StorageFailed, StorageSilent, one_line
+from raysft.errors import RequestError, StorageFailed, one_line, unreadable
 from raysft.storage import hub
 from raysft.storage.filesystems import filesystem_of, options_of, quoted
 from raysft.storage.path import StoragePath
@@ -84,8 +84,7 @@ def _expand(pattern: str, name: str) -> Iterator[DataFile]:
     except RequestError:
         raise
     except StorageFailed as error:
-        kind = NotNow if isinstance(error, StorageSilent) else RequestError
-        raise kind(f"source {name!r}: {error}; check the path and its credentials") from None
+        raise unreadable(f"source {name!r}: {error}; check the path and its credentials", error) from None
     except (*hub.error_types(), pa.ArrowException) as error:
         if location.startswith("hf://"):
             advice = hub.reason_of(error) or hub.UNUSABLE
