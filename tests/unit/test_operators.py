@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -102,6 +103,17 @@ def test_what_debuggers_need_is_not_compiled(tmp_path, monkeypatch):
     load_operator(CPU_ADAM)
     assert [flag for flag in flags if flag.startswith("-g")][-1] == "-g0"
     assert "-O3" in flags
+
+
+def test_all_files_of_adam_are_compiled_as_one(tmp_path, monkeypatch):
+    files: list[str] = []
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(builder(), "load", lambda self, verbose: files.extend(self.sources()))
+    own = [builder()().deepspeed_src_path(source) for source in builder()().sources()]
+    load_operator(CPU_ADAM)
+    (whole,) = files
+    assert re.findall(r'#include "(.*)"', Path(whole).read_text()) == own
+    assert all(Path(source).is_file() for source in own)
 
 
 def builder() -> type:
