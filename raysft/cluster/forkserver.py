@@ -30,7 +30,7 @@ LIBRARIES = (
     "torch",
     "transformers",
     "peft",
-    "deepspeed",
+    "raysft.train.deepspeed_import",
     "pandas",
     "pyarrow.dataset",
     "pyarrow.parquet",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
@@ -15,6 +14,7 @@ from raysft.models.fused_layers import fuse_layers
 from raysft.models.onednn import use_onednn
 from raysft.models.peft_internals import parameter_adapters
 from raysft.train.deepspeed_config import deepspeed_settings, with_bucket
+from raysft.train.deepspeed_import import deepspeed
 from raysft.train.deepspeed_internals import use_gloo_allreduce
 from raysft.train.finetuning import load_model
 from raysft.train.loss import TokenLoss

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import deepspeed
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
@@ -15,6 +18,12 @@ from tests.contracts.contract import Contract
 
 DEEPSPEED = Contract("deepspeed", "raysft/train/deepspeed_internals.py")
 STATE = Contract("deepspeed", "raysft/train/checkpoint/state.py")
+
+
+def test_its_autotuner_does_without_mlflow():
+    code = "import raysft.train.deepspeed_import, sys; print('mlflow' in sys.modules); import mlflow; print(mlflow.__name__)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert found.stdout.split()[-2:] == ["False", "mlflow"], "not imported, and whoever asks for it gets it"
 
 
 def test_its_own_all_reduce_can_be_turned_off():
