@@ -13,6 +13,7 @@ from raysft.config import Config
 from raysft.config.model import LoraSection
 from raysft.errors import RequestError, one_line
 from raysft.models.adapter_files import read_adapter_config
+from raysft.models.end_of_turn import learned_ends, write_ends
 from raysft.models.fingerprint import model_fingerprint
 from raysft.models.loading import generation_config, load_weights
 from raysft.models.tokenizer import load_tokenizer
@@ -125,7 +126,9 @@ def merge(adapter: Path, output: Path, runs_code: bool = False) -> None:
         model = merge_adapter(load_with_base(adapter, dtype=torch.float32, trust_remote_code=runs_code))
         model.config.use_cache = True
         model.save_pretrained(output)
-        load_tokenizer(str(adapter), runs_code).save_pretrained(output)
+        tokenizer = load_tokenizer(str(adapter), runs_code)
+        tokenizer.save_pretrained(output)
+        write_ends(output, learned_ends(adapter, tokenizer))
     elif (adapter / "config.json").exists():
         shutil.copytree(adapter, output, dirs_exist_ok=True)
     else:

@@ -131,7 +131,7 @@ def train_job(context: RunContext) -> Any:
         train_rows=context.prepared.train_rows,
         eval_rows=context.prepared.eval_rows,
         identity=context.identity,
-        ends=context.prepared.end_tokens,
+        ends=context.prepared.end_tokens if context.config.stage == "sft" else (),
         evaluations=context.config.cache_directory / "evaluations",
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import threading
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from raysft.errors import RunFailed, StorageFailed
+from raysft.models.end_of_turn import write_ends
 from raysft.storage.local_cache import local_copy
 from raysft.storage.path import StoragePath
 from raysft.storage.retry import reason_of, retry_for
@@ -254,27 +254,9 @@ def save(model: Any, weights: Weights, tokenizer: Any, folder: Path, ends: Seque
         model.config.use_cache = True
         model.save_pretrained(folder, state_dict=weights | buffers)
         model.config.use_cache = False
-    _add_stop_tokens(ends, folder)
+    write_ends(folder, ends)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty template; the run directory has a model card
     tokenizer.save_pretrained(folder)
-
-
-def _add_stop_tokens(ends: Sequence[int], folder: Path) -> None:
-    """Add the tokens that end a turn to ``eos_token_id`` of the generation config.
-
-    This edits the file because transformers refuses to save a changed generation config that fails its validation, and some
-    published ones do.
-    """
-    path = folder / "generation_config.json"
-    if not path.exists():
-        return
-    generation = json.loads(path.read_text(encoding="utf-8"))
-    stops = generation.get("eos_token_id")
-    known = list(stops) if isinstance(stops, list) else [] if stops is None else [stops]
-    if new := [token for token in ends if token not in known]:
-        generation["eos_token_id"] = [*known, *new]
-        generation.pop("_from_model_config", None)  # it would claim that config.json says the same
-        path.write_text(json.dumps(generation, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def put_in_place(draft: Path, folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from raysft.config import Config
+from raysft.models.end_of_turn import use_as_eos
 from raysft.models.tokenizer import load_tokenizer
 from raysft.storage.path import StoragePath
 from raysft.storage.run_directory import RunDirectory
@@ -87,12 +88,14 @@ class TrainJob:
     identity: dict[str, str] = field(default_factory=dict)
     """Hashes of the model and the data, as ``Cursor.identity`` has them."""
     ends: tuple[int, ...] = ()
-    """Token ids that end an assistant turn, for the model's generation config."""
+    """Token ids that end an assistant turn, the most frequent first, which the trained model's files name."""
     evaluations: StoragePath | None = None
     """Folder that keeps evaluations of models before their training; None to keep none."""
 
     def tokenizer(self) -> Any:
-        """Load the tokenizer that is written with the model; it has the chat template that the run used."""
+        """Load the tokenizer that is written with the model; it has the chat template that the run used, and stops
+        where turns were trained to end."""
         tokenizer = load_tokenizer(self.model, self.config.model.runs_code)
         tokenizer.chat_template = self.config.chat_template or tokenizer.chat_template
+        use_as_eos(tokenizer, self.ends)
         return tokenizer

@@ -803,7 +803,8 @@ def test_a_model_stops_where_its_turns_were_trained_to_end(tmp_path, capsys):
     # Outside of raysft as well.
     assert main(["export", str(run), "--output", str(tmp_path / "out")]) == 0
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert exported.generation_config.eos_token_id == [eos, end]
+    assert exported.generation_config.eos_token_id == [end, eos]
+    assert (exported.config.eos_token_id, AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id) == (end, end)
     ids = tokenizer.apply_chat_template(turns[:3], add_generation_prompt=True, return_tensors="pt")["input_ids"]
     out = exported.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
     assert tokenizer.decode(out) == "yo yo<|end|>"

@@ -303,7 +303,7 @@ PUBLISHED = {"do_sample": False, "temperature": 0.6, "eos_token_id": 2, "max_len
 @pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize(
-    ("before", "after"), [(2, [2, 7, 9]), ([2, 7], [2, 7, 9]), ([9, 7, 2], [9, 7, 2]), (None, [7, 9])]
+    ("before", "after"), [(2, [7, 9, 2]), ([2, 7], [7, 9, 2]), ([9, 7, 2], [9, 7, 2]), (None, [7, 9])]
 )
 def test_the_generation_config_names_where_turns_end_beside_what_it_had(tmp_path, adapted, before, after):
     from peft import LoraConfig, get_peft_model

@@ -209,4 +209,5 @@ def test_observations_of_several_sources_are_merged(tmp_path, tokenizer):
     end, call = (TurnObservation("end_token", number, text) for number, text in ((5, "<|end|>"), (6, "<|call|>")))
     inside = TurnObservation("inner_token", 5, "<|end|>")
     assert stop_token_ids(merge_counts([Counter({end: 3}), Counter({call: 1})])) == (5, 6)
+    assert stop_token_ids(merge_counts([Counter({end: 3}), Counter({call: 4})])) == (6, 5)  # the most frequent first
     assert stop_token_ids(merge_counts([Counter({end: 3}), Counter({call: 1, inside: 1})])) == (6,)

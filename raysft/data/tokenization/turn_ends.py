@@ -95,9 +95,13 @@ class TurnStatistics:
 
 
 def stop_token_ids(counts: Counter[TurnObservation]) -> tuple[int, ...]:
-    """Tokens that end turns and never occur inside one, where generation would stop too early."""
+    """Tokens that end turns and never occur inside one, where generation would stop too early; the most frequent first."""
     inner = {seen.token for seen in counts if seen.kind == "inner_token"}
-    return tuple(sorted({seen.token for seen in counts if seen.kind == "end_token"} - inner))
+    ends = Counter[int]()
+    for seen, count in counts.items():
+        if seen.kind == "end_token" and seen.token not in inner:
+            ends[seen.token] += count
+    return tuple(sorted(ends, key=lambda token: (-ends[token], token)))
 
 
 def truncate_observations(observations: Observations, kept_tokens: np.ndarray) -> Observations:
