@@ -93,10 +93,12 @@ def _turn(folder: Path, operator: str) -> Iterator[None]:
 
 
 def _including(builder: Any, folder: Path) -> str:
-    """Write a file that includes all of an operator's, and return its path."""
+    """Write a file that includes all of an operator's, and return its path; one that is newer would be compiled again."""
     path = folder / f"{builder.name}.cpp"
     sources = [builder.deepspeed_src_path(source) for source in builder.sources()]
-    path.write_text("".join(f'#include "{source}"\n' for source in sources))
+    text = "".join(f'#include "{source}"\n' for source in sources)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
     return str(path)
 
 

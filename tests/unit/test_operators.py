@@ -114,6 +114,9 @@ def test_all_files_of_adam_are_compiled_as_one(tmp_path, monkeypatch):
     (whole,) = files
     assert re.findall(r'#include "(.*)"', Path(whole).read_text()) == own
     assert all(Path(source).is_file() for source in own)
+    os.utime(whole, (1, 1))
+    load_operator(CPU_ADAM)
+    assert Path(whole).stat().st_mtime == 1, "it would be compiled again"
 
 
 def builder() -> type:
