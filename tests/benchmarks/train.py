@@ -1,9 +1,10 @@
 """How fast a training is: ``python -m tests.benchmarks.train MODEL FILE``.
 
-Trains the same packed rows of FILE (alpaca, JSON) in one run, on all cores, in float32: (a) with raysft through Ray, (b) with the
-same worker loop without Ray, (c) with transformers' Trainer, LoRA and full, and (d) as (b), but with the layers as transformers
-and peft compute them, which ``raysft.models.fused_layers`` replaces. Each has a process of its own, one after the other; a rate
-is the tokens of all steps but the first, without padding, divided by the time from the end of the first to the end of the last.
+Trains the same packed rows of FILE (alpaca, JSON) in one run, on all cores in float32, or on a GPU in bfloat16 (``--gpu``): (a)
+with raysft through Ray, (b) with the same worker loop without Ray, (c) with transformers' Trainer, LoRA and full, and (d) as (b),
+but with the layers as transformers and peft compute them, which ``raysft.models.fused_layers`` replaces on CPUs. Each has a process
+of its own, one after the other; a rate is the tokens of all steps but the first, without padding, divided by the time from the end
+of the first to the end of the last.
 Then it says where the seconds from the command to the first step of (a) went.
 """
 
@@ -22,8 +23,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-SEQUENCE_LENGTH = 512
-ROWS_PER_STEP = 4
 RATE = 1e-4
 
 
@@ -36,7 +35,11 @@ def main() -> None:
         "--rounds", type=int, default=2, help="how often each is trained, in turns; the best counts (default 2)"
     )
     parser.add_argument("--finetuning", nargs="+", default=["lora", "full"], help="default: lora full")
+    parser.add_argument("--sequence-length", type=int, default=512, help="tokens of a row (default 512)")
+    parser.add_argument("--rows", type=int, default=4, help="rows of a step (default 4)")
+    parser.add_argument("--gpu", action="store_true", help="train on a GPU, in bfloat16")
     parsed = parser.parse_args()
+    shape = (parsed.sequence_length, parsed.rows, parsed.gpu)
     ways = {"a": through_ray, "b": without_ray, "c": with_transformers, "d": with_plain_layers}
     print(
         "finetuning | through Ray | without Ray | transformers | plain layers | a / b | a / c | b / d | trained | "
@@ -50,7 +53,7 @@ def main() -> None:
         for _ in range(parsed.rounds):
             for name, work in ways.items():
                 with tempfile.TemporaryDirectory() as folder:
-                    raw = settings(parsed.model, parsed.file, Path(folder), finetuning, parsed.steps)
+                    raw = settings(parsed.model, parsed.file, Path(folder), finetuning, parsed.steps, *shape)
                     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                         found = pool.submit(work, raw).result()
                 best[name] = max(best.get(name, 0.0), found["rate"])
@@ -67,25 +70,35 @@ def main() -> None:
         print(f"  {name.replace('seconds_', '').replace('_', ' ')}: {seconds:.1f}")
 
 
-def settings(model: str, file: Path, folder: Path, finetuning: str, steps: int) -> dict[str, Any]:
+def settings(
+    model: str,
+    file: Path,
+    folder: Path,
+    finetuning: str,
+    steps: int,
+    sequence_length: int = 512,
+    rows: int = 4,
+    gpu: bool = False,
+) -> dict[str, Any]:
     """One training's config."""
+    cores = {"cpus_per_worker": 1, "threads_per_worker": os.cpu_count()}
     return {
         "run": {"name": "r", "storage": str(folder), "seed": 1},
-        "model": {"path": model, "dtype": "float32", "finetuning": finetuning},
+        "model": {"path": model, "dtype": "bfloat16" if gpu else "float32", "finetuning": finetuning},
         "data": {
             "train": [{"name": "a", "path": str(file.absolute())}],
-            "sequence_length": SEQUENCE_LENGTH,
+            "sequence_length": sequence_length,
             "on_overflow": "drop",
         },
         "train": {
-            "global_batch_size": ROWS_PER_STEP,
+            "global_batch_size": rows,
             "learning_rate": RATE,
             "warmup_ratio": 0.0,
             "max_steps": steps,
             "zero_stage": 0,
             "trackers": [],
         },
-        "scaling": {"cpus_per_worker": 1, "threads_per_worker": os.cpu_count(), "address": "local"},
+        "scaling": {"use_gpu": gpu, "address": "local", **({} if gpu else cores)},
     }
 
 
@@ -152,7 +165,8 @@ def without_ray(raw: dict[str, Any]) -> dict[str, Any]:
 
     config, rows = prepared_rows(raw)
     one_process()
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1)
+    gpu = config.scaling.use_gpu
+    torch.distributed.init_process_group("nccl" if gpu else "gloo", rank=0, world_size=1)
     clock = Clock()
 
     def emit(event: Any) -> None:
@@ -162,7 +176,8 @@ def without_ray(raw: dict[str, Any]) -> dict[str, Any]:
     run = RunDirectory(config.run_directory)
     run.path.mkdir(parents=True)
     job = TrainJob(config=config, model=config.model.path, run=run, train_rows=rows, eval_rows={})
-    loop.train(job, rows.steps(0, 0, 1), torch.device("cpu"), emit, lambda *state: None)
+    device = torch.device("cuda", 0) if gpu else torch.device("cpu")
+    loop.train(job, rows.steps(0, 0, 1), device, emit, lambda *state: None)
     return clock.result(rows.row_plan)
 
 
@@ -181,7 +196,8 @@ def with_transformers(raw: dict[str, Any]) -> dict[str, Any]:
 
     config, rows = prepared_rows(raw)
     clock = Clock()
-    batch = rows.batch(range(min(rows.row_plan.rows, config.train.max_steps * ROWS_PER_STEP)))
+    rows_per_step = rows.row_plan.global_batch_size
+    batch = rows.batch(range(min(rows.row_plan.rows, config.train.max_steps * rows_per_step)))
     names = ("input_ids", "labels", "position_ids")
     examples = [
         {name: torch.as_tensor(batch[name][row], dtype=torch.long) for name in names}
@@ -202,7 +218,7 @@ def with_transformers(raw: dict[str, Any]) -> dict[str, Any]:
         args=TrainingArguments(
             output_dir=str(config.run_directory),
             per_device_train_batch_size=config.micro_batch_size,
-            gradient_accumulation_steps=ROWS_PER_STEP // config.micro_batch_size,
+            gradient_accumulation_steps=rows_per_step // config.micro_batch_size,
             learning_rate=RATE,
             lr_scheduler_type="cosine",
             max_steps=config.train.max_steps,
@@ -212,7 +228,7 @@ def with_transformers(raw: dict[str, Any]) -> dict[str, Any]:
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            use_cpu=True,
+            use_cpu=not config.scaling.use_gpu,
             seed=1,
         ),
         train_dataset=examples,  # type: ignore[arg-type]
