@@ -6,7 +6,7 @@ import json
 from datetime import date
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from raysft.config.section import LARGEST, Fraction, Name, PathOrHubId, Positive, Section, Text, known_scheme
 from raysft.errors import one_line
@@ -17,6 +17,22 @@ Column = Literal[
     "turns", "text", "input_ids", "labels", "weight",
 ]  # fmt: skip
 Tag = Literal["role", "content", "user", "assistant", "observation", "function", "system"]
+
+
+def _number_or_fraction(value: Any) -> Any:
+    """Say which of the two a number is that is neither: pydantic would say what is wrong for both."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("must be a fraction below 1, or a whole number of examples")
+    if isinstance(value, float) and not 0 <= value < 1:
+        raise ValueError(
+            "a fraction must be at least 0 and less than 1; write a number of examples without a decimal point"
+        )
+    if isinstance(value, int) and not 0 <= value <= LARGEST:
+        raise ValueError(f"a number of examples must be between 0 and {LARGEST}")
+    return value
+
+
+Holdout = Annotated[int | float, BeforeValidator(_number_or_fraction)]
 
 
 class Source(Section):
@@ -44,7 +60,7 @@ class Source(Section):
     num_samples: Positive | None = None
     """Sample N records at random, seeded with ``run.seed``. A source with fewer records gives all of them, and repeats some."""
     max_examples: Positive | None = None
-    """Use only the first N records, counted after sampling with ``num_samples``."""
+    """Use only the first N records, counted after sampling with ``num_samples``. Default: ``data.max_examples``."""
 
     def column(self, field: str) -> str | None:
         """Column that a field is read from; None if the field is not read.
@@ -69,9 +85,16 @@ class DataSection(Section):
     mixing: Literal["concat", "first_exhausted", "all_exhausted"] = "concat"
     """``concat``: use every example once per epoch. ``first_exhausted`` and ``all_exhausted``: in each epoch, draw examples in
     proportion to the weights of the sources until the first source, or every source, is used up (smaller sources repeat)."""
-    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Fraction of each training source to hold out of training and evaluate on, under the name of the source. A stable hash of
-    the opening of an example decides, so that examples with the same opening are on the same side, in every run."""
+    max_examples: Positive | None = None
+    """Use only the first N records of each source that has no ``max_examples`` of its own."""
+    shuffle: bool = True
+    """Train in a random order, another one in each epoch. ``false``: in the order of the files, one source after the other;
+    packed rows are in the order of their first examples."""
+    holdout: Holdout = 0.0
+    """Examples to hold out of training and evaluate on, under the names of their sources: a fraction of each training source
+    (``0.1``), or a number of examples of all of them together (``500``; ``1`` is one example). A stable hash of the opening of an
+    example decides, so that examples with the same opening are on the same side, in every run; a number is rounded up to the last
+    opening."""
     sequence_length: Annotated[int, Field(ge=8, le=LARGEST, strict=True)] = 2048
     """Tokens per row."""
     packing: bool = True
@@ -143,7 +166,7 @@ class DataSection(Section):
             clash = {s.name for s in self.train} & {s.name for s in self.eval}
             if clash:
                 raise ValueError(
-                    f"data.train and data.eval both have a source named {sorted(clash)[0]!r}, but data.holdout={self.holdout:g} "
+                    f"data.train and data.eval both have a source named {sorted(clash)[0]!r}, but data.holdout={self.holdout} "
                     "evaluates under the names of data.train; rename one of them"
                 )
         return self

@@ -37,7 +37,7 @@ _KEYS = {
     Bearing.CONTENT: """
         model.path model.trust_remote_code model.chat_template model.adapters
         data.train data.train[].name data.train[].path data.train[].format data.train[].columns data.train[].tags
-        data.train[].max_examples data.train[].num_samples data.eval data.registry data.holdout
+        data.train[].max_examples data.train[].num_samples data.max_examples data.eval data.registry data.holdout
         data.mask_history data.train_on_prompt data.on_overflow data.keep_prompt data.control_tokens_in_text
         data.template_options
         scaling.num_workers scaling.cpus_per_worker scaling.threads_per_worker scaling.placement
@@ -48,7 +48,7 @@ _KEYS = {
     Bearing.NONE: """
         run.name run.sweep run.storage
         model.lora.loraplus_ratio
-        data.train[].weight data.mixing data.max_rejected data.cache
+        data.train[].weight data.shuffle data.mixing data.max_rejected data.cache
         train.epochs train.max_steps train.global_batch_size
         train.learning_rate train.weight_decay train.betas train.epsilon train.max_grad_norm
         train.schedule train.schedule_options train.warmup_ratio

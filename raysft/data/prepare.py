@@ -11,6 +11,7 @@ from raysft.data.rows.packed_dataset import PackedDataset
 from raysft.data.rows.row_plan import Layout
 from raysft.data.shards.build import build_shards
 from raysft.data.shards.manifest import Manifest
+from raysft.data.shards.openings import HeldOut
 from raysft.data.shards.ray_pipeline import Notify
 from raysft.data.shards.shard_set import ShardSet, Split, resolve_shard_set
 from raysft.data.tokenization.tokenizer import load_once
@@ -36,16 +37,20 @@ def prepare(config: Config, model: str, notify: Notify = lambda line: None) -> P
     Raises:
         RequestError: the data cannot be used as requested.
     """
+    held_out = HeldOut.of(config, model, notify)
+
+    def resolve(source: Source, split: Split, with_prompts: bool) -> ShardSet:
+        return resolve_shard_set(config, source, split, model, with_prompts, held_out.limit)
+
     train_split: Split = "train" if config.data.holdout else "all"
-    train = [resolve_shard_set(config, source, train_split, model, with_prompts=False) for source in config.data.train]
-    with_prompts = config.stage == "sft"
+    train = [resolve(source, train_split, with_prompts=False) for source in config.data.train]
     evaluation = {
-        (source.name, split): resolve_shard_set(config, source, split, model, with_prompts)
-        for source, split in evaluation_sets(config)
+        (source.name, split): resolve(source, split, with_prompts=config.stage == "sft")
+        for source, split in evaluation_sets(config, held_out)
     }
-    generation = generation_sets(config) if config.generates else []
+    generation = generation_sets(config, held_out) if config.generates else []
     prompts = [
-        evaluation.get((source.name, split)) or resolve_shard_set(config, source, split, model, with_prompts=True)
+        evaluation.get((source.name, split)) or resolve(source, split, with_prompts=True)
         for source, split in generation
     ]
     manifests = build_shards(
@@ -101,22 +106,26 @@ def prepare_prompts(config: Config, model: str, runs_code: bool, notify: Notify 
     if load_once(model, runs_code).chat_template:
         overrides["model.chat_template"] = None
     config = with_overrides(config, overrides)
+    held_out = HeldOut.of(config, model, notify)
     sets = [
-        resolve_shard_set(config, source, split, model, with_prompts=True) for source, split in generation_sets(config)
+        resolve_shard_set(config, source, split, model, with_prompts=True, limit=held_out.limit)
+        for source, split in generation_sets(config, held_out)
     ]
     label = config.scaling.data_label
     return build_shards(sets, model, config.data.max_rejected, config.chat_template, notify, runs_code, label)
 
 
-def evaluation_sets(config: Config) -> list[tuple[Source, Split]]:
-    """Sources to evaluate: the held-out split of each training source, then ``data.eval``."""
-    held_out: list[tuple[Source, Split]] = [(source, "holdout") for source in config.data.train if config.data.holdout]
-    return [*held_out, *((source, "all") for source in config.data.eval)]
+def evaluation_sets(config: Config, held_out: HeldOut) -> list[tuple[Source, Split]]:
+    """Sources to evaluate: the held-out split of each training source that has one, then ``data.eval``."""
+    splits: list[tuple[Source, Split]] = [
+        (source, "holdout") for source in config.data.train if source.name in held_out.sources
+    ]
+    return [*splits, *((source, "all") for source in config.data.eval)]
 
 
-def generation_sets(config: Config) -> list[tuple[Source, Split]]:
+def generation_sets(config: Config, held_out: HeldOut) -> list[tuple[Source, Split]]:
     """Sources to generate for: ``generate.sources``, by default the evaluation sets."""
-    evaluation = evaluation_sets(config)
+    evaluation = evaluation_sets(config, held_out)
     by_name: dict[str, tuple[Source, Split]] = {source.name: (source, "all") for source in config.data.train}
     by_name |= {source.name: (source, split) for source, split in evaluation}
     return [by_name[name] for name in dict.fromkeys(config.generate.sources)] or evaluation
@@ -145,6 +154,7 @@ def _plan_rows(
         mixing=data.mixing,
         mixing_weights=tuple(source.weight or 1.0 for source in data.train),
         document_mask=data.document_mask,
+        shuffle=data.shuffle,
     )
     eval_rows = {
         shards.source.name: PackedDataset(
@@ -155,8 +165,10 @@ def _plan_rows(
             document_mask=data.document_mask,
             shuffle=False,
         )
-        for shards in evaluation
+        for shards, manifest in zip(evaluation, manifests[len(train) :], strict=False)
+        if manifest.loss_tokens.any()  # not for prompts alone
     }
+    _refuse_nothing_compared(config, eval_rows)
     _refuse_empty_steps(train_rows)
     for rows in eval_rows.values():
         _ = rows.row_plan  # or each worker would plan them
@@ -167,6 +179,15 @@ def _plan_rows(
         eval_rows=eval_rows,
         shared_files=_shared_files(train, evaluation),
     )
+
+
+def _refuse_nothing_compared(config: Config, eval_rows: dict[str, PackedDataset]) -> None:
+    asked = {"train.early_stopping": config.train.early_stopping.patience, "train.keep_best": config.train.keep_best}
+    named = next((key for key, value in asked.items() if value), None)
+    if named and not eval_rows:
+        raise RequestError(
+            f"{named} compares evaluations, but no example of data.eval has an answer; add answers, or use data.holdout"
+        )
 
 
 def _refuse_empty_steps(rows: PackedDataset) -> None:

@@ -49,6 +49,8 @@ class Example:
     """Labels of ``ids``, not shifted."""
     weight: float = 1.0
     """Weight of each of its loss tokens in the loss."""
+    unanswered: str = ""
+    """Why it has no answer to train on, if it is only a prompt to generate from; its last message or text then stands for one."""
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,7 @@ class _Predictions:
         role, facts = self.output.role, self.facts
         speed = facts["tokens_per_second"]
         return [
-            *metrics.score(self._config, read_jsonl(self.output.path), role),
+            *metrics.score_labelled(self._config, read_jsonl(self.output.path), role),
             metrics.MetricRow("runtime", None, role, facts["runtime"], unit="seconds", higher_is_better=False),
             metrics.MetricRow("tokens_per_second", None, role, speed, unit="tokens/second", higher_is_better=True),
         ]

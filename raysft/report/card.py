@@ -13,7 +13,7 @@ import yaml
 from raysft.report.comparison import INTERVALS, compare, compare_predictions, unfinished
 from raysft.report.read_run import RunLog
 from raysft.report.run_facts import plan_facts, training_facts
-from raysft.report.text import masked
+from raysft.report.text import held_out, masked
 
 _PACKAGES = ("raysft", "ray", "torch", "transformers", "peft", "deepspeed")
 
@@ -171,7 +171,7 @@ def _data(log: RunLog) -> str:
         for source in log.sources(part):
             paths = source.get("path", "")
             path = ", ".join(masked(path) for path in (paths if isinstance(paths, list) else [paths]))
-            first, sampled = source.get("max_examples"), source.get("num_samples")
+            first, sampled = source.get("max_examples") or log.option("data.max_examples"), source.get("num_samples")
             plan = planned.get(source.get("name")) if isinstance(planned, dict) else None
             examples = plan.get("examples") if isinstance(plan, dict) else None
             limit = f"the first {first:,}" if first else f"{sampled:,} at random" if sampled else ""
@@ -180,7 +180,7 @@ def _data(log: RunLog) -> str:
     text = _table("Data", ("source", "used for", "path", "examples"), rows)
     holdout = log.option("data.holdout", 0)
     if text and holdout:
-        text += f"\n\n{100 * holdout:g}% of each training source was held out for evaluation."
+        text += f"\n\n{held_out(holdout)} held out for evaluation."
     return text
 
 

@@ -74,6 +74,7 @@ TYPES: dict[str, dict[str, Kind]] = {
     "config.yaml": {
         **{f"data.{part}.*.{key}": kind for part in ("train", "eval") for key, kind in _SOURCE.items()},
         "data.holdout": NUMBER,
+        "data.max_examples": INTEGER,
         "model.path": TEXT,
         **dict.fromkeys(
             ("model.trust_remote_code", "model.lora.target", "model.oft.target", "model.freeze.modules"), TEXTS

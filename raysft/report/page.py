@@ -18,7 +18,7 @@ from raysft.report.predictions import read_predictions
 from raysft.report.read_run import RunLog, finite, read_lines
 from raysft.report.run_facts import generation_facts, plan_facts, training_facts
 from raysft.report.sources import reasons, sources
-from raysft.report.text import masked, visible
+from raysft.report.text import held_out, masked, visible
 from raysft.storage.json_files import write_atomically
 
 MAX_CHANGES = 50
@@ -54,7 +54,7 @@ def write_page(log: RunLog, warnings: Sequence[str] = ()) -> None:
         colors={"after": 0, "predicted": 0, "before": 1, "reference": 2},
         interval_text=interval_text,
         sources=sources(log),
-        holdout=finite(log.option("data.holdout")) or 0,
+        holdout=held_out(finite(log.option("data.holdout")) or 0),
         rejected=rejected,
         reasons=rejection_reasons,
         tables=[

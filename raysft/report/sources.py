@@ -22,6 +22,7 @@ _COUNTS = {
     "dropped_tokens": "dropped tokens",
     "truncated": "truncated",
     "truncated_tokens": "truncated tokens",
+    "unanswered": "without an answer",
     "split": "split",
     "split_pieces": "segments of split examples",
     "control_tokens": "with control tokens in the text",

@@ -45,6 +45,21 @@ def visible(text: str) -> str:
     return whole.replace("\r\n", "\n").replace("\r", "\n").translate(_VISIBLE)
 
 
+def held_out(holdout: float) -> str:
+    """What ``data.holdout`` keeps out of training, as the subject of a sentence; empty if nothing.
+
+    >>> held_out(0.1), held_out(500)
+    ('10% of each training source was', '500 examples of the training sources were')
+    """
+    if holdout >= 1:
+        return (
+            "1 example of the training sources was"
+            if holdout == 1
+            else f"{holdout:,.0f} examples of the training sources were"
+        )
+    return f"{100 * holdout:g}% of each training source was" if holdout else ""
+
+
 def without_middle(text: str) -> str:
     """Text without its middle if it is long. The end is kept because a prompt often ends with its question."""
     if len(text) <= MAX_CHARACTERS:

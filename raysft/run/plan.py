@@ -22,6 +22,7 @@ COUNTED = {
     "dropped_tokens": "{:,} tokens in them",
     "truncated": "{:,} truncated",
     "truncated_tokens": "{:,} tokens cut off",
+    "unanswered": "{:,} without an answer",
     "split": "{:,} split",
     "split_pieces": "into {:,}",
     "control_tokens": "{:,} with control tokens in their text",

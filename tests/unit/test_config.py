@@ -123,7 +123,8 @@ def test_an_error_in_the_file_is_not_blamed_on_an_override_beside_it(write):
         ("train:\n  num_workers: 8\n", "c.yaml:9: unknown key train.num_workers; did you mean scaling.num_workers?"),
         (
             "train:\n  max_examples: 8\n",
-            "c.yaml:9: unknown key train.max_examples; did you mean data.train[].max_examples or generate.max_examples?",
+            "c.yaml:9: unknown key train.max_examples; did you mean data.train[].max_examples or data.max_examples or "
+            "generate.max_examples?",
         ),
         ("tune:\n  xyz: 1\n", "c.yaml:9: unknown key tune.xyz … known keys: space, search, num_samples"),
         (
@@ -194,7 +195,9 @@ def test_an_unknown_key_comes_before_other_errors(write):
             "  packing: maybe",
             "c.yaml:8: data.packing='maybe' … must be true or false",
         ),
-        ("  holdout: 1", "c.yaml:8: data.holdout=1 … must be less than 1"),
+        ("  holdout: 1.0", "c.yaml:8: data.holdout=1.0 … must be at least 0 and less than 1 … without a decimal point"),
+        ("  holdout: -1", "c.yaml:8: data.holdout=-1 … must be between 0 and"),
+        ("  holdout: yes", "c.yaml:8: data.holdout=true … a fraction below 1, or a whole number"),
         ("train: {epochs: null}", "c.yaml:8: train.epochs=null … must be a valid integer"),
         ("train: {epochs: true}", "c.yaml:8: train.epochs=true … "),
         (

@@ -18,7 +18,7 @@ import yaml
 from raysft.config import Source
 from raysft.data.sources.files import find_files
 from raysft.data.sources.formats import to_examples
-from raysft.data.sources.holdout import is_held_out, opening
+from raysft.data.sources.holdout import is_held_out, limit_of_fraction, opening
 from raysft.data.sources.messages import ROLES
 from raysft.data.sources.readers import read_raw
 from raysft.data.types import Example, Message, Rejected
@@ -190,12 +190,18 @@ def test_no_column_is_read_twice(columns, turns):
     assert (item.text or [(message.role, message.content) for message in item.messages]) == turns
 
 
+def why_unusable(item: Example | Rejected) -> str:
+    """Why a record cannot be trained on."""
+    reason = item.reason if isinstance(item, Rejected) else item.unanswered
+    assert reason
+    return reason
+
+
 def test_a_field_that_the_config_excludes_is_named():
     save("a.jsonl", lines([{"instruction": "I", "input": "N", "output": "O"}]))
     (item,) = read_all("a.jsonl", format="alpaca", columns={"output": None})
-    assert isinstance(item, Rejected)
     for part in ("alpaca", "'output'", "(columns: instruction, input, output)", "data.train[].columns"):
-        assert part in item.reason
+        assert part in why_unusable(item)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +266,7 @@ def test_records_of_several_formats_keep_theirs_in_one_parquet_file():
     save("a.parquet", as_parquet(records))
     save("a.jsonl", lines(records))
     nested, plain = (
-        [replace(item, record="") if isinstance(item, Example) else item.reason.split(" (")[0] for item in items]
+        [why_unusable(item).split(" (")[0] if item is items[-1] else replace(item, record="") for item in items]
         for items in (read_all("a.parquet"), read_all("a.jsonl"))
     )
     assert nested == plain
@@ -315,10 +321,10 @@ COLUMNS = "data.train[].columns"
 def test_an_unusable_record_is_kept_with_its_line_and_reason(record, parts):
     Path("a.jsonl").write_text("\n" + json.dumps(record) + "\n" + json.dumps(["q", "a"]) + "\n")
     rejected, good = read_all("a.jsonl")
-    assert isinstance(rejected, Rejected)
     assert (rejected.source, rejected.record) == ("s", "a.jsonl:2")
-    assert [part for part in parts if part not in rejected.reason] == []
-    assert "\n" not in rejected.reason
+    reason = why_unusable(rejected)
+    assert [part for part in parts if part not in reason] == []
+    assert "\n" not in reason
     assert isinstance(good, Example)
 
 
@@ -515,8 +521,8 @@ def conversation(question: str, answer: str = "a") -> Example:
     ],
 )
 def test_the_side_of_an_opening_never_changes(text, held_out):
-    assert is_held_out(conversation(text), 0.5) == held_out
-    assert is_held_out(Example("t", "g:2", text=text), 0.5) == held_out
+    assert is_held_out(conversation(text), limit_of_fraction(0.5)) == held_out
+    assert is_held_out(Example("t", "g:2", text=text), limit_of_fraction(0.5)) == held_out
 
 
 def test_examples_that_open_alike_stay_on_one_side():
@@ -528,7 +534,8 @@ def test_examples_that_open_alike_stay_on_one_side():
 def test_the_held_out_fraction_is_close_to_the_requested_one():
     examples = [conversation(f"question {number}") for number in range(4000)]
     sides = {
-        fraction: {e.messages[1].content for e in examples if is_held_out(e, fraction)} for fraction in (0.0, 0.1, 0.5)
+        fraction: {e.messages[1].content for e in examples if is_held_out(e, limit_of_fraction(fraction))}
+        for fraction in (0.0, 0.1, 0.5)
     }
     assert not sides[0.0]
     assert 320 <= len(sides[0.1]) <= 480
@@ -641,5 +648,8 @@ def test_a_pretty_printed_object_says_what_is_needed():
 
 
 def test_completions_without_a_prompt_are_held_out_by_their_own_text():
-    held = [is_held_out(Example("s", "f", text=f"text {number}", prompt_length=0), 0.3) for number in range(200)]
+    held = [
+        is_held_out(Example("s", "f", text=f"text {number}", prompt_length=0), limit_of_fraction(0.3))
+        for number in range(200)
+    ]
     assert 30 < sum(held) < 90

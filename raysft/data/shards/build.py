@@ -135,7 +135,7 @@ def _refuse_empty(shard_set: ShardSet, shards: Sequence[Shard]) -> None:
     if any(shard.name for shard in shards):
         return
     split = {"train": "the training split", "holdout": "the held-out split"}.get(shard_set.split)
-    subject = f"{split} (data.holdout={shard_set.holdout:g})" if split else "the source"
+    subject = f"{split} (data.holdout={shard_set.holdout})" if split else "the source"
     paths = ", ".join(dict.fromkeys(file.path for file in shard_set.files))
     records, dropped = sum(shard.records for shard in shards), sum(len(shard.dropped) for shard in shards)
     counted = f"{records} records {'fall into it' if split else 'read'}"
@@ -150,7 +150,8 @@ def _refuse_empty(shard_set: ShardSet, shards: Sequence[Shard]) -> None:
     elif rejected:
         remedy = "correct the data"
     else:
-        remedy = "add data, or raise data.holdout" if shard_set.split == "holdout" else "add data"
+        holdout = {"holdout": ", or raise data.holdout", "train": ", or lower data.holdout"}.get(shard_set.split, "")
+        remedy = f"add data{holdout}"
     raise RequestError(
         f"source {shard_set.source.name!r}: {subject} has no usable example in {paths:.100} "
         f"({'; '.join([counted, *reasons])}); {remedy}"

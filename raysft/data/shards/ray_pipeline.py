@@ -72,9 +72,9 @@ def write_shard_sets(
     tasks = [
         {"task": (number, files, sets[0].source.max_examples, sets[0].sample)}
         for number, sets in enumerate(sets_by_source)
-        for files in _read_tasks(sets[0])
+        for files in read_tasks(sets[0])
     ]
-    size = sum(_size(file) for sets in sets_by_source for file in sets[0].files)
+    size = sum(text_bytes(file) for sets in sets_by_source for file in sets[0].files)
     make_rows = _in_this_process if size <= LOCAL_BYTES else partial(_on_cluster, data_label=data_label)
     shards: dict[StoragePath, list[Shard]] = {each.directory: [] for sets in sets_by_source for each in sets}
     # What fits into one shard is written as a whole or not at all.
@@ -91,7 +91,7 @@ def write_shard_sets(
     return shards
 
 
-def _size(file: DataFile) -> int:
+def text_bytes(file: DataFile) -> int:
     """Approximate bytes of a file's text."""
     return file.size * (COMPRESSED_TIMES if file.path.endswith(COMPRESSED) else 1)
 
@@ -105,7 +105,7 @@ def _in_this_process(
     """Do what ``_on_cluster`` does, in the same order, for data that is tokenized before a worker would have started."""
     tokenizer = load_tokenizer()
     for task in tasks:
-        for records in _read_task(task):
+        for records in read_task(task):
             yield from _tokenize_task(records, sets_by_source, tokenizer, kept)
 
 
@@ -134,10 +134,10 @@ def _on_cluster(
     def pool(size: float) -> Any:
         return ray.data.TaskPoolStrategy(size=max(1, int(size)))
 
-    with ray.data.DataContext.current(_data_context(data_label)):
+    with ray.data.DataContext.current(data_context(data_label)):
         yield from (
             ray.data.from_items(list(tasks), override_num_blocks=len(tasks))
-            .flat_map(_read_task, num_cpus=READ_CPUS, compute=pool(cpus / 4))
+            .flat_map(read_task, num_cpus=READ_CPUS, compute=pool(cpus / 4))
             .flat_map(
                 partial(_tokenize_on_core, sets_by_source=sets_by_source, tokenizer=tokenizer, kept=kept),
                 num_cpus=TASK_CPUS - READ_CPUS,
@@ -148,7 +148,8 @@ def _on_cluster(
         )
 
 
-def _data_context(data_label: str | None) -> Any:
+def data_context(data_label: str | None) -> Any:
+    """Settings of Ray Data with which records of any size flow through a pipeline in order."""
     import ray
 
     context = ray.data.DataContext.get_current().copy()
@@ -189,7 +190,7 @@ def _warm_up() -> None:
     import transformers.utils.chat_template_utils  # noqa: F401
 
 
-def _read_tasks(shard_set: ShardSet) -> Iterator[tuple[DataFile, ...]]:
+def read_tasks(shard_set: ShardSet) -> Iterator[tuple[DataFile, ...]]:
     """Group the files of a source into reading tasks."""
     if shard_set.source.max_examples or shard_set.sample:
         yield shard_set.files  # these count records across all files
@@ -203,7 +204,7 @@ def _read_tasks(shard_set: ShardSet) -> Iterator[tuple[DataFile, ...]]:
     yield tuple(files)
 
 
-def _read_task(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def read_task(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Read files, and return one row for the records of each shard."""
     source, files, limit, sample = row["task"]
     try:

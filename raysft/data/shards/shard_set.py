@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from raysft.config import Config, Source
 from raysft.data.sources.files import DataFile, find_files
-from raysft.data.sources.holdout import is_held_out
+from raysft.data.sources.holdout import is_held_out, limit_of_fraction
 from raysft.data.sources.registry import resolve_source
 from raysft.data.sources.sampling import RandomSample
 from raysft.data.tokenization.tokenized_example import TokenizeOptions
@@ -18,7 +18,7 @@ from raysft.data.types import Example
 from raysft.models.fingerprint import tokenizer_fingerprint
 from raysft.storage.path import StoragePath
 
-CACHE_VERSION = 6
+CACHE_VERSION = 7
 """Part of every key. Raise it when the same input would produce different shards."""
 Split = Literal["all", "train", "holdout"]
 """Part of a source: all examples, or those on one side of ``data.holdout``."""
@@ -32,8 +32,10 @@ class ShardSet:
     split: Split
     files: tuple[DataFile, ...]
     options: TokenizeOptions
-    holdout: float
-    """Fraction of the source in the ``holdout`` split."""
+    holdout: int | float
+    """``data.holdout``."""
+    limit: int
+    """Hash of an opening below which an example is in the ``holdout`` split."""
     sample: RandomSample | None
     """Random sample of the source's records; None to take them in file order."""
     directory: StoragePath
@@ -44,12 +46,28 @@ class ShardSet:
         """Path of the manifest, whose presence makes the set complete."""
         return self.directory / "manifest.parquet"
 
+    @property
+    def takes_prompts(self) -> bool:
+        """True if it takes prompts without an answer: it is generated for, and no part of it is trained on."""
+        return self.options.with_prompts and self.split == "all"
+
     def includes(self, example: Example) -> bool:
         """True if an example belongs to this split."""
-        return self.split == "all" or (self.split == "holdout") == is_held_out(example, self.holdout)
+        return self.split == "all" or (self.split == "holdout") == is_held_out(example, self.limit)
 
 
-def resolve_shard_set(config: Config, source: Source, split: Split, model: str, with_prompts: bool) -> ShardSet:
+def records_identity(shards: ShardSet) -> dict[str, Any]:
+    """Return everything that decides the records of a source and how they are read, as JSON."""
+    return {
+        "files": [(Path(file.path).name, file.identity) for file in shards.files],
+        "source": shards.source.model_dump(mode="json", exclude={"path", "weight"}),
+        "sample": asdict(shards.sample) if shards.sample else None,
+    }
+
+
+def resolve_shard_set(
+    config: Config, source: Source, split: Split, model: str, with_prompts: bool, limit: int | None = None
+) -> ShardSet:
     """Find the files of a source, and hash them with the tokenizer, the chat template and all options to a cache key.
 
     Args:
@@ -58,34 +76,37 @@ def resolve_shard_set(config: Config, source: Source, split: Split, model: str, 
         split: which of its examples.
         model: folder or hub ID of the model whose tokenizer is used.
         with_prompts: also keep prompts and references, for generation.
+        limit: hash of an opening below which examples are held out. Default: that of the fraction ``data.holdout``.
 
     Raises:
         RequestError: the source has no usable files or registry entry.
     """
     source = resolve_source(config, source)
-    files = tuple(find_files(source))
+    if source.max_examples is None:
+        source = source.model_copy(update={"max_examples": config.data.max_examples})
+    if limit is None:
+        limit = limit_of_fraction(config.data.holdout)
     options = TokenizeOptions.of(config, with_prompts)
-    sample = RandomSample(source.num_samples, config.run.seed) if source.num_samples else None
+    found = ShardSet(
+        source=source,
+        split=split,
+        files=tuple(find_files(source)),
+        options=options,
+        holdout=config.data.holdout,
+        limit=limit,
+        sample=RandomSample(source.num_samples, config.run.seed) if source.num_samples else None,
+        directory=config.cache_directory / "shards",
+    )
     # Raw text is cut into rows only when rows are planned, so its shards serve every sequence length.
     decisive = asdict(options) if config.stage == "sft" else {"stage": "pt", "control_tokens": options.control_tokens}
     identity = {
         "version": CACHE_VERSION,
-        "files": [(Path(file.path).name, file.identity) for file in files],
-        "source": source.model_dump(mode="json", exclude={"path", "weight"}),
+        **records_identity(found),
         "split": split,
-        "holdout": config.data.holdout if split != "all" else 0,
+        "limit": limit if split != "all" else 0,
         "options": decisive,
         "tokenizer": tokenizer_fingerprint(model),
         "template": config.chat_template,
-        "sample": asdict(sample) if sample else None,
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
-    return ShardSet(
-        source=source,
-        split=split,
-        files=files,
-        options=options,
-        holdout=config.data.holdout,
-        sample=sample,
-        directory=config.cache_directory / "shards" / f"{source.name}-{split}-{key}",
-    )
+    return replace(found, directory=found.directory / f"{source.name}-{split}-{key}")

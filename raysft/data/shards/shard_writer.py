@@ -53,7 +53,11 @@ def _write_shards(
             continue
         _check_stage(item, sets[0])
         for writer in writers:
-            if writer.shard_set.includes(item):
+            if not writer.shard_set.includes(item):
+                continue
+            if item.unanswered and not writer.shard_set.takes_prompts:
+                writer.reject(Rejected(item.source, item.record, item.unanswered))
+            else:
                 writer.add(item, form)
     return [writer.finish() for writer in writers]
 

@@ -21,6 +21,8 @@ REQUIRED_FIELDS = {
 """Format → the fields that it requires. Formats are tried in this order."""
 ALTERNATIVE_FIELD = {"instruction": "input"}
 """Required field → a field that may replace it."""
+ANSWER_FIELDS = {"alpaca": "output", "prompt_completion": "completion"}
+"""Format → the field with the answer; a record without it is a prompt to generate from."""
 LIST_FIELDS = ("messages", "conversations", "history", "turns", "input_ids", "labels")
 """Fields whose values are lists; in a text column they are JSON."""
 FieldReader = Callable[[str], Any]
@@ -79,12 +81,16 @@ def _detect(record: Record, source: Source) -> str:
     )
 
 
-def check_columns(record: Record, form: str, source: Source) -> None:
+def check_columns(record: Record, form: str, source: Source) -> str:
     """Check that a record has all columns that its format requires.
 
+    Returns:
+        Why it has no answer, if only that is missing; else an empty text.
+
     Raises:
-        ValueError: one is missing, null or not read.
+        ValueError: another one is missing, null or not read.
     """
+    unanswered = ""
     for field in REQUIRED_FIELDS[form]:
         columns = [source.column(name) for name in (field, ALTERNATIVE_FIELD.get(field)) if name]
         if any(column is not None and record.get(column) is not None for column in columns):
@@ -93,10 +99,14 @@ def check_columns(record: Record, form: str, source: Source) -> None:
             problem = f"data.train[].columns excludes {field!r}"
         else:
             problem = f"column {columns[0]!r} is {'null' if columns[0] in record else 'missing'}"
-        raise ValueError(
+        reason = (
             f"format {form} requires {field!r}, but {problem} (columns: {', '.join(map(str, record))}); "
             "fill the column, or map another one in data.train[].columns"
         )
+        if field != ANSWER_FIELDS.get(form):
+            raise ValueError(reason)
+        unanswered = reason
+    return unanswered
 
 
 def _from_json(text: str) -> Any:

@@ -21,6 +21,8 @@ from raysft.data.sources.readers import RawRecord, Unreadable, parse_record
 from raysft.data.sources.tool_calls import nested_strings, parse_tools, tool_schemas
 from raysft.data.types import IGNORE_INDEX, Example, Message, Record, Rejected
 
+STAND_IN = "-"
+"""Stands for the answer of an example that has none, so that a chat template renders it as any other."""
 MIN_WEIGHT = 1e-6
 """Smallest weight, and inverse of the largest: losses further apart cannot be summed in float32."""
 
@@ -53,7 +55,7 @@ def to_example(record: Record, form: str, source: Source, location: str) -> Exam
     Raises:
         ValueError: the record cannot be used.
     """
-    check_columns(record, form, source)
+    unanswered = check_columns(record, form, source)
     read = field_reader(record, source)
     weight = _weight(read("weight"))
     if form == "text":
@@ -61,21 +63,26 @@ def to_example(record: Record, form: str, source: Source, location: str) -> Exam
     if form == "tokenized":
         ids, labels = _token_ids(read)
         return Example(source.name, location, ids=ids, labels=labels, weight=weight)
-    if form == "prompt_completion" and isinstance(read("completion"), str):
+    if form == "prompt_completion" and isinstance(read("prompt" if unanswered else "completion"), str):
         prompt = require_text(read("prompt"), "prompt")
-        text = prompt + _full_text(read("completion"), "completion")
-        return Example(source.name, location, text=text, prompt_length=len(prompt), weight=weight)
-    messages = tuple(_messages(form, read, source.tags))
+        text = prompt + (STAND_IN if unanswered else _full_text(read("completion"), "completion"))
+        return Example(
+            source.name, location, text=text, prompt_length=len(prompt), weight=weight, unanswered=unanswered
+        )
+    messages = tuple(_messages(form, read, source.tags, bool(unanswered)))
+    unanswered = unanswered or _lacks_answer(messages, form)
+    if unanswered:
+        messages = (*messages, Message("assistant", STAND_IN))
     _check_turns(messages)
     tools = parse_tools(read("tools"))
     if form != "openai":
         tools = tool_schemas(tools)
     for text in nested_strings(tools):
         require_text(text, "tools")
-    return Example(source.name, location, messages=messages, tools=tools, weight=weight)
+    return Example(source.name, location, messages=messages, tools=tools, weight=weight, unanswered=unanswered)
 
 
-def _messages(form: str, read: FieldReader, tags: Mapping[Any, str]) -> Iterator[Message]:
+def _messages(form: str, read: FieldReader, tags: Mapping[Any, str], unanswered: bool) -> Iterator[Message]:
     system = read("system")
     if form not in ("sharegpt", "openai", "prompt_completion") and system:
         yield Message("system", require_text(system, "system"))
@@ -87,7 +94,8 @@ def _messages(form: str, read: FieldReader, tags: Mapping[Any, str]) -> Iterator
     elif form == "prompt_completion":
         for message in parse_turns(read("prompt"), "prompt", tags):
             yield replace(message, trainable=False)
-        yield from parse_turns(read("completion"), "completion", tags)
+        if not unanswered:
+            yield from parse_turns(read("completion"), "completion", tags)
     else:
         column = REQUIRED_FIELDS[form][0]
         turns = list(parse_turns(read(column), column, tags))
@@ -105,7 +113,18 @@ def _alpaca(read: FieldReader) -> Iterator[Message]:
             yield Message(role, require_text("" if text is None else text, f"history[{index}]"))  # type: ignore[arg-type]
     parts = [require_text(read(field) or "", field) for field in ("instruction", "input")]
     yield Message("user", "\n".join(part for part in parts if part))
-    yield Message("assistant", require_text(read("output"), "output"))
+    if (output := read("output")) not in (None, ""):
+        yield Message("assistant", require_text(output, "output"))
+
+
+def _lacks_answer(messages: tuple[Message, ...], form: str) -> str:
+    """Why a conversation has no answer that a model could be trained on; empty if it has one."""
+    if form == "alpaca":
+        return "the output is empty" if messages[-1].role != "assistant" else ""
+    roles = [message.role for message in messages]
+    if "user" in roles and "assistant" not in roles and roles[-1] != "system":
+        return "the conversation has no assistant turn to train on"
+    return ""
 
 
 def _check_turns(messages: tuple[Message, ...]) -> None:

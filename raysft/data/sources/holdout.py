@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 
+import numpy as np
+
 from raysft.data.types import Example
+from raysft.errors import RequestError
 
 
 def opening(example: Example) -> str:
@@ -18,7 +22,42 @@ def opening(example: Example) -> str:
     return " ".join(re.findall(r"\w+", text.casefold())) or text
 
 
-def is_held_out(example: Example, fraction: float) -> bool:
-    """True if the hash of an example's opening falls into the held-out fraction."""
+def opening_hash(example: Example) -> int:
+    """Return a stable hash of an example's opening, below 2^64."""
     digest = hashlib.sha256(opening(example).encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+    return int.from_bytes(digest[:8], "big")
+
+
+def is_held_out(example: Example, limit: int) -> bool:
+    """True if the hash of an example's opening is below a limit."""
+    return opening_hash(example) < limit
+
+
+def limit_of_fraction(fraction: float) -> int:
+    """Return the limit below which a fraction of all hashes lies."""
+    return math.ceil(fraction * 2**64)
+
+
+def limit_of_count(count: int, hashes: np.ndarray) -> int:
+    """Return the limit below which the hashes of so many examples lie, or of a few more, whose opening the last one shares.
+
+    Args:
+        count: number of examples to hold out.
+        hashes: [examples] uint64 hashes of all openings, in any order.
+
+    Raises:
+        RequestError: no example would be left to train on.
+    """
+    if count >= len(hashes):
+        raise RequestError(
+            f"data.holdout={count} must be less than the number of examples in data.train, but there are {len(hashes):,}; "
+            "lower it, or add data"
+        )
+    limit = int(np.partition(hashes, count - 1)[count - 1]) + 1
+    held_out = len(hashes) if limit == 2**64 else int((hashes < np.uint64(limit)).sum())
+    if held_out == len(hashes):
+        raise RequestError(
+            f"data.holdout={count} holds out examples with the same opening together, but that leaves none of the "
+            f"{len(hashes):,} examples in data.train; lower it, or give files in data.eval"
+        )
+    return limit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,7 +22,8 @@ ROLES = {
     "observation": "tool",
     "function": "tool",
 }
-"""Role in the data → role of a message; ``function`` is an assistant turn whose content is a call as JSON."""
+"""Role in the data → role of a message; ``function`` is an assistant turn whose content is a call as JSON, or a thought and a
+call."""
 ROLE_OF_TAG = {
     "user": "user",
     "assistant": "assistant",
@@ -30,6 +32,8 @@ ROLE_OF_TAG = {
     "system": "system",
 }
 """Tag of a source → role of a message, as in ``ROLES``."""
+THOUGHT = re.compile(r"\s*(<think>.*?</think>)?(.*)", re.DOTALL)
+"""A thought, and what follows it."""
 TEMPLATE_ROLES = ("system", "developer", "user", "assistant", "tool")
 """Roles that chat templates accept."""
 TRAINING_KEYS = ("train", "weight")
@@ -72,7 +76,8 @@ def _message(turn: Record, where: str, roles: Mapping[str, str], tags: Mapping[A
         raise ValueError(f"{where} has the unknown role {name!r:.40}; known roles: {', '.join(roles)}")
     content = _content(turn.get(text_key), f"{where}.{text_key}")
     if role == "function":
-        role, calls, content = "assistant", _parse_calls(content, where), ""
+        role = "assistant"
+        content, calls = _parse_calls(content, where)
     calls = require_list(calls, f"{where}.tool_calls", "calls") if calls else []
     tool_calls = tuple(parse_tool_call(call, where) for call in calls)
     consumed = {*CONSUMED_KEYS, role_key, text_key}
@@ -113,13 +118,18 @@ def _content(value: Any, where: str) -> str:
     return require_text(value, where)
 
 
-def _parse_calls(content: str, where: str) -> list[Any]:
-    """Decode the content of a function turn: JSON with one call or a list of them."""
+def _parse_calls(content: str, where: str) -> tuple[str, list[Any]]:
+    """Decode the content of a function turn: perhaps a thought, then JSON with one call or a list of them.
+
+    Returns:
+        The thought with its tags, and the calls.
+    """
+    thought, text = THOUGHT.fullmatch(content).groups()  # pyright: ignore[reportOptionalMemberAccess]
     try:
-        calls = json.loads(content)
+        calls = json.loads(text)
     except (ValueError, RecursionError):
-        raise ValueError(f"{where} is a function call and must be JSON, but is {content[:40]!r}") from None
-    return calls if isinstance(calls, list) else [calls]
+        raise ValueError(f"{where} is a function call and must be JSON, but is {text[:40]!r}") from None
+    return thought or "", calls if isinstance(calls, list) else [calls]
 
 
 def _trainable(turn: Record, where: str) -> bool:

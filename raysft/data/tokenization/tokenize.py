@@ -159,7 +159,10 @@ class ExampleTokenizer:
         )
         if self.options.with_prompts:
             tokenized = self._with_prompt(tokenized, item, template)
-        yield from fit_to_row(tokenized, turns, self.options)
+        if example.unanswered:
+            yield _prompt_alone(tokenized)
+        else:
+            yield from fit_to_row(tokenized, turns, self.options)
 
     def _with_prompt(self, tokenized: TokenizedExample, item: _Prepared, template: ChatTemplate) -> TokenizedExample:
         """Add the prompt and the reference of the last assistant turn."""
@@ -196,7 +199,10 @@ class ExampleTokenizer:
         if self.options.with_prompts:
             ids = np.asarray(prompt_ids, np.int32)
             tokenized = replace(tokenized, prompt=prompt, prompt_ids=ids, reference=reference)
-        yield from fit_to_row(tokenized, [turn], self.options)
+        if example.unanswered:
+            yield _prompt_alone(tokenized)
+        else:
+            yield from fit_to_row(tokenized, [turn], self.options)
 
     def _ids(self, example: Example) -> Iterator[TokenizeResult]:
         """Take ids and labels of a record that is tokenized already."""
@@ -257,6 +263,19 @@ class ExampleTokenizer:
     def _with_eos(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """[tokens] int32 ids with the end-of-text token at the end."""
         return np.asarray(ids if len(ids) and ids[-1] == self.eos else [*ids, self.eos], np.int32)
+
+
+def _prompt_alone(tokenized: TokenizedExample) -> TokenizedExample | Rejected:
+    """Leave the answer out of an example that has none. It has no loss, so that one token is enough in a row."""
+    if not len(tokenized.prompt_ids):
+        return Rejected(tokenized.source, tokenized.record, "the prompt has no tokens")
+    return replace(
+        tokenized,
+        input_ids=tokenized.prompt_ids[:1],
+        labels=np.full(1, IGNORE_INDEX, np.int32),
+        reference="",
+        counts=(*tokenized.counts, ("unanswered", 1)),
+    )
 
 
 def _bounds(inside: Sequence[bool]) -> Span:

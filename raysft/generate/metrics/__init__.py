@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from raysft.generate.metrics.loading import BUILTIN_METRICS, METRIC_KEYS, check
 from raysft.generate.metrics.rows import MetricRow, ModelRole, flat_results, write_metrics
-from raysft.generate.metrics.scoring import score
+from raysft.generate.metrics.scoring import score, score_labelled
 
 __all__ = [
     "BUILTIN_METRICS",
@@ -14,5 +14,6 @@ __all__ = [
     "check",
     "flat_results",
     "score",
+    "score_labelled",
     "write_metrics",
 ]

@@ -24,6 +24,24 @@ Estimate = tuple[float, tuple[float, float] | None]
 """A value and its 95% interval; None if the metric has no interval."""
 
 
+def score_labelled(
+    config: Config, predictions: Iterable[dict[str, Any]], model: ModelRole = "trained"
+) -> list[MetricRow]:
+    """Score the predictions that have a label to compare with, as ``score`` does; a row ``unscored`` counts the others, if any."""
+    unscored = 0
+
+    def labelled() -> Iterator[dict[str, Any]]:
+        nonlocal unscored
+        for row in predictions:
+            if row["label"]:
+                yield row
+            else:
+                unscored += 1
+
+    rows = score(config, labelled(), model)
+    return [*rows, MetricRow("unscored", None, model, unscored, unit="examples")] if unscored else rows
+
+
 def score(config: Config, predictions: Iterable[dict[str, Any]], model: ModelRole = "trained") -> list[MetricRow]:
     """Score predictions over all sources and, if they come from several, for each source.
 
