@@ -56,11 +56,14 @@ def conversations(count: int) -> list[dict]:
     ]
 
 
+def write_conversations(file: Path, count: int) -> None:
+    file.write_text("".join(json.dumps(record) + "\n" for record in conversations(count)))
+
+
 def prepare(folder: Path) -> tuple[Path, Path, Manifest]:
     """Make a tiny model, and shards of some conversations: (folder, model, manifest)."""
     model = tiny_model(folder / "model")
-    data = folder / "data.jsonl"
-    data.write_text("".join(json.dumps(record) + "\n" for record in conversations(60)))
+    write_conversations(folder / "data.jsonl", 60)
     config = make_config(folder, model)
     return folder, model, written(the_set(config, str(model)), str(model))
 

@@ -274,6 +274,8 @@ def _vllm(config: Config) -> Iterator[str]:
         unsupported = "model.lora.dora=true"
     elif config.stage == "sft" and model.finetuning == "lora" and model.lora.extra_modules:
         unsupported = f"model.lora.extra_modules={model.lora.extra_modules}"
+    elif config.stage == "sft" and model.finetuning == "lora" and model.new_tokens.tokens:
+        unsupported = "model.new_tokens has the embeddings trained with them"
     if unsupported:
         yield f"generate.engine=vllm supports only plain LoRA adapters, but {unsupported}; change that, {alternative}"
 

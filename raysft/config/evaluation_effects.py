@@ -24,6 +24,7 @@ class Bearing(Enum):
 _KEYS = {
     Bearing.SETTING: """
         stage
+        model.new_tokens.plain model.new_tokens.special model.new_tokens.descriptions model.new_tokens.noise
         model.dtype model.finetuning model.freeze.layers model.freeze.modules model.freeze.extra_modules
         model.lora.target model.lora.extra_modules model.lora.dora model.lora.pissa model.lora.pissa_iterations
         model.oft.block_size model.oft.dropout model.oft.target model.oft.extra_modules model.new_adapter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from raysft.config.section import Count, PathOrHubId, Positive, Section, Text
 from raysft.config.train import Targets
@@ -72,6 +72,42 @@ class OftSection(Section):
     """Modules to train in full and save with the adapter."""
 
 
+class NewTokensSection(Section):
+    """Tokens to add to the tokenizer and the model. Adapters train and save the whole embedding and output head with them."""
+
+    plain: list[Text] = []
+    """Words and signs of the text, for example ``[<b>, </b>]``; predictions show them."""
+    special: list[Text] = []
+    """Control tokens, for example ``[<|tool|>]``, which a chat template may write; ``generate.skip_special_tokens`` hides them in
+    predictions. Tokens that the tokenizer has already, here or in ``plain``, keep their embeddings, which are trained."""
+    descriptions: dict[Text, Text] = {}
+    """New token → text. Its embedding starts as the mean of those of the text's tokens. Default: the mean of all tokens'
+    embeddings."""
+    noise: Annotated[float, Field(ge=0)] = 0.0
+    """Standard deviation of noise on the new embeddings, in units of 1 / √(hidden size). LLaMA-Factory's ``noise_init`` has 1."""
+
+    @model_validator(mode="after")
+    def _each_once(self) -> NewTokensSection:
+        tokens = self.tokens
+        for token in tokens:
+            if not token.strip():
+                raise ValueError(f"a token of white space alone ({token!r}) cannot be added; remove it")
+        if twice := next((token for token in tokens if tokens.count(token) > 1), None):
+            raise ValueError(f"{twice!r} is named twice; name each token once, in plain or in special")
+        if unknown := next((token for token in self.descriptions if token not in tokens), None):
+            raise ValueError(
+                f"descriptions has {unknown!r}, which is no new token; add it to plain or special, or remove it"
+            )
+        if empty := next((token for token, text in self.descriptions.items() if not text.strip()), None):
+            raise ValueError(f"the description of {empty!r} is empty; write what it stands for, or remove it")
+        return self
+
+    @property
+    def tokens(self) -> list[str]:
+        """All of them, in the order of their ids."""
+        return [*self.plain, *self.special]
+
+
 class ModelSection(Section):
     """The model, and which of its weights to train."""
 
@@ -84,6 +120,8 @@ class ModelSection(Section):
     chat_template: PathOrHubId | None = None
     """Chat template that replaces the tokenizer's own and is saved with the model: ``chatml``, ``llama3``, ``gemma``,
     ``alpaca``, ``vicuna``, or the path of a ``*.jinja`` file."""
+    new_tokens: NewTokensSection = NewTokensSection()
+    """Tokens to add to the tokenizer and the model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the weights in training and generation. ``auto``: bfloat16 on GPU, float32 on CPU. ``float16`` trains with
     dynamic loss scaling."""

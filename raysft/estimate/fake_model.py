@@ -11,7 +11,8 @@ from raysft.config import Config
 from raysft.estimate.sizes import ModelSizes, weights_of
 from raysft.models.attention import kernel, without_adapters
 from raysft.models.lora_targets import linear_layers
-from raysft.train.finetuning import decoder_layers, freeze, peft_config
+from raysft.train.finetuning import decoder_layers, freeze
+from raysft.train.new_adapter import add_adapter, peft_config
 
 PERSISTENT = 100_000
 """Elements below which DeepSpeed's ZeRO-3 keeps a weight whole on each worker (``stage3_param_persistence_threshold``)."""
@@ -46,9 +47,9 @@ def model_without_weights(config: Config, hf_config: Any, adapter: str | None = 
 
 
 def _adapted(model: Any, config: Config, adapter: str | None) -> Any:
-    from peft import PeftConfig, get_peft_model
-
     if adapter is not None:
+        from peft import PeftConfig
+
         from raysft.storage.local_cache import local_copy
 
         adapter_config: Any = PeftConfig.from_pretrained(local_copy(adapter))
@@ -57,7 +58,7 @@ def _adapted(model: Any, config: Config, adapter: str | None) -> Any:
         adapter_config = peft_config(model, config, "model")
     if config.model.finetuning == "lora":
         adapter_config.init_lora_weights = True
-    return get_peft_model(model, adapter_config)
+    return add_adapter(model, adapter_config)
 
 
 def sizes_of(model: Any) -> ModelSizes:

@@ -17,7 +17,7 @@ from raysft.models.end_of_turn import learned_ends, write_ends
 from raysft.models.fingerprint import model_fingerprint
 from raysft.models.loading import generation_config, load_weights
 from raysft.models.tokenizer import load_tokenizer
-from raysft.models.weight_files import check_weights
+from raysft.models.weight_files import check_weights, holds_embeddings
 from raysft.storage.local_cache import in_cache, local_copy
 from raysft.storage.path import StoragePath
 
@@ -38,6 +38,11 @@ def find_adapter(config: Config, model: str, notify: Callable[[str], None]) -> t
     for folder in folders:
         _check_kind(folder, config)
     goes_on = bool(folders) and not config.model.new_adapter
+    if goes_on and config.model.new_tokens.tokens and not holds_embeddings(folders[-1]):
+        raise RequestError(
+            f"model.new_tokens needs embeddings trained, but the adapter {config.model.adapters[-1]} trains none; set "
+            "model.new_adapter=true, or remove model.new_tokens"
+        )
     merged = folders[:-1] if goes_on else folders
     if merged:
         model = _merged(model, merged, config.cache_directory, notify, config.model.runs_code)
@@ -149,6 +154,7 @@ def load_adapter(model: Any, folder: str | Path, **options: Any) -> Any:
     options.setdefault("torch_device", "cpu" if device.type == "meta" else str(device))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Found missing adapter keys")
+        warnings.filterwarnings("ignore", ".*a tied layer is part of the adapter")  # merge_adapter unties them
         try:
             adapted = PeftModel.from_pretrained(model, str(folder), **options)
         except UserWarning as warning:
@@ -181,7 +187,9 @@ def merge_adapter(model: Any) -> Any:
     if any(isinstance(each, BaseTunerLayer) for each in (embedding, head)):
         inner: Any = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
         inner.weight = torch.nn.Parameter(inner.weight.detach().clone(), requires_grad=False)
-    whole = model.merge_and_unload()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*no longer tied after merging")
+        whole = model.merge_and_unload()
     embedding, head = whole.get_input_embeddings(), whole.get_output_embeddings()
     if head is not None and head.weight is not embedding.weight:
         for hf_config in (whole.config, whole.config.get_text_config()):

@@ -133,6 +133,14 @@ def _rows_in_weights(folder: Path, named: str) -> int | None:
     return max((shape[0] for shape in shapes if len(shape) == 2), default=None)
 
 
+def holds_embeddings(adapter: Path) -> bool:
+    """Return True if an adapter's weights have token embeddings among them."""
+    from safetensors import safe_open
+
+    with safe_open(adapter / "adapter_model.safetensors", framework="np") as weights:
+        return any(name.endswith(EMBEDDINGS) for name in weights.keys())  # noqa: SIM118
+
+
 def _rows_of_config(hf_config: Any) -> int | None:
     """Rows of the embeddings that transformers creates for a config; None if the model's own code decides."""
     import torch

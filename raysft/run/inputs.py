@@ -54,13 +54,19 @@ def read_inputs(config: Config, notify: Callable[[str], None]) -> tuple[Config, 
 
 
 def check_model_files(config: Config, notify: Callable[[str], None]) -> ModelFiles:
-    """Find the model, merge adapters into it, and refuse what cannot be trained or generated with."""
+    """Find the model, add tokens to it, merge adapters into it, and refuse what cannot be trained or generated with."""
     from raysft.models.adapters import find_adapter
+    from raysft.models.architecture import read_hf_config
+    from raysft.models.new_tokens import with_new_tokens
     from raysft.models.resolve import find_model
     from raysft.train.check_model import check_model
 
     model = find_model(config.model.path, config.cache_directory, notify)
     hf_config = check_model(config, model, notify)
+    given, model = model, with_new_tokens(config, model, hf_config, notify)
+    if model != given:
+        named = config.model.path
+        hf_config = read_hf_config(config, local_copy(model), named, notify).get_text_config()
     check_generation(config, model)
     model, adapter = find_adapter(config, model, notify)
     rows = embedding_rows(Path(local_copy(model)), hf_config, f"model.path={config.model.path}")

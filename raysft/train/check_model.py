@@ -59,7 +59,12 @@ def _names_modules(config: Config) -> bool:
     model = config.model
     section = model.adapter
     special = section is not None and (section.target != "all" or section.extra_modules or section.dropout)
-    return model.finetuning == "freeze" or bool(special) or model.lora.pissa or model.lora.dora
+    return (
+        model.finetuning == "freeze"
+        or bool(special or (section and model.new_tokens.tokens))
+        or model.lora.pissa
+        or model.lora.dora
+    )
 
 
 def _check_quantized(model: str, hf_config: Any, config: Config) -> None:

@@ -16,10 +16,12 @@ from raysft.errors import RequestError, as_yaml, one_line
 from raysft.models.adapters import load_adapter, load_with_base
 from raysft.models.attention import kernel, use_examplewise, without_adapters
 from raysft.models.loading import load_weights
-from raysft.models.lora_targets import linear_layers, set_targets
+from raysft.models.lora_targets import linear_layers
+from raysft.models.new_tokens import vocabulary_modules
 from raysft.models.quantization import keep_layout, loading_options
 from raysft.storage.local_cache import local_copy
 from raysft.storage.path import StoragePath
+from raysft.train.new_adapter import add_adapter, peft_config
 
 
 def load_model(config: Config, path: str, device: torch.device | None = None, adapter: str | None = None) -> Any:
@@ -101,6 +103,8 @@ def freeze(model: nn.Module, config: Config) -> None:
             trained = bool(parts & set(section.extra_modules))
         if trained:
             parameter.requires_grad_(True)
+    for module in vocabulary_modules(model, config).values():
+        module.requires_grad_(True)
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, int]:
@@ -139,6 +143,7 @@ def check_names(model: nn.Module, config: Config) -> None:
     if section is None:
         return
     modules = {name for name, _ in model.named_modules()}
+    _check_vocabulary(model, config, section)
     _check_tied(model, config, section)
     _check_pissa(model, config)
     for key, names in (("target", section.target), ("extra_modules", section.extra_modules)):
@@ -149,6 +154,17 @@ def check_names(model: nn.Module, config: Config) -> None:
                     + ("use names of its modules, or all" if key == "target" else "remove it")
                 )
     _check_adapter(model, config, section)
+
+
+def _check_vocabulary(model: Any, config: Config, section: Any) -> None:
+    """Refuse an adapter on the embedding or the output head, if new tokens have them trained in full."""
+    for name in vocabulary_modules(model, config):
+        for target in () if section.target == "all" else section.target:
+            if f".{name}".endswith(f".{target}"):
+                raise RequestError(
+                    f"model.{config.model.finetuning}.target names {target!r}, but model.new_tokens has it trained in full; "
+                    "remove it from the target"
+                )
 
 
 def _check_tied(model: Any, config: Config, section: Any) -> None:
@@ -185,15 +201,13 @@ def _check_pissa(model: nn.Module, config: Config) -> None:
 
 def _check_adapter(model: Any, config: Config, section: Any) -> None:
     """Refuse what peft refuses, by adding the adapter to this model, which has no weights."""
-    from peft import get_peft_model
-
     kind, lora = config.model.finetuning, config.model.lora
     adapter_config = peft_config(model, config, model.name_or_path)
     if kind == "lora":
         # These compute with the weights, which are missing here.
         adapter_config.use_dora, adapter_config.lora_dropout, adapter_config.init_lora_weights = False, 0.0, True
     try:
-        get_peft_model(model, adapter_config)
+        add_adapter(model, adapter_config)
     except (ValueError, TypeError) as error:
         raise RequestError(
             f"model.{kind}.target={section.target} is refused by peft ({one_line(error)}); name other modules"
@@ -208,15 +222,13 @@ def _check_adapter(model: Any, config: Config, section: Any) -> None:
 
 
 def _with_adapter(model: Any, config: Config, path: str, adapter: str | None) -> Any:
-    from peft import get_peft_model
-
     torch.manual_seed(config.run.seed)
     if adapter is not None:
         model = load_adapter(model, local_copy(adapter), is_trainable=True)
         # Whatever base it names, this is the one that it is trained on and must be loaded with.
         model.peft_config["default"].base_model_name_or_path = path
     else:
-        model = get_peft_model(model, peft_config(model, config, path))
+        model = add_adapter(model, peft_config(model, config, path))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -225,41 +237,6 @@ def _with_adapter(model: Any, config: Config, path: str, adapter: str | None) ->
         model.pissa_start = tempfile.mkdtemp(prefix="raysft-pissa-")
         model.save_pretrained(model.pissa_start)
     return model
-
-
-def peft_config(model: nn.Module, config: Config, path: str) -> Any:
-    from peft import LoraConfig, OFTConfig
-
-    section = config.model.lora if config.model.finetuning == "lora" else config.model.oft
-    shared: dict[str, Any] = {
-        "task_type": "CAUSAL_LM",
-        "target_modules": "all-linear" if section.target == "all" else list(section.target),
-        # Full names: peft matches every module whose name ends like the given one, input_layernorm for norm.
-        "modules_to_save": [
-            name
-            for name, _ in model.named_modules()
-            if f".{name}".endswith(tuple(f".{extra}" for extra in section.extra_modules))
-        ]
-        or None,
-        "base_model_name_or_path": path,
-    }
-    lora, oft = config.model.lora, config.model.oft
-    if config.model.finetuning == "oft":
-        adapter_config: Any = OFTConfig(r=0, oft_block_size=oft.block_size, module_dropout=oft.dropout, **shared)
-    else:
-        pissa = "pissa" if not lora.pissa_iterations else f"pissa_niter_{lora.pissa_iterations}"
-        adapter_config = LoraConfig(
-            r=lora.rank,
-            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft takes any number
-            lora_dropout=lora.dropout,
-            use_dora=lora.dora,
-            use_rslora=lora.rslora,
-            init_lora_weights=pissa if lora.pissa else True,  # type: ignore[arg-type]
-            **shared,
-        )
-    if section.target == "all":
-        set_targets(adapter_config, model)
-    return adapter_config
 
 
 def _use_liger(model: Any) -> None:

@@ -1,0 +1,59 @@
+"""New adapters: peft's configuration of what the config asks for."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import nn
+
+from raysft.config import Config
+from raysft.models.lora_targets import set_targets
+from raysft.models.new_tokens import vocabulary_modules
+
+
+def add_adapter(model: Any, adapter_config: Any) -> Any:
+    """Add a new adapter to a model."""
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        # A head that is trained apart from the embedding: ``merge_adapter`` unties them.
+        warnings.filterwarnings("ignore", ".*a tied layer is part of the adapter")
+        return get_peft_model(model, adapter_config)
+
+
+def peft_config(model: nn.Module, config: Config, path: str) -> Any:
+    from peft import LoraConfig, OFTConfig
+
+    section = config.model.lora if config.model.finetuning == "lora" else config.model.oft
+    vocabulary = vocabulary_modules(model, config)
+    shared: dict[str, Any] = {
+        "task_type": "CAUSAL_LM",
+        "target_modules": "all-linear" if section.target == "all" else list(section.target),
+        # Full names: peft matches every module whose name ends like the given one, input_layernorm for norm.
+        # An embedding that is also the head becomes two: a tied copy would not survive ZeRO, merging and all kinds of adapters.
+        "modules_to_save": [
+            name
+            for name, _ in model.named_modules()
+            if f".{name}".endswith(tuple(f".{extra}" for extra in section.extra_modules)) or name in vocabulary
+        ]
+        or None,
+        "base_model_name_or_path": path,
+    }
+    lora, oft = config.model.lora, config.model.oft
+    if config.model.finetuning == "oft":
+        adapter_config: Any = OFTConfig(r=0, oft_block_size=oft.block_size, module_dropout=oft.dropout, **shared)
+    else:
+        pissa = "pissa" if not lora.pissa_iterations else f"pissa_niter_{lora.pissa_iterations}"
+        adapter_config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft takes any number
+            lora_dropout=lora.dropout,
+            use_dora=lora.dora,
+            use_rslora=lora.rslora,
+            init_lora_weights=pissa if lora.pissa else True,  # type: ignore[arg-type]
+            **shared,
+        )
+    if section.target == "all":
+        set_targets(adapter_config, model)
+    return adapter_config
