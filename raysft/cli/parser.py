@@ -81,6 +81,16 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("run_dir", metavar="RUN_DIR", help=RUN_DIR)
     _add_cluster_verbs(commands)
     keys = _add_verb(commands, verbs.config, "print all config keys with defaults and documentation")
+    convert = _add_verb(
+        commands,
+        verbs.convert,
+        "print a config of LLaMA-Factory as one of raysft, with comments where meanings differ; all verbs take it as it is, too",
+    )
+    convert.add_argument("file", metavar="FILE", help="YAML file for llamafactory-cli train, stages sft and pt")
+    convert.add_argument(
+        "overrides", nargs="*", metavar="key=value", default=[], help="keys of raysft or of LLaMA-Factory to set"
+    )
+    convert.add_argument("--output", type=Path, metavar="NEW_FILE", help="file to write instead; must not exist")
     for resumable in (run, train):
         resumable.add_argument("--allow-changed", action="store_true", help=ALLOW_CHANGED)
     for submitted in (run, tune, generate):
@@ -142,7 +152,7 @@ def _add_verb(
 
 def _add_config_verb(commands: argparse._SubParsersAction, verb: verbs.Verb, summary: str) -> argparse.ArgumentParser:
     parser = _add_verb(commands, verb, summary, f"config keys\n\n{reference(sections=verbs.SECTIONS_OF[verb])}")
-    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of raysft or of LLaMA-Factory")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", default=[], help="config keys to set, such as train.epochs=2"
     )

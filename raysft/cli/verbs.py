@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from raysft.config import Config, load
+from raysft.config import Config, convert_file, load
 from raysft.config.reference import SECTIONS, reference
 from raysft.config.section import known_scheme
 from raysft.errors import RequestError
@@ -136,6 +136,16 @@ def config(parsed: argparse.Namespace) -> None:
     print(reference(parsed.prefix))
 
 
+def convert(parsed: argparse.Namespace) -> None:
+    text, refusal = convert_file(parsed.file, parsed.overrides)
+    if parsed.output is None:
+        _write_utf8(text)
+    else:
+        _write_file(parsed.output, text, "--output", mode="x")
+    if refusal is not None:
+        raise refusal
+
+
 def submit(parsed: argparse.Namespace) -> int:
     config = _load(parsed)
     following = sys.stdout.isatty() if parsed.follow is None else parsed.follow
@@ -170,13 +180,7 @@ def _submit_to_kubernetes(parsed: argparse.Namespace, config: Config, following:
     elif parsed.render == "-":
         _write_utf8(kubernetes.render(config))
     else:
-        text = kubernetes.render(config)
-        try:
-            Path(parsed.render).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise RequestError(
-                f"--render {parsed.render}: cannot be written ({error.strerror}); choose another file"
-            ) from None
+        _write_file(parsed.render, kubernetes.render(config), "--render")
     return 0
 
 
@@ -249,6 +253,14 @@ def _write_utf8(text: str) -> None:
     sys.stdout.flush()
     sys.stdout.buffer.write(text.encode())
     sys.stdout.buffer.flush()
+
+
+def _write_file(file: str, text: str, option: str, mode: str = "w") -> None:
+    try:
+        with open(file, mode, encoding="utf-8") as opened:
+            opened.write(text)
+    except OSError as error:
+        raise RequestError(f"{option} {file}: cannot be written ({error.strerror}); choose another file") from None
 
 
 def _say(line: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from raysft.config.config import Config
+from raysft.config.llamafactory import TABLE, Conversion, convert, is_llamafactory, refuse, render
 from raysft.config.validate import validate
 from raysft.errors import RequestError, one_line
 
@@ -31,6 +32,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     raw, lines = _parse_yaml(_read(path), path)
+    if is_llamafactory(raw, lambda key: _place(path, lines, key)):
+        conversion, overrides = _convert(raw, overrides)
+        refuse(conversion, lambda key: _place(path, lines, key))
+        raw = conversion.config
+        lines = {tuple(to.split(".")): lines[(key,)] for to, key in conversion.origins.items() if (key,) in lines}
     from_command_line = [_override(raw, override) for override in overrides]
 
     def where(location: tuple[str, ...]) -> str:
@@ -49,6 +55,42 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if isinstance(run, dict):
         run.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-") or "run")
     return validate(raw, where)
+
+
+def convert_file(path: str | Path, overrides: Sequence[str] = ()) -> tuple[str, RequestError | None]:
+    """Convert a file of LLaMA-Factory into the YAML of raysft.
+
+    Returns:
+        The YAML with comments, and why raysft would refuse it.
+
+    Raises:
+        RequestError: the file cannot be read, or is not one of LLaMA-Factory.
+    """
+    path = Path(path)
+    raw, lines = _parse_yaml(_read(path), path)
+    if not is_llamafactory(raw, lambda key: _place(path, lines, key)):
+        raise RequestError(f"{path}: has no key of LLaMA-Factory; use a file that llamafactory-cli train takes")
+    conversion, overrides = _convert(raw, overrides)
+    for override in overrides:
+        _override(conversion.config, override)
+    try:
+        refuse(conversion, lambda key: _place(path, lines, key), "all listed in the output")
+        validate(conversion.config, lambda location: str(path))
+    except RequestError as error:
+        return render(conversion, path.name), error
+    return render(conversion, path.name), None
+
+
+def _convert(raw: dict[str, Any], overrides: Sequence[str]) -> tuple[Conversion, list[str]]:
+    """Convert a file of LLaMA-Factory with the overrides that name its own keys; return the others."""
+    own = [override for override in overrides if override.partition("=")[0] in TABLE]
+    for override in own:
+        _override(raw, override)
+    return convert(raw), [override for override in overrides if override not in own]
+
+
+def _place(path: Path, lines: Mapping[tuple[str, ...], int], key: str) -> str:
+    return f"{path}:{lines[(key,)]}" if (key,) in lines else str(path)
 
 
 def _read(path: Path) -> str:

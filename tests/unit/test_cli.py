@@ -314,7 +314,7 @@ def test_a_wrong_command_line_is_exit_code_2(capsys, arguments, message):
 def test_help_names_every_verb_and_the_exit_codes(capsys):
     text = helped(capsys)
     listed = [line.split()[0] for line in text.splitlines() if line.startswith("    ") and line.split()]
-    assert {*WITH_CONFIG, *WITH_DIRECTORY, *WITH_CLUSTER, "config"} <= set(listed)
+    assert {*WITH_CONFIG, *WITH_DIRECTORY, *WITH_CLUSTER, "config", "convert"} <= set(listed)
     assert (
         "exit codes: 0 done, 1 the run failed, 2 the request was wrong, 75 stopped early (run it again), 130 interrupted"
         in text

@@ -116,7 +116,10 @@ def test_an_error_in_the_file_is_not_blamed_on_an_override_beside_it(write):
             "      columns: {outptu: x}\n",
             "c.yaml:8: unknown key data.train.0.columns.outptu; did you mean data.train.0.columns.output?",
         ),
-        ("learning_rate: 1\n", "c.yaml:8: unknown key learning_rate; did you mean train.learning_rate?"),
+        (
+            "learning_rate: 1\n",
+            "c.yaml:8: learning_rate is a key of LLaMA-Factory, but model … write train.learning_rate",
+        ),
         ("learning_rat: 1\n", "c.yaml:8: unknown key learning_rat; did you mean train.learning_rate?"),
         ("lora: {rank: 1}\n", "c.yaml:8: unknown key lora; did you mean model.lora?"),
         ("train:\n  rank: 8\n", "c.yaml:9: unknown key train.rank; did you mean model.lora.rank?"),

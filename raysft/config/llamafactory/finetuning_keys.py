@@ -1,0 +1,108 @@
+"""Fields of LLaMA-Factory's FinetuningArguments."""
+
+from __future__ import annotations
+
+from raysft.config.llamafactory.keys import IMAGES, PREFERENCES, Keys, harmless, joined, only, same
+from raysft.config.llamafactory.values import boolean, names, number, option, targets, whole, word
+
+_ALL = "remove it: it applies to all matrices inside the layers"
+_SWANLAB = "only use_swanlab: true reads it"
+
+FINETUNING: Keys = {
+    "stage": joined("stage", word("pt", "sft", "rm", "ppo", "dpo", "kto"), "sft"),
+    "finetuning_type": same("model.finetuning", word("lora", "oft", "freeze", "full"), "lora"),
+    "pure_bf16": joined("model.dtype", boolean, False),
+    # Freeze.
+    "freeze_trainable_layers": same("model.freeze.layers", whole, 2),
+    "freeze_trainable_modules": same("model.freeze.modules", targets, "all"),
+    "freeze_extra_modules": same("model.freeze.extra_modules", names, []),
+    "use_llama_pro": only(
+        False, "remove it, and train the expanded blocks by freeze_trainable_modules", boolean
+    ),
+    # LoRA and OFT.
+    "additional_target": joined("model.lora.extra_modules", names, []),
+    "lora_alpha": same("model.lora.alpha", option(number)),
+    "lora_dropout": same("model.lora.dropout", number, 0.0),
+    "lora_rank": same("model.lora.rank", whole, 8),
+    "lora_target": same("model.lora.target", targets, "all"),
+    "loraplus_lr_ratio": same("model.lora.loraplus_ratio", number),
+    "loraplus_lr_embedding": joined("model.lora.loraplus_ratio", number, 1e-6),
+    "use_rslora": same("model.lora.rslora", boolean, False),
+    "use_dora": same("model.lora.dora", boolean, False),
+    "pissa_init": joined("model.lora.pissa", boolean, False),
+    "pissa_iter": joined("model.lora.pissa_iterations", whole, 16),
+    "pissa_convert": joined("model.lora.pissa", boolean, False),
+    "create_new_adapter": joined("model.new_adapter", boolean, False),
+    "module_dropout": same("model.oft.dropout", number, 0.0),
+    "oft_rank": only(0, "remove it: oft_block_size decides", whole),
+    "oft_block_size": same("model.oft.block_size", whole, 32),
+    "oft_target": same("model.oft.target", targets, "all"),
+    # Preferences.
+    **{
+        name: harmless(PREFERENCES)
+        for name in (
+            "pref_beta", "pref_ftx", "pref_bco_weight", "pref_loss", "dpo_label_smoothing", "kto_chosen_weight",
+            "kto_rejected_weight", "simpo_gamma", "ppo_buffer_size", "ppo_epochs", "ppo_score_norm", "ppo_target",
+            "ppo_whiten_rewards", "ref_model", "ref_model_adapters", "ref_model_quantization_bit", "reward_model",
+            "reward_model_adapters", "reward_model_quantization_bit", "reward_model_type", "ld_alpha",
+        )
+    },
+    # Optimizers.
+    "use_galore": joined("train.optimizer", boolean, False),
+    "galore_target": only("all", _ALL, targets),
+    "galore_rank": joined("train.optimizer_options", whole, 16),
+    "galore_update_interval": joined("train.optimizer_options", whole, 200),
+    "galore_scale": joined("train.optimizer_options", number, 2.0),
+    "galore_proj_type": joined("train.optimizer_options", word("std", "reverse_std", "right", "left", "full"), "std"),
+    "galore_layerwise": joined("train.optimizer", boolean, False),
+    "use_apollo": joined("train.optimizer", boolean, False),
+    "apollo_target": only("all", _ALL, targets),
+    "apollo_rank": joined("train.optimizer_options", whole, 16),
+    "apollo_update_interval": joined("train.optimizer_options", whole, 200),
+    "apollo_scale": joined("train.optimizer_options", number, 32.0),
+    "apollo_proj": only("random", "remove it: raysft's APOLLO projects at random", word("random", "svd")),
+    "apollo_proj_type": only("std", "remove it: raysft's APOLLO has one projection", word("std", "right", "left")),
+    "apollo_scale_type": joined("train.optimizer_options", word("channel", "tensor"), "channel"),
+    "apollo_layerwise": joined("train.optimizer", boolean, False),
+    "apollo_scale_front": only(False, "remove it: raysft's APOLLO limits the norm after scaling", boolean),
+    "use_badam": joined("train.optimizer", boolean, False),
+    "badam_mode": joined("train.optimizer", word("layer", "ratio"), "layer"),
+    "badam_start_block": joined("train.optimizer_options", whole),
+    "badam_switch_mode": joined(
+        "train.optimizer_options", word("ascending", "descending", "random", "fixed"), "ascending"
+    ),
+    "badam_switch_interval": joined("train.optimizer_options", whole, 50),
+    "badam_update_ratio": harmless("only badam_mode: ratio reads it"),
+    "badam_mask_mode": harmless("only badam_mode: ratio reads it"),
+    "badam_verbose": harmless("only prints"),
+    "use_adam_mini": joined("train.optimizer", boolean, False),
+    "use_muon": joined("train.optimizer", boolean, False),
+    # Losses.
+    "use_dft_loss": joined("train.loss", boolean, False),
+    "use_asft_loss": only(False, "remove it; use_dft_loss: true is its first term", boolean),
+    "asft_alpha": harmless("only use_asft_loss: true reads it"),
+    "use_eaft_loss": joined("train.loss", boolean, False),
+    "eaft_alpha": same("train.eaft_alpha", number, 1.0),
+    # Other backends.
+    "use_mca": only(False, "remove it; train.zero_stage: 3 partitions large models", boolean),
+    "use_hyper_parallel": only(False, "remove it; train.zero_stage: 3 partitions large models", boolean),
+    "hyper_parallel_args": harmless("only use_hyper_parallel: true reads it"),
+    # Parts of models that see and hear.
+    "freeze_vision_tower": harmless(IMAGES),
+    "freeze_multi_modal_projector": harmless(IMAGES),
+    "freeze_language_model": only(False, "remove it: raysft trains language models", boolean),
+    # Watching.
+    "compute_accuracy": harmless("evaluations always compute it, over tokens instead of examples"),
+    "disable_shuffling": joined("data.shuffle", boolean, False),
+    "early_stopping_steps": same("train.early_stopping.patience", whole),
+    "plot_loss": harmless("a run always leaves the plots"),
+    "include_effective_tokens_per_second": harmless("train_results.json has train_tokens_per_second"),
+    "use_swanlab": only(False, "remove it, and set report_to to tensorboard, wandb or mlflow", boolean),
+    **{
+        name: harmless(_SWANLAB)
+        for name in (
+            "swanlab_project", "swanlab_workspace", "swanlab_run_name", "swanlab_mode", "swanlab_api_key",
+            "swanlab_logdir", "swanlab_lark_webhook_url", "swanlab_lark_secret",
+        )
+    },
+}  # fmt: skip

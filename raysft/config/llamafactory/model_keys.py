@@ -1,0 +1,100 @@
+"""Fields of LLaMA-Factory's ModelArguments."""
+
+from __future__ import annotations
+
+from raysft.config.llamafactory.keys import IMAGES, Keys, harmless, joined, only, same
+from raysft.config.llamafactory.values import boolean, choice, names, number, option, text, whole, word
+
+_EXPORT = "raysft export writes the trained model"
+_VLLM = "raysft's vLLM engine finds its sizes from model and prompts"
+_SGLANG = "only infer_backend: sglang reads it"
+_KTRANSFORMERS = "only use_kt: true reads it"
+_TOKEN = "remove it and set {} in the environment: configs are copied to logs and trackers"
+ATTENTION = {"auto": "auto", "disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2"}
+
+MODEL: Keys = {
+    "model_name_or_path": joined("model.path", text),
+    "adapter_name_or_path": joined("model.adapters", names, []),
+    "adapter_folder": joined("model.adapters", text),
+    "cache_dir": harmless("downloads go to HF_HUB_CACHE of the environment"),
+    "use_fast_tokenizer": only(True, "remove it: raysft reads fast tokenizers", boolean),
+    "resize_vocab": harmless("the embeddings grow whenever new tokens need it"),
+    "split_special_tokens": joined("data.control_tokens_in_text", boolean, False),
+    "add_tokens": joined("model.new_tokens.plain", names, []),
+    "add_special_tokens": joined("model.new_tokens.special", names, []),
+    "new_special_tokens_config": joined("model.new_tokens.descriptions", text),
+    "init_special_tokens": joined("model.new_tokens.noise", word("noise_init", "desc_init", "desc_init_w_noise"), "noise_init"),
+    "model_revision": joined("model.revision", text, "main"),
+    "low_cpu_mem_usage": harmless("models load without a second copy in memory"),
+    "rope_scaling": only(
+        None, "remove it, and write rope_scaling into the config.json of a copy of the model",
+        word("linear", "dynamic", "yarn", "llama3"),
+    ),
+    "flash_attn": same("model.attention", choice(ATTENTION), "auto"),
+    "shift_attn": only(False, "remove it: raysft has no shifted sparse attention", boolean),
+    "mixture_of_depths": only(None, "remove it: raysft has no mixture of depths"),
+    "use_unsloth": only(False, "remove it; enable_liger_kernel: true gives fused kernels", boolean),
+    "use_unsloth_gc": harmless("activations are recomputed, but those between layers stay on the GPU"),
+    "enable_liger_kernel": joined("model.liger", boolean, False),
+    "moe_aux_loss_coef": only(None, "remove it: raysft adds no loss of the routers", option(number)),
+    "disable_gradient_checkpointing": joined("train.gradient_checkpointing", boolean, False),
+    "use_reentrant_gc": harmless("recomputation is non-reentrant, with the same numbers"),
+    "upcast_layernorm": only(
+        False, "remove it: norms compute in float32, and trained ones have float32 copies", boolean
+    ),
+    "upcast_lmhead_output": harmless("the loss always computes in float32"),
+    "train_from_scratch": only(
+        False, "remove it, and let model_name_or_path be a folder with randomly initialized weights", boolean
+    ),
+    "infer_backend": same("generate.engine", choice({"huggingface": "transformers", "vllm": "vllm"}), "transformers"),
+    "offload_folder": harmless("nothing is offloaded to it"),
+    "use_kv_cache": harmless("generation keeps keys and values"),
+    "use_v1_kernels": only(False, "remove it; enable_liger_kernel: true gives fused kernels", boolean),
+    "infer_dtype": joined("model.dtype", word("auto", "float16", "bfloat16", "float32"), "auto"),
+    "hf_hub_token": only(None, _TOKEN.format("HF_TOKEN")),
+    "ms_hub_token": only(None, _TOKEN.format("MODELSCOPE_API_TOKEN")),
+    "om_hub_token": only(None, "remove it: raysft does not read the Modelers hub"),
+    "print_param_status": harmless("only prints"),
+    "trust_remote_code": joined("model.trust_remote_code", boolean, False),
+    # Quantization.
+    "quantization_method": joined("model.quantization", word("bnb", "hqq", "eetq"), "bnb"),
+    "quantization_bit": joined("model.quantization", whole),
+    "quantization_type": same("model.quantization_type", word("nf4", "fp4"), "nf4"),
+    "double_quantization": same("model.double_quantization", boolean, True),
+    "quantization_device_map": only(None, "remove it; generate.gpus_per_engine splits a model over GPUs"),
+    # Images, videos, audio.
+    **{
+        name: harmless(IMAGES)
+        for name in (
+            "image_max_pixels", "image_min_pixels", "image_do_pan_and_scan", "crop_to_patches", "video_max_pixels",
+            "video_min_pixels", "video_fps", "video_maxlen", "use_audio_in_video", "audio_sampling_rate",
+        )
+    },
+    # Export.
+    "export_dir": joined("raysft export", text),
+    "export_size": harmless(_EXPORT),
+    "export_device": harmless(_EXPORT),
+    "export_quantization_bit": only(None, "remove it: raysft export does not quantize", whole),
+    "export_quantization_dataset": harmless("only export_quantization_bit reads it"),
+    "export_quantization_nsamples": harmless("only export_quantization_bit reads it"),
+    "export_quantization_maxlen": harmless("only export_quantization_bit reads it"),
+    "export_legacy_format": harmless("weights are written as safetensors"),
+    "export_hub_model_id": only(None, "remove it, and upload the exported folder with hf upload"),
+    # Engines.
+    **{name: harmless(_VLLM) for name in ("vllm_maxlen", "vllm_gpu_util", "vllm_enforce_eager", "vllm_max_lora_rank")},
+    "vllm_config": only(None, "remove it: raysft's vLLM engine takes no further options"),
+    **{
+        name: harmless(_SGLANG)
+        for name in (
+            "sglang_maxlen", "sglang_mem_fraction", "sglang_tp_size", "sglang_config", "sglang_lora_backend",
+        )
+    },
+    "use_kt": only(False, "remove it; train.offload and ZeRO-3 hold large models", boolean),
+    **{
+        name: harmless(_KTRANSFORMERS)
+        for name in (
+            "kt_weight_path", "kt_expert_checkpoint_path", "kt_use_lora_experts", "kt_lora_expert_num",
+            "kt_lora_expert_intermediate_size",
+        )
+    },
+}  # fmt: skip

@@ -1,0 +1,61 @@
+"""A converted config as YAML with comments."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from raysft.config.llamafactory.conversion import Conversion, schema
+from raysft.config.yaml_text import Dumper
+
+WIDTH = 120
+
+
+def render(conversion: Conversion, name: str) -> str:
+    """Write a converted config as YAML: beside a key how its meaning differs, at the top what needs nothing or was refused.
+
+    Args:
+        conversion: the config and its comments.
+        name: the file that it was converted from.
+    """
+    lines = [
+        f"# Converted from {name}, a config of LLaMA-Factory. Its defaults are written out where raysft has others."
+    ]
+    if conversion.refusals:
+        lines += ["#", "# Refused, so that this config is not complete:"]
+        lines += [line for refusal in conversion.refusals for line in _item(refusal.message)]
+    if conversion.harmless:
+        lines += ["#", "# These keys need nothing here:"]
+        lines += [line for key, reason in conversion.harmless.items() for line in _item(f"{key}: {reason}")]
+    sections = {path.rpartition(".")[0] for path in schema()} - {""}
+    lines += ["", *_mapping(conversion.config, "", sections, conversion.notes)]
+    return "\n".join(lines) + "\n"
+
+
+def _item(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent="#   ", subsequent_indent="#     ", break_on_hyphens=False)
+
+
+def _mapping(values: Mapping[str, Any], prefix: str, sections: set[str], notes: Mapping[str, str]) -> Iterator[str]:
+    indent = "  " * prefix.count(".")
+    for key, value in values.items():
+        path = prefix + key
+        if path in sections:
+            yield f"{indent}{key}:"
+            yield from _mapping(value, f"{path}.", sections, notes)
+            continue
+        line = f"{indent}{key}: {_flow(value)}"
+        note = notes.get(path)
+        if note and len(line) + len(note) + 4 > WIDTH:
+            yield from textwrap.wrap(note, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+        elif note:
+            line += f"  # {note}"
+        yield line
+
+
+def _flow(value: Any) -> str:
+    text = yaml.dump(value, Dumper=Dumper, default_flow_style=True, allow_unicode=True, sort_keys=False, width=2**31)
+    return text.removesuffix("...\n").rstrip("\n")

@@ -1,0 +1,20 @@
+"""All keys of LLaMA-Factory."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from raysft.config.llamafactory.data_keys import DATA, GENERATING
+from raysft.config.llamafactory.finetuning_keys import FINETUNING
+from raysft.config.llamafactory.keys import Keys
+from raysft.config.llamafactory.model_keys import MODEL
+from raysft.config.llamafactory.training_keys import EARLIER, OWN, TRANSFORMERS
+
+TABLE: Keys = {**MODEL, **DATA, **OWN, **TRANSFORMERS, **FINETUNING, **GENERATING, **EARLIER}
+
+
+def suggest_key(name: Any) -> str:
+    """Suggest a key for one that does not exist."""
+    close = difflib.get_close_matches(str(name), TABLE, n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else "LLaMA-Factory 0.9.5 has no such key; remove it"

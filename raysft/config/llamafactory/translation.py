@@ -1,0 +1,162 @@
+"""Keys of LLaMA-Factory that take effect together: run, workers, steps, evaluation and predictions."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import PurePosixPath
+
+from raysft.config.llamafactory.settings import Entry, Refusal, Settings
+
+Derived = Iterator[Entry | Refusal]
+ALL_CHECKPOINTS = 1_000_000
+"""``train.keep_last`` for a file that limits nothing."""
+
+
+def run(given: Settings) -> Derived:
+    """``output_dir``: its last part is the run's name."""
+    output = given["output_dir"]
+    if output is None:
+        return
+    scheme, separator, rest = output.rpartition("://")
+    path = PurePosixPath(rest)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.name).lstrip("._-")
+    if not name:
+        yield Refusal("output_dir", f"output_dir={output} names no folder; add the name of the run")
+        return
+    storage = f"{scheme}{separator}{path.parent}"
+    yield Entry("run.name", name, "output_dir", "" if name == path.name else f"of {path.name}")
+    yield Entry("run.storage", storage, "output_dir", "" if name == path.name else f"the run is in {storage}/{name}")
+    if not separator and str(path.parent) in (".", "/"):
+        yield Entry("data.cache", f"{path.parent / name}/cache", "output_dir", "not beside the run")
+
+
+def workers(given: Settings) -> Derived:
+    """Workers and what each of them computes."""
+    number = given["ray_num_workers"]
+    yield Entry("scaling.use_gpu", not given["use_cpu"], "use_cpu", "" if given["use_cpu"] else "false on CPUs")
+    yield Entry("scaling.num_workers", number, "ray_num_workers")
+    yield Entry("scaling.placement", given["placement_strategy"], "placement_strategy")
+    others = sorted(given["ray_init_kwargs"].keys() - {"address"})
+    if others:
+        yield Refusal(
+            "ray_init_kwargs",
+            f"ray_init_kwargs.{others[0]} is not supported; remove it, and start the cluster or submit the job with it",
+        )
+    if address := given["ray_init_kwargs"].get("address"):
+        yield Entry("scaling.address", None if address == "auto" else address, "ray_init_kwargs")
+    if not given.trains:
+        return
+    micro, accumulation = given["per_device_train_batch_size"], given["gradient_accumulation_steps"]
+    yield Entry("train.micro_batch_size", micro, "per_device_train_batch_size")
+    yield Entry(
+        "train.global_batch_size",
+        micro * accumulation * number,
+        "gradient_accumulation_steps" if given.given("gradient_accumulation_steps") else "per_device_train_batch_size",
+        f"{micro} × {accumulation} × {number} rows (batch size, accumulation, workers); where LLaMA-Factory takes N GPUs, set "
+        "scaling.num_workers to N, and this to N times as many",
+    )
+    recomputes = not given["disable_gradient_checkpointing"] or given["gradient_checkpointing"]
+    ignored = given.given("gradient_checkpointing") and not given["gradient_checkpointing"] and recomputes
+    yield Entry(
+        "train.gradient_checkpointing",
+        recomputes,
+        "disable_gradient_checkpointing",
+        "LLaMA-Factory goes by disable_gradient_checkpointing alone" if ignored else "",
+    )
+
+
+def steps(given: Settings) -> Derived:
+    """Epochs, steps, learning rates."""
+    if given["max_steps"] is not None:
+        yield Entry("train.max_steps", given["max_steps"], "max_steps")
+    else:
+        epochs = given["num_train_epochs"]
+        yield Entry("train.epochs", int(epochs) if epochs == int(epochs) else epochs, "num_train_epochs")
+    yield Entry("train.betas", [given["adam_beta1"], given["adam_beta2"]], "adam_beta2")
+    schedule, options = given["lr_scheduler_type"], given["lr_scheduler_kwargs"]
+    yield Entry("train.schedule", schedule, "lr_scheduler_type")
+    yield Entry("train.schedule_options", options, "lr_scheduler_kwargs")
+    if schedule == "warmup_stable_decay" and "num_decay_steps" not in options:
+        yield Refusal(
+            "lr_scheduler_type",
+            "lr_scheduler_type=warmup_stable_decay needs its decay in steps; set lr_scheduler_kwargs: {num_decay_steps: N}, "
+            "where LLaMA-Factory takes two thirds of the steps after the warm-up",
+        )
+    ratio, warmup = given["warmup_ratio"], given["warmup_steps"]
+    if ratio is not None and warmup:
+        yield Refusal(
+            "warmup_ratio",
+            "warmup_ratio and warmup_steps are both set, and versions of transformers differ; remove one",
+        )
+    if ratio is None and warmup >= 1:
+        yield Entry("train.warmup_steps", int(warmup), "warmup_steps")
+    else:
+        key = "warmup_ratio" if ratio is not None else "warmup_steps"
+        yield Entry("train.warmup_ratio", warmup if ratio is None else ratio, key)
+
+
+def evaluation(given: Settings) -> Derived:
+    """When to evaluate and to save."""
+    yield Entry("train.eval_at_start", given["eval_on_start"], "eval_on_start")
+    strategy = given["eval_strategy"]
+    if strategy != "no":
+        key = "eval_steps" if given.given("eval_steps") else "logging_steps"
+        yield from _every(given, "train.eval_every", strategy, key)
+        yield Entry("train.eval_delay", given["eval_delay"], "eval_delay")
+        if not given["eval_dataset"] and not given["val_size"]:
+            yield Refusal(
+                "eval_strategy", f"eval_strategy={strategy} needs data to evaluate on; set val_size or eval_dataset"
+            )
+    yield Entry("train.keep_best", given["load_best_model_at_end"], "load_best_model_at_end")
+    strategy = given["save_strategy"]
+    if strategy == "best":
+        yield Refusal("save_strategy", "save_strategy=best is not supported; set load_best_model_at_end: true instead")
+    elif strategy != "no" and not given["use_badam"]:
+        yield from _every(given, "train.save_every", strategy, "save_steps")
+        limit = given["save_total_limit"]
+        yield Entry(
+            "train.keep_last", limit or ALL_CHECKPOINTS, "save_total_limit", "" if limit else "LLaMA-Factory keeps all"
+        )
+
+
+def _every(given: Settings, path: str, strategy: str, key: str) -> Derived:
+    every = given[key]
+    if strategy == "epoch":
+        yield Entry(f"{path}_epochs", 1, f"{path.removeprefix('train.').partition('_')[0]}_strategy")
+    elif every < 1 and given["max_steps"] is None:
+        yield Refusal(key, f"{key}={every:g} is a share of the steps; write a number of steps, or set max_steps")
+    else:
+        yield Entry(f"{path}_steps", math.ceil(every * given["max_steps"]) if every < 1 else int(every), key)
+
+
+def predictions(given: Settings) -> Derived:
+    """Predictions at the end."""
+    asked = given.predicts or (given["predict_with_generate"] and given.evaluates and given.trains)
+    late = asked and given.trains and given["eval_strategy"] != "no"
+    key = "do_predict" if given.predicts else "predict_with_generate"
+    yield Entry("generate.enabled", asked, key, "after the training, not in its evaluations" if late else "")
+    if not asked:
+        return
+    if given.trains:
+        yield Entry("generate.compare_base", False, "", "LLaMA-Factory predicts with the trained model only")
+    length = "max_new_tokens" if given["max_new_tokens"] > 0 else "max_length"
+    yield Entry("generate.max_new_tokens", given[length], length)
+    if given["do_sample"] and given["num_beams"] > 1:
+        yield Refusal("num_beams", f"num_beams={given['num_beams']} with do_sample=true; set do_sample: false")
+
+
+def trackers(given: Settings) -> Derived:
+    """``report_to``."""
+    asked = [name for name in given["report_to"] if name not in ("none", "None")]
+    unknown = [name for name in asked if name not in ("tensorboard", "wandb", "mlflow")]
+    if unknown:
+        yield Refusal("report_to", f"report_to={unknown[0]} is not supported; use tensorboard, wandb, mlflow or none")
+    else:
+        yield Entry("train.trackers", asked, "report_to")
+
+
+GENERAL: tuple[Callable[[Settings], Derived], ...] = (
+    run, workers, steps, evaluation, predictions, trackers,
+)  # fmt: skip

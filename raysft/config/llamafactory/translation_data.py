@@ -1,0 +1,117 @@
+"""Keys of LLaMA-Factory that take effect together: data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from raysft.config.llamafactory.settings import Entry, Refusal, Settings
+from raysft.config.llamafactory.translation import Derived
+
+ONLINE, REMOTE = "ONLINE", "REMOTE:"
+"""Values of ``dataset_dir`` that name no folder: datasets of the hub, and a registry there."""
+
+
+def sources(given: Settings) -> Derived:
+    """Data sets, and where they are."""
+    registry = given["dataset_dir"]
+    if registry.startswith(REMOTE):
+        name = registry.removeprefix(REMOTE)
+        yield Refusal(
+            "dataset_dir",
+            f"dataset_dir={registry} is not supported; run hf download {name} --repo-type dataset --local-dir DIR, and set "
+            "dataset_dir to DIR",
+        )
+    elif registry != ONLINE:
+        yield Entry("data.registry", registry, "dataset_dir")
+    online = registry == ONLINE
+    train, evaluated = given["dataset"], given["eval_dataset"]
+    if not train and not given.trains and evaluated:
+        yield Entry("data.train", _sources(evaluated, online), "eval_dataset", "not trained on, but required")
+    elif not train:
+        yield Refusal("dataset", "dataset is required, but missing; add the names of the data to train on")
+    else:
+        yield from _weighted(given, _sources(train, online))
+    if evaluated and given.evaluates:
+        yield Entry("data.eval", _sources(evaluated, online), "eval_dataset")
+    size = given["val_size"]
+    if size == 1:
+        yield Refusal("val_size", "val_size=1 is neither a share nor a number that LLaMA-Factory takes; use 2 or more")
+    elif size:
+        yield Entry(
+            "data.holdout",
+            int(size) if size > 1 else size,
+            "val_size",
+            "chosen by a hash of the content, not by the seed",
+        )
+
+
+def _sources(names: list[str], online: bool) -> list[dict[str, Any]]:
+    if not online:
+        return [{"name": name} for name in names]
+    return [
+        {"name": name.rpartition("/")[2], "path": f"hf://datasets/{name}@~parquet/default/train", "format": "alpaca"}
+        for name in names
+    ]
+
+
+def _weighted(given: Settings, train: list[dict[str, Any]]) -> Derived:
+    mixing, shares = given["mix_strategy"], given["interleave_probs"]
+    note = ""
+    if mixing == "once":
+        mixing, shares = "concat", []
+        note = "interleave_once: each example once per epoch, in a random order"
+    elif shares and mixing == "concat":
+        yield Refusal(
+            "interleave_probs", "interleave_probs needs a mix_strategy that interleaves, but it is concat; remove it"
+        )
+        return
+    elif shares:
+        if len(shares) != len(train):
+            yield Refusal(
+                "interleave_probs",
+                f"interleave_probs has {len(shares)} values, but dataset has {len(train)} names; add one each",
+            )
+            return
+        try:
+            train = [{**source, "weight": float(share)} for source, share in zip(train, shares, strict=True)]
+        except ValueError:
+            yield Refusal("interleave_probs", f"interleave_probs={','.join(shares)}: must be numbers")
+            return
+    yield Entry("data.train", train, "dataset")
+    yield Entry("data.mixing", mixing, "mix_strategy", note)
+
+
+def rows(given: Settings) -> Derived:
+    """Rows: packing, length, order, and what is left out."""
+    packs = given["packing"] if given.given("packing") else given["stage"] == "pt"
+    neat = given["neat_packing"]
+    key = "neat_packing" if neat else "packing"
+    if given["stage"] == "pt":
+        yield Entry("data.packing", packs, key, "" if packs else "a longer document is split, not cut")
+        if packs:
+            yield Entry("data.document_mask", False, "", "in LLaMA-Factory, documents of a row see each other")
+    else:
+        mixed = packs and not neat
+        note = "examples of a row do not see each other, as with neat_packing: true" if mixed else ""
+        yield Entry("data.packing", packs or neat, key, note)
+        yield Entry("data.on_overflow", "truncate", "", "LLaMA-Factory truncates")
+    yield Entry("data.max_rejected", 1.0, "", "LLaMA-Factory leaves out records that it cannot use")
+    if given["split_special_tokens"]:
+        yield Entry("data.control_tokens_in_text", "escape", "split_special_tokens")
+    ordered = "disable_shuffling" if given["disable_shuffling"] else "train_sampling_strategy"
+    if given["disable_shuffling"] or given["train_sampling_strategy"] == "sequential":
+        yield Entry("data.shuffle", False, ordered)
+    if given["data_seed"] not in (None, given["seed"]):
+        yield Refusal("data_seed", f"data_seed={given['data_seed']}, but seed={given['seed']}; remove data_seed")
+
+
+def thoughts(given: Settings) -> Derived:
+    """``enable_thinking`` and ``preserve_thinking``."""
+    if not given["enable_thinking"]:
+        yield Entry("data.template_options", {"enable_thinking": False}, "enable_thinking")
+    if given["preserve_thinking"]:
+        yield Entry("data.thinking", "keep", "preserve_thinking")
+
+
+DATA: tuple[Callable[[Settings], Derived], ...] = (sources, rows, thoughts)

@@ -1,0 +1,127 @@
+"""Keys of LLaMA-Factory that take effect together: model, adapters, new tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+from raysft.config.llamafactory.settings import Entry, Refusal, Settings
+from raysft.config.llamafactory.translation import Derived
+from raysft.errors import one_line
+
+
+def model(given: Settings) -> Derived:
+    """Model, adapters, data types."""
+    path = given["model_name_or_path"]
+    if path is None:
+        yield Refusal("model_name_or_path", "model_name_or_path is required, but missing; add it")
+        return
+    path = _trained(path)
+    yield Entry("model.path", path, "model_name_or_path")
+    if given["trust_remote_code"]:
+        yield Entry("model.trust_remote_code", [path], "trust_remote_code", "this model may run its own code")
+    folder = given["adapter_folder"]
+    adapters = [
+        f"{_trained(adapter)}/{folder}" if folder else _trained(adapter) for adapter in given["adapter_name_or_path"]
+    ]
+    if given.trains and adapters:
+        yield Entry("model.adapters", adapters, "adapter_name_or_path")
+        yield Entry("model.new_adapter", given["create_new_adapter"], "create_new_adapter")
+    if given.predicts and not given.trains:
+        if len(adapters) > 1:
+            yield Refusal(
+                "adapter_name_or_path",
+                "adapter_name_or_path: predictions take one adapter, not several; merge them first",
+            )
+        yield Entry("generate.model", (adapters or [path])[-1], "adapter_name_or_path" if adapters else "do_predict")
+    yield Entry("model.revision", given["model_revision"], "model_revision")
+    yield from _dtype(given)
+    yield from _quantization(given)
+    kind = given["finetuning_type"]
+    if kind in ("lora", "oft"):
+        yield Entry(f"model.{kind}.extra_modules", given["additional_target"], "additional_target")
+    if kind == "lora":
+        yield Entry(
+            "model.lora.pissa",
+            given["pissa_init"],
+            "pissa_init",
+            "" if given["pissa_convert"] else "saved as an ordinary adapter, as with pissa_convert: true",
+        )
+        if given["pissa_init"]:
+            yield Entry("model.lora.pissa_iterations", max(0, given["pissa_iter"]), "pissa_iter")
+        if given["loraplus_lr_ratio"] is not None and given["loraplus_lr_embedding"] != 1e-6:
+            yield Refusal(
+                "loraplus_lr_embedding",
+                "loraplus_lr_embedding is not supported; remove it: embeddings have the rate of the other adapters",
+            )
+    liger = "use_liger_kernel" if given["use_liger_kernel"] else "enable_liger_kernel"
+    yield Entry("model.liger", given[liger], liger)
+
+
+def _trained(path: str) -> str:
+    """Folder of a model. A run directory of raysft has it in ``model/``, that of LLaMA-Factory in the folder itself."""
+    inner = Path(path) / "model"
+    return f"{path.rstrip('/')}/model" if inner.is_dir() and (Path(path) / "config.yaml").is_file() else path
+
+
+def _dtype(given: Settings) -> Derived:
+    if given["bf16"] and given["fp16"]:
+        yield Refusal("fp16", "fp16=true, but bf16=true; set only one of them")
+    elif given["pure_bf16"]:
+        yield Entry("model.dtype", "bfloat16", "pure_bf16", "trained weights also have float32 copies")
+    elif given["bf16"] or given["fp16"]:
+        key = "bf16" if given["bf16"] else "fp16"
+        yield Entry("model.dtype", {"bf16": "bfloat16", "fp16": "float16"}[key], key)
+    elif not given.trains and given["infer_dtype"] != "auto":
+        yield Entry("model.dtype", given["infer_dtype"], "infer_dtype")
+    elif given.trains:
+        yield Entry(
+            "model.dtype", "auto", "bf16", "LLaMA-Factory without bf16 and fp16 takes the type in the model's config"
+        )
+
+
+def _quantization(given: Settings) -> Derived:
+    bits, method = given["quantization_bit"], given["quantization_method"]
+    if bits is None:
+        return
+    if method != "bnb" or bits not in (4, 8):
+        yield Refusal(
+            "quantization_bit",
+            f"quantization_bit={bits} with quantization_method={method} is not supported; use 4 or 8 bits with bnb",
+        )
+    yield Entry("model.quantization", f"{bits}bit", "quantization_bit")
+
+
+def new_tokens(given: Settings) -> Derived:
+    """Tokens to add, and how their embeddings begin."""
+    plain, special, file = given["add_tokens"], given["add_special_tokens"], given["new_special_tokens_config"]
+    described = _descriptions(file) if file else {}
+    if isinstance(described, Refusal):
+        yield described
+        return
+    special = list(described) or special
+    if not plain and not special:
+        return
+    yield Entry("model.new_tokens.plain", plain, "add_tokens")
+    yield Entry("model.new_tokens.special", special, "new_special_tokens_config" if file else "add_special_tokens")
+    way = given["init_special_tokens"] if described else "noise_init"
+    if way != "noise_init":
+        yield Entry("model.new_tokens.descriptions", described, "new_special_tokens_config")
+    yield Entry("model.new_tokens.noise", 0.0 if way == "desc_init" else 1.0, "init_special_tokens")
+
+
+def _descriptions(file: str) -> dict[str, str] | Refusal:
+    where = f"new_special_tokens_config={file}"
+    try:
+        found = yaml.safe_load(Path(file).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        return Refusal("new_special_tokens_config", f"{where} cannot be read as YAML ({reason}); correct it")
+    if not isinstance(found, dict) or not all(isinstance(part, str) for pair in found.items() for part in pair):
+        return Refusal("new_special_tokens_config", f"{where} must map each token to its description, both as text")
+    return found
+
+
+MODEL: tuple[Callable[[Settings], Derived], ...] = (model, new_tokens)

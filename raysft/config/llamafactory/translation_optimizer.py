@@ -1,0 +1,147 @@
+"""Keys of LLaMA-Factory that take effect together: optimizer, loss, DeepSpeed, FP8."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from raysft.config.llamafactory.settings import Entry, Refusal, Settings
+from raysft.config.llamafactory.translation import Derived
+from raysft.errors import one_line
+
+OPTIONS = {
+    "galore": {
+        "rank": "galore_rank",
+        "update_proj_gap": "galore_update_interval",
+        "scale": "galore_scale",
+        "projection_type": "galore_proj_type",
+    },
+    "apollo": {
+        "rank": "apollo_rank",
+        "update_proj_gap": "apollo_update_interval",
+        "scale": "apollo_scale",
+        "scale_type": "apollo_scale_type",
+    },
+    "badam": {
+        "switch_block_every": "badam_switch_interval",
+        "switch_mode": "badam_switch_mode",
+        "start_block": "badam_start_block",
+    },
+}
+"""Optimizer → option of its library → key."""
+NOTES = {
+    "galore": "by pytorch_optimizer",
+    "apollo": "by pytorch_optimizer, which projects the scaled gradient back",
+    "adam_mini": "by pytorch_optimizer",
+    "adafactor": "by PyTorch",
+    "muon": "by PyTorch",
+}
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "ds_z0_config.json": {"stage": 0},
+    "ds_z2_config.json": {"stage": 2},
+    "ds_z2_offload_config.json": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "ds_z3_config.json": {"stage": 3},
+    "ds_z3_fp8_config.json": {"stage": 3},
+    "ds_z3_offload_config.json": {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu"},
+        "offload_param": {"device": "cpu"},
+    },
+}
+"""DeepSpeed settings of LLaMA-Factory's examples, which a file may name from anywhere."""
+OFFLOAD = {"offload_optimizer": "optimizer", "offload_param": "parameters"}
+
+
+def optimizer(given: Settings) -> Derived:
+    """Optimizer and its options."""
+    flags = [name for name in ("galore", "apollo", "badam", "adam_mini", "muon") if given[f"use_{name}"]]
+    if len(flags) > 1:
+        yield Refusal(f"use_{flags[1]}", f"use_{flags[0]} and use_{flags[1]} are both true; set only one of them")
+    name = flags[0] if flags else given["optim"]
+    note = NOTES.get(name, "")
+    if f"{name}_layerwise" in ("galore_layerwise", "apollo_layerwise") and given[f"{name}_layerwise"]:
+        note += "; not layer by layer, which needs more memory and clips gradients"
+    yield Entry("train.optimizer", name, f"use_{name}" if flags else "optim", note)
+    chosen = {option: given[key] for option, key in OPTIONS.get(name, {}).items() if given[key] is not None}
+    if name == "badam" and given["badam_mode"] != "layer":
+        yield Refusal("badam_mode", "badam_mode=ratio is not supported; use layer")
+    if chosen:
+        yield Entry("train.optimizer_options", chosen, f"use_{name}")
+    if name != "adamw" and given["deepspeed"] is None:
+        yield Entry("train.zero_stage", 0, f"use_{name}" if flags else "optim", "the optimizer needs whole matrices")
+
+
+def loss(given: Settings) -> Derived:
+    """Loss of a token."""
+    if given["use_dft_loss"] and given["use_eaft_loss"]:
+        yield Refusal("use_eaft_loss", "use_dft_loss and use_eaft_loss are both true; set only one of them")
+    name = "dft" if given["use_dft_loss"] else "eaft" if given["use_eaft_loss"] else "cross_entropy"
+    yield Entry("train.loss", name, "use_dft_loss" if name == "dft" else "use_eaft_loss")
+
+
+def fp8(given: Settings) -> Derived:
+    """FP8."""
+    backend = given["fp8_backend"]
+    if given["fp8"] and backend not in ("auto", "torchao"):
+        yield Refusal("fp8_backend", f"fp8_backend={backend} is not supported; use torchao")
+    yield Entry("train.fp8", "torchao" if given["fp8"] else "off", "fp8")
+
+
+def deepspeed(given: Settings) -> Derived:
+    """DeepSpeed settings: stage and offload are keys of raysft, all others are handed over."""
+    named = given["deepspeed"]
+    if named is None:
+        return
+    settings = named if isinstance(named, dict) else _read(named)
+    if isinstance(settings, Refusal):
+        yield settings
+        return
+    if "tensor_parallel" in settings:
+        yield Refusal("deepspeed", "deepspeed: tensor_parallel is not supported; use ZeRO-3")
+        return
+    zero = settings.get("zero_optimization", {})
+    yield Entry("train.zero_stage", zero.get("stage", 0), "deepspeed", "" if isinstance(named, dict) else f"of {named}")
+    for section, name in OFFLOAD.items():
+        part = zero.get(section) or {}
+        yield Entry(f"train.offload.{name}", part.get("device") or "none", "deepspeed")
+        if part.get("nvme_path"):
+            yield Entry("train.offload.folder", part["nvme_path"], "deepspeed")
+    rest = {key: value for key, value in settings.items() if key not in ("zero_optimization", "bf16", "_comment")}
+    if not given["fp16"]:
+        rest.pop("fp16", None)
+    rest["zero_optimization"] = {key: value for key, value in zero.items() if key not in ("stage", *OFFLOAD)}
+    yield Entry("train.deepspeed", _without_auto(rest), "deepspeed")
+
+
+def _read(path: str) -> dict[str, Any] | Refusal:
+    file = Path(path).expanduser()
+    try:
+        found = json.loads(file.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        known = EXAMPLES.get(file.name)
+        return (
+            {"zero_optimization": known}
+            if known
+            else Refusal("deepspeed", f"deepspeed={path}: no such file; correct it")
+        )
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        return Refusal("deepspeed", f"deepspeed={path}: cannot be read as JSON ({reason}); correct it")
+    if not isinstance(found, dict) or not isinstance(found.get("zero_optimization", {}), dict):
+        return Refusal("deepspeed", f"deepspeed={path}: holds no settings of DeepSpeed; correct it")
+    return found
+
+
+def _without_auto(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without those that are left to the trainer, and without sections that are then empty."""
+    kept = {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if value != "auto"
+    }
+    return {key: value for key, value in kept.items() if value != {}}
+
+
+OPTIMIZER: tuple[Callable[[Settings], Derived], ...] = (optimizer, loss, fp8, deepspeed)

@@ -1,0 +1,123 @@
+"""Readers of values as LLaMA-Factory's YAML has them: each returns the value, or raises ValueError that says what it must be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Reader = Callable[[Any], Any]
+
+
+def anything(value: Any) -> Any:
+    """Any value."""
+    return value
+
+
+def boolean(value: Any) -> bool:
+    """True or false; text is neither, since LLaMA-Factory takes ``"false"`` as true."""
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
+def number(value: Any) -> float:
+    """A number, also one that YAML 1.1 reads as text.
+
+    >>> number("1e-4"), number(3)
+    (0.0001, 3.0)
+    """
+    try:
+        read = float("no" if isinstance(value, bool) else value)
+    except (TypeError, ValueError):
+        read = float("nan")
+    if not abs(read) < float("inf"):
+        raise ValueError("must be a number")
+    return read
+
+
+def whole(value: Any) -> int:
+    """A whole number.
+
+    >>> whole(8), whole(1000.0), whole("2e3")
+    (8, 1000, 2000)
+    """
+    try:
+        read = number(value)
+    except ValueError:
+        read = 0.5
+    if read != int(read):
+        raise ValueError("must be a whole number")
+    return int(read)
+
+
+def text(value: Any) -> str:
+    """Text that is not empty; a number is text, too."""
+    if isinstance(value, bool | dict | list) or not str(value).strip():
+        raise ValueError("must be text")
+    return str(value).strip()
+
+
+def names(value: Any) -> list[str]:
+    """Names as a list, or as text with commas.
+
+    >>> names("q_proj, v_proj"), names(["q_proj", "v_proj"])
+    (['q_proj', 'v_proj'], ['q_proj', 'v_proj'])
+    """
+    parts = value if isinstance(value, list) else str(value).split(",")
+    if isinstance(value, bool | dict) or any(isinstance(part, bool | dict | list) or part is None for part in parts):
+        raise ValueError("must be names, as a list or separated by commas")
+    found = [str(part).strip() for part in parts]
+    if not found or not all(found):
+        raise ValueError("must be names, as a list or separated by commas, none of them empty")
+    return found
+
+
+def targets(value: Any) -> str | list[str]:
+    """``all``, or names of modules."""
+    found = names(value)
+    return "all" if "all" in found else found
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """A mapping, also as the text of a JSON object."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            value = None
+    if not isinstance(value, dict):
+        raise ValueError("must be a mapping, or the text of a JSON object")
+    return value
+
+
+def choice(meanings: Mapping[str, Any]) -> Reader:
+    """One of some words, read as what each of them means.
+
+    >>> choice({"fa2": "flash_attention_2"})("fa2")
+    'flash_attention_2'
+    """
+
+    def read(value: Any) -> Any:
+        # YAML 1.1 reads the words no and off as false.
+        word = "no" if value is False and "no" in meanings else value
+        if not isinstance(word, str) or word not in meanings:
+            raise ValueError(f"must be one of {', '.join(meanings)}")
+        return meanings[word]
+
+    return read
+
+
+def word(*words: str) -> Reader:
+    """One of some words, read as it is."""
+    return choice({each: each for each in words})
+
+
+def option(read: Reader) -> Reader:
+    """A value that LLaMA-Factory turns off with 0 or a negative number, read as None."""
+
+    def read_option(value: Any) -> Any:
+        found = read(value)
+        return found if found > 0 else None
+
+    return read_option

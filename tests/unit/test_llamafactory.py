@@ -1,0 +1,430 @@
+"""Files of LLaMA-Factory as configs: every key, every example, the numbers of its trainings, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from raysft.cli import main
+from raysft.config import Config, load
+from raysft.config.llamafactory import TABLE, Conversion, convert, render
+from raysft.config.llamafactory.conversion import schema
+from raysft.data.prepare import prepare
+from raysft.train.optim import make_lr_scheduler
+from tests import messages
+from tests.messages import holds
+from tests.tiny import tiny_model
+
+FIELDS = json.loads((Path(__file__).parent / "llamafactory_fields.json").read_text())
+"""Names of the fields of LLaMA-Factory 0.9.5's arguments, and of transformers 5.2's."""
+MINIMAL = {"model_name_or_path": "m", "dataset": "a", "do_train": True}
+LORA = {"stage": "sft", "do_train": True, "finetuning_type": "lora", "lora_rank": 8, "lora_target": "all"}
+FULL = {"stage": "sft", "do_train": True, "finetuning_type": "full"}
+DATA = {"dataset": "identity,alpaca_en_demo", "cutoff_len": 2048, "max_samples": 1000, "overwrite_cache": True,
+        "preprocessing_num_workers": 16, "dataloader_num_workers": 4}  # fmt: skip
+OUTPUT = {"output_dir": "saves/m/x/sft", "logging_steps": 10, "save_steps": 500, "plot_loss": True, "report_to": "none",
+          "overwrite_output_dir": True, "save_only_model": False}  # fmt: skip
+STEPS = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "learning_rate": 1e-5, "bf16": True,
+         "num_train_epochs": 3.0, "lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "ddp_timeout": 180000000,
+         "resume_from_checkpoint": None}  # fmt: skip
+EXAMPLE = {"model_name_or_path": "m", "trust_remote_code": True, **DATA, **OUTPUT, **STEPS}
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "lora": {**EXAMPLE, **LORA},
+    "lora_pretrain": {**EXAMPLE, **LORA, "stage": "pt", "dataset": "c4"},
+    "lora_ds3": {**EXAMPLE, **LORA, "deepspeed": "examples/deepspeed/ds_z3_config.json"},
+    "lora_ray": {**EXAMPLE, **LORA, "ray_num_workers": 4, "output_dir": "out"},
+    "full": {**EXAMPLE, **FULL, "deepspeed": "examples/deepspeed/ds_z3_config.json"},
+    "qlora": {**EXAMPLE, **LORA, "quantization_bit": 4, "quantization_method": "bnb", "double_quantization": False},
+    "loraplus": {**EXAMPLE, **LORA, "loraplus_lr_ratio": 16.0},
+    "pissa": {**EXAMPLE, **LORA, "pissa_init": True, "pissa_iter": 16, "pissa_convert": True},
+    "oft": {**EXAMPLE, "finetuning_type": "oft", "do_train": True, "oft_block_size": 32, "oft_target": "all"},
+    "freeze": {**EXAMPLE, **FULL, "finetuning_type": "freeze", "freeze_trainable_layers": 1},
+    "adam_mini": {**EXAMPLE, **FULL, "use_adam_mini": True},
+    "muon": {**EXAMPLE, **FULL, "use_muon": True},
+    "galore": {**EXAMPLE, **FULL, "use_galore": True, "galore_layerwise": True, "galore_target": "all",
+               "galore_rank": 128, "galore_scale": 2.0, "pure_bf16": True, "bf16": False},
+    "apollo": {**EXAMPLE, **FULL, "use_apollo": True, "apollo_layerwise": True, "apollo_rank": 128,
+               "apollo_scale": 32.0, "apollo_scale_type": "channel", "pure_bf16": True, "bf16": False},
+    "badam": {**EXAMPLE, **FULL, "use_badam": True, "badam_mode": "layer", "badam_switch_mode": "ascending",
+              "badam_switch_interval": 50, "badam_verbose": 2},
+    "dft": {**EXAMPLE, **FULL, "use_dft_loss": True},
+    "eaft": {**EXAMPLE, **FULL, "use_eaft_loss": True},
+    "fp8": {**EXAMPLE, **FULL, "fp8": True, "fp8_backend": "torchao", "fp8_enable_fsdp_float8_all_gather": False,
+            "deepspeed": "examples/deepspeed/ds_z3_fp8_config.json", "report_to": "wandb", "run_name": "fp8"},
+    "vision": {**EXAMPLE, **FULL, "image_max_pixels": 262144, "freeze_vision_tower": True, "freeze_language_model": False},
+    "preprocess": {"model_name_or_path": "m", **LORA, "dataset": "a", "tokenized_path": "tokens", "output_dir": "o/x"},
+    "predict": {"model_name_or_path": "m", "adapter_name_or_path": "saves/m/lora/sft", "do_predict": True,
+                "eval_dataset": "a,b", "predict_with_generate": True, "per_device_eval_batch_size": 1, "max_samples": 50,
+                "output_dir": "saves/m/lora/predict"},
+}  # fmt: skip
+"""Configs such as LLaMA-Factory's examples, for those features that raysft has."""
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Write ``lf.yaml`` into the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(content: dict[str, Any] | str) -> str:
+        Path("lf.yaml").write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
+        return "lf.yaml"
+
+    return write
+
+
+def converted(**keys: Any) -> Conversion:
+    return convert({**MINIMAL, **keys})
+
+
+def value(conversion: Conversion, path: str) -> Any:
+    node: Any = conversion.config
+    for part in path.split("."):
+        node = node[part]
+    return node
+
+
+@pytest.mark.parametrize("group", FIELDS)
+def test_every_field_is_in_the_table(group):
+    assert [name for name in FIELDS[group] if name not in TABLE] == []
+
+
+def test_every_key_is_converted_or_harmless_or_refused_with_a_remedy():
+    for name, key in TABLE.items():
+        assert key.path or key.reason, name
+        assert not key.path or key.path in schema() or key.path in LATER, name
+        assert not (key.path and key.remedy), name
+
+
+LATER = {
+    "raysft export",
+    "data.thinking",
+    "data.default_system",
+    "model.revision",
+    "train.warmup_steps",
+    "train.eval_delay",
+}
+"""Places of keys that are no keys of a config, or of configs to come."""
+OTHER: dict[str, Any] = {
+    "stage": "pt", "model_name_or_path": "other", "finetuning_type": "full", "output_dir": "x/y", "dataset": "b",
+    "eval_dataset": "b", "flash_attn": "sdpa", "init_special_tokens": "desc_init", "infer_backend": "vllm",
+    "num_train_epochs": 2, "export_dir": "x",
+    "infer_dtype": "float16", "quantization_method": "hqq", "quantization_bit": 4, "quantization_type": "fp4",
+    "mix_strategy": "interleave_under", "interleave_probs": "1.0", "val_size": 0.25, "packing": True,
+    "galore_proj_type": "right", "apollo_scale_type": "tensor", "badam_mode": "ratio", "badam_switch_mode": "random",
+    "lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 2}, "optim": "adafactor",
+    "report_to": "wandb", "eval_strategy": "epoch", "evaluation_strategy": "epoch", "save_strategy": "epoch",
+    "train_sampling_strategy": "sequential", "deepspeed": "ds_z3_config.json", "fp8_backend": "te",
+    "ray_init_kwargs": {"address": "head:6379"}, "placement_strategy": "SPREAD", "rope_scaling": "yarn",
+    "apollo_proj": "svd", "apollo_proj_type": "left", "metric_for_best_model": "loss",
+}  # fmt: skip
+"""Values of keys that take neither true nor 3."""
+WITH: dict[str, dict[str, Any]] = {
+    **{name: {"use_galore": True} for name in TABLE if name.startswith("galore_")},
+    **{name: {"use_apollo": True} for name in TABLE if name.startswith("apollo_")},
+    **{name: {"use_badam": True} for name in TABLE if name.startswith("badam_")},
+    **{name: {"finetuning_type": "freeze"} for name in TABLE if name.startswith("freeze_")},
+    **{name: {"finetuning_type": "oft"} for name in ("module_dropout", "oft_block_size", "oft_target")},
+    **{name: {"do_predict": True, "eval_dataset": "b"} for name in (
+        "do_sample", "temperature", "top_p", "top_k", "num_beams", "max_new_tokens", "repetition_penalty",
+        "length_penalty", "skip_special_tokens", "infer_backend")},
+    "max_length": {"do_predict": True, "eval_dataset": "b", "max_new_tokens": -1},
+    "infer_dtype": {"do_train": False, "do_predict": True, "eval_dataset": "b"},
+    "do_train": {"do_train": False, "do_predict": True, "eval_dataset": "b"},
+    "do_predict": {"eval_dataset": "b"}, "predict_with_generate": {"val_size": 0.5},
+    "eval_dataset": {"do_eval": True}, "do_eval": {"eval_dataset": "b"},
+    "eval_steps": {"eval_strategy": "steps", "val_size": 0.5}, "eval_delay": {"eval_strategy": "epoch", "val_size": 0.5},
+    "logging_steps": {"eval_strategy": "steps", "val_size": 0.5},
+    "interleave_probs": {"mix_strategy": "interleave_over"},
+    "quantization_method": {"quantization_bit": 4}, "quantization_type": {"quantization_bit": 4},
+    "double_quantization": {"quantization_bit": 4}, "fp8_backend": {"fp8": True},
+    "pissa_iter": {"pissa_init": True}, "pissa_convert": {"pissa_init": True},
+    "loraplus_lr_embedding": {"loraplus_lr_ratio": 16.0}, "adapter_folder": {"adapter_name_or_path": "x"},
+    "create_new_adapter": {"adapter_name_or_path": "x"}, "gradient_checkpointing": {"disable_gradient_checkpointing": True},
+    "export_dir": {"dataset": None, "do_train": None},
+}  # fmt: skip
+"""Key → keys without which it means nothing."""
+
+
+@pytest.mark.parametrize("name", [name for name, key in TABLE.items() if key.path and name != "init_special_tokens"])
+def test_no_key_is_ignored_in_silence(name):
+    default = TABLE[name].default
+    before = converted(**WITH.get(name, {}))
+    given = OTHER.get(name, not default if isinstance(default, bool) else 3)
+    after = convert({**MINIMAL, **WITH.get(name, {}), name: given})
+    assert (after.config, after.notes, after.refusals) != (before.config, before.notes, before.refusals)
+
+
+def test_new_tokens_are_read_from_their_file(write):
+    write(MINIMAL)
+    Path("tokens.yaml").write_text('"<|svg|>": begins a picture\n')
+    keys = ["new_special_tokens_config=tokens.yaml"]
+    tokens = load("lf.yaml", [*keys, "init_special_tokens=desc_init"]).model.new_tokens
+    assert (tokens.special, tokens.noise) == (["<|svg|>"], 0.0)
+    assert tokens.descriptions == {"<|svg|>": "begins a picture"}
+    tokens = load("lf.yaml", keys).model.new_tokens
+    assert (tokens.special, tokens.noise, tokens.descriptions) == (["<|svg|>"], 1.0, {})
+    Path("tokens.yaml").write_text("- a\n")
+    assert holds(messages.refusal(load, "lf.yaml", keys), "lf.yaml: new_special_tokens_config=tokens.yaml must map")
+
+
+@pytest.mark.parametrize("name", [name for name, key in TABLE.items() if key.remedy])
+def test_a_key_without_counterpart_is_refused_by_name_with_a_remedy_and_harmless_by_default(name):
+    default = TABLE[name].default
+    given = OTHER.get(name, not default if isinstance(default, bool) else 3)
+    if name == "metric_for_best_model":
+        given = "eval_accuracy"
+    (refusal,) = converted(**{name: given}).refusals
+    assert refusal.key == name
+    assert refusal.message.startswith(name)
+    by_default = converted(**{name: [] if name == "fsdp" else default if name != "metric_for_best_model" else "loss"})
+    assert by_default.refusals == []
+    assert by_default.harmless.keys() - {"do_train"} == {name}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_convert_and_are_valid(write, name):
+    path = write(EXAMPLES[name])
+    conversion = convert(EXAMPLES[name])
+    assert conversion.refusals == []
+    config = load(path, ["run.name=other"])
+    assert config.run.name == "other"
+    # What is printed is the same config.
+    Path("ours.yaml").write_text(render(conversion, path))
+    assert yaml.safe_load(Path("ours.yaml").read_text()) == conversion.config
+    assert load("ours.yaml", ["run.name=other"]) == config
+    known = {*conversion.harmless, *conversion.origins.values()}
+    assert [key for key in EXAMPLES[name] if key not in known and TABLE[key].path not in conversion.origins] == []
+
+
+def test_its_defaults_apply(write):
+    config = load(write({"model_name_or_path": "m", "dataset": "a"}))
+    assert config == load("lf.yaml", ["stage=sft"])
+    expected = {
+        "stage": "sft", "run.seed": 42, "run.name": "lf", "model.finetuning": "lora", "model.lora.rank": 8,
+        "data.on_overflow": "truncate", "data.packing": False, "data.sequence_length": 2048, "data.max_rejected": 1.0,
+        "data.registry": "data", "data.holdout": 0.0,
+        "train.epochs": 3, "train.learning_rate": 5e-5, "train.schedule": "linear", "train.warmup_ratio": 0.0,
+        "train.global_batch_size": 8, "train.micro_batch_size": 8, "train.gradient_checkpointing": True,
+        "train.eval_at_start": False, "train.save_every_steps": 500, "train.trackers": [], "train.optimizer": "adamw",
+        "scaling.num_workers": 1, "scaling.use_gpu": True, "generate.enabled": False,
+    }  # fmt: skip
+    found = {key: of(config, key) for key in expected}
+    assert found == expected
+    assert config.train.keep_last > 1000
+
+
+def of(config: Config, path: str) -> Any:
+    node: Any = config
+    for part in path.split("."):
+        node = getattr(node, part)
+    return node
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"learning_rate": "1e-4", "weight_decay": "1e-2"}, {"train.learning_rate": 1e-4, "train.weight_decay": 0.01}),
+        ({"dataset": "a, b"}, {"data.train": [{"name": "a"}, {"name": "b"}]}),
+        ({"dataset": ["a", "b"]}, {"data.train": [{"name": "a"}, {"name": "b"}]}),
+        ({"lora_target": "q_proj,v_proj"}, {"model.lora.target": ["q_proj", "v_proj"]}),
+        ({"lora_target": ["q_proj", "v_proj"]}, {"model.lora.target": ["q_proj", "v_proj"]}),
+        ({"report_to": "none"}, {"train.trackers": []}),
+        ({"report_to": ["wandb", "mlflow"]}, {"train.trackers": ["wandb", "mlflow"]}),
+        ({"report_to": "wandb,tensorboard"}, {"train.trackers": ["wandb", "tensorboard"]}),
+        (
+            {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "ray_num_workers": 3},
+            {"train.global_batch_size": 24, "train.micro_batch_size": 2, "scaling.num_workers": 3},
+        ),
+        ({"output_dir": "saves/m/lora/sft/"}, {"run.storage": "saves/m/lora", "run.name": "sft"}),
+        ({"output_dir": "/out"}, {"run.storage": "/", "run.name": "out", "data.cache": "/out/cache"}),
+        ({"output_dir": "s3://b/x/sft"}, {"run.storage": "s3://b/x", "run.name": "sft"}),
+        ({"val_size": 0.1}, {"data.holdout": 0.1}),
+        ({"val_size": 500}, {"data.holdout": 500}),
+        ({"max_samples": 50}, {"data.max_examples": 50}),
+        ({"disable_shuffling": True}, {"data.shuffle": False}),
+        ({"stage": "pt"}, {"data.document_mask": False}),
+        ({"neat_packing": True}, {"data.packing": True}),
+        ({"add_tokens": "<a>,<b>", "add_special_tokens": "<|c|>"}, {
+            "model.new_tokens": {"plain": ["<a>", "<b>"], "special": ["<|c|>"], "noise": 1.0}}),
+        ({"warmup_steps": 0.1}, {"train.warmup_ratio": 0.1}),
+        ({"max_steps": -1, "num_train_epochs": 2}, {"train.epochs": 2}),
+        ({"max_steps": 100, "save_steps": 0.25}, {"train.max_steps": 100, "train.save_every_steps": 25}),
+        ({"eval_strategy": "steps", "val_size": 0.1}, {"train.eval_every_steps": 500}),
+        ({"eval_strategy": "steps", "logging_steps": 7, "val_size": 0.1}, {"train.eval_every_steps": 7}),
+        ({"eval_strategy": "steps", "eval_steps": 20, "val_size": 0.1}, {"train.eval_every_steps": 20}),
+        ({"evaluation_strategy": "steps", "eval_steps": 20, "val_size": 9}, {"train.eval_every_steps": 20}),
+        ({"save_total_limit": 3}, {"train.keep_last": 3}),
+        ({"bf16": True}, {"model.dtype": "bfloat16"}),
+        ({"fp16": True}, {"model.dtype": "float16"}),
+        ({"disable_gradient_checkpointing": True}, {"train.gradient_checkpointing": False}),
+        ({"adam_beta2": 0.95}, {"train.betas": [0.9, 0.95]}),
+        ({"use_cpu": True}, {"scaling.use_gpu": False}),
+        ({"deepspeed": "examples/deepspeed/ds_z3_config.json"}, {"train.zero_stage": 3}),
+        (
+            {"deepspeed": "/x/ds_z3_offload_config.json"},
+            {"train.zero_stage": 3, "train.offload.optimizer": "cpu", "train.offload.parameters": "cpu"},
+        ),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 1, "overlap_comm": True, "reduce_bucket_size": "auto"}}},
+            {"train.zero_stage": 1, "train.deepspeed": {"zero_optimization": {"overlap_comm": True}}},
+        ),
+        (
+            {"mix_strategy": "interleave_over", "interleave_probs": "0.7,0.3", "dataset": "a,b"},
+            {
+                "data.train": [{"name": "a", "weight": 0.7}, {"name": "b", "weight": 0.3}],
+                "data.mixing": "all_exhausted",
+            },
+        ),
+        (
+            {"adapter_name_or_path": "x,y", "create_new_adapter": True},
+            {"model.adapters": ["x", "y"], "model.new_adapter": True},
+        ),
+        (
+            {"use_galore": True, "finetuning_type": "full", "galore_rank": 4},
+            {
+                "train.optimizer": "galore",
+                "train.optimizer_options": {"rank": 4, "update_proj_gap": 200, "scale": 2.0, "projection_type": "std"},
+                "train.zero_stage": 0,
+            },
+        ),
+        (
+            {"do_train": False, "do_predict": True, "eval_dataset": "b", "dataset": None, "max_new_tokens": 9},
+            {"generate.model": "m", "generate.max_new_tokens": 9, "data.eval": [{"name": "b"}]},
+        ),
+        ({"dataset_dir": "ONLINE", "dataset": "o/d"}, {"data.train": [
+            {"name": "d", "path": "hf://datasets/o/d@~parquet/default/train", "format": "alpaca"}]}),
+    ],
+)  # fmt: skip
+def test_what_keys_become(keys, expected):
+    conversion = converted(**keys)
+    assert conversion.refusals == []
+    assert {path: value(conversion, path) for path in expected} == expected
+
+
+def test_settings_of_deepspeed_are_read_from_a_file_that_is_there(write):
+    Path(write(MINIMAL)).with_name("ds_z2_config.json").write_text(json.dumps(
+        {"train_batch_size": "auto", "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto", "loss_scale": 0},
+         "zero_optimization": {"stage": 1, "overlap_comm": False}}))  # fmt: skip
+    config = load("lf.yaml", ["deepspeed=ds_z2_config.json"])
+    assert config.train.zero_stage == 1
+    assert config.train.deepspeed == {"zero_optimization": {"overlap_comm": False}}
+
+
+def test_evaluation_data_that_llamafactory_would_not_read_is_left_out_and_listed():
+    conversion = converted(eval_dataset="b")
+    assert "eval" not in conversion.config["data"]
+    assert "eval_dataset" in conversion.harmless
+
+
+def test_overrides_may_name_keys_of_both(write):
+    config = load(write({**MINIMAL, "learning_rate": 1e-5}), ["learning_rate=1e-3", "train.global_batch_size=2"])
+    assert (config.train.learning_rate, config.train.global_batch_size) == (1e-3, 2)
+
+
+@pytest.mark.parametrize(
+    ("keys", "parts"),
+    [
+        ({"stage": "dpo"}, "lf.yaml:4: stage=dpo is not supported … sft and pt"),
+        ({"stage": "kto"}, "lf.yaml:4: stage=kto"),
+        ({"stage": "rm"}, "lf.yaml:4: stage=rm"),
+        ({"stage": "ppo"}, "lf.yaml:4: stage=ppo"),
+        ({"cutoff_len": "abc"}, "lf.yaml:4: cutoff_len='abc': must be a whole number"),
+        ({"cutoff_len": 20.5}, "lf.yaml:4: cutoff_len=20.5: must be a whole number"),
+        ({"bf16": "false"}, "lf.yaml:4: bf16='false': must be true or false"),
+        ({"learning_rate": "fast"}, "lf.yaml:4: learning_rate='fast': must be a number"),
+        ({"learning_rate": True}, "lf.yaml:4: learning_rate=true: must be a number"),
+        ({"learning_rate": -1}, "lf.yaml:4: train.learning_rate=-1.0: must be greater than 0"),
+        ({"dataset": "a,,b"}, "lf.yaml:2: dataset='a,,b': must be names"),
+        ({"lora_rnak": 3}, "lf.yaml:4: unknown key lora_rnak; did you mean lora_rank?"),
+        ({"report_to": "swanlab"}, "lf.yaml:4: report_to=swanlab … tensorboard, wandb, mlflow or none"),
+        ({"lr_scheduler_type": "greedy"}, "lf.yaml:4: lr_scheduler_type='greedy': must be one of linear, cosine"),
+        ({"val_size": 1}, "lf.yaml:4: val_size=1 … use 2 or more"),
+        ({"bf16": True, "fp16": True}, "lf.yaml:5: fp16=true, but bf16=true"),
+        ({"warmup_ratio": 0.1, "warmup_steps": 5}, "lf.yaml:4: warmup_ratio and warmup_steps … remove one"),
+        ({"eval_strategy": "steps"}, "lf.yaml:4: eval_strategy=steps … val_size or eval_dataset"),
+        ({"eval_strategy": "steps", "eval_steps": 0.1, "val_size": 9}, "lf.yaml:5: eval_steps=0.1 … number of steps"),
+        ({"dataset_dir": "REMOTE:o/d"}, "lf.yaml:4: dataset_dir=REMOTE:o/d … hf download o/d"),
+        ({"deepspeed": "mine.json"}, "lf.yaml:4: deepspeed=mine.json: no such file"),
+        ({"deepspeed": {"tensor_parallel": {"autotp_size": 2}}}, "lf.yaml:4: deepspeed: tensor_parallel"),
+        ({"hf_hub_token": "secret"}, "lf.yaml:4: hf_hub_token is not supported … HF_TOKEN"),
+        ({"use_unsloth": True, "fsdp": "full_shard"}, "lf.yaml:4: use_unsloth=true … (and 1 more, which raysft convert lists"),
+        ({"use_galore": True, "use_muon": True}, "lf.yaml:5: use_galore and use_muon"),
+        ({"export_dir": "merged", "dataset": None}, "lf.yaml:4: the file asks for an export … raysft export m --output merged"),
+        ({"do_train": False}, "lf.yaml:3: do_train=false leaves nothing to do; set do_train: true"),
+        ({"model_name_or_path": None}, "lf.yaml:1: model_name_or_path is required"),
+        ({"dataset": None}, "lf.yaml:2: dataset is required"),
+        ({"data": {"train": []}}, "lf.yaml:1: model_name_or_path … LLaMA-Factory, but data … raysft; write model.path"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(write, keys, parts):
+    keys = {**MINIMAL, **keys}
+    if keys.get("export_dir"):
+        del keys["do_train"]
+        parts = parts.replace("lf.yaml:4", "lf.yaml:3")
+    message = messages.refusal(load, write(keys))
+    assert holds(message, parts), message
+    assert "secret" not in message
+
+
+def test_keys_of_raysft_stay_with_raysft(write):
+    message = messages.refusal(load, write("model: {path: m}\ndata: {train: [{name: a, path: a}]}\nepoch: 1\n"))
+    assert "did you mean train.epochs?" in message
+
+
+def test_convert_prints_or_writes_the_config_and_says_what_is_refused(write, capsys):
+    path = write({**MINIMAL, "val_size": 0.1, "overwrite_cache": True})
+    assert main(["convert", path]) == 0
+    printed = capsys.readouterr().out
+    assert "overwrite_cache: tokens are cached" in printed
+    assert "holdout: 0.1  # chosen by a hash" in printed
+    assert main(["convert", path, "--output", "new.yaml"]) == 0
+    assert Path("new.yaml").read_text() == printed
+    assert main(["convert", path, "--output", "new.yaml"]) == 2
+    assert "File exists" in capsys.readouterr().err
+    assert main(["convert", write({**MINIMAL, "use_unsloth": True, "fp8": 3})]) == 2
+    seen = capsys.readouterr()
+    assert "\n#   fp8=3: must be true or false\n" in seen.out
+    assert "\n#   use_unsloth=true is not supported; remove it" in seen.out
+    assert seen.err.startswith("raysft: error: lf.yaml:5: fp8=3")
+    Path("own.yaml").write_text("model: {path: m}\n")
+    assert main(["convert", "own.yaml"]) == 2
+    assert "no key of LLaMA-Factory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("examples", "batch", "accumulation", "workers", "epochs", "warmup"), [
+    (13, 2, 2, 1, 3, 0.1), (16, 4, 1, 1, 2, 0.0), (7, 1, 3, 2, 3, 0.5), (5, 8, 1, 1, 1, 0.0),
+])  # fmt: skip
+def test_steps_and_learning_rates_are_those_of_its_trainer(
+    tmp_path, write, examples, batch, accumulation, workers, epochs, warmup
+):
+    model = tiny_model(tmp_path / "m")
+    (tmp_path / "data").mkdir()
+    records = [{"instruction": f"Say {n}.", "input": "", "output": "n " * (1 + n * 40 % 300)} for n in range(examples)]
+    records.append({"instruction": "", "output": ""})  # LLaMA-Factory leaves it out
+    (tmp_path / "data" / "a.json").write_text(json.dumps(records))
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"a": {"file_name": "a.json"}}))
+    config = load(write({
+        **MINIMAL, "model_name_or_path": str(model), "cutoff_len": 128, "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulation, "ray_num_workers": workers, "num_train_epochs": epochs,
+        "learning_rate": 2e-4, "warmup_ratio": warmup, "output_dir": "o/x",
+    }), ["scaling.use_gpu=false"])  # fmt: skip
+    plan = prepare(config, str(model)).train_rows.row_plan
+    # transformers' Trainer: batches of all workers, then steps of several of them; the last ones of an epoch may be short.
+    batches = math.ceil(examples / (batch * workers))
+    steps = epochs * math.ceil(batches / accumulation)
+    assert plan.steps == steps
+    assert int(plan.epoch_ends[-1]) == epochs * examples
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.train.learning_rate)
+    schedule = make_lr_scheduler(optimizer, config.train, plan.steps)
+    rising = math.ceil(warmup * steps)
+    for step in range(steps):
+        expected = 2e-4 * (step / rising if step < rising else (steps - step) / max(1, steps - rising))
+        assert schedule.get_last_lr()[0] == pytest.approx(expected)
+        optimizer.step()
+        schedule.step()
