@@ -122,7 +122,9 @@ def test_a_run_holds_the_gpu_from_its_workers_on_and_no_longer(device, folder):
         assert len(predictions) == 64
         assert not any(prediction.get("error") for prediction in predictions)
         # A model that was trained a little may end at once; the one with random weights does not.
-        assert sum(prediction["tokens"] for prediction in predictions) >= (64 if name == "generated_predictions" else 65)
+        assert sum(prediction["tokens"] for prediction in predictions) >= (
+            64 if name == "generated_predictions" else 65
+        )
     assert (run / "report.html").exists()
     if device == "cuda":
         while_prepared = [mib - before for seconds, mib in memory if seconds < ends["plan"]]
