@@ -6,6 +6,7 @@ import json
 import pickle
 import struct
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,16 +121,28 @@ def embedding_rows(folder: Path, hf_config: Any, named: str) -> int | None:
     return in_weights or in_config
 
 
-def _rows_in_weights(folder: Path, named: str) -> int | None:
-    """Rows of the embeddings in a model's files; None if no name is known."""
+def open_weights(folder: Path, named: str, framework: str = "np") -> Iterator[Any]:
+    """Yield each weight file of a model, open to be read in slices; nothing for a model without ``*.safetensors``.
+
+    Args:
+        folder: the model's folder.
+        named: the folder as messages name it, ``model.path=PATH``.
+        framework: ``np`` or ``pt``, which also reads bfloat16.
+    """
     from safetensors import safe_open
 
     index = folder / "model.safetensors.index.json"
-    shapes = []
     for file in _parts(index, named) if index.exists() else folder.glob("model.safetensors"):
-        with safe_open(file, framework="np") as weights:
-            names = [name for name in weights.keys() if f".{name}".endswith(EMBEDDINGS)]  # noqa: SIM118
-            shapes += [weights.get_slice(name).get_shape() for name in names]
+        with safe_open(file, framework=framework) as weights:
+            yield weights
+
+
+def _rows_in_weights(folder: Path, named: str) -> int | None:
+    """Rows of the embeddings in a model's files; None if no name is known."""
+    shapes = []
+    for weights in open_weights(folder, named):
+        names = [name for name in weights.keys() if f".{name}".endswith(EMBEDDINGS)]  # noqa: SIM118
+        shapes += [weights.get_slice(name).get_shape() for name in names]
     return max((shape[0] for shape in shapes if len(shape) == 2), default=None)
 
 

@@ -114,6 +114,26 @@ def check_tokens(used: Iterable[tuple[int, str]], rows: int | None, tokenizer: A
             )
 
 
+def untrained_ends(config: Config, files: ModelFiles, prepared: PreparedData) -> tuple[str, ...]:
+    """Return the tokens that end turns and whose embeddings are neither trained already nor trained by this run."""
+    from raysft.models.untrained_tokens import untrained_tokens
+    from raysft.models.weight_files import EMBEDDINGS, holds_embeddings
+
+    model = config.model
+    if config.stage != "sft" or model.finetuning == "full" or model.new_tokens.tokens:
+        return ()
+    section = model.adapter or model.freeze
+    chosen = model.adapter.target if model.adapter else ()
+    named = [*section.extra_modules, *(() if chosen == "all" else chosen)]
+    if any(f".{name}.weight".endswith(EMBEDDINGS) for name in named):
+        return ()
+    if files.adapter and holds_embeddings(Path(local_copy(files.adapter))):
+        return ()
+    tokenizer = load_once(files.model, model.runs_code)
+    ends = untrained_tokens(files.model, prepared.end_tokens, tokenizer.all_special_ids)
+    return tuple(tokenizer.convert_ids_to_tokens(ends))
+
+
 def training_identity(model: str, adapter: str | None, prepared: PreparedData) -> dict[str, str]:
     """Hashes of what a training is of, by name, as ``Cursor`` keeps them."""
     from raysft.models.fingerprint import model_fingerprint

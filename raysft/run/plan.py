@@ -118,6 +118,8 @@ class Plan:
     resolved: Resolved
     turns: TurnStatistics = field(default_factory=TurnStatistics)
     """How the trained turns begin and end."""
+    untrained_ends: tuple[str, ...] = ()
+    """Tokens that end turns, and whose embeddings the model has never been trained on and the run does not train."""
     shared_files: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Evaluation sets that share a file with a training source: by name, that source and the file."""
     warnings: tuple[str, ...] = ()
@@ -180,7 +182,13 @@ def _count(number: int, noun: str, plural: str = "s") -> str:
     return f"{number:,} {noun}{'' if number == 1 else plural}"
 
 
-def make_plan(config: Config, prepared: PreparedData, nodes: Sequence[Node], adapter: str | None = None) -> Plan:
+def make_plan(
+    config: Config,
+    prepared: PreparedData,
+    nodes: Sequence[Node],
+    adapter: str | None = None,
+    untrained_ends: Sequence[str] = (),
+) -> Plan:
     """Put the plan together from the manifests and the row plan.
 
     Args:
@@ -188,6 +196,7 @@ def make_plan(config: Config, prepared: PreparedData, nodes: Sequence[Node], ada
         prepared: training and evaluation data.
         nodes: the cluster's nodes.
         adapter: folder of the adapter that training continues from.
+        untrained_ends: as ``Plan`` has them.
     """
     row_plan = prepared.train_rows.row_plan
     scaling, per_step = config.scaling, row_plan.global_batch_size
@@ -222,6 +231,7 @@ def make_plan(config: Config, prepared: PreparedData, nodes: Sequence[Node], ada
         evaluation=plan_sources(prepared.eval),
         resolved=_resolved(config, per_step, workers, adapter),
         turns=TurnStatistics.of(merge_counts(manifest.turns for manifest in prepared.train)),
+        untrained_ends=tuple(untrained_ends),
         shared_files=prepared.shared_files,
     )
     return replace(plan, warnings=tuple(warnings(config, plan)))

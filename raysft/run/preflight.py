@@ -27,6 +27,7 @@ from raysft.run.inputs import (
     prepare_data,
     read_prompts,
     training_identity,
+    untrained_ends,
 )
 from raysft.run.needs import with_needs
 from raysft.run.ownership import (
@@ -248,7 +249,7 @@ def _plan_run(
     identity = training_identity(files.model, files.adapter, prepared)
     resumption = check_resumption(directory, config, prepared.train_rows, identity, changes, allow_changed)
     prepared = replace(prepared, train_rows=resumption.rows)
-    plan = make_plan(asked, prepared, nodes, files.adapter)
+    plan = make_plan(asked, prepared, nodes, files.adapter, untrained_ends(config, files, prepared))
     if verb in ESTIMATED:
         plan = with_needs(plan, config, files, prepared, nodes, table=verb == "check")
     return PlannedRun(config, files.model, files.adapter, prepared, plan, identity, resumption)

@@ -16,7 +16,7 @@ from raysft.config import Config, with_overrides
 from raysft.data.prepare import PreparedData
 from raysft.errors import RequestError
 from raysft.estimate.storage import check_shared
-from raysft.run.inputs import ModelFiles, check_model_files, prepare_data, training_identity
+from raysft.run.inputs import ModelFiles, check_model_files, prepare_data, training_identity, untrained_ends
 from raysft.run.needs import with_estimate
 from raysft.run.plan import Plan, make_plan
 
@@ -107,7 +107,7 @@ class _Shaped:
 def _planned(trial: Config, files: ModelFiles, nodes: Sequence[Node], notify: Callable[[str], None]) -> PlannedRun:
     config, prepared = prepare_data(trial, files, notify)
     identity = training_identity(files.model, files.adapter, prepared)
-    plan = make_plan(trial, prepared, nodes, files.adapter)
+    plan = make_plan(trial, prepared, nodes, files.adapter, untrained_ends(config, files, prepared))
     return PlannedRun(config, files.model, files.adapter, prepared, plan, identity)
 
 

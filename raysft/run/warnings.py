@@ -187,6 +187,16 @@ def endless_turns(config: Config, plan: Plan) -> Iterator[str]:
         yield f"no token ends the assistant's turns, so the model cannot learn to stop; {remedy}"
 
 
+def untrained_end_tokens(config: Config, plan: Plan) -> Iterator[str]:
+    """An adapter on the layers alone cannot teach a model a token whose embedding means nothing."""
+    if plan.untrained_ends:
+        yield (
+            f"{' '.join(plan.untrained_ends)} ends turns, but the model has never been trained on it, and model.finetuning="
+            f"{config.model.finetuning} trains no embeddings, so it may not learn to stop; add it to model.new_tokens.special, "
+            "which trains them"
+        )
+
+
 def untrained_prompt_endings(config: Config, plan: Plan) -> Iterator[str]:
     """The generation prompt should begin turns as the trained turns begin."""
     if plan.turns.prompt_only:
@@ -222,6 +232,7 @@ WARNINGS: tuple[Callable[[Config, Plan], Iterator[str]], ...] = (
     lost_records,
     quoted_arguments,
     endless_turns,
+    untrained_end_tokens,
     untrained_prompt_endings,
     long_warm_up,
     no_checkpoints,
