@@ -63,10 +63,11 @@ def _optimizer(config: Config) -> Iterator[str]:
             "train.optimizer=apollo supports one worker (each would draw its own random projections), but scaling.num_workers="
             f"{workers}; use 1 worker or another optimizer"
         )
-    if not train.resumes and train.save_every_steps:
+    if not train.resumes and train.saves_on_schedule:
+        key = "save_every_epochs" if train.save_every_steps is None else "save_every_steps"
         yield (
             f"train.optimizer={name} cannot resume from a checkpoint (it keeps the state of one block at a time), but "
-            f"train.save_every_steps={train.save_every_steps}; remove it or use another optimizer"
+            f"train.{key}={getattr(train, key)}; remove it or use another optimizer"
         )
     if name == "badam" and config.scaling.most_workers > 1:
         yield (
@@ -206,8 +207,13 @@ def _evaluation(config: Config) -> Iterator[str]:
     train = config.train
     asked = {"train.early_stopping": train.early_stopping.patience, "train.keep_best": train.keep_best}
     named = next((key for key, value in asked.items() if value), None)
-    if named and not train.eval_every_steps:
-        yield f"{named} compares evaluations, but train.eval_every_steps is not set; set it"
+    if named and not train.evaluates_on_the_way:
+        yield f"{named} compares evaluations, but train.eval_every_steps is not set; set it, or train.eval_every_epochs"
+    if train.eval_delay and not train.evaluates_on_the_way:
+        yield (
+            f"train.eval_delay={train.eval_delay:g} delays the evaluations during training, but train.eval_every_steps is not "
+            "set; set it, or train.eval_every_epochs, or remove eval_delay"
+        )
     if named and not config.data.eval and not config.data.holdout:
         yield f"{named} compares evaluations, but there is no evaluation data; set data.eval or data.holdout"
 

@@ -52,11 +52,12 @@ _KEYS = {
         data.train[].weight data.shuffle data.mixing data.max_rejected data.cache
         train.epochs train.max_steps train.global_batch_size
         train.learning_rate train.weight_decay train.betas train.epsilon train.max_grad_norm
-        train.schedule train.schedule_options train.warmup_ratio
+        train.schedule train.schedule_options train.warmup_ratio train.warmup_steps
         train.loss train.eaft_alpha train.label_smoothing train.z_loss train.neftune_alpha train.nonfinite
-        train.eval_at_start train.eval_every_steps train.early_stopping.patience train.early_stopping.threshold train.keep_best
-        train.save_every_steps train.save_every_minutes train.keep_last train.max_failures train.hang_minutes train.max_hours
-        train.trackers
+        train.eval_at_start train.eval_every_steps train.eval_every_epochs train.eval_delay
+        train.early_stopping.patience train.early_stopping.threshold train.keep_best
+        train.save_every_steps train.save_every_epochs train.save_every_minutes train.keep_last train.max_failures
+        train.hang_minutes train.max_hours train.trackers
         scaling.wait_minutes scaling.worker_tokens_per_second scaling.data_label scaling.address
         generate.enabled generate.compare_base generate.model generate.sources generate.engine generate.num_actors
         generate.gpus_per_engine generate.max_examples generate.batching generate.batch_size generate.max_new_tokens

@@ -27,8 +27,8 @@ class Effect(Enum):
 _KEYS = {
     Effect.ALWAYS: """
         run.name run.sweep run.storage data.cache
-        train.gradient_checkpointing train.eval_at_start train.save_every_steps train.save_every_minutes train.keep_last
-        train.max_failures train.hang_minutes train.max_hours train.trackers
+        train.gradient_checkpointing train.eval_at_start train.save_every_steps train.save_every_epochs
+        train.save_every_minutes train.keep_last train.max_failures train.hang_minutes train.max_hours train.trackers
         scaling.num_workers scaling.wait_minutes scaling.use_gpu scaling.cpus_per_worker scaling.threads_per_worker
         scaling.worker_tokens_per_second scaling.placement scaling.data_label scaling.address
         generate.enabled generate.compare_base generate.model generate.sources generate.engine generate.num_actors
@@ -56,10 +56,11 @@ _KEYS = {
         data.train[].path data.eval data.registry data.max_rejected
         train.epochs train.max_steps train.micro_batch_size
         train.learning_rate train.weight_decay train.betas train.epsilon train.max_grad_norm
-        train.schedule train.schedule_options train.warmup_ratio
+        train.schedule train.schedule_options train.warmup_ratio train.warmup_steps
         train.loss train.eaft_alpha train.label_smoothing train.z_loss train.neftune_alpha
         train.zero_stage train.offload.optimizer train.offload.parameters train.offload.folder train.deepspeed train.fp8
-        train.nonfinite train.eval_every_steps train.early_stopping.patience train.early_stopping.threshold train.keep_best
+        train.nonfinite train.eval_every_steps train.eval_every_epochs train.eval_delay
+        train.early_stopping.patience train.early_stopping.threshold train.keep_best
     """,
     Effect.EPOCH: """
         model.chat_template

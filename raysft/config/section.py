@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, model_validator
 
 from raysft.storage.path import SCHEMES
 
@@ -17,6 +17,16 @@ LARGEST = 2**31 - 1
 Positive = Annotated[int, Field(gt=0, le=LARGEST, strict=True)]
 Count = Annotated[int, Field(ge=0, le=LARGEST, strict=True)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _whole(value: float) -> float:
+    """Keep a whole number an integer, which a config shows and compares as it was written."""
+    return int(value) if value == int(value) else value
+
+
+Epochs = Annotated[
+    float, Field(gt=0, le=LARGEST, strict=True), AfterValidator(_whole), PlainSerializer(_whole, return_type=Any)
+]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 NAME_BYTES, PATH_BYTES = 255, 4095
 """Longest name in a path, and longest path, that Linux takes."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from raysft.config.section import Beta, Count, Fraction, Positive, Section, Text
+from raysft.config.section import Beta, Count, Epochs, Fraction, Positive, Section, Text
 
 Targets = Literal["all"] | Annotated[list[Text], Field(min_length=1)]
 Optimizer = Literal["adamw", "adafactor", "muon", "adam_mini", "galore", "apollo", "badam"]
@@ -42,13 +42,15 @@ class EarlyStopping(Section):
 class TrainSection(Section):
     """Optimization, loss, evaluation and checkpoints."""
 
-    epochs: Positive = 1
-    """Number of passes over the training data."""
+    epochs: Epochs = 1
+    """Number of passes over the training data. With a fraction, as in 2.5, the last epoch ends once that fraction of its steps is
+    done, rounded up, as in transformers."""
     max_steps: Positive | None = None
-    """Stop after this many optimizer steps, even if the epochs are not complete."""
+    """Number of optimizer steps. It decides alone, as in transformers: epochs follow each other, whatever ``epochs`` says, until
+    so many steps are done. Default: the steps of ``epochs``."""
     global_batch_size: Positive | Literal["auto"] = "auto"
     """Rows per optimizer step, summed over all workers and independent of their number. A row holds ``data.sequence_length``
-    tokens. ``auto``: the largest of 32, 16, 8, 4, 2 and 1 that gives at least 100 steps over all epochs (1 if none does),
+    tokens. ``auto``: the largest of 32, 16, 8, 4, 2 and 1 that gives at least 100 steps over ``epochs`` (1 if none does),
     without regard to ``max_steps``. The run directory's ``config.yaml`` records the number, and a resumed run keeps it. Each
     epoch starts a new step."""
     micro_batch_size: Positive | Literal["auto"] = "auto"
@@ -75,7 +77,9 @@ class TrainSection(Section):
     """Additional arguments for the schedule, for example ``{num_cycles: 3}``, or ``{num_decay_steps: 100}`` for
     warmup_stable_decay (default: a tenth of the steps)."""
     warmup_ratio: Fraction = 0.03
-    """Fraction of the steps over which the learning rate rises linearly from 0."""
+    """Fraction of the steps, rounded up, over which the learning rate rises linearly from 0."""
+    warmup_steps: Count | None = None
+    """The same as a number of steps, whatever ``warmup_ratio`` says. 0: no warm-up. Default: as many as ``warmup_ratio`` gives."""
     loss: Literal["cross_entropy", "dft", "eaft"] = "cross_entropy"
     """Loss of a token: cross-entropy; ``dft``, which weights it by the probability of the token; or ``eaft``, which weights it by
     the entropy of the prediction. The loss of a step is the sum over its loss tokens divided by their number."""
@@ -105,6 +109,12 @@ class TrainSection(Section):
     ``data.cache``, from which a later run takes them if it would compute the same on the same machines."""
     eval_every_steps: Positive | None = None
     """Evaluate every N steps, in addition to the end. Default: only at the end."""
+    eval_every_epochs: Epochs | None = None
+    """Evaluate after the last step of every Nth epoch; 0.5: also in the middle of each. It can be set beside
+    ``eval_every_steps``."""
+    eval_delay: Annotated[float, Field(ge=0)] = 0
+    """Evaluate every N steps or epochs only from here on: a number of steps for ``eval_every_steps``, and of epochs for
+    ``eval_every_epochs``. The evaluations before the first step and at the end stay."""
     early_stopping: EarlyStopping = EarlyStopping()
     """Early stopping on ``eval_loss``."""
     keep_best: bool = False
@@ -112,6 +122,9 @@ class TrainSection(Section):
     save_every_steps: Positive | None = None
     """Save a checkpoint every N steps and at the end. The run keeps these checkpoints when it is done. Default: no such
     checkpoints."""
+    save_every_epochs: Epochs | None = None
+    """The same after the last step of every Nth epoch; 0.5: also in the middle of each. It can be set beside
+    ``save_every_steps``."""
     save_every_minutes: Annotated[float, Field(gt=0)] | None = 15
     """Save a checkpoint when the last one is N minutes old, so that a crash loses at most this much work. The run removes these
     checkpoints when it has saved the trained model. ``null``: no such checkpoints."""
@@ -131,6 +144,16 @@ class TrainSection(Section):
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
     """Where to log metrics, in addition to ``trainer_log.jsonl``. TensorBoard writes to the run directory; ``wandb`` and
     ``mlflow`` (extras with these names) find their server and credentials by themselves."""
+
+    @property
+    def evaluates_on_the_way(self) -> bool:
+        """True if the model is evaluated during the training, so that evaluations can be compared."""
+        return self.eval_every_steps is not None or self.eval_every_epochs is not None
+
+    @property
+    def saves_on_schedule(self) -> bool:
+        """True if checkpoints are written after certain steps, which stay when the run is done."""
+        return self.save_every_steps is not None or self.save_every_epochs is not None
 
     @property
     def resumes(self) -> bool:

@@ -88,15 +88,15 @@ class TuneSection(Section):
     """Number of trials of each configuration, with the seeds ``run.seed``, ``run.seed`` + 1 and so on. Configurations are ranked
     by the mean, and the sweep says when the best two cannot be told apart (Welch's t-test at 5 %, from 2 repeats)."""
     scheduler: Literal["none", "asha", "median", "pbt"] = "none"
-    """What decides on trials after each evaluation (``train.eval_every_steps``). ``asha`` ends trials that are worse than most that
-    have come as far (asynchronous successive halving, Li et al. 2018); ``median`` ends those whose best value is worse than the
-    median of the others' means. A trial that is ended keeps its results and a checkpoint, and generates nothing. ``pbt`` lets
-    trials that are behind go on from the checkpoints of better ones, with changed values (population-based training, Jaderberg et
-    al. 2017); each trial is a member of the population."""
+    """What decides on trials after each evaluation (``train.eval_every_steps``, ``train.eval_every_epochs``). ``asha`` ends trials
+    that are worse than most that have come as far (asynchronous successive halving, Li et al. 2018); ``median`` ends those whose
+    best value is worse than the median of the others' means. A trial that is ended keeps its results and a checkpoint, and
+    generates nothing. ``pbt`` lets trials that are behind go on from the checkpoints of better ones, with changed values
+    (population-based training, Jaderberg et al. 2017); each trial is a member of the population."""
     scheduler_options: dict[str, Any] = {}
     """Options of the scheduler, with Ray Tune's names and in optimizer steps: for ``asha`` ``{grace_period: 20, reduction_factor:
     3}``, for ``median`` ``{grace_period: 20, min_samples_required: 3}``, for ``pbt`` ``{perturbation_interval: 20,
-    quantile_fraction: 0.25, resample_probability: 0.25}``. Default of the first ones: ``train.eval_every_steps``."""
+    quantile_fraction: 0.25, resample_probability: 0.25}``. Default of the first ones: the step of the first evaluation."""
     max_concurrent: Positive | None = None
     """Maximum number of trials that run at the same time. Default: as many as the cluster can place. Elastic trials
     (``scaling.num_workers: [min, max]``) take fewer workers each if that makes room for so many."""

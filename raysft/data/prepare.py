@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from raysft.config import Config, Source, with_overrides
 from raysft.data.rows.packed_dataset import PackedDataset
-from raysft.data.rows.row_plan import Layout
+from raysft.data.rows.row_plan import MAX_PLANNED, Layout
 from raysft.data.shards.build import build_shards
 from raysft.data.shards.manifest import Manifest
 from raysft.data.shards.openings import HeldOut
@@ -17,9 +18,6 @@ from raysft.data.shards.shard_set import ShardSet, Split, resolve_shard_set
 from raysft.data.tokenization.tokenizer import load_once
 from raysft.data.tokenization.turn_ends import merge_counts, stop_token_ids
 from raysft.errors import RequestError
-
-MAX_PLANNED = 1 << 32
-"""Most examples, counted once per epoch, whose order is planned before the start; the plan takes some 20 bytes for each."""
 
 
 def prepare(config: Config, model: str, notify: Notify = lambda line: None) -> PreparedData:
@@ -136,7 +134,7 @@ def _plan_rows(
 ) -> PreparedData:
     """Plan the rows of training and evaluation; ``manifests`` starts with those of ``train``, then of ``evaluation``."""
     data = config.data
-    planned = config.train.epochs * sum(map(len, manifests[: len(train)]))
+    planned = math.ceil(config.train.epochs) * sum(map(len, manifests[: len(train)]))
     if planned > MAX_PLANNED and not config.train.max_steps:
         raise RequestError(
             f"train.epochs={config.train.epochs} asks for {planned:,} examples, but a plan holds at most {MAX_PLANNED:,}; lower "
@@ -150,6 +148,7 @@ def _plan_rows(
         seed=config.run.seed,
         epochs=config.train.epochs,
         max_steps=config.train.max_steps,
+        repeat=config.train.max_steps is not None,
         layout=layout,
         mixing=data.mixing,
         mixing_weights=tuple(source.weight or 1.0 for source in data.train),

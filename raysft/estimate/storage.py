@@ -59,7 +59,7 @@ def storage(config: Config, sizes: ModelSizes, setup: Setup) -> Storage:
     checkpoint = 4.0 * sizes.trained_elements + moments * parallel
     written = sizes.trained_elements * 4.0 if config.model.adapter is not None else setup.width * float(sizes.total)
     train = config.train
-    saves = train.resumes and (train.save_every_steps is not None or train.save_every_minutes is not None)
+    saves = train.resumes and (train.saves_on_schedule or train.save_every_minutes is not None)
     copies = 2 if train.keep_best else 1
     return Storage(checkpoint, copies * written, train.keep_last + 1 if saves else 0, _free(config))
 

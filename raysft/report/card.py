@@ -187,14 +187,15 @@ def _data(log: RunLog) -> str:
 def _settings(log: RunLog) -> list[tuple[str, str]]:
     """The settings that decide what the model learns. Those that raysft resolves come from the plan."""
     option, resolved = log.option, log.resolved.get
-    betas = option("train.betas")
+    betas, warm_up = option("train.betas"), option("train.warmup_steps")
     rows: list[tuple[str, Any]] = [
         ("fine-tuning", log.finetuning),
         *_method_settings(log),
         ("learning rate", resolved("learning_rate")),
         (
             "LR schedule",
-            f"{option('train.schedule')}, warm-up over {100 * option('train.warmup_ratio', 0):g}% of the steps",
+            f"{option('train.schedule')}, warm-up over "
+            + (f"{100 * option('train.warmup_ratio', 0):g}% of the steps" if warm_up is None else f"{warm_up} steps"),
         ),
         (
             "optimizer",
@@ -207,7 +208,7 @@ def _settings(log: RunLog) -> list[tuple[str, str]]:
         ("rows per step", resolved("global_batch_size")),
         ("tokens per row", option("data.sequence_length")),
         ("packing", option("data.packing")),
-        ("epochs", option("train.epochs")),
+        ("epochs", log.plan.get("epochs", option("train.epochs"))),
         ("max. steps", option("train.max_steps")),
         ("dtype of the weights", resolved("dtype")),
         ("attention", resolved("attention")),

@@ -10,7 +10,7 @@ _PLAN = {
     "examples": ("examples", "count"),
     "rows": ("rows", "count"),
     "global_batch_size": ("rows per step", "count"),
-    "epochs": ("epochs", "count"),
+    "epochs": ("epochs", "decimal"),
     "steps": ("steps", "count"),
     "tokens": ("tokens", "count"),
     "loss_tokens": ("loss tokens", "count"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from raysft.report.read_run import RunLog, finite
@@ -51,7 +52,7 @@ def trainer_state(log: RunLog) -> dict[str, Any]:
         "logging_steps": 1,
         "max_steps": last.get("total_steps", last["current_steps"]),
         "num_input_tokens_seen": last.get("total_tokens", 0),
-        "num_train_epochs": log.option("train.epochs", 1),
+        "num_train_epochs": math.ceil(finite(log.plan.get("epochs")) or finite(last.get("epoch")) or 1),
         "save_steps": log.option("train.save_every_steps", 0),
         "stateful_callbacks": {},
         "total_flos": 0,

@@ -10,6 +10,7 @@ from typing import Any
 from raysft.cluster.placement import TASK_CPUS, Node, max_workers
 from raysft.config import Config
 from raysft.data.prepare import PreparedData
+from raysft.data.rows.row_plan import RowPlan
 from raysft.data.shards.manifest import Manifest
 from raysft.data.tokenization.turn_ends import TurnStatistics, merge_counts
 from raysft.models.adapter_files import read_adapter_config
@@ -88,7 +89,8 @@ class Plan:
     rows_of_epochs: tuple[int, ...]
     """Rows of each epoch."""
     steps: int
-    epochs: int
+    epochs: float
+    """As configured; with ``train.max_steps``, those that so many steps take."""
     global_batch_size: int
     global_batch_size_chosen: bool
     """True if the data decided it (``train.global_batch_size: auto``)."""
@@ -178,7 +180,7 @@ def _source_line(source: SourcePlan) -> str:
     return f"{'/'.join(source.formats)}, {', '.join(parts)}" + (" (from the cache)" if source.reused else "")
 
 
-def _count(number: int, noun: str, plural: str = "s") -> str:
+def _count(number: float, noun: str, plural: str = "s") -> str:
     return f"{number:,} {noun}{'' if number == 1 else plural}"
 
 
@@ -209,7 +211,7 @@ def make_plan(
         rows=rows,
         rows_of_epochs=tuple(row_plan.rows_of_epochs),
         steps=row_plan.steps,
-        epochs=config.train.epochs,
+        epochs=config.train.epochs if config.train.max_steps is None else _epochs(row_plan),
         global_batch_size=per_step,
         global_batch_size_chosen=config.train.global_batch_size == "auto",
         sequence_length=config.data.sequence_length,
@@ -235,6 +237,12 @@ def make_plan(
         shared_files=prepared.shared_files,
     )
     return replace(plan, warnings=tuple(warnings(config, plan)))
+
+
+def _epochs(row_plan: RowPlan) -> float:
+    """The epochs of a plan; a whole number is an integer, as in the config."""
+    epochs = round(row_plan.epochs_after(row_plan.steps), 4)
+    return int(epochs) if epochs == int(epochs) else epochs
 
 
 def _resolved(config: Config, global_batch_size: int, workers: int, adapter: str | None) -> Resolved:

@@ -132,11 +132,16 @@ def _next_epoch(
 ) -> int:
     """First epoch with other data; the current epoch ends as it began, so that it has every example once."""
     current = math.ceil(recorded.row_plan.epoch_of(cursor.rows) - 1e-9)
-    if current >= config.train.epochs and not rows.has_same_epochs(_rows_of_epoch(recorded, current)):
+    train = config.train
+    if train.max_steps:
+        limit, over = "train.max_steps", _first_epochs(recorded, current).row_plan.steps >= train.max_steps
+    else:
+        limit, over = "train.epochs", current >= train.epochs
+    if over and not rows.has_same_epochs(_rows_of_epoch(recorded, current)):
         keys = ", ".join(key for key in changes if effect_of(key) is Effect.EPOCH)
         raise RequestError(
-            f"{directory.place}: {keys} can change from epoch {current + 1} on, but train.epochs={config.train.epochs}; "
-            "raise train.epochs, restore the old data, or choose another run.name"
+            f"{directory.place}: {keys} can change from epoch {current + 1} on, but "
+            f"{limit}={train.max_steps or train.epochs}; raise {limit}, restore the old data, or choose another run.name"
         )
     return current + 1
 
@@ -150,7 +155,7 @@ def _first_epochs(rows: PackedDataset, epochs: int) -> PackedDataset:
     """The same rows, for the first epochs alone."""
     if rows.earlier is not None and rows.earlier.epochs >= epochs:
         return _first_epochs(rows.earlier, epochs)
-    return replace(rows, epochs=epochs, max_steps=None)
+    return replace(rows, epochs=epochs, max_steps=None, repeat=False)
 
 
 def _refuse_without_steps(

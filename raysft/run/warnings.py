@@ -40,11 +40,9 @@ def few_steps(config: Config, plan: Plan) -> Iterator[str]:
 
 def _more_steps(config: Config, plan: Plan) -> str:
     """Return how to get more steps: a hundred, if one remedy gives as many."""
-    of_epoch, chosen = plan.rows_of_epochs[0], plan.global_batch_size_chosen
-    # A training that max_steps cuts short ends before its last epoch, or after a full step of it.
-    unfinished = len(plan.rows_of_epochs) < plan.epochs or plan.rows_of_epochs[-1] % plan.global_batch_size == 0
-    if plan.steps == config.train.max_steps and unfinished:
+    if config.train.max_steps is not None:
         return f"raise train.max_steps={plan.steps}"
+    chosen, of_epoch = plan.global_batch_size_chosen, math.ceil(plan.rows_of_epochs[0] / min(1, plan.epochs))
     if plan.global_batch_size > 1 and plan.rows >= FEW_STEPS and not chosen:
         return f"use train.global_batch_size=auto instead of {plan.global_batch_size}"
     remedies = []
@@ -152,11 +150,11 @@ def quoted_arguments(config: Config, plan: Plan) -> Iterator[str]:
 
 def long_warm_up(config: Config, plan: Plan) -> Iterator[str]:
     """The warm-up may take most of the training."""
-    warm_up = math.ceil(config.train.warmup_ratio * plan.steps)
+    given, ratio = config.train.warmup_steps, config.train.warmup_ratio
+    warm_up = math.ceil(ratio * plan.steps) if given is None else given
     if plan.steps >= FEW_STEPS and 2 * warm_up >= plan.steps:
-        yield (
-            f"warm-up takes {warm_up:,} of {plan.steps:,} steps; lower train.warmup_ratio={config.train.warmup_ratio:g}"
-        )
+        key = f"warmup_ratio={ratio:g}" if given is None else f"warmup_steps={given}"
+        yield f"warm-up takes {warm_up:,} of {plan.steps:,} steps; lower train.{key}"
 
 
 def endless_turns(config: Config, plan: Plan) -> Iterator[str]:

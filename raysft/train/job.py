@@ -44,6 +44,8 @@ class RowPlan(Protocol):
 
     def epoch_of(self, rows: int) -> float: ...
 
+    def epochs_after(self, steps: int) -> float: ...
+
 
 class RowSource(Protocol):
     """Rows to train or evaluate on (``data.rows.packed_dataset.PackedDataset``)."""

@@ -36,6 +36,7 @@ from raysft.train.early_stopping import EarlyStopper, known_best
 from raysft.train.evaluator import Evaluator
 from raysft.train.export import Exporter
 from raysft.train.first_evaluation import FirstEvaluation
+from raysft.train.intervals import Interval
 from raysft.train.job import Batch, RowPlan, TrainJob
 from raysft.train.nonfinite import NonFinite
 from raysft.train.phases import Phases, StepTimes
@@ -119,10 +120,12 @@ class _Loop:
     ) -> None:
         self.job, self.device, self.save, self.outside, self.phases = job, device, save, outside, phases
         self.rank, self.workers = dist.get_rank(), dist.get_world_size()
-        self.trigger = CheckpointTrigger(job.config.train, self.rank, outside)
         self.emit: Emit = emit if self.rank == 0 else lambda event: None
         self.log: deque[dict[str, Any]] = deque(maxlen=LOG_RECORDS)
         self.row_plan: RowPlan = job.train_rows.row_plan
+        train = job.config.train
+        self.evaluations = Interval.of_evaluations(train, self.row_plan)
+        self.trigger = CheckpointTrigger(train, Interval.of_checkpoints(train, self.row_plan), self.rank, outside)
         self.data_wait = 0.0
         """Seconds spent waiting for the rows of the current step."""
         self.first_step = self.saved_step = 0
@@ -204,8 +207,7 @@ class _Loop:
 
     def after_step(self, cursor: Cursor) -> None:
         """Evaluate and save a checkpoint if they are due. ``finish`` does it after the last step."""
-        every = self.job.config.train.eval_every_steps
-        if every and cursor.step % every == 0:
+        if self.evaluations.is_due(cursor.step):
             self.evaluate(cursor)
             if self.stop_reason:
                 return
@@ -244,9 +246,7 @@ class _Loop:
     def stop(self, cursor: Cursor) -> None:
         """End before the end, with a checkpoint to go on from."""
         if self._is_unsaved(cursor):
-            every = self.job.config.train.eval_every_steps
-            due = every and cursor.step % every == 0
-            unevaluated = bool(due) and self.evaluator.seen != cursor.step
+            unevaluated = self.evaluations.is_due(cursor.step) and self.evaluator.seen != cursor.step
             kept = self.trigger.is_scheduled(cursor.step) and not unevaluated
             self._checkpoint(replace(cursor, temporary=not kept, unevaluated=unevaluated))
         self.emit(TrainingStopped(cursor.step, self.stop_reason, self.eval_results))
@@ -276,7 +276,7 @@ class _Loop:
         if any(from_first(self.trigger.stops(), device=self.device)):
             self._asked_to_stop()
             return
-        if self.job.config.train.save_every_steps and cursor.step > self.first_step:
+        if self.job.config.train.saves_on_schedule and cursor.step > self.first_step:
             self._checkpoint(cursor)  # a longer training that resumes here must know the last evaluation
         watch: Watch = partial(watched, asked=self.trigger.stops, react=partial(self._save, cursor), device=self.device)
         if best := self.early_stopper.best:

@@ -72,8 +72,7 @@ def make_lr_scheduler(optimizer: torch.optim.Optimizer, train: TrainSection, ste
     Raises:
         RequestError: the schedule refuses an option.
     """
-    # The first step of a warm-up has learning rate 0, so a run of one step must have no warm-up.
-    warmup = min(math.ceil(train.warmup_ratio * steps), steps - 1)
+    warmup = warmup_steps(train, steps)
     options = dict(train.schedule_options)
     if train.schedule == "warmup_stable_decay":
         options.setdefault("num_decay_steps", max(1, steps // 10))
@@ -95,6 +94,14 @@ def make_lr_scheduler(optimizer: torch.optim.Optimizer, train: TrainSection, ste
             f"train.schedule={train.schedule} refuses train.schedule_options={train.schedule_options} ({one_line(error)}); "
             "fix the options"
         ) from None
+
+
+def warmup_steps(train: TrainSection, steps: int) -> int:
+    """Return the steps of the warm-up: ``train.warmup_steps``, or a fraction of all steps, rounded up."""
+    if train.warmup_steps is not None:
+        return train.warmup_steps
+    # The first step of a warm-up has learning rate 0, so a run of one step must have no warm-up.
+    return min(math.ceil(train.warmup_ratio * steps), steps - 1)
 
 
 def go_to_step(lr_scheduler: Any, steps: int) -> None:

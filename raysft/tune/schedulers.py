@@ -68,11 +68,12 @@ VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 """What each option of a scheduler is, and whether a value is that. Tune looks at some of them when the first trial reports."""
 
 
-def make_scheduler(config: Config, steps: int, concurrent: int) -> Any:
+def make_scheduler(config: Config, first: int, steps: int, concurrent: int) -> Any:
     """Make the scheduler of ``tune.scheduler``; None without one.
 
     Args:
         config: the config that all trials share.
+        first: the earliest step after which a trial is evaluated.
         steps: most steps of any trial.
         concurrent: trials that may train at a time.
 
@@ -83,7 +84,6 @@ def make_scheduler(config: Config, steps: int, concurrent: int) -> Any:
     if tune.scheduler == "none":
         return None
     objectives = Objectives.of(tune)
-    first = min(config.train.eval_every_steps or steps, steps)
     shared: dict[str, Any] = {
         "time_attr": "step",
         "metric": objectives.metrics[0],
@@ -145,9 +145,10 @@ def check_scheduler(config: Config, trials: Sequence[Config]) -> None:
             f"tune.scheduler={name} decides by evaluations during training, but tune.metric={metric!r} is only known at its end; "
             "use a metric that starts with eval_, or tune.scheduler=none"
         )
-    if any(trial.train.eval_every_steps is None for trial in trials):
+    if not all(trial.train.evaluates_on_the_way for trial in trials):
         raise RequestError(
-            f"tune.scheduler={name} decides by evaluations during training, but train.eval_every_steps=null; set it"
+            f"tune.scheduler={name} decides by evaluations during training, but train.eval_every_steps=null; set it, or "
+            "train.eval_every_epochs"
         )
     if name == "pbt":
         _check_population(config)

@@ -10,9 +10,10 @@ from raysft.config import Config
 from raysft.run.preflight import Preflight, check_trials, preflight
 from raysft.run.resources import check_resources
 from raysft.run.tracking import sweep_trackers
-from raysft.run.trial_plans import memory_key, plan_trials
+from raysft.run.trial_plans import PlannedRun, memory_key, plan_trials
 from raysft.storage.json_files import read_jsonl, write_atomically
 from raysft.telemetry.terminal import Terminal
+from raysft.train.intervals import Interval
 from raysft.tune.earlier_call import await_release, earlier_trials
 from raysft.tune.earlier_results import replay
 from raysft.tune.metrics import check_metric
@@ -90,7 +91,8 @@ def _run_trials(config: Config, firsts: Sequence[Trial], ready: Preflight) -> Co
     concurrent = min(fitting, total, config.tune.max_concurrent or fitting)
     for line in dict.fromkeys(line for planned in ready.runs for line in planned.plan.lines()):
         ready.terminal.line(line)
-    scheduler = make_scheduler(config, max(planned.plan.steps for planned in ready.runs), concurrent)
+    first = min(_first_evaluation(planned) for planned in ready.runs)
+    scheduler = make_scheduler(config, first, max(planned.plan.steps for planned in ready.runs), concurrent)
     if config.tune.scheduler in ("asha", "median"):
         ended = [name for name, one in before.items() if one.ended_well]
         replay(scheduler, Objectives.of(config.tune).metrics[0], ended, read_jsonl(ready.directory.trials))
@@ -104,6 +106,11 @@ def _run_trials(config: Config, firsts: Sequence[Trial], ready: Preflight) -> Co
     with sweep_trackers(config, ready.terminal):
         errors = sweep.fit(search, scheduler)
     return sweep.conclude(errors)
+
+
+def _first_evaluation(planned: PlannedRun) -> int:
+    """Return the step after which trials with this plan are evaluated first."""
+    return Interval.of_evaluations(planned.config.train, planned.prepared.train_rows.row_plan).first()
 
 
 def _source(

@@ -58,6 +58,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "max_steps": {"max_steps": 5},
     "schedule": {"schedule": "constant"},
     "warmup_ratio": {"warmup_ratio": 0.75},
+    "warmup_steps": {"warmup_steps": 3},
     "adam": {"weight_decay": 0.5, "betas": (0.5, 0.9), "epsilon": 1e-3},
     "max_grad_norm": {"max_grad_norm": 0.05},
     "micro_batch_size": {"micro_batch_size": 2},
@@ -102,6 +103,7 @@ def test_the_learning_rate_is_that_of_the_new_schedule_from_the_first_step_on(re
     assert rates(resumed["learning_rate"]) == pytest.approx([5e-3 * (STEPS - step) / STEPS for step in left])
     assert rates(resumed["max_steps"]) == pytest.approx([1e-2 * (5 - step) / 5 for step in range(HALF, 5)])
     assert rates(resumed["schedule"]) == pytest.approx([1e-2, 1e-2])
+    assert rates(resumed["warmup_steps"]) == rates(resumed["warmup_ratio"])
     assert rates(resumed["warmup_ratio"]) == pytest.approx([1e-2 * step / 3 for step in left])
 
 
@@ -188,6 +190,8 @@ def test_every_key_that_takes_effect_at_once_is_tested():
         "fp8": "needs a GPU",
         "nonfinite": "is read in each step",
         "eval_every_steps": "is read after each step",
+        "eval_every_epochs": "is read after each step",
+        "eval_delay": "is read after each step",
         "early_stopping": "below",
         "keep_best": "below",
     }

@@ -78,8 +78,8 @@ def test_overrides_reach_into_lists_and_make_sections(write):
         ("=x", "'=x' … key.path=value"),
         ("train..epochs=1", "'train..epochs=1' … key.path=value"),
         ("train.epochs=[1", "'train.epochs=[1' … YAML"),
-        ("train.epochs=two", "command line: train.epochs='two' … must be a valid integer"),
-        ("train.epochs=", "command line: train.epochs=null … must be a valid integer"),
+        ("train.epochs=two", "command line: train.epochs='two' … must be a valid number"),
+        ("train.epochs=", "command line: train.epochs=null … must be a valid number"),
         ("data.train.5.name=x", "'data.train.5.name=x': data.train … list … '5' … item"),
         ("data.train.x=1", "'data.train.x=1': data.train … list … 'x' … item"),
         ("model.path.x=3", "'model.path.x=3': model.path … 'm' … no keys"),
@@ -99,7 +99,7 @@ def test_a_wrong_override_is_distinguished_from_the_file(write, override, messag
 
 def test_an_error_in_the_file_is_not_blamed_on_an_override_beside_it(write):
     path = write(BASE + "train:\n  epochs: two\n")
-    assert holds(refusal(path, "train.max_steps=2"), "c.yaml:9: train.epochs='two' … must be a valid integer")
+    assert holds(refusal(path, "train.max_steps=2"), "c.yaml:9: train.epochs='two' … must be a valid number")
     path = write(BASE + "    - {name: a, path: b}\n")
     assert holds(refusal(path, "data.packing=false"), "c.yaml:4: data: … two sources … 'a' … rename")
 
@@ -148,8 +148,10 @@ def test_an_unknown_key_comes_before_other_errors(write):
 @pytest.mark.parametrize(
     ("appended", "message"),
     [
-        ("train: {epochs: two}", "c.yaml:8: train.epochs='two' … must be a valid integer"),
-        ("train: {epochs: 2.5}", "c.yaml:8: train.epochs=2.5 … must be a valid integer"),
+        ("train: {epochs: two}", "c.yaml:8: train.epochs='two' … must be a valid number"),
+        ("train: {max_steps: 2.5}", "c.yaml:8: train.max_steps=2.5 … must be a valid integer"),
+        ("train: {warmup_steps: -1}", "c.yaml:8: train.warmup_steps=-1 … must be greater than or equal to 0"),
+        ("train: {eval_every_epochs: 0}", "c.yaml:8: train.eval_every_epochs=0 … must be greater than 0"),
         ("train: {save_every_steps: yes}", "c.yaml:8: train.save_every_steps=true … must be a valid integer"),
         ("train: {epochs: 0}", "c.yaml:8: train.epochs=0 … must be greater than 0"),
         ("train: {learning_rate: .inf}", "c.yaml:8: train.learning_rate=inf … must be a finite number"),
@@ -201,7 +203,7 @@ def test_an_unknown_key_comes_before_other_errors(write):
         ("  holdout: 1.0", "c.yaml:8: data.holdout=1.0 … must be at least 0 and less than 1 … without a decimal point"),
         ("  holdout: -1", "c.yaml:8: data.holdout=-1 … must be between 0 and"),
         ("  holdout: yes", "c.yaml:8: data.holdout=true … a fraction below 1, or a whole number"),
-        ("train: {epochs: null}", "c.yaml:8: train.epochs=null … must be a valid integer"),
+        ("train: {epochs: null}", "c.yaml:8: train.epochs=null … must be a valid number"),
         ("train: {epochs: true}", "c.yaml:8: train.epochs=true … "),
         (
             "  holdout: 0.1\n  eval: [{name: a, path: b}]",

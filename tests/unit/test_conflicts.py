@@ -140,7 +140,15 @@ GPU = {"scaling__use_gpu": True}
             {"train__loss": "dft", "train__label_smoothing": 0.1},
             "train.label_smoothing=0.1 … train.loss=dft … only one",
         ),
-        ({"train__keep_best": True}, "train.keep_best … train.eval_every_steps is not set; set it"),
+        (
+            {"train__keep_best": True},
+            "train.keep_best … train.eval_every_steps is not set; set it, or … eval_every_epochs",
+        ),
+        (
+            {"train__keep_best": True, "train__eval_every_epochs": 1},
+            "train.keep_best … no evaluation data … data.holdout",
+        ),
+        ({"train__eval_delay": 3}, "train.eval_delay=3 … train.eval_every_steps is not set; set it, or … remove"),
         (
             {"train__early_stopping": {"patience": 2}, "train__eval_every_steps": 5},
             "train.early_stopping … no evaluation data … data.holdout",
@@ -157,6 +165,15 @@ GPU = {"scaling__use_gpu": True}
                 "train__save_every_steps": 5,
             },
             "train.optimizer=badam … train.save_every_steps=5 … remove",
+        ),
+        (
+            {
+                "train__optimizer": "badam",
+                "train__zero_stage": 0,
+                "model__finetuning": "full",
+                "train__save_every_epochs": 0.5,
+            },
+            "train.optimizer=badam … train.save_every_epochs=0.5 … remove",
         ),
         (
             {"train__schedule": "constant", "train__schedule_options": {"x": 1}},

@@ -49,7 +49,7 @@ def _here(tmp_path, monkeypatch):
         ),
         (
             "c.yaml train.epochs=two",
-            "command line: train.epochs='two': must be a valid integer",
+            "command line: train.epochs='two': must be a valid number",
         ),
         (
             "c.yaml train.optimizer=apollo train.zero_stage=0 model.finetuning=full scaling.num_workers=2",

@@ -272,6 +272,35 @@ def test_other_data_without_an_epoch_to_come_is_refused(tmp_path, sources):
     assert more.rows.row_plan.rows_of_epochs == [20, 12]
 
 
+def test_with_max_steps_other_data_comes_with_the_next_epoch_and_repeats_until_they_are_done(tmp_path, sources):
+    """Five steps an epoch before, then three: 10 steps, 3, and 1 of the next epoch."""
+    directory = begun(tmp_path, step=7)
+    settings: dict[str, Any] = {"train__epochs": 1, "train__max_steps": 14}
+    endless = {name: replace(rows, epochs=1, max_steps=14, repeat=True) for name, rows in sources.items()}
+    trained_with(directory, endless["a"], **settings)
+    it = with_data(directory, endless["b"], "other", **settings)
+    assert it.from_epoch == 3
+    assert it.rows.row_plan.steps == 14
+    assert it.rows.row_plan.rows_of_epochs == [20, 20, 12, 4]
+    shorter: dict[str, Any] = {"train__epochs": 1, "train__max_steps": 10}
+    with pytest.raises(RequestError) as caught:
+        with_data(directory, replace(endless["b"], max_steps=10), "other", **shorter)
+    assert str(caught.value) == (
+        f"{directory.place}: the data of source 'a' can change from epoch 3 on, but train.max_steps=10; "
+        "raise train.max_steps, restore the old data, or choose another run.name"
+    )
+
+
+def test_other_data_within_a_fraction_of_an_epoch_comes_with_the_next_one(tmp_path, sources):
+    directory = begun(tmp_path, step=7)
+    half = {name: replace(rows, epochs=1.5) for name, rows in sources.items()}
+    trained_with(directory, half["a"], train__epochs=1.5)
+    with pytest.raises(RequestError, match=r"can change from epoch 3 on, but train\.epochs=1\.5; raise train\.epochs"):
+        with_data(directory, half["b"], "other", train__epochs=1.5)
+    it = with_data(directory, replace(half["b"], epochs=2.5), "other", train__epochs=2.5)
+    assert it.rows.row_plan.rows_of_epochs == [20, 20, 8], "half of three steps, rounded up, of four rows"
+
+
 def test_other_data_that_has_not_come_yet_can_be_put_back(tmp_path, sources):
     """Let through, killed before its epoch began, and asked for as it was: nothing of the last epoch is another."""
     directory = begun(tmp_path, step=4)

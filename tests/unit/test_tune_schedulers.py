@@ -93,7 +93,7 @@ def test_a_scheduler_compares_with_the_trials_of_earlier_calls(scheduler, option
     """A trial worse than those that ended is stopped at its first evaluation, and one that is better goes on, as in one call."""
 
     def decided(ended: list[str], loss: float) -> str:
-        found = make_scheduler(config(scheduler, **options), steps=8, concurrent=1)
+        found = make_scheduler(config(scheduler, **options), first=2, steps=8, concurrent=1)
         replay(found, "eval_loss", ended, RECORD)
         new = EarlierTrial("new")
         found.on_trial_add(NOBODY, new)

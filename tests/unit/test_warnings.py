@@ -146,7 +146,7 @@ SINGLE = {"data__packing": False}
             "3 steps are too few to learn anything; raise train.max_steps=3",
         ),
         (
-            {"train__max_steps": 4},  # which is where the training ends anyway
+            {"train__epochs": 2, "train__global_batch_size": 16},
             {
                 "examples": 18,
                 "rows": 36,
@@ -158,6 +158,11 @@ SINGLE = {"data__packing": False}
                 "global_batch_size_chosen": False,
             },
             "4 steps are too few to learn anything; use train.global_batch_size=auto instead of 16",
+        ),
+        (
+            {"train__epochs": 0.5, **SINGLE},
+            {"examples": 10, "rows": 5, "rows_of_epochs": (5,), "steps": 5, "global_batch_size": 1, "epochs": 0.5},
+            "5 steps are too few to learn anything; use train.epochs=10, or add data",
         ),
         (
             {},  # more than one row, as the labels of one are not enough for a step
@@ -214,6 +219,11 @@ SINGLE = {"data__packing": False}
             {"train__warmup_ratio": 1.0},
             {},
             "warm-up takes 125 of 125 steps; lower train.warmup_ratio=1",
+        ),
+        (
+            {"train__warmup_steps": 100},
+            {},
+            "warm-up takes 100 of 125 steps; lower train.warmup_steps=100",
         ),
     ],
 )

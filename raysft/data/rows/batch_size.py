@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -12,7 +13,7 @@ MIN_AUTO_STEPS = 100
 """Steps that a training should have at least: Adam moves a weight by no more than the learning rate in each of them."""
 
 
-def auto_batch_size(epochs: Iterable[np.ndarray]) -> int:
+def auto_batch_size(epochs: Iterable[np.ndarray], count: float = math.inf) -> int:
     """Choose the rows in a step: 32 if that gives at least 100 steps in all, else fewer.
 
     The number is a power of two, which the usual numbers of workers divide, and no larger than an epoch needs. It is raised until
@@ -20,17 +21,20 @@ def auto_batch_size(epochs: Iterable[np.ndarray]) -> int:
 
     Args:
         epochs: [rows] loss tokens of each row, epoch by epoch.
+        count: number of epochs that are trained, perhaps with a fraction. Default: all.
 
     >>> [auto_batch_size([np.ones(rows)] * epochs) for rows, epochs in ((3169, 1), (3168, 1), (500, 3), (40, 1), (5, 200))]
     [32, 16, 8, 1, 8]
+    >>> auto_batch_size([np.ones(3200)] * 2, 1.5), auto_batch_size([np.ones(3200)], 0.5)
+    (32, 16)
     >>> auto_batch_size([np.array([4, 0, 7, 0, 0, 9])])
     2
     """
     known: list[np.ndarray] = []
     total = 0
-    for epoch in epochs:
+    for number, epoch in enumerate(epochs):
         known.append(epoch)
-        total += len(epoch)
+        total += math.ceil(min(1.0, count - number) * len(epoch))
         if -(-total // MAX_AUTO_BATCH_SIZE) >= MIN_AUTO_STEPS:
             break
     shortest = min(map(len, known))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from raysft.data.rows import mixture
 from raysft.data.rows import row_layouts as layouts
+from raysft.data.rows.batch_size import MAX_AUTO_BATCH_SIZE
 from raysft.data.rows.row_layouts import Layout, SegmentsBuilder
 
 
@@ -92,6 +94,55 @@ def _orders(
 def _joined(values: Sequence[np.ndarray]) -> np.ndarray:
     """[examples of all sources] int32."""
     return values[0].astype(np.int32, copy=False) if len(values) == 1 else np.concatenate(values, dtype=np.int32)
+
+
+def count_epochs(
+    sources: Sequence[SourceLengths],
+    takes: Sequence[int],
+    capacity: int,
+    layout: Layout,
+    epochs: float,
+    max_steps: int,
+    global_batch_size: int | None,
+) -> int:
+    """Return how many epochs so many steps need at most. The arguments are those of ``plan_rows``.
+
+    An epoch has at least the rows that its tokens fill, or one for each example.
+    """
+    least = sum(_least(source, take, layout, capacity) for source, take in zip(sources, takes, strict=True))
+    if global_batch_size is not None:
+        return -(-max_steps // max(1, -(-least // global_batch_size)))
+    # The number of rows in a step follows from ``epochs``.
+    return max(math.ceil(epochs), -(-max_steps // max(1, -(-least // MAX_AUTO_BATCH_SIZE))))
+
+
+def _least(source: SourceLengths, take: int, layout: Layout, capacity: int) -> int:
+    """Return the least rows of so many examples of a source, which may share the first and the last with other sources."""
+    if layout == "single":
+        return take
+    passes, rest = divmod(take, max(1, len(source)))
+    shortest = np.partition(source.lengths, rest)[:rest] if rest else source.lengths[:0]
+    tokens = passes * int(source.lengths.sum(dtype=np.int64)) + int(shortest.sum(dtype=np.int64))
+    return tokens // capacity
+
+
+def epoch_steps(rows: int, global_batch_size: int) -> int:
+    """Return the steps of an epoch, of which the last may be incomplete."""
+    return -(-rows // global_batch_size)
+
+
+def steps_at_end(epochs: float, steps: int) -> int:
+    """Return the steps of the last of so many epochs, as in transformers: a fraction of its steps is rounded up.
+
+    Args:
+        epochs: all epochs; 2.5 ends in the middle of the third.
+        steps: steps of the whole last epoch.
+
+    >>> [steps_at_end(epochs, 7) for epochs in (1, 0.5, 2.5, 3)], steps_at_end(1.1, 10)
+    ([7, 4, 4, 7], 2)
+    """
+    before = math.ceil(epochs) - 1
+    return math.ceil(epochs * steps) - before * steps
 
 
 def segment_index_type(

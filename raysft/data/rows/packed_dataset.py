@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +24,8 @@ from raysft.data.sources.pickle_guard import read_table
 from raysft.errors import StorageFailed
 from raysft.storage.path import StoragePath
 
+LATER = ("repeat",)
+"""Fields that earlier versions did not have."""
 PLANNED_AT = "_planned_at"
 """What a pickled dataset carries beside its fields: where its plan is."""
 
@@ -43,7 +45,7 @@ class PackedDataset:
     global_batch_size: int | None = None
     """Rows in a step; None: ``row_plan`` chooses the number."""
     seed: int = 0
-    epochs: int = 1
+    epochs: float = 1
     max_steps: int | None = None
     layout: Layout = "packed"
     mixing: Mixing = "concat"
@@ -51,6 +53,8 @@ class PackedDataset:
     """Weights of the sources in the mixture. Default: all the same."""
     document_mask: bool = True
     shuffle: bool = True
+    repeat: bool = False
+    """Epochs follow each other, whatever ``epochs`` says, until there are ``max_steps``."""
     earlier: PackedDataset | None = None
     """Rows of the first epochs, if the data changed on the way. All of its epochs come first; then those of this dataset with a
     higher number."""
@@ -68,7 +72,13 @@ class PackedDataset:
         """Return everything that decides the rows, as JSON."""
         # Choosing the batch size needs the manifests, and those of a finished run may be gone with the cache.
         chosen = self if self.global_batch_size else replace(self, global_batch_size=self.row_plan.global_batch_size)
-        return asdict(chosen)
+        return {**chosen._described(), "earlier": self.earlier and self.earlier.to_dict()}
+
+    def _described(self) -> dict[str, Any]:
+        """Fields by name. Those that came with later versions are left out at their defaults, for the names that are hashes."""
+        return {
+            name: getattr(self, name) for name in self.__dataclass_fields__ if name not in LATER or getattr(self, name)
+        }
 
     def content(self) -> dict[str, Any]:
         """Return everything that decides the rows and their tokens, as JSON, wherever the manifests are stored.
@@ -86,7 +96,7 @@ class PackedDataset:
 
         def epoch(dataset: PackedDataset) -> PackedDataset:
             names = tuple(StoragePath(path).parent.name for path in dataset.manifests)
-            return replace(dataset, manifests=names, epochs=1, max_steps=None, earlier=None)
+            return replace(dataset, manifests=names, epochs=1, max_steps=None, repeat=False, earlier=None)
 
         return epoch(self) == epoch(other)
 
@@ -122,7 +132,7 @@ class PackedDataset:
 
     def _identity(self) -> dict[str, Any]:
         return {
-            **{name: getattr(self, name) for name in self.__dataclass_fields__},
+            **self._described(),
             "manifests": [[files.key, *files.shards] for files in self._own_files],
             "earlier": self.earlier and self.earlier._identity(),
             "group": mixture.GROUP_EXAMPLES,
@@ -134,13 +144,22 @@ class PackedDataset:
         if self.earlier is None:
             return PlannedRows(*self._own_plan(self.max_steps), sources)
         known = self.earlier._planned
-        if self.earlier.epochs >= self.epochs:  # the training ends before the data changes
-            cut = replace(self.earlier, epochs=self.epochs, max_steps=self.max_steps)
+        endless = self.repeat and self.max_steps
+        over = known.row_plan.steps >= endless if endless else self.earlier.epochs >= self.epochs
+        if over:  # the training ends before the data changes
+            cut = replace(self.earlier, epochs=self.epochs, max_steps=self.max_steps, repeat=self.repeat)
             return PlannedRows(cut.row_plan, known.shard_ends, sources)
         examples = int(known.shard_ends[-1])
-        later, ends = self._own_plan(None)
+        later, ends = self._own_plan(self._own_steps(known.row_plan.steps))
         spliced = splice(known.row_plan, later, examples, len(known.sources), max_steps=self.max_steps)
         return PlannedRows(spliced, np.concatenate([known.shard_ends, examples + ends]), sources)
+
+    def _own_steps(self, earlier_steps: int) -> int | None:
+        """Return how many steps a plan of the own sources needs, from the first epoch on; None if its epochs decide."""
+        if not self.repeat or self.max_steps is None or self.earlier is None:
+            return None
+        skipped = replace(self, epochs=self.earlier.epochs, max_steps=None, repeat=False, earlier=None)
+        return skipped._own_plan(None)[0].steps + self.max_steps - earlier_steps
 
     def _own_plan(self, max_steps: int | None) -> tuple[RowPlan, np.ndarray]:
         """Plan the rows of the own sources; returns the plan and [shards] the index of the example after each shard's last."""
@@ -158,6 +177,7 @@ class PackedDataset:
             seed=self.seed,
             epochs=self.epochs,
             max_steps=max_steps,
+            repeat=self.repeat and max_steps is not None,
             layout=self.layout,
             mixing=self.mixing,
             document_mask=self.document_mask,

@@ -6,10 +6,11 @@ the same plan without communication.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,21 @@ import numpy as np
 from raysft.data.rows import mixture
 from raysft.data.rows import row_layouts as layouts
 from raysft.data.rows.batch_size import auto_batch_size
-from raysft.data.rows.epochs import Epoch, SourceLengths, lay_out_epochs, segment_index_type
+from raysft.data.rows.epochs import (
+    Epoch,
+    SourceLengths,
+    count_epochs,
+    epoch_steps,
+    lay_out_epochs,
+    segment_index_type,
+    steps_at_end,
+)
 from raysft.data.rows.mixture import Mixing
 from raysft.data.rows.row_layouts import Layout, Segments, SegmentsBuilder
+from raysft.errors import RequestError
 
+MAX_PLANNED = 1 << 32
+"""Most examples, counted once per epoch, whose order is planned before the start; the plan takes some 20 bytes for each."""
 BLOCK = 1 << 20
 """Segments that are looked at together where all of them would take too much memory."""
 STEP_SUMS = ("step_rows", "step_tokens", "step_loss_tokens", "step_squares", "step_weight")
@@ -43,7 +55,7 @@ class RowPlan:
     group_ends: np.ndarray
     """Rows at which a group of shards ends. Reading group by group opens each shard once."""
     epoch_ends: np.ndarray
-    """Consumed rows at which an epoch ends."""
+    """Consumed rows at which an epoch ends, also where the plan ends before."""
 
     @property
     def rows(self) -> int:
@@ -68,6 +80,19 @@ class RowPlan:
     def consumed(self, steps: int) -> int:
         """Return the rows, without empty ones, of the first steps."""
         return int(self.step_rows[:steps].sum())
+
+    @cached_property
+    def epoch_steps(self) -> np.ndarray:
+        """[epochs] steps after which an epoch ends."""
+        return np.cumsum(-(-np.diff(self.epoch_ends, prepend=0) // self.global_batch_size))
+
+    def epochs_after(self, steps: int) -> float:
+        """Convert a number of steps to epochs; within an epoch each of its steps counts the same."""
+        epoch = int(np.searchsorted(self.epoch_steps, steps, side="left"))
+        if epoch >= len(self.epoch_steps):
+            return float(len(self.epoch_steps))
+        start = int(self.epoch_steps[epoch - 1]) if epoch else 0
+        return epoch + (steps - start) / (int(self.epoch_steps[epoch]) - start)
 
     @property
     def rows_of_epochs(self) -> list[int]:
@@ -179,8 +204,9 @@ def plan_rows(
     capacity: int,
     global_batch_size: int | None = None,
     seed: int = 0,
-    epochs: int = 1,
+    epochs: float = 1,
     max_steps: int | None = None,
+    repeat: bool = False,
     layout: Layout = "packed",
     mixing: Mixing = "concat",
     document_mask: bool = True,
@@ -191,34 +217,47 @@ def plan_rows(
     Args:
         sources: lengths of each source's examples.
         capacity: tokens in a row.
-        global_batch_size: rows in an optimizer step, over all workers; None: ``auto_batch_size`` of all epochs.
+        global_batch_size: rows in an optimizer step, over all workers; None: ``auto_batch_size`` of ``epochs``.
         seed: with the number of the epoch it decides the order and, in a mixture, which examples are taken.
-        epochs: passes over the mixture. Each begins with a new step, so that the last step of each may be incomplete.
+        epochs: passes over the mixture. Each begins with a new step, so that the last step of each may be incomplete. A fraction
+            ends the last one in its middle.
         max_steps: cut the plan after this number of steps.
+        repeat: go on with further epochs, whatever ``epochs`` says, until there are ``max_steps``.
         layout: how examples become rows. ``packed`` needs examples of at most ``capacity`` tokens; the others cut longer ones.
         mixing: ``concat``: each example once an epoch; otherwise sources are taken in proportion to their weights, until the
             first one runs out or until all have (the others repeat).
         document_mask: keep the examples of a ``joined`` row apart; otherwise an example's first token is predicted too.
         shuffle: draw the order from the seed; otherwise keep that of the sources.
+
+    Raises:
+        RequestError: ``max_steps`` asks for more examples than a plan can hold.
     """
     takes = mixture.mixture([len(source) for source in sources], [source.weight for source in sources], mixing)
-    builder = SegmentsBuilder(segment_index_type(sources, takes, epochs, capacity))
-    made = lay_out_epochs(builder, sources, takes, capacity, seed if shuffle else None, epochs, layout, document_mask)
+    endless, most = repeat and max_steps, math.ceil(epochs)
+    if endless:
+        most = count_epochs(sources, takes, capacity, layout, epochs, endless, global_batch_size)
+    builder = SegmentsBuilder(segment_index_type(sources, takes, most, capacity))
+    made = lay_out_epochs(builder, sources, takes, capacity, seed if shuffle else None, most, layout, document_mask)
     known: list[Epoch] = []
     if global_batch_size is None:
-        global_batch_size = auto_batch_size(_loss_tokens(builder, made, known))
+        configured = islice(made, math.ceil(epochs))
+        global_batch_size = auto_batch_size(_loss_tokens(builder, configured, known), epochs)
     used: list[Epoch] = []
-    starts: list[int] = []
-    rows = 0
+    ends = [0]
     for epoch in chain(known, made):
-        starts.append(-(-rows // global_batch_size) * global_batch_size)
         used.append(epoch)
-        rows = starts[-1] + epoch.rows
-        if max_steps and rows > (max_steps - 1) * global_batch_size:
+        ends.append(ends[-1] + epoch_steps(epoch.rows, global_batch_size))
+        if max_steps and ends[-1] >= max_steps:
             break
+        if endless:
+            _refuse_too_many(endless, len(used) * sum(takes) * endless // ends[-1])
+    starts, steps = [end * global_batch_size for end in ends[:-1]], ends[-1]
+    if not endless and len(used) == math.ceil(epochs):
+        steps = ends[-2] + steps_at_end(epochs, ends[-1] - ends[-2])
+    rows = min(starts[-1] + used[-1].rows, min(steps, max_steps or steps) * global_batch_size)
     padding = np.diff([each.start - start for each, start in zip(used, starts, strict=True)], prepend=0)
     segments = layouts.insert_empty_rows(builder.build(), [each.start for each in used], (-padding).tolist())
-    segments = layouts.slice_rows(segments, 0, min(rows, max_steps * global_batch_size) if max_steps else rows)
+    segments = layouts.slice_rows(segments, 0, rows)
     return RowPlan(
         segments=segments,
         sources=_sources_of(segments.examples, [len(source) for source in sources]),
@@ -228,6 +267,14 @@ def plan_rows(
         group_ends=np.concatenate([start + epoch.group_ends for epoch, start in zip(used, starts, strict=True)]),
         epoch_ends=np.cumsum([epoch.rows for epoch in used]),
     )
+
+
+def _refuse_too_many(max_steps: int, planned: int) -> None:
+    """Refuse ``max_steps`` if they need so many epochs, as the first ones show, that no plan can hold their examples."""
+    if planned > MAX_PLANNED:
+        raise RequestError(
+            f"train.max_steps={max_steps} asks for {planned:,} examples, but a plan holds at most {MAX_PLANNED:,}; lower it"
+        )
 
 
 def _loss_tokens(builder: SegmentsBuilder, made: Iterator[Epoch], known: list[Epoch]) -> Iterator[np.ndarray]:

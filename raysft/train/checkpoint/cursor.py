@@ -52,7 +52,7 @@ class Cursor:
     workers: int = 1
     """Number of workers that wrote the checkpoint."""
     temporary: bool = False
-    """True if it is removed once the model is written, because ``save_every_steps`` did not ask for it."""
+    """True if it is removed once the model is written, because neither ``save_every_steps`` nor ``save_every_epochs`` asked."""
     unevaluated: bool = False
     """True if the training was stopped after this step and before its evaluation, which comes first when it goes on."""
 

@@ -1,4 +1,4 @@
-"""When to save a checkpoint: after a number of steps or of minutes, before a machine is preempted, and before it stops."""
+"""When to save a checkpoint: after a number of steps, epochs or minutes, before a machine is preempted, and before it stops."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ from time import monotonic
 
 from raysft.config import TrainSection
 from raysft.train.decisions import Outside
+from raysft.train.intervals import Interval
 
 
 class CheckpointTrigger:
     """Decide on all workers alike when to save; what only one worker knows reaches the others with the sums of a step."""
 
-    def __init__(self, train: TrainSection, rank: int, outside: Outside) -> None:
+    def __init__(self, train: TrainSection, scheduled: Interval, rank: int, outside: Outside) -> None:
         """
         Args:
             train: how often to save.
+            scheduled: after which steps to save in any case.
             rank: this worker's rank; the clock of rank 0 counts, and what it hears about the end.
             outside: asked in each step.
         """
-        self._train, self._first, self._outside = train, rank == 0, outside
+        self._train, self._scheduled, self._first, self._outside = train, scheduled, rank == 0, outside
         self._saved = monotonic()
         self._noticed_after: int | None = None
         """The step after which a preemption became known."""
@@ -51,9 +53,8 @@ class CheckpointTrigger:
         return True
 
     def is_scheduled(self, step: int) -> bool:
-        """Return True if ``save_every_steps`` asks for a checkpoint after a step."""
-        every = self._train.save_every_steps
-        return every is not None and step % every == 0
+        """Return True if ``save_every_steps`` or ``save_every_epochs`` asks for a checkpoint after a step."""
+        return self._scheduled.is_due(step)
 
     def is_due(self, step: int) -> bool:
         """Return True if a checkpoint is due after a step, for any reason."""
