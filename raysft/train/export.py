@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from raysft.errors import RunFailed, StorageFailed
 from raysft.models.end_of_turn import write_ends
@@ -243,6 +244,7 @@ def save(model: Any, weights: Weights, tokenizer: Any, folder: Path, ends: Seque
     if hasattr(model, "peft_config"):
         if pissa_start := getattr(model, "pissa_start", None):
             model.save_pretrained(folder, path_initial_model_for_weight_conversion=pissa_start)
+            _add_whole_modules(model, weights, folder)
         else:
             model.save_pretrained(folder, state_dict=weights)
         if generation := getattr(model.get_base_model(), "generation_config", None):
@@ -257,6 +259,16 @@ def save(model: Any, weights: Weights, tokenizer: Any, folder: Path, ends: Seque
     write_ends(folder, ends)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty template; the run directory has a model card
     tokenizer.save_pretrained(folder)
+
+
+def _add_whole_modules(model: Any, weights: Weights, folder: Path) -> None:
+    """Add the modules that are trained in full to a saved adapter; peft's conversion of PiSSA leaves them out."""
+    from peft import get_peft_model_state_dict
+
+    file = folder / "adapter_model.safetensors"
+    saved, trained = load_file(file), get_peft_model_state_dict(model, state_dict=weights)
+    if lacking := {name: weight for name, weight in trained.items() if name not in saved}:
+        save_file(saved | lacking, file, metadata={"format": "pt"})
 
 
 def put_in_place(draft: Path, folder: Path) -> None:

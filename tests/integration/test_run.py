@@ -808,3 +808,54 @@ def test_a_model_stops_where_its_turns_were_trained_to_end(tmp_path, capsys):
     ids = tokenizer.apply_chat_template(turns[:3], add_generation_prompt=True, return_tensors="pt")["input_ids"]
     out = exported.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
     assert tokenizer.decode(out) == "yo yo<|end|>"
+
+
+def test_new_tokens_end_turns_of_a_base_model_with_an_adapter(tmp_path, capsys):
+    """From the config to the exported model, and a second training that goes on from the first one's adapter."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = tiny_model(tmp_path / "base")
+    AutoTokenizer.from_pretrained(base).save_pretrained(base)
+    (tmp_path / "t.jinja").write_text(TURN.replace("<|im_start|>", "<|turn|>"))
+    turns = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(("hi", "yo yo"))]
+    (tmp_path / "a.jsonl").write_text(8 * (json.dumps({"messages": turns}) + "\n"))
+    source = {"path": str(tmp_path / "a.jsonl")}
+    model = {"path": str(base), "dtype": "float32", "chat_template": str(tmp_path / "t.jinja")}
+    settings = {
+        "run": {"storage": str(tmp_path / "runs"), "name": "r"},
+        "model": {**model, "new_tokens": {"special": ["<|turn|>", "<|end|>"], "descriptions": {"<|end|>": "yo"}}},
+        "data": {"train": [{"name": "a", **source}], "eval": [{"name": "e", **source, "max_examples": 1}]},
+        "train": {
+            "global_batch_size": 1,
+            "epochs": 8,
+            "learning_rate": 1e-2,
+            "schedule": "constant",
+            "warmup_ratio": 0.0,
+        },
+        "generate": {"max_new_tokens": 24, "do_sample": False},
+    }
+    settings["data"] |= {"sequence_length": 64, "packing": False, "cache": str(tmp_path / "cache")}
+    (tmp_path / "c.yaml").write_text(json.dumps(settings))
+    assert main(["run", str(tmp_path / "c.yaml")]) == 0
+    out, run = capsys.readouterr().out, tmp_path / "runs" / "r"
+    assert out.count("gets 2 new tokens (<|turn|> <|end|>), once") == 1
+    assert "ended by <|end|> (8)" in out
+    (written,) = read_jsonl(run / "generated_predictions.jsonl")
+    assert (written["predict"], written["stop"]) == ("yo yo", "eos")
+    (before,) = read_jsonl(RunDirectory(run).base_predictions)
+    assert before["predict"] != "yo yo"
+    assert main(["export", str(run), "--output", str(tmp_path / "out")]) == 0
+    exported, tokenizer = (each.from_pretrained(tmp_path / "out") for each in (AutoModelForCausalLM, AutoTokenizer))
+    end, eos = tokenizer.convert_tokens_to_ids(["<|end|>", "<|im_end|>"])
+    assert (tokenizer.eos_token, exported.generation_config.eos_token_id) == ("<|end|>", [end, eos])
+    ids = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    assert tokenizer.decode(exported.generate(ids, max_new_tokens=24)[0, ids.shape[1] :]) == "yo yo<|end|>"
+    again = [f"model.adapters=[{run / 'model'}]", "run.name=s", "train.epochs=1", "generate.enabled=false"]
+    capsys.readouterr()
+    assert main(["run", str(tmp_path / "c.yaml"), *again]) == 0
+    assert "new tokens" not in capsys.readouterr().out
+    losses = [
+        [row["loss"] for row in read_jsonl(tmp_path / "runs" / name / "trainer_log.jsonl") if "loss" in row]
+        for name in "rs"
+    ]
+    assert losses[1][0] < 0.1 * losses[0][0]

@@ -35,6 +35,8 @@ WAYS = {
     "full": {"model.finetuning": "full"},
     "lora": {"model.finetuning": "lora"},
     "oft": {"model.finetuning": "oft"},
+    "pissa": {"model.finetuning": "lora", "model.lora.pissa": True, "model.lora.pissa_iterations": 0},
+    "4bit": {"model.finetuning": "lora", "model.quantization": "4bit"},
     "freeze": {"model.finetuning": "freeze", "model.freeze.layers": 1},
 }
 
@@ -79,7 +81,7 @@ def test_all_weights_train_as_in_a_plain_loop_over_the_extended_model(case, trai
     np.testing.assert_allclose(rows, weights["model.embed_tokens.weight"], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", ["lora", "oft", "freeze"])
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "full"])
 def test_the_new_rows_are_trained_and_saved(case, trained, way):
     start = load_file(Path(case(way).config.model.path) / "model.safetensors")["model.embed_tokens.weight"].numpy()
     found = {
@@ -109,7 +111,7 @@ def test_workers_and_zero_change_no_number(case, trained, stage):
         assert_same(result, trained[way])
 
 
-@pytest.mark.parametrize("way", ["lora", "oft"])
+@pytest.mark.parametrize("way", ["lora", "oft", "pissa"])
 def test_peft_alone_and_the_export_compute_what_was_trained(case, trained, tmp_path, way):
     config, folder = case(way).config, trained[way].model
     ids = torch.tensor([[5, *new_ids(config.model.path), 9, 30]])
