@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from raysft.config import Config, Source, with_overrides
+from raysft.config.named_templates import special_tokens, template_names
 from raysft.data.duplicates import Duplicates, count_duplicates
 from raysft.data.rows.packed_dataset import PackedDataset
 from raysft.data.rows.row_plan import MAX_PLANNED, Layout
@@ -62,7 +63,8 @@ def prepare(config: Config, model: str, notify: Notify = lambda line: None) -> P
         config.scaling.data_label,
     )
     prepared = _plan_rows(config, train, list(evaluation.values()), manifests)
-    return replace(prepared, prompts=tuple(manifests[len(train) + len(evaluation) :]))
+    prompts = tuple(manifests[len(train) + len(evaluation) :])
+    return replace(prepared, prompts=prompts, missing_tokens=_missing_tokens(config, model))
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,24 @@ class PreparedData:
     """How many examples say the same as others."""
     shared_files: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Evaluation source → (training source, file), where both read the same file."""
+    missing_tokens: tuple[str, ...] = ()
+    """Special tokens of the named chat template that are not tokens of the tokenizer."""
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
         """IDs of the tokens that end an assistant turn, in the training data and in the references."""
         return stop_token_ids(merge_counts(manifest.turns for manifest in (*self.train, *self.prompts)))
+
+
+def _missing_tokens(config: Config, model: str) -> tuple[str, ...]:
+    """Find the special tokens of the template that ``model.chat_template`` names which the tokenizer splits."""
+    name = config.model.chat_template
+    if config.stage != "sft" or name not in template_names():
+        return ()
+    backend = load_once(model, config.model.runs_code).backend_tokenizer
+    return tuple(
+        token for token in special_tokens(name) if len(backend.encode(token, add_special_tokens=False).ids) != 1
+    )
 
 
 def prepare_prompts(config: Config, model: str, runs_code: bool, notify: Notify = lambda line: None) -> list[Manifest]:

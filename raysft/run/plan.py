@@ -129,6 +129,8 @@ class Plan:
     """Tokens that end turns, and whose embeddings the model has never been trained on and the run does not train."""
     shared_files: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Evaluation sets that share a file with a training source: by name, that source and the file."""
+    missing_tokens: tuple[str, ...] = ()
+    """Special tokens of the named chat template that are not tokens of the tokenizer."""
     warnings: tuple[str, ...] = ()
     """One line for each problem that would otherwise show only in the results."""
     memory: dict[str, Any] | None = None
@@ -265,6 +267,7 @@ def make_plan(
         turns=TurnStatistics.of(merge_counts(manifest.turns for manifest in prepared.train)),
         untrained_ends=tuple(untrained_ends),
         shared_files=prepared.shared_files,
+        missing_tokens=prepared.missing_tokens,
     )
     return replace(plan, warnings=tuple(warnings(config, plan)))
 

@@ -234,6 +234,16 @@ def untrained_prompt_endings(config: Config, plan: Plan) -> Iterator[str]:
         )
 
 
+def foreign_template(config: Config, plan: Plan) -> Iterator[str]:
+    """The model may belong to another family than the chat template."""
+    if plan.missing_tokens:
+        tokens = ", ".join(plan.missing_tokens)
+        yield (
+            f"model.chat_template={config.model.chat_template} writes {tokens}, but the tokenizer of {config.model.path} has no "
+            "such special tokens and splits them; use the template of the model's family, or add them in model.new_tokens.special"
+        )
+
+
 def no_checkpoints(config: Config, plan: Plan) -> Iterator[str]:
     """Some optimizers cannot resume, so no checkpoints are written."""
     if not config.train.resumes:
@@ -255,6 +265,7 @@ WARNINGS: tuple[Callable[[Config, Plan], Iterator[str]], ...] = (
     repeated_examples,
     lost_records,
     quoted_arguments,
+    foreign_template,
     endless_turns,
     untrained_end_tokens,
     untrained_prompt_endings,
