@@ -95,7 +95,10 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    from llamafactory.data.template import TEMPLATES, ReasoningTemplate
+    from llamafactory.data.template import (  # pyright: ignore[reportMissingImports]
+        TEMPLATES,
+        ReasoningTemplate,
+    )
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -110,6 +113,7 @@ def main() -> None:
 
     def decode(ids: list[int]) -> str:
         text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
         return text.replace(datetime.now().strftime("%d %b %Y"), DATE)
 
     def record(template: Any, case: dict[str, Any]) -> Any:
@@ -147,15 +151,13 @@ def main() -> None:
 
 def _as_it_reads_them(messages: list[dict[str, Any]], thought: tuple[str, str]) -> list[dict[str, str]]:
     """Write messages as LLaMA-Factory's converters do: calls as JSON, thoughts in the content, results in one turn."""
-    roles = {"tool": "observation"}
     given: list[dict[str, str]] = []
     for message in messages:
-        content, role = message["content"], roles.get(message["role"], message["role"])
+        content: str = message["content"]
+        role: str = "observation" if message["role"] == "tool" else message["role"]
         if "tool_calls" in message:
-            role, content = (
-                "function",
-                json.dumps([made["function"] for made in message["tool_calls"]], ensure_ascii=False),
-            )
+            role = "function"
+            content = json.dumps([made["function"] for made in message["tool_calls"]], ensure_ascii=False)
         if "reasoning_content" in message:
             content = thought[0] + message["reasoning_content"] + thought[1] + content
         if given and role == given[-1]["role"] == "observation":
