@@ -48,10 +48,16 @@ class Storage:
         return self.kept * self.checkpoint + self.model
 
 
-def storage(config: Config, sizes: ModelSizes, setup: Setup) -> Storage:
+def storage(config: Config, sizes: ModelSizes, setup: Setup, written_in_all: int | None = None) -> Storage:
     """Compute what a run writes.
 
     A checkpoint holds weights and optimizer states of the trained weights in float32; the model is written in its own type.
+
+    Args:
+        config: the run's config.
+        sizes: of the model.
+        setup: of the workers.
+        written_in_all: most checkpoints that the run writes from its start to its end; None if time decides.
     """
     kept = states(sizes, setup)
     parallel = setup.workers if setup.zero_stage else 1
@@ -61,7 +67,8 @@ def storage(config: Config, sizes: ModelSizes, setup: Setup) -> Storage:
     train = config.train
     saves = train.resumes and (train.saves_on_schedule or train.save_every_minutes is not None)
     copies = 2 if train.keep_best else 1
-    return Storage(checkpoint, copies * written, train.keep_last + 1 if saves else 0, _free(config))
+    most = train.keep_last + 1 if written_in_all is None else min(train.keep_last + 1, written_in_all)
+    return Storage(checkpoint, copies * written, most if saves else 0, _free(config))
 
 
 def _free(config: Config) -> float | None:

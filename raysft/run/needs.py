@@ -73,7 +73,8 @@ def with_estimate(
         raise
     except Exception as error:  # a model whose code transformers cannot run without weights
         return replace(plan, needs=(f"memory: not estimated ({one_line(error, 120)})", *time))
-    written = storage(config, found.sizes, setup_of(config, training.workers, training.rows_per_worker))
+    setup = setup_of(config, training.workers, training.rows_per_worker)
+    written = storage(config, found.sizes, setup, _checkpoints(config, plan))
     check_room(config, written)
     seconds = speed.seconds(plan.tokens, plan.workers) / plan.steps if speed and plan.steps else None
     warnings = (*plan.warnings, *found.warnings, *_storage_warnings(config, written, seconds))
@@ -114,6 +115,16 @@ def _is_small(training: Training, weight_bytes: int, place: Place) -> bool:
         return False
     tokens, eager = training.microbatch.tokens, training.config.model.attention == "eager"
     return surely_small(training.hf_config, weight_bytes, tokens, training.rows, place.limit, eager)
+
+
+def _checkpoints(config: Config, plan: Plan) -> int | None:
+    """Return the most checkpoints that a run writes in all, the one at its end included; None if time decides."""
+    train = config.train
+    if train.save_every_minutes is not None:
+        return None
+    by_steps = plan.steps / train.save_every_steps if train.save_every_steps else 0
+    by_epochs = plan.epochs / train.save_every_epochs if train.save_every_epochs else 0
+    return math.ceil(by_steps) + math.ceil(by_epochs)
 
 
 def _storage_line(written: Storage) -> Iterator[str]:

@@ -18,52 +18,12 @@ from raysft.config.llamafactory.conversion import schema
 from raysft.data.prepare import prepare
 from raysft.train.optim import make_lr_scheduler
 from tests import messages
+from tests.llamafactory import EXAMPLES, MINIMAL
 from tests.messages import holds
 from tests.tiny import tiny_model
 
 FIELDS = json.loads((Path(__file__).parent / "llamafactory_fields.json").read_text())
 """Names of the fields of LLaMA-Factory 0.9.5's arguments, and of transformers 5.2's."""
-MINIMAL = {"model_name_or_path": "m", "dataset": "a", "do_train": True}
-LORA = {"stage": "sft", "do_train": True, "finetuning_type": "lora", "lora_rank": 8, "lora_target": "all"}
-FULL = {"stage": "sft", "do_train": True, "finetuning_type": "full"}
-DATA = {"dataset": "identity,alpaca_en_demo", "cutoff_len": 2048, "max_samples": 1000, "overwrite_cache": True,
-        "preprocessing_num_workers": 16, "dataloader_num_workers": 4}  # fmt: skip
-OUTPUT = {"output_dir": "saves/m/x/sft", "logging_steps": 10, "save_steps": 500, "plot_loss": True, "report_to": "none",
-          "overwrite_output_dir": True, "save_only_model": False}  # fmt: skip
-STEPS = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "learning_rate": 1e-5, "bf16": True,
-         "num_train_epochs": 3.0, "lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "ddp_timeout": 180000000,
-         "resume_from_checkpoint": None}  # fmt: skip
-EXAMPLE = {"model_name_or_path": "m", "trust_remote_code": True, **DATA, **OUTPUT, **STEPS}
-EXAMPLES: dict[str, dict[str, Any]] = {
-    "lora": {**EXAMPLE, **LORA},
-    "lora_pretrain": {**EXAMPLE, **LORA, "stage": "pt", "dataset": "c4"},
-    "lora_ds3": {**EXAMPLE, **LORA, "deepspeed": "examples/deepspeed/ds_z3_config.json"},
-    "lora_ray": {**EXAMPLE, **LORA, "ray_num_workers": 4, "output_dir": "out"},
-    "full": {**EXAMPLE, **FULL, "deepspeed": "examples/deepspeed/ds_z3_config.json"},
-    "qlora": {**EXAMPLE, **LORA, "quantization_bit": 4, "quantization_method": "bnb", "double_quantization": False},
-    "loraplus": {**EXAMPLE, **LORA, "loraplus_lr_ratio": 16.0},
-    "pissa": {**EXAMPLE, **LORA, "pissa_init": True, "pissa_iter": 16, "pissa_convert": True},
-    "oft": {**EXAMPLE, "finetuning_type": "oft", "do_train": True, "oft_block_size": 32, "oft_target": "all"},
-    "freeze": {**EXAMPLE, **FULL, "finetuning_type": "freeze", "freeze_trainable_layers": 1},
-    "adam_mini": {**EXAMPLE, **FULL, "use_adam_mini": True},
-    "muon": {**EXAMPLE, **FULL, "use_muon": True},
-    "galore": {**EXAMPLE, **FULL, "use_galore": True, "galore_layerwise": True, "galore_target": "all",
-               "galore_rank": 128, "galore_scale": 2.0, "pure_bf16": True, "bf16": False},
-    "apollo": {**EXAMPLE, **FULL, "use_apollo": True, "apollo_layerwise": True, "apollo_rank": 128,
-               "apollo_scale": 32.0, "apollo_scale_type": "channel", "pure_bf16": True, "bf16": False},
-    "badam": {**EXAMPLE, **FULL, "use_badam": True, "badam_mode": "layer", "badam_switch_mode": "ascending",
-              "badam_switch_interval": 50, "badam_verbose": 2},
-    "dft": {**EXAMPLE, **FULL, "use_dft_loss": True},
-    "eaft": {**EXAMPLE, **FULL, "use_eaft_loss": True},
-    "fp8": {**EXAMPLE, **FULL, "fp8": True, "fp8_backend": "torchao", "fp8_enable_fsdp_float8_all_gather": False,
-            "deepspeed": "examples/deepspeed/ds_z3_fp8_config.json", "report_to": "wandb", "run_name": "fp8"},
-    "vision": {**EXAMPLE, **FULL, "image_max_pixels": 262144, "freeze_vision_tower": True, "freeze_language_model": False},
-    "preprocess": {"model_name_or_path": "m", **LORA, "dataset": "a", "tokenized_path": "tokens", "output_dir": "o/x"},
-    "predict": {"model_name_or_path": "m", "adapter_name_or_path": "saves/m/lora/sft", "do_predict": True,
-                "eval_dataset": "a,b", "predict_with_generate": True, "per_device_eval_batch_size": 1, "max_samples": 50,
-                "output_dir": "saves/m/lora/predict"},
-}  # fmt: skip
-"""Configs such as LLaMA-Factory's examples, for those features that raysft has."""
 
 
 @pytest.fixture
@@ -242,7 +202,8 @@ def of(config: Config, path: str) -> Any:
             {"train.global_batch_size": 24, "train.micro_batch_size": 2, "scaling.num_workers": 3},
         ),
         ({"output_dir": "saves/m/lora/sft/"}, {"run.storage": "saves/m/lora", "run.name": "sft"}),
-        ({"output_dir": "/out"}, {"run.storage": "/", "run.name": "out", "data.cache": "/out/cache"}),
+        ({"output_dir": "/out"}, {"run.storage": "/out"}),
+        ({"output_dir": "out"}, {"run.storage": ".", "run.name": "out"}),
         ({"output_dir": "s3://b/x/sft"}, {"run.storage": "s3://b/x", "run.name": "sft"}),
         ({"val_size": 0.1}, {"data.holdout": 0.1}),
         ({"val_size": 500}, {"data.holdout": 500}),
@@ -259,7 +220,11 @@ def of(config: Config, path: str) -> Any:
         ({"eval_strategy": "steps", "logging_steps": 7, "val_size": 0.1}, {"train.eval_every_steps": 7}),
         ({"eval_strategy": "steps", "eval_steps": 20, "val_size": 0.1}, {"train.eval_every_steps": 20}),
         ({"evaluation_strategy": "steps", "eval_steps": 20, "val_size": 9}, {"train.eval_every_steps": 20}),
-        ({"save_total_limit": 3}, {"train.keep_last": 3}),
+        ({"save_total_limit": 3}, {"train.keep_last": 3, "train.save_every_steps": 500}),
+        ({"save_strategy": "epoch"}, {"train.save_every_epochs": 1, "train.save_every_minutes": None}),
+        ({"eval_strategy": "epoch", "val_size": 9, "eval_delay": 1}, {"train.eval_every_epochs": 1, "train.eval_delay": 1}),
+        ({"warmup_steps": 20}, {"train.warmup_steps": 20}),
+        ({"num_train_epochs": "0.5"}, {"train.epochs": 0.5}),
         ({"bf16": True}, {"model.dtype": "bfloat16"}),
         ({"fp16": True}, {"model.dtype": "float16"}),
         ({"disable_gradient_checkpointing": True}, {"train.gradient_checkpointing": False}),
@@ -397,34 +362,38 @@ def test_convert_prints_or_writes_the_config_and_says_what_is_refused(write, cap
     assert "no key of LLaMA-Factory" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("examples", "batch", "accumulation", "workers", "epochs", "warmup"), [
-    (13, 2, 2, 1, 3, 0.1), (16, 4, 1, 1, 2, 0.0), (7, 1, 3, 2, 3, 0.5), (5, 8, 1, 1, 1, 0.0),
+@pytest.mark.parametrize(("examples", "batch", "accumulation", "workers", "keys"), [
+    (13, 2, 2, 1, {"warmup_ratio": 0.1}),
+    (16, 4, 1, 1, {"num_train_epochs": 2}),
+    (7, 1, 3, 2, {"warmup_ratio": 0.5}),
+    (5, 8, 1, 1, {"num_train_epochs": 1}),
+    (13, 2, 1, 1, {"num_train_epochs": 1.5, "warmup_steps": 4}),
+    (5, 1, 2, 1, {"num_train_epochs": 1, "max_steps": 11, "warmup_steps": 0.2}),
 ])  # fmt: skip
 def test_steps_and_learning_rates_are_those_of_its_trainer(
-    tmp_path, write, examples, batch, accumulation, workers, epochs, warmup
+    tmp_path, write, examples, batch, accumulation, workers, keys
 ):
     model = tiny_model(tmp_path / "m")
     (tmp_path / "data").mkdir()
     records = [{"instruction": f"Say {n}.", "input": "", "output": "n " * (1 + n * 40 % 300)} for n in range(examples)]
-    records.append({"instruction": "", "output": ""})  # LLaMA-Factory leaves it out
     (tmp_path / "data" / "a.json").write_text(json.dumps(records))
     (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"a": {"file_name": "a.json"}}))
     config = load(write({
         **MINIMAL, "model_name_or_path": str(model), "cutoff_len": 128, "per_device_train_batch_size": batch,
-        "gradient_accumulation_steps": accumulation, "ray_num_workers": workers, "num_train_epochs": epochs,
-        "learning_rate": 2e-4, "warmup_ratio": warmup, "output_dir": "o/x",
+        "gradient_accumulation_steps": accumulation, "ray_num_workers": workers, "learning_rate": 2e-4, **keys,
     }), ["scaling.use_gpu=false"])  # fmt: skip
     plan = prepare(config, str(model)).train_rows.row_plan
     # transformers' Trainer: batches of all workers, then steps of several of them; the last ones of an epoch may be short.
     batches = math.ceil(examples / (batch * workers))
-    steps = epochs * math.ceil(batches / accumulation)
+    steps = keys.get("max_steps") or math.ceil(keys.get("num_train_epochs", 3) * math.ceil(batches / accumulation))
     assert plan.steps == steps
-    assert int(plan.epoch_ends[-1]) == epochs * examples
+    assert int(plan.epoch_ends[0]) == examples
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.train.learning_rate)
     schedule = make_lr_scheduler(optimizer, config.train, plan.steps)
-    rising = math.ceil(warmup * steps)
+    warmup = keys.get("warmup_ratio", keys.get("warmup_steps", 0))
+    rising = warmup if warmup >= 1 else math.ceil(warmup * steps)
     for step in range(steps):
-        expected = 2e-4 * (step / rising if step < rising else (steps - step) / max(1, steps - rising))
+        expected = 2e-4 * (step / rising if step < rising else (steps - step) / (steps - rising))
         assert schedule.get_last_lr()[0] == pytest.approx(expected)
         optimizer.step()
         schedule.step()

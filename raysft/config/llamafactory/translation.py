@@ -25,11 +25,13 @@ def run(given: Settings) -> Derived:
     if not name:
         yield Refusal("output_dir", f"output_dir={output} names no folder; add the name of the run")
         return
+    if not separator and str(path.parent) == "/":
+        yield Entry("run.storage", output, "output_dir", "the run is in this folder, which may be a volume")
+        return
     storage = f"{scheme}{separator}{path.parent}"
-    yield Entry("run.name", name, "output_dir", "" if name == path.name else f"of {path.name}")
-    yield Entry("run.storage", storage, "output_dir", "" if name == path.name else f"the run is in {storage}/{name}")
-    if not separator and str(path.parent) in (".", "/"):
-        yield Entry("data.cache", f"{path.parent / name}/cache", "output_dir", "not beside the run")
+    note = "" if name == path.name else f"the run is in {storage}/{name}"
+    yield Entry("run.name", name, "output_dir", note)
+    yield Entry("run.storage", storage, "output_dir")
 
 
 def workers(given: Settings) -> Derived:
@@ -119,6 +121,8 @@ def evaluation(given: Settings) -> Derived:
         yield Entry(
             "train.keep_last", limit or ALL_CHECKPOINTS, "save_total_limit", "" if limit else "LLaMA-Factory keeps all"
         )
+        if not limit:
+            yield Entry("train.save_every_minutes", None, "", "with save_total_limit, also every 15 minutes")
 
 
 def _every(given: Settings, path: str, strategy: str, key: str) -> Derived:
