@@ -63,6 +63,9 @@ def write_set(
                 largest_token=(999, "0"),
                 turns=Counter(),
                 formats=("text",),
+                digests=np.stack([np.full(len(of_shard), source), first + np.arange(len(of_shard))], axis=1).astype(
+                    np.uint64
+                ),
             )
         )
     save_manifest(place / "manifest.parquet", place.name, shards)

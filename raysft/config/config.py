@@ -11,6 +11,7 @@ from raysft.config.data import DataSection
 from raysft.config.evaluation_effects import Bearing, bearing_of
 from raysft.config.generate import GenerateSection
 from raysft.config.model import ModelSection
+from raysft.config.named_templates import named_template, similar_name, template_names
 from raysft.config.resume_effects import Effect, effect_of
 from raysft.config.run import RunSection
 from raysft.config.scaling import ScalingSection
@@ -99,18 +100,21 @@ class Config(Section):
         name = self.model.chat_template
         if name is None:
             return None
-        built_in = {path.stem: path for path in (Path(__file__).parent.parent / "chat_templates").glob("*.jinja")}
-        path = built_in.get(name, Path(name))
+        if name in template_names():
+            return named_template(name)
         try:
-            text = path.read_text(encoding="utf-8-sig")
-            if not text.strip():
-                raise RequestError(f"model.chat_template={name}: the file is empty; use a Jinja template")
-            return text.rstrip("\n") if path in built_in.values() else text
+            text = Path(name).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
+            similar = similar_name(name)
             raise RequestError(
-                f"model.chat_template={name} is not a readable file ({getattr(error, 'strerror', None) or one_line(error)}); use "
-                f"the path of a Jinja template, or one of {', '.join(sorted(built_in))}"
+                f"model.chat_template={name} is neither a template's name nor a readable file "
+                f"({getattr(error, 'strerror', None) or one_line(error)}); "
+                + (f"did you mean {similar}? " if similar else "")
+                + "use a name that configs/README.md lists, or the path of a Jinja template"
             ) from None
+        if not text.strip():
+            raise RequestError(f"model.chat_template={name}: the file is empty; use a Jinja template")
+        return text
 
     def numerics_keys(self) -> dict[str, Any]:
         """Flat mapping of the keys that affect the numbers of a training. A run directory belongs to exactly these values."""

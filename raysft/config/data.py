@@ -90,6 +90,10 @@ class DataSection(Section):
     shuffle: bool = True
     """Train in a random order, another one in each epoch. ``false``: in the order of the files, one source after the other;
     packed rows are in the order of their first examples."""
+    duplicates: Literal["keep", "drop"] = "keep"
+    """What to do with training examples that say the same as others: the same roles, contents, calls and functions, whatever their
+    blanks. ``keep``: train on them, and count them. ``drop``: of several copies, train on the first alone, and on none that an
+    evaluation set has, so that evaluation sets stay as they are. Copies that ``num_samples`` draws count, too."""
     holdout: Holdout = 0.0
     """Examples to hold out of training and evaluate on, under the names of their sources: a fraction of each training source
     (``0.1``), or a number of examples of all of them together (``500``; ``1`` is one example). A stable hash of the opening of an

@@ -49,7 +49,7 @@ _KEYS = {
     Bearing.NONE: """
         run.name run.sweep run.storage
         model.lora.loraplus_ratio
-        data.train[].weight data.shuffle data.mixing data.max_rejected data.cache
+        data.train[].weight data.shuffle data.duplicates data.mixing data.max_rejected data.cache
         train.epochs train.max_steps train.global_batch_size
         train.learning_rate train.weight_decay train.betas train.epsilon train.max_grad_norm
         train.schedule train.schedule_options train.warmup_ratio train.warmup_steps

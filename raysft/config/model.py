@@ -118,8 +118,8 @@ class ModelSection(Section):
     this list contains its ``path``, spelled the same way, and the name of any other repository that the code comes from. Read
     the code first: it runs on every node, with the permissions of the run. Default: none."""
     chat_template: PathOrHubId | None = None
-    """Chat template that replaces the tokenizer's own and is saved with the model: ``chatml``, ``llama3``, ``gemma``,
-    ``alpaca``, ``vicuna``, or the path of a ``*.jinja`` file."""
+    """Chat template that replaces the tokenizer's own and is saved with the model: the name of a template of LLaMA-Factory, such
+    as ``chatml``, ``llama3`` or ``qwen3`` (``configs/README.md`` lists them), or the path of a ``*.jinja`` file."""
     new_tokens: NewTokensSection = NewTokensSection()
     """Tokens to add to the tokenizer and the model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from raysft.config import Config, Source, with_overrides
+from raysft.config.named_templates import special_tokens, template_names
+from raysft.data.duplicates import Duplicates, count_duplicates
 from raysft.data.rows.packed_dataset import PackedDataset
 from raysft.data.rows.row_plan import MAX_PLANNED, Layout
 from raysft.data.shards.build import build_shards
@@ -61,7 +63,8 @@ def prepare(config: Config, model: str, notify: Notify = lambda line: None) -> P
         config.scaling.data_label,
     )
     prepared = _plan_rows(config, train, list(evaluation.values()), manifests)
-    return replace(prepared, prompts=tuple(manifests[len(train) + len(evaluation) :]))
+    prompts = tuple(manifests[len(train) + len(evaluation) :])
+    return replace(prepared, prompts=prompts, missing_tokens=_missing_tokens(config, model))
 
 
 @dataclass(frozen=True)
@@ -77,13 +80,28 @@ class PreparedData:
     """Name of an evaluation set → its rows."""
     prompts: tuple[Manifest, ...] = ()
     """One manifest for each source that predictions are generated for."""
+    duplicates: Duplicates = field(default_factory=lambda: Duplicates({}, {}))
+    """How many examples say the same as others."""
     shared_files: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Evaluation source → (training source, file), where both read the same file."""
+    missing_tokens: tuple[str, ...] = ()
+    """Special tokens of the named chat template that are not tokens of the tokenizer."""
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
         """IDs of the tokens that end an assistant turn, in the training data and in the references."""
         return stop_token_ids(merge_counts(manifest.turns for manifest in (*self.train, *self.prompts)))
+
+
+def _missing_tokens(config: Config, model: str) -> tuple[str, ...]:
+    """Find the special tokens of the template that ``model.chat_template`` names which the tokenizer splits."""
+    name = config.model.chat_template
+    if config.stage != "sft" or name not in template_names():
+        return ()
+    backend = load_once(model, config.model.runs_code).backend_tokenizer
+    return tuple(
+        token for token in special_tokens(name) if len(backend.encode(token, add_special_tokens=False).ids) != 1
+    )
 
 
 def prepare_prompts(config: Config, model: str, runs_code: bool, notify: Notify = lambda line: None) -> list[Manifest]:
@@ -140,6 +158,8 @@ def _plan_rows(
             f"train.epochs={config.train.epochs} asks for {planned:,} examples, but a plan holds at most {MAX_PLANNED:,}; lower "
             "it, or set train.max_steps"
         )
+    evaluated = manifests[len(train) : len(train) + len(evaluation)]
+    duplicates = count_duplicates(manifests[: len(train)], evaluated, data.duplicates == "drop")
     layout: Layout = "single" if not data.packing else "joined" if config.stage == "pt" else "packed"
     train_rows = PackedDataset(
         manifests=tuple(shards.manifest.location for shards in train),
@@ -154,6 +174,7 @@ def _plan_rows(
         mixing_weights=tuple(source.weight or 1.0 for source in data.train),
         document_mask=data.document_mask,
         shuffle=data.shuffle,
+        apart_from=tuple(each.manifest.location for each in evaluation) if data.duplicates == "drop" else None,
     )
     eval_rows = {
         shards.source.name: PackedDataset(
@@ -164,7 +185,7 @@ def _plan_rows(
             document_mask=data.document_mask,
             shuffle=False,
         )
-        for shards, manifest in zip(evaluation, manifests[len(train) :], strict=False)
+        for shards, manifest in zip(evaluation, evaluated, strict=True)
         if manifest.loss_tokens.any()  # not for prompts alone
     }
     _refuse_nothing_compared(config, eval_rows)
@@ -173,9 +194,10 @@ def _plan_rows(
         _ = rows.row_plan  # or each worker would plan them
     return PreparedData(
         train=tuple(manifests[: len(train)]),
-        eval=tuple(manifests[len(train) : len(train) + len(evaluation)]),
+        eval=tuple(evaluated),
         train_rows=train_rows,
         eval_rows=eval_rows,
+        duplicates=duplicates,
         shared_files=_shared_files(train, evaluation),
     )
 

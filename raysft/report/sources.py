@@ -29,6 +29,11 @@ _COUNTS = {
     "tools_as_text": "with tools written as text",
     "turns_left_out": "with turns that the chat template omits",
     "quoted_arguments": "with tool-call arguments as a quoted string",
+    "repeated": "duplicates in the source",
+    "repeated_elsewhere": "duplicates of an earlier source",
+    "evaluated": "also evaluated on",
+    "trained_on": "also trained on",
+    "left_out": "left out as duplicates",
 }
 """Key in the plan → label. A count is shown if it is not 0."""
 

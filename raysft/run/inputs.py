@@ -142,7 +142,10 @@ def training_identity(model: str, adapter: str | None, prepared: PreparedData) -
     identity = {"the model": model_fingerprint(model)}
     if adapter:
         identity["the adapter"] = model_fingerprint(adapter)
-    identity |= {f"the data of source {manifest.name!r}": manifest.key for manifest in prepared.train}
+    # With data.duplicates=drop, the evaluation sets decide which examples are trained on.
+    sets = prepared.eval if prepared.train_rows.apart_from is not None else ()
+    for manifest in prepared.train:
+        identity[f"the data of source {manifest.name!r}"] = " ".join([manifest.key, *(each.key for each in sets)])
     return identity | {EVALUATION: " ".join(manifest.key for manifest in prepared.eval)}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,11 @@ COUNTED = {
     "tools_as_text": "{:,} with tools written into the text",
     "turns_left_out": "{:,} with turns that the chat template leaves out",
     "quoted_arguments": "{:,} with calls whose arguments are a quoted text",
+    "repeated": "{:,} that repeat another one",
+    "repeated_elsewhere": "{:,} that repeat one of an earlier source",
+    "evaluated": "{:,} that are evaluated on",
+    "trained_on": "{:,} that are trained on",
+    "left_out": "{:,} left out as duplicates",
 }
 """Counts of a source, in the words of the plan."""
 
@@ -124,12 +129,33 @@ class Plan:
     """Tokens that end turns, and whose embeddings the model has never been trained on and the run does not train."""
     shared_files: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Evaluation sets that share a file with a training source: by name, that source and the file."""
+    missing_tokens: tuple[str, ...] = ()
+    """Special tokens of the named chat template that are not tokens of the tokenizer."""
     warnings: tuple[str, ...] = ()
     """One line for each problem that would otherwise show only in the results."""
     memory: dict[str, Any] | None = None
     """What a worker needs at its peak (``estimate.memory.Memory.as_dict``); None if it is not estimated."""
     needs: tuple[str, ...] = ()
     """Memory, storage and time as lines for the terminal."""
+
+    @property
+    def duplicates(self) -> str:
+        """How many examples say the same as others, in words."""
+        left_out = _total(self.sources, "left_out")
+        repeated = _total(self.sources, "repeated") + _total(self.sources, "repeated_elsewhere")
+        trained_on, evaluated = (
+            _total(self.evaluation, "trained_on"),
+            sum(each.examples for each in self.evaluation.values()),
+        )
+        examples = self.examples + left_out
+        if left_out:
+            return (
+                f"{left_out:,} of {examples:,} training examples are left out, as they repeat another one ({repeated:,}) or are "
+                f"evaluated on ({_total(self.sources, 'evaluated'):,})"
+            )
+        found = [f"{repeated:,} of {examples:,} training examples repeat another one"] if repeated else []
+        found += [f"{trained_on:,} of {evaluated:,} evaluation examples are trained on"] if trained_on else []
+        return ", ".join(found) or "none"
 
     def as_dict(self) -> dict[str, object]:
         """The content of ``plan.json``; ``resolved`` has the keys of ``Resolved``."""
@@ -144,6 +170,7 @@ class Plan:
             lines.append(f"train {name}: {_source_line(source)}")
         for name, source in self.evaluation.items():
             lines.append(f"eval {name}: {_source_line(source)}")
+        lines.append(f"duplicates: {self.duplicates}")
         if self.stage == "sft" and self.turns.end_tokens:
             ends = ", ".join(f"{text} ({count:,})" for text, count in self.turns.end_tokens.items())
             lines.append(f"turns: {self.turns.total:,} trained, ended by {ends}")
@@ -166,6 +193,10 @@ class Plan:
             f"{self.cluster_cpus:g} CPUs and {self.cluster_gpus:g} GPUs"
         )
         return [*lines, *self.needs, *(f"warning: {warning}" for warning in self.warnings)]
+
+
+def _total(sources: Mapping[str, SourcePlan], count: str) -> int:
+    return sum(source.counts.get(count, 0) for source in sources.values())
 
 
 def _source_line(source: SourcePlan) -> str:
@@ -205,9 +236,10 @@ def make_plan(
     workers = min(scaling.most_workers, max(1, max_workers(nodes, scaling.cpus_per_worker, scaling.use_gpu)))
     rows_per_worker = -(-per_step // workers)
     rows = row_plan.consumed(row_plan.steps)
+    left_out = sum(counts.get("left_out", 0) for counts in prepared.duplicates.train.values())
     plan = Plan(
         stage=config.stage,
-        examples=sum(len(manifest) for manifest in prepared.train),
+        examples=sum(map(len, prepared.train)) - left_out,
         rows=rows,
         rows_of_epochs=tuple(row_plan.rows_of_epochs),
         steps=row_plan.steps,
@@ -229,12 +261,13 @@ def make_plan(
         gpus=float(workers) if config.scaling.use_gpu else 0.0,
         cluster_cpus=sum(node.cpus for node in nodes),
         cluster_gpus=sum(node.gpus for node in nodes),
-        sources=plan_sources(prepared.train),
-        evaluation=plan_sources(prepared.eval),
+        sources=plan_sources(prepared.train, prepared.duplicates.train),
+        evaluation=plan_sources(prepared.eval, prepared.duplicates.evaluation),
         resolved=_resolved(config, per_step, workers, adapter),
         turns=TurnStatistics.of(merge_counts(manifest.turns for manifest in prepared.train)),
         untrained_ends=tuple(untrained_ends),
         shared_files=prepared.shared_files,
+        missing_tokens=prepared.missing_tokens,
     )
     return replace(plan, warnings=tuple(warnings(config, plan)))
 
@@ -266,12 +299,19 @@ def _resolved(config: Config, global_batch_size: int, workers: int, adapter: str
     )
 
 
-def plan_sources(manifests: Sequence[Manifest]) -> dict[str, SourcePlan]:
-    """Return each source as the run uses it, by name."""
-    return {manifest.name: _source(manifest) for manifest in manifests}
+def plan_sources(
+    manifests: Sequence[Manifest], duplicates: Mapping[str, Mapping[str, int]] | None = None
+) -> dict[str, SourcePlan]:
+    """Return each source as the run uses it, by name.
+
+    Args:
+        manifests: of the sources.
+        duplicates: counts of duplicates, by source and kind.
+    """
+    return {manifest.name: _source(manifest, (duplicates or {}).get(manifest.name, {})) for manifest in manifests}
 
 
-def _source(manifest: Manifest) -> SourcePlan:
+def _source(manifest: Manifest, duplicates: Mapping[str, int]) -> SourcePlan:
     return SourcePlan(
         records=manifest.records,
         examples=len(manifest),
@@ -280,7 +320,7 @@ def _source(manifest: Manifest) -> SourcePlan:
         longest=int(manifest.lengths.max()),
         rejected=len(manifest.rejected),
         dropped=len(manifest.dropped),
-        counts=manifest.counts,
+        counts={**manifest.counts, **duplicates},
         formats=manifest.formats,
         reused=manifest.reused,
     )

@@ -138,7 +138,7 @@ def _next_epoch(
     else:
         limit, over = "train.epochs", current >= train.epochs
     if over and not rows.has_same_epochs(_rows_of_epoch(recorded, current)):
-        keys = ", ".join(key for key in changes if effect_of(key) is Effect.EPOCH)
+        keys = ", ".join([key for key in changes if effect_of(key) is Effect.EPOCH] or changes)
         raise RequestError(
             f"{directory.place}: {keys} can change from epoch {current + 1} on, but "
             f"{limit}={train.max_steps or train.epochs}; raise {limit}, restore the old data, or choose another run.name"

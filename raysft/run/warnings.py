@@ -122,6 +122,30 @@ def evaluated_on_training_data(config: Config, plan: Plan) -> Iterator[str]:
         )
 
 
+def trained_on(config: Config, plan: Plan) -> Iterator[str]:
+    """Evaluation examples may be among the training data."""
+    for name, source in plan.evaluation.items():
+        count = source.counts.get("trained_on", 0)
+        if count and name not in plan.shared_files:
+            yield (
+                f"{count:,} of {source.examples:,} examples of evaluation set {name!r} are trained on, so its results show "
+                "what the model remembers; use data.duplicates=drop, which leaves them out of the training"
+            )
+
+
+def repeated_examples(config: Config, plan: Plan) -> Iterator[str]:
+    """Much of the training data may be copies of the rest."""
+    counts = [source.counts for source in plan.sources.values()]
+    if any(each.get("left_out") for each in counts):
+        return
+    repeated = sum(each.get(name, 0) for each in counts for name in ("repeated", "repeated_elsewhere"))
+    if repeated >= MANY * plan.examples and repeated:
+        yield (
+            f"{repeated:,} of {plan.examples:,} training examples repeat another one, so that it has more weight; use "
+            "data.duplicates=drop if that is not on purpose"
+        )
+
+
 def lost_records(config: Config, plan: Plan) -> Iterator[str]:
     """Much of a source may be lost or cut."""
     for name, source in {**plan.evaluation, **plan.sources}.items():
@@ -210,6 +234,16 @@ def untrained_prompt_endings(config: Config, plan: Plan) -> Iterator[str]:
         )
 
 
+def foreign_template(config: Config, plan: Plan) -> Iterator[str]:
+    """The model may belong to another family than the chat template."""
+    if plan.missing_tokens:
+        tokens = ", ".join(plan.missing_tokens)
+        yield (
+            f"model.chat_template={config.model.chat_template} writes {tokens}, but the tokenizer of {config.model.path} has no "
+            "such special tokens and splits them; use the template of the model's family, or add them in model.new_tokens.special"
+        )
+
+
 def no_checkpoints(config: Config, plan: Plan) -> Iterator[str]:
     """Some optimizers cannot resume, so no checkpoints are written."""
     if not config.train.resumes:
@@ -227,8 +261,11 @@ WARNINGS: tuple[Callable[[Config, Plan], Iterator[str]], ...] = (
     no_evaluation,
     small_evaluation,
     evaluated_on_training_data,
+    trained_on,
+    repeated_examples,
     lost_records,
     quoted_arguments,
+    foreign_template,
     endless_turns,
     untrained_end_tokens,
     untrained_prompt_endings,

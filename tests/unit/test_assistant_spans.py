@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raysft.config import Source, parse
+from raysft.config import Source
 from raysft.data.rows.row_plan import SourceLengths, plan_rows
 from raysft.data.sources.files import find_files
 from raysft.data.sources.formats import to_examples
@@ -19,7 +19,6 @@ from raysft.data.tokenization.assistant_spans import tokens_in_spans
 from raysft.data.tokenization.span_search import REMEDY
 from raysft.data.tokenization.tokenize import ExampleTokenizer
 from raysft.data.tokenization.tokenized_example import Overflow, TokenizedExample
-from raysft.data.tokenization.tokenizer import Tokenizer
 from raysft.data.types import IGNORE_INDEX, Example, Message, Rejected
 from raysft.errors import RequestError
 from raysft.models.tokenizer import load_tokenizer
@@ -307,23 +306,6 @@ def test_the_user_chooses_which_end_of_a_prompt_to_keep(folder):
     assert "last" not in texts["head"]
     assert "last" in texts["tail"]
     assert "first" not in texts["tail"]
-
-
-@pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "alpaca", "vicuna"])
-def test_named_templates_mark_what_the_assistant_wrote(folder, name):
-    """The tiny tokenizer has other special tokens, but the text around the turns is the same."""
-    config = parse({"model": {"path": folder, "chat_template": name}, "data": {"train": [{"name": "a", "path": "a"}]}})
-    options = example_tokenizer(folder, sequence_length=999).options
-    tokenizer = ExampleTokenizer(Tokenizer.load(folder, config.chat_template), options)
-    turns = [("system", "Be nice."), ("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]
-    (item,) = tokenizer([conversation(*turns)])
-    assert isinstance(item, TokenizedExample), item
-    text = trained_text(folder, item)
-    assert text.lstrip().startswith("two")
-    assert "four" in text
-    assert "one" not in text
-    assert "three" not in text
-    assert len(text) > len("twofour"), "labels cover the end of a turn"
 
 
 def test_spans_that_a_template_marks_as_generated_are_trusted(tokenizer_with):

@@ -54,6 +54,10 @@ GPU = {"scaling__use_gpu": True}
             "generate.engine=vllm … LoRA … model.finetuning=oft … generate.engine=transformers",
         ),
         (
+            {"generate__engine": "vllm", "model__new_tokens__special": ["<|a|>"], **GPU},
+            "generate.engine=vllm … LoRA … model.new_tokens … generate.engine=transformers",
+        ),
+        (
             {"generate__engine": "vllm", "model__lora__extra_modules": ["lm_head"], **GPU},
             "generate.engine=vllm … LoRA … model.lora.extra_modules=['lm_head'] … generate.engine=transformers",
         ),

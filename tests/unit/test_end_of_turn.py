@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raysft.config import parse
 from raysft.data.tokenization.turn_ends import stop_token_ids
+from raysft.generate.engines import create_engine
+from raysft.generate.engines.vllm import VllmModel
 from raysft.models.adapters import merge
 from raysft.models.end_of_turn import use_as_eos
+from raysft.run.pipeline import train_job
 from raysft.storage.path import StoragePath
 from raysft.storage.run_directory import RunDirectory
 from raysft.train.export import export, gather
@@ -114,6 +118,21 @@ def test_an_adapter_of_a_base_model_stops_there_too_alone_and_merged(tmp_path):
 
 @pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("finetuning", ["full", "lora"])
+def test_engines_find_it_in_the_files_alone(tmp_path, finetuning):
+    base = base_model(tmp_path / "base")
+    end, other = AutoTokenizer.from_pretrained(base).convert_tokens_to_ids(["<|im_end|>", OTHER])
+    folder = trained(base, tmp_path / "out", finetuning)
+    settings = {"model": {"path": str(base)}, "data": {"train": [{"name": "a", "path": "a.jsonl"}]}}
+    assert VllmModel.of(parse(settings), str(folder)).stops == sorted([end, other])
+    for batching in ("static", "continuous"):
+        config = parse({**settings, "generate": {"batching": batching, "do_sample": False}})
+        assert create_engine(config, str(folder), threads=1)._stops == sorted([end, other])
+        assert create_engine(config, str(base), threads=1)._stops == [other]
+        assert create_engine(config, str(base), threads=1, ends=(end,))._stops == sorted([end, other])
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("finetuning", ["full", "lora"])
 def test_the_files_of_a_model_that_stops_there_already_stay_as_they_are(tmp_path, finetuning):
     base = tiny_model(tmp_path / "base")
     AutoTokenizer.from_pretrained(base).save_pretrained(base)
@@ -161,3 +180,12 @@ def test_of_several_tokens_that_end_turns_the_most_frequent_is_chosen_and_the_eo
     assert tokenizer.eos_token == OTHER
     use_as_eos(tokenizer, (end, start))
     assert tokenizer.eos_token == "<|im_end|>"
+
+
+@pytest.mark.parametrize(("stage", "ends"), [("sft", (7,)), ("pt", ())])
+def test_texts_end_with_the_eos_token_that_is_there(tmp_path, stage, ends):
+    config = parse({"stage": stage, "model": {"path": "m"}, "data": {"train": [{"name": "a", "path": "a.jsonl"}]}})
+    prepared = SimpleNamespace(train_rows=None, eval_rows={}, end_tokens=(7,))
+    run = RunDirectory.of(StoragePath.of(tmp_path))
+    context = SimpleNamespace(config=config, model="m", directory=run, adapter=None, prepared=prepared, identity={})
+    assert train_job(context).ends == ends  # type: ignore[arg-type]

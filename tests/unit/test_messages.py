@@ -90,8 +90,8 @@ def configured(**run: Any) -> Config:
 def test_a_chat_template_that_does_not_exist():
     config = with_overrides(configured(), {"model.chat_template": "chatlm"})
     assert refusal(lambda: config.chat_template) == (
-        "model.chat_template=chatlm is not a readable file (No such file or directory); use the path of a Jinja template, or one "
-        "of alpaca, chatml, gemma, llama3, vicuna"
+        "model.chat_template=chatlm is neither a template's name nor a readable file (No such file or directory); did you mean "
+        "chatglm3? use a name that configs/README.md lists, or the path of a Jinja template"
     )
 
 

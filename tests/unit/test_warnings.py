@@ -225,6 +225,12 @@ SINGLE = {"data__packing": False}
             {},
             "warm-up takes 100 of 125 steps; lower train.warmup_steps=100",
         ),
+        (
+            {"model__chat_template": "gemma"},
+            {"missing_tokens": ("<start_of_turn>", "<end_of_turn>")},
+            "model.chat_template=gemma writes <start_of_turn>, <end_of_turn>, but the tokenizer of m has no such special tokens "
+            "and splits them; use the template of the model's family, or add them in model.new_tokens.special",
+        ),
     ],
 )
 def test_what_would_surprise_is_said_in_one_line(settings, changes, expected):

@@ -29,8 +29,22 @@ class SourceLengths:
     example_weights: np.ndarray | None = None
     """[examples] float32 weight of each example's tokens in the loss. Default: 1."""
 
+    used: np.ndarray | None = None
+    """Indices of the examples that may be taken, ascending. Default: all."""
+
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def usable(self) -> int:
+        """Number of examples that may be taken."""
+        return len(self) if self.used is None else len(self.used)
+
+    def order(self, take: int, random: np.random.Generator | None) -> np.ndarray:
+        """[take] indices of examples, as ``mixture.order`` puts them."""
+        if self.used is None:
+            return mixture.order(self.shard_ends, take, random)
+        return self.used[mixture.order(np.searchsorted(self.used, self.shard_ends), take, random)]
 
 
 @dataclass(frozen=True)
@@ -84,7 +98,7 @@ def _orders(
     """The examples that an epoch takes from each source, in order, numbered over all sources."""
     examples, first, orders = sum(map(len, sources)), 0, []
     for source, take in zip(sources, takes, strict=True):
-        order = mixture.order(source.shard_ends, take, random).astype(mixture.index_type(examples), copy=False)
+        order = source.order(take, random).astype(mixture.index_type(examples), copy=False)
         order += first
         orders.append(order)
         first += len(source)
@@ -120,9 +134,10 @@ def _least(source: SourceLengths, take: int, layout: Layout, capacity: int) -> i
     """Return the least rows of so many examples of a source, which may share the first and the last with other sources."""
     if layout == "single":
         return take
-    passes, rest = divmod(take, max(1, len(source)))
-    shortest = np.partition(source.lengths, rest)[:rest] if rest else source.lengths[:0]
-    tokens = passes * int(source.lengths.sum(dtype=np.int64)) + int(shortest.sum(dtype=np.int64))
+    lengths = source.lengths if source.used is None else source.lengths[source.used]
+    passes, rest = divmod(take, max(1, len(lengths)))
+    shortest = np.partition(lengths, rest)[:rest] if rest else lengths[:0]
+    tokens = passes * int(lengths.sum(dtype=np.int64)) + int(shortest.sum(dtype=np.int64))
     return tokens // capacity
 
 
@@ -151,7 +166,7 @@ def segment_index_type(
     """The integer type that can number all segments: an example has one for each row that it touches."""
     segments = sum(map(len, sources))
     for source, take in zip(sources, takes, strict=True):
-        passes = -(-take // max(1, len(source)))
+        passes = -(-take // max(1, source.usable))
         cuts = int(source.lengths.sum(dtype=np.int64)) // max(1, capacity - 1) + 1
         segments += epochs * (take + passes * cuts)
     return mixture.index_type(segments)

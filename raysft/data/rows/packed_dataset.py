@@ -15,16 +15,17 @@ import pyarrow as pa
 
 from raysft.data.rows import mixture, node_reader, plan_file, ray_stream
 from raysft.data.rows.collate import Batch, RowSlices, collate
+from raysft.data.rows.copies import Copies, find_copies
 from raysft.data.rows.plan_file import PlannedRows, SourceFiles
 from raysft.data.rows.row_layouts import ranges
 from raysft.data.rows.row_plan import Layout, Mixing, RowPlan, SourceLengths, plan_rows, rows_for_rank
 from raysft.data.rows.splice import splice
-from raysft.data.shards.manifest import ShardFiles, load_manifest, load_shard_files
+from raysft.data.shards.manifest import ShardFiles, load_digests, load_manifest, load_shard_files
 from raysft.data.sources.pickle_guard import read_table
 from raysft.errors import StorageFailed
 from raysft.storage.path import StoragePath
 
-LATER = ("repeat",)
+LATER = ("repeat", "apart_from")
 """Fields that earlier versions did not have."""
 PLANNED_AT = "_planned_at"
 """What a pickled dataset carries beside its fields: where its plan is."""
@@ -55,6 +56,9 @@ class PackedDataset:
     shuffle: bool = True
     repeat: bool = False
     """Epochs follow each other, whatever ``epochs`` says, until there are ``max_steps``."""
+    apart_from: tuple[str, ...] | None = None
+    """Paths of the manifests of evaluation sets whose examples are left out, as are all copies of an example but the first. None:
+    every example is used."""
     earlier: PackedDataset | None = None
     """Rows of the first epochs, if the data changed on the way. All of its epochs come first; then those of this dataset with a
     higher number."""
@@ -76,8 +80,11 @@ class PackedDataset:
 
     def _described(self) -> dict[str, Any]:
         """Fields by name. Those that came with later versions are left out at their defaults, for the names that are hashes."""
+        defaults = {name: self.__dataclass_fields__[name].default for name in LATER}
         return {
-            name: getattr(self, name) for name in self.__dataclass_fields__ if name not in LATER or getattr(self, name)
+            name: getattr(self, name)
+            for name in self.__dataclass_fields__
+            if name not in LATER or getattr(self, name) != defaults[name]
         }
 
     def content(self) -> dict[str, Any]:
@@ -88,6 +95,7 @@ class PackedDataset:
         return {
             **self.to_dict(),
             "manifests": [[files.key, *files.shards] for files in self._own_files],
+            **self._named_apart(),
             "earlier": self.earlier and self.earlier.content(),
         }
 
@@ -96,7 +104,15 @@ class PackedDataset:
 
         def epoch(dataset: PackedDataset) -> PackedDataset:
             names = tuple(StoragePath(path).parent.name for path in dataset.manifests)
-            return replace(dataset, manifests=names, epochs=1, max_steps=None, repeat=False, earlier=None)
+            return replace(
+                dataset,
+                manifests=names,
+                apart_from=dataset._keys_apart,
+                epochs=1,
+                max_steps=None,
+                repeat=False,
+                earlier=None,
+            )
 
         return epoch(self) == epoch(other)
 
@@ -134,6 +150,7 @@ class PackedDataset:
         return {
             **self._described(),
             "manifests": [[files.key, *files.shards] for files in self._own_files],
+            **self._named_apart(),
             "earlier": self.earlier and self.earlier._identity(),
             "group": mixture.GROUP_EXAMPLES,
             "version": plan_file.VERSION,
@@ -167,10 +184,18 @@ class PackedDataset:
         manifests = [load_manifest(StoragePath(path)) for path in self.manifests]
         firsts = np.cumsum([0, *map(len, manifests)])
         ends = np.concatenate([first + manifest.ends for first, manifest in zip(firsts, manifests, strict=False)])
+        dropped = None if self.apart_from is None else self._copies().dropped
         row_plan = plan_rows(
             [
-                SourceLengths(manifest.lengths, manifest.loss_tokens, manifest.ends, weight, manifest.weights)
-                for manifest, weight in zip(manifests, weights, strict=True)
+                SourceLengths(
+                    manifest.lengths,
+                    manifest.loss_tokens,
+                    manifest.ends,
+                    weight,
+                    manifest.weights,
+                    None if dropped is None else np.flatnonzero(~dropped[first : first + len(manifest)]),
+                )
+                for first, manifest, weight in zip(firsts.tolist(), manifests, weights, strict=False)
             ],
             capacity=self.capacity,
             global_batch_size=self.global_batch_size,
@@ -184,6 +209,21 @@ class PackedDataset:
             shuffle=self.shuffle,
         )
         return row_plan, ends
+
+    def _copies(self) -> Copies:
+        """Copies among the examples of the own sources and of the sets in ``apart_from``."""
+        train, apart = (
+            [load_digests(StoragePath(path)) for path in paths] for paths in (self.manifests, self.apart_from or ())
+        )
+        return find_copies(train, apart)
+
+    def _named_apart(self) -> dict[str, Any]:
+        return {} if self._keys_apart is None else {"apart_from": self._keys_apart}
+
+    @property
+    def _keys_apart(self) -> tuple[str, ...] | None:
+        """Names of the sets in ``apart_from`` in the cache, which identify their content, wherever they are stored."""
+        return None if self.apart_from is None else tuple(StoragePath(path).parent.name for path in self.apart_from)
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -232,7 +232,7 @@ def plan_rows(
     Raises:
         RequestError: ``max_steps`` asks for more examples than a plan can hold.
     """
-    takes = mixture.mixture([len(source) for source in sources], [source.weight for source in sources], mixing)
+    takes = mixture.mixture([source.usable for source in sources], [source.weight for source in sources], mixing)
     endless, most = repeat and max_steps, math.ceil(epochs)
     if endless:
         most = count_epochs(sources, takes, capacity, layout, epochs, endless, global_batch_size)

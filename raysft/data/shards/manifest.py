@@ -20,6 +20,11 @@ from raysft.data.types import Rejected
 from raysft.errors import RequestError
 from raysft.storage.path import StoragePath
 
+FILE_NAME = "manifest.parquet"
+"""Name of a manifest in the folder of its set."""
+DIGEST = ("digest_high", "digest_low")
+"""Columns with the two halves of each example's ``content_digest``. Plans do without, so that they are read apart."""
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -60,6 +65,11 @@ class Manifest:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def path(self) -> StoragePath:
+        """The file that it was read from."""
+        return self.directory / FILE_NAME
+
     def shard_paths(self) -> list[StoragePath]:
         """Paths of the shard files."""
         return [self.directory / shard for shard in self.shards]
@@ -83,6 +93,8 @@ class Shard:
     largest_token: tuple[int, str]
     turns: Counter[TurnObservation]
     formats: tuple[str, ...]
+    digests: np.ndarray
+    """[examples, 2] uint64 ``content_digest``."""
 
 
 def is_complete(path: StoragePath) -> bool:
@@ -94,7 +106,7 @@ def is_complete(path: StoragePath) -> bool:
     if path.name not in files:
         return False
     try:
-        sizes = _metadata(read_table(path).schema)["sizes"]
+        sizes = _metadata(path.read(pq.read_schema))["sizes"]
         return all(name in files and files[name].size == size for name, size in sizes.items())
     except (OSError, pa.ArrowException, KeyError, ValueError):
         return False
@@ -111,7 +123,7 @@ def save_manifest(path: StoragePath, name: str, shards: Sequence[Shard]) -> None
     """
     written = [shard for shard in shards if shard.name]
     if is_complete(path):
-        for name in {shard.name for shard in written}.difference(_metadata(read_table(path).schema)["shards"]):
+        for name in {shard.name for shard in written}.difference(_metadata(path.read(pq.read_schema))["shards"]):
             (path.parent / name).remove()
         return
     counts, files = Counter[str](), path.parent.entries()
@@ -137,6 +149,8 @@ def save_manifest(path: StoragePath, name: str, shards: Sequence[Shard]) -> None
     weights = np.concatenate([shard.weights for shard in written])
     if (weights != 1).any():
         columns["weight"] = weights
+    digests = np.concatenate([shard.digests for shard in written])
+    columns |= {name: digests[:, number] for number, name in enumerate(DIGEST)}
     table = pa.table(columns).replace_schema_metadata({"raysft": json.dumps(metadata)})
     path.write(lambda stream: pq.write_table(table, stream, compression="zstd"))
 
@@ -202,7 +216,7 @@ def load_manifest(path: StoragePath, reused: bool = False) -> Manifest:
         RequestError: the manifest or one of its shards is missing or damaged.
     """
     with _named_errors(path):
-        table = read_table(path)
+        table = read_table(path, [name for name in path.read(pq.read_schema).names if name not in DIGEST])
         metadata = _metadata(table.schema)
         columns: dict[str, np.ndarray] = {}
         for name in table.column_names:
@@ -229,6 +243,13 @@ def load_manifest(path: StoragePath, reused: bool = False) -> Manifest:
             key=files.key,
             reused=reused,
         )
+
+
+def load_digests(path: StoragePath) -> np.ndarray:
+    """[examples, 2] uint64 ``content_digest`` of a manifest's examples; raises as ``load_manifest``."""
+    with _named_errors(path):
+        table = read_table(path, DIGEST)
+        return np.stack([table[name].to_numpy() for name in DIGEST], axis=1)
 
 
 def _shard_ends(column: pa.ChunkedArray, shards: int) -> np.ndarray:

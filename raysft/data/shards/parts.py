@@ -41,6 +41,7 @@ def save_part(directory: StoragePath, name: str, shard: Shard) -> None:
         "dropped": [asdict(item) for item in shard.dropped],
         "turns": [[*turn, count] for turn, count in shard.turns.items()],
         **{key: getattr(shard, key).tolist() for key in ("lengths", "loss_tokens", "weights")},
+        "digests": shard.digests.tobytes().hex(),
     }
     (directory / name).write_text(json.dumps(content))
 
@@ -58,6 +59,7 @@ def load_part(directory: StoragePath, name: str) -> Shard | None:
                 "lengths": np.array(content["lengths"], np.int32),
                 "loss_tokens": np.array(content["loss_tokens"], np.int32),
                 "weights": np.array(content["weights"], np.float32),
+                "digests": np.frombuffer(bytes.fromhex(content["digests"]), np.uint64).reshape(-1, 2),
                 "rejected": tuple(Rejected(**item) for item in content["rejected"]),
                 "dropped": tuple(Rejected(**item) for item in content["dropped"]),
                 "largest_token": tuple(content["largest_token"]),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raysft.config import Config, Source
+from raysft.data.shards.manifest import FILE_NAME
 from raysft.data.sources.files import DataFile, find_files
 from raysft.data.sources.holdout import is_held_out, limit_of_fraction
 from raysft.data.sources.registry import resolve_source
@@ -18,7 +19,7 @@ from raysft.data.types import Example
 from raysft.models.fingerprint import tokenizer_fingerprint
 from raysft.storage.path import StoragePath
 
-CACHE_VERSION = 7
+CACHE_VERSION = 8
 """Part of every key. Raise it when the same input would produce different shards."""
 Split = Literal["all", "train", "holdout"]
 """Part of a source: all examples, or those on one side of ``data.holdout``."""
@@ -44,7 +45,7 @@ class ShardSet:
     @property
     def manifest(self) -> StoragePath:
         """Path of the manifest, whose presence makes the set complete."""
-        return self.directory / "manifest.parquet"
+        return self.directory / FILE_NAME
 
     @property
     def takes_prompts(self) -> bool:

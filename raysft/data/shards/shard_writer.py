@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from raysft.data.shards.manifest import Shard
 from raysft.data.shards.shard_set import ShardSet
+from raysft.data.sources.content import content_digest, piece_digest
 from raysft.data.sources.formats import to_examples
 from raysft.data.sources.readers import RawRecord
 from raysft.data.tokenization.tokenize import ExampleTokenizer
@@ -69,6 +70,7 @@ class ShardWriter:
         self.shard_set, self.tokenize = shard_set, tokenize
         self.pending: list[Example] = []
         self.examples: list[TokenizedExample] = []
+        self.digests: list[bytes] = []
         self.rejected: list[Rejected] = []
         self.dropped: list[Rejected] = []
         self.longest_dropped = 0
@@ -91,9 +93,13 @@ class ShardWriter:
             self._tokenize_pending()
 
     def _tokenize_pending(self) -> None:
+        digests = {example.record: content_digest(example) for example in self.pending}
+        pieces = Counter[str]()
         for result in self.tokenize(self.pending):
             if isinstance(result, TokenizedExample):
                 self.examples.append(result)
+                self.digests.append(piece_digest(digests[result.record], pieces[result.record]))
+                pieces[result.record] += 1
                 self.turns.update(turn for _, turn in result.observations)
                 for name, number in result.counts:
                     self.counts[name] += number
@@ -128,6 +134,7 @@ class ShardWriter:
             ),
             turns=self.turns,
             formats=tuple(sorted(self.formats)),
+            digests=np.frombuffer(b"".join(self.digests), np.uint64).reshape(-1, 2),
         )
 
 
