@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import date
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from raysft.config.section import LARGEST, Fraction, Name, PathOrHubId, Positive, Section, Text, known_scheme
 from raysft.errors import one_line
@@ -29,6 +30,12 @@ def _number_or_fraction(value: Any) -> Any:
         )
     if isinstance(value, int) and not 0 <= value <= LARGEST:
         raise ValueError(f"a number of examples must be between 0 and {LARGEST}")
+    return value
+
+
+def _slice_of_records(value: str) -> str:
+    if not re.fullmatch(r"-?\d+%?:(-?\d+%?)?|:-?\d+%?", value):
+        raise ValueError("must be a slice of records, such as :1000, 10%:20% or -100:")
     return value
 
 
@@ -57,6 +64,8 @@ class Source(Section):
     ``assistant``, ``observation``, ``function`` and ``system`` are its roles."""
     weight: Annotated[float, Field(gt=0)] | None = None
     """Weight of this source relative to the others; requires ``data.mixing`` other than concat. Default: 1."""
+    slice: Annotated[str, AfterValidator(_slice_of_records)] | None = None
+    """Use only a slice of the records, as ``datasets`` writes it: ``:1000``, ``10%:20%`` or ``-100:``."""
     num_samples: Positive | None = None
     """Sample N records at random, seeded with ``run.seed``. A source with fewer records gives all of them, and repeats some."""
     max_examples: Positive | None = None

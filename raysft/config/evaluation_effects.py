@@ -38,7 +38,8 @@ _KEYS = {
     Bearing.CONTENT: """
         model.path model.trust_remote_code model.chat_template model.adapters
         data.train data.train[].name data.train[].path data.train[].format data.train[].columns data.train[].tags
-        data.train[].max_examples data.train[].num_samples data.max_examples data.eval data.registry data.holdout
+        data.train[].max_examples data.train[].num_samples data.train[].slice
+        data.max_examples data.eval data.registry data.holdout
         data.mask_history data.train_on_prompt data.on_overflow data.keep_prompt data.control_tokens_in_text
         data.template_options
         scaling.num_workers scaling.cpus_per_worker scaling.threads_per_worker scaling.placement

@@ -65,7 +65,8 @@ _KEYS = {
     Effect.EPOCH: """
         model.chat_template
         data.train data.train[].name data.train[].format data.train[].columns data.train[].tags data.train[].weight
-        data.train[].max_examples data.train[].num_samples data.max_examples data.shuffle data.duplicates data.mixing
+        data.train[].max_examples data.train[].num_samples data.train[].slice
+        data.max_examples data.shuffle data.duplicates data.mixing
         data.mask_history data.train_on_prompt data.on_overflow data.keep_prompt data.control_tokens_in_text data.template_options
     """,
     Effect.NEVER: """

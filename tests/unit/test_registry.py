@@ -9,9 +9,11 @@ from typing import get_args
 
 import pytest
 import yaml
+from pyarrow import fs
 
 from raysft.config import Config, Source, parse, with_overrides
 from raysft.config.data import Column
+from raysft.data.sources import hub_subsets
 from raysft.data.sources.formats import to_examples
 from raysft.data.sources.registry import resolve_source
 from raysft.data.types import Example
@@ -72,6 +74,63 @@ def test_a_source_is_described_by_its_entry(folder):
     assert found(folder, "hub").path == "hf://datasets/someone/data@~parquet/en/test"
     assert found(folder, "folder").path == "hf://datasets/someone/code/python"
     assert found(folder, "cloud").path == "s3://bucket/data.jsonl"
+
+
+def of_entry(tmp_path: Path, **entry) -> Source:
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"x": entry}))
+    return found(tmp_path, "x")
+
+
+def test_a_slice_of_a_split_is_a_slice_of_its_records(tmp_path):
+    hub = of_entry(tmp_path, hf_hub_url="x/y", subset="en", split="test[10%:20%]")
+    assert (hub.path, hub.slice) == ("hf://datasets/x/y@~parquet/en/test", "10%:20%")
+    file = of_entry(tmp_path, file_name="a.json", split="train[:1000]")
+    assert (file.path, file.slice) == (str(tmp_path / "a.json"), ":1000")
+    assert of_entry(tmp_path, file_name="a.json", split="train").slice is None
+
+
+class Hub:
+    """The folders of a dataset's branch ``~parquet``."""
+
+    def __init__(self, *subsets: str) -> None:
+        self.subsets = subsets
+
+    def get_file_info(self, selector: fs.FileSelector) -> list[fs.FileInfo]:
+        assert selector.base_dir == "datasets/x/y@~parquet"
+        folders = [fs.FileInfo(f"{selector.base_dir}/{name}", fs.FileType.Directory) for name in self.subsets]
+        return [*folders, fs.FileInfo(f"{selector.base_dir}/.gitattributes", fs.FileType.File)]
+
+
+@pytest.mark.parametrize(
+    ("subsets", "result"),
+    [
+        (("only",), "hf://datasets/x/y@~parquet/only/train"),
+        (("de", "default"), "hf://datasets/x/y@~parquet/default/train"),
+        (("en", "de"), "x/y has 2 subsets; set subset to one of de, en"),
+        ((), "the hub has no Parquet files of x/y (branch ~parquet); set folder"),
+    ],
+)
+def test_without_a_subset_the_only_one_is_taken(tmp_path, monkeypatch, subsets, result):
+    hub_subsets.list_subsets.cache_clear()
+    monkeypatch.setattr(hub_subsets, "filesystem_of", lambda uri: (Hub(*subsets), uri.removeprefix("hf://")))
+    try:
+        path = of_entry(tmp_path, hf_hub_url="x/y").path
+    except RequestError as error:
+        path = str(error)
+        assert "\n" not in path
+    assert result in str(path)
+    hub_subsets.list_subsets.cache_clear()
+
+
+def test_a_hub_that_refuses_is_one_line(tmp_path, monkeypatch):
+    hub_subsets.list_subsets.cache_clear()
+
+    def refuse(uri: str):
+        raise OSError("no such host")
+
+    monkeypatch.setattr(hub_subsets, "filesystem_of", refuse)
+    with pytest.raises(RequestError, match=r"dataset 'x': the subsets of x/y on the hub cannot be listed: "):
+        of_entry(tmp_path, hf_hub_url="x/y")
 
 
 def test_the_prompt_column_is_the_text_for_pre_training(folder):
@@ -157,7 +216,7 @@ FILE = {"file_name": "p.json"}
         ({**FILE, "columns": {"videos": "v"}}, "contains videos"),
         ({**FILE, "columns": {"audios": "a"}}, "contains audio"),
         ({"script_url": "x"}, "has script_url; set file_name, cloud_file_name or hf_hub_url"),
-        ({"ms_hub_url": "x/y"}, "has ms_hub_url; set file_name"),
+        ({"ms_hub_url": "x/y"}, "or download the dataset and set file_name to its folder"),
         ({"om_hub_url": "x/y"}, "has om_hub_url; set file_name"),
         ({}, "has no location; set file_name"),
         ({**FILE, "hf_hub_url": "x/y"}, "has hf_hub_url and file_name; remove one of them"),
@@ -177,9 +236,11 @@ FILE = {"file_name": "p.json"}
         ({**FILE, "folder": "en"}, "has folder='en', but is a file; remove folder"),
         ({**FILE, "split": "test"}, "has split='test', but is a file; remove split"),
         (
-            {"hf_hub_url": "x/y", "split": "train[:10%]"},
-            "has split='train[:10%]', but a split is read as a whole; name",
+            {**FILE, "split": "train[:10]+test"},
+            "has split='train[:10]+test', but a source is one split or a slice of it",
         ),
+        ({**FILE, "split": "train[10]"}, "slice='10': value error, must be a slice of records, such as :1000, 10%:20%"),
+        ({**FILE, "split": "test[:10]"}, "has split='test', but is a file; remove split"),
         ({"hf_hub_url": "x/y", "folder": "f", "split": "train"}, "has both folder and split"),
         ({**FILE, "num_samples": 0}, "num_samples=0: input should be greater than 0; correct the entry"),
         ("p.json", "must be a mapping, but is 'p.json'; write it as"),

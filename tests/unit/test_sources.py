@@ -17,6 +17,7 @@ from raysft.data.shards.manifest import load_manifest
 from raysft.data.sources.formats import to_examples
 from raysft.data.sources.holdout import limit_of_count
 from raysft.data.sources.pickle_guard import read_table
+from raysft.data.sources.sampling import RandomSample, RecordSlice
 from raysft.data.types import Example, Rejected
 from raysft.errors import RequestError
 from raysft.generate.metrics import flat_results, score_labelled
@@ -258,3 +259,44 @@ def test_the_first_examples_of_each_source_are_used(tmp_path, model):
     more = with_overrides(config, {"data.max_examples": 4})
     assert [len(manifest) for manifest in prepare(more, model).train] == [4, 5]
     assert len(load_manifest(StoragePath(prepared.train_rows.manifests[0]))) == 3
+
+
+@pytest.mark.parametrize(
+    ("part", "sampled", "expected"),
+    [
+        # The numbers that ``datasets`` 5.2 gives for ``train[…]`` of 15 records.
+        (":4", None, range(4)),
+        ("3:5", None, range(3, 5)),
+        ("12:", None, range(12, 15)),
+        ("-4:", None, range(11, 15)),
+        (":-4", None, range(11)),
+        ("10%:50%", None, range(2, 8)),
+        ("90%:", None, range(14, 15)),
+        ("-99:3", None, range(3)),
+        ("5:3", None, ()),
+        (":100", None, range(15)),
+        ("5:10", 5, range(5, 10)),
+    ],
+)
+def test_a_slice_gives_the_records_that_datasets_gives(part, sampled, expected):
+    def read():
+        return ((f"f:{number}", 1, {}) for number in range(15))
+
+    chosen = RandomSample(sampled, 0, RecordSlice.of(part)) if sampled else RecordSlice.of(part)
+    assert sorted(int(location[2:]) for location, _, _ in chosen.select(read)) == list(expected)
+    assert len(list(chosen.select(read, limit=2))) == min(2, len(expected))
+
+
+def test_a_slice_is_taken_over_all_files_before_the_first_examples(tmp_path, model):
+    for name in ("1", "2"):
+        write_records(tmp_path / f"{name}.jsonl", [[f"{name} {number}", "x"] for number in range(10)])
+    config = with_overrides(
+        data_config(tmp_path), {"data.train.0.path": str(tmp_path / "*.jsonl"), "data.train.0.slice": "25%:75%"}
+    )
+    (manifest,) = prepare(config, model).train
+    records = [f"{tmp_path}/{name}.jsonl:{number}" for name in ("1", "2") for number in range(1, 11)]
+    assert questions(manifest) == records[5:15]
+    (manifest,) = prepare(with_overrides(config, {"data.max_examples": 2}), model).train
+    assert questions(manifest) == records[5:7]
+    with pytest.raises(RequestError, match=r"data\.train\.0\.slice=.?abc.?: must be a slice of records, such as :1000"):
+        with_overrides(config, {"data.train.0.slice": "abc"})

@@ -21,7 +21,7 @@ from raysft.data.shards.shard_set import ShardSet
 from raysft.data.shards.shard_writer import write_shards
 from raysft.data.sources.files import DataFile
 from raysft.data.sources.readers import COMPRESSIONS, RawRecord, read_raw
-from raysft.data.sources.sampling import RandomSample
+from raysft.data.sources.sampling import RandomSample, RecordSlice
 from raysft.data.tokenization.tokenizer import Tokenizer
 from raysft.errors import RequestError
 from raysft.stopping import current
@@ -215,14 +215,14 @@ def read_task(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def record_batches(
-    files: Sequence[DataFile], limit: int | None = None, sample: RandomSample | None = None
+    files: Sequence[DataFile], limit: int | None = None, sample: RandomSample | RecordSlice | None = None
 ) -> Iterator[list[tuple[str, RawRecord]]]:
     """Read records with their locations, one list for each shard; the last list may be empty.
 
     Args:
         files: files to read, in order.
         limit: most records to read.
-        sample: random sample to take records from.
+        sample: random sample or slice to take records from.
     """
     records: list[tuple[str, RawRecord]] = []
     total = 0

@@ -13,7 +13,7 @@ from raysft.data.shards.manifest import FILE_NAME
 from raysft.data.sources.files import DataFile, find_files
 from raysft.data.sources.holdout import is_held_out, limit_of_fraction
 from raysft.data.sources.registry import resolve_source
-from raysft.data.sources.sampling import RandomSample
+from raysft.data.sources.sampling import RandomSample, RecordSlice
 from raysft.data.tokenization.tokenized_example import TokenizeOptions
 from raysft.data.types import Example
 from raysft.models.fingerprint import tokenizer_fingerprint
@@ -37,8 +37,8 @@ class ShardSet:
     """``data.holdout``."""
     limit: int
     """Hash of an opening below which an example is in the ``holdout`` split."""
-    sample: RandomSample | None
-    """Random sample of the source's records; None to take them in file order."""
+    sample: RandomSample | RecordSlice | None
+    """Random sample or slice of the source's records; None to take all of them in file order."""
     directory: StoragePath
     """Folder of the set in the cache, named by its key."""
 
@@ -87,6 +87,7 @@ def resolve_shard_set(
         source = source.model_copy(update={"max_examples": config.data.max_examples})
     if limit is None:
         limit = limit_of_fraction(config.data.holdout)
+    part = RecordSlice.of(source.slice) if source.slice else None
     options = TokenizeOptions.of(config, with_prompts)
     found = ShardSet(
         source=source,
@@ -95,7 +96,7 @@ def resolve_shard_set(
         options=options,
         holdout=config.data.holdout,
         limit=limit,
-        sample=RandomSample(source.num_samples, config.run.seed) if source.num_samples else None,
+        sample=RandomSample(source.num_samples, config.run.seed, part) if source.num_samples else part,
         directory=config.cache_directory / "shards",
     )
     # Raw text is cut into rows only when rows are planned, so its shards serve every sequence length.

@@ -6,6 +6,7 @@ Each key of an entry means what it means there, or is refused by name; none is i
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -14,6 +15,7 @@ from pydantic import ValidationError
 
 from raysft.config import Config, Source, refuse_secrets
 from raysft.config.data import Column, Tag
+from raysft.data.sources.hub_subsets import default_subset
 from raysft.data.sources.json_stream import JSON
 from raysft.errors import RequestError, one_line
 
@@ -134,7 +136,22 @@ def _source_settings(entry: Any, stage: str, where: str, folder: Path) -> dict[s
         }
     # Fields that the entry does not map are not read, even if the file has a column of that name.
     shape["columns"] = {**dict.fromkeys(get_args(Column)), **shape["columns"]}
-    return {**shape, "path": _path(entry, where, folder), "num_samples": entry.get("num_samples")}
+    entry, part = _without_slice(entry, where)
+    return {**shape, "path": _path(entry, where, folder), "slice": part, "num_samples": entry.get("num_samples")}
+
+
+def _without_slice(entry: dict[str, Any], where: str) -> tuple[dict[str, Any], str | None]:
+    """Take the slice of its records from the split of an entry: ``train[:1000]`` is the slice ``:1000`` of ``train``."""
+    split = entry.get("split")
+    if not isinstance(split, str) or not set("[]+") & set(split):
+        return entry, None
+    found = re.fullmatch(r"(\w[\w.-]*)\[([^\[\]]*)\]", split)
+    if not found:
+        raise RequestError(
+            f"{where} has split={split!r}, but a source is one split or a slice of it; name one, such as train or train[:1000], "
+            "and give others an entry of their own"
+        )
+    return {**entry, "split": found[1]}, found[2]
 
 
 def _only_prompt(columns: Mapping[str, Any], where: str) -> Any:
@@ -189,7 +206,8 @@ def _path(entry: Mapping[str, Any], where: str, folder: Path) -> str:
         raise RequestError(f"{where} must have one location, but has {' and '.join(locations)}; remove one of them")
     if not locations or locations == ["script_url"]:
         kinds = ", ".join(key for key in (*locations, *OTHER_HUB_KEYS) if key in entry) or "no location"
-        raise RequestError(f"{where} has {kinds}; set file_name, cloud_file_name or hf_hub_url instead")
+        download = ", or download the dataset and set file_name to its folder" if kinds != "no location" else ""
+        raise RequestError(f"{where} has {kinds}; set file_name, cloud_file_name or hf_hub_url instead{download}")
     if locations == ["hf_hub_url"]:
         return _in_hub(entry, where)
     for key in HUB_KEYS:
@@ -201,17 +219,12 @@ def _path(entry: Mapping[str, Any], where: str, folder: Path) -> str:
 
 
 def _in_hub(entry: Mapping[str, Any], where: str) -> str:
-    subset, split, folder = (entry.get(key) for key in HUB_KEYS)
-    if split and set("[]+") & set(split):
-        raise RequestError(
-            f"{where} has split={split!r}, but a split is read as a whole; name it without a range, "
-            "and set num_samples to sample from it"
-        )
+    dataset, (subset, split, folder) = entry["hf_hub_url"], (entry.get(key) for key in HUB_KEYS)
     if not folder:
         # The hub converts every dataset to Parquet in the branch ``~parquet``, by subset and split.
-        return f"hf://datasets/{entry['hf_hub_url']}@~parquet/{subset or 'default'}/{split or 'train'}"
+        return f"hf://datasets/{dataset}@~parquet/{subset or default_subset(dataset, where)}/{split or 'train'}"
     if subset or split:
         raise RequestError(
             f"{where} has both folder and {'subset' if subset else 'split'}, but a folder is read as a whole; remove one of them"
         )
-    return f"hf://datasets/{entry['hf_hub_url']}/{folder}"
+    return f"hf://datasets/{dataset}/{folder}"

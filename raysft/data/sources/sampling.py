@@ -1,9 +1,10 @@
-"""Draw random samples of a source's records."""
+"""Choose records of a source: a slice of them, and a random sample."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -14,11 +15,46 @@ LocatedRecord = tuple[str, int, RawRecord]
 
 
 @dataclass(frozen=True)
+class RecordSlice:
+    """The records between two places in their order, as ``datasets`` writes them: ``:1000``, ``10%:20%``, ``-100:``."""
+
+    start: str
+    stop: str
+
+    @classmethod
+    def of(cls, text: str) -> RecordSlice:
+        """Read a slice as the config has it."""
+        start, _, stop = text.partition(":")
+        return cls(start, stop)
+
+    def select(self, read: Callable[[], Iterator[LocatedRecord]], limit: int | None = None) -> Iterator[LocatedRecord]:
+        """Yield the records of the slice; arguments as ``RandomSample.select``."""
+        places = (self.start, self.stop)
+        # Records are counted only where a place depends on their number.
+        records = sum(1 for _ in read()) if any("%" in place or "-" in place for place in places) else 0
+        start = _place(self.start, records) if self.start else 0
+        stop = max(start, _place(self.stop, records)) if self.stop else None
+        return islice(islice(read(), start, stop), limit)
+
+
+def _place(text: str, records: int) -> int:
+    """Convert a place to a number of records; percentages are rounded to the closest one, as in ``datasets``.
+
+    >>> [_place(text, 15) for text in ("3", "-4", "10%", "-50%", "-99")]
+    [3, 11, 2, 7, 0]
+    """
+    number = round(int(text[:-1]) * records / 100) if text.endswith("%") else int(text)
+    return max(0, records + number) if text.startswith("-") else number
+
+
+@dataclass(frozen=True)
 class RandomSample:
     """A random sample of ``count`` records."""
 
     count: int
     seed: int
+    part: RecordSlice | None = None
+    """Draw from this slice of the records. Default: from all."""
 
     def select(self, read: Callable[[], Iterator[LocatedRecord]], limit: int | None = None) -> Iterator[LocatedRecord]:
         """Yield the sampled records in file order; repetitions get distinct locations (``file:position#2``).
@@ -29,8 +65,10 @@ class RandomSample:
             read: returns an iterator over all records, each time it is called.
             limit: use only the first records drawn.
         """
-        repeats = self.repeats(sum(1 for _ in read()), limit)
-        for (location, size, raw), number in zip(read(), repeats, strict=True):
+        part = self.part
+        drawn_from = read if part is None else lambda: part.select(read)
+        repeats = self.repeats(sum(1 for _ in drawn_from()), limit)
+        for (location, size, raw), number in zip(drawn_from(), repeats, strict=True):
             for repeat in range(number):
                 yield f"{location}#{repeat + 1}" if repeat else location, size, raw
 
