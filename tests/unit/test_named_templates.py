@@ -142,6 +142,25 @@ def test_parallel_calls_are_refused_where_the_format_has_none():
     assert "no parallel calls" in item.reason
 
 
+@pytest.mark.parametrize("name", ["qwen3", "qwen", "glm4_moe", "mimo_v2", "llama3"])
+def test_a_thought_in_a_function_call_turn_is_written_as_llamafactory_does(name):
+    thought = template_words(name)["thought"].replace("{content}", "Ask.")
+    call = RECORDED["cases"]["thought and call"]["messages"][1]["tool_calls"][0]["function"]
+    turns = [
+        ("human", "Sun?"),
+        ("function_call", thought + json.dumps(call)),
+        ("observation", '{"sun": true}'),
+        ("gpt", "Yes."),
+    ]
+    record = {"conversations": [{"from": role, "value": value} for role, value in turns]}
+    source = Source.model_validate({"name": "s", "path": "p"})
+    (item,) = tokenizer_for(name)([to_example(record, "sharegpt", source, "f:1")])
+    assert isinstance(item, TokenizedExample), item
+    text, answers = expected(name, "thought and call")
+    assert decoded(name, item.input_ids.tolist()) == text
+    assert "".join(trained_texts(name, item)) == "".join(answers)
+
+
 @pytest.mark.parametrize("name", ["qwen3", "chatglm3", "gemma", "seed_oss", "gpt_oss"])
 def test_the_saved_template_works_in_transformers(name, tmp_path):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend_for(name), bos_token="<s>", eos_token="</s>")

@@ -150,7 +150,7 @@ CALL = {"name": "add", "arguments": {"a": 1}}
     ("text", "thought"),
     [
         (json.dumps(CALL), ""),
-        (f"<think>\nOne and\none.\n</think>\n\n{json.dumps(CALL)}", "<think>\nOne and\none.\n</think>"),
+        (f"<think>\nOne and\none.\n</think>\n\n{json.dumps(CALL)}", "<think>\nOne and\none.\n</think>\n\n"),
         (f" \n<think>hm</think>{json.dumps([CALL])}", "<think>hm</think>"),
     ],
 )

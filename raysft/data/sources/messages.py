@@ -32,7 +32,7 @@ ROLE_OF_TAG = {
     "system": "system",
 }
 """Tag of a source → role of a message, as in ``ROLES``."""
-THOUGHT = re.compile(r"\s*(<think>.*?</think>)?(.*)", re.DOTALL)
+THOUGHT = re.compile(r"\s*(<think>.*?</think>\s*)?(.*)", re.DOTALL)
 """A thought, and what follows it."""
 TEMPLATE_ROLES = ("system", "developer", "user", "assistant", "tool")
 """Roles that chat templates accept."""
