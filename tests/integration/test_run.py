@@ -76,7 +76,7 @@ data:
   train: [{{name: texts, path: {folder}/texts.txt}}]
   eval: [{{name: more, path: {folder}/more.txt}}, {{name: same, path: {folder}/texts.txt, max_examples: 5}}]
   sequence_length: 64
-train: {{epochs: 7, learning_rate: 1.0e-3}}
+train: {{epochs: 7, learning_rate: 1.0e-3, eval_every_epochs: 3, eval_delay: 4}}
 scaling: {{threads_per_worker: 1}}
 """
 
@@ -640,6 +640,27 @@ def test_pre_training_has_a_perplexity_for_each_evaluation_set(pt_run):
     assert evaluation["eval_loss"] == pytest.approx(mean / tokens)
     assert not (run / "generated_predictions.jsonl").exists()
     assert "evaluation loss" in (run / "README.md").read_text()
+
+
+def test_evaluations_by_epoch_come_at_its_end_and_plans_say_how_many_epochs_there_are(folder, pt_run, capsys):
+    plan = json.loads((pt_run / "plan.json").read_text())
+    assert plan["epochs"] == 7
+    of_epoch, rest = divmod(plan["steps"], 7)
+    assert rest == 0
+    evaluations = [record for record in read_jsonl(pt_run / "trainer_log.jsonl") if "eval_loss" in record]
+    found = [(record["current_steps"], record["epoch"]) for record in evaluations]
+    assert found == [(0, 0), (6 * of_epoch, 6), (7 * of_epoch, 7)], (
+        "that of the third epoch comes before the delay is over"
+    )
+    size = f"train.global_batch_size={plan['global_batch_size']}"
+    for settings, steps, epochs in (
+        (["train.epochs=6.5"], 6 * of_epoch + math.ceil(of_epoch / 2), "6.5 epochs"),
+        (["train.epochs=1", f"train.max_steps={9 * of_epoch}"], 9 * of_epoch, "9 epochs"),
+    ):
+        assert main(["check", str(folder / "pt.yaml"), "run.name=other", size, *settings]) == 0
+        out = capsys.readouterr().out
+        assert f"steps: {steps} of " in out
+        assert f" over {epochs}, " in out
 
 
 def test_the_data_decides_how_many_rows_a_step_has_once_for_a_run(folder, pt_run, capsys):

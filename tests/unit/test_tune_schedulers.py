@@ -7,7 +7,7 @@ import inspect
 import pytest
 from ray.tune import schedulers
 
-from raysft.config import Config, parse
+from raysft.config import Config, parse, with_overrides
 from raysft.tune.earlier_results import NOBODY, EarlierTrial, replay
 from raysft.tune.schedulers import OURS, VALUES, check_scheduler, make_scheduler
 from tests.messages import holds, refusal
@@ -21,6 +21,15 @@ def config(scheduler: str, **options: object) -> Config:
 
 def check(scheduler: str, **options: object) -> None:
     given = config(scheduler, **options)
+    check_scheduler(given, [given])
+
+
+@pytest.mark.parametrize("every", [{"train.eval_every_steps": 3}, {"train.eval_every_epochs": 0.5}])
+def test_a_scheduler_decides_at_evaluations_by_steps_or_by_epochs(every):
+    bare = with_overrides(config("asha"), {"train.eval_every_steps": None})
+    message = refusal(lambda: check_scheduler(bare, [bare]))
+    assert holds(message, "tune.scheduler=asha … train.eval_every_steps=null; set it, or train.eval_every_epochs")
+    given = with_overrides(bare, every)
     check_scheduler(given, [given])
 
 
@@ -102,3 +111,12 @@ def test_a_scheduler_compares_with_the_trials_of_earlier_calls(scheduler, option
     assert decided([], 2.9) == "CONTINUE"
     assert decided(["good", "bad"], 2.9) == "STOP"
     assert decided(["good", "bad"], 0.4) == "CONTINUE"
+
+
+def test_a_trial_is_compared_from_the_first_evaluation_on():
+    found = make_scheduler(config("asha", reduction_factor=2), first=5, steps=40, concurrent=1)
+    replay(found, "eval_loss", ["good"], RECORD)
+    new = EarlierTrial("new")
+    found.on_trial_add(NOBODY, new)
+    decided = [found.on_trial_result(NOBODY, new, {"step": step, "eval_loss": 2.9}) for step in (4, 5)]
+    assert decided == ["CONTINUE", "STOP"]
