@@ -22,7 +22,7 @@ from pyarrow import fs
 from raysft.cli import main
 from raysft.config import Config, parse
 from raysft.data.prepare import prepare
-from raysft.data.shards import ray_pipeline
+from raysft.data.shards import openings, ray_pipeline
 from raysft.data.shards.manifest import Manifest, Shard
 from raysft.errors import RunStopped
 from raysft.models.tokenizer import load_tokenizer
@@ -213,7 +213,7 @@ def test_a_line_of_megabytes_is_dropped_and_the_others_are_used(tmp_path, model,
 PREPARE = """
 import sys
 from raysft.cli import main
-from raysft.data.shards import ray_pipeline
+from raysft.data.shards import openings, ray_pipeline
 
 ray_pipeline.LOCAL_BYTES = 0
 sys.exit(main(sys.argv[1:]))
@@ -378,3 +378,40 @@ def test_each_worker_gets_its_rows_in_order_from_ray_data_and_from_readers(tmp_p
         for one, other in zip(ours, expected, strict=True):
             assert all(np.array_equal(one[name], other[name]) for name in other)
     assert len(found) == 2 * workers
+
+
+def test_duplicates_and_a_number_of_held_out_examples_are_the_same_on_a_cluster(tmp_path, model, capsys, monkeypatch):
+    def pairs(name: str, numbers) -> bytes:
+        return lines(*({"instruction": f"{name} {number}", "output": "x"} for number in numbers))
+
+    (tmp_path / "a.jsonl").write_bytes(pairs("q", [*range(60), *range(10)]))
+    (tmp_path / "b.jsonl").write_bytes(pairs("q", range(50, 80)))
+    (tmp_path / "e.jsonl").write_bytes(pairs("q", range(75, 90)) + lines({"instruction": "no answer"}))
+    paths = [str(tmp_path / f"{name}.jsonl") for name in ("a", "b")]
+    found = []
+    for place, size in (("cluster", -1), ("here", 1 << 30)):
+        monkeypatch.setattr(ray_pipeline, "LOCAL_BYTES", size)
+        monkeypatch.setattr(openings, "LOCAL_BYTES", size)
+        config = config_of(
+            tmp_path / place, model, *paths, holdout=8, eval=[{"name": "e", "path": str(tmp_path / "e.jsonl")}]
+        )
+        prepared = prepare(config, model)
+        held_out = sum(len(manifest) for manifest in prepared.eval[:-1])
+        assert 8 <= held_out <= 9  # an opening occurs at most twice
+        assert sum(map(len, prepared.train)) == 100 - held_out
+        found.append((prepared.duplicates, [manifest.lengths.tolist() for manifest in prepared.train]))
+        (tmp_path / f"{place}.yaml").write_text(config.to_yaml())
+    assert found[0] == found[1]
+    repeated = sum(
+        sum(counts.get(kind, 0) for kind in ("repeated", "repeated_elsewhere")) for counts in found[0][0].train.values()
+    )
+    trained_on = found[0][0].evaluation["e"]["trained_on"]
+    assert 0 < trained_on <= 5
+    assert 11 <= repeated <= 20
+    assert main(["check", str(tmp_path / "here.yaml")]) == 0
+    printed = capsys.readouterr().out
+    assert f"{repeated} of {100 - held_out} training examples repeat another one" in printed
+    assert "1 without an answer" in printed
+    assert f"{trained_on} of 16 examples of evaluation set 'e' are trained on" in printed
+    assert main(["check", str(tmp_path / "here.yaml"), "data.duplicates=drop"]) == 0
+    assert "training examples are left out, as they repeat another one" in capsys.readouterr().out
