@@ -7,8 +7,8 @@ from typing import Any
 MINIMAL = {"model_name_or_path": "m", "dataset": "a", "do_train": True}
 LORA = {"stage": "sft", "do_train": True, "finetuning_type": "lora", "lora_rank": 8, "lora_target": "all"}
 FULL = {"stage": "sft", "do_train": True, "finetuning_type": "full"}
-DATA = {"dataset": "identity,alpaca_en_demo", "cutoff_len": 2048, "max_samples": 1000, "overwrite_cache": True,
-        "preprocessing_num_workers": 16, "dataloader_num_workers": 4}  # fmt: skip
+DATA = {"dataset": "identity,alpaca_en_demo", "template": "qwen3_nothink", "cutoff_len": 2048, "max_samples": 1000,
+        "overwrite_cache": True, "preprocessing_num_workers": 16, "dataloader_num_workers": 4}  # fmt: skip
 OUTPUT = {"output_dir": "saves/m/x/sft", "logging_steps": 10, "save_steps": 500, "plot_loss": True, "report_to": "none",
           "overwrite_output_dir": True, "save_only_model": False}  # fmt: skip
 STEPS = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "learning_rate": 1e-5, "bf16": True,

@@ -36,7 +36,8 @@ def model(given: Settings) -> Derived:
                 "adapter_name_or_path: predictions take one adapter, not several; merge them first",
             )
         yield Entry("generate.model", (adapters or [path])[-1], "adapter_name_or_path" if adapters else "do_predict")
-    yield Entry("model.revision", given["model_revision"], "model_revision")
+    if given["model_revision"] != "main":
+        yield Entry("model.revision", given["model_revision"], "model_revision")
     yield from _dtype(given)
     yield from _quantization(given)
     kind = given["finetuning_type"]
