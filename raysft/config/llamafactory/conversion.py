@@ -166,7 +166,7 @@ def _has_effect(name: str, given: Settings, entries: list[Entry]) -> bool:
 def _reason(name: str, given: Settings) -> str:
     key = TABLE[name]
     if not given.given(name):
-        return "null is its default"
+        return "null stands for its default"
     if key.reason:
         return key.reason
     if given[name] == key.default:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raysft.config.llamafactory.keys import IMAGES, Keys, harmless, joined, only, same
+from raysft.config.llamafactory.keys import IMAGES, Key, Keys, harmless, joined, only, same
 from raysft.config.llamafactory.values import boolean, choice, names, number, option, text, whole
 
 _CACHE = "tokens are cached, and found by what they were made from"
@@ -15,7 +15,9 @@ MIXING = {
 DATA: Keys = {
     "template": same("model.chat_template", text),
     "dataset": joined("data.train", names, []),
-    "eval_dataset": joined("data.eval", names, []),
+    "eval_dataset": Key(
+        names, [], path="data.eval", alone=False, reason="neither eval_strategy, do_eval nor do_predict asks for it"
+    ),
     "dataset_dir": joined("data.registry", text, "data"),
     "media_dir": harmless(IMAGES),
     "cutoff_len": same("data.sequence_length", whole, 2048),

@@ -108,8 +108,9 @@ def rows(given: Settings) -> Derived:
 
 def thoughts(given: Settings) -> Derived:
     """``enable_thinking`` and ``preserve_thinking``."""
-    if not given["enable_thinking"]:
-        yield Entry("data.template_options", {"enable_thinking": False}, "enable_thinking")
+    thinks = given.raw.get("enable_thinking", True)
+    if thinks is None or not given["enable_thinking"]:  # null is a third value here, and not the default
+        yield Entry("data.template_options", {"enable_thinking": None if thinks is None else False}, "enable_thinking")
     if given["preserve_thinking"]:
         yield Entry("data.thinking", "keep", "preserve_thinking")
 
