@@ -125,6 +125,7 @@ def test_every_number_of_steps_is_planned(folder):
 OTHER_VALUES = {
     "train.learning_rate": 0.5, "train.weight_decay": 0.5, "train.betas": [0.5, 0.5], "train.epsilon": 1e-3,
     "train.max_grad_norm": 9.0, "train.schedule": "constant", "train.warmup_ratio": 0.5, "train.neftune_alpha": 5.0,
+    "train.warmup_steps": 3, "train.eval_every_epochs": 1, "train.eval_delay": 2,
     "train.eval_every_steps": 7, "train.max_failures": 9, "train.trackers": [], "model.lora.alpha": 99.0,
     "model.lora.rslora": True, "model.lora.loraplus_ratio": 4.0, "run.seed": 9,
 }  # fmt: skip

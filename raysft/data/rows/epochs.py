@@ -153,8 +153,8 @@ def steps_at_end(epochs: float, steps: int) -> int:
         epochs: all epochs; 2.5 ends in the middle of the third.
         steps: steps of the whole last epoch.
 
-    >>> [steps_at_end(epochs, 7) for epochs in (1, 0.5, 2.5, 3)], steps_at_end(1.1, 10)
-    ([7, 4, 4, 7], 2)
+    >>> [steps_at_end(epochs, 7) for epochs in (1, 0.5, 2.5, 3)]
+    [7, 4, 4, 7]
     """
     before = math.ceil(epochs) - 1
     return math.ceil(epochs * steps) - before * steps
