@@ -71,6 +71,8 @@ def convert_file(path: str | Path, overrides: Sequence[str] = ()) -> tuple[str, 
     if not is_llamafactory(raw, lambda key: _place(path, lines, key)):
         raise RequestError(f"{path}: has no key of LLaMA-Factory; use a file that llamafactory-cli train takes")
     conversion, overrides = _convert(raw, overrides)
+    if conversion.command:
+        return render(conversion, path.name), None
     for override in overrides:
         _override(conversion.config, override)
     try:

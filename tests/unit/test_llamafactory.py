@@ -359,6 +359,17 @@ def test_convert_prints_or_writes_the_config_and_says_what_is_refused(write, cap
     assert "\n#   fp8=3: must be true or false\n" in seen.out
     assert "\n#   use_unsloth=true is not supported; remove it" in seen.out
     assert seen.err.startswith("raysft: error: lf.yaml:5: fp8=3")
+    merge = {
+        "model_name_or_path": "m",
+        "adapter_name_or_path": "saves/x",
+        "template": "qwen",
+        "export_dir": "to",
+        "export_size": 5,
+    }
+    assert main(["convert", write(merge)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "raysft export saves/x --output to"
+    assert main(["convert", write({**merge, "export_quantization_bit": 4})]) == 2
+    capsys.readouterr()
     Path("own.yaml").write_text("model: {path: m}\n")
     assert main(["convert", "own.yaml"]) == 2
     assert "no key of LLaMA-Factory" in capsys.readouterr().err

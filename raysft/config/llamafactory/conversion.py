@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,8 @@ class Conversion:
     """Key of the file that needs nothing → why."""
     refusals: list[Refusal]
     """Keys that cannot be taken; without them the config is incomplete."""
+    command: str = ""
+    """Command that does what the file asks for, if that is an export; there is no config then."""
 
 
 def convert(raw: Mapping[Any, Any]) -> Conversion:
@@ -62,6 +65,7 @@ def convert(raw: Mapping[Any, Any]) -> Conversion:
             for name, value in raw.items()
             if name in TABLE and name not in used | refused and (value is None or not _has_effect(name, given, ordered))
         },
+        command=_export(given) if {refusal.key for refusal in refusals} == {"export_dir"} else "",
         refusals=list({(refusal.key, refusal.message): refusal for refusal in refusals}.values()),
     )
 
@@ -73,14 +77,7 @@ def _stage(given: Settings) -> list[Refusal]:
             Refusal("stage", f"stage={stage} is not supported: raysft trains with sft and pt; use LLaMA-Factory for it")
         ]
     if given.exports and not given["do_train"]:
-        trained = [*given["adapter_name_or_path"], given["model_name_or_path"] or "RUN_DIR"][0]
-        command = f"raysft export {trained} --output {given['export_dir']}"
-        return [
-            Refusal(
-                "export_dir",
-                f"the file asks for an export, not for a training; once raysft has trained {trained}, run {command}",
-            )
-        ]
+        return [Refusal("export_dir", f"the file asks for an export, not for a training; run {_export(given)}")]
     if not given.trains and not given.predicts:
         what = "do_eval alone" if given["do_eval"] else "do_train=false"
         return [
@@ -98,6 +95,12 @@ def _missing(entry: Entry, given: Settings) -> list[Refusal]:
     if not entry.key or not given.given(entry.key) or given[entry.key] == default:
         return []
     return [Refusal(entry.key, f"{entry.key} is not supported by this version of raysft; remove it")]
+
+
+def _export(given: Settings) -> str:
+    """Return the command for an export of a model that raysft has trained."""
+    trained = [*given["adapter_name_or_path"], given["model_name_or_path"] or "RUN_DIR"][0]
+    return shlex.join(["raysft", "export", trained, "--output", given["export_dir"]])
 
 
 def _alone(given: Settings) -> Iterator[Entry]:
@@ -169,6 +172,8 @@ def _reason(name: str, given: Settings) -> str:
         return "null stands for its default"
     if key.reason:
         return key.reason
+    if given.exports:
+        return "the run that is exported has it"
     if given[name] == key.default:
         return "has its default, which needs nothing"
     return "has no effect beside the other keys"

@@ -24,12 +24,16 @@ def render(conversion: Conversion, name: str) -> str:
     lines = [
         f"# Converted from {name}, a config of LLaMA-Factory. Its defaults are written out where raysft has others."
     ]
-    if conversion.refusals:
+    if conversion.command:
+        lines = [f"# {name} asks for an export of what raysft has trained, which no config does, but this command:"]
+    elif conversion.refusals:
         lines += ["#", "# Refused, so that this config is not complete:"]
         lines += [line for refusal in conversion.refusals for line in _item(refusal.message)]
     if conversion.harmless:
         lines += ["#", "# These keys need nothing here:"]
         lines += [line for key, reason in conversion.harmless.items() for line in _item(f"{key}: {reason}")]
+    if conversion.command:
+        return "\n".join([*lines, conversion.command]) + "\n"
     sections = {path.rpartition(".")[0] for path in schema()} - {""}
     lines += ["", *_mapping(conversion.config, "", sections, conversion.notes)]
     return "\n".join(lines) + "\n"
