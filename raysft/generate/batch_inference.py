@@ -229,8 +229,12 @@ class _Predictions:
         assert self.facts is not None
         role, facts = self.output.role, self.facts
         speed = facts["tokens_per_second"]
+        rows = metrics.score_labelled(self._config, read_jsonl(self.output.path), role)
+        if unscored := next((int(row.value) for row in rows if row.metric == "unscored"), 0):
+            print(f"{self.output.path.stem}: {unscored} of {len(self._prompts)} predictions are not scored, because their "
+                  "records have no answer", file=sys.stderr)  # fmt: skip
         return [
-            *metrics.score_labelled(self._config, read_jsonl(self.output.path), role),
+            *rows,
             metrics.MetricRow("runtime", None, role, facts["runtime"], unit="seconds", higher_is_better=False),
             metrics.MetricRow("tokens_per_second", None, role, speed, unit="tokens/second", higher_is_better=True),
         ]

@@ -358,3 +358,25 @@ def test_conversations_with_functions_are_asked_up_to_their_last_answer(folder, 
     assert min(several, with_tools) > (2 if ours else 100)
     assert (1 if ours else 10) <= cut < len(rows)
     assert f"generated_predictions: {cut} of {len(rows)} prompts lost their beginning" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_prompts_without_answers_are_generated_for_and_not_scored(folder, other, capsys, trained):
+    """Also after a training, whose evaluation has nothing to do on them."""
+    lines = (folder / "quiz.jsonl").read_text().splitlines()
+    records = [json.loads(lines[0]), *({"messages": json.loads(line)["messages"][:1]} for line in lines[1:])]
+    alone = records[1:] if trained else records
+    (folder / "asked.jsonl").write_text("".join(json.dumps(record) + "\n" for record in alone))
+    name, asked = f"asked-{trained}", [f"data.eval=[{{name: asked, path: {folder}/asked.jsonl}}]"]
+    if trained:
+        assert main(["run", str(folder / "c.yaml"), f"run.name={name}", "generate.compare_base=false", *asked]) == 0
+        rows = list(read_jsonl(folder / "runs" / name / "generated_predictions.jsonl"))
+    else:
+        rows = generate(folder, name, f"generate.model={other}", *asked)
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(other), AutoTokenizer.from_pretrained(other)
+        assert predicted(rows) == expected(model, tokenizer, folder / "quiz.jsonl")
+    assert [bool(row["label"]) for row in rows] == [not trained, *[False] * 3][-len(rows) :]
+    results = json.loads((folder / "runs" / name / "predict_results.json").read_text())
+    assert (results["predict_examples"], results["predict_unscored"]) == (len(rows) - 3, 3)
+    told = f"generated_predictions: 3 of {len(rows)} predictions are not scored, because their records have no answer\n"
+    assert told in capsys.readouterr().err
