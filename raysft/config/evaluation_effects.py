@@ -36,7 +36,7 @@ _KEYS = {
         scaling.use_gpu
     """,
     Bearing.CONTENT: """
-        model.path model.trust_remote_code model.chat_template model.adapters
+        model.path model.revision model.trust_remote_code model.chat_template model.adapters
         data.train data.train[].name data.train[].path data.train[].format data.train[].columns data.train[].tags
         data.train[].max_examples data.train[].num_samples data.train[].slice
         data.max_examples data.eval data.registry data.holdout

@@ -113,6 +113,9 @@ class ModelSection(Section):
 
     path: PathOrHubId
     """Model folder, Hugging Face Hub id, ``*.gguf`` file, or ``package:NAME/FILE`` for a file of an installed Python package."""
+    revision: Text | None = None
+    """Branch, tag or commit of a model on the Hugging Face Hub. The run keeps the commit that it begins with, on all
+    nodes and when it resumes. Default: the main branch."""
     trust_remote_code: list[Text] = []
     """Models that may run their own Python code, for example ``[org/model]``. A model that needs its own code is refused unless
     this list contains its ``path``, spelled the same way, and the name of any other repository that the code comes from. Read
@@ -135,8 +138,8 @@ class ModelSection(Section):
     oft: OftSection = OftSection()
     """Adapter settings with ``finetuning: oft``."""
     adapters: list[PathOrHubId] = []
-    """Folders of earlier adapters, in the order in which they were trained. All except the last are merged into the model;
-    training continues with the last."""
+    """Folders or Hub ids (``ORG/NAME`` or ``ORG/NAME@REVISION``) of earlier adapters, in the order in which they were trained. All
+    except the last are merged into the model; training continues with the last."""
     new_adapter: bool = False
     """Merge all of ``adapters`` into the model and train a new adapter."""
     quantization: Literal["4bit", "8bit"] | None = None

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from raysft.errors import RequestError
-from raysft.storage.local_cache import model_copy
+from raysft.storage import hub_snapshots
+from raysft.storage.local_cache import may_be_on_hub, model_copy, on_hub
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -48,7 +49,15 @@ def adapter_base(model: Path) -> Path | None:
     return base
 
 
+def base_name(path: str) -> tuple[str, str | None]:
+    """Return the name by which an adapter's configuration knows its base, and the commit of one on the hub."""
+    return hub_snapshots.split(path) if on_hub(path) else (path, None)
+
+
 def named_base(adapter: Path) -> str | None:
-    """Return the name of the base model in an adapter's configuration."""
-    named = read_adapter_config(adapter).get("base_model_name_or_path")
+    """Return the name of the base model in an adapter's configuration; of one on the hub with its revision, if that is there."""
+    description = read_adapter_config(adapter)
+    named, revision = description.get("base_model_name_or_path"), description.get("revision")
+    if named and revision and may_be_on_hub(str(named)) and not Path(str(named)).exists():
+        return f"{named}@{revision}"
     return str(named) if named else None

@@ -12,13 +12,14 @@ from typing import Any
 from raysft.config import Config
 from raysft.config.model import LoraSection
 from raysft.errors import RequestError, one_line
-from raysft.models.adapter_files import read_adapter_config
+from raysft.models.adapter_files import named_base, read_adapter_config
 from raysft.models.end_of_turn import learned_ends, write_ends
 from raysft.models.fingerprint import model_fingerprint
 from raysft.models.loading import generation_config, load_weights
+from raysft.models.resolve import find_on_hub
 from raysft.models.tokenizer import load_tokenizer
 from raysft.models.weight_files import check_weights, holds_embeddings
-from raysft.storage.local_cache import in_cache, local_copy
+from raysft.storage.local_cache import in_cache, local_copy, may_be_on_hub, model_copy, on_hub
 from raysft.storage.path import StoragePath
 
 
@@ -33,7 +34,7 @@ def find_adapter(config: Config, model: str, notify: Callable[[str], None]) -> t
     Raises:
         RequestError: an adapter is missing or is not of the kind that the config trains.
     """
-    places = [StoragePath.of(path) for path in config.model.adapters]
+    places = [_place(path, notify) for path in config.model.adapters]
     folders = [_folder(path, place) for path, place in zip(config.model.adapters, places, strict=True)]
     for folder in folders:
         _check_kind(folder, config)
@@ -46,14 +47,23 @@ def find_adapter(config: Config, model: str, notify: Callable[[str], None]) -> t
     merged = folders[:-1] if goes_on else folders
     if merged:
         model = _merged(model, merged, config.cache_directory, notify, config.model.runs_code)
-    return model, places[-1].location if goes_on else None
+    return model, places[-1] if goes_on else None
 
 
-def _folder(path: str, place: StoragePath) -> Path:
+def _place(path: str, notify: Callable[[str], None]) -> str:
+    """Return an adapter's folder or URI, or its id on the hub with the commit."""
+    if may_be_on_hub(path) and not Path(path).exists():
+        return find_on_hub(path, "model.adapters", notify, marks=("adapter_config.json",))
+    return StoragePath.of(path).location
+
+
+def _folder(path: str, place: str) -> Path:
     try:
-        folder = Path(local_copy(place.location))
+        folder = model_copy(place) if on_hub(place) else Path(local_copy(place))
     except FileNotFoundError:
-        raise RequestError(f"model.adapters: {place} does not exist; give a folder that peft has written") from None
+        raise RequestError(
+            f"model.adapters: {StoragePath.of(place)} does not exist; give a folder that peft has written"
+        ) from None
     if not (folder / "adapter_config.json").exists():
         raise RequestError(f"model.adapters: {path} has no adapter_config.json; give a folder that peft has written")
     if not (folder / "adapter_model.safetensors").exists():
@@ -105,7 +115,7 @@ def merge_adapters(model: str, adapters: Sequence[Path], output: Path, runs_code
     """Merge adapters into a model and write it with its tokenizer; ``runs_code``: the model's own code may run."""
     import torch
 
-    whole = load_weights(local_copy(model), dtype=torch.float32, trust_remote_code=runs_code)
+    whole = load_weights(model_copy(model), dtype=torch.float32, trust_remote_code=runs_code)
     for adapter in adapters:
         whole = merge_adapter(load_adapter(whole, adapter))
     whole.config.use_cache = True
@@ -201,5 +211,4 @@ def load_with_base(folder: Path, **options: Any) -> Any:
     """Load a model, or an adapter on its base."""
     if not (folder / "adapter_config.json").exists():
         return load_weights(folder, **options)
-    base = str(read_adapter_config(folder).get("base_model_name_or_path"))
-    return load_adapter(load_weights(local_copy(base), **options), folder)
+    return load_adapter(load_weights(model_copy(named_base(folder) or "None"), **options), folder)

@@ -9,7 +9,7 @@ from typing import Any
 from raysft.config import Config
 from raysft.errors import RequestError, one_line
 from raysft.models.weight_files import check_weights
-from raysft.storage import hub
+from raysft.storage import hub, hub_snapshots
 
 
 def read_hf_config(
@@ -31,6 +31,7 @@ def read_hf_config(
 
     from raysft.models.remote_code import check_code
 
+    named = f"{key}={hub_snapshots.shown(model)}"
     try:
         check_code(config, model, notify, path, key)
         hf_config = AutoConfig.from_pretrained(model, trust_remote_code=path in config.model.trust_remote_code)
@@ -39,9 +40,12 @@ def read_hf_config(
     except Exception as error:
         fault = hub.reason_of(error)
         reason = fault or f"its config.json cannot be used ({one_line(error, 120)})"
-        raise RequestError(f"{key}={model}: {reason}") from None
-    _check_causal(hf_config, f"{key}={model}", path in config.model.trust_remote_code)
-    check_weights(Path(model), f"{key}={model}")
+        raise RequestError(f"{named}: {reason}") from None
+    _check_causal(hf_config, named, path in config.model.trust_remote_code)
+    if not hub_snapshots.is_snapshot(
+        Path(model)
+    ):  # weights on the hub are fetched, and then checked, where they are loaded
+        check_weights(Path(model), named)
     return hf_config
 
 

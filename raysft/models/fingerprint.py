@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from raysft.storage.hub import commit_of
-from raysft.storage.local_cache import local_copy
+from raysft.storage.local_cache import local_copy, on_hub
 
 CODE_SUFFIXES = (".py",)
 MODEL_SUFFIXES = (".safetensors", ".bin", *CODE_SUFFIXES)
@@ -18,26 +17,25 @@ SAMPLES, SAMPLE_BYTES = 256, 1 << 16
 
 
 def model_fingerprint(model: str) -> str:
-    """Hash a model's or adapter's configuration, weights and code (of large files samples); return the id of a hub model."""
-    folder = Path(local_copy(model))
-    if not folder.is_dir():
+    """Hash a model's or adapter's configuration, weights and code (of large files samples); of a hub model return its commit."""
+    if on_hub(model):
         return model
+    folder = Path(local_copy(model))
     weights = [(path.name, path.stat().st_size, _sampled_hash(path)) for path in _decisive_files(folder)]
     description = next(path for name in ("adapter_config.json", "config.json") if (path := folder / name).exists())
     return hashlib.sha256(description.read_bytes() + repr(weights).encode()).hexdigest()[:16]
 
 
-def exact_fingerprint(model: str) -> str | None:
+def exact_fingerprint(model: str) -> str:
     """Identify a model or adapter by ``model_fingerprint`` and the times of its files, or a hub model by its commit.
 
     The samples of a large file may miss a few rows that are edited in place; the file's time does not. A copy of the files counts
-    as another model. None if this machine's cache of the hub does not hold the model.
+    as another model.
     """
-    folder = Path(local_copy(model))
-    if not folder.is_dir():
-        commit = commit_of(model)
-        return commit and f"{model}@{commit}"
-    return f"{model_fingerprint(model)} {[path.stat().st_mtime_ns for path in _decisive_files(folder)]}"
+    if on_hub(model):
+        return model
+    times = [path.stat().st_mtime_ns for path in _decisive_files(Path(local_copy(model)))]
+    return f"{model_fingerprint(model)} {times}"
 
 
 def _decisive_files(folder: Path) -> list[Path]:
@@ -45,11 +43,8 @@ def _decisive_files(folder: Path) -> list[Path]:
 
 
 def tokenizer_fingerprint(model: str) -> str:
-    """Hash the tokenizer's files in a model's folder, or name the commit of a model on the hub."""
-    folder = Path(local_copy(model))
-    if not folder.is_dir():
-        return f"{model}@{commit_of(model)}"
-    digest = hashlib.sha256()
+    """Hash the tokenizer's files in a model's folder."""
+    folder, digest = Path(local_copy(model)), hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.suffix in TOKENIZER_SUFFIXES and path.is_file()):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from raysft.errors import RequestError
-from raysft.storage import hub
+from raysft.models.weight_files import check_weights
+from raysft.storage import hub, hub_snapshots
 
 
 def load_weights(folder: str | Path, **options: Any) -> Any:
@@ -17,6 +18,8 @@ def load_weights(folder: str | Path, **options: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
+    if hub_snapshots.is_snapshot(Path(folder)):
+        check_weights(Path(folder), hub_snapshots.shown(str(folder)))
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     except RuntimeError as error:

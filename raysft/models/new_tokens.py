@@ -15,7 +15,7 @@ from raysft.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from raysft.models.loading import load_weights
 from raysft.models.quantization import method_of
 from raysft.models.tokenizer import load_tokenizer
-from raysft.storage.local_cache import in_cache, local_copy
+from raysft.storage.local_cache import in_cache, model_copy
 
 ALIGNMENT = 64
 """Largest power of two that the rows of an embedding stay divisible by, for the tiles of GPUs."""
@@ -78,7 +78,7 @@ def add_tokens(model: str, folder: Path, section: NewTokensSection, runs_code: b
     """
     import torch
 
-    whole = load_weights(local_copy(model), dtype="auto", trust_remote_code=runs_code)
+    whole = load_weights(model_copy(model), dtype="auto", trust_remote_code=runs_code)
     tokenizer = load_tokenizer(model, runs_code)
     known = tokenizer.get_vocab()
     described = {

@@ -10,6 +10,7 @@ from raysft.config import Config, locate
 from raysft.errors import RequestError
 from raysft.models.adapter_files import adapter_base, named_base
 from raysft.models.transformers_internals import tokenizer_config
+from raysft.storage import hub_snapshots
 from raysft.storage.path import StoragePath
 
 
@@ -86,7 +87,7 @@ def code_name(config: Config, folder: Path) -> str:
     """
     if adapter_base(folder) is None:
         return config.generate.model or config.model.path
-    base = named_base(folder) or ""
+    base = hub_snapshots.split(named_base(folder) or "")[0]
     location, trained = StoragePath.of(base), StoragePath.of(locate(config.model.path, "model.path"))
     # A model with merged adapters is in the cache.
     ours = location == trained or location.parent == config.cache_directory / "models"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from pyarrow import ArrowException
 from raysft.config import locate
 from raysft.errors import RequestError, StorageFailed, unreadable
 from raysft.models.gguf import converted
-from raysft.storage import hub
-from raysft.storage.local_cache import local_copy, may_be_on_hub, model_copy
+from raysft.storage import hub, hub_snapshots
+from raysft.storage.local_cache import local_copy, may_be_on_hub
 from raysft.storage.path import StoragePath
 from raysft.storage.retry import FIRST_SECONDS, reason_of, retry_for
 from raysft.storage.run_directory import MODEL_MARKS
@@ -23,8 +24,9 @@ def find_model(
     notify: Callable[[str], None],
     key: str = "model.path",
     accept_adapter: bool = False,
+    revision: str | None = None,
 ) -> str:
-    """Return a folder, URI or hub id that every later stage can load from, on each node through ``local_copy``.
+    """Return a folder, URI or hub id with its commit that every later stage can load from, on each node through ``local_copy``.
 
     A GGUF file is dequantized to safetensors once, in the cache; a second process waits for the first one's.
 
@@ -34,18 +36,23 @@ def find_model(
         notify: receives a line for the user before something that takes long.
         key: the config key of the path, for messages.
         accept_adapter: accept an adapter in place of a whole model.
+        revision: branch, tag or commit of a model on the hub. Default: its main branch, or what follows an ``@`` in the path.
 
     Raises:
         RequestError: there is no such model.
     """
-    path, marks = locate(path, key), MODEL_MARKS if accept_adapter else ("config.json",)
+    given, path, marks = path, locate(path, key), MODEL_MARKS if accept_adapter else ("config.json",)
+    folder = Path(path).expanduser()
+    if revision and (given != path or not may_be_on_hub(path) or path.endswith(".gguf") or folder.exists()):
+        raise RequestError(
+            f"model.revision={revision} names a revision on the hub, but {key}={given} is no id of the hub; remove model.revision"
+        )
     if "://" in path:
         return _elsewhere(StoragePath.of(path), cache, notify, key, marks)
     if path.endswith(".gguf"):
         if not Path(path).is_file():
             raise RequestError(f"{key}={path}: GGUF file not found; check the path")
         return converted(Path(path), cache, notify, key)
-    folder = Path(path).expanduser()
     if folder.is_dir():
         if not any((folder / mark).exists() for mark in marks):
             raise RequestError(
@@ -58,7 +65,7 @@ def find_model(
         )
     if not may_be_on_hub(path):
         raise RequestError(f"{key}={path}: folder not found; check the path, or use a Hub id")
-    return _on_hub(path, key, marks)
+    return find_on_hub(path, key, notify, revision, marks)
 
 
 def _elsewhere(
@@ -82,17 +89,46 @@ def _elsewhere(
     return place.location
 
 
-def _on_hub(path: str, key: str, marks: Sequence[str]) -> str:
-    """Check that the Hub or its local cache has the model, and return its id, from which each node loads it."""
-    from transformers import PreTrainedConfig
+def find_on_hub(
+    path: str,
+    key: str,
+    notify: Callable[[str], None],
+    revision: str | None = None,
+    marks: Sequence[str] = ("config.json",),
+) -> str:
+    """Check that the hub or its local cache has a model, and return its id with the commit that every node takes.
 
+    Args:
+        path: ``NAME`` or ``NAME@REVISION``.
+        key: the config key of the path, for messages.
+        notify: receives a line with the commit.
+        revision: branch, tag or commit, if the path has none.
+        marks: a file that the model must have, or several of which it must have one.
+    """
+    name, own = hub_snapshots.split(path)
+    asked = own or revision
+    named = f"{key}={name}" + (f" at {asked}" if asked else "")
     try:
-        if "adapter_config.json" in marks:
-            model_copy(path)  # an adapter has no config to ask for
-        else:
-            hf_config, _ = PreTrainedConfig.get_config_dict(local_copy(path))  # without the model's own code
-            if not isinstance(hf_config, dict):
-                raise ValueError("config.json is not a mapping")
+        location = hub_snapshots.pin(name, asked)
+        folder = Path(local_copy(location))
+        if not any((folder / mark).exists() for mark in marks):
+            missing = f"the hub has no {' or '.join(marks)} of it"
+            raise RequestError(f"{named}: {missing}; use a model in Hugging Face format")
+        if (folder / "config.json").exists():
+            _check_mapping(folder / "config.json")
+    except RequestError as error:
+        raise RequestError(str(error) if str(error).startswith(key) else f"{key}={error}") from None
     except Exception as error:
-        raise RequestError(f"{key}={path}: not a local folder, and {hub.reason_of(error) or hub.UNUSABLE}") from None
-    return path
+        raise RequestError(f"{named}: not a local folder, and {hub.reason_of(error) or hub.UNUSABLE}") from None
+    if not hub_snapshots.holds_weights(location):
+        raise RequestError(f"{named}: the hub has no weights of it (*.safetensors); use a complete model")
+    notify(
+        f"model: {name} is taken at commit {location.partition('@')[2][: hub_snapshots.SHORT]}"
+        + (f" ({asked})" if asked else "")
+    )
+    return location
+
+
+def _check_mapping(file: Path) -> None:
+    if not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
+        raise ValueError(f"{file.name} is not a mapping")

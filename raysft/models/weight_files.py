@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raysft.errors import RequestError
+from raysft.storage.hub_snapshots import is_snapshot
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -35,7 +36,7 @@ EMBEDDINGS = (
 
 
 def check_weights(folder: Path, named: str) -> None:
-    """Refuse weights that are missing or damaged, without reading them. Weights on the hub are checked after the download.
+    """Refuse weights that are missing or damaged, without reading them.
 
     Args:
         folder: folder of a model or an adapter.
@@ -132,7 +133,8 @@ def open_weights(folder: Path, named: str, framework: str = "np") -> Iterator[An
     from safetensors import safe_open
 
     index = folder / "model.safetensors.index.json"
-    for file in _parts(index, named) if index.exists() else folder.glob("model.safetensors"):
+    partial = is_snapshot(folder)  # its weights may not be here yet
+    for file in _parts(index, named) if index.exists() and not partial else folder.glob("model*.safetensors"):
         with safe_open(file, framework=framework) as weights:
             yield weights
 

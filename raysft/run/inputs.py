@@ -13,7 +13,8 @@ from raysft.data.shards.manifest import Manifest
 from raysft.data.tokenization.tokenizer import load_once
 from raysft.errors import RequestError
 from raysft.models.weight_files import check_weights, embedding_rows
-from raysft.storage.local_cache import local_copy, model_copy
+from raysft.storage import hub_snapshots
+from raysft.storage.local_cache import local_copy, model_copy, on_hub
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class ModelFiles:
     """Number of tokens that it has embeddings for; None if it does not say."""
     hf_config: Any = None
     """The model's own config."""
+    commit: str | None = None
+    """Commit of a model on the hub."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +56,22 @@ def read_inputs(config: Config, notify: Callable[[str], None]) -> tuple[Config, 
     return config, files.model, files.adapter, prepared
 
 
-def check_model_files(config: Config, notify: Callable[[str], None]) -> ModelFiles:
-    """Find the model, add tokens to it, merge adapters into it, and refuse what cannot be trained or generated with."""
+def check_model_files(config: Config, notify: Callable[[str], None], commit: str | None = None) -> ModelFiles:
+    """Find the model, add tokens to it, merge adapters into it, and refuse what cannot be trained or generated with.
+
+    Args:
+        config: the run's config.
+        notify: receives lines for the user.
+        commit: the commit on the hub that the run began with, in place of ``model.revision``.
+    """
     from raysft.models.adapters import find_adapter
     from raysft.models.architecture import read_hf_config
     from raysft.models.new_tokens import with_new_tokens
     from raysft.models.resolve import find_model
     from raysft.train.check_model import check_model
 
-    model = find_model(config.model.path, config.cache_directory, notify)
+    model = find_model(config.model.path, config.cache_directory, notify, revision=commit or config.model.revision)
+    commit = hub_snapshots.split(model)[1] if on_hub(model) else None
     hf_config = check_model(config, model, notify)
     given, model = model, with_new_tokens(config, model, hf_config, notify)
     if model != given:
@@ -70,7 +80,7 @@ def check_model_files(config: Config, notify: Callable[[str], None]) -> ModelFil
     check_generation(config, model)
     model, adapter = find_adapter(config, model, notify)
     rows = embedding_rows(Path(local_copy(model)), hf_config, f"model.path={config.model.path}")
-    return ModelFiles(model, adapter, rows, hf_config)
+    return ModelFiles(model, adapter, rows, hf_config, commit)
 
 
 def check_generation(config: Config, model: str) -> None:
@@ -160,7 +170,7 @@ def read_prompts(config: Config, notify: Callable[[str], None]) -> PromptInputs:
 
     key = "generate.model"
     model = find_model(config.generate.model or "", config.cache_directory, notify, key, accept_adapter=True)
-    folder, named = model_copy(model), f"{key}={model}"
+    folder, named = model_copy(model), f"{key}={hub_snapshots.split(model)[0] if on_hub(model) else model}"
     base = adapter_base(folder)
     check_weights(folder, named)
     hf_config = read_hf_config(config, str(base or folder), code_name(config, folder), notify, key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,18 @@ def with_recorded_batch_size(directory: RunDirectory, config: Config) -> Config:
     if config.train.global_batch_size != "auto" or not (has_training(directory) and directory.config.exists()):
         return config
     return with_overrides(config, {"train.global_batch_size": _recorded_config(directory).train.global_batch_size})
+
+
+def recorded_commit(directory: RunDirectory, config: Config) -> str | None:
+    """Return the commit on the hub that the run began with, if it has begun and asks for the same model and revision."""
+    if not (has_training(directory) and directory.config.exists()):
+        return None
+    recorded = _recorded_config(directory).model
+    if (recorded.path, recorded.revision) != (config.model.path, config.model.revision):
+        return None
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return json.loads(directory.plan.read_text(encoding="utf-8"))["resolved"]["model_commit"]
+    return None
 
 
 def differences(directory: RunDirectory, config: Config) -> Changes:

@@ -80,6 +80,8 @@ class Resolved:
     attention: str
     """Attention kernel; ``auto`` where transformers chooses the best one that the model has."""
     zero_stage: int
+    model_commit: str | None = None
+    """Commit of a model on the hub."""
 
 
 @dataclass(frozen=True)
@@ -221,6 +223,7 @@ def make_plan(
     nodes: Sequence[Node],
     adapter: str | None = None,
     untrained_ends: Sequence[str] = (),
+    model_commit: str | None = None,
 ) -> Plan:
     """Put the plan together from the manifests and the row plan.
 
@@ -230,6 +233,7 @@ def make_plan(
         nodes: the cluster's nodes.
         adapter: folder of the adapter that training continues from.
         untrained_ends: as ``Plan`` has them.
+        model_commit: commit of a model on the hub.
     """
     row_plan = prepared.train_rows.row_plan
     scaling, per_step = config.scaling, row_plan.global_batch_size
@@ -263,7 +267,7 @@ def make_plan(
         cluster_gpus=sum(node.gpus for node in nodes),
         sources=plan_sources(prepared.train, prepared.duplicates.train),
         evaluation=plan_sources(prepared.eval, prepared.duplicates.evaluation),
-        resolved=_resolved(config, per_step, workers, adapter),
+        resolved=replace(_resolved(config, per_step, workers, adapter), model_commit=model_commit),
         turns=TurnStatistics.of(merge_counts(manifest.turns for manifest in prepared.train)),
         untrained_ends=tuple(untrained_ends),
         shared_files=prepared.shared_files,

@@ -43,7 +43,7 @@ def check_pods(config: Config, nodes: Sequence[Node], notify: Callable[[str], No
     if speed and steps:
         seconds = speed.seconds(steps * rows * config.data.sequence_length, workers)
         notify(f"time: at most {duration(seconds)} for {steps:,} steps, at {speed}")
-    folder = _folder_here(config.model.path)
+    folder = _folder_here(config.model.path, config.model.revision)
     if folder is None:
         return
     from transformers import AutoConfig
@@ -68,12 +68,12 @@ def check_pods(config: Config, nodes: Sequence[Node], notify: Callable[[str], No
         notify(line)
 
 
-def _folder_here(path: str) -> Path | None:
+def _folder_here(path: str, revision: str | None) -> Path | None:
     """Return the folder on this machine that has a model's config; None if it is in the image, on the volume or on the hub only."""
     if may_be_on_hub(path):
         from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(path, "config.json")
+        found = try_to_load_from_cache(path, "config.json", revision=revision)
         return Path(found).parent if isinstance(found, str) else None
     return Path(path) if (Path(path) / "config.json").is_file() else None
 

@@ -36,6 +36,7 @@ from raysft.run.ownership import (
     differences,
     ensure_writable,
     exclusive_access,
+    recorded_commit,
     refuse_other_kind,
     refuse_read_only,
     refuse_training,
@@ -244,12 +245,13 @@ def _plan_run(
     from raysft.run.resumption import check_resumption
 
     config = with_recorded_batch_size(directory, asked)
-    files = check_model_files(config, notify)
+    files = check_model_files(config, notify, recorded_commit(directory, config))
     config, prepared = prepare_data(config, files, notify)
     identity = training_identity(files.model, files.adapter, prepared)
     resumption = check_resumption(directory, config, prepared.train_rows, identity, changes, allow_changed)
     prepared = replace(prepared, train_rows=resumption.rows)
-    plan = make_plan(asked, prepared, nodes, files.adapter, untrained_ends(config, files, prepared))
+    ends = untrained_ends(config, files, prepared)
+    plan = make_plan(asked, prepared, nodes, files.adapter, ends, files.commit)
     if verb in ESTIMATED:
         plan = with_needs(plan, config, files, prepared, nodes, table=verb == "check")
     return PlannedRun(config, files.model, files.adapter, prepared, plan, identity, resumption)

@@ -108,7 +108,8 @@ class _Shaped:
 def _planned(trial: Config, files: ModelFiles, nodes: Sequence[Node], notify: Callable[[str], None]) -> PlannedRun:
     config, prepared = prepare_data(trial, files, notify)
     identity = training_identity(files.model, files.adapter, prepared)
-    plan = make_plan(trial, prepared, nodes, files.adapter, untrained_ends(config, files, prepared))
+    ends = untrained_ends(config, files, prepared)
+    plan = make_plan(trial, prepared, nodes, files.adapter, ends, files.commit)
     return PlannedRun(config, files.model, files.adapter, prepared, plan, identity)
 
 
@@ -121,7 +122,9 @@ def _with_needs(run: PlannedRun, trials: Sequence[_Shaped], nodes: Sequence[Node
         nodes: the cluster's nodes.
         keys: those of the sweep's space that matter.
     """
-    plan = replace(make_plan(trials[0].config, run.prepared, nodes, trials[0].files.adapter), warnings=())
+    first = trials[0]
+    commit = first.files.commit
+    plan = replace(make_plan(first.config, run.prepared, nodes, first.files.adapter, model_commit=commit), warnings=())
     needs, warnings = list(run.plan.needs), list(run.plan.warnings)
     said: set[str] = set()
     for trial in _largest(trials, plan.rows_per_worker):

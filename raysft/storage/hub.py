@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import time
 from collections.abc import Iterator
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 from raysft.errors import one_line
@@ -19,9 +19,13 @@ RETRY_SECONDS = 25.0
 """Longest time to retry a request. The hub's library retries for minutes, file by file, or for as long as the server says."""
 RETRY_AFTER_SECONDS = 310.0
 """The same if the server names a time (``Retry-After``); the hub's rate limits last five minutes."""
+NAMED_SECONDS = 2.0
+"""A wait that lasts so long is named."""
 AWAY_SECONDS = 60.0
 """Time without retries after a server did not answer: cached files load without it, others fail at once."""
 UNUSABLE = "the hub's answer is not usable; check the name and HF_ENDPOINT, or give a folder"
+CHUNK_BYTES = 1 << 20
+"""Most bytes of a download that are lost when it breaks off; a connection that carries fewer would never end it."""
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 """HTTP status codes worth a retry."""
 
@@ -31,7 +35,7 @@ def bound_requests() -> None:
     """Bound all requests of this process to the hub, whichever library makes them."""
     import logging
 
-    from huggingface_hub import set_client_factory
+    from huggingface_hub import constants, set_client_factory
     from huggingface_hub.utils._http import default_client_factory
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would log every attempt
@@ -43,6 +47,7 @@ def bound_requests() -> None:
         return client
 
     set_client_factory(bounded_client)
+    constants.DOWNLOAD_CHUNK_SIZE = CHUNK_BYTES
 
 
 def _send(send: Any, unreachable: dict[str, float], request: Any, **options: Any) -> Any:
@@ -69,7 +74,7 @@ def _send(send: Any, unreachable: dict[str, float], request: Any, **options: Any
             response.close()
             reason = f"{response.status_code} {response.reason_phrase}"
             retry_after = response.headers.get("retry-after", "")
-            if retry_after.isdigit() and int(retry_after) > pause:
+            if retry_after.isdigit() and int(retry_after):
                 pause, limit = float(retry_after), RETRY_AFTER_SECONDS
                 reason += f", retry after {retry_after} s"
         except (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError) as error:
@@ -78,7 +83,7 @@ def _send(send: Any, unreachable: dict[str, float], request: Any, **options: Any
             unreachable[server] = time.monotonic()
             # On this error, unlike on others, the libraries fall back to their caches.
             raise OfflineModeIsEnabled(f"{server} does not answer ({reason})")
-        if pause > RETRY_SECONDS:
+        if pause >= NAMED_SECONDS:
             print(f"waiting for the hub: {server} ({reason})", file=sys.stderr)
         time.sleep(pause)
         pause = min(2 * pause, 8.0)
@@ -106,26 +111,25 @@ def _require_rate(stream: Any) -> Any:
     return RateChecked()
 
 
-def commit_of(model: str) -> str | None:
-    """Return the commit of a hub model that this machine's cache holds and the libraries load; None if it holds none."""
-    from huggingface_hub import try_to_load_from_cache
-
-    file = try_to_load_from_cache(model, "config.json")  # {cache}/models--{model}/snapshots/{commit}/config.json
-    return Path(file).parent.name if isinstance(file, str) else None
-
-
 def error_types() -> tuple[type[Exception], ...]:
     """Types of the errors that the hub's library raises: its own, of broken downloads, and of answers it cannot parse."""
     import httpx2
+    from huggingface_hub.errors import RevisionResolutionError
 
-    return OSError, ValueError, LookupError, TypeError, AttributeError, httpx2.HTTPError
+    return OSError, ValueError, LookupError, TypeError, AttributeError, httpx2.HTTPError, RevisionResolutionError
 
 
 def reason_of(error: BaseException) -> str | None:
     """Return why a request to the hub failed, as "FACT; REMEDY"; None if the error is not of the hub."""
     import httpx2
     from huggingface_hub import constants
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RevisionNotFoundError,
+    )
 
     chain: list[BaseException] = []
     while error is not None and error not in chain:
@@ -139,6 +143,13 @@ def reason_of(error: BaseException) -> str | None:
             return f"{cause}; check the network and HF_ENDPOINT, or give a folder"
         if isinstance(cause, HfHubHTTPError):
             status = f"{cause.response.status_code} {cause.response.reason_phrase}"
+            if isinstance(cause, GatedRepoError):
+                page = f"{constants.ENDPOINT}/{cause.repo_id or ''}".rstrip("/")
+                return (
+                    f"it is gated ({status}); accept its terms at {page}, and set HF_TOKEN to a token of that account"
+                )
+            if isinstance(cause, RevisionNotFoundError):
+                return f"the hub has no such revision of it ({status}); check the branch, tag or commit"
             if cause.response.status_code in (401, 403):
                 # The hub gives this answer for missing repositories too.
                 return f"the hub denies access ({status}); check the name, and whether HF_TOKEN may read it"
@@ -146,5 +157,10 @@ def reason_of(error: BaseException) -> str | None:
                 return f"the hub does not have it ({status}); check the name"
             return f"the hub answers {status}; try again later, or give a folder"
         if isinstance(cause, httpx2.TransportError):
-            return f"the download broke off ({cause}); run the same command again to resume it, or give a folder"
+            return f"the download broke off ({cause}); run the same command again, which keeps complete files, or give a folder"
+        if isinstance(cause, OSError) and "Consistency check failed" in str(cause):
+            sizes = one_line(cause).partition(": ")[2].partition(". ")[0]
+            return f"the hub gave another number of bytes than it announced ({sizes}); run the same command again"
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            return f"the hub's cache cannot be written ({cause.strerror}: {constants.HF_HUB_CACHE}); set HF_HOME to another folder"
     return None

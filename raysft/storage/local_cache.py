@@ -13,14 +13,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from raysft.errors import RequestError
-from raysft.storage import hub
+from raysft.storage import hub, hub_snapshots
 from raysft.storage.path import Entry, StoragePath
 
 KEPT_DAYS = 7
 """Days after which an unused copy is removed."""
-
-BESIDE_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
-"""Patterns of a model's files other than weights, which the hub may have in several formats."""
 
 
 def cache_home() -> Path:
@@ -46,9 +43,14 @@ def working_copy(place: StoragePath) -> Path:
 def local_copy(location: str) -> str:
     """Return a path that this node can open: a URI is copied once for all processes of the node, all else stays as it is.
 
+    Of a hub model that is known by its commit, it is a folder with all except the weights, which ``model_copy`` fetches too.
+
     Raises:
         FileNotFoundError: the URI names nothing.
+        RequestError: the hub does not give the model's files.
     """
+    if on_hub(location):
+        return str(hub_snapshots.fetch(location))
     if "://" not in location:
         if may_be_on_hub(location):
             hub.bound_requests()  # the caller loads from the hub by this id
@@ -74,27 +76,23 @@ def may_be_on_hub(model: str) -> bool:
     return "://" not in model and not model.startswith((".", "/", "~")) and model.count("/") <= 1
 
 
+def on_hub(location: str) -> bool:
+    """Return True for a model on the hub that is known by its commit or revision, ``NAME@REVISION``."""
+    return "@" in location and may_be_on_hub(location) and not Path(location).exists()
+
+
 def model_copy(model: str) -> Path:
     """Return a model's folder on this node, fetched from its object store or, into the hub's own cache, from the hub.
 
     Raises:
         RequestError: the model is nowhere.
     """
+    if may_be_on_hub(model) and not Path(model).is_dir():
+        return hub_snapshots.fetch(model, weights=True)
     try:
-        folder = Path(local_copy(model))
+        return Path(local_copy(model))
     except FileNotFoundError:
         raise RequestError(f"{StoragePath.of(model)}: there is no such file or folder; check the path") from None
-    if folder.is_dir() or not may_be_on_hub(model):
-        return folder
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(model, allow_patterns=[*BESIDE_WEIGHTS, "*.safetensors"]))
-        if not any(folder.glob("*.safetensors")):
-            snapshot_download(model, allow_patterns=[*BESIDE_WEIGHTS, "*.bin"])
-    except hub.error_types() as error:
-        raise RequestError(f"{model}: is not a local folder, and {hub.reason_of(error) or hub.UNUSABLE}") from None
-    return folder
 
 
 def _fetch(place: StoragePath, files: dict[str, Entry], target: Path) -> None:

@@ -9,6 +9,7 @@ from raysft.config import Config
 from raysft.errors import RequestError
 from raysft.models.architecture import read_hf_config
 from raysft.models.quantization import check_method, method_of, quantization_config
+from raysft.storage import hub_snapshots
 from raysft.storage.local_cache import local_copy
 
 
@@ -41,7 +42,7 @@ def check_model(config: Config, model: str, notify: Callable[[str], None] = lamb
         )
     if layerdrop := getattr(hf_config, "layerdrop", 0):
         notify(f"model: ignoring layerdrop={layerdrop} of its config.json; every step trains all layers")
-    _check_quantized(model, hf_config, config)
+    _check_quantized(hub_snapshots.shown(model), hf_config, config)
     check_installed(config.train.optimizer)
     quantization_config(config)
     kernel(config)

@@ -13,13 +13,14 @@ from torch import nn
 
 from raysft.config import Config
 from raysft.errors import RequestError, as_yaml, one_line
+from raysft.models.adapter_files import base_name
 from raysft.models.adapters import load_adapter, load_with_base
 from raysft.models.attention import kernel, use_examplewise, without_adapters
 from raysft.models.loading import load_weights
 from raysft.models.lora_targets import linear_layers
 from raysft.models.new_tokens import vocabulary_modules
 from raysft.models.quantization import keep_layout, loading_options
-from raysft.storage.local_cache import local_copy
+from raysft.storage.local_cache import local_copy, model_copy
 from raysft.storage.path import StoragePath
 from raysft.train.new_adapter import add_adapter, peft_config
 
@@ -39,14 +40,14 @@ def load_model(config: Config, path: str, device: torch.device | None = None, ad
         RequestError: weights of the model or the adapter are missing.
     """
     model = load_weights(
-        local_copy(path),
+        model_copy(path),
         dtype=getattr(torch, "float32" if config.autocast else config.dtype),
         attn_implementation=kernel(config),
         trust_remote_code=config.model.runs_code,
         **loading_options(config, device or "cpu"),
     )
     model.config.use_cache = False
-    model.name_or_path = path  # adapters name it as their base: not this node's copy
+    model.name_or_path = base_name(path)[0]  # adapters name it as their base: not this node's copy
     use_examplewise(model, config)
     keep_layout(model)
     _disable_layerdrop(model)
@@ -224,9 +225,10 @@ def _check_adapter(model: Any, config: Config, section: Any) -> None:
 def _with_adapter(model: Any, config: Config, path: str, adapter: str | None) -> Any:
     torch.manual_seed(config.run.seed)
     if adapter is not None:
-        model = load_adapter(model, local_copy(adapter), is_trainable=True)
+        model = load_adapter(model, model_copy(adapter), is_trainable=True)
         # Whatever base it names, this is the one that it is trained on and must be loaded with.
-        model.peft_config["default"].base_model_name_or_path = path
+        adapter_config = model.peft_config["default"]
+        adapter_config.base_model_name_or_path, adapter_config.revision = base_name(path)
     else:
         model = add_adapter(model, peft_config(model, config, path))
     for parameter in model.parameters():

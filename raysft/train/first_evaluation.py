@@ -19,8 +19,6 @@ import torch.distributed as dist
 
 from raysft.errors import StorageFailed
 from raysft.models.fingerprint import exact_fingerprint
-from raysft.storage.hub import commit_of
-from raysft.storage.local_cache import may_be_on_hub
 from raysft.storage.path import StoragePath
 from raysft.storage.retry import reason_of, retry_for
 from raysft.telemetry.events import Evaluation
@@ -52,7 +50,7 @@ class FirstEvaluation:
         if job.evaluations is None or not job.eval_rows or job.config.model.runs_code:  # such code may do anything
             return cls({}, {})
         workers: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(workers, _worker(job.model, device))
+        dist.all_gather_object(workers, _worker(device))
         if None in workers:
             return cls({}, {})
         files: dict[str, StoragePath] = {}
@@ -80,7 +78,7 @@ class FirstEvaluation:
         return "from the cache"
 
 
-def _worker(model: str, device: torch.device) -> tuple[str, str] | None:
+def _worker(device: torch.device) -> tuple[str, str] | None:
     """Describe this worker: its host, and a hash of its machine and code.
 
     None if they are not known. No failure may end this worker: the others would wait for it.
@@ -89,9 +87,7 @@ def _worker(model: str, device: torch.device) -> tuple[str, str] | None:
         machine = describe_machine(device)
         if machine is None:
             return None
-        # Each node has fetched a model of the hub by itself.
-        commit = commit_of(model) if may_be_on_hub(model) else None
-        return socket.gethostname(), _hash([commit, machine])
+        return socket.gethostname(), _hash(machine)
     except Exception:
         return None
 
@@ -105,12 +101,9 @@ def _files(job: TrainJob, folder: StoragePath, workers: Sequence[tuple[str, str]
         workers: host, and hash of the machine, of each worker.
     """
     try:
-        content = exact_fingerprint(job.model)
-        if content is None:
-            return {}
         hosts = list(dict.fromkeys(host for host, _ in workers))
         shared = {
-            "model": content,
+            "model": exact_fingerprint(job.model),
             "adapter": job.adapter and exact_fingerprint(job.adapter),
             "settings": job.config.evaluation_keys(),
             "deepspeed": given_settings(job.config),

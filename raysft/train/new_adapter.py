@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from raysft.config import Config
+from raysft.models.adapter_files import base_name
 from raysft.models.lora_targets import set_targets
 from raysft.models.new_tokens import vocabulary_modules
 
@@ -26,7 +27,7 @@ def peft_config(model: nn.Module, config: Config, path: str) -> Any:
     from peft import LoraConfig, OFTConfig
 
     section = config.model.lora if config.model.finetuning == "lora" else config.model.oft
-    vocabulary = vocabulary_modules(model, config)
+    vocabulary, (base, revision) = vocabulary_modules(model, config), base_name(path)
     shared: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
         "target_modules": "all-linear" if section.target == "all" else list(section.target),
@@ -38,7 +39,8 @@ def peft_config(model: nn.Module, config: Config, path: str) -> Any:
             if f".{name}".endswith(tuple(f".{extra}" for extra in section.extra_modules)) or name in vocabulary
         ]
         or None,
-        "base_model_name_or_path": path,
+        "base_model_name_or_path": base,
+        "revision": revision,
     }
     lora, oft = config.model.lora, config.model.oft
     if config.model.finetuning == "oft":

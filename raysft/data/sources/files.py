@@ -19,6 +19,7 @@ from raysft.config import Source, locate
 from raysft.errors import RequestError, StorageFailed, one_line, unreadable
 from raysft.storage import hub
 from raysft.storage.filesystems import filesystem_of, options_of, quoted
+from raysft.storage.hub_snapshots import pin_dataset
 from raysft.storage.path import StoragePath
 from raysft.storage.retry import FIRST_SECONDS, retry_for
 
@@ -76,6 +77,8 @@ def _expand(pattern: str, name: str) -> Iterator[DataFile]:
     if location.startswith("file://"):
         location = unquote(urlsplit(location).path)
     try:
+        # The commit stands for the content: sizes may stay, and the hub gives no times.
+        location = pin_dataset(location) if location.startswith("hf://") else location
         infos = sorted(_list_files(location), key=lambda info: (info.path.count("/"), info.path))
         if "://" not in location:
             infos = _without_symlink_duplicates(infos)
