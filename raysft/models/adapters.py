@@ -52,7 +52,7 @@ def find_adapter(config: Config, model: str, notify: Callable[[str], None]) -> t
 
 def _place(path: str, notify: Callable[[str], None]) -> str:
     """Return an adapter's folder or URI, or its id on the hub with the commit."""
-    if may_be_on_hub(path) and not Path(path).exists():
+    if "/" in path and may_be_on_hub(path) and not Path(path).exists():  # adapters on the hub have an owner
         return find_on_hub(path, "model.adapters", notify, marks=("adapter_config.json",))
     return StoragePath.of(path).location
 

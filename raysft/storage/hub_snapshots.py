@@ -94,7 +94,7 @@ def fetch(location: str, weights: bool = False) -> Path:
         RequestError: the hub does not give the files, and the cache does not have all of them.
     """
     from huggingface_hub import snapshot_download
-    from tqdm import tqdm
+    from huggingface_hub.utils import tqdm
 
     class Silent(tqdm):
         def __init__(self, *args: Any, **options: Any) -> None:

@@ -125,7 +125,7 @@ def test_a_run_goes_on_with_the_commit_that_it_began_with(there, repository, mod
     assert ownership.recorded_commit(directory, wanted) is None
     files = check_model_files(wanted, lambda line: None)
     assert files.commit == began
-    directory.checkpoints.local.mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     directory.config.write_text(wanted.to_yaml())
     directory.plan.write_text(json.dumps({"resolved": {"model_commit": files.commit}}))
     repository.commit({**files_of(model), "README.md": b"new"})
