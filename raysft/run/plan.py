@@ -11,50 +11,11 @@ from raysft.cluster.placement import TASK_CPUS, Node, max_workers
 from raysft.config import Config
 from raysft.data.prepare import PreparedData
 from raysft.data.rows.row_plan import RowPlan
-from raysft.data.shards.manifest import Manifest
 from raysft.data.tokenization.turn_ends import TurnStatistics, merge_counts
 from raysft.models.adapter_files import read_adapter_config
+from raysft.run.source_plan import SourcePlan, plan_sources
 from raysft.run.warnings import warnings
 from raysft.storage.local_cache import local_copy
-
-COUNTED = {
-    "rejected": "{:,} rejected",
-    "dropped": "{:,} dropped",
-    "dropped_tokens": "{:,} tokens in them",
-    "truncated": "{:,} truncated",
-    "truncated_tokens": "{:,} tokens cut off",
-    "unanswered": "{:,} without an answer",
-    "split": "{:,} split",
-    "split_pieces": "into {:,}",
-    "control_tokens": "{:,} with control tokens in their text",
-    "tools_as_text": "{:,} with tools written into the text",
-    "turns_left_out": "{:,} with turns that the chat template leaves out",
-    "quoted_arguments": "{:,} with calls whose arguments are a quoted text",
-    "repeated": "{:,} that repeat another one",
-    "repeated_elsewhere": "{:,} that repeat one of an earlier source",
-    "evaluated": "{:,} that are evaluated on",
-    "trained_on": "{:,} that are trained on",
-    "left_out": "{:,} left out as duplicates",
-}
-"""Counts of a source, in the words of the plan."""
-
-
-@dataclass(frozen=True)
-class SourcePlan:
-    """One source, as the run uses it."""
-
-    records: int
-    examples: int
-    tokens: int
-    loss_tokens: int
-    longest: int
-    rejected: int
-    dropped: int
-    counts: dict[str, int]
-    """Number of examples and tokens that were ``truncated``, ``split`` and so on (``COUNTED``)."""
-    formats: tuple[str, ...]
-    """Formats of its records, as configured or detected."""
-    reused: bool
 
 
 @dataclass(frozen=True)
@@ -169,9 +130,9 @@ class Plan:
         """Return the plan as lines for the terminal."""
         lines = []
         for name, source in self.sources.items():
-            lines.append(f"train {name}: {_source_line(source)}")
+            lines.append(f"train {name}: {source.line()}")
         for name, source in self.evaluation.items():
-            lines.append(f"eval {name}: {_source_line(source)}")
+            lines.append(f"eval {name}: {source.line()}")
         lines.append(f"duplicates: {self.duplicates}")
         if self.stage == "sft" and self.turns.end_tokens:
             ends = ", ".join(f"{text} ({count:,})" for text, count in self.turns.end_tokens.items())
@@ -199,18 +160,6 @@ class Plan:
 
 def _total(sources: Mapping[str, SourcePlan], count: str) -> int:
     return sum(source.counts.get(count, 0) for source in sources.values())
-
-
-def _source_line(source: SourcePlan) -> str:
-    parts = [
-        f"{source.examples:,} examples of {source.records:,} records",
-        f"{source.tokens:,} tokens",
-        f"{source.loss_tokens:,} trained",
-        f"longest {source.longest:,}",
-    ]
-    counted = {"rejected": source.rejected, "dropped": source.dropped, **source.counts}
-    parts += [text.format(counted[name]) for name, text in COUNTED.items() if counted.get(name)]
-    return f"{'/'.join(source.formats)}, {', '.join(parts)}" + (" (from the cache)" if source.reused else "")
 
 
 def _count(number: float, noun: str, plural: str = "s") -> str:
@@ -300,31 +249,4 @@ def _resolved(config: Config, global_batch_size: int, workers: int, adapter: str
         workers=workers,
         attention=kernel(config) or "auto",
         zero_stage=config.train.zero_stage,
-    )
-
-
-def plan_sources(
-    manifests: Sequence[Manifest], duplicates: Mapping[str, Mapping[str, int]] | None = None
-) -> dict[str, SourcePlan]:
-    """Return each source as the run uses it, by name.
-
-    Args:
-        manifests: of the sources.
-        duplicates: counts of duplicates, by source and kind.
-    """
-    return {manifest.name: _source(manifest, (duplicates or {}).get(manifest.name, {})) for manifest in manifests}
-
-
-def _source(manifest: Manifest, duplicates: Mapping[str, int]) -> SourcePlan:
-    return SourcePlan(
-        records=manifest.records,
-        examples=len(manifest),
-        tokens=int(manifest.lengths.sum()),
-        loss_tokens=int(manifest.loss_tokens.sum()),
-        longest=int(manifest.lengths.max()),
-        rejected=len(manifest.rejected),
-        dropped=len(manifest.dropped),
-        counts={**manifest.counts, **duplicates},
-        formats=manifest.formats,
-        reused=manifest.reused,
     )

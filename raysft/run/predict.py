@@ -14,8 +14,8 @@ from raysft.data.shards.prompts import write_prompts
 from raysft.data.tokenization.turn_ends import merge_counts, stop_token_ids
 from raysft.errors import RequestError
 from raysft.run.inputs import check_tokens
-from raysft.run.plan import plan_sources
 from raysft.run.preflight import preflight
+from raysft.run.source_plan import plan_sources
 from raysft.storage.json_files import flat, write_atomically, write_json, write_jsonl
 from raysft.storage.run_directory import RunDirectory
 

@@ -13,7 +13,8 @@ from raysft.config import Config, parse, with_overrides
 from raysft.data.prepare import _plan_rows, _shared_files
 from raysft.data.shards.shard_set import resolve_shard_set
 from raysft.data.tokenization.turn_ends import TurnStatistics
-from raysft.run.plan import Plan, Resolved, SourcePlan, make_plan
+from raysft.run.plan import Plan, Resolved, make_plan
+from raysft.run.source_plan import SourcePlan
 from raysft.run.warnings import warnings
 from tests.shards import data_config, the_set, write_records, written
 from tests.tiny import tiny_tokenizer

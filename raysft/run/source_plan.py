@@ -1,0 +1,86 @@
+"""One source in the plan of a run: its examples, tokens and counts, and their line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from raysft.data.shards.manifest import Manifest
+
+COUNTED = {
+    "rejected": "{:,} rejected",
+    "dropped": "{:,} dropped",
+    "dropped_tokens": "{:,} tokens in them",
+    "truncated": "{:,} truncated",
+    "truncated_tokens": "{:,} tokens cut off",
+    "unanswered": "{:,} without an answer",
+    "split": "{:,} split",
+    "split_pieces": "into {:,}",
+    "control_tokens": "{:,} with control tokens in their text",
+    "tools_as_text": "{:,} with tools written into the text",
+    "turns_left_out": "{:,} with turns that the chat template leaves out",
+    "quoted_arguments": "{:,} with calls whose arguments are a quoted text",
+    "repeated": "{:,} that repeat another one",
+    "repeated_elsewhere": "{:,} that repeat one of an earlier source",
+    "evaluated": "{:,} that are evaluated on",
+    "trained_on": "{:,} that are trained on",
+    "left_out": "{:,} left out as duplicates",
+}
+"""Counts of a source, in the words of the plan."""
+
+
+@dataclass(frozen=True)
+class SourcePlan:
+    """One source, as the run uses it."""
+
+    records: int
+    examples: int
+    tokens: int
+    loss_tokens: int
+    longest: int
+    rejected: int
+    dropped: int
+    counts: dict[str, int]
+    """Number of examples and tokens that were ``truncated``, ``split`` and so on (``COUNTED``)."""
+    formats: tuple[str, ...]
+    """Formats of its records, as configured or detected."""
+    reused: bool
+
+    def line(self) -> str:
+        """The source in the words of the plan."""
+        parts = [
+            f"{self.examples:,} examples of {self.records:,} records",
+            f"{self.tokens:,} tokens",
+            f"{self.loss_tokens:,} trained",
+            f"longest {self.longest:,}",
+        ]
+        counted = {"rejected": self.rejected, "dropped": self.dropped, **self.counts}
+        parts += [text.format(counted[name]) for name, text in COUNTED.items() if counted.get(name)]
+        return f"{'/'.join(self.formats)}, {', '.join(parts)}" + (" (from the cache)" if self.reused else "")
+
+
+def plan_sources(
+    manifests: Sequence[Manifest], duplicates: Mapping[str, Mapping[str, int]] | None = None
+) -> dict[str, SourcePlan]:
+    """Return each source as the run uses it, by name.
+
+    Args:
+        manifests: of the sources.
+        duplicates: counts of duplicates, by source and kind.
+    """
+    return {manifest.name: _source(manifest, (duplicates or {}).get(manifest.name, {})) for manifest in manifests}
+
+
+def _source(manifest: Manifest, duplicates: Mapping[str, int]) -> SourcePlan:
+    return SourcePlan(
+        records=manifest.records,
+        examples=len(manifest),
+        tokens=int(manifest.lengths.sum()),
+        loss_tokens=int(manifest.loss_tokens.sum()),
+        longest=int(manifest.lengths.max()),
+        rejected=len(manifest.rejected),
+        dropped=len(manifest.dropped),
+        counts={**manifest.counts, **duplicates},
+        formats=manifest.formats,
+        reused=manifest.reused,
+    )
