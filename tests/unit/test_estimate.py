@@ -279,6 +279,20 @@ def test_what_may_not_fit_is_warned_about(seven):
     assert "use train.micro_batch_size=3" in warning
 
 
+@pytest.mark.parametrize(
+    ("gib", "warned"), [(79.2, "use train.micro_batch_size=8, which fits"), (28.0, "=2, which"), (22.0, "")]
+)
+def test_a_gpu_that_waits_for_small_microbatches_is_warned_about(seven, gib, warned):
+    """Rows of 2,048 tokens: 8 keep a GPU busy, and each takes 4 GiB beside 13 GiB of weights."""
+    auto = with_overrides(seven.config, {"train.micro_batch_size": "auto"})
+    found = estimate(Training(auto, None, None, 1, 16, Microbatch(2048, 1.0)), on_gpu(gib))
+    assert [warned in warning and "a microbatch of 1 row (2,048 tokens)" in warning for warning in found.warnings] == (
+        [True] if warned else []
+    )
+    one = with_overrides(seven.config, {"train.micro_batch_size": 1})
+    assert not estimate(Training(one, None, None, 1, 16, Microbatch(2048, 1.0)), on_gpu(gib)).warnings
+
+
 def test_without_a_smaller_microbatch_the_cheapest_remedy_is_named(seven):
     one = Training(with_overrides(seven.config, {"train.micro_batch_size": 1}), None, None, 1, 8, Microbatch(4096, 1.0))
     message = refusal(lambda: estimate(one, on_gpu(16.0)))
