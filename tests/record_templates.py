@@ -3,7 +3,7 @@
 It runs where LLaMA-Factory can be imported, which needs Python 3.11, transformers 5.2, torch, an empty module ``torchaudio`` and
 ``pip install --no-deps llamafactory==0.9.5``, with datasets, peft, accelerate, trl, omegaconf and sentencepiece::
 
-    python tests/record_templates.py > tests/unit/recorded_templates.json
+    python -P tests/record_templates.py > tests/unit/recorded_templates.json
 
 Each conversation is encoded by ``encode_multiturn`` with a byte-level tokenizer and decoded with all special tokens. An answer is
 [start, end) of what its labels cover. The end-of-text token that the trainer adds for some templates is added here as well.

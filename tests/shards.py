@@ -28,6 +28,8 @@ def example_tokenizer(folder: str, **options: Any) -> ExampleTokenizer:
         "keep_prompt": "head",
         "control_tokens": "keep",
         "template_options": {},
+        "default_system": None,
+        "thinking": "template",
         "with_prompts": False,
     }
     return ExampleTokenizer(Tokenizer.load(folder), TokenizeOptions(**{**defaults, **options}))

@@ -172,7 +172,8 @@ class TemplateCheck:
         self.hugging_face = load_tokenizer(folder)
         options = TokenizeOptions(
             stage="sft", sequence_length=100_000, mask_history=False, train_on_prompt=False, on_overflow="error",
-            keep_prompt="head", control_tokens="keep", template_options={}, with_prompts=False,
+            keep_prompt="head", control_tokens="keep", template_options={}, default_system=None, thinking="template",
+            with_prompts=False,
         )  # fmt: skip
         self.tokenizer = ExampleTokenizer(Tokenizer.load(folder), options)
         training = path.with_name(f"{path.stem}_training.jinja")

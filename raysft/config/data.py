@@ -130,6 +130,15 @@ class DataSection(Section):
     counted."""
     template_options: dict[str, Any] = {}
     """Variables for the chat template, for example ``{enable_thinking: false}``."""
+    default_system: str | None = None
+    """System message of conversations that have none or an empty one, in place of the template's own. ``''``: no system message,
+    not even the template's own. ``null``: the template's own."""
+    thinking: Literal["template", "keep", "empty", "last"] = "template"
+    """Thoughts of assistant turns, in ``<think>`` tags at the beginning of a content or in ``reasoning_content``. ``template``:
+    what the chat template makes of them; many leave out those of earlier turns. ``keep``: write and train those of all turns.
+    ``empty``: as ``keep``, and turns without a thought get an empty one. ``last``: as ``empty`` in the last turn, and no
+    thoughts in the turns before it. With ``template_options: {enable_thinking: false}``, ``empty`` and ``last`` turn all thoughts
+    into empty ones, which are not trained and belong to the prompt."""
     max_rejected: Fraction = 0.0
     """Fraction of records that may be unusable; with more, the run stops. ``rejected.jsonl`` lists them."""
     cache: Text | None = None

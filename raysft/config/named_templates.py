@@ -77,7 +77,8 @@ def named_template(name: str) -> str:
     joined = "<tool_response>\n" in words["tool"]
     statements = {
         "prefix": _expression(words["prefix"]),
-        "default_system": _expression(words["default_system"]),
+        # ``data.default_system: ""`` turns it off.
+        "default_system": f"default_system if default_system is defined else {_expression(words['default_system'])}",
         "system_frame": _frame(words["system"]),
         "system_in_question": str(words.get("system_in_question", False)).lower(),
         "tools_frame": _frame(words["tools_frame"]),

@@ -68,6 +68,7 @@ _KEYS = {
         data.train[].max_examples data.train[].num_samples data.train[].slice
         data.max_examples data.shuffle data.duplicates data.mixing
         data.mask_history data.train_on_prompt data.on_overflow data.keep_prompt data.control_tokens_in_text data.template_options
+        data.default_system data.thinking
     """,
     Effect.NEVER: """
         stage run.seed

@@ -63,8 +63,6 @@ def test_every_key_is_converted_or_harmless_or_refused_with_a_remedy():
 
 LATER = {
     "raysft export",
-    "data.thinking",
-    "data.default_system",
     "model.revision",
     "train.warmup_steps",
     "train.eval_delay",
@@ -264,6 +262,15 @@ def of(config: Config, path: str) -> Any:
             {"do_train": False, "do_predict": True, "eval_dataset": "b", "dataset": None, "max_new_tokens": 9},
             {"generate.model": "m", "generate.max_new_tokens": 9, "data.eval": [{"name": "b"}]},
         ),
+        ({"default_system": "Be brief."}, {"data.default_system": "Be brief."}),
+        ({"default_system": ""}, {"data.default_system": ""}),
+        ({"template": "qwen3", "preserve_thinking": True, "mask_history": True}, {"data.thinking": "keep"}),
+        ({"template": "qwen3", "mask_history": True}, {"data.thinking": "last"}),
+        (
+            {"template": "qwen3", "preserve_thinking": True, "enable_thinking": False},
+            {"data.template_options": {"enable_thinking": False}, "data.thinking": "empty"},
+        ),
+        ({"template": "qwen", "preserve_thinking": True}, {"data.thinking": "template"}),
         ({"dataset_dir": "ONLINE", "dataset": "o/d"}, {"data.train": [
             {"name": "d", "path": "hf://datasets/o/d@~parquet/default/train", "format": "alpaca"}]}),
     ],
@@ -272,6 +279,11 @@ def test_what_keys_become(keys, expected):
     conversion = converted(**keys)
     assert conversion.refusals == []
     assert {path: value(conversion, path) for path in expected} == expected
+
+
+@pytest.mark.parametrize("keys", [{"template": "qwen", "mask_history": True}, {"template": "qwen3"}])
+def test_thoughts_are_left_to_templates_that_do_as_llamafactory_does(keys):
+    assert "thinking" not in converted(**keys).config["data"]
 
 
 def test_settings_of_deepspeed_are_read_from_a_file_that_is_there(write):

@@ -66,6 +66,8 @@ def tokenizer_for(name: str, **template_options: Any) -> ExampleTokenizer:
         keep_prompt="head",
         control_tokens="keep",
         template_options={**DATE, **template_options},
+        default_system=None,
+        thinking="template",
         with_prompts=True,
     )
     return ExampleTokenizer(tokenizer, options)

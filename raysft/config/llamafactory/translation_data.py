@@ -7,6 +7,7 @@ from typing import Any
 
 from raysft.config.llamafactory.settings import Entry, Refusal, Settings
 from raysft.config.llamafactory.translation import Derived
+from raysft.config.named_templates import template_names, template_words
 
 ONLINE, REMOTE = "ONLINE", "REMOTE:"
 """Values of ``dataset_dir`` that name no folder: datasets of the hub, and a registry there."""
@@ -107,12 +108,26 @@ def rows(given: Settings) -> Derived:
 
 
 def thoughts(given: Settings) -> Derived:
-    """``enable_thinking`` and ``preserve_thinking``."""
-    thinks = given.raw.get("enable_thinking", True)
-    if thinks is None or not given["enable_thinking"]:  # null is a third value here, and not the default
-        yield Entry("data.template_options", {"enable_thinking": None if thinks is None else False}, "enable_thinking")
-    if given["preserve_thinking"]:
-        yield Entry("data.thinking", "keep", "preserve_thinking")
+    """``enable_thinking`` and ``preserve_thinking``, which templates of reasoning models alone heed.
+
+    Without ``mask_history`` such a template keeps all thoughts and writes empty ones, as the one of that name here does.
+    """
+    key = "preserve_thinking"
+    thinking = given.raw.get("enable_thinking", True)
+    if thinking is None or not given["enable_thinking"]:  # null is a third value here, and not the default
+        options = {"enable_thinking": None if thinking is None else False}
+        yield Entry("data.template_options", options, "enable_thinking")
+    name = given["template"]
+    thinks = name is None or (name in template_names() and bool(template_words(name).get("thinks")))
+    if not given[key]:
+        if name and thinks and given["mask_history"]:
+            yield Entry("data.thinking", "last", key, "with mask_history, earlier turns have no thoughts")
+    elif not thinks:
+        yield Entry("data.thinking", "template", key, "without effect: only templates of reasoning models heed it")
+    elif thinking is None or given["enable_thinking"]:
+        yield Entry("data.thinking", "keep", key)
+    else:
+        yield Entry("data.thinking", "empty", key, "without thinking, all thoughts are empty")
 
 
 DATA: tuple[Callable[[Settings], Derived], ...] = (sources, rows, thoughts)

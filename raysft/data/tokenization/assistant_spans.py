@@ -21,6 +21,7 @@ from raysft.data.tokenization.template_inputs import (
     with_content_parts,
     with_tools_as_text,
 )
+from raysft.data.tokenization.thoughts import ThoughtWords
 from raysft.data.types import Message
 
 MAX_STATIC_TEMPLATES = 1000
@@ -59,6 +60,8 @@ class ChatTemplate:
     render: Render
     render_generations: Callable[[Sequence[Turn], Sequence[Tool]], tuple[str, tuple[Span, ...]]] | None = None
     """Renders text and spans, for a template that marks the spans with ``{% generation %}``."""
+    render_thinking: Render | None = None
+    """Renders as ``render`` does with ``enable_thinking: true``."""
     only_copies_contents: bool = False
     """See ``static_template.only_copies_contents``."""
     mentions_tools: bool = True
@@ -159,6 +162,24 @@ class ChatTemplate:
             text, spans = self.render_generations(given.turns, given.tools)
             return text, spans if len(spans) == len(given.assistant_turns) else None
         return self.render(given.turns, given.tools, False), None
+
+    @cached_property
+    def thought_words(self) -> ThoughtWords:
+        """What the template writes around thoughts."""
+        return ThoughtWords.of(self.render, self.render_thinking or self.render)
+
+    @cached_property
+    def writes_own_system(self) -> bool:
+        """True if the template gives a system message of its own to conversations that have none."""
+        question: Turn = {"role": "user", "content": "\uf2b3"}
+        try:
+            own = self.render([question], (), False)
+            before, _, after = self.render([{"role": "system", "content": "\uf2b4"}, question], (), False).partition(
+                "\uf2b4"
+            )
+        except Exception:  # it has no system turns
+            return False
+        return len(own) > len(before + after) and own.startswith(before) and own.endswith(after)
 
     @cached_property
     def _span_finder(self) -> SpanFinder:

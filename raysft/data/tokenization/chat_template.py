@@ -40,8 +40,7 @@ def chat_template(template: str, variables: dict[str, Any]) -> ChatTemplate:
             tools=list(tools) or None,
             chat_template=template,
             add_generation_prompt=add_generation_prompt,
-            **options,
-            **variables,
+            **{**variables, **options},
         )
 
     def render_generations(turns: Sequence[Turn], tools: Sequence[Tool]) -> tuple[str, tuple[Span, ...]]:
@@ -52,6 +51,9 @@ def chat_template(template: str, variables: dict[str, Any]) -> ChatTemplate:
     return ChatTemplate(
         lambda turns, tools, add_generation_prompt: render(turns, tools, add_generation_prompt)[0][0],
         render_generations if marks_generations else None,
+        lambda turns, tools, add_generation_prompt: render(turns, tools, add_generation_prompt, enable_thinking=True)[
+            0
+        ][0],
         only_copies_contents=not marks_generations and only_copies_contents(template),
         mentions_tools="tools" in template,
         eos=str(variables.get("eos_token") or ""),

@@ -17,11 +17,12 @@ from raysft.data.tokenization.control_tokens import ControlTokens, unescape
 from raysft.data.tokenization.overflow import fit_to_row
 from raysft.data.tokenization.span_search import Span
 from raysft.data.tokenization.template_inputs import has_double_encoded_arguments
+from raysft.data.tokenization.thoughts import Thoughts, plan_thoughts
 from raysft.data.tokenization.token_spans import Encoded
 from raysft.data.tokenization.tokenized_example import TokenizedExample, TokenizeOptions, TokenizeResult
 from raysft.data.tokenization.tokenizer import Tokenizer, load_backend, load_span_encoder
 from raysft.data.tokenization.turn_ends import TurnInspector
-from raysft.data.types import IGNORE_INDEX, Example, Rejected
+from raysft.data.types import IGNORE_INDEX, Example, Message, Rejected
 from raysft.errors import RequestError, one_line
 
 
@@ -35,6 +36,10 @@ class _Prepared:
     escaped: bool
     """True if control tokens in its texts are escaped; such an example is encoded by itself, in parts."""
     has_control_tokens: bool
+    thoughts: Thoughts | None = None
+    """Thoughts that the template itself does not write."""
+    without_thoughts: Rendered | None = None
+    """The conversation as the template writes it without them."""
 
 
 class ExampleTokenizer:
@@ -49,6 +54,8 @@ class ExampleTokenizer:
         self.inspector = TurnInspector(self.backend, tokenizer.eos, self.vocab_size)
         self.control_tokens = ControlTokens(tokenizer)
         variables = {**tokenizer.special_tokens, **options.template_options}
+        if options.default_system == "":
+            variables["default_system"] = ""  # templates by name read it
         self.template = chat_template(tokenizer.template, variables) if tokenizer.template else None
         tool_template = tokenizer.tool_template
         self.tool_template = chat_template(tool_template, variables) if tool_template else self.template
@@ -111,12 +118,22 @@ class ExampleTokenizer:
                 )
             return _Prepared(example, Rendered(example.text, ()), tuple(counts), escaped, has_control_tokens)
         template = self.template_for(example)
-        messages, tools = example.messages, example.tools
+        messages, tools, thoughts = self._with_system(template, example.messages), example.tools, None
+        if self.options.thinking != "template":
+            options = self.options.template_options
+            planned = plan_thoughts(messages, template.thought_words, self.options.thinking, options)
+            messages, thoughts = planned or (messages, None)
         if escaped:
             messages = tuple(self.control_tokens.escape_message(message) for message in messages)
             tools = self.control_tokens.escape(tools)
+            thoughts = thoughts and replace(thoughts, planned=self.control_tokens.escape(thoughts.planned))
+        without_thoughts = None
         try:
             rendered = template.render_conversation(messages, tools)
+            if thoughts:
+                without_thoughts = rendered
+                text, spans = thoughts.write(rendered.text, rendered.spans)
+                rendered = replace(rendered, text=text, spans=spans)
         except ValueError as error:
             return Rejected(example.source, example.record, str(error))
         except Exception as error:  # a template may raise errors of its own
@@ -128,7 +145,15 @@ class ExampleTokenizer:
             counts.append(("turns_left_out", 1))
         if has_double_encoded_arguments(messages, [rendered.text[start:end] for start, end in rendered.spans]):
             counts.append(("quoted_arguments", 1))
-        return _Prepared(example, rendered, tuple(counts), escaped, has_control_tokens)
+        return _Prepared(example, rendered, tuple(counts), escaped, has_control_tokens, thoughts, without_thoughts)
+
+    def _with_system(self, template: ChatTemplate, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        """Give ``data.default_system`` to a conversation without a system message, or with an empty one."""
+        system = self.options.default_system
+        asked = [message for message in messages if message.role == "system" and message.content.strip()]
+        if system is None or asked or not (system or template.writes_own_system):
+            return messages
+        return (Message("system", system), *(message for message in messages if message.role != "system"))
 
     def _conversation(self, item: _Prepared, encoded: Encoded | None) -> Iterator[TokenizeResult]:
         """Label what the assistant wrote in a conversation."""
@@ -169,6 +194,8 @@ class ExampleTokenizer:
         given = item.rendered.given
         last = given.assistant_turns[-1]
         prompt = template.render(given.turns[:last], given.tools, True)
+        if item.thoughts and (plain := item.without_thoughts):
+            prompt = item.thoughts.prompt(plain.text, plain.spans, prompt)
         if item.escaped:
             ids, _ = self.control_tokens.encode(prompt)
             prompt = unescape(prompt)

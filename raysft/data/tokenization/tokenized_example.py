@@ -26,6 +26,8 @@ class TokenizeOptions:
     keep_prompt: Literal["head", "tail"]
     control_tokens: Literal["keep", "escape", "reject"]
     template_options: dict[str, Any]
+    default_system: str | None
+    thinking: Literal["template", "keep", "empty", "last"]
     with_prompts: bool
     """Also keep each conversation's prompt and reference, for generation."""
 
@@ -42,6 +44,8 @@ class TokenizeOptions:
             keep_prompt=data.keep_prompt,
             control_tokens=data.control_tokens_in_text,
             template_options=data.template_options,
+            default_system=data.default_system,
+            thinking=data.thinking,
             with_prompts=with_prompts,
         )
 
