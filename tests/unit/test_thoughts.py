@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from raysft.config import Source
+from raysft.config import Source, parse
 from raysft.config.named_templates import named_template
 from raysft.data.sources.formats import to_example
-from raysft.data.tokenization.tokenized_example import TokenizedExample
+from raysft.data.tokenization.tokenized_example import TokenizedExample, TokenizeOptions
 from raysft.data.types import IGNORE_INDEX, Rejected
 from raysft.models.tokenizer import load_tokenizer
 from tests.shards import example_tokenizer
@@ -274,3 +274,28 @@ def test_default_system_replaces_that_of_a_template(encode, template, default, t
         if not (empty and default == ""):
             assert found[0].startswith(text + "<|im_start|>user\n")
             assert found[2] == found[0][: found[0].index("A<|im_end|>")]
+
+
+CALLING_CHANNELS = CHANNELS.replace("<|channel|>final{% endif %}", "{% if m.tool_calls %} to={{ m.tool_calls[0].function.name }}"
+    "<|channel|>call{% else %}<|channel|>final{% endif %}{% endif %}").replace(
+    "{{ m.content }}", "{{ m.tool_calls[0].function.arguments | tojson if m.tool_calls else m.content }}"
+)  # fmt: skip
+
+
+def test_a_record_is_rejected_where_the_place_of_a_thought_is_not_certain(encode):
+    calling = [
+        {"role": "user", "content": "a?"},
+        {"role": "assistant", "content": "", "thinking": "x", "tool_calls": [CALL]},
+        {"role": "tool", "content": "one", "tool_call_id": "abcde1234"},
+        {"role": "assistant", "content": "A"},
+    ]
+    rejected = encode(CALLING_CHANNELS, calling, thinking="keep")
+    assert isinstance(rejected, Rejected)
+    assert rejected.reason.startswith("cannot tell where the chat template writes the thought of a turn with calls; ")
+    assert not isinstance(encode(CALLING_CHANNELS, calling), Rejected)
+
+
+def test_options_come_from_the_config():
+    data = {"train": [{"name": "a", "path": "a"}], "default_system": "", "thinking": "last"}
+    options = TokenizeOptions.of(parse({"model": {"path": "m"}, "data": data}), with_prompts=False)
+    assert (options.default_system, options.thinking) == ("", "last")
