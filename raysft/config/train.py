@@ -59,8 +59,9 @@ class TrainSection(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate."""
     optimizer: Optimizer = "adamw"
-    """``adamw`` (PyTorch's, or DeepSpeed's CPUAdam with offload), ``adafactor`` and ``muon`` (PyTorch's; Muon updates the
-    matrices inside the layers, AdamW everything else), ``adam_mini``, ``galore``, ``apollo``, ``badam`` (extra ``optim``)."""
+    """``adamw`` (PyTorch's, or DeepSpeed's CPUAdam with offload), ``adafactor`` (transformers', with updates that
+    do not depend on the size of the weights), ``muon`` (PyTorch's; it updates the matrices inside the layers, AdamW everything
+    else), ``adam_mini``, ``galore``, ``apollo``, ``badam`` (extra ``optim``)."""
     optimizer_options: dict[str, Any] = {}
     """Additional arguments for the optimizer, as its library names them, for example ``{rank: 64}`` for galore."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

@@ -145,9 +145,12 @@ def _by_rate(
 def _adafactor(
     model: nn.Module, parameters: Parameters, train: TrainSection, ratio: float | None
 ) -> torch.optim.Optimizer:
-    return torch.optim.Adafactor(
-        _groups(parameters, train.weight_decay), lr=train.learning_rate, **train.optimizer_options
-    )
+    # PyTorch's Adafactor multiplies each update by the size of the weights: at a rate for AdamW it hardly moves a matrix, and
+    # LoRA's B, which begins at 0, not at all. The learning rate is that of the schedule, as in transformers' own trainer.
+    from transformers import Adafactor
+
+    options = {"scale_parameter": False, "relative_step": False, **train.optimizer_options}
+    return Adafactor(_groups(parameters, train.weight_decay), lr=train.learning_rate, **options)
 
 
 def _muon(model: nn.Module, parameters: Parameters, train: TrainSection, ratio: float | None) -> torch.optim.Optimizer:

@@ -110,7 +110,9 @@ class Both(torch.optim.Optimizer):
 
 
 def adafactor(model):
-    return torch.optim.Adafactor(decayed(model), lr=RATE)
+    from transformers import Adafactor
+
+    return Adafactor(decayed(model), lr=RATE, scale_parameter=False, relative_step=False)
 
 
 def muon(model):

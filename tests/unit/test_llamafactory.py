@@ -240,6 +240,12 @@ def of(config: Config, path: str) -> Any:
             {"train.zero_stage": 1, "train.deepspeed": {"zero_optimization": {"overlap_comm": True}}},
         ),
         (
+            {"deepspeed": {"zero_optimization": {"stage": 2, "reduce_bucket_size": "5e8", "offload_optimizer": None}}},
+            {"train.zero_stage": 2, "train.deepspeed": {"zero_optimization": {"reduce_bucket_size": 5e8}}},
+        ),
+        ({"deepspeed": {"zero_optimization": None}}, {"train.zero_stage": 0}),
+        ({"lr_scheduler_kwargs": {"lr_end": "1e-7"}}, {"train.schedule_options": {"lr_end": 1e-7}}),
+        (
             {"mix_strategy": "interleave_over", "interleave_probs": "0.7,0.3", "dataset": "a,b"},
             {
                 "data.train": [{"name": "a", "weight": 0.7}, {"name": "b", "weight": 0.3}],
@@ -331,6 +337,12 @@ def test_overrides_may_name_keys_of_both(write):
         ({"dataset_dir": "REMOTE:o/d"}, "lf.yaml:4: dataset_dir=REMOTE:o/d … hf download o/d"),
         ({"deepspeed": "mine.json"}, "lf.yaml:4: deepspeed=mine.json: no such file"),
         ({"deepspeed": {"tensor_parallel": {"autotp_size": 2}}}, "lf.yaml:4: deepspeed: tensor_parallel"),
+        ({"deepspeed": {"zero_optimization": [1]}}, "lf.yaml:4: deepspeed: zero_optimization must be a mapping"),
+        (
+            {"deepspeed": {"zero_optimization": {"offload_param": "cpu"}}},
+            "lf.yaml:4: deepspeed: offload_param must be a mapping",
+        ),
+        ({"new_special_tokens": "<a>"}, "lf.yaml:4: unknown key new_special_tokens … add_special_tokens; rename it"),
         ({"hf_hub_token": "secret"}, "lf.yaml:4: hf_hub_token is not supported … HF_TOKEN"),
         ({"use_unsloth": True, "fsdp": "full_shard"}, "lf.yaml:4: use_unsloth=true … (and 1 more, which raysft convert lists"),
         ({"use_galore": True, "use_muon": True}, "lf.yaml:5: use_galore and use_muon"),

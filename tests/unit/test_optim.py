@@ -66,3 +66,12 @@ def test_an_optimizer_without_its_library_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RequestError, match=r"needs the package badam, .*; run pip install 'raysft\[optim\]'"):
         make_optimizer(torch.nn.Linear(2, 2), TrainSection(optimizer="badam", zero_stage=0))
+
+
+def test_adafactor_moves_weights_of_zero_by_its_rate():
+    """LoRA's B begins at 0. The first update is a gradient divided by its own size, so that all of it has the size 1."""
+    layer = torch.nn.Linear(4, 3, bias=False)
+    torch.nn.init.zeros_(layer.weight)
+    layer.weight.grad = torch.full_like(layer.weight, 0.5)
+    make_optimizer(layer, TrainSection(optimizer="adafactor", zero_stage=0, learning_rate=1e-2)).step()
+    torch.testing.assert_close(layer.weight.detach(), torch.full((3, 4), -1e-2))

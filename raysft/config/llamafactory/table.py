@@ -12,9 +12,13 @@ from raysft.config.llamafactory.model_keys import MODEL
 from raysft.config.llamafactory.training_keys import EARLIER, OWN, TRANSFORMERS
 
 TABLE: Keys = {**MODEL, **DATA, **OWN, **TRANSFORMERS, **FINETUNING, **GENERATING, **EARLIER}
+RENAMED = {"new_special_tokens": "add_special_tokens"}
+"""Key of an earlier version → its name now, where another name is closer."""
 
 
 def suggest_key(name: Any) -> str:
     """Suggest a key for one that does not exist."""
+    if name in RENAMED:
+        return f"LLaMA-Factory 0.9.5 calls it {RENAMED[name]}; rename it"
     close = difflib.get_close_matches(str(name), TABLE, n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else "LLaMA-Factory 0.9.5 has no such key; remove it"

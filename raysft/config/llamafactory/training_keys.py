@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from raysft.config.llamafactory.keys import Key, Keys, harmless, joined, only, same
-from raysft.config.llamafactory.values import boolean, choice, mapping, names, number, option, text, whole, word
+from raysft.config.llamafactory.values import (
+    boolean,
+    choice,
+    mapping,
+    names,
+    number,
+    option,
+    text,
+    whole,
+    with_numbers,
+    word,
+)  # fmt: skip
 
 _LOG = "every step is logged"
 _DATA = "Ray Data feeds the workers"
@@ -167,7 +178,7 @@ TRANSFORMERS: Keys = {
     "ddp_timeout": harmless("train.hang_minutes says how long a worker may stand still"),
     "fsdp": only([], _FSDP, lambda value: names(value) if value else []),
     "fsdp_config": only(None, _FSDP),
-    "deepspeed": joined("train.zero_stage", lambda value: value if isinstance(value, dict) else text(value)),
+    "deepspeed": joined("train.zero_stage", lambda value: with_numbers(value) if isinstance(value, dict) else text(value)),
     "debug": harmless("only helps to find faults"),
     "skip_memory_metrics": harmless("memory is always logged"),
     "resume_from_checkpoint": only(

@@ -35,7 +35,6 @@ NOTES = {
     "galore": "by pytorch_optimizer",
     "apollo": "by pytorch_optimizer, which projects the scaled gradient back",
     "adam_mini": "by pytorch_optimizer",
-    "adafactor": "by PyTorch",
     "muon": "by PyTorch",
 }
 EXAMPLES: dict[str, dict[str, Any]] = {
@@ -101,10 +100,14 @@ def deepspeed(given: Settings) -> Derived:
     if "tensor_parallel" in settings:
         yield Refusal("deepspeed", "deepspeed: tensor_parallel is not supported; use ZeRO-3")
         return
-    zero = settings.get("zero_optimization", {})
+    zero = settings.get("zero_optimization") or {}
+    offload = {section: zero.get(section) or {} for section in OFFLOAD} if isinstance(zero, dict) else {}
+    if wrong := [name for name, part in {"zero_optimization": zero, **offload}.items() if not isinstance(part, dict)]:
+        yield Refusal("deepspeed", f"deepspeed: {wrong[0]} must be a mapping; correct it")
+        return
     yield Entry("train.zero_stage", zero.get("stage", 0), "deepspeed", "" if isinstance(named, dict) else f"of {named}")
     for section, name in OFFLOAD.items():
-        part = zero.get(section) or {}
+        part = offload[section]
         yield Entry(f"train.offload.{name}", part.get("device") or "none", "deepspeed")
         if part.get("nvme_path"):
             yield Entry("train.offload.folder", part["nvme_path"], "deepspeed")
@@ -129,7 +132,7 @@ def _read(path: str) -> dict[str, Any] | Refusal:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         return Refusal("deepspeed", f"deepspeed={path}: cannot be read as JSON ({reason}); correct it")
-    if not isinstance(found, dict) or not isinstance(found.get("zero_optimization", {}), dict):
+    if not isinstance(found, dict):
         return Refusal("deepspeed", f"deepspeed={path}: holds no settings of DeepSpeed; correct it")
     return found
 
