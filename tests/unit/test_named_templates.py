@@ -228,3 +228,12 @@ def test_the_documentation_lists_all_names():
     section = README.read_text(encoding="utf-8").split("## Chat templates", 1)[1].split("\n## ", 1)[0]
     listed = section.split("```text\n", 1)[1].split("```", 1)[0]
     assert sorted(re.split(r"\s+", listed.strip())) == template_names()
+
+
+@pytest.mark.parametrize("name", ["aeva", "glm4_7", "hy3", "mimo_v2", "qwen3"])
+def test_an_end_of_a_thought_that_nothing_opened_stays_text_without_thinking(name):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "x </think> y"}]
+    item = tokenized(name, {"messages": messages, "enable_thinking": False})
+    assert isinstance(item, TokenizedExample)
+    assert decoded(name, item.input_ids.tolist()).count("y") == 1
+    assert "x </think> y" in trained_texts(name, item)[-1]
