@@ -235,5 +235,6 @@ def test_an_end_of_a_thought_that_nothing_opened_stays_text_without_thinking(nam
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "x </think> y"}]
     item = tokenized(name, {"messages": messages, "enable_thinking": False})
     assert isinstance(item, TokenizedExample)
-    assert decoded(name, item.input_ids.tolist()).count("y") == 1
-    assert "x </think> y" in trained_texts(name, item)[-1]
+    answer = trained_texts(name, item)[-1]
+    assert "x </think> y" in answer
+    assert answer.count("y") - answer.count("hy_eos") == 1
