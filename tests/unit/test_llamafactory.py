@@ -307,6 +307,12 @@ def test_evaluation_data_that_llamafactory_would_not_read_is_left_out_and_listed
     assert "eval_strategy" in conversion.harmless["eval_dataset"]
 
 
+def test_tokens_that_llamafactory_would_train_on_are_not_passed_over(tmp_path):
+    assert converted(tokenized_path=str(tmp_path / "new")).refusals == []
+    (refusal,) = converted(tokenized_path=str(tmp_path)).refusals
+    assert holds(refusal.message, f"tokenized_path={tmp_path} exists … remove tokenized_path")
+
+
 def test_overrides_may_name_keys_of_both(write):
     config = load(write({**MINIMAL, "learning_rate": 1e-5}), ["learning_rate=1e-3", "train.global_batch_size=2"])
     assert (config.train.learning_rate, config.train.global_batch_size) == (1e-3, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from raysft.config.llamafactory.settings import Entry, Refusal, Settings
@@ -15,6 +16,13 @@ ONLINE, REMOTE = "ONLINE", "REMOTE:"
 
 def sources(given: Settings) -> Derived:
     """Data sets, and where they are."""
+    tokenized = given["tokenized_path"]
+    if tokenized and Path(tokenized).is_dir():
+        yield Refusal(
+            "tokenized_path",
+            f"tokenized_path={tokenized} exists, and LLaMA-Factory trains on its tokens, which raysft does not read, whatever "
+            "dataset says; remove tokenized_path to train on dataset",
+        )
     registry = given["dataset_dir"]
     if registry.startswith(REMOTE):
         name = registry.removeprefix(REMOTE)
@@ -93,8 +101,10 @@ def rows(given: Settings) -> Derived:
         if packs:
             yield Entry("data.document_mask", False, "", "in LLaMA-Factory, documents of a row see each other")
     else:
-        mixed = packs and not neat
-        note = "examples of a row do not see each other, as with neat_packing: true" if mixed else ""
+        notes = ["LLaMA-Factory's rows are a token shorter"] if packs or neat else []
+        if packs and not neat:
+            notes.append("their examples do not see each other, as with neat_packing: true")
+        note = "; ".join(notes)
         yield Entry("data.packing", packs or neat, key, note)
         yield Entry("data.on_overflow", "truncate", "", "LLaMA-Factory truncates")
     yield Entry("data.max_rejected", 1.0, "", "LLaMA-Factory leaves out records that it cannot use")
