@@ -49,9 +49,9 @@ class Source(Section):
     """Name of the source in logs, metrics and ``rejected.jsonl``, and in ``data.registry`` if that is set."""
     path: PathOrHubId | Annotated[list[PathOrHubId], Field(min_length=1)] | None = None
     """File, folder or glob, or a list of them: local, in object storage (``s3://``, ``gs://``, ``hdfs://``, ``abfs://``), on the
-    Hugging Face Hub (``hf://datasets/``), or ``package:NAME/GLOB`` for files of an installed Python package. Not required for a
-    source of ``data.registry``. Keep credentials in the environment, a profile or the machine's role; a config that contains
-    any is refused."""
+    Hugging Face Hub (``hf://datasets/``) or ModelScope (``ms://datasets/``), or ``package:NAME/GLOB`` for files of an installed
+    Python package. Not required for a source of ``data.registry``. Keep credentials in the environment, a profile or the machine's
+    role; a config that contains any is refused."""
     format: Format | None = None
     """Record format: ``alpaca`` (instruction, input, output), ``sharegpt`` (conversations with from/value), ``openai`` (messages
     with role/content), ``prompt_completion`` (two texts or two lists of messages), ``turns`` (a list of texts that alternates

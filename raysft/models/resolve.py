@@ -77,6 +77,9 @@ def _elsewhere(
             copy = Path(local_copy(place.location))
     except FileNotFoundError:
         raise RequestError(f"{key}={place}: not found; check the path") from None
+    except RequestError as error:
+        # ModelScope's errors begin with the location.
+        raise type(error)(f"{key}={error}" if str(error).startswith("ms://") else str(error)) from None
     except (StorageFailed, OSError, ArrowException) as error:
         message = f"{key}={place}: cannot be read ({reason_of(error)}); check the path and its credentials"
         raise unreadable(message, error) from None

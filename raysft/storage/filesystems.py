@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from raysft.storage import hub
+from raysft.storage import hub, modelscope
 
 CONNECT_SECONDS, REQUEST_SECONDS = 5.0, 20.0
 """Longest wait for a byte in one attempt of an S3 request; the client makes three attempts."""
@@ -35,6 +35,8 @@ def filesystem_of(location: str) -> tuple[Any, str]:
         return fs.LocalFileSystem(), str(Path(location).expanduser().absolute())
     if location.startswith("hf://"):
         hub.bound_requests()
+    if location.startswith(modelscope.SCHEME):
+        return modelscope.filesystem_of(location)
     options = options_of(location)
     scheme, _, rest = location.removesuffix(options).partition("://")
     host, _, path = rest.partition("/")

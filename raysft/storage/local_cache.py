@@ -13,25 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from raysft.errors import RequestError
-from raysft.storage import hub, hub_snapshots
+from raysft.storage import hub, hub_snapshots, modelscope
+from raysft.storage.cache_home import cache_home
 from raysft.storage.path import Entry, StoragePath
 
 KEPT_DAYS = 7
 """Days after which an unused copy is removed."""
-
-
-def cache_home() -> Path:
-    """Folder for all copies on this machine.
-
-    Raises:
-        RequestError: the user has no home folder, as containers that run under any number do.
-    """
-    try:
-        return Path.home() / ".cache" / "raysft"
-    except RuntimeError:
-        raise RequestError(
-            f"user {os.getuid()} has no home folder, and HOME is not set; set it on every node"
-        ) from None
 
 
 def working_copy(place: StoragePath) -> Path:
@@ -55,6 +42,10 @@ def local_copy(location: str) -> str:
         if may_be_on_hub(location):
             hub.bound_requests()  # the caller loads from the hub by this id
         return location
+    if location.startswith(modelscope.SCHEME):
+        copy = modelscope.copy_of(location)
+        _forget_unused(cache_home() / "copies")
+        return str(copy)
     place = StoragePath.of(location)
     files = place.walk() or {"": place.entry()}  # a single file
     identity = hashlib.sha256(repr((str(place), sorted(files.items()))).encode()).hexdigest()[:16]

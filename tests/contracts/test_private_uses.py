@@ -23,6 +23,7 @@ USES = {
     "raysft/generate/engines/continuous_internals.py": "test_continuous_batching.py",
     "raysft/generate/metrics/sacrebleu_internals.py": "test_sacrebleu.py",
     "raysft/storage/hub.py": "test_huggingface_hub.py",
+    "raysft/storage/modelscope_internals.py": "test_modelscope_hub.py",
 }
 """Module → the contract that covers its private uses."""
 ALLOWED = {

@@ -9,6 +9,7 @@ from typing import Any
 from raysft.config.llamafactory.settings import Entry, Refusal, Settings
 from raysft.config.llamafactory.translation import Derived
 from raysft.config.named_templates import template_names, template_words
+from raysft.storage.modelscope import prefers_modelscope
 
 ONLINE, REMOTE = "ONLINE", "REMOTE:"
 """Values of ``dataset_dir`` that name no folder: datasets of the hub, and a registry there."""
@@ -30,6 +31,12 @@ def sources(given: Settings) -> Derived:
             "dataset_dir",
             f"dataset_dir={registry} is not supported; run hf download {name} --repo-type dataset --local-dir DIR, and set "
             "dataset_dir to DIR",
+        )
+    elif registry == ONLINE and prefers_modelscope():
+        yield Refusal(
+            "dataset_dir",
+            "dataset_dir=ONLINE is not supported with USE_MODELSCOPE_HUB=1; write a dataset_info.json whose entries have "
+            "ms_hub_url, and set dataset_dir to its folder",
         )
     elif registry != ONLINE:
         yield Entry("data.registry", registry, "dataset_dir")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import yaml
 from raysft.config.llamafactory.settings import Entry, Refusal, Settings
 from raysft.config.llamafactory.translation import Derived
 from raysft.errors import one_line
+from raysft.storage.modelscope import prefers_modelscope
 
 
 def model(given: Settings) -> Derived:
@@ -18,6 +20,9 @@ def model(given: Settings) -> Derived:
     if path is None:
         yield Refusal("model_name_or_path", "model_name_or_path is required, but missing; add it")
         return
+    revision = None if given["model_revision"] == "main" else given["model_revision"]
+    if prefers_modelscope() and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists():
+        path, revision = f"ms://{path}" + (f"@{revision}" if revision else ""), None
     path = _trained(path)
     yield Entry("model.path", path, "model_name_or_path")
     if given["trust_remote_code"]:
@@ -36,8 +41,8 @@ def model(given: Settings) -> Derived:
                 "adapter_name_or_path: predictions take one adapter, not several; merge them first",
             )
         yield Entry("generate.model", (adapters or [path])[-1], "adapter_name_or_path" if adapters else "do_predict")
-    if given["model_revision"] != "main":
-        yield Entry("model.revision", given["model_revision"], "model_revision")
+    if revision:
+        yield Entry("model.revision", revision, "model_revision")
     yield from _dtype(given)
     yield from _quantization(given)
     kind = given["finetuning_type"]

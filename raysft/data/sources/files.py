@@ -102,7 +102,7 @@ def _expand(pattern: str, name: str) -> Iterator[DataFile]:
 
 
 def _list_files(location: str) -> list[Any]:
-    if "://" not in location or location.startswith("hf://"):  # requests to the hub have retries of their own
+    if "://" not in location or location.startswith(("hf://", "ms://")):  # requests to hubs have retries of their own
         return list(_matching(*filesystem_of(location)))
     with retry_for(FIRST_SECONDS):
         return StoragePath.of(location).with_retries(lambda filesystem, path: list(_matching(filesystem, path)))

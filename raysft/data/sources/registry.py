@@ -17,7 +17,9 @@ from raysft.config import Config, Source, refuse_secrets
 from raysft.config.data import Column, Tag
 from raysft.data.sources.hub_subsets import default_subset
 from raysft.data.sources.json_stream import JSON
+from raysft.data.sources.modelscope_parts import files_of_part
 from raysft.errors import RequestError, one_line
+from raysft.storage.modelscope import prefers_modelscope
 
 FIELDS = {
     "prompt": "instruction",
@@ -51,11 +53,23 @@ UNSUPPORTED_COLUMNS = {
 """Column that is not supported → what a dataset with it contains."""
 LOCATION_KEYS = ("hf_hub_url", "script_url", "cloud_file_name", "file_name")
 """Keys that locate a dataset. LLaMA-Factory uses the first; raysft refuses several, as the intended one is unclear."""
-OTHER_HUB_KEYS = ("ms_hub_url", "om_hub_url")
-"""Mirrors of an ``hf_hub_url`` on other hubs, which are not used."""
+MODELSCOPE_KEY = "ms_hub_url"
+"""A dataset on ModelScope: used if there is no other location, or instead of ``hf_hub_url`` with ``USE_MODELSCOPE_HUB=1``."""
+OTHER_HUB_KEYS = ("om_hub_url",)
+"""Mirrors on other hubs, which are not used."""
 HUB_KEYS = ("subset", "split", "folder")
 """Keys that select a part of a dataset on the hub."""
-ENTRY_KEYS = (*LOCATION_KEYS, *OTHER_HUB_KEYS, *HUB_KEYS, "formatting", "ranking", "columns", "tags", "num_samples")
+ENTRY_KEYS = (
+    *LOCATION_KEYS,
+    MODELSCOPE_KEY,
+    *OTHER_HUB_KEYS,
+    *HUB_KEYS,
+    "formatting",
+    "ranking",
+    "columns",
+    "tags",
+    "num_samples",
+)
 
 
 def resolve_source(config: Config, source: Source) -> Source:
@@ -197,8 +211,10 @@ def _mapping(entry: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
     return {name: inner for name, inner in value.items() if inner not in (None, "")}
 
 
-def _path(entry: Mapping[str, Any], where: str, folder: Path) -> str:
+def _path(entry: Mapping[str, Any], where: str, folder: Path) -> str | list[str]:
     locations = [key for key in LOCATION_KEYS if key in entry]
+    if MODELSCOPE_KEY in entry and (not locations or (locations == ["hf_hub_url"] and prefers_modelscope())):
+        locations = [MODELSCOPE_KEY]
     for key in (*locations, *(key for key in HUB_KEYS if key in entry)):
         if not isinstance(entry[key], str) or not entry[key]:
             raise RequestError(f"{where}: {key} must be a name, but is {entry[key]!r:.40}; correct the entry")
@@ -207,9 +223,13 @@ def _path(entry: Mapping[str, Any], where: str, folder: Path) -> str:
     if not locations or locations == ["script_url"]:
         kinds = ", ".join(key for key in (*locations, *OTHER_HUB_KEYS) if key in entry) or "no location"
         download = ", or download the dataset and set file_name to its folder" if kinds != "no location" else ""
-        raise RequestError(f"{where} has {kinds}; set file_name, cloud_file_name or hf_hub_url instead{download}")
+        raise RequestError(
+            f"{where} has {kinds}; set file_name, cloud_file_name, hf_hub_url or ms_hub_url instead{download}"
+        )
     if locations == ["hf_hub_url"]:
         return _in_hub(entry, where)
+    if locations == [MODELSCOPE_KEY]:
+        return _in_modelscope(entry, where)
     for key in HUB_KEYS:
         if key in entry and (key, entry[key]) != ("split", "train"):
             raise RequestError(
@@ -223,8 +243,20 @@ def _in_hub(entry: Mapping[str, Any], where: str) -> str:
     if not folder:
         # The hub converts every dataset to Parquet in the branch ``~parquet``, by subset and split.
         return f"hf://datasets/{dataset}@~parquet/{subset or default_subset(dataset, where)}/{split or 'train'}"
+    _refuse_part_of_folder(subset, split, where)
+    return f"hf://datasets/{dataset}/{folder}"
+
+
+def _in_modelscope(entry: Mapping[str, Any], where: str) -> str | list[str]:
+    dataset, (subset, split, folder) = entry[MODELSCOPE_KEY], (entry.get(key) for key in HUB_KEYS)
+    if not folder:
+        return files_of_part(dataset, subset, split, where)
+    _refuse_part_of_folder(subset, split, where)
+    return f"ms://datasets/{dataset}/{folder}"
+
+
+def _refuse_part_of_folder(subset: str | None, split: str | None, where: str) -> None:
     if subset or split:
         raise RequestError(
             f"{where} has both folder and {'subset' if subset else 'split'}, but a folder is read as a whole; remove one of them"
         )
-    return f"hf://datasets/{dataset}/{folder}"
