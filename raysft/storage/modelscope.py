@@ -197,8 +197,6 @@ def _listing(kind: str, name: str, revision: str | None, endpoint: str | None) -
 
 
 def _api(kind: str, name: str) -> Any:
-    for variable, value in BOUNDS.items():
-        os.environ.setdefault(variable, value)
     from modelscope_hub import HubApi  # pyright: ignore[reportMissingImports]
 
     hide_bars()
@@ -208,6 +206,8 @@ def _api(kind: str, name: str) -> Any:
 @contextmanager
 def _reasons(place: Location) -> Iterator[None]:
     """Turn the errors of ModelScope's library into one line each."""
+    for variable, value in BOUNDS.items():
+        os.environ.setdefault(variable, value)
     try:
         import requests
         from modelscope_hub import errors  # pyright: ignore[reportMissingImports]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -304,3 +306,15 @@ def test_a_file_of_llamafactory_takes_models_from_modelscope_as_there(monkeypatc
     assert converted(model_name_or_path=str(tmp_path))["path"] == str(tmp_path)
     (refused,) = convert({**given, "dataset_dir": "ONLINE", "dataset": "some/set"}).refusals
     assert "dataset_dir=ONLINE is not supported with USE_MODELSCOPE_HUB=1" in str(refused)
+
+
+def test_the_library_is_imported_with_our_bounds_and_without_a_log(there):
+    there.add("datasets/some/set", {"a.jsonl": lines("one")})
+    program = (
+        "from raysft.storage.modelscope import copy_of; copy_of('ms://datasets/some/set/a.jsonl')\n"
+        "from modelscope_hub import constants; print(constants.REPO_TREE_PAGE_TIMEOUT_SECONDS, constants.DOWNLOAD_TIMEOUT)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in modelscope.BOUNDS}
+    options = {"env": environment, "capture_output": True, "text": True, "timeout": 60}
+    ran = subprocess.run([sys.executable, "-c", program], check=False, **options)
+    assert (ran.stdout, ran.stderr) == ("10 20\n", "")
