@@ -118,6 +118,7 @@ def test_a_sweep_started_again_runs_only_what_is_missing(sweep, folder, capsys):
         [
             "train",
             "eval",
+            "duplicates:",
             "turns:",
             "rows:",
             "steps:",
