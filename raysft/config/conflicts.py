@@ -205,8 +205,7 @@ def _loss(config: Config) -> Iterator[str]:
 
 def _evaluation(config: Config) -> Iterator[str]:
     train = config.train
-    asked = {"train.early_stopping": train.early_stopping.patience, "train.keep_best": train.keep_best}
-    named = next((key for key, value in asked.items() if value), None)
+    named = train.comparing_key
     if named and not train.evaluates_on_the_way:
         yield f"{named} compares evaluations, but train.eval_every_steps is not set; set it, or train.eval_every_epochs"
     if train.eval_delay and not train.evaluates_on_the_way:

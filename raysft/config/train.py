@@ -147,6 +147,12 @@ class TrainSection(Section):
     ``mlflow`` (extras with these names) find their server and credentials by themselves."""
 
     @property
+    def comparing_key(self) -> str | None:
+        """Key of a setting that compares evaluations; None if nothing compares them."""
+        asked = {"train.early_stopping": self.early_stopping.patience, "train.keep_best": self.keep_best}
+        return next((key for key, value in asked.items() if value), None)
+
+    @property
     def evaluates_on_the_way(self) -> bool:
         """True if the model is evaluated during the training, so that evaluations can be compared."""
         return self.eval_every_steps is not None or self.eval_every_epochs is not None

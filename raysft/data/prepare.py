@@ -203,8 +203,7 @@ def _plan_rows(
 
 
 def _refuse_nothing_compared(config: Config, eval_rows: dict[str, PackedDataset]) -> None:
-    asked = {"train.early_stopping": config.train.early_stopping.patience, "train.keep_best": config.train.keep_best}
-    named = next((key for key, value in asked.items() if value), None)
+    named = config.train.comparing_key
     if named and not eval_rows:
         raise RequestError(
             f"{named} compares evaluations, but no example of data.eval has an answer; add answers, or use data.holdout"

@@ -19,7 +19,6 @@ from huggingface_hub import constants, file_download
 from raysft.config import Config, Source, parse
 from raysft.data.sources.files import find_files
 from raysft.data.sources.readers import JsonLine, read_raw
-from raysft.errors import RequestError
 from raysft.models.adapters import find_adapter, load_with_base
 from raysft.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from raysft.models.resolve import find_model
@@ -32,6 +31,7 @@ from raysft.storage.path import StoragePath
 from raysft.storage.run_directory import RunDirectory
 from raysft.train.finetuning import load_model
 from tests.hub_server import PARQUET, Fault, Repository, files_of, hub_server
+from tests.messages import refusal
 from tests.tiny import tiny_model, with_code
 from tests.unit.test_hub import use
 
@@ -68,13 +68,6 @@ def repository(there, model) -> Repository:
 
 def find(path: str = "some/model", revision: str | None = None) -> str:
     return find_model(path, StoragePath("/nowhere"), lambda line: None, revision=revision)
-
-
-def refusal(function, *given, **options) -> str:
-    with pytest.raises(RequestError) as caught:
-        function(*given, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def config(**model) -> Config:

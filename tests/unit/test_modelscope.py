@@ -16,7 +16,7 @@ from raysft.config import Config, Source, parse
 from raysft.data.sources.files import find_files
 from raysft.data.sources.readers import JsonLine, read_raw
 from raysft.data.sources.registry import resolve_source
-from raysft.errors import NotNow, RequestError
+from raysft.errors import NotNow
 from raysft.models.adapters import find_adapter, load_with_base
 from raysft.models.fingerprint import model_fingerprint
 from raysft.models.resolve import find_model
@@ -26,6 +26,7 @@ from raysft.storage.local_cache import local_copy, model_copy
 from raysft.storage.path import StoragePath
 from raysft.train.finetuning import load_model
 from tests.hub_server import files_of
+from tests.messages import refusal
 from tests.modelscope_server import ModelScopeServer, modelscope_server
 from tests.tiny import tiny_model, with_code
 
@@ -73,13 +74,6 @@ def find(path: str = "ms://some/model") -> str:
     return find_model(path, StoragePath("/nowhere"), lambda line: None)
 
 
-def refusal(function, *given, **options) -> str:
-    with pytest.raises(RequestError) as caught:
-        function(*given, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 def config(**model) -> Config:
     return parse(
         {
@@ -101,7 +95,7 @@ def test_a_model_loads_and_each_file_is_fetched_once(there, model, capfd):
     assert capfd.readouterr() == ("", ""), "no bars, and no log"
     weights = load_model(config(), found)
     assert sum(parameter.numel() for parameter in weights.parameters()) > 1000
-    assert load_tokenizer(found, None, False).decode([5]) is not None
+    assert load_tokenizer(found).decode([5]) is not None
     modelscope._listing.cache_clear()  # as another process
     assert {path.name for path in model_copy(found).iterdir()} == model.keys(), "no second format, and no README"
     assert dict(there.sent) == {name: len(data) for name, data in model.items()}
