@@ -79,7 +79,8 @@ class NewTokensSection(Section):
     """Words and signs of the text, for example ``[<b>, </b>]``; predictions show them."""
     special: list[Text] = []
     """Control tokens, for example ``[<|tool|>]``, which a chat template may write; ``generate.skip_special_tokens`` hides them in
-    predictions. Tokens that the tokenizer has already, here or in ``plain``, keep their embeddings, which are trained."""
+    predictions. Tokens that the tokenizer has already, here or in ``plain``, keep their embeddings, which are trained; those
+    that are pieces of words become tokens wherever a text spells them."""
     descriptions: dict[Text, Text] = {}
     """New token → text. Its embedding starts as the mean of those of the text's tokens. Default: the mean of all tokens'
     embeddings."""

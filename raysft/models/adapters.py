@@ -36,8 +36,9 @@ def find_adapter(config: Config, model: str, notify: Callable[[str], None]) -> t
     """
     places = [_place(path, notify) for path in config.model.adapters]
     folders = [_folder(path, place) for path, place in zip(config.model.adapters, places, strict=True)]
-    for folder in folders:
+    for path, folder in zip(config.model.adapters, folders, strict=True):
         _check_kind(folder, config)
+        _check_tokens(folder, path, model, config.model.runs_code)
     goes_on = bool(folders) and not config.model.new_adapter
     if goes_on and config.model.new_tokens.tokens and not holds_embeddings(folders[-1]):
         raise RequestError(
@@ -95,6 +96,21 @@ def _check_form(folder: Path, hf_config: Mapping[str, Any], config: Config) -> N
                 f"model.adapters: {folder} has {key} {hf_config.get(theirs)!r}, which stays as it is, and "
                 f"model.lora.{key}={wanted!r}; take it out, or set model.new_adapter=true"
             )
+
+
+def _check_tokens(folder: Path, path: str, model: str, runs_code: bool) -> None:
+    """Refuse an adapter with embeddings whose tokens have other ids than the model's: each would mean another token."""
+    has_tokenizer = any((folder / name).exists() for name in ("tokenizer_config.json", "tokenizer.json"))
+    if not has_tokenizer or not holds_embeddings(folder):
+        return
+    there, here = (load_tokenizer(each, runs_code).get_vocab() for each in (str(folder), model))
+    if other := sorted({**there, **here}.items() - (there.items() & here.items()), key=lambda entry: entry[1])[:1]:
+        token = other[0][0]
+        ids = [f"token {of[token]}" if token in of else "no token" for of in (there, here)]
+        raise RequestError(
+            f"model.adapters: {path} holds embeddings in which {token!r} is {ids[0]}, but it is {ids[1]} of the model; set "
+            "model.new_tokens as it was when the adapter was trained, or export the adapter (raysft export) and start from that"
+        )
 
 
 def _merged(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,22 @@ def with_new_tokens(config: Config, model: str, hf_config: Any, notify: Callable
     section, runs_code = config.model.new_tokens, config.model.runs_code
     if not section.tokens:
         return model
-    known = load_tokenizer(model, runs_code).get_vocab()
-    lacking = [token for token in section.tokens if token not in known]
+    tokenizer = load_tokenizer(model, runs_code)
+    known, whole = tokenizer.get_vocab(), tokenizer.get_added_vocab()
+    lacking = [token for token in section.tokens if token not in whole]
     if existing := [token for token in section.tokens if token in known]:
         notify(
             f"model: has {' '.join(existing):.200} of model.new_tokens already; their embeddings stay, and are trained"
         )
     if not lacking:
         return model
+    for token in lacking:
+        # Byte-level vocabularies spell a byte as é, and others a blank as ▁: no text that is written so has that piece.
+        if token in known and (text := tokenizer.decode([known[token]])) != token:
+            raise RequestError(
+                f"model.new_tokens names {token!r}, but in the tokenizer's vocabulary that stands for {text!r}; name "
+                "the text itself, or remove it"
+            )
     if method := method_of(hf_config):
         raise RequestError(
             f"model.new_tokens adds {lacking[0]!r}, but model.path={config.model.path} is quantized ({method}) and cannot be "
@@ -54,7 +62,7 @@ def with_new_tokens(config: Config, model: str, hf_config: Any, notify: Callable
 
     def write(folder: Path) -> None:
         notify(
-            f"model: gets {len(lacking)} new tokens ({' '.join(lacking):.200}), once, in {config.cache_directory / 'models'}"
+            f"model: gets {len(lacking)} tokens ({' '.join(lacking):.200}), once, in {config.cache_directory / 'models'}"
         )
         add_tokens(model, folder, section, runs_code)
 
@@ -84,11 +92,12 @@ def add_tokens(model: str, folder: Path, section: NewTokensSection, runs_code: b
     described = {
         token: tokenizer(text, add_special_tokens=False).input_ids for token, text in section.descriptions.items()
     }
-    _extend(tokenizer, section, known)
+    _extend(tokenizer, section)
     new = {token: tokenizer.convert_tokens_to_ids(token) for token in section.tokens if token not in known}
-    former = whole.get_input_embeddings().weight.shape[0]
-    if max(new.values()) >= former:
-        whole.resize_token_embeddings(rows_for(max(new.values()) + 1, former), mean_resizing=False)
+    _check_ids(new, known)
+    former, last = whole.get_input_embeddings().weight.shape[0], max(new.values(), default=0)
+    if last >= former:
+        whole.resize_token_embeddings(rows_for(last + 1, former), mean_resizing=False)
     head, embedding = whole.get_output_embeddings(), whole.get_input_embeddings()
     if head is None:
         raise RequestError(
@@ -121,8 +130,22 @@ def rows_for(tokens: int, former: int) -> int:
     return -(-tokens // multiple) * multiple
 
 
-def _extend(tokenizer: Any, section: NewTokensSection, known: Any) -> None:
+def _check_ids(new: Mapping[str, int], known: Mapping[str, int]) -> None:
+    """Refuse new tokens that would share an id: the tokenizer counts up from the number of tokens, and may have skipped an id."""
+    taken = {index: token for token, index in known.items()}
+    for token, index in new.items():
+        if index in taken:
+            raise RequestError(
+                f"model.new_tokens: {token!r} would be token {index}, but that is {taken[index]!r}, because the tokenizer has "
+                f"{len(known)} tokens and skips ids; give the tokens ids without gaps in tokenizer.json"
+            )
+
+
+def _extend(tokenizer: Any, section: NewTokensSection) -> None:
+    """Make each token one that is found in any text; pieces of words in the vocabulary keep their ids."""
     from transformers import AddedToken
+
+    known = tokenizer.get_added_vocab()
 
     def added(tokens: Sequence[str], special: bool) -> list[Any]:
         # As it is written: a normalizer would change some tokens, which then occur in no text.

@@ -859,7 +859,7 @@ def test_new_tokens_end_turns_of_a_base_model_with_an_adapter(tmp_path, capsys):
     (tmp_path / "c.yaml").write_text(json.dumps(settings))
     assert main(["run", str(tmp_path / "c.yaml")]) == 0
     out, run = capsys.readouterr().out, tmp_path / "runs" / "r"
-    assert out.count("gets 2 new tokens (<|turn|> <|end|>), once") == 1
+    assert out.count("gets 2 tokens (<|turn|> <|end|>), once") == 1
     assert "ended by <|end|> (8)" in out
     (written,) = read_jsonl(run / "generated_predictions.jsonl")
     assert (written["predict"], written["stop"]) == ("yo yo", "eos")

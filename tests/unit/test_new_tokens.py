@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def test_new_rows_are_the_mean_of_all_tokens_and_everything_else_stays(request, 
         size, step = after[ROWS[0]].shape[0], math.gcd(rows, 64)
         assert size % step == 0
         assert count + 4 <= size < max(rows, count + 4) + step
-    assert [line for line in told if "4 new tokens (Berlin <b> <|call|> <|end|>)" in line]
+    assert [line for line in told if "4 tokens (Berlin <b> <|call|> <|end|>)" in line]
 
 
 def test_the_tokenizer_has_them_and_hides_special_ones(tied, tmp_path):
@@ -149,6 +150,69 @@ def test_a_model_gets_them_once_and_stays_the_same_folder_without_any(tied, tmp_
     count, weights = len(AutoTokenizer.from_pretrained(folder)), load_file(more / "model.safetensors")
     assert len(AutoTokenizer.from_pretrained(more)) == count + 1
     assert torch.equal(weights[ROWS[0]][:count], load_file(folder / "model.safetensors")[ROWS[0]][:count])
+
+
+@pytest.mark.parametrize("kind", ["plain", "special"])
+def test_a_piece_of_the_vocabulary_becomes_a_token_wherever_it_is_spelled_and_keeps_its_row(tied, tmp_path, kind):
+    former = AutoTokenizer.from_pretrained(tied)
+    piece = next(token for token in former.get_vocab() if token.isascii() and token.isalpha() and len(token) > 1)
+    folder, _ = extended(tmp_path, tied, {kind: [piece]})
+    tokenizer, index = AutoTokenizer.from_pretrained(folder), former.get_vocab()[piece]
+    text = f"1{piece}2 {piece}{piece}"
+    assert tokenizer(text).input_ids.count(index) == 3
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    shown = text if kind == "plain" else text.replace(piece, "")
+    assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == shown
+    assert tokenizer.get_vocab() == former.get_vocab()
+    before, after = load_file(tied / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+@pytest.mark.parametrize(("piece", "text"), [("é", "\ufffd"), ("Ġ", " "), ("Ġthe", " the")])
+def test_a_piece_that_no_text_spells_is_refused(tied, tmp_path, piece, text):
+    assert piece in AutoTokenizer.from_pretrained(tied).get_vocab()
+    with pytest.raises(RequestError, match=f"names '{piece}', but .* stands for '{text}'; name the text"):
+        extended(tmp_path, tied, {"plain": ["<new>", piece]})
+
+
+def test_a_tokenizer_that_skips_ids_is_refused_if_new_tokens_would_get_those_of_others(tied, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tied, folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    last = max(vocabulary, key=vocabulary.__getitem__)
+    vocabulary[last] += 1
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    resized(folder, 448, "float32")
+    with pytest.raises(RequestError, match=f"'<b>' would be token {vocabulary[last]}, but that is '{last}'.* gaps"):
+        extended(tmp_path, folder, {"plain": ["<b>"]})
+
+
+@pytest.mark.parametrize("merges", [False, True])
+@pytest.mark.parametrize(
+    ("new", "told"),
+    [
+        (["<|b|>", "<|a|>"], r"'<\|b\|>' is token 401, but it is token 400 of the model"),
+        (["<|a|>"], r"'<\|b\|>' is token 401, but it is no token of the model"),
+        (["<|a|>", "<|b|>", "<|c|>"], r"'<\|c\|>' is no token, but it is token 402 of the model"),
+        ([], r"'<\|a\|>' is token 400, but it is no token of the model"),
+        (["<|a|>", "<|b|>"], ""),
+    ],
+)
+def test_an_adapter_whose_embeddings_are_of_other_tokens_is_refused(roomy, tmp_path, merges, new, told):
+    folder, _ = extended(tmp_path, roomy, {"special": ["<|a|>", "<|b|>"]})
+    adapter = tmp_path / "adapter"
+    saved = ["model.embed_tokens", "lm_head"]
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(modules_to_save=saved))
+    model.save_pretrained(adapter)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(adapter)
+    settings = {"model.adapters": [str(adapter)], "model.new_adapter": merges}
+    if told:
+        with pytest.raises(RequestError, match=told) as caught:
+            extended(tmp_path, roomy, {"special": new}, **settings)
+        assert "set model.new_tokens as it was" in str(caught.value)
+    else:
+        extended(tmp_path, roomy, {"special": new}, **settings)
 
 
 @pytest.mark.parametrize(
