@@ -192,6 +192,25 @@ def test_a_column_that_is_not_named_is_not_read(tmp_path, columns, turns):
     assert (item.tools, item.weight) == ((), 1.0)
 
 
+@pytest.mark.parametrize(
+    ("columns", "record", "result"),
+    [
+        ({"response": "output"}, RECORD, [("user", ""), ("assistant", "O")]),
+        ({"query": "input", "response": "output"}, {"input": "", "output": "O"}, [("user", ""), ("assistant", "O")]),
+        ({"query": "input", "response": "output"}, {"output": "O"}, "'instruction', but column 'input' is missing"),
+        ({"query": "input", "response": "output"}, {"input": None, "output": "O"}, "but column 'input' is null"),
+        ({"prompt": "input", "response": "output"}, {"output": "O"}, "'instruction', but column 'input' is missing"),
+    ],
+)
+def test_an_instruction_of_which_no_column_is_read_is_empty(tmp_path, columns, record, result):
+    source = of_entry(tmp_path, file_name="a.json", columns=columns)
+    ((item, _),) = to_examples([("a:1", record)], source)
+    if isinstance(item, Example):
+        assert [(message.role, message.content) for message in item.messages] == result
+    else:
+        assert result in item.reason
+
+
 @pytest.mark.parametrize("form", ["sharegpt", "openai"])
 def test_an_entry_without_columns_reads_only_conversations(tmp_path, form):
     (tmp_path / "dataset_info.json").write_text(json.dumps({"x": {"file_name": "a.json", "formatting": form}}))

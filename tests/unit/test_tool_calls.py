@@ -97,6 +97,49 @@ def test_invalid_turns_are_refused_with_a_reason(turn, reason):
         example({"messages": [{"role": "user", "content": "a"}, turn]}, "openai")
 
 
+TEXT = json.dumps(CALL["function"])
+TAGGED = f"<tool_call>\n{TEXT}\n</tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("content", "said", "calls"),
+    [
+        (TAGGED, "", 1),
+        (f"<think>\nhm\n</think>\n\n{TAGGED}", "<think>\nhm\n</think>\n\n", 1),
+        (f"I add: {TAGGED}\n", "I add: ", 1),
+        (f"{TAGGED}\n{TAGGED}", "", 2),
+        (f"<tool_call>[{TEXT}, {TEXT}]</tool_call>", "", 2),
+    ],
+)
+def test_calls_of_a_function_turn_may_stand_in_tags(content, said, calls):
+    turns = [{"from": "human", "value": "q"}, {"from": "function_call", "value": content}]
+    found = example({"conversations": turns}, "sharegpt").messages[-1]
+    assert (found.content, found.tool_calls) == (said, (CALL,) * calls)
+
+
+@pytest.mark.parametrize(("content", "said"), [(None, ""), ("", ""), ("Adding.", "Adding."), (TEXT, "")])
+def test_a_function_turn_may_have_its_calls_beside_its_content(content, said):
+    turns = [{"role": "user", "content": "q"}, {"role": "call", "content": content, "tool_calls": [CALL]}]
+    found = example({"messages": turns}, "openai", tags={"function": "call"}).messages[-1]
+    assert (found.role, found.content, found.tool_calls) == ("assistant", said, (CALL,))
+
+
+def test_a_role_that_a_tag_gives_another_meaning_has_it_in_the_template_too():
+    turns = [{"role": "assistant", "content": "q", "name": "Ann"}, {"role": "user", "content": "a", "name": "Bob"}]
+    tags = {"user": "assistant", "assistant": "user"}
+    found = example({"messages": turns}, "openai", tags=tags)
+    rendered = ChatTemplate(
+        lambda turns, tools, ask: "".join(f"<{m['role']} {m['name']}>{m['content']}" for m in turns)
+    )
+    assert rendered.render_conversation(found.messages).text == "<user Ann>q<assistant Bob>a"
+
+
+@pytest.mark.parametrize("turn", [{"role": "system"}, {"role": "system", "content": None}])
+def test_a_system_turn_without_content_is_an_empty_one(turn):
+    turns = [turn, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    assert example({"messages": turns}, "openai").messages[0] == Message("system", "")
+
+
 def test_tags_name_keys_and_roles_of_their_own():
     record = {"dialog": [{"who": "Q", "what": "a"}, {"who": "A", "what": "b"}]}
     tags = {"role": "who", "content": "what", "user": "Q", "assistant": "A"}

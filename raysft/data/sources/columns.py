@@ -92,13 +92,16 @@ def check_columns(record: Record, form: str, source: Source) -> str:
     """
     unanswered = ""
     for field in REQUIRED_FIELDS[form]:
-        columns = [source.column(name) for name in (field, ALTERNATIVE_FIELD.get(field)) if name]
-        if any(column is not None and record.get(column) is not None for column in columns):
+        names = [source.column(name) for name in (field, ALTERNATIVE_FIELD.get(field)) if name]
+        columns = [column for column in names if column is not None]
+        if any(record.get(column) is not None for column in columns):
             continue
-        if columns[0] is None:
-            problem = f"data.train[].columns excludes {field!r}"
-        else:
+        if not columns and field in ALTERNATIVE_FIELD:
+            continue  # an instruction of which nothing is read is empty
+        if columns:
             problem = f"column {columns[0]!r} is {'null' if columns[0] in record else 'missing'}"
+        else:
+            problem = f"data.train[].columns excludes {field!r}"
         reason = (
             f"format {form} requires {field!r}, but {problem} (columns: {', '.join(map(str, record))}); "
             "fill the column, or map another one in data.train[].columns"

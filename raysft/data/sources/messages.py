@@ -22,8 +22,7 @@ ROLES = {
     "observation": "tool",
     "function": "tool",
 }
-"""Role in the data → role of a message; ``function`` is an assistant turn whose content is a call as JSON, or a thought and a
-call."""
+"""Role in the data → role of a message; ``function`` is an assistant turn whose content is a call, perhaps after a thought."""
 ROLE_OF_TAG = {
     "user": "user",
     "assistant": "assistant",
@@ -34,6 +33,8 @@ ROLE_OF_TAG = {
 """Tag of a source → role of a message, as in ``ROLES``."""
 THOUGHT = re.compile(r"\s*(<think>.*?</think>\s*)?(.*)", re.DOTALL)
 """A thought, and what follows it."""
+TOOL_CALL = re.compile(r"<tool_call>(.*?)</tool_call>\s*", re.DOTALL)
+"""A call in the words in which Hermes and Qwen write it."""
 TEMPLATE_ROLES = ("system", "developer", "user", "assistant", "tool")
 """Roles that chat templates accept."""
 TRAINING_KEYS = ("train", "weight")
@@ -68,22 +69,25 @@ def _message(turn: Record, where: str, roles: Mapping[str, str], tags: Mapping[A
     if isinstance(function_call, dict) and not any(function_call.values()):
         function_call = None  # JSON written from a Parquet file has an empty call in every turn without one
     calls = turn.get("tool_calls") or ([function_call] if function_call else [])
+    name = turn.get(role_key)
+    role = roles.get(name) if isinstance(name, str) else None
+    if role == "system" and turn.get(text_key) is None:
+        turn = {**turn, text_key: ""}
     if role_key not in turn or (turn.get(text_key) is None and not calls):
         raise ValueError(f"{where} must have {role_key!r} and {text_key!r}, but is {turn!r:.60}")
-    name = turn[role_key]
-    role = roles.get(name) if isinstance(name, str) else None
     if role is None:
         raise ValueError(f"{where} has the unknown role {name!r:.40}; known roles: {', '.join(roles)}")
     content = _content(turn.get(text_key), f"{where}.{text_key}")
+    renamed = ROLES.get(str(name)) != role
     if role == "function":
         role = "assistant"
-        content, calls = _parse_calls(content, where)
+        content, calls = _parse_calls(content, calls, where)
     calls = require_list(calls, f"{where}.tool_calls", "calls") if calls else []
     tool_calls = tuple(parse_tool_call(call, where) for call in calls)
     consumed = {*CONSUMED_KEYS, role_key, text_key}
     extra = {key: value for key, value in turn.items() if key not in consumed and value is not None}
-    standard_keys = (role_key, text_key) == ("role", "content")
-    original = _original(turn, function_call is not None) if standard_keys else None
+    standard = (role_key, text_key) == ("role", "content") and not renamed
+    original = _original(turn, function_call is not None) if standard else None
     for text in nested_strings((tool_calls, extra, original)):
         require_text(text, where)
     return Message(
@@ -118,18 +122,29 @@ def _content(value: Any, where: str) -> str:
     return require_text(value, where)
 
 
-def _parse_calls(content: str, where: str) -> tuple[str, list[Any]]:
+def _parse_calls(content: str, given: Any, where: str) -> tuple[str, Any]:
     """Decode the content of a function turn: perhaps a thought, then JSON with one call or a list of them.
 
+    The JSON may stand in ``<tool_call>``, several times and after any text.
+
+    Args:
+        content: the content.
+        given: calls that the turn has beside its content, which then may be any text.
+        where: the turn, for messages.
+
     Returns:
-        The thought with its tags, and the calls.
+        The thought with its tags, or the text before ``<tool_call>``, and the calls.
     """
     thought, text = THOUGHT.fullmatch(content).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    tagged = TOOL_CALL.findall(content)
     try:
-        calls = json.loads(text)
+        decoded = [json.loads(call) for call in tagged or [text]]
     except (ValueError, RecursionError):
+        if given:
+            return content, given
         raise ValueError(f"{where} is a function call and must be JSON, but is {text[:40]!r}") from None
-    return thought or "", calls if isinstance(calls, list) else [calls]
+    calls = [call for part in decoded for call in (part if isinstance(part, list) else [part])]
+    return TOOL_CALL.sub("", content) if tagged else thought or "", given or calls
 
 
 def _trainable(turn: Record, where: str) -> bool:
