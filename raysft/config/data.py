@@ -34,8 +34,11 @@ def _number_or_fraction(value: Any) -> Any:
 
 
 def _slice_of_records(value: str) -> str:
-    if not re.fullmatch(r"-?\d+%?:(-?\d+%?)?|:-?\d+%?", value):
+    places = value.split(":")
+    if len(places) != 2 or not all(re.fullmatch(r"(-?[0-9]+(_[0-9]+)*%?)?", place) for place in places):
         raise ValueError("must be a slice of records, such as :1000, 10%:20% or -100:")
+    if "%" in value and any(abs(int(place.rstrip("%"))) > 100 for place in places if place):
+        raise ValueError("percentages must be between -100% and 100%")
     return value
 
 
@@ -65,7 +68,8 @@ class Source(Section):
     weight: Annotated[float, Field(gt=0)] | None = None
     """Weight of this source relative to the others; requires ``data.mixing`` other than concat. Default: 1."""
     slice: Annotated[str, AfterValidator(_slice_of_records)] | None = None
-    """Use only a slice of the records, as ``datasets`` writes it: ``:1000``, ``10%:20%`` or ``-100:``."""
+    """Use only a slice of the records, as ``datasets`` writes it: ``:1000``, ``10%:20%`` or ``-100:``. With a percentage at one
+    end, the number at the other is one, too."""
     num_samples: Positive | None = None
     """Sample N records at random, seeded with ``run.seed``. A source with fewer records gives all of them, and repeats some."""
     max_examples: Positive | None = None

@@ -280,7 +280,7 @@ def test_a_registry_names_subsets_splits_and_folders(there, tmp_path, monkeypatc
     monkeypatch.setenv("USE_MODELSCOPE_HUB", "1")
     assert resolved(tmp_path, **both).path == "ms://datasets/some/set/en"
     beside = {"file_name": "here.json", "ms_hub_url": "some/set"}
-    assert resolved(tmp_path, **beside).path == str(tmp_path / "here.json")
+    assert "has file_name and ms_hub_url; remove one of them" in refusal(resolved, tmp_path, **beside)
 
 
 def test_a_file_of_llamafactory_takes_models_from_modelscope_as_there(monkeypatch, tmp_path):

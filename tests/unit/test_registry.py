@@ -238,8 +238,25 @@ FILE = {"file_name": "p.json"}
         ({"om_hub_url": "x/y"}, "has om_hub_url; set file_name"),
         ({}, "has no location; set file_name"),
         ({**FILE, "hf_hub_url": "x/y"}, "has hf_hub_url and file_name; remove one of them"),
+        ({**FILE, "ms_hub_url": "x/y"}, "has file_name and ms_hub_url; remove one of them"),
+        ({**FILE, "om_hub_url": "x/y"}, "has file_name and om_hub_url; remove one of them"),
+        ({"script_url": "s", "ms_hub_url": "x/y"}, "has script_url and ms_hub_url; remove one of them"),
+        ({"file_name": "s3://b/a.json"}, "file_name must be a path, but is 's3://b/a.json'; set cloud_file_name, "),
+        ({"cloud_file_name": "a.json"}, "cloud_file_name must begin with one of s3://, gs://, "),
+        ({"cloud_file_name": "http://x/a.json"}, "but is 'http://x/a.json'; set file_name for a file of this machine"),
+        ({"hf_hub_url": "/data/set"}, "hf_hub_url must be OWNER/NAME, but is '/data/set'; set file_name for files of"),
+        ({"hf_hub_url": "x/y@main"}, "hf_hub_url must be OWNER/NAME, but is 'x/y@main'"),
+        ({"hf_hub_url": "x/y", "subset": "*"}, "subset must be a name in the dataset, but is '*'; correct the entry"),
+        ({"hf_hub_url": "x/y", "subset": "a/b"}, "subset must be a name in the dataset, but is 'a/b'"),
+        ({"hf_hub_url": "x/y", "folder": "../z"}, "folder must be a name in the dataset, but is '../z'"),
+        ({"file_name": "a\0b"}, "file_name='a\\x00b': a path cannot contain a NUL character"),
+        ({"file_name": "a" * 300}, "each name in it at most 255, but this one has "),
         ({**FILE, "formatting": "odd"}, "formatting 'odd'; use one of alpaca, sharegpt, openai"),
+        ({**FILE, "formatting": ["alpaca"]}, "formatting ['alpaca']; use one of alpaca, sharegpt, openai"),
+        ({**FILE, "ranking": "false"}, "ranking must be true or false, but is 'false'; correct the entry"),
         ({**FILE, "num_sample": 2}, "unknown key num_sample; did you mean 'num_samples'?"),
+        ({**FILE, "num_sample": None}, "unknown key num_sample; did you mean 'num_samples'?"),
+        ({**FILE, "columns": {"promt": None}}, "unknown key columns.promt; did you mean columns.prompt?"),
         ({**FILE, "shuffle": True}, "unknown key shuffle; known: hf_hub_url, "),
         ({**FILE, "columns": {"promt": "q"}}, "unknown key columns.promt; did you mean columns.prompt?"),
         ({**FILE, "columns": {"chat": "q"}}, "unknown key columns.chat; known: prompt, query, response, history, "),
@@ -257,10 +274,14 @@ FILE = {"file_name": "p.json"}
             {**FILE, "split": "train[:10]+test"},
             "has split='train[:10]+test', but a source is one split or a slice of it",
         ),
-        ({**FILE, "split": "train[10]"}, "slice='10': value error, must be a slice of records, such as :1000, 10%:20%"),
+        ({**FILE, "split": "train[10]"}, "split='train[10]': must be a slice of records, such as :1000, 10%:20%"),
+        (
+            {**FILE, "split": "train[:101%]"},
+            "split='train[:101%]': percentages must be between -100% and 100%; correct",
+        ),
         ({**FILE, "split": "test[:10]"}, "has split='test', but is a file; remove split"),
         ({"hf_hub_url": "x/y", "folder": "f", "split": "train"}, "has both folder and split"),
-        ({**FILE, "num_samples": 0}, "num_samples=0: input should be greater than 0; correct the entry"),
+        ({**FILE, "num_samples": 0}, "num_samples=0: must be greater than 0; correct the entry"),
         ("p.json", "must be a mapping, but is 'p.json'; write it as"),
     ],
 )
@@ -316,6 +337,15 @@ def test_a_broken_registry_is_refused(folder, content, message):
         found(folder, "plain")
 
 
+def test_a_registry_elsewhere_is_refused():
+    data = {"train": [{"name": "x"}], "registry": "s3://bucket/data"}
+    config = parse({"model": {"path": "m"}, "data": data})
+    with pytest.raises(
+        RequestError, match=r"^data\.registry=s3://bucket/data must be a file or folder of this machine; copy"
+    ):
+        resolve_source(config, config.data.train[0])
+
+
 def test_a_source_without_path_and_registry_is_refused():
     with pytest.raises(RequestError, match=r"source .x. has no path; .*data\.registry"):
         parse({"model": {"path": "m"}, "data": {"train": [{"name": "x"}]}})
@@ -331,8 +361,13 @@ def test_a_weight_that_has_no_effect_is_refused():
     [
         ({"file_name": 5}, "file_name must be a name, but is 5"),
         ({"file_name": "a.json", "columns": ["a"]}, "columns must be a mapping of names, but is ['a']"),
-        ({"file_name": "a.json", "columns": {"query": 7}}, "columns.input=7: input should be a valid string"),
-        ({"file_name": "a.json", "num_samples": "10"}, "num_samples='10': input should be a valid integer"),
+        ({"file_name": "a.json", "columns": {"query": 7}}, "columns.query must be a name, but is 7; correct the entry"),
+        (
+            {"file_name": "a.json", "formatting": "sharegpt", "tags": {"user_tag": []}},
+            "tags.user_tag must be a name, but is []",
+        ),
+        ({"file_name": "a.json", "num_samples": 1.5}, "num_samples=1.5: must be a valid integer; correct the entry"),
+        ({"file_name": "a.json", "num_samples": "10"}, "num_samples='10': must be a valid integer"),
     ],
 )
 def test_an_entry_of_wrong_types_is_refused_in_one_line(tmp_path, entry, message):

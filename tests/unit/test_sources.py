@@ -275,6 +275,16 @@ def test_the_first_examples_of_each_source_are_used(tmp_path, model):
         ("-99:3", None, range(3)),
         ("5:3", None, ()),
         (":100", None, range(15)),
+        (":", None, range(15)),
+        (":1_0", None, range(10)),
+        (":" + "9" * 30, None, range(15)),
+        # A percentage is rounded before its sign counts, and makes one of the other number.
+        ("-3%:", None, range(15)),
+        (":-3%", None, ()),
+        ("-10%:", None, range(13, 15)),
+        ("-0:", None, range(15)),
+        ("20:50%", None, range(3, 8)),
+        ("10%:-20", None, range(2, 12)),
         ("5:10", 5, range(5, 10)),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -30,21 +31,23 @@ class RecordSlice:
     def select(self, read: Callable[[], Iterator[LocatedRecord]], limit: int | None = None) -> Iterator[LocatedRecord]:
         """Yield the records of the slice; arguments as ``RandomSample.select``."""
         places = (self.start, self.stop)
+        in_percent = any("%" in place for place in places)
         # Records are counted only where a place depends on their number.
-        records = sum(1 for _ in read()) if any("%" in place or "-" in place for place in places) else 0
-        start = _place(self.start, records) if self.start else 0
-        stop = max(start, _place(self.stop, records)) if self.stop else None
+        records = sum(1 for _ in read()) if in_percent or any("-" in place for place in places) else 0
+        start = _place(self.start, in_percent, records) if self.start else 0
+        stop = max(start, _place(self.stop, in_percent, records)) if self.stop else None
         return islice(islice(read(), start, stop), limit)
 
 
-def _place(text: str, records: int) -> int:
-    """Convert a place to a number of records; percentages are rounded to the closest one, as in ``datasets``.
+def _place(text: str, in_percent: bool, records: int) -> int:
+    """Convert a place to a number of records, as ``datasets`` does: percentages are rounded to the closest one.
 
-    >>> [_place(text, 15) for text in ("3", "-4", "10%", "-50%", "-99")]
-    [3, 11, 2, 7, 0]
+    >>> [_place(text, "%" in text, 15) for text in ("3", "-4", "10%", "-50%", "-1%", "-99")]
+    [3, 11, 2, 7, 0, 0]
     """
-    number = round(int(text[:-1]) * records / 100) if text.endswith("%") else int(text)
-    return max(0, records + number) if text.startswith("-") else number
+    number = int(text.rstrip("%"))
+    number = round(number * records / 100) if in_percent else min(number, sys.maxsize)
+    return max(0, records + number) if number < 0 else number
 
 
 @dataclass(frozen=True)
