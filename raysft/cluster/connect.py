@@ -18,6 +18,7 @@ from raysft.cluster.ray_internals import (
     cluster_address,
     drop_advice_on_processes,
     head_at,
+    head_without_services,
     is_submitted,
     load_token,
     local_resources,
@@ -58,8 +59,8 @@ def _cluster(config: Config, deferred: bool, mine: bool) -> Iterator[list[Node]]
     if mine:
         for name in ("ray", "ray.data", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        # A cluster that the run starts ends with it. Nobody opens its dashboard, and its workers should not yield the cores to
-        # Ray's own processes (Ray starts workers with niceness 15).
+        # A cluster that the run starts ends with it, and its workers should not yield the cores to Ray's own processes (Ray starts
+        # workers with niceness 15).
         os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         if mine and deferred and _find(config.scaling.address) is None:
@@ -160,7 +161,7 @@ def _join(address: str | None, use_gpu: bool | None = None) -> None:
         workers.start(use_gpu)
     drop_advice_on_processes()
     try:
-        with _sigterm_kept(), workers.forked_workers(joins=found is not None) as options:
+        with _sigterm_kept(), head_without_services(), workers.forked_workers(joins=found is not None) as options:
             ray.init(
                 address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **options
             )

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
+
+SERVICES = ("start_monitor", "start_log_monitor", "start_api_server")
+"""Methods of a head that start a process each."""
 
 
 def cluster_address(address: str | None) -> str | None:
@@ -107,6 +110,22 @@ def setup_worker(file: str) -> Iterator[None]:
         yield
     finally:
         ray_constants.SETUP_WORKER_FILENAME = original
+
+
+@contextmanager
+def head_without_services() -> Iterator[None]:
+    """Start a cluster in this block without what its head would serve to others: autoscaling, logs and an API.
+
+    Of a cluster that ends with the run nobody asks for them, and ``ray.init`` would wait until the API's process has imported what
+    it serves.
+    """
+    from ray._private.node import Node
+
+    with ExitStack() as stack:
+        for name in SERVICES:
+            stack.callback(setattr, Node, name, getattr(Node, name))
+            setattr(Node, name, lambda node, **options: None)
+        yield
 
 
 def draw_actor_ids_from_system() -> None:

@@ -85,6 +85,16 @@ def test_a_split_has_the_actor_that_runs_its_pipeline():
     RAY.name(ray.data.Dataset, "streaming_split")
 
 
+def test_a_head_without_services_starts_the_others_and_has_them_later():
+    for name in ray_internals.SERVICES:
+        RAY.name(Node, name, name)
+        RAY.source(Node, f"self.{name}(", name)
+    services = [getattr(Node, name) for name in ray_internals.SERVICES]
+    with ray_internals.head_without_services():
+        assert not any(getattr(Node, name) in services for name in ray_internals.SERVICES)
+    assert [getattr(Node, name) for name in ray_internals.SERVICES] == services
+
+
 def test_forked_workers_draw_ids_of_their_own():
     """Ray's core draws ids from a generator that a fork would share, had it been used before."""
     script = """

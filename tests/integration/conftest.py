@@ -8,6 +8,7 @@ import pytest
 import ray
 
 from raysft.cluster import workers
+from raysft.cluster.ray_internals import head_without_services
 from raysft.storage import hub
 from tests.clusters import IDLE
 from tests.objects import credentials
@@ -45,7 +46,7 @@ def _start(home) -> Iterator[Callable[[], None]]:
     def start() -> None:
         workers.stop()  # that of a cluster that has ended: a server forks for one alone
         workers.start(use_gpu=False)
-        with workers.forked_workers(joins=False) as options:
+        with head_without_services(), workers.forked_workers(joins=False) as options:
             ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, **options)
 
     yield start

@@ -24,6 +24,7 @@ from ray.cluster_utils import Cluster
 
 from raysft.cluster import forkserver, workers
 from raysft.cluster.connect import _ask
+from tests.processes import children_named
 
 SECONDS = 60.0
 CLUSTER = """
@@ -174,6 +175,13 @@ def test_a_worker_that_is_killed_is_replaced(local_ray):
     marker.unlink(missing_ok=True)
     assert ray.get(die_once.remote(str(marker)), timeout=SECONDS)
     assert marker.exists()
+
+
+def test_a_cluster_of_ones_own_has_no_process_that_nobody_asks(local_ray):
+    """Ray would start an autoscaler, a reader of logs and an API."""
+    assert list(children_named("gcs_server"))
+    for name in ("/monitor.py", "/log_monitor.py", "/dashboard.py"):
+        assert not list(children_named(name))
 
 
 def driver(script: str, **environment: str) -> subprocess.Popen[str]:

@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
+from ray._private.node import Node
 
 from raysft.cli import main
-from raysft.cluster import connect, workers
+from raysft.cluster import connect, ray_internals, workers
 from raysft.data.shards import ray_pipeline
 from raysft.errors import RunStopped
 from raysft.run.stop_sources import watched
@@ -146,6 +148,17 @@ def test_workers_with_gpus_are_no_forks(monkeypatch):
     assert not workers._running
     workers.start(use_gpu=False)
     assert len(workers._running) == 1
+
+
+def test_a_cluster_that_a_run_starts_has_no_services(monkeypatch):
+    usual = [getattr(Node, name) for name in ray_internals.SERVICES]
+    started: list[Any] = []
+    monkeypatch.setattr(
+        "ray.init", lambda **options: started.extend(getattr(Node, name) for name in ray_internals.SERVICES)
+    )
+    connect._join("local")
+    assert len(started) == 3
+    assert not set(started) & set(usual)
 
 
 def test_sigterm_while_ray_starts_stops_the_run(tmp_path, monkeypatch):
