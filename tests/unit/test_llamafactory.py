@@ -278,7 +278,8 @@ def of(config: Config, path: str) -> Any:
         ),
         ({"template": "qwen", "preserve_thinking": True}, {"data.thinking": "template"}),
         ({"dataset_dir": "ONLINE", "dataset": "o/d"}, {"data.train": [
-            {"name": "d", "path": "hf://datasets/o/d@~parquet/default/train", "format": "alpaca"}]}),
+            {"name": "d", "path": "hf://datasets/o/d@~parquet/default/train", "format": "alpaca",
+             "columns": {"system": None, "history": None, "tools": None, "weight": None}}]}),
     ],
 )  # fmt: skip
 def test_what_keys_become(keys, expected):
@@ -327,6 +328,8 @@ def test_overrides_may_name_keys_of_both(write):
         ({"stage": "ppo"}, "lf.yaml:4: stage=ppo"),
         ({"cutoff_len": "abc"}, "lf.yaml:4: cutoff_len='abc': must be a whole number"),
         ({"cutoff_len": 20.5}, "lf.yaml:4: cutoff_len=20.5: must be a whole number"),
+        ({"max_samples": 0}, "lf.yaml:4: max_samples=0: must be a whole number above 0"),
+        ({"max_samples": -1}, "lf.yaml:4: max_samples=-1: must be a whole number above 0"),
         ({"bf16": "false"}, "lf.yaml:4: bf16='false': must be true or false"),
         ({"learning_rate": "fast"}, "lf.yaml:4: learning_rate='fast': must be a number"),
         ({"learning_rate": True}, "lf.yaml:4: learning_rate=true: must be a number"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from raysft.config.llamafactory.keys import IMAGES, Key, Keys, harmless, joined, only, same
-from raysft.config.llamafactory.values import boolean, choice, names, number, option, text, whole
+from raysft.config.llamafactory.values import boolean, choice, names, number, positive, text, whole
 
 _CACHE = "tokens are cached, and found by what they were made from"
 _IN_TRAINING = "LLaMA-Factory reads it for predictions during training only; raysft predicts after it"
@@ -30,7 +30,7 @@ DATA: Keys = {
     "overwrite_cache": harmless(_CACHE),
     "preprocessing_batch_size": harmless("packing looks at 10,000 examples at a time"),
     "preprocessing_num_workers": harmless("Ray Data uses the CPUs of the cluster"),
-    "max_samples": same("data.max_examples", option(whole)),
+    "max_samples": same("data.max_examples", positive),
     "eval_num_beams": harmless(_IN_TRAINING),
     "ignore_pad_token_for_loss": only(True, "remove it: raysft never trains on padding", boolean),
     "val_size": joined("data.holdout", number, 0.0),

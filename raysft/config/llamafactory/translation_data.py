@@ -66,7 +66,13 @@ def _sources(names: list[str], online: bool) -> list[dict[str, Any]]:
     if not online:
         return [{"name": name} for name in names]
     return [
-        {"name": name.rpartition("/")[2], "path": f"hf://datasets/{name}@~parquet/default/train", "format": "alpaca"}
+        {
+            "name": name.rpartition("/")[2],
+            "path": f"hf://datasets/{name}@~parquet/default/train",
+            "format": "alpaca",
+            # Without an entry, LLaMA-Factory reads instruction, input and output alone.
+            "columns": dict.fromkeys(("system", "history", "tools", "weight")),
+        }
         for name in names
     ]
 

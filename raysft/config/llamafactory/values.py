@@ -54,6 +54,13 @@ def whole(value: Any) -> int:
     return int(read)
 
 
+def positive(value: Any) -> int:
+    """A whole number above 0."""
+    if (read := whole(value)) <= 0:
+        raise ValueError("must be a whole number above 0")
+    return read
+
+
 def text(value: Any) -> str:
     """Text that is not empty; a number is text, too."""
     if isinstance(value, bool | dict | list) or not str(value).strip():
