@@ -9,8 +9,9 @@ import difflib
 from collections.abc import Iterator
 
 from raysft.config.config import Config
+from raysft.config.data import OF_CONVERSATIONS, DataSection
 from raysft.config.train import ZERO_OPTIMIZERS
-from raysft.errors import RequestError
+from raysft.errors import RequestError, as_yaml
 
 
 def refuse_conflicts(config: Config) -> None:
@@ -24,6 +25,7 @@ def refuse_conflicts(config: Config) -> None:
 
 
 def _conflicts(config: Config) -> Iterator[str]:
+    yield from _raw_text(config)
     yield from _optimizer(config)
     yield from _adapters(config)
     if config.model.finetuning == "lora":
@@ -32,14 +34,20 @@ def _conflicts(config: Config) -> Iterator[str]:
         yield from _quantization(config)
     yield from _precision(config)
     yield from _offload(config)
-    yield from _schedule(config)
-    yield from _loss(config)
+    yield from _schedule_and_loss(config)
     yield from _evaluation(config)
     if config.generate.enabled:
         yield from _generation(config)
         if config.generate.engine == "vllm":
             yield from _vllm(config)
     yield from _generation_sources(config)
+
+
+def _raw_text(config: Config) -> Iterator[str]:
+    for key in OF_CONVERSATIONS if config.stage == "pt" else ():
+        value = getattr(config.data, key)
+        if value != DataSection.model_fields[key].default:
+            yield f"data.{key}={as_yaml(value)} is for conversations, but stage=pt trains on raw text; remove it"
 
 
 def _optimizer(config: Config) -> Iterator[str]:
@@ -186,16 +194,12 @@ def _offload(config: Config) -> Iterator[str]:
         )
 
 
-def _schedule(config: Config) -> Iterator[str]:
+def _schedule_and_loss(config: Config) -> Iterator[str]:
     train = config.train
     if train.schedule in ("constant", "constant_with_warmup") and train.schedule_options:
         yield (
             f"train.schedule={train.schedule} has no options, but train.schedule_options={train.schedule_options}; remove them"
         )
-
-
-def _loss(config: Config) -> Iterator[str]:
-    train = config.train
     if train.label_smoothing and train.loss != "cross_entropy":
         yield (
             f"train.label_smoothing={train.label_smoothing:g} requires train.loss=cross_entropy, but train.loss={train.loss}; "

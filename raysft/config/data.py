@@ -19,6 +19,9 @@ Column = Literal[
 ]  # fmt: skip
 Tag = Literal["role", "content", "user", "assistant", "observation", "function", "system"]
 
+OF_CONVERSATIONS = ("mask_history", "template_options", "default_system", "thinking")
+"""Keys that say how conversations become text and masks; raw text (``stage: pt``) has no use for them."""
+
 
 def _number_or_fraction(value: Any) -> Any:
     """Say which of the two a number is that is neither: pydantic would say what is wrong for both."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from raysft.data.rows.copies import find_copies
+from raysft.data.rows.mixture import Mixing
 from raysft.data.shards.manifest import Manifest, load_digests
 from raysft.errors import RequestError
 
@@ -23,16 +24,19 @@ class Duplicates:
     """Evaluation set → ``repeated`` and, unless such examples are left out of training, ``trained_on``."""
 
 
-def count_duplicates(train: Sequence[Manifest], evaluation: Sequence[Manifest], drop: bool) -> Duplicates:
+def count_duplicates(
+    train: Sequence[Manifest], evaluation: Sequence[Manifest], drop: bool, mixing: Mixing = "concat"
+) -> Duplicates:
     """Count duplicates by the hashes in the manifests.
 
     Args:
         train: manifests of the training sources.
         evaluation: manifests of the evaluation sets.
         drop: leave duplicates out of training.
+        mixing: as ``mixture`` takes it.
 
     Raises:
-        RequestError: no example of a source is left.
+        RequestError: no example is left, or none of a source that is to have a share.
     """
     copies = find_copies(*([load_digests(each.path) for each in manifests] for manifests in (train, evaluation)))
     none = np.zeros(len(copies.elsewhere), bool)
@@ -48,12 +52,12 @@ def count_duplicates(train: Sequence[Manifest], evaluation: Sequence[Manifest], 
             evaluation, {"repeated": copies.repeated[len(none) :], **({} if drop else {"trained_on": copies.trained})}
         ),
     )
-    for manifest in train:
-        if counted.train[manifest.name].get("left_out") == len(manifest):
-            raise RequestError(
-                f"source {manifest.name!r}: all of its {len(manifest):,} examples are in an evaluation set or an earlier source, "
-                "and data.duplicates=drop leaves them out; remove the source, or set data.duplicates=keep"
-            )
+    emptied = [each for each in train if counted.train[each.name].get("left_out") == len(each)]
+    if emptied and (mixing != "concat" or len(emptied) == len(train)):
+        raise RequestError(
+            f"source {emptied[0].name!r}: all of its {len(emptied[0]):,} examples are in an evaluation set or an earlier source, "
+            "and data.duplicates=drop leaves them out; remove the source, or set data.duplicates=keep"
+        )
     return counted
 
 

@@ -88,6 +88,11 @@ class PreparedData:
     """Special tokens of the named chat template that are not tokens of the tokenizer."""
 
     @property
+    def usable(self) -> list[int]:
+        """Examples of each training source that may be trained on."""
+        return [len(each) - self.duplicates.train.get(each.name, {}).get("left_out", 0) for each in self.train]
+
+    @property
     def end_tokens(self) -> tuple[int, ...]:
         """IDs of the tokens that end an assistant turn, in the training data and in the references."""
         return stop_token_ids(merge_counts(manifest.turns for manifest in (*self.train, *self.prompts)))
@@ -159,7 +164,7 @@ def _plan_rows(
             "it, or set train.max_steps"
         )
     evaluated = manifests[len(train) : len(train) + len(evaluation)]
-    duplicates = count_duplicates(manifests[: len(train)], evaluated, data.duplicates == "drop")
+    duplicates = count_duplicates(manifests[: len(train)], evaluated, data.duplicates == "drop", data.mixing)
     layout: Layout = "single" if not data.packing else "joined" if config.stage == "pt" else "packed"
     train_rows = PackedDataset(
         manifests=tuple(shards.manifest.location for shards in train),

@@ -173,7 +173,7 @@ def _data(log: RunLog) -> str:
             path = ", ".join(masked(path) for path in (paths if isinstance(paths, list) else [paths]))
             first, sampled = source.get("max_examples") or log.option("data.max_examples"), source.get("num_samples")
             plan = planned.get(source.get("name")) if isinstance(planned, dict) else None
-            examples = plan.get("examples") if isinstance(plan, dict) else None
+            examples = _used(plan) if isinstance(plan, dict) else None
             limit = f"the first {first:,}" if first else f"{sampled:,} at random" if sampled else ""
             size = f"{examples:,}" if isinstance(examples, int) else limit
             rows.append((str(source.get("name", "")), use, _code(path), size))
@@ -182,6 +182,13 @@ def _data(log: RunLog) -> str:
     if text and holdout:
         text += f"\n\n{held_out(holdout)} held out for evaluation."
     return text
+
+
+def _used(plan: dict[str, Any]) -> int | None:
+    """Examples of a source without those that are left out as duplicates."""
+    examples, counts = plan.get("examples"), plan.get("counts")
+    left_out = counts.get("left_out", 0) if isinstance(counts, dict) else 0
+    return examples - left_out if isinstance(examples, int) and isinstance(left_out, int) else None
 
 
 def _settings(log: RunLog) -> list[tuple[str, str]]:

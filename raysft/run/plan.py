@@ -10,6 +10,7 @@ from typing import Any
 from raysft.cluster.placement import TASK_CPUS, Node, max_workers
 from raysft.config import Config
 from raysft.data.prepare import PreparedData
+from raysft.data.rows.mixture import mixture
 from raysft.data.rows.row_plan import RowPlan
 from raysft.data.tokenization.turn_ends import TurnStatistics, merge_counts
 from raysft.models.adapter_files import read_adapter_config
@@ -51,7 +52,7 @@ class Plan:
 
     stage: str
     examples: int
-    """Training examples in one epoch."""
+    """Training examples that one epoch takes from all sources."""
     rows: int
     """Rows with examples, over all epochs."""
     rows_of_epochs: tuple[int, ...]
@@ -110,7 +111,7 @@ class Plan:
             _total(self.evaluation, "trained_on"),
             sum(each.examples for each in self.evaluation.values()),
         )
-        examples = self.examples + left_out
+        examples = sum(each.examples for each in self.sources.values())
         if left_out:
             return (
                 f"{left_out:,} of {examples:,} training examples are left out, as they repeat another one ({repeated:,}) or are "
@@ -136,7 +137,7 @@ class Plan:
         lines.append(f"duplicates: {self.duplicates}")
         if self.stage == "sft" and self.turns.end_tokens:
             ends = ", ".join(f"{text} ({count:,})" for text, count in self.turns.end_tokens.items())
-            lines.append(f"turns: {self.turns.total:,} trained, ended by {ends}")
+            lines.append(f"turns: {self.turns.total:,}, ended by {ends}")
         lines.append(
             f"rows: {self.rows:,} of {self.sequence_length} tokens over {_count(self.epochs, 'epoch')}, "
             f"{100 * self.packing_efficiency:.1f}% packed, {self.tokens:,} tokens, {self.loss_tokens:,} trained"
@@ -189,10 +190,9 @@ def make_plan(
     workers = min(scaling.most_workers, max(1, max_workers(nodes, scaling.cpus_per_worker, scaling.use_gpu)))
     rows_per_worker = -(-per_step // workers)
     rows = row_plan.consumed(row_plan.steps)
-    left_out = sum(counts.get("left_out", 0) for counts in prepared.duplicates.train.values())
     plan = Plan(
         stage=config.stage,
-        examples=sum(map(len, prepared.train)) - left_out,
+        examples=sum(mixture(prepared.usable, prepared.train_rows.mixing_weights, config.data.mixing)),
         rows=rows,
         rows_of_epochs=tuple(row_plan.rows_of_epochs),
         steps=row_plan.steps,

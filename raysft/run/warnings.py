@@ -96,9 +96,10 @@ def no_evaluation(config: Config, plan: Plan) -> Iterator[str]:
     if plan.evaluation:
         return
     # A hash decides which examples are held out. With 5 expected, the chance to get none is below 1 in 100.
-    fewest = min(source.examples for source in plan.sources.values())
+    sizes = [source.examples for source in plan.sources.values()]
+    fewest = min(sizes)
     possible = [holdout for holdout in (0.1, 0.2, 0.3) if holdout * fewest >= FEW_EXAMPLES / 2]
-    holdout = next((each for each in possible if each * plan.examples >= FEW_EXAMPLES), max(possible, default=None))
+    holdout = next((each for each in possible if each * sum(sizes) >= FEW_EXAMPLES), max(possible, default=None))
     hold_out = f"use data.holdout={holdout:g}, or " if holdout else ""
     yield f"nothing is evaluated, so nothing shows whether the model improves; {hold_out}give files in data.eval"
 
@@ -139,11 +140,22 @@ def repeated_examples(config: Config, plan: Plan) -> Iterator[str]:
     if any(each.get("left_out") for each in counts):
         return
     repeated = sum(each.get(name, 0) for each in counts for name in ("repeated", "repeated_elsewhere"))
-    if repeated >= MANY * plan.examples and repeated:
+    examples = sum(source.examples for source in plan.sources.values())
+    if repeated >= MANY * examples and repeated:
         yield (
-            f"{repeated:,} of {plan.examples:,} training examples repeat another one, so that it has more weight; use "
+            f"{repeated:,} of {examples:,} training examples repeat another one, so that it has more weight; use "
             "data.duplicates=drop if that is not on purpose"
         )
+
+
+def emptied_sources(config: Config, plan: Plan) -> Iterator[str]:
+    """Of a source, nothing may be left to train on."""
+    for name, source in plan.sources.items():
+        if source.counts.get("left_out") == source.examples:
+            yield (
+                f"source {name!r}: all of its {source.examples:,} examples are in an evaluation set or an earlier source, so "
+                "data.duplicates=drop leaves nothing of it; remove it"
+            )
 
 
 def lost_records(config: Config, plan: Plan) -> Iterator[str]:
@@ -263,6 +275,7 @@ WARNINGS: tuple[Callable[[Config, Plan], Iterator[str]], ...] = (
     evaluated_on_training_data,
     trained_on,
     repeated_examples,
+    emptied_sources,
     lost_records,
     quoted_arguments,
     foreign_template,

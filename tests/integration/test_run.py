@@ -816,7 +816,7 @@ def test_a_model_stops_where_its_turns_were_trained_to_end(tmp_path, capsys):
     (tmp_path / "c.yaml").write_text(json.dumps(settings))
     assert main(["run", str(tmp_path / "c.yaml")]) == 0
     run = tmp_path / "runs" / "r"
-    assert "turns: 8 trained, ended by <|end|> (8)" in capsys.readouterr().out
+    assert "turns: 8, ended by <|end|> (8)" in capsys.readouterr().out
     (written,) = read_jsonl(run / "generated_predictions.jsonl")
     assert (written["predict"], written["stop"]) == ("yo yo", "eos")
     # The model before is asked with the same prompts, and stops there too.

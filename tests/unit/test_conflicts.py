@@ -49,6 +49,10 @@ GPU = {"scaling__use_gpu": True}
             {"generate__engine": "vllm", "model__quantization": "4bit", **GPU},
             "generate.engine=vllm … model.quantization=4bit … remove",
         ),
+        ({"stage": "pt", "data__default_system": ""}, "data.default_system='' … stage=pt … remove it"),
+        ({"stage": "pt", "data__thinking": "keep"}, "data.thinking='keep' … stage=pt … remove it"),
+        ({"stage": "pt", "data__mask_history": True}, "data.mask_history=true … stage=pt … remove it"),
+        ({"stage": "pt", "data__template_options": {"a": 1}}, "data.template_options={'a': 1} … stage=pt … remove it"),
         (
             {"generate__engine": "vllm", "model__finetuning": "oft", **GPU},
             "generate.engine=vllm … LoRA … model.finetuning=oft … generate.engine=transformers",

@@ -230,16 +230,38 @@ def test_nothing_dropped_is_the_plan_of_all_examples(tmp_path, model, layout):
         assert np.array_equal(one, other)
 
 
-def test_mixing_takes_from_what_is_left(tmp_path, model):
-    changed = {"mixing": "first_exhausted", "train.0.weight": 3.0, "train.1.weight": 1.0}
-    prepared = prepare(data(tmp_path, duplicates="drop", **changed), model)
-    assert sorted(trained(prepared)) == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:4", "b.jsonl:2"]
+@pytest.mark.parametrize("policy", ["keep", "drop"])
+@pytest.mark.parametrize("mixing", ["first_exhausted", "all_exhausted"])
+def test_mixing_takes_from_what_is_left_and_the_plan_says_how_much(tmp_path, model, mixing, policy):
+    """``left``: of a 3 of 5 and of b 1 of 3; with weights 3 to 1 both run out together."""
+    changed = {"mixing": mixing, "train.0.weight": 3.0, "train.1.weight": 1.0}
+    config = data(tmp_path, duplicates=policy, **changed)
+    prepared = prepare(config, model)
+    found = [record.partition(".")[0] for record in trained(prepared)]
+    sizes = (3, 1) if policy == "drop" else (len(A), len(B))
+    share = (min if mixing == "first_exhausted" else max)(sizes[0] / 3, sizes[1])
+    assert (found.count("a"), found.count("b")) == (round(3 * share), round(share))
+    assert planned(config, prepared).examples == len(found)
+    if policy == "drop":
+        assert sorted(trained(prepared)) == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:4", "b.jsonl:2"]
+        said = [line for line in planned(config, prepared).lines() if line.startswith("duplicates: 4 of 8 training")]
+        assert said
 
 
-def test_a_source_of_which_nothing_is_left_is_refused(tmp_path, model):
+def test_a_source_of_which_nothing_is_left_is_told_and_refused_where_it_has_a_share(tmp_path, model):
     config = data(tmp_path, duplicates="drop")
     write_records(tmp_path / "b.jsonl", [A[0], E[1]])
-    with pytest.raises(RequestError, match=r"^source 'b': all of its 2 examples are .*data\.duplicates=keep$"):
+    prepared = prepare(config, model)
+    assert sorted(trained(prepared)) == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:4"]
+    plan = planned(config, prepared)
+    assert (plan.examples, plan.rows) == (3, 3)
+    assert [line for line in plan.warnings if line.startswith("source 'b': all of its 2 examples are in an evaluation")]
+    message = r"^source 'b': all of its 2 examples are .*data\.duplicates=keep$"
+    with pytest.raises(RequestError, match=message):
+        prepare(with_overrides(config, {"data.mixing": "all_exhausted"}), model)
+    write_records(tmp_path / "a.jsonl", E[:1])
+    write_records(tmp_path / "b.jsonl", E[1:])
+    with pytest.raises(RequestError, match=r"^source 'a': all of its 1 examples"):
         prepare(config, model)
 
 

@@ -319,6 +319,13 @@ def test_overrides_may_name_keys_of_both(write):
     assert (config.train.learning_rate, config.train.global_batch_size) == (1e-3, 2)
 
 
+def test_keys_of_conversations_have_no_effect_on_raw_text_and_are_told(write):
+    keys = {"default_system": "Be kind.", "enable_thinking": False, "preserve_thinking": True, "mask_history": True}
+    conversion = convert({**MINIMAL, **keys, "stage": "pt"})
+    assert conversion.harmless.keys() >= keys.keys()
+    assert load(write({**MINIMAL, **keys, "stage": "pt"})).data == load(write({**MINIMAL, "stage": "pt"})).data
+
+
 @pytest.mark.parametrize(
     ("keys", "parts"),
     [
@@ -339,6 +346,12 @@ def test_overrides_may_name_keys_of_both(write):
         ({"report_to": "swanlab"}, "lf.yaml:4: report_to=swanlab … tensorboard, wandb, mlflow or none"),
         ({"lr_scheduler_type": "greedy"}, "lf.yaml:4: lr_scheduler_type='greedy': must be one of linear, cosine"),
         ({"val_size": 1}, "lf.yaml:4: val_size=1 … use 2 or more"),
+        ({"eval_dataset": "b", "val_size": 0.1}, "lf.yaml:5: val_size=0.1 … eval_dataset … remove one"),
+        ({"eval_dataset": "b", "val_size": 1}, "lf.yaml:5: val_size=1 … eval_dataset … remove one"),
+        ({"do_train": True, "do_eval": True}, "lf.yaml:4: do_eval=true … eval_dataset and val_size … set one"),
+        ({"do_train": True, "do_predict": True}, "lf.yaml:4: do_predict=true … eval_dataset and val_size … set one"),
+        ({"do_train": False, "do_predict": True}, "lf.yaml:4: do_predict=true … eval_dataset and val_size … set one"),
+        ({"predict_with_generate": True}, "lf.yaml:4: predict_with_generate=true … eval_dataset and val_size … set one"),
         ({"bf16": True, "fp16": True}, "lf.yaml:5: fp16=true, but bf16=true"),
         ({"warmup_ratio": 0.1, "warmup_steps": 5}, "lf.yaml:4: warmup_ratio and warmup_steps … remove one"),
         ({"eval_strategy": "steps"}, "lf.yaml:4: eval_strategy=steps … val_size or eval_dataset"),

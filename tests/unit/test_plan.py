@@ -226,7 +226,7 @@ def test_a_plan_counts_steps_rows_tokens_and_what_is_empty(tmp_path, monkeypatch
     assert plan.lines()[: -len(plan.warnings)] == [
         f"train a: turns, 10 examples of 11 records, {10 * length} tokens, {10 * trained} trained, longest {length}, 1 rejected",
         "duplicates: none",
-        "turns: 10 trained, ended by <|im_end|> (10)",
+        "turns: 10, ended by <|im_end|> (10)",
         f"rows: 30 of 64 tokens over 3 epochs, {100 * length / 64:.1f}% packed, {30 * length} tokens, {30 * trained} trained",
         "steps: 9 of 4 rows = 3 workers × 2 rows in 1 microbatch, 2 of them empty in each step; "
         "6 rows at the ends of epochs stay empty",

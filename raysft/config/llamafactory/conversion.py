@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raysft.config.config import Config
+from raysft.config.data import OF_CONVERSATIONS
 from raysft.config.llamafactory.settings import Entry, Refusal, Settings
 from raysft.config.llamafactory.table import TABLE
 from raysft.config.llamafactory.translation import GENERAL
@@ -122,7 +123,9 @@ def _is_needed(entry: Entry, given: Settings) -> bool:
     elif section == "generate" and rest != "enabled":
         if not (given.predicts or given["predict_with_generate"]):
             return False
-    elif section == "train" and not given.trains:
+    elif (section == "train" and not given.trains) or (
+        section == "data" and rest in OF_CONVERSATIONS and given["stage"] == "pt"
+    ):
         return False
     return entry.value != default_of(entry.path) or given.given(entry.key)
 

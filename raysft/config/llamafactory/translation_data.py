@@ -48,10 +48,19 @@ def sources(given: Settings) -> Derived:
         yield Refusal("dataset", "dataset is required, but missing; add the names of the data to train on")
     else:
         yield from _weighted(given, _sources(train, online))
+    asked = next((name for name in ("do_eval", "do_predict", "predict_with_generate") if given[name]), "")
+    if asked and not evaluated and not given["val_size"]:
+        yield Refusal(asked, f"{asked}=true needs data, but eval_dataset and val_size are missing; set one of them")
     if evaluated and given.evaluates:
         yield Entry("data.eval", _sources(evaluated, online), "eval_dataset")
     size = given["val_size"]
-    if size == 1:
+    if size and evaluated:
+        yield Refusal(
+            "val_size",
+            f"val_size={size:g} holds out part of dataset, but eval_dataset is set, and LLaMA-Factory takes one of them; remove "
+            "one",
+        )
+    elif size == 1:
         yield Refusal("val_size", "val_size=1 is neither a share nor a number that LLaMA-Factory takes; use 2 or more")
     elif size:
         yield Entry(
