@@ -68,7 +68,7 @@ def _cluster(config: Config, deferred: bool, mine: bool) -> Iterator[list[Node]]
             yield [Node.of(local_resources(), use=use_of({}, config.scaling.data_label))]
             return
         if mine:
-            _join(config.scaling.address, config.scaling.use_gpu)
+            _join(config.scaling.address, config.scaling.use_gpu, trials=bool(config.tune.space))
         _quiet()
         yield alive_nodes(config.scaling.data_label)
     finally:
@@ -142,12 +142,13 @@ def alive_nodes(data_label: str | None = None) -> list[Node]:
     ]
 
 
-def _join(address: str | None, use_gpu: bool | None = None) -> None:
+def _join(address: str | None, use_gpu: bool | None = None, trials: bool = False) -> None:
     """Connect to the cluster at an address, at RAY_ADDRESS or on this machine, or start one.
 
     Args:
         address: as ``scaling.address`` has it.
         use_gpu: True if workers that train use GPUs; None if nothing is trained, and forks would not pay.
+        trials: True for a sweep.
 
     Raises:
         RequestError: there is no such cluster, or it refuses this process.
@@ -158,7 +159,7 @@ def _join(address: str | None, use_gpu: bool | None = None) -> None:
     if found is not None and not _ask(found, named):
         workers.stop()
     elif use_gpu is not None:
-        workers.start(use_gpu)
+        workers.start(use_gpu, trials)
     drop_advice_on_processes()
     try:
         with _sigterm_kept(), head_without_services(), workers.forked_workers(joins=found is not None) as options:
@@ -177,7 +178,7 @@ _TOKEN = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN (or the file ~/.ray/auth_t
 def prepare_workers(config: Config) -> None:
     """Start to import what workers need, in a process that they will be forks of, if a run will probably start its own cluster."""
     if config.scaling.address in (None, "local") and "RAY_ADDRESS" not in os.environ:
-        workers.start(config.scaling.use_gpu)
+        workers.start(config.scaling.use_gpu, trials=bool(config.tune.space))
 
 
 def _named(address: str | None) -> str:

@@ -36,6 +36,8 @@ LIBRARIES = (
     "pyarrow.parquet",
 )
 """What workers import, without Ray. The first one reads which code is on disk."""
+TRIALS = ("raysft.report", "evaluate", "nltk.translate.bleu_score")
+"""What trials of a sweep import besides, as each is a whole run, without Ray."""
 MODULES = (
     "ray.data",
     "ray.train",
@@ -57,8 +59,12 @@ LANGUAGE, CONTEXT = "--language=", "--serialized-runtime-env-context="
 """Arguments that Ray's ``setup_worker.py`` takes, besides those of the worker."""
 
 
-def _serve(listening: socket.socket) -> tuple[socket.socket, Request] | None:
+def _serve(listening: socket.socket, more: Sequence[str]) -> tuple[socket.socket, Request] | None:
     """Import, then fork for each request until the driver has ended.
+
+    Args:
+        listening: where requests come.
+        more: libraries to import besides ``LIBRARIES``.
 
     Returns:
         In a fork, the connection that shows that it is alive, and what it is to be.
@@ -67,7 +73,7 @@ def _serve(listening: socket.socket) -> tuple[socket.socket, Request] | None:
     from raysft.garbage import postpone_collection, resume_collection
 
     postpone_collection()
-    for name in LIBRARIES:
+    for name in (*LIBRARIES, *more):
         __import__(name)
     raylet = ""
     while True:
@@ -223,7 +229,7 @@ def _setup_worker() -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Serve on the socket that is given as a file descriptor and a path, or ask for a worker."""
+    """Serve on the socket that is given as a file descriptor and a path, with more libraries to import, or ask for a worker."""
     if not arguments[0].isdigit():
         _ask(arguments)
         return
@@ -231,7 +237,7 @@ def main(arguments: Sequence[str]) -> None:
     atexit.register(_leave, os.getpid())
     worker = None
     try:
-        worker = _serve(socket.socket(fileno=int(arguments[0])))
+        worker = _serve(socket.socket(fileno=int(arguments[0])), arguments[2:])
     finally:
         if worker is None:
             import shutil

@@ -18,14 +18,14 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from raysft.cluster.forkserver import ADDRESS, FILE, NO_GPUS
+from raysft.cluster.forkserver import ADDRESS, FILE, NO_GPUS, TRIALS
 from raysft.cluster.ray_internals import setup_worker
 
 
 class ForkServer:
     """The server, as its driver sees it."""
 
-    def __init__(self) -> None:
+    def __init__(self, trials: bool = False) -> None:
         # Only this user can open the folder; the server removes it.
         folder = tempfile.mkdtemp(prefix="raysft-fork-")
         self.address = os.path.join(folder, "socket")
@@ -38,7 +38,7 @@ class ForkServer:
             # pools of this process's threads, which glibc sets up differently.
             own = {**NO_GPUS, "MALLOC_ARENA_MAX": "1"}
             self._process = subprocess.Popen(
-                [sys.executable, FILE, str(listening.fileno()), self.address],
+                [sys.executable, FILE, str(listening.fileno()), self.address, *(TRIALS if trials else ())],
                 env={**os.environ, **own},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
@@ -60,17 +60,18 @@ _running: list[ForkServer] = []
 """The server of this process, if it has one."""
 
 
-def start(use_gpu: bool) -> None:
+def start(use_gpu: bool, trials: bool = False) -> None:
     """Start the server, unless it runs already or cannot be.
 
     Args:
+        trials: True if some workers are whole runs.
         use_gpu: True if the workers use GPUs. No server starts for them: an import may initialize CUDA (torchao does, and
             transformers imports it if it is installed), and CUDA cannot be used in a fork of such a process.
     """
     # Forks of a process with threads are unsafe elsewhere.
     if not (_running or use_gpu) and sys.platform == "linux":
         with contextlib.suppress(OSError):
-            _running.append(ForkServer())
+            _running.append(ForkServer(trials))
 
 
 def are_forks() -> bool:

@@ -45,7 +45,7 @@ def _start(home) -> Iterator[Callable[[], None]]:
 
     def start() -> None:
         workers.stop()  # that of a cluster that has ended: a server forks for one alone
-        workers.start(use_gpu=False)
+        workers.start(use_gpu=False, trials=True)
         with head_without_services(), workers.forked_workers(joins=False) as options:
             ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, **options)
 

@@ -93,7 +93,7 @@ def test_workers_are_forks_of_a_process_that_has_imported_their_libraries(two):
     (one, parent), (other, _) = ray.get([worker.process.remote() for worker in two], timeout=SECONDS)
     assert one != other
     assert parent == forkserver.FILE
-    names = (*forkserver.LIBRARIES, *forkserver.MODULES)
+    names = (*forkserver.LIBRARIES, *forkserver.MODULES, *forkserver.TRIALS)
     assert ray.get(two[0].imported.remote(names), timeout=SECONDS) == set(names)
 
 

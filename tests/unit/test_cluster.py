@@ -17,6 +17,7 @@ from ray._private.node import Node
 
 from raysft.cli import main
 from raysft.cluster import connect, ray_internals, workers
+from raysft.config import parse
 from raysft.data.shards import ray_pipeline
 from raysft.errors import RunStopped
 from raysft.run.stop_sources import watched
@@ -143,11 +144,22 @@ def refusal(address: str | None) -> str:
 
 def test_workers_with_gpus_are_no_forks(monkeypatch):
     monkeypatch.setattr(workers, "_running", [])
-    monkeypatch.setattr(workers, "ForkServer", object)
+    monkeypatch.setattr(workers, "ForkServer", lambda trials: object())
     workers.start(use_gpu=True)  # CUDA refuses to work in them
     assert not workers._running
     workers.start(use_gpu=False)
     assert len(workers._running) == 1
+
+
+@pytest.mark.parametrize(("tune", "trials"), [({"space": {"train.seed": [1, 2]}}, True), ({}, False)])
+def test_forks_for_a_sweep_have_imported_what_trials_need(monkeypatch, tune, trials):
+    asked: list[bool] = []
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(workers, "_running", [])
+    monkeypatch.setattr(workers, "ForkServer", asked.append)
+    config = {"run": {"name": "a"}, "model": {"path": "m"}, "data": {"train": [{"name": "a", "path": "a.jsonl"}]}}
+    connect.prepare_workers(parse({**config, "tune": tune}))
+    assert asked == [trials]
 
 
 def test_a_cluster_that_a_run_starts_has_no_services(monkeypatch):
