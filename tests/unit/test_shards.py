@@ -470,3 +470,31 @@ def test_ids_that_a_tokenizer_leaves_out_count(tmp_path):
     write_records(tmp_path / "a.jsonl", [{"input_ids": [5, 400], "labels": [5, 400]}])
     manifest = written(the_set(data_config(tmp_path), str(tmp_path / "model")), str(tmp_path / "model"))
     assert (manifest.largest_token, manifest.rejected) == ((400, "a.jsonl:1"), ())
+
+
+SYSTEM = {"instruction": "q", "output": "a", "persona": "p"}
+
+
+@pytest.mark.parametrize("holdout", [0.0, 0.5])
+def test_a_column_that_no_record_has_is_refused(tmp_path, model, holdout):
+    questions = [{"instruction": f"q {number}", "output": "a"} for number in range(20)]
+    write_records(tmp_path / "a.jsonl", [*questions, {**SYSTEM, "instruction": "q 20"}])
+    config = data_config(tmp_path, holdout=holdout)
+
+    def sets(column: str, **more: int) -> list[ShardSet]:
+        changes = {"data.train.0.columns": {"system": column}, **{f"data.train.0.{key}": more[key] for key in more}}
+        changed = with_overrides(config, changes)
+        splits = ("train", "holdout") if holdout else ("all",)
+        return [the_set(changed, model, split=split) for split in splits]
+
+    assert "'a': no record has the column 'persone', which system is to be read from; correct the name in" in refusal(
+        sets("persone"), model
+    )
+    assert sum(len(manifest) for manifest in build_shards(sets("persona"), model, 0.0)) == 21
+    assert sum(len(manifest) for manifest in build_shards(sets("persona", max_examples=20), model, 0.0)) == 20
+
+
+def test_a_column_under_its_own_name_may_lack(tmp_path, model):
+    write_records(tmp_path / "a.jsonl", [{"instruction": "q", "output": "a"}])
+    config = with_overrides(data_config(tmp_path), {"data.train.0.columns": {"input": "input", "system": None}})
+    assert len(build_shards([the_set(config, model)], model, 0.0)[0]) == 1

@@ -64,6 +64,7 @@ def build_shards(
             _check_rejected(group[0].source.name, rejected, sum(shard.records for shard in shards), max_rejected)
             for shard_set in group:
                 _refuse_empty(shard_set, written[shard_set.directory])
+            _refuse_absent_columns(group[0], shards)
         for shard_set in missing:
             save_manifest(shard_set.manifest, shard_set.source.name, written[shard_set.directory])
             remove_parts(shard_set.directory)
@@ -156,6 +157,19 @@ def _refuse_empty(shard_set: ShardSet, shards: Sequence[Shard]) -> None:
         f"source {shard_set.source.name!r}: {subject} has no usable example in {paths:.100} "
         f"({'; '.join([counted, *reasons])}); {remedy}"
     )
+
+
+def _refuse_absent_columns(shard_set: ShardSet, shards: Sequence[Shard]) -> None:
+    """Refuse a column that is named for a field and that no record has: its name is wrong, and the field would be left out."""
+    source = shard_set.source
+    if shard_set.sample or source.max_examples:
+        return  # records that are not read may have it
+    for field, column in source.columns.items():
+        if column and column != field and not any(column in shard.columns for shard in shards):
+            raise RequestError(
+                f"source {source.name!r}: no record has the column {column!r}, which {field} is to be read from; correct the name "
+                "in data.train[].columns or in the registry, or remove it"
+            )
 
 
 def _check_rejected(name: str, rejected: Sequence[Rejected], records: int, max_rejected: float) -> None:

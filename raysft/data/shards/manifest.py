@@ -95,6 +95,8 @@ class Shard:
     formats: tuple[str, ...]
     digests: np.ndarray
     """[examples, 2] uint64 ``content_digest``."""
+    columns: tuple[str, ...] = ()
+    """Columns that the source names and a record has, usable or not."""
 
 
 def is_complete(path: StoragePath) -> bool:

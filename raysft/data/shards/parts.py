@@ -65,6 +65,7 @@ def load_part(directory: StoragePath, name: str) -> Shard | None:
                 "largest_token": tuple(content["largest_token"]),
                 "turns": Counter({TurnObservation(*turn): count for *turn, count in content["turns"]}),
                 "formats": tuple(content["formats"]),
+                "columns": tuple(content["columns"]),
             }
         )
     except (OSError, StorageFailed, ValueError, KeyError, TypeError):

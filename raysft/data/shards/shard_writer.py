@@ -6,6 +6,7 @@ import gc
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from operator import itemgetter
 from typing import Any
 
@@ -47,7 +48,8 @@ def _write_shards(
     writers = [ShardWriter(shard_set, ExampleTokenizer(tokenizer, shard_set.options)) for shard_set in sets]
     # A record that cannot be read has no opening to hash; it counts for the split that is trained on.
     reject_into = next((writer for writer in writers if writer.shard_set.split != "holdout"), None)
-    for item, form in to_examples(records, sets[0].source):
+    columns_seen = set[str]()
+    for item, form in to_examples(records, sets[0].source, columns_seen):
         if isinstance(item, Rejected):
             if reject_into:
                 reject_into.reject(item)
@@ -60,7 +62,8 @@ def _write_shards(
                 writer.reject(Rejected(item.source, item.record, item.unanswered))
             else:
                 writer.add(item, form)
-    return [writer.finish() for writer in writers]
+    named = columns_seen.intersection(filter(None, sets[0].source.columns.values()))
+    return [replace(writer.finish(), columns=tuple(sorted(named))) for writer in writers]
 
 
 class ShardWriter:

@@ -27,12 +27,15 @@ MIN_WEIGHT = 1e-6
 """Smallest weight, and inverse of the largest: losses further apart cannot be summed in float32."""
 
 
-def to_examples(records: Iterable[tuple[str, RawRecord]], source: Source) -> Iterator[tuple[Example | Rejected, str]]:
+def to_examples(
+    records: Iterable[tuple[str, RawRecord]], source: Source, columns_seen: set[str] | None = None
+) -> Iterator[tuple[Example | Rejected, str]]:
     """Convert records to examples, each with the format of its record.
 
     Args:
         records: (location as ``file:position``, record).
         source: the source of the records.
+        columns_seen: takes the names of all columns that occur.
     """
     form, format_of_columns = "", dict[tuple[str, ...], str]()
     for location, raw in records:
@@ -40,6 +43,8 @@ def to_examples(records: Iterable[tuple[str, RawRecord]], source: Source) -> Ite
         if isinstance(record, Unreadable):
             yield Rejected(source.name, location, record.reason), form
             continue
+        if columns_seen is not None:
+            columns_seen.update(record)
         try:
             columns = filled_columns(record)
             form = source.format or format_of_columns.get(columns) or detect_format(record, source, form)
