@@ -8,6 +8,7 @@ import os
 import queue
 import random
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from raysft.storage.path import StoragePath
 from raysft.storage.run_directory import RunDirectory
 from raysft.telemetry.events import StepRecord, TrainingEnded
 from raysft.train.job import TrainJob
+from raysft.train.read_ahead import ReadAhead
 from tests.shards import the_set, written
 from tests.tiny import SENTENCES, tiny_model
 
@@ -142,6 +144,10 @@ class Case:
     asked: tuple[int, ...] = ()
     """By worker, from which of its questions on the answer is that the training is to stop; 0: from none. The first worker asks in
     each step, and here before each batch of an evaluation. Default: no worker is told to."""
+    asked_once_saved: int | None = None
+    """The step whose checkpoint makes the first worker be asked to stop. Default: none."""
+    steps_with_rows: int | None = None
+    """Steps whose rows come to the last worker; it waits for those of the next one for ever. Default: all."""
     slow: tuple[str, float] = ("", 0.0)
     """What the last worker does too slowly, ``forward`` or ``data``, and by how many seconds each time."""
     writes_until_saved: bool = False
@@ -205,7 +211,9 @@ def _trained(case: Case, rank: int, world: int, name: str, device: torch.device)
         return "going" if case.leaves_in and rank == world - 1 and next(calls) >= case.leaves_in else ""
 
     def stop() -> str:
-        return "asked to" if case.asked and case.asked[rank] and next(questions) >= case.asked[rank] else ""
+        saved = case.keep and case.asked_once_saved and (case.keep / f"checkpoint_{case.asked_once_saved}").exists()
+        asked = case.asked and case.asked[rank] and next(questions) >= case.asked[rank]
+        return "asked to" if saved or asked else ""
 
     config, rows = case.config, case.rows
     events: list[Any] = []
@@ -224,6 +232,12 @@ def _trained(case: Case, rank: int, world: int, name: str, device: torch.device)
     resume = ResumePoint.of(case.resume) if case.resume else None
     batches = rows.steps(resume.cursor.step if resume else 0, rank, world)
     slow, seconds = case.slow if rank == world - 1 else ("", 0.0)
+    waits_for_rows = bool(case.steps_with_rows or case.slow[0] == "data")
+    # Else how often a worker is asked would depend on the time that its rows take.
+    loop.ReadAhead = ReadAhead if waits_for_rows else _Patient
+    loop.LOOK_SECONDS = 0.05
+    if case.steps_with_rows and rank == world - 1:
+        batches = itertools.chain(itertools.islice(batches, case.steps_with_rows), _never())
     if slow == "data":
         batches = (time.sleep(seconds) or batch for batch in batches)
     outside = decisions.Outside(notice, stop, _scheduler(case, rank))
@@ -245,6 +259,21 @@ def _trained(case: Case, rank: int, world: int, name: str, device: torch.device)
     evaluation = next((event.eval for event in events if isinstance(event, TrainingEnded)), {})
     losses, norms = [step.loss for step in steps], [step.grad_norm for step in steps]
     return Result(losses, norms, weights, evaluation, events, run.path / "model", failure)
+
+
+class _Patient(ReadAhead[Any]):
+    """Says that it has the next rows when it has."""
+
+    @property
+    def ready(self) -> bool:
+        self.wait(60)
+        return super().ready
+
+
+def _never() -> Iterator[Any]:
+    """An iterator whose first item never comes."""
+    threading.Event().wait()
+    yield
 
 
 def _after(folder: Path, function: Callable[..., Any]) -> Callable[..., Any]:

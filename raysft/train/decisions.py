@@ -70,3 +70,10 @@ def from_first(*values: int, device: Any) -> list[int]:
     tensor = torch.tensor([int(value) for value in values], device=device)
     dist.broadcast(tensor, src=0)
     return tensor.tolist()
+
+
+def any_worker(*values: bool, device: Any) -> list[bool]:
+    """Return on all workers for each value whether it is true for any of them. A collective."""
+    tensor = torch.tensor([int(value) for value in values], device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return [bool(value) for value in tensor.tolist()]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -30,7 +29,7 @@ from raysft.train.checkpoint import state
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.checkpoint.resume import ResumePoint
 from raysft.train.checkpoint.triggers import CheckpointTrigger
-from raysft.train.decisions import Decide, Decision, Outside, from_first, shared
+from raysft.train.decisions import Decide, Decision, Outside, any_worker, from_first, shared
 from raysft.train.deepspeed_config import zero_stage
 from raysft.train.early_stopping import EarlyStopper, known_best
 from raysft.train.evaluator import Evaluator
@@ -40,6 +39,7 @@ from raysft.train.intervals import Interval
 from raysft.train.job import Batch, RowPlan, TrainJob
 from raysft.train.nonfinite import NonFinite
 from raysft.train.phases import Phases, StepTimes
+from raysft.train.read_ahead import ReadAhead
 from raysft.train.restarts import faults_of
 from raysft.train.step import EvaluationStopped, StepResult, train_step
 from raysft.train.step_metrics import StepMetrics, setup_done, training_results
@@ -50,6 +50,8 @@ Save = Callable[[Any, Cursor, list[dict[str, Any]]], None]
 """Saves a checkpoint: (engine, cursor, latest log records)."""
 ALONE = Outside()
 """A training that hears nothing from outside."""
+LOOK_SECONDS = 1.0
+"""Time between two looks for a request to stop while a worker waits for its rows."""
 LOG_RECORDS = 1000
 """Log records in a checkpoint, for a driver that died before it wrote them."""
 
@@ -87,25 +89,20 @@ def train(
 
 
 def _train(loop: _Loop, batches: Iterator[Batch], resume: ResumePoint | None) -> None:
-    with ThreadPoolExecutor(1) as executor:
-        # Read the first rows while the model is loaded.
-        first_batch = executor.submit(next, batches, None)
+    with ReadAhead(batches) as rows:
         cursor = loop.set_up(resume)
         waiting_since = time.perf_counter()
-        batch = first_batch.result()
-    loop.emit_setup(time.perf_counter() - waiting_since)
-    if cursor.step == 0 and loop.job.config.train.eval_at_start:
-        loop.evaluate(cursor, FirstEvaluation.find(loop.job, loop.device))
-    elif cursor.unevaluated and cursor.step < loop.row_plan.steps:
-        loop.after_step(replace(cursor, unevaluated=False))
-    while cursor.step < loop.row_plan.steps and not (loop.early_stopper.should_stop or loop.stop_reason):
-        cursor = loop.step(batch, cursor)
-        if cursor.step < loop.row_plan.steps and not loop.stop_reason:
-            loop.phases.enter("data", cursor.step + 1)
-            waiting_since = time.perf_counter()
-            batch = next(batches, None)
-            loop.data_wait = time.perf_counter() - waiting_since
-            loop.after_step(cursor)
+        batch = rows.take()
+        loop.emit_setup(time.perf_counter() - waiting_since)
+        if cursor.step == 0 and loop.job.config.train.eval_at_start:
+            loop.evaluate(cursor, FirstEvaluation.find(loop.job, loop.device))
+        elif cursor.unevaluated and cursor.step < loop.row_plan.steps:
+            loop.after_step(replace(cursor, unevaluated=False))
+        while cursor.step < loop.row_plan.steps and not loop.ends_early:
+            cursor = loop.step(batch, cursor, rows)
+            if cursor.step < loop.row_plan.steps and not loop.stop_reason:
+                loop.after_step(cursor)
+                batch = loop.next_rows(rows, cursor)
     if not loop.stop_reason:
         loop.finish(cursor)
     if loop.stop_reason:
@@ -128,6 +125,8 @@ class _Loop:
         self.trigger = CheckpointTrigger(train, Interval.of_checkpoints(train, self.row_plan), self.rank, outside)
         self.data_wait = 0.0
         """Seconds spent waiting for the rows of the current step."""
+        self.rows_are_late = False
+        """True if any worker did not have the rows of the next step at the end of the last one."""
         self.first_step = self.saved_step = 0
         self.stop_reason = ""
         """Why the training ends before the end of its row plan; empty if it goes on."""
@@ -171,7 +170,12 @@ class _Loop:
         self.started = time.perf_counter()
         self.trigger.start_clock()
 
-    def step(self, batch: Batch | None, cursor: Cursor) -> Cursor:
+    @property
+    def ends_early(self) -> bool:
+        """True if no further step follows."""
+        return bool(self.early_stopper.should_stop or self.stop_reason)
+
+    def step(self, batch: Batch | None, cursor: Cursor, rows: ReadAhead[Batch]) -> Cursor:
         """Train on one step's rows and log it; returns the cursor after it."""
         index = cursor.step
         self.phases.enter("forward", index + 1)
@@ -179,7 +183,9 @@ class _Loop:
         started = time.perf_counter()
         lr = self.engine.get_lr()[0]
         weight, sources = float(self.row_plan.step_weight[index]), len(self.job.train_rows.sources)
-        result = train_step(self.engine, batch, weight, sources, self.trigger.requests, self.phases)
+        result = train_step(
+            self.engine, batch, weight, sources, lambda: (*self.trigger.requests(), not rows.ready), self.phases
+        )
         seconds = time.perf_counter() - started
         if not result.applied:
             self._skip(index, result)
@@ -187,16 +193,44 @@ class _Loop:
         cursor = Cursor(index + 1, self.row_plan.consumed(index + 1), tokens, cursor.identity)
         elapsed = time.perf_counter() - self.started
         remaining = (self.row_plan.steps - cursor.step) * elapsed / (cursor.step - self.first_step)
-        if self.trigger.update(cursor.step, result.noticed, result.late):
-            self.emit(PreemptionNotice(cursor.step, self.outside.preemption_reason()))
-        if result.over:
-            self._asked_to_stop()
+        self.rows_are_late = result.rows_are_late
+        self._heard(cursor, result.noticed, result.late, result.over)
         record = self.step_metrics.record(cursor, result, lr, seconds, self.data_wait, elapsed, remaining)
         self.log.append(asdict(record))
         self.emit(record)
         self.phases.step_took(StepTimes(seconds, self.data_wait, result.forward_seconds))
         self.stragglers.after_step(record, result.forward_seconds)
         return cursor
+
+    def next_rows(self, rows: ReadAhead[Batch], cursor: Cursor) -> Batch | None:
+        """Wait for the next step's rows; ends without them if the training is to end.
+
+        They may never come: Ray starts no tasks on a node that it drains, and those that read rows may have no other. So while any
+        worker waits for its rows, all of them look together for what was asked. Workers that have theirs stay in their phase: the
+        watchdog must not take them for the one that waits.
+        """
+        if self.ends_early:
+            return None
+        self.data_wait, late = 0.0, self.rows_are_late
+        if not rows.ready:
+            self.phases.enter("data", cursor.step + 1)
+        while late:
+            waiting_since = time.perf_counter()
+            rows.wait(LOOK_SECONDS)
+            self.data_wait += time.perf_counter() - waiting_since
+            *heard, late = any_worker(*self.trigger.requests(), not rows.ready, device=self.device)
+            self._heard(cursor, *heard)
+            if self.stop_reason:
+                return None
+            self._checkpoint_if_due(cursor)
+        return rows.take()
+
+    def _heard(self, cursor: Cursor, noticed: bool, late: bool, over: bool) -> None:
+        """Do what any worker heard from outside."""
+        if self.trigger.update(cursor.step, noticed, late):
+            self.emit(PreemptionNotice(cursor.step, self.outside.preemption_reason()))
+        if over:
+            self._asked_to_stop()
 
     def _skip(self, index: int, result: StepResult) -> None:
         """Report a step that was not applied, and advance the learning rate all the same."""
@@ -216,7 +250,11 @@ class _Loop:
                 self.emit(StoppedEarly(cursor.step, best.step, best.loss))
             if self.outside.decide:
                 self._follow(self.outside.decide, cursor)
-        if self.trigger.is_due(cursor.step) and not self.stop_reason and self.saved_step != cursor.step:
+        if not self.stop_reason:
+            self._checkpoint_if_due(cursor)
+
+    def _checkpoint_if_due(self, cursor: Cursor) -> None:
+        if self.trigger.is_due(cursor.step) and self.saved_step != cursor.step:
             self._checkpoint(replace(cursor, temporary=not self.trigger.is_scheduled(cursor.step)))
 
     def _follow(self, decide: Decide, cursor: Cursor) -> None:

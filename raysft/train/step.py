@@ -61,6 +61,8 @@ class StepResult:
     """True if the first worker's clock asks for a checkpoint."""
     over: bool = False
     """True if the first worker was asked to stop."""
+    rows_are_late: bool = False
+    """True if any worker does not have the rows of the next step."""
     forward_seconds: float = 0.0
     """Time of this worker's forward passes."""
 
@@ -70,7 +72,7 @@ def train_step(
     batch: Batch,
     weight: float,
     sources: int = 1,
-    asks: Callable[[], tuple[bool, bool, bool]] = lambda: (False, False, False),
+    asks: Callable[[], tuple[bool, bool, bool, bool]] = lambda: (False, False, False, False),
     phases: Phases | None = None,
 ) -> StepResult:
     """Train on one worker's rows of a step.
@@ -80,15 +82,15 @@ def train_step(
         batch: this worker's rows, from a ``RowSource``.
         weight: total weight of the step's loss tokens over all workers; without weights, their number.
         sources: number of sources.
-        asks: returns (this worker's machine is about to be preempted, its clock asks for a checkpoint, it is to stop). It is
-            called after the computation, and all workers learn if it is true for any of them.
+        asks: returns (this worker's machine is about to be preempted, its clock asks for a checkpoint, it is to stop, it lacks
+            the rows of the next step). It is called after the computation, and all workers learn if it is true for any of them.
         phases: told what this worker does.
     """
     phases = phases or Phases()
     accumulation = engine.gradient_accumulation_steps()
     # DeepSpeed averages over microbatches and workers; undo that, and divide by the step's weight instead.
     scale = accumulation * dist.get_world_size() / weight
-    totals = torch.zeros(4 + sources, device=engine.device)
+    totals = torch.zeros(5 + sources, device=engine.device)
     norm, forward = None, DeviceTimer(engine.device)
     for microbatch in microbatches(batch, engine.train_micro_batch_size_per_gpu(), engine.device):
         phases.enter("forward")
@@ -103,15 +105,14 @@ def train_step(
         phases.enter("step")
         with _without_update(engine) if norm is not None and not torch.isfinite(norm) else nullcontext():
             engine.step()
-        totals += torch.cat([totals.new_zeros(3), loss.detach()[None], by_source])
-    totals[:3] = totals.new_tensor(asks())
+        totals += torch.cat([totals.new_zeros(4), loss.detach()[None], by_source])
+    totals[:4] = totals.new_tensor(asks())
     dist.all_reduce(totals)
-    noticed, late, over, total, *by_source = totals.double().tolist()
+    noticed, late, over, lacks, total, *by_source = totals.double().tolist()
     norm = float(norm if norm is not None else engine.get_global_grad_norm())
     applied = math.isfinite(norm) and engine.was_step_applied()
-    return StepResult(
-        total / weight, norm, np.asarray(by_source), applied, noticed > 0, late > 0, over > 0, forward.seconds()
-    )
+    heard = (noticed > 0, late > 0, over > 0, lacks > 0)
+    return StepResult(total / weight, norm, np.asarray(by_source), applied, *heard, forward.seconds())
 
 
 @contextmanager

@@ -245,7 +245,7 @@ def test_a_node_that_gets_sigterm_and_30_seconds_later_sigkill_loses_nothing_of_
     in_time = kill.is_alive()
     kill.cancel()
     alarm.cancel()
-    assert driver.returncode == 75, error
+    assert driver.returncode == 75, output + error
     assert in_time
     assert re.search(
         r"the driver's node [0-9a-f]{8} is drained: the run ends as soon as its work is saved, \d+ s before", output

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raysft.telemetry.events import EvaluationDone, TrainingEnded, TrainingStopped
+from raysft.telemetry.events import EvaluationDone, PreemptionNotice, TrainingEnded, TrainingStopped
 from tests.training import STEPS, Case, Result, make_config, prepare, rows_of, train_all
 
 WORLDS = (1, 2)
@@ -33,6 +33,13 @@ def questions(batches: int) -> dict[str, tuple[int, int]]:
 MOMENTS = list(questions(1))
 
 
+WITHOUT_ROWS = {
+    "asked while it waits": {"asked": (4, 0)},
+    "asked once its machine is to go": {"leaves_in": 4, "asked_once_saved": 2},
+}
+"""What asks a training to stop that has done two steps, and whose rows of the third never come to the last worker."""
+
+
 @pytest.fixture(scope="module", params=WORLDS, ids="{} workers".format)
 def trained(request, tmp_path_factory) -> tuple[dict[str, Result], dict[str, Result], Path]:
     """What came of trainings that were stopped at each moment and of one left alone, of their sequels, and all checkpoints."""
@@ -53,6 +60,11 @@ def trained(request, tmp_path_factory) -> tuple[dict[str, Result], dict[str, Res
         for name, (_, steps) in moments.items()
         if steps
     }
+    for name, options in WITHOUT_ROWS.items():
+        plain = make_config(
+            folder / name, model, eval_at_start=False, save_every_steps=None, finetuning="lora", zero_stage=2
+        )
+        firsts[name] = Case(plain, rows_of(manifest), keep=kept / name, steps_with_rows=2, **options)
     results = train_all([*firsts.values(), *sequels.values()], world)
     return dict(zip(firsts, results, strict=False)), dict(zip(sequels, results[len(firsts) :], strict=True)), kept
 
@@ -76,6 +88,17 @@ def test_it_ends_after_that_step_with_a_checkpoint_and_without_a_model(trained, 
     # The evaluation that was under way is dropped; no other begins.
     assert evaluations(stopped) == evaluations(alone)[: len(evaluations(stopped))]
     assert len(evaluations(stopped)) == step + (name == BEFORE_THE_MODEL)
+
+
+@pytest.mark.parametrize("name", WITHOUT_ROWS)
+def test_it_ends_with_a_checkpoint_while_a_worker_waits_for_rows_that_never_come(trained, name):
+    firsts, _, kept = trained
+    *_, last = firsts[name].events
+    assert last == TrainingStopped(2, "asked to", {})
+    assert firsts[name].losses == firsts["alone"].losses[:2]
+    assert (kept / name / "checkpoint_2").exists()
+    noticed = [event.step for event in firsts[name].events if isinstance(event, PreemptionNotice)]
+    assert noticed == [2] * ("leaves_in" in WITHOUT_ROWS[name])
 
 
 @pytest.mark.parametrize("name", MOMENTS[1:])
