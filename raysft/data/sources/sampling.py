@@ -79,7 +79,7 @@ class RandomSample:
         """[records] number of times that each record is drawn.
 
         A source with fewer than ``count`` records is used completely, and filled up with repetitions. numpy's legacy generator
-        draws the same records as LLaMA-Factory.
+        draws the same records as LLaMA-Factory does for its first source.
 
         >>> RandomSample(5, seed=0).repeats(3).sum(), RandomSample(2, seed=0).repeats(3).tolist()
         (np.int64(5), [0, 1, 1])
