@@ -1,8 +1,12 @@
-"""The Hugging Face hub on this machine: as much of its HTTP protocol as its library uses for reading, and its faults."""
+"""The Hugging Face hub on this machine: as much of its HTTP protocol as its library uses, and its faults.
+
+What writes is in ``hub_uploads``.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 import threading
@@ -11,10 +15,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from tests.hub_uploads import Account, Store, Uploads
 
 LARGE = (".safetensors", ".bin", ".parquet", ".gguf")
 """Endings of files that lie in another store, to which the hub redirects."""
@@ -34,6 +40,9 @@ class Repository:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     """Files by path, by commit."""
     refs: dict[str, str] = field(default_factory=dict)
+    private: bool = False
+    titles: dict[str, str] = field(default_factory=dict)
+    """Titles of the commits that were pushed."""
 
     def commit(self, files: Mapping[str, bytes], *refs: str) -> str:
         """Add a commit, and have ``main`` or other branches and tags name it."""
@@ -56,8 +65,12 @@ class Fault:
     status: int = 0
     """Answer with this status instead."""
     headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b"{}"
+    """What the answer with that status says."""
     cut_after: int | None = None
-    """Hang up after so many bytes of the body."""
+    """Hang up after so many bytes of the body, of the answer or of a file that is uploaded."""
+    loses_answer: bool = False
+    """Do what is asked, but hang up before the answer."""
     length: int | None = None
     """Announce and give so many bytes only, as a proxy that kept half a file does."""
     ignores_ranges: bool = False
@@ -82,6 +95,11 @@ class HubServer:
     """Where large files lie: another host, as those of the hub do."""
     token: str = "hf_good"
     """The token of an account that has accepted the terms of gated repositories."""
+    accounts: dict[str, Account] = field(default_factory=dict)
+    """Accounts by their tokens."""
+    uploads: Store = field(default_factory=Store)
+    largest: int | None = None
+    """Bytes of the largest file that there is room for."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(
@@ -103,6 +121,7 @@ class HubServer:
         self.ranges.clear()
         self.sent.clear()
         self.faults.clear()
+        self.largest = None
 
     def fault_of(self, line: str) -> Fault | None:
         """Return the first fault that is left for a request, and count it."""
@@ -140,8 +159,7 @@ def _sha1(data: bytes) -> str:
     return hashlib.sha1(data).hexdigest()
 
 
-class _Handler(BaseHTTPRequestHandler):
-    hub: HubServer
+class _Handler(Uploads):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -150,22 +168,29 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self._answer()
 
-    def do_GET(self) -> None:
-        self._answer()
-
-    def do_POST(self) -> None:
-        self._answer()
+    do_GET = do_POST = do_PUT = do_HEAD
 
     def _answer(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path = urlsplit(self.path).path
         line = f"{self.command} {unquote(path)}"
         self.hub.asked.append(line)
         fault = self.hub.fault_of(line) or Fault("")
+        size = int(self.headers.get("Content-Length", 0))
+        cut = fault.cut_after is not None and self.command == "PUT"
+        body = self.rfile.read(min(size, fault.cut_after or 0) if cut else size)
         time.sleep(fault.seconds)
+        if cut:
+            self.close_connection = True
+            return
         with suppress(OSError):
             if fault.status:
-                self._send(fault.status, b"{}", fault.headers)
+                self.send(fault.status, fault.body, fault.headers)
+            elif fault.loses_answer:
+                self.wfile = io.BytesIO()
+                self.writes(unquote(path), body)
+                self.close_connection = True
+            elif self.writes(unquote(path), body):
+                pass
             elif path.startswith("/api/"):
                 self._api([unquote(part) for part in path.split("/")[2:]], body)
             elif path.startswith(("/lfs/", "/plain/")):
@@ -173,7 +198,7 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 self._resolve(unquote(path), fault)
 
-    def _send(
+    def send(
         self, status: int, body: bytes = b"", headers: Mapping[str, str] | None = None, length: int | None = None
     ) -> None:
         self.send_response(status)
@@ -184,14 +209,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def _refuse(self, status: int, code: str) -> None:
-        self._send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": code})
+        self.send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": code})
 
     def _repository(self, kind: str, name: str) -> Repository | None:
         """Return a repository that may be read, or answer why not."""
         repository = self.hub.repositories.get((kind, name))
         authorization = self.headers.get("Authorization", "")
-        if repository is None:
+        if repository is None or (repository.private and self.account() is None):
             self._refuse(404 if authorization else 401, "RepoNotFound")
+            return None
         return repository
 
     def _may_read(self, repository: Repository) -> bool:
@@ -224,8 +250,8 @@ class _Handler(BaseHTTPRequestHandler):
         if what in ("", "revision"):  # a gated repository can be described, but not read
             siblings = [{"rfilename": file} for file in sorted(files)]
             answer: Any = {
-                "id": name, "sha": commit, "siblings": siblings, "private": False, "tags": [], "downloads": 0, "likes": 0,
-                "gated": "manual" if repository.gated else False, "lastModified": LAST_COMMIT["date"],
+                "id": name, "sha": commit, "siblings": siblings, "private": repository.private, "tags": [], "downloads": 0,
+                "likes": 0, "gated": "manual" if repository.gated else False, "lastModified": LAST_COMMIT["date"],
             }  # fmt: skip
         elif what == "commits":
             answer = [{**LAST_COMMIT, "id": commit, "message": "", "authors": []}]
@@ -238,7 +264,7 @@ class _Handler(BaseHTTPRequestHandler):
             answer = found
         else:  # paths-info
             answer = _entries(files, json.loads(body)["paths"] if body.startswith(b"{") else _form(body))
-        return self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+        return self.send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def _resolve(self, path: str, fault: Fault) -> None:
         """Answer for ``/ORG/NAME/resolve/REVISION/FILE``: as the hub does, with a redirect to the store of large files."""
@@ -265,9 +291,9 @@ class _Handler(BaseHTTPRequestHandler):
         }
         where = f"/{store}/{kind}/{name}/{commit}/{file}"
         if store == "lfs":
-            return self._send(302, b"", {**headers, "Location": self.hub.store + where})
+            return self.send(302, b"", {**headers, "Location": self.hub.store + where})
         if self.command == "HEAD":
-            return self._send(200, b"", headers, length=len(data))
+            return self.send(200, b"", headers, length=len(data))
         self.hub.asked.append(f"GET {where}")
         return self._content(where, fault, headers)
 
@@ -281,12 +307,12 @@ class _Handler(BaseHTTPRequestHandler):
             first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", asked).groups()  # type: ignore[union-attr]
             start, end = int(first), min(int(last or len(data)), len(data) - 1)
             if start >= len(data):
-                return self._send(416, b"", {"Content-Range": f"bytes */{len(data)}"})
+                return self.send(416, b"", {"Content-Range": f"bytes */{len(data)}"})
             sent["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
             data, status = data[start : end + 1], 206
         part = data if fault.cut_after is None else data[: fault.cut_after]
         self.hub.sent[file] += len(part)
-        self._send(status, part, {**sent, "Accept-Ranges": "bytes"}, length=len(data))
+        self.send(status, part, {**sent, "Accept-Ranges": "bytes"}, length=len(data))
         if len(part) < len(data):
             self.close_connection = True
         return None
