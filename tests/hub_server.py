@@ -262,7 +262,9 @@ class _Handler(Uploads):
             if not found and rest[2:]:
                 return self._refuse(404, "EntryNotFound")
             answer = found
-        else:  # paths-info
+        elif what != "paths-info":
+            return self._refuse(404, "EntryNotFound")
+        else:
             answer = _entries(files, json.loads(body)["paths"] if body.startswith(b"{") else _form(body))
         return self.send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 

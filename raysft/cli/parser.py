@@ -77,8 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--output", type=Path, metavar="FILE", help=f"page that compares several runs (default {verbs.COMPARISON})"
     )
-    export = _add_verb(commands, verbs.export, "write one Hugging Face model, with adapters merged")
-    export.add_argument("run_dir", metavar="RUN_DIR", help=RUN_DIR)
+    _add_export(commands)
     _add_cluster_verbs(commands)
     keys = _add_verb(commands, verbs.config, "print all config keys with defaults and documentation")
     convert = _add_verb(
@@ -99,13 +98,26 @@ def build_parser() -> argparse.ArgumentParser:
         "--rows", type=int, default=3, metavar="N", help="number of rows of the training data to show (default 3)"
     )
     show.add_argument("--html", type=Path, metavar="FILE", help="write an HTML page instead")
-    export.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="folder for the model; must be new or empty"
-    )
     keys.add_argument(
         "prefix", nargs="?", default="", metavar="PREFIX", help="a section or key, for example train or model.lora"
     )
     return parser
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    export = _add_verb(
+        commands, verbs.export, "write one Hugging Face model, with adapters merged, into a folder or to the hub"
+    )
+    export.add_argument("run_dir", metavar="RUN_DIR", help=RUN_DIR)
+    export.add_argument("--output", type=Path, metavar="DIR", help="folder for the model; must be new or empty")
+    export.add_argument(
+        "--push",
+        metavar="ORG/NAME",
+        help="repository of the Hugging Face hub to push the model to as one commit, with its model card; it is created if it "
+        "is missing; needs HF_TOKEN or hf auth login",
+    )
+    export.add_argument("--private", action="store_true", help="with --push: create a private repository")
+    export.add_argument("--adapter", action="store_true", help="write the trained adapter as it is, without its base")
 
 
 def _add_cluster_verbs(commands: argparse._SubParsersAction) -> None:

@@ -127,9 +127,16 @@ def _compare(runs: list[RunDirectory], output: Path) -> None:
 
 
 def export(parsed: argparse.Namespace) -> None:
-    from raysft.run import verbs
+    if parsed.output is None and parsed.push is None:
+        raise RequestError(
+            "export writes nowhere without --output and --push; add --output DIR, --push ORG/NAME, or both"
+        )
+    if parsed.private and parsed.push is None:
+        raise RequestError("--private: is for a new repository of the hub; add --push ORG/NAME, or remove it")
+    from raysft.run.export import Push, export
 
-    verbs.export(_run_path(parsed.run_dir), parsed.output)
+    push = Push(parsed.push, parsed.private) if parsed.push is not None else None
+    export(_run_path(parsed.run_dir), parsed.output, push, parsed.adapter)
 
 
 def config(parsed: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -43,27 +44,42 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
 """
 
 
-def model_card(log: RunLog, plots: list[Path]) -> str:
+@dataclass(frozen=True)
+class Published:
+    """A repository of the hub with the trained model, and nothing else of the run's directory."""
+
+    name: str
+    """``ORG/NAME``."""
+    adapter: bool
+    """True if it holds the adapter alone, False for a whole model."""
+
+
+def model_card(log: RunLog, plots: list[Path], published: Published | None = None) -> str:
     """The card as Markdown.
 
     Args:
         log: what the run wrote.
         plots: plots of this run; the card shows the training loss if it is among them.
+        published: where the card stands. Default: in the run's directory.
     """
+    adapter = log.adapter if published is None or published.adapter else ""
+    beside = () if published else (
+        "[`report.html`](report.html) shows the curves, predictions beside their references, and the data.",
+        "To reproduce this run, use the `config.yaml` beside this card: `raysft run config.yaml run.storage=FOLDER`.",
+    )  # fmt: skip
     sections = [
-        _front_matter(log),
+        _front_matter(log, adapter),
         f"# {log.name}",
-        _introduction(log),
+        _introduction(log, adapter, published),
         _results(log),
         "![Training loss](training_loss.png)" if "training_loss.png" in {plot.name for plot in plots} else "",
-        _usage(log),
-        _data(log),
+        _usage(log, adapter, published),
+        _data(log, published),
         _table("Training settings", ("setting", "value"), _settings(log)),
         _table("Planned", ("", ""), plan_facts(log)),
         _table("Measured", ("", ""), training_facts(log)),
         _table("Versions", ("package", "version"), versions()),
-        "[`report.html`](report.html) shows the curves, predictions beside their references, and the data.",
-        "To reproduce this run, use the `config.yaml` beside this card: `raysft run config.yaml run.storage=FOLDER`.",
+        *beside,
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -88,27 +104,30 @@ def versions() -> list[tuple[str, str]]:
     return rows
 
 
-def _front_matter(log: RunLog) -> str:
+def _front_matter(log: RunLog, adapter: str) -> str:
     base = str(log.option("model.path", ""))
     front: dict[str, Any] = {}
     # The Hub refuses a card whose base_model is not a Hub id. The text names any other base.
     if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists() and not base.endswith(".gguf"):
-        front |= {"base_model": base, "base_model_relation": "adapter" if log.adapter else "finetune"}
+        front |= {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}
     front |= {
-        "library_name": log.library,
+        "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["raysft", str(log.option("stage", "sft")), log.finetuning],
     }
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---"
 
 
-def _introduction(log: RunLog) -> str:
-    base = _code(masked(log.option("model.path", "?")))
+def _introduction(log: RunLog, adapter: str, published: Published | None) -> str:
+    base = _code(_place(log.option("model.path", "?"), published))
     data = ", ".join(_code(source.get("name", "?")) for source in log.sources("train")) or "unnamed data"
     method = "continued pre-training" if log.option("stage") == "pt" else "supervised fine-tuning"
-    if log.adapter:
-        article = "a" if log.adapter == "lora" else "an"
-        model = f"This is {article} {adapter_name(log.adapter)} adapter for {base}, trained by {method} on {data}"
+    article = "a" if log.adapter == "lora" else "an"
+    if adapter:
+        model = f"This is {article} {adapter_name(adapter)} adapter for {base}, trained by {method} on {data}"
+    elif log.adapter:
+        merged = f"with {article} {adapter_name(log.adapter)} adapter merged into it, which was trained by {method}"
+        model = f"This model is {base} {merged} on {data}"
     elif log.finetuning == "freeze":
         model = f"This model is {base} after {method} of some of its layers on {data}"
     else:
@@ -148,29 +167,32 @@ def _results(log: RunLog) -> str:
     return text
 
 
-def _usage(log: RunLog) -> str:
+def _usage(log: RunLog, adapter: str, published: Published | None) -> str:
     """How to load this model and generate with it."""
-    load = _LOAD_ADAPTER if log.adapter else _LOAD_MODEL
+    load, folder = _LOAD_ADAPTER if adapter else _LOAD_MODEL, published.name if published else "model"
+    load = load.replace('"model"', f'"{folder}"')
     if log.option("model.path") in log.option("model.trust_remote_code", []):
-        load = load.replace('"model"', '"model", trust_remote_code=True')
+        load = load.replace(f'"{folder}"', f'"{folder}", trust_remote_code=True')
     prompt = _TEXT_PROMPT if log.option("stage") == "pt" else _CHAT_PROMPT
-    text = f"## Usage\n\n`model` is the folder beside this card.\n\n```python\n{load}\n{prompt}{_GENERATE}```"
-    if log.adapter:
+    beside = "" if published else "`model` is the folder beside this card.\n\n"
+    text = f"## Usage\n\n{beside}```python\n{load}\n{prompt}{_GENERATE}```"
+    if adapter:
+        description = "adapter_config.json" if published else "model/adapter_config.json"
         text += (
-            "\n\nThe base model is `base_model_name_or_path` in `model/adapter_config.json`. If it is stored elsewhere, load it "
-            'first and add the adapter: `PeftModel.from_pretrained(base, "model")`.'
+            f"\n\nThe base model is `base_model_name_or_path` in `{description}`. If it is stored elsewhere, load it "
+            f'first and add the adapter: `PeftModel.from_pretrained(base, "{folder}")`.'
         )
     return text
 
 
-def _data(log: RunLog) -> str:
+def _data(log: RunLog, published: Published | None) -> str:
     """The sources of the training and the evaluation."""
     rows = []
     for use, part, plan_key in (("training", "train", "sources"), ("evaluation", "eval", "evaluation")):
         planned = log.plan.get(plan_key)
         for source in log.sources(part):
             paths = source.get("path", "")
-            path = ", ".join(masked(path) for path in (paths if isinstance(paths, list) else [paths]))
+            path = ", ".join(_place(path, published) for path in (paths if isinstance(paths, list) else [paths]))
             first, sampled = source.get("max_examples") or log.option("data.max_examples"), source.get("num_samples")
             plan = planned.get(source.get("name")) if isinstance(planned, dict) else None
             examples = _used(plan) if isinstance(plan, dict) else None
@@ -257,6 +279,12 @@ def _table(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]]) -> st
     lines = [head, ("---",) * len(head), *rows]
     cells = ("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines)
     return f"## {title}\n\n" + "\n".join(cells)
+
+
+def _place(location: Any, published: Published | None) -> str:
+    """A path or URI without secrets; for the public, of an absolute path only the last part, without the folders of a machine."""
+    text = masked(location)
+    return Path(text).name if published and text.startswith(("/", "~")) else text
 
 
 def _code(text: str) -> str:

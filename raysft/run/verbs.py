@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from raysft.cluster.connect import cluster
-from raysft.config import Config, parse
+from raysft.config import Config
 from raysft.errors import RequestError
 from raysft.run.context import open_run
 from raysft.run.inputs import read_inputs
@@ -19,10 +16,6 @@ from raysft.run.pipeline import evaluate_model, generate_predictions, print_repo
 from raysft.run.plan import Plan
 from raysft.run.predict import predict
 from raysft.run.preflight import preflight
-from raysft.storage.local_cache import local_copy
-from raysft.storage.path import StoragePath
-from raysft.storage.retry import FIRST_SECONDS, retry_for
-from raysft.storage.run_directory import RunDirectory
 from raysft.telemetry.terminal import Terminal
 
 
@@ -86,32 +79,3 @@ def generate(config: Config) -> None:
     with open_run(config, "generate") as context:
         generate_predictions(context)
         print_report(context.directory)
-
-
-def export(place: StoragePath, output: Path) -> None:
-    """Write the trained model of a run directory as one Hugging Face model, adapters merged."""
-    from raysft.models.adapters import merge
-
-    with retry_for(FIRST_SECONDS):
-        is_run = (place / "config.yaml").exists()
-    if not is_run:
-        raise RequestError(f"{place}: holds no config.yaml; give a run directory, {{run.storage}}/{{run.name}}")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RequestError(f"--output {output}: is not an empty folder; choose another")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RequestError(f"--output {output}: cannot be created ({error.strerror}); choose another folder") from None
-    directory = RunDirectory.of(place)
-    if not place.local and not directory.is_trained():
-        raise RequestError(f"{directory.model}: holds no trained model; train first (raysft train CONFIG)")
-    try:
-        trusted = parse(yaml.safe_load((place / "config.yaml").read_text())).model.runs_code
-    except (RequestError, TypeError, ValueError, yaml.YAMLError):
-        trusted = False  # a config of another version; the model can be exported all the same
-    try:
-        merge(Path(local_copy(directory.model.location)), output, trusted)
-    except BaseException:
-        shutil.rmtree(output, ignore_errors=True)  # half a model; the same command must be able to run again
-        raise
-    Terminal().line(f"exported: {output}")

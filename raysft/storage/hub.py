@@ -21,6 +21,8 @@ RETRY_AFTER_SECONDS = 310.0
 """The same if the server names a time (``Retry-After``); the hub's rate limits last five minutes."""
 NAMED_SECONDS = 2.0
 """A wait that lasts so long is named."""
+WRITE_SECONDS = 60.0
+"""Longest wait for the answer to a request that writes: a commit of many large files takes the hub a while."""
 AWAY_SECONDS = 60.0
 """Time without retries after a server did not answer: cached files load without it, others fail at once."""
 UNUSABLE = "the hub's answer is not usable; check the name and HF_ENDPOINT, or give a folder"
@@ -28,6 +30,8 @@ CHUNK_BYTES = 1 << 20
 """Most bytes of a download that are lost when it breaks off; a connection that carries fewer would never end it."""
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 """HTTP status codes worth a retry."""
+CONFLICT = 409
+"""The status of a repository that exists, and of one that cannot be created while another one is: that, too, passes."""
 
 
 @lru_cache(maxsize=1)
@@ -58,17 +62,23 @@ def _send(send: Any, unreachable: dict[str, float], request: Any, **options: Any
     server, started, pause = f"{request.url.scheme}://{request.url.netloc.decode()}", time.monotonic(), 0.5
     # Some requests of the library have no timeout.
     limits = dict.fromkeys(("connect", "read", "write", "pool"), ATTEMPT_SECONDS)
+    if request.method not in ("GET", "HEAD") and "/paths-info/" not in request.url.path:
+        limits["read"] = WRITE_SECONDS
     request.extensions["timeout"] = limits | {k: v for k, v in request.extensions.get("timeout", {}).items() if v}
     recently = started - unreachable.get(server, -AWAY_SECONDS) < AWAY_SECONDS
     retry_seconds = 0.0 if recently else RETRY_SECONDS
+    file, paused = _file_of(request), 0.0
+    begin = file.tell() if file else 0
+    if file:
+        request.stream = _require_rate(request.stream, httpx2.WriteTimeout, "took")
     while True:
         limit = retry_seconds
         try:
             response = send(request, **{**options, "stream": True})
-            response.stream = _require_rate(response.stream)
+            response.stream = _require_rate(response.stream, httpx2.ReadTimeout, "sent")
             if not options.get("stream"):
                 response.read()
-            if response.status_code not in TRANSIENT:
+            if response.status_code not in TRANSIENT and not _creates_another(response):
                 unreachable.pop(server, None)
                 return response
             response.close()
@@ -79,31 +89,46 @@ def _send(send: Any, unreachable: dict[str, float], request: Any, **options: Any
                 reason += f", retry after {retry_after} s"
         except (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError) as error:
             reason = one_line(error)
-        if time.monotonic() - started + pause > limit:
+        # A large file may break off after hours; only the waits for another attempt are counted then.
+        if (paused if file else time.monotonic() - started) + pause > limit:
             unreachable[server] = time.monotonic()
             # On this error, unlike on others, the libraries fall back to their caches.
             raise OfflineModeIsEnabled(f"{server} does not answer ({reason})")
         if pause >= NAMED_SECONDS:
             print(f"waiting for the hub: {server} ({reason})", file=sys.stderr)
         time.sleep(pause)
+        paused += pause
         pause = min(2 * pause, 8.0)
+        if file:
+            file.seek(begin)
 
 
-def _require_rate(stream: Any) -> Any:
-    """Return a response's body that raises ``ReadTimeout`` if the server only trickles, as if it sent nothing."""
+def _file_of(request: Any) -> Any:
+    """Return the file that a request sends, which must be read from where it began if the request is sent again."""
+    file = getattr(request.stream, "_stream", None)
+    return file if hasattr(file, "seek") else None
+
+
+def _creates_another(response: Any) -> bool:
+    """True if the hub creates no repository because it is creating another one; its library would ask again at once, forever."""
+    return response.status_code == CONFLICT and b"another conflicting operation is in progress" in response.read()
+
+
+def _require_rate(stream: Any, timeout: type[Exception], did: str) -> Any:
+    """Return a body that raises a timeout if the server only trickles, or takes it as slowly, as if it did nothing."""
     import httpx2
 
     class RateChecked(httpx2.SyncByteStream):
         def __iter__(self) -> Iterator[bytes]:
-            since, received = time.monotonic(), 0
+            since, passed = time.monotonic(), 0
             for chunk in stream:
                 yield chunk
-                received += len(chunk)
+                passed += len(chunk)
                 seconds = time.monotonic() - since
                 if seconds > ATTEMPT_SECONDS:
-                    if received < MIN_BYTES_PER_SECOND * seconds:
-                        raise httpx2.ReadTimeout(f"it sent {received} bytes in {seconds:.0f} s")
-                    since, received = time.monotonic(), 0
+                    if passed < MIN_BYTES_PER_SECOND * seconds:
+                        raise timeout(f"it {did} {passed} bytes in {seconds:.0f} s")
+                    since, passed = time.monotonic(), 0
 
         def close(self) -> None:
             stream.close()

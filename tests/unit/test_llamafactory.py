@@ -369,6 +369,8 @@ def test_keys_of_conversations_have_no_effect_on_raw_text_and_are_told(write):
         ({"use_unsloth": True, "fsdp": "full_shard"}, "lf.yaml:4: use_unsloth=true … (and 1 more, which raysft convert lists"),
         ({"use_galore": True, "use_muon": True}, "lf.yaml:5: use_galore and use_muon"),
         ({"export_dir": "merged", "dataset": None}, "lf.yaml:4: the file asks for an export … raysft export m --output merged"),
+        ({"export_hub_model_id": "o/n"}, "lf.yaml:4: export_hub_model_id='o/n' … raysft export RUN_DIR --push ORG/NAME"),
+        ({"push_to_hub": True, "hub_model_id": "o/n"}, "lf.yaml:4: push_to_hub=true … raysft export RUN_DIR --push ORG/NAME"),
         ({"do_train": False}, "lf.yaml:3: do_train=false leaves nothing to do; set do_train: true"),
         ({"model_name_or_path": None}, "lf.yaml:1: model_name_or_path is required"),
         ({"dataset": None}, "lf.yaml:2: dataset is required"),

@@ -153,7 +153,7 @@ def test_an_adapter_does_not_lend_the_trust_in_its_model_to_another_base(tmp_pat
 
 
 def test_an_export_takes_the_name_from_the_runs_config(tmp_path, model, ran):
-    from raysft.run.verbs import export
+    from raysft.run.export import export
     from raysft.train.finetuning import load_model
 
     named = config(model, (str(model),))

@@ -79,7 +79,7 @@ MODEL: Keys = {
     "export_quantization_nsamples": harmless("only export_quantization_bit reads it"),
     "export_quantization_maxlen": harmless("only export_quantization_bit reads it"),
     "export_legacy_format": harmless("weights are written as safetensors"),
-    "export_hub_model_id": only(None, "remove it, and upload the exported folder with hf upload"),
+    "export_hub_model_id": only(None, "remove it, and push the model with raysft export RUN_DIR --push ORG/NAME"),
     # Engines.
     **{name: harmless(_VLLM) for name in ("vllm_maxlen", "vllm_gpu_util", "vllm_enforce_eager", "vllm_max_lora_rank")},
     "vllm_config": only(None, "remove it: raysft's vLLM engine takes no further options"),

@@ -26,7 +26,7 @@ _COMPILE = "remove it: raysft does not compile the model"
 _PROFILER = "only enable_torch_profiler: true reads it"
 _PRECISION = "evaluations compute as the training does"
 _PREDICTIONS = "LLaMA-Factory reads it for predictions during training only; raysft predicts after it"
-_PUSH = "remove it, and upload the model with hf upload after the training"
+_PUSH = "remove it, and push the model after the training with raysft export RUN_DIR --push ORG/NAME (--adapter: the adapter alone)"
 STRATEGY = word("no", "steps", "epoch")
 SCHEDULES = {
     name: name
