@@ -6,8 +6,19 @@ from typing import Any
 
 import pytest
 
+from raysft.garbage import postpone_collection, resume_collection
 from tests.objects import Server, s3_server
 from tests.tiny import tiny_model, tiny_tokenizer
+
+
+def pytest_configure() -> None:
+    """Before tests import the libraries."""
+    postpone_collection()
+
+
+def pytest_collection_finish() -> None:
+    """When all are imported."""
+    resume_collection()
 
 
 @pytest.fixture(scope="module")

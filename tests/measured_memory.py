@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -28,12 +27,13 @@ from raysft.estimate.measure import Microbatch, measure
 from raysft.estimate.memory import Hardware, Memory, memory
 from raysft.estimate.setup import setup_of
 from raysft.estimate.sizes import Activations, ModelSizes
-from tests.training import IMPORTED
+from tests.processes import forks
 
 SECONDS = 300
 """How long all trainings together may take."""
 STEPS = 2
-"""The second step has the optimizer's states from its beginning."""
+"""The second step has the optimizer's states from its beginning; the first one, which makes them, needs few tokens."""
+FEW_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -84,18 +84,14 @@ def model_of(config: Config) -> tuple[ModelSizes, Activations]:
 
 def measured(configs: Sequence[Config], world: int = 1) -> list[list[Measured]]:
     """Train two steps of each config with ``world`` workers, one config after another; gives what each worker needed."""
-    import multiprocessing
-
-    context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
+    context = forks()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     out = context.Queue()
     processes = [context.Process(target=_worker, args=(rank, world, port, configs, out)) for rank in range(world)]
-    with patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": ""}):
-        for process in processes:
-            process.start()
+    for process in processes:
+        process.start()
     found: dict[int, list[Measured]] = {}
     try:
         while len(found) < world:
@@ -132,9 +128,10 @@ def _measured(config: Config, world: int) -> Measured:
                 parameter.data = parameter.data.clone()  # what ZeRO has not copied is still a part of the mapped file
         rows = -(-int(config.train.global_batch_size) // world)
         for step in range(STEPS):
-            batch = _batch(rows, config.data.sequence_length, seed=step)
+            tokens = config.data.sequence_length if step == STEPS - 1 else FEW_TOKENS
+            batch = _batch(rows, tokens, seed=step)
             with record_function(f"step {step}"):
-                train_step(engine, batch, float(rows * world * (config.data.sequence_length - 1)))
+                train_step(engine, batch, float(rows * world * (tokens - 1)))
         states = _states(engine)
         engine.destroy()
         del engine, scheduler

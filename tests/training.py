@@ -33,13 +33,13 @@ from raysft.storage.run_directory import RunDirectory
 from raysft.telemetry.events import StepRecord, TrainingEnded
 from raysft.train.job import TrainJob
 from raysft.train.read_ahead import ReadAhead
+from tests.processes import forks
 from tests.shards import the_set, written
 from tests.tiny import SENTENCES, tiny_model
 
 TOLERANCE = 1e-5
 SEQUENCE_LENGTH = 96
 STEPS = 4
-IMPORTED = ["tests.training", "raysft.train.loop", "deepspeed", "peft", "transformers.models.llama.modeling_llama"]
 WITHIN_SECONDS = 300
 """How long one training may take before it counts as hanging; on a busy machine processes take a minute to start."""
 
@@ -325,21 +325,16 @@ def train(config: Config, rows: PackedDataset, world: int = 1) -> Result:
 def train_all(cases: Sequence[Case], world: int = 1, device: str = "cpu") -> list[Result]:
     """Run trainings with ``world`` workers, one after another in the same new processes.
 
-    On CPUs, the processes are forks of one that has the imports, which take ten seconds, and has run nothing; it sees no GPU, or
-    DeepSpeed would choose it. A fork cannot use CUDA if the imports have asked for GPUs.
+    On CPUs, the processes are forks; a fork cannot use CUDA if the imports have asked for GPUs.
     """
-    on_cpu = device == "cpu"
-    context: Any = multiprocessing.get_context("forkserver" if on_cpu else "spawn")
-    if on_cpu:
-        context.set_forkserver_preload(IMPORTED)
+    context: Any = forks() if device == "cpu" else multiprocessing.get_context("spawn")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     out = context.Queue()
     processes = [context.Process(target=worker, args=(rank, world, port, cases, out, device)) for rank in range(world)]
-    with patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}):
-        for process in processes:
-            process.start()
+    for process in processes:
+        process.start()
     try:
         results = _results(out, processes, len(cases))
         for process in processes:

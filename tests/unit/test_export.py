@@ -2,7 +2,6 @@
 
 import errno
 import json
-import multiprocessing
 import tempfile
 import threading
 import time
@@ -27,6 +26,7 @@ from raysft.train.checkpoint.cursor import Best
 from raysft.train.export import Exporter, export, gather
 from raysft.train.watched_write import watched
 from tests.objects import s3_server
+from tests.processes import forked, forks
 from tests.tiny import tiny_model
 
 
@@ -188,9 +188,8 @@ class Tokenizer:
 
 def outcomes(run: str, store: Path, full: bool) -> dict[int, str]:
     """How it ends for two workers that save and write a model together."""
-    context = multiprocessing.get_context("spawn")
-    out = context.Queue()
-    processes = [context.Process(target=write_models, args=(rank, run, str(store), out, full)) for rank in range(2)]
+    out = forks().Queue()
+    processes = [forked(write_models, rank, run, str(store), out, full) for rank in range(2)]
     for process in processes:
         process.start()
     found = dict(out.get(timeout=100) for _ in processes)
@@ -263,15 +262,13 @@ LONG = 600.0
 
 def test_what_a_process_had_written_of_a_model_when_it_was_killed_does_not_count(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    context = multiprocessing.get_context("spawn")
     with s3_server() as server:
         local, remote = tmp_path / "local", server.uri(f"{tmp_path.name}/remote")
         runs = [RunDirectory.of(StoragePath.of(place)) for place in (local, remote)]
         write_one(remote, write_whole)  # the model of a shorter training, which is replaced
         server.fails("PUT .*model.safetensors", LONG, late=30)
         processes = [
-            context.Process(target=write_one, args=(str(place), save))
-            for place, save in ((local, write_half), (remote, write_whole))
+            forked(write_one, str(place), save) for place, save in ((local, write_half), (remote, write_whole))
         ]
         for process in processes:
             process.start()
