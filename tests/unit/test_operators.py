@@ -6,7 +6,6 @@ import fcntl
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,11 +15,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from raysft.environment import environment
 from raysft.errors import RequestError
 from raysft.train import operators
 from raysft.train.operators import CPU_ADAM, has_compiler, load_operator
+from tests.processes import forked
 
-LOAD = f"from raysft.train.operators import load_operator; load_operator({CPU_ADAM!r})"
 COMPILER = """#!/bin/sh
 [ "$1" = --version ] || [ "$1" = -dumpfullversion ] && exec c++ "$@"
 echo "pybind11.h:1:10: fatal error: Python.h: No such file or directory" >&2
@@ -39,14 +39,17 @@ def test_a_compilation_that_was_killed_holds_up_nobody(tmp_path):
 
 
 @pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
-def test_what_does_not_compile_is_refused_in_the_words_of_the_compiler(tmp_path):
+def test_what_does_not_compile_is_refused_in_the_words_of_the_compiler(tmp_path, monkeypatch):
     compiler = tmp_path / "c++"
     compiler.write_text(COMPILER)
     compiler.chmod(0o755)
-    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": str(compiler)}
-    done = subprocess.run([sys.executable, "-c", LOAD], env=environment, capture_output=True, text=True, check=False)
-    line = done.stderr.splitlines()[-1]
-    assert line.startswith("raysft.errors.RequestError: train.offload: DeepSpeed's cpu_adam cannot be compiled in")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(RequestError) as refused:
+        load_operator(CPU_ADAM)
+    line = str(refused.value)
+    assert line.startswith("train.offload: DeepSpeed's cpu_adam cannot be compiled in")
+    assert "\n" not in line
     assert "fatal error: Python.h: No such file or directory" in line
     assert line.endswith("set train.offload.optimizer and train.offload.parameters to none")
 
@@ -119,6 +122,20 @@ def test_all_files_of_adam_are_compiled_as_one(tmp_path, monkeypatch):
     assert Path(whole).stat().st_mtime == 1, "it would be compiled again"
 
 
+def test_torchs_modules_and_optimizers_are_not_compiled_in(tmp_path, monkeypatch):
+    searched: list[str] = []
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(builder(), "load", lambda self, verbose: searched.extend(self.include_paths()))
+    own = builder()().include_paths()
+    load_operator(CPU_ADAM)
+    assert searched[1:] == own
+    header = Path(searched[0], "torch", "extension.h")
+    assert "all.h" not in header.read_text()
+    os.utime(header, (1, 1))
+    load_operator(CPU_ADAM)
+    assert header.stat().st_mtime == 1, "all would be compiled again"
+
+
 def builder() -> type:
     """DeepSpeed's class for the operator."""
     from deepspeed.ops import op_builder
@@ -129,14 +146,15 @@ def builder() -> type:
 @contextmanager
 def compiling(folder: Path) -> Iterator[None]:
     """A process that compiles, killed with its compilers at the end."""
-    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(folder)}
-    process = subprocess.Popen([sys.executable, "-c", LOAD], env=environment)
+    with environment(TORCH_EXTENSIONS_DIR=str(folder)):
+        process = forked(load_operator, CPU_ADAM)
+        process.start()
     try:
         yield
     finally:
         compilers = psutil.Process(process.pid).children(recursive=True)  # ninja gives each a process group of its own
         process.kill()  # first, as it would clean up after compilers that fail
-        process.wait()
+        process.join()
         for compiler in compilers:
             with suppress(psutil.NoSuchProcess):
                 compiler.kill()
