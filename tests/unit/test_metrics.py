@@ -434,7 +434,8 @@ def test_an_additive_metric_named_by_path_has_intervals(tmp_path):
 def test_two_processes_at_once_score_alike_and_leave_nothing_behind(tmp_path):
     script = (
         "from raysft.generate import metrics\nfrom tests.unit.test_metrics import PAIRS, config, rows, score\n"
-        "print(score(config(), rows(PAIRS)))"
+        "print(score(config(), rows(PAIRS)))\n"
+        "import sys\nassert not {'torch', 'transformers.pipelines'} & sys.modules.keys(), 'seconds for nothing'"
     )
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "TMPDIR": str(tmp_path)}
@@ -447,6 +448,7 @@ def test_two_processes_at_once_score_alike_and_leave_nothing_behind(tmp_path):
         for _ in range(2)
     ]  # fmt: skip
     outputs = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0, 0], outputs
     assert outputs[0][0] == outputs[1][0] == f"{score(config(), rows(PAIRS))}\n"
     assert "Building prefix dict" not in outputs[0][1]
     assert not list((tmp_path / "cwd").iterdir())

@@ -6,10 +6,10 @@ import abc
 from collections.abc import Sequence
 
 import datasets
-import evaluate
 import numpy as np
 
 from raysft.generate.metrics.bootstrap import totals
+from raysft.generate.metrics.evaluate_import import evaluate
 
 
 class AdditiveMetric(evaluate.Metric, abc.ABC):

@@ -52,9 +52,9 @@ def check(config: Config) -> None:
 @contextlib.contextmanager
 def loaded(name: str) -> Iterator[Any]:
     """Load an ``evaluate`` module with a temporary folder of its own, so that processes do not share files."""
-    import evaluate
-    from evaluate import config as evaluate_config
-    from evaluate.loading import import_main_class
+    from raysft.generate.metrics.evaluate_import import evaluate  # before its parts
+    from evaluate import config as evaluate_config  # isort: skip
+    from evaluate.loading import import_main_class  # isort: skip
 
     logging.getLogger("jieba").setLevel(logging.WARNING)
     evaluate_config.HF_EVALUATE_OFFLINE |= constants.HF_HUB_OFFLINE  # evaluate only reads its own variable
