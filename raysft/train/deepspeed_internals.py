@@ -28,10 +28,10 @@ class TrainedPiece(NamedTuple):
 
 def use_gloo_allreduce() -> None:
     """Keep DeepSpeed from compiling its own all-reduce on CPU nodes: it takes most of a minute, and a compiler, to do what gloo
-    does."""
+    does. To ask DeepSpeed what can be compiled here would start compilers in every worker."""
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.ops.__dict__.setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
 
 
 def numel(parameter: Any) -> int:
