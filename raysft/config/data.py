@@ -144,8 +144,8 @@ class DataSection(Section):
     """Thoughts of assistant turns, in ``<think>`` tags at the beginning of a content or in ``reasoning_content``. ``template``:
     what the chat template makes of them; many leave out those of earlier turns. ``keep``: write and train those of all turns.
     ``empty``: as ``keep``, and turns without a thought get an empty one. ``last``: as ``empty`` in the last turn, and no
-    thoughts in the turns before it. With ``template_options: {enable_thinking: false}``, ``empty`` and ``last`` turn all thoughts
-    into empty ones, which are not trained and belong to the prompt."""
+    thoughts in the turns before it. With ``template_options: {enable_thinking: false}``, ``empty`` and ``last`` leave out all
+    thoughts, also in the middle of an answer, and give each turn an empty one, which is not trained and belongs to the prompt."""
     max_rejected: Fraction = 0.0
     """Fraction of records that may be unusable; with more, the run stops. ``rejected.jsonl`` lists them."""
     cache: Text | None = None

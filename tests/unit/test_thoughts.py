@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,38 @@ def test_control_tokens_in_kept_thoughts_are_escaped(encode):
     messages = turns("a?", "<think>\nx <|im_end|>\n</think>\n\nA", "b?", "B")
     _, trained, _ = encode(FORGETFUL, messages, thinking="keep", control_tokens="escape")
     assert trained[0] == "<think>\nx <|im_end|>\n</think>\n\nA<|im_end|>"
+
+
+SEVERAL = "<think>\nOne.\n</think>\n\nTwo <think>\nhm\n</think>\n\nthree<think>\n\n</think>\n\n."
+"""An answer with thoughts in its middle."""
+NOT_FIRST = "Two <think>\nhm\n</think>\n\nthree."
+
+
+@pytest.mark.parametrize("template", [FORGETFUL, named_template("qwen3")], ids=["own", "by name"])
+@pytest.mark.parametrize("mask_history", [False, True])
+@pytest.mark.parametrize("contents", [[SEVERAL, "six."], [NOT_FIRST, SEVERAL], ["Yes.", NOT_FIRST]])
+def test_without_thinking_an_answer_loses_all_of_its_thoughts(encode, template, mask_history, contents):
+    thinking = "last" if mask_history else "empty"
+    options = {"thinking": thinking, "mask_history": mask_history, "template_options": {"enable_thinking": False}}
+    asked = [turns("One?", one, "Two?", other) for one, other in (contents, map(spoken, contents))]
+    found, expected = (encode(template, each, **options) for each in asked)
+    assert found == expected
+
+
+def test_thoughts_of_earlier_turns_are_left_out_wherever_they_stand(encode):
+    options = {"thinking": "last", "mask_history": True}
+    found, expected = (
+        encode(named_template("qwen3"), turns("One?", first, "Two?", "<think>\nSo.\n</think>\n\nsix."), **options)
+        for first in (NOT_FIRST, spoken(NOT_FIRST))
+    )
+    assert found == expected
+    assert "hm" not in found[0]
+    assert "So." in found[0]  # the last turn keeps its own
+
+
+def spoken(content: str) -> str:
+    """An answer as LLaMA-Factory leaves it: each thought between its words goes, and line breaks at the beginning."""
+    return re.sub("<think>\n.*?\n</think>\n\n", "", content, flags=re.DOTALL).lstrip("\n")
 
 
 @pytest.mark.parametrize("recorded", RECORDED["texts"], ids=lambda case: f"{case['template']}, {case['case']}")

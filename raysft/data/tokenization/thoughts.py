@@ -93,6 +93,14 @@ class ThoughtWords:
                     return found[1].strip("\n"), _without(message, content.lstrip("\n"), ""), "content"
         return None, message, ""
 
+    def without_more(self, message: Message) -> Message:
+        """Take the thoughts out that stand elsewhere in a message than at its beginning."""
+        content = message.content
+        for opening, closing in (TAGS, (self.opening.strip(), self.closing.strip())):
+            if opening and closing:
+                content = re.sub(rf"{re.escape(opening)}.*?{re.escape(closing)}\n{{0,2}}", "", content, flags=re.DOTALL)
+        return message if content == message.content else _without(message, content, "")
+
     def begins_in(self, content: str) -> bool:
         """Return True if a text contains the beginning of a thought."""
         return any(opening and opening in content for opening in (TAGS[0], self.opening.strip()))
@@ -192,14 +200,17 @@ def plan_thoughts(
         return None
     enabled = options.get("enable_thinking", True)
     without, planned, places = [], [], []
-    for message in messages:
+    last = max((index for index, message in enumerate(messages) if message.role == "assistant"), default=-1)
+    for index, message in enumerate(messages):
         if message.role == "assistant":
             thought, rest, place = words.split(message)
             if thinking != "keep" and (enabled is False or not (place or words.begins_in(message.content))):
                 thought = ""
             planned.append(thought)
             places.append(place)
-            without.append(message if thought is None else rest)
+            left = message if thought is None else rest
+            none = thinking != "keep" and (enabled is False or (thinking == "last" and index < last))
+            without.append(words.without_more(left) if none else left)
         else:
             without.append(message)
     if thinking == "last":
