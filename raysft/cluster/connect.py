@@ -158,7 +158,7 @@ def _join(address: str | None, use_gpu: bool | None = None, trials: bool = False
     named, found = _named(address), _find(address)
     if found is not None and not _ask(found, named):
         workers.stop()
-    elif use_gpu is not None:
+    elif use_gpu is not None and not (found and workers.are_forks()):
         workers.start(use_gpu, trials)
     drop_advice_on_processes()
     try:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -35,6 +36,7 @@ from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.job import TrainJob
 from raysft.train.process_group import RestartableBackend, RestartableTorchConfig
 from raysft.tune.metrics import check_metric
+from tests.clusters import joining
 from tests.messages import holds
 from tests.processes import children_named
 from tests.tiny import SENTENCES, tiny_model, with_code, write_chats
@@ -248,9 +250,10 @@ class KillAWorker:
 
 
 def test_a_killed_worker_loses_and_repeats_nothing(folder, sft_run, capsys, monkeypatch):
-    """Killed after step 4, the training goes on from the checkpoint of step 3 and ends like one that was left alone.
+    """Killed after step 4, the training goes on from its newest checkpoint and ends like one that was left alone.
 
-    Its rows come from a reader of the node, as with many workers; those of the other training from Ray Data.
+    That is the one of step 3, or, if the driver hears late of step 4 on a busy machine, of step 6. Its rows come from a reader of
+    the node, as with many workers; those of the other training from Ray Data.
     """
     monkeypatch.setattr(dataset_config, "SPLIT_WORKERS", 1)
     kill = KillAWorker(step=4)
@@ -258,11 +261,17 @@ def test_a_killed_worker_loses_and_repeats_nothing(folder, sft_run, capsys, monk
     assert kill.killed == 1
     killed = folder / "runs" / "killed"
     # It starts like the other one, whose evaluation the cache has kept.
-    lines = [line for line in capsys.readouterr().out.splitlines() if "after step 0 |" in line]
+    printed = capsys.readouterr().out
+    lines = [line for line in printed.splitlines() if "after step 0 |" in line]
     assert [line.endswith(" | from the cache") for line in lines] == [True]
     assert next(read_jsonl(killed / "trainer_log.jsonl")) == next(read_jsonl(sft_run / "trainer_log.jsonl"))
     last = {step["current_steps"]: step for step in steps_of(killed)}
-    assert len(kill.seen) > len(last), "the steps after the checkpoint were trained again"
+    (checkpoint,) = map(int, re.findall(r"resuming after step (\d+) ", printed))
+    heard = len(kill.seen) - (8 - checkpoint)
+    assert checkpoint in (3, 6)
+    assert heard >= 4
+    again = "the steps after the checkpoint, and only those, were trained again"
+    assert kill.seen == [*range(1, heard + 1), *range(checkpoint + 1, 9)], again
     assert list(last) == sorted(last), "the log has each step once"
     assert len(last) == len(steps_of(killed)), "the log has each step once"
     losses = [step["loss"] for step in last.values()]
@@ -282,7 +291,7 @@ class StopAWorker(KillAWorker):
 def test_a_worker_that_hangs_is_named_and_replaced(folder, sft_run, capsys):
     """The others wait for it in a collective: they say so, end, and all start again from the checkpoint of step 3."""
     stop = StopAWorker(step=4)
-    changes = ["run.name=hung", "generate.enabled=false", "train.hang_minutes=0.25"]
+    changes = ["run.name=hung", "generate.enabled=false", "train.hang_minutes=0.15"]
     raysft.run_sft(load(folder / "sft.yaml", changes), callbacks=[stop])
     assert stop.killed == 1
     hung = folder / "runs" / "hung"
@@ -540,7 +549,9 @@ def test_ctrl_c_ends_with_a_checkpoint_exit_code_75_and_one_line(folder):
     command = ["env", "--default-signal=INT", sys.executable, "-m", "raysft", "train", str(folder / "sft.yaml")]
     address = f"scaling.address={ray.get_runtime_context().gcs_address}"
     arguments = ["run.name=stopped", address, "scaling.num_workers=1", "train.epochs=500"]
-    with subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=joining()
+    ) as process:
         alarm = threading.Timer(300, process.kill)
         alarm.start()
         assert process.stdout

@@ -17,6 +17,7 @@ from raysft.cli import main
 from raysft.run.stop_file import request_stop
 from raysft.storage.json_files import read_jsonl
 from raysft.storage.path import StoragePath
+from tests.clusters import joining
 from tests.tiny import tiny_model, write_chats
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -145,6 +146,7 @@ def test_a_driver_that_gets_sigterm_and_30_seconds_later_sigkill_loses_nothing(f
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env=joining(),
     ) as process:
         alarm = threading.Timer(SECONDS, process.kill)
         alarm.start()

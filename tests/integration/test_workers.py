@@ -12,6 +12,8 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from ray.cluster_utils import Cluster
 
 from raysft.cluster import forkserver, workers
 from raysft.cluster.connect import _ask
+from raysft.cluster.ray_internals import head_without_services
 from tests.processes import children_named
 
 SECONDS = 60.0
@@ -199,9 +202,20 @@ def line(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline()
 
 
-def test_the_server_ends_with_a_driver_that_is_killed_and_leaves_nothing():
+@contextmanager
+def head(cpus: int) -> Iterator[Cluster]:
+    """A cluster of one node, without what its head would serve to others."""
+    with head_without_services():
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus})
+    try:
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def test_the_server_ends_with_a_driver_that_is_killed_and_leaves_nothing(local_ray):
     script = "print(parent(), os.path.dirname(workers._running[0].address), flush=True); time.sleep(600)"
-    with driver(script, RAY_ADDRESS="local") as process:
+    with driver(script, RAY_ADDRESS=ray.get_runtime_context().gcs_address) as process:
         file, folder = line(process).split()
         assert file == forkserver.FILE
         assert os.path.exists(folder)
@@ -211,6 +225,14 @@ def test_the_server_ends_with_a_driver_that_is_killed_and_leaves_nothing():
     while os.path.exists(folder):
         assert time.monotonic() < limit
         time.sleep(0.1)
+
+
+def test_a_driver_that_was_told_of_a_server_starts_none(local_ray):
+    """As a process that a fork starts is; the workers of the cluster that it joins are forks of that server."""
+    variables = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, forkserver.ADDRESS: workers._running[0].address}
+    with driver("print(parent(), workers._running, flush=True)", **variables) as process:
+        assert line(process) == f"{forkserver.FILE} []\n"
+        assert process.wait(timeout=SECONDS) == 0
 
 
 def test_a_server_that_has_ended_is_not_missed():
@@ -228,8 +250,7 @@ print(parent({"A": "b"}), flush=True)
 
 def test_workers_of_a_cluster_that_is_joined_are_forks_if_it_has_one_node():
     """Ray has one command for the workers of all nodes, and the server is on one."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    try:
+    with head(cpus=1) as cluster:
         with driver("print(parent(), flush=True)", RAY_ADDRESS=str(cluster.address)) as process:
             assert line(process).strip() == forkserver.FILE
             assert process.wait(timeout=SECONDS) == 0
@@ -239,8 +260,6 @@ def test_workers_of_a_cluster_that_is_joined_are_forks_if_it_has_one_node():
             assert printed.startswith("--raylet_socket_name")
             assert printed.endswith("[]\n"), "the server has nothing to do"
             assert process.wait(timeout=SECONDS) == 0
-    finally:
-        cluster.shutdown()
 
 
 def test_a_folder_for_temporary_files_with_a_long_path_is_left_as_it_was(tmp_path, monkeypatch):
@@ -269,13 +288,12 @@ def test_a_server_outlives_what_others_send():
         server.stop()
 
 
-@pytest.mark.parametrize(("cpus", "submitted"), [(0, False), (1, True)])
-def test_workers_of_a_cluster_that_may_grow_are_not_forked(monkeypatch, cpus, submitted):
+def test_workers_of_a_cluster_that_may_grow_are_not_forked(local_ray, monkeypatch):
     """A head without CPUs has other nodes, sooner or later; a job's workers have an environment of their own."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus})
-    if submitted:
-        monkeypatch.setenv(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}")
-    try:
+    address = ray.get_runtime_context().gcs_address
+    assert _ask(address, "it")
+    monkeypatch.setenv(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}")
+    assert not _ask(address, "it")
+    monkeypatch.delenv(RAY_JOB_CONFIG_JSON_ENV_VAR)
+    with head(cpus=0) as cluster:
         assert not _ask(str(cluster.address), "it")
-    finally:
-        cluster.shutdown()
