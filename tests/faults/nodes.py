@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import psutil
 
+from raysft.cluster.ray_internals import head_without_services
 from raysft.config import load
 from raysft.storage.json_files import read_jsonl
 from raysft.tune.trials import combinations
@@ -47,7 +48,7 @@ class Nodes:
         Path("/tmp/ray").mkdir(exist_ok=True)  # where Ray notes the address, in a folder that its first cluster makes
         all_have = {"object_store_memory": 150_000_000, "temp_dir": self._folder}
         first = {"num_cpus": head, "include_dashboard": False, **all_have}
-        with patch.dict(os.environ, IDLE):
+        with patch.dict(os.environ, IDLE), head_without_services():
             self._cluster = Cluster(initialize_head=True, head_node_args=first)
         self._more = {"num_cpus": each, **all_have}
         self._nodes = [self._add() for _ in range(count)]

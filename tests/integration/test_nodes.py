@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 
+from raysft.cli import main
 from tests.faults import nodes
-from tests.faults.runs import attempt, prepare, said
+from tests.faults.runs import prepare, said
 
 
-def test_training_goes_on_with_fewer_workers_when_a_node_dies(tmp_path):
+def test_training_goes_on_with_fewer_workers_when_a_node_dies(local_ray, tmp_path):
     prepare(tmp_path)
-    assert attempt(tmp_path, "left-alone", None) == 0, said(tmp_path, "left-alone")
+    assert main(["train", str(tmp_path / "faults.yaml"), "run.name=left-alone"]) == 0
     outcome = nodes.dies_in_training(tmp_path, "left-alone", "a node dies in training", random.Random(1))
     printed = said(tmp_path, "node")
     assert outcome.good, f"{outcome}\n{printed}"
