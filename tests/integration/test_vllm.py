@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 import ray
 
+from raysft.cluster.ray_internals import head_without_services
 from raysft.config import parse, with_overrides
 from raysft.errors import RequestError, RunFailed
 from raysft.generate.prompts import ModelPrompts, Prompts
@@ -21,9 +22,10 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, re
 def _ray():
     """A cluster with a GPU in place of the other tests' cluster without one."""
     ray.shutdown()
-    ray.init(
-        address="local", num_cpus=2, num_gpus=1, include_dashboard=False, logging_level="error", log_to_driver=False
-    )
+    with head_without_services():
+        ray.init(
+            address="local", num_cpus=2, num_gpus=1, include_dashboard=False, logging_level="error", log_to_driver=False
+        )
     yield
     ray.shutdown()
 

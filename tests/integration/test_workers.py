@@ -273,19 +273,16 @@ def test_a_folder_for_temporary_files_with_a_long_path_is_left_as_it_was(tmp_pat
     assert list(folder.iterdir()) == []
 
 
-def test_a_server_outlives_what_others_send():
-    server = workers.ForkServer()
-    try:
-        for sent in (b"", b"\0", b"\0\0\0\5{}", b"\0\0\0\2{}", b"\0\0\0\1["):
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-                connection.settimeout(SECONDS)
-                connection.connect(server.address)
-                connection.sendall(sent)
-                connection.shutdown(socket.SHUT_WR)
-                assert connection.recv(1) == b"", "it hangs up"
-        assert server._process.poll() is None
-    finally:
-        server.stop()
+def test_a_server_outlives_what_others_send(local_ray):
+    (server,) = workers._running
+    for sent in (b"", b"\0", b"\0\0\0\5{}", b"\0\0\0\2{}", b"\0\0\0\1["):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(SECONDS)
+            connection.connect(server.address)
+            connection.sendall(sent)
+            connection.shutdown(socket.SHUT_WR)
+            assert connection.recv(1) == b"", "it hangs up"
+    assert server._process.poll() is None
 
 
 def test_workers_of_a_cluster_that_may_grow_are_not_forked(local_ray, monkeypatch):
