@@ -498,3 +498,9 @@ def test_a_column_under_its_own_name_may_lack(tmp_path, model):
     write_records(tmp_path / "a.jsonl", [{"instruction": "q", "output": "a"}])
     config = with_overrides(data_config(tmp_path), {"data.train.0.columns": {"input": "input", "system": None}})
     assert len(build_shards([the_set(config, model)], model, 0.0)[0]) == 1
+
+
+def test_a_column_of_answers_may_lack_in_prompts(tmp_path, model):
+    write_records(tmp_path / "a.jsonl", [{"instruction": "q"}])
+    config = with_overrides(data_config(tmp_path), {"data.train.0.columns": {"output": "answer"}})
+    assert build_shards([the_set(config, model, with_prompts=True)], model, 0.0)[0].counts["unanswered"] == 1

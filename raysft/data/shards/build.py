@@ -15,6 +15,7 @@ from raysft.data.shards.manifest import Manifest, Shard, is_complete, load_manif
 from raysft.data.shards.parts import remove_parts
 from raysft.data.shards.ray_pipeline import Notify, write_shard_sets
 from raysft.data.shards.shard_set import ShardSet
+from raysft.data.sources.columns import REQUIRED_FIELDS
 from raysft.data.sources.files import DataFile
 from raysft.data.tokenization.tokenizer import Tokenizer
 from raysft.data.types import Rejected
@@ -160,12 +161,17 @@ def _refuse_empty(shard_set: ShardSet, shards: Sequence[Shard]) -> None:
 
 
 def _refuse_absent_columns(shard_set: ShardSet, shards: Sequence[Shard]) -> None:
-    """Refuse a column that is named for a field and that no record has: its name is wrong, and the field would be left out."""
+    """Refuse a column that is named for an optional field and that no record has: the field would be left out in silence.
+
+    A record without a column of a required field is rejected, or is a prompt without an answer.
+    """
     source = shard_set.source
     if shard_set.sample or source.max_examples:
         return  # records that are not read may have it
+    required = {field for fields in REQUIRED_FIELDS.values() for field in fields}
     for field, column in source.columns.items():
-        if column and column != field and not any(column in shard.columns for shard in shards):
+        optional = column and column != field and field not in required
+        if optional and not any(column in shard.columns for shard in shards):
             raise RequestError(
                 f"source {source.name!r}: no record has the column {column!r}, which {field} is to be read from; correct the name "
                 "in data.train[].columns or in the registry, or remove it"
