@@ -23,6 +23,8 @@ from collections.abc import Sequence
 from typing import Any
 
 FILE = os.path.abspath(__file__)
+COMMAND = (sys.executable, "-S", "-E", FILE)
+"""What workers of a cluster that is joined are started with."""
 ADDRESS = "RAYSFT_FORKSERVER"
 """Environment variable with the path of the server's socket."""
 LIBRARIES = (
@@ -188,7 +190,8 @@ def _ask(arguments: Sequence[str]) -> None:
     variables: dict[str, str] = context.get("env_vars") or {}
     # What else Ray's setup_worker.py can do, it does itself.
     plain = not context.get("command_prefix") and not context.get("override_worker_entrypoint")
-    plain &= context.get("py_executable") in (None, sys.executable) and "$" not in "".join(variables.values())
+    plain &= context.get("py_executable") in (None, sys.executable, " ".join(COMMAND))
+    plain &= "$" not in "".join(variables.values())
     if not (plain and worker[0].endswith(".py") and _fork(worker, variables)):
         setup = [] if len(worker) == len(arguments) else [_setup_worker()]
         os.execv(sys.executable, [sys.executable, *setup, *arguments])
@@ -202,14 +205,14 @@ def _fork(worker: Sequence[str], variables: dict[str, str]) -> bool:
         sent = json.dumps(content).encode()
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(ANSWER_SECONDS)
-            connection.connect(os.environ[ADDRESS])
+            connection.connect(environment[ADDRESS])  # that of the driver which has joined, if one has
             socket.send_fds(connection, [struct.pack("!I", len(sent))], [1, 2])
             connection.sendall(sent)
             try:
                 answer = connection.recv(1)
             except TimeoutError:
                 # It hangs. Those that come later do not wait for it: Ray would end them before they have imported by themselves.
-                os.unlink(os.environ[ADDRESS])
+                os.unlink(environment[ADDRESS])
                 return False
             if answer == b"+":
                 connection.settimeout(None)

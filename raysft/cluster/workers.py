@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from raysft.cluster.forkserver import ADDRESS, FILE, NO_GPUS, TRIALS
+from raysft.cluster.forkserver import ADDRESS, COMMAND, FILE, NO_GPUS, TRIALS
 from raysft.cluster.ray_internals import setup_worker
 
 
@@ -96,8 +96,7 @@ def forked_workers(joins: bool) -> Iterator[dict[str, Any]]:
         yield {}
     elif joins:
         variables = {ADDRESS: _running[0].address}
-        command = shlex.join([sys.executable, "-S", "-E", FILE])
-        yield {"runtime_env": {"py_executable": command, "env_vars": variables}}
+        yield {"runtime_env": {"py_executable": shlex.join(COMMAND), "env_vars": variables}}
     else:
         os.environ[ADDRESS] = _running[0].address  # the raylet inherits it, and the workers from the raylet
         try:

@@ -19,7 +19,7 @@ from tests.messages import holds
 from tests.sweeps import write_sweep
 
 STEPS, EVERY = 9, 3
-RATES = [1.0e-2, 1.0e-5, 3.0e-3, 1.0e-6]
+RATES = [1.0e-2, 1.0e-5, 1.0e-6]
 """The first one is the best, so that those after it are behind."""
 
 
@@ -48,7 +48,11 @@ def halved(local_ray, folder) -> Path:
     return swept(folder, "asha", "tune.scheduler_options={reduction_factor: 2}")
 
 
-POPULATION = ("tune.scheduler_options={quantile_fraction: 0.5}", f"tune.space={{train.learning_rate: {RATES[:2]}}}")
+POPULATION = (
+    "tune.scheduler_options={quantile_fraction: 0.5}",
+    f"tune.space={{train.learning_rate: {RATES[:2]}}}",
+    "generate.enabled=false",
+)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +77,7 @@ def test_trials_that_are_behind_end_early_and_keep_what_they_have(halved):
     found = trials(halved)
     assert found[1e-2]["state"] == "done"
     assert found[1e-2]["step"] == STEPS
-    # The second and the fourth are worse than what was there when they came to the first evaluation.
+    # The others are worse than what was there when they came to the first evaluation.
     for rate in (1e-5, 1e-6):
         stopped, run = found[rate], halved / "trials" / found[rate]["trial"]
         assert (stopped["state"], stopped["step"]) == ("stopped", EVERY)
@@ -92,7 +96,7 @@ def test_a_sweep_started_again_leaves_the_stopped_trials_alone(halved, capsys):
     before = (halved / "trials.jsonl").read_text()
     assert main(["tune", "sweep.yaml", "run.name=asha", "tune.scheduler=asha"]) == 0
     assert (halved / "trials.jsonl").read_text() == before
-    assert "4 done before" in capsys.readouterr().out
+    assert "3 done before" in capsys.readouterr().out
 
 
 def test_a_stopped_trial_goes_on_as_a_run_of_its_own(halved, folder):

@@ -385,35 +385,33 @@ def test_two_elastic_trials_at_a_time_share_the_workers(local_ray, folder, capsy
         assert (plan["fewest_workers"], plan["most_workers"]) == (1, 2), "0.4 CPUs of 1 for each trial"
 
 
-def test_two_sweeps_at_once_share_a_cluster_and_a_cache(local_ray, folder):
-    """The workers of one leave no CPU for those of the other: they take turns."""
-    address = f"scaling.address={ray.get_runtime_context().gcs_address}"
+def test_two_sweeps_at_once_share_a_cluster_and_a_cache(local_ray, folder, capsys):
+    """The workers of one leave no CPU for those of the other: they take turns. One is in a process that joins the cluster of the
+    other."""
     short = ["generate.enabled=false", "train.eval_at_start=false", "train.max_steps=2", "data.cache=shared"]
     rates = {"left": 1e-3, "right": 1e-5}
-    sweeps = {
-        name: subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "raysft",
-                "tune",
-                "sweep.yaml",
-                f"run.name={name}",
-                address,
-                *short,
-                f"tune.space={{train.learning_rate: [{rate}]}}",
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    left, right = (
+        ["tune", "sweep.yaml", f"run.name={name}", *short, f"tune.space={{train.learning_rate: [{rate}]}}"]
         for name, rate in rates.items()
-    }
-    outputs = {name: process.communicate(timeout=600)[0] for name, process in sweeps.items()}
+    )
+    joins = f"scaling.address={ray.get_runtime_context().gcs_address}"
+    command = [sys.executable, "-m", "raysft", *left, joins]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            limit = time.monotonic() + 120
+            while not (folder / "runs" / "left").exists():  # it is about to join the cluster
+                assert process.poll() is None, process.communicate()[0]
+                assert time.monotonic() < limit
+                time.sleep(0.1)
+            assert main(right) == 0
+            joined = process.communicate(timeout=600)[0]
+        finally:
+            process.kill()
+    assert process.returncode == 0, joined
     for name, rate in rates.items():
-        assert sweeps[name].returncode == 0, outputs[name]
         (record,) = last_lines(folder / "runs" / name).values()
         assert (record["values"], record["state"]) == ({"train.learning_rate": rate}, "done")
-    assert "".join(outputs.values()).count("longest") == 4, "a line for each source and sweep"
-    assert "".join(outputs.values()).count("(from the cache)") == 2, "one of them has tokenized both sources"
+    outputs = joined + capsys.readouterr().out
+    assert outputs.count("longest") == 4, "a line for each source and sweep"
+    assert outputs.count("(from the cache)") == 2, "one of them has tokenized both sources"
     assert len(list((folder / "shared" / "shards").glob("*/*.parquet"))) == 4, "a manifest and a shard of each"

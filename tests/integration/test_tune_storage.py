@@ -63,7 +63,7 @@ def wait_for_a_checkpoint(run: StoragePath, step: int, process: subprocess.Popen
     while (newest := catalog.newest(run / "checkpoints")) is None or newest.cursor.step < step:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < limit, f"{run} has no checkpoint after step {step}"
-        time.sleep(0.2)
+        time.sleep(0.5)  # each look is some requests, which the server in this process answers
 
 
 @pytest.mark.usefixtures("local_ray")
