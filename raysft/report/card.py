@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import re
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,7 @@ def adapter_name(adapter: str) -> str:
     return {"lora": "LoRA"}.get(adapter, adapter.upper())
 
 
+@cache
 def versions() -> list[tuple[str, str]]:
     """Packages and their versions in the environment that writes the report."""
     rows = [("Python", platform.python_version())]
