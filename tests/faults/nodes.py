@@ -16,7 +16,9 @@ from unittest.mock import patch
 
 import psutil
 
-from raysft.cluster.ray_internals import head_without_services
+from raysft.cluster.forkserver import ADDRESS, FILE
+from raysft.cluster.ray_internals import head_without_services, setup_worker
+from raysft.cluster.workers import ForkServer
 from raysft.config import load
 from raysft.storage.json_files import read_jsonl
 from raysft.tune.trials import combinations
@@ -48,7 +50,8 @@ class Nodes:
         Path("/tmp/ray").mkdir(exist_ok=True)  # where Ray notes the address, in a folder that its first cluster makes
         all_have = {"object_store_memory": 150_000_000, "temp_dir": self._folder}
         first = {"num_cpus": head, "include_dashboard": False, **all_have}
-        with patch.dict(os.environ, IDLE), head_without_services():
+        self._servers: list[ForkServer] = []
+        with self._forks(), head_without_services():
             self._cluster = Cluster(initialize_head=True, head_node_args=first)
         self._more = {"num_cpus": each, **all_have}
         self._nodes = [self._add() for _ in range(count)]
@@ -56,8 +59,16 @@ class Nodes:
             self._add(**options)
 
     def _add(self, **options: Any) -> Any:
-        with patch.dict(os.environ, IDLE):
+        with self._forks():
             return self._cluster.add_node(**{**self._more, **options})
+
+    @contextmanager
+    def _forks(self) -> Iterator[None]:
+        """Let the workers of a node that starts in this block be forks of a server: each would import for seconds."""
+        self._servers.append(ForkServer())
+        variables = {**IDLE, ADDRESS: self._servers[-1].address}
+        with setup_worker(FILE), patch.dict(os.environ, variables):
+            yield
 
     @property
     def address(self) -> str:
@@ -91,6 +102,8 @@ class Nodes:
     def close(self) -> None:
         """All of them."""
         self._cluster.shutdown()
+        for server in self._servers:
+            server.stop()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 

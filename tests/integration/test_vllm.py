@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 import ray
 
+from raysft.cluster import workers
 from raysft.cluster.ray_internals import head_without_services
 from raysft.config import parse, with_overrides
 from raysft.errors import RequestError, RunFailed
@@ -22,12 +23,14 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, re
 def _ray():
     """A cluster with a GPU in place of the other tests' cluster without one."""
     ray.shutdown()
-    with head_without_services():
-        ray.init(
-            address="local", num_cpus=2, num_gpus=1, include_dashboard=False, logging_level="error", log_to_driver=False
-        )
+    workers.stop()
+    workers.start(use_gpu=False)
+    quiet = {"include_dashboard": False, "logging_level": "error", "log_to_driver": False}
+    with head_without_services(), workers.forked_workers(joins=False) as options:
+        ray.init(address="local", num_cpus=2, num_gpus=1, **quiet, **options)
     yield
     ray.shutdown()
+    workers.stop()
 
 
 def test_an_engine_that_does_not_start_fails_the_run_in_one_line(tmp_path, capfd):
