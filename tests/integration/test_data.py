@@ -205,7 +205,7 @@ def texts_of(manifest: Manifest, model: str) -> list[str]:
 
 def test_a_line_of_megabytes_is_dropped_and_the_others_are_used(tmp_path, model, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    long = {"messages": [{"role": "user", "content": "word " * 1_000_000}, GOOD["messages"][1]]}
+    long = {"messages": [{"role": "user", "content": "word " * 500_000}, GOOD["messages"][1]]}
     (tmp_path / "data.jsonl").write_bytes(lines(GOOD, long, GOOD))
     (manifest,) = prepare(config_of(tmp_path, model, "data.jsonl", on_overflow="drop"), model).train
     assert (len(manifest), [item.record for item in manifest.dropped]) == (2, ["data.jsonl:2"])
