@@ -286,7 +286,7 @@ def _table(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]]) -> st
 def _place(location: Any, published: Published | None) -> str:
     """A path or URI without secrets; for the public, of an absolute path only the last part, without the folders of a machine."""
     text = masked(location)
-    return Path(text).name if published and text.startswith(("/", "~")) else text
+    return Path(text).name if published and text.startswith(("/", "~", "file:")) else text
 
 
 def _code(text: str) -> str:

@@ -24,7 +24,7 @@ from raysft.storage.sync import open_read_only
 from raysft.telemetry.terminal import Terminal
 
 UNPUSHED = ".unpushed"
-"""A file in an exported folder that is still to be pushed; it names the model, with which the same command goes on."""
+"""A hidden file in an exported folder that is still to be pushed; it names the model, with which the same command goes on."""
 PLOT = "training_loss.png"
 
 
@@ -173,8 +173,8 @@ def _describe(place: StoragePath, folder: Path, name: str, adapter: bool) -> str
 def _push(folder: Path, name: str) -> None:
     unpushed = folder / UNPUSHED
     message = json.loads(unpushed.read_text(encoding="utf-8"))["message"]
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in hub_upload.files_to_push(folder).values())
     Terminal().line(f"pushing {size / 2**20:,.1f} MiB to {name}")
-    address = hub_upload.push(name, folder, message, Terminal().line, ignored=UNPUSHED)
+    address = hub_upload.push(name, folder, message, Terminal().line)
     unpushed.unlink()
     Terminal().line(f"pushed: {address}")

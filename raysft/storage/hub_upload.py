@@ -102,7 +102,7 @@ def _refusal(name: str, error: BaseException, stage: str) -> RequestError:
     return RequestError(f"--push {name}: the hub does not open the repository ({answer}); correct that, or use another")
 
 
-def push(name: str, folder: Path, message: str, notify: Callable[[str], None], ignored: str = "") -> str:
+def push(name: str, folder: Path, message: str, notify: Callable[[str], None]) -> str:
     """Upload a model's folder as one commit, and return the commit's address; files that the hub has are not sent again.
 
     What the repository has at its top from another model, and what would be loaded with this one or in its place, is removed in
@@ -113,7 +113,6 @@ def push(name: str, folder: Path, message: str, notify: Callable[[str], None], i
         folder: the model.
         message: title of the commit.
         notify: receives a line about what is removed, and if there is nothing to commit.
-        ignored: name of a file that stays here.
 
     Raises:
         RunFailed: the hub does not take it; the same call goes on.
@@ -123,8 +122,7 @@ def push(name: str, folder: Path, message: str, notify: Callable[[str], None], i
 
     hub.bound_requests()
     api = HfApi(endpoint=constants.ENDPOINT)
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    files.pop(ignored, None)
+    files = files_to_push(folder)
     try:
         with _by_lfs():
             first = None
@@ -146,6 +144,12 @@ def push(name: str, folder: Path, message: str, notify: Callable[[str], None], i
     except (*hub.error_types(), RuntimeError) as error:
         raise RunFailed(f"{name}: {_fault(error)}") from error
     raise RunFailed(f"{name}: others commit to it all the time; run the same command again when they have ended")
+
+
+def files_to_push(folder: Path) -> dict[str, Path]:
+    """Return the files of a model's folder by their paths in a repository; hidden ones, such as caches, stay here."""
+    files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name.as_posix(): path for name, path in files.items() if not any(part[0] == "." for part in name.parts)}
 
 
 def _commit(api: Any, name: str, files: dict[str, Path], known: Any, message: str) -> Any:

@@ -32,6 +32,7 @@ from tests.servers import silent
 from tests.unit.test_hub import hub_that, use
 
 WEIGHTS = "model.safetensors"
+PATHS = ["/home/somebody/a.jsonl", "file:///home/somebody/b.jsonl", "~/chats/c.jsonl", "s3://bucket/d.jsonl"]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def trained(tmp_path_factory, model) -> RunDirectory:
         {
             "run": {"name": "sums", "storage": str(run.path.parent)},
             "model": {"path": str(model), "dtype": "float32", "finetuning": "lora"},
-            "data": {"train": [{"name": "a", "path": "/home/somebody/a.jsonl"}], "sequence_length": 64},
+            "data": {"train": [{"name": "a", "path": PATHS}], "sequence_length": 64},
         }
     )
     adapted = load_model(config, str(model))
@@ -149,8 +150,8 @@ def test_the_card_on_the_hub_is_about_what_is_there(there, trained):
     assert "with a LoRA adapter merged into it" in card
     assert "library_name: transformers\n" in card
     assert "![Training loss](training_loss.png)" in card
-    assert "`a.jsonl`" in card
-    for absent in ("beside this card", "report.html", "peft import", "/home/somebody", str(trained.path)):
+    assert "`a.jsonl, b.jsonl, c.jsonl, s3://bucket/d.jsonl`" in card
+    for absent in ("beside this card", "report.html", "peft import", "somebody", "chats", str(trained.path)):
         assert absent not in card
 
 
@@ -192,6 +193,16 @@ def test_an_adapter_is_pushed_as_it_is(there, trained, model, tmp_path, capsys):
         assert push(run, "org/sums", "--adapter") == code
     assert holds(error_of(capsys), "raysft: error: --adapter: … a copy in the cache … remove --adapter")
     assert json.loads(files_on(there)["adapter_config.json"])["base_model_name_or_path"] == "some/base"
+
+
+@pytest.mark.parametrize("options", [(), ("--adapter",)])
+def test_hidden_files_stay_here(there, trained, tmp_path, capsys, options):
+    run = RunDirectory(shutil.copytree(trained.path, tmp_path / "run"))
+    for hidden in (".cache/huggingface/a.metadata", ".DS_Store", "figures/.git/config"):
+        (run.path / "model" / hidden).parent.mkdir(parents=True, exist_ok=True)
+        (run.path / "model" / hidden).write_text("mine")
+    assert push(run, "org/sums", *options) == 0
+    assert not any("/." in f"/{path}" for path in files_on(there))
 
 
 def test_files_of_another_model_are_removed_and_other_files_stay(there, trained, capsys):
