@@ -32,7 +32,9 @@ from raysft.storage.path import StoragePath
 from raysft.storage.run_directory import RunDirectory
 from raysft.telemetry.events import StepRecord, TrainingEnded
 from raysft.train.job import TrainJob
+from raysft.train.phases import Phases
 from raysft.train.read_ahead import ReadAhead
+from raysft.train.restarts import Fault
 from tests.processes import forks
 from tests.shards import the_set, written
 from tests.tiny import SENTENCES, tiny_model
@@ -148,6 +150,8 @@ class Case:
     """The step whose checkpoint makes the first worker be asked to stop. Default: none."""
     steps_with_rows: int | None = None
     """Steps whose rows come to the last worker; it waits for those of the next one for ever. Default: all."""
+    steps_to_read: int | None = None
+    """Steps whose rows the last worker can read; those of the next one raise an error. Default: all."""
     slow: tuple[str, float] = ("", 0.0)
     """What the last worker does too slowly, ``forward`` or ``data``, and by how many seconds each time."""
     writes_until_saved: bool = False
@@ -166,6 +170,8 @@ class Result(NamedTuple):
     model: Path
     """Folder of the trained model."""
     failure: str = ""
+    asked_in: Sequence[str] = ()
+    """What the first worker did whenever it was asked whether to stop."""
 
 
 def worker(rank: int, world: int, port: int, cases: Sequence[Case], out, device: str = "cpu") -> None:
@@ -206,11 +212,13 @@ def _trained(case: Case, rank: int, world: int, name: str, device: torch.device)
             parts.write(state.snapshot(engine, cursor, log), case.keep / f"checkpoint_{cursor.step}")
 
     calls, questions = itertools.count(1), itertools.count(1)
+    phases, asked_in = Phases(), []
 
     def notice() -> str:
         return "going" if case.leaves_in and rank == world - 1 and next(calls) >= case.leaves_in else ""
 
     def stop() -> str:
+        asked_in.append(phases.moment)
         saved = case.keep and case.asked_once_saved and (case.keep / f"checkpoint_{case.asked_once_saved}").exists()
         asked = case.asked and case.asked[rank] and next(questions) >= case.asked[rank]
         return "asked to" if saved or asked else ""
@@ -238,6 +246,8 @@ def _trained(case: Case, rank: int, world: int, name: str, device: torch.device)
     loop.LOOK_SECONDS = 0.05
     if case.steps_with_rows and rank == world - 1:
         batches = itertools.chain(itertools.islice(batches, case.steps_with_rows), _never())
+    if case.steps_to_read and rank == world - 1:
+        batches = itertools.chain(itertools.islice(batches, case.steps_to_read), _broken())
     if slow == "data":
         batches = (time.sleep(seconds) or batch for batch in batches)
     outside = decisions.Outside(notice, stop, _scheduler(case, rank))
@@ -248,8 +258,8 @@ def _trained(case: Case, rank: int, world: int, name: str, device: torch.device)
             _delayed(loss.TokenLoss, seconds) if slow == "forward" else contextlib.nullcontext(),
             waits if waits and case.writes_until_saved else contextlib.nullcontext(),
         ):
-            loop.train(job, batches, device, events.append, save, resume, outside)
-    except (RunFailed, RequestError) as error:
+            loop.train(job, batches, device, events.append, save, resume, outside, phases)
+    except (RunFailed, RequestError, Fault) as error:
         failure = str(error)
     steps = [event for event in events if isinstance(event, StepRecord)]
     weights = {}
@@ -258,7 +268,7 @@ def _trained(case: Case, rank: int, world: int, name: str, device: torch.device)
         weights = {key: value.float().numpy() for key, value in load_file(file).items()}
     evaluation = next((event.eval for event in events if isinstance(event, TrainingEnded)), {})
     losses, norms = [step.loss for step in steps], [step.grad_norm for step in steps]
-    return Result(losses, norms, weights, evaluation, events, run.path / "model", failure)
+    return Result(losses, norms, weights, evaluation, events, run.path / "model", failure, asked_in)
 
 
 class _Patient(ReadAhead[Any]):
@@ -273,6 +283,12 @@ class _Patient(ReadAhead[Any]):
 def _never() -> Iterator[Any]:
     """An iterator whose first item never comes."""
     threading.Event().wait()
+    yield
+
+
+def _broken() -> Iterator[Any]:
+    """An iterator whose first item cannot be read."""
+    raise KeyError("no such column")
     yield
 
 

@@ -38,7 +38,7 @@ from raysft.train.first_evaluation import FirstEvaluation
 from raysft.train.intervals import Interval
 from raysft.train.job import Batch, RowPlan, TrainJob
 from raysft.train.nonfinite import NonFinite
-from raysft.train.phases import Phases, StepTimes
+from raysft.train.phases import Phase, Phases, StepTimes
 from raysft.train.read_ahead import ReadAhead
 from raysft.train.restarts import faults_of
 from raysft.train.step import EvaluationStopped, StepResult, train_step
@@ -124,7 +124,9 @@ class _Loop:
         self.evaluations = Interval.of_evaluations(train, self.row_plan)
         self.trigger = CheckpointTrigger(train, Interval.of_checkpoints(train, self.row_plan), self.rank, outside)
         self.data_wait = 0.0
-        """Seconds spent waiting for the rows of the current step."""
+        """Seconds that this worker waited for its rows of the current step."""
+        self.rows_wait = 0.0
+        """Seconds that all workers waited until each had its rows of the current step."""
         self.rows_are_late = False
         """True if any worker did not have the rows of the next step at the end of the last one."""
         self.first_step = self.saved_step = 0
@@ -195,35 +197,41 @@ class _Loop:
         remaining = (self.row_plan.steps - cursor.step) * elapsed / (cursor.step - self.first_step)
         self.rows_are_late = result.rows_are_late
         self._heard(cursor, result.noticed, result.late, result.over)
-        record = self.step_metrics.record(cursor, result, lr, seconds, self.data_wait, elapsed, remaining)
+        record = self.step_metrics.record(cursor, result, lr, seconds, self.rows_wait, elapsed, remaining)
         self.log.append(asdict(record))
         self.emit(record)
         self.phases.step_took(StepTimes(seconds, self.data_wait, result.forward_seconds))
-        self.stragglers.after_step(record, result.forward_seconds)
+        self.stragglers.after_step(record, self.data_wait, result.forward_seconds)
         return cursor
 
     def next_rows(self, rows: ReadAhead[Batch], cursor: Cursor) -> Batch | None:
         """Wait for the next step's rows; ends without them if the training is to end.
 
         They may never come: Ray starts no tasks on a node that it drains, and those that read rows may have no other. So while any
-        worker waits for its rows, all of them look together for what was asked. Workers that have theirs stay in their phase: the
-        watchdog must not take them for the one that waits.
+        worker waits for its rows, all of them look together for what was asked. A worker whose rows cannot be read does not wait
+        for those of the others.
         """
         if self.ends_early:
             return None
-        self.data_wait, late = 0.0, self.rows_are_late
-        if not rows.ready:
-            self.phases.enter("data", cursor.step + 1)
-        while late:
+        self.data_wait, self.rows_wait, late = 0.0, 0.0, self.rows_are_late
+        while late and not rows.failed:
+            self._wait_in("step" if rows.ready else "data", cursor.step + 1)
             waiting_since = time.perf_counter()
             rows.wait(LOOK_SECONDS)
             self.data_wait += time.perf_counter() - waiting_since
             *heard, late = any_worker(*self.trigger.requests(), not rows.ready, device=self.device)
+            self.rows_wait += time.perf_counter() - waiting_since
             self._heard(cursor, *heard)
             if self.stop_reason:
                 return None
             self._checkpoint_if_due(cursor)
+        self.phases.enter("data", cursor.step + 1)
         return rows.take()
+
+    def _wait_in(self, phase: Phase, step: int) -> None:
+        """Tell the watchdog whom all wait for; a wait that goes on is no progress."""
+        if self.phases.phase != phase or self.phases.step != step:
+            self.phases.enter(phase, step)
 
     def _heard(self, cursor: Cursor, noticed: bool, late: bool, over: bool) -> None:
         """Do what any worker heard from outside."""

@@ -32,7 +32,13 @@ class ReadAhead(Generic[T]):
     @property
     def ready(self) -> bool:
         """True if ``take`` would not wait."""
-        return bool(self._held) or not self._read.empty()
+        self.wait(0)
+        return bool(self._held)
+
+    @property
+    def failed(self) -> bool:
+        """True if ``take`` would raise."""
+        return self.ready and isinstance(self._held[0], BaseException)
 
     def wait(self, seconds: float) -> None:
         """Wait until the next item is there, or for so long."""
@@ -43,6 +49,8 @@ class ReadAhead(Generic[T]):
     def take(self) -> T | None:
         """Return the next item, and read the one after it; None after the last one. Raises what reading it raised."""
         item = self._held.pop() if self._held else self._read.get()
+        if item is None or isinstance(item, BaseException):
+            self._held.append(item)  # nothing comes after it
         if isinstance(item, BaseException):
             raise item
         self._wanted.put(item is not None)

@@ -48,7 +48,7 @@ class StepMetrics:
             result: of the step.
             lr: learning rate of the step.
             seconds: duration of the step.
-            data_wait: seconds that it waited for its rows before that.
+            data_wait: seconds before that until all workers had their rows.
             elapsed: seconds since the training started or resumed.
             remaining: estimated seconds to the end of the training.
         """

@@ -104,14 +104,15 @@ class Stragglers:
         self._told: set[int] = set()
         self._places: list[str] = []
 
-    def after_step(self, record: StepRecord, forward_seconds: float) -> None:
+    def after_step(self, record: StepRecord, data_seconds: float, forward_seconds: float) -> None:
         """Count a step, and compare the workers when it is time.
 
         Args:
-            record: of the step, with this worker's own times; all have the same number of steps.
+            record: of the step, with this worker's own time for it; all have the same number of steps.
+            data_seconds: time that this worker waited for its rows before it.
             forward_seconds: time of this worker's forward passes in it.
         """
-        self._sums += record.data_wait_seconds, forward_seconds, record.step_seconds
+        self._sums += data_seconds, forward_seconds, record.step_seconds
         self._steps += 1
         step = record.current_steps
         if self._workers == 1 or step % EVERY_STEPS:

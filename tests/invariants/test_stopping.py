@@ -36,6 +36,7 @@ MOMENTS = list(questions(1))
 WITHOUT_ROWS = {
     "asked while it waits": {"asked": (4, 0)},
     "asked once its machine is to go": {"leaves_in": 4, "asked_once_saved": 2},
+    "asked after a checkpoint": {"asked": (4, 0), "save_every_steps": 2},
 }
 """What asks a training to stop that has done two steps, and whose rows of the third never come to the last worker."""
 
@@ -61,10 +62,12 @@ def trained(request, tmp_path_factory) -> tuple[dict[str, Result], dict[str, Res
         if steps
     }
     for name, options in WITHOUT_ROWS.items():
+        every = options.get("save_every_steps")
         plain = make_config(
-            folder / name, model, eval_at_start=False, save_every_steps=None, finetuning="lora", zero_stage=2
+            folder / name, model, eval_at_start=False, save_every_steps=every, finetuning="lora", zero_stage=2
         )
-        firsts[name] = Case(plain, rows_of(manifest), keep=kept / name, steps_with_rows=2, **options)
+        asks = {key: value for key, value in options.items() if key != "save_every_steps"}
+        firsts[name] = Case(plain, rows_of(manifest), keep=kept / name, steps_with_rows=2, **asks)
     results = train_all([*firsts.values(), *sequels.values()], world)
     return dict(zip(firsts, results, strict=False)), dict(zip(sequels, results[len(firsts) :], strict=True)), kept
 
@@ -99,6 +102,16 @@ def test_it_ends_with_a_checkpoint_while_a_worker_waits_for_rows_that_never_come
     assert (kept / name / "checkpoint_2").exists()
     noticed = [event.step for event in firsts[name].events if isinstance(event, PreemptionNotice)]
     assert noticed == [2] * ("leaves_in" in WITHOUT_ROWS[name])
+
+
+@pytest.mark.parametrize("name", WITHOUT_ROWS)
+def test_only_a_worker_that_lacks_its_rows_is_said_to_wait_for_them(trained, name, request):
+    firsts, _, _ = trained
+    # Of two workers the first one has its rows, and waits for the other one in a sum.
+    expected = "reading the rows of step 3" if request.node.callspec.params["trained"] == 1 else "step 3"
+    while_waiting = firsts[name].asked_in[2:]
+    assert while_waiting
+    assert set(while_waiting) == {expected}
 
 
 @pytest.mark.parametrize("name", MOMENTS[1:])

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import pytest
 
-from raysft.telemetry.events import WorkerSlow
-from tests.training import Case, make_config, prepare, rows_of, train_all
+from raysft.telemetry.events import StepRecord, WorkerSlow
+from tests.training import Case, Result, make_config, prepare, rows_of, train_all
 
 SECONDS = 0.2
 
 
 @pytest.fixture(scope="module")
-def named(tmp_path_factory) -> list[list[WorkerSlow]]:
-    """Who was called slow in three trainings of two workers, with ZeRO-2, 2 and 3."""
+def trained(tmp_path_factory) -> list[Result]:
+    """Three trainings of two workers, with ZeRO-2, 2 and 3."""
     folder, model, manifest = prepare(tmp_path_factory.mktemp("stragglers"))
     cases = [
         Case(make_config(folder, model, {"train.zero_stage": stage}), rows_of(manifest), slow=slow)
         for stage, slow in ((2, ("forward", SECONDS)), (2, ("data", SECONDS)), (3, ("forward", SECONDS)))
     ]
-    return [[event for event in result.events if isinstance(event, WorkerSlow)] for result in train_all(cases, 2)]
+    return train_all(cases, 2)
+
+
+@pytest.fixture(scope="module")
+def named(trained) -> list[list[WorkerSlow]]:
+    """Who was called slow in each."""
+    return [[event for event in result.events if isinstance(event, WorkerSlow)] for result in trained]
 
 
 def test_a_slow_forward_pass_is_named_once(named):
@@ -32,6 +38,11 @@ def test_waiting_for_rows_is_named(named):
     (slow,) = named[1]
     assert slow.rank == 1
     assert slow.cause.startswith("waits 0.")
+
+
+def test_the_log_has_the_time_that_a_training_waits_for_the_rows_of_another_worker(trained):
+    steps = [event for event in trained[1].events if isinstance(event, StepRecord)][1:]
+    assert sum(step.step_seconds + step.data_wait_seconds for step in steps) > 0.75 * SECONDS * len(steps)
 
 
 def test_with_zero_3_a_forward_pass_waits_for_the_others_and_tells_nothing(named):

@@ -20,6 +20,7 @@ from tests.training import (
     SEQUENCE_LENGTH,
     STEPS,
     TOLERANCE,
+    Case,
     assert_same,
     examples_of,
     make_config,
@@ -28,6 +29,7 @@ from tests.training import (
     prepare,
     rows_of,
     train,
+    train_all,
 )
 
 
@@ -136,6 +138,15 @@ def test_bfloat16_follows_float32_also_without_zero(prepared, reference):
     config = with_overrides(make_config(folder, model, micro_batch_size=4), {"model.dtype": "bfloat16"})
     losses = train(config, rows_of(manifest))[0]
     np.testing.assert_allclose(losses, reference[0], rtol=3e-3)
+
+
+def test_rows_that_cannot_be_read_do_not_blame_those_of_the_step_before(prepared, tmp_path):
+    _, model, manifest = prepared
+    config = make_config(tmp_path, model, eval_at_start=False)
+    (result,) = train_all([Case(config, rows_of(manifest), steps_to_read=2)])
+    assert len(result.losses) == 2
+    assert "failed in reading the rows of step 3: KeyError: 'no such column'" in result.failure
+    assert "its rows" not in result.failure
 
 
 def test_two_workers_train_like_one(prepared, reference):
