@@ -240,11 +240,11 @@ def _trained(case: Case, rank: int, world: int, name: str, device: torch.device)
     resume = ResumePoint.of(case.resume) if case.resume else None
     batches = rows.steps(resume.cursor.step if resume else 0, rank, world)
     slow, seconds = case.slow if rank == world - 1 else ("", 0.0)
-    waits_for_rows = bool(case.steps_with_rows or case.slow[0] == "data")
+    waits_for_rows = bool(case.steps_with_rows is not None or case.slow[0] == "data")
     # Else how often a worker is asked would depend on the time that its rows take.
     loop.ReadAhead = ReadAhead if waits_for_rows else _Patient
     loop.LOOK_SECONDS = 0.05
-    if case.steps_with_rows and rank == world - 1:
+    if case.steps_with_rows is not None and rank == world - 1:
         batches = itertools.chain(itertools.islice(batches, case.steps_with_rows), _never())
     if case.steps_to_read and rank == world - 1:
         batches = itertools.chain(itertools.islice(batches, case.steps_to_read), _broken())

@@ -91,10 +91,10 @@ def train(
 def _train(loop: _Loop, batches: Iterator[Batch], resume: ResumePoint | None) -> None:
     with ReadAhead(batches) as rows:
         cursor = loop.set_up(resume)
-        waiting_since = time.perf_counter()
-        batch = rows.take()
-        loop.emit_setup(time.perf_counter() - waiting_since)
-        if cursor.step == 0 and loop.job.config.train.eval_at_start:
+        batch = loop.first_rows(rows, cursor)
+        if loop.stop_reason:
+            pass
+        elif cursor.step == 0 and loop.job.config.train.eval_at_start:
             loop.evaluate(cursor, FirstEvaluation.find(loop.job, loop.device))
         elif cursor.unevaluated and cursor.step < loop.row_plan.steps:
             loop.after_step(replace(cursor, unevaluated=False))
@@ -204,33 +204,49 @@ class _Loop:
         self.stragglers.after_step(record, self.data_wait, result.forward_seconds)
         return cursor
 
+    def first_rows(self, rows: ReadAhead[Batch], cursor: Cursor) -> Batch | None:
+        """Wait for the first step's rows, which is a part of the setup, and report the setup."""
+        (self.rows_are_late,) = any_worker(not rows.ready, device=self.device)
+        self._wait_for(rows, cursor)
+        self.emit_setup(self.rows_wait)
+        self.data_wait = self.rows_wait = 0.0
+        return None if self.stop_reason else rows.take()
+
     def next_rows(self, rows: ReadAhead[Batch], cursor: Cursor) -> Batch | None:
-        """Wait for the next step's rows; ends without them if the training is to end.
+        """Wait for the next step's rows; ends without them if the training is to end."""
+        if self.ends_early:
+            return None
+        self._wait_for(rows, cursor)
+        if self.stop_reason:
+            return None
+        self.phases.enter("data", cursor.step + 1)
+        return rows.take()
+
+    def _wait_for(self, rows: ReadAhead[Batch], cursor: Cursor) -> None:
+        """Wait until all workers have their rows, or the training is to end.
 
         They may never come: Ray starts no tasks on a node that it drains, and those that read rows may have no other. So while any
         worker waits for its rows, all of them look together for what was asked. A worker whose rows cannot be read does not wait
         for those of the others.
         """
-        if self.ends_early:
-            return None
         self.data_wait, self.rows_wait, late = 0.0, 0.0, self.rows_are_late
-        while late and not rows.failed:
+        while late and not rows.failed and not self.stop_reason:
             self._wait_in("step" if rows.ready else "data", cursor.step + 1)
             waiting_since = time.perf_counter()
             rows.wait(LOOK_SECONDS)
             self.data_wait += time.perf_counter() - waiting_since
-            *heard, late = any_worker(*self.trigger.requests(), not rows.ready, device=self.device)
+            noticed, checkpoint_late, over, late = any_worker(
+                *self.trigger.requests(), not rows.ready, device=self.device
+            )
             self.rows_wait += time.perf_counter() - waiting_since
-            self._heard(cursor, *heard)
-            if self.stop_reason:
-                return None
-            self._checkpoint_if_due(cursor)
-        self.phases.enter("data", cursor.step + 1)
-        return rows.take()
+            trained = cursor.step > self.first_step  # else there is nothing to save, and the first step will hear it
+            self._heard(cursor, noticed and trained, checkpoint_late and trained, over)
+            if trained and not self.stop_reason:
+                self._checkpoint_if_due(cursor)
 
     def _wait_in(self, phase: Phase, step: int) -> None:
-        """Tell the watchdog whom all wait for; a wait that goes on is no progress."""
-        if self.phases.phase != phase or self.phases.step != step:
+        """Tell the watchdog whom all wait for; a wait that goes on is no progress. The first rows belong to the setup."""
+        if self.phases.phase != "setup" and (self.phases.phase != phase or self.phases.step != step):
             self.phases.enter(phase, step)
 
     def _heard(self, cursor: Cursor, noticed: bool, late: bool, over: bool) -> None:

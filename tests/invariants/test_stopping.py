@@ -68,6 +68,11 @@ def trained(request, tmp_path_factory) -> tuple[dict[str, Result], dict[str, Res
         )
         asks = {key: value for key, value in options.items() if key != "save_every_steps"}
         firsts[name] = Case(plain, rows_of(manifest), keep=kept / name, steps_with_rows=2, **asks)
+    for name, resume in (("first rows", None), ("first rows, later", kept / "in an evaluation" / "checkpoint_2")):
+        config = make_config(folder / name, model, save_every_steps=2, finetuning="lora", zero_stage=2)
+        firsts[name] = Case(
+            config, rows_of(manifest), resume=resume, keep=kept / name, steps_with_rows=0, asked=(3, 0), leaves_in=1
+        )
     results = train_all([*firsts.values(), *sequels.values()], world)
     return dict(zip(firsts, results, strict=False)), dict(zip(sequels, results[len(firsts) :], strict=True)), kept
 
@@ -112,6 +117,19 @@ def test_only_a_worker_that_lacks_its_rows_is_said_to_wait_for_them(trained, nam
     while_waiting = firsts[name].asked_in[2:]
     assert while_waiting
     assert set(while_waiting) == {expected}
+
+
+@pytest.mark.parametrize(("name", "step"), [("first rows", 0), ("first rows, later", 2)])
+def test_it_ends_as_it_began_while_its_first_rows_never_come(trained, name, step):
+    firsts, _, kept = trained
+    *_, last = firsts[name].events
+    assert isinstance(last, TrainingStopped)
+    assert (last.step, last.reason) == (step, "asked to")
+    assert not firsts[name].losses
+    assert not evaluations(firsts[name])
+    assert not (kept / name).exists()
+    assert set(firsts[name].asked_in) == {"the setup"}
+    assert not any(isinstance(event, PreemptionNotice) for event in firsts[name].events), "there is nothing to save"
 
 
 @pytest.mark.parametrize("name", MOMENTS[1:])
