@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -51,7 +53,7 @@ def export(place: StoragePath, output: Path | None, push: Push | None = None, ad
     config = _config(place)
     if adapter:
         _check_adapter(directory, config)
-    with ExitStack() as stack:
+    with _sigterm_interrupts(), ExitStack() as stack:
         # Sizes and times of the files say whether the run has trained meanwhile.
         model = f"{place} {directory.model.walk()} {adapter} {push.name}" if push else None
         written = output is not None and _holds(output, model)
@@ -72,6 +74,21 @@ def export(place: StoragePath, output: Path | None, push: Push | None = None, ad
             Terminal().line(f"exported: {output}")
         if push:
             _push(folder, name)
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Handle SIGTERM like Ctrl-C in the block: a batch system that ends the job must not leave half a model, or a temporary one."""
+    handles = (
+        threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    )
+    if handles:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if handles:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _trained(place: StoragePath) -> RunDirectory:

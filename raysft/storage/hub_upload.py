@@ -54,8 +54,11 @@ def open_repository(name: str, private: bool) -> str:
     hub.bound_requests()
     api, stage = HfApi(endpoint=constants.ENDPOINT), "token"
     try:
-        if not get_token():
+        token = get_token()
+        if not token:
             raise RequestError(f"--push {name}: needs a token of the hub, but there is none; {LOGIN}")
+        if not re.fullmatch("[!-~]+", token):  # no request could carry it
+            raise RequestError(f"--push {name}: the token has characters that no token of the hub has; {LOGIN}")
         account = api.whoami()["name"]
         name, stage = name if "/" in name else f"{account}/{name}", "repository"
         api.create_repo(name, private=private or None, exist_ok=True)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -27,6 +28,7 @@ from raysft.storage.run_directory import RunDirectory
 from tests.hub_server import Fault, files_of, hub_server
 from tests.hub_uploads import Account
 from tests.messages import holds
+from tests.processes import forked
 from tests.servers import serving as serving_one
 from tests.servers import silent
 from tests.unit.test_hub import hub_that, use
@@ -235,6 +237,12 @@ def test_a_large_file_goes_in_parts_if_the_hub_wants_them(there, trained, tmp_pa
     ("name", "token", "message"),
     [
         ("org/sums", "", "needs a token of the hub, but there is none; set HF_TOKEN … or run hf auth login"),
+        (
+            "org/sums",
+            "hf_mün",
+            "the token has characters that no token of the hub has; set HF_TOKEN … or run hf auth login",
+        ),
+        ("org/sums", "hf mine", "the token has characters that no token of the hub has; set HF_TOKEN"),
         ("org/sums", "hf_bad", "the hub refuses the token (401 Unauthorized … ); set HF_TOKEN … or run hf auth login"),
         (
             "org/sums",
@@ -413,6 +421,26 @@ def test_a_push_is_interrupted_at_once_and_goes_on_with_the_files_that_lack(ther
     hub_upload.push("org/sums", folder, "three", print)
     assert sent(there) == 2
     assert files_on(there) == files_of(folder)
+
+
+def test_a_push_that_gets_sigterm_leaves_no_temporary_model(there, trained, tmp_path):
+    there.faults.append(Fault("PUT /store", times=1, seconds=20.0))
+    process = forked(_push_elsewhere, there.url, str(tmp_path / "tmp"), str(trained.path))
+    process.start()
+    limit = time.monotonic() + 60
+    while not sent(there) and time.monotonic() < limit and process.is_alive():
+        time.sleep(0.02)
+    assert list((tmp_path / "tmp").glob("raysft-export-*/model.safetensors"))
+    process.terminate()
+    process.join(15)
+    assert process.exitcode == 130
+    assert not list((tmp_path / "tmp").glob("raysft-*"))
+
+
+def _push_elsewhere(url: str, temporary: str, run: str) -> None:
+    """Push in a process of its own."""
+    constants.ENDPOINT, tempfile.tempdir = url, temporary
+    sys.exit(main(["export", run, "--push", "org/sums"]))
 
 
 def hub_hash(file: Path) -> str:
