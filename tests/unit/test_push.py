@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -395,7 +396,15 @@ def test_what_the_hub_has_no_room_for_is_a_line_with_its_words(there, trained, c
     assert not list((tmp_path / "tmp").iterdir())
 
 
-def test_a_push_is_interrupted_at_once_and_goes_on_with_the_files_that_lack(there, tmp_path):
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C interrupts, as in a terminal; a pytest process that others start ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_push_is_interrupted_at_once_and_goes_on_with_the_files_that_lack(there, tmp_path, interruptible):
     folder = tmp_path / "model"
     folder.mkdir()
     for name in "abc":

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pickle
 import socket
-from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,12 +14,8 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from raysft.errors import RunFailed, StorageFailed
 from raysft.train.checkpoint.catalog import CorruptCheckpoint
-from raysft.train.checkpoint.cursor import Cursor
-from raysft.train.loop import _Loop, _train
-from raysft.train.phases import Phases
 from raysft.train.ray_train_internals import FailureDecision
 from raysft.train.restarts import Fault, Restarts, cause, faults_of
-from raysft.train.step_rows import current
 
 
 def raised(error: Exception, moment: str = "step 4", rank: int = 1) -> Exception:
@@ -99,30 +93,3 @@ def test_a_worker_that_dies_is_named_with_the_address_of_its_node():
 def test_workers_that_do_not_start_say_why():
     found = cause(ControllerError(WorkerGroupStartupFailedError("OSError: port 4321: address already in use\n…")))
     assert str(found) == "the workers did not start: OSError: port 4321: address already in use"
-
-
-def test_an_error_in_reading_rows_does_not_name_those_of_the_step_before():
-    def rows() -> Iterator[Any]:
-        yield {}
-        raise IndexError("position 7 is out of range")
-
-    loop: Any = object.__new__(_Loop)
-    loop.stop_reason, loop.phases = "", Phases()
-    loop.row_plan, loop.early_stopper = SimpleNamespace(steps=2), SimpleNamespace(should_stop=False)
-    loop.job = SimpleNamespace(config=SimpleNamespace(train=SimpleNamespace(eval_at_start=False)))
-    loop.set_up, loop.emit_setup = lambda resume: Cursor(0, 0, 0, {}), lambda waited: None
-
-    def step(batch: Any, cursor: Cursor) -> Cursor:
-        loop.phases.enter("forward", 1)
-        return Cursor(1, 4, 0, {})
-
-    loop.step = step
-    with (
-        pytest.raises(Fault) as caught,
-        faults_of(0, lambda: loop.phases.moment, lambda: current(None, loop.phases, 0, 1)),
-    ):
-        _train(loop, rows(), None)
-    assert str(caught.value).startswith(
-        f"worker 0 ({socket.gethostname()}) failed in reading the rows of step 2: IndexError: position 7 is out of range ("
-    )
-    assert caught.value.rows == ""
