@@ -32,6 +32,7 @@ from raysft.storage.run_directory import RunDirectory
 from raysft.train.finetuning import load_model
 from tests.hub_server import PARQUET, Fault, Repository, files_of, hub_server
 from tests.messages import refusal
+from tests.processes import forked
 from tests.tiny import tiny_model, with_code
 from tests.unit.test_hub import use
 
@@ -232,6 +233,26 @@ def test_many_at_once_download_each_file_once(there, repository):
     counts = there.downloads()
     assert counts[WEIGHTS] == 1
     assert set(counts.values()) == {1}
+
+
+def test_each_node_downloads_a_file_once_for_all_its_workers(there, repository, tmp_path):
+    found, nodes = find(), ("one", "another")
+    there.forget()  # what this process has fetched to find it
+    workers = [forked(_copy_on_node, there.url, str(tmp_path / node), found) for node in nodes for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=120)
+    assert [worker.exitcode for worker in workers] == [0] * len(workers)
+    counts = there.downloads()
+    assert counts[WEIGHTS] == len(nodes)
+    assert set(counts.values()) == {len(nodes)}
+
+
+def _copy_on_node(url: str, cache: str, model: str) -> None:
+    """Fetch a model in a process of its own, on a node with a cache of its own."""
+    use(url, pytest.MonkeyPatch(), cache)
+    assert (model_copy(model) / WEIGHTS).stat().st_size
 
 
 def test_what_is_in_the_cache_needs_no_hub(there, repository, monkeypatch):
