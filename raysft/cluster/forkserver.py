@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import select
+import shlex
 import socket
 import struct
 import sys
@@ -23,7 +24,7 @@ from collections.abc import Sequence
 from typing import Any
 
 FILE = os.path.abspath(__file__)
-COMMAND = (sys.executable, "-S", "-E", FILE)
+COMMAND = shlex.join([sys.executable, "-S", "-E", FILE])
 """What workers of a cluster that is joined are started with."""
 ADDRESS = "RAYSFT_FORKSERVER"
 """Environment variable with the path of the server's socket."""
@@ -190,7 +191,7 @@ def _ask(arguments: Sequence[str]) -> None:
     variables: dict[str, str] = context.get("env_vars") or {}
     # What else Ray's setup_worker.py can do, it does itself.
     plain = not context.get("command_prefix") and not context.get("override_worker_entrypoint")
-    plain &= context.get("py_executable") in (None, sys.executable, " ".join(COMMAND))
+    plain &= context.get("py_executable") in (None, sys.executable, COMMAND)
     plain &= "$" not in "".join(variables.values())
     if not (plain and worker[0].endswith(".py") and _fork(worker, variables)):
         setup = [] if len(worker) == len(arguments) else [_setup_worker()]

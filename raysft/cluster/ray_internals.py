@@ -104,12 +104,9 @@ def setup_worker(file: str) -> Iterator[None]:
     """Make a cluster that is started in this block start its workers with a file in place of Ray's ``setup_worker.py``."""
     from ray._private import ray_constants
 
-    original = ray_constants.SETUP_WORKER_FILENAME
-    ray_constants.SETUP_WORKER_FILENAME = file  # joined to the folder of Ray's, which an absolute path replaces
-    try:
+    # Joined to the folder of Ray's, which an absolute path replaces.
+    with _replaced(ray_constants, "SETUP_WORKER_FILENAME", file):
         yield
-    finally:
-        ray_constants.SETUP_WORKER_FILENAME = original
 
 
 @contextmanager
@@ -123,9 +120,19 @@ def head_without_services() -> Iterator[None]:
 
     with ExitStack() as stack:
         for name in SERVICES:
-            stack.callback(setattr, Node, name, getattr(Node, name))
-            setattr(Node, name, lambda node, **options: None)
+            stack.enter_context(_replaced(Node, name, lambda node, **options: None))
         yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Give an attribute another value in this block."""
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
 
 
 def draw_actor_ids_from_system() -> None:

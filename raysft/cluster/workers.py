@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import shutil
 import socket
 import subprocess
@@ -96,7 +95,7 @@ def forked_workers(joins: bool) -> Iterator[dict[str, Any]]:
         yield {}
     elif joins:
         variables = {ADDRESS: _running[0].address}
-        yield {"runtime_env": {"py_executable": shlex.join(COMMAND), "env_vars": variables}}
+        yield {"runtime_env": {"py_executable": COMMAND, "env_vars": variables}}
     else:
         os.environ[ADDRESS] = _running[0].address  # the raylet inherits it, and the workers from the raylet
         try:

@@ -34,7 +34,8 @@ def _conflicts(config: Config) -> Iterator[str]:
         yield from _quantization(config)
     yield from _precision(config)
     yield from _offload(config)
-    yield from _schedule_and_loss(config)
+    yield from _schedule(config)
+    yield from _loss(config)
     yield from _evaluation(config)
     if config.generate.enabled:
         yield from _generation(config)
@@ -194,12 +195,16 @@ def _offload(config: Config) -> Iterator[str]:
         )
 
 
-def _schedule_and_loss(config: Config) -> Iterator[str]:
+def _schedule(config: Config) -> Iterator[str]:
     train = config.train
     if train.schedule in ("constant", "constant_with_warmup") and train.schedule_options:
         yield (
             f"train.schedule={train.schedule} has no options, but train.schedule_options={train.schedule_options}; remove them"
         )
+
+
+def _loss(config: Config) -> Iterator[str]:
+    train = config.train
     if train.label_smoothing and train.loss != "cross_entropy":
         yield (
             f"train.label_smoothing={train.label_smoothing:g} requires train.loss=cross_entropy, but train.loss={train.loss}; "

@@ -103,6 +103,11 @@ class Plan:
     """Memory, storage and time as lines for the terminal."""
 
     @property
+    def examples_of_sources(self) -> int:
+        """Training examples of all sources, whatever of them an epoch takes."""
+        return sum(source.examples for source in self.sources.values())
+
+    @property
     def duplicates(self) -> str:
         """How many examples say the same as others, in words."""
         left_out = _total(self.sources, "left_out")
@@ -111,7 +116,7 @@ class Plan:
             _total(self.evaluation, "trained_on"),
             sum(each.examples for each in self.evaluation.values()),
         )
-        examples = sum(each.examples for each in self.sources.values())
+        examples = self.examples_of_sources
         if left_out:
             return (
                 f"{left_out:,} of {examples:,} training examples are left out, as they repeat another one ({repeated:,}) or are "

@@ -96,10 +96,11 @@ def no_evaluation(config: Config, plan: Plan) -> Iterator[str]:
     if plan.evaluation:
         return
     # A hash decides which examples are held out. With 5 expected, the chance to get none is below 1 in 100.
-    sizes = [source.examples for source in plan.sources.values()]
-    fewest = min(sizes)
+    fewest = min(source.examples for source in plan.sources.values())
     possible = [holdout for holdout in (0.1, 0.2, 0.3) if holdout * fewest >= FEW_EXAMPLES / 2]
-    holdout = next((each for each in possible if each * sum(sizes) >= FEW_EXAMPLES), max(possible, default=None))
+    holdout = next(
+        (each for each in possible if each * plan.examples_of_sources >= FEW_EXAMPLES), max(possible, default=None)
+    )
     hold_out = f"use data.holdout={holdout:g}, or " if holdout else ""
     yield f"nothing is evaluated, so nothing shows whether the model improves; {hold_out}give files in data.eval"
 
@@ -140,7 +141,7 @@ def repeated_examples(config: Config, plan: Plan) -> Iterator[str]:
     if any(each.get("left_out") for each in counts):
         return
     repeated = sum(each.get(name, 0) for each in counts for name in ("repeated", "repeated_elsewhere"))
-    examples = sum(source.examples for source in plan.sources.values())
+    examples = plan.examples_of_sources
     if repeated >= MANY * examples and repeated:
         yield (
             f"{repeated:,} of {examples:,} training examples repeat another one, so that it has more weight; use "

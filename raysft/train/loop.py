@@ -92,12 +92,8 @@ def _train(loop: _Loop, batches: Iterator[Batch], resume: ResumePoint | None) ->
     with ReadAhead(batches) as rows:
         cursor = loop.set_up(resume)
         batch = loop.first_rows(rows, cursor)
-        if loop.stop_reason:
-            pass
-        elif cursor.step == 0 and loop.job.config.train.eval_at_start:
-            loop.evaluate(cursor, FirstEvaluation.find(loop.job, loop.device))
-        elif cursor.unevaluated and cursor.step < loop.row_plan.steps:
-            loop.after_step(replace(cursor, unevaluated=False))
+        if not loop.stop_reason:
+            loop.before_steps(cursor)
         while cursor.step < loop.row_plan.steps and not loop.ends_early:
             cursor = loop.step(batch, cursor, rows)
             if cursor.step < loop.row_plan.steps and not loop.stop_reason:
@@ -211,6 +207,13 @@ class _Loop:
         self.emit_setup(self.rows_wait)
         self.data_wait = self.rows_wait = 0.0
         return None if self.stop_reason else rows.take()
+
+    def before_steps(self, cursor: Cursor) -> None:
+        """Evaluate the untrained model, or make up for the evaluation that a stop dropped."""
+        if cursor.step == 0 and self.job.config.train.eval_at_start:
+            self.evaluate(cursor, FirstEvaluation.find(self.job, self.device))
+        elif cursor.unevaluated and cursor.step < self.row_plan.steps:
+            self.after_step(replace(cursor, unevaluated=False))
 
     def next_rows(self, rows: ReadAhead[Batch], cursor: Cursor) -> Batch | None:
         """Wait for the next step's rows; ends without them if the training is to end."""

@@ -51,9 +51,10 @@ class ReadAhead(Generic[T]):
         item = self._held.pop() if self._held else self._read.get()
         if item is None or isinstance(item, BaseException):
             self._held.append(item)  # nothing comes after it
+        else:
+            self._wanted.put(True)
         if isinstance(item, BaseException):
             raise item
-        self._wanted.put(item is not None)
         return item
 
     def _run(self) -> None:

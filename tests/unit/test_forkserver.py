@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import socket
 import sys
 import time
@@ -51,7 +50,7 @@ def test_the_server_of_the_driver_that_has_joined_is_asked(tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
     ("command", "forks"),
-    [(None, True), (sys.executable, True), (shlex.join(COMMAND), True), (f"env {sys.executable}", False)],
+    [(None, True), (sys.executable, True), (COMMAND, True), (f"env {sys.executable}", False)],
 )
 def test_a_worker_is_a_fork_unless_its_command_is_another(monkeypatch, command, forks):
     """Ray's own way to a fork would import Ray first."""
