@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 IGNORE_INDEX = -100
 """Label of a token that the loss ignores."""
+STAND_IN = "-"
+"""Stands for the answer of an example that has none, so that a chat template renders it as any other."""
 
 
 Record = dict[str, Any]

@@ -231,8 +231,9 @@ class _Predictions:
         speed = facts["tokens_per_second"]
         rows = metrics.score_labelled(self._config, read_jsonl(self.output.path), role)
         if unscored := next((int(row.value) for row in rows if row.metric == "unscored"), 0):
+            none = "; there are no metrics" if unscored == len(self._prompts) else ""
             print(f"{self.output.path.stem}: {unscored} of {len(self._prompts)} predictions are not scored, because their "
-                  "records have no answer", file=sys.stderr)  # fmt: skip
+                  f"records have no answer{none}", file=sys.stderr)  # fmt: skip
         return [
             *rows,
             metrics.MetricRow("runtime", None, role, facts["runtime"], unit="seconds", higher_is_better=False),

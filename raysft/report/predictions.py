@@ -54,7 +54,7 @@ class Tally:
     characters: Counter[int] = field(default_factory=Counter)
     """Number of predictions of each length in characters."""
     references: Counter[int] = field(default_factory=Counter)
-    """Number of references of each length in characters."""
+    """Number of references of each length in characters, without those that are empty."""
     tokens: Counter[int] = field(default_factory=Counter)
     """Number of predictions of each length in tokens."""
     stops: Counter[str] = field(default_factory=Counter)
@@ -74,13 +74,13 @@ class Tally:
         predicted, reference = _text(row.get("predict")), _text(row.get("label"))
         self.count += 1
         self.characters[len(predicted)] += 1
-        self.references[len(reference)] += 1
         if isinstance(row.get("tokens"), int):
             self.tokens[row["tokens"]] += 1
         if row.get("stop"):
             self.stops[_text(row["stop"])[:40]] += 1
         if not reference.strip():
             return None
+        self.references[len(reference)] += 1
         score = word_f1(predicted, reference)
         self.scored, self.score = self.scored + 1, self.score + score
         self.scores[min(SCORE_BINS - 1, int(SCORE_BINS * score))] += 1

@@ -123,7 +123,9 @@ def _prompt(runs: Sequence[Run], rows: Sequence[dict[str, Any]]) -> Prompt:
 
 
 def _score(row: dict[str, Any]) -> float:
-    return word_f1(_text(row.get("predict")), _text(row.get("label")))
+    """Word F1 with the reference; 0 for all predictions without one."""
+    reference = _text(row.get("label"))
+    return word_f1(_text(row.get("predict")), reference) if reference.strip() else 0.0
 
 
 def _text(value: Any) -> str:

@@ -78,12 +78,12 @@ def _paired(
     runs: Sequence[Run], seed: int, paired_intervals: PairedIntervals, notify: Callable[[str], None]
 ) -> tuple[dict[int, Paired], list[str]]:
     """Intervals of differences for the runs that answer the first run's prompts, and a line about those that do not."""
-    first = {key_of(row): row for row in predictions(runs[0])}
+    first = {key: row for row in predictions(runs[0]) if (key := key_of(row))[1]}  # metrics skip those without a reference
     names = runs[0].log.option("generate.metrics", [])
     if len(first) < 2 or not runs[0].log.metrics or not isinstance(names, list):
         return {}, []
     others = [run for run in runs[1:] if run.log.metrics and any(True for _ in predictions(run))]
-    same = [run for run in others if {key_of(row) for row in predictions(run)} == first.keys()]
+    same = [run for run in others if {key for row in predictions(run) if (key := key_of(row))[1]} == first.keys()]
     lines = [
         f"{run.label}: its predictions are for other prompts than those of {runs[0].label}, so differences in metrics of "
         "generated text are judged by intervals that overlap or not."

@@ -67,7 +67,7 @@ def _comparison(console: Console, log: RunLog) -> None:
         title = f"predictions of {shortened(masked(log.other_model), 60)}"
     console.print(Text(f"{log.name}: {title}", style="bold"))
     if not rows:
-        console.print("\nNo results yet: the run has neither evaluations nor scored predictions.")
+        console.print(f"\n{no_scores(log)}")
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("")
@@ -83,6 +83,14 @@ def _comparison(console: Console, log: RunLog) -> None:
         console.print(Text(f"Values in brackets are {INTERVALS}.", style="dim"))
     if unfinished(log):
         console.print(Text(unfinished(log)))
+
+
+def no_scores(log: RunLog) -> str:
+    """Say why a run without evaluations has no metrics."""
+    unscored = [row.get("value") for row in log.metrics if row.get("metric") == "unscored" and row.get("model") != "base"]
+    if unscored:
+        return f"No metrics: none of the {unscored[0]:,} prompts has an answer to compare predictions with."
+    return "No results yet: the run has neither evaluations nor scored predictions."
 
 
 def _warnings(console: Console, warnings: Sequence[str]) -> None:

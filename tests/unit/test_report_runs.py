@@ -17,7 +17,8 @@ from raysft.generate.metrics.paired import paired_intervals
 from raysft.report.run_differences import differences
 from raysft.report.run_metrics import metric_tables
 from raysft.report.runs import read_runs
-from raysft.storage.json_files import write_jsonl
+from raysft.report.runs_page import compare_runs
+from raysft.storage.json_files import read_jsonl, write_jsonl
 from raysft.storage.path import StoragePath
 from raysft.storage.run_directory import RunDirectory
 from tests.messages import holds
@@ -98,6 +99,26 @@ def test_a_difference_on_the_same_prompts_is_found_although_the_intervals_overla
     assert "its predictions are for other prompts than those of one" in rendered.text
     assert f"{100 * shares[1]:.1f}%" in text
     assert f"{100 * shares[1]:.1f}% *" not in text
+
+
+def test_differences_are_judged_on_the_prompts_that_have_a_reference(tmp_path: Path):
+    """Metrics skip the others."""
+    one, two = named_run(tmp_path, "one"), named_run(tmp_path, "two")
+    for run in (one, two):
+        answer(run, [True, False, True], (0.4, 0.6))
+        rows = [*read_jsonl(run.predictions), {"id": "chats/9", "prompt": "Why?", "label": "", "predict": run.path.name}]
+        write_jsonl(run.predictions, rows)
+    given = []
+
+    def intervals(names, sources, first, others, seed):
+        given.append((sources, first, list(others)))
+        return iter([{}])
+
+    compare_runs([one, two], tmp_path / "page.html", intervals, print)
+    ((sources, first, others),) = given
+    assert len(sources) == 3
+    assert [references for _, references in (first, *others)] == [["yes 0", "yes 1", "yes 2"]] * 2
+    assert "Why?" in Page(tmp_path / "page.html").text, "it is shown beside the others"
 
 
 @pytest.mark.parametrize(("interval", "differs"), [((0.7, 0.9), True), ((0.55, 0.9), False)])

@@ -53,6 +53,10 @@ PROMPTS = [
     {"messages": [{"role": "user", "content": "Say it"}]},
     {"conversations": [{"from": "human", "value": "Say it"}]},
     ["Say it"],
+    {"instruction": "Say it", "output": " "},
+    {"messages": [{"role": "user", "content": "Say it"}, {"role": "assistant", "content": ""}]},
+    {"conversations": [{"from": "human", "value": "Say it"}, {"from": "gpt", "value": "\n"}]},
+    ["Say it", ""],
 ]
 
 
@@ -94,12 +98,55 @@ def test_a_prompt_is_what_generation_renders_and_has_no_reference(tmp_path, mode
     expected = load_tokenizer(model).apply_chat_template(
         [{"role": "user", "content": "Say it"}], tokenize=False, add_generation_prompt=True
     )
-    assert [row["prompt"] for row in rows] == [expected] * 7
-    assert [row["reference"] for row in rows] == [""] * 6 + ["it"]
+    assert [row["prompt"] for row in rows] == [expected] * (len(PROMPTS) + 1)
+    assert [row["reference"] for row in rows] == [""] * len(PROMPTS) + ["it"]
     prepared = prepare(config, model)
-    assert prepared.eval[0].counts["unanswered"] == 6
-    assert prepared.eval[0].loss_tokens.tolist()[:6] == [0] * 6
+    assert prepared.eval[0].counts["unanswered"] == len(PROMPTS)
+    assert prepared.eval[0].loss_tokens.tolist()[: len(PROMPTS)] == [0] * len(PROMPTS)
     assert list(prepared.eval_rows) == ["e"]
+
+
+HISTORY = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+QUESTION = {"role": "user", "content": "Say it"}
+WEATHER = {"type": "function", "function": {"name": "f", "arguments": {}}}
+OPEN = [
+    {"messages": [*HISTORY, QUESTION]},
+    {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"},
+                       {"from": "human", "value": "Say it"}]},
+    ["Hello", "Hi", "Say it"],
+    {"messages": [*HISTORY, QUESTION, {"role": "assistant", "content": "", "tool_calls": [WEATHER]},
+                  {"role": "tool", "content": "sunny"}]},
+]  # fmt: skip
+
+
+def test_a_conversation_that_ends_with_a_question_is_asked_to_its_end_and_trained_on_before_it(tmp_path, model):
+    """Its loss is that of the answers that it has."""
+    write_records(tmp_path / "a.jsonl", [["q", "a"]])
+    write_records(tmp_path / "e.jsonl", [*OPEN, {"messages": HISTORY}])
+    config, tokenizer = config_with_eval(tmp_path, **{"data.sequence_length": 256}), load_tokenizer(model)
+    rows = prompts_of(config, model)
+    asked = tokenizer.apply_chat_template([*HISTORY, QUESTION], tokenize=False, add_generation_prompt=True)
+    assert [row["prompt"] for row in rows[:3]] == [asked] * 3
+    assert rows[0]["prompt_ids"] == tokenizer(asked, add_special_tokens=False)["input_ids"]
+    assert rows[3]["prompt"].startswith(asked.removesuffix("<|im_start|>assistant\n"))
+    assert rows[3]["prompt"].endswith("\nsunny\n</tool_response><|im_end|>\n<|im_start|>assistant\n")
+    assert [row["reference"] for row in rows] == ["", "", "", "", "Hi"]
+    loss_tokens = prepare(config, model).eval[0].loss_tokens.tolist()
+    assert loss_tokens[:3] == [loss_tokens[4]] * 3
+    assert loss_tokens[3] > loss_tokens[4] > 0
+
+
+@pytest.mark.parametrize("thinking", ["template", "keep", "empty", "last"])
+def test_a_question_at_the_end_is_asked_as_one_whose_answer_is_known(tmp_path, model, thinking):
+    """Thoughts are written in front of the answer as configured, whether or not the record has the answer."""
+    write_records(tmp_path / "a.jsonl", [["q", "a"]])
+    thought = [QUESTION, {"role": "assistant", "content": "<think>\nso\n</think>\n\nHi"}, QUESTION]
+    answered = [*thought, {"role": "assistant", "content": "it"}]
+    write_records(tmp_path / "e.jsonl", [{"messages": thought}, {"messages": answered}])
+    settings = {"model.chat_template": "qwen3", "data.thinking": thinking, "data.sequence_length": 256}
+    rows = prompts_of(config_with_eval(tmp_path, **settings), model)
+    assert rows[0]["prompt"] == rows[1]["prompt"]
+    assert [row["reference"] for row in rows] == ["", "it"]
 
 
 def test_a_prompt_longer_than_a_row_is_generated_for(tmp_path, model):

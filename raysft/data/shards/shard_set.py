@@ -19,7 +19,7 @@ from raysft.data.types import Example
 from raysft.models.fingerprint import tokenizer_fingerprint
 from raysft.storage.path import StoragePath
 
-CACHE_VERSION = 10
+CACHE_VERSION = 11
 """Part of every key. Raise it when the same input would produce different shards."""
 Split = Literal["all", "train", "holdout"]
 """Part of a source: all examples, or those on one side of ``data.holdout``."""

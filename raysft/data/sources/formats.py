@@ -19,10 +19,8 @@ from raysft.data.sources.columns import (
 from raysft.data.sources.messages import parse_turns, require_list, require_text
 from raysft.data.sources.readers import RawRecord, Unreadable, parse_record
 from raysft.data.sources.tool_calls import nested_strings, parse_tools, tool_schemas
-from raysft.data.types import IGNORE_INDEX, Example, Message, Record, Rejected
+from raysft.data.types import IGNORE_INDEX, STAND_IN, Example, Message, Record, Rejected
 
-STAND_IN = "-"
-"""Stands for the answer of an example that has none, so that a chat template renders it as any other."""
 MIN_WEIGHT = 1e-6
 """Smallest weight, and inverse of the largest: losses further apart cannot be summed in float32."""
 
@@ -70,14 +68,16 @@ def to_example(record: Record, form: str, source: Source, location: str) -> Exam
         return Example(source.name, location, ids=ids, labels=labels, weight=weight)
     if form == "prompt_completion" and isinstance(read("prompt" if unanswered else "completion"), str):
         prompt = require_text(read("prompt"), "prompt")
-        text = prompt + (STAND_IN if unanswered else _full_text(read("completion"), "completion"))
+        if not unanswered and not require_text(read("completion"), "completion").strip():
+            unanswered = "the completion is empty"
+        text = prompt + (STAND_IN if unanswered else read("completion"))
         return Example(
             source.name, location, text=text, prompt_length=len(prompt), weight=weight, unanswered=unanswered
         )
     messages = tuple(_messages(form, read, source.tags, bool(unanswered)))
     unanswered = unanswered or _lacks_answer(messages, form)
     if unanswered:
-        messages = (*messages, Message("assistant", STAND_IN))
+        messages = (*(messages[:-1] if _is_empty(messages[-1]) else messages), Message("assistant", STAND_IN))
     _check_turns(messages)
     tools = parse_tools(read("tools"))
     if form != "openai":
@@ -125,11 +125,18 @@ def _alpaca(read: FieldReader) -> Iterator[Message]:
 def _lacks_answer(messages: tuple[Message, ...], form: str) -> str:
     """Why a conversation has no answer that a model could be trained on; empty if it has one."""
     if form == "alpaca":
-        return "the output is empty" if messages[-1].role != "assistant" else ""
+        return "the output is empty" if messages[-1].role != "assistant" or _is_empty(messages[-1]) else ""
+    if _is_empty(messages[-1]):
+        return f"turn {len(messages) - 1} of the assistant is empty"
     roles = [message.role for message in messages]
     if "user" in roles and "assistant" not in roles and roles[-1] != "system":
         return "the conversation has no assistant turn to train on"
     return ""
+
+
+def _is_empty(message: Message) -> bool:
+    """Return True for an answer that says nothing and calls nothing."""
+    return message.role == "assistant" and not message.content.strip() and not message.tool_calls
 
 
 def _check_turns(messages: tuple[Message, ...]) -> None:
@@ -142,7 +149,7 @@ def _check_turns(messages: tuple[Message, ...]) -> None:
     for index, message in enumerate(messages):
         if message.role != "assistant":
             continue
-        if not message.content.strip() and not message.tool_calls:
+        if _is_empty(message):
             raise ValueError(f"turn {index} of the assistant is empty")
         if roles[index - 1] == "system":
             raise ValueError(

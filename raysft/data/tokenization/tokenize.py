@@ -22,7 +22,7 @@ from raysft.data.tokenization.token_spans import Encoded
 from raysft.data.tokenization.tokenized_example import TokenizedExample, TokenizeOptions, TokenizeResult
 from raysft.data.tokenization.tokenizer import Tokenizer, load_backend, load_span_encoder
 from raysft.data.tokenization.turn_ends import TurnInspector
-from raysft.data.types import IGNORE_INDEX, Example, Message, Rejected
+from raysft.data.types import IGNORE_INDEX, STAND_IN, Example, Message, Rejected
 from raysft.errors import RequestError, one_line
 
 
@@ -183,11 +183,24 @@ class ExampleTokenizer:
             ),
         )
         if self.options.with_prompts:
-            tokenized = self._with_prompt(tokenized, item, template)
+            asked = self._asked(item)
+            if isinstance(asked, Rejected):
+                yield asked
+                return
+            tokenized = self._with_prompt(tokenized, asked, template)
+            if asked is not item:
+                tokenized = replace(tokenized, reference="")
         if example.unanswered:
             yield _prompt_alone(tokenized)
         else:
             yield from fit_to_row(tokenized, turns, self.options)
+
+    def _asked(self, item: _Prepared) -> _Prepared | Rejected:
+        """Let a stand-in answer the last turn of a conversation that ends with a question or the result of a call."""
+        messages = item.example.messages
+        if messages[-1].role not in ("user", "tool"):
+            return item
+        return self._prepare(replace(item.example, messages=(*messages, Message("assistant", STAND_IN))))
 
     def _with_prompt(self, tokenized: TokenizedExample, item: _Prepared, template: ChatTemplate) -> TokenizedExample:
         """Add the prompt and the reference of the last assistant turn."""
