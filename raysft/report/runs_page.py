@@ -78,7 +78,8 @@ def _paired(
     runs: Sequence[Run], seed: int, paired_intervals: PairedIntervals, notify: Callable[[str], None]
 ) -> tuple[dict[int, Paired], list[str]]:
     """Intervals of differences for the runs that answer the first run's prompts, and a line about those that do not."""
-    first = {key: row for row in predictions(runs[0]) if (key := key_of(row))[1]}  # metrics skip those without a reference
+    # Metrics skip prompts without a reference.
+    first = {key: row for row in predictions(runs[0]) if (key := key_of(row))[1]}
     names = runs[0].log.option("generate.metrics", [])
     if len(first) < 2 or not runs[0].log.metrics or not isinstance(names, list):
         return {}, []

@@ -87,7 +87,9 @@ def _comparison(console: Console, log: RunLog) -> None:
 
 def no_scores(log: RunLog) -> str:
     """Say why a run without evaluations has no metrics."""
-    unscored = [row.get("value") for row in log.metrics if row.get("metric") == "unscored" and row.get("model") != "base"]
+    unscored = [
+        row.get("value") for row in log.metrics if row.get("metric") == "unscored" and row.get("model") != "base"
+    ]
     if unscored:
         return f"No metrics: none of the {unscored[0]:,} prompts has an answer to compare predictions with."
     return "No results yet: the run has neither evaluations nor scored predictions."

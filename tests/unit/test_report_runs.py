@@ -106,7 +106,10 @@ def test_differences_are_judged_on_the_prompts_that_have_a_reference(tmp_path: P
     one, two = named_run(tmp_path, "one"), named_run(tmp_path, "two")
     for run in (one, two):
         answer(run, [True, False, True], (0.4, 0.6))
-        rows = [*read_jsonl(run.predictions), {"id": "chats/9", "prompt": "Why?", "label": "", "predict": run.path.name}]
+        rows = [
+            *read_jsonl(run.predictions),
+            {"id": "chats/9", "prompt": "Why?", "label": "", "predict": run.path.name},
+        ]
         write_jsonl(run.predictions, rows)
     given = []
 
