@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Iterator
 
 from raysft.config.config import Config
+from raysft.config.conflicts_best import best_model
 from raysft.config.data import OF_CONVERSATIONS, DataSection
 from raysft.config.train import ZERO_OPTIMIZERS
 from raysft.errors import RequestError, as_yaml
@@ -214,16 +215,12 @@ def _loss(config: Config) -> Iterator[str]:
 
 def _evaluation(config: Config) -> Iterator[str]:
     train = config.train
-    named = train.comparing_key
-    if named and not train.evaluates_on_the_way:
-        yield f"{named} compares evaluations, but train.eval_every_steps is not set; set it, or train.eval_every_epochs"
     if train.eval_delay and not train.evaluates_on_the_way:
         yield (
             f"train.eval_delay={train.eval_delay:g} delays the evaluations during training, but train.eval_every_steps is not "
             "set; set it, or train.eval_every_epochs, or remove eval_delay"
         )
-    if named and not config.data.eval and not config.data.holdout:
-        yield f"{named} compares evaluations, but there is no evaluation data; set data.eval or data.holdout"
+    yield from best_model(config)
 
 
 def _generation(config: Config) -> Iterator[str]:

@@ -57,7 +57,8 @@ _KEYS = {
         train.schedule train.schedule_options train.warmup_ratio train.warmup_steps
         train.loss train.eaft_alpha train.label_smoothing train.z_loss train.neftune_alpha train.nonfinite
         train.eval_at_start train.eval_every_steps train.eval_every_epochs train.eval_delay
-        train.early_stopping.patience train.early_stopping.threshold train.keep_best
+        train.early_stopping.patience train.early_stopping.threshold
+        train.keep_best train.best_metric train.best_mode
         train.save_every_steps train.save_every_epochs train.save_every_minutes train.keep_last train.max_failures
         train.hang_minutes train.max_hours train.trackers
         scaling.wait_minutes scaling.worker_tokens_per_second scaling.data_label scaling.address

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from raysft.config.section import Beta, Count, Epochs, Fraction, Positive, Section, Text
+from raysft.metric_names import higher_is_better
 
 Targets = Literal["all"] | Annotated[list[Text], Field(min_length=1)]
 Optimizer = Literal["adamw", "adafactor", "muon", "adam_mini", "galore", "apollo", "badam"]
@@ -36,7 +37,7 @@ class EarlyStopping(Section):
     patience: Positive | None = None
     """Stop after this many consecutive evaluations without improvement. Default: never."""
     threshold: Annotated[float, Field(ge=0)] = 0.0
-    """Minimum decrease of ``eval_loss`` below the best value so far that counts as an improvement."""
+    """Least difference by which ``best_metric`` must be better than the best value so far to count as an improvement."""
 
 
 class TrainSection(Section):
@@ -117,9 +118,15 @@ class TrainSection(Section):
     """Evaluate every N steps or epochs only from here on: a number of steps for ``eval_every_steps``, and of epochs for
     ``eval_every_epochs``. The evaluations before the first step and at the end stay."""
     early_stopping: EarlyStopping = EarlyStopping()
-    """Early stopping on ``eval_loss``."""
+    """Early stopping by ``best_metric``."""
     keep_best: bool = False
-    """Save the model with the lowest ``eval_loss`` instead of the last one."""
+    """Save the model with the best ``best_metric`` instead of the last one."""
+    best_metric: Text = "eval_loss"
+    """Result that tells which model is the best, for ``keep_best`` and ``early_stopping``: a key of ``eval_results.json``, such as
+    ``eval_accuracy`` or ``eval_NAME_loss`` for one of several evaluation sets. An evaluation that does not give a finite value is
+    never the best; of equal ones the first is."""
+    best_mode: Literal["min", "max"] | None = None
+    """``min``: the lowest ``best_metric`` is best; ``max``: the highest. Default: the metric's own direction."""
     save_every_steps: Positive | None = None
     """Save a checkpoint every N steps and at the end. The run keeps these checkpoints when it is done. Default: no such
     checkpoints."""
@@ -151,6 +158,13 @@ class TrainSection(Section):
         """Key of a setting that compares evaluations; None if nothing compares them."""
         asked = {"train.early_stopping": self.early_stopping.patience, "train.keep_best": self.keep_best}
         return next((key for key, value in asked.items() if value), None)
+
+    @property
+    def lowest_is_best(self) -> bool:
+        """True if the lowest ``best_metric`` is best."""
+        if self.best_mode is not None:
+            return self.best_mode == "min"
+        return not higher_is_better(self.best_metric)
 
     @property
     def evaluates_on_the_way(self) -> bool:

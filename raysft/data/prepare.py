@@ -9,6 +9,7 @@ from typing import Any
 
 from raysft.config import Config, Source, with_overrides
 from raysft.config.named_templates import special_tokens, template_names
+from raysft.config.result_names import evaluation_names
 from raysft.data.duplicates import Duplicates, count_duplicates
 from raysft.data.rows.packed_dataset import PackedDataset
 from raysft.data.rows.row_plan import MAX_PLANNED, Layout
@@ -208,10 +209,17 @@ def _plan_rows(
 
 
 def _refuse_nothing_compared(config: Config, eval_rows: dict[str, PackedDataset]) -> None:
-    named = config.train.comparing_key
-    if named and not eval_rows:
+    named, metric = config.train.comparing_key, config.train.best_metric
+    if not named or metric.startswith("predict_"):
+        return
+    if not eval_rows:
         raise RequestError(
             f"{named} compares evaluations, but no example of data.eval has an answer; add answers, or use data.holdout"
+        )
+    if metric not in (known := evaluation_names(list(eval_rows))):
+        raise RequestError(
+            f"train.best_metric={metric} is not a result of this run: of its evaluation sets, only {', '.join(eval_rows)} has "
+            f"examples with answers; add answers, or use one of {', '.join(known)}"
         )
 
 

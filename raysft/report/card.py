@@ -135,6 +135,9 @@ def _introduction(log: RunLog, adapter: str, published: Published | None) -> str
     else:
         model = f"This model is {base} after {method} of all its weights on {data}"
     text = f"{model}, with raysft on [Ray](https://www.ray.io)."
+    if log.best and log.option("train.keep_best"):
+        step, metric, value = log.best
+        text += f" It is the model after step {step:,}, which has the best `{metric}` ({value:.4g})."
     if not log.steps:
         return f"{text} No training step has been logged yet."
     done, total = log.steps[-1]["current_steps"], log.steps[-1].get("total_steps")

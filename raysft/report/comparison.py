@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from raysft.metric_names import EVALUATION
 from raysft.report.read_run import RunLog, finite
 from raysft.report.text import visible
 
@@ -124,19 +125,19 @@ def compare_evaluations(log: RunLog) -> list[Comparison]:
     after = log.evaluated or _last_evaluation(log)
     before = next((record for record in log.evaluations if record["current_steps"] == 0), {})
     metrics = (
-        ("evaluation loss", "loss", "nats", False),
-        ("perplexity", "perplexity", "perplexity", False),
-        ("token accuracy", "accuracy", "fraction", True),
+        ("evaluation loss", "loss", "nats"),
+        ("perplexity", "perplexity", "perplexity"),
+        ("token accuracy", "accuracy", "fraction"),
     )
     rows = []
     for name in ("", *log.evaluation_sets):
         prefix = f"eval_{name}_" if name else "eval_"
-        for metric, key, unit, higher_is_better in metrics:
+        for metric, key, unit in metrics:
             value = _number(after.get(prefix + key))
             if value is not None:
                 value_before = _number(before.get(prefix + key))
                 rows.append(
-                    Comparison(metric, value_before, value, source=name, unit=unit, higher_is_better=higher_is_better)
+                    Comparison(metric, value_before, value, source=name, unit=unit, higher_is_better=EVALUATION[key])
                 )
     return rows
 

@@ -82,6 +82,13 @@ class RunLog:
         """The library that loads the trained model: peft or transformers."""
         return "peft" if self.adapter else "transformers"
 
+    @property
+    def best(self) -> tuple[int, str, float] | None:
+        """Step, metric and value of the best evaluation of a training that is complete; None if it looked for none."""
+        step, metric = self.trained.get("best_step"), str(self.option("train.best_metric", "eval_loss"))
+        value = finite(self.trained.get(f"best_{metric}"))
+        return (step, metric, value) if isinstance(step, int) and value is not None else None
+
     def sources(self, part: str) -> list[dict[str, Any]]:
         """The sources in ``data.train`` or ``data.eval``."""
         sources = self.option(f"data.{part}", [])

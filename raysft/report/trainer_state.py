@@ -38,10 +38,12 @@ def trainer_state(log: RunLog) -> dict[str, Any]:
     if log.trained:
         totals = {key: value for key, value in log.trained.items() if finite(value) is not None}
         history.append({**totals, "step": last["current_steps"], "epoch": last.get("epoch", 0.0)})
+    step, _, value = log.best or (None, "", None)
+    kept = log.best is not None and log.option("train.keep_best", False)
     return {
-        "best_global_step": None,
-        "best_metric": None,
-        "best_model_checkpoint": None,
+        "best_global_step": step,
+        "best_metric": value,
+        "best_model_checkpoint": str(log.directory.model) if kept else None,
         "epoch": last.get("epoch", 0.0),
         "eval_steps": log.option("train.eval_every_steps", 0),
         "global_step": last["current_steps"],

@@ -80,7 +80,8 @@ def _worse(
         return
     steps, losses = series(evaluations, key)
     lowest = min(losses, default=end)
-    if lowest < (1 - MIN_CHANGE) * end and (start is None or lowest < start):
+    keeps_best = log.option("train.keep_best", False)  # by another metric then, if it is not the lowest
+    if lowest < (1 - MIN_CHANGE) * end and (start is None or lowest < start) and not keeps_best:
         yield (
             f"{loss} was lowest after step {steps[losses.index(lowest)]:,} ({lowest:.4f}), but is {end:.4f} at the end; set "
             "train.keep_best=true, or train for fewer epochs"

@@ -108,8 +108,11 @@ class StoppedEarly:
     """Early stopping ended the training."""
 
     step: int
+    metric: str
+    """``train.best_metric``."""
     best_step: int
-    best_loss: float
+    best_value: float | None
+    """None if no evaluation gave a finite value."""
 
 
 @dataclass(frozen=True)
@@ -231,6 +234,8 @@ class TrainingStopped:
     reason: str
     eval: dict[str, float]
     """Results of the latest evaluation."""
+    failed: bool = False
+    """True if it cannot go on as it was asked to, False if it was asked to stop."""
 
 
 Event = (
@@ -265,12 +270,12 @@ TRAIN_RESULTS = (
         "packing_efficiency",
         "epoch",
     ),
-    *("total_steps", "total_rows", "total_tokens", "planned_steps", "best_step", "best_eval_loss"),
+    *("total_steps", "total_rows", "total_tokens", "planned_steps", "best_step"),
     *("seconds_to_first_step", "seconds_to_launch", "seconds_to_load_model", "seconds_to_wait_for_data"),
     *("seconds_to_evaluate", "seconds_of_first_step"),
 )
 """Names of all results in ``train_results.json``. Only a training that ends before its row plan has ``planned_steps``, and only one
-that looks for its best evaluation has ``best_step`` and ``best_eval_loss``."""
+that looks for its best evaluation has ``best_step``, with ``best_eval_loss`` or what else ``train.best_metric`` names."""
 
 
 @dataclass(frozen=True)

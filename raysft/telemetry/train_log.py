@@ -114,8 +114,9 @@ class TrainLog:
                 self._print(f"{reason}; using the checkpoint before it")
             case StepSkipped(step, reason):
                 self._print(f"step {step} skipped: {reason}")
-            case StoppedEarly(step, best_step, best_loss):
-                self._print(f"stopped early after step {step}: best eval loss {best_loss:.4f} after step {best_step}")
+            case StoppedEarly(step, metric, best_step, value):
+                best = f"no finite {metric}" if value is None else f"best {metric} {value:.4f} after step {best_step}"
+                self._print(f"stopped early after step {step}: {best}")
             case Waiting(message, worker):
                 self._wait(f"{worker}: {message}" if worker else message)
             case WorkersRestarting(reason):

@@ -75,6 +75,7 @@ class Evaluator:
         record = next((each for each in reversed(self._log) if "eval_loss" in each), {})
         if record.get("current_steps") != cursor.step:
             return {}
+        self.seen = cursor.step
         return {name: value for name, value in record.items() if name.startswith("eval_")}
 
     def _batches(self, source: Any) -> Iterator[Batch]:

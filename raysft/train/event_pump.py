@@ -173,9 +173,9 @@ class EventPump:
                     )
             case TrainingEnded():
                 self._end = message
-            case TrainingStopped(step, reason):
+            case TrainingStopped(step, reason, failed=failed):
                 self.stopped_after = step
-                self._failure = RunStopped(f"stopped after step {step}: {reason}")
+                self._failure = (RunFailed if failed else RunStopped)(f"stopped after step {step}: {reason}")
         try:
             self._handle(message)
         except BaseException as error:

@@ -51,8 +51,8 @@ class Exporter:
         The model is missing if its machine died before the upload ended, or if a later best model replaced it before the
         training resumed from that checkpoint.
         """
-        if best is None:
-            return None
+        if best is None or best.value is None:
+            return best
         exists = [True]
         if dist.get_rank() == 0:
             # It may have become the trained model already, if the process died before it wrote its results.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -31,7 +31,7 @@ from raysft.train.checkpoint.resume import ResumePoint
 from raysft.train.checkpoint.triggers import CheckpointTrigger
 from raysft.train.decisions import Decide, Decision, Outside, any_worker, from_first, shared
 from raysft.train.deepspeed_config import zero_stage
-from raysft.train.early_stopping import EarlyStopper, known_best
+from raysft.train.early_stopping import EarlyStopper, MetricMissing, known_best
 from raysft.train.evaluator import Evaluator
 from raysft.train.export import Exporter
 from raysft.train.first_evaluation import FirstEvaluation
@@ -128,6 +128,8 @@ class _Loop:
         self.first_step = self.saved_step = 0
         self.stop_reason = ""
         """Why the training ends before the end of its row plan; empty if it goes on."""
+        self.failed = False
+        """True if it ends because it cannot go on as it was asked to."""
         self.eval_results: dict[str, float] = {}
         """Results of the latest evaluation."""
         self.evaluator = Evaluator(job, device, self.emit, self.log, self.trigger.stops, phases)
@@ -272,9 +274,11 @@ class _Loop:
             self.evaluate(cursor)
             if self.stop_reason:
                 return
-            self.early_stopper.update(self.eval_results, cursor.step)
+            self.compare(cursor, self.eval_results)
+            if self.stop_reason:
+                return
             if self.early_stopper.should_stop and (best := self.early_stopper.best):
-                self.emit(StoppedEarly(cursor.step, best.step, best.loss))
+                self.emit(StoppedEarly(cursor.step, best.metric, best.step, best.value))
             if self.outside.decide:
                 self._follow(self.outside.decide, cursor)
         if not self.stop_reason:
@@ -299,6 +303,25 @@ class _Loop:
         except EvaluationStopped:
             self._asked_to_stop()
 
+    def compare(self, cursor: Cursor, results: Mapping[str, float]) -> None:
+        """Look whether the model after this step is the best so far, by the results of evaluations or predictions of this step.
+
+        The training ends with a checkpoint if they lack the metric that is to decide.
+        """
+        keeps = self.job.config.train.keep_best and self.early_stopper.judges(results)
+        if keeps and self.evaluator.seen != cursor.step:
+            self.evaluate(cursor)  # a model that may be kept has results of its own
+            if self.stop_reason:
+                return
+        try:
+            self.early_stopper.update({**self._evaluated(cursor), **results}, cursor.step)
+        except MetricMissing as error:
+            self.stop_reason, self.failed = str(error), True
+
+    def _evaluated(self, cursor: Cursor) -> dict[str, float]:
+        """Results of the evaluation after this step; empty if there was none."""
+        return self.eval_results if self.evaluator.seen == cursor.step else {}
+
     def _asked_to_stop(self) -> None:
         self.stop_reason = self.outside.stop_reason() or "another worker was asked to stop"
 
@@ -311,10 +334,11 @@ class _Loop:
     def stop(self, cursor: Cursor) -> None:
         """End before the end, with a checkpoint to go on from."""
         if self._is_unsaved(cursor):
-            unevaluated = self.evaluations.is_due(cursor.step) and self.evaluator.seen != cursor.step
+            compared = self.evaluator.seen == cursor.step and not self.failed
+            unevaluated = self.evaluations.is_due(cursor.step) and not compared
             kept = self.trigger.is_scheduled(cursor.step) and not unevaluated
             self._checkpoint(replace(cursor, temporary=not kept, unevaluated=unevaluated))
-        self.emit(TrainingStopped(cursor.step, self.stop_reason, self.eval_results))
+        self.emit(TrainingStopped(cursor.step, self.stop_reason, self.eval_results, self.failed))
 
     def _is_unsaved(self, cursor: Cursor) -> bool:
         """Return True if a checkpoint would keep steps from being repeated."""
@@ -330,24 +354,25 @@ class _Loop:
         """Evaluate, save the last checkpoint, write the model, and report the results; nothing of it if it is to stop meanwhile."""
         results: dict[str, Any] = training_results(self.row_plan, cursor)
         early = cursor.step < self.row_plan.steps
-        if not (self.eval_results and (early or cursor.step == self.first_step)):
+        if self.evaluator.seen != cursor.step:
             self.evaluate(cursor)
+        if not early and not self.stop_reason:
+            self.compare(cursor, self.eval_results)
         if self.stop_reason:
             return
         if early:
             results["planned_steps"] = self.row_plan.steps
-        else:
-            self.early_stopper.update(self.eval_results, cursor.step)
         if any(from_first(self.trigger.stops(), device=self.device)):
             self._asked_to_stop()
             return
         if self.job.config.train.saves_on_schedule and cursor.step > self.first_step:
             self._checkpoint(cursor)  # a longer training that resumes here must know the last evaluation
         watch: Watch = partial(watched, asked=self.trigger.stops, react=partial(self._save, cursor), device=self.device)
-        if best := self.early_stopper.best:
-            results |= {"best_step": best.step, "best_eval_loss": best.loss}
-        if best and self.job.config.train.keep_best:
-            self.eval_results = best.results
+        best = self.early_stopper.best
+        if best and best.value is not None:
+            results |= {"best_step": best.step, f"best_{best.metric}": best.value}
+        if best and best.value is not None and self.job.config.train.keep_best:
+            self.eval_results = {name: value for name, value in best.results.items() if name.startswith("eval_")}
             self.exporter.promote_best(best.step, watch)
         else:
             self._export(partial(self.exporter.write, watch=watch))

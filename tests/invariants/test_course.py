@@ -112,6 +112,7 @@ def evaluated(prepared) -> dict[str, Result]:
         "best": {**wild, "train.keep_best": True},
         "patient": {**wild, "train.early_stopping.patience": 2, "train.keep_best": True},
         "impatient": {**wild, "train.early_stopping.patience": 1},
+        "accurate": {**wild, "train.keep_best": True, "train.best_metric": "eval_accuracy"},
     }
     cases = [
         Case(make_config(folder, model, each, micro_batch_size=4, max_steps=5), rows_of(manifest, steps=5))
@@ -120,9 +121,9 @@ def evaluated(prepared) -> dict[str, Result]:
     return dict(zip(settings, train_all(cases), strict=True))
 
 
-def evaluations(result: Result) -> list[float]:
+def evaluations(result: Result, metric: str = "eval_loss") -> list[float]:
     records = [event.record for event in result.events if isinstance(event, EvaluationDone)]
-    return [record["eval_loss"] for record in records if record["current_steps"] > 0]
+    return [record[metric] for record in records if record["current_steps"] > 0]
 
 
 def test_the_best_model_is_kept(evaluated):
@@ -136,6 +137,17 @@ def test_the_best_model_is_kept(evaluated):
         evaluated["best"].weights["model.norm.weight"], evaluated["whole"].weights["model.norm.weight"]
     )
     assert not (evaluated["best"].model.parent / ".best").exists()
+
+
+def test_the_best_may_be_the_most_accurate(evaluated):
+    accuracies = evaluations(evaluated["accurate"], "eval_accuracy")
+    best = accuracies.index(max(accuracies))
+    assert best < len(accuracies) - 1, "the test needs a training that gets worse at the end"
+    end = evaluated["accurate"].events[-1]
+    assert end.train["best_step"] == best + 1
+    assert end.train["best_eval_accuracy"] == end.eval["eval_accuracy"] == max(accuracies)
+    assert end.eval["eval_loss"] == evaluations(evaluated["accurate"])[best], "all results are those of the kept model"
+    assert "best_eval_loss" not in end.train
 
 
 def test_the_kept_model_has_the_loss_that_it_was_kept_for(prepared, evaluated):

@@ -41,6 +41,8 @@ OPTIMIZATION: dict[str, Any] = {
     "train.early_stopping.patience": 2,
     "train.early_stopping.threshold": 0.1,
     "train.keep_best": True,
+    "train.best_metric": "eval_accuracy",
+    "train.best_mode": "min",
     "train.save_every_steps": 1,
     "train.save_every_epochs": 1,
     "train.save_every_minutes": None,

@@ -194,6 +194,8 @@ def test_every_key_that_takes_effect_at_once_is_tested():
         "eval_delay": "is read after each step",
         "early_stopping": "below",
         "keep_best": "below",
+        "best_metric": "in the test of early stopping",
+        "best_mode": "in the test of early stopping",
     }
     keys = {key.split(".")[1] for key, effect in EFFECTS.items() if effect is Effect.NOW and key.startswith("train.")}
     assert keys == tried | elsewhere.keys()

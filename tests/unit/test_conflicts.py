@@ -25,6 +25,12 @@ def config(**settings) -> Config:
 
 
 GPU = {"scaling__use_gpu": True}
+COMPARES = {
+    "train__keep_best": True,
+    "train__eval_every_steps": 2,
+    "data__eval": [{"name": "a", "path": "a"}, {"name": "b", "path": "b"}],
+}
+"""Evaluations are compared, on two sets."""
 
 
 @pytest.mark.parametrize(
@@ -155,6 +161,35 @@ GPU = {"scaling__use_gpu": True}
         (
             {"train__keep_best": True, "train__eval_every_epochs": 1},
             "train.keep_best … no evaluation data … data.holdout",
+        ),
+        (
+            {"train__best_metric": "eval_accuracy"},
+            "train.best_metric=eval_accuracy … nothing compares … train.keep_best=true or train.early_stopping.patience",
+        ),
+        ({"train__best_mode": "max"}, "train.best_mode=max … nothing compares … or remove best_mode"),
+        ({**COMPARES, "train__best_metric": "accuracy"}, "train.best_metric=accuracy … did you mean eval_accuracy?"),
+        ({**COMPARES, "train__best_metric": "rouge-l"}, "train.best_metric=rouge-l … did you mean predict_rouge-l?"),
+        ({**COMPARES, "train__best_metric": "eval_a_los"}, "train.best_metric=eval_a_los … did you mean eval_a_loss?"),
+        (
+            {**COMPARES, "train__best_metric": "f"},
+            "train.best_metric=f … use one of eval_loss, … eval_b_accuracy, predict_",
+        ),
+        ({**COMPARES, "train__best_metric": "train_loss"}, "train.best_metric=train_loss … did you mean eval_"),
+        (
+            {**COMPARES, "data__eval": [{"name": "b", "path": "b"}], "train__best_metric": "eval_b_loss"},
+            "train.best_metric=eval_b_loss … did you mean eval_loss?",
+        ),
+        (
+            {**COMPARES, "train__best_metric": "eval_tokens"},
+            "train.best_metric=eval_tokens … train.best_mode=null; set it to min or max",
+        ),
+        (
+            {**COMPARES, "train__best_metric": "predict_bleu-4", "generate__enabled": False},
+            "train.best_metric=predict_bleu-4 … predictions … generate.enabled=true",
+        ),
+        (
+            {**COMPARES, "train__best_metric": "predict_bleu-4"},
+            "train.best_metric=predict_bleu-4 … predictions … such as",
         ),
         ({"train__eval_delay": 3}, "train.eval_delay=3 … train.eval_every_steps is not set; set it, or … remove"),
         (

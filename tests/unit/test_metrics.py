@@ -26,6 +26,7 @@ from raysft.errors import RequestError, RunFailed
 from raysft.generate import metrics
 from raysft.generate.metrics.bootstrap import intervals, resampled_sums, totals
 from raysft.generate.metrics.loading import loaded
+from raysft.metric_names import METRIC_KEYS, higher_is_better
 from raysft.storage.json_files import read_jsonl
 from raysft.storage.run_directory import RunDirectory
 
@@ -79,7 +80,13 @@ def by_definition(predict: str, label: str) -> dict[str, float]:
 @pytest.mark.parametrize("name", metrics.BUILTIN_METRICS)
 def test_the_names_of_the_values_are_known_without_the_metric(name):
     with loaded(name) as metric:
-        assert tuple(metric.compute(predictions=["a b"], references=["a c"])) == metrics.METRIC_KEYS[name]
+        assert tuple(metric.compute(predictions=["a b"], references=["a c"])) == METRIC_KEYS[name]
+        for key in METRIC_KEYS[name]:
+            assert (
+                higher_is_better(f"predict_{key}")
+                is higher_is_better(f"predict_a_{key}_low")
+                is metric.higher_is_better
+            )
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=range(len(PAIRS)))

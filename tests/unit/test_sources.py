@@ -167,6 +167,20 @@ def test_a_set_of_prompts_alone_is_not_evaluated(tmp_path, model):
         prepare(config_with_eval(tmp_path, **compared), model)
 
 
+def test_a_set_of_prompts_alone_has_no_metric_to_choose_the_best_model_by(tmp_path, model):
+    write_records(tmp_path / "a.jsonl", [["q", "a"]])
+    write_records(tmp_path / "e.jsonl", [{"instruction": "one"}, {"prompt": "two"}])
+    write_records(tmp_path / "f.jsonl", [["q", "a"]])
+    sets = [{"name": name, "path": str(tmp_path / f"{name}.jsonl")} for name in "ef"]
+    compared = {"train.eval_every_steps": 1, "train.keep_best": True, "data.eval": sets}
+    for metric in ("eval_e_loss", "eval_f_loss"):
+        with pytest.raises(
+            RequestError, match=rf"^train\.best_metric={metric} .* only f has .*; .* use one of eval_loss, "
+        ):
+            prepare(config_with_eval(tmp_path, **compared, **{"train.best_metric": metric}), model)
+    assert list(prepare(config_with_eval(tmp_path, **compared), model).eval_rows) == ["f"]
+
+
 @pytest.mark.parametrize("holdout", [0.0, 0.5])
 def test_a_record_without_an_answer_is_rejected_in_training(tmp_path, model, holdout):
     write_records(tmp_path / "a.jsonl", [*(["q" + str(n), "a"] for n in range(9)), {"instruction": "Say it"}])

@@ -82,7 +82,10 @@ EVENTS: dict[type, tuple[Event, str]] = {
         ),
         "after step 4 | eval loss 1.5000 | perplexity 4.48 | token accuracy 25.0% | 1,200 loss tokens",
     ),
-    StoppedEarly: (StoppedEarly(6, 4, 1.5), "stopped early after step 6: best eval loss 1.5000 after step 4"),
+    StoppedEarly: (
+        StoppedEarly(6, "eval_loss", 4, 1.5),
+        "stopped early after step 6: best eval_loss 1.5000 after step 4",
+    ),
     CheckpointSaved: (CheckpointSaved(4, 16), "checkpoint after step 4"),
     CheckpointFailed: (CheckpointFailed(4, "disk full"), "no checkpoint after step 4: disk full"),
     CheckpointCorrupt: (CheckpointCorrupt("part_0 is corrupt"), "part_0 is corrupt; using the checkpoint before it"),

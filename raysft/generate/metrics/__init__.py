@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from raysft.generate.metrics.loading import BUILTIN_METRICS, METRIC_KEYS, check
+from raysft.generate.metrics.loading import BUILTIN_METRICS, check
 from raysft.generate.metrics.rows import MetricRow, ModelRole, flat_results, write_metrics
 from raysft.generate.metrics.scoring import score, score_labelled
 
 __all__ = [
     "BUILTIN_METRICS",
-    "METRIC_KEYS",
     "MetricRow",
     "ModelRole",
     "check",

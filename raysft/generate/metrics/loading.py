@@ -16,18 +16,10 @@ from huggingface_hub import constants
 from raysft.config import Config
 from raysft.errors import RequestError, RunFailed, one_line
 from raysft.generate.metrics.script import ScriptNotFound, find_script
+from raysft.metric_names import METRIC_KEYS
 
-BUILTIN_METRICS = {
-    name: Path(__file__).with_name(f"{name}.py")
-    for name in ("similarity", "rouge", "bleu", "bleu_zh", "chrf", "exact_match")
-}
+BUILTIN_METRICS = {name: Path(__file__).with_name(f"{name}.py") for name in METRIC_KEYS}
 """Metrics that come with raysft. Each is a file for ``evaluate.load`` with an ``AdditiveMetric``."""
-METRIC_KEYS = {
-    "similarity": ("rouge-1", "rouge-2", "rouge-l", "bleu-4"),
-    "rouge": ("rouge1", "rouge2", "rougeL", "rougeLsum"),
-    **{name: (name,) for name in ("bleu", "bleu_zh", "chrf", "exact_match")},
-}
-"""Names of the values of each built-in metric, for those who do not load it."""
 
 
 def check(config: Config) -> None:

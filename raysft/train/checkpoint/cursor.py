@@ -18,22 +18,26 @@ class Best:
     """The best evaluation so far."""
 
     step: int
-    """Optimizer steps done at that evaluation."""
+    """Optimizer steps done at that evaluation; 0 if none has given a finite value yet."""
     since: int
     """Evaluations since the last improvement."""
     results: dict[str, float]
-    """As ``eval_results.json`` holds them."""
+    """All results after that step, as ``eval_results.json`` and ``predict_results.json`` name them; empty if ``step`` is 0."""
     bar: float = math.inf
-    """The loss of the last improvement by more than ``early_stopping.threshold``."""
+    """The value of the last improvement by more than ``early_stopping.threshold``."""
     seen: int = 0
     """Optimizer steps done at the latest evaluation that was compared with it."""
     kept: bool = True
     """True if its model was kept."""
+    metric: str = "eval_loss"
+    """The result by which it is the best."""
+    lowest: bool = True
+    """True if it is the lowest value, False if it is the highest."""
 
     @property
-    def loss(self) -> float:
-        """The loss by which it is the best."""
-        return self.results["eval_loss"]
+    def value(self) -> float | None:
+        """The value by which it is the best; None if no evaluation has given a finite one yet."""
+        return self.results.get(self.metric)
 
 
 @dataclass(frozen=True)
