@@ -79,7 +79,8 @@ OTHER: dict[str, Any] = {
     "report_to": "wandb", "eval_strategy": "epoch", "evaluation_strategy": "epoch", "save_strategy": "epoch",
     "train_sampling_strategy": "sequential", "deepspeed": "ds_z3_config.json", "fp8_backend": "te",
     "ray_init_kwargs": {"address": "head:6379"}, "placement_strategy": "SPREAD", "rope_scaling": "yarn",
-    "apollo_proj": "svd", "apollo_proj_type": "left", "metric_for_best_model": "loss",
+    "apollo_proj": "svd", "apollo_proj_type": "left", "metric_for_best_model": "accuracy",
+    "greater_is_better": True,
 }  # fmt: skip
 """Values of keys that take neither true nor 3."""
 WITH: dict[str, dict[str, Any]] = {
@@ -105,6 +106,7 @@ WITH: dict[str, dict[str, Any]] = {
     "loraplus_lr_embedding": {"loraplus_lr_ratio": 16.0}, "adapter_folder": {"adapter_name_or_path": "x"},
     "create_new_adapter": {"adapter_name_or_path": "x"}, "gradient_checkpointing": {"disable_gradient_checkpointing": True},
     "export_dir": {"dataset": None, "do_train": None},
+    "metric_for_best_model": {"load_best_model_at_end": True}, "greater_is_better": {"early_stopping_steps": 3},
 }  # fmt: skip
 """Key → keys without which it means nothing."""
 
@@ -135,12 +137,10 @@ def test_new_tokens_are_read_from_their_file(write):
 def test_a_key_without_counterpart_is_refused_by_name_with_a_remedy_and_harmless_by_default(name):
     default = TABLE[name].default
     given = OTHER.get(name, not default if isinstance(default, bool) else 3)
-    if name == "metric_for_best_model":
-        given = "eval_accuracy"
     (refusal,) = converted(**{name: given}).refusals
     assert refusal.key == name
     assert refusal.message.startswith(name)
-    by_default = converted(**{name: [] if name == "fsdp" else default if name != "metric_for_best_model" else "loss"})
+    by_default = converted(**{name: [] if name == "fsdp" else default})
     assert by_default.refusals == []
     assert by_default.harmless.keys() - {"do_train"} == {name}
 
@@ -385,6 +385,26 @@ def test_what_is_refused(write, keys, parts):
     message = messages.refusal(load, write(keys))
     assert holds(message, parts), message
     assert "secret" not in message
+
+
+@pytest.mark.parametrize(
+    ("keys", "metric", "lowest"),
+    [
+        ({"load_best_model_at_end": True}, "eval_loss", True),
+        ({"load_best_model_at_end": True, "metric_for_best_model": "loss"}, "eval_loss", True),
+        ({"early_stopping_steps": 2, "metric_for_best_model": "eval_accuracy"}, "eval_accuracy", False),
+        ({"early_stopping_steps": 2, "metric_for_best_model": "accuracy", "greater_is_better": True}, "eval_accuracy", False),
+        ({"load_best_model_at_end": True, "metric_for_best_model": "eval_b_loss"}, "eval_b_loss", True),
+        ({"load_best_model_at_end": True, "metric_for_best_model": "perplexity", "greater_is_better": False}, "eval_perplexity",
+         True),
+        ({"metric_for_best_model": "eval_accuracy", "greater_is_better": True}, "eval_loss", True),
+    ],
+)  # fmt: skip
+def test_the_best_model_is_chosen_by_the_metric_that_transformers_names(write, keys, metric, lowest):
+    evaluates = {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset": "b,c"}
+    train = load(write({**MINIMAL, **evaluates, **keys})).train
+    assert (train.best_metric, train.lowest_is_best) == (metric, lowest)
+    assert train.comparing_key or "load_best_model_at_end" in convert({**MINIMAL, **keys}).harmless["greater_is_better"]
 
 
 def test_keys_of_raysft_stay_with_raysft(write):

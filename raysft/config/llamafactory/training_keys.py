@@ -10,6 +10,7 @@ from raysft.config.llamafactory.values import (
     names,
     number,
     option,
+    result,
     text,
     whole,
     with_numbers,
@@ -24,6 +25,7 @@ _HUB = "only push_to_hub: true reads it"
 _FSDP = "remove it; deepspeed or train.zero_stage: 3 partitions the weights"
 _COMPILE = "remove it: raysft does not compile the model"
 _PROFILER = "only enable_torch_profiler: true reads it"
+_BEST = "only load_best_model_at_end: true and early_stopping_steps read it"
 _PRECISION = "evaluations compute as the training does"
 _PREDICTIONS = "LLaMA-Factory reads it for predictions during training only; raysft predicts after it"
 _PUSH = "remove it, and push the model after the training with raysft export RUN_DIR --push ORG/NAME (--adapter: the adapter alone)"
@@ -148,10 +150,8 @@ TRANSFORMERS: Keys = {
         for name in ("hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision")
     },
     "load_best_model_at_end": joined("train.keep_best", boolean, False),
-    "metric_for_best_model": only(
-        "eval_loss", "remove it: eval_loss decides", choice({"loss": "eval_loss", "eval_loss": "eval_loss"})
-    ),
-    "greater_is_better": only(False, "remove it: the lowest eval_loss is the best", boolean),
+    "metric_for_best_model": Key(result, "eval_loss", path="train.best_metric", alone=False, reason=_BEST),
+    "greater_is_better": Key(boolean, path="train.best_mode", alone=False, reason=_BEST),
     "ignore_data_skip": harmless("a resumed run finds its place in the data at once"),
     "restore_callback_states_from_checkpoint": harmless("raysft has no such callbacks"),
     "full_determinism": only(False, "remove it: raysft has no such switch", boolean),

@@ -112,6 +112,10 @@ def evaluation(given: Settings) -> Derived:
                 "eval_strategy", f"eval_strategy={strategy} needs data to evaluate on; set val_size or eval_dataset"
             )
     yield Entry("train.keep_best", given["load_best_model_at_end"], "load_best_model_at_end")
+    if given["load_best_model_at_end"] or given["early_stopping_steps"]:
+        yield Entry("train.best_metric", given["metric_for_best_model"], "metric_for_best_model")
+        if given.given("greater_is_better"):
+            yield Entry("train.best_mode", "max" if given["greater_is_better"] else "min", "greater_is_better")
     strategy = given["save_strategy"]
     if strategy == "best":
         yield Refusal("save_strategy", "save_strategy=best is not supported; set load_best_model_at_end: true instead")

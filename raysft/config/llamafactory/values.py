@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from raysft.metric_names import METRIC_KEYS
+
 Reader = Callable[[Any], Any]
 POWER_OF_TEN = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 """A number that LLaMA-Factory's YAML reader takes as one, and YAML 1.1 as text unless it has a point and a sign."""
@@ -81,6 +83,17 @@ def names(value: Any) -> list[str]:
     if not found or not all(found):
         raise ValueError("must be names, as a list or separated by commas, none of them empty")
     return found
+
+
+def result(value: Any) -> str:
+    """A result that transformers chooses the best model by, with the prefix that raysft gives it.
+
+    >>> result("loss"), result("eval_a_accuracy"), result("rouge-l"), result("eval_a_bleu-4")
+    ('eval_loss', 'eval_a_accuracy', 'predict_rouge-l', 'predict_a_bleu-4')
+    """
+    name = text(value).removeprefix("eval_")
+    scores = METRIC_KEYS["similarity"]
+    return f"predict_{name}" if name.endswith(scores) else f"eval_{name}"
 
 
 def targets(value: Any) -> str | list[str]:
