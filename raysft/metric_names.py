@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+SPEED = ("runtime", "samples_per_second", "steps_per_second")
+"""Measures of how long an evaluation took, without its prefix; what is from the cache has none."""
 EVALUATION: dict[str, bool | None] = {"loss": False, "perplexity": False, "accuracy": True, "tokens": None}
 """Measure of an evaluation → True if the highest value is best; None if neither the highest nor the lowest is."""
 METRIC_KEYS = {

@@ -10,7 +10,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -193,6 +193,11 @@ def worker(rank: int, world: int, port: int, cases: Sequence[Case], out, device:
     torch.distributed.destroy_process_group()
 
 
+def timeless(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Results without those that differ from run to run: times and speeds."""
+    return {name: value for name, value in results.items() if not name.endswith(("runtime", "_per_second"))}
+
+
 def _trained(case: Case, rank: int, world: int, name: str, device: torch.device) -> Result:
     from safetensors.torch import load_file
 
@@ -266,7 +271,7 @@ def _trained(case: Case, rank: int, world: int, name: str, device: torch.device)
     if rank == 0 and not failure and (run.path / "model").exists():
         (file,) = (run.path / "model").glob("*model.safetensors")
         weights = {key: value.float().numpy() for key, value in load_file(file).items()}
-    evaluation = next((event.eval for event in events if isinstance(event, TrainingEnded)), {})
+    evaluation = next((timeless(event.eval) for event in events if isinstance(event, TrainingEnded)), {})
     losses, norms = [step.loss for step in steps], [step.grad_norm for step in steps]
     return Result(losses, norms, weights, evaluation, events, run.path / "model", failure, asked_in)
 

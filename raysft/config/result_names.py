@@ -17,14 +17,14 @@ def evaluated_sets(config: Config) -> list[str]:
     return [source.name for source in [*config.data.eval, *held_out]]
 
 
-def evaluation_names(sets: Sequence[str]) -> list[str]:
+def evaluation_names(sets: Sequence[str], measures: Sequence[str] = EVALUATION) -> list[str]:
     """Keys of ``eval_results.json``; with several sets, those of each set follow those over all of them.
 
     >>> evaluation_names(["a"])
     ['eval_loss', 'eval_perplexity', 'eval_accuracy', 'eval_tokens']
     """
     groups = ["", *(f"{name}_" for name in sets if len(sets) > 1)] if sets else []
-    return [f"eval_{group}{measure}" for group in groups for measure in EVALUATION]
+    return [f"eval_{group}{measure}" for group in groups for measure in measures]
 
 
 def predicted_groups(config: Config) -> list[str]:

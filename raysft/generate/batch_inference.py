@@ -61,10 +61,10 @@ def generate(
         notify: gets a line when it is an output's turn.
 
     Returns:
-        For each output, the rows of ``metrics.score`` and two about its generation. ``runtime`` is the time until its last
+        For each output, the rows of ``metrics.score`` and three about its generation. ``runtime`` is the time until its last
         prediction: of the first output since the call, with the start of the engines; of another since the output before was
         complete, or since its own first batch began if that was earlier. ``tokens_per_second`` is that from the start of its
-        first batch to the end of its last.
+        first batch to the end of its last, ``samples_per_second`` the predictions of that call by ``runtime``.
 
     Raises:
         RequestError: a model, the prompts, a metric, the engine or the pool size is invalid; raised before anything starts.
@@ -131,6 +131,8 @@ class _Predictions:
         self._cut = np.zeros(len(prompts), bool)
         self._errors: dict[int, str] = {}
         self._done = 0
+        self._generated = 0
+        """Predictions that this call has added to those that were there."""
         self.facts = self._store.finished()
 
     def __enter__(self) -> _Predictions:
@@ -178,6 +180,7 @@ class _Predictions:
             RunFailed: all prompts failed.
         """
         self._remember(self._store.append(batch))
+        self._generated += len(batch)
         self.progress.advance(len(batch), sum(entry["tokens"] for entry in batch), batch[0]["seconds"])
         if self.is_complete:
             self.finish()
@@ -195,6 +198,7 @@ class _Predictions:
             raise RunFailed(f"generation failed: {next(iter(self._errors.values()))}")
         facts = {
             "runtime": round(self.progress.seconds, 3),
+            "samples_per_second": round(self._generated / max(self.progress.seconds, 1e-6), 3),
             "tokens_per_second": round(self.progress.tokens_per_second, 3),
         }
         self._store.finish(self._rows(), facts, failed)
@@ -234,8 +238,10 @@ class _Predictions:
             none = "; there are no metrics" if unscored == len(self._prompts) else ""
             print(f"{self.output.path.stem}: {unscored} of {len(self._prompts)} predictions are not scored, because their "
                   f"records have no answer{none}", file=sys.stderr)  # fmt: skip
+        samples = facts.get("samples_per_second", 0.0)
         return [
             *rows,
             metrics.MetricRow("runtime", None, role, facts["runtime"], unit="seconds", higher_is_better=False),
+            metrics.MetricRow("samples_per_second", None, role, samples, unit="examples/second", higher_is_better=True),
             metrics.MetricRow("tokens_per_second", None, role, speed, unit="tokens/second", higher_is_better=True),
         ]

@@ -13,7 +13,7 @@ from raysft.report.text import visible
 INTERVALS = "95% confidence intervals, bootstrapped over the examples"
 """The meaning of the brackets after a value."""
 
-_EFFORT_UNITS = ("examples", "seconds", "tokens/second")
+_EFFORT_UNITS = ("examples", "seconds", "tokens/second", "examples/second")
 """Units of metric rows that measure size or speed, not quality."""
 
 

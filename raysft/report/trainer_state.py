@@ -57,7 +57,7 @@ def trainer_state(log: RunLog) -> dict[str, Any]:
         "num_train_epochs": math.ceil(finite(log.plan.get("epochs")) or finite(last.get("epoch")) or 1),
         "save_steps": log.option("train.save_every_steps", 0),
         "stateful_callbacks": {},
-        "total_flos": 0,
+        "total_flos": finite(log.trained.get("total_flos")) or 0,
         "train_batch_size": log.resolved.get("micro_batch_size"),
         "trial_name": None,
         "trial_params": None,

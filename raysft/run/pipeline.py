@@ -111,12 +111,12 @@ def _train(context: RunContext, callbacks: Sequence[Any], decisions: Any) -> Non
             results = launch.train(train_job(context), handle, decisions)
         finally:
             context.terminal.close()
+    trained, row_plan = results["train"], context.prepared.train_rows.row_plan
     if results["eval"]:
-        context.directory.write_results("eval", results["eval"])
-    efficiency = {"packing_efficiency": round(context.prepared.train_rows.row_plan.packing_efficiency, 6)}
-    context.directory.write_results(
-        "train", {**results["train"], **train_log.results(), **efficiency, **train_log.timings}
-    )
+        context.directory.write_results("eval", {**results["eval"], "epoch": trained["epoch"]})
+    efficiency = {"packing_efficiency": round(row_plan.packing_efficiency, 6)}
+    speed = train_log.results(row_plan.examples_after(trained["total_steps"]))
+    context.directory.write_results("train", {**trained, **speed, **efficiency, **train_log.timings})
 
 
 def train_job(context: RunContext) -> Any:

@@ -139,18 +139,28 @@ class TrainLog:
             case _:
                 assert_never(event)
 
-    def results(self) -> dict[str, float]:
-        """Mean loss and speed over all steps of the run, including those before an interruption."""
+    def results(self, examples: int) -> dict[str, float]:
+        """Mean loss and speed over all steps of the run, including those before an interruption.
+
+        ``train_runtime`` is the time of the steps, without evaluations and checkpoints. ``effective_tokens_per_sec`` is the speed
+        of one device.
+
+        Args:
+            examples: number of examples that these steps trained on.
+        """
         steps = [record for record in self._records() if "step_seconds" in record]
         losses = [record["loss"] for record in steps if record["loss"] is not None]
         seconds = sum(record["step_seconds"] for record in steps)
+        by_device = sum(record.get("throughput_per_device", 0.0) * record["step_seconds"] for record in steps)
         if not steps or not losses or not seconds:
             return {}
         return {
             "train_loss": sum(losses) / len(losses),
             "train_runtime": round(seconds, 3),
             "train_steps_per_second": round(len(steps) / seconds, 4),
+            "train_samples_per_second": round(examples / seconds, 3),
             "train_tokens_per_second": round(steps[-1]["total_tokens"] / seconds, 2),
+            "effective_tokens_per_sec": round(by_device / seconds, 2),
         }
 
     def _call(self, method: str, argument: Any) -> None:

@@ -54,7 +54,16 @@ class Evaluator:
         rows, known = self._job.config.micro_batch_size, first.known if first else {}
         evaluations = [
             known.get(name)
-            or evaluate(engine, name, cursor.step, self._batches(source), rows, self._device, self._stops)
+            or evaluate(
+                engine,
+                name,
+                cursor.step,
+                self._batches(source),
+                rows,
+                self._device,
+                self._stops,
+                source.row_plan.examples,
+            )
             for name, source in self._job.eval_rows.items()
         ]
         self.seen = cursor.step

@@ -62,5 +62,24 @@ def model_flops(model: Any, tokens: float, squares: float, loss_tokens: float) -
     return tokens * body + loss_tokens * _flops(head) + attention
 
 
+def trainer_flops(model: torch.nn.Module, tokens: int) -> float:
+    """Count the FLOPs of a training as a ``Trainer`` does for ``total_flos``: 6 per token and weight outside the embeddings.
+
+    It asks neither which weights are frozen, nor which tokens the head is computed for, nor for attention; ``model_flops`` does.
+
+    Args:
+        model: a transformers model, with or without adapters.
+        tokens: number of tokens without padding.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    return 6.0 * tokens * sum(_elements(weight) for weight in model.parameters() if id(weight) not in embeddings)
+
+
 def _flops(parameter: Any) -> float:
-    return (6.0 if parameter.requires_grad else 4.0) * numel(parameter)
+    return (6.0 if parameter.requires_grad else 4.0) * _elements(parameter)
+
+
+def _elements(parameter: Any) -> int:
+    # bitsandbytes keeps two weights of 4 bits in a byte.
+    in_four_bits = type(parameter).__name__ == "Params4bit"
+    return numel(parameter) * (2 * parameter.element_size() if in_four_bits else 1)

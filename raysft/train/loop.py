@@ -352,7 +352,7 @@ class _Loop:
 
     def finish(self, cursor: Cursor) -> None:
         """Evaluate, save the last checkpoint, write the model, and report the results; nothing of it if it is to stop meanwhile."""
-        results: dict[str, Any] = training_results(self.row_plan, cursor)
+        results: dict[str, Any] = training_results(self.row_plan, cursor, self.engine.module.model)
         early = cursor.step < self.row_plan.steps
         if self.evaluator.seen != cursor.step:
             self.evaluate(cursor)

@@ -11,6 +11,7 @@ model that only some rows need, such as an image encoder, must be called for eve
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -139,6 +140,7 @@ def evaluate(
     rows: int,
     device: torch.device,
     stops: Callable[[], bool] | None = None,
+    examples: int = 0,
 ) -> Evaluation:
     """Compute loss and accuracy on an evaluation set, exactly over all workers: sums are reduced, then divided once.
 
@@ -152,15 +154,16 @@ def evaluate(
         rows: rows per microbatch.
         device: where the model is.
         stops: True if this worker was asked to stop. All workers share that about once a second. Default: none is ever asked.
+        examples: how many the set has, for their number per second.
 
     Raises:
         RunFailed: the set has no loss token.
         EvaluationStopped: a worker was asked to stop; raised by all workers alike.
     """
-    training = model.training
+    training, started = model.training, time.perf_counter()
     model.eval()
     try:
-        totals = _evaluated(model, batches, rows, device, _Looks(stops, device) if stops else lambda: None)
+        totals, steps = _evaluated(model, batches, rows, device, _Looks(stops, device) if stops else lambda: None)
     finally:
         model.train(training)
     dist.all_reduce(totals)
@@ -169,14 +172,15 @@ def evaluate(
         raise RunFailed(
             f"evaluation set {name!r} has no loss token; remove the set, or give examples with assistant messages"
         )
-    return Evaluation(name=name, step=step, loss=loss / tokens, accuracy=correct / tokens, tokens=int(tokens))
+    seconds = time.perf_counter() - started
+    return Evaluation(name, step, loss / tokens, correct / tokens, int(tokens), seconds, examples, steps)
 
 
 def _evaluated(
     model: Any, batches: Iterable[Batch], rows: int, device: torch.device, look: Callable[[], None]
-) -> torch.Tensor:
-    """Return this worker's sums of loss, correct predictions and loss tokens, as [3] float64."""
-    totals = torch.zeros(3, dtype=torch.float64, device=device)
+) -> tuple[torch.Tensor, int]:
+    """Return this worker's sums of loss, correct predictions and loss tokens, as [3] float64, and its number of microbatches."""
+    totals, steps = torch.zeros(3, dtype=torch.float64, device=device), 0
     for batch in batches:
         look()
         for microbatch in microbatches(batch, rows, device):
@@ -185,7 +189,8 @@ def _evaluated(
             # The first token of an example is never predicted; the data stage has masked its label.
             loss_tokens = (microbatch["labels"][:, 1:] != IGNORE_INDEX).sum()
             totals += torch.stack([loss.double(), correct.double(), loss_tokens.double()])
-    return totals
+            steps += 1
+    return totals, steps
 
 
 class _Looks:

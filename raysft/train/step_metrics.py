@@ -11,7 +11,7 @@ from raysft.telemetry.events import SetupDone, StepRecord
 from raysft.telemetry.terminal import duration
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.deepspeed_internals import numel
-from raysft.train.flops import model_flops, peak_flops
+from raysft.train.flops import model_flops, peak_flops, trainer_flops
 from raysft.train.phases import Phases
 from raysft.train.step import StepResult
 
@@ -109,9 +109,11 @@ def worker_values(phases: Phases, device: torch.device) -> dict[str, float | Non
     }
 
 
-def training_results(row_plan: Any, cursor: Cursor) -> dict[str, float]:
-    """Say how much was trained."""
+def training_results(row_plan: Any, cursor: Cursor, model: Any) -> dict[str, float]:
+    """Say how much was trained, since the first step of the run."""
     return {
+        "total_flos": trainer_flops(model, cursor.tokens),
+        "num_input_tokens_seen": cursor.tokens,
         "total_steps": cursor.step,
         "total_rows": cursor.rows,
         "total_tokens": cursor.tokens,

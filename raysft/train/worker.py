@@ -111,7 +111,15 @@ def _evaluate(settings: dict[str, Any]) -> None:
     rank, workers = context.get_world_rank(), context.get_world_size()
     check_model(model, job.config, device)
     evaluations = [
-        evaluate(model, name, 0, rows.steps(0, rank, workers), job.config.micro_batch_size, device)
+        evaluate(
+            model,
+            name,
+            0,
+            rows.steps(0, rank, workers),
+            job.config.micro_batch_size,
+            device,
+            examples=rows.row_plan.examples,
+        )
         for name, rows in job.eval_rows.items()
     ]
     if rank == 0:

@@ -14,6 +14,7 @@ from raysft.config.result_names import (
     score_names,
 )
 from raysft.errors import RequestError
+from raysft.metric_names import SPEED
 from raysft.telemetry.events import TRAIN_RESULTS
 
 
@@ -25,7 +26,8 @@ def check_metric(config: Config, metric: str) -> None:
     Raises:
         RequestError: names the metrics that there are.
     """
-    known = evaluation_names(evaluated_sets(config))
+    sets = evaluated_sets(config)
+    known = [*evaluation_names(sets), *evaluation_names(sets, SPEED)]
     if metric.startswith("eval_"):
         remedy = _one_of(known) if known else "they evaluate nothing; set data.eval or data.holdout"
     elif metric.startswith(("predict_", "base_predict_")):
@@ -50,6 +52,11 @@ def _prediction_results(config: Config) -> list[str]:
     if not config.generates:
         return []
     scores = [name.removeprefix("predict_") for name in score_names(config)]
-    others = ["runtime", "tokens_per_second", *(f"{group}examples" for group in predicted_groups(config))]
+    others = [
+        "runtime",
+        "samples_per_second",
+        "tokens_per_second",
+        *(f"{group}examples" for group in predicted_groups(config)),
+    ]
     models = ["", "base_"] if config.generate.compare_base else [""]
     return [f"{model}predict_{name}" for model in models for name in (*scores, *others)]

@@ -129,6 +129,9 @@ def test_the_time_of_a_later_output_begins_where_the_one_before_ended(models, pr
     rows = generate(config(), prompts, outputs, progress=False)
     of = {(row.model, row.metric): row.value for row in rows}
     assert (of["base", "runtime"], of["trained", "runtime"]) == (13, 13)
+    assert (of["base", "samples_per_second"], of["trained", "samples_per_second"]) == pytest.approx(
+        (4 / 13, 4 / 13), abs=1e-3
+    )
     assert of["base", "tokens_per_second"] == pytest.approx(8 / 6, abs=1e-3)
     assert of["trained", "tokens_per_second"] == pytest.approx(8 / 10, abs=1e-3)
 

@@ -103,6 +103,17 @@ def test_totals_of_steps_are_those_of_their_rows(options):
     assert row_plan.packing_efficiency == pytest.approx(2 * LENGTHS.sum() / (filled * 64))
 
 
+@pytest.mark.parametrize("options", [{}, {"layout": "joined"}, {"layout": "joined", "capacity": 20}], ids=str)
+def test_the_examples_of_some_steps_are_those_that_begin_in_them(options, monkeypatch):
+    monkeypatch.setattr("raysft.data.rows.row_plan.BLOCK", 7)
+    row_plan = plan(epochs=3, **options)
+    for steps in (0, 1, row_plan.steps // 2, row_plan.steps):
+        # An example in two rows stands at the end of the one and at the beginning of the next.
+        met = [example for row in rows_of(row_plan, 0, min(8 * steps, row_plan.rows)) for example in row]
+        assert row_plan.examples_after(steps) == sum(one != other for one, other in pairwise([None, *met]))
+    assert row_plan.examples == 3 * 500
+
+
 @pytest.mark.parametrize("max_steps", [1, 3, 20])
 def test_max_steps_is_the_beginning_of_the_whole_plan(max_steps):
     whole, cut = plan(epochs=3, seed=1), plan(epochs=3, seed=1, max_steps=max_steps)

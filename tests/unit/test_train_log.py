@@ -57,6 +57,7 @@ def step(number: int, loss: float = 1.0) -> StepRecord:
         data_wait_seconds=0.0,
         memory_gib=1.0,
         memory_total_gib=2.0,
+        throughput_per_device=25.0,
     )
 
 
@@ -189,11 +190,13 @@ def test_a_log_has_each_step_once_and_results_count_all_of_them(tmp_path: Path, 
     for number in (3, 4, 5):
         again(step(number, loss=10.0))
     assert [record["current_steps"] for record in read_jsonl(log)] == [1, 2, 3, 4, 5]
-    assert again.results() == {
+    assert again.results(35) == {
         "train_loss": (1 + 2 + 10 + 10 + 10) / 5,
         "train_runtime": 10.0,
         "train_steps_per_second": 0.5,
+        "train_samples_per_second": 3.5,
         "train_tokens_per_second": 50.0,
+        "effective_tokens_per_sec": 25.0,
     }
 
 
@@ -201,9 +204,9 @@ def test_results_are_json_where_a_loss_was_not_finite(tmp_path: Path, capsys):
     log = TrainLog(tmp_path / "trainer_log.jsonl", Terminal())
     log(set_up(0))
     log(step(1, loss=float("nan")))
-    assert log.results() == {}
+    assert log.results(1) == {}
     log(step(2, loss=2.0))
-    assert json.loads(json.dumps(log.results(), allow_nan=False))["train_loss"] == 2.0
+    assert json.loads(json.dumps(log.results(1), allow_nan=False))["train_loss"] == 2.0
 
 
 def test_a_reader_that_goes_away_ends_nothing(tmp_path: Path):

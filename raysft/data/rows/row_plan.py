@@ -104,6 +104,23 @@ class RowPlan:
         """[steps] tokens without padding."""
         return _sums(self._lengths, self._segment_edges)
 
+    def examples_after(self, steps: int) -> int:
+        """Return the examples that the first steps train on, in each epoch anew; one in several rows counts where it begins."""
+        edge = int(self._segment_edges[steps])
+        return sum(self._beginnings(first, min(first + BLOCK, edge)) for first in range(0, edge, BLOCK))
+
+    def _beginnings(self, first: int, stop: int) -> int:
+        """Count the segments with which an example begins. A row of whose example one token is in the row before repeats it."""
+        before, segments = max(0, first - 1), self.segments
+        begins, examples = segments.starts[before:stop] == 0, segments.examples[before:stop]
+        repeats = begins[1:] & begins[:-1] & (segments.stops[before : stop - 1] == 1) & (examples[1:] == examples[:-1])
+        return int(begins[first - before :].sum() - repeats.sum())
+
+    @cached_property
+    def examples(self) -> int:
+        """Examples of the whole plan, as ``examples_after`` counts them."""
+        return self.examples_after(self.steps)
+
     @cached_property
     def step_loss_tokens(self) -> np.ndarray:
         """[steps] tokens that the loss covers."""

@@ -26,7 +26,8 @@ class MetricRow:
     """Lower end of the 95% interval; None if the metric has no interval."""
     high: float | None = None
     unit: str | None = None
-    """``points`` (0 to 100), ``fraction`` (0 to 1), ``examples``, ``seconds`` or ``tokens/second``; None: unknown."""
+    """``points`` (0 to 100), ``fraction`` (0 to 1), ``examples``, ``seconds``, ``tokens/second`` or ``examples/second``; None:
+    unknown."""
     higher_is_better: bool | None = None
     """None if unknown, or if neither is better."""
     signature: str | None = None
