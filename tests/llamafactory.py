@@ -26,6 +26,8 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "pissa": {**EXAMPLE, **LORA, "pissa_init": True, "pissa_iter": 16, "pissa_convert": True},
     "oft": {**EXAMPLE, "finetuning_type": "oft", "do_train": True, "oft_block_size": 32, "oft_target": "all"},
     "freeze": {**EXAMPLE, **FULL, "finetuning_type": "freeze", "freeze_trainable_layers": 1},
+    "llama_pro": {**EXAMPLE, **FULL, "finetuning_type": "freeze", "freeze_trainable_layers": 8, "freeze_trainable_modules": "all",
+                  "use_llama_pro": True},
     "adam_mini": {**EXAMPLE, **FULL, "use_adam_mini": True},
     "muon": {**EXAMPLE, **FULL, "use_muon": True},
     "galore": {**EXAMPLE, **FULL, "use_galore": True, "galore_layerwise": True, "galore_target": "all",

@@ -120,6 +120,7 @@ class Config(Section):
         """Flat mapping of the keys that affect the numbers of a training. A run directory belongs to exactly these values."""
         settings = self.model_dump(mode="json")
         settings["model"]["trust_remote_code"] = self.model.runs_code  # the names of other models affect nothing
+        settings["model"]["freeze"]["layers"] = self.model.trained_layers
         settings["train"]["micro_batch_size"] = self.micro_batch_size
         return {key: value for key, value in _flatten(settings) if effect_of(key) is not Effect.ALWAYS}
 

@@ -8,13 +8,18 @@ from pydantic import Field, field_validator, model_validator
 
 from raysft.config.section import Count, PathOrHubId, Positive, Section, Text
 from raysft.config.train import Targets
+from raysft.errors import as_yaml
 
 
 class FreezeSection(Section):
     """Layers to train."""
 
-    layers: Annotated[int, Field(strict=True)] = 2
-    """Number of layers to train: the last N, or the first N if negative."""
+    layers: Annotated[int, Field(strict=True)] | list[Annotated[int, Field(strict=True)]] | Literal["auto"] = "auto"
+    """Layers to train: N for the last N, -N for the first N, or a list of indices from 0 on, negative ones from the end, such as
+    ``[0, 11, -1]``. ``auto``: the layers of ``model.new_layers``; without them, the last 2."""
+    spread: bool = False
+    """Spread the N layers of ``layers`` evenly over the model, each the last of its part: the new layers of a model that was
+    expanded by N layers before."""
     modules: Targets = "all"
     """Modules to train inside these layers, for example ``[mlp]``. ``all``: the whole layers."""
     extra_modules: list[Text] = []
@@ -22,10 +27,26 @@ class FreezeSection(Section):
 
     @field_validator("layers")
     @classmethod
-    def _not_zero(cls, value: int) -> int:
-        if not value:
+    def _each_once(cls, value: int | list[int] | str) -> int | list[int] | str:
+        if value == 0:
             raise ValueError("trains no layer; use N for the last N layers, or -N for the first N")
+        if value == []:
+            raise ValueError("trains no layer; name layers, for example [0, -1], or use N for the last N layers")
+        if (
+            isinstance(value, list)
+            and (twice := next((index for index in value if value.count(index) > 1), None)) is not None
+        ):
+            raise ValueError(f"names layer {twice} twice; name each layer once")
         return value
+
+    @model_validator(mode="after")
+    def _spread_some(self) -> FreezeSection:
+        if self.spread and not (isinstance(self.layers, int) and self.layers > 0):
+            raise ValueError(
+                f"spread=true spreads a number of layers, but layers={as_yaml(self.layers)}; set layers to a number above 0, "
+                "or remove spread"
+            )
+        return self
 
 
 class LoraSection(Section):
@@ -126,6 +147,9 @@ class ModelSection(Section):
     as ``chatml``, ``llama3`` or ``qwen3`` (``configs/README.md`` lists them), or the path of a ``*.jinja`` file."""
     new_tokens: NewTokensSection = NewTokensSection()
     """Tokens to add to the tokenizer and the model."""
+    new_layers: Count = 0
+    """Layers to insert, spread evenly (LLaMA Pro): each is a copy of the layer before it with zeroed outputs, so that the model
+    computes what it did before. ``finetuning: freeze`` trains them alone."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the weights in training and generation. ``auto``: bfloat16 on GPU, float32 on CPU. ``float16`` trains with
     dynamic loss scaling."""
@@ -167,6 +191,13 @@ class ModelSection(Section):
     def runs_code(self) -> bool:
         """True if code that comes with the model may run."""
         return self.path in self.trust_remote_code
+
+    @property
+    def trained_layers(self) -> int | list[int] | str:
+        """Layers that ``finetuning: freeze`` trains, as ``freeze.layers`` says it; ``new`` for those of ``new_layers``."""
+        if self.freeze.layers != "auto":
+            return self.freeze.layers
+        return "new" if self.new_layers else 2
 
     @property
     def adapter(self) -> LoraSection | OftSection | None:

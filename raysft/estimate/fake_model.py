@@ -10,8 +10,9 @@ from torch import nn
 from raysft.config import Config
 from raysft.estimate.sizes import ModelSizes, weights_of
 from raysft.models.attention import kernel, without_adapters
+from raysft.models.decoder_layers import decoder_layers
 from raysft.models.lora_targets import linear_layers
-from raysft.train.finetuning import decoder_layers, freeze
+from raysft.train.finetuning import freeze
 from raysft.train.new_adapter import add_adapter, peft_config
 
 PERSISTENT = 100_000

@@ -267,14 +267,26 @@ def _method_settings(log: RunLog) -> list[tuple[str, Any]]:
             (f"{name} dropout", option(f"{section}.dropout")),
             (f"{name} modules", ", ".join(modules) if isinstance(modules, list) else modules),
         ]
-    layers = option("model.freeze.layers")
-    if log.finetuning == "freeze" and isinstance(layers, int):
+    if log.finetuning == "freeze":
         modules = option("model.freeze.modules", "all")
         return [
-            ("trained layers", f"the {'last' if layers > 0 else 'first'} {abs(layers)}"),
+            ("trained layers", _trained_layers(log)),
             ("trained modules", ", ".join(modules) if isinstance(modules, list) else modules),
         ]
     return []
+
+
+def _trained_layers(log: RunLog) -> str:
+    """The layers that were trained, in words."""
+    layers, new = log.option("model.freeze.layers", "auto"), log.option("model.new_layers", 0)
+    if layers == "auto" and new:
+        return f"the {new} new one{'s' * (new > 1)}"
+    if isinstance(layers, list):
+        return ", ".join(str(index) for index in layers)
+    number = 2 if layers == "auto" else int(layers)
+    if log.option("model.freeze.spread", False):
+        return f"{number}, evenly spread"
+    return f"the {'last' if number > 0 else 'first'} {abs(number)}"
 
 
 def _table(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

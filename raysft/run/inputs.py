@@ -57,7 +57,7 @@ def read_inputs(config: Config, notify: Callable[[str], None]) -> tuple[Config, 
 
 
 def check_model_files(config: Config, notify: Callable[[str], None], commit: str | None = None) -> ModelFiles:
-    """Find the model, add tokens to it, merge adapters into it, and refuse what cannot be trained or generated with.
+    """Find the model, add tokens and layers to it, merge adapters into it, and refuse what cannot be trained or generated with.
 
     Args:
         config: the run's config.
@@ -66,6 +66,7 @@ def check_model_files(config: Config, notify: Callable[[str], None], commit: str
     """
     from raysft.models.adapters import find_adapter
     from raysft.models.architecture import read_hf_config
+    from raysft.models.new_layers import with_new_layers
     from raysft.models.new_tokens import with_new_tokens
     from raysft.models.resolve import find_model
     from raysft.train.check_model import check_model
@@ -73,7 +74,7 @@ def check_model_files(config: Config, notify: Callable[[str], None], commit: str
     model = find_model(config.model.path, config.cache_directory, notify, revision=commit or config.model.revision)
     commit = hub_snapshots.split(model)[1] if on_hub(model) else None
     hf_config = check_model(config, model, notify)
-    given, model = model, with_new_tokens(config, model, hf_config, notify)
+    given, model = model, with_new_layers(config, with_new_tokens(config, model, hf_config, notify), notify)
     if model != given:
         named = config.model.path
         hf_config = read_hf_config(config, local_copy(model), named, notify).get_text_config()

@@ -48,11 +48,15 @@ def check_pods(config: Config, nodes: Sequence[Node], notify: Callable[[str], No
         return
     from transformers import AutoConfig
 
+    from raysft.models.decoder_layers import expand_config
+
     try:
         hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     except Exception as error:  # of any type: transformers checks what is in the config
         notify(f"memory: not estimated ({one_line(error, 120)})")
         return
+    if config.model.new_layers:
+        hf_config = expand_config(hf_config, config.model.new_layers)
     # The folders of pods are not here.
     local = with_overrides(config, {"data.cache": str(cache_home())})
     microbatch = Microbatch(config.data.sequence_length, 1.0)

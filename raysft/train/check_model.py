@@ -29,6 +29,7 @@ def check_model(config: Config, model: str, notify: Callable[[str], None] = lamb
             adapters, or has fewer positions than a row.
     """
     from raysft.models.attention import kernel
+    from raysft.models.new_layers import expanded_config
     from raysft.train.deepspeed_config import deepspeed_settings
     from raysft.train.finetuning import check_names
     from raysft.train.optim import check_installed
@@ -47,12 +48,13 @@ def check_model(config: Config, model: str, notify: Callable[[str], None] = lamb
     quantization_config(config)
     kernel(config)
     deepspeed_settings(config, config.scaling.most_workers)
+    expanded = expanded_config(config, hf_config)
     if _names_modules(config):
         import torch
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
-            check_names(AutoModelForCausalLM.from_config(hf_config, trust_remote_code=config.model.runs_code), config)
+            check_names(AutoModelForCausalLM.from_config(expanded, trust_remote_code=config.model.runs_code), config)
     return hf_config
 
 

@@ -16,6 +16,7 @@ from raysft.errors import RequestError, as_yaml, one_line
 from raysft.models.adapter_files import base_name
 from raysft.models.adapters import load_adapter, load_with_base
 from raysft.models.attention import kernel, use_examplewise, without_adapters
+from raysft.models.decoder_layers import decoder_layers, spread_layers
 from raysft.models.loading import load_weights
 from raysft.models.lora_targets import linear_layers
 from raysft.models.new_tokens import vocabulary_modules
@@ -82,12 +83,7 @@ def freeze(model: nn.Module, config: Config) -> None:
     """
     section = config.model.freeze
     prefix, count = decoder_layers(model)
-    if abs(section.layers) > count:
-        raise RequestError(
-            f"model.freeze.layers={section.layers}, but the model has {count} layers; use at most {count}"
-        )
-    chosen = range(count - section.layers, count) if section.layers > 0 else range(-section.layers)
-    layers = tuple(f"{prefix}.{index}." for index in chosen)
+    layers = tuple(f"{prefix}.{index}." for index in trained_layers(config, count))
     inside: Sequence[str] | None = None if section.modules == "all" else section.modules
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     in_layers = {part for name in names if name.startswith(layers) for part in name.split(".")[:-1]}
@@ -108,19 +104,34 @@ def freeze(model: nn.Module, config: Config) -> None:
         module.requires_grad_(True)
 
 
-def decoder_layers(model: nn.Module) -> tuple[str, int]:
-    """Name and length of the list that holds the decoder's layers."""
-    count = model.config.get_text_config().num_hidden_layers  # type: ignore[operator,union-attr]
-    # A vision tower may have as many layers; look in the decoder only.
-    inner: Any = model
-    decoder = set(inner.get_decoder().modules()) if hasattr(inner, "get_decoder") else set(inner.modules())
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count and module in decoder:
-            return name, count
-    raise RequestError(
-        f"model.finetuning=freeze needs a list of layers, but {type(model).__name__} has none of length {count}; "
-        "set model.finetuning to lora or full"
-    )
+def trained_layers(config: Config, count: int) -> list[int]:
+    """Return the layers, of so many, that ``finetuning: freeze`` trains.
+
+    Raises:
+        RequestError: the model has no such layers.
+    """
+    chosen = config.model.trained_layers
+    named = f"model.freeze.layers={as_yaml(chosen)}"
+    if isinstance(chosen, str):
+        return spread_layers(count, config.model.new_layers)
+    if isinstance(chosen, int):
+        if abs(chosen) > count:
+            raise RequestError(f"{named}, but the model has {count} layers; use at most {count}")
+        if config.model.freeze.spread:
+            return spread_layers(count, chosen)
+        return list(range(count - chosen, count) if chosen > 0 else range(-chosen))
+    outside = next((index for index in chosen if not -count <= index < count), None)
+    if outside is not None:
+        raise RequestError(
+            f"{named} names layer {outside}, but the model has {count} layers; use 0 to {count - 1}, or -{count} to -1"
+        )
+    indices = [index % count for index in chosen]
+    if twice := next(((index, place) for place, index in enumerate(indices) if index in indices[:place]), None):
+        index, place = twice
+        raise RequestError(
+            f"{named} names layer {index} of the model's {count} twice, also as {chosen[place]}; name each layer once"
+        )
+    return sorted(indices)
 
 
 def _check_names(key: str, names: Sequence[str], known: set[str]) -> None:

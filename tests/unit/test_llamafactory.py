@@ -104,6 +104,7 @@ WITH: dict[str, dict[str, Any]] = {
     "double_quantization": {"quantization_bit": 4}, "fp8_backend": {"fp8": True},
     "pissa_iter": {"pissa_init": True}, "pissa_convert": {"pissa_init": True},
     "loraplus_lr_embedding": {"loraplus_lr_ratio": 16.0}, "adapter_folder": {"adapter_name_or_path": "x"},
+    "use_llama_pro": {"finetuning_type": "freeze"},
     "create_new_adapter": {"adapter_name_or_path": "x"}, "gradient_checkpointing": {"disable_gradient_checkpointing": True},
     "export_dir": {"dataset": None, "do_train": None},
     "metric_for_best_model": {"load_best_model_at_end": True}, "greater_is_better": {"early_stopping_steps": 3},
@@ -158,6 +159,17 @@ def test_examples_convert_and_are_valid(write, name):
     assert load("ours.yaml", ["run.name=other"]) == config
     known = {*conversion.harmless, *conversion.origins.values()}
     assert [key for key in EXAMPLES[name] if key not in known and TABLE[key].path not in conversion.origins] == []
+
+
+def test_the_layers_that_a_model_was_expanded_by_are_trained(write):
+    freeze = {"model_name_or_path": "m", "dataset": "a", "finetuning_type": "freeze"}
+    model = load(write({**freeze, "use_llama_pro": True})).model
+    assert (model.freeze.layers, model.freeze.spread) == (2, True)  # two is LLaMA-Factory's default
+    for count in (0, -2):
+        told = messages.refusal(load, write({**freeze, "use_llama_pro": True, "freeze_trainable_layers": count}))
+        assert holds(told, f"lf.yaml … freeze_trainable_layers={count} … use_llama_pro=true … number of layers")
+    told = messages.refusal(load, write({**freeze, "finetuning_type": "full", "use_llama_pro": True}))
+    assert holds(told, "lf.yaml … use_llama_pro=true … finetuning_type=full … freeze")
 
 
 def test_its_defaults_apply(write):

@@ -13,12 +13,10 @@ FINETUNING: Keys = {
     "finetuning_type": same("model.finetuning", word("lora", "oft", "freeze", "full"), "lora"),
     "pure_bf16": joined("model.dtype", boolean, False),
     # Freeze.
-    "freeze_trainable_layers": same("model.freeze.layers", whole, 2),
+    "freeze_trainable_layers": joined("model.freeze.layers", whole, 2),
     "freeze_trainable_modules": same("model.freeze.modules", targets, "all"),
     "freeze_extra_modules": same("model.freeze.extra_modules", names, []),
-    "use_llama_pro": only(
-        False, "remove it, and train the expanded blocks by freeze_trainable_modules", boolean
-    ),
+    "use_llama_pro": joined("model.freeze.spread", boolean, False),
     # LoRA and OFT.
     "additional_target": joined("model.lora.extra_modules", names, []),
     "lora_alpha": same("model.lora.alpha", option(number)),

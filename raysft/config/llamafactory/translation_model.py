@@ -62,8 +62,29 @@ def model(given: Settings) -> Derived:
                 "loraplus_lr_embedding",
                 "loraplus_lr_embedding is not supported; remove it: embeddings have the rate of the other adapters",
             )
+    yield from _layers(given)
     liger = "use_liger_kernel" if given["use_liger_kernel"] else "enable_liger_kernel"
     yield Entry("model.liger", given[liger], liger)
+
+
+def _layers(given: Settings) -> Derived:
+    """Layers to train: the last, the first, or those that a model was expanded by (LLaMA Pro)."""
+    number, expanded, kind = given["freeze_trainable_layers"], given["use_llama_pro"], given["finetuning_type"]
+    if expanded and kind != "freeze":
+        yield Refusal(
+            "use_llama_pro",
+            f"use_llama_pro=true with finetuning_type={kind} is not supported; set finetuning_type to freeze, or remove it "
+            "to train all layers",
+        )
+    elif expanded and number < 1:
+        yield Refusal(
+            "freeze_trainable_layers",
+            f"freeze_trainable_layers={number} counts no layers that use_llama_pro=true could train; set it to the number of "
+            "layers that the model was expanded by",
+        )
+    elif kind == "freeze":
+        yield Entry("model.freeze.layers", number if expanded or number != 2 else "auto", "freeze_trainable_layers")
+        yield Entry("model.freeze.spread", expanded, "use_llama_pro")
 
 
 def _trained(path: str) -> str:
