@@ -76,11 +76,11 @@ def expanded_config(config: Config, hf_config: Any) -> Any:
         )
     expanded = expand_config(hf_config, new)
     with torch.device("meta"):
-        models = [
+        former, later = (
             AutoModelForCausalLM.from_config(copy.deepcopy(each), trust_remote_code=config.model.runs_code)
             for each in (hf_config, expanded)
-        ]
-    check_expanded(*models, new)
+        )
+    check_expanded(former, later, new)
     return expanded
 
 

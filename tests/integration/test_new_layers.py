@@ -23,7 +23,7 @@ data:
   holdout: 0.2
   sequence_length: 128
   cache: {folder}/cache
-train: {{max_steps: 4, global_batch_size: 4, learning_rate: 1.0e-2, zero_stage: 2}}
+train: {{max_steps: 4, global_batch_size: 4, learning_rate: 1.0e-2, zero_stage: 2, save_every_steps: 3}}
 scaling: {{num_workers: 2, cpus_per_worker: 0.75, threads_per_worker: 1}}
 generate: {{max_examples: 4, max_new_tokens: 8, do_sample: false, batch_size: 4}}
 """
