@@ -126,7 +126,10 @@ def _evaluation(log: RunLog, key: str, sets: list[str]) -> Figure | None:
     label = "all sets" if sets else None
     axes.plot(steps, scale * np.array(values), color=VERMILION, linewidth=2.4, label=label, zorder=4, **_marks(steps))
     axes.set_ylabel("accuracy (% of loss tokens)" if measure == "accuracy" else "loss (nats per token)")
-    if sets:
+    if log.best:
+        step, metric, _ = log.best
+        axes.axvline(step, color="#888888", linewidth=1.4, linestyle="--", label=f"best {metric}: step {step:,}")
+    if sets or log.best:
         axes.legend(loc="best")
     return figure
 

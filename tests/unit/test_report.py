@@ -254,6 +254,23 @@ def test_trainer_state_is_what_hugging_face_writes(tmp_path: Path):
     assert history[-1]["train_loss"] == 1.31
 
 
+@pytest.mark.parametrize(("metric", "value", "keeps"), [("eval_loss", 1.21, True), ("eval_accuracy", 0.5, False)])
+def test_the_best_evaluation_stands_where_transformers_has_it(tmp_path: Path, metric: str, value: float, keeps: bool):
+    run = make_run(tmp_path, train__best_metric=metric, train__keep_best=keeps, train__early_stopping__patience=3,
+                   train__eval_every_steps=5, data__holdout=0.1)  # fmt: skip
+    report(run)
+    state = json.loads(run.trainer_state.read_text())
+    assert state["best_global_step"] is state["best_metric"] is state["best_model_checkpoint"] is None
+    run.write_results("train", {"train_loss": 1.31, "best_step": 5, f"best_{metric}": value})
+    report(run)
+    state = json.loads(run.trainer_state.read_text())
+    assert (state["best_global_step"], state["best_metric"]) == (5, value)
+    assert state["best_model_checkpoint"] == (str(run.path / "model") if keeps else None)
+    told = f"the model after step 5, which has the best `{metric}` ({value:.4g})"
+    assert (told in run.model_card.read_text(encoding="utf-8")) is keeps
+    assert f"| best {metric.replace('_', ' ')} | {value:.4g} |" in run.model_card.read_text(encoding="utf-8")
+
+
 def test_of_a_step_logged_twice_the_last_counts(tmp_path: Path):
     run = make_run(tmp_path, steps=10)
     again = step_record(7, 10, random.Random(0)) | {"loss": 0.125}
@@ -620,6 +637,12 @@ def test_a_few_steps_say_nothing_of_the_loss_and_steps_without_a_number_are_coun
 )
 def test_an_evaluation_that_got_worse_or_hardly_better_is_told(tmp_path: Path, evaluations, expected):
     assert_warned(with_evaluations(make_run(tmp_path), evaluations), expected)
+
+
+def test_a_model_that_was_kept_for_another_metric_is_not_to_be_kept_for_its_loss(tmp_path: Path):
+    by = {"train__keep_best": True, "train__best_metric": "eval_accuracy", "train__eval_every_steps": 1}
+    run = make_run(tmp_path, data__holdout=0.1, **by)
+    assert warned(with_evaluations(run, {0: {"a": 2.0}, 4: {"a": 1.25}, 10: {"a": 1.5}})) == []
 
 
 def test_a_run_that_goes_on_has_not_hardly_changed(tmp_path: Path):
