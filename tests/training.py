@@ -127,6 +127,7 @@ class Case:
     config: Config
     rows: PackedDataset
     adapter: str | None = None
+    reference: str | None = None
     resume: Path | None = None
     """The checkpoint to resume from."""
     keep: Path | None = None
@@ -239,6 +240,7 @@ def _trained(case: Case, rank: int, world: int, name: str, device: torch.device)
         train_rows=rows,
         eval_rows={"d": case.eval_rows or rows},
         adapter=case.adapter,
+        reference=case.reference,
         evaluations=StoragePath.of(case.evaluations) if case.evaluations else None,
     )
     failure = ""

@@ -139,6 +139,19 @@ class Config(Section):
             return not (lora.dora or lora.pissa or continues or self.dtype == "float16")
         return self.model.adapter is None
 
+    @property
+    def copies_start(self) -> bool:
+        """True if training holds a frozen copy of the trained weights as they are at its start, which ASFT stays close to.
+
+        A new adapter needs none: switched off, it leaves the model that training starts from. PiSSA takes its start out of the
+        model's weights.
+        """
+        lora, continues = self.model.lora, bool(self.model.adapters) and not self.model.new_adapter
+        switched = self.model.adapter is not None and not continues
+        if self.model.finetuning == "lora" and lora.pissa:
+            switched = False
+        return self.train.loss == "asft" and self.train.reference_model is None and not switched
+
     def to_yaml(self) -> str:
         """The resolved config as YAML that ``load`` can read back."""
         return dump(self.model_dump(mode="json"))

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from raysft.config.config import Config
 from raysft.config.conflicts_best import best_model
+from raysft.config.conflicts_loss import loss_conflicts
 from raysft.config.data import OF_CONVERSATIONS, DataSection
 from raysft.config.train import ZERO_OPTIMIZERS
 from raysft.errors import RequestError, as_yaml
@@ -36,7 +37,7 @@ def _conflicts(config: Config) -> Iterator[str]:
     yield from _precision(config)
     yield from _offload(config)
     yield from _schedule(config)
-    yield from _loss(config)
+    yield from loss_conflicts(config)
     yield from _evaluation(config)
     if config.generate.enabled:
         yield from _generation(config)
@@ -201,15 +202,6 @@ def _schedule(config: Config) -> Iterator[str]:
     if train.schedule in ("constant", "constant_with_warmup") and train.schedule_options:
         yield (
             f"train.schedule={train.schedule} has no options, but train.schedule_options={train.schedule_options}; remove them"
-        )
-
-
-def _loss(config: Config) -> Iterator[str]:
-    train = config.train
-    if train.label_smoothing and train.loss != "cross_entropy":
-        yield (
-            f"train.label_smoothing={train.label_smoothing:g} requires train.loss=cross_entropy, but train.loss={train.loss}; "
-            "set only one of them"
         )
 
 

@@ -57,7 +57,7 @@ _KEYS = {
         train.epochs train.max_steps train.micro_batch_size
         train.learning_rate train.weight_decay train.betas train.epsilon train.max_grad_norm
         train.schedule train.schedule_options train.warmup_ratio train.warmup_steps
-        train.loss train.eaft_alpha train.label_smoothing train.z_loss train.neftune_alpha
+        train.loss train.eaft_alpha train.asft_alpha train.reference_model train.label_smoothing train.z_loss train.neftune_alpha
         train.zero_stage train.offload.optimizer train.offload.parameters train.offload.folder train.deepspeed train.fp8
         train.nonfinite train.eval_every_steps train.eval_every_epochs train.eval_delay
         train.early_stopping.patience train.early_stopping.threshold
@@ -83,7 +83,12 @@ _KEYS = {
         train.global_batch_size train.optimizer train.optimizer_options
     """,
 }
-_FILES = {"the model": Effect.NEVER, "the adapter": Effect.NEVER, "the data": Effect.EPOCH}
+_FILES = {
+    "the model": Effect.NEVER,
+    "the adapter": Effect.NEVER,
+    "the reference": Effect.NOW,
+    "the data": Effect.EPOCH,
+}
 """Effects for the content of files, which the config only names."""
 EFFECTS: dict[str, Effect] = {key: effect for effect, keys in _KEYS.items() for key in keys.split()}
 """Effect of every config key, with the names of ``documented_fields``."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from raysft.config.section import Beta, Count, Epochs, Fraction, Positive, Section, Text
+from raysft.config.section import Beta, Count, Epochs, Fraction, PathOrHubId, Positive, Section, Text
 from raysft.metric_names import higher_is_better
 
 Targets = Literal["all"] | Annotated[list[Text], Field(min_length=1)]
@@ -82,9 +82,16 @@ class TrainSection(Section):
     """Fraction of the steps, rounded up, over which the learning rate rises linearly from 0."""
     warmup_steps: Count | None = None
     """The same as a number of steps, whatever ``warmup_ratio`` says. 0: no warm-up. Default: as many as ``warmup_ratio`` gives."""
-    loss: Literal["cross_entropy", "dft", "eaft"] = "cross_entropy"
-    """Loss of a token: cross-entropy; ``dft``, which weights it by the probability of the token; or ``eaft``, which weights it by
-    the entropy of the prediction. The loss of a step is the sum over its loss tokens divided by their number."""
+    loss: Literal["cross_entropy", "dft", "eaft", "asft"] = "cross_entropy"
+    """Loss of a token: cross-entropy; ``dft``, which weights it by the probability of the token; ``eaft``, which weights it by
+    the entropy of the prediction; or ``asft``, which adds to ``dft`` how far the prediction is from that of a frozen model. The
+    loss of a step is the sum over its loss tokens divided by their number."""
+    asft_alpha: Annotated[float, Field(ge=0)] = 0.1
+    """Weight of the Kullback-Leibler divergence KL(reference ‖ trained) with ``loss: asft``."""
+    reference_model: PathOrHubId | None = None
+    """The frozen model that ``loss: asft`` stays close to: a model or adapter as ``generate.model`` takes it, with the tokens of
+    the trained model. Default: the model that training starts from, also when the run resumes. A new adapter is switched off for
+    it; other weights that are trained are held a second time."""
     eaft_alpha: Annotated[float, Field(gt=0)] = 1.0
     """Exponent of the entropy weight with ``loss: eaft``."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0

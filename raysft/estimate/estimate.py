@@ -20,6 +20,7 @@ from raysft.estimate.memory import Hardware, Memory, largest_rows, memory
 from raysft.estimate.remedies import Remedy, cheapest, remedies
 from raysft.estimate.setup import setup_of
 from raysft.estimate.sizes import GIB, ModelSizes, amount
+from raysft.estimate.states import Setup
 
 REFUSED, WARNED = 1.05, 0.92
 """Shares of the memory: above the first a run is refused if that is sure, above the second it is warned about."""
@@ -43,6 +44,15 @@ class Training:
     microbatch: Microbatch
     filled: float = 1.0
     """Share of the places of a microbatch that surely hold tokens in some step."""
+    reference: Any = None
+    """The own config of ``train.reference_model``; None without one."""
+
+    def setup(self, config: Config) -> Setup:
+        """Return the setup with this config or a similar one."""
+        from raysft.estimate.fake_model import elements_of
+
+        beside = elements_of(config, self.reference) if self.reference is not None else 0
+        return setup_of(config, self.workers, self.rows_per_worker, beside)
 
     @property
     def rows(self) -> int:
@@ -135,7 +145,7 @@ def estimate(training: Training, place: Place) -> Estimate:
     """
     config = training.config
     sizes, activations = measure(config, training.hf_config, training.adapter, training.microbatch)
-    setup = setup_of(config, training.workers, training.rows_per_worker)
+    setup = training.setup(config)
     needed = memory(sizes, activations, setup, training.rows, place.hardware, training.filled)
     limit, most = place.limit, max(training.rows, training.rows_per_worker)
     largest = largest_rows(sizes, activations, setup, place.hardware, WARNED * limit, most) if limit else 0
@@ -154,7 +164,7 @@ def _memory_of(training: Training) -> Callable[[Config, Hardware], Memory]:
     def memory_of(config: Config, hardware: Hardware) -> Memory:
         adapter = training.adapter if config.model.finetuning == training.config.model.finetuning else None
         sizes, activations = measure(config, training.hf_config, adapter, training.microbatch)
-        setup = setup_of(config, training.workers, training.rows_per_worker)
+        setup = training.setup(config)
         return memory(sizes, activations, setup, training.rows, hardware)
 
     return memory_of

@@ -47,6 +47,15 @@ def model_without_weights(config: Config, hf_config: Any, adapter: str | None = 
     return model.to(dtype)
 
 
+def elements_of(config: Config, hf_config: Any) -> int:
+    """Return how many weights a model has, tied ones once."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=bool(config.model.trust_remote_code))
+    return sum(weight.numel() for weight in model.parameters())
+
+
 def _adapted(model: Any, config: Config, adapter: str | None) -> Any:
     if adapter is not None:
         from peft import PeftConfig

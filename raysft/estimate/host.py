@@ -32,6 +32,11 @@ def host_memory(sizes: ModelSizes, setup: Setup, needed: Memory, ranks: int, gpu
     >>> round(host_memory(model, Setup(width=2), idle, ranks=8, gpu=True) / GIB)
     133
     """
-    loaded = 0.0 if setup.zero_stage == 3 else float(setup.width * sizes.total)
+    loaded = 0.0 if setup.zero_stage == 3 else float(setup.width * (sizes.total + _beside(sizes, setup)))
     each = GPU_PROCESS + needed.host + loaded if gpu else max(needed.peak, PROCESS + loaded) + needed.host
     return ranks * each + OBJECTS + DATA_TASKS * DATA_TASK + RAY
+
+
+def _beside(sizes: ModelSizes, setup: Setup) -> int:
+    """Elements that are loaded beside the model; of a copy those that are shared are dropped again."""
+    return setup.reference + (sizes.total if setup.copies_start else 0)

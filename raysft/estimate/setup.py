@@ -8,13 +8,14 @@ from raysft.config import Config
 from raysft.estimate.states import Setup
 
 
-def setup_of(config: Config, workers: int, rows_per_worker: int) -> Setup:
+def setup_of(config: Config, workers: int, rows_per_worker: int, reference: int = 0) -> Setup:
     """Return the setup of a training.
 
     Args:
         config: the run's config.
         workers: number of workers.
         rows_per_worker: rows of a step that each of them has.
+        reference: elements of ``train.reference_model``.
     """
     from raysft.train.deepspeed_config import deepspeed_settings
 
@@ -33,6 +34,8 @@ def setup_of(config: Config, workers: int, rows_per_worker: int) -> Setup:
         accumulates=rows_per_worker > config.micro_batch_size,
         quantization=config.model.quantization,
         double_quantization=config.model.double_quantization,
+        copies_start=config.copies_start,
+        reference=reference,
     )
 
 

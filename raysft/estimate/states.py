@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from raysft.estimate.sizes import ModelSizes, Weight
@@ -56,6 +56,14 @@ class Setup:
     quantization: str | None = None
     """``4bit`` or ``8bit``."""
     double_quantization: bool = True
+    copies_start: bool = False
+    """True if a frozen copy of the trained weights is there too, as they were at the start."""
+    reference: int = 0
+    """Elements of a frozen model beside the trained one."""
+
+    def frozen_beside(self, sizes: ModelSizes) -> int:
+        """Elements of all frozen weights beside the model, which exist as often as its own."""
+        return self.reference + (sizes.trained_elements if self.copies_start else 0)
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,15 @@ def states(sizes: ModelSizes, setup: Setup) -> States:
 
 def _weights(sizes: ModelSizes, setup: Setup) -> tuple[float, float]:
     """Bytes of the weights, and of those that exist a second time while they are used."""
+    if beside := setup.frozen_beside(sizes):
+        alone, gathered = _weights(sizes, replace(setup, copies_start=False, reference=0))
+        # A given model is quantized as the trained one.
+        share = (
+            alone / (setup.width * sizes.total)
+            if setup.reference
+            else 1 / (setup.workers if setup.zero_stage == 3 else 1)
+        )
+        return alone + setup.width * beside * share, gathered
     whole = float(setup.width * sizes.total)
     if setup.zero_stage == 3:
         live = min(LIVE, max(sizes.largest, sizes.largest_layer) + PREFETCH, sizes.total) + sizes.small

@@ -27,7 +27,8 @@ from raysft.models.torch_internals import LiveBytes, fake_tensors
 from raysft.models.transformers_internals import attention_implementation, can_set_attention
 from raysft.train.finetuning import decoder_layers
 from raysft.train.loss import TokenLoss
-from raysft.train.objective import Objective
+from raysft.train.objective import objective_of
+from raysft.train.reference import Reference
 
 INPUTS = ("input_ids", "position_ids", "labels")
 LOSS_ROWS = (1, 2, 4, 8, 16, 32, 64)
@@ -89,6 +90,11 @@ class _TracedLoss(TokenLoss):
     def _hidden(self, decoder: Any, inputs: dict[str, torch.Tensor], position_ids: torch.Tensor) -> torch.Tensor:
         return super()._hidden(decoder, inputs, position_ids) if self.states is None else self.states
 
+    def _reference_states(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """Those of a forward pass that keeps nothing, and so needs less than the one that is traced."""
+        weight = next(without_adapters(self.model).get_output_embeddings().parameters())
+        return torch.empty(*input_ids.shape, weight.shape[-1], dtype=weight.dtype)
+
     def _inputs(self, decoder: Any, input_ids: torch.Tensor, position_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         inputs = {"input_ids": input_ids}
         if self.needs_mask:
@@ -115,11 +121,12 @@ def trace(config: Config, model: Any, tokens: int, loss_share: float) -> Activat
         without_memory(model)
         loss = _TracedLoss(
             model,
-            Objective(config.train.loss, config.train.label_smoothing, config.train.z_loss, config.train.eaft_alpha),
+            objective_of(config.train),
             max_tokens=config.micro_batch_size * config.data.sequence_length if config.train.zero_stage == 3 else None,
+            reference=Reference(),
         )
         loss.needs_mask = _set_attention(model, config)
-        if not config.scaling.use_gpu and config.dtype == "float32":
+        if not config.scaling.use_gpu and config.dtype == "float32" and not loss.objective.has_reference:
             fuse_layers(model)
         loss.train()
         for parameter in loss.parameters():

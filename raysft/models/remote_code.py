@@ -94,6 +94,12 @@ def code_name(config: Config, folder: Path) -> str:
     return config.model.path if ours else base
 
 
+def reference_runs_code(config: Config, folder: Path) -> bool:
+    """True if the code of ``train.reference_model``, or of the base of such an adapter, may run."""
+    named = config.train.reference_model if adapter_base(folder) is None else code_name(config, folder)
+    return named in config.model.trust_remote_code
+
+
 def runs_code(config: Config, folder: Path) -> bool:
     """True if a model's own code may run."""
     return bool(config.model.trust_remote_code) and code_name(config, folder) in config.model.trust_remote_code

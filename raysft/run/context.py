@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from raysft.config import Config
 from raysft.data.prepare import PreparedData
+from raysft.run.inputs import ModelFiles
 from raysft.run.preflight import Preflight, Verb, preflight
 from raysft.stopping import current
 from raysft.storage.json_files import flat, write_atomically, write_json, write_jsonl
@@ -23,10 +24,8 @@ class RunContext:
     """With the batch size that the data decided."""
     directory: RunDirectory
     terminal: Terminal
-    model: str
-    """Folder, URI or hub id of the model to start from."""
-    adapter: str | None
-    """Folder of the adapter to continue from."""
+    files: ModelFiles
+    """Its model."""
     prepared: PreparedData
     identity: dict[str, str]
     """Hashes of the model and the data, as ``Cursor`` keeps them."""
@@ -61,4 +60,4 @@ def _begin(ready: Preflight) -> RunContext:
     ready.push()  # checkpoints go there by themselves, and nobody can resume from them without the config
     for line in run.plan.lines():
         terminal.line(line)
-    return RunContext(run.config, directory, terminal, run.model, run.adapter, run.prepared, run.identity)
+    return RunContext(run.config, directory, terminal, run.files, run.prepared, run.identity)

@@ -12,6 +12,7 @@ from raysft.data.prepare import PreparedData, prepare, prepare_prompts
 from raysft.data.shards.manifest import Manifest
 from raysft.data.tokenization.tokenizer import load_once
 from raysft.errors import RequestError
+from raysft.models.reference_model import ReferenceFiles, find_reference
 from raysft.models.weight_files import check_weights, embedding_rows
 from raysft.storage import hub_snapshots
 from raysft.storage.local_cache import local_copy, model_copy, on_hub
@@ -31,6 +32,8 @@ class ModelFiles:
     """The model's own config."""
     commit: str | None = None
     """Commit of a model on the hub."""
+    reference: ReferenceFiles | None = None
+    """``train.reference_model``."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,16 @@ def read_inputs(config: Config, notify: Callable[[str], None]) -> tuple[Config, 
     return config, files.model, files.adapter, prepared
 
 
-def check_model_files(config: Config, notify: Callable[[str], None], commit: str | None = None) -> ModelFiles:
+def check_model_files(
+    config: Config, notify: Callable[[str], None], commit: str | None = None, reference_commit: str | None = None
+) -> ModelFiles:
     """Find the model, add tokens and layers to it, merge adapters into it, and refuse what cannot be trained or generated with.
 
     Args:
         config: the run's config.
         notify: receives lines for the user.
         commit: the commit on the hub that the run began with, in place of ``model.revision``.
+        reference_commit: the same of ``train.reference_model``.
     """
     from raysft.models.adapters import find_adapter
     from raysft.models.architecture import read_hf_config
@@ -81,7 +87,8 @@ def check_model_files(config: Config, notify: Callable[[str], None], commit: str
     check_generation(config, model)
     model, adapter = find_adapter(config, model, notify)
     rows = embedding_rows(Path(local_copy(model)), hf_config, f"model.path={config.model.path}")
-    return ModelFiles(model, adapter, rows, hf_config, commit)
+    reference = find_reference(config, model, rows, notify, reference_commit)
+    return ModelFiles(model, adapter, rows, hf_config, commit, reference)
 
 
 def check_generation(config: Config, model: str) -> None:
@@ -145,14 +152,16 @@ def untrained_ends(config: Config, files: ModelFiles, prepared: PreparedData) ->
     return tuple(tokenizer.convert_ids_to_tokens(ends))
 
 
-def training_identity(model: str, adapter: str | None, prepared: PreparedData) -> dict[str, str]:
+def training_identity(files: ModelFiles, prepared: PreparedData) -> dict[str, str]:
     """Hashes of what a training is of, by name, as ``Cursor`` keeps them."""
     from raysft.models.fingerprint import model_fingerprint
     from raysft.train.checkpoint.cursor import EVALUATION
 
-    identity = {"the model": model_fingerprint(model)}
-    if adapter:
-        identity["the adapter"] = model_fingerprint(adapter)
+    identity = {"the model": model_fingerprint(files.model)}
+    if files.adapter:
+        identity["the adapter"] = model_fingerprint(files.adapter)
+    if files.reference:
+        identity["the reference"] = model_fingerprint(files.reference.model)
     # With data.duplicates=drop, the evaluation sets decide which examples are trained on.
     sets = prepared.eval if prepared.train_rows.apart_from is not None else ()
     for manifest in prepared.train:

@@ -15,7 +15,6 @@ from raysft.estimate.duration import Speed, earlier_speed, given_speed
 from raysft.estimate.estimate import Place, Training, estimate, place_of
 from raysft.estimate.hardware import smallest_node
 from raysft.estimate.measure import Microbatch, surely_small
-from raysft.estimate.setup import setup_of
 from raysft.estimate.sizes import amount
 from raysft.estimate.storage import (
     Storage,
@@ -73,7 +72,7 @@ def with_estimate(
         raise
     except Exception as error:  # a model whose code transformers cannot run without weights
         return replace(plan, needs=(f"memory: not estimated ({one_line(error, 120)})", *time))
-    setup = setup_of(config, training.workers, training.rows_per_worker)
+    setup = training.setup(config)
     written = storage(config, found.sizes, setup, _checkpoints(config, plan))
     check_room(config, written)
     seconds = speed.seconds(plan.tokens, plan.workers) / plan.steps if speed and plan.steps else None
@@ -98,6 +97,7 @@ def _training(plan: Plan, config: Config, files: ModelFiles, prepared: PreparedD
         plan.rows_per_worker,
         Microbatch(tokens, min(1.0, share)),
         min(1.0, filled),
+        files.reference.hf_config if files.reference else None,
     )
 
 
@@ -111,7 +111,7 @@ def _weight_bytes(files: ModelFiles) -> int:
 
 def _is_small(training: Training, weight_bytes: int, place: Place) -> bool:
     """Return True for a training on CPUs that is surely far below the memory of its node."""
-    if training.config.scaling.use_gpu or place.limit is None:
+    if training.config.scaling.use_gpu or place.limit is None or training.reference is not None:
         return False
     tokens, eager = training.microbatch.tokens, training.config.model.attention == "eager"
     return surely_small(training.hf_config, weight_bytes, tokens, training.rows, place.limit, eager)

@@ -42,8 +42,21 @@ def recorded_commit(directory: RunDirectory, config: Config) -> str | None:
     recorded = _recorded_config(directory).model
     if (recorded.path, recorded.revision) != (config.model.path, config.model.revision):
         return None
+    return _resolved(directory, "model_commit")
+
+
+def recorded_reference_commit(directory: RunDirectory, config: Config) -> str | None:
+    """Return the same of ``train.reference_model``."""
+    if not (has_training(directory) and directory.config.exists()):
+        return None
+    if _recorded_config(directory).train.reference_model != config.train.reference_model:
+        return None
+    return _resolved(directory, "reference_commit")
+
+
+def _resolved(directory: RunDirectory, name: str) -> str | None:
     with suppress(OSError, ValueError, KeyError, TypeError):
-        return json.loads(directory.plan.read_text(encoding="utf-8"))["resolved"]["model_commit"]
+        return json.loads(directory.plan.read_text(encoding="utf-8"))["resolved"][name]
     return None
 
 

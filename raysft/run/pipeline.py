@@ -125,9 +125,10 @@ def train_job(context: RunContext) -> Any:
 
     return TrainJob(
         config=context.config,
-        model=context.model,
+        model=context.files.model,
         run=context.directory,
-        adapter=context.adapter,
+        adapter=context.files.adapter,
+        reference=context.files.reference.model if context.files.reference else None,
         train_rows=context.prepared.train_rows,
         eval_rows=context.prepared.eval_rows,
         identity=context.identity,
@@ -158,7 +159,7 @@ def generate_predictions(context: RunContext) -> None:
         return
     outputs = []
     if config.generate.compare_base:
-        model = context.adapter or context.model
+        model = context.files.adapter or context.files.model
         outputs.append(Output(model, directory.base_predictions, "base", "the model before training"))
     else:
         directory.base_predictions.unlink(missing_ok=True)  # an earlier call may have made them with other settings

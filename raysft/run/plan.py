@@ -14,6 +14,7 @@ from raysft.data.rows.mixture import mixture
 from raysft.data.rows.row_plan import RowPlan
 from raysft.data.tokenization.turn_ends import TurnStatistics, merge_counts
 from raysft.models.adapter_files import read_adapter_config
+from raysft.models.reference_model import ReferenceFiles
 from raysft.run.source_plan import SourcePlan, plan_sources
 from raysft.run.warnings import warnings
 from raysft.storage.local_cache import local_copy
@@ -44,6 +45,8 @@ class Resolved:
     zero_stage: int
     model_commit: str | None = None
     """Commit of a model on the hub."""
+    reference_commit: str | None = None
+    """Commit of ``train.reference_model`` on the hub."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,7 @@ def make_plan(
     adapter: str | None = None,
     untrained_ends: Sequence[str] = (),
     model_commit: str | None = None,
+    reference: ReferenceFiles | None = None,
 ) -> Plan:
     """Put the plan together from the manifests and the row plan.
 
@@ -189,6 +193,7 @@ def make_plan(
         adapter: folder of the adapter that training continues from.
         untrained_ends: as ``Plan`` has them.
         model_commit: commit of a model on the hub.
+        reference: ``train.reference_model``.
     """
     row_plan = prepared.train_rows.row_plan
     scaling, per_step = config.scaling, row_plan.global_batch_size
@@ -221,7 +226,11 @@ def make_plan(
         cluster_gpus=sum(node.gpus for node in nodes),
         sources=plan_sources(prepared.train, prepared.duplicates.train),
         evaluation=plan_sources(prepared.eval, prepared.duplicates.evaluation),
-        resolved=replace(_resolved(config, per_step, workers, adapter), model_commit=model_commit),
+        resolved=replace(
+            _resolved(config, per_step, workers, adapter),
+            model_commit=model_commit,
+            reference_commit=reference.commit if reference else None,
+        ),
         turns=TurnStatistics.of(merge_counts(manifest.turns for manifest in prepared.train)),
         untrained_ends=tuple(untrained_ends),
         shared_files=prepared.shared_files,

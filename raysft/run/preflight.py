@@ -37,6 +37,7 @@ from raysft.run.ownership import (
     ensure_writable,
     exclusive_access,
     recorded_commit,
+    recorded_reference_commit,
     refuse_other_kind,
     refuse_read_only,
     refuse_training,
@@ -245,13 +246,14 @@ def _plan_run(
     from raysft.run.resumption import check_resumption
 
     config = with_recorded_batch_size(directory, asked)
-    files = check_model_files(config, notify, recorded_commit(directory, config))
+    commits = recorded_commit(directory, config), recorded_reference_commit(directory, config)
+    files = check_model_files(config, notify, *commits)
     config, prepared = prepare_data(config, files, notify)
-    identity = training_identity(files.model, files.adapter, prepared)
+    identity = training_identity(files, prepared)
     resumption = check_resumption(directory, config, prepared.train_rows, identity, changes, allow_changed)
     prepared = replace(prepared, train_rows=resumption.rows)
     ends = untrained_ends(config, files, prepared)
-    plan = make_plan(asked, prepared, nodes, files.adapter, ends, files.commit)
+    plan = make_plan(asked, prepared, nodes, files.adapter, ends, files.commit, files.reference)
     if verb in ESTIMATED:
         plan = with_needs(plan, config, files, prepared, nodes, table=verb == "check")
-    return PlannedRun(config, files.model, files.adapter, prepared, plan, identity, resumption)
+    return PlannedRun(config, files, prepared, plan, identity, resumption)

@@ -43,10 +43,8 @@ class PlannedRun:
 
     config: Config
     """With the batch size that the data decided."""
-    model: str
-    """Folder, URI or hub id of the model to start from."""
-    adapter: str | None
-    """Folder of the adapter to continue from."""
+    files: ModelFiles
+    """Its model."""
     prepared: PreparedData
     plan: Plan
     identity: dict[str, str]
@@ -108,10 +106,10 @@ class _Shaped:
 
 def _planned(trial: Config, files: ModelFiles, nodes: Sequence[Node], notify: Callable[[str], None]) -> PlannedRun:
     config, prepared = prepare_data(trial, files, notify)
-    identity = training_identity(files.model, files.adapter, prepared)
+    identity = training_identity(files, prepared)
     ends = untrained_ends(config, files, prepared)
-    plan = make_plan(trial, prepared, nodes, files.adapter, ends, files.commit)
-    return PlannedRun(config, files.model, files.adapter, prepared, plan, identity)
+    plan = make_plan(trial, prepared, nodes, files.adapter, ends, files.commit, files.reference)
+    return PlannedRun(config, files, prepared, plan, identity)
 
 
 def _with_needs(run: PlannedRun, trials: Sequence[_Shaped], nodes: Sequence[Node], keys: Sequence[str]) -> PlannedRun:

@@ -128,6 +128,7 @@ def named_paths(config: Config) -> Iterator[tuple[str, str]]:
         for path in [value] if isinstance(value, str) else value or ():
             yield key, path
     models = [("model.path", config.model.path), ("generate.model", config.generate.model)]
+    models += [("train.reference_model", config.train.reference_model)]
     models += [(f"model.adapters.{index}", path) for index, path in enumerate(config.model.adapters)]
     for key, path in models:
         if path and not _is_hub_id(path):

@@ -18,13 +18,20 @@ from raysft.train.deepspeed_import import deepspeed
 from raysft.train.deepspeed_internals import use_gloo_allreduce
 from raysft.train.finetuning import load_model
 from raysft.train.loss import TokenLoss
-from raysft.train.objective import Objective
+from raysft.train.objective import objective_of
 from raysft.train.operators import ASYNC_IO, load_operator
 from raysft.train.optim import make_lr_scheduler, make_optimizer
+from raysft.train.reference import make_reference
 
 
 def make_engine(
-    config: Config, model_path: str, workers: int, steps: int, device: torch.device, adapter: str | None = None
+    config: Config,
+    model_path: str,
+    workers: int,
+    steps: int,
+    device: torch.device,
+    adapter: str | None = None,
+    reference: str | None = None,
 ) -> tuple[Any, Any]:
     """Load the model and wrap it with DeepSpeed.
 
@@ -35,6 +42,7 @@ def make_engine(
         steps: total optimizer steps of the run.
         device: where the model goes.
         adapter: folder of an adapter to continue training.
+        reference: folder or hub id of ``train.reference_model``.
 
     Returns:
         The engine, and the LR scheduler.
@@ -47,7 +55,7 @@ def make_engine(
     settings = deepspeed_settings(config, workers)
     # While this object lives, from_pretrained partitions weights as it loads them, instead of loading all of them on each worker.
     partitioning = HfDeepSpeedConfig(settings) if config.train.zero_stage == 3 else None
-    model = _loss_model(config, model_path, device, adapter)
+    model = _loss_model(config, model_path, device, adapter, reference)
     ratio = config.model.lora.loraplus_ratio if config.model.finetuning == "lora" else None
     optimizer = make_optimizer(model, config.train, ratio)
     lr_scheduler = make_lr_scheduler(optimizer, config.train, steps)
@@ -60,28 +68,36 @@ def make_engine(
     del partitioning
     engine.eval()
     check_model(model, config, device)
+    if model.reference is not None and model.reference.model is not None:
+        check_model(TokenLoss(model.reference.model), config, device)
     engine.train()
     return engine, lr_scheduler
 
 
-def _loss_model(config: Config, model_path: str, device: torch.device, adapter: str | None) -> TokenLoss:
+def _loss_model(
+    config: Config, model_path: str, device: torch.device, adapter: str | None, reference: str | None
+) -> TokenLoss:
     """Load the model with its loss; ZeRO-3 decides where the weights are, otherwise they are on the device."""
-    zero3 = config.train.zero_stage == 3
+    zero3, objective = config.train.zero_stage == 3, objective_of(config.train)
+    trained = load_model(config, model_path, device, adapter)
     model = TokenLoss(
-        load_model(config, model_path, device, adapter),
-        objective=_objective(config),
+        trained,
+        objective=objective,
         neftune_alpha=config.train.neftune_alpha,
         max_tokens=config.micro_batch_size * config.data.sequence_length if zero3 else None,
+        reference=make_reference(config, trained, model_path, reference, device) if objective.has_reference else None,
     )
     if config.train.fp8 != "off":
         from raysft.train.fp8 import use_fp8
 
-        use_fp8(model.model, device)
+        for each in (model.model, *(model.reference.children() if model.reference else ())):
+            use_fp8(each, device)
     if zero3:
         gather_experts_whole(model)
     else:
         model.to(device)
-        if device.type == "cpu" and config.dtype == "float32":
+        # A reference computes without gradients, and so without fused layers, which round in another way.
+        if device.type == "cpu" and config.dtype == "float32" and not objective.has_reference:
             fuse_layers(model.model)
     return model
 
@@ -115,8 +131,3 @@ def check_model(model: TokenLoss, config: Config, device: torch.device) -> None:
         model.check_rows(device, config.micro_batch_size, "set data.packing=false")
     elif config.stage == "pt" and config.data.document_mask:
         model.check_rows(device, config.micro_batch_size, "set data.document_mask=false")
-
-
-def _objective(config: Config) -> Objective:
-    train = config.train
-    return Objective(train.loss, train.label_smoothing, train.z_loss, train.eaft_alpha)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from raysft.errors import RunFailed, StorageFailed
 from raysft.models.end_of_turn import write_ends
+from raysft.models.peft_internals import TRAINED
 from raysft.storage.local_cache import local_copy
 from raysft.storage.path import StoragePath
 from raysft.storage.retry import reason_of, retry_for
@@ -243,10 +244,12 @@ def save(model: Any, weights: Weights, tokenizer: Any, folder: Path, ends: Seque
     """Write a model into a local folder."""
     if hasattr(model, "peft_config"):
         if pissa_start := getattr(model, "pissa_start", None):
-            model.save_pretrained(folder, path_initial_model_for_weight_conversion=pissa_start)
+            model.save_pretrained(
+                folder, path_initial_model_for_weight_conversion=pissa_start, selected_adapters=[TRAINED]
+            )
             _add_whole_modules(model, weights, folder)
         else:
-            model.save_pretrained(folder, state_dict=weights)
+            model.save_pretrained(folder, state_dict=weights, selected_adapters=[TRAINED])
         if generation := getattr(model.get_base_model(), "generation_config", None):
             generation.to_json_file(folder / "generation_config.json")
     else:

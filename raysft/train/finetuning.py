@@ -21,6 +21,7 @@ from raysft.models.loading import load_weights
 from raysft.models.lora_targets import linear_layers
 from raysft.models.new_tokens import vocabulary_modules
 from raysft.models.quantization import keep_layout, loading_options
+from raysft.models.remote_code import reference_runs_code
 from raysft.storage.local_cache import local_copy, model_copy
 from raysft.storage.path import StoragePath
 from raysft.train.new_adapter import add_adapter, peft_config
@@ -40,20 +41,9 @@ def load_model(config: Config, path: str, device: torch.device | None = None, ad
     Raises:
         RequestError: weights of the model or the adapter are missing.
     """
-    model = load_weights(
-        model_copy(path),
-        dtype=getattr(torch, "float32" if config.autocast else config.dtype),
-        attn_implementation=kernel(config),
-        trust_remote_code=config.model.runs_code,
-        **loading_options(config, device or "cpu"),
-    )
-    model.config.use_cache = False
+    options = _options(config, device, config.model.runs_code)
+    model = _prepared(load_weights(model_copy(path), **options), config)
     model.name_or_path = base_name(path)[0]  # adapters name it as their base: not this node's copy
-    use_examplewise(model, config)
-    keep_layout(model)
-    _disable_layerdrop(model)
-    if config.model.liger:
-        _use_liger(model)
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.model.finetuning == "full":
@@ -62,6 +52,45 @@ def load_model(config: Config, path: str, device: torch.device | None = None, ad
         freeze(model, config)
         return model
     return _with_adapter(model, config, path, adapter)
+
+
+def load_frozen(config: Config, path: str, device: torch.device | None = None) -> Any:
+    """Load a model that is not trained, or an adapter with its base, to compute beside the one that is, as it does.
+
+    Args:
+        config: the run's config.
+        path: folder, URI or hub id.
+        device: where quantized weights go; the caller moves other weights.
+
+    Raises:
+        RequestError: weights of the model or the adapter are missing.
+    """
+    folder = model_copy(path)
+    named = config.train.reference_model
+    trusted = reference_runs_code(config, folder) if named is not None else config.model.runs_code
+    model = load_with_base(folder, **_options(config, device, trusted))
+    _prepared(without_adapters(model), config)
+    return model.requires_grad_(False).eval()
+
+
+def _options(config: Config, device: torch.device | None, runs_code: bool) -> dict[str, Any]:
+    return {
+        "dtype": getattr(torch, "float32" if config.autocast else config.dtype),
+        "attn_implementation": kernel(config),
+        "trust_remote_code": runs_code,
+        **loading_options(config, device or "cpu"),
+    }
+
+
+def _prepared(model: Any, config: Config) -> Any:
+    """Make a transformers model compute on packed rows, alike in each forward pass."""
+    model.config.use_cache = False
+    use_examplewise(model, config)
+    keep_layout(model)
+    _disable_layerdrop(model)
+    if config.model.liger:
+        _use_liger(model)
+    return model
 
 
 def _disable_layerdrop(model: nn.Module) -> None:

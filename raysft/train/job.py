@@ -90,6 +90,8 @@ class TrainJob:
     """Evaluation set → ``RowSource``."""
     adapter: str | None = None
     """Folder of an adapter to continue training."""
+    reference: str | None = None
+    """Folder or hub id of ``train.reference_model``, a model or an adapter."""
     identity: dict[str, str] = field(default_factory=dict)
     """Hashes of the model and the data, as ``Cursor.identity`` has them."""
     ends: tuple[int, ...] = ()

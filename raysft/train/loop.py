@@ -146,7 +146,13 @@ class _Loop:
         self.started = time.perf_counter()
         torch.manual_seed(self.job.config.run.seed + self.rank)
         self.engine, self.lr_scheduler = make_engine(
-            self.job.config, self.job.model, self.workers, self.row_plan.steps, self.device, self.job.adapter
+            self.job.config,
+            self.job.model,
+            self.workers,
+            self.row_plan.steps,
+            self.device,
+            self.job.adapter,
+            self.job.reference,
         )
         torch.manual_seed(self.job.config.run.seed + self.rank)
         cursor = Cursor(0, 0, 0, self.job.identity)

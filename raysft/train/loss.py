@@ -14,6 +14,7 @@ from raysft.data.types import IGNORE_INDEX
 from raysft.errors import RunFailed
 from raysft.models.attention import is_varlen, without_adapters
 from raysft.train.objective import CROSS_ENTROPY, Objective, embedding_noise
+from raysft.train.reference import Reference
 
 CHUNK_TOKENS = 1024
 """Number of loss tokens whose logits exist at the same time, so that peak memory does not grow with rows × vocabulary."""
@@ -31,6 +32,7 @@ class TokenLoss(nn.Module):
         objective: Objective = CROSS_ENTROPY,
         neftune_alpha: float | None = None,
         max_tokens: int | None = None,
+        reference: Reference | None = None,
     ) -> None:
         """
         Args:
@@ -39,11 +41,12 @@ class TokenLoss(nn.Module):
             neftune_alpha: strength of the noise on the embeddings in training.
             max_tokens: most tokens that a microbatch of any worker holds. If given, the number of chunks depends on it alone and
                 not on the batch: with ZeRO-3, each call of the head is a collective (see ``step``).
+            reference: the frozen model that the objective needs.
         """
         super().__init__()
         self.model = model
         self.objective, self.neftune_alpha = objective, neftune_alpha
-        self.max_tokens = max_tokens
+        self.max_tokens, self.reference = max_tokens, reference
 
     def forward(
         self,
@@ -73,10 +76,12 @@ class TokenLoss(nn.Module):
         # Without a cache, transformers derives the examples from the positions; with a cache it silently does not.
         inputs = self._inputs(decoder, input_ids, position_ids)
         objective = CROSS_ENTROPY if score else self.objective
-        chunks = self._chunks(self._hidden(decoder, inputs, position_ids), labels, weights, sources)
+        anchor = self._reference_states(input_ids, position_ids) if objective.has_reference else None
+        chunks = self._chunks(self._hidden(decoder, inputs, position_ids), anchor, labels, weights, sources)
         totals = []
         for chunk in chunks:
-            arguments: Any = (_with_scale(head, self.model), objective, *chunk, number_of_sources, score)
+            heads = (_with_scale(head, self.model), self._reference_logits)
+            arguments: Any = (heads, objective, *chunk, number_of_sources, score)
             if len(chunks) > 1 and torch.is_grad_enabled():
                 totals.append(checkpoint(_chunk_loss, *arguments, use_reentrant=False))
             else:
@@ -84,13 +89,35 @@ class TokenLoss(nn.Module):
         loss, by_source, correct = (torch.stack(column).sum(0) for column in zip(*totals, strict=True))  # type: ignore[arg-type]
         return loss, by_source, correct
 
+    def _reference_states(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """The reference's hidden states, without noise and dropout: [rows, tokens, size]."""
+        assert self.reference is not None
+        training = self.model.training
+        self.model.eval()  # it may be the reference itself
+        try:
+            with self.reference.standing_in(self.model) as model:
+                return self._hidden(_parts(model)[0], {"input_ids": input_ids}, position_ids)
+        finally:
+            self.model.train(training)
+
+    def _reference_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        assert self.reference is not None
+        with self.reference.standing_in(self.model) as model:
+            return _with_scale(_parts(model)[1], model)(hidden)
+
     def _chunks(
-        self, hidden: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None, sources: torch.Tensor | None
+        self,
+        hidden: torch.Tensor,
+        anchor: torch.Tensor | None,
+        labels: torch.Tensor,
+        weights: torch.Tensor | None,
+        sources: torch.Tensor | None,
     ) -> list[tuple[torch.Tensor | None, ...]]:
-        """Select the loss tokens, and split their (hidden states, targets, weights, sources) into chunks."""
+        """Select the loss tokens, and split their (hidden states, reference's, targets, weights, sources) into chunks."""
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).reshape(-1)
         chosen = self._chosen(targets)
-        hidden, targets = hidden.reshape(-1, hidden.shape[-1])[chosen], targets[chosen]
+        targets = targets[chosen]
+        states = [None if each is None else each.reshape(-1, each.shape[-1])[chosen] for each in (hidden, anchor)]
         # Like labels, both belong to the predicted token.
         shifted = [
             None if values is None else F.pad(values[:, 1:], (0, 1)).reshape(-1)[chosen]
@@ -98,7 +125,7 @@ class TokenLoss(nn.Module):
         ]
         chunks = -(-(self.max_tokens or len(targets)) // CHUNK_TOKENS)
         columns = [
-            [None] * chunks if values is None else _split(values, chunks) for values in (hidden, targets, *shifted)
+            [None] * chunks if values is None else _split(values, chunks) for values in (*states, targets, *shifted)
         ]
         return list(zip(*columns, strict=True))
 
@@ -220,17 +247,19 @@ def _split(values: torch.Tensor, chunks: int) -> list[torch.Tensor]:
 
 
 def _chunk_loss(
-    head: Any,
+    heads: tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]],
     objective: Objective,
     hidden: torch.Tensor,
+    anchor: torch.Tensor | None,
     targets: torch.Tensor,
     weights: torch.Tensor | None,
     sources: torch.Tensor | None,
     number_of_sources: int,
     score: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    head, reference_head = heads
     logits = head(hidden).float()
-    losses = objective(logits, targets)
+    losses = objective(logits, targets, None if anchor is None else reference_head(anchor).float())
     losses = losses if weights is None else losses * weights
     loss = losses.sum()
     if sources is None:

@@ -23,6 +23,13 @@ def add_adapter(model: Any, adapter_config: Any) -> Any:
         return get_peft_model(model, adapter_config)
 
 
+def add_adapter_beside(model: Any, name: str, adapter_config: Any) -> None:
+    """Add another adapter to a model that has one, and goes on with that."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*a tied layer is part of the adapter")
+        model.add_adapter(name, adapter_config)
+
+
 def peft_config(model: nn.Module, config: Config, path: str) -> Any:
     from peft import LoraConfig, OFTConfig
 

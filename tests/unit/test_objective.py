@@ -50,6 +50,17 @@ def with_z(row, target):
     return cross_entropy(row, target) + 0.01 * whole**2
 
 
+def other_logits() -> torch.Tensor:
+    """Those of a frozen model."""
+    return torch.randn(7, VOCABULARY, generator=torch.Generator().manual_seed(2)) * 2
+
+
+def divergence(row: list[float], other: list[float]) -> float:
+    """KL(other ‖ row)."""
+    pairs = zip(probabilities(other), probabilities(row), strict=True)
+    return sum(q * (math.log(q) - math.log(p)) for q, p in pairs)
+
+
 CASES = {
     "cross_entropy": (Objective(), cross_entropy),
     "label_smoothing": (Objective(label_smoothing=0.1), smoothed),
@@ -87,6 +98,34 @@ def test_a_gradient_is_that_of_its_formula(logits, name):
             expected = (found[0] - found[1]) / (2 * step)
             assert logits.grad[row, column].item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert not logits.grad[4].any()
+
+
+def test_asft_is_dft_and_the_divergence_from_the_reference(logits):
+    others = other_logits()
+    losses = Objective("asft", z_loss=0.01, asft_alpha=0.3)(logits, TARGETS, others)
+    expected = [
+        0.0 if t < 0 else dft(row, t) + 0.3 * divergence(row, other) + 0.01 * (cross_entropy(row, t) + row[t]) ** 2
+        for row, other, t in zip(logits.tolist(), others.tolist(), TARGETS.tolist(), strict=True)
+    ]
+    torch.testing.assert_close(losses.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_of_asft_is_that_of_its_formula(logits):
+    """w (p − 1[target]) + α (p − q): the gradients of the two terms, w being the target's probability."""
+    others = other_logits()
+    Objective("asft", asft_alpha=0.3)(logits, TARGETS, others).sum().backward()
+    assert logits.grad is not None
+    for index, target in enumerate(TARGETS.tolist()):
+        row, other = probabilities(logits[index].double().tolist()), probabilities(others[index].double().tolist())
+        expected = [
+            0.0 if target < 0 else row[target] * (p - (column == target)) + 0.3 * (p - q)
+            for column, (p, q) in enumerate(zip(row, other, strict=True))
+        ]
+        assert logits.grad[index].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_asft_without_a_divergence_is_dft(logits):
+    assert torch.equal(Objective("asft")(logits, TARGETS, logits.detach()), Objective("dft")(logits, TARGETS))
 
 
 def test_noise_on_embeddings_is_bounded_by_the_length_of_each_example():
