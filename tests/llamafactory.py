@@ -37,6 +37,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "badam": {**EXAMPLE, **FULL, "use_badam": True, "badam_mode": "layer", "badam_switch_mode": "ascending",
               "badam_switch_interval": 50, "badam_verbose": 2},
     "dft": {**EXAMPLE, **FULL, "use_dft_loss": True},
+    "asft": {**EXAMPLE, **FULL, "use_asft_loss": True, "asft_alpha": 0.05},
     "eaft": {**EXAMPLE, **FULL, "use_eaft_loss": True},
     "fp8": {**EXAMPLE, **FULL, "fp8": True, "fp8_backend": "torchao", "fp8_enable_fsdp_float8_all_gather": False,
             "deepspeed": "examples/deepspeed/ds_z3_fp8_config.json", "report_to": "wandb", "run_name": "fp8"},

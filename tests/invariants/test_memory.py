@@ -32,6 +32,8 @@ PEAKS: dict[str, dict[str, Any]] = {
     }.items()
 } | {
     "several chunks of logits": {"data.sequence_length": 400, "train.micro_batch_size": 4},
+    "asft": {"train.loss": "asft"},
+    "asft with lora": {"train.loss": "asft", "model.finetuning": "lora"},
     "eager": {"model.attention": "eager"},
     "rows one after the other": {"train.micro_batch_size": 1, "train.global_batch_size": 4},
     "last layer": {"model.finetuning": "freeze", "model.freeze.layers": 1},

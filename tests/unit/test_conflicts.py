@@ -222,6 +222,14 @@ COMPARES = {
             {"train__schedule": "constant", "train__schedule_options": {"x": 1}},
             "train.schedule=constant … train.schedule_options={'x': 1} … remove",
         ),
+        (
+            {"train__reference_model": "o/m"},
+            "train.reference_model=o/m … train.loss=cross_entropy; set train.loss=asft",
+        ),
+        (
+            {"train__label_smoothing": 0.1, "train__loss": "asft"},
+            "train.label_smoothing=0.1 … train.loss=asft … only one",
+        ),
         ({"model__freeze__layers": 0}, "config: model.freeze.layers=0 … -N"),
         ({"scaling__num_workers": [4, 1]}, "config: scaling.num_workers=[4, 1] … [min, max]"),
         ({"generate__sources": ["aa"]}, "generate.sources … 'aa' … data.eval … data.train … did you mean 'a'?"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,11 @@ def config_of(folder: Path, **settings) -> Config:
         (Setup(2, 1, 2, quantization="4bit"), {"weights": 1 + 3.25 + 6.5 / 64 + 6.5 / 4096, "gathered": 0.002}),
         (Setup(2, 1, 2, quantization="4bit", double_quantization=False), {"weights": 1 + 3.25 + 6.5 / 16}),
         (Setup(2, 1, 2, quantization="8bit"), {"weights": 1 + 6.5}),
+        # A frozen copy, which ZeRO-3 partitions, and another model of 2B beside it, quantized like it.
+        (Setup(2, 8, 2, copies_start=True), {"weights": 28, "master": 3.5, "moments": 7}),
+        (Setup(3, 8, 2, copies_start=True), {"weights": 3.5}),
+        (Setup(2, 1, 2, reference=2 * BILLION), {"weights": 18}),
+        (Setup(2, 1, 2, quantization="8bit", reference=7 * BILLION), {"weights": 15}),
     ],
 )
 def test_states_of_a_model_of_7b(setup, expected):
@@ -185,6 +191,13 @@ def test_what_a_config_says(tmp_path):
     muon = setup_of(config_of(tmp_path, train__optimizer="muon", train__zero_stage=0, **gpu), 1, 8)
     assert (muon.zero_stage, muon.width) == (0, 4), "float32 weights with autocast"
     assert setup_of(config_of(tmp_path, train__micro_batch_size=4), 1, 8).accumulates
+    asft = {"train__loss": "asft"}
+    assert setup_of(config_of(tmp_path, model__finetuning="full", **asft), 1, 8).copies_start
+    assert not setup_of(config_of(tmp_path, **asft), 1, 8).copies_start, "a new adapter is switched off"
+    for adapter in ({"model__lora__pissa": True}, {"model__adapters": ["a/b"]}):
+        assert setup_of(config_of(tmp_path, **adapter, **asft), 1, 8).copies_start
+    given = config_of(tmp_path, model__finetuning="full", train__reference_model="r", **asft)
+    assert setup_of(given, 1, 8, 30) == replace(setup_of(given, 1, 8), reference=30, copies_start=False)
     assert not setup_of(config_of(tmp_path, train__micro_batch_size=8), 1, 8).accumulates
 
 

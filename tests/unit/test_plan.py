@@ -222,6 +222,7 @@ def test_a_plan_counts_steps_rows_tokens_and_what_is_empty(tmp_path, monkeypatch
         "attention": "auto",
         "zero_stage": 2,
         "model_commit": None,
+        "reference_commit": None,
     }
     assert plan.lines()[: -len(plan.warnings)] == [
         f"train a: turns, 10 examples of 11 records, {10 * length} tokens, {10 * trained} trained, longest {length}, 1 rejected",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from raysft.config.llamafactory.keys import IMAGES, PREFERENCES, Keys, harmless, joined, only, same
-from raysft.config.llamafactory.values import boolean, names, number, option, targets, whole, word
+from raysft.config.llamafactory.values import boolean, names, number, option, targets, text, whole, word
 
 _ALL = "remove it: it applies to all matrices inside the layers"
 _SWANLAB = "only use_swanlab: true reads it"
@@ -41,10 +41,13 @@ FINETUNING: Keys = {
         for name in (
             "pref_beta", "pref_ftx", "pref_bco_weight", "pref_loss", "dpo_label_smoothing", "kto_chosen_weight",
             "kto_rejected_weight", "simpo_gamma", "ppo_buffer_size", "ppo_epochs", "ppo_score_norm", "ppo_target",
-            "ppo_whiten_rewards", "ref_model", "ref_model_adapters", "ref_model_quantization_bit", "reward_model",
+            "ppo_whiten_rewards", "reward_model",
             "reward_model_adapters", "reward_model_quantization_bit", "reward_model_type", "ld_alpha",
         )
     },
+    "ref_model": joined("train.reference_model", text),
+    "ref_model_adapters": joined("train.reference_model", names, []),
+    "ref_model_quantization_bit": joined("train.reference_model", whole),
     # Optimizers.
     "use_galore": joined("train.optimizer", boolean, False),
     "galore_target": only("all", _ALL, targets),
@@ -77,8 +80,8 @@ FINETUNING: Keys = {
     "use_muon": joined("train.optimizer", boolean, False),
     # Losses.
     "use_dft_loss": joined("train.loss", boolean, False),
-    "use_asft_loss": only(False, "remove it; use_dft_loss: true is its first term", boolean),
-    "asft_alpha": harmless("only use_asft_loss: true reads it"),
+    "use_asft_loss": joined("train.loss", boolean, False),
+    "asft_alpha": same("train.asft_alpha", number, 0.1),
     "use_eaft_loss": joined("train.loss", boolean, False),
     "eaft_alpha": same("train.eaft_alpha", number, 1.0),
     # Other backends.

@@ -9,7 +9,7 @@ from typing import Any
 
 from raysft.config.llamafactory.settings import Entry, Refusal, Settings
 from raysft.config.llamafactory.translation import Derived
-from raysft.errors import one_line
+from raysft.errors import as_yaml, one_line
 
 OPTIONS = {
     "galore": {
@@ -73,11 +73,38 @@ def optimizer(given: Settings) -> Derived:
 
 
 def loss(given: Settings) -> Derived:
-    """Loss of a token."""
-    if given["use_dft_loss"] and given["use_eaft_loss"]:
-        yield Refusal("use_eaft_loss", "use_dft_loss and use_eaft_loss are both true; set only one of them")
-    name = "dft" if given["use_dft_loss"] else "eaft" if given["use_eaft_loss"] else "cross_entropy"
-    yield Entry("train.loss", name, "use_dft_loss" if name == "dft" else "use_eaft_loss")
+    """Loss of a token, and the frozen model that it needs."""
+    names = [name for name in ("dft", "eaft", "asft") if given[f"use_{name}_loss"]]
+    if len(names) > 1:
+        first, second = (f"use_{name}_loss" for name in names[:2])
+        yield Refusal(second, f"{first} and {second} are both true; set only one of them")
+    name = names[0] if names else "cross_entropy"
+    note = ""
+    if name == "asft":
+        note = "over the loss tokens of a step, not the mean of its microbatches' means"
+        yield from _reference(given)
+    yield Entry("train.loss", name, f"use_{name}_loss" if names else "use_dft_loss", note)
+
+
+def _reference(given: Settings) -> Derived:
+    """The model that ASFT stays close to. LLaMA-Factory reads its adapters and bits only beside its path."""
+    model, adapters, bits = given["ref_model"], given["ref_model_adapters"], given["ref_model_quantization_bit"]
+    if model is None:
+        return
+    if len(adapters) > 1:
+        yield Refusal(
+            "ref_model_adapters", "ref_model_adapters: a reference has one adapter, not several; merge them first"
+        )
+    if bits is not None and bits != given["quantization_bit"]:
+        yield Refusal(
+            "ref_model_quantization_bit",
+            f"ref_model_quantization_bit={bits}, but quantization_bit={as_yaml(given['quantization_bit'])}; raysft quantizes "
+            "both models alike: set both to the same",
+        )
+    alike = "quantized as the trained model" if given["quantization_bit"] is not None and bits is None else ""
+    based = "on the base that the adapter names" if adapters else ""
+    key = "ref_model_adapters" if adapters else "ref_model"
+    yield Entry("train.reference_model", (adapters or [model])[0], key, "; ".join(filter(None, (based, alike))))
 
 
 def fp8(given: Settings) -> Derived:
