@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +25,7 @@ RAYJOB = (
     "in a RayJob, which KubeRay starts again whenever it fails: if that would not help (exit code 2, or 75 after a time limit or "
     "raysft stop), have the job stopped through this dashboard of its cluster"
 )
+DTYPES = ("float32", "bfloat16", "float16")
 PROGRESS = "Progress goes to standard output. An error is one line on standard error that names the remedy."
 
 
@@ -106,10 +108,39 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_export(commands: argparse._SubParsersAction) -> None:
     export = _add_verb(
-        commands, verbs.export, "write one Hugging Face model, with adapters merged, into a folder or to the hub"
+        commands,
+        verbs.export,
+        "write the model of a run, of one of its checkpoints, or any other one in Hugging Face's format, with adapters merged, "
+        "into a folder or to the hub",
     )
-    export.add_argument("run_dir", metavar="RUN_DIR", help=RUN_DIR)
+    export.add_argument(
+        "source",
+        metavar="RUN_DIR|RUN_DIR/checkpoints/STEP|MODEL",
+        help=f"{RUN_DIR}; the step of one of its checkpoints; or a model or adapter: a folder, a URI, a GGUF file or an id of the "
+        "Hugging Face hub; or a YAML file for llamafactory-cli export",
+    )
+    export.set_defaults(parser=export)
     export.add_argument("--output", type=Path, metavar="DIR", help="folder for the model; must be new or empty")
+    export.add_argument(
+        "--adapters",
+        nargs="+",
+        metavar="ADAPTER",
+        default=[],
+        help="adapters, or runs that trained them, to merge in this order",
+    )
+    export.add_argument("--no-merge", action="store_true", help="write the only adapter as it is, without its base")
+    export.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="data type of the weights (default: that of the training, or for any other model its own one); adapters are merged in "
+        "float32 and rounded once",
+    )
+    export.add_argument(
+        "--shard-size",
+        type=_size,
+        metavar="SIZE",
+        help="largest size of a file of weights (default 5GB; a model that needs no change is copied file by file)",
+    )
     export.add_argument(
         "--push",
         metavar="ORG/NAME",
@@ -117,7 +148,18 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
         "is missing; needs HF_TOKEN or hf auth login",
     )
     export.add_argument("--private", action="store_true", help="with --push: create a private repository")
-    export.add_argument("--adapter", action="store_true", help="write the trained adapter as it is, without its base")
+
+
+def _size(text: str) -> str:
+    """Check a size as transformers and the hub write it: a number and KB, MB, GB or TB.
+
+    >>> _size("5GB"), _size("1.5 mb")
+    ('5GB', '1.5MB')
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]B)", text.strip().upper())
+    if not found or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; use a number with KB, MB, GB or TB, for example 5GB")
+    return found[1] + found[2]
 
 
 def _add_cluster_verbs(commands: argparse._SubParsersAction) -> None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from raysft.config import Config, convert_file, load
+from raysft.config import Config, convert_file, export_arguments, load
 from raysft.config.reference import SECTIONS, reference
 from raysft.config.section import known_scheme
 from raysft.errors import RequestError
@@ -127,16 +127,30 @@ def _compare(runs: list[RunDirectory], output: Path) -> None:
 
 
 def export(parsed: argparse.Namespace) -> None:
+    if parsed.source.endswith((".yaml", ".yml")):
+        parsed = _from_file(parsed)
     if parsed.output is None and parsed.push is None:
         raise RequestError(
             "export writes nowhere without --output and --push; add --output DIR, --push ORG/NAME, or both"
         )
     if parsed.private and parsed.push is None:
         raise RequestError("--private: is for a new repository of the hub; add --push ORG/NAME, or remove it")
-    from raysft.run.export import Push, export
+    if parsed.shard_size is not None and parsed.no_merge:
+        raise RequestError("--shard-size: an adapter is one file (--no-merge); remove one of them")
+    from raysft.run.export import Form, Push, export
 
     push = Push(parsed.push, parsed.private) if parsed.push is not None else None
-    export(_run_path(parsed.run_dir), parsed.output, push, parsed.adapter)
+    form = Form(parsed.dtype, parsed.shard_size, tuple(parsed.adapters), not parsed.no_merge)
+    export(parsed.source, parsed.output, push, form)
+
+
+def _from_file(parsed: argparse.Namespace) -> argparse.Namespace:
+    """Return what a file for ``llamafactory-cli export`` asks for; options of the command have precedence."""
+    asked = parsed.parser.parse_args(export_arguments(parsed.source))
+    for name, value in vars(parsed).items():
+        if name != "source" and value != parsed.parser.get_default(name):
+            setattr(asked, name, value)
+    return asked
 
 
 def config(parsed: argparse.Namespace) -> None:

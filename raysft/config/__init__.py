@@ -8,7 +8,7 @@ from raysft.config.cluster import ClusterSection
 from raysft.config.config import Config
 from raysft.config.data import DataSection, Source
 from raysft.config.generate import GenerateSection
-from raysft.config.load import convert_file, load, parse, with_overrides
+from raysft.config.load import convert_file, export_arguments, load, parse, with_overrides
 from raysft.config.model import ModelSection
 from raysft.config.package_paths import locate
 from raysft.config.run import RunSection
@@ -33,6 +33,7 @@ __all__ = [
     "TuneSection",
     "convert_file",
     "documented_fields",
+    "export_arguments",
     "load",
     "locate",
     "masked",

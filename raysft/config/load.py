@@ -83,6 +83,25 @@ def convert_file(path: str | Path, overrides: Sequence[str] = ()) -> tuple[str, 
     return render(conversion, path.name), None
 
 
+def export_arguments(path: str | Path) -> list[str]:
+    """Return the arguments of ``raysft export`` for what a file for ``llamafactory-cli export`` asks.
+
+    Raises:
+        RequestError: the file cannot be read, or asks for something else.
+    """
+    path = Path(path)
+    raw, lines = _parse_yaml(_read(path), path)
+    if not is_llamafactory(raw, lambda key: _place(path, lines, key)) or not raw.get("export_dir"):
+        raise RequestError(
+            f"{path}: is no file for llamafactory-cli export (export_dir); give one, a run directory or a model"
+        )
+    conversion = convert(raw)
+    if not conversion.command:
+        refuse(conversion, lambda key: _place(path, lines, key))
+        raise RequestError(f"{path}: asks for a training; give the run directory that it makes")
+    return list(conversion.arguments)
+
+
 def _convert(raw: dict[str, Any], overrides: Sequence[str]) -> tuple[Conversion, list[str]]:
     """Convert a file of LLaMA-Factory with the overrides that name its own keys; return the others."""
     own = [override for override in overrides if override.partition("=")[0] in TABLE]

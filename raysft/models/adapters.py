@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,6 @@ from raysft.config import Config
 from raysft.config.model import LoraSection
 from raysft.errors import RequestError, one_line
 from raysft.models.adapter_files import named_base, read_adapter_config
-from raysft.models.end_of_turn import learned_ends, write_ends
 from raysft.models.fingerprint import model_fingerprint
 from raysft.models.loading import generation_config, load_weights
 from raysft.models.resolve import find_on_hub
@@ -139,33 +137,6 @@ def merge_adapters(model: str, adapters: Sequence[Path], output: Path, runs_code
     load_tokenizer(model, runs_code).save_pretrained(output)
 
 
-def merge(adapter: Path, output: Path, runs_code: bool = False) -> None:
-    """Merge an adapter into its base and write the model with its tokenizer; copy a whole model.
-
-    Args:
-        adapter: folder of an adapter or of a whole model.
-        output: folder to write.
-        runs_code: True if code that comes with the base may run.
-
-    Raises:
-        RequestError: the folder has neither.
-    """
-    import torch
-
-    check_weights(adapter, str(adapter))
-    if (adapter / "adapter_config.json").exists():
-        model = merge_adapter(load_with_base(adapter, dtype=torch.float32, trust_remote_code=runs_code))
-        model.config.use_cache = True
-        model.save_pretrained(output)
-        tokenizer = load_tokenizer(str(adapter), runs_code)
-        tokenizer.save_pretrained(output)
-        write_ends(output, learned_ends(adapter, tokenizer))
-    elif (adapter / "config.json").exists():
-        shutil.copytree(adapter, output, dirs_exist_ok=True)
-    else:
-        raise RequestError(f"{adapter}: holds no trained model; train first (raysft train CONFIG)")
-
-
 def load_adapter(model: Any, folder: str | Path, **options: Any) -> Any:
     """Put the adapter of a folder on a model, with all of its weights.
 
@@ -200,10 +171,14 @@ def load_adapter(model: Any, folder: str | Path, **options: Any) -> Any:
     return adapted
 
 
-def merge_adapter(model: Any) -> Any:
+def merge_adapter(model: Any, each_layer: Callable[[Any], None] | None = None) -> Any:
     """Merge the adapter on a model into its weights and return the plain model.
 
     If the embedding is also the output head, and the adapter changes only one of them, they are untied.
+
+    Args:
+        model: from ``load_adapter``.
+        each_layer: merge in float32, and call this with each layer that the adapter has changed, which is in float32 then.
     """
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -213,14 +188,34 @@ def merge_adapter(model: Any) -> Any:
     if any(isinstance(each, BaseTunerLayer) for each in (embedding, head)):
         inner: Any = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
         inner.weight = torch.nn.Parameter(inner.weight.detach().clone(), requires_grad=False)
+    if each_layer is not None:
+        _merge_layers(model, each_layer)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*no longer tied after merging")
+        warnings.filterwarnings("ignore", ".*already merged")
         whole = model.merge_and_unload()
     embedding, head = whole.get_input_embeddings(), whole.get_output_embeddings()
     if head is not None and head.weight is not embedding.weight:
         for hf_config in (whole.config, whole.config.get_text_config()):
             hf_config.tie_word_embeddings = False
     return whole
+
+
+def _merge_layers(model: Any, each_layer: Callable[[Any], None]) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    done: set[Any] = set()
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        if layer in done:
+            continue
+        # Experts have an adapter around an adapter, one for each of their matrices.
+        inside = [each for each in layer.modules() if isinstance(each, BaseTunerLayer)]
+        done.update(inside)
+        layer.float()
+        for each in inside:
+            each.merge()
+        each_layer(layer.get_base_layer())
 
 
 def load_with_base(folder: Path, **options: Any) -> Any:

@@ -72,3 +72,10 @@ def render_chat_template(**arguments: Any) -> Any:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     return render_jinja_template(**arguments)
+
+
+def kept_in_float32(model: Any, dtype: str) -> list[str]:
+    """Return patterns of the weights that stay in float32 when a model is loaded in a data type, as some routers do."""
+    import torch
+
+    return list(model._get_dtype_plan(getattr(torch, dtype)))

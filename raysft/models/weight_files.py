@@ -132,11 +132,16 @@ def open_weights(folder: Path, named: str, framework: str = "np") -> Iterator[An
     """
     from safetensors import safe_open
 
-    index = folder / "model.safetensors.index.json"
-    partial = is_snapshot(folder)  # its weights may not be here yet
-    for file in _parts(index, named) if index.exists() and not partial else folder.glob("model*.safetensors"):
+    for file in safetensors_files(folder, named):
         with safe_open(file, framework=framework) as weights:
             yield weights
+
+
+def safetensors_files(folder: Path, named: str) -> list[Path]:
+    """Return the weight files of a model, arguments as for ``open_weights``; none for a model without ``*.safetensors``."""
+    index = folder / "model.safetensors.index.json"
+    partial = is_snapshot(folder)  # its weights may not be here yet
+    return _parts(index, named) if index.exists() and not partial else sorted(folder.glob("model*.safetensors"))
 
 
 def _rows_in_weights(folder: Path, named: str) -> int | None:

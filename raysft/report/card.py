@@ -53,6 +53,10 @@ class Published:
     """``ORG/NAME``."""
     adapter: bool
     """True if it holds the adapter alone, False for a whole model."""
+    step: int | None = None
+    """The step whose checkpoint it holds; None for the trained model."""
+    adapters: tuple[str, ...] = ()
+    """Further adapters that were merged into it."""
 
 
 def model_card(log: RunLog, plots: list[Path], published: Published | None = None) -> str:
@@ -72,7 +76,7 @@ def model_card(log: RunLog, plots: list[Path], published: Published | None = Non
         _front_matter(log, adapter),
         f"# {log.name}",
         _introduction(log, adapter, published),
-        _results(log),
+        _results(log) if published is None or published.step is None else "",
         "![Training loss](training_loss.png)" if "training_loss.png" in {plot.name for plot in plots} else "",
         _usage(log, adapter, published),
         _data(log, published),
@@ -135,6 +139,12 @@ def _introduction(log: RunLog, adapter: str, published: Published | None) -> str
     else:
         model = f"This model is {base} after {method} of all its weights on {data}"
     text = f"{model}, with raysft on [Ray](https://www.ray.io)."
+    if published and published.adapters:
+        text += (
+            f" Merged into it afterwards: {', '.join(_code(_place(each, published)) for each in published.adapters)}."
+        )
+    if published and published.step is not None:
+        return f"{text} It is the checkpoint after step {published.step:,}; the results of the run are those of later steps."
     if log.best and log.option("train.keep_best"):
         step, metric, value = log.best
         text += f" It is the model after step {step:,}, which has the best `{metric}` ({value:.4g})."
@@ -172,10 +182,15 @@ def _results(log: RunLog) -> str:
     return text
 
 
+def loading_code(folder: str, adapter: bool) -> str:
+    """Python that loads a model, or an adapter with its base, and the tokenizer."""
+    return (_LOAD_ADAPTER if adapter else _LOAD_MODEL).replace('"model"', f'"{folder}"')
+
+
 def _usage(log: RunLog, adapter: str, published: Published | None) -> str:
     """How to load this model and generate with it."""
-    load, folder = _LOAD_ADAPTER if adapter else _LOAD_MODEL, published.name if published else "model"
-    load = load.replace('"model"', f'"{folder}"')
+    folder = published.name if published else "model"
+    load = loading_code(folder, bool(adapter))
     if log.option("model.path") in log.option("model.trust_remote_code", []):
         load = load.replace(f'"{folder}"', f'"{folder}", trust_remote_code=True')
     prompt = _TEXT_PROMPT if log.option("stage") == "pt" else _CHAT_PROMPT

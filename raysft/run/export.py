@@ -1,4 +1,4 @@
-"""Export the trained model of a run: into a folder, to a repository of the Hugging Face hub, or both."""
+"""Export a model: into a folder, to a repository of the Hugging Face hub, or both."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
-from raysft.config import Config, parse
 from raysft.errors import RequestError, RunFailed, one_line
+from raysft.models.adapter_files import base_name, read_adapter_config
+from raysft.report.plain_card import plain_card, public
+from raysft.run.exportable import Exportable, find_adapter, find_exportable
+from raysft.run.modelfile import MODELFILE, write_modelfile
 from raysft.storage import hub_upload
-from raysft.storage.json_files import write_atomically
-from raysft.storage.local_cache import local_copy, may_be_on_hub
+from raysft.storage.json_files import write_atomically, write_json
+from raysft.storage.local_cache import may_be_on_hub, model_copy
 from raysft.storage.path import StoragePath
-from raysft.storage.retry import FIRST_SECONDS, retry_for
-from raysft.storage.run_directory import RunDirectory
 from raysft.storage.sync import open_read_only
 from raysft.telemetry.terminal import Terminal
 
 UNPUSHED = ".unpushed"
 """A hidden file in an exported folder that is still to be pushed; it names the model, with which the same command goes on."""
+RESTORED = ".restored"
+"""A hidden folder in an exported one with the model of a checkpoint, until it is merged or converted."""
 PLOT = "training_loss.png"
 
 
@@ -40,22 +41,37 @@ class Push:
     """Create a private repository."""
 
 
-def export(place: StoragePath, output: Path | None, push: Push | None = None, adapter: bool = False) -> None:
-    """Write the trained model of a run directory as one Hugging Face model, adapters merged.
+@dataclass(frozen=True)
+class Form:
+    """How a model is written."""
+
+    dtype: str | None = None
+    """Data type of the weights. Default: that of the training, or of a model that no run has trained its own one."""
+    shard_size: str | None = None
+    """Largest size of a file of weights, such as ``5GB``."""
+    adapters: tuple[str, ...] = ()
+    """Adapters for the model, to merge in order."""
+    merges: bool = True
+    """False to write the only adapter as it is, without its base."""
+
+
+def export(source: str, output: Path | None, push: Push | None = None, form: Form | None = None) -> None:
+    """Write a model in Hugging Face's format, by default with all adapters merged.
 
     Args:
-        place: the run directory.
+        source: a run directory, one of its checkpoints (``RUN_DIR/checkpoints/STEP``), or a model: a folder, URI, GGUF file or
+            hub id of a whole model or an adapter.
         output: folder for the model; new or empty, or left by a push that was interrupted.
         push: where to upload it. Without ``output`` it is written to a temporary folder for that.
-        adapter: write the trained adapter as it is instead.
+        form: how to write it.
     """
-    directory = _trained(place)
-    config = _config(place)
-    if adapter:
-        _check_adapter(directory, config)
+    form, say = form or Form(), Terminal().line
     with _sigterm_interrupts(), ExitStack() as stack:
-        # Sizes and times of the files say whether the run has trained meanwhile.
-        model = f"{place} {directory.model.walk()} {adapter} {push.name}" if push else None
+        exported = find_exportable(source, say)
+        adapters = [find_adapter(each, say) for each in form.adapters]
+        if not form.merges:
+            _check_adapter(exported, adapters)
+        model = f"{exported.name} {exported.version} {form} {push.name}" if push else None
         written = output is not None and _holds(output, model)
         name = hub_upload.open_repository(push.name, push.private) if push else ""
         folder = (
@@ -64,14 +80,13 @@ def export(place: StoragePath, output: Path | None, push: Push | None = None, ad
             else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="raysft-export-")))
         )
         if not written:
-            trusted = config is not None and config.model.runs_code
             with _written(folder, output is None):
-                _write(directory, folder, trusted, adapter)
+                _write(exported, adapters, folder, form)
                 if push:
-                    message = _describe(place, folder, name, adapter)
+                    message = _describe(exported, folder, name, form)
                     write_atomically(folder / UNPUSHED, json.dumps({"model": model, "message": message}))
         if output is not None:
-            Terminal().line(f"exported: {output}")
+            say(f"exported: {output}")
         if push:
             _push(folder, name)
 
@@ -91,36 +106,32 @@ def _sigterm_interrupts() -> Iterator[None]:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _trained(place: StoragePath) -> RunDirectory:
-    with retry_for(FIRST_SECONDS):
-        is_run = (place / "config.yaml").exists()
-    if not is_run:
-        raise RequestError(f"{place}: holds no config.yaml; give a run directory, {{run.storage}}/{{run.name}}")
-    directory = RunDirectory.of(place)
-    if not directory.is_trained():
-        raise RequestError(f"{directory.model}: holds no trained model; train first (raysft train CONFIG)")
-    return directory
+def _check_adapter(exported: Exportable, adapters: Sequence[str]) -> None:
+    """Refuse to keep an adapter if there is none, or there are several, or nobody could load it elsewhere."""
+    is_adapter = exported.is_adapter
+    if not is_adapter and not adapters:
+        raise RequestError(f"--no-merge: {exported.name} is a whole model and no adapter; remove --no-merge")
+    if is_adapter + len(adapters) > 1:
+        raise RequestError(
+            f"--no-merge: keeps one adapter as it is, but there are {is_adapter + len(adapters)}; remove --no-merge, or all but one"
+        )
+    if not is_adapter:
+        _check_base(base_name(exported.model)[0], exported)
+    elif exported.checkpoint is None:
+        _check_base(_base_of(model_copy(exported.model)), exported)
 
 
-def _config(place: StoragePath) -> Config | None:
-    """Return the run's config; None for one of another version, whose model can be exported all the same."""
-    try:
-        return parse(yaml.safe_load((place / "config.yaml").read_text()))
-    except (RequestError, TypeError, ValueError, yaml.YAMLError):
-        return None
+def _base_of(adapter: Path) -> str:
+    return str(read_adapter_config(adapter).get("base_model_name_or_path"))
 
 
-def _check_adapter(directory: RunDirectory, config: Config | None) -> None:
-    """Refuse to export an adapter that nobody could load elsewhere, or none."""
-    description = directory.model / "adapter_config.json"
-    if not description.exists():
-        raise RequestError(f"--adapter: {directory.model} is a whole model and no adapter; remove --adapter")
-    base = str(json.loads(description.read_text()).get("base_model_name_or_path"))
+def _check_base(base: str, exported: Exportable) -> None:
+    """Refuse a base that is a copy in the cache, and say where a base lies that is on no hub."""
     if may_be_on_hub(base):
         return
-    if config is not None and StoragePath.of(base).parent == config.cache_directory / "models":
+    if StoragePath.of(base).parent in exported.caches:
         raise RequestError(
-            f"--adapter: the adapter's base is a copy in the cache, {base}, which is nowhere else; remove --adapter"
+            f"--no-merge: the adapter's base is a copy in the cache, {base}, which is nowhere else; remove --no-merge"
         )
     Terminal().line(f"the adapter names {base} as its base: whoever loads it needs the model there")
 
@@ -160,31 +171,70 @@ def _written(folder: Path, temporary: bool) -> Iterator[None]:
         raise
 
 
-def _write(directory: RunDirectory, folder: Path, trusted: bool, adapter: bool) -> None:
-    from raysft.models.adapters import merge
+def _write(exported: Exportable, adapters: Sequence[str], folder: Path, form: Form) -> None:
+    from raysft.models.merging import merge
 
-    trained = Path(local_copy(directory.model.location))
-    if adapter:
-        shutil.copytree(trained, folder, dirs_exist_ok=True)
+    say, scratch = Terminal().line, folder / RESTORED
+    model, others = exported.folder(scratch, say), [model_copy(each) for each in adapters]
+    if not form.merges:
+        _write_adapter(exported, model, others, folder, form)
+    elif model == scratch and not others and _is_final(scratch, exported, form):
+        for path in scratch.iterdir():
+            path.rename(folder / path.name)
     else:
-        merge(trained, folder, trusted)
+        merge(model, folder, exported.runs_code, form.dtype or exported.dtype, form.shard_size, others)
+    shutil.rmtree(scratch, ignore_errors=True)
+    if form.merges and (reason := write_modelfile(folder, exported.config, exported.runs_code)):
+        say(f"no {MODELFILE} for Ollama: {reason}")
 
 
-def _describe(place: StoragePath, folder: Path, name: str, adapter: bool) -> str:
+def _is_final(model: Path, exported: Exportable, form: Form) -> bool:
+    """Return True if the model of a checkpoint is written as it is."""
+    whole = not (model / "adapter_config.json").exists()
+    return whole and form.dtype in (None, exported.dtype) and form.shard_size is None
+
+
+def _write_adapter(exported: Exportable, model: Path, adapters: Sequence[Path], folder: Path, form: Form) -> None:
+    from raysft.models.weight_types import rewrite_adapter
+
+    rewrite_adapter(adapters[0] if adapters else model, folder, form.dtype)
+    if adapters:  # whatever base it names, this is the one that it is exported for
+        path = folder / "adapter_config.json"
+        base, revision = base_name(exported.model)
+        write_json(path, {**read_adapter_config(folder), "base_model_name_or_path": base, "revision": revision})
+    elif exported.checkpoint is not None:
+        _check_base(_base_of(folder), exported)
+
+
+def _describe(exported: Exportable, folder: Path, name: str, form: Form) -> str:
     """Write the model card for the hub into the folder, and return the title of the commit."""
     from raysft.report.card import Published, model_card
     from raysft.report.read_run import read_run
 
-    with open_read_only(place, Terminal().line) as directory:
+    adapter = not form.merges
+    if exported.run is None:
+        return _describe_model(exported, folder, name, form)
+    step = exported.checkpoint.cursor.step if exported.checkpoint else None
+    with open_read_only(exported.run, Terminal().line) as directory:
         log = read_run(directory)
         plots = [plot for plot in [directory.path / PLOT] if plot.is_file()]
         for plot in plots:
             shutil.copyfile(plot, folder / plot.name)
-        write_atomically(folder / "README.md", model_card(log, plots, Published(name, adapter)))
-    step = log.trained.get("best_step") if log.option("train.keep_best") else None
-    step = step or (log.steps[-1]["current_steps"] if log.steps else None)
+        published = Published(name, adapter, step, form.adapters)
+        write_atomically(folder / "README.md", model_card(log, plots, published))
+    if step is None:
+        step = log.trained.get("best_step") if log.option("train.keep_best") else None
+        step = step or (log.steps[-1]["current_steps"] if log.steps else None)
     what = f"{log.adapter} adapter" if adapter else "model"
     return f"raysft: the {what} of run {log.name}" + (f" after step {step}" if step else "")
+
+
+def _describe_model(exported: Exportable, folder: Path, name: str, form: Form) -> str:
+    card = folder / "README.md"
+    if form.adapters or not card.exists():  # a model that is copied brings its own
+        write_atomically(card, plain_card(name, exported.name, form.adapters, adapter=not form.merges))
+    with_adapters = f" with {', '.join(map(public, form.adapters))}" if form.adapters else ""
+    return f"raysft: {public(exported.name)}{with_adapters}"
 
 
 def _push(folder: Path, name: str) -> None:

@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from raysft.models.adapters import merge
+from raysft.models.merging import merge
 from raysft.models.new_tokens import with_new_tokens
 from raysft.train.finetuning import load_trained
 from tests.shards import the_set, written

@@ -11,8 +11,8 @@ import torch
 
 from raysft.config import Config, TrainSection, parse
 from raysft.errors import RequestError
-from raysft.models.adapters import merge
 from raysft.models.fingerprint import exact_fingerprint, model_fingerprint, tokenizer_fingerprint
+from raysft.models.merging import merge
 from raysft.train.check_model import check_model
 from raysft.train.finetuning import load_model
 from raysft.train.optim import make_lr_scheduler

@@ -242,11 +242,11 @@ def test_a_command_whose_output_is_closed_runs_all_the_same():
 
 
 def test_an_export_that_fails_leaves_no_half_model(tmp_path, monkeypatch, capsys):
-    def full(folder, output, trusted):
+    def full(folder, output, *form):
         (output / "config.json").write_text("")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("raysft.models.adapters.merge", full)
+    monkeypatch.setattr("raysft.models.merging.merge", full)
     (tmp_path / "config.yaml").write_text(CONFIG)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").touch()

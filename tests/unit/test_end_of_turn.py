@@ -17,8 +17,8 @@ from raysft.config import parse
 from raysft.data.tokenization.turn_ends import stop_token_ids
 from raysft.generate.engines import create_engine
 from raysft.generate.engines.vllm import VllmModel
-from raysft.models.adapters import merge
 from raysft.models.end_of_turn import use_as_eos
+from raysft.models.merging import merge
 from raysft.run.pipeline import train_job
 from raysft.storage.path import StoragePath
 from raysft.storage.run_directory import RunDirectory

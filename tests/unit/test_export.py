@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from raysft.config import parse
 from raysft.errors import RunFailed
 from raysft.generate.engines import create_engine
-from raysft.models.adapters import merge
+from raysft.models.merging import merge
 from raysft.storage.path import StoragePath
 from raysft.storage.run_directory import RunDirectory
 from raysft.train.checkpoint.cursor import Best

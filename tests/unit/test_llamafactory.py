@@ -460,7 +460,7 @@ def test_convert_prints_or_writes_the_config_and_says_what_is_refused(write, cap
         "export_size": 5,
     }
     assert main(["convert", write(merge)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "raysft export saves/x --output to"
+    assert capsys.readouterr().out.splitlines()[-1] == "raysft export m --adapters saves/x --output to --shard-size 5GB"
     assert main(["convert", write({**merge, "export_quantization_bit": 4})]) == 2
     capsys.readouterr()
     Path("own.yaml").write_text("model: {path: m}\n")

@@ -16,7 +16,8 @@ from raysft.config import parse, with_overrides
 from raysft.data.tokenization.tokenizer import Tokenizer
 from raysft.errors import RequestError
 from raysft.generate.engines import create_engine
-from raysft.models.adapters import find_adapter, merge, merge_adapters
+from raysft.models.adapters import find_adapter, merge_adapters
+from raysft.models.merging import merge
 from raysft.models.tokenizer import load_tokenizer
 from raysft.models.weight_files import check_weights, embedding_rows
 from raysft.train.check_model import check_model

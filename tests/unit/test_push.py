@@ -269,7 +269,7 @@ def test_what_cannot_be_pushed_is_said_before_the_model_is_written(
     there, trained, monkeypatch, tmp_path, capsys, name, token, message
 ):
     monkeypatch.setenv("HF_TOKEN", token)
-    monkeypatch.setattr("raysft.models.adapters.merge", None)
+    monkeypatch.setattr("raysft.models.merging.merge", None)
     there.add("org/public", {"config.json": b"{}"})
     assert push(trained, name, "--output", str(tmp_path / "out")) == 2
     assert holds(error_of(capsys), f"raysft: error: --push {name}: {message}")
@@ -278,7 +278,7 @@ def test_what_cannot_be_pushed_is_said_before_the_model_is_written(
 
 
 def test_a_wish_that_contradicts_is_refused(there, trained, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("raysft.models.adapters.merge", None)
+    monkeypatch.setattr("raysft.models.merging.merge", None)
     there.add("org/public", {"config.json": b"{}"})
     assert push(trained, "org/public", "--private") == 2
     assert holds(
@@ -295,7 +295,7 @@ def test_a_wish_that_contradicts_is_refused(there, trained, monkeypatch, tmp_pat
 
 @pytest.mark.parametrize("kind", ["refuses connections", "is silent", "fails", "is busy for an hour", "answers a page"])
 def test_a_hub_that_is_down_is_one_line_in_time(there, trained, monkeypatch, tmp_path, capsys, kind):
-    monkeypatch.setattr("raysft.models.adapters.merge", None)
+    monkeypatch.setattr("raysft.models.merging.merge", None)
     with hub_that(kind) as endpoint:
         use(endpoint, monkeypatch, tmp_path / "cache")
         begun = time.monotonic()
@@ -366,7 +366,7 @@ def test_a_push_that_is_given_up_goes_on_with_what_it_wrote(there, trained, tmp_
     fault = f"raysft: failed: org/sums: {there.url} does not answer (503 … run the same command again"
     assert holds(error_of(capsys), fault)
     there.forget()
-    monkeypatch.setattr("raysft.models.adapters.merge", None)
+    monkeypatch.setattr("raysft.models.merging.merge", None)
     assert push(trained, "org/others", "--output", str(tmp_path / "out")) == 2
     assert "is not an empty folder" in error_of(capsys)
     assert push(*command) == 0

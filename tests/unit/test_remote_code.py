@@ -119,7 +119,7 @@ def is_loaded_again(config: Config, trained: Path, output: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from raysft.generate.engines import create_engine
-    from raysft.models.adapters import merge
+    from raysft.models.merging import merge
     from raysft.train.finetuning import load_trained
 
     model = load_trained(config, trained)
@@ -163,7 +163,7 @@ def test_an_export_takes_the_name_from_the_runs_config(tmp_path, model, ran):
         model, directory.model.local, dirs_exist_ok=True, ignore=shutil.ignore_patterns("model*", "config.json")
     )
     directory.config.write_text(named.to_yaml())
-    export(directory.place, tmp_path / "out")
+    export(str(directory.path), tmp_path / "out")
     assert (tmp_path / "out" / "modeling_own.py").exists()
 
 

@@ -181,7 +181,8 @@ def test_what_loads_models_runs_no_code_out_of_weights(model):
 
 def test_an_adapter_in_a_pickle_is_refused_and_runs_no_code(model):
     from raysft.generate.engines import create_engine
-    from raysft.models.adapters import find_adapter, merge
+    from raysft.models.adapters import find_adapter
+    from raysft.models.merging import merge
     from raysft.train.finetuning import load_model, load_trained
 
     config = with_overrides(parse(CONFIG), {"model.lora.rank": 2})

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from raysft.config.config import Config
 from raysft.config.data import OF_CONVERSATIONS
+from raysft.config.llamafactory import export
 from raysft.config.llamafactory.settings import Entry, Refusal, Settings
 from raysft.config.llamafactory.table import TABLE
 from raysft.config.llamafactory.translation import GENERAL
@@ -38,12 +38,14 @@ class Conversion:
     """Keys that cannot be taken; without them the config is incomplete."""
     command: str = ""
     """Command that does what the file asks for, if that is an export; there is no config then."""
+    arguments: Sequence[str] = ()
+    """Arguments of ``raysft export`` in that command."""
 
 
 def convert(raw: Mapping[Any, Any]) -> Conversion:
     """Convert the keys of a file of LLaMA-Factory."""
     given = Settings(raw)
-    refusals = [*_stage(given), *given.refusals, *given.unsupported()]
+    refusals = [*_stage(given), *given.refusals, *export.unsupported(given)]
     found: dict[str, Entry] = {}
     if not _stage(given):
         for step in (_alone, *GENERAL, *MODEL, *DATA, *OPTIMIZER):
@@ -55,8 +57,9 @@ def convert(raw: Mapping[Any, Any]) -> Conversion:
                 elif _is_needed(result, given):
                     found[result.path] = result
     ordered = sorted(found.values(), key=lambda entry: _places()[entry.path])
-    used = {entry.key for entry in ordered}
+    used = {entry.key for entry in ordered} | ({*export.READ} if given.exports else set())
     refused = {refusal.key for refusal in refusals}
+    exports = {refusal.key for refusal in refusals} == {"export_dir"}
     return Conversion(
         config=_nested(ordered),
         origins={entry.path: entry.key for entry in ordered},
@@ -66,7 +69,8 @@ def convert(raw: Mapping[Any, Any]) -> Conversion:
             for name, value in raw.items()
             if name in TABLE and name not in used | refused and (value is None or not _has_effect(name, given, ordered))
         },
-        command=_export(given) if {refusal.key for refusal in refusals} == {"export_dir"} else "",
+        command=export.export_command(given) if exports else "",
+        arguments=export.export_arguments(given) if exports else (),
         refusals=list({(refusal.key, refusal.message): refusal for refusal in refusals}.values()),
     )
 
@@ -78,7 +82,9 @@ def _stage(given: Settings) -> list[Refusal]:
             Refusal("stage", f"stage={stage} is not supported: raysft trains with sft and pt; use LLaMA-Factory for it")
         ]
     if given.exports and not given["do_train"]:
-        return [Refusal("export_dir", f"the file asks for an export, not for a training; run {_export(given)}")]
+        command = export.export_command(given)
+        asked = Refusal("export_dir", f"the file asks for an export, not for a training; run {command}")
+        return [*export.export_refusals(given), asked]
     if not given.trains and not given.predicts:
         what = "do_eval alone" if given["do_eval"] else "do_train=false"
         return [
@@ -96,12 +102,6 @@ def _missing(entry: Entry, given: Settings) -> list[Refusal]:
     if not entry.key or not given.given(entry.key) or given[entry.key] == default:
         return []
     return [Refusal(entry.key, f"{entry.key} is not supported by this version of raysft; remove it")]
-
-
-def _export(given: Settings) -> str:
-    """Return the command for an export of a model that raysft has trained."""
-    trained = [*given["adapter_name_or_path"], given["model_name_or_path"] or "RUN_DIR"][0]
-    return shlex.join(["raysft", "export", trained, "--output", given["export_dir"]])
 
 
 def _alone(given: Settings) -> Iterator[Entry]:
@@ -176,7 +176,7 @@ def _reason(name: str, given: Settings) -> str:
     if key.reason:
         return key.reason
     if given.exports:
-        return "the run that is exported has it"
+        return "a model is exported with its own template and settings, and an adapter with those of its training"
     if given[name] == key.default:
         return "has its default, which needs nothing"
     return "has no effect beside the other keys"

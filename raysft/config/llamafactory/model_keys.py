@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from raysft.config.llamafactory.keys import IMAGES, Keys, harmless, joined, only, same
-from raysft.config.llamafactory.values import boolean, choice, names, number, option, text, whole, word
+from raysft.config.llamafactory.keys import IMAGES, Key, Keys, harmless, joined, only, same
+from raysft.config.llamafactory.values import boolean, choice, names, number, option, positive, text, whole, word
 
 _EXPORT = "raysft export writes the trained model"
 _VLLM = "raysft's vLLM engine finds its sizes from model and prompts"
@@ -72,14 +72,14 @@ MODEL: Keys = {
     },
     # Export.
     "export_dir": joined("raysft export", text),
-    "export_size": harmless(_EXPORT),
+    "export_size": Key(positive, 5, reason=_EXPORT),
     "export_device": harmless(_EXPORT),
     "export_quantization_bit": only(None, "remove it: raysft export does not quantize", whole),
     "export_quantization_dataset": harmless("only export_quantization_bit reads it"),
     "export_quantization_nsamples": harmless("only export_quantization_bit reads it"),
     "export_quantization_maxlen": harmless("only export_quantization_bit reads it"),
     "export_legacy_format": harmless("weights are written as safetensors"),
-    "export_hub_model_id": only(None, "remove it, and push the model with raysft export RUN_DIR --push ORG/NAME"),
+    "export_hub_model_id": only(None, "remove it, and push the model with raysft export RUN_DIR --push ORG/NAME", text),
     # Engines.
     **{name: harmless(_VLLM) for name in ("vllm_maxlen", "vllm_gpu_util", "vllm_enforce_eager", "vllm_max_lora_rank")},
     "vllm_config": only(None, "remove it: raysft's vLLM engine takes no further options"),

@@ -28,7 +28,7 @@ _PROFILER = "only enable_torch_profiler: true reads it"
 _BEST = "only load_best_model_at_end: true and early_stopping_steps read it"
 _PRECISION = "evaluations compute as the training does"
 _PREDICTIONS = "LLaMA-Factory reads it for predictions during training only; raysft predicts after it"
-_PUSH = "remove it, and push the model after the training with raysft export RUN_DIR --push ORG/NAME (--adapter: the adapter alone)"
+_PUSH = "remove it, and push the model afterwards with raysft export RUN_DIR --push ORG/NAME (--no-merge: the adapter alone)"
 STRATEGY = word("no", "steps", "epoch")
 SCHEDULES = {
     name: name

@@ -16,13 +16,10 @@ from raysft.storage.modelscope import prefers_modelscope
 
 def model(given: Settings) -> Derived:
     """Model, adapters, data types."""
-    path = given["model_name_or_path"]
-    if path is None:
+    if given["model_name_or_path"] is None:
         yield Refusal("model_name_or_path", "model_name_or_path is required, but missing; add it")
         return
-    revision = None if given["model_revision"] == "main" else given["model_revision"]
-    if prefers_modelscope() and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists():
-        path, revision = f"ms://{path}" + (f"@{revision}" if revision else ""), None
+    path, revision = located(given)
     path = _trained(path)
     yield Entry("model.path", path, "model_name_or_path")
     if given["trust_remote_code"]:
@@ -85,6 +82,15 @@ def _layers(given: Settings) -> Derived:
     elif kind == "freeze":
         yield Entry("model.freeze.layers", number if expanded or number != 2 else "auto", "freeze_trainable_layers")
         yield Entry("model.freeze.spread", expanded, "use_llama_pro")
+
+
+def located(given: Settings) -> tuple[str, str | None]:
+    """Return the path of the model, and its revision on the Hugging Face hub."""
+    path = given["model_name_or_path"] or "MODEL"
+    revision = None if given["model_revision"] == "main" else given["model_revision"]
+    if prefers_modelscope() and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists():
+        return f"ms://{path}" + (f"@{revision}" if revision else ""), None
+    return path, revision
 
 
 def _trained(path: str) -> str:

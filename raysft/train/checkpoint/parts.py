@@ -106,7 +106,7 @@ def check(folder: StoragePath, cursor: Cursor, scratch: Path) -> dict[int, Stora
     found = None
     for part in range(rank, cursor.workers, workers):
         local_parts[part] = folder if folder.local else StoragePath.of(scratch)
-        found = found or _corrupt_file(folder, part, local_parts[part])
+        found = found or corrupt_file(folder, part, local_parts[part])
     corrupt_files: list[Any] = [None] * workers
     dist.all_gather_object(corrupt_files, found)
     corrupt = next((name for name in corrupt_files if name), None)
@@ -118,7 +118,7 @@ def check(folder: StoragePath, cursor: Cursor, scratch: Path) -> dict[int, Stora
     return local_parts
 
 
-def _corrupt_file(folder: StoragePath, part: int, local_folder: StoragePath) -> str | None:
+def corrupt_file(folder: StoragePath, part: int, local_folder: StoragePath) -> str | None:
     """Return the first file of a part that differs from its digest. The part is copied to ``local_folder`` first."""
     for name, expected in json.loads((folder / f"part_{part}.json").read_text()).items():
         try:

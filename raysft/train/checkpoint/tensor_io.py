@@ -37,7 +37,7 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], stream: Any) -> None:
         stream.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _read_header(file: Any) -> list[tuple[str, str, int, int]]:
+def read_header(file: Any) -> list[tuple[str, str, int, int]]:
     """Return (name, dtype, first byte, end) of each tensor in a file."""
     length = int.from_bytes(file.read(8), "little")
     header = json.loads(bytes(file.read(length)))
@@ -73,7 +73,7 @@ class TensorReader:
         """
         self._files = {part: folder / f"part_{part}.safetensors" for part, folder in parts.items()}
         headers: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(headers, {part: self._files[part].read(_read_header) for part in mine})
+        dist.all_gather_object(headers, {part: self._files[part].read(read_header) for part in mine})
         self._segments: dict[tuple[str, str], list[Segment]] = {}
         for part, header in sorted(item for by_part in headers for item in by_part.items()):
             for key, dtype, begin, end in header:
@@ -112,10 +112,11 @@ class TensorReader:
             raise RunFailed(f"the checkpoint belongs to another model: it has no {lacking}")
         for part, wanted in self._wanted.items():
             wanted.sort(key=lambda item: item[0])
-            self._files[part].read(partial(_fill, wanted))
+            self._files[part].read(partial(fill, wanted))
 
 
-def _fill(wanted: Iterable[tuple[int, str, torch.Tensor]], file: Any) -> None:
+def fill(wanted: Iterable[tuple[int, str, torch.Tensor]], file: Any) -> None:
+    """Copy elements of a file, (first byte, data type, target) each, into their targets."""
     for begin, dtype, target in wanted:
         values = torch.empty(len(target), dtype=DTYPES[dtype])
         file.seek(begin)

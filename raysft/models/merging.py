@@ -1,0 +1,150 @@
+"""A model with adapters merged into it, written as one model in any data type; or a whole model, copied."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from raysft.errors import RequestError
+from raysft.models.adapter_files import named_base, read_adapter_config
+from raysft.models.adapters import load_adapter, merge_adapter
+from raysft.models.end_of_turn import learned_ends, write_ends
+from raysft.models.loading import load_weights
+from raysft.models.quantization import QUANTIZERS, method_of
+from raysft.models.tokenizer import load_tokenizer
+from raysft.models.transformers_internals import forget_quantizer
+from raysft.models.weight_files import check_weights, safetensors_files
+from raysft.models.weight_types import (
+    SHARD_SIZE,
+    convert_parameters,
+    converted,
+    own_dtype,
+    rewrite,
+    stays_float32,
+    stored_dtype,
+)
+from raysft.storage.local_cache import model_copy
+from raysft.storage.run_directory import MODEL_MARKS
+
+
+def merge(
+    model: Path,
+    output: Path,
+    runs_code: bool = False,
+    dtype: str | None = None,
+    shard_size: str | None = None,
+    adapters: Sequence[Path] = (),
+) -> None:
+    """Write one whole model: an adapter merged into its base, then further adapters; without adapters a copy.
+
+    What adapters change is computed in float32, from the weights in the base's files, and rounded once, after the last adapter.
+
+    Args:
+        model: folder of a whole model, or of an adapter, whose base is found by its configuration.
+        output: an existing or new folder.
+        runs_code: True if code that comes with the base may run.
+        dtype: data type of the weights. Default: the own one of the whole model.
+        shard_size: largest size of a file of weights. Default: ``SHARD_SIZE``; a model that is copied keeps its files.
+        adapters: folders of adapters to merge, in order.
+
+    Raises:
+        RequestError: a folder holds no such thing, the adapters cannot be merged, or the data type cannot hold the weights.
+    """
+    if not any((model / mark).exists() for mark in MODEL_MARKS):
+        raise RequestError(f"{model}: holds no trained model; train first (raysft train CONFIG)")
+    output.mkdir(parents=True, exist_ok=True)
+    for folder in (model, *adapters):
+        check_weights(folder, str(folder))
+    if (model / "adapter_config.json").exists():
+        base, adapters = model_copy(named_base(model) or "None"), [model, *adapters]
+    else:
+        base = model
+    if not adapters and safetensors_files(base, str(base)):
+        _check_exact(base, dtype)
+        rewrite(base, output, None if dtype == stored_dtype(base) else dtype, shard_size)
+        return
+    dtype = dtype or own_dtype(base)
+    whole = _load_exact(base, adapters, runs_code)
+    for adapter in adapters:
+        each_layer = _rounding(whole, dtype) if adapter is adapters[-1] else lambda layer: None
+        whole = merge_adapter(load_adapter(whole, adapter), each_layer)
+    convert_parameters(whole, dtype)
+    whole.config.use_cache = True
+    whole.save_pretrained(output, max_shard_size=shard_size or SHARD_SIZE)
+    described = next((each for each in reversed(adapters) if _has_tokenizer(each)), base)
+    tokenizer = load_tokenizer(str(described), runs_code)
+    tokenizer.save_pretrained(output)
+    write_ends(output, learned_ends(described, tokenizer))
+
+
+def _check_exact(model: Path, dtype: str | None) -> None:
+    """Refuse to change the data type of a model that is quantized."""
+    if dtype and (method := _method(model)):
+        raise RequestError(
+            f"--dtype {dtype}: {model} is quantized ({method}), so its weights have no such type; remove it"
+        )
+
+
+def _method(model: Path) -> str | None:
+    from transformers import PreTrainedConfig
+
+    settings = PreTrainedConfig.get_config_dict(model)[0].get("quantization_config")
+    return method_of(_Described(settings)) if settings else None
+
+
+class _Described:
+    """What a ``config.json`` says of quantization, as ``method_of`` reads it."""
+
+    def __init__(self, settings: Any) -> None:
+        self.quantization_config = settings
+
+
+def _load_exact(base: Path, adapters: Sequence[Path], runs_code: bool) -> Any:
+    """Load a model to merge into, in the data type of its files. Weights that bitsandbytes has quantized become exact ones."""
+    import torch
+
+    method = _method(base)
+    if method not in (None, "bitsandbytes"):
+        raise RequestError(
+            f"{base}: is quantized ({method}), so no adapter can be merged into it; keep the adapter as it is (--no-merge), or "
+            "merge it into the model that was quantized"
+        )
+    if method and importlib.util.find_spec(QUANTIZERS[method]) is None:
+        raise RequestError(f"{base}: is quantized by {method}, which is not installed; pip install 'raysft[quant]'")
+    dtype = getattr(torch, stored_dtype(base) or "float32") if method is None else torch.float32
+    model = load_weights(base, dtype=dtype, trust_remote_code=runs_code)
+    if method:
+        model = model.dequantize(dtype=torch.float32)
+        forget_quantizer(model)
+    wide = {name for adapter in adapters for name in _trained_whole(adapter)}
+    for name, module in model.named_modules():
+        if any(f".{name}".endswith(f".{each}") for each in wide):
+            module.float()  # or what the adapter holds of it would be rounded to the model's type
+    return model
+
+
+def _trained_whole(adapter: Path) -> Iterator[str]:
+    description = read_adapter_config(adapter)
+    yield from description.get("modules_to_save") or ()
+    tokens = description.get("trainable_token_indices")
+    yield from tokens if isinstance(tokens, dict) else ["embed_tokens"] if tokens else ()
+
+
+def _rounding(model: Any, dtype: str) -> Callable[[Any], None]:
+    """Return what rounds a merged layer, so that not all of them are in float32 at once."""
+    stays = stays_float32(model, dtype)
+    kept = {id(parameter) for name, parameter in model.named_parameters() if stays(name)}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def rounded(layer: Any) -> None:
+        for name, parameter in layer.named_parameters():
+            if id(parameter) not in kept:
+                parameter.data = converted(names.get(id(parameter), name), parameter.data, dtype)
+
+    return rounded
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("tokenizer_config.json", "tokenizer.json"))

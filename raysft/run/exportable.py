@@ -1,0 +1,241 @@
+"""What ``raysft export`` can export: the trained model of a run, the model of one of its checkpoints, or any other model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from raysft.config import Config, parse
+from raysft.config.section import known_scheme
+from raysft.errors import RequestError
+from raysft.storage.cache_home import cache_home
+from raysft.storage.local_cache import local_copy, may_be_on_hub, model_copy
+from raysft.storage.path import StoragePath
+from raysft.storage.retry import FIRST_SECONDS, retry_for
+from raysft.storage.run_directory import MODEL_MARKS, RunDirectory
+from raysft.train.checkpoint import catalog
+from raysft.train.checkpoint.resume import ResumePoint
+
+Notify = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Exportable:
+    """A model or adapter that can be exported."""
+
+    name: str
+    """As messages name it."""
+    version: str
+    """Another one if its content has changed."""
+    model: str = ""
+    """Location of its folder; empty for a checkpoint."""
+    run: StoragePath | None = None
+    """The run directory that it belongs to."""
+    config: Config | None = None
+    """Config of the run; None for one of another version, whose model can be exported all the same."""
+    checkpoint: ResumePoint | None = None
+
+    @property
+    def dtype(self) -> str | None:
+        """Data type of the weights in its training; None if that is not known."""
+        from raysft.train.restore import trained_dtype
+
+        return trained_dtype(self.config) if self.config is not None else None
+
+    @property
+    def runs_code(self) -> bool:
+        """True if code that comes with the model may run."""
+        return self.config is not None and self.config.model.runs_code
+
+    @property
+    def is_adapter(self) -> bool:
+        """True for an adapter without its base."""
+        if self.checkpoint is not None:
+            return self.config is not None and self.config.model.adapter is not None
+        return (Path(local_copy(self.model)) / "adapter_config.json").exists()
+
+    @property
+    def caches(self) -> tuple[StoragePath, ...]:
+        """Folders of models that raysft has made and may make again, which nobody else has."""
+        own = (self.config.cache_directory / "models",) if self.config is not None else ()
+        return (*own, _cache() / "models")
+
+    def folder(self, scratch: Path, notify: Notify) -> Path:
+        """Return a local folder with the model or adapter; that of a checkpoint is written into ``scratch``."""
+        if self.checkpoint is None:
+            return model_copy(self.model)
+        _restore(self, self.checkpoint, scratch, notify)
+        return scratch
+
+
+def find_exportable(source: str, notify: Notify) -> Exportable:
+    """Find out what a path, URI or hub id names.
+
+    Raises:
+        RequestError: it names nothing that could be exported.
+    """
+    place = None if source.startswith(("package:", "ms://")) else _place(source)
+    if place is None:
+        return _model(source, notify)
+    if _is_run(place):
+        return _of_run(place)
+    if place.name == "model" and _is_run(place.parent):
+        return _of_run(place.parent)
+    if place.name == "checkpoints" and _is_run(place.parent):
+        raise RequestError(f"{source}: is a folder of checkpoints; give one of them, {source}/N ({_known(place)})")
+    if place.parent.name == "checkpoints" and _is_run(place.parent.parent):
+        return _of_checkpoint(place)
+    if place.local and place.local.is_dir() and not any((place.local / mark).exists() for mark in MODEL_MARKS):
+        raise RequestError(
+            f"{source}: holds no config.yaml of a run and no {' or '.join(MODEL_MARKS)} of a model; give a run directory, "
+            "RUN_DIR/checkpoints/N, or a model"
+        )
+    if place.local and not place.local.exists() and not may_be_on_hub(source) and not source.endswith(".gguf"):
+        raise RequestError(f"{source}: there is no such run directory or model; check the path")
+    return _model(source, notify)
+
+
+def find_adapter(source: str, notify: Notify) -> str:
+    """Return the location of an adapter for ``--adapters``: a folder, a URI, a hub id, or a run directory that trained one."""
+    from raysft.models.resolve import find_model
+
+    place = None if source.startswith(("package:", "ms://")) else _place(source)
+    if place is not None and _is_run(place):
+        location = (place / "model").location
+    else:
+        location = find_model(source, _cache(), notify, "--adapters", accept_adapter=True)
+    if not (Path(local_copy(location)) / "adapter_config.json").exists():
+        raise RequestError(f"--adapters {source}: is a whole model, not an adapter; give adapters")
+    return location
+
+
+def _place(source: str) -> StoragePath:
+    try:
+        return StoragePath.of(known_scheme(source))
+    except ValueError as error:
+        raise RequestError(f"{source}: {error}") from None
+
+
+def _is_run(place: StoragePath) -> bool:
+    with retry_for(FIRST_SECONDS):
+        return (place / "config.yaml").exists()
+
+
+def _cache() -> StoragePath:
+    """Where a GGUF file is converted to that belongs to no run."""
+    return StoragePath.of(cache_home())
+
+
+def _model(source: str, notify: Notify) -> Exportable:
+    from raysft.models.fingerprint import exact_fingerprint
+    from raysft.models.resolve import find_model
+
+    location = find_model(source, _cache(), notify, "MODEL", accept_adapter=True)
+    return Exportable(source, exact_fingerprint(location), location)
+
+
+def _of_run(place: StoragePath) -> Exportable:
+    directory = RunDirectory.of(place)
+    if not directory.is_trained():
+        newest = catalog.newest(directory.checkpoints)
+        remedy = f", or export its newest checkpoint, {_address(newest)}" if newest else ""
+        raise RequestError(f"{directory.model}: holds no trained model; train first (raysft train CONFIG){remedy}")
+    # Sizes and times of the files say whether the run has trained meanwhile.
+    return Exportable(str(place), str(directory.model.walk()), directory.model.location, place, _config(place))
+
+
+def _of_checkpoint(place: StoragePath) -> Exportable:
+    """Find a checkpoint by its step, or by the name of its folder."""
+    checkpoints, wanted = place.parent, place.name
+    step = int(wanted) if wanted.isdigit() else None
+    with retry_for(FIRST_SECONDS):
+        complete = [ResumePoint.of(folder) for folder in catalog.complete(checkpoints)]
+    found = next((each for each in complete if wanted == each.path.name or step == each.cursor.step), None)
+    if found is None:
+        if any(name == wanted or _step_of(name) == step is not None for name in checkpoints.entries()):
+            other = f"; export the newest complete one, {_address(complete[0])}" if complete else ""
+            raise RequestError(f"{place}: is incomplete or damaged{other or ', and the run has no other one'}")
+        raise RequestError(f"{place}: there is no such checkpoint; {_known(checkpoints)}")
+    config = _config(checkpoints.parent)
+    if config is None:
+        raise RequestError(
+            f"{checkpoints.parent / 'config.yaml'}: is none of this version of raysft, so its checkpoints cannot be read; "
+            "export with the version that trained the run"
+        )
+    name = f"{checkpoints.parent} after step {found.cursor.step}"
+    return Exportable(name, str(found.path.walk()), "", checkpoints.parent, config, found)
+
+
+def _known(checkpoints: StoragePath) -> str:
+    steps = sorted({ResumePoint.of(folder).cursor.step for folder in catalog.complete(checkpoints)})
+    return f"there are {', '.join(map(str, steps))}" if steps else "the run has no complete checkpoint"
+
+
+def _step_of(name: str) -> int | None:
+    step = name.removeprefix("checkpoint_").split("_")[0]
+    return int(step) if step.isdigit() else None
+
+
+def _address(checkpoint: ResumePoint) -> str:
+    return f"{checkpoint.path.parent}/{checkpoint.cursor.step}"
+
+
+def _config(place: StoragePath) -> Config | None:
+    try:
+        return parse(yaml.safe_load((place / "config.yaml").read_text()))
+    except (RequestError, TypeError, ValueError, yaml.YAMLError):
+        return None
+
+
+def _restore(source: Exportable, checkpoint: ResumePoint, folder: Path, notify: Notify) -> None:
+    from raysft.train.restore import write_model
+
+    try:
+        write_model(_job(source, checkpoint, notify), checkpoint, folder)
+    except catalog.CorruptCheckpoint as error:
+        complete = (ResumePoint.of(path) for path in catalog.complete(checkpoint.path.parent))
+        other = next((each for each in complete if each.path != checkpoint.path), None)
+        remedy = f"export {_address(other)}, the newest other one" if other else "the run has no other one"
+        raise RequestError(f"{error}; {remedy}") from None
+
+
+def _job(source: Exportable, checkpoint: ResumePoint, notify: Notify) -> Any:
+    """Return the training of a run as its workers got it, as far as its model needs."""
+    from raysft.models.fingerprint import model_fingerprint
+    from raysft.models.tokenizer import load_tokenizer
+    from raysft.run.inputs import check_model_files
+    from raysft.train.job import TrainJob
+    from raysft.train.restore import for_reading
+
+    assert source.run is not None
+    assert source.config is not None
+    plan: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        plan = json.loads((source.run / "plan.json").read_text())
+    config = for_reading(source.config)
+    # The run directory may have been moved, or be named from elsewhere.
+    config = config.model_copy(update={"run": config.run.model_copy(update={"storage": source.run.parent.location})})
+    files = check_model_files(config, notify, plan.get("resolved", {}).get("model_commit"))
+    identity = checkpoint.cursor.identity
+    for name, now in (("the model", files.model), ("the adapter", files.adapter)):
+        if now and identity.get(name, model_fingerprint(now)) != model_fingerprint(now):
+            raise RequestError(f"{source.name}: {name} that it was trained from has changed ({now}); restore its files")
+    ends = _ends(plan, load_tokenizer(files.model, config.model.runs_code)) if config.stage == "sft" else ()
+    run = RunDirectory.of(source.run)
+    return TrainJob(config, files.model, run, None, {}, files.adapter, identity, ends)
+
+
+def _ends(plan: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:
+    """Return the tokens that end an assistant turn, as the run's plan has counted them."""
+    turns = plan.get("turns") or {}
+    counts: dict[str, int] = {
+        text: count for text, count in (turns.get("end_tokens") or {}).items() if text not in turns["inner_end_tokens"]
+    }
+    ids = {tokenizer.convert_tokens_to_ids(text): count for text, count in counts.items()}
+    return tuple(sorted(ids, key=lambda token: (-ids[token], token)))
