@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ def export_arguments(path: str | Path) -> list[str]:
         )
     conversion = convert(raw)
     if not conversion.command:
-        refuse(conversion, lambda key: _place(path, lines, key))
+        others = [refusal for refusal in conversion.refusals if refusal.key != "export_dir"]
+        refuse(replace(conversion, refusals=others), lambda key: _place(path, lines, key))
         raise RequestError(f"{path}: asks for a training; give the run directory that it makes")
     return list(conversion.arguments)
 

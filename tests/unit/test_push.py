@@ -183,7 +183,7 @@ def test_a_push_needs_no_folder_and_may_be_private_under_ones_own_name(there, tr
 
 
 def test_an_adapter_is_pushed_as_it_is(there, trained, model, tmp_path, capsys):
-    assert push(trained, "org/sums", "--adapter") == 0
+    assert push(trained, "org/sums", "--no-merge") == 0
     assert f"the adapter names {model} as its base: whoever loads it needs the model there" in capsys.readouterr().out
     files = files_on(there)
     assert files.items() >= files_of(trained.path / "model").items()
@@ -193,12 +193,12 @@ def test_an_adapter_is_pushed_as_it_is(there, trained, model, tmp_path, capsys):
     for base, code in (("some/base", 0), (str(trained.path.parent / "cache" / "models" / "merged-0123"), 2)):
         described = {**json.loads(description.read_text()), "base_model_name_or_path": base}
         description.write_text(json.dumps(described))
-        assert push(run, "org/sums", "--adapter") == code
-    assert holds(error_of(capsys), "raysft: error: --adapter: … a copy in the cache … remove --adapter")
+        assert push(run, "org/sums", "--no-merge") == code
+    assert holds(error_of(capsys), "raysft: error: --no-merge: … a copy in the cache … remove --no-merge")
     assert json.loads(files_on(there)["adapter_config.json"])["base_model_name_or_path"] == "some/base"
 
 
-@pytest.mark.parametrize("options", [(), ("--adapter",)])
+@pytest.mark.parametrize("options", [(), ("--no-merge",)])
 def test_hidden_files_stay_here(there, trained, tmp_path, capsys, options):
     run = RunDirectory(shutil.copytree(trained.path, tmp_path / "run"))
     for hidden in (".cache/huggingface/a.metadata", ".DS_Store", "figures/.git/config"):

@@ -1,0 +1,282 @@
+"""``raysft export``: of runs, of their checkpoints and of any model, and what it refuses before it writes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from raysft.cli import main
+from raysft.config import parse
+from raysft.models.fingerprint import model_fingerprint
+from raysft.storage.path import StoragePath
+from raysft.train.checkpoint.cursor import Cursor
+from raysft.train.checkpoint.parts import Snapshot, write
+from tests.messages import holds
+from tests.objects import s3_server
+from tests.tiny import tiny_model
+
+IDS = torch.arange(40)[None]
+END = "<|im_end|>"
+
+
+def plain(folder: Path, dtype: str = "auto"):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS, use_cache=False).logits
+
+
+def write_checkpoint(run: Path, model: Path, step: int, workers: int = 2) -> dict[str, torch.Tensor]:
+    """Write a checkpoint as that many workers do, each of which keeps a piece of each weight; return its weights."""
+    torch.manual_seed(step)
+    weights = {name: torch.randn_like(weight) * 0.1 for name, weight in plain(model, "float32").named_parameters()}
+    folder = run / "checkpoints" / f"checkpoint_{step:08d}_abcd"
+    for rank in range(workers):
+        pieces = {}
+        for name, weight in weights.items():
+            size = -(-weight.numel() // workers)
+            piece = weight.detach().view(-1)[rank * size : (rank + 1) * size].clone()
+            pieces[f"weight:{rank * size}:model.{name}"] = piece
+            pieces[f"exp_avg:{rank * size}:model.{name}"] = torch.zeros_like(piece)
+        cursor = Cursor(step, 4 * step, 100, {"the model": model_fingerprint(str(model))}, workers=workers)
+        write(Snapshot(rank, pieces, {}, cursor), folder)
+    return weights
+
+
+@pytest.fixture
+def run(tmp_path, model) -> Path:
+    """The directory of a run in bfloat16 on a base whose end of turn is no EOS token, which was killed before its end."""
+    folder = tmp_path / "runs" / "sums"
+    folder.mkdir(parents=True)
+    config = parse(
+        {
+            "run": {"name": "sums", "storage": "elsewhere"},
+            "model": {"path": str(model), "dtype": "bfloat16", "finetuning": "full"},
+            "data": {"train": [{"name": "a", "path": "a"}], "sequence_length": 64, "default_system": "Be kind."},
+        }
+    )
+    (folder / "config.yaml").write_text(config.to_yaml())
+    (folder / "plan.json").write_text(json.dumps({"turns": {"end_tokens": {END: 9}, "inner_end_tokens": []}}))
+    return folder
+
+
+def exported(source: Path | str, output: Path, *options: str) -> Path:
+    assert main(["export", str(source), "--output", str(output), *options]) == 0
+    return output
+
+
+def refused(capsys, *arguments: str) -> str:
+    assert main(["export", *arguments]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("raysft: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize("name", ["7", "checkpoint_00000007_abcd"])
+def test_a_checkpoint_is_exported_in_the_type_of_its_training(run, model, tmp_path, monkeypatch, name):
+    from transformers import AutoTokenizer
+
+    weights = write_checkpoint(run, model, 7)
+    write_checkpoint(run, model, 9)
+    monkeypatch.chdir(tmp_path)
+    output = exported(f"runs/sums/checkpoints/{name}", tmp_path / "out")
+    written = plain(output)
+    assert json.loads((output / "config.json").read_text())["dtype"] == "bfloat16"
+    for key, weight in written.named_parameters():
+        assert torch.equal(weight, weights[key].to(torch.bfloat16)), key
+    assert AutoTokenizer.from_pretrained(output).eos_token == END
+    assert written.generation_config.eos_token_id == AutoTokenizer.from_pretrained(output).eos_token_id
+    assert not [path for path in output.iterdir() if path.name.startswith(".")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "runs"], "nothing is left elsewhere"
+
+
+def test_a_checkpoint_in_an_object_store_is_exported_in_another_type_and_in_parts(run, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    weights = write_checkpoint(run, model, 7, workers=3)
+    with s3_server() as server:
+        place = StoragePath.of(server.uri(f"{tmp_path.name}/sums"))
+        place.upload(run)
+        step = (place / "checkpoints" / "7").location
+        output = exported(step, tmp_path / "out", "--dtype", "float32", "--shard-size", "60KB")
+    files = sorted(output.glob("model-*.safetensors"))
+    assert len(files) > 2
+    assert all(path.stat().st_size < 60_000 + 4_000 or len(load_file(path)) == 1 for path in files)
+    for key, weight in plain(output).named_parameters():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, weights[key].to(torch.bfloat16).float()), (
+            "the weights that the training computed with"
+        )
+
+
+def test_a_checkpoint_that_cannot_be_exported_is_one_line_with_one_that_can(run, model, tmp_path, capsys):
+    checkpoints, out = run / "checkpoints", str(tmp_path / "out")
+    said = refused(capsys, str(checkpoints / "3"), "--output", out)
+    assert holds(
+        said, f"raysft: error: {checkpoints}/3: there is no such checkpoint; the run has no complete checkpoint"
+    )
+    for step in (4, 6, 8):
+        write_checkpoint(run, model, step)
+    assert holds(
+        refused(capsys, str(checkpoints / "3"), "--output", out),
+        "raysft: error: … no such checkpoint; there are 4, 6, 8",
+    )
+    assert "give one of them" in refused(capsys, str(checkpoints), "--output", out)
+    assert holds(
+        refused(capsys, str(run), "--output", out),
+        f"raysft: error: … no trained model; … its newest checkpoint, {checkpoints}/8",
+    )
+    (checkpoints / "checkpoint_00000008_abcd" / "part_1.json").unlink()
+    said = refused(capsys, str(checkpoints / "8"), "--output", out)
+    assert holds(said, f"raysft: error: … is incomplete or damaged; export the newest complete one, {checkpoints}/6")
+    file = checkpoints / "checkpoint_00000006_abcd" / "part_1.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    said = refused(capsys, str(checkpoints / "6"), "--output", out)
+    assert holds(said, f"raysft: error: … part_1.safetensors is not what was written; export {checkpoints}/4")
+    assert not Path(out).exists()
+    weights = load_file(model / "model.safetensors")
+    other = tiny_model(tmp_path / "other", seed=5)
+    shutil.copy(other / "model.safetensors", tmp_path / "kept")
+    save_file({**weights, "model.norm.weight": weights["model.norm.weight"] + 1}, other / "model.safetensors")
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace(str(model), str(other)))
+    said = refused(capsys, str(checkpoints / "4"), "--output", out)
+    assert holds(said, f"raysft: error: … the model that it was trained from has changed ({other}); restore its files")
+    assert not Path(out).exists()
+
+
+@pytest.fixture
+def adapters(tmp_path, model) -> list[Path]:
+    """Two adapters of random numbers, without tokenizers, whose configuration names the base."""
+    folders = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        adapted = get_peft_model(plain(model), LoraConfig(target_modules="all-linear", init_lora_weights=False, r=2))
+        folders.append(tmp_path / f"adapter{seed}")
+        adapted.save_pretrained(folders[-1])
+    return folders
+
+
+def test_adapters_are_merged_into_any_model_in_order(model, adapters, tmp_path):
+    wanted = plain(model)
+    for adapter in adapters:
+        wanted = PeftModel.from_pretrained(wanted, adapter).merge_and_unload()
+    both = exported(model, tmp_path / "both", "--adapters", *map(str, adapters))
+    torch.testing.assert_close(logits(plain(both)), logits(wanted), rtol=1e-4, atol=1e-4)
+    first = exported(adapters[0], tmp_path / "first")  # its base is found by its configuration
+    again = exported(first, tmp_path / "again", "--adapters", str(adapters[1]))
+    torch.testing.assert_close(logits(plain(again)), logits(wanted), rtol=1e-4, atol=1e-4)
+    assert (both / "tokenizer.json").exists()
+
+
+def test_an_adapter_that_stays_one_names_the_model_that_it_is_exported_for(model, adapters, tmp_path, capsys):
+    moved = tmp_path / "moved"
+    shutil.copytree(model, moved)
+    kept = exported(moved, tmp_path / "kept", "--adapters", str(adapters[0]), "--no-merge", "--dtype", "bfloat16")
+    assert json.loads((kept / "adapter_config.json").read_text())["base_model_name_or_path"] == str(moved)
+    written, own = (load_file(folder / "adapter_model.safetensors") for folder in (kept, adapters[0]))
+    assert all(torch.equal(written[name], weight.to(torch.bfloat16)) for name, weight in own.items())
+    assert f"the adapter names {moved} as its base" in capsys.readouterr().out
+    for arguments, message in (
+        ((str(model), "--no-merge"), "is a whole model and no adapter; remove --no-merge"),
+        ((str(model), "--adapters", *map(str, adapters), "--no-merge"), "but there are 2; remove --no-merge"),
+        ((str(adapters[0]), "--no-merge", "--shard-size", "1GB"), "--shard-size: an adapter is one file"),
+        ((str(model), "--adapters", str(model)), f"--adapters {model}: is a whole model, not an adapter"),
+        ((str(tmp_path), "--dtype", "float32"), "holds no config.yaml of a run and no"),
+        ((f"{tmp_path}/none",), f"{tmp_path}/none: there is no such run directory or model; check the path"),
+    ):
+        assert message in refused(capsys, *arguments, "--output", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_is_copied_or_written_in_another_type_with_all_that_it_has(model, tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(model, base)
+    weights = load_file(base / "model.safetensors")
+    extra = {"mtp.norm.weight": torch.ones(3), "model.buffer": torch.arange(3)}  # what transformers would leave out
+    save_file(weights | extra, base / "model.safetensors", metadata={"format": "pt"})
+    (base / "LICENSE").write_text("mine")
+    copied = exported(base, tmp_path / "copied")
+    assert (copied / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+    half = exported(base, tmp_path / "half", "--dtype", "float16")
+    written = load_file(half / "model.safetensors")
+    for name, weight in (weights | extra).items():
+        assert torch.equal(written[name], weight.half() if weight.is_floating_point() else weight), name
+    assert (half / "LICENSE").read_text() == "mine"
+    assert json.loads((half / "config.json").read_text())["dtype"] == "float16"
+    weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], -7e4)
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    said = refused(capsys, str(base), "--output", str(tmp_path / "out"), "--dtype", "float16")
+    assert holds(
+        said,
+        "raysft: error: --dtype float16: model.norm.weight holds -70000, but float16 ends at 65,504; use --dtype bfloat16",
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_for_llamafactorys_export_is_taken_as_it_is(model, adapters, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    keys = {
+        "model_name_or_path": str(model), "adapter_name_or_path": str(adapters[0]), "template": "qwen",
+        "export_dir": "merged", "export_size": 2, "export_device": "cpu", "export_legacy_format": False,
+        "infer_dtype": "bfloat16",
+    }  # fmt: skip
+    Path("merge.yaml").write_text(json.dumps(keys))
+    assert main(["convert", "merge.yaml"]) == 0
+    command = capsys.readouterr().out.splitlines()[-1].split()
+    assert command[:2] == ["raysft", "export"]
+    assert main(["export", "merge.yaml"]) == 0
+    assert main([*command[1:], "--output", "again"]) == 0
+    assert main(["export", "merge.yaml", "--output", "other", "--dtype", "float32"]) == 0
+    assert (Path("merged") / "model.safetensors").read_bytes() == (Path("again") / "model.safetensors").read_bytes()
+    assert plain(Path("other")).dtype == torch.float32
+    Path("quantized.yaml").write_text(json.dumps({**keys, "export_quantization_bit": 4}))
+    assert "export_quantization_bit=4 is not supported" in refused(capsys, "quantized.yaml")
+    Path("own.yaml").write_text("model: {path: m}\n")
+    assert "is no file for llamafactory-cli export" in refused(capsys, "own.yaml", "--output", "x")
+
+
+def test_the_modelfile_stops_where_the_model_does_and_has_its_system_prompt(run, model, tmp_path):
+    write_checkpoint(run, model, 2)
+    output = exported(run / "checkpoints" / "2", tmp_path / "out")
+    written = (output / "Modelfile").read_text()
+    assert written.startswith(
+        'FROM .\n\nTEMPLATE """{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n{{ end }}'
+    )
+    assert f'SYSTEM """Be kind."""\n\nPARAMETER stop "{END}"\nPARAMETER num_ctx 512\n' in written
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (
+            "{{ strftime_now('%d') }}{% for m in messages %}{{ m.content }}{% endfor %}",
+            "its chat template writes the date",
+        ),
+        ("{% for m in messages %}{{ loop.index }}{{ m.content }}{% endfor %}", "its chat template has no equal in Go"),
+        (None, "the model has no chat template"),
+    ],
+)
+def test_a_model_whose_template_has_no_other_form_gets_no_modelfile(model, tmp_path, capsys, template, reason):
+    from transformers import AutoTokenizer
+
+    base = tmp_path / "base"
+    shutil.copytree(model, base)
+    (base / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(base)
+    output = exported(base, tmp_path / "out")
+    assert not (output / "Modelfile").exists()
+    assert f"no Modelfile for Ollama: {reason}" in capsys.readouterr().out
