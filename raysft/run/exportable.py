@@ -228,7 +228,7 @@ def _job(source: Exportable, checkpoint: ResumePoint, notify: Notify) -> Any:
             raise RequestError(f"{source.name}: {name} that it was trained from has changed ({now}); restore its files")
     ends = _ends(plan, load_tokenizer(files.model, config.model.runs_code)) if config.stage == "sft" else ()
     run = RunDirectory.of(source.run)
-    return TrainJob(config, files.model, run, None, {}, files.adapter, identity, ends)
+    return TrainJob(config, files.model, run, None, {}, files.adapter, identity=identity, ends=ends)
 
 
 def _ends(plan: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:

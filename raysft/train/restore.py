@@ -30,7 +30,10 @@ def for_reading(config: Config) -> Config:
     The weights keep their data type. Those that bitsandbytes quantizes stay exact: no checkpoint has them.
     """
     model = {"dtype": trained_dtype(config), "attention": "auto", "liger": False, "quantization": None}
-    train = {"optimizer": "adamw", "deepspeed": {}, "gradient_checkpointing": False, "fp8": "off"}
+    train = {
+        "optimizer": "adamw", "deepspeed": {}, "gradient_checkpointing": False, "fp8": "off",
+        "loss": "cross_entropy", "reference_model": None,
+    }  # fmt: skip
     sections: dict[str, dict[str, Any]] = {
         "model": model, "train": train, "scaling": {"use_gpu": False}, "generate": {"enabled": False},
     }  # fmt: skip
