@@ -61,7 +61,7 @@ def random_adapter(folder: Path, base: Path, draw: random.Random) -> Path:
         if kind == "oft"
         else LoraConfig(r=draw.choice([1, 3]), use_dora=kind == "dora", use_rslora=kind == "rslora", **shared)
     )
-    model = get_peft_model(loaded(base, "float32"), settings)
+    model: Any = get_peft_model(loaded(base, "float32"), settings)
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -80,11 +80,11 @@ def logits(model) -> torch.Tensor:
         return model.eval()(input_ids=IDS, use_cache=False).logits.float()
 
 
-def with_adapters(base: Path, adapters: list[Path], merged: bool = False):
+def with_adapters(base: Path, adapters: list[Path], merged: bool = False) -> Any:
     """The model with its adapters as peft computes it in float32."""
     from peft import PeftModel
 
-    model = loaded(base, "float32")
+    model: Any = loaded(base, "float32")
     for adapter in adapters:
         if merged and adapter is not adapters[0]:
             model = model.merge_and_unload()
