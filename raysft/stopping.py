@@ -68,11 +68,13 @@ class Stopping:
     def ending_by_itself(self) -> Iterator[None]:
         """Keep signals from interrupting the block: it ends by itself when the run is asked to."""
         self.check()
-        self.finishing += 1
+        with self._lock:
+            self.finishing += 1
         try:
             yield
         finally:
-            self.finishing -= 1
+            with self._lock:
+                self.finishing -= 1
 
     def check(self, kept: str = "") -> None:
         """End here if the run was asked to.

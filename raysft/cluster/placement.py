@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 TASK_CPUS = 0.5
@@ -112,6 +112,38 @@ def workers_on_a_node(nodes: Sequence[Node], workers: int, cpus_per_worker: floa
     ):
         return even
     return max(1, min(workers, max(room, default=0)))
+
+
+def room_beside(nodes: Sequence[Node], workers: int, cpus_per_worker: float, use_gpu: bool, spread: bool) -> list[Node]:
+    """Return what is left of each node beside the training workers and their data task, if nobody else uses the cluster.
+
+    Args:
+        nodes: the cluster's nodes.
+        workers: their number.
+        cpus_per_worker: CPUs that a worker reserves.
+        use_gpu: True if each worker reserves a GPU.
+        spread: True if they are spread over the nodes, False if they are packed.
+
+    >>> [node.cpus for node in room_beside([Node(4.0), Node(2.0)], 2, 1.0, False, spread=False)]
+    [2.0, 1.5]
+    """
+    capacities = _capacities(nodes, cpus_per_worker, use_gpu)
+    order = sorted(range(len(nodes)), key=lambda index: -capacities[index])
+    placed = [0] * len(nodes)
+    while sum(placed) < min(workers, sum(capacities)):
+        for index in order:
+            left = min(workers - sum(placed), capacities[index] - placed[index])
+            placed[index] += min(1, left) if spread else left
+    free = [
+        replace(node, cpus=node.cpus - count * cpus_per_worker, gpus=node.gpus - count * use_gpu)
+        for node, count in zip(nodes, placed, strict=True)
+    ]
+    # The data task goes where it costs no engine, if it can.
+    takes = [index for index, node in enumerate(free) if node.takes_data and node.cpus >= TASK_CPUS]
+    if takes:
+        chosen = max(takes, key=lambda index: (free[index].cpus % 1.0 >= TASK_CPUS, free[index].cpus))
+        free[chosen] = replace(free[chosen], cpus=free[chosen].cpus - TASK_CPUS)
+    return free
 
 
 def use_of(labels: Mapping[str, str], data_label: str | None) -> Use:

@@ -45,10 +45,8 @@ def _generated(config: Config) -> Iterator[str]:
     named = f"train.best_metric={config.train.best_metric}"
     if not config.generates:
         yield f"{named} scores predictions, but this run makes none; {GENERATE}"
-    if getattr(config.generate, "every_steps", None) is None:
-        yield (
-            f"{named} scores predictions, which are made after the training alone; use a metric of evaluations, such as eval_loss"
-        )
+    elif config.generate.every_steps is None:
+        yield f"{named} scores predictions during the training, but generate.every_steps=null; set it, or use eval_loss"
     if config.train.best_metric not in score_names(config) and not has_foreign_metrics(config):
         yield _unknown(config)
 

@@ -16,6 +16,10 @@ class GenerateSection(Section):
     """After training, generate predictions for the evaluation sets and score them (``stage: sft``)."""
     compare_base: bool = True
     """Also generate with the base model, and show both predictions side by side. Has no effect with ``model``."""
+    every_steps: Positive | None = None
+    """Also generate during training: after every N steps, with the model of that step. The scores are logged with their step, and
+    the files are in the run directory's ``generation/STEP``. Engines use CPUs or GPUs that the workers leave free, while training
+    goes on; without any, the workers wait and lend theirs. ``raysft check`` says which. Default: only after training."""
     model: PathOrHubId | None = None
     """Model or adapter that ``raysft generate`` uses instead of the trained one: a folder, a Hub id, a ``*.gguf`` file, or a URI in
     object storage. No training is required. Use a ``run.name`` that no training run uses. Prompts use the model's own tokenizer

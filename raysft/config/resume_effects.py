@@ -31,7 +31,8 @@ _KEYS = {
         train.save_every_minutes train.keep_last train.max_failures train.hang_minutes train.max_hours train.trackers
         scaling.num_workers scaling.wait_minutes scaling.use_gpu scaling.cpus_per_worker scaling.threads_per_worker
         scaling.worker_tokens_per_second scaling.placement scaling.data_label scaling.address
-        generate.enabled generate.compare_base generate.model generate.sources generate.engine generate.num_actors
+        generate.enabled generate.compare_base generate.every_steps generate.model generate.sources generate.engine
+        generate.num_actors
         generate.gpus_per_engine generate.max_examples generate.batching generate.batch_size generate.max_new_tokens
         generate.do_sample generate.temperature generate.top_p generate.top_k generate.repetition_penalty generate.num_beams
         generate.length_penalty generate.stop_tokens generate.skip_special_tokens generate.max_seconds generate.metrics

@@ -37,6 +37,8 @@ class Output:
     role: metrics.ModelRole = "trained"
     """The part that the model plays in this run, for the metric rows."""
     described: str = "the model"
+    earlier: Sequence[Path] = ()
+    """Outputs of the same run, which are taken over if they are of the same model, prompts and settings."""
 
 
 def generate(
@@ -46,6 +48,8 @@ def generate(
     *,
     progress: bool = True,
     notify: Callable[[str], None] = lambda line: None,
+    room: engine_pool.Room | None = None,
+    advanced: Callable[[int], None] = lambda predictions: None,
 ) -> list[metrics.MetricRow]:
     """Generate a prediction for each prompt with each model, write them in the order of the prompts, and score them.
 
@@ -59,6 +63,8 @@ def generate(
         outputs: in the order in which they are generated, each with a file of its own.
         progress: report progress on stderr.
         notify: gets a line when it is an output's turn.
+        room: what the engines may use, and beside which scoring starts no tasks. Default: the whole cluster.
+        advanced: gets the number of predictions so far, of the output whose turn it is.
 
     Returns:
         For each output, the rows of ``metrics.score`` and three about its generation. ``runtime`` is the time until its last
@@ -84,21 +90,26 @@ def generate(
             check_suitable(config, each.output.model)
     try:
         with current().ending_by_itself():
-            _generate_missing(config, read, predictions, notify)
+            _generate_missing(config, read, predictions, notify, room, advanced)
     except RunStopped as stopped:
         kept, all_prompts = sum(each.done for each in predictions), len(read) * len(predictions)
         raise RunStopped(f"{stopped}; {kept} of {all_prompts} predictions are kept") from None
-    return [row for each in predictions for row in each.score()]
+    return [row for each in predictions for row in each.score(by_tasks=room is None)]
 
 
 def _generate_missing(
-    config: Config, prompts: Prompts, predictions: Sequence[_Predictions], notify: Callable[[str], None]
+    config: Config,
+    prompts: Prompts,
+    predictions: Sequence[_Predictions],
+    notify: Callable[[str], None],
+    room: engine_pool.Room | None,
+    advanced: Callable[[int], None],
 ) -> None:
     """Generate what the outputs lack, and finish each as soon as it is complete."""
     unfinished = [each for each in predictions if each.facts is None]
     with contextlib.ExitStack() as stack:
         asked = [stack.enter_context(each).missing() for each in unfinished]
-        batches = stack.enter_context(contextlib.closing(completions(config, asked, prompts.end_tokens)))
+        batches = stack.enter_context(contextlib.closing(completions(config, asked, prompts.end_tokens, room)))
         for each in predictions:
             notify(f"generating with {each.output.described}")
             if each not in unfinished:
@@ -108,6 +119,7 @@ def _generate_missing(
                     for index, batch in batches:
                         # Engines may be at the next output while the last batches of this one are on their way.
                         unfinished[index].add(batch)
+                        advanced(each.done)
                         current().check()
                         if each.is_complete:
                             break
@@ -133,7 +145,7 @@ class _Predictions:
         self._done = 0
         self._generated = 0
         """Predictions that this call has added to those that were there."""
-        self.facts = self._store.finished()
+        self.facts = self._store.finished() or self._store.take_over(output.earlier)
 
     def __enter__(self) -> _Predictions:
         # Retry what failed before: memory may have run out for another reason.
@@ -228,12 +240,12 @@ class _Predictions:
             print(f"{name}: {cut} of {total} prompts lost their beginning, because they exceed the model's positions "
                   f"with generate.max_new_tokens={self._config.generate.max_new_tokens}; lower it", file=sys.stderr)  # fmt: skip
 
-    def score(self) -> list[metrics.MetricRow]:
+    def score(self, by_tasks: bool = True) -> list[metrics.MetricRow]:
         """Score a complete output."""
         assert self.facts is not None
         role, facts = self.output.role, self.facts
         speed = facts["tokens_per_second"]
-        rows = metrics.score_labelled(self._config, read_jsonl(self.output.path), role)
+        rows = metrics.score_labelled(self._config, read_jsonl(self.output.path), role, by_tasks)
         if unscored := next((int(row.value) for row in rows if row.metric == "unscored"), 0):
             none = "; there are no metrics" if unscored == len(self._prompts) else ""
             print(f"{self.output.path.stem}: {unscored} of {len(self._prompts)} predictions are not scored, because their "

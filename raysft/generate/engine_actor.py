@@ -32,10 +32,17 @@ class EngineActor:
     An exception is returned as data; Ray would print it three times, a hundred lines each.
     """
 
-    def __init__(self, config: Config, models: Sequence[str], ends: Sequence[int], engines_per_node: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        models: Sequence[str],
+        ends: Sequence[int],
+        engines_per_node: int,
+        threads: int | None = None,
+    ) -> None:
         self._config, self._models, self._ends = config, models, ends
         self._engines_per_node = engines_per_node
-        self._threads = None if config.scaling.use_gpu else engine_pool.threads(config, engines_per_node)
+        self._threads = None if config.scaling.use_gpu else threads or engine_pool.threads(config, engines_per_node)
         self._engine: Engine | None = None
         self._loaded: int | None = None
 

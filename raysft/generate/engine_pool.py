@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 import ray.data
 from ray.util.annotations import RayDeprecationWarning
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from raysft.cluster.placement import Node, listed
 from raysft.config import Config
@@ -29,6 +32,70 @@ class Pool:
     gpus: float
     engines_per_node: int
     """Most engines that a node gets when they are spread evenly."""
+    threads: int | None = None
+    """Threads of an engine without a GPU; None: an equal part of its node's cores."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further options for Ray Data, which say where the engines run."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What engines may use while a training holds resources of the cluster: either ``group`` or ``places``."""
+
+    group: PlacementGroup | None = None
+    """Resources that are reserved for them, a bundle for each engine."""
+    threads: int | None = None
+    """Threads of each of them without a GPU."""
+    places: Sequence[tuple[str, tuple[str, ...]]] = ()
+    """Nodes, by Ray's id, and their GPUs, which others have reserved and leave to the engines."""
+
+    def pool(self, config: Config, batches: int) -> Pool:
+        """Return a pool of at most so many engines."""
+        if self.group is not None:
+            [bundle, *_] = bundles = self.group.bundle_specs
+            strategy = PlacementGroupSchedulingStrategy(self.group)
+            return Pool(
+                engines=min(len(bundles), batches),
+                cpus=bundle.get("CPU", 0.0),
+                gpus=bundle.get("GPU", 0.0),
+                engines_per_node=1,
+                threads=self.threads,
+                options={"scheduling_strategy": strategy},
+            )
+        devices = engine_devices(self.places, config.generate.gpus_per_engine if config.scaling.use_gpu else 0)
+        turn = itertools.cycle(devices)
+        engines = min(config.generate.num_actors or len(devices), len(devices), batches)
+        nodes = [node for node, _ in devices]
+        most = max(map(nodes.count, nodes), default=1)
+        return Pool(engines, 0.0, 0.0, most, options={"ray_remote_args_fn": lambda: _at(*next(turn))})
+
+
+def engine_devices(
+    places: Sequence[tuple[str, tuple[str, ...]]], gpus_per_engine: int
+) -> list[tuple[str, tuple[str, ...]]]:
+    """Return the node and the GPUs of each engine that fits on the devices of workers; without GPUs one for each node.
+
+    >>> engine_devices([("a", ("0",)), ("b", ("0",)), ("a", ("1",))], 2), engine_devices([("a", ()), ("a", ()), ("b", ())], 0)
+    ([('a', ('0', '1'))], [('a', ()), ('b', ())])
+    """
+    gpus: dict[str, list[str]] = {}
+    for node, of_worker in places:
+        gpus.setdefault(node, []).extend(of_worker)
+    if not gpus_per_engine:
+        return [(node, ()) for node in gpus]
+    return [
+        (node, tuple(found[start : start + gpus_per_engine]))
+        for node, found in gpus.items()
+        for start in range(0, len(found) - gpus_per_engine + 1, gpus_per_engine)
+    ]
+
+
+def _at(node: str, gpus: tuple[str, ...]) -> dict[str, Any]:
+    """Options of an actor that runs on a node without reserving anything there."""
+    options: dict[str, Any] = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+    if gpus:
+        options["runtime_env"] = {"env_vars": {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}}
+    return options
 
 
 def size_pool(config: Config, cluster: Sequence[Node], batches: int, shrinks: bool = False) -> Pool:

@@ -16,10 +16,11 @@ from raysft.models.adapter_files import adapter_base
 from raysft.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from raysft.storage.json_files import write_json, write_jsonl
 from raysft.storage.local_cache import model_copy
+from raysft.storage.path import StoragePath
 
 _WITHOUT_EFFECT = {
-    "enabled", "model", "sources", "compare_base", "num_actors", "gpus_per_engine", "max_examples", "batching", "batch_size",
-    "metrics",
+    "enabled", "every_steps", "model", "sources", "compare_base", "num_actors", "gpus_per_engine", "max_examples", "batching",
+    "batch_size", "metrics",
 }  # fmt: skip
 """Settings of ``generate`` that do not change the prediction of a prompt."""
 
@@ -83,6 +84,17 @@ class PredictionStore:
             return None
         same = facts.get("fingerprint") == self._fingerprint and facts.get("bytes") == self._output.stat().st_size
         return facts if same and not facts.get("failed") else None
+
+    def take_over(self, others: Iterable[Path]) -> dict[str, Any] | None:
+        """Copy another complete output with the same fingerprint, if there is one; returns its facts."""
+        for other in others:
+            store = PredictionStore(other, self._fingerprint)
+            if facts := store.finished():
+                self._done.unlink(missing_ok=True)
+                StoragePath.of(self._output).upload(other)
+                StoragePath.of(self._done).upload(store._done)
+                return facts
+        return None
 
     def open(self) -> list[Stored]:
         """Start or continue; returns the entries that exist already, in the order in which they came."""

@@ -39,7 +39,10 @@ STALL_SECONDS = 60.0
 
 
 def completions(
-    config: Config, asked: Sequence[ModelPrompts], ends: Sequence[int] = ()
+    config: Config,
+    asked: Sequence[ModelPrompts],
+    ends: Sequence[int] = (),
+    room: engine_pool.Room | None = None,
 ) -> Generator[tuple[int, _Entries], None, None]:
     """Yield batches of entries as the engines finish them, each with the index in ``asked`` that it belongs to.
 
@@ -50,35 +53,36 @@ def completions(
 
     Args:
         ends: tokens that end an answer, besides those of the model and the config.
+        room: what the engines may use. Default: the whole cluster.
 
     Raises:
         RequestError: the cluster cannot place an engine.
-        RunFailed: an engine failed, but not because its node died.
+        RunFailed: an engine failed, but not because its node died; or that, and the engines had a room.
     """
     if config.generate.engine != "vllm":
-        yield from _on_living_nodes(config, asked, ends)
+        yield from _on_living_nodes(config, asked, ends, room)
         return
     for index, each in enumerate(asked):
-        for _, entries in _on_living_nodes(config, [each], ends):
+        for _, entries in _on_living_nodes(config, [each], ends, room):
             yield index, entries
 
 
 def _on_living_nodes(
-    config: Config, asked: Sequence[ModelPrompts], ends: Sequence[int]
+    config: Config, asked: Sequence[ModelPrompts], ends: Sequence[int], room: engine_pool.Room | None
 ) -> Generator[tuple[int, _Entries], None, None]:
     """Send the prompts through a pool of engines, and what is missing through another whenever nodes have died."""
     shrinks, stopping = False, current()
     while any(map(len, asked)):
         nodes_at_start, done = _alive_ids(), [np.zeros(len(each.prompts), bool) for each in asked]
         try:
-            for index, entries in _pass(config, asked, ends, nodes_at_start, shrinks):
+            for index, entries in _pass(config, asked, ends, nodes_at_start, shrinks, room):
                 done[index][[asked[index].prompts.index[entry["id"]] for entry in entries]] = True
                 yield index, entries
             return
         except RayError as error:
             stopping.check()
             dead = len(nodes_at_start - _alive_ids())
-            if not dead:
+            if not dead or room is not None:
                 reason = str(error).partition("The actor is dead because ")[2] or str(error)
                 raise _failed(reason, config, died=True) from error
         shrinks = True
@@ -92,11 +96,16 @@ def _alive_ids() -> set[str]:
 
 
 def _pass(
-    config: Config, asked: Sequence[ModelPrompts], ends: Sequence[int], nodes_at_start: set[str], shrinks: bool
+    config: Config,
+    asked: Sequence[ModelPrompts],
+    ends: Sequence[int],
+    nodes_at_start: set[str],
+    shrinks: bool,
+    room: engine_pool.Room | None,
 ) -> Generator[tuple[int, _Entries], None, None]:
     """Send all prompts through one pool of engines."""
     number = sum(math.ceil(len(each) / min(config.generate.batch_size, WORTH)) for each in asked)
-    pool = engine_pool.size_pool(config, alive_nodes(), number, shrinks)
+    pool = room.pool(config, number) if room else engine_pool.size_pool(config, alive_nodes(), number, shrinks)
     batches = [each.batches(_block_size(config, each, pool)) for each in asked]
     with engine_pool.quiet_ray_data():
         pipeline = _by_vllm if config.generate.engine == "vllm" else _by_actors
@@ -135,11 +144,15 @@ def _by_actors(
         index = int(rows[0]["model"])
         return index, [{key: value for key, value in row.items() if key != "model"} for row in rows]
 
-    # One at a time into the object store, so that this process never holds the tokens of all prompts.
-    rows = [ray.put(batch_row(batch, index)) for index, of_model in enumerate(batches) for batch in of_model]
-    dataset = ray.data.from_arrow_refs(cast(Any, rows)).map_batches(
+    rows = (batch_row(batch, index) for index, of_model in enumerate(batches) for batch in of_model)
+    if pool.options:
+        source = ray.data.from_blocks(list(rows))  # looks at the rows here: tasks may find no CPU
+    else:
+        # One at a time into the object store, so that this process never holds the tokens of all prompts.
+        source = ray.data.from_arrow_refs(cast(Any, [ray.put(row) for row in rows]))
+    dataset = source.map_batches(
         EngineActor,
-        fn_constructor_args=(config, models, ends, pool.engines_per_node),
+        fn_constructor_args=(config, models, ends, pool.engines_per_node, pool.threads),
         # Ray Data takes a number alone for GPUs, and to reach it merges blocks.
         batch_size=1,
         batch_format="pyarrow",
@@ -152,6 +165,7 @@ def _by_actors(
         max_restarts=RESTARTS,
         # Without limit: Ray needs 15 seconds to tell a dead node from a passing disturbance.
         max_task_retries=-1,
+        **pool.options,
     )
     return dataset, read
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+from raysft.report.comparison import metric_name
 from raysft.report.curves import Chart, Drawing, Line
 from raysft.report.read_run import RunLog, finite, series
 from raysft.report.text import visible
 
+NO_SCORES = ("_low", "_high", "examples", "unscored", "_runtime", "_per_second")
+"""Ends of the names of results that are no scores."""
 MAX_SOURCES = 6
 """Number of sources whose training loss is drawn, one for each color of the page."""
 
@@ -33,6 +37,7 @@ def small_charts(log: RunLog) -> list[Drawing]:
     charts = [
         _evaluation_chart(log, "Evaluation loss, nats per token", "loss"),
         _evaluation_chart(log, "Token accuracy on the evaluation sets, %", "accuracy", scale=100),
+        *_generation_charts(log),
         _source_chart(log),
         _step_chart(log, "Learning rate", [("learning rate", "lr", 3)], noisy=False),
         _step_chart(log, "Gradient norm", [("gradient norm", "grad_norm", 4)]),
@@ -51,6 +56,31 @@ def _evaluation_chart(log: RunLog, title: str, result: str, scale: float = 1) ->
     keys += [(name, f"eval_{name}_{result}", 2 + index) for index, name in enumerate(sets)]
     lines = _lines(log.evaluations, keys, scale, noisy=False)
     return Chart(title, lines) if lines else None
+
+
+def _generation_charts(log: RunLog) -> Iterator[Chart]:
+    """The scores of predictions during the training over all sources: a chart for those of each scale."""
+    records = [
+        {key.removeprefix("predict_"): value for key, value in record.items() if not key.endswith(NO_SCORES)}
+        for record in log.generations
+    ]
+    sources = tuple(
+        f"{key.removeprefix('predict_').removesuffix('_examples')}_"
+        for key in dict.fromkeys(key for record in log.generations for key in record)
+        if key.endswith("_examples") and key != "predict_examples"
+    )
+    scored = {
+        key.removeprefix("predict_") for record in log.generations for key in record if key.startswith("predict_")
+    }
+    names = [name for name in dict.fromkeys(key for record in records for key in record) if name in scored]
+    names = [name for name in names if not (sources and name.startswith(sources))]
+    fractions = [name for name in names if max((abs(value) for value in series(records, name)[1]), default=0.0) <= 1]
+    for some in ([name for name in names if name not in fractions], fractions):
+        for start in range(0, len(some), MAX_SOURCES):
+            part = some[start : start + MAX_SOURCES]
+            keys = [(visible(metric_name(name)), name, index) for index, name in enumerate(part)]
+            if lines := _lines(records, keys, 1, noisy=False):
+                yield Chart("Scores of predictions", lines)
 
 
 def _source_chart(log: RunLog) -> Chart | None:

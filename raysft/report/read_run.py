@@ -35,13 +35,15 @@ class RunLog:
     """``StepRecord``s in the order of their steps, one per step."""
     evaluations: list[dict[str, Any]]
     """Evaluation records in the order of their steps, one per step."""
+    generations: list[dict[str, Any]]
+    """Records of predictions during the training in the order of their steps, one per step."""
     plan: dict[str, Any]
     trained: dict[str, Any]
     """``train_results.json``."""
     evaluated: dict[str, Any]
     """``eval_results.json``."""
     metrics: list[dict[str, Any]]
-    """Rows of ``metrics.jsonl``: metrics of the predictions."""
+    """Rows of ``metrics.jsonl``: metrics of the predictions, but for those during the training."""
 
     @property
     def name(self) -> str:
@@ -145,23 +147,32 @@ def read_run(run: RunDirectory, problems: list[str] | None = None) -> RunLog:
             problems.append(str(error))
             return otherwise
 
-    steps, evaluations = readable(_read_log, run.trainer_log, ({}, {}))
+    steps, evaluations, generations = readable(_read_log, run.trainer_log, ({}, {}, {}))
     return RunLog(
         directory=run,
         config=readable(_read_config, run.config, {}),
         steps=[steps[step] for step in sorted(steps)],
         evaluations=[evaluations[step] for step in sorted(evaluations)],
+        generations=[generations[step] for step in sorted(generations)],
         plan=readable(read_object, run.plan, {}),
         trained=readable(read_object, run.results("train"), {}),
         evaluated=readable(read_object, run.results("eval"), {}),
-        metrics=readable(lambda path: list(read_lines(path)), run.metrics, []),
+        metrics=readable(_read_metrics, run.metrics, []),
     )
 
 
-def _read_log(path: Path) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, Any]]]:
-    """Read ``trainer_log.jsonl`` as records of steps and records of evaluations, each by step."""
-    steps: dict[int, dict[str, Any]] = {}
-    evaluations: dict[int, dict[str, Any]] = {}
+def _read_metrics(path: Path) -> list[dict[str, Any]]:
+    return [row for row in read_lines(path) if row.get("step") is None]
+
+
+_Records = dict[int, dict[str, Any]]
+
+
+def _read_log(path: Path) -> tuple[_Records, _Records, _Records]:
+    """Read ``trainer_log.jsonl`` as records of steps, of evaluations and of predictions, each by step."""
+    steps: _Records = {}
+    evaluations: _Records = {}
+    generations: _Records = {}
     for number, record in enumerate(read_lines(path), start=1):
         step = record.get("current_steps")
         if not isinstance(step, int):
@@ -172,7 +183,9 @@ def _read_log(path: Path) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str
             steps[step] = {sys.intern(key): value for key, value in record.items()}
         if any(key.startswith("eval_") for key in record):
             evaluations[step] = record
-    return steps, evaluations
+        if any(key.startswith("predict_") for key in record):
+            generations[step] = record
+    return steps, evaluations, generations
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -203,7 +216,7 @@ def read_evaluations(run: RunDirectory) -> list[dict[str, Any]]:
     Raises:
         RequestError: the log is corrupt.
     """
-    _, evaluations = _read_log(run.trainer_log)
+    _, evaluations, _ = _read_log(run.trainer_log)
     return [evaluations[step] for step in sorted(evaluations)]
 
 

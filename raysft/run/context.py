@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from raysft.config import Config
 from raysft.data.prepare import PreparedData
+from raysft.run.generation_plan import GenerationPlan
 from raysft.run.inputs import ModelFiles
 from raysft.run.preflight import Preflight, Verb, preflight
 from raysft.stopping import current
@@ -29,6 +30,10 @@ class RunContext:
     prepared: PreparedData
     identity: dict[str, str]
     """Hashes of the model and the data, as ``Cursor`` keeps them."""
+    push: Callable[[], None]
+    """``Preflight.push``."""
+    generation: GenerationPlan | None = None
+    """Predictions during the training."""
 
 
 @contextmanager
@@ -60,4 +65,13 @@ def _begin(ready: Preflight) -> RunContext:
     ready.push()  # checkpoints go there by themselves, and nobody can resume from them without the config
     for line in run.plan.lines():
         terminal.line(line)
-    return RunContext(run.config, directory, terminal, run.files, run.prepared, run.identity)
+    return RunContext(
+        run.config,
+        directory,
+        terminal,
+        run.files,
+        run.prepared,
+        run.identity,
+        ready.push,
+        run.plan.generation,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from raysft.run.context import RunContext, open_run
 from raysft.run.tracking import run_trackers
 from raysft.stopping import current
 from raysft.storage.retry import retry_for
-from raysft.storage.run_directory import RunDirectory
-from raysft.telemetry.events import Event
+from raysft.storage.run_directory import GENERATION, RunDirectory, is_complete
+from raysft.telemetry.events import Event, GenerationDone
 from raysft.telemetry.ray_metrics import RayMetrics
 from raysft.telemetry.train_log import TrainLog, evaluation_line
 
@@ -92,6 +93,23 @@ def train_model(context: RunContext, callbacks: Sequence[Any] = (), decisions: A
         _train(context, callbacks, decisions)
     with suppress(StorageFailed), retry_for(0):
         remove_temporary(context.directory.checkpoints)
+    _complete_generations(context)
+
+
+def _complete_generations(context: RunContext) -> None:
+    """Complete predictions during the training that were stopped after its last step."""
+    directory = context.directory
+    steps = [int(name) for name in (directory.place / GENERATION).entries() if name.isdigit()]
+    left = sorted(step for step in steps if is_complete(directory.step_model(step)))
+    if not left or not _write_prompts(context):
+        return
+    from raysft.run.step_generation import predict_step
+
+    log = TrainLog(directory.trainer_log, context.terminal)
+    for step in left:
+        log(GenerationDone(_record(context, step) | predict_step(context.config, directory, step)))
+        context.push()
+        directory.step_model(step).remove()
 
 
 def _train(context: RunContext, callbacks: Sequence[Any], decisions: Any) -> None:
@@ -106,9 +124,13 @@ def _train(context: RunContext, callbacks: Sequence[Any], decisions: Any) -> Non
         def handle(event: Event) -> None:
             metrics(event)
             train_log(event)
+            if isinstance(event, GenerationDone):
+                # Until its scores are logged and kept, an interrupted run can generate with it again.
+                context.push()
+                directory.step_model(event.record["current_steps"]).remove()
 
         try:
-            results = launch.train(train_job(context), handle, decisions)
+            results = launch.train(train_job(context), handle, decisions, step_generator(context))
         finally:
             context.terminal.close()
     trained, row_plan = results["train"], context.prepared.train_rows.row_plan
@@ -134,7 +156,36 @@ def train_job(context: RunContext) -> Any:
         identity=context.identity,
         ends=context.prepared.end_tokens if context.config.stage == "sft" else (),
         evaluations=context.config.cache_directory / "evaluations",
+        generation_pauses=context.generation is None or context.generation.pauses,
     )
+
+
+def step_generator(context: RunContext) -> Any:
+    """Return what generates during the training; None if nothing does."""
+    plan = context.generation
+    if plan is None or not _write_prompts(context):
+        return None
+    from raysft.run.step_generation import StepGenerator
+
+    return StepGenerator(context.config, context.directory, plan, partial(_record, context))
+
+
+def _record(context: RunContext, step: int) -> dict[str, Any]:
+    """Say where the training stands after a step, as records of the log do."""
+    from raysft.train.checkpoint.cursor import Cursor
+    from raysft.train.step_metrics import evaluation_record
+
+    row_plan = context.prepared.train_rows.row_plan
+    return evaluation_record(row_plan, Cursor(step, row_plan.consumed(step), 0, {}), {})
+
+
+def _write_prompts(context: RunContext) -> bool:
+    """Write the prompts of the evaluation sets; says so and returns False if there are none."""
+    config, prepared = context.config, context.prepared
+    if write_prompts(prepared.prompts, context.directory.prompts, config.generate.max_examples, prepared.end_tokens):
+        return True
+    context.terminal.line("generate: skipped, as no example has a prompt (records of token IDs have none)")
+    return False
 
 
 def evaluate_model(context: RunContext) -> None:
@@ -154,8 +205,7 @@ def generate_predictions(context: RunContext) -> None:
     from raysft.generate.batch_inference import Output, generate
     from raysft.generate.metrics import write_metrics
 
-    if not write_prompts(prepared.prompts, directory.prompts, config.generate.max_examples, prepared.end_tokens):
-        context.terminal.line("generate: skipped, as no example has a prompt (records of token IDs have none)")
+    if not _write_prompts(context):
         return
     outputs = []
     if config.generate.compare_base:
@@ -163,7 +213,8 @@ def generate_predictions(context: RunContext) -> None:
         outputs.append(Output(model, directory.base_predictions, "base", "the model before training"))
     else:
         directory.base_predictions.unlink(missing_ok=True)  # an earlier call may have made them with other settings
-    outputs.append(Output(directory.model.location, directory.predictions, "trained", "the trained model"))
+    earlier = sorted((directory.path / GENERATION).glob(f"*/{directory.predictions.name}"))
+    outputs.append(Output(directory.model.location, directory.predictions, "trained", "the trained model", earlier))
     write_metrics(directory, generate(config, directory.prompts, outputs, notify=context.terminal.line))
 
 

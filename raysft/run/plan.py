@@ -15,6 +15,7 @@ from raysft.data.rows.row_plan import RowPlan
 from raysft.data.tokenization.turn_ends import TurnStatistics, merge_counts
 from raysft.models.adapter_files import read_adapter_config
 from raysft.models.reference_model import ReferenceFiles
+from raysft.run.generation_plan import GenerationPlan, plan_generation
 from raysft.run.source_plan import SourcePlan, plan_sources
 from raysft.run.warnings import warnings
 from raysft.storage.local_cache import local_copy
@@ -100,6 +101,8 @@ class Plan:
     """Special tokens of the named chat template that are not tokens of the tokenizer."""
     warnings: tuple[str, ...] = ()
     """One line for each problem that would otherwise show only in the results."""
+    generation: GenerationPlan | None = None
+    """Predictions during the training; None if there are none."""
     memory: dict[str, Any] | None = None
     """What a worker needs at its peak (``estimate.memory.Memory.as_dict``); None if it is not estimated."""
     needs: tuple[str, ...] = ()
@@ -164,6 +167,8 @@ class Plan:
             f"resources: needs {self.cpus:g} CPUs and {self.gpus:g} GPUs, the cluster has "
             f"{self.cluster_cpus:g} CPUs and {self.cluster_gpus:g} GPUs"
         )
+        if self.generation is not None:
+            lines.append(self.generation.line())
         return [*lines, *self.needs, *(f"warning: {warning}" for warning in self.warnings)]
 
 
@@ -235,6 +240,7 @@ def make_plan(
         untrained_ends=tuple(untrained_ends),
         shared_files=prepared.shared_files,
         missing_tokens=prepared.missing_tokens,
+        generation=plan_generation(config, nodes, row_plan.steps),
     )
     return replace(plan, warnings=tuple(warnings(config, plan)))
 

@@ -14,6 +14,8 @@ from raysft.storage.path import StoragePath
 
 MODEL_MARKS = ("adapter_config.json", "config.json")
 """A complete model folder has one of these; they are written last."""
+GENERATION = "generation"
+"""The folder of the predictions that are made during the training."""
 STOP_FILE = "stop"
 """The file that asks a run to end; who starts the run removes it."""
 
@@ -121,6 +123,15 @@ class RunDirectory:
     def best(self) -> StoragePath:
         """The model of the best evaluation so far, during training."""
         return self.place / ".best"
+
+    def generation(self, step: int) -> RunDirectory:
+        """Return the folder of a step's predictions, whose files have the names of a run's."""
+        remote = self.remote / GENERATION / str(step) if self.remote else None
+        return RunDirectory(self.path / GENERATION / str(step), remote)
+
+    def step_model(self, step: int) -> StoragePath:
+        """Return the folder of a step's model, which exists until its predictions are scored."""
+        return self.generation(step).model
 
     def is_trained(self) -> bool:
         """Return True if there is a trained model."""

@@ -13,14 +13,14 @@ from pathlib import Path
 from raysft.errors import RunFailed, StorageFailed
 from raysft.storage.path import StoragePath
 from raysft.storage.retry import FIRST_SECONDS, reason_of, retry_for
-from raysft.storage.run_directory import STOP_FILE, RunDirectory
+from raysft.storage.run_directory import GENERATION, STOP_FILE, RunDirectory
 
 EVERY_SECONDS = 5.0
 """Time between two uploads of changed files."""
 LAST_SECONDS = 30.0
 """Longest time that a run which ends early waits for the storage."""
-FOLDERS = ("tensorboard",)
-"""Folders that are uploaded; they are never read here, so never fetched."""
+FOLDERS = ("tensorboard", GENERATION)
+"""Folders that are uploaded. Only predictions are fetched again, which a run goes on with."""
 SYNCED_HIDDEN_SUFFIXES = (".partial", ".done")
 """Suffixes of the hidden files that a run resumes from; other hidden files are drafts and locks."""
 
@@ -50,6 +50,11 @@ class Sync:
             if not entry.folder and _is_synced(name) and (only is None or name in only):
                 (self._remote / name).download(self._local / name)
                 self._synced[name] = _signature(self._local / name)
+        for name in (self._remote / GENERATION).walk() if only is None else ():
+            file = self._local / GENERATION / name
+            if name.count("/") == 1 and _is_synced(file.name):  # the model of a step is deeper
+                (self._remote / GENERATION / name).download(file)
+                self._synced[f"{GENERATION}/{name}"] = _signature(file)
 
     def push(self) -> None:
         """Upload the files that changed, and remove those that are gone.
@@ -63,7 +68,8 @@ class Sync:
     def _push(self) -> None:
         found = {path.name: path for path in self._local.iterdir() if path.is_file() and _is_synced(path.name)}
         for folder in FOLDERS:
-            inside = (path for path in (self._local / folder).rglob("*") if path.is_file())
+            files = (self._local / folder).rglob("*")
+            inside = (path for path in files if path.is_file() and _is_synced(path.name))
             found |= {path.relative_to(self._local).as_posix(): path for path in inside}
         # A process that is killed in between must not leave a new config beside the results or the plan of the old one.
         for name in self._synced.keys() - found.keys():

@@ -34,6 +34,13 @@ class Callback:
                 evaluation sets also ``eval_{name}_loss`` and so on.
         """
 
+    def on_generate(self, results: Mapping[str, Any]) -> None:
+        """Called when the predictions of a step's model are scored (``generate.every_steps``). Training may be further by then.
+
+        Args:
+            results: ``current_steps`` and the numbers of ``predict_results.json``.
+        """
+
     def on_checkpoint(self, cursor: Mapping[str, int]) -> None:
         """Called when a checkpoint is complete.
 

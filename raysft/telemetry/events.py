@@ -104,6 +104,22 @@ class EvaluationDone:
 
 
 @dataclass(frozen=True)
+class GenerationDone:
+    """The predictions of a step's model were scored."""
+
+    record: dict[str, Any]
+    """``current_steps``, ``total_steps``, ``epoch``, ``percentage``, and the numbers of ``predict_results.json``."""
+
+
+@dataclass(frozen=True)
+class GenerationNotice:
+    """Something about the predictions of a step's model, which may not come."""
+
+    step: int
+    message: str
+
+
+@dataclass(frozen=True)
 class StoppedEarly:
     """Early stopping ended the training."""
 
@@ -243,6 +259,8 @@ Event = (
     | StepRecord
     | StepSkipped
     | EvaluationDone
+    | GenerationDone
+    | GenerationNotice
     | StoppedEarly
     | CheckpointSaved
     | CheckpointFailed

@@ -12,7 +12,7 @@ GATHER_SECONDS = 15.0
 """Time in which the workers report: each looks every few seconds."""
 NAMED = 4
 """Most workers that a line names."""
-ALONE = frozenset({"setup", "data", "decision", "checkpoint", "export"})
+ALONE = frozenset({"setup", "data", "generation", "decision", "checkpoint", "export"})
 """Phases in which a worker does not wait for another one."""
 DOING = {
     "setup": "loads the model",
@@ -21,6 +21,7 @@ DOING = {
     "backward": "computes a backward pass",
     "step": "updates the weights",
     "evaluation": "evaluates",
+    "generation": "waits for predictions",
     "decision": "waits for the scheduler of trials",
     "checkpoint": "waits for the checkpoint before this one",
     "export": "writes the model",

@@ -143,6 +143,16 @@ class Tracker:
         step = results["current_steps"]
         self._enqueue(lambda: self._writer.write(step, metrics))
 
+    def on_generate(self, results: Mapping[str, Any]) -> None:
+        """Write the scores of a step's predictions as ``predict/NAME``."""
+        metrics = {
+            f"predict/{key.removeprefix('predict_')}": value
+            for key, value in results.items()
+            if key.startswith("predict_") and not key.endswith(("_low", "_high", "examples")) and _finite(value)
+        }
+        step = results["current_steps"]
+        self._enqueue(lambda: self._writer.write(step, metrics))
+
     def close(self, outcome: Outcome = "finished") -> None:
         """Show how the run ended, and wait at most ``CLOSE_SECONDS`` until everything is written."""
         self._enqueue(lambda: self._writer.close(outcome))
@@ -151,6 +161,10 @@ class Tracker:
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
             self._disable(f"no answer for {CLOSE_SECONDS:g} s")
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _step_metrics(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

@@ -19,6 +19,8 @@ from raysft.telemetry.events import (
     CheckpointSaved,
     EvaluationDone,
     Event,
+    GenerationDone,
+    GenerationNotice,
     PreemptionNotice,
     SetupDone,
     StepRecord,
@@ -40,6 +42,10 @@ WAITING_SECONDS = 5.0
 """Least time between two printed ``Waiting`` messages: a thousand workers may wait for the same storage."""
 
 
+_FACTS = ("examples", "unscored", "runtime", "tokens_per_second")
+"""What ``predict_results.json`` says beside scores."""
+
+
 def evaluation_line(results: Mapping[str, Any]) -> str:
     """Format evaluation results as one line."""
     return (
@@ -48,8 +54,28 @@ def evaluation_line(results: Mapping[str, Any]) -> str:
     )
 
 
+def generation_line(results: Mapping[str, Any]) -> str:
+    """Format the scores of predictions over all sources as one line.
+
+    >>> scores = {"predict_rouge-1": 31.257, "predict_rouge-1_low": 30.0, "predict_rouge-1_high": 33.0}
+    >>> generation_line({**scores, "predict_examples": 8, "predict_a_examples": 4, "predict_a_bleu": 3.0, "predict_runtime": 2.5})
+    'rouge-1 31.26 | 8 examples in 2.5 s'
+    """
+    found = {key.removeprefix("predict_"): value for key, value in results.items() if key.startswith("predict_")}
+    sources = tuple(f"{key.removesuffix('_examples')}_" for key in found if key.endswith("_examples"))
+    left_out = {f"{key}_{end}" for key in found for end in ("low", "high")} | {*_FACTS}
+    scores = [
+        f"{key} {value:.4g}"
+        for key, value in found.items()
+        if key not in left_out and not key.startswith(sources) and isinstance(value, int | float)
+    ]
+    return " | ".join([*scores, f"{found.get('examples', 0):,} examples in {found.get('runtime') or 0:.3g} s"])
+
+
 def progress_line(record: Mapping[str, Any]) -> str:
     """Format a line of ``trainer_log.jsonl`` as the run prints it."""
+    if _kind(record) == "generation":
+        return f"after step {record['current_steps']} | {generation_line(record)}"
     if "eval_loss" in record:
         return f"after step {record['current_steps']} | {evaluation_line(record)}"
     known = {one.name for one in fields(StepRecord)}
@@ -58,6 +84,13 @@ def progress_line(record: Mapping[str, Any]) -> str:
         key: math.nan if value is None and key != "mfu" else value for key, value in record.items() if key in known
     }
     return StepRecord(**values).line()
+
+
+def _kind(record: Mapping[str, Any]) -> str:
+    """What a line of ``trainer_log.jsonl`` is about."""
+    if "loss" in record:
+        return "step"
+    return "generation" if any(key.startswith("predict_") for key in record) else "evaluation"
 
 
 def _json_line(record: Mapping[str, Any]) -> str:
@@ -77,7 +110,8 @@ class TrainLog:
             log: ``trainer_log.jsonl``; a resumed run appends to it from the checkpoint's step on.
             terminal: prints the lines.
             callbacks: objects with any of the methods ``on_setup(setup)``, ``on_step(record)``, ``on_evaluate(results)``,
-                ``on_checkpoint(cursor)`` and ``on_end(results)``. ``on_step`` gets a ``StepRecord``, the others a dict.
+                ``on_generate(results)``, ``on_checkpoint(cursor)`` and ``on_end(results)``. ``on_step`` gets a ``StepRecord``, the
+                others a dict.
             stacks: folder of the stacks of workers that make no progress, for messages.
         """
         self._log, self._terminal, self._callbacks = log, terminal, callbacks
@@ -105,6 +139,10 @@ class TrainLog:
                 self._print(f"after step {record['current_steps']} | {evaluation_line(record)}{note and f' | {note}'}")
                 self._append(record)
                 self._call("on_evaluate", record)
+            case GenerationDone(record):
+                self._generated(record)
+            case GenerationNotice(step, message):
+                self._print(f"predictions after step {step}: {message}")
             case CheckpointSaved(step):
                 self._print(f"checkpoint after step {step}")
                 self._call("on_checkpoint", asdict(event))
@@ -215,6 +253,14 @@ class TrainLog:
         self._terminal.advance("training", record.current_steps, record.total_steps)
         self._append(asdict(record))
 
+    def _generated(self, record: Mapping[str, Any]) -> None:
+        """Log predictions, unless they are logged: the run may have ended before it removed their model."""
+        at = record["current_steps"]
+        if not any(each["current_steps"] == at and _kind(each) == "generation" for each in self._records()):
+            self._print(progress_line(record))
+            self._append(record)
+            self._call("on_generate", record)
+
     def _append(self, record: Mapping[str, Any]) -> None:
         with self._log.open("a", encoding="utf-8") as file:
             file.write(_json_line(record))
@@ -233,7 +279,7 @@ class TrainLog:
         checkpoint.
         """
         records = [record for record in self._records() if record["current_steps"] <= step] if step else []
-        written = {(record["current_steps"], "loss" in record) for record in records}
-        records += [record for record in checkpoint_log if (record["current_steps"], "loss" in record) not in written]
+        written = {(record["current_steps"], _kind(record)) for record in records}
+        records += [record for record in checkpoint_log if (record["current_steps"], _kind(record)) not in written]
         records.sort(key=lambda record: record["current_steps"])  # stable: an evaluation stays behind its step
         write_atomically(self._log, "".join(map(_json_line, records)))

@@ -25,6 +25,7 @@ from raysft.telemetry.events import (
     WorkersRestarting,
 )
 from raysft.train.controller import Controller, ControllerStarted
+from raysft.train.generation import GenerationDue, Generator
 from raysft.train.mailbox import Mailbox
 
 RESUME = "the same command resumes from the newest checkpoint"
@@ -45,7 +46,7 @@ class PermanentFailure:
     error: RequestError | RunFailed
 
 
-Message = Event | PermanentFailure | ControllerStarted
+Message = Event | PermanentFailure | ControllerStarted | GenerationDue
 """What the workers send to the driver."""
 
 
@@ -85,7 +86,12 @@ class EventPump:
     """Handles events in a thread while the workers train."""
 
     def __init__(
-        self, mailbox: Mailbox, handle: Emit, controller: Controller, silent_minutes: float | None = None
+        self,
+        mailbox: Mailbox,
+        handle: Emit,
+        controller: Controller,
+        silent_minutes: float | None = None,
+        generator: Generator | None = None,
     ) -> None:
         """
         Args:
@@ -94,7 +100,9 @@ class EventPump:
             controller: stops the workers when ``handle`` fails; it is told the actor handle.
             silent_minutes: without a message after which the workers count as lost. Workers that train send signs of life. Default:
                 wait for ever.
+            generator: generates with the models of steps.
         """
+        self._generator = generator
         self._silent_minutes, self._heard = silent_minutes, time.monotonic()
         self._mailbox, self._handle, self._controller = mailbox, handle, controller
         self._abandoned = False
@@ -163,10 +171,16 @@ class EventPump:
                     return True  # every worker fails alike
                 # It may concern this worker alone (a corrupt copy on its node), while the others wait in a collective.
                 return self._break(error)
+            case GenerationDue():
+                if self._generator is not None:
+                    self._generator.take(message)
+                return True
             case SetupDone():
                 self._set_up = True
             case WorkersRestarting():
                 self._set_up = False
+                if self._generator is not None:
+                    self._generator.forget()
                 if self._stop is not None:
                     return self._break(
                         RunStopped(f"stopped: {self._stop.reason}, and the workers failed ({message.reason})")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,17 +75,18 @@ class Exporter:
         Raises:
             RunFailed: it cannot be written; raised by all workers alike, or the others would wait for the first one.
         """
-        failure: list[RunFailed | None] = [None]
-        weights = gather(model)
-        if weights is not None:
-            try:
-                with _write_errors():
-                    self._write_best(step, model, weights, tokenizer)
-            except RunFailed as error:
-                failure = [error]
-        dist.broadcast_object_list(failure, src=0)
-        if failure[0] is not None:
-            raise failure[0]
+        if failure := _written(model, lambda weights: self._write_best(step, model, weights, tokenizer)):
+            raise failure
+
+    def save_snapshot(self, folder: StoragePath, model: Any, tokenizer: Any) -> RunFailed | None:
+        """Write the current model somewhere else, without a trace in the training; returns on all workers why it cannot be."""
+
+        def write(weights: Weights) -> None:
+            # peft loads an adapter anew to convert PiSSA.
+            with torch.random.fork_rng(devices=list({p.device for p in model.parameters() if p.is_cuda})):
+                export(model, weights, tokenizer, folder, self._ends)
+
+        return _written(model, write)
 
     def _write_best(self, step: int, model: Any, weights: Weights, tokenizer: Any) -> None:
         if self._run.best.local:
@@ -180,6 +181,20 @@ class Exporter:
 
     def _retrying(self) -> Any:
         return retry_for(notify=lambda line: self._emit(Waiting(line)))
+
+
+def _written(model: Any, write: Callable[[Weights], None]) -> RunFailed | None:
+    """Gather the weights, and let the first worker write them; returns its failure on all workers."""
+    failure: list[RunFailed | None] = [None]
+    weights = gather(model)
+    if weights is not None:
+        try:
+            with _write_errors():
+                write(weights)
+        except RunFailed as error:
+            failure = [error]
+    dist.broadcast_object_list(failure, src=0)
+    return failure[0]
 
 
 @contextmanager

@@ -98,6 +98,8 @@ class TrainJob:
     """Token ids that end an assistant turn, the most frequent first, which the trained model's files name."""
     evaluations: StoragePath | None = None
     """Folder that keeps evaluations of models before their training; None to keep none."""
+    generation_pauses: bool = True
+    """True if the workers wait while the driver generates with the model of a step, and leave their devices to the engines."""
 
     def tokenizer(self) -> Any:
         """Load the tokenizer that is written with the model; it has the chat template that the run used, and stops

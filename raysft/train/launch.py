@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -31,6 +31,7 @@ from raysft.train.cpu_worker import KEEP_MEMORY
 from raysft.train.dataset_config import PlannedDataConfig, Resumption
 from raysft.train.elastic import workers_of
 from raysft.train.event_pump import EventPump, emitter
+from raysft.train.generation import Generator
 from raysft.train.job import TrainJob
 from raysft.train.mailbox import Mailbox
 from raysft.train.process_group import RestartableTorchConfig
@@ -51,13 +52,16 @@ COLLECTIVE_SECONDS = 600
 """How long a worker waits for the others in a collective."""
 
 
-def train(job: TrainJob, handle: Emit, decisions: Queue | None = None) -> dict[str, dict[str, float]]:
+def train(
+    job: TrainJob, handle: Emit, decisions: Queue | None = None, generator: Generator | None = None
+) -> dict[str, dict[str, float]]:
     """Run the training to its end.
 
     Args:
         job: what to train.
         handle: receives the events in this process.
         decisions: of the scheduler; the workers wait for one after each evaluation but the first and the last.
+        generator: generates with the models of steps.
 
     Returns:
         ``train`` and ``eval`` results.
@@ -66,7 +70,7 @@ def train(job: TrainJob, handle: Emit, decisions: Queue | None = None) -> dict[s
         RunFailed: the workers failed more than ``train.max_failures`` times, or failed with an error that a restart cannot fix.
         RunStopped: the scheduler stopped it, or the run was asked to stop.
     """
-    end = _fit(job, train_worker, handle, decisions)
+    end = _fit(job, train_worker, handle, decisions, generator)
     with suppress(StorageFailed), retry_for(0):
         catalog.prune(job.run.checkpoints, job.config.train.keep_last)  # the last checkpoint may have completed late
     return asdict(end)
@@ -77,19 +81,28 @@ def evaluate(job: TrainJob, handle: Emit) -> dict[str, dict[str, float]]:
     return asdict(_fit(job, evaluate_worker, handle))
 
 
-def _fit(job: TrainJob, worker: Any, handle: Emit, decisions: Queue | None = None) -> TrainingEnded:
+def _fit(
+    job: TrainJob,
+    worker: Any,
+    handle: Emit,
+    decisions: Queue | None = None,
+    generator: Generator | None = None,
+) -> TrainingEnded:
     # Ray Train would resume from its own state under the run's name, and fail when its storage fails. We write checkpoints
     # ourselves, so it gets an empty temporary folder.
     with tempfile.TemporaryDirectory(prefix="raysft-train-", ignore_cleanup_errors=True) as folder:
         mailbox, controller = Mailbox(), Controller()
-        trainer = _trainer(job, worker, mailbox, decisions, folder)
+        settings = {"decisions": decisions, "generates": generator is not None}
+        trainer = _trainer(job, worker, mailbox, settings, folder)
         trainer.controller = controller
         stopping = current()
         hang, trains = job.config.train.hang_minutes, worker is train_worker
-        with EventPump(mailbox, handle, controller, hang + STARTS_MINUTES if hang and trains else None) as pump:
+        silent = hang + STARTS_MINUTES if hang and trains else None
+        generating = generator.begin(mailbox) if generator is not None else nullcontext()
+        with EventPump(mailbox, handle, controller, silent, generator) as pump, generating:
             try:
-                settings = _controller_settings(job)
-                with stopping.ending_by_itself(), stopping.telling(pump.stop), environment(**settings):
+                of_controller = _controller_settings(job)
+                with stopping.ending_by_itself(), stopping.telling(pump.stop), environment(**of_controller):
                     trainer.fit()
             except ray.train.TrainingFailedError as error:
                 raise cause(error) from error
@@ -100,7 +113,10 @@ def _fit(job: TrainJob, worker: Any, handle: Emit, decisions: Queue | None = Non
                 controller.abort()
                 raise
             try:
-                return pump.end()
+                end = pump.end()
+                if generator is not None:
+                    generator.complete()
+                return end
             except RunStopped as stopped:
                 saved = _saved(job, pump.stopped_after) if worker is train_worker else ""
                 raise RunStopped(f"{stopped}{saved}") from None
@@ -131,12 +147,12 @@ def _saved(job: TrainJob, step: int | None) -> str:
     return "; the storage of its checkpoints does not answer"
 
 
-def _trainer(job: TrainJob, worker: Any, mailbox: Mailbox, decisions: Queue | None, folder: str) -> _Trainer:
+def _trainer(job: TrainJob, worker: Any, mailbox: Mailbox, settings: dict[str, Any], folder: str) -> _Trainer:
     use_gpu, emit = job.config.scaling.use_gpu, emitter(mailbox)
     scaling, policy = workers_of(job.config.scaling, job.run, job.train_rows.row_plan.steps, emit)
     trainer = _Trainer(
         worker,
-        train_loop_config={"job": job, "mailbox": mailbox, "decisions": decisions, "threads": _threads(job.config)},
+        train_loop_config={"job": job, "mailbox": mailbox, "threads": _threads(job.config), **settings},
         scaling_config=scaling,
         run_config=ray.train.RunConfig(
             name=job.config.run.name,  # as Ray's own logs and metrics show it

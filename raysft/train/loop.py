@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from raysft.errors import RunFailed
 from raysft.garbage import resume_collection
 from raysft.telemetry.events import (
     Emit,
@@ -35,6 +36,7 @@ from raysft.train.early_stopping import EarlyStopper, MetricMissing, known_best
 from raysft.train.evaluator import Evaluator
 from raysft.train.export import Exporter
 from raysft.train.first_evaluation import FirstEvaluation
+from raysft.train.generation import StepGenerations
 from raysft.train.intervals import Interval
 from raysft.train.job import Batch, RowPlan, TrainJob
 from raysft.train.nonfinite import NonFinite
@@ -136,6 +138,9 @@ class _Loop:
         self.stragglers = Stragglers(device, self.emit, zero_stage(job.config) < 3)
         self.nonfinite = NonFinite(job)
         self.exporter = Exporter(job.run, emit, job.ends)
+        self.generations = StepGenerations(
+            job, self.exporter, device, self.emit, phases, outside.generation, self.hears_the_end
+        )
 
     def set_up(self, resume: ResumePoint | None) -> Cursor:
         """Load the model and the checkpoint; returns the cursor to start from."""
@@ -220,8 +225,17 @@ class _Loop:
         """Evaluate the untrained model, or make up for the evaluation that a stop dropped."""
         if cursor.step == 0 and self.job.config.train.eval_at_start:
             self.evaluate(cursor, FirstEvaluation.find(self.job, self.device))
-        elif cursor.unevaluated and cursor.step < self.row_plan.steps:
-            self.after_step(replace(cursor, unevaluated=False))
+        elif cursor.step:
+            self._make_up(replace(cursor, unevaluated=False), cursor.unevaluated)
+
+    def _make_up(self, cursor: Cursor, unevaluated: bool) -> None:
+        """Do where the training resumes what a stop dropped after that step."""
+        self.generations.resume(cursor, self._needs_scores)
+        if self._needs_scores and not self.stop_reason and self.generations.is_due(cursor.step):
+            self._compare_scores(cursor, self.generations.results(cursor.step))
+        missing, ended = self.generations.is_missing(cursor), cursor.step >= self.row_plan.steps
+        if not (self.stop_reason or ended) and (unevaluated or missing):
+            self.after_step(cursor, evaluates=unevaluated, generates=missing)
 
     def next_rows(self, rows: ReadAhead[Batch], cursor: Cursor) -> Batch | None:
         """Wait for the next step's rows; ends without them if the training is to end."""
@@ -246,14 +260,22 @@ class _Loop:
             waiting_since = time.perf_counter()
             rows.wait(LOOK_SECONDS)
             self.data_wait += time.perf_counter() - waiting_since
-            noticed, checkpoint_late, over, late = any_worker(
-                *self.trigger.requests(), not rows.ready, device=self.device
-            )
+            (late,) = self._look(cursor, not rows.ready)
             self.rows_wait += time.perf_counter() - waiting_since
-            trained = cursor.step > self.first_step  # else there is nothing to save, and the first step will hear it
-            self._heard(cursor, noticed and trained, checkpoint_late and trained, over)
-            if trained and not self.stop_reason:
-                self._checkpoint_if_due(cursor)
+
+    def _look(self, cursor: Cursor, *more: bool) -> list[bool]:
+        """Do together what any worker was asked for while all wait; returns for each further value whether any worker says so."""
+        noticed, late, over, *others = any_worker(*self.trigger.requests(), *more, device=self.device)
+        trained = cursor.step > self.first_step  # else there is nothing to save, and the first step will hear it
+        self._heard(cursor, noticed and trained, late and trained, over)
+        if trained and not self.stop_reason:
+            self._checkpoint_if_due(cursor)
+        return others
+
+    def hears_the_end(self, cursor: Cursor) -> bool:
+        """Look for what is asked, and return True if the training is to end."""
+        self._look(cursor)
+        return bool(self.stop_reason)
 
     def _wait_in(self, phase: Phase, step: int) -> None:
         """Tell the watchdog whom all wait for; a wait that goes on is no progress. The first rows belong to the setup."""
@@ -274,21 +296,51 @@ class _Loop:
         if not self.engine.was_step_applied():
             self.lr_scheduler.step()  # DeepSpeed leaves it unchanged, but it must end with the run
 
-    def after_step(self, cursor: Cursor) -> None:
-        """Evaluate and save a checkpoint if they are due. ``finish`` does it after the last step."""
-        if self.evaluations.is_due(cursor.step):
+    def after_step(self, cursor: Cursor, evaluates: bool = True, generates: bool = True) -> None:
+        """Evaluate, generate and save a checkpoint if they are due. ``finish`` does it after the last step."""
+        if evaluates and self.evaluations.is_due(cursor.step):
             self.evaluate(cursor)
             if self.stop_reason:
                 return
             self.compare(cursor, self.eval_results)
             if self.stop_reason:
                 return
-            if self.early_stopper.should_stop and (best := self.early_stopper.best):
-                self.emit(StoppedEarly(cursor.step, best.metric, best.step, best.value))
+            if self.early_stopper.should_stop:
+                self._tell_early_stop(cursor)
             if self.outside.decide:
                 self._follow(self.outside.decide, cursor)
+        if generates and not self.stop_reason:
+            self.generate(cursor)
         if not self.stop_reason:
             self._checkpoint_if_due(cursor)
+
+    def generate(self, cursor: Cursor) -> None:
+        """Have the model of this step predict, if that is due; wait for predictions as far as the training has to."""
+        if not self.generations.is_due(cursor.step):
+            return self.generations.after_step(cursor)
+        tokenizer = self.job.tokenizer() if self.rank == 0 else None
+        try:
+            results = self.generations(cursor, self.engine.module.model, tokenizer, self._needs_scores)
+        except RunFailed as error:
+            self.stop_reason, self.failed = str(error), True
+        else:
+            self._compare_scores(cursor, results)
+
+    @property
+    def _needs_scores(self) -> bool:
+        """True if scores of predictions decide which model is the best."""
+        return self.early_stopper.active and self.job.config.train.best_metric.startswith("predict_")
+
+    def _compare_scores(self, cursor: Cursor, results: Mapping[str, float]) -> None:
+        if not self._needs_scores or self.stop_reason:
+            return
+        self.compare(cursor, results)
+        if not self.stop_reason and self.early_stopper.should_stop:
+            self._tell_early_stop(cursor)
+
+    def _tell_early_stop(self, cursor: Cursor) -> None:
+        if best := self.early_stopper.best:
+            self.emit(StoppedEarly(cursor.step, best.metric, best.step, best.value))
 
     def _checkpoint_if_due(self, cursor: Cursor) -> None:
         if self.trigger.is_due(cursor.step) and self.saved_step != cursor.step:
@@ -364,6 +416,9 @@ class _Loop:
             self.evaluate(cursor)
         if not early and not self.stop_reason:
             self.compare(cursor, self.eval_results)
+            resumed = cursor.step == self.first_step
+            if not self.stop_reason and not (resumed and not self.generations.is_missing(cursor)):
+                self.generate(cursor)
         if self.stop_reason:
             return
         if early:

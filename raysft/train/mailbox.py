@@ -1,4 +1,5 @@
-"""Messages between a driver and its workers: events to the driver, and its request to stop to them. One actor carries both."""
+"""Messages between a driver and its workers: events to the driver; its request to stop, and what it generates, to them. One actor
+carries them all."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ class _Actor:
     def __init__(self) -> None:
         self._messages: asyncio.Queue[Any] = asyncio.Queue()
         self._stop, self._reason = asyncio.Event(), ""
+        self._news, self._told, self._number = asyncio.Event(), None, 0
 
     async def put(self, message: Any) -> None:
         await self._messages.put(message)
@@ -37,6 +39,16 @@ class _Actor:
     async def stopped(self) -> str:
         await self._stop.wait()
         return self._reason
+
+    async def tell(self, state: Any) -> None:
+        self._told, self._number = state, self._number + 1
+        self._news.set()
+        self._news = asyncio.Event()
+
+    async def told(self, known: int) -> tuple[int, Any]:
+        if self._number == known:
+            await self._news.wait()
+        return self._number, self._told
 
 
 class Mailbox:
@@ -79,6 +91,23 @@ class Mailbox:
                 hear(ray.get(self._actor.stopped.remote()))
 
         threading.Thread(target=wait, name="stop", daemon=True).start()
+
+    def tell(self, state: Any) -> None:
+        """Tell those who follow something new, which replaces what they have not heard yet; does not wait until they know."""
+        with suppress(RayError):
+            self._actor.tell.remote(state)
+
+    def follow(self, hear: Callable[[Any], None]) -> None:
+        """Call a function with what the driver tells, whenever that is new."""
+
+        def wait() -> None:
+            number = 0
+            with suppress(RayError):  # the driver has ended
+                while True:
+                    number, state = ray.get(self._actor.told.remote(number))
+                    hear(state)
+
+        threading.Thread(target=wait, name="generation", daemon=True).start()
 
     def close(self) -> None:
         """End the actor."""

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Phase = Literal["setup", "data", "forward", "backward", "step", "evaluation", "decision", "checkpoint", "export"]
-"""``data``: waiting for rows; ``step``: the optimizer's step and the sums over all workers; ``decision``: waiting for
-a scheduler of trials."""
+Phase = Literal[
+    "setup", "data", "forward", "backward", "step", "evaluation", "generation", "decision", "checkpoint", "export",
+]  # fmt: skip
+"""``data``: waiting for rows; ``step``: the optimizer's step and the sums over all workers; ``generation``: for predictions;
+``decision``: waiting for a scheduler of trials."""
 TRAINING: frozenset[Phase] = frozenset({"forward", "backward", "step"})
 """Phases that are parts of a step."""
 MOMENTS: dict[Phase, str] = {
@@ -17,6 +19,7 @@ MOMENTS: dict[Phase, str] = {
     "data": "reading the rows of step {step}",
     **dict.fromkeys(TRAINING, "step {step}"),
     "evaluation": "the evaluation after step {step}",
+    "generation": "the generation after step {step}",
     "decision": "the decision after step {step}",
     "checkpoint": "the checkpoint after step {step}",
     "export": "writing the model",

@@ -24,8 +24,8 @@ LEAST_SECONDS = 120.0
 """Time without progress from which a worker is called stuck, unless ``train.hang_minutes`` is less than twice as long."""
 STEPS = 10
 """Steps of usual length that a worker may take for one before it is called stuck."""
-PATIENCE: dict[Phase, int] = {"setup": 4, "export": 4, "decision": 4}
-"""Phases that may take longer, since a model is large or another process decides, and how many times longer."""
+PATIENCE: dict[Phase, int] = {"setup": 4, "export": 4, "generation": 4, "decision": 4}
+"""Phases that may take longer, since a model is large or another process computes or decides, and how many times longer."""
 ALIVE_SECONDS = 60.0
 """Time between two signs of life to the driver."""
 

@@ -24,6 +24,7 @@ from raysft.train.dataset_config import RESUME, TRAIN
 from raysft.train.decisions import Outside, receiver
 from raysft.train.event_pump import emitter, permanent_failures
 from raysft.train.finetuning import load_trained
+from raysft.train.generation import MailboxLine, Place
 from raysft.train.loss import TokenLoss
 from raysft.train.phases import Phases
 from raysft.train.ray_train_internals import get_train_context
@@ -37,8 +38,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     """Train from the newest checkpoint to the end.
 
     Args:
-        settings: ``job`` (``TrainJob``), ``mailbox`` for events and a request to stop, ``decisions`` of a scheduler or None, and
-            ``threads``.
+        settings: ``job`` (``TrainJob``), ``mailbox`` for events and a request to stop, ``decisions`` of a scheduler or None,
+            ``generates`` (True if the driver generates with the models of steps), and ``threads``.
     """
     try:
         with _named(settings), permanent_failures(settings["mailbox"]):
@@ -59,7 +60,8 @@ def _train(settings: dict[str, Any]) -> None:
     if rank == 0:
         mailbox.listen(reasons.append)
     decide = receiver(settings["decisions"]) if settings["decisions"] is not None else None
-    outside = Outside(_preemption_reason, lambda: reasons[0] if reasons else "", decide)
+    generation = MailboxLine(mailbox, emit, _place(), first=rank == 0) if settings["generates"] else None
+    outside = Outside(_preemption_reason, lambda: reasons[0] if reasons else "", decide, generation)
     workers = ray.train.get_context().get_world_size()
     resume = cast(ResumePoint | None, ray.train.get_dataset_shard(RESUME))
     shard = cast(Any, ray.train.get_dataset_shard(TRAIN))
@@ -72,6 +74,12 @@ def _train(settings: dict[str, Any]) -> None:
         loop.train(job, batches, device, emit, writer, resume, outside, phases)
         phases.enter("export")
         writer.close()
+
+
+def _place() -> Place:
+    """Return where this worker is."""
+    context = ray.get_runtime_context()
+    return context.get_node_id(), tuple(context.get_accelerator_ids().get("GPU", ()))
 
 
 def _preemption_reason() -> str:

@@ -72,6 +72,18 @@ COMPARES = {
             "generate.engine=vllm … LoRA … model.lora.extra_modules=['lm_head'] … generate.engine=transformers",
         ),
         (
+            {"generate__every_steps": 5, "stage": "pt"},
+            "generate.every_steps=5 … stage=pt trains on raw text … remove it, or set stage=sft",
+        ),
+        (
+            {"generate__every_steps": 5, "generate__enabled": False},
+            "generate.every_steps=5 … generate.enabled=false … remove every_steps",
+        ),
+        (
+            {"generate__every_steps": 5, "data__eval": [], "data__holdout": 0.0},
+            "generate.every_steps=5 needs prompts … data.eval, data.holdout or generate.sources",
+        ),
+        (
             {"train__optimizer": "galore", "train__zero_stage": 0},
             "train.optimizer=galore … model.finetuning=lora … full or freeze",
         ),
@@ -189,7 +201,7 @@ COMPARES = {
         ),
         (
             {**COMPARES, "train__best_metric": "predict_bleu-4"},
-            "train.best_metric=predict_bleu-4 … predictions … such as",
+            "train.best_metric=predict_bleu-4 … predictions … generate.every_steps=null … eval_loss",
         ),
         ({"train__eval_delay": 3}, "train.eval_delay=3 … train.eval_every_steps is not set; set it, or … remove"),
         (

@@ -232,6 +232,8 @@ def of(config: Config, path: str) -> Any:
         ({"eval_strategy": "steps", "logging_steps": 7, "val_size": 0.1}, {"train.eval_every_steps": 7}),
         ({"eval_strategy": "steps", "eval_steps": 20, "val_size": 0.1}, {"train.eval_every_steps": 20}),
         ({"evaluation_strategy": "steps", "eval_steps": 20, "val_size": 9}, {"train.eval_every_steps": 20}),
+        ({"eval_strategy": "steps", "eval_steps": 20, "val_size": 9, "predict_with_generate": True}, {
+            "train.eval_every_steps": 20, "generate.every_steps": 20, "generate.enabled": True}),
         ({"save_total_limit": 3}, {"train.keep_last": 3, "train.save_every_steps": 500}),
         ({"enable_thinking": False}, {"data.template_options": {"enable_thinking": False}}),
         ({"enable_thinking": None}, {"data.template_options": {"enable_thinking": None}}),
@@ -305,6 +307,15 @@ def test_what_keys_become(keys, expected):
     conversion = converted(**keys)
     assert conversion.refusals == []
     assert {path: value(conversion, path) for path in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "keys", [{"eval_strategy": "epoch", "predict_with_generate": True}, {"eval_strategy": "steps", "do_predict": True}]
+)
+def test_predictions_that_are_not_asked_for_every_so_many_steps_come_at_the_end(keys):
+    generate = converted(val_size=9, **keys).config["generate"]
+    assert generate["enabled"] is True
+    assert "every_steps" not in generate
 
 
 @pytest.mark.parametrize("keys", [{"template": "qwen", "mask_history": True}, {"template": "qwen3"}])

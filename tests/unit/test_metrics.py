@@ -321,6 +321,20 @@ def test_no_predictions_have_no_values():
     assert score(config(), []) == {"predict_examples": 0}
 
 
+def test_scores_of_steps_stay_beside_those_of_the_trained_model_and_go_with_the_steps_that_are_repeated(tmp_path):
+    run = RunDirectory(tmp_path)
+    for step, value in ((2, 1.0), (4, 2.0), (6, 3.0), (4, 2.5)):
+        found = metrics.write_step_metrics(
+            run, step, [metrics.MetricRow("chrf", None, "trained", value, signature="v1")]
+        )
+        assert found == {"predict_chrf": value}
+        assert run.generation(step).read_results("predict") == {"predict_chrf": value, "predict_chrf_signature": "v1"}
+    metrics.write_metrics(run, [metrics.MetricRow("chrf", None, "trained", 9.0)])
+    rows = [(row.get("step"), row["value"]) for row in read_jsonl(run.metrics)]
+    assert rows == [(2, 1.0), (4, 2.5), (None, 9.0)]
+    assert run.read_results("predict") == {"predict_chrf": 9.0}
+
+
 def test_the_result_files_hold_the_rows_and_the_flat_keys_of_llamafactory(tmp_path):
     run = RunDirectory(tmp_path)
     predictions = rows([("a b", "a b"), ("c", "d"), ("e", "e")], sources=("x", "y_z", "x"))
@@ -341,7 +355,8 @@ def test_the_result_files_hold_the_rows_and_the_flat_keys_of_llamafactory(tmp_pa
     assert {key: flat[f"predict_{key}"] for key in values} == values
 
     lines = list(read_jsonl(run.metrics))
-    assert lines == [asdict(row) for row in scores]
+    # Only predictions during a training have a step.
+    assert lines == [{key: value for key, value in asdict(row).items() if key != "step"} for row in scores]
     [row] = [row for row in lines if (row["metric"], row["source"], row["model"]) == ("exact_match", "x", "trained")]
     assert row == {
         "metric": "exact_match",

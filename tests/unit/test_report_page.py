@@ -15,8 +15,10 @@ import pytest
 import yaml
 
 from raysft.report import report
+from raysft.report.charts import small_charts
 from raysft.report.curves import Chart, Drawing, Line, thin
 from raysft.report.predictions import SHOWN
+from raysft.report.read_run import read_run
 from raysft.report.word_diff import marked, word_f1
 from raysft.storage.json_files import append_json, read_jsonl, write_json, write_jsonl
 from raysft.storage.run_directory import RunDirectory
@@ -128,6 +130,26 @@ def test_the_page_holds_what_a_run_came_to(tmp_path: Path):
     titles = [attrs["aria-label"] for tag, attrs in rendered.tags if tag == "svg"]
     assert titles[0] == "Loss, nats per token"
     assert len(titles) >= 8
+
+
+def test_scores_of_predictions_during_the_training_are_curves(tmp_path: Path):
+    run = make_run(tmp_path)
+    before = run.metrics.read_text() if run.metrics.exists() else ""
+    for step, score in ((5, 12.5), (10, 25.0)):
+        scores = {"predict_chrf": score, "predict_chrf_low": score - 1, "predict_chrf_high": score + 1}
+        facts = {"predict_examples": 3, "predict_runtime": 1.5, "predict_exact_match": score / 100}
+        append_json(run.trainer_log, {"current_steps": step, "total_steps": 20, **scores, **facts})
+        append_json(run.metrics, {"metric": "chrf", "source": None, "model": "trained", "value": score, "step": step})
+    log = read_run(run)
+    assert [record["predict_chrf"] for record in log.generations] == [12.5, 25.0]
+    assert len(log.metrics) == len(before.splitlines())
+    charts = {
+        line.label: list(line.values)
+        for drawing in small_charts(log)
+        if drawing.chart.title == "Scores of predictions"
+        for line in drawing.chart.lines
+    }
+    assert charts == {"chrF": [12.5, 25.0], "exact match": [0.125, 0.25]}
 
 
 def test_nothing_of_the_page_comes_from_elsewhere(tmp_path: Path):

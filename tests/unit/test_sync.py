@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from dataclasses import asdict, replace
 
@@ -67,6 +68,21 @@ def test_files_go_there_as_they_change_and_come_from_there(run, tmp_path, monkey
     ]
     assert (run.place / "results.json").read_text() == "here"
     assert (run.place / "trainer_log.jsonl").read_text().count("step") == 2
+
+
+def test_predictions_during_a_training_are_fetched_again_but_not_the_models(run, tmp_path):
+    (run.step_model(4) / "config.json").write_text("{}")  # a worker writes it there
+    with synced(run, print):
+        step = run.generation(4)
+        step.path.mkdir(parents=True)
+        (step.path / ".generated_predictions.jsonl.partial").write_text("1")
+    shutil.rmtree(run.path)
+    with synced(run, print):
+        files = [path for path in run.path.rglob("*") if path.is_file()]
+        assert files == [step.path / ".generated_predictions.jsonl.partial"]
+        files[0].unlink()
+        step.predictions.write_text("2")
+    assert list(run.place.walk()) == ["generation/4/generated_predictions.jsonl", "generation/4/model/config.json"]
 
 
 def test_what_did_not_change_is_not_sent_again(run, server):

@@ -19,6 +19,8 @@ from raysft.telemetry.events import (
     CheckpointSaved,
     EvaluationDone,
     Event,
+    GenerationDone,
+    GenerationNotice,
     PreemptionNotice,
     SetupDone,
     StepRecord,
@@ -83,6 +85,11 @@ EVENTS: dict[type, tuple[Event, str]] = {
         ),
         "after step 4 | eval loss 1.5000 | perplexity 4.48 | token accuracy 25.0% | 1,200 loss tokens",
     ),
+    GenerationDone: (
+        GenerationDone({"current_steps": 4, "predict_examples": 8, "predict_chrf": 31.257, "predict_runtime": 2.5}),
+        "after step 4 | chrf 31.26 | 8 examples in 2.5 s",
+    ),
+    GenerationNotice: (GenerationNotice(4, "an engine died"), "predictions after step 4: an engine died"),
     StoppedEarly: (
         StoppedEarly(6, "eval_loss", 4, 1.5),
         "stopped early after step 6: best eval_loss 1.5000 after step 4",
@@ -125,7 +132,7 @@ class Recording:
         self.calls: list[tuple[str, Any]] = []
 
     def __getattr__(self, name: str) -> Any:
-        if name not in ("on_setup", "on_step", "on_evaluate", "on_checkpoint", "on_end"):
+        if name not in ("on_setup", "on_step", "on_evaluate", "on_generate", "on_checkpoint", "on_end"):
             raise AttributeError(name)
         return lambda argument: self.calls.append((name, argument))
 
@@ -153,6 +160,7 @@ def test_callbacks_get_a_record_of_each_step_and_plain_values_otherwise(tmp_path
     assert (calls["on_setup"]["step"], calls["on_setup"]["trained_parameters"]) == (3, 1)
     assert calls["on_step"] == step(4)
     assert calls["on_evaluate"]["eval_loss"] == 1.5
+    assert calls["on_generate"]["predict_chrf"] == 31.257
     assert calls["on_checkpoint"] == {"step": 4, "rows": 16}
     assert calls["on_end"] == {"train": {"total_steps": 9}, "eval": {"eval_loss": 1.5}}
 
@@ -236,3 +244,22 @@ def test_a_storage_that_fails_for_many_workers_is_said_once(tmp_path, capsys):
         "no checkpoint after step 6: busy; training continues, older checkpoints are kept",
         "no checkpoint after step 6: full; training continues, older checkpoints are kept",
     ]
+
+
+def test_predictions_are_logged_once_and_those_of_steps_that_are_repeated_are_logged_again(tmp_path, capsys):
+    log = TrainLog(tmp_path / "trainer_log.jsonl", Terminal())
+    record = {"current_steps": 2, "predict_examples": 8, "predict_chrf": 31.0}
+    evaluation = {"current_steps": 2, "eval_loss": 1.5}
+    log(step(1))
+    log(step(2))
+    log(GenerationDone(record))
+    log(set_up(2, [asdict(step(1)), asdict(step(2)), evaluation]))  # the driver died before it wrote the evaluation
+    log(GenerationDone(record))  # and before it removed the model
+    records = list(read_jsonl(tmp_path / "trainer_log.jsonl"))
+    assert [each["current_steps"] for each in records] == [1, 2, 2, 2]
+    assert [record, evaluation] == records[2:]
+    log(set_up(1))
+    log(step(2))
+    log(GenerationDone({**record, "predict_chrf": 32.0}))
+    records = list(read_jsonl(tmp_path / "trainer_log.jsonl"))
+    assert [each.get("predict_chrf") for each in records] == [None, None, 32.0]

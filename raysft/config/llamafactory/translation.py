@@ -142,11 +142,18 @@ def _every(given: Settings, path: str, strategy: str, key: str) -> Derived:
 def predictions(given: Settings) -> Derived:
     """Predictions at the end."""
     asked = given.predicts or (given["predict_with_generate"] and given.evaluates and given.trains)
-    late = asked and given.trains and given["eval_strategy"] != "no"
+    during = given["predict_with_generate"] and given.trains and given["eval_strategy"] != "no"
+    late = asked and during and given["eval_strategy"] == "epoch"
     key = "do_predict" if given.predicts else "predict_with_generate"
-    yield Entry("generate.enabled", asked, key, "after the training, not in its evaluations" if late else "")
+    note = "after the training, and not after each epoch: set generate.every_steps for that" if late else ""
+    yield Entry("generate.enabled", asked, key, note)
     if not asked:
         return
+    if during and not late:
+        steps = "eval_steps" if given.given("eval_steps") else "logging_steps"
+        for entry in _every(given, "train.eval_every", "steps", steps):
+            if isinstance(entry, Entry):  # else it is refused with the evaluations
+                yield Entry("generate.every_steps", entry.value, "predict_with_generate", "as often as it evaluates")
     if given.trains:
         yield Entry("generate.compare_base", False, "", "LLaMA-Factory predicts with the trained model only")
     length = "max_new_tokens" if given["max_new_tokens"] > 0 else "max_length"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from raysft.generate.metrics.loading import BUILTIN_METRICS, check
-from raysft.generate.metrics.rows import MetricRow, ModelRole, flat_results, write_metrics
+from raysft.generate.metrics.rows import MetricRow, ModelRole, flat_results, write_metrics, write_step_metrics
 from raysft.generate.metrics.scoring import score, score_labelled
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "score",
     "score_labelled",
     "write_metrics",
+    "write_step_metrics",
 ]

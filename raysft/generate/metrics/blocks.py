@@ -29,12 +29,15 @@ Block = list[tuple[str, str]]
 """Predictions and their references."""
 
 
-def in_blocks(modules: Mapping[str, AdditiveMetric], texts: Iterable[tuple[str, str]]) -> dict[str, np.ndarray]:
+def in_blocks(
+    modules: Mapping[str, AdditiveMetric], texts: Iterable[tuple[str, str]], by_tasks: bool = True
+) -> dict[str, np.ndarray]:
     """Compute the statistics of built-in metrics.
 
     Args:
         modules: the metrics, by name.
         texts: each prediction and its reference; taken one at a time.
+        by_tasks: let tasks compute them if there are many; they need CPUs that nobody has reserved.
 
     Returns:
         [examples, statistics] float64 of each metric.
@@ -44,10 +47,9 @@ def in_blocks(modules: Mapping[str, AdditiveMetric], texts: Iterable[tuple[str, 
     """
     blocks = _blocks(iter(texts))
     parts: dict[str, list[np.ndarray]] = {name: [] for name in modules}
-    by_tasks = False
     for first in blocks:
-        by_tasks = bool(modules) and len(first) >= PARALLEL_FROM and ray.is_initialized()
-        found = _by_tasks(list(modules), _cut(first), blocks) if by_tasks else _here(modules, first, blocks)
+        parallel = by_tasks and bool(modules) and len(first) >= PARALLEL_FROM and ray.is_initialized()
+        found = _by_tasks(list(modules), _cut(first), blocks) if parallel else _here(modules, first, blocks)
         for statistics in found:
             for name, values in statistics.items():
                 parts[name].append(values)

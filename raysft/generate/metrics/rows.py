@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from raysft.storage.json_files import write_jsonl
+from raysft.storage.json_files import read_jsonl, write_json, write_jsonl
 from raysft.storage.run_directory import RunDirectory
 
 ModelRole = Literal["base", "trained", "other"]
@@ -32,6 +32,8 @@ class MetricRow:
     """None if unknown, or if neither is better."""
     signature: str | None = None
     """Version and settings of the metric, as sacreBLEU writes them."""
+    step: int | None = None
+    """Optimizer steps of the model if it predicted during its training; None for a model that is not trained further."""
 
 
 def flat_key(metric: str, source: str | None) -> str:
@@ -61,6 +63,28 @@ def flat_results(rows: Iterable[MetricRow]) -> dict[str, Any]:
 
 
 def write_metrics(run: RunDirectory, rows: Sequence[MetricRow]) -> None:
-    """Write ``metrics.jsonl``, and ``predict_results.json`` and ``all_results.json`` derived from it."""
-    write_jsonl(run.metrics, [asdict(row) for row in rows])
+    """Write ``metrics.jsonl``, and ``predict_results.json`` and ``all_results.json`` derived from it; rows of steps stay."""
+    write_jsonl(run.metrics, [*_rows_of_steps(run), *map(_line, rows)])
     run.write_results("predict", flat_results(rows))
+
+
+def write_step_metrics(run: RunDirectory, step: int, rows: Sequence[MetricRow]) -> dict[str, float]:
+    """Write the scores of a step's predictions beside them, and with the step into ``metrics.jsonl``; rows of later steps go.
+
+    Returns:
+        The numbers of the step's ``predict_results.json``.
+    """
+    results = flat_results(rows)
+    earlier = [row for row in _rows_of_steps(run) if row["step"] < step]
+    write_jsonl(run.metrics, [*earlier, *(_line(replace(row, step=step)) for row in rows)])
+    write_json(run.generation(step).results("predict"), results)
+    return {key: value for key, value in results.items() if isinstance(value, int | float)}
+
+
+def _rows_of_steps(run: RunDirectory) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl`` about predictions during the training."""
+    return [row for row in read_jsonl(run.metrics) if row.get("step") is not None]
+
+
+def _line(row: MetricRow) -> dict[str, Any]:
+    return {key: value for key, value in asdict(row).items() if key != "step" or value is not None}

@@ -25,7 +25,7 @@ Estimate = tuple[float, tuple[float, float] | None]
 
 
 def score_labelled(
-    config: Config, predictions: Iterable[dict[str, Any]], model: ModelRole = "trained"
+    config: Config, predictions: Iterable[dict[str, Any]], model: ModelRole = "trained", by_tasks: bool = True
 ) -> list[MetricRow]:
     """Score the predictions that have a label to compare with, as ``score`` does; a row ``unscored`` counts the others, if any."""
     unscored = 0
@@ -38,11 +38,13 @@ def score_labelled(
             else:
                 unscored += 1
 
-    rows = score(config, labelled(), model)
+    rows = score(config, labelled(), model, by_tasks)
     return [*rows, MetricRow("unscored", None, model, unscored, unit="examples")] if unscored else rows
 
 
-def score(config: Config, predictions: Iterable[dict[str, Any]], model: ModelRole = "trained") -> list[MetricRow]:
+def score(
+    config: Config, predictions: Iterable[dict[str, Any]], model: ModelRole = "trained", by_tasks: bool = True
+) -> list[MetricRow]:
     """Score predictions over all sources and, if they come from several, for each source.
 
     Predictions are taken one at a time. What stays in memory are a few numbers for each of them; metrics that do not say how
@@ -52,6 +54,7 @@ def score(config: Config, predictions: Iterable[dict[str, Any]], model: ModelRol
         config: names the metrics, and the seed of the intervals.
         predictions: objects with at least ``predict``, ``label`` and ``source``.
         model: the model that made the predictions.
+        by_tasks: let tasks of the cluster score many predictions; else this process does it.
 
     Returns:
         A row ``examples`` for each group of predictions, then a row for each number that a metric gives. Additive metrics
@@ -79,6 +82,7 @@ def score(config: Config, predictions: Iterable[dict[str, Any]], model: ModelRol
         statistics = in_blocks(
             {name: module for name, module in additive.items() if name in BUILTIN_METRICS},
             _texts(chain(first, left), sources, kept),
+            by_tasks,
         )
         for name, module in additive.items():
             if name not in statistics:

@@ -1,0 +1,93 @@
+"""Where the predictions during a training are made: beside the workers, or by the devices of workers that wait."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from raysft.cluster.placement import Node, counted, room_beside
+from raysft.config import Config
+from raysft.errors import RequestError
+
+
+@dataclass(frozen=True)
+class GenerationPlan:
+    """How a training generates (``generate.every_steps``)."""
+
+    every_steps: int
+    times: int
+    """How often, to the end of the training."""
+    engines: int
+    """Engines that find room beside the workers; 0 if the workers wait instead."""
+    threads: int | None
+    """Threads of each of them without a GPU."""
+    reason: str
+
+    @property
+    def pauses(self) -> bool:
+        """True if the workers wait meanwhile."""
+        return not self.engines
+
+    def line(self) -> str:
+        """The plan as a line for the terminal."""
+        after = f"generation: after every {counted(self.every_steps, 'step')}, {self.times} times, "
+        return after + (
+            f"by {counted(self.engines, 'engine')} beside the training ({self.reason})"
+            if self.engines
+            else f"between two steps: {self.reason}"
+        )
+
+
+def plan_generation(config: Config, nodes: Sequence[Node], steps: int) -> GenerationPlan | None:
+    """Decide where the engines run; None if the training does not generate.
+
+    Args:
+        config: of the run.
+        nodes: the cluster's nodes.
+        steps: of the training.
+
+    Raises:
+        RequestError: there is no room for engines that cannot share devices with workers.
+    """
+    every, scaling, generate = config.generate.every_steps, config.scaling, config.generate
+    if every is None or not config.generates:
+        return None
+    room = room_beside(
+        nodes, scaling.most_workers, scaling.cpus_per_worker, scaling.use_gpu, scaling.placement == "spread"
+    )
+    needs = (0.0, float(generate.gpus_per_engine)) if scaling.use_gpu else (1.0, 0.0)
+    fitting = [node.capacity(*needs) for node in room]
+    default = sum(fitting) if scaling.use_gpu else sum(1 for count in fitting if count)
+    engines = min(generate.num_actors or default, sum(fitting))
+    workers = f"{counted(scaling.most_workers, 'worker')} of {counted(scaling.cpus_per_worker, 'CPU')}"
+    if scaling.use_gpu:
+        workers += " and 1 GPU"
+    times = steps // every
+    if config.run.sweep:
+        engines, reason = 0, "the trials of a sweep share the cluster, so the training pauses while it generates"
+    elif engines:
+        threads = [int(node.cpus) // count for node, count in zip(room, fitting, strict=True) if count]
+        own = None if scaling.use_gpu else scaling.threads_per_worker or max(1, min(threads))
+        left = sum(node.gpus if scaling.use_gpu else node.cpus for node in room)
+        free = f"{left:g} {'GPUs' if scaling.use_gpu else 'CPUs'} are free beside {workers}"
+        return GenerationPlan(every, times, engines, own, free)
+    else:
+        reason = f"no room for an engine beside {workers}, so the training pauses while it generates"
+    _check_shared(config, workers)
+    return GenerationPlan(every, times, 0, None, reason)
+
+
+def _check_shared(config: Config, workers: str) -> None:
+    """Refuse engines that cannot use the devices of workers."""
+    every, gpus = config.generate.every_steps, config.generate.gpus_per_engine
+    if config.generate.engine == "vllm":
+        raise RequestError(
+            f"generate.every_steps={every} with generate.engine=vllm needs devices that no worker uses, but beside {workers} "
+            "there is no room; add nodes, lower scaling.num_workers, set generate.engine=transformers, or remove every_steps"
+        )
+    if config.scaling.use_gpu and gpus > config.scaling.fewest_workers:
+        raise RequestError(
+            f"generate.every_steps={every} with generate.gpus_per_engine={gpus} needs {gpus} GPUs of one node, but beside "
+            f"{workers} there are none, and {counted(config.scaling.fewest_workers, 'worker')} can lend too few; lower "
+            "generate.gpus_per_engine, or remove every_steps"
+        )

@@ -1,0 +1,330 @@
+"""Generation during training, as the workers see it: write the model of a step, ask for its predictions, and wait if they must.
+
+The driver generates (``run.step_generation``), by engines that either find room beside the workers or use the devices of workers
+that wait meanwhile. At most one model is generated with at a time, so that models do not pile up.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from raysft.errors import RunFailed
+from raysft.storage.path import StoragePath
+from raysft.storage.run_directory import GENERATION, is_complete
+from raysft.telemetry.events import Emit, GenerationNotice
+from raysft.train.checkpoint.cursor import Cursor
+from raysft.train.decisions import from_first
+from raysft.train.export import Exporter
+from raysft.train.intervals import Interval
+from raysft.train.job import TrainJob
+from raysft.train.phases import Phases
+
+LOOK_SECONDS = 1.0
+"""Time between two looks of workers that wait for predictions; the end of the generation wakes the first worker at once."""
+Place = tuple[str, tuple[str, ...]]
+"""Ray's id of a worker's node, and its GPUs as ``CUDA_VISIBLE_DEVICES`` names them."""
+
+
+@dataclass(frozen=True)
+class GenerationDue:
+    """The first worker's message to the driver: the model of a step is written, and predictions are due."""
+
+    step: int
+    ticket: int
+    """Tells this request from others for the same step."""
+    places: tuple[Place, ...] = ()
+    """Where the workers are, which wait and leave their devices to the engines; empty while they train."""
+
+
+class Status(IntEnum):
+    """What became of a request."""
+
+    RUNNING = 0
+    NO_ROOM = 1
+    """The engines find no room beside the workers, which are to wait."""
+    DONE = 2
+    FAILED = 3
+
+
+@dataclass(frozen=True)
+class GenerationState:
+    """The driver's message to the first worker."""
+
+    ticket: int
+    status: Status = Status.RUNNING
+    predictions: int = 0
+    """Number of predictions so far."""
+    results: dict[str, float] = field(default_factory=dict)
+    """Keys of ``predict_results.json``, once it is done."""
+    failure: str = ""
+
+
+class Line(Protocol):
+    """A worker's connection to the driver's generation; only the first worker's is used to ask and to hear."""
+
+    place: Place
+
+    def ask(self, due: GenerationDue) -> None: ...
+
+    def state(self) -> GenerationState | None: ...
+
+    def wait(self, seconds: float) -> None: ...
+
+
+class Generator(Protocol):
+    """What generates in the driver, as a training uses it."""
+
+    def begin(self, mailbox: Any) -> AbstractContextManager[None]:
+        """Generate for the workers of a training, which hear of it through its mailbox, during the block."""
+        ...
+
+    def take(self, due: GenerationDue) -> None:
+        """Take a request."""
+        ...
+
+    def forget(self) -> None:
+        """Drop all requests: the workers start again, and will repeat them. What was predicted is kept."""
+        ...
+
+    def complete(self) -> None:
+        """Return once all requests have ended; the workers have."""
+        ...
+
+
+class MailboxLine:
+    """The line of a worker of Ray Train."""
+
+    def __init__(self, mailbox: Any, ask: Callable[[Any], None], place: Place, first: bool) -> None:
+        """
+        Args:
+            mailbox: ``Mailbox`` of the training.
+            ask: sends a message to the driver.
+            place: of this worker.
+            first: True for the first worker, which listens.
+        """
+        self.ask, self.place = ask, place
+        self._state: GenerationState | None = None
+        self._news = threading.Event()
+        if first:
+            mailbox.follow(self._hear)
+
+    def _hear(self, state: GenerationState) -> None:
+        self._state = state
+        self._news.set()
+
+    def state(self) -> GenerationState | None:
+        """Return what the driver told last."""
+        return self._state
+
+    def wait(self, seconds: float) -> None:
+        """Wait for news of the driver."""
+        self._news.wait(seconds)
+        self._news.clear()
+
+
+class StepGenerations:
+    """The generations of one worker's training. All workers call its methods together."""
+
+    def __init__(
+        self,
+        job: TrainJob,
+        exporter: Exporter,
+        device: torch.device,
+        emit: Emit,
+        phases: Phases,
+        line: Line | None,
+        stopping: Callable[[Cursor], bool],
+    ) -> None:
+        """
+        Args:
+            job: what is trained.
+            exporter: writes the model.
+            device: for the collectives.
+            emit: receives ``GenerationNotice``.
+            phases: told what this worker does.
+            line: to the driver; None if nobody generates.
+            stopping: a collective: does what was asked of the workers while they wait, and returns True if the training is to end.
+        """
+        self._job, self._exporter, self._device, self._emit = job, exporter, device, emit
+        self._phases, self._line, self._stopping = phases, line, stopping
+        every = job.config.generate.every_steps if line is not None else None
+        self._due = Interval(job.train_rows.row_plan, every, None)
+        self._asked: GenerationDue | None = None
+        """The request whose end is not known yet; on the other workers without what only the first one knows."""
+        self._told_wait = False
+
+    def is_due(self, step: int) -> bool:
+        """Return True if predictions are due after a step."""
+        return self._line is not None and self._due.is_due(step)
+
+    def resume(self, cursor: Cursor, needed: bool = False) -> None:
+        """Ask again for predictions that an earlier process did not complete; later steps are repeated, and ask by themselves.
+
+        Args:
+            cursor: where the training resumes.
+            needed: wait for the scores.
+        """
+        if self._line is None:
+            return
+        folder, left = self._job.run.place / GENERATION, [0]
+        if dist.get_rank() == 0:
+            steps = [int(name) for name in folder.entries() if name.isdigit() and int(name) <= cursor.step]
+            left = sorted(step for step in steps if is_complete(self._job.run.step_model(step)))
+        left = self._shared(left)
+        for step in left:
+            self._ask(step, self._job.generation_pauses)
+        if left and (needed or self._job.generation_pauses):
+            self._wait(cursor)
+
+    def is_missing(self, cursor: Cursor) -> bool:
+        """Return True if predictions are due where the training resumes, and nothing was begun: it was stopped before."""
+        return self.is_due(cursor.step) and not self._shared(self._begun(cursor.step))
+
+    def _begun(self, step: int) -> bool:
+        # The model is removed once there are results.
+        return is_complete(self._job.run.step_model(step)) or self._results(step).exists()
+
+    def _results(self, step: int) -> StoragePath:
+        """The file of a step's scores; on another machine than the driver's a remote run has no local one."""
+        generation = self._job.run.generation(step)
+        return generation.place / generation.results("predict").name
+
+    def __call__(self, cursor: Cursor, model: Any, tokenizer: Any, needed: bool = False) -> dict[str, float]:
+        """Ask for predictions of the current model.
+
+        Args:
+            cursor: where the training stands.
+            model: inside the engine.
+            tokenizer: written with it.
+            needed: wait for the scores.
+
+        Returns:
+            The scores if they are needed; empty if the training is to stop meanwhile.
+
+        Raises:
+            RunFailed: there are none, but they are needed; raised by all workers alike.
+        """
+        if self._asked is not None and not self._settle_last(cursor):
+            return {}
+        self._phases.enter("export", cursor.step)
+        failure = self._exporter.save_snapshot(self._job.run.step_model(cursor.step), model, tokenizer)
+        if failure is not None:
+            if needed:
+                raise failure
+            self._emit(GenerationNotice(cursor.step, f"left out: {failure}"))
+            return {}
+        pauses = self._job.generation_pauses
+        self._ask(cursor.step, pauses)
+        if not (pauses or needed):
+            return {}
+        state = self._wait(cursor)
+        if state is None:
+            return {}
+        if needed and state.status is Status.FAILED:
+            raise RunFailed(f"no predictions after step {cursor.step}, which train.best_metric needs: {state.failure}")
+        return state.results
+
+    def results(self, step: int) -> dict[str, float]:
+        """Return the scores of a step that an earlier process completed; empty if it did not."""
+        known: dict[str, float] = {}
+        if dist.get_rank() == 0:
+            known = json.loads(self._results(step).read_bytes()) if self._results(step).exists() else {}
+        return self._shared(known)
+
+    def after_step(self, cursor: Cursor) -> None:
+        """Wait for the engines if they find no room beside the workers."""
+        if self._asked is None:
+            return
+        state = self._line.state() if self._line is not None and dist.get_rank() == 0 else None
+        status = Status(from_first(self._status(state), device=self._device)[0])
+        if status in (Status.DONE, Status.FAILED):
+            self._asked = None
+        elif status is Status.NO_ROOM:
+            self._wait(cursor)
+
+    def _settle_last(self, cursor: Cursor) -> bool:
+        """Wait until the last request has ended; returns False if the training is to stop meanwhile."""
+        assert self._asked is not None
+        self.after_step(cursor)
+        if self._asked is None:
+            return True
+        if not self._told_wait:
+            self._told_wait = True
+            self._emit(
+                GenerationNotice(
+                    self._asked.step,
+                    f"not done yet; the training waits for it after step {cursor.step}, where the next is due (from now on "
+                    "without a word; raise generate.every_steps if that takes long)",
+                )
+            )
+        return self._wait(cursor) is not None
+
+    def _ask(self, step: int, pauses: bool) -> None:
+        if pauses and self._device.type == "cuda":
+            torch.cuda.empty_cache()  # the engines need the room
+        places = self._places() if pauses else ()
+        self._asked = GenerationDue(step, time.time_ns(), places)
+        if dist.get_rank() == 0 and self._line is not None:
+            self._line.ask(self._asked)
+
+    def _pause(self) -> None:
+        """Leave the devices to the engines of the request that is under way."""
+        assert self._asked is not None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._asked = GenerationDue(self._asked.step, self._asked.ticket, self._places())
+        if dist.get_rank() == 0 and self._line is not None:
+            self._line.ask(self._asked)
+
+    def _places(self) -> tuple[Place, ...]:
+        assert self._line is not None
+        places: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(places, self._line.place)
+        return tuple(places)
+
+    def _wait(self, cursor: Cursor) -> GenerationState | None:
+        """Wait for the end of the request; returns None if the training is to stop before."""
+        assert self._line is not None
+        seen = -1
+        while True:
+            if self._phases.phase != "generation":  # a checkpoint may come in between
+                self._phases.enter("generation", cursor.step)
+            state = None
+            if dist.get_rank() == 0:
+                self._line.wait(0.0 if seen < 0 else LOOK_SECONDS)
+                state = self._line.state()
+            status, predictions = from_first(
+                self._status(state), state.predictions if state else 0, device=self._device
+            )
+            if status in (Status.DONE, Status.FAILED):
+                self._asked = None
+                return self._shared(state)
+            if self._stopping(cursor):
+                return None
+            if status == Status.NO_ROOM and self._asked and not self._asked.places:
+                self._pause()
+            if predictions != seen:
+                seen = predictions
+                self._phases.progress()
+
+    def _status(self, state: GenerationState | None) -> Status:
+        """What the driver told of the request; only the first worker knows."""
+        if state is None or self._asked is None or state.ticket != self._asked.ticket:
+            return Status.RUNNING
+        return state.status
+
+    def _shared(self, value: Any) -> Any:
+        """Return the first worker's value on all workers. A collective."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]

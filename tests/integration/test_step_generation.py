@@ -1,0 +1,226 @@
+"""Generation during training through the command line, beside the workers and between two steps, on a cluster of 2 CPUs."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file
+
+from raysft.cli import main
+from raysft.errors import RunFailed
+from raysft.run import step_generation
+from raysft.run.step_generation import predict_step
+from raysft.stopping import current
+from raysft.storage.json_files import read_jsonl
+from tests.tiny import tiny_model, write_chats
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+CONFIG = """
+run: {{storage: {folder}/runs, seed: 1}}
+model: {{path: {folder}/base, dtype: float32, lora: {{rank: 4}}}}
+data:
+  train: [{{name: chat, path: {folder}/chat.jsonl}}]
+  holdout: 0.2
+  sequence_length: 128
+train:
+  max_steps: 6
+  global_batch_size: 2
+  learning_rate: 1.0e-2
+  schedule: constant
+  warmup_steps: 0
+  eval_at_start: false
+  save_every_minutes: null
+scaling: {{cpus_per_worker: 0.5, threads_per_worker: 1}}
+generate:
+  {{compare_base: false, max_examples: 6, max_new_tokens: 8, do_sample: false, batch_size: 4, metrics: [similarity, chrf]}}
+"""
+BETWEEN = ["scaling.num_workers=2", "scaling.cpus_per_worker=0.75"]
+"""Two workers leave half a CPU, of which data tasks need all."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("steps")
+    tiny_model(folder / "base", spread=0.2)
+    write_chats(folder / "chat.jsonl", 60)
+    (folder / "sft.yaml").write_text(CONFIG.format(folder=folder))
+    return folder
+
+
+def run(folder: Path, name: str, *settings: str, verb: str = "run") -> Path:
+    assert main([verb, str(folder / "sft.yaml"), f"run.name={name}", *settings]) == 0
+    return folder / "runs" / name
+
+
+def generations(run: Path) -> dict[int, dict]:
+    """The records of predictions in the log, by step; each step has one."""
+    records = [each for each in read_jsonl(run / "trainer_log.jsonl") if "predict_examples" in each]
+    by_step = {record["current_steps"]: record for record in records}
+    assert len(by_step) == len(records)
+    return by_step
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    [file] = (run / "model").glob("*.safetensors")
+    return load_file(file)
+
+
+def scores(results: dict) -> dict:
+    """The results that do not depend on time."""
+    return {key: value for key, value in results.items() if key.startswith("predict_") and "runtime" not in key
+            and "per_second" not in key and "signature" not in key}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "where"),
+    [
+        ("beside", [], "by 1 engine beside the training"),
+        ("between", [*BETWEEN, "model.finetuning=full", "train.zero_stage=3"], "between two steps"),
+    ],
+)
+def test_predictions_of_a_step_are_those_of_its_model_and_change_no_weight(folder, capsys, name, settings, where):
+    every = run(folder, name, "generate.every_steps=2", *settings)
+    printed = capsys.readouterr().out
+    assert f"after every 2 steps, 3 times, {where}" in printed
+    assert "after step 4 | rouge-1" in printed
+    found = generations(every)
+    assert sorted(found) == [2, 4, 6]
+    assert [found[4][key] for key in ("total_steps", "percentage")] == [6, 66.67]
+    shorter = run(folder, f"{name}-4", "train.max_steps=4", *settings)
+    ours, theirs = every / "generation" / "4", shorter
+    assert (ours / "generated_predictions.jsonl").read_text() == (theirs / "generated_predictions.jsonl").read_text()
+    expected = scores(json.loads((theirs / "predict_results.json").read_text()))
+    assert expected["predict_examples"] == 6
+    assert scores(found[4]) == scores(json.loads((ours / "predict_results.json").read_text())) == expected
+    rows = [row for row in read_jsonl(every / "metrics.jsonl") if row.get("step") == 4 and row["metric"] == "chrf"]
+    assert [row["value"] for row in rows] == [expected["predict_chrf"]]
+    # The last step's are those of the trained model, which is not asked again.
+    assert scores(found[6]) == scores(json.loads((every / "predict_results.json").read_text())) != expected
+    assert not list((every / "generation").glob("*/model"))
+    without = weights(run(folder, f"{name}-none", *settings, verb="train"))
+    with_generation = weights(every)
+    assert without.keys() == with_generation.keys()
+    assert all(torch.equal(without[key], with_generation[key]) for key in without)
+
+
+@pytest.fixture(scope="module")
+def beside(folder) -> Path:
+    """A run that was not interrupted."""
+    return run(folder, "whole", "generate.every_steps=2", verb="train")
+
+
+@pytest.mark.parametrize(("name", "settings"), [("stopped", []), ("stopped-between", BETWEEN)])
+def test_a_run_that_stops_while_it_generates_goes_on_with_the_same_predictions(
+    folder, beside, capsys, monkeypatch, name, settings
+):
+    place = folder / "runs" / name
+
+    def stops(config, directory, step, *more):
+        if step != 4:
+            return predict_step(config, directory, step, *more)
+        (place / "stop").touch()
+        limit = time.monotonic() + 60
+        while time.monotonic() < limit:
+            current().check()
+            time.sleep(0.05)
+        raise AssertionError("nobody asked it to stop")
+
+    monkeypatch.setattr(step_generation, "predict_step", stops)
+    command = ["train", str(folder / "sft.yaml"), f"run.name={name}", "generate.every_steps=2", *settings]
+    assert main(command) == 75
+    assert sorted(generations(place)) == [2]
+    assert (place / "generation" / "4" / "model" / "adapter_config.json").exists()
+    monkeypatch.undo()
+    assert main(command) == 0
+    found = generations(place)
+    if settings:
+        assert sorted(found) == [2, 4, 6]
+    else:
+        assert {step: scores(found[step]) for step in found} == {
+            step: scores(record) for step, record in generations(beside).items()
+        }
+        assert all(torch.equal(weight, weights(place)[key]) for key, weight in weights(beside).items())
+    assert not list((place / "generation").glob("*/model"))
+
+
+def failing(at: int):
+    """What predicts the prompts, and fails after a step."""
+
+    def predict(config, directory, step, *more):
+        if step == at:
+            raise RunFailed("generation failed: out of memory")
+        return predict_step(config, directory, step, *more)
+
+    return predict
+
+
+def test_a_generation_that_fails_is_told_and_training_goes_on(folder, beside, capsys, monkeypatch):
+    monkeypatch.setattr(step_generation, "predict_step", failing(at=2))
+    failed = run(folder, "failed", "generate.every_steps=2", verb="train")
+    told = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
+    assert len(told) == 1
+    assert "predictions after step 2: generation failed" in told[0]
+    assert sorted(generations(failed)) == [4, 6]
+    assert not (failed / "generation" / "2" / "model").exists()
+    assert all(torch.equal(weight, weights(failed)[key]) for key, weight in weights(beside).items())
+
+
+def test_a_training_that_needs_scores_ends_with_a_checkpoint_where_there_are_none(folder, capsys, monkeypatch):
+    monkeypatch.setattr(step_generation, "predict_step", failing(at=4))
+    command = ["train", str(folder / "sft.yaml"), "run.name=needs", "generate.every_steps=2", *BEST]
+    assert main(command) == 1
+    [line] = capsys.readouterr().err.splitlines()[-1:]
+    assert "out of memory" in line
+    assert "train.best_metric" in line
+    monkeypatch.undo()
+    assert main(command) == 0
+    check_best(folder / "runs" / "needs", steps=[2, 4, 6])
+
+
+BEST = ["train.keep_best=true", "train.best_metric=predict_rouge-l"]
+
+
+def check_best(run: Path, steps: list[int]) -> None:
+    found = generations(run)
+    assert sorted(found) == steps
+    values = {step: record["predict_rouge-l"] for step, record in sorted(found.items())}
+    best = max(values, key=lambda step: values[step])
+    results = json.loads((run / "train_results.json").read_text())
+    assert (results["best_step"], results["best_predict_rouge-l"]) == (best, values[best])
+
+
+def test_the_best_model_is_that_of_the_best_predictions_on_all_workers(folder):
+    best = run(folder, "best", "generate.every_steps=1", "train.max_steps=4", *BEST, *BETWEEN)
+    check_best(best, [1, 2, 3, 4])
+    step = json.loads((best / "train_results.json").read_text())["best_step"]
+    predictions = (best / "generated_predictions.jsonl").read_text()
+    assert predictions == (best / "generation" / str(step) / "generated_predictions.jsonl").read_text()
+
+
+@ray.remote(num_cpus=1)
+class Other:
+    """Another job on the cluster."""
+
+    def here(self) -> bool:
+        return True
+
+
+def test_engines_that_find_no_room_generate_while_the_training_pauses(folder, beside, capsys, monkeypatch):
+    monkeypatch.setattr(step_generation, "ROOM_SECONDS", 1.0)
+    other: Any = Other.remote()
+    assert ray.get(other.here.remote(), timeout=60)
+    try:
+        paused = run(folder, "paused", "generate.every_steps=3", verb="train")
+    finally:
+        ray.kill(other)
+    printed = capsys.readouterr().out
+    assert "after every 3 steps, 2 times, by 1 engine beside the training" in printed
+    assert "predictions after step 3: no engine found room beside the workers" in printed
+    found = generations(paused)
+    assert sorted(found) == [3, 6]
+    assert scores(found[6]) == scores(generations(beside)[6])
