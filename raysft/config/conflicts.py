@@ -12,6 +12,7 @@ from raysft.config.config import Config
 from raysft.config.conflicts_best import best_model
 from raysft.config.conflicts_generation import step_generation
 from raysft.config.conflicts_loss import loss_conflicts
+from raysft.config.conflicts_tracking import tracking
 from raysft.config.data import OF_CONVERSATIONS, DataSection
 from raysft.config.train import ZERO_OPTIMIZERS
 from raysft.errors import RequestError, as_yaml
@@ -40,6 +41,7 @@ def _conflicts(config: Config) -> Iterator[str]:
     yield from _schedule(config)
     yield from loss_conflicts(config)
     yield from step_generation(config)
+    yield from tracking(config)
     yield from _evaluation(config)
     if config.generate.enabled:
         yield from _generation(config)

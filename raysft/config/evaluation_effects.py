@@ -63,6 +63,7 @@ _KEYS = {
         train.keep_best train.best_metric train.best_mode
         train.save_every_steps train.save_every_epochs train.save_every_minutes train.keep_last train.max_failures
         train.hang_minutes train.max_hours train.trackers
+        train.tracking.project train.tracking.run_name train.tracking.tags train.tracking.group
         scaling.wait_minutes scaling.worker_tokens_per_second scaling.data_label scaling.address
         generate.enabled generate.compare_base generate.every_steps generate.model generate.sources generate.engine
         generate.num_actors

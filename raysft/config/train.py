@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from raysft.config.section import Beta, Count, Epochs, Fraction, PathOrHubId, Positive, Section, Text
+from raysft.config.tracking import TrackingSection
 from raysft.metric_names import higher_is_better
 
 Targets = Literal["all"] | Annotated[list[Text], Field(min_length=1)]
@@ -17,6 +18,9 @@ Schedule = Literal[
     "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "cosine_with_min_lr", "polynomial",
     "inverse_sqrt", "warmup_stable_decay",
 ]  # fmt: skip
+
+
+Tracker = Literal["tensorboard", "wandb", "mlflow", "swanlab", "trackio"]
 
 
 class OffloadSection(Section):
@@ -156,9 +160,11 @@ class TrainSection(Section):
     """Minutes without progress after which a worker ends itself, so that the workers restart from the newest checkpoint; four times
     as long while it loads or writes the model, and never before ten steps of usual length. Long before that, the log says which
     worker keeps the others waiting. ``null``: never."""
-    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
-    """Where to log metrics, in addition to ``trainer_log.jsonl``. TensorBoard writes to the run directory; ``wandb`` and
-    ``mlflow`` (extras with these names) find their server and credentials by themselves."""
+    trackers: list[Tracker] = ["tensorboard"]
+    """Where to log metrics, in addition to ``trainer_log.jsonl``. TensorBoard writes to the run directory; ``wandb``, ``mlflow``,
+    ``swanlab`` and ``trackio`` (extras with these names) find their server and credentials by themselves."""
+    tracking: TrackingSection = TrackingSection()
+    """Names under which trackers show a run."""
 
     @property
     def comparing_key(self) -> str | None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from raysft.config import Config, masked
 from raysft.errors import RequestError, RunStopped
 from raysft.run.context import RunContext
 from raysft.telemetry.terminal import Terminal
+from raysft.telemetry.tracker_labels import Labels
 from raysft.telemetry.tracker_writers import Outcome
 from raysft.telemetry.trackers import Tracker, open_sweep, open_trackers
 
@@ -23,7 +25,7 @@ def run_trackers(context: RunContext) -> Iterator[list[Tracker]]:
     config, dumped = context.config, context.config.model_dump(mode="json")
     notify = _masking(context.terminal)
     trackers = _opened(
-        lambda: open_trackers(config.train.trackers, context.directory, dumped, notify, sweep=config.run.sweep)
+        lambda: open_trackers(config.train.trackers, context.directory, dumped, notify, Labels.of(config))
     )
     with _closing(trackers):
         yield trackers
@@ -36,8 +38,9 @@ def sweep_trackers(config: Config, terminal: Terminal) -> Iterator[None]:
     Raises:
         RequestError: one of them cannot be opened.
     """
-    names, sweep, dumped = config.train.trackers, config.run.sweep or config.run.name, config.model_dump(mode="json")
-    with _closing(_opened(lambda: open_sweep(names, sweep, dumped, _masking(terminal)))):
+    labels = replace(Labels.of(config), sweep=config.run.sweep or config.run.name)
+    names, dumped = config.train.trackers, config.model_dump(mode="json")
+    with _closing(_opened(lambda: open_sweep(names, dumped, _masking(terminal), labels))):
         yield
 
 

@@ -1,21 +1,24 @@
-"""What each tracker's library does with metrics: TensorBoard, Weights & Biases, MLflow."""
+"""What each tracker's library does with metrics: TensorBoard, Weights & Biases, MLflow, SwanLab, trackio."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 from raysft.storage.run_directory import RunDirectory
+from raysft.telemetry import trackio_internals
+from raysft.telemetry.tracker_labels import PROJECT, Labels, variable
 
-PROJECT = "raysft"
-"""Project in W&B and experiment in MLflow."""
 MLFLOW_PARENT = "mlflow.parentRunId"
 """The tag by which MLflow nests runs."""
 
 MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 """Outcome → status of a run in MLflow."""
+SWANLAB_STATE = {"finished": "success", "failed": "crashed", "stopped": "aborted"}
+"""Outcome → state of a run in SwanLab."""
 Outcome = Literal["finished", "failed", "stopped"]
 """How a run ended; ``stopped`` before its end, by a person, a scheduler or a limit."""
 
@@ -33,10 +36,28 @@ class Writer:
         """Flush and close, and show how the run ended."""
 
 
+class Appending(Writer):
+    """Writes with a library that keeps all it is given. Steps that are repeated after a failure have the same metrics again."""
+
+    def __init__(self) -> None:
+        self.last: dict[str, int] = {}
+        """Metric → the last step that the library has."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the metrics of one step that the library does not have."""
+        new = {name: value for name, value in metrics.items() if step > self.last.get(name, -1)}
+        if new:
+            self.append(step, new)
+            self.last |= dict.fromkeys(new, step)
+
+    def append(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Give metrics to the library."""
+
+
 class TensorBoard(Writer):
     """Event files in ``{run directory}/tensorboard``."""
 
-    def __init__(self, run: RunDirectory, config: Mapping[str, Any], sweep: str | None) -> None:
+    def __init__(self, run: RunDirectory, config: Mapping[str, Any], labels: Labels) -> None:
         self._folder, self._writer = run.path / "tensorboard", None
 
     def begin(self, step: int) -> None:
@@ -57,27 +78,27 @@ class TensorBoard(Writer):
             self._writer.close()
 
 
-class Wandb(Writer):
+class Wandb(Appending):
     """A run of Weights & Biases; the library finds its server and key itself."""
 
-    def __init__(self, run: RunDirectory, config: Mapping[str, Any], sweep: str | None) -> None:
+    def __init__(self, run: RunDirectory, config: Mapping[str, Any], labels: Labels) -> None:
         import wandb
 
-        name = run.place.name
+        super().__init__()
         self._run = wandb.init(
-            project=PROJECT,
-            name=name,
-            # Another sweep may have a trial with the same values, and so the same name. An id has at most 128 characters.
-            id=f"{name[:100]}-{hashlib.sha256(str(run.place).encode()).hexdigest()[:8]}",
-            group=sweep,
-            job_type="trial" if sweep else None,
+            project=labels.project or variable("WANDB_PROJECT") or PROJECT,
+            name=labels.shown(variable("WANDB_NAME")),
+            id=_run_id(run),
+            group=labels.group or variable("WANDB_RUN_GROUP") or labels.sweep,
+            tags=labels.tags or None,
+            job_type="trial" if labels.sweep else None,
             resume="allow",
             dir=str(run.path),
             config=dict(config),
         )
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the metrics of one step."""
+    def append(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Give metrics to the library, which drops those of steps before the last one on its server."""
         self._run.log(dict(metrics), step=step)
 
     def close(self, outcome: Outcome) -> None:
@@ -85,25 +106,78 @@ class Wandb(Writer):
         self._run.finish(exit_code=int(outcome == "failed"))
 
 
-class MLflow(Writer):
-    """A run in MLflow's experiment ``raysft``; the library finds its server itself."""
+class SwanLab(Appending):
+    """A run of SwanLab; the library finds its server and key itself, and never asks for them."""
 
-    def __init__(self, run: RunDirectory, config: Mapping[str, Any], sweep: str | None) -> None:
+    def __init__(self, run: RunDirectory, config: Mapping[str, Any], labels: Labels) -> None:
+        import swanlab
+
+        super().__init__()
+        own = swanlab.Settings()
+        self._run = swanlab.init(
+            project=labels.project or own.project.name or PROJECT,
+            name=labels.shown(own.experiment.name),
+            id=_run_id(run),
+            group=labels.group or own.experiment.group or labels.sweep,
+            tags=list(labels.tags) or None,
+            job_type="trial" if labels.sweep else None,
+            resume="allow",
+            log_dir=str(run.path / "swanlog"),
+            config=dict(config),
+            # What the terminal shows is the driver's, whose progress is drawn over itself.
+            settings=swanlab.Settings(interactive=False, terminal=swanlab.Settings.Terminal(proxy_type="none")),
+        )
+
+    def append(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Give metrics to the library, which drops steps that its server has of the same metric."""
+        self._run.log(dict(metrics), step=step)
+
+    def close(self, outcome: Outcome) -> None:
+        """Flush and close."""
+        self._run.finish(SWANLAB_STATE[outcome], error="the training failed" if outcome == "failed" else None)
+
+
+class Trackio(Appending):
+    """A run of trackio: in its local database, or on the Space or the server that its variables name."""
+
+    def __init__(self, run: RunDirectory, config: Mapping[str, Any], labels: Labels) -> None:
+        super().__init__()
+        project, group = labels.project or PROJECT, labels.group or labels.sweep
+        self._run = trackio_internals.open_run(project, labels.shown(), _run_id(run), group, dict(config))
+        if run.trainer_log.exists():
+            self.last = trackio_internals.last_steps(self._run)
+
+    def append(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Give metrics to the library."""
+        self._run.log(dict(metrics), step=step)
+
+    def close(self, outcome: Outcome) -> None:
+        """Flush and close; trackio shows no states."""
+        self._run.finish()
+
+
+class MLflow(Appending):
+    """A run in an experiment of MLflow; the library finds its server itself."""
+
+    def __init__(self, run: RunDirectory, config: Mapping[str, Any], labels: Labels) -> None:
         import mlflow
 
+        super().__init__()
         self._mlflow = mlflow
-        tags = {"raysft_run": str(run.place), **({MLFLOW_PARENT: _mlflow_sweep(sweep)} if sweep else {})}
+        parent = {MLFLOW_PARENT: _mlflow_sweep(labels)} if labels.sweep else {}
         # A resumed training continues its own MLflow run.
-        found = _find_mlflow_run("raysft_run", str(run.place))
-        mlflow.start_run(run_id=found.info.run_id if found else None, run_name=run.place.name)
-        mlflow.set_tags(tags)
+        found = _find_mlflow_run(labels, "raysft_run", str(run.place))
+        mlflow.start_run(run_id=found.info.run_id if found else None, run_name=labels.shown())
+        mlflow.set_tags({**labels.tag_values, "raysft_run": str(run.place), **parent})
+        if found and run.trainer_log.exists():
+            self.last = {metric.key: metric.step for metric in found.data.to_proto().metrics}
         # MLflow refuses new values of a parameter; config.json has those of the newest start.
         known = found.data.params if found else {}
         mlflow.log_params({key: value for key, value in mlflow_parameters(config) if key not in known})
         mlflow.log_dict(dict(config), "config.json")
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the metrics of one step."""
+    def append(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Give metrics to the library."""
         self._mlflow.log_metrics(dict(metrics), step=step)
 
     def close(self, outcome: Outcome) -> None:
@@ -114,10 +188,10 @@ class MLflow(Writer):
 class MLflowSweep(Writer):
     """The parent run of a sweep's trials, while the sweep runs."""
 
-    def __init__(self, sweep: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], labels: Labels) -> None:
         import mlflow
 
-        self._client, self._id = mlflow.MlflowClient(), _mlflow_sweep(sweep)
+        self._client, self._id = mlflow.MlflowClient(), _mlflow_sweep(labels)
         self._client.update_run(self._id, status="RUNNING")
         self._client.log_dict(self._id, dict(config), "config.json")
 
@@ -126,28 +200,51 @@ class MLflowSweep(Writer):
         self._client.set_terminated(self._id, MLFLOW_STATUS[outcome])
 
 
-def _mlflow_sweep(sweep: str) -> str:
+def _mlflow_sweep(labels: Labels) -> str:
     """Return the id of a sweep's parent run, which its name finds, so that it has one however often it starts."""
     import mlflow
 
-    found = _find_mlflow_run("raysft_sweep", sweep)
+    assert labels.sweep
+    found = _find_mlflow_run(labels, "raysft_sweep", labels.sweep)
     if not found:
-        client, experiment = mlflow.MlflowClient(), mlflow.set_experiment(PROJECT)
-        found = client.create_run(experiment.experiment_id, tags={"raysft_sweep": sweep}, run_name=sweep)
+        client, tags = mlflow.MlflowClient(), {**labels.tag_values, "raysft_sweep": labels.sweep}
+        found = client.create_run(_experiment(labels), tags=tags, run_name=labels.run_name or labels.sweep)
         client.set_terminated(found.info.run_id)  # a trial that runs by itself does not end it
     return found.info.run_id
 
 
-def _find_mlflow_run(tag: str, value: str) -> Any:
-    """Return the run with a tag in the experiment ``raysft``, which is made if it is missing; None if there is no such run."""
+def _find_mlflow_run(labels: Labels, tag: str, value: str) -> Any:
+    """Return the run with a tag in the experiment, which is made if it is missing; None if there is no such run."""
     import mlflow
 
-    experiment = mlflow.set_experiment(PROJECT)
     # MLflow knows no escape for a quote, only the other kind of quotes.
     quote = '"' if "'" in value else "'"
     query = f"tags.{tag} = {quote}{value}{quote}"
-    found = mlflow.search_runs([experiment.experiment_id], query, max_results=1, output_format="list")
+    found = mlflow.search_runs([_experiment(labels)], query, max_results=1, output_format="list")
     return found[0] if found else None
+
+
+def _experiment(labels: Labels) -> str:
+    """Make an experiment the current one, and return its id; MLflow's own variables may name it, too."""
+    import mlflow
+
+    name, number = labels.project or variable("MLFLOW_EXPERIMENT_NAME"), variable("MLFLOW_EXPERIMENT_ID")
+    try:
+        if not name and number:
+            return mlflow.set_experiment(experiment_id=number).experiment_id
+        return mlflow.set_experiment(name or PROJECT).experiment_id
+    finally:  # the library leaves the experiment in this variable, where the next run would find it
+        os.environ.pop("MLFLOW_EXPERIMENT_ID", None)
+        if number:
+            os.environ["MLFLOW_EXPERIMENT_ID"] = number
+
+
+def _run_id(run: RunDirectory) -> str:
+    """Return an id by which a resumed training finds its run again, of at most 128 characters.
+
+    Another sweep may have a trial with the same values, and so the same name.
+    """
+    return f"{run.place.name[:100]}-{hashlib.sha256(str(run.place).encode()).hexdigest()[:8]}"
 
 
 def mlflow_parameters(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -165,4 +262,10 @@ def mlflow_parameters(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield key, str(value)
 
 
-WRITERS: dict[str, Callable[..., Writer]] = {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": MLflow}
+WRITERS: dict[str, Callable[..., Writer]] = {
+    "tensorboard": TensorBoard,
+    "wandb": Wandb,
+    "mlflow": MLflow,
+    "swanlab": SwanLab,
+    "trackio": Trackio,
+}

@@ -1,4 +1,4 @@
-"""Experiment trackers: callbacks of the training log that send metrics to TensorBoard, Weights & Biases or MLflow."""
+"""Experiment trackers: callbacks of the training log that send metrics to TensorBoard, W&B, MLflow, SwanLab or trackio."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from typing import Any
 
 from raysft.errors import one_line
 from raysft.storage.run_directory import RunDirectory
+from raysft.telemetry.tracker_labels import Labels
 from raysft.telemetry.tracker_writers import WRITERS, MLflowSweep, Outcome, Writer
 
 OPEN_SECONDS, CLOSE_SECONDS = 60.0, 60.0
 """How long a tracker may take to open, and to write its queue at the end."""
 MAX_QUEUED = 10_000
 """Most writes that wait for a tracker's server."""
-VARIABLES = ("WANDB_", "MLFLOW_", "DATABRICKS_")
+VARIABLES = ("WANDB_", "MLFLOW_", "DATABRICKS_", "SWANLAB_", "TRACKIO_")
 """How the environment variables of trackers begin."""
 STEP_METRICS = (
     "loss",
@@ -51,31 +52,32 @@ def open_trackers(
     run: RunDirectory,
     config: Mapping[str, Any],
     notify: Callable[[str], None] = print,
-    sweep: str | None = None,
+    labels: Labels | None = None,
 ) -> list[Tracker]:
     """Open one callback per tracker.
 
     Args:
-        names: ``tensorboard``, ``wandb``, ``mlflow``.
+        names: keys of ``WRITERS``.
         run: the run directory.
         config: the resolved config, shown with the metrics.
         notify: receives a line when a tracker fails during training.
-        sweep: name of the sweep that the run is a trial of.
+        labels: names under which the run is shown. Default: that of its directory.
 
     Raises:
         RuntimeError: a tracker cannot be opened, for example because there is no key or its server does not answer.
     """
-    return [Tracker(name, lambda writer=WRITERS[name]: writer(run, config, sweep), notify) for name in names]
+    shown = labels or Labels(run.place.name)
+    return [Tracker(name, lambda writer=WRITERS[name]: writer(run, config, shown), notify) for name in names]
 
 
 def open_sweep(
-    names: Sequence[str], sweep: str, config: Mapping[str, Any], notify: Callable[[str], None] = print
+    names: Sequence[str], config: Mapping[str, Any], notify: Callable[[str], None], labels: Labels
 ) -> list[Tracker]:
     """Open what a tracker shows for a sweep itself, before its first trial; arguments and errors are those of ``open_trackers``.
 
     Only MLflow needs this: trials that start at the same time would each make a parent run.
     """
-    return [Tracker(name, lambda: MLflowSweep(sweep, config), notify) for name in names if name == "mlflow"]
+    return [Tracker(name, lambda: MLflowSweep(config, labels), notify) for name in names if name == "mlflow"]
 
 
 class Tracker:

@@ -1,13 +1,15 @@
 """Sweeps through the command line, on a local Ray cluster of 2 CPUs, with a tiny model."""
 
+import importlib.util
 import json
 import os
 import shutil
+import sqlite3
 import statistics
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import psutil
@@ -226,7 +228,11 @@ def test_trackers_show_a_sweep_and_its_trials_together(folder, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
     quick = ["train.max_steps=1", "train.eval_at_start=false", "generate.enabled=false", "scaling.cpus_per_worker=0.4"]
-    arguments = ["tune", "sweep.yaml", "run.name=tracked", "train.trackers=[wandb, mlflow]", *quick]
+    monkeypatch.setenv("SWANLAB_MODE", "offline")
+    monkeypatch.setenv("TRACKIO_DIR", str(folder / "trackio"))
+    others = [name for name in ("swanlab", "trackio") if importlib.util.find_spec(name)]
+    trackers = f"train.trackers=[{', '.join(['wandb', 'mlflow', *others])}]"
+    arguments = ["tune", "sweep.yaml", "run.name=tracked", trackers, *quick]
     rates = [1.0e-5, 1.0e-4, 1.0e-3]
     for count in (2, 3):
         assert main([*arguments, f"tune.space={{train.learning_rate: {rates[:count]}}}"]) == 0
@@ -244,6 +250,13 @@ def test_trackers_show_a_sweep_and_its_trials_together(folder, monkeypatch):
         assert (
             len(list((folder / "runs/tracked/trials" / name / "wandb").glob(f"offline-run-*/run-{name}-*.wandb"))) == 1
         )
+    if "trackio" in others:
+        with closing(sqlite3.connect(folder / "trackio" / "raysft.db")) as database:
+            configs = [json.loads(config) for (config,) in database.execute("SELECT config FROM configs")]
+        assert sorted(config["train"]["learning_rate"] for config in configs) == rates
+        assert {config["_Group"] for config in configs} == {"tracked"}
+    if "swanlab" in others:
+        assert len(list((folder / "runs/tracked/trials").glob("*/swanlog/run-*/*.swanlab"))) == 3
     again = load(folder / "runs/tracked/trials" / name / "config.yaml")
     assert again.run.sweep == "tracked"
     assert load(folder / "runs/tracked/best.yaml").run.sweep is None

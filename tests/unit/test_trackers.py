@@ -19,6 +19,7 @@ from raysft.errors import RunFailed, RunStopped
 from raysft.run.tracking import _closing
 from raysft.storage.run_directory import RunDirectory
 from raysft.telemetry import trackers
+from raysft.telemetry.tracker_labels import Labels
 from raysft.telemetry.tracker_writers import Writer
 from raysft.telemetry.trackers import missing_tracker, open_sweep, open_trackers
 from tests.servers import http, serving, silent
@@ -57,23 +58,28 @@ def test_a_tracker_without_its_package_is_named(monkeypatch):
     assert missing_tracker(["wandb"]) == "wandb"
 
 
-@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+@pytest.mark.parametrize("name", ["wandb", "mlflow", "swanlab", "trackio"])
 def test_a_tracker_whose_package_is_missing_is_named(name, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(RuntimeError, match=f"cannot open {name} .*{name}"):
         open_trackers([name], RunDirectory(tmp_path), {})
 
 
-def wandb_run(place: Path, sweep: str | None = None) -> Any:
-    """Log a step of a run to W&B without its server, and return the library's run."""
+def logged(name: str, place: Path, labels: Labels | None = None, first: int = 1, last: int = 1) -> Any:
+    """Log steps of a run to a tracker, and return the library's run."""
     place.mkdir(parents=True, exist_ok=True)
-    (tracker,) = open_trackers(
-        ["wandb"], RunDirectory(place), {"train": {"learning_rate": 0.1}}, pytest.fail, sweep=sweep
-    )
-    tracker.on_setup(asdict(set_up(0)))
-    tracker.on_step(step(1))
+    config = {"train": {"learning_rate": 0.1}}
+    (tracker,) = open_trackers([name], RunDirectory(place), config, pytest.fail, labels)
+    tracker.on_setup(asdict(set_up(first - 1)))
+    for number in range(first, last + 1):
+        tracker.on_step(step(number, loss=1.0 / number))
+    tracker.on_evaluate({"current_steps": last, "eval_loss": 2.0, "eval_tokens": 9, "epoch": 1.0})
     tracker.close()
-    return tracker._writer._run
+    return getattr(tracker._writer, "_run", None)
+
+
+def wandb_run(place: Path, sweep: str | None = None) -> Any:
+    return logged("wandb", place, Labels(place.name, sweep))
 
 
 def test_the_trials_of_a_sweep_are_a_group_in_wandb(tmp_path, monkeypatch):
@@ -117,7 +123,8 @@ def test_the_trials_of_a_sweep_are_nested_runs_in_mlflow_and_a_resumed_sweep_has
     tmp_path, mlflow_store
 ):
     def log(place: str, config: dict, sweep: str | None = None) -> None:
-        (tracker,) = open_trackers(["mlflow"], RunDirectory(tmp_path / place), config, pytest.fail, sweep=sweep)
+        labels = Labels(Path(place).name, sweep)
+        (tracker,) = open_trackers(["mlflow"], RunDirectory(tmp_path / place), config, pytest.fail, labels)
         tracker.on_setup(asdict(set_up(0)))
         tracker.on_step(step(1, loss=2.5))
         tracker.close()
@@ -128,7 +135,7 @@ def test_the_trials_of_a_sweep_are_nested_runs_in_mlflow_and_a_resumed_sweep_has
 
     log("alone", {})
     for trials in (["one", "two"], ["two", "three"]):
-        (sweep,) = open_sweep(["tensorboard", "wandb", "mlflow"], "search", {"tune": {}}, pytest.fail)
+        (sweep,) = open_sweep(["tensorboard", "wandb", "mlflow"], {"tune": {}}, pytest.fail, Labels("search", "search"))
         assert runs()["search"].info.status == "RUNNING"
         for number, trial in enumerate(trials):
             log(f"search/trials/{trial}", {"train": {"learning_rate": number}, "data": {"train": []}}, "search")
@@ -149,6 +156,171 @@ def test_the_trials_of_a_sweep_are_nested_runs_in_mlflow_and_a_resumed_sweep_has
     assert sorted(run.data.tags.get("mlflow.parentRunId", "") for run in every) == sorted(
         ["", "", "", search, search, search, other]
     )
+
+
+MINE = Labels("own", None, "a project", "a name", ("quick", "team=nlp"), "a group")
+"""Names that a config gives."""
+
+
+@pytest.fixture
+def variables(monkeypatch):
+    """Names that the environment gives, as each library's own variables have them; none of them asks a server."""
+    import wandb
+
+    given = {
+        "WANDB_PROJECT": "env-project", "WANDB_NAME": "env-name", "WANDB_RUN_GROUP": "env-group", "WANDB_TAGS": "x,y",
+        "MLFLOW_EXPERIMENT_NAME": "env-project", "SWANLAB_PROJECT_NAME": "env-project", "SWANLAB_EXPERIMENT_NAME": "env-name",
+        "SWANLAB_EXPERIMENT_GROUP": "env-group", "SWANLAB_EXPERIMENT_TAGS": "x,y",
+    }  # fmt: skip
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    wandb.teardown()  # it reads them once
+    yield
+    wandb.teardown()
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch):
+    for name in ("WANDB_PROJECT", "WANDB_NAME", "WANDB_RUN_GROUP", "WANDB_TAGS", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "SWANLAB_MODE": "offline"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def wandb_names(run: Any) -> tuple:
+    return run.project, run.name, tuple(run.tags), run.group or None
+
+
+def test_wandb_shows_the_names_of_the_config(tmp_path):
+    assert wandb_names(logged("wandb", tmp_path / "own", MINE)) == MINE_EXPECTED
+    assert wandb_names(logged("wandb", tmp_path / "own")) == ("raysft", "own", (), None)
+    trial = replace(MINE, name="lr-1", sweep="search", group=None)
+    assert wandb_names(logged("wandb", tmp_path / "lr-1", trial))[1::2] == ("a name-lr-1", "search")
+
+
+MINE_EXPECTED = ("a project", "a name", ("quick", "team=nlp"), "a group")
+
+
+@pytest.mark.usefixtures("variables")
+def test_wandb_takes_names_from_its_variables_where_the_config_has_none(tmp_path):
+    assert wandb_names(logged("wandb", tmp_path / "own")) == ("env-project", "env-name", ("x", "y"), "env-group")
+    assert wandb_names(logged("wandb", tmp_path / "own", MINE)) == MINE_EXPECTED
+
+
+def swanlab_names(run: Any) -> tuple:
+    settings = run._ctx.config.settings
+    return settings.project.name, run.name, tuple(settings.experiment.tags), settings.experiment.group
+
+
+def test_swanlab_shows_the_names_of_the_config(tmp_path):
+    pytest.importorskip("swanlab")
+    mine = replace(MINE, project="a.project")
+    expected = ("a.project", *MINE_EXPECTED[1:])
+    assert swanlab_names(logged("swanlab", tmp_path / "own", mine)) == expected
+    assert swanlab_names(logged("swanlab", tmp_path / "own")) == ("raysft", "own", (), None)
+    trial = Labels("lr-1", "search")
+    assert swanlab_names(logged("swanlab", tmp_path / "lr-1", trial)) == ("raysft", "lr-1", (), "search")
+
+
+@pytest.mark.usefixtures("variables")
+def test_swanlab_takes_names_from_its_variables_where_the_config_has_none(tmp_path):
+    pytest.importorskip("swanlab")
+    assert swanlab_names(logged("swanlab", tmp_path / "own")) == ("env-project", "env-name", ("x", "y"), "env-group")
+
+
+def swanlab_points(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Metric → steps and values that SwanLab has written for a later upload."""
+    from swanlab.proto.swanlab.record.v1.record_pb2 import Record
+    from swanlab.sdk.internal.core_python.store import DataStoreReader
+
+    found: dict[str, list[tuple[int, float]]] = {}
+    for file in sorted(folder.glob("run-*/*.swanlab")):
+        reader = DataStoreReader()
+        reader.open(file)
+        while (data := reader.scan()) is not None:
+            record = Record()
+            record.ParseFromString(data)
+            if record.WhichOneof("record_type") == "scalar":
+                found.setdefault(record.scalar.key, []).append((record.scalar.step, record.scalar.value.number))
+    return found
+
+
+def test_mlflow_has_an_experiment_names_and_tags(tmp_path, mlflow_store, monkeypatch):
+    logged("mlflow", tmp_path / "own", MINE)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "env-project")
+    logged("mlflow", tmp_path / "other")
+    logged("mlflow", tmp_path / "own", MINE)
+    experiments = {each.name: each.experiment_id for each in mlflow_store.search_experiments()}
+    assert {"a project", "env-project"} <= experiments.keys()
+    (mine,), (other,) = (mlflow_store.search_runs([experiments[name]]) for name in ("a project", "env-project"))
+    assert (mine.info.run_name, mine.data.tags["quick"], mine.data.tags["team"]) == ("a name", "true", "nlp")
+    assert other.info.run_name == "other"
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", experiments["a project"])
+    logged("mlflow", tmp_path / "third")
+    assert len(mlflow_store.search_runs([experiments["a project"]])) == 2
+
+
+def test_mlflow_has_each_step_once_after_a_crash(tmp_path, mlflow_store):
+    place = tmp_path / "own"
+    logged("mlflow", place, last=5)
+    (place / "trainer_log.jsonl").touch()  # as a training leaves it
+    logged("mlflow", place, first=3, last=7)  # from the checkpoint of step 2
+    (run,) = mlflow_store.search_runs([mlflow_store.get_experiment_by_name("raysft").experiment_id])
+    points = [(each.step, each.value) for each in mlflow_store.get_metric_history(run.info.run_id, "train/loss")]
+    assert points == [(number, 1.0 / number) for number in range(1, 8)]
+    assert [each.step for each in mlflow_store.get_metric_history(run.info.run_id, "eval/loss")] == [5, 7]
+
+
+def test_workers_that_restart_do_not_double_steps(tmp_path, mlflow_store):
+    (tracker,) = open_trackers(["mlflow"], RunDirectory(tmp_path), {}, pytest.fail)
+    for first, last in ((1, 3), (2, 4)):
+        tracker.on_setup(asdict(set_up(first - 1)))
+        for number in range(first, last + 1):
+            tracker.on_step(step(number))
+    tracker.close()
+    (run,) = mlflow_store.search_runs([mlflow_store.get_experiment_by_name("raysft").experiment_id])
+    assert [each.step for each in mlflow_store.get_metric_history(run.info.run_id, "train/lr")] == [1, 2, 3, 4]
+
+
+@pytest.fixture
+def trackio_store(tmp_path, monkeypatch):
+    """trackio's database, in a folder of this test; the library reads its variable when it is imported."""
+    pytest.importorskip("trackio")
+    from trackio import sqlite_storage, utils
+
+    for module in (sqlite_storage, utils):
+        monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
+    return sqlite_storage.SQLiteStorage
+
+
+def test_trackio_has_names_and_each_step_once_after_a_crash(tmp_path, trackio_store):
+    mine, place = replace(MINE, project="p"), tmp_path / "a" / "own"
+    run = logged("trackio", place, mine, last=5)
+    (place / "trainer_log.jsonl").touch()
+    again = logged("trackio", place, mine, first=3, last=7)
+    assert again.id == run.id
+    assert (run.project, run.name, run.group) == ("p", "a name", "a group")
+    logs = trackio_store.get_logs("p", "a name", run_id=run.id)
+    points = [(entry["step"], entry["train/loss"]) for entry in logs if "train/loss" in entry]
+    assert points == [(number, 1.0 / number) for number in range(1, 8)]
+    assert [entry["step"] for entry in logs if "eval/loss" in entry] == [5, 7]
+    # Another training with the same name is another run, and a trial is in the group of its sweep.
+    other = logged("trackio", tmp_path / "b" / "own", Labels("own", "search", "p", "a name"))
+    assert (other.id != run.id, other.name, other.group) == (True, "a name-own", "search")
+    assert logged("trackio", tmp_path / "c").project == "raysft"
+
+
+def test_swanlab_has_steps_and_evaluations_and_goes_on_in_its_run(tmp_path):
+    pytest.importorskip("swanlab")
+    place = tmp_path / "own"
+    run = logged("swanlab", place, last=3)
+    points = swanlab_points(place / "swanlog")
+    assert [number for number, _ in points["train/loss"]] == [1, 2, 3]
+    assert [value for _, value in points["train/loss"]] == pytest.approx([1, 1 / 2, 1 / 3])
+    assert points["eval/loss"] == [(3, 2.0)]
+    assert logged("swanlab", place, first=4, last=4).id == run.id
+    assert logged("swanlab", tmp_path / "b" / "own").id != run.id
 
 
 def test_mlflow_shows_how_a_run_ended_also_in_a_folder_with_a_quote(tmp_path, mlflow_store):
@@ -182,7 +354,7 @@ class Posting(Writer):
 
     port = 0
 
-    def __init__(self, run, config, sweep) -> None:
+    def __init__(self, run, config, labels) -> None:
         if config.get("greets"):
             self.write(0, {})
 
