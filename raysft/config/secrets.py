@@ -13,7 +13,9 @@ from typing import Any
 from raysft.errors import RequestError
 
 _STORAGE = "remove it (storage uses AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or the machine's role)"
-_TOKEN = "remove it (libraries use HF_TOKEN, WANDB_API_KEY and MLFLOW_TRACKING_PASSWORD of the environment)"
+_TOKEN = (
+    "remove it (libraries use HF_TOKEN, WANDB_API_KEY, SWANLAB_API_KEY and MLFLOW_TRACKING_PASSWORD of the environment)"
+)
 _NAMES = "password|passwd|secret|secret_key|access_key|account_key|api_key|access_token|auth_token|session_token"
 
 _PATTERNS: tuple[tuple[str, str, re.Pattern[str]], ...] = (

@@ -46,10 +46,8 @@ def stores(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
     monkeypatch.setenv("SWANLAB_MODE", "offline")
     monkeypatch.chdir(tmp_path)
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
-    yield mlflow.MlflowClient(), sqlite_storage.SQLiteStorage
-    mlflow.set_tracking_uri(before)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    return mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db"), sqlite_storage.SQLiteStorage
 
 
 def test_a_run_that_goes_on_has_each_step_once_under_the_names_of_its_config(tmp_path, stores):

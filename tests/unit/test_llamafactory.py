@@ -109,6 +109,7 @@ WITH: dict[str, dict[str, Any]] = {
     "ref_model_quantization_bit": {"use_asft_loss": True, "ref_model": "r"},
     "create_new_adapter": {"adapter_name_or_path": "x"}, "gradient_checkpointing": {"disable_gradient_checkpointing": True},
     "export_dir": {"dataset": None, "do_train": None},
+    "swanlab_project": {"use_swanlab": True}, "swanlab_run_name": {"use_swanlab": True},
     "metric_for_best_model": {"load_best_model_at_end": True}, "greater_is_better": {"early_stopping_steps": 3},
 }  # fmt: skip
 """Key → keys without which it means nothing."""
@@ -209,6 +210,22 @@ def of(config: Config, path: str) -> Any:
         ({"report_to": "none"}, {"train.trackers": []}),
         ({"report_to": ["wandb", "mlflow"]}, {"train.trackers": ["wandb", "mlflow"]}),
         ({"report_to": "wandb,tensorboard"}, {"train.trackers": ["wandb", "tensorboard"]}),
+        (
+            {"report_to": "trackio", "project": "p", "run_name": "r", "trackio_space_id": None},
+            {"train.trackers": ["trackio"], "train.tracking.project": "p", "train.tracking.run_name": "r"},
+        ),
+        (
+            {"report_to": ["wandb"], "use_swanlab": True},
+            {"train.trackers": ["wandb", "swanlab"], "train.tracking.project": "llamafactory"},
+        ),
+        (
+            {"use_swanlab": True, "swanlab_project": "p", "swanlab_run_name": "r", "swanlab_mode": "cloud"},
+            {"train.trackers": ["swanlab"], "train.tracking.project": "p", "train.tracking.run_name": "r"},
+        ),
+        (
+            {"use_swanlab": True, "report_to": "swanlab", "project": "p"},
+            {"train.trackers": ["swanlab"], "train.tracking.project": "p"},
+        ),
         (
             {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "ray_num_workers": 3},
             {"train.global_batch_size": 24, "train.micro_batch_size": 2, "scaling.num_workers": 3},
@@ -373,7 +390,18 @@ def test_keys_of_conversations_have_no_effect_on_raw_text_and_are_told(write):
         ({"learning_rate": -1}, "lf.yaml:4: train.learning_rate=-1.0: must be greater than 0"),
         ({"dataset": "a,,b"}, "lf.yaml:2: dataset='a,,b': must be names"),
         ({"lora_rnak": 3}, "lf.yaml:4: unknown key lora_rnak; did you mean lora_rank?"),
-        ({"report_to": "swanlab"}, "lf.yaml:4: report_to=swanlab … tensorboard, wandb, mlflow or none"),
+        ({"report_to": "comet_ml"}, "lf.yaml:4: report_to=comet_ml … wandb, mlflow, swanlab, trackio or none"),
+        ({"report_to": "all"}, "lf.yaml:4: report_to=all … name them: tensorboard, wandb"),
+        ({"report_to": "trackio", "trackio_space_id": "me/s"}, "lf.yaml:5: trackio_space_id … TRACKIO_SPACE_ID=me/s"),
+        ({"use_swanlab": True, "swanlab_mode": "local"}, "lf.yaml:5: swanlab_mode … SWANLAB_MODE=local in the environment"),
+        ({"use_swanlab": True, "swanlab_workspace": "w"}, "lf.yaml:5: swanlab_workspace … SWANLAB_WORKSPACE=w"),
+        ({"use_swanlab": True, "swanlab_lark_webhook_url": "u"}, "lf.yaml:5: swanlab_lark_webhook_url … remove it"),
+        (
+            {"use_swanlab": True, "project": "a", "swanlab_project": "b"},
+            "lf.yaml:6: swanlab_project=b differs from project=a … remove one",
+        ),
+        ({"swanlab_api_key": "hidden"}, "lf.yaml:4: swanlab_api_key is not supported; remove it and set SWANLAB_API_KEY"),
+        ({"report_to": "wandb", "project": "a/b"}, "train.tracking.project=a/b … W&B takes only names without / … rename"),
         ({"lr_scheduler_type": "greedy"}, "lf.yaml:4: lr_scheduler_type='greedy': must be one of linear, cosine"),
         ({"val_size": 1}, "lf.yaml:4: val_size=1 … use 2 or more"),
         ({"eval_dataset": "b", "val_size": 0.1}, "lf.yaml:5: val_size=0.1 … eval_dataset … remove one"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raysft.config.llamafactory.keys import IMAGES, PREFERENCES, Keys, harmless, joined, only, same
+from raysft.config.llamafactory.keys import IMAGES, PREFERENCES, Key, Keys, harmless, joined, only, same
 from raysft.config.llamafactory.values import boolean, names, number, option, targets, text, whole, word
 
 _ALL = "remove it: it applies to all matrices inside the layers"
@@ -97,13 +97,16 @@ FINETUNING: Keys = {
     "disable_shuffling": joined("data.shuffle", boolean, False),
     "early_stopping_steps": same("train.early_stopping.patience", whole),
     "plot_loss": harmless("a run always leaves the plots"),
-    "include_effective_tokens_per_second": harmless("train_results.json has train_tokens_per_second"),
-    "use_swanlab": only(False, "remove it, and set report_to to tensorboard, wandb or mlflow", boolean),
-    **{
-        name: harmless(_SWANLAB)
-        for name in (
-            "swanlab_project", "swanlab_workspace", "swanlab_run_name", "swanlab_mode", "swanlab_api_key",
-            "swanlab_logdir", "swanlab_lark_webhook_url", "swanlab_lark_secret",
-        )
-    },
+    "include_effective_tokens_per_second": harmless("train_results.json always has effective_tokens_per_sec"),
+    "use_swanlab": joined("train.trackers", boolean, False),
+    "swanlab_project": joined("train.tracking.project", text, "llamafactory"),
+    "swanlab_run_name": joined("train.tracking.run_name", text),
+    "swanlab_workspace": Key(text, reason=_SWANLAB),
+    "swanlab_mode": Key(word("cloud", "local"), "cloud", reason=_SWANLAB),
+    "swanlab_logdir": harmless("SwanLab's files are in the run directory"),
+    "swanlab_api_key": only(
+        None, "remove it and set SWANLAB_API_KEY in the environment: configs are copied to logs and trackers"
+    ),
+    "swanlab_lark_webhook_url": Key(reason=_SWANLAB),
+    "swanlab_lark_secret": Key(reason=_SWANLAB),
 }  # fmt: skip

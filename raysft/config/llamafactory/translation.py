@@ -162,14 +162,53 @@ def predictions(given: Settings) -> Derived:
         yield Refusal("num_beams", f"num_beams={given['num_beams']} with do_sample=true; set do_sample: false")
 
 
+TRACKERS = ("tensorboard", "wandb", "mlflow", "swanlab", "trackio")
+
+
 def trackers(given: Settings) -> Derived:
-    """``report_to``."""
+    """Trackers, and the names under which they show the run."""
     asked = [name for name in given["report_to"] if name not in ("none", "None")]
-    unknown = [name for name in asked if name not in ("tensorboard", "wandb", "mlflow")]
-    if unknown:
-        yield Refusal("report_to", f"report_to={unknown[0]} is not supported; use tensorboard, wandb, mlflow or none")
+    unknown = next((name for name in asked if name not in TRACKERS), None)
+    if unknown == "all":
+        yield Refusal("report_to", f"report_to=all means what is installed; name them: {', '.join(TRACKERS)}")
+    elif unknown:
+        yield Refusal("report_to", f"report_to={unknown} is not supported; use {', '.join(TRACKERS)} or none")
     else:
-        yield Entry("train.trackers", asked, "report_to")
+        local = "trackio" in asked and not given["trackio_space_id"]
+        note = "trackio has a local database, unless TRACKIO_SPACE_ID names the Space that LLaMA-Factory would make"
+        added = ["swanlab"] if given["use_swanlab"] and "swanlab" not in asked else []
+        key = "use_swanlab" if added else "report_to"
+        yield Entry("train.trackers", [*asked, *added], key, note if local else "")
+    yield from _one_name(given, "project", "swanlab_project")
+    yield from _one_name(given, "run_name", "swanlab_run_name")
+    if "trackio" in asked and given["trackio_space_id"]:
+        yield _for_environment("trackio_space_id", f"TRACKIO_SPACE_ID={given['trackio_space_id']}")
+    if given["use_swanlab"]:
+        yield from _swanlab(given)
+
+
+def _one_name(given: Settings, general: str, swanlab: str) -> Derived:
+    """A name that all trackers show, where LLaMA-Factory may have another one for SwanLab."""
+    key = swanlab if given["use_swanlab"] and not given.given(general) else general
+    if given["use_swanlab"] and given.given(general) and given.given(swanlab) and given[general] != given[swanlab]:
+        yield Refusal(swanlab, f"{swanlab}={given[swanlab]} differs from {general}={given[general]}, and raysft has one "
+                      "for all trackers; remove one of them")  # fmt: skip
+    elif given[key] is not None:
+        yield Entry(f"train.tracking.{general}", given[key], key)
+
+
+def _swanlab(given: Settings) -> Iterator[Refusal]:
+    if given["swanlab_workspace"]:
+        yield _for_environment("swanlab_workspace", f"SWANLAB_WORKSPACE={given['swanlab_workspace']}")
+    if given["swanlab_mode"] == "local":
+        yield _for_environment("swanlab_mode", "SWANLAB_MODE=local")
+    for key in ("swanlab_lark_webhook_url", "swanlab_lark_secret"):
+        if given[key]:
+            yield Refusal(key, f"{key} is not supported; remove it: raysft sends no messages")
+
+
+def _for_environment(key: str, setting: str) -> Refusal:
+    return Refusal(key, f"{key} is not supported; remove it, and set {setting} in the environment")
 
 
 GENERAL: tuple[Callable[[Settings], Derived], ...] = (
