@@ -13,7 +13,8 @@ PROJECTS = {
 }
 """Tracker → what its projects are called, its name, and the same in words."""
 RESERVED = re.compile(
-    r"registry-.*|.+_(?:system|configs|traces|artifacts|artifact_versions|artifact_aliases|run_artifacts)"
+    "registry-.*|.+_(?:system|configs|traces|artifacts|artifact_versions|artifact_aliases|run_artifact_links|"
+    "external_run_artifact_links)"
 )
 """Projects of trackio whose files would be those of another one."""
 MLFLOW_TAG = re.compile(r"[\w/.: -]{1,250}", re.ASCII)

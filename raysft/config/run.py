@@ -16,7 +16,7 @@ class RunSection(Section):
     """Name of the run directory inside ``run.storage``. Default: the name of the config file without its extension."""
     sweep: Name | None = None
     """Sweep that this run is a trial of; ``raysft tune`` sets it to the sweep's ``run.name``. Trackers show its trials together:
-    as a group in W&B, under a parent run in MLflow."""
+    as a group in W&B, SwanLab and trackio, under a parent run in MLflow."""
     storage: Text = "runs"
     """Folder for run directories and the cache: a path that every node of the cluster can see, or a URI (``s3://``, ``gs://``,
     ``hdfs://``, ``abfs://``; with options such as ``?region=…``). While a run in an object store is active, this machine keeps

@@ -129,6 +129,22 @@ COMPARES = {
             "model.lora.loraplus_ratio … train.optimizer=muon … use adamw",
         ),
         (
+            {"train__trackers": ["wandb"], "train__tracking__project": "a/b"},
+            "train.tracking.project=a/b … W&B takes only names without / … rename it",
+        ),
+        (
+            {"train__trackers": ["swanlab"], "train__tracking__project": "my project"},
+            "train.tracking.project=my project … SwanLab takes only names of at most 100 letters",
+        ),
+        (
+            {"train__trackers": ["trackio"], "train__tracking__project": "a.b_system"},
+            "train.tracking.project=a.b_system … trackio keeps files of its own … rename it",
+        ),
+        (
+            {"train__trackers": ["mlflow"], "train__tracking__tags": ["team=a", "what?=b"]},
+            "train.tracking.tags has what?=b … MLflow",
+        ),
+        (
             {"model__quantization": "4bit", "model__finetuning": "full"},
             "model.quantization=4bit … model.finetuning=full … lora or oft",
         ),
