@@ -17,7 +17,7 @@ MLFLOW_PARENT = "mlflow.parentRunId"
 
 MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 """Outcome → status of a run in MLflow."""
-SWANLAB_STATE = {"finished": "success", "failed": "crashed", "stopped": "aborted"}
+SWANLAB_STATE: dict[str, Any] = {"finished": "success", "failed": "crashed", "stopped": "aborted"}
 """Outcome → state of a run in SwanLab."""
 Outcome = Literal["finished", "failed", "stopped"]
 """How a run ended; ``stopped`` before its end, by a person, a scheduler or a limit."""

@@ -359,7 +359,7 @@ def test_the_reference_has_every_key_with_its_default_and_docstring_by_section(c
 @pytest.mark.parametrize(
     ("prefix", "first", "last"),
     [
-        ("train", "train.epochs", "train.trackers"),
+        ("train", "train.epochs", "train.tracking.group"),
         ("model.lora", "model.lora.rank", "model.lora.loraplus_ratio"),
         ("data.train.0", "data.train[].name", "data.train[].max_examples"),
         ("data.eval[].path", "data.train[].path", "data.train[].path"),
