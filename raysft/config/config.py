@@ -70,7 +70,7 @@ class Config(Section):
 
         ZeRO keeps float32 copies of bfloat16 weights, but only for the optimizers that it supports; others need this.
         """
-        return self.dtype == "bfloat16" and self.train.optimizer not in ZERO_OPTIMIZERS
+        return self.dtype == "bfloat16" and not self.train.pure_bf16 and self.train.optimizer not in ZERO_OPTIMIZERS
 
     @property
     def micro_batch_size(self) -> int:

@@ -12,6 +12,7 @@ from raysft.config.config import Config
 from raysft.config.conflicts_best import best_model
 from raysft.config.conflicts_generation import step_generation
 from raysft.config.conflicts_loss import loss_conflicts
+from raysft.config.conflicts_pure_bf16 import pure_bf16_conflicts
 from raysft.config.conflicts_tracking import tracking
 from raysft.config.data import OF_CONVERSATIONS, DataSection
 from raysft.config.train import ZERO_OPTIMIZERS
@@ -37,6 +38,7 @@ def _conflicts(config: Config) -> Iterator[str]:
     if config.model.quantization:
         yield from _quantization(config)
     yield from _precision(config)
+    yield from pure_bf16_conflicts(config)
     yield from _offload(config)
     yield from _schedule(config)
     yield from loss_conflicts(config)

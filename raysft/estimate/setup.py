@@ -34,6 +34,7 @@ def setup_of(config: Config, workers: int, rows_per_worker: int, reference: int 
         accumulates=rows_per_worker > config.micro_batch_size,
         quantization=config.model.quantization,
         double_quantization=config.model.double_quantization,
+        pure_bf16=config.train.pure_bf16,
         copies_start=config.copies_start,
         reference=reference,
     )

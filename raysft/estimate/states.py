@@ -51,6 +51,8 @@ class Setup:
     """Elements of the reduce bucket. Default: as many as are trained, at most 5e8."""
     double_bucket: bool = False
     """DeepSpeed's ``overlap_comm``, which has two buckets."""
+    pure_bf16: bool = False
+    """True if float32 copies and optimizer states are in bfloat16 too."""
     accumulates: bool = False
     """True if a step has several microbatches."""
     quantization: str | None = None
@@ -111,7 +113,9 @@ def states(sizes: ModelSizes, setup: Setup) -> States:
     weights, gathered = _weights(sizes, setup)
     elements = setup.bucket if setup.bucket is not None else min(LARGEST_BUCKET, trained)
     bucket = float(width * elements * (2 if setup.double_bucket else 1)) if stage else 0.0
-    master, moments = (4.0 * own if stage else 0.0), _moments(sizes, setup) / (workers if stage else 1)
+    # Optimizer states have the type of the weights that they are of.
+    copy, share = (2.0, 0.5) if setup.pure_bf16 else (4.0, 1.0)
+    master, moments = (copy * own if stage else 0.0), share * _moments(sizes, setup) / (workers if stage else 1)
     if setup.optimizer == "badam":
         own = float(min(trained, sizes.largest_layer))
         master = 4.0 * own
@@ -173,6 +177,8 @@ def _step(sizes: ModelSizes, setup: Setup, own: float) -> float:
     if setup.zero_stage == 0:
         return max(width * min(LARGEST_BUCKET, own), _temporaries(sizes, setup))
     part = min(SUB_GROUP, own) if setup.zero_stage == 3 else own
+    if setup.pure_bf16:
+        return float(width * part)
     # A copy in float32, made from a flat copy in the model's type.
     return 4.0 * part + (width * part if width < 4 else 0.0)
 

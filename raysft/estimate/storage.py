@@ -51,7 +51,8 @@ class Storage:
 def storage(config: Config, sizes: ModelSizes, setup: Setup, written_in_all: int | None = None) -> Storage:
     """Compute what a run writes.
 
-    A checkpoint holds weights and optimizer states of the trained weights in float32; the model is written in its own type.
+    A checkpoint holds weights and optimizer states of the trained weights, in float32 but for pure bfloat16. The model is
+    written in its own type.
 
     Args:
         config: the run's config.
@@ -62,7 +63,8 @@ def storage(config: Config, sizes: ModelSizes, setup: Setup, written_in_all: int
     kept = states(sizes, setup)
     parallel = setup.workers if setup.zero_stage else 1
     moments = kept.moments if not setup.offload_optimizer else 8.0 * sizes.trained_elements / parallel
-    checkpoint = 4.0 * sizes.trained_elements + moments * parallel
+    width = 2.0 if setup.pure_bf16 else 4.0
+    checkpoint = width * sizes.trained_elements + moments * parallel
     written = sizes.trained_elements * 4.0 if config.model.adapter is not None else setup.width * float(sizes.total)
     train = config.train
     saves = train.resumes and (train.saves_on_schedule or train.save_every_minutes is not None)

@@ -18,16 +18,9 @@ LARGEST_BUCKET = 500_000_000
 
 
 def zero_stage(config: Config) -> int:
-    """Return the ZeRO stage: at least 1 for 16-bit weights.
-
-    Without ZeRO, DeepSpeed updates 16-bit weights in place, and small updates are lost; from stage 1 on it keeps float32
-    copies.
-    """
-    return (
-        max(config.train.zero_stage, 1)
-        if config.dtype != "float32" and not config.autocast
-        else config.train.zero_stage
-    )
+    """Return the ZeRO stage: at least 1 for 16-bit weights that need float32 copies, which DeepSpeed keeps from there on."""
+    needs_copies = config.dtype != "float32" and not config.autocast and not config.train.pure_bf16
+    return max(config.train.zero_stage, 1) if needs_copies else config.train.zero_stage
 
 
 def deepspeed_settings(config: Config, workers: int) -> dict[str, Any]:
@@ -36,12 +29,11 @@ def deepspeed_settings(config: Config, workers: int) -> dict[str, Any]:
     Raises:
         RequestError: they contradict each other.
     """
-    mixed = config.dtype if not config.autocast else "float32"
     settings: dict[str, Any] = {
         **_sizes(config, workers),
         "gradient_clipping": config.train.max_grad_norm,
-        "bf16": {"enabled": mixed == "bfloat16"},
-        "fp16": {"enabled": mixed == "float16"},
+        "bf16": _bf16(config),
+        "fp16": {"enabled": config.dtype == "float16"},
         "zero_optimization": {"stage": zero_stage(config), **_offload(config)},
         # If DeepSpeed's CPU optimizer cannot be compiled, an offloaded step uses torch's.
         "zero_force_ds_cpu_optimizer": False,
@@ -51,6 +43,16 @@ def deepspeed_settings(config: Config, workers: int) -> dict[str, Any]:
     }
     settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"} if config.autocast else {"enabled": False}
     return _merged(settings, given_settings(config), "train.deepspeed")
+
+
+def _bf16(config: Config) -> dict[str, bool]:
+    """Mixed precision in bfloat16; without ZeRO, DeepSpeed would make float32 copies, so pure bfloat16 is a plain engine there."""
+    pure = config.train.pure_bf16
+    enabled = config.dtype == "bfloat16" and not config.autocast and not (pure and config.train.zero_stage == 0)
+    settings = {"enabled": enabled}
+    if pure and enabled:
+        settings |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    return settings
 
 
 def _sizes(config: Config, workers: int) -> dict[str, int]:

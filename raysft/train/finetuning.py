@@ -273,7 +273,7 @@ def _with_adapter(model: Any, config: Config, path: str, adapter: str | None) ->
         model = add_adapter(model, peft_config(model, config, path))
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(torch.bfloat16 if config.train.pure_bf16 else torch.float32)
     if adapter is None and config.model.finetuning == "lora" and config.model.lora.pissa:
         # The export is the difference from this start: an ordinary LoRA of the unchanged weights.
         model.pissa_start = tempfile.mkdtemp(prefix="raysft-pissa-")

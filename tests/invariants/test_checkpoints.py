@@ -14,6 +14,7 @@ from raysft.train.checkpoint.resume import ResumePoint
 from tests.training import STEPS, Case, Result, make_config, prepare, rows_of, train_all
 
 HALF = STEPS // 2
+PURE = {"model.dtype": "bfloat16", "train.pure_bf16": True}
 WAYS = {
     "zero 0": {"zero_stage": 0},
     "zero 1": {"zero_stage": 1},
@@ -27,6 +28,8 @@ WAYS = {
     "asft on zero 3": {"loss": "asft", "asft_alpha": 2.0, "zero_stage": 3},
     "asft with lora": {"loss": "asft", "asft_alpha": 2.0, "finetuning": "lora"},
     "asft with pissa": {"loss": "asft", "finetuning": "lora", "settings": {"model.lora.pissa": True}},
+    "pure bf16": {"zero_stage": 2, "settings": PURE},
+    "pure bf16 without zero": {"zero_stage": 0, "settings": PURE},
     "muon": {"optimizer": "muon"},
     "adafactor": {"optimizer": "adafactor"},
     "adam_mini": {"optimizer": "adam_mini"},
@@ -92,7 +95,7 @@ def test_another_number_of_workers_resumes_with_the_same_losses(prepared, uninte
         if way in SEEDED:
             assert np.isfinite(second.losses).all(), way
             continue
-        tolerance = 2e-2 if way == "bfloat16" else 1e-4
+        tolerance = 2e-2 if "bf" in way else 1e-4
         np.testing.assert_allclose(second.losses, whole.losses[HALF:], rtol=tolerance, err_msg=way)
         for name in whole.weights:
             np.testing.assert_allclose(

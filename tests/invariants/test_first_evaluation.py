@@ -32,6 +32,7 @@ OPTIMIZATION: dict[str, Any] = {
     "train.warmup_steps": 1,
     "train.loss": "eaft",
     "train.eaft_alpha": 2.0,
+    "train.asft_alpha": 2.0,
     "train.z_loss": 0.1,
     "train.neftune_alpha": 5.0,
     "train.nonfinite": "skip",

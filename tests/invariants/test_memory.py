@@ -53,7 +53,11 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
         "badam": {"switch_block_every": 100},
     }.items()
 }
-STATES = {**OPTIMIZERS, **ZERO, "LoRA": {"model.finetuning": "lora"}}
+PURE = {
+    f"pure bfloat16, ZeRO {stage}": {"model.dtype": "bfloat16", "train.pure_bf16": True, "train.zero_stage": stage}
+    for stage in range(4)
+}
+STATES = {**OPTIMIZERS, **ZERO, **PURE, "LoRA": {"model.finetuning": "lora"}}
 
 
 @dataclass(frozen=True)

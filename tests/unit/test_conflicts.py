@@ -258,6 +258,29 @@ COMPARES = {
             {"train__label_smoothing": 0.1, "train__loss": "asft"},
             "train.label_smoothing=0.1 … train.loss=asft … only one",
         ),
+        ({"train__pure_bf16": True}, "train.pure_bf16=true … model.dtype=float32; set model.dtype=bfloat16"),
+        (
+            {"train__pure_bf16": True, "model__dtype": "float16", **GPU},
+            "train.pure_bf16=true … model.dtype=float16; set",
+        ),
+        (
+            {"train__pure_bf16": True, "model__dtype": "bfloat16", "train__offload__optimizer": "cpu"},
+            "train.pure_bf16=true … train.offload.optimizer=cpu … none",
+        ),
+        (
+            {
+                "train__pure_bf16": True,
+                "model__dtype": "bfloat16",
+                "model__finetuning": "full",
+                "train__zero_stage": 0,
+                "train__optimizer": "badam",
+            },
+            "train.pure_bf16=true … train.optimizer=badam … another optimizer",
+        ),
+        (
+            {"train__pure_bf16": True, "model__dtype": "bfloat16", "train__optimizer": "muon"},
+            "train.optimizer=muon … train.zero_stage=2",
+        ),
         ({"model__freeze__layers": 0}, "config: model.freeze.layers=0 … -N"),
         ({"scaling__num_workers": [4, 1]}, "config: scaling.num_workers=[4, 1] … [min, max]"),
         ({"generate__sources": ["aa"]}, "generate.sources … 'aa' … data.eval … data.train … did you mean 'a'?"),
@@ -332,3 +355,17 @@ def test_weights_of_16_bits_are_kept_in_32_by_zero():
     assert muon["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
     assert muon["zero_optimization"]["stage"] == 0
     assert not muon["bf16"]["enabled"]
+
+
+def test_pure_bfloat16_has_no_float32_copies_on_any_stage():
+    pure = {"model__dtype": "bfloat16", "train__pure_bf16": True}
+    for stage in (1, 2, 3):
+        settings = deepspeed_settings(config(train__zero_stage=stage, **pure), 1)
+        assert settings["zero_optimization"]["stage"] == stage
+        assert settings["bf16"] == {
+            "enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True
+        }  # fmt: skip
+    for optimizer in ("adamw", "muon"):
+        settings = deepspeed_settings(config(train__zero_stage=0, train__optimizer=optimizer, **pure), 1)
+        assert settings["zero_optimization"]["stage"] == 0
+        assert [settings[name]["enabled"] for name in ("bf16", "torch_autocast")] == [False, False]

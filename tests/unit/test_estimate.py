@@ -86,6 +86,12 @@ def config_of(folder: Path, **settings) -> Config:
         (Setup(2, 1, 2, quantization="4bit"), {"weights": 1 + 3.25 + 6.5 / 64 + 6.5 / 4096, "gathered": 0.002}),
         (Setup(2, 1, 2, quantization="4bit", double_quantization=False), {"weights": 1 + 3.25 + 6.5 / 16}),
         (Setup(2, 1, 2, quantization="8bit"), {"weights": 1 + 6.5}),
+        # Pure bfloat16: copies of 14 / 8 and two moments of 14 / 8 each; the step only flattens gradients.
+        (
+            Setup(2, 8, 2, pure_bf16=True),
+            {"weights": 14, "master": 1.75, "moments": 3.5, "gradients": 1.75, "step": 1.75},
+        ),
+        (Setup(0, 1, 2, pure_bf16=True), {"weights": 14, "master": 0, "moments": 28, "gradients": 14, "step": 1}),
         # A frozen copy, which ZeRO-3 partitions, and another model of 2B beside it, quantized like it.
         (Setup(2, 8, 2, copies_start=True), {"weights": 28, "master": 3.5, "moments": 7}),
         (Setup(3, 8, 2, copies_start=True), {"weights": 3.5}),
@@ -191,6 +197,8 @@ def test_what_a_config_says(tmp_path):
     muon = setup_of(config_of(tmp_path, train__optimizer="muon", train__zero_stage=0, **gpu), 1, 8)
     assert (muon.zero_stage, muon.width) == (0, 4), "float32 weights with autocast"
     assert setup_of(config_of(tmp_path, train__micro_batch_size=4), 1, 8).accumulates
+    pure = config_of(tmp_path, model__dtype="bfloat16", train__pure_bf16=True, train__zero_stage=0)
+    assert (setup_of(pure, 1, 8).pure_bf16, setup_of(pure, 1, 8).width, setup_of(pure, 1, 8).zero_stage) == (True, 2, 0)
     asft = {"train__loss": "asft"}
     assert setup_of(config_of(tmp_path, model__finetuning="full", **asft), 1, 8).copies_start
     assert not setup_of(config_of(tmp_path, **asft), 1, 8).copies_start, "a new adapter is switched off"

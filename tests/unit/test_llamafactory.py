@@ -302,6 +302,9 @@ def of(config: Config, path: str) -> Any:
             {"generate.model": "m", "generate.max_new_tokens": 9, "data.eval": [{"name": "b"}]},
         ),
         ({"use_asft_loss": True}, {"train.loss": "asft"}),
+        ({"pure_bf16": True}, {"model.dtype": "bfloat16", "train.pure_bf16": True}),
+        ({"pure_bf16": True, "use_badam": True, "finetuning_type": "full"}, {
+            "model.dtype": "bfloat16", "train.pure_bf16": False}),
         ({"use_asft_loss": True, "asft_alpha": 0.3, "ref_model": "r"}, {
             "train.loss": "asft", "train.asft_alpha": 0.3, "train.reference_model": "r"}),
         ({"use_asft_loss": True, "ref_model": "r", "ref_model_adapters": "a", "ref_model_quantization_bit": 4,

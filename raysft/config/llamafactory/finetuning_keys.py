@@ -11,7 +11,7 @@ _SWANLAB = "only use_swanlab: true reads it"
 FINETUNING: Keys = {
     "stage": joined("stage", word("pt", "sft", "rm", "ppo", "dpo", "kto"), "sft"),
     "finetuning_type": same("model.finetuning", word("lora", "oft", "freeze", "full"), "lora"),
-    "pure_bf16": joined("model.dtype", boolean, False),
+    "pure_bf16": joined("train.pure_bf16", boolean, False),
     # Freeze.
     "freeze_trainable_layers": joined("model.freeze.layers", whole, 2),
     "freeze_trainable_modules": same("model.freeze.modules", targets, "all"),

@@ -103,7 +103,11 @@ def _dtype(given: Settings) -> Derived:
     if given["bf16"] and given["fp16"]:
         yield Refusal("fp16", "fp16=true, but bf16=true; set only one of them")
     elif given["pure_bf16"]:
-        yield Entry("model.dtype", "bfloat16", "pure_bf16", "trained weights also have float32 copies")
+        yield Entry("model.dtype", "bfloat16", "pure_bf16")
+        if given["use_badam"]:
+            yield Entry("train.pure_bf16", False, "pure_bf16", "BAdam keeps float32 copies of the block that it trains")
+        else:
+            yield Entry("train.pure_bf16", True, "pure_bf16")
     elif given["bf16"] or given["fp16"]:
         key = "bf16" if given["bf16"] else "fp16"
         yield Entry("model.dtype", {"bf16": "bfloat16", "fp16": "float16"}[key], key)
