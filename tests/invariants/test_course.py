@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from raysft.data.shards.manifest import Manifest
-from raysft.telemetry.events import EvaluationDone, StepRecord, StepSkipped, StoppedEarly
+from raysft.telemetry.events import EvaluationDone, StepRecord, StepSkipped, StoppedEarly, TrainingStopped
 from tests.shards import the_set, written
 from tests.training import (
     STEPS,
@@ -22,6 +23,7 @@ from tests.training import (
     plain_model,
     prepare,
     rows_of,
+    timeless,
     train_all,
 )
 
@@ -208,3 +210,30 @@ def offloaded(prepared) -> dict[str, Result]:
 def test_offloaded_states_do_not_change_the_training(offloaded, case):
     assert len(offloaded[case].losses) == STEPS
     assert_same(offloaded["none"][:4], offloaded[case][:4])
+
+
+def test_results_without_the_metric_that_is_to_choose_end_the_training_with_a_checkpoint(prepared, tmp_path):
+    folder, model, manifest = prepared
+    sets = [{"name": name, "path": str(folder / "data.jsonl")} for name in "de"]
+
+    def case(name: str, metric: str, **options: Any) -> Case:
+        settings = {"data.eval": sets, "train.keep_best": True, "train.best_metric": metric}
+        # Only the set d is evaluated here.
+        return Case(make_config(tmp_path / name, model, settings, eval_every_steps=2), rows_of(manifest), **options)
+
+    first = case("first", "eval_e_loss", keep=tmp_path / "kept")
+    (stopped,) = train_all([first], 2)
+    last = stopped.events[-1]
+    assert isinstance(last, TrainingStopped)
+    assert (last.step, last.failed, len(stopped.losses)) == (2, True, 2)
+    assert last.reason.startswith("train.best_metric=eval_e_loss is not a result of this run; use one of eval_loss, ")
+    assert not (stopped.model).exists()
+    kept = tmp_path / "kept" / "checkpoint_2"
+    whole, later = train_all([case("whole", "eval_loss"), case("later", "eval_loss", resume=kept)], 2)
+    assert stopped.losses + later.losses == pytest.approx(whole.losses, rel=1e-6)
+    assert evaluations(later) == pytest.approx(evaluations(whole), rel=1e-6), (
+        "that of step 2, too, which nothing chose from"
+    )
+    ends = [timeless(result.events[-1].train) for result in (whole, later)]
+    assert ends[0]["best_step"] == ends[1]["best_step"]
+    assert ends[0]["best_eval_loss"] == pytest.approx(ends[1]["best_eval_loss"], rel=1e-6)
