@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from raysft.errors import RunStopped
+from raysft.errors import RunFailed, RunStopped
 from raysft.stopping import StopRequest, stoppable
 from raysft.storage.path import StoragePath
 from raysft.telemetry.events import SetupDone, TrainingStopped, WorkersRestarting
@@ -92,6 +92,12 @@ def test_workers_that_have_begun_are_asked_and_end_by_themselves(driver):
     with pytest.raises(RunStopped, match=r"^stopped after step 7: SIGTERM$"):
         driver.pump.end()
     assert driver.pump.stopped_after == 7
+
+
+def test_workers_that_cannot_go_on_as_they_were_asked_to_have_failed(driver):
+    driver.hears(ControllerStarted(object()), SET_UP, TrainingStopped(7, "no such metric", {}, failed=True))
+    with pytest.raises(RunFailed, match=r"^stopped after step 7: no such metric$"):
+        driver.pump.end()
 
 
 @pytest.mark.parametrize("started", [True, False])
