@@ -62,6 +62,14 @@ def test_a_metric_that_no_run_has_is_refused(metric, remedy):
     assert holds(message, f"tune.metric={metric!r} is not a result of these runs; {remedy}")
 
 
+def test_a_sweep_may_choose_by_the_best_value_of_each_trial():
+    by = {"train": {"keep_best": True, "best_metric": "eval_accuracy", "eval_every_steps": 1}}
+    given = config({"eval": [{"name": "b", "path": "b.jsonl"}]}, **by)
+    check_metric(given, "best_eval_accuracy")
+    message = refusal(check_metric, given, "best_eval_loss")
+    assert holds(message, "tune.metric='best_eval_loss' is not a result of these runs; use one of … best_eval_accuracy")
+
+
 def test_what_another_authors_metric_gives_is_known_after_a_run():
     given = config({"holdout": 0.1}, generate={"metrics": ["similarity", "own.py"]})
     check_metric(given, "predict_anything")
