@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,8 @@ from raysft.models.adapter_files import named_base, read_adapter_config
 from raysft.models.adapters import load_adapter, merge_adapter
 from raysft.models.end_of_turn import learned_ends, write_ends
 from raysft.models.loading import load_weights
-from raysft.models.quantization import QUANTIZERS, method_of
+from raysft.models.quantization import method_of
 from raysft.models.tokenizer import load_tokenizer
-from raysft.models.transformers_internals import forget_quantizer
 from raysft.models.weight_files import check_weights, safetensors_files
 from raysft.models.weight_types import (
     SHARD_SIZE,
@@ -102,22 +100,15 @@ class _Described:
 
 
 def _load_exact(base: Path, adapters: Sequence[Path], runs_code: bool) -> Any:
-    """Load a model to merge into, in the data type of its files. Weights that bitsandbytes has quantized become exact ones."""
+    """Load a model to merge into, in the data type of its files."""
     import torch
 
-    method = _method(base)
-    if method not in (None, "bitsandbytes"):
+    if method := _method(base):
         raise RequestError(
             f"{base}: is quantized ({method}), so no adapter can be merged into it; keep the adapter as it is (--no-merge), or "
             "merge it into the model that was quantized"
         )
-    if method and importlib.util.find_spec(QUANTIZERS[method]) is None:
-        raise RequestError(f"{base}: is quantized by {method}, which is not installed; pip install 'raysft[quant]'")
-    dtype = getattr(torch, stored_dtype(base) or "float32") if method is None else torch.float32
-    model = load_weights(base, dtype=dtype, trust_remote_code=runs_code)
-    if method:
-        model = model.dequantize(dtype=torch.float32)
-        forget_quantizer(model)
+    model = load_weights(base, dtype=getattr(torch, stored_dtype(base) or "float32"), trust_remote_code=runs_code)
     wide = {name for adapter in adapters for name in _trained_whole(adapter)}
     for name, module in model.named_modules():
         if any(f".{name}".endswith(f".{each}") for each in wide):

@@ -82,3 +82,10 @@ def test_a_dequantized_model_forgets_its_quantizer(model):
     assert not hasattr(model.config, "quantization_config")
     assert model.hf_quantizer is None
     TRANSFORMERS.source(PreTrainedModel, "hf_quantizer", "hf_quantizer")
+
+
+def test_models_say_which_weights_stay_in_float32(model):
+    TRANSFORMERS.positional(TRANSFORMERS.name(PreTrainedModel, "_get_dtype_plan"), 2)
+    model._keep_in_fp32_modules_strict = {"norm"}
+    assert transformers_internals.kept_in_float32(model, "bfloat16") == ["norm"]
+    assert transformers_internals.kept_in_float32(model, "float32") == []

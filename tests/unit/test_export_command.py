@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -17,9 +18,12 @@ from raysft.models.fingerprint import model_fingerprint
 from raysft.storage.path import StoragePath
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.checkpoint.parts import Snapshot, write
+from tests.hub_server import hub_server
+from tests.hub_uploads import Account
 from tests.messages import holds
 from tests.objects import s3_server
 from tests.tiny import tiny_model
+from tests.unit.test_hub import use
 
 IDS = torch.arange(40)[None]
 END = "<|im_end|>"
@@ -280,3 +284,31 @@ def test_a_model_whose_template_has_no_other_form_gets_no_modelfile(model, tmp_p
     output = exported(base, tmp_path / "out")
     assert not (output / "Modelfile").exists()
     assert f"no Modelfile for Ollama: {reason}" in capsys.readouterr().out
+
+
+def test_checkpoints_and_models_are_pushed_with_cards_of_their_own(run, model, adapters, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+    write_checkpoint(run, model, 2)
+    sources = ((str(run / "checkpoints" / "2"),), (str(model), "--adapters", str(adapters[0])), (str(model),))
+    for source in sources:
+        assert "needs a token of the hub, but there is none" in refused(capsys, *source, "--push", "org/sums")
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    with hub_server() as server:
+        server.accounts["hf_mine"] = Account()
+        use(server.url, monkeypatch, tmp_path / "cache")
+        cards, titles = [], []
+        for source in sources:
+            assert main(["export", *source, "--push", "org/sums"]) == 0
+            repository = server.repositories["models", "org/sums"]
+            titles.append(repository.titles[repository.refs["main"]])
+            files = repository.commits[repository.refs["main"]]
+            assert files.keys() >= {"model.safetensors", "config.json", "tokenizer.json", "Modelfile", "README.md"}
+            cards.append(files["README.md"].decode())
+    assert titles[0] == "raysft: the model of run sums after step 2"
+    assert "It is the checkpoint after step 2" in cards[0]
+    assert titles[1:] == [f"raysft: {model.name} with {adapters[0].name}", f"raysft: {model.name}"]
+    assert f"`{model.name}` with `{adapters[0].name}` merged into it" in cards[1]
+    for card in cards:
+        assert 'AutoModelForCausalLM.from_pretrained("org/sums", dtype="auto")' in card
+        assert str(tmp_path) not in card

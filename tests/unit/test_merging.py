@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
+from raysft.config import parse
 from raysft.models.merging import merge
-from raysft.models.weight_types import stored_dtype
-from tests.tiny import tiny_tokenizer
+from raysft.models.weight_types import convert_parameters, own_dtype, stored_dtype
+from tests.messages import refusal
+from tests.tiny import tiny_mixture, tiny_model, tiny_tokenizer
 
 IDS = torch.arange(40)[None]
 KINDS = ("llama", "qwen2", "gemma", "gpt2")
@@ -118,3 +122,101 @@ def test_a_merged_model_computes_what_the_base_computes_with_the_adapters(tmp_pa
             torch.testing.assert_close(logits(written), wanted, rtol=1e-3, atol=1e-3)
     merge(base, tmp_path / "own", adapters=adapters)
     assert stored_dtype(tmp_path / "own") == stored, "the data type stays as it is"
+
+
+@pytest.mark.parametrize(("kind", "settings"), [
+    ("qwen3_moe", {"num_experts": 4, "moe_intermediate_size": 16}),
+    ("mixtral", {"num_local_experts": 4}),
+])  # fmt: skip
+def test_fused_experts_are_merged_and_written_by_their_published_names(tmp_path, kind, settings):
+    from raysft.train.finetuning import load_model
+
+    base = tiny_mixture(tmp_path / "base", kind, **settings)
+    config = parse({
+        "model": {"path": str(base), "dtype": "float32", "lora": {"rank": 4}},
+        "data": {"train": [{"name": "a", "path": "a"}], "sequence_length": 64},
+    })  # fmt: skip
+    model: Any = load_model(config, str(base))
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    wanted = logits(model)
+    for dtype, tolerance in (("float32", 1e-4), ("bfloat16", 0.1)):
+        merge(base, tmp_path / dtype, dtype=dtype, adapters=[tmp_path / "adapter"])
+        assert stored_dtype(tmp_path / dtype) == dtype
+        names = load_file(tmp_path / dtype / "model.safetensors").keys()
+        assert names == load_file(base / "model.safetensors").keys()
+        torch.testing.assert_close(logits(loaded(tmp_path / dtype, "float32")), wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq"])
+def test_a_quantized_base_stays_as_it_is(tmp_path, method):
+    draw = random.Random(1)
+    base = random_model(tmp_path / "base", "llama", draw, "float32")
+    adapter = random_adapter(tmp_path / "adapter", base, draw)
+    described = json.loads((base / "config.json").read_text())
+    described["quantization_config"] = {"quant_method": method, "bits": 4, "load_in_4bit": True}
+    (base / "config.json").write_text(json.dumps(described))
+    said = refusal(lambda: merge(base, tmp_path / "out", dtype="float32"))
+    assert f"is quantized ({method}), so its weights have no such type; remove it" in said
+    said = refusal(lambda: merge(base, tmp_path / "out", adapters=[adapter]))
+    assert (
+        f"is quantized ({method}), so no adapter can be merged into it; keep the adapter as it is (--no-merge)" in said
+    )
+    merge(base, tmp_path / "copied")
+    assert (tmp_path / "copied" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+
+
+def test_a_models_own_type_is_what_its_config_says_or_its_weights_have(tmp_path):
+    base = tiny_model(tmp_path / "base")
+    path = base / "config.json"
+    described = json.loads(path.read_text())
+    described.pop("dtype")
+    for settings, own in (
+        ({"torch_dtype": "bfloat16"}, "bfloat16"),
+        ({}, "float32"),
+        ({"dtype": "float16"}, "float16"),
+    ):
+        path.write_text(json.dumps({**described, **settings}))
+        assert own_dtype(base) == own
+    path.write_text("[]")
+    assert "is not a model's configuration" in refusal(lambda: own_dtype(base))
+
+
+def test_weights_in_parts_of_any_size_are_the_same_weights(tmp_path):
+    base, draw = tiny_model(tmp_path / "base"), random.Random(3)
+    wanted = load_file(base / "model.safetensors")
+    for index in range(4):
+        size, output = draw.choice(["5KB", "30KB", "70KB", "1GB"]), tmp_path / f"{index}"
+        merge(base, output, shard_size=size)
+        found: dict[str, torch.Tensor] = {}
+        for file in output.glob("*.safetensors"):
+            with safe_open(file, framework="pt") as part:
+                assert part.metadata() == {"format": "pt"}
+            found |= load_file(file)
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
+        assert torch.equal(logits(loaded(output, "float32")), logits(loaded(base, "float32")))
+        base = output  # the next one is made from parts
+
+
+class Routed(torch.nn.Module):
+    """A model whose router transformers keeps in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.expert = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        return {"router": torch.float32} if dtype != torch.float32 else {}
+
+
+def test_weights_that_transformers_keeps_in_float32_stay_so():
+    model = Routed()
+    convert_parameters(model, "bfloat16")
+    assert {name: weight.dtype for name, weight in model.named_parameters()} == {
+        "router.weight": torch.float32, "router.bias": torch.float32,
+        "expert.weight": torch.bfloat16, "expert.bias": torch.bfloat16,
+    }  # fmt: skip
