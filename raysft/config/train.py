@@ -138,8 +138,9 @@ class TrainSection(Section):
     """Save the model with the best ``best_metric`` instead of the last one."""
     best_metric: Text = "eval_loss"
     """Result that tells which model is the best, for ``keep_best`` and ``early_stopping``: a key of ``eval_results.json``, such as
-    ``eval_accuracy`` or ``eval_NAME_loss`` for one of several evaluation sets. An evaluation that does not give a finite value is
-    never the best; of equal ones the first is."""
+    ``eval_accuracy`` or ``eval_NAME_loss`` for one of several evaluation sets, or with ``generate.every_steps`` one of
+    ``predict_results.json``, such as ``predict_rouge-l``. A value that is not finite is never the best; of equal ones the first
+    is."""
     best_mode: Literal["min", "max"] | None = None
     """``min``: the lowest ``best_metric`` is best; ``max``: the highest. Default: the metric's own direction."""
     save_every_steps: Positive | None = None
