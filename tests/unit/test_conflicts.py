@@ -369,3 +369,52 @@ def test_pure_bfloat16_has_no_float32_copies_on_any_stage():
         settings = deepspeed_settings(config(train__zero_stage=0, train__optimizer=optimizer, **pure), 1)
         assert settings["zero_optimization"]["stage"] == 0
         assert [settings[name]["enabled"] for name in ("bf16", "torch_autocast")] == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("settings", "lowest"),
+    [
+        ({"train__best_metric": "eval_b_perplexity"}, True),
+        ({"train__best_metric": "eval_accuracy", "train__best_mode": "min"}, True),
+        ({"train__best_metric": "eval_tokens", "train__best_mode": "max"}, False),
+        ({"train__best_metric": "predict_rouge-l", "generate__every_steps": 2}, False),
+        ({"train__best_metric": "predict_b_bleu-4_low", "generate__every_steps": 2}, False),
+        (
+            {"train__best_metric": "predict_errors", "train__best_mode": "min", "generate__every_steps": 2,
+             "generate__metrics": ["own.py"]},
+            True,
+        ),
+    ],
+)  # fmt: skip
+def test_the_best_model_may_be_chosen_by_any_result_that_there_will_be(settings, lowest):
+    train = config(**COMPARES, **settings).train
+    assert train.lowest_is_best is lowest
+
+
+def test_a_model_may_be_chosen_by_predictions_where_nothing_is_evaluated():
+    settings = {"train__keep_best": True, "train__best_metric": "predict_rouge-l", "generate__sources": ["a"]}
+    assert config(**settings, generate__every_steps=2).train.comparing_key == "train.keep_best"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train__best_metric": "predict_bleu"}, "train.best_metric=predict_bleu … did you mean predict_bleu-4?"),
+        (
+            {"train__best_metric": "predict_a_rouge"},
+            "train.best_metric=predict_a_rouge … did you mean predict_a_rouge-",
+        ),
+        (
+            {"train__best_metric": "predict_errors", "generate__metrics": ["own.py"]},
+            "train.best_metric=predict_errors … train.best_mode=null; set it to min or max",
+        ),
+        (
+            {"train__best_metric": "base_predict_rouge-l"},
+            "train.best_metric=base_predict_rouge-l … did you mean predict_rouge-l?",
+        ),
+    ],
+)
+def test_scores_that_no_prediction_gets_choose_no_model(settings, message):
+    with pytest.raises(RequestError) as caught:
+        config(**COMPARES, generate__every_steps=2, **settings)
+    assert holds(str(caught.value), message)

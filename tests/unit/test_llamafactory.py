@@ -465,6 +465,10 @@ def test_what_is_refused(write, keys, parts):
         ({"load_best_model_at_end": True, "metric_for_best_model": "perplexity", "greater_is_better": False}, "eval_perplexity",
          True),
         ({"metric_for_best_model": "eval_accuracy", "greater_is_better": True}, "eval_loss", True),
+        ({"load_best_model_at_end": True, "metric_for_best_model": "rouge-l", "predict_with_generate": True}, "predict_rouge-l",
+         False),
+        ({"early_stopping_steps": 2, "metric_for_best_model": "eval_b_bleu-4", "predict_with_generate": True},
+         "predict_b_bleu-4", False),
     ],
 )  # fmt: skip
 def test_the_best_model_is_chosen_by_the_metric_that_transformers_names(write, keys, metric, lowest):
