@@ -158,3 +158,51 @@ def test_another_metric_does_not_compare_with_the_values_of_the_one_before(folde
     assert chosen["best_step"] == STEPS + 1, "the only evaluation since then"
     assert chosen["best_eval_accuracy"] == results(by_perplexity, "eval")["eval_accuracy"]
     assert "best_eval_perplexity" not in chosen
+
+
+OWN = """
+import datasets
+import evaluate
+
+
+class Own(evaluate.Metric):
+    def _info(self):
+        text = datasets.Value("string")
+        features = datasets.Features({"predictions": text, "references": text})
+        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
+
+    def _compute(self, predictions, references):
+        return {"errors": sum(a != b for a, b in zip(predictions, references))}
+"""
+"""A metric whose results nobody knows before it runs."""
+
+
+def test_a_metric_that_the_first_predictions_lack_ends_the_run_with_a_checkpoint_to_go_on_from(folder, capsys):
+    (folder / "own.py").write_text(OWN)
+    command = ["train", str(folder / "best.yaml"), "run.name=own", "train.max_steps=3", "scaling.num_workers=1"]
+    command += [
+        "generate.enabled=true",
+        "generate.every_steps=2",
+        "generate.max_examples=2",
+        "generate.max_new_tokens=4",
+    ]
+    command += [f"generate.metrics=[{folder / 'own.py'}]", "train.best_mode=min", "train.save_every_steps=null"]
+    assert main([*command, "train.best_metric=predict_misses"]) == 1
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith(
+        "raysft: failed: stopped after step 2: train.best_metric=predict_misses is not a result of this run"
+    )
+    assert "use one of predict_errors" in told
+    run = folder / "runs" / "own"
+    assert [Cursor.read(one).step for one in complete(run / "checkpoints")] == [2]
+    assert main([*command, "train.best_metric=predict_errors", "--allow-changed"]) == 0
+    chosen = results(run, "train")
+    assert chosen["best_step"] in (2, 3)
+    assert 0 <= chosen["best_predict_errors"] <= 2
+    assert results(run, "eval")["eval_loss"] == pytest.approx(
+        {
+            line["current_steps"]: line["eval_loss"]
+            for line in read_jsonl(run / "trainer_log.jsonl")
+            if "eval_loss" in line
+        }[chosen["best_step"]]
+    )
