@@ -72,8 +72,8 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 def scores(results: dict) -> dict:
     """The results that do not depend on time."""
-    return {key: value for key, value in results.items() if key.startswith("predict_") and "runtime" not in key
-            and "per_second" not in key and "signature" not in key}  # fmt: skip
+    timed = ("runtime", "per_second", "signature")
+    return {key: value for key, value in results.items() if key.startswith("predict_") and not key.endswith(timed)}
 
 
 @pytest.mark.parametrize(
@@ -112,6 +112,19 @@ def test_predictions_of_a_step_are_those_of_its_model_and_change_no_weight(folde
 def beside(folder) -> Path:
     """A run that was not interrupted."""
     return run(folder, "whole", "generate.every_steps=2", verb="train")
+
+
+def test_predictions_of_a_step_are_those_of_its_checkpoint(folder, tmp_path):
+    trained = run(
+        folder, "kept", "generate.every_steps=2", "train.save_every_steps=4", "train.keep_last=9", verb="train"
+    )
+    exported = tmp_path / "exported"
+    assert main(["export", str(trained / "checkpoints" / "4"), "--no-merge", "--output", str(exported)]) == 0
+    other = run(folder, "exported", f"generate.model={exported}", verb="generate")
+    assert (other / "generated_predictions.jsonl").read_text() == (
+        trained / "generation" / "4" / "generated_predictions.jsonl"
+    ).read_text()
+    assert scores(json.loads((other / "predict_results.json").read_text())) == scores(generations(trained)[4])
 
 
 @pytest.mark.parametrize(("name", "settings"), [("stopped", []), ("stopped-between", BETWEEN)])
