@@ -65,7 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_config_verb(commands, verbs.prepare, "tokenize the data into the cache")
     train = _add_config_verb(commands, verbs.train, "train and evaluate")
-    _add_config_verb(commands, verbs.evaluate, "evaluate the trained model")
+    evaluate = _add_config_verb(
+        commands, verbs.evaluate, "evaluate the trained model, or with evaluate.model any other one, without training"
+    )
     generate = _add_config_verb(commands, verbs.generate, "generate predictions and score them")
     tune = _add_config_verb(commands, verbs.tune, "sweep: try the values of tune.space, each in a whole run")
     report = _add_verb(
@@ -94,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("--output", type=Path, metavar="NEW_FILE", help="file to write instead; must not exist")
     for resumable in (run, train):
         resumable.add_argument("--allow-changed", action="store_true", help=ALLOW_CHANGED)
-    for submitted in (run, tune, generate):
+    for submitted in (run, tune, evaluate, generate):
         submitted.add_argument("--rayjob", metavar="URL", help=RAYJOB)
     show.add_argument(
         "--rows", type=int, default=3, metavar="N", help="number of rows of the training data to show (default 3)"

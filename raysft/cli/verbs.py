@@ -220,14 +220,15 @@ def _follow_on_kubernetes(config: Config, name: str) -> int:
 
 
 def _check_pods(config: Config) -> None:
-    """Refuse a training that its pods cannot hold."""
-    from raysft.run.pods import check_pods
+    """Refuse a training or an evaluation that its pods cannot hold."""
+    from raysft.run.pods import check_evaluation_pods, check_pods
     from raysft.submit import kubernetes
     from raysft.submit.kubernetes.sizes import nodes_of, verb_of, worker_pods
 
     kubernetes.render(config)  # refuses what no pods could do
-    if verb_of(config) == "run":
-        check_pods(config, nodes_of(config, worker_pods(config).fewest), _say)
+    check = {"run": check_pods, "evaluate": check_evaluation_pods}.get(verb_of(config))
+    if check:
+        check(config, nodes_of(config, worker_pods(config).fewest), _say)
 
 
 def follow(parsed: argparse.Namespace) -> int:
@@ -294,7 +295,7 @@ SECTIONS_OF: dict[Verb, tuple[str, ...]] = {
     show: ("stage", "run", "model", "data", "scaling"),
     prepare: ("stage", "run", "model", "data", "scaling"),
     train: TRAINING,
-    evaluate: TRAINING,
+    evaluate: (*TRAINING, "evaluate"),
     generate: ("stage", "run", "model", "data", "scaling", "generate"),
     tune: (*TRAINING, "generate", "tune"),
     submit: SECTIONS,

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from raysft.config.cluster import ClusterSection
 from raysft.config.data import DataSection
+from raysft.config.evaluate import EvaluateSection
 from raysft.config.evaluation_effects import Bearing, bearing_of
 from raysft.config.generate import GenerateSection
 from raysft.config.model import ModelSection
@@ -38,6 +39,7 @@ class Config(Section):
     data: DataSection
     train: TrainSection = TrainSection()
     scaling: ScalingSection = ScalingSection()
+    evaluate: EvaluateSection = EvaluateSection()
     generate: GenerateSection = GenerateSection()
     tune: TuneSection = TuneSection()
     cluster: ClusterSection = ClusterSection()

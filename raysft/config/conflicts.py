@@ -134,12 +134,13 @@ def _lora(config: Config) -> Iterator[str]:
 def _quantization(config: Config) -> Iterator[str]:
     model = config.model
     named = f"model.quantization={model.quantization}"
-    if model.adapter is None:
+    trains = config.evaluate.model is None  # else no verb does
+    if trains and model.adapter is None:
         yield (
             f"{named} freezes the weights, but model.finetuning={model.finetuning} trains them; "
             "set model.finetuning to lora or oft"
         )
-    if config.train.zero_stage == 3:
+    if trains and config.train.zero_stage == 3:
         yield f"{named} loads weights that cannot be partitioned, but train.zero_stage=3 does so; set train.zero_stage=2"
     if model.finetuning == "lora" and model.lora.pissa:
         yield f"model.lora.pissa=true requires unquantized weights, but {named}; set only one of them"

@@ -65,6 +65,7 @@ _KEYS = {
         train.hang_minutes train.max_hours train.trackers
         train.tracking.project train.tracking.run_name train.tracking.tags train.tracking.group
         scaling.wait_minutes scaling.worker_tokens_per_second scaling.data_label scaling.address
+        evaluate.model
         generate.enabled generate.compare_base generate.every_steps generate.model generate.sources generate.engine
         generate.num_actors
         generate.gpus_per_engine generate.max_examples generate.batching generate.batch_size generate.max_new_tokens

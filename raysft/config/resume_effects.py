@@ -32,6 +32,7 @@ _KEYS = {
         train.tracking.project train.tracking.run_name train.tracking.tags train.tracking.group
         scaling.num_workers scaling.wait_minutes scaling.use_gpu scaling.cpus_per_worker scaling.threads_per_worker
         scaling.worker_tokens_per_second scaling.placement scaling.data_label scaling.address
+        evaluate.model
         generate.enabled generate.compare_base generate.every_steps generate.model generate.sources generate.engine
         generate.num_actors
         generate.gpus_per_engine generate.max_examples generate.batching generate.batch_size generate.max_new_tokens

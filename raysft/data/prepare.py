@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from raysft.config import Config, Source, with_overrides
 from raysft.config.named_templates import special_tokens, template_names
@@ -124,10 +123,7 @@ def prepare_prompts(config: Config, model: str, runs_code: bool, notify: Notify 
     Raises:
         RequestError: the data cannot be used as requested.
     """
-    overrides: dict[str, Any] = {"data.on_overflow": "truncate"}
-    if load_once(model, runs_code).chat_template:
-        overrides["model.chat_template"] = None
-    config = with_overrides(config, overrides)
+    config = _with_own_template(with_overrides(config, {"data.on_overflow": "truncate"}), model, runs_code)
     held_out = HeldOut.of(config, model, notify)
     sets = [
         resolve_shard_set(config, source, split, model, with_prompts=True, limit=held_out.limit)
@@ -135,6 +131,42 @@ def prepare_prompts(config: Config, model: str, runs_code: bool, notify: Notify 
     ]
     label = config.scaling.data_label
     return build_shards(sets, model, config.data.max_rejected, config.chat_template, notify, runs_code, label)
+
+
+def prepare_evaluation(
+    config: Config, model: str, runs_code: bool, notify: Notify = lambda line: None
+) -> tuple[list[Manifest], dict[str, PackedDataset]]:
+    """Tokenize the evaluation sets with the tokenizer of any model, and plan their rows; nothing to train on is read.
+
+    Args:
+        config: the run's config.
+        model: folder of the model whose tokenizer is used.
+        runs_code: allow code that comes with the tokenizer to run.
+        notify: called with lines about the progress.
+
+    Returns:
+        The manifests of all sets, and the rows of those that have something to evaluate, by name.
+
+    Raises:
+        RequestError: the data cannot be used as requested.
+    """
+    config = _with_own_template(config, model, runs_code)
+    held_out = HeldOut.of(config, model, notify)
+    # As a training has them, which then finds them in the cache.
+    sets = [
+        resolve_shard_set(config, source, split, model, config.stage == "sft", held_out.limit)
+        for source, split in evaluation_sets(config, held_out)
+    ]
+    label = config.scaling.data_label
+    manifests = build_shards(sets, model, config.data.max_rejected, config.chat_template, notify, runs_code, label)
+    return manifests, _evaluation_rows(config, sets, manifests)
+
+
+def _with_own_template(config: Config, model: str, runs_code: bool) -> Config:
+    """Leave ``model.chat_template`` to a model that has no chat template of its own."""
+    return (
+        with_overrides(config, {"model.chat_template": None}) if load_once(model, runs_code).chat_template else config
+    )
 
 
 def evaluation_sets(config: Config, held_out: HeldOut) -> list[tuple[Source, Split]]:
@@ -166,7 +198,6 @@ def _plan_rows(
         )
     evaluated = manifests[len(train) : len(train) + len(evaluation)]
     duplicates = count_duplicates(manifests[: len(train)], evaluated, data.duplicates == "drop", data.mixing)
-    layout: Layout = "single" if not data.packing else "joined" if config.stage == "pt" else "packed"
     train_rows = PackedDataset(
         manifests=tuple(shards.manifest.location for shards in train),
         capacity=data.sequence_length,
@@ -175,29 +206,16 @@ def _plan_rows(
         epochs=config.train.epochs,
         max_steps=config.train.max_steps,
         repeat=config.train.max_steps is not None,
-        layout=layout,
+        layout=_layout(config),
         mixing=data.mixing,
         mixing_weights=tuple(source.weight or 1.0 for source in data.train),
         document_mask=data.document_mask,
         shuffle=data.shuffle,
         apart_from=tuple(each.manifest.location for each in evaluation) if data.duplicates == "drop" else None,
     )
-    eval_rows = {
-        shards.source.name: PackedDataset(
-            manifests=(shards.manifest.location,),
-            capacity=data.sequence_length,
-            global_batch_size=config.micro_batch_size * config.scaling.most_workers,
-            layout=layout,
-            document_mask=data.document_mask,
-            shuffle=False,
-        )
-        for shards, manifest in zip(evaluation, evaluated, strict=True)
-        if manifest.loss_tokens.any()  # not for prompts alone
-    }
+    eval_rows = _evaluation_rows(config, evaluation, evaluated)
     _refuse_nothing_compared(config, eval_rows)
     _refuse_empty_steps(train_rows)
-    for rows in eval_rows.values():
-        _ = rows.row_plan  # or each worker would plan them
     return PreparedData(
         train=tuple(manifests[: len(train)]),
         eval=tuple(evaluated),
@@ -206,6 +224,31 @@ def _plan_rows(
         duplicates=duplicates,
         shared_files=_shared_files(train, evaluation),
     )
+
+
+def _layout(config: Config) -> Layout:
+    return "single" if not config.data.packing else "joined" if config.stage == "pt" else "packed"
+
+
+def _evaluation_rows(
+    config: Config, evaluation: Sequence[ShardSet], evaluated: Sequence[Manifest]
+) -> dict[str, PackedDataset]:
+    """Plan the rows of the evaluation sets that have loss tokens, by name."""
+    found = {
+        shards.source.name: PackedDataset(
+            manifests=(shards.manifest.location,),
+            capacity=config.data.sequence_length,
+            global_batch_size=config.micro_batch_size * config.scaling.most_workers,
+            layout=_layout(config),
+            document_mask=config.data.document_mask,
+            shuffle=False,
+        )
+        for shards, manifest in zip(evaluation, evaluated, strict=True)
+        if manifest.loss_tokens.any()  # not for prompts alone
+    }
+    for rows in found.values():
+        _ = rows.row_plan  # or each worker would plan them
+    return found
 
 
 def _refuse_nothing_compared(config: Config, eval_rows: dict[str, PackedDataset]) -> None:

@@ -79,14 +79,18 @@ def _needed(model: str, tokenizer_too: bool) -> bool:
     return type(hf_config) not in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
-def code_name(config: Config, folder: Path) -> str:
+def code_name(config: Config, folder: Path, given: str | None = None) -> str:
     """Return the name under which ``model.trust_remote_code`` must list a model for its code to run.
 
-    It is the name of the model that generates, or, for an adapter, of its base model, because ``adapter_config.json`` may name any
-    folder.
+    It is the name of the model, or, for an adapter, of its base model, because ``adapter_config.json`` may name any folder.
+
+    Args:
+        config: names the models whose code may run.
+        folder: of the model or the adapter.
+        given: the model's name in the config. Default: that of the model that generates.
     """
     if adapter_base(folder) is None:
-        return config.generate.model or config.model.path
+        return given or config.generate.model or config.model.path
     base = hub_snapshots.split(named_base(folder) or "")[0]
     location, trained = StoragePath.of(base), StoragePath.of(locate(config.model.path, "model.path"))
     # A model with merged adapters is in the cache.
@@ -100,6 +104,7 @@ def reference_runs_code(config: Config, folder: Path) -> bool:
     return named in config.model.trust_remote_code
 
 
-def runs_code(config: Config, folder: Path) -> bool:
-    """True if a model's own code may run."""
-    return bool(config.model.trust_remote_code) and code_name(config, folder) in config.model.trust_remote_code
+def runs_code(config: Config, folder: Path, given: str | None = None) -> bool:
+    """True if a model's own code may run; arguments are those of ``code_name``."""
+    named = config.model.trust_remote_code
+    return bool(named) and code_name(config, folder, given) in named

@@ -77,7 +77,7 @@ def write_page(log: RunLog, warnings: Sequence[str] = ()) -> None:
 def _subtitle(log: RunLog) -> str:
     """Model, stage and method on one line."""
     if log.other_model:
-        return visible(f"{masked(log.other_model)} · generation only, nothing was trained")
+        return visible(f"{masked(log.other_model)} · {' and '.join(log.other_work)}, nothing was trained")
     stage = "continued pre-training" if log.option("stage") == "pt" else "supervised fine-tuning"
     rank, block_size = log.option("model.lora.rank"), log.option("model.oft.block_size")
     method = {

@@ -52,8 +52,15 @@ class RunLog:
 
     @property
     def other_model(self) -> str:
-        """The model of a run that only generates (``generate.model``); empty if the run trains."""
-        return "" if self.steps or self.evaluations else str(self.option("generate.model", ""))
+        """The model of a run that trains nothing (``evaluate.model``, ``generate.model``); empty if the run trains."""
+        model = self.option("evaluate.model") or self.option("generate.model", "")
+        return "" if self.steps or self.evaluations else str(model)
+
+    @property
+    def other_work(self) -> list[str]:
+        """What a run that trains nothing does with its model: ``evaluation``, ``predictions`` or both."""
+        work = {"evaluation": "evaluate.model", "predictions": "generate.model"}
+        return [name for name, key in work.items() if self.option(key)]
 
     @property
     def evaluation_sets(self) -> list[str]:

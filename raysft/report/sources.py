@@ -65,8 +65,13 @@ def sources(log: RunLog) -> list[Source]:
     """Sources in the order of the config, followed by those that come from a registry or a holdout."""
     configured = {part: {str(source.get("name")): source for source in log.sources(part)} for part in ("train", "eval")}
     if log.other_model:
-        planned, all_sources = _planned(log, "generation"), {**configured["train"], **configured["eval"]}
-        return [_source(name, "generation", all_sources, planned) for name in planned]
+        all_sources = {**configured["train"], **configured["eval"]}
+        return [
+            _source(name, use, all_sources, planned)
+            for use in ("evaluation", "generation")
+            for planned in [_planned(log, use)]
+            for name in planned
+        ]
     found = []
     for use, part, plan_key in (("training", "train", "sources"), ("evaluation", "eval", "evaluation")):
         planned = _planned(log, plan_key)

@@ -64,7 +64,7 @@ def _comparison(console: Console, log: RunLog) -> None:
     base = shortened(masked(log.option("model.path", "?")), 60)
     title = f"{base}, {log.finetuning} {log.option('stage', '')}"
     if log.other_model:
-        title = f"predictions of {shortened(masked(log.other_model), 60)}"
+        title = f"{' and '.join(log.other_work)} of {shortened(masked(log.other_model), 60)}"
     console.print(Text(f"{log.name}: {title}", style="bold"))
     if not rows:
         console.print(f"\n{no_scores(log)}")

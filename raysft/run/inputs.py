@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from raysft.config import Config, with_overrides
-from raysft.data.prepare import PreparedData, prepare, prepare_prompts
+from raysft.data.prepare import PreparedData, prepare, prepare_evaluation, prepare_prompts
 from raysft.data.shards.manifest import Manifest
 from raysft.data.tokenization.tokenizer import load_once
 from raysft.errors import RequestError
@@ -169,8 +170,43 @@ def training_identity(files: ModelFiles, prepared: PreparedData) -> dict[str, st
     return identity | {EVALUATION: " ".join(manifest.key for manifest in prepared.eval)}
 
 
-def read_prompts(config: Config, notify: Callable[[str], None]) -> PromptInputs:
-    """Check ``generate.model``, and tokenize the prompts with its tokenizer."""
+@dataclass(frozen=True)
+class OtherModel:
+    """A model or an adapter that is not trained here, with its files checked."""
+
+    location: str
+    """Folder, URI or hub id."""
+    named: str
+    """As messages name it, ``generate.model=PATH``."""
+    folder: Path
+    """Its own folder on this node."""
+    weights: Path
+    """Folder of the whole model: its own, or that of an adapter's base."""
+    tokenizer_path: str
+    runs_code: bool
+    """True if code that comes with it may run."""
+    hf_config: Any
+    """The model's own config."""
+    method: str | None
+    """What it is quantized by."""
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return load_once(self.tokenizer_path, self.runs_code)
+
+    @cached_property
+    def embedding_rows(self) -> int | None:
+        """Number of tokens that the model has embeddings for; None if it does not say."""
+        return embedding_rows(self.weights, self.hf_config, self.named)
+
+
+def find_other_model(config: Config, given: str, key: str, notify: Callable[[str], None]) -> OtherModel:
+    """Find the model that a key names in place of a trained one, and check its files.
+
+    Raises:
+        RequestError: there is none, or it cannot be loaded.
+    """
     from raysft.models.adapter_files import adapter_base
     from raysft.models.architecture import read_hf_config
     from raysft.models.quantization import check_method, method_of, quantization_config
@@ -178,17 +214,73 @@ def read_prompts(config: Config, notify: Callable[[str], None]) -> PromptInputs:
     from raysft.models.resolve import find_model
     from raysft.models.tokenizer import tokenizer_folder
 
-    key = "generate.model"
-    model = find_model(config.generate.model or "", config.cache_directory, notify, key, accept_adapter=True)
+    model = find_model(given, config.cache_directory, notify, key, accept_adapter=True)
     folder, named = model_copy(model), f"{key}={hub_snapshots.split(model)[0] if on_hub(model) else model}"
     base = adapter_base(folder)
     check_weights(folder, named)
-    hf_config = read_hf_config(config, str(base or folder), code_name(config, folder), notify, key)
-    if method := method_of(hf_config):
+    hf_config = read_hf_config(config, str(base or folder), code_name(config, folder, given), notify, key)
+    method = method_of(hf_config)
+    if method:
         check_method(named, method, config)
     quantization_config(config)
-    check_generation(config, model)
-    rows = embedding_rows(base or folder, hf_config, named)
-    tokenizer_path, trusted = str(tokenizer_folder(folder)), runs_code(config, folder)
-    manifests = prepare_prompts(config, tokenizer_path, trusted, notify)
-    return PromptInputs(model, manifests, load_once(tokenizer_path, trusted), rows)
+    trusted = runs_code(config, folder, given)
+    return OtherModel(model, named, folder, base or folder, str(tokenizer_folder(folder)), trusted, hf_config, method)
+
+
+def read_prompts(config: Config, notify: Callable[[str], None]) -> PromptInputs:
+    """Check ``generate.model``, and tokenize the prompts with its tokenizer."""
+    model = find_other_model(config, config.generate.model or "", "generate.model", notify)
+    check_generation(config, model.location)
+    rows = model.embedding_rows
+    manifests = prepare_prompts(config, model.tokenizer_path, model.runs_code, notify)
+    return PromptInputs(model.location, manifests, model.tokenizer, rows)
+
+
+@dataclass(frozen=True)
+class EvaluationInputs:
+    """What ``evaluate.model`` is evaluated on."""
+
+    model: OtherModel
+    manifests: list[Manifest]
+    """Of all evaluation sets."""
+    rows: dict[str, Any]
+    """Name of a set that has something to evaluate → its rows (``PackedDataset``)."""
+
+
+def read_evaluation(config: Config, notify: Callable[[str], None]) -> EvaluationInputs:
+    """Check ``evaluate.model``, and tokenize the evaluation sets with its tokenizer.
+
+    Raises:
+        RequestError: the model or the data cannot be used, or there is nothing to evaluate on.
+    """
+    from raysft.models.attention import kernel
+    from raysft.train.check_model import check_positions
+    from raysft.train.deepspeed_config import deepspeed_settings
+
+    model = find_other_model(config, config.evaluate.model or "", "evaluate.model", notify)
+    check_positions(config, model.hf_config.get_text_config())
+    kernel(config)
+    deepspeed_settings(config, config.scaling.most_workers)
+    rows = model.embedding_rows
+    manifests, eval_rows = prepare_evaluation(config, model.tokenizer_path, model.runs_code, notify)
+    check_tokens((manifest.largest_token for manifest in manifests), rows, model.tokenizer, model.named)
+    check_evaluable(manifests, eval_rows, notify)
+    return EvaluationInputs(model, manifests, eval_rows)
+
+
+def check_evaluable(manifests: Iterable[Manifest], rows: Collection[str], notify: Callable[[str], None]) -> None:
+    """Refuse evaluation sets without any loss token, and tell those that are left out beside others.
+
+    Args:
+        manifests: of all sets.
+        rows: names of those that have loss tokens.
+        notify: receives a line for each that has none.
+    """
+    without = [manifest.name for manifest in manifests if manifest.name not in rows]
+    if not rows:
+        raise RequestError(
+            f"no example of {', '.join(without)} has an answer to evaluate; name other sources in data.eval, or use raysft "
+            "generate"
+        )
+    for name in without:
+        notify(f"evaluation: {name} is left out, as none of its examples has an answer")

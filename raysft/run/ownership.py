@@ -32,14 +32,14 @@ def with_recorded_batch_size(directory: RunDirectory, config: Config) -> Config:
     """Replace ``train.global_batch_size: auto`` by the number that the run began with, if it has begun."""
     if config.train.global_batch_size != "auto" or not (has_training(directory) and directory.config.exists()):
         return config
-    return with_overrides(config, {"train.global_batch_size": _recorded_config(directory).train.global_batch_size})
+    return with_overrides(config, {"train.global_batch_size": recorded_config(directory).train.global_batch_size})
 
 
 def recorded_commit(directory: RunDirectory, config: Config) -> str | None:
     """Return the commit on the hub that the run began with, if it has begun and asks for the same model and revision."""
     if not (has_training(directory) and directory.config.exists()):
         return None
-    recorded = _recorded_config(directory).model
+    recorded = recorded_config(directory).model
     if (recorded.path, recorded.revision) != (config.model.path, config.model.revision):
         return None
     return _resolved(directory, "model_commit")
@@ -49,7 +49,7 @@ def recorded_reference_commit(directory: RunDirectory, config: Config) -> str | 
     """Return the same of ``train.reference_model``."""
     if not (has_training(directory) and directory.config.exists()):
         return None
-    if _recorded_config(directory).train.reference_model != config.train.reference_model:
+    if recorded_config(directory).train.reference_model != config.train.reference_model:
         return None
     return _resolved(directory, "reference_commit")
 
@@ -67,9 +67,9 @@ def differences(directory: RunDirectory, config: Config) -> Changes:
         RequestError: the folder is not a run directory.
     """
     if not directory.config.exists():
-        _refuse_other_folder(directory)
+        refuse_other_folder(directory)
         return {}
-    recorded = _recorded_config(directory).numerics_keys()
+    recorded = recorded_config(directory).numerics_keys()
     if not has_training(directory):
         return {}
     asked = with_recorded_batch_size(directory, config).numerics_keys()
@@ -77,14 +77,19 @@ def differences(directory: RunDirectory, config: Config) -> Changes:
     return {key: [recorded.get(key), asked.get(key)] for key in keys}
 
 
-def _refuse_other_folder(directory: RunDirectory) -> None:
+def refuse_other_folder(directory: RunDirectory) -> None:
     """Refuse a folder with files but without a ``config.yaml``."""
     place = directory.place
     if (place.local and place.local.is_file()) or any(not BEFORE_CONFIG.match(name) for name in place.entries()):
         raise RequestError(f"{place}: is not empty, but holds no config.yaml; choose another run.name")
 
 
-def _recorded_config(directory: RunDirectory) -> Config:
+def recorded_config(directory: RunDirectory) -> Config:
+    """Return the config that a run directory records.
+
+    Raises:
+        RequestError: it is of another version.
+    """
     try:
         return parse(yaml.safe_load(directory.config.read_text(encoding="utf-8")))
     except (TypeError, ValueError, yaml.YAMLError):
@@ -130,20 +135,9 @@ def check_ownership(directory: RunDirectory, config: Config, allow_changed: bool
     raise RequestError(f"{directory.place}: belongs to another config: {describe_changes(fixed or changes)}; {remedy}")
 
 
-def refuse_training(directory: RunDirectory, config: Config) -> None:
-    """Refuse a training's directory for predictions of ``generate.model``, which would pass for the trained model's."""
-    if has_training(directory):
-        raise RequestError(
-            f"{directory.place}: belongs to a training, but generate.model={config.generate.model} is another model; "
-            "choose another run.name"
-        )
-    if not directory.config.exists():
-        _refuse_other_folder(directory)
-
-
 def refuse_other_kind(directory: RunDirectory, verb: str) -> None:
     """Refuse a run in the directory of a sweep and a sweep in that of a run: each would overwrite the other's config."""
-    if verb in ("run", "train", "generate") and directory.trials.exists():
+    if verb in ("run", "train", "evaluate", "generate") and directory.trials.exists():
         owner = "a sweep, whose runs are in its folder trials"
     elif verb == "tune" and has_training(directory):
         owner = "a training"

@@ -191,8 +191,11 @@ def _write_prompts(context: RunContext) -> bool:
 def evaluate_model(context: RunContext) -> None:
     """Evaluate the trained model on all evaluation sets; results go to ``eval_results.json``."""
     from raysft.train import launch
+    from raysft.train.job import EvaluationJob
 
-    results = launch.evaluate(train_job(context), lambda event: None)
+    config, model = context.config, context.directory.model.location
+    job = EvaluationJob(config, context.directory, model, context.prepared.eval_rows, config.model.runs_code)
+    results = launch.evaluate(job, lambda event: None)
     context.directory.write_results("eval", results["eval"])
     context.terminal.line(evaluation_line(results["eval"]))
 

@@ -11,6 +11,7 @@ from raysft.config.kubernetes_values import bytes_of
 from raysft.errors import RequestError, one_line
 from raysft.estimate.duration import given_speed
 from raysft.estimate.estimate import Training, estimate, place_of
+from raysft.estimate.evaluation import Evaluation, estimate_evaluation
 from raysft.estimate.hardware import NodeMemory, gpu_memory
 from raysft.estimate.measure import Microbatch
 from raysft.storage.local_cache import cache_home, may_be_on_hub
@@ -70,6 +71,27 @@ def check_pods(config: Config, nodes: Sequence[Node], notify: Callable[[str], No
         return
     for line in (*found.lines(table=True), *(f"warning: {warning}" for warning in found.warnings)):
         notify(line)
+
+
+def check_evaluation_pods(config: Config, nodes: Sequence[Node], notify: Callable[[str], None]) -> None:
+    """Estimate the evaluation of ``evaluate.model`` in the pods of ``cluster.workers``; arguments and errors as ``check_pods``."""
+    folder = _folder_here(config.evaluate.model or "", None)
+    if folder is None:
+        return
+    from transformers import AutoConfig
+
+    from raysft.models.quantization import method_of
+
+    try:
+        hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        workers = config.scaling.most_workers
+        named = f"evaluate.model={config.evaluate.model}"
+        asked = Evaluation(config, named, hf_config, workers, bool(method_of(hf_config)))
+        notify(estimate_evaluation(asked, nodes, (nodes[0], pod_memory(config))))
+    except RequestError:
+        raise
+    except Exception as error:  # a model whose code transformers cannot run without weights
+        notify(f"memory: not estimated ({one_line(error, 120)})")
 
 
 def _folder_here(path: str, revision: str | None) -> Path | None:

@@ -14,9 +14,9 @@ from raysft.data.shards.prompts import write_prompts
 from raysft.data.tokenization.turn_ends import merge_counts, stop_token_ids
 from raysft.errors import RequestError
 from raysft.run.inputs import check_tokens
+from raysft.run.other_model import begin
 from raysft.run.preflight import preflight
 from raysft.run.source_plan import plan_sources
-from raysft.storage.json_files import flat, write_atomically, write_json, write_jsonl
 from raysft.storage.run_directory import RunDirectory
 
 
@@ -36,11 +36,8 @@ def predict(config: Config) -> RunDirectory:
     with preflight(config, "generate") as ready:
         assert ready.prompts is not None
         directory, model, manifests = ready.directory, ready.prompts.model, ready.prompts.manifests
-        write_atomically(directory.config, config.to_yaml())
         generation = {name: asdict(source) for name, source in plan_sources(manifests).items()}
-        write_json(directory.plan, {"generation": generation})
-        unusable = [flat(record) for manifest in manifests for record in (*manifest.rejected, *manifest.dropped)]
-        write_jsonl(directory.rejected, unusable)
+        begin(directory, config, "generate", {"generation": generation}, manifests)
         ends = stop_token_ids(merge_counts(manifest.turns for manifest in manifests))
         if not write_prompts(manifests, directory.prompts, config.generate.max_examples, ends):
             raise RequestError(

@@ -21,8 +21,10 @@ from raysft.cluster.connect import cluster
 from raysft.cluster.placement import Node
 from raysft.config import Config
 from raysft.errors import RequestError
+from raysft.run.evaluation_plan import PlannedEvaluation, plan_evaluation
 from raysft.run.inputs import (
     PromptInputs,
+    check_evaluable,
     check_model_files,
     prepare_data,
     read_prompts,
@@ -30,6 +32,7 @@ from raysft.run.inputs import (
     untrained_ends,
 )
 from raysft.run.needs import with_needs
+from raysft.run.other_model import OtherVerb, other_model, refuse_directory
 from raysft.run.ownership import (
     Changes,
     check_ownership,
@@ -40,7 +43,6 @@ from raysft.run.ownership import (
     recorded_reference_commit,
     refuse_other_kind,
     refuse_read_only,
-    refuse_training,
     with_recorded_batch_size,
 )
 from raysft.run.plan import make_plan
@@ -56,6 +58,7 @@ from raysft.telemetry.trackers import missing_tracker
 Verb = Literal["run", "check", "prepare", "train", "evaluate", "generate", "tune"]
 TRAINS_ONE: tuple[Verb, ...] = ("run", "check", "prepare", "train")
 """Verbs that train one run, or look at what that would do."""
+TRAINS: tuple[Verb, ...] = (*TRAINS_ONE, "tune")
 ESTIMATED: tuple[Verb, ...] = ("run", "check", "train")
 """Verbs of one run that estimate what it needs."""
 Place = Callable[[Config, Sequence[Node]], Config]
@@ -79,6 +82,8 @@ class Preflight:
     """One run; of trials one for each way in which model, data or steps differ."""
     prompts: PromptInputs | None = None
     """For ``generate`` with ``generate.model``."""
+    evaluation: PlannedEvaluation | None = None
+    """For ``evaluate`` with ``evaluate.model``."""
 
 
 @contextmanager
@@ -104,27 +109,31 @@ def preflight(
         RequestError: the request cannot be carried out.
     """
     runs, terminal = list(trials) or [config], Terminal()
-    predicts = verb == "generate" and config.generate.model is not None
+    other: OtherVerb | None = "generate" if verb == "generate" else "evaluate" if verb == "evaluate" else None
+    if other and other_model(config, other) is None:
+        other = None
     for run in runs:
         check_verb(run, verb)
     with _open_directory(config, verb, terminal) as (directory, push):
         changes: Changes = {}
-        if predicts:
-            refuse_training(directory, config)
+        if other:
+            refuse_directory(directory, config, other)
         else:
             changes = check_ownership(directory, config, allow_changed if verb in TRAINS_ONE else None)
         refuse_other_kind(directory, verb)
         check_trials(trials, terminal, tuple(config.tune.space) if config.tune.scheduler == "pbt" else ())
-        for run in runs:
-            check_packages(run, trains=not predicts)
+        for run in runs if other != "evaluate" else ():
+            check_packages(run, trains=not other)
         with cluster(config, deferred=verb in ("check", "prepare")) as nodes, watched_node():
-            if not predicts:
+            if other != "generate":
                 runs = [(place or _placed)(run, nodes) for run in runs]
-            for run in runs:
+            for run in runs if other != "evaluate" else ():
                 check_engines(run, nodes)
             ready = Preflight(directory, push, terminal, nodes, tuple(runs))
-            if predicts:
+            if other == "generate":
                 yield replace(ready, prompts=read_prompts(config, terminal.line))
+            elif other == "evaluate":
+                yield replace(ready, evaluation=plan_evaluation(config, nodes, terminal.line))
             elif trials:
                 yield replace(ready, runs=tuple(plan_trials(runs, nodes, tuple(config.tune.space), terminal.line)))
             else:
@@ -154,7 +163,12 @@ def check_trials(trials: Sequence[Config], terminal: Terminal, varying: Sequence
 
 def check_verb(config: Config, verb: Verb) -> None:
     """Refuse a config that the verb can do nothing with."""
-    model = config.generate.model
+    model, evaluated = config.generate.model, config.evaluate.model
+    if evaluated is not None and (verb in TRAINS or (verb == "generate" and model is None)):
+        instead = "set generate.model" if verb == "generate" else "remove evaluate.model"
+        raise RequestError(
+            f"raysft {verb} takes the model that is trained, but evaluate.model={evaluated}; {instead}, or use raysft evaluate"
+        )
     if verb in ("run", "check", "tune") and model is not None:
         raise RequestError(
             f"raysft {verb} generates with the model that it trains, but generate.model={model}; remove generate.model, or use "
@@ -179,8 +193,8 @@ def _open_directory(
     Yields:
         The run directory, and ``Preflight.push``.
     """
-    if verb == "evaluate":
-        check_trained(config)
+    if verb == "evaluate" and config.evaluate.model is None:
+        check_trained(config, ", or set evaluate.model to any model")
     if verb == "generate" and config.generate.model is None:
         check_trained(config, ", or set generate.model to any model")
     refuse_read_only(config)
@@ -250,6 +264,8 @@ def _plan_run(
     files = check_model_files(config, notify, *commits)
     config, prepared = prepare_data(config, files, notify)
     identity = training_identity(files, prepared)
+    if verb == "evaluate":
+        check_evaluable(prepared.eval, prepared.eval_rows, notify)
     resumption = check_resumption(directory, config, prepared.train_rows, identity, changes, allow_changed)
     prepared = replace(prepared, train_rows=resumption.rows)
     ends = untrained_ends(config, files, prepared)

@@ -10,6 +10,7 @@ from raysft.cluster.connect import cluster
 from raysft.config import Config
 from raysft.errors import RequestError
 from raysft.run.context import open_run
+from raysft.run.evaluate import evaluate as evaluate_other
 from raysft.run.inputs import read_inputs
 from raysft.run.ownership import ensure_writable
 from raysft.run.pipeline import evaluate_model, generate_predictions, print_report, train_model
@@ -66,7 +67,10 @@ def train(config: Config, callbacks: Sequence[Any] = (), allow_changed: bool = F
 
 
 def evaluate(config: Config) -> None:
-    """Evaluate the trained model in a job of its own."""
+    """Evaluate the trained model, or ``evaluate.model``, in a job of its own."""
+    if config.evaluate.model is not None:
+        print_report(evaluate_other(config))
+        return
     with open_run(config, "evaluate") as context:
         evaluate_model(context)
 

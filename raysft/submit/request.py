@@ -84,11 +84,21 @@ def job_request(config: Config, allow_changed: bool = False, commit: str | None 
     return JobRequest(config.run.name, digest, text, entrypoint, place, metadata)
 
 
-def verb_of(config: Config) -> Literal["run", "tune", "generate"]:
-    """The verb that a config asks for."""
+def verb_of(config: Config) -> Literal["run", "tune", "evaluate", "generate"]:
+    """The verb that a config asks for.
+
+    Raises:
+        RequestError: it asks for two.
+    """
     if config.tune.space:
         return "tune"
-    return "generate" if config.generate.model is not None else "run"
+    evaluated, generates = config.evaluate.model, config.generate.model
+    if evaluated is not None and generates is not None:
+        raise RequestError(
+            f"a job runs one verb, but evaluate.model={evaluated} and generate.model={generates} are both set; set one to null, "
+            "and submit the other afterwards"
+        )
+    return "evaluate" if evaluated is not None else "generate" if generates is not None else "run"
 
 
 def refuse_local(config: Config) -> None:
@@ -127,8 +137,8 @@ def named_paths(config: Config) -> Iterator[tuple[str, str]]:
     for key, value in paths:
         for path in [value] if isinstance(value, str) else value or ():
             yield key, path
-    models = [("model.path", config.model.path), ("generate.model", config.generate.model)]
-    models += [("train.reference_model", config.train.reference_model)]
+    models = [("model.path", config.model.path), ("evaluate.model", config.evaluate.model)]
+    models += [("generate.model", config.generate.model), ("train.reference_model", config.train.reference_model)]
     models += [(f"model.adapters.{index}", path) for index, path in enumerate(config.model.adapters)]
     for key, path in models:
         if path and not _is_hub_id(path):

@@ -81,7 +81,8 @@ def _state(directory: RunDirectory, log: RunLog, trials: Counter[str]) -> str:
     if trials:
         return "not running" if set(trials) - {"done", "stopped"} else "done"
     if log.other_model:
-        return "done" if directory.results("predict").exists() else "not running"
+        done = all(directory.results("eval" if work == "evaluation" else "predict").exists() for work in log.other_work)
+        return "done" if done else "not running"
     return "done" if directory.is_done() else "not running"
 
 

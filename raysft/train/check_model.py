@@ -36,11 +36,7 @@ def check_model(config: Config, model: str, notify: Callable[[str], None] = lamb
 
     model = local_copy(model)
     hf_config = read_hf_config(config, model, config.model.path, notify).get_text_config()
-    positions = getattr(hf_config, "max_position_embeddings", None)
-    if positions and config.data.sequence_length > positions:
-        raise RequestError(
-            f"data.sequence_length={config.data.sequence_length}, but the model has {positions} positions; use at most {positions}"
-        )
+    check_positions(config, hf_config)
     if layerdrop := getattr(hf_config, "layerdrop", 0):
         notify(f"model: ignoring layerdrop={layerdrop} of its config.json; every step trains all layers")
     _check_quantized(hub_snapshots.shown(model), hf_config, config)
@@ -56,6 +52,19 @@ def check_model(config: Config, model: str, notify: Callable[[str], None] = lamb
         with torch.device("meta"):
             check_names(AutoModelForCausalLM.from_config(expanded, trust_remote_code=config.model.runs_code), config)
     return hf_config
+
+
+def check_positions(config: Config, hf_config: Any) -> None:
+    """Refuse a model that has fewer positions than a row.
+
+    Raises:
+        RequestError: it has.
+    """
+    positions = getattr(hf_config, "max_position_embeddings", None)
+    if positions and config.data.sequence_length > positions:
+        raise RequestError(
+            f"data.sequence_length={config.data.sequence_length}, but the model has {positions} positions; use at most {positions}"
+        )
 
 
 def _names_modules(config: Config) -> bool:

@@ -10,17 +10,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig
 
 from raysft.config import Config
 from raysft.errors import RequestError, as_yaml, one_line
-from raysft.models.adapter_files import base_name
+from raysft.models.adapter_files import adapter_base, base_name
 from raysft.models.adapters import load_adapter, load_with_base
 from raysft.models.attention import kernel, use_examplewise, without_adapters
 from raysft.models.decoder_layers import decoder_layers, spread_layers
 from raysft.models.loading import load_weights
 from raysft.models.lora_targets import linear_layers
 from raysft.models.new_tokens import vocabulary_modules
-from raysft.models.quantization import keep_layout, loading_options
+from raysft.models.quantization import keep_layout, loading_options, method_of
 from raysft.models.remote_code import reference_runs_code
 from raysft.storage.local_cache import local_copy, model_copy
 from raysft.storage.path import StoragePath
@@ -295,16 +296,29 @@ def _use_liger(model: Any) -> None:
     _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, cross_entropy=False)
 
 
-def load_trained(config: Config, location: StoragePath | Path) -> Any:
-    """Load a trained model, or an adapter with its base, for evaluation."""
+def load_trained(config: Config, location: StoragePath | Path, runs_code: bool | None = None) -> Any:
+    """Load a model, or an adapter with its base, for evaluation, as the evaluations during a training have it.
+
+    Args:
+        config: the run's config.
+        location: of the model or the adapter.
+        runs_code: True if code that comes with it may run. Default: as for ``model.path``.
+    """
     folder = Path(local_copy(StoragePath.of(location).location))
+    trusted = config.model.runs_code if runs_code is None else runs_code
+    device = "cuda" if config.scaling.use_gpu else "cpu"
     options: dict[str, Any] = {
-        "dtype": getattr(torch, config.dtype),
+        "dtype": getattr(torch, "float32" if config.autocast else config.dtype),
         "attn_implementation": kernel(config),
-        "trust_remote_code": config.model.runs_code,
+        "trust_remote_code": trusted,
     }
-    options |= loading_options(config, "cuda" if config.scaling.use_gpu else "cpu")
+    options |= loading_options(config, device)
+    if method_of(AutoConfig.from_pretrained(adapter_base(folder) or folder, trust_remote_code=trusted)):
+        options["device_map"] = {"": device}  # quantized weights get the layout of their device while they are loaded
     model = load_with_base(folder, **options)
-    keep_layout(model)  # as in the evaluations during training
-    use_examplewise(without_adapters(model), config)
+    base = without_adapters(model)
+    keep_layout(model)
+    use_examplewise(base, config)
+    if config.model.liger:
+        _use_liger(base)
     return model

@@ -101,6 +101,11 @@ class TrainJob:
     generation_pauses: bool = True
     """True if the workers wait while the driver generates with the model of a step, and leave their devices to the engines."""
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return int(self.train_rows.row_plan.steps)
+
     def tokenizer(self) -> Any:
         """Load the tokenizer that is written with the model; it has the chat template that the run used, and stops
         where turns were trained to end."""
@@ -108,3 +113,22 @@ class TrainJob:
         tokenizer.chat_template = self.config.chat_template or tokenizer.chat_template
         use_as_eos(tokenizer, self.ends)
         return tokenizer
+
+
+@dataclass(frozen=True)
+class EvaluationJob:
+    """Everything that a worker needs to know about an evaluation without a training."""
+
+    config: Config
+    run: RunDirectory
+    model: str
+    """Folder, URI or hub id of the model or the adapter."""
+    eval_rows: dict[str, Any]
+    """Evaluation set → ``RowSource``."""
+    runs_code: bool = False
+    """True if code that comes with the model may run."""
+
+    @property
+    def steps(self) -> int:
+        """Batches of the largest set."""
+        return max((int(rows.row_plan.steps) for rows in self.eval_rows.values()), default=0)

@@ -1,4 +1,4 @@
-"""The driver's side of a training: start the workers with Ray Train, handle their events, and return the results."""
+"""The driver's side of a training or an evaluation: start workers with Ray Train, handle their events, and return the results."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from raysft.environment import environment
 from raysft.errors import RunFailed, RunStopped, StorageFailed, one_line
 from raysft.stopping import current
 from raysft.storage.retry import retry_for
+from raysft.storage.run_directory import RunDirectory
 from raysft.telemetry.events import Emit, TrainingEnded
 from raysft.train.checkpoint import catalog
 from raysft.train.controller import Controller
@@ -32,7 +33,7 @@ from raysft.train.dataset_config import PlannedDataConfig, Resumption
 from raysft.train.elastic import workers_of
 from raysft.train.event_pump import EventPump, emitter
 from raysft.train.generation import Generator
-from raysft.train.job import TrainJob
+from raysft.train.job import EvaluationJob, TrainJob
 from raysft.train.mailbox import Mailbox
 from raysft.train.process_group import RestartableTorchConfig
 from raysft.train.ray_train_internals import PlacementGroupCleanerCallback
@@ -76,13 +77,13 @@ def train(
     return asdict(end)
 
 
-def evaluate(job: TrainJob, handle: Emit) -> dict[str, dict[str, float]]:
-    """Evaluate the run's trained model on all evaluation sets; returns ``eval`` results."""
+def evaluate(job: EvaluationJob, handle: Emit) -> dict[str, dict[str, float]]:
+    """Evaluate a model on all evaluation sets; returns ``eval`` results, and raises as ``train``."""
     return asdict(_fit(job, evaluate_worker, handle))
 
 
 def _fit(
-    job: TrainJob,
+    job: TrainJob | EvaluationJob,
     worker: Any,
     handle: Emit,
     decisions: Queue | None = None,
@@ -118,24 +119,24 @@ def _fit(
                     generator.complete()
                 return end
             except RunStopped as stopped:
-                saved = _saved(job, pump.stopped_after) if worker is train_worker else ""
+                saved = _saved(job.run, pump.stopped_after) if trains else ""
                 raise RunStopped(f"{stopped}{saved}") from None
 
 
-def _controller_settings(job: TrainJob) -> dict[str, str]:
+def _controller_settings(job: TrainJob | EvaluationJob) -> dict[str, str]:
     """Return what Ray Train's controller reads from the environment; what is set there counts."""
-    short = job.config.scaling.most_workers == 1 and job.train_rows.row_plan.steps <= SHORT_STEPS
+    short = job.config.scaling.most_workers == 1 and job.steps <= SHORT_STEPS
     settings = NOTICE | (SHORT if short else {})
     return {name: os.environ.get(name, value) for name, value in settings.items()}
 
 
-def _saved(job: TrainJob, step: int | None) -> str:
+def _saved(run: RunDirectory, step: int | None) -> str:
     """Say which checkpoint the training goes on from, and how long before the machine goes it was complete."""
     now, request = time.time(), current().request
     if request is None:
         return ""
     with suppress(StorageFailed, OSError), retry_for(0):
-        newest = catalog.newest(job.run.checkpoints)
+        newest = catalog.newest(run.checkpoints)
         if newest is None or newest.cursor.step != step:
             return (
                 f"; the newest checkpoint is that of step {newest.cursor.step}"
@@ -147,9 +148,11 @@ def _saved(job: TrainJob, step: int | None) -> str:
     return "; the storage of its checkpoints does not answer"
 
 
-def _trainer(job: TrainJob, worker: Any, mailbox: Mailbox, settings: dict[str, Any], folder: str) -> _Trainer:
+def _trainer(
+    job: TrainJob | EvaluationJob, worker: Any, mailbox: Mailbox, settings: dict[str, Any], folder: str
+) -> _Trainer:
     use_gpu, emit = job.config.scaling.use_gpu, emitter(mailbox)
-    scaling, policy = workers_of(job.config.scaling, job.run, job.train_rows.row_plan.steps, emit)
+    scaling, policy = workers_of(job.config.scaling, job.run, job.steps, emit)
     trainer = _Trainer(
         worker,
         train_loop_config={"job": job, "mailbox": mailbox, "threads": _threads(job.config), **settings},
@@ -163,8 +166,8 @@ def _trainer(job: TrainJob, worker: Any, mailbox: Mailbox, settings: dict[str, A
             worker_runtime_env={"env_vars": KEEP_MEMORY} if _keeps_nothing(job.config) else {},
         ),
         torch_config=RestartableTorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_SECONDS),
-        datasets=Resumption(job.run.checkpoints, emit).datasets() if worker is train_worker else {},
-        dataset_config=PlannedDataConfig(job),
+        datasets=Resumption(job.run.checkpoints, emit).datasets() if isinstance(job, TrainJob) else {},
+        dataset_config=PlannedDataConfig(job) if isinstance(job, TrainJob) else None,
     )
     trainer.scaling_policy = policy
     return trainer

@@ -12,7 +12,6 @@ import ray.train
 import torch
 from ray.train.torch import get_device
 
-from raysft.models.onednn import use_onednn
 from raysft.telemetry.events import CheckpointCorrupt, TrainingEnded, evaluation_results
 from raysft.telemetry.ray_metrics import WorkerMetrics
 from raysft.telemetry.worker_log import named_lines, worker_name
@@ -23,9 +22,7 @@ from raysft.train.checkpoint.resume import ResumePoint
 from raysft.train.dataset_config import RESUME, TRAIN
 from raysft.train.decisions import Outside, receiver
 from raysft.train.event_pump import emitter, permanent_failures
-from raysft.train.finetuning import load_trained
 from raysft.train.generation import MailboxLine, Place
-from raysft.train.loss import TokenLoss
 from raysft.train.phases import Phases
 from raysft.train.ray_train_internals import get_train_context
 from raysft.train.step import evaluate
@@ -95,7 +92,11 @@ def _preemption_reason() -> str:
 
 
 def evaluate_worker(settings: dict[str, Any]) -> None:
-    """Evaluate the trained model on this worker's rows of all evaluation sets; settings as for ``train_worker``."""
+    """Evaluate a model on this worker's rows of all evaluation sets.
+
+    Args:
+        settings: as for ``train_worker``, but ``job`` is an ``EvaluationJob``.
+    """
     with _named(settings), permanent_failures(settings["mailbox"]):
         _evaluate(settings)
 
@@ -108,27 +109,25 @@ def _named(settings: dict[str, Any]) -> AbstractContextManager[None]:
 
 def _evaluate(settings: dict[str, Any]) -> None:
     # DeepSpeed takes seconds to import; the driver imports this module too and does not need it.
-    from raysft.train.engine import check_model
+    from raysft.train.evaluated_model import evaluated_model
 
     job, emit = settings["job"], emitter(settings["mailbox"])
     torch.set_num_threads(settings["threads"])
     context, device = ray.train.get_context(), get_device()
-    if device.type == "cpu":
-        use_onednn()
-    model = TokenLoss(load_trained(job.config, job.run.model)).to(device).eval()
     rank, workers = context.get_world_rank(), context.get_world_size()
-    check_model(model, job.config, device)
-    evaluations = [
-        evaluate(
-            model,
-            name,
-            0,
-            rows.steps(0, rank, workers),
-            job.config.micro_batch_size,
-            device,
-            examples=rows.row_plan.examples,
-        )
-        for name, rows in job.eval_rows.items()
-    ]
+    model, rows_at_once = evaluated_model(job, workers, device), job.config.micro_batch_size
+    with torch.autocast(device.type, torch.bfloat16, enabled=job.config.autocast):
+        evaluations = [
+            evaluate(
+                model,
+                name,
+                0,
+                rows.steps(0, rank, workers),
+                rows_at_once,
+                device,
+                examples=rows.row_plan.examples,
+            )
+            for name, rows in job.eval_rows.items()
+        ]
     if rank == 0:
         emit(TrainingEnded({}, evaluation_results(evaluations)))

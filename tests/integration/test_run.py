@@ -33,7 +33,7 @@ from raysft.telemetry.events import TRAIN_RESULTS, WorkersRestarting
 from raysft.train import dataset_config, launch
 from raysft.train.checkpoint.catalog import complete
 from raysft.train.checkpoint.cursor import Cursor
-from raysft.train.job import TrainJob
+from raysft.train.job import EvaluationJob
 from raysft.train.process_group import RestartableBackend, RestartableTorchConfig
 from raysft.tune.metrics import check_metric
 from tests.clusters import joining
@@ -534,7 +534,7 @@ def test_a_worker_that_fails_alone_before_the_training_ends_it(tmp_path):
     run = RunDirectory(tmp_path / "r")
     shutil.copytree(model, tmp_path / "r" / "model")
     rows = SpoiltForOne((f"{manifest.directory}/manifest.parquet",), 96, 4)
-    job = TrainJob(config, str(model), run, rows, {"d": rows})
+    job = EvaluationJob(config, run, run.model.location, {"d": rows})
     begun = time.monotonic()
     with pytest.raises(RequestError, match="worker 1 is damaged"):
         launch.evaluate(job, lambda event: None)
@@ -574,7 +574,8 @@ def test_workers_whose_process_group_does_not_start_are_started_again(tmp_path, 
     config = make_config(folder, model, {"scaling.num_workers": 2, "scaling.cpus_per_worker": 0.75})
     shutil.copytree(model, tmp_path / "r" / "model")
     rows = PackedDataset((f"{manifest.directory}/manifest.parquet",), 96, 4)
-    job = TrainJob(config, str(model), RunDirectory(tmp_path / "r"), rows, {"d": rows})
+    run = RunDirectory(tmp_path / "r")
+    job = EvaluationJob(config, run, run.model.location, {"d": rows})
     monkeypatch.setattr(launch, "RestartableTorchConfig", StartsThirdTimeConfig)
     events = []
     results = launch.evaluate(job, events.append)

@@ -329,14 +329,14 @@ def keys(text: str) -> list[str]:
 @pytest.mark.parametrize(
     ("verb", "missing"),
     [
-        ("run", {"tune", "cluster"}),
-        ("check", {"tune", "cluster"}),
-        ("show", {"train", "generate", "tune", "cluster"}),
-        ("prepare", {"train", "generate", "tune", "cluster"}),
-        ("train", {"generate", "tune", "cluster"}),
+        ("run", {"evaluate", "tune", "cluster"}),
+        ("check", {"evaluate", "tune", "cluster"}),
+        ("show", {"evaluate", "train", "generate", "tune", "cluster"}),
+        ("prepare", {"evaluate", "train", "generate", "tune", "cluster"}),
+        ("train", {"evaluate", "generate", "tune", "cluster"}),
         ("evaluate", {"generate", "tune", "cluster"}),
-        ("generate", {"train", "tune", "cluster"}),
-        ("tune", {"cluster"}),
+        ("generate", {"evaluate", "train", "tune", "cluster"}),
+        ("tune", {"evaluate", "cluster"}),
         ("submit", set()),
     ],
 )
@@ -381,7 +381,7 @@ def test_the_reference_of_a_section_or_key_shows_only_that(capsys, prefix, first
         ("trian.epochs", "did you mean train.epochs?"),
         ("data.train.0.pth", "did you mean data.train.0.path?"),
         ("train.rows_per_step", "it is now called train.global_batch_size"),
-        ("xyz.q", "known keys: stage, run, model, data, train, scaling, generate, tune, cluster"),
+        ("xyz.q", "known keys: stage, run, model, data, train, scaling, evaluate, generate, tune, cluster"),
     ],
 )
 def test_a_reference_of_an_unknown_key_suggests_a_known_one(capsys, prefix, suggestion):

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from raysft.config import documented_fields, load, parse, with_overrides
 from raysft.config.validate import RENAMED
 from raysft.errors import RequestError
+from raysft.submit.request import verb_of
 from tests import messages
 from tests.messages import holds
 
@@ -132,7 +133,7 @@ def test_an_error_in_the_file_is_not_blamed_on_an_override_beside_it(write):
         ("tune:\n  xyz: 1\n", "c.yaml:9: unknown key tune.xyz … known keys: space, search, num_samples"),
         (
             "1: 2\n",
-            "c.yaml:8: unknown key 1 … known keys: stage, run, model, data, train, scaling, generate, tune",
+            "c.yaml:8: unknown key 1 … known keys: stage, run, model, data, train, scaling, evaluate, generate, tune",
         ),
     ],
 )
@@ -325,7 +326,7 @@ def test_every_recipe_parses_and_has_its_own_command_in_its_header(path):
     header = [line for line in path.read_text().splitlines() if line.startswith("#   ")]
     commands = [line.partition("raysft ")[2].split() for line in header if f"configs/{path.name}" in line]
     verb, file, *overrides = commands[0]
-    assert verb == ("tune" if config.tune.space else "generate" if config.generate.model else "run")
+    assert verb == verb_of(config)
     assert file == f"configs/{path.name}"
     assert config.run.name == path.stem
     for _, file, *overrides in commands:

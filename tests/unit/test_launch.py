@@ -105,7 +105,7 @@ def test_workers_get_the_resume_point_and_rows_from_its_step_on(monkeypatch, lab
 
 def job_of(workers: int, steps: int) -> Any:
     config = SimpleNamespace(train=SimpleNamespace(hang_minutes=15), scaling=SimpleNamespace(most_workers=workers))
-    return SimpleNamespace(config=config, train_rows=SimpleNamespace(row_plan=SimpleNamespace(steps=steps)))
+    return SimpleNamespace(config=config, steps=steps)
 
 
 def test_a_cluster_that_is_lost_ends_the_training_in_one_line(monkeypatch):

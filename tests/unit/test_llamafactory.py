@@ -309,6 +309,28 @@ def of(config: Config, path: str) -> Any:
             "train.loss": "asft", "train.asft_alpha": 0.3, "train.reference_model": "r"}),
         ({"use_asft_loss": True, "ref_model": "r", "ref_model_adapters": "a", "ref_model_quantization_bit": 4,
           "quantization_bit": 4}, {"train.reference_model": "a", "model.quantization": "4bit"}),
+        (
+            {"do_train": False, "do_eval": True, "eval_dataset": "b", "dataset": None, "quantization_bit": 4},
+            {"evaluate.model": "m", "model.quantization": "4bit", "data.eval": [{"name": "b"}],
+             "data.train": [{"name": "b"}], "generate": {"enabled": False}},
+        ),
+        (
+            {"do_train": False, "do_eval": True, "val_size": 0.5, "stage": "pt", "adapter_name_or_path": "x"},
+            {"evaluate.model": "x", "model.path": "m", "data.holdout": 0.5},
+        ),
+        (
+            {"do_train": None, "do_eval": True, "val_size": 9, "model_revision": "v2", "deepspeed": "ds_z3_offload_config.json"},
+            {"evaluate.model": "m@v2", "model.revision": "v2",
+             "train": {"zero_stage": 3, "offload": {"parameters": "cpu"}, "deepspeed": {}}},
+        ),
+        (
+            {"do_train": False, "do_eval": True, "predict_with_generate": True, "eval_dataset": "b", "max_new_tokens": 9},
+            {"generate.model": "m", "generate.max_new_tokens": 9},
+        ),
+        (
+            {"do_train": False, "do_eval": True, "do_predict": True, "predict_with_generate": True, "eval_dataset": "b"},
+            {"generate.model": "m"},
+        ),
         ({"default_system": "Be brief."}, {"data.default_system": "Be brief."}),
         ({"default_system": ""}, {"data.default_system": ""}),
         ({"template": "qwen3", "preserve_thinking": True, "mask_history": True}, {"data.thinking": "keep"}),
@@ -336,6 +358,16 @@ def test_predictions_that_are_not_asked_for_every_so_many_steps_come_at_the_end(
     generate = converted(val_size=9, **keys).config["generate"]
     assert generate["enabled"] is True
     assert "every_steps" not in generate
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"do_train": True}, {"do_train": False, "predict_with_generate": True}, {"do_train": False, "do_predict": True}],
+)
+def test_a_training_and_predictions_are_no_evaluation_of_any_model(keys):
+    conversion = converted(do_eval=True, eval_dataset="b", **keys)
+    assert conversion.refusals == []
+    assert "evaluate" not in conversion.config
 
 
 @pytest.mark.parametrize("keys", [{"template": "qwen", "mask_history": True}, {"template": "qwen3"}])
@@ -439,6 +471,11 @@ def test_keys_of_conversations_have_no_effect_on_raw_text_and_are_told(write):
         ({"export_hub_model_id": "o/n"}, "lf.yaml:4: export_hub_model_id='o/n' … raysft export RUN_DIR --push ORG/NAME"),
         ({"push_to_hub": True, "hub_model_id": "o/n"}, "lf.yaml:4: push_to_hub=true … raysft export RUN_DIR --push ORG/NAME"),
         ({"do_train": False}, "lf.yaml:3: do_train=false leaves nothing to do; set do_train: true"),
+        ({"do_train": False, "do_eval": True}, "lf.yaml:4: do_eval=true … eval_dataset and val_size … set one"),
+        (
+            {"do_train": False, "do_eval": True, "val_size": 9, "adapter_name_or_path": "x,y"},
+            "lf.yaml:6: adapter_name_or_path: evaluations take one adapter",
+        ),
         ({"model_name_or_path": None}, "lf.yaml:1: model_name_or_path is required"),
         ({"dataset": None}, "lf.yaml:2: dataset is required"),
         ({"data": {"train": []}}, "lf.yaml:1: model_name_or_path … LLaMA-Factory, but data … raysft; write model.path"),

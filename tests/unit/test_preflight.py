@@ -77,7 +77,10 @@ def trained() -> None:
     ("verb", "overrides", "remedy"),
     [
         *((verb, ["generate.model=m"], "remove generate.model, or use raysft generate") for verb in ("run", "check", "tune")),
+        *((verb, ["evaluate.model=m"], "remove evaluate.model, or use raysft evaluate") for verb in TRAINING),
+        ("generate", ["evaluate.model=m"], "set generate.model, or use raysft evaluate"),
         ("evaluate", ["data.eval=[]"], "set data.eval, or data.holdout above 0"),
+        ("evaluate", ["data.eval=[]", "evaluate.model=m"], "set data.eval, or data.holdout above 0"),
         ("generate", ["stage=pt"], "set stage=sft"),
         ("generate", ["generate.enabled=false"], "set it to true"),
         ("generate", ["data.eval=[]", "generate.model=m"], "set data.eval, data.holdout or generate.sources"),
@@ -117,11 +120,15 @@ def test_a_folder_that_cannot_be_created_is_refused(verb, key, refusal, started)
     assert not started
 
 
-@pytest.mark.parametrize("verb", [*TRAINING, "generate"])
+OTHERS = {"generate": ["generate.model=m"], "evaluate": ["evaluate.model=m"]}
+"""Verb → what lets it do without a training."""
+
+
+@pytest.mark.parametrize("verb", [*TRAINING, "generate", "evaluate"])
 def test_a_folder_with_other_files_is_refused(verb, refusal, started):
     Path("runs/r").mkdir(parents=True)
     Path("runs/r/notes.txt").write_text("mine")
-    line = refusal(verb, *(["generate.model=m"] if verb == "generate" else []))
+    line = refusal(verb, *OTHERS.get(verb, []))
     assert line.endswith("is not empty, but holds no config.yaml; choose another run.name")
     assert not started
 
@@ -137,15 +144,30 @@ def test_a_directory_of_another_config_is_refused(verb, refusal, started):
 def test_the_directory_of_a_training_is_refused_for_another_model(refusal, started):
     trained()
     assert "belongs to a training, but generate.model=m is another model" in refusal("generate", "generate.model=m")
+    assert "belongs to a training, but evaluate.model=m is another model" in refusal("evaluate", "evaluate.model=m")
     assert not started
 
 
-@pytest.mark.parametrize("verb", ["run", "train", "generate"])
+@pytest.mark.parametrize(
+    ("verb", "beside", "stage"), [("generate", "evaluate", "eval"), ("evaluate", "generate", "predict")]
+)
+def test_a_directory_has_results_of_one_model(verb, beside, stage, refusal, started):
+    Path("runs/r").mkdir(parents=True)
+    Path("runs/r/config.yaml").write_text(load("c.yaml", [f"{beside}.model=./m"]).to_yaml())
+    other, same = ([f"{verb}.model={name}"] for name in ("./n", "./m"))
+    assert "folder not found" in refusal(verb, *other), "it has no results yet"
+    Path(f"runs/r/{stage}_results.json").write_text("{}")
+    assert f"has results of {beside}.model=./m, but {verb}.model=./n is another model" in refusal(verb, *other)
+    assert "folder not found" in refusal(verb, *same)
+    assert len(started) == 2
+
+
+@pytest.mark.parametrize("verb", ["run", "train", "generate", "evaluate"])
 def test_the_directory_of_a_sweep_is_refused_for_a_run(verb, refusal, started):
     Path("runs/r").mkdir(parents=True)
     Path("runs/r/trials.jsonl").write_text("{}\n")
     Path("runs/r/config.yaml").write_text(load("c.yaml", [SWEEP]).to_yaml())
-    assert "belongs to a sweep" in refusal(verb, *(["generate.model=m"] if verb == "generate" else []))
+    assert "belongs to a sweep" in refusal(verb, *OTHERS.get(verb, []))
     assert not started
 
 
@@ -189,6 +211,13 @@ def test_workers_and_engines_that_fit_nowhere_are_refused_before_the_model_is_lo
 def test_generation_with_any_model_needs_engines_and_no_workers(refusal, started):
     assert "generate.num_actors=9" in refusal("generate", "generate.model=./m", "generate.num_actors=9")
     assert "generate.model=./m: folder not found" in refusal("generate", "generate.model=./m", "scaling.num_workers=9")
+    assert len(started) == 2
+
+
+def test_the_evaluation_of_any_model_needs_workers_and_no_engines_metrics_or_trackers(refusal, started):
+    asked = ["evaluate.model=./m", "generate.num_actors=9", "generate.metrics=[wrong.py]", "train.trackers=[wandb]"]
+    assert "scaling.num_workers=9" in refusal("evaluate", *asked, "scaling.num_workers=9")
+    assert "evaluate.model=./m: folder not found" in refusal("evaluate", *asked)
     assert len(started) == 2
 
 

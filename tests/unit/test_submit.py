@@ -194,6 +194,7 @@ def test_rays_own_reason_is_shown_for_a_job_that_could_not_start(run):
     [
         ([], "run"),
         (["generate.model=org/other"], "generate"),
+        (["evaluate.model=org/other"], "evaluate"),
         (["tune.space={train.learning_rate: [0.1, 0.2]}"], "tune"),
     ],
 )
@@ -203,6 +204,13 @@ def test_the_verb_follows_from_the_config(run, overrides, verb):
         submit(run, server.url, *overrides)
         (job,) = server.jobs.values()
     assert job.entrypoint == f"exec raysft {verb} config.yaml"
+
+
+def test_a_job_does_one_of_two_things_that_are_asked_for(run):
+    with dashboard() as server:
+        line = refused(run, "submit", "toy.yaml", "--to", server.url, "evaluate.model=o/a", "generate.model=o/b")
+        assert server.requests == []
+    assert "evaluate.model=o/a and generate.model=o/b are both set; set one to null" in line
 
 
 def test_changed_settings_are_allowed_to_a_run_alone(run):

@@ -19,6 +19,8 @@ from raysft.config.llamafactory.translation_optimizer import OPTIMIZER
 from raysft.config.section import Section
 
 STAGES = ("sft", "pt")
+PARTITIONING = ("zero_stage", "offload.parameters", "offload.folder", "deepspeed")
+"""Keys of ``train`` that an evaluation without a training has, too."""
 UNSET = object()
 
 
@@ -85,14 +87,9 @@ def _stage(given: Settings) -> list[Refusal]:
         command = export.export_command(given)
         asked = Refusal("export_dir", f"the file asks for an export, not for a training; run {command}")
         return [*export.export_refusals(given), asked]
-    if not given.trains and not given.predicts:
-        what = "do_eval alone" if given["do_eval"] else "do_train=false"
-        return [
-            Refusal(
-                "do_eval" if given["do_eval"] else "do_train",
-                f"{what} leaves nothing to do; set do_train: true, or do_predict and predict_with_generate: true",
-            )
-        ]
+    if not (given.trains or given.predicts or given.evaluates_alone):
+        remedy = "set do_train: true, do_eval: true, or do_predict and predict_with_generate: true"
+        return [Refusal("do_train", f"do_train=false leaves nothing to do; {remedy}")]
     return []
 
 
@@ -123,7 +120,7 @@ def _is_needed(entry: Entry, given: Settings) -> bool:
     elif section == "generate" and rest != "enabled":
         if not (given.predicts or given["predict_with_generate"]):
             return False
-    elif (section == "train" and not given.trains) or (
+    elif (section == "train" and not given.trains and not (given.partitions and rest in PARTITIONING)) or (
         section == "data" and rest in OF_CONVERSATIONS and given["stage"] == "pt"
     ):
         return False

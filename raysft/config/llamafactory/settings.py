@@ -66,8 +66,19 @@ class Settings:
 
     @property
     def predicts(self) -> bool:
-        """True if predictions are asked for at the end."""
-        return self["do_predict"] and self["stage"] == "sft"
+        """True if predictions are asked for at the end, which an evaluation with ``predict_with_generate`` makes, too."""
+        generates = self["do_eval"] and self["predict_with_generate"] and not self["do_train"]
+        return (self["do_predict"] or generates) and self["stage"] == "sft"
+
+    @property
+    def evaluates_alone(self) -> bool:
+        """True if nothing but the loss of a model is asked for."""
+        return self["do_eval"] and not self["do_train"] and not self.predicts
+
+    @property
+    def partitions(self) -> bool:
+        """True for an evaluation without a training that DeepSpeed may partition."""
+        return self.evaluates_alone and self.given("deepspeed")
 
     @property
     def exports(self) -> bool:

@@ -68,7 +68,7 @@ OWN: Keys = {
 }  # fmt: skip
 TRANSFORMERS: Keys = {
     "output_dir": joined("run.name", text),
-    "do_train": Key(boolean, False, path="generate.model", alone=False, reason="raysft run trains"),
+    "do_train": Key(boolean, False, path="evaluate.model", alone=False, reason="raysft run trains"),
     "do_eval": Key(boolean, False, path="data.eval", alone=False, reason="a training ends with an evaluation"),
     "do_predict": joined("generate.enabled", boolean, False),
     "per_device_train_batch_size": joined("train.global_batch_size", whole, 8),

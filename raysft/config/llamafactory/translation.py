@@ -144,7 +144,7 @@ def predictions(given: Settings) -> Derived:
     asked = given.predicts or (given["predict_with_generate"] and given.evaluates and given.trains)
     during = given["predict_with_generate"] and given.trains and given["eval_strategy"] != "no"
     late = asked and during and given["eval_strategy"] == "epoch"
-    key = "do_predict" if given.predicts else "predict_with_generate"
+    key = "do_predict" if given["do_predict"] else "predict_with_generate"
     note = "after the training, and not after each epoch: set generate.every_steps for that" if late else ""
     yield Entry("generate.enabled", asked, key, note)
     if not asked:

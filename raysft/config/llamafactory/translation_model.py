@@ -31,13 +31,16 @@ def model(given: Settings) -> Derived:
     if given.trains and adapters:
         yield Entry("model.adapters", adapters, "adapter_name_or_path")
         yield Entry("model.new_adapter", given["create_new_adapter"], "create_new_adapter")
-    if given.predicts and not given.trains:
+    if not given.trains and (given.predicts or given.evaluates_alone):
+        what, key = ("predictions", "generate.model") if given.predicts else ("evaluations", "evaluate.model")
+        asked = "do_predict" if given["do_predict"] else "do_eval"
         if len(adapters) > 1:
             yield Refusal(
                 "adapter_name_or_path",
-                "adapter_name_or_path: predictions take one adapter, not several; merge them first",
+                f"adapter_name_or_path: {what} take one adapter, not several; merge them first",
             )
-        yield Entry("generate.model", (adapters or [path])[-1], "adapter_name_or_path" if adapters else "do_predict")
+        whole = f"{path}@{revision}" if revision else path
+        yield Entry(key, (adapters or [whole])[-1], "adapter_name_or_path" if adapters else asked)
     if revision:
         yield Entry("model.revision", revision, "model_revision")
     yield from _dtype(given)

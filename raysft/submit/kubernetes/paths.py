@@ -24,7 +24,7 @@ def refuse_local_paths(config: Config) -> None:
         if not _is_visible(path, config.cluster):
             hub = (
                 "a name of the Hugging Face Hub"
-                if key.startswith(("model.", "generate."))
+                if key.startswith(("model.", "evaluate.", "generate."))
                 else "a URI (s3://…, hf://…)"
             )
             raise RequestError(

@@ -80,7 +80,7 @@ def _refuse_small_pods(config: Config) -> None:
 def _refuse_engines(config: Config, pods: WorkerPods) -> None:
     """Refuse more engines than the pods hold with which the job starts, as the run itself would there."""
     generate, on_gpus = config.generate, config.scaling.use_gpu
-    if not generate.num_actors or not (config.generates or generate.model):
+    if not generate.num_actors or not (config.generates or generate.model) or verb_of(config) == "evaluate":
         return
     cpus, gpus = (0.0, float(generate.gpus_per_engine)) if on_gpus else (1.0, 0.0)
     most = sum(node.capacity(cpus, gpus) for node in nodes_of(config, pods.fewest))
@@ -102,7 +102,7 @@ def _refuse_gpus(config: Config) -> None:
             f"cluster.workers.gpus={gpus} would stand idle, as scaling.use_gpu=false; set scaling.use_gpu=true, or remove gpus"
         )
     engine = config.generate.gpus_per_engine
-    if config.generates and engine > max(gpus, 1):
+    if config.generates and verb_of(config) != "evaluate" and engine > max(gpus, 1):
         raise RequestError(
             f"generate.gpus_per_engine={engine} needs {engine} GPUs of one pod, but cluster.workers.gpus={gpus}; "
             "lower it, or use larger machines"
@@ -133,7 +133,7 @@ def _refuse_rules(config: Config) -> None:
             f"cluster.release_workers=true removes pods that Kueue has admitted together, but cluster.queue={cluster.queue}; "
             "set release_workers=false"
         )
-    if config.scaling.is_elastic and verb_of(config) == "run":
+    if config.scaling.is_elastic and verb_of(config) in ("run", "evaluate"):
         raise RequestError(
             "cluster.release_workers=true is not available with KubeRay's autoscaler, which elastic workers "
             f"(scaling.num_workers={list(config.scaling.num_workers)}) need; set release_workers=false"  # pyright: ignore

@@ -29,7 +29,8 @@ def worker_pods(config: Config) -> WorkerPods:
     Raises:
         RequestError: the pods of ``cluster.workers`` cannot hold exactly what the config asks for.
     """
-    pods = {"run": _of_training, "tune": _of_sweep, "generate": _of_generation}[verb_of(config)](config)
+    of_verb = {"run": _of_training, "tune": _of_sweep, "evaluate": _of_training, "generate": _of_generation}
+    pods = of_verb[verb_of(config)](config)
     if config.cluster.queue:  # Kueue admits a number of pods, and no autoscaler changes it
         return WorkerPods(pods.most, pods.most)
     return pods

@@ -1,0 +1,83 @@
+"""The model of an evaluation without a training: no optimizer, no gradients, and under ZeRO-3 a part of its weights per worker."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+from raysft.config import Config, with_overrides
+from raysft.models.adapter_files import adapter_base
+from raysft.models.onednn import use_onednn
+from raysft.models.quantization import method_of
+from raysft.storage.local_cache import model_copy
+from raysft.train.deepspeed_config import deepspeed_settings
+from raysft.train.deepspeed_import import deepspeed
+from raysft.train.deepspeed_internals import use_gloo_allreduce
+from raysft.train.engine import check_model, gather_experts_whole
+from raysft.train.finetuning import load_trained
+from raysft.train.job import EvaluationJob
+from raysft.train.loss import TokenLoss
+
+
+def evaluated_model(job: EvaluationJob, workers: int, device: torch.device) -> Any:
+    """Load the model with its loss, and check that the loss is right for it. All workers call this together.
+
+    Args:
+        job: names the model.
+        workers: size of the process group, which must exist.
+        device: where the model goes.
+
+    Returns:
+        ``TokenLoss``, or with ZeRO-3 the DeepSpeed engine around it, to be called alike.
+
+    Raises:
+        RequestError: weights are missing.
+        RunFailed: the loss would be wrong.
+    """
+    if device.type == "cpu":
+        use_onednn()
+    folder = model_copy(job.model)
+    hf_config = AutoConfig.from_pretrained(adapter_base(folder) or folder, trust_remote_code=job.runs_code)
+    # Quantized weights cannot be partitioned; each worker has them all.
+    partitions = job.config.train.zero_stage == 3 and not (job.config.model.quantization or method_of(hf_config))
+    model: Any = _partitioned(job, folder, workers) if partitions else _whole(job, folder, device)
+    model.eval()
+    check_model(model.module if partitions else model, job.config, device)
+    return model
+
+
+def _whole(job: EvaluationJob, folder: Any, device: torch.device) -> TokenLoss:
+    model = TokenLoss(load_trained(job.config, folder, job.runs_code)).to(device)
+    if not job.config.autocast:
+        # Adapters are loaded in float32 whatever their base has; an engine trains them in the type of the others.
+        dtype = getattr(torch, job.config.dtype)
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+    return model.requires_grad_(False)
+
+
+def _partitioned(job: EvaluationJob, folder: Any, workers: int) -> Any:
+    use_gloo_allreduce()
+    # DeepSpeed must adopt the existing process group before weights are partitioned over it.
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    config = _without_training(job.config, workers)
+    settings = deepspeed_settings(config, workers)
+    # While this object lives, from_pretrained partitions weights as it loads them.
+    partitioning = HfDeepSpeedConfig(settings)
+    loaded = load_trained(config, folder, job.runs_code)
+    model = TokenLoss(loaded, max_tokens=config.micro_batch_size * config.data.sequence_length).requires_grad_(False)
+    gather_experts_whole(model)
+    engine, *_ = deepspeed.initialize(model=model, config=settings, dist_init_required=False)
+    del partitioning
+    return engine
+
+
+def _without_training(config: Config, workers: int) -> Config:
+    """Replace what only a training has: its batch size, and an optimizer to offload."""
+    rows = config.micro_batch_size * workers
+    return with_overrides(config, {"train.global_batch_size": rows, "train.offload.optimizer": "none"})

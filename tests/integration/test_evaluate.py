@@ -1,0 +1,269 @@
+"""``raysft evaluate`` with any model, adapter or quantized checkpoint, through the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from raysft.cli import main
+from raysft.storage.json_files import read_jsonl
+from tests.tiny import tiny_model, tiny_tokenizer, write_chats
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+CONFIG = """
+run: {{storage: {folder}/runs}}
+model: {{path: {folder}/base, finetuning: lora, lora: {{rank: 4}}}}
+data:
+  train: [{{name: chat, path: {folder}/chat.jsonl}}]
+  eval: [{{name: quiz, path: {folder}/quiz.jsonl}}]
+  sequence_length: 128
+train: {{max_steps: 2, global_batch_size: 4, learning_rate: 1.0e-2, zero_stage: 0}}
+scaling: {{threads_per_worker: 1}}
+generate: {{max_new_tokens: 4, do_sample: false}}
+"""
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ':\n' + message['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluate")
+    tiny_model(folder / "base", spread=0.2)
+    for name, count in (("chat", 9), ("quiz", 6)):
+        write_chats(folder / f"{name}.jsonl", count)
+    (folder / "c.yaml").write_text(CONFIG.format(folder=folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other(folder) -> Path:
+    """A model with a vocabulary, a template and weights of its own."""
+    other = tiny_model(folder / "other", seed=3, spread=0.2)
+    tokenizer = tiny_tokenizer(300)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(other)
+    return other
+
+
+def evaluate(folder: Path, name: str, *arguments: str) -> dict[str, Any]:
+    assert main(["evaluate", str(folder / "c.yaml"), f"run.name={name}", *arguments]) == 0
+    return json.loads((folder / "runs" / name / "eval_results.json").read_text())
+
+
+def numbers(results: dict[str, Any]) -> dict[str, Any]:
+    """Results without the time that they took."""
+    return {name: value for name, value in results.items()
+            if name.startswith("eval_") and not name.endswith(("runtime", "per_second"))}  # fmt: skip
+
+
+def refused(folder: Path, capsys, *arguments: str) -> str:
+    capsys.readouterr()
+    assert main(["evaluate", str(folder / "c.yaml"), "run.name=refused", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert not (folder / "runs" / "refused").exists()
+    return error
+
+
+def losses(model: Any, tokenizer: Any, file: Path) -> tuple[float, float, int]:
+    """Mean loss, accuracy and number of the tokens of all answers, by transformers, one conversation after the other."""
+    for module in model.eval().modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # that layout computes in bfloat16
+    total, right, count = 0.0, 0, 0
+    for line in file.read_text().splitlines():
+        messages = json.loads(line)["messages"]
+        asked = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        end = len(asked) + len(messages[1]["content"] + "<|im_end|>")
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = torch.tensor([encoded["input_ids"]])
+        labelled = [len(asked) <= start and stop <= end for start, stop in encoded["offset_mapping"]]
+        labels = torch.where(torch.tensor([labelled]), ids, -100)
+        with torch.no_grad():
+            out = model(input_ids=ids, labels=labels)
+        tokens = sum(labelled)
+        total += out.loss.double().item() * tokens
+        right += int((out.logits[0, :-1].argmax(-1) == labels[0, 1:]).sum())
+        count += tokens
+    return total / count, right / count, count
+
+
+def assert_results(results: dict[str, Any], expected: tuple[float, float, int], tolerance: float = 1e-5) -> None:
+    loss, accuracy, tokens = expected
+    assert results["eval_loss"] == pytest.approx(loss, rel=tolerance)
+    assert results["eval_perplexity"] == pytest.approx(math.exp(loss), rel=10 * tolerance)
+    assert (results["eval_accuracy"], results["eval_tokens"]) == (pytest.approx(accuracy), tokens)
+
+
+def test_a_model_is_evaluated_with_its_own_tokenizer_and_template(folder, other, capsys):
+    results = evaluate(folder, "other", f"evaluate.model={other}", "model.chat_template=alpaca")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(other), AutoTokenizer.from_pretrained(other)
+    assert_results(results, losses(model, tokenizer, folder / "quiz.jsonl"))
+    run = folder / "runs" / "other"
+    assert json.loads((run / "all_results.json").read_text()) == results
+    out = capsys.readouterr().out
+    assert f"eval loss {results['eval_loss']:.4f} | perplexity" in out
+    assert "memory: about" in out
+    assert f"other: evaluation of {other}" in out
+    page = (run / "report.html").read_text()
+    assert "evaluation, nothing was trained" in page
+    assert f"{results['eval_loss']:.4f}" in page
+    assert not [name for name in ("model", "checkpoints", "README.md", "trainer_log.jsonl") if (run / name).exists()]
+    assert yaml.safe_load((run / "config.yaml").read_text())["evaluate"] == {"model": str(other)}
+    assert main(["status", str(run)]) == 0
+    assert "state: done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("settings", [[], ["train.zero_stage=3"]])
+def test_two_workers_give_the_same_numbers(folder, other, settings):
+    alone = evaluate(folder, "other", f"evaluate.model={other}")
+    workers = ["scaling.num_workers=2", "scaling.cpus_per_worker=0.5", "train.micro_batch_size=1"]
+    results = evaluate(folder, f"two-{len(settings)}", f"evaluate.model={other}", *workers, *settings)
+    near = {"eval_loss": pytest.approx(alone["eval_loss"], rel=1e-6),
+            "eval_perplexity": pytest.approx(alone["eval_perplexity"], rel=1e-5)}  # fmt: skip
+    assert numbers(results) == numbers(alone) | near
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_a_quantized_model_has_the_loss_of_transformers(folder, other, bits):
+    """Also of a checkpoint that is quantized already, which is loaded as it is."""
+    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
+    settings = (
+        BitsAndBytesConfig(load_in_8bit=True) if bits == "8bit" else BitsAndBytesConfig(load_in_4bit=True, **four)
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        other, dtype=torch.float32, quantization_config=settings, device_map={"": "cpu"}
+    )
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    small = folder / f"small-{bits}"
+    model.save_pretrained(small)
+    tokenizer.save_pretrained(small)
+    loss, accuracy, tokens = losses(model, tokenizer, folder / "quiz.jsonl")
+    on_the_way = [f"evaluate.model={other}", f"model.quantization={bits}", "model.finetuning=full"]
+    # LLM.int8 rounds a token depending on those beside it.
+    alone = ["data.packing=false", "train.micro_batch_size=1"] if bits == "8bit" else []
+    for name, arguments in (("way", on_the_way), ("already", [f"evaluate.model={small}"])):
+        results = evaluate(folder, f"{bits}-{name}", *arguments, *alone)
+        assert_results(results, (loss, accuracy, tokens), 1e-5 if bits == "4bit" else 1e-4)
+    if bits == "4bit":
+        assert loss != pytest.approx(evaluate(folder, "other", f"evaluate.model={other}")["eval_loss"], rel=1e-3)
+
+
+def test_an_adapter_without_a_tokenizer_has_the_loss_of_peft(folder):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    torch.manual_seed(1)
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    get_peft_model(base, lora).save_pretrained(folder / "adapter")
+    results = evaluate(folder, "adapter", f"evaluate.model={folder}/adapter")
+    base, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder / "base"),
+        AutoTokenizer.from_pretrained(folder / "base"),
+    )
+    plain = losses(base, tokenizer, folder / "quiz.jsonl")
+    assert_results(
+        results, losses(PeftModel.from_pretrained(base, folder / "adapter"), tokenizer, folder / "quiz.jsonl")
+    )
+    assert results["eval_loss"] != pytest.approx(plain[0], rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def run(folder) -> Path:
+    assert main(["train", str(folder / "c.yaml"), "run.name=trained", "data.holdout=0.4"]) == 0
+    return folder / "runs" / "trained"
+
+
+def test_before_and_after_a_training_a_model_has_the_numbers_of_the_training(folder, run, capsys):
+    held = "data.holdout=0.4"
+    first = next(record for record in read_jsonl(run / "trainer_log.jsonl") if record["current_steps"] == 0)
+    before = evaluate(folder, "before", f"evaluate.model={folder}/base", held)
+    assert numbers(before) == numbers(first)
+    assert {"eval_chat_loss", "eval_quiz_loss"} < before.keys(), "the held-out part is a set, too"
+    after = json.loads((run / "eval_results.json").read_text())
+    assert numbers(evaluate(folder, "after", f"evaluate.model={run}/model", held)) == numbers(after) != numbers(before)
+    files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    arguments = ["evaluate", str(folder / "c.yaml"), "run.name=trained", f"evaluate.model={folder}/base"]
+    assert main(arguments) == 2
+    assert "belongs to a training, but evaluate.model=" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == files
+
+
+def test_raw_text_is_evaluated_too(folder, other):
+    texts = ["The sum of 12 and 30 is 42. " * 3, "The capital of France is Paris."]
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    source = f"[{{name: texts, path: {folder}/texts.jsonl}}]"
+    asked = [f"evaluate.model={other}", "stage=pt", f"data.train={source}", f"data.eval={source}"]
+    results = evaluate(folder, "texts", *asked)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(other), AutoTokenizer.from_pretrained(other)
+    total, tokens = 0.0, 0
+    for text in texts:
+        ids = torch.tensor([[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]])
+        with torch.no_grad():
+            total += model(input_ids=ids, labels=ids).loss.double().item() * (ids.shape[1] - 1)
+        tokens += ids.shape[1] - 1
+    assert (results["eval_loss"], results["eval_tokens"]) == (pytest.approx(total / tokens, rel=1e-5), tokens)
+
+
+def test_predictions_and_evaluation_of_a_model_share_a_directory(folder, other, capsys):
+    results = evaluate(folder, "both", f"evaluate.model={other}")
+    arguments = ["generate", str(folder / "c.yaml"), "run.name=both"]
+    assert main([*arguments, f"generate.model={other}"]) == 0
+    assert f"both: evaluation and predictions of {other}" in capsys.readouterr().out
+    run = folder / "runs" / "both"
+    assert json.loads((run / "all_results.json").read_text()).items() >= results.items()
+    assert json.loads((run / "plan.json").read_text()).keys() >= {"evaluation", "generation"}
+    assert main([*arguments, f"generate.model={folder}/base"]) == 2
+    assert f"has results of evaluate.model={other}, but generate.model=" in capsys.readouterr().err
+
+
+def test_records_without_an_answer_are_counted_and_have_no_loss(folder, other, capsys):
+    lines = (folder / "quiz.jsonl").read_text().splitlines()
+    prompts = [json.dumps({"messages": json.loads(line)["messages"][:1]}) for line in lines[:2]]
+    (folder / "mixed.jsonl").write_text("\n".join([*lines, *prompts]) + "\n")
+    (folder / "prompts.jsonl").write_text("\n".join(prompts) + "\n")
+    mixed, alone = (f"{{name: {name}, path: {folder}/{name}.jsonl}}" for name in ("mixed", "prompts"))
+    results = evaluate(folder, "mixed", f"evaluate.model={other}", f"data.eval=[{mixed}, {alone}]")
+    assert results["eval_loss"] == pytest.approx(evaluate(folder, "other", f"evaluate.model={other}")["eval_loss"])
+    out = capsys.readouterr().out
+    assert "2 without an answer" in out
+    assert "evaluation: prompts is left out, as none of its examples has an answer" in out
+    told = refused(folder, capsys, f"evaluate.model={other}", f"data.eval=[{alone}]")
+    assert "no example of prompts has an answer to evaluate; name other sources in data.eval" in told
+
+
+def test_what_cannot_be_is_refused_before_anything_starts(folder, other, tmp_path, capsys):
+    assert "or set evaluate.model to any model" in refused(folder, capsys)
+    assert "folder not found; check the path" in refused(folder, capsys, f"evaluate.model={tmp_path}/none")
+    assert "contains no adapter_config.json or config.json" in refused(folder, capsys, f"evaluate.model={tmp_path}")
+    told = refused(folder, capsys, f"evaluate.model={other}", "data.sequence_length=1024")
+    assert "data.sequence_length=1024, but the model has 512 positions" in told
+    wrong = tmp_path / "wrong"
+    shutil.copytree(other, wrong)
+    described = json.loads((wrong / "config.json").read_text())
+    small = AutoModelForCausalLM.from_pretrained(other)
+    small.resize_token_embeddings(120, mean_resizing=False)
+    small.save_pretrained(wrong)
+    assert described["vocab_size"] > 120
+    told = refused(folder, capsys, f"evaluate.model={wrong}")
+    assert f"evaluate.model={wrong}: its tokenizer has" in told
+    assert "but the model embeddings for 120" in told
+    torn = tmp_path / "torn"
+    shutil.copytree(other, torn)
+    (torn / "model.safetensors").unlink()
+    assert "holds no weights" in refused(folder, capsys, f"evaluate.model={torn}")
+    (torn / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes()[:-9])
+    assert "model.safetensors is damaged (" in refused(folder, capsys, f"evaluate.model={torn}")
