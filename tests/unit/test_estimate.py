@@ -15,6 +15,7 @@ from raysft.errors import RequestError
 from raysft.estimate import estimate as estimates
 from raysft.estimate.duration import earlier_speed, given_speed
 from raysft.estimate.estimate import Place, Training, estimate, place_of
+from raysft.estimate.evaluation import Evaluation, estimate_evaluation, evaluation_memory
 from raysft.estimate.formula import Decoder, by_formula
 from raysft.estimate.hardware import NodeMemory, gpu_memory, this_node
 from raysft.estimate.measure import Microbatch
@@ -404,3 +405,44 @@ def test_a_given_speed_counts_without_an_earlier_run_and_before_it(tmp_path):
 def test_refusals_are_requests(seven):
     with pytest.raises(RequestError):
         estimate(seven, on_gpu(8.0))
+
+
+def evaluation(folder: Path, workers: int = 1, weight_bytes: int = 0, **settings) -> Evaluation:
+    from transformers import LlamaConfig
+
+    decoder = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                          vocab_size=1000)  # fmt: skip
+    config = with_overrides(config_of(folder), {"evaluate.model": "m", "model.dtype": "bfloat16", **settings})
+    return Evaluation(config, "evaluate.model=m", decoder, workers, bool(weight_bytes), weight_bytes)
+
+
+def test_an_evaluation_needs_weights_and_neither_gradients_nor_an_optimizer(tmp_path):
+    place = Place(None, 0.0, None, 1, Hardware(gpu=False))
+
+    def weights(**given) -> float:
+        return evaluation_memory(evaluation(tmp_path, **given), SEVEN, place).sure
+
+    assert weights() == 14e9
+    assert weights(**{"model.dtype": "float32"}) == 28e9
+    assert weights(workers=4, **{"train.zero_stage": 2}) == 14e9
+    assert weights(workers=4, **{"train.zero_stage": 3}) == 14e9 / 4
+    four = {"model.quantization": "4bit", "model.double_quantization": False}
+    assert weights(**four) == 1e9 + 6.5e9 * (0.5 + 4 / 64)
+    assert weights(workers=4, **four, **{"train.zero_stage": 3}) == weights(**four), "they cannot be partitioned"
+    assert weights(weight_bytes=4_000_000_000) == 4e9
+    whole = evaluation_memory(evaluation(tmp_path), SEVEN, place)
+    assert whole.activations == evaluation_memory(evaluation(tmp_path, **four), SEVEN, place).activations > 0
+    assert whole.peak > whole.sure
+
+
+def test_weights_that_surely_do_not_fit_are_refused_for_an_evaluation(tmp_path):
+    node = Node(4.0)
+    line = estimate_evaluation(evaluation(tmp_path), [node], (node, NodeMemory(8.0 * GIB)))
+    assert holds(line, "memory: about … of 8.0 GiB for each worker (weights … activations")
+    small = (node, NodeMemory(100_000.0))
+    message = refusal(estimate_evaluation, evaluation(tmp_path), [node], small)
+    assert holds(
+        message, "evaluate.model=m: its weights need at least … for each worker, which has … model.quantization=4bit"
+    )
+    message = refusal(estimate_evaluation, evaluation(tmp_path, weight_bytes=9 * GIB), [node], small)
+    assert holds(message, "evaluate.model=m: its weights need at least 9.0 GiB … use nodes with more memory")
