@@ -13,11 +13,12 @@ from raysft.config.evaluation_effects import Bearing, bearing_of
 from raysft.config.generate import GenerateSection
 from raysft.config.model import ModelSection
 from raysft.config.named_templates import named_template, similar_name, template_names
+from raysft.config.optimizers import kind_of
 from raysft.config.resume_effects import Effect, effect_of
 from raysft.config.run import RunSection
 from raysft.config.scaling import ScalingSection
 from raysft.config.section import Section
-from raysft.config.train import ZERO_OPTIMIZERS, TrainSection
+from raysft.config.train import TrainSection
 from raysft.config.tune import TuneSection
 from raysft.config.yaml_text import dump
 from raysft.errors import RequestError, one_line
@@ -70,9 +71,9 @@ class Config(Section):
     def autocast(self) -> bool:
         """True if weights stay in float32 and only the computation uses bfloat16.
 
-        ZeRO keeps float32 copies of bfloat16 weights, but only for the optimizers that it supports; others need this.
+        ZeRO keeps float32 copies of bfloat16 weights, but only for optimizers that treat each weight by itself; others need this.
         """
-        return self.dtype == "bfloat16" and not self.train.pure_bf16 and self.train.optimizer not in ZERO_OPTIMIZERS
+        return self.dtype == "bfloat16" and not self.train.pure_bf16 and not kind_of(self.train.optimizer).elementwise
 
     @property
     def micro_batch_size(self) -> int:

@@ -12,10 +12,10 @@ from raysft.config.config import Config
 from raysft.config.conflicts_best import best_model
 from raysft.config.conflicts_generation import step_generation
 from raysft.config.conflicts_loss import loss_conflicts
+from raysft.config.conflicts_optimizer import optimizer_conflicts
 from raysft.config.conflicts_pure_bf16 import pure_bf16_conflicts
 from raysft.config.conflicts_tracking import tracking
 from raysft.config.data import OF_CONVERSATIONS, DataSection
-from raysft.config.train import ZERO_OPTIMIZERS
 from raysft.errors import RequestError, as_yaml
 
 
@@ -31,7 +31,7 @@ def refuse_conflicts(config: Config) -> None:
 
 def _conflicts(config: Config) -> Iterator[str]:
     yield from _raw_text(config)
-    yield from _optimizer(config)
+    yield from optimizer_conflicts(config)
     yield from _adapters(config)
     if config.model.finetuning == "lora":
         yield from _lora(config)
@@ -57,39 +57,6 @@ def _raw_text(config: Config) -> Iterator[str]:
         value = getattr(config.data, key)
         if value != DataSection.model_fields[key].default:
             yield f"data.{key}={as_yaml(value)} is for conversations, but stage=pt trains on raw text; remove it"
-
-
-def _optimizer(config: Config) -> Iterator[str]:
-    train, finetuning, workers = config.train, config.model.finetuning, config.scaling.num_workers
-    name = train.optimizer
-    if name not in ZERO_OPTIMIZERS:
-        if train.zero_stage:
-            yield (
-                f"train.optimizer={name} requires whole matrices, but train.zero_stage={train.zero_stage} partitions them; "
-                "set train.zero_stage=0 or use adamw"
-            )
-        if config.dtype == "float16":
-            yield f"train.optimizer={name} has no loss scaling, but model.dtype=float16 requires it; use bfloat16 or float32"
-    if name in ("galore", "apollo", "badam") and config.model.adapter is not None:
-        yield (
-            f"train.optimizer={name} saves memory only for full matrices, but model.finetuning={finetuning} trains small ones; "
-            "set model.finetuning to full or freeze, or use adamw"
-        )
-    if name == "apollo" and config.scaling.most_workers > 1:
-        yield (
-            "train.optimizer=apollo supports one worker (each would draw its own random projections), but scaling.num_workers="
-            f"{workers}; use 1 worker or another optimizer"
-        )
-    if not train.resumes and train.saves_on_schedule:
-        key = "save_every_epochs" if train.save_every_steps is None else "save_every_steps"
-        yield (
-            f"train.optimizer={name} cannot resume from a checkpoint (it keeps the state of one block at a time), but "
-            f"train.{key}={getattr(train, key)}; remove it or use another optimizer"
-        )
-    if name == "badam" and config.scaling.most_workers > 1:
-        yield (
-            f"train.optimizer=badam supports one worker, but scaling.num_workers={workers}; use 1 worker or another optimizer"
-        )
 
 
 def _adapters(config: Config) -> Iterator[str]:
@@ -123,11 +90,6 @@ def _lora(config: Config) -> Iterator[str]:
         yield (
             "model.lora.pissa=true initializes a new adapter, but model.adapters continues an existing one; "
             "set model.new_adapter=true or model.lora.pissa=false"
-        )
-    if lora.loraplus_ratio is not None and train.optimizer != "adamw":
-        yield (
-            f"model.lora.loraplus_ratio requires train.optimizer=adamw, but train.optimizer={train.optimizer}; "
-            "use adamw or remove loraplus_ratio"
         )
 
 

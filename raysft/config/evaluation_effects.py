@@ -31,7 +31,7 @@ _KEYS = {
         model.oft.block_size model.oft.dropout model.oft.target model.oft.extra_modules model.new_adapter
         model.quantization model.quantization_type model.double_quantization model.attention model.liger
         data.sequence_length data.packing data.document_mask
-        train.micro_batch_size train.optimizer train.optimizer_options
+        train.micro_batch_size train.optimizer train.optimizer_options train.optimizer_target
         train.zero_stage train.offload.optimizer train.offload.parameters train.offload.folder train.deepspeed
         train.gradient_checkpointing train.fp8 train.pure_bf16
         scaling.use_gpu

@@ -83,7 +83,7 @@ _KEYS = {
         model.lora.pissa model.lora.pissa_iterations model.oft.block_size model.oft.target model.oft.extra_modules
         model.new_adapter model.quantization model.quantization_type model.double_quantization
         data.holdout data.sequence_length data.packing data.document_mask
-        train.pure_bf16 train.global_batch_size train.optimizer train.optimizer_options
+        train.pure_bf16 train.global_batch_size train.optimizer train.optimizer_options train.optimizer_target
     """,
 }
 _FILES = {

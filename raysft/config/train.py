@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from raysft.config.optimizers import kind_of, optimizer_name
 from raysft.config.section import Beta, Count, Epochs, Fraction, PathOrHubId, Positive, Section, Text
 from raysft.config.tracking import TrackingSection
 from raysft.metric_names import higher_is_better
 
 Targets = Literal["all"] | Annotated[list[Text], Field(min_length=1)]
-Optimizer = Literal["adamw", "adafactor", "muon", "adam_mini", "galore", "apollo", "badam"]
-ZERO_OPTIMIZERS = ("adamw",)
-"""Optimizers that treat each weight by itself. The others need whole matrices, which ZeRO flattens and splits."""
+Optimizer = Annotated[str, AfterValidator(optimizer_name)]
 Schedule = Literal[
     "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "cosine_with_min_lr", "polynomial",
     "inverse_sqrt", "warmup_stable_decay",
@@ -64,17 +63,23 @@ class TrainSection(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate."""
     optimizer: Optimizer = "adamw"
-    """``adamw`` (PyTorch's, or DeepSpeed's CPUAdam with offload), ``adafactor`` (transformers', with updates that
-    do not depend on the size of the weights), ``muon`` (PyTorch's; it updates the matrices inside the layers, AdamW everything
-    else), ``adam_mini``, ``galore``, ``apollo``, ``badam`` (extra ``optim``)."""
+    """``adamw`` (PyTorch's, or DeepSpeed's CPUAdam with offload); ``adamw_8bit``, ``paged_adamw``, ``paged_adamw_8bit`` and other
+    8-bit and paged ones of bitsandbytes (extra ``quant``); ``adafactor`` (transformers', with updates that do not depend on the
+    size of the weights); ``muon`` (PyTorch's; it updates the matrices inside the layers, AdamW everything else); ``apollo``,
+    ``badam``, and those of pytorch-optimizer by their names, such as ``lion``, ``adan``, ``galore`` or ``schedulefree_adamw``
+    (extra ``optim``). configs/README.md has a table of all, with what each can be combined with."""
     optimizer_options: dict[str, Any] = {}
     """Additional arguments for the optimizer, as its library names them, for example ``{rank: 64}`` for galore."""
+    optimizer_target: Targets = "all"
+    """Modules whose matrices ``galore``, ``fira`` and ``apollo`` project: ``all`` inside the layers, or a list of names or regular
+    expressions."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """Adam's decay rates for the first and second moments."""
+    """Adam's decay rates for the first and second moments; also for other optimizers with the same defaults. Those with
+    others keep them, and ``optimizer_options`` sets them."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    """Adam's epsilon, added to the denominator for numerical stability."""
+    """Adam's epsilon, added to the denominator for numerical stability; for other optimizers like ``betas``."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Clip gradients to this global norm. 0: no clipping."""
     schedule: Schedule = "cosine"
@@ -197,4 +202,4 @@ class TrainSection(Section):
     @property
     def resumes(self) -> bool:
         """True if training can resume from a checkpoint. It cannot with badam, which keeps the state of one block at a time."""
-        return self.optimizer != "badam"
+        return kind_of(self.optimizer).resumes

@@ -17,18 +17,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from raysft.config.optimizers import kind_of
 from raysft.estimate.sizes import ModelSizes, Weight
 
 LARGEST_BUCKET = 500_000_000
 """Elements that DeepSpeed reduces at once, by default."""
 SUB_GROUP = 1_000_000_000
-"""Elements that ZeRO-3 updates at once, by default."""
+"""Elements that ZeRO-3 updates at once with AdamW; with others it updates all."""
 PREFETCH = 50_000_000
 """Elements that ZeRO-3 gathers ahead, by default."""
 LIVE = 1_000_000_000
 """Elements that ZeRO-3 keeps gathered at most, by default."""
 DEFAULT_RANK = 16
-"""Rank of galore and apollo."""
+"""Rank of galore, fira and apollo."""
 BITS_8, BITS_4, SCALES = 1.0, 0.5, 4 / 64
 """Bytes of a quantized weight, and of the scale that 64 of them share in 4 bits."""
 DOUBLE_SCALES = 1 / 64 + 4 / (64 * 256)
@@ -176,7 +177,7 @@ def _step(sizes: ModelSizes, setup: Setup, own: float) -> float:
     width = setup.width
     if setup.zero_stage == 0:
         return max(width * min(LARGEST_BUCKET, own), _temporaries(sizes, setup))
-    part = min(SUB_GROUP, own) if setup.zero_stage == 3 else own
+    part = min(SUB_GROUP, own) if setup.zero_stage == 3 and setup.optimizer == "adamw" else own
     if setup.pure_bf16:
         return float(width * part)
     # A copy in float32, made from a flat copy in the model's type.
@@ -203,10 +204,12 @@ def _moments_of(weight: Weight, setup: Setup) -> float:
     if optimizer == "adam_mini":
         # Second moments of an embedding and of a head; elsewhere one for each block, which are few.
         return (8.0 if len(weight.shape) > 1 and not weight.inner else 4.0) * elements
-    if weight.inner and optimizer == "muon":
-        return 4.0 * elements
-    if weight.inner and optimizer in ("galore", "apollo"):
+    if weight.inner and optimizer in ("galore", "fira", "apollo"):
         small, large = sorted(weight.shape)
         rank = min(setup.options.get("rank", DEFAULT_RANK), small)
         return 4.0 * (2 * rank * large + rank * small)  # two moments of the projected gradient, and the projection
-    return 8.0 * elements
+    kind = kind_of(optimizer)
+    if not weight.inner and (kind.flag or optimizer == "muon"):
+        return 8.0 * elements  # AdamW
+    squares = sum(side**2 for side in weight.shape[-2:]) if len(weight.shape) > 1 else 0
+    return 4.0 * (kind.copies * elements + kind.squares * squares)

@@ -63,6 +63,8 @@ def storage(config: Config, sizes: ModelSizes, setup: Setup, written_in_all: int
     kept = states(sizes, setup)
     parallel = setup.workers if setup.zero_stage else 1
     moments = kept.moments if not setup.offload_optimizer else 8.0 * sizes.trained_elements / parallel
+    if setup.optimizer.endswith("8bit"):
+        moments *= 5  # what is kept in 8 bits is there in float32, too
     width = 2.0 if setup.pure_bf16 else 4.0
     checkpoint = width * sizes.trained_elements + moments * parallel
     written = sizes.trained_elements * 4.0 if config.model.adapter is not None else setup.width * float(sizes.total)

@@ -15,6 +15,8 @@ OURS = ("optimizer", "scheduler", "data_efficiency", "curriculum_learning")
 """Sections of a DeepSpeed config that would override keys of ours."""
 LARGEST_BUCKET = 500_000_000
 """DeepSpeed's default for the number of gradient elements that it reduces at once."""
+LARGEST_SUB_GROUP = 10**15
+"""More elements than any worker updates."""
 
 
 def zero_stage(config: Config) -> int:
@@ -34,9 +36,11 @@ def deepspeed_settings(config: Config, workers: int) -> dict[str, Any]:
         "gradient_clipping": config.train.max_grad_norm,
         "bf16": _bf16(config),
         "fp16": {"enabled": config.dtype == "float16"},
-        "zero_optimization": {"stage": zero_stage(config), **_offload(config)},
+        "zero_optimization": {"stage": zero_stage(config), **_sub_groups(config), **_offload(config)},
         # If DeepSpeed's CPU optimizer cannot be compiled, an offloaded step uses torch's.
         "zero_force_ds_cpu_optimizer": False,
+        # The config refuses the optimizers that ZeRO would make wrong.
+        "zero_allow_untested_optimizer": True,
         # Our step line has the same information.
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
@@ -67,6 +71,15 @@ def _sizes(config: Config, workers: int) -> dict[str, int]:
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
     }
+
+
+def _sub_groups(config: Config) -> dict[str, int]:
+    """Have ZeRO-3 update all of a group at once where the optimizer may count the steps in the group."""
+    return (
+        {"sub_group_size": LARGEST_SUB_GROUP}
+        if config.train.zero_stage == 3 and config.train.optimizer != "adamw"
+        else {}
+    )
 
 
 def with_bucket(settings: Mapping[str, Any], model: Any) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from raysft.telemetry.events import (
     TrainingStopped,
 )
 from raysft.train import step_rows
+from raysft.train.averaging import averaged, averages
 from raysft.train.checkpoint import state
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.checkpoint.resume import ResumePoint
@@ -320,7 +321,8 @@ class _Loop:
             return self.generations.after_step(cursor)
         tokenizer = self.job.tokenizer() if self.rank == 0 else None
         try:
-            results = self.generations(cursor, self.engine.module.model, tokenizer, self._needs_scores)
+            with averaged(self.engine):
+                results = self.generations(cursor, self.engine.module.model, tokenizer, self._needs_scores)
         except RunFailed as error:
             self.stop_reason, self.failed = str(error), True
         else:
@@ -357,7 +359,8 @@ class _Loop:
     def evaluate(self, cursor: Cursor, first: FirstEvaluation | None = None) -> None:
         """Evaluate all sets but those known from ``first``; drop that if the training is to stop meanwhile."""
         try:
-            self.eval_results = self.evaluator(self.engine, cursor, first)
+            with averaged(self.engine):
+                self.eval_results = self.evaluator(self.engine, cursor, first)
         except EvaluationStopped:
             self._asked_to_stop()
 
@@ -428,6 +431,8 @@ class _Loop:
             return
         if self.job.config.train.saves_on_schedule and cursor.step > self.first_step:
             self._checkpoint(cursor)  # a longer training that resumes here must know the last evaluation
+        elif averages(self.engine):
+            self._save(cursor)  # while the model is written, the weights are not those that are trained
         watch: Watch = partial(watched, asked=self.trigger.stops, react=partial(self._save, cursor), device=self.device)
         best = self.early_stopper.best
         if best and best.value is not None:
@@ -446,4 +451,5 @@ class _Loop:
     def _export(self, write: Callable[[Any, Any], None]) -> None:
         """Write the current model and its tokenizer."""
         self.phases.enter("export")
-        write(self.engine.module.model, self.job.tokenizer())
+        with averaged(self.engine):
+            write(self.engine.module.model, self.job.tokenizer())

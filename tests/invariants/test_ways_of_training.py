@@ -130,15 +130,20 @@ def adam_mini(model):
     return AdamMini(model, lr=RATE, eps=1e-4, weight_decay=0.0, num_embeds=64, num_heads=4, num_query_groups=2)
 
 
-def low_rank(kind: str):
+def low_rank(kind: str, **options):
     def make(model):
-        import pytorch_optimizer
+        import apollo_torch
 
-        options = {**LOW_RANK, "projection_type": {"GaLore": "std", "APOLLO": "random"}[kind]}
         inner = [p for n, p in model.named_parameters() if is_inner(n, p)]
         rest = [p for n, p in model.named_parameters() if not is_inner(n, p)]
-        groups = [{"params": inner, **options}, {"params": rest}]
-        return getattr(pytorch_optimizer, kind)(groups, lr=RATE, eps=1e-4, weight_decay=0.0)
+        matrices = [p for p in rest if p.dim() == 2]
+        vectors = [p for p in rest if p.dim() < 2]
+        groups = [
+            {"params": inner, **LOW_RANK, "proj_type": "std", **options},
+            {"params": matrices},
+            {"params": vectors},
+        ]
+        return getattr(apollo_torch, kind)(groups, lr=RATE, eps=1e-4, weight_decay=0.0)
 
     return make
 
@@ -158,7 +163,8 @@ def badam(model):
         ("adafactor", adafactor),
         ("muon", muon),
         ("adam_mini", adam_mini),
-        ("galore", low_rank("GaLore")),
+        ("galore", low_rank("GaLoreAdamW")),
+        ("apollo", low_rank("APOLLOAdamW", proj="random", scale_type="channel")),
         ("badam", badam),
     ],
 )
@@ -171,27 +177,6 @@ def test_an_optimizer_steps_as_its_library_used_alone(prepared, trained, case, m
     np.testing.assert_allclose(ours.losses, losses, rtol=tolerance)
     for name, weight in weights.items():
         np.testing.assert_allclose(ours.weights[name], weight, rtol=1e-4, atol=tolerance, err_msg=name)
-
-
-def test_apollo_steps_as_its_library_used_alone(prepared, trained):
-    """It draws its projections anew in each process, so only steps with one seed can be compared."""
-    from raysft.train.optim import make_optimizer
-
-    folder, path, _ = prepared
-    config = make_config(folder, path, CASES["apollo"])
-    found = []
-    for make in (lambda model: make_optimizer(model, config.train), low_rank("APOLLO")):
-        model = plain_model(path)
-        optimizer = make(model)
-        torch.manual_seed(0)
-        for _ in range(3):
-            model(input_ids=torch.arange(40)[None], labels=torch.arange(40)[None]).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        found.append({name: parameter.detach().numpy() for name, parameter in model.named_parameters()})
-    for name in found[0]:
-        np.testing.assert_allclose(found[0][name], found[1][name], rtol=TOLERANCE, atol=1e-7, err_msg=name)
-    assert trained["apollo"].losses[-1] < trained["apollo"].losses[0]
 
 
 @pytest.mark.parametrize("case", ["checkpointed", "eager"])

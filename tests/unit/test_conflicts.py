@@ -101,13 +101,45 @@ COMPARES = {
             "train.optimizer=badam … scaling.num_workers=2 … 1 worker",
         ),
         (
+            {"train__optimizer": "alice", "train__zero_stage": 0, "scaling__num_workers": 2},
+            "train.optimizer=alice … random numbers … scaling.num_workers=2 … 1 worker",
+        ),
+        (
+            {"train__optimizer": "lamb"},
+            "train.optimizer=lamb … train.zero_stage=2 … set train.zero_stage=0 or use adamw",
+        ),
+        (
+            {"train__optimizer": "adan", "train__optimizer_options": {"max_grad_norm": 1.0}},
+            "train.optimizer_options.max_grad_norm … train.zero_stage=2 … remove max_grad_norm",
+        ),
+        (
+            {
+                "train__optimizer": "lion",
+                "train__zero_stage": 3,
+                "train__offload": {"optimizer": "nvme", "folder": "/x"},
+            },
+            "train.offload.optimizer=nvme … train.optimizer=lion … train.offload.optimizer=cpu",
+        ),
+        (
+            {"train__optimizer": "paged_adamw_8bit", "train__offload__optimizer": "cpu"},
+            "train.optimizer=paged_adamw_8bit … train.offload.optimizer=cpu … set it to none",
+        ),
+        (
+            {"train__optimizer": "schedulefree_adamw"},
+            "train.optimizer=schedulefree_adamw … train.schedule=cosine … train.schedule=constant_with_warmup or constant",
+        ),
+        (
+            {"train__optimizer_target": ["q_proj"]},
+            "train.optimizer_target … train.optimizer=adamw … galore, fira or apollo",
+        ),
+        (
             {
                 "train__optimizer": "apollo",
                 "train__zero_stage": 0,
                 "model__finetuning": "full",
-                "scaling__num_workers": 2,
+                "train__optimizer_target": ["q_(proj"],
             },
-            "train.optimizer=apollo … random projections … scaling.num_workers=2 … 1 worker",
+            "train.optimizer_target … 'q_(proj' … regular expression … correct it",
         ),
         (
             {"train__optimizer": "adafactor", "train__zero_stage": 0, "model__dtype": "float16", **GPU},
@@ -297,6 +329,10 @@ def test_what_contradicts_itself_is_refused(settings, message):
     "settings",
     [
         {"train__optimizer": "muon", "train__zero_stage": 0},
+        {"train__optimizer": "lion", "train__zero_stage": 3, "train__offload__optimizer": "cpu"},
+        {"train__optimizer": "adamw_8bit", "model__lora__loraplus_ratio": 4},
+        {"train__optimizer": "adamw_8bit", "model__dtype": "float16", **GPU},
+        {"train__optimizer": "schedulefree_adamw", "train__schedule": "constant"},
         {"train__optimizer": "galore", "train__zero_stage": 0, "model__finetuning": "freeze"},
         {"model__quantization": "4bit", "model__adapters": ["a"]},
         {"model__lora__dora": True, "model__lora__rslora": True, "train__zero_stage": 2},

@@ -117,6 +117,10 @@ def test_states_of_a_model_of_7b(setup, expected):
         ("galore", {}, 6500 * 4 * 16 * 3000 + 8 * 0.5e9),
         ("apollo", {"rank": 4}, 6500 * 4 * 4 * 3000 + 8 * 0.5e9),
         ("badam", {}, 8 * 0.2e9),
+        ("lion", {}, 4 * 7e9),
+        ("adamw_8bit", {}, 2 * (1 + 4 / 256) * 7e9),
+        ("adan", {}, 16 * 7e9),
+        ("sgd", {}, 0),
     ],
 )
 def test_moments_of_each_optimizer(optimizer, options, moments):

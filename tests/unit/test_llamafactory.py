@@ -293,10 +293,38 @@ def of(config: Config, path: str) -> Any:
             {"use_galore": True, "finetuning_type": "full", "galore_rank": 4},
             {
                 "train.optimizer": "galore",
-                "train.optimizer_options": {"rank": 4, "update_proj_gap": 200, "scale": 2.0, "projection_type": "std"},
+                "train.optimizer_options": {"rank": 4, "update_proj_gap": 200, "scale": 2.0, "proj_type": "std"},
                 "train.zero_stage": 0,
             },
         ),
+        (
+            {"use_apollo": True, "finetuning_type": "full", "apollo_target": "q_proj,v_proj", "apollo_scale_front": True},
+            {
+                "train.optimizer": "apollo",
+                "train.optimizer_target": ["q_proj", "v_proj"],
+                "train.optimizer_options": {
+                    "rank": 16, "update_proj_gap": 200, "scale": 32.0, "proj": "random", "proj_type": "std",
+                    "scale_type": "channel", "scale_front": True,
+                },
+            },
+        ),
+        ({"optim": "adamw_bnb_8bit"}, {"train.optimizer": "adamw_8bit"}),
+        ({"optim": "paged_adamw_32bit"}, {"train.optimizer": "paged_adamw"}),
+        (
+            {"optim": "lion_32bit", "adam_beta2": 0.98},
+            {"train.optimizer": "lion", "train.optimizer_options": {"betas": [0.9, 0.98]}},
+        ),
+        (
+            {"optim": "galore_adamw", "finetuning_type": "full", "optim_args": "rank=8, scale=0.5",
+             "optim_target_modules": ["mlp"]},
+            {
+                "train.optimizer": "galore",
+                "train.optimizer_target": ["mlp"],
+                "train.optimizer_options": {"rank": 8, "update_proj_gap": 200, "scale": 0.5, "proj_type": "std"},
+                "train.zero_stage": 0,
+            },
+        ),
+        ({"optim": "schedule_free_adamw"}, {"train.optimizer": "schedulefree_adamw"}),
         (
             {"do_train": False, "do_predict": True, "eval_dataset": "b", "dataset": None, "max_new_tokens": 9},
             {"generate.model": "m", "generate.max_new_tokens": 9, "data.eval": [{"name": "b"}]},
@@ -467,6 +495,11 @@ def test_keys_of_conversations_have_no_effect_on_raw_text_and_are_told(write):
             {"use_asft_loss": True, "ref_model": "r", "ref_model_quantization_bit": 8},
             "lf.yaml:6: ref_model_quantization_bit=8, but quantization_bit=null … set both",
         ),
+        ({"use_galore": True, "optim": "adamw_8bit"}, "lf.yaml:5: use_galore with optim=adamw_8bit"),
+        ({"use_badam": True, "badam_mode": "ratio"}, "lf.yaml:5: badam_mode=ratio"),
+        ({"optim": "galore_adamw_layerwise"}, "lf.yaml:4: optim='galore_adamw_layerwise': updates weights during"),
+        ({"optim": "lomo"}, "lf.yaml:4: optim='lomo': this optimizer cannot be used"),
+        ({"optim": "ademamix_8bit"}, "lf.yaml:4: optim='ademamix_8bit': is not supported; use ademamix"),
         ({"export_dir": "merged", "dataset": None}, "lf.yaml:4: the file asks for an export … raysft export m --output merged"),
         ({"export_hub_model_id": "o/n"}, "lf.yaml:4: export_hub_model_id='o/n' … raysft export RUN_DIR --push ORG/NAME"),
         ({"push_to_hub": True, "hub_model_id": "o/n"}, "lf.yaml:4: push_to_hub=true … raysft export RUN_DIR --push ORG/NAME"),

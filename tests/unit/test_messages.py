@@ -52,8 +52,8 @@ def _here(tmp_path, monkeypatch):
             "command line: train.epochs='two': must be a valid number",
         ),
         (
-            "c.yaml train.optimizer=apollo train.zero_stage=0 model.finetuning=full scaling.num_workers=2",
-            "train.optimizer=apollo supports one worker (each would draw its own random projections), but "
+            "c.yaml train.optimizer=alice train.zero_stage=0 scaling.num_workers=2",
+            "train.optimizer=alice supports one worker (each would draw its own random numbers), but "
             "scaling.num_workers=2; use 1 worker or another optimizer",
         ),
         (

@@ -5,7 +5,6 @@ from __future__ import annotations
 from raysft.config.llamafactory.keys import IMAGES, PREFERENCES, Key, Keys, harmless, joined, only, same
 from raysft.config.llamafactory.values import boolean, names, number, option, targets, text, whole, word
 
-_ALL = "remove it: it applies to all matrices inside the layers"
 _SWANLAB = "only use_swanlab: true reads it"
 
 FINETUNING: Keys = {
@@ -50,22 +49,22 @@ FINETUNING: Keys = {
     "ref_model_quantization_bit": joined("train.reference_model", whole),
     # Optimizers.
     "use_galore": joined("train.optimizer", boolean, False),
-    "galore_target": only("all", _ALL, targets),
+    "galore_target": joined("train.optimizer_target", targets, "all"),
     "galore_rank": joined("train.optimizer_options", whole, 16),
     "galore_update_interval": joined("train.optimizer_options", whole, 200),
     "galore_scale": joined("train.optimizer_options", number, 2.0),
     "galore_proj_type": joined("train.optimizer_options", word("std", "reverse_std", "right", "left", "full"), "std"),
     "galore_layerwise": joined("train.optimizer", boolean, False),
     "use_apollo": joined("train.optimizer", boolean, False),
-    "apollo_target": only("all", _ALL, targets),
+    "apollo_target": joined("train.optimizer_target", targets, "all"),
     "apollo_rank": joined("train.optimizer_options", whole, 16),
     "apollo_update_interval": joined("train.optimizer_options", whole, 200),
     "apollo_scale": joined("train.optimizer_options", number, 32.0),
-    "apollo_proj": only("random", "remove it: raysft's APOLLO projects at random", word("random", "svd")),
-    "apollo_proj_type": only("std", "remove it: raysft's APOLLO has one projection", word("std", "right", "left")),
+    "apollo_proj": joined("train.optimizer_options", word("random", "svd"), "random"),
+    "apollo_proj_type": joined("train.optimizer_options", word("std", "right", "left"), "std"),
     "apollo_scale_type": joined("train.optimizer_options", word("channel", "tensor"), "channel"),
     "apollo_layerwise": joined("train.optimizer", boolean, False),
-    "apollo_scale_front": only(False, "remove it: raysft's APOLLO limits the norm after scaling", boolean),
+    "apollo_scale_front": joined("train.optimizer_options", boolean, False),
     "use_badam": joined("train.optimizer", boolean, False),
     "badam_mode": joined("train.optimizer", word("layer", "ratio"), "layer"),
     "badam_start_block": joined("train.optimizer_options", whole),

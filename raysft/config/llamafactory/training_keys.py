@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from raysft.config.llamafactory.keys import Key, Keys, harmless, joined, only, same
 from raysft.config.llamafactory.values import (
+    arguments,
     boolean,
     choice,
     mapping,
     names,
     number,
+    optimizer,
     option,
     result,
+    targets,
     text,
     whole,
     with_numbers,
@@ -37,7 +40,6 @@ SCHEDULES = {
         "cosine_with_min_lr", "warmup_stable_decay",
     )
 }  # fmt: skip
-OPTIMIZERS = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "adafactor": "adafactor"}
 SAMPLING = word("random", "sequential", "group_by_length")
 
 
@@ -83,9 +85,9 @@ TRANSFORMERS: Keys = {
     "lr_scheduler_kwargs": joined("train.schedule_options", mapping, {}),
     "warmup_steps": joined("train.warmup_steps", number, 0.0),
     "warmup_ratio": joined("train.warmup_ratio", number),
-    "optim": joined("train.optimizer", choice(OPTIMIZERS), "adamw"),
-    "optim_args": only(None, "remove it, and set train.optimizer_options"),
-    "optim_target_modules": only(None, "remove it: the optimizer updates all trained weights"),
+    "optim": joined("train.optimizer", optimizer, "adamw"),
+    "optim_args": joined("train.optimizer_options", arguments, {}),
+    "optim_target_modules": joined("train.optimizer_target", targets),
     "weight_decay": same("train.weight_decay", number, 0.0),
     "adam_beta1": joined("train.betas", number, 0.9),
     "adam_beta2": joined("train.betas", number, 0.999),

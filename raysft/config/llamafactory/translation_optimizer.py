@@ -9,6 +9,7 @@ from typing import Any
 
 from raysft.config.llamafactory.settings import Entry, Refusal, Settings
 from raysft.config.llamafactory.translation import Derived
+from raysft.config.optimizers import kind_of
 from raysft.errors import as_yaml, one_line
 
 OPTIONS = {
@@ -16,12 +17,14 @@ OPTIONS = {
         "rank": "galore_rank",
         "update_proj_gap": "galore_update_interval",
         "scale": "galore_scale",
-        "projection_type": "galore_proj_type",
+        "proj_type": "galore_proj_type",
     },
     "apollo": {
         "rank": "apollo_rank",
         "update_proj_gap": "apollo_update_interval",
         "scale": "apollo_scale",
+        "proj": "apollo_proj",
+        "proj_type": "apollo_proj_type",
         "scale_type": "apollo_scale_type",
     },
     "badam": {
@@ -31,9 +34,11 @@ OPTIONS = {
     },
 }
 """Optimizer → option of its library → key."""
+ADAMS_BETAS = ("lion", "lion_8bit", "paged_lion", "paged_lion_8bit", "stable_adamw", "grokfast_adamw")
+"""Optimizers with other betas, to which transformers hands those of Adam."""
 NOTES = {
-    "galore": "by pytorch_optimizer",
-    "apollo": "by pytorch_optimizer, which projects the scaled gradient back",
+    "grokfast_adamw": "by pytorch_optimizer, whose algorithm is Grokfast's",
+    "stable_adamw": "by pytorch_optimizer",
     "adam_mini": "by pytorch_optimizer",
     "muon": "by PyTorch",
 }
@@ -62,14 +67,40 @@ def optimizer(given: Settings) -> Derived:
     note = NOTES.get(name, "")
     if f"{name}_layerwise" in ("galore_layerwise", "apollo_layerwise") and given[f"{name}_layerwise"]:
         note += "; not layer by layer, which needs more memory and clips gradients"
-    yield Entry("train.optimizer", name, f"use_{name}" if flags else "optim", note)
-    chosen = {option: given[key] for option, key in OPTIONS.get(name, {}).items() if given[key] is not None}
+    if flags and name in ("galore", "apollo") and given["optim"] not in ("adamw", name):
+        yield Refusal("optim", f"use_{name} with optim={given['optim']} is not supported; set optim to adamw_torch")
+    key = f"use_{name}" if flags else "optim"
+    yield Entry("train.optimizer", name, key, note.removeprefix("; "))
     if name == "badam" and given["badam_mode"] != "layer":
-        yield Refusal("badam_mode", "badam_mode=ratio is not supported; use layer")
+        yield Refusal(
+            "badam_mode",
+            "badam_mode=ratio masks each gradient as it arrives, so that gradients neither accumulate nor are clipped; use layer",
+        )
+    yield from _optimizer_options(given, name, key)
+    if target := _optimizer_target(given, name, bool(flags)):
+        yield target
+    if not kind_of(name).elementwise and given["deepspeed"] is None:
+        yield Entry("train.zero_stage", 0, key, "the optimizer needs whole matrices")
+
+
+def _optimizer_options(given: Settings, name: str, key: str) -> Derived:
+    chosen = {option: given[each] for option, each in OPTIONS.get(name, {}).items() if given[each] is not None}
+    if key == "optim":
+        chosen |= given["optim_args"]
+    if name in ADAMS_BETAS:
+        chosen.setdefault("betas", [given["adam_beta1"], given["adam_beta2"]])
+    note = ""
+    if name == "apollo" and given["apollo_scale_front"]:
+        chosen["scale_front"] = True
+        note = "scale_front has an effect, while LLaMA-Factory sets it where the library does not read it"
     if chosen:
-        yield Entry("train.optimizer_options", chosen, f"use_{name}")
-    if name != "adamw" and given["deepspeed"] is None:
-        yield Entry("train.zero_stage", 0, f"use_{name}" if flags else "optim", "the optimizer needs whole matrices")
+        yield Entry("train.optimizer_options", chosen, key, note)
+
+
+def _optimizer_target(given: Settings, name: str, flagged: bool) -> Entry | None:
+    key = f"{name}_target" if flagged and name in ("galore", "apollo") else "optim_target_modules"
+    value = given[key]
+    return None if value in (None, "all", "all-linear") else Entry("train.optimizer_target", value, key)
 
 
 def loss(given: Settings) -> Derived:

@@ -7,6 +7,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import yaml
+
+from raysft.config.optimizers import optimizer_name
 from raysft.metric_names import METRIC_KEYS
 
 Reader = Callable[[Any], Any]
@@ -157,3 +160,49 @@ def option(read: Reader) -> Reader:
         return found if found > 0 else None
 
     return read_option
+
+
+SAME_OPTIMIZERS = {
+    "adamw_torch_xla": "adamw",
+    "adamw_torch_npu_fused": "adamw",
+    "galore_adamw": "galore",
+    "apollo_adamw": "apollo",
+}
+"""Optimizers of transformers with other names here, beside those that ``raysft.config.optimizers`` knows."""
+OTHER_OPTIMIZERS = {
+    "layerwise": "updates weights during the backward pass, so that gradients neither accumulate nor are clipped; use {0}",
+    "adamw_torch_4bit": "is torchao's; use adamw_8bit",
+    "adamw_torch_8bit": "is torchao's; use adamw_8bit",
+    "galore_adamw_8bit": "does not fit bitsandbytes 0.50; use galore_adamw",
+    "galore_adafactor": "is not supported; use galore_adamw or adafactor",
+    "ademamix_8bit": "is not supported; use ademamix",
+    "paged_ademamix_8bit": "is not supported; use ademamix",
+    "paged_ademamix_32bit": "is not supported; use ademamix",
+}
+"""Optimizers of transformers that raysft does not have, by the end of their names → why."""
+
+
+def optimizer(value: Any) -> str:
+    """The name of an optimizer of transformers, or of one that raysft has.
+
+    >>> optimizer("adamw_torch"), optimizer("lion_32bit"), optimizer("galore_adamw")
+    ('adamw', 'lion', 'galore')
+    """
+    if not isinstance(value, str):
+        raise ValueError("must be the name of an optimizer")
+    for end, reason in OTHER_OPTIMIZERS.items():
+        if value == end or (end == "layerwise" and value.endswith("_layerwise")):
+            raise ValueError(reason.format(value.removesuffix("_layerwise")))
+    return SAME_OPTIMIZERS.get(value) or optimizer_name(value)
+
+
+def arguments(value: Any) -> dict[str, Any]:
+    """Settings as transformers' ``optim_args`` has them.
+
+    >>> arguments("rank=64, scale=0.1,proj_type=std")
+    {'rank': 64, 'scale': 0.1, 'proj_type': 'std'}
+    """
+    pairs = [part.partition("=") for part in value.split(",")] if isinstance(value, str) else []
+    if not pairs or not all(name.strip() and given.strip() for name, _, given in pairs):
+        raise ValueError("must be settings as in rank=64,scale=0.1")
+    return {name.strip(): yaml.safe_load(given) for name, _, given in pairs}

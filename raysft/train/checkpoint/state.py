@@ -6,6 +6,7 @@ the number of workers and of the ZeRO stage.
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,15 +16,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from raysft.train.checkpoint.blocks import codes_of, has_blocks, quantize
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.checkpoint.optimizer_state import (
+    SETTINGS,
+    copied,
     counter,
     counters,
+    group_counters,
     is_by_weight,
-    is_for_each_weight,
+    kinds_of,
     numbers,
     random_states,
+    set_group_counters,
     set_random_states,
+    values_of,
 )
 from raysft.train.checkpoint.parts import Snapshot, check, read_state
 from raysft.train.checkpoint.resume import ResumePoint
@@ -40,8 +47,6 @@ from raysft.train.optim import go_to_step
 
 WEIGHT = "weight"
 """The kind of a fragment of weights; the others are the optimizer's own names (``exp_avg`` …)."""
-SETTINGS = ("lr", "initial_lr", "betas", "eps", "weight_decay")
-"""Settings in an optimizer's state that the config decides."""
 
 
 @torch.no_grad()
@@ -53,21 +58,24 @@ def snapshot(engine: Any, cursor: Cursor, log: Sequence[Any] = ()) -> Snapshot:
         cursor: the training's position.
         log: the latest records of ``trainer_log.jsonl``, in case the driver died before it wrote them.
     """
-    optimizer = base_optimizer(engine)
-    tensors = {}
-    by_weight = is_by_weight(engine)
-    for fragment in fragments(engine):
-        tensors[_key(WEIGHT, fragment)] = _copied(fragment.weight)
-        for kind, state in optimizer.state[fragment.owner].items() if by_weight else ():
-            if is_for_each_weight(state, fragment.owner):
-                tensors[_key(kind, fragment)] = _copied(fragment.of(state))
+    optimizer, by_weight = base_optimizer(engine), is_by_weight(engine)
+    tensors = {_key(WEIGHT, fragment): _copied(fragment.weight) for fragment in fragments(engine)}
+    for kind in kinds_of(engine) if by_weight else ():
+        for _, group in itertools.groupby(fragments(engine), key=lambda fragment: id(fragment.owner)):
+            mine = list(group)
+            if kind in optimizer.state[mine[0].owner]:
+                values = values_of(optimizer, mine[0].owner, kind)
+                tensors.update((_key(kind, fragment), _copied(fragment.of(values))) for fragment in mine)
     rest = {
         "random": random_states(),
-        "optimizer": counters(engine) if by_weight else optimizer.state_dict(),
+        "optimizer": counters(engine) if by_weight else copied(optimizer.state_dict()),
+        "groups": group_counters(optimizer) if by_weight else [],
         "scaler": numbers(loss_scaler(engine)),
         "log": list(log),
         "engine": {name: getattr(engine, name) for name in ("global_steps", "global_samples", "skipped_steps")},
     }
+    if has_blocks(optimizer):
+        rest["blocks"] = {"of": _layout(engine), "codes": codes_of(optimizer, owners(engine))}
     return Snapshot(dist.get_rank(), tensors, rest, replace(cursor, workers=dist.get_world_size()))
 
 
@@ -100,10 +108,13 @@ def load(engine: Any, lr_scheduler: Any, resume: ResumePoint) -> list[Any]:
         kinds = [kind for kind in reader.kinds if kind != WEIGHT and by_weight]
         if by_weight:
             for owner in owners(engine):
+                # Numbers that become codes are in CPU memory: the device may have no room for them.
+                place = {"device": "cpu", "dtype": torch.float32} if has_blocks(optimizer) else {}
                 optimizer.state[owner] = {
                     **{name: counter(value, owner, optimizer) for name, value in rest["optimizer"].items()},
-                    **{kind: torch.zeros_like(owner, requires_grad=False) for kind in kinds},
+                    **{kind: torch.zeros_like(owner, requires_grad=False, **place) for kind in kinds},
                 }
+            set_group_counters(optimizer, rest.get("groups", []))
             if is_cpu_adam(optimizer):
                 replay_cpu_adam(optimizer, int(rest["optimizer"]["step"]))
         for fragment in fragments(engine, replicated=True):
@@ -111,6 +122,10 @@ def load(engine: Any, lr_scheduler: Any, resume: ResumePoint) -> list[Any]:
             for kind in kinds:
                 reader.want(kind, fragment.name, fragment.start, fragment.of(optimizer.state[fragment.owner][kind]))
         reader.read()
+    if has_blocks(optimizer):
+        blocks = rest["blocks"] if rest["blocks"]["of"] == _layout(engine) else {"codes": itertools.repeat(None)}
+        for owner, codes in zip(owners(engine), blocks["codes"], strict=False):
+            quantize(optimizer, owner, codes)
     sync_model_weights(engine)
     if not by_weight:
         settings = [{key: group[key] for key in SETTINGS if key in group} for group in optimizer.param_groups]
@@ -125,6 +140,14 @@ def load(engine: Any, lr_scheduler: Any, resume: ResumePoint) -> list[Any]:
     if rank < cursor.workers:
         set_random_states(rest["random"])
     return rest["log"]  # type: ignore[no-any-return]
+
+
+def _layout(engine: Any) -> list[tuple[str, int, int, int]]:
+    """Return which elements of which parameters this worker's optimizer updates, in their order."""
+    return [
+        (fragment.name, fragment.start, len(fragment.weight), fragment.offset)
+        for fragment in fragments(engine, replicated=True)
+    ]
 
 
 def _key(kind: str, fragment: Fragment) -> str:

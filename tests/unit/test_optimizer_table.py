@@ -1,0 +1,318 @@
+"""What the table of optimizers says is derived here from the optimizers themselves."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from raysft.config import TrainSection, parse
+from raysft.config.optimizers import ALIASES, OPTIMIZERS, REFUSED, WHOLE_OPTIONS, optimizer_name, optimizer_table
+from raysft.errors import RequestError
+from raysft.train.optim import make_optimizer
+from raysft.train.optimizer_makers import FURTHER, MAKERS, class_of, settings_of
+from tests.messages import holds
+
+SHAPES = {"layers.0.a": (12, 32), "layers.0.bias": (40,), "layers.1.b": (32, 12), "norm": (24,)}
+SIZES = {name: torch.Size(shape).numel() for name, shape in SHAPES.items()}
+TOTAL = sum(SIZES.values())
+ELEMENTWISE = [name for name, kind in OPTIMIZERS.items() if kind.elementwise]
+BLOCKS = [name for name in ELEMENTWISE if OPTIMIZERS[name].library == "bitsandbytes"]
+ALIKE = [name for name in OPTIMIZERS if name not in MAKERS]
+SEARCHED = {"dadapt_adagrad", "dadapt_adam", "dadapt_adan", "dadapt_lion", "dadapt_sgd", "prodigy"}
+"""Optimizers that find the learning rate themselves, and multiply it by the config's."""
+GENERATOR = torch.Generator().manual_seed(0)
+WEIGHTS, GOAL = (torch.randn(TOTAL, generator=GENERATOR) for _ in range(2))
+CURVATURE = torch.exp(torch.randn(TOTAL, generator=GENERATOR))
+
+
+class Parts(nn.Module):
+    """Some of the weights, as parameters with the names and shapes given."""
+
+    def __init__(self, parts: Sequence[tuple[str, int, tuple[int, ...]]]) -> None:
+        super().__init__()
+        self.parts = parts
+        for name, start, shape in parts:
+            size = torch.Size(shape).numel()
+            self.register_parameter(
+                name.replace(".", "/"), nn.Parameter(WEIGHTS[start : start + size].reshape(shape).clone())
+            )
+
+    def give_gradients(self, gradient: Callable[[torch.Tensor, slice], torch.Tensor]) -> None:
+        for (_, start, shape), parameter in zip(self.parts, self.parameters(), strict=True):
+            where = slice(start, start + parameter.numel())
+            parameter.grad = gradient(parameter.detach().reshape(-1), where).reshape(shape).clone()
+
+    def values(self) -> torch.Tensor:
+        return torch.cat([parameter.detach().reshape(-1) for parameter in self.parameters()])
+
+
+def whole() -> Parts:
+    starts = [sum(list(SIZES.values())[:index]) for index in range(len(SIZES))]
+    return Parts([(name, start, shape) for (name, shape), start in zip(SHAPES.items(), starts, strict=True)])
+
+
+def pieces() -> list[Parts]:
+    """The same weights, flattened and cut as ZeRO does it, each piece with an optimizer of its own."""
+    cuts = [0, 256, 512, TOTAL]
+    return [Parts([("flat", start, (end - start,))]) for start, end in itertools.pairwise(cuts)]
+
+
+def settings(name: str, **options: Any) -> TrainSection:
+    rate = 1.0 if name in SEARCHED else 1e-2
+    schedule = "constant" if OPTIMIZERS[name].averages else "cosine"
+    return TrainSection(
+        optimizer=name,
+        weight_decay=0.01,
+        learning_rate=rate,
+        zero_stage=0,
+        schedule=schedule,
+        optimizer_options={**DEFAULTS.get(name, {}), **options},
+    )
+
+
+RIGHT_UNTIL_THEN = ("scalable_shampoo", "swats", "sara", "spam")
+"""Optimizers that begin to compute with whole matrices, or with masks that they draw, after many steps."""
+RIGHT_BUT = {
+    "adagrad": "DeepSpeed makes it anew, and its groups are lost",
+    "aggmo": "its state is a mapping, which a checkpoint by weight does not have",
+    "madgrad": "one counter for all weights, which ZeRO-3 would increase for each group",
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    **{name: {"d0": 1e-2} for name in SEARCHED},
+    "pid": {"momentum": 0.9},
+    **{name: {"min_8bit_size": 64} for name in OPTIMIZERS if name.endswith("8bit")},
+}
+"""Options without which an optimizer would not show in a test what it does to large weights."""
+
+
+def noisy(step: int) -> Callable[[torch.Tensor, slice], torch.Tensor]:
+    """The gradient of a quadratic, with noise."""
+    noise = torch.randn(TOTAL, generator=torch.Generator().manual_seed(step))
+
+    def gradient(weights: torch.Tensor, where: slice) -> torch.Tensor:
+        return CURVATURE[where] * (weights - GOAL[where]) + noise[where]
+
+    return gradient
+
+
+def random(step: int) -> Callable[[torch.Tensor, slice], torch.Tensor]:
+    """A gradient that does not depend on the weights."""
+    noise = torch.randn(TOTAL, generator=torch.Generator().manual_seed(step)) * (1 + step % 7)
+    return lambda weights, where: noise[where]
+
+
+def run(
+    name: str, models: Sequence[Parts], gradients: Any, steps: int, all_decay: bool = False, **options: Any
+) -> tuple[torch.Tensor, list[Any]]:
+    """Step each model with an optimizer of its own; all random numbers of a step begin alike."""
+    optimizers = [make_optimizer(model, settings(name, **options)) for model in models]
+    for optimizer in optimizers if all_decay else ():
+        for group in optimizer.param_groups:
+            if "weight_decay" in group:
+                group["weight_decay"] = 0.01
+    for step in range(steps):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            torch.manual_seed(step)
+            model.give_gradients(gradients(step))
+            optimizer.step()
+    return torch.cat([model.values() for model in models]), optimizers
+
+
+def difference(name: str, **options: Any) -> float:
+    """By how much weights differ that were updated as matrices and vectors, or as pieces of one flat tensor."""
+    found = 0.0
+    for gradients, steps in ((noisy, 30), (random, 12)):
+        together, _ = run(name, [whole()], gradients, steps, True, **options)
+        apart, _ = run(name, pieces(), gradients, steps, True, **options)
+        assert (together - WEIGHTS).abs().max() > 1e-5, "it moves weights"
+        found = max(found, float((together - apart).abs().max()))
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in ELEMENTWISE if name not in BLOCKS])
+def test_an_optimizer_for_zero_treats_each_weight_by_itself(name):
+    assert difference(name) < 1e-5
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_an_optimizer_of_8_bits_for_zero_treats_each_block_by_itself(name):
+    """Pieces that begin at a block have the same codes; others have nearly the same numbers."""
+    cuts = (0, 512, TOTAL)
+    flat = Parts([("flat", 0, (TOTAL,))])
+    cut = [Parts([("flat", start, (end - start,))]) for start, end in itertools.pairwise(cuts)]
+    together, _ = run(name, [flat], noisy, 20, True)
+    apart, _ = run(name, cut, noisy, 20, True)
+    assert torch.equal(together, apart)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for name in ALIKE if not OPTIMIZERS[name].elementwise and name not in (*RIGHT_UNTIL_THEN, *RIGHT_BUT)],
+)
+def test_the_others_would_be_wrong_under_zero(name):
+    assert difference(name) > 1e-5
+
+
+@pytest.mark.parametrize("name", RIGHT_BUT)
+def test_those_that_would_be_right_under_zero_and_are_not_for_it_have_a_reason(name):
+    assert difference(name) < 1e-5
+
+
+@pytest.mark.parametrize("option", WHOLE_OPTIONS)
+def test_an_option_that_is_refused_under_zero_needs_whole_matrices(option):
+    name = {"max_grad_norm": "adan", "cautious": "lion", "stable_adamw": "adopt"}.get(option, "adan")
+    assert difference(name, **{option: 0.1 if "norm" in option and option != "adanorm" else True}) > 1e-5
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_an_optimizer_steps_as_its_library_used_alone(name):
+    """With the settings of the config, on groups made by hand."""
+    model = whole()
+    ours, _ = run(name, [model], noisy, 10)
+    reference = whole()
+    kind, train = OPTIMIZERS[name], settings(name)
+    matrices = [p for p in reference.parameters() if p.dim() == 2]
+    vectors = [p for p in reference.parameters() if p.dim() < 2]
+    flags = ({kind.flag: True}, {kind.flag: False}) if kind.flag else ({}, {})
+    made = class_of(kind)
+    decays = "weight_decay" in inspect.signature(made).parameters
+    decayed, undecayed = ({"weight_decay": 0.01}, {"weight_decay": 0.0}) if decays else ({}, {})
+    optimizer = made(
+        [{"params": matrices, **flags[0]}, {"params": vectors, **flags[1], **undecayed}],
+        **{**settings_of(made, train), **decayed, **train.optimizer_options},
+    )
+    for step in range(10):
+        torch.manual_seed(step)
+        reference.give_gradients(noisy(step))
+        optimizer.step()
+    torch.testing.assert_close(ours, reference.values(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_who_draws_random_numbers_has_one_worker(name):
+    model = whole()
+    optimizer = make_optimizer(model, settings(name))
+    drawn = False
+    for step in range(3):
+        before = torch.get_rng_state()
+        model.give_gradients(noisy(step))
+        optimizer.step()
+        drawn |= not torch.equal(before, torch.get_rng_state())
+    if drawn:
+        assert not OPTIMIZERS[name].workers
+    elif not OPTIMIZERS[name].workers:
+        assert re.search(r"rand|multinomial|random", source_of(name)), "it draws later, or with Python's generator"
+
+
+def source_of(name: str) -> str:
+    return Path(inspect.getfile(class_of(OPTIMIZERS[name]))).read_text()
+
+
+def test_the_table_has_every_optimizer_of_its_library():
+    import pytorch_optimizer
+
+    theirs = {
+        name
+        for name, value in vars(pytorch_optimizer).items()
+        if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer)
+    }
+    used = {kind.name for kind in OPTIMIZERS.values()}
+    refused = {name.replace("_", "").lower() for name in REFUSED}
+    others = {"AdaFactor", "APOLLO", "GaLore", "Muon", "Adam"}
+    missing = {name for name in theirs - used - others if name.lower() not in refused}
+    assert not missing
+    assert not OPTIMIZERS.keys() & REFUSED.keys()
+    assert set(ALIASES.values()) <= OPTIMIZERS.keys()
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("AdamW", "adamw"), ("adamw_torch_fused", "adamw"), ("adamw-8bit", "adamw_8bit"),
+        ("schedule_free_adamw", "schedulefree_adamw"),
+        ("StableAdamW", "stable_adamw"), ("paged_lion_32bit", "paged_lion"), ("grokadamw", "grokfast_adamw"),
+    ],
+)  # fmt: skip
+def test_a_name_is_known_in_other_spellings(given, name):
+    assert optimizer_name(given) == name
+    assert TrainSection(optimizer=given).optimizer == name
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("adamw_9bit", "config: train.optimizer='adamw_9bit' … did you mean adamw_8bit?"),
+        ("xyz", "config: train.optimizer='xyz' … configs/README.md"),
+        ("sophia_h", "config: train.optimizer='sophia_h' … second derivatives … use"),
+        ("lomo", "config: train.optimizer='lomo' … during the backward pass … use adafactor"),
+        ("sam", "config: train.optimizer='sam' … several times … use adamw"),
+        ("emo_navi", "config: train.optimizer='emo_navi' … loss … use adamw"),
+    ],
+)
+def test_an_unknown_name_and_one_that_cannot_be_used_are_refused(given, message):
+    with pytest.raises(RequestError) as caught:
+        parse({"model": {"path": "m"}, "data": {"train": [{"name": "a", "path": "a"}]}, "train": {"optimizer": given}})
+    assert holds(str(caught.value), message)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("lion", {"nonsense": 1}, "train.optimizer=lion has no option 'nonsense'"),
+        ("adan", {"betta": 1}, "train.optimizer=adan has no option 'betta'; did you mean betas?"),
+        ("lion", {"betas": (2.0, 0.9)}, "train.optimizer=lion refuses train.optimizer_options … fix the options"),
+        (
+            "adamw_8bit",
+            {"optim_bits": 4},
+            "train.optimizer=adamw_8bit refuses train.optimizer_options … fix the options",
+        ),
+        ("galore", {"rankk": 4}, "train.optimizer=galore has no option 'rankk'"),
+    ],
+)
+def test_an_option_that_an_optimizer_does_not_have_is_refused(name, options, message):
+    with pytest.raises(RequestError) as caught:
+        make_optimizer(whole(), settings(name, **options))
+    assert holds(str(caught.value), message)
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_the_bytes_of_an_optimizers_state(name):
+    """Of a large matrix, without what has only the size of its sides."""
+    kind, shape = OPTIMIZERS[name], (192, 320)
+    model = nn.Module()
+    model.register_parameter("layers/weight", nn.Parameter(torch.randn(shape)))
+    optimizer = make_optimizer(model, settings(name))
+    for _ in range(3):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(shape)
+        optimizer.step()
+    elements = shape[0] * shape[1]
+    expected = 4 * (kind.copies * elements + kind.squares * (shape[0] ** 2 + shape[1] ** 2))
+    assert bytes_of(optimizer) == pytest.approx(expected, rel=0.1, abs=40 * 4 * sum(shape))
+
+
+def bytes_of(optimizer: torch.optim.Optimizer) -> int:
+    """All tensors, also those in objects."""
+    stream = io.BytesIO()
+    torch.save(optimizer.state_dict()["state"], stream)
+    return stream.tell()
+
+
+def test_the_guide_has_the_table():
+    guide = (Path(__file__).parents[2] / "configs" / "README.md").read_text()
+    assert "\n".join(optimizer_table()) in guide
+
+
+def test_further_options_are_read_by_some_optimizer():
+    sources = {source_of(name) for name in OPTIMIZERS if OPTIMIZERS[name].library == "pytorch_optimizer"}
+    for option in FURTHER:
+        assert any(option in source for source in sources), option
