@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from raysft.config.config import Config
 from raysft.metric_names import EVALUATION, METRIC_KEYS
@@ -17,7 +17,7 @@ def evaluated_sets(config: Config) -> list[str]:
     return [source.name for source in [*config.data.eval, *held_out]]
 
 
-def evaluation_names(sets: Sequence[str], measures: Sequence[str] = EVALUATION) -> list[str]:
+def evaluation_names(sets: Sequence[str], measures: Collection[str] = EVALUATION.keys()) -> list[str]:
     """Keys of ``eval_results.json``; with several sets, those of each set follow those over all of them.
 
     >>> evaluation_names(["a"])
