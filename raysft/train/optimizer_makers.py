@@ -200,8 +200,9 @@ def _keeping_projections_alone(optimizer: torch.optim.Optimizer) -> torch.optim.
 def _alone(value: Any) -> Any:
     if isinstance(value, list):
         return [_alone(each) for each in value]
-    whole = value is None or value.untyped_storage().nbytes() == value.numel() * value.element_size()
-    return value if whole else value.clone(memory_format=torch.contiguous_format)
+    if value is None or value.untyped_storage().nbytes() == value.numel() * value.element_size():
+        return value
+    return value.clone(memory_format=torch.contiguous_format)
 
 
 def _badam(model: nn.Module, parameters: Parameters, train: TrainSection, ratio: float | None) -> torch.optim.Optimizer:
