@@ -137,7 +137,7 @@ def _train(context: RunContext, callbacks: Sequence[Any], decisions: Any) -> Non
     if results["eval"]:
         context.directory.write_results("eval", {**results["eval"], "epoch": trained["epoch"]})
     efficiency = {"packing_efficiency": round(row_plan.packing_efficiency, 6)}
-    speed = train_log.results(row_plan.examples_after(trained["total_steps"]))
+    speed = train_log.results(row_plan.examples_after(int(trained["total_steps"])))
     context.directory.write_results("train", {**trained, **speed, **efficiency, **train_log.timings})
 
 
