@@ -102,8 +102,10 @@ def _quantization(config: Config) -> Iterator[str]:
             f"{named} freezes the weights, but model.finetuning={model.finetuning} trains them; "
             "set model.finetuning to lora or oft"
         )
-    if trains and config.train.zero_stage == 3:
-        yield f"{named} loads weights that cannot be partitioned, but train.zero_stage=3 does so; set train.zero_stage=2"
+    if trains and config.train.zero_stage == 3 and model.quantization == "8bit":
+        yield (
+            f"{named} keeps whole weights on each worker, but train.zero_stage=3 partitions; set train.zero_stage=2, or use 4bit"
+        )
     if model.finetuning == "lora" and model.lora.pissa:
         yield f"model.lora.pissa=true requires unquantized weights, but {named}; set only one of them"
     if len(model.adapters) > 1 or (model.adapters and model.new_adapter):

@@ -40,7 +40,7 @@ class Memory:
     parts: Mapping[str, float]
     """The rows of the table, which sum to ``peak``."""
     moment: str
-    """When the peak is: in the loss, in the backward pass, with the last gradients, after it, or in the step."""
+    """When the peak is: in the loss, in the backward pass, with the last gradients, after it, in the step, or at the start."""
     tensors: float
     """Bytes of torch's tensors alone, which ``torch.cuda.max_memory_allocated`` counts."""
     sure: float
@@ -117,6 +117,7 @@ def _moments(activations: Activations, kept: States, setup: Setup, rows: int) ->
         },
         "after the backward pass": {"buckets": kept.bucket, "gradients": kept.ended},
         "in the step": {"gradients": kept.gradients, "rest": kept.step},
+        "while the weights are loaded": {"rest": max(0.0, kept.loading - kept.fixed)},
     }
 
 
@@ -130,9 +131,9 @@ def _beside(dynamic: float, setup: Setup, hardware: Hardware) -> float:
 
 
 def _sure(activations: Activations, kept: States, rows: int, filled: float) -> float:
-    """Bytes that are surely there at once: at the end of the forward pass, or in the step."""
+    """Bytes that are surely there at once: while weights are loaded, at the end of the forward pass, or in the step."""
     saved = filled * activations.saved(rows) if activations.traced else 0.0
-    return kept.weights + kept.master + kept.moments + max(kept.kept + saved, kept.gradients)
+    return max(kept.loading, kept.weights + kept.master + kept.moments + max(kept.kept + saved, kept.gradients))
 
 
 def largest_rows(

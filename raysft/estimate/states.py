@@ -93,6 +93,8 @@ class States:
     """The reduce bucket; in ZeRO 1 and 2 it is there during the backward pass."""
     host: float = 0.0
     """In the node's memory."""
+    loading: float = 0.0
+    """Weights that are loaded whole before ZeRO-3 partitions them."""
 
     @property
     def fixed(self) -> float:
@@ -111,7 +113,7 @@ def states(sizes: ModelSizes, setup: Setup) -> States:
     stage, workers, width = setup.zero_stage, setup.workers, setup.width
     trained = sizes.trained_elements
     own = trained / workers if stage else float(trained)
-    weights, gathered = _weights(sizes, setup)
+    weights, gathered, loading = _weights(sizes, setup)
     elements = setup.bucket if setup.bucket is not None else min(LARGEST_BUCKET, trained)
     bucket = float(width * elements * (2 if setup.double_bucket else 1)) if stage else 0.0
     # Optimizer states have the type of the weights that they are of.
@@ -129,30 +131,42 @@ def states(sizes: ModelSizes, setup: Setup) -> States:
         ended = float(width * sizes.largest_trained)
     if setup.offload_parameters:
         host, weights = host + weights, 0.0
-    return States(weights, master, moments, gathered, kept, arrived, ended, gradients, step, bucket, host)
+    return States(weights, master, moments, gathered, kept, arrived, ended, gradients, step, bucket, host, loading)
 
 
-def _weights(sizes: ModelSizes, setup: Setup) -> tuple[float, float]:
-    """Bytes of the weights, and of those that exist a second time while they are used."""
+def _weights(sizes: ModelSizes, setup: Setup) -> tuple[float, float, float]:
+    """Bytes of the weights, of those that exist a second time while they are used, and of all while they are loaded.
+
+    ZeRO-3 partitions quantized weights, but not their scales, once all are loaded.
+    """
     if beside := setup.frozen_beside(sizes):
-        alone, gathered = _weights(sizes, replace(setup, copies_start=False, reference=0))
+        alone, gathered, loading = _weights(sizes, replace(setup, copies_start=False, reference=0))
         # A given model is quantized as the trained one.
         share = (
             alone / (setup.width * sizes.total)
             if setup.reference
             else 1 / (setup.workers if setup.zero_stage == 3 else 1)
         )
-        return alone + setup.width * beside * share, gathered
-    whole = float(setup.width * sizes.total)
-    if setup.zero_stage == 3:
-        live = min(LIVE, max(sizes.largest, sizes.largest_layer) + PREFETCH, sizes.total) + sizes.small
-        gathers = setup.workers > 1 or setup.offload_parameters
-        return whole / setup.workers, float(setup.width * min(live, sizes.total)) if gathers else 0.0
+        return alone + setup.width * beside * share, gathered, loading
+    width, whole = setup.width, float(setup.width * sizes.total)
+    each, scale = (BITS_8, 0.0) if setup.quantization == "8bit" else (BITS_4, _scale(setup))
     if setup.quantization is None:
-        return whole, 0.0
-    scales = DOUBLE_SCALES if setup.double_quantization else SCALES
-    each = BITS_8 if setup.quantization == "8bit" else BITS_4 + scales
-    return whole - (setup.width - each) * sizes.quantizable, float(setup.width * sizes.largest_linear)
+        packed, scales, dequantized = whole, 0.0, 0.0
+    else:
+        packed, scales = whole - (width - each) * sizes.quantizable, scale * sizes.quantizable
+        dequantized = float(width * sizes.largest_linear)
+    if setup.zero_stage != 3:
+        return packed + scales, dequantized, 0.0
+    # Elements of packed tensors, as DeepSpeed counts them.
+    layer = sizes.largest_layer if setup.quantization is None else sizes.largest_layer * each / width
+    live = min(LIVE, max(sizes.largest, layer) + PREFETCH, packed / width) + sizes.small
+    gathered = min(width * live, packed) if setup.workers > 1 or setup.offload_parameters else 0.0
+    loading = packed + scales + dequantized if setup.quantization else 0.0
+    return packed / setup.workers + scales, gathered + dequantized, loading
+
+
+def _scale(setup: Setup) -> float:
+    return DOUBLE_SCALES if setup.double_quantization else SCALES
 
 
 def _gradients(sizes: ModelSizes, setup: Setup, own: float, bucket: float) -> tuple[float, float, float, float]:

@@ -15,8 +15,12 @@ QUANTIZERS = {"gptq": "gptqmodel", "awq": "gptqmodel", "bitsandbytes": "bitsandb
 """Method → the package that loads checkpoints quantized by it."""
 
 
-def quantization_config(config: Config) -> Any:
+def quantization_config(config: Config, partitioned: bool = False) -> Any:
     """Return the settings for bitsandbytes, or None if weights stay exact.
+
+    Args:
+        config: the run's config.
+        partitioned: True if ZeRO-3 will split the weights: 4-bit ones are then packed into the type of the others.
 
     Raises:
         RequestError: bitsandbytes is not installed.
@@ -37,13 +41,19 @@ def quantization_config(config: Config) -> Any:
         bnb_4bit_compute_dtype=getattr(torch, config.dtype),
         bnb_4bit_quant_type=config.model.quantization_type,
         bnb_4bit_use_double_quant=config.model.double_quantization,
+        bnb_4bit_quant_storage=getattr(torch, weight_dtype(config)) if partitioned else None,
     )
 
 
-def loading_options(config: Config, device: torch.device | str) -> dict[str, Any]:
+def loading_options(config: Config, device: torch.device | str, partitioned: bool = False) -> dict[str, Any]:
     """Return the options of ``from_pretrained`` for bitsandbytes, which quantizes on the weights' own device."""
-    quantization = quantization_config(config)
+    quantization = quantization_config(config, partitioned)
     return {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
+
+
+def weight_dtype(config: Config) -> str:
+    """Name of the type that weights which are not quantized have in training."""
+    return "float32" if config.autocast else config.dtype
 
 
 def method_of(hf_config: Any) -> str | None:

@@ -21,6 +21,7 @@ from raysft.train.loss import TokenLoss
 from raysft.train.objective import objective_of
 from raysft.train.operators import ASYNC_IO, load_operator
 from raysft.train.optim import make_lr_scheduler, make_optimizer
+from raysft.train.packed_weights import release_after_forward
 from raysft.train.reference import make_reference
 
 
@@ -54,7 +55,9 @@ def make_engine(
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     settings = deepspeed_settings(config, workers)
     # While this object lives, from_pretrained partitions weights as it loads them, instead of loading all of them on each worker.
-    partitioning = HfDeepSpeedConfig(settings) if config.train.zero_stage == 3 else None
+    # Quantized ones are partitioned when the engine is made: bitsandbytes packs whole weights.
+    partitions = config.train.zero_stage == 3 and config.model.quantization is None
+    partitioning = HfDeepSpeedConfig(settings) if partitions else None
     model = _loss_model(config, model_path, device, adapter, reference)
     ratio = config.model.lora.loraplus_ratio if config.model.finetuning == "lora" else None
     optimizer = make_optimizer(model, config.train, ratio)
@@ -94,6 +97,8 @@ def _loss_model(
             use_fp8(each, device)
     if zero3:
         gather_experts_whole(model)
+        if config.model.quantization == "4bit":
+            release_after_forward(model)
     else:
         model.to(device)
         # A reference computes without gradients, and so without fused layers, which round in another way.

@@ -15,6 +15,8 @@ from tests.training import STEPS, Case, Result, make_config, prepare, rows_of, t
 
 HALF = STEPS // 2
 PURE = {"model.dtype": "bfloat16", "train.pure_bf16": True}
+PARTITIONED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+"""Settings of DeepSpeed with which ZeRO-3 keeps no weight whole, however small."""
 WAYS = {
     "zero 0": {"zero_stage": 0},
     "zero 1": {"zero_stage": 1},
@@ -22,6 +24,11 @@ WAYS = {
     "zero 3": {"zero_stage": 3},
     "offload": {"zero_stage": 2, "offload": {"optimizer": "cpu"}},
     "lora": {"finetuning": "lora", "zero_stage": 2},
+    "4 bits, zero 3": {
+        "finetuning": "lora",
+        "zero_stage": 3,
+        "settings": {"model.quantization": "4bit", "train.deepspeed": PARTITIONED},
+    },
     "dropout": {"finetuning": "lora", "settings": {"model.lora.dropout": 0.2}},
     "bfloat16": {"zero_stage": 2, "settings": {"model.dtype": "bfloat16"}},
     "asft": {"loss": "asft", "asft_alpha": 2.0, "zero_stage": 2},

@@ -182,7 +182,7 @@ COMPARES = {
         ),
         (
             {"model__quantization": "8bit", "train__zero_stage": 3},
-            "model.quantization=8bit … zero_stage=3 … zero_stage=2",
+            "model.quantization=8bit … zero_stage=3 … zero_stage=2 … 4bit",
         ),
         (
             {"model__quantization": "4bit", "model__lora__pissa": True},
@@ -335,6 +335,7 @@ def test_what_contradicts_itself_is_refused(settings, message):
         {"train__optimizer": "schedulefree_adamw", "train__schedule": "constant"},
         {"train__optimizer": "galore", "train__zero_stage": 0, "model__finetuning": "freeze"},
         {"model__quantization": "4bit", "model__adapters": ["a"]},
+        {"model__quantization": "4bit", "train__zero_stage": 3},
         {"model__lora__dora": True, "model__lora__rslora": True, "train__zero_stage": 2},
         {"model__adapters": ["a", "b"], "model__new_adapter": True},
         {"train__offload": {"optimizer": "nvme", "parameters": "cpu", "folder": "/x"}, "train__zero_stage": 3},
