@@ -54,7 +54,7 @@ def test_two_workers_with_zero_3_equal_two_with_zero_2(prepared):
             for name, way in WAYS.items()
         ]
     results = train_all(both, 2)
-    for name, two, three in zip(WAYS, results, results[len(WAYS) :], strict=True):
+    for name, two, three in zip(WAYS, results[: len(WAYS)], results[len(WAYS) :], strict=True):
         assert two.failure + three.failure == "", name
         assert two.losses[0] != two.losses[-1], name
         # In 16 bits the sums of gradients round otherwise.
