@@ -114,6 +114,7 @@ def test_every_excluded_setting_of_model_and_optimization_was_tried():
         "train.hang_minutes": "is the watchdog's",
         "train.max_failures": "is the launcher's",
         "train.max_hours": "is the driver's",
+        "train.reference_model": "is a model beside the one that is evaluated",
         "train.trackers": "are the driver's",
         **dict.fromkeys(map("train.tracking.{}".format, ("project", "run_name", "tags", "group")), "is the driver's"),
     }

@@ -186,6 +186,8 @@ def test_every_key_that_takes_effect_at_once_is_tested():
         "epochs": "in the test of whole runs",
         "schedule_options": "with schedule",
         "eaft_alpha": "with loss",
+        "asft_alpha": "with loss",
+        "reference_model": "in the tests of its loss",
         "deepspeed": "like zero_stage: a new engine is made",
         "fp8": "needs a GPU",
         "nonfinite": "is read in each step",
