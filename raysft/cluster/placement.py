@@ -125,7 +125,7 @@ def room_beside(nodes: Sequence[Node], workers: int, cpus_per_worker: float, use
         spread: True if they are spread over the nodes, False if they are packed.
 
     >>> [node.cpus for node in room_beside([Node(4.0), Node(2.0)], 2, 1.0, False, spread=False)]
-    [2.0, 1.5]
+    [1.5, 2.0]
     """
     capacities = _capacities(nodes, cpus_per_worker, use_gpu)
     order = sorted(range(len(nodes)), key=lambda index: -capacities[index])

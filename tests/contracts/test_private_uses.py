@@ -25,6 +25,7 @@ USES = {
     "raysft/generate/metrics/sacrebleu_internals.py": "test_sacrebleu.py",
     "raysft/storage/hub.py": "test_huggingface_hub.py",
     "raysft/storage/modelscope_internals.py": "test_modelscope_hub.py",
+    "raysft/telemetry/trackio_internals.py": "test_trackers.py",
 }
 """Module → the contract that covers its private uses."""
 ALLOWED = {

@@ -7,6 +7,9 @@ import inspect
 import pytest
 
 from raysft.config.conflicts_tracking import MLFLOW_TAG, PROJECTS, RESERVED
+from tests.contracts.contract import Contract
+
+TRACKIO = Contract("trackio", "raysft/telemetry/trackio_internals.py")
 
 NAMES = ("a", "a b", "a.b_c-d+e", "a/b", "a:b", "a%b", "答", "x" * 100, "x" * 101, "x" * 129)
 
@@ -58,4 +61,5 @@ def test_what_goes_on_with_a_run_of_trackio_exists():
     assert '"run_id": self.id' in inspect.getsource(Run), "metrics are of the run whose id this is when they are logged"
     assert "run_id" in inspect.signature(SQLiteStorage.get_logs).parameters
     assert {"hf_token", "write_token"} <= inspect.signature(RemoteClient.__init__).parameters.keys()
-    assert Run._hf_token_for_remote
+    TRACKIO.name(Run, "_hf_token_for_remote")
+    TRACKIO.source(Run, "self._write_token", "_write_token")

@@ -188,9 +188,9 @@ def test_a_killed_call_goes_on_with_what_is_missing(model, prompts, tmp_path, ca
 def test_a_prompt_that_failed_is_tried_again_by_the_next_call(model, prompts, tmp_path, capfd):
     output, completions, asked = tmp_path / "out.jsonl", batch_inference.completions, []
 
-    def without_memory(config, models, ends):
+    def without_memory(config, models, ends, room):
         asked.append(models[0].ids)
-        for index, batch in completions(config, models, ends):
+        for index, batch in completions(config, models, ends, room):
             failed = {"predict": "", "error": "no memory"} if len(asked) == 1 else {}
             yield index, [{**each, **failed} if each["id"] == "q:2" else each for each in batch]
 

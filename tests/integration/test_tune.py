@@ -194,7 +194,8 @@ def test_a_metric_that_a_run_lacks_ends_the_sweep_with_the_first_trial(sweep, ca
     line, *more = shown.err.splitlines()
     assert not more
     assert line.startswith(
-        "raysft: error: tune.metric='best_step' is not a result of these runs; use one of epoch, eval_accuracy, "
+        "raysft: error: tune.metric='best_step' is not a result of these runs; use one of effective_tokens_per_sec, epoch, "
+        "eval_accuracy, "
     )
     assert shown.out.count("started: ") == 1
     shutil.rmtree(sweep.with_name("metric"))

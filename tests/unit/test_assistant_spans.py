@@ -101,9 +101,11 @@ def test_a_prompt_ends_where_the_model_must_answer(folder):
     assert item.prompt_ids.tolist() == item.input_ids[: len(item.prompt_ids)].tolist()
 
 
-def test_the_prompt_of_a_conversation_that_ends_with_a_question_stops_before_its_last_answer(folder):
+def test_the_prompt_of_a_conversation_that_ends_with_a_question_asks_that_question(folder):
     (item,) = tokenize(folder, conversation(*CONVERSATIONS["ends with a question"]), with_prompts=True)
-    assert item.prompt == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    head = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+    assert item.prompt == head + "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
+    assert item.reference == ""
 
 
 def test_a_token_that_reaches_into_the_prompt_is_not_trained_on():

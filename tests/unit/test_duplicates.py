@@ -26,7 +26,7 @@ from raysft.data.sources.formats import to_examples
 from raysft.data.tokenization.tokenizer import Tokenizer
 from raysft.data.types import Example
 from raysft.errors import RequestError
-from raysft.run.inputs import training_identity
+from raysft.run.inputs import ModelFiles, training_identity
 from raysft.run.plan import Plan, make_plan
 from tests.shards import data_config, the_set, write_records, written
 
@@ -307,7 +307,7 @@ def test_hashes_survive_a_stop_and_are_read_apart_from_the_manifest(tmp_path, mo
 def test_other_evaluation_sets_are_other_training_rows_where_duplicates_are_dropped(tmp_path, model):
     def identities(**changes) -> tuple[dict[str, str], PackedDataset]:
         prepared = prepare(data(tmp_path, **changes), model)
-        return training_identity(model, None, prepared), prepared.train_rows
+        return training_identity(ModelFiles(str(model), None, None), prepared), prepared.train_rows
 
     name = "the data of source 'a'"
     for policy, same in (("keep", True), ("drop", False)):

@@ -19,6 +19,7 @@ from raysft.generate.engines import create_engine
 from raysft.generate.engines.vllm import VllmModel
 from raysft.models.end_of_turn import use_as_eos
 from raysft.models.merging import merge
+from raysft.run.inputs import ModelFiles
 from raysft.run.pipeline import train_job
 from raysft.storage.path import StoragePath
 from raysft.storage.run_directory import RunDirectory
@@ -187,5 +188,8 @@ def test_texts_end_with_the_eos_token_that_is_there(tmp_path, stage, ends):
     config = parse({"stage": stage, "model": {"path": "m"}, "data": {"train": [{"name": "a", "path": "a.jsonl"}]}})
     prepared = SimpleNamespace(train_rows=None, eval_rows={}, end_tokens=(7,))
     run = RunDirectory.of(StoragePath.of(tmp_path))
-    context = SimpleNamespace(config=config, model="m", directory=run, adapter=None, prepared=prepared, identity={})
+    files = ModelFiles("m", None, None)
+    context = SimpleNamespace(
+        config=config, files=files, directory=run, prepared=prepared, identity={}, generation=None
+    )
     assert train_job(context).ends == ends  # type: ignore[arg-type]

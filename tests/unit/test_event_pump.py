@@ -133,8 +133,8 @@ def test_the_last_line_says_which_checkpoint_there_is(tmp_path, saved, until, li
     checkpoints = StoragePath.of(tmp_path)
     for step in saved:
         parts.write(Snapshot(0, {}, {}, Cursor(step, 4 * step, 0, {})), checkpoints / folder_name(step, "a"))
-    job: Any = SimpleNamespace(run=SimpleNamespace(checkpoints=checkpoints))
-    assert _saved(job, 7) == "", "nobody asked"
+    run: Any = SimpleNamespace(checkpoints=checkpoints)
+    assert _saved(run, 7) == "", "nobody asked"
     with stoppable() as stopping:
         stopping.ask("SIGTERM", None if until is None else time.time() + until)
-        assert _saved(job, 7) == line
+        assert _saved(run, 7) == line
