@@ -22,6 +22,7 @@ from raysft.errors import RunFailed
 from raysft.storage.path import StoragePath
 from raysft.storage.run_directory import GENERATION, is_complete
 from raysft.telemetry.events import Emit, GenerationNotice
+from raysft.train.averaging import averaged
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.decisions import from_first
 from raysft.train.export import Exporter
@@ -199,12 +200,12 @@ class StepGenerations:
         generation = self._job.run.generation(step)
         return generation.place / generation.results("predict").name
 
-    def __call__(self, cursor: Cursor, model: Any, tokenizer: Any, needed: bool = False) -> dict[str, float]:
+    def __call__(self, cursor: Cursor, engine: Any, tokenizer: Any, needed: bool = False) -> dict[str, float]:
         """Ask for predictions of the current model.
 
         Args:
             cursor: where the training stands.
-            model: inside the engine.
+            engine: its model; while workers wait they may save a checkpoint, so it has the trained weights then.
             tokenizer: written with it.
             needed: wait for the scores.
 
@@ -217,7 +218,10 @@ class StepGenerations:
         if self._asked is not None and not self._settle_last(cursor):
             return {}
         self._phases.enter("export", cursor.step)
-        failure = self._exporter.save_snapshot(self._job.run.step_model(cursor.step), model, tokenizer)
+        with averaged(engine):
+            failure = self._exporter.save_snapshot(
+                self._job.run.step_model(cursor.step), engine.module.model, tokenizer
+            )
         if failure is not None:
             if needed:
                 raise failure

@@ -321,8 +321,7 @@ class _Loop:
             return self.generations.after_step(cursor)
         tokenizer = self.job.tokenizer() if self.rank == 0 else None
         try:
-            with averaged(self.engine):
-                results = self.generations(cursor, self.engine.module.model, tokenizer, self._needs_scores)
+            results = self.generations(cursor, self.engine, tokenizer, self._needs_scores)
         except RunFailed as error:
             self.stop_reason, self.failed = str(error), True
         else:

@@ -127,6 +127,19 @@ def test_predictions_of_a_step_are_those_of_its_checkpoint(folder, tmp_path):
     assert scores(json.loads((other / "predict_results.json").read_text())) == scores(generations(trained)[4])
 
 
+def test_a_checkpoint_that_is_saved_while_workers_wait_has_the_weights_that_are_trained(folder, tmp_path):
+    settings = [*BETWEEN, "train.optimizer=schedulefree_adamw", "train.save_every_steps=4", "train.keep_last=9"]
+    found = []
+    for name, more in {"averages": ["generate.every_steps=4"], "averages-none": []}.items():
+        trained = run(folder, name, *settings, *more, verb="train")
+        exported = tmp_path / name
+        assert main(["export", str(trained / "checkpoints" / "4"), "--no-merge", "--output", str(exported)]) == 0
+        found.append(load_file(exported / "adapter_model.safetensors"))
+    with_generation, without = found
+    assert with_generation.keys() == without.keys()
+    assert all(torch.equal(with_generation[key], without[key]) for key in without)
+
+
 @pytest.mark.parametrize(("name", "settings"), [("stopped", []), ("stopped-between", BETWEEN)])
 def test_a_run_that_stops_while_it_generates_goes_on_with_the_same_predictions(
     folder, beside, capsys, monkeypatch, name, settings
