@@ -200,34 +200,34 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
 }
 """Name → kind."""
 
-_CLOSURE = "computes the loss several times in a step, on the same rows, which raysft does not"
+_CLOSURE = "needs the loss of the same rows several times in a step, which raysft computes once"
 _SECOND = "needs second derivatives, which a backward pass under DeepSpeed does not keep"
 _FUSED = "updates weights during the backward pass, so that gradients neither accumulate nor are clipped"
-_LOSS = "follows the loss of each step, which the optimizer is not told"
+_LOSS = "needs the value of each step's loss, which optimizers do not get here"
 _WRAPS = "wraps another optimizer"
 REFUSED: dict[str, str] = {
     "a2grad": "has no learning rate",
     "adahessian": _SECOND,
     "adalomo": _FUSED,
-    "adashift": "keeps a queue of gradients, which a checkpoint cannot hold",
+    "adashift": "keeps a queue of gradients, which checkpoints cannot hold",
     "alig": _CLOSURE,
     "bsam": _CLOSURE,
-    "demo": "has its own communication between workers, beside DeepSpeed's",
-    "distributed_muon": "has its own communication between workers, beside DeepSpeed's",
+    "demo": "communicates between workers itself, which DeepSpeed already does",
+    "distributed_muon": "communicates between workers itself, which DeepSpeed already does",
     "dual_adam": "diverges at ordinary learning rates",
     "emo_fact": _LOSS,
     "emo_lynx": _LOSS,
     "emo_navi": _LOSS,
     "friendly_sam": _CLOSURE,
     "gsam": _CLOSURE,
-    "kron": "takes time that grows with the fourth power of a matrix's sides",
+    "kron": "takes too long on large matrices: time grows with the fourth power of their sides",
     "lbfgs": _CLOSURE,
     "lomo": _FUSED,
     "look_sam": _CLOSURE,
     "lookahead": _WRAPS,
-    "lora_rite": "needs LoRA's matrices in pairs",
+    "lora_rite": "needs the two matrices of a LoRA adapter together",
     "magma": _WRAPS,
-    "muon_clip": "needs the attention's largest logits of each step, which the model does not give",
+    "muon_clip": "needs the largest attention logits of each step, which models do not return",
     "orthograd": _WRAPS,
     "pcgrad": _WRAPS,
     "ranger21": "has a learning-rate schedule of its own",
@@ -236,11 +236,11 @@ REFUSED: dict[str, str] = {
     "sam": _CLOSURE,
     "schedulefree_wrapper": _WRAPS,
     "sophia_h": _SECOND,
-    "spectral_sphere": "updates matrices alone",
+    "spectral_sphere": "updates only matrices, but models also have vectors",
     "trac": _WRAPS,
     "wsam": _CLOSURE,
 }
-"""Optimizers that cannot be used → why. pytorch_optimizer's own AdaFactor, APOLLO, GaLore and Muon have the names of others."""
+"""Optimizers that cannot be used → why. The names of AdaFactor, APOLLO, GaLore and Muon mean those of other libraries."""
 SIMILAR = {"adahessian": "shampoo", "sophia_h": "shampoo", "lomo": "adafactor", "adalomo": "adafactor"}
 """What to use in their place; otherwise adamw."""
 ALIASES = {
@@ -295,14 +295,26 @@ def kind_of(name: str) -> OptimizerKind:
 
 
 def optimizer_table() -> Iterator[str]:
-    """Yield the lines of a table in Markdown: what each optimizer can be combined with."""
+    """Yield the lines of a table in Markdown: what optimizers can be combined with, those that are alike in one row."""
     yield "| `train.optimizer` | library | ZeRO 1–3, offload | float16 | LoRA, OFT | workers | resumes | bytes per weight |"
     yield "|---|---|---|---|---|---|---|---|"
+    rows: dict[str, list[str]] = {}
     for name, kind in OPTIMIZERS.items():
-        yield (
-            f"| `{name}` | {kind.library} | {_offload(name, kind)} | {_yes(kind.elementwise)} | {_yes(kind.adapters)} "
+        columns = (
+            f"{kind.library} | {_offload(name, kind)} | {_yes(kind.elementwise)} | {_yes(kind.adapters)} "
             f"| {'any' if kind.workers else '1'} | {_yes(kind.resumes)} | {_bytes(name, kind)} |"
         )
+        rows.setdefault(columns, []).append(f"`{name}`")
+    for columns, names in rows.items():
+        yield f"| {', '.join(names)} | {columns}"
+
+
+def refused_table() -> Iterator[str]:
+    """Yield the lines of a table in Markdown: why optimizers cannot be used."""
+    yield "| refused, because it … | optimizers |"
+    yield "|---|---|"
+    for reason in dict.fromkeys(REFUSED.values()):
+        yield f"| {reason} | {', '.join(f'`{name}`' for name, why in REFUSED.items() if why == reason)} |"
 
 
 def _yes(value: bool) -> str:
@@ -320,5 +332,5 @@ def _bytes(name: str, kind: OptimizerKind) -> str:
         return "by rank"
     if name == "badam":
         return "8, of one block"
-    inside = " inside layers, else 8" if kind.flag or name == "muon" else ""
+    inside = " inside layers, else 8" if (kind.flag or name == "muon") and kind.copies != 2 else ""
     return f"{4 * kind.copies:.3g}{inside}" + (", and squares of the sides" if kind.squares else "")

@@ -67,7 +67,7 @@ class TrainSection(Section):
     8-bit and paged ones of bitsandbytes (extra ``quant``); ``adafactor`` (transformers', with updates that do not depend on the
     size of the weights); ``muon`` (PyTorch's; it updates the matrices inside the layers, AdamW everything else); ``apollo``,
     ``badam``, and those of pytorch-optimizer by their names, such as ``lion``, ``adan``, ``galore`` or ``schedulefree_adamw``
-    (extra ``optim``). configs/README.md has a table of all, with what each can be combined with."""
+    (extra ``optim``). configs/README.md lists all, and what each can be combined with."""
     optimizer_options: dict[str, Any] = {}
     """Additional arguments for the optimizer, as its library names them, for example ``{rank: 64}`` for galore."""
     optimizer_target: Targets = "all"

@@ -15,7 +15,15 @@ import torch
 from torch import nn
 
 from raysft.config import TrainSection, parse
-from raysft.config.optimizers import ALIASES, OPTIMIZERS, REFUSED, WHOLE_OPTIONS, optimizer_name, optimizer_table
+from raysft.config.optimizers import (
+    ALIASES,
+    OPTIMIZERS,
+    REFUSED,
+    WHOLE_OPTIONS,
+    optimizer_name,
+    optimizer_table,
+    refused_table,
+)
 from raysft.errors import RequestError
 from raysft.train.optim import make_optimizer
 from raysft.train.optimizer_makers import FURTHER, MAKERS, class_of, settings_of
@@ -307,9 +315,13 @@ def bytes_of(optimizer: torch.optim.Optimizer) -> int:
     return stream.tell()
 
 
-def test_the_guide_has_the_table():
+def test_the_guide_has_the_tables_with_each_optimizer_once():
     guide = (Path(__file__).parents[2] / "configs" / "README.md").read_text()
-    assert "\n".join(optimizer_table()) in guide
+    for lines, column, names in ((optimizer_table(), 1, OPTIMIZERS), (refused_table(), 2, REFUSED)):
+        table = list(lines)
+        assert "\n".join(table) in guide
+        listed = [name for line in table[2:] for name in re.findall(r"`(\w+)`", line.split("|")[column])]
+        assert sorted(listed) == sorted(names)
 
 
 def test_further_options_are_read_by_some_optimizer():
