@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,13 +56,16 @@ def merge(
     output.mkdir(parents=True, exist_ok=True)
     for folder in (model, *adapters):
         check_weights(folder, str(folder))
+        _check_generation(folder)
     if (model / "adapter_config.json").exists():
         base, adapters = model_copy(named_base(model) or "None"), [model, *adapters]
     else:
         base = model
+    _check_generation(base)
     if not adapters and safetensors_files(base, str(base)):
         _check_exact(base, dtype)
-        rewrite(base, output, None if dtype == stored_dtype(base) else dtype, shard_size)
+        as_it_is = dtype == stored_dtype(base) == own_dtype(base)
+        rewrite(base, output, None if as_it_is else dtype, shard_size)
         return
     dtype = dtype or own_dtype(base)
     whole = _load_exact(base, adapters, runs_code)
@@ -75,6 +79,19 @@ def merge(
     tokenizer = load_tokenizer(str(described), runs_code)
     tokenizer.save_pretrained(output)
     write_ends(output, learned_ends(described, tokenizer))
+
+
+def _check_generation(folder: Path) -> None:
+    """Refuse a damaged generation config, which names where turns end."""
+    path = folder / "generation_config.json"
+    try:
+        whole = not path.exists() or isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except ValueError:
+        whole = False
+    if not whole:
+        raise RequestError(
+            f"{path}: is no mapping in JSON, so nobody could load the model; copy it again, or remove it"
+        )
 
 
 def _check_exact(model: Path, dtype: str | None) -> None:

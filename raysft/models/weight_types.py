@@ -16,7 +16,7 @@ from typing import Any
 
 from raysft.errors import RequestError, one_line
 from raysft.models.transformers_internals import kept_in_float32
-from raysft.models.weight_files import MODEL_FILES, open_weights, safetensors_files
+from raysft.models.weight_files import ADAPTER_FILES, MODEL_FILES, open_weights, safetensors_files
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Data types that a model can be exported in."""
@@ -109,13 +109,16 @@ def rewrite(model: Path, output: Path, dtype: str | None, shard_size: str | None
 
 def rewrite_adapter(adapter: Path, output: Path, dtype: str | None) -> None:
     """Copy an adapter, with its weights in a data type if one is given."""
+    import torch
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(adapter, output, dirs_exist_ok=True)
     if dtype:
-        file = output / "adapter_model.safetensors"
-        weights = {name: converted(name, weight, dtype) for name, weight in load_file(file).items()}
+        file, pickled = (output / name for name in ADAPTER_FILES)
+        loaded = load_file(file) if file.exists() else torch.load(pickled, map_location="cpu", weights_only=True)
+        weights = {name: converted(name, weight, dtype).contiguous() for name, weight in loaded.items()}
         save_file(weights, file, metadata={"format": "pt"})
+        pickled.unlink(missing_ok=True)
 
 
 def _write_shards(model: Path, output: Path, dtype: str | None, shard_size: str) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from raysft.errors import RequestError, RunFailed, one_line
 from raysft.models.adapter_files import base_name, read_adapter_config
+from raysft.models.fingerprint import exact_fingerprint
 from raysft.report.plain_card import plain_card, public
 from raysft.run.exportable import Exportable, find_adapter, find_exportable
 from raysft.run.modelfile import MODELFILE, write_modelfile
@@ -71,7 +72,10 @@ def export(source: str, output: Path | None, push: Push | None = None, form: For
         adapters = [find_adapter(each, say) for each in form.adapters]
         if not form.merges:
             _check_adapter(exported, adapters)
-        model = f"{exported.name} {exported.version} {form} {push.name}" if push else None
+        if output is not None:
+            _check_outside(output, [exported.model, *adapters])
+        versions = [exported.version, *map(exact_fingerprint, adapters)] if push else []
+        model = f"{exported.name} {versions} {form} {push.name}" if push else None
         written = output is not None and _holds(output, model)
         name = hub_upload.open_repository(push.name, push.private) if push else ""
         folder = (
@@ -134,6 +138,13 @@ def _check_base(base: str, exported: Exportable) -> None:
             f"--no-merge: the adapter's base is a copy in the cache, {base}, which is nowhere else; remove --no-merge"
         )
     Terminal().line(f"the adapter names {base} as its base: whoever loads it needs the model there")
+
+
+def _check_outside(output: Path, sources: Sequence[str]) -> None:
+    """Refuse a folder inside a model that is exported: what is written there would belong to that model."""
+    for source in map(Path, filter(None, sources)):
+        if source.is_dir() and source.resolve() in output.resolve().parents:
+            raise RequestError(f"--output {output}: lies inside {source}, which is exported; choose another folder")
 
 
 def _holds(output: Path, unpushed: str | None) -> bool:

@@ -123,8 +123,8 @@ def _place(source: str) -> StoragePath:
 
 
 def _is_run(place: StoragePath) -> bool:
-    with retry_for(FIRST_SECONDS):
-        return (place / "config.yaml").exists()
+    with retry_for(FIRST_SECONDS):  # other programs leave a config.yaml of theirs beside a model
+        return (place / "config.yaml").exists() and not any((place / mark).exists() for mark in MODEL_MARKS)
 
 
 def _cache() -> StoragePath:

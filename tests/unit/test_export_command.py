@@ -229,6 +229,60 @@ def test_a_model_is_copied_or_written_in_another_type_with_all_that_it_has(model
     assert not (tmp_path / "out").exists()
 
 
+def test_an_adapter_in_the_old_format_is_written_in_another_type(adapters, tmp_path):
+    weights = load_file(adapters[0] / "adapter_model.safetensors")
+    torch.save(weights, adapters[0] / "adapter_model.bin")
+    (adapters[0] / "adapter_model.safetensors").unlink()
+    kept = exported(adapters[0], tmp_path / "kept", "--no-merge", "--dtype", "bfloat16")
+    written = load_file(kept / "adapter_model.safetensors")
+    assert written.keys() == weights.keys()
+    assert all(torch.equal(written[name], weight.to(torch.bfloat16)) for name, weight in weights.items())
+    assert not (kept / "adapter_model.bin").exists()
+
+
+def test_the_type_that_is_asked_for_is_the_one_that_a_model_is_loaded_in(model, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(model, base)
+    weights = {name: weight.bfloat16() for name, weight in load_file(base / "model.safetensors").items()}
+    weights["model.norm.weight"] = weights["model.norm.weight"].float()
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    assert json.loads((base / "config.json").read_text())["dtype"] == "float32"  # most weights have another type
+    half = exported(base, tmp_path / "half", "--dtype", "bfloat16")
+    assert {weight.dtype for weight in load_file(half / "model.safetensors").values()} == {torch.bfloat16}
+    assert plain(half).dtype == torch.bfloat16
+
+
+def test_a_model_is_one_also_beside_a_config_of_another_program(model, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(model, base)
+    (base / "config.yaml").write_text("trainer: {}\n")
+    copied = exported(base, tmp_path / "copied")
+    assert (copied / "config.yaml").exists()
+    assert torch.equal(logits(plain(copied)), logits(plain(model)))
+
+
+def test_nothing_is_written_into_the_model_that_is_exported(model, adapters, tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(model, base)
+    inside = base / "a" / "b"
+    said = refused(capsys, str(base), "--output", str(inside))
+    assert f"--output {inside}: lies inside {base}, which is exported; choose another folder" in said
+    said = refused(capsys, str(model), "--adapters", str(adapters[0]), "--output", str(adapters[0] / "out"))
+    assert "lies inside" in said
+    assert not inside.parent.exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_a_damaged_generation_config_is_one_line(model, adapters, tmp_path, capsys, text):
+    base = tmp_path / "base"
+    shutil.copytree(model, base)
+    (base / "generation_config.json").write_text(text)
+    for options in ((), ("--adapters", str(adapters[0]))):
+        said = refused(capsys, str(base), "--output", str(tmp_path / "out"), *options)
+        assert f"{base}/generation_config.json: is no mapping in JSON" in said
+        assert not (tmp_path / "out").exists()
+
+
 def test_a_file_for_llamafactorys_export_is_taken_as_it_is(model, adapters, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     keys = {

@@ -91,6 +91,7 @@ def test_templates_with_one_special_rule(tokenizer, template, sample):
         "{{ messages[-1].content }}",
         "{{ missing.attribute.inside }}",
         LOOP + '"""{{ m.content }}{% endfor %}',
+        LOOP + "{{ '{' }}{{ m.content }}}{% endfor %}",  # Go would read {{{ as the begin of an action
         LOOP + "{{ m.role }}{{ m.content | length }}{{ m.content }}{% endfor %}",
     ],
 )

@@ -89,7 +89,7 @@ def _template(plain: Sequence[str], with_system: Sequence[str] | None, closing: 
     else:
         opening, after = "", heads[1:]
     texts = [before, *after, asked, answered, last, opening, *(with_system[:1] if with_system else ())]
-    if any("{{" in text or '"""' in text for text in texts):
+    if any("{{" in text or '"""' in text or text.endswith("{") for text in texts):
         return None
     head = before
     if with_system:
