@@ -9,12 +9,17 @@ from typing import Any
 import torch
 
 from raysft.config import Config
+from raysft.config.optimizers import kind_of
+from raysft.train.checkpoint.parts import read_state
 from raysft.train.checkpoint.resume import ResumePoint
 from raysft.train.checkpoint.weights import read_weights
 from raysft.train.export import save
 from raysft.train.finetuning import load_model
 from raysft.train.job import TrainJob
+from raysft.train.optim import make_optimizer
 
+AVERAGED = "z"
+"""The state of schedule-free optimizers from which, with the trained weights, their average follows."""
 WRAPPED = "model."
 """What the names of weights begin with in checkpoints: the engine wraps a model in its loss (``TokenLoss.model``)."""
 
@@ -27,12 +32,14 @@ def trained_dtype(config: Config) -> str:
 def for_reading(config: Config) -> Config:
     """Return a run's config without what only its workers need: GPUs, kernels, optimizers and other packages.
 
-    The weights keep their data type. Those that bitsandbytes quantizes stay exact: no checkpoint has them.
+    The weights keep their data type. Those that bitsandbytes quantizes stay exact: no checkpoint has them. An optimizer that
+    averages weights stays too: a checkpoint has those that are trained, and the model is their average.
     """
+    averages = kind_of(config.train.optimizer).averages
     model = {"dtype": trained_dtype(config), "attention": "auto", "liger": False, "quantization": None}
     train = {
-        "optimizer": "adamw", "deepspeed": {}, "gradient_checkpointing": False, "fp8": "off",
-        "loss": "cross_entropy", "reference_model": None,
+        "optimizer": config.train.optimizer if averages else "adamw", "deepspeed": {}, "gradient_checkpointing": False,
+        "fp8": "off", "loss": "cross_entropy", "reference_model": None,
     }  # fmt: skip
     sections: dict[str, dict[str, Any]] = {
         "model": model, "train": train, "scaling": {"use_gpu": False}, "generate": {"enabled": False},
@@ -51,20 +58,48 @@ def write_model(job: TrainJob, checkpoint: ResumePoint, folder: Path) -> None:
 
     Raises:
         CorruptCheckpoint: a file differs from what was written.
-        RequestError: the checkpoint belongs to another model.
+        RequestError: the checkpoint belongs to another model, or the package of an optimizer that averages is not installed.
     """
     model = load_model(job.config, job.model, torch.device("cpu"), job.adapter)
     try:
         adapts = hasattr(model, "peft_config")
+        if kind_of(job.config.train.optimizer).averages:
+            _average(model, job.config, checkpoint)
+        else:
+            _convert(model, job.config, adapts)
+            read_weights(checkpoint, _trained(model))
         _convert(model, job.config, adapts)
-        trained = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
-        read_weights(checkpoint, {WRAPPED + name: weight for name, weight in trained.items()})
-        weights = trained
-        if not adapts:
-            weights = {name: parameter.data for name, parameter in model.named_parameters()}
+        weights = {
+            name: parameter.data
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad or not adapts
+        }
         save(model, weights, job.tokenizer(), folder, job.ends)
     finally:
         shutil.rmtree(getattr(model, "pissa_start", ""), ignore_errors=True)
+
+
+def _trained(model: Any) -> dict[str, torch.Tensor]:
+    return {WRAPPED + name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def _average(model: Any, config: Config, checkpoint: ResumePoint) -> None:
+    """Read the trained weights in the data type that the optimizer knows them in, and have it average them."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16 if config.train.pure_bf16 else torch.float32).contiguous()
+    trained = _trained(model)
+    read_weights(checkpoint, trained)
+    optimizer: Any = make_optimizer(model, config.train)
+    if kind_of(config.train.optimizer).elementwise:
+        start = {name: weight.clone() for name, weight in trained.items()}  # their average is the weights themselves
+        read_weights(checkpoint, start, AVERAGED)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                optimizer.state[parameter][AVERAGED] = start[WRAPPED + name]
+    else:
+        optimizer.load_state_dict(read_state(checkpoint.path, checkpoint.path, 0)["optimizer"])
+    optimizer.eval()
 
 
 def _convert(model: Any, config: Config, adapts: bool) -> None:

@@ -27,6 +27,13 @@ CASES: dict[str, dict[str, Any]] = {
     "full in bfloat16, ZeRO 2": {**HALF, "train.zero_stage": 2},
     "full in bfloat16, ZeRO 3": {**HALF, "train.zero_stage": 3},
     "full, float32 weights for bfloat16": {**HALF, "train.optimizer": "muon"},
+    "schedule-free": {"train.optimizer": "schedulefree_adamw"},
+    "schedule-free in bfloat16, ZeRO 2": {**HALF, "train.optimizer": "schedulefree_adamw", "train.zero_stage": 2},
+    "schedule-free lora in bfloat16, ZeRO 3": {
+        **LORA, **HALF, "train.optimizer": "schedulefree_sgd", "train.zero_stage": 3,
+    },
+    "schedule-free, all in bfloat16": {**HALF, "train.optimizer": "schedulefree_radam", "train.pure_bf16": True},
+    "splus": {"train.optimizer": "splus"},
     "freeze": {"model.finetuning": "freeze", "model.freeze.layers": 1, "model.freeze.extra_modules": ["embed_tokens"]},
     "lora": LORA,
     "lora in bfloat16": {**LORA, **HALF},

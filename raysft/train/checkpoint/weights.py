@@ -20,7 +20,7 @@ from raysft.train.checkpoint.tensor_io import DTYPES, fill, read_header
 
 
 @torch.no_grad()
-def read_weights(checkpoint: ResumePoint, into: Mapping[str, torch.Tensor]) -> None:
+def read_weights(checkpoint: ResumePoint, into: Mapping[str, torch.Tensor], state: str = WEIGHT) -> None:
     """Copy the trained weights of a checkpoint, which any number of workers wrote, into tensors.
 
     Of a checkpoint in an object store one part after the other is copied to a temporary folder.
@@ -28,6 +28,7 @@ def read_weights(checkpoint: ResumePoint, into: Mapping[str, torch.Tensor]) -> N
     Args:
         checkpoint: a complete one.
         into: all trained weights by their names in the engine's module, contiguous and in any data type.
+        state: the optimizer's state to copy in place of them; tensors of weights that have none stay as they are.
 
     Raises:
         CorruptCheckpoint: a file differs from what was written. The checkpoint is not marked: no training reads it here.
@@ -43,7 +44,7 @@ def read_weights(checkpoint: ResumePoint, into: Mapping[str, torch.Tensor]) -> N
             for key, dtype, begin, end in file.read(read_header):
                 kind, start, name = key.split(":", 2)
                 size, first = (end - begin) // DTYPES[dtype].itemsize, int(start)
-                if kind != WEIGHT:
+                if kind != state:
                     continue
                 if name not in into or first + size > into[name].numel():
                     raise RequestError(
@@ -54,5 +55,5 @@ def read_weights(checkpoint: ResumePoint, into: Mapping[str, torch.Tensor]) -> N
             wanted.sort(key=lambda item: item[0])
             file.read(partial(fill, wanted))
     lacking = next((name for name, weight in into.items() if found[name] != weight.numel()), None)
-    if lacking:
+    if lacking and state == WEIGHT:
         raise RequestError(f"{folder}: belongs to another model, which has no weights {lacking}; restore its files")
