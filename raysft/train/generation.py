@@ -31,7 +31,7 @@ from raysft.train.job import TrainJob
 from raysft.train.phases import Phases
 
 LOOK_SECONDS = 1.0
-"""Time between two looks of workers that wait for predictions; the end of the generation wakes the first worker at once."""
+"""Time between two looks of workers that wait for predictions; without GPUs news wake them at once."""
 Place = tuple[str, tuple[str, ...]]
 """Ray's id of a worker's node, and its GPUs as ``CUDA_VISIBLE_DEVICES`` names them."""
 
@@ -168,32 +168,54 @@ class StepGenerations:
         """Return True if predictions are due after a step."""
         return self._line is not None and self._due.is_due(step)
 
-    def resume(self, cursor: Cursor, needed: bool = False) -> None:
+    def resume(self, cursor: Cursor, needed: bool = False) -> dict[str, float]:
         """Ask again for predictions that an earlier process did not complete; later steps are repeated, and ask by themselves.
 
         Args:
             cursor: where the training resumes.
             needed: wait for the scores.
+
+        Returns:
+            The scores of the cursor's step if this waited for them.
         """
         if self._line is None:
-            return
-        folder, left = self._job.run.place / GENERATION, [0]
-        if dist.get_rank() == 0:
-            steps = [int(name) for name in folder.entries() if name.isdigit() and int(name) <= cursor.step]
-            left = sorted(step for step in steps if is_complete(self._job.run.step_model(step)))
-        left = self._shared(left)
+            return {}
+        left: list[int] = self._shared(self._left(cursor.step) if dist.get_rank() == 0 else None)
         for step in left:
+            if self._asked is not None and not self._settle_last(cursor):
+                return {}
             self._ask(step, self._job.generation_pauses)
-        if left and (needed or self._job.generation_pauses):
-            self._wait(cursor)
+        if not left or not (needed or self._job.generation_pauses):
+            return {}
+        state = self._wait(cursor)
+        return state.results if state is not None and left[-1] == cursor.step else {}
 
-    def is_missing(self, cursor: Cursor) -> bool:
-        """Return True if predictions are due where the training resumes, and nothing was begun: it was stopped before."""
-        return self.is_due(cursor.step) and not self._shared(self._begun(cursor.step))
+    def _left(self, last: int) -> list[int]:
+        """Return the steps up to the last one whose predictions are not complete; forget what there is of later ones."""
+        steps = sorted(int(name) for name in (self._job.run.place / GENERATION).entries() if name.isdigit())
+        for step in steps:
+            if step > last:  # its predictions stay, and are taken if the repeated step has the same model
+                self._job.run.step_model(step).remove()
+                self._results(step).remove()
+        return [step for step in steps if step <= last and is_complete(self._job.run.step_model(step))]
 
-    def _begun(self, step: int) -> bool:
+    def is_missing(self, cursor: Cursor, metric: str = "") -> bool:
+        """Return True if predictions are due where the training resumes, but it was stopped before they were begun.
+
+        Args:
+            cursor: where the training resumes.
+            metric: a score that they must have: an earlier process may have had other metrics.
+        """
+        if not self.is_due(cursor.step):
+            return False
+        return self._shared(dist.get_rank() == 0 and not self._begun(cursor.step, metric))
+
+    def _begun(self, step: int, metric: str) -> bool:
         # The model is removed once there are results.
-        return is_complete(self._job.run.step_model(step)) or self._results(step).exists()
+        if is_complete(self._job.run.step_model(step)):
+            return True
+        known = self._known(step)
+        return metric in known if metric else bool(known)
 
     def _results(self, step: int) -> StoragePath:
         """The file of a step's scores; on another machine than the driver's a remote run has no local one."""
@@ -240,10 +262,10 @@ class StepGenerations:
 
     def results(self, step: int) -> dict[str, float]:
         """Return the scores of a step that an earlier process completed; empty if it did not."""
-        known: dict[str, float] = {}
-        if dist.get_rank() == 0:
-            known = json.loads(self._results(step).read_bytes()) if self._results(step).exists() else {}
-        return self._shared(known)
+        return self._shared(self._known(step) if dist.get_rank() == 0 else None)
+
+    def _known(self, step: int) -> dict[str, float]:
+        return json.loads(self._results(step).read_bytes()) if self._results(step).exists() else {}
 
     def after_step(self, cursor: Cursor) -> None:
         """Wait for the engines if they find no room beside the workers."""
@@ -303,10 +325,9 @@ class StepGenerations:
         while True:
             if self._phases.phase != "generation":  # a checkpoint may come in between
                 self._phases.enter("generation", cursor.step)
-            state = None
-            if dist.get_rank() == 0:
-                self._line.wait(0.0 if seen < 0 else LOOK_SECONDS)
-                state = self._line.state()
+            if seen >= 0:
+                self._let_time_pass()
+            state = self._line.state() if dist.get_rank() == 0 else None
             status, predictions = from_first(
                 self._status(state), state.predictions if state else 0, device=self._device
             )
@@ -320,6 +341,13 @@ class StepGenerations:
             if predictions != seen:
                 seen = predictions
                 self._phases.progress()
+
+    def _let_time_pass(self) -> None:
+        assert self._line is not None
+        if self._device.type == "cuda":
+            time.sleep(LOOK_SECONDS)  # all alike: who waits in a collective keeps a GPU busy that engines use
+        elif dist.get_rank() == 0:
+            self._line.wait(LOOK_SECONDS)
 
     def _status(self, state: GenerationState | None) -> Status:
         """What the driver told of the request; only the first worker knows."""

@@ -224,17 +224,20 @@ class _Loop:
 
     def before_steps(self, cursor: Cursor) -> None:
         """Evaluate the untrained model, or make up for the evaluation that a stop dropped."""
-        if cursor.step == 0 and self.job.config.train.eval_at_start:
-            self.evaluate(cursor, FirstEvaluation.find(self.job, self.device))
-        elif cursor.step:
+        if cursor.step == 0:
+            self.generations.resume(cursor)
+            if self.job.config.train.eval_at_start:
+                self.evaluate(cursor, FirstEvaluation.find(self.job, self.device))
+        else:
             self._make_up(replace(cursor, unevaluated=False), cursor.unevaluated)
 
     def _make_up(self, cursor: Cursor, unevaluated: bool) -> None:
         """Do where the training resumes what a stop dropped after that step."""
-        self.generations.resume(cursor, self._needs_scores)
-        if self._needs_scores and not self.stop_reason and self.generations.is_due(cursor.step):
-            self._compare_scores(cursor, self.generations.results(cursor.step))
-        missing, ended = self.generations.is_missing(cursor), cursor.step >= self.row_plan.steps
+        results = self.generations.resume(cursor, bool(self._needed_score))
+        missing, ended = self.generations.is_missing(cursor, self._needed_score), cursor.step >= self.row_plan.steps
+        if self._needed_score and not (self.stop_reason or missing) and self.generations.is_due(cursor.step):
+            # A remote run keeps the scores of this moment only after the workers hear of them.
+            self._compare_scores(cursor, results or self.generations.results(cursor.step))
         if not (self.stop_reason or ended) and (unevaluated or missing):
             self.after_step(cursor, evaluates=unevaluated, generates=missing)
 
@@ -321,19 +324,20 @@ class _Loop:
             return self.generations.after_step(cursor)
         tokenizer = self.job.tokenizer() if self.rank == 0 else None
         try:
-            results = self.generations(cursor, self.engine, tokenizer, self._needs_scores)
+            results = self.generations(cursor, self.engine, tokenizer, bool(self._needed_score))
         except RunFailed as error:
             self.stop_reason, self.failed = str(error), True
         else:
             self._compare_scores(cursor, results)
 
     @property
-    def _needs_scores(self) -> bool:
-        """True if scores of predictions decide which model is the best."""
-        return self.early_stopper.active and self.job.config.train.best_metric.startswith("predict_")
+    def _needed_score(self) -> str:
+        """The score of predictions that decides which model is the best; empty if none does."""
+        metric = self.job.config.train.best_metric
+        return metric if self.early_stopper.active and metric.startswith("predict_") else ""
 
     def _compare_scores(self, cursor: Cursor, results: Mapping[str, float]) -> None:
-        if not self._needs_scores or self.stop_reason:
+        if not self._needed_score or self.stop_reason:
             return
         self.compare(cursor, results)
         if not self.stop_reason and self.early_stopper.should_stop:
@@ -394,7 +398,8 @@ class _Loop:
     def stop(self, cursor: Cursor) -> None:
         """End before the end, with a checkpoint to go on from."""
         if self._is_unsaved(cursor):
-            compared = self.evaluator.seen == cursor.step and not self.failed
+            # Without the metric that decides, it is evaluated again; the lack of a score of predictions is none of its own.
+            compared = self.evaluator.seen == cursor.step and not (self.failed and not self._needed_score)
             unevaluated = self.evaluations.is_due(cursor.step) and not compared
             kept = self.trigger.is_scheduled(cursor.step) and not unevaluated
             self._checkpoint(replace(cursor, temporary=not kept, unevaluated=unevaluated))
@@ -419,7 +424,7 @@ class _Loop:
         if not early and not self.stop_reason:
             self.compare(cursor, self.eval_results)
             resumed = cursor.step == self.first_step
-            if not self.stop_reason and not (resumed and not self.generations.is_missing(cursor)):
+            if not self.stop_reason and not (resumed and not self.generations.is_missing(cursor, self._needed_score)):
                 self.generate(cursor)
         if self.stop_reason:
             return

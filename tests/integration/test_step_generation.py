@@ -1,6 +1,7 @@
 """Generation during training through the command line, beside the workers and between two steps, on a cluster of 2 CPUs."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -140,23 +141,28 @@ def test_a_checkpoint_that_is_saved_while_workers_wait_has_the_weights_that_are_
     assert all(torch.equal(with_generation[key], without[key]) for key in without)
 
 
-@pytest.mark.parametrize(("name", "settings"), [("stopped", []), ("stopped-between", BETWEEN)])
-def test_a_run_that_stops_while_it_generates_goes_on_with_the_same_predictions(
-    folder, beside, capsys, monkeypatch, name, settings
-):
-    place = folder / "runs" / name
+def stopping(run: Path, at: int):
+    """What predicts the prompts, and after a step asks the run to stop instead."""
 
-    def stops(config, directory, step, *more):
-        if step != 4:
+    def predict(config, directory, step, *more):
+        if step != at:
             return predict_step(config, directory, step, *more)
-        (place / "stop").touch()
+        (run / "stop").touch()
         limit = time.monotonic() + 60
         while time.monotonic() < limit:
             current().check()
             time.sleep(0.05)
         raise AssertionError("nobody asked it to stop")
 
-    monkeypatch.setattr(step_generation, "predict_step", stops)
+    return predict
+
+
+@pytest.mark.parametrize(("name", "settings"), [("stopped", []), ("stopped-between", BETWEEN)])
+def test_a_run_that_stops_while_it_generates_goes_on_with_the_same_predictions(
+    folder, beside, capsys, monkeypatch, name, settings
+):
+    place = folder / "runs" / name
+    monkeypatch.setattr(step_generation, "predict_step", stopping(place, at=4))
     command = ["train", str(folder / "sft.yaml"), f"run.name={name}", "generate.every_steps=2", *settings]
     assert main(command) == 75
     assert sorted(generations(place)) == [2]
@@ -172,6 +178,45 @@ def test_a_run_that_stops_while_it_generates_goes_on_with_the_same_predictions(
         }
         assert all(torch.equal(weight, weights(place)[key]) for key, weight in weights(beside).items())
     assert not list((place / "generation").glob("*/model"))
+
+
+def test_a_run_that_resumes_before_a_step_forgets_its_generation(folder, monkeypatch):
+    place = folder / "runs" / "earlier"
+    monkeypatch.setattr(step_generation, "predict_step", stopping(place, at=4))
+    command = ["train", str(folder / "sft.yaml"), "run.name=earlier", "train.save_every_steps=2", "train.keep_last=9"]
+    assert main([*command, "generate.every_steps=2", *BETWEEN]) == 75
+    monkeypatch.undo()
+    assert (place / "generation" / "4" / "model").exists()
+    shutil.rmtree(place / "checkpoints" / "checkpoint_4")
+    (place / "generation" / "6").mkdir()
+    (place / "generation" / "6" / "predict_results.json").write_text('{"predict_examples": 1}')  # of an earlier life
+    assert main([*command, "generate.every_steps=3", *BETWEEN]) == 0
+    found = generations(place)
+    assert sorted(found) == [2, 3, 6]
+    assert found[6]["predict_examples"] == 6
+    assert not list((place / "generation").glob("*/model"))
+
+
+def test_scores_that_lack_the_metric_that_decides_now_are_made_again(folder):
+    first = ["train.max_steps=4", "train.save_every_steps=4", "generate.every_steps=4", "generate.metrics=[similarity]"]
+    run(folder, "other-metric", *first, verb="train")
+    command = [
+        "train",
+        str(folder / "sft.yaml"),
+        "run.name=other-metric",
+        "--allow-changed",
+        "train.save_every_steps=4",
+    ]
+    best = ["train.keep_best=true", "train.best_metric=predict_chrf"]
+    assert main([*command, "generate.every_steps=2", *best]) == 0
+    place = folder / "runs" / "other-metric"
+    values = {}
+    for step in (4, 6):
+        results = json.loads((place / "generation" / str(step) / "predict_results.json").read_text())
+        values[step] = results["predict_chrf"]
+    results = json.loads((place / "train_results.json").read_text())
+    step = max(values, key=lambda step: values[step])
+    assert (results["best_step"], results["best_predict_chrf"]) == (step, values[step])
 
 
 def failing(at: int):
@@ -198,7 +243,8 @@ def test_a_generation_that_fails_is_told_and_training_goes_on(folder, beside, ca
 
 def test_a_training_that_needs_scores_ends_with_a_checkpoint_where_there_are_none(folder, capsys, monkeypatch):
     monkeypatch.setattr(step_generation, "predict_step", failing(at=4))
-    command = ["train", str(folder / "sft.yaml"), "run.name=needs", "generate.every_steps=2", *BEST]
+    evaluates = ["train.eval_every_steps=2", "generate.every_steps=2"]
+    command = ["train", str(folder / "sft.yaml"), "run.name=needs", *evaluates, *BEST]
     assert main(command) == 1
     [line] = capsys.readouterr().err.splitlines()[-1:]
     assert "out of memory" in line
@@ -206,6 +252,8 @@ def test_a_training_that_needs_scores_ends_with_a_checkpoint_where_there_are_non
     monkeypatch.undo()
     assert main(command) == 0
     check_best(folder / "runs" / "needs", steps=[2, 4, 6])
+    evaluated = [each for each in read_jsonl(folder / "runs" / "needs" / "trainer_log.jsonl") if "eval_loss" in each]
+    assert [record["current_steps"] for record in evaluated] == [2, 4, 6]
 
 
 BEST = ["train.keep_best=true", "train.best_metric=predict_rouge-l"]
