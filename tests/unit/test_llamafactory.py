@@ -452,6 +452,7 @@ def test_keys_of_conversations_have_no_effect_on_raw_text_and_are_told(write):
         ({"learning_rate": True}, "lf.yaml:4: learning_rate=true: must be a number"),
         ({"learning_rate": -1}, "lf.yaml:4: train.learning_rate=-1.0: must be greater than 0"),
         ({"dataset": "a,,b"}, "lf.yaml:2: dataset='a,,b': must be names"),
+        ({"task": "mmlu_test"}, "lf.yaml:4: unknown key task; it is for llamafactory-cli eval … use lm-evaluation-harness"),
         ({"lora_rnak": 3}, "lf.yaml:4: unknown key lora_rnak; did you mean lora_rank?"),
         ({"report_to": "comet_ml"}, "lf.yaml:4: report_to=comet_ml … wandb, mlflow, swanlab, trackio or none"),
         ({"report_to": "all"}, "lf.yaml:4: report_to=all … name them: tensorboard, wandb"),
@@ -578,7 +579,9 @@ def test_convert_prints_or_writes_the_config_and_says_what_is_refused(write, cap
     assert main(["convert", write(merge)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "raysft export m --adapters saves/x --output to --shard-size 5GB"
     assert main(["convert", write({**merge, "export_quantization_bit": 4})]) == 2
-    capsys.readouterr()
+    seen = capsys.readouterr()
+    assert seen.err.startswith("raysft: error: lf.yaml:6: export_quantization_bit=4 is not supported")
+    assert "raysft export m" not in seen.out + seen.err
     Path("own.yaml").write_text("model: {path: m}\n")
     assert main(["convert", "own.yaml"]) == 2
     assert "no key of LLaMA-Factory" in capsys.readouterr().err

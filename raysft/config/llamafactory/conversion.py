@@ -48,6 +48,9 @@ def convert(raw: Mapping[Any, Any]) -> Conversion:
     """Convert the keys of a file of LLaMA-Factory."""
     given = Settings(raw)
     refusals = [*_stage(given), *given.refusals, *export.unsupported(given)]
+    if given.exports and not given["do_train"] and any(refusal.key != "export_dir" for refusal in refusals):
+        # The command would leave out what the others ask for.
+        refusals = [refusal for refusal in refusals if refusal.key != "export_dir"]
     found: dict[str, Entry] = {}
     if not _stage(given):
         for step in (_alone, *GENERAL, *MODEL, *DATA, *OPTIMIZER):
