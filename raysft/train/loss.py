@@ -92,13 +92,8 @@ class TokenLoss(nn.Module):
     def _reference_states(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """The reference's hidden states, without noise and dropout: [rows, tokens, size]."""
         assert self.reference is not None
-        training = self.model.training
-        self.model.eval()  # it may be the reference itself
-        try:
-            with self.reference.standing_in(self.model) as model:
-                return self._hidden(_parts(model)[0], {"input_ids": input_ids}, position_ids)
-        finally:
-            self.model.train(training)
+        with self.reference.standing_in(self.model) as model:
+            return self._hidden(_parts(model)[0], {"input_ids": input_ids}, position_ids)
 
     def _reference_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         assert self.reference is not None

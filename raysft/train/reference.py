@@ -48,9 +48,14 @@ class Reference(nn.Module):
         with torch.no_grad():
             if self.model is not None:
                 yield self.model
-            else:
+                return
+            training = trained.training
+            trained.eval()  # the start adapter has dropout too, also on the head
+            try:
                 with using_adapter(trained, self.adapter):
                     yield trained
+            finally:
+                trained.train(training)
 
 
 def make_reference(config: Config, trained: Any, start: str, given: str | None, device: torch.device) -> Reference:

@@ -264,6 +264,31 @@ def test_the_reference_has_neither_noise_nor_dropout(prepared, tmp_path):
         torch.testing.assert_close(once, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+def test_an_adapter_on_the_head_has_no_dropout_in_the_reference(prepared, tmp_path):
+    """With dropout of nearly everything, a reference that dropped too would differ from itself."""
+    from raysft.train.finetuning import load_model
+
+    folder, path, _ = prepared
+    settings = {**LORA, "model.lora.target": ["lm_head"], "model.lora.dropout": 0.9}
+    earlier = load_model(make_config(folder, path, settings), str(path))
+    with torch.no_grad():
+        for name, weight in earlier.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(1.0)
+    earlier.save_pretrained(tmp_path / "adapter")
+    model = made(
+        prepared, {**settings, "model.adapters": [str(tmp_path / "adapter")]}, str(tmp_path / "adapter")
+    ).train()
+    part = microbatch(prepared)
+    hidden = model._reference_states(part["input_ids"], part["position_ids"])
+    once, again = model._reference_logits(hidden), model._reference_logits(hidden)
+    assert torch.equal(once, again)
+    assert all(module.training for module in model.model.modules())
+    without = plain_model(path)
+    with torch.no_grad():
+        assert not torch.allclose(once, without.lm_head(hidden)), "the adapter has an effect"
+
+
 def test_an_adapter_that_goes_on_stays_close_to_how_it_was(prepared, trained):
     """On any stage, and also when it resumes; its export holds one adapter."""
     folder, path, manifest = prepared
