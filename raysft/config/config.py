@@ -76,6 +76,11 @@ class Config(Section):
         return self.dtype == "bfloat16" and not self.train.pure_bf16 and not kind_of(self.train.optimizer).elementwise
 
     @property
+    def weight_dtype(self) -> str:
+        """Name of the type that weights which are not quantized have in training."""
+        return "float32" if self.autocast else self.dtype
+
+    @property
     def micro_batch_size(self) -> int:
         """``train.micro_batch_size``, with ``auto`` resolved."""
         if self.train.micro_batch_size != "auto":

@@ -64,7 +64,7 @@ class EvaluationMemory:
 def evaluation_memory(asked: Evaluation, sizes: ModelSizes, place: Place) -> EvaluationMemory:
     """Compute the memory of a worker."""
     config = asked.config
-    width = 4 if config.autocast or config.dtype == "float32" else 2
+    width = 4 if config.weight_dtype == "float32" else 2
     setup = Setup(
         zero_stage=3 if asked.partitions else 0,
         workers=asked.workers,

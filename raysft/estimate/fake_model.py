@@ -29,7 +29,7 @@ def model_without_weights(config: Config, hf_config: Any, adapter: str | None = 
     """
     from transformers import AutoModelForCausalLM
 
-    dtype = torch.float32 if config.autocast else getattr(torch, config.dtype)
+    dtype = getattr(torch, config.weight_dtype)
     attention = kernel(config)
     if attention == "flash_attention_2":
         attention = None  # transformers would ask for the package; the trace has a kernel of its own

@@ -24,7 +24,7 @@ def setup_of(config: Config, workers: int, rows_per_worker: int, reference: int 
     return Setup(
         zero_stage=int(zero["stage"]),
         workers=workers,
-        width=4 if config.autocast or config.dtype == "float32" else 2,
+        width=4 if config.weight_dtype == "float32" else 2,
         optimizer=config.train.optimizer,
         options=config.train.optimizer_options,
         offload_optimizer=offload.optimizer != "none",

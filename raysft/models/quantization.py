@@ -41,7 +41,7 @@ def quantization_config(config: Config, partitioned: bool = False) -> Any:
         bnb_4bit_compute_dtype=getattr(torch, config.dtype),
         bnb_4bit_quant_type=config.model.quantization_type,
         bnb_4bit_use_double_quant=config.model.double_quantization,
-        bnb_4bit_quant_storage=getattr(torch, weight_dtype(config)) if partitioned else None,
+        bnb_4bit_quant_storage=getattr(torch, config.weight_dtype) if partitioned else None,
     )
 
 
@@ -49,11 +49,6 @@ def loading_options(config: Config, device: torch.device | str, partitioned: boo
     """Return the options of ``from_pretrained`` for bitsandbytes, which quantizes on the weights' own device."""
     quantization = quantization_config(config, partitioned)
     return {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
-
-
-def weight_dtype(config: Config) -> str:
-    """Name of the type that weights which are not quantized have in training."""
-    return "float32" if config.autocast else config.dtype
 
 
 def method_of(hf_config: Any) -> str | None:

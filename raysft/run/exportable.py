@@ -44,9 +44,7 @@ class Exportable:
     @property
     def dtype(self) -> str | None:
         """Data type of the weights in its training; None if that is not known."""
-        from raysft.train.restore import trained_dtype
-
-        return trained_dtype(self.config) if self.config is not None else None
+        return self.config.weight_dtype if self.config is not None else None
 
     @property
     def runs_code(self) -> bool:

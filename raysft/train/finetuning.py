@@ -21,7 +21,7 @@ from raysft.models.decoder_layers import decoder_layers, spread_layers
 from raysft.models.loading import load_weights
 from raysft.models.lora_targets import linear_layers
 from raysft.models.new_tokens import vocabulary_modules
-from raysft.models.quantization import keep_layout, loading_options, method_of, weight_dtype
+from raysft.models.quantization import keep_layout, loading_options, method_of
 from raysft.models.remote_code import reference_runs_code
 from raysft.storage.local_cache import local_copy, model_copy
 from raysft.storage.path import StoragePath
@@ -76,7 +76,7 @@ def load_frozen(config: Config, path: str, device: torch.device | None = None) -
 
 def _options(config: Config, device: torch.device | None, runs_code: bool) -> dict[str, Any]:
     return {
-        "dtype": getattr(torch, weight_dtype(config)),
+        "dtype": getattr(torch, config.weight_dtype),
         "attn_implementation": kernel(config),
         "trust_remote_code": runs_code,
         **loading_options(config, device or "cpu", partitioned=config.train.zero_stage == 3),
@@ -308,7 +308,7 @@ def load_trained(config: Config, location: StoragePath | Path, runs_code: bool |
     trusted = config.model.runs_code if runs_code is None else runs_code
     device = "cuda" if config.scaling.use_gpu else "cpu"
     options: dict[str, Any] = {
-        "dtype": getattr(torch, weight_dtype(config)),
+        "dtype": getattr(torch, config.weight_dtype),
         "attn_implementation": kernel(config),
         "trust_remote_code": trusted,
     }

@@ -24,11 +24,6 @@ WRAPPED = "model."
 """What the names of weights begin with in checkpoints: the engine wraps a model in its loss (``TokenLoss.model``)."""
 
 
-def trained_dtype(config: Config) -> str:
-    """Return the data type of the weights that a training computes with."""
-    return "float32" if config.autocast else config.dtype
-
-
 def for_reading(config: Config) -> Config:
     """Return a run's config without what only its workers need: GPUs, kernels, optimizers and other packages.
 
@@ -36,7 +31,7 @@ def for_reading(config: Config) -> Config:
     averages weights stays too: a checkpoint has those that are trained, and the model is their average.
     """
     averages = kind_of(config.train.optimizer).averages
-    model = {"dtype": trained_dtype(config), "attention": "auto", "liger": False, "quantization": None}
+    model = {"dtype": config.weight_dtype, "attention": "auto", "liger": False, "quantization": None}
     train = {
         "optimizer": config.train.optimizer if averages else "adamw", "deepspeed": {}, "gradient_checkpointing": False,
         "fp8": "off", "loss": "cross_entropy", "reference_model": None,
