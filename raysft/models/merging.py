@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from raysft.errors import RequestError
+from raysft.models.adapter_embeddings import fit_embeddings
 from raysft.models.adapter_files import named_base, read_adapter_config
 from raysft.models.adapters import load_adapter, merge_adapter
 from raysft.models.end_of_turn import learned_ends, write_ends
 from raysft.models.loading import load_weights
 from raysft.models.quantization import method_of
 from raysft.models.tokenizer import load_tokenizer
-from raysft.models.weight_files import check_weights, safetensors_files
+from raysft.models.weight_files import check_weights, holds_embeddings, safetensors_files
 from raysft.models.weight_types import (
     SHARD_SIZE,
     convert_parameters,
@@ -68,15 +69,17 @@ def merge(
         rewrite(base, output, None if as_it_is else dtype, shard_size)
         return
     dtype = dtype or own_dtype(base)
-    whole = _load_exact(base, adapters, runs_code)
+    tokenizer, described = _tokenizer(adapters, base, runs_code)
+    whole, tokens = _load_exact(base, adapters, runs_code), 0
     for adapter in adapters:
+        if rows := fit_embeddings(whole, adapter, least=tokens):
+            tokens = rows
+            _widen(whole.get_input_embeddings(), whole.get_output_embeddings())
         each_layer = _rounding(whole, dtype) if adapter is adapters[-1] else lambda layer: None
         whole = merge_adapter(load_adapter(whole, adapter), each_layer)
     convert_parameters(whole, dtype)
     whole.config.use_cache = True
     whole.save_pretrained(output, max_shard_size=shard_size or SHARD_SIZE)
-    described = next((each for each in reversed(adapters) if _has_tokenizer(each)), base)
-    tokenizer = load_tokenizer(str(described), runs_code)
     tokenizer.save_pretrained(output)
     write_ends(output, learned_ends(described, tokenizer))
 
@@ -129,8 +132,15 @@ def _load_exact(base: Path, adapters: Sequence[Path], runs_code: bool) -> Any:
     wide = {name for adapter in adapters for name in _trained_whole(adapter)}
     for name, module in model.named_modules():
         if any(f".{name}".endswith(f".{each}") for each in wide):
-            module.float()  # or what the adapter holds of it would be rounded to the model's type
+            _widen(module)
     return model
+
+
+def _widen(*modules: Any) -> None:
+    """Convert modules to float32, or what an adapter holds of them would be rounded to the model's type."""
+    for module in modules:
+        if module is not None:
+            module.float()
 
 
 def _trained_whole(adapter: Path) -> Iterator[str]:
@@ -152,6 +162,27 @@ def _rounding(model: Any, dtype: str) -> Callable[[Any], None]:
                 parameter.data = converted(names.get(id(parameter), name), parameter.data, dtype)
 
     return rounded
+
+
+def _tokenizer(adapters: Sequence[Path], base: Path, runs_code: bool) -> tuple[Any, Path]:
+    """Return the tokenizer of the merged model with its folder: that of the adapter with most tokens, the last of several.
+
+    Raises:
+        RequestError: an adapter with embeddings knows a token by another id.
+    """
+    loaded = {each: load_tokenizer(str(each), runs_code) for each in adapters if _has_tokenizer(each)}
+    if not loaded:
+        return load_tokenizer(str(base), runs_code), base
+    chosen = max(reversed(loaded), key=lambda each: len(loaded[each]))
+    known = loaded[chosen].get_vocab()
+    for each, tokenizer in loaded.items():
+        other = [token for token, index in tokenizer.get_vocab().items() if known.get(token) != index]
+        if other and any(map(holds_embeddings, (each, chosen))):
+            raise RequestError(
+                f"{each}: its token {other[0]!r} has another id than in {chosen}, or none, so no model has the tokens of both; "
+                "merge only one of them"
+            )
+    return loaded[chosen], chosen
 
 
 def _has_tokenizer(folder: Path) -> bool:

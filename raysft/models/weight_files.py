@@ -155,10 +155,20 @@ def _rows_in_weights(folder: Path, named: str) -> int | None:
 
 def holds_embeddings(adapter: Path) -> bool:
     """Return True if an adapter's weights have token embeddings among them."""
+    return any(name.endswith(EMBEDDINGS) for name in adapter_shapes(adapter))
+
+
+def adapter_shapes(adapter: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of an adapter's weights by name."""
+    import torch
     from safetensors import safe_open
 
-    with safe_open(adapter / "adapter_model.safetensors", framework="np") as weights:
-        return any(name.endswith(EMBEDDINGS) for name in weights.keys())  # noqa: SIM118
+    exact, pickled = (adapter / name for name in ADAPTER_FILES)
+    if not exact.exists():
+        loaded = torch.load(pickled, weights_only=True, map_location="meta", mmap=zipfile.is_zipfile(pickled))
+        return {name: tuple(weight.shape) for name, weight in loaded.items()}
+    with safe_open(exact, framework="np") as weights:
+        return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
 
 
 def _rows_of_config(hf_config: Any) -> int | None:

@@ -220,3 +220,97 @@ def test_weights_that_transformers_keeps_in_float32_stay_so():
         "router.weight": torch.float32, "router.bias": torch.float32,
         "expert.weight": torch.bfloat16, "expert.bias": torch.bfloat16,
     }  # fmt: skip
+
+
+def resized_adapter(folder: Path, base: Path, rows: int, new: list[str], **settings: Any) -> torch.Tensor:
+    """Save an adapter that was trained after the embeddings were resized, as peft does; return the logits with it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoTokenizer
+
+    torch.manual_seed(rows)
+    model, tokenizer = loaded(base, "float32"), AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(new)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    adapted: Any = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **settings))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    adapted.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return known_logits(adapted)
+
+
+def known_logits(model) -> torch.Tensor:
+    """The logits of the last tokens that a model has."""
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS + model.config.vocab_size - IDS.numel(), use_cache=False).logits.float()
+
+
+NEW = ["<a>", "<b>", "<c>"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [5, 401]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+    ],
+)
+def test_the_base_gets_as_many_embeddings_as_its_adapter_has(tmp_path, tied, settings):
+    from transformers import AutoTokenizer
+
+    base = resizable_model(tmp_path / "base", tied)
+    for rows, new in ((403, NEW), (390, [])):
+        if rows < 401 and "trainable_token_indices" in settings:
+            continue
+        adapter, output = tmp_path / f"adapter{rows}", tmp_path / f"out{rows}"
+        wanted = resized_adapter(adapter, base, rows, new, **settings)
+        if rows == 403 and not tied and "embed_tokens" in settings["target_modules"]:
+            # peft has saved the new rows of the embedding alone
+            said = refusal(lambda adapter=adapter, output=output: merge(base, output, adapters=[adapter]))
+            assert "has 403 tokens and its base 400, but it holds no lm_head for the new ones; save it again" in said
+            continue
+        merge(base, output, dtype="float32", adapters=[adapter])
+        torch.testing.assert_close(known_logits(loaded(output, "float32")), wanted, rtol=1e-4, atol=1e-4)
+        assert len(AutoTokenizer.from_pretrained(output)) == 400 + len(new)
+
+
+def resizable_model(folder: Path, tied: bool) -> Path:
+    """A model of 400 tokens in bfloat16."""
+    model = loaded(tiny_model(folder), "bfloat16")
+    if not tied:
+        head = torch.nn.Linear(64, 400, bias=False, dtype=torch.bfloat16)
+        model.lm_head, model.config.tie_word_embeddings = head, False
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_of_two_adapters_both_keep_the_tokens_that_they_were_trained_with(tmp_path):
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    base = resizable_model(tmp_path / "base", tied=False)
+    plain, three, five = (tmp_path / name for name in ("plain", "three", "five"))
+    resized_adapter(plain, base, 400, [], target_modules=["v_proj"])
+    resized_adapter(three, base, 403, NEW, target_modules=["q_proj"])
+    resized_adapter(five, base, 405, [*NEW, "<d>", "<e>"], target_modules=["k_proj"])
+    model = loaded(base, "float32")
+    model.resize_token_embeddings(403, mean_resizing=False)
+    first = PeftModel.from_pretrained(model, three).merge_and_unload()
+    wanted = known_logits(PeftModel.from_pretrained(first, plain))
+    for order in ([three, plain], [plain, three]):
+        output = tmp_path / order[0].name / "merged"
+        merge(base, output, dtype="float32", adapters=order)
+        torch.testing.assert_close(known_logits(loaded(output, "float32")), wanted, rtol=1e-4, atol=1e-4)
+        assert len(AutoTokenizer.from_pretrained(output)) == 403
+    merge(base, tmp_path / "both", dtype="float32", adapters=[three, five])
+    assert loaded(tmp_path / "both", "float32").config.vocab_size == 405
+    resized_adapter(tmp_path / "other", base, 403, ["<x>", "<b>", "<c>"], target_modules=["q_proj"])
+    said = refusal(lambda: merge(base, tmp_path / "none", adapters=[three, tmp_path / "other"]))
+    assert f"{three}: its token '<a>' has another id than in {tmp_path / 'other'}, or none" in said
+    resized_adapter(tmp_path / "own", base, 400, [], target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    said = refusal(lambda: merge(base, tmp_path / "none", adapters=[three, tmp_path / "own"]))
+    assert "own: holds embeddings of 400 tokens, but an adapter before it those of 403" in said
