@@ -13,7 +13,7 @@ from raysft.config.evaluation_effects import Bearing, bearing_of
 from raysft.config.generate import GenerateSection
 from raysft.config.model import ModelSection
 from raysft.config.named_templates import named_template, similar_name, template_names
-from raysft.config.optimizers import kind_of
+from raysft.config.optimizers import kind_of, whole_option
 from raysft.config.resume_effects import Effect, effect_of
 from raysft.config.run import RunSection
 from raysft.config.scaling import ScalingSection
@@ -73,7 +73,9 @@ class Config(Section):
 
         ZeRO keeps float32 copies of bfloat16 weights, but only for optimizers that treat each weight by itself; others need this.
         """
-        return self.dtype == "bfloat16" and not self.train.pure_bf16 and not kind_of(self.train.optimizer).elementwise
+        train = self.train
+        by_weight = kind_of(train.optimizer).elementwise and whole_option(train.optimizer_options) is None
+        return self.dtype == "bfloat16" and not train.pure_bf16 and not by_weight
 
     @property
     def weight_dtype(self) -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from raysft.config.config import Config
-from raysft.config.optimizers import WHOLE_OPTIONS, kind_of
+from raysft.config.optimizers import DIVIDES, kind_of, whole_option
 
 TARGETED = ("galore", "fira", "apollo")
 """Optimizers that project matrices, which ``train.optimizer_target`` selects."""
@@ -21,11 +21,14 @@ def optimizer_conflicts(config: Config) -> Iterator[str]:
     name, kind = train.optimizer, kind_of(train.optimizer)
     named = f"train.optimizer={name}"
     if not kind.elementwise:
-        yield from _whole(config)
-    elif train.zero_stage and (whole := next((key for key in WHOLE_OPTIONS if train.optimizer_options.get(key)), None)):
+        yield from _whole(config, named, "use adamw")
+    elif whole := whole_option(train.optimizer_options):
+        yield from _whole(config, f"train.optimizer_options.{whole}", f"remove {whole}")
+    warmup = "warmup_ratio" if train.warmup_steps is None else "warmup_steps"
+    if name in DIVIDES and train.schedule != "constant" and getattr(train, warmup):
         yield (
-            f"train.optimizer_options.{whole} requires whole matrices, but train.zero_stage={train.zero_stage} partitions them; "
-            f"set train.zero_stage=0 or remove {whole}"
+            f"{named} divides by the learning rate, but a warm-up (train.{warmup}={getattr(train, warmup)}) begins with 0; "
+            "set train.warmup_steps=0"
         )
     if not kind.adapters and config.model.adapter is not None:
         yield (
@@ -71,15 +74,13 @@ def optimizer_conflicts(config: Config) -> Iterator[str]:
         )
 
 
-def _whole(config: Config) -> Iterator[str]:
+def _whole(config: Config, named: str, remedy: str) -> Iterator[str]:
+    """Yield what contradicts an optimizer or option that needs whole matrices."""
     train = config.train
     if train.zero_stage:
         yield (
-            f"train.optimizer={train.optimizer} requires whole matrices, but train.zero_stage={train.zero_stage} partitions "
-            "them; set train.zero_stage=0 or use adamw"
+            f"{named} requires whole matrices, but train.zero_stage={train.zero_stage} partitions them; "
+            f"set train.zero_stage=0 or {remedy}"
         )
     if config.dtype == "float16":
-        yield (
-            f"train.optimizer={train.optimizer} has no loss scaling, but model.dtype=float16 requires it; "
-            "use bfloat16 or float32"
-        )
+        yield (f"{named} has no loss scaling, but model.dtype=float16 requires it; use bfloat16 or float32")

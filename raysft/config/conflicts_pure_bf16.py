@@ -24,6 +24,11 @@ def pure_bf16_conflicts(config: Config) -> Iterator[str]:
                 f"train.pure_bf16=true keeps everything on the device, but train.offload.{name}={device}; set it to none or "
                 "remove train.pure_bf16"
             )
+    if train.optimizer == "adai":
+        yield (
+            "train.pure_bf16=true has no float32 states, but train.optimizer=adai divides by 1 - 0.999, which bfloat16 rounds "
+            "to 0; remove train.pure_bf16 or use another optimizer"
+        )
     if train.optimizer == "badam":
         yield (
             "train.pure_bf16=true has no float32 copies, but train.optimizer=badam makes them of the block that it trains; "

@@ -6,13 +6,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 EXTRAS = {"bitsandbytes": "quant", "pytorch_optimizer": "optim", "apollo_torch": "optim", "badam": "optim"}
 """Package → the extra that installs it."""
 WHOLE_OPTIONS = ("adanorm", "cautious", "max_grad_norm", "stable_adamw", "use_gc")
 """Options with which an optimizer that treats each weight by itself needs whole matrices, or all weights, too."""
+
+DIVIDES = ("asgd",)
+"""Optimizers that divide by the learning rate, which is 0 in the first step of a warm-up."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,6 @@ _BY_WEIGHT: dict[str, tuple[str, float]] = {
     "diffgrad": ("DiffGrad", 3),
     "ex_adam": ("EXAdam", 2),
     "focus": ("FOCUS", 2),
-    "ftrl": ("FTRL", 2),
     "grams": ("Grams", 2),
     "grokfast_adamw": ("GrokFastAdamW", 3),
     "kate": ("Kate", 2),
@@ -104,7 +107,6 @@ _BY_WEIGHT: dict[str, tuple[str, float]] = {
     "sgdw": ("SGDW", 0),
     "sign_sgd": ("SignSGD", 1),
     "simplified_ademamix": ("SimplifiedAdEMAMix", 2),
-    "srmm": ("SRMM", 2),
     "tiger": ("Tiger", 1),
     "vsgd": ("VSGD", 3),
     "yogi": ("Yogi", 2),
@@ -143,7 +145,6 @@ _WHOLE: dict[str, tuple[str, float, float]] = {
     "lars": ("LARS", 1, 0),
     "madgrad": ("MADGRAD", 3, 0),
     "mars": ("MARS", 3, 0),
-    "nero": ("Nero", 0, 0),
     "novograd": ("NovoGrad", 1, 0),
     "prodigy": ("Prodigy", 4, 0),
     "racs": ("RACS", 0, 0),
@@ -166,7 +167,6 @@ _WHOLE: dict[str, tuple[str, float, float]] = {
 _RANDOM: dict[str, tuple[str, float, float]] = {
     "alice": ("Alice", 1, 1),
     "dash": ("DASH", 2, 2),
-    "gravity": ("Gravity", 1, 0),
     "sara": ("SaRA", 0.25, 0),
     "spam": ("SPAM", 2.25, 0),
 }
@@ -219,6 +219,8 @@ REFUSED: dict[str, str] = {
     "emo_lynx": _LOSS,
     "emo_navi": _LOSS,
     "friendly_sam": _CLOSURE,
+    "ftrl": "sets weights to 0 that have no gradient, such as LoRA's A in the first step",
+    "gravity": "begins with random updates, which are as large as a pretrained model's weights",
     "gsam": _CLOSURE,
     "kron": "takes too long on large matrices: time grows with the fourth power of their sides",
     "lbfgs": _CLOSURE,
@@ -228,6 +230,7 @@ REFUSED: dict[str, str] = {
     "lora_rite": "needs the two matrices of a LoRA adapter together",
     "magma": _WRAPS,
     "muon_clip": "needs the largest attention logits of each step, which models do not return",
+    "nero": "scales the weights of each neuron to length 1, which those of pretrained models do not have",
     "orthograd": _WRAPS,
     "pcgrad": _WRAPS,
     "ranger21": "has a learning-rate schedule of its own",
@@ -237,6 +240,7 @@ REFUSED: dict[str, str] = {
     "schedulefree_wrapper": _WRAPS,
     "sophia_h": _SECOND,
     "spectral_sphere": "updates only matrices, but models also have vectors",
+    "srmm": "averages the weights with 0 in the first step, which ruins a pretrained model",
     "trac": _WRAPS,
     "wsam": _CLOSURE,
 }
@@ -292,6 +296,11 @@ def optimizer_name(value: str) -> str:
 def kind_of(name: str) -> OptimizerKind:
     """Return the row of an optimizer."""
     return OPTIMIZERS[name]
+
+
+def whole_option(options: Mapping[str, Any]) -> str | None:
+    """Return the first of ``train.optimizer_options`` that needs whole matrices, or all weights."""
+    return next((option for option in WHOLE_OPTIONS if options.get(option)), None)
 
 
 def optimizer_table() -> Iterator[str]:

@@ -115,7 +115,7 @@ class TrainSection(Section):
     pure_bf16: bool = False
     """Keep weights, gradients and optimizer states in bfloat16 alone, without float32 copies: a third to half of the memory, but
     updates smaller than a 256th of a weight are rounded away. Requires ``model.dtype`` bfloat16; without ZeRO (``zero_stage: 0``)
-    any optimizer but ``badam`` can be used."""
+    any optimizer but ``adai`` and ``badam`` can be used."""
     offload: OffloadSection = OffloadSection()
     """States that DeepSpeed keeps outside the device."""
     deepspeed: dict[str, Any] | Text = {}

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from raysft.config import TrainSection
-from raysft.config.optimizers import OPTIMIZERS, WHOLE_OPTIONS, OptimizerKind, kind_of
+from raysft.config.optimizers import OPTIMIZERS, WHOLE_OPTIONS, OptimizerKind, kind_of, whole_option
 from raysft.errors import RequestError
 from raysft.train.operators import CPU_ADAM, has_compiler, load_operator
 from raysft.train.parameter_groups import Parameters, by_decay, by_place, by_rate, by_target
@@ -57,7 +57,10 @@ def make_by_name(
 
 
 def is_elementwise(optimizer: Any) -> bool:
-    """Return True if the table says of an optimizer that it treats each weight by itself."""
+    """Return True if an optimizer treats each weight by itself, by the table and its options."""
+    settings = {**optimizer.defaults, **vars(optimizer)}  # libraries keep options in either
+    if whole_option(settings):
+        return False
     kind = (type(optimizer).__module__.partition(".")[0], type(optimizer).__name__)
     return kind in {(row.library, row.name) for row in OPTIMIZERS.values() if row.elementwise}
 

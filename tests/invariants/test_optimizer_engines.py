@@ -61,7 +61,7 @@ def group() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def engine_of(folder: Path, name: str, stage: int) -> tuple[Any, Any]:
+def engine_of(folder: Path, name: str, stage: int, **options: Any) -> tuple[Any, Any]:
     """Make an engine as ``train/engine.py`` does, around a model of a few tensors."""
     from raysft.train.deepspeed_config import deepspeed_settings, with_bucket
     from raysft.train.deepspeed_import import deepspeed
@@ -71,7 +71,7 @@ def engine_of(folder: Path, name: str, stage: int) -> tuple[Any, Any]:
     use_gloo_allreduce()
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     config = make_config(
-        folder, Path("m"), optimizer=name, optimizer_options=OPTIONS.get(name, {}), zero_stage=stage,
+        folder, Path("m"), optimizer=name, optimizer_options={**OPTIONS.get(name, {}), **options}, zero_stage=stage,
         schedule="constant" if OPTIMIZERS[name].averages else "linear", max_grad_norm=0.0, weight_decay=0.1,
     )  # fmt: skip
     model = Quadratic()
@@ -125,23 +125,24 @@ def test_zero_steps_as_the_library_used_alone(tmp_path, name, stage):
 
 
 @pytest.mark.parametrize(
-    ("name", "stage"),
-    [(name, 0) for name in OPTIMIZERS if name not in UNRESUMED]
-    + [(name, 3) for name in BY_WEIGHT]
-    + [(name, 2) for name in SOME],
+    ("name", "stage", "options"),
+    [(name, 0, {}) for name in OPTIMIZERS if name not in UNRESUMED]
+    + [(name, 3, {}) for name in BY_WEIGHT]
+    + [(name, 2, {}) for name in SOME]
+    + [("adabelief", 0, {"adanorm": True, "adanorm_r": 0.5}), ("lion", 0, {"cautious": True})],
 )
-def test_a_resumed_training_is_bit_for_bit_the_uninterrupted_one(tmp_path, name, stage):
+def test_a_resumed_training_is_bit_for_bit_the_uninterrupted_one(tmp_path, name, stage, options):
     from raysft.train.checkpoint import parts, state
     from raysft.train.checkpoint.cursor import Cursor
     from raysft.train.checkpoint.resume import ResumePoint
 
     half = STEPS // 2
-    engine, _ = engine_of(tmp_path, name, stage)
+    engine, _ = engine_of(tmp_path, name, stage, **options)
     steps(engine, 0, half)
     snapshot = state.snapshot(engine, Cursor(half, half * 4, 1, {}))
     steps(engine, half, STEPS)  # what is written later is what was copied
     parts.write(snapshot, tmp_path / "checkpoint")
-    resumed, scheduler = engine_of(tmp_path, name, stage)
+    resumed, scheduler = engine_of(tmp_path, name, stage, **options)
     state.load(resumed, scheduler, ResumePoint.of(tmp_path / "checkpoint"))
     steps(resumed, half, STEPS)
     whole, second = weights(engine), weights(resumed)

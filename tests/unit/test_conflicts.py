@@ -105,6 +105,33 @@ COMPARES = {
             "train.optimizer=alice … random numbers … scaling.num_workers=2 … 1 worker",
         ),
         (
+            {"train__optimizer": "asgd", "train__zero_stage": 0},
+            "train.optimizer=asgd … train.warmup_ratio=0.03 … set train.warmup_steps=0",
+        ),
+        (
+            {"train__optimizer": "asgd", "train__zero_stage": 0, "train__warmup_steps": 5},
+            "train.optimizer=asgd … train.warmup_steps=5 … set train.warmup_steps=0",
+        ),
+        (
+            {
+                "train__optimizer": "lion",
+                "train__optimizer_options": {"cautious": True},
+                "train__zero_stage": 0,
+                "model__dtype": "float16",
+                **GPU,
+            },
+            "train.optimizer_options.cautious … model.dtype=float16 … bfloat16",
+        ),
+        (
+            {
+                "train__optimizer": "adai",
+                "train__zero_stage": 0,
+                "model__dtype": "bfloat16",
+                "train__pure_bf16": True,
+            },
+            "train.pure_bf16=true … train.optimizer=adai … another optimizer",
+        ),
+        (
             {"train__optimizer": "lamb"},
             "train.optimizer=lamb … train.zero_stage=2 … set train.zero_stage=0 or use adamw",
         ),
@@ -333,6 +360,8 @@ def test_what_contradicts_itself_is_refused(settings, message):
         {"train__optimizer": "adamw_8bit", "model__lora__loraplus_ratio": 4},
         {"train__optimizer": "adamw_8bit", "model__dtype": "float16", **GPU},
         {"train__optimizer": "schedulefree_adamw", "train__schedule": "constant"},
+        {"train__optimizer": "asgd", "train__zero_stage": 0, "train__warmup_steps": 0},
+        {"train__optimizer": "asgd", "train__zero_stage": 0, "train__schedule": "constant"},
         {"train__optimizer": "galore", "train__zero_stage": 0, "model__finetuning": "freeze"},
         {"model__quantization": "4bit", "model__adapters": ["a"]},
         {"model__quantization": "4bit", "train__zero_stage": 3},
@@ -392,6 +421,15 @@ def test_weights_of_16_bits_are_kept_in_32_by_zero():
     assert muon["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
     assert muon["zero_optimization"]["stage"] == 0
     assert not muon["bf16"]["enabled"]
+    # An option may need whole matrices as well.
+    cautious = config(
+        model__dtype="bfloat16",
+        train__zero_stage=0,
+        train__optimizer="lion",
+        train__optimizer_options={"cautious": True},
+    )
+    assert deepspeed_settings(cautious, 1)["zero_optimization"]["stage"] == 0
+    assert deepspeed_settings(cautious, 1)["torch_autocast"]["enabled"]
 
 
 def test_pure_bfloat16_has_no_float32_copies_on_any_stage():

@@ -17,6 +17,7 @@ from torch import nn
 from raysft.config import TrainSection, parse
 from raysft.config.optimizers import (
     ALIASES,
+    DIVIDES,
     OPTIMIZERS,
     REFUSED,
     WHOLE_OPTIONS,
@@ -203,6 +204,43 @@ def test_an_optimizer_steps_as_its_library_used_alone(name):
         reference.give_gradients(noisy(step))
         optimizer.step()
     torch.testing.assert_close(ours, reference.values(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_weights_without_a_gradient_stay_as_they_were(name):
+    """As rows of an embedding whose tokens do not occur, and LoRA's A in the first step."""
+    model = Parts([("layers.0.a", 0, (12, 32)), ("layers.0.b", 384, (32, 12))])
+    train = settings(name).model_copy(update={"weight_decay": 0.0, "learning_rate": 1e-4})
+    optimizer = make_optimizer(model, train)
+    first, second = model.parameters()
+    for step in range(4):
+        torch.manual_seed(step)
+        model.give_gradients(random(step))
+        assert first.grad is not None
+        assert second.grad is not None
+        if step == 0:
+            first.grad.zero_()
+        second.grad[:6] = 0
+        optimizer.step()
+        if step == 0:
+            assert (first.detach().reshape(-1) - WEIGHTS[: first.numel()]).abs().max() < 2e-4
+    assert (second.detach()[:6].reshape(-1) - WEIGHTS[384 : 384 + 6 * 12]).abs().max() < 2e-3
+    assert all(bool(torch.isfinite(weight).all()) for weight in (first, second))
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_who_divides_by_the_learning_rate_has_no_warm_up(name):
+    model = whole()
+    optimizer = make_optimizer(model, settings(name))
+    model.give_gradients(noisy(0))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    try:
+        optimizer.step()
+        finite = bool(torch.isfinite(model.values()).all())
+    except ZeroDivisionError:
+        finite = False
+    assert finite is (name not in DIVIDES)
 
 
 @pytest.mark.parametrize("name", ALIKE)
