@@ -16,6 +16,8 @@ from raysft.models.tokenizer import load_tokenizer
 MODELFILE = "Modelfile"
 CONTEXT = 4096
 """Tokens of context that Ollama makes room for, if the training had no longer rows: its own default for most models."""
+IMPORTED = ("mxfp4",)
+"""Quantized weights that Ollama imports as they are."""
 
 
 def write_modelfile(folder: Path, config: Config | None, runs_code: bool) -> str:
@@ -24,6 +26,9 @@ def write_modelfile(folder: Path, config: Config | None, runs_code: bool) -> str
     Returns:
         Why there is none; empty if it is written.
     """
+    description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if (method := _quantized(description)) and method not in IMPORTED:
+        return f"its weights are quantized ({method}), which Ollama cannot import; export the exact model"
     try:
         tokenizer = load_tokenizer(str(folder), runs_code)
     except RequestError:
@@ -41,7 +46,7 @@ def write_modelfile(folder: Path, config: Config | None, runs_code: bool) -> str
     if system and '"""' not in system and "{{ .System }}" in text:
         lines += [f'SYSTEM """{system}"""', ""]
     lines += [f'PARAMETER stop "{stop}"' for stop in _stops(folder, tokenizer)]
-    lines += [f"PARAMETER num_ctx {_context(folder, config)}", ""]
+    lines += [f"PARAMETER num_ctx {_context(description, config)}", ""]
     (folder / MODELFILE).write_text("\n".join(lines), encoding="utf-8")
     return ""
 
@@ -61,8 +66,14 @@ def _stops(folder: Path, tokenizer: Any) -> list[str]:
     return [text for text in texts if text and not re.search(r'["\s\\]', text)]
 
 
-def _context(folder: Path, config: Config | None) -> int:
-    description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+def _quantized(description: dict[str, Any]) -> str | None:
+    for part in (description, description.get("text_config") or {}):
+        if settings := part.get("quantization_config"):
+            return str(settings.get("quant_method") or "bitsandbytes")  # which its older versions left out
+    return None
+
+
+def _context(description: dict[str, Any], config: Config | None) -> int:
     parts = (description, description.get("text_config") or {})
     known = (part.get(key) for part in parts for key in ("max_position_embeddings", "n_positions"))
     most = next((value for value in known if isinstance(value, int)), CONTEXT)

@@ -340,6 +340,27 @@ def test_a_model_whose_template_has_no_other_form_gets_no_modelfile(model, tmp_p
     assert f"no Modelfile for Ollama: {reason}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "awq", "bits": 4}, "awq"),
+        ({"load_in_4bit": True}, "bitsandbytes"),
+        ({"quant_method": "mxfp4"}, None),
+    ],
+)
+def test_a_quantized_model_gets_no_modelfile(model, tmp_path, capsys, settings, named):
+    base = tmp_path / "base"
+    shutil.copytree(model, base)
+    described = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**described, "quantization_config": settings}))
+    output = exported(base, tmp_path / "out")
+    said = capsys.readouterr().out
+    assert (output / "Modelfile").exists() == (named is None)
+    if named:
+        assert f"no Modelfile for Ollama: its weights are quantized ({named}), which Ollama cannot import" in said
+
+
 def test_checkpoints_and_models_are_pushed_with_cards_of_their_own(run, model, adapters, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
