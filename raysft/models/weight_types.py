@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from raysft.errors import RequestError, one_line
+from raysft.models.model_files import copy_files, model_files
 from raysft.models.transformers_internals import kept_in_float32
 from raysft.models.weight_files import ADAPTER_FILES, MODEL_FILES, open_weights, safetensors_files
 
@@ -93,15 +93,10 @@ def rewrite(model: Path, output: Path, dtype: str | None, shard_size: str | None
         shard_size: largest size of a file of weights, such as ``5GB``. Default: the files stay as they are, or with another data
             type ``SHARD_SIZE``.
     """
-    if not dtype and not shard_size:
-        shutil.copytree(model, output, dirs_exist_ok=True)
+    written_anew = bool(dtype or shard_size)
+    copy_files(model, output, [path for path in model_files(model) if not (written_anew and _holds_weights(path))])
+    if not written_anew:
         return
-    for path in sorted(model.rglob("*")):
-        weights = path.name in MODEL_FILES or path.suffix in WEIGHTS or path.name.endswith(".index.json")
-        if path.is_file() and not weights:
-            target = output / path.relative_to(model)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
     if dtype:
         _describe(output, dtype)
     _write_shards(model, output, dtype, shard_size or SHARD_SIZE)
@@ -112,13 +107,17 @@ def rewrite_adapter(adapter: Path, output: Path, dtype: str | None) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    shutil.copytree(adapter, output, dirs_exist_ok=True)
+    copy_files(adapter, output, model_files(adapter))
     if dtype:
         file, pickled = (output / name for name in ADAPTER_FILES)
         loaded = load_file(file) if file.exists() else torch.load(pickled, map_location="cpu", weights_only=True)
         weights = {name: converted(name, weight, dtype).contiguous() for name, weight in loaded.items()}
         save_file(weights, file, metadata={"format": "pt"})
         pickled.unlink(missing_ok=True)
+
+
+def _holds_weights(path: Path) -> bool:
+    return path.name in MODEL_FILES or path.suffix in WEIGHTS or path.name.endswith(".index.json")
 
 
 def _write_shards(model: Path, output: Path, dtype: str | None, shard_size: str) -> None:

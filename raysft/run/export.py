@@ -15,6 +15,7 @@ from pathlib import Path
 from raysft.errors import RequestError, RunFailed, one_line
 from raysft.models.adapter_files import base_name, read_adapter_config
 from raysft.models.fingerprint import exact_fingerprint
+from raysft.models.model_files import other_files
 from raysft.report.plain_card import plain_card, public
 from raysft.run.exportable import Exportable, find_adapter, find_exportable
 from raysft.run.modelfile import MODELFILE, write_modelfile
@@ -30,6 +31,8 @@ UNPUSHED = ".unpushed"
 RESTORED = ".restored"
 """A hidden folder in an exported one with the model of a checkpoint, until it is merged or converted."""
 PLOT = "training_loss.png"
+NAMED_FILES = 5
+"""Files of a folder that a line names at most."""
 
 
 @dataclass(frozen=True)
@@ -194,9 +197,18 @@ def _write(exported: Exportable, adapters: Sequence[str], folder: Path, form: Fo
             path.rename(folder / path.name)
     else:
         merge(model, folder, exported.runs_code, form.dtype or exported.dtype, form.shard_size, others)
+    if not (form.merges and (others or (model / "adapter_config.json").exists())):
+        _tell_left_out(others[0] if others else model)
     shutil.rmtree(scratch, ignore_errors=True)
     if form.merges and (reason := write_modelfile(folder, exported.config, exported.runs_code)):
         say(f"no {MODELFILE} for Ollama: {reason}")
+
+
+def _tell_left_out(copied: Path) -> None:
+    """Say what a folder that was copied has beside its model, such as the state of a training."""
+    if names := other_files(copied):
+        more = f" and {len(names) - NAMED_FILES} more" if len(names) > NAMED_FILES else ""
+        Terminal().line(f"left out, as they do not belong to the model: {', '.join(names[:NAMED_FILES])}{more}")
 
 
 def _is_final(model: Path, exported: Exportable, form: Form) -> bool:

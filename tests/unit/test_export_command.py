@@ -229,6 +229,40 @@ def test_a_model_is_copied_or_written_in_another_type_with_all_that_it_has(model
     assert not (tmp_path / "out").exists()
 
 
+OF_THE_MODEL = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    "vocab.txt", "merges.txt", "spiece.model", "special_tokens_map.json", "preprocessor_config.json", "LICENSE", "README.md",
+    "modeling_own.py", "additional_chat_templates/tools.jinja", "model.safetensors",
+)  # fmt: skip
+OF_ITS_TRAINING = (
+    "optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state_0.pth", "scaler.pt", "training_args.bin", "trainer_state.json",
+    "trainer_log.jsonl", "train_results.json", "all_results.json", "training_loss.png", "latest", "zero_to_fp32.py",
+    "global_step8/mp_rank_00_model_states.pt", "pytorch_model_fsdp_0/__0_0.distcp", "checkpoint-4/config.json",
+    "checkpoint-4/model.safetensors", "checkpoint-4/tokenizer.json", "runs/now/events.out.tfevents.1", "wandb/run/files/a.json",
+    ".git/config", ".git/a.json", ".gitattributes", ".cache/huggingface/a.json", "pytorch_model.bin",
+    "pytorch_model.bin.index.json", "tf_model.h5", "original/consolidated.00.pth", "onnx/model.onnx", "Modelfile",
+)  # fmt: skip
+"""And what other libraries would load in place of the model."""
+
+
+@pytest.mark.parametrize("options", [(), ("--dtype", "bfloat16"), ("--shard-size", "1GB"), ("--no-merge",)])
+def test_what_does_not_belong_to_a_model_stays_where_it_is(model, adapters, tmp_path, capsys, options):
+    source = tmp_path / "source"
+    shutil.copytree(adapters[0] if "--no-merge" in options else model, source)
+    own = {path.name for path in source.iterdir()}
+    for name in (*OF_THE_MODEL, *OF_ITS_TRAINING):
+        if not (source / name).exists() and not (
+            "--no-merge" in options and name in ("config.json", "model.safetensors")
+        ):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_text("{}")
+    output = exported(source, tmp_path / "out", *options)
+    written = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
+    wanted = own | {name for name in OF_THE_MODEL if (source / name).exists()}
+    assert written == wanted | ({"Modelfile"} if "--no-merge" not in options else set())
+    assert "left out, as they do not belong to the model: " in capsys.readouterr().out
+
+
 def test_an_adapter_in_the_old_format_is_written_in_another_type(adapters, tmp_path):
     weights = load_file(adapters[0] / "adapter_model.safetensors")
     torch.save(weights, adapters[0] / "adapter_model.bin")
@@ -257,7 +291,7 @@ def test_a_model_is_one_also_beside_a_config_of_another_program(model, tmp_path)
     shutil.copytree(model, base)
     (base / "config.yaml").write_text("trainer: {}\n")
     copied = exported(base, tmp_path / "copied")
-    assert (copied / "config.yaml").exists()
+    assert not (copied / "config.yaml").exists()
     assert torch.equal(logits(plain(copied)), logits(plain(model)))
 
 
