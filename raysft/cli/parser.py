@@ -112,44 +112,47 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     export = _add_verb(
         commands,
         verbs.export,
-        "write the model of a run, of one of its checkpoints, or any other one in Hugging Face's format, with adapters merged, "
-        "into a folder or to the hub",
+        "write a model for transformers and peft, with adapters merged, into a folder or to the Hugging Face hub",
     )
     export.add_argument(
         "source",
         metavar="RUN_DIR|RUN_DIR/checkpoints/STEP|MODEL",
-        help=f"{RUN_DIR}; the step of one of its checkpoints; or a model or adapter: a folder, a URI, a GGUF file or an id of the "
-        "Hugging Face hub; or a YAML file for llamafactory-cli export",
+        help="a run directory, for its trained model; one of its checkpoints, for the model after that step; any other model or "
+        "adapter: a folder, a URI, a GGUF file or an id of the hub; or a YAML file for llamafactory-cli export",
     )
     export.set_defaults(parser=export)
-    export.add_argument("--output", type=Path, metavar="DIR", help="folder for the model; must be new or empty")
+    export.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder to write the model into; must be new or empty"
+    )
     export.add_argument(
         "--adapters",
         nargs="+",
         metavar="ADAPTER",
         default=[],
-        help="adapters, or runs that trained them, to merge in this order",
+        help="adapters to merge into the model, in this order: folders, URIs, ids of the hub, runs or their checkpoints",
     )
-    export.add_argument("--no-merge", action="store_true", help="write the only adapter as it is, without its base")
+    export.add_argument(
+        "--no-merge", action="store_true", help="write the adapter as it is, without its base; there must be only one"
+    )
     export.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="data type of the weights (default: that of the training, or for any other model its own one); adapters are merged in "
-        "float32 and rounded once",
+        help="data type of the weights; default: that of the training, or the model's own if no run has trained it. Adapters are "
+        "merged in float32 and rounded once",
     )
     export.add_argument(
         "--shard-size",
         type=_size,
         metavar="SIZE",
-        help="largest size of a file of weights (default 5GB; a model that needs no change is copied file by file)",
+        help="most that a file of weights holds, for example 2GB; default: 5GB, but a model that needs no change keeps its files",
     )
     export.add_argument(
         "--push",
         metavar="ORG/NAME",
-        help="repository of the Hugging Face hub to push the model to as one commit, with its model card; it is created if it "
-        "is missing; needs HF_TOKEN or hf auth login",
+        help="upload the model with its card, as one commit, to this repository of the hub, which is created if it does not exist; "
+        "needs HF_TOKEN or hf auth login",
     )
-    export.add_argument("--private", action="store_true", help="with --push: create a private repository")
+    export.add_argument("--private", action="store_true", help="create the repository of --push as a private one")
 
 
 def _size(text: str) -> str:

@@ -9,12 +9,11 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from raysft.errors import RequestError, RunFailed, one_line
 from raysft.models.adapter_files import base_name, read_adapter_config
-from raysft.models.fingerprint import exact_fingerprint
 from raysft.models.model_files import other_files
 from raysft.report.plain_card import plain_card, public
 from raysft.run.exportable import Exportable, find_adapter, find_exportable
@@ -73,11 +72,12 @@ def export(source: str, output: Path | None, push: Push | None = None, form: For
     with _sigterm_interrupts(), ExitStack() as stack:
         exported = find_exportable(source, say)
         adapters = [find_adapter(each, say) for each in form.adapters]
+        form = replace(form, adapters=tuple(each.name for each in adapters))
         if not form.merges:
             _check_adapter(exported, adapters)
         if output is not None:
-            _check_outside(output, [exported.model, *adapters])
-        versions = [exported.version, *map(exact_fingerprint, adapters)] if push else []
+            _check_outside(output, [exported, *adapters])
+        versions = [each.version for each in (exported, *adapters)]
         model = f"{exported.name} {versions} {form} {push.name}" if push else None
         written = output is not None and _holds(output, model)
         name = hub_upload.open_repository(push.name, push.private) if push else ""
@@ -113,7 +113,7 @@ def _sigterm_interrupts() -> Iterator[None]:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _check_adapter(exported: Exportable, adapters: Sequence[str]) -> None:
+def _check_adapter(exported: Exportable, adapters: Sequence[Exportable]) -> None:
     """Refuse to keep an adapter if there is none, or there are several, or nobody could load it elsewhere."""
     is_adapter = exported.is_adapter
     if not is_adapter and not adapters:
@@ -143,9 +143,9 @@ def _check_base(base: str, exported: Exportable) -> None:
     Terminal().line(f"the adapter names {base} as its base: whoever loads it needs the model there")
 
 
-def _check_outside(output: Path, sources: Sequence[str]) -> None:
+def _check_outside(output: Path, sources: Sequence[Exportable]) -> None:
     """Refuse a folder inside a model that is exported: what is written there would belong to that model."""
-    for source in map(Path, filter(None, sources)):
+    for source in (Path(each.model) for each in sources if each.model):
         if source.is_dir() and source.resolve() in output.resolve().parents:
             raise RequestError(f"--output {output}: lies inside {source}, which is exported; choose another folder")
 
@@ -185,15 +185,16 @@ def _written(folder: Path, temporary: bool) -> Iterator[None]:
         raise
 
 
-def _write(exported: Exportable, adapters: Sequence[str], folder: Path, form: Form) -> None:
+def _write(exported: Exportable, adapters: Sequence[Exportable], folder: Path, form: Form) -> None:
     from raysft.models.merging import merge
 
     say, scratch = Terminal().line, folder / RESTORED
-    model, others = exported.folder(scratch, say), [model_copy(each) for each in adapters]
+    model = exported.folder(scratch / "model", say)
+    others = [each.folder(scratch / f"adapter{index}", say) for index, each in enumerate(adapters)]
     if not form.merges:
         _write_adapter(exported, model, others, folder, form)
-    elif model == scratch and not others and _is_final(scratch, exported, form):
-        for path in scratch.iterdir():
+    elif model.parent == scratch and not others and _is_final(model, exported, form):
+        for path in model.iterdir():
             path.rename(folder / path.name)
     else:
         merge(model, folder, exported.runs_code, form.dtype or exported.dtype, form.shard_size, others)

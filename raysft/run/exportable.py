@@ -72,15 +72,20 @@ class Exportable:
         return scratch
 
 
-def find_exportable(source: str, notify: Notify) -> Exportable:
+def find_exportable(source: str, notify: Notify, option: str = "MODEL") -> Exportable:
     """Find out what a path, URI or hub id names.
+
+    Args:
+        source: the path, URI or hub id.
+        notify: receives a line for the user before something that takes long.
+        option: the argument that gives it, for messages.
 
     Raises:
         RequestError: it names nothing that could be exported.
     """
     place = None if source.startswith(("package:", "ms://")) else _place(source)
     if place is None:
-        return _model(source, notify)
+        return _model(source, notify, option)
     if _is_run(place):
         return _of_run(place)
     if place.name == "model" and _is_run(place.parent):
@@ -96,21 +101,15 @@ def find_exportable(source: str, notify: Notify) -> Exportable:
         )
     if place.local and not place.local.exists() and not may_be_on_hub(source) and not source.endswith(".gguf"):
         raise RequestError(f"{source}: there is no such run directory or model; check the path")
-    return _model(source, notify)
+    return _model(source, notify, option)
 
 
-def find_adapter(source: str, notify: Notify) -> str:
-    """Return the location of an adapter for ``--adapters``: a folder, a URI, a hub id, or a run directory that trained one."""
-    from raysft.models.resolve import find_model
-
-    place = None if source.startswith(("package:", "ms://")) else _place(source)
-    if place is not None and _is_run(place):
-        location = (place / "model").location
-    else:
-        location = find_model(source, _cache(), notify, "--adapters", accept_adapter=True)
-    if not (Path(local_copy(location)) / "adapter_config.json").exists():
+def find_adapter(source: str, notify: Notify) -> Exportable:
+    """Find an adapter for ``--adapters``: a folder, a URI, a hub id, a run that trained one, or one of its checkpoints."""
+    found = find_exportable(source, notify, "--adapters")
+    if not found.is_adapter:
         raise RequestError(f"--adapters {source}: is a whole model, not an adapter; give adapters")
-    return location
+    return found
 
 
 def _place(source: str) -> StoragePath:
@@ -130,11 +129,11 @@ def _cache() -> StoragePath:
     return StoragePath.of(cache_home())
 
 
-def _model(source: str, notify: Notify) -> Exportable:
+def _model(source: str, notify: Notify, option: str) -> Exportable:
     from raysft.models.fingerprint import exact_fingerprint
     from raysft.models.resolve import find_model
 
-    location = find_model(source, _cache(), notify, "MODEL", accept_adapter=True)
+    location = find_model(source, _cache(), notify, option, accept_adapter=True)
     return Exportable(source, exact_fingerprint(location), location)
 
 
@@ -142,7 +141,7 @@ def _of_run(place: StoragePath) -> Exportable:
     directory = RunDirectory.of(place)
     if not directory.is_trained():
         newest = catalog.newest(directory.checkpoints)
-        remedy = f", or export its newest checkpoint, {_address(newest)}" if newest else ""
+        remedy = f", or use its newest checkpoint, {_address(newest)}" if newest else ""
         raise RequestError(f"{directory.model}: holds no trained model; train first (raysft train CONFIG){remedy}")
     # Sizes and times of the files say whether the run has trained meanwhile.
     return Exportable(str(place), str(directory.model.walk()), directory.model.location, place, _config(place))

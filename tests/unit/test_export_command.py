@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -18,6 +20,7 @@ from raysft.models.fingerprint import model_fingerprint
 from raysft.storage.path import StoragePath
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.checkpoint.parts import Snapshot, write
+from raysft.train.restore import for_reading
 from tests.hub_server import hub_server
 from tests.hub_uploads import Account
 from tests.messages import holds
@@ -40,10 +43,20 @@ def logits(model) -> torch.Tensor:
         return model(input_ids=IDS, use_cache=False).logits
 
 
-def write_checkpoint(run: Path, model: Path, step: int, workers: int = 2) -> dict[str, torch.Tensor]:
-    """Write a checkpoint as that many workers do, each of which keeps a piece of each weight; return its weights."""
+def write_checkpoint(
+    run: Path, model: Path, step: int, workers: int = 2, trained: Any = None
+) -> dict[str, torch.Tensor]:
+    """Write a checkpoint as that many workers do, each of which keeps a piece of each weight; return its weights.
+
+    Args:
+        trained: a model with an adapter, whose weights are in the checkpoint alone.
+    """
     torch.manual_seed(step)
-    weights = {name: torch.randn_like(weight) * 0.1 for name, weight in plain(model, "float32").named_parameters()}
+    weights = {
+        name: torch.randn_like(weight) * 0.1
+        for name, weight in (trained or plain(model, "float32")).named_parameters()
+        if weight.requires_grad
+    }
     folder = run / "checkpoints" / f"checkpoint_{step:08d}_abcd"
     for rank in range(workers):
         pieces = {}
@@ -158,6 +171,45 @@ def test_a_checkpoint_that_cannot_be_exported_is_one_line_with_one_that_can(run,
     said = refused(capsys, str(checkpoints / "4"), "--output", out)
     assert holds(said, f"raysft: error: … the model that it was trained from has changed ({other}); restore its files")
     assert not Path(out).exists()
+
+
+def test_the_adapter_of_a_checkpoint_is_merged_into_any_model(run, model, tmp_path, capsys):
+    from raysft.train.finetuning import load_model
+
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("finetuning: full", "finetuning: lora"))
+    config = parse(yaml.safe_load((run / "config.yaml").read_text()))
+    out, checkpoints = str(tmp_path / "out"), run / "checkpoints"
+    said = refused(capsys, str(model), "--adapters", str(run), "--output", out)
+    assert holds(said, f"raysft: error: {run}/model: holds no trained model; train first (raysft train CONFIG)")
+    write_checkpoint(run, model, 2, trained=load_model(for_reading(config), str(model)))
+    said = refused(capsys, str(model), "--adapters", str(run), "--output", out)
+    assert holds(said, f"raysft: error: {run}/model: holds no trained model; … its newest checkpoint, {checkpoints}/2")
+    said = refused(capsys, str(model), "--adapters", str(checkpoints / "3"), "--output", out)
+    assert holds(said, f"raysft: error: {checkpoints}/3: there is no such checkpoint; there are 2")
+    assert not Path(out).exists()
+    alone = exported(checkpoints / "2", tmp_path / "alone", "--dtype", "float32")
+    both = exported(model, tmp_path / "both", "--adapters", str(checkpoints / "2"), "--dtype", "float32")
+    wanted, written = (load_file(folder / "model.safetensors") for folder in (alone, both))
+    assert written.keys() == wanted.keys()
+    assert all(torch.equal(written[name], weight) for name, weight in wanted.items())
+    assert not torch.equal(logits(plain(both)), logits(plain(model)))
+    kept = exported(model, tmp_path / "kept", "--adapters", str(checkpoints / "2"), "--no-merge")
+    assert json.loads((kept / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model)
+    for output in (both, kept):
+        assert not [path for path in output.iterdir() if path.name.startswith(".")]
+    write_checkpoint(whole_run(run), model, 2)
+    said = refused(capsys, str(model), "--adapters", str(run.parent / "whole" / "checkpoints" / "2"), "--output", out)
+    assert "is a whole model, not an adapter" in said
+
+
+def whole_run(run: Path) -> Path:
+    folder = run.parent / "whole"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(
+        (run / "config.yaml").read_text().replace("finetuning: lora", "finetuning: full")
+    )
+    return folder
 
 
 @pytest.fixture
@@ -321,13 +373,18 @@ def test_a_file_for_llamafactorys_export_is_taken_as_it_is(model, adapters, tmp_
     monkeypatch.chdir(tmp_path)
     keys = {
         "model_name_or_path": str(model), "adapter_name_or_path": str(adapters[0]), "template": "qwen",
-        "export_dir": "merged", "export_size": 2, "export_device": "cpu", "export_legacy_format": False,
+        "export_dir": "merged", "export_size": 2_000_000, "export_device": "cpu", "export_legacy_format": False,
         "infer_dtype": "bfloat16",
     }  # fmt: skip
     Path("merge.yaml").write_text(json.dumps(keys))
     assert main(["convert", "merge.yaml"]) == 0
-    command = capsys.readouterr().out.splitlines()[-1].split()
+    header, *_, last = capsys.readouterr().out.splitlines()
+    assert header.startswith(
+        "# merge.yaml asks for an export. The command at the end does that; raysft export merge.yaml"
+    )
+    command = last.split()
     assert command[:2] == ["raysft", "export"]
+    assert command[-2:] == ["--shard-size", "2000000GB"]
     assert main(["export", "merge.yaml"]) == 0
     assert main([*command[1:], "--output", "again"]) == 0
     assert main(["export", "merge.yaml", "--output", "other", "--dtype", "float32"]) == 0

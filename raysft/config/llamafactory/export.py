@@ -26,7 +26,7 @@ def export_arguments(given: Settings) -> list[str]:
     if given["infer_dtype"] != "auto":
         arguments += ["--dtype", given["infer_dtype"]]
     if given.given("export_size"):
-        arguments += ["--shard-size", f"{given['export_size']:g}GB"]
+        arguments += ["--shard-size", f"{given['export_size']}GB"]
     if given["export_hub_model_id"]:
         arguments += ["--push", given["export_hub_model_id"]]
     return arguments

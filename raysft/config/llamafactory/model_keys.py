@@ -73,7 +73,7 @@ MODEL: Keys = {
     # Export.
     "export_dir": joined("raysft export", text),
     "export_size": Key(positive, 5, reason=_EXPORT),
-    "export_device": harmless(_EXPORT),
+    "export_device": harmless("raysft export needs no GPU"),
     "export_quantization_bit": only(None, "remove it: raysft export does not quantize", whole),
     "export_quantization_dataset": harmless("only export_quantization_bit reads it"),
     "export_quantization_nsamples": harmless("only export_quantization_bit reads it"),

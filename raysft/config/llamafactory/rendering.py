@@ -25,9 +25,7 @@ def render(conversion: Conversion, name: str) -> str:
         f"# Converted from {name}, a config of LLaMA-Factory. Its defaults are written out where raysft has others."
     ]
     if conversion.command:
-        lines = [
-            f"# {name} asks for an export, which no config does, but this command (raysft export takes the file, too):"
-        ]
+        lines = [f"# {name} asks for an export. The command at the end does that; raysft export {name} does, too."]
     elif conversion.refusals:
         lines += ["#", "# Refused, so that this config is not complete:"]
         lines += [line for refusal in conversion.refusals for line in _item(refusal.message)]
