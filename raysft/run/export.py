@@ -8,14 +8,15 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from raysft.errors import RequestError, RunFailed, one_line
+from raysft.errors import RequestError
 from raysft.models.adapter_files import base_name, read_adapter_config
 from raysft.models.model_files import other_files
 from raysft.report.plain_card import plain_card, public
+from raysft.run.export_folder import UNPUSHED, check_outside, draft, holds
 from raysft.run.exportable import Exportable, find_adapter, find_exportable
 from raysft.run.modelfile import MODELFILE, write_modelfile
 from raysft.storage import hub_upload
@@ -25,10 +26,8 @@ from raysft.storage.path import StoragePath
 from raysft.storage.sync import open_read_only
 from raysft.telemetry.terminal import Terminal
 
-UNPUSHED = ".unpushed"
-"""A hidden file in an exported folder that is still to be pushed; it names the model, with which the same command goes on."""
 RESTORED = ".restored"
-"""A hidden folder in an exported one with the model of a checkpoint, until it is merged or converted."""
+"""A hidden folder with the models of checkpoints, until they are merged or converted."""
 PLOT = "training_loss.png"
 NAMED_FILES = 5
 """Files of a folder that a line names at most."""
@@ -76,22 +75,19 @@ def export(source: str, output: Path | None, push: Push | None = None, form: For
         if not form.merges:
             _check_adapter(exported, adapters)
         if output is not None:
-            _check_outside(output, [exported, *adapters])
+            check_outside(output, [each.model for each in (exported, *adapters) if each.model])
         versions = [each.version for each in (exported, *adapters)]
         model = f"{exported.name} {versions} {form} {push.name}" if push else None
-        written = output is not None and _holds(output, model)
+        written = output is not None and holds(output, model)
         name = hub_upload.open_repository(push.name, push.private) if push else ""
-        folder = (
-            _created(output)
-            if output
-            else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="raysft-export-")))
-        )
+        folder = output or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="raysft-export-")))
         if not written:
-            with _written(folder, output is None):
-                _write(exported, adapters, folder, form)
+            remedy = "free some space" if output else "set TMPDIR to a folder with more space, or use --output"
+            with draft(folder, remedy) as unfinished:
+                _write(exported, adapters, unfinished, form)
                 if push:
-                    message = _describe(exported, folder, name, form)
-                    write_atomically(folder / UNPUSHED, json.dumps({"model": model, "message": message}))
+                    message = _describe(exported, unfinished, name, form)
+                    write_atomically(unfinished / UNPUSHED, json.dumps({"model": model, "message": message}))
         if output is not None:
             say(f"exported: {output}")
         if push:
@@ -141,48 +137,6 @@ def _check_base(base: str, exported: Exportable) -> None:
             f"--no-merge: the adapter's base is a copy in the cache, {base}, which is nowhere else; remove --no-merge"
         )
     Terminal().line(f"the adapter names {base} as its base: whoever loads it needs the model there")
-
-
-def _check_outside(output: Path, sources: Sequence[Exportable]) -> None:
-    """Refuse a folder inside a model that is exported: what is written there would belong to that model."""
-    for source in (Path(each.model) for each in sources if each.model):
-        if source.is_dir() and source.resolve() in output.resolve().parents:
-            raise RequestError(f"--output {output}: lies inside {source}, which is exported; choose another folder")
-
-
-def _holds(output: Path, unpushed: str | None) -> bool:
-    """Return True if the folder holds the whole model already, from a push that did not come to its end."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            if unpushed and json.loads((output / UNPUSHED).read_text(encoding="utf-8"))["model"] == unpushed:
-                return True
-        raise RequestError(f"--output {output}: is not an empty folder; choose another")
-    return False
-
-
-def _created(output: Path) -> Path:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RequestError(f"--output {output}: cannot be created ({error.strerror}); choose another folder") from None
-    return output
-
-
-@contextmanager
-def _written(folder: Path, temporary: bool) -> Iterator[None]:
-    """Remove what the block has written of a model if it fails: the same command must be able to run again."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, SafetensorError):  # a full disk, as that library reports it
-            remedy = "set TMPDIR to a folder with more space, or use --output" if temporary else "free some space"
-            raise RunFailed(
-                f"{folder}: the model cannot be written ({one_line(error)}); {remedy}, then run the same command again"
-            ) from error
-        raise
 
 
 def _write(exported: Exportable, adapters: Sequence[Exportable], folder: Path, form: Form) -> None:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import signal
+import sys
+import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import yaml
 from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from raysft.cli import main
 from raysft.config import parse
+from raysft.errors import RunFailed
 from raysft.models.fingerprint import model_fingerprint
+from raysft.run.export_folder import draft
 from raysft.storage.path import StoragePath
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.checkpoint.parts import Snapshot, write
@@ -25,6 +34,7 @@ from tests.hub_server import hub_server
 from tests.hub_uploads import Account
 from tests.messages import holds
 from tests.objects import s3_server
+from tests.processes import forked
 from tests.tiny import tiny_model
 from tests.unit.test_hub import use
 
@@ -356,6 +366,72 @@ def test_nothing_is_written_into_the_model_that_is_exported(model, adapters, tmp
     said = refused(capsys, str(model), "--adapters", str(adapters[0]), "--output", str(adapters[0] / "out"))
     assert "lies inside" in said
     assert not inside.parent.exists()
+
+
+@pytest.mark.parametrize("error", [
+    OSError(errno.ENOSPC, "No space left on device", "config.json"),
+    OSError(errno.EDQUOT, "Disk quota exceeded", "config.json"),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    Exception("No space left on device (os error 28)"),  # of a tokenizer
+])  # fmt: skip
+@pytest.mark.parametrize("new", [True, False])
+def test_a_full_disk_leaves_nothing_and_the_second_try_works(tmp_path, error, new):
+    folder = tmp_path / "out"
+    if not new:
+        folder.mkdir()
+    with (
+        pytest.raises(RunFailed, match=r"out: the model cannot be written .*; free some space, then run"),
+        draft(folder, "free some space") as unfinished,
+    ):
+        write_half(unfinished, error)
+    assert list(tmp_path.rglob("*")) == ([] if new else [folder])
+    with draft(folder, "free some space") as unfinished:
+        (unfinished / "config.json").touch()
+        assert not (folder / "config.json").exists()
+    assert sorted(tmp_path.rglob("*")) == [folder, folder / "config.json"]
+
+
+def write_half(folder: Path, error: Exception) -> None:
+    (folder / "config.json").touch()
+    raise error
+
+
+def test_an_export_that_is_interrupted_or_killed_leaves_no_half_model_and_the_second_try_works(
+    run, model, tmp_path, capsys
+):
+    write_checkpoint(run, model, 2)
+    source, output = run / "checkpoints" / "2", tmp_path / "out"
+    for sent, code, left in ((signal.SIGINT, 130, False), (signal.SIGKILL, -9, True)):
+        process = forked(_export_without_end, str(source), str(output))
+        process.start()
+        limit = time.monotonic() + 60
+        while not (tmp_path / "written").exists() and time.monotonic() < limit:
+            time.sleep(0.02)
+        assert [path.name for path in output.iterdir()] == [".unfinished"]
+        said = refused(capsys, str(source), "--output", str(output))
+        assert holds(
+            said, f"raysft: error: --output {output}: another process writes a model there; wait until it has ended"
+        )
+        os.kill(process.pid or 0, sent)
+        process.join(20)
+        assert process.exitcode == code
+        assert output.exists() == left
+        (tmp_path / "written").unlink()
+    again = exported(source, output)
+    assert plain(again).dtype == torch.bfloat16
+    assert not [path for path in again.iterdir() if path.name.startswith(".")]
+
+
+def _export_without_end(source: str, output: str) -> None:
+    def wait(folder: Path, *rest: object) -> str:
+        assert (folder / "model.safetensors").exists()
+        (folder.parent.parent / "written").touch()
+        time.sleep(600)
+        return ""
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a pytest process that others start ignores it
+    with patch("raysft.run.export.write_modelfile", wait):
+        sys.exit(main(["export", source, "--output", output]))
 
 
 @pytest.mark.parametrize("text", ["{", "[1]"])
