@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator
 
 from raysft.config.config import Config
-from raysft.config.result_names import GENERATE, evaluated_sets, evaluation_names, has_foreign_metrics, score_names
+from raysft.config.result_names import evaluated_sets, evaluation_names, has_foreign_metrics, score_names
 from raysft.config.train import TrainSection
 from raysft.metric_names import higher_is_better
 
@@ -43,10 +43,21 @@ def _evaluated(config: Config, named: str) -> Iterator[str]:
 def _generated(config: Config) -> Iterator[str]:
     """Metrics of predictions during training."""
     named = f"train.best_metric={config.train.best_metric}"
-    if not config.generates:
-        yield f"{named} scores predictions, but this run makes none; {GENERATE}"
-    elif config.generate.every_steps is None:
-        yield f"{named} scores predictions during the training, but generate.every_steps=null; set it, or use eval_loss"
+    every, instead = config.generate.every_steps, "or set train.best_metric=eval_loss"
+    if config.stage != "sft":
+        yield f"{named} scores answers that the model generates, but stage={config.stage} trains on raw text; use eval_loss"
+    elif not config.generate.enabled:
+        yield f"{named} scores answers that the model generates, but generate.enabled=false; set it to true, {instead}"
+    elif not config.generates:
+        yield (
+            f"{named} scores answers that the model generates, but nothing asks it any questions; set data.eval, data.holdout or "
+            f"generate.sources, {instead}"
+        )
+    elif every is None:
+        yield (
+            f"{named} compares answers that the model generates during the training, but generate.every_steps=null generates "
+            f"them at the end alone; set it to a number of steps, {instead}"
+        )
     if config.train.best_metric not in score_names(config) and not has_foreign_metrics(config):
         yield _unknown(config)
 

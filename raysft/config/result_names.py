@@ -27,23 +27,31 @@ def evaluation_names(sets: Sequence[str], measures: Collection[str] = EVALUATION
     return [f"eval_{group}{measure}" for group in groups for measure in measures]
 
 
-def predicted_groups(config: Config) -> list[str]:
+def predicted_sources(config: Config) -> list[str]:
+    """Names of the sources that a run generates for."""
+    return config.generate.sources or evaluated_sets(config)
+
+
+def predicted_groups(sources: Sequence[str]) -> list[str]:
     """Beginnings of the keys of ``predict_results.json`` after ``predict_``: over all sources, and with several for each."""
-    sources = config.generate.sources or evaluated_sets(config)
     return ["", *(f"{source}_" for source in sources if len(sources) > 1)]
 
 
-def score_names(config: Config, ends: tuple[str, ...] = ("", "_low", "_high")) -> list[str]:
+def score_names(
+    config: Config, ends: tuple[str, ...] = ("", "_low", "_high"), sources: Sequence[str] | None = None
+) -> list[str]:
     """Keys of ``predict_results.json`` that built-in metrics give for the trained model.
 
     Args:
         config: of the run.
         ends: of the names: of a score, and of the ends of its interval.
+        sources: those whose predictions can be scored. Default: all that the run generates for.
     """
     if not config.generates:
         return []
     keys = dict.fromkeys(key for name in config.generate.metrics for key in METRIC_KEYS.get(name, ()))
-    return [f"predict_{group}{key}{end}" for group in predicted_groups(config) for key in keys for end in ends]
+    groups = predicted_groups(predicted_sources(config) if sources is None else sources)
+    return [f"predict_{group}{key}{end}" for group in groups for key in keys for end in ends]
 
 
 def has_foreign_metrics(config: Config) -> bool:

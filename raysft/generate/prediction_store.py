@@ -34,13 +34,26 @@ def fingerprint(config: Config, model: str, prompts: Path) -> str:
         for place in (folder, base)
         if place is not None
     ]
+    with prompts.open("rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
+    return _hashed([models, content, *_settings(config)])
+
+
+def prediction_identity(config: Config, prompts: Sequence[str]) -> str:
+    """Hash what decides the predictions of a training besides its model: the prompts, by the keys of their sets, and settings."""
+    return _hashed([*prompts, config.generate.max_examples, *_settings(config)])
+
+
+def _settings(config: Config) -> list[Any]:
+    """The settings that decide what a model predicts."""
     settings = config.generate.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
     if config.model.quantization:
         settings |= config.model.model_dump(include={"quantization", "quantization_type", "double_quantization"})
-    with prompts.open("rb") as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()
-    whole = [models, content, settings, config.dtype, config.run.seed if config.generate.do_sample else None]
-    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
+    return [settings, config.dtype, config.run.seed if config.generate.do_sample else None]
+
+
+def _hashed(content: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Stored(NamedTuple):

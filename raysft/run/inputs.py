@@ -153,10 +153,10 @@ def untrained_ends(config: Config, files: ModelFiles, prepared: PreparedData) ->
     return tuple(tokenizer.convert_ids_to_tokens(ends))
 
 
-def training_identity(files: ModelFiles, prepared: PreparedData) -> dict[str, str]:
+def training_identity(config: Config, files: ModelFiles, prepared: PreparedData) -> dict[str, str]:
     """Hashes of what a training is of, by name, as ``Cursor`` keeps them."""
     from raysft.models.fingerprint import model_fingerprint
-    from raysft.train.checkpoint.cursor import EVALUATION
+    from raysft.train.checkpoint.cursor import EVALUATION, PREDICTION
 
     identity = {"the model": model_fingerprint(files.model)}
     if files.adapter:
@@ -167,6 +167,10 @@ def training_identity(files: ModelFiles, prepared: PreparedData) -> dict[str, st
     sets = prepared.eval if prepared.train_rows.apart_from is not None else ()
     for manifest in prepared.train:
         identity[f"the data of source {manifest.name!r}"] = " ".join([manifest.key, *(each.key for each in sets)])
+    if prepared.prompts:
+        from raysft.generate.prediction_store import prediction_identity
+
+        identity[PREDICTION] = prediction_identity(config, [manifest.key for manifest in prepared.prompts])
     return identity | {EVALUATION: " ".join(manifest.key for manifest in prepared.eval)}
 
 

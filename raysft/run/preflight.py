@@ -21,6 +21,7 @@ from raysft.cluster.connect import cluster
 from raysft.cluster.placement import Node
 from raysft.config import Config
 from raysft.errors import RequestError
+from raysft.run.best_metric import check_best_metric
 from raysft.run.evaluation_plan import PlannedEvaluation, plan_evaluation
 from raysft.run.inputs import (
     PromptInputs,
@@ -263,11 +264,16 @@ def _plan_run(
     commits = recorded_commit(directory, config), recorded_reference_commit(directory, config)
     files = check_model_files(config, notify, *commits)
     config, prepared = prepare_data(config, files, notify)
-    identity = training_identity(files, prepared)
+    identity = training_identity(config, files, prepared)
     if verb == "evaluate":
         check_evaluable(prepared.eval, prepared.eval_rows, notify)
     resumption = check_resumption(directory, config, prepared.train_rows, identity, changes, allow_changed)
     prepared = replace(prepared, train_rows=resumption.rows)
+    if verb in TRAINS_ONE:
+        done = resumption.cursor.step if resumption.cursor else 0
+        check_best_metric(config, prepared, done, resumption.best(config, identity) is not None)
+        if line := resumption.forgotten_best(config, identity):
+            notify(f"{directory.place}: {line}")
     ends = untrained_ends(config, files, prepared)
     plan = make_plan(asked, prepared, nodes, files.adapter, ends, files.commit, files.reference)
     if verb in ESTIMATED:

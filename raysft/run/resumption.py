@@ -15,8 +15,8 @@ from raysft.run.ownership import Changes, describe_changes
 from raysft.storage.json_files import append_json
 from raysft.storage.run_directory import RunDirectory
 from raysft.train.checkpoint.catalog import newest
-from raysft.train.checkpoint.cursor import EVALUATION, Cursor
-from raysft.train.early_stopping import known_best, should_stop
+from raysft.train.checkpoint.cursor import OUTSIDE, Best, Cursor
+from raysft.train.early_stopping import known_best, not_comparable, should_stop
 
 ROW_PLAN = "row_plan"
 """Key of ``plan.json`` with everything that decides the rows of the training."""
@@ -35,6 +35,22 @@ class Resumption:
     changes: Changes
     from_epoch: int = 0
     """First epoch with other data; 0 if the data is the same."""
+
+    def best(self, config: Config, identity: Mapping[str, str]) -> Best | None:
+        """The best evaluation so far, if the training goes on to compare with it."""
+        return known_best(config.train, self.cursor, identity) if self.cursor else None
+
+    def forgotten_best(self, config: Config, identity: Mapping[str, str]) -> str:
+        """Say that the best evaluation so far does not count any more, and why; empty if it does, or nothing is compared."""
+        best = self.cursor.best if self.cursor else None
+        if not (self.cursor and best and best.value is not None and config.train.comparing_key):
+            return ""
+        if not (reason := not_comparable(config.train, self.cursor, identity)):
+            return ""
+        return (
+            f"the best model so far, that of step {best.step} with {best.metric}={best.value:.6g}, does not count any more, as "
+            f"{reason}; which model is the best is decided anew from step {self.cursor.step} on"
+        )
 
 
 def check_resumption(
@@ -72,7 +88,7 @@ def check_resumption(
     cursor = checkpoint.cursor
     changed_files = {
         name: [cursor.identity.get(name), identity.get(name)]
-        for name in sorted({*cursor.identity, *identity} - {EVALUATION})
+        for name in sorted({*cursor.identity, *identity} - OUTSIDE)
         if cursor.identity.get(name) != identity.get(name)
     }
     _refuse_changed_files(directory, changed_files, cursor, recorded, rows, allow_changed)

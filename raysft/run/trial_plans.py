@@ -16,6 +16,7 @@ from raysft.config import Config, with_overrides
 from raysft.data.prepare import PreparedData
 from raysft.errors import RequestError
 from raysft.estimate.storage import check_shared
+from raysft.run.best_metric import check_best_metric
 from raysft.run.inputs import ModelFiles, check_model_files, prepare_data, training_identity, untrained_ends
 from raysft.run.needs import with_estimate
 from raysft.run.plan import Plan, make_plan
@@ -70,11 +71,24 @@ def plan_trials(
     models = [check_model_files(trial, notify) for trial in trials]
     check_shared(trials[0], nodes)
     runs: dict[str, PlannedRun] = {}
+    checked: set[tuple[Any, ...]] = set()
     shapes: dict[tuple[str, str], list[_Shaped]] = {}
     for trial, files in zip(trials, models, strict=True):
         rows = _rows_key(trial, files.model)
         if rows not in runs:
             runs[rows] = _planned(trial, files, nodes, notify)
+        train, generate = trial.train, trial.generate
+        scores = (
+            rows,
+            train.comparing_key,
+            train.best_metric,
+            *generate.metrics,
+            generate.every_steps,
+            generate.max_examples,
+        )
+        if scores not in checked:
+            checked.add(scores)
+            check_best_metric(trial, runs[rows].prepared)
         settings = _memory_settings(trial)
         grown = settings.pop(MICROBATCH), settings.pop(RANK)
         shaped = _Shaped(trial, files, *grown)
@@ -106,7 +120,7 @@ class _Shaped:
 
 def _planned(trial: Config, files: ModelFiles, nodes: Sequence[Node], notify: Callable[[str], None]) -> PlannedRun:
     config, prepared = prepare_data(trial, files, notify)
-    identity = training_identity(files, prepared)
+    identity = training_identity(config, files, prepared)
     ends = untrained_ends(config, files, prepared)
     plan = make_plan(trial, prepared, nodes, files.adapter, ends, files.commit, files.reference)
     return PlannedRun(config, files, prepared, plan, identity)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from raysft.config import TrainSection
-from raysft.train.checkpoint.cursor import EVALUATION, Best, Cursor
+from raysft.train.checkpoint.cursor import EVALUATION, PREDICTION, Best, Cursor
 
 NO_SCORES = ("_low", "_high", "_tokens", "_examples", "_unscored", "_runtime", "_per_second")
 """Ends of the names of results that are not named as metrics to choose by."""
@@ -26,18 +26,29 @@ def should_stop(train: TrainSection, best: Best | None) -> bool:
 def known_best(train: TrainSection, cursor: Cursor, identity: Mapping[str, str]) -> Best | None:
     """Return the best evaluation of a checkpoint if this training can continue to compare with it, else None.
 
-    It cannot if another metric decides now, if other sets are evaluated, or if the config asks for the best model and that model
-    was not kept.
+    It cannot if the values are not comparable, or if the config asks for the best model and that model was not kept.
     """
     best = cursor.best
-    if best is None or cursor.identity.get(EVALUATION) != identity.get(EVALUATION):
-        return None
-    if (best.metric, best.lowest) != (train.best_metric, train.lowest_is_best):
+    if best is None or not_comparable(train, cursor, identity):
         return None
     if train.keep_best:
         return best if best.kept else None
     # Without keep_best its model is no longer kept, since another one becomes the trained model.
     return replace(best, kept=False) if train.early_stopping.patience else None
+
+
+def not_comparable(train: TrainSection, cursor: Cursor, identity: Mapping[str, str]) -> str:
+    """Say why values of ``train.best_metric`` cannot be compared with the best one of a checkpoint; empty if they can."""
+    best = cursor.best
+    if best is None:
+        return ""
+    if (best.metric, best.lowest) != (train.best_metric, train.lowest_is_best):
+        return "another metric or direction decides now"
+    if cursor.identity.get(EVALUATION) != identity.get(EVALUATION):
+        return "other data is evaluated now"
+    if train.best_metric.startswith("predict_") and cursor.identity.get(PREDICTION) != identity.get(PREDICTION):
+        return "other prompts or settings of generate decide the answers now"
+    return ""
 
 
 class EarlyStopper:

@@ -23,7 +23,7 @@ from raysft.storage.path import StoragePath
 from raysft.storage.run_directory import GENERATION, is_complete
 from raysft.telemetry.events import Emit, GenerationNotice
 from raysft.train.averaging import averaged
-from raysft.train.checkpoint.cursor import Cursor
+from raysft.train.checkpoint.cursor import PREDICTION, Cursor
 from raysft.train.decisions import from_first
 from raysft.train.export import Exporter
 from raysft.train.intervals import Interval
@@ -163,6 +163,12 @@ class StepGenerations:
         self._asked: GenerationDue | None = None
         """The request whose end is not known yet; on the other workers without what only the first one knows."""
         self._told_wait = False
+        self._other_settings = False
+        """True if an earlier process predicted other prompts or with other settings: its scores are none of this training's."""
+
+    def restored(self, cursor: Cursor) -> None:
+        """Take the cursor of the checkpoint that the training resumes from, as it was written."""
+        self._other_settings = cursor.identity.get(PREDICTION) != self._job.identity.get(PREDICTION)
 
     def is_due(self, step: int) -> bool:
         """Return True if predictions are due after a step."""
@@ -265,6 +271,8 @@ class StepGenerations:
         return self._shared(self._known(step) if dist.get_rank() == 0 else None)
 
     def _known(self, step: int) -> dict[str, float]:
+        if self._other_settings:
+            return {}
         return json.loads(self._results(step).read_bytes()) if self._results(step).exists() else {}
 
     def after_step(self, cursor: Cursor) -> None:
@@ -284,6 +292,8 @@ class StepGenerations:
         self.after_step(cursor)
         if self._asked is None:
             return True
+        if self._stopping(cursor):
+            return False
         if not self._told_wait:
             self._told_wait = True
             self._emit(

@@ -164,6 +164,7 @@ class _Loop:
         cursor = Cursor(0, 0, 0, self.job.identity)
         if resume is not None:
             cursor = resume.cursor
+            self.generations.restored(cursor)
             self.log.extend(state.load(self.engine, self.lr_scheduler, resume))
             self.eval_results = self.evaluator.known(cursor)
         best = known_best(self.job.config.train, cursor, self.job.identity)

@@ -11,6 +11,7 @@ from raysft.config.result_names import (
     evaluation_names,
     has_foreign_metrics,
     predicted_groups,
+    predicted_sources,
     score_names,
 )
 from raysft.errors import RequestError
@@ -56,7 +57,7 @@ def _prediction_results(config: Config) -> list[str]:
         "runtime",
         "samples_per_second",
         "tokens_per_second",
-        *(f"{group}examples" for group in predicted_groups(config)),
+        *(f"{group}examples" for group in predicted_groups(predicted_sources(config))),
     ]
     models = ["", "base_"] if config.generate.compare_base else [""]
     return [f"{model}predict_{name}" for model in models for name in (*scores, *others)]

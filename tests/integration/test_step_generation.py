@@ -198,23 +198,30 @@ def test_a_run_that_resumes_before_a_step_forgets_its_generation(folder, monkeyp
     assert not list((place / "generation").glob("*/model"))
 
 
-def test_scores_that_lack_the_metric_that_decides_now_are_made_again(folder):
-    first = ["train.max_steps=4", "train.save_every_steps=4", "generate.every_steps=4", "generate.metrics=[similarity]"]
-    run(folder, "other-metric", *first, verb="train")
-    command = [
-        "train",
-        str(folder / "sft.yaml"),
-        "run.name=other-metric",
-        "--allow-changed",
-        "train.save_every_steps=4",
-    ]
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [
+        ("other-metric", ["generate.metrics=[similarity]"]),
+        ("other-answers", ["generate.max_new_tokens=1", "train.keep_best=true", "train.best_metric=predict_chrf"]),
+    ],
+)
+def test_scores_that_cannot_be_compared_with_later_ones_are_made_again(folder, capsys, name, before):
+    first = ["train.max_steps=4", "train.save_every_steps=4", "generate.every_steps=4", *before]
+    run(folder, name, *first, verb="train")
+    command = ["train", str(folder / "sft.yaml"), f"run.name={name}", "--allow-changed", "train.save_every_steps=4"]
     best = ["train.keep_best=true", "train.best_metric=predict_chrf"]
+    capsys.readouterr()
     assert main([*command, "generate.every_steps=2", *best]) == 0
-    place = folder / "runs" / "other-metric"
+    told = [line for line in capsys.readouterr().out.splitlines() if "does not count any more" in line]
+    assert len(told) == (name == "other-answers")
+    assert all("step 4 with predict_chrf=" in line and "settings of generate" in line for line in told)
+    place = folder / "runs" / name
     values = {}
     for step in (4, 6):
         results = json.loads((place / "generation" / str(step) / "predict_results.json").read_text())
         values[step] = results["predict_chrf"]
+        predictions = read_jsonl(place / "generation" / str(step) / "generated_predictions.jsonl")
+        assert max(row["tokens"] for row in predictions) > 1
     results = json.loads((place / "train_results.json").read_text())
     step = max(values, key=lambda step: values[step])
     assert (results["best_step"], results["best_predict_chrf"]) == (step, values[step])

@@ -272,11 +272,11 @@ COMPARES = {
         ),
         (
             {**COMPARES, "train__best_metric": "predict_bleu-4", "generate__enabled": False},
-            "train.best_metric=predict_bleu-4 … predictions … generate.enabled=true",
+            "train.best_metric=predict_bleu-4 … generate.enabled=false; set it to true … train.best_metric=eval_loss",
         ),
         (
             {**COMPARES, "train__best_metric": "predict_bleu-4"},
-            "train.best_metric=predict_bleu-4 … predictions … generate.every_steps=null … eval_loss",
+            "train.best_metric=predict_bleu-4 … during the training … generate.every_steps=null … eval_loss",
         ),
         ({"train__eval_delay": 3}, "train.eval_delay=3 … train.eval_every_steps is not set; set it, or … remove"),
         (

@@ -306,8 +306,9 @@ def test_hashes_survive_a_stop_and_are_read_apart_from_the_manifest(tmp_path, mo
 
 def test_other_evaluation_sets_are_other_training_rows_where_duplicates_are_dropped(tmp_path, model):
     def identities(**changes) -> tuple[dict[str, str], PackedDataset]:
-        prepared = prepare(data(tmp_path, **changes), model)
-        return training_identity(ModelFiles(str(model), None, None), prepared), prepared.train_rows
+        config = data(tmp_path, **changes)
+        prepared = prepare(config, model)
+        return training_identity(config, ModelFiles(str(model), None, None), prepared), prepared.train_rows
 
     name = "the data of source 'a'"
     for policy, same in (("keep", True), ("drop", False)):

@@ -9,8 +9,8 @@ from dataclasses import asdict
 import pytest
 
 from raysft.config import TrainSection
-from raysft.train.checkpoint.cursor import EVALUATION, Best, Cursor
-from raysft.train.early_stopping import EarlyStopper, MetricMissing, known_best
+from raysft.train.checkpoint.cursor import EVALUATION, PREDICTION, Best, Cursor
+from raysft.train.early_stopping import EarlyStopper, MetricMissing, known_best, not_comparable
 
 LOSS, ACCURACY = "eval_loss", "eval_accuracy"
 
@@ -129,6 +129,17 @@ def test_a_resumed_training_compares_with_the_best_before_by_the_same_metric_alo
         assert known_best(same.model_copy(update=changed), read, {EVALUATION: "a"}) is None
     named = same.model_copy(update={"best_mode": "max"})
     assert known_best(named, read, {EVALUATION: "a"}) == best, "the direction is the same"
+
+
+@pytest.mark.parametrize(("metric", "comparable"), [("predict_rouge-l", False), ("eval_loss", True)])
+def test_scores_of_other_predictions_are_not_compared(metric, comparable):
+    best = Best(2, 0, {metric: 0.5}, 0.5, 2, True, metric, metric == LOSS)
+    cursor = Cursor(3, 12, 100, {EVALUATION: "a", PREDICTION: "short answers"}, best)
+    train = TrainSection(keep_best=True, best_metric=metric)
+    assert known_best(train, cursor, {EVALUATION: "a", PREDICTION: "short answers"}) == best
+    assert known_best(train, cursor, {EVALUATION: "a", PREDICTION: "long ones"}) == (best if comparable else None)
+    reason = not_comparable(train, cursor, {EVALUATION: "a", PREDICTION: "long ones"})
+    assert ("settings of generate" in reason) != comparable
 
 
 def test_a_checkpoint_from_before_there_were_other_metrics_is_by_the_loss():

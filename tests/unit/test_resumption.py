@@ -19,7 +19,7 @@ from raysft.run.ownership import check_ownership, differences
 from raysft.run.resumption import ROW_PLAN, Resumption, check_resumption, record_changes
 from raysft.storage.run_directory import RunDirectory
 from raysft.train.checkpoint import catalog, parts
-from raysft.train.checkpoint.cursor import EVALUATION, Best, Cursor
+from raysft.train.checkpoint.cursor import EVALUATION, PREDICTION, Best, Cursor
 from tests import messages
 from tests.shards import data_config, the_set, write_records, written
 from tests.tiny import tiny_tokenizer
@@ -308,3 +308,31 @@ def test_other_data_that_has_not_come_yet_can_be_put_back(tmp_path, sources):
     back = with_data(directory, replace(sources["a"], epochs=1), "d", train__epochs=1)
     assert back.rows.row_plan.rows_of_epochs == [20]
     assert dict(back.changes) == {"train.epochs": [2, 1]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "identity", "reason"),
+    [
+        ({}, {}, ""),
+        ({"generate__every_steps": 3}, {}, ""),
+        ({}, {PREDICTION: "q"}, "settings of generate"),
+        ({}, {EVALUATION: "f"}, "other data is evaluated"),
+        ({"train__best_metric": "predict_rouge-1"}, {}, "another metric"),
+    ],
+)
+def test_a_best_model_that_does_not_count_any_more_is_told(tmp_path, changes, identity, reason):
+    metric = "predict_rouge-l"
+    cursor = Cursor(4, 16, 0, IDENTITY | {PREDICTION: "p"}, Best(2, 1, {metric: 12.5}, 12.5, 4, True, metric, False))
+    asked = config(
+        tmp_path, **{"train__keep_best": True, "train__best_metric": metric, "generate__every_steps": 2, **changes}
+    )
+    resumption = Resumption(cursor, planned(6), planned(6), {})
+    now = IDENTITY | {PREDICTION: "p"} | identity
+    line = resumption.forgotten_best(asked, now)
+    assert bool(line) == bool(reason)
+    assert (resumption.best(asked, now) is None) == bool(reason)
+    assert reason in line
+    if reason:
+        assert "step 2 with predict_rouge-l=12.5" in line
+        assert "from step 4 on" in line
+        assert "\n" not in line

@@ -165,13 +165,6 @@ def test_a_set_of_prompts_alone_is_not_evaluated(tmp_path, model):
     compared = {"train.eval_every_steps": 1, "train.keep_best": True}
     with pytest.raises(RequestError, match=r"^train\.keep_best compares .*no example of data\.eval has an answer; "):
         prepare(config_with_eval(tmp_path, **compared), model)
-    config = config_with_eval(tmp_path, **compared)
-    by_scores = config.train.model_copy(update={"best_metric": "predict_rouge-l"})
-    config = config.model_copy(update={"train": by_scores})
-    with pytest.raises(RequestError, match=r"^train\.best_metric=predict_rouge-l .*no example .* has an answer; "):
-        prepare(config, model)
-    trained = config.generate.model_copy(update={"sources": [config.data.train[0].name]})
-    assert prepare(config.model_copy(update={"generate": trained}), model).eval_rows == {}
 
 
 def test_a_set_of_prompts_alone_has_no_metric_to_choose_the_best_model_by(tmp_path, model):

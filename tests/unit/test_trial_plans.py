@@ -144,3 +144,13 @@ def test_settings_that_count_as_unrelated_change_no_estimate(folder, tmp_path):
     assert expected == found
     assert setup_of(config, 1, 16) == setup_of(other, 1, 16)
     assert memory_key(config) != memory_key(with_overrides(config, {"train.optimizer": "adafactor"}))
+
+
+def test_a_trial_whose_best_model_would_never_have_a_score_is_refused(folder):
+    settings = {
+        "generate__enabled": True, "data__holdout": 0.2, "train__max_steps": 4, "train__keep_best": True,
+        "train__best_metric": "predict_rouge-l", "generate__every_steps": 2, "tune__metric": "predict_rouge-l",
+    }  # fmt: skip
+    assert plans(config_of(folder, {"generate.every_steps": [1, 4]}, **settings))
+    refused = refusal(plans, config_of(folder, {"generate.every_steps": [4, 5]}, **settings))
+    assert holds(refused, "train.best_metric=predict_rouge-l … 5 steps … 4 in all … generate.every_steps=5")

@@ -73,6 +73,11 @@ def _gathered(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
         yield pa.concat_tables(waiting)
 
 
+def has_answered_prompt(manifest: Manifest, max_examples: int | None) -> bool:
+    """Return True if a set has a prompt with an answer among those that ``write_prompts`` takes of it."""
+    return any(label for table in _prompts(manifest, max_examples) for label in table["label"].to_pylist())
+
+
 def _prompts(manifest: Manifest, max_examples: int | None) -> Iterator[pa.Table]:
     # Similar records often stand next to each other in a file, so the first N would not be representative.
     count = min(max_examples or len(manifest), len(manifest))

@@ -11,6 +11,10 @@ from raysft.storage.path import StoragePath
 
 EVALUATION = "what is evaluated"
 """The key of the evaluation sets in a cursor's identity: if they change, the best evaluation so far does not count."""
+PREDICTION = "what is predicted"
+"""The key of the prompts and of the settings that decide what a model answers: the same for the scores of predictions."""
+OUTSIDE = frozenset({EVALUATION, PREDICTION})
+"""Keys in a cursor's identity that the weights do not depend on."""
 
 
 @dataclass(frozen=True)
