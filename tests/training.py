@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from raysft.config import Config, parse, with_overrides
+from raysft.config.optimizer_settings import OWN_EPSILON
 from raysft.data.rows.packed_dataset import PackedDataset
 from raysft.data.shards.manifest import Manifest
 from raysft.data.types import IGNORE_INDEX
@@ -82,6 +83,7 @@ def make_config(folder: Path, model: Path, settings: dict[str, Any] | None = Non
         train: keys of the section ``train``, and ``finetuning`` of ``model``.
     """
     finetuning = train.pop("finetuning", "full")
+    optimizer = (settings or {}).get("train.optimizer", train.get("optimizer", "adamw"))
     config = parse(
         {
             "run": {"name": "r", "storage": str(folder), "seed": 3},
@@ -97,7 +99,7 @@ def make_config(folder: Path, model: Path, settings: dict[str, Any] | None = Non
                 "max_steps": STEPS,
                 "zero_stage": 0,
                 # Adam divides by the root of the second moment, which turns rounding of gradients near 0 into steps.
-                "epsilon": 1e-4,
+                **({} if optimizer in OWN_EPSILON else {"epsilon": 1e-4}),
                 **train,
             },
         }

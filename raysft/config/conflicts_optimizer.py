@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from raysft.config.config import Config
+from raysft.config.optimizer_settings import setting_conflicts
 from raysft.config.optimizers import DIVIDES, kind_of, whole_option
 
 TARGETED = ("galore", "fira", "apollo")
@@ -20,6 +21,7 @@ def optimizer_conflicts(config: Config) -> Iterator[str]:
     train, finetuning = config.train, config.model.finetuning
     name, kind = train.optimizer, kind_of(train.optimizer)
     named = f"train.optimizer={name}"
+    yield from setting_conflicts(train)
     if not kind.elementwise:
         yield from _whole(config, named, "use adamw")
     elif whole := whole_option(train.optimizer_options):
@@ -27,7 +29,7 @@ def optimizer_conflicts(config: Config) -> Iterator[str]:
     warmup = "warmup_ratio" if train.warmup_steps is None else "warmup_steps"
     if name in DIVIDES and train.schedule != "constant" and getattr(train, warmup):
         yield (
-            f"{named} divides by the learning rate, but a warm-up (train.{warmup}={getattr(train, warmup)}) begins with 0; "
+            f"{named} divides by the learning rate, but a warm-up starts at 0 (train.{warmup}={getattr(train, warmup)}); "
             "set train.warmup_steps=0"
         )
     if not kind.adapters and config.model.adapter is not None:
@@ -45,16 +47,16 @@ def optimizer_conflicts(config: Config) -> Iterator[str]:
         key = "save_every_epochs" if train.save_every_steps is None else "save_every_steps"
         yield (
             f"{named} cannot resume from a checkpoint (it keeps the state of one block at a time), but "
-            f"train.{key}={getattr(train, key)}; remove it or use another optimizer"
+            f"train.{key}={getattr(train, key)} saves checkpoints; remove it or use another optimizer"
         )
     offload = train.offload.optimizer
     if offload == "nvme" and name != "adamw" and kind.elementwise:
-        yield f"train.offload.optimizer=nvme supports adamw, but {named}; use adamw or train.offload.optimizer=cpu"
+        yield f"train.offload.optimizer=nvme supports only adamw, but {named}; use adamw or train.offload.optimizer=cpu"
     if offload == "cpu" and name.startswith("paged_"):
-        yield f"{named} pages its states itself, but train.offload.optimizer=cpu moves them, too; set it to none"
+        yield f"{named} pages its own states, but train.offload.optimizer=cpu offloads them as well; set it to none"
     if kind.averages and train.schedule not in SCHEDULED:
         yield (
-            f"{named} averages weights in place of a schedule, but train.schedule={train.schedule}; "
+            f"{named} averages weights instead of following a schedule, but train.schedule={train.schedule}; "
             "set train.schedule=constant_with_warmup or constant"
         )
     if train.optimizer_target != "all" and name not in TARGETED:
@@ -66,10 +68,10 @@ def optimizer_conflicts(config: Config) -> Iterator[str]:
         try:
             re.compile(target)
         except re.error as error:
-            yield f"train.optimizer_target contains {target!r}, which is no regular expression ({error}); correct it"
+            yield f"train.optimizer_target contains {target!r}, which is not a valid regular expression ({error}); correct it"
     if finetuning == "lora" and config.model.lora.loraplus_ratio is not None and name not in LORA_PLUS:
         yield (
-            f"model.lora.loraplus_ratio requires an Adam ({', '.join(LORA_PLUS)}), but {named}; "
+            f"model.lora.loraplus_ratio requires one of {', '.join(LORA_PLUS)}, but {named}; "
             "use adamw or remove loraplus_ratio"
         )
 
@@ -83,4 +85,4 @@ def _whole(config: Config, named: str, remedy: str) -> Iterator[str]:
             f"set train.zero_stage=0 or {remedy}"
         )
     if config.dtype == "float16":
-        yield (f"{named} has no loss scaling, but model.dtype=float16 requires it; use bfloat16 or float32")
+        yield f"{named} does not support loss scaling, but model.dtype=float16 requires it; use bfloat16 or float32"

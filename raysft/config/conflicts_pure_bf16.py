@@ -26,8 +26,8 @@ def pure_bf16_conflicts(config: Config) -> Iterator[str]:
             )
     if train.optimizer == "adai":
         yield (
-            "train.pure_bf16=true has no float32 states, but train.optimizer=adai divides by 1 - 0.999, which bfloat16 rounds "
-            "to 0; remove train.pure_bf16 or use another optimizer"
+            "train.pure_bf16=true keeps states in bfloat16, but train.optimizer=adai divides by 1 - 0.999, which bfloat16 "
+            "rounds to 0; remove train.pure_bf16 or use another optimizer"
         )
     if train.optimizer == "badam":
         yield (

@@ -128,7 +128,6 @@ _WHOLE: dict[str, tuple[str, float, float]] = {
     "aggmo": ("AggMo", 3, 0),
     "aida": ("Aida", 2, 0),
     "amos": ("Amos", 0, 0),
-    "apollo_dqn": ("ApolloDQN", 3, 0),
     "asgd": ("ASGD", 0, 0),
     "avagrad": ("AvaGrad", 2, 0),
     "came": ("CAME", 1, 0),
@@ -172,7 +171,6 @@ _RANDOM: dict[str, tuple[str, float, float]] = {
 }
 """The same, and they draw random numbers."""
 _FLAGGED: dict[str, tuple[str, float, str]] = {
-    "adago": ("AdaGO", 1, "use_muon"),
     "adamuon": ("AdaMuon", 2, "use_muon"),
     "adamw_sn": ("AdamWSN", 1, "sn"),
     "normuon": ("NorMuon", 1, "use_muon"),
@@ -205,12 +203,15 @@ _SECOND = "needs second derivatives, which a backward pass under DeepSpeed does 
 _FUSED = "updates weights during the backward pass, so that gradients neither accumulate nor are clipped"
 _LOSS = "needs the value of each step's loss, which optimizers do not get here"
 _WRAPS = "wraps another optimizer"
+_SCHEDULE = "has a learning-rate schedule of its own"
 REFUSED: dict[str, str] = {
     "a2grad": "has no learning rate",
+    "adago": "takes steps of at least 0.0005, however small the learning rate",
     "adahessian": _SECOND,
     "adalomo": _FUSED,
     "adashift": "keeps a queue of gradients, which checkpoints cannot hold",
     "alig": _CLOSURE,
+    "apollo_dqn": _SCHEDULE,
     "bsam": _CLOSURE,
     "demo": "communicates between workers itself, which DeepSpeed already does",
     "distributed_muon": "communicates between workers itself, which DeepSpeed already does",
@@ -233,7 +234,7 @@ REFUSED: dict[str, str] = {
     "nero": "scales the weights of each neuron to length 1, which those of pretrained models do not have",
     "orthograd": _WRAPS,
     "pcgrad": _WRAPS,
-    "ranger21": "has a learning-rate schedule of its own",
+    "ranger21": _SCHEDULE,
     "rotograd": "changes the model",
     "safe_fp16_optimizer": _WRAPS,
     "sam": _CLOSURE,

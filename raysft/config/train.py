@@ -61,7 +61,7 @@ class TrainSection(Section):
     """Rows per forward and backward pass of one worker. Gradients accumulate until the step is complete. ``auto``: as many as
     hold 1,024 tokens, at least one."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    """Peak learning rate."""
+    """Peak learning rate. Optimizers that find their own step size, such as ``prodigy``, multiply it by this, and need about 1."""
     optimizer: Optimizer = "adamw"
     """``adamw`` (PyTorch's, or DeepSpeed's CPUAdam with offload); ``adamw_8bit``, ``paged_adamw``, ``paged_adamw_8bit`` and other
     8-bit and paged ones of bitsandbytes (extra ``quant``); ``adafactor`` (transformers', with updates that do not depend on the
@@ -76,8 +76,8 @@ class TrainSection(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """Adam's decay rates for the first and second moments; also for other optimizers with the same defaults. Those with
-    others keep them, and ``optimizer_options`` sets them."""
+    """Adam's decay rates for the first and second moments; also for other optimizers with the same defaults. All others keep their
+    own, which ``optimizer_options`` sets."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
     """Adam's epsilon, added to the denominator for numerical stability; for other optimizers like ``betas``."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0

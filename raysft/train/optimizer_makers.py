@@ -30,6 +30,9 @@ PROJECTED: dict[str, dict[str, Any]] = {
 FURTHER = {*WHOLE_OPTIONS, "adam_debias", "adanorm_r", "foreach", "use_palm"}
 """Options that pytorch_optimizer reads from its constructors' ``**kwargs``, which take any other name without a word."""
 
+RATES = ("lr", "adamw_lr", "lr_1d")
+"""Learning rates: of all parameters, or of matrices; of those outside the layers; and of vectors."""
+
 
 def make_by_name(
     model: nn.Module, parameters: Parameters, train: TrainSection, ratio: float | None
@@ -74,7 +77,9 @@ def class_of(kind: OptimizerKind) -> Any:
 def settings_of(made: Any, train: TrainSection) -> dict[str, Any]:
     """Return those of the config's settings that a constructor takes. Betas and epsilon are Adam's: others keep their own."""
     arguments = _arguments(made)
-    settings = {"lr": train.learning_rate} if "lr" in arguments else {}
+    settings = {name: train.learning_rate for name in RATES if name in arguments}
+    if "weight_decay_1d" in arguments:
+        settings["weight_decay_1d"] = 0.0  # of vectors
     adams = {"betas": (train.betas, (0.9, 0.999)), "eps": (train.epsilon, 1e-8)}
     return settings | {
         name: value for name, (value, usual) in adams.items() if name in arguments and arguments[name].default == usual

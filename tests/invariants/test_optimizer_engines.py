@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from raysft.config.optimizer_settings import UNDECAYED
 from raysft.config.optimizers import OPTIMIZERS
 from raysft.environment import environment
 from tests.training import make_config
@@ -25,6 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "pid": {"momentum": 0.9},
     "sgd": {"momentum": 0.9},
 }
+DECAY = dict.fromkeys(UNDECAYED, 0.0)
 UNRESUMED = ("adam_mini", "badam")
 """adam_mini is made of a model with heads (``test_checkpoints.py``), and badam does not resume."""
 SOME = ("adamw_8bit", "adan", "lion", "nadam", "schedulefree_adamw")
@@ -72,7 +74,7 @@ def engine_of(folder: Path, name: str, stage: int, **options: Any) -> tuple[Any,
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     config = make_config(
         folder, Path("m"), optimizer=name, optimizer_options={**OPTIONS.get(name, {}), **options}, zero_stage=stage,
-        schedule="constant" if OPTIMIZERS[name].averages else "linear", max_grad_norm=0.0, weight_decay=0.1,
+        schedule="constant" if OPTIMIZERS[name].averages else "linear", max_grad_norm=0.0, weight_decay=DECAY.get(name, 0.1),
     )  # fmt: skip
     model = Quadratic()
     optimizer = make_optimizer(model, config.train)
@@ -105,7 +107,7 @@ def test_zero_steps_as_the_library_used_alone(tmp_path, name, stage):
     steps(engine, 0, STEPS)
     plain = Quadratic()
     config = make_config(
-        tmp_path, Path("m"), optimizer=name, optimizer_options=OPTIONS.get(name, {}), weight_decay=0.1,
+        tmp_path, Path("m"), optimizer=name, optimizer_options=OPTIONS.get(name, {}), weight_decay=DECAY.get(name, 0.1),
         schedule="constant" if OPTIMIZERS[name].averages else "linear",
     )  # fmt: skip
     optimizer = make_optimizer(plain, config.train)

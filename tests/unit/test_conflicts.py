@@ -105,6 +105,35 @@ COMPARES = {
             "train.optimizer=alice … random numbers … scaling.num_workers=2 … 1 worker",
         ),
         (
+            {"train__optimizer_options": {"lr": 1e-3}},
+            "train.optimizer_options contains lr … set train.learning_rate",
+        ),
+        (
+            {"train__optimizer": "lion", "train__optimizer_options": {"weight_decay": 0.1}},
+            "train.optimizer_options contains weight_decay … set train.weight_decay",
+        ),
+        (
+            {"train__optimizer_options": {"betas": [0.9, 0.95]}},
+            "train.optimizer_options contains betas … set train.betas",
+        ),
+        ({"train__optimizer_options": {"eps": 1e-6}}, "train.optimizer_options contains eps … set train.epsilon"),
+        (
+            {"train__optimizer": "lion", "train__betas": [0.9, 0.95]},
+            "train.betas=[0.9, 0.95] … train.optimizer=lion … remove it, and set train.optimizer_options",
+        ),
+        (
+            {"train__optimizer": "adabelief", "train__epsilon": 1e-6},
+            "train.epsilon=1e-06 … train.optimizer=adabelief … remove it, and set train.optimizer_options",
+        ),
+        (
+            {"train__optimizer": "sm3", "train__zero_stage": 0, "train__weight_decay": 0.1},
+            "train.optimizer=sm3 … train.weight_decay=0.1 … set it to 0 or use adamw",
+        ),
+        (
+            {"train__optimizer": "prodigy", "train__zero_stage": 0},
+            "train.optimizer=prodigy … train.learning_rate … 0.0001 … set train.learning_rate=1",
+        ),
+        (
             {"train__optimizer": "asgd", "train__zero_stage": 0},
             "train.optimizer=asgd … train.warmup_ratio=0.03 … set train.warmup_steps=0",
         ),
@@ -360,6 +389,8 @@ def test_what_contradicts_itself_is_refused(settings, message):
         {"train__optimizer": "adamw_8bit", "model__lora__loraplus_ratio": 4},
         {"train__optimizer": "adamw_8bit", "model__dtype": "float16", **GPU},
         {"train__optimizer": "schedulefree_adamw", "train__schedule": "constant"},
+        {"train__optimizer": "prodigy", "train__zero_stage": 0, "train__learning_rate": 1},
+        {"train__optimizer": "lion", "train__betas": [0.9, 0.999], "train__optimizer_options": {"betas": [0.9, 0.95]}},
         {"train__optimizer": "asgd", "train__zero_stage": 0, "train__warmup_steps": 0},
         {"train__optimizer": "asgd", "train__zero_stage": 0, "train__schedule": "constant"},
         {"train__optimizer": "galore", "train__zero_stage": 0, "model__finetuning": "freeze"},

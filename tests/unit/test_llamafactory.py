@@ -289,6 +289,7 @@ def of(config: Config, path: str) -> Any:
             {"adapter_name_or_path": "x,y", "create_new_adapter": True},
             {"model.adapters": ["x", "y"], "model.new_adapter": True},
         ),
+        ({"adam_epsilon": 1e-6}, {"train.epsilon": 1e-6}),
         (
             {"use_galore": True, "finetuning_type": "full", "galore_rank": 4},
             {
@@ -377,6 +378,13 @@ def test_what_keys_become(keys, expected):
     conversion = converted(**keys)
     assert conversion.refusals == []
     assert {path: value(conversion, path) for path in expected} == expected
+
+
+def test_adams_settings_are_dropped_with_a_note_where_transformers_ignores_them():
+    conversion = converted(optim="adafactor", adam_epsilon=1e-6, adam_beta2=0.95)
+    assert conversion.refusals == []
+    assert not {"betas", "epsilon"} & conversion.config["train"].keys()
+    assert {"adam_epsilon", "adam_beta2"} <= conversion.harmless.keys()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from raysft.config import TrainSection, parse
+from raysft.config.optimizer_settings import OWN_BETAS, OWN_EPSILON, SELF_SCALED, UNDECAYED
 from raysft.config.optimizers import (
     ALIASES,
     DIVIDES,
@@ -36,8 +37,8 @@ TOTAL = sum(SIZES.values())
 ELEMENTWISE = [name for name, kind in OPTIMIZERS.items() if kind.elementwise]
 BLOCKS = [name for name in ELEMENTWISE if OPTIMIZERS[name].library == "bitsandbytes"]
 ALIKE = [name for name in OPTIMIZERS if name not in MAKERS]
-SEARCHED = {"dadapt_adagrad", "dadapt_adam", "dadapt_adan", "dadapt_lion", "dadapt_sgd", "prodigy"}
-"""Optimizers that find the learning rate themselves, and multiply it by the config's."""
+SEARCHED = {name for name in SELF_SCALED if name.startswith(("dadapt", "prodigy"))}
+"""Optimizers that begin with a small step, ``d0``, and find how much larger it can be."""
 GENERATOR = torch.Generator().manual_seed(0)
 WEIGHTS, GOAL = (torch.randn(TOTAL, generator=GENERATOR) for _ in range(2))
 CURVATURE = torch.exp(torch.randn(TOTAL, generator=GENERATOR))
@@ -204,6 +205,53 @@ def test_an_optimizer_steps_as_its_library_used_alone(name):
         reference.give_gradients(noisy(step))
         optimizer.step()
     torch.testing.assert_close(ours, reference.values(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_each_weight_follows_the_learning_rate(name):
+    """A tenth of the rate moves each tensor a tenth as far, whether a matrix inside the layers, an embedding or a vector."""
+    model_of = {"layers.0.a": (12, 32), "embed": (32, 12), "layers.0.bias": (40,)}
+    starts = [0, 384, 768]
+    moved = []
+    for rate in (1e-2, 1e-3):
+        model = Parts([(each, start, shape) for (each, shape), start in zip(model_of.items(), starts, strict=True)])
+        train = settings(name, **({"threshold": 1e9} if name == "sara" else {}))
+        optimizer = make_optimizer(model, train.model_copy(update={"learning_rate": rate, "weight_decay": 0.0}))
+        for step in range(9):
+            torch.manual_seed(step)
+            model.give_gradients(random(step))
+            optimizer.step()
+        moved.append([(weight.detach().reshape(-1) - WEIGHTS[start : start + weight.numel()]).norm()
+                      for weight, start in zip(model.parameters(), starts, strict=True)])  # fmt: skip
+    for large, small in zip(*moved, strict=True):
+        assert 4 < large / small < 20  # MADGRAD's steps are as the rate to the power of two thirds
+
+
+def test_which_settings_an_optimizer_takes():
+    """Adam's go to those with Adam's defaults."""
+    for name in ALIKE:
+        parameters = inspect.signature(class_of(OPTIMIZERS[name])).parameters
+        defaults = {key: parameter.default for key, parameter in parameters.items()}
+        assert (defaults.get("betas") != (0.9, 0.999)) is (name in OWN_BETAS), name
+        assert (defaults.get("eps") != 1e-8) is (name in OWN_EPSILON), name
+        assert ("weight_decay" not in defaults) is (name in UNDECAYED), name
+        # Plain gradient descent, whose steps are as large as the gradients, has the same default.
+        assert (defaults["lr"] == 1.0) is (name in SELF_SCALED or name == "schedulefree_sgd"), name
+    assert (OWN_BETAS & MAKERS.keys()) == (OWN_EPSILON & MAKERS.keys()) == {"adafactor"}
+
+
+@pytest.mark.parametrize("name", SELF_SCALED)
+def test_a_self_scaled_optimizer_hardly_moves_at_a_rate_for_adam(name):
+    def distance(rate: float) -> float:
+        model = whole()
+        train = TrainSection(optimizer=name, learning_rate=rate, zero_stage=0)
+        optimizer = make_optimizer(model, train)
+        for step in range(100):
+            model.give_gradients(noisy(step))
+            optimizer.step()
+        return float((model.values() - WEIGHTS).abs().max())
+
+    assert distance(1e-4) < 0.01 < distance(1.0)
 
 
 @pytest.mark.parametrize("name", ALIKE)

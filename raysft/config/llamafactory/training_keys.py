@@ -91,7 +91,7 @@ TRANSFORMERS: Keys = {
     "weight_decay": same("train.weight_decay", number, 0.0),
     "adam_beta1": joined("train.betas", number, 0.9),
     "adam_beta2": joined("train.betas", number, 0.999),
-    "adam_epsilon": same("train.epsilon", number, 1e-8),
+    "adam_epsilon": joined("train.epsilon", number, 1e-8),
     "max_grad_norm": same("train.max_grad_norm", number, 1.0),
     "label_smoothing_factor": same("train.label_smoothing", number, 0.0),
     "neftune_noise_alpha": same(

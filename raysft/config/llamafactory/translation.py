@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 
 from raysft.config.llamafactory.settings import Entry, Refusal, Settings
+from raysft.config.optimizer_settings import OWN_BETAS, OWN_EPSILON
 
 Derived = Iterator[Entry | Refusal]
 ALL_CHECKPOINTS = 1_000_000
@@ -76,7 +77,10 @@ def steps(given: Settings) -> Derived:
     else:
         epochs = given["num_train_epochs"]
         yield Entry("train.epochs", int(epochs) if epochs == int(epochs) else epochs, "num_train_epochs")
-    yield Entry("train.betas", [given["adam_beta1"], given["adam_beta2"]], "adam_beta2")
+    if given["optim"] not in OWN_BETAS:  # transformers ignores these keys, too, or hands them over as options
+        yield Entry("train.betas", [given["adam_beta1"], given["adam_beta2"]], "adam_beta2")
+    if given["optim"] not in OWN_EPSILON:
+        yield Entry("train.epsilon", given["adam_epsilon"], "adam_epsilon")
     schedule, options = given["lr_scheduler_type"], given["lr_scheduler_kwargs"]
     yield Entry("train.schedule", schedule, "lr_scheduler_type")
     yield Entry("train.schedule_options", options, "lr_scheduler_kwargs")
