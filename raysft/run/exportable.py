@@ -195,10 +195,17 @@ def _restore(source: Exportable, checkpoint: ResumePoint, folder: Path, notify: 
 
     try:
         write_model(_job(source, checkpoint, notify), checkpoint, folder)
-    except catalog.CorruptCheckpoint as error:
-        complete = (ResumePoint.of(path) for path in catalog.complete(checkpoint.path.parent))
+    except (catalog.CorruptCheckpoint, FileNotFoundError) as error:
+        complete = [ResumePoint.of(path) for path in catalog.complete(checkpoint.path.parent)]
         other = next((each for each in complete if each.path != checkpoint.path), None)
         remedy = f"export {_address(other)}, the newest other one" if other else "the run has no other one"
+        if checkpoint.path not in [each.path for each in complete]:
+            message = (
+                f"{checkpoint.path}: its run removed it while it was exported, since it keeps only the newest ones"
+            )
+            raise RequestError(f"{message}; {remedy}") from None
+        if isinstance(error, FileNotFoundError):
+            raise
         raise RequestError(f"{error}; {remedy}") from None
 
 

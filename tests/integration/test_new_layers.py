@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from raysft.cli import main
@@ -104,7 +105,12 @@ def test_evaluation_resumption_and_export_see_the_same_model(folder, expanded, t
 
 
 def test_a_list_of_layers_and_one_that_is_not_there(folder, capsys):
-    chosen = run(folder, "train", "chosen", "model.new_layers=2", "model.freeze.layers=[0, -1]", "train.max_steps=1")
+    arguments = ["model.new_layers=2", "model.freeze.layers=[0, -1]", "train.max_steps=1", "train.save_every_steps=1"]
+    chosen = run(folder, "train", "chosen", "model.new_tokens.plain=[capital]", *arguments)
+    assert main(["export", f"{chosen}/checkpoints/1", "--output", f"{chosen}/exported"]) == 0
+    written, wanted = (load_file(chosen / name / "model.safetensors") for name in ("exported", "model"))
+    assert written.keys() == wanted.keys()
+    assert all(torch.equal(written[name], weight) for name, weight in wanted.items())
     trained = AutoModelForCausalLM.from_pretrained(chosen / "model").state_dict()
     base = AutoModelForCausalLM.from_pretrained(folder / "base").state_dict()
     # Layers 0 and 2 of the expanded model are layers 0 and 1 of the model.

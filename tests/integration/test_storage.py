@@ -10,12 +10,15 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+from safetensors import numpy as safetensors
 
 import raysft
 from raysft.cli import main
 from raysft.config import load
+from raysft.models.peft_internals import TRAINED
 from raysft.storage.path import StoragePath
 from raysft.train.checkpoint import catalog
 from raysft.train.checkpoint.cursor import Cursor
@@ -100,6 +103,16 @@ def test_a_run_in_an_object_store_is_all_there(whole, folder, local_ray, capsys)
     assert main(["report", whole.location]) == 0
     assert main(["export", whole.location, "--output", str(folder / "exported")]) == 0
     assert (folder / "exported" / "model.safetensors").stat().st_size
+    newest = catalog.newest(whole / "checkpoints")
+    assert newest is not None
+    step = (whole / "checkpoints" / str(newest.cursor.step)).location
+    assert main(["export", step, "--output", str(folder / "checkpoint"), "--no-merge"]) == 0
+    pieces = safetensors.load((newest.path / "part_0.safetensors").read_bytes())
+    trained = {name.split(":", 2)[2]: weight for name, weight in pieces.items() if name.startswith("weight:0:")}
+    written = safetensors.load_file(folder / "checkpoint" / "adapter_model.safetensors")
+    assert len(written) == len(trained)
+    for name, weight in written.items():
+        assert np.array_equal(weight.ravel(), trained[f"model.{name.replace('.weight', f'.{TRAINED}.weight')}"]), name
     assert main(["evaluate", str(folder / "c.yaml"), "run.name=whole"]) == 0
 
 

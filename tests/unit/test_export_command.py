@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,6 +26,7 @@ from raysft.cli import main
 from raysft.config import parse
 from raysft.errors import RunFailed
 from raysft.models.fingerprint import model_fingerprint
+from raysft.run import exportable
 from raysft.run.export_folder import draft
 from raysft.storage.path import StoragePath
 from raysft.train.checkpoint.cursor import Cursor
@@ -143,6 +145,30 @@ def test_a_checkpoint_in_an_object_store_is_exported_in_another_type_and_in_part
         assert torch.equal(weight, weights[key].to(torch.bfloat16).float()), (
             "the weights that the training computed with"
         )
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_checkpoint_that_its_run_removes_meanwhile_is_one_line(run, model, tmp_path, monkeypatch, capsys, remote):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for step in (2, 4):
+        write_checkpoint(run, model, step)
+    with s3_server() if remote else nullcontext() as server:
+        place = StoragePath.of(server.uri(f"{tmp_path.name}/sums") if server else run)
+        if server:
+            place.upload(run)
+
+        def removed(*arguments: Any) -> Any:
+            (place / "checkpoints" / "checkpoint_00000002_abcd").remove()
+            return whole_job(*arguments)
+
+        whole_job = exportable._job
+        monkeypatch.setattr(exportable, "_job", removed)
+        said = refused(capsys, (place / "checkpoints" / "2").location, "--output", str(tmp_path / "out"))
+    assert said.startswith(
+        f"raysft: error: {place}/checkpoints/checkpoint_00000002_abcd: its run removed it while it was"
+    )
+    assert said.endswith(f"; export {place}/checkpoints/4, the newest other one")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_checkpoint_that_cannot_be_exported_is_one_line_with_one_that_can(run, model, tmp_path, capsys):
