@@ -11,6 +11,7 @@ from pathlib import Path
 from raysft.config import Config, convert_file, export_arguments, load
 from raysft.config.reference import SECTIONS, reference
 from raysft.config.section import known_scheme
+from raysft.config.verb import verb_of
 from raysft.errors import RequestError
 from raysft.storage.path import StoragePath
 from raysft.storage.run_directory import RunDirectory
@@ -189,7 +190,6 @@ def _submit_to_kubernetes(parsed: argparse.Namespace, config: Config, following:
         raise RequestError(f"--allow-changed: --to {KUBERNETES} has no such option; remove it, or use another run.name")
     from raysft.run.preflight import check_verb
     from raysft.submit import kubernetes
-    from raysft.submit.request import verb_of
 
     check_verb(config, verb_of(config))
     if parsed.render is None:
@@ -223,7 +223,7 @@ def _check_pods(config: Config) -> None:
     """Refuse a training or an evaluation that its pods cannot hold."""
     from raysft.run.pods import check_evaluation_pods, check_pods
     from raysft.submit import kubernetes
-    from raysft.submit.kubernetes.sizes import nodes_of, verb_of, worker_pods
+    from raysft.submit.kubernetes.sizes import nodes_of, worker_pods
 
     kubernetes.render(config)  # refuses what no pods could do
     check = {"run": check_pods, "evaluate": check_evaluation_pods}.get(verb_of(config))

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 
+from raysft.cluster.placement import Node, counted
 from raysft.config import Config
 from raysft.data.shards.prompts import write_prompts
 from raysft.data.tokenization.turn_ends import merge_counts, stop_token_ids
 from raysft.errors import RequestError
-from raysft.run.inputs import check_tokens
+from raysft.run.inputs import PromptInputs, check_tokens
 from raysft.run.other_model import begin
 from raysft.run.preflight import preflight
 from raysft.run.source_plan import plan_sources
@@ -51,6 +52,23 @@ def predict(config: Config) -> RunDirectory:
         # Inside the block, so that the results reach an object store with the other files.
         write_metrics(directory, rows)
     return directory
+
+
+def prediction_lines(config: Config, prompts: PromptInputs, nodes: Sequence[Node]) -> list[str]:
+    """What ``predict`` would do, in lines for the terminal."""
+    from raysft.generate.engine_pool import size_pool
+
+    settings = config.generate
+    pool = size_pool(config, nodes, batches=settings.num_actors or sum(len(each) for each in prompts.manifests))
+    most = f", {settings.max_examples:,} prompts of each set at most" if settings.max_examples else ""
+    each = counted(pool.gpus, "GPU") if config.scaling.use_gpu else counted(pool.cpus, "CPU")
+    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    return [
+        f"generate: generate.model={config.generate.model} with {settings.engine}, up to {settings.max_new_tokens:,} tokens for a "
+        f"prompt{most}",
+        *(f"generation {name}: {source.line()}" for name, source in plan_sources(prompts.manifests).items()),
+        f"resources: {counted(pool.engines, 'engine')} with {each} each, the cluster has {cpus:g} CPUs and {gpus:g} GPUs",
+    ]
 
 
 def _largest_tokens(prompts: Path) -> Iterator[tuple[int, str]]:

@@ -20,6 +20,7 @@ from typing import Literal
 from raysft.cluster.connect import cluster
 from raysft.cluster.placement import Node
 from raysft.config import Config
+from raysft.config.verb import verb_of
 from raysft.errors import RequestError
 from raysft.run.best_metric import check_best_metric
 from raysft.run.evaluation_plan import PlannedEvaluation, plan_evaluation
@@ -82,9 +83,9 @@ class Preflight:
     runs: tuple[PlannedRun, ...] = ()
     """One run; of trials one for each way in which model, data or steps differ."""
     prompts: PromptInputs | None = None
-    """For ``generate`` with ``generate.model``."""
+    """For ``generate`` with ``generate.model``, or a check of it."""
     evaluation: PlannedEvaluation | None = None
-    """For ``evaluate`` with ``evaluate.model``."""
+    """For ``evaluate`` with ``evaluate.model``, or a check of it."""
 
 
 @contextmanager
@@ -110,18 +111,19 @@ def preflight(
         RequestError: the request cannot be carried out.
     """
     runs, terminal = list(trials) or [config], Terminal()
-    other: OtherVerb | None = "generate" if verb == "generate" else "evaluate" if verb == "evaluate" else None
+    asked = _looked_at(config) if verb == "check" else verb
+    other: OtherVerb | None = "generate" if asked == "generate" else "evaluate" if asked == "evaluate" else None
     if other and other_model(config, other) is None:
         other = None
     for run in runs:
-        check_verb(run, verb)
+        check_verb(run, asked)
     with _open_directory(config, verb, terminal) as (directory, push):
         changes: Changes = {}
         if other:
             refuse_directory(directory, config, other)
         else:
             changes = check_ownership(directory, config, allow_changed if verb in TRAINS_ONE else None)
-        refuse_other_kind(directory, verb)
+        refuse_other_kind(directory, asked)
         check_trials(trials, terminal, tuple(config.tune.space) if config.tune.scheduler == "pbt" else ())
         for run in runs if other != "evaluate" else ():
             check_packages(run, trains=not other)
@@ -140,6 +142,12 @@ def preflight(
             else:
                 planned = _plan_run(runs[0], directory, nodes, changes, allow_changed, verb, terminal.line)
                 yield replace(ready, runs=(planned,))
+
+
+def _looked_at(config: Config) -> Verb:
+    """The verb whose plan a check of a config shows; that of a sweep is its run's."""
+    verb = verb_of(config)
+    return verb if verb in ("evaluate", "generate") else "check"
 
 
 def check_trials(trials: Sequence[Config], terminal: Terminal, varying: Sequence[str] = ()) -> None:

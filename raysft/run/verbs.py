@@ -14,24 +14,28 @@ from raysft.run.evaluate import evaluate as evaluate_other
 from raysft.run.inputs import read_inputs
 from raysft.run.ownership import ensure_writable
 from raysft.run.pipeline import evaluate_model, generate_predictions, print_report, train_model
-from raysft.run.plan import Plan
-from raysft.run.predict import predict
+from raysft.run.predict import predict, prediction_lines
 from raysft.run.preflight import preflight
 from raysft.telemetry.terminal import Terminal
 
 
-def check(config: Config) -> Plan:
-    """Print what a run would do. Model and data are opened and checked; only the cache is written to.
+def check(config: Config) -> None:
+    """Print what the verb that a config asks for would do. Model and data are opened and checked; only the cache is written to.
 
     Raises:
         RequestError: it could not run.
     """
     with preflight(config, "check") as ready:
-        (run,) = ready.runs
-    for line in run.plan.lines():
+        verb = ""
+        if ready.evaluation:
+            lines, verb = ready.evaluation.lines(config), "evaluate"
+        elif ready.prompts:
+            lines, verb = prediction_lines(config, ready.prompts, ready.nodes), "generate"
+        else:
+            lines = ready.runs[0].plan.lines()
+    for line in lines:
         ready.terminal.line(line)
-    ready.terminal.line(f"run directory: {config.run_place}")
-    return run.plan
+    ready.terminal.line(f"run directory: {config.run_place}" + (f", for raysft {verb}" if verb else ""))
 
 
 def show(config: Config, rows: int, page: Path | None = None) -> None:

@@ -9,10 +9,10 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from raysft import __version__
 from raysft.config import Config, masked
+from raysft.config.verb import verb_of
 from raysft.errors import RequestError
 from raysft.storage.local_cache import may_be_on_hub
 
@@ -82,23 +82,6 @@ def job_request(config: Config, allow_changed: bool = False, commit: str | None 
     # raysft has ended, and Ray would wait for it until it kills it.
     entrypoint = f"exec {shlex.join(['raysft', verb, CONFIG_NAME, *options])}"
     return JobRequest(config.run.name, digest, text, entrypoint, place, metadata)
-
-
-def verb_of(config: Config) -> Literal["run", "tune", "evaluate", "generate"]:
-    """The verb that a config asks for.
-
-    Raises:
-        RequestError: it asks for two.
-    """
-    if config.tune.space:
-        return "tune"
-    evaluated, generates = config.evaluate.model, config.generate.model
-    if evaluated is not None and generates is not None:
-        raise RequestError(
-            f"a job runs one verb, but evaluate.model={evaluated} and generate.model={generates} are both set; set one to null, "
-            "and submit the other afterwards"
-        )
-    return "evaluate" if evaluated is not None else "generate" if generates is not None else "run"
 
 
 def refuse_local(config: Config) -> None:

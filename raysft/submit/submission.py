@@ -14,6 +14,7 @@ from typing import TypeVar
 from ray.job_submission import JobDetails, JobStatus
 
 from raysft.config import Config
+from raysft.config.verb import verb_of
 from raysft.errors import RequestError, RunFailed, one_line
 from raysft.run.preflight import check_verb
 from raysft.storage.path import StoragePath
@@ -22,7 +23,7 @@ from raysft.submit.follow import come_back, exit_code, follow
 from raysft.submit.follow_run import go_on_from_files
 from raysft.submit.following import INTERRUPTED, Lost, pressed_again
 from raysft.submit.jobs_internals import Jobs, JobTaken, UnknownJob, Unreachable
-from raysft.submit.request import CONFIG_NAME, STOP_SECONDS, JobRequest, commit_of, job_request, verb_of
+from raysft.submit.request import CONFIG_NAME, STOP_SECONDS, JobRequest, commit_of, job_request
 from raysft.submit.shown_log import ShownLog, own_exit_code, show
 
 STOPPED_SECONDS = STOP_SECONDS + 30.0

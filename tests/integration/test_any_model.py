@@ -243,9 +243,11 @@ def test_what_cannot_be_is_refused_before_anything_starts(folder, other, adapter
     told = refused(folder, capsys)
     assert "holds no trained model; train first (raysft train CONFIG), or set generate.model to any model" in told
     assert "did you mean 'quiz'?" in refused(folder, capsys, f"generate.model={other}", "generate.sources=[quitz]")
-    for verb in ("run", "check"):
-        told = refused(folder, capsys, f"generate.model={other}", verb=verb)
-        assert f"but generate.model={other}; remove generate.model, or use raysft generate" in told
+    told = refused(folder, capsys, f"generate.model={other}", verb="run")
+    assert f"but generate.model={other}; remove generate.model, or use raysft generate" in told
+    assert "did you mean 'quiz'?" in refused(
+        folder, capsys, f"generate.model={other}", "generate.sources=[quitz]", verb="check"
+    )
     assert "folder not found" in refused(folder, capsys, f"generate.model={tmp_path}/none")
     assert "contains no config.json" not in refused(folder, capsys, f"generate.model={tmp_path}")
     for file, part in (("adapter_model.safetensors", adapter), ("model.safetensors", other)):

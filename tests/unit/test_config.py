@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from raysft.config import documented_fields, load, parse, with_overrides
 from raysft.config.validate import RENAMED
+from raysft.config.verb import verb_of
 from raysft.errors import RequestError
-from raysft.submit.request import verb_of
 from tests import messages
 from tests.messages import holds
 

@@ -17,10 +17,10 @@ import yaml
 
 from raysft.cli import main
 from raysft.config import Config, load, with_overrides
+from raysft.config.verb import verb_of
 from raysft.submit.kubernetes import documents, render
 from raysft.submit.kubernetes.names import config_text, job_name
 from raysft.submit.kubernetes.pod_template import ENVIRONMENT
-from raysft.submit.request import verb_of
 from raysft.telemetry.dashboard import alerts, dashboard
 from raysft.train.cpu_worker import KEEP_MEMORY
 from tests import messages

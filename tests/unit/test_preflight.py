@@ -76,8 +76,12 @@ def trained() -> None:
 @pytest.mark.parametrize(
     ("verb", "overrides", "remedy"),
     [
-        *((verb, ["generate.model=m"], "remove generate.model, or use raysft generate") for verb in ("run", "check", "tune")),
-        *((verb, ["evaluate.model=m"], "remove evaluate.model, or use raysft evaluate") for verb in TRAINING),
+        *((verb, ["generate.model=m"], "remove generate.model, or use raysft generate") for verb in ("run", "tune")),
+        *((verb, ["evaluate.model=m"], "remove evaluate.model, or use raysft evaluate")
+          for verb in TRAINING if verb != "check"),
+        ("check", ["evaluate.model=m", "generate.model=m"], "are both set; set one to null"),
+        ("check", ["data.eval=[]", "evaluate.model=m"], "there is nothing to evaluate on; set data.eval"),
+        ("check", ["data.eval=[]", "generate.model=m"], "there is nothing to generate for; set data.eval"),
         ("generate", ["evaluate.model=m"], "set generate.model, or use raysft evaluate"),
         ("evaluate", ["data.eval=[]"], "set data.eval, or data.holdout above 0"),
         ("evaluate", ["data.eval=[]", "evaluate.model=m"], "set data.eval, or data.holdout above 0"),

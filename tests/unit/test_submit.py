@@ -25,9 +25,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from raysft import __version__
 from raysft.cli import main
 from raysft.config import load
+from raysft.config.verb import verb_of
 from raysft.submit import follow, kubernetes, submission
 from raysft.submit.jobs_internals import Jobs
-from raysft.submit.request import job_request, relative_paths, verb_of
+from raysft.submit.request import job_request, relative_paths
 from raysft.submit.shown_log import STOPPED_WITH
 from tests.dashboards import FAILED, RUNNING, STOPPED, SUCCEEDED, Dashboard, Job, Tail, dashboard, forget_clusters
 from tests.messages import holds

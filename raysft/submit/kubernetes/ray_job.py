@@ -6,6 +6,7 @@ from importlib.metadata import version
 from typing import Any
 
 from raysft.config import Config
+from raysft.config.verb import verb_of
 from raysft.submit.kubernetes.names import JOB_LABEL, job_name, metadata
 from raysft.submit.kubernetes.pod_template import (
     CONFIG_FOLDER,
@@ -17,7 +18,7 @@ from raysft.submit.kubernetes.pod_template import (
     pod_template,
 )
 from raysft.submit.kubernetes.sizes import WorkerPods, head_memory, ray_cpus
-from raysft.submit.request import CONFIG_NAME, verb_of
+from raysft.submit.request import CONFIG_NAME
 
 BACKOFF_LIMIT = 3
 """How often KubeRay starts a new cluster for a job that failed; the run goes on from its newest checkpoint there."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 
 from raysft.config import Config
+from raysft.config.verb import verb_of
 from raysft.errors import RequestError
 from raysft.run.resources import check_resources
 from raysft.submit.kubernetes.names import config_text
 from raysft.submit.kubernetes.paths import refuse_local_paths
 from raysft.submit.kubernetes.pod_template import CONFIG_FOLDER, object_store_bytes
 from raysft.submit.kubernetes.sizes import WorkerPods, nodes_of
-from raysft.submit.request import verb_of
 
 CONFIG_MAP_BYTES = 1 << 20
 """Most bytes that Kubernetes stores in a ConfigMap."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from raysft.cluster.placement import TASK_CPUS, Node, max_workers
 from raysft.config import Config
+from raysft.config.verb import verb_of
 from raysft.errors import RequestError
-from raysft.submit.request import verb_of
 
 HEAD_MEMORY = 6 << 30
 HEAD_MEMORY_PER_POD = 256 << 20
