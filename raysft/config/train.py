@@ -157,8 +157,9 @@ class TrainSection(Section):
     save_every_minutes: Annotated[float, Field(gt=0)] | None = 15
     """Save a checkpoint when the last one is N minutes old, so that a crash loses at most this much work. The run removes these
     checkpoints when it has saved the trained model. ``null``: no such checkpoints."""
-    keep_last: Positive = 2
-    """Number of most recent checkpoints to keep. If the newest one is corrupt, a run resumes from the one before it."""
+    keep_last: Positive | None = 2
+    """Number of most recent checkpoints to keep. If the newest one is corrupt, a run resumes from the one before it. ``null``: all
+    that ``save_every_steps`` and ``save_every_epochs`` ask for, and the newest one by time."""
     max_failures: Count = 3
     """Number of times that workers restart from the newest checkpoint after a worker dies. A worker error that occurs again at
     the same step ends the run."""

@@ -71,8 +71,8 @@ def storage(config: Config, sizes: ModelSizes, setup: Setup, written_in_all: int
     train = config.train
     saves = train.resumes and (train.saves_on_schedule or train.save_every_minutes is not None)
     copies = 2 if train.keep_best else 1
-    most = train.keep_last + 1 if written_in_all is None else min(train.keep_last + 1, written_in_all)
-    return Storage(checkpoint, copies * written, most if saves else 0, _free(config))
+    limits = [most for most in (train.keep_last and train.keep_last + 1, written_in_all) if most is not None]
+    return Storage(checkpoint, copies * written, min(limits, default=1) if saves else 0, _free(config))
 
 
 def _free(config: Config) -> float | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from raysft.cluster.placement import Node
 from raysft.config import Config
 from raysft.data.prepare import PreparedData
-from raysft.errors import RequestError, one_line
+from raysft.errors import RequestError, as_yaml, one_line
 from raysft.estimate.duration import Speed, earlier_speed, given_speed
 from raysft.estimate.estimate import Place, Training, estimate, place_of
 from raysft.estimate.hardware import smallest_node
@@ -118,13 +118,14 @@ def _is_small(training: Training, weight_bytes: int, place: Place) -> bool:
 
 
 def _checkpoints(config: Config, plan: Plan) -> int | None:
-    """Return the most checkpoints that a run writes in all, the one at its end included; None if time decides."""
+    """Return the most checkpoints that are there at a time, whatever their limit; None if time decides."""
     train = config.train
-    if train.save_every_minutes is not None:
-        return None
     by_steps = plan.steps / train.save_every_steps if train.save_every_steps else 0
     by_epochs = plan.epochs / train.save_every_epochs if train.save_every_epochs else 0
-    return math.ceil(by_steps) + math.ceil(by_epochs)
+    asked = math.ceil(by_steps) + math.ceil(by_epochs)  # the one at the end included
+    if train.save_every_minutes is None:
+        return asked
+    return min(plan.steps, asked + 2) if train.keep_last is None else None  # the newest by time, and the next one
 
 
 def _storage_line(written: Storage) -> Iterator[str]:
@@ -137,7 +138,7 @@ def _storage_warnings(config: Config, written: Storage, step_seconds: float | No
     if written.free is not None and written.needed > written.free:
         yield (
             f"run.storage: the run writes up to {amount(written.needed)}, but {config.run_place.parent} has "
-            f"{amount(written.free)} free; make room, or lower train.keep_last={config.train.keep_last}"
+            f"{amount(written.free)} free; make room, or lower train.keep_last={as_yaml(config.train.keep_last)}"
         )
     minutes, speed = config.train.save_every_minutes, write_speed(config, written)
     if minutes and (warning := slow_checkpoints(written, speed, 60 * minutes)):

@@ -14,28 +14,34 @@ from raysft.run.evaluate import evaluate as evaluate_other
 from raysft.run.inputs import read_inputs
 from raysft.run.ownership import ensure_writable
 from raysft.run.pipeline import evaluate_model, generate_predictions, print_report, train_model
+from raysft.run.plan import Plan
 from raysft.run.predict import predict, prediction_lines
 from raysft.run.preflight import preflight
 from raysft.telemetry.terminal import Terminal
 
 
-def check(config: Config) -> None:
+def check(config: Config) -> Plan | None:
     """Print what the verb that a config asks for would do. Model and data are opened and checked; only the cache is written to.
+
+    Returns:
+        The plan of a training; None for an evaluation or predictions without one.
 
     Raises:
         RequestError: it could not run.
     """
     with preflight(config, "check") as ready:
-        verb = ""
+        verb, plan = "", None
         if ready.evaluation:
             lines, verb = ready.evaluation.lines(config), "evaluate"
         elif ready.prompts:
             lines, verb = prediction_lines(config, ready.prompts, ready.nodes), "generate"
         else:
-            lines = ready.runs[0].plan.lines()
+            plan = ready.runs[0].plan
+            lines = plan.lines()
     for line in lines:
         ready.terminal.line(line)
     ready.terminal.line(f"run directory: {config.run_place}" + (f", for raysft {verb}" if verb else ""))
+    return plan
 
 
 def show(config: Config, rows: int, page: Path | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,8 @@ def test_examples_pass_check(write, capsys, name):
     out = capsys.readouterr().out
     assert "steps" in out
     if name != "badam":
-        # All checkpoints are kept, which are as many as the steps give, not as train.keep_last allows.
-        assert "storage: 1 checkpoints of" in out
+        # All checkpoints are kept: that of the end, the newest by time, and the one that displaces it.
+        assert re.search("storage: [1-3] checkpoints of", out)
 
 
 def test_a_file_trains_and_another_predicts_with_its_output(folder, write, capsys):
@@ -85,8 +86,20 @@ def test_a_file_trains_and_another_predicts_with_its_output(folder, write, capsy
         "max_samples": 3, "max_new_tokens": 4, "output_dir": "saves/m/lora/predict",
     }  # fmt: skip
     path = write("predict.yaml", predict)
+    capsys.readouterr()
+    assert main(["check", path]) == 0, capsys.readouterr().err
+    planned = capsys.readouterr().out
+    assert "generate: generate.model=saves/m/lora/sft/model with transformers, up to 4 tokens for a prompt" in planned
+    assert "generation b: " in planned
+    assert planned.endswith("saves/m/lora/predict, for raysft generate\n")
+    assert not (folder / "saves/m/lora/predict").exists()
     assert main(["generate", path]) == 0, capsys.readouterr().err
     lines = (folder / "saves/m/lora/predict/generated_predictions.jsonl").read_text().splitlines()
     assert len(lines) == 3
+    evaluate = {"do_eval": True, "eval_dataset": "b", "max_samples": 3, "output_dir": "saves/m/lora/eval"}
+    assert main(["check", write("evaluate.yaml", evaluate)]) == 0, capsys.readouterr().err
+    planned = capsys.readouterr().out
+    assert f"evaluate: evaluate.model={folder / 'm'} on " in planned
+    assert planned.endswith("saves/m/lora/eval, for raysft evaluate\n")
     assert main(["run", path]) == 2
     assert "use raysft generate" in capsys.readouterr().err.replace("or use", "use")

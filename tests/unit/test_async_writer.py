@@ -87,6 +87,9 @@ def test_passing_ones_push_no_others_out_and_go_when_the_model_is_written(checkp
     assert steps(checkpoints) == [5, 4, 3, 2], "the newest two, and the newest two that were asked for"
     catalog.remove_temporary(checkpoints)
     assert steps(checkpoints) == [3, 2]
+    have(2, 4, 5)
+    catalog.prune(checkpoints, None)
+    assert steps(checkpoints) == [5, 3, 1], "all that were asked for, and the newest"
     have(1, 2, 3, 4, 5)
     catalog.prune(checkpoints, 2)
     assert steps(checkpoints) == [5, 4]

@@ -348,6 +348,8 @@ def test_checkpoints_and_model_need_room(tmp_path):
     none = config_of(tmp_path, model__finetuning="full", train__save_every_minutes=None)
     assert storage(none, SEVEN, setup_of(none, 2, 4)).needed == 4 * 7e9
     assert storage(config, SEVEN, setup_of(config, 2, 4), written_in_all=1).kept == 1
+    every = config_of(tmp_path, model__finetuning="full", train__keep_last=None)
+    assert storage(every, SEVEN, setup_of(every, 2, 4), written_in_all=9).kept == 9
     assert found.free is not None
     bucket = config_of(tmp_path, run__storage="s3://bucket/runs")
     assert storage(bucket, SEVEN, setup_of(bucket, 2, 4)).free is None

@@ -15,6 +15,7 @@ from raysft.cli import main
 from raysft.config import Config, load
 from raysft.config.llamafactory import TABLE, Conversion, convert, render
 from raysft.config.llamafactory.conversion import schema
+from raysft.config.verb import verb_of
 from raysft.data.prepare import prepare
 from raysft.train.optim import make_lr_scheduler
 from tests import messages
@@ -189,7 +190,7 @@ def test_its_defaults_apply(write):
     }  # fmt: skip
     found = {key: of(config, key) for key in expected}
     assert found == expected
-    assert config.train.keep_last > 1000
+    assert (config.train.keep_last, config.train.save_every_minutes) == (None, 15)
 
 
 def of(config: Config, path: str) -> Any:
@@ -254,7 +255,7 @@ def of(config: Config, path: str) -> Any:
         ({"save_total_limit": 3}, {"train.keep_last": 3, "train.save_every_steps": 500}),
         ({"enable_thinking": False}, {"data.template_options": {"enable_thinking": False}}),
         ({"enable_thinking": None}, {"data.template_options": {"enable_thinking": None}}),
-        ({"save_strategy": "epoch"}, {"train.save_every_epochs": 1, "train.save_every_minutes": None}),
+        ({"save_strategy": "epoch"}, {"train.save_every_epochs": 1, "train.keep_last": None}),
         ({"eval_strategy": "epoch", "val_size": 9, "eval_delay": 1}, {"train.eval_every_epochs": 1, "train.eval_delay": 1}),
         ({"warmup_steps": 20}, {"train.warmup_steps": 20}),
         ({"num_train_epochs": "0.5"}, {"train.epochs": 0.5}),
@@ -432,6 +433,31 @@ def test_tokens_that_llamafactory_would_train_on_are_not_passed_over(tmp_path):
     assert holds(refusal.message, f"tokenized_path={tmp_path} exists … remove tokenized_path")
 
 
+@pytest.mark.parametrize(
+    ("keys", "verb"),
+    [
+        ({}, "run"),
+        ({"do_eval": True, "val_size": 9}, "run"),
+        ({"do_train": False, "do_eval": True, "val_size": 9}, "evaluate"),
+        ({"do_train": False, "do_predict": True, "val_size": 9}, "generate"),
+        ({"do_train": False, "do_eval": True, "predict_with_generate": True, "val_size": 9}, "generate"),
+    ],
+)
+def test_the_converted_config_names_the_verb_that_takes_it(write, keys, verb):
+    path = write({**MINIMAL, **keys})
+    assert f"# Run it with raysft {verb}" in render(convert({**MINIMAL, **keys}), path).splitlines()[1]
+    assert verb_of(load(path)) == verb
+
+
+def test_keys_at_their_defaults_are_listed_as_such_and_those_of_trainings_in_other_files():
+    keys = {"save_only_model": False, "resume_from_checkpoint": None, "report_to": "none"}
+    conversion = convert({**MINIMAL, **keys, "do_train": False, "do_eval": True, "val_size": 9})
+    assert conversion.harmless["report_to"] == "only a training reads it"
+    assert "save_only_model, resume_from_checkpoint: have their defaults" in render(conversion, "a.yaml")
+    assert converted(**keys).config["train"]["trackers"] == []
+    assert "resuming" in converted(save_only_model=True).harmless["save_only_model"]
+
+
 def test_overrides_may_name_keys_of_both(write):
     config = load(write({**MINIMAL, "learning_rate": 1e-5}), ["learning_rate=1e-3", "train.global_batch_size=2"])
     assert (config.train.learning_rate, config.train.global_batch_size) == (1e-3, 2)
@@ -461,6 +487,9 @@ def test_keys_of_conversations_have_no_effect_on_raw_text_and_are_told(write):
         ({"learning_rate": -1}, "lf.yaml:4: train.learning_rate=-1.0: must be greater than 0"),
         ({"dataset": "a,,b"}, "lf.yaml:2: dataset='a,,b': must be names"),
         ({"task": "mmlu_test"}, "lf.yaml:4: unknown key task; it is for llamafactory-cli eval … use lm-evaluation-harness"),
+        ({"batch_size": 2}, "lf.yaml:4: unknown key batch_size; did you mean per_device_train_batch_size, or per_device_eval"),
+        ({"save_dir": "x"}, "lf.yaml:4: unknown key save_dir; did you mean output_dir?"),
+        ({"do_train": False, "do_eval": True}, "lf.yaml:4: do_eval=true … rename dataset to eval_dataset to use a"),
         ({"lora_rnak": 3}, "lf.yaml:4: unknown key lora_rnak; did you mean lora_rank?"),
         ({"report_to": "comet_ml"}, "lf.yaml:4: report_to=comet_ml … wandb, mlflow, swanlab, trackio or none"),
         ({"report_to": "all"}, "lf.yaml:4: report_to=all … name them: tensorboard, wandb"),
@@ -480,7 +509,7 @@ def test_keys_of_conversations_have_no_effect_on_raw_text_and_are_told(write):
         ({"eval_dataset": "b", "val_size": 1}, "lf.yaml:5: val_size=1 … eval_dataset … remove one"),
         ({"do_train": True, "do_eval": True}, "lf.yaml:4: do_eval=true … eval_dataset and val_size … set one"),
         ({"do_train": True, "do_predict": True}, "lf.yaml:4: do_predict=true … eval_dataset and val_size … set one"),
-        ({"do_train": False, "do_predict": True}, "lf.yaml:4: do_predict=true … eval_dataset and val_size … set one"),
+        ({"do_train": False, "do_predict": True}, "lf.yaml:4: do_predict=true … eval_dataset and val_size … rename dataset"),
         ({"predict_with_generate": True}, "lf.yaml:4: predict_with_generate=true … eval_dataset and val_size … set one"),
         ({"bf16": True, "fp16": True}, "lf.yaml:5: fp16=true, but bf16=true"),
         ({"warmup_ratio": 0.1, "warmup_steps": 5}, "lf.yaml:4: warmup_ratio and warmup_steps … remove one"),
@@ -513,7 +542,6 @@ def test_keys_of_conversations_have_no_effect_on_raw_text_and_are_told(write):
         ({"export_hub_model_id": "o/n"}, "lf.yaml:4: export_hub_model_id='o/n' … raysft export RUN_DIR --push ORG/NAME"),
         ({"push_to_hub": True, "hub_model_id": "o/n"}, "lf.yaml:4: push_to_hub=true … raysft export RUN_DIR --push ORG/NAME"),
         ({"do_train": False}, "lf.yaml:3: do_train=false leaves nothing to do; set do_train: true"),
-        ({"do_train": False, "do_eval": True}, "lf.yaml:4: do_eval=true … eval_dataset and val_size … set one"),
         (
             {"do_train": False, "do_eval": True, "val_size": 9, "adapter_name_or_path": "x,y"},
             "lf.yaml:6: adapter_name_or_path: evaluations take one adapter",

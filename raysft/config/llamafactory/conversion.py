@@ -22,6 +22,8 @@ STAGES = ("sft", "pt")
 PARTITIONING = ("zero_stage", "offload.parameters", "offload.folder", "deepspeed")
 """Keys of ``train`` that an evaluation without a training has, too."""
 UNSET = object()
+DEFAULT = "has its default"
+"""Why a key needs nothing whose value, or null, means what it means without the key."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,13 @@ class Conversion:
     """Command that does what the file asks for, if that is an export; there is no config then."""
     arguments: Sequence[str] = ()
     """Arguments of ``raysft export`` in that command."""
+
+    @property
+    def verb(self) -> str:
+        """The verb of raysft that does what the file asks for."""
+        if self.command:
+            return "export"
+        return next((verb for verb in ("evaluate", "generate") if self.config.get(verb, {}).get("model")), "run")
 
 
 def convert(raw: Mapping[Any, Any]) -> Conversion:
@@ -171,12 +180,16 @@ def _has_effect(name: str, given: Settings, entries: list[Entry]) -> bool:
 
 def _reason(name: str, given: Settings) -> str:
     key = TABLE[name]
-    if not given.given(name):
-        return "null stands for its default"
+    if not given.given(name) or (key.default is not None and given[name] == key.default):
+        return DEFAULT
+    if name == "do_eval" and not given.trains:
+        return "the predictions are scored instead"
     if key.reason:
         return key.reason
     if given.exports:
         return "a model is exported with its own template and settings, and an adapter with those of its training"
+    if key.path.startswith("train.") and not given.trains:
+        return "only a training reads it"
     if given[name] == key.default:
-        return "has its default, which needs nothing"
+        return DEFAULT
     return "has no effect beside the other keys"

@@ -8,10 +8,16 @@ from typing import Any
 
 import yaml
 
-from raysft.config.llamafactory.conversion import Conversion, schema
+from raysft.config.llamafactory.conversion import DEFAULT, Conversion, schema
 from raysft.config.yaml_text import Dumper
 
 WIDTH = 120
+DOES = {
+    "run": "Run it with raysft run.",
+    "evaluate": "Run it with raysft evaluate; nothing is trained.",
+    "generate": "Run it with raysft generate; nothing is trained.",
+}
+"""Verb → what it does with a config that asks for it."""
 
 
 def render(conversion: Conversion, name: str) -> str:
@@ -27,11 +33,16 @@ def render(conversion: Conversion, name: str) -> str:
     if conversion.command:
         lines = [f"# {name} asks for an export. The command at the end does that; raysft export {name} does, too."]
     elif conversion.refusals:
-        lines += ["#", "# Refused, so that this config is not complete:"]
+        lines += ["#", "# These keys are refused, so this config is not complete:"]
         lines += [line for refusal in conversion.refusals for line in _item(refusal.message)]
-    if conversion.harmless:
+    else:
+        lines.append(f"# {DOES[conversion.verb]}")
+    others = {key: reason for key, reason in conversion.harmless.items() if reason != DEFAULT}
+    if defaults := [key for key in conversion.harmless if key not in others]:
+        others[", ".join(defaults)] = DEFAULT if len(defaults) == 1 else "have their defaults"
+    if others:
         lines += ["#", "# These keys need nothing here:"]
-        lines += [line for key, reason in conversion.harmless.items() for line in _item(f"{key}: {reason}")]
+        lines += [line for key, reason in others.items() for line in _item(f"{key}: {reason}")]
     if conversion.command:
         return "\n".join([*lines, conversion.command]) + "\n"
     sections = {path.rpartition(".")[0] for path in schema()} - {""}

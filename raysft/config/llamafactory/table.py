@@ -14,7 +14,15 @@ from raysft.config.llamafactory.training_keys import EARLIER, OWN, TRANSFORMERS
 TABLE: Keys = {**MODEL, **DATA, **OWN, **TRANSFORMERS, **FINETUNING, **GENERATING, **EARLIER}
 RENAMED = {"new_special_tokens": "add_special_tokens"}
 """Key of an earlier version → its name now, where another name is closer."""
-BENCHMARKS = ("task", "task_dir", "lang", "n_shot")
+MEANT = {
+    "batch_size": "per_device_train_batch_size, or per_device_eval_batch_size",
+    "save_dir": "output_dir",
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+    "model": "model_name_or_path",
+}
+"""Name that other programs, and LLaMA-Factory's benchmarks, have for a key → the key."""
+BENCHMARKS = ("task", "task_dir", "lang", "n_shot", "download_mode")
 """Keys of files for ``llamafactory-cli eval``."""
 
 
@@ -22,6 +30,8 @@ def suggest_key(name: Any) -> str:
     """Suggest a key for one that does not exist."""
     if name in RENAMED:
         return f"LLaMA-Factory 0.9.5 calls it {RENAMED[name]}; rename it"
+    if name in MEANT:
+        return f"did you mean {MEANT[name]}?"
     if name in BENCHMARKS:
         return (
             "it is for llamafactory-cli eval, which LLaMA-Factory 0.9.5 no longer runs; raysft has no benchmarks: "

@@ -139,7 +139,7 @@ TRANSFORMERS: Keys = {
             "include_for_metrics", "batch_eval_metrics",
         )
     },
-    "save_only_model": harmless("a checkpoint always holds what resuming needs"),
+    "save_only_model": Key(boolean, False, reason="a checkpoint always holds what resuming needs"),
     "save_strategy": joined("train.save_every_steps", word("no", "steps", "epoch", "best"), "steps"),
     "save_steps": joined("train.save_every_steps", number, 500.0),
     "save_total_limit": joined("train.keep_last", option(whole)),

@@ -11,8 +11,6 @@ from raysft.config.llamafactory.settings import Entry, Refusal, Settings
 from raysft.config.optimizer_settings import OWN_BETAS, OWN_EPSILON
 
 Derived = Iterator[Entry | Refusal]
-ALL_CHECKPOINTS = 1_000_000
-"""``train.keep_last`` for a file that limits nothing."""
 
 
 def run(given: Settings) -> Derived:
@@ -125,12 +123,9 @@ def evaluation(given: Settings) -> Derived:
         yield Refusal("save_strategy", "save_strategy=best is not supported; set load_best_model_at_end: true instead")
     elif strategy != "no" and not given["use_badam"]:
         yield from _every(given, "train.save_every", strategy, "save_steps")
-        limit = given["save_total_limit"]
         yield Entry(
-            "train.keep_last", limit or ALL_CHECKPOINTS, "save_total_limit", "" if limit else "LLaMA-Factory keeps all"
+            "train.keep_last", given["save_total_limit"], "save_total_limit", "" if given["save_total_limit"] else "all"
         )
-        if not limit:
-            yield Entry("train.save_every_minutes", None, "", "with save_total_limit, also every 15 minutes")
 
 
 def _every(given: Settings, path: str, strategy: str, key: str) -> Derived:

@@ -50,7 +50,12 @@ def sources(given: Settings) -> Derived:
         yield from _weighted(given, _sources(train, online))
     asked = next((name for name in ("do_eval", "do_predict", "predict_with_generate") if given[name]), "")
     if asked and not evaluated and not given["val_size"]:
-        yield Refusal(asked, f"{asked}=true needs data, but eval_dataset and val_size are missing; set one of them")
+        remedy = (
+            "set one of them"
+            if given.trains or not train
+            else f"rename dataset to eval_dataset to use {', '.join(train)}"
+        )
+        yield Refusal(asked, f"{asked}=true needs data, but eval_dataset and val_size are missing; {remedy}")
     if evaluated and given.evaluates:
         yield Entry("data.eval", _sources(evaluated, online), "eval_dataset")
     size = given["val_size"]

@@ -30,11 +30,11 @@ STALL_SECONDS = 300
 class AsyncWriter:
     """Write one worker's part of each checkpoint in a thread, one at a time. All workers create their writers together."""
 
-    def __init__(self, checkpoints: StoragePath, keep: int, emit: Emit) -> None:
+    def __init__(self, checkpoints: StoragePath, keep: int | None, emit: Emit) -> None:
         """
         Args:
             checkpoints: the folder of them all.
-            keep: how many complete ones stay.
+            keep: how many complete ones stay, as for ``catalog.prune``.
             emit: receives ``CheckpointSaved``, ``CheckpointFailed`` and ``Waiting``.
         """
         self._checkpoints, self._keep, self._emit = checkpoints, keep, emit

@@ -39,16 +39,17 @@ def folder_name(step: int, attempt: str) -> str:
     return f"checkpoint_{step:08d}_{attempt}"
 
 
-def prune(checkpoints: StoragePath, keep: int) -> None:
+def prune(checkpoints: StoragePath, keep: int | None) -> None:
     """Remove all complete checkpoints but the newest ``keep``, and incomplete ones older than the newest.
 
-    Temporary checkpoints count among the newest, but displace no others: those stay when the temporary ones are removed.
+    Temporary checkpoints count among the newest, but displace no others: those stay when the temporary ones are removed. With
+    None, all others stay, and the newest one if it is temporary.
     """
     found = _complete(checkpoints)
     if not found:
         return
     permanent = [folder for cursor, folder in found if not cursor.temporary][:keep]
-    for _, folder in found[keep:]:
+    for _, folder in found[1 if keep is None else keep :]:
         if folder not in permanent:
             folder.remove()
     complete_names = {folder.name for _, folder in found}
