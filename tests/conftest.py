@@ -1,5 +1,6 @@
 """What tests of several folders begin with."""
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,25 @@ def pytest_configure() -> None:
     postpone_collection()
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
     """When all are imported."""
     resume_collection()
+    session.config.pluginmanager.register(LateImports())
+
+
+class LateImports:
+    """Libraries that tests import while they run are left out of collections too, once there are many.
+
+    DeepSpeed collects garbage for each engine with ZeRO-3, which would take 0.2 s each time.
+    """
+
+    def __init__(self) -> None:
+        self.known = len(sys.modules)
+
+    def pytest_runtest_setup(self) -> None:
+        if len(sys.modules) > self.known + 300:
+            self.known = len(sys.modules)
+            resume_collection()
 
 
 @pytest.fixture(scope="module")

@@ -64,6 +64,7 @@ def trained(prepared, other):
             make_config(folder, model, settings, micro_batch_size=4),
             rows_of(manifest),
             reference=settings.get("train.reference_model"),
+            eval_rows=rows_of(manifest, steps=1),
         )
         for settings in cases.values()
     ]
@@ -138,9 +139,8 @@ def test_workers_microbatches_and_stages_do_not_change_it(prepared, trained, oth
     for stage in (0, 2, 3) if world == 2 else (3,):
         for name, settings in {**WAYS, "given": {"train.reference_model": other}}.items():
             config = make_config(folder, model, {**ASFT, **settings}, zero_stage=stage, micro_batch_size=1)
-            cases.append(
-                Case(config, rows_of(manifest), chunk_tokens=16, reference=settings.get("train.reference_model"))
-            )
+            reference, few = settings.get("train.reference_model"), rows_of(manifest, steps=1)
+            cases.append(Case(config, rows_of(manifest), reference=reference, eval_rows=few, chunk_tokens=16))
             names.append(name)
     for name, result in zip(names, train_all(cases, world), strict=True):
         assert not result.failure, (name, result.failure)

@@ -62,15 +62,15 @@ def config_of(prepared, name: str, steps: int):
 def trained(prepared) -> dict[tuple[str, int], tuple[Path, Result]]:
     """(case, workers) → a checkpoint of a longer run, and the run that ended after its step."""
     folder, _, manifest = prepared
-    found = {}
+    found, few = {}, rows_of(manifest, steps=1)
     for world in WORKERS:
         names = [name for name in CASES if world == 1 or "bits" not in name]
         cases = []
         for name in names:
             kept = folder / f"{name} {world}"
             cases += [
-                Case(config_of(prepared, name, STEP + 1), rows_of(manifest, steps=STEP + 1), keep=kept),
-                Case(config_of(prepared, name, STEP), rows_of(manifest, steps=STEP)),
+                Case(config_of(prepared, name, STEP + 1), rows_of(manifest, steps=STEP + 1), keep=kept, eval_rows=few),
+                Case(config_of(prepared, name, STEP), rows_of(manifest, steps=STEP), eval_rows=few),
             ]
         results = train_all(cases, world)
         for name, ended in zip(names, results[1::2], strict=True):

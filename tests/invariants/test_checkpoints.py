@@ -64,7 +64,7 @@ def case(prepared, way: str, workers: int, **more) -> Case:
     folder, model, manifest = prepared
     options = {"save_every_steps": HALF, **WAYS[way]}
     config = make_config(folder / f"{way}-{workers}-{len(more)}", model, options.pop("settings", None), **options)
-    return Case(config, rows_of(manifest), **more)
+    return Case(config, rows_of(manifest), eval_rows=rows_of(manifest, steps=1), **more)
 
 
 @pytest.fixture(scope="module")
