@@ -204,7 +204,7 @@ def timeless(results: Mapping[str, Any]) -> dict[str, Any]:
 def _trained(case: Case, rank: int, world: int, name: str, device: torch.device) -> Result:
     from safetensors.torch import load_file
 
-    from raysft.train import decisions, export, loop, loss, step, stragglers, watched_write
+    from raysft.train import decisions, export, loop, loss, step, stragglers, waiting, watched_write
     from raysft.train.checkpoint import parts, state, triggers
     from raysft.train.checkpoint.cursor import Cursor
     from raysft.train.checkpoint.resume import ResumePoint
@@ -252,7 +252,7 @@ def _trained(case: Case, rank: int, world: int, name: str, device: torch.device)
     waits_for_rows = bool(case.steps_with_rows is not None or case.slow[0] == "data")
     # Else how often a worker is asked would depend on the time that its rows take.
     loop.ReadAhead = ReadAhead if waits_for_rows else _Patient
-    loop.LOOK_SECONDS = 0.05
+    waiting.LOOK_SECONDS = 0.05
     if case.steps_with_rows is not None and rank == world - 1:
         batches = itertools.chain(itertools.islice(batches, case.steps_with_rows), _never())
     if case.steps_to_read and rank == world - 1:
