@@ -12,11 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from raysft.cli import main
+from raysft.train.checkpoint import catalog
 from tests.faults import nodes
-from tests.faults.runs import prepare, said
+from tests.faults.runs import CLOSE, prepare, said
 
 
 def test_training_goes_on_with_fewer_workers_when_a_node_dies(local_ray, tmp_path):
@@ -27,6 +30,19 @@ def test_training_goes_on_with_fewer_workers_when_a_node_dies(local_ray, tmp_pat
     assert outcome.good, f"{outcome}\n{printed}"
     assert "; restarting the workers" in printed, "it says why"
     assert "with 1 worker\n" in printed, "and what it goes on with"
+    exported = {run: newest_exported(tmp_path / "runs" / run) for run in ("left-alone", "node")}
+    assert exported["node"].keys() == exported["left-alone"].keys()
+    for name, weight in exported["node"].items():
+        np.testing.assert_allclose(weight, exported["left-alone"][name], atol=CLOSE, err_msg=name)
+
+
+def newest_exported(run: Path) -> dict[str, np.ndarray]:
+    """Export the newest checkpoint, and return its weights."""
+    newest = catalog.newest(run / "checkpoints")
+    assert newest is not None
+    output = run.parent / f"{run.name}-exported"
+    assert main(["export", f"{run}/checkpoints/{newest.cursor.step}", "--output", str(output)]) == 0
+    return load_file(output / "model.safetensors")
 
 
 ASKED = """
