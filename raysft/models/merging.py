@@ -9,7 +9,7 @@ from typing import Any
 
 from raysft.errors import RequestError
 from raysft.models.adapter_embeddings import fit_embeddings
-from raysft.models.adapter_files import named_base, read_adapter_config
+from raysft.models.adapter_files import adapter_base, read_adapter_config
 from raysft.models.adapters import load_adapter, merge_adapter
 from raysft.models.end_of_turn import learned_ends, write_ends
 from raysft.models.loading import load_weights
@@ -25,7 +25,6 @@ from raysft.models.weight_types import (
     stays_float32,
     stored_dtype,
 )
-from raysft.storage.local_cache import model_copy
 from raysft.storage.run_directory import MODEL_MARKS
 
 
@@ -36,6 +35,7 @@ def merge(
     dtype: str | None = None,
     shard_size: str | None = None,
     adapters: Sequence[Path] = (),
+    base: Path | None = None,
 ) -> None:
     """Write one whole model: an adapter merged into its base, then further adapters; without adapters a copy.
 
@@ -48,6 +48,7 @@ def merge(
         dtype: data type of the weights. Default: the own one of the whole model.
         shard_size: largest size of a file of weights. Default: ``SHARD_SIZE``; a model that is copied keeps its files.
         adapters: folders of adapters to merge, in order.
+        base: folder of an adapter's base. Default: found by the adapter's configuration.
 
     Raises:
         RequestError: a folder holds no such thing, the adapters cannot be merged, or the data type cannot hold the weights.
@@ -59,7 +60,7 @@ def merge(
         check_weights(folder, str(folder))
         _check_generation(folder)
     if (model / "adapter_config.json").exists():
-        base, adapters = model_copy(named_base(model) or "None"), [model, *adapters]
+        base, adapters = base or adapter_base(model) or model, [model, *adapters]
     else:
         base = model
     _check_generation(base)

@@ -151,7 +151,8 @@ def _write(exported: Exportable, adapters: Sequence[Exportable], folder: Path, f
         for path in model.iterdir():
             path.rename(folder / path.name)
     else:
-        merge(model, folder, exported.runs_code, form.dtype or exported.dtype, form.shard_size, others)
+        dtype, base = form.dtype or exported.dtype, exported.base(say)
+        merge(model, folder, exported.runs_code, dtype, form.shard_size, others, base)
     if not (form.merges and (others or (model / "adapter_config.json").exists())):
         _tell_left_out(others[0] if others else model)
     shutil.rmtree(scratch, ignore_errors=True)

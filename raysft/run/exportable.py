@@ -7,13 +7,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from raysft.config import Config, parse
 from raysft.config.section import known_scheme
 from raysft.errors import RequestError
+from raysft.models.adapter_files import named_base
 from raysft.storage.cache_home import cache_home
 from raysft.storage.local_cache import local_copy, may_be_on_hub, model_copy
 from raysft.storage.path import StoragePath
@@ -21,6 +22,9 @@ from raysft.storage.retry import FIRST_SECONDS, retry_for
 from raysft.storage.run_directory import MODEL_MARKS, RunDirectory
 from raysft.train.checkpoint import catalog
 from raysft.train.checkpoint.resume import ResumePoint
+
+if TYPE_CHECKING:
+    from raysft.run.inputs import ModelFiles
 
 Notify = Callable[[str], None]
 
@@ -61,8 +65,16 @@ class Exportable:
     @property
     def caches(self) -> tuple[StoragePath, ...]:
         """Folders of models that raysft has made and may make again, which nobody else has."""
-        own = (self.config.cache_directory / "models",) if self.config is not None else ()
-        return (*own, _cache() / "models")
+        known = [self.config, self.moved_config] if self.config is not None else []
+        return (*(config.cache_directory / "models" for config in known if config), _cache() / "models")
+
+    @property
+    def moved_config(self) -> Config | None:
+        """The run's config with the place where the run is now: it may have been moved, or be named from elsewhere."""
+        if self.config is None or self.run is None:
+            return None
+        section = self.config.run.model_copy(update={"storage": self.run.parent.location})
+        return self.config.model_copy(update={"run": section})
 
     def folder(self, scratch: Path, notify: Notify) -> Path:
         """Return a local folder with the model or adapter; that of a checkpoint is written into ``scratch``."""
@@ -70,6 +82,26 @@ class Exportable:
             return model_copy(self.model)
         _restore(self, self.checkpoint, scratch, notify)
         return scratch
+
+    def base(self, notify: Notify) -> Path | None:
+        """Return the base of a run's adapter if it is not where the adapter says; None if it is, or if this is no such adapter.
+
+        A copy in the cache, such as one with new tokens, is made again.
+        """
+        if self.checkpoint is not None or self.config is None or not self.is_adapter:
+            return None
+        named = named_base(Path(local_copy(self.model)))
+        if not named or may_be_on_hub(named) or StoragePath.of(named).exists():
+            return None
+        files = _model_files(self, notify)
+        if (
+            StoragePath.of(named).parent in self.caches
+            and StoragePath.of(files.model).name != StoragePath.of(named).name
+        ):
+            raise RequestError(
+                f"{self.name}: the model that it was trained from has changed ({files.model}); restore its files"
+            )
+        return model_copy(files.model)
 
 
 def find_exportable(source: str, notify: Notify, option: str = "MODEL") -> Exportable:
@@ -213,26 +245,39 @@ def _job(source: Exportable, checkpoint: ResumePoint, notify: Notify) -> Any:
     """Return the training of a run as its workers got it, as far as its model needs."""
     from raysft.models.fingerprint import model_fingerprint
     from raysft.models.tokenizer import load_tokenizer
-    from raysft.run.inputs import check_model_files
     from raysft.train.job import TrainJob
-    from raysft.train.restore import for_reading
 
     assert source.run is not None
-    assert source.config is not None
-    plan: dict[str, Any] = {}
-    with suppress(OSError, ValueError):
-        plan = json.loads((source.run / "plan.json").read_text())
-    config = for_reading(source.config)
-    # The run directory may have been moved, or be named from elsewhere.
-    config = config.model_copy(update={"run": config.run.model_copy(update={"storage": source.run.parent.location})})
-    files = check_model_files(config, notify, plan.get("resolved", {}).get("model_commit"))
+    files, config = _model_files(source, notify), _config_for_reading(source)
     identity = checkpoint.cursor.identity
     for name, now in (("the model", files.model), ("the adapter", files.adapter)):
         if now and identity.get(name, model_fingerprint(now)) != model_fingerprint(now):
             raise RequestError(f"{source.name}: {name} that it was trained from has changed ({now}); restore its files")
-    ends = _ends(plan, load_tokenizer(files.model, config.model.runs_code)) if config.stage == "sft" else ()
+    ends = _ends(_plan(source), load_tokenizer(files.model, config.model.runs_code)) if config.stage == "sft" else ()
     run = RunDirectory.of(source.run)
     return TrainJob(config, files.model, run, None, {}, files.adapter, identity=identity, ends=ends)
+
+
+def _model_files(source: Exportable, notify: Notify) -> ModelFiles:
+    """Find the model that a run was trained from, and the adapter that it went on with."""
+    from raysft.run.inputs import check_model_files
+
+    commit = _plan(source).get("resolved", {}).get("model_commit")
+    return check_model_files(_config_for_reading(source), notify, commit)
+
+
+def _config_for_reading(source: Exportable) -> Config:
+    from raysft.train.restore import for_reading
+
+    assert source.moved_config is not None
+    return for_reading(source.moved_config)
+
+
+def _plan(source: Exportable) -> dict[str, Any]:
+    assert source.run is not None
+    with suppress(OSError, ValueError):
+        return json.loads((source.run / "plan.json").read_text())
+    return {}
 
 
 def _ends(plan: dict[str, Any], tokenizer: Any) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ from raysft.cli import main
 from raysft.config import parse
 from raysft.errors import RunFailed
 from raysft.models.fingerprint import model_fingerprint
+from raysft.models.peft_internals import TRAINED
 from raysft.run import exportable
 from raysft.run.export_folder import draft
 from raysft.storage.path import StoragePath
@@ -270,6 +271,45 @@ def test_adapters_are_merged_into_any_model_in_order(model, adapters, tmp_path):
     again = exported(first, tmp_path / "again", "--adapters", str(adapters[1]))
     torch.testing.assert_close(logits(plain(again)), logits(wanted), rtol=1e-4, atol=1e-4)
     assert (both / "tokenizer.json").exists()
+
+
+def test_an_adapter_whose_base_is_gone_is_one_line(model, adapters, tmp_path, capsys):
+    path = adapters[0] / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": str(tmp_path / "gone")}))
+    said = refused(capsys, str(adapters[0]), "--output", str(tmp_path / "out"))
+    assert f"base_model_name_or_path='{tmp_path}/gone' is not a folder here" in said
+    assert not (tmp_path / "out").exists()
+    exported(model, tmp_path / "out", "--adapters", str(adapters[0]))
+
+
+def test_the_base_of_a_run_that_was_moved_is_made_again(model, tmp_path, capsys):
+    from raysft.models.new_tokens import with_new_tokens
+    from raysft.train.finetuning import load_model
+
+    settings = {
+        "run": {"name": "words", "storage": str(tmp_path / "first")},
+        "model": {"path": str(model), "dtype": "float32", "finetuning": "lora", "new_tokens": {"plain": ["capital"]}},
+        "data": {"train": [{"name": "a", "path": "a"}], "sequence_length": 64},
+    }
+    config = parse(settings)
+    extended = with_new_tokens(config, str(model), plain(model).config, print)
+    run = tmp_path / "first" / "words"
+    trained: Any = load_model(for_reading(config), extended)
+    for parameter in trained.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    trained.save_pretrained(run / "model", selected_adapters=[TRAINED])
+    (run / "config.yaml").write_text(config.to_yaml())
+    wanted = load_file(exported(run, tmp_path / "wanted") / "model.safetensors")
+    shutil.rmtree(config.cache_directory.local or "")
+    (tmp_path / "first").rename(tmp_path / "second")
+    moved = tmp_path / "second" / "words"
+    written = load_file(exported(moved, tmp_path / "again") / "model.safetensors")
+    assert written.keys() == wanted.keys()
+    assert all(torch.equal(written[name], weight) for name, weight in wanted.items())
+    assert written["model.embed_tokens.weight"].shape[0] > 400
+    said = refused(capsys, str(moved), "--output", str(tmp_path / "out"), "--no-merge")
+    assert f"the adapter's base is a copy in the cache, {extended}, which is nowhere else" in said
 
 
 def test_an_adapter_that_stays_one_names_the_model_that_it_is_exported_for(model, adapters, tmp_path, capsys):
