@@ -32,7 +32,7 @@ def check_model(config: Config, model: str, notify: Callable[[str], None] = lamb
     from raysft.models.new_layers import expanded_config
     from raysft.train.deepspeed_config import deepspeed_settings
     from raysft.train.finetuning import check_names
-    from raysft.train.optim import check_installed
+    from raysft.train.optim import check_options
 
     model = local_copy(model)
     hf_config = read_hf_config(config, model, config.model.path, notify).get_text_config()
@@ -40,7 +40,7 @@ def check_model(config: Config, model: str, notify: Callable[[str], None] = lamb
     if layerdrop := getattr(hf_config, "layerdrop", 0):
         notify(f"model: ignoring layerdrop={layerdrop} of its config.json; every step trains all layers")
     _check_quantized(hub_snapshots.shown(model), hf_config, config)
-    check_installed(config.train.optimizer)
+    check_options(config.train)
     quantization_config(config)
     kernel(config)
     deepspeed_settings(config, config.scaling.most_workers)

@@ -11,9 +11,13 @@ from torch import nn
 
 from raysft.config import TrainSection
 from raysft.config.optimizers import EXTRAS, kind_of
+from raysft.config.train import OffloadSection
 from raysft.errors import RequestError, one_line
 from raysft.train.optimizer_makers import MAKERS, make_by_name
 from raysft.train.parameter_groups import trained
+
+OF_MODELS = ("adam_mini", "badam")
+"""Optimizers that read the model's config, or the names of its layers."""
 
 
 def make_optimizer(model: nn.Module, train: TrainSection, loraplus_ratio: float | None = None) -> torch.optim.Optimizer:
@@ -59,6 +63,19 @@ def check_installed(optimizer: str) -> None:
             f"train.optimizer={optimizer} needs the package {package}, which is not installed; "
             f"run pip install 'raysft[{EXTRAS[package]}]' on every node"
         )
+
+
+def check_options(train: TrainSection) -> None:
+    """Check that the optimizer takes ``train.optimizer_options``, before there is a model: on a few small parameters.
+
+    Raises:
+        RequestError: it does not, or its package is not installed.
+    """
+    check_installed(train.optimizer)
+    if not train.optimizer_options or train.optimizer in OF_MODELS:
+        return
+    probe = nn.ModuleDict({"embed": nn.Embedding(4, 4), "layer": nn.Linear(4, 4)})
+    make_optimizer(probe, train.model_copy(update={"offload": OffloadSection(), "optimizer_target": "all"}))
 
 
 def make_lr_scheduler(optimizer: torch.optim.Optimizer, train: TrainSection, steps: int) -> Any:

@@ -41,6 +41,35 @@ def test_a_module_that_is_not_there_is_named(model):
     assert "model.lora.target names 'zzz'" in refusal(lora(["q_proj", "zzz"]), model)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "options", "message"),
+    [
+        ("adamw", {"fusedd": True}, "train.optimizer=adamw refuses train.optimizer_options={'fusedd': True}"),
+        ("lion", {"betta": [0.9, 0.8]}, "train.optimizer=lion has no option 'betta'; did you mean betas?"),
+        ("galore", {"rankk": 4}, "train.optimizer=galore has no option 'rankk'"),
+        ("muon", {"nesterovv": True}, "train.optimizer=muon refuses train.optimizer_options"),
+    ],
+)
+def test_an_option_that_the_optimizer_does_not_have_is_named(model, optimizer, options, message):
+    wrong = config(
+        model={"path": "m", "finetuning": "full"},
+        train={"optimizer": optimizer, "optimizer_options": options, "optimizer_target": "all", "zero_stage": 0},
+    )
+    assert message in refusal(wrong, model)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [("adamw", {"amsgrad": True}), ("galore", {"rank": 4}), ("lion", {"cautious": True}), ("muon", {"momentum": 0.9}),
+     ("adamw_8bit", {"min_8bit_size": 64}), ("adam_mini", {"model_sharding": False}), ("badam", {"switch_block_every": 2})],
+)  # fmt: skip
+def test_options_that_the_optimizer_has_pass(model, optimizer, options):
+    full = {"path": "m", "finetuning": "full"}
+    check_model(
+        config(model=full, train={"optimizer": optimizer, "optimizer_options": options, "zero_stage": 0}), str(model)
+    )
+
+
 def test_no_layer_is_left_out_at_random(tmp_path):
     """Each worker would leave others out, and wait for those that the others do not."""
     from transformers import OPTConfig, OPTForCausalLM
