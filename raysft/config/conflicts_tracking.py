@@ -1,4 +1,4 @@
-"""Names that a tracker refuses. Pure: its library would say so when the data is ready and the training is to start."""
+"""Names that a tracker refuses, found before anything starts: its library would refuse them only once the data is ready."""
 
 from __future__ import annotations
 
@@ -8,30 +8,34 @@ from collections.abc import Iterator
 from raysft.config.config import Config
 
 PROJECTS = {
-    "wandb": (re.compile(r"[^/\\#?%:]{1,128}"), "W&B", r"without / \ # ? % :"),
-    "swanlab": (re.compile(r"[0-9A-Za-z_.+-]{1,100}"), "SwanLab", "of at most 100 letters, digits and _ - + ."),
+    "wandb": (re.compile(r"[^/\\#?%:]{1,128}"), "W&B", r"at most 128 characters and none of / \ # ? % :"),
+    "swanlab": (
+        re.compile(r"[0-9A-Za-z_.+-]{1,100}"),
+        "SwanLab",
+        "at most 100 characters: letters, digits and _ - + .",
+    ),
 }
-"""Tracker → what its projects are called, its name, and the same in words."""
+"""Tracker → the project names that it accepts, its own name, and the rule in words."""
 RESERVED = re.compile(
     "registry-.*|.+_(?:system|configs|traces|artifacts|artifact_versions|artifact_aliases|run_artifact_links|"
     "external_run_artifact_links)"
 )
-"""Projects of trackio whose files would be those of another one."""
+"""Project names under which trackio stores other data of a project."""
 MLFLOW_TAG = re.compile(r"[\w/.: -]{1,250}", re.ASCII)
 
 
 def tracking(config: Config) -> Iterator[str]:
-    """Yield what speaks against the names of ``train.tracking``."""
+    """Yield the names in ``train.tracking`` that one of the trackers refuses, and why."""
     names, trackers = config.train.tracking, config.train.trackers
     project, key = names.project, f"train.tracking.project={names.project}"
     for tracker, (pattern, title, words) in PROJECTS.items():
         if project and tracker in trackers and not pattern.fullmatch(project):
-            yield f"{key} names a project, but {title} takes only names {words}; rename it"
+            yield f"{key}, but the name of a project in {title} has {words}; choose another name"
     if project and "trackio" in trackers and RESERVED.fullmatch(re.sub(r"[^\w-]", "", project)):
-        yield f"{key} names a project, but trackio keeps files of its own under such a name; rename it"
+        yield f"{key}, but trackio reserves this name for its own files; choose another name"
     refused = next((tag for tag in names.tags if not MLFLOW_TAG.fullmatch(tag.partition("=")[0])), None)
     if refused is not None and "mlflow" in trackers:
         yield (
-            f"train.tracking.tags has {refused}, but keys of MLflow's tags have only letters from a to z, digits, spaces and "
-            "/ . : _ -; rename it"
+            f"train.tracking.tags has {refused}, but the key of a tag in MLflow has at most 250 characters: letters from a to z, "
+            "digits, spaces and / . : _ -; rename the tag"
         )

@@ -105,11 +105,13 @@ def _complete_generations(context: RunContext) -> None:
         return
     from raysft.run.step_generation import predict_step
 
-    log = TrainLog(directory.trainer_log, context.terminal)
-    for step in left:
-        log(GenerationDone(_record(context, step) | predict_step(context.config, directory, step)))
-        context.push()
-        directory.step_model(step).remove()
+    with run_trackers(context) as trackers:
+        log = TrainLog(directory.trainer_log, context.terminal, trackers)
+        log.reopen()
+        for step in left:
+            log(GenerationDone(_record(context, step) | predict_step(context.config, directory, step)))
+            context.push()
+            directory.step_model(step).remove()
 
 
 def _train(context: RunContext, callbacks: Sequence[Any], decisions: Any) -> None:

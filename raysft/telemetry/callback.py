@@ -20,7 +20,9 @@ class Callback:
         """Called when the workers have loaded the model and a checkpoint, if there is one.
 
         Args:
-            setup: among others ``step`` (optimizer steps done before), ``workers``, ``parameters``, ``trained_parameters``.
+            setup: among others ``step`` (optimizer steps done before), ``workers``, ``parameters``, ``trained_parameters``, and
+                ``log``: the records of ``trainer_log.jsonl`` up to that step. A callback of a run that was killed may not have got
+                the last of them.
         """
 
     def on_step(self, record: StepRecord) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from raysft.storage.run_directory import RunDirectory
@@ -17,20 +18,29 @@ MLFLOW_PARENT = "mlflow.parentRunId"
 
 MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 """Outcome → status of a run in MLflow."""
+WANDB_AXIS, WANDB_LAST = "train/global_step", "last_steps"
+"""The metric of W&B that all others are shown over, named as ``Trainer`` names it, and what its summary has as ``last``."""
 SWANLAB_STATE: dict[str, Any] = {"finished": "success", "failed": "crashed", "stopped": "aborted"}
 """Outcome → state of a run in SwanLab."""
 Outcome = Literal["finished", "failed", "stopped"]
 """How a run ended; ``stopped`` before its end, by a person, a scheduler or a limit."""
 
 
+Log = Sequence[tuple[int, Mapping[str, float]]]
+"""Steps and their metrics, in the order in which a training has them."""
+
+
 class Writer:
     """Writes metrics with one library; all its methods are called in one thread."""
 
-    def begin(self, step: int) -> None:
-        """Start or resume after a step."""
+    def begin(self, step: int, log: Log) -> None:
+        """Start, or resume after a step: write what is missing of the log up to that step.
+
+        A driver that was killed did not pass on its last metrics, or its library did not send them.
+        """
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the metrics of one step."""
+        """Write the metrics of one step, all of one section: ``train``, ``eval`` or ``predict``."""
 
     def close(self, outcome: Outcome) -> None:
         """Flush and close, and show how the run ended."""
@@ -40,15 +50,22 @@ class Appending(Writer):
     """Writes with a library that keeps all it is given. Steps that are repeated after a failure have the same metrics again."""
 
     def __init__(self) -> None:
-        self.last: dict[str, int] = {}
-        """Metric → the last step that the library has."""
+        self.last: dict[str, int] | None = {}
+        """Section of metrics → the last step that the library has; None if nobody can tell which they are."""
+
+    def begin(self, step: int, log: Log) -> None:
+        """Write what the library does not have; if that is unknown, it may have everything."""
+        if self.last is None:
+            self.last = {_section(metrics): number for number, metrics in log if metrics}
+        for number, metrics in log:
+            self.write(number, metrics)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of one step that the library does not have."""
-        new = {name: value for name, value in metrics.items() if step > self.last.get(name, -1)}
-        if new:
-            self.append(step, new)
-            self.last |= dict.fromkeys(new, step)
+        self.last = self.last or {}
+        if metrics and step > self.last.get(_section(metrics), -1):
+            self.append(step, metrics)
+            self.last[_section(metrics)] = step
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
         """Give metrics to the library."""
@@ -60,11 +77,20 @@ class TensorBoard(Writer):
     def __init__(self, run: RunDirectory, config: Mapping[str, Any], labels: Labels) -> None:
         self._folder, self._writer = run.path / "tensorboard", None
 
-    def begin(self, step: int) -> None:
-        """Open the writer. Metrics that a killed run wrote after its last checkpoint are hidden: those steps are repeated."""
+    def begin(self, step: int, log: Log) -> None:
+        """Open the writer. Metrics that a killed run wrote after its last checkpoint are hidden: those steps are repeated.
+
+        The last seconds before that checkpoint may be missing: events are written to their file from time to time.
+        """
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1, flush_secs=10)
+        if self._writer is not None:
+            self._writer.close()
+        last = _last_events(self._folder, step) if step else {}
+        self._writer = SummaryWriter(str(self._folder), purge_step=step and step + 1, flush_secs=10)
+        for number, metrics in log:
+            if metrics and number > last.get(_section(metrics), -1):
+                self.write(number, metrics)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of one step."""
@@ -76,6 +102,30 @@ class TensorBoard(Writer):
         """Flush and close; TensorBoard shows no states."""
         if self._writer is not None:
             self._writer.close()
+
+
+def _section(metrics: Mapping[str, float]) -> str:
+    return next(iter(metrics)).partition("/")[0]
+
+
+def _last_steps(steps: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Return the last step of each section, from names of metrics and their steps."""
+    last: dict[str, int] = {}
+    for name, step in steps:
+        section = name.partition("/")[0]
+        last[section] = max(step, last.get(section, -1))
+    return last
+
+
+def _last_events(folder: Path, until: int) -> dict[str, int]:
+    """Return the last step of each section in event files, up to some step."""
+    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+    events = EventAccumulator(str(folder), {SCALARS: 0})  # 0: all of them
+    events.Reload()
+    return _last_steps(
+        (name, event.step) for name in events.Tags()[SCALARS] for event in events.Scalars(name) if event.step <= until
+    )
 
 
 class Wandb(Appending):
@@ -96,10 +146,15 @@ class Wandb(Appending):
             dir=str(run.path),
             config=dict(config),
         )
+        self._run.define_metric("*", step_metric=WANDB_AXIS)
+        # A run that goes on has its summary again. Offline it has none, and gets the whole log: where both starts are sent to the
+        # server later, the second replaces the first.
+        self.last = dict(self._run.summary.get(WANDB_LAST) or {})
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Give metrics to the library, which drops those of steps before the last one on its server."""
-        self._run.log(dict(metrics), step=step)
+        """Give metrics to the library, with their step: its own steps never go back, but scores of predictions come late."""
+        self._run.log({**metrics, WANDB_AXIS: step})
+        self._run.summary[WANDB_LAST] = {**(self.last or {}), _section(metrics): step}
 
     def close(self, outcome: Outcome) -> None:
         """Flush and close. W&B knows exit codes alone: a run that was stopped is finished."""
@@ -129,7 +184,7 @@ class SwanLab(Appending):
         )
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Give metrics to the library, which drops steps that its server has of the same metric."""
+        """Give metrics to the library, which drops steps that its server has of the same metric, so it gets the whole log anew."""
         self._run.log(dict(metrics), step=step)
 
     def close(self, outcome: Outcome) -> None:
@@ -145,7 +200,8 @@ class Trackio(Appending):
         project, group = labels.project or PROJECT, labels.group or labels.sweep
         self._run = trackio_internals.open_run(project, labels.shown(), _run_id(run), group, dict(config))
         if run.trainer_log.exists():
-            self.last = trackio_internals.last_steps(self._run)
+            found = trackio_internals.last_steps(self._run)
+            self.last = None if found is None else _last_steps(found.items())
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
         """Give metrics to the library."""
@@ -170,7 +226,7 @@ class MLflow(Appending):
         mlflow.start_run(run_id=found.info.run_id if found else None, run_name=labels.shown())
         mlflow.set_tags({**labels.tag_values, "raysft_run": str(run.place), **parent})
         if found and run.trainer_log.exists():
-            self.last = {metric.key: metric.step for metric in found.data.to_proto().metrics}
+            self.last = _last_steps((metric.key, metric.step) for metric in found.data.to_proto().metrics)
         # MLflow refuses new values of a parameter; config.json has those of the newest start.
         known = found.data.params if found else {}
         mlflow.log_params({key: value for key, value in mlflow_parameters(config) if key not in known})

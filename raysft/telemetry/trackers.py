@@ -7,7 +7,7 @@ import math
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
@@ -35,6 +35,8 @@ STEP_METRICS = (
     "data_wait_seconds",
 )
 """Fields of a ``StepRecord`` that trackers show."""
+FACTS = {"eval": ("tokens",), "predict": ("_low", "_high", "examples")}
+"""Section of metrics → how the names of those end that trackers do not show."""
 
 
 def missing_tracker(names: Sequence[str]) -> str | None:
@@ -127,32 +129,24 @@ class Tracker:
             self._disable(f"{MAX_QUEUED} writes are waiting")
 
     def on_setup(self, setup: Mapping[str, Any]) -> None:
-        """Start the tracker's run, or resume it."""
-        self._enqueue(lambda: self._writer.begin(setup["step"]))
+        """Start the tracker's run, or resume it with what it lacks of the log."""
+        log = [(record["current_steps"], log_metrics(record)) for record in setup["log"]]
+        self._enqueue(lambda: self._writer.begin(setup["step"], log))
 
     def on_step(self, record: Any) -> None:
         """Write the metrics of an optimizer step as ``train/NAME``."""
-        metrics = dict(_step_metrics(asdict(record)))
-        self._enqueue(lambda: self._writer.write(record.current_steps, metrics))
+        self._write(asdict(record))
 
     def on_evaluate(self, results: Mapping[str, Any]) -> None:
         """Write the results of an evaluation as ``eval/NAME``."""
-        metrics = {
-            f"eval/{key.removeprefix('eval_')}": value
-            for key, value in results.items()
-            if key.startswith("eval_") and not key.endswith("tokens") and math.isfinite(value)
-        }
-        step = results["current_steps"]
-        self._enqueue(lambda: self._writer.write(step, metrics))
+        self._write(results)
 
     def on_generate(self, results: Mapping[str, Any]) -> None:
         """Write the scores of a step's predictions as ``predict/NAME``."""
-        metrics = {
-            f"predict/{key.removeprefix('predict_')}": value
-            for key, value in results.items()
-            if key.startswith("predict_") and not key.endswith(("_low", "_high", "examples")) and _finite(value)
-        }
-        step = results["current_steps"]
+        self._write(results)
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        step, metrics = record["current_steps"], log_metrics(record)
         self._enqueue(lambda: self._writer.write(step, metrics))
 
     def close(self, outcome: Outcome = "finished") -> None:
@@ -165,15 +159,18 @@ class Tracker:
             self._disable(f"no answer for {CLOSE_SECONDS:g} s")
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def log_metrics(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return what trackers show of a record of the log: its finite metrics as ``train/NAME``, ``eval/NAME`` or ``predict/NAME``.
 
-
-def _step_metrics(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    for name in STEP_METRICS:
-        value = record.get(name)
-        if value is not None and math.isfinite(value):
-            yield f"train/{name}", value
+    >>> log_metrics({"current_steps": 2, "eval_loss": 1.5, "eval_tokens": 9, "predict_examples": 8, "predict_chrf": 31.0})
+    {'eval/loss': 1.5, 'predict/chrf': 31.0}
+    """
+    metrics = {f"train/{name}": record[name] for name in STEP_METRICS if name in record}
     for source, loss in (record.get("source_losses") or {}).items():
         # Not train/loss/SOURCE: MLflow cannot store a metric and a folder of the same name.
-        yield f"train/source_loss/{source}", loss
+        metrics[f"train/source_loss/{source}"] = loss
+    for section, facts in FACTS.items():
+        for key, value in record.items():
+            if key.startswith(f"{section}_") and not key.endswith(facts):
+                metrics[f"{section}/{key.removeprefix(f'{section}_')}"] = value
+    return {name: value for name, value in metrics.items() if isinstance(value, int | float) and math.isfinite(value)}

@@ -16,13 +16,14 @@ def open_run(project: str, name: str, run_id: str, group: str | None, config: Ma
     return run
 
 
-def last_steps(run: Any) -> dict[str, int]:
-    """Return the last step of each metric that the run has; nothing if its server does not tell."""
+def last_steps(run: Any) -> dict[str, int] | None:
+    """Return the last step of each metric that the run has; None if its server does not tell."""
     last: dict[str, int] = {}
     with suppress(Exception):  # trackio goes on without its server, and sends later what it could not
         for entry in _logs(run):
             last |= {name: max(entry["step"], last.get(name, -1)) for name in entry}
-    return last
+        return last
+    return None
 
 
 def _logs(run: Any) -> list[dict[str, Any]]:

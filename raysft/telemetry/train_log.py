@@ -111,7 +111,7 @@ class TrainLog:
             terminal: prints the lines.
             callbacks: objects with any of the methods ``on_setup(setup)``, ``on_step(record)``, ``on_evaluate(results)``,
                 ``on_generate(results)``, ``on_checkpoint(cursor)`` and ``on_end(results)``. ``on_step`` gets a ``StepRecord``, the
-                others a dict.
+                others a dict. ``setup`` has as ``log`` all records up to its step: some of them came when no callback lived.
             stacks: folder of the stacks of workers that make no progress, for messages.
         """
         self._log, self._terminal, self._callbacks = log, terminal, callbacks
@@ -131,7 +131,7 @@ class TrainLog:
         match event:
             case SetupDone():
                 self._set_up(event)
-                self._call("on_setup", asdict(event))
+                self._call("on_setup", {**asdict(event), "log": self._records()})
             case StepRecord():
                 self._step(event)
                 self._call("on_step", event)
@@ -176,6 +176,12 @@ class TrainLog:
                 self._print(f"stopped after step {step}: {reason}")
             case _:
                 assert_never(event)
+
+    def reopen(self) -> None:
+        """Tell callbacks of a training that ended, before more of its predictions come."""
+        records = self._records()
+        step = max((record["current_steps"] for record in records), default=0)
+        self._call("on_setup", {"step": step, "log": records})
 
     def results(self, examples: int) -> dict[str, float]:
         """Mean loss and speed over all steps of the run, including those before an interruption.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import raysft
 from raysft.cli import main
 from raysft.config import load
 from raysft.storage.json_files import read_jsonl
+from raysft.train.checkpoint.catalog import newest
 from tests.tiny import tiny_model, write_chats
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -27,11 +30,19 @@ generate: {{enabled: false}}
 
 
 class Interrupt:
-    """Ctrl-C after a step."""
+    """Ctrl-C after step 5, once the workers have the checkpoint of step 6, of which the driver then knows nothing."""
+
+    def __init__(self, checkpoints: Path) -> None:
+        self._checkpoints = checkpoints
 
     def on_step(self, record) -> None:
-        if record.current_steps == 5:
-            raise KeyboardInterrupt
+        until = time.monotonic() + 120
+        while record.current_steps == 5:
+            found = newest(self._checkpoints)
+            if found and found.cursor.step == 6:
+                raise KeyboardInterrupt
+            assert time.monotonic() < until, "no checkpoint of step 6"
+            time.sleep(0.05)
 
 
 @pytest.fixture
@@ -50,18 +61,24 @@ def stores(tmp_path, monkeypatch):
     return mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db"), sqlite_storage.SQLiteStorage
 
 
-def test_a_run_that_goes_on_has_each_step_once_under_the_names_of_its_config(tmp_path, stores):
+@pytest.mark.parametrize("resumed_after", [4, 6], ids=["a step is repeated", "a step is missing"])
+def test_a_run_that_goes_on_has_each_step_once_under_the_names_of_its_config(tmp_path, stores, resumed_after, capsys):
+    checkpoints = tmp_path / "runs/own/checkpoints"
     client, store = stores
     tiny_model(tmp_path / "base")
     write_chats(tmp_path / "chat.jsonl", 40)
     config = tmp_path / "own.yaml"
     config.write_text(CONFIG.format(folder=tmp_path))
     with pytest.raises(KeyboardInterrupt):
-        raysft.run_sft(load(config), callbacks=[Interrupt()])
+        raysft.run_sft(load(config), callbacks=[Interrupt(checkpoints)])
     (experiment,) = (each for each in client.search_experiments() if each.name == "tried")
     (killed,) = client.search_runs([experiment.experiment_id])
     assert killed.info.status == "KILLED"
+    if resumed_after == 4:
+        for folder in checkpoints.glob("checkpoint_00000006_*"):
+            shutil.rmtree(folder)
     assert main(["run", str(config)]) == 0
+    assert f"resuming after step {resumed_after} " in capsys.readouterr().out
 
     log = list(read_jsonl(tmp_path / "runs/own/trainer_log.jsonl"))
     losses = [(each["current_steps"], each["loss"]) for each in log if "loss" in each]

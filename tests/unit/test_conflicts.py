@@ -218,15 +218,15 @@ COMPARES = {
         ),
         (
             {"train__trackers": ["wandb"], "train__tracking__project": "a/b"},
-            "train.tracking.project=a/b … W&B takes only names without / … rename it",
+            "train.tracking.project=a/b … a project in W&B has at most 128 characters and none of / … choose another name",
         ),
         (
             {"train__trackers": ["swanlab"], "train__tracking__project": "my project"},
-            "train.tracking.project=my project … SwanLab takes only names of at most 100 letters",
+            "train.tracking.project=my project … a project in SwanLab has at most 100 characters: letters",
         ),
         (
             {"train__trackers": ["trackio"], "train__tracking__project": "a.b_system"},
-            "train.tracking.project=a.b_system … trackio keeps files of its own … rename it",
+            "train.tracking.project=a.b_system … trackio reserves this name … choose another name",
         ),
         (
             {"train__trackers": ["mlflow"], "train__tracking__tags": ["team=a", "what?=b"]},

@@ -502,7 +502,7 @@ def test_keys_of_conversations_have_no_effect_on_raw_text_and_are_told(write):
             "lf.yaml:6: swanlab_project=b differs from project=a … remove one",
         ),
         ({"swanlab_api_key": "hidden"}, "lf.yaml:4: swanlab_api_key is not supported; remove it and set SWANLAB_API_KEY"),
-        ({"report_to": "wandb", "project": "a/b"}, "train.tracking.project=a/b … W&B takes only names without / … rename"),
+        ({"report_to": "wandb", "project": "a/b"}, "train.tracking.project=a/b … a project in W&B has at most 128 … choose"),
         ({"lr_scheduler_type": "greedy"}, "lf.yaml:4: lr_scheduler_type='greedy': must be one of linear, cosine"),
         ({"val_size": 1}, "lf.yaml:4: val_size=1 … use 2 or more"),
         ({"eval_dataset": "b", "val_size": 0.1}, "lf.yaml:5: val_size=0.1 … eval_dataset … remove one"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import struct
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,10 +20,13 @@ import pytest
 from raysft.errors import RunFailed, RunStopped
 from raysft.run.tracking import _closing
 from raysft.storage.run_directory import RunDirectory
-from raysft.telemetry import trackers
+from raysft.telemetry import trackers, trackio_internals
+from raysft.telemetry.events import EvaluationDone, GenerationDone
+from raysft.telemetry.terminal import Terminal
 from raysft.telemetry.tracker_labels import Labels
 from raysft.telemetry.tracker_writers import Writer
 from raysft.telemetry.trackers import missing_tracker, open_sweep, open_trackers
+from raysft.telemetry.train_log import TrainLog
 from tests.servers import http, serving, silent
 from tests.unit.test_train_log import set_up, step
 
@@ -272,17 +277,6 @@ def test_mlflow_has_each_step_once_after_a_crash(tmp_path, mlflow_store):
     assert [each.step for each in mlflow_store.get_metric_history(run.info.run_id, "eval/loss")] == [5, 7]
 
 
-def test_workers_that_restart_do_not_double_steps(tmp_path, mlflow_store):
-    (tracker,) = open_trackers(["mlflow"], RunDirectory(tmp_path), {}, pytest.fail)
-    for first, last in ((1, 3), (2, 4)):
-        tracker.on_setup(asdict(set_up(first - 1)))
-        for number in range(first, last + 1):
-            tracker.on_step(step(number))
-    tracker.close()
-    (run,) = mlflow_store.search_runs([mlflow_store.get_experiment_by_name("raysft").experiment_id])
-    assert [each.step for each in mlflow_store.get_metric_history(run.info.run_id, "train/lr")] == [1, 2, 3, 4]
-
-
 @pytest.fixture
 def trackio_store(tmp_path, monkeypatch):
     """trackio's database, in a folder of this test; the library reads its variable when it is imported."""
@@ -323,6 +317,165 @@ def test_swanlab_has_steps_and_evaluations_and_goes_on_in_its_run(tmp_path):
     assert logged("swanlab", tmp_path / "b" / "own").id != run.id
 
 
+class Shown:
+    """What each tracker has of the run in ``place``: metric → steps and values."""
+
+    def __init__(self, place: Path, mlflow_store: Any, trackio_store: Any) -> None:
+        self._place, self._mlflow, self._trackio = place, mlflow_store, trackio_store
+
+    def __call__(self, name: str) -> dict[str, list[tuple[int, float]]]:
+        return getattr(self, f"_{name}_points")()
+
+    def _tensorboard_points(self):
+        return scalars(self._place / "tensorboard")
+
+    def _swanlab_points(self):
+        return swanlab_points(self._place / "swanlog")
+
+    def _mlflow_points(self):
+        experiment = self._mlflow.get_experiment_by_name("raysft").experiment_id
+        (run,) = self._mlflow.search_runs([experiment])
+        return {
+            key: [(each.step, each.value) for each in self._mlflow.get_metric_history(run.info.run_id, key)]
+            for key in run.data.metrics
+        }
+
+    def _trackio_points(self):
+        (record,) = self._trackio.get_run_records("raysft")
+        found: dict[str, list[tuple[int, float]]] = {}
+        for entry in self._trackio.get_logs("raysft", record["name"], run_id=record["id"]):
+            for key, value in entry.items():
+                found.setdefault(key, []).append((entry["step"], value))
+        return found
+
+    def _wandb_points(self):
+        """Of the newest start, which replaces the one before it when both are sent to the server."""
+        return wandb_points(max(self._place.glob("wandb/offline-run-*/*.wandb")))
+
+
+def wandb_points(file: Path) -> dict[str, list[tuple[int, float]]]:
+    from wandb.proto import wandb_internal_pb2
+
+    Record: Any = wandb_internal_pb2.Record  # type: ignore[attr-defined]  # which a generated module has
+    found: dict[str, list[tuple[int, float]]] = {}
+    records, kinds, until = [], [], time.monotonic() + 30
+    while "exit" not in kinds:  # a process of W&B's own writes them
+        assert time.monotonic() < until, f"no end in {file}: {kinds}"
+        records = [Record.FromString(data) for data in leveldb_records(file.read_bytes())]
+        kinds = [record.WhichOneof("record_type") for record in records]
+    for record in records:
+        if record.WhichOneof("record_type") == "history":
+            row = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            for key, value in row.items():
+                found.setdefault(key, []).append((row["train/global_step"], value))
+    return found
+
+
+def leveldb_records(data: bytes, block: int = 2**15) -> Iterator[bytes]:
+    """Yield the records of a log as LevelDB writes them: in blocks, whose first bytes are W&B's own header."""
+    place, record = 7, b""
+    while place < len(data):
+        if block - place % block < 7:  # too little is left of a block for a header
+            place += block - place % block
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, place)
+        record += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield record
+            record = b""
+
+
+@pytest.fixture
+def shown(tmp_path, mlflow_store, trackio_store):
+    pytest.importorskip("swanlab")
+    (tmp_path / "own").mkdir()
+    return Shown(tmp_path / "own", mlflow_store, trackio_store)
+
+
+ALL = ("tensorboard", "wandb", "mlflow", "swanlab", "trackio")
+
+
+def score(at: int) -> dict[str, Any]:
+    return {"current_steps": at, "predict_chrf": 30.0 + at, "predict_examples": 8}
+
+
+def evaluation(at: int) -> dict[str, Any]:
+    return {"current_steps": at, "eval_loss": 1.0 + 1 / at, "eval_tokens": 9, "epoch": 1.0}
+
+
+@pytest.mark.parametrize("dies", [True, False], ids=["the driver died", "the workers died"])
+@pytest.mark.parametrize("name", ALL)
+def test_a_tracker_gets_what_it_lacks_of_the_log(tmp_path, name, dies, shown):
+    log = tmp_path / "own" / "trainer_log.jsonl"
+
+    def start() -> tuple[Any, TrainLog]:
+        (tracker,) = open_trackers([name], RunDirectory(log.parent), {}, pytest.fail)
+        return tracker, TrainLog(log, Terminal(), [tracker])
+
+    tracker, train_log = start()
+    train_log(set_up(0))
+    train_log(step(1, loss=1.0))
+    train_log(step(2, loss=0.5))
+    train_log(EvaluationDone({**evaluation(2), "eval_perplexity": 4.5, "eval_accuracy": 0.25}))
+    train_log(step(3, loss=0.25))
+    if dies:
+        tracker.close("stopped")
+        time.sleep(1.1)  # TensorBoard does not always read files of one second in their order
+        tracker, train_log = start()
+    # The workers got further than the driver, which knows nothing of steps 4 and 5: the checkpoint has their records.
+    missed = [asdict(step(4, loss=0.125)), evaluation(4), asdict(step(5, loss=0.0625))]
+    train_log(set_up(5, [asdict(step(2, loss=0.5)), asdict(step(3, loss=0.25)), *missed]))
+    train_log(step(6, loss=0.03125))
+    # Scores of predictions that were made beside the training.
+    train_log(GenerationDone(score(2)))
+    train_log(step(7, loss=0.015625))
+    train_log(GenerationDone(score(4)))
+    train_log(GenerationDone(score(6)))
+    tracker.close()
+    found = shown(name)
+    if name == "swanlab":  # its server, or what sends the files to it, takes each step of a metric once
+        found = {key: sorted(set(points)) for key, points in found.items()}
+    assert found["train/loss"] == [(number, 2.0 ** (1 - number)) for number in range(1, 8)]
+    assert found["eval/loss"] == [(2, 1.5), (4, 1.25)]
+    assert found["predict/chrf"] == [(2, 32.0), (4, 34.0), (6, 36.0)]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_steps_that_are_repeated_are_in_a_tracker_once(tmp_path, name, shown):
+    log = tmp_path / "own" / "trainer_log.jsonl"
+    (tracker,) = open_trackers([name], RunDirectory(log.parent), {}, pytest.fail)
+    train_log = TrainLog(log, Terminal(), [tracker])
+    for first, last in ((1, 3), (2, 4), (1, 5)):  # the last time from the start, without a checkpoint
+        if first == 1:
+            time.sleep(1.1)  # TensorBoard does not always read files of one second in their order
+        train_log(set_up(first - 1))
+        for number in range(first, last + 1):
+            train_log(step(number, loss=1.0 / number))
+    tracker.close()
+    found = shown(name)["train/lr"]
+    assert [number for number, _ in (sorted(set(found)) if name == "swanlab" else found)] == [1, 2, 3, 4, 5]
+
+
+def test_a_server_of_trackio_that_does_not_tell_what_it_has_gets_nothing_twice(tmp_path, shown, monkeypatch):
+    def cut(run: Any) -> Any:
+        raise ConnectionError
+
+    def train(first: int) -> None:
+        log = tmp_path / "own" / "trainer_log.jsonl"
+        (tracker,) = open_trackers(["trackio"], RunDirectory(log.parent), {}, pytest.fail)
+        train_log = TrainLog(log, Terminal(), [tracker])
+        train_log(set_up(first - 1))
+        train_log(step(first))
+        train_log(step(first + 1))
+        tracker.close()
+
+    train(1)
+    monkeypatch.setattr(trackio_internals, "_logs", cut)
+    train(3)
+    assert [number for number, _ in shown("trackio")["train/loss"]] == [1, 2, 3, 4]
+
+
 def test_mlflow_shows_how_a_run_ended_also_in_a_folder_with_a_quote(tmp_path, mlflow_store):
     def last(ending: BaseException | None) -> tuple[str, int]:
         (tracker,) = open_trackers(["mlflow"], RunDirectory(tmp_path / "it's" / "one"), {}, pytest.fail)
@@ -343,7 +496,8 @@ def test_wandb_marks_a_run_that_failed(tmp_path, monkeypatch):
     codes = []
     for ending in (RunFailed("no memory"), RunStopped("by the scheduler")):
         (tracker,) = open_trackers(["wandb"], RunDirectory(tmp_path), {}, pytest.fail)
-        monkeypatch.setattr(tracker._writer._run, "finish", lambda **given: codes.append(given["exit_code"]))
+        writer: Any = tracker._writer
+        monkeypatch.setattr(writer._run, "finish", lambda **given: codes.append(given["exit_code"]))
         with pytest.raises(type(ending)), _closing([tracker]):
             raise ending
     assert codes == [1, 0]

@@ -172,7 +172,8 @@ def test_what_a_killed_driver_did_not_write_comes_from_the_checkpoint(tmp_path: 
     first(step(1))
     evaluation = {"current_steps": 2, "eval_loss": 3.0}
     known = [asdict(step(1)), asdict(step(2, loss=float("nan"))), evaluation]
-    again = TrainLog(log, Terminal())
+    callback = Recording()
+    again = TrainLog(log, Terminal(), [callback])
     again(set_up(2, known))
     again(step(3))
     found = list(read_jsonl(log))
@@ -183,6 +184,7 @@ def test_what_a_killed_driver_did_not_write_comes_from_the_checkpoint(tmp_path: 
         (3, 1.0),
     ]
     assert "resuming after step 2" in capsys.readouterr().out
+    assert callback.calls[0][1]["log"] == found[:3]
 
 
 def test_a_log_has_each_step_once_and_results_count_all_of_them(tmp_path: Path, capsys):
