@@ -3,6 +3,10 @@
 import json
 import shutil
 import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import cache
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +46,8 @@ generate:
 """
 BETWEEN = ["scaling.num_workers=2", "scaling.cpus_per_worker=0.75"]
 """Two workers leave half a CPU, of which data tasks need all."""
+CHECKPOINTS = ["train.save_every_steps=4", "train.keep_last=9"]
+WAYS = {"beside": CHECKPOINTS, "between": [*BETWEEN, "model.finetuning=full", "train.zero_stage=3"]}
 
 
 @pytest.fixture(scope="module")
@@ -77,16 +83,30 @@ def scores(results: dict) -> dict:
     return {key: value for key, value in results.items() if key.startswith("predict_") and not key.endswith(timed)}
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(folder) -> Callable[[str], tuple[Path, str]]:
+    """Way → a run that generates after every second step, made once, and what it printed."""
+
+    @cache
+    def made(way: str) -> tuple[Path, str]:
+        with redirect_stdout(StringIO()) as printed:
+            place = run(folder, way, "generate.every_steps=2", *WAYS[way])
+        return place, printed.getvalue()
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def beside(uninterrupted) -> Path:
+    return uninterrupted("beside")[0]
+
+
 @pytest.mark.parametrize(
-    ("name", "settings", "where"),
-    [
-        ("beside", [], "by 1 engine beside the training"),
-        ("between", [*BETWEEN, "model.finetuning=full", "train.zero_stage=3"], "between two steps"),
-    ],
+    ("name", "where"), [("beside", "by 1 engine beside the training"), ("between", "between two steps")]
 )
-def test_predictions_of_a_step_are_those_of_its_model_and_change_no_weight(folder, capsys, name, settings, where):
-    every = run(folder, name, "generate.every_steps=2", *settings)
-    printed = capsys.readouterr().out
+def test_predictions_of_a_step_are_those_of_its_model_and_change_no_weight(folder, uninterrupted, name, where):
+    settings = WAYS[name]
+    every, printed = uninterrupted(name)
     assert f"after every 2 steps, 3 times, {where}" in printed
     assert "after step 4 | rouge-1" in printed
     found = generations(every)
@@ -109,27 +129,18 @@ def test_predictions_of_a_step_are_those_of_its_model_and_change_no_weight(folde
     assert all(torch.equal(without[key], with_generation[key]) for key in without)
 
 
-@pytest.fixture(scope="module")
-def beside(folder) -> Path:
-    """A run that was not interrupted."""
-    return run(folder, "whole", "generate.every_steps=2", verb="train")
-
-
-def test_predictions_of_a_step_are_those_of_its_checkpoint(folder, tmp_path):
-    trained = run(
-        folder, "kept", "generate.every_steps=2", "train.save_every_steps=4", "train.keep_last=9", verb="train"
-    )
+def test_predictions_of_a_step_are_those_of_its_checkpoint(folder, beside, tmp_path):
     exported = tmp_path / "exported"
-    assert main(["export", str(trained / "checkpoints" / "4"), "--no-merge", "--output", str(exported)]) == 0
+    assert main(["export", str(beside / "checkpoints" / "4"), "--no-merge", "--output", str(exported)]) == 0
     other = run(folder, "exported", f"generate.model={exported}", verb="generate")
     assert (other / "generated_predictions.jsonl").read_text() == (
-        trained / "generation" / "4" / "generated_predictions.jsonl"
+        beside / "generation" / "4" / "generated_predictions.jsonl"
     ).read_text()
-    assert scores(json.loads((other / "predict_results.json").read_text())) == scores(generations(trained)[4])
+    assert scores(json.loads((other / "predict_results.json").read_text())) == scores(generations(beside)[4])
 
 
 def test_a_checkpoint_that_is_saved_while_workers_wait_has_the_weights_that_are_trained(folder, tmp_path):
-    settings = [*BETWEEN, "train.optimizer=schedulefree_adamw", "train.save_every_steps=4", "train.keep_last=9"]
+    settings = [*BETWEEN, "train.optimizer=schedulefree_adamw", *CHECKPOINTS, "train.max_steps=5"]
     found = []
     for name, more in {"averages": ["generate.every_steps=4"], "averages-none": []}.items():
         trained = run(folder, name, *settings, *more, verb="train")
