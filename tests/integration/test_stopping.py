@@ -130,8 +130,8 @@ def test_what_is_stopped_in_each_way_and_goes_on_is_the_run_left_alone(folder, a
     assert ": SIGTERM; checkpoint written; run the same" in said.err
 
     step = records(run)[-1][0]
-    assert main([*command, "train.max_hours=0.0003"]) == 75  # a second: while it starts
-    assert "train.max_hours=0.0003 is over" in capsys.readouterr().err
+    assert main([*command, "train.max_hours=0.0001"]) == 75  # a third of a second: while it starts
+    assert "train.max_hours=0.0001 is over" in capsys.readouterr().err
     assert main(command) == 0
     assert f"resuming after step {step} " in capsys.readouterr().out
     assert is_the_same(run, alone)
