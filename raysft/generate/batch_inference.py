@@ -19,10 +19,13 @@ from raysft.generate.prediction_store import PredictionStore, Stored, fingerprin
 from raysft.generate.progress import GenerationProgress
 from raysft.generate.prompts import ModelPrompts, Prompts
 from raysft.generate.ray_pipeline import completions
+from raysft.generate.signs_of_life import Listener
 from raysft.models.weight_files import check_weights
 from raysft.stopping import current
 from raysft.storage.json_files import read_jsonl
 from raysft.storage.local_cache import model_copy
+
+NOBODY = Listener()
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def generate(
     progress: bool = True,
     notify: Callable[[str], None] = lambda line: None,
     room: engine_pool.Room | None = None,
-    advanced: Callable[[int], None] = lambda predictions: None,
+    listener: Listener = NOBODY,
 ) -> list[metrics.MetricRow]:
     """Generate a prediction for each prompt with each model, write them in the order of the prompts, and score them.
 
@@ -64,7 +67,7 @@ def generate(
         progress: report progress on stderr.
         notify: gets a line when it is an output's turn.
         room: what the engines may use, and beside which scoring starts no tasks. Default: the whole cluster.
-        advanced: gets the number of predictions so far, of the output whose turn it is.
+        listener: hears how it goes on.
 
     Returns:
         For each output, the rows of ``metrics.score`` and three about its generation. ``runtime`` is the time until its last
@@ -90,10 +93,11 @@ def generate(
             check_suitable(config, each.output.model)
     try:
         with current().ending_by_itself():
-            _generate_missing(config, read, predictions, notify, room, advanced)
+            _generate_missing(config, read, predictions, notify, room, listener)
     except RunStopped as stopped:
         kept, all_prompts = sum(each.done for each in predictions), len(read) * len(predictions)
         raise RunStopped(f"{stopped}; {kept} of {all_prompts} predictions are kept") from None
+    listener.scoring()
     return [row for each in predictions for row in each.score(by_tasks=room is None)]
 
 
@@ -103,13 +107,15 @@ def _generate_missing(
     predictions: Sequence[_Predictions],
     notify: Callable[[str], None],
     room: engine_pool.Room | None,
-    advanced: Callable[[int], None],
+    listener: Listener,
 ) -> None:
     """Generate what the outputs lack, and finish each as soon as it is complete."""
     unfinished = [each for each in predictions if each.facts is None]
     with contextlib.ExitStack() as stack:
         asked = [stack.enter_context(each).missing() for each in unfinished]
-        batches = stack.enter_context(contextlib.closing(completions(config, asked, prompts.end_tokens, room)))
+        batches = stack.enter_context(
+            contextlib.closing(completions(config, asked, prompts.end_tokens, room, listener.engine))
+        )
         for each in predictions:
             notify(f"generating with {each.output.described}")
             if each not in unfinished:
@@ -119,7 +125,7 @@ def _generate_missing(
                     for index, batch in batches:
                         # Engines may be at the next output while the last batches of this one are on their way.
                         unfinished[index].add(batch)
-                        advanced(each.done)
+                        listener.advanced(each.done)
                         current().check()
                         if each.is_complete:
                             break

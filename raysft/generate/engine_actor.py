@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import pyarrow as pa
 
@@ -13,6 +14,7 @@ from raysft.config import Config
 from raysft.generate import engine_pool
 from raysft.generate.engines import Engine, create_engine
 from raysft.generate.engines.interface import failure
+from raysft.generate.signs_of_life import SignsOfLife
 
 
 def batch_row(prompts: pa.Table, model: int) -> pa.Table:
@@ -39,12 +41,14 @@ class EngineActor:
         ends: Sequence[int],
         engines_per_node: int,
         threads: int | None = None,
+        alive: Callable[[], None] | None = None,
     ) -> None:
         self._config, self._models, self._ends = config, models, ends
         self._engines_per_node = engines_per_node
         self._threads = None if config.scaling.use_gpu else threads or engine_pool.threads(config, engines_per_node)
         self._engine: Engine | None = None
         self._loaded: int | None = None
+        self._signs = SignsOfLife(alive, config.train.hang_minutes) if alive else None
 
     def _load(self, index: int) -> Engine:
         """Return the engine with a model, which is loaded if another one is."""
@@ -69,9 +73,11 @@ class EngineActor:
         start = time.monotonic()
         [ids], [prompts], [index] = (batch[name].to_pylist() for name in ("id", "input_ids", "model"))
         try:
-            engine = self._load(index)
+            with self._signs.loading() if self._signs else nullcontext():
+                engine = self._load(index)
             start = time.monotonic()
-            completions = complete(engine, ids, prompts)
+            with self._signs.computing(lambda: engine.steps) if self._signs else nullcontext():
+                completions = complete(engine, ids, prompts)
         except Exception as error:
             return pa.table({"failed": [failure(error).error], "traceback": [traceback.format_exc()]})
         seconds = time.monotonic() - start

@@ -43,6 +43,7 @@ def completions(
     asked: Sequence[ModelPrompts],
     ends: Sequence[int] = (),
     room: engine_pool.Room | None = None,
+    alive: Callable[[], None] | None = None,
 ) -> Generator[tuple[int, _Entries], None, None]:
     """Yield batches of entries as the engines finish them, each with the index in ``asked`` that it belongs to.
 
@@ -54,28 +55,33 @@ def completions(
     Args:
         ends: tokens that end an answer, besides those of the model and the config.
         room: what the engines may use. Default: the whole cluster.
+        alive: as ``Listener.engine``.
 
     Raises:
         RequestError: the cluster cannot place an engine.
         RunFailed: an engine failed, but not because its node died; or that, and the engines had a room.
     """
     if config.generate.engine != "vllm":
-        yield from _on_living_nodes(config, asked, ends, room)
+        yield from _on_living_nodes(config, asked, ends, room, alive)
         return
     for index, each in enumerate(asked):
-        for _, entries in _on_living_nodes(config, [each], ends, room):
+        for _, entries in _on_living_nodes(config, [each], ends, room, alive):
             yield index, entries
 
 
 def _on_living_nodes(
-    config: Config, asked: Sequence[ModelPrompts], ends: Sequence[int], room: engine_pool.Room | None
+    config: Config,
+    asked: Sequence[ModelPrompts],
+    ends: Sequence[int],
+    room: engine_pool.Room | None,
+    alive: Callable[[], None] | None,
 ) -> Generator[tuple[int, _Entries], None, None]:
     """Send the prompts through a pool of engines, and what is missing through another whenever nodes have died."""
     shrinks, stopping = False, current()
     while any(map(len, asked)):
         nodes_at_start, done = _alive_ids(), [np.zeros(len(each.prompts), bool) for each in asked]
         try:
-            for index, entries in _pass(config, asked, ends, nodes_at_start, shrinks, room):
+            for index, entries in _pass(config, asked, ends, nodes_at_start, shrinks, room, alive):
                 done[index][[asked[index].prompts.index[entry["id"]] for entry in entries]] = True
                 yield index, entries
             return
@@ -102,14 +108,18 @@ def _pass(
     nodes_at_start: set[str],
     shrinks: bool,
     room: engine_pool.Room | None,
+    alive: Callable[[], None] | None,
 ) -> Generator[tuple[int, _Entries], None, None]:
     """Send all prompts through one pool of engines."""
     number = sum(math.ceil(len(each) / min(config.generate.batch_size, WORTH)) for each in asked)
     pool = room.pool(config, number) if room else engine_pool.size_pool(config, alive_nodes(), number, shrinks)
     batches = [each.batches(_block_size(config, each, pool)) for each in asked]
     with engine_pool.quiet_ray_data():
-        pipeline = _by_vllm if config.generate.engine == "vllm" else _by_actors
-        dataset, read = pipeline(config, [each.model for each in asked], ends, batches, pool)
+        models = [each.model for each in asked]
+        if config.generate.engine == "vllm":
+            dataset, read = _by_vllm(config, models, ends, batches, pool)
+        else:
+            dataset, read = _by_actors(config, models, ends, batches, pool, alive)
         # The pipeline runs in an actor, which can be killed when it waits for an engine that never comes back.
         [split] = dataset.streaming_split(1)
         with _StallGuard(split_coordinator(split), nodes_at_start) as guard:
@@ -135,6 +145,7 @@ def _by_actors(
     ends: Sequence[int],
     batches: Sequence[Iterator[pa.Table]],
     pool: engine_pool.Pool,
+    alive: Callable[[], None] | None,
 ) -> tuple[ray.data.Dataset, _Read]:
     """Build a pipeline with the engines of this package, and the function that reads its rows."""
 
@@ -152,7 +163,7 @@ def _by_actors(
         source = ray.data.from_arrow_refs(cast(Any, [ray.put(row) for row in rows]))
     dataset = source.map_batches(
         EngineActor,
-        fn_constructor_args=(config, models, ends, pool.engines_per_node, pool.threads),
+        fn_constructor_args=(config, models, ends, pool.engines_per_node, pool.threads, alive),
         # Ray Data takes a number alone for GPUs, and to reach it merges blocks.
         batch_size=1,
         batch_format="pyarrow",

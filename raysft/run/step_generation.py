@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -18,15 +19,17 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from raysft.config import Config
-from raysft.errors import RunStopped, StorageFailed, one_line
+from raysft.errors import RunFailed, RunStopped, StorageFailed, one_line
+from raysft.run.generation_guard import GenerationGuard
 from raysft.run.generation_plan import GenerationPlan
 from raysft.stopping import Stopping, StopRequest, current, stoppable
 from raysft.storage.run_directory import RunDirectory
 from raysft.telemetry.events import GenerationDone, GenerationNotice
-from raysft.train.generation import GenerationDue, GenerationState, Status
+from raysft.train.generation_line import EngineAlive, GenerationDue, GenerationState, Status
 
 if TYPE_CHECKING:
     from raysft.generate.engine_pool import Room
+    from raysft.generate.signs_of_life import Listener
 
 ROOM_SECONDS = 60.0
 """How long engines wait for room beside the workers, which train on meanwhile."""
@@ -60,6 +63,10 @@ class StepGenerator:
         self._lock = threading.Lock()
         self._current: Stopping | None = None
         """Of the request that is carried out."""
+        self._guarded: tuple[GenerationDue, GenerationGuard] | None = None
+        """The request that engines work for or whose predictions are scored, and its guard."""
+        self._given_up: GenerationDue | None = None
+        """A request that hangs and cannot be ended."""
         self._epoch = 0
         """Raised when all requests so far are to be forgotten."""
         self._alone = threading.Event()
@@ -83,15 +90,24 @@ class StepGenerator:
         """Take a request; one with the ticket of another says that the workers wait for it."""
         self._requests.put((due, self._epoch))
 
+    def heard(self, ticket: int) -> None:
+        """Note that an engine is at work for a request."""
+        if (guarded := self._guarded) is not None and guarded[0].ticket == ticket:
+            guarded[1].heard()
+
     def forget(self) -> None:
         """Drop all requests."""
         self._stop(StopRequest("the workers start again"))
 
     def complete(self) -> None:
-        """Return once all requests have ended, or the run is asked to stop; ``complete_generations`` goes on another time."""
+        """Return once all requests have ended, one cannot be ended, or the run is asked to stop: the next call of it goes on."""
         self._alone.set()
         with suppress(RunStopped), current().ending_by_itself():
             while self._requests.unfinished_tasks and current().request is None:
+                if (guarded := self._guarded) is not None and guarded[1].hangs:
+                    self._given_up, guard = guarded
+                    self._fail(self._given_up, f"generation failed: {guard.reason}, and cannot be ended")
+                    return
                 time.sleep(0.05)
 
     def _stop(self, request: StopRequest) -> None:
@@ -110,7 +126,8 @@ class StepGenerator:
                     self._generate(due)
             except Exception as error:  # whatever fails here must not leave workers waiting
                 assert due is not None
-                self._fail(due, one_line(error))
+                if due is not self._given_up:
+                    self._fail(due, one_line(error))
             finally:
                 self._requests.task_done()
 
@@ -130,15 +147,36 @@ class StepGenerator:
 
     def _generate(self, due: GenerationDue) -> None:
         with self._room(due) as room:
-            results = predict_step(
-                self._config,
-                self._directory,
-                due.step,
-                room,
-                lambda count: self._tell(due, Status.RUNNING, predictions=count),
-            )
-        self._mailbox.put(GenerationDone(self._record(due.step) | results), SEND_SECONDS)
+            results = self._predict(due, room)
+        done = GenerationDone(self._record(due.step) | results)
+        # A driver with too few CPUs may take longer to take it; it is on its way all the same. Without a driver that takes it, the
+        # model of the step stays, and the next life of the run takes over its predictions.
+        with suppress(RayError):
+            self._mailbox.put(done, SEND_SECONDS)
         self._tell(due, Status.DONE, results=results)
+
+    def _predict(self, due: GenerationDue, room: Room | None) -> dict[str, float]:
+        """Predict and score for as long as something goes on.
+
+        Raises:
+            RunFailed: nothing did.
+        """
+        from raysft.generate.signs_of_life import Listener
+
+        def tell(predictions: int, signs: int) -> None:
+            self._tell(due, Status.RUNNING, predictions=predictions, signs=signs)
+
+        with GenerationGuard(current(), self._config.train.hang_minutes, tell) as guard:
+            self._guarded = due, guard
+            listener = Listener(guard.advanced, guard.scoring, partial(self._mailbox.post, EngineAlive(due.ticket)))
+            try:
+                return predict_step(self._config, self._directory, due.step, room, listener)
+            except RunStopped:
+                if guard.reason:
+                    raise RunFailed(f"generation failed: {guard.reason}") from None
+                raise
+            finally:
+                self._guarded = None
 
     @contextmanager
     def _room(self, due: GenerationDue) -> Iterator[Room | None]:
@@ -201,13 +239,14 @@ class StepGenerator:
 
     def _fail(self, due: GenerationDue, reason: str) -> None:
         """Say that there will be no predictions. Their model goes; those that there are stay."""
-        with suppress(RayError, StorageFailed):
-            self._notice(due.step, f"{reason}; the training goes on without them")
+        self._notice(due.step, f"{reason}; the run goes on without them")
+        with suppress(StorageFailed):
             self._directory.step_model(due.step).remove()
         self._tell(due, Status.FAILED, failure=reason)
 
     def _notice(self, step: int, message: str) -> None:
-        self._mailbox.put(GenerationNotice(step, message), SEND_SECONDS)
+        with suppress(RayError):
+            self._mailbox.put(GenerationNotice(step, message), SEND_SECONDS)
 
     def _tell(self, due: GenerationDue, status: Status, **more: Any) -> None:
         self._mailbox.tell(GenerationState(due.ticket, status, **more))
@@ -218,7 +257,7 @@ def predict_step(
     directory: RunDirectory,
     step: int,
     room: Room | None = None,
-    advanced: Callable[[int], None] = lambda predictions: None,
+    listener: Listener | None = None,
 ) -> dict[str, float]:
     """Predict the run's prompts with the model of a step, and write predictions and scores.
 
@@ -227,14 +266,15 @@ def predict_step(
         directory: the run directory, which has the prompts and the model.
         step: optimizer steps of the model.
         room: what the engines may use. Default: the whole cluster.
-        advanced: gets the number of predictions so far.
+        listener: hears how it goes on.
 
     Returns:
         The numbers of the step's ``predict_results.json``.
     """
     from raysft.generate.batch_inference import Output, generate
     from raysft.generate.metrics import write_step_metrics
+    from raysft.generate.signs_of_life import Listener
 
     output = Output(directory.step_model(step).location, directory.generation(step).predictions)
-    rows = generate(config, directory.prompts, [output], progress=False, room=room, advanced=advanced)
+    rows = generate(config, directory.prompts, [output], progress=False, room=room, listener=listener or Listener())
     return write_step_metrics(directory, step, rows)

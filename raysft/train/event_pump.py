@@ -25,7 +25,7 @@ from raysft.telemetry.events import (
     WorkersRestarting,
 )
 from raysft.train.controller import Controller, ControllerStarted
-from raysft.train.generation import GenerationDue, Generator
+from raysft.train.generation_line import EngineAlive, GenerationDue, Generator
 from raysft.train.mailbox import Mailbox
 
 RESUME = "the same command resumes from the newest checkpoint"
@@ -46,8 +46,8 @@ class PermanentFailure:
     error: RequestError | RunFailed
 
 
-Message = Event | PermanentFailure | ControllerStarted | GenerationDue
-"""What the workers send to the driver."""
+Message = Event | PermanentFailure | ControllerStarted | GenerationDue | EngineAlive
+"""What the workers and the engines of a generation send to the driver."""
 
 
 def emitter(mailbox: Mailbox, worker: str = "") -> Callable[[Message], None]:
@@ -145,15 +145,15 @@ class EventPump:
             except queue.Empty:
                 if self._closing.is_set():
                     return
-                if self._silent_minutes and time.monotonic() - self._heard > 60 * self._silent_minutes:
-                    self._break(
-                        RunFailed(f"no sign of life from the workers for {self._silent_minutes:g} minutes; {RESUME}")
-                    )
+                silent = self._silent_minutes
+                if silent and time.monotonic() - self._heard > 60 * silent:
+                    self._break(RunFailed(f"no sign of life from the workers for {silent:g} minutes; {RESUME}"))
                     return
                 continue
             except RayError:
                 return
-            self._heard = time.monotonic()
+            if not isinstance(message, EngineAlive):  # which says nothing of the workers
+                self._heard = time.monotonic()
             if message is None or not self._take(message):
                 return
 
@@ -174,6 +174,10 @@ class EventPump:
             case GenerationDue():
                 if self._generator is not None:
                     self._generator.take(message)
+                return True
+            case EngineAlive(ticket):
+                if self._generator is not None:
+                    self._generator.heard(ticket)
                 return True
             case SetupDone():
                 self._set_up = True
@@ -217,4 +221,5 @@ class EventPump:
             if time.monotonic() > limit or not self._thread.is_alive():
                 raise RunFailed(f"the workers finished, but their results did not reach the driver; {RESUME}")
             time.sleep(0.05)
+        self._silent_minutes = None  # there are no workers any more; predictions may still be made, for hours
         return self._end

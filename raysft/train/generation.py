@@ -7,13 +7,9 @@ that wait meanwhile. At most one model is generated with at a time, so that mode
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from enum import IntEnum
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,111 +22,13 @@ from raysft.train.averaging import averaged
 from raysft.train.checkpoint.cursor import PREDICTION, Cursor
 from raysft.train.decisions import from_first
 from raysft.train.export import Exporter
+from raysft.train.generation_line import GenerationDue, GenerationState, Line, Place, Status
 from raysft.train.intervals import Interval
 from raysft.train.job import TrainJob
 from raysft.train.phases import Phases
 
 LOOK_SECONDS = 1.0
 """Time between two looks of workers that wait for predictions; without GPUs news wake them at once."""
-Place = tuple[str, tuple[str, ...]]
-"""Ray's id of a worker's node, and its GPUs as ``CUDA_VISIBLE_DEVICES`` names them."""
-
-
-@dataclass(frozen=True)
-class GenerationDue:
-    """The first worker's message to the driver: the model of a step is written, and predictions are due."""
-
-    step: int
-    ticket: int
-    """Tells this request from others for the same step."""
-    places: tuple[Place, ...] = ()
-    """Where the workers are, which wait and leave their devices to the engines; empty while they train."""
-
-
-class Status(IntEnum):
-    """What became of a request."""
-
-    RUNNING = 0
-    NO_ROOM = 1
-    """The engines find no room beside the workers, which are to wait."""
-    DONE = 2
-    FAILED = 3
-
-
-@dataclass(frozen=True)
-class GenerationState:
-    """The driver's message to the first worker."""
-
-    ticket: int
-    status: Status = Status.RUNNING
-    predictions: int = 0
-    """Number of predictions so far."""
-    results: dict[str, float] = field(default_factory=dict)
-    """Keys of ``predict_results.json``, once it is done."""
-    failure: str = ""
-
-
-class Line(Protocol):
-    """A worker's connection to the driver's generation; only the first worker's is used to ask and to hear."""
-
-    place: Place
-
-    def ask(self, due: GenerationDue) -> None: ...
-
-    def state(self) -> GenerationState | None: ...
-
-    def wait(self, seconds: float) -> None: ...
-
-
-class Generator(Protocol):
-    """What generates in the driver, as a training uses it."""
-
-    def begin(self, mailbox: Any) -> AbstractContextManager[None]:
-        """Generate for the workers of a training, which hear of it through its mailbox, during the block."""
-        ...
-
-    def take(self, due: GenerationDue) -> None:
-        """Take a request."""
-        ...
-
-    def forget(self) -> None:
-        """Drop all requests: the workers start again, and will repeat them. What was predicted is kept."""
-        ...
-
-    def complete(self) -> None:
-        """Return once all requests have ended; the workers have."""
-        ...
-
-
-class MailboxLine:
-    """The line of a worker of Ray Train."""
-
-    def __init__(self, mailbox: Any, ask: Callable[[Any], None], place: Place, first: bool) -> None:
-        """
-        Args:
-            mailbox: ``Mailbox`` of the training.
-            ask: sends a message to the driver.
-            place: of this worker.
-            first: True for the first worker, which listens.
-        """
-        self.ask, self.place = ask, place
-        self._state: GenerationState | None = None
-        self._news = threading.Event()
-        if first:
-            mailbox.follow(self._hear)
-
-    def _hear(self, state: GenerationState) -> None:
-        self._state = state
-        self._news.set()
-
-    def state(self) -> GenerationState | None:
-        """Return what the driver told last."""
-        return self._state
-
-    def wait(self, seconds: float) -> None:
-        """Wait for news of the driver."""
-        self._news.wait(seconds)
-        self._news.clear()
 
 
 class StepGenerations:
@@ -331,16 +229,15 @@ class StepGenerations:
     def _wait(self, cursor: Cursor) -> GenerationState | None:
         """Wait for the end of the request; returns None if the training is to stop before."""
         assert self._line is not None
-        seen = -1
+        seen: list[int] = []
         while True:
             if self._phases.phase != "generation":  # a checkpoint may come in between
                 self._phases.enter("generation", cursor.step)
-            if seen >= 0:
+            if seen:
                 self._let_time_pass()
             state = self._line.state() if dist.get_rank() == 0 else None
-            status, predictions = from_first(
-                self._status(state), state.predictions if state else 0, device=self._device
-            )
+            told = (state.predictions, state.signs) if state else (0, 0)
+            status, *progress = from_first(self._status(state), *told, device=self._device)
             if status in (Status.DONE, Status.FAILED):
                 self._asked = None
                 return self._shared(state)
@@ -348,8 +245,8 @@ class StepGenerations:
                 return None
             if status == Status.NO_ROOM and self._asked and not self._asked.places:
                 self._pause()
-            if predictions != seen:
-                seen = predictions
+            if progress != seen:
+                seen = progress
                 self._phases.progress()
 
     def _let_time_pass(self) -> None:

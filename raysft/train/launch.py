@@ -32,7 +32,7 @@ from raysft.train.cpu_worker import KEEP_MEMORY
 from raysft.train.dataset_config import PlannedDataConfig, Resumption
 from raysft.train.elastic import workers_of
 from raysft.train.event_pump import EventPump, emitter
-from raysft.train.generation import Generator
+from raysft.train.generation_line import Generator
 from raysft.train.job import EvaluationJob, TrainJob
 from raysft.train.mailbox import Mailbox
 from raysft.train.process_group import RestartableTorchConfig

@@ -67,6 +67,11 @@ class Mailbox:
         """
         ray.get(self._actor.put.remote(message), timeout=timeout)
 
+    def post(self, message: Any) -> None:
+        """Send a message to the driver that may be lost; does not wait until it is there."""
+        with suppress(RayError):
+            self._actor.put.remote(message)
+
     def get(self, timeout: float) -> Any:
         """Return the next message.
 

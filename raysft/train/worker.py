@@ -22,7 +22,7 @@ from raysft.train.checkpoint.resume import ResumePoint
 from raysft.train.dataset_config import RESUME, TRAIN
 from raysft.train.decisions import Outside, receiver
 from raysft.train.event_pump import emitter, permanent_failures
-from raysft.train.generation import MailboxLine, Place
+from raysft.train.generation_line import MailboxLine, Place
 from raysft.train.phases import Phases
 from raysft.train.ray_train_internals import get_train_context
 from raysft.train.step import evaluate

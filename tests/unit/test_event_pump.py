@@ -13,13 +13,15 @@ import pytest
 from raysft.errors import RunFailed, RunStopped
 from raysft.stopping import StopRequest, stoppable
 from raysft.storage.path import StoragePath
-from raysft.telemetry.events import SetupDone, TrainingStopped, WorkersRestarting
+from raysft.telemetry.events import GenerationNotice, SetupDone, TrainingEnded, TrainingStopped, WorkersRestarting
+from raysft.train import event_pump
 from raysft.train.checkpoint import parts
 from raysft.train.checkpoint.catalog import folder_name
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.checkpoint.parts import Snapshot
 from raysft.train.controller import ControllerStarted
 from raysft.train.event_pump import EventPump
+from raysft.train.generation_line import EngineAlive
 from raysft.train.launch import _saved
 
 SECONDS = 10
@@ -59,11 +61,11 @@ class Controller:
 class Driver:
     """A pump between both."""
 
-    def __init__(self) -> None:
+    def __init__(self, silent_minutes: float | None = None) -> None:
         self.post, self.controller, self.handled = Post(), Controller(), list[Any]()
         post: Any = self.post
         controller: Any = self.controller
-        self.pump = EventPump(post, self.handled.append, controller)
+        self.pump = EventPump(post, self.handled.append, controller, silent_minutes)
 
     def hears(self, *messages: Any) -> None:
         """Let the pump take messages; return once it has."""
@@ -118,6 +120,32 @@ def test_workers_that_fail_while_they_are_asked_are_not_started_again(driver):
     assert driver.controller.aborted == 1
     with pytest.raises(RunStopped, match=r"^stopped: SIGTERM, and the workers failed \(worker 1 died\)$"):
         driver.pump.end()
+
+
+def test_the_silence_after_the_end_of_the_workers_loses_no_predictions(monkeypatch):
+    monkeypatch.setattr(event_pump, "POLL_SECONDS", 0.05)
+    it = Driver(silent_minutes=0.5 / 60)
+    with it.pump:
+        it.hears(ControllerStarted(object()), SET_UP, TrainingEnded({}, {}))
+        assert it.pump.end() == TrainingEnded({}, {})
+        time.sleep(1)
+        late = GenerationNotice(7, "its predictions took hours")
+        it.hears(late)
+    assert it.pump.broken is None
+    assert it.handled[-1] == late
+
+
+def test_engines_at_work_do_not_hide_that_the_workers_are_lost(monkeypatch):
+    monkeypatch.setattr(event_pump, "POLL_SECONDS", 0.05)
+    it = Driver(silent_minutes=0.5 / 60)
+    with it.pump:
+        it.hears(ControllerStarted(object()), SET_UP)
+        limit = time.monotonic() + SECONDS
+        while it.pump.broken is None and time.monotonic() < limit:
+            it.post.put(EngineAlive(1), 1)
+            time.sleep(0.2)
+    assert isinstance(it.pump.broken, RunFailed)
+    assert "no sign of life from the workers" in str(it.pump.broken)
 
 
 @pytest.mark.parametrize(

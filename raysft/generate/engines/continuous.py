@@ -78,6 +78,12 @@ class ContinuousEngine(ModelEngine):
         self._broken: Exception | None = None
         self._calls = itertools.count()
 
+    @property
+    def steps(self) -> int:
+        """The number of the current step."""
+        manager = self._manager
+        return steps_done(manager) if manager is not None else -1
+
     def complete(self, ids: Sequence[str], prompts: Sequence[Sequence[int]]) -> list[Completion]:
         """Complete prompts.
 

@@ -34,6 +34,11 @@ def failure(error: Exception | str) -> Completion:
 class Engine(Protocol):
     """Completes prompts, at most ``generate.batch_size`` at once; created once per process, then called repeatedly."""
 
+    @property
+    def steps(self) -> int:
+        """A number that changes with each step of a prediction, for other threads, which see by it that something goes on."""
+        ...
+
     def complete(self, ids: Sequence[str], prompts: Sequence[Sequence[int]]) -> list[Completion]:
         """Complete prompts.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor, StoppingCriteriaList
 
 from raysft.generate.engines.base import ModelEngine, cpu_cache_bytes
 from raysft.generate.engines.context_window import longrope_threshold
@@ -20,6 +20,17 @@ TRIAL_TOKENS = 8
 """Tokens, and as many padding tokens, of the test whether a model ignores padding."""
 
 
+class StepCounter(LogitsProcessor):
+    """Counts an engine's steps; it changes no logits."""
+
+    def __init__(self, engine: TransformersEngine) -> None:
+        self._engine = engine
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self._engine.steps += 1
+        return scores
+
+
 class TransformersEngine(ModelEngine):
     """Static batches through ``model.generate``, padded on the left.
 
@@ -28,6 +39,9 @@ class TransformersEngine(ModelEngine):
     order, the number of engines or a restart. Only rounding remains: logits of a batch of another shape differ in their last
     digits, which can decide a draw that falls between two tokens, or a greedy tie in bfloat16.
     """
+
+    steps = 0
+    """Steps of all predictions so far."""
 
     def complete(self, ids: Sequence[str], prompts: Sequence[Sequence[int]]) -> list[Completion]:
         """Complete prompts."""
@@ -127,7 +141,7 @@ class TransformersEngine(ModelEngine):
         return of_rows.repeat_interleave(self._settings.num_beams).to(self._device)
 
     def _processors(self, ids: Sequence[str], pads: torch.Tensor, longest: int) -> LogitsProcessorList:
-        processors = LogitsProcessorList()
+        processors = LogitsProcessorList([StepCounter(self)])
         if self._settings.repetition_penalty != 1.0:
             # Padding was not used by the text; it is often the stop token, which a penalty would suppress.
             penalty = self._settings.repetition_penalty

@@ -1,0 +1,86 @@
+"""Ends a generation during training in which nothing goes on any more, and tells those who wait for it that something does."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from raysft.stopping import Stopping
+
+PATIENCE = 3
+"""How many times ``train.hang_minutes`` nothing may go on. Workers that wait for predictions end themselves after four times;
+this comes before, and says what hangs."""
+
+
+class GenerationGuard:
+    """A thread beside a generation, which may go on while engines show signs of life, predictions arrive, or scoring computes."""
+
+    def __init__(self, stopping: Stopping, hang_minutes: float | None, tell: Callable[[int, int], None]) -> None:
+        """
+        Args:
+            stopping: of the generation; asked to end it.
+            hang_minutes: ``train.hang_minutes``; None to end it never.
+            tell: gets the numbers of predictions and of signs of life so far, whenever there are more.
+        """
+        self._stopping, self._tell = stopping, tell
+        self._seconds = PATIENCE * 60 * hang_minutes if hang_minutes else None
+        self._lock = threading.Lock()
+        self._predictions = self._signs = 0
+        self._progressed = time.monotonic()
+        self._clock: int | None = None
+        """Of the CPU time of the thread that scores, once it does."""
+        self.reason = ""
+        """What hangs; empty while something goes on."""
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="generation guard", daemon=True)
+
+    def __enter__(self) -> GenerationGuard:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def advanced(self, predictions: int) -> None:
+        """Note how many predictions there are."""
+        self._note(predictions)
+
+    def heard(self) -> None:
+        """Note a sign of life."""
+        self._note(None)
+
+    def scoring(self) -> None:
+        """Note that this thread begins to score."""
+        self._clock = time.pthread_getcpuclockid(threading.get_ident())
+        self._note(None)
+
+    def _note(self, predictions: int | None) -> None:
+        with self._lock:
+            self._progressed = time.monotonic()
+            self._signs += 1
+            self._predictions = self._predictions if predictions is None else predictions
+            self._tell(self._predictions, self._signs)
+
+    @property
+    def idle(self) -> float:
+        """Seconds in which nothing went on."""
+        return time.monotonic() - self._progressed
+
+    @property
+    def hangs(self) -> bool:
+        """True if it goes on too long although nothing goes on, and does not end: a metric hangs."""
+        return self._seconds is not None and self.idle > self._seconds * (1 + 1 / PATIENCE)
+
+    def _run(self) -> None:
+        used = 0.0
+        every = 5.0 if self._seconds is None else min(5.0, self._seconds / 20)
+        while not self._done.wait(every):
+            if self._clock is not None and (now := time.clock_gettime(self._clock)) > used:
+                used = now
+                self.heard()
+            if self._seconds is not None and self.idle > self._seconds and not self.reason:
+                what = "no engine shows a sign of life" if self._clock is None else "scoring stands still"
+                self.reason = f"{what} for {self._seconds / 60:g} minutes ({PATIENCE} × train.hang_minutes)"
+                self._stopping.ask(self.reason)
