@@ -56,7 +56,12 @@ def by_target(parameters: Parameters, target: str | Iterable[str]) -> tuple[Para
     """
     if isinstance(target, str):
         return by_place(parameters)
-    modules = {name: name.rpartition(".")[0] for name, weight in parameters.items() if dimensions(weight) == 2}
+    # The loss holds the model as ``model``; patterns mean names inside it.
+    modules = {
+        name: name.rpartition(".")[0].removeprefix("model.")
+        for name, weight in parameters.items()
+        if dimensions(weight) == 2
+    }
     for pattern in target:
         if not any(re.search(pattern, module) for module in modules.values()):
             last = sorted({module.rpartition(".")[2] for module in modules.values()})

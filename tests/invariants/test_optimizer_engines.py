@@ -26,6 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "pid": {"momentum": 0.9},
     "sgd": {"momentum": 0.9},
 }
+PURE = {"model.dtype": "bfloat16", "train.pure_bf16": True}
 DECAY = dict.fromkeys(UNDECAYED, 0.0)
 UNRESUMED = ("adam_mini", "badam")
 """adam_mini is made of a model with heads (``test_checkpoints.py``), and badam does not resume."""
@@ -63,7 +64,9 @@ def group() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def engine_of(folder: Path, name: str, stage: int, **options: Any) -> tuple[Any, Any]:
+def engine_of(
+    folder: Path, name: str, stage: int, clip: float = 0.0, pure: bool = False, **options: Any
+) -> tuple[Any, Any]:
     """Make an engine as ``train/engine.py`` does, around a model of a few tensors."""
     from raysft.train.deepspeed_config import deepspeed_settings, with_bucket
     from raysft.train.deepspeed_import import deepspeed
@@ -73,10 +76,11 @@ def engine_of(folder: Path, name: str, stage: int, **options: Any) -> tuple[Any,
     use_gloo_allreduce()
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     config = make_config(
-        folder, Path("m"), optimizer=name, optimizer_options={**OPTIONS.get(name, {}), **options}, zero_stage=stage,
-        schedule="constant" if OPTIMIZERS[name].averages else "linear", max_grad_norm=0.0, weight_decay=DECAY.get(name, 0.1),
+        folder, Path("m"), PURE if pure else None, optimizer=name, zero_stage=stage,
+        optimizer_options={**OPTIONS.get(name, {}), **options},
+        schedule="constant" if OPTIMIZERS[name].averages else "linear", max_grad_norm=clip, weight_decay=DECAY.get(name, 0.1),
     )  # fmt: skip
-    model = Quadratic()
+    model = Quadratic().to(torch.bfloat16 if pure else torch.float32)
     optimizer = make_optimizer(model, config.train)
     scheduler = make_lr_scheduler(optimizer, config.train, STEPS)
     engine, *_ = deepspeed.initialize(
@@ -124,6 +128,24 @@ def test_zero_steps_as_the_library_used_alone(tmp_path, name, stage):
         torch.testing.assert_close(
             found[f"{key}:0"].view_as(parameter), parameter.detach(), rtol=tolerance, atol=tolerance
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "pure"),
+    [("sgd", stage, pure) for stage in range(4) for pure in (False, True)]
+    + [(name, 0, False) for name in ("schedulefree_sgd", "sgdp")],
+)
+def test_a_step_of_clipped_gradients_is_as_long_as_the_rate_says(tmp_path, name, stage, pure):
+    """The first step of gradient descent is the rate, 0.01, times the gradient, of which clipping leaves a length of 50."""
+    engine, _ = engine_of(tmp_path, name, stage, 50.0, pure)
+    for group in engine.optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    before = weights(engine)
+    steps(engine, 0, 1)
+    after = weights(engine)
+    moved = sum(float((after[key] - value).float().pow(2).sum()) for key, value in before.items()) ** 0.5
+    # A weight of 1 has steps of 0.008 in bfloat16, and moves by 0.006.
+    assert moved == pytest.approx(0.01 * 50, rel=0.2 if pure else 1e-4)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from raysft.config import TrainSection
 from raysft.config.train import Targets
 from raysft.errors import RequestError
 from raysft.train.optim import make_optimizer
+from raysft.train.parameter_groups import by_target
 from tests.messages import holds
 
 RATE, BETAS, EPSILON, DECAY = 1e-2, (0.8, 0.9), 1e-6, 0.1
@@ -125,6 +126,14 @@ def test_a_target_decides_which_matrices_are_projected(optimizer):
         reference.step()
     torch.testing.assert_close(some.o_proj.weight, adamw, rtol=5e-3, atol=5e-4)
     assert not torch.allclose(every.o_proj.weight, adamw, rtol=5e-3, atol=5e-4)
+
+
+def test_a_target_means_the_models_own_names():
+    """The loss that is trained holds the model of transformers, whose names begin with ``model.layers``."""
+    parameters = {f"model.model.layers.{index}.q_proj.weight": nn.Parameter(torch.zeros(2, 2)) for index in range(11)}
+    chosen, others = by_target(parameters, [r"^model\.layers\.1\.q_proj$"])
+    assert list(chosen) == ["model.model.layers.1.q_proj.weight"]
+    assert len(others) == 10
 
 
 def test_a_target_that_is_nowhere_is_refused():
