@@ -172,8 +172,13 @@ def test_the_layers_that_a_model_was_expanded_by_are_trained(write):
     for count in (0, -2):
         told = messages.refusal(load, write({**freeze, "use_llama_pro": True, "freeze_trainable_layers": count}))
         assert holds(told, f"lf.yaml … freeze_trainable_layers={count} … use_llama_pro=true … number of layers")
-    told = messages.refusal(load, write({**freeze, "finetuning_type": "full", "use_llama_pro": True}))
-    assert holds(told, "lf.yaml … use_llama_pro=true … finetuning_type=full … freeze")
+    for kind, remedy in {
+        "full": "all layers",
+        "lora": "new layers in lora_target",
+        "oft": "new layers in oft_target",
+    }.items():
+        told = messages.refusal(load, write({**freeze, "finetuning_type": kind, "use_llama_pro": True}))
+        assert holds(told, f"lf.yaml … use_llama_pro=true … finetuning_type={kind} … freeze … {remedy}")
 
 
 def test_its_defaults_apply(write):
@@ -326,12 +331,29 @@ def of(config: Config, path: str) -> Any:
                 "train.zero_stage": 0,
             },
         ),
+        (
+            {"optim": "galore_adamw", "finetuning_type": "full", "optim_target_modules": r".*layers\.\d\.mlp.*"},
+            {"train.optimizer_target": [r"^(?:.*layers\.\d\.mlp.*)$"]},
+        ),
         ({"optim": "schedule_free_adamw"}, {"train.optimizer": "schedulefree_adamw"}),
         (
             {"do_train": False, "do_predict": True, "eval_dataset": "b", "dataset": None, "max_new_tokens": 9},
             {"generate.model": "m", "generate.max_new_tokens": 9, "data.eval": [{"name": "b"}]},
         ),
         ({"use_asft_loss": True}, {"train.loss": "asft"}),
+        (
+            {"quantization_bit": 4, "deepspeed": "ds_z3_config.json", "double_quantization": False, "bf16": True},
+            {"model.quantization": "4bit", "model.double_quantization": False, "train.zero_stage": 3},
+        ),
+        (
+            {"lora_target": "1.self_attn.q_proj", "use_rslora": True, "use_dora": True, "additional_target": "embed_tokens"},
+            {"model.lora": {"target": ["1.self_attn.q_proj"], "extra_modules": ["embed_tokens"], "dora": True, "rslora": True}},
+        ),
+        (
+            {"finetuning_type": "freeze", "freeze_trainable_layers": 1, "freeze_trainable_modules": "mlp",
+             "freeze_extra_modules": "lm_head"},
+            {"model.freeze": {"layers": 1, "modules": ["mlp"], "extra_modules": ["lm_head"]}},
+        ),
         ({"pure_bf16": True}, {"model.dtype": "bfloat16", "train.pure_bf16": True}),
         ({"pure_bf16": True, "use_badam": True, "finetuning_type": "full"}, {
             "model.dtype": "bfloat16", "train.pure_bf16": False}),
@@ -455,6 +477,12 @@ def test_keys_at_their_defaults_are_listed_as_such_and_those_of_trainings_in_oth
     assert conversion.harmless["report_to"] == "only a training reads it"
     assert "save_only_model, resume_from_checkpoint: have their defaults" in render(conversion, "a.yaml")
     assert converted(**keys).config["train"]["trackers"] == []
+    badam = converted(use_badam=True, finetuning_type="full", save_steps=2, save_total_limit=3).harmless
+    assert (
+        badam["save_steps"]
+        == badam["save_total_limit"]
+        == "a training with BAdam cannot resume, so it writes no checkpoints"
+    )
     assert "resuming" in converted(save_only_model=True).harmless["save_only_model"]
 
 

@@ -188,6 +188,8 @@ def _reason(name: str, given: Settings) -> str:
         return key.reason
     if given.exports:
         return "a model is exported with its own template and settings, and an adapter with those of its training"
+    if given["use_badam"] and key.path in ("train.save_every_steps", "train.keep_last"):
+        return "a training with BAdam cannot resume, so it writes no checkpoints"
     if key.path.startswith("train.") and not given.trains:
         return "only a training reads it"
     if given[name] == key.default:

@@ -31,7 +31,7 @@ FINETUNING: Keys = {
     "pissa_convert": joined("model.lora.pissa", boolean, False),
     "create_new_adapter": joined("model.new_adapter", boolean, False),
     "module_dropout": same("model.oft.dropout", number, 0.0),
-    "oft_rank": only(0, "remove it: oft_block_size decides", whole),
+    "oft_rank": only(0, "remove it, and set oft_block_size to the number of a layer's inputs divided by the rank", whole),
     "oft_block_size": same("model.oft.block_size", whole, 32),
     "oft_target": same("model.oft.target", targets, "all"),
     # Preferences.

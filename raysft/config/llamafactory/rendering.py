@@ -37,17 +37,23 @@ def render(conversion: Conversion, name: str) -> str:
         lines += [line for refusal in conversion.refusals for line in _item(refusal.message)]
     else:
         lines.append(f"# {DOES[conversion.verb]}")
-    others = {key: reason for key, reason in conversion.harmless.items() if reason != DEFAULT}
-    if defaults := [key for key in conversion.harmless if key not in others]:
-        others[", ".join(defaults)] = DEFAULT if len(defaults) == 1 else "have their defaults"
-    if others:
+    if conversion.harmless:
         lines += ["#", "# These keys need nothing here:"]
-        lines += [line for key, reason in others.items() for line in _item(f"{key}: {reason}")]
+        lines += [
+            line for reason, keys in _by_reason(conversion.harmless) for line in _item(f"{', '.join(keys)}: {reason}")
+        ]
     if conversion.command:
         return "\n".join([*lines, conversion.command]) + "\n"
     sections = {path.rpartition(".")[0] for path in schema()} - {""}
     lines += ["", *_mapping(conversion.config, "", sections, conversion.notes)]
     return "\n".join(lines) + "\n"
+
+
+def _by_reason(harmless: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield each reason with the keys that it is given for, those at their defaults last."""
+    for reason in sorted(dict.fromkeys(harmless.values()), key=lambda reason: reason == DEFAULT):
+        keys = [key for key, found in harmless.items() if found == reason]
+        yield ("have their defaults" if reason == DEFAULT and len(keys) > 1 else reason), keys
 
 
 def _item(text: str) -> list[str]:

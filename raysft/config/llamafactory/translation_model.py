@@ -71,10 +71,16 @@ def _layers(given: Settings) -> Derived:
     """Layers to train: the last, the first, or those that a model was expanded by (LLaMA Pro)."""
     number, expanded, kind = given["freeze_trainable_layers"], given["use_llama_pro"], given["finetuning_type"]
     if expanded and kind != "freeze":
+        # The number of layers, which says which ones are new, is in a file that may still be on the hub.
+        instead = {
+            "full": "to train all layers",
+            "lora": "and name the modules of the new layers in lora_target, for example 3.self_attn.q_proj,3.mlp.down_proj",
+            "oft": "and name the modules of the new layers in oft_target, for example 3.self_attn.q_proj,3.mlp.down_proj",
+        }
         yield Refusal(
             "use_llama_pro",
-            f"use_llama_pro=true with finetuning_type={kind} is not supported; set finetuning_type to freeze, or remove it "
-            "to train all layers",
+            f"use_llama_pro=true with finetuning_type={kind} is not supported; set finetuning_type to freeze, or remove it, "
+            f"{instead[kind]}",
         )
     elif expanded and number < 1:
         yield Refusal(

@@ -105,6 +105,17 @@ def targets(value: Any) -> str | list[str]:
     return "all" if "all" in found else found
 
 
+def matched(value: Any) -> str | list[str]:
+    """``all``, names of modules, or the regular expression that a text is to transformers, which the whole name matches.
+
+    >>> matched("all-linear"), matched(["mlp"]), matched(".*q_proj")
+    ('all', ['mlp'], ['^(?:.*q_proj)$'])
+    """
+    if isinstance(value, str) and value.replace("_", "-") not in ("all", "all-linear"):
+        return [f"^(?:{text(value)})$"]
+    return targets("all" if isinstance(value, str) else value)
+
+
 def mapping(value: Any) -> dict[str, Any]:
     """A mapping, also as the text of a JSON object."""
     if isinstance(value, str):
