@@ -27,7 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.9},
 }
 PURE = {"model.dtype": "bfloat16", "train.pure_bf16": True}
-DECAY = dict.fromkeys(UNDECAYED, 0.0)
+DECAY: dict[str, float] = dict.fromkeys(UNDECAYED, 0.0)
 UNRESUMED = ("adam_mini", "badam")
 """adam_mini is made of a model with heads (``test_checkpoints.py``), and badam does not resume."""
 SOME = ("adamw_8bit", "adan", "lion", "nadam", "schedulefree_adamw")
