@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from raysft.run.inputs import ModelFiles
 
 Notify = Callable[[str], None]
+ELSEWHERE = ("package:", "ms://")
+"""What the locations of models begin with that are neither paths nor in an object store."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Exportable:
         if self.checkpoint is not None or self.config is None or not self.is_adapter:
             return None
         named = named_base(Path(local_copy(self.model)))
-        if not named or may_be_on_hub(named) or StoragePath.of(named).exists():
+        if not named or may_be_on_hub(named) or named.startswith(ELSEWHERE) or StoragePath.of(named).exists():
             return None
         files = _model_files(self, notify)
         if (
@@ -115,7 +117,7 @@ def find_exportable(source: str, notify: Notify, option: str = "MODEL") -> Expor
     Raises:
         RequestError: it names nothing that could be exported.
     """
-    place = None if source.startswith(("package:", "ms://")) else _place(source)
+    place = None if source.startswith(ELSEWHERE) else _place(source)
     if place is None:
         return _model(source, notify, option)
     if _is_run(place):
