@@ -44,7 +44,7 @@ class _Forgotten(Exception):
 
 
 class StepGenerator:
-    """A ``train.generation.Generator``."""
+    """A ``train.generation_line.Generator``."""
 
     def __init__(
         self, config: Config, directory: RunDirectory, plan: GenerationPlan, record: Callable[[int], dict[str, Any]]

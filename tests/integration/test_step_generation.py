@@ -21,6 +21,7 @@ from raysft.run import step_generation
 from raysft.run.step_generation import predict_step
 from raysft.stopping import current
 from raysft.storage.json_files import read_jsonl
+from tests.processes import children_named
 from tests.tiny import tiny_model, write_chats
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -168,8 +169,22 @@ def stopping(run: Path, at: int):
     return predict
 
 
+class Killing:
+    """Predicts the prompts; at its first call it first kills a worker of the training (SIGKILL)."""
+
+    killed = False
+
+    def __call__(self, config, directory, step, *more):
+        if not self.killed:
+            next(children_named("RayTrainWorker")).kill()
+            self.killed = True
+            time.sleep(1)  # the request is under way while the workers fail
+            current().check()
+        return predict_step(config, directory, step, *more)
+
+
 @pytest.mark.parametrize(("name", "settings"), [("stopped", []), ("stopped-between", BETWEEN)])
-def test_a_run_that_stops_while_it_generates_goes_on_with_the_same_predictions(
+def test_a_run_that_stops_and_whose_worker_dies_while_it_generates_goes_on_with_the_same_predictions(
     folder, beside, capsys, monkeypatch, name, settings
 ):
     place = folder / "runs" / name
@@ -178,8 +193,12 @@ def test_a_run_that_stops_while_it_generates_goes_on_with_the_same_predictions(
     assert main(command) == 75
     assert sorted(generations(place)) == [2]
     assert (place / "generation" / "4" / "model" / "adapter_config.json").exists()
-    monkeypatch.undo()
+    killing = Killing()
+    monkeypatch.setattr(step_generation, "predict_step", killing)
+    capsys.readouterr()
     assert main(command) == 0
+    assert killing.killed
+    assert "restarting the workers" in capsys.readouterr().out
     found = generations(place)
     if settings:
         assert sorted(found) == [2, 4, 6]
