@@ -60,6 +60,19 @@ class Node:
         return max(0, min(counts))
 
 
+@dataclass(frozen=True)
+class Workers:
+    """Training workers, as they are placed on a cluster's nodes."""
+
+    number: int
+    cpus: float
+    """CPUs that each reserves."""
+    gpu: bool
+    """True if each reserves a GPU."""
+    spread: bool
+    """True if they are spread over the nodes, False if they are packed."""
+
+
 def total(nodes: Sequence[Node]) -> Node:
     """Return the sum of all nodes' resources."""
     return Node(sum(node.cpus for node in nodes), sum(node.gpus for node in nodes))
@@ -92,50 +105,37 @@ def _capacities(nodes: Sequence[Node], cpus_per_worker: float, use_gpu: bool) ->
     return [node.capacity(cpus_per_worker, float(use_gpu)) if node.takes_workers else 0 for node in nodes]
 
 
-def workers_on_a_node(nodes: Sequence[Node], workers: int, cpus_per_worker: float, use_gpu: bool, spread: bool) -> int:
+def workers_on_a_node(nodes: Sequence[Node], workers: Workers) -> int:
     """Return the most workers that stand on one node; at least 1.
 
-    Args:
-        nodes: the cluster's nodes.
-        workers: their number.
-        cpus_per_worker: CPUs that a worker reserves.
-        use_gpu: True if each worker reserves a GPU.
-        spread: True if they are spread over the nodes, False if they are packed.
-
-    >>> [workers_on_a_node([Node(4.0), Node(4.0), Node(1.0)], 5, 1.0, False, spread) for spread in (False, True)]
+    >>> nodes = [Node(4.0), Node(4.0), Node(1.0)]
+    >>> [workers_on_a_node(nodes, Workers(5, cpus=1.0, gpu=False, spread=spread)) for spread in (False, True)]
     [4, 2]
     """
-    room = _capacities(nodes, cpus_per_worker, use_gpu)
+    room = _capacities(nodes, workers.cpus, workers.gpu)
     counts = range(1, max(room, default=0) + 1)
-    if spread and (
-        even := next((count for count in counts if sum(min(count, each) for each in room) >= workers), None)
+    if workers.spread and (
+        even := next((count for count in counts if sum(min(count, each) for each in room) >= workers.number), None)
     ):
         return even
-    return max(1, min(workers, max(room, default=0)))
+    return max(1, min(workers.number, max(room, default=0)))
 
 
-def room_beside(nodes: Sequence[Node], workers: int, cpus_per_worker: float, use_gpu: bool, spread: bool) -> list[Node]:
+def room_beside(nodes: Sequence[Node], workers: Workers) -> list[Node]:
     """Return what is left of each node beside the training workers and their data task, if nobody else uses the cluster.
 
-    Args:
-        nodes: the cluster's nodes.
-        workers: their number.
-        cpus_per_worker: CPUs that a worker reserves.
-        use_gpu: True if each worker reserves a GPU.
-        spread: True if they are spread over the nodes, False if they are packed.
-
-    >>> [node.cpus for node in room_beside([Node(4.0), Node(2.0)], 2, 1.0, False, spread=False)]
+    >>> [node.cpus for node in room_beside([Node(4.0), Node(2.0)], Workers(2, cpus=1.0, gpu=False, spread=False))]
     [1.5, 2.0]
     """
-    capacities = _capacities(nodes, cpus_per_worker, use_gpu)
+    capacities = _capacities(nodes, workers.cpus, workers.gpu)
     order = sorted(range(len(nodes)), key=lambda index: -capacities[index])
     placed = [0] * len(nodes)
-    while sum(placed) < min(workers, sum(capacities)):
+    while sum(placed) < min(workers.number, sum(capacities)):
         for index in order:
-            left = min(workers - sum(placed), capacities[index] - placed[index])
-            placed[index] += min(1, left) if spread else left
+            left = min(workers.number - sum(placed), capacities[index] - placed[index])
+            placed[index] += min(1, left) if workers.spread else left
     free = [
-        replace(node, cpus=node.cpus - count * cpus_per_worker, gpus=node.gpus - count * use_gpu)
+        replace(node, cpus=node.cpus - count * workers.cpus, gpus=node.gpus - count * workers.gpu)
         for node, count in zip(nodes, placed, strict=True)
     ]
     # The data task goes where it costs no engine, if it can.

@@ -53,15 +53,8 @@ def prepare(config: Config, model: str, notify: Notify = lambda line: None) -> P
         evaluation.get((source.name, split)) or resolve(source, split, with_prompts=True)
         for source, split in generation
     ]
-    manifests = build_shards(
-        [*train, *evaluation.values(), *prompts],
-        model,
-        config.data.max_rejected,
-        config.chat_template,
-        notify,
-        config.model.runs_code,
-        config.scaling.data_label,
-    )
+    sets = [*train, *evaluation.values(), *prompts]
+    manifests = _build(config, sets, model, config.model.runs_code, notify)
     prepared = _plan_rows(config, train, list(evaluation.values()), manifests)
     prompts = tuple(manifests[len(train) + len(evaluation) :])
     return replace(prepared, prompts=prompts, missing_tokens=_missing_tokens(config, model))
@@ -129,8 +122,7 @@ def prepare_prompts(config: Config, model: str, runs_code: bool, notify: Notify 
         resolve_shard_set(config, source, split, model, with_prompts=True, limit=held_out.limit)
         for source, split in generation_sets(config, held_out)
     ]
-    label = config.scaling.data_label
-    return build_shards(sets, model, config.data.max_rejected, config.chat_template, notify, runs_code, label)
+    return _build(config, sets, model, runs_code, notify)
 
 
 def prepare_evaluation(
@@ -138,17 +130,10 @@ def prepare_evaluation(
 ) -> tuple[list[Manifest], dict[str, PackedDataset]]:
     """Tokenize the evaluation sets with the tokenizer of any model, and plan their rows; nothing to train on is read.
 
-    Args:
-        config: the run's config.
-        model: folder of the model whose tokenizer is used.
-        runs_code: allow code that comes with the tokenizer to run.
-        notify: called with lines about the progress.
+    Arguments and errors are those of ``prepare_prompts``.
 
     Returns:
         The manifests of all sets, and the rows of those that have something to evaluate, by name.
-
-    Raises:
-        RequestError: the data cannot be used as requested.
     """
     config = _with_own_template(config, model, runs_code)
     held_out = HeldOut.of(config, model, notify)
@@ -157,9 +142,14 @@ def prepare_evaluation(
         resolve_shard_set(config, source, split, model, config.stage == "sft", held_out.limit)
         for source, split in evaluation_sets(config, held_out)
     ]
-    label = config.scaling.data_label
-    manifests = build_shards(sets, model, config.data.max_rejected, config.chat_template, notify, runs_code, label)
+    manifests = _build(config, sets, model, runs_code, notify)
     return manifests, _evaluation_rows(config, sets, manifests)
+
+
+def _build(config: Config, sets: Sequence[ShardSet], model: str, runs_code: bool, notify: Notify) -> list[Manifest]:
+    """Tokenize the sets that are not in the cache, as the config asks."""
+    label = config.scaling.data_label
+    return build_shards(sets, model, config.data.max_rejected, config.chat_template, notify, runs_code, label)
 
 
 def _with_own_template(config: Config, model: str, runs_code: bool) -> Config:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from raysft.cluster.placement import Node, workers_on_a_node
+from raysft.cluster.placement import Node, Workers, workers_on_a_node
 from raysft.config import Config
 from raysft.errors import RequestError
 from raysft.estimate.hardware import NodeMemory
@@ -123,9 +123,8 @@ def place_of(training: Training, nodes: Sequence[Node], found: tuple[Node, NodeM
     fewest = -(-training.workers // max(1, len(nodes)))
     ranks = max(1, min(training.workers, node.capacity(scaling.cpus_per_worker, float(scaling.use_gpu)) or fewest))
     if scaling.placement == "spread":
-        ranks = min(
-            ranks, workers_on_a_node(nodes, training.workers, scaling.cpus_per_worker, scaling.use_gpu, spread=True)
-        )
+        workers = Workers(training.workers, scaling.cpus_per_worker, scaling.use_gpu, spread=True)
+        ranks = min(ranks, workers_on_a_node(nodes, workers))
     if scaling.use_gpu:
         return Place(answer.gpu, 0.0, answer.total, ranks, hardware)
     return Place(answer.total / ranks if answer.total else None, answer.swap / ranks, answer.total, ranks, hardware)

@@ -11,8 +11,9 @@ from raysft.data.prepare import PreparedData
 from raysft.run.generation_plan import GenerationPlan
 from raysft.run.inputs import ModelFiles
 from raysft.run.preflight import Preflight, Verb, preflight
+from raysft.run.source_plan import write_unusable
 from raysft.stopping import current
-from raysft.storage.json_files import flat, write_atomically, write_json, write_jsonl
+from raysft.storage.json_files import write_atomically, write_json
 from raysft.storage.run_directory import RunDirectory
 from raysft.telemetry.terminal import Terminal
 
@@ -59,9 +60,7 @@ def _begin(ready: Preflight) -> RunContext:
     # The config comes last: a process that is killed before it finds the old one, and asks for the change again.
     write_json(directory.plan, {**run.plan.as_dict(), ROW_PLAN: run.resumption.recorded_rows.to_dict()})
     write_atomically(directory.config, run.config.to_yaml())
-    manifests = (*run.prepared.train, *run.prepared.eval)
-    unusable = [flat(record) for manifest in manifests for record in (*manifest.rejected, *manifest.dropped)]
-    write_jsonl(directory.rejected, unusable)
+    write_unusable(directory, (*run.prepared.train, *run.prepared.eval))
     ready.push()  # checkpoints go there by themselves, and nobody can resume from them without the config
     for line in run.plan.lines():
         terminal.line(line)

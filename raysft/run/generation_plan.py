@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from raysft.cluster.placement import Node, counted, room_beside
+from raysft.cluster.placement import Node, Workers, counted, room_beside
 from raysft.config import Config
 from raysft.errors import RequestError
 
@@ -52,9 +52,8 @@ def plan_generation(config: Config, nodes: Sequence[Node], steps: int) -> Genera
     every, scaling, generate = config.generate.every_steps, config.scaling, config.generate
     if every is None or not config.generates:
         return None
-    room = room_beside(
-        nodes, scaling.most_workers, scaling.cpus_per_worker, scaling.use_gpu, scaling.placement == "spread"
-    )
+    spread = scaling.placement == "spread"
+    room = room_beside(nodes, Workers(scaling.most_workers, scaling.cpus_per_worker, scaling.use_gpu, spread))
     needs = (0.0, float(generate.gpus_per_engine)) if scaling.use_gpu else (1.0, 0.0)
     fitting = [node.capacity(*needs) for node in room]
     default = sum(fitting) if scaling.use_gpu else sum(1 for count in fitting if count)

@@ -11,7 +11,8 @@ from raysft.config import Config, with_overrides
 from raysft.data.shards.manifest import Manifest
 from raysft.errors import RequestError
 from raysft.run.ownership import has_training, recorded_config, refuse_other_folder
-from raysft.storage.json_files import flat, write_atomically, write_json, write_jsonl
+from raysft.run.source_plan import write_unusable
+from raysft.storage.json_files import write_atomically, write_json
 from raysft.storage.run_directory import RunDirectory
 
 OtherVerb = Literal["generate", "evaluate"]
@@ -64,5 +65,4 @@ def begin(
         config = with_overrides(config, {KEYS[beside]: theirs})
     write_atomically(directory.config, config.to_yaml())
     write_json(directory.plan, {**recorded, **plan})
-    unusable = [flat(record) for manifest in manifests for record in (*manifest.rejected, *manifest.dropped)]
-    write_jsonl(directory.rejected, unusable)
+    write_unusable(directory, manifests)

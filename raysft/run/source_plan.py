@@ -1,4 +1,4 @@
-"""One source in the plan of a run: its examples, tokens and counts, and their line."""
+"""One source in the plan of a run: its examples, tokens and counts, and their line; and the file of records that it cannot use."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from raysft.data.shards.manifest import Manifest
+from raysft.storage.json_files import flat, write_jsonl
+from raysft.storage.run_directory import RunDirectory
 
 COUNTED = {
     "rejected": "{:,} rejected",
@@ -69,6 +71,12 @@ def plan_sources(
         duplicates: counts of duplicates, by source and kind.
     """
     return {manifest.name: _source(manifest, (duplicates or {}).get(manifest.name, {})) for manifest in manifests}
+
+
+def write_unusable(directory: RunDirectory, manifests: Sequence[Manifest]) -> None:
+    """Write the records that are rejected or dropped into the run directory."""
+    records = (record for manifest in manifests for record in (*manifest.rejected, *manifest.dropped))
+    write_jsonl(directory.rejected, [flat(record) for record in records])
 
 
 def _source(manifest: Manifest, duplicates: Mapping[str, int]) -> SourcePlan:

@@ -17,7 +17,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 
 from raysft.cluster.connect import alive_nodes
-from raysft.cluster.placement import workers_on_a_node
+from raysft.cluster.placement import Workers, workers_on_a_node
 from raysft.cluster.workers import are_forks
 from raysft.config import Config
 from raysft.environment import environment
@@ -204,7 +204,5 @@ def _threads(config: Config) -> int:
     if config.scaling.threads_per_worker:
         return config.scaling.threads_per_worker
     scaling, nodes = config.scaling, alive_nodes()
-    workers = workers_on_a_node(
-        nodes, scaling.most_workers, scaling.cpus_per_worker, False, scaling.placement == "spread"
-    )
-    return max(1, int(max(node.cpus for node in nodes)) // workers)
+    workers = Workers(scaling.most_workers, scaling.cpus_per_worker, False, scaling.placement == "spread")
+    return max(1, int(max(node.cpus for node in nodes)) // workers_on_a_node(nodes, workers))
