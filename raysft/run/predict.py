@@ -67,7 +67,7 @@ def prediction_lines(config: Config, prompts: PromptInputs, nodes: Sequence[Node
         f"generate: generate.model={config.generate.model} with {settings.engine}, up to {settings.max_new_tokens:,} tokens for a "
         f"prompt{most}",
         *(f"generation {name}: {source.line()}" for name, source in plan_sources(prompts.manifests).items()),
-        f"resources: {counted(pool.engines, 'engine')} with {each} each, the cluster has {cpus:g} CPUs and {gpus:g} GPUs",
+        f"resources: {counted(pool.engines, 'engine')} of {each}, the cluster has {cpus:g} CPUs and {gpus:g} GPUs",
     ]
 
 

@@ -563,6 +563,7 @@ def test_keys_of_conversations_have_no_effect_on_raw_text_and_are_told(write):
         ),
         ({"use_galore": True, "optim": "adamw_8bit"}, "lf.yaml:5: use_galore with optim=adamw_8bit"),
         ({"use_badam": True, "badam_mode": "ratio"}, "lf.yaml:5: badam_mode=ratio"),
+        ({"optim_target_modules": "q_proj, mlp"}, "lf.yaml:4: optim_target_modules='q_proj, mlp': is a regular … [q_proj, mlp]"),
         ({"optim": "galore_adamw_layerwise"}, "lf.yaml:4: optim='galore_adamw_layerwise': updates weights during"),
         ({"optim": "lomo"}, "lf.yaml:4: optim='lomo': this optimizer cannot be used"),
         ({"optim": "ademamix_8bit"}, "lf.yaml:4: optim='ademamix_8bit': is not supported; use ademamix"),

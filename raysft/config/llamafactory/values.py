@@ -112,6 +112,10 @@ def matched(value: Any) -> str | list[str]:
     ('all', ['mlp'], ['^(?:.*q_proj)$'])
     """
     if isinstance(value, str) and value.replace("_", "-") not in ("all", "all-linear"):
+        if re.fullmatch(r"[\w\s,-]+", value):
+            raise ValueError(
+                f"is a regular expression, which no whole name of a module matches; write a list: [{value.strip()}]"
+            )
         return [f"^(?:{text(value)})$"]
     return targets("all" if isinstance(value, str) else value)
 
