@@ -11,6 +11,7 @@ from typing import Any
 from raysft.config import Config
 from raysft.config.model import LoraSection
 from raysft.errors import RequestError, one_line
+from raysft.models.adapter_embeddings import fit_embeddings
 from raysft.models.adapter_files import named_base, read_adapter_config
 from raysft.models.fingerprint import model_fingerprint
 from raysft.models.loading import generation_config, load_weights
@@ -222,4 +223,6 @@ def load_with_base(folder: Path, **options: Any) -> Any:
     """Load a model, or an adapter on its base."""
     if not (folder / "adapter_config.json").exists():
         return load_weights(folder, **options)
-    return load_adapter(load_weights(model_copy(named_base(folder) or "None"), **options), folder)
+    base = load_weights(model_copy(named_base(folder) or "None"), **options)
+    fit_embeddings(base, folder)
+    return load_adapter(base, folder)

@@ -13,6 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from raysft.config import parse
+from raysft.generate.engines.model import load_model
+from raysft.models.adapters import load_with_base
 from raysft.models.merging import merge
 from raysft.models.weight_types import convert_parameters, own_dtype, stored_dtype
 from tests.messages import refusal
@@ -263,6 +265,9 @@ def test_the_base_gets_as_many_embeddings_as_its_adapter_has(tmp_path, tied, set
     from transformers import AutoTokenizer
 
     base = resizable_model(tmp_path / "base", tied)
+    config = parse(
+        {"model": {"path": str(base), "dtype": "float32"}, "data": {"train": [{"name": "a", "path": "a.jsonl"}]}}
+    )
     for rows, new in ((403, NEW), (390, [])):
         if rows < 401 and "trainable_token_indices" in settings:
             continue
@@ -275,6 +280,9 @@ def test_the_base_gets_as_many_embeddings_as_its_adapter_has(tmp_path, tied, set
             continue
         merge(base, output, dtype="float32", adapters=[adapter])
         torch.testing.assert_close(known_logits(loaded(output, "float32")), wanted, rtol=1e-4, atol=1e-4)
+        assert torch.equal(known_logits(load_with_base(adapter, dtype=torch.float32)), wanted)
+        generating = load_model(config, adapter, torch.device("cpu"))
+        torch.testing.assert_close(known_logits(generating), wanted, rtol=1e-4, atol=1e-4)
         assert len(AutoTokenizer.from_pretrained(output)) == 400 + len(new)
 
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from raysft.config import Config
 from raysft.errors import RequestError
+from raysft.models.adapter_embeddings import fit_embeddings
 from raysft.models.adapter_files import adapter_base
 from raysft.models.adapters import load_adapter, merge_adapter
 from raysft.models.loading import load_weights
@@ -41,6 +42,7 @@ def load_model(config: Config, folder: Path, device: torch.device) -> Any:
     # stays separate there, as it does beside quantized weights.
     merges = dtype == torch.float32 and not getattr(model, "is_quantized", False)
     if base is not None:
+        fit_embeddings(model, folder)
         model = load_adapter(model, folder)
         merges = merges and not model.active_peft_config.is_prompt_learning
         model = merge_adapter(model) if merges else model
