@@ -21,6 +21,11 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 """ChatML, without ``{% generation %}`` marks."""
+OTHER_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ':\n' + message['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
+)
+"""A template in which no special token begins a turn."""
 OWN_CODE = """\
 from pathlib import Path
 
@@ -86,6 +91,24 @@ def tiny_model(folder: str | Path, seed: int = 0, spread: float = 0.1) -> Path:
     """
     sizes = {"hidden_size": 64, "intermediate_size": 128}
     return _save_random(folder, "llama", seed, {**sizes, "initializer_range": spread, "tie_word_embeddings": True})
+
+
+def other_model(folder: str | Path) -> Path:
+    """Save a model like ``tiny_model`` with a vocabulary, a template and weights of its own."""
+    tiny_model(folder, seed=3, spread=0.2)
+    tokenizer = tiny_tokenizer(300)
+    tokenizer.chat_template = OTHER_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return Path(folder)
+
+
+def tiny_folder(folder: Path, config: str, spread: float = 0.1, file: str = "c.yaml", **chats: int) -> Path:
+    """Fill a folder with a ``tiny_model`` in ``base``, a config, and conversations, so many in the file of each name."""
+    tiny_model(folder / "base", spread=spread)
+    for name, count in chats.items():
+        write_chats(folder / f"{name}.jsonl", count)
+    (folder / file).write_text(config)
+    return folder
 
 
 def tiny_mixture(folder: str | Path, model_type: str = "qwen3_moe", seed: int = 0, **settings: Any) -> Path:

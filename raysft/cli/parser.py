@@ -66,7 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_config_verb(commands, verbs.prepare, "tokenize the data into the cache")
     train = _add_config_verb(commands, verbs.train, "train and evaluate")
     evaluate = _add_config_verb(
-        commands, verbs.evaluate, "evaluate the trained model, or with evaluate.model any other one, without training"
+        commands,
+        verbs.evaluate,
+        "evaluate the trained model, or any other one with evaluate.model=PATH and a run.name of its own",
     )
     generate = _add_config_verb(commands, verbs.generate, "generate predictions and score them")
     tune = _add_config_verb(commands, verbs.tune, "sweep: try the values of tune.space, each in a whole run")

@@ -6,12 +6,14 @@ from raysft.config.section import PathOrHubId, Section
 
 
 class EvaluateSection(Section):
-    """Evaluation of a model that this config does not train."""
+    """Evaluation without training."""
 
     model: PathOrHubId | None = None
-    """Model or adapter that ``raysft evaluate`` evaluates on ``data.eval`` and the held-out parts instead of the trained one: a
-    folder, a Hub id, a ``*.gguf`` file, or a URI in object storage. Nothing is trained, and there is no optimizer. Use a
-    ``run.name`` that no training run uses. Texts are tokenized with the model's own tokenizer and chat template, or
-    ``model.chat_template`` if it has none; an adapter without a tokenizer uses that of its base model. ``model.quantization``,
-    ``model.dtype``, ``model.attention`` and ``train.micro_batch_size`` apply; with ``train.zero_stage: 3``, each worker holds a
-    part of the weights, otherwise all of them."""
+    """Any model or adapter for ``raysft evaluate`` to evaluate in place of the one that the config trains: a folder,
+    a Hub id, a ``*.gguf`` file, or a URI in object storage. The evaluation sets are ``data.eval`` and what
+    ``data.holdout`` keeps out of training. Nothing is trained. The model's own tokenizer and chat template are used,
+    with ``model.chat_template`` for a model that has none; an adapter without a tokenizer uses the one of its base
+    model. ``model.quantization``, ``model.dtype``, ``model.attention`` and ``train.micro_batch_size`` apply. With
+    ``train.zero_stage: 3`` the weights are divided among the workers; otherwise each worker holds all of them. A run
+    directory keeps the results of one model with one set of settings; choose another ``run.name`` for another model,
+    and one that no training uses."""

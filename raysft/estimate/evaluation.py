@@ -70,7 +70,8 @@ def evaluation_memory(asked: Evaluation, sizes: ModelSizes, place: Place) -> Eva
         workers=asked.workers,
         width=width,
         offload_parameters=asked.partitions and config.train.offload.parameters != "none",
-        quantization=config.model.quantization,
+        # Of files that are not here, 4 bits are the least that methods in use keep.
+        quantization=config.model.quantization or ("4bit" if asked.quantized and not asked.weight_bytes else None),
         double_quantization=config.model.double_quantization,
     )
     kept = states(replace(sizes, trained=()), setup)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from raysft.errors import RequestError
 from raysft.storage import hub_snapshots
 from raysft.storage.local_cache import may_be_on_hub, model_copy, on_hub
+
+MADE = re.compile(r"(expanded|extended|merged)-[0-9a-f]{16}")
+"""Names of models that raysft makes in its cache: with new layers, with new tokens, or with adapters merged into them."""
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -43,6 +47,11 @@ def adapter_base(model: Path) -> Path | None:
     named = named_base(model)
     base = model_copy(named) if named else None
     if base is None or not base.is_dir():
+        if named and MADE.fullmatch(Path(named).name):
+            raise RequestError(
+                f"{description}: its base {named} was made in the cache by the run that trained the adapter, and is not there any "
+                "more; raysft check with that run's config makes it again"
+            )
         raise RequestError(
             f"{description}: base_model_name_or_path={named!r} is not a folder here; put the base model there, or correct the name"
         )

@@ -109,15 +109,7 @@ def _check_exact(model: Path, dtype: str | None) -> None:
 def _method(model: Path) -> str | None:
     from transformers import PreTrainedConfig
 
-    settings = PreTrainedConfig.get_config_dict(model)[0].get("quantization_config")
-    return method_of(_Described(settings)) if settings else None
-
-
-class _Described:
-    """What a ``config.json`` says of quantization, as ``method_of`` reads it."""
-
-    def __init__(self, settings: Any) -> None:
-        self.quantization_config = settings
+    return method_of(PreTrainedConfig.get_config_dict(model)[0])
 
 
 def _load_exact(base: Path, adapters: Sequence[Path], runs_code: bool) -> Any:

@@ -11,8 +11,20 @@ from torch import nn
 from raysft.config import Config
 from raysft.errors import RequestError
 
-QUANTIZERS = {"gptq": "gptqmodel", "awq": "gptqmodel", "bitsandbytes": "bitsandbytes", "hqq": "hqq", "aqlm": "aqlm"}
-"""Method → the package that loads checkpoints quantized by it."""
+QUANTIZERS = {
+    "aqlm": ("aqlm",),
+    "auto-round": ("auto_round",),
+    "awq": ("gptqmodel",),
+    "bitsandbytes": ("bitsandbytes",),
+    "compressed-tensors": ("compressed_tensors",),
+    "eetq": ("kernels",),
+    "gptq": ("optimum", "gptqmodel"),
+    "hqq": ("hqq",),
+    "quanto": ("optimum.quanto",),
+    "torchao": ("torchao",),
+    "vptq": ("vptq",),
+}
+"""Method → the modules that transformers needs to load checkpoints quantized by it."""
 
 
 def quantization_config(config: Config, partitioned: bool = False) -> Any:
@@ -52,16 +64,36 @@ def loading_options(config: Config, device: torch.device | str, partitioned: boo
 
 
 def method_of(hf_config: Any) -> str | None:
-    """Return the method that a checkpoint is quantized by (``gptq``, ``awq``, ``bitsandbytes`` …); None for exact weights."""
-    quantized = getattr(hf_config, "quantization_config", None)
+    """Return the method that a checkpoint is quantized by (``gptq``, ``awq``, ``bitsandbytes`` …); None for exact weights.
+
+    Args:
+        hf_config: the config as transformers loads it, or the content of a ``config.json``. Of a model that is more than its
+            decoder, the whole or the decoder's part may name the method.
+    """
+    if isinstance(hf_config, dict):
+        quantized = hf_config.get("quantization_config") or (hf_config.get("text_config") or {}).get(
+            "quantization_config"
+        )
+    else:
+        quantized = getattr(text_config(hf_config), "quantization_config", None)
     if not quantized:
         return None
-    method = quantized["quant_method"] if isinstance(quantized, dict) else quantized.quant_method
-    return str(method).split(".")[-1].lower()
+    settings = quantized if isinstance(quantized, dict) else vars(quantized)
+    # Early checkpoints of bitsandbytes do not name it.
+    method = settings.get("quant_method") or "bitsandbytes"
+    return str(getattr(method, "value", method)).lower()
+
+
+def text_config(hf_config: Any) -> Any:
+    """Return the decoder's part of a config, with the quantization of the whole, as transformers loads the decoder alone."""
+    text = hf_config.get_text_config(decoder=True)
+    if quantized := getattr(hf_config, "quantization_config", None):
+        text.quantization_config = quantized
+    return text
 
 
 def check_method(model: str, method: str, config: Config) -> None:
-    """Refuse a checkpoint that would be quantized twice, or whose library is not installed.
+    """Refuse a checkpoint that would be quantized twice, or that nothing installed can load.
 
     Args:
         model: the model as messages name it, ``model.path=PATH``.
@@ -75,11 +107,27 @@ def check_method(model: str, method: str, config: Config) -> None:
         raise RequestError(
             f"{model}: is already quantized ({method}), but model.quantization={config.model.quantization}; remove the key"
         )
-    package = QUANTIZERS.get(method)
-    if package and importlib.util.find_spec(package) is None:
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    if method != "bitsandbytes" and method not in AUTO_QUANTIZER_MAPPING:
+        # Its weights would be read as if they were exact.
         raise RequestError(
-            f"{model}: is quantized by {method}, which needs the package {package}; install it on every node"
+            f"{model}: is quantized by {method}, which this version of transformers does not know; use the model that it was made "
+            "from, with model.quantization"
         )
+    packages = [name.replace("_", "-").replace(".", "-") for name in QUANTIZERS.get(method, ()) if not _installed(name)]
+    if packages:
+        needs = f"package{'s' if len(packages) > 1 else ''} {' and '.join(packages)}"
+        raise RequestError(
+            f"{model}: is quantized by {method}, which needs the {needs}; pip install {' '.join(packages)} on every node"
+        )
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it is a part of
+        return False
 
 
 def keep_layout(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from raysft.report.histograms import histograms
 from raysft.report.html import template
 from raysft.report.predictions import read_predictions
 from raysft.report.read_run import RunLog, finite, read_lines
-from raysft.report.run_facts import generation_facts, plan_facts, training_facts
+from raysft.report.run_facts import evaluation_facts, generation_facts, plan_facts, training_facts
 from raysft.report.sources import reasons, sources
 from raysft.report.text import held_out, masked, visible
 from raysft.storage.json_files import write_atomically
@@ -60,6 +60,7 @@ def write_page(log: RunLog, warnings: Sequence[str] = ()) -> None:
         tables=[
             ("Planned", plan_facts(log)),
             ("Measured", training_facts(log)),
+            ("Evaluation", evaluation_facts(log)),
             ("Generation", generation_facts(log)),
         ],
         config=_config(log),

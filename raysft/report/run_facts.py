@@ -38,10 +38,31 @@ _GENERATION = {
     ("base", "tokens_per_second"): ("generated tokens per second, base model", "count"),
 }
 
+_EVALUATED = {
+    "dtype": "data type",
+    "quantization": "quantization",
+    "workers": "workers",
+    "micro_batch_size": "rows at a time",
+    "attention": "attention",
+    "zero_stage": "ZeRO stage",
+}
+
 
 def plan_facts(log: RunLog) -> list[tuple[str, str]]:
     """Numbers of ``plan.json``."""
     return _labelled(log.plan, _PLAN)
+
+
+def evaluation_facts(log: RunLog) -> list[tuple[str, str]]:
+    """How a model was evaluated that was not trained, its tokens, and the time that they took."""
+    if not log.other_model:
+        return []
+    settings = [
+        (label, str(log.resolved[key])) for key, label in _EVALUATED.items() if log.resolved.get(key) is not None
+    ]
+    return settings + _labelled(
+        log.evaluated, {"eval_tokens": ("loss tokens", "count"), "eval_runtime": ("time", "seconds")}
+    )
 
 
 def training_facts(log: RunLog) -> list[tuple[str, str]]:

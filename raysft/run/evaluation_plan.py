@@ -100,8 +100,8 @@ def _memory(config: Config, model: OtherModel, workers: int, nodes: Sequence[Nod
         hf_config=model.hf_config,
         workers=workers,
         quantized=bool(model.method),
-        weight_bytes=_bytes(model.weights),
-        adapter_bytes=_bytes(model.folder) if model.folder != model.weights else 0,
+        weight_bytes=weight_bytes(model.weights),
+        adapter_bytes=weight_bytes(model.folder) if model.folder != model.weights else 0,
     )
     try:
         return estimate_evaluation(asked, nodes, smallest_node(nodes, config.scaling.use_gpu))
@@ -111,6 +111,6 @@ def _memory(config: Config, model: OtherModel, workers: int, nodes: Sequence[Nod
         return f"memory: not estimated ({one_line(error, 120)})"
 
 
-def _bytes(folder: Path) -> int:
+def weight_bytes(folder: Path) -> int:
     """Return the size of the weight files that a folder has here."""
     return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))

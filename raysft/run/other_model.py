@@ -8,11 +8,19 @@ from contextlib import suppress
 from typing import Any, Literal
 
 from raysft.config import Config, with_overrides
+from raysft.config.evaluation_effects import Bearing, bearing_of
 from raysft.data.shards.manifest import Manifest
 from raysft.errors import RequestError
-from raysft.run.ownership import has_training, recorded_config, refuse_other_folder
+from raysft.run.ownership import (
+    Changes,
+    changed_keys,
+    describe_changes,
+    has_training,
+    recorded_config,
+    refuse_other_folder,
+)
 from raysft.run.source_plan import write_unusable
-from raysft.storage.json_files import write_atomically, write_json
+from raysft.storage.json_files import read_jsonl, write_atomically, write_json
 from raysft.storage.run_directory import RunDirectory
 
 OtherVerb = Literal["generate", "evaluate"]
@@ -20,6 +28,14 @@ KEYS: Mapping[OtherVerb, str] = {"generate": "generate.model", "evaluate": "eval
 """Verb → the key of the model that it takes in place of a trained one."""
 RESULTS: Mapping[OtherVerb, Literal["predict", "eval"]] = {"generate": "predict", "evaluate": "eval"}
 """Verb → the stage whose results it writes."""
+MODEL_KEYS = (
+    "model.chat_template",
+    "model.dtype",
+    "model.quantization",
+    "model.quantization_type",
+    "model.double_quantization",
+)
+"""Settings of the section ``model`` that change the results of ``evaluate.model``; the others are those of a training."""
 
 
 def other_model(config: Config, verb: str) -> str | None:
@@ -28,41 +44,73 @@ def other_model(config: Config, verb: str) -> str | None:
 
 
 def refuse_directory(directory: RunDirectory, config: Config, verb: OtherVerb) -> None:
-    """Refuse the directory of a training, or of another model: results would pass for those of that model."""
-    key, model = KEYS[verb], other_model(config, verb)
+    """Refuse the directory of a training or of other results: they would be lost, or pass for those of another model."""
+    key, model, place = KEYS[verb], other_model(config, verb), directory.place
     if has_training(directory):
         raise RequestError(
-            f"{directory.place}: belongs to a training, but {key}={model} is another model; choose another run.name"
+            f"{place}: belongs to a training, but {key}={model} is another model; choose another run.name"
         )
     if not directory.config.exists():
         refuse_other_folder(directory)
-    beside, theirs = _beside(directory, verb)
-    if theirs not in (None, model):
+    for each in KEYS:
+        theirs = _with_results(directory, each)
+        if theirs not in (None, model):
+            raise RequestError(
+                f"{place}: has results of {KEYS[each]}={theirs}, but {key}={model} is another model; choose another run.name"
+            )
+    if verb == "evaluate" and _with_results(directory, verb) and (changes := _changes(directory, config)):
         raise RequestError(
-            f"{directory.place}: has results of {KEYS[beside]}={theirs}, but {key}={model} is another model; "
+            f"{place}: has results of {key}={model} with other settings: {describe_changes(changes)}; restore the old value, or "
             "choose another run.name"
         )
 
 
-def _beside(directory: RunDirectory, verb: OtherVerb) -> tuple[OtherVerb, str | None]:
-    """Return the other verb, and the model whose results of it the directory has; None without results."""
-    beside: OtherVerb = "evaluate" if verb == "generate" else "generate"
-    with suppress(RequestError, OSError):
-        if directory.results(RESULTS[beside]).exists():
-            return beside, other_model(recorded_config(directory), beside)
-    return beside, None
+def _with_results(directory: RunDirectory, verb: OtherVerb) -> str | None:
+    """Return the model whose results of a verb the directory has; None without results."""
+    return other_model(recorded_config(directory), verb) if directory.results(RESULTS[verb]).exists() else None
+
+
+def _changes(directory: RunDirectory, config: Config) -> Changes:
+    """Return the settings with which an evaluation would have other results than those that the directory has."""
+    changes = changed_keys(recorded_config(directory), config)
+    return {key: values for key, values in changes.items() if _decides(key, config.data.holdout > 0)}
+
+
+def _decides(key: str, holds_out: bool) -> bool:
+    """Return True if the results of ``evaluate.model`` depend on a key.
+
+    >>> _decides("data.eval", False), _decides("data.train", False), _decides("data.train", True)
+    (True, False, True)
+    >>> _decides("model.quantization", False), _decides("model.lora.rank", False), _decides("data.shuffle", False)
+    (True, False, False)
+    """
+    if key.startswith("data.train") and not key.startswith("data.train_on_prompt") and not holds_out:
+        return False
+    of_data = key == "stage" or key.startswith("data.")
+    return key in MODEL_KEYS or (of_data and bearing_of(key) in (Bearing.SETTING, Bearing.CONTENT))
 
 
 def begin(
     directory: RunDirectory, config: Config, verb: OtherVerb, plan: Mapping[str, Any], manifests: Sequence[Manifest]
 ) -> None:
+    """Record what is about to run, unless that would replace the record of results that it may fail to replace."""
+    if not directory.results(RESULTS[verb]).exists():
+        record(directory, config, verb, plan, manifests)
+
+
+def record(
+    directory: RunDirectory, config: Config, verb: OtherVerb, plan: Mapping[str, Any], manifests: Sequence[Manifest]
+) -> None:
     """Write config, plan and rejected records, beside what the other verb has written about the same model."""
-    beside, theirs = _beside(directory, verb)
-    recorded: dict[str, Any] = {}
-    if theirs is not None:
+    beside: OtherVerb = "evaluate" if verb == "generate" else "generate"
+    planned: dict[str, Any] = {}
+    kept: list[dict[str, Any]] = []
+    if (theirs := _with_results(directory, beside)) is not None:
         with suppress(OSError, ValueError):
-            recorded = dict(json.loads(directory.plan.read_text(encoding="utf-8")))
+            planned = dict(json.loads(directory.plan.read_text(encoding="utf-8")))
+        with suppress(OSError, ValueError):
+            kept = list(read_jsonl(directory.rejected))
         config = with_overrides(config, {KEYS[beside]: theirs})
     write_atomically(directory.config, config.to_yaml())
-    write_json(directory.plan, {**recorded, **plan})
-    write_unusable(directory, manifests)
+    write_json(directory.plan, {**planned, **plan})
+    write_unusable(directory, manifests, kept)

@@ -69,12 +69,15 @@ def differences(directory: RunDirectory, config: Config) -> Changes:
     if not directory.config.exists():
         refuse_other_folder(directory)
         return {}
-    recorded = recorded_config(directory).numerics_keys()
-    if not has_training(directory):
-        return {}
-    asked = with_recorded_batch_size(directory, config).numerics_keys()
-    keys = [key for key in sorted({*asked, *recorded}) if asked.get(key) != recorded.get(key)]
-    return {key: [recorded.get(key), asked.get(key)] for key in keys}
+    recorded = recorded_config(directory)
+    return changed_keys(recorded, with_recorded_batch_size(directory, config)) if has_training(directory) else {}
+
+
+def changed_keys(recorded: Config, asked: Config) -> Changes:
+    """Return the keys that affect numbers and differ between two configs."""
+    before, now = recorded.numerics_keys(), asked.numerics_keys()
+    keys = [key for key in sorted({*now, *before}) if now.get(key) != before.get(key)]
+    return {key: [before.get(key), now.get(key)] for key in keys}
 
 
 def refuse_other_folder(directory: RunDirectory) -> None:

@@ -14,6 +14,9 @@ from raysft.estimate.estimate import Training, estimate, place_of
 from raysft.estimate.evaluation import Evaluation, estimate_evaluation
 from raysft.estimate.hardware import NodeMemory, gpu_memory
 from raysft.estimate.measure import Microbatch
+from raysft.models.adapter_files import named_base
+from raysft.run.evaluation_plan import weight_bytes
+from raysft.storage import hub_snapshots
 from raysft.storage.local_cache import cache_home, may_be_on_hub
 from raysft.telemetry.terminal import duration
 
@@ -50,9 +53,10 @@ def check_pods(config: Config, nodes: Sequence[Node], notify: Callable[[str], No
     from transformers import AutoConfig
 
     from raysft.models.decoder_layers import expand_config
+    from raysft.models.quantization import text_config
 
     try:
-        hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+        hf_config = text_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     except Exception as error:  # of any type: transformers checks what is in the config
         notify(f"memory: not estimated ({one_line(error, 120)})")
         return
@@ -75,7 +79,10 @@ def check_pods(config: Config, nodes: Sequence[Node], notify: Callable[[str], No
 
 def check_evaluation_pods(config: Config, nodes: Sequence[Node], notify: Callable[[str], None]) -> None:
     """Estimate the evaluation of ``evaluate.model`` in the pods of ``cluster.workers``; arguments and errors as ``check_pods``."""
-    folder = _folder_here(config.evaluate.model or "", None)
+    given = config.evaluate.model or ""
+    if (Path(given) / "adapter_config.json").is_file():
+        given = named_base(Path(given)) or ""
+    folder = _folder_here(*hub_snapshots.split(given)) if may_be_on_hub(given) else _folder_here(given, None)
     if folder is None:
         return
     from transformers import AutoConfig
@@ -86,7 +93,7 @@ def check_evaluation_pods(config: Config, nodes: Sequence[Node], notify: Callabl
         hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         workers = config.scaling.most_workers
         named = f"evaluate.model={config.evaluate.model}"
-        asked = Evaluation(config, named, hf_config, workers, bool(method_of(hf_config)))
+        asked = Evaluation(config, named, hf_config, workers, bool(method_of(hf_config)), weight_bytes(folder))
         notify(estimate_evaluation(asked, nodes, (nodes[0], pod_memory(config))))
     except RequestError:
         raise

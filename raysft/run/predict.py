@@ -15,7 +15,7 @@ from raysft.data.shards.prompts import write_prompts
 from raysft.data.tokenization.turn_ends import merge_counts, stop_token_ids
 from raysft.errors import RequestError
 from raysft.run.inputs import PromptInputs, check_tokens
-from raysft.run.other_model import begin
+from raysft.run.other_model import begin, record
 from raysft.run.preflight import preflight
 from raysft.run.source_plan import plan_sources
 from raysft.storage.run_directory import RunDirectory
@@ -38,7 +38,8 @@ def predict(config: Config) -> RunDirectory:
         assert ready.prompts is not None
         directory, model, manifests = ready.directory, ready.prompts.model, ready.prompts.manifests
         generation = {name: asdict(source) for name, source in plan_sources(manifests).items()}
-        begin(directory, config, "generate", {"generation": generation}, manifests)
+        what = directory, config, "generate", {"generation": generation}, manifests
+        begin(*what)
         ends = stop_token_ids(merge_counts(manifest.turns for manifest in manifests))
         if not write_prompts(manifests, directory.prompts, config.generate.max_examples, ends):
             raise RequestError(
@@ -50,6 +51,7 @@ def predict(config: Config) -> RunDirectory:
         output = Output(model, directory.predictions, "other", str(config.generate.model))
         rows = generate(config, directory.prompts, [output], notify=ready.terminal.line)
         # Inside the block, so that the results reach an object store with the other files.
+        record(*what)
         write_metrics(directory, rows)
     return directory
 

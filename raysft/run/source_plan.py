@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from raysft.data.shards.manifest import Manifest
 from raysft.storage.json_files import flat, write_jsonl
@@ -73,10 +74,10 @@ def plan_sources(
     return {manifest.name: _source(manifest, (duplicates or {}).get(manifest.name, {})) for manifest in manifests}
 
 
-def write_unusable(directory: RunDirectory, manifests: Sequence[Manifest]) -> None:
-    """Write the records that are rejected or dropped into the run directory."""
-    records = (record for manifest in manifests for record in (*manifest.rejected, *manifest.dropped))
-    write_jsonl(directory.rejected, [flat(record) for record in records])
+def write_unusable(directory: RunDirectory, manifests: Sequence[Manifest], kept: Sequence[dict[str, Any]] = ()) -> None:
+    """Write the records that are rejected or dropped into the run directory, after those of it that are to be kept."""
+    records = [flat(record) for manifest in manifests for record in (*manifest.rejected, *manifest.dropped)]
+    write_jsonl(directory.rejected, [*(record for record in kept if record not in records), *records])
 
 
 def _source(manifest: Manifest, duplicates: Mapping[str, int]) -> SourcePlan:

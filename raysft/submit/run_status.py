@@ -34,8 +34,8 @@ def print_run_status(place: StoragePath, notify: Notify) -> None:
             ("state", f"running, {holder}" if holder else _state(directory, log, trials)),
             ("progress", _progress(log, trials)),
             ("last record", _age(place / "trainer_log.jsonl")),
-            ("checkpoint", _checkpoint(directory)),
-            ("next", _next(place, holder, _state(directory, log, trials))),
+            ("checkpoint", "" if log.other_model else _checkpoint(directory)),
+            ("next", _next(place, holder, _state(directory, log, trials), bool(log.other_model))),
         ):
             if value:
                 notify(f"{name}: {value}")
@@ -114,9 +114,11 @@ def _age(file: StoragePath) -> str:
     return f"{duration(time.time() - modified / 1e9)} old" if modified else ""
 
 
-def _next(place: StoragePath, holder: str, state: str) -> str:
+def _next(place: StoragePath, holder: str, state: str, other_model: bool) -> str:
     if holder:
         return f"wait for it, or raysft stop {place}"
     if state == "done":
         return f"raysft report {place}"
+    if other_model:
+        return "the command that started it, once more"
     return "the command that started it goes on from the newest checkpoint"

@@ -8,7 +8,7 @@ from typing import Any
 from raysft.config import Config
 from raysft.errors import RequestError
 from raysft.models.architecture import read_hf_config
-from raysft.models.quantization import check_method, method_of, quantization_config
+from raysft.models.quantization import check_method, method_of, quantization_config, text_config
 from raysft.storage import hub_snapshots
 from raysft.storage.local_cache import local_copy
 
@@ -35,7 +35,7 @@ def check_model(config: Config, model: str, notify: Callable[[str], None] = lamb
     from raysft.train.optim import check_options
 
     model = local_copy(model)
-    hf_config = read_hf_config(config, model, config.model.path, notify).get_text_config()
+    hf_config = text_config(read_hf_config(config, model, config.model.path, notify))
     check_positions(config, hf_config)
     if layerdrop := getattr(hf_config, "layerdrop", 0):
         notify(f"model: ignoring layerdrop={layerdrop} of its config.json; every step trains all layers")

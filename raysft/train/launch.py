@@ -109,7 +109,8 @@ def _fit(
                 raise cause(error) from error
             except RayError as error:
                 if not pump.broken:
-                    raise RunFailed(f"the training failed: {one_line(error)}; run it again to resume") from error
+                    failed, remedy = ("evaluation", "") if worker is evaluate_worker else ("training", " to resume")
+                    raise RunFailed(f"the {failed} failed: {one_line(error)}; run it again{remedy}") from error
             except KeyboardInterrupt:
                 controller.abort()
                 raise

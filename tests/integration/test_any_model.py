@@ -15,7 +15,7 @@ from raysft.cli import main
 from raysft.errors import RequestError
 from raysft.storage.json_files import read_jsonl
 from tests import samples
-from tests.tiny import tiny_model, tiny_tokenizer, with_code, write_chats
+from tests.tiny import other_model, tiny_folder, tiny_model, with_code
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -30,30 +30,17 @@ train: {{max_steps: 2, global_batch_size: 4, learning_rate: 1.0e-2, zero_stage: 
 scaling: {{threads_per_worker: 1}}
 generate: {{max_new_tokens: 8, do_sample: false, batch_size: 4}}
 """
-OTHER_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '<|im_end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("any")
-    tiny_model(folder / "base", spread=0.2)
-    for name, count in (("chat", 7), ("more", 5), ("quiz", 4)):
-        write_chats(folder / f"{name}.jsonl", count)
-    (folder / "c.yaml").write_text(CONFIG.format(folder=folder))
-    return folder
+    return tiny_folder(folder, CONFIG.format(folder=folder), spread=0.2, chat=7, more=5, quiz=4)
 
 
 @pytest.fixture(scope="module")
 def other(folder) -> Path:
-    """A model with a vocabulary, a template and weights of its own."""
-    other = tiny_model(folder / "other", seed=3, spread=0.2)
-    tokenizer = tiny_tokenizer(300)
-    tokenizer.chat_template = OTHER_TEMPLATE
-    tokenizer.save_pretrained(other)
-    return other
+    return other_model(folder / "other")
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +91,7 @@ def test_a_model_is_asked_with_its_own_tokenizer_and_template(folder, other, cap
     rows = generate(folder, "other", f"generate.model={other}", "model.chat_template=alpaca")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(other), AutoTokenizer.from_pretrained(other)
     assert predicted(rows) == expected(model, tokenizer, folder / "quiz.jsonl")
-    assert rows[0]["prompt"].startswith("user: ")
+    assert rows[0]["prompt"].startswith("user:\n")
     run = folder / "runs" / "other"
     ids = pq.read_table(run / "prompts.parquet")["input_ids"].to_pylist()
     assert ids == [tokenizer(row["prompt"], add_special_tokens=False)["input_ids"] for row in rows]
@@ -197,7 +184,7 @@ def test_a_checkpoint_that_is_quantized_already_is_loaded_as_it_is(folder, capsy
     described["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (small / "config.json").write_text(json.dumps(described))
     told = refused(folder, capsys, f"generate.model={small}")
-    assert "is quantized by gptq, which needs the package gptqmodel" in told
+    assert "is quantized by gptq, which needs the packages optimum and gptqmodel" in told
 
 
 def test_any_source_is_generated_for(folder, other):
@@ -283,6 +270,13 @@ def test_what_cannot_be_is_refused_before_anything_starts(folder, other, adapter
     described["base_model_name_or_path"] = str(tmp_path / "gone")
     (lost / "adapter_config.json").write_text(json.dumps(described))
     assert "gone' is not a folder here; put the base model there" in refused(folder, capsys, f"generate.model={lost}")
+    for made in ("expanded", "extended", "merged"):  # as with model.new_layers, model.new_tokens, model.adapters
+        described["base_model_name_or_path"] = str(tmp_path / f"{made}-0123456789abcdef")
+        (lost / "adapter_config.json").write_text(json.dumps(described))
+        told = refused(folder, capsys, f"evaluate.model={lost}", verb="evaluate")
+        assert (
+            "was made in the cache by the run that trained the adapter, and is not there any more; raysft check" in told
+        )
 
 
 def test_a_tokenizer_with_tokens_that_its_model_does_not_know_is_refused(folder, tmp_path, capsys):

@@ -17,7 +17,7 @@ from raysft.storage.json_files import read_jsonl
 from raysft.train.checkpoint.catalog import complete
 from raysft.train.checkpoint.cursor import Cursor
 from tests.processes import children_named
-from tests.tiny import tiny_model, write_chats
+from tests.tiny import tiny_folder
 from tests.training import plain_model
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -49,10 +49,7 @@ generate: {{enabled: false}}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("best")
-    tiny_model(folder / "base")
-    write_chats(folder / "chat.jsonl", 60)
-    (folder / "best.yaml").write_text(CONFIG.format(folder=folder))
-    return folder
+    return tiny_folder(folder, CONFIG.format(folder=folder), file="best.yaml", chat=60)
 
 
 class KillAWorker:

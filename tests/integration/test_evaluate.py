@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from raysft.cli import main
+from raysft.errors import RunFailed
 from raysft.storage.json_files import read_jsonl
-from tests.tiny import tiny_model, tiny_tokenizer, write_chats
+from raysft.train import launch
+from tests.tiny import other_model, tiny_folder
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -30,30 +33,17 @@ train: {{max_steps: 2, global_batch_size: 4, learning_rate: 1.0e-2, zero_stage: 
 scaling: {{threads_per_worker: 1}}
 generate: {{max_new_tokens: 4, do_sample: false}}
 """
-TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] + ':\n' + message['content'] + '<|im_end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("evaluate")
-    tiny_model(folder / "base", spread=0.2)
-    for name, count in (("chat", 9), ("quiz", 6)):
-        write_chats(folder / f"{name}.jsonl", count)
-    (folder / "c.yaml").write_text(CONFIG.format(folder=folder))
-    return folder
+    return tiny_folder(folder, CONFIG.format(folder=folder), spread=0.2, chat=9, quiz=6)
 
 
 @pytest.fixture(scope="module")
 def other(folder) -> Path:
-    """A model with a vocabulary, a template and weights of its own."""
-    other = tiny_model(folder / "other", seed=3, spread=0.2)
-    tokenizer = tiny_tokenizer(300)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(other)
-    return other
+    return other_model(folder / "other")
 
 
 def evaluate(folder: Path, name: str, *arguments: str) -> dict[str, Any]:
@@ -108,18 +98,20 @@ def assert_results(results: dict[str, Any], expected: tuple[float, float, int], 
 
 
 def test_a_model_is_evaluated_with_its_own_tokenizer_and_template(folder, other, capsys):
-    results = evaluate(folder, "other", f"evaluate.model={other}", "model.chat_template=alpaca")
+    results = evaluate(folder, "template", f"evaluate.model={other}", "model.chat_template=alpaca")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(other), AutoTokenizer.from_pretrained(other)
     assert_results(results, losses(model, tokenizer, folder / "quiz.jsonl"))
-    run = folder / "runs" / "other"
+    run = folder / "runs" / "template"
     assert json.loads((run / "all_results.json").read_text()) == results
     out = capsys.readouterr().out
     assert f"eval loss {results['eval_loss']:.4f} | perplexity" in out
     assert "memory: about" in out
-    assert f"other: evaluation of {other}" in out
+    assert f"template: evaluation of {other}" in out
     page = (run / "report.html").read_text()
     assert "evaluation, nothing was trained" in page
     assert f"{results['eval_loss']:.4f}" in page
+    shown = re.sub(r"<[^>]*>|\s+", " ", page)
+    assert re.search(rf"data type +float32 .* ZeRO stage +0 +loss tokens +{results['eval_tokens']}", shown)
     assert not [name for name in ("model", "checkpoints", "README.md", "trainer_log.jsonl") if (run / name).exists()]
     assert yaml.safe_load((run / "config.yaml").read_text())["evaluate"] == {"model": str(other)}
     assert main(["status", str(run)]) == 0
@@ -227,7 +219,78 @@ def test_predictions_and_evaluation_of_a_model_share_a_directory(folder, other, 
     assert json.loads((run / "all_results.json").read_text()).items() >= results.items()
     assert json.loads((run / "plan.json").read_text()).keys() >= {"evaluation", "generation"}
     assert main([*arguments, f"generate.model={folder}/base"]) == 2
-    assert f"has results of evaluate.model={other}, but generate.model=" in capsys.readouterr().err
+    assert (
+        f"has results of generate.model={other}, but generate.model={folder}/base is another" in capsys.readouterr().err
+    )
+
+
+def test_results_stay_until_there_are_new_ones(folder, other, capsys, monkeypatch):
+    """Those of another model or of other settings stay for good; they would be lost without a word."""
+    quiz = folder / "again.jsonl"
+    quiz.write_text((folder / "quiz.jsonl").read_text() + '{"messages": []}\n')
+    asked = [f"data.eval=[{{name: quiz, path: {quiz}}}]", "data.max_rejected=0.5"]
+    before = evaluate(folder, "again", f"evaluate.model={other}", *asked)
+    run = folder / "runs" / "again"
+
+    def files() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in run.iterdir()}
+
+    kept = files()
+    assert len(list(read_jsonl(run / "rejected.jsonl"))) == 1
+    command = ["evaluate", str(folder / "c.yaml"), "run.name=again", *asked]
+    capsys.readouterr()
+    assert main([*command, f"evaluate.model={folder}/base"]) == 2
+    assert f"has results of evaluate.model={other}, but evaluate.model={folder}/base is" in capsys.readouterr().err
+    assert main([*command, f"evaluate.model={other}", "data.keep_prompt=tail"]) == 2
+    told = capsys.readouterr().err
+    assert "with other settings: data.keep_prompt='tail' (the run has 'head'); restore the old value, or choose" in told
+    assert files() == kept
+    quiz.write_text("\n".join(quiz.read_text().splitlines()[:3]) + "\n")  # the file has others now
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "evaluate", failing)
+        assert main([*command, f"evaluate.model={other}"]) == 1
+    assert files() == kept
+    after = evaluate(folder, "again", f"evaluate.model={other}", *asked, "train.learning_rate=0.5", "model.lora.rank=2")
+    assert after["eval_tokens"] < before["eval_tokens"]
+    assert not list(read_jsonl(run / "rejected.jsonl"))
+
+
+def failing(*_: Any) -> None:
+    raise RunFailed("a worker died")
+
+
+def test_rejected_records_of_predictions_stay_beside_an_evaluation(folder, other):
+    (folder / "more.jsonl").write_text((folder / "quiz.jsonl").read_text() + '{"messages": []}\n')
+    sources = [f"data.train=[{{name: more, path: {folder}/more.jsonl}}]", "data.max_rejected=0.5"]
+    command = ["generate", str(folder / "c.yaml"), "run.name=beside", f"generate.model={other}", *sources]
+    assert main([*command, "generate.sources=[more]"]) == 0
+    rejected = list(read_jsonl(folder / "runs" / "beside" / "rejected.jsonl"))
+    evaluate(folder, "beside", f"evaluate.model={other}")
+    assert rejected == list(read_jsonl(folder / "runs" / "beside" / "rejected.jsonl")) != []
+
+
+@pytest.mark.parametrize(
+    "settings", [[], ["train.zero_stage=3", "scaling.num_workers=2", "scaling.cpus_per_worker=0.5"]]
+)
+def test_an_adapter_with_whole_modules_has_the_loss_of_peft(folder, settings):
+    """Also where they are divided among workers as they are loaded."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    torch.manual_seed(2)
+    whole = folder / "whole"
+    lora = LoraConfig(
+        r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head", "norm"], init_lora_weights=False
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "base"), lora)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "modules_to_save" in name:
+                weight.add_(0.1 * torch.randn_like(weight))
+    model.save_pretrained(whole)
+    results = evaluate(folder, f"whole-{len(settings)}", f"evaluate.model={whole}", *settings)
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    assert_results(results, losses(PeftModel.from_pretrained(base, whole), tokenizer, folder / "quiz.jsonl"))
 
 
 def test_records_without_an_answer_are_counted_and_have_no_loss(folder, other, capsys):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from raysft.cli import main
 from raysft.storage.json_files import read_jsonl
-from tests.tiny import tiny_model, write_chats
+from tests.tiny import tiny_folder
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 CONFIG = """
@@ -33,10 +33,7 @@ generate: {{max_examples: 4, max_new_tokens: 8, do_sample: false, batch_size: 4}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("layers")
-    tiny_model(folder / "base")
-    write_chats(folder / "chat.jsonl", 40)
-    (folder / "c.yaml").write_text(CONFIG.format(folder=folder))
-    return folder
+    return tiny_folder(folder, CONFIG.format(folder=folder), chat=40)
 
 
 def run(folder: Path, verb: str, name: str, *arguments: str) -> Path:

@@ -22,7 +22,7 @@ from raysft.run.step_generation import predict_step
 from raysft.stopping import current
 from raysft.storage.json_files import read_jsonl
 from tests.processes import children_named
-from tests.tiny import tiny_model, write_chats
+from tests.tiny import tiny_folder
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -54,10 +54,7 @@ WAYS = {"beside": CHECKPOINTS, "between": [*BETWEEN, "model.finetuning=full", "t
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("steps")
-    tiny_model(folder / "base", spread=0.2)
-    write_chats(folder / "chat.jsonl", 60)
-    (folder / "sft.yaml").write_text(CONFIG.format(folder=folder))
-    return folder
+    return tiny_folder(folder, CONFIG.format(folder=folder), spread=0.2, file="sft.yaml", chat=60)
 
 
 def run(folder: Path, name: str, *settings: str, verb: str = "run") -> Path:

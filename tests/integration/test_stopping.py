@@ -18,7 +18,7 @@ from raysft.run.stop_file import request_stop
 from raysft.storage.json_files import read_jsonl
 from raysft.storage.path import StoragePath
 from tests.clusters import joining
-from tests.tiny import tiny_model, write_chats
+from tests.tiny import tiny_folder
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 STEPS = 160
@@ -49,10 +49,7 @@ SECONDS = 300
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("stopping")
-    tiny_model(folder / "base")
-    write_chats(folder / "chat.jsonl", 60)
-    (folder / "tiny.yaml").write_text(CONFIG.format(folder=folder, steps=STEPS))
-    return folder
+    return tiny_folder(folder, CONFIG.format(folder=folder, steps=STEPS), file="tiny.yaml", chat=60)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from raysft.config import Config, parse
 from raysft.errors import RequestError
 from raysft.models.adapters import find_adapter, load_adapter
+from raysft.models.merging import merge
 from raysft.train.check_model import check_model
 from raysft.train.finetuning import load_model
 from tests.tiny import tiny_model
@@ -133,25 +134,32 @@ def test_modules_that_are_not_there_are_told_before_anything_starts(tmp_path, mo
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("part", ["decoder", "whole", "text_config"])
 @pytest.mark.parametrize(
     ("method", "finetuning", "message"),
     [
-        (
-            "gptq",
-            "full",
-            "is quantized (gptq), which freezes its weights, but model.finetuning=full; set model.finetuning",
-        ),
-        ("awq", "lora", "is quantized by awq, which needs the package gptqmodel; install it on every node"),
+        ("gptq", "full", "is quantized (gptq), which freezes its weights, but model.finetuning=full; set model.finetuning"),
+        ("awq", "lora", "is quantized by awq, which needs the package gptqmodel; pip install gptqmodel on every node"),
+        ("gptq", "lora", "needs the packages optimum and gptqmodel; pip install optimum gptqmodel on every node"),
+        ("quanto", "lora", "needs the package optimum-quanto; pip install optimum-quanto on every node"),
+        ("made-up", "lora", "is quantized by made-up, which this version of transformers does not know; use the model"),
     ],
-)
-def test_a_quantized_checkpoint_needs_adapters_and_its_library(tmp_path, model, method, finetuning, message):
+)  # fmt: skip
+def test_a_quantized_checkpoint_needs_adapters_and_its_library(tmp_path, model, method, finetuning, message, part):
+    """Wherever its config says that it is quantized: of a model that also sees, the whole or its decoder's part does."""
     described = json.loads((model / "config.json").read_text())
-    described["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 128}
+    if part != "decoder":
+        described = {"model_type": "gemma3", "text_config": {"hidden_size": 8, "max_position_embeddings": 512}}
+    inner = described["text_config"] if part == "text_config" else described
+    inner["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 128}
     (tmp_path / "config.json").write_text(json.dumps(described))
     save_file({}, tmp_path / "model.safetensors")
     with pytest.raises(RequestError) as caught:
         check_model(config(tmp_path, tmp_path, finetuning=finetuning), str(tmp_path))
     assert message in str(caught.value)
+    if finetuning == "lora":
+        with pytest.raises(RequestError, match=rf"--dtype float32: .* is quantized \({method}\)"):
+            merge(tmp_path, tmp_path / "out", dtype="float32")
 
 
 def test_8_bit_floats_are_refused_on_a_cpu():

@@ -436,6 +436,8 @@ def test_an_evaluation_needs_weights_and_neither_gradients_nor_an_optimizer(tmp_
     assert weights(**four) == 1e9 + 6.5e9 * (0.5 + 4 / 64)
     assert weights(workers=4, **four, **{"train.zero_stage": 3}) == weights(**four), "they cannot be partitioned"
     assert weights(weight_bytes=4_000_000_000) == 4e9
+    elsewhere = replace(evaluation(tmp_path), quantized=True)  # by GPTQ, say; its files are not on this machine
+    assert evaluation_memory(elsewhere, SEVEN, place).sure < 5e9, "not refused for the room that exact weights take"
     whole = evaluation_memory(evaluation(tmp_path), SEVEN, place)
     assert whole.activations == evaluation_memory(evaluation(tmp_path, **four), SEVEN, place).activations > 0
     assert whole.peak > whole.sure

@@ -124,7 +124,7 @@ def test_a_cluster_that_is_lost_ends_the_training_in_one_line(monkeypatch):
     monkeypatch.setattr(launch, "_trainer", lambda *arguments: trainer)
     with pytest.raises(RunFailed) as failed:
         launch.evaluate(job, lambda event: None)
-    assert holds(str(failed.value), "the training failed … The actor is unavailable … run it again")
+    assert holds(str(failed.value), "the evaluation failed … The actor is unavailable … run it again")
     assert "\n" not in str(failed.value)
 
 

@@ -152,9 +152,8 @@ def test_the_directory_of_a_training_is_refused_for_another_model(refusal, start
     assert not started
 
 
-@pytest.mark.parametrize(
-    ("verb", "beside", "stage"), [("generate", "evaluate", "eval"), ("evaluate", "generate", "predict")]
-)
+@pytest.mark.parametrize("verb", ["generate", "evaluate"])
+@pytest.mark.parametrize(("beside", "stage"), [("evaluate", "eval"), ("generate", "predict")])
 def test_a_directory_has_results_of_one_model(verb, beside, stage, refusal, started):
     Path("runs/r").mkdir(parents=True)
     Path("runs/r/config.yaml").write_text(load("c.yaml", [f"{beside}.model=./m"]).to_yaml())
@@ -164,6 +163,28 @@ def test_a_directory_has_results_of_one_model(verb, beside, stage, refusal, star
     assert f"has results of {beside}.model=./m, but {verb}.model=./n is another model" in refusal(verb, *other)
     assert "folder not found" in refusal(verb, *same)
     assert len(started) == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "lost"),
+    [
+        ("model.quantization", "4bit", True),
+        ("model.dtype", "bfloat16", True),
+        ("data.sequence_length", "99", True),
+        ("data.eval", "[{name: c, path: c.jsonl}]", True),
+        ("data.train", "[{name: c, path: c.jsonl}]", False),  # nothing is held out
+        ("model.lora.rank", "2", False),
+        ("train.learning_rate", "0.1", False),
+        ("train.zero_stage", "3", False),
+    ],
+)
+def test_results_of_other_settings_are_not_replaced(key, value, lost, refusal, started):
+    Path("runs/r").mkdir(parents=True)
+    Path("runs/r/config.yaml").write_text(load("c.yaml", ["evaluate.model=./m"]).to_yaml())
+    Path("runs/r/eval_results.json").write_text("{}")
+    line = refusal("evaluate", "evaluate.model=./m", f"{key}={value}")
+    assert ("has results of evaluate.model=./m with other settings: " in line) == lost, line
+    assert ("folder not found" in line) != lost
 
 
 @pytest.mark.parametrize("verb", ["run", "train", "generate", "evaluate"])

@@ -128,7 +128,9 @@ def test_a_run_without_a_step_and_one_that_only_generates(run, status):
     assert (lines["state"], lines["progress"]) == ("not running", "no step yet")
     assert "last record" not in lines
     (run / "config.yaml").write_text(parse(CONFIG | {"generate": {"model": "org/other"}}).to_yaml())
-    assert status(run)["state"] == "not running"
+    lines = status(run)
+    assert (lines["state"], lines["next"]) == ("not running", "the command that started it, once more")
+    assert "checkpoint" not in lines
     (run / "predict_results.json").write_text("{}")
     assert status(run)["state"] == "done"
 

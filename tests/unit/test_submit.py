@@ -207,11 +207,20 @@ def test_the_verb_follows_from_the_config(run, overrides, verb):
     assert job.entrypoint == f"exec raysft {verb} config.yaml"
 
 
+OTHERS = ("evaluate", "generate")
+"""Verbs with a model of their own."""
+
+
 def test_a_job_does_one_of_two_things_that_are_asked_for(run):
     with dashboard() as server:
         line = refused(run, "submit", "toy.yaml", "--to", server.url, "evaluate.model=o/a", "generate.model=o/b")
+        sweep = "tune.space={train.learning_rate: [0.1, 0.2]}"
+        lines = [refused(run, "submit", "toy.yaml", "--to", server.url, sweep, f"{verb}.model=o/a") for verb in OTHERS]
         assert server.requests == []
     assert "evaluate.model=o/a and generate.model=o/b are both set; set one to null" in line
+    for verb, told in zip(OTHERS, lines, strict=True):
+        assert "raysft tune " in told
+        assert f"remove {verb}.model, or use raysft {verb}" in told
 
 
 def test_changed_settings_are_allowed_to_a_run_alone(run):
