@@ -52,6 +52,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"raysft {__version__}")
     commands = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    _add_stages(commands)
+    _add_report(commands)
+    _add_export(commands)
+    _add_cluster_verbs(commands)
+    keys = _add_verb(commands, verbs.config, "print all config keys with defaults and documentation")
+    keys.add_argument(
+        "prefix", nargs="?", default="", metavar="PREFIX", help="a section or key, for example train or model.lora"
+    )
+    _add_convert(commands)
+    return parser
+
+
+def _add_stages(commands: argparse._SubParsersAction) -> None:
+    """Add the verbs that do what a config asks for, in whole or in part."""
     run = _add_config_verb(
         commands, verbs.run, "prepare data, train, evaluate, generate and report; resume where an earlier run stopped"
     )
@@ -63,6 +77,10 @@ def build_parser() -> argparse.ArgumentParser:
     show = _add_config_verb(
         commands, verbs.show, "print packed rows, colored by loss mask and example, and the lengths of all examples"
     )
+    show.add_argument(
+        "--rows", type=int, default=3, metavar="N", help="number of rows of the training data to show (default 3)"
+    )
+    show.add_argument("--html", type=Path, metavar="FILE", help="write an HTML page instead")
     _add_config_verb(commands, verbs.prepare, "tokenize the data into the cache")
     train = _add_config_verb(commands, verbs.train, "train and evaluate")
     evaluate = _add_config_verb(
@@ -72,6 +90,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     generate = _add_config_verb(commands, verbs.generate, "generate predictions and score them")
     tune = _add_config_verb(commands, verbs.tune, "sweep: try the values of tune.space, each in a whole run")
+    for resumable in (run, train):
+        resumable.add_argument("--allow-changed", action="store_true", help=ALLOW_CHANGED)
+    for submitted in (run, tune, evaluate, generate):
+        submitted.add_argument("--rayjob", metavar="URL", help=RAYJOB)
+
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
     report = _add_verb(
         commands,
         verbs.report,
@@ -83,9 +108,9 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--output", type=Path, metavar="FILE", help=f"page that compares several runs (default {verbs.COMPARISON})"
     )
-    _add_export(commands)
-    _add_cluster_verbs(commands)
-    keys = _add_verb(commands, verbs.config, "print all config keys with defaults and documentation")
+
+
+def _add_convert(commands: argparse._SubParsersAction) -> None:
     convert = _add_verb(
         commands,
         verbs.convert,
@@ -96,18 +121,6 @@ def build_parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="key=value", default=[], help="keys of raysft or of LLaMA-Factory to set"
     )
     convert.add_argument("--output", type=Path, metavar="NEW_FILE", help="file to write instead; must not exist")
-    for resumable in (run, train):
-        resumable.add_argument("--allow-changed", action="store_true", help=ALLOW_CHANGED)
-    for submitted in (run, tune, evaluate, generate):
-        submitted.add_argument("--rayjob", metavar="URL", help=RAYJOB)
-    show.add_argument(
-        "--rows", type=int, default=3, metavar="N", help="number of rows of the training data to show (default 3)"
-    )
-    show.add_argument("--html", type=Path, metavar="FILE", help="write an HTML page instead")
-    keys.add_argument(
-        "prefix", nargs="?", default="", metavar="PREFIX", help="a section or key, for example train or model.lora"
-    )
-    return parser
 
 
 def _add_export(commands: argparse._SubParsersAction) -> None:
