@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from raysft.telemetry.events import Emit, EvaluationDone, evaluation_results
+from raysft.telemetry.events import Emit, EvaluationDone
+from raysft.telemetry.results import evaluation_results
 from raysft.train.checkpoint.cursor import EVALUATION, Cursor
 from raysft.train.first_evaluation import FirstEvaluation
 from raysft.train.job import Batch, RowPlan, TrainJob

@@ -21,7 +21,7 @@ from raysft.errors import StorageFailed
 from raysft.models.fingerprint import exact_fingerprint
 from raysft.storage.path import StoragePath
 from raysft.storage.retry import reason_of, retry_for
-from raysft.telemetry.events import Evaluation
+from raysft.telemetry.results import Evaluation
 from raysft.train.deepspeed_config import given_settings
 from raysft.train.job import TrainJob
 from raysft.train.machine import describe_machine

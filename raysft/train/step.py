@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from raysft.data.types import IGNORE_INDEX
 from raysft.errors import RunFailed
-from raysft.telemetry.events import Evaluation
+from raysft.telemetry.results import Evaluation
 from raysft.train.deepspeed_internals import keeps_gradient_norm
 from raysft.train.device_timer import DeviceTimer
 from raysft.train.job import Batch

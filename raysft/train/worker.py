@@ -12,8 +12,9 @@ import ray.train
 import torch
 from ray.train.torch import get_device
 
-from raysft.telemetry.events import CheckpointCorrupt, TrainingEnded, evaluation_results
+from raysft.telemetry.events import CheckpointCorrupt, TrainingEnded
 from raysft.telemetry.ray_metrics import WorkerMetrics
+from raysft.telemetry.results import evaluation_results
 from raysft.telemetry.worker_log import named_lines, worker_name
 from raysft.train import loop
 from raysft.train.checkpoint import catalog

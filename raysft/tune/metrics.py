@@ -16,7 +16,7 @@ from raysft.config.result_names import (
 )
 from raysft.errors import RequestError
 from raysft.metric_names import SPEED
-from raysft.telemetry.events import TRAIN_RESULTS
+from raysft.telemetry.results import TRAIN_RESULTS
 
 
 def check_metric(config: Config, metric: str) -> None:

@@ -29,7 +29,8 @@ from raysft.errors import RequestError
 from raysft.storage.json_files import read_jsonl
 from raysft.storage.lock import lock
 from raysft.storage.run_directory import RunDirectory
-from raysft.telemetry.events import TRAIN_RESULTS, WorkersRestarting
+from raysft.telemetry.events import WorkersRestarting
+from raysft.telemetry.results import TRAIN_RESULTS
 from raysft.train import dataset_config, launch
 from raysft.train.checkpoint.catalog import complete
 from raysft.train.checkpoint.cursor import Cursor

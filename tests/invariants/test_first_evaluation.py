@@ -11,7 +11,8 @@ import pytest
 
 from raysft.config.evaluation_effects import BEARINGS, Bearing
 from raysft.storage.path import StoragePath
-from raysft.telemetry.events import Evaluation, EvaluationDone
+from raysft.telemetry.events import EvaluationDone
+from raysft.telemetry.results import Evaluation
 from raysft.train.first_evaluation import _write
 from tests.shards import the_set, written
 from tests.training import Case, Result, make_config, prepare, rows_of, timeless, train_all

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from raysft.config import parse
 from raysft.storage.path import StoragePath
-from raysft.telemetry.events import Evaluation
+from raysft.telemetry.results import Evaluation
 from raysft.train import first_evaluation
 from raysft.train.first_evaluation import FirstEvaluation, _write
 from tests.tiny import tiny_model

@@ -29,7 +29,8 @@ from raysft.report.warnings import _rise
 from raysft.run.plan import Resolved
 from raysft.storage.json_files import flat, read_jsonl, write_json, write_jsonl
 from raysft.storage.run_directory import RunDirectory
-from raysft.telemetry.events import Evaluation, StepRecord, evaluation_results
+from raysft.telemetry.events import StepRecord
+from raysft.telemetry.results import Evaluation, evaluation_results
 
 
 def step_record(step: int, total: int, noise: random.Random) -> dict[str, Any]:
