@@ -72,14 +72,15 @@ def trainer_flops(model: torch.nn.Module, tokens: int) -> float:
         tokens: number of tokens without padding.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    return 6.0 * tokens * sum(_elements(weight) for weight in model.parameters() if id(weight) not in embeddings)
+    return 6.0 * tokens * sum(count(weight) for weight in model.parameters() if id(weight) not in embeddings)
 
 
 def _flops(parameter: Any) -> float:
-    return (6.0 if parameter.requires_grad else 4.0) * _elements(parameter)
+    return (6.0 if parameter.requires_grad else 4.0) * count(parameter)
 
 
-def _elements(parameter: Any) -> int:
+def count(parameter: Any) -> int:
+    """Count the weights in a parameter, also if it is quantized or partitioned."""
     # bitsandbytes keeps two weights of 4 bits in a byte.
     in_four_bits = type(parameter).__name__ == "Params4bit"
     return numel(parameter) * (2 * parameter.element_size() if in_four_bits else 1)

@@ -10,8 +10,7 @@ import torch
 from raysft.telemetry.events import SetupDone, StepRecord
 from raysft.telemetry.terminal import duration
 from raysft.train.checkpoint.cursor import Cursor
-from raysft.train.deepspeed_internals import numel
-from raysft.train.flops import model_flops, peak_flops, trainer_flops
+from raysft.train.flops import count, model_flops, peak_flops, trainer_flops
 from raysft.train.phases import Phases
 from raysft.train.step import StepResult
 
@@ -129,10 +128,15 @@ def setup_done(
     data_seconds: float,
     log: list[dict[str, Any]],
 ) -> SetupDone:
-    """Make the event of a model that is loaded; the other arguments are its fields."""
+    """Make the event of a model that is loaded.
+
+    Args:
+        model: the transformers or peft model inside the engine.
+        step: a field of the event, as are all that follow.
+    """
     parameters = list(model.parameters())
-    trained = sum(numel(p) for p in parameters if p.requires_grad)
-    return SetupDone(step, workers, model_seconds, data_seconds, sum(map(numel, parameters)), trained, log)
+    trained = sum(count(p) for p in parameters if p.requires_grad)
+    return SetupDone(step, workers, model_seconds, data_seconds, sum(map(count, parameters)), trained, log)
 
 
 def evaluation_record(row_plan: Any, cursor: Cursor, results: dict[str, float]) -> dict[str, Any]:

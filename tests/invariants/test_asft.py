@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from raysft.data.types import IGNORE_INDEX
+from raysft.telemetry.events import SetupDone
 from raysft.train.objective import Objective
 from tests.tiny import tiny_model
 from tests.training import (
@@ -126,6 +127,14 @@ def test_the_first_step_has_no_divergence(trained):
     for case in ("full", "freeze", "lora", "whole"):
         assert trained[case].losses[0] == pytest.approx(trained["dft"].losses[0], rel=1e-6), case
     assert trained["given to lora"].losses[0] > trained["dft"].losses[0]
+
+
+def test_the_reference_does_not_count_as_a_part_of_the_model(trained):
+    def parameters(name: str) -> int:
+        return next(event.parameters for event in trained[name].events if isinstance(event, SetupDone))
+
+    assert parameters("full") == parameters("dft")
+    assert parameters("given to lora") == parameters("lora")
 
 
 WAYS = {"full": {}, "freeze": FREEZE, "lora": LORA, "whole": WHOLE}

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from raysft.estimate.setup import setup_of
 from raysft.estimate.states import states
+from raysft.telemetry.events import SetupDone
 from tests.measured_memory import config_of, estimated, measured, model_of
-from tests.training import Case, assert_same, make_config, prepare, rows_of, train_all
+from tests.training import Case, Result, assert_same, make_config, prepare, rows_of, train_all
 
 PARTITIONED = {
     "zero_optimization": {
@@ -63,8 +65,12 @@ def test_two_workers_with_zero_3_equal_two_with_zero_2(prepared):
             for name, way in WAYS.items()
         ]
     results = train_all(both, 2)
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    whole = sum(weight.numel() for weight in loaded.parameters())
     for name, two, three in zip(WAYS, results[: len(WAYS)], results[len(WAYS) :], strict=True):
         assert two.failure + three.failure == "", name
+        for result in (two, three):
+            assert frozen_parameters(result) == whole, name
         assert two.losses[0] != two.losses[-1], name
         # In 16 bits the sums of gradients round otherwise.
         tolerance = 2e-2 if "bfloat16" in name else 1e-5
@@ -72,6 +78,12 @@ def test_two_workers_with_zero_3_equal_two_with_zero_2(prepared):
         assert three.evaluation["eval_loss"] == pytest.approx(two.evaluation["eval_loss"], rel=tolerance), name
         # A word or two may be the likeliest by one rounding.
         assert three.evaluation["eval_accuracy"] == pytest.approx(two.evaluation["eval_accuracy"], abs=0.01), name
+
+
+def frozen_parameters(result: Result) -> int:
+    """Weights that a training does not train, as the run prints them, whatever takes how many bits."""
+    (setup,) = (event for event in result.events if isinstance(event, SetupDone))
+    return setup.parameters - setup.trained_parameters
 
 
 def test_each_worker_holds_half_of_the_packed_weights(tmp_path):
