@@ -82,8 +82,9 @@ class TuneSection(Section):
     metric: str | Annotated[list[str], Field(min_length=1)] = "eval_loss"
     """Result that trials are compared by: a key of ``all_results.json``. With a list, the sweep records the Pareto front (the
     configurations that no other one beats in all metrics), and ``best.yaml`` is the one of the front with the best first metric."""
-    mode: Mode | Annotated[list[Mode], Field(min_length=1)] = "min"
-    """``min``: the lowest value is best; ``max``: the highest. One for all metrics, or a list with one for each."""
+    mode: Mode | Annotated[list[Mode], Field(min_length=1)] | None = None
+    """``min``: the lowest value is best; ``max``: the highest. One for all metrics, or a list with one for each. Default: ``min``
+    for losses and perplexities, ``max`` for accuracies and the built-in metrics of predictions; other metrics need it."""
     repeats: Positive = 1
     """Number of trials of each configuration, with the seeds ``run.seed``, ``run.seed`` + 1 and so on. Configurations are ranked
     by the mean, and the sweep says when the best two cannot be told apart (Welch's t-test at 5 %, from 2 repeats)."""

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from raysft.errors import RequestError
+from raysft.metric_names import directions
 from raysft.report.axes import Axis
 from raysft.report.read_run import RunLog, finite, read_evaluations, read_lines, read_object, read_run
 from raysft.storage.run_directory import RunDirectory
@@ -78,10 +79,10 @@ class Sweep:
     @property
     def objectives(self) -> list[tuple[str, bool]]:
         """(metric, True if the lowest value is best), at least one."""
-        metric, mode = self.log.option("tune.metric", "eval_loss"), self.log.option("tune.mode", "min")
+        metric, mode = self.log.option("tune.metric", "eval_loss"), self.log.option("tune.mode", None)
         metrics = [str(name) for name in metric] if isinstance(metric, list) and metric else [str(metric)]
-        modes = mode if isinstance(mode, list) else [mode] * len(metrics)
-        return [(name, modes[place : place + 1] != ["max"]) for place, name in enumerate(metrics)]
+        highest = [*directions(metrics, mode), *([None] * len(metrics))]  # a damaged config may name too few
+        return [(name, not each) for name, each in zip(metrics, highest, strict=False)]
 
     @cached_property
     def configurations(self) -> list[Configuration]:

@@ -14,8 +14,9 @@ from raysft.config.result_names import (
     predicted_sources,
     score_names,
 )
+from raysft.config.tune import TuneSection
 from raysft.errors import RequestError
-from raysft.metric_names import SPEED
+from raysft.metric_names import SPEED, directions
 from raysft.telemetry.results import TRAIN_RESULTS
 
 
@@ -42,6 +43,20 @@ def check_metric(config: Config, metric: str) -> None:
         remedy = _one_of(known)
     if metric not in known:
         raise RequestError(f"tune.metric={metric!r} is not a result of these runs; {remedy}")
+
+
+def check_directions(tune: TuneSection) -> None:
+    """Refuse a metric of which raysft does not know whether its lowest or its highest value is best, unless the config says it.
+
+    Raises:
+        RequestError: there is such a metric.
+    """
+    metrics = [tune.metric] if isinstance(tune.metric, str) else tune.metric
+    for metric, highest in zip(metrics, directions(metrics, tune.mode), strict=False):
+        if highest is None:
+            raise RequestError(
+                f"tune.metric={metric} may be best at its lowest or at its highest, but tune.mode=null; set it to min or max"
+            )
 
 
 def _one_of(names: Iterable[str]) -> str:

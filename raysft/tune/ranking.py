@@ -10,6 +10,7 @@ from typing import Any
 
 from raysft.config.tune import TuneSection
 from raysft.errors import RequestError
+from raysft.metric_names import directions
 
 SIGNIFICANCE = 0.05
 """Largest probability of a difference by chance at which two configurations are told apart."""
@@ -31,19 +32,22 @@ class Objectives:
             RequestError: they do not match.
         """
         metrics = [tune.metric] if isinstance(tune.metric, str) else tune.metric
-        modes = [tune.mode] * len(metrics) if isinstance(tune.mode, str) else tune.mode
-        if len(modes) != len(metrics):
+        highest = directions(metrics, tune.mode)
+        if len(highest) != len(metrics):
             raise RequestError(
-                f"tune.mode={tune.mode} has {len(modes)} items, but tune.metric has {len(metrics)}; give one for each metric"
+                f"tune.mode={tune.mode} has {len(highest)} items, but tune.metric has {len(metrics)}; give one for each metric"
             )
         if twice := next((metric for metric in metrics if metrics.count(metric) > 1), None):
             raise RequestError(f"tune.metric={metrics} has {twice} twice; keep one")
-        return cls(tuple(metrics), tuple(1.0 if mode == "min" else -1.0 for mode in modes))
+        return cls(tuple(metrics), tuple(-1.0 if each else 1.0 for each in highest))
+
+    @property
+    def modes(self) -> list[str]:
+        """``min`` or ``max`` for each metric."""
+        return ["min" if sign > 0 else "max" for sign in self.signs]
 
     def __str__(self) -> str:
-        return ", ".join(
-            f"{'min' if sign > 0 else 'max'} {metric}" for metric, sign in zip(self.metrics, self.signs, strict=True)
-        )
+        return ", ".join(f"{mode} {metric}" for mode, metric in zip(self.modes, self.metrics, strict=True))
 
     def values(self, results: Mapping[str, Any]) -> tuple[float, ...] | None:
         """Return the metrics of a trial; None if one of them is missing or not finite."""

@@ -70,7 +70,7 @@ def write_results(
     trials.sort(key=lambda found: objectives.cost(found[0]))
     results: dict[str, Any] = {
         "metric": config.tune.metric,
-        "mode": config.tune.mode,
+        "mode": objectives.modes[0] if isinstance(config.tune.metric, str) else objectives.modes,
         "trials": [
             {"run": trial, **dict(zip(objectives.metrics, row, strict=True)), "config": values}
             for row, trial, values in trials

@@ -87,7 +87,7 @@ def make_scheduler(config: Config, first: int, steps: int, concurrent: int) -> A
     shared: dict[str, Any] = {
         "time_attr": "step",
         "metric": objectives.metrics[0],
-        "mode": "min" if objectives.signs[0] > 0 else "max",
+        "mode": objectives.modes[0],
     }
     if tune.scheduler == "pbt":
         shared |= {"perturbation_interval": first, **_changes(dimensions(config), random.Random(tune.seed))}

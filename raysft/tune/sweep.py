@@ -16,7 +16,7 @@ from raysft.telemetry.terminal import Terminal
 from raysft.train.intervals import Interval
 from raysft.tune.earlier_call import await_release, earlier_trials
 from raysft.tune.earlier_results import replay
-from raysft.tune.metrics import check_metric
+from raysft.tune.metrics import check_directions, check_metric
 from raysft.tune.optuna_study import OptunaStudy, check_installed, restored
 from raysft.tune.ranking import Objectives
 from raysft.tune.record import Record, TrialRecord
@@ -65,6 +65,7 @@ def tune(config: Config) -> Config:
     for trial in trials:
         for metric in objectives.metrics:
             check_metric(trial.config, metric)
+    check_directions(config.tune)
     check_scheduler(config, [trial.config for trial in trials])
     with preflight(config, "tune", trials=[trial.config for trial in trials], place=_place) as ready:
         return _run_trials(config, firsts, ready)

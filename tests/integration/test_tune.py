@@ -189,7 +189,7 @@ def test_a_metric_that_a_run_lacks_ends_the_sweep_with_the_first_trial(sweep, ca
     shutil.copytree(sweep, sweep.with_name("metric"))
     if not recorded:
         (sweep.with_name("metric") / "trials.jsonl").unlink()
-    assert main(["tune", "sweep.yaml", "run.name=metric", "tune.metric=best_step"]) == 2
+    assert main(["tune", "sweep.yaml", "run.name=metric", "tune.metric=best_step", "tune.mode=min"]) == 2
     shown = capsys.readouterr()
     line, *more = shown.err.splitlines()
     assert not more

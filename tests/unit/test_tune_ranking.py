@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from raysft.config import load, parse
+from raysft.tune.metrics import check_directions
 from raysft.tune.ranking import Objectives, Ranked, indistinguishable, ranked, welch_test
 from raysft.tune.record import Record, TrialRecord
 from raysft.tune.results import check_recorded, print_ranking, rank, write_best, write_results
@@ -178,6 +179,30 @@ def test_a_metric_that_finished_trials_lack_is_refused():
 )
 def test_metrics_and_modes_that_do_not_match_are_refused(tune, message):
     assert holds(refusal(lambda: Objectives.of(config(**tune).tune)), message)
+
+
+@pytest.mark.parametrize(
+    ("tune", "modes"),
+    [
+        ({}, ["min"]),
+        ({"metric": "predict_chrf"}, ["max"]),
+        ({"metric": ["eval_a_accuracy", "train_loss", "best_eval_perplexity"]}, ["max", "min", "min"]),
+        ({"metric": ["predict_rouge-l", "eval_loss"], "mode": "min"}, ["min", "min"]),
+        ({"metric": "predict_f1", "mode": "max"}, ["max"]),
+    ],
+)
+def test_a_metric_is_best_where_it_is_unless_the_mode_says_otherwise(tune, modes):
+    assert Objectives.of(config(**tune).tune).modes == modes
+
+
+def test_a_metric_without_a_known_direction_needs_a_mode():
+    named = config(metric=["eval_loss", "predict_f1"]).tune
+    said = refusal(check_directions, named)
+    assert holds(
+        said, "tune.metric=predict_f1 may be best at its lowest or at its highest, but tune.mode=null; set it to min"
+    )
+    check_directions(config(metric="predict_f1", mode="max").tune)
+    check_directions(config(metric=["eval_accuracy", "predict_chrf"]).tune)
 
 
 def test_of_a_trial_s_lines_the_last_one_counts_and_a_killed_writer_s_line_is_removed(tmp_path):
