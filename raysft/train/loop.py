@@ -165,8 +165,8 @@ class _Loop:
         self.rows.wait_for_first(cursor)
         training, waited = self.training, self.rows.wait
         seconds = time.perf_counter() - self.started - waited
-        model, log = training.engine.module.model, list(training.log)
-        training.emit(setup_done(model, training.first_step, self.workers, seconds, waited, log))
+        log = list(training.log)
+        training.emit(setup_done(training.model, training.first_step, self.workers, seconds, waited, log))
         self.started = time.perf_counter()
         self.trigger.start_clock()
         self.rows.own_wait = self.rows.wait = 0.0
