@@ -9,8 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
-PROCESSES = min(8, max(3, len(os.sched_getaffinity(0)) // 2))
-"""Test files at a time: three even on two cores, because a test that starts Ray waits for a third of its time. They are begun in
+PROCESSES = min(8, max(2, len(os.sched_getaffinity(0)) // 2))
+"""Test files at a time: two even on two cores, because a test that starts Ray waits for a third of its time. They are begun in
 their order, in which those that start Ray come before the many short ones."""
 CHECKS = {
     "format": [BIN / "ruff", "format", "--check", "."],
