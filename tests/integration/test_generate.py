@@ -188,9 +188,9 @@ def test_a_killed_call_goes_on_with_what_is_missing(model, prompts, tmp_path, ca
 def test_a_prompt_that_failed_is_tried_again_by_the_next_call(model, prompts, tmp_path, capfd):
     output, completions, asked = tmp_path / "out.jsonl", batch_inference.completions, []
 
-    def without_memory(config, models, ends, room):
+    def without_memory(config, models, *others):
         asked.append(models[0].ids)
-        for index, batch in completions(config, models, ends, room):
+        for index, batch in completions(config, models, *others):
             failed = {"predict": "", "error": "no memory"} if len(asked) == 1 else {}
             yield index, [{**each, **failed} if each["id"] == "q:2" else each for each in batch]
 
@@ -497,5 +497,5 @@ def test_ray_data_takes_engines_that_reserve_gpus(model, prompts):
     pool = engine_pool.size_pool(settings, [Node(cpus=2.0, gpus=2.0)], batches=6)
     assert (pool.engines, pool.gpus) == (2, 1.0)
     batches = [table.slice(0, 3), table.slice(3)]
-    dataset, _ = ray_pipeline._by_actors(settings, [str(model)], (), [batches], pool)
+    dataset, _ = ray_pipeline._by_actors(settings, [str(model)], (), [batches], pool, None)
     assert "EngineActor" in repr(dataset)
