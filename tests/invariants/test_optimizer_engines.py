@@ -55,12 +55,14 @@ class Quadratic(nn.Module):
 @pytest.fixture(scope="module", autouse=True)
 def group() -> Iterator[None]:
     """A process group of this process alone."""
+    from raysft.train.deepspeed_import import deepspeed
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
     with environment(LOCAL_RANK="0"):
         yield
-    dist.destroy_process_group()
+    deepspeed.comm.destroy_process_group()  # DeepSpeed forgets its groups, which other tests of this process would get
     torch.set_num_threads(threads)
 
 

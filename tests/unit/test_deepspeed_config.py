@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
+from raysft.train.deepspeed_import import deepspeed
 from raysft.train.engine import make_engine
 from raysft.train.step import train_step
 from tests.training import make_config, prepare, rows_of
@@ -27,7 +28,7 @@ def prepared(tmp_path_factory):
         for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
             environment.setenv(name, value)
         yield prepare(folder)
-    dist.destroy_process_group()
+    deepspeed.comm.destroy_process_group()  # DeepSpeed forgets its groups, which other tests of this process would get
 
 
 def engine_of(prepared: tuple[Path, Path, Any], settings: dict[str, Any], **train: Any) -> Any:

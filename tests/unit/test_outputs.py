@@ -90,7 +90,7 @@ def test_outputs_become_complete_in_any_order(models, prompts, tmp_path, monkeyp
     first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
     asked, complete = [], []
 
-    def pool(config, models, ends, room=None):
+    def pool(config, models, *others):
         asked.append([each.ids for each in models])
         assert all(isinstance(each, ModelPrompts) for each in models)
         for index, ids in ((0, "da"), (1, "bc"), (1, "ad"), (0, "c"), (0, "b")):
@@ -118,7 +118,7 @@ def test_the_time_of_a_later_output_begins_where_the_one_before_ended(models, pr
     now = [100.0]
     monkeypatch.setattr("raysft.generate.progress.time.monotonic", lambda: now[0])
 
-    def pool(config, models, ends, room=None):
+    def pool(config, models, *others):
         # The start of the engines takes 7 seconds, the first batch 4, the second 2; loading the next model 3, its batches 5.
         for seconds, index, ids, took in ((11, 0, "ab", 4), (2, 0, "cd", 2), (8, 1, "ab", 5), (5, 1, "cd", 5)):
             now[0] += seconds
@@ -140,7 +140,7 @@ def test_each_output_goes_on_with_what_it_lacks(models, prompts, tmp_path, monke
     outputs = [Output(models[0], tmp_path / "first.jsonl", "base"), Output(models[1], tmp_path / "second.jsonl")]
     asked = []
 
-    def pool(config, models, ends, room=None):
+    def pool(config, models, *others):
         asked.append([(each.model, each.ids) for each in models])
         for index, each in enumerate(models):
             for id in each.ids:
@@ -184,7 +184,7 @@ def test_each_output_goes_on_with_what_it_lacks(models, prompts, tmp_path, monke
 def test_an_output_whose_prompts_all_failed_leaves_the_complete_one(models, prompts, tmp_path, monkeypatch):
     first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
 
-    def pool(config, models, ends, room=None):
+    def pool(config, models, *others):
         yield 0, entries("abcd", "text")
         yield 1, entries("abcd", "", error="no memory")
 
