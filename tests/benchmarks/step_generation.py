@@ -9,6 +9,8 @@ Without arguments a tiny model trains on made-up conversations.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import multiprocessing
 import tempfile
@@ -101,7 +103,7 @@ def trained(
                 "on_overflow": "drop",
                 "cache": str(folder / "cache"),
             },
-            "train": {"global_batch_size": 4, "max_steps": steps, "eval_at_start": False, "save_every_minutes": None},
+            "train": {"global_batch_size": 16, "max_steps": steps, "eval_at_start": False, "save_every_minutes": None},
             "scaling": {"num_workers": 1, "threads_per_worker": 1},
             "generate": {
                 "max_examples": prompts,
@@ -114,7 +116,8 @@ def trained(
     )
     settings = {**WAYS[way], **({"generate.every_steps": None, "generate.enabled": False} if way == "none" else {})}
     clock = Clock()
-    raysft.run_sft(with_overrides(config, settings), callbacks=[clock])
+    with contextlib.redirect_stdout(io.StringIO()):
+        raysft.run_sft(with_overrides(config, settings), callbacks=[clock])
     during = {step: late for step, late in clock.late.items() if step < steps}
     records = [each for each in read_jsonl(folder / "runs" / way / "trainer_log.jsonl") if "predict_runtime" in each]
     runtimes = [each["predict_runtime"] for each in records if each["current_steps"] in during]
