@@ -178,7 +178,7 @@ def _size(text: str) -> str:
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]B)", text.strip().upper())
     if not found or not float(found[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; use a number with KB, MB, GB or TB, for example 5GB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; use a number with KB, MB, GB or TB, for example 5GB")
     return found[1] + found[2]
 
 

@@ -110,3 +110,8 @@ class TuneSection(Section):
     max_failures: Count = 0
     """How often a trial that failed starts again within the sweep, from its newest checkpoint; ``train.max_failures`` restarts
     the workers of a training before that. A trial that still fails does not end the sweep."""
+
+    @property
+    def metrics(self) -> list[str]:
+        """``metric`` as a list."""
+        return [self.metric] if isinstance(self.metric, str) else self.metric

@@ -1,4 +1,4 @@
-"""Ends a generation during training in which nothing goes on any more, and tells those who wait for it that something does."""
+"""Ends a generation during training in which nothing happens any more, and tells those who wait for it while something does."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class GenerationGuard:
         self._clock: int | None = None
         """Of the CPU time of the thread that scores, once it does."""
         self.reason = ""
-        """What hangs; empty while something goes on."""
+        """What hangs; empty while nothing does."""
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="generation guard", daemon=True)
 
@@ -70,7 +70,7 @@ class GenerationGuard:
 
     @property
     def hangs(self) -> bool:
-        """True if it goes on too long although nothing goes on, and does not end: a metric hangs."""
+        """True if it was asked to end because nothing happens, and does not end: a metric hangs."""
         return self._seconds is not None and self.idle > self._seconds * (1 + 1 / PATIENCE)
 
     def _run(self) -> None:

@@ -51,8 +51,7 @@ def check_directions(tune: TuneSection) -> None:
     Raises:
         RequestError: there is such a metric.
     """
-    metrics = [tune.metric] if isinstance(tune.metric, str) else tune.metric
-    for metric, highest in zip(metrics, directions(metrics, tune.mode), strict=False):
+    for metric, highest in zip(tune.metrics, directions(tune.metrics, tune.mode), strict=False):
         if highest is None:
             raise RequestError(
                 f"tune.metric={metric} may be best at its lowest or at its highest, but tune.mode=null; set it to min or max"

@@ -31,7 +31,7 @@ class Objectives:
         Raises:
             RequestError: they do not match.
         """
-        metrics = [tune.metric] if isinstance(tune.metric, str) else tune.metric
+        metrics = tune.metrics
         highest = directions(metrics, tune.mode)
         if len(highest) != len(metrics):
             raise RequestError(

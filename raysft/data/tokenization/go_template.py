@@ -136,7 +136,7 @@ def _with_thoughts(asked: str, thinking: str) -> tuple[str, str]:
     """
     shared = os.path.commonprefix([asked, thinking]).partition(OPENING.strip())[0]  # noqa: RUF071
     before, kept, after = thinking[len(shared) :].partition(f"{OPENING}{THOUGHT}\n{CLOSING}")
-    # A template that drops thoughts has a place for that of an answer which is gone on with: Ollama must find its marks.
+    # A template that drops thoughts still has a place for the last answer's, which may be continued: Ollama must find its marks.
     condition, space = (".Thinking", "") if kept else (LAST, "\n\n")
     shown = f"{{{{ if {condition} }}}}{OPENING}{{{{ .Thinking }}}}{CLOSING}{space}{{{{ end }}}}"
     otherwise = f"{{{{ else }}}}{asked[len(shared) :]}" if asked != shared else ""
