@@ -145,7 +145,7 @@ def _panels(log: RunLog, title: str, panels: list[tuple[str, str, str]]) -> Figu
         axes.set_ylabel(label)
         if key == "lr":
             axes.plot(steps, values, color=color, linewidth=2, **_marks(steps))
-            axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4), useMathText=True)
+            axes.yaxis.set_major_formatter(FuncFormatter(_plain))
             axes.set_ylim(bottom=0)
             continue
         scale = 100 if key == "packing_efficiency" else 1
