@@ -32,6 +32,9 @@ IDLE = {
 """Ray looks for news in log files, of the machine and in event files, which nobody asks for, and takes 5% of a core for it."""
 
 
+FORKED_NODE = str(Path(__file__).with_name("forked_node.py"))
+
+
 @dataclass
 class Cluster:
     """A cluster of this test alone, with ports, files and an access token of its own: it meets no other Ray of the machine."""
@@ -44,6 +47,9 @@ class Cluster:
     ports: dict[str, int]
     nodes: list[subprocess.Popen] = field(default_factory=list)
     """The head and the other nodes."""
+    forks: bool = False
+    """True if the workers of each node are forks of a server, as those of a run are; else each of them imports for seconds."""
+    servers: list[workers.ForkServer] = field(default_factory=list)
 
     @property
     def dashboard(self) -> str:
@@ -126,13 +132,19 @@ class Cluster:
             options |= {"port": self.ports["gcs"], "dashboard-port": self.ports["dashboard"]}
             options |= {"ray-client-server-port": self.ports["client"]}
         options |= more
+        variables = {**self.environment, **(environment or {}), "HOME": str(home)}
+        ray = [program("ray")]
+        if self.forks:
+            self.servers.append(workers.ForkServer(trials=True))
+            variables[forkserver.ADDRESS] = self.servers[-1].address
+            ray = [sys.executable, FORKED_NODE]
         log = self.temporary / f"start{number}.log"
         with log.open("w") as stream:
             node = subprocess.Popen(
-                [program("ray"), "start", "--block", "--disable-usage-stats", *([] if number else ["--head"])]
+                [*ray, "start", "--block", "--disable-usage-stats", *([] if number else ["--head"])]
                 + [f"--{key}={value}" for key, value in options.items()],
                 cwd=self.folder,
-                env={**self.environment, **(environment or {}), "HOME": str(home)},
+                env=variables,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
             )
@@ -189,12 +201,13 @@ def kill_node(node: subprocess.Popen) -> None:
 
 
 @contextmanager
-def started(folder: Path, cpus: Sequence[int]) -> Iterator[Cluster]:
+def started(folder: Path, cpus: Sequence[int], forks: bool = False) -> Iterator[Cluster]:
     """A cluster for a while.
 
     Args:
         folder: where it is started: jobs without a working directory begin there.
         cpus: of each node; the first one is the head.
+        forks: as ``Cluster`` has it.
     """
     # Not in pytest's folder: the path of a Unix socket has at most 107 characters.
     temporary = Path(tempfile.mkdtemp(prefix="raysft-", dir="/tmp"))
@@ -206,7 +219,11 @@ def started(folder: Path, cpus: Sequence[int]) -> Iterator[Cluster]:
         "RAY_AUTH_TOKEN": os.urandom(32).hex(),
     }
     cluster = Cluster(
-        folder, temporary, environment, dict(zip(("gcs", "dashboard", "client"), free_ports(3), strict=True))
+        folder,
+        temporary,
+        environment,
+        dict(zip(("gcs", "dashboard", "client"), free_ports(3), strict=True)),
+        forks=forks,
     )
     try:
         for count in cpus:
@@ -215,4 +232,6 @@ def started(folder: Path, cpus: Sequence[int]) -> Iterator[Cluster]:
     finally:
         for node in reversed(cluster.nodes):
             kill_node(node)
+        for server in cluster.servers:
+            server.stop()
         shutil.rmtree(temporary, ignore_errors=True)

@@ -45,7 +45,7 @@ def folder(server, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def cluster(server, tmp_path_factory) -> Iterator[Cluster]:
     """Two nodes, each with room for one trial."""
-    with started(tmp_path_factory.mktemp("nodes"), [1, 1]) as cluster:
+    with started(tmp_path_factory.mktemp("nodes"), [1, 1], forks=True) as cluster:
         yield cluster
 
 
