@@ -134,6 +134,45 @@ def test_a_run_holds_the_gpu_from_its_workers_on_and_no_longer(device, folder):
         assert held() - before < 100, "something holds a GPU after the command"
 
 
+def test_predictions_of_a_step_are_those_of_its_exported_checkpoint(device, folder):
+    """On one GPU, which the training holds, the model of a step predicts between two steps."""
+    config = str(folder / "large.yaml")
+    settings = ("generate.compare_base=false", "generate.max_examples=8", "generate.max_new_tokens=16")
+    code, lines, _ = watched("run", config, "run.name=steps", "generate.every_steps=4", "train.keep_last=9", *settings)
+    assert code == 0, "\n".join(line for _, line in lines[-30:])
+    if device == "cuda":
+        assert any("between two steps" in line for _, line in lines)
+    run, exported = folder / "runs" / "steps", folder / "exported"
+    code, lines, _ = watched("export", f"{run}/checkpoints/4", "--output", str(exported))
+    assert code == 0, "\n".join(line for _, line in lines[-30:])
+    code, lines, _ = watched("generate", config, f"generate.model={exported}", "run.name=alone", *settings)
+    assert code == 0, "\n".join(line for _, line in lines[-30:])
+    ours, theirs = (
+        list(read_jsonl(place / "generated_predictions.jsonl"))
+        for place in (run / "generation" / "4", folder / "runs" / "alone")
+    )
+    assert len(ours) == 8
+    same = sum(one["prediction"] == other["prediction"] for one, other in zip(ours, theirs, strict=True))
+    print(f"{same} of 8 predictions are the same")
+    # A merged adapter rounds to bfloat16 once, an adapter beside its base twice.
+    assert same >= (8 if device == "cpu" else 6)
+
+
+def test_a_model_of_4_bits_is_evaluated_without_training(device, folder):
+    losses = {}
+    for name in ("none", "4bit") if device == "cuda" else ("none",):
+        code, lines, _ = watched(
+            "evaluate", str(folder / "large.yaml"), f"run.name=evaluated-{name}", f"evaluate.model={folder}/large",
+            *([] if name == "none" else [f"model.quantization={name}"]),
+        )  # fmt: skip
+        assert code == 0, "\n".join(line for _, line in lines[-30:])
+        results = json.loads((folder / "runs" / f"evaluated-{name}" / "eval_results.json").read_text())
+        losses[name] = results["eval_loss"]
+    print("losses:", losses)
+    assert losses["none"] == pytest.approx(losses.get("4bit", losses["none"]), rel=0.02)
+    assert device == "cpu" or losses["4bit"] != losses["none"]
+
+
 def test_a_worker_more_than_gpus_is_refused_in_one_line(device, folder):
     if device == "cpu":
         pytest.skip("needs a GPU")
