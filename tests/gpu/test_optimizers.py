@@ -15,6 +15,8 @@ ROUNDED = 3e-2
 OPTIONS: dict[str, dict[str, Any]] = {
     name: {"rank": 4, "update_proj_gap": 2} for name in ("galore", "fira", "apollo")
 } | {name: {"momentum": 0.9} for name in ("pid", "sgd")}  # fmt: skip
+RATES = {"ex_adam": 1e-3, "kate": 1e-3}
+"""Rates of those that 0.01 makes diverge, by which rounding grows."""
 PAGED = tuple(name for name in OPTIMIZERS if name.startswith("paged"))
 """They keep states in memory that a GPU and its machine share, which there is none of without a GPU."""
 RESUMED: dict[str, dict[str, Any]] = {
@@ -55,7 +57,8 @@ def case(prepared: Any, device: str, dtype: str, options: dict[str, Any], **more
 def of(name: str) -> dict[str, Any]:
     """The keys of ``train`` with which an optimizer is tried."""
     schedule = {"schedule": "constant"} if OPTIMIZERS[name].averages else {}
-    return {"optimizer": name, "optimizer_options": OPTIONS.get(name, {}), **schedule}
+    rate = {"learning_rate": RATES[name]} if name in RATES else {}
+    return {"optimizer": name, "optimizer_options": OPTIONS.get(name, {}), **schedule, **rate}
 
 
 def largest(one: Result, other: Result, last: int = STEPS) -> float:
