@@ -184,6 +184,11 @@ class TrainSection(Section):
         return next((key for key, value in asked.items() if value), None)
 
     @property
+    def goes_by_predictions(self) -> bool:
+        """True if scores of predictions during the training decide which model is the best."""
+        return self.comparing_key is not None and self.best_metric.startswith("predict_")
+
+    @property
     def lowest_is_best(self) -> bool:
         """True if the lowest ``best_metric`` is best."""
         if self.best_mode is not None:

@@ -22,7 +22,7 @@ def check_best_metric(config: Config, prepared: PreparedData, done: int = 0, kno
         RequestError: no predictions are made, or none of those that the metric scores has an answer to compare with.
     """
     train, metric = config.train, config.train.best_metric
-    if train.comparing_key is None or not metric.startswith("predict_"):
+    if not train.goes_by_predictions:
         return
     named = f"train.best_metric={metric} scores predictions"
     every, steps = config.generate.every_steps, prepared.train_rows.row_plan.steps

@@ -30,8 +30,11 @@ class GenerationPlan:
 
     def line(self) -> str:
         """The plan as a line for the terminal."""
-        after = f"generation: after every {counted(self.every_steps, 'step')}, {self.times} times, "
-        return after + (
+        every = "step" if self.every_steps == 1 else f"{self.every_steps:,} steps"
+        after = f"generation: after every {every}, "
+        if not self.times:
+            return f"{after}so never, as the training has fewer; lower generate.every_steps={self.every_steps}"
+        return f"{after}{counted(self.times, 'time')}, " + (
             f"by {counted(self.engines, 'engine')} beside the training ({self.reason})"
             if self.engines
             else f"between two steps: {self.reason}"
@@ -61,14 +64,14 @@ def plan_generation(config: Config, nodes: Sequence[Node], steps: int) -> Genera
     workers = f"{counted(scaling.most_workers, 'worker')} of {counted(scaling.cpus_per_worker, 'CPU')}"
     if scaling.use_gpu:
         workers += " and 1 GPU"
-    times = steps // every
+    times, unit = steps // every, "GPU" if scaling.use_gpu else "CPU"
     if config.run.sweep:
         engines, reason = 0, "the trials of a sweep share the cluster, so the training pauses while it generates"
     elif engines:
         threads = [int(node.cpus) // count for node, count in zip(room, fitting, strict=True) if count]
         own = None if scaling.use_gpu else scaling.threads_per_worker or max(1, min(threads))
         left = sum(node.gpus if scaling.use_gpu else node.cpus for node in room)
-        free = f"{left:g} {'GPUs' if scaling.use_gpu else 'CPUs'} are free beside {workers}"
+        free = f"{counted(left, unit)} {'is' if left == 1 else 'are'} free beside {workers}"
         return GenerationPlan(every, times, engines, own, free)
     else:
         reason = f"no room for an engine beside {workers}, so the training pauses while it generates"

@@ -10,13 +10,13 @@ from typing import Any
 
 from raysft.config import Config, load, parse
 from raysft.data.shards.prompts import write_prompts
-from raysft.errors import RequestError, StorageFailed
+from raysft.errors import RequestError, RunFailed, StorageFailed
 from raysft.run.context import RunContext, open_run
 from raysft.run.tracking import run_trackers
 from raysft.stopping import current
 from raysft.storage.retry import retry_for
 from raysft.storage.run_directory import GENERATION, RunDirectory, is_complete
-from raysft.telemetry.events import Event, GenerationDone
+from raysft.telemetry.events import Event, GenerationDone, GenerationNotice, TrainingEnded
 from raysft.telemetry.ray_metrics import RayMetrics
 from raysft.telemetry.train_log import TrainLog, evaluation_line
 
@@ -109,8 +109,13 @@ def _complete_generations(context: RunContext) -> None:
         log = TrainLog(directory.trainer_log, context.terminal, trackers)
         log.reopen()
         for step in left:
-            log(GenerationDone(_record(context, step) | predict_step(context.config, directory, step)))
-            context.push()
+            try:
+                scores = predict_step(context.config, directory, step)
+            except RunFailed as error:
+                log(GenerationNotice(step, f"{error}; the run goes on without them"))
+            else:
+                log(GenerationDone(_record(context, step) | scores))
+                context.push()
             directory.step_model(step).remove()
 
 
@@ -126,18 +131,27 @@ def _train(context: RunContext, callbacks: Sequence[Any], decisions: Any) -> Non
         def handle(event: Event) -> None:
             metrics(event)
             train_log(event)
+            if isinstance(event, TrainingEnded):
+                _write_results(context, train_log, event)
             if isinstance(event, GenerationDone):
                 # Until its scores are logged and kept, an interrupted run can generate with it again.
                 context.push()
                 directory.step_model(event.record["current_steps"]).remove()
 
         try:
-            results = launch.train(train_job(context), handle, decisions, step_generator(context))
+            launch.train(train_job(context), handle, decisions, step_generator(context))
         finally:
             context.terminal.close()
-    trained, row_plan = results["train"], context.prepared.train_rows.row_plan
-    if results["eval"]:
-        context.directory.write_results("eval", {**results["eval"], "epoch": trained["epoch"]})
+
+
+def _write_results(context: RunContext, train_log: TrainLog, end: TrainingEnded) -> None:
+    """Write the results of a training that has ended.
+
+    The last predictions may take hours more: a run that is killed while they are made must not train again.
+    """
+    trained, row_plan = end.train, context.prepared.train_rows.row_plan
+    if end.eval:
+        context.directory.write_results("eval", {**end.eval, "epoch": trained["epoch"]})
     efficiency = {"packing_efficiency": round(row_plan.packing_efficiency, 6)}
     speed = train_log.results(row_plan.examples_after(int(trained["total_steps"])))
     context.directory.write_results("train", {**trained, **speed, **efficiency, **train_log.timings})

@@ -239,7 +239,8 @@ class StepGenerator:
 
     def _fail(self, due: GenerationDue, reason: str) -> None:
         """Say that there will be no predictions. Their model goes; those that there are stay."""
-        self._notice(due.step, f"{reason}; the run goes on without them")
+        if not self._config.train.goes_by_predictions:  # else the training ends, and says so
+            self._notice(due.step, f"{reason}; the run goes on without them")
         with suppress(StorageFailed):
             self._directory.step_model(due.step).remove()
         self._tell(due, Status.FAILED, failure=reason)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import posixpath
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -148,8 +149,9 @@ class Wandb(Appending):
         )
         self._run.define_metric("*", step_metric=WANDB_AXIS)
         # A run that goes on has its summary again. Offline it has none, and gets the whole log: where both starts are sent to the
-        # server later, the second replaces the first.
-        self.last = dict(self._run.summary.get(WANDB_LAST) or {})
+        # server later, the second replaces the first. Without a log it starts anew under a name that the server knows.
+        if run.trainer_log.exists():
+            self.last = dict(self._run.summary.get(WANDB_LAST) or {})
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
         """Give metrics to the library, with their step: its own steps never go back, but scores of predictions come late."""
@@ -233,8 +235,8 @@ class MLflow(Appending):
         mlflow.log_dict(dict(config), "config.json")
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Give metrics to the library."""
-        self._mlflow.log_metrics(dict(metrics), step=step)
+        """Give metrics to the library, which refuses names like ``predict/hit@1``."""
+        self._mlflow.log_metrics({mlflow_name(name): value for name, value in metrics.items()}, step=step)
 
     def close(self, outcome: Outcome) -> None:
         """Flush and close."""
@@ -301,6 +303,15 @@ def _run_id(run: RunDirectory) -> str:
     Another sweep may have a trial with the same values, and so the same name.
     """
     return f"{run.place.name[:100]}-{hashlib.sha256(str(run.place).encode()).hexdigest()[:8]}"
+
+
+def mlflow_name(name: str) -> str:
+    """Return the name under which MLflow shows a metric; metrics of other authors may have any.
+
+    >>> mlflow_name("predict/rouge-l"), mlflow_name("predict/hit@1"), mlflow_name("predict/f1/(macro)/")
+    ('predict/rouge-l', 'predict/hit_1', 'predict/f1/_macro_')
+    """
+    return posixpath.normpath(re.sub(r"[^\w./ -]", "_", name))
 
 
 def mlflow_parameters(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -42,7 +42,7 @@ WAITING_SECONDS = 5.0
 """Least time between two printed ``Waiting`` messages: a thousand workers may wait for the same storage."""
 
 
-_FACTS = ("examples", "unscored", "runtime", "tokens_per_second")
+_FACTS = ("examples", "unscored", "runtime", "samples_per_second", "tokens_per_second")
 """What ``predict_results.json`` says beside scores."""
 
 
@@ -58,7 +58,8 @@ def generation_line(results: Mapping[str, Any]) -> str:
     """Format the scores of predictions over all sources as one line.
 
     >>> scores = {"predict_rouge-1": 31.257, "predict_rouge-1_low": 30.0, "predict_rouge-1_high": 33.0}
-    >>> generation_line({**scores, "predict_examples": 8, "predict_a_examples": 4, "predict_a_bleu": 3.0, "predict_runtime": 2.5})
+    >>> facts = {"predict_examples": 8, "predict_runtime": 2.5, "predict_samples_per_second": 3.2}
+    >>> generation_line({**scores, **facts, "predict_a_examples": 4, "predict_a_bleu": 3.0})
     'rouge-1 31.26 | 8 examples in 2.5 s'
     """
     found = {key.removeprefix("predict_"): value for key, value in results.items() if key.startswith("predict_")}
@@ -91,6 +92,11 @@ def _kind(record: Mapping[str, Any]) -> str:
     if "loss" in record:
         return "step"
     return "generation" if any(key.startswith("predict_") for key in record) else "evaluation"
+
+
+def _scores(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The results of predictions in a line of ``trainer_log.jsonl``."""
+    return {key: value for key, value in record.items() if key.startswith("predict_")}
 
 
 def _json_line(record: Mapping[str, Any]) -> str:
@@ -260,12 +266,20 @@ class TrainLog:
         self._append(asdict(record))
 
     def _generated(self, record: Mapping[str, Any]) -> None:
-        """Log predictions, unless they are logged: the run may have ended before it removed their model."""
-        at = record["current_steps"]
-        if not any(each["current_steps"] == at and _kind(each) == "generation" for each in self._records()):
-            self._print(progress_line(record))
-            self._append(record)
-            self._call("on_generate", record)
+        """Log the scores of predictions, in place of others for the same step: those were made with other settings.
+
+        The same scores come again if the run ended before it removed their model.
+        """
+        at, records = record["current_steps"], self._records()
+        known = [each for each in records if each["current_steps"] == at and _kind(each) == "generation"]
+        if any(_scores(each) == _scores(json.loads(_json_line(record))) for each in known):
+            return
+        if known:
+            others = [each for each in records if each not in known]
+            write_atomically(self._log, "".join(map(_json_line, others)))
+        self._print(progress_line(record))
+        self._append(record)
+        self._call("on_generate", record)
 
     def _append(self, record: Mapping[str, Any]) -> None:
         with self._log.open("a", encoding="utf-8") as file:

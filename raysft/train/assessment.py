@@ -134,8 +134,8 @@ class Assessment:
     @property
     def _needed_score(self) -> str:
         """The score of predictions that decides which model is the best; empty if none does."""
-        metric = self._training.job.config.train.best_metric
-        return metric if self._stopper.active and metric.startswith("predict_") else ""
+        train = self._training.job.config.train
+        return train.best_metric if train.goes_by_predictions else ""
 
     def _evaluate(self, cursor: Cursor, first: FirstEvaluation | None = None) -> None:
         """Evaluate all sets but those known from ``first``; drop that if the training is to stop meanwhile."""
@@ -170,6 +170,6 @@ class Assessment:
             self._tell_early_stop(cursor)
 
     def _tell_early_stop(self, cursor: Cursor) -> None:
-        best = self._stopper.best
-        if best and self._stopper.should_stop:
+        best, left = self._stopper.best, cursor.step < self._training.row_plan.steps
+        if best and left and self._stopper.should_stop:
             self._training.emit(StoppedEarly(cursor.step, best.metric, best.step, best.value))

@@ -151,7 +151,8 @@ class StepGenerations:
         if failure is not None:
             if needed:
                 raise failure
-            self._emit(GenerationNotice(cursor.step, f"left out: {failure}"))
+            fact, _, _ = str(failure).partition(";")
+            self._emit(GenerationNotice(cursor.step, f"{fact}; the training goes on without them"))
             return {}
         pauses = self._job.generation_pauses
         self._ask(cursor.step, pauses)

@@ -281,14 +281,39 @@ def test_a_training_that_needs_scores_ends_with_a_checkpoint_where_there_are_non
     evaluates = ["train.eval_every_steps=2", "generate.every_steps=2"]
     command = ["train", str(folder / "sft.yaml"), "run.name=needs", *evaluates, *BEST]
     assert main(command) == 1
-    [line] = capsys.readouterr().err.splitlines()[-1:]
+    printed = capsys.readouterr()
+    [line] = printed.err.splitlines()[-1:]
     assert "out of memory" in line
+    assert "goes on without" not in printed.out
     assert "train.best_metric" in line
     monkeypatch.undo()
     assert main(command) == 0
     check_best(folder / "runs" / "needs", steps=[2, 4, 6])
     evaluated = [each for each in read_jsonl(folder / "runs" / "needs" / "trainer_log.jsonl") if "eval_loss" in each]
     assert [record["current_steps"] for record in evaluated] == [2, 4, 6]
+
+
+def test_a_training_that_has_ended_is_not_repeated_for_its_last_predictions(folder, capsys, monkeypatch):
+    place = folder / "runs" / "ended"
+
+    def predict(*asked: Any) -> dict[str, float]:
+        until = time.monotonic() + 60
+        while not (place / "train_results.json").exists():  # a run that is killed from here on is trained
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        return stopping(place, at=2)(*asked)
+
+    monkeypatch.setattr(step_generation, "predict_step", predict)
+    command = ["train", str(folder / "sft.yaml"), "run.name=ended", "train.max_steps=2", "generate.every_steps=2"]
+    assert main(command) == 75
+    assert (place / "generation" / "2" / "model").exists()
+    monkeypatch.setattr(step_generation, "predict_step", failing(at=2))
+    capsys.readouterr()
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "is already trained" in printed
+    assert "predictions after step 2: generation failed: out of memory" in printed
+    assert not (place / "generation" / "2" / "model").exists()
 
 
 BEST = ["train.keep_best=true", "train.best_metric=predict_rouge-l"]

@@ -45,6 +45,20 @@ def test_engines_get_what_workers_and_data_tasks_leave(settings, nodes, engines)
     assert ("between two steps" in plan.line()) == (not engines)
 
 
+@pytest.mark.parametrize(
+    ("every", "steps", "said"),
+    [
+        (1, 1, "after every step, 1 time, by 1 engine beside the training (6 CPUs are free beside 2 workers of 1 CPU)"),
+        (2, 5, "after every 2 steps, 2 times, "),
+        (5, 4, "after every 5 steps, so never, as the training has fewer; lower generate.every_steps=5"),
+    ],
+)
+def test_the_plan_says_how_often(every, steps, said):
+    plan = plan_generation(config(every_steps=every), [Node(8.5)], steps)
+    assert plan is not None
+    assert said in plan.line()
+
+
 def test_nothing_is_planned_without_every_steps():
     assert plan_generation(config(every_steps=None), [Node(8.0)], steps=12) is None
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -275,6 +276,39 @@ def test_mlflow_has_each_step_once_after_a_crash(tmp_path, mlflow_store):
     points = [(each.step, each.value) for each in mlflow_store.get_metric_history(run.info.run_id, "train/loss")]
     assert points == [(number, 1.0 / number) for number in range(1, 8)]
     assert [each.step for each in mlflow_store.get_metric_history(run.info.run_id, "eval/loss")] == [5, 7]
+
+
+def test_mlflow_takes_metrics_of_any_name(tmp_path, mlflow_store):
+    (tracker,) = open_trackers(["mlflow"], RunDirectory(tmp_path / "own"), {}, pytest.fail)
+    tracker.on_setup(asdict(set_up(0)))
+    odd = ("hit@1", "f1 (macro), %", "a=b", "准确率", "p//q/")
+    tracker.on_generate({"current_steps": 1, **{f"predict_{name}": 0.5 for name in odd}, "predict_chrf": 1.0})
+    tracker.on_step(step(2))
+    tracker.close()
+    (run,) = mlflow_store.search_runs([mlflow_store.get_experiment_by_name("raysft").experiment_id])
+    found = {name for name in run.data.metrics if name.startswith("predict/")}
+    assert found == {f"predict/{name}" for name in ("hit_1", "f1 _macro__ _", "a_b", "准确率", "p/q", "chrf")}
+    assert run.data.metrics["train/loss"] == 1.0
+
+
+@pytest.mark.parametrize(("goes_on", "steps"), [(True, [6]), (False, [4, 5, 6])])
+def test_a_training_that_starts_anew_under_a_known_name_is_in_wandb_whole(tmp_path, monkeypatch, goes_on, steps):
+    import wandb
+
+    rows: list[dict[str, Any]] = []
+    known = SimpleNamespace(  # as the server knows a run of which it got the first five steps
+        summary={"last_steps": {"train": 5, "eval": 5}},
+        log=rows.append,
+        define_metric=lambda *names, **settings: None,
+        finish=lambda **how: None,
+    )
+    monkeypatch.setattr(wandb, "init", lambda **settings: known)
+    place = tmp_path / "own"
+    place.mkdir()
+    if goes_on:
+        (place / "trainer_log.jsonl").touch()
+    logged("wandb", place, first=4, last=6)
+    assert [row["train/global_step"] for row in rows if "train/loss" in row] == steps
 
 
 @pytest.fixture

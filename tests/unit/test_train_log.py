@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import asdict
@@ -265,3 +266,29 @@ def test_predictions_are_logged_once_and_those_of_steps_that_are_repeated_are_lo
     log(GenerationDone({**record, "predict_chrf": 32.0}))
     records = list(read_jsonl(tmp_path / "trainer_log.jsonl"))
     assert [each.get("predict_chrf") for each in records] == [None, None, 32.0]
+
+
+def test_scores_with_other_settings_replace_those_of_the_same_step(tmp_path, capsys):
+    class Scores(Callback):
+        def __init__(self) -> None:
+            self.heard: list[Any] = []
+
+        def on_generate(self, results: Any) -> None:
+            self.heard.append(results["predict_examples"])
+
+    scores = Scores()
+    log = TrainLog(tmp_path / "trainer_log.jsonl", Terminal(), [scores])
+    log(step(1))
+    log(GenerationDone({"current_steps": 1, "predict_examples": 4, "predict_f1": math.nan}))
+    log(step(2))
+    for examples in (8, 8, 6, 6):
+        log(GenerationDone({"current_steps": 2, "predict_examples": examples, "predict_f1": math.nan}))
+    records = list(read_jsonl(tmp_path / "trainer_log.jsonl"))
+    assert [(each["current_steps"], each.get("predict_examples")) for each in records] == [
+        (1, None),
+        (1, 4),
+        (2, None),
+        (2, 6),
+    ]
+    assert scores.heard == [4, 8, 6]
+    assert capsys.readouterr().out.count("after step 2 |") == 2
