@@ -40,7 +40,8 @@ class GenerationGuard:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._done.set()
+        with self._lock:  # what is still on its way must not follow the end of the generation
+            self._done.set()
         self._thread.join()
 
     def advanced(self, predictions: int) -> None:
@@ -58,6 +59,8 @@ class GenerationGuard:
 
     def _note(self, predictions: int | None) -> None:
         with self._lock:
+            if self._done.is_set():
+                return
             self._progressed = time.monotonic()
             self._signs += 1
             self._predictions = self._predictions if predictions is None else predictions

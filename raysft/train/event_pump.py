@@ -22,6 +22,7 @@ from raysft.telemetry.events import (
     TrainingEnded,
     TrainingStopped,
     Waiting,
+    WorkersResized,
     WorkersRestarting,
 )
 from raysft.train.controller import Controller, ControllerStarted
@@ -189,6 +190,9 @@ class EventPump:
                     return self._break(
                         RunStopped(f"stopped: {self._stop.reason}, and the workers failed ({message.reason})")
                     )
+            case WorkersResized():
+                if self._generator is not None:
+                    self._generator.forget()
             case TrainingEnded():
                 self._end = message
             case TrainingStopped(step, reason, failed=failed):

@@ -13,7 +13,14 @@ import pytest
 from raysft.errors import RunFailed, RunStopped
 from raysft.stopping import StopRequest, stoppable
 from raysft.storage.path import StoragePath
-from raysft.telemetry.events import GenerationNotice, SetupDone, TrainingEnded, TrainingStopped, WorkersRestarting
+from raysft.telemetry.events import (
+    GenerationNotice,
+    SetupDone,
+    TrainingEnded,
+    TrainingStopped,
+    WorkersResized,
+    WorkersRestarting,
+)
 from raysft.train import event_pump
 from raysft.train.checkpoint import parts
 from raysft.train.checkpoint.catalog import folder_name
@@ -61,11 +68,11 @@ class Controller:
 class Driver:
     """A pump between both."""
 
-    def __init__(self, silent_minutes: float | None = None) -> None:
+    def __init__(self, silent_minutes: float | None = None, generator: Any = None) -> None:
         self.post, self.controller, self.handled = Post(), Controller(), list[Any]()
         post: Any = self.post
         controller: Any = self.controller
-        self.pump = EventPump(post, self.handled.append, controller, silent_minutes)
+        self.pump = EventPump(post, self.handled.append, controller, silent_minutes, generator)
 
     def hears(self, *messages: Any) -> None:
         """Let the pump take messages; return once it has."""
@@ -120,6 +127,24 @@ def test_workers_that_fail_while_they_are_asked_are_not_started_again(driver):
     assert driver.controller.aborted == 1
     with pytest.raises(RunStopped, match=r"^stopped: SIGTERM, and the workers failed \(worker 1 died\)$"):
         driver.pump.end()
+
+
+@pytest.mark.parametrize("again", [WorkersRestarting("worker 1 died"), WorkersResized(1, 2)])
+def test_workers_that_start_again_ask_for_their_predictions_again(again):
+    class Forgetting:
+        """What generates, as far as it is told of this."""
+
+        forgot = 0
+
+        def forget(self) -> None:
+            self.forgot += 1
+
+    generator = Forgetting()
+    it = Driver(generator=generator)
+    with it.pump:
+        it.hears(ControllerStarted(object()), SET_UP, again)
+    assert generator.forgot == 1
+    assert it.handled[-1] == again
 
 
 def test_the_silence_after_the_end_of_the_workers_loses_no_predictions(monkeypatch):

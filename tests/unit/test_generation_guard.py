@@ -15,6 +15,7 @@ from ray.exceptions import GetTimeoutError
 from raysft.config import Config
 from raysft.generate.signs_of_life import Listener, SignsOfLife, Work
 from raysft.run import step_generation
+from raysft.run.generation_guard import GenerationGuard
 from raysft.run.generation_plan import GenerationPlan
 from raysft.run.step_generation import StepGenerator
 from raysft.stopping import current
@@ -132,6 +133,15 @@ def test_a_generation_in_which_nothing_goes_on_is_ended_and_named(tmp_path, monk
     assert named in notice.message
     assert "train.hang_minutes" in notice.message
     assert not RunDirectory(tmp_path).step_model(4).exists()
+
+
+def test_a_sign_of_life_that_comes_late_does_not_follow_the_end():
+    told: list[tuple[int, int]] = []
+    with GenerationGuard(current(), None, lambda *numbers: told.append(numbers)) as guard:
+        guard.advanced(3)
+        guard.heard()
+    guard.heard()  # sent by an engine before its last prediction
+    assert told == [(3, 1), (3, 2)]
 
 
 def test_predictions_that_the_driver_takes_late_are_done(tmp_path, monkeypatch):
