@@ -16,14 +16,21 @@ this comes before, and says what hangs."""
 class GenerationGuard:
     """A thread beside a generation, which may go on while engines show signs of life, predictions arrive, or scoring computes."""
 
-    def __init__(self, stopping: Stopping, hang_minutes: float | None, tell: Callable[[int, int], None]) -> None:
+    def __init__(
+        self,
+        stopping: Stopping,
+        hang_minutes: float | None,
+        tell: Callable[[int, int], None],
+        give_up: Callable[[str], None] = lambda reason: None,
+    ) -> None:
         """
         Args:
             stopping: of the generation; asked to end it.
             hang_minutes: ``train.hang_minutes``; None to end it never.
             tell: gets the numbers of predictions and of signs of life so far, whenever there are more.
+            give_up: gets the reason if the generation does not end although it was asked to: a metric hangs.
         """
-        self._stopping, self._tell = stopping, tell
+        self._stopping, self._tell, self._give_up = stopping, tell, give_up
         self._seconds = PATIENCE * 60 * hang_minutes if hang_minutes else None
         self._lock = threading.Lock()
         self._predictions = self._signs = 0
@@ -71,13 +78,8 @@ class GenerationGuard:
         """Seconds in which nothing went on."""
         return time.monotonic() - self._progressed
 
-    @property
-    def hangs(self) -> bool:
-        """True if it was asked to end because nothing happens, and does not end: a metric hangs."""
-        return self._seconds is not None and self.idle > self._seconds * (1 + 1 / PATIENCE)
-
     def _run(self) -> None:
-        used = 0.0
+        used, given_up = 0.0, False
         every = 5.0 if self._seconds is None else min(5.0, self._seconds / 20)
         while not self._done.wait(every):
             if self._clock is not None and (now := time.clock_gettime(self._clock)) > used:
@@ -87,3 +89,6 @@ class GenerationGuard:
                 what = "no engine shows a sign of life" if self._clock is None else "scoring stands still"
                 self.reason = f"{what} for {self._seconds / 60:g} minutes ({PATIENCE} × train.hang_minutes)"
                 self._stopping.ask(self.reason)
+            if self._seconds is not None and self.idle > self._seconds * (1 + 1 / PATIENCE) and not given_up:
+                given_up = True
+                self._give_up(self.reason)

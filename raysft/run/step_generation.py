@@ -66,7 +66,7 @@ class StepGenerator:
         self._guarded: tuple[GenerationDue, GenerationGuard] | None = None
         """The request that engines work for or whose predictions are scored, and its guard."""
         self._given_up: GenerationDue | None = None
-        """A request that hangs and cannot be ended."""
+        """A request that hangs and cannot be ended: none that follows it can be carried out."""
         self._epoch = 0
         """Raised when all requests so far are to be forgotten."""
         self._alone = threading.Event()
@@ -88,7 +88,10 @@ class StepGenerator:
 
     def take(self, due: GenerationDue) -> None:
         """Take a request; one with the ticket of another says that the workers wait for it."""
-        self._requests.put((due, self._epoch))
+        if (stuck := self._given_up) is not None:
+            self._fail(due, f"left out, as the generation after step {stuck.step} hangs and cannot be ended")
+        else:
+            self._requests.put((due, self._epoch))
 
     def heard(self, ticket: int) -> None:
         """Note that an engine is at work for a request."""
@@ -103,11 +106,7 @@ class StepGenerator:
         """Return once all requests have ended, one cannot be ended, or the run is asked to stop: the next call of it goes on."""
         self._alone.set()
         with suppress(RunStopped), current().ending_by_itself():
-            while self._requests.unfinished_tasks and current().request is None:
-                if (guarded := self._guarded) is not None and guarded[1].hangs:
-                    self._given_up, guard = guarded
-                    self._fail(self._given_up, f"generation failed: {guard.reason}, and cannot be ended")
-                    return
+            while self._requests.unfinished_tasks and current().request is None and self._given_up is None:
                 time.sleep(0.05)
 
     def _stop(self, request: StopRequest) -> None:
@@ -129,7 +128,13 @@ class StepGenerator:
                 if due is not self._given_up:
                     self._fail(due, one_line(error))
             finally:
+                self._given_up = None
                 self._requests.task_done()
+
+    def _give_up(self, due: GenerationDue, reason: str) -> None:
+        """Let nobody wait any longer for a request that cannot be ended."""
+        self._given_up = due
+        self._fail(due, f"generation failed: {reason}, and cannot be ended")
 
     @contextmanager
     def _stoppable(self, epoch: int) -> Iterator[None]:
@@ -166,7 +171,8 @@ class StepGenerator:
         def tell(predictions: int, signs: int) -> None:
             self._tell(due, Status.RUNNING, predictions=predictions, signs=signs)
 
-        with GenerationGuard(current(), self._config.train.hang_minutes, tell) as guard:
+        hang, give_up = self._config.train.hang_minutes, partial(self._give_up, due)
+        with GenerationGuard(current(), hang, tell, give_up) as guard:
             self._guarded = due, guard
             listener = Listener(guard.advanced, guard.scoring, partial(self._mailbox.post, EngineAlive(due.ticket)))
             try:
@@ -250,6 +256,8 @@ class StepGenerator:
             self._mailbox.put(GenerationNotice(step, message), SEND_SECONDS)
 
     def _tell(self, due: GenerationDue, status: Status, **more: Any) -> None:
+        if due is self._given_up and status is not Status.FAILED:
+            return  # the workers may wait for what they hear of another
         self._mailbox.tell(GenerationState(due.ticket, status, **more))
 
 

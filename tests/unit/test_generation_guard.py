@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +54,10 @@ class Post:
         self.told.append(state)
 
 
-def generation(folder: Path, monkeypatch, predict: Callable[[Listener], dict], slow: bool = False) -> Post:
-    """Carry out one request; ``predict`` stands for engines and metrics."""
+def made(
+    folder: Path, monkeypatch, predict: Callable[[Listener], dict], slow: bool = False
+) -> tuple[StepGenerator, Post]:
+    """What generates, and its mailbox; ``predict`` stands for engines and metrics."""
     settings = {
         "model": {"path": "m"},
         "data": {"train": [{"name": "a", "path": "a"}], "holdout": 0.1},
@@ -69,6 +73,12 @@ def generation(folder: Path, monkeypatch, predict: Callable[[Listener], dict], s
     generator = StepGenerator(Config.model_validate(settings), directory, plan, lambda step: {"current_steps": step})
     post = Post(slow)
     post.generator = generator
+    return generator, post
+
+
+def generation(folder: Path, monkeypatch, predict: Callable[[Listener], dict], slow: bool = False) -> Post:
+    """Carry out one request."""
+    generator, post = made(folder, monkeypatch, predict, slow)
     with generator.begin(post):
         generator.take(DUE)
         generator.complete()
@@ -133,6 +143,40 @@ def test_a_generation_in_which_nothing_goes_on_is_ended_and_named(tmp_path, monk
     assert named in notice.message
     assert "train.hang_minutes" in notice.message
     assert not RunDirectory(tmp_path).step_model(4).exists()
+
+
+def test_workers_wait_neither_for_a_metric_that_hangs_nor_for_what_comes_after_it(tmp_path, monkeypatch):
+    ends, begun = threading.Event(), 0
+
+    def hang(listener: Listener) -> dict[str, float]:
+        nonlocal begun
+        begun += 1
+        listener.scoring()
+        assert begun > 1 or ends.wait(60)
+        return {"predict_rouge-l": float(begun)}
+
+    def until(told: GenerationState) -> None:
+        limit = time.monotonic() + 20
+        while not post.told or replace(post.told[-1], predictions=0, signs=0) != told:
+            assert time.monotonic() < limit, post.told[-1:]
+            time.sleep(0.02)
+
+    generator, post = made(tmp_path, monkeypatch, hang)
+    hung = "generation failed: scoring stands still for 0.015 minutes (3 × train.hang_minutes), and cannot be ended"
+    after = "left out, as the generation after step 4 hangs and cannot be ended"
+    with generator.begin(post):
+        generator.take(DUE)
+        until(GenerationState(77, Status.FAILED, failure=hung))
+        generator.take(replace(DUE, step=8, ticket=78))
+        until(GenerationState(78, Status.FAILED, failure=after))
+        ends.set()
+        limit = time.monotonic() + 20
+        while generator._given_up is not None:
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+        assert post.told[-1].ticket == 78, "who waits for the second is told nothing of the first any more"
+        generator.take(replace(DUE, step=12, ticket=79))
+        until(GenerationState(79, Status.DONE, results={"predict_rouge-l": 2.0}))
 
 
 def test_a_sign_of_life_that_comes_late_does_not_follow_the_end():
