@@ -24,8 +24,10 @@ def best_model(config: Config) -> Iterator[str]:
         return
     if train.best_metric.startswith("predict_"):
         yield from _generated(config)
-    else:
+    elif train.best_metric.startswith("eval_") or not evaluated_sets(config):
         yield from _evaluated(config, named)
+    else:
+        yield _unknown(config)
     if train.best_mode is None and higher_is_better(train.best_metric) is None:
         yield f"train.best_metric={train.best_metric} needs a direction, but train.best_mode=null; set it to min or max"
 
@@ -56,7 +58,7 @@ def _generated(config: Config) -> Iterator[str]:
     elif every is None:
         yield (
             f"{named} compares answers that the model generates during the training, but generate.every_steps=null generates "
-            f"them at the end alone; set it to a number of steps, {instead}"
+            f"them only at the end; set it to a number of steps, {instead}"
         )
     if config.train.best_metric not in score_names(config) and not has_foreign_metrics(config):
         yield _unknown(config)

@@ -39,8 +39,10 @@ def check_metric(config: Config, metric: str) -> None:
         values = [name for name in known if not name.endswith(("_low", "_high"))]
         remedy = _one_of(values) if known else f"they generate nothing; {GENERATE}"
     else:
+        results = [*known, *_prediction_results(config)]
+        near = [name for name in (f"eval_{metric}", f"predict_{metric}") if name in results]
         known = [*known, *TRAIN_RESULTS, f"best_{config.train.best_metric}"]
-        remedy = _one_of(known)
+        remedy = f"did you mean {near[0]}?" if near else _one_of(known)
     if metric not in known:
         raise RequestError(f"tune.metric={metric!r} is not a result of these runs; {remedy}")
 

@@ -285,6 +285,10 @@ COMPARES = {
         ({"train__best_mode": "max"}, "train.best_mode=max … nothing compares … or remove best_mode"),
         ({**COMPARES, "train__best_metric": "accuracy"}, "train.best_metric=accuracy … did you mean eval_accuracy?"),
         ({**COMPARES, "train__best_metric": "rouge-l"}, "train.best_metric=rouge-l … did you mean predict_rouge-l?"),
+        (
+            {"train__keep_best": True, "data__holdout": 0.1, "train__best_metric": "rouge-l"},
+            "train.best_metric=rouge-l … did you mean predict_rouge-l?",
+        ),
         ({**COMPARES, "train__best_metric": "eval_a_los"}, "train.best_metric=eval_a_los … did you mean eval_a_loss?"),
         (
             {**COMPARES, "train__best_metric": "f"},

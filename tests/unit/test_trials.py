@@ -49,6 +49,9 @@ def test_a_metric_of_generation_is_refused_where_nothing_is_generated(given):
     ("metric", "remedy"),
     [
         ("train_los", "use one of eval_loss, … train_loss, "),
+        ("rouge-l", "did you mean predict_rouge-l?"),
+        ("b_loss", "use one of eval_loss, "),
+        ("accuracy", "did you mean eval_accuracy?"),
         ("eval_los", "use one of eval_loss, "),
         ("eval_b_loss", "use one of eval_loss, "),  # only one of several sets has results of its own
         ("predict_rouge_l", "use one of predict_rouge-1, "),
