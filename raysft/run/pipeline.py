@@ -150,6 +150,11 @@ def _write_results(context: RunContext, train_log: TrainLog, end: TrainingEnded)
     The last predictions may take hours more: a run that is killed while they are made must not train again.
     """
     trained, row_plan = end.train, context.prepared.train_rows.row_plan
+    if context.config.train.keep_best and "best_step" not in trained:
+        metric = context.config.train.best_metric
+        context.terminal.line(
+            f"train.keep_best: {metric} was never a finite number, so the model is that of the last step"
+        )
     if end.eval:
         context.directory.write_results("eval", {**end.eval, "epoch": trained["epoch"]})
     efficiency = {"packing_efficiency": round(row_plan.packing_efficiency, 6)}

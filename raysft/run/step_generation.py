@@ -18,6 +18,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
+from raysft.cluster.placement import counted
 from raysft.config import Config
 from raysft.errors import RunFailed, RunStopped, StorageFailed, one_line
 from raysft.run.generation_guard import GenerationGuard
@@ -224,11 +225,11 @@ class StepGenerator:
 
     def _paused(self, due: GenerationDue) -> GenerationDue:
         """Ask the workers to wait, and return their answer; the request itself once they have ended."""
-        free = ray.available_resources()
         unit = "GPU" if self._config.scaling.use_gpu else "CPU"
+        free = ray.available_resources().get(unit, 0.0)
         self._notice(
             due.step,
-            f"no engine found room beside the workers for {ROOM_SECONDS:g} s ({free.get(unit, 0.0):g} {unit}s are free), so the "
+            f"no engine found room beside the workers for {ROOM_SECONDS:g} s ({counted(free, unit)} free), so the "
             "training pauses while it generates",
         )
         self._tell(due, Status.NO_ROOM)

@@ -198,8 +198,8 @@ class StepGenerations:
             self._emit(
                 GenerationNotice(
                     self._asked.step,
-                    f"not done yet; the training waits for it after step {cursor.step}, where the next is due (from now on "
-                    "without a word; raise generate.every_steps if that takes long)",
+                    f"not finished yet, so the training waits for them after step {cursor.step}, where the next are due (this is "
+                    "said only once; if training waits too long, raise generate.every_steps)",
                 )
             )
         return self._wait(cursor) is not None
