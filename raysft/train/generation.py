@@ -162,7 +162,10 @@ class StepGenerations:
         if state is None:
             return {}
         if needed and state.status is Status.FAILED:
-            raise RunFailed(f"no predictions after step {cursor.step}, which train.best_metric needs: {state.failure}")
+            raise RunFailed(
+                f"train.best_metric={self._job.config.train.best_metric} needs predictions after step {cursor.step}, but "
+                f"{state.failure}; the same command tries again"
+            )
         return state.results
 
     def results(self, step: int) -> dict[str, float]:
