@@ -58,7 +58,7 @@ class Ending:
             training.stop_as_asked()
             return
         if training.job.config.train.saves_on_schedule and cursor.step > training.first_step:
-            self._checkpoints.save_last(cursor)  # a longer training that resumes here must know the last evaluation
+            self._checkpoints.save(cursor)  # a longer training that resumes here must know the last evaluation
         elif averages(training.engine):
             self._save(cursor)  # while the model is written, the weights are not those that are trained
         evaluation = self._write_model(cursor, results)

@@ -27,8 +27,7 @@ class Checkpoints:
             stopper: knows the best model so far, which a checkpoint names.
         """
         self._training, self._save, self._trigger, self._stopper = training, save, trigger, stopper
-        self._saved_step = self._kept_step = 0
-        """The step of the newest checkpoint, and that of the newest one that stays."""
+        self._saved_step = 0
 
     def save(self, cursor: Cursor) -> None:
         """Save a checkpoint."""
@@ -36,22 +35,12 @@ class Checkpoints:
         training.phases.enter("checkpoint", cursor.step)
         self._save(training.engine, replace(cursor, best=self._stopper.best), list(training.log))
         self._saved_step = cursor.step
-        if not cursor.temporary:
-            self._kept_step = cursor.step
         self._trigger.start_clock()
 
     def save_if_due(self, cursor: Cursor) -> None:
         """Save a checkpoint if one is due after this step and was not saved yet."""
         if self._trigger.is_due(cursor.step) and self._saved_step != cursor.step:
             self.save(replace(cursor, temporary=not self._trigger.is_scheduled(cursor.step)))
-
-    def save_last(self, cursor: Cursor) -> None:
-        """Save the end of the training, unless it was saved while its predictions were made.
-
-        Writing into a whole checkpoint would leave none if the process is killed meanwhile.
-        """
-        if self._kept_step != cursor.step:
-            self.save(cursor)
 
     def is_unsaved(self, cursor: Cursor) -> bool:
         """Return True if a checkpoint would keep steps from being repeated."""

@@ -328,11 +328,8 @@ def check_best(run: Path, steps: list[int]) -> None:
     assert (results["best_step"], results["best_predict_rouge-l"]) == (best, values[best])
 
 
-def test_the_best_model_is_that_of_the_best_predictions_on_all_workers(folder, capsys):
-    saves = "train.save_every_steps=2"
-    best = run(folder, "best", "generate.every_steps=1", "train.max_steps=4", saves, *BEST, *BETWEEN)
-    printed = capsys.readouterr().out
-    assert [printed.count(f"checkpoint after step {step}\n") for step in (2, 4)] == [1, 1], "none is written over"
+def test_the_best_model_is_that_of_the_best_predictions_on_all_workers(folder):
+    best = run(folder, "best", "generate.every_steps=1", "train.max_steps=4", *BEST, *BETWEEN)
     check_best(best, [1, 2, 3, 4])
     step = json.loads((best / "train_results.json").read_text())["best_step"]
     predictions = (best / "generated_predictions.jsonl").read_text()
