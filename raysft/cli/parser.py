@@ -10,6 +10,7 @@ from pathlib import Path
 from raysft import __version__
 from raysft.cli import verbs
 from raysft.config.reference import reference
+from raysft.storage.path import StoragePath
 
 EXIT_CODES = (
     "exit codes: 0 done, 1 the run failed, 2 the request was wrong, 75 stopped early (run it again), 130 interrupted"
@@ -80,7 +81,7 @@ def _add_stages(commands: argparse._SubParsersAction) -> None:
     show.add_argument(
         "--rows", type=int, default=3, metavar="N", help="number of rows of the training data to show (default 3)"
     )
-    show.add_argument("--html", type=Path, metavar="FILE", help="write an HTML page instead")
+    show.add_argument("--html", type=_local, metavar="FILE", help="write an HTML page instead")
     _add_config_verb(commands, verbs.prepare, "tokenize the data into the cache")
     train = _add_config_verb(commands, verbs.train, "train and evaluate")
     evaluate = _add_config_verb(
@@ -106,7 +107,7 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
         "run_dirs", nargs="+", metavar="RUN_DIR", help=f"{RUN_DIR}; of several, the first is compared with"
     )
     report.add_argument(
-        "--output", type=Path, metavar="FILE", help=f"page that compares several runs (default {verbs.COMPARISON})"
+        "--output", type=_local, metavar="FILE", help=f"page that compares several runs (default {verbs.COMPARISON})"
     )
 
 
@@ -120,7 +121,7 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     convert.add_argument(
         "overrides", nargs="*", metavar="key=value", default=[], help="keys of raysft or of LLaMA-Factory to set"
     )
-    convert.add_argument("--output", type=Path, metavar="NEW_FILE", help="file to write instead; must not exist")
+    convert.add_argument("--output", type=_local, metavar="NEW_FILE", help="file to write instead; must not exist")
 
 
 def _add_export(commands: argparse._SubParsersAction) -> None:
@@ -137,7 +138,7 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     )
     export.set_defaults(parser=export)
     export.add_argument(
-        "--output", type=Path, metavar="DIR", help="folder to write the model into; must be new or empty"
+        "--output", type=_local, metavar="DIR", help="folder to write the model into; must be new or empty"
     )
     export.add_argument(
         "--adapters",
@@ -162,12 +163,32 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
         help="most that a file of weights holds, for example 2GB; default: 5GB, but a model that needs no change keeps its files",
     )
     export.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="let code that comes with the model or an adapter run, if adapters are merged into it; read the code first",
+    )
+    export.add_argument(
         "--push",
         metavar="ORG/NAME",
         help="upload the model with its card, as one commit, to this repository of the hub, which is created if it does not exist; "
         "needs HF_TOKEN or hf auth login",
     )
     export.add_argument("--private", action="store_true", help="create the repository of --push as a private one")
+
+
+def _local(text: str) -> Path:
+    """Read the path of a file or folder on this machine, as a config has it.
+
+    >>> _local("file:///data/my%20model"), _local("~/model") == Path.home() / "model"
+    (PosixPath('/data/my model'), True)
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; give a path")
+    if "://" in text and not text.startswith("file://"):
+        raise argparse.ArgumentTypeError(
+            f"{StoragePath.of(text)} is not on this machine; use a local path, and copy it there afterwards"
+        )
+    return Path(StoragePath.of(text).location) if text.startswith(("file://", "~")) else Path(text)
 
 
 def _size(text: str) -> str:

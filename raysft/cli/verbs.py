@@ -128,7 +128,7 @@ def _compare(runs: list[RunDirectory], output: Path) -> None:
 
 
 def export(parsed: argparse.Namespace) -> None:
-    if parsed.source.endswith((".yaml", ".yml")):
+    if parsed.source.endswith((".yaml", ".yml")) and not Path(parsed.source).is_dir():
         parsed = _from_file(parsed)
     if parsed.output is None and parsed.push is None:
         raise RequestError(
@@ -141,7 +141,7 @@ def export(parsed: argparse.Namespace) -> None:
     from raysft.run.export import Form, Push, export
 
     push = Push(parsed.push, parsed.private) if parsed.push is not None else None
-    form = Form(parsed.dtype, parsed.shard_size, tuple(parsed.adapters), not parsed.no_merge)
+    form = Form(parsed.dtype, parsed.shard_size, tuple(parsed.adapters), not parsed.no_merge, parsed.trust_remote_code)
     export(parsed.source, parsed.output, push, form)
 
 

@@ -94,7 +94,7 @@ def export_arguments(path: str | Path) -> list[str]:
     raw, lines = _parse_yaml(_read(path), path)
     if not is_llamafactory(raw, lambda key: _place(path, lines, key)) or not raw.get("export_dir"):
         raise RequestError(
-            f"{path}: is no file for llamafactory-cli export (export_dir); give one, a run directory or a model"
+            f"{path}: is not a file for llamafactory-cli export, as it has no export_dir; give one, a run directory or a model"
         )
     conversion = convert(raw)
     if not conversion.command:

@@ -116,7 +116,7 @@ def prepare_prompts(config: Config, model: str, runs_code: bool, notify: Notify 
     Raises:
         RequestError: the data cannot be used as requested.
     """
-    config = _with_own_template(with_overrides(config, {"data.on_overflow": "truncate"}), model, runs_code)
+    config = _with_own_template(with_overrides(config, {"data.on_overflow": "truncate"}), model, runs_code, notify)
     held_out = HeldOut.of(config, model, notify)
     sets = [
         resolve_shard_set(config, source, split, model, with_prompts=True, limit=held_out.limit)
@@ -135,7 +135,7 @@ def prepare_evaluation(
     Returns:
         The manifests of all sets, and the rows of those that have something to evaluate, by name.
     """
-    config = _with_own_template(config, model, runs_code)
+    config = _with_own_template(config, model, runs_code, notify)
     held_out = HeldOut.of(config, model, notify)
     # As a training has them, which then finds them in the cache.
     sets = [
@@ -152,11 +152,14 @@ def _build(config: Config, sets: Sequence[ShardSet], model: str, runs_code: bool
     return build_shards(sets, model, config.data.max_rejected, config.chat_template, notify, runs_code, label)
 
 
-def _with_own_template(config: Config, model: str, runs_code: bool) -> Config:
+def _with_own_template(config: Config, model: str, runs_code: bool, notify: Notify) -> Config:
     """Leave ``model.chat_template`` to a model that has no chat template of its own."""
-    return (
-        with_overrides(config, {"model.chat_template": None}) if load_once(model, runs_code).chat_template else config
-    )
+    own, named = load_once(model, runs_code).chat_template, config.model.chat_template
+    if not own:
+        return config
+    if named and config.stage == "sft" and config.chat_template != own:
+        notify(f"model: its own chat template is used; model.chat_template={named} is for models that have none")
+    return with_overrides(config, {"model.chat_template": None})
 
 
 def evaluation_sets(config: Config, held_out: HeldOut) -> list[tuple[Source, Split]]:

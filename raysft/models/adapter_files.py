@@ -13,6 +13,31 @@ from raysft.storage.local_cache import may_be_on_hub, model_copy, on_hub
 
 MADE = re.compile(r"(expanded|extended|merged)-[0-9a-f]{16}")
 """Names of models that raysft makes in its cache: with new layers, with new tokens, or with adapters merged into them."""
+PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "ADAPTION_PROMPT")
+"""Kinds of adapters that change no weights, but put states of their own before a text."""
+
+
+def check_packable(adapter: Path, named: str) -> None:
+    """Refuse an adapter whose effect packed rows cannot have.
+
+    Args:
+        adapter: its folder.
+        named: the folder as messages name it, ``evaluate.model=PATH``.
+
+    Raises:
+        RequestError: with the reason.
+    """
+    description = read_adapter_config(adapter)
+    kind, invoked = description.get("peft_type"), description.get("alora_invocation_tokens")
+    if kind in PROMPTS or invoked:
+        why = (
+            "takes effect only after its invocation tokens (aLoRA)"
+            if invoked
+            else f"puts states of its own before each text ({str(kind).lower()})"
+        )
+        raise RequestError(
+            f"{named}: {why}, which is impossible in rows of several examples; use another adapter, or raysft generate"
+        )
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

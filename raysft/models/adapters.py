@@ -132,7 +132,7 @@ def merge_adapters(model: str, adapters: Sequence[Path], output: Path, runs_code
 
     whole = load_weights(model_copy(model), dtype=torch.float32, trust_remote_code=runs_code)
     for adapter in adapters:
-        whole = merge_adapter(load_adapter(whole, adapter))
+        whole = merge_adapter(mergeable(load_adapter(whole, adapter), adapter, "take it out of model.adapters"))
     whole.config.use_cache = True
     whole.save_pretrained(output)
     load_tokenizer(model, runs_code).save_pretrained(output)
@@ -172,13 +172,37 @@ def load_adapter(model: Any, folder: str | Path, **options: Any) -> Any:
     return adapted
 
 
+def mergeable(model: Any, folder: Path, remedy: str) -> Any:
+    """Return a model from ``load_adapter`` if the adapter, which is from a folder, can be merged into its weights.
+
+    Raises:
+        RequestError: it cannot; ``remedy`` says what to do.
+    """
+    if reason := unmergeable(model):
+        raise RequestError(f"{folder}: cannot be merged into a model, because {reason}; {remedy}")
+    return model
+
+
+def unmergeable(model: Any) -> str | None:
+    """Say why the adapter on a model cannot be merged into its weights; None if it can."""
+    adapter = model.active_peft_config
+    if not hasattr(model, "merge_and_unload"):
+        kind = str(getattr(adapter.peft_type, "value", adapter.peft_type)).lower()
+        return f"its kind ({kind}) changes no weights of the model"
+    if getattr(adapter, "alora_invocation_tokens", None):
+        return "it takes effect only after its invocation tokens (alora_invocation_tokens)"
+    if getattr(adapter, "layer_replication", None):
+        return "layers of its base stand for several layers (layer_replication)"
+    return None
+
+
 def merge_adapter(model: Any, each_layer: Callable[[Any], None] | None = None) -> Any:
     """Merge the adapter on a model into its weights and return the plain model.
 
     If the embedding is also the output head, and the adapter changes only one of them, they are untied.
 
     Args:
-        model: from ``load_adapter``.
+        model: from ``load_adapter``, and not ``unmergeable``.
         each_layer: merge in float32, and call this with each layer that the adapter has changed, which is in float32 then.
     """
     import torch

@@ -10,10 +10,11 @@ from typing import Any
 from raysft.errors import RequestError
 from raysft.models.adapter_embeddings import fit_embeddings
 from raysft.models.adapter_files import adapter_base, read_adapter_config
-from raysft.models.adapters import load_adapter, merge_adapter
+from raysft.models.adapters import load_adapter, merge_adapter, mergeable
 from raysft.models.end_of_turn import learned_ends, write_ends
 from raysft.models.loading import load_weights
 from raysft.models.quantization import method_of
+from raysft.models.remote_code import check_code_of
 from raysft.models.tokenizer import load_tokenizer
 from raysft.models.weight_files import check_weights, holds_embeddings, safetensors_files
 from raysft.models.weight_types import (
@@ -26,6 +27,8 @@ from raysft.models.weight_types import (
     stored_dtype,
 )
 from raysft.storage.run_directory import MODEL_MARKS
+
+UNMERGED = "keep it as it is (--no-merge)"
 
 
 def merge(
@@ -44,7 +47,7 @@ def merge(
     Args:
         model: folder of a whole model, or of an adapter, whose base is found by its configuration.
         output: an existing or new folder.
-        runs_code: True if code that comes with the base may run.
+        runs_code: True if code that comes with the base or an adapter may run.
         dtype: data type of the weights. Default: the own one of the whole model.
         shard_size: largest size of a file of weights. Default: ``SHARD_SIZE``; a model that is copied keeps its files.
         adapters: folders of adapters to merge, in order.
@@ -69,6 +72,8 @@ def merge(
         as_it_is = dtype == stored_dtype(base) == own_dtype(base)
         rewrite(base, output, None if as_it_is else dtype, shard_size)
         return
+    for folder in () if runs_code else (base, *adapters):
+        check_code_of(folder, "add --trust-remote-code")
     dtype = dtype or own_dtype(base)
     tokenizer, described = _tokenizer(adapters, base, runs_code)
     whole, tokens = _load_exact(base, adapters, runs_code), 0
@@ -77,7 +82,7 @@ def merge(
             tokens = rows
             _widen(whole.get_input_embeddings(), whole.get_output_embeddings())
         each_layer = _rounding(whole, dtype) if adapter is adapters[-1] else lambda layer: None
-        whole = merge_adapter(load_adapter(whole, adapter), each_layer)
+        whole = merge_adapter(mergeable(load_adapter(whole, adapter), adapter, UNMERGED), each_layer)
     convert_parameters(whole, dtype)
     whole.config.use_cache = True
     whole.save_pretrained(output, max_shard_size=shard_size or SHARD_SIZE)
@@ -94,7 +99,7 @@ def _check_generation(folder: Path) -> None:
         whole = False
     if not whole:
         raise RequestError(
-            f"{path}: is no mapping in JSON, so nobody could load the model; copy it again, or remove it"
+            f"{path}: is not a mapping in JSON, so the model could not be loaded; copy it again, or remove it"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ QUANTIZERS = {
     "vptq": ("vptq",),
 }
 """Method → the modules that transformers needs to load checkpoints quantized by it."""
+EXACT = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Data types of weights that are not quantized."""
 
 
 def quantization_config(config: Config, partitioned: bool = False) -> Any:
@@ -128,6 +131,18 @@ def _installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # the package that it is a part of
         return False
+
+
+def exact_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters that may change their data type: those of modules without quantized weights.
+
+    8-bit floats and packed 4-bit weights may look like exact ones; in another type, or with scales in another type, they stand for
+    other numbers.
+    """
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if all(type(parameter) is nn.Parameter and parameter.dtype in EXACT for parameter in own):
+            yield from own
 
 
 def keep_layout(model: nn.Module) -> None:

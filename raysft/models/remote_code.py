@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +49,33 @@ def check_code(
             )
         return
     if _needed(model, bool(tokenizer.get("auto_map"))):
-        files = ", ".join(sorted({each.split("--")[-1].rpartition(".")[0] + ".py" for each in references}))
         raise RequestError(
-            f"{key}={path} needs its own code ({files:.100}), but model.trust_remote_code={named} does not name it; read the "
-            f"code, then set model.trust_remote_code=[{path}]"
+            f"{key}={path} needs its own code ({_files(references)}), but model.trust_remote_code={named} does not name it; read "
+            f"the code, then set model.trust_remote_code=[{path}]"
         )
     notify("model: its own code is not run, because transformers has classes for it (model.trust_remote_code runs it)")
+
+
+def check_code_of(folder: Path, remedy: str) -> None:
+    """Refuse a model or an adapter that transformers can load only with code of its own.
+
+    Args:
+        folder: of a whole model, or of an adapter, which may bring a tokenizer.
+        remedy: what to do, for the message.
+    """
+    from transformers import PreTrainedConfig
+
+    whole, tokenizer = (folder / "config.json").exists(), tokenizer_config(str(folder))
+    hf_config = PreTrainedConfig.get_config_dict(folder)[0] if whole else {}
+    references = [*_strings(hf_config.get("auto_map")), *_strings(tokenizer.get("auto_map"))]
+    if references and _needed(str(folder), bool(tokenizer.get("auto_map")), whole):
+        raise RequestError(f"{folder}: needs its own code ({_files(references)}); read the code, then {remedy}")
+
+
+def _files(references: Iterable[str]) -> str:
+    """Name the files that references to classes name."""
+    names = sorted({each.split("--")[-1].rpartition(".")[0] + ".py" for each in references})
+    return f"{', '.join(names):.100}"
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -66,17 +87,17 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(inner)
 
 
-def _needed(model: str, tokenizer_too: bool) -> bool:
-    """True if transformers has no class for the config, the model or the tokenizer."""
+def _needed(model: str, tokenizer_too: bool, whole: bool = True) -> bool:
+    """True if transformers has no class for the config, the model or the tokenizer; of an adapter, for the tokenizer alone."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
 
     try:
-        hf_config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        hf_config = AutoConfig.from_pretrained(model, trust_remote_code=False) if whole else None
         if tokenizer_too:
             AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:
         return "trust_remote_code" in str(error)  # other errors are reported when the model is loaded
-    return type(hf_config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return whole and type(hf_config) not in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def code_name(config: Config, folder: Path, given: str | None = None) -> str:

@@ -138,8 +138,13 @@ def open_weights(folder: Path, named: str, framework: str = "np") -> Iterator[An
 
 
 def safetensors_files(folder: Path, named: str) -> list[Path]:
-    """Return the weight files of a model, arguments as for ``open_weights``; none for a model without ``*.safetensors``."""
-    index = folder / "model.safetensors.index.json"
+    """Return the weight files that transformers loads of a model; none for a model without ``*.safetensors``.
+
+    Others may lie beside them, such as those of an earlier state. Arguments as for ``open_weights``.
+    """
+    whole, index = (folder / name for name in MODEL_FILES[:2])
+    if whole.exists():
+        return [whole]
     partial = is_snapshot(folder)  # its weights may not be here yet
     return _parts(index, named) if index.exists() and not partial else sorted(folder.glob("model*.safetensors"))
 

@@ -55,6 +55,8 @@ class Form:
     """Adapters for the model, to merge in order."""
     merges: bool = True
     """False to write the only adapter as it is, without its base."""
+    runs_code: bool = False
+    """True if code that comes with the model or an adapter may run, as it may if the config of the model's run says so."""
 
 
 def export(source: str, output: Path | None, push: Push | None = None, form: Form | None = None) -> None:
@@ -142,7 +144,7 @@ def _check_base(base: str, exported: Exportable) -> None:
 def _write(exported: Exportable, adapters: Sequence[Exportable], folder: Path, form: Form) -> None:
     from raysft.models.merging import merge
 
-    say, scratch = Terminal().line, folder / RESTORED
+    say, scratch, runs_code = Terminal().line, folder / RESTORED, exported.runs_code or form.runs_code
     model = exported.folder(scratch / "model", say)
     others = [each.folder(scratch / f"adapter{index}", say) for index, each in enumerate(adapters)]
     if not form.merges:
@@ -152,11 +154,11 @@ def _write(exported: Exportable, adapters: Sequence[Exportable], folder: Path, f
             path.rename(folder / path.name)
     else:
         dtype, base = form.dtype or exported.dtype, exported.base(say)
-        merge(model, folder, exported.runs_code, dtype, form.shard_size, others, base)
+        merge(model, folder, runs_code, dtype, form.shard_size, others, base)
     if not (form.merges and (others or (model / "adapter_config.json").exists())):
         _tell_left_out(others[0] if others else model)
     shutil.rmtree(scratch, ignore_errors=True)
-    if form.merges and (reason := write_modelfile(folder, exported.config, exported.runs_code)):
+    if form.merges and (reason := write_modelfile(folder, exported.config, runs_code)):
         say(f"no {MODELFILE} for Ollama: {reason}")
 
 

@@ -196,7 +196,7 @@ def _of_checkpoint(place: StoragePath) -> Exportable:
     config = _config(checkpoints.parent)
     if config is None:
         raise RequestError(
-            f"{checkpoints.parent / 'config.yaml'}: is none of this version of raysft, so its checkpoints cannot be read; "
+            f"{checkpoints.parent / 'config.yaml'}: is not a config of this version of raysft, so its checkpoints cannot be read; "
             "export with the version that trained the run"
         )
     name = f"{checkpoints.parent} after step {found.cursor.step}"

@@ -258,11 +258,14 @@ def read_evaluation(config: Config, notify: Callable[[str], None]) -> Evaluation
     Raises:
         RequestError: the model or the data cannot be used, or there is nothing to evaluate on.
     """
+    from raysft.models.adapter_files import check_packable
     from raysft.models.attention import kernel
     from raysft.train.check_model import check_positions
     from raysft.train.deepspeed_config import deepspeed_settings
 
     model = find_other_model(config, config.evaluate.model or "", "evaluate.model", notify)
+    if model.weights != model.folder:
+        check_packable(model.folder, model.named)
     check_positions(config, model.hf_config.get_text_config())
     kernel(config)
     deepspeed_settings(config, config.scaling.most_workers)

@@ -21,6 +21,7 @@ from raysft.run.ownership import (
 )
 from raysft.run.source_plan import write_unusable
 from raysft.storage.json_files import read_jsonl, write_atomically, write_json
+from raysft.storage.path import StoragePath
 from raysft.storage.run_directory import RunDirectory
 
 OtherVerb = Literal["generate", "evaluate"]
@@ -35,7 +36,7 @@ MODEL_KEYS = (
     "model.quantization_type",
     "model.double_quantization",
 )
-"""Settings of the section ``model`` that change the results of ``evaluate.model``; the others are those of a training."""
+"""Settings of the section ``model`` that change the results of another model; the others are those of a training."""
 
 
 def other_model(config: Config, verb: str) -> str | None:
@@ -54,15 +55,27 @@ def refuse_directory(directory: RunDirectory, config: Config, verb: OtherVerb) -
         refuse_other_folder(directory)
     for each in KEYS:
         theirs = _with_results(directory, each)
-        if theirs not in (None, model):
+        if theirs is not None and not _is_same(theirs, model):
             raise RequestError(
                 f"{place}: has results of {KEYS[each]}={theirs}, but {key}={model} is another model; choose another run.name"
             )
-    if verb == "evaluate" and _with_results(directory, verb) and (changes := _changes(directory, config)):
-        raise RequestError(
-            f"{place}: has results of {key}={model} with other settings: {describe_changes(changes)}; restore the old value, or "
-            "choose another run.name"
-        )
+        # The directory records one config, for both.
+        if theirs is not None and (changes := _changes(directory, config, each, verb)):
+            raise RequestError(
+                f"{place}: has results of {KEYS[each]}={theirs} with other settings: {describe_changes(changes)}; restore the old "
+                "value, or choose another run.name"
+            )
+
+
+def refuse_results(directory: RunDirectory) -> None:
+    """Refuse the directory of results of another model to a training, which would replace them."""
+    if has_training(directory):
+        return
+    for each in KEYS:
+        if (theirs := _with_results(directory, each)) is not None:
+            raise RequestError(
+                f"{directory.place}: has results of {KEYS[each]}={theirs}, which a training would replace; choose another run.name"
+            )
 
 
 def _with_results(directory: RunDirectory, verb: OtherVerb) -> str | None:
@@ -70,24 +83,51 @@ def _with_results(directory: RunDirectory, verb: OtherVerb) -> str | None:
     return other_model(recorded_config(directory), verb) if directory.results(RESULTS[verb]).exists() else None
 
 
-def _changes(directory: RunDirectory, config: Config) -> Changes:
-    """Return the settings with which an evaluation would have other results than those that the directory has."""
-    changes = changed_keys(recorded_config(directory), config)
-    return {key: values for key, values in changes.items() if _decides(key, config.data.holdout > 0)}
+def _is_same(theirs: str, ours: str | None) -> bool:
+    """Return True if two names of models name the same one.
 
-
-def _decides(key: str, holds_out: bool) -> bool:
-    """Return True if the results of ``evaluate.model`` depend on a key.
-
-    >>> _decides("data.eval", False), _decides("data.train", False), _decides("data.train", True)
-    (True, False, True)
-    >>> _decides("model.quantization", False), _decides("model.lora.rank", False), _decides("data.shuffle", False)
-    (True, False, False)
+    >>> _is_same("models/a", "./models/a/"), _is_same("models/a", "models/b")
+    (True, False)
     """
+    return ours is not None and (theirs == ours or StoragePath.of(theirs) == StoragePath.of(ours))
+
+
+def _changes(directory: RunDirectory, config: Config, theirs: OtherVerb, ours: OtherVerb) -> Changes:
+    """Return the settings with which the results of one verb would be others than the directory has, as another is asked for.
+
+    Predictions know their own settings, and are made anew with others.
+    """
+    if theirs == ours == "generate":
+        return {}
+    changes, section = changed_keys(recorded_config(directory), config), config.data
+    sources = [*section.eval, *(section.train if section.holdout else ())]
+    draws = bool(section.registry) or any(source.num_samples for source in sources)
+    return {
+        key: values
+        for key, values in changes.items()
+        if key in MODEL_KEYS or (theirs == "evaluate" and _decides(key, section.holdout > 0, draws))
+    }
+
+
+def _decides(key: str, holds_out: bool, draws: bool) -> bool:
+    """Return True if a key decides which rows ``evaluate.model`` is evaluated on, and what they hold.
+
+    Args:
+        key: a key of the config.
+        holds_out: True if training data is held out.
+        draws: True if records of a source are drawn at random.
+
+    >>> [_decides(key, holds_out=False, draws=False) for key in ("data.eval", "data.train", "data.shuffle", "run.seed")]
+    [True, False, False, False]
+    >>> _decides("data.train", holds_out=True, draws=False), _decides("run.seed", holds_out=False, draws=True)
+    (True, True)
+    """
+    if key == "run.seed":
+        return draws
     if key.startswith("data.train") and not key.startswith("data.train_on_prompt") and not holds_out:
         return False
     of_data = key == "stage" or key.startswith("data.")
-    return key in MODEL_KEYS or (of_data and bearing_of(key) in (Bearing.SETTING, Bearing.CONTENT))
+    return of_data and bearing_of(key) in (Bearing.SETTING, Bearing.CONTENT)
 
 
 def begin(

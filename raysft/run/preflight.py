@@ -34,7 +34,7 @@ from raysft.run.inputs import (
     untrained_ends,
 )
 from raysft.run.needs import with_needs
-from raysft.run.other_model import OtherVerb, other_model, refuse_directory
+from raysft.run.other_model import OtherVerb, other_model, refuse_directory, refuse_results
 from raysft.run.ownership import (
     Changes,
     check_ownership,
@@ -122,6 +122,7 @@ def preflight(
         if other:
             refuse_directory(directory, config, other)
         else:
+            refuse_results(directory)
             changes = check_ownership(directory, config, allow_changed if verb in TRAINS_ONE else None)
         refuse_other_kind(directory, asked)
         check_trials(trials, terminal, tuple(config.tune.space) if config.tune.scheduler == "pbt" else ())

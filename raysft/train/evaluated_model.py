@@ -12,7 +12,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from raysft.config import Config, with_overrides
 from raysft.models.adapter_files import adapter_base
 from raysft.models.onednn import use_onednn
-from raysft.models.quantization import method_of
+from raysft.models.quantization import exact_parameters, method_of
 from raysft.storage.local_cache import model_copy
 from raysft.train.deepspeed_config import deepspeed_settings
 from raysft.train.deepspeed_import import deepspeed
@@ -54,10 +54,8 @@ def _whole(job: EvaluationJob, folder: Any, device: torch.device) -> TokenLoss:
     model = TokenLoss(load_trained(job.config, folder, job.runs_code)).to(device)
     if not job.config.autocast:
         # Adapters are loaded in float32 whatever their base has; an engine trains them in the type of the others.
-        dtype = getattr(torch, job.config.dtype)
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(dtype)
+        for parameter in exact_parameters(model):
+            parameter.data = parameter.data.to(getattr(torch, job.config.dtype))
     return model.requires_grad_(False)
 
 

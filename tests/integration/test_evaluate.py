@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from raysft.cli import main
@@ -104,6 +105,7 @@ def test_a_model_is_evaluated_with_its_own_tokenizer_and_template(folder, other,
     run = folder / "runs" / "template"
     assert json.loads((run / "all_results.json").read_text()) == results
     out = capsys.readouterr().out
+    assert "its own chat template is used; model.chat_template=alpaca is for models that have none" in out
     assert f"eval loss {results['eval_loss']:.4f} | perplexity" in out
     assert "memory: about" in out
     assert f"template: evaluation of {other}" in out
@@ -130,8 +132,9 @@ def test_two_workers_give_the_same_numbers(folder, other, settings):
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
 def test_a_quantized_model_has_the_loss_of_transformers(folder, other, bits):
-    """Also of a checkpoint that is quantized already, which is loaded as it is."""
-    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
+    """Also of a checkpoint that is quantized already, which is loaded as it is, and may hold packed weights as bfloat16."""
+    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32,
+            "bnb_4bit_quant_storage": torch.bfloat16}  # fmt: skip
     settings = (
         BitsAndBytesConfig(load_in_8bit=True) if bits == "8bit" else BitsAndBytesConfig(load_in_4bit=True, **four)
     )
@@ -306,6 +309,28 @@ def test_records_without_an_answer_are_counted_and_have_no_loss(folder, other, c
     assert "evaluation: prompts is left out, as none of its examples has an answer" in out
     told = refused(folder, capsys, f"evaluate.model={other}", f"data.eval=[{alone}]")
     assert "no example of prompts has an answer to evaluate; name other sources in data.eval" in told
+
+
+@pytest.mark.parametrize(
+    ("description", "reason"),
+    [
+        (
+            {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4},
+            "puts states of its own before each text (prefix_tuning)",
+        ),
+        (
+            {"peft_type": "LORA", "alora_invocation_tokens": [5]},
+            "takes effect only after its invocation tokens (aLoRA)",
+        ),
+    ],
+)
+def test_an_adapter_that_acts_on_places_of_one_text_is_refused(folder, tmp_path, capsys, description, reason):
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({**description, "base_model_name_or_path": f"{folder}/base"})
+    )
+    save_file({"weight": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")
+    told = refused(folder, capsys, f"evaluate.model={tmp_path}")
+    assert f"evaluate.model={tmp_path}: {reason}, which is impossible in rows of several examples; use another" in told
 
 
 def test_what_cannot_be_is_refused_before_anything_starts(folder, other, tmp_path, capsys):

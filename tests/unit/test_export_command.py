@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import constants
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -38,7 +38,7 @@ from tests.hub_uploads import Account
 from tests.messages import holds
 from tests.objects import s3_server
 from tests.processes import forked
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, with_code
 from tests.unit.test_hub import use
 
 IDS = torch.arange(40)[None]
@@ -391,6 +391,91 @@ def test_what_does_not_belong_to_a_model_stays_where_it_is(model, adapters, tmp_
     assert "left out, as they do not belong to the model: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("beside", ["model-00001-of-00001.safetensors", "model_old.safetensors"])
+@pytest.mark.parametrize("options", [("--dtype", "float32"), ("--shard-size", "50KB")])
+def test_the_weights_that_are_written_anew_are_those_that_transformers_loads(model, tmp_path, beside, options):
+    source = tmp_path / "source"
+    shutil.copytree(model, source)
+    half = {name: weight.bfloat16() / 2 for name, weight in load_file(model / "model.safetensors").items()}
+    save_file(half, source / beside, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(half, beside)}
+    if "of" in beside:
+        (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    (source / "config.json").write_text((source / "config.json").read_text().replace("float32", "bfloat16"))
+    wanted = plain(source, "float32").state_dict()
+    assert torch.equal(wanted["model.norm.weight"], plain(model).state_dict()["model.norm.weight"])
+    written = plain(exported(source, tmp_path / "out", *options), "float32").state_dict()
+    assert all(torch.equal(written[name], weight) for name, weight in wanted.items())
+
+
+@pytest.mark.parametrize(
+    ("adapter", "reason"),
+    [
+        (
+            PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+            "its kind (prompt_tuning) changes no weights",
+        ),
+        (LoraConfig(target_modules="all-linear", alora_invocation_tokens=[5, 6]), "only after its invocation tokens"),
+        (
+            LoraConfig(target_modules="all-linear", layer_replication=[(0, 2), (1, 2)]),
+            "layers of its base stand for several",
+        ),
+    ],
+)
+def test_an_adapter_that_cannot_be_merged_is_one_line_and_can_be_kept(model, tmp_path, capsys, adapter, reason):
+    folder = tmp_path / "adapter"
+    get_peft_model(plain(model), adapter).save_pretrained(folder)
+    said = refused(capsys, str(folder), "--output", str(tmp_path / "out"))
+    assert holds(said, f"raysft: error: {folder}: cannot be merged into a model, because … (--no-merge)")
+    assert reason in said
+    assert not (tmp_path / "out").exists()
+    exported(folder, tmp_path / "kept", "--no-merge")
+
+
+def test_code_runs_only_if_it_is_trusted(model, adapters, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    base, ran, out = tmp_path / "own", tmp_path / "ran", tmp_path / "out"
+    shutil.copytree(model, base)
+    with_code(base, ran, tokenizer=True)
+    arguments = [str(base), "--adapters", str(adapters[0]), "--output", str(out)]
+    said = refused(capsys, *arguments)
+    assert holds(said, f"raysft: error: {base}: needs its own code (modeling_own.py); read … add --trust-remote-code")
+    shutil.copy(base / "tokenizer_config.json", adapters[1])
+    shutil.copy(base / "modeling_own.py", adapters[1])
+    said = refused(capsys, str(model), "--adapters", str(adapters[1]), "--output", str(out))
+    assert holds(said, f"raysft: error: {adapters[1]}: needs its own code (modeling_own.py); … --trust-remote-code")
+    assert not ran.exists()
+    assert not out.exists()
+    keys = {"model_name_or_path": str(base), "adapter_name_or_path": str(adapters[0]), "export_dir": str(out)}
+    (tmp_path / "merge.yaml").write_text(json.dumps({**keys, "trust_remote_code": True}))
+    assert main(["export", str(tmp_path / "merge.yaml")]) == 0
+    assert ran.exists()
+    written = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True).eval()
+    assert type(written).__name__ == "OwnForCausalLM"
+    wanted = PeftModel.from_pretrained(plain(model), adapters[0])
+    torch.testing.assert_close(logits(written), logits(wanted), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_is_exported_to_this_machine(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with pytest.raises(SystemExit) as ended:
+        main(["export", str(model), "--output", "s3://key:secret@bucket/model"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "argument --output: s3://bucket/model is not on this machine; use a local path" in said
+    (tmp_path / "export.yaml").write_text(f"model_name_or_path: {model}\nexport_dir: s3://bucket/model\n")
+    with pytest.raises(SystemExit) as ended:
+        main(["export", "export.yaml"])
+    assert ended.value.code == 2
+    assert [path.name for path in tmp_path.iterdir() if path not in (model, tmp_path / "home")] == ["export.yaml"]
+    exported(model, Path("~/model"))
+    assert plain(tmp_path / "home" / "model").dtype == torch.float32
+    assert main(["export", str(model), "--output", f"file://{tmp_path}/by%20uri"]) == 0
+    assert (tmp_path / "by uri" / "config.json").exists()
+
+
 def test_an_adapter_in_the_old_format_is_written_in_another_type(adapters, tmp_path):
     weights = load_file(adapters[0] / "adapter_model.safetensors")
     torch.save(weights, adapters[0] / "adapter_model.bin")
@@ -507,7 +592,7 @@ def test_a_damaged_generation_config_is_one_line(model, adapters, tmp_path, caps
     (base / "generation_config.json").write_text(text)
     for options in ((), ("--adapters", str(adapters[0]))):
         said = refused(capsys, str(base), "--output", str(tmp_path / "out"), *options)
-        assert f"{base}/generation_config.json: is no mapping in JSON" in said
+        assert f"{base}/generation_config.json: is not a mapping in JSON" in said
         assert not (tmp_path / "out").exists()
 
 
@@ -535,7 +620,7 @@ def test_a_file_for_llamafactorys_export_is_taken_as_it_is(model, adapters, tmp_
     Path("quantized.yaml").write_text(json.dumps({**keys, "export_quantization_bit": 4}))
     assert "export_quantization_bit=4 is not supported" in refused(capsys, "quantized.yaml")
     Path("own.yaml").write_text("model: {path: m}\n")
-    assert "is no file for llamafactory-cli export" in refused(capsys, "own.yaml", "--output", "x")
+    assert "is not a file for llamafactory-cli export" in refused(capsys, "own.yaml", "--output", "x")
 
 
 def test_the_modelfile_stops_where_the_model_does_and_has_its_system_prompt(run, model, tmp_path):

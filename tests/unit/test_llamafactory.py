@@ -577,6 +577,12 @@ def test_keys_of_conversations_have_no_effect_on_raw_text_and_are_told(write):
         ),
         ({"model_name_or_path": None}, "lf.yaml:1: model_name_or_path is required"),
         ({"dataset": None}, "lf.yaml:2: dataset is required"),
+        ({"dataset": None, "do_train": False, "do_eval": True}, "lf.yaml:4: do_eval=true needs data … set one of them"),
+        (
+            {"dataset": None, "do_train": False, "do_eval": True, "val_size": 9},
+            "lf.yaml:2: dataset is required … to hold a part out of",
+        ),
+        ({"stage": "pt", "do_train": None, "do_predict": True}, "lf.yaml:3: do_train=false leaves nothing to do"),
         ({"data": {"train": []}}, "lf.yaml:1: model_name_or_path … LLaMA-Factory, but data … raysft; write model.path"),
     ],
 )  # fmt: skip

@@ -9,7 +9,7 @@ from raysft.config.llamafactory.settings import Refusal, Settings
 from raysft.config.llamafactory.translation_model import located
 
 READ = ("model_name_or_path", "model_revision", "adapter_name_or_path", "adapter_folder", "export_dir", "export_size",
-        "infer_dtype", "export_hub_model_id")  # fmt: skip
+        "infer_dtype", "export_hub_model_id", "trust_remote_code")  # fmt: skip
 """Keys that the command comes from."""
 ADDED = ("add_tokens", "add_special_tokens", "new_special_tokens_config")
 
@@ -27,6 +27,8 @@ def export_arguments(given: Settings) -> list[str]:
         arguments += ["--dtype", given["infer_dtype"]]
     if given.given("export_size"):
         arguments += ["--shard-size", f"{given['export_size']}GB"]
+    if given["trust_remote_code"]:
+        arguments.append("--trust-remote-code")
     if given["export_hub_model_id"]:
         arguments += ["--push", given["export_hub_model_id"]]
     return arguments

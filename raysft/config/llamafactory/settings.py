@@ -62,7 +62,8 @@ class Settings:
     @property
     def trains(self) -> bool:
         """True for a training: ``do_train``, or nothing else to do."""
-        return self["do_train"] or not (self.given("do_train") or self["do_eval"] or self.predicts or self.exports)
+        asked = self.given("do_train") or self["do_eval"] or self["do_predict"] or self.exports
+        return self["do_train"] or not asked
 
     @property
     def predicts(self) -> bool:

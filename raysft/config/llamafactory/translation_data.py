@@ -44,9 +44,10 @@ def sources(given: Settings) -> Derived:
     train, evaluated = given["dataset"], given["eval_dataset"]
     if not train and not given.trains and evaluated:
         yield Entry("data.train", _sources(evaluated, online), "eval_dataset", "not trained on, but required")
-    elif not train:
-        yield Refusal("dataset", "dataset is required, but missing; add the names of the data to train on")
-    else:
+    elif not train and (given.trains or given["val_size"]):
+        purpose = "train on" if given.trains else "hold a part out of"
+        yield Refusal("dataset", f"dataset is required, but missing; add the names of the data to {purpose}")
+    elif train:
         yield from _weighted(given, _sources(train, online))
     asked = next((name for name in ("do_eval", "do_predict", "predict_with_generate") if given[name]), "")
     if asked and not evaluated and not given["val_size"]:

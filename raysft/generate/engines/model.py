@@ -14,7 +14,7 @@ from raysft.config import Config
 from raysft.errors import RequestError
 from raysft.models.adapter_embeddings import fit_embeddings
 from raysft.models.adapter_files import adapter_base
-from raysft.models.adapters import load_adapter, merge_adapter
+from raysft.models.adapters import load_adapter, merge_adapter, unmergeable
 from raysft.models.loading import load_weights
 from raysft.models.quantization import keep_layout, method_of, quantization_config
 from raysft.models.remote_code import runs_code
@@ -44,7 +44,7 @@ def load_model(config: Config, folder: Path, device: torch.device) -> Any:
     if base is not None:
         fit_embeddings(model, folder)
         model = load_adapter(model, folder)
-        merges = merges and not model.active_peft_config.is_prompt_learning
+        merges = merges and unmergeable(model) is None
         model = merge_adapter(model) if merges else model
     # Keep the stop tokens of the file, but not its sampling settings, which would mix with the config's.
     inner = model if base is None or merges else model.get_base_model()
