@@ -32,10 +32,10 @@ from raysft.errors import RequestError, RunFailed
 from raysft.storage.path import StoragePath
 from raysft.storage.run_directory import RunDirectory
 from raysft.telemetry.events import StepRecord, TrainingEnded
+from raysft.train.faults import Fault
 from raysft.train.job import TrainJob
 from raysft.train.phases import Phases
 from raysft.train.read_ahead import ReadAhead
-from raysft.train.restarts import Fault
 from tests.processes import forks
 from tests.shards import the_set, written
 from tests.tiny import SENTENCES, tiny_model

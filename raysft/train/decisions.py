@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from ray.exceptions import RayError
-from ray.util.queue import Empty, Queue
+
+if TYPE_CHECKING:
+    from ray.util.queue import Queue
 
 WAIT_SECONDS = 300
 """How long the first worker waits for a decision before it trains on; well below the timeout of the others in a collective."""
@@ -47,6 +48,8 @@ class Outside:
 
 def receiver(queue: Queue) -> Decide:
     """Return a function that waits for what the driver puts into a queue: (step, decision)."""
+    from ray.exceptions import RayError
+    from ray.util.queue import Empty
 
     def decide(step: int) -> Decision:
         limit = time.monotonic() + WAIT_SECONDS

@@ -27,13 +27,13 @@ from raysft.train.deepspeed_config import zero_stage
 from raysft.train.ending import Ending
 from raysft.train.evaluator import Evaluator
 from raysft.train.export import Exporter
+from raysft.train.faults import faults_of
 from raysft.train.generation import StepGenerations
 from raysft.train.intervals import Interval
 from raysft.train.job import Batch, TrainJob
 from raysft.train.nonfinite import NonFinite
 from raysft.train.phases import Phases, StepTimes
 from raysft.train.read_ahead import ReadAhead
-from raysft.train.restarts import faults_of
 from raysft.train.saving import Checkpoints, Save
 from raysft.train.step import StepResult, train_step
 from raysft.train.step_metrics import StepMetrics, setup_done

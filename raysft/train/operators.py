@@ -123,12 +123,14 @@ def _write(path: Path, text: str) -> None:
 def _folder(given: str | None) -> Path:
     """Where raysft compiles for this processor, torch, DeepSpeed and Python, below ``TORCH_EXTENSIONS_DIR`` if the user sets it.
 
-    Nodes with different processors may share a home folder, and the operators use every instruction that a processor has.
+    Nodes with different processors may share a home folder, and the operators use every instruction that a processor has. So may
+    several environments with the same packages: the paths of their sources differ, and each would compile what another one has.
     """
+    from deepspeed import __file__ as package
     from deepspeed import __version__
 
     root = Path(given) / "raysft" if given else cache_home() / "extensions"
-    kind = hashlib.sha256(processor().encode()).hexdigest()[:8]
+    kind = hashlib.sha256(f"{processor()}\n{Path(package).parent}".encode()).hexdigest()[:8]
     return root / f"torch{torch.__version__}-deepspeed{__version__}-{sys.implementation.cache_tag}-{kind}"
 
 

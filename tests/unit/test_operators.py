@@ -122,6 +122,20 @@ def test_all_files_of_adam_are_compiled_as_one(tmp_path, monkeypatch):
     assert Path(whole).stat().st_mtime == 1, "it would be compiled again"
 
 
+def test_each_environment_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    """Both compile from their own files, whose paths are a part of what is compiled."""
+    import deepspeed
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(builder(), "load", lambda self, verbose: None)
+    for _ in range(2):
+        load_operator(CPU_ADAM)
+    (own,) = tmp_path.rglob("cpu_adam.cpp")
+    monkeypatch.setattr(deepspeed, "__file__", str(tmp_path / "other" / "deepspeed" / "__init__.py"))
+    load_operator(CPU_ADAM)
+    assert {own} < set(tmp_path.rglob("cpu_adam.cpp"))
+
+
 def test_torchs_modules_and_optimizers_are_not_compiled_in(tmp_path, monkeypatch):
     searched: list[str] = []
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))

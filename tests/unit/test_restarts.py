@@ -14,8 +14,9 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from raysft.errors import RunFailed, StorageFailed
 from raysft.train.checkpoint.catalog import CorruptCheckpoint
+from raysft.train.faults import Fault, faults_of
 from raysft.train.ray_train_internals import FailureDecision
-from raysft.train.restarts import Fault, Restarts, cause, faults_of
+from raysft.train.restarts import Restarts, cause
 
 
 def raised(error: Exception, moment: str = "step 4", rank: int = 1) -> Exception:
