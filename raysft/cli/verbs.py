@@ -188,7 +188,7 @@ def _submit_to_kubernetes(parsed: argparse.Namespace, config: Config, following:
         raise RequestError(f"--render {parsed.render}: starts no job that --follow could follow; remove one of them")
     if parsed.allow_changed:
         raise RequestError(f"--allow-changed: --to {KUBERNETES} has no such option; remove it, or use another run.name")
-    from raysft.run.preflight import check_verb
+    from raysft.run.verb_checks import check_verb
     from raysft.submit import kubernetes
 
     check_verb(config, verb_of(config))

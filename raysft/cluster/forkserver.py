@@ -39,7 +39,14 @@ LIBRARIES = (
     "pyarrow.parquet",
 )
 """What workers import, without Ray. The first one reads which code is on disk."""
-TRIALS = ("raysft.report", "torch.utils.tensorboard.writer", "evaluate", "nltk.translate.bleu_score")
+TRIALS = (
+    "raysft.report.card",
+    "raysft.report.page",
+    "raysft.report.summary",
+    "torch.utils.tensorboard.writer",
+    "evaluate",
+    "nltk.translate.bleu_score",
+)
 """What trials of a sweep import besides, as each is a whole run, without Ray."""
 MODULES = (
     "ray.data",

@@ -2,18 +2,8 @@
 
 from __future__ import annotations
 
-from raysft.report.card import model_card
-from raysft.report.page import write_page
-from raysft.report.plots import draw
-from raysft.report.read_run import read_run
-from raysft.report.summary import summary
-from raysft.report.sweep_page import report_sweep, write_sweep_page
-from raysft.report.trainer_state import trainer_state
-from raysft.report.warnings import warnings
 from raysft.storage.json_files import write_atomically, write_json
 from raysft.storage.run_directory import RunDirectory
-
-__all__ = ["report", "write_sweep_page"]
 
 
 def report(run: RunDirectory) -> str:
@@ -29,6 +19,16 @@ def report(run: RunDirectory) -> str:
     Raises:
         RequestError: ``run.path`` is not a run directory, or one of its files is corrupt; the message names it and the line.
     """
+    # Here, since commands that only read a run directory import its reader from this package, and not matplotlib.
+    from raysft.report.card import model_card
+    from raysft.report.page import write_page
+    from raysft.report.plots import draw
+    from raysft.report.read_run import read_run
+    from raysft.report.summary import summary
+    from raysft.report.sweep_page import report_sweep
+    from raysft.report.trainer_state import trainer_state
+    from raysft.report.warnings import warnings
+
     if run.trials.exists():
         return report_sweep(run)
     log = read_run(run)

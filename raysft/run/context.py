@@ -10,8 +10,9 @@ from raysft.config import Config
 from raysft.data.prepare import PreparedData
 from raysft.run.generation_plan import GenerationPlan
 from raysft.run.inputs import ModelFiles
-from raysft.run.preflight import Preflight, Verb, preflight
+from raysft.run.preflight import Preflight, preflight
 from raysft.run.source_plan import write_unusable
+from raysft.run.verb_checks import Verb
 from raysft.stopping import current
 from raysft.storage.json_files import write_atomically, write_json
 from raysft.storage.run_directory import RunDirectory

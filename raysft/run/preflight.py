@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from raysft.cluster.connect import cluster
 from raysft.cluster.placement import Node
@@ -51,16 +50,13 @@ from raysft.run.plan import make_plan
 from raysft.run.resources import check_resources
 from raysft.run.stop_sources import watched, watched_node
 from raysft.run.trial_plans import PlannedRun, is_part, plan_trials
+from raysft.run.verb_checks import TRAINS_ONE, Verb, check_verb
 from raysft.storage.retry import FIRST_SECONDS, retry_for
 from raysft.storage.run_directory import RunDirectory
 from raysft.storage.sync import open_read_only, synced
 from raysft.telemetry.terminal import Terminal
 from raysft.telemetry.trackers import missing_tracker
 
-Verb = Literal["run", "check", "prepare", "train", "evaluate", "generate", "tune"]
-TRAINS_ONE: tuple[Verb, ...] = ("run", "check", "prepare", "train")
-"""Verbs that train one run, or look at what that would do."""
-TRAINS: tuple[Verb, ...] = (*TRAINS_ONE, "tune")
 ESTIMATED: tuple[Verb, ...] = ("run", "check", "train")
 """Verbs of one run that estimate what it needs."""
 Place = Callable[[Config, Sequence[Node]], Config]
@@ -169,29 +165,6 @@ def check_trials(trials: Sequence[Config], terminal: Terminal, varying: Sequence
     # An object store takes a moment for each answer.
     with ThreadPoolExecutor(TRIALS_AT_A_TIME) as pool:
         list(pool.map(check, [trial for trial in trials if trial.run.name in begun]))
-
-
-def check_verb(config: Config, verb: Verb) -> None:
-    """Refuse a config that the verb can do nothing with."""
-    model, evaluated = config.generate.model, config.evaluate.model
-    if evaluated is not None and (verb in TRAINS or (verb == "generate" and model is None)):
-        instead = "set generate.model" if verb == "generate" else "remove evaluate.model"
-        raise RequestError(
-            f"raysft {verb} takes the model that is trained, but evaluate.model={evaluated}; {instead}, or use raysft evaluate"
-        )
-    if verb in ("run", "check", "tune") and model is not None:
-        raise RequestError(
-            f"raysft {verb} generates with the model that it trains, but generate.model={model}; remove generate.model, or use "
-            "raysft generate"
-        )
-    if verb == "evaluate" and not (config.data.eval or config.data.holdout):
-        raise RequestError("there is nothing to evaluate on; set data.eval, or data.holdout above 0")
-    if verb == "generate" and config.stage != "sft":
-        raise RequestError(f"raysft generate needs conversations, but stage={config.stage}; set stage=sft")
-    if verb == "generate" and not config.generate.enabled:
-        raise RequestError("raysft generate needs generate.enabled, but generate.enabled=false; set it to true")
-    if verb == "generate" and not config.generates:
-        raise RequestError("there is nothing to generate for; set data.eval, data.holdout or generate.sources")
 
 
 @contextmanager

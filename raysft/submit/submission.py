@@ -16,7 +16,7 @@ from ray.job_submission import JobDetails, JobStatus
 from raysft.config import Config
 from raysft.config.verb import verb_of
 from raysft.errors import RequestError, RunFailed, one_line
-from raysft.run.preflight import check_verb
+from raysft.run.verb_checks import check_verb
 from raysft.storage.path import StoragePath
 from raysft.submit.address import dashboard_url, short_reason
 from raysft.submit.follow import come_back, exit_code, follow

@@ -184,7 +184,7 @@ class Sweep:
         Returns:
             The best config; None if no trial has a result.
         """
-        from raysft.report import write_sweep_page
+        from raysft.report.sweep_page import write_sweep_page
 
         config, terminal = self.config, self.terminal
         ranking = rank(config, records)

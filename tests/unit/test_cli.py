@@ -23,7 +23,7 @@ from raysft.errors import RequestError, RunFailed, RunStopped
 from raysft.run import pipeline, verbs
 from tests.messages import holds
 
-HEAVY = ("torch", "ray", "deepspeed", "transformers", "peft", "datasets", "pyarrow")
+HEAVY = ("torch", "ray", "deepspeed", "transformers", "peft", "datasets", "pyarrow", "matplotlib")
 WITH_CONFIG = ("run", "check", "show", "prepare", "train", "evaluate", "generate", "tune")
 WITH_DIRECTORY = ("report", "export")
 WITH_CLUSTER = ("submit", "follow", "status", "stop")
@@ -57,7 +57,8 @@ import raysft
 raysft.Callback, raysft.Config, raysft.RequestError, raysft.RunFailed, raysft.load_config
 from raysft.cli import main
 for arguments in (["--help"], ["run", "--help"], ["--version"], ["run", "none.yaml"], ["config"], ["config", "tran"],
-                  ["submit", "--help"], ["submit", "none.yaml", "--to", "http://x"], ["status", "none"]):
+                  ["submit", "--help"], ["submit", "none.yaml", "--to", "http://x"], ["status", "none"],
+                  ["status", "."], ["stop", "."]):
     try:
         main(arguments)
     except SystemExit:
@@ -65,7 +66,7 @@ for arguments in (["--help"], ["run", "--help"], ["--version"], ["run", "none.ya
     print("heavy:", arguments, [name for name in {HEAVY} if name in sys.modules])
 """
     lines = [line for line in python(code, tmp_path).stdout.splitlines() if line.startswith("heavy:")]
-    assert [line.rpartition("[")[2] for line in lines] == ["]"] * 9
+    assert [line.rpartition("[")[2] for line in lines] == ["]"] * 11
 
 
 def test_the_public_names_are_found_on_the_package_though_it_loads_them_late():

@@ -15,10 +15,10 @@ import yaml
 
 from raysft.cli import main
 from raysft.config import parse
-from raysft.report import write_sweep_page
 from raysft.report.axes import Axis
 from raysft.report.importance import importances
 from raysft.report.sweep import read_sweep
+from raysft.report.sweep_page import write_sweep_page
 from raysft.storage.json_files import write_jsonl
 from raysft.storage.path import StoragePath
 from raysft.storage.run_directory import RunDirectory
