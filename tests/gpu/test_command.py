@@ -138,7 +138,9 @@ def test_predictions_of_a_step_are_those_of_its_exported_checkpoint(device, fold
     """On one GPU, which the training holds, the model of a step predicts between two steps."""
     config = str(folder / "large.yaml")
     settings = ("generate.compare_base=false", "generate.max_examples=8", "generate.max_new_tokens=16")
-    code, lines, _ = watched("run", config, "run.name=steps", "generate.every_steps=4", "train.keep_last=9", *settings)
+    # A lower rate, with which the model does not learn to end at once.
+    during = ("run.name=steps", "generate.every_steps=4", "train.keep_last=9", "train.learning_rate=1.0e-5")
+    code, lines, _ = watched("run", config, *during, *settings)
     assert code == 0, "\n".join(line for _, line in lines[-30:])
     if device == "cuda":
         assert any("between two steps" in line for _, line in lines)
@@ -152,7 +154,8 @@ def test_predictions_of_a_step_are_those_of_its_exported_checkpoint(device, fold
         for place in (run / "generation" / "4", folder / "runs" / "alone")
     )
     assert len(ours) == 8
-    same = sum(one["prediction"] == other["prediction"] for one, other in zip(ours, theirs, strict=True))
+    assert sum(prediction["tokens"] for prediction in ours) > 8
+    same = sum(one["predict"] == other["predict"] for one, other in zip(ours, theirs, strict=True))
     print(f"{same} of 8 predictions are the same")
     # A merged adapter rounds to bfloat16 once, an adapter beside its base twice.
     assert same >= (8 if device == "cpu" else 6)
