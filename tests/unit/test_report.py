@@ -23,7 +23,7 @@ from raysft.cli import main
 from raysft.config import Config, with_overrides
 from raysft.errors import RequestError
 from raysft.generate.metrics import MetricRow, ModelRole, write_metrics
-from raysft.report import report
+from raysft.report import plots, report
 from raysft.report.plots import MAX_POINTS, smooth
 from raysft.report.warnings import _rise
 from raysft.run.plan import Resolved
@@ -31,6 +31,18 @@ from raysft.storage.json_files import flat, read_jsonl, write_json, write_jsonl
 from raysft.storage.run_directory import RunDirectory
 from raysft.telemetry.events import StepRecord
 from raysft.telemetry.results import Evaluation, evaluation_results
+
+
+@pytest.fixture
+def drawn() -> None:
+    """For tests that look at pictures."""
+
+
+@pytest.fixture(autouse=True)
+def few_pictures(request, monkeypatch) -> None:
+    """Pictures that no test looks at are composed but not drawn, which takes two thirds of a report's time."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(plots, "_save", lambda figure, path: path.touch())
 
 
 def step_record(step: int, total: int, noise: random.Random) -> dict[str, Any]:
@@ -170,6 +182,7 @@ def pictures(run: RunDirectory) -> set[str]:
     return {path.name for path in run.path.glob("*.png")}
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_finished_run_gets_metrics_plots_card_and_summary(tmp_path: Path):
     run = make_run(tmp_path)
     add_predictions(run)
@@ -283,6 +296,7 @@ def test_of_a_step_logged_twice_the_last_counts(tmp_path: Path):
     assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, 11))
 
 
+@pytest.mark.usefixtures("drawn")
 def test_several_evaluation_sets_have_rows_and_plots_of_their_own(tmp_path: Path):
     run = make_run(tmp_path, names=("chats", "poems_old"))
     text = report(run)
@@ -291,6 +305,7 @@ def test_several_evaluation_sets_have_rows_and_plots_of_their_own(tmp_path: Path
     assert cells(text, "evaluation loss")[0] == "2.9000"
 
 
+@pytest.mark.usefixtures("drawn")
 def test_numbers_that_are_not_finite_break_neither_json_nor_plots(tmp_path: Path):
     run = make_run(tmp_path)
     lines = [json.loads(line) for line in run.trainer_log.read_text().splitlines()]
@@ -308,6 +323,7 @@ def test_numbers_that_are_not_finite_break_neither_json_nor_plots(tmp_path: Path
     assert "training_grad_norm.png" in pictures(run)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_what_a_run_has_not_written_is_left_out(tmp_path: Path):
     run = make_run(tmp_path, names=(), stage="pt")
     text = report(run)
@@ -509,8 +525,9 @@ def test_a_backend_that_matplotlib_does_not_know_draws_files_all_the_same(tmp_pa
     assert (run.path / "training_loss.png").exists()
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_long_run_is_drawn_from_a_bounded_number_of_points(tmp_path: Path):
-    run = make_run(tmp_path, steps=20 * MAX_POINTS, names=())
+    run = make_run(tmp_path, steps=3 * MAX_POINTS, names=())
     report(run)
     assert imread(run.path / "training_loss.png").shape[:2] == (750, 1350)
 
@@ -521,6 +538,7 @@ def test_the_smoothed_course_has_no_lag():
     assert course[100:500].tolist() == pytest.approx(line[100:500])
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_report_may_be_repeated(tmp_path: Path):
     run = make_run(tmp_path)
     first = report(run)

@@ -22,8 +22,9 @@ from raysft.report.read_run import read_run
 from raysft.report.word_diff import marked, word_f1
 from raysft.storage.json_files import append_json, read_jsonl, write_json, write_jsonl
 from raysft.storage.run_directory import RunDirectory
-from tests.unit.test_report import add_predictions, make_run
+from tests.unit.test_report import add_predictions, few_pictures, make_run
 
+__all__ = ["few_pictures"]  # a fixture of all tests
 VOID = {"meta", "br"}
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 7*7 }}"
 
