@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, model_validator
@@ -45,6 +46,25 @@ def _possible_path(value: str) -> str:
 
 
 PathOrHubId = Annotated[str, Field(min_length=1), AfterValidator(_possible_path)]
+POWER_OF_TEN = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+"""A number that YAML 1.2 takes as one, and YAML 1.1, which PyYAML reads, as text unless it has a point and a sign."""
+
+
+def with_numbers(value: Any) -> Any:
+    """A value in which texts such as 1e-7 are numbers.
+
+    >>> with_numbers({"lr_end": "1e-7", "steps": ["5e8", "e8"]})
+    {'lr_end': 1e-07, 'steps': [500000000.0, 'e8']}
+    """
+    if isinstance(value, dict):
+        return {key: with_numbers(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [with_numbers(part) for part in value]
+    return float(value) if isinstance(value, str) and POWER_OF_TEN.fullmatch(value) else value
+
+
+Options = Annotated[dict[str, Any], AfterValidator(with_numbers)]
+"""Arguments that a library gets. A field with a type of its own makes numbers of such texts by itself."""
 
 
 def known_scheme(value: str) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
 from raysft.config.optimizers import kind_of, optimizer_name
-from raysft.config.section import Beta, Count, Epochs, Fraction, PathOrHubId, Positive, Section, Text
+from raysft.config.section import Beta, Count, Epochs, Fraction, Options, PathOrHubId, Positive, Section, Text
 from raysft.config.tracking import TrackingSection
 from raysft.metric_names import higher_is_better
 
@@ -68,13 +68,14 @@ class TrainSection(Section):
     size of the weights); ``muon`` (PyTorch's; it updates the matrices inside the layers, AdamW everything else); ``apollo``,
     ``badam``, and those of pytorch-optimizer by their names, such as ``lion``, ``adan``, ``galore`` or ``schedulefree_adamw``
     (extra ``optim``). configs/README.md lists all, and what each can be combined with."""
-    optimizer_options: dict[str, Any] = {}
+    optimizer_options: Options = {}
     """Additional arguments for the optimizer, as its library names them, for example ``{rank: 64}`` for galore."""
     optimizer_target: Targets = "all"
     """Modules whose matrices ``galore``, ``fira`` and ``apollo`` project: ``all`` inside the layers, or a list of names or regular
     expressions."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay."""
+    """Weight decay of matrices; biases and norms do not decay. Decoupled from the gradient, except with optimizers whose library
+    adds it to the gradient, such as ``adam`` and ``sgd``."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Adam's decay rates for the first and second moments; also for other optimizers with the same defaults. All others keep their
     own, which ``optimizer_options`` sets."""
@@ -84,7 +85,7 @@ class TrainSection(Section):
     """Clip gradients to this global norm. 0: no clipping."""
     schedule: Schedule = "cosine"
     """Learning-rate schedule after the warm-up, over the exact number of steps. The names are those of transformers."""
-    schedule_options: dict[str, Any] = {}
+    schedule_options: Options = {}
     """Additional arguments for the schedule, for example ``{num_cycles: 3}``, or ``{num_decay_steps: 100}`` for
     warmup_stable_decay (default: a tenth of the steps)."""
     warmup_ratio: Fraction = 0.03
@@ -118,7 +119,7 @@ class TrainSection(Section):
     any optimizer but ``adai`` and ``badam`` can be used."""
     offload: OffloadSection = OffloadSection()
     """States that DeepSpeed keeps outside the device."""
-    deepspeed: dict[str, Any] | Text = {}
+    deepspeed: Options | Text = {}
     """Additional DeepSpeed settings, or the path of a JSON file with them. They must not contradict the config."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them: less memory, about a third more time."""

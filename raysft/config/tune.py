@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from raysft.config.section import Count, Positive, Section
+from raysft.config.section import Count, Options, Positive, Section
 
 RANGES = ("uniform", "loguniform", "quniform", "randint", "lograndint")
 """Kinds of ranges in ``tune.space``."""
@@ -94,7 +94,7 @@ class TuneSection(Section):
     best value is worse than the median of the others' means. A trial that is ended keeps its results and a checkpoint, and
     generates nothing. ``pbt`` lets trials that are behind go on from the checkpoints of better ones, with changed values
     (population-based training, Jaderberg et al. 2017); each trial is a member of the population."""
-    scheduler_options: dict[str, Any] = {}
+    scheduler_options: Options = {}
     """Options of the scheduler, with Ray Tune's names and in optimizer steps: for ``asha`` ``{grace_period: 20, reduction_factor:
     3}``, for ``median`` ``{grace_period: 20, min_samples_required: 3}``, for ``pbt`` ``{perturbation_interval: 20,
     quantile_fraction: 0.25, resample_probability: 0.25}``. Default of the first ones: the step of the first evaluation."""

@@ -274,6 +274,15 @@ def test_numbers_that_yaml_takes_for_text_become_floats(write, text):
     assert load(write(BASE), [f"train.learning_rate={text}"]).train.learning_rate == 5e-4
 
 
+def test_such_numbers_among_the_arguments_of_a_library_become_floats_too(write):
+    text = "train:\n  optimizer: soap\n  zero_stage: 0\n  schedule_options: {min_lr: 1e-6}\n  optimizer_options: {a: [1e-30, e1]}\n"
+    train = load(write(BASE + text), ["train.deepspeed.zero_optimization.reduce_bucket_size=5e8"]).train
+    assert train.schedule_options == {"min_lr": 1e-6}
+    assert train.optimizer_options == {"a": [1e-30, "e1"]}
+    assert train.deepspeed == {"zero_optimization": {"reduce_bucket_size": 5e8}}
+    assert load(write(BASE), ["tune.scheduler_options.brackets=1e1"]).tune.scheduler_options == {"brackets": 10.0}
+
+
 def test_an_empty_section_is_its_defaults(write):
     config = load(write(BASE + "run:\ntrain:\nscaling:\n"))
     assert config == load(write(BASE))

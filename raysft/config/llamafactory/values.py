@@ -10,11 +10,10 @@ from typing import Any
 import yaml
 
 from raysft.config.optimizers import optimizer_name
+from raysft.config.section import with_numbers
 from raysft.metric_names import METRIC_KEYS
 
 Reader = Callable[[Any], Any]
-POWER_OF_TEN = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
-"""A number that LLaMA-Factory's YAML reader takes as one, and YAML 1.1 as text unless it has a point and a sign."""
 
 
 def anything(value: Any) -> Any:
@@ -130,19 +129,6 @@ def mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("must be a mapping, or the text of a JSON object")
     return with_numbers(value)
-
-
-def with_numbers(value: Any) -> Any:
-    """A value in which texts such as 1e-7 are numbers.
-
-    >>> with_numbers({"lr_end": "1e-7", "steps": ["5e8", "e8"]})
-    {'lr_end': 1e-07, 'steps': [500000000.0, 'e8']}
-    """
-    if isinstance(value, dict):
-        return {key: with_numbers(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [with_numbers(part) for part in value]
-    return float(value) if isinstance(value, str) and POWER_OF_TEN.fullmatch(value) else value
 
 
 def choice(meanings: Mapping[str, Any]) -> Reader:
