@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from raysft.train.deepspeed_internals import numel
+from raysft.train.reference import START
 
 PEAKS = {
     "H200": 989e12,
@@ -30,6 +32,9 @@ PEAKS = {
     "T4": 65e12,
 }
 """Part of a device's name → dense 16-bit FLOP/s from its data sheet; the first match counts."""
+CHOSEN_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""Names in models' configs for the experts of a token, and of a layer."""
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -45,7 +50,7 @@ def model_flops(model: Any, tokens: float, squares: float, loss_tokens: float) -
 
     As in Chowdhery et al. 2022 (PaLM, appendix B): 6 per weight and token (2 in forward, 2 for the gradient of the activations,
     and 2 for that of the weight, which frozen weights do not need), and 12 · layers · width per pair of tokens in one example,
-    half of them with a causal mask. The output head is computed for loss tokens only.
+    half of them with a causal mask. The output head is computed for loss tokens only, and each token by some of the experts.
 
     Args:
         model: a transformers model, with or without adapters.
@@ -57,7 +62,13 @@ def model_flops(model: Any, tokens: float, squares: float, loss_tokens: float) -
     config = base.config.get_text_config()
     head, embedding = base.get_output_embeddings().weight, base.get_input_embeddings().weight
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    body = sum(_flops(weight) for weight in model.parameters() if weight is not head and weight is not embedding)
+    share = _share_of_experts(config)
+    body = sum(
+        _flops(weight) * (share if "experts" in name.split(".") else 1.0)
+        for name, weight in weights_of(model)
+        # peft keeps modules that it trains in full as they were, too, and computes nothing with those.
+        if weight is not head and weight is not embedding and "original_module" not in name.split(".")
+    )
     attention = 12 * config.num_hidden_layers * config.num_attention_heads * width * squares / 2
     return tokens * body + loss_tokens * _flops(head) + attention
 
@@ -72,7 +83,19 @@ def trainer_flops(model: torch.nn.Module, tokens: int) -> float:
         tokens: number of tokens without padding.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    return 6.0 * tokens * sum(count(weight) for weight in model.parameters() if id(weight) not in embeddings)
+    return 6.0 * tokens * sum(count(weight) for _, weight in weights_of(model) if id(weight) not in embeddings)
+
+
+def weights_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield names and weights of a model, without the adapter that only keeps how the training began."""
+    return ((name, weight) for name, weight in model.named_parameters() if START not in name.split("."))
+
+
+def _share_of_experts(config: Any) -> float:
+    """Return the share of its experts that a mixture computes each token with; 1 for other models."""
+    chosen = next((value for name in CHOSEN_EXPERTS if (value := getattr(config, name, None))), None)
+    experts = next((value for name in EXPERTS if (value := getattr(config, name, None))), None)
+    return chosen / experts if isinstance(chosen, int) and isinstance(experts, int) else 1.0
 
 
 def _flops(parameter: Any) -> float:

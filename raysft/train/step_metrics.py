@@ -10,7 +10,7 @@ import torch
 from raysft.telemetry.events import SetupDone, StepRecord
 from raysft.telemetry.terminal import duration
 from raysft.train.checkpoint.cursor import Cursor
-from raysft.train.flops import count, model_flops, peak_flops, trainer_flops
+from raysft.train.flops import count, model_flops, peak_flops, trainer_flops, weights_of
 from raysft.train.phases import Phases
 from raysft.train.step import StepResult
 
@@ -134,7 +134,7 @@ def setup_done(
         model: the transformers or peft model inside the engine.
         step: a field of the event, as are all that follow.
     """
-    parameters = list(model.parameters())
+    parameters = [weight for _, weight in weights_of(model)]
     trained = sum(count(p) for p in parameters if p.requires_grad)
     return SetupDone(step, workers, model_seconds, data_seconds, sum(map(count, parameters)), trained, log)
 

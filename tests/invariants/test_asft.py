@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from raysft.data.types import IGNORE_INDEX
 from raysft.telemetry.events import SetupDone
+from raysft.train.flops import weights_of
 from raysft.train.objective import Objective
 from tests.tiny import tiny_model
 from tests.training import (
@@ -129,12 +130,13 @@ def test_the_first_step_has_no_divergence(trained):
     assert trained["given to lora"].losses[0] > trained["dft"].losses[0]
 
 
-def test_the_reference_does_not_count_as_a_part_of_the_model(trained):
-    def parameters(name: str) -> int:
-        return next(event.parameters for event in trained[name].events if isinstance(event, SetupDone))
+def parameters(result: Any) -> int:
+    return next(event.parameters for event in result.events if isinstance(event, SetupDone))
 
-    assert parameters("full") == parameters("dft")
-    assert parameters("given to lora") == parameters("lora")
+
+def test_the_reference_does_not_count_as_a_part_of_the_model(trained):
+    assert parameters(trained["full"]) == parameters(trained["dft"])
+    assert parameters(trained["given to lora"]) == parameters(trained["lora"])
 
 
 WAYS = {"full": {}, "freeze": FREEZE, "lora": LORA, "whole": WHOLE}
@@ -232,6 +234,9 @@ def test_gradients_are_those_of_the_formula_and_the_reference_has_none(prepared,
         np.testing.assert_allclose(weight.grad, theirs[key].grad, rtol=2e-3, atol=2e-3, err_msg=key)
     frozen = [weight for key, weight in model.named_parameters() if not key.startswith("model.") or ".start." in key]
     assert not any(weight.requires_grad or weight.grad is not None for weight in frozen)
+    if name == "continued":
+        counted = sum(weight.numel() for _, weight in weights_of(model.model))
+        assert counted == parameters(trained["whole"]), "the adapter as it was at the start is no part of the model"
 
 
 def test_a_frozen_copy_holds_only_what_is_trained(prepared):

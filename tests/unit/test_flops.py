@@ -1,4 +1,4 @@
-"""Floating-point operations of a training, as transformers counts them."""
+"""Floating-point operations of a training, as transformers counts them, and more closely."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer
 
-from raysft.train.flops import trainer_flops
-from tests.tiny import tiny_model
+from raysft.train.flops import model_flops, trainer_flops
+from tests.tiny import tiny_mixture, tiny_model
 
 
 def counted(model, tokens: int) -> float:
@@ -40,3 +40,28 @@ def test_two_weights_of_four_bits_are_two(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "m", quantization_config=options, device_map="cpu")
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     assert trainer_flops(model, 3) == counted(model, 3) == trainer_flops(whole, 3)
+
+
+def test_a_mixture_computes_each_token_with_some_of_its_experts(tmp_path):
+    tiny_mixture(tmp_path / "m")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    weights = [weight for name, weight in model.named_parameters() if "embed" not in name and "lm_head" not in name]
+    experts = [weight for weight in weights if weight.dim() == 3]
+    others = sum(weight.numel() for weight in weights if weight.dim() < 3)
+    chosen = sum(2 * weight[0].numel() for weight in experts)
+    assert chosen < sum(weight.numel() for weight in experts)
+    assert model_flops(model, 10, 0, 0) == pytest.approx(10 * 6 * (others + chosen))
+
+
+def test_a_module_that_an_adapter_trains_in_full_counts_once(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    tiny_model(tmp_path / "m")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m", tie_word_embeddings=False)
+    head = model.lm_head.weight.numel()
+    body = sum(weight.numel() for weight in model.parameters()) - 2 * head
+    adapted = get_peft_model(
+        model, LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    )
+    lora = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad) - 2 * head
+    assert model_flops(adapted, 10, 0, 3) == 10 * (4 * body + 6 * lora) + 3 * 6 * head
