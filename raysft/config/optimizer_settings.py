@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from raysft.config.train import TrainSection
+from raysft.errors import as_yaml
 
 _OWN_BETAS = """
     rmsprop sgd adagrad lion_8bit paged_lion paged_lion_8bit rmsprop_8bit adafactor acc_sgd ada_smooth adadelta adam_g adamod adan
@@ -35,6 +36,20 @@ SMALLEST_FACTOR = 0.01
 _DEFAULTS = TrainSection()
 
 
+def described(train: TrainSection) -> str:
+    """Name an optimizer with those settings that it takes, and its options.
+
+    >>> described(TrainSection()), described(TrainSection(optimizer="lion", optimizer_options={"betas": [0.9, 0.95]}))
+    ('adamw, betas (0.9, 0.999), epsilon 1e-08', 'lion, betas [0.9, 0.95]')
+    """
+    parts = [train.optimizer]
+    if train.optimizer not in OWN_BETAS:
+        parts.append(f"betas {train.betas}")
+    if train.optimizer not in OWN_EPSILON:
+        parts.append(f"epsilon {train.epsilon:g}")
+    return ", ".join(parts + [f"{option} {as_yaml(value)}" for option, value in train.optimizer_options.items()])
+
+
 def setting_conflicts(train: TrainSection) -> Iterator[str]:
     """Yield which settings an optimizer does not take, or would get twice."""
     name, options = train.optimizer, train.optimizer_options
@@ -56,6 +71,6 @@ def setting_conflicts(train: TrainSection) -> Iterator[str]:
         yield f"{named} has no weight decay, but train.weight_decay={train.weight_decay:g}; set it to 0 or use adamw"
     if name in SELF_SCALED and train.learning_rate < SMALLEST_FACTOR:
         yield (
-            f"{named} finds its step size and multiplies it by train.learning_rate, but that is {train.learning_rate:g}, with "
-            "which weights hardly change; set train.learning_rate=1"
+            f"{named} finds its own step size and multiplies it by train.learning_rate, but at {train.learning_rate:g} the "
+            "weights hardly change; set train.learning_rate=1"
         )

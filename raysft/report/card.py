@@ -236,7 +236,7 @@ def _used(plan: dict[str, Any]) -> int | None:
 def _settings(log: RunLog) -> list[tuple[str, str]]:
     """The settings that decide what the model learns. Those that raysft resolves come from the plan."""
     option, resolved = log.option, log.resolved.get
-    betas, warm_up = option("train.betas"), option("train.warmup_steps")
+    warm_up = option("train.warmup_steps")
     rows: list[tuple[str, Any]] = [
         ("fine-tuning", log.finetuning),
         *_method_settings(log),
@@ -246,11 +246,7 @@ def _settings(log: RunLog) -> list[tuple[str, str]]:
             f"{option('train.schedule')}, warm-up over "
             + (f"{100 * option('train.warmup_ratio', 0):g}% of the steps" if warm_up is None else f"{warm_up} steps"),
         ),
-        (
-            "optimizer",
-            f"{option('train.optimizer')}, betas {tuple(betas) if isinstance(betas, list) else betas}, "
-            f"epsilon {option('train.epsilon')}",
-        ),
+        ("optimizer", resolved("optimizer") or option("train.optimizer")),
         ("weight decay", option("train.weight_decay")),
         ("gradient clipping", option("train.max_grad_norm")),
         ("loss", option("train.loss")),

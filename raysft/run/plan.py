@@ -9,6 +9,7 @@ from typing import Any
 
 from raysft.cluster.placement import TASK_CPUS, Node, max_workers
 from raysft.config import Config
+from raysft.config.optimizer_settings import described
 from raysft.data.prepare import PreparedData
 from raysft.data.rows.mixture import mixture
 from raysft.data.rows.row_plan import RowPlan
@@ -44,6 +45,8 @@ class Resolved:
     attention: str
     """Attention kernel; ``auto`` where transformers chooses the best one that the model has."""
     zero_stage: int
+    optimizer: str
+    """Its name, with those settings that it takes."""
     model_commit: str | None = None
     """Commit of a model on the hub."""
     reference_commit: str | None = None
@@ -269,4 +272,5 @@ def _resolved(config: Config, global_batch_size: int, workers: int, adapter: str
         workers=workers,
         attention=kernel(config) or "auto",
         zero_stage=config.train.zero_stage,
+        optimizer=described(config.train),
     )

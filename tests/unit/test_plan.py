@@ -221,6 +221,7 @@ def test_a_plan_counts_steps_rows_tokens_and_what_is_empty(tmp_path, monkeypatch
         "workers": 3,
         "attention": "auto",
         "zero_stage": 2,
+        "optimizer": "adamw, betas (0.9, 0.999), epsilon 1e-08",
         "model_commit": None,
         "reference_commit": None,
     }

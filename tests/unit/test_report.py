@@ -112,6 +112,7 @@ def make_run(
         workers=2,
         attention="flash_attention_2",
         zero_stage=3,
+        optimizer="lion, betas [0.9, 0.95]",
     )
     sources = {"chats": {"examples": 4321, "tokens": 600_000}}
     plan = {
@@ -399,6 +400,7 @@ def test_the_card_says_how_to_load_this_model(
     assert not of_other_methods & shown.keys()
     resolved = {"fine-tuning": finetuning, "dtype of the weights": "bfloat16", "attention": "flash_attention_2"}
     resolved |= {"learning rate": "3e-05", "rows per step": "32", "workers": "2", "ZeRO stage": "3"}
+    resolved["optimizer"] = "lion, betas [0.9, 0.95]"
     assert resolved.items() <= shown.items(), "settings come from the plan, not from the config"
     assert "![Training loss](training_loss.png)" in card
     assert "| evaluation loss | 2.7000 | 1.2037 |" in card
