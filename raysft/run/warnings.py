@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from raysft.config import Config
 from raysft.data.rows.batch_size import MIN_AUTO_STEPS
+from raysft.run.unused_settings import unused_settings
 
 if TYPE_CHECKING:
     from raysft.run.plan import Plan
@@ -189,7 +190,7 @@ def long_warm_up(config: Config, plan: Plan) -> Iterator[str]:
     """The warm-up may take most of the training."""
     given, ratio = config.train.warmup_steps, config.train.warmup_ratio
     warm_up = math.ceil(ratio * plan.steps) if given is None else given
-    if plan.steps >= FEW_STEPS and 2 * warm_up >= plan.steps:
+    if config.train.schedule != "constant" and plan.steps >= FEW_STEPS and 2 * warm_up >= plan.steps:
         key = f"warmup_ratio={ratio:g}" if given is None else f"warmup_steps={given}"
         yield f"warm-up takes {warm_up:,} of {plan.steps:,} steps; lower train.{key}"
 
@@ -266,6 +267,11 @@ def no_checkpoints(config: Config, plan: Plan) -> Iterator[str]:
         )
 
 
+def no_effect(config: Config, plan: Plan) -> Iterator[str]:
+    """Some settings do nothing beside others."""
+    yield from unused_settings(config.train)
+
+
 WARNINGS: tuple[Callable[[Config, Plan], Iterator[str]], ...] = (
     few_steps,
     empty_steps,
@@ -285,4 +291,5 @@ WARNINGS: tuple[Callable[[Config, Plan], Iterator[str]], ...] = (
     untrained_prompt_endings,
     long_warm_up,
     no_checkpoints,
+    no_effect,
 )

@@ -16,6 +16,7 @@ from raysft.data.tokenization.turn_ends import TurnStatistics
 from raysft.run.plan import Plan, Resolved, make_plan
 from raysft.run.source_plan import SourcePlan
 from raysft.run.warnings import warnings
+from tests.messages import holds
 from tests.shards import data_config, the_set, write_records, written
 from tests.tiny import tiny_tokenizer
 
@@ -69,7 +70,7 @@ def plan(**changes) -> Plan:
         cluster_gpus=0.0,
         sources={"a": source()},
         evaluation={"a": source(records=1000, examples=1000)},
-        resolved=Resolved("float32", "lora", "lora", 16.0, 1e-4, 32, 1, 1, "auto", 2),
+        resolved=Resolved("float32", "lora", "lora", 16.0, 1e-4, 32, 1, 1, "auto", 2, "adamw"),
     )
     return replace(usual, **changes)
 
@@ -365,3 +366,26 @@ def test_a_run_that_cannot_go_on_from_a_checkpoint_is_told_of():
     [line] = warnings(without, plan())
     assert line.startswith("no checkpoints are written, because train.optimizer=badam cannot resume")
     assert not list(warnings(config(), plan()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"train__asft_alpha": 0.5}, "train.asft_alpha=0.5 has no effect with train.loss=cross_entropy … asft"),
+        (
+            {"train__loss": "asft", "train__eaft_alpha": 2},
+            "train.eaft_alpha=2 has no effect with train.loss=asft … eaft",
+        ),
+        (
+            {"train__schedule": "constant", "train__warmup_steps": 100},
+            "train.warmup_steps=100 has no effect with train.schedule=constant … constant_with_warmup",
+        ),
+        ({"train__schedule": "constant", "train__warmup_ratio": 0.1}, "train.warmup_ratio=0.1 has no effect"),
+        ({"train__schedule": "constant"}, None),
+        ({"train__schedule": "constant", "train__warmup_steps": 0}, None),
+        ({"train__loss": "asft", "train__asft_alpha": 0.5, "train__warmup_steps": 5}, None),
+    ],
+)
+def test_a_setting_that_does_nothing_beside_others_is_told(settings, told):
+    lines = list(warnings(config(**settings), plan()))
+    assert [holds(line, told) for line in lines] == [True] * (told is not None)
