@@ -270,14 +270,18 @@ def _plain(name: str) -> str:
     return name.lower().replace("_", "").replace("-", "")
 
 
-_KNOWN = {**{_plain(name): name for name in (*OPTIMIZERS, *REFUSED)}, **ALIASES}
+_KNOWN = {
+    **{_plain(kind.name): name for name, kind in OPTIMIZERS.items()},
+    **{_plain(name): name for name in (*OPTIMIZERS, *REFUSED)},
+    **ALIASES,
+}
 
 
 def optimizer_name(value: str) -> str:
     """Return the name of the table for a name, without regard to case and underscores.
 
-    >>> optimizer_name("StableAdamW"), optimizer_name("adamw-8bit"), optimizer_name("paged_adamw_32bit")
-    ('stable_adamw', 'adamw_8bit', 'paged_adamw')
+    >>> optimizer_name("StableAdamW"), optimizer_name("adamw-8bit"), optimizer_name("GaLoreAdamW")
+    ('stable_adamw', 'adamw_8bit', 'galore')
 
     Raises:
         ValueError: there is no such optimizer, or it cannot be used; the message has the remedy.

@@ -14,6 +14,7 @@ from raysft.models.decoder_layers import decoder_layers
 from raysft.models.lora_targets import linear_layers
 from raysft.train.finetuning import freeze
 from raysft.train.new_adapter import add_adapter, peft_config
+from raysft.train.parameter_groups import is_inner_matrix, outside_layers
 
 PERSISTENT = 100_000
 """Elements below which DeepSpeed's ZeRO-3 keeps a weight whole on each worker (``stage3_param_persistence_threshold``)."""
@@ -80,14 +81,14 @@ def sizes_of(model: Any) -> ModelSizes:
     # With peft, a linear layer is inside the layer that adapts it.
     inner = {name for name in linear_layers(base) if ".lora_" not in name}
     linear = [module.weight.numel() for name, module in base.named_modules() if name in inner]
-    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    head, embedding, outside = base.get_output_embeddings(), base.get_input_embeddings(), outside_layers(model)
     head_weight = _plain(head)
     trained_head = head_weight is not None and head_weight.requires_grad
     return ModelSizes(
         total=sum(weight.numel() for weight in weights.values()),
         trained=weights_of(
             [
-                (tuple(weight.shape), weight.dim() == 2 and "embed" not in name and "lm_head" not in name)
+                (tuple(weight.shape), is_inner_matrix(name, weight, outside))
                 for name, weight in weights.items()
                 if weight.requires_grad
             ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +20,10 @@ from raysft.train.parameter_groups import trained
 
 OF_MODELS = ("adam_mini", "badam")
 """Optimizers that read the model's config, or the names of its layers."""
+SIDE = 64
+"""Side of the matrices on which options are tried: as large as the rank of a projection may be."""
+PROBED_STEPS = 1000
+"""Length of the schedule on which options are tried, if the config does not say it."""
 
 
 def make_optimizer(model: nn.Module, train: TrainSection, loraplus_ratio: float | None = None) -> torch.optim.Optimizer:
@@ -32,22 +38,21 @@ def make_optimizer(model: nn.Module, train: TrainSection, loraplus_ratio: float 
         RequestError: the optimizer's package is not installed, it refuses an option, or its operator cannot be compiled.
     """
     check_installed(train.optimizer)
-    try:
+    with _refusals("optimizer", train):
         return MAKERS.get(train.optimizer, make_by_name)(model, trained(model), train, loraplus_ratio)
+
+
+@contextmanager
+def _refusals(kind: str, train: TrainSection) -> Iterator[None]:
+    """Turn what a library says of ``train.optimizer_options``, or of ``train.schedule_options``, into a refusal."""
+    try:
+        yield
     except RequestError:
         raise
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        NotImplementedError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except Exception as error:  # libraries have exceptions of their own
         raise RequestError(
-            f"train.optimizer={train.optimizer} refuses train.optimizer_options={train.optimizer_options} ({one_line(error)}); "
-            "fix the options"
+            f"train.{kind}={getattr(train, kind)} refuses train.{kind}_options={getattr(train, f'{kind}_options')} "
+            f"({one_line(error)}); fix the options"
         ) from None
 
 
@@ -66,16 +71,27 @@ def check_installed(optimizer: str) -> None:
 
 
 def check_options(train: TrainSection) -> None:
-    """Check that the optimizer takes ``train.optimizer_options``, before there is a model: on a few small parameters.
+    """Check that optimizer and schedule take their options, before there is a model: on a few small parameters.
+
+    Many options are first read in a step, so there are two.
 
     Raises:
-        RequestError: it does not, or its package is not installed.
+        RequestError: they do not, or the optimizer's package is not installed.
     """
     check_installed(train.optimizer)
+    if train.schedule_options:
+        rate = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=train.learning_rate)
+        make_lr_scheduler(rate, train, train.max_steps or PROBED_STEPS)
     if not train.optimizer_options or train.optimizer in OF_MODELS:
         return
-    probe = nn.ModuleDict({"embed": nn.Embedding(4, 4), "layer": nn.Linear(4, 4)})
-    make_optimizer(probe, train.model_copy(update={"offload": OffloadSection(), "optimizer_target": "all"}))
+    plain = train.model_copy(update={"offload": OffloadSection(), "optimizer_target": "all"})
+    with torch.random.fork_rng([]), _refusals("optimizer", train):
+        probe = nn.ModuleDict({"embed": nn.Embedding(SIDE, SIDE), "layer": nn.Linear(SIDE, SIDE)})
+        optimizer = make_optimizer(probe, plain)
+        for _ in range(2):
+            for parameter in probe.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
 
 
 def make_lr_scheduler(optimizer: torch.optim.Optimizer, train: TrainSection, steps: int) -> Any:
@@ -93,19 +109,19 @@ def make_lr_scheduler(optimizer: torch.optim.Optimizer, train: TrainSection, ste
     # The import takes three seconds, and the driver, which imports this module, does not need it.
     from transformers import get_scheduler
 
-    try:
-        return get_scheduler(
+    # Some schedules read the peak rate there. Optimizers that have different rates for their groups have none.
+    optimizer.defaults.setdefault("lr", train.learning_rate)
+    with _refusals("schedule", train):
+        schedule: Any = get_scheduler(
             train.schedule,
             optimizer,
             num_warmup_steps=warmup,
             num_training_steps=steps,
             scheduler_specific_kwargs=options or None,
         )
-    except (TypeError, ValueError) as error:
-        raise RequestError(
-            f"train.schedule={train.schedule} refuses train.schedule_options={train.schedule_options} ({one_line(error)}); "
-            "fix the options"
-        ) from None
+        for step in (warmup, (warmup + steps) // 2, steps):  # options are first read after the warm-up
+            schedule.lr_lambdas[0](step)
+    return schedule
 
 
 def warmup_steps(train: TrainSection, steps: int) -> int:

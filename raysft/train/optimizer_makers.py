@@ -7,15 +7,16 @@ import importlib
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
 from raysft.config import TrainSection
-from raysft.config.optimizers import OPTIMIZERS, WHOLE_OPTIONS, OptimizerKind, kind_of, whole_option
+from raysft.config.optimizers import OPTIMIZERS, OptimizerKind, kind_of, whole_option
 from raysft.errors import RequestError
+from raysft.train.deepspeed_internals import dimensions
 from raysft.train.operators import CPU_ADAM, has_compiler, load_operator
 from raysft.train.parameter_groups import Parameters, by_decay, by_place, by_rate, by_target
 
@@ -27,8 +28,10 @@ PROJECTED: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Settings of projected matrices, with defaults as in LLaMA-Factory."""
-FURTHER = {*WHOLE_OPTIONS, "adam_debias", "adanorm_r", "foreach", "use_palm"}
-"""Options that pytorch_optimizer reads from its constructors' ``**kwargs``, which take any other name without a word."""
+FURTHER = {"adam_debias", "adanorm", "adanorm_r", "cautious", "stable_adamw", "use_gc", "use_palm"}
+"""Options that some constructors of pytorch_optimizer read from their ``**kwargs``, which take any other name without a word."""
+UNREAD = {"bitsandbytes": {"amsgrad", "args", "is_paged", "optim_bits"}}
+"""Library → options that its constructors ignore, or that a name in the table stands for."""
 
 RATES = ("lr", "adamw_lr", "lr_1d")
 """Learning rates: of all parameters, or of matrices; of those outside the layers; and of vectors."""
@@ -40,9 +43,9 @@ def make_by_name(
     """Make the optimizer of the table's class, with those of the config's settings that its constructor takes."""
     kind = kind_of(train.optimizer)
     made = class_of(kind)
-    _check_options(train.optimizer, train.optimizer_options, {*_arguments(made), *FURTHER})
+    _check_options(train.optimizer, train.optimizer_options, options_of(made) - UNREAD.get(kind.library, set()))
     if kind.flag:
-        inner, others = by_place(parameters)
+        inner, others = by_place(model, parameters)
         groups = [
             {**group, kind.flag: inside}
             for inside, part in ((True, inner), (False, others))
@@ -88,6 +91,14 @@ def settings_of(made: Any, train: TrainSection) -> dict[str, Any]:
 
 def _arguments(made: Any) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(made.__init__).parameters
+
+
+def options_of(made: Any) -> set[str]:
+    """Return the names that a constructor takes, and those that the class reads from its ``**kwargs``."""
+    functions = [inspect.unwrap(getattr(made, name)) for name in vars(made) if inspect.isroutine(getattr(made, name))]
+    codes = [function.__code__ for function in functions if isinstance(function, FunctionType)]
+    read = {constant for code in codes for constant in code.co_consts if isinstance(constant, str)}
+    return {*_arguments(made), *(FURTHER & read)}
 
 
 def _check_options(optimizer: str, given: Mapping[str, Any], arguments: set[str]) -> None:
@@ -143,7 +154,7 @@ def _adafactor(
 
 
 def _muon(model: nn.Module, parameters: Parameters, train: TrainSection, ratio: float | None) -> torch.optim.Optimizer:
-    inner, others = by_place(parameters)
+    inner, others = by_place(model, parameters)
     # Scales updates to the size of AdamW's, so that both can have the same learning rate (Liu et al. 2025).
     options = {"adjust_lr_fn": "match_rms_adamw", **train.optimizer_options}
     muon = torch.optim.Muon(list(inner.values()), lr=train.learning_rate, weight_decay=train.weight_decay, **options)
@@ -160,8 +171,9 @@ def _adam_mini(
 ) -> torch.optim.Optimizer:
     from pytorch_optimizer import AdamMini
 
+    _check_options(train.optimizer, train.optimizer_options, options_of(AdamMini))
     hf_config = model.model.config.get_text_config()  # type: ignore[union-attr]
-    return AdamMini(
+    optimizer = AdamMini(
         model,
         lr=train.learning_rate,
         betas=train.betas,
@@ -172,6 +184,10 @@ def _adam_mini(
         num_query_groups=getattr(hf_config, "num_key_value_heads", None),
         **train.optimizer_options,
     )
+    for group in optimizer.param_groups:  # one for each parameter; the library has biases decay
+        if all(dimensions(parameter) < 2 for parameter in group["params"]):
+            group["weight_decay"] = 0.0
+    return optimizer
 
 
 def _low_rank(
@@ -181,8 +197,13 @@ def _low_rank(
     made = class_of(kind_of(train.optimizer))
     given = dict(train.optimizer_options)
     projected = {key: given.pop(key, value) for key, value in PROJECTED[train.optimizer].items()}
-    _check_options(train.optimizer, given, {*_arguments(made), *projected})
-    chosen, others = by_target(parameters, train.optimizer_target)
+    _check_options(train.optimizer, given, {*options_of(made), *projected})
+    for key in ("rank", "update_proj_gap"):
+        if not isinstance(projected[key], int) or projected[key] < 1:
+            raise RequestError(
+                f"train.optimizer_options.{key} must be a whole number above 0, but it is {projected[key]!r}; correct it"
+            )
+    chosen, others = by_target(model, parameters, train.optimizer_target)
     groups = [{**group, **projected} for group in by_decay(chosen, train.weight_decay)]
     projecting = made(
         [*groups, *by_decay(others, train.weight_decay)], **{**settings_of(made, train), "eps": train.epsilon, **given}
@@ -216,7 +237,17 @@ def _alone(value: Any) -> Any:
 def _badam(model: nn.Module, parameters: Parameters, train: TrainSection, ratio: float | None) -> torch.optim.Optimizer:
     from badam import BlockOptimizer
 
-    # BAdam makes its own groups for each block, from the optimizer's defaults, including weight decay.
+    class Blocks(BlockOptimizer):
+        """BAdam has vectors decay, too, and prints each switch, whatever ``verbose`` says."""
+
+        def switch_trainable_params(self, verbose: int | None = None) -> None:
+            super().switch_trainable_params(self.verbose)
+            settings = self.base_optimizer.param_groups[0]
+            weights = [weight for group in self.base_optimizer.param_groups for weight in group["params"]]
+            self.base_optimizer.param_groups = [
+                {**settings, **group} for group in by_decay(dict(enumerate(weights)), train.weight_decay)
+            ]
+
     base = torch.optim.AdamW(
         list(parameters.values()),
         lr=train.learning_rate,
@@ -228,7 +259,7 @@ def _badam(model: nn.Module, parameters: Parameters, train: TrainSection, ratio:
     with warnings.catch_warnings():
         # BAdam keeps float32 copies, even of float32 weights.
         warnings.filterwarnings("ignore", message="BAdam expect model")
-        return BlockOptimizer(base_optimizer=base, named_parameters_list=list(parameters.items()), **options)
+        return Blocks(base_optimizer=base, named_parameters_list=list(parameters.items()), **options)
 
 
 MAKERS: dict[str, Callable[..., torch.optim.Optimizer]] = {

@@ -20,7 +20,7 @@ def trained(model: nn.Module) -> Parameters:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def by_decay(parameters: Parameters, weight_decay: float) -> Groups:
+def by_decay(parameters: Mapping[Any, nn.Parameter], weight_decay: float) -> Groups:
     """Return matrices, which decay, and vectors (biases and norms), which do not."""
     groups = [
         {"params": [p for p in parameters.values() if dimensions(p) >= 2], "weight_decay": weight_decay},
@@ -42,20 +42,21 @@ def by_rate(groups: Groups, parameters: Parameters, learning_rate: float, ratio:
     return [group for group in split if group["params"]]
 
 
-def by_place(parameters: Parameters) -> tuple[Parameters, Parameters]:
-    """Split parameters into the matrices inside the layers and all others."""
-    inner = {name: weight for name, weight in parameters.items() if _is_inner_matrix(name, weight)}
+def by_place(model: nn.Module, parameters: Parameters) -> tuple[Parameters, Parameters]:
+    """Split parameters of a model into the matrices inside the layers and all others: embeddings, the output head, and vectors."""
+    outside = outside_layers(model)
+    inner = {name: weight for name, weight in parameters.items() if is_inner_matrix(name, weight, outside)}
     return inner, {name: weight for name, weight in parameters.items() if name not in inner}
 
 
-def by_target(parameters: Parameters, target: str | Iterable[str]) -> tuple[Parameters, Parameters]:
+def by_target(model: nn.Module, parameters: Parameters, target: str | Iterable[str]) -> tuple[Parameters, Parameters]:
     """Split parameters into the matrices that ``train.optimizer_target`` selects and all others.
 
     Raises:
-        RequestError: a name or regular expression is found in no module that is trained.
+        RequestError: a name or regular expression matches no module that is trained.
     """
     if isinstance(target, str):
-        return by_place(parameters)
+        return by_place(model, parameters)
     # The loss holds the model as ``model``; patterns mean names inside it.
     modules = {
         name: name.rpartition(".")[0].removeprefix("model.")
@@ -66,13 +67,22 @@ def by_target(parameters: Parameters, target: str | Iterable[str]) -> tuple[Para
         if not any(re.search(pattern, module) for module in modules.values()):
             last = sorted({module.rpartition(".")[2] for module in modules.values()})
             raise RequestError(
-                f"train.optimizer_target contains {pattern!r}, but no trained matrix is in such a module; "
+                f"train.optimizer_target contains {pattern!r}, but no module with a trained matrix matches it; "
                 f"use names such as {', '.join(last):.200}, or all"
             )
     chosen = {name: parameters[name] for name in modules if any(re.search(one, modules[name]) for one in target)}
     return chosen, {name: weight for name, weight in parameters.items() if name not in chosen}
 
 
-def _is_inner_matrix(name: str, parameter: Any) -> bool:
-    """Return True for a matrix inside a layer: neither an embedding nor the output head."""
-    return dimensions(parameter) == 2 and "embed" not in name and "lm_head" not in name
+def outside_layers(model: nn.Module) -> set[int]:
+    """Return the ids of the weights of a model's embeddings and output head, which some models call ``wte`` or ``output``."""
+    found = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for module in model.modules():
+        head: Any = getattr(module, "get_output_embeddings", lambda: None)()
+        found |= {id(weight) for weight in head.parameters()} if head is not None else set()
+    return found
+
+
+def is_inner_matrix(name: str, parameter: Any, outside: set[int]) -> bool:
+    """Return True for a matrix inside a layer: neither of an embedding nor of the output head, nor of an adapter of one of them."""
+    return dimensions(parameter) == 2 and id(parameter) not in outside and "embed" not in name and "lm_head" not in name

@@ -131,7 +131,7 @@ def test_a_target_decides_which_matrices_are_projected(optimizer):
 def test_a_target_means_the_models_own_names():
     """The loss that is trained holds the model of transformers, whose names begin with ``model.layers``."""
     parameters = {f"model.model.layers.{index}.q_proj.weight": nn.Parameter(torch.zeros(2, 2)) for index in range(11)}
-    chosen, others = by_target(parameters, [r"^model\.layers\.1\.q_proj$"])
+    chosen, others = by_target(nn.Module(), parameters, [r"^model\.layers\.1\.q_proj$"])
     assert list(chosen) == ["model.model.layers.1.q_proj.weight"]
     assert len(others) == 10
 
