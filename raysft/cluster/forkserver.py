@@ -20,6 +20,7 @@ import shlex
 import socket
 import struct
 import sys
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,8 @@ LIBRARIES = (
     "transformers",
     "peft",
     "raysft.train.deepspeed_import",
+    "deepspeed.module_inject.auto_ep_layer",
+    "transformers.optimization",
     "pandas",
     "pyarrow.dataset",
     "pyarrow.parquet",
@@ -101,6 +104,7 @@ def _serve(listening: socket.socket, more: Sequence[str]) -> tuple[socket.socket
             if not raylet:
                 raylet = request.environment[RAYLET]
                 _import_ray({**request.environment, JOB: NO_JOB, **NO_GPUS})
+                _keep_at_exit()
                 resume_collection()
             if raylet == request.environment[RAYLET] and os.fork() == 0:
                 listening.close()
@@ -113,11 +117,18 @@ def _import_ray(environment: dict[str, str]) -> None:
     """Import Ray in a worker's environment."""
     os.environ.clear()
     os.environ.update(environment)
-    from raysft.cluster.ray_internals import draw_actor_ids_from_system
+    from raysft.cluster.ray_internals import draw_actor_ids_from_system, import_worker_modules
 
     draw_actor_ids_from_system()
     for name in MODULES:
         __import__(name)
+    import_worker_modules()
+
+
+def _keep_at_exit() -> None:
+    """Let what is alive now be, when a fork ends: torch would take its operators out of its tables one by one."""
+    for finalizer in list(getattr(weakref.finalize, "_registry", ())):
+        finalizer.atexit = False
 
 
 class Request:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -146,6 +147,33 @@ def draw_actor_ids_from_system() -> None:
 
     drawn = SimpleNamespace(from_random=lambda: ActorClassID(os.urandom(ActorClassID.size())))
     setattr(actor, "ActorClassID", drawn)  # noqa: B010 - a name that it does not export
+
+
+WORKER_MODULES = (
+    # for the first value that it gets
+    "pydantic.v1.fields",
+    "starlette.datastructures",
+    "ray._private.arrow_serialization",
+    # to run a pipeline of Ray Data
+    "ray.data._internal.execution.streaming_executor",
+    "ray.data._internal.execution.callbacks",
+    "ray.data._internal.issue_detection",
+    "ray.data._internal.logical.optimizers",
+    "ray.data._internal.operator_event_exporter",
+    "ray.data._internal.planner.planner",
+    # to look whether it is a trial
+    "ray.tune.trainable.trainable_fn_utils",
+    # to end
+    "ray.dag.compiled_dag_node",
+)
+"""What Ray imports in each worker while that works: as many modules, and as much time, as a small actor needs for all else."""
+
+
+def import_worker_modules() -> None:
+    """Import them before there are workers."""
+    for name in WORKER_MODULES:
+        with suppress(ImportError):  # Ray does without starlette
+            import_module(name)
 
 
 ADVICE = "worker processes have been started on node"

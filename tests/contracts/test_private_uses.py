@@ -37,6 +37,7 @@ ALLOWED = {
     ("raysft/data/rows/splice.py", "_replace"): "public: named tuples have no other name for it",
     ("raysft/train/watchdog.py", "_exit"): "public: the documented name in os",
     ("raysft/cluster/forkserver.py", "_exit"): "public: the documented name in os",
+    ("raysft/cluster/forkserver.py", "_registry"): "Python's own, of weakref.finalize; unit/test_forkserver.py",
     ("raysft/__main__.py", "_exit"): "public: the documented name in os",
     ("raysft/cli/parser.py", "_SubParsersAction"): "the type that argparse's add_subparsers returns",
 }

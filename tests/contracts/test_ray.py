@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import subprocess
 import sys
@@ -114,6 +115,16 @@ for _ in range(2):
         line.removeprefix("id ") for line in run.stdout.splitlines() if line.startswith("id ")
     ]  # DeepSpeed prints, too
     assert len(ids) == len(set(ids)) == 2, run.stdout
+
+
+def test_workers_import_more_while_they_work():
+    """Modules by their names, of which Ray does without one."""
+    missing = [
+        name for name in ray_internals.WORKER_MODULES if importlib.util.find_spec(name.partition(".")[0]) is None
+    ]
+    assert set(missing) <= {"starlette.datastructures"}
+    for name in set(ray_internals.WORKER_MODULES) - set(missing):
+        assert importlib.util.find_spec(name), f"{name}: look at {RAY.line(name)}"
 
 
 def test_a_head_tells_its_nodes():

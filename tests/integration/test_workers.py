@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib.util
 import os
 import random
 import signal
@@ -26,7 +27,7 @@ from ray.cluster_utils import Cluster
 
 from raysft.cluster import forkserver, workers
 from raysft.cluster.connect import _ask
-from raysft.cluster.ray_internals import head_without_services
+from raysft.cluster.ray_internals import WORKER_MODULES, head_without_services
 from tests.processes import children_named
 
 SECONDS = 60.0
@@ -96,7 +97,8 @@ def test_workers_are_forks_of_a_process_that_has_imported_their_libraries(two):
     (one, parent), (other, _) = ray.get([worker.process.remote() for worker in two], timeout=SECONDS)
     assert one != other
     assert parent == forkserver.FILE
-    names = (*forkserver.LIBRARIES, *forkserver.MODULES, *forkserver.TRIALS)
+    of_ray = (name for name in WORKER_MODULES if importlib.util.find_spec(name.partition(".")[0]))
+    names = (*forkserver.LIBRARIES, *forkserver.MODULES, *forkserver.TRIALS, *of_ray)
     assert ray.get(two[0].imported.remote(names), timeout=SECONDS) == set(names)
 
 

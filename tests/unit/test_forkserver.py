@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -60,3 +61,14 @@ def test_a_worker_is_a_fork_unless_its_command_is_another(monkeypatch, command, 
     context = json.dumps({"py_executable": command, "env_vars": {ADDRESS: "socket"}})
     forkserver._ask(["worker.py", f"{CONTEXT}{context}"])
     assert asked == ([(["worker.py"], {ADDRESS: "socket"})] if forks else ["Ray"])
+
+
+def test_a_fork_does_not_take_apart_at_its_end_what_it_began_with():
+    """As torch would its operators; what it has made itself, such as a temporary folder, it removes."""
+    script = (
+        "import weakref\nfrom raysft.cluster import forkserver\nclass Library: pass\n"
+        "before, after = Library(), Library()\nweakref.finalize(before, print, 'of the server')\n"
+        "forkserver._keep_at_exit()\nweakref.finalize(after, print, 'its own')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "its own\n"
