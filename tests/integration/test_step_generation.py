@@ -180,20 +180,37 @@ class Killing:
         return predict_step(config, directory, step, *more)
 
 
-@pytest.mark.parametrize(("name", "settings"), [("stopped", []), ("stopped-between", BETWEEN)])
+@pytest.fixture(scope="module")
+def stopped(folder) -> Callable[..., Path]:
+    """Settings → a run that was stopped while it generated after step 4, made once."""
+
+    @cache
+    def made(*settings: str) -> Path:
+        place = folder / "runs" / f"stopped-{len(settings)}"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(step_generation, "predict_step", stopping(place, at=4))
+            command = ["train", str(folder / "sft.yaml"), f"run.name={place.name}", "generate.every_steps=2"]
+            assert main([*command, *settings]) == 75
+        assert sorted(generations(place)) == [2]
+        assert (place / "generation" / "4" / "model" / "adapter_config.json").exists()
+        return place
+
+    return made
+
+
+SAVES = ["train.save_every_steps=2", "train.keep_last=9"]
+
+
+@pytest.mark.parametrize(("name", "settings"), [("stopped", []), ("stopped-between", [*BETWEEN, *SAVES])])
 def test_a_run_that_stops_and_whose_worker_dies_while_it_generates_goes_on_with_the_same_predictions(
-    folder, beside, capsys, monkeypatch, name, settings
+    folder, beside, stopped, capsys, monkeypatch, name, settings
 ):
     place = folder / "runs" / name
-    monkeypatch.setattr(step_generation, "predict_step", stopping(place, at=4))
-    command = ["train", str(folder / "sft.yaml"), f"run.name={name}", "generate.every_steps=2", *settings]
-    assert main(command) == 75
-    assert sorted(generations(place)) == [2]
-    assert (place / "generation" / "4" / "model" / "adapter_config.json").exists()
+    shutil.copytree(stopped(*settings), place)
     killing = Killing()
     monkeypatch.setattr(step_generation, "predict_step", killing)
     capsys.readouterr()
-    assert main(command) == 0
+    run(folder, name, "generate.every_steps=2", *settings, verb="train")
     assert killing.killed
     assert "restarting the workers" in capsys.readouterr().out
     found = generations(place)
@@ -207,18 +224,14 @@ def test_a_run_that_stops_and_whose_worker_dies_while_it_generates_goes_on_with_
     assert not list((place / "generation").glob("*/model"))
 
 
-def test_a_run_that_resumes_before_a_step_forgets_its_generation(folder, monkeypatch):
+def test_a_run_that_resumes_before_a_step_forgets_its_generation(folder, stopped):
     place = folder / "runs" / "earlier"
-    monkeypatch.setattr(step_generation, "predict_step", stopping(place, at=4))
-    command = ["train", str(folder / "sft.yaml"), "run.name=earlier", "train.save_every_steps=2", "train.keep_last=9"]
-    assert main([*command, "generate.every_steps=2", *BETWEEN]) == 75
-    monkeypatch.undo()
-    assert (place / "generation" / "4" / "model").exists()
+    shutil.copytree(stopped(*BETWEEN, *SAVES), place)
     [newest] = (place / "checkpoints").glob("checkpoint_00000004_*")
     shutil.rmtree(newest)
     (place / "generation" / "6").mkdir()
     (place / "generation" / "6" / "predict_results.json").write_text('{"predict_examples": 1}')  # of an earlier life
-    assert main([*command, "generate.every_steps=3", *BETWEEN]) == 0
+    run(folder, "earlier", "generate.every_steps=3", *BETWEEN, *SAVES, verb="train")
     found = generations(place)
     assert sorted(found) == [2, 3, 6]
     assert found[6]["predict_examples"] == 6
