@@ -5,10 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -33,6 +35,28 @@ def forks() -> Any:
 def forked(function: Callable[..., object], *arguments: object) -> BaseProcess:
     """A fork, to be started, that calls a function in this process's environment."""
     return forks().Process(target=_in_environment, args=(dict(os.environ), function, arguments))
+
+
+def command(arguments: Sequence[str], folder: Path, output: Path, environment: Mapping[str, str]) -> BaseProcess:
+    """A fork, to be started, that runs ``raysft``: a new process would import for six seconds.
+
+    Args:
+        arguments: of the command.
+        folder: in which it works.
+        output: file for what it prints.
+        environment: its variables.
+    """
+    return forks().Process(target=_in_environment, args=(dict(environment), _command, (arguments, folder, output)))
+
+
+def _command(arguments: Sequence[str], folder: Path, output: Path) -> None:
+    from raysft.cli import main
+
+    os.chdir(folder)
+    with output.open("wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    sys.exit(main(arguments))
 
 
 def _in_environment(

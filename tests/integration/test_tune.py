@@ -1,18 +1,17 @@
 """Sweeps through the command line, on a local Ray cluster of 2 CPUs, with a tiny model."""
 
 import importlib.util
+import io
 import json
 import os
 import shutil
 import sqlite3
 import statistics
-import subprocess
-import sys
 import time
-from contextlib import closing, suppress
+from contextlib import closing, redirect_stdout
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
 
@@ -21,6 +20,8 @@ from raysft.config import load
 from raysft.storage.json_files import read_jsonl
 from raysft.storage.lock import lock
 from raysft.tune.trials import combinations
+from tests.clusters import joining
+from tests.processes import command
 from tests.tiny import SENTENCES, tiny_model
 
 RATES = [1.0e-5, 1.0e-2]
@@ -221,42 +222,74 @@ def test_a_trial_that_fails_is_one_line_and_the_others_count(sweep, capsys):
     assert load(sweep.with_name("fails") / "best.yaml").train.learning_rate == 1e-2
 
 
-@pytest.mark.usefixtures("local_ray")
-def test_trackers_show_a_sweep_and_its_trials_together(folder, monkeypatch):
-    """Also those that a second call adds. Servers are named in this process alone, after the start of the cluster."""
+TRACKED_RATES = [1.0e-5, 1.0e-4, 1.0e-3]
+TRACKERS = ["wandb", "mlflow", *(name for name in ("swanlab", "trackio") if importlib.util.find_spec(name))]
+
+
+def tracked(folder: Path, count: int) -> str:
+    """What a sweep prints of two elastic trials at a time that log to trackers, which show the first rates.
+
+    Servers are named in this process alone, after the start of the cluster.
+    """
+    quick = ["generate.enabled=false", "train.eval_at_start=false", "train.max_steps=2", "train.global_batch_size=6"]
+    elastic = ["scaling.num_workers=[1, 3]", "scaling.cpus_per_worker=0.2", "tune.max_concurrent=2"]
+    values = f"tune.space={{train.learning_rate: {TRACKED_RATES[:count]}}}"
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.chdir(folder)
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        patch.setenv("SWANLAB_MODE", "offline")
+        patch.setenv("TRACKIO_DIR", str(folder / "trackio"))
+        trackers = f"train.trackers=[{', '.join(TRACKERS)}]"
+        assert main(["tune", "sweep.yaml", "run.name=tracked", trackers, *quick, *elastic, values]) == 0
+    return printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def two_tracked(local_ray, folder) -> str:
+    return tracked(folder, 2)
+
+
+def test_two_elastic_trials_at_a_time_share_the_workers(two_tracked, folder):
+    """With the most workers one trial would fill the cluster, and with as many as the nodes have it would starve its data tasks."""
+    assert "2 trials, 2 at a time" in two_tracked
+    first, second, *_ = last_lines(folder / "runs" / "tracked").values()
+    assert second["started"] < first["ended"]
+    for record in (first, second):
+        assert record["state"] == "done"
+        plan = json.loads((folder / "runs" / "tracked" / "trials" / record["trial"] / "plan.json").read_text())
+        assert (plan["fewest_workers"], plan["most_workers"]) == (1, 2), "0.4 CPUs of 1 for each trial"
+
+
+@pytest.mark.usefixtures("two_tracked")
+def test_trackers_show_a_sweep_and_its_trials_together(folder):
+    """Also those that a second call adds."""
     import mlflow
 
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
-    quick = ["train.max_steps=1", "train.eval_at_start=false", "generate.enabled=false", "scaling.cpus_per_worker=0.4"]
-    monkeypatch.setenv("SWANLAB_MODE", "offline")
-    monkeypatch.setenv("TRACKIO_DIR", str(folder / "trackio"))
-    others = [name for name in ("swanlab", "trackio") if importlib.util.find_spec(name)]
-    trackers = f"train.trackers=[{', '.join(['wandb', 'mlflow', *others])}]"
-    arguments = ["tune", "sweep.yaml", "run.name=tracked", trackers, *quick]
-    rates = [1.0e-5, 1.0e-4, 1.0e-3]
-    for count in (2, 3):
-        assert main([*arguments, f"tune.space={{train.learning_rate: {rates[:count]}}}"]) == 0
+    tracked(folder, 3)
     trials = last_lines(folder / "runs" / "tracked")
-    client = mlflow.MlflowClient()
-    runs = client.search_runs([client.get_experiment_by_name("raysft").experiment_id])
+    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    experiment = client.get_experiment_by_name("raysft")
+    assert experiment
+    runs = client.search_runs([experiment.experiment_id])
     (parent,) = (run for run in runs if "mlflow.parentRunId" not in run.data.tags)
     assert (parent.info.run_name, parent.info.status) == ("tracked", "FINISHED")
-    nested = {run.info.run_name: run for run in runs if run is not parent}
+    nested = {str(run.info.run_name): run for run in runs if run is not parent}
     assert nested.keys() == trials.keys()
     assert {run.data.tags["mlflow.parentRunId"] for run in nested.values()} == {parent.info.run_id}
-    assert sorted(float(run.data.params["train.learning_rate"]) for run in nested.values()) == rates
+    assert sorted(float(run.data.params["train.learning_rate"]) for run in nested.values()) == TRACKED_RATES
     for name, run in nested.items():
         assert run.data.metrics["eval/loss"] == pytest.approx(trials[name]["metrics"]["eval_loss"])
         assert (
             len(list((folder / "runs/tracked/trials" / name / "wandb").glob(f"offline-run-*/run-{name}-*.wandb"))) == 1
         )
-    if "trackio" in others:
+    if "trackio" in TRACKERS:
         with closing(sqlite3.connect(folder / "trackio" / "raysft.db")) as database:
             configs = [json.loads(config) for (config,) in database.execute("SELECT config FROM configs")]
-        assert sorted(config["train"]["learning_rate"] for config in configs) == rates
+        assert sorted(config["train"]["learning_rate"] for config in configs) == TRACKED_RATES
         assert {config["_Group"] for config in configs} == {"tracked"}
-    if "swanlab" in others:
+    if "swanlab" in TRACKERS:
         assert len(list((folder / "runs/tracked/trials").glob("*/swanlog/run-*/*.swanlab"))) == 3
     again = load(folder / "runs/tracked/trials" / name / "config.yaml")
     assert again.run.sweep == "tracked"
@@ -272,11 +305,11 @@ def last_lines(run: Path) -> dict[str, dict]:
     return {line["trial"]: line for line in read_jsonl(run / "trials.jsonl")}
 
 
-def wait_for_a_second_trial(run: Path, process: subprocess.Popen, seconds: float = 240) -> None:
+def wait_for_a_second_trial(run: Path, process: BaseProcess, output: Path, seconds: float = 240) -> None:
     """Wait until the first trial is done and the second one has trained a step."""
     limit = time.monotonic() + seconds
     while time.monotonic() < limit:
-        assert process.poll() is None, process.communicate()[0]
+        assert process.is_alive(), output.read_text()
         states = [line["state"] for line in last_lines(run).values()]
         if states == ["done", "running"]:
             second = run / "trials" / list(last_lines(run))[1] / "trainer_log.jsonl"
@@ -286,27 +319,9 @@ def wait_for_a_second_trial(run: Path, process: subprocess.Popen, seconds: float
     raise AssertionError(f"waited {seconds} s for the second trial of {last_lines(run)}")
 
 
-def kill(process: subprocess.Popen, seconds: float = 60) -> None:
-    """Kill a driver that has a cluster of its own, and wait until the processes of the cluster have noticed.
-
-    Ray's workers end when their raylet has ended. In a container the test may be its first process, which inherits the raylet and
-    has to collect it: until then it counts as alive.
-    """
-    limit, cluster = time.monotonic() + seconds, psutil.Process(process.pid).children(recursive=True)
-    agents = [one for one in cluster if one.name().endswith("Agent")]  # they notice nothing for a long time
-    process.kill()
-    process.wait()
-    while alive := [one for one in cluster if one not in agents and one.is_running()]:
-        assert time.monotonic() < limit, f"these have not ended: {alive}"
-        for one in alive:
-            with suppress(ChildProcessError):
-                os.waitpid(one.pid, os.WNOHANG)
-        time.sleep(0.1)
-    for agent in agents:
-        agent.kill()
-
-
-def test_a_random_search_that_was_killed_ends_with_the_same_trials_and_repeats_none(local_ray, folder, capsys):
+def test_a_random_search_that_was_killed_ends_with_the_same_trials_and_repeats_none(
+    local_ray, folder, tmp_path, capsys
+):
     search = ["tune.search=random", "tune.num_samples=3", RATES_DRAWN, "run.name=killed"]
     arguments = [
         "tune",
@@ -319,12 +334,14 @@ def test_a_random_search_that_was_killed_ends_with_the_same_trials_and_repeats_n
     ]
     drawn = [trial.name for trial in combinations(load("sweep.yaml", arguments[2:]))]
     run = folder / "runs" / "killed"
-    command = [sys.executable, "-m", "raysft", *arguments, "scaling.address=local"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    joins, output = f"scaling.address={ray.get_runtime_context().gcs_address}", tmp_path / "printed"
+    process = command([*arguments, joins], folder, output, joining())
+    process.start()
     try:
-        wait_for_a_second_trial(run, process)
+        wait_for_a_second_trial(run, process, output)
     finally:
-        kill(process)
+        process.kill()
+        process.join()
     assert list(last_lines(run)) == drawn[:2]
     done = run / "trials" / drawn[0]
     before = {file: file.stat().st_mtime_ns for file in done.iterdir()}
@@ -356,14 +373,21 @@ def test_optuna_with_repeats_ranks_by_the_mean_and_goes_on_when_more_is_asked_fo
     search = ["tune.search=optuna", "tune.repeats=2", RATES_DRAWN, "run.name=optuna"]
     arguments = ["tune", "sweep.yaml", *search, *QUICK]
     run = folder / "runs" / "optuna"
-    assert main([*arguments, "tune.num_samples=2"]) == 0
-    assert "4 trials (2 configurations with 2 seeds), 1 at a time" in capsys.readouterr().out
+    assert main([*arguments, "tune.num_samples=1"]) == 0
     first = last_lines(run)
-    assert [(line["number"], line["seed"], line["state"]) for line in first.values()] == [
+    assert capsys.readouterr().out.count("started: ") == len(first) == 2
+    assert main([*arguments, "tune.num_samples=2"]) == 0
+    shown = capsys.readouterr().out
+    assert "4 trials (2 configurations with 2 seeds), 1 at a time, 2 done before" in shown
+    assert shown.count("started: ") == 2
+    more = last_lines(run)
+    assert list(more)[:2] == list(first)
+    assert {line["ended"] for line in first.values()} < {line["ended"] for line in more.values()}
+    assert [(line["number"], line["seed"], line["state"]) for line in more.values()] == [
         (0, 1, "done"), (1, 2, "done"), (2, 1, "done"), (3, 2, "done"),
     ]  # fmt: skip
     losses: dict[str, list[float]] = {}
-    for line in first.values():
+    for line in more.values():
         results = json.loads((run / "trials" / line["trial"] / "all_results.json").read_text())
         losses.setdefault(line["configuration"], []).append(results["eval_loss"])
     results = json.loads((run / "tune_results.json").read_text())
@@ -376,30 +400,9 @@ def test_optuna_with_repeats_ranks_by_the_mean_and_goes_on_when_more_is_asked_fo
     assert best["eval_loss"] < other["eval_loss"]
     assert load(run / "best.yaml").train.learning_rate == best["config"]["train.learning_rate"]
     assert len((run / "trials.csv").read_text().splitlines()) == 5
-    assert main([*arguments, "tune.num_samples=3"]) == 0
-    assert capsys.readouterr().out.count("started: ") == 2
-    more = last_lines(run)
-    assert list(more)[:4] == list(first)
-    assert [line["number"] for line in more.values()] == list(range(6))
-    assert {line["ended"] for line in first.values()} < {line["ended"] for line in more.values()}
 
 
-def test_two_elastic_trials_at_a_time_share_the_workers(local_ray, folder, capsys):
-    """With the most workers one trial would fill the cluster, and with as many as the nodes have it would starve its data tasks."""
-    elastic = ["scaling.num_workers=[1, 3]", "scaling.cpus_per_worker=0.2", "tune.max_concurrent=2", "run.name=elastic"]
-    quick = ["generate.enabled=false", "train.eval_at_start=false", "train.max_steps=2", "train.global_batch_size=6"]
-    assert main(["tune", "sweep.yaml", *elastic, *quick]) == 0
-    assert "2 trials, 2 at a time" in capsys.readouterr().out
-    records = list(last_lines(folder / "runs" / "elastic").values())
-    assert [record["state"] for record in records] == ["done", "done"]
-    first, second = records
-    assert second["started"] < first["ended"]
-    for record in records:
-        plan = json.loads((folder / "runs" / "elastic" / "trials" / record["trial"] / "plan.json").read_text())
-        assert (plan["fewest_workers"], plan["most_workers"]) == (1, 2), "0.4 CPUs of 1 for each trial"
-
-
-def test_two_sweeps_at_once_share_a_cluster_and_a_cache(local_ray, folder, capsys):
+def test_two_sweeps_at_once_share_a_cluster_and_a_cache(local_ray, folder, tmp_path, capsys):
     """The workers of one leave no CPU for those of the other: they take turns. One is in a process that joins the cluster of the
     other."""
     short = ["generate.enabled=false", "train.eval_at_start=false", "train.max_steps=2", "data.cache=shared"]
@@ -408,24 +411,24 @@ def test_two_sweeps_at_once_share_a_cluster_and_a_cache(local_ray, folder, capsy
         ["tune", "sweep.yaml", f"run.name={name}", *short, f"tune.space={{train.learning_rate: [{rate}]}}"]
         for name, rate in rates.items()
     )
-    joins = f"scaling.address={ray.get_runtime_context().gcs_address}"
-    command = [sys.executable, "-m", "raysft", *left, joins]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        try:
-            limit = time.monotonic() + 120
-            while not (folder / "runs" / "left").exists():  # it is about to join the cluster
-                assert process.poll() is None, process.communicate()[0]
-                assert time.monotonic() < limit
-                time.sleep(0.1)
-            assert main(right) == 0
-            joined = process.communicate(timeout=600)[0]
-        finally:
-            process.kill()
-    assert process.returncode == 0, joined
+    joins, output = f"scaling.address={ray.get_runtime_context().gcs_address}", tmp_path / "printed"
+    process = command([*left, joins], folder, output, joining())
+    process.start()
+    try:
+        limit = time.monotonic() + 120
+        while not (folder / "runs" / "left").exists():  # it is about to join the cluster
+            assert process.is_alive(), output.read_text()
+            assert time.monotonic() < limit
+            time.sleep(0.1)
+        assert main(right) == 0
+        process.join(600)
+    finally:
+        process.kill()
+    assert process.exitcode == 0, output.read_text()
     for name, rate in rates.items():
         (record,) = last_lines(folder / "runs" / name).values()
         assert (record["values"], record["state"]) == ({"train.learning_rate": rate}, "done")
-    outputs = joined + capsys.readouterr().out
+    outputs = output.read_text() + capsys.readouterr().out
     assert outputs.count("longest") == 4, "a line for each source and sweep"
     assert outputs.count("(from the cache)") == 2, "one of them has tokenized both sources"
     assert len(list((folder / "shared" / "shards").glob("*/*.parquet"))) == 4, "a manifest and a shard of each"

@@ -1,21 +1,24 @@
 """Sweeps in an object store: a driver that is killed goes on from another machine."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
+from contextlib import suppress
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 
+import psutil
 import pytest
+import ray
 
 from raysft.cli import main
 from raysft.config import load
 from raysft.storage.path import StoragePath
 from raysft.train.checkpoint import catalog
 from raysft.tune.trials import combinations
+from tests.clusters import joining
 from tests.objects import Server
-from tests.processes import kill_all
+from tests.processes import children_named, command
 from tests.tiny import tiny_model, write_chats
 
 RATES, STEPS = [1.0e-3, 1.0e-2], 6
@@ -58,16 +61,28 @@ def last_lines(sweep: StoragePath) -> dict[str, dict]:
     return {line["trial"]: line for line in lines_of(sweep / "trials.jsonl")}
 
 
-def wait_for_a_checkpoint(run: StoragePath, step: int, process: subprocess.Popen, seconds: float = 120) -> None:
+def wait_for_a_checkpoint(
+    run: StoragePath, step: int, process: BaseProcess, output: Path, seconds: float = 120
+) -> None:
     limit = time.monotonic() + seconds
     while (newest := catalog.newest(run / "checkpoints")) is None or newest.cursor.step < step:
-        assert process.poll() is None, process.communicate()[0]
+        assert process.is_alive(), output.read_text()
         assert time.monotonic() < limit, f"{run} has no checkpoint after step {step}"
         time.sleep(0.5)  # each look is some requests, which the server in this process answers
 
 
-@pytest.mark.usefixtures("local_ray")
-def test_a_sweep_that_was_killed_goes_on_from_another_machine(server, text, tmp_path, monkeypatch, capsys):
+def kill_sweep(process: BaseProcess) -> None:
+    """Kill a driver and what runs for its trial at once, as if their machine were gone."""
+    process.kill()
+    killed = [one for name in ("Trainable", "TrainController", "RayTrainWorker") for one in children_named(name)]
+    for one in killed:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+    psutil.wait_procs(killed, timeout=60)
+    process.join()
+
+
+def test_a_sweep_that_was_killed_goes_on_from_another_machine(server, text, tmp_path, local_ray, monkeypatch, capsys):
     """With the same URI and nothing else: what is done is not repeated, what is not goes on from its checkpoint."""
     machines = [tmp_path / "one", tmp_path / "other"]
     for machine in machines:
@@ -79,20 +94,17 @@ def test_a_sweep_that_was_killed_goes_on_from_another_machine(server, text, tmp_
     server.fails(
         f"(PUT|POST) .*{interrupted}/checkpoints/checkpoint_00000004", seconds=600
     )  # so that it is in the middle
-    process = subprocess.Popen(
-        [sys.executable, "-m", "raysft", "tune", "sweep.yaml", "scaling.address=local"],
-        cwd=machines[0],
-        env={**os.environ, "HOME": str(machines[0])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    joins, output = f"scaling.address={ray.get_runtime_context().gcs_address}", tmp_path / "printed"
+    process = command(["tune", "sweep.yaml", joins], machines[0], output, joining())
+    process.start()
     try:
-        wait_for_a_checkpoint(sweep / "trials" / interrupted, 2, process)
+        wait_for_a_checkpoint(sweep / "trials" / interrupted, 2, process, output)
     finally:
-        kill_all(process)
+        kill_sweep(process)
         server.heals()
-    shutil.rmtree(machines[0])
+    # What the machine had of files in the store is gone with it.
+    for folder in (machines[0], local_ray / ".cache" / "raysft"):
+        shutil.rmtree(folder)
     assert {name: line["state"] for name, line in last_lines(sweep).items()} == {done: "done", interrupted: "running"}
     before, asked = (sweep / "trials" / done).walk(), len(server.requests)
     assert main(["tune", "sweep.yaml"]) == 0
