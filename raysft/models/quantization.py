@@ -73,6 +73,20 @@ def method_of(hf_config: Any) -> str | None:
         hf_config: the config as transformers loads it, or the content of a ``config.json``. Of a model that is more than its
             decoder, the whole or the decoder's part may name the method.
     """
+    if not (settings := _settings_of(hf_config)):
+        return None
+    # Early checkpoints of bitsandbytes do not name it.
+    method = settings.get("quant_method") or "bitsandbytes"
+    return str(getattr(method, "value", method)).lower()
+
+
+def is_in_8_bits(hf_config: Any) -> bool:
+    """Return True if a checkpoint is quantized by bitsandbytes in 8 bits."""
+    settings = _settings_of(hf_config)
+    return method_of(hf_config) == "bitsandbytes" and bool(settings.get("load_in_8bit", settings.get("_load_in_8bit")))
+
+
+def _settings_of(hf_config: Any) -> dict[str, Any]:
     if isinstance(hf_config, dict):
         quantized = hf_config.get("quantization_config") or (hf_config.get("text_config") or {}).get(
             "quantization_config"
@@ -80,11 +94,8 @@ def method_of(hf_config: Any) -> str | None:
     else:
         quantized = getattr(text_config(hf_config), "quantization_config", None)
     if not quantized:
-        return None
-    settings = quantized if isinstance(quantized, dict) else vars(quantized)
-    # Early checkpoints of bitsandbytes do not name it.
-    method = settings.get("quant_method") or "bitsandbytes"
-    return str(getattr(method, "value", method)).lower()
+        return {}
+    return quantized if isinstance(quantized, dict) else vars(quantized)
 
 
 def text_config(hf_config: Any) -> Any:

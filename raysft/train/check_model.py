@@ -8,7 +8,7 @@ from typing import Any
 from raysft.config import Config
 from raysft.errors import RequestError
 from raysft.models.architecture import read_hf_config
-from raysft.models.quantization import check_method, method_of, quantization_config, text_config
+from raysft.models.quantization import check_method, is_in_8_bits, method_of, quantization_config, text_config
 from raysft.storage import hub_snapshots
 from raysft.storage.local_cache import local_copy
 
@@ -90,3 +90,8 @@ def _check_quantized(model: str, hf_config: Any, config: Config) -> None:
             f"{config.model.finetuning}; set model.finetuning to lora or oft"
         )
     check_method(f"model.path={model}", method, config)
+    if config.train.zero_stage == 3 and is_in_8_bits(hf_config):
+        raise RequestError(
+            f"model.path={model} is quantized in 8 bits, of which bitsandbytes keeps whole weights on each worker, but "
+            "train.zero_stage=3 partitions; set train.zero_stage=2, or use a model of 4 bits"
+        )

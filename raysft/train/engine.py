@@ -97,7 +97,7 @@ def _loss_model(
             use_fp8(each, device)
     if zero3:
         gather_experts_whole(model)
-        if config.model.quantization == "4bit":
+        if getattr(without_adapters(trained), "is_loaded_in_4bit", False):  # here, or by whoever made the checkpoint
             release_after_forward(model)
     else:
         model.to(device)

@@ -123,6 +123,23 @@ def test_each_worker_holds_half_of_the_packed_weights(tmp_path):
     assert estimated(stages[1], 2).sure >= whole
 
 
+def test_layers_of_a_model_that_is_in_4_bits_already_let_go_of_their_weights_too(prepared, tmp_path):
+    from bitsandbytes.nn.modules import Linear4bit
+    from transformers import BitsAndBytesConfig
+
+    from raysft.train.engine import _loss_model
+    from raysft.train.packed_weights import _forward
+
+    folder, path, _ = prepared
+    options = BitsAndBytesConfig(load_in_4bit=True)
+    AutoModelForCausalLM.from_pretrained(path, quantization_config=options, device_map="cpu").save_pretrained(tmp_path)
+    config = make_config(folder, tmp_path, {"model.finetuning": "lora", "train.zero_stage": 3})
+    model = _loss_model(config, str(tmp_path), torch.device("cpu"), None, None)
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    assert layers
+    assert all(getattr(layer.forward, "__func__", None) is _forward for layer in layers)
+
+
 def test_a_layer_lets_go_of_its_weight_between_forward_and_backward():
     from bitsandbytes.nn.modules import Linear4bit
 

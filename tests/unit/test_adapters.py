@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from raysft.config import Config, parse
+from raysft.config import Config, parse, with_overrides
 from raysft.errors import RequestError
 from raysft.models.adapters import find_adapter, load_adapter
 from raysft.models.merging import merge
@@ -132,6 +132,20 @@ def test_modules_that_are_not_there_are_told_before_anything_starts(tmp_path, mo
     with pytest.raises(RequestError) as caught:
         check_model(config(tmp_path, model, **settings), str(model))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_checkpoint_of_8_bits_is_refused_where_its_weights_would_be_partitioned(tmp_path, model, stage):
+    described = json.loads((model / "config.json").read_text())
+    described["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    save_file({}, tmp_path / "model.safetensors")
+    chosen = with_overrides(config(tmp_path, tmp_path), {"train.zero_stage": stage})
+    if stage == 2:
+        check_model(chosen, str(tmp_path))
+        return
+    with pytest.raises(RequestError, match=r"is quantized in 8 bits, .*train.zero_stage=3 .*set train.zero_stage=2"):
+        check_model(chosen, str(tmp_path))
 
 
 @pytest.mark.parametrize("part", ["decoder", "whole", "text_config"])
