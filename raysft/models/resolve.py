@@ -55,17 +55,26 @@ def find_model(
         return converted(Path(path), cache, notify, key)
     if folder.is_dir():
         if not any((folder / mark).exists() for mark in marks):
-            raise RequestError(
-                f"{key}={path}: the folder contains no {' or '.join(marks)}; use a model folder in Hugging Face format"
-            )
+            remedy = _of_run(folder) or "use a model folder in Hugging Face format"
+            raise RequestError(f"{key}={path}: the folder contains no {' or '.join(marks)}; {remedy}")
         return str(folder.absolute())
     if folder.exists():
         raise RequestError(
             f"{key}={path}: is a file, not a model folder; use the folder that contains it, or a GGUF file (*.gguf)"
         )
     if not may_be_on_hub(path):
-        raise RequestError(f"{key}={path}: folder not found; check the path, or use a Hub id")
+        remedy = _of_run(folder) or "check the path, or use a Hub id"
+        raise RequestError(f"{key}={path}: folder not found; {remedy}")
     return find_on_hub(path, key, notify, revision, marks)
+
+
+def _of_run(folder: Path) -> str | None:
+    """What to use in place of a run directory, or of one of its checkpoints; None for any other folder."""
+    if (folder / "config.yaml").exists() and (folder / "model").is_dir():
+        return f"use the trained model of this run, {folder / 'model'}"
+    if folder.parent.name == "checkpoints" and (folder.parent.parent / "config.yaml").exists():
+        return f"export this checkpoint (raysft export {folder} --output DIR), and use that folder"
+    return None
 
 
 def _elsewhere(

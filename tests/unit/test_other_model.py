@@ -9,6 +9,8 @@ import pytest
 
 from raysft.cli import main
 from raysft.config import load
+from raysft.errors import RequestError
+from raysft.models.resolve import find_model
 from raysft.run.other_model import refuse_directory
 from raysft.storage.path import StoragePath
 from raysft.storage.run_directory import RunDirectory
@@ -79,3 +81,30 @@ def test_what_changes_no_result_may_change(folder, monkeypatch):
     monkeypatch.chdir(folder)
     may(folder, "evaluate", "evaluate.model=other/", "run.seed=7", "data.train=[{name: more, path: more.jsonl}]")
     may(folder, "generate", f"generate.model={folder}/./other", "generate.temperature=0.5", "data.shuffle=false")
+
+
+@pytest.mark.parametrize(
+    ("given", "remedy"),
+    [
+        ("", "contains no adapter_config.json or config.json; use the trained model of this run, {run}/model"),
+        (
+            "/checkpoints/2",
+            "folder not found; export this checkpoint (raysft export {run}/checkpoints/2 --output DIR), and use",
+        ),
+        (
+            "/checkpoints/checkpoint_00000002_abcd",
+            "export this checkpoint (raysft export {run}/checkpoints/checkpoint_0000",
+        ),
+        ("/other", "folder not found; check the path, or use a Hub id"),
+    ],
+)
+def test_a_run_in_place_of_a_model_says_what_to_use(folder, given, remedy):
+    run = folder / "runs" / "trained"
+    for name in ("model", "checkpoints/checkpoint_00000002_abcd"):
+        (run / name).mkdir(parents=True)
+    (run / "config.yaml").write_text("run: {name: trained}\n")
+    for key in ("evaluate.model", "generate.model"):
+        with pytest.raises(RequestError) as refused:
+            find_model(f"{run}{given}", StoragePath.of(folder / "cache"), print, key, accept_adapter=True)
+        assert str(refused.value).startswith(f"{key}={run}{given}: ")
+        assert remedy.format(run=run) in str(refused.value)
