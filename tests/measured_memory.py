@@ -34,6 +34,10 @@ SECONDS = 300
 STEPS = 2
 """The second step has the optimizer's states from its beginning; the first one, which makes them, needs few tokens."""
 FEW_TOKENS = 8
+TRIES = 5
+FREED_UNSEEN = 0.01
+"""Share of the peak that may be left after the end of a training. More of it was freed unseen: a thread of gloo that comes late
+may be the last to let go of gradients, and the profiler does not look into that one."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,16 @@ def _worker(rank: int, world: int, port: int, configs: Sequence[Config], out: An
 
 
 def _measured(config: Config, world: int) -> Measured:
+    for _ in range(TRIES):
+        found, left = _measured_once(config, world)
+        # What ZeRO-3 hooks into modules stays; several workers would have to agree on another try.
+        if world > 1 or config.train.zero_stage == 3 or left <= FREED_UNSEEN * found.peak:
+            return found
+    raise AssertionError(f"{left:,} bytes are left after the training, in each of {TRIES} tries")
+
+
+def _measured_once(config: Config, world: int) -> tuple[Measured, int]:
+    """Train two steps; gives what they needed, and how many bytes are left at the end."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
     from raysft.train.engine import make_engine
@@ -136,7 +150,8 @@ def _measured(config: Config, world: int) -> Measured:
         engine.destroy()
         del engine, scheduler
         gc.collect()
-    return Measured(*_most(profiler), *states)
+    peak, before, left = _most(profiler)
+    return Measured(peak, before, *states), left
 
 
 def _batch(rows: int, tokens: int, seed: int) -> dict[str, np.ndarray]:
@@ -184,8 +199,8 @@ def _changes(profiler: Any) -> tuple[list[_Change], list[dict[str, Any]]]:
     return sorted(changes, key=lambda change: change.moment), events
 
 
-def _most(profiler: Any) -> tuple[int, int]:
-    """Most bytes during the last step, and those before it."""
+def _most(profiler: Any) -> tuple[int, int, int]:
+    """Most bytes during the last step, those before it, and those at the end."""
     changes, events = _changes(profiler)
     step = next(
         event for event in events if event.get("name") == f"step {STEPS - 1}" and event.get("cat") == "user_annotation"
@@ -193,7 +208,8 @@ def _most(profiler: Any) -> tuple[int, int]:
     begin, end = step["ts"], step["ts"] + step["dur"]
     start = changes[0].total - changes[0].size
     before = next(change.total for change in reversed(changes) if change.moment < begin)
-    return max(change.total for change in changes if begin <= change.moment <= end) - start, before - start
+    most = max(change.total for change in changes if begin <= change.moment <= end)
+    return most - start, before - start, changes[-1].total - start
 
 
 def _states(engine: Any) -> tuple[int, int, int]:
