@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def check_code(
     from transformers import PreTrainedConfig
 
     hf_config, tokenizer = PreTrainedConfig.get_config_dict(model)[0], tokenizer_config(model)
-    references = [*_strings(hf_config.get("auto_map")), *_strings(tokenizer.get("auto_map"))]
+    references = _references(hf_config, tokenizer)
     path, named = path or config.model.path, config.model.trust_remote_code
     if not references:
         return
@@ -67,9 +67,14 @@ def check_code_of(folder: Path, remedy: str) -> None:
 
     whole, tokenizer = (folder / "config.json").exists(), tokenizer_config(str(folder))
     hf_config = PreTrainedConfig.get_config_dict(folder)[0] if whole else {}
-    references = [*_strings(hf_config.get("auto_map")), *_strings(tokenizer.get("auto_map"))]
+    references = _references(hf_config, tokenizer)
     if references and _needed(str(folder), bool(tokenizer.get("auto_map")), whole):
         raise RequestError(f"{folder}: needs its own code ({_files(references)}); read the code, then {remedy}")
+
+
+def _references(hf_config: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> list[str]:
+    """Return the classes of their own that the configs of a model and of its tokenizer name."""
+    return [*_strings(hf_config.get("auto_map")), *_strings(tokenizer.get("auto_map"))]
 
 
 def _files(references: Iterable[str]) -> str:
