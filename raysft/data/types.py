@@ -11,8 +11,53 @@ STAND_IN = "-"
 """Stands for the answer of an example that has none, so that a chat template renders it as any other."""
 
 
+MEDIUM = "\U000f1a9e"
+"""Stands in the content of a message for each of its media. From a private plane of Unicode."""
+
+
 Record = dict[str, Any]
 """One record of a data file, as read."""
+
+
+@dataclass(frozen=True)
+class Medium:
+    """An image or a video of a message."""
+
+    kind: Literal["image", "video"]
+    location: str
+    """Path or URI of its file; empty while its bytes are only in the record."""
+    content: bytes = field(default=b"", repr=False)
+    """The encoded file, if the record holds it and nobody has kept it in a file yet."""
+    digest: str = ""
+    """Hash of the encoded file (``media.files.digest``); empty before it is opened."""
+    width: int = 0
+    """Pixels of the image that the processor is given: turned as its file says, and scaled to the limits of the config."""
+    height: int = 0
+
+
+@dataclass(frozen=True)
+class TokenizedMedium:
+    """An image, and the tokens that stand for it."""
+
+    kind: Literal["image", "video"]
+    location: str
+    digest: str
+    width: int
+    height: int
+    start: int
+    """First of its tokens: in the example or the prompt, and after packing in the row."""
+    stop: int
+    """The token after its last."""
+
+
+@dataclass(frozen=True)
+class RowMedium(TokenizedMedium):
+    """An image in a packed row, with the bytes that Ray Data has read."""
+
+    content: bytes = field(default=b"", repr=False)
+    """The encoded file."""
+    fault: str = ""
+    """Why it could not be read, or that its file has changed."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +74,8 @@ class Message:
     """Other keys of the turn that a chat template may read: ``name``, ``tool_call_id``, ``reasoning_content`` …"""
     original: dict[str, Any] | None = None
     """The turn as written in its record, if chat templates understand it and it holds more than role and content."""
+    media: tuple[Medium, ...] = ()
+    """Its images and videos; ``MEDIUM`` in ``content`` stands where each one is, in this order."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from raysft.estimate.sizes import ModelSizes, weights_of
 from raysft.models.attention import kernel, without_adapters
 from raysft.models.decoder_layers import decoder_layers
 from raysft.models.lora_targets import linear_layers
+from raysft.models.model_class import auto_class
 from raysft.train.finetuning import freeze
 from raysft.train.new_adapter import add_adapter, peft_config
 from raysft.train.parameter_groups import is_inner_matrix, outside_layers
@@ -28,14 +29,12 @@ def model_without_weights(config: Config, hf_config: Any, adapter: str | None = 
         hf_config: the model's own.
         adapter: folder of the adapter that training continues from.
     """
-    from transformers import AutoModelForCausalLM
-
     dtype = getattr(torch, config.weight_dtype)
     attention = kernel(config)
     if attention == "flash_attention_2":
         attention = None  # transformers would ask for the package; the trace has a kernel of its own
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(
+        model: Any = auto_class(hf_config).from_config(
             hf_config, dtype=dtype, attn_implementation=attention, trust_remote_code=config.model.runs_code
         )
         model.config.use_cache = False
@@ -50,10 +49,10 @@ def model_without_weights(config: Config, hf_config: Any, adapter: str | None = 
 
 def elements_of(config: Config, hf_config: Any) -> int:
     """Return how many weights a model has, tied ones once."""
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=bool(config.model.trust_remote_code))
+        model: Any = auto_class(hf_config).from_config(
+            hf_config, trust_remote_code=bool(config.model.trust_remote_code)
+        )
     return sum(weight.numel() for weight in model.parameters())
 
 

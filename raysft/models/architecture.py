@@ -51,10 +51,11 @@ def read_hf_config(
 
 def _check_causal(hf_config: Any, named: str, trusted: bool) -> None:
     """Refuse models that do not continue text from left to right."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     if trusted and "AutoModelForCausalLM" in (getattr(hf_config, "auto_map", None) or {}):
         return
-    if type(hf_config) not in MODEL_FOR_CAUSAL_LM_MAPPING or hf_config.is_encoder_decoder:
+    kinds = {*MODEL_FOR_CAUSAL_LM_MAPPING, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING}
+    if type(hf_config) not in kinds or hf_config.is_encoder_decoder:
         kind = "an encoder-decoder" if hf_config.is_encoder_decoder else "not a causal language model of transformers"
         raise RequestError(f"{named}: model_type={hf_config.model_type} is {kind}; use a model that continues text")

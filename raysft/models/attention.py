@@ -44,7 +44,9 @@ def use_examplewise(model: Any, config: Config) -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register(EXAMPLEWISE, examplewise)
-    model.set_attn_implementation(EXAMPLEWISE)
+    # Images attend both ways.
+    text_alone = model.config.get_text_config() is model.config
+    model.set_attn_implementation(EXAMPLEWISE if text_alone else {"text_config": EXAMPLEWISE})
 
 
 def _is_plain(model: Any, tokens: int) -> bool:
@@ -103,7 +105,8 @@ class NoPositions(Exception):
 
 def use_plain(model: Any) -> None:
     """Undo ``use_examplewise``."""
-    model.set_attn_implementation("sdpa")
+    text_alone = model.config.get_text_config() is model.config
+    model.set_attn_implementation("sdpa" if text_alone else {"text_config": "sdpa"})
 
 
 def without_adapters(model: Any) -> Any:

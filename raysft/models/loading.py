@@ -11,17 +11,20 @@ from raysft.storage import hub, hub_snapshots
 
 
 def load_weights(folder: str | Path, **options: Any) -> Any:
-    """Load a causal language model with ``from_pretrained``, and check that no weight is missing.
+    """Load a language model, which may see images, with ``from_pretrained``, and check that no weight is missing.
 
     Raises:
         RequestError: weights are missing (transformers would draw them at random), misshapen, or cannot be downloaded.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from raysft.models.model_class import auto_class
 
     if hub_snapshots.is_snapshot(Path(folder)):
         check_weights(Path(folder), hub_snapshots.shown(str(folder)))
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+        hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=options.get("trust_remote_code", False))
+        loaded: Any = auto_class(hf_config).from_pretrained(folder, output_loading_info=True, **options)
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise

@@ -7,19 +7,24 @@ from typing import Any
 
 from torch import nn
 
+from raysft.models.model_class import towers
 from raysft.models.peft_internals import fit_to_model
 from raysft.models.transformers_internals import recorded_outputs, weight_conversions
 
 
 def linear_layers(model: Any) -> set[str]:
-    """Return the names of all linear layers except the output head and routers."""
+    """Return the names of all linear layers of the language model except the output head and routers."""
     from transformers.pytorch_utils import Conv1D
 
     head, left_out = model.get_output_embeddings(), routers(model)
+    beside = {id(module) for tower in towers(model) for module in tower.modules()}
     return {
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head and not _is_in(name, left_out)
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not head
+        and id(module) not in beside
+        and not _is_in(name, left_out)
     }
 
 

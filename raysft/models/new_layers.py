@@ -64,7 +64,8 @@ def expanded_config(config: Config, hf_config: Any) -> Any:
         RequestError: the model cannot get new layers.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from raysft.models.model_class import auto_class
 
     new = config.model.new_layers
     if not new:
@@ -77,7 +78,7 @@ def expanded_config(config: Config, hf_config: Any) -> Any:
     expanded = expand_config(hf_config, new)
     with torch.device("meta"):
         former, later = (
-            AutoModelForCausalLM.from_config(copy.deepcopy(each), trust_remote_code=config.model.runs_code)
+            auto_class(each).from_config(copy.deepcopy(each), trust_remote_code=config.model.runs_code)
             for each in (hf_config, expanded)
         )
     check_expanded(former, later, new)

@@ -94,7 +94,12 @@ def _strings(value: Any) -> Iterator[str]:
 
 def _needed(model: str, tokenizer_too: bool, whole: bool = True) -> bool:
     """True if transformers has no class for the config, the model or the tokenizer; of an adapter, for the tokenizer alone."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        AutoTokenizer,
+    )
 
     try:
         hf_config = AutoConfig.from_pretrained(model, trust_remote_code=False) if whole else None
@@ -102,7 +107,7 @@ def _needed(model: str, tokenizer_too: bool, whole: bool = True) -> bool:
             AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:
         return "trust_remote_code" in str(error)  # other errors are reported when the model is loaded
-    return whole and type(hf_config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return whole and type(hf_config) not in {*MODEL_FOR_CAUSAL_LM_MAPPING, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING}
 
 
 def code_name(config: Config, folder: Path, given: str | None = None) -> str:

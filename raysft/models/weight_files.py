@@ -179,9 +179,11 @@ def adapter_shapes(adapter: Path) -> dict[str, tuple[int, ...]]:
 def _rows_of_config(hf_config: Any) -> int | None:
     """Rows of the embeddings that transformers creates for a config; None if the model's own code decides."""
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    if type(hf_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    from raysft.models.model_class import auto_class
+
+    if type(hf_config) not in {*MODEL_FOR_CAUSAL_LM_MAPPING, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING}:
         return None
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(hf_config).get_input_embeddings().weight.shape[0]
+        return auto_class(hf_config).from_config(hf_config).get_input_embeddings().weight.shape[0]

@@ -165,12 +165,14 @@ def _bytes(dtype: str) -> int:
 def _stays_by_name(model: Path, dtype: str) -> Callable[[str], bool]:
     """As ``stays_float32``, for a model of which only the names are known; one with code of its own keeps nothing apart."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from raysft.models.model_class import auto_class
 
     try:
         with torch.device("meta"):
             hf_config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-            return stays_float32(AutoModelForCausalLM.from_config(hf_config, trust_remote_code=False), dtype)
+            return stays_float32(auto_class(hf_config).from_config(hf_config, trust_remote_code=False), dtype)
     except (OSError, ValueError, KeyError, AttributeError):
         return lambda name: False
 

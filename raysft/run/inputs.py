@@ -73,9 +73,9 @@ def check_model_files(
     """
     from raysft.models.adapters import find_adapter
     from raysft.models.architecture import read_hf_config
+    from raysft.models.model_class import loaded_config
     from raysft.models.new_layers import with_new_layers
     from raysft.models.new_tokens import with_new_tokens
-    from raysft.models.quantization import text_config
     from raysft.models.resolve import find_model
     from raysft.train.check_model import check_model
 
@@ -85,7 +85,7 @@ def check_model_files(
     given, model = model, with_new_layers(config, with_new_tokens(config, model, hf_config, notify), notify)
     if model != given:
         named = config.model.path
-        hf_config = text_config(read_hf_config(config, local_copy(model), named, notify))
+        hf_config = loaded_config(read_hf_config(config, local_copy(model), named, notify))
     check_generation(config, model)
     model, adapter = find_adapter(config, model, notify)
     rows = embedding_rows(Path(local_copy(model)), hf_config, f"model.path={config.model.path}")

@@ -53,10 +53,10 @@ def check_pods(config: Config, nodes: Sequence[Node], notify: Callable[[str], No
     from transformers import AutoConfig
 
     from raysft.models.decoder_layers import expand_config
-    from raysft.models.quantization import text_config
+    from raysft.models.model_class import loaded_config
 
     try:
-        hf_config = text_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        hf_config = loaded_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     except Exception as error:  # of any type: transformers checks what is in the config
         notify(f"memory: not estimated ({one_line(error, 120)})")
         return

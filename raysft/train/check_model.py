@@ -8,7 +8,8 @@ from typing import Any
 from raysft.config import Config
 from raysft.errors import RequestError
 from raysft.models.architecture import read_hf_config
-from raysft.models.quantization import check_method, is_in_8_bits, method_of, quantization_config, text_config
+from raysft.models.model_class import auto_class, loaded_config
+from raysft.models.quantization import check_method, is_in_8_bits, method_of, quantization_config
 from raysft.storage import hub_snapshots
 from raysft.storage.local_cache import local_copy
 
@@ -35,9 +36,10 @@ def check_model(config: Config, model: str, notify: Callable[[str], None] = lamb
     from raysft.train.optim import check_options
 
     model = local_copy(model)
-    hf_config = text_config(read_hf_config(config, model, config.model.path, notify))
-    check_positions(config, hf_config)
-    if layerdrop := getattr(hf_config, "layerdrop", 0):
+    hf_config = loaded_config(read_hf_config(config, model, config.model.path, notify))
+    text = hf_config.get_text_config()
+    check_positions(config, text)
+    if layerdrop := getattr(text, "layerdrop", 0):
         notify(f"model: ignoring layerdrop={layerdrop} of its config.json; every step trains all layers")
     _check_quantized(hub_snapshots.shown(model), hf_config, config)
     check_options(config.train)
@@ -47,10 +49,9 @@ def check_model(config: Config, model: str, notify: Callable[[str], None] = lamb
     expanded = expanded_config(config, hf_config)
     if _names_modules(config):
         import torch
-        from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
-            check_names(AutoModelForCausalLM.from_config(expanded, trust_remote_code=config.model.runs_code), config)
+            check_names(auto_class(expanded).from_config(expanded, trust_remote_code=config.model.runs_code), config)
     return hf_config
 
 

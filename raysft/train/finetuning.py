@@ -20,6 +20,7 @@ from raysft.models.attention import kernel, use_examplewise, without_adapters
 from raysft.models.decoder_layers import decoder_layers, spread_layers
 from raysft.models.loading import load_weights
 from raysft.models.lora_targets import linear_layers
+from raysft.models.model_class import towers
 from raysft.models.new_tokens import vocabulary_modules
 from raysft.models.quantization import keep_layout, loading_options, method_of
 from raysft.models.remote_code import reference_runs_code
@@ -44,6 +45,8 @@ def load_model(config: Config, path: str, device: torch.device | None = None, ad
     """
     options = _options(config, device, config.model.runs_code)
     model = _prepared(load_weights(model_copy(path), **options), config)
+    for tower in towers(model):
+        tower.requires_grad_(False)
     model.name_or_path = base_name(path)[0]  # adapters name it as their base: not this node's copy
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

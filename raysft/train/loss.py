@@ -139,6 +139,9 @@ class TokenLoss(nn.Module):
         if is_varlen(decoder):
             inputs = {name: values.reshape(1, -1, *values.shape[2:]) for name, values in inputs.items()}
             position_ids = position_ids.reshape(1, -1)
+        if hasattr(decoder, "get_rope_index"):
+            # Qwen's positions in time, height and width, of which text has three equal ones, follow those that keep examples apart.
+            position_ids = position_ids.expand(4, *position_ids.shape)
         hidden = decoder(**inputs, position_ids=position_ids, use_cache=False).last_hidden_state
         return hidden.reshape(*shape, -1)  # type: ignore[no-any-return]
 

@@ -1,0 +1,38 @@
+"""The encoded files of images, wherever they are."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+from raysft.storage.path import StoragePath
+
+DIGEST_BYTES = 16
+"""Bytes of a hash."""
+
+
+class Unreadable(ValueError):
+    """A file of an image cannot be used; says which and why."""
+
+
+def digest(content: bytes) -> str:
+    """Hash an encoded file, as hexadecimal digits."""
+    return blake2b(content, digest_size=DIGEST_BYTES).hexdigest()
+
+
+def read(location: str, expected: str = "") -> bytes:
+    """Read a file.
+
+    Args:
+        location: path or URI.
+        expected: the hash that it had when it was tokenized.
+
+    Raises:
+        Unreadable: it cannot be read, or has another hash.
+    """
+    try:
+        content = StoragePath(location).read_bytes()
+    except OSError as error:
+        raise Unreadable(f"{location}: cannot be read ({error.strerror or error})") from None
+    if expected and digest(content) != expected:
+        raise Unreadable(f"{location}: has changed since it was tokenized; restore it")
+    return content

@@ -1,0 +1,68 @@
+"""Models for text and images, trained on text alone: as a plain loop trains them, packed, however it is split."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from transformers import AutoModelForImageTextToText
+
+from tests.shards import the_set, written
+from tests.tiny_vision import FAMILIES, tiny_vision_model
+from tests.training import (
+    Case,
+    Result,
+    assert_same,
+    make_config,
+    plain_training,
+    rows_of,
+    train_all,
+    write_conversations,
+)
+
+WAYS = {
+    "full": {},
+    "rows one by one": {"micro_batch_size": 1},
+    "lora": {"finetuning": "lora"},
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> dict[tuple[str, str], tuple[Result, Case]]:
+    """(family, way) → its training with one worker."""
+    cases = {}
+    for family in FAMILIES:
+        folder = tmp_path_factory.mktemp(family)
+        model = tiny_vision_model(folder / "model", family)
+        write_conversations(folder / "data.jsonl", 60)
+        manifest = written(the_set(make_config(folder, model), str(model)), str(model))
+        for way, options in WAYS.items():
+            config = make_config(folder, model, **{"micro_batch_size": 4, "eval_at_start": False, **options})
+            cases[family, way] = Case(config, rows_of(manifest), eval_rows=rows_of(manifest, steps=1))
+    results = train_all(list(cases.values()))
+    return {key: (result, cases[key]) for key, result in zip(cases, results, strict=True)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_equals_a_plain_loop_over_single_examples(trained, family):
+    result, case = trained[family, "full"]
+    assert not result.failure
+    plain = AutoModelForImageTextToText.from_pretrained(case.config.model.path)
+    begun = {name: weight.detach().clone().numpy() for name, weight in plain.named_parameters()}
+    towers = {name for name in begun if any(part in name for part in ("vis", "projector", "connector"))}
+    assert towers
+    losses, norms, weights = plain_training(plain, case.rows)
+    np.testing.assert_allclose(result.losses, losses, rtol=1e-5)
+    np.testing.assert_allclose(result.norms, norms, rtol=1e-4)
+    saved = AutoModelForImageTextToText.from_pretrained(result.model)
+    for name, weight in saved.named_parameters():
+        expected = begun[name] if name in towers else weights[name]
+        np.testing.assert_allclose(weight.detach().numpy(), expected, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("way", list(WAYS)[1:])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_way_it_is_split_changes_nothing(trained, family, way):
+    result, full = trained[family, way][0], trained[family, "full"][0]
+    assert not result.failure
+    if way != "lora":
+        assert_same(result[:4], full[:4])

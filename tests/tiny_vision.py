@@ -1,0 +1,118 @@
+"""Tiny models for text and images, of random weights, with the tokenizer of ``tiny.py`` and a processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.tiny import tiny_tokenizer
+
+TEXT: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 512, "initializer_range": 0.1, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+TOWER: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "image_size": 28, "patch_size": 14,
+}  # fmt: skip
+QWEN_TEXT = {**TEXT, "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": [2, 3, 3]}}
+QWEN_TOWER = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "patch_size": 14,
+}
+
+
+QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+TEMPLATE = """\
+{%% for message in messages %%}<|im_start|>{{ message.role }}
+{%% if message.content is string %%}{{ message.content }}{%% else %%}{%% for part in message.content %%}\
+{%% if part.type == "image" %%}%s{%% else %%}{{ part.text }}{%% endif %%}{%% endfor %%}{%% endif %%}<|im_end|>
+{%% endfor %%}{%% if add_generation_prompt %%}<|im_start|>assistant
+{%% endif %%}"""
+"""ChatML; ``%%s`` is what it writes for an image."""
+FAMILIES = ("llava", "llava-siglip", "idefics3", "qwen2-vl", "qwen2.5-vl", "qwen3-vl")
+
+
+def tiny_vision_model(folder: Path, family: str, seed: int = 0) -> Path:
+    """Save a random model of a family with its processor: an image has 4 tokens or, with Qwen, one for each 28 × 28 pixels."""
+    from transformers import AutoModelForImageTextToText
+
+    processor = tiny_processor(family)
+    torch.manual_seed(seed)
+    model = AutoModelForImageTextToText.from_config(_config(family, processor))
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def tiny_processor(family: str) -> Any:
+    """A processor of the family's class."""
+    import transformers as hf
+
+    from raysft.models.processor import _without_videos
+
+    tokenizer = tiny_tokenizer()
+    image = QWEN_IMAGE if family.startswith("qwen") else "<image>"
+    options: dict[str, Any] = {"tokenizer": tokenizer, "chat_template": TEMPLATE % image}
+    if image == QWEN_IMAGE:
+        added = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"]
+        tokenizer.add_special_tokens({"additional_special_tokens": added})
+        patch = 16 if family == "qwen3-vl" else 14
+        sizes = {"shortest_edge": (2 * patch) ** 2, "longest_edge": (8 * patch) ** 2}
+        kind = {"qwen2-vl": hf.Qwen2VLProcessor, "qwen2.5-vl": hf.Qwen2_5_VLProcessor, "qwen3-vl": hf.Qwen3VLProcessor}
+        image_processor = hf.Qwen2VLImageProcessorPil(size=sizes, patch_size=patch, merge_size=2, temporal_patch_size=2)
+        return _without_videos(kind[family])(image_processor=image_processor, **options)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    if family == "idefics3":
+        image_processor = hf.Idefics3ImageProcessorPil(
+            size={"longest_edge": 56}, max_image_size={"longest_edge": 28}, do_image_splitting=True
+        )
+        return hf.Idefics3Processor(image_processor=image_processor, image_seq_len=1, **options)
+    square = {"height": 28, "width": 28}
+    if family == "llava":
+        image_processor = hf.CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=square)
+        more: dict[str, Any] = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    else:
+        image_processor = hf.SiglipImageProcessorPil(size=square)
+        more = {"vision_feature_select_strategy": "full"}
+    return hf.LlavaProcessor(image_processor=image_processor, patch_size=14, **options, **more)
+
+
+def _config(family: str, processor: Any) -> Any:
+    """A small config; its tokens of images are those of the processor."""
+    import transformers as hf
+
+    tokenizer = processor.tokenizer
+    text, qwen = ({**each, "vocab_size": len(tokenizer)} for each in (TEXT, QWEN_TEXT))
+    untied: dict[str, Any] = {"tie_word_embeddings": False, "pad_token_id": 0}
+    llama = {"text_config": {"model_type": "llama", **text}, **untied}
+    marks = {
+        key: tokenizer.convert_tokens_to_ids(token)
+        for key, token in {
+            "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
+            "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>",
+        }.items()
+    }  # fmt: skip
+    if family == "llava":
+        tower = {"model_type": "clip_vision_model", **TOWER, "projection_dim": 32}
+        return hf.LlavaConfig(vision_config=tower, image_token_index=processor.image_token_id, **llama)
+    if family == "llava-siglip":
+        tower = {"model_type": "siglip_vision_model", **TOWER}
+        strategy = {"vision_feature_select_strategy": "full", "vision_feature_layer": -1}
+        return hf.LlavaConfig(vision_config=tower, image_token_index=processor.image_token_id, **strategy, **llama)
+    if family == "idefics3":
+        return hf.Idefics3Config(vision_config=TOWER, image_token_id=processor.image_token_id, scale_factor=2, **llama)
+    if family == "qwen2-vl":
+        tower = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2}
+        return hf.Qwen2VLConfig(text_config=qwen, vision_config=tower, **marks, **untied)
+    if family == "qwen2.5-vl":
+        tower = {**QWEN_TOWER, "fullatt_block_indexes": [1], "window_size": 56}
+        return hf.Qwen2_5_VLConfig(text_config=qwen, vision_config=tower, **marks, **untied)
+    tower = {**QWEN_TOWER, "patch_size": 16, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    return hf.Qwen3VLConfig(text_config={**qwen, "head_dim": 16}, vision_config=tower, **marks, **untied)
