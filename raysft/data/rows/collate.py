@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from raysft.data.rows.row_layouts import ranges
+from raysft.data.rows.row_media import Placed, rows_of_media, segment_media
 from raysft.data.sources.pickle_guard import read_table
 from raysft.data.types import IGNORE_INDEX
 from raysft.storage.path import StoragePath
@@ -20,7 +23,8 @@ OPEN_SHARD_BYTES = 96 << 20
 Batch = dict[str, np.ndarray]
 """``row`` [rows] int64 number of the row (−1: a filler without labels); ``tokens`` [rows] int64 without padding; ``input_ids``,
 ``labels``, ``position_ids`` [rows, capacity] int32. With several sources also ``sources`` [rows, capacity] int32 number of each
-token's source; with weighted examples ``weights`` [rows, capacity] float32 weight of each token in the loss."""
+token's source; with weighted examples ``weights`` [rows, capacity] float32 weight of each token in the loss; if one of the rows
+has images ``media`` [rows] tuples of ``RowMedium``, in order of position."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,9 @@ class RowSlices:
     """[segments] weight of each token in the loss; None if all are 1."""
 
 
-def collate(slices: RowSlices, paths: Sequence[str], capacity: int, document_mask: bool = True) -> Batch:
+def collate(
+    slices: RowSlices, paths: Sequence[str], capacity: int, document_mask: bool = True, with_media: bool = False
+) -> Batch:
     """Read the segments of some rows and lay them side by side.
 
     Args:
@@ -54,6 +60,7 @@ def collate(slices: RowSlices, paths: Sequence[str], capacity: int, document_mas
         capacity: tokens in a row.
         document_mask: start positions again at each segment, which keeps them apart; otherwise a row's segments are one text.
             Positions always start again where padding begins.
+        with_media: some of the shards have images.
     """
     rows, lengths = len(slices.rows), (slices.stops - slices.starts).astype(np.int64)
     row = np.repeat(np.arange(rows), slices.counts)
@@ -61,6 +68,7 @@ def collate(slices: RowSlices, paths: Sequence[str], capacity: int, document_mas
     before = np.cumsum(lengths) - lengths
     # Start of each segment in all rows, one after the other.
     starts = row * capacity + before - (np.cumsum(tokens) - tokens)[row]
+    media = _read_media(slices, paths, row, starts - row * capacity) if with_media else None
     # From here on segments are ordered by shard, so that each shard is read once.
     order = np.argsort(slices.shards, kind="stable")
     starts, lengths = starts[order], lengths[order]
@@ -89,6 +97,8 @@ def collate(slices: RowSlices, paths: Sequence[str], capacity: int, document_mas
         batch["sources"] = place(np.repeat(slices.sources[order], lengths), 0, np.int32)
     if slices.weights is not None:
         batch["weights"] = place(np.repeat(slices.weights[order], lengths), 0, np.float32)
+    if media is not None:
+        batch["media"] = media
     return batch
 
 
@@ -117,6 +127,39 @@ def _read_tokens(
             begins = offsets[positions[first:stop]] + starts[first:stop]
             values[of_shard] = tokens[np.repeat(begins, lengths[first:stop]) + within[of_shard]]
     return ids, labels
+
+
+def _read_media(slices: RowSlices, paths: Sequence[str], row: np.ndarray, offsets: np.ndarray) -> np.ndarray | None:
+    """Read the images of all segments.
+
+    Args:
+        slices: where the segments are.
+        paths: paths of the shards.
+        row: [segments] index of the row.
+        offsets: [segments] first token in the row.
+
+    Returns:
+        [rows] tuples of ``RowMedium``; None if there are none.
+    """
+    found = []
+    for segment in np.argsort(slices.shards, kind="stable").tolist():
+        path, position = paths[int(slices.shards[segment])], int(slices.positions[segment])
+        column, counts = _open_media(path)
+        if len(counts) and counts[position]:
+            begins, ends = int(slices.starts[segment]), int(slices.stops[segment])
+            placed = Placed(int(row[segment]), int(offsets[segment]), begins, ends, path, position)
+            found.extend(segment_media(column, placed))
+    return rows_of_media(found, len(slices.rows)) if found else None
+
+
+@lru_cache(maxsize=64)
+def _open_media(path: str) -> tuple[Any, np.ndarray]:
+    """Return column ``media`` of a shard, and how many each example has; both are empty if none has any."""
+    file = StoragePath(path)
+    if "media" not in file.read(pq.read_schema).names:
+        return (), np.empty(0, np.int32)
+    column = read_table(file, ["media"])["media"].combine_chunks()
+    return column, column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
 
 
 _open_shards: dict[str, tuple[Any, ...]] = {}

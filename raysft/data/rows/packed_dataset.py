@@ -157,7 +157,7 @@ class PackedDataset:
         }
 
     def _plan(self) -> PlannedRows:
-        sources = tuple(SourceFiles(files.name, files.shards) for files in self._files)
+        sources = tuple(SourceFiles(files.name, files.shards, files.media) for files in self._files)
         if self.earlier is None:
             return PlannedRows(*self._own_plan(self.max_steps), sources)
         known = self.earlier._planned
@@ -230,9 +230,14 @@ class PackedDataset:
         """Names of the sources, in the order of their numbers."""
         return tuple(source.name for source in self._planned.sources)
 
+    @property
+    def has_media(self) -> bool:
+        """True if an example of a source has images."""
+        return any(source.media for source in self._planned.sources)
+
     def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
         """Read and pack rows, given their numbers; −1 gives a filler row without labels."""
-        return collate(self._find_slices(rows), self._paths, self.capacity, self.document_mask)
+        return collate(self._find_slices(rows), self._paths, self.capacity, self.document_mask, self.has_media)
 
     def steps(self, first: int, worker: int, workers: int) -> Iterator[Batch]:
         """Yield a worker's rows of each step from ``first`` on, read in this process without Ray."""
@@ -255,7 +260,7 @@ class PackedDataset:
 
     def dataset(self, first: int, workers: int) -> Any:
         """Return a Ray dataset of the rows of all workers, from step ``first`` on, to be split among them in order."""
-        pieces = list(ray_stream.plan_pieces(self.row_plan, first, workers))
+        pieces = list(ray_stream.plan_pieces(self.row_plan, first, workers, self.has_media))
         return ray_stream.ray_dataset(self, pieces, workers)
 
     def node_shards(self, first: int, nodes: Sequence[str], data_label: str | None = None) -> list[Any]:
@@ -270,7 +275,7 @@ class PackedDataset:
 
     def execution_options(self, workers: int) -> Any:
         """Return the ``ray.data.ExecutionOptions`` for ``dataset``."""
-        return ray_stream.execution_options(self.row_plan, workers)
+        return ray_stream.execution_options(self.row_plan, workers, self.has_media)
 
     def batches(self, tables: Iterable[pa.Table], workers: int) -> Iterator[Batch]:
         """Yield a worker's rows of each step, from its split of ``dataset`` or its shard of ``node_shards``."""

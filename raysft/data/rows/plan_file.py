@@ -39,6 +39,8 @@ class SourceFiles:
 
     name: str
     shards: tuple[str, ...]
+    media: bool = False
+    """True if an example has images."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,9 @@ def open_plan(path: StoragePath) -> PlannedRows:
             global_batch_size=int(metadata["global_batch_size"]),
         )
         vars(row_plan).update({name: arrays[name] for name in STEP_SUMS})
-        sources = tuple(SourceFiles(each["name"], tuple(each["shards"])) for each in metadata["sources"])
+        sources = tuple(
+            SourceFiles(each["name"], tuple(each["shards"]), each.get("media", False)) for each in metadata["sources"]
+        )
         return PlannedRows(row_plan, arrays["shard_ends"], sources)
     except (pa.ArrowException, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise DamagedPlan(f"{path}: is no row plan: {error}") from error

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from raysft.cluster.placement import TASK_CPUS
+from raysft.data.rows import row_media
 from raysft.data.rows.collate import Batch
 from raysft.data.rows.row_plan import RowPlan, rows_for_rank
 
@@ -23,6 +24,10 @@ BLOCK_TOKENS = 1 << 18
 """Approximate tokens in a block: few blocks for many workers, and little delay before the first."""
 ALL_TOKENS = 1 << 22
 """Approximate tokens in the blocks of all workers together: with many workers each has smaller ones."""
+MEDIA_BLOCK_TOKENS = 1 << 15
+"""Approximate tokens in a block of rows with images: their files are about 1 KB for each token."""
+MEDIA_BLOCK_BYTES = 32 << 20
+"""Approximate size of such a block."""
 PREFETCH_BYTES = 64 << 20
 """Approximate size of the blocks that wait in memory for the workers; more if there are many workers."""
 TASK_ROWS = 4096
@@ -34,6 +39,9 @@ class Rows(Protocol):
 
     @property
     def row_plan(self) -> Any: ...
+
+    @property
+    def has_media(self) -> bool: ...
 
     def batch(self, rows: np.ndarray) -> Batch: ...
 
@@ -52,21 +60,23 @@ COLUMNS = tuple(field.name for field in fields(Piece))
 """Columns in which a task gets its pieces."""
 
 
-def steps_per_block(row_plan: RowPlan, workers: int) -> int:
+def steps_per_block(row_plan: RowPlan, workers: int, with_media: bool = False) -> int:
     """Return how many steps a block holds the rows of."""
     step_tokens = -(-row_plan.global_batch_size // workers) * row_plan.capacity
-    return max(1, min(BLOCK_TOKENS, ALL_TOKENS // workers) // step_tokens)
+    most = min(BLOCK_TOKENS, MEDIA_BLOCK_TOKENS) if with_media else BLOCK_TOKENS
+    return max(1, min(most, ALL_TOKENS // workers) // step_tokens)
 
 
-def plan_pieces(row_plan: RowPlan, first_step: int, workers: int) -> Iterator[Piece]:
+def plan_pieces(row_plan: RowPlan, first_step: int, workers: int, with_media: bool = False) -> Iterator[Piece]:
     """Yield what each task reads: some steps within about one group of shards.
 
     Args:
         row_plan: the order of the rows.
         first_step: the step to begin with.
         workers: number of workers.
+        with_media: some of the rows have images.
     """
-    per_step, per_block = row_plan.global_batch_size, steps_per_block(row_plan, workers)
+    per_step, per_block = row_plan.global_batch_size, steps_per_block(row_plan, workers, with_media)
     most = max(1, TASK_ROWS // (per_step * per_block)) * per_block
     group_ends = np.unique(np.minimum(-(-row_plan.group_ends // per_step), row_plan.steps))
     start = first_step
@@ -78,9 +88,9 @@ def plan_pieces(row_plan: RowPlan, first_step: int, workers: int) -> Iterator[Pi
         start = stop
 
 
-def blocks(row_plan: RowPlan, piece: Piece, workers: int) -> Iterator[np.ndarray]:
+def blocks(row_plan: RowPlan, piece: Piece, workers: int, with_media: bool = False) -> Iterator[np.ndarray]:
     """Yield the numbers of the rows in each block of a piece."""
-    per_block = steps_per_block(row_plan, workers)
+    per_block = steps_per_block(row_plan, workers, with_media)
     for first in range(piece.first_step, piece.stop_step, per_block):
         steps = range(first, min(first + per_block, piece.stop_step))
         for worker in range(workers):
@@ -110,12 +120,13 @@ def ray_dataset(rows: Rows, pieces: Sequence[Piece], workers: int) -> Any:
         )
 
 
-def execution_options(row_plan: RowPlan, workers: int) -> Any:
+def execution_options(row_plan: RowPlan, workers: int, with_media: bool = False) -> Any:
     """Make Ray Data keep the order and read no further ahead than a few blocks for each worker."""
     import ray
 
     step_tokens = -(-row_plan.global_batch_size // workers) * row_plan.capacity
     block_bytes = 20 * max(min(BLOCK_TOKENS, ALL_TOKENS // workers), step_tokens)
+    block_bytes = max(block_bytes, MEDIA_BLOCK_BYTES) if with_media else block_bytes
     prefetch = ray.data.ExecutionResources(object_store_memory=max(PREFETCH_BYTES, 4 * workers * block_bytes))
     return ray.data.ExecutionOptions(preserve_order=True, resource_limits=prefetch)
 
@@ -129,7 +140,7 @@ def read_pieces(batch: dict[str, np.ndarray], rows: Rows, workers: int) -> Itera
         workers: number of workers.
     """
     for values in zip(*(batch[name].tolist() for name in COLUMNS), strict=True):
-        for numbers in blocks(rows.row_plan, Piece(*values), workers):
+        for numbers in blocks(rows.row_plan, Piece(*values), workers, rows.has_media):
             yield one_row(rows.batch(numbers))
 
 
@@ -137,7 +148,9 @@ def one_row(batch: Batch) -> pa.Table:
     """Return a batch as a table of one row, which ``split_block`` divides again."""
     return pa.table(
         {
-            name: pa.array([array.reshape(-1)], pa.list_(pa.from_numpy_dtype(array.dtype)))
+            name: row_media.to_arrow(array)
+            if name == "media"
+            else pa.array([array.reshape(-1)], pa.list_(pa.from_numpy_dtype(array.dtype)))
             for name, array in batch.items()
         }
     )
@@ -150,8 +163,13 @@ def split_block(table: pa.Table, rows_per_step: int) -> Iterator[Batch]:
         table: a block, as a table of one row.
         rows_per_step: rows of one worker in a step.
     """
-    flat = {name: table[name].combine_chunks()[0].values.to_numpy(zero_copy_only=True) for name in table.column_names}
+    lists = {name: table[name].combine_chunks()[0].values for name in table.column_names}
+    media = lists.pop("media", None)
+    flat = {name: values.to_numpy(zero_copy_only=True) for name, values in lists.items()}
     rows = len(flat["row"])
     shaped = {name: values if len(values) == rows else values.reshape(rows, -1) for name, values in flat.items()}
     for start in range(0, rows, rows_per_step):
-        yield {name: values[start : start + rows_per_step] for name, values in shaped.items()}
+        batch = {name: values[start : start + rows_per_step] for name, values in shaped.items()}
+        if media is not None:  # read step by step: the bytes are copied
+            batch["media"] = row_media.from_arrow(media.slice(start, rows_per_step))
+        yield batch

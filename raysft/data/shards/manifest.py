@@ -95,6 +95,8 @@ class Shard:
     formats: tuple[str, ...]
     digests: np.ndarray
     """[examples, 2] uint64 ``content_digest``."""
+    media: int = 0
+    """Images and videos of its examples."""
     columns: tuple[str, ...] = ()
     """Columns that the source names and a record has, usable or not."""
 
@@ -142,6 +144,7 @@ def save_manifest(path: StoragePath, name: str, shards: Sequence[Shard]) -> None
         "largest_token": max((shard.largest_token for shard in shards), key=itemgetter(0)),
         "turns": [[*turn, count] for turn, count in merge_counts(shard.turns for shard in shards).items()],
         "formats": sorted({form for shard in shards for form in shard.formats}),
+        "media": sum(shard.media for shard in shards),
     }
     columns: dict[str, Any] = {
         "shard": np.repeat(np.arange(len(written), dtype=np.int32), [len(shard.lengths) for shard in written]),
@@ -166,6 +169,8 @@ class ShardFiles:
     directory: StoragePath
     shards: tuple[str, ...]
     """File names in ``directory``."""
+    media: bool = False
+    """True if an example has images."""
 
     @property
     def key(self) -> str:
@@ -181,7 +186,8 @@ def load_shard_files(path: StoragePath) -> ShardFiles:
     """Read which files a manifest lists, without its columns; raises as ``load_manifest``."""
     with _named_errors(path):
         metadata = _metadata(path.read(pq.read_schema))
-        return _existing(ShardFiles(metadata["name"], path.parent, tuple(metadata["shards"])))
+        media = bool(metadata.get("media"))
+        return _existing(ShardFiles(metadata["name"], path.parent, tuple(metadata["shards"]), media))
 
 
 @contextmanager
