@@ -17,11 +17,13 @@ MAX_KINDS = 2000
 """Number of reasons that are counted apart. Data can be wrong in as many ways as it has records."""
 
 _COUNTS = {
+    "media": "images",
     "rejected": "rejected",
     "dropped": "dropped",
     "dropped_tokens": "dropped tokens",
     "truncated": "truncated",
     "truncated_tokens": "truncated tokens",
+    "truncated_media": "truncated images",
     "unanswered": "without an answer",
     "split": "split",
     "split_pieces": "segments of split examples",

@@ -11,11 +11,13 @@ from raysft.storage.json_files import flat, write_jsonl
 from raysft.storage.run_directory import RunDirectory
 
 COUNTED = {
+    "media": "{:,} images",
     "rejected": "{:,} rejected",
     "dropped": "{:,} dropped",
     "dropped_tokens": "{:,} tokens in them",
     "truncated": "{:,} truncated",
     "truncated_tokens": "{:,} tokens cut off",
+    "truncated_media": "{:,} images cut off",
     "unanswered": "{:,} without an answer",
     "split": "{:,} split",
     "split_pieces": "into {:,}",
@@ -89,7 +91,7 @@ def _source(manifest: Manifest, duplicates: Mapping[str, int]) -> SourcePlan:
         longest=int(manifest.lengths.max()),
         rejected=len(manifest.rejected),
         dropped=len(manifest.dropped),
-        counts={**manifest.counts, **duplicates},
+        counts={**manifest.counts, **duplicates, **({"media": manifest.media} if manifest.media else {})},
         formats=manifest.formats,
         reused=manifest.reused,
     )

@@ -61,6 +61,8 @@ class Manifest:
     """Name of the set in the cache, which identifies its content."""
     reused: bool = False
     """True if the set was in the cache already."""
+    media: int = 0
+    """Images and videos of its examples."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -250,6 +252,7 @@ def load_manifest(path: StoragePath, reused: bool = False) -> Manifest:
             weights=columns.get("weight"),
             key=files.key,
             reused=reused,
+            media=metadata.get("media", 0),
         )
 
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raysft.data.shards.manifest import Shard
+from raysft.data.shards.media_column import media_column
 from raysft.data.shards.shard_set import ShardSet
 from raysft.data.sources.content import content_digest, piece_digest
 from raysft.data.sources.formats import to_examples
@@ -138,6 +139,7 @@ class ShardWriter:
             turns=self.turns,
             formats=tuple(sorted(self.formats)),
             digests=np.frombuffer(b"".join(self.digests), np.uint64).reshape(-1, 2),
+            media=sum(max(len(example.media), len(example.prompt_media)) for example in self.examples),
         )
 
 
@@ -168,6 +170,10 @@ def _table(examples: Sequence[TokenizedExample], with_prompts: bool) -> pa.Table
         columns["prompt"] = pa.array([example.prompt for example in examples])
         columns["prompt_ids"] = _list_column([example.prompt_ids for example in examples])
         columns["reference"] = pa.array([example.reference for example in examples])
+        if any(example.prompt_media for example in examples):
+            columns["prompt_media"] = media_column([example.prompt_media for example in examples])
+    if any(example.media for example in examples):
+        columns["media"] = media_column([example.media for example in examples])
     return pa.table(columns)
 
 

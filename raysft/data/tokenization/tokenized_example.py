@@ -9,7 +9,7 @@ import numpy as np
 
 from raysft.config import Config
 from raysft.data.tokenization.turn_ends import Observations
-from raysft.data.types import IGNORE_INDEX, Rejected
+from raysft.data.types import IGNORE_INDEX, Rejected, TokenizedMedium
 
 NO_IDS = np.empty(0, np.int32)
 
@@ -66,6 +66,10 @@ class TokenizedExample:
     prompt_ids: np.ndarray = field(default_factory=lambda: NO_IDS)
     reference: str = ""
     """Content of the last assistant turn."""
+    media: tuple[TokenizedMedium, ...] = ()
+    """Its images, with their places in ``input_ids``, in order."""
+    prompt_media: tuple[TokenizedMedium, ...] = ()
+    """The images of the prompt, with their places in ``prompt_ids``, in order."""
     counts: tuple[tuple[str, int], ...] = ()
     """Changes to report: ``truncated``, ``truncated_tokens``, ``split``, ``control_tokens`` …"""
     observations: Observations = ()
