@@ -15,7 +15,7 @@ from raysft.errors import one_line
 Format = Literal["alpaca", "sharegpt", "openai", "prompt_completion", "turns", "text", "tokenized"]
 Column = Literal[
     "messages", "conversations", "instruction", "input", "output", "system", "history", "tools", "prompt", "completion",
-    "turns", "text", "input_ids", "labels", "weight",
+    "turns", "text", "input_ids", "labels", "weight", "images", "videos", "audios",
 ]  # fmt: skip
 Tag = Literal["role", "content", "user", "assistant", "observation", "function", "system"]
 

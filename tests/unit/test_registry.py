@@ -16,7 +16,7 @@ from raysft.config.data import Column
 from raysft.data.sources import hub_subsets
 from raysft.data.sources.formats import to_examples
 from raysft.data.sources.registry import resolve_source
-from raysft.data.types import Example
+from raysft.data.types import Example, Rejected
 from raysft.errors import RequestError
 
 REGISTRY = {
@@ -222,6 +222,20 @@ def test_an_entry_without_columns_reads_only_conversations(tmp_path, form):
     assert item.tools == ()
 
 
+def test_media_are_read_from_the_columns_that_the_entry_names(tmp_path):
+    columns = {"messages": "conversations", "images": "pictures", "videos": "clips", "audios": "sounds"}
+    turns = [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}]
+    record = {"conversations": turns, "pictures": ["a.png"], "clips": [], "sounds": None, "images": ["other.png"]}
+    source = of_entry(tmp_path, file_name="a.json", formatting="sharegpt", columns=columns)
+    ((item, _),) = to_examples([("a:1", record)], source)
+    assert isinstance(item, Example), item
+    assert [medium.location for medium in item.messages[0].media] == ["a.png"]
+    for column, words in (("clips", "has videos"), ("sounds", "has audio")):
+        ((item, _),) = to_examples([("a:1", {**record, column: ["x"]})], source)
+        assert isinstance(item, Rejected)
+        assert words in item.reason
+
+
 FILE = {"file_name": "p.json"}
 
 
@@ -231,9 +245,6 @@ FILE = {"file_name": "p.json"}
         ({**FILE, "ranking": True}, "contains preferences (ranking), which raysft does not support; choose another"),
         ({**FILE, "columns": {"chosen": "c"}}, "contains preferences (columns.chosen)"),
         ({**FILE, "columns": {"kto_tag": "label"}}, "(columns.kto_tag), which raysft does not support; choose another"),
-        ({**FILE, "columns": {"images": "images"}}, "contains images (columns.images)"),
-        ({**FILE, "columns": {"videos": "v"}}, "contains videos"),
-        ({**FILE, "columns": {"audios": "a"}}, "contains audio"),
         ({"script_url": "x"}, "has script_url; set file_name, cloud_file_name, hf_hub_url or ms_hub_url"),
         ({"om_hub_url": "x/y"}, "has om_hub_url; set file_name"),
         ({}, "has no location; set file_name"),

@@ -88,7 +88,10 @@ def test_every_form_of_a_call_becomes_the_same(record, form):
         ({"from": "function_call", "value": "add(1)"}, "is a function call and must be JSON"),
         ({"from": "function_call", "value": "[3]"}, "a function with name and arguments"),
         ({"role": "assistant", "content": "x", "tool_calls": [{"function": {}}]}, "a function with name and arguments"),
-        ({"role": "user", "content": [{"type": "image_url"}]}, "text parts only, but has a part of type 'image_url'"),
+        (
+            {"role": "user", "content": [{"type": "video"}]},
+            "has a part of type 'video', but raysft trains on text and images",
+        ),
         ({"role": "assistant", "content": "x", "train": "maybe"}, "train must be true or false, but is 'maybe'"),
     ],
 )

@@ -16,6 +16,7 @@ from raysft.data.sources.columns import (
     field_reader,
     filled_columns,
 )
+from raysft.data.sources.media_parts import column_images, place_images
 from raysft.data.sources.messages import parse_turns, require_list, require_text
 from raysft.data.sources.readers import RawRecord, Unreadable, parse_record
 from raysft.data.sources.tool_calls import nested_strings, parse_tools, tool_schemas
@@ -61,12 +62,18 @@ def to_example(record: Record, form: str, source: Source, location: str) -> Exam
     unanswered = check_columns(record, form, source)
     read = field_reader(record, source)
     weight = _weight(read("weight"))
+    images = column_images(read)
+    if images and _is_text(form, read, unanswered):
+        raise ValueError(
+            f"has {len(images)} images, but only conversations can have them, and this is format {form}; write messages, or ignore "
+            "the column with columns: {images: null}"
+        )
     if form == "text":
         return Example(source.name, location, text=_full_text(read("text"), "text"), weight=weight)
     if form == "tokenized":
         ids, labels = _token_ids(read)
         return Example(source.name, location, ids=ids, labels=labels, weight=weight)
-    if form == "prompt_completion" and isinstance(read("prompt" if unanswered else "completion"), str):
+    if _is_text(form, read, unanswered):
         prompt = require_text(read("prompt"), "prompt")
         if not unanswered and not require_text(read("completion"), "completion").strip():
             unanswered = "the completion is empty"
@@ -75,6 +82,8 @@ def to_example(record: Record, form: str, source: Source, location: str) -> Exam
             source.name, location, text=text, prompt_length=len(prompt), weight=weight, unanswered=unanswered
         )
     messages = tuple(_messages(form, read, source.tags, bool(unanswered)))
+    if images or any(message.media for message in messages):
+        messages = place_images(messages, images)
     unanswered = unanswered or _lacks_answer(messages, form)
     if unanswered:
         messages = (*(messages[:-1] if _is_empty(messages[-1]) else messages), Message("assistant", STAND_IN))
@@ -85,6 +94,13 @@ def to_example(record: Record, form: str, source: Source, location: str) -> Exam
     for text in nested_strings(tools):
         require_text(text, "tools")
     return Example(source.name, location, messages=messages, tools=tools, weight=weight, unanswered=unanswered)
+
+
+def _is_text(form: str, read: FieldReader, unanswered: str) -> bool:
+    """True if a record is no conversation: raw text, token IDs, or a prompt and its completion as texts."""
+    if form == "prompt_completion":
+        return isinstance(read("prompt" if unanswered else "completion"), str)
+    return form in ("text", "tokenized")
 
 
 def _messages(form: str, read: FieldReader, tags: Mapping[Any, str], unanswered: bool) -> Iterator[Message]:

@@ -10,16 +10,21 @@ import numpy as np
 
 from raysft.data.types import Example
 from raysft.errors import RequestError
+from raysft.media.files import digest
 
 
 def opening(example: Example) -> str:
     """Text that decides the split of an example: its first user turn, its prompt, its whole text, or its first token IDs.
 
-    Case, punctuation and spaces are ignored, so that near duplicates get the same split.
+    Case, punctuation and spaces are ignored, so that near duplicates get the same split. Images of the turn, or before it, count
+    as the record names them, or by their bytes if it holds them: no file is read.
     """
-    text = next((message.content for message in example.messages if message.role == "user"), "")
+    asked = next((index for index, message in enumerate(example.messages) if message.role == "user"), None)
+    text = "" if asked is None else example.messages[asked].content
     text = text or example.text[: example.prompt_length] or example.text or " ".join(map(str, example.ids[:64]))
-    return " ".join(re.findall(r"\w+", text.casefold())) or text
+    words = " ".join(re.findall(r"\w+", text.casefold())) or text
+    media = [] if asked is None else [medium for message in example.messages[: asked + 1] for medium in message.media]
+    return "\0".join([words, *(medium.location or digest(medium.content) for medium in media)])
 
 
 def opening_hash(example: Example) -> int:

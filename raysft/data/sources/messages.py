@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from raysft.data.sources.media_parts import parse_parts
 from raysft.data.sources.tool_calls import nested_strings, parse_tool_call
-from raysft.data.types import Message, Record
+from raysft.data.types import MEDIUM, Medium, Message, Record
 
 ROLES = {
     "system": "system",
@@ -77,9 +78,11 @@ def _message(turn: Record, where: str, roles: Mapping[str, str], tags: Mapping[A
         raise ValueError(f"{where} must have {role_key!r} and {text_key!r}, but is {turn!r:.60}")
     if role is None:
         raise ValueError(f"{where} has the unknown role {name!r:.40}; known roles: {', '.join(roles)}")
-    content = _content(turn.get(text_key), f"{where}.{text_key}")
+    content, media = _content(turn.get(text_key), f"{where}.{text_key}")
     renamed = ROLES.get(str(name)) != role
     if role == "function":
+        if media:
+            raise ValueError(f"{where} is a function call, but has an image; move it to another turn")
         role = "assistant"
         content, calls = _parse_calls(content, calls, where)
     calls = require_list(calls, f"{where}.tool_calls", "calls") if calls else []
@@ -87,7 +90,8 @@ def _message(turn: Record, where: str, roles: Mapping[str, str], tags: Mapping[A
     consumed = {*CONSUMED_KEYS, role_key, text_key}
     extra = {key: value for key, value in turn.items() if key not in consumed and value is not None}
     standard = (role_key, text_key) == ("role", "content") and not renamed
-    original = _original(turn, function_call is not None) if standard else None
+    # Templates get a conversation with images in parts of its own, whatever names the record's parts have.
+    original = _original(turn, function_call is not None) if standard and not media else None
     for text in nested_strings((tool_calls, extra, original)):
         require_text(text, where)
     return Message(
@@ -97,29 +101,30 @@ def _message(turn: Record, where: str, roles: Mapping[str, str], tags: Mapping[A
         trainable=_trainable(turn, where),
         extra=extra,
         original=original,
+        media=tuple(media),
     )
 
 
 def _original(turn: Record, has_function_call: bool) -> Record | None:
-    """The turn without training keys and nulls; None if it is just role and content, or if templates lack its role."""
+    """The turn without training keys and nulls; None if it is just role and content, or if templates lack its role or parts."""
     hidden = TRAINING_KEYS if has_function_call else (*TRAINING_KEYS, "function_call")
     original = {key: value for key, value in turn.items() if key not in hidden and value is not None}
+    parts = original.get("content")
+    if isinstance(parts, list) and any(part["type"] != "text" for part in parts):
+        return None
     if original["role"] not in TEMPLATE_ROLES:
         return None
     says_more = list(original) != ["role", "content"] or not isinstance(original["content"], str)
     return original if says_more or ROLES[original["role"]] != original["role"] else None
 
 
-def _content(value: Any, where: str) -> str:
-    """Text of a turn; in OpenAI's format it may be a list of parts."""
+def _content(value: Any, where: str) -> tuple[str, Sequence[Medium]]:
+    """Text of a turn, and its images; in OpenAI's format it may be a list of parts."""
     if value is None:
-        return ""
+        return "", ()
     if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
-        other_types = [part.get("type") for part in value if part.get("type") != "text"]
-        if other_types:
-            raise ValueError(f"{where} must contain text parts only, but has a part of type {other_types[0]!r}")
-        return "".join(require_text(part.get("text"), where) for part in value)
-    return require_text(value, where)
+        return parse_parts(value, where, require_text)
+    return require_text(value, where), ()
 
 
 def _parse_calls(content: str, given: Any, where: str) -> tuple[str, Any]:
@@ -157,13 +162,17 @@ def _trainable(turn: Record, where: str) -> bool:
 
 
 def require_text(value: Any, field: str) -> str:
-    """Return the value if it is valid Unicode text.
+    """Return the value if it is valid Unicode text without the character that stands for a medium.
 
     Raises:
         ValueError: it is not.
     """
     if not isinstance(value, str):
         raise ValueError(f"{field} must be text, but is {value!r:.40}")
+    if MEDIUM in value:
+        raise ValueError(
+            f"{field} contains the private character U+{ord(MEDIUM):X}, which stands for images here; remove it"
+        )
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -33,6 +33,9 @@ FIELDS = {
     "messages": "conversations",
     "system": "system",
     "tools": "tools",
+    "images": "images",
+    "videos": "videos",
+    "audios": "audios",
 }
 """Column name in a registry → field of a source."""
 COLUMNS = {
@@ -46,14 +49,7 @@ FOREIGN_COLUMNS = {"alpaca": ("messages",), "sharegpt": ("prompt", "query", "res
 TAGS = {f"{tag}_tag": tag for tag in get_args(Tag)}
 """Tag in a registry → tag of a source."""
 PREFERENCES = "preferences"
-UNSUPPORTED_COLUMNS = {
-    "chosen": PREFERENCES,
-    "rejected": PREFERENCES,
-    "kto_tag": PREFERENCES,
-    "images": "images",
-    "videos": "videos",
-    "audios": "audio",
-}
+UNSUPPORTED_COLUMNS = {"chosen": PREFERENCES, "rejected": PREFERENCES, "kto_tag": PREFERENCES}
 """Column that is not supported → what a dataset with it contains."""
 ENTRY_KEYS = (
     *LOCATION_KEYS,

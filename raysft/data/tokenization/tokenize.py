@@ -102,6 +102,9 @@ class ExampleTokenizer:
 
     def _prepare(self, example: Example) -> _Prepared | Rejected:
         """Render an example, and handle control tokens in its texts."""
+        if any(message.media for message in example.messages):
+            reason = "has images, but conversations with images cannot be tokenized yet; leave the record out"
+            return Rejected(example.source, example.record, reason)
         counts: list[tuple[str, int]] = []
         has_control_tokens = self.control_tokens.found_in(example)
         if has_control_tokens:

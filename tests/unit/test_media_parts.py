@@ -1,0 +1,236 @@
+"""Images of records, in every form in which records have them: which image stands where in which turn."""
+
+from __future__ import annotations
+
+import json
+from base64 import b64encode
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from raysft.config import Source
+from raysft.data.sources.files import find_files
+from raysft.data.sources.formats import to_examples
+from raysft.data.sources.holdout import opening_hash
+from raysft.data.sources.readers import read_raw
+from raysft.data.types import MEDIUM, Example, Medium, Rejected
+
+PNG = b"\x89PNG one"
+DATA_URL = "data:image/png;base64," + b64encode(PNG).decode()
+
+
+def item(record, **options) -> Example | Rejected:
+    ((found, _),) = to_examples([("a:1", record)], Source(name="s", **options))
+    return found
+
+
+def turns(record, **options) -> list[tuple[str, str, list[str | bytes]]]:
+    """Role, text with ◆ for each image, and images of each turn."""
+    found = item(record, **options)
+    assert isinstance(found, Example), found
+    return [
+        (
+            message.role,
+            message.content.replace(MEDIUM, "◆"),
+            [medium.content or medium.location for medium in message.media],
+        )
+        for message in found.messages
+    ]
+
+
+def reason(record, **options) -> str:
+    found = item(record, **options)
+    assert isinstance(found, Rejected), found
+    assert "\n" not in found.reason
+    return found.reason
+
+
+def openai(*parts, **columns):
+    return {"messages": [{"role": "user", "content": list(parts)}, {"role": "assistant", "content": "a"}], **columns}
+
+
+TEXT = {"type": "text", "text": "q"}
+
+
+@pytest.mark.parametrize(
+    ("part", "image"),
+    [
+        ({"type": "image", "image": "a.png"}, "a.png"),
+        ({"type": "image", "url": "https://x.org/a.png"}, "https://x.org/a.png"),
+        ({"type": "image", "path": "/x/a.png"}, "/x/a.png"),
+        ({"type": "image", "image": None, "text": None, "path": "a.png"}, "a.png"),
+        ({"type": "image", "base64": b64encode(PNG).decode()}, PNG),
+        ({"type": "image", "image": {"bytes": PNG, "path": "a.png"}}, PNG),
+        ({"type": "image", "image": {"bytes": b64encode(PNG).decode()}}, PNG),
+        ({"type": "image", "image": {"bytes": None, "path": "a.png"}}, "a.png"),
+        ({"type": "image_url", "image_url": {"url": "s3://b/a.png", "detail": "low"}}, "s3://b/a.png"),
+        ({"type": "image_url", "image_url": "s3://b/a.png"}, "s3://b/a.png"),
+        ({"type": "image_url", "image_url": {"url": DATA_URL}}, PNG),
+        ({"type": "input_image", "image_url": DATA_URL}, PNG),
+    ],
+)
+def test_a_part_holds_or_names_its_image(part, image):
+    assert turns(openai(TEXT, part)) == [("user", "q◆", [image]), ("assistant", "a", [])]
+
+
+def test_parts_keep_their_order_and_the_record_keeps_no_parts_for_the_template():
+    record = openai(
+        {"type": "image", "image": "1"}, {"type": "input_text", "text": "and"}, {"type": "image", "image": "2"}, TEXT
+    )
+    assert turns(record)[0] == ("user", "◆and◆q", ["1", "2"])
+    found = item(record)
+    assert isinstance(found, Example)
+    assert [message.original for message in found.messages] == [None, None]
+
+
+def test_parts_without_a_value_take_the_images_of_the_column_in_the_order_of_the_turns():
+    bare = {"type": "image", "text": None}
+    record = {
+        "messages": [
+            {"role": "user", "content": [bare, TEXT]},
+            {"role": "assistant", "content": [{"type": "text", "text": "<image> is a tag"}]},
+            {"role": "user", "content": [TEXT, bare, {"type": "image", "image": "own"}, bare]},
+            {"role": "assistant", "content": "a"},
+        ],
+        "images": ["1", {"bytes": PNG, "path": None}, "3"],
+    }
+    assert turns(record) == [
+        ("user", "◆q", ["1"]),
+        ("assistant", "<image> is a tag", []),
+        ("user", "q◆◆◆", [PNG, "own", "3"]),
+        ("assistant", "a", []),
+    ]
+
+
+RECORDS: list[dict[str, Any]] = [
+    {"instruction": "<image>q", "input": "x<image>", "output": "a"},
+    {"instruction": "q<image>", "output": "a", "history": [["<image>", "b"]]},
+    {"conversations": [{"from": "human", "value": "<image>q<image>"}, {"from": "gpt", "value": "a"}]},
+    {"messages": [{"role": "user", "content": "<image>q<image>"}, {"role": "assistant", "content": "a"}]},
+    {"prompt": [{"role": "user", "content": "<image>q<image>"}], "completion": [{"role": "assistant", "content": "a"}]},
+    {"turns": ["<image>q<image>", "a"]},
+]
+
+
+@pytest.mark.parametrize(
+    "record", RECORDS, ids=[f"{next(iter(record))}{index}" for index, record in enumerate(RECORDS)]
+)
+def test_marks_take_the_images_of_the_column(record):
+    found = turns({**record, "images": ["1", DATA_URL]})
+    assert [image for _, _, images in found for image in images] == ["1", PNG]
+    for _, text, images in found:
+        assert "<image>" not in text
+        assert text.count("◆") == len(images)
+    # Without images, null and empty, the same words are text, as in HTML.
+    for columns in ({}, {"images": None}, {"images": []}, {"images": ""}, {"images": [None]}):
+        plain = turns({**record, **columns})
+        assert sum(text.count("<image>") for _, text, _ in plain) == 2
+        assert not any(images for _, _, images in plain)
+
+
+def test_a_column_may_hold_one_image_and_have_another_name():
+    record = {"instruction": "<image>q", "output": "a", "picture": {"bytes": PNG}}
+    options = {"columns": {"images": "picture"}}
+    assert turns(record, **options)[0] == ("user", "◆q", [PNG])
+    assert turns({**record, "picture": "a.png"}, **options)[0][2] == ["a.png"]
+    assert turns({**record, "picture": '["[1].png"]'}, **options)[0][2] == ["[1].png"]
+    assert turns({**record, "picture": "[1].png"}, **options)[0][2] == ["[1].png"]
+    assert turns(record)[0] == ("user", "<image>q", [])
+    assert turns({**record, "images": ["x"]}, columns={"images": None})[0] == ("user", "<image>q", [])
+
+
+def test_marks_in_the_system_text_are_words():
+    record = {
+        "conversations": [
+            {"from": "system", "value": "Look where <image> is."},
+            {"from": "human", "value": "<image>"},
+            {"from": "gpt", "value": "a"},
+        ],
+        "images": ["1"],
+    }
+    assert turns(record)[:2] == [("system", "Look where <image> is.", []), ("user", "◆", ["1"])]
+
+
+def test_marks_and_images_must_agree_in_number():
+    record = {"instruction": "<image>q", "output": "a"}
+    assert "1 and the images column 2" in reason({**record, "images": ["1", "2"]})
+    assert "2 and the images column 1" in reason({**record, "instruction": "<image><image>", "images": ["1"]})
+    assert "0 and the images column 1" in reason({**record, "instruction": "q", "images": "1"})
+    assert "columns: {images: null}" in reason({**record, "instruction": "q", "images": "1"})
+    assert "1 and the images column 0" in reason(openai({"type": "image"}, TEXT))
+    assert "2 and the images column 1" in reason(openai({"type": "image"}, {"type": "image"}, images=["1"]))
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"text": "t", "images": ["1"]}, "only conversations"),
+        ({"input_ids": [1, 2], "images": ["1"]}, "only conversations"),
+        ({"prompt": "p", "completion": "c", "images": ["1"]}, "only conversations"),
+        ({"turns": ["q", "a"], "videos": ["v.mp4"]}, "has videos (videos)"),
+        ({"turns": ["q", "a"], "audios": "v.wav"}, "has audio (audios)"),
+        (openai({"type": "video", "video": "v.mp4"}), "part of type 'video'"),
+        (openai({"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}), "part of type 'input_audio'"),
+        (openai({"type": "image", "image": "a", "max_pixels": 9}), "data.image_max_pixels"),
+        (openai({"type": "image", "image": 3}), "must be a path"),
+        (
+            {"messages": [{"role": "user", "content": "q"}, {"role": "function_call", "content": [{"type": "image"}]}]},
+            "call",
+        ),
+        (openai({"type": "image", "image": {"bytes": b""}}), "empty"),
+        (openai({"type": "image", "image": {"width": 3}}), "bytes or a path"),
+        (openai({"type": "image", "image": "data:image/png;base64"}), "no comma"),
+        (openai({"type": "image", "image": "data:image/png;base64,@@"}), "base64"),
+        (openai({"type": "text", "text": f"q{MEDIUM}"}), "U+F1A9E"),
+        ({"turns": [MEDIUM, "a"]}, "U+F1A9E"),
+        ({"turns": ["q", "a"], "tools": json.dumps([{"name": MEDIUM}])}, "U+F1A9E"),
+        ({"instruction": "<image>", "output": "a", "images": ["1", None]}, "images[1]"),
+        ({"instruction": "<image>", "output": "a", "images": [["1", "2"]]}, "images[0]"),
+    ],
+)
+def test_what_cannot_be_used_is_rejected_in_one_line(record, words):
+    assert words in reason(record)
+
+
+def test_a_data_url_need_not_be_base64_and_long_base64_needs_no_header():
+    assert turns(openai({"type": "image", "image": "data:image/svg+xml,%3Csvg%20"}))[0][2] == [b"<svg "]
+    content = PNG * 1000
+    assert turns(openai({"type": "image", "image": b64encode(content).decode()}))[0][2] == [content]
+
+
+def test_images_of_a_parquet_file_are_read_as_datasets_writes_them(tmp_path):
+    """Bytes that are UTF-8 by chance, as those of a small PGM image, are bytes as well."""
+    ascii_image = b"P5 2 1 127\n\x00\x7f"
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    question = {"role": "user", "content": [{"type": "image", "text": None}, TEXT]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "a"}]}
+    images = [{"bytes": PNG, "path": "a.png"}, {"bytes": ascii_image, "path": None}, {"bytes": None, "path": "c.png"}]
+    table = pa.table(
+        {
+            "messages": pa.array([[question, answer]] * 3),
+            "images": pa.array([[image] for image in images], pa.list_(kind)),
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    source = Source(name="s", path=str(tmp_path / "a.parquet"))
+    (file,) = find_files(source)
+    examples = [found for found, _ in to_examples(((place, raw) for place, _, raw in read_raw(file)), source)]
+    assert all(isinstance(found, Example) for found in examples), examples
+    found = [message.media for example in examples for message in example.messages[:1]]  # type: ignore[union-attr]
+    assert found == [(Medium("image", "", PNG),), (Medium("image", "", ascii_image),), (Medium("image", "c.png"),)]
+
+
+def test_the_same_question_about_other_images_is_another_opening():
+    """ "Which digit is this?" about 1,797 pictures would else be held out as a whole or not at all."""
+
+    def hash_of(record) -> int:
+        found = item(record)
+        assert isinstance(found, Example), found
+        return opening_hash(found)
+
+    hashes = {image: hash_of(openai({"type": "image", "image": image}, TEXT)) for image in ("1", "2", DATA_URL)}
+    assert len(set(hashes.values())) == 3
+    again = {"conversations": [{"from": "human", "value": "<image>Q!"}, {"from": "gpt", "value": "b"}], "images": ["1"]}
+    assert hash_of(again) == hashes["1"]
