@@ -33,6 +33,7 @@ def _conflicts(config: Config) -> Iterator[str]:
     yield from _raw_text(config)
     yield from optimizer_conflicts(config)
     yield from _adapters(config)
+    yield from _parts(config)
     if config.model.finetuning == "lora":
         yield from _lora(config)
     if config.model.quantization:
@@ -70,6 +71,29 @@ def _adapters(config: Config) -> Iterator[str]:
         yield (
             "model.new_adapter=true requires adapters to merge, but model.adapters is empty; "
             "list them or remove model.new_adapter"
+        )
+
+
+def _parts(config: Config) -> Iterator[str]:
+    model, named = config.model, f"model.train_parts={as_yaml(config.model.train_parts)}"
+    if model.adapter is not None and model.train_parts == ["projector"]:
+        yield (
+            f"model.finetuning={model.finetuning} needs language or vision to put adapters on, but {named}; "
+            "set model.finetuning=full, which trains the projector alone, or add one of them"
+        )
+    if "language" in model.train_parts:
+        return
+    if model.finetuning == "freeze":
+        yield (
+            f"model.finetuning=freeze trains layers of the language model, but {named}; "
+            "set model.finetuning=full, which trains these parts alone, or add language"
+        )
+    if model.new_tokens.tokens:
+        yield f"model.new_tokens needs embeddings trained, but {named}; add language, or remove model.new_tokens"
+    if model.new_layers:
+        yield (
+            f"model.new_layers={model.new_layers} adds layers to the language model, but {named}; "
+            "add language, or remove model.new_layers"
         )
 
 

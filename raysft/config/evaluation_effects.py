@@ -26,7 +26,8 @@ _KEYS = {
         stage
         model.new_tokens.plain model.new_tokens.special model.new_tokens.descriptions model.new_tokens.noise
         model.new_layers
-        model.dtype model.finetuning model.freeze.layers model.freeze.spread model.freeze.modules model.freeze.extra_modules
+        model.dtype model.finetuning model.train_parts
+        model.freeze.layers model.freeze.spread model.freeze.modules model.freeze.extra_modules
         model.lora.target model.lora.extra_modules model.lora.dora model.lora.pissa model.lora.pissa_iterations
         model.oft.block_size model.oft.dropout model.oft.target model.oft.extra_modules model.new_adapter
         model.quantization model.quantization_type model.double_quantization model.attention model.liger

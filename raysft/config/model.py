@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from raysft.config.section import Count, PathOrHubId, Positive, Section, Text
 from raysft.config.train import Targets
 from raysft.errors import as_yaml
+
+Part = Literal["language", "projector", "vision"]
 
 
 class FreezeSection(Section):
@@ -156,6 +158,12 @@ class ModelSection(Section):
     finetuning: Literal["full", "freeze", "lora", "oft"] = "lora"
     """Weights to train. ``full``: all; ``freeze``: those of some layers; ``lora``: low-rank adapters; ``oft``: orthogonal
     adapters."""
+    train_parts: Annotated[list[Part], Field(min_length=1)] = ["language"]
+    """Parts to train of a model for text and images: ``language`` (decoder, embeddings and output head), ``projector`` (what turns
+    an image's features into tokens of the language model) and ``vision`` (what sees the image). With ``lora`` and ``oft``,
+    ``language`` and ``vision`` get adapters, and the projector is trained in full and saved with them; with ``freeze``, the
+    projector and ``vision`` are trained whole. Parts that see images need data with images. A model for text alone is
+    ``language``."""
     freeze: FreezeSection = FreezeSection()
     """Layers to train with ``finetuning: freeze``."""
     lora: LoraSection = LoraSection()
@@ -179,6 +187,13 @@ class ModelSection(Section):
     if the package flash-attn is installed, otherwise PyTorch's SDPA."""
     liger: bool = False
     """Use Liger's fused kernels on GPU (extra ``liger``)."""
+
+    @field_validator("train_parts")
+    @classmethod
+    def _each_part_once(cls, value: list[Part]) -> list[Part]:
+        if twice := next((part for part in value if value.count(part) > 1), None):
+            raise ValueError(f"names {twice} twice; name each part once")
+        return [part for part in get_args(Part) if part in value]
 
     @field_validator("trust_remote_code", mode="before")
     @classmethod

@@ -78,7 +78,8 @@ _KEYS = {
         stage run.seed
         model.new_tokens.plain model.new_tokens.special model.new_tokens.descriptions model.new_tokens.noise
         model.new_layers
-        model.dtype model.finetuning model.freeze.layers model.freeze.spread model.freeze.modules model.freeze.extra_modules
+        model.dtype model.finetuning model.train_parts
+        model.freeze.layers model.freeze.spread model.freeze.modules model.freeze.extra_modules
         model.lora.rank model.lora.alpha model.lora.target model.lora.extra_modules model.lora.dora model.lora.rslora
         model.lora.pissa model.lora.pissa_iterations model.oft.block_size model.oft.target model.oft.extra_modules
         model.new_adapter model.quantization model.quantization_type model.double_quantization

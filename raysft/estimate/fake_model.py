@@ -13,9 +13,9 @@ from raysft.models.attention import kernel, without_adapters
 from raysft.models.decoder_layers import decoder_layers
 from raysft.models.lora_targets import linear_layers
 from raysft.models.model_class import auto_class
-from raysft.train.finetuning import freeze
 from raysft.train.new_adapter import add_adapter, peft_config
 from raysft.train.parameter_groups import is_inner_matrix, outside_layers
+from raysft.train.trained_weights import choose_weights
 
 PERSISTENT = 100_000
 """Elements below which DeepSpeed's ZeRO-3 keeps a weight whole on each worker (``stage3_param_persistence_threshold``)."""
@@ -40,9 +40,8 @@ def model_without_weights(config: Config, hf_config: Any, adapter: str | None = 
         model.config.use_cache = False
         if config.train.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        if config.model.finetuning == "freeze":
-            freeze(model, config)
-        elif config.model.adapter is not None:
+        choose_weights(model, config)
+        if config.model.adapter is not None:
             model = _adapted(model, config, adapter)
     return model.to(dtype)
 

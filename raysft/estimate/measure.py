@@ -122,7 +122,13 @@ def _key(config: Config, hf_config: Any, adapter: str | None, microbatch: Microb
         "microbatch": asdict(microbatch),
         "rows": config.micro_batch_size,
         "types": [config.dtype, config.autocast, config.scaling.use_gpu],
-        "trained": [model.finetuning, model.freeze.model_dump(), model.lora.model_dump(), model.oft.model_dump()],
+        "trained": [
+            model.finetuning,
+            model.train_parts,
+            model.freeze.model_dump(),
+            model.lora.model_dump(),
+            model.oft.model_dump(),
+        ],
         "attention": [model.attention, config.data.packing, config.data.sequence_length],
         "train": [train.gradient_checkpointing, train.zero_stage == 3, train.loss, train.label_smoothing, train.z_loss],
     }

@@ -22,10 +22,10 @@ from raysft.estimate.fake_attention import NAME, fake_attention
 from raysft.estimate.fake_model import without_memory
 from raysft.estimate.sizes import Activations, Layers, Line, LossBytes
 from raysft.models.attention import EXAMPLEWISE, kernel, use_examplewise, without_adapters
+from raysft.models.decoder_layers import decoder_layers
 from raysft.models.fused_layers import ROTARY, fuse_layers
 from raysft.models.torch_internals import LiveBytes, fake_tensors
 from raysft.models.transformers_internals import attention_implementation, can_set_attention
-from raysft.train.finetuning import decoder_layers
 from raysft.train.loss import TokenLoss
 from raysft.train.objective import objective_of
 from raysft.train.reference import Reference

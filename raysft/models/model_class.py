@@ -32,21 +32,11 @@ def loaded_config(hf_config: Any) -> Any:
     return text_config(hf_config) if auto_class(hf_config) is AutoModelForCausalLM else hf_config
 
 
-def towers(model: Any) -> list[Any]:
-    """Return the parts of a model that only images, video or sound go through: neither decoder nor output head."""
-    if not hasattr(model, "get_decoder") or not hasattr(model.config, "vision_config"):
-        return []
-    inside = {id(module) for part in (model.get_decoder(), model.get_output_embeddings()) for module in part.modules()}
-    found: list[Any] = []
+def sees_images(model: Any) -> bool:
+    """Return True for a model that is loaded with the parts that images go through."""
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    def collect(module: Any) -> None:
-        for child in module.children():
-            if id(child) in inside:
-                continue
-            if any(id(part) in inside for part in child.modules()):
-                collect(child)
-            else:
-                found.append(child)
-
-    collect(model)
-    return found
+    if not hasattr(model, "get_decoder"):
+        return False
+    kind: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(model.config), None)
+    return hasattr(model.config, "vision_config") or (kind is not None and isinstance(model, kind))

@@ -15,6 +15,7 @@ from raysft.data.tokenization.tokenizer import load_once
 from raysft.errors import RequestError
 from raysft.models.reference_model import ReferenceFiles, find_reference
 from raysft.models.weight_files import check_weights, embedding_rows
+from raysft.run.trained_parts import check_images
 from raysft.storage import hub_snapshots
 from raysft.storage.local_cache import local_copy, model_copy, on_hub
 
@@ -106,6 +107,7 @@ def prepare_data(config: Config, files: ModelFiles, notify: Callable[[str], None
     from raysft.train.deepspeed_config import deepspeed_settings
 
     prepared = prepare(config, files.model, notify)
+    check_images(config, prepared.train)
     manifests = (*prepared.train, *prepared.eval, *prepared.prompts)
     tokenizer = load_once(files.model, config.model.runs_code)
     largest = (manifest.largest_token for manifest in manifests)
@@ -140,7 +142,8 @@ def untrained_ends(config: Config, files: ModelFiles, prepared: PreparedData) ->
     from raysft.models.weight_files import EMBEDDINGS, holds_embeddings
 
     model = config.model
-    if config.stage != "sft" or model.finetuning == "full" or model.new_tokens.tokens:
+    whole = model.finetuning == "full" and "language" in model.train_parts
+    if config.stage != "sft" or whole or model.new_tokens.tokens:
         return ()
     section = model.adapter or model.freeze
     chosen = model.adapter.target if model.adapter else ()

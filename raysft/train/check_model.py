@@ -74,6 +74,7 @@ def _names_modules(config: Config) -> bool:
     special = section is not None and (section.target != "all" or section.extra_modules or section.dropout)
     return (
         model.finetuning == "freeze"
+        or model.train_parts != ["language"]
         or bool(special or (section and model.new_tokens.tokens))
         or model.lora.pissa
         or model.lora.dora

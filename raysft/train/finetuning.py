@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 from transformers import AutoConfig
 
 from raysft.config import Config
+from raysft.config.model import Part
 from raysft.errors import RequestError, as_yaml, one_line
 from raysft.models.adapter_files import adapter_base, base_name
 from raysft.models.adapters import load_adapter, load_with_base
 from raysft.models.attention import kernel, use_examplewise, without_adapters
-from raysft.models.decoder_layers import decoder_layers, spread_layers
 from raysft.models.loading import load_weights
-from raysft.models.lora_targets import linear_layers
-from raysft.models.model_class import towers
+from raysft.models.lora_targets import linear_layers, modules_in, targeted
+from raysft.models.model_class import sees_images
+from raysft.models.model_parts import part_of
 from raysft.models.new_tokens import vocabulary_modules
 from raysft.models.quantization import keep_layout, loading_options, method_of
 from raysft.models.remote_code import reference_runs_code
 from raysft.storage.local_cache import local_copy, model_copy
 from raysft.storage.path import StoragePath
 from raysft.train.new_adapter import add_adapter, peft_config
+from raysft.train.trained_weights import choose_weights
 
 
 def load_model(config: Config, path: str, device: torch.device | None = None, adapter: str | None = None) -> Any:
@@ -45,15 +46,11 @@ def load_model(config: Config, path: str, device: torch.device | None = None, ad
     """
     options = _options(config, device, config.model.runs_code)
     model = _prepared(load_weights(model_copy(path), **options), config)
-    for tower in towers(model):
-        tower.requires_grad_(False)
+    choose_weights(model, config)
     model.name_or_path = base_name(path)[0]  # adapters name it as their base: not this node's copy
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if config.model.finetuning == "full":
-        return model
-    if config.model.finetuning == "freeze":
-        freeze(model, config)
+    if config.model.adapter is None:
         return model
     return _with_adapter(model, config, path, adapter)
 
@@ -108,86 +105,17 @@ def _disable_layerdrop(model: nn.Module) -> None:
             module.layerdrop = 0.0  # type: ignore[assignment]
 
 
-def freeze(model: nn.Module, config: Config) -> None:
-    """Freeze all weights but those that ``model.freeze`` names.
-
-    Raises:
-        RequestError: the model has no such layers or modules.
-    """
-    section = config.model.freeze
-    prefix, count = decoder_layers(model)
-    layers = tuple(f"{prefix}.{index}." for index in trained_layers(config, count))
-    inside: Sequence[str] | None = None if section.modules == "all" else section.modules
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    in_layers = {part for name in names if name.startswith(layers) for part in name.split(".")[:-1]}
-    outside = {part for name in names if not name.startswith(f"{prefix}.") for part in name.split(".")[:-1]}
-    _check_names("model.freeze.modules", inside or (), in_layers)
-    _check_names("model.freeze.extra_modules", section.extra_modules, outside)
-    model.requires_grad_(False)
-    # A tied weight has several names; it is trained if any of them is chosen.
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        parts = set(name.split("."))
-        if name.startswith(f"{prefix}."):
-            trained = name.startswith(layers) and (inside is None or bool(parts & set(inside)))
-        else:
-            trained = bool(parts & set(section.extra_modules))
-        if trained:
-            parameter.requires_grad_(True)
-    for module in vocabulary_modules(model, config).values():
-        module.requires_grad_(True)
-
-
-def trained_layers(config: Config, count: int) -> list[int]:
-    """Return the layers, of so many, that ``finetuning: freeze`` trains.
-
-    Raises:
-        RequestError: the model has no such layers.
-    """
-    chosen = config.model.trained_layers
-    named = f"model.freeze.layers={as_yaml(chosen)}"
-    if isinstance(chosen, str):
-        return spread_layers(count, config.model.new_layers)
-    if isinstance(chosen, int):
-        if abs(chosen) > count:
-            raise RequestError(f"{named}, but the model has {count} layers; use at most {count}")
-        if config.model.freeze.spread:
-            return spread_layers(count, chosen)
-        return list(range(count - chosen, count) if chosen > 0 else range(-chosen))
-    outside = next((index for index in chosen if not -count <= index < count), None)
-    if outside is not None:
-        raise RequestError(
-            f"{named} names layer {outside}, but the model has {count} layers; use 0 to {count - 1}, or -{count} to -1"
-        )
-    indices = [index % count for index in chosen]
-    if twice := next(((index, place) for place, index in enumerate(indices) if index in indices[:place]), None):
-        index, place = twice
-        raise RequestError(
-            f"{named} names layer {index} of the model's {count} twice, also as {chosen[place]}; name each layer once"
-        )
-    return sorted(indices)
-
-
-def _check_names(key: str, names: Sequence[str], known: set[str]) -> None:
-    for name in names:
-        if name not in known:
-            listed = ", ".join(sorted(part for part in known if not part.isdigit()))
-            raise RequestError(
-                f"{key} names {name!r}, but the model has no such module there; use one of: {listed:.200}"
-            )
-
-
 def check_names(model: nn.Module, config: Config) -> None:
     """Check that a model, which may have no weights, has all modules that the config names.
 
     Raises:
         RequestError: a module is missing, or cannot have an adapter.
     """
-    if config.model.finetuning == "freeze":
-        freeze(model, config)
+    choose_weights(model, config)
     section = config.model.adapter
     if section is None:
         return
-    modules = {name for name, _ in model.named_modules()}
+    modules = set(modules_in(model, config.model.train_parts))
     _check_vocabulary(model, config, section)
     _check_tied(model, config, section)
     _check_pissa(model, config)
@@ -195,7 +123,8 @@ def check_names(model: nn.Module, config: Config) -> None:
         for name in () if names == "all" else names:
             if not any(module == name or module.endswith(f".{name}") for module in modules):
                 raise RequestError(
-                    f"model.{config.model.finetuning}.{key} names {name!r}, but the model has no such module; "
+                    f"model.{config.model.finetuning}.{key} names {name!r}, but the model has no such module"
+                    + (f" in {as_yaml(config.model.train_parts)} (model.train_parts); " if sees_images(model) else "; ")
                     + ("use names of its modules, or all" if key == "target" else "remove it")
                 )
     _check_adapter(model, config, section)
@@ -230,12 +159,11 @@ def _check_pissa(model: nn.Module, config: Config) -> None:
     lora = config.model.lora
     if config.model.finetuning != "lora" or not lora.pissa:
         return
-    layers = linear_layers(model)
+    parts = config.model.train_parts
+    names = linear_layers(model, parts) if lora.target == "all" else targeted(model, lora.target, parts)
+    ends = tuple(f".{each}" for each in names)
     for name, module in model.named_modules():
-        targeted = (
-            name in layers if lora.target == "all" else any(f".{name}".endswith(f".{target}") for target in lora.target)
-        )
-        if targeted and isinstance(module, nn.Linear) and module is not model.get_output_embeddings():  # type: ignore[operator]
+        if f".{name}".endswith(ends) and isinstance(module, nn.Linear) and module is not model.get_output_embeddings():  # type: ignore[operator]
             smaller = min(module.in_features, module.out_features)
             if lora.rank > smaller:
                 raise RequestError(
@@ -270,6 +198,7 @@ def _with_adapter(model: Any, config: Config, path: str, adapter: str | None) ->
     torch.manual_seed(config.run.seed)
     if adapter is not None:
         model = load_adapter(model, model_copy(adapter), is_trainable=True)
+        _check_parts(model, config, adapter)
         # Whatever base it names, this is the one that it is trained on and must be loaded with.
         adapter_config = model.peft_config["default"]
         adapter_config.base_model_name_or_path, adapter_config.revision = base_name(path)
@@ -283,6 +212,20 @@ def _with_adapter(model: Any, config: Config, path: str, adapter: str | None) ->
         model.pissa_start = tempfile.mkdtemp(prefix="raysft-pissa-")
         model.save_pretrained(model.pissa_start)
     return model
+
+
+def _check_parts(model: Any, config: Config, adapter: str) -> None:
+    """Refuse an adapter that trains other parts than the config says: it keeps its form."""
+    base = model.get_base_model()
+    part = part_of(base)
+    trains = {part(name) for name, weight in base.named_parameters() if weight.requires_grad}
+    wanted = config.model.train_parts
+    if trains != set(wanted):
+        there = as_yaml([each for each in get_args(Part) if each in trains])
+        raise RequestError(
+            f"model.adapters: {adapter} trains {there}, which stays as it is, but model.train_parts={as_yaml(wanted)}; "
+            f"set model.train_parts={there}, or model.new_adapter=true"
+        )
 
 
 def _use_liger(model: Any) -> None:

@@ -9,7 +9,8 @@ from torch import nn
 
 from raysft.config import Config
 from raysft.models.adapter_files import base_name
-from raysft.models.lora_targets import set_targets
+from raysft.models.lora_targets import modules_in, set_targets, targeted
+from raysft.models.model_parts import whole_modules
 from raysft.models.new_tokens import vocabulary_modules
 
 
@@ -35,15 +36,20 @@ def peft_config(model: nn.Module, config: Config, path: str) -> Any:
 
     section = config.model.lora if config.model.finetuning == "lora" else config.model.oft
     vocabulary, (base, revision) = vocabulary_modules(model, config), base_name(path)
+    parts = config.model.train_parts
+    projector = whole_modules(model, "projector") if "projector" in parts else []
     shared: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
-        "target_modules": "all-linear" if section.target == "all" else list(section.target),
+        "target_modules": "all-linear" if section.target == "all" else targeted(model, section.target, parts),
         # Full names: peft matches every module whose name ends like the given one, input_layernorm for norm.
         # An embedding that is also the head becomes two: a tied copy would not survive ZeRO, merging and all kinds of adapters.
         "modules_to_save": [
-            name
-            for name, _ in model.named_modules()
-            if f".{name}".endswith(tuple(f".{extra}" for extra in section.extra_modules)) or name in vocabulary
+            *(
+                name
+                for name in modules_in(model, parts)
+                if f".{name}".endswith(tuple(f".{extra}" for extra in section.extra_modules)) or name in vocabulary
+            ),
+            *projector,
         ]
         or None,
         "base_model_name_or_path": base,
@@ -64,5 +70,5 @@ def peft_config(model: nn.Module, config: Config, path: str) -> Any:
             **shared,
         )
     if section.target == "all":
-        set_targets(adapter_config, model)
+        set_targets(adapter_config, model, parts)
     return adapter_config

@@ -15,7 +15,8 @@ from raysft.estimate.fake_model import model_without_weights, sizes_of
 from raysft.models.decoder_layers import decoder_layers, spread_layers
 from raysft.models.new_layers import DESCRIPTION, expanded_config, with_new_layers
 from raysft.run.inputs import check_model_files
-from raysft.train.finetuning import load_model, trained_layers
+from raysft.train.finetuning import load_model
+from raysft.train.trained_weights import trained_layers
 from tests.messages import holds, refusal
 from tests.tiny import tiny_model, tiny_tokenizer
 

@@ -1,0 +1,35 @@
+"""Whether the data reaches the parts of a model that are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pyarrow.parquet as pq
+
+from raysft.config import Config
+from raysft.data.shards.manifest import Manifest
+from raysft.errors import RequestError, as_yaml
+
+MEDIA = "media"
+"""Column of the shards that have images."""
+
+
+def check_images(config: Config, manifests: Iterable[Manifest]) -> None:
+    """Refuse to train what sees images on text alone: it would stay as it is.
+
+    Args:
+        config: the run's config.
+        manifests: of the training sources.
+    """
+    parts = config.model.train_parts
+    beside = [part for part in parts if part != "language"]
+    if not beside or any(_has_images(manifest) for manifest in manifests):
+        return
+    raise RequestError(
+        f"model.train_parts={as_yaml(parts)} trains {' and '.join(beside)} on images, but data.train has none; set "
+        "model.train_parts=[language], or add data with images"
+    )
+
+
+def _has_images(manifest: Manifest) -> bool:
+    return any(MEDIA in path.read(pq.read_schema).names for path in manifest.shard_paths())
