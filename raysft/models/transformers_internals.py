@@ -43,6 +43,15 @@ def weight_conversions(model: Any) -> Any:
     return get_model_conversion_mapping(model)
 
 
+def keep_used_conversions(model: Any) -> None:
+    """Let a model be saved with the names that it was loaded from.
+
+    With ZeRO-3, transformers also keeps the conversions that changed no name, and would revert them when it saves.
+    """
+    if conversions := getattr(model, "_weight_conversions", None):
+        model._weight_conversions = [each for each in conversions if each.was_used()]
+
+
 def forget_quantizer(model: Any) -> None:
     """Let a model that was dequantized while it was loaded be saved as a plain one."""
     del model.config.quantization_config

@@ -10,6 +10,7 @@ from transformers import (
     MixtralForCausalLM,
     PreTrainedModel,
     conversion_mapping,
+    core_model_loading,
 )
 from transformers.models.auto import tokenization_auto
 from transformers.utils import chat_template_utils
@@ -89,3 +90,17 @@ def test_models_say_which_weights_stay_in_float32(model):
     model._keep_in_fp32_modules_strict = {"norm"}
     assert transformers_internals.kept_in_float32(model, "bfloat16") == ["norm"]
     assert transformers_internals.kept_in_float32(model, "float32") == []
+
+
+def test_models_keep_the_conversions_that_were_used(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert TRANSFORMERS.name(loaded, "_weight_conversions") == []
+    renaming = core_model_loading.WeightRenaming("former", "present")
+    loaded._weight_conversions = [renaming]
+    transformers_internals.keep_used_conversions(loaded)
+    assert loaded._weight_conversions == []
+    renaming.rename_source_key("former")
+    loaded._weight_conversions = [renaming]
+    transformers_internals.keep_used_conversions(loaded)
+    assert loaded._weight_conversions == [renaming]

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
+from raysft.models.adapters import load_adapter
+from raysft.models.model_parts import part_of
 from tests.shards import the_set, written
 from tests.tiny_vision import FAMILIES, tiny_vision_model
 from tests.training import (
@@ -22,7 +28,12 @@ from tests.training import (
 WAYS = {
     "full": {},
     "rows one by one": {"micro_batch_size": 1},
+    "zero 2": {"zero_stage": 2},
+    "zero 3": {"zero_stage": 3},
     "lora": {"finetuning": "lora"},
+    "lora zero 3": {"finetuning": "lora", "zero_stage": 3},
+    "freeze": {"finetuning": "freeze"},
+    "freeze zero 3": {"finetuning": "freeze", "zero_stage": 3},
 }
 
 
@@ -62,7 +73,34 @@ def test_training_equals_a_plain_loop_over_single_examples(trained, family):
 @pytest.mark.parametrize("way", list(WAYS)[1:])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_way_it_is_split_changes_nothing(trained, family, way):
-    result, full = trained[family, way][0], trained[family, "full"][0]
+    result = trained[family, way][0]
     assert not result.failure
-    if way != "lora":
-        assert_same(result[:4], full[:4])
+    whole = next((each for each in ("lora", "freeze") if way.startswith(each)), "full")
+    assert_same(result[:4], trained[family, whole][0][:4])
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_exported_model_is_the_trained_one(trained, family, way):
+    """It has the names of the base, of which nothing lacks, and what is trained has changed."""
+    result, case = trained[family, way]
+    base = load_file(Path(case.config.model.path) / "model.safetensors")
+    if way.startswith("lora"):
+        plain = AutoModelForImageTextToText.from_pretrained(case.config.model.path)
+        adapted = load_adapter(plain, result.model)  # raises if weights lack
+        names = {name for name, _ in adapted.named_parameters()}
+        saved = load_file(result.model / "adapter_model.safetensors")
+        assert {name.replace(".weight", ".default.weight") for name in saved} <= names
+        assert any(weight.abs().max() > 0 for name, weight in saved.items() if "lora_B" in name)
+        return
+    assert {name: weight.shape for name, weight in result.weights.items()} == {
+        name: tuple(weight.shape) for name, weight in base.items()
+    }
+    loaded, info = AutoModelForImageTextToText.from_pretrained(result.model, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    part, begun = part_of(loaded), AutoModelForImageTextToText.from_pretrained(case.config.model.path).state_dict()
+    changed = {name for name, weight in loaded.state_dict().items() if not torch.equal(weight, begun[name])}
+    assert changed
+    assert {part(name) for name in changed} == {"language"}
+    layers = {".layers.0.", ".layers.1."}
+    assert all(any(layer in name for layer in layers) for name in changed) == way.startswith("freeze")
