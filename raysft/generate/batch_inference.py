@@ -14,10 +14,10 @@ import numpy as np
 from raysft.config import Config
 from raysft.errors import RunFailed, RunStopped
 from raysft.generate import engine_pool, metrics
-from raysft.generate.engines import check_engine, check_suitable
+from raysft.generate.engines import check_engine, check_suitable, for_images
 from raysft.generate.prediction_store import PredictionStore, Stored, fingerprint
 from raysft.generate.progress import GenerationProgress
-from raysft.generate.prompts import ModelPrompts, Prompts
+from raysft.generate.prompts import MEDIA, ModelPrompts, Prompts
 from raysft.generate.ray_pipeline import completions
 from raysft.generate.signs_of_life import Listener
 from raysft.models.weight_files import check_weights
@@ -26,6 +26,8 @@ from raysft.storage.json_files import read_jsonl
 from raysft.storage.local_cache import model_copy
 
 NOBODY = Listener()
+SHOWN_OF_MEDIUM = ("kind", "location", "width", "height")
+"""What a prediction says of each image of its prompt."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Output:
     """Folder of a Hugging Face model, or of a peft adapter whose base is a local folder."""
     path: Path
     """JSON Lines file: ``{"prompt", "predict", "label", "id", "source", "tokens", "stop"}``. A prompt that failed has an
-    ``error`` and an empty prediction."""
+    ``error`` and an empty prediction, and one with images has ``media``: the kind, location, width and height of each."""
     role: metrics.ModelRole = "trained"
     """The part that the model plays in this run, for the metric rows."""
     described: str = "the model"
@@ -83,6 +85,7 @@ def generate(
     metrics.check(config)
     check_engine(config)
     read = Prompts.read(Path(prompts))
+    config = config if read.media is None else for_images(config)
     predictions = [
         _Predictions(config, each, read, fingerprint(config, each.model, Path(prompts)), shown=progress)
         for each in outputs
@@ -232,6 +235,11 @@ class _Predictions:
                 "label": text["label"],
                 "id": text["id"],
                 "source": text["source"],
+                **(
+                    {"media": [{key: each[key] for key in SHOWN_OF_MEDIUM} for each in text[MEDIA]]}
+                    if text.get(MEDIA)
+                    else {}
+                ),
                 **{key: entry[key] for key in ("tokens", "stop", "error") if entry[key]},
             }
 

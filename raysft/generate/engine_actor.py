@@ -11,21 +11,33 @@ from contextlib import nullcontext
 import pyarrow as pa
 
 from raysft.config import Config
+from raysft.data.types import TokenizedMedium
 from raysft.generate import engine_pool
 from raysft.generate.engines import Engine, create_engine
 from raysft.generate.engines.interface import failure
+from raysft.generate.prompts import MEDIA, media_of
 from raysft.generate.signs_of_life import SignsOfLife
 
 
 def batch_row(prompts: pa.Table, model: int) -> pa.Table:
-    """Return a batch of prompts (columns id and input_ids) as the one row that ``EngineActor`` takes.
+    """Return a batch of prompts (columns id, input_ids and perhaps media) as the one row that ``EngineActor`` takes.
 
     Args:
         prompts: the batch.
         model: an index in the actor's ``models``.
     """
-    columns = {name: pa.array([prompts[name].to_pylist()]) for name in ("id", "input_ids")}
+    columns = {name: _one(prompts[name]) for name in prompts.column_names}
     return pa.table({**columns, "model": pa.array([model], pa.int32())})
+
+
+def _one(column: pa.ChunkedArray) -> pa.Array:
+    """Return a column as one list."""
+    return pa.array([column.to_pylist()], pa.list_(column.type))
+
+
+def _media(batch: pa.Table) -> list[tuple[TokenizedMedium, ...]]:
+    """Return the images of a batch's prompts; empty if none has any."""
+    return media_of(pa.table({MEDIA: batch[MEDIA][0].values})) if MEDIA in batch.column_names else []
 
 
 class EngineActor:
@@ -72,12 +84,13 @@ class EngineActor:
 
         start = time.monotonic()
         [ids], [prompts], [index] = (batch[name].to_pylist() for name in ("id", "input_ids", "model"))
+        media = _media(batch)
         try:
             with self._signs.loading() if self._signs else nullcontext():
                 engine = self._load(index)
             start = time.monotonic()
             with self._signs.computing(lambda: engine.steps) if self._signs else nullcontext():
-                completions = complete(engine, ids, prompts)
+                completions = complete(engine, ids, prompts, media)
         except Exception as error:
             return pa.table({"failed": [failure(error).error], "traceback": [traceback.format_exc()]})
         seconds = time.monotonic() - start

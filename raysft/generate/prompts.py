@@ -16,9 +16,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from raysft.data.types import TokenizedMedium
 from raysft.errors import RequestError
 
 COLUMNS = ("id", "source", "prompt", "input_ids", "label")
+MEDIA = "media"
+"""Column of the prompts' images; a file of prompts without any has none."""
 READ_ROWS = 4096
 """Prompts that are read from the file at a time."""
 TOKEN_BYTES = 4
@@ -38,6 +41,8 @@ class Prompts:
     """IDs of the tokens that end an answer to these prompts."""
     path: Path | None = None
     """The Parquet file."""
+    media: pa.ChunkedArray | None = None
+    """[prompts] list of struct: the images of each prompt, as of ``TokenizedMedium``; None if none has any."""
 
     @classmethod
     def read(cls, path: Path) -> Prompts:
@@ -53,6 +58,7 @@ class Prompts:
             if missing:
                 raise RequestError(f"{path}: the prompts lack the column {missing[0]!r} (of {present}); add it")
             ids, lengths, tokens = _read_tokens(file, path.parent)
+            media = _read_media(path) if MEDIA in present else None
         except (OSError, pa.ArrowException) as error:
             raise RequestError(f"{path}: the prompts cannot be read as Parquet ({error}); write them again") from None
         metadata = file.schema_arrow.metadata or {}
@@ -62,6 +68,7 @@ class Prompts:
             tokens=tokens,
             end_tokens=tuple(json.loads(metadata.get(b"end_tokens", b"[]"))),
             path=path,
+            media=media,
         )
         if len(prompts.index) != len(ids):
             raise RequestError(f"{path}: two of {len(ids)} prompts have the same id; make the ids unique")
@@ -69,12 +76,13 @@ class Prompts:
 
     @classmethod
     def of(cls, table: pa.Table) -> Prompts:
-        """Return prompts of a table with the columns id and input_ids."""
+        """Return prompts of a table with the columns id and input_ids, and perhaps media."""
         ids = table["input_ids"].to_pylist()
         lengths = [len(each) for each in ids]
         tokens = np.array([token for each in ids for token in each], np.int32)
         ends = np.cumsum(lengths, dtype=np.int64)
-        return cls(table["id"].to_pylist(), np.concatenate([[0], ends]), io.BytesIO(tokens.tobytes()))
+        media = table[MEDIA] if MEDIA in table.column_names else None
+        return cls(table["id"].to_pylist(), np.concatenate([[0], ends]), io.BytesIO(tokens.tobytes()), media=media)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -85,13 +93,16 @@ class Prompts:
         return {id: number for number, id in enumerate(self.ids)}
 
     def table(self, numbers: np.ndarray) -> pa.Table:
-        """Return some prompts as a table with the columns id and input_ids (lists of int32)."""
+        """Return some prompts as a table with the columns id and input_ids (lists of int32), and media if any prompt has some."""
         starts, lengths = self.offsets[numbers], self.offsets[numbers + 1] - self.offsets[numbers]
         tokens = [self._read(start, length) for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)]
         ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         joined = np.frombuffer(b"".join(tokens), np.int32)
         input_ids = pa.ListArray.from_arrays(pa.array(ends), pa.array(joined, pa.int32()))
-        return pa.table({"id": pa.array([self.ids[number] for number in numbers], pa.string()), "input_ids": input_ids})
+        table = pa.table(
+            {"id": pa.array([self.ids[number] for number in numbers], pa.string()), "input_ids": input_ids}
+        )
+        return table if self.media is None else table.append_column(MEDIA, self.media.take(pa.array(numbers)))
 
     def _read(self, start: int, length: int) -> bytes:
         self.tokens.seek(TOKEN_BYTES * start)
@@ -100,7 +111,7 @@ class Prompts:
     def texts(self) -> Iterator[dict[str, Any]]:
         """Yield each prompt's columns but its tokens, in order."""
         assert self.path is not None
-        columns = [column for column in COLUMNS if column != "input_ids"]
+        columns = [column for column in COLUMNS if column != "input_ids"] + [MEDIA] * (self.media is not None)
         for batch in pq.ParquetFile(self.path).iter_batches(READ_ROWS, columns=columns):
             yield from batch.to_pylist()
 
@@ -147,6 +158,18 @@ class ModelPrompts:
         ordered = self.left[np.argsort(-lengths, kind="stable")]
         for end in range(len(ordered) % size or size, len(ordered) + 1, size):
             yield self.prompts.table(ordered[max(0, end - size) : end])
+
+
+def media_of(prompts: pa.Table) -> list[tuple[TokenizedMedium, ...]]:
+    """Return the images of each prompt of a table; empty if it has no such column."""
+    if MEDIA not in prompts.column_names:
+        return []
+    return [tuple(TokenizedMedium(**each) for each in media or ()) for media in prompts[MEDIA].to_pylist()]
+
+
+def _read_media(path: Path) -> pa.ChunkedArray | None:
+    column = pq.read_table(path, columns=[MEDIA])[MEDIA]
+    return column if pc.sum(pc.list_value_length(column)).as_py() else None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _read_tokens(file: pq.ParquetFile, beside: Path) -> tuple[list[str], np.ndarray, BinaryIO]:

@@ -28,8 +28,8 @@ from raysft.stopping import current
 RESTARTS = 3
 """How often an engine is restarted after its process died, whichever model it has loaded."""
 SUPPLY = 4
-"""Batches that an engine with continuous batching receives at a time. More keep it full for longer before its last prompts run
-out; fewer lose less when it dies."""
+"""Batches that an engine receives at a time if it batches continuously, or prepares the images of a batch during the one before.
+More keep it busy for longer before its last prompts run out; fewer lose less when it dies."""
 WORTH = 64
 """Prompts that another engine is started for, though a batch may hold more."""
 _Entries = list[dict[str, Any]]
@@ -133,7 +133,9 @@ def _pass(
 def _block_size(config: Config, asked: ModelPrompts, pool: engine_pool.Pool) -> int:
     """Number of prompts that an engine receives at a time."""
     size = most = config.generate.batch_size
-    if config.generate.engine == "transformers" and batching(config, asked.model) == "continuous":
+    if config.generate.engine == "transformers" and (
+        asked.prompts.media is not None or batching(config, asked.model) == "continuous"
+    ):
         most = SUPPLY * size
     # Keep enough batches for every engine.
     return min(most, max(min(size, WORTH), math.ceil(len(asked) / pool.engines)))

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from raysft.cluster.placement import Node
 from raysft.config import Config, parse, with_overrides
@@ -25,10 +25,13 @@ from raysft.generate.engines.sampling import choose_tokens
 from raysft.generate.engines.static import TransformersEngine
 from raysft.generate.prediction_store import PredictionStore
 from raysft.generate.prompts import ModelPrompts, Prompts
+from raysft.models.processor import load_processor
 from raysft.stopping import Stopping, stoppable
 from raysft.storage.json_files import read_jsonl
+from tests import vision_prompts
 from tests.processes import children_named
 from tests.tiny import tiny_model
+from tests.tiny_vision import tiny_vision_model
 
 QUESTIONS = [
     "Hi",
@@ -144,6 +147,44 @@ def test_continuous_batches_are_supplied_with_several_at_a_time(
     generate(settings, model=str(model), prompts=prompts, output=output, progress=False)
     assert [row["predict"] for row in read_jsonl(output)] == as_text(model, alone(model, prompts))
     assert written == blocks
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("family", ["idefics3", "qwen2.5-vl"])
+def test_prompts_with_images_are_completed_and_their_predictions_name_the_files(tmp_path, monkeypatch, family):
+    folder = tiny_vision_model(tmp_path / "model", family)
+    processor, pictures = load_processor(folder), vision_prompts.draw(tmp_path)
+    prompts = vision_prompts.write_prompts_file(tmp_path / "prompts.parquet", processor, pictures)
+    append, written = PredictionStore.append, []
+    monkeypatch.setattr(
+        PredictionStore, "append", lambda self, entries: (written.append(len(entries)), append(self, entries))[1]
+    )
+    output = tmp_path / "out.jsonl"
+    generate(config(folder, batch_size=2), model=str(folder), prompts=prompts, output=output, progress=False)
+    assert written == [6], "several batches at a time, so that images are prepared ahead"
+    rows = list(read_jsonl(output))
+    plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    for row, parts in zip(rows, vision_prompts.ASKED, strict=True):
+        asked = vision_prompts.conversation(pictures, parts)
+        batch = processor.apply_chat_template(
+            asked, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        with torch.inference_mode():
+            found = plain.generate(**batch, max_new_tokens=24, do_sample=False)
+        assert row["predict"] == processor.tokenizer.decode(
+            found[0, batch["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        named = [
+            {"kind": "image", "location": str(pictures[name]), "width": width, "height": height}
+            for name, (width, height) in ((part[1:-1], vision_prompts.SIZES.get(part[1:-1], (0, 0))) for part in parts)
+            if name in pictures
+        ]
+        assert row.get("media", []) == named
+        assert row["prompt"].count(processor.image_token) == len(named)
+    with pytest.raises(RequestError, match=r"^generate.batching=continuous, but there are prompts with images"):
+        generate(
+            config(folder, batching="continuous"), model=str(folder), prompts=prompts, output=tmp_path / "other.jsonl"
+        )
 
 
 @pytest.mark.usefixtures("local_ray")

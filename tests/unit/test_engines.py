@@ -184,7 +184,7 @@ def test_the_cache_of_a_batch_takes_no_more_than_its_share(model, monkeypatch, m
     each = 2 * 2 * width * 4 * (14 + 3 + 128) * beams
     assert most == max(1, min(5, int(memory / engines // each)))
     sizes, batch = [], engine._batch
-    monkeypatch.setattr(engine, "_batch", lambda ids, prompts: sizes.append(len(ids)) or batch(ids, prompts))
+    monkeypatch.setattr(engine, "_batch", lambda ids, *more: sizes.append(len(ids)) or batch(ids, *more))
     asked = [[5 + at] * (14 if at == 2 else 4) for at in range(7)]
     found = engine.complete([str(at) for at in range(7)], asked)
     assert (max(sizes), sum(sizes)) == (most, 7)
@@ -338,7 +338,7 @@ class Choosy:
     def __init__(self, most: int, error: type[Exception] = ValueError) -> None:
         self._most, self._error = most, error
 
-    def complete(self, ids, prompts) -> list[Completion]:
+    def complete(self, ids, prompts, media=()) -> list[Completion]:
         if len(ids) > self._most or any(len(prompt) != 1 for prompt in prompts):
             raise self._error("too\nmuch")
         return [Completion(id, tokens=1, stop="eos") for id in ids]

@@ -10,13 +10,14 @@ import importlib.util
 import json
 import sys
 import types
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 from transformers import AutoTokenizer
 
 from raysft.config import Config, parse, with_overrides
@@ -25,7 +26,11 @@ from raysft.generate.batch_inference import Output, generate
 from raysft.generate.engine_pool import Pool
 from raysft.generate.engines import check_engine, vllm
 from raysft.generate.engines.vllm import VllmModel
+from raysft.generate.prompts import Prompts
+from raysft.models.processor import load_processor
+from tests import vision_prompts
 from tests.tiny import tiny_model
+from tests.tiny_vision import tiny_vision_model
 
 ABSENT = importlib.util.find_spec("vllm") is None
 OUT_OF_VOCABULARY = 10**6
@@ -283,6 +288,7 @@ class _Engine:
     """Answers with the prompt's last token and the one that stops; keeps what it was asked."""
 
     asked: ClassVar[list[tuple[Any, Any]]] = []
+    prompts: ClassVar[list[dict[str, Any]]] = []
 
     @classmethod
     def from_engine_args(cls, arguments: Any, stat_loggers: Any) -> _Engine:
@@ -293,6 +299,7 @@ class _Engine:
         if OUT_OF_VOCABULARY in tokens:
             raise ValueError("Token id is out of vocabulary")
         self.asked.append((sampling_params, lora_request))
+        self.prompts.append(prompt)
         answer = [_Sampled(str(tokens[-1]), [tokens[-1], 2])]
         yield _RequestOutput(
             finished=True, prompt=None, prompt_token_ids=tokens, outputs=answer, metrics=None, prompt_logprobs=None
@@ -328,6 +335,7 @@ def installed_vllm(monkeypatch) -> type[_Engine]:
         monkeypatch.setitem(sys.modules, name, part)  # pyright: ignore
     monkeypatch.setattr("ray.llm._internal.batch.stages.vllm_engine_stage._VLLM_PROMPT_CLASSES", None)
     monkeypatch.setattr(_Engine, "asked", [])
+    monkeypatch.setattr(_Engine, "prompts", [])
     return _Engine
 
 
@@ -353,3 +361,52 @@ def test_vllm_stops_where_the_turns_of_the_data_end_and_where_an_adapter_says(mo
     assert VllmModel.of(config(), str(model), ends=[7]).stops == [eos, 7]
     (adapter / "generation_config.json").write_text(json.dumps({"eos_token_id": [eos, 9]}))
     assert VllmModel.of(config(), str(adapter)).stops == [eos, 9]
+
+
+@pytest.mark.parametrize("family", ["llava", "idefics3", "qwen2.5-vl"])
+def test_an_image_is_one_token_and_a_picture_of_the_size_that_was_tokenized(tmp_path, installed_vllm, family):
+    folder = tiny_vision_model(tmp_path / "model", family)
+    processor, pictures = load_processor(folder), vision_prompts.draw(tmp_path)
+    file = vision_prompts.write_prompts_file(tmp_path / "prompts.parquet", processor, pictures)
+    table = Prompts.read(file).table(np.arange(len(vision_prompts.ASKED)))
+    settings = config(do_sample=False, max_new_tokens=40)
+    served = VllmModel.of(settings, str(folder))
+    block = vllm.requests(settings, served, table)
+    for parts, tokens in zip(vision_prompts.ASKED, block["tokenized_prompt"].to_pylist(), strict=True):
+        text = vision_prompts.rendered(processor, pictures, parts)
+        assert tokens == processor.tokenizer.encode(text, add_special_tokens=False)
+    made = vllm.processor_config(settings, served, Pool(1, 0.0, 1.0, 1), [block])
+    assert made.engine_kwargs["limit_mm_per_prompt"] == {"image": 2}
+    longest = max(map(len, table["input_ids"].to_pylist()))
+    assert made.engine_kwargs["max_model_len"] == longest + 40, "vLLM puts all tokens of an image in place of the one"
+
+    pictures["other"].unlink()
+    Image.new("RGB", (168, 112)).save(pictures["small"])
+    rows = run(stage(settings, served, [block]), block)
+    assert not any("multimodal_data" in row or "media" in row for row in rows)
+    found = vllm.entries(rows, served.stops)
+    assert [each["stop"] for each in found] == ["eos", "eos", "error", "error", "eos", "eos"]
+    assert "small.png: has changed since it was tokenized" in found[2]["error"]
+    assert "other.png: cannot be read" in found[3]["error"]
+    shown = [
+        [image.size for image in (each["multi_modal_data"] or {}).get("image", [])] for each in installed_vllm.prompts
+    ]
+    size = vision_prompts.SIZES
+    assert shown == [[size["wide"]], [], [], [size["tall"], size["wide"]]]
+
+
+def test_of_a_prompt_that_vllm_has_too_few_positions_for_no_part_of_an_image_stays(tmp_path):
+    settings = config(max_new_tokens=4)
+    folder = tiny_vision_model(tmp_path / "model", "qwen2.5-vl")
+    processor, pictures = load_processor(folder), vision_prompts.draw(tmp_path)
+    ids, media = vision_prompts.tokenized(processor, pictures, ["<small>", "<wide>", "Hi"])
+    served = VllmModel.of(settings, str(folder))
+    served = replace(served, positions=4 + len(ids) - media[1].start - 1)
+    described = pa.array([[asdict(each) for each in media]], pa.list_(vision_prompts.MEDIUM))
+    table = pa.table({"id": ["a"], "input_ids": pa.array([ids], pa.list_(pa.int32())), "media": described})
+    [row] = vllm.requests(settings, served, table).to_pylist()
+    assert (row["tokenized_prompt"], row["media"], row["cut"]) == (ids[media[1].stop :], [], media[1].stop)
+    served = replace(served, positions=4 + len(ids) - media[0].stop)
+    [row] = vllm.requests(settings, served, table).to_pylist()
+    assert row["tokenized_prompt"] == [*ids[media[0].stop : media[1].start], served.image_token, *ids[media[1].stop :]]
+    assert [each["location"] for each in row["media"]] == [str(pictures["wide"])]

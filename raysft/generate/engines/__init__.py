@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 from raysft.config import Config
 from raysft.errors import RequestError, as_yaml
-from raysft.generate.engines.batching import batching, refused
+from raysft.generate.engines.batching import batching, for_images, refused
 from raysft.generate.engines.interface import Completion, Engine
 from raysft.storage.local_cache import model_copy
 
-__all__ = ["Completion", "Engine", "batching", "check_engine", "check_suitable", "create_engine"]
+__all__ = ["Completion", "Engine", "batching", "check_engine", "check_suitable", "create_engine", "for_images"]
 
 
 def check_engine(config: Config) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from raysft.config import Config
+from raysft.config import Config, with_overrides
 from raysft.errors import RequestError, one_line
 from raysft.generate.engines.context_window import longrope_threshold
 from raysft.models.adapter_files import adapter_base
@@ -36,6 +36,22 @@ def batching(config: Config, model: str) -> Literal["continuous", "static"]:
     if reason := obstacle(config, model):
         raise refused(model, reason)
     return "continuous"
+
+
+def for_images(config: Config) -> Config:
+    """Return the config for prompts with images: transformers' continuous batching takes tokens alone.
+
+    Raises:
+        RequestError: the config names continuous batching.
+    """
+    if config.generate.engine != "transformers":
+        return config
+    if config.generate.batching == "continuous":
+        raise RequestError(
+            "generate.batching=continuous, but there are prompts with images, which only static batches take; set "
+            "generate.batching to auto or static"
+        )
+    return with_overrides(config, {"generate.batching": "static"})
 
 
 def refused(model: str, reason: str) -> RequestError:

@@ -6,16 +6,18 @@ from collections.abc import Sequence
 
 import torch
 
-from raysft.generate.engines.interface import Completion, Engine, failure
+from raysft.generate.engines.interface import Completion, Engine, Media, failure
 
 
-def complete(engine: Engine, ids: Sequence[str], prompts: Sequence[Sequence[int]]) -> list[Completion]:
+def complete(
+    engine: Engine, ids: Sequence[str], prompts: Sequence[Sequence[int]], media: Media = ()
+) -> list[Completion]:
     """Complete a batch; if that fails, complete its halves, so that a prompt that fails costs no other.
 
     Raises:
         Exception: the engine's first error, if every one of several prompts fails; then the prompts are not to blame.
     """
-    completions, first = _complete(engine, ids, prompts)
+    completions, first = _complete(engine, ids, prompts, media)
     # The prompts that are too large are all in the first batch; the others may fit.
     blame_prompts = isinstance(first, torch.OutOfMemoryError)
     if first and len(ids) > 1 and not blame_prompts and all(completion.error for completion in completions):
@@ -24,10 +26,10 @@ def complete(engine: Engine, ids: Sequence[str], prompts: Sequence[Sequence[int]
 
 
 def _complete(
-    engine: Engine, ids: Sequence[str], prompts: Sequence[Sequence[int]]
+    engine: Engine, ids: Sequence[str], prompts: Sequence[Sequence[int]], media: Media
 ) -> tuple[list[Completion], Exception | None]:
     try:
-        return engine.complete(ids, prompts), None
+        return engine.complete(ids, prompts, media), None
     except Exception as error:
         caught = error
     # Outside the handler, so that the memory that the exception holds is free.
@@ -35,6 +37,6 @@ def _complete(
     if len(ids) == 1:
         return [failure(caught)], caught
     half = len(ids) // 2
-    left, first = _complete(engine, ids[:half], prompts[:half])
-    right, second = _complete(engine, ids[half:], prompts[half:])
+    left, first = _complete(engine, ids[:half], prompts[:half], media[:half])
+    right, second = _complete(engine, ids[half:], prompts[half:], media[half:])
     return left + right, first or second

@@ -28,7 +28,7 @@ from raysft.generate.engines.continuous_internals import (
     fatal_error,
     steps_done,
 )
-from raysft.generate.engines.interface import Completion, failure
+from raysft.generate.engines.interface import Completion, Media, failure
 from raysft.generate.engines.sampling import RequestPenalty, RequestSampling, uniform_numbers
 from raysft.models.transformers_internals import supports_flash_attention
 
@@ -84,13 +84,14 @@ class ContinuousEngine(ModelEngine):
         manager = self._manager
         return steps_done(manager) if manager is not None else -1
 
-    def complete(self, ids: Sequence[str], prompts: Sequence[Sequence[int]]) -> list[Completion]:
-        """Complete prompts.
+    def complete(self, ids: Sequence[str], prompts: Sequence[Sequence[int]], media: Media = ()) -> list[Completion]:
+        """Complete prompts, without images.
 
         Raises:
             TimeoutError: no progress for ``STALL_SECONDS``; every later call fails as well.
             Exception: the error that ended the generating thread, and with it all prompts.
         """
+        assert not any(media), "continuous batching of transformers takes no pixels"
         call, stops = next(self._calls), self._stops or [-1]
         kept = [list(self._fit(prompt)) for prompt in prompts]
         # Unique names, so that the remains of a failed call are not taken for results of the next one.

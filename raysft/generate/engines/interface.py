@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from raysft.data.types import TokenizedMedium
 from raysft.errors import RequestError
+
+Media = Sequence[Sequence[TokenizedMedium]]
+"""Images of prompts."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,13 @@ class Engine(Protocol):
         """A number that changes with each step of a prediction, for other threads, which see by it that something goes on."""
         ...
 
-    def complete(self, ids: Sequence[str], prompts: Sequence[Sequence[int]]) -> list[Completion]:
+    def complete(self, ids: Sequence[str], prompts: Sequence[Sequence[int]], media: Media = ()) -> list[Completion]:
         """Complete prompts.
 
         Args:
             ids: names of the prompts; with the run's seed they determine the sampling.
             prompts: token IDs of each prompt.
+            media: images of each prompt; empty if none has any. Only static batches take some.
 
         Returns:
             One completion per prompt, in order.

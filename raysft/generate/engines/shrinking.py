@@ -20,6 +20,8 @@ TRIAL_TOKENS = 8
 Arguments = Callable[[list[int], torch.Tensor, int, int], dict[str, Any]]
 """Returns further arguments of ``model.generate`` for rows: the index of each row's prompt, its padding, the columns before the
 first new token, and the new tokens that may follow."""
+Inputs = Callable[[list[int], torch.Tensor], dict[str, Any]]
+"""Returns what the model takes beside the tokens of prompts that are read together: by their indices and padded rows."""
 
 
 class EnoughDone(StoppingCriteria):
@@ -53,12 +55,20 @@ class Batch:
         pads: [rows] columns of padding.
         begin: column of the first new token.
         cache: of all columns but the last.
+        shifts: [rows, 1] what is added to the positions of new tokens because of images; None if the model keeps no such state.
     """
 
     def __init__(
-        self, prompts: torch.Tensor, tokens: torch.Tensor, pads: torch.Tensor, begin: int, cache: DynamicCache
+        self,
+        prompts: torch.Tensor,
+        tokens: torch.Tensor,
+        pads: torch.Tensor,
+        begin: int,
+        cache: DynamicCache,
+        shifts: torch.Tensor | None = None,
     ) -> None:
         self.prompts, self.tokens, self.pads, self.begin, self.cache = prompts, tokens, pads, begin, cache
+        self.shifts = shifts
 
     @property
     def mask(self) -> torch.Tensor:
@@ -75,6 +85,7 @@ class Batch:
         rows[~kept[:count]] = places[count:][kept[count:]]
         self.cache.batch_select_indices(rows)
         self.prompts, self.tokens, self.pads = self.prompts[rows], self.tokens[rows], self.pads[rows]
+        self.shifts = None if self.shifts is None else self.shifts[rows]
         if count and (empty := int(self.pads.min())):
             forget(self.cache, empty)
             self.tokens, self.pads, self.begin = self.tokens[:, empty:], self.pads - empty, self.begin - empty
@@ -87,6 +98,7 @@ def grow(
     stops: Sequence[int],
     padding: int,
     arguments: Arguments,
+    inputs: Inputs = lambda members, rows: {},
 ) -> list[list[int]]:
     """Generate a batch, and leave out rows once they have finished.
 
@@ -97,11 +109,13 @@ def grow(
         stops: tokens that end a row.
         padding: token for padding.
         arguments: further arguments of ``model.generate``.
+        inputs: of the prompts' images.
 
     Returns:
         New tokens of each prompt; padding may follow its end.
     """
-    batch = read(model, prompts, padding, arguments)
+    shifted = shifted_part(model)
+    batch = read(model, prompts, padding, arguments, inputs, shifted)
     written: list[list[int]] = [[] for _ in prompts]
     done = EnoughDone(stops, limits[batch.prompts], batch.begin)
     done(batch.tokens, None)
@@ -114,6 +128,8 @@ def grow(
         left = limits[batch.prompts]
         done = EnoughDone(stops, left, batch.begin)
         more = int(left.max()) - (batch.tokens.shape[1] - batch.begin)
+        if shifted is not None:
+            shifted.rope_deltas = batch.shifts
         batch.tokens = model.generate(
             input_ids=batch.tokens,
             attention_mask=batch.mask,
@@ -123,18 +139,47 @@ def grow(
         ).sequences
 
 
-def read(model: Any, prompts: Sequence[Sequence[int]], padding: int, arguments: Arguments) -> Batch:
-    """Read prompts in groups of like length, each up to its first new token, and make one batch of them."""
+def read(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    padding: int,
+    arguments: Arguments,
+    inputs: Inputs,
+    shifted: Any,
+) -> Batch:
+    """Read prompts in groups of like length, each up to its first new token, and make one batch of them.
+
+    Args:
+        inputs: of the prompts' images.
+        shifted: the model's ``shifted_part``.
+    """
     lengths = [len(prompt) for prompt in prompts]
-    groups, outputs = group(lengths, GROUP_TOKENS), []
+    groups, outputs, shifts = reading_groups(lengths), [], []
     for members in groups:
         rows, pads = padded([prompts[index] for index in members], padding)
         longest = rows.shape[1]
-        further = arguments(members, pads, longest, 1)
+        further = arguments(members, pads, longest, 1) | inputs(members, rows)
         outputs.append(model.generate(input_ids=rows, attention_mask=mask_of(pads, longest), **further))
+        if shifted is not None:
+            shifts.append(shifted.rope_deltas)
     order = torch.tensor([index for members in groups for index in members])
-    return join(model, order, [output.sequences for output in outputs], [output.past_key_values for output in outputs],
-                torch.tensor(lengths)[order], padding)  # fmt: skip
+    batch = join(model, order, [output.sequences for output in outputs], [output.past_key_values for output in outputs],
+                 torch.tensor(lengths)[order], padding)  # fmt: skip
+    batch.shifts = torch.cat(shifts) if shifts else None
+    return batch
+
+
+def shifted_part(model: Any) -> Any:
+    """Return the part of a model that keeps, beside the cache, by how much images shift the positions of a row's later tokens.
+
+    Only Qwen's models for images have one. Its state is that of the last call, whose rows need not be those of the next.
+    """
+    return next((part for part in model.modules() if hasattr(part, "rope_deltas")), None)
+
+
+def reading_groups(lengths: Sequence[int]) -> list[list[int]]:
+    """Say which prompts of these lengths are read together."""
+    return group(lengths, GROUP_TOKENS)
 
 
 def join(

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor, StoppingCriteriaList
 
+from raysft.config import Config
 from raysft.generate.engines.base import ModelEngine, cpu_cache_bytes
 from raysft.generate.engines.context_window import longrope_threshold
-from raysft.generate.engines.interface import Completion
+from raysft.generate.engines.interface import Completion, Media, failure
+from raysft.generate.engines.media import PIXEL_BYTES, BatchImages, ImageInputs, ahead, kept_media
 from raysft.generate.engines.roomy_cache import ROOM, token_bytes
 from raysft.generate.engines.sampling import RowLimits, RowSampling, uniform_numbers
-from raysft.generate.engines.shrinking import can_shrink, grow, mask_of, padded, trial
+from raysft.generate.engines.shrinking import can_shrink, grow, mask_of, padded, reading_groups, trial
+from raysft.storage.local_cache import model_copy
 
 TRIAL_TOKENS = 8
 """Tokens, and as many padding tokens, of the test whether a model ignores padding."""
@@ -43,27 +47,69 @@ class TransformersEngine(ModelEngine):
     steps = 0
     """Steps of all predictions so far."""
 
-    def complete(self, ids: Sequence[str], prompts: Sequence[Sequence[int]]) -> list[Completion]:
+    def __init__(self, config: Config, model: str, *arguments: Any, **options: Any) -> None:
+        super().__init__(config, model, *arguments, **options)
+        self._images = ImageInputs(model_copy(model), self._runs_code, by_row=self._settings.num_beams > 1)
+
+    def complete(self, ids: Sequence[str], prompts: Sequence[Sequence[int]], media: Media = ()) -> list[Completion]:
         """Complete prompts."""
-        size = self._rows_at_once(prompts)
-        alone = [self._runs_alone(prompt) for prompt in prompts]
+        kept, media = self._fit_all(prompts, media)
+        size = self._rows_at_once(kept, media)
+        alone = [self._runs_alone(prompt) for prompt in kept]
         shared = [index for index in range(len(ids)) if not alone[index]]
         batches = [shared[at : at + size] for at in range(0, len(shared), size)]
+        batches += [[index] for index in range(len(ids)) if alone[index]]
         found: dict[int, Completion] = {}
-        for batch in (*batches, *([index] for index in range(len(ids)) if alone[index])):
-            completions = self._batch([ids[index] for index in batch], [prompts[index] for index in batch])
-            found.update(zip(batch, completions, strict=True))
+        for batch, images in zip(batches, self._images_of(batches, kept, media), strict=True):
+            faults = images.faults if images else {}
+            found.update({batch[number]: failure(fault) for number, fault in faults.items()})
+            left = [index for number, index in enumerate(batch) if number not in faults]
+            if left:
+                texts = (
+                    [ids[index] for index in left],
+                    [prompts[index] for index in left],
+                    [kept[index] for index in left],
+                )
+                found.update(zip(left, self._batch(*texts, images), strict=True))
         return [found[index] for index in range(len(ids))]
 
-    def _rows_at_once(self, prompts: Sequence[Sequence[int]]) -> int:
-        """Rows of a batch: as configured, or on a CPU fewer if the cache of so many could exceed its share of the memory."""
+    def _fit_all(self, prompts: Sequence[Sequence[int]], media: Media) -> tuple[list[Sequence[int]], Media]:
+        """Return prompts that fit, and their images; a prompt that is cut keeps no part of an image."""
+        kept = [self._fit(prompt) for prompt in prompts]
+        if not any(media):
+            return kept, ()
+        whole = [kept_media(*each) for each in zip(prompts, kept, media, strict=True)]
+        return [self._fit(tokens) for tokens, _ in whole], [images for _, images in whole]
+
+    def _images_of(
+        self, batches: Sequence[Sequence[int]], kept: Sequence[Sequence[int]], media: Media
+    ) -> Iterator[BatchImages | None]:
+        """Yield the images of each batch, which are made ahead; None if no prompt has any."""
+        if not any(media):
+            return itertools.repeat(None, len(batches))
+        shrinks = self._shrinks  # tested here: the model belongs to this thread
+
+        def make(batch: Sequence[int]) -> BatchImages:
+            def groups(numbers: list[int]) -> list[list[int]]:
+                lengths = [len(kept[batch[number]]) for number in numbers]
+                return reading_groups(lengths) if len(lengths) > 1 and shrinks else [list(range(len(lengths)))]
+
+            images = self._images.batch([media[index] for index in batch], groups)
+            self.steps += 1  # a sign of life, as files may take long to come
+            return images
+
+        return ahead(make, batches)
+
+    def _rows_at_once(self, kept: Sequence[Sequence[int]], media: Media) -> int:
+        """Rows of a batch: as configured, or on a CPU fewer if their cache and images could exceed their share of the memory."""
         size = self._settings.batch_size
-        if min(size, len(prompts)) < 2 or self._device.type != "cpu" or self._runs_code:
+        if min(size, len(kept)) < 2 or self._device.type != "cpu" or self._runs_code:
             return size
         memory = cpu_cache_bytes(self._engines_per_node)
-        kept = [self._fit(prompt) for prompt in prompts]
         tokens = self._settings.num_beams * (max(len(prompt) + self._limit(prompt) for prompt in kept) + ROOM)
-        return max(1, min(size, int(memory / max(1.0, tokens * self._token_bytes))))
+        # The images of one batch are there while those of the next are made.
+        pixels = 2 * max((sum(each.width * each.height for each in of_prompt) for of_prompt in media), default=0)
+        return max(1, min(size, int(memory / max(1.0, tokens * self._token_bytes + pixels * PIXEL_BYTES))))
 
     @functools.cached_property
     @torch.inference_mode()
@@ -73,9 +119,9 @@ class TransformersEngine(ModelEngine):
         output = trial(self._model, rows, torch.ones_like(rows), 1, self._padding)
         return token_bytes(getattr(output, "past_key_values", None))
 
-    def _runs_alone(self, prompt: Sequence[int]) -> bool:
+    def _runs_alone(self, kept: Sequence[int]) -> bool:
         """True if other prompts in the batch would change this prediction, or it theirs."""
-        kept, threshold = self._fit(prompt), longrope_threshold(self._model.config)
+        threshold = longrope_threshold(self._model.config)
         return not self._ignores_padding or (threshold is not None and len(kept) + self._limit(kept) > threshold)
 
     @functools.cached_property
@@ -96,16 +142,25 @@ class TransformersEngine(ModelEngine):
         return torch.cat(list(output.logits))
 
     @torch.inference_mode()
-    def _batch(self, ids: Sequence[str], prompts: Sequence[Sequence[int]]) -> list[Completion]:
-        kept = [self._fit(prompt) for prompt in prompts]
+    def _batch(
+        self,
+        ids: Sequence[str],
+        prompts: Sequence[Sequence[int]],
+        kept: Sequence[Sequence[int]],
+        images: BatchImages | None,
+    ) -> list[Completion]:
         limits = torch.tensor([self._limit(prompt) for prompt in kept])
-        written = (self._shrinking if len(ids) > 1 and self._shrinks else self._whole)(ids, kept, limits)
+        write = self._shrinking if len(ids) > 1 and self._shrinks else self._whole
         return [
             self._completion(tokens[:limit], limit, prompt, short)
-            for tokens, limit, prompt, short in zip(written, limits.tolist(), prompts, kept, strict=True)
+            for tokens, limit, prompt, short in zip(
+                write(ids, kept, limits, images), limits.tolist(), prompts, kept, strict=True
+            )
         ]
 
-    def _whole(self, ids: Sequence[str], prompts: Sequence[Sequence[int]], limits: torch.Tensor) -> list[list[int]]:
+    def _whole(
+        self, ids: Sequence[str], prompts: Sequence[Sequence[int]], limits: torch.Tensor, images: BatchImages | None
+    ) -> list[list[int]]:
         """Generate until the last row has finished; returns the new tokens of each row, with padding."""
         rows, pads = padded(prompts, self._padding)
         longest = rows.shape[1]
@@ -115,10 +170,13 @@ class TransformersEngine(ModelEngine):
             generation_config=self._generation(int(limits.max())),
             logits_processor=self._processors(ids, pads, longest),
             stopping_criteria=StoppingCriteriaList([RowLimits(limits.to(self._device), longest)]),
+            **self._inputs(images, list(range(len(ids))), rows),
         )
         return output[:, longest:].tolist()
 
-    def _shrinking(self, ids: Sequence[str], prompts: Sequence[Sequence[int]], limits: torch.Tensor) -> list[list[int]]:
+    def _shrinking(
+        self, ids: Sequence[str], prompts: Sequence[Sequence[int]], limits: torch.Tensor, images: BatchImages | None
+    ) -> list[list[int]]:
         """As ``_whole``, but prompts are read in groups of like length, and rows leave the batch when they have finished."""
 
         def arguments(left: list[int], pads: torch.Tensor, begin: int, new_tokens: int) -> dict[str, Any]:
@@ -127,7 +185,18 @@ class TransformersEngine(ModelEngine):
             processors = self._processors([ids[index] for index in left], pads, begin)
             return {"generation_config": settings, "logits_processor": processors}
 
-        return grow(self._model, prompts, limits, self._stops, self._padding, arguments)
+        inputs = functools.partial(self._inputs, images)
+        return grow(self._model, prompts, limits, self._stops, self._padding, arguments, inputs)
+
+    def _inputs(self, images: BatchImages | None, members: list[int], rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return what the model takes beside the padded tokens of prompts that are read together."""
+        made = images.inputs.get(tuple(members)) if images else None
+        if made is None:
+            return {}
+        return {
+            name: values.to(self._device, self._model.dtype if values.is_floating_point() else values.dtype)
+            for name, values in (made | self._images.token_types(rows)).items()
+        }
 
     @functools.cached_property
     def _shrinks(self) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import functools
 import logging
 import math
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,18 @@ import ray.data
 from transformers import AutoConfig, GenerationConfig
 
 from raysft.config import Config
+from raysft.data.types import TokenizedMedium
 from raysft.errors import RequestError
 from raysft.generate.engine_pool import Pool
 from raysft.generate.engines.context_window import fit, limit, positions_of
+from raysft.generate.engines.media import collapsed, kept_media, opened, processor_folder
 from raysft.generate.engines.model import padding_token, stop_tokens
 from raysft.generate.engines.sampling import prompt_seed
+from raysft.generate.prompts import MEDIA, media_of
+from raysft.media.files import Unreadable
 from raysft.models.adapter_files import adapter_base, read_adapter_config
 from raysft.models.loading import generation_config
+from raysft.models.processor import load_processor
 from raysft.models.remote_code import runs_code
 from raysft.models.tokenizer import tokenizer_of
 from raysft.storage.local_cache import model_copy
@@ -38,6 +45,9 @@ _UNSUPPORTED_IN_LORA = (
 )  # fmt: skip
 """Keys of adapter_config.json that vLLM refuses or ignores."""
 _COLUMNS = ("id", "cut", "generated_text", "generated_tokens", "time_taken_llm", "__inference_error__")
+
+_NOTHING = {"generated_text": "", "generated_tokens": [], "time_taken_llm": -1.0}
+"""What a request that failed has generated."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,8 @@ class VllmModel:
     padding: int
     """Token that replaces an empty prompt."""
     positions: int | None
+    runs_code: bool = False
+    """True if code that comes with the model may run."""
 
     @classmethod
     def of(cls, config: Config, model: str, ends: Sequence[int] = ()) -> VllmModel:
@@ -88,15 +100,25 @@ class VllmModel:
             stops=stops,
             padding=padding_token(tokenizer, stops, description),
             positions=positions_of(description),
+            runs_code=trusted,
         )
+
+    @functools.cached_property
+    def image_token(self) -> int:
+        """Token that the chat template writes for an image."""
+        processor = load_processor(processor_folder(self.folder), self.runs_code)
+        return processor.tokenizer.convert_tokens_to_ids(processor.image_token)
 
 
 def requests(config: Config, vllm_model: VllmModel, prompts: pa.Table) -> pa.Table:
-    """Convert prompts (columns id, input_ids) into the processor's columns: id, cut, tokenized_prompt, sampling_params and, for
-    an adapter, model."""
+    """Convert prompts (columns id, input_ids and perhaps media) into the processor's columns: id, cut, tokenized_prompt,
+    sampling_params, for an adapter model, and for prompts with images media and positions, the number of their tokens."""
     new_tokens = config.generate.max_new_tokens
-    ids, whole = prompts["id"].to_pylist(), prompts["input_ids"].to_pylist()
+    ids, whole, media = prompts["id"].to_pylist(), prompts["input_ids"].to_pylist(), media_of(prompts)
     kept = [fit(prompt or [vllm_model.padding], vllm_model.positions, new_tokens) for prompt in whole]
+    if media:
+        pairs = [kept_media(*each) for each in zip(whole, kept, media, strict=True)]
+        kept, media = [prompt or [vllm_model.padding] for prompt, _ in pairs], [images for _, images in pairs]
     limits = [limit(prompt, vllm_model.positions, new_tokens) for prompt in kept]
     columns = {
         "id": ids,
@@ -104,6 +126,17 @@ def requests(config: Config, vllm_model: VllmModel, prompts: pa.Table) -> pa.Tab
         "tokenized_prompt": pa.array(kept, pa.list_(pa.int32())),
         "sampling_params": [sampling(config, vllm_model, id, most) for id, most in zip(ids, limits, strict=True)],
     }
+    if media:
+        shown = [
+            collapsed(prompt, images, vllm_model.image_token) if images else prompt
+            for prompt, images in zip(kept, media, strict=True)
+        ]
+        described = [[asdict(each) for each in images] for images in media]
+        columns |= {
+            "tokenized_prompt": pa.array(shown, pa.list_(pa.int32())),
+            "media": pa.array(described, prompts[MEDIA].type),
+            "positions": list(map(len, kept)),
+        }
     if vllm_model.base:
         columns["model"] = [str(vllm_model.folder)] * len(
             ids
@@ -145,6 +178,8 @@ def processor_config(config: Config, vllm_model: VllmModel, pool: Pool, blocks: 
         "max_model_len": max(_longest(block) for block in blocks),
         "disable_log_stats": True,
     }
+    if "media" in blocks[0].column_names:
+        engine["limit_mm_per_prompt"] = {"image": max(_most_images(block) for block in blocks)}
     if gpus > 1:
         # Processes on the actor's node use the GPUs that the actor reserves: one reservation, as for every engine.
         engine["distributed_executor_backend"] = "mp"
@@ -172,7 +207,7 @@ def completed(
     """Build a dataset of vLLM's completions in blocks of ``generate.batch_size``; ``entries`` reads it.
 
     Args:
-        prompts: batches with the columns id and input_ids.
+        prompts: batches with the columns id and input_ids, and perhaps media.
         restarts: how often an engine is restarted after its process died.
     """
     from ray.data.llm import build_processor
@@ -233,14 +268,30 @@ def on_each_node(stage: type[Any], source: str) -> type[Any]:
 
         async def __call__(self, batch: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
             if self._failure:
-                nothing = {"generated_text": "", "generated_tokens": [], "time_taken_llm": -1.0}
-                rows = [{**row, **nothing, "__inference_error__": self._failure} for row in batch[self.data_column]]
+                rows = [{**row, **_NOTHING, "__inference_error__": self._failure} for row in batch[self.data_column]]
                 yield {self.data_column: rows}
                 return
-            async for rows in super().__call__(batch):
-                yield rows
+            rows = list(batch[self.data_column])
+            if any("media" in row for row in rows):
+                await asyncio.to_thread(add_images, rows)  # others generate meanwhile
+            async for found in super().__call__({**batch, self.data_column: rows}):
+                for row in found[self.data_column]:
+                    row.pop("multimodal_data", None)  # of one that failed
+                yield found
 
     return Engine
+
+
+def add_images(rows: Sequence[dict[str, Any]]) -> None:
+    """Read the images of requests, in place; one whose image cannot be used gets an error instead."""
+    for row in rows:
+        media = row.pop("media", None)
+        if media is None or not len(media):
+            continue
+        try:
+            row["multimodal_data"] = {"image": [opened(TokenizedMedium(**each)) for each in media]}
+        except Unreadable as error:
+            row.update(_NOTHING, __inference_error__=str(error))
 
 
 def _reason(error: Exception) -> str:
@@ -270,8 +321,17 @@ def _entry(row: dict[str, Any], stops: Sequence[int], seconds: float) -> dict[st
 
 def _longest(requests: pa.Table) -> int:
     """Largest number of positions that one of these requests can need."""
-    prompts, params = requests["tokenized_prompt"].to_pylist(), requests["sampling_params"].to_pylist()
-    return max(len(prompt) + each["max_tokens"] for prompt, each in zip(prompts, params, strict=True))
+    params = requests["sampling_params"].to_pylist()
+    if "positions" in requests.column_names:  # images take more than the one token that stands for each
+        lengths = requests["positions"].to_pylist()
+    else:
+        lengths = map(len, requests["tokenized_prompt"].to_pylist())
+    return max(length + each["max_tokens"] for length, each in zip(lengths, params, strict=True))
+
+
+def _most_images(requests: pa.Table) -> int:
+    """Largest number of images of one of these requests."""
+    return max(len(media) for media in requests["media"].to_pylist())
 
 
 def _lora_rank(folder: Path) -> int:
