@@ -146,6 +146,17 @@ class DataSection(Section):
     ``empty``: as ``keep``, and turns without a thought get an empty one. ``last``: as ``empty`` in the last turn, and no
     thoughts in the turns before it. With ``template_options: {enable_thinking: false}``, ``empty`` and ``last`` leave out all
     thoughts, also in the middle of an answer, and give each turn an empty one, which is not trained and belongs to the prompt."""
+    media_dir: PathOrHubId | None = None
+    """Folder or URI that the relative paths of images begin in. Default: the folder of ``data.registry`` for files that it names,
+    and the folder of the data file for all others."""
+    media_hosts: list[Text] = []
+    """Hosts that images may be downloaded from (``images.example.org``, or ``localhost:8080``): each image once, into the cache.
+    Records with images of other hosts are rejected, as are redirects to them."""
+    image_max_pixels: Positive | None = None
+    """Most pixels of an image: a larger one is scaled down, with its ratio, before the model's processor sees it, which has limits
+    of its own. Fewer pixels are fewer tokens."""
+    image_min_pixels: Positive | None = None
+    """Least pixels of an image: a smaller one is scaled up."""
     max_rejected: Fraction = 0.0
     """Fraction of records that may be unusable; with more, the run stops. ``rejected.jsonl`` lists them."""
     cache: Text | None = None
@@ -156,6 +167,19 @@ class DataSection(Section):
     @classmethod
     def _cache_is_known(cls, value: str | None) -> str | None:
         return value and known_scheme(value)
+
+    @field_validator("media_hosts")
+    @classmethod
+    def _hosts_are_names(cls, value: list[str]) -> list[str]:
+        for host in value:
+            if not re.fullmatch(r"([A-Za-z0-9_-]+\.)*[A-Za-z0-9_-]+(:[0-9]+)?|\[[0-9a-fA-F:]+\](:[0-9]+)?", host):
+                raise ValueError(f"{host} is no name of a host; write it as images.example.org or localhost:8080")
+        return value
+
+    @field_validator("media_dir")
+    @classmethod
+    def _media_are_in_a_known_place(cls, value: str | None) -> str | None:
+        return value if value is None or value.startswith(("package:", "hf://", "ms://")) else known_scheme(value)
 
     @field_validator("template_options")
     @classmethod
@@ -182,6 +206,14 @@ class DataSection(Section):
     def _masks_agree(self) -> DataSection:
         if self.mask_history and self.train_on_prompt:
             raise ValueError("mask_history and train_on_prompt contradict each other; set only one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _pixels_agree(self) -> DataSection:
+        if self.image_max_pixels and self.image_min_pixels and self.image_min_pixels > self.image_max_pixels:
+            raise ValueError(
+                f"image_min_pixels={self.image_min_pixels} is more than image_max_pixels={self.image_max_pixels}; lower it"
+            )
         return self
 
     @model_validator(mode="after")

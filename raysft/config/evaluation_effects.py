@@ -44,7 +44,7 @@ _KEYS = {
         data.max_examples data.eval data.registry data.holdout
         data.mask_history data.train_on_prompt data.on_overflow data.keep_prompt data.control_tokens_in_text
         data.template_options
-        data.default_system data.thinking
+        data.default_system data.thinking data.media_dir data.media_hosts data.image_max_pixels data.image_min_pixels
         scaling.num_workers scaling.cpus_per_worker scaling.threads_per_worker scaling.placement
     """,
     Bearing.ADAPTER: """

@@ -56,7 +56,7 @@ _KEYS = {
     Effect.NOW: """
         model.path model.revision model.trust_remote_code model.adapters model.attention model.liger
         model.lora.dropout model.lora.loraplus_ratio model.oft.dropout
-        data.train[].path data.eval data.registry data.max_rejected
+        data.train[].path data.eval data.registry data.media_dir data.max_rejected
         train.epochs train.max_steps train.micro_batch_size
         train.learning_rate train.weight_decay train.betas train.epsilon train.max_grad_norm
         train.schedule train.schedule_options train.warmup_ratio train.warmup_steps
@@ -72,7 +72,7 @@ _KEYS = {
         data.train[].max_examples data.train[].num_samples data.train[].slice
         data.max_examples data.shuffle data.duplicates data.mixing
         data.mask_history data.train_on_prompt data.on_overflow data.keep_prompt data.control_tokens_in_text data.template_options
-        data.default_system data.thinking
+        data.default_system data.thinking data.media_hosts data.image_max_pixels data.image_min_pixels
     """,
     Effect.NEVER: """
         stage run.seed

@@ -34,5 +34,7 @@ def read(location: str, expected: str = "") -> bytes:
     except OSError as error:
         raise Unreadable(f"{location}: cannot be read ({error.strerror or error})") from None
     if expected and digest(content) != expected:
-        raise Unreadable(f"{location}: has changed since it was tokenized; restore it")
+        raise Unreadable(
+            f"{location}: has changed since it was tokenized; restore it, or set another data.cache to tokenize it anew"
+        )
     return content

@@ -12,11 +12,14 @@ from raysft.config import Config, Source
 from raysft.data.shards.manifest import FILE_NAME
 from raysft.data.sources.files import DataFile, find_files
 from raysft.data.sources.holdout import is_held_out, limit_of_fraction
+from raysft.data.sources.media import MediaOptions
 from raysft.data.sources.registry import resolve_source
 from raysft.data.sources.sampling import RandomSample, RecordSlice
 from raysft.data.tokenization.tokenized_example import TokenizeOptions
 from raysft.data.types import Example
 from raysft.models.fingerprint import tokenizer_fingerprint
+from raysft.models.processor import has_processor
+from raysft.storage.local_cache import local_copy
 from raysft.storage.path import StoragePath
 
 CACHE_VERSION = 11
@@ -41,6 +44,8 @@ class ShardSet:
     """Random sample or slice of the source's records; None to take all of them in file order."""
     directory: StoragePath
     """Folder of the set in the cache, named by its key."""
+    media: MediaOptions
+    """Where its images are, and their sizes."""
 
     @property
     def manifest(self) -> StoragePath:
@@ -82,6 +87,7 @@ def resolve_shard_set(
     Raises:
         RequestError: the source has no usable files or registry entry.
     """
+    looked_up = source.path is None
     source = resolve_source(config, source)
     if source.max_examples is None:
         source = source.model_copy(update={"max_examples": config.data.max_examples})
@@ -89,15 +95,17 @@ def resolve_shard_set(
         limit = limit_of_fraction(config.data.holdout)
     part = RecordSlice.of(source.slice) if source.slice else None
     options = TokenizeOptions.of(config, with_prompts)
+    files = tuple(find_files(source))
     found = ShardSet(
         source=source,
         split=split,
-        files=tuple(find_files(source)),
+        files=files,
         options=options,
         holdout=config.data.holdout,
         limit=limit,
         sample=RandomSample(source.num_samples, config.run.seed, part) if source.num_samples else part,
         directory=config.cache_directory / "shards",
+        media=MediaOptions.of(config, _registry_folder(config) if looked_up and "://" not in files[0].uri else ""),
     )
     # Raw text is cut into rows only when rows are planned, so its shards serve every sequence length.
     decisive = asdict(options) if config.stage == "sft" else {"stage": "pt", "control_tokens": options.control_tokens}
@@ -110,5 +118,15 @@ def resolve_shard_set(
         "tokenizer": tokenizer_fingerprint(model),
         "template": config.chat_template,
     }
+    if has_processor(local_copy(model)):
+        # Shards name the places of images. Those of text alone serve wherever their files lie.
+        folders = sorted({StoragePath.of(file.uri).parent.location for file in files})
+        identity["media"] = {**asdict(found.media), "folders": folders}
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
     return replace(found, directory=found.directory / f"{source.name}-{split}-{key}")
+
+
+def _registry_folder(config: Config) -> str:
+    """The folder of ``data.registry``, in which LLaMA-Factory looks for images."""
+    path = Path(config.data.registry or "")
+    return str(path if path.is_dir() else path.parent)

@@ -19,6 +19,7 @@ from raysft.data.shards.media_column import media_column
 from raysft.data.shards.shard_set import ShardSet
 from raysft.data.sources.content import content_digest, piece_digest
 from raysft.data.sources.formats import to_examples
+from raysft.data.sources.media import MediaOpener
 from raysft.data.sources.readers import RawRecord
 from raysft.data.tokenization.tokenize import ExampleTokenizer
 from raysft.data.tokenization.tokenized_example import Overflow, TokenizedExample
@@ -72,6 +73,7 @@ class ShardWriter:
 
     def __init__(self, shard_set: ShardSet, tokenize: ExampleTokenizer) -> None:
         self.shard_set, self.tokenize = shard_set, tokenize
+        self.open_media = MediaOpener(shard_set.media, {file.path: file.uri for file in shard_set.files})
         self.pending: list[Example] = []
         self.examples: list[TokenizedExample] = []
         self.digests: list[bytes] = []
@@ -97,9 +99,12 @@ class ShardWriter:
             self._tokenize_pending()
 
     def _tokenize_pending(self) -> None:
-        digests = {example.record: content_digest(example) for example in self.pending}
+        opened = list(self.open_media(self.pending))
+        self.rejected += [item for item in opened if isinstance(item, Rejected)]
+        examples = [item for item in opened if isinstance(item, Example)]
+        digests = {example.record: content_digest(example) for example in examples}
         pieces = Counter[str]()
-        for result in self.tokenize(self.pending):
+        for result in self.tokenize(examples):
             if isinstance(result, TokenizedExample):
                 self.examples.append(result)
                 self.digests.append(piece_digest(digests[result.record], pieces[result.record]))
@@ -132,7 +137,7 @@ class ShardWriter:
             rejected=tuple(self.rejected),
             dropped=tuple(self.dropped),
             longest_dropped=self.longest_dropped,
-            counts=dict(self.counts),
+            counts=dict(self.counts + self.open_media.counts),
             largest_token=max(
                 ((example.largest, example.record) for example in self.examples), key=itemgetter(0), default=(0, "")
             ),

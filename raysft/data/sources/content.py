@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from raysft.data.types import Example, Message
+from raysft.media.files import digest
 
 DIGEST_BYTES = 16
 """Bytes of a hash. Among a billion examples, two that differ share one with a chance of 1 in 10^21."""
@@ -25,7 +26,7 @@ IDENTIFIERS = ("id", "tool_call_id")
 
 
 def content_digest(example: Example) -> bytes:
-    """Hash roles, contents, calls and functions of a conversation, or the text or the token IDs of another example.
+    """Hash roles, contents, images, calls and functions of a conversation, or the text or the token IDs of another example.
 
     Texts are compared in Unicode's form NFC, with one space for all blanks between words. Weights, names of sources and places do
     not count.
@@ -72,6 +73,9 @@ def _conversation(example: Example) -> list[str]:
 
 def _turn(message: Message) -> str:
     text = f"{MARK}{message.role} {_escaped(message.content)}"
+    if message.media:  # the same image is the same under any name
+        hashes = [medium.digest or digest(medium.content or medium.location.encode()) for medium in message.media]
+        text = f"{text} {MARK}media {' '.join(hashes)}"
     if not message.tool_calls and not message.extra:
         return text
     more = {key: value for key, value in message.extra.items() if key not in IDENTIFIERS}

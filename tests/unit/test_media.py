@@ -1,0 +1,291 @@
+"""Where the images of records are: in files, in records, on hosts; each is opened once, or its record is rejected."""
+
+from __future__ import annotations
+
+import io
+import socket
+import threading
+import time
+from base64 import b64encode
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from raysft.config import Source
+from raysft.data.sources import downloads
+from raysft.data.sources.content import content_digest
+from raysft.data.sources.formats import to_examples
+from raysft.data.sources.media import MediaOpener, MediaOptions
+from raysft.data.types import Example, Medium, Rejected
+from raysft.errors import RequestError
+from raysft.media import files, images
+from tests.servers import serving
+
+
+def picture(shade: int = 0, size: tuple[int, int] = (20, 12), form: str = "PNG") -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", size, (shade, 0, 0)).save(stream, form)
+    return stream.getvalue()
+
+
+def example(*values, answer: str = "a", **options) -> Example:
+    parts = [{"type": "image", "image": value} for value in values]
+    record = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]}
+    ((item, _),) = to_examples([("data/a.jsonl:1", record)], Source(name="s", **options))
+    assert isinstance(item, Example), item
+    return item
+
+
+@pytest.fixture
+def options(tmp_path) -> MediaOptions:
+    return MediaOptions(folder="", cache=str(tmp_path / "cache" / "media"), hosts=(), max_pixels=None, min_pixels=None)
+
+
+def opened(item: Example, options: MediaOptions, folder: Path) -> Example | Rejected:
+    (found,) = MediaOpener(options, {"data/a.jsonl": str(folder / "a.jsonl")})([item])
+    return found
+
+
+def media(item: Example, options: MediaOptions, folder: Path) -> list[Medium]:
+    found = opened(item, options, folder)
+    assert isinstance(found, Example), found
+    return [medium for message in found.messages for medium in message.media]
+
+
+def reason(item: Example, options: MediaOptions, folder: Path) -> str:
+    found = opened(item, options, folder)
+    assert isinstance(found, Rejected), found
+    assert (found.source, found.record) == ("s", "data/a.jsonl:1")
+    assert "\n" not in found.reason
+    return found.reason
+
+
+def test_a_relative_path_begins_where_the_data_file_lies(tmp_path, options):
+    (tmp_path / "sub").mkdir()
+    place = tmp_path / "sub" / "ä b.png"
+    place.write_bytes(picture())
+    expected = Medium("image", str(place), digest=files.digest(picture()), width=20, height=12)
+    for name in ("sub/ä b.png", str(place), f"file://{tmp_path}/sub/%C3%A4%20b.png"):
+        assert media(example(name), options, tmp_path) == [expected]
+        assert files.read(expected.location, expected.digest) == picture()
+    elsewhere = replace(options, folder=str(tmp_path / "sub"))
+    assert media(example("ä b.png"), elsewhere, tmp_path / "none") == [expected]
+    assert not Path(options.cache).exists()
+
+
+def test_bytes_of_records_become_files_of_the_cache_by_their_hash(tmp_path, options):
+    url = "data:image/png;base64," + b64encode(picture()).decode()
+    name = files.digest(picture())
+    found = media(example({"bytes": picture(), "path": "x.png"}, url), options, tmp_path)
+    place = Path(options.cache) / name[:2] / name
+    assert found == [Medium("image", str(place), digest=name, width=20, height=12)] * 2
+    assert place.read_bytes() == picture()
+    assert [path for path in Path(options.cache).rglob("*") if path.is_file()] == [place]
+
+
+def test_many_may_write_the_same_image_at_once(tmp_path, options):
+    items = [example({"bytes": picture(shade % 3)}) for shade in range(60)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda item: media(item, options, tmp_path)[0], items))
+    assert {medium.location for medium in found} == {
+        str(path) for path in Path(options.cache).rglob("*") if path.is_file()
+    }
+    for medium, shade in zip(found, range(60), strict=True):
+        assert files.read(medium.location, medium.digest) == picture(shade % 3)
+
+
+def test_an_image_that_is_in_many_records_is_opened_once(tmp_path, options, monkeypatch):
+    (tmp_path / "a.png").write_bytes(picture())
+    seen = list[bytes]()
+    monkeypatch.setattr(
+        images, "open_image", lambda content, own=images.open_image: (seen.append(content), own(content))[1]
+    )
+    opener = MediaOpener(options, {"data/a.jsonl": str(tmp_path / "a.jsonl")})
+    for _ in range(3):
+        assert all(isinstance(item, Example) for item in opener([example("a.png")]))
+    assert seen == [picture()]
+
+
+def test_animations_are_counted(tmp_path, options):
+    frames = [Image.new("RGB", (4, 4), shade) for shade in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    (tmp_path / "a.png").write_bytes(picture())
+    opener = MediaOpener(options, {"data/a.jsonl": str(tmp_path / "a.jsonl")})
+    assert len(list(opener([example("a.gif", "a.png"), example("a.gif")]))) == 2
+    assert opener.counts == {"animated": 2}
+
+
+def test_limits_decide_the_size(tmp_path, options):
+    (tmp_path / "a.png").write_bytes(picture(size=(400, 300)))
+    (found,) = media(example("a.png"), replace(options, max_pixels=1200), tmp_path)
+    assert (found.width, found.height) == (40, 30)
+    (found,) = media(example("a.png"), replace(options, min_pixels=480_000), tmp_path)
+    assert (found.width, found.height) == (800, 600)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("none.png", "none.png: does not exist; correct the path, or set data.media_dir"),
+        ("sub", "is no file"),
+        ("/dev/zero", "is no file"),
+        ("text.png", "text.png: is no image"),
+        ("empty.png", "empty.png: is empty"),
+        ("x" * 300, "cannot be read"),
+        ("ftp://x.org/a.png", "ftp:// is not supported"),
+        ("http://x.org/a.png", "x.org is not among data.media_hosts"),
+        ("https://x.org:99/a.png", "x.org:99 is not among data.media_hosts"),
+        ("https:///a.png", "is no URL"),
+        ("https://[/a.png", "is no URL"),
+        ("s3://b/a.png?endpoint_override=10.0.0.1", "data.media_dir"),
+        ("s3://key:hidden@b/a.png", "data.media_dir"),
+        ({"bytes": b"hello"}, "image of 5 bytes in the record: is no image"),
+    ],
+)
+def test_what_cannot_be_opened_is_rejected_with_file_and_reason(tmp_path, options, name, words):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "empty.png").touch()
+    found = reason(example(name), options, tmp_path)
+    assert words in found
+    assert "hidden" not in found
+    assert "override" not in found
+
+
+def test_one_bad_image_rejects_its_record_and_no_other(tmp_path, options):
+    (tmp_path / "a.png").write_bytes(picture())
+    opener = MediaOpener(options, {"data/a.jsonl": str(tmp_path / "a.jsonl")})
+    found = list(opener([example("a.png"), example("a.png", "none.png"), example("a.png")]))
+    assert [type(item) for item in found] == [Example, Rejected, Example]
+
+
+def test_text_alone_is_left_as_it_is(options):
+    item = Example("s", "a:1", text="x")
+    (found,) = MediaOpener(options, {})([item])
+    assert found is item
+
+
+def test_the_same_image_is_the_same_example_under_any_name(tmp_path, options):
+    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "b.png").write_bytes(picture())
+    (tmp_path / "c.png").write_bytes(picture(9))
+
+    def digest_of(*names) -> bytes:
+        found = opened(example(*names), options, tmp_path)
+        assert isinstance(found, Example)
+        return content_digest(found)
+
+    assert digest_of("a.png") == digest_of("b.png") == digest_of({"bytes": picture()})
+    assert digest_of("a.png") != digest_of("c.png")
+    assert digest_of("a.png", "c.png") != digest_of("c.png", "a.png")
+    assert digest_of("a.png") != digest_of("a.png", "a.png")
+
+
+@contextmanager
+def web(*answers: bytes):
+    """A server that gives one answer after the other, and the last one again; yields its name and the paths it was asked for."""
+    asked = list[str]()
+    lock = threading.Lock()
+
+    def answer(connection: socket.socket) -> None:
+        request = connection.recv(65536).decode()
+        with lock:
+            asked.append(request.split()[1])
+            content = answers[min(len(asked), len(answers)) - 1]
+        connection.sendall(content)
+
+    with serving(answer) as port:
+        yield f"localhost:{port}", asked
+
+
+def http(content: bytes = b"", status: str = "200 OK", *headers: str, length: int | None = None) -> bytes:
+    lines = [
+        f"HTTP/1.1 {status}",
+        f"Content-Length: {len(content) if length is None else length}",
+        "Connection: close",
+        *headers,
+    ]
+    return "\r\n".join([*lines, "", ""]).encode() + content
+
+
+@pytest.fixture(autouse=True)
+def _without_pauses(monkeypatch):
+    monkeypatch.setattr(downloads, "PAUSES", (0.0, 0.0))
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_an_allowed_host_is_asked_once_for_each_image(tmp_path, options):
+    with web(http(picture())) as (host, asked):
+        allowed = replace(options, hosts=(host,))
+        opener = MediaOpener(allowed, {})
+        for _ in range(2):
+            (found,) = opener([example(f"http://{host}/a.png?x=1")])
+            assert isinstance(found, Example)
+        (medium,) = found.messages[0].media
+        assert asked == ["/a.png?x=1"]
+    assert medium.location.startswith(options.cache)
+    assert files.read(medium.location, medium.digest) == picture()
+
+
+def test_redirects_do_not_leave_the_allowed_hosts(tmp_path, options):
+    with web(http(picture())) as (secret, asked_secret):
+        for target in (f"http://{secret}/x", "file:///etc/passwd", "ftp://x.org/a"):
+            with web(http(b"", "302 Found", f"Location: {target}")) as (host, _):
+                found = reason(example(f"http://{host}/a.png"), replace(options, hosts=(host,)), tmp_path)
+                assert any(
+                    words in found for words in ("not among data.media_hosts", "is no URL of http", "status 302")
+                )
+        assert asked_secret == []
+        with web(http(b"", "302 Found", f"Location: http://{secret}/x")) as (host, _):
+            assert media(example(f"http://{host}/a.png"), replace(options, hosts=(host, secret)), tmp_path)
+        with web(http(b"", "302 Found", "Location: /again")) as (host, asked):
+            assert "302" in reason(example(f"http://{host}/a"), replace(options, hosts=(host,)), tmp_path)
+            assert len(asked) < 15
+
+
+def test_a_host_that_stumbles_is_asked_again(tmp_path, options):
+    broken = http(picture(), length=1_000_000)
+    with web(http(b"", "503 Busy"), broken, http(picture())) as (host, asked):
+        assert media(example(f"http://{host}/a.png"), replace(options, hosts=(host,)), tmp_path)
+        assert len(asked) == 3
+
+
+def test_a_host_that_is_down_stops_the_run_as_records_would_be_missing_for_good(tmp_path, options):
+    with web(http(b"", "503 Busy")) as (host, _), pytest.raises(RequestError, match="does not answer"):
+        opened(example(f"http://{host}/a.png"), replace(options, hosts=(host,)), tmp_path)
+    with socket.create_server(("localhost", 0)) as listening:
+        host = f"localhost:{listening.getsockname()[1]}"
+    with pytest.raises(RequestError, match="does not answer"):
+        opened(example(f"http://{host}/a.png"), replace(options, hosts=(host,)), tmp_path)
+
+
+def test_what_is_not_there_or_no_image_or_too_large_is_rejected(tmp_path, options, monkeypatch):
+    for answer, words in ((http(b"", "404 Not Found"), "404"), (http(b"<html>"), "a page of the web")):
+        with web(answer) as (host, asked):
+            found = reason(example(f"http://{host}/a.png"), replace(options, hosts=(host,)), tmp_path)
+            assert words in found
+            assert f"{host}/a.png" in found
+            assert len(asked) == 1
+    monkeypatch.setattr(downloads, "MAX_BYTES", 1 << 20)
+    with web(http(bytes(2 << 20))) as (host, _):
+        assert "more than 1 MiB" in reason(example(f"http://{host}/a"), replace(options, hosts=(host,)), tmp_path)
+
+
+def test_a_host_that_sends_a_byte_at_a_time_is_left(tmp_path, options, monkeypatch):
+    monkeypatch.setattr(downloads, "TOTAL_SECONDS", 0.3)
+
+    def drip(connection: socket.socket) -> None:
+        connection.recv(65536)
+        for byte in http(picture()):
+            connection.sendall(bytes([byte]))
+            time.sleep(0.05)
+
+    started = time.monotonic()
+    with serving(drip) as port, pytest.raises(RequestError, match="no whole answer"):
+        opened(example(f"http://localhost:{port}/a"), replace(options, hosts=(f"localhost:{port}",)), tmp_path)
+    assert time.monotonic() - started < 10
