@@ -17,7 +17,7 @@ from raysft.data.shards.manifest import Manifest
 from raysft.data.shards.openings import HeldOut
 from raysft.data.shards.ray_pipeline import Notify
 from raysft.data.shards.shard_set import ShardSet, Split, resolve_shard_set
-from raysft.data.tokenization.tokenizer import load_once
+from raysft.data.tokenization.tokenizer import load_once, own_chat_template
 from raysft.data.tokenization.turn_ends import merge_counts, stop_token_ids
 from raysft.errors import RequestError
 
@@ -154,7 +154,7 @@ def _build(config: Config, sets: Sequence[ShardSet], model: str, runs_code: bool
 
 def _with_own_template(config: Config, model: str, runs_code: bool, notify: Notify) -> Config:
     """Leave ``model.chat_template`` to a model that has no chat template of its own."""
-    own, named = load_once(model, runs_code).chat_template, config.model.chat_template
+    own, named = own_chat_template(model, runs_code), config.model.chat_template
     if not own:
         return config
     if named and config.stage == "sft" and config.chat_template != own:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from raysft.errors import RequestError, one_line
+from raysft.models.fingerprint import TOKENIZER_SUFFIXES
 
 FILES = ("processor_config.json", "preprocessor_config.json")
 """A folder with one of them has a processor beside its tokenizer."""
@@ -36,6 +41,70 @@ def load_processor(folder: str | Path, runs_code: bool = False) -> Any:
         return (_without_videos(kind) if kind else AutoProcessor).from_pretrained(folder, trust_remote_code=runs_code)
     except Exception as error:  # of any type: its files and the code that they name decide
         raise RequestError(f"{folder}: its processor cannot be loaded ({one_line(error)}); check its files") from None
+
+
+def file_template(folder: str | Path) -> str | None:
+    """Return the chat template of a processor from its own file; None if it has none."""
+    with suppress(OSError, ValueError, AttributeError):
+        return json.loads((Path(folder) / "chat_template.json").read_text()).get("chat_template")
+    return None
+
+
+@dataclass(frozen=True)
+class ProcessorFiles:
+    """A processor as its files, for processes that may not see the model's folder."""
+
+    digest: str
+    """Hash of the files."""
+    runs_code: bool
+    """True if code that comes with the model may run."""
+    contents: tuple[tuple[str, bytes], ...] = field(repr=False, compare=False)
+    """(name, content) of each."""
+
+    @classmethod
+    def of(cls, folder: str | Path, runs_code: bool = False) -> ProcessorFiles:
+        """Read the files of a model's folder from which its processor and its tokenizer are loaded."""
+        names = sorted(
+            path.name
+            for path in Path(folder).iterdir()
+            if path.suffix in TOKENIZER_SUFFIXES and path.is_file() and not path.name.endswith(".index.json")
+        )
+        contents = tuple((name, (Path(folder) / name).read_bytes()) for name in names)
+        hashes = [(name, hashlib.sha256(content).hexdigest()) for name, content in contents]
+        return cls(hashlib.sha256(repr(hashes).encode()).hexdigest(), runs_code, contents)
+
+    def load(self) -> Any:
+        """Load the processor, once in a process.
+
+        Raises:
+            RequestError: it cannot be loaded.
+        """
+        return _loaded(self)
+
+
+@lru_cache(maxsize=2)
+def _loaded(files: ProcessorFiles) -> Any:
+    with TemporaryDirectory(prefix="processor-") as folder:
+        for name, content in files.contents:
+            (Path(folder) / name).write_bytes(content)
+        return load_processor(folder, files.runs_code)
+
+
+def image_text(processor: Any, width: int, height: int) -> str:
+    """Return the text that a processor puts in place of its token for an image of a size in pixels.
+
+    Raises:
+        ValueError: the processor does not say it.
+        Exception: whatever the processor raises for an image of this size.
+    """
+    from PIL import Image
+
+    blank = Image.new("RGB", (width, height))
+    made = processor(text=[processor.image_token], images=[[blank]], return_text_replacement_offsets=True)
+    places = made.get("text_replacement_offsets")
+    if not places or not places[0]:
+        raise ValueError(f"{type(processor).__name__} does not say which text stands for an image")
+    return places[0][0]["replacement"]
 
 
 def _class_with_videos(folder: Path) -> Any:

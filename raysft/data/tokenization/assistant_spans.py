@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from raysft.data.tokenization.image_words import ImageWords
 from raysft.data.tokenization.markers import Render, Tool, Turn, render_with_markers
 from raysft.data.tokenization.span_search import REMEDY, Span, SpanFinder
 from raysft.data.tokenization.static_template import StaticTemplate
@@ -68,6 +69,8 @@ class ChatTemplate:
     """True if the template's source contains ``tools``. One that does not cannot show any."""
     eos: str = ""
     """The token that ends a text."""
+    images: ImageWords | None = None
+    """What it writes for images, if the model takes any. ``MEDIUM`` stands for it in everything that is rendered here."""
     _static_templates: dict[tuple[str, ...], StaticTemplate | None] = field(default_factory=dict)
 
     def render_conversation(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Rendered:

@@ -10,12 +10,10 @@ from typing import Any
 import numpy as np
 
 from raysft.data.sources.tool_calls import nested_strings
+from raysft.data.tokenization.escapes import ESCAPE_END, ESCAPE_START, unescape
 from raysft.data.tokenization.span_search import Span
 from raysft.data.tokenization.tokenizer import Tokenizer, load_backend
 from raysft.data.types import Example, Message
-
-ESCAPE_START, ESCAPE_END = "\ufdd0", "\ufdd1"
-"""Unicode noncharacters, which no text contains, around a control token that is to be encoded as plain text."""
 
 
 class ControlTokens:
@@ -28,7 +26,11 @@ class ControlTokens:
 
     def found_in(self, example: Example) -> bool:
         """Return True if a text of the example contains a control token."""
-        return any(self.pattern.search(text) for text in _texts(example))
+        return any(self.pattern.search(text) for text in texts_of(example))
+
+    def can_escape(self, token: str) -> bool:
+        """Return True if a control token can be encoded as plain text."""
+        return len(self.plain_backend.encode(token, add_special_tokens=False).ids) > 1
 
     def escape(self, value: Any) -> Any:
         """Escape each control token in the texts of a value."""
@@ -65,12 +67,7 @@ class ControlTokens:
         return np.asarray(ids, np.int32), offsets
 
 
-def unescape(text: str) -> str:
-    """Remove the escapes from a text."""
-    return text.replace(ESCAPE_START, "").replace(ESCAPE_END, "")
-
-
-def _texts(example: Example) -> Iterator[str]:
+def texts_of(example: Example) -> Iterator[str]:
     """Yield everything that somebody wrote in an example."""
     yield example.text
     for message in example.messages:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from raysft.data.types import MEDIUM
+
 Turn = dict[str, Any]
 """A message as a chat template reads it."""
 Tool = dict[str, Any]
@@ -24,8 +26,8 @@ LETTER = re.compile(r"<[^<>]{1,80}>|\[[^\[\]\s]{1,40}\]|/\w+|([^\W_])")
 CLOSING_TAG = re.compile(r"</[^<>]{1,80}>|\[/[^\[\]\s]{1,40}\]")
 JSON_STRING = re.compile(r'"((?:[^"\\]|\\.)*)"(?!\s*:)')
 """A string in JSON that is not a key."""
-UNESCAPED = re.compile(r"[^\s\"'\\]")
-"""A character that neither JSON nor Python's ``repr`` escapes."""
+UNESCAPED = re.compile(rf"[^\s\"'\\{MEDIUM}]")
+"""A character that neither JSON nor Python's ``repr`` escapes, and that does not stand for an image."""
 COMPARED_KEYS = {"role", "type", "id", "name", "tool_call_id", "recipient", "channel"}
 """Keys whose values templates compare with others."""
 

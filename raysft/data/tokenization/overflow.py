@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from raysft.data.tokenization.span_search import Span
 from raysft.data.tokenization.tokenized_example import (
     NO_IDS,
@@ -15,7 +17,7 @@ from raysft.data.tokenization.tokenized_example import (
 )
 from raysft.data.tokenization.truncation import split, truncate
 from raysft.data.tokenization.turn_ends import truncate_observations
-from raysft.data.types import Rejected
+from raysft.data.types import IGNORE_INDEX, Rejected, TokenizedMedium
 
 
 def fit_to_row(example: TokenizedExample, turns: Sequence[Span], options: TokenizeOptions) -> Iterator[TokenizeResult]:
@@ -27,11 +29,16 @@ def fit_to_row(example: TokenizedExample, turns: Sequence[Span], options: Tokeni
         options: they decide what happens to a longer example.
     """
     tokens = len(example.input_ids)
+    largest = max(example.media, key=lambda medium: medium.stop - medium.start, default=None)
     if tokens <= options.sequence_length:
         fitted = [example]
     elif options.on_overflow in ("drop", "error"):
         reason = f"{tokens} tokens do not fit into data.sequence_length={options.sequence_length}"
         yield Overflow(Rejected(example.source, example.record, reason), tokens)
+        return
+    elif largest and (size := largest.stop - largest.start) > options.sequence_length:
+        reason = f"{largest.location}: its {size} tokens do not fit into data.sequence_length={options.sequence_length}"
+        yield Overflow(Rejected(example.source, example.record, f"{reason}; lower data.image_max_pixels"), tokens)
         return
     elif options.on_overflow == "split":
         fitted = _split(example, options.sequence_length)
@@ -46,10 +53,20 @@ def fit_to_row(example: TokenizedExample, turns: Sequence[Span], options: Tokeni
 def _split(example: TokenizedExample, capacity: int) -> list[TokenizedExample]:
     """Cut an example into pieces; the first carries the counts and the observations. Pieces without loss tokens are left out."""
     # A piece may begin in the middle of a turn, so that there is no prompt to generate from.
-    plain = replace(example, prompt="", prompt_ids=NO_IDS, reference="")
+    plain = replace(example, prompt="", prompt_ids=NO_IDS, reference="", prompt_media=())
+    labelled = example.labels != IGNORE_INDEX
     pieces = [
-        replace(plain, input_ids=example.input_ids[start:stop], labels=example.labels[start:stop])
-        for start, stop in split(len(example.input_ids), capacity)
+        replace(
+            plain,
+            input_ids=example.input_ids[start:stop],
+            labels=example.labels[start:stop],
+            media=tuple(
+                replace(medium, start=medium.start - start, stop=medium.stop - start)
+                for medium in example.media
+                if start <= medium.start and medium.stop <= stop
+            ),
+        )
+        for start, stop in split(len(example.input_ids), capacity, _spans(example.media), labelled)
     ]
     pieces = [piece for piece in pieces if piece.loss_tokens]
     counts = (*example.counts, ("split", 1), ("split_pieces", len(pieces)))
@@ -64,13 +81,30 @@ def _truncate(example: TokenizedExample, turns: Sequence[Span], options: Tokeniz
         len(example.input_ids),
         turns,
         options.sequence_length,
+        _spans(example.media),
         tail=options.keep_prompt == "tail",
         last_first=options.mask_history,
     )
+    starts = np.searchsorted(kept, [medium.start for medium in example.media]).tolist()
+    media = tuple(
+        replace(medium, start=start, stop=start + medium.stop - medium.start)
+        for medium, start in zip(example.media, starts, strict=True)
+        if start < len(kept) and kept[start] == medium.start
+    )
+    counts = {
+        "truncated": 1,
+        "truncated_tokens": len(example.input_ids) - len(kept),
+        **({"truncated_media": lost} if (lost := len(example.media) - len(media)) else {}),
+    }
     return replace(
         example,
         input_ids=example.input_ids[kept],
         labels=example.labels[kept],
+        media=media,
         observations=truncate_observations(example.observations, kept),
-        counts=(*example.counts, ("truncated", 1), ("truncated_tokens", len(example.input_ids) - len(kept))),
+        counts=(*example.counts, *counts.items()),
     )
+
+
+def _spans(media: Sequence[TokenizedMedium]) -> list[Span]:
+    return [(medium.start, medium.stop) for medium in media]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,35 @@ class SpanEncoder:
             else:  # the tokenizer normalized the text
                 encoding = self.backend.encode(text, add_special_tokens=False)
                 yield ids, [token_span(encoding, span, text) for span in text_spans]
+
+
+@dataclass(frozen=True)
+class AddedTokens:
+    """The tokens that a tokenizer adds around a text.
+
+    A processor's ``apply_chat_template`` lets it add them to a conversation that does not begin with the token for that; a
+    tokenizer's own never does.
+    """
+
+    before: np.ndarray
+    after: np.ndarray
+    bos: str | None
+    """The token that begins a text."""
+
+    @classmethod
+    def of(cls, backend: Any, bos: str | None) -> AddedTokens:
+        """Find them by encoding a text."""
+        plain, whole = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+        start = next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), 0)
+        before, after = whole[:start], whole[start + len(plain) :]
+        return cls(np.array(before, np.int32), np.array(after, np.int32), bos)
+
+    def put_around(self, text: str, ids: np.ndarray, spans: list[Span]) -> Encoded:
+        """Put them around the tokens of a text, and move its spans."""
+        if (self.bos and text.startswith(self.bos)) or not len(self.before) + len(self.after):
+            return ids, spans
+        moved = [(start + len(self.before), end + len(self.before)) for start, end in spans]
+        return np.concatenate([self.before, ids, self.after]), moved
 
 
 def token_span(encoding: Any, span: Span, text: str) -> Span:

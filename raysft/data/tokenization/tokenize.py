@@ -13,16 +13,18 @@ import numpy as np
 
 from raysft.data.tokenization.assistant_spans import ChatTemplate, Rendered, tokens_in_spans
 from raysft.data.tokenization.chat_template import chat_template
-from raysft.data.tokenization.control_tokens import ControlTokens, unescape
+from raysft.data.tokenization.control_tokens import ControlTokens, texts_of
+from raysft.data.tokenization.escapes import unescape
+from raysft.data.tokenization.image_texts import ImageTexts, Written, media_of, write_media
 from raysft.data.tokenization.overflow import fit_to_row
 from raysft.data.tokenization.span_search import Span
 from raysft.data.tokenization.template_inputs import has_double_encoded_arguments
 from raysft.data.tokenization.thoughts import Thoughts, plan_thoughts
-from raysft.data.tokenization.token_spans import Encoded
+from raysft.data.tokenization.token_spans import AddedTokens, Encoded
 from raysft.data.tokenization.tokenized_example import TokenizedExample, TokenizeOptions, TokenizeResult
 from raysft.data.tokenization.tokenizer import Tokenizer, load_backend, load_span_encoder
 from raysft.data.tokenization.turn_ends import TurnInspector
-from raysft.data.types import IGNORE_INDEX, STAND_IN, Example, Message, Rejected
+from raysft.data.types import IGNORE_INDEX, MEDIUM, STAND_IN, Example, Medium, Message, Rejected, TokenizedMedium
 from raysft.errors import RequestError, one_line
 
 
@@ -40,6 +42,18 @@ class _Prepared:
     """Thoughts that the template itself does not write."""
     without_thoughts: Rendered | None = None
     """The conversation as the template writes it without them."""
+    written: Written | None = None
+    """The conversation with the texts of its images; None if it has none."""
+
+    @property
+    def text(self) -> str:
+        """The text to encode."""
+        return self.written.text if self.written else self.rendered.text
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """What the assistant wrote in each of its turns, then each image, in characters of ``text``."""
+        return (*self.written.spans, *self.written.media) if self.written else self.rendered.spans
 
 
 class ExampleTokenizer:
@@ -56,9 +70,16 @@ class ExampleTokenizer:
         variables = {**tokenizer.special_tokens, **options.template_options}
         if options.default_system == "":
             variables["default_system"] = ""  # templates by name read it
-        self.template = chat_template(tokenizer.template, variables) if tokenizer.template else None
-        tool_template = tokenizer.tool_template
-        self.tool_template = chat_template(tool_template, variables) if tool_template else self.template
+        self.processor = tokenizer.processor
+        token, words = (self.processor.image_token, self.processor.words) if self.processor else ("", "")
+        self.template, tool_template = (
+            chat_template(template, variables, token, words) if template else None
+            for template in (tokenizer.template, tokenizer.tool_template)
+        )
+        self.tool_template = tool_template or self.template
+        self.images = ImageTexts(self.processor) if self.processor else None
+        bos = tokenizer.special_tokens.get("bos_token")
+        self.added = AddedTokens.of(self.backend, str(bos) if bos else None) if self.processor else None
 
     def __call__(self, examples: Sequence[Example]) -> Iterator[TokenizeResult]:
         """Tokenize a batch in one pass. An example may give several pieces or be rejected.
@@ -68,9 +89,9 @@ class ExampleTokenizer:
         """
         prepared = [self._prepare(example) for example in examples]
         in_batch = [item for item in prepared if isinstance(item, _Prepared) and not item.escaped]
-        chats = [item.rendered for item in in_batch if item.example.messages]
+        chats = [item for item in in_batch if item.example.messages]
         texts = [item.example.text for item in in_batch if item.example.text and item.example.prompt_length is None]
-        # A chat template writes all special tokens itself. A plain text gets those that the tokenizer adds.
+        # A chat template writes all special tokens itself (but see ``AddedTokens``). A plain text gets those the tokenizer adds.
         encoded_chats = self.encode_spans([chat.text for chat in chats], [chat.spans for chat in chats])
         encoded_texts = iter(self.encode_spans.encode(texts, add_special_tokens=True))
         for item in prepared:
@@ -102,8 +123,7 @@ class ExampleTokenizer:
 
     def _prepare(self, example: Example) -> _Prepared | Rejected:
         """Render an example, and handle control tokens in its texts."""
-        if any(message.media for message in example.messages):
-            reason = "has images, but conversations with images cannot be tokenized yet; leave the record out"
+        if reason := self._media_fault(example):
             return Rejected(example.source, example.record, reason)
         counts: list[tuple[str, int]] = []
         has_control_tokens = self.control_tokens.found_in(example)
@@ -137,6 +157,9 @@ class ExampleTokenizer:
                 without_thoughts = rendered
                 text, spans = thoughts.write(rendered.text, rendered.spans)
                 rendered = replace(rendered, text=text, spans=spans)
+            written = self._with_images(template, rendered, example)
+        except RequestError:
+            raise
         except ValueError as error:
             return Rejected(example.source, example.record, str(error))
         except Exception as error:  # a template may raise errors of its own
@@ -148,7 +171,54 @@ class ExampleTokenizer:
             counts.append(("turns_left_out", 1))
         if has_double_encoded_arguments(messages, [rendered.text[start:end] for start, end in rendered.spans]):
             counts.append(("quoted_arguments", 1))
-        return _Prepared(example, rendered, tuple(counts), escaped, has_control_tokens, thoughts, without_thoughts)
+        return _Prepared(
+            example, rendered, tuple(counts), escaped, has_control_tokens, thoughts, without_thoughts, written
+        )
+
+    def _media_fault(self, example: Example) -> str:
+        """Return why an example with images, or a text that reads as one, cannot be used; empty if it can.
+
+        Raises:
+            RequestError: the model takes no images.
+        """
+        if any(message.media for message in example.messages):
+            if not self.processor:
+                raise RequestError(
+                    f"{example.record}: has images, but the model has no processor for images (preprocessor_config.json); "
+                    "use a model for text and images, or leave the record out"
+                )
+            if self.processor.fault:
+                raise RequestError(f"{example.record}: has images, but {self.processor.fault}")
+            if any(medium.kind != "image" for message in example.messages for medium in message.media):
+                return "has a video; only images can be trained on"
+        for token in self.processor.media_tokens if self.processor else ():
+            if any(token in text for text in texts_of(example)):
+                reason = f"contains {token}, which stands for an image or a video"
+                if not self.control_tokens.can_escape(token):
+                    return f"{reason}; remove it"
+                if self.options.control_tokens == "keep":
+                    return f"{reason}; remove it, or set data.control_tokens_in_text: escape"
+        return ""
+
+    def _with_images(self, template: ChatTemplate, rendered: Rendered, example: Example) -> Written | None:
+        """Write the texts of a conversation's images; None if it has none.
+
+        Raises:
+            ValueError: the template leaves an image out, or the processor refuses one.
+            RequestError: the processor cannot be loaded.
+        """
+        media = media_of(example.messages)
+        if not (self.images and template.images):
+            return None
+        shown = rendered.text.count(MEDIUM)
+        if shown != len(media):
+            raise ValueError(
+                f"the chat template writes {shown} of {len(media)} images; set another model.chat_template"
+            )
+        if not media:
+            return None
+        written = [self.images.written(medium, template.images) for medium in media]
+        return Written(*write_media(rendered.text, rendered.spans, written))
 
     def _with_system(self, template: ChatTemplate, messages: tuple[Message, ...]) -> tuple[Message, ...]:
         """Give ``data.default_system`` to a conversation without a system message, or with an empty one."""
@@ -161,11 +231,8 @@ class ExampleTokenizer:
     def _conversation(self, item: _Prepared, encoded: Encoded | None) -> Iterator[TokenizeResult]:
         """Label what the assistant wrote in a conversation."""
         example, rendered = item.example, item.rendered
-        if encoded is not None:
-            ids, turns = encoded
-        else:
-            ids, offsets = self.control_tokens.encode(rendered.text)
-            turns = [_bounds(tokens_in_spans(offsets, [span])) for span in rendered.spans]
+        ids, spans = self._added_to(item.text, *(encoded or self._encode_escaped(item.text, item.spans)))
+        turns, media = spans[: len(rendered.spans)], spans[len(rendered.spans) :]
         assistant = [message for message in example.messages if message.role == "assistant"]
         first = len(turns) - 1 if self.options.mask_history else 0
         trained_turns = [number for number in range(first, len(turns)) if assistant[number].trainable]
@@ -174,8 +241,9 @@ class ExampleTokenizer:
             example.source,
             example.record,
             ids,
-            self._labels(ids, [turns[number] for number in trained_turns]),
+            self._labels(ids, [turns[number] for number in trained_turns], media),
             example.weight,
+            media=_placed(media_of(example.messages), media),
             counts=item.counts,
             observations=tuple(
                 observation
@@ -190,9 +258,11 @@ class ExampleTokenizer:
             if isinstance(asked, Rejected):
                 yield asked
                 return
-            tokenized = self._with_prompt(tokenized, asked, template)
-            if asked is not item:
-                tokenized = replace(tokenized, reference="")
+            prompted = self._with_prompt(tokenized, asked, template)
+            if isinstance(prompted, Rejected):
+                yield prompted
+                return
+            tokenized = prompted if asked is item else replace(prompted, reference="")
         if example.unanswered:
             yield _prompt_alone(tokenized)
         else:
@@ -205,23 +275,49 @@ class ExampleTokenizer:
             return item
         return self._prepare(replace(item.example, messages=(*messages, Message("assistant", STAND_IN))))
 
-    def _with_prompt(self, tokenized: TokenizedExample, item: _Prepared, template: ChatTemplate) -> TokenizedExample:
+    def _with_prompt(
+        self, tokenized: TokenizedExample, item: _Prepared, template: ChatTemplate
+    ) -> TokenizedExample | Rejected:
         """Add the prompt and the reference of the last assistant turn."""
         given = item.rendered.given
         last = given.assistant_turns[-1]
         prompt = template.render(given.turns[:last], given.tools, True)
         if item.thoughts and (plain := item.without_thoughts):
             prompt = item.thoughts.prompt(plain.text, plain.spans, prompt)
+        media: tuple[Medium, ...] = ()
+        text, places = prompt, ()
+        if self.images and template.images and item.written:
+            asked = max(index for index, message in enumerate(item.example.messages) if message.role == "assistant")
+            media = media_of(item.example.messages[:asked])
+            if prompt.count(MEDIUM) != len(media):
+                reason = f"the chat template writes {prompt.count(MEDIUM)} of {len(media)} images into the prompt"
+                return Rejected(tokenized.source, tokenized.record, f"{reason}; set another model.chat_template")
+            text, _, places = write_media(prompt, (), [self.images.written(each, template.images) for each in media])
         if item.escaped:
-            ids, _ = self.control_tokens.encode(prompt)
-            prompt = unescape(prompt)
+            encoded = self._encode_escaped(text, places)
+        elif places:
+            encoded = next(self.encode_spans([text], [places]))
         else:
-            ids = np.asarray(self._encode(prompt), np.int32)
+            encoded = np.asarray(self._encode(text), np.int32), []
+        ids, placed = self._added_to(text, *encoded)
         reference = given.turns[last].get("content")
         if given.turns[last].get("tool_calls") or not isinstance(reference, str):
             start, end = item.rendered.spans[-1]
             reference = item.rendered.text[start:end]
-        return replace(tokenized, prompt=prompt, prompt_ids=ids, reference=unescape(reference))
+        words = template.images.words if item.written and template.images else MEDIUM
+        prompt, reference = (unescape(each).replace(MEDIUM, words) for each in (prompt, reference))
+        return replace(
+            tokenized, prompt=prompt, prompt_ids=ids, reference=reference, prompt_media=_placed(media, placed)
+        )
+
+    def _encode_escaped(self, text: str, spans: Sequence[Span]) -> Encoded:
+        """Encode a text with escaped control tokens, and find the tokens of its spans."""
+        ids, offsets = self.control_tokens.encode(text)
+        return ids, [_bounds(tokens_in_spans(offsets, [span])) for span in spans]
+
+    def _added_to(self, text: str, ids: np.ndarray, spans: list[Span]) -> Encoded:
+        """Put the tokens around a conversation that its processor would add."""
+        return self.added.put_around(text, ids, spans) if self.added else (ids, spans)
 
     def _text(self, item: _Prepared, ids: Sequence[int] | np.ndarray) -> Iterator[TokenizeResult]:
         """Label all of a text and its end-of-text token."""
@@ -258,6 +354,9 @@ class ExampleTokenizer:
                     f"{name} contains token {values.max()}, but the tokenizer's ids end at {self.vocab_size - 1}; "
                     "tokenize the data with the tokenizer of model.path"
                 )
+        token = self.processor.image_token if self.processor else ""
+        if token and self.backend.token_to_id(token) in ids:
+            reason = reason or f"input_ids contain {token}, but the record has no images; leave it out"
         if not reason and self.options.stage == "pt" and not np.array_equal(ids, labels):
             reason = "labels differ from input_ids, but stage: pt trains on every token; remove the labels"
         if reason:
@@ -281,13 +380,15 @@ class ExampleTokenizer:
             example.source, example.record, ids, labels, example.weight, counts=counts, observations=observations
         )
 
-    def _labels(self, ids: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
-        """[tokens] int32 labels of the tokens in the spans, or of all with ``data.train_on_prompt``."""
-        if self.options.train_on_prompt:
+    def _labels(self, ids: np.ndarray, spans: Sequence[Span], media: Sequence[Span] = ()) -> np.ndarray:
+        """[tokens] int32 labels of the tokens in the spans, or of all with ``data.train_on_prompt``, without those of images."""
+        if self.options.train_on_prompt and not media:
             return ids
         labels = np.full(len(ids), IGNORE_INDEX, np.int32)
-        for start, end in spans:
+        for start, end in [(0, len(ids))] if self.options.train_on_prompt else spans:
             labels[start:end] = ids[start:end]
+        for start, end in media:
+            labels[start:end] = IGNORE_INDEX
         return labels
 
     def _encode(self, text: str, special: bool = False) -> list[int]:
@@ -308,6 +409,13 @@ class ExampleTokenizer:
         return np.asarray(ids if len(ids) and ids[-1] == self.eos else [*ids, self.eos], np.int32)
 
 
+def _placed(media: Sequence[Medium], spans: Sequence[Span]) -> tuple[TokenizedMedium, ...]:
+    return tuple(
+        TokenizedMedium(medium.kind, medium.location, medium.digest, medium.width, medium.height, *span)
+        for medium, span in zip(media, spans, strict=True)
+    )
+
+
 def _prompt_alone(tokenized: TokenizedExample) -> TokenizedExample | Rejected:
     """Leave the answer out of an example that has none. It has no loss, so that one token is enough in a row."""
     if not len(tokenized.prompt_ids):
@@ -317,6 +425,7 @@ def _prompt_alone(tokenized: TokenizedExample) -> TokenizedExample | Rejected:
         input_ids=tokenized.prompt_ids[:1],
         labels=np.full(1, IGNORE_INDEX, np.int32),
         reference="",
+        media=(),
         counts=(*tokenized.counts, ("unanswered", 1)),
     )
 

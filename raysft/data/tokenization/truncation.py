@@ -35,13 +35,18 @@ def truncated_lengths(source: int, target: int, cutoff: int) -> tuple[int, int]:
     return min(source, cutoff - target), target
 
 
-def truncate(tokens: int, turns: Sequence[Span], capacity: int, *, tail: bool, last_first: bool) -> np.ndarray:
+def truncate(
+    tokens: int, turns: Sequence[Span], capacity: int, media: Sequence[Span] = (), *, tail: bool, last_first: bool
+) -> np.ndarray:
     """Choose the tokens of a conversation to keep: a part of each turn, until the row is full.
+
+    An image stays whole or goes as a whole; what comes after one that goes takes its room.
 
     Args:
         tokens: length of the conversation.
         turns: [start, end) in tokens of each assistant turn; what precedes a turn, back to the turn before, is its prompt.
         capacity: tokens in a row.
+        media: [start, end) in tokens of each image, none longer than a row.
         tail: keep the end of prompts instead of the beginning. Answers always keep their beginning.
         last_first: start with the last turn, because it is the only one to train on.
 
@@ -56,18 +61,61 @@ def truncate(tokens: int, turns: Sequence[Span], capacity: int, *, tail: bool, l
         if available <= 0:
             break
         source, target = truncated_lengths(start - prompt_start, end - start, available)
-        prompt = np.arange(start - source, start) if tail else np.arange(prompt_start, prompt_start + source)
-        kept.append(np.concatenate([prompt, np.arange(start, start + target)]))
-        available -= source + target
-    return np.sort(np.concatenate(kept)) if kept else np.arange(min(tokens, capacity))
+        prompt = _part((prompt_start, start), source, media, tail)
+        answer = _part((start, end), target, media, False)
+        kept += (prompt, answer)
+        available -= len(prompt) + len(answer)
+    return np.sort(np.concatenate(kept)) if kept else _part((0, tokens), capacity, media, False)
 
 
-def split(tokens: int, capacity: int) -> list[Span]:
+def _part(whole: Span, size: int, media: Sequence[Span], tail: bool) -> np.ndarray:
+    """Choose ``size`` tokens of a part from its beginning or its end, fewer if what is left of it is an image that does not fit."""
+    tokens = np.arange(*whole)
+    while True:
+        kept = tokens[len(tokens) - size :] if tail and size < len(tokens) else tokens[:size]
+        cut = next((span for span in media if 0 < np.count_nonzero(_inside(kept, span)) < span[1] - span[0]), None)
+        if cut is None:
+            return kept
+        tokens = tokens[~_inside(tokens, cut)]
+
+
+def _inside(tokens: np.ndarray, span: Span) -> np.ndarray:
+    return (span[0] <= tokens) & (tokens < span[1])
+
+
+def split(
+    tokens: int, capacity: int, media: Sequence[Span] = (), labelled: Sequence[bool] | np.ndarray = ()
+) -> list[Span]:
     """Cut a sequence into pieces of at most ``capacity`` tokens.
 
-    Each piece begins with the last token of the piece before, so that every token but the first is predicted once.
+    Each piece begins with the last token of the piece before, so that every token but the first is predicted once. An image is not
+    cut: a piece may end early before one, and one that begins after an image begins with a token of its own.
+
+    Args:
+        tokens: length of the sequence.
+        capacity: tokens in a row.
+        media: [start, end) in tokens of each image, none longer than a row.
+        labelled: [tokens] True for tokens to predict; a piece begins with one of its own only where nothing else is possible.
 
     >>> split(10, 4)
     [(0, 4), (3, 7), (6, 10)]
+    >>> split(10, 4, media=[(2, 5)])
+    [(0, 2), (1, 5), (5, 9), (8, 10)]
     """
-    return [(start, min(start + capacity, tokens)) for start in range(0, max(1, tokens - 1), capacity - 1)]
+    within = np.zeros(tokens + 1, np.bool_)
+    strictly = np.zeros(tokens + 1, np.bool_)
+    for start, end in media:
+        within[start:end] = strictly[start + 1 : end] = True
+    pieces, start = [], 0
+    while True:
+        end = min(start + capacity, tokens)
+        if end == tokens:
+            return [*pieces, (start, end)]
+        ends = [at for at in range(end, start, -1) if not strictly[at]] if media else [end]
+        # The token at the end of a piece is predicted from the one before, which must be in the same piece.
+        lossless = (
+            at for at in ends if (at - 1 > start and not within[at - 1]) or not len(labelled) or not labelled[at]
+        )
+        end = next(lossless, ends[0])
+        pieces.append((start, end))
+        start = end - 1 if end - 1 > start and not within[end - 1] else end

@@ -1,0 +1,92 @@
+"""Write the tokens of images into rendered conversations."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+
+from raysft.data.tokenization.image_words import ImageWords
+from raysft.data.tokenization.span_search import Span
+from raysft.data.tokenization.tokenizer import TokenizingProcessor
+from raysft.data.types import MEDIUM, Medium, Message
+from raysft.errors import RequestError, one_line
+from raysft.models.processor import image_text
+
+CACHED_SIZES = 10_000
+"""Sizes of images whose text is remembered."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A conversation with the texts of its images."""
+
+    text: str
+    spans: tuple[Span, ...]
+    """What the assistant wrote in each of its turns."""
+    media: tuple[Span, ...]
+    """The images, with the tags around them."""
+
+
+def media_of(messages: Sequence[Message]) -> tuple[Medium, ...]:
+    """Return the media of a conversation, in order."""
+    return tuple(medium for message in messages for medium in message.media)
+
+
+class ImageTexts:
+    """The texts that a model's processor puts in place of images."""
+
+    def __init__(self, processor: TokenizingProcessor) -> None:
+        self.processor = processor
+        self.text_of_size = lru_cache(CACHED_SIZES)(self._text_of_size)
+
+    def _text_of_size(self, width: int, height: int) -> str:
+        return image_text(self.processor.files.load(), width, height)
+
+    def of(self, medium: Medium) -> str:
+        """Return the text that stands for an image: its size decides it.
+
+        Raises:
+            ValueError: the processor refuses an image of this size.
+            RequestError: the processor cannot be loaded.
+        """
+        try:
+            return self.text_of_size(medium.width, medium.height)
+        except RequestError:
+            raise
+        except Exception as error:  # of any type: the processor's code raises it
+            size = f"{medium.width} × {medium.height} pixels"
+            raise ValueError(
+                f"{medium.location}: the processor refuses an image of {size} ({one_line(error)}); leave it out"
+            ) from None
+
+    def written(self, medium: Medium, words: ImageWords) -> str:
+        """Return all that is written for an image: its text, with the tags that the template puts around it."""
+        return words.words.replace(words.token, self.of(medium))
+
+
+def write_media(
+    text: str, spans: Sequence[Span], written: Sequence[str]
+) -> tuple[str, tuple[Span, ...], tuple[Span, ...]]:
+    """Write texts where ``MEDIUM`` stands, one for each.
+
+    Returns:
+        The text, its spans at their new places, and the spans of what was written.
+
+    >>> write_media(f"a{MEDIUM}b", [(1, 3)], ["<i><i>"])
+    ('a<i><i>b', ((1, 8),), ((1, 7),))
+    """
+    places = [match.start() for match in re.finditer(MEDIUM, text)]
+    gains = [0, *accumulate(len(each) - len(MEDIUM) for each in written)]
+    media = tuple(
+        (place + gain, place + gain + len(each)) for place, gain, each in zip(places, gains, written, strict=False)
+    )
+    moved = tuple(
+        (start + gains[bisect_left(places, start)], end + gains[bisect_left(places, end)]) for start, end in spans
+    )
+    pieces = text.split(MEDIUM)
+    whole = "".join(piece for pair in zip(pieces, written, strict=False) for piece in pair) + pieces[-1]
+    return whole, moved, media

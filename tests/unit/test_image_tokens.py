@@ -1,0 +1,335 @@
+"""Conversations with images: their tokens are those of the model's processor, and no image is trained on or cut."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from raysft.data.tokenization.tokenize import ExampleTokenizer
+from raysft.data.tokenization.tokenized_example import Overflow, TokenizedExample
+from raysft.data.types import IGNORE_INDEX, MEDIUM, Example, Medium, Message, Rejected
+from raysft.errors import RequestError
+from raysft.models.processor import load_processor
+from raysft.models.tokenizer import load_tokenizer
+from tests.shards import example_tokenizer
+from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
+from tests.tiny_vision import FAMILIES, QWEN_IMAGE, tiny_processor
+
+Part = str | tuple[int, int]
+"""A text, or the width and height of an image."""
+Chat = Sequence[tuple[str, Sequence[Part]]]
+CHATS: dict[str, Chat] = {
+    "before the text": [("user", [(60, 40), "What is it?"]), ("assistant", ["A cat."])],
+    "in the text": [("user", ["Is this ", (28, 28), " a cat?"]), ("assistant", ["Yes, it is."])],
+    "after the text": [("user", ["What is it?\n", (31, 90)]), ("assistant", ["A cat."])],
+    "alone": [("user", [(64, 64)]), ("assistant", ["A dog."])],
+    "two": [("user", ["One: ", (40, 40), " and two: ", (90, 120), "."]), ("assistant", ["A cat and a dog."])],
+    "side by side": [("user", [(40, 40), (100, 30), (7, 9)]), ("assistant", ["Three."])],
+    "several turns": [
+        ("system", ["You are a helpful assistant."]),
+        ("user", [(33, 47), "What is it?"]),
+        ("assistant", ["A cat."]),
+        ("user", ["And now?"]),
+        ("assistant", ["Still a cat, 你好."]),
+        ("user", ["And ", (120, 30), "?"]),
+        ("assistant", ["A dog."]),
+    ],
+    "the same text in all turns": [
+        ("user", ["b", (30, 30)]),
+        ("assistant", ["b"]),
+        ("user", [(30, 30), "b"]),
+        ("assistant", ["b"]),
+    ],
+    "from the assistant": [("user", ["Draw."]), ("assistant", ["Here: ", (60, 60), " it is."]), ("user", ["Thanks."])],
+    "one pixel": [("user", ["What is it?", (1, 1)]), ("assistant", ["A pixel."])],
+    "text alone": [("system", ["Be nice."]), ("user", ["Hi"]), ("assistant", ["Hello"])],
+}
+HOISTING = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ part['text'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ part['text'] + ' ' }}{% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
+)
+"""Images go before the text of their turn; contents are lists of parts."""
+NUMBERED = (
+    "{% set seen = namespace(images=0) %}{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}{% set seen.images = seen.images + 1 %}Picture {{ seen.images }}: "
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def example(chat: Chat, record: str = "f:1") -> Example:
+    return Example("s", record, tuple(message(role, parts) for role, parts in chat))
+
+
+def message(role: Any, parts: Sequence[Part], **more: Any) -> Message:
+    media = tuple(
+        Medium("image", f"{part[0]}x{part[1]}.png", digest="d", width=part[0], height=part[1])
+        for part in parts
+        if not isinstance(part, str)
+    )
+    return Message(role, "".join(part if isinstance(part, str) else MEDIUM for part in parts), media=media, **more)
+
+
+def conversation(chat: Chat, lists: bool = False) -> list[dict[str, Any]]:
+    """The same for transformers, with pictures of noise."""
+    noise = np.random.default_rng(0)
+
+    def part(each: Part) -> dict[str, Any]:
+        if isinstance(each, str):
+            return {"type": "text", "text": each}
+        return {"type": "image", "image": Image.fromarray(noise.integers(0, 255, (each[1], each[0], 3), np.uint8))}
+
+    return [
+        {
+            "role": role,
+            "content": [part(each) for each in parts]
+            if lists or any(not isinstance(each, str) for each in parts)
+            else "".join(parts),  # type: ignore[arg-type]
+        }
+        for role, parts in chat
+    ]
+
+
+def tokenize(folder: Path, *examples: Example, **options: Any) -> list[TokenizedExample]:
+    items = list(example_tokenizer(str(folder), **{"sequence_length": 2000, **options})(examples))
+    assert all(isinstance(item, TokenizedExample) for item in items), items
+    return items  # type: ignore[return-value]
+
+
+def processor_ids(folder: Path, chat: Chat, lists: bool = False, **options: Any) -> list[int]:
+    (ids,) = load_processor(folder).apply_chat_template(conversation(chat, lists), tokenize=True, **options)
+    return list(ids)
+
+
+def answers(folder: Path, item: TokenizedExample) -> str:
+    return load_tokenizer(str(folder)).decode(item.input_ids[item.labels != IGNORE_INDEX].tolist())
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("families")
+    for family in FAMILIES:
+        tiny_processor(family).save_pretrained(folder / family)
+    return {family: folder / family for family in FAMILIES}
+
+
+def changed(folder: Path, family: str, template: str | None = None, bos: bool = False) -> Path:
+    """A processor with another template, or one whose tokenizer begins every text with a token."""
+    from tokenizers.processors import TemplateProcessing
+
+    processor = tiny_processor(family)
+    processor.chat_template = template or processor.chat_template
+    if bos:
+        processor.tokenizer.add_special_tokens({"bos_token": "<s>"})
+        number = processor.tokenizer.convert_tokens_to_ids("<s>")
+        processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", number)]
+        )
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_are_those_of_the_processor_and_only_answers_are_trained(folders, family, chat):
+    turns = CHATS[chat]
+    (item,) = tokenize(folders[family], example(turns), with_prompts=True)
+    assert item.input_ids.tolist() == processor_ids(folders[family], turns)
+    said = ["".join(part for part in parts if isinstance(part, str)) for role, parts in turns if role == "assistant"]
+    assert answers(folders[family], item) == "".join(f"{text}<|im_end|>" for text in said)
+    last = len(turns) - (turns[-1][0] == "assistant")
+    assert item.prompt_ids.tolist() == processor_ids(folders[family], turns[:last], add_generation_prompt=True)
+    assert_media(folders[family], item.input_ids, item.media, turns)
+    assert_media(folders[family], item.prompt_ids, item.prompt_media, turns[:last])
+    assert item.prompt == load_processor(folders[family]).apply_chat_template(
+        conversation(turns[:last]), add_generation_prompt=True
+    )
+
+
+def assert_media(folder: Path, ids: np.ndarray, media: Sequence[Any], turns: Chat) -> None:
+    """Media are those of the chat, in order, and all tokens of images lie in them."""
+    sizes = [part for _, parts in turns for part in parts if not isinstance(part, str)]
+    assert [(medium.width, medium.height) for medium in media] == sizes
+    token, outside = load_processor(folder).image_token_id, ids.copy()
+    for medium in media:
+        assert token in ids[medium.start : medium.stop]
+        outside[medium.start : medium.stop] = 0
+    assert token not in outside
+
+
+@pytest.mark.parametrize("family", ["idefics3", "qwen2.5-vl"])
+def test_the_tags_that_a_template_writes_around_an_image_belong_to_it(folders, family):
+    (item,) = tokenize(folders[family], example(CHATS["in the text"]))
+    (medium,) = item.media
+    text = load_processor(folders[family]).tokenizer.decode(item.input_ids[medium.start : medium.stop].tolist())
+    first, last = ("<|vision_start|>", "<|vision_end|>") if "qwen" in family else (2 * ["<fake_token_around_image>"])
+    assert text.startswith(first)
+    assert text.endswith(last)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_images_and_texts_in_one_batch_give_what_they_give_alone(folders, family):
+    examples = [example(chat, f"f:{number}") for number, chat in enumerate(CHATS.values())]
+    together = tokenize(folders[family], *examples)
+    for one, item in zip(examples, together, strict=True):
+        (alone,) = tokenize(folders[family], one)
+        assert item.input_ids.tolist() == alone.input_ids.tolist()
+        assert item.labels.tolist() == alone.labels.tolist()
+        assert item.media == alone.media
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_train_on_prompt_all_but_images_is_trained(folders, family):
+    (item,) = tokenize(folders[family], example(CHATS["two"]), train_on_prompt=True)
+    inside = np.zeros(len(item.input_ids), bool)
+    for medium in item.media:
+        inside[medium.start : medium.stop] = True
+    assert inside.any()
+    assert (item.labels == np.where(inside, IGNORE_INDEX, item.input_ids)).all()
+
+
+@pytest.mark.parametrize("chat", ["several turns", "two", "alone", "text alone"])
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_template_that_puts_images_before_the_text_and_marks_answers(tmp_path, bos, chat):
+    folder = changed(tmp_path / "p", "llava", HOISTING, bos)
+    (item,) = tokenize(folder, example(CHATS[chat]), with_prompts=True)
+    assert item.input_ids.tolist() == processor_ids(folder, CHATS[chat], lists=True)
+    said = ["".join(parts) for role, parts in CHATS[chat] if role == "assistant"]  # type: ignore[arg-type]
+    assert answers(folder, item) == "".join(f"{text}<|im_end|>" for text in said)
+    assert item.prompt_ids.tolist() == processor_ids(folder, CHATS[chat][:-1], lists=True, add_generation_prompt=True)
+    assert_media(folder, item.input_ids, item.media, CHATS[chat])
+
+
+def test_a_template_that_numbers_images(tmp_path):
+    folder = changed(tmp_path / "p", "qwen2-vl", NUMBERED)
+    (item,) = tokenize(folder, example(CHATS["two"]))
+    assert item.input_ids.tolist() == processor_ids(folder, CHATS["two"])
+    decode = load_processor(folder).tokenizer.decode
+    assert all(
+        decode(item.input_ids[each.start : each.stop].tolist()).startswith("<|vision_start|>") for each in item.media
+    )
+    assert "Picture 2: " in decode(item.input_ids.tolist())
+
+
+@pytest.mark.parametrize("chat", ["two", "text alone"])
+@pytest.mark.parametrize("writes_bos", [False, True])
+def test_a_text_begins_with_the_token_for_that_once_as_the_processor_has_it(tmp_path, writes_bos, chat):
+    template = tiny_processor("llava").chat_template
+    folder = changed(tmp_path / "p", "llava", ("{{ bos_token }}" if writes_bos else "") + template, bos=True)
+    (item,) = tokenize(folder, example(CHATS[chat]), with_prompts=True)
+    assert item.input_ids.tolist() == processor_ids(folder, CHATS[chat])
+    bos = load_processor(folder).tokenizer.bos_token_id
+    for ids in (item.input_ids, item.prompt_ids):
+        assert ids[0] == bos
+        assert bos not in ids[1:]
+    assert answers(folder, item) == f"{''.join(CHATS[chat][-1][1])}<|im_end|>"  # type: ignore[arg-type]
+    assert_media(folder, item.input_ids, item.media, CHATS[chat])
+
+
+@pytest.mark.parametrize(("family", "image"), [("llava", "<image>"), ("qwen2.5-vl", QWEN_IMAGE)])
+def test_a_template_of_texts_alone_gets_what_the_model_s_own_writes_for_an_image(folders, family, image):
+    from raysft.data.tokenization.tokenized_example import TokenizeOptions
+    from raysft.data.tokenization.tokenizer import Tokenizer
+
+    options = vars(example_tokenizer(str(folders[family]), sequence_length=2000).options)
+    tokenizer = ExampleTokenizer(Tokenizer.load(str(folders[family]), CHAT_TEMPLATE), TokenizeOptions(**options))
+    (item,) = tokenizer([example(CHATS["two"])])
+    assert isinstance(item, TokenizedExample)
+    texts = [
+        (role, ["".join(part if isinstance(part, str) else image for part in parts)]) for role, parts in CHATS["two"]
+    ]
+    processor = load_processor(folders[family])
+    text = processor.apply_chat_template(conversation(texts), chat_template=CHAT_TEMPLATE)
+    images = [part["image"] for part in conversation(CHATS["two"])[0]["content"] if part["type"] == "image"]
+    assert item.input_ids.tolist() == processor(text=[text], images=[images])["input_ids"][0]
+
+
+def test_the_processor_s_template_goes_before_that_of_its_tokenizer(tmp_path):
+    folder = changed(tmp_path / "p", "llava", NUMBERED.replace("Picture", "Image").replace(QWEN_IMAGE, "<image>"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{% for message in messages %}other{{ message.content }}{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (item,) = tokenize(folder, example(CHATS["text alone"]))
+    assert item.input_ids.tolist() == processor_ids(folder, CHATS["text alone"])
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3-vl"])
+def test_a_text_that_reads_as_an_image_is_rejected_or_escaped(folders, family):
+    token = load_processor(folders[family]).image_token
+    number, tokenizer = load_processor(folders[family]).image_token_id, load_processor(folders[family]).tokenizer
+    for chat in (CHATS["text alone"], CHATS["two"]):
+        turns = [(role, [*parts, f"What is {token}?"] if role == "user" else parts) for role, parts in chat]
+        (rejected,) = example_tokenizer(str(folders[family]), sequence_length=2000)([example(turns)])
+        assert isinstance(rejected, Rejected)
+        assert f"contains {token}" in rejected.reason
+        assert "escape" in rejected.reason
+        (item,) = tokenize(folders[family], example(turns), control_tokens="escape", with_prompts=True)
+        (plain,) = tokenize(folders[family], example(chat))
+        images = np.count_nonzero(plain.input_ids == number)
+        assert np.count_nonzero(item.input_ids == number) == images
+        assert_media(folders[family], item.input_ids, item.media, turns)
+        assert_media(folders[family], item.prompt_ids, item.prompt_media, turns)
+        assert answers(folders[family], item) == f"{turns[-1][1][0]}<|im_end|>"
+        for text in (item.prompt, tokenizer.decode(item.input_ids.tolist())):
+            assert f"What is {token}?" in text
+
+
+def test_images_of_a_model_without_a_processor_are_refused(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(RequestError, match=r"f:1: has images, but the model has no processor .*; use"):
+        list(example_tokenizer(str(tmp_path))([example(CHATS["alone"])]))
+
+
+def test_a_processor_that_cannot_be_loaded_is_refused_only_where_there_are_images(tmp_path):
+    folder = changed(tmp_path / "p", "llava")
+    (folder / "processor_config.json").write_text('{"processor_class": "LlavaProcessor", "image_processor": {}}')
+    (item,) = tokenize(folder, example(CHATS["text alone"]))
+    assert answers(folder, item) == "Hello<|im_end|>"
+    with pytest.raises(RequestError, match=r"f:1: has images, but .*processor cannot be loaded"):
+        list(example_tokenizer(str(folder))([example(CHATS["alone"])]))
+
+
+def test_a_size_that_the_processor_refuses_is_rejected_with_its_file(folders):
+    found = example_tokenizer(str(folders["qwen2-vl"]), sequence_length=2000)(
+        [example([("user", [(6000, 20)]), ("assistant", ["A line."])])]
+    )
+    (rejected,) = found
+    assert isinstance(rejected, Rejected)
+    assert rejected.reason.startswith("6000x20.png: the processor refuses an image of 6000 × 20 pixels")
+
+
+def test_images_that_the_template_leaves_out_are_rejected(tmp_path):
+    once = "{% set seen = namespace(image=false) %}{% for message in messages %}{% if message.content is string %}"
+    parts = (
+        "{{ message.content }}|{% else %}{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }}|"
+    )
+    image = "{% elif not seen.image %}<image>{% set seen.image = true %}{% endif %}{% endfor %}{% endif %}{% endfor %}"
+    template = once + parts + image
+    folder = changed(tmp_path / "p", "llava", template)
+    (rejected,) = example_tokenizer(str(folder))([example(CHATS["two"])])
+    assert isinstance(rejected, Rejected)
+    assert "1 of 2 images" in rejected.reason
+
+
+def test_a_thought_is_kept_beside_an_image(folders):
+    chat = [("user", ["What?", (40, 40)]), ("assistant", ["<think>\nHm.\n</think>\n\nA cat."]), *CHATS["two"]]
+    (item,) = tokenize(folders["qwen2-vl"], example(chat), thinking="keep", with_prompts=True)
+    assert item.input_ids.tolist() == processor_ids(folders["qwen2-vl"], chat)
+    assert_media(folders["qwen2-vl"], item.prompt_ids, item.prompt_media, chat[:-1])
+
+
+def test_overflow_reports_the_tokens_of_images_too(folders):
+    (item,) = example_tokenizer(str(folders["idefics3"]), on_overflow="drop")([example(CHATS["two"])])
+    assert isinstance(item, Overflow)
+    assert item.tokens == len(processor_ids(folders["idefics3"], CHATS["two"]))
