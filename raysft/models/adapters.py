@@ -15,6 +15,7 @@ from raysft.models.adapter_embeddings import fit_embeddings
 from raysft.models.adapter_files import named_base, read_adapter_config
 from raysft.models.fingerprint import model_fingerprint
 from raysft.models.loading import generation_config, load_weights
+from raysft.models.processor_files import save_tokenizer
 from raysft.models.resolve import find_on_hub
 from raysft.models.tokenizer import load_tokenizer
 from raysft.models.weight_files import check_weights, holds_embeddings
@@ -135,7 +136,7 @@ def merge_adapters(model: str, adapters: Sequence[Path], output: Path, runs_code
         whole = merge_adapter(mergeable(load_adapter(whole, adapter), adapter, "take it out of model.adapters"))
     whole.config.use_cache = True
     whole.save_pretrained(output)
-    load_tokenizer(model, runs_code).save_pretrained(output)
+    save_tokenizer(load_tokenizer(model, runs_code), output)
 
 
 def load_adapter(model: Any, folder: str | Path, **options: Any) -> Any:

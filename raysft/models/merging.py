@@ -13,6 +13,7 @@ from raysft.models.adapter_files import adapter_base, read_adapter_config
 from raysft.models.adapters import load_adapter, merge_adapter, mergeable
 from raysft.models.end_of_turn import learned_ends, write_ends
 from raysft.models.loading import load_weights
+from raysft.models.processor_files import copy_processor, save_tokenizer
 from raysft.models.quantization import method_of
 from raysft.models.remote_code import check_code_of
 from raysft.models.tokenizer import load_tokenizer
@@ -86,7 +87,8 @@ def merge(
     convert_parameters(whole, dtype)
     whole.config.use_cache = True
     whole.save_pretrained(output, max_shard_size=shard_size or SHARD_SIZE)
-    tokenizer.save_pretrained(output)
+    save_tokenizer(tokenizer, output)
+    copy_processor(base, output)
     write_ends(output, learned_ends(described, tokenizer))
 
 

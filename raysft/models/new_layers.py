@@ -15,6 +15,7 @@ from raysft.errors import RequestError
 from raysft.models.decoder_layers import check_expanded, decoder_layers, expand_config, origins, spread_layers
 from raysft.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from raysft.models.loading import load_weights
+from raysft.models.processor_files import save_tokenizer
 from raysft.models.quantization import method_of
 from raysft.models.tokenizer import load_tokenizer
 from raysft.storage.local_cache import in_cache, local_copy, model_copy
@@ -118,7 +119,7 @@ def add_layers(model: str, folder: Path, new: int, runs_code: bool = False) -> N
     setattr(whole.get_submodule(parent), name, nn.ModuleList(expanded))
     whole.config = expand_config(whole.config, new)
     whole.save_pretrained(folder)
-    load_tokenizer(model, runs_code).save_pretrained(folder)
+    save_tokenizer(load_tokenizer(model, runs_code), folder)
     (folder / DESCRIPTION).write_text(json.dumps({"layers": added, "zeroed": zeroed}), encoding="utf-8")
     del whole, layers, expanded
     after, _ = _sampled(load_weights(folder, **options).eval(), {})

@@ -13,6 +13,7 @@ from raysft.config.model import NewTokensSection
 from raysft.errors import RequestError
 from raysft.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from raysft.models.loading import load_weights
+from raysft.models.processor_files import save_tokenizer
 from raysft.models.quantization import method_of
 from raysft.models.tokenizer import load_tokenizer
 from raysft.storage.local_cache import in_cache, model_copy
@@ -117,7 +118,7 @@ def add_tokens(model: str, folder: Path, section: NewTokensSection, runs_code: b
                 start = matrix[described[token]].float().mean(0) if token in described else mean
                 matrix[index] = start if name == "bias" else start + section.noise * _noise(f"{token} {name}", start)
     whole.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
 
 
 def rows_for(tokens: int, former: int) -> int:

@@ -9,13 +9,14 @@ from typing import Any
 from raysft.config import Config
 from raysft.errors import RequestError, one_line
 from raysft.models.adapter_files import adapter_base
+from raysft.models.processor_files import processor_template
 from raysft.models.remote_code import runs_code
 from raysft.storage import hub
 from raysft.storage.local_cache import local_copy
 
 
 def load_tokenizer(model: str, runs_code: bool = False, gguf_file: str | None = None) -> Any:
-    """Load a model's tokenizer.
+    """Load a model's tokenizer, with the chat template of the processor that it belongs to.
 
     Args:
         model: folder, URI or hub id.
@@ -31,13 +32,16 @@ def load_tokenizer(model: str, runs_code: bool = False, gguf_file: str | None = 
     logging.getLogger("transformers.tokenization_utils_tokenizers").setLevel(logging.ERROR)
     try:
         options = {"gguf_file": gguf_file} if gguf_file else {}
-        return AutoTokenizer.from_pretrained(local_copy(model), trust_remote_code=runs_code, **options)
+        folder = local_copy(model)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=runs_code, **options)
     except Exception as error:  # tokenizers, which reads tokenizer.json, raises no other
         named = f"{model}/{gguf_file}" if gguf_file else model
         remedy = "convert the model again" if gguf_file else "put its files (tokenizer.json, …) into the folder"
         fault = hub.reason_of(error)
         why = f": {fault}" if fault else f" ({one_line(error, 160)}); {remedy}"
         raise RequestError(f"{named}: its tokenizer cannot be loaded{why}") from None
+    tokenizer.chat_template = processor_template(Path(folder)) or tokenizer.chat_template
+    return tokenizer
 
 
 def tokenizer_folder(model: Path) -> Path:

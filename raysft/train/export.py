@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from raysft.errors import RunFailed, StorageFailed
 from raysft.models.end_of_turn import write_ends
 from raysft.models.peft_internals import TRAINED
+from raysft.models.processor_files import save_tokenizer
 from raysft.storage.local_cache import local_copy
 from raysft.storage.path import StoragePath
 from raysft.storage.retry import reason_of, retry_for
@@ -276,7 +277,7 @@ def save(model: Any, weights: Weights, tokenizer: Any, folder: Path, ends: Seque
         model.config.use_cache = False
     write_ends(folder, ends)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty template; the run directory has a model card
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
 
 
 def _add_whole_modules(model: Any, weights: Weights, folder: Path) -> None:

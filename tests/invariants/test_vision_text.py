@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoModelForImageTextToText
 
 from raysft.models.adapters import load_adapter
 from raysft.models.model_parts import part_of
+from raysft.models.processor import load_processor
 from tests.shards import the_set, written
 from tests.tiny_vision import FAMILIES, tiny_vision_model
 from tests.training import (
@@ -84,6 +86,10 @@ def test_the_way_it_is_split_changes_nothing(trained, family, way):
 def test_the_exported_model_is_the_trained_one(trained, family, way):
     """It has the names of the base, of which nothing lacks, and what is trained has changed."""
     result, case = trained[family, way]
+    processor = load_processor(result.model)
+    assert type(processor).__name__ == type(load_processor(case.config.model.path)).__name__
+    for name in ("processor_config.json", "chat_template.jinja"):
+        assert (result.model / name).read_text() == (Path(case.config.model.path) / name).read_text()
     base = load_file(Path(case.config.model.path) / "model.safetensors")
     if way.startswith("lora"):
         plain = AutoModelForImageTextToText.from_pretrained(case.config.model.path)
@@ -96,7 +102,8 @@ def test_the_exported_model_is_the_trained_one(trained, family, way):
     assert {name: weight.shape for name, weight in result.weights.items()} == {
         name: tuple(weight.shape) for name, weight in base.items()
     }
-    loaded, info = AutoModelForImageTextToText.from_pretrained(result.model, output_loading_info=True)
+    both: Any = AutoModelForImageTextToText.from_pretrained(result.model, output_loading_info=True)
+    loaded, info = both
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     part, begun = part_of(loaded), AutoModelForImageTextToText.from_pretrained(case.config.model.path).state_dict()
     changed = {name for name, weight in loaded.state_dict().items() if not torch.equal(weight, begun[name])}

@@ -182,6 +182,8 @@ class Unwritable(Writable):
 
 
 class Tokenizer:
+    name_or_path = ""
+
     def save_pretrained(self, folder: Path) -> None:
         pass
 
