@@ -87,21 +87,29 @@ class _TracedLoss(TokenLoss):
     def _chosen(self, targets: torch.Tensor) -> torch.Tensor:
         return torch.arange(self.loss_tokens)
 
-    def _hidden(self, decoder: Any, inputs: dict[str, torch.Tensor], position_ids: torch.Tensor) -> torch.Tensor:
-        return super()._hidden(decoder, inputs, position_ids) if self.states is None else self.states
-
-    def _reference_states(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """Those of a forward pass that keeps nothing, and so needs less than the one that is traced."""
-        weight = next(without_adapters(self.model).get_output_embeddings().parameters())
-        return torch.empty(*input_ids.shape, weight.shape[-1], dtype=weight.dtype)
-
-    def _inputs(self, decoder: Any, input_ids: torch.Tensor, position_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        inputs = {"input_ids": input_ids}
+    def hidden_states(
+        self,
+        decoder: Any,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        images: dict[str, torch.Tensor] | None = None,
+        neftune_alpha: float | None = None,
+    ) -> torch.Tensor:
+        if self.states is not None:
+            return self.states
+        inputs = {}
         if self.needs_mask:
             rows, tokens = input_ids.shape
             dtype = next(decoder.parameters()).dtype
             inputs["attention_mask"] = torch.empty(rows, 1, tokens, tokens, dtype=dtype)
-        return inputs
+        return super().hidden_states(decoder, input_ids, position_ids, inputs)
+
+    def _reference_states(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, images: dict[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Those of a forward pass that keeps nothing, and so needs less than the one that is traced."""
+        weight = next(without_adapters(self.model).get_output_embeddings().parameters())
+        return torch.empty(*input_ids.shape, weight.shape[-1], dtype=weight.dtype)
 
 
 def trace(config: Config, model: Any, tokens: int, loss_share: float) -> Activations:

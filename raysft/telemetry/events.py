@@ -53,7 +53,7 @@ class StepRecord:
     """Rows consumed so far over all workers (the cursor)."""
     step_seconds: float
     data_wait_seconds: float
-    """Seconds before the step until all workers had their rows."""
+    """Seconds before the step until all workers had their rows, and in it until rank 0 had the pixels of its images."""
     memory_gib: float
     """Peak memory of rank 0's GPU; without a GPU, resident memory of its process."""
     memory_total_gib: float

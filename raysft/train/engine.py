@@ -13,6 +13,7 @@ from raysft.models.attention import NoPositions, use_plain, without_adapters
 from raysft.models.fused_layers import fuse_layers
 from raysft.models.onednn import use_onednn
 from raysft.models.peft_internals import parameter_adapters
+from raysft.train.check_images import check_images
 from raysft.train.deepspeed_config import deepspeed_settings, with_bucket
 from raysft.train.deepspeed_import import deepspeed
 from raysft.train.deepspeed_internals import use_gloo_allreduce
@@ -23,6 +24,7 @@ from raysft.train.operators import ASYNC_IO, load_operator
 from raysft.train.optim import make_lr_scheduler, make_optimizer
 from raysft.train.packed_weights import release_after_forward
 from raysft.train.reference import make_reference
+from raysft.train.towers import Towers
 
 
 def make_engine(
@@ -33,6 +35,7 @@ def make_engine(
     device: torch.device,
     adapter: str | None = None,
     reference: str | None = None,
+    processor: Any = None,
 ) -> tuple[Any, Any]:
     """Load the model and wrap it with DeepSpeed.
 
@@ -44,6 +47,7 @@ def make_engine(
         device: where the model goes.
         adapter: folder of an adapter to continue training.
         reference: folder or hub id of ``train.reference_model``.
+        processor: of the model; None if no data has images.
 
     Returns:
         The engine, and the LR scheduler.
@@ -59,6 +63,8 @@ def make_engine(
     partitions = config.train.zero_stage == 3 and config.model.quantization is None
     partitioning = HfDeepSpeedConfig(settings) if partitions else None
     model = _loss_model(config, model_path, device, adapter, reference)
+    if processor is not None:
+        model.towers = Towers(model.model, processor, device, config.train.zero_stage == 3)
     ratio = config.model.lora.loraplus_ratio if config.model.finetuning == "lora" else None
     optimizer = make_optimizer(model, config.train, ratio)
     lr_scheduler = make_lr_scheduler(optimizer, config.train, steps)
@@ -70,9 +76,9 @@ def make_engine(
     )
     del partitioning
     engine.eval()
-    check_model(model, config, device)
+    check_model(model, config, device, processor)
     if model.reference is not None and model.reference.model is not None:
-        check_model(TokenLoss(model.reference.model), config, device)
+        check_model(TokenLoss(model.reference.model, towers=model.towers), config, device, processor)
     engine.train()
     return engine, lr_scheduler
 
@@ -120,8 +126,8 @@ def gather_experts_whole(model: TokenLoss) -> None:
         without_adapters(model.model).enable_input_require_grads()
 
 
-def check_model(model: TokenLoss, config: Config, device: torch.device) -> None:
-    """Check that the loss is right for this architecture: its output head, causality, and packed rows.
+def check_model(model: TokenLoss, config: Config, device: torch.device, processor: Any = None) -> None:
+    """Check that the loss is right for this architecture: its output head, causality, packed rows, and images if data has any.
 
     Raises:
         RunFailed: one of them is not as the loss requires.
@@ -131,6 +137,8 @@ def check_model(model: TokenLoss, config: Config, device: torch.device) -> None:
     except NoPositions:
         use_plain(without_adapters(model.model))
         model.check_head(device)
+    if processor is not None:
+        check_images(model, processor, device, config.data.packing)
     model.check_causal(device)
     if config.stage == "sft" and config.data.packing:
         model.check_rows(device, config.micro_batch_size, "set data.packing=false")

@@ -21,15 +21,17 @@ from raysft.train.engine import check_model, gather_experts_whole
 from raysft.train.finetuning import load_trained
 from raysft.train.job import EvaluationJob
 from raysft.train.loss import TokenLoss
+from raysft.train.towers import Towers
 
 
-def evaluated_model(job: EvaluationJob, workers: int, device: torch.device) -> Any:
+def evaluated_model(job: EvaluationJob, workers: int, device: torch.device, processor: Any = None) -> Any:
     """Load the model with its loss, and check that the loss is right for it. All workers call this together.
 
     Args:
         job: names the model.
         workers: size of the process group, which must exist.
         device: where the model goes.
+        processor: of the model; None if no data has images.
 
     Returns:
         ``TokenLoss``, or with ZeRO-3 the DeepSpeed engine around it, to be called alike.
@@ -46,7 +48,10 @@ def evaluated_model(job: EvaluationJob, workers: int, device: torch.device) -> A
     partitions = job.config.train.zero_stage == 3 and not (job.config.model.quantization or method_of(hf_config))
     model: Any = _partitioned(job, folder, workers) if partitions else _whole(job, folder, device)
     model.eval()
-    check_model(model.module if partitions else model, job.config, device)
+    loss = model.module if partitions else model
+    if processor is not None:
+        loss.towers = Towers(loss.model, processor, device, partitions)
+    check_model(loss, job.config, device, processor)
     return model
 
 

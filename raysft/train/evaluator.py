@@ -14,6 +14,7 @@ from raysft.train.checkpoint.cursor import EVALUATION, Cursor
 from raysft.train.first_evaluation import FirstEvaluation
 from raysft.train.job import Batch, RowPlan, TrainJob
 from raysft.train.phases import Phases
+from raysft.train.pixels import ImageInputs
 from raysft.train.step import evaluate
 from raysft.train.step_metrics import evaluation_record
 
@@ -29,6 +30,7 @@ class Evaluator:
         log: MutableSequence[dict[str, Any]],
         stops: Callable[[], bool],
         phases: Phases,
+        images: ImageInputs | None = None,
     ) -> None:
         """
         Args:
@@ -38,7 +40,9 @@ class Evaluator:
             log: receives its record.
             stops: True if this worker was asked to stop.
             phases: told what this worker does.
+            images: makes the pixels of images.
         """
+        self._images = images
         self._job, self._device, self._emit, self._log, self._stops = job, device, emit, log, stops
         self._phases = phases
         self._row_plan: RowPlan = job.train_rows.row_plan
@@ -64,6 +68,8 @@ class Evaluator:
                 self._device,
                 self._stops,
                 source.row_plan.examples,
+                self._images,
+                source,
             )
             for name, source in self._job.eval_rows.items()
         ]

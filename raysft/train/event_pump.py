@@ -26,6 +26,7 @@ from raysft.telemetry.events import (
     WorkersRestarting,
 )
 from raysft.train.controller import Controller, ControllerStarted
+from raysft.train.faults import BadImage
 from raysft.train.generation_line import EngineAlive, GenerationDue, Generator
 from raysft.train.mailbox import Mailbox
 
@@ -45,6 +46,8 @@ class PermanentFailure:
     """An error of a worker that a restart cannot fix."""
 
     error: RequestError | RunFailed
+    alone: bool = False
+    """True if the other workers do not know of it, and wait for this one."""
 
 
 Message = Event | PermanentFailure | ControllerStarted | GenerationDue | EngineAlive
@@ -73,7 +76,7 @@ def permanent_failures(mailbox: Mailbox) -> Iterator[None]:
     try:
         yield
     except (RequestError, RunFailed) as error:
-        _send(mailbox, PermanentFailure(error))
+        _send(mailbox, PermanentFailure(error, alone=isinstance(error, BadImage)))
 
 
 def _send(mailbox: Mailbox, message: Message) -> None:
@@ -166,9 +169,9 @@ class EventPump:
                 if self.broken is not None:  # asked to stop before it started
                     self._controller.abort()
                 return True
-            case PermanentFailure(error):
+            case PermanentFailure(error, alone):
                 self._failure = error
-                if self._set_up:
+                if self._set_up and not alone:
                     return True  # every worker fails alike
                 # It may concern this worker alone (a corrupt copy on its node), while the others wait in a collective.
                 return self._break(error)

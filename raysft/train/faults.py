@@ -17,6 +17,10 @@ INFRASTRUCTURE_SIGNS = (
 """Words in the messages of errors that come from the network or from failing hardware; torch has no types for all of them."""
 
 
+class BadImage(RunFailed):
+    """An image cannot be used, which the worker that needs it finds out alone."""
+
+
 class Fault(RuntimeError):
     """An error in a worker's own code, and the moment of the training at which it was raised.
 

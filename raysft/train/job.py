@@ -9,8 +9,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from raysft.config import Config
+from raysft.models.adapter_files import adapter_base
 from raysft.models.end_of_turn import use_as_eos
+from raysft.models.processor import has_processor, load_processor
 from raysft.models.tokenizer import load_tokenizer
+from raysft.storage.local_cache import model_copy
 from raysft.storage.path import StoragePath
 from raysft.storage.run_directory import RunDirectory
 
@@ -55,6 +58,9 @@ class RowSource(Protocol):
 
     @property
     def sources(self) -> tuple[str, ...]: ...
+
+    @property
+    def has_media(self) -> bool: ...
 
     @property
     def row_plan(self) -> Any: ...
@@ -106,6 +112,10 @@ class TrainJob:
         """Optimizer steps of the run."""
         return int(self.train_rows.row_plan.steps)
 
+    def processor(self) -> Any:
+        """Load the model's processor, if any row has images."""
+        return _processor(self.model, self.config.model.runs_code, (self.train_rows, *self.eval_rows.values()))
+
     def tokenizer(self) -> Any:
         """Load the tokenizer that is written with the model; it has the chat template that the run used, and stops
         where turns were trained to end."""
@@ -128,7 +138,20 @@ class EvaluationJob:
     runs_code: bool = False
     """True if code that comes with the model may run."""
 
+    def processor(self) -> Any:
+        """Load the model's processor, if any row has images."""
+        return _processor(self.model, self.runs_code, tuple(self.eval_rows.values()))
+
     @property
     def steps(self) -> int:
         """Batches of the largest set."""
         return max((int(rows.row_plan.steps) for rows in self.eval_rows.values()), default=0)
+
+
+def _processor(model: str, runs_code: bool, sources: Sequence[Any]) -> Any:
+    if not any(rows.has_media for rows in sources):
+        return None
+    folder = model_copy(model)
+    if not has_processor(folder):  # an adapter
+        folder = adapter_base(folder) or folder
+    return load_processor(folder, runs_code)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -33,6 +34,7 @@ from raysft.train.intervals import Interval
 from raysft.train.job import Batch, TrainJob
 from raysft.train.nonfinite import NonFinite
 from raysft.train.phases import Phases, StepTimes
+from raysft.train.pixels import Pixels, image_inputs
 from raysft.train.read_ahead import ReadAhead
 from raysft.train.saving import Checkpoints, Save
 from raysft.train.step import StepResult, train_step
@@ -76,10 +78,14 @@ def train(
     phases, rank = phases or Phases(), dist.get_rank()
     emit = emit if rank == 0 else lambda event: None
     rows = partial(step_rows.current, job.train_rows, phases, rank, dist.get_world_size())
-    with faults_of(rank, lambda: phases.moment, rows), ReadAhead(batches) as ahead:
-        started = time.perf_counter()
-        training, cursor = _load(job, device, emit, outside, phases, resume)
-        _Loop(training, cursor, save, ahead, started).run(replace(cursor, identity=job.identity))
+    with faults_of(rank, lambda: phases.moment, rows):
+        pixels = Pixels(job.train_rows, job.config.micro_batch_size, phases) if job.train_rows.has_media else None
+        with pixels or nullcontext(), ReadAhead(pixels.along(batches) if pixels else batches) as ahead:
+            started = time.perf_counter()
+            training, cursor = _load(job, device, emit, outside, phases, resume)
+            if pixels and training.images:
+                pixels.begin(training.images)
+            _Loop(training, cursor, save, ahead, started, pixels).run(replace(cursor, identity=job.identity))
 
 
 def _load(
@@ -93,21 +99,30 @@ def _load(
     seed = job.config.run.seed + dist.get_rank()
     torch.manual_seed(seed)
     steps = job.train_rows.row_plan.steps
+    processor = job.processor()
     engine, lr_scheduler = make_engine(
-        job.config, job.model, dist.get_world_size(), steps, device, job.adapter, job.reference
+        job.config, job.model, dist.get_world_size(), steps, device, job.adapter, job.reference, processor
     )
+    images = image_inputs(processor, engine.module.model)
     torch.manual_seed(seed)
     cursor = resume.cursor if resume is not None else Cursor(0, 0, 0, job.identity)
     records = state.load(engine, lr_scheduler, resume) if resume is not None else []
     log = deque(records, maxlen=LOG_RECORDS)
-    return Training(job, engine, lr_scheduler, device, emit, phases, outside, log, cursor.step, End()), cursor
+    training = Training(job, engine, lr_scheduler, device, emit, phases, outside, log, cursor.step, End(), images)
+    return training, cursor
 
 
 class _Loop:
     """The steps of one worker's training, and what comes between them."""
 
     def __init__(
-        self, training: Training, resumed: Cursor, save: Save, ahead: ReadAhead[Batch], started: float
+        self,
+        training: Training,
+        resumed: Cursor,
+        save: Save,
+        ahead: ReadAhead[Batch],
+        started: float,
+        pixels: Pixels | None,
     ) -> None:
         """
         Args:
@@ -116,14 +131,16 @@ class _Loop:
             save: saves a checkpoint.
             ahead: reads this worker's rows.
             started: when the setup started, by ``time.perf_counter``.
+            pixels: of the rows; None if no data has images.
         """
+        self.pixels = pixels
         job, device, emit, phases = training.job, training.device, training.emit, training.phases
         outside, model = training.outside, training.model
         self.training, self.started = training, started
         self.rank, self.workers = dist.get_rank(), dist.get_world_size()
         scheduled = Interval.of_checkpoints(job.config.train, training.row_plan)
         self.trigger = CheckpointTrigger(job.config.train, scheduled, self.rank, outside)
-        evaluator = Evaluator(job, device, emit, training.log, self.trigger.stops, phases)
+        evaluator = Evaluator(job, device, emit, training.log, self.trigger.stops, phases, training.images)
         known = evaluator.known(resumed)
         exporter = Exporter(job.run, emit, job.ends)
         self.stopper = early_stopper(training, exporter, resumed)
@@ -197,8 +214,11 @@ class _Loop:
             sources,
             lambda: (*self.trigger.requests(), not rows.ready),
             training.phases,
+            self.pixels,
         )
-        seconds = time.perf_counter() - started
+        # Pixels are a part of the rows; only this worker's own wait for them is known.
+        waited, own_wait = rows.wait + result.pixel_seconds, rows.own_wait + result.pixel_seconds
+        seconds = time.perf_counter() - started - result.pixel_seconds
         if not result.applied:
             self._skip(index, result)
         tokens = cursor.tokens + int(row_plan.step_tokens[index])
@@ -207,11 +227,11 @@ class _Loop:
         remaining = (row_plan.steps - cursor.step) * elapsed / (cursor.step - training.first_step)
         rows.are_late = result.rows_are_late
         self.requests.heard(cursor, result.noticed, result.late, result.over)
-        record = self.step_metrics.record(cursor, result, lr, seconds, rows.wait, elapsed, remaining)
+        record = self.step_metrics.record(cursor, result, lr, seconds, waited, elapsed, remaining)
         training.log.append(asdict(record))
         training.emit(record)
-        training.phases.step_took(StepTimes(seconds, rows.own_wait, result.forward_seconds))
-        self.stragglers.after_step(record, rows.own_wait, result.forward_seconds)
+        training.phases.step_took(StepTimes(seconds, own_wait, result.forward_seconds))
+        self.stragglers.after_step(record, own_wait, result.forward_seconds)
         return cursor
 
     def _skip(self, index: int, result: StepResult) -> None:

@@ -13,8 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from raysft.data.types import IGNORE_INDEX
 from raysft.errors import RunFailed
 from raysft.models.attention import is_varlen, without_adapters
-from raysft.train.objective import CROSS_ENTROPY, Objective, embedding_noise
+from raysft.models.media_inputs import has_planes
+from raysft.train.objective import CROSS_ENTROPY, Objective
 from raysft.train.reference import Reference
+from raysft.train.towers import Towers, changed_embeddings
 
 CHUNK_TOKENS = 1024
 """Number of loss tokens whose logits exist at the same time, so that peak memory does not grow with rows × vocabulary."""
@@ -33,6 +35,7 @@ class TokenLoss(nn.Module):
         neftune_alpha: float | None = None,
         max_tokens: int | None = None,
         reference: Reference | None = None,
+        towers: Towers | None = None,
     ) -> None:
         """
         Args:
@@ -42,11 +45,12 @@ class TokenLoss(nn.Module):
             max_tokens: most tokens that a microbatch of any worker holds. If given, the number of chunks depends on it alone and
                 not on the batch: with ZeRO-3, each call of the head is a collective (see ``step``).
             reference: the frozen model that the objective needs.
+            towers: what images go through; None if no data has any.
         """
         super().__init__()
         self.model = model
         self.objective, self.neftune_alpha = objective, neftune_alpha
-        self.max_tokens, self.reference = max_tokens, reference
+        self.max_tokens, self.reference, self.towers = max_tokens, reference, towers
 
     def forward(
         self,
@@ -57,27 +61,30 @@ class TokenLoss(nn.Module):
         sources: torch.Tensor | None = None,
         number_of_sources: int = 1,
         score: bool = False,
+        images: dict[str, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Args:
             input_ids: [rows, tokens].
-            position_ids: [rows, tokens], starting at 0 in each example of a row; nothing else separates the examples.
+            position_ids: [rows, tokens], starting at 0 in each example of a row; nothing else separates the examples. With images
+                also [4, rows, tokens] (``rope_planes``).
             labels: [rows, tokens], aligned with ``input_ids``; ``IGNORE_INDEX`` where there is no loss.
             weights: [rows, tokens] weight of each token's loss. Default: 1.
             sources: [rows, tokens] source number of each token. Default: 0.
             number_of_sources: number of sources.
             score: True in evaluations: measure the cross-entropy, and count correct predictions.
+            images: of all rows, in order (``media_inputs``).
 
         Returns:
             The weighted sum of the losses (float32); [number_of_sources] the same sum per source, without gradient; and the number
             of loss tokens whose label the model ranks first (0 unless ``score``).
         """
         decoder, head = _parts(self.model)
-        # Without a cache, transformers derives the examples from the positions; with a cache it silently does not.
-        inputs = self._inputs(decoder, input_ids, position_ids)
         objective = CROSS_ENTROPY if score else self.objective
-        anchor = self._reference_states(input_ids, position_ids) if objective.has_reference else None
-        chunks = self._chunks(self._hidden(decoder, inputs, position_ids), anchor, labels, weights, sources)
+        anchor = self._reference_states(input_ids, position_ids, images) if objective.has_reference else None
+        noise = self.neftune_alpha if self.training else None
+        hidden = self.hidden_states(decoder, input_ids, position_ids, images, noise)
+        chunks = self._chunks(hidden, anchor, labels, weights, sources)
         totals = []
         for chunk in chunks:
             heads = (_with_scale(head, self.model), self._reference_logits)
@@ -89,11 +96,13 @@ class TokenLoss(nn.Module):
         loss, by_source, correct = (torch.stack(column).sum(0) for column in zip(*totals, strict=True))  # type: ignore[arg-type]
         return loss, by_source, correct
 
-    def _reference_states(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    def _reference_states(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, images: dict[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
         """The reference's hidden states, without noise and dropout: [rows, tokens, size]."""
         assert self.reference is not None
         with self.reference.standing_in(self.model) as model:
-            return self._hidden(_parts(model)[0], {"input_ids": input_ids}, position_ids)
+            return self.hidden_states(_parts(model)[0], input_ids, position_ids, images)
 
     def _reference_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         assert self.reference is not None
@@ -133,24 +142,28 @@ class TokenLoss(nn.Module):
             chosen[0] = True
         return chosen
 
-    def _hidden(self, decoder: Any, inputs: dict[str, torch.Tensor], position_ids: torch.Tensor) -> torch.Tensor:
-        """[rows, tokens, size]"""
-        shape = position_ids.shape
-        if is_varlen(decoder):
-            inputs = {name: values.reshape(1, -1, *values.shape[2:]) for name, values in inputs.items()}
-            position_ids = position_ids.reshape(1, -1)
-        if hasattr(decoder, "get_rope_index"):
+    def hidden_states(
+        self,
+        decoder: Any,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        images: dict[str, torch.Tensor] | None = None,
+        neftune_alpha: float | None = None,
+    ) -> torch.Tensor:
+        """Compute the states that go into the output head: [rows, tokens, size]. The arguments are those of ``forward``."""
+        shape, starts = input_ids.shape, position_ids if position_ids.ndim == 2 else position_ids[0]
+        if has_planes(decoder) and position_ids.ndim == 2:
             # Qwen's positions in time, height and width, of which text has three equal ones, follow those that keep examples apart.
-            position_ids = position_ids.expand(4, *position_ids.shape)
-        hidden = decoder(**inputs, position_ids=position_ids, use_cache=False).last_hidden_state
-        return hidden.reshape(*shape, -1)  # type: ignore[no-any-return]
-
-    def _inputs(self, decoder: Any, input_ids: torch.Tensor, position_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        if self.neftune_alpha is None or not self.training:
-            return {"input_ids": input_ids}
-        embedded = decoder.get_input_embeddings()(input_ids)
-        noise = embedding_noise(position_ids, embedded.shape[-1], self.neftune_alpha)
-        return {"inputs_embeds": embedded + noise.to(embedded.dtype)}
+            position_ids = position_ids.expand(4, *shape)
+        if is_varlen(decoder):
+            input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(*position_ids.shape[:-2], 1, -1)
+        inputs = {**(images or {})}
+        if self.towers is not None:
+            inputs |= self.towers.kinds(input_ids)
+        with changed_embeddings(decoder, starts, self.towers, images is None, neftune_alpha):
+            # Without a cache, transformers derives the examples from the positions; with a cache it silently does not.
+            output = decoder(input_ids=input_ids, **inputs, position_ids=position_ids, use_cache=False)
+        return output.last_hidden_state.reshape(*shape, -1)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def check_head(self, device: torch.device) -> None:
@@ -210,11 +223,16 @@ class TokenLoss(nn.Module):
         if getattr(without_adapters(self.model), "is_loaded_in_8bit", False):
             return  # LLM.int8 rounds each token depending on the whole batch
         decoder, _ = _parts(self.model)
-        states = [self._hidden(decoder, {"input_ids": tensor}, positions)[:, tokens].float() for tensor in (ids, other)]
-        difference, size = (states[0] - states[1]).abs().max(), states[0].abs().max()
-        exact = next(decoder.parameters()).dtype == torch.float32
-        if difference > size * (1e-5 if exact else 2e-2):
+        states = [self.hidden_states(decoder, tensor, positions)[:, tokens].float() for tensor in (ids, other)]
+        if difference := difference_of(states[0], states[1], decoder):
             raise RunFailed(f"{type(without_adapters(self.model)).__name__} {fault} by {difference:.2g}; {remedy}")
+
+
+def difference_of(one: torch.Tensor, other: torch.Tensor, decoder: Any) -> float:
+    """Return the largest difference of two hidden states; 0 if rounding explains it."""
+    difference, size = (one - other).abs().max(), one.abs().max()
+    exact = next(decoder.parameters()).dtype == torch.float32
+    return float(difference) if difference > size * (1e-5 if exact else 2e-2) else 0.0
 
 
 def _parts(model: Any) -> tuple[Any, Any]:

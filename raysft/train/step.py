@@ -29,6 +29,8 @@ from raysft.train.deepspeed_internals import keeps_gradient_norm
 from raysft.train.device_timer import DeviceTimer
 from raysft.train.job import Batch
 from raysft.train.phases import Phases
+from raysft.train.pixels import ImageInputs, Pixels, beside
+from raysft.train.step_rows import cut
 
 TENSORS = {
     "input_ids": torch.long,
@@ -66,6 +68,8 @@ class StepResult:
     """True if any worker does not have the rows of the next step."""
     forward_seconds: float = 0.0
     """Time of this worker's forward passes."""
+    pixel_seconds: float = 0.0
+    """Time that this worker waited for the pixels of its images."""
 
 
 def train_step(
@@ -75,6 +79,7 @@ def train_step(
     sources: int = 1,
     asks: Callable[[], tuple[bool, bool, bool, bool]] = lambda: (False, False, False, False),
     phases: Phases | None = None,
+    pixels: Pixels | None = None,
 ) -> StepResult:
     """Train on one worker's rows of a step.
 
@@ -86,6 +91,7 @@ def train_step(
         asks: returns (this worker's machine is about to be preempted, its clock asks for a checkpoint, it is to stop, it lacks
             the rows of the next step). It is called after the computation, and all workers learn if it is true for any of them.
         phases: told what this worker does.
+        pixels: of the rows' images; None if there are none in the data.
     """
     phases = phases or Phases()
     accumulation = engine.gradient_accumulation_steps()
@@ -93,7 +99,7 @@ def train_step(
     scale = accumulation * dist.get_world_size() / weight
     totals = torch.zeros(5 + sources, device=engine.device)
     norm, forward = None, DeviceTimer(engine.device)
-    for microbatch in microbatches(batch, engine.train_micro_batch_size_per_gpu(), engine.device):
+    for microbatch in microbatches(batch, engine.train_micro_batch_size_per_gpu(), engine.device, pixels):
         phases.enter("forward")
         with forward:
             loss, by_source, _ = engine(**microbatch, number_of_sources=sources)
@@ -113,7 +119,8 @@ def train_step(
     norm = float(norm if norm is not None else engine.get_global_grad_norm())
     applied = math.isfinite(norm) and engine.was_step_applied()
     heard = (noticed > 0, late > 0, over > 0, lacks > 0)
-    return StepResult(total / weight, norm, np.asarray(by_source), applied, *heard, forward.seconds())
+    waited = pixels.waited() if pixels else 0.0
+    return StepResult(total / weight, norm, np.asarray(by_source), applied, *heard, forward.seconds(), waited)
 
 
 @contextmanager
@@ -141,6 +148,8 @@ def evaluate(
     device: torch.device,
     stops: Callable[[], bool] | None = None,
     examples: int = 0,
+    images: ImageInputs | None = None,
+    source: Any = None,
 ) -> Evaluation:
     """Compute loss and accuracy on an evaluation set, exactly over all workers: sums are reduced, then divided once.
 
@@ -155,6 +164,8 @@ def evaluate(
         device: where the model is.
         stops: True if this worker was asked to stop. All workers share that about once a second. Default: none is ever asked.
         examples: how many the set has, for their number per second.
+        images: makes the pixels of images; None if there are none in the data.
+        source: ``RowSource`` of the set, if there are images.
 
     Raises:
         RunFailed: the set has no loss token.
@@ -163,7 +174,9 @@ def evaluate(
     training, started = model.training, time.perf_counter()
     model.eval()
     try:
-        totals, steps = _evaluated(model, batches, rows, device, _Looks(stops, device) if stops else lambda: None)
+        look = _Looks(stops, device) if stops else lambda: None
+        with beside(images, batches, source, rows) as (read, pixels):
+            totals, steps = _evaluated(model, read, rows, device, look, pixels)
     finally:
         model.train(training)
     dist.all_reduce(totals)
@@ -177,14 +190,19 @@ def evaluate(
 
 
 def _evaluated(
-    model: Any, batches: Iterable[Batch], rows: int, device: torch.device, look: Callable[[], None]
+    model: Any,
+    batches: Iterable[Batch],
+    rows: int,
+    device: torch.device,
+    look: Callable[[], None],
+    pixels: Pixels | None,
 ) -> tuple[torch.Tensor, int]:
     """Return this worker's sums of loss, correct predictions and loss tokens, as [3] float64, and its number of microbatches."""
     totals, steps = torch.zeros(3, dtype=torch.float64, device=device), 0
     for batch in batches:
         look()
-        for microbatch in microbatches(batch, rows, device):
-            inputs = {name: microbatch[name] for name in ("input_ids", "position_ids", "labels")}
+        for microbatch in microbatches(batch, rows, device, pixels):
+            inputs = {name: value for name, value in microbatch.items() if name not in ("weights", "sources")}
             loss, _, correct = model(**inputs, score=True)
             # The first token of an example is never predicted; the data stage has masked its label.
             loss_tokens = (microbatch["labels"][:, 1:] != IGNORE_INDEX).sum()
@@ -225,13 +243,14 @@ class _Looks:
         self._left = self._distance - 1
 
 
-def microbatches(batch: Batch, rows: int, device: torch.device) -> Iterable[dict[str, torch.Tensor]]:
-    """Cut rows into microbatches, without the padding that all rows of a microbatch share at their end."""
-    for start in range(0, len(batch["row"]), rows):
-        part = {name: values[start : start + rows] for name, values in batch.items()}
-        width = max(8, -(-int(part["tokens"].max()) // 8) * 8)
-        yield {
-            name: torch.as_tensor(part[name][:, :width], dtype=dtype).to(device, non_blocking=True)
+def microbatches(
+    batch: Batch, rows: int, device: torch.device, pixels: Pixels | None = None
+) -> Iterable[dict[str, Any]]:
+    """Cut rows into microbatches: arguments of ``TokenLoss``."""
+    for part in cut(batch, rows):
+        inputs = {
+            name: torch.as_tensor(part[name], dtype=dtype).to(device, non_blocking=True)
             for name, dtype in TENSORS.items()
             if name in part
         }
+        yield inputs if pixels is None else inputs | pixels.take(device)

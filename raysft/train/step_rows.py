@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,14 @@ from raysft.train.phases import TRAINING, Phases
 
 NAMED_RECORDS = 8
 """Most records that a message names."""
+
+
+def cut(batch: Batch, rows: int) -> Iterator[Batch]:
+    """Cut rows into microbatches, without the padding that all rows of a microbatch share at their end."""
+    for start in range(0, len(batch["row"]), rows):
+        part = {name: values[start : start + rows] for name, values in batch.items()}
+        width = max(8, -(-int(part["tokens"].max()) // 8) * 8)
+        yield {name: values[:, :width] if values.ndim == 2 else values for name, values in part.items()}
 
 
 def checked(batch: Batch | None, source: Any, index: int, rank: int, workers: int) -> Batch:

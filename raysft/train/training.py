@@ -15,6 +15,7 @@ from raysft.train.averaging import averaged
 from raysft.train.decisions import Outside
 from raysft.train.job import RowPlan, TrainJob
 from raysft.train.phases import Phases
+from raysft.train.pixels import ImageInputs
 
 
 @dataclass
@@ -48,6 +49,8 @@ class Training:
     first_step: int
     """Optimizer steps done before it started or resumed."""
     end: End
+    images: ImageInputs | None = None
+    """Makes the pixels of images; None if there are none in the data."""
 
     @property
     def row_plan(self) -> RowPlan:

@@ -25,6 +25,7 @@ from raysft.train.decisions import Outside, receiver
 from raysft.train.event_pump import emitter, permanent_failures
 from raysft.train.generation_line import MailboxLine, Place
 from raysft.train.phases import Phases
+from raysft.train.pixels import image_inputs
 from raysft.train.ray_train_internals import get_train_context
 from raysft.train.step import evaluate
 from raysft.train.step_metrics import worker_values
@@ -116,7 +117,9 @@ def _evaluate(settings: dict[str, Any]) -> None:
     torch.set_num_threads(settings["threads"])
     context, device = ray.train.get_context(), get_device()
     rank, workers = context.get_world_rank(), context.get_world_size()
-    model, rows_at_once = evaluated_model(job, workers, device), job.config.micro_batch_size
+    processor = job.processor()
+    model, rows_at_once = evaluated_model(job, workers, device, processor), job.config.micro_batch_size
+    images = image_inputs(processor, model.module.model if hasattr(model, "module") else model.model)
     with torch.autocast(device.type, torch.bfloat16, enabled=job.config.autocast):
         evaluations = [
             evaluate(
@@ -127,6 +130,8 @@ def _evaluate(settings: dict[str, Any]) -> None:
                 rows_at_once,
                 device,
                 examples=rows.row_plan.examples,
+                images=images,
+                source=rows,
             )
             for name, rows in job.eval_rows.items()
         ]

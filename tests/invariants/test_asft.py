@@ -274,7 +274,7 @@ def test_the_reference_has_neither_noise_nor_dropout(prepared, tmp_path):
         assert all(module.training for module in model.model.modules())
         plain = made(prepared, {"model.attention": "eager"}).model.eval()
         with torch.no_grad():
-            expected = model._hidden(plain.base_model, {"input_ids": places[0]}, places[1])
+            expected = model.hidden_states(plain.base_model, places[0], places[1])
         torch.testing.assert_close(once, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 

@@ -1,0 +1,108 @@
+"""The parts of a model that only images go through, called for each microbatch where all workers must call them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from raysft.errors import RunFailed
+from raysft.models.attention import without_adapters
+from raysft.models.media_inputs import kinds_argument, media_inputs
+from raysft.models.model_class import towers
+from raysft.train.objective import embedding_noise
+
+FEATURES = ("pooler_output", "deepstack_features")
+"""What a decoder takes of ``get_image_features``."""
+
+
+class Towers:
+    """Knows what a model needs beside tokens, positions and pixels.
+
+    With ZeRO-3, calling a tower gathers its weights from all workers; with trained weights in a tower, each worker must have
+    gradients of them. So where one of both holds, a microbatch without images sends one blank image through the towers, and adds 0
+    times what comes out of them to the embeddings. Nothing enters the rows.
+    """
+
+    def __init__(self, model: Any, processor: Any, device: torch.device, partitioned: bool) -> None:
+        """
+        Args:
+            model: the transformers or peft model.
+            processor: of the model.
+            device: where it computes.
+            partitioned: with ZeRO-3.
+
+        Raises:
+            RunFailed: the model takes no images.
+        """
+        whole = without_adapters(model)
+        decoder = whole.base_model
+        if not hasattr(decoder, "get_image_features"):
+            raise RunFailed(
+                f"{type(whole).__name__} takes no images, but the data has some; use a model for text and images"
+            )
+        trained = any(weight.requires_grad for tower in towers(whole) for weight in tower.parameters())
+        self._blank = (
+            {name: values.to(device) for name, values in _blank(processor).items()} if partitioned or trained else None
+        )
+        self._kinds, self._image = kinds_argument(decoder), getattr(decoder.config, "image_token_id", None)
+
+    def kinds(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the kind of each token, for a model that lets the tokens of an image attend to each other both ways."""
+        return {} if self._kinds is None else {self._kinds: (input_ids == self._image).long()}
+
+    def called(self, decoder: Any, embedded: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings of rows without images, after the towers were called if all workers call them."""
+        if self._blank is None:
+            return embedded
+        features = decoder.get_image_features(**self._blank)
+        parts = [part for name in FEATURES for part in _tensors(getattr(features, name, None))]
+        total = torch.stack([part.float().sum() for part in parts]).sum()
+        return embedded + (0 * total).to(embedded.dtype)
+
+
+@contextmanager
+def changed_embeddings(
+    decoder: Any, position_ids: torch.Tensor, towers: Towers | None, text_alone: bool, neftune_alpha: float | None
+) -> Iterator[None]:
+    """Add noise to the embeddings that a model looks up in the block, and call the towers where nothing else does.
+
+    Args:
+        decoder: the model without its output head.
+        position_ids: [rows, tokens], starting at 0 in each example.
+        towers: None if no data has images.
+        text_alone: the microbatch has no images.
+        neftune_alpha: strength of the noise; None for none.
+    """
+
+    def changed(module: Any, arguments: Any, embedded: torch.Tensor) -> torch.Tensor:
+        if neftune_alpha is not None:
+            noise = embedding_noise(position_ids, embedded.shape[-1], neftune_alpha)
+            embedded = embedded + noise.to(embedded.dtype).reshape(embedded.shape)
+        return towers.called(decoder, embedded) if text_alone and towers is not None else embedded
+
+    if neftune_alpha is None and towers is None:
+        yield
+        return
+    hook = decoder.get_input_embeddings().register_forward_hook(changed)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _blank(processor: Any) -> dict[str, torch.Tensor]:
+    from PIL import Image
+
+    return media_inputs(processor, [Image.new("RGB", (56, 56))])
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in nested lists."""
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _tensors(value)
