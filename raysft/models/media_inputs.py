@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from raysft.models.processor import image_text
+
 if TYPE_CHECKING:
     import torch
 
@@ -30,8 +32,8 @@ def media_inputs(processor: Any, images: Sequence[Any]) -> dict[str, Any]:
 
 def image_tokens(processor: Any, image: Any) -> list[int]:
     """Return the tokens that stand for an image."""
-    made = processor(text=[processor.image_token], images=[[image]], text_kwargs={"add_special_tokens": False})
-    return [int(token) for token in made["input_ids"][0]]
+    text = image_text(processor, *image.size)
+    return [int(token) for token in processor.tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
 def kinds_argument(decoder: Any) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from raysft.errors import RunFailed
 from raysft.models.attention import without_adapters
 from raysft.models.media_inputs import kinds_argument, media_inputs
-from raysft.models.model_class import towers
+from raysft.models.model_parts import part_of
 from raysft.train.objective import embedding_noise
 
 FEATURES = ("pooler_output", "deepstack_features")
@@ -43,7 +43,8 @@ class Towers:
             raise RunFailed(
                 f"{type(whole).__name__} takes no images, but the data has some; use a model for text and images"
             )
-        trained = any(weight.requires_grad for tower in towers(whole) for weight in tower.parameters())
+        part = part_of(whole)
+        trained = any(weight.requires_grad and part(name) != "language" for name, weight in whole.named_parameters())
         self._blank = (
             {name: values.to(device) for name, values in _blank(processor).items()} if partitioned or trained else None
         )
