@@ -19,8 +19,11 @@ Column = Literal[
 ]  # fmt: skip
 Tag = Literal["role", "content", "user", "assistant", "observation", "function", "system"]
 
-OF_CONVERSATIONS = ("mask_history", "template_options", "default_system", "thinking")
-"""Keys that say how conversations become text and masks; raw text (``stage: pt``) has no use for them."""
+OF_CONVERSATIONS = (
+    "mask_history", "template_options", "default_system", "thinking", "media_dir", "media_hosts", "image_max_pixels",
+    "image_min_pixels",
+)  # fmt: skip
+"""Keys that say how conversations become text, images and masks; raw text (``stage: pt``) has no use for them."""
 
 
 def _number_or_fraction(value: Any) -> Any:

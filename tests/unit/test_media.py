@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import socket
 import threading
 import time
@@ -16,6 +17,8 @@ import pytest
 from PIL import Image
 
 from raysft.config import Source
+from raysft.config.conflicts import refuse_conflicts
+from raysft.data.shards.shard_set import resolve_shard_set
 from raysft.data.sources import downloads
 from raysft.data.sources.content import content_digest
 from raysft.data.sources.formats import to_examples
@@ -24,6 +27,7 @@ from raysft.data.types import Example, Medium, Rejected
 from raysft.errors import RequestError
 from raysft.media import files, images
 from tests.servers import serving
+from tests.shards import data_config, write_records
 
 
 def picture(shade: int = 0, size: tuple[int, int] = (20, 12), form: str = "PNG") -> bytes:
@@ -289,3 +293,58 @@ def test_a_host_that_sends_a_byte_at_a_time_is_left(tmp_path, options, monkeypat
     with serving(drip) as port, pytest.raises(RequestError, match="no whole answer"):
         opened(example(f"http://localhost:{port}/a"), replace(options, hosts=(f"localhost:{port}",)), tmp_path)
     assert time.monotonic() - started < 10
+
+
+def shard_set(folder: Path, model: Path, **data):
+    config = data_config(folder, **data)
+    return resolve_shard_set(config, config.data.train[0], "all", str(model), with_prompts=False)
+
+
+def test_images_begin_in_the_folder_of_the_registry_whose_files_they_are_of(tmp_path, model):
+    (tmp_path / "sub").mkdir()
+    write_records(tmp_path / "sub" / "a.jsonl", [{"turns": ["q", "a"]}])
+    (tmp_path / "dataset_info.json").write_text('{"x": {"file_name": "sub/a.jsonl", "formatting": "sharegpt"}}')
+    registered = {"train": [{"name": "x"}], "registry": str(tmp_path)}
+    assert shard_set(tmp_path, model, **registered).media.folder == str(tmp_path)
+    assert shard_set(tmp_path, model, **registered, media_dir=f"{tmp_path}/b").media.folder == f"{tmp_path}/b"
+    by_path = {"train": [{"name": "x", "path": f"{tmp_path}/sub/a.jsonl"}], "registry": str(tmp_path)}
+    assert shard_set(tmp_path, model, **by_path).media.folder == ""
+    assert shard_set(tmp_path, model, **by_path, media_dir="s3://b/c").media.folder == "s3://b/c"
+
+
+def test_shards_of_a_model_for_images_are_known_by_their_places_and_sizes_and_those_of_text_are_not(tmp_path, model):
+    sighted = tmp_path / "sighted"
+    shutil.copytree(model, sighted)
+    (sighted / "preprocessor_config.json").write_text("{}")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        write_records(tmp_path / name / "a.jsonl", [{"turns": ["q", "a"]}])
+
+    def keys(of: Path) -> list[str]:
+        sources = [{"train": [{"name": "a", "path": f"{tmp_path}/{name}/a.jsonl"}]} for name in ("one", "two")]
+        changes = [{"image_max_pixels": 99}, {"image_min_pixels": 9}, {"media_dir": "x"}, {"media_hosts": ["x.org"]}]
+        found = [shard_set(tmp_path, of, **source) for source in sources]
+        found += [shard_set(tmp_path, of, **sources[0], **change) for change in changes]
+        return [each.directory.name for each in found]
+
+    assert len(set(keys(sighted))) == 6
+    assert len(set(keys(model))) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("media_hosts", ["https://x.org"], "no name of a host"),
+        ("media_dir", "ftp://x/y", "ftp:// is not supported"),
+        ("image_min_pixels", 2_000, "more than image_max_pixels=1000"),
+        ("image_max_pixels", 0, "greater than 0"),
+    ],
+)
+def test_keys_that_cannot_be_are_refused(tmp_path, key, value, words):
+    with pytest.raises(RequestError, match=words):
+        data_config(tmp_path, **{"image_max_pixels": 1000, key: value})
+
+
+def test_raw_text_has_no_images(tmp_path):
+    with pytest.raises(RequestError, match="image_max_pixels=1000 is for conversations"):
+        refuse_conflicts(data_config(tmp_path, stage="pt", image_max_pixels=1000))

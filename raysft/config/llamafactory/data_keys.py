@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raysft.config.llamafactory.keys import IMAGES, Key, Keys, harmless, joined, only, same
+from raysft.config.llamafactory.keys import Key, Keys, harmless, joined, only, same
 from raysft.config.llamafactory.values import boolean, choice, names, number, positive, text, whole
 
 _CACHE = "tokens are cached, and found by what they were made from"
@@ -19,7 +19,7 @@ DATA: Keys = {
         names, [], path="data.eval", alone=False, reason="neither eval_strategy, do_eval nor do_predict asks for it"
     ),
     "dataset_dir": joined("data.registry", text, "data"),
-    "media_dir": harmless(IMAGES),
+    "media_dir": same("data.media_dir", text),
     "cutoff_len": same("data.sequence_length", whole, 2048),
     "train_on_prompt": same("data.train_on_prompt", boolean, False),
     "mask_history": same("data.mask_history", boolean, False),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raysft.config.llamafactory.keys import IMAGES, PREFERENCES, Key, Keys, harmless, joined, only, same
+from raysft.config.llamafactory.keys import PREFERENCES, Key, Keys, harmless, joined, only, same
 from raysft.config.llamafactory.values import boolean, names, number, option, targets, text, whole, word
 
 _SWANLAB = "only use_swanlab: true reads it"
@@ -88,9 +88,9 @@ FINETUNING: Keys = {
     "use_hyper_parallel": only(False, "remove it; train.zero_stage: 3 partitions large models", boolean),
     "hyper_parallel_args": harmless("only use_hyper_parallel: true reads it"),
     # Parts of models that see and hear.
-    "freeze_vision_tower": harmless(IMAGES),
-    "freeze_multi_modal_projector": harmless(IMAGES),
-    "freeze_language_model": only(False, "remove it: raysft trains language models", boolean),
+    "freeze_vision_tower": joined("model.train_parts", boolean, True),
+    "freeze_multi_modal_projector": joined("model.train_parts", boolean, True),
+    "freeze_language_model": joined("model.train_parts", boolean, False),
     # Watching.
     "compute_accuracy": harmless("evaluations always compute it, over tokens instead of examples"),
     "disable_shuffling": joined("data.shuffle", boolean, False),

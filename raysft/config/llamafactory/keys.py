@@ -8,7 +8,7 @@ from typing import Any
 from raysft.config.llamafactory.values import Reader, anything
 
 PREFERENCES = "only stages rm, ppo, dpo and kto read it"
-IMAGES = "only images, videos and audio need it, and raysft trains on text"
+VIDEOS = "only videos and audio need it, and raysft rejects records that have them"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raysft.config.llamafactory.keys import IMAGES, Key, Keys, harmless, joined, only, same
+from raysft.config.llamafactory.keys import VIDEOS, Key, Keys, harmless, joined, only, same
 from raysft.config.llamafactory.values import boolean, choice, names, number, option, positive, text, whole, word
 
 _EXPORT = "raysft export writes the trained model"
@@ -63,11 +63,15 @@ MODEL: Keys = {
     "double_quantization": same("model.double_quantization", boolean, True),
     "quantization_device_map": only(None, "remove it; generate.gpus_per_engine splits a model over GPUs"),
     # Images, videos, audio.
+    "image_max_pixels": same("data.image_max_pixels", positive, 768 * 768),
+    "image_min_pixels": same("data.image_min_pixels", positive, 32 * 32),
+    "image_do_pan_and_scan": only(False, "remove it: raysft leaves it to the model's processor", boolean),
+    "crop_to_patches": only(False, "remove it: raysft leaves it to the model's processor", boolean),
     **{
-        name: harmless(IMAGES)
+        name: harmless(VIDEOS)
         for name in (
-            "image_max_pixels", "image_min_pixels", "image_do_pan_and_scan", "crop_to_patches", "video_max_pixels",
-            "video_min_pixels", "video_fps", "video_maxlen", "use_audio_in_video", "audio_sampling_rate",
+            "video_max_pixels", "video_min_pixels", "video_fps", "video_maxlen", "use_audio_in_video",
+            "audio_sampling_rate",
         )
     },
     # Export.

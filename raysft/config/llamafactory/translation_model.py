@@ -9,8 +9,9 @@ from pathlib import Path
 import yaml
 
 from raysft.config.llamafactory.settings import Entry, Refusal, Settings
+from raysft.config.llamafactory.table import TABLE
 from raysft.config.llamafactory.translation import Derived
-from raysft.errors import one_line
+from raysft.errors import as_yaml, one_line
 from raysft.storage.modelscope import prefers_modelscope
 
 
@@ -63,6 +64,8 @@ def model(given: Settings) -> Derived:
                 "loraplus_lr_embedding is not supported; remove it: embeddings have the rate of the other adapters",
             )
     yield from _layers(given)
+    if given.trains:
+        yield from _parts(given)
     liger = "use_liger_kernel" if given["use_liger_kernel"] else "enable_liger_kernel"
     yield Entry("model.liger", given[liger], liger)
 
@@ -91,6 +94,35 @@ def _layers(given: Settings) -> Derived:
     elif kind == "freeze":
         yield Entry("model.freeze.layers", number if expanded or number != 2 else "auto", "freeze_trainable_layers")
         yield Entry("model.freeze.spread", expanded, "use_llama_pro")
+
+
+def _parts(given: Settings) -> Derived:
+    """Parts of a model for images that are trained."""
+    names = {
+        "freeze_language_model": "language",
+        "freeze_multi_modal_projector": "projector",
+        "freeze_vision_tower": "vision",
+    }
+    kind, parts = given["finetuning_type"], [part for key, part in names.items() if not given[key]]
+    if kind == "freeze" and ("vision" in parts or "language" not in parts):
+        key = "freeze_vision_tower" if "vision" in parts else "freeze_language_model"
+        yield Refusal(
+            key,
+            f"{key}={as_yaml(given[key])} with finetuning_type=freeze is not supported; remove it, or set finetuning_type to full, "
+            "which trains whole parts",
+        )
+        return
+    note = ""
+    if kind in ("lora", "oft") and "projector" in parts:
+        parts.remove("projector")
+        note = f"with {kind}, LLaMA-Factory does not train the projector; add it to train it in full"
+    if not parts:
+        yield Refusal(
+            "freeze_language_model", "freeze_language_model=true leaves nothing to train; unfreeze another part"
+        )
+        return
+    changed = next((key for key in names if given[key] != TABLE[key].default), "freeze_vision_tower")
+    yield Entry("model.train_parts", parts, changed, note)
 
 
 def located(given: Settings) -> tuple[str, str | None]:
