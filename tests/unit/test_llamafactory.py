@@ -211,7 +211,7 @@ def of(config: Config, path: str) -> Any:
     [
         ({"learning_rate": "1e-4", "weight_decay": "1e-2"}, {"train.learning_rate": 1e-4, "train.weight_decay": 0.01}),
         ({"dataset": "a, b"}, {"data.train": [{"name": "a"}, {"name": "b"}]}),
-        ({"media_dir": "pictures", "image_max_pixels": 9999}, {"data.media_dir": "pictures", "data.image_max_pixels": 9999}),
+        ({"media_dir": "x", "image_max_pixels": 9999}, {"data.media_dir": "x", "data.image_max_pixels": 9999}),
         ({}, {"data.image_max_pixels": 768 * 768, "data.image_min_pixels": 32 * 32}),
         ({"freeze_vision_tower": False}, {"model.train_parts": ["language", "vision"]}),
         ({"freeze_vision_tower": False, "freeze_language_model": True}, {"model.train_parts": ["vision"]}),
@@ -519,7 +519,10 @@ def test_keys_of_conversations_have_no_effect_on_raw_text_and_are_told(write):
         ({"stage": "kto"}, "lf.yaml:4: stage=kto"),
         ({"stage": "rm"}, "lf.yaml:4: stage=rm"),
         ({"freeze_language_model": True}, "lf.yaml:4: freeze_language_model=true leaves nothing to train"),
-        ({"freeze_vision_tower": False, "finetuning_type": "freeze"}, "lf.yaml:4: freeze_vision_tower=false … set finetuning_type to full"),
+        (
+            {"freeze_vision_tower": False, "finetuning_type": "freeze"},
+            "lf.yaml:4: freeze_vision_tower=false … set finetuning_type to full",
+        ),
         ({"crop_to_patches": True}, "lf.yaml:4: crop_to_patches=true is not supported; remove it"),
         ({"stage": "ppo"}, "lf.yaml:4: stage=ppo"),
         ({"cutoff_len": "abc"}, "lf.yaml:4: cutoff_len='abc': must be a whole number"),

@@ -18,16 +18,19 @@ from PIL import Image
 
 from raysft.config import Source
 from raysft.config.conflicts import refuse_conflicts
+from raysft.data.prepare import prepare
 from raysft.data.shards.shard_set import resolve_shard_set
 from raysft.data.sources import downloads
 from raysft.data.sources.content import content_digest
 from raysft.data.sources.formats import to_examples
 from raysft.data.sources.media import MediaOpener, MediaOptions
+from raysft.data.sources.pickle_guard import read_table
 from raysft.data.types import Example, Medium, Rejected
 from raysft.errors import RequestError
 from raysft.media import files, images
 from tests.servers import serving
-from tests.shards import data_config, write_records
+from tests.shards import data_config, write_records, written
+from tests.tiny_vision import tiny_vision_model
 
 
 def picture(shade: int = 0, size: tuple[int, int] = (20, 12), form: str = "PNG") -> bytes:
@@ -348,3 +351,63 @@ def test_keys_that_cannot_be_are_refused(tmp_path, key, value, words):
 def test_raw_text_has_no_images(tmp_path):
     with pytest.raises(RequestError, match="image_max_pixels=1000 is for conversations"):
         refuse_conflicts(data_config(tmp_path, stage="pt", image_max_pixels=1000))
+
+
+@pytest.fixture(scope="module")
+def sighted(tmp_path_factory) -> Path:
+    return tiny_vision_model(tmp_path_factory.mktemp("sighted"), "qwen2.5-vl")
+
+
+def asked(picture_of, *more) -> dict:
+    parts = [{"type": "image", "image": picture_of}, {"type": "text", "text": "What is it?"}]
+    return {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "red"}, *more]}
+
+
+def test_images_go_from_records_to_shards(tmp_path, sighted):
+    """Each in a file that is there, with a size within the limits."""
+    (tmp_path / "big.png").write_bytes(picture(1, (280, 140)))
+    (tmp_path / "broken.png").write_bytes(picture(2)[:50])
+    url = "data:image/png;base64," + b64encode(picture(3, (56, 56))).decode()
+    records = [
+        asked("big.png"), asked("broken.png"), asked(url), asked("none.png"), {"turns": ["q", "a"]},
+        {"turns": ["<image>q", "a"], "images": ["big.png"]},
+    ]  # fmt: skip
+    write_records(tmp_path / "a.jsonl", records)
+    manifest = written(shard_set(tmp_path, sighted, image_max_pixels=140 * 70), str(sighted))
+    (file,) = manifest.shard_paths()
+    rows = read_table(file).to_pylist()
+    assert [row["record"].rpartition(":")[2] for row in rows] == ["1", "3", "5", "6"]
+    assert [[(medium["width"], medium["height"]) for medium in row["media"]] for row in rows] == [
+        [(140, 70)], [(56, 56)], [], [(140, 70)],
+    ]  # fmt: skip
+    for row in rows:
+        for medium in row["media"]:
+            files.read(medium["location"], medium["digest"])
+    assert rows[0]["media"][0]["location"] == str(tmp_path / "big.png")
+    assert rows[1]["media"][0]["location"].startswith(str(tmp_path / "cache" / "media"))
+    reasons = [item.reason for item in manifest.rejected]
+    assert len(reasons) == 2
+    assert "broken.png: is" in reasons[0]
+    assert "none.png: does not exist" in reasons[1]
+
+
+def test_the_same_question_about_the_same_image_is_a_duplicate_and_about_another_is_none(tmp_path, sighted):
+    for name, shade in (("a", 1), ("b", 1), ("c", 2)):
+        (tmp_path / f"{name}.png").write_bytes(picture(shade))
+    write_records(tmp_path / "a.jsonl", [asked("a.png"), asked("b.png"), asked("c.png")])
+    prepared = prepare(data_config(tmp_path), str(sighted))
+    assert prepared.duplicates.train["a"]["repeated"] == 1
+
+
+def test_many_questions_in_the_same_words_are_held_out_by_their_images(tmp_path, sighted):
+    for number in range(60):
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+    write_records(tmp_path / "a.jsonl", [asked(f"{number}.png") for number in range(60)])
+    prepared = prepare(data_config(tmp_path, holdout=10), str(sighted))
+    assert [len(manifest) for manifest in (*prepared.train, *prepared.eval)] == [50, 10]
+
+
+def test_a_model_for_text_alone_says_so_before_an_image_is_looked_for(tmp_path, model):
+    write_records(tmp_path / "a.jsonl", [asked("none.png")])
+    with pytest.raises(RequestError, match="has no processor for images"):
+        written(shard_set(tmp_path, model), str(model))

@@ -99,7 +99,8 @@ class ShardWriter:
             self._tokenize_pending()
 
     def _tokenize_pending(self) -> None:
-        opened = list(self.open_media(self.pending))
+        # A model for text alone refuses images, wherever they are.
+        opened = list(self.open_media(self.pending)) if self.tokenize.processor else self.pending
         self.rejected += [item for item in opened if isinstance(item, Rejected)]
         examples = [item for item in opened if isinstance(item, Example)]
         digests = {example.record: content_digest(example) for example in examples}
