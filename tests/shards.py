@@ -19,7 +19,12 @@ from raysft.data.tokenization.tokenizer import Tokenizer
 
 def example_tokenizer(folder: str, **options: Any) -> ExampleTokenizer:
     """Tokenize conversations with the tokenizer of a folder, in rows of 64 tokens where nothing else is said."""
-    defaults = {
+    return ExampleTokenizer(Tokenizer.load(folder), tokenize_options(**options))
+
+
+def tokenize_options(**options: Any) -> TokenizeOptions:
+    """Options with defaults for tests."""
+    defaults: dict[str, Any] = {
         "stage": "sft",
         "sequence_length": 64,
         "mask_history": False,
@@ -32,7 +37,7 @@ def example_tokenizer(folder: str, **options: Any) -> ExampleTokenizer:
         "thinking": "template",
         "with_prompts": False,
     }
-    return ExampleTokenizer(Tokenizer.load(folder), TokenizeOptions(**{**defaults, **options}))
+    return TokenizeOptions(**{**defaults, **options})
 
 
 def write_records(path: Path, records: Sequence[Any]) -> None:

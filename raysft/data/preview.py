@@ -15,7 +15,7 @@ from rich.text import Text
 from raysft.data.rows.packed_dataset import PackedDataset
 from raysft.data.shards.manifest import Manifest
 from raysft.data.tokenization.tokenizer import load_once
-from raysft.data.types import IGNORE_INDEX
+from raysft.data.types import IGNORE_INDEX, RowMedium
 from raysft.telemetry.terminal import Console
 
 COLOURS = ("cyan", "yellow", "magenta", "green")
@@ -53,20 +53,36 @@ def decode_rows(rows: PackedDataset, model: str, count: int, runs_code: bool = F
         segments = rows.row_plan.segments
         inside = slice(segments.offsets[number], segments.offsets[number + 1])
         ends = np.cumsum(segments.stops[inside] - segments.starts[inside]).tolist()
+        media = batch["media"][0] if "media" in batch else ()
         loss_tokens = int((labels != IGNORE_INDEX).sum())
         yield DecodedRow(
             title=f"row {number} of {rows.row_plan.rows:,}: {len(ends)} example{'s' * (len(ends) != 1)}, {tokens} of "
             f"{rows.capacity} tokens, {loss_tokens} in the loss",
-            examples=[_segments(tokenizer, ids[start:end], labels[start:end]) for start, end in pairwise([0, *ends])],
+            examples=[_segments(tokenizer, ids, labels, media, span) for span in pairwise([0, *ends])],
         )
 
 
-def _segments(tokenizer: Any, ids: np.ndarray, labels: np.ndarray) -> list[tuple[str, bool]]:
-    edges = [0, *(np.flatnonzero(np.diff(labels != IGNORE_INDEX)) + 1).tolist(), len(ids)]
+def _segments(
+    tokenizer: Any, ids: np.ndarray, labels: np.ndarray, media: Sequence[RowMedium], span: tuple[int, int]
+) -> list[tuple[str, bool]]:
+    """Decode the tokens of a span; an image is named, with its size and the number of its tokens."""
+    within = {medium.start: medium for medium in media if span[0] <= medium.start < span[1]}
+    changes = np.flatnonzero(np.diff(labels != IGNORE_INDEX)) + 1
+    edges = {*span, *(each for medium in within.values() for each in (medium.start, medium.stop))}
+    edges.update(change for change in changes[(span[0] < changes) & (changes < span[1])].tolist())
     return [
-        (tokenizer.decode(ids[start:end].tolist()).translate(VISIBLE), bool(labels[start] != IGNORE_INDEX))
-        for start, end in pairwise(edges)
+        (
+            _name(within[start]) if start in within else tokenizer.decode(ids[start:end].tolist()).translate(VISIBLE),
+            bool(labels[start] != IGNORE_INDEX),
+        )
+        for start, end in pairwise(sorted(edges))
     ]
+
+
+def _name(medium: RowMedium) -> str:
+    name = medium.location.rpartition("/")[2].translate(VISIBLE)
+    facts = f"{name}, {medium.width} × {medium.height} pixels, {medium.stop - medium.start} tokens"
+    return f"⟨{facts}{f'; {medium.fault}' if medium.fault else ''}⟩"
 
 
 @dataclass(frozen=True)
@@ -97,12 +113,18 @@ class LengthSummary:
         all_tokens = int(lengths.sum()) + sum(lost.values())
         rejected = sum(len(manifest.rejected) for manifest in manifests)
         records = sum(manifest.records for manifest in manifests)
+        images = sum(manifest.media for manifest in manifests)
+        cut = sum(manifest.counts.get("truncated_media", 0) for manifest in manifests)
+        of_images = (
+            [f"{images:,} images, and {cut:,} more that were cut off with truncated tokens"] if images + cut else []
+        )
         return cls(
             bars,
             [
                 f"{tokens:,} tokens in {filled:,} rows; {1 - rows.row_plan.packing_efficiency:.2%} padding",
                 f"of {all_tokens:,} tokens in all examples, {lost['truncated_tokens'] / all_tokens:.2%} were truncated and "
                 f"{lost['dropped_tokens'] / all_tokens:.2%} were dropped with examples that are too long",
+                *of_images,
                 f"{rejected:,} of {records:,} records rejected ({rejected / max(1, records):.2%})",
             ],
         )

@@ -11,13 +11,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from raysft.data.preview import LengthSummary, decode_rows
+from raysft.data.rows.packed_dataset import PackedDataset
+from raysft.data.shards.media_column import MEDIA
+from raysft.data.shards.prompts import write_prompts
+from raysft.data.sources.pickle_guard import read_table
 from raysft.data.tokenization.tokenize import ExampleTokenizer
 from raysft.data.tokenization.tokenized_example import Overflow, TokenizedExample
-from raysft.data.types import IGNORE_INDEX, MEDIUM, Example, Medium, Message, Rejected
+from raysft.data.tokenization.tokenizer import Tokenizer
+from raysft.data.types import IGNORE_INDEX, MEDIUM, Example, Medium, Message, Rejected, TokenizedMedium
 from raysft.errors import RequestError
+from raysft.media.files import read
 from raysft.models.processor import load_processor
 from raysft.models.tokenizer import load_tokenizer
-from tests.shards import example_tokenizer
+from raysft.storage.path import StoragePath
+from tests.shards import data_config, example_tokenizer, the_set, tokenize_options, write_records, written
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 from tests.tiny_vision import FAMILIES, QWEN_IMAGE, tiny_processor
 
@@ -239,11 +247,8 @@ def test_a_text_begins_with_the_token_for_that_once_as_the_processor_has_it(tmp_
 
 @pytest.mark.parametrize(("family", "image"), [("llava", "<image>"), ("qwen2.5-vl", QWEN_IMAGE)])
 def test_a_template_of_texts_alone_gets_what_the_model_s_own_writes_for_an_image(folders, family, image):
-    from raysft.data.tokenization.tokenized_example import TokenizeOptions
-    from raysft.data.tokenization.tokenizer import Tokenizer
-
-    options = vars(example_tokenizer(str(folders[family]), sequence_length=2000).options)
-    tokenizer = ExampleTokenizer(Tokenizer.load(str(folders[family]), CHAT_TEMPLATE), TokenizeOptions(**options))
+    loaded = Tokenizer.load(str(folders[family]), CHAT_TEMPLATE)
+    tokenizer = ExampleTokenizer(loaded, tokenize_options(sequence_length=2000))
     (item,) = tokenizer([example(CHATS["two"])])
     assert isinstance(item, TokenizedExample)
     texts = [
@@ -333,3 +338,97 @@ def test_overflow_reports_the_tokens_of_images_too(folders):
     (item,) = example_tokenizer(str(folders["idefics3"]), on_overflow="drop")([example(CHATS["two"])])
     assert isinstance(item, Overflow)
     assert item.tokens == len(processor_ids(folders["idefics3"], CHATS["two"]))
+
+
+def write_pictures(folder: Path, chats: dict[str, Chat]) -> None:
+    """Write pictures, and conversations about them in OpenAI's parts."""
+    records = []
+    for turns in chats.values():
+        for one in conversation(turns):
+            for part in one["content"] if isinstance(one["content"], list) else ():
+                if "image" in part:
+                    part["image"].save(folder / f"{part['image'].width}x{part['image'].height}.png")
+        records.append(
+            {
+                "messages": [
+                    {
+                        "role": role,
+                        "content": [
+                            {"type": "text", "text": part}
+                            if isinstance(part, str)
+                            else {"type": "image", "image": f"{part[0]}x{part[1]}.png"}
+                            for part in parts
+                        ],
+                    }
+                    for role, parts in turns
+                ]
+            }
+        )
+    write_records(folder / "a.jsonl", records)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2.5-vl"])
+def test_shards_and_prompts_list_images_with_their_tokens(tmp_path, folders, family):
+    chats = {name: turns for name, turns in CHATS.items() if turns[-1][0] == "assistant"}
+    write_pictures(tmp_path, chats)
+    config = data_config(tmp_path, sequence_length=1000)
+    model = str(folders[family])
+    manifest = written(the_set(config, model, with_prompts=True), model)
+    assert len(manifest) == len(chats)
+    assert manifest.media == sum(
+        not isinstance(part, str) for turns in chats.values() for _, parts in turns for part in parts
+    )
+    (shard,) = manifest.shard_paths()
+    path = tmp_path / "prompts.parquet"
+    write_prompts([manifest], path, None)
+    for table, ids, count in (
+        (read_table(shard), "input_ids", None),
+        (read_table(StoragePath.of(path)), "input_ids", -1),
+    ):
+        assert table["media"].type == MEDIA
+        for row, turns in zip(table.to_pylist(), chats.values(), strict=True):
+            media = [TokenizedMedium(**each) for each in row["media"]]
+            assert_media(folders[family], np.array(row[ids]), media, turns[:count])
+            for medium in media:
+                read(medium.location, medium.digest)
+
+
+def test_files_of_texts_alone_have_no_column_for_images(tmp_path, folders):
+    write_pictures(tmp_path, {"text": CHATS["text alone"]})
+    manifest = written(the_set(data_config(tmp_path), str(folders["llava"]), with_prompts=True), str(folders["llava"]))
+    (shard,) = manifest.shard_paths()
+    assert manifest.media == 0
+    assert "media" not in read_table(shard).column_names
+    write_prompts([manifest], tmp_path / "prompts.parquet", None)
+    assert read_table(StoragePath.of(tmp_path / "prompts.parquet")).column_names == [
+        "id", "source", "prompt", "input_ids", "label",
+    ]  # fmt: skip
+
+
+def test_prompts_of_texts_and_of_images_are_in_one_file(tmp_path, folders):
+    write_pictures(tmp_path, {"text": CHATS["text alone"]})
+    (tmp_path / "a.jsonl").rename(tmp_path / "b.jsonl")
+    write_pictures(tmp_path, {"image": CHATS["two"]})
+    config = data_config(tmp_path, names=("a", "b"), sequence_length=500)
+    model = str(folders["llava"])
+    manifests = [written(the_set(config, model, source, with_prompts=True), model) for source in (0, 1)]
+    assert write_prompts(manifests, tmp_path / "prompts.parquet", None) == 2
+    table = read_table(StoragePath.of(tmp_path / "prompts.parquet"))
+    assert [len(media) for media in table["media"].to_pylist()] == [2, 0]
+
+
+def test_a_preview_names_images(tmp_path, folders):
+    write_pictures(tmp_path, {"two": CHATS["two"], "text": CHATS["text alone"]})
+    model = str(folders["qwen2-vl"])
+    config = data_config(tmp_path, sequence_length=1000)
+    manifest = written(the_set(config, model), model)
+    rows = PackedDataset((manifest.path.location,), 1000, 1, seed=0, shuffle=False)
+    (row,) = decode_rows(rows, model, 1)
+    first = row.examples[0]
+    assert "".join(text for text, _ in first) == (
+        "<|im_start|>user\nOne: ⟨40x40.png, 40 × 40 pixels, 3 tokens⟩ and two: "
+        "⟨90x120.png, 90 × 120 pixels, 14 tokens⟩.<|im_end|>\n"
+        "<|im_start|>assistant\nA cat and a dog.<|im_end|>\n"
+    )
+    assert [text for text, has_loss in first if has_loss] == ["A cat and a dog.<|im_end|>"]
+    assert "2 images, and 0 more that were cut off with truncated tokens" in LengthSummary.of(rows, [manifest]).lines

@@ -148,7 +148,10 @@ def _refuse_empty(shard_set: ShardSet, shards: Sequence[Shard]) -> None:
         reasons.insert(
             0, f"{dropped} dropped as longer than data.sequence_length={limit} (the longest has {longest} tokens)"
         )
-        remedy = "raise data.sequence_length, or set data.on_overflow to truncate or split"
+        others = "set data.on_overflow to truncate or split"
+        if shard_set.options.on_overflow != "drop":  # a single image is longer than a row
+            others = "lower data.image_max_pixels"
+        remedy = f"raise data.sequence_length, or {others}"
     elif rejected:
         remedy = "correct the data"
     else:

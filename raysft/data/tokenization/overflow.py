@@ -36,7 +36,11 @@ def fit_to_row(example: TokenizedExample, turns: Sequence[Span], options: Tokeni
         reason = f"{tokens} tokens do not fit into data.sequence_length={options.sequence_length}"
         yield Overflow(Rejected(example.source, example.record, reason), tokens)
         return
-    elif largest and (size := largest.stop - largest.start) > options.sequence_length:
+    elif (
+        largest
+        and (size := largest.stop - largest.start) > options.sequence_length
+        and not (options.on_overflow == "truncate" and options.with_prompts)  # its prompt stays whole
+    ):
         reason = f"{largest.location}: its {size} tokens do not fit into data.sequence_length={options.sequence_length}"
         yield Overflow(Rejected(example.source, example.record, f"{reason}; lower data.image_max_pixels"), tokens)
         return

@@ -46,7 +46,7 @@ def truncate(
         tokens: length of the conversation.
         turns: [start, end) in tokens of each assistant turn; what precedes a turn, back to the turn before, is its prompt.
         capacity: tokens in a row.
-        media: [start, end) in tokens of each image, none longer than a row.
+        media: [start, end) in tokens of each image.
         tail: keep the end of prompts instead of the beginning. Answers always keep their beginning.
         last_first: start with the last turn, because it is the only one to train on.
 
