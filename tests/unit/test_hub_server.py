@@ -15,10 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from huggingface_hub import constants, file_download
+from PIL import Image
 
 from raysft.config import Config, Source, parse
 from raysft.data.sources.files import find_files
+from raysft.data.sources.media import MediaOpener, MediaOptions
 from raysft.data.sources.readers import JsonLine, read_raw
+from raysft.data.types import MEDIUM, Example, Medium, Message
 from raysft.models.adapters import find_adapter, load_with_base
 from raysft.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from raysft.models.resolve import find_model
@@ -316,6 +319,23 @@ def test_a_dataset_has_subsets_splits_and_revisions(there):
     assert "matches no file" in refusal(read, "hf://datasets/some/set@~parquet/de/train")
     assert "no such revision" in refusal(read, "hf://datasets/some/set@v9/data")
     assert "cannot be read: the hub " in refusal(read, "hf://datasets/some/none/data")
+
+
+def test_images_beside_the_records_of_a_dataset_are_kept_in_the_cache(there, tmp_path):
+    stream = io.BytesIO()
+    Image.new("RGB", (3, 2)).save(stream, "PNG")
+    there.add("some/set", {"a.jsonl": b"{}\n", "images/1.png": stream.getvalue()}, "datasets")
+    (file,) = find_files(Source(name="d", path="hf://datasets/some/set"))
+    message = Message("user", MEDIUM, media=(Medium("image", "images/1.png"),))
+    example = Example("d", f"{file.path}:1", messages=(message,))
+    options = MediaOptions("", str(tmp_path), (), None, None)
+    for _ in range(2):  # the second time it is there
+        (found,) = MediaOpener(options, {file.path: file.uri})([example])
+        assert isinstance(found, Example), found
+        (medium,) = found.messages[0].media
+        assert (medium.width, medium.height) == (3, 2)
+        assert Path(medium.location).parent.parent == tmp_path
+        assert Path(medium.location).read_bytes() == stream.getvalue()
 
 
 def test_another_commit_is_other_data_though_sizes_stay(there):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import socket
 import threading
@@ -28,6 +29,8 @@ from raysft.data.sources.pickle_guard import read_table
 from raysft.data.types import Example, Medium, Rejected
 from raysft.errors import RequestError
 from raysft.media import files, images
+from raysft.storage.path import StoragePath
+from tests.objects import s3_server
 from tests.servers import serving
 from tests.shards import data_config, write_records, written
 from tests.tiny_vision import tiny_vision_model
@@ -351,6 +354,28 @@ def test_keys_that_cannot_be_are_refused(tmp_path, key, value, words):
 def test_raw_text_has_no_images(tmp_path):
     with pytest.raises(RequestError, match="image_max_pixels=1000 is for conversations"):
         refuse_conflicts(data_config(tmp_path, stage="pt", image_max_pixels=1000))
+
+
+def test_images_lie_beside_their_records_in_an_object_store(tmp_path, sighted):
+    """Both in a folder that is the source; the cache is in the store, too, for what is in the records."""
+    record = {**asked("x/a b.png")}
+    embedded = asked("data:image/png;base64," + b64encode(picture(3)).decode())
+    with s3_server() as server:
+        StoragePath.of(server.uri("data/x/a b.png")).write_bytes(picture(1))
+        StoragePath.of(server.uri("data/a.jsonl")).write_text(json.dumps(record) + "\n" + json.dumps(embedded) + "\n")
+        source, cache = {"name": "a", "path": server.uri("data")}, server.uri("cache")
+        manifest = written(shard_set(tmp_path, sighted, train=[source], cache=cache), str(sighted))
+        places = [row["media"][0] for row in read_table(manifest.shard_paths()[0]).to_pylist()]
+        assert [files.read(place["location"], place["digest"]) for place in places] == [picture(1), picture(3)]
+        assert str(StoragePath(places[0]["location"])) == "s3://bucket/data/x/a b.png"
+        assert str(StoragePath(places[1]["location"])).startswith("s3://bucket/cache/media/")
+        other = shard_set(tmp_path, sighted, train=[source], media_dir=server.uri("none"), cache=cache)
+        (rejected,) = written(other, str(sighted)).rejected
+        assert rejected.reason.startswith("s3://bucket/none/x/a b.png: does not exist")
+        server.fails("a.*b[.]png", 60, status=403)
+        again = shard_set(tmp_path, sighted, train=[source], cache=server.uri("other"))
+        with pytest.raises(RequestError, match=r"a\.jsonl:1: .*check the storage and its credentials"):
+            written(again, str(sighted))
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,8 @@ from raysft.storage.retry import FIRST_SECONDS, retry_for
 
 DOCUMENTATION_PREFIXES = ("README", "LICENSE", "LICENCE")
 """Prefixes of documentation files, which are skipped. Other files of an unknown kind are refused: they might be data."""
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+"""Endings of images, which may lie beside the records that name them."""
 DATASETS_METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 """A registry, and the metadata files that ``datasets`` saves beside its data, along with a ``state.json``."""
 SPLITS_METADATA = "dataset_dict.json"
@@ -149,6 +151,7 @@ def _matching(filesystem: Any, path: str) -> Iterator[Any]:
         for inner in infos:
             hidden = any(part.startswith((".", "_")) for part in inner.path[len(path) :].split("/"))
             skipped = hidden or _is_documentation(inner, dataset_folders) or _is_datasets_cache(inner, dataset_folders)
+            skipped = skipped or inner.path.lower().endswith(PICTURES)
             if inner.type == fs.FileType.File and not skipped:
                 yield inner
     elif re.search(r"[*?\[]", path):
