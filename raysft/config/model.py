@@ -177,7 +177,8 @@ class ModelSection(Section):
     """Merge all of ``adapters`` into the model and train a new adapter."""
     quantization: Literal["4bit", "8bit"] | None = None
     """Quantize the frozen weights with bitsandbytes (QLoRA; extra ``quant``). A model that is already quantized (GPTQ, AWQ,
-    bitsandbytes) needs no setting; it loads as it is if the library that it needs is installed."""
+    bitsandbytes) needs no setting; it loads as it is if the library that it needs is installed. Of a model for images, the
+    language model alone is quantized."""
     quantization_type: Literal["nf4", "fp4"] = "nf4"
     """Data type of 4-bit weights."""
     double_quantization: bool = True

@@ -20,12 +20,16 @@ def load_weights(folder: str | Path, **options: Any) -> Any:
     from transformers import AutoConfig
 
     from raysft.models.model_class import auto_class
+    from raysft.models.model_parts import keep_exact
 
     if hub_snapshots.is_snapshot(Path(folder)):
         check_weights(Path(folder), hub_snapshots.shown(str(folder)))
     try:
         hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=options.get("trust_remote_code", False))
-        loaded: Any = auto_class(hf_config).from_pretrained(folder, output_loading_info=True, **options)
+        kind = auto_class(hf_config)
+        if quantization := options.get("quantization_config"):
+            keep_exact(quantization, hf_config, kind, options.get("trust_remote_code", False))
+        loaded: Any = kind.from_pretrained(folder, output_loading_info=True, **options)
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise

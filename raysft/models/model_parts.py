@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -79,6 +80,28 @@ def whole_modules(model: nn.Module, wanted: Part) -> list[str]:
                 yield from inside(f"{name}.", child)
 
     return list(inside("", model))
+
+
+def keep_exact(quantization: Any, hf_config: Any, kind: Any, runs_code: bool = False) -> None:
+    """Let bitsandbytes quantize the language model alone.
+
+    Args:
+        quantization: the settings of bitsandbytes, changed in place.
+        hf_config: the model's own config.
+        kind: the class of transformers that loads it.
+        runs_code: True if code that comes with the model may run.
+    """
+    import torch
+
+    with torch.device("meta"):
+        model = kind.from_config(copy.deepcopy(hf_config), trust_remote_code=runs_code)
+    if sees_images(model):
+        head = _names(model, [model.get_output_embeddings()])  # which stays exact by default only
+        quantization.llm_int8_skip_modules = [
+            *head,
+            *whole_modules(model, "vision"),
+            *whole_modules(model, "projector"),
+        ]
 
 
 def _names(model: nn.Module, modules: Iterable[Any]) -> list[str]:

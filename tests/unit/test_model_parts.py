@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -161,3 +163,16 @@ def test_text_alone_trains_no_part_that_sees_images(tmp_path, parts):
         check_images(config_of(model, finetuning="full", train_parts=parts), [manifest])
     assert "\n" not in str(refused.value)
     check_images(config_of(model, finetuning="full"), [manifest])
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_language_model_alone_is_quantized(folders, family, kind):
+    settings = {"quantization": kind, "finetuning": "lora", "train_parts": ["language", "projector", "vision"]}
+    model = load_model(config_of(folders[family], **settings), str(folders[family]))
+    kinds = ("Linear4bit", "Linear8bitLt")
+    quantized = {name for name, module in model.named_modules() if type(module).__name__ in kinds}
+    assert {expected_part(family, name) for name in quantized} == {"language"}
+    assert sum(name.endswith(".q_proj") for name in quantized) == 2
+    assert not any("lm_head" in name for name in quantized)
