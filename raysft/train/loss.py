@@ -228,11 +228,18 @@ class TokenLoss(nn.Module):
             raise RunFailed(f"{type(without_adapters(self.model)).__name__} {fault} by {difference:.2g}; {remedy}")
 
 
-def difference_of(one: torch.Tensor, other: torch.Tensor, decoder: Any) -> float:
-    """Return the largest difference of two hidden states; 0 if rounding explains it."""
+def difference_of(one: torch.Tensor, other: torch.Tensor, decoder: Any, float32: float = 1e-5) -> float:
+    """Return the largest difference of two hidden states; 0 if rounding explains it.
+
+    Args:
+        one: hidden states.
+        other: those that they are compared with.
+        decoder: the model that they come from.
+        float32: the most that rounding explains in float32, as a share of the largest state.
+    """
     difference, size = (one - other).abs().max(), one.abs().max()
     exact = next(decoder.parameters()).dtype == torch.float32
-    return float(difference) if difference > size * (1e-5 if exact else 2e-2) else 0.0
+    return float(difference) if difference > size * (float32 if exact else 2e-2) else 0.0
 
 
 def _parts(model: Any) -> tuple[Any, Any]:
