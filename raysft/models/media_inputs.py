@@ -26,7 +26,9 @@ def media_inputs(processor: Any, images: Sequence[Any]) -> dict[str, Any]:
     Returns:
         Tensors by name: ``pixel_values`` and what else the model takes.
     """
-    made = processor(text=[processor.image_token * len(images)], images=[list(images)], return_tensors="pt")
+    made = processor(
+        text=[processor.image_token * len(images)], images=[list(images)], return_tensors="pt", verbose=False
+    )
     return {name: values for name, values in made.items() if name not in OF_TEXT}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -97,14 +98,36 @@ def image_text(processor: Any, width: int, height: int) -> str:
         ValueError: the processor does not say it.
         Exception: whatever the processor raises for an image of this size.
     """
-    from PIL import Image
-
-    blank = Image.new("RGB", (width, height))
-    made = processor(text=[processor.image_token], images=[[blank]], return_text_replacement_offsets=True)
+    made = processor(
+        text=[processor.image_token],
+        images=[_blank([(width, height)])],
+        return_text_replacement_offsets=True,
+        verbose=False,  # or its tokenizer warns of a text that is long for the model
+    )
     places = made.get("text_replacement_offsets")
     if not places or not places[0]:
         raise ValueError(f"{type(processor).__name__} does not say which text stands for an image")
     return places[0][0]["replacement"]
+
+
+def processor_ids(processor: Any, text: str, sizes: Sequence[tuple[int, int]]) -> list[int]:
+    """Return the tokens of a rendered conversation as ``apply_chat_template(…, tokenize=True)`` has them.
+
+    Args:
+        processor: of a model.
+        text: the conversation, with the processor's token for each image.
+        sizes: width and height of each image.
+    """
+    bos = processor.tokenizer.bos_token
+    options = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+    made = processor(text=[text], images=[_blank(sizes)], verbose=False, **options)
+    return [int(token) for token in made["input_ids"][0]]
+
+
+def _blank(sizes: Sequence[tuple[int, int]]) -> list[Any]:
+    from PIL import Image
+
+    return [Image.new("RGB", size) for size in sizes]
 
 
 def _class_with_videos(folder: Path) -> Any:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
+import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -432,3 +435,53 @@ def test_a_preview_names_images(tmp_path, folders):
     )
     assert [text for text, has_loss in first if has_loss] == ["A cat and a dog.<|im_end|>"]
     assert "2 images, and 0 more that were cut off with truncated tokens" in LengthSummary.of(rows, [manifest]).lines
+
+
+def test_a_processor_that_does_more_than_replace_tokens_is_refused(folders, monkeypatch):
+    def call(self, text, **options):
+        """Write more than the texts of images, as PaliGemma's processor does."""
+        return plain(self, text=text if text == ["<image>"] else [f"{each}\n" for each in text], **options)
+
+    kind = type(load_processor(folders["llava"]))
+    plain = kind.__call__
+    monkeypatch.setattr(kind, "__call__", call)
+    with pytest.raises(RequestError, match="model: LlavaProcessor makes other tokens of conversations with images"):
+        tokenize(folders["llava"], example(CHATS["two"]))
+
+
+def test_tasks_need_no_folder_of_the_model(tmp_path):
+    folder = changed(tmp_path / "p", "qwen3-vl")
+    expected = processor_ids(folder, CHATS["two"])
+    sent = pickle.dumps(Tokenizer.load(str(folder)))
+    shutil.rmtree(folder)
+    (item,) = ExampleTokenizer(pickle.loads(sent), tokenize_options(sequence_length=2000))([example(CHATS["two"])])
+    assert isinstance(item, TokenizedExample)
+    assert item.input_ids.tolist() == expected
+
+
+def test_a_prompt_without_an_answer_has_its_images(folders):
+    turns = CHATS["two"]
+    asked = replace(example([*turns[:-1], ("assistant", ["-"])]), unanswered="has no answer")
+    (item,) = tokenize(folders["idefics3"], asked, with_prompts=True)
+    assert (len(item.input_ids), item.media, item.reference) == (1, (), "")
+    assert item.prompt_ids.tolist() == processor_ids(folders["idefics3"], turns[:-1], add_generation_prompt=True)
+    assert_media(folders["idefics3"], item.prompt_ids, item.prompt_media, turns)
+
+
+def test_tools_that_the_template_does_not_show_are_written_beside_images(folders):
+    tool = {"type": "function", "function": {"name": "zoom", "description": "Zoom in.", "parameters": {}}}
+    call = {"type": "function", "function": {"name": "zoom", "arguments": {"factor": 2}}}
+    messages = (
+        message("system", ["Be nice."]),
+        message("user", ["What is ", (40, 40), "?"]),
+        message("assistant", [], tool_calls=(call,)),
+        message("tool", ["Zoomed: ", (90, 60)]),
+        message("assistant", ["A cat."]),
+    )
+    (item,) = tokenize(folders["qwen2-vl"], Example("s", "f:1", messages, (tool,)))
+    assert dict(item.counts) == {"tools_as_text": 1}
+    text = load_tokenizer(str(folders["qwen2-vl"])).decode(item.input_ids.tolist())
+    assert text.index("Zoom in.") < text.index("What is <|vision_start|>") < text.index("Zoomed: <|vision_start|>")
+    assert "zoom" in answers(folders["qwen2-vl"], item)
+    assert answers(folders["qwen2-vl"], item).endswith("A cat.<|im_end|>")
+    assert_media(folders["qwen2-vl"], item.input_ids, item.media, [("user", [(40, 40), (90, 60)])])

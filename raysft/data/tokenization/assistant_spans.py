@@ -23,7 +23,7 @@ from raysft.data.tokenization.template_inputs import (
     with_tools_as_text,
 )
 from raysft.data.tokenization.thoughts import ThoughtWords
-from raysft.data.types import Message
+from raysft.data.types import MEDIUM, Message
 
 MAX_STATIC_TEMPLATES = 1000
 """Orders of roles to remember."""
@@ -165,6 +165,11 @@ class ChatTemplate:
             text, spans = self.render_generations(given.turns, given.tools)
             return text, spans if len(spans) == len(given.assistant_turns) else None
         return self.render(given.turns, given.tools, False), None
+
+    @property
+    def words(self) -> str:
+        """What it writes for an image; ``MEDIUM`` itself if the model takes none."""
+        return self.images.words if self.images else MEDIUM
 
     @cached_property
     def thought_words(self) -> ThoughtWords:

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 
+import numpy as np
+
 from raysft.data.tokenization.image_words import ImageWords
 from raysft.data.tokenization.span_search import Span
 from raysft.data.tokenization.tokenizer import TokenizingProcessor
 from raysft.data.types import MEDIUM, Medium, Message
 from raysft.errors import RequestError, one_line
-from raysft.models.processor import image_text
+from raysft.models.processor import image_text, processor_ids
 
 CACHED_SIZES = 10_000
 """Sizes of images whose text is remembered."""
@@ -40,7 +42,7 @@ class ImageTexts:
     """The texts that a model's processor puts in place of images."""
 
     def __init__(self, processor: TokenizingProcessor) -> None:
-        self.processor = processor
+        self.processor, self.checked = processor, False
         self.text_of_size = lru_cache(CACHED_SIZES)(self._text_of_size)
 
     def _text_of_size(self, width: int, height: int) -> str:
@@ -62,6 +64,28 @@ class ImageTexts:
             raise ValueError(
                 f"{medium.location}: the processor refuses an image of {size} ({one_line(error)}); leave it out"
             ) from None
+
+    def check(self, text: str, media: Sequence[Medium], ids: np.ndarray) -> None:
+        """Check the tokens of a conversation with images against those of the processor, for the first one.
+
+        Args:
+            text: the conversation, with the processor's token for each image.
+            media: its images.
+            ids: its tokens.
+
+        Raises:
+            RequestError: the processor does more with a conversation than to put texts in place of images.
+        """
+        if self.checked:
+            return
+        processor = self.processor.files.load()
+        sizes = [(medium.width, medium.height) for medium in media]
+        if processor_ids(processor, text, sizes) != ids.tolist():
+            raise RequestError(
+                f"model: {type(processor).__name__} makes other tokens of conversations with images than the texts that it puts "
+                f"in place of {self.processor.image_token}; such a model cannot be trained on images, use another"
+            )
+        self.checked = True
 
     def written(self, medium: Medium, words: ImageWords) -> str:
         """Return all that is written for an image: its text, with the tags that the template puts around it."""

@@ -233,6 +233,9 @@ class ExampleTokenizer:
         example, rendered = item.example, item.rendered
         ids, spans = self._added_to(item.text, *(encoded or self._encode_escaped(item.text, item.spans)))
         turns, media = spans[: len(rendered.spans)], spans[len(rendered.spans) :]
+        if media and self.images and not item.escaped:
+            words = self.template_for(example).words
+            self.images.check(rendered.text.replace(MEDIUM, words), media_of(example.messages), ids)
         assistant = [message for message in example.messages if message.role == "assistant"]
         first = len(turns) - 1 if self.options.mask_history else 0
         trained_turns = [number for number in range(first, len(turns)) if assistant[number].trainable]
@@ -304,8 +307,7 @@ class ExampleTokenizer:
         if given.turns[last].get("tool_calls") or not isinstance(reference, str):
             start, end = item.rendered.spans[-1]
             reference = item.rendered.text[start:end]
-        words = template.images.words if item.written and template.images else MEDIUM
-        prompt, reference = (unescape(each).replace(MEDIUM, words) for each in (prompt, reference))
+        prompt, reference = (unescape(each).replace(MEDIUM, template.words) for each in (prompt, reference))
         return replace(
             tokenized, prompt=prompt, prompt_ids=ids, reference=reference, prompt_media=_placed(media, placed)
         )
