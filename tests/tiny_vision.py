@@ -84,6 +84,33 @@ def tiny_processor(family: str) -> Any:
     return hf.LlavaProcessor(image_processor=image_processor, patch_size=14, **options, **more)
 
 
+def tiny_gemma3(folder: Path, seed: int = 0) -> tuple[Path, Any]:
+    """Save a random Gemma 3, whose tokens of an image attend to each other both ways; returns it with its processor."""
+    import transformers as hf
+
+    marks = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+    tokenizer: Any = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": list(marks.values())})
+    tokenizer.save_pretrained(folder)
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder, extra_special_tokens=marks)
+    image_processor = hf.Gemma3ImageProcessorPil(size={"height": 28, "width": 28})
+    template = TEMPLATE % marks["boi_token"]
+    processor = hf.Gemma3Processor(image_processor, tokenizer, chat_template=template, image_seq_length=4)
+    text = {**TEXT, "model_type": "gemma3_text", "vocab_size": len(tokenizer), "head_dim": 16, "sliding_window": 32}
+    config = hf.Gemma3Config(
+        text_config={**text, "layer_types": ["sliding_attention", "full_attention"]},
+        vision_config={**TOWER, "model_type": "siglip_vision_model", "patch_size": 7},
+        mm_tokens_per_image=4,
+        image_token_index=tokenizer.image_token_id,
+        boi_token_index=tokenizer.boi_token_id,
+        eoi_token_index=tokenizer.eoi_token_id,
+    )
+    torch.manual_seed(seed)
+    hf.AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder, processor
+
+
 def _config(family: str, processor: Any) -> Any:
     """A small config; its tokens of images are those of the processor."""
     import transformers as hf
