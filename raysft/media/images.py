@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
 from typing import Any
@@ -22,9 +23,24 @@ FOREIGN = (
     (b"%pdf", "PDF"),
 )
 """How files begin that are no images of pixels → what they are. PIL would start another program for PostScript."""
+PHOTOS = ("JPEG", "MPO")
+"""Formats that are decoded with fewer pixels in less time."""
+ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)
+"""Tag of EXIF data, and its values for cameras that were held upright."""
 PHOTOS_OF_PHONES = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc")
 BITS_PER_SAMPLE = 258
 """Tag of a TIFF file."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is known of an image that opens."""
+
+    width: int
+    """Pixels, as ``open_image`` gives it."""
+    height: int
+    more_frames: bool
+    """True if it has more than the frame that is taken. Previews and layers are none."""
 
 
 def open_image(content: bytes) -> Any:
@@ -35,23 +51,9 @@ def open_image(content: bytes) -> Any:
     Raises:
         Unreadable: it is broken, too large, or no image.
     """
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
-    _refuse_foreign(content)
-    _quiet()
-    try:
-        image = Image.open(BytesIO(content))
-        if min(image.size) < 1:
-            raise Unreadable("has no pixels")
-        image.load()
-    except Unreadable:
-        raise
-    except Image.UnidentifiedImageError:
-        raise Unreadable(f"is no image that PIL knows, or is broken (it begins with {content[:12]!r})") from None
-    except Image.DecompressionBombError:
-        raise Unreadable(f"has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels; scale it down") from None
-    except Exception as error:  # decoders raise whatever a broken file leads them to
-        raise Unreadable(f"is broken ({one_line(error)})") from None
+    image, _ = _loaded(content)
     with suppress(Exception):  # its EXIF data may be broken, not its pixels
         ImageOps.exif_transpose(image, in_place=True)
     try:
@@ -62,12 +64,23 @@ def open_image(content: bytes) -> Any:
         raise Unreadable(f"cannot be converted to RGB ({one_line(error)})") from None
 
 
-def has_more_frames(content: bytes) -> bool:
-    """True for an image that opens, and has more than the frame that is taken. Previews and layers are none."""
-    from PIL import Image
+def look_at(content: bytes) -> Look:
+    """Find out whether an encoded image opens, and its size.
 
-    with Image.open(BytesIO(content)) as image:
-        return image.format not in ("MPO", "PSD") and bool(getattr(image, "is_animated", False))
+    Photos are read to their end with an eighth of their pixels, which takes a fifth of the time.
+
+    Raises:
+        Unreadable: as ``open_image`` does.
+    """
+    image, (width, height) = _loaded(content, reduced=True)
+    more = image.format not in ("MPO", "PSD") and bool(getattr(image, "is_animated", False))
+    if image.format not in PHOTOS:
+        width, height = open_image(content).size
+        return Look(width, height, more)
+    turned = False
+    with suppress(Exception):
+        turned = image.getexif().get(ORIENTATION) in SIDEWAYS
+    return Look(height, width, more) if turned else Look(width, height, more)
 
 
 def size_within(width: int, height: int, max_pixels: int | None, min_pixels: int | None) -> tuple[int, int]:
@@ -91,6 +104,32 @@ def resized(image: Any, width: int, height: int) -> Any:
 def _scaled(width: int, height: int, pixels: int) -> tuple[int, int]:
     factor = math.sqrt(pixels / (width * height))
     return max(1, int(width * factor)), max(1, int(height * factor))
+
+
+def _loaded(content: bytes, reduced: bool = False) -> tuple[Any, tuple[int, int]]:
+    """Decode an image, with ``reduced`` only a photo and with fewer pixels; returns it and its size."""
+    from PIL import Image
+
+    _refuse_foreign(content)
+    _quiet()
+    try:
+        image = Image.open(BytesIO(content))
+        if min(image.size) < 1:
+            raise Unreadable("has no pixels")
+        size = image.size
+        if reduced and image.format in PHOTOS:
+            image.draft(None, (image.width // 8, image.height // 8))
+        if not reduced or image.format in PHOTOS:
+            image.load()
+        return image, size
+    except Unreadable:
+        raise
+    except Image.UnidentifiedImageError:
+        raise Unreadable(f"is no image that PIL knows, or is broken (it begins with {content[:12]!r})") from None
+    except Image.DecompressionBombError:
+        raise Unreadable(f"has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels; scale it down") from None
+    except Exception as error:  # decoders raise whatever a broken file leads them to
+        raise Unreadable(f"is broken ({one_line(error)})") from None
 
 
 def _eight_bits(image: Any) -> Any:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import math
 import random
+import re
 import struct
 import warnings
 import zlib
+from collections import Counter
 from contextlib import suppress
 
 import numpy as np
@@ -15,7 +17,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from raysft.media.files import Unreadable
-from raysft.media.images import has_more_frames, open_image, resized, size_within
+from raysft.media.images import look_at, open_image, resized, size_within
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
 ORIENTATION = 0x0112
@@ -102,13 +104,37 @@ def test_an_ordinary_image_is_what_transformers_makes_of_it(kind, tmp_path):
     assert opened.tobytes() == expected.tobytes()
 
 
+@pytest.mark.parametrize("kind", ORDINARY)
+def test_a_look_at_an_image_knows_its_size(kind):
+    look = look_at(ORDINARY[kind])
+    assert (look.width, look.height) == open_image(ORDINARY[kind]).size
+
+
+def test_a_look_at_a_photo_is_as_strict_as_opening_it():
+    source, refused = random.Random(3), Counter[tuple[bool, bool]]()
+    photo = turned(6, image=Image.fromarray(np.tile(PIXELS, (10, 10, 1))))
+    for _ in range(400):
+        damaged = bytearray(photo[: source.choice([len(photo), len(photo), source.randrange(len(photo))])])
+        for _ in range(source.randint(0, 4)):
+            damaged[source.randrange(len(damaged))] = source.randrange(256)
+        outcomes = []
+        for function in (look_at, open_image):
+            try:
+                function(bytes(damaged))
+                outcomes.append(True)
+            except Unreadable:
+                outcomes.append(False)
+        refused[outcomes[0], outcomes[1]] += 1
+    assert refused.keys() == {(True, True), (False, False)}, refused
+
+
 def test_a_photo_stands_as_its_camera_was_held():
     assert open_image(turned(6, "PNG")).size == (12, 20)
     assert np.array_equal(np.asarray(open_image(turned(6, "PNG"))), np.rot90(PIXELS, -1))
 
 
 def test_animations_are_counted_and_photos_with_a_preview_are_not():
-    counted = {kind for kind, content in ORDINARY.items() if has_more_frames(content)}
+    counted = {kind for kind, content in ORDINARY.items() if look_at(content).more_frames}
     assert counted == {"animated-gif", "animated-webp", "animated-png", "two-pages"}
 
 
@@ -191,11 +217,14 @@ def test_what_is_no_image_is_refused_with_a_reason(kind):
     content, words = REFUSED[kind]
     with pytest.raises(Unreadable) as refused:
         open_image(content)
+    with pytest.raises(Unreadable, match=re.escape(str(refused.value))):
+        look_at(content)
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
     assert "BytesIO" not in str(refused.value)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_files_with_random_damage_open_or_are_refused():
     source = random.Random(0)
     for content in (

@@ -17,8 +17,8 @@ from raysft.media.files import Unreadable, digest
 from raysft.storage.filesystems import options_of
 from raysft.storage.path import SCHEMES, StoragePath
 
-THREADS = 4
-"""Images that are opened at once. PIL lets go of the interpreter's lock, and storages keep threads waiting."""
+THREADS = 8
+"""Images that are opened at once: PIL lets go of the interpreter's lock, and storages keep threads waiting."""
 HUBS = ("hf", "ms")
 """Schemes of files that are kept in the cache, as those of the web."""
 CREDENTIALS = re.compile("[^/@]*:[^/@]*@")
@@ -127,12 +127,11 @@ class MediaOpener:
 
     def _open(self, content: bytes, hashed: str, place: str) -> Opened:
         try:
-            image = images.open_image(content)
+            look = images.look_at(content)
         except Unreadable as error:
             raise Unreadable(f"{_shown(place)}: {error}") from None
-        width, height = image.size
-        width, height = images.size_within(width, height, self.options.max_pixels, self.options.min_pixels)
-        return Medium("image", "", digest=hashed, width=width, height=height), images.has_more_frames(content)
+        width, height = images.size_within(look.width, look.height, self.options.max_pixels, self.options.min_pixels)
+        return Medium("image", "", digest=hashed, width=width, height=height), look.more_frames
 
     def _location(self, named: str, data_file: str) -> str:
         """Where an image is that a record names."""
