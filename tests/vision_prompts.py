@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from raysft.data.shards.media_column import MEDIA
 from raysft.data.types import TokenizedMedium
 from raysft.media.files import digest
 
@@ -25,12 +26,6 @@ ASKED: list[list[str]] = [
     ["<tall>", "<wide>"],
 ]
 """The parts of each question; pictures are named."""
-MEDIUM = pa.struct(
-    {
-        **dict.fromkeys(("kind", "location", "digest"), pa.string()),
-        **dict.fromkeys(("width", "height", "start", "stop"), pa.int32()),
-    }
-)
 
 
 def draw(folder: Path) -> dict[str, Path]:
@@ -79,8 +74,8 @@ def rendered(processor: Any, pictures: dict[str, Path], parts: Sequence[str]) ->
     return processor.apply_chat_template(conversation(pictures, parts), add_generation_prompt=True)
 
 
-def write_prompts_file(path: Path, processor: Any, pictures: dict[str, Path]) -> Path:
-    """Write the questions as a file of prompts."""
+def write_prompts_file(path: Path, processor: Any, pictures: dict[str, Path], tags: int = 0) -> Path:
+    """Write the questions as a file of prompts; the place of a picture has so many tags before and after its tokens."""
     rows = []
     for number, parts in enumerate(ASKED):
         ids, media = tokenized(processor, pictures, parts)
@@ -91,11 +86,11 @@ def write_prompts_file(path: Path, processor: Any, pictures: dict[str, Path]) ->
                 "prompt": rendered(processor, pictures, parts),
                 "input_ids": ids,
                 "label": "a picture",
-                "media": [asdict(each) for each in media],
+                "media": [asdict(replace(each, start=each.start - tags, stop=each.stop + tags)) for each in media],
             }
         )
     text = pa.string()
     columns = {"id": text, "source": text, "prompt": text, "input_ids": pa.list_(pa.int32()), "label": text}
-    schema = pa.schema({**columns, "media": pa.list_(MEDIUM)})
+    schema = pa.schema({**columns, "media": MEDIA})
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
     return path

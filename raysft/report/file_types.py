@@ -31,7 +31,16 @@ INTEGER = Kind("an integer", lambda value: isinstance(value, int) and _is_number
 TEXT = Kind("text", lambda value: isinstance(value, str))
 LABEL = Kind("text or a number", lambda value: isinstance(value, str) or _is_number(value))
 TEXTS = Kind("text or a list of texts", _are_texts)
+
+
+def _is_media(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(medium, Mapping) and isinstance(medium.get("location"), str) for medium in value
+    )
+
+
 MAPPING = Kind("a mapping", lambda value: isinstance(value, Mapping))
+MEDIA = Kind("a list of images, each with its location", _is_media)
 
 _STEP_NUMBERS = """
     loss lr grad_norm epoch percentage throughput total_tokens loss_tokens packing_efficiency rows step_seconds
@@ -46,6 +55,7 @@ _PREDICTION = {
     "source": TEXT,
     "stop": TEXT,
     "tokens": INTEGER,
+    "media": MEDIA,
 }
 _SOURCE = {"name": LABEL, "path": TEXTS, "max_examples": INTEGER, "num_samples": INTEGER}
 TYPES: dict[str, dict[str, Kind]] = {

@@ -5,12 +5,13 @@ from __future__ import annotations
 import heapq
 import random
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from markupsafe import Markup
 
+from raysft.report.pictures import Picture, draw, pictures
 from raysft.report.read_run import RunLog, read_lines
 from raysft.report.text import last_user_turn, visible, without_middle
 from raysft.report.word_diff import marked, word_f1
@@ -35,6 +36,10 @@ class Prediction:
     """Last turn of the prompt."""
     prompt: str
     """The whole prompt; empty if it is the same as ``question``."""
+    pictures: Sequence[Picture]
+    """Its images."""
+    more_pictures: int
+    """Number of images that are not shown."""
     reference: Markup
     after: Markup
     before: Markup | None
@@ -111,11 +116,12 @@ def read_predictions(log: RunLog) -> Predictions:
         score = before.add(row)
         if _text(row.get("id")) in shown_ids:
             base[_text(row["id"])] = (score, row)
+    drawn = draw(row for _, rows in groups for _, row in rows)
     return Predictions(
         after,
         before,
         [
-            (title, [_prediction(row, score, base.get(_text(row.get("id")))) for score, row in rows])
+            (title, [_prediction(row, score, base.get(_text(row.get("id"))), drawn) for score, row in rows])
             for title, rows in groups
         ],
     )
@@ -163,11 +169,14 @@ def _one_group(rows: list[_Scored]) -> list[tuple[str, list[_Scored]]]:
     return [(title, sorted(rows, key=lambda item: item[0] if item[0] is not None else 2.0))]
 
 
-def _prediction(row: dict[str, Any], score: float | None, base: _Scored | None) -> Prediction:
+def _prediction(
+    row: dict[str, Any], score: float | None, base: _Scored | None, drawn: dict[str, Picture]
+) -> Prediction:
     prompt, reference, predicted = (_text(row.get(key)) for key in ("prompt", "label", "predict"))
     question = last_user_turn(prompt)
     marked_reference, after = marked(reference, predicted)
     before = marked(reference, _text(base[1].get("predict")))[1] if base else None
+    shown, more = pictures(row, drawn)
     return Prediction(
         id=visible(_text(row.get("id")))[:200],
         source=visible(_text(row.get("source")))[:100],
@@ -176,6 +185,8 @@ def _prediction(row: dict[str, Any], score: float | None, base: _Scored | None) 
         tokens=row["tokens"] if isinstance(row.get("tokens"), int) else None,
         question=visible(without_middle(question)),
         prompt=visible(without_middle(prompt)) if prompt.strip() != question.strip() else "",
+        pictures=shown,
+        more_pictures=more,
         reference=marked_reference,
         after=after,
         before=before,

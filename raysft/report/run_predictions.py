@@ -11,6 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from raysft.errors import RequestError
+from raysft.report.pictures import Picture, draw, pictures
 from raysft.report.read_run import read_lines
 from raysft.report.runs import Run
 from raysft.report.text import last_user_turn, visible, without_middle
@@ -40,6 +41,8 @@ class Prompt:
     id: str
     source: str
     question: str
+    pictures: Sequence[Picture]
+    more_pictures: int
     reference: str
     answers: list[Answer]
 
@@ -89,7 +92,8 @@ def shared_predictions(runs: Sequence[Run], seed: int) -> SharedPredictions:
     chosen = _choose(scores, random.Random(seed))
     wanted = {key for _, keys in chosen for key in keys}
     rows = [{key: row for row in predictions(run) if (key := key_of(row)) in wanted} for run in having]
-    groups = [(title, [_prompt(having, [own[key] for own in rows]) for key in keys]) for title, keys in chosen]
+    drawn = draw(rows[0].values())
+    groups = [(title, [_prompt(having, [own[key] for own in rows], drawn) for key in keys]) for title, keys in chosen]
     return SharedPredictions(having, len(scores), groups)
 
 
@@ -103,7 +107,7 @@ def _choose(scores: dict[Key, list[float]], chance: random.Random) -> list[tuple
     return [group for group in groups if group[1]]
 
 
-def _prompt(runs: Sequence[Run], rows: Sequence[dict[str, Any]]) -> Prompt:
+def _prompt(runs: Sequence[Run], rows: Sequence[dict[str, Any]], drawn: dict[str, Picture]) -> Prompt:
     first, reference = rows[0], _text(rows[0].get("label"))
     answers = [
         Answer(
@@ -117,6 +121,7 @@ def _prompt(runs: Sequence[Run], rows: Sequence[dict[str, Any]]) -> Prompt:
         visible(_text(first.get("id")))[:200],
         visible(_text(first.get("source")))[:100],
         visible(without_middle(last_user_turn(_text(first.get("prompt"))))),
+        *pictures(first, drawn),
         visible(without_middle(reference)),
         answers,
     )

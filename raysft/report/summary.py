@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raysft.report.comparison import INTERVALS, compare, unfinished
+from raysft.report.pictures import locations
 from raysft.report.read_run import RunLog, read_lines
 from raysft.report.run_facts import generation_facts, training_facts
 from raysft.report.text import last_user_turn, masked, shortened
@@ -110,6 +111,7 @@ def _samples(console: Console, log: RunLog) -> None:
     for number, row in enumerate(rows, start=1):
         base = before.get(row.get("id"))
         texts = {
+            "images": ", ".join(masked(location) for location in locations(row)) or None,
             "prompt": last_user_turn(str(row.get("prompt", ""))),
             "reference": row.get("label", ""),
             "before": base.get("predict", "") if base else None,

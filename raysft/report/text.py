@@ -12,6 +12,8 @@ SAMPLE_LENGTH = 240
 
 _SPECIAL = re.compile(r"<[|｜][^<>]*?[|｜]>|</?(?:s|bos|eos|pad|think|start_of_turn|end_of_turn)>|\[/?INST\]")
 """Special tokens of the common chat templates, which separate the turns of a prompt."""
+_IMAGE = re.compile(r"(?:<\|vision_start\|>)?<\|image_pad\|>(?:<\|vision_end\|>)?")
+"""An image in a prompt, where a template writes it with what would else separate turns."""
 _ROLE = re.compile(r"\s*(?:system|user|assistant|model|tool|human)\s*(?:\n|$)")
 """Name of a role, where a template writes it before a turn."""
 _VISIBLE = {code: 0x2400 + code for code in range(32) if code not in b"\n\t\r"}
@@ -88,7 +90,10 @@ def last_user_turn(prompt: str) -> str:
 
     >>> last_user_turn("<|im_start|>user\\nWho are you?<|im_end|>\\n<|im_start|>assistant\\n")
     'Who are you?'
+    >>> last_user_turn("<|im_start|>user\\nIs <|vision_start|><|image_pad|><|vision_end|> a cat?<|im_end|>\\n")
+    'Is <image> a cat?'
     """
-    turns = (_ROLE.sub("", part, count=1) if _ROLE.match(part) else part for part in _SPECIAL.split(prompt))
+    parts = _SPECIAL.split(_IMAGE.sub("<image>", prompt))
+    turns = (_ROLE.sub("", part, count=1) if _ROLE.match(part) else part for part in parts)
     nonempty = [turn.strip() for turn in turns if turn.strip()]
     return nonempty[-1] if nonempty else prompt

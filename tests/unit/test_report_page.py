@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 import random
@@ -13,8 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
-from raysft.report import report
+from raysft.errors import RequestError, StorageFailed
+from raysft.report import pictures, report
 from raysft.report.charts import small_charts
 from raysft.report.curves import Chart, Drawing, Line, thin
 from raysft.report.predictions import SHOWN
@@ -25,7 +29,7 @@ from raysft.storage.run_directory import RunDirectory
 from tests.unit.test_report import add_predictions, few_pictures, make_run
 
 __all__ = ["few_pictures"]  # a fixture of all tests
-VOID = {"meta", "br"}
+VOID = {"meta", "br", "img"}
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 7*7 }}"
 
 
@@ -290,3 +294,84 @@ def test_marks_lose_no_character():
     one, other = "The  red\nhouse <is> here.", "A red\n house <was> here!"
     for text, shown in zip((one, other), marked(one, other), strict=True):
         assert re.sub(r"</?mark>", "", shown).replace("&lt;", "<").replace("&gt;", ">") == text
+
+
+def with_pictures(run: RunDirectory, folder: Path) -> list[dict[str, Any]]:
+    """Predictions about pictures: a photograph, a tiny one, a missing one, one that is none, and one too many."""
+    folder.mkdir()
+    numbers = np.random.default_rng(0)
+    photograph = np.kron(numbers.integers(0, 256, (30, 40, 3), np.uint8), np.ones((20, 20, 1), np.uint8))
+    Image.fromarray(photograph).save(folder / "photo.jpg")
+    Image.fromarray(numbers.integers(0, 256, (8, 8), np.uint8)).save(folder / "digit.png")
+    (folder / "none.png").write_text(HOSTILE)
+    places = [str(folder / name) for name in ("photo.jpg", "digit.png", "missing.png", "none.png", HOSTILE)]
+    places += ["none://k:pa55word@nowhere/a.png"]
+    sizes = {"kind": "image", "width": 8, "height": 8}
+    asked = [[places[0]], [places[1]], [places[2], places[3]], [places[4], places[5]], places[:2] * 4, []]
+    rows = [
+        {
+            "id": f"a/{number}",
+            "source": "a",
+            "prompt": "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What is it?<|im_end|>\n",
+            "label": "a cat",
+            "predict": "a dog",
+            **({"media": [{**sizes, "location": place} for place in of_prompt]} if of_prompt else {}),
+        }
+        for number, of_prompt in enumerate(asked)
+    ]
+    write_jsonl(run.predictions, rows)
+    return rows
+
+
+def test_pictures_stand_small_beside_their_prompts_and_files_that_are_none_by_name(tmp_path: Path):
+    run = make_run(tmp_path)
+    with_pictures(run, tmp_path / "pictures")
+    rendered = page(run)
+    shown = [attrs for tag, attrs in rendered.tags if tag == "img"]
+    assert [each["alt"] for each in shown] == ["photo.jpg", "digit.png", *["photo.jpg", "digit.png"] * 3]
+    photo, digit = shown[:2]
+    decoded = [Image.open(io.BytesIO(base64.b64decode(each["src"].partition(",")[2]))) for each in (photo, digit)]
+    assert [image.size for image in decoded] == [(128, 96), (8, 8)]
+    assert (photo["width"], digit["width"], digit["class"]) == ("128", "96", "enlarged")
+    original = np.asarray(Image.open(tmp_path / "pictures" / "digit.png"))
+    assert (np.asarray(decoded[1].convert("L")) == original).all()
+    for name in ("missing.png", "none.png", "a.png"):
+        assert f"{name} (cannot be read)" in rendered.text
+    assert "2 more" in rendered.text
+    assert "pa55word" not in rendered.html
+    assert "<image>What is it?" in rendered.text
+    for each in shown:
+        assert re.fullmatch(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+", each["src"])
+    assert len(rendered.html) < 200_000
+    assert "img-src data:" in rendered.html
+
+
+def test_the_terminal_names_the_files_of_pictures(tmp_path: Path):
+    run = make_run(tmp_path)
+    rows = with_pictures(run, tmp_path / "pictures")
+    text = report(run)
+    line = next(line for line in text.splitlines() if line.startswith("images"))
+    assert line.split()[-1] == rows[0]["media"][0]["location"]
+
+
+def test_media_of_another_type_are_named(tmp_path: Path):
+    run = make_run(tmp_path)
+    [row, *_] = with_pictures(run, tmp_path / "pictures")
+    write_jsonl(run.predictions, [row | {"media": [{"kind": "image"}]}])
+    with pytest.raises(RequestError, match="media must be a list of images, each with its location, but is "):
+        report(run)
+
+
+def test_a_storage_that_does_not_answer_is_asked_once(monkeypatch):
+    asked = []
+
+    def silent(location: str) -> bytes:
+        asked.append(location)
+        raise StorageFailed("no answer")
+
+    monkeypatch.setattr(pictures, "read", silent)
+    monkeypatch.setattr(pictures, "READERS", 1)
+    places = ["s3://a/1.png", "s3://a/2.png", "s3://b/1.png", "/local.png"]
+    drawn = pictures.draw([{"media": [{"location": place}]} for place in places])
+    assert asked == ["s3://a/1.png", "s3://b/1.png", "/local.png"]
+    assert [drawn[place].source for place in places] == [""] * 4

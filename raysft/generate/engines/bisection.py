@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from raysft.errors import StorageFailed
 from raysft.generate.engines.interface import Completion, Engine, Media, failure
 
 
@@ -15,6 +16,7 @@ def complete(
     """Complete a batch; if that fails, complete its halves, so that a prompt that fails costs no other.
 
     Raises:
+        StorageFailed: images cannot be read, for a reason that is none of this prompt alone.
         Exception: the engine's first error, if every one of several prompts fails; then the prompts are not to blame.
     """
     completions, first = _complete(engine, ids, prompts, media)
@@ -30,6 +32,8 @@ def _complete(
 ) -> tuple[list[Completion], Exception | None]:
     try:
         return engine.complete(ids, prompts, media), None
+    except StorageFailed:
+        raise  # each half would wait for the storage as long again
     except Exception as error:
         caught = error
     # Outside the handler, so that the memory that the exception holds is free.

@@ -17,12 +17,14 @@ from raysft.media.files import Unreadable, read
 from raysft.media.images import open_image, resized
 from raysft.models.adapter_files import adapter_base
 from raysft.models.media_inputs import OF_TEXT, media_inputs
-from raysft.models.processor import has_processor, load_processor
+from raysft.models.processor import has_processor, image_text, load_processor
 
 READERS = 4
 """Threads that read and open the images of a batch: files on another machine take longer to come than to open."""
 PIXEL_BYTES = 24
 """Bytes that a pixel takes as an input of a model: three float32 colours, twice for models that see videos as well."""
+SIZES = 10_000
+"""Sizes of images whose tokens are remembered."""
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 """Inputs that say which tokens stand for an image; a processor makes at most one of them."""
 _Item = TypeVar("_Item")
@@ -148,16 +150,35 @@ def kept_media(
     return prompt[cut:], [replace(each, start=each.start - cut, stop=each.stop - cut) for each in whole]
 
 
-def collapsed(prompt: Sequence[int], media: Sequence[TokenizedMedium], image_token: int) -> list[int]:
-    """Return a prompt with one token in place of those that stand for an image, as a chat template writes it.
+class ImageWords:
+    """What a chat template writes for images, in place of what the processor has made of it.
 
-    >>> collapsed([5, 9, 9, 6, 7], [TokenizedMedium("image", "a.png", "", 8, 8, start=1, stop=3)], image_token=9)
-    [5, 9, 6, 7]
+    Args:
+        processor: of the model.
     """
-    ends = [0, *(each.stop for each in media)]
-    starts = [*(each.start for each in media), len(prompt)]
-    between = [list(prompt[end:start]) for end, start in zip(ends, starts, strict=True)]
-    return between[0] + [token for part in between[1:] for token in (image_token, *part)]
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+        self._token: int = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+        self._of_size = functools.lru_cache(SIZES)(self._tokens)
+
+    def collapsed(self, prompt: Sequence[int], media: Sequence[TokenizedMedium]) -> list[int]:
+        """Return a prompt with one token in place of those that stand for an image; tags around these stay."""
+        tokens, end = [], 0
+        for each in media:
+            tokens += [*prompt[end : each.start], *self._written(list(prompt[each.start : each.stop]), each)]
+            end = each.stop
+        return [*tokens, *prompt[end:]]
+
+    def _written(self, tokens: list[int], medium: TokenizedMedium) -> list[int]:
+        made = self._of_size(medium.width, medium.height)
+        starts = (at for at in range(len(tokens) - len(made) + 1) if tokens[at : at + len(made)] == made)
+        start = next(starts, None)
+        return [self._token] if start is None else [*tokens[:start], self._token, *tokens[start + len(made) :]]
+
+    def _tokens(self, width: int, height: int) -> list[int]:
+        text = image_text(self._processor, width, height)
+        return self._processor.tokenizer.encode(text, add_special_tokens=False)
 
 
 def ahead(make: Callable[[_Item], _Made], items: Sequence[_Item]) -> Iterator[_Made]:

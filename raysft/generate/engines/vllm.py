@@ -23,7 +23,7 @@ from raysft.data.types import TokenizedMedium
 from raysft.errors import RequestError
 from raysft.generate.engine_pool import Pool
 from raysft.generate.engines.context_window import fit, limit, positions_of
-from raysft.generate.engines.media import collapsed, kept_media, opened, processor_folder
+from raysft.generate.engines.media import ImageWords, kept_media, opened, processor_folder
 from raysft.generate.engines.model import padding_token, stop_tokens
 from raysft.generate.engines.sampling import prompt_seed
 from raysft.generate.prompts import MEDIA, media_of
@@ -104,10 +104,9 @@ class VllmModel:
         )
 
     @functools.cached_property
-    def image_token(self) -> int:
-        """Token that the chat template writes for an image."""
-        processor = load_processor(processor_folder(self.folder), self.runs_code)
-        return processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    def images(self) -> ImageWords:
+        """What the model's chat template writes for images."""
+        return ImageWords(load_processor(processor_folder(self.folder), self.runs_code))
 
 
 def requests(config: Config, vllm_model: VllmModel, prompts: pa.Table) -> pa.Table:
@@ -128,7 +127,7 @@ def requests(config: Config, vllm_model: VllmModel, prompts: pa.Table) -> pa.Tab
     }
     if media:
         shown = [
-            collapsed(prompt, images, vllm_model.image_token) if images else prompt
+            vllm_model.images.collapsed(prompt, images) if images else prompt
             for prompt, images in zip(kept, media, strict=True)
         ]
         described = [[asdict(each) for each in images] for images in media]
