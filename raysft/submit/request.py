@@ -113,6 +113,7 @@ def named_paths(config: Config) -> Iterator[tuple[str, str]]:
         ("run.storage", config.run.storage),
         ("data.cache", config.data.cache),
         ("data.registry", config.data.registry),
+        ("data.media_dir", config.data.media_dir),
         ("train.deepspeed", deepspeed),
     ]
     for part, sources in (("train", config.data.train), ("eval", config.data.eval)):

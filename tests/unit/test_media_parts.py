@@ -160,6 +160,7 @@ def test_marks_and_images_must_agree_in_number():
     assert "0 and the images column 1" in reason({**record, "instruction": "q", "images": "1"})
     assert "columns: {images: null}" in reason({**record, "instruction": "q", "images": "1"})
     assert "1 and the images column 0" in reason(openai({"type": "image"}, TEXT))
+    assert "columns: {images: COLUMN}" in reason(openai({"type": "image"}, TEXT, picture="1"))
     assert "2 and the images column 1" in reason(openai({"type": "image"}, {"type": "image"}, images=["1"]))
 
 

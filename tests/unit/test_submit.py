@@ -248,6 +248,7 @@ def test_what_the_verb_refuses_is_refused_before_anything_is_asked(run):
         (["data.train.0.path=[/shared/a.jsonl, b.jsonl]"], "data.train.0.path=b.jsonl: "),
         (["data.eval=[{name: e, path: e.jsonl}]"], "data.eval.0.path=e.jsonl: "),
         (["data.registry=dataset_info.json"], "data.registry=dataset_info.json: "),
+        (["data.media_dir=pictures"], "data.media_dir=pictures: "),
         (["model.path=base"], "model.path=base: "),
         (["model.path=m.gguf"], "model.path=m.gguf: "),
         (["model.path=./org/model"], "model.path=./org/model: "),

@@ -96,6 +96,7 @@ def place_images(messages: Sequence[Message], images: Sequence[Medium]) -> tuple
     marks = sum(message.media.count(NEXT_OF_COLUMN) for message in messages)
     if marks != len(images):
         remedy = f"write {MARK} into the text where each one belongs" if marks < len(images) else "add those that lack"
+        remedy += "" if images else ", or name their column with columns: {images: COLUMN}"
         ignoring = ", or ignore the column with columns: {images: null}" if not marks else ""
         raise ValueError(
             f"each image needs one mark, but the text has {marks} and the images column {len(images)}; {remedy}{ignoring}"
