@@ -115,9 +115,8 @@ class LengthSummary:
         records = sum(manifest.records for manifest in manifests)
         images = sum(manifest.media for manifest in manifests)
         cut = sum(manifest.counts.get("truncated_media", 0) for manifest in manifests)
-        of_images = (
-            [f"{images:,} images, and {cut:,} more that were cut off with truncated tokens"] if images + cut else []
-        )
+        more = f"; {cut:,} more were cut off with truncated tokens" if cut else ""
+        of_images = [f"{images:,} images{more}"] if images + cut else []
         return cls(
             bars,
             [

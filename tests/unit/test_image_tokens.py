@@ -27,6 +27,7 @@ from raysft.errors import RequestError
 from raysft.media.files import read
 from raysft.models.processor import load_processor
 from raysft.models.tokenizer import load_tokenizer
+from raysft.run.source_plan import plan_sources
 from raysft.storage.path import StoragePath
 from tests.shards import data_config, example_tokenizer, the_set, tokenize_options, write_records, written
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
@@ -434,7 +435,21 @@ def test_a_preview_names_images(tmp_path, folders):
         "<|im_start|>assistant\nA cat and a dog.<|im_end|>\n"
     )
     assert [text for text, has_loss in first if has_loss] == ["A cat and a dog.<|im_end|>"]
-    assert "2 images, and 0 more that were cut off with truncated tokens" in LengthSummary.of(rows, [manifest]).lines
+    assert "2 images" in LengthSummary.of(rows, [manifest]).lines
+
+
+def test_images_that_are_cut_off_are_counted_for_the_plan_and_the_preview(tmp_path, folders):
+    write_pictures(tmp_path, {"two": [("user", [(40, 40), "What is it?", (90, 120)]), ("assistant", ["A cat."])]})
+    model = str(folders["qwen2-vl"])
+    config = data_config(tmp_path, sequence_length=20, on_overflow="truncate")
+    manifest = written(the_set(config, model), model)
+    assert (manifest.media, manifest.counts["truncated_media"]) == (1, 1)
+    assert "1 images, 1 truncated" in plan_sources([manifest])["a"].line()
+    assert "1 images cut off" in plan_sources([manifest])["a"].line()
+    rows = PackedDataset((manifest.path.location,), 20, 1, seed=0, shuffle=False)
+    assert "1 images; 1 more were cut off with truncated tokens" in LengthSummary.of(rows, [manifest]).lines
+    (row,) = decode_rows(rows, model, 1)
+    assert "⟨40x40.png, 40 × 40 pixels, 3 tokens⟩" in "".join(text for text, _ in row.examples[0])
 
 
 def test_a_processor_that_does_more_than_replace_tokens_is_refused(folders, monkeypatch):
