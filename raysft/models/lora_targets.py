@@ -22,6 +22,8 @@ def linear_layers(model: Any, parts: Container[Part] = ("language",)) -> set[str
     from transformers.pytorch_utils import Conv1D
 
     head, left_out = model.get_output_embeddings(), routers(model)
+    # Torch's attention computes with the weight of its last layer and does not call it: an adapter would have no effect.
+    left_out |= {name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
     part = part_of(model)
     return {
         name

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import pyarrow.parquet as pq
-
 from raysft.config import Config
 from raysft.data.shards.manifest import Manifest
 from raysft.errors import RequestError, as_yaml
-
-MEDIA = "media"
-"""Column of the shards that have images."""
 
 
 def check_images(config: Config, manifests: Iterable[Manifest]) -> None:
@@ -23,13 +18,9 @@ def check_images(config: Config, manifests: Iterable[Manifest]) -> None:
     """
     parts = config.model.train_parts
     beside = [part for part in parts if part != "language"]
-    if not beside or any(_has_images(manifest) for manifest in manifests):
+    if not beside or any(manifest.media for manifest in manifests):
         return
     raise RequestError(
         f"model.train_parts={as_yaml(parts)} trains {' and '.join(beside)} on images, but data.train has none; set "
         "model.train_parts=[language], or add data with images"
     )
-
-
-def _has_images(manifest: Manifest) -> bool:
-    return any(MEDIA in path.read(pq.read_schema).names for path in manifest.shard_paths())

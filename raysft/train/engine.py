@@ -102,7 +102,7 @@ def _loss_model(
         for each in (model.model, *(model.reference.children() if model.reference else ())):
             use_fp8(each, device)
     if zero3:
-        gather_experts_whole(model)
+        gather_whole(model)
         if getattr(without_adapters(trained), "is_loaded_in_4bit", False):  # here, or by whoever made the checkpoint
             release_after_forward(model)
     else:
@@ -113,13 +113,13 @@ def _loss_model(
     return model
 
 
-def gather_experts_whole(model: TokenLoss) -> None:
-    """Make ZeRO-3 gather experts and their adapters as one module.
+def gather_whole(model: TokenLoss) -> None:
+    """Make ZeRO-3 gather experts with their adapters, and torch's own attention (as at the end of SigLIP), as one module each.
 
-    peft computes with these adapters without calling them, and ZeRO-3 gathers only modules that are called.
+    They compute with weights of modules inside that they do not call, and ZeRO-3 gathers only modules that are called.
     """
     adapted = parameter_adapters(model)
-    for module in adapted:
+    for module in (*adapted, *(each for each in model.modules() if isinstance(each, torch.nn.MultiheadAttention))):
         deepspeed.utils.set_z3_leaf_module(module, True)
     if adapted:
         # DeepSpeed waits for gradients of their inputs; without this, the first layer's input has none.

@@ -17,7 +17,7 @@ from raysft.storage.local_cache import model_copy
 from raysft.train.deepspeed_config import deepspeed_settings
 from raysft.train.deepspeed_import import deepspeed
 from raysft.train.deepspeed_internals import use_gloo_allreduce
-from raysft.train.engine import check_model, gather_experts_whole
+from raysft.train.engine import check_model, gather_whole
 from raysft.train.finetuning import load_trained
 from raysft.train.job import EvaluationJob
 from raysft.train.loss import TokenLoss
@@ -74,7 +74,7 @@ def _partitioned(job: EvaluationJob, folder: Any, workers: int) -> Any:
     partitioning = HfDeepSpeedConfig(settings)
     loaded = load_trained(config, folder, job.runs_code)
     model = TokenLoss(loaded, max_tokens=config.micro_batch_size * config.data.sequence_length).requires_grad_(False)
-    gather_experts_whole(model)
+    gather_whole(model)
     engine, *_ = deepspeed.initialize(model=model, config=settings, dist_init_required=False)
     del partitioning
     return engine

@@ -100,6 +100,15 @@ def test_modules_by_name_are_those_of_the_parts(folders, family):
         assert all(f".{name}." in each for each in trained_of(model))
 
 
+def test_a_layer_that_is_never_called_gets_no_adapter(folders):
+    """SigLIP ends with torch's own attention, which computes with the weights of its output layer."""
+    settings = {"finetuning": "lora", "train_parts": ["vision"]}
+    model = load_model(config_of(folders["llava-siglip"], **settings), str(folders["llava-siglip"]))
+    assert any(".head.attention.out_proj" in name for name, _ in model.named_parameters())
+    assert not any(".head.attention" in name for name in trained_of(model))
+    assert any(".head.mlp.fc1" in name for name in trained_of(model))
+
+
 def test_freeze_trains_layers_of_the_decoder_and_whole_parts(folders):
     settings = {"finetuning": "freeze", "freeze.layers": 1, "freeze.extra_modules": ["norm"]}
     model = load_model(config_of(folders["qwen2-vl"], **settings), str(folders["qwen2-vl"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +58,8 @@ def config_of(folder, **settings):
 
 
 def loaded(folder):
-    model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    both: Any = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    model, info = both
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     return model.eval()
