@@ -24,7 +24,7 @@ _COUNTS = {
     "truncated": "truncated",
     "truncated_tokens": "truncated tokens",
     "truncated_media": "truncated images",
-    "animated": "animated images, of which the first frame is taken",
+    "animated": "animations, of which the first frame is taken",
     "unanswered": "without an answer",
     "split": "split",
     "split_pieces": "segments of split examples",

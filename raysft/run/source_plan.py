@@ -18,7 +18,7 @@ COUNTED = {
     "truncated": "{:,} truncated",
     "truncated_tokens": "{:,} tokens cut off",
     "truncated_media": "{:,} images cut off",
-    "animated": "{:,} animated images, of which the first frame is taken",
+    "animated": "the first frames of {:,} animations",
     "unanswered": "{:,} without an answer",
     "split": "{:,} split",
     "split_pieces": "into {:,}",

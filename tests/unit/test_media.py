@@ -129,6 +129,20 @@ def test_animations_are_counted(tmp_path, options):
     assert opener.counts == {"animated": 2}
 
 
+def test_a_file_that_changes_or_goes_after_it_was_opened_is_named(tmp_path, options):
+    place = tmp_path / "a.png"
+    place.write_bytes(picture())
+    (medium,) = media(example("a.png"), options, tmp_path)
+    place.write_bytes(picture(1))
+    with pytest.raises(
+        files.Unreadable, match=r"a\.png: has changed since it was tokenized; restore it, or set another"
+    ):
+        files.read(medium.location, medium.digest)
+    place.unlink()
+    with pytest.raises(files.Unreadable, match=r"a\.png: cannot be read \(No such file"):
+        files.read(medium.location, medium.digest)
+
+
 def test_limits_decide_the_size(tmp_path, options):
     (tmp_path / "a.png").write_bytes(picture(size=(400, 300)))
     (found,) = media(example("a.png"), replace(options, max_pixels=1200), tmp_path)
