@@ -8,6 +8,8 @@ from raysft.storage.path import StoragePath
 
 DIGEST_BYTES = 16
 """Bytes of a hash."""
+REMEDY = "restore it, or set another data.cache to tokenize the data anew"
+"""What to do about a file that has changed or gone."""
 
 
 class Unreadable(ValueError):
@@ -29,12 +31,11 @@ def read(location: str, expected: str = "") -> bytes:
     Raises:
         Unreadable: it cannot be read, or has another hash.
     """
+    path = StoragePath(location)
     try:
-        content = StoragePath(location).read_bytes()
+        content = path.read_bytes()
     except OSError as error:
-        raise Unreadable(f"{location}: cannot be read ({error.strerror or error})") from None
+        raise Unreadable(f"{path}: cannot be read ({error.strerror or error}); {REMEDY}") from None
     if expected and digest(content) != expected:
-        raise Unreadable(
-            f"{location}: has changed since it was tokenized; restore it, or set another data.cache to tokenize it anew"
-        )
+        raise Unreadable(f"{path}: has changed since it was tokenized; {REMEDY}")
     return content

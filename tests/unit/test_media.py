@@ -139,7 +139,7 @@ def test_a_file_that_changes_or_goes_after_it_was_opened_is_named(tmp_path, opti
     ):
         files.read(medium.location, medium.digest)
     place.unlink()
-    with pytest.raises(files.Unreadable, match=r"a\.png: cannot be read \(No such file"):
+    with pytest.raises(files.Unreadable, match=r"a\.png: cannot be read \(No such file or directory\); restore it, or"):
         files.read(medium.location, medium.digest)
 
 
