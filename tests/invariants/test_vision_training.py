@@ -15,10 +15,16 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, get_scheduler
 
 from raysft.data.rows.packed_dataset import PackedDataset
+from raysft.train import finetuning as loading
+from raysft.train import loss
+from raysft.train.loss import TokenLoss
+from raysft.train.pixels import ImageInputs, Pixels
+from raysft.train.step import microbatches
 from tests.tiny_vision import FAMILIES, tiny_gemma3, tiny_processor, tiny_vision_model
 from tests.training import Case, Result, adamw, assert_same, make_config, train_all
 from tests.vision_shards import Seen, draw, ids_of, questions, written_with_images
 
+CPU = torch.device("cpu")
 STEPS, TOKENS = 3, 256
 
 
@@ -85,10 +91,10 @@ SPLIT: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
 WAYS = {
     "full": {},
     "rows one by one": {"micro_batch_size": 1},
-    "lora": {"finetuning": "lora"},
 }
 SOME = ("llava", "qwen3-vl")
-LOSSES = {
+OTHERS = {
+    "lora": {"finetuning": "lora"},
     "dft": {"loss": "dft"},
     "asft": {"loss": "asft", "asft_alpha": 1.0},
     "faint noise": {"neftune_alpha": 1e-7},
@@ -105,7 +111,7 @@ def families(tmp_path_factory) -> dict[str, Family]:
 def trained(families) -> dict[tuple[str, str], Result]:
     """(family, way) → its training with one worker."""
     cases = {(name, way): case(families[name], **WAYS[way]) for name in FAMILIES for way in WAYS}
-    cases |= {(name, way): case(families[name], **LOSSES[way]) for name in SOME for way in LOSSES}
+    cases |= {(name, way): case(families[name], **OTHERS[way]) for name in SOME for way in OTHERS}
     return dict(zip(cases, train_all(list(cases.values())), strict=True))
 
 
@@ -174,13 +180,37 @@ def test_training_equals_a_plain_loop_over_the_processors_batches(families, trai
         np.testing.assert_allclose(value.detach().numpy(), expected, rtol=1e-5, atol=1e-5, err_msg=weight)
 
 
-@pytest.mark.parametrize("way", list(WAYS)[1:])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_way_it_is_split_changes_nothing(trained, name, way):
-    result, full = trained[name, way], trained[name, "full"]
+def test_the_way_it_is_split_changes_nothing(trained, name):
+    result, full = trained[name, "rows one by one"], trained[name, "full"]
     assert not result.failure
-    if way != "lora":
-        assert_same(result[:4], full[:4])
+    assert_same(result[:4], full[:4])
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_adapters_are_trained_on_images(trained, name):
+    lora, full = trained[name, "lora"], trained[name, "full"]
+    assert not lora.failure
+    assert lora.losses[0] == pytest.approx(full.losses[0], rel=1e-5)
+    assert lora.losses[-1] < lora.losses[0]
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_kernels_that_take_one_long_row_give_the_same_loss(families, name, monkeypatch):
+    """As FlashAttention's, which has no CPU kernel: rows are laid end to end, and their images and positions with them."""
+    family = families[name]
+    model = loading.load_model(case(family).config, str(family.model))
+    images = ImageInputs(family.processor, model)
+    with Pixels(family.rows, 4) as pixels:
+        pixels.begin(images)
+        (batch,) = pixels.along([family.rows.batch(range(4))])
+        (part,) = microbatches(batch, 4, CPU, pixels)
+    assert len(part["images"]["pixel_values"]) > 2
+    with torch.no_grad():
+        rows = TokenLoss(model)(**part)[0]
+        monkeypatch.setattr(loss, "is_varlen", lambda decoder: True)
+        one_row = TokenLoss(model)(**part)[0]
+    torch.testing.assert_close(one_row, rows, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

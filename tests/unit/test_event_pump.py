@@ -27,7 +27,8 @@ from raysft.train.checkpoint.catalog import folder_name
 from raysft.train.checkpoint.cursor import Cursor
 from raysft.train.checkpoint.parts import Snapshot
 from raysft.train.controller import ControllerStarted
-from raysft.train.event_pump import EventPump
+from raysft.train.event_pump import EventPump, permanent_failures
+from raysft.train.faults import BadImage
 from raysft.train.generation_line import EngineAlive
 from raysft.train.launch import _saved
 
@@ -101,6 +102,18 @@ def test_workers_that_have_begun_are_asked_and_end_by_themselves(driver):
     with pytest.raises(RunStopped, match=r"^stopped after step 7: SIGTERM$"):
         driver.pump.end()
     assert driver.pump.stopped_after == 7
+
+
+@pytest.mark.parametrize(("error", "aborted"), [(BadImage("a.png: has changed"), 1), (RunFailed("no loss token"), 0)])
+def test_an_error_that_one_worker_alone_has_ends_the_others(driver, error, aborted):
+    """They would wait for it in a collective; other errors are raised by all of them."""
+    driver.hears(ControllerStarted(object()), SET_UP)
+    with permanent_failures(driver.post):
+        raise error
+    driver.hears()
+    assert driver.controller.aborted == aborted
+    with pytest.raises(RunFailed, match=str(error)):
+        driver.pump.end()
 
 
 def test_workers_that_cannot_go_on_as_they_were_asked_to_have_failed(driver):
