@@ -27,9 +27,10 @@ from raysft.data.sources.formats import to_examples
 from raysft.data.sources.media import MediaOpener, MediaOptions
 from raysft.data.sources.pickle_guard import read_table
 from raysft.data.types import Example, Medium, Rejected
-from raysft.errors import RequestError
+from raysft.errors import NotNow, RequestError
 from raysft.media import files, images
 from raysft.storage.path import StoragePath
+from raysft.storage.retry import retry_for
 from tests.objects import s3_server
 from tests.servers import serving
 from tests.shards import data_config, write_records, written
@@ -386,6 +387,11 @@ def test_images_lie_beside_their_records_in_an_object_store(tmp_path, sighted):
         other = shard_set(tmp_path, sighted, train=[source], media_dir=server.uri("none"), cache=cache)
         (rejected,) = written(other, str(sighted)).rejected
         assert rejected.reason.startswith("s3://bucket/none/x/a b.png: does not exist")
+        server.fails("a.*b[.]png", 60, status=503)
+        silent = shard_set(tmp_path, sighted, train=[source], cache=server.uri("silent"))
+        with retry_for(0), pytest.raises(NotNow, match="no answer from the storage"):
+            written(silent, str(sighted))
+        server.heals()
         server.fails("a.*b[.]png", 60, status=403)
         again = shard_set(tmp_path, sighted, train=[source], cache=server.uri("other"))
         with pytest.raises(RequestError, match=r"a\.jsonl:1: .*check the storage and its credentials"):

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 
 from raysft.config import Config, locate
@@ -85,8 +86,9 @@ class MediaOpener:
         if not any(message.media for example in examples for message in example.messages):
             yield from examples
             return
+        context = copy_context()  # how long storages are asked again
         with ThreadPoolExecutor(THREADS) as pool:
-            for found, animated in pool.map(self._example, examples):
+            for found, animated in pool.map(lambda item: context.copy().run(self._example, item), examples):
                 if animated:
                     self.counts["animated"] += animated
                 yield found
