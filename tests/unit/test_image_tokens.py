@@ -223,6 +223,38 @@ def test_a_template_that_puts_images_before_the_text_and_marks_answers(tmp_path,
     assert_media(folder, item.input_ids, item.media, CHATS[chat])
 
 
+def test_an_answer_with_an_image_hides_no_text_from_a_template_that_reads_parts_alone(tmp_path):
+    folder, turns = changed(tmp_path / "p", "llava", HOISTING), CHATS["from the assistant"]
+    (item,) = tokenize(folder, example(turns), with_prompts=True)
+    assert item.input_ids.tolist() == processor_ids(folder, turns, lists=True)
+    assert item.prompt_ids.tolist() == processor_ids(folder, turns, lists=True, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("chat", ["several turns", "two", "alone", "text alone"])
+def test_a_processor_that_writes_one_token_and_puts_others_with_line_breaks_in_its_place(tmp_path, chat):
+    folder = gemma3(tmp_path / "p")
+    (item,) = tokenize(folder, example(CHATS[chat]), with_prompts=True)
+    assert item.input_ids.tolist() == processor_ids(folder, CHATS[chat])
+    assert item.prompt_ids.tolist() == processor_ids(folder, CHATS[chat][:-1], add_generation_prompt=True)
+    assert_media(folder, item.input_ids, item.media, CHATS[chat])
+    (rejected,) = example_tokenizer(str(folder))([example([("user", ["<image_soft_token>"]), ("assistant", ["No."])])])
+    assert isinstance(rejected, Rejected)
+
+
+def gemma3(folder: Path) -> Path:
+    from transformers import Gemma3ImageProcessorPil, Gemma3Processor, PreTrainedTokenizerFast
+
+    tokens = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+    special = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|pad|>"}
+    backend = tiny_tokenizer().backend_tokenizer
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, extra_special_tokens=tokens, **special)
+    template = tiny_processor("llava").chat_template.replace("<image>", "<start_of_image>")
+    image_processor = Gemma3ImageProcessorPil(size={"height": 28, "width": 28})
+    options = {"tokenizer": tokenizer, "chat_template": template, "image_seq_length": 4}
+    Gemma3Processor(image_processor=image_processor, **options).save_pretrained(folder)
+    return folder
+
+
 def test_a_template_that_numbers_images(tmp_path):
     folder = changed(tmp_path / "p", "qwen2-vl", NUMBERED)
     (item,) = tokenize(folder, example(CHATS["two"]))

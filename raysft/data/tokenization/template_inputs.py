@@ -9,7 +9,7 @@ from typing import Any
 
 from raysft.data.sources.tool_calls import calls_as_text, tool_schemas, tools_as_text
 from raysft.data.tokenization.markers import MarkedRendering, Tool, Turn
-from raysft.data.types import Message
+from raysft.data.types import MEDIUM, Message
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,10 @@ class TemplateInput:
     def may_be_omitted(self) -> bool:
         """True if it contains something that some templates leave out."""
         usual_roles = all(turn["role"] in ("system", "user", "assistant") for turn in self.turns)
-        return bool(self.tools) or self.has_calls or not usual_roles or not self.is_plain_text
+        if self.tools or self.has_calls or not usual_roles or not self.is_plain_text:
+            return True
+        # A template may read an answer with images, which has parts, and no other.
+        return any(MEDIUM in self.turns[index]["content"] for index in self.assistant_turns)
 
 
 @dataclass(frozen=True)

@@ -110,10 +110,12 @@ class TokenizingProcessor:
             return cls(files, fault=str(error))
         if not hasattr(processor, "tokenizer"):
             return None  # files of a part for sound or images alone
-        tokens = {name: getattr(processor, f"{name}_token", None) for name in ("image", "video", "audio")}
-        known = tuple(str(token) for token in tokens.values() if token)
-        fault = "" if tokens["image"] else f"{model}: its processor has no token for images; choose another model"
-        return cls(files, str(tokens["image"] or ""), known, fault=fault)
+        names = [f"{kind}_token" for kind in ("image", "video", "audio")]
+        # Some write one token for an image, and put others in its place.
+        known = {getattr(part, name, None) for part in (processor, processor.tokenizer) for name in names}
+        token = str(getattr(processor, "image_token", None) or "")
+        fault = "" if token else f"{model}: its processor has no token for images; choose another model"
+        return cls(files, token, tuple(sorted(str(each) for each in known if each)), fault=fault)
 
 
 def own_chat_template(model: str, runs_code: bool = False) -> str | dict[str, str] | None:
