@@ -51,7 +51,11 @@ class ImageInputs:
         """
         rows = zip(microbatch["row"].tolist(), microbatch["media"], strict=True)
         opened = [_opened(medium, row, source) for row, media in rows for medium in media]
-        images = media_inputs(self._processor, opened)
+        try:
+            images = media_inputs(self._processor, opened)
+        except Exception as error:  # of any type: the processor decides
+            files = ", ".join(dict.fromkeys(medium.location for media in microbatch["media"] for medium in media))
+            raise BadImage(f"the model's processor cannot use one of {files:.500} ({one_line(error)})") from error
         if not has_planes(self._decoder):
             return {"images": images}
         ids, positions = (torch.as_tensor(microbatch[name], dtype=torch.long) for name in ("input_ids", "position_ids"))

@@ -133,6 +133,14 @@ def test_images_are_brought_to_the_size_that_was_tokenized(tmp_path):
     assert made["images"]["image_grid_thw"].tolist() == [[1, 2, 4]]  # patches of 14 pixels
 
 
+def test_images_that_the_processor_cannot_use_are_named(tmp_path):
+    (file,) = draw(tmp_path, 1, [(600, 1)])  # Qwen's wants less than 200 times as wide as high
+    rows = batch([5])
+    rows["media"][0] = (RowMedium("image", str(file), "", 600, 1, 0, 2, content=file.read_bytes()),)
+    with pytest.raises(BadImage, match=rf"the model's processor cannot use one of {file} \(.*ratio"):
+        ImageInputs(tiny_processor("qwen2.5-vl"), _Model())(rows, _Source())
+
+
 class _Model:
     """A model without positions in time, height and width."""
 
