@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,9 @@ from raysft.data.rows.packed_dataset import PackedDataset
 from raysft.data.shards.manifest import Manifest
 from raysft.data.tokenization.tokenizer import load_once
 from raysft.data.types import IGNORE_INDEX, RowMedium
+from raysft.media.files import Unreadable
+from raysft.media.images import open_image
+from raysft.media.thumbnails import thumbnail
 from raysft.telemetry.terminal import Console
 
 COLOURS = ("cyan", "yellow", "magenta", "green")
@@ -33,6 +37,8 @@ class DecodedRow:
     title: str
     examples: list[list[tuple[str, bool]]]
     """For each example its (text, has loss) segments, in order."""
+    media: list[list[RowMedium]]
+    """For each example its images."""
 
 
 def decode_rows(rows: PackedDataset, model: str, count: int, runs_code: bool = False) -> Iterator[DecodedRow]:
@@ -54,11 +60,13 @@ def decode_rows(rows: PackedDataset, model: str, count: int, runs_code: bool = F
         inside = slice(segments.offsets[number], segments.offsets[number + 1])
         ends = np.cumsum(segments.stops[inside] - segments.starts[inside]).tolist()
         media = batch["media"][0] if "media" in batch else ()
+        spans = list(pairwise([0, *ends]))
         loss_tokens = int((labels != IGNORE_INDEX).sum())
         yield DecodedRow(
             title=f"row {number} of {rows.row_plan.rows:,}: {len(ends)} example{'s' * (len(ends) != 1)}, {tokens} of "
             f"{rows.capacity} tokens, {loss_tokens} in the loss",
-            examples=[_segments(tokenizer, ids, labels, media, span) for span in pairwise([0, *ends])],
+            examples=[_segments(tokenizer, ids, labels, media, span) for span in spans],
+            media=[[medium for medium in media if span[0] <= medium.start < span[1]] for span in spans],
         )
 
 
@@ -170,12 +178,24 @@ def write_page(shown: Sequence[DecodedRow], lengths: LengthSummary, path: Path) 
 
 def _section(row: DecodedRow) -> str:
     examples = "".join(
-        f'<div class="example e{number % len(COLOURS)}">'
+        f'<div class="example e{number % len(COLOURS)}">{_pictures(media)}'
         + "".join(f"<b>{html.escape(text)}</b>" if has_loss else html.escape(text) for text, has_loss in segments)
         + "</div>"
-        for number, segments in enumerate(row.examples)
+        for number, (segments, media) in enumerate(zip(row.examples, row.media, strict=True))
     )
     return f"<h2>{html.escape(row.title)}</h2>{examples}"
+
+
+def _pictures(media: Sequence[RowMedium]) -> str:
+    """Show the images of an example above its text, where each is named; without those that cannot be used."""
+    shown = []
+    for medium in media:
+        with suppress(Unreadable):
+            small = thumbnail(open_image(medium.content))
+            name = html.escape(medium.location.rpartition("/")[2].translate(VISIBLE))
+            drawn = ' class="enlarged"' if small.enlarged else ""
+            shown.append(f'<img src="{small.source}" width="{small.width}" alt="{name}" title="{name}"{drawn}>')
+    return f'<div class="pictures">{"".join(shown)}</div>' if shown else ""
 
 
 PAGE = """<!doctype html>
@@ -189,6 +209,8 @@ h1 {{ font-size: 1.4rem }} h2 {{ font-size: 1rem; margin: 2rem 0 .5rem }} p {{ m
 .example {{ white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, monospace; color: var(--soft);
             border-left: 4px solid; padding: .4rem .8rem; margin: .4rem 0; background: #8881 }}
 .example b {{ color: var(--ink); background: #fc03; border-bottom: 1px solid #c90 }}
+.pictures {{ display: flex; flex-wrap: wrap; gap: .5rem; align-items: end; margin-bottom: .3rem }}
+.pictures img {{ height: auto; max-width: 100%; border-radius: 4px }} .enlarged {{ image-rendering: pixelated }}
 .e0 {{ border-color: #0aa }} .e1 {{ border-color: #c90 }} .e2 {{ border-color: #b3b }} .e3 {{ border-color: #393 }}
 table {{ border-collapse: collapse; width: 100%; margin: .5rem 0 }} td {{ padding: 1px .6rem 1px 0 }}
 .n {{ text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; width: 1% }}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,13 +10,10 @@ from typing import Any
 from raysft.errors import StorageFailed
 from raysft.media.files import read
 from raysft.media.images import open_image
+from raysft.media.thumbnails import Thumbnail, thumbnail
 from raysft.report.text import masked, visible
 from raysft.storage.retry import retry_for
 
-SIDE = 128
-"""Longest side of a picture in pixels."""
-SMALL = 96
-"""An image with sides that are several times shorter is enlarged to about this, with visible pixels."""
 MOST = 6
 """Pictures of a prompt that are shown."""
 READERS = 4
@@ -32,11 +27,8 @@ class Picture:
     """Name of its file."""
     location: str
     """Its path or URI, without secrets."""
-    source: str = ""
-    """The picture as a data URL; empty if the file cannot be read."""
-    width: int = 0
-    """Of the picture on the page, in pixels."""
-    enlarged: bool = False
+    small: Thumbnail | None = None
+    """None if the file cannot be read."""
 
 
 def locations(row: dict[str, Any]) -> list[str]:
@@ -78,17 +70,4 @@ def picture(location: str, silent: set[str]) -> Picture:
     except StorageFailed:
         silent.add(storage)
         return Picture(name, shown)
-    image.thumbnail((SIDE, SIDE))
-    factor = max(1, SMALL // max(image.size))
-    return Picture(name, shown, _data_url(image), factor * image.size[0], factor > 1)
-
-
-def _data_url(image: Any) -> str:
-    """Encode an image as PNG or JPEG, whichever is smaller: drawings and photographs."""
-    encoded = []
-    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 80})):
-        stream = io.BytesIO()
-        image.save(stream, kind, **options)
-        encoded.append((len(stream.getvalue()), kind, stream.getvalue()))
-    _, kind, content = min(encoded)
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    return Picture(name, shown, thumbnail(image))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from raysft.data.preview import LengthSummary, decode_rows
+from raysft.data.preview import LengthSummary, decode_rows, write_page
 from raysft.data.rows.packed_dataset import PackedDataset
 from raysft.data.shards.media_column import MEDIA
 from raysft.data.shards.prompts import write_prompts
@@ -467,7 +468,15 @@ def test_a_preview_names_images(tmp_path, folders):
         "<|im_start|>assistant\nA cat and a dog.<|im_end|>\n"
     )
     assert [text for text, has_loss in first if has_loss] == ["A cat and a dog.<|im_end|>"]
-    assert "2 images" in LengthSummary.of(rows, [manifest]).lines
+    lengths = LengthSummary.of(rows, [manifest])
+    assert "2 images" in lengths.lines
+    (tmp_path / "90x120.png").unlink()
+    write_page(list(decode_rows(rows, model, 1)), lengths, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert re.findall(r'<img src="data:image/(?:png|jpeg);base64,[^"]+" width="(\d+)" alt="([^"]+)"', page) == [
+        ("80", "40x40.png")
+    ]
+    assert "90x120.png: cannot be read" in page
 
 
 def test_images_that_are_cut_off_are_counted_for_the_plan_and_the_preview(tmp_path, folders):

@@ -374,4 +374,4 @@ def test_a_storage_that_does_not_answer_is_asked_once(monkeypatch):
     places = ["s3://a/1.png", "s3://a/2.png", "s3://b/1.png", "/local.png"]
     drawn = pictures.draw([{"media": [{"location": place}]} for place in places])
     assert asked == ["s3://a/1.png", "s3://b/1.png", "/local.png"]
-    assert [drawn[place].source for place in places] == [""] * 4
+    assert [drawn[place].small for place in places] == [None] * 4
