@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from raysft.models.processor import has_processor
 from raysft.models.quantization import text_config
 
 
 def auto_class(hf_config: Any) -> Any:
-    """Return the class of transformers that makes a model from its config: for text, or for text and images."""
+    """Return the class of transformers that makes a model from its config: for text, or for text and images.
+
+    Of the few models that transformers can also load as their language model alone (Qwen3.5, Mllama), those whose folder has a
+    processor are loaded whole, so that what is trained can still see.
+    """
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -17,7 +22,10 @@ def auto_class(hf_config: Any) -> Any:
     )
 
     kind = type(hf_config)
-    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    whole, text = (
+        mapping.get(kind, None) for mapping in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)
+    )
+    if whole is not None and (text in (None, whole) or has_processor(hf_config.name_or_path or "/")):
         return AutoModelForImageTextToText
     return AutoModelForCausalLM
 

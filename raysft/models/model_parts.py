@@ -28,7 +28,7 @@ def part_of(model: Any) -> Callable[[str], Part]:
     places: dict[str, Part] = dict.fromkeys(
         _names(model, [model.get_decoder(), model.get_output_embeddings()]), "language"
     )
-    encoders = [model.get_encoder(sense) for sense in SENSES]
+    encoders = [each for sense in SENSES if (each := model.get_encoder(sense)) is not None]
     for name in _names(model, [each for each in encoders if model.get_decoder() not in set(each.modules())]):
         places |= {name: "vision", f"{name}.{MERGER}": "projector"}
 

@@ -9,8 +9,10 @@ import torch.distributed as dist
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from raysft.config import Config
+from raysft.errors import RunFailed, one_line
 from raysft.models.attention import NoPositions, use_plain, without_adapters
 from raysft.models.fused_layers import fuse_layers
+from raysft.models.model_class import sees_images
 from raysft.models.onednn import use_onednn
 from raysft.models.peft_internals import parameter_adapters
 from raysft.train.check_images import check_images
@@ -137,6 +139,14 @@ def check_model(model: TokenLoss, config: Config, device: torch.device, processo
     except NoPositions:
         use_plain(without_adapters(model.model))
         model.check_head(device)
+    except (AttributeError, TypeError, ValueError) as error:
+        whole = without_adapters(model.model)
+        if not sees_images(whole):
+            raise
+        raise RunFailed(
+            f"{type(whole).__name__} cannot be trained on text without images, or not at all "
+            f"({type(error).__name__}: {one_line(error)}); use another model"
+        ) from None
     if processor is not None:
         check_images(model, processor, device, config.data.packing)
     model.check_causal(device)
