@@ -18,6 +18,8 @@ from raysft.models.fingerprint import TOKENIZER_SUFFIXES
 
 FILES = ("processor_config.json", "preprocessor_config.json")
 """A folder with one of them has a processor beside its tokenizer."""
+ROUGH = {"do_rescale": False, "do_normalize": False, "resample": 0}
+"""Arguments with which a processor makes pixels of the same number, but other values, in a third of the time."""
 
 
 def has_processor(folder: str | Path) -> bool:
@@ -98,12 +100,16 @@ def image_text(processor: Any, width: int, height: int) -> str:
         ValueError: the processor does not say it.
         Exception: whatever the processor raises for an image of this size.
     """
-    made = processor(
-        text=[processor.image_token],
-        images=[_blank([(width, height)])],
-        return_text_replacement_offsets=True,
-        verbose=False,  # or its tokenizer warns of a text that is long for the model
-    )
+    asked: dict[str, Any] = {
+        "text": [processor.image_token],
+        "images": [_blank([(width, height)])],
+        "return_text_replacement_offsets": True,
+        "verbose": False,  # or its tokenizer warns of a text that is long for the model
+    }
+    try:
+        made = processor(**asked, **ROUGH)
+    except Exception:  # it does not know these arguments, or refuses the size
+        made = processor(**asked)
     places = made.get("text_replacement_offsets")
     if not places or not places[0]:
         raise ValueError(f"{type(processor).__name__} does not say which text stands for an image")

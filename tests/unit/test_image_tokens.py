@@ -26,7 +26,7 @@ from raysft.data.tokenization.tokenizer import Tokenizer
 from raysft.data.types import IGNORE_INDEX, MEDIUM, Example, Medium, Message, Rejected, TokenizedMedium
 from raysft.errors import RequestError
 from raysft.media.files import read
-from raysft.models.processor import load_processor
+from raysft.models.processor import image_text, load_processor
 from raysft.models.tokenizer import load_tokenizer
 from raysft.run.source_plan import plan_sources
 from raysft.storage.path import StoragePath
@@ -349,6 +349,15 @@ def test_a_size_that_the_processor_refuses_is_rejected_with_its_file(folders):
     (rejected,) = found
     assert isinstance(rejected, Rejected)
     assert rejected.reason.startswith("6000x20.png: the processor refuses an image of 6000 × 20 pixels")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (28, 28), (300, 10), (57, 113), (640, 480)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_text_of_an_image_is_that_of_a_whole_run_of_the_processor(folders, family, size):
+    processor = load_processor(folders[family])
+    ids = processor(text=[processor.image_token], images=[[Image.new("RGB", size, "red")]])["input_ids"][0]
+    text = image_text(processor, *size)
+    assert processor.tokenizer(text)["input_ids"] == ids
 
 
 def test_images_that_the_template_leaves_out_are_rejected(tmp_path):
