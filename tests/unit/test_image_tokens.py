@@ -6,6 +6,8 @@ import json
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -522,6 +524,21 @@ def test_tasks_need_no_folder_of_the_model(tmp_path):
     (item,) = ExampleTokenizer(pickle.loads(sent), tokenize_options(sequence_length=2000))([example(CHATS["two"])])
     assert isinstance(item, TokenizedExample)
     assert item.input_ids.tolist() == expected
+
+
+def test_texts_of_a_model_for_images_are_tokenized_without_torch(tmp_path, folders):
+    turns = example(CHATS["text alone"])
+    task = (Tokenizer.load(str(folders["llava"])), tokenize_options(sequence_length=2000), turns)
+    (tmp_path / "task").write_bytes(pickle.dumps(task))
+    code = (
+        "import pickle, sys\n"
+        "from raysft.data.tokenization.tokenize import ExampleTokenizer\n"
+        "tokenizer, options, example = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "(item,) = ExampleTokenizer(tokenizer, options)([example])\n"
+        "print(len(item.input_ids), 'torch' in sys.modules)\n"
+    )
+    output = subprocess.check_output([sys.executable, "-c", code, str(tmp_path / "task")], text=True, timeout=120)
+    assert output.split() == [str(len(processor_ids(folders["llava"], CHATS["text alone"]))), "False"]
 
 
 def test_a_prompt_without_an_answer_has_its_images(folders):
