@@ -62,7 +62,7 @@ def test_all_readers_give_the_same_rows(data, workers):
             equal({"media": np.empty(0), **one}, {"media": np.empty(0), **other})
             equal_number += 1
         assert equal_number == steps
-        numbers = list(blocks(rows.row_plan, Piece(0, steps), workers, True))[worker::workers]
+        numbers = list(blocks(rows.row_plan, Piece(0, steps), workers, rows.media_per_row))[worker::workers]
         tables = [one_row(rows.batch(of_block)) for of_block in numbers]
         for one, other in zip(alone, rows.batches(tables, workers), strict=True):
             equal(one, {name: other[name] for name in one})
@@ -85,9 +85,13 @@ def test_rows_of_text_alone_have_no_column(tmp_path):
 
 
 def test_blocks_with_images_are_smaller(data, monkeypatch):
-    plan = data[0].row_plan
-    monkeypatch.setattr(ray_stream, "MEDIA_BLOCK_TOKENS", 1024)
-    assert ray_stream.steps_per_block(plan, 1, True) == 2  # steps of 4 rows of 128 tokens
+    rows, seen, _ = data
+    plan = rows.row_plan
+    assert rows.media_per_row == sum(len(each.images) for each in seen) / plan.rows
+    monkeypatch.setattr(ray_stream, "BLOCK_MEDIA", 30)
+    assert ray_stream.steps_per_block(plan, 1, 3.0) == 2  # steps of 4 rows
+    assert ray_stream.steps_per_block(plan, 2, 3.0) == 5
+    assert ray_stream.steps_per_block(plan, 1, 30.0) == 1
     assert ray_stream.steps_per_block(plan, 1) == ray_stream.BLOCK_TOKENS // 512
 
 

@@ -152,7 +152,7 @@ def _read_media(slices: RowSlices, paths: Sequence[str], row: np.ndarray, offset
     return rows_of_media(found, len(slices.rows)) if found else None
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def _open_media(path: str) -> tuple[Any, np.ndarray]:
     """Return column ``media`` of a shard, and how many each example has; both are empty if none has any."""
     file = StoragePath(path)

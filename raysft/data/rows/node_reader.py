@@ -97,7 +97,7 @@ def node_shards(rows: Rows, first_step: int, nodes: Sequence[str], data_label: s
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    steps = range(first_step, rows.row_plan.steps, steps_per_block(rows.row_plan, len(nodes), rows.has_media))
+    steps = range(first_step, rows.row_plan.steps, steps_per_block(rows.row_plan, len(nodes), rows.media_per_row))
     of_node: dict[str, list[int]] = {}
     for worker, node in enumerate(nodes):
         of_node.setdefault(node, []).append(worker)

@@ -235,6 +235,13 @@ class PackedDataset:
         """True if an example of a source has images."""
         return any(source.media for source in self._planned.sources)
 
+    @property
+    def media_per_row(self) -> float:
+        """Images of a row on average."""
+        planned, segments = self._planned, self.row_plan.segments
+        media, examples = sum(source.media for source in planned.sources), int(planned.shard_ends[-1])
+        return media / examples * len(segments.examples) / self.row_plan.rows if media else 0.0
+
     def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
         """Read and pack rows, given their numbers; −1 gives a filler row without labels."""
         return collate(self._find_slices(rows), self._paths, self.capacity, self.document_mask, self.has_media)
@@ -260,7 +267,7 @@ class PackedDataset:
 
     def dataset(self, first: int, workers: int) -> Any:
         """Return a Ray dataset of the rows of all workers, from step ``first`` on, to be split among them in order."""
-        pieces = list(ray_stream.plan_pieces(self.row_plan, first, workers, self.has_media))
+        pieces = list(ray_stream.plan_pieces(self.row_plan, first, workers, self.media_per_row))
         return ray_stream.ray_dataset(self, pieces, workers)
 
     def node_shards(self, first: int, nodes: Sequence[str], data_label: str | None = None) -> list[Any]:
@@ -275,7 +282,7 @@ class PackedDataset:
 
     def execution_options(self, workers: int) -> Any:
         """Return the ``ray.data.ExecutionOptions`` for ``dataset``."""
-        return ray_stream.execution_options(self.row_plan, workers, self.has_media)
+        return ray_stream.execution_options(self.row_plan, workers, self.media_per_row)
 
     def batches(self, tables: Iterable[pa.Table], workers: int) -> Iterator[Batch]:
         """Yield a worker's rows of each step, from its split of ``dataset`` or its shard of ``node_shards``."""

@@ -39,8 +39,8 @@ class SourceFiles:
 
     name: str
     shards: tuple[str, ...]
-    media: bool = False
-    """True if an example has images."""
+    media: int = 0
+    """Images of its examples."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def open_plan(path: StoragePath) -> PlannedRows:
         )
         vars(row_plan).update({name: arrays[name] for name in STEP_SUMS})
         sources = tuple(
-            SourceFiles(each["name"], tuple(each["shards"]), each.get("media", False)) for each in metadata["sources"]
+            SourceFiles(each["name"], tuple(each["shards"]), int(each.get("media", 0))) for each in metadata["sources"]
         )
         return PlannedRows(row_plan, arrays["shard_ends"], sources)
     except (pa.ArrowException, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:

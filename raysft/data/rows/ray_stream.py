@@ -24,10 +24,10 @@ BLOCK_TOKENS = 1 << 18
 """Approximate tokens in a block: few blocks for many workers, and little delay before the first."""
 ALL_TOKENS = 1 << 22
 """Approximate tokens in the blocks of all workers together: with many workers each has smaller ones."""
-MEDIA_BLOCK_TOKENS = 1 << 15
-"""Approximate tokens in a block of rows with images: their files are about 1 KB for each token."""
-MEDIA_BLOCK_BYTES = 32 << 20
-"""Approximate size of such a block."""
+BLOCK_MEDIA = 256
+"""Approximate images in a block: their files have about 100 KB each."""
+MEDIUM_BYTES = 128 << 10
+"""Approximate size of such a file."""
 PREFETCH_BYTES = 64 << 20
 """Approximate size of the blocks that wait in memory for the workers; more if there are many workers."""
 TASK_ROWS = 4096
@@ -41,7 +41,7 @@ class Rows(Protocol):
     def row_plan(self) -> Any: ...
 
     @property
-    def has_media(self) -> bool: ...
+    def media_per_row(self) -> float: ...
 
     def batch(self, rows: np.ndarray) -> Batch: ...
 
@@ -60,23 +60,25 @@ COLUMNS = tuple(field.name for field in fields(Piece))
 """Columns in which a task gets its pieces."""
 
 
-def steps_per_block(row_plan: RowPlan, workers: int, with_media: bool = False) -> int:
+def steps_per_block(row_plan: RowPlan, workers: int, media_per_row: float = 0.0) -> int:
     """Return how many steps a block holds the rows of."""
     step_tokens = -(-row_plan.global_batch_size // workers) * row_plan.capacity
-    most = min(BLOCK_TOKENS, MEDIA_BLOCK_TOKENS) if with_media else BLOCK_TOKENS
-    return max(1, min(most, ALL_TOKENS // workers) // step_tokens)
+    steps = min(BLOCK_TOKENS, ALL_TOKENS // workers) // step_tokens
+    if media_per_row:
+        steps = min(steps, int(BLOCK_MEDIA / (-(-row_plan.global_batch_size // workers) * media_per_row)))
+    return max(1, steps)
 
 
-def plan_pieces(row_plan: RowPlan, first_step: int, workers: int, with_media: bool = False) -> Iterator[Piece]:
+def plan_pieces(row_plan: RowPlan, first_step: int, workers: int, media_per_row: float = 0.0) -> Iterator[Piece]:
     """Yield what each task reads: some steps within about one group of shards.
 
     Args:
         row_plan: the order of the rows.
         first_step: the step to begin with.
         workers: number of workers.
-        with_media: some of the rows have images.
+        media_per_row: images of a row on average.
     """
-    per_step, per_block = row_plan.global_batch_size, steps_per_block(row_plan, workers, with_media)
+    per_step, per_block = row_plan.global_batch_size, steps_per_block(row_plan, workers, media_per_row)
     most = max(1, TASK_ROWS // (per_step * per_block)) * per_block
     group_ends = np.unique(np.minimum(-(-row_plan.group_ends // per_step), row_plan.steps))
     start = first_step
@@ -88,9 +90,9 @@ def plan_pieces(row_plan: RowPlan, first_step: int, workers: int, with_media: bo
         start = stop
 
 
-def blocks(row_plan: RowPlan, piece: Piece, workers: int, with_media: bool = False) -> Iterator[np.ndarray]:
+def blocks(row_plan: RowPlan, piece: Piece, workers: int, media_per_row: float = 0.0) -> Iterator[np.ndarray]:
     """Yield the numbers of the rows in each block of a piece."""
-    per_block = steps_per_block(row_plan, workers, with_media)
+    per_block = steps_per_block(row_plan, workers, media_per_row)
     for first in range(piece.first_step, piece.stop_step, per_block):
         steps = range(first, min(first + per_block, piece.stop_step))
         for worker in range(workers):
@@ -120,13 +122,15 @@ def ray_dataset(rows: Rows, pieces: Sequence[Piece], workers: int) -> Any:
         )
 
 
-def execution_options(row_plan: RowPlan, workers: int, with_media: bool = False) -> Any:
+def execution_options(row_plan: RowPlan, workers: int, media_per_row: float = 0.0) -> Any:
     """Make Ray Data keep the order and read no further ahead than a few blocks for each worker."""
     import ray
 
     step_tokens = -(-row_plan.global_batch_size // workers) * row_plan.capacity
     block_bytes = 20 * max(min(BLOCK_TOKENS, ALL_TOKENS // workers), step_tokens)
-    block_bytes = max(block_bytes, MEDIA_BLOCK_BYTES) if with_media else block_bytes
+    if media_per_row:
+        rows = -(-row_plan.global_batch_size // workers) * steps_per_block(row_plan, workers, media_per_row)
+        block_bytes += int(rows * media_per_row) * MEDIUM_BYTES
     prefetch = ray.data.ExecutionResources(object_store_memory=max(PREFETCH_BYTES, 4 * workers * block_bytes))
     return ray.data.ExecutionOptions(preserve_order=True, resource_limits=prefetch)
 
@@ -140,7 +144,7 @@ def read_pieces(batch: dict[str, np.ndarray], rows: Rows, workers: int) -> Itera
         workers: number of workers.
     """
     for values in zip(*(batch[name].tolist() for name in COLUMNS), strict=True):
-        for numbers in blocks(rows.row_plan, Piece(*values), workers, rows.has_media):
+        for numbers in blocks(rows.row_plan, Piece(*values), workers, rows.media_per_row):
             yield one_row(rows.batch(numbers))
 
 

@@ -171,8 +171,8 @@ class ShardFiles:
     directory: StoragePath
     shards: tuple[str, ...]
     """File names in ``directory``."""
-    media: bool = False
-    """True if an example has images."""
+    media: int = 0
+    """Images of its examples."""
 
     @property
     def key(self) -> str:
@@ -188,8 +188,8 @@ def load_shard_files(path: StoragePath) -> ShardFiles:
     """Read which files a manifest lists, without its columns; raises as ``load_manifest``."""
     with _named_errors(path):
         metadata = _metadata(path.read(pq.read_schema))
-        media = bool(metadata.get("media"))
-        return _existing(ShardFiles(metadata["name"], path.parent, tuple(metadata["shards"]), media))
+        shards, media = tuple(metadata["shards"]), int(metadata.get("media", 0))
+        return _existing(ShardFiles(metadata["name"], path.parent, shards, media))
 
 
 @contextmanager
