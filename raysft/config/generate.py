@@ -41,11 +41,11 @@ class GenerateSection(Section):
     batching: Literal["auto", "continuous", "static"] = "auto"
     """``continuous``: as soon as a prediction ends, another prompt takes its place (one GPU per engine, no beam search, no
     ``max_seconds``). ``static``: complete one batch before starting the next. ``auto``: continuous on GPUs if the model and the
-    settings support it, otherwise static."""
+    settings support it, otherwise static. Prompts with images are completed in static batches."""
     batch_size: Positive = 128
     """Most prompts that an engine completes at the same time; halved when memory runs out. On CPUs fewer, if the keys and values of
-    so many tokens could take more than a quarter of the machine's memory. With vLLM: prompts that are submitted, and results that
-    are returned, together."""
+    so many tokens, and the pixels of their images, could take more than a quarter of the machine's memory. With vLLM: prompts that
+    are submitted, and results that are returned, together."""
     max_new_tokens: Positive = 1024
     """Maximum length of a prediction, in tokens."""
     do_sample: bool = True

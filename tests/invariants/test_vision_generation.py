@@ -14,6 +14,7 @@ from raysft.config import Config, parse
 from raysft.data.types import TokenizedMedium
 from raysft.generate.engines import create_engine, shrinking
 from raysft.generate.engines.bisection import complete
+from raysft.generate.engines.roomy_cache import ROOM
 from raysft.media.files import digest
 from raysft.models.processor import load_processor
 from tests.tiny_vision import FAMILIES, tiny_vision_model
@@ -139,3 +140,17 @@ def test_a_prompt_that_is_too_long_keeps_no_part_of_a_picture(family):
     (long,) = engine.complete(["a"], [prompt], [media])
     (tail,) = engine.complete(["a"], [prompt[media[1].start :]], [[moved]])
     assert (long.text, long.cut) == (tail.text, media[1].start)
+
+
+def test_a_batch_has_only_so_many_rows_that_its_images_fit_too(family, monkeypatch):
+    engine: Any = create_engine(family.config(batch_size=6), str(family.folder), threads=1)
+    texts = engine._rows_at_once(family.prompts, ())
+    # The largest prompt has 84 · 56 and 32 · 90 pixels, of six float32 numbers, and those of the next batch are made meanwhile.
+    pixels = 2 * (84 * 56 + 32 * 90) * 6 * 4
+    tokens = (max(map(len, family.prompts)) + NEW_TOKENS + ROOM) * engine._token_bytes
+    monkeypatch.setattr("raysft.generate.engines.static.cpu_cache_bytes", lambda engines: 3 * (pixels + tokens))
+    assert (texts, engine._rows_at_once(family.prompts, family.media)) == (6, 3)
+    sizes, batch = [], engine._batch
+    monkeypatch.setattr(engine, "_batch", lambda ids, *more: sizes.append(len(ids)) or batch(ids, *more))
+    assert [each.text for each in engine.complete(family.ids, family.prompts, family.media)] == expected(family)
+    assert sizes == [3, 3]

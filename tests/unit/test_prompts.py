@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,13 @@ import pytest
 
 from raysft.data.shards import prompts as written_prompts
 from raysft.data.shards.manifest import load_manifest
+from raysft.data.shards.media_column import MEDIA
 from raysft.data.shards.prompts import write_prompts
+from raysft.data.types import TokenizedMedium
 from raysft.errors import RequestError
 from raysft.generate import prompts as read_prompts
-from raysft.generate.prompts import ModelPrompts, Prompts
+from raysft.generate.engine_actor import batch_row
+from raysft.generate.prompts import ModelPrompts, Prompts, media_of
 from raysft.storage.path import StoragePath
 
 LENGTHS = np.random.default_rng(0).integers(1, 9, 50)
@@ -122,3 +126,21 @@ def test_prompts_are_the_same_however_many_are_written_at_a_time(tmp_path, monke
     assert count == len(Prompts.read(written))
     assert Prompts.read(written).end_tokens == (4,)
     assert pq.ParquetFile(written).num_row_groups >= (2 if rows == 1 else 1)
+
+
+def test_images_are_handed_on_with_their_prompts_if_there_are_any(tmp_path):
+    medium = TokenizedMedium("image", "a.png", "00", 8, 9, 1, 3)
+    listed = [[asdict(medium)] if number in (3, 49) else [] for number in range(50)]
+    with_images = table().append_column("media", pa.array(listed, MEDIA))
+    prompts = Prompts.read(file(tmp_path, with_images, row_group_size=4))
+    some = prompts.table(np.array([3, 0, 49]))
+    assert media_of(some) == [(medium,), (), (medium,)]
+    assert media_of(Prompts.of(with_images).table(np.array([0, 3]))) == [(), (medium,)]
+    assert [each["media"] for each in prompts.texts()] == listed
+    assert batch_row(some, 1)["media"].to_pylist() == [[listed[3], [], listed[49]]]
+    without = table().append_column("media", pa.array([[]] * 50, MEDIA))
+    prompts = Prompts.read(file(tmp_path, without))
+    assert prompts.media is None
+    assert prompts.table(np.array([3])).column_names == ["id", "input_ids"]
+    assert media_of(prompts.table(np.array([3]))) == []
+    assert "media" not in next(prompts.texts())
