@@ -127,6 +127,9 @@ def trace(config: Config, model: Any, tokens: int, loss_share: float) -> Activat
     layers, counts = _shorten(model)
     with fake_tensors(), _unchanged_rotary(model):
         without_memory(model)
+        if config.model.train_parts != ["language"]:
+            # The features of images, in place of embeddings, then pass on a gradient.
+            without_adapters(model).enable_input_require_grads()
         loss = _TracedLoss(
             model,
             objective_of(config.train),

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.llama import modeling_llama
 
-from raysft.config import Config
+from raysft.config import Config, with_overrides
 from raysft.estimate import fake_attention
 from raysft.estimate.fake_model import model_without_weights, sizes_of
 from raysft.estimate.measure import Microbatch, measure, surely_small
 from raysft.estimate.sizes import Activations
 from raysft.estimate.trace import trace
 from raysft.models.fused_layers import ROTARY, fuse_layers
+from raysft.models.model_parts import part_of
 from raysft.models.torch_internals import LiveBytes
 from raysft.train.finetuning import load_model
 from raysft.train.loss import TokenLoss
 from tests.measured_memory import config_of, model_of, most_allocated
 from tests.tiny import tiny_model
+from tests.tiny_vision import tiny_vision_model
 
 SIZES = {
     "vocab_size": 1000,
@@ -86,6 +89,25 @@ def test_a_trace_needs_what_a_real_pass_needs(folder, settings, rows, tokens, re
     _, activations = model_of(config)
     assert activations.traced
     assert needed(activations, rows) == pytest.approx(really_needed(config, rows), rel=0.05)
+
+
+@pytest.mark.parametrize("family", ["llava", "idefics3", "qwen3-vl"])
+def test_models_for_images_are_traced(folder, tmp_path, family):
+    """Features of images pass on a gradient through the whole language model, also where it is frozen."""
+    model = tiny_vision_model(tmp_path / "model", family)
+    settings = {"data.sequence_length": 96, "train.micro_batch_size": 2, "model.finetuning": "full"}
+    config = config_of(folder, model, settings)
+    _, text = model_of(config)
+    assert text.traced
+    assert needed(text, 2) == pytest.approx(really_needed(config, 2), rel=0.1)
+    sizes, frozen = model_of(with_overrides(config, {"model.train_parts": ["projector"]}))
+    assert frozen.traced
+    assert frozen.saved(2) > 0.5 * text.saved(2)
+    whole: Any = AutoModelForImageTextToText.from_pretrained(model)
+    part = part_of(whole)
+    assert sizes.total == sum(weight.numel() for weight in whole.parameters())
+    of_projector = [weight.numel() for name, weight in whole.named_parameters() if part(name) == "projector"]
+    assert sum(weight.elements for weight in sizes.trained) == sum(of_projector)
 
 
 @pytest.mark.parametrize(
