@@ -28,7 +28,7 @@ def test_ray_data_runs_vllm_in_a_stage_that_can_be_changed():
     assert "data_column" in inspect.signature(udf).parameters, f"look at {ENGINE.line('data_column')}"
     source = inspect.getsource(vllm_engine_stage)
     for column in ("tokenized_prompt", "sampling_params", "generated_text", "generated_tokens", "time_taken_llm",
-                   "__inference_error__"):  # fmt: skip
+                   "multimodal_data", "__inference_error__"):  # fmt: skip
         assert column in source, f"column {column}; look at {ENGINE.line(column)}"
     options = set(vLLMEngineProcessorConfig.model_fields)
     for name in ("model_source", "engine_kwargs", "batch_size", "concurrency", "max_concurrent_batches",
@@ -56,5 +56,6 @@ def test_vllm_takes_the_arguments_of_an_engine_and_of_a_request():
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     for name in ("tokenizer", "dtype", "seed", "trust_remote_code", "tensor_parallel_size", "max_model_len",
-                 "disable_log_stats", "distributed_executor_backend", "enable_lora", "max_lora_rank"):  # fmt: skip
+                 "disable_log_stats", "distributed_executor_backend", "enable_lora", "max_lora_rank",
+                 "limit_mm_per_prompt"):  # fmt: skip
         assert name in AsyncEngineArgs.__dataclass_fields__, f"look at {contract.line(name)}"

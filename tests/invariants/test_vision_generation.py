@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText
 
 from raysft.config import Config, parse
@@ -154,3 +156,28 @@ def test_a_batch_has_only_so_many_rows_that_its_images_fit_too(family, monkeypat
     monkeypatch.setattr(engine, "_batch", lambda ids, *more: sizes.append(len(ids)) or batch(ids, *more))
     assert [each.text for each in engine.complete(family.ids, family.prompts, family.media)] == expected(family)
     assert sizes == [3, 3]
+
+
+def test_an_adapter_in_bfloat16_predicts_with_pictures(family, tmp_path):
+    """Its layers stay separate, and pixels get the type of the weights."""
+    adapted = get_peft_model(family.plain, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=True))
+    adapted.save_pretrained(tmp_path)
+    adapted.unload()
+    description = json.loads((tmp_path / "adapter_config.json").read_text())
+    description["base_model_name_or_path"] = str(family.folder)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(description))
+    raw = family.config(batch_size=1).model_dump(mode="json")
+    raw["model"]["dtype"] = "bfloat16"
+    found = create_engine(parse(raw), str(tmp_path), threads=1).complete(family.ids, family.prompts, family.media)
+    assert not any(each.error for each in found)
+    plain: Any = AutoModelForImageTextToText.from_pretrained(family.folder, dtype=torch.bfloat16).eval()
+    batch = family.processor.apply_chat_template(
+        conversation(family.pictures, ASKED[2]),
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    ).to(torch.bfloat16)
+    with torch.inference_mode():
+        written = plain.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert [found[2].text] == as_text(family, written[:, batch["input_ids"].shape[1] :])
