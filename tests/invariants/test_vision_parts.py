@@ -105,3 +105,13 @@ def test_resumed_is_uninterrupted(trained, name):
     assert whole.weights.keys() == resumed.weights.keys()
     for weight, values in whole.weights.items():
         np.testing.assert_array_equal(values, resumed.weights[weight], err_msg=weight)
+
+
+def test_two_workers_train_the_same_parts(families, trained):
+    """One of them has rows without images, while the other has some."""
+    names = ["llava", "qwen3-vl"]
+    ways = [(name, way, stage) for name in names for way in ("projector", "all") for stage in (0, 2, 3)]
+    cases = [parts_case(families[name], PARTS[way], zero_stage=stage, micro_batch_size=1) for name, way, stage in ways]
+    for (name, way, stage), result in zip(ways, train_all(cases, 2), strict=True):
+        assert not result.failure, (name, way, stage)
+        assert_same(result[:4], trained[name, way][0][:4])
