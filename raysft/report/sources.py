@@ -25,6 +25,7 @@ _COUNTS = {
     "truncated_tokens": "truncated tokens",
     "truncated_media": "truncated images",
     "animated": "animations, of which the first frame is taken",
+    "stray_marks": "with <image> as a word",
     "unanswered": "without an answer",
     "split": "split",
     "split_pieces": "segments of split examples",

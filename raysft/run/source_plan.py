@@ -19,6 +19,7 @@ COUNTED = {
     "truncated_tokens": "{:,} tokens cut off",
     "truncated_media": "{:,} images cut off",
     "animated": "the first frames of {:,} animations",
+    "stray_marks": "{:,} with <image> as a word",
     "unanswered": "{:,} without an answer",
     "split": "{:,} split",
     "split_pieces": "into {:,}",

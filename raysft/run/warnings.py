@@ -186,6 +186,16 @@ def quoted_arguments(config: Config, plan: Plan) -> Iterator[str]:
             )
 
 
+def stray_marks(config: Config, plan: Plan) -> Iterator[str]:
+    """A model for images may be given records whose images are in a column that is not read."""
+    for name, source in {**plan.evaluation, **plan.sources}.items():
+        if count := source.counts.get("stray_marks", 0):
+            yield (
+                f"source {name!r}: {count:,} of {source.examples:,} examples have no images but <image> in their text, which is a "
+                "word there; name the column of their images with columns: {images: COLUMN}"
+            )
+
+
 def long_warm_up(config: Config, plan: Plan) -> Iterator[str]:
     """The warm-up may take most of the training."""
     given, ratio = config.train.warmup_steps, config.train.warmup_ratio
@@ -285,6 +295,7 @@ WARNINGS: tuple[Callable[[Config, Plan], Iterator[str]], ...] = (
     emptied_sources,
     lost_records,
     quoted_arguments,
+    stray_marks,
     foreign_template,
     endless_turns,
     untrained_end_tokens,

@@ -329,6 +329,16 @@ def test_a_text_that_reads_as_an_image_is_rejected_or_escaped(folders, family):
             assert f"What is {token}?" in text
 
 
+def test_marks_without_images_are_counted_or_rejected_with_the_remedy(folders):
+    marked, plain = [("user", ["<image>What?"]), ("assistant", ["It."])], CHATS["text alone"]
+    beside = [("user", [(40, 40), "<image>What?"]), ("assistant", ["It."])]
+    items = tokenize(folders["qwen2-vl"], *map(example, (marked, plain, beside)))
+    assert [dict(item.counts) for item in items] == [{"stray_marks": 1}, {}, {}]
+    (rejected,) = example_tokenizer(str(folders["llava"]))([example(marked)])
+    assert isinstance(rejected, Rejected)
+    assert "columns: {images: COLUMN}" in rejected.reason
+
+
 def test_images_of_a_model_without_a_processor_are_refused(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(RequestError, match=r"f:1: has images, but the model has no processor .*; use"):

@@ -141,6 +141,25 @@ def test_a_column_may_hold_one_image_and_have_another_name():
     assert turns({**record, "images": ["x"]}, columns={"images": None})[0] == ("user", "<image>q", [])
 
 
+def test_the_only_image_may_be_in_a_column_of_the_singular():
+    for record in (
+        {"conversations": [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}], "image": "1"},
+        {"instruction": "<image>", "input": "q", "output": "a", "image": {"bytes": None, "path": "1"}, "images": None},
+        openai({"type": "image"}, {"type": "text", "text": "\nq"}, image=["1"]),
+    ):
+        assert turns(record)[0] == ("user", "◆\nq", ["1"])
+    # Not where no mark asks for one, where the text is not of a user, or where the column is read as something else or not at all.
+    assert "1 and the images column 0" in reason(openai({"type": "image"}, image=None))
+    plain = {"instruction": "q", "output": "a", "image": "1"}
+    assert turns(plain)[0] == ("user", "q", [])
+    assert turns({**plain, "system": "<image>"})[1] == ("user", "q", [])
+    marked = {"instruction": "<image>q", "output": "a", "image": "1"}
+    assert turns({**marked, "images": ["2"]})[0][2] == ["2"]
+    assert turns(marked, columns={"input": "image"})[0] == ("user", "<image>q\n1", [])
+    for ignoring in ({"images": None}, {"images": "other"}):
+        assert turns(marked, columns=ignoring)[0] == ("user", "<image>q", [])
+
+
 def test_marks_in_the_system_text_are_words():
     record = {
         "conversations": [

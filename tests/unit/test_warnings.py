@@ -350,6 +350,12 @@ def test_arguments_of_calls_that_are_encoded_twice_are_told():
     assert line.endswith("; give arguments as objects in the records")
 
 
+def test_marks_without_images_are_told():
+    (line,) = warnings(config(), plan(sources={"a": source(counts={"stray_marks": 1200})}))
+    assert line.startswith("source 'a': 1,200 of 20,000 examples have no images but <image> in their text")
+    assert line.endswith("; name the column of their images with columns: {images: COLUMN}")
+
+
 def test_nothing_is_said_of_turns_that_end_or_are_none():
     for turns in (
         TurnStatistics(end_tokens={"<|end|>": 8}),

@@ -16,7 +16,7 @@ from raysft.data.sources.columns import (
     field_reader,
     filled_columns,
 )
-from raysft.data.sources.media_parts import column_images, place_images
+from raysft.data.sources.media_parts import column_images, marked_image, place_images
 from raysft.data.sources.messages import parse_turns, require_list, require_text
 from raysft.data.sources.readers import RawRecord, Unreadable, parse_record
 from raysft.data.sources.tool_calls import nested_strings, parse_tools, tool_schemas
@@ -82,6 +82,7 @@ def to_example(record: Record, form: str, source: Source, location: str) -> Exam
             source.name, location, text=text, prompt_length=len(prompt), weight=weight, unanswered=unanswered
         )
     messages = tuple(_messages(form, read, source.tags, bool(unanswered)))
+    images = images or marked_image(messages, record, source)
     if images or any(message.media for message in messages):
         messages = place_images(messages, images)
     unanswered = unanswered or _lacks_answer(messages, form)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
+from raysft.config import Source
 from raysft.config.section import PATH_BYTES
 from raysft.data.sources.json_stream import JSON
 from raysft.data.types import MEDIUM, Medium, Message, Record
@@ -24,6 +25,8 @@ SIZE_KEYS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 """Keys with which Qwen's parts ask for a size of their own."""
 UNSUPPORTED = {"videos": "videos", "audios": "audio"}
 """Column of media that nothing here trains on → what it holds."""
+SINGULAR = "image"
+"""Column that holds a record's only image where there is no column ``images``."""
 NEXT_OF_COLUMN = Medium("image", "")
 """A mark whose image is the next of the record's column."""
 BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
@@ -72,15 +75,23 @@ def column_images(read: Callable[[str], Any]) -> list[Medium]:
                 f"has {content} ({field}), but raysft trains on text and images alone; leave the record out, or ignore the column "
                 f"with columns: {{{field}: null}}"
             )
-    value = read("images")
-    if value is None:
-        return []
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        value = _from_json(value)
-    if _is_empty(value):
-        return []
-    items = value if isinstance(value, list) else [value]
-    return [image_of(item, f"images[{index}]") for index, item in enumerate(items)]
+    return _images(read("images"), "images")
+
+
+def marked_image(messages: Sequence[Message], record: Record, source: Source) -> list[Medium]:
+    """Read a column ``image`` (LLaVA's records, and some of TRL's) if the turns have marks and no other column is named.
+
+    Raises:
+        ValueError: it holds no image.
+    """
+    named = source.column("images") == "images" and SINGULAR not in source.columns.values()
+    marked = any(NEXT_OF_COLUMN in message.media or has_mark(message) for message in messages)
+    return _images(record.get(SINGULAR), SINGULAR) if named and marked else []
+
+
+def has_mark(message: Message) -> bool:
+    """True if a text has a mark that an image may belong to."""
+    return message.role != "system" and MARK in message.content
 
 
 def place_images(messages: Sequence[Message], images: Sequence[Medium]) -> tuple[Message, ...]:
@@ -92,7 +103,7 @@ def place_images(messages: Sequence[Message], images: Sequence[Medium]) -> tuple
         ValueError: there are more marks than images, or fewer.
     """
     if images and not any(NEXT_OF_COLUMN in message.media for message in messages):
-        messages = [message if message.role == "system" else _marked(message) for message in messages]
+        messages = [_marked(message) if has_mark(message) else message for message in messages]
     marks = sum(message.media.count(NEXT_OF_COLUMN) for message in messages)
     if marks != len(images):
         remedy = f"write {MARK} into the text where each one belongs" if marks < len(images) else "add those that lack"
@@ -141,6 +152,16 @@ def image_of(value: Any, where: str) -> Medium:
     return Medium("image", value)
 
 
+def _images(value: Any, column: str) -> list[Medium]:
+    """Images of a column: none, one, or a list, which may be JSON."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        value = _from_json(value)
+    if _is_empty(value):
+        return []
+    items = value if isinstance(value, list) else [value]
+    return [image_of(item, f"{column}[{index}]") for index, item in enumerate(items)]
+
+
 def _image_part(part: Record, where: str) -> Medium:
     size = next((key for key in SIZE_KEYS if part.get(key) is not None), None)
     if size:
@@ -157,8 +178,6 @@ def _image_part(part: Record, where: str) -> Medium:
 
 def _marked(message: Message) -> Message:
     """A message with ``MEDIUM`` for each ``<image>`` in its text."""
-    if MARK not in message.content:
-        return message
     own, media, texts = iter(message.media), list[Medium](), list[str]()
     for piece in re.split(f"({MARK}|{MEDIUM})", message.content):
         if piece in (MARK, MEDIUM):
