@@ -21,6 +21,23 @@ def digest(content: bytes) -> str:
     return blake2b(content, digest_size=DIGEST_BYTES).hexdigest()
 
 
+Status = list[int] | None
+"""Size and time of a file; None if it is not there."""
+
+
+def status(location: str) -> Status:
+    """Return what tells whether a file is still the same, without reading it.
+
+    Raises:
+        StorageFailed: its storage does not answer.
+    """
+    try:
+        entry = StoragePath(location).entry()
+    except (OSError, ValueError):
+        return None
+    return [entry.size, entry.modified]
+
+
 def read(location: str, expected: str = "") -> bytes:
     """Read a file.
 

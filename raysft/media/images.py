@@ -28,6 +28,8 @@ PHOTOS = ("JPEG", "MPO")
 ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)
 """Tag of EXIF data, and its values for cameras that were held upright."""
 PHOTOS_OF_PHONES = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc")
+POINTER = b"version https://git-lfs"
+"""How a file begins that stands for a large one in a repository."""
 BITS_PER_SAMPLE = 258
 """Tag of a TIFF file."""
 
@@ -158,7 +160,9 @@ def _refuse_foreign(content: bytes) -> None:
     start = content[:1024].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for beginning, kind in FOREIGN:
         if start.startswith(beginning.lower()):
-            raise Unreadable(f"is {kind}, and no image of pixels; save it as PNG or JPEG")
+            raise Unreadable(f"is {kind}, not an image of pixels; save it as PNG or JPEG")
+    if start.startswith(POINTER):
+        raise Unreadable("is a pointer of Git LFS, not the image; fetch the images with git lfs pull")
     if content[4:12] in PHOTOS_OF_PHONES:
         raise Unreadable("is HEIC, which PIL does not read; save it as PNG or JPEG")
 

@@ -194,6 +194,7 @@ REFUSED = {
     "page": (b"<!DOCTYPE html><html>404</html>", "a page of the web"),
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n", "PostScript"),
     "pdf": (b"%PDF-1.7", "PDF"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git lfs pull"),
     "heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64), "HEIC"),
     "cut png": (WHOLE[: len(WHOLE) // 2], "is broken"),
     "cut jpeg": (encoded(Image.fromarray(np.tile(PIXELS, (20, 20, 1))), "JPEG")[:3000], "is broken"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import socket
 import threading
@@ -20,12 +21,16 @@ from PIL import Image
 from raysft.config import Source
 from raysft.config.conflicts import refuse_conflicts
 from raysft.data.prepare import prepare
+from raysft.data.shards import ray_pipeline
+from raysft.data.shards.build import build_shards
+from raysft.data.shards.parts import kept_parts
 from raysft.data.shards.shard_set import resolve_shard_set
 from raysft.data.sources import downloads
 from raysft.data.sources.content import content_digest
 from raysft.data.sources.formats import to_examples
 from raysft.data.sources.media import MediaOpener, MediaOptions
 from raysft.data.sources.pickle_guard import read_table
+from raysft.data.tokenization.tokenizer import Tokenizer
 from raysft.data.types import Example, Medium, Rejected
 from raysft.errors import NotNow, RequestError
 from raysft.media import files, images
@@ -156,8 +161,11 @@ def test_limits_decide_the_size(tmp_path, options):
     ("name", "words"),
     [
         ("none.png", "none.png: does not exist; correct the path, or set data.media_dir"),
-        ("sub", "is no file"),
-        ("/dev/zero", "is no file"),
+        ("sub", "sub: is a folder"),
+        ("/dev/zero", "/dev/zero: is a device"),
+        ("pipe", "pipe: is a device or a pipe"),
+        ("/proc/self/mem", "/proc/self/mem: is empty"),
+        ("huge.png", "huge.png: has more than 1,024 MiB"),
         ("text.png", "text.png: is no image"),
         ("empty.png", "empty.png: is empty"),
         ("x" * 300, "cannot be read"),
@@ -175,6 +183,9 @@ def test_what_cannot_be_opened_is_rejected_with_file_and_reason(tmp_path, option
     (tmp_path / "sub").mkdir()
     (tmp_path / "text.png").write_text("hello")
     (tmp_path / "empty.png").touch()
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate((1 << 30) + 1)  # takes no room
     found = reason(example(name), options, tmp_path)
     assert words in found
     assert "hidden" not in found
@@ -434,6 +445,45 @@ def test_images_go_from_records_to_shards(tmp_path, sighted):
     assert len(reasons) == 2
     assert "broken.png: is" in reasons[0]
     assert "none.png: does not exist" in reasons[1]
+
+
+def test_images_that_are_mended_after_their_records_were_rejected_are_told(tmp_path, sighted):
+    (tmp_path / "broken.png").write_bytes(picture(2)[:50])
+    write_records(tmp_path / "a.jsonl", [asked("broken.png"), asked("none.png"), {"turns": ["q", "a"]}])
+    each, said = shard_set(tmp_path, sighted), list[str]()
+
+    def manifest():
+        said.clear()
+        (found,) = build_shards([each], str(sighted), max_rejected=1, notify=said.append)
+        return found
+
+    for reused in (False, True):
+        assert manifest().reused == reused
+        assert not said
+    (tmp_path / "none.png").write_bytes(picture(1))
+    assert manifest().reused
+    (line,) = said
+    assert line.startswith(f"source 'a': {tmp_path / 'none.png'} has changed since a record was rejected because of it")
+    assert line.endswith(f"; delete {each.directory} to tokenize the source again")
+    (tmp_path / "none.png").unlink()
+    (tmp_path / "broken.png").write_bytes(picture(2))
+    manifest()
+    assert str(tmp_path / "broken.png") in said[0]
+    shutil.rmtree(str(each.directory))
+    assert len(manifest()) == 2
+    assert not said
+
+
+def test_what_is_known_of_a_shard_is_not_kept_if_its_images_may_be_mended(tmp_path, sighted):
+    """Else whoever corrects the images after an error would get the error again."""
+    tokenizer = Tokenizer.load(str(sighted))
+    for name, kept in (("none.png", 0), ("a.png", 1)):
+        (tmp_path / "a.png").write_bytes(picture(1))
+        write_records(tmp_path / "a.jsonl", [asked(name)])
+        each = shard_set(tmp_path, sighted)
+        records = next(ray_pipeline.record_batches(each.files))
+        ray_pipeline._shards([each], records, tokenizer, {each.directory: frozenset()})
+        assert len(kept_parts(each.directory)) == kept
 
 
 def test_the_same_question_about_the_same_image_is_a_duplicate_and_about_another_is_none(tmp_path, sighted):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from operator import itemgetter
 from typing import Any
 
@@ -18,10 +19,13 @@ from raysft.data.sources.pickle_guard import read_table
 from raysft.data.tokenization.turn_ends import TurnObservation, merge_counts
 from raysft.data.types import Rejected
 from raysft.errors import RequestError
+from raysft.media.files import Status
 from raysft.storage.path import StoragePath
 
 FILE_NAME = "manifest.parquet"
 """Name of a manifest in the folder of its set."""
+MOST_UNUSABLE = 100
+"""Most unusable files that are remembered, as each is looked at whenever the set is used."""
 DIGEST = ("digest_high", "digest_low")
 """Columns with the two halves of each example's ``content_digest``. Plans do without, so that they are read apart."""
 
@@ -63,6 +67,8 @@ class Manifest:
     """True if the set was in the cache already."""
     media: int = 0
     """Images and videos of its examples."""
+    unusable: Mapping[str, Status] = field(default_factory=dict)
+    """Files for which records were rejected, as no image could be made of them → what each was then; the first of very many."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -99,6 +105,8 @@ class Shard:
     """[examples, 2] uint64 ``content_digest``."""
     media: int = 0
     """Images and videos of its examples."""
+    unusable: Mapping[str, Status] = field(default_factory=dict)
+    """Files that no image could be made of → what each was then."""
     columns: tuple[str, ...] = ()
     """Columns that the source names and a record has, usable or not."""
 
@@ -147,6 +155,7 @@ def save_manifest(path: StoragePath, name: str, shards: Sequence[Shard]) -> None
         "turns": [[*turn, count] for turn, count in merge_counts(shard.turns for shard in shards).items()],
         "formats": sorted({form for shard in shards for form in shard.formats}),
         "media": sum(shard.media for shard in shards),
+        "unusable": dict(islice((item for shard in shards for item in shard.unusable.items()), MOST_UNUSABLE)),
     }
     columns: dict[str, Any] = {
         "shard": np.repeat(np.arange(len(written), dtype=np.int32), [len(shard.lengths) for shard in written]),
@@ -253,6 +262,7 @@ def load_manifest(path: StoragePath, reused: bool = False) -> Manifest:
             key=files.key,
             reused=reused,
             media=metadata.get("media", 0),
+            unusable=metadata.get("unusable", {}),
         )
 
 

@@ -254,8 +254,9 @@ def _shards(
         if None not in known:
             return cast(list[Shard], known)
     shards = write_shards(sets, records, tokenizer)
-    for each, shard in zip(sets, shards, strict=True):
-        save_part(each.directory, name, shard)
+    if not any(shard.unusable for shard in shards):  # the next call may find those images
+        for each, shard in zip(sets, shards, strict=True):
+            save_part(each.directory, name, shard)
     return shards
 
 

@@ -146,6 +146,7 @@ class ShardWriter:
             formats=tuple(sorted(self.formats)),
             digests=np.frombuffer(b"".join(self.digests), np.uint64).reshape(-1, 2),
             media=sum(max(len(example.media), len(example.prompt_media)) for example in self.examples),
+            unusable=self.open_media.unusable,
         )
 
 

@@ -8,20 +8,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from raysft.config import Config, locate
 from raysft.data.sources.downloads import download
 from raysft.data.types import Example, Medium, Message, Rejected
 from raysft.errors import RequestError, StorageFailed, one_line, unreadable
 from raysft.media import images
-from raysft.media.files import Unreadable, digest
+from raysft.media.files import Status, Unreadable, digest, status
 from raysft.storage.filesystems import options_of
 from raysft.storage.path import SCHEMES, StoragePath
 
 THREADS = 8
 """Images that are opened at once: PIL lets go of the interpreter's lock, and storages keep threads waiting."""
 HUBS = ("hf", "ms")
-"""Schemes of files that are kept in the cache, as those of the web."""
+FETCHED = ("http", "https", *HUBS)
+"""Schemes of files that are kept in the cache."""
 CREDENTIALS = re.compile("[^/@]*:[^/@]*@")
 MAX_BYTES = 1 << 30
 """Most bytes of a local file."""
@@ -74,6 +76,8 @@ class MediaOpener:
         """
         self.options, self.files = options, files
         self.counts = Counter[str]()
+        self.unusable: dict[str, Status] = {}
+        """Location of a file that no image can be made of → what it was then."""
         self._opened: dict[str, Opened] = {}
         """Location or hash of an image → what it was when it was opened."""
 
@@ -113,12 +117,17 @@ class MediaOpener:
         if location in self._opened:
             return self._opened[location]
         scheme = location.partition("://")[0].lower() if "://" in location else ""
-        content = medium.content or self._read(location, scheme)
-        hashed = digest(content)
-        opened = self._opened.get(hashed)
-        if opened is None:
-            opened = self._open(content, hashed, location or f"image of {len(content):,} bytes in the record")
-        if medium.content or scheme in ("http", "https", *HUBS):
+        try:
+            content = medium.content or self._read(location, scheme)
+            hashed = digest(content)
+            opened = self._opened.get(hashed)
+            if opened is None:
+                opened = self._open(content, hashed, location or f"image of {len(content):,} bytes in the record")
+        except Unreadable:
+            if location and scheme not in FETCHED:
+                self.unusable[location] = status(location)
+            raise
+        if medium.content or scheme in FETCHED:
             kept = opened[0].location or self._keep(content, hashed)
             opened = self._opened[hashed] = (replace(opened[0], location=kept), opened[1])
         else:
@@ -142,7 +151,7 @@ class MediaOpener:
             return StoragePath.of(named).location
         if found:
             scheme = scheme.lower()
-            if scheme not in ("http", "https", *SCHEMES, *HUBS):
+            if scheme not in (*FETCHED, *SCHEMES):
                 raise Unreadable(
                     f"{named:.200}: {scheme}:// is not supported; use a path, or one of {', '.join(SCHEMES)}"
                 )
@@ -163,8 +172,8 @@ class MediaOpener:
             return download(location, self.options.hosts)
         try:
             local = StoragePath(location).local
-            if local and local.exists() and not (local.is_file() and local.stat().st_size <= MAX_BYTES):
-                raise Unreadable(f"{location}: is no file of at most {MAX_BYTES >> 20:,} MiB; correct the path")
+            if local and local.exists():
+                _refuse_odd(local)
             return StoragePath(location).read_bytes()
         except Unreadable:
             raise
@@ -185,6 +194,18 @@ class MediaOpener:
                 f"data.cache: {path} cannot be written ({error.strerror}); choose another folder"
             ) from None
         return path.location
+
+
+def _refuse_odd(path: Path) -> None:
+    """Refuse what would not be read to its end: folders, devices, and the files of /proc, which have no size."""
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "a device or a pipe"
+        raise Unreadable(f"{path}: is {kind}, not a file; correct the path")
+    size = path.stat().st_size
+    if not size:
+        raise Unreadable(f"{path}: is empty")
+    if size > MAX_BYTES:
+        raise Unreadable(f"{path}: has more than {MAX_BYTES >> 20:,} MiB; scale the image down")
 
 
 def _shown(location: str) -> str:
