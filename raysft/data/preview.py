@@ -123,7 +123,7 @@ class LengthSummary:
         records = sum(manifest.records for manifest in manifests)
         images = sum(manifest.media for manifest in manifests)
         cut = sum(manifest.counts.get("truncated_media", 0) for manifest in manifests)
-        more = f"; {cut:,} more were cut off with truncated tokens" if cut else ""
+        more = f"; {cut:,} more were cut off" if cut else ""
         of_images = [f"{images:,} images{more}"] if images + cut else []
         return cls(
             bars,

@@ -509,7 +509,7 @@ def test_images_that_are_cut_off_are_counted_for_the_plan_and_the_preview(tmp_pa
     assert "1 images, 1 truncated" in plan_sources([manifest])["a"].line()
     assert "1 images cut off" in plan_sources([manifest])["a"].line()
     rows = PackedDataset((manifest.path.location,), 20, 1, seed=0, shuffle=False)
-    assert "1 images; 1 more were cut off with truncated tokens" in LengthSummary.of(rows, [manifest]).lines
+    assert "1 images; 1 more were cut off" in LengthSummary.of(rows, [manifest]).lines
     (row,) = decode_rows(rows, model, 1)
     assert "⟨40x40.png, 40 × 40 pixels, 3 tokens⟩" in "".join(text for text, _ in row.examples[0])
 

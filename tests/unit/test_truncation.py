@@ -146,6 +146,8 @@ def test_pieces_of_a_split_have_whole_images_and_predict_each_label_once(seed):
     assert predicted == [label for label in example.labels[1:].tolist() if label != IGNORE_INDEX]
     places = [medium.location for piece in found for medium in piece.media]
     assert len(places) == len(set(places))
+    lost = sum(dict(piece.counts).get("truncated_media", 0) for piece in found)
+    assert lost == (len(example.media) - len(places) if len(example.input_ids) > capacity else 0)
 
 
 @pytest.mark.parametrize("on_overflow", ["truncate", "split", "drop", "error"])

@@ -73,7 +73,8 @@ def _split(example: TokenizedExample, capacity: int) -> list[TokenizedExample]:
         for start, stop in split(len(example.input_ids), capacity, _spans(example.media), labelled)
     ]
     pieces = [piece for piece in pieces if piece.loss_tokens]
-    counts = (*example.counts, ("split", 1), ("split_pieces", len(pieces)))
+    lost = _lost(example, pieces)
+    counts = (*example.counts, ("split", 1), ("split_pieces", len(pieces)), *lost)
     return [
         replace(piece, counts=counts) if index == 0 else replace(piece, counts=(), observations=())
         for index, piece in enumerate(pieces)
@@ -98,16 +99,21 @@ def _truncate(example: TokenizedExample, turns: Sequence[Span], options: Tokeniz
     counts = {
         "truncated": 1,
         "truncated_tokens": len(example.input_ids) - len(kept),
-        **({"truncated_media": lost} if (lost := len(example.media) - len(media)) else {}),
     }
-    return replace(
+    truncated = replace(
         example,
         input_ids=example.input_ids[kept],
         labels=example.labels[kept],
         media=media,
         observations=truncate_observations(example.observations, kept),
-        counts=(*example.counts, *counts.items()),
     )
+    return replace(truncated, counts=(*example.counts, *counts.items(), *_lost(example, [truncated])))
+
+
+def _lost(example: TokenizedExample, kept: Sequence[TokenizedExample]) -> list[tuple[str, int]]:
+    """Count the media of an example that are in nothing that is kept of it."""
+    lost = len(example.media) - sum(len(piece.media) for piece in kept)
+    return [("truncated_media", lost)] if lost else []
 
 
 def _spans(media: Sequence[TokenizedMedium]) -> list[Span]:
