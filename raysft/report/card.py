@@ -12,37 +12,14 @@ from typing import Any
 
 import yaml
 
+from raysft.models.processor import FILES as PROCESSOR_FILES
 from raysft.report.comparison import INTERVALS, compare, compare_predictions, unfinished
+from raysft.report.loading_code import loading_code, prompt_code
 from raysft.report.read_run import RunLog
 from raysft.report.run_facts import plan_facts, training_facts
 from raysft.report.text import held_out, masked
 
 _PACKAGES = ("raysft", "ray", "torch", "transformers", "peft", "deepspeed")
-
-_LOAD_ADAPTER = """\
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
-
-model = AutoPeftModelForCausalLM.from_pretrained("model", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("model")
-"""
-_LOAD_MODEL = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("model", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("model")
-"""
-_CHAT_PROMPT = """\
-messages = [{"role": "user", "content": "Hello!"}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-"""
-_TEXT_PROMPT = """\
-inputs = tokenizer("Once upon a time", return_tensors="pt")
-"""
-_GENERATE = """\
-output = model.generate(**inputs, max_new_tokens=256)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
-"""
 
 
 @dataclass(frozen=True)
@@ -57,6 +34,8 @@ class Published:
     """The step whose checkpoint it holds; None for the trained model."""
     adapters: tuple[str, ...] = ()
     """Further adapters that were merged into it."""
+    images: bool = False
+    """True if it comes with a processor."""
 
 
 def model_card(log: RunLog, plots: list[Path], published: Published | None = None) -> str:
@@ -68,17 +47,18 @@ def model_card(log: RunLog, plots: list[Path], published: Published | None = Non
         published: where the card stands. Default: in the run's directory.
     """
     adapter = log.adapter if published is None or published.adapter else ""
+    images = published.images if published else any((log.directory.model / name).exists() for name in PROCESSOR_FILES)
     beside = () if published else (
         "[`report.html`](report.html) shows the curves, predictions beside their references, and the data.",
         "To reproduce this run, use the `config.yaml` beside this card: `raysft run config.yaml run.storage=FOLDER`.",
     )  # fmt: skip
     sections = [
-        _front_matter(log, adapter),
+        _front_matter(log, adapter, images),
         f"# {log.name}",
         _introduction(log, adapter, published),
         _results(log) if published is None or published.step is None else "",
         "![Training loss](training_loss.png)" if "training_loss.png" in {plot.name for plot in plots} else "",
-        _usage(log, adapter, published),
+        _usage(log, adapter, published, images),
         _data(log, published),
         _table("Training settings", ("setting", "value"), _settings(log)),
         _table("Planned", ("", ""), plan_facts(log)),
@@ -110,7 +90,7 @@ def versions() -> list[tuple[str, str]]:
     return rows
 
 
-def _front_matter(log: RunLog, adapter: str) -> str:
+def _front_matter(log: RunLog, adapter: str, images: bool) -> str:
     base = str(log.option("model.path", ""))
     front: dict[str, Any] = {}
     # The Hub refuses a card whose base_model is not a Hub id. The text names any other base.
@@ -118,7 +98,7 @@ def _front_matter(log: RunLog, adapter: str) -> str:
         front |= {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}
     front |= {
         "library_name": "peft" if adapter else "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "image-text-to-text" if images else "text-generation",
         "tags": ["raysft", str(log.option("stage", "sft")), log.finetuning],
     }
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---"
@@ -182,20 +162,13 @@ def _results(log: RunLog) -> str:
     return text
 
 
-def loading_code(folder: str, adapter: bool) -> str:
-    """Python that loads a model, or an adapter with its base, and the tokenizer."""
-    return (_LOAD_ADAPTER if adapter else _LOAD_MODEL).replace('"model"', f'"{folder}"')
-
-
-def _usage(log: RunLog, adapter: str, published: Published | None) -> str:
+def _usage(log: RunLog, adapter: str, published: Published | None, images: bool) -> str:
     """How to load this model and generate with it."""
     folder = published.name if published else "model"
-    load = loading_code(folder, bool(adapter))
-    if log.option("model.path") in log.option("model.trust_remote_code", []):
-        load = load.replace(f'"{folder}"', f'"{folder}", trust_remote_code=True')
-    prompt = _TEXT_PROMPT if log.option("stage") == "pt" else _CHAT_PROMPT
+    trusted = log.option("model.path") in log.option("model.trust_remote_code", [])
+    load = loading_code(folder, bool(adapter), images, trusted)
     beside = "" if published else "`model` is the folder beside this card.\n\n"
-    text = f"## Usage\n\n{beside}```python\n{load}\n{prompt}{_GENERATE}```"
+    text = f"## Usage\n\n{beside}```python\n{load}\n{prompt_code(log.option('stage') != 'pt', images)}```"
     if adapter:
         description = "adapter_config.json" if published else "model/adapter_config.json"
         text += (

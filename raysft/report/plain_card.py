@@ -8,11 +8,11 @@ from pathlib import Path
 
 import yaml
 
-from raysft.report.card import loading_code
+from raysft.report.loading_code import loading_code
 from raysft.report.text import masked
 
 
-def plain_card(name: str, base: str, adapters: Sequence[str], adapter: bool) -> str:
+def plain_card(name: str, base: str, adapters: Sequence[str], adapter: bool, images: bool = False) -> str:
     """The card as Markdown.
 
     Args:
@@ -20,6 +20,7 @@ def plain_card(name: str, base: str, adapters: Sequence[str], adapter: bool) -> 
         base: path, URI or hub id of the model.
         adapters: those that were merged into it, or the one that the repository holds.
         adapter: True if the repository holds an adapter alone.
+        images: True if it comes with a processor.
 
     >>> print(plain_card("org/both", "org/base", ["/home/me/runs/x"], adapter=False).split("---")[2].splitlines()[4])
     This model is `org/base` with `x` merged into it, in this order if there are several, by raysft.
@@ -30,7 +31,7 @@ def plain_card(name: str, base: str, adapters: Sequence[str], adapter: bool) -> 
         front = {"base_model": base.partition("@")[0], "base_model_relation": relation}
     front |= {
         "library_name": "peft" if adapter else "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "image-text-to-text" if images else "text-generation",
         "tags": ["raysft"],
     }
     listed = ", ".join(f"`{public(each)}`" for each in adapters)
@@ -45,7 +46,8 @@ def plain_card(name: str, base: str, adapters: Sequence[str], adapter: bool) -> 
     else:
         text = f"This model is `{public(base)}`, written anew by raysft."
     head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
-    return f"---\n{head}---\n\n# {name.rpartition('/')[2]}\n\n{text}\n\n## Usage\n\n```python\n{loading_code(name, adapter)}```\n"
+    code = loading_code(name, adapter, images)
+    return f"---\n{head}---\n\n# {name.rpartition('/')[2]}\n\n{text}\n\n## Usage\n\n```python\n{code}```\n"
 
 
 def on_hub(model: str) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 from raysft.errors import RequestError
 from raysft.models.adapter_files import base_name, read_adapter_config
 from raysft.models.model_files import other_files
+from raysft.models.processor import has_processor
 from raysft.report.plain_card import plain_card, public
 from raysft.run.export_folder import UNPUSHED, check_outside, draft, holds
 from raysft.run.exportable import Exportable, find_adapter, find_exportable
@@ -201,7 +202,7 @@ def _describe(exported: Exportable, folder: Path, name: str, form: Form) -> str:
         plots = [plot for plot in [directory.path / PLOT] if plot.is_file()]
         for plot in plots:
             shutil.copyfile(plot, folder / plot.name)
-        published = Published(name, adapter, step, form.adapters)
+        published = Published(name, adapter, step, form.adapters, has_processor(folder))
         write_atomically(folder / "README.md", model_card(log, plots, published))
     if step is None:
         step = log.trained.get("best_step") if log.option("train.keep_best") else None
@@ -213,7 +214,7 @@ def _describe(exported: Exportable, folder: Path, name: str, form: Form) -> str:
 def _describe_model(exported: Exportable, folder: Path, name: str, form: Form) -> str:
     card = folder / "README.md"
     if form.adapters or not card.exists():  # a model that is copied brings its own
-        write_atomically(card, plain_card(name, exported.name, form.adapters, adapter=not form.merges))
+        write_atomically(card, plain_card(name, exported.name, form.adapters, not form.merges, has_processor(folder)))
     with_adapters = f" with {', '.join(map(public, form.adapters))}" if form.adapters else ""
     return f"raysft: {public(exported.name)}{with_adapters}"
 

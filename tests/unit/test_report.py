@@ -408,6 +408,12 @@ def test_the_card_says_how_to_load_this_model(
     assert "| padding | 3.9% |" in card
     for block in card.split("```python\n")[1:]:
         compile(block.split("```")[0], "card", "exec")
+    (run.path / "model" / "processor_config.json").write_text("{}")
+    report(run)
+    card = run.model_card.read_text(encoding="utf-8")
+    assert front_matter(run)["pipeline_tag"] == "image-text-to-text"
+    assert "AutoModelForImageTextToText.from_pretrained" in card
+    assert "AutoProcessor" in card
 
 
 def test_a_base_model_that_is_no_hub_id_stays_out_of_the_front_matter(tmp_path: Path):
