@@ -216,6 +216,7 @@ def merge_adapter(model: Any, each_layer: Callable[[Any], None] | None = None) -
         inner.weight = torch.nn.Parameter(inner.weight.detach().clone(), requires_grad=False)
     if each_layer is not None:
         _merge_layers(model, each_layer)
+    _unwrap(model)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*no longer tied after merging")
         warnings.filterwarnings("ignore", ".*already merged")
@@ -225,6 +226,16 @@ def merge_adapter(model: Any, each_layer: Callable[[Any], None] | None = None) -
         for hf_config in (whole.config, whole.config.get_text_config()):
             hf_config.tie_word_embeddings = False
     return whole
+
+
+def _unwrap(model: Any) -> None:
+    """Put trained modules that hold others, such as projectors, in place of the former ones: peft does it for LoRA alone."""
+    from peft.utils import ModulesToSaveWrapper
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper) and not hasattr(module.original_module, "weight"):
+            trained = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+            model.set_submodule(name, trained)
 
 
 def _merge_layers(model: Any, each_layer: Callable[[Any], None]) -> None:

@@ -42,6 +42,10 @@ def load_processor(folder: str | Path, runs_code: bool = False) -> Any:
     kind = None if find_spec("torchvision") else _class_with_videos(Path(folder))
     try:
         return (_without_videos(kind) if kind else AutoProcessor).from_pretrained(folder, trust_remote_code=runs_code)
+    except ImportError as error:
+        raise RequestError(
+            f"{folder}: its processor needs a package that is not installed ({one_line(error)}); install it on every node"
+        ) from None
     except Exception as error:  # of any type: its files and the code that they name decide
         raise RequestError(f"{folder}: its processor cannot be loaded ({one_line(error)}); check its files") from None
 
@@ -97,7 +101,7 @@ def image_text(processor: Any, width: int, height: int) -> str:
     """Return the text that a processor puts in place of its token for an image of a size in pixels.
 
     Raises:
-        ValueError: the processor does not say it.
+        RequestError: the processor does not say it for any image.
         Exception: whatever the processor raises for an image of this size.
     """
     asked: dict[str, Any] = {
@@ -112,7 +116,10 @@ def image_text(processor: Any, width: int, height: int) -> str:
         made = processor(**asked)
     places = made.get("text_replacement_offsets")
     if not places or not places[0]:
-        raise ValueError(f"{type(processor).__name__} does not say which text stands for an image")
+        raise RequestError(
+            f"model: {type(processor).__name__} does not say which tokens stand for an image; such a model cannot be given images, "
+            "use another, or data of text alone"
+        )
     return places[0][0]["replacement"]
 
 
@@ -156,6 +163,11 @@ def _without_videos(kind: Any) -> Any:
         @classmethod
         def get_attributes(cls) -> list[str]:
             return [name for name in super().get_attributes() if name != "video_processor"]
+
+        @classmethod
+        def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+            # Some classes (SmolVLM's) have no default for it.
+            return super().from_args_and_dict(args, processor_dict, video_processor=None, **kwargs)
 
     WithoutVideos.__name__ = kind.__name__  # files of a saved processor name its class
     return WithoutVideos

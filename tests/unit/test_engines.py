@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
+    Lfm2Config,
     MistralConfig,
     MistralForCausalLM,
     Phi3Config,
@@ -246,6 +247,25 @@ def test_a_model_that_reads_its_padding_is_given_none(tmp_path):
     assert written == [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in alone]
     assert not engine._ignores_padding
     assert not engine._shrinks
+
+
+def test_a_model_with_recurrent_layers_keeps_its_batch_whole(tmp_path):
+    """Its cache has layers without keys."""
+    tokenizer = tiny_tokenizer()
+    described = Lfm2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, layer_types=["conv", "full_attention"], initializer_range=0.2, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    plain: Any = AutoModelForCausalLM.from_config(described).eval()
+    plain.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    asked = tokenizer(list(QUESTIONS))["input_ids"]
+    alone = [plain.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :] for ids in asked]
+    engine = TransformersEngine(config(tmp_path), str(tmp_path))
+    assert not engine._shrinks
+    written = [completion.text for completion in engine.complete(QUESTIONS, asked)]
+    assert written == [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in alone]
 
 
 def test_an_adapter_of_virtual_tokens_keeps_its_batch_whole(model, prompts, tmp_path):

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers as hf
 from PIL import Image
 
 from raysft.data.preview import LengthSummary, decode_rows, write_page
@@ -34,7 +35,7 @@ from raysft.run.source_plan import plan_sources
 from raysft.storage.path import StoragePath
 from tests.shards import data_config, example_tokenizer, the_set, tokenize_options, write_records, written
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
-from tests.tiny_vision import FAMILIES, QWEN_IMAGE, tiny_processor
+from tests.tiny_vision import FAMILIES, QWEN_IMAGE, TEMPLATE, tiny_processor
 
 Part = str | tuple[int, int]
 """A text, or the width and height of an image."""
@@ -361,6 +362,15 @@ def test_a_size_that_the_processor_refuses_is_rejected_with_its_file(folders):
     (rejected,) = found
     assert isinstance(rejected, Rejected)
     assert rejected.reason.startswith("6000x20.png: the processor refuses an image of 6000 × 20 pixels")
+
+
+def test_a_processor_that_does_not_say_which_tokens_an_image_has_is_refused_and_no_record_is_blamed(tmp_path):
+    made = hf.Idefics2Processor(hf.Idefics2ImageProcessorPil(), tiny_tokenizer(), chat_template=TEMPLATE % "<image>")
+    made.save_pretrained(tmp_path)
+    with pytest.raises(
+        RequestError, match=r"^model: Idefics2Processor does not say which tokens .*; .*data of text alone$"
+    ):
+        list(example_tokenizer(str(tmp_path))([example(CHATS["alone"])]))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (28, 28), (300, 10), (57, 113), (640, 480)])

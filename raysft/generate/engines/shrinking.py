@@ -271,9 +271,10 @@ def is_plain(cache: Any, model: Any, tokens: int) -> bool:
         [type(layer) for layer in layers],
         [type(layer) for layer in DynamicCache(config=model.config).layers],
     )
+    if kinds != usual or not set(kinds) <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        return False  # recurrent layers have no keys at all
     states = [each for layer in layers for each in (layer.keys, layer.values)]
-    known = kinds == usual and set(kinds) <= {DynamicLayer, DynamicSlidingWindowLayer}
-    return known and all(each is not None and each.dim() == 4 for each in states)
+    return all(each is not None and each.dim() == 4 for each in states)
 
 
 def trial(model: Any, rows: torch.Tensor, mask: torch.Tensor, new_tokens: int, padding: int, cache: Any = None) -> Any:
