@@ -161,6 +161,8 @@ def test_limits_decide_the_size(tmp_path, options):
     ("name", "words"),
     [
         ("none.png", "none.png: does not exist; correct the path, or set data.media_dir"),
+        ("none.png\n", r"none.png\n: does not exist"),
+        ("x\u2028\x1b.png", r"x\u2028\x1b.png: does not exist"),
         ("sub", "sub: is a folder"),
         ("/dev/zero", "/dev/zero: is a device"),
         ("pipe", "pipe: is a device or a pipe"),
@@ -170,6 +172,8 @@ def test_limits_decide_the_size(tmp_path, options):
         ("empty.png", "empty.png: is empty"),
         ("x" * 300, "cannot be read"),
         ("ftp://x.org/a.png", "ftp:// is not supported"),
+        ("ftp://x.org/a\n.png", "ftp:// is not supported"),
+        ("https://x.org/a\n.png", "is not among data.media_hosts"),
         ("http://x.org/a.png", "x.org is not among data.media_hosts"),
         ("https://x.org:99/a.png", "x.org:99 is not among data.media_hosts"),
         ("https:///a.png", "is no URL"),

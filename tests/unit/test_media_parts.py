@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from base64 import b64encode
+from io import BytesIO
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from raysft.config import Source
 from raysft.data.sources.files import find_files
@@ -207,6 +209,7 @@ def test_marks_and_images_must_agree_in_number():
         ({"turns": [MEDIUM, "a"]}, "U+F1A9E"),
         ({"turns": ["q", "a"], "tools": json.dumps([{"name": MEDIUM}])}, "U+F1A9E"),
         ({"instruction": "<image>", "output": "a", "images": ["1", None]}, "images[1]"),
+        ({"messages": [{"role": "user", "content": ["q"]}, {"role": "assistant", "content": "a"}]}, "a list of parts"),
         ({"instruction": "<image>", "output": "a", "images": [["1", "2"]]}, "images[0]"),
     ],
 )
@@ -218,6 +221,17 @@ def test_a_data_url_need_not_be_base64_and_long_base64_needs_no_header():
     assert turns(openai({"type": "image", "image": "data:image/svg+xml,%3Csvg%20"}))[0][2] == [b"<svg "]
     content = PNG * 1000
     assert turns(openai({"type": "image", "image": b64encode(content).decode()}))[0][2] == [content]
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP"])
+def test_base64_of_a_small_image_is_no_path(form):
+    stream = BytesIO()
+    Image.new("RGB", (8, 8), (200, 0, 0)).save(stream, form)
+    text = b64encode(stream.getvalue()).decode()
+    assert len(text) < 1024
+    assert turns(openai({"type": "image", "image": text}))[0][2] == [stream.getvalue()]
+    for path in ("/9j/a.jpg", f"/9j/{'a' * 80}.jpg", "iVBORw0KGgo"):
+        assert turns(openai({"type": "image", "image": path}))[0][2] == [path]
 
 
 def test_images_of_a_parquet_file_are_read_as_datasets_writes_them(tmp_path):

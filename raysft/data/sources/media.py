@@ -107,7 +107,7 @@ class MediaOpener:
                 animated += sum(more for _, more in opened)
                 messages.append(replace(message, media=tuple(medium for medium, _ in opened)) if opened else message)
         except Unreadable as error:
-            return Rejected(example.source, example.record, str(error)), 0
+            return Rejected(example.source, example.record, _printable(str(error))), 0
         except StorageFailed as error:
             raise unreadable(f"{example.record}: {error}; check the storage and its credentials", error) from None
         return replace(example, messages=tuple(messages)), animated
@@ -211,3 +211,8 @@ def _refuse_odd(path: Path) -> None:
 def _shown(location: str) -> str:
     """A location for messages, without options and secrets."""
     return str(StoragePath(location)) if "://" in location else location
+
+
+def _printable(text: str) -> str:
+    """A text in one line: the names of files may contain anything."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

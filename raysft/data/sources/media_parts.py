@@ -29,6 +29,8 @@ SINGULAR = "image"
 """Column that holds a record's only image where there is no column ``images``."""
 NEXT_OF_COLUMN = Medium("image", "")
 """A mark whose image is the next of the record's column."""
+ENCODED_IMAGE = re.compile(r"(iVBORw0KGgo|/9j/|R0lGOD|UklGR)[A-Za-z0-9+/\s]{60,}=*\s*")
+"""A PNG, JPEG, GIF or WebP in base64, which has no dot, as the name of such a file would."""
 BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
 
 
@@ -147,7 +149,7 @@ def image_of(value: Any, where: str) -> Medium:
         return _held(_data_of(value, where), where)
     if "\0" in value:  # a binary column whose bytes were text, too
         return _held(value.encode(), where)
-    if len(value.encode("utf-8", "surrogatepass")) > PATH_BYTES:
+    if len(value.encode("utf-8", "surrogatepass")) > PATH_BYTES or ENCODED_IMAGE.fullmatch(value):
         return _held(_base64_of(value, where), where)
     return Medium("image", value)
 

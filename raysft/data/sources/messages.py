@@ -124,6 +124,8 @@ def _content(value: Any, where: str) -> tuple[str, Sequence[Medium]]:
         return "", ()
     if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
         return parse_parts(value, where, require_text)
+    if not isinstance(value, str):
+        raise ValueError(f"{where} must be text or a list of parts, but is {value!r:.40}")
     return require_text(value, where), ()
 
 
