@@ -35,8 +35,12 @@ CONFLICT = 409
 
 
 @lru_cache(maxsize=1)
-def bound_requests() -> None:
-    """Bound all requests of this process to the hub, whichever library makes them."""
+def bound_requests() -> dict[str, float]:
+    """Bound all requests of this process to the hub, whichever library makes them.
+
+    Returns:
+        Server → when it last did not answer; kept up to date, and without servers that have answered since.
+    """
     import logging
 
     from huggingface_hub import constants, set_client_factory
@@ -52,6 +56,13 @@ def bound_requests() -> None:
 
     set_client_factory(bounded_client)
     constants.DOWNLOAD_CHUNK_SIZE = CHUNK_BYTES
+    return unreachable
+
+
+def silent_server() -> str:
+    """Return the hub's server if it did not answer just now; the library then says of files that they do not exist."""
+    now = time.monotonic()
+    return next((server for server, at in bound_requests().items() if now - at < AWAY_SECONDS), "")
 
 
 def _send(send: Any, unreachable: dict[str, float], request: Any, **options: Any) -> Any:

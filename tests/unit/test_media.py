@@ -34,6 +34,7 @@ from raysft.data.tokenization.tokenizer import Tokenizer
 from raysft.data.types import Example, Medium, Rejected
 from raysft.errors import NotNow, RequestError
 from raysft.media import files, images
+from raysft.storage import hub
 from raysft.storage.path import StoragePath
 from raysft.storage.retry import retry_for
 from tests.objects import s3_server
@@ -194,6 +195,20 @@ def test_what_cannot_be_opened_is_rejected_with_file_and_reason(tmp_path, option
     assert words in found
     assert "hidden" not in found
     assert "override" not in found
+
+
+def test_a_hub_that_does_not_answer_stops_the_run_though_its_files_seem_to_be_missing(tmp_path, options, monkeypatch):
+    def missing(path):
+        raise FileNotFoundError(str(path))
+
+    monkeypatch.setattr(StoragePath, "read_bytes", missing)
+    item, silent = example("hf://datasets/a/b/x.png"), hub.bound_requests()
+    assert "x.png: does not exist" in reason(item, options, tmp_path)
+    monkeypatch.setitem(silent, "https://hub.test", time.monotonic())
+    with pytest.raises(NotNow, match=r"x\.png: https://hub\.test does not answer; try again"):
+        opened(item, options, tmp_path)
+    monkeypatch.setitem(silent, "https://hub.test", time.monotonic() - hub.AWAY_SECONDS)
+    assert "x.png: does not exist" in reason(item, options, tmp_path)
 
 
 def test_one_bad_image_rejects_its_record_and_no_other(tmp_path, options):

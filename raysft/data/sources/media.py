@@ -13,10 +13,11 @@ from pathlib import Path
 from raysft.config import Config, locate
 from raysft.data.sources.downloads import download
 from raysft.data.types import Example, Medium, Message, Rejected
-from raysft.errors import RequestError, StorageFailed, one_line, unreadable
+from raysft.errors import NotNow, RequestError, StorageFailed, one_line, unreadable
 from raysft.media import images
 from raysft.media.files import Status, Unreadable, digest, status
 from raysft.storage.filesystems import options_of
+from raysft.storage.hub import silent_server
 from raysft.storage.path import SCHEMES, StoragePath
 
 THREADS = 8
@@ -178,6 +179,11 @@ class MediaOpener:
         except Unreadable:
             raise
         except FileNotFoundError:
+            if scheme == "hf" and (server := silent_server()):
+                # As for downloads: tokens are kept, so that the record would be missing for good.
+                raise NotNow(
+                    f"{_shown(location)}: {server} does not answer; try again, or download the images and set data.media_dir"
+                ) from None
             raise Unreadable(f"{_shown(location)}: does not exist; correct the path, or set data.media_dir") from None
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or one_line(error)
