@@ -54,7 +54,7 @@ def check_parts(model: nn.Module, wanted: Iterable[Part]) -> None:
         if each not in known:
             raise RequestError(
                 f"model.train_parts={as_yaml(list(wanted))} names {each}, but {type(model).__name__} has no such part; "
-                f"use {as_yaml(sorted(known))} of them"
+                f"choose from {as_yaml(sorted(known))}"
             )
 
 

@@ -29,7 +29,7 @@ from raysft.data.tokenization.tokenizer import Tokenizer
 from raysft.data.types import IGNORE_INDEX, MEDIUM, Example, Medium, Message, Rejected, TokenizedMedium
 from raysft.errors import RequestError
 from raysft.media.files import read
-from raysft.models.processor import image_text, load_processor
+from raysft.models.processor import _without_videos, image_text, load_processor
 from raysft.models.tokenizer import load_tokenizer
 from raysft.run.source_plan import plan_sources
 from raysft.storage.path import StoragePath
@@ -362,6 +362,25 @@ def test_a_size_that_the_processor_refuses_is_rejected_with_its_file(folders):
     (rejected,) = found
     assert isinstance(rejected, Rejected)
     assert rejected.reason.startswith("6000x20.png: the processor refuses an image of 6000 × 20 pixels")
+
+
+def test_images_that_have_fewer_tokens_beside_others_are_refused(tmp_path):
+    """LLaVA-OneVision divides an image that is alone in its conversation into tiles, and no other."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<video>"]})
+    tiles: list[list[int]] = [[28, 56], [56, 28], [56, 56]]
+    images = hf.LlavaOnevisionImageProcessorPil(size={"height": 28, "width": 28}, image_grid_pinpoints=tiles)
+    _without_videos(hf.LlavaOnevisionProcessor)(
+        image_processor=images, tokenizer=tokenizer, num_image_tokens=4, vision_feature_select_strategy="full",
+        chat_template=TEMPLATE % "<image>",
+    ).save_pretrained(tmp_path)  # fmt: skip
+    one = example([("user", [(56, 28), "What is it?"]), ("assistant", ["A line."])])
+    two = example([("user", [(56, 28), (28, 56), "What are they?"]), ("assistant", ["Lines."])])
+    tokens = example_tokenizer(str(tmp_path))
+    (made,) = tokens([one])
+    assert isinstance(made, TokenizedExample)
+    with pytest.raises(RequestError, match="LlavaOnevisionProcessor makes other tokens of conversations with images"):
+        list(tokens([two]))
 
 
 def test_a_processor_that_does_not_say_which_tokens_an_image_has_is_refused_and_no_record_is_blamed(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,7 +98,7 @@ def test_a_merged_model_computes_as_its_adapter_with_a_projector_trained_in_full
 
     folder = tiny_vision_model(tmp_path / "base", "idefics3")
     base = AutoModelForImageTextToText.from_pretrained(folder)
-    shared: dict = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["model.connector"]}
+    shared: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["model.connector"]}
     settings = LoraConfig(r=2, **shared) if kind == "lora" else OFTConfig(r=0, oft_block_size=4, **shared)
     adapted = get_peft_model(base, settings)
     torch.manual_seed(1)
@@ -124,7 +125,7 @@ def test_a_processor_whose_part_for_videos_has_no_default_is_loaded_without_it(t
 
     module = "transformers.models.smolvlm.processing_smolvlm.num2words"
     monkeypatch.setattr(module, str)  # writes numbers of frames as words
-    sizes = {"size": {"longest_edge": 56}, "max_image_size": {"longest_edge": 28}}
+    sizes: dict[str, Any] = {"size": {"longest_edge": 56}, "max_image_size": {"longest_edge": 28}}
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     _without_videos(SmolVLMProcessor)(

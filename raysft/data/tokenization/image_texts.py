@@ -42,7 +42,8 @@ class ImageTexts:
     """The texts that a model's processor puts in place of images."""
 
     def __init__(self, processor: TokenizingProcessor) -> None:
-        self.processor, self.checked = processor, False
+        self.processor = processor
+        self.checked: set[bool] = set()  # with one image (False), with several (True)
         self.text_of_size = lru_cache(CACHED_SIZES)(self._text_of_size)
 
     def _text_of_size(self, width: int, height: int) -> str:
@@ -66,7 +67,7 @@ class ImageTexts:
             ) from None
 
     def check(self, text: str, media: Sequence[Medium], ids: np.ndarray) -> None:
-        """Check the tokens of a conversation with images against those of the processor, for the first one.
+        """Check the tokens of a conversation with images against those of the processor, for the first with one and with several.
 
         Args:
             text: the conversation, with the processor's token for each image.
@@ -76,7 +77,7 @@ class ImageTexts:
         Raises:
             RequestError: the processor does more with a conversation than to put texts in place of images.
         """
-        if self.checked:
+        if (several := len(media) > 1) in self.checked:
             return
         processor = self.processor.files.load()
         sizes = [(medium.width, medium.height) for medium in media]
@@ -85,7 +86,7 @@ class ImageTexts:
                 f"model: {type(processor).__name__} makes other tokens of conversations with images than the texts that it puts "
                 f"in place of {self.processor.image_token}; such a model cannot be trained on images, use another"
             )
-        self.checked = True
+        self.checked.add(several)
 
     def written(self, medium: Medium, words: ImageWords) -> str:
         """Return all that is written for an image: its text, with the tags that the template puts around it."""
