@@ -154,6 +154,7 @@ def load_adapter(model: Any, folder: str | Path, **options: Any) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Found missing adapter keys")
         warnings.filterwarnings("ignore", ".*a tied layer is part of the adapter")  # merge_adapter unties them
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # peft reads its former name
         try:
             adapted = PeftModel.from_pretrained(model, str(folder), **options)
         except UserWarning as warning:

@@ -21,6 +21,7 @@ def add_adapter(model: Any, adapter_config: Any) -> Any:
     with warnings.catch_warnings():
         # A head that is trained apart from the embedding: ``merge_adapter`` unties them.
         warnings.filterwarnings("ignore", ".*a tied layer is part of the adapter")
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # peft reads its former name
         return get_peft_model(model, adapter_config)
 
 

@@ -263,3 +263,9 @@ def test_an_adapter_is_read_to_where_its_model_is_and_not_to_a_gpu(model, adapte
     adapted = load_adapter(plain(model), adapters[0])
     assert {parameter.device.type for parameter in adapted.parameters()} == {"cpu"}
     assert torch.equal(logits(adapted), wanted)
+
+
+def test_no_warning_of_how_peft_calls_transformers_reaches_the_user(tmp_path, model, adapters, recwarn):
+    load_model(config(tmp_path, model, finetuning="lora"), str(model))
+    load_adapter(plain(model), Path(adapters[0]))
+    assert not [each for each in recwarn if "is_gradient_checkpointing" in str(each.message)]
