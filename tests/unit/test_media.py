@@ -403,16 +403,17 @@ def test_raw_text_has_no_images(tmp_path):
 
 def test_images_lie_beside_their_records_in_an_object_store(tmp_path, sighted):
     """Both in a folder that is the source; the cache is in the store, too, for what is in the records."""
+    # All servers of a process share one bucket, and other tests leave files in its folder "data".
     record = {**asked("x/a b.png")}
     embedded = asked("data:image/png;base64," + b64encode(picture(3)).decode())
     with s3_server() as server:
-        StoragePath.of(server.uri("data/x/a b.png")).write_bytes(picture(1))
-        StoragePath.of(server.uri("data/a.jsonl")).write_text(json.dumps(record) + "\n" + json.dumps(embedded) + "\n")
-        source, cache = {"name": "a", "path": server.uri("data")}, server.uri("cache")
+        StoragePath.of(server.uri("beside/x/a b.png")).write_bytes(picture(1))
+        StoragePath.of(server.uri("beside/a.jsonl")).write_text(json.dumps(record) + "\n" + json.dumps(embedded) + "\n")
+        source, cache = {"name": "a", "path": server.uri("beside")}, server.uri("cache")
         manifest = written(shard_set(tmp_path, sighted, train=[source], cache=cache), str(sighted))
         places = [row["media"][0] for row in read_table(manifest.shard_paths()[0]).to_pylist()]
         assert [files.read(place["location"], place["digest"]) for place in places] == [picture(1), picture(3)]
-        assert str(StoragePath(places[0]["location"])) == "s3://bucket/data/x/a b.png"
+        assert str(StoragePath(places[0]["location"])) == "s3://bucket/beside/x/a b.png"
         assert str(StoragePath(places[1]["location"])).startswith("s3://bucket/cache/media/")
         other = shard_set(tmp_path, sighted, train=[source], media_dir=server.uri("none"), cache=cache)
         (rejected,) = written(other, str(sighted)).rejected
