@@ -10,25 +10,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from raysft.data.shards.media_column import MEDIA
 from raysft.data.sources.pickle_guard import read_table
-from raysft.data.types import RowMedium
+from raysft.data.types import RowMedium, TokenizedMedium
 from raysft.media import files
 from raysft.storage.path import StoragePath
 
 READERS = 8
 """Threads that read files of images."""
-STORED = ("kind", "location", "digest", "width", "height", "start", "stop")
+STORED = tuple(field.name for field in fields(TokenizedMedium))
 """Fields of a medium in a shard."""
-TYPE = pa.list_(
-    pa.struct(
-        [
-            *((name, pa.string()) for name in ("kind", "location", "digest")),
-            *((name, pa.int32()) for name in ("width", "height", "start", "stop")),
-            ("content", pa.large_binary()),
-            ("fault", pa.string()),
-        ]
-    )
-)
+TYPE = pa.list_(pa.struct([*MEDIA.value_type.fields, ("content", pa.large_binary()), ("fault", pa.string())]))
 """The media of a row, as Ray Data carries them."""
 
 
