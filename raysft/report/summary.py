@@ -149,6 +149,8 @@ def _files(console: Console, log: RunLog) -> None:
 
 def _grid(lines: list[tuple[str, str]], style: str = "") -> Table:
     grid = Table.grid(padding=(0, 2))
+    grid.add_column()
+    grid.add_column(overflow="fold")  # a long path loses nothing
     for left, right in lines:
         grid.add_row(Text(left, style=style), Text(right))
     return grid

@@ -23,6 +23,7 @@ from raysft.report.charts import small_charts
 from raysft.report.curves import Chart, Drawing, Line, thin
 from raysft.report.predictions import SHOWN
 from raysft.report.read_run import read_run
+from raysft.report.text import shortened
 from raysft.report.word_diff import marked, word_f1
 from raysft.storage.json_files import append_json, read_jsonl, write_json, write_jsonl
 from raysft.storage.run_directory import RunDirectory
@@ -346,12 +347,13 @@ def test_pictures_stand_small_beside_their_prompts_and_files_that_are_none_by_na
     assert "img-src data:" in rendered.html
 
 
-def test_the_terminal_names_the_files_of_pictures(tmp_path: Path):
+@pytest.mark.parametrize("length", [1, 90])
+def test_the_terminal_names_the_files_of_pictures(tmp_path: Path, length: int):
     run = make_run(tmp_path)
-    rows = with_pictures(run, tmp_path / "pictures")
-    text = report(run)
-    line = next(line for line in text.splitlines() if line.startswith("images"))
-    assert line.split()[-1] == rows[0]["media"][0]["location"]
+    folder = tmp_path / ("x" * length)
+    rows = with_pictures(run, folder)
+    shown = "".join(report(run).split())  # a long path is folded
+    assert f"images{shortened(rows[0]['media'][0]['location'])}prompt".replace(" ", "") in shown
 
 
 def test_media_of_another_type_are_named(tmp_path: Path):
