@@ -8,21 +8,24 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import pytest
 
-BUCKET = "bucket"
+NUMBERS = count(1)
+"""Numbers of servers: those of one process answer from the same objects."""
 
 
 class Server:
-    """moto's S3 behind what may go wrong on the way to it."""
+    """moto's S3 behind what may go wrong on the way to it, with a bucket of its own."""
 
     def __init__(self) -> None:
         from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
         from werkzeug.serving import make_server
 
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        self.bucket = f"bucket{next(NUMBERS)}"
         self._application = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
         self._faults: list[list[Any]] = []
@@ -35,7 +38,7 @@ class Server:
 
     def uri(self, path: str) -> str:
         """The URI of a path in the bucket."""
-        return f"s3://{BUCKET}/{path}?{self.options}"
+        return f"s3://{self.bucket}/{path}?{self.options}"
 
     def fails(self, pattern: str, seconds: float, status: int = 503, late: float = 0.0) -> None:
         """From the first request that fits on, all that fit fail for so many seconds; ``late`` seconds after they came."""
@@ -85,7 +88,7 @@ def s3_server() -> Iterator[Server]:
 
     with credentials():
         server = Server()
-        filesystem, _ = fs.FileSystem.from_uri(f"s3://{BUCKET}?{server.options}&allow_bucket_creation=true")
-        filesystem.create_dir(BUCKET)
+        filesystem, _ = fs.FileSystem.from_uri(f"s3://{server.bucket}?{server.options}&allow_bucket_creation=true")
+        filesystem.create_dir(server.bucket)
         yield server
         server.close()

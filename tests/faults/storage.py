@@ -47,7 +47,7 @@ def failing(status: int, late: float = 0.0) -> Fault:
         name = fault.replace(" ", "-")
         with away(folder) as (server, settings):
             # Hidden files and logs too: nothing of the run is taken or given.
-            server.fails(r"/bucket/runs/.*checkpoint_0000000[3-9]", 15, status, late)
+            server.fails(r"/runs/.*checkpoint_0000000[3-9]", 15, status, late)
             code = attempt(folder, name, None, *settings, home=folder / "home")
             refused = server.refused
             fetched(server, folder, name)

@@ -196,15 +196,15 @@ def test_a_storage_that_fails_costs_a_checkpoint_and_no_step(server, folder, cap
     assert "waiting for the storage, at most 600 s" in said
     assert "no checkpoint after step 4: that after step 2 is still being written; training continues" in said
     host = socket.gethostname()
-    assert f"fails, worker 0 ({host}): s3://bucket/runs/fails/checkpoints/" in said
-    assert f"fails, worker 0 ({host}): no checkpoint after step 6: s3://bucket/runs/fails/checkpoints/" in said
+    assert f"fails, worker 0 ({host}): s3://{server.bucket}/runs/fails/checkpoints/" in said
+    assert f"fails, worker 0 ({host}): no checkpoint after step 6: s3://{server.bucket}/runs/fails/checkpoints/" in said
     assert "ACCESS_DENIED" in said
     assert [Cursor.read(each).step for each in catalog.complete(run / "checkpoints")] == [2]
     assert {"config.json", "model.safetensors"} <= (run / "model").entries().keys()
 
 
 def test_a_bucket_that_is_not_there_is_one_line(server, folder, capsys):
-    storage = server.uri("runs").replace("bucket/", "nobucket/")
+    storage = server.uri("runs").replace(server.bucket, "nobucket")
     for verb in ("run", "check"):
         assert main([verb, str(folder / "c.yaml"), f"run.storage='{storage}'"]) == 2
         error = capsys.readouterr().err

@@ -43,7 +43,6 @@ def text(server, tmp_path_factory) -> str:
     StoragePath.of(server.uri("tune/models/base")).upload(tiny_model(folder / "base"))
     write_chats(folder / "chat.jsonl", 60)
     StoragePath.of(server.uri("tune/data/chat.jsonl")).upload(folder / "chat.jsonl")
-    # The bucket is that of other tests, too.
     places = {"storage": "tune/runs", "model": "tune/models/base", "data": "tune/data/chat.jsonl"}
     return CONFIG.format(rates=RATES, steps=STEPS, **{key: server.uri(path) for key, path in places.items()})
 
@@ -154,4 +153,4 @@ def test_a_sweep_in_an_object_store_is_all_there(server, text, tmp_path, local_r
     assert (sweep / "trials.jsonl").read_text() == before
     (tmp_path / "best.yaml").write_text((sweep / "best.yaml").read_text())
     assert main(["check", "best.yaml"]) == 0
-    assert "run directory: s3://bucket/tune/runs/sweep-best" in capsys.readouterr().out
+    assert f"run directory: s3://{server.bucket}/tune/runs/sweep-best" in capsys.readouterr().out

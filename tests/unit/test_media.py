@@ -405,21 +405,20 @@ def test_raw_text_has_no_images(tmp_path):
 
 def test_images_lie_beside_their_records_in_an_object_store(tmp_path, sighted):
     """Both in a folder that is the source; the cache is in the store, too, for what is in the records."""
-    # All servers of a process share one bucket, and other tests leave files in its folder "data".
     record = {**asked("x/a b.png")}
     embedded = asked("data:image/png;base64," + b64encode(picture(3)).decode())
     with s3_server() as server:
-        StoragePath.of(server.uri("beside/x/a b.png")).write_bytes(picture(1))
-        StoragePath.of(server.uri("beside/a.jsonl")).write_text(json.dumps(record) + "\n" + json.dumps(embedded) + "\n")
-        source, cache = {"name": "a", "path": server.uri("beside")}, server.uri("cache")
+        StoragePath.of(server.uri("data/x/a b.png")).write_bytes(picture(1))
+        StoragePath.of(server.uri("data/a.jsonl")).write_text(json.dumps(record) + "\n" + json.dumps(embedded) + "\n")
+        source, cache = {"name": "a", "path": server.uri("data")}, server.uri("cache")
         manifest = written(shard_set(tmp_path, sighted, train=[source], cache=cache), str(sighted))
         places = [row["media"][0] for row in read_table(manifest.shard_paths()[0]).to_pylist()]
         assert [files.read(place["location"], place["digest"]) for place in places] == [picture(1), picture(3)]
-        assert str(StoragePath(places[0]["location"])) == "s3://bucket/beside/x/a b.png"
-        assert str(StoragePath(places[1]["location"])).startswith("s3://bucket/cache/media/")
+        assert str(StoragePath(places[0]["location"])) == f"s3://{server.bucket}/data/x/a b.png"
+        assert str(StoragePath(places[1]["location"])).startswith(f"s3://{server.bucket}/cache/media/")
         other = shard_set(tmp_path, sighted, train=[source], media_dir=server.uri("none"), cache=cache)
         (rejected,) = written(other, str(sighted)).rejected
-        assert rejected.reason.startswith("s3://bucket/none/x/a b.png: does not exist")
+        assert rejected.reason.startswith(f"s3://{server.bucket}/none/x/a b.png: does not exist")
         server.fails("a.*b[.]png", 60, status=503)
         silent = shard_set(tmp_path, sighted, train=[source], cache=server.uri("silent"))
         with retry_for(0), pytest.raises(NotNow, match="no answer from the storage"):

@@ -165,7 +165,7 @@ def test_a_run_in_an_object_store_is_read_and_left_as_it_is(server: Server, run,
     before = set(place.walk())
     with lock(place):
         lines = status(server.uri("runs/toy"))
-    assert lines["run"] == "toy in s3://bucket/runs/toy"
+    assert lines["run"] == f"toy in s3://{server.bucket}/runs/toy"
     assert lines["state"].startswith(f"running, process {os.getpid()} on ")
     assert lines["progress"].startswith("step 3 of 10, loss 1.5000")
     assert holds(lines["checkpoint"], "after step 3, 0:00:0 … old")

@@ -17,6 +17,7 @@ from raysft.storage import filesystems, path
 from raysft.storage.local_cache import cache_home, local_copy, model_copy
 from raysft.storage.path import StoragePath
 from raysft.storage.retry import retry_for
+from tests.objects import s3_server
 from tests.servers import http, serving
 
 
@@ -195,7 +196,14 @@ def test_what_is_wrong_with_a_uri_or_a_content_is_nothing_to_wait_for(remote):
 
 def test_a_bucket_that_is_not_there(server):
     with pytest.raises(StorageFailed, match="NO_SUCH_BUCKET"):
-        StoragePath.of(server.uri("x").replace("bucket/", "nobucket/")).write_text("x")
+        StoragePath.of(server.uri("x").replace(server.bucket, "nobucket")).write_text("x")
+
+
+def test_a_server_sees_nothing_of_another_that_the_same_process_has(server):
+    StoragePath.of(server.uri("data/a.jsonl")).write_text("x")
+    with s3_server() as other:
+        assert not StoragePath.of(other.uri("")).walk()
+    assert StoragePath.of(server.uri("data")).walk().keys() == {"a.jsonl"}
 
 
 def test_a_full_disk_is_not_taken_for_a_storage_that_fails(remote, tmp_path, monkeypatch):
