@@ -12,10 +12,10 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 from raysft.config.section import LARGEST, Fraction, Name, PathOrHubId, Positive, Section, Text, known_scheme
 from raysft.errors import one_line
 
-Format = Literal["alpaca", "sharegpt", "openai", "prompt_completion", "turns", "text", "tokenized"]
+Format = Literal["alpaca", "sharegpt", "openai", "prompt_completion", "turns", "text", "texts", "tokenized"]
 Column = Literal[
     "messages", "conversations", "instruction", "input", "output", "system", "history", "tools", "prompt", "completion",
-    "turns", "text", "input_ids", "labels", "weight", "images", "videos", "audios",
+    "turns", "text", "texts", "input_ids", "labels", "weight", "images", "videos", "audios",
 ]  # fmt: skip
 Tag = Literal["role", "content", "user", "assistant", "observation", "function", "system"]
 
@@ -64,7 +64,8 @@ class Source(Section):
     format: Format | None = None
     """Record format: ``alpaca`` (instruction, input, output), ``sharegpt`` (conversations with from/value), ``openai`` (messages
     with role/content), ``prompt_completion`` (two texts or two lists of messages), ``turns`` (a list of texts that alternates
-    between user and assistant), ``text``, or ``tokenized`` (input_ids, labels). Default: inferred from the columns."""
+    between user and assistant), ``texts`` (a list of pairs of user and assistant), ``text``, or ``tokenized`` (input_ids, labels).
+    Default: inferred from the columns."""
     columns: dict[Column, Text | None] = {}
     """Columns that have other names in the file: field → column, for example ``{output: answer}``, or ``null`` to ignore a field.
     Once a column is mapped to one field, it is not also read as the field of its own name."""

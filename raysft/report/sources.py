@@ -25,7 +25,7 @@ _COUNTS = {
     "truncated_tokens": "truncated tokens",
     "truncated_media": "truncated images",
     "animated": "animations, of which the first frame is taken",
-    "stray_marks": "with <image> as a word",
+    "stray_marks": "with marks for images as words",
     "unanswered": "without an answer",
     "split": "split",
     "split_pieces": "segments of split examples",

@@ -19,7 +19,7 @@ COUNTED = {
     "truncated_tokens": "{:,} tokens cut off",
     "truncated_media": "{:,} images cut off",
     "animated": "the first frames of {:,} animations",
-    "stray_marks": "{:,} with <image> as a word",
+    "stray_marks": "{:,} with marks for images as words",
     "unanswered": "{:,} without an answer",
     "split": "{:,} split",
     "split_pieces": "into {:,}",

@@ -191,8 +191,8 @@ def stray_marks(config: Config, plan: Plan) -> Iterator[str]:
     for name, source in {**plan.evaluation, **plan.sources}.items():
         if count := source.counts.get("stray_marks", 0):
             yield (
-                f"source {name!r}: {count:,} of {source.examples:,} examples have no images but <image> in their text, which is a "
-                "word there; name the column of their images with columns: {images: COLUMN}"
+                f"source {name!r}: {count:,} of {source.examples:,} examples have no images but marks for some in their text "
+                "(<image>), which are words there; name the column of their images with columns: {images: COLUMN}"
             )
 
 

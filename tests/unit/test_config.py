@@ -188,7 +188,7 @@ def test_an_unknown_key_comes_before_other_errors(write):
         (
             "      format: foo",
             "c.yaml:8: data.train.0.format='foo' … must be 'alpaca', 'sharegpt', 'openai', 'prompt_completion', "
-            "'turns', 'text' or 'tokenized'",
+            "'turns', 'text', 'texts' or 'tokenized'",
         ),
         ("      columns: {output: 3}", "c.yaml:8: data.train.0.columns.output=3 … must be a valid string"),
         ("    - b.json", "c.yaml:8: data.train.1='b.json' … section"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from base64 import b64encode
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -16,6 +17,7 @@ from raysft.config import Source
 from raysft.data.sources.files import find_files
 from raysft.data.sources.formats import to_examples
 from raysft.data.sources.holdout import opening_hash
+from raysft.data.sources.media_parts import has_stray_mark
 from raysft.data.sources.readers import read_raw
 from raysft.data.types import MEDIUM, Example, Medium, Rejected
 
@@ -63,7 +65,15 @@ TEXT = {"type": "text", "text": "q"}
         ({"type": "image", "url": "https://x.org/a.png"}, "https://x.org/a.png"),
         ({"type": "image", "path": "/x/a.png"}, "/x/a.png"),
         ({"type": "image", "image": None, "text": None, "path": "a.png"}, "a.png"),
+        ({"image": "a.png"}, "a.png"),
+        ({"image": "a.png", "text": None, "video": None}, "a.png"),
+        ({"image_url": {"url": "s3://b/a.png"}}, "s3://b/a.png"),
+        ({"type": "image", "image": "", "text": "", "path": "a.png"}, "a.png"),
+        ({"type": "image", "image": "a.png", "min_pixels": None, "max_pixels": None}, "a.png"),
         ({"type": "image", "base64": b64encode(PNG).decode()}, PNG),
+        ({"type": "image", "base64": DATA_URL}, PNG),
+        ({"type": "image", "source": {"type": "base64", "data": b64encode(PNG).decode()}}, PNG),
+        ({"type": "image", "source": {"type": "url", "url": "s3://b/a.png"}}, "s3://b/a.png"),
         ({"type": "image", "image": {"bytes": PNG, "path": "a.png"}}, PNG),
         ({"type": "image", "image": {"bytes": b64encode(PNG).decode()}}, PNG),
         ({"type": "image", "image": {"bytes": None, "path": "a.png"}}, "a.png"),
@@ -85,6 +95,69 @@ def test_parts_keep_their_order_and_the_record_keeps_no_parts_for_the_template()
     found = item(record)
     assert isinstance(found, Example)
     assert [message.original for message in found.messages] == [None, None]
+
+
+def test_parts_need_no_type():
+    record = openai({"image": "1"}, {"text": "q"}, {"image": {"bytes": PNG}})
+    assert turns(record)[0] == ("user", "◆q◆", ["1", PNG])
+    assert turns(openai({"text": "q"}, {"text": "r"}))[0] == ("user", "qr", [])
+
+
+def test_parts_may_say_which_image_of_the_column_they_show():
+    def shown(*indices) -> list[str | bytes]:
+        parts = [{"type": "image", "index": index, "text": None} for index in indices]
+        return turns(openai(*parts, {**TEXT, "index": None}, images=["1", "2"]))[0][2]
+
+    assert shown(0, 1) == shown(None, None) == ["1", "2"]
+    assert shown(1, 0) == ["2", "1"]
+    assert shown(1, 0, 1) == ["2", "1", "2"]
+    assert shown(3, 5) == ["1", "2"]  # places of something else
+    assert "2 and the images column 3" in reason(
+        openai({"type": "image", "index": 0}, {"type": "image", "index": 0}, images=["1", "2", "3"])
+    )
+
+
+@pytest.mark.parametrize("key", ["images", "image"])
+def test_a_turn_may_have_images_of_its_own(key):
+    """Before its text, as Ollama shows them, or where its marks are."""
+    record = {
+        "messages": [
+            {"role": "system", "content": "<image> is a tag", key: []},
+            {"role": "user", "content": "q", key: ["1", {"bytes": PNG}]},
+            {"role": "assistant", "content": "a", key: None},
+            {"role": "user", "content": "this <image>, not <image>", key: ["2", "3"]},
+            {"role": "assistant", "content": "a"},
+            {"role": "user", "content": [TEXT, {"type": "image"}, TEXT], key: "4"},
+            {"role": "assistant", "content": "a"},
+            {"role": "user", "content": "<image>"},
+            {"role": "assistant", "content": "", key: ["6"]},
+        ],
+        "images": ["5"],
+    }
+    found = turns(record)
+    assert [text for _, text, _ in found[1:]] == ["◆◆q", "a", "this ◆, not ◆", "a", "q◆q", "a", "◆", "◆"]
+    assert [images for _, _, images in found[1:]] == [["1", PNG], [], ["2", "3"], [], ["4"], [], ["5"], ["6"]]
+    example = item(record)
+    assert isinstance(example, Example)
+    assert not any(key in message.extra for message in example.messages)
+    assert all(message.original is None for message in example.messages if message.media)
+    of_human = {"conversations": [{"from": "human", "value": "<image>q", key: "1"}, {"from": "gpt", "value": "a"}]}
+    assert turns(of_human)[0] == ("user", "◆q", ["1"])
+
+
+def test_pairs_of_questions_and_answers_follow_the_images():
+    pairs = [{"user": "q", "assistant": "a", "source": "s"}, {"user": "r", "assistant": "b", "source": "s"}]
+    images = [{"bytes": PNG, "path": None}, {"bytes": None, "path": "2"}]
+    expected = [("user", "◆◆q", [PNG, "2"]), ("assistant", "a", []), ("user", "r", []), ("assistant", "b", [])]
+    assert turns({"images": images, "texts": pairs}) == expected
+    assert turns({"images": images, "texts": json.dumps(pairs), "system": "s"})[1:] == expected
+    assert turns({"images": [], "texts": pairs})[0] == ("user", "q", [])
+    marked = [pairs[0], {"user": "<image>r<image>", "assistant": "b"}]
+    assert [content for _, content, _ in turns({"images": images, "texts": marked})] == ["q", "a", "◆r◆", "b"]
+    assert "texts[0] must have 'user' and 'assistant'" in reason({"images": images, "texts": [{"user": "q"}]})
+    assert "turn 1 of the assistant is empty" in reason(
+        {"texts": [{"user": "q", "assistant": ""}, pairs[1]], "images": images}
+    )
 
 
 def test_parts_without_a_value_take_the_images_of_the_column_in_the_order_of_the_turns():
@@ -152,7 +225,7 @@ def test_the_only_image_may_be_in_a_column_of_the_singular():
         assert turns(record)[0] == ("user", "◆\nq", ["1"])
     # Not where no mark asks for one, where the text is not of a user, or where the column is read as something else or not at all.
     assert "1 and the images column 0" in reason(openai({"type": "image"}, image=None))
-    plain = {"instruction": "q", "output": "a", "image": "1"}
+    plain = {"instruction": "q", "output": "a", "image": "1"}  # may be anything
     assert turns(plain)[0] == ("user", "q", [])
     assert turns({**plain, "system": "<image>"})[1] == ("user", "q", [])
     marked = {"instruction": "<image>q", "output": "a", "image": "1"}
@@ -160,6 +233,53 @@ def test_the_only_image_may_be_in_a_column_of_the_singular():
     assert turns(marked, columns={"input": "image"})[0] == ("user", "<image>q\n1", [])
     for ignoring in ({"images": None}, {"images": "other"}):
         assert turns(marked, columns=ignoring)[0] == ("user", "<image>q", [])
+
+
+@pytest.mark.parametrize(
+    "image", ["a.PNG", ["x/a.jpeg"], {"path": "a.png"}, {"bytes": PNG}, PNG, DATA_URL, {"<image_00>": "a.png"}], ids=str
+)
+def test_an_image_without_a_mark_is_not_left_out_in_silence(image):
+    for record in (
+        {"instruction": "q", "output": "a"},
+        {"text": "t"},
+        {"prompt": "p", "completion": "c"},
+        {"turns": ["q", "a"]},
+        openai(TEXT),
+    ):
+        found = reason({**record, "image": image})
+        assert "columns: {images: null}" in found
+        assert "image" in found
+        assert isinstance(item({**record, "image": image}, columns={"images": None}), Example)
+    own = openai({"type": "image", "image": "own.png"}, image=image)
+    assert turns(own)[0][2] == ["own.png"]
+
+
+@pytest.mark.parametrize(
+    ("text", "stray"),
+    [
+        ("<image>q", True), ("<image 1>q", True), ("<image_00>q", True), ("<|image_1|>q", True), ("<img>a.png</img>q", True),
+        ("<video>q", True), ("<audio>", True), ("<img src='a.png'> <images> image_1", False),
+    ],
+)  # fmt: skip
+def test_marks_of_any_program_are_found_where_there_is_no_image(text, stray):
+    record = {"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "a"}]}
+    found = item(record)
+    assert isinstance(found, Example)
+    assert has_stray_mark(found.messages) == stray
+    silent = {
+        "conversations": [
+            {"from": "system", "value": text},
+            {"from": "human", "value": "q"},
+            record["conversations"][1],
+        ]
+    }
+    found = item(silent)
+    assert isinstance(found, Example)
+    assert not has_stray_mark(found.messages)
+    for column in ("video", "audio"):
+        kind = item({**record, column: "x.mp4"})
+        assert isinstance(kind, Rejected if stray else Example)
+    assert isinstance(item({**silent, "video": "x.mp4"}), Example)
 
 
 def test_marks_in_the_system_text_are_words():
@@ -195,7 +315,37 @@ def test_marks_and_images_must_agree_in_number():
         ({"turns": ["q", "a"], "audios": "v.wav"}, "has audio (audios)"),
         (openai({"type": "video", "video": "v.mp4"}), "part of type 'video'"),
         (openai({"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}), "part of type 'input_audio'"),
-        (openai({"type": "image", "image": "a", "max_pixels": 9}), "data.image_max_pixels"),
+        (openai({"type": "image", "image": "a", "max_pixels": 9}), "remove it, and set data.image_max_pixels"),
+        (openai({"image": "a", "text": "q"}), "has both text and image"),
+        (openai({"type": "image_url", "image_url": "a", "text": "q"}), "has both text and image_url"),
+        (openai({"type": "text", "text": "", "image": "a"}), "is of type text, but has image"),
+        (openai({"type": "image", "file": "a.png"}, images=["b.png"]), "has 'file' in place of one"),
+        (openai({"type": "input_image", "file_id": "file-1"}), "has 'file_id' in place of one"),
+        (openai({"video": "v.mp4"}), "part of type 'video'"),
+        (openai({"value": "q"}), "part of type None"),
+        (openai({"type": "image", "source": {"type": "base64", "data": "@@"}}), "base64"),
+        (
+            {"messages": [{"role": "user", "content": "q", "videos": ["v"]}, {"role": "assistant", "content": "a"}]},
+            "has videos",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "<image>q", "images": ["1", "2"]},
+                    {"role": "assistant", "content": "a"},
+                ]
+            },
+            "the text has 1 and the turn has 2 images (messages[0]); write <image>",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "q"},
+                    {"role": "function_call", "content": "{}", "images": ["1"]},
+                ]
+            },
+            "call",
+        ),
         (openai({"type": "image", "image": 3}), "must be a path"),
         (
             {"messages": [{"role": "user", "content": "q"}, {"role": "function_call", "content": [{"type": "image"}]}]},
@@ -234,6 +384,40 @@ def test_base64_of_a_small_image_is_no_path(form):
         assert turns(openai({"type": "image", "image": path}))[0][2] == [path]
 
 
+def of_table(table: pa.Table, folder: Path) -> list[Example]:
+    pq.write_table(table, folder / "a.parquet")
+    source = Source(name="s", path=str(folder / "a.parquet"))
+    (file,) = find_files(source)
+    found = [found for found, _ in to_examples(((place, raw) for place, _, raw in read_raw(file)), source)]
+    examples = [each for each in found if isinstance(each, Example)]
+    assert len(examples) == len(found), found
+    return examples
+
+
+def test_parquet_files_of_well_known_kinds_are_read(tmp_path):
+    """Those of The Cauldron and FineVision, of the mixes for TRL, and of LLaVA's later ones; each with an example of text alone."""
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    image = {"bytes": PNG, "path": None}
+    parts = pa.struct([("index", pa.int64()), ("text", pa.string()), ("type", pa.string())])
+    turns = pa.list_(pa.struct([("content", pa.list_(parts)), ("role", pa.string())]))
+    question, shown = {"index": None, "text": "q", "type": "text"}, {"index": 0, "text": None, "type": "image"}
+    answer = {"role": "assistant", "content": [{"index": None, "text": "a", "type": "text"}]}
+    asked = [[{"role": "user", "content": parts}, answer] for parts in ([shown, question], [question])]
+    said = [[{"from": "human", "value": text}, {"from": "gpt", "value": "a"}] for text in ("<image>q", "q")]
+    images = pa.array([[image], None], pa.list_(kind))
+    for columns in (
+        {"images": images, "texts": [[{"user": "q", "assistant": "a", "source": "x"}]] * 2, "source": ["x", "y"]},
+        {"messages": pa.array(asked, turns), "images": images},
+        {"id": ["1", "2"], "image": pa.array([image, None], kind), "conversations": said, "data_source": ["x", "y"]},
+    ):
+        examples = of_table(pa.table(columns), tmp_path)
+        assert [[message.content for message in each.messages] for each in examples] == [
+            [f"{MEDIUM}q", "a"],
+            ["q", "a"],
+        ]
+        assert [each.messages[0].media for each in examples] == [(Medium("image", "", PNG),), ()]
+
+
 def test_images_of_a_parquet_file_are_read_as_datasets_writes_them(tmp_path):
     """Bytes that are UTF-8 by chance, as those of a small PGM image, are bytes as well."""
     ascii_image = b"P5 2 1 127\n\x00\x7f"
@@ -247,11 +431,7 @@ def test_images_of_a_parquet_file_are_read_as_datasets_writes_them(tmp_path):
             "images": pa.array([[image] for image in images], pa.list_(kind)),
         }
     )
-    pq.write_table(table, tmp_path / "a.parquet")
-    source = Source(name="s", path=str(tmp_path / "a.parquet"))
-    (file,) = find_files(source)
-    examples = [found for found, _ in to_examples(((place, raw) for place, _, raw in read_raw(file)), source)]
-    assert all(isinstance(found, Example) for found in examples), examples
+    examples = of_table(table, tmp_path)
     found = [message.media for example in examples for message in example.messages[:1]]  # type: ignore[union-attr]
     assert found == [(Medium("image", "", PNG),), (Medium("image", "", ascii_image),), (Medium("image", "c.png"),)]
 

@@ -352,7 +352,9 @@ def test_arguments_of_calls_that_are_encoded_twice_are_told():
 
 def test_marks_without_images_are_told():
     (line,) = warnings(config(), plan(sources={"a": source(counts={"stray_marks": 1200})}))
-    assert line.startswith("source 'a': 1,200 of 20,000 examples have no images but <image> in their text")
+    assert line.startswith(
+        "source 'a': 1,200 of 20,000 examples have no images but marks for some in their text (<image>)"
+    )
     assert line.endswith("; name the column of their images with columns: {images: COLUMN}")
 
 

@@ -17,13 +17,14 @@ REQUIRED_FIELDS = {
     "alpaca": ("instruction", "output"),
     "turns": ("turns",),
     "text": ("text",),
+    "texts": ("texts",),
 }
 """Format → the fields that it requires. Formats are tried in this order."""
 ALTERNATIVE_FIELD = {"instruction": "input"}
 """Required field → a field that may replace it."""
 ANSWER_FIELDS = {"alpaca": "output", "prompt_completion": "completion"}
 """Format → the field with the answer; a record without it is a prompt to generate from."""
-LIST_FIELDS = ("messages", "conversations", "history", "turns", "input_ids", "labels")
+LIST_FIELDS = ("messages", "conversations", "history", "turns", "texts", "input_ids", "labels")
 """Fields whose values are lists; in a text column they are JSON."""
 FieldReader = Callable[[str], Any]
 """Function from a field to its value in a record."""

@@ -16,7 +16,14 @@ from raysft.data.sources.columns import (
     field_reader,
     filled_columns,
 )
-from raysft.data.sources.media_parts import column_images, marked_image, place_images
+from raysft.data.sources.media_parts import (
+    column_images,
+    has_mark,
+    has_single_image,
+    in_front,
+    marked_image,
+    place_images,
+)
 from raysft.data.sources.messages import parse_turns, require_list, require_text
 from raysft.data.sources.readers import RawRecord, Unreadable, parse_record
 from raysft.data.sources.tool_calls import nested_strings, parse_tools, tool_schemas
@@ -63,10 +70,10 @@ def to_example(record: Record, form: str, source: Source, location: str) -> Exam
     read = field_reader(record, source)
     weight = _weight(read("weight"))
     images = column_images(read)
-    if images and _is_text(form, read, unanswered):
+    if _is_text(form, read, unanswered) and (images or has_single_image(record, source)):
         raise ValueError(
-            f"has {len(images)} images, but only conversations can have them, and this is format {form}; write messages, or ignore "
-            "the column with columns: {images: null}"
+            f"has images, but only conversations can have them, and this is format {form}; write messages, or ignore the "
+            "column with columns: {images: null}"
         )
     if form == "text":
         return Example(source.name, location, text=_full_text(read("text"), "text"), weight=weight)
@@ -82,6 +89,10 @@ def to_example(record: Record, form: str, source: Source, location: str) -> Exam
             source.name, location, text=text, prompt_length=len(prompt), weight=weight, unanswered=unanswered
         )
     messages = tuple(_messages(form, read, source.tags, bool(unanswered)))
+    if form == "texts" and images and not any(map(has_mark, messages)):
+        asked = next(index for index, message in enumerate(messages) if message.role == "user")
+        messages = (*messages[:asked], in_front(messages[asked], images), *messages[asked + 1 :])
+        images = []
     images = images or marked_image(messages, record, source)
     if images or any(message.media for message in messages):
         messages = place_images(messages, images)
@@ -113,6 +124,8 @@ def _messages(form: str, read: FieldReader, tags: Mapping[Any, str], unanswered:
     elif form == "turns":
         for index, turn in enumerate(require_list(read("turns"), "turns")):
             yield Message("assistant" if index % 2 else "user", require_text(turn, f"turns[{index}]"))
+    elif form == "texts":
+        yield from _pairs(require_list(read("texts"), "texts", "pairs"))
     elif form == "prompt_completion":
         for message in parse_turns(read("prompt"), "prompt", tags):
             yield replace(message, trainable=False)
@@ -137,6 +150,15 @@ def _alpaca(read: FieldReader) -> Iterator[Message]:
     yield Message("user", "\n".join(part for part in parts if part))
     if (output := read("output")) not in (None, ""):
         yield Message("assistant", require_text(output, "output"))
+
+
+def _pairs(pairs: list[Any]) -> Iterator[Message]:
+    """Questions and answers about the record's images, which come before all of them, as in The Cauldron."""
+    for index, pair in enumerate(pairs):
+        if not isinstance(pair, dict) or not {"user", "assistant"} <= pair.keys():
+            raise ValueError(f"texts[{index}] must have 'user' and 'assistant', but is {pair!r:.60}")
+        for role in ("user", "assistant"):
+            yield Message(role, require_text(pair[role], f"texts[{index}].{role}"))  # type: ignore[arg-type]
 
 
 def _lacks_answer(messages: tuple[Message, ...], form: str) -> str:

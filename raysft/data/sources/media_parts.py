@@ -6,32 +6,54 @@ import binascii
 import re
 from base64 import b64decode
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from raysft.config import Source
 from raysft.config.section import PATH_BYTES
+from raysft.data.sources.files import PICTURES
 from raysft.data.sources.json_stream import JSON
 from raysft.data.types import MEDIUM, Medium, Message, Record
 
 MARK = "<image>"
 """Stands in a text for the next image of the record's column, as LLaMA-Factory writes it."""
+OTHER_MARKS = re.compile(r"<image[ _]?\d+>|<\|image_\d+\|>|<img>[^<>\n]+</img>|<video>|<audio>")
+"""How other programs mark images, videos and audio; words here."""
 TEXT_PARTS = ("text", "input_text", "output_text")
 IMAGE_PARTS = ("image", "image_url", "input_image")
-IMAGE_KEYS = ("image", "url", "path", "image_url", "base64")
-"""Keys of a part that hold its image; the first with a value counts."""
+IMAGE_KEYS = ("image", "url", "path", "image_url", "base64", "source")
+"""Keys of a part that hold its image; the first with a value counts. ``source`` is Anthropic's."""
+ENCODED_KEYS = ("base64", "data")
+"""Keys of a part or a struct whose value is base64, and no path."""
+BARE_KEYS = ("type", "text", "index", "detail")
+"""Keys of a part that takes its image from the record's column."""
+UNTYPED = {"text": "text", "image": "image", "image_url": "image", "video": "video", "audio": "audio"}
+"""Key of a part without a type, as Qwen's first examples have them → its type."""
+TURN_KEYS = ("images", "image")
+"""Keys of a turn that hold images of its own, as Ollama has them."""
 SIZE_KEYS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 """Keys with which Qwen's parts ask for a size of their own."""
 UNSUPPORTED = {"videos": "videos", "audios": "audio"}
 """Column of media that nothing here trains on → what it holds."""
+UNSUPPORTED_OF_TURN = (*UNSUPPORTED, "video", "audio")
 SINGULAR = "image"
 """Column that holds a record's only image where there is no column ``images``."""
-NEXT_OF_COLUMN = Medium("image", "")
-"""A mark whose image is the next of the record's column."""
 ENCODED_IMAGE = re.compile(r"(iVBORw0KGgo|/9j/|R0lGOD|UklGR)[A-Za-z0-9+/\s]{60,}=*\s*")
 """A PNG, JPEG, GIF or WebP in base64, which has no dot, as the name of such a file would."""
 BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
+
+
+@dataclass(frozen=True)
+class Mark(Medium):
+    """Stands for an image of the record's column, until it is placed."""
+
+    index: int | None = None
+    """Which one, if a part says so."""
+
+
+NEXT = Mark("image", "")
+"""A mark that takes the next image."""
 
 
 def parse_parts(
@@ -48,21 +70,49 @@ def parse_parts(
         The text, with ``MEDIUM`` where an image is, and the images.
 
     Raises:
-        ValueError: a part is neither text nor an image.
+        ValueError: a part is neither text nor an image, or both.
     """
     texts, media = list[str](), list[Medium]()
-    for part in parts:
-        kind = part.get("type")
+    for index, part in enumerate(parts):
+        kind = part.get("type") or next((kind for key, kind in UNTYPED.items() if part.get(key) is not None), None)
+        image = next((key for key in ("image", "image_url", "base64") if part.get(key)), None)
+        if kind in (*TEXT_PARTS, *IMAGE_PARTS) and image and part.get("text"):
+            raise ValueError(f"{where}[{index}] has both text and {image}; write them as two parts")
+        if kind in TEXT_PARTS and image:
+            raise ValueError(f"{where}[{index}] is of type {kind}, but has {image}; write type: image")
         if kind in TEXT_PARTS:
             texts.append(require_text(part.get("text"), where))
         elif kind in IMAGE_PARTS:
             texts.append(MEDIUM)
-            media.append(_image_part(part, f"{where}[{len(texts) - 1}]"))
+            media.append(_image_part(part, f"{where}[{index}]"))
         else:
             raise ValueError(
                 f"{where} has a part of type {kind!r:.40}, but raysft trains on text and images alone; leave the record out"
             )
     return "".join(texts), media
+
+
+def turn_images(message: Message, turn: Record, where: str) -> Message:
+    """Give a turn the images that it has beside its content: where its marks are, or else before its text.
+
+    Raises:
+        ValueError: one is no image, their number is not that of the marks, or the turn has videos or audio.
+    """
+    if other := next((key for key in UNSUPPORTED_OF_TURN if turn.get(key)), None):
+        raise ValueError(f"{where} has {other}, but raysft trains on text and images alone; leave the record out")
+    images = next((found for key in TURN_KEYS if (found := _images(turn.get(key) or None, f"{where}.{key}"))), [])
+    if not images:
+        return message
+    if has_mark(message) or _marks(message):
+        (message,) = place_images((message,), images, f"the turn has {len(images)} images ({where})")
+        return message
+    return in_front(message, images)
+
+
+def in_front(message: Message, images: Sequence[Medium]) -> Message:
+    """Put images before the text of a turn."""
+    content = MEDIUM * len(images) + message.content
+    return replace(message, content=content, media=(*images, *message.media), original=None)
 
 
 def column_images(read: Callable[[str], Any]) -> list[Medium]:
@@ -84,11 +134,41 @@ def marked_image(messages: Sequence[Message], record: Record, source: Source) ->
     """Read a column ``image`` (LLaVA's records, and some of TRL's) if the turns have marks and no other column is named.
 
     Raises:
-        ValueError: it holds no image.
+        ValueError: it holds no image, or one that no mark asks for; or the marks are for a column ``video`` or ``audio``.
     """
+    other = next((column for column in ("video", "audio") if record.get(column)), None)
+    if other and has_stray_mark(messages):
+        raise ValueError(
+            f"has marks for its column {other!r}, but raysft trains on text and images alone; leave it out"
+        )
+    if any(_marks(message) or has_mark(message) for message in messages):
+        return _images(_single(record, source), SINGULAR)
+    if has_single_image(record, source) and not any(message.media for message in messages):
+        raise ValueError(
+            f"has an image in its column {SINGULAR!r}, but no mark for it; write {MARK} into the text where it belongs, or ignore "
+            "the column with columns: {images: null}"
+        )
+    return []
+
+
+def has_single_image(record: Record, source: Source) -> bool:
+    """True if the column ``image`` may be read, and evidently holds an image: other data may have words in it."""
+    return _is_evident(_single(record, source))
+
+
+def _single(record: Record, source: Source) -> Any:
     named = source.column("images") == "images" and SINGULAR not in source.columns.values()
-    marked = any(NEXT_OF_COLUMN in message.media or has_mark(message) for message in messages)
-    return _images(record.get(SINGULAR), SINGULAR) if named and marked else []
+    return record.get(SINGULAR) if named else None
+
+
+def _is_evident(value: Any) -> bool:
+    if isinstance(value, dict):
+        return value.get("bytes") is not None or any(map(_is_evident, value.values()))
+    if isinstance(value, list):
+        return any(map(_is_evident, value))
+    if isinstance(value, str):
+        return value.lower().endswith(PICTURES) or value.startswith("data:image/") or bool(ENCODED_IMAGE.match(value))
+    return isinstance(value, bytes)
 
 
 def has_mark(message: Message) -> bool:
@@ -96,27 +176,46 @@ def has_mark(message: Message) -> bool:
     return message.role != "system" and MARK in message.content
 
 
-def place_images(messages: Sequence[Message], images: Sequence[Medium]) -> tuple[Message, ...]:
-    """Give each mark of a conversation its image of the record's column, in the order of the turns.
+def has_stray_mark(messages: Sequence[Message]) -> bool:
+    """True if a conversation without images has marks for some, of any program."""
+    return not any(message.media for message in messages) and any(
+        has_mark(message) or (message.role != "system" and OTHER_MARKS.search(message.content)) for message in messages
+    )
+
+
+def place_images(messages: Sequence[Message], images: Sequence[Medium], owner: str = "") -> tuple[Message, ...]:
+    """Give each mark of a conversation its image of the record's column, in the order of the turns, or that of its index.
 
     Marks are image parts that hold no image; without one, ``<image>`` in texts that are not of the system.
+
+    Args:
+        messages: the conversation.
+        images: those of the column.
+        owner: what has the images, for messages. Default: the column.
 
     Raises:
         ValueError: there are more marks than images, or fewer.
     """
-    if images and not any(NEXT_OF_COLUMN in message.media for message in messages):
+    if images and not any(map(_marks, messages)):
         messages = [_marked(message) if has_mark(message) else message for message in messages]
-    marks = sum(message.media.count(NEXT_OF_COLUMN) for message in messages)
-    if marks != len(images):
-        remedy = f"write {MARK} into the text where each one belongs" if marks < len(images) else "add those that lack"
+    marks = [mark for message in messages for mark in _marks(message)]
+    indices, order = [mark.index for mark in marks], range(len(images))
+    # Several parts may show the same image; numbers that are no places in the column count something else.
+    if set(indices) != set(order):
+        indices = list(range(len(marks)))
+    if set(indices) != set(order):
+        remedy = (
+            f"write {MARK} into the text where each one belongs" if len(marks) < len(images) else "add those that lack"
+        )
         remedy += "" if images else ", or name their column with columns: {images: COLUMN}"
         ignoring = ", or ignore the column with columns: {images: null}" if not marks else ""
         raise ValueError(
-            f"each image needs one mark, but the text has {marks} and the images column {len(images)}; {remedy}{ignoring}"
+            f"each image needs one mark, but the text has {len(marks)} and {owner or f'the images column {len(images)}'}; "
+            f"{remedy}{ignoring}"
         )
-    left = iter(images)
+    left = iter(indices)
     return tuple(
-        replace(message, media=tuple(next(left) if medium == NEXT_OF_COLUMN else medium for medium in message.media))
+        replace(message, media=tuple(images[next(left)] if isinstance(each, Mark) else each for each in message.media))  # type: ignore[index]
         if message.media
         else message
         for message in messages
@@ -137,6 +236,8 @@ def image_of(value: Any, where: str) -> Medium:
     if isinstance(value, dict):
         if value.get("bytes") is not None:
             return _held(_bytes_of(value["bytes"], where), where)
+        if encoded := next((value[key] for key in ENCODED_KEYS if value.get(key)), None):
+            return _encoded(encoded, where)
         named = next((value[key] for key in IMAGE_KEYS if value.get(key) is not None), None)
         if named is None or isinstance(named, dict):
             raise ValueError(f"{where} must have bytes or a path, but is {value!r:.60}")
@@ -168,14 +269,27 @@ def _image_part(part: Record, where: str) -> Medium:
     size = next((key for key in SIZE_KEYS if part.get(key) is not None), None)
     if size:
         raise ValueError(
-            f"{where} sets {size}, which raysft does not read; set data.image_max_pixels for all images instead"
+            f"{where} sets {size}, which raysft does not read; remove it, and set data.image_max_pixels for all images"
         )
-    key = next((key for key in IMAGE_KEYS if part.get(key) is not None), None)
-    if key is None:
-        return NEXT_OF_COLUMN
-    if key == "base64" and isinstance(part[key], str):
-        return _held(_base64_of(part[key], where), where)
-    return image_of(part[key], where)
+    given = [key for key in IMAGE_KEYS if part.get(key) is not None]
+    if not given:
+        if other := next((key for key, value in part.items() if key not in BARE_KEYS and value), None):
+            raise ValueError(f"{where} is an image, but has {other!r} in place of one; name that key 'image'")
+        index = part.get("index")
+        return replace(NEXT, index=index) if type(index) is int else NEXT
+    key = next((key for key in given if part[key]), given[0])
+    return _encoded(part[key], where) if key in ENCODED_KEYS else image_of(part[key], where)
+
+
+def _encoded(value: Any, where: str) -> Medium:
+    """An image in base64, perhaps as a data URL."""
+    if not isinstance(value, str) or value[:5].lower() == "data:":
+        return image_of(value, where)
+    return _held(_base64_of(value, where), where)
+
+
+def _marks(message: Message) -> list[Mark]:
+    return [medium for medium in message.media if isinstance(medium, Mark)]
 
 
 def _marked(message: Message) -> Message:
@@ -183,7 +297,7 @@ def _marked(message: Message) -> Message:
     own, media, texts = iter(message.media), list[Medium](), list[str]()
     for piece in re.split(f"({MARK}|{MEDIUM})", message.content):
         if piece in (MARK, MEDIUM):
-            media.append(NEXT_OF_COLUMN if piece == MARK else next(own))
+            media.append(NEXT if piece == MARK else next(own))
         texts.append(MEDIUM if piece == MARK else piece)
     # The turn as recorded has no marks.
     return replace(message, content="".join(texts), media=tuple(media), original=None)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from raysft.data.sources.media_parts import parse_parts
+from raysft.data.sources.media_parts import TURN_KEYS, parse_parts, turn_images
 from raysft.data.sources.tool_calls import nested_strings, parse_tool_call
 from raysft.data.types import MEDIUM, Medium, Message, Record
 
@@ -40,7 +40,7 @@ TEMPLATE_ROLES = ("system", "developer", "user", "assistant", "tool")
 """Roles that chat templates accept."""
 TRAINING_KEYS = ("train", "weight")
 """Keys of a turn that control training, and are not shown to the model."""
-CONSUMED_KEYS = {"role", "content", "from", "value", "tool_calls", "function_call", *TRAINING_KEYS}
+CONSUMED_KEYS = {"role", "content", "from", "value", "tool_calls", "function_call", *TRAINING_KEYS, *TURN_KEYS}
 """Keys of a turn that become fields of the message, and so do not go into ``extra``."""
 
 
@@ -81,7 +81,7 @@ def _message(turn: Record, where: str, roles: Mapping[str, str], tags: Mapping[A
     content, media = _content(turn.get(text_key), f"{where}.{text_key}")
     renamed = ROLES.get(str(name)) != role
     if role == "function":
-        if media:
+        if media or any(turn.get(key) for key in TURN_KEYS):
             raise ValueError(f"{where} is a function call, but has an image; move it to another turn")
         role = "assistant"
         content, calls = _parse_calls(content, calls, where)
@@ -94,7 +94,7 @@ def _message(turn: Record, where: str, roles: Mapping[str, str], tags: Mapping[A
     original = _original(turn, function_call is not None) if standard and not media else None
     for text in nested_strings((tool_calls, extra, original)):
         require_text(text, where)
-    return Message(
+    message = Message(
         role=role,  # type: ignore[arg-type]
         content=content,
         tool_calls=tool_calls,
@@ -103,6 +103,7 @@ def _message(turn: Record, where: str, roles: Mapping[str, str], tags: Mapping[A
         original=original,
         media=tuple(media),
     )
+    return turn_images(message, turn, where)
 
 
 def _original(turn: Record, has_function_call: bool) -> Record | None:
@@ -110,7 +111,7 @@ def _original(turn: Record, has_function_call: bool) -> Record | None:
     hidden = TRAINING_KEYS if has_function_call else (*TRAINING_KEYS, "function_call")
     original = {key: value for key, value in turn.items() if key not in hidden and value is not None}
     parts = original.get("content")
-    if isinstance(parts, list) and any(part["type"] != "text" for part in parts):
+    if isinstance(parts, list) and any(part.get("type") != "text" for part in parts):
         return None
     if original["role"] not in TEMPLATE_ROLES:
         return None

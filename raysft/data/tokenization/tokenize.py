@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from raysft.data.sources.media_parts import has_mark
+from raysft.data.sources.media_parts import has_stray_mark
 from raysft.data.tokenization.assistant_spans import ChatTemplate, Rendered, tokens_in_spans
 from raysft.data.tokenization.chat_template import chat_template
 from raysft.data.tokenization.control_tokens import ControlTokens, texts_of
@@ -166,7 +166,7 @@ class ExampleTokenizer:
         except Exception as error:  # a template may raise errors of its own
             reason = f"the chat template refuses the conversation ({one_line(error)})"
             return Rejected(example.source, example.record, reason)
-        if self.processor and _has_stray_mark(example):
+        if self.processor and has_stray_mark(example.messages):
             counts.append(("stray_marks", 1))
         if rendered.given.tools_as_text:
             counts.append(("tools_as_text", 1))
@@ -197,7 +197,7 @@ class ExampleTokenizer:
         for token in self.processor.media_tokens if self.processor else ():
             if any(token in text for text in texts_of(example)):
                 reason = f"contains {token}, which stands for an image or a video"
-                if _has_stray_mark(example):
+                if has_stray_mark(example.messages):
                     reason += ", and has no images (their column is named with columns: {images: COLUMN})"
                 if not self.control_tokens.can_escape(token):
                     return f"{reason}; remove it"
@@ -414,12 +414,6 @@ class ExampleTokenizer:
     def _with_eos(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """[tokens] int32 ids with the end-of-text token at the end."""
         return np.asarray(ids if len(ids) and ids[-1] == self.eos else [*ids, self.eos], np.int32)
-
-
-def _has_stray_mark(example: Example) -> bool:
-    """True if a conversation has marks for images, but no image."""
-    messages = example.messages
-    return any(has_mark(message) for message in messages) and not any(message.media for message in messages)
 
 
 def _placed(media: Sequence[Medium], spans: Sequence[Span]) -> tuple[TokenizedMedium, ...]:
