@@ -1,0 +1,67 @@
+"""The output head: the loss has the logits of the model's own class, whatever its config says of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Cohere2Config,
+    GraniteConfig,
+    LlavaNextConfig,
+)
+
+from raysft.errors import RunFailed
+from raysft.train.loss import TokenLoss
+from tests.tiny_vision import GRIDS, TEXT, TOWER
+
+CPU = torch.device("cpu")
+SIZES = {**TEXT, "vocab_size": 64, "pad_token_id": 0}
+
+
+def sees_with_granite() -> Any:
+    """LLaVA-NeXT, whose class does not divide the logits as Granite alone does."""
+    tower = {"model_type": "clip_vision_model", **TOWER, "projection_dim": 32}
+    text = {"model_type": "granite", **SIZES, "logits_scaling": 8.0}
+    return AutoModelForImageTextToText.from_config(
+        LlavaNextConfig(vision_config=tower, text_config=text, image_token_index=63, image_grid_pinpoints=GRIDS)
+    )
+
+
+def of_text(config: Any) -> Any:
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "plain"),
+    [
+        (lambda: of_text(Cohere2Config(**SIZES, logit_scale=0.25, sliding_window=512)), False),
+        (lambda: of_text(GraniteConfig(**SIZES, logits_scaling=8.0)), False),
+        (sees_with_granite, True),
+    ],
+    ids=["cohere", "granite", "llava-next with granite"],
+)
+def test_logits_are_scaled_where_the_class_scales_them(make, plain):
+    torch.manual_seed(0)
+    model = make().eval()
+    loss = TokenLoss(model)
+    loss.check_head(CPU)
+    ids = torch.randint(1, 60, (1, 20))
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits[0]
+        expected = F.cross_entropy(logits[:-1], ids[0, 1:], reduction="sum")
+        found = loss(ids, torch.arange(20)[None], ids)[0]
+        head = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(head, logits, atol=1e-5) == plain
+
+
+def test_logits_that_are_changed_in_another_way_are_refused():
+    model = of_text(Cohere2Config(**SIZES, logit_scale=0.25, sliding_window=512)).eval()
+    model.logit_scale = 0.5
+    with pytest.raises(RunFailed, match="Cohere2ForCausalLM changes its logits after the output head"):
+        TokenLoss(model).check_head(CPU)
