@@ -37,6 +37,9 @@ TEMPLATE = """\
 {%% endif %%}"""
 """ChatML; ``%%s`` is what it writes for an image."""
 FAMILIES = ("llava", "llava-siglip", "idefics3", "qwen2-vl", "qwen2.5-vl", "qwen3-vl")
+TILED = ("llava-next", "llava-onevision", "internvl", "aya-vision")
+"""Families that divide an image into tiles; LLaVA-OneVision only one that is alone in its conversation."""
+GRIDS: list[list[int]] = [[28, 56], [56, 28], [56, 56]]
 
 
 def tiny_vision_model(folder: Path, family: str, seed: int = 0) -> Path:
@@ -57,6 +60,8 @@ def tiny_processor(family: str) -> Any:
 
     from raysft.models.processor import _without_videos
 
+    if family in TILED:
+        return _tiled_processor(family)
     tokenizer = tiny_tokenizer()
     image = QWEN_IMAGE if family.startswith("qwen") else "<image>"
     options: dict[str, Any] = {"tokenizer": tokenizer, "chat_template": TEMPLATE % image}
@@ -82,6 +87,50 @@ def tiny_processor(family: str) -> Any:
         image_processor = hf.SiglipImageProcessorPil(size=square)
         more = {"vision_feature_select_strategy": "full"}
     return hf.LlavaProcessor(image_processor=image_processor, patch_size=14, **options, **more)
+
+
+def _tiled_processor(family: str) -> Any:
+    """A processor whose tiles have 28 × 28 pixels and 4 tokens."""
+    import transformers as hf
+
+    from raysft.models.processor import _without_videos
+
+    tokenizer, size = tiny_tokenizer(), {"height": 28, "width": 28}
+    options: dict[str, Any] = {"tokenizer": tokenizer, "chat_template": TEMPLATE % "<image>"}
+    if family == "llava-next":
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+        image_processor = hf.LlavaNextImageProcessorPil(
+            size={"shortest_edge": 28}, crop_size=size, image_grid_pinpoints=GRIDS
+        )
+        more = {"patch_size": 14, "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
+        return hf.LlavaNextProcessor(image_processor=image_processor, **options, **more)
+    if family == "llava-onevision":
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<video>"]})
+        image_processor = hf.LlavaOnevisionImageProcessorPil(size=size, image_grid_pinpoints=GRIDS)
+        more = {"num_image_tokens": 4, "vision_feature_select_strategy": "full"}
+        return _without_videos(hf.LlavaOnevisionProcessor)(image_processor=image_processor, **options, **more)
+    image_processor = hf.GotOcr2ImageProcessorPil(size=size, crop_to_patches=True, min_patches=1, max_patches=3)
+    if family == "internvl":
+        marks = {
+            "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
+            "video_token": "<video>",
+        }  # fmt: skip
+        tokenizer = with_marks(tokenizer, marks)
+        options = {"tokenizer": tokenizer, "chat_template": TEMPLATE % marks["context_image_token"]}
+        return _without_videos(hf.InternVLProcessor)(image_processor=image_processor, image_seq_length=4, **options)
+    parts = ["START_OF_IMG", "END_OF_IMG", "IMG_PATCH", "IMG_LINE_BREAK"]
+    added = ["<image>", *(f"<|{part}|>" for part in parts), "TILE", "TILE_GLOBAL"]
+    tokenizer.add_special_tokens({"additional_special_tokens": added})
+    return hf.AyaVisionProcessor(image_processor=image_processor, patch_size=14, img_size=28, **options)
+
+
+def with_marks(tokenizer: Any, marks: dict[str, str]) -> Any:
+    """The tokenizer with more special tokens, which have names."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer.add_special_tokens({"additional_special_tokens": list(marks.values())})
+    special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token")}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, extra_special_tokens=marks, **special)
 
 
 def tiny_gemma3(folder: Path, seed: int = 0) -> tuple[Path, Any]:
@@ -133,6 +182,8 @@ def _config(family: str, processor: Any) -> Any:
         tower = {"model_type": "siglip_vision_model", **TOWER}
         strategy = {"vision_feature_select_strategy": "full", "vision_feature_layer": -1}
         return hf.LlavaConfig(vision_config=tower, image_token_index=processor.image_token_id, **strategy, **llama)
+    if family in TILED:
+        return _tiled_config(family, processor.image_token_id, llama, {**text, **untied})
     if family == "idefics3":
         return hf.Idefics3Config(vision_config=TOWER, image_token_id=processor.image_token_id, scale_factor=2, **llama)
     if family == "qwen2-vl":
@@ -143,3 +194,29 @@ def _config(family: str, processor: Any) -> Any:
         return hf.Qwen2_5_VLConfig(text_config=qwen, vision_config=tower, **marks, **untied)
     tower = {**QWEN_TOWER, "patch_size": 16, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
     return hf.Qwen3VLConfig(text_config={**qwen, "head_dim": 16}, vision_config=tower, **marks, **untied)
+
+
+def _tiled_config(family: str, image: int, llama: dict[str, Any], text: dict[str, Any]) -> Any:
+    import transformers as hf
+
+    clip, siglip = ({"model_type": f"{kind}_vision_model", **TOWER} for kind in ("clip", "siglip"))
+    if family == "llava-next":
+        tower = {**clip, "projection_dim": 32}
+        return hf.LlavaNextConfig(vision_config=tower, image_token_index=image, image_grid_pinpoints=GRIDS, **llama)
+    if family == "llava-onevision":
+        tower = {**siglip, "vision_use_head": False}
+        return hf.LlavaOnevisionConfig(
+            vision_config=tower,
+            image_token_index=image,
+            video_token_index=image + 1,
+            image_grid_pinpoints=GRIDS,
+            **llama,
+        )
+    if family == "internvl":
+        tower = {**TOWER, "image_size": [28, 28], "patch_size": [7, 7]}
+        return hf.InternVLConfig(vision_config=tower, image_token_id=image, image_seq_length=4, **llama)
+    cohere = {"model_type": "cohere2", **text, "logit_scale": 0.25, "sliding_window": 512}
+    tower = {**siglip, "patch_size": 7, "vision_use_head": False}
+    return hf.AyaVisionConfig(
+        vision_config=tower, text_config=cohere, image_token_index=image, tie_word_embeddings=False
+    )

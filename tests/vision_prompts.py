@@ -15,6 +15,7 @@ from PIL import Image
 from raysft.data.shards.media_column import MEDIA
 from raysft.data.types import TokenizedMedium
 from raysft.media.files import digest
+from tests.vision_shards import tokens_of_images
 
 SIZES = {"wide": (84, 56), "tall": (32, 90), "small": (28, 28), "other": (61, 47)}
 ASKED: list[list[str]] = [
@@ -53,15 +54,15 @@ def tokenized(
     """Tokens of a question as the processor makes them, and where its pictures stand."""
     names = [part[1:-1] for part in parts if part.startswith("<")]
     asked = conversation(pictures, parts)
+    images = tokens_of_images(processor, [pictures[name] for name in names])
     ids: list[int] = []
     media = []
     for number, piece in enumerate(rendered(processor, pictures, parts).split(processor.image_token)):
         if number:
-            path = pictures[names[number - 1]]
-            alone = processor(text=[processor.image_token], images=[[Image.open(path)]])["input_ids"][0]
-            place = len(ids), len(ids) + len(alone)
+            path, tokens = pictures[names[number - 1]], images[number - 1]
+            place = len(ids), len(ids) + len(tokens)
             media.append(TokenizedMedium("image", str(path), digest(path.read_bytes()), *SIZES[path.stem], *place))
-            ids += alone
+            ids += tokens
         ids += processor.tokenizer.encode(piece, add_special_tokens=False)
     whole = processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=True, return_dict=True)
     assert [ids] == whole["input_ids"]

@@ -72,12 +72,22 @@ def ids_of(processor: Any, seen: Seen) -> tuple[list[int], int]:
     return encode([*prompt, answer]), len(encode(prompt, add_generation_prompt=True))
 
 
+def tokens_of_images(processor: Any, files: Sequence[Path]) -> list[list[int]]:
+    """The tokens that a processor makes of each image of a text with all of them."""
+    if not files:
+        return []
+    made = processor(
+        text=[processor.image_token * len(files)],
+        images=[[Image.open(file).convert("RGB") for file in files]],
+        return_text_replacement_offsets=True,
+    )
+    return [list(processor.tokenizer(each["replacement"])["input_ids"]) for each in made["text_replacement_offsets"][0]]
+
+
 def spans_of(processor: Any, seen: Seen, ids: Sequence[int]) -> list[tuple[int, int]]:
     """Find the tokens that stand for each image."""
     spans, start = [], 0
-    for file in seen.images:
-        made = processor(text=[processor.image_token], images=[[Image.open(file).convert("RGB")]])
-        wanted = list(made["input_ids"][0])
+    for wanted in tokens_of_images(processor, seen.images):
         begins = next(at for at in range(start, len(ids)) if list(ids[at : at + len(wanted)]) == wanted)
         start = begins + len(wanted)
         spans.append((begins, start))

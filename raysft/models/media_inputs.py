@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Sequence
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
-from raysft.models.processor import image_text
+import numpy as np
+
+from raysft.models.processor import differs_alone, image_text
 
 if TYPE_CHECKING:
     import torch
@@ -16,20 +18,37 @@ OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 """What a processor makes of the text."""
 
 
-def media_inputs(processor: Any, images: Sequence[Any]) -> dict[str, Any]:
-    """Make the inputs for some images as the processor does for one text that has them in this order.
+def media_inputs(processor: Any, examples: Iterable[Sequence[Any]], apart: bool = False) -> dict[str, Any]:
+    """Make the inputs for the images of some examples as the processor does.
 
     Args:
         processor: of the model (``models.processor``).
-        images: PIL images in RGB.
+        examples: the PIL images of each, in RGB.
+        apart: give the processor one text for each example, also if it makes the same of one text with all images. Some then give
+            all examples as many images as one has.
 
     Returns:
         Tensors by name: ``pixel_values`` and what else the model takes.
     """
-    made = processor(
-        text=[processor.image_token * len(images)], images=[list(images)], return_tensors="pt", verbose=False
-    )
+    shown = [list(images) for images in examples if images]
+    if not (apart or differs_alone(processor)):
+        shown = [[image for images in shown for image in images]]
+    if len(shown) > 1 and processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.image_token  # the texts must be of one length
+    texts = [processor.image_token * len(images) for images in shown]
+    made = processor(text=texts, images=shown, padding=len(shown) > 1, return_tensors="pt", verbose=False)
     return {name: values for name, values in made.items() if name not in OF_TEXT}
+
+
+def by_example(media: Sequence[Any], position_ids: Any) -> list[list[Any]]:
+    """Return the media of a row (``RowMedium``) example by example.
+
+    Args:
+        media: in order of position.
+        position_ids: [tokens], starting at 0 in each example.
+    """
+    begins = np.flatnonzero(np.asarray(position_ids) == 0)
+    return [list(group) for _, group in groupby(media, lambda medium: np.searchsorted(begins, medium.start, "right"))]
 
 
 def image_tokens(processor: Any, image: Any) -> list[int]:

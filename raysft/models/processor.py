@@ -18,6 +18,8 @@ from raysft.models.fingerprint import TOKENIZER_SUFFIXES
 
 FILES = ("processor_config.json", "preprocessor_config.json")
 """A folder with one of them has a processor beside its tokenizer."""
+NEIGHBOUR = (56, 56)
+"""Pixels of an image that is put beside another one."""
 ROUGH = {"do_rescale": False, "do_normalize": False, "resample": 0}
 """Arguments with which a processor makes pixels of the same number, but other values, in a third of the time."""
 
@@ -97,16 +99,22 @@ def _loaded(files: ProcessorFiles) -> Any:
         return load_processor(folder, files.runs_code)
 
 
-def image_text(processor: Any, width: int, height: int) -> str:
-    """Return the text that a processor puts in place of its token for an image of a size in pixels.
+def image_text(processor: Any, width: int, height: int, beside: bool = False) -> str:
+    """Return the text that a processor puts in place of its token for an image.
+
+    Args:
+        processor: of a model.
+        width: of the image in pixels.
+        height: of the image in pixels.
+        beside: the conversation has other images, too; some processors divide an image into tiles only where it has none.
 
     Raises:
         RequestError: the processor does not say it for any image.
         Exception: whatever the processor raises for an image of this size.
     """
     asked: dict[str, Any] = {
-        "text": [processor.image_token],
-        "images": [_blank([(width, height)])],
+        "text": [processor.image_token * (2 if beside else 1)],
+        "images": [_blank([(width, height), *([NEIGHBOUR] if beside else [])])],
         "return_text_replacement_offsets": True,
         "verbose": False,  # or its tokenizer warns of a text that is long for the model
     }
@@ -121,6 +129,16 @@ def image_text(processor: Any, width: int, height: int) -> str:
             "use another, or data of text alone"
         )
     return places[0][0]["replacement"]
+
+
+@lru_cache(maxsize=2)
+def differs_alone(processor: Any) -> bool:
+    """True if a processor has other tokens for an image that is alone in its conversation than for one beside others."""
+    try:
+        alone, beside = (image_text(processor, *NEIGHBOUR, beside=each) for each in (False, True))
+    except Exception:  # it takes no two images in a text
+        return True
+    return alone != beside
 
 
 def processor_ids(processor: Any, text: str, sizes: Sequence[tuple[int, int]]) -> list[int]:

@@ -67,7 +67,7 @@ def _difference(model: TokenLoss, decoder: Any, processor: Any, device: torch.de
         examples.append(torch.tensor([*range(before), *image, *range(after)], device=device))
         starts.append(before)
     alone = [
-        _alone(decoder, ids[None], start, _to(media_inputs(processor, [picture]), device))
+        _alone(decoder, ids[None], start, _to(media_inputs(processor, [[picture]]), device))
         for ids, start, picture in zip(examples, starts, pictures, strict=True)
     ]
     rows = [[0, 1], [1, 0]] if packed else [[0], [1]]
@@ -84,7 +84,7 @@ def _difference(model: TokenLoss, decoder: Any, processor: Any, device: torch.de
             places.append((index, begin, number))
             begin = end
         position_ids[index, begin:] = torch.arange(width - begin, device=device)
-    images = media_inputs(processor, [pictures[number] for _, _, number in places])
+    images = media_inputs(processor, [[pictures[number]] for _, _, number in places])
     if has_planes(decoder):
         of_rows = [
             [begin + starts[number] for index, begin, number in places if index == row] for row in range(len(rows))

@@ -17,7 +17,7 @@ from raysft.errors import one_line
 from raysft.media.files import Unreadable
 from raysft.media.images import open_image, resized
 from raysft.models.attention import without_adapters
-from raysft.models.media_inputs import has_planes, media_inputs, rope_planes
+from raysft.models.media_inputs import by_example, has_planes, media_inputs, rope_planes
 from raysft.train.faults import BadImage
 from raysft.train.job import Batch
 from raysft.train.phases import Phases
@@ -49,10 +49,14 @@ class ImageInputs:
         Raises:
             BadImage: one cannot be used.
         """
-        rows = zip(microbatch["row"].tolist(), microbatch["media"], strict=True)
-        opened = [_opened(medium, row, source) for row, media in rows for medium in media]
+        rows = zip(microbatch["row"].tolist(), microbatch["media"], microbatch["position_ids"], strict=True)
+        examples = [
+            [_opened(medium, row, source) for medium in of_example]
+            for row, media, positions in rows
+            for of_example in by_example(media, positions)
+        ]
         try:
-            images = media_inputs(self._processor, opened)
+            images = media_inputs(self._processor, examples)
         except Exception as error:  # of any type: the processor decides
             files = ", ".join(dict.fromkeys(medium.location for media in microbatch["media"] for medium in media))
             raise BadImage(f"the model's processor cannot use one of {files:.500} ({one_line(error)})") from error

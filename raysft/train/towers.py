@@ -12,6 +12,7 @@ from raysft.errors import RunFailed
 from raysft.models.attention import without_adapters
 from raysft.models.media_inputs import kinds_argument, media_inputs
 from raysft.models.model_parts import part_of
+from raysft.models.processor import NEIGHBOUR
 from raysft.train.objective import embedding_noise
 
 FEATURES = ("pooler_output", "deepstack_features")
@@ -97,7 +98,7 @@ def changed_embeddings(
 def _blank(processor: Any) -> dict[str, torch.Tensor]:
     from PIL import Image
 
-    return media_inputs(processor, [Image.new("RGB", (56, 56))])
+    return media_inputs(processor, [[Image.new("RGB", NEIGHBOUR)]])
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:

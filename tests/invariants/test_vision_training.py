@@ -20,7 +20,7 @@ from raysft.train import loss
 from raysft.train.loss import TokenLoss
 from raysft.train.pixels import ImageInputs, Pixels
 from raysft.train.step import microbatches
-from tests.tiny_vision import FAMILIES, tiny_gemma3, tiny_processor, tiny_vision_model
+from tests.tiny_vision import FAMILIES, TILED, tiny_gemma3, tiny_processor, tiny_vision_model
 from tests.training import Case, Result, adamw, assert_same, make_config, train_all
 from tests.vision_shards import Seen, draw, ids_of, questions, written_with_images
 
@@ -104,13 +104,13 @@ OTHERS = {
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory) -> dict[str, Family]:
-    return {name: make_family(tmp_path_factory.mktemp(name), name) for name in FAMILIES}
+    return {name: make_family(tmp_path_factory.mktemp(name), name) for name in (*FAMILIES, *TILED)}
 
 
 @pytest.fixture(scope="module")
 def trained(families) -> dict[tuple[str, str], Result]:
     """(family, way) → its training with one worker."""
-    cases = {(name, way): case(families[name], **WAYS[way]) for name in FAMILIES for way in WAYS}
+    cases = {(name, way): case(families[name], **WAYS[way]) for name in (*FAMILIES, *TILED) for way in WAYS}
     cases |= {(name, way): case(families[name], **OTHERS[way]) for name in SOME for way in OTHERS}
     return dict(zip(cases, train_all(list(cases.values())), strict=True))
 
@@ -161,10 +161,10 @@ def plain_training(
 
 
 def is_language(name: str) -> bool:
-    return not any(part in name for part in ("vis", "projector", "connector"))
+    return not any(part in name for part in ("vis", "projector", "connector", "newline"))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *TILED])
 def test_training_equals_a_plain_loop_over_the_processors_batches(families, trained, name):
     result, family = trained[name, "full"], families[name]
     assert not result.failure
@@ -180,7 +180,7 @@ def test_training_equals_a_plain_loop_over_the_processors_batches(families, trai
         np.testing.assert_allclose(value.detach().numpy(), expected, rtol=1e-5, atol=1e-5, err_msg=weight)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *TILED])
 def test_the_way_it_is_split_changes_nothing(trained, name):
     result, full = trained[name, "rows one by one"], trained[name, "full"]
     assert not result.failure

@@ -29,13 +29,13 @@ from raysft.data.tokenization.tokenizer import Tokenizer
 from raysft.data.types import IGNORE_INDEX, MEDIUM, Example, Medium, Message, Rejected, TokenizedMedium
 from raysft.errors import RequestError
 from raysft.media.files import read
-from raysft.models.processor import _without_videos, image_text, load_processor
+from raysft.models.processor import differs_alone, image_text, load_processor
 from raysft.models.tokenizer import load_tokenizer
 from raysft.run.source_plan import plan_sources
 from raysft.storage.path import StoragePath
 from tests.shards import data_config, example_tokenizer, the_set, tokenize_options, write_records, written
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
-from tests.tiny_vision import FAMILIES, QWEN_IMAGE, TEMPLATE, tiny_processor
+from tests.tiny_vision import FAMILIES, QWEN_IMAGE, TEMPLATE, TILED, tiny_processor
 
 Part = str | tuple[int, int]
 """A text, or the width and height of an image."""
@@ -135,9 +135,9 @@ def answers(folder: Path, item: TokenizedExample) -> str:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("families")
-    for family in FAMILIES:
+    for family in (*FAMILIES, *TILED):
         tiny_processor(family).save_pretrained(folder / family)
-    return {family: folder / family for family in FAMILIES}
+    return {family: folder / family for family in (*FAMILIES, *TILED)}
 
 
 def changed(folder: Path, family: str, template: str | None = None, bos: bool = False) -> Path:
@@ -157,7 +157,7 @@ def changed(folder: Path, family: str, template: str | None = None, bos: bool = 
 
 
 @pytest.mark.parametrize("chat", CHATS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *TILED])
 def test_tokens_are_those_of_the_processor_and_only_answers_are_trained(folders, family, chat):
     turns = CHATS[chat]
     (item,) = tokenize(folders[family], example(turns), with_prompts=True)
@@ -364,23 +364,37 @@ def test_a_size_that_the_processor_refuses_is_rejected_with_its_file(folders):
     assert rejected.reason.startswith("6000x20.png: the processor refuses an image of 6000 × 20 pixels")
 
 
-def test_images_that_have_fewer_tokens_beside_others_are_refused(tmp_path):
+@pytest.mark.parametrize("family", [*FAMILIES, *TILED])
+def test_a_processor_tells_an_image_alone_from_one_beside_others(folders, family):
+    assert differs_alone(load_processor(folders[family])) == (family == "llava-onevision")
+
+
+@pytest.mark.parametrize("on_overflow", ["truncate", "split"])
+def test_a_cut_leaves_no_image_alone_that_has_the_tokens_of_one_beside_others(folders, on_overflow):
     """LLaVA-OneVision divides an image that is alone in its conversation into tiles, and no other."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<video>"]})
-    tiles: list[list[int]] = [[28, 56], [56, 28], [56, 56]]
-    images = hf.LlavaOnevisionImageProcessorPil(size={"height": 28, "width": 28}, image_grid_pinpoints=tiles)
-    _without_videos(hf.LlavaOnevisionProcessor)(
-        image_processor=images, tokenizer=tokenizer, num_image_tokens=4, vision_feature_select_strategy="full",
-        chat_template=TEMPLATE % "<image>",
-    ).save_pretrained(tmp_path)  # fmt: skip
-    one = example([("user", [(56, 28), "What is it?"]), ("assistant", ["A line."])])
-    two = example([("user", [(56, 28), (28, 56), "What are they?"]), ("assistant", ["Lines."])])
-    tokens = example_tokenizer(str(tmp_path))
-    (made,) = tokens([one])
-    assert isinstance(made, TokenizedExample)
-    with pytest.raises(RequestError, match="LlavaOnevisionProcessor makes other tokens of conversations with images"):
-        list(tokens([two]))
+    chat = [("user", [(56, 28), "One."]), ("assistant", ["Yes, it is."])] * 2
+    (whole,) = tokenize(folders["llava-onevision"], example(chat))
+    first, second = whole.media
+    assert (first.stop - first.start, second.stop - second.start) == (5, 5)
+    options: dict[str, Any] = {"on_overflow": on_overflow, "sequence_length": second.start + 1}
+    (dropped,) = example_tokenizer(str(folders["llava-onevision"]), **options)([example(chat)])
+    assert isinstance(dropped, Overflow)
+    assert dropped.rejected.reason.endswith("an image that is left alone by a cut would have other tokens")
+    pieces = tokenize(folders["llava"], example(chat), **options)
+    assert {len(piece.media) for piece in pieces} == {1}
+    with_both = {"on_overflow": "truncate", "sequence_length": len(whole.input_ids) - 2}
+    (shorter,) = tokenize(folders["llava-onevision"], example(chat), **with_both)
+    assert len(shorter.media) == 2
+
+
+def test_a_processor_that_does_more_than_to_put_texts_in_place_of_images_is_refused(tmp_path):
+    """PaliGemma's writes a token behind the images and ends the text with a line break."""
+    images: Any = hf.SiglipImageProcessorPil(size={"height": 28, "width": 28})
+    images.image_seq_length = 4
+    made = hf.PaliGemmaProcessor(images, tiny_tokenizer(), chat_template=TEMPLATE % "<image>")
+    made.save_pretrained(tmp_path)
+    with pytest.raises(RequestError, match="PaliGemmaProcessor makes other tokens of conversations with images"):
+        list(example_tokenizer(str(tmp_path))([example(CHATS["alone"])]))
 
 
 def test_a_processor_that_does_not_say_which_tokens_an_image_has_is_refused_and_no_record_is_blamed(tmp_path):

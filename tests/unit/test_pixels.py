@@ -25,7 +25,14 @@ def batch(numbers: list[int], shown: bool = True) -> dict[str, np.ndarray]:
     """Rows of which each may have an image."""
     media = np.empty(len(numbers), object)
     media[:] = [(RowMedium("image", "a.png", "", 1, 1, 0, 1),) if shown else () for _ in numbers]
-    return {"row": np.array(numbers), "tokens": np.full(len(numbers), 8), "media": media}
+    ids = np.tile(np.arange(8), (len(numbers), 1))
+    return {
+        "row": np.array(numbers),
+        "tokens": np.full(len(numbers), 8),
+        "input_ids": ids,
+        "position_ids": ids,
+        "media": media,
+    }
 
 
 class Maker:
@@ -128,9 +135,23 @@ def test_images_are_brought_to_the_size_that_was_tokenized(tmp_path):
     (file,) = draw(tmp_path, 1, [(100, 50)])
     rows = batch([5])
     rows["media"][0] = (RowMedium("image", str(file), "", 56, 28, 0, 2, content=file.read_bytes()),)
-    rows["input_ids"] = rows["position_ids"] = np.arange(8)[None]
     made = ImageInputs(tiny_processor("qwen2.5-vl"), _Model())(next(iter(cut(rows, 1))), _Source())
     assert made["images"]["image_grid_thw"].tolist() == [[1, 2, 4]]  # patches of 14 pixels
+
+
+def test_images_of_a_row_are_made_example_by_example(tmp_path):
+    """LLaVA-OneVision divides an image that is alone in its example into tiles, wherever others stand in the row."""
+    (file,) = draw(tmp_path, 1, [(56, 28)])
+    rows = batch([5])
+    starts = (1, 2, 4, 6)
+    rows["position_ids"] = np.array([[0, 1, 2, 3, 0, 1, 0, 1]])
+    rows["media"][0] = tuple(
+        RowMedium("image", str(file), "", 56, 28, start, start + 1, content=file.read_bytes()) for start in starts
+    )
+    made = ImageInputs(tiny_processor("llava-onevision"), _Model())(rows, _Source())["images"]
+    assert made["batch_num_images"].tolist() == [2, 1, 1]
+    tiles = [int((tile != 0).any(-1).any(-1).any(-1).sum()) for tile in made["pixel_values"]]
+    assert tiles == [1, 1, 3, 3]  # the whole image, and two tiles
 
 
 def test_images_that_the_processor_cannot_use_are_named(tmp_path):

@@ -46,18 +46,22 @@ class ImageTexts:
         self.checked: set[bool] = set()  # with one image (False), with several (True)
         self.text_of_size = lru_cache(CACHED_SIZES)(self._text_of_size)
 
-    def _text_of_size(self, width: int, height: int) -> str:
-        return image_text(self.processor.files.load(), width, height)
+    def _text_of_size(self, width: int, height: int, beside: bool) -> str:
+        return image_text(self.processor.files.load(), width, height, beside)
 
-    def of(self, medium: Medium) -> str:
+    def of(self, medium: Medium, beside: bool) -> str:
         """Return the text that stands for an image: its size decides it.
+
+        Args:
+            medium: the image.
+            beside: True if its conversation has others.
 
         Raises:
             ValueError: the processor refuses an image of this size.
             RequestError: the processor cannot be loaded.
         """
         try:
-            return self.text_of_size(medium.width, medium.height)
+            return self.text_of_size(medium.width, medium.height, beside)
         except RequestError:
             raise
         except Exception as error:  # of any type: the processor's code raises it
@@ -88,9 +92,13 @@ class ImageTexts:
             )
         self.checked.add(several)
 
-    def written(self, medium: Medium, words: ImageWords) -> str:
-        """Return all that is written for an image: its text, with the tags that the template puts around it."""
-        return words.words.replace(words.token, self.of(medium))
+    def written(self, media: Sequence[Medium], words: ImageWords) -> list[str]:
+        """Return all that is written for each image of a conversation: its text, with the tags that the template puts around it."""
+        return [words.words.replace(words.token, self.of(medium, len(media) > 1)) for medium in media]
+
+    def differ_alone(self, media: Sequence[Medium]) -> bool:
+        """True if an image of a conversation with several would have another text if it were the only one."""
+        return any(self.of(medium, True) != self.of(medium, False) for medium in media)
 
 
 def write_media(

@@ -20,13 +20,16 @@ from raysft.data.tokenization.turn_ends import truncate_observations
 from raysft.data.types import IGNORE_INDEX, Rejected, TokenizedMedium
 
 
-def fit_to_row(example: TokenizedExample, turns: Sequence[Span], options: TokenizeOptions) -> Iterator[TokenizeResult]:
+def fit_to_row(
+    example: TokenizedExample, turns: Sequence[Span], options: TokenizeOptions, differ_alone: bool = False
+) -> Iterator[TokenizeResult]:
     """Yield an example if it fits into a row, else what ``data.on_overflow`` makes of it.
 
     Args:
         example: a tokenized example.
         turns: [start, end) in tokens of each assistant turn.
         options: they decide what happens to a longer example.
+        differ_alone: one of its images would have other tokens if it were the only one.
     """
     tokens = len(example.input_ids)
     largest = max(example.media, key=lambda medium: medium.stop - medium.start, default=None)
@@ -48,7 +51,13 @@ def fit_to_row(example: TokenizedExample, turns: Sequence[Span], options: Tokeni
         fitted = _split(example, options.sequence_length)
     else:
         fitted = [_truncate(example, turns, options)]
-    if fitted and fitted[0].loss_tokens:
+    if differ_alone and any(len(piece.media) == 1 < len(example.media) for piece in fitted):
+        reason = (
+            f"{tokens} tokens do not fit into data.sequence_length={options.sequence_length}, and an image that is left alone by a "
+            "cut would have other tokens"
+        )
+        yield Overflow(Rejected(example.source, example.record, reason), tokens)
+    elif fitted and fitted[0].loss_tokens:
         yield from fitted
     else:
         yield Rejected(example.source, example.record, "contains no token to train on")

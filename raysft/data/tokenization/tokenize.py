@@ -222,7 +222,7 @@ class ExampleTokenizer:
             )
         if not media:
             return None
-        written = [self.images.written(medium, template.images) for medium in media]
+        written = self.images.written(media, template.images)
         return Written(*write_media(rendered.text, rendered.spans, written))
 
     def _with_system(self, template: ChatTemplate, messages: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -274,7 +274,13 @@ class ExampleTokenizer:
         if example.unanswered:
             yield _prompt_alone(tokenized)
         else:
-            yield from fit_to_row(tokenized, turns, self.options)
+            differ_alone = self._differ_alone(tokenized, media_of(example.messages))
+            yield from fit_to_row(tokenized, turns, self.options, differ_alone)
+
+    def _differ_alone(self, tokenized: TokenizedExample, media: Sequence[Medium]) -> bool:
+        """True if an example is longer than a row and one of its images would have other tokens if it were the only one."""
+        longer = len(tokenized.input_ids) > self.options.sequence_length
+        return longer and len(media) > 1 and self.images is not None and self.images.differ_alone(media)
 
     def _asked(self, item: _Prepared) -> _Prepared | Rejected:
         """Let a stand-in answer the last turn of a conversation that ends with a question or the result of a call."""
@@ -300,7 +306,7 @@ class ExampleTokenizer:
             if prompt.count(MEDIUM) != len(media):
                 reason = f"the chat template writes {prompt.count(MEDIUM)} of {len(media)} images into the prompt"
                 return Rejected(tokenized.source, tokenized.record, f"{reason}; set another model.chat_template")
-            text, _, places = write_media(prompt, (), [self.images.written(each, template.images) for each in media])
+            text, _, places = write_media(prompt, (), self.images.written(media, template.images))
         if item.escaped:
             encoded = self._encode_escaped(text, places)
         elif places:

@@ -16,7 +16,7 @@ from raysft.data.types import TokenizedMedium
 from raysft.media.files import Unreadable, read
 from raysft.media.images import open_image, resized
 from raysft.models.adapter_files import adapter_base
-from raysft.models.media_inputs import OF_TEXT, media_inputs
+from raysft.models.media_inputs import media_inputs
 from raysft.models.processor import has_processor, image_text, load_processor
 
 READERS = 4
@@ -80,12 +80,7 @@ class ImageInputs:
 
     def _made(self, images: list[list[Any]]) -> dict[str, Any]:
         """Return what the model takes for prompts with these images."""
-        processor = self.processor
-        if not self._by_row:
-            return media_inputs(processor, [image for of_prompt in images for image in of_prompt])
-        texts = [processor.image_token * len(of_prompt) for of_prompt in images]
-        made = processor(text=texts, images=images, padding=True, return_tensors="pt")
-        return {name: values for name, values in made.items() if name not in OF_TEXT}
+        return media_inputs(self.processor, images, apart=self._by_row)
 
     def token_types(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return which tokens of [rows, tokens] stand for an image, if the processor makes that."""
@@ -131,7 +126,7 @@ def opened(medium: TokenizedMedium) -> Any:
 
 
 def kept_media(
-    prompt: Sequence[int], kept: Sequence[int], media: Sequence[TokenizedMedium]
+    prompt: Sequence[int], kept: Sequence[int], media: Sequence[TokenizedMedium], differs_alone: bool = False
 ) -> tuple[Sequence[int], list[TokenizedMedium]]:
     """Cut a prompt whose beginning was cut again if that left a part of an image; returns its tokens and images.
 
@@ -139,6 +134,7 @@ def kept_media(
         prompt: the whole prompt.
         kept: its tail.
         media: images of the whole prompt.
+        differs_alone: an image that is left alone would have other tokens, so that it goes as well.
 
     >>> picture = TokenizedMedium("image", "a.png", "", 8, 8, start=1, stop=3)
     >>> kept_media([5, 9, 9, 6, 7], [9, 6, 7], [picture])
@@ -147,6 +143,8 @@ def kept_media(
     cut = max(0, len(prompt) - len(kept))
     cut = next((each.stop for each in media if each.start < cut < each.stop), cut)
     whole = [each for each in media if each.start >= cut]
+    if differs_alone and len(whole) == 1 < len(media):
+        cut, whole = whole[0].stop, []
     return prompt[cut:], [replace(each, start=each.start - cut, stop=each.stop - cut) for each in whole]
 
 
@@ -166,18 +164,19 @@ class ImageWords:
         """Return a prompt with one token in place of those that stand for an image; tags around these stay."""
         tokens, end = [], 0
         for each in media:
-            tokens += [*prompt[end : each.start], *self._written(list(prompt[each.start : each.stop]), each)]
+            written = self._written(list(prompt[each.start : each.stop]), each, len(media) > 1)
+            tokens += [*prompt[end : each.start], *written]
             end = each.stop
         return [*tokens, *prompt[end:]]
 
-    def _written(self, tokens: list[int], medium: TokenizedMedium) -> list[int]:
-        made = self._of_size(medium.width, medium.height)
+    def _written(self, tokens: list[int], medium: TokenizedMedium, beside: bool) -> list[int]:
+        made = self._of_size(medium.width, medium.height, beside)
         starts = (at for at in range(len(tokens) - len(made) + 1) if tokens[at : at + len(made)] == made)
         start = next(starts, None)
         return [self._token] if start is None else [*tokens[:start], self._token, *tokens[start + len(made) :]]
 
-    def _tokens(self, width: int, height: int) -> list[int]:
-        text = image_text(self._processor, width, height)
+    def _tokens(self, width: int, height: int, beside: bool) -> list[int]:
+        text = image_text(self._processor, width, height, beside)
         return self._processor.tokenizer.encode(text, add_special_tokens=False)
 
 

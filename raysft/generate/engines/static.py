@@ -18,6 +18,7 @@ from raysft.generate.engines.media import PIXEL_BYTES, BatchImages, ImageInputs,
 from raysft.generate.engines.roomy_cache import ROOM, token_bytes
 from raysft.generate.engines.sampling import RowLimits, RowSampling, uniform_numbers
 from raysft.generate.engines.shrinking import can_shrink, grow, mask_of, padded, reading_groups, trial
+from raysft.models.processor import differs_alone
 from raysft.storage.local_cache import model_copy
 
 TRIAL_TOKENS = 8
@@ -78,7 +79,8 @@ class TransformersEngine(ModelEngine):
         kept = [self._fit(prompt) for prompt in prompts]
         if not any(media):
             return kept, ()
-        whole = [kept_media(*each) for each in zip(prompts, kept, media, strict=True)]
+        alone = differs_alone(self._images.processor)
+        whole = [kept_media(*each, alone) for each in zip(prompts, kept, media, strict=True)]
         return [self._fit(tokens) for tokens, _ in whole], [images for _, images in whole]
 
     def _images_of(
