@@ -82,6 +82,12 @@ def whole_modules(model: nn.Module, wanted: Part) -> list[str]:
     return list(inside("", model))
 
 
+def loose_weights(model: nn.Module, wanted: Part) -> list[str]:
+    """Return the names of the weights of a part that lie in none of its ``whole_modules``, as LLaVA-NeXT's ``image_newline``."""
+    part, modules = part_of(model), tuple(f"{name}." for name in whole_modules(model, wanted))
+    return [name for name, _ in model.named_parameters() if part(name) == wanted and not name.startswith(modules)]
+
+
 def keep_exact(quantization: Any, hf_config: Any, kind: Any, runs_code: bool = False) -> None:
     """Let bitsandbytes quantize the language model alone.
 

@@ -9,6 +9,7 @@ from raysft.config import Config
 from raysft.errors import RequestError
 from raysft.models.architecture import read_hf_config
 from raysft.models.model_class import auto_class, loaded_config
+from raysft.models.model_parts import loose_weights
 from raysft.models.quantization import check_method, is_in_8_bits, method_of, quantization_config
 from raysft.storage import hub_snapshots
 from raysft.storage.local_cache import local_copy
@@ -20,7 +21,7 @@ def check_model(config: Config, model: str, notify: Callable[[str], None] = lamb
     Args:
         config: the run's config.
         model: folder or hub id.
-        notify: receives a line about a setting of the model that is ignored.
+        notify: receives a line about a setting of the model that is ignored, and about weights that stay frozen.
 
     Returns:
         The model's configuration.
@@ -51,8 +52,20 @@ def check_model(config: Config, model: str, notify: Callable[[str], None] = lamb
         import torch
 
         with torch.device("meta"):
-            check_names(auto_class(expanded).from_config(expanded, trust_remote_code=config.model.runs_code), config)
+            whole = auto_class(expanded).from_config(expanded, trust_remote_code=config.model.runs_code)
+            if config.model.adapter is not None and "projector" in config.model.train_parts:
+                _tell_frozen(whole, config, notify)
+            check_names(whole, config)
     return hf_config
+
+
+def _tell_frozen(model: Any, config: Config, notify: Callable[[str], None]) -> None:
+    """Name the weights of the projector that no module of peft's can hold."""
+    if frozen := loose_weights(model, "projector"):
+        notify(
+            f"model.train_parts names projector, but {', '.join(frozen):.200} stays frozen: adapters train whole modules, and it "
+            f"lies in none of the projector; to train it, set model.finetuning to full or freeze, not {config.model.finetuning}"
+        )
 
 
 def check_positions(config: Config, hf_config: Any) -> None:

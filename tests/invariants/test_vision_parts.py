@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 
 from raysft.models.model_parts import part_of
 from tests.invariants.test_vision_training import STEPS, Family, case, make_family, plain_training
-from tests.tiny_vision import FAMILIES
+from tests.tiny_vision import FAMILIES, TILED
 from tests.training import Case, Result, assert_same, train_all
 
 PARTS = {
@@ -28,7 +29,7 @@ def parts_case(family: Family, parts: list[str], **options: Any) -> Case:
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory) -> dict[str, Family]:
-    return {name: make_family(tmp_path_factory.mktemp(name), name) for name in FAMILIES}
+    return {name: make_family(tmp_path_factory.mktemp(name), name) for name in (*FAMILIES, *TILED)}
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +47,12 @@ def trained(families, tmp_path_factory) -> dict[tuple[str, str], tuple[Result, C
         saved = parts_case(families[name], ["projector"], save_every_steps=1)
         cases[name, "saved"] = replace(saved, keep=kept / name)
         cases[name, "resumed"] = replace(saved, resume=kept / name / f"checkpoint_{STEPS - 1}")
+    cases |= {(name, "all"): parts_case(families[name], PARTS["all"]) for name in TILED}
     results = train_all(list(cases.values()))
     return {key: (result, cases[key]) for key, result in zip(cases, results, strict=True)}
 
 
-@pytest.mark.parametrize("way", PARTS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "way"), [*product(FAMILIES, PARTS), *product(TILED, ["all"])])
 def test_training_equals_a_plain_loop_and_the_rest_stays(families, trained, name, way):
     result, _ = trained[name, way]
     assert not result.failure

@@ -12,6 +12,7 @@ from raysft.config.conflicts import refuse_conflicts
 from raysft.errors import RequestError
 from raysft.models.model_parts import part_of, whole_modules
 from raysft.run.trained_parts import check_images
+from raysft.train.check_model import check_model
 from raysft.train.finetuning import check_names, load_model
 from tests.shards import the_set, written
 from tests.tiny import tiny_model
@@ -87,6 +88,25 @@ def test_adapters_are_on_the_parts_and_the_projector_is_whole(folders, family, w
     for name in trained:
         whole = ".modules_to_save." in name
         assert whole == (expected_part(family, name) == "projector"), name
+
+
+@pytest.mark.parametrize(
+    ("family", "loose"), [("llava-next", ["model.image_newline"]), ("internvl", []), ("idefics3", [])]
+)
+def test_what_adapters_leave_frozen_of_the_projector_is_told(tmp_path, family, loose):
+    folder, said = tiny_vision_model(tmp_path / "model", family), []
+    config = config_of(folder, finetuning="lora", train_parts=["language", "projector"])
+    short = {"data.sequence_length": 512}
+    check_model(with_overrides(config, short), str(folder), said.append)
+    model = load_model(config, str(folder))
+    trained = {name.replace(".modules_to_save.default", "") for name in trained_of(model)}
+    whole = load_model(config_of(folder, finetuning="full", train_parts=["projector"]), str(folder))
+    assert {each for each in trained_of(whole) if f"base_model.model.{each}" not in trained} == set(loose)
+    expected = f"model.train_parts names projector, but {', '.join(loose)} stays frozen: "
+    assert [line.startswith(expected) for line in said] == [True] * len(loose)
+    for other in ({"finetuning": "full", "train_parts": ["projector"]}, {"finetuning": "lora"}):
+        check_model(with_overrides(config_of(folder, **other), short), str(folder), said.append)
+    assert len(said) == len(loose)
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2.5-vl"])
