@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from raysft.data.shards.manifest import Manifest, Shard, load_manifest, save_manifest
+from raysft.data.shards.media_column import MEDIA
 from raysft.data.types import IGNORE_INDEX
 from raysft.media.files import digest
 from raysft.storage.path import StoragePath
@@ -109,20 +110,19 @@ def written_with_images(folder: Path, processor: Any, examples: Sequence[Seen], 
                 "height": Image.open(file).size[1],
                 "start": start,
                 "stop": stop,
+                "size": file.stat().st_size,
             }
             for file, (start, stop) in zip(seen.images, spans_of(processor, seen, ids), strict=True)
         ]
         labels = [IGNORE_INDEX] * prompt + ids[prompt:]
         rows.append({"input_ids": ids, "labels": labels, "source": name, "record": f"f:{number + 1}", "media": media})
-    kinds = [(key, pa.string()) for key in ("kind", "location", "digest")]
-    numbers = [(key, pa.int32()) for key in ("width", "height", "start", "stop")]
     schema = pa.schema(
         [
             ("input_ids", pa.list_(pa.int32())),
             ("labels", pa.list_(pa.int32())),
             ("source", pa.string()),
             ("record", pa.string()),
-            ("media", pa.list_(pa.struct([*kinds, *numbers]))),
+            ("media", MEDIA),
         ]
     )
     table = pa.Table.from_pylist(rows, schema)

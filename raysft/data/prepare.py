@@ -14,6 +14,7 @@ from raysft.data.rows.packed_dataset import PackedDataset
 from raysft.data.rows.row_plan import MAX_PLANNED, Layout
 from raysft.data.shards.build import build_shards
 from raysft.data.shards.manifest import Manifest
+from raysft.data.shards.media_files import check_media_files
 from raysft.data.shards.openings import HeldOut
 from raysft.data.shards.ray_pipeline import Notify
 from raysft.data.shards.shard_set import ShardSet, Split, resolve_shard_set
@@ -55,6 +56,7 @@ def prepare(config: Config, model: str, notify: Notify = lambda line: None) -> P
     ]
     sets = [*train, *evaluation.values(), *prompts]
     manifests = _build(config, sets, model, config.model.runs_code, notify)
+    check_media_files(manifests[: len(train) + len(evaluation)])  # a prompt whose image is gone fails alone
     prepared = _plan_rows(config, train, list(evaluation.values()), manifests)
     prompts = tuple(manifests[len(train) + len(evaluation) :])
     return replace(prepared, prompts=prompts, missing_tokens=_missing_tokens(config, model))
@@ -143,6 +145,7 @@ def prepare_evaluation(
         for source, split in evaluation_sets(config, held_out)
     ]
     manifests = _build(config, sets, model, runs_code, notify)
+    check_media_files(manifests)
     return manifests, _evaluation_rows(config, sets, manifests)
 
 

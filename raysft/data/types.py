@@ -33,6 +33,8 @@ class Medium:
     width: int = 0
     """Pixels of the image that the processor is given: turned as its file says, and scaled to the limits of the config."""
     height: int = 0
+    size: int = 0
+    """Bytes of the encoded file."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class TokenizedMedium:
     """First of its tokens: in the example or the prompt, and after packing in the row."""
     stop: int
     """The token after its last."""
+    size: int = 0
+    """Bytes of the encoded file."""
 
 
 @dataclass(frozen=True)

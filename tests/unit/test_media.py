@@ -21,7 +21,7 @@ from PIL import Image
 from raysft.config import Source
 from raysft.config.conflicts import refuse_conflicts
 from raysft.data.prepare import prepare
-from raysft.data.shards import ray_pipeline
+from raysft.data.shards import media_files, ray_pipeline
 from raysft.data.shards.build import build_shards
 from raysft.data.shards.parts import kept_parts
 from raysft.data.shards.shard_set import resolve_shard_set
@@ -85,7 +85,7 @@ def test_a_relative_path_begins_where_the_data_file_lies(tmp_path, options):
     (tmp_path / "sub").mkdir()
     place = tmp_path / "sub" / "ä b.png"
     place.write_bytes(picture())
-    expected = Medium("image", str(place), digest=files.digest(picture()), width=20, height=12)
+    expected = Medium("image", str(place), digest=files.digest(picture()), width=20, height=12, size=len(picture()))
     for name in ("sub/ä b.png", str(place), f"file://{tmp_path}/sub/%C3%A4%20b.png"):
         assert media(example(name), options, tmp_path) == [expected]
         assert files.read(expected.location, expected.digest) == picture()
@@ -99,7 +99,7 @@ def test_bytes_of_records_become_files_of_the_cache_by_their_hash(tmp_path, opti
     name = files.digest(picture())
     found = media(example({"bytes": picture(), "path": "x.png"}, url), options, tmp_path)
     place = Path(options.cache) / name[:2] / name
-    assert found == [Medium("image", str(place), digest=name, width=20, height=12)] * 2
+    assert found == [Medium("image", str(place), digest=name, width=20, height=12, size=len(picture()))] * 2
     assert place.read_bytes() == picture()
     assert [path for path in Path(options.cache).rglob("*") if path.is_file()] == [place]
 
@@ -521,6 +521,60 @@ def test_many_questions_in_the_same_words_are_held_out_by_their_images(tmp_path,
     write_records(tmp_path / "a.jsonl", [asked(f"{number}.png") for number in range(60)])
     prepared = prepare(data_config(tmp_path, holdout=10), str(sighted))
     assert [len(manifest) for manifest in (*prepared.train, *prepared.eval)] == [50, 10]
+
+
+@pytest.mark.parametrize("change", ["missing", "other"])
+@pytest.mark.parametrize("kind", ["train", "eval"])
+def test_an_image_that_changed_is_found_before_the_run_begins(tmp_path, sighted, kind, change):
+    """Of a set that is tokenized already; one that looks the same is found when it is read."""
+    for number in range(5):
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+    records = [asked(f"{number % 5}.png", {"role": "user", "content": str(number)}) for number in range(10)]
+    write_records(tmp_path / "a.jsonl", records)
+    write_records(tmp_path / "b.jsonl", [asked("data:image/png;base64," + b64encode(picture(9)).decode())])
+    paths = {name: {"name": name, "path": str(tmp_path / f"{name}.jsonl")} for name in ("a", "b")}
+    seen, other = ("a", "b") if kind == "train" else ("b", "a")
+    config = data_config(tmp_path, train=[paths[seen]], eval=[paths[other]])
+    for _ in range(2):
+        prepare(config, str(sighted))
+    (tmp_path / "4.png").touch()
+    prepare(config, str(sighted))
+    for number in (3, 1):
+        place = tmp_path / f"{number}.png"
+        place.unlink() if change == "missing" else place.write_bytes(picture(0, (30, 30)))
+    reason = "is not there any more" if change == "missing" else "has changed since it was tokenized"
+    named = rf"^a: \S*a\.jsonl:2: {tmp_path}/1\.png: {reason} \(and 1 more of 5 images\); restore it, or set another data\.cache"
+    with pytest.raises(RequestError, match=named):
+        prepare(config, str(sighted))
+    for number in (3, 1):
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+    prepare(config, str(sighted))
+    (kept,) = [path for path in (tmp_path / "cache" / "media").rglob("*") if path.is_file()]
+    kept.unlink()
+    with pytest.raises(RequestError, match=rf"^b: \S*b\.jsonl:1: {kept}: is not there any more; restore it"):
+        prepare(config, str(sighted))
+
+
+def test_of_very_many_images_and_of_those_in_an_object_store_some_are_looked_at(tmp_path, sighted, monkeypatch):
+    looked = list[str]()
+    monkeypatch.setattr(media_files, "status", lambda location: (looked.append(location), files.status(location))[1])
+    monkeypatch.setattr(ray_pipeline, "SHARD_RECORDS", 2)
+    monkeypatch.setattr(media_files, "MOST", 4)
+    monkeypatch.setattr(media_files, "MOST_REMOTE", 3)
+    with s3_server() as server:
+        for number in range(12):
+            (tmp_path / f"{number}.png").write_bytes(picture(number))
+            StoragePath.of(server.uri(f"{number}.png")).write_bytes(picture(number))
+        write_records(tmp_path / "a.jsonl", [asked(f"{number}.png") for number in range(12)])
+        for folder, wanted in ((tmp_path, {0, 1, 6, 7}), (StoragePath.of(server.uri("")), {0, 6})):
+            config = data_config(tmp_path, media_dir=str(folder) if folder == tmp_path else folder.location)
+            for _ in range(2):
+                looked.clear()
+                prepare(config, str(sighted))
+            assert {int(Path(str(StoragePath(place))).stem) for place in looked} == wanted
+        server.fails("png", 60)
+        with retry_for(0):
+            prepare(config, str(sighted))
 
 
 def test_a_model_for_text_alone_says_so_before_an_image_is_looked_for(tmp_path, model):

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from raysft.data.shards.media_column import MEDIA
-from raysft.data.sources.pickle_guard import read_table
+from raysft.data.shards.media_column import MEDIA, record_of
 from raysft.data.types import RowMedium, TokenizedMedium
 from raysft.media import files
 from raysft.storage.path import StoragePath
@@ -65,7 +64,9 @@ def rows_of_media(found: Sequence[tuple[Placed, RowMedium]], rows: int) -> np.nd
     for placed, medium in found:
         content = contents[medium.location, medium.digest]
         if isinstance(content, str):
-            by_row[placed.row].append(replace(medium, fault=f"{_record(placed)}: {content}"))
+            by_row[placed.row].append(
+                replace(medium, fault=f"{record_of(StoragePath(placed.path), placed.position)}: {content}")
+            )
         else:
             by_row[placed.row].append(replace(medium, content=content))
     return _object_array([tuple(sorted(media, key=lambda medium: medium.start)) for media in by_row])
@@ -77,12 +78,6 @@ def _read(file: tuple[str, str]) -> bytes | str:
         return files.read(*file)
     except files.Unreadable as error:
         return str(error)
-
-
-def _record(placed: Placed) -> str:
-    table = read_table(StoragePath(placed.path), ["source", "record"])
-    (example,) = table.slice(placed.position, 1).to_pylist()
-    return f"{example['source']}: {example['record']}"
 
 
 def to_arrow(media: np.ndarray) -> pa.Array:

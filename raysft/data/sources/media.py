@@ -143,7 +143,7 @@ class MediaOpener:
         except Unreadable as error:
             raise Unreadable(f"{_shown(place)}: {error}") from None
         width, height = images.size_within(look.width, look.height, self.options.max_pixels, self.options.min_pixels)
-        return Medium("image", "", digest=hashed, width=width, height=height), look.more_frames
+        return Medium("image", "", digest=hashed, width=width, height=height, size=len(content)), look.more_frames
 
     def _location(self, named: str, data_file: str) -> str:
         """Where an image is that a record names."""

@@ -424,7 +424,7 @@ class ExampleTokenizer:
 
 def _placed(media: Sequence[Medium], spans: Sequence[Span]) -> tuple[TokenizedMedium, ...]:
     return tuple(
-        TokenizedMedium(medium.kind, medium.location, medium.digest, medium.width, medium.height, *span)
+        TokenizedMedium(medium.kind, medium.location, medium.digest, medium.width, medium.height, *span, medium.size)
         for medium, span in zip(media, spans, strict=True)
     )
 
