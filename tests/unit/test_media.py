@@ -23,6 +23,7 @@ from raysft.config.conflicts import refuse_conflicts
 from raysft.data.prepare import prepare
 from raysft.data.shards import media_files, ray_pipeline
 from raysft.data.shards.build import build_shards
+from raysft.data.shards.manifest import load_manifest
 from raysft.data.shards.parts import kept_parts
 from raysft.data.shards.shard_set import resolve_shard_set
 from raysft.data.sources import downloads
@@ -468,31 +469,49 @@ def test_images_go_from_records_to_shards(tmp_path, sighted):
     assert "none.png: does not exist" in reasons[1]
 
 
-def test_images_that_are_mended_after_their_records_were_rejected_are_told(tmp_path, sighted):
+def test_records_whose_images_are_mended_are_tokenized_anew(tmp_path, sighted):
+    """Into a folder of its own: a run that began with the old data can end with it."""
     (tmp_path / "broken.png").write_bytes(picture(2)[:50])
     write_records(tmp_path / "a.jsonl", [asked("broken.png"), asked("none.png"), {"turns": ["q", "a"]}])
-    each, said = shard_set(tmp_path, sighted), list[str]()
 
     def manifest():
-        said.clear()
-        (found,) = build_shards([each], str(sighted), max_rejected=1, notify=said.append)
+        (found,) = build_shards([shard_set(tmp_path, sighted)], str(sighted), max_rejected=1)
         return found
 
-    for reused in (False, True):
-        assert manifest().reused == reused
-        assert not said
+    then = (tmp_path / "broken.png").stat().st_mtime_ns
+    old = manifest()
+    assert [manifest().reused, manifest().key, len(old), len(old.rejected)] == [True, old.key, 1, 2]
     (tmp_path / "none.png").write_bytes(picture(1))
-    assert manifest().reused
-    (line,) = said
-    assert line.startswith(f"source 'a': {tmp_path / 'none.png'} has changed since a record was rejected because of it")
-    assert line.endswith(f"; delete {each.directory} to tokenize the source again")
-    (tmp_path / "none.png").unlink()
+    added = manifest()
+    assert (added.reused, len(added), len(added.rejected)) == (False, 2, 1)
     (tmp_path / "broken.png").write_bytes(picture(2))
-    manifest()
-    assert str(tmp_path / "broken.png") in said[0]
-    shutil.rmtree(str(each.directory))
-    assert len(manifest()) == 2
-    assert not said
+    corrected = manifest()
+    assert (corrected.reused, len(corrected), corrected.rejected) == (False, 3, ())
+    again = manifest()
+    assert (again.reused, again.key) == (True, corrected.key)
+    assert len({old.key, added.key, corrected.key}) == 3
+    (tmp_path / "none.png").unlink()
+    (tmp_path / "broken.png").write_bytes(picture(2)[:50])
+    os.utime(tmp_path / "broken.png", ns=(then, then))
+    assert (manifest().reused, len(manifest().rejected)) == (True, 2)
+    assert load_manifest(old.path).rejected == old.rejected
+
+
+def test_a_storage_that_does_not_answer_about_mended_images_is_told(tmp_path, sighted):
+    write_records(tmp_path / "a.jsonl", [asked("none.png"), {"turns": ["q", "a"]}])
+    with s3_server() as server:
+
+        def resolved():
+            return shard_set(tmp_path, sighted, media_dir=server.uri("x"))
+
+        written(resolved(), str(sighted))
+        assert resolved().manifest.exists()
+        server.fails("none", 60)
+        with (
+            retry_for(0),
+            pytest.raises(RequestError, match=r"^source 'a': s3://\S+/x/none\.png: no answer from the storage"),
+        ):
+            resolved()
 
 
 def test_what_is_known_of_a_shard_is_not_kept_if_its_images_may_be_mended(tmp_path, sighted):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 from raysft.data.shards.manifest import Manifest, Shard, is_complete, load_manifest, save_manifest
@@ -19,8 +19,7 @@ from raysft.data.sources.columns import REQUIRED_FIELDS
 from raysft.data.sources.files import DataFile
 from raysft.data.tokenization.tokenizer import Tokenizer
 from raysft.data.types import Rejected
-from raysft.errors import RequestError, StorageFailed
-from raysft.media.files import status
+from raysft.errors import RequestError
 from raysft.storage.lock import LockDenied, Locked, lock
 from raysft.storage.path import StoragePath
 
@@ -74,7 +73,6 @@ def build_shards(
         shard_set.directory: load_manifest(shard_set.manifest, reused=shard_set.directory not in written)
         for shard_set in sets
     }
-    _tell_of_mended(list(manifests.values()), notify)
     # A set of the cache may have been written under a more lenient limit.
     for group in _by_source(sets):
         loaded = [manifests[shard_set.directory] for shard_set in group]
@@ -181,19 +179,6 @@ def _refuse_absent_columns(shard_set: ShardSet, shards: Sequence[Shard]) -> None
                 f"source {source.name!r}: no record has the column {column!r}, which {field} is to be read from; correct the name "
                 "in data.train[].columns or in the registry, or remove it"
             )
-
-
-def _tell_of_mended(manifests: Sequence[Manifest], notify: Notify) -> None:
-    """Tell of images that the cache has as unusable, and that have been added or replaced since."""
-    for manifest in manifests:
-        looked_at = manifest.unusable.items() if manifest.reused else ()
-        with suppress(StorageFailed):  # then nothing is known of them
-            mended = next((file for file, old in looked_at if status(file) != old), None)
-            if mended:
-                notify(
-                    f"source {manifest.name!r}: {StoragePath(mended)} has changed since a record was rejected because of it; "
-                    f"delete {manifest.directory} to tokenize the source again"
-                )
 
 
 def _check_rejected(name: str, rejected: Sequence[Rejected], records: int, max_rejected: float) -> None:

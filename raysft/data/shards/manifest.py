@@ -19,7 +19,7 @@ from raysft.data.sources.pickle_guard import read_table
 from raysft.data.tokenization.turn_ends import TurnObservation, merge_counts
 from raysft.data.types import Rejected
 from raysft.errors import RequestError
-from raysft.media.files import Status
+from raysft.media.files import Status, status
 from raysft.storage.path import StoragePath
 
 FILE_NAME = "manifest.parquet"
@@ -67,8 +67,6 @@ class Manifest:
     """True if the set was in the cache already."""
     media: int = 0
     """Images and videos of its examples."""
-    unusable: Mapping[str, Status] = field(default_factory=dict)
-    """Files for which records were rejected, as no image could be made of them → what each was then; the first of very many."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -124,6 +122,22 @@ def is_complete(path: StoragePath) -> bool:
         return all(name in files and files[name].size == size for name, size in sizes.items())
     except (OSError, pa.ArrowException, KeyError, ValueError):
         return False
+
+
+def mended_files(path: StoragePath) -> dict[str, Status]:
+    """Find files for which records of a set were rejected, as no image could be made of them, and that have changed since.
+
+    Returns:
+        Their locations → what each is now; empty if there is no manifest.
+
+    Raises:
+        StorageFailed: a storage does not answer.
+    """
+    try:
+        unusable = _metadata(path.read(pq.read_schema)).get("unusable", {})
+    except (OSError, pa.ArrowException, KeyError, ValueError):
+        return {}
+    return {file: now for file, old in unusable.items() if (now := status(file)) != old}
 
 
 def _metadata(schema: pa.Schema) -> dict[str, Any]:
@@ -262,7 +276,6 @@ def load_manifest(path: StoragePath, reused: bool = False) -> Manifest:
             key=files.key,
             reused=reused,
             media=metadata.get("media", 0),
-            unusable=metadata.get("unusable", {}),
         )
 
 

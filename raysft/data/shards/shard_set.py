@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raysft.config import Config, Source
-from raysft.data.shards.manifest import FILE_NAME
+from raysft.data.shards.manifest import FILE_NAME, mended_files
 from raysft.data.sources.files import DataFile, find_files
 from raysft.data.sources.holdout import is_held_out, limit_of_fraction
 from raysft.data.sources.media import MediaOptions
@@ -17,6 +17,8 @@ from raysft.data.sources.registry import resolve_source
 from raysft.data.sources.sampling import RandomSample, RecordSlice
 from raysft.data.tokenization.tokenized_example import TokenizeOptions
 from raysft.data.types import Example
+from raysft.errors import StorageFailed, unreadable
+from raysft.media.files import Status
 from raysft.models.fingerprint import tokenizer_fingerprint
 from raysft.models.processor import has_processor
 from raysft.storage.local_cache import local_copy
@@ -118,12 +120,31 @@ def resolve_shard_set(
         "tokenizer": tokenizer_fingerprint(model),
         "template": config.chat_template,
     }
-    if has_processor(local_copy(model)):
+    takes_images = has_processor(local_copy(model))
+    if takes_images:
         # Shards name the places of images. Those of text alone serve wherever their files lie.
         folders = sorted({StoragePath.of(file.uri).parent.location for file in files})
         identity["media"] = {**asdict(found.media), "folders": folders}
+    found = _keyed(found, config, identity)
+    # The set in the cache may lack records whose images have been added or corrected since.
+    while takes_images and (mended := _mended(found)):
+        found = _keyed(found, config, [found.directory.name, mended])
+    return found
+
+
+def _keyed(found: ShardSet, config: Config, identity: Any) -> ShardSet:
+    """Name a set's folder by the hash of what decides its content."""
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
-    return replace(found, directory=found.directory / f"{source.name}-{split}-{key}")
+    return replace(found, directory=config.cache_directory / "shards" / f"{found.source.name}-{found.split}-{key}")
+
+
+def _mended(found: ShardSet) -> dict[str, Status]:
+    try:
+        return mended_files(found.manifest)
+    except StorageFailed as error:
+        raise unreadable(
+            f"source {found.source.name!r}: {error}; check the storage and its credentials", error
+        ) from None
 
 
 def _registry_folder(config: Config) -> str:
