@@ -37,8 +37,9 @@ TEMPLATE = """\
 {%% endif %%}"""
 """ChatML; ``%%s`` is what it writes for an image."""
 FAMILIES = ("llava", "llava-siglip", "idefics3", "qwen2-vl", "qwen2.5-vl", "qwen3-vl")
-TILED = ("llava-next", "llava-onevision", "internvl", "aya-vision")
-"""Families that divide an image into tiles; LLaVA-OneVision only one that is alone in its conversation."""
+TILED = ("llava-next", "llava-onevision", "internvl", "aya-vision", "smolvlm")
+"""Families that divide an image into tiles, LLaVA-OneVision only one that is alone in its conversation. SmolVLM has Idefics3's
+processor: its own needs ``num2words``."""
 GRIDS: list[list[int]] = [[28, 56], [56, 28], [56, 56]]
 
 
@@ -60,7 +61,7 @@ def tiny_processor(family: str) -> Any:
 
     from raysft.models.processor import _without_videos
 
-    if family in TILED:
+    if family in TILED and family != "smolvlm":
         return _tiled_processor(family)
     tokenizer = tiny_tokenizer()
     image = QWEN_IMAGE if family.startswith("qwen") else "<image>"
@@ -74,7 +75,7 @@ def tiny_processor(family: str) -> Any:
         image_processor = hf.Qwen2VLImageProcessorPil(size=sizes, patch_size=patch, merge_size=2, temporal_patch_size=2)
         return _without_videos(kind[family])(image_processor=image_processor, **options)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    if family == "idefics3":
+    if family in ("idefics3", "smolvlm"):
         image_processor = hf.Idefics3ImageProcessorPil(
             size={"longest_edge": 56}, max_image_size={"longest_edge": 28}, do_image_splitting=True
         )
@@ -215,6 +216,8 @@ def _tiled_config(family: str, image: int, llama: dict[str, Any], text: dict[str
     if family == "internvl":
         tower = {**TOWER, "image_size": [28, 28], "patch_size": [7, 7]}
         return hf.InternVLConfig(vision_config=tower, image_token_id=image, image_seq_length=4, **llama)
+    if family == "smolvlm":
+        return hf.SmolVLMConfig(vision_config=TOWER, image_token_id=image, scale_factor=2, **llama)
     cohere = {"model_type": "cohere2", **text, "logit_scale": 0.25, "sliding_window": 512}
     tower = {**siglip, "patch_size": 7, "vision_use_head": False}
     return hf.AyaVisionConfig(

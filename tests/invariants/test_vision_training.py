@@ -86,6 +86,7 @@ SPLIT: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
     ("qwen2.5-vl", ALL, {"zero_stage": 3}),
     ("qwen3-vl", ALL, {"zero_stage": 2}),
     ("qwen3-vl", ALL, {"zero_stage": 3}),
+    ("llava-onevision", ALL, {"zero_stage": 3}),
 ]
 """(family, trained parts, settings of two workers), compared with one worker."""
 WAYS = {

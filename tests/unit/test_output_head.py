@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     Cohere2Config,
+    Cohere2VisionConfig,
     GraniteConfig,
     LlavaNextConfig,
 )
@@ -32,6 +33,14 @@ def sees_with_granite() -> Any:
     )
 
 
+def of_cohere2_vision() -> Any:
+    tower = {"model_type": "siglip_vision_model", **TOWER, "vision_use_head": False}
+    text = {"model_type": "cohere2", **SIZES, "logit_scale": 0.25, "sliding_window": 512}
+    sizes: dict[str, Any] = {"alignment_intermediate_size": 64, "tie_word_embeddings": False}
+    config = Cohere2VisionConfig(vision_config=tower, text_config=text, image_token_id=63, **sizes)
+    return AutoModelForImageTextToText.from_config(config)
+
+
 def of_text(config: Any) -> Any:
     return AutoModelForCausalLM.from_config(config)
 
@@ -42,8 +51,9 @@ def of_text(config: Any) -> Any:
         (lambda: of_text(Cohere2Config(**SIZES, logit_scale=0.25, sliding_window=512)), False),
         (lambda: of_text(GraniteConfig(**SIZES, logits_scaling=8.0)), False),
         (sees_with_granite, True),
+        (of_cohere2_vision, True),
     ],
-    ids=["cohere", "granite", "llava-next with granite"],
+    ids=["cohere", "granite", "llava-next with granite", "cohere2-vision"],
 )
 def test_logits_are_scaled_where_the_class_scales_them(make, plain):
     torch.manual_seed(0)
