@@ -20,13 +20,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 from raysft.config import Config, parse, with_overrides
 from raysft.estimate.estimate import Training
+from raysft.estimate.images_of_rows import ImagesOfRows
 from raysft.estimate.measure import Microbatch, measure
 from raysft.estimate.memory import Hardware, Memory, memory
 from raysft.estimate.setup import setup_of
 from raysft.estimate.sizes import Activations, ModelSizes
+from raysft.models.media_inputs import image_tokens, media_inputs
+from raysft.models.processor import ProcessorFiles, has_processor, load_processor
 from tests.processes import forks
 
 SECONDS = 300
@@ -34,6 +38,8 @@ SECONDS = 300
 STEPS = 2
 """The second step has the optimizer's states from its beginning; the first one, which makes them, needs few tokens."""
 FEW_TOKENS = 8
+IMAGE, IMAGES = (112, 112), 3
+"""Size and number of the images of a row, if the model takes images."""
 TRIES = 5
 FREED_UNSEEN = 0.01
 """Share of the peak that may be left after the end of a training. More of it was freed unseen: a thread of gloo that comes late
@@ -70,19 +76,20 @@ def config_of(folder: Path, model: Path | str, settings: dict[str, Any] | None =
 
 
 def estimated(config: Config, world: int = 1) -> Memory:
-    """Estimate a training whose tokens all have a loss."""
-    sizes, activations = model_of(config)
+    """Estimate a training whose tokens all have a loss, with images in every row if the model takes some."""
+    sizes, activations = model_of(config, images=has_processor(config.model.path))
     rows = -(-int(config.train.global_batch_size) // world)
     setup = setup_of(config, world, rows)
     return memory(sizes, activations, setup, min(rows, config.micro_batch_size), Hardware())
 
 
-def model_of(config: Config) -> tuple[ModelSizes, Activations]:
-    """Sizes and activations of a config's model, traced."""
+def model_of(config: Config, images: bool = False) -> tuple[ModelSizes, Activations]:
+    """Sizes and activations of a config's model, traced; with ``IMAGES`` in every row if asked for."""
     from transformers import AutoConfig
 
     hf_config = AutoConfig.from_pretrained(config.model.path)
-    training = Training(config, hf_config, None, 1, 1, Microbatch(config.data.sequence_length, 1.0))
+    shown = ImagesOfRows(ProcessorFiles.of(config.model.path), *IMAGE, IMAGES) if images else None
+    training = Training(config, hf_config, None, 1, 1, Microbatch(config.data.sequence_length, 1.0, shown))
     return measure(config, training.hf_config, None, training.microbatch)
 
 
@@ -135,8 +142,11 @@ def _measured_once(config: Config, world: int) -> tuple[Measured, int]:
     from raysft.train.engine import make_engine
     from raysft.train.step import train_step
 
+    processor = load_processor(config.model.path) if has_processor(config.model.path) else None
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        engine, scheduler = make_engine(config, config.model.path, world, STEPS, torch.device("cpu"))
+        engine, scheduler = make_engine(
+            config, config.model.path, world, STEPS, torch.device("cpu"), processor=processor
+        )
         for parameter in engine.module.parameters():
             if not (parameter.requires_grad and config.train.zero_stage):
                 parameter.data = parameter.data.clone()  # what ZeRO has not copied is still a part of the mapped file
@@ -144,14 +154,33 @@ def _measured_once(config: Config, world: int) -> tuple[Measured, int]:
         for step in range(STEPS):
             tokens = config.data.sequence_length if step == STEPS - 1 else FEW_TOKENS
             batch = _batch(rows, tokens, seed=step)
+            shown = processor is not None and tokens > FEW_TOKENS
+            if shown:
+                place = len(image_tokens(processor, Image.new("RGB", IMAGE)))
+                batch["input_ids"][:, : IMAGES * place] = image_tokens(processor, Image.new("RGB", IMAGE)) * IMAGES
             with record_function(f"step {step}"):
-                train_step(engine, batch, float(rows * world * (tokens - 1)))
+                pixels: Any = _Pixels(processor, config.micro_batch_size) if shown else None
+                train_step(engine, batch, float(rows * world * (tokens - 1)), pixels=pixels)
         states = _states(engine)
         engine.destroy()
         del engine, scheduler
         gc.collect()
     peak, before, left = _most(profiler)
     return Measured(peak, before, *states), left
+
+
+class _Pixels:
+    """The same images in every row; in place of ``train.pixels.Pixels``."""
+
+    def __init__(self, processor: Any, rows: int) -> None:
+        self._processor, self._images = processor, [Image.new("RGB", IMAGE, "red")] * IMAGES * rows
+
+    def take(self, device: torch.device) -> dict[str, Any]:
+        made = media_inputs(self._processor, self._images)
+        return {"images": {name: values.clone() for name, values in made.items()}}  # which torch has allocated
+
+    def waited(self) -> float:
+        return 0.0
 
 
 def _batch(rows: int, tokens: int, seed: int) -> dict[str, np.ndarray]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from raysft.cluster.placement import Node, Workers, workers_on_a_node
@@ -96,12 +96,15 @@ class Estimate:
     remedies: tuple[Remedy, ...] = ()
     """What helps, if it does not fit."""
     warnings: tuple[str, ...] = field(default=())
+    without_images: bool = False
+    """True if what encodes images is left out, as it cannot be traced."""
 
     def lines(self, table: bool) -> list[str]:
         """Return the memory of a worker for the terminal, its parts in the same line or as a table."""
         memory, limit = self.memory, self.place.limit
         of = f" of {_gib(limit)}" if limit else ""
         source = "" if memory.traced else " (activations by formula)"
+        source += " (without what encodes images)" if self.without_images else ""
         fits = f"; up to {_rows(self.largest)} at once fit" if self.largest else ""
         line = f"memory: about {_gib(memory.peak)}{of} for {self.place.named}, most {memory.moment}{source}{fits}"
         node = (
@@ -156,7 +159,8 @@ def estimate(training: Training, place: Place) -> Estimate:
     if limit and needed.sure > REFUSED * limit + place.extra:
         raise RequestError(_too_much(result, f"at least {_gib(needed.sure)}"))
     warnings = (*_warnings(result), *_waiting_gpu(training, result))
-    return Estimate(sizes, needed, place, largest, most, host, found, warnings)
+    left_out = training.microbatch.images is not None and activations.images is None
+    return replace(result, warnings=warnings, without_images=left_out)
 
 
 def _memory_of(training: Training) -> Callable[[Config, Hardware], Memory]:

@@ -13,6 +13,7 @@ from raysft.models.attention import kernel, without_adapters
 from raysft.models.decoder_layers import decoder_layers
 from raysft.models.lora_targets import linear_layers
 from raysft.models.model_class import auto_class
+from raysft.models.recomputation import recompute_layers
 from raysft.train.new_adapter import add_adapter, peft_config
 from raysft.train.parameter_groups import is_inner_matrix, outside_layers
 from raysft.train.trained_weights import choose_weights
@@ -38,11 +39,11 @@ def model_without_weights(config: Config, hf_config: Any, adapter: str | None = 
             hf_config, dtype=dtype, attn_implementation=attention, trust_remote_code=config.model.runs_code
         )
         model.config.use_cache = False
-        if config.train.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
         choose_weights(model, config)
         if config.model.adapter is not None:
             model = _adapted(model, config, adapter)
+        if config.train.gradient_checkpointing:
+            recompute_layers(model)
     return model.to(dtype)
 
 

@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ from typing import Any
 from raysft.config import Config
 from raysft.errors import StorageFailed
 from raysft.estimate.formula import Decoder, by_formula
+from raysft.estimate.images_of_rows import ImagesOfRows
 from raysft.estimate.memory import PROCESS
 from raysft.estimate.sizes import Activations, ModelSizes, Weight
 from raysft.storage.local_cache import local_copy
 from raysft.storage.retry import retry_for
 
-METHOD = 2
+METHOD = 3
 """Counts up when the trace changes, so that older results in a cache are not used."""
 SHARES = 20
 """The share of loss tokens is rounded up to a multiple of 1 / SHARES, so that other data finds the same result."""
@@ -37,14 +38,16 @@ class Microbatch:
     """Tokens of a row."""
     loss_share: float
     """Share of them with a loss."""
+    images: ImagesOfRows | None = None
+    """None without images."""
 
     def rounded(self) -> Microbatch:
         """Return it with the share rounded up.
 
         >>> Microbatch(512, 0.31).rounded()
-        Microbatch(tokens=512, loss_share=0.35)
+        Microbatch(tokens=512, loss_share=0.35, images=None)
         """
-        return Microbatch(self.tokens, max(1, math.ceil(self.loss_share * SHARES - 1e-9)) / SHARES)
+        return replace(self, loss_share=max(1, math.ceil(self.loss_share * SHARES - 1e-9)) / SHARES)
 
 
 def measure(
@@ -65,12 +68,19 @@ def measure(
     file = config.cache_directory / "estimates" / f"{_key(config, hf_config, adapter, microbatch)}.json"
     with suppress(OSError, StorageFailed, ValueError, KeyError, TypeError), retry_for(0):
         found = json.loads(file.read_text())
-        return _sizes(found["sizes"]), Activations.from_dict(found["activations"])
+        return _sizes(found["sizes"]), _with_images(Activations.from_dict(found["activations"]), microbatch)
     with _quiet():
         sizes, activations = _measured(config, hf_config, adapter, microbatch)
     with suppress(OSError, StorageFailed), retry_for(0):
         file.write_text(json.dumps({"sizes": asdict(sizes), "activations": activations.to_dict()}))
-    return sizes, activations
+    return sizes, _with_images(activations, microbatch)
+
+
+def _with_images(activations: Activations, microbatch: Microbatch) -> Activations:
+    """Return the activations for the number of images of a row, on which the trace does not depend."""
+    if activations.images is None or microbatch.images is None:
+        return activations
+    return replace(activations, images=replace(activations.images, per_row=microbatch.images.per_row))
 
 
 @contextmanager
@@ -90,6 +100,7 @@ def _measured(
 ) -> tuple[ModelSizes, Activations]:
     from raysft.estimate.fake_model import model_without_weights, sizes_of
     from raysft.estimate.trace import LOSS_ROWS, trace
+    from raysft.estimate.trace_images import trace_images
     from raysft.train.loss import CHUNK_TOKENS
 
     plain = copy.deepcopy(hf_config)
@@ -97,11 +108,14 @@ def _measured(
         if getattr(each, "quantization_config", None) is not None:
             del each.quantization_config  # frozen weights keep nothing for the backward pass, quantized or not
     model = model_without_weights(config, plain, adapter)
-    sizes = sizes_of(model)
+    sizes, images = sizes_of(model), None
+    if microbatch.images is not None:
+        with suppress(Exception):  # of any model whose code looks at values
+            images = trace_images(config, model, microbatch.images)
     try:
-        return sizes, trace(config, model, microbatch.tokens, microbatch.loss_share)
-    except Exception:  # of any model whose code looks at values
-        return sizes, by_formula(
+        activations = trace(config, model, microbatch.tokens, microbatch.loss_share)
+    except Exception:  # likewise
+        activations = by_formula(
             Decoder.of(plain),
             width=4 if config.dtype == "float32" else 2,
             tokens=microbatch.tokens,
@@ -110,6 +124,7 @@ def _measured(
             chunk=CHUNK_TOKENS,
             rows=tuple(sorted({config.micro_batch_size, *LOSS_ROWS})),
         )
+    return sizes, replace(activations, images=images)
 
 
 def _key(config: Config, hf_config: Any, adapter: str | None, microbatch: Microbatch) -> str:
@@ -119,7 +134,9 @@ def _key(config: Config, hf_config: Any, adapter: str | None, microbatch: Microb
         "versions": [version(name) for name in ("torch", "transformers", "peft")],
         "model": {key: value for key, value in hf_config.to_dict().items() if key != "_name_or_path"},
         "adapter": (Path(local_copy(adapter)) / "adapter_config.json").read_text() if adapter else None,
-        "microbatch": asdict(microbatch),
+        "microbatch": [microbatch.tokens, microbatch.loss_share],
+        "images": microbatch.images
+        and [microbatch.images.processor.digest, microbatch.images.width, microbatch.images.height],
         "rows": config.micro_batch_size,
         "types": [config.dtype, config.autocast, config.scaling.use_gpu],
         "trained": [

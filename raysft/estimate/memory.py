@@ -1,8 +1,9 @@
 """The memory of a training worker at its peak. Pure.
 
-What is there all the time (weights, float32 copies, moments), and then the most of: the loss (all activations and the logits of a
-chunk), the backward pass of the last layer (all activations, what a layer needs, the bucket), the gradients of the embedding, the
-end of the backward pass (gradients and bucket), and the optimizer's step.
+What is there all the time (weights, float32 copies, moments), and then the most of: encoding images, the loss (all activations and
+the logits of a chunk), the backward pass of the last layer (all activations, what a layer needs, the bucket), the gradients of the
+embedding, the backward pass of what encodes images, the end of the backward pass (gradients and bucket), and the optimizer's step.
+The pixels of a microbatch are there from its beginning to its end.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class Memory:
     parts: Mapping[str, float]
     """The rows of the table, which sum to ``peak``."""
     moment: str
-    """When the peak is: in the loss, in the backward pass, with the last gradients, after it, in the step, or at the start."""
+    """When the peak is: while images are encoded, in the loss, in the backward pass, with the last gradients, in the backward pass
+    of what encodes images, after it, in the step, or at the start."""
     tensors: float
     """Bytes of torch's tensors alone, which ``torch.cuda.max_memory_allocated`` counts."""
     sure: float
@@ -95,9 +97,15 @@ def memory(
 
 def _moments(activations: Activations, kept: States, setup: Setup, rows: int) -> dict[str, dict[str, float]]:
     """What comes and goes, by row of the table, at each moment that may be the peak."""
-    saved, loss = activations.saved(rows), activations.loss_at(rows)
+    saved, loss, images = activations.saved(rows), activations.loss_at(rows), activations.images_at(rows)
+    saved += images.saved
     forward = max((each.forward.at(rows) - each.saved.at(rows) for each in activations.layers), default=0.0)
-    return {
+    moments = {
+        "while images are encoded": {
+            "activations": images.forward,
+            "gradients": kept.kept,
+            "buckets": kept.bucket if setup.zero_stage == 3 else 0.0,
+        },
         "in the loss": {
             "activations": saved,
             "logits": max(loss.peak, forward),
@@ -111,14 +119,22 @@ def _moments(activations: Activations, kept: States, setup: Setup, rows: int) ->
             "gradients": kept.kept,
         },
         "with the last gradients": {
-            "rest": activations.tail.at(rows),
+            "rest": activations.tail.at(rows) + images.saved,
+            "buckets": kept.bucket,
+            "gradients": kept.arrived,
+        },
+        "in the backward pass of what encodes images": {
+            "rest": images.backward,
             "buckets": kept.bucket,
             "gradients": kept.arrived,
         },
         "after the backward pass": {"buckets": kept.bucket, "gradients": kept.ended},
         "in the step": {"gradients": kept.gradients, "rest": kept.step},
-        "while the weights are loaded": {"rest": max(0.0, kept.loading - kept.fixed)},
     }
+    with_pixels = {
+        name: {**parts, "activations": parts.get("activations", 0.0) + images.pixels} for name, parts in moments.items()
+    }
+    return {**with_pixels, "while the weights are loaded": {"rest": max(0.0, kept.loading - kept.fixed)}}
 
 
 def _beside(dynamic: float, setup: Setup, hardware: Hardware) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 GIB, MIB = 1 << 30, 1 << 20
 
@@ -84,7 +84,7 @@ class Line:
         """
         return cls(2 * one - two, two - one)
 
-    def at(self, rows: int) -> float:
+    def at(self, rows: float) -> float:
         """Return the bytes for so many rows; never fewer than 0."""
         return max(0.0, self.fixed + rows * self.per_row)
 
@@ -113,6 +113,36 @@ class LossBytes:
 
 
 @dataclass(frozen=True)
+class Images:
+    """Bytes of the images of a microbatch and of what encodes them, before the decoder; the lines grow with their number."""
+
+    pixels: Line
+    """What the model is given."""
+    saved: Line
+    """Kept for the backward pass, as far as parts that encode them are trained."""
+    forward: Line
+    """Most at a time while they are encoded."""
+    backward: Line
+    """Most at a time in the backward pass of what encodes them, with what was saved; 0 if nothing of it is trained."""
+    per_row: float = 0.0
+    """Images of a row."""
+
+    def at(self, rows: int) -> ImageBytes:
+        """Return the bytes for so many rows."""
+        lines = (self.pixels, self.saved, self.forward, self.backward)
+        return ImageBytes(*(line.at(rows * self.per_row) if self.per_row else 0.0 for line in lines))
+
+
+class ImageBytes(NamedTuple):
+    """Bytes of the images of a microbatch; the fields are those of ``Images``."""
+
+    pixels: float = 0.0
+    saved: float = 0.0
+    forward: float = 0.0
+    backward: float = 0.0
+
+
+@dataclass(frozen=True)
 class Activations:
     """Bytes that a forward and backward pass needs beyond weights and stored gradients."""
 
@@ -127,6 +157,8 @@ class Activations:
     """Most bytes while the first layer's and the embedding's gradients are computed."""
     traced: bool
     """False if a formula gave these numbers."""
+    images: Images | None = None
+    """None without images, or if what encodes them cannot be traced."""
 
     def saved(self, rows: int) -> float:
         """Return what the decoder keeps for the backward pass."""
@@ -145,6 +177,10 @@ class Activations:
         """Return the most bytes that the backward pass of a layer needs beyond what was saved."""
         return max((layers.backward.at(rows) for layers in self.layers), default=0.0)
 
+    def images_at(self, rows: int) -> ImageBytes:
+        """Return the bytes of the images of so many rows."""
+        return ImageBytes() if self.images is None else self.images.at(rows)
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON can hold them."""
         return asdict(self)
@@ -158,7 +194,14 @@ class Activations:
         )
         loss = {int(rows): LossBytes(**each) for rows, each in content["loss"].items()}
         embedded, tail = Line(**content["embedded"]), Line(**content["tail"])
-        return cls(content["tokens"], embedded, layers, loss, tail, content["traced"])
+        return cls(content["tokens"], embedded, layers, loss, tail, content["traced"], _images(content["images"]))
+
+
+def _images(content: Mapping[str, Any] | None) -> Images | None:
+    if content is None:
+        return None
+    lines = (Line(**content[name]) for name in ("pixels", "saved", "forward", "backward"))
+    return Images(*lines, per_row=content["per_row"])
 
 
 def weights_of(shapes: Sequence[tuple[tuple[int, ...], bool]]) -> tuple[Weight, ...]:

@@ -94,15 +94,15 @@ class _TracedLoss(TokenLoss):
         position_ids: torch.Tensor,
         images: dict[str, torch.Tensor] | None = None,
         neftune_alpha: float | None = None,
+        attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if self.states is not None:
             return self.states
-        inputs = {}
-        if self.needs_mask:
-            rows, tokens = input_ids.shape
-            dtype = next(decoder.parameters()).dtype
-            inputs["attention_mask"] = torch.empty(rows, 1, tokens, tokens, dtype=dtype)
-        return super().hidden_states(decoder, input_ids, position_ids, inputs)
+        if not self.needs_mask:
+            return super().hidden_states(decoder, input_ids, position_ids)
+        rows, tokens = input_ids.shape
+        mask = torch.empty(rows, 1, tokens, tokens, dtype=next(decoder.parameters()).dtype)
+        return super().hidden_states(decoder, input_ids, position_ids, attention_mask=mask)
 
     def _reference_states(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, images: dict[str, torch.Tensor] | None = None
@@ -143,14 +143,15 @@ def trace(config: Config, model: Any, tokens: int, loss_share: float) -> Activat
         for parameter in loss.parameters():
             if parameter.requires_grad:
                 # The stages of ZeRO decide where gradients are kept; here each one goes at once.
-                parameter.register_post_accumulate_grad_hook(_forget_gradient)
+                parameter.register_post_accumulate_grad_hook(forget_gradient)
         shape = _Shape(tokens, loss_share, config.autocast)
         runs = [_run(loss, layers, rows, shape) for rows in (1, 2)]
         losses = {rows: _loss_alone(loss, rows, shape) for rows in sorted({config.micro_batch_size, *LOSS_ROWS})}
     return _activations(runs, counts, losses, tokens)
 
 
-def _forget_gradient(parameter: torch.Tensor) -> None:
+def forget_gradient(parameter: torch.Tensor) -> None:
+    """Drop a gradient as soon as it is there."""
     parameter.grad = None
 
 

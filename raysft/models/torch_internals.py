@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -31,6 +31,14 @@ def is_fake(tensor: Any) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
 
     return isinstance(tensor, FakeTensor)
+
+
+def all_chosen() -> Any:
+    """Return a context in which choosing by a mask of the device ``meta``, whose values are unknown, chooses everything."""
+    from torch.fx.experimental import _config
+
+    settings: Any = _config
+    return settings.patch(meta_nonzero_assume_all_nonzero=True)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -72,3 +80,17 @@ class LiveBytes(TorchDispatchMode):
     def _remove(self, key: int) -> None:
         del self._references[key]
         self.now -= self._sizes.pop(key)
+
+
+class LiveMetaBytes(LiveBytes):
+    """Counts tensors of the device ``meta``, and lets operators take some of them together with others that have values."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+        if len({each.is_meta for each in tensors}) > 1:
+            args, kwargs = tree_map(_without_values, (args, kwargs))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _without_values(value: Any) -> Any:
+    return torch.empty_like(value, device="meta") if isinstance(value, torch.Tensor) and not value.is_meta else value

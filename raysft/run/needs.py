@@ -14,6 +14,7 @@ from raysft.errors import RequestError, as_yaml, one_line
 from raysft.estimate.duration import Speed, earlier_speed, given_speed
 from raysft.estimate.estimate import Place, Training, estimate, place_of
 from raysft.estimate.hardware import smallest_node
+from raysft.estimate.images_of_rows import ImagesOfRows
 from raysft.estimate.measure import Microbatch, surely_small
 from raysft.estimate.sizes import amount
 from raysft.estimate.storage import (
@@ -26,6 +27,7 @@ from raysft.estimate.storage import (
     storage,
     write_speed,
 )
+from raysft.models.processor import ProcessorFiles
 from raysft.run.inputs import ModelFiles
 from raysft.run.plan import Plan
 from raysft.storage.local_cache import local_copy
@@ -95,10 +97,18 @@ def _training(plan: Plan, config: Config, files: ModelFiles, prepared: PreparedD
         files.adapter,
         plan.workers,
         plan.rows_per_worker,
-        Microbatch(tokens, min(1.0, share)),
+        Microbatch(tokens, min(1.0, share), _images(config, files, prepared, micro)),
         min(1.0, filled),
         files.reference.hf_config if files.reference else None,
     )
+
+
+def _images(config: Config, files: ModelFiles, prepared: PreparedData, rows: int) -> ImagesOfRows | None:
+    load = prepared.train_rows.image_load(rows)
+    if load is None:
+        return None
+    processor = ProcessorFiles.of(local_copy(files.model), config.model.runs_code)
+    return ImagesOfRows(processor, load.width, load.height, load.per_row)
 
 
 def _weight_bytes(files: ModelFiles) -> int:
@@ -112,6 +122,8 @@ def _weight_bytes(files: ModelFiles) -> int:
 def _is_small(training: Training, weight_bytes: int, place: Place) -> bool:
     """Return True for a training on CPUs that is surely far below the memory of its node."""
     if training.config.scaling.use_gpu or place.limit is None or training.reference is not None:
+        return False
+    if training.microbatch.images is not None:
         return False
     tokens, eager = training.microbatch.tokens, training.config.model.attention == "eager"
     return surely_small(training.hf_config, weight_bytes, tokens, training.rows, place.limit, eager)

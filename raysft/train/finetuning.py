@@ -23,6 +23,7 @@ from raysft.models.model_class import sees_images
 from raysft.models.model_parts import part_of
 from raysft.models.new_tokens import vocabulary_modules
 from raysft.models.quantization import keep_layout, loading_options, method_of
+from raysft.models.recomputation import recompute_layers
 from raysft.models.remote_code import reference_runs_code
 from raysft.storage.local_cache import local_copy, model_copy
 from raysft.storage.path import StoragePath
@@ -48,11 +49,11 @@ def load_model(config: Config, path: str, device: torch.device | None = None, ad
     model = _prepared(load_weights(model_copy(path), **options), config)
     choose_weights(model, config)
     model.name_or_path = base_name(path)[0]  # adapters name it as their base: not this node's copy
+    if config.model.adapter is not None:
+        model = _with_adapter(model, config, path, adapter)
     if config.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if config.model.adapter is None:
-        return model
-    return _with_adapter(model, config, path, adapter)
+        recompute_layers(model)
+    return model
 
 
 def load_frozen(config: Config, path: str, device: torch.device | None = None) -> Any:

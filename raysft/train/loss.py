@@ -149,8 +149,12 @@ class TokenLoss(nn.Module):
         position_ids: torch.Tensor,
         images: dict[str, torch.Tensor] | None = None,
         neftune_alpha: float | None = None,
+        attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Compute the states that go into the output head: [rows, tokens, size]. The arguments are those of ``forward``."""
+        """Compute the states that go into the output head: [rows, tokens, size].
+
+        The arguments are those of ``forward``, and a mask for a decoder that cannot derive one from the positions.
+        """
         shape, starts = input_ids.shape, position_ids if position_ids.ndim == 2 else position_ids[0]
         if has_planes(decoder) and position_ids.ndim == 2:
             # Qwen's positions in time, height and width, of which text has three equal ones, follow those that keep examples apart.
@@ -158,6 +162,8 @@ class TokenLoss(nn.Module):
         if is_varlen(decoder):
             input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(*position_ids.shape[:-2], 1, -1)
         inputs = {**(images or {})}
+        if attention_mask is not None:
+            inputs["attention_mask"] = attention_mask
         if self.towers is not None:
             inputs |= self.towers.kinds(input_ids)
         with changed_embeddings(decoder, starts, self.towers, images is None, neftune_alpha):

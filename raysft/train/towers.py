@@ -59,10 +59,14 @@ class Towers:
         """Return the embeddings of rows without images, after the towers were called if all workers call them."""
         if self._blank is None:
             return embedded
-        features = decoder.get_image_features(**self._blank)
-        parts = [part for name in FEATURES for part in _tensors(getattr(features, name, None))]
-        total = torch.stack([part.float().sum() for part in parts]).sum()
+        total = torch.stack([part.float().sum() for part in features_of(decoder, self._blank)]).sum()
         return embedded + (0 * total).to(embedded.dtype)
+
+
+def features_of(decoder: Any, images: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Return what a decoder takes of the features of images (``media_inputs``)."""
+    features = decoder.get_image_features(**images)
+    return [part for name in FEATURES for part in _tensors(getattr(features, name, None))]
 
 
 @contextmanager

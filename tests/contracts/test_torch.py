@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from raysft.models.torch_internals import LiveBytes, fake_tensors, has_hooks, is_fake
+from raysft.models.torch_internals import LiveBytes, LiveMetaBytes, all_chosen, fake_tensors, has_hooks, is_fake
 from tests.contracts.contract import Contract
 
 ONEDNN = Contract("torch", "raysft/models/onednn.py")
@@ -51,6 +51,24 @@ def test_fake_tensors_have_shapes_and_no_memory():
     assert product.device.type == "cpu"
     assert weight.grad is not None
     assert weight.grad.shape == weight.shape
+
+
+def test_a_mask_without_values_chooses_everything():
+    values, mask = torch.empty(4, 6, device="meta"), torch.empty(4, dtype=torch.bool, device="meta")
+    with pytest.raises(NotImplementedError):
+        values[mask]
+    with all_chosen():
+        assert values[mask].shape == (4, 6)
+
+
+def test_live_bytes_of_meta_tensors_are_counted_beside_tensors_with_values():
+    weight, counts, live = torch.empty(4, 8, device="meta"), torch.tensor([1, 0, 2]), LiveMetaBytes()
+    live.ignore([weight, counts])
+    with live:
+        chosen = weight[counts] * counts[:, None]
+        assert (counts + 1).tolist() == [2, 1, 3]
+    assert chosen.is_meta
+    assert live.now == 3 * 8 * 4
 
 
 @pytest.mark.parametrize("fake", [False, True])

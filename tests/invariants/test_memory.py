@@ -15,6 +15,7 @@ from raysft.estimate.setup import setup_of
 from raysft.estimate.states import States, states
 from tests.measured_memory import Measured, config_of, estimated, measured, model_of
 from tests.tiny import tiny_model
+from tests.tiny_vision import TEXT, tiny_processor
 
 ZERO = {f"ZeRO {stage}": {"train.zero_stage": stage} for stage in range(4)}
 PEAKS: dict[str, dict[str, Any]] = {
@@ -134,6 +135,57 @@ def test_the_peak_of_smollm2_is_within_15_percent(tmp_path):
     found = [each[0].peak for each in measured(configs)]
     print(f"{ours} estimated, {found} measured")
     assert ours == pytest.approx(found, rel=0.15)
+
+
+SEEING: dict[str, dict[str, Any]] = {
+    "default parts": {},
+    "default parts, recomputed": {"train.gradient_checkpointing": True},
+    "LoRA": {"model.finetuning": "lora"},
+    "projector": {"model.train_parts": ["projector"]},
+    "tower": {"model.train_parts": ["language", "projector", "vision"]},
+    "tower, recomputed": {
+        "model.train_parts": ["language", "projector", "vision"],
+        "train.gradient_checkpointing": True,
+    },
+    "tower alone, rows one after the other": {"model.train_parts": ["vision"], "train.micro_batch_size": 1},
+}
+
+
+def seeing_model(folder: Path) -> Path:
+    """A small language model behind a tower of CLIP's whose activations need more than all else; an image has 64 tokens."""
+    import transformers as hf
+
+    given = tiny_processor("llava")
+    square = {"height": 112, "width": 112}
+    images = hf.CLIPImageProcessorPil(size={"shortest_edge": 112}, crop_size=square)
+    hf.LlavaProcessor(
+        image_processor=images, tokenizer=given.tokenizer, chat_template=given.chat_template, patch_size=14,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1,
+    ).save_pretrained(folder)  # fmt: skip
+    tower = {
+        "model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6,
+        "num_attention_heads": 4, "image_size": 112, "patch_size": 14, "projection_dim": 32,
+    }  # fmt: skip
+    text = {"model_type": "llama", **TEXT, "vocab_size": len(given.tokenizer)}
+    config = hf.LlavaConfig(
+        vision_config=tower, text_config=text, image_token_index=given.image_token_id, tie_word_embeddings=False
+    )
+    hf.AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def test_the_peak_of_a_step_with_images_is_within_15_percent(tmp_path):
+    model = seeing_model(tmp_path / "model")
+    usual = {"data.sequence_length": 208, "train.global_batch_size": 4, "train.micro_batch_size": 4}
+    configs = [config_of(tmp_path, model, {**usual, **settings}) for settings in SEEING.values()]
+    ours, without = [estimated(config) for config in configs], [model_of(config)[1] for config in configs]
+    found = dict(zip(SEEING, (each[0] for each in measured(configs)), strict=True))
+    for name, estimate in zip(SEEING, ours, strict=True):
+        print(f"{name}: {estimate.tensors:,.0f} estimated, {found[name].peak:,} measured, {estimate.moment}")
+    assert all(each.images is None for each in without)
+    for name, estimate in zip(SEEING, ours, strict=True):
+        assert estimate.tensors == pytest.approx(found[name].peak, rel=0.15), name
+        assert estimate.sure <= found[name].peak, name
 
 
 @pytest.mark.parametrize("case", STATES)

@@ -7,23 +7,28 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.llama import modeling_llama
 
 from raysft.config import Config, with_overrides
 from raysft.estimate import fake_attention
 from raysft.estimate.fake_model import model_without_weights, sizes_of
+from raysft.estimate.images_of_rows import ImagesOfRows
 from raysft.estimate.measure import Microbatch, measure, surely_small
 from raysft.estimate.sizes import Activations
-from raysft.estimate.trace import trace
+from raysft.estimate.trace import forget_gradient, trace
 from raysft.models.fused_layers import ROTARY, fuse_layers
+from raysft.models.media_inputs import media_inputs
 from raysft.models.model_parts import part_of
+from raysft.models.processor import ProcessorFiles
 from raysft.models.torch_internals import LiveBytes
 from raysft.train.finetuning import load_model
 from raysft.train.loss import TokenLoss
+from raysft.train.towers import features_of
 from tests.measured_memory import config_of, model_of, most_allocated
 from tests.tiny import tiny_model
-from tests.tiny_vision import tiny_vision_model
+from tests.tiny_vision import FAMILIES, tiny_vision_model
 
 SIZES = {
     "vocab_size": 1000,
@@ -42,6 +47,11 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trace")
     tiny_model(folder / "model")
     return folder
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory) -> dict[str, Path]:
+    return {family: tiny_vision_model(tmp_path_factory.mktemp(family) / "model", family) for family in FAMILIES}
 
 
 def needed(activations: Activations, rows: int) -> float:
@@ -108,6 +118,39 @@ def test_models_for_images_are_traced(folder, tmp_path, family):
     assert sizes.total == sum(weight.numel() for weight in whole.parameters())
     of_projector = [weight.numel() for name, weight in whole.named_parameters() if part(name) == "projector"]
     assert sum(weight.elements for weight in sizes.trained) == sum(of_projector)
+
+
+PARTS = ["language"], ["projector"], ["projector", "vision"]
+PLACES = [
+    *((family, parts, {}) for family in FAMILIES for parts in PARTS),
+    # The convolution of CLIP's patches has buffers that are larger than a tiny layer.
+    *((family, parts, CHECKPOINTED) for family in ("idefics3", "qwen2.5-vl") for parts in PARTS),
+]
+
+
+@pytest.mark.parametrize(("family", "parts", "recompute"), PLACES)
+def test_images_need_what_a_real_pass_needs(folder, vision, family, parts, recompute):
+    """In the forward pass, and in the backward pass if something that encodes them is trained."""
+    config = config_of(folder, vision[family], {"model.train_parts": parts, **recompute})
+    images = ImagesOfRows(ProcessorFiles.of(vision[family]), width=120, height=90, per_row=12.5)
+    hf_config = AutoConfig.from_pretrained(vision[family])
+    _, activations = measure(config, hf_config, None, Microbatch(96, 1.0, images))
+    assert activations.traced
+    found = activations.images_at(2)
+    model = load_model(config, str(vision[family]), torch.device("cpu")).train()
+    inputs = media_inputs(images.processor.load(), [Image.new("RGB", (120, 90))] * 25)
+    assert found.pixels == sum(values.nbytes for values in inputs.values())
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.register_post_accumulate_grad_hook(forget_gradient)
+
+    def encode() -> None:
+        features = [each for each in features_of(model.base_model, inputs) if each.requires_grad]
+        torch.autograd.backward(features, [torch.ones_like(each) for each in features])
+
+    encode()
+    assert max(found.forward, found.backward) == pytest.approx(most_allocated(encode), rel=0.1)
+    assert (found.saved > 0) == (found.backward > 0) == (parts != ["language"])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -105,3 +106,23 @@ def test_a_changed_file_is_named_with_its_record(tmp_path, change):
     reason = "cannot be read" if change == "missing" else "has changed since it was tokenized"
     assert media[0].fault.startswith(f"d: f:1: {files[0]}: {reason}")
     assert not media[0].content
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 3])
+@pytest.mark.parametrize("layout", ["packed", "single"])
+def test_the_microbatch_with_the_most_images_is_found(data, layout, rows_at_once):
+    rows, _, processor = data
+    rows = replace(rows, layout=layout)
+    ids = rows.batch(np.arange(rows.row_plan.rows))["input_ids"]
+    of_rows = (ids == processor.image_token_id).sum(1).tolist()
+    most = max(sum(of_rows[first : first + rows_at_once]) for first in range(0, len(of_rows), rows_at_once))
+    load = rows.image_load(rows_at_once)
+    assert load is not None
+    # It has 3 × 2 parts of 28 × 28 pixels, with a token each.
+    assert (load.width, load.height) == (84, 56)
+    assert load.per_row == pytest.approx(most / 6 / rows_at_once)
+
+
+def test_rows_of_text_alone_load_nothing(tmp_path):
+    manifest = written_with_images(tmp_path / "set", tiny_processor("llava"), questions([], without=6))
+    assert PackedDataset((str(manifest.path.location),), 64, 2).image_load(2) is None

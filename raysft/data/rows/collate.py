@@ -144,7 +144,7 @@ def _read_media(slices: RowSlices, paths: Sequence[str], row: np.ndarray, offset
     found = []
     for segment in np.argsort(slices.shards, kind="stable").tolist():
         path, position = paths[int(slices.shards[segment])], int(slices.positions[segment])
-        column, counts = _open_media(path)
+        column, counts = open_media(path)
         if len(counts) and counts[position]:
             begins, ends = int(slices.starts[segment]), int(slices.stops[segment])
             placed = Placed(int(row[segment]), int(offsets[segment]), begins, ends, path, position)
@@ -153,7 +153,7 @@ def _read_media(slices: RowSlices, paths: Sequence[str], row: np.ndarray, offset
 
 
 @lru_cache(maxsize=16)
-def _open_media(path: str) -> tuple[Any, np.ndarray]:
+def open_media(path: str) -> tuple[Any, np.ndarray]:
     """Return column ``media`` of a shard, and how many each example has; both are empty if none has any."""
     file = StoragePath(path)
     if "media" not in file.read(pq.read_schema).names:

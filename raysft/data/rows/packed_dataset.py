@@ -16,6 +16,7 @@ import pyarrow as pa
 from raysft.data.rows import mixture, node_reader, plan_file, ray_stream
 from raysft.data.rows.collate import Batch, RowSlices, collate
 from raysft.data.rows.copies import Copies, find_copies
+from raysft.data.rows.image_load import ImageLoad, image_load
 from raysft.data.rows.plan_file import PlannedRows, SourceFiles
 from raysft.data.rows.row_layouts import ranges
 from raysft.data.rows.row_plan import Layout, Mixing, RowPlan, SourceLengths, plan_rows, rows_for_rank
@@ -241,6 +242,12 @@ class PackedDataset:
         planned, segments = self._planned, self.row_plan.segments
         media, examples = sum(source.media for source in planned.sources), int(planned.shard_ends[-1])
         return media / examples * len(segments.examples) / self.row_plan.rows if media else 0.0
+
+    def image_load(self, rows: int) -> ImageLoad | None:
+        """Return the images of the microbatch of so many rows that has the most; None if there are none."""
+        if not self.has_media:
+            return None
+        return image_load(self._paths, self._planned.shard_ends, self.row_plan.segments, rows)
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
         """Read and pack rows, given their numbers; −1 gives a filler row without labels."""
