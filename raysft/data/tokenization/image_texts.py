@@ -16,7 +16,7 @@ from raysft.data.tokenization.span_search import Span
 from raysft.data.tokenization.tokenizer import TokenizingProcessor
 from raysft.data.types import MEDIUM, Medium, Message
 from raysft.errors import RequestError, one_line
-from raysft.models.processor import image_text, processor_ids
+from raysft.models.processor import differs_alone, image_text, processor_ids
 
 CACHED_SIZES = 10_000
 """Sizes of images whose text is remembered."""
@@ -61,6 +61,8 @@ class ImageTexts:
             RequestError: the processor cannot be loaded.
         """
         try:
+            # Most need not be asked about a size twice.
+            beside = beside and differs_alone(self.processor.files.load())
             return self.text_of_size(medium.width, medium.height, beside)
         except RequestError:
             raise
