@@ -173,7 +173,7 @@ class _Pixels:
     """The same images in every row; in place of ``train.pixels.Pixels``."""
 
     def __init__(self, processor: Any, rows: int) -> None:
-        self._processor, self._images = processor, [Image.new("RGB", IMAGE, "red")] * IMAGES * rows
+        self._processor, self._images = processor, [[Image.new("RGB", IMAGE, "red")]] * IMAGES * rows
 
     def take(self, device: torch.device) -> dict[str, Any]:
         made = media_inputs(self._processor, self._images)

@@ -48,7 +48,7 @@ def trace_images(config: Config, model: Any, images: ImagesOfRows) -> Images:
     try:
         with _fake_attention(whole, config), all_chosen():
             blank = Image.new("RGB", (images.width, images.height))
-            one, two = (_run(whole, media_inputs(processor, [blank] * count)) for count in (1, 2))
+            one, two = (_run(whole, media_inputs(processor, [[blank]] * count)) for count in (1, 2))
     finally:
         for hook in hooks:
             hook.remove()

@@ -138,7 +138,7 @@ def test_images_need_what_a_real_pass_needs(folder, vision, family, parts, recom
     assert activations.traced
     found = activations.images_at(2)
     model = load_model(config, str(vision[family]), torch.device("cpu")).train()
-    inputs = media_inputs(images.processor.load(), [Image.new("RGB", (120, 90))] * 25)
+    inputs = media_inputs(images.processor.load(), [[Image.new("RGB", (120, 90))]] * 25)
     assert found.pixels == sum(values.nbytes for values in inputs.values())
     for weight in model.parameters():
         if weight.requires_grad:
