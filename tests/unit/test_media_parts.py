@@ -19,7 +19,7 @@ from raysft.data.sources.formats import to_examples
 from raysft.data.sources.holdout import opening_hash
 from raysft.data.sources.media_parts import has_stray_mark
 from raysft.data.sources.readers import read_raw
-from raysft.data.types import MEDIUM, Example, Medium, Rejected
+from raysft.data.types import MEDIUM, STAND_IN, Example, Medium, Rejected
 
 PNG = b"\x89PNG one"
 DATA_URL = "data:image/png;base64," + b64encode(PNG).decode()
@@ -130,12 +130,12 @@ def test_a_turn_may_have_images_of_its_own(key):
             {"role": "user", "content": [TEXT, {"type": "image"}, TEXT], key: "4"},
             {"role": "assistant", "content": "a"},
             {"role": "user", "content": "<image>"},
-            {"role": "assistant", "content": "", key: ["6"]},
+            {"role": "assistant", "content": "b", key: ["6"]},
         ],
         "images": ["5"],
     }
     found = turns(record)
-    assert [text for _, text, _ in found[1:]] == ["◆◆q", "a", "this ◆, not ◆", "a", "q◆q", "a", "◆", "◆"]
+    assert [text for _, text, _ in found[1:]] == ["◆◆q", "a", "this ◆, not ◆", "a", "q◆q", "a", "◆", "◆b"]
     assert [images for _, _, images in found[1:]] == [["1", PNG], [], ["2", "3"], [], ["4"], [], ["5"], ["6"]]
     example = item(record)
     assert isinstance(example, Example)
@@ -143,6 +143,27 @@ def test_a_turn_may_have_images_of_its_own(key):
     assert all(message.original is None for message in example.messages if message.media)
     of_human = {"conversations": [{"from": "human", "value": "<image>q", key: "1"}, {"from": "gpt", "value": "a"}]}
     assert turns(of_human)[0] == ("user", "◆q", ["1"])
+
+
+def test_an_answer_that_is_an_image_alone_is_shown_and_not_trained_and_as_the_last_one_is_no_answer():
+    """As an answer without text is none: media tokens have no labels, so that its end would be all there is to train."""
+    image = [{"type": "image", "image": "1"}, {"type": "text", "text": "\n"}]
+    question, shown = {"role": "user", "content": "q"}, {"role": "assistant", "content": image}
+    said = {"role": "assistant", "content": [*image, {"type": "text", "text": "a"}]}
+    found = item({"messages": [question, shown, question, said]})
+    assert isinstance(found, Example)
+    assert [message.trainable for message in found.messages] == [True, False, True, True]
+    assert found.messages[1].content == f"{MEDIUM}\n"
+    for record in (
+        {"messages": [question, said, question, shown]},
+        {"instruction": "q", "output": "<image>", "history": [["q", "a"]], "images": ["1"]},
+        {"prompt": [question, said, question], "completion": [shown]},
+        {"turns": ["q", "a", "q", "<image>"], "images": ["1"]},
+    ):
+        found = item(record)
+        assert isinstance(found, Example), found
+        assert found.unanswered == "turn 3 of the assistant is an image without text, but raysft trains on text"
+        assert [message.content for message in found.messages[2:]] == ["q", STAND_IN]
 
 
 def test_pairs_of_questions_and_answers_follow_the_images():

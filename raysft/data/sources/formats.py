@@ -27,7 +27,7 @@ from raysft.data.sources.media_parts import (
 from raysft.data.sources.messages import parse_turns, require_list, require_text
 from raysft.data.sources.readers import RawRecord, Unreadable, parse_record
 from raysft.data.sources.tool_calls import nested_strings, parse_tools, tool_schemas
-from raysft.data.types import IGNORE_INDEX, STAND_IN, Example, Message, Record, Rejected
+from raysft.data.types import IGNORE_INDEX, MEDIUM, STAND_IN, Example, Message, Record, Rejected
 
 MIN_WEIGHT = 1e-6
 """Smallest weight, and inverse of the largest: losses further apart cannot be summed in float32."""
@@ -98,8 +98,10 @@ def to_example(record: Record, form: str, source: Source, location: str) -> Exam
         messages = place_images(messages, images)
     unanswered = unanswered or _lacks_answer(messages, form)
     if unanswered:
-        messages = (*(messages[:-1] if _is_empty(messages[-1]) else messages), Message("assistant", STAND_IN))
+        says_nothing = _is_empty(messages[-1]) or _is_image(messages[-1])
+        messages = (*(messages[:-1] if says_nothing else messages), Message("assistant", STAND_IN))
     _check_turns(messages)
+    messages = tuple(replace(message, trainable=False) if _is_image(message) else message for message in messages)
     tools = parse_tools(read("tools"))
     if form != "openai":
         tools = tool_schemas(tools)
@@ -163,6 +165,8 @@ def _pairs(pairs: list[Any]) -> Iterator[Message]:
 
 def _lacks_answer(messages: tuple[Message, ...], form: str) -> str:
     """Why a conversation has no answer that a model could be trained on; empty if it has one."""
+    if _is_image(messages[-1]):
+        return f"turn {len(messages) - 1} of the assistant is an image without text, but raysft trains on text"
     if form == "alpaca":
         return "the output is empty" if messages[-1].role != "assistant" or _is_empty(messages[-1]) else ""
     if _is_empty(messages[-1]):
@@ -176,6 +180,12 @@ def _lacks_answer(messages: tuple[Message, ...], form: str) -> str:
 def _is_empty(message: Message) -> bool:
     """Return True for an answer that says nothing and calls nothing."""
     return message.role == "assistant" and not message.content.strip() and not message.tool_calls
+
+
+def _is_image(message: Message) -> bool:
+    """Return True for an answer that shows images, and says and calls nothing: it is there to be seen by later turns."""
+    text = message.content.replace(MEDIUM, "")
+    return message.role == "assistant" and bool(message.media) and not text.strip() and not message.tool_calls
 
 
 def _check_turns(messages: tuple[Message, ...]) -> None:
