@@ -156,7 +156,7 @@ class Case:
     steps_to_read: int | None = None
     """Steps whose rows the last worker can read; those of the next one raise an error. Default: all."""
     slow: tuple[str, float] = ("", 0.0)
-    """What the last worker does too slowly, ``forward`` or ``data``, and by how many seconds each time."""
+    """What the last worker does too slowly, ``forward``, ``data`` or ``pixels``, and by how many seconds each time."""
     writes_until_saved: bool = False
     """True if the model is not written before there is a checkpoint of the last step; all workers look for requests meanwhile."""
 
@@ -208,6 +208,7 @@ def _trained(case: Case, rank: int, world: int, name: str, device: torch.device)
     from raysft.train.checkpoint import parts, state, triggers
     from raysft.train.checkpoint.cursor import Cursor
     from raysft.train.checkpoint.resume import ResumePoint
+    from raysft.train.pixels import ImageInputs
 
     loss.CHUNK_TOKENS = case.chunk_tokens
     readings = itertools.count(1)
@@ -264,7 +265,8 @@ def _trained(case: Case, rank: int, world: int, name: str, device: torch.device)
     waits = patch.object(export, "save", _after(case.keep / f"checkpoint_{STEPS}", export.save)) if case.keep else None
     try:
         with (
-            _delayed(loss.TokenLoss, seconds) if slow == "forward" else contextlib.nullcontext(),
+            _delayed(loss.TokenLoss, "forward", seconds) if slow == "forward" else contextlib.nullcontext(),
+            _delayed(ImageInputs, "__call__", seconds) if slow == "pixels" else contextlib.nullcontext(),
             waits if waits and case.writes_until_saved else contextlib.nullcontext(),
         ):
             loop.train(job, batches, device, events.append, save, resume, outside, phases)
@@ -315,15 +317,15 @@ def _after(folder: Path, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def _delayed(model: Any, seconds: float) -> Iterator[None]:
-    """Let each forward pass take longer."""
-    forward = model.forward
+def _delayed(kind: Any, name: str, seconds: float) -> Iterator[None]:
+    """Let each call of a class's method take longer."""
+    method = getattr(kind, name)
 
     def slow(*inputs: Any, **options: Any) -> Any:
         time.sleep(seconds)
-        return forward(*inputs, **options)
+        return method(*inputs, **options)
 
-    with patch.object(model, "forward", slow):
+    with patch.object(kind, name, slow):
         yield
 
 

@@ -216,9 +216,9 @@ class _Loop:
             training.phases,
             self.pixels,
         )
-        # Pixels are a part of the rows; only this worker's own wait for them is known.
-        waited, own_wait = rows.wait + result.pixel_seconds, rows.own_wait + result.pixel_seconds
-        seconds = time.perf_counter() - started - result.pixel_seconds
+        # Pixels are a part of the rows.
+        waited, own_wait = rows.wait + result.held_seconds, rows.own_wait + result.pixel_seconds
+        seconds = time.perf_counter() - started - result.held_seconds
         if not result.applied:
             self._skip(index, result)
         tokens = cursor.tokens + int(row_plan.step_tokens[index])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from time import monotonic
@@ -70,6 +70,9 @@ class StepResult:
     """Time of this worker's forward passes."""
     pixel_seconds: float = 0.0
     """Time that this worker waited for the pixels of its images."""
+    held_seconds: float = 0.0
+    """Time by which waits for pixels, of any worker, have held this one up: the longest of them, unless it was over before the
+    others had to wait for it."""
 
 
 def train_step(
@@ -98,7 +101,7 @@ def train_step(
     # DeepSpeed averages over microbatches and workers; undo that, and divide by the step's weight instead.
     scale = accumulation * dist.get_world_size() / weight
     totals = torch.zeros(5 + sources, device=engine.device)
-    norm, forward = None, DeviceTimer(engine.device)
+    norm, forward, started = None, DeviceTimer(engine.device), time.perf_counter()
     for microbatch in microbatches(batch, engine.train_micro_batch_size_per_gpu(), engine.device, pixels):
         phases.enter("forward")
         with forward:
@@ -114,13 +117,36 @@ def train_step(
             engine.step()
         totals += torch.cat([totals.new_zeros(4), loss.detach()[None], by_source])
     totals[:4] = totals.new_tensor(asks())
-    dist.all_reduce(totals)
-    noticed, late, over, lacks, total, *by_source = totals.double().tolist()
+    waited = pixels.waited() if pixels else 0.0
+    waits = torch.zeros(dist.get_world_size() if pixels else 0, 2, device=engine.device)
+    if pixels:
+        waits[dist.get_rank()] = waits.new_tensor([waited, time.perf_counter() - started - waited])
+    shared = torch.cat([totals, waits.flatten()])
+    dist.all_reduce(shared)
+    held = _held_seconds(shared[len(totals) :].view(-1, 2).tolist(), time.perf_counter() - started) if pixels else 0.0
+    noticed, late, over, lacks, total, *by_source = shared[: len(totals)].double().tolist()
     norm = float(norm if norm is not None else engine.get_global_grad_norm())
     applied = math.isfinite(norm) and engine.was_step_applied()
     heard = (noticed > 0, late > 0, over > 0, lacks > 0)
-    waited = pixels.waited() if pixels else 0.0
-    return StepResult(total / weight, norm, np.asarray(by_source), applied, *heard, forward.seconds(), waited)
+    return StepResult(total / weight, norm, np.asarray(by_source), applied, *heard, forward.seconds(), waited, held)
+
+
+def _held_seconds(workers: Sequence[Sequence[float]], seconds: float) -> float:
+    """Return by how long waits for pixels have held up a step.
+
+    Args:
+        workers: of each the time that it waited, and that of the rest of its step, in which it may have waited for another worker.
+        seconds: time of this worker's step.
+
+    >>> _held_seconds([(0.0, 3.0), (2.0, 1.0)], 3.0)
+    2.0
+
+    The second worker began earlier, while the first one still wrote a checkpoint:
+
+    >>> _held_seconds([(0.0, 1.0), (2.0, 5.0)], 1.0)
+    0.0
+    """
+    return max(0.0, min(max(waited for waited, _ in workers), seconds - min(rest for _, rest in workers)))
 
 
 @contextmanager

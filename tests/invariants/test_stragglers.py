@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from raysft.data.rows.packed_dataset import PackedDataset
 from raysft.telemetry.events import StepRecord, WorkerSlow
+from tests.tiny_vision import tiny_processor, tiny_vision_model
 from tests.training import Case, Result, make_config, prepare, rows_of, train_all
+from tests.vision_shards import draw, questions, written_with_images
 
 SECONDS = 0.2
 
@@ -43,6 +46,28 @@ def test_waiting_for_rows_is_named(named):
 def test_the_log_has_the_time_that_a_training_waits_for_the_rows_of_another_worker(trained):
     steps = [event for event in trained[1].events if isinstance(event, StepRecord)][1:]
     assert sum(step.step_seconds + step.data_wait_seconds for step in steps) > 0.75 * SECONDS * len(steps)
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory) -> list[StepRecord]:
+    """What the first of two workers logs while the second one makes its pixels slowly."""
+    folder = tmp_path_factory.mktemp("pixels")
+    model, processor = tiny_vision_model(folder / "model", "llava"), tiny_processor("llava")
+    manifest = written_with_images(folder / "set", processor, questions(draw(folder / "images", 14)))
+    rows = PackedDataset((manifest.path.location,), 64, 4, epochs=9, max_steps=9)
+    config = make_config(folder, model, {"data.sequence_length": 64, "train.zero_stage": 2}, max_steps=9)
+    (result,) = train_all([Case(config, rows, slow=("pixels", 3 * SECONDS))], 2)
+    assert not result.failure
+    return [event for event in result.events if isinstance(event, StepRecord)]
+
+
+def test_the_log_has_the_time_that_a_training_waits_for_the_pixels_of_another_worker(shown):
+    """Of which three are made at the same time, so that each step has to wait for one third of their time."""
+    waits, steps = sum(step.data_wait_seconds for step in shown), sum(step.step_seconds for step in shown)
+    assert len(shown) == 9
+    assert waits > SECONDS * 9 / 2
+    assert steps < waits
+    assert waits + steps > 0.75 * SECONDS * 9
 
 
 def test_with_zero_3_a_forward_pass_waits_for_the_others_and_tells_nothing(named):

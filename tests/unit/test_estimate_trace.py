@@ -28,7 +28,7 @@ from raysft.train.loss import TokenLoss
 from raysft.train.towers import features_of
 from tests.measured_memory import config_of, model_of, most_allocated
 from tests.tiny import tiny_model
-from tests.tiny_vision import FAMILIES, tiny_vision_model
+from tests.tiny_vision import FAMILIES, TILED, tiny_vision_model
 
 SIZES = {
     "vocab_size": 1000,
@@ -51,7 +51,9 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def vision(tmp_path_factory) -> dict[str, Path]:
-    return {family: tiny_vision_model(tmp_path_factory.mktemp(family) / "model", family) for family in FAMILIES}
+    return {
+        family: tiny_vision_model(tmp_path_factory.mktemp(family) / "model", family) for family in (*FAMILIES, *TILED)
+    }
 
 
 def needed(activations: Activations, rows: int) -> float:
@@ -123,6 +125,7 @@ def test_models_for_images_are_traced(folder, tmp_path, family):
 PARTS = ["language"], ["projector"], ["projector", "vision"]
 PLACES = [
     *((family, parts, {}) for family in FAMILIES for parts in PARTS),
+    *((family, PARTS[-1], {}) for family in TILED),
     # The convolution of CLIP's patches has buffers that are larger than a tiny layer.
     *((family, parts, CHECKPOINTED) for family in ("idefics3", "qwen2.5-vl") for parts in PARTS),
 ]
