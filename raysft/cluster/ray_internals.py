@@ -206,3 +206,13 @@ def draining_nodes() -> dict[str, float | None]:
 def split_coordinator(split: Any) -> Any:
     """Return the actor that runs the pipeline behind ``Dataset.streaming_split``; killing it ends a pipeline that hangs."""
     return split._coord_actor
+
+
+def scheduled(executor: Any) -> tuple[int, ...]:
+    """Return what each operator of a running Ray Data pipeline counts: tasks that began, tasks that ended, and their blocks."""
+    counts = [operator.metrics for operator in executor._topology]
+    return tuple(
+        number
+        for of in counts
+        for number in (of.num_tasks_submitted, of.num_tasks_finished, of.num_task_outputs_generated)
+    )

@@ -19,6 +19,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from raysft.cluster.placement import Node, listed
+from raysft.cluster.scheduling_pace import pace
 from raysft.config import Config
 from raysft.errors import RequestError
 
@@ -177,6 +178,7 @@ def quiet_ray_data() -> Iterator[Any]:
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    pace(context)
     logger = logging.getLogger("ray.data")
     level = logger.level
     logger.setLevel(logging.CRITICAL)  # failures are raised, and reported once by the caller

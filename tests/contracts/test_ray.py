@@ -1,7 +1,8 @@
-"""Ray and Ray Data: addresses, tokens, the head's answer, drained nodes, the coordinator of a split, and random ids of forks."""
+"""Ray and Ray Data: addresses, tokens, the head's answer, drained nodes, a split's coordinator, counts of tasks, ids of forks."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import inspect
 import subprocess
@@ -21,6 +22,8 @@ from ray._private.runtime_env.context import RuntimeEnvContext
 from ray._private.state import GlobalState, state
 from ray._private.workers import setup_worker
 from ray.core.generated import gcs_pb2, gcs_service_pb2, gcs_service_pb2_grpc
+from ray.data._internal.execution.interfaces.op_runtime_metrics import OpRuntimeMetrics
+from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from ray.data._internal.iterator import stream_split_iterator
 
 from raysft.cluster import forkserver, ray_internals
@@ -84,6 +87,13 @@ def test_advice_on_processes_is_not_printed_and_all_else_is(capsys):
 def test_a_split_has_the_actor_that_runs_its_pipeline():
     RAY.source(stream_split_iterator.StreamSplitDataIterator, "self._coord_actor =", "_coord_actor")
     RAY.name(ray.data.Dataset, "streaming_split")
+
+
+def test_a_pipeline_counts_its_tasks_and_blocks():
+    RAY.source(StreamingExecutor, "self._topology", "_topology")
+    counted = [field.name for field in dataclasses.fields(OpRuntimeMetrics)]
+    for name in ("num_tasks_submitted", "num_tasks_finished", "num_task_outputs_generated"):
+        assert name in counted, name
 
 
 def test_a_head_without_services_starts_the_others_and_has_them_later():

@@ -388,6 +388,41 @@ def test_each_worker_gets_its_rows_in_order_from_ray_data_and_from_readers(tmp_p
     assert len(found) == 2 * workers
 
 
+class CountedSteps:
+    """A callback of Ray Data that counts the steps of its scheduling loop."""
+
+    count = 0
+
+    def on_execution_step(self, executor) -> None:
+        CountedSteps.count += 1
+
+    before_execution_starts = after_execution_succeeds = after_execution_fails = lambda *_: None
+
+
+def test_rows_that_wait_for_the_training_take_no_core(tmp_path, monkeypatch):
+    """The scheduling loop of Ray Data pauses, and goes on when rows are taken."""
+    import numpy as np
+
+    from raysft.cluster.scheduling_pace import LONGEST
+    from raysft.data.rows import ray_stream
+    from raysft.data.rows.packed_dataset import PackedDataset
+    from tests.synthetic import write_set
+
+    monkeypatch.setattr(ray_stream, "PREFETCH_BYTES", 0)  # four blocks of the 30, which have 5 MB each
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "custom_execution_callback_classes", [CountedSteps])
+    lengths = np.random.default_rng(0).integers(2000, 2048, 600)
+    rows = PackedDataset((write_set(tmp_path / "a", lengths, shard_examples=100),), 4096, 6, epochs=6)
+    tables = iter(rows.dataset(0, 1).iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
+    given = [next(tables) for _ in range(5)]
+    time.sleep(1)  # until enough lie ahead
+    before = CountedSteps.count
+    time.sleep(2)
+    steps = CountedSteps.count - before
+    assert 0 < steps < 3 * 2 / LONGEST
+    given += [next(tables) for _ in range(5)]
+    assert len(given) == 10
+
+
 def test_duplicates_and_a_number_of_held_out_examples_are_the_same_on_a_cluster(tmp_path, model, capsys, monkeypatch):
     def pairs(name: str, numbers) -> bytes:
         return lines(*({"instruction": f"{name} {number}", "output": "x"} for number in numbers))

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from raysft.cluster.placement import TASK_CPUS
+from raysft.cluster.scheduling_pace import pace
 from raysft.data.rows import row_media
 from raysft.data.rows.collate import Batch
 from raysft.data.rows.row_plan import RowPlan, rows_for_rank
@@ -111,6 +112,7 @@ def ray_dataset(rows: Rows, pieces: Sequence[Piece], workers: int) -> Any:
     context.target_max_block_size = 1
     context.execution_options = rows.execution_options(workers)
     context.enable_progress_bars = False
+    pace(context)
     with ray.data.DataContext.current(context):
         items = [asdict(piece) for piece in pieces]
         dataset = ray.data.from_items(items, override_num_blocks=max(1, len(items)))

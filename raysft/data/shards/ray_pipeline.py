@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from raysft.cluster.connect import ensure_cluster
 from raysft.cluster.placement import TASK_CPUS, selector_of
+from raysft.cluster.scheduling_pace import pace
 from raysft.data.shards.manifest import Shard
 from raysft.data.shards.parts import kept_parts, load_part, part_name, save_part
 from raysft.data.shards.shard_set import ShardSet
@@ -161,6 +162,7 @@ def data_context(data_label: str | None) -> Any:
     context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=QUEUE_BYTES)
     # Reserve half of the limit for each operator. Otherwise waiting records take all of it, and one tokenizing task is left.
     context.op_resource_reservation_ratio = 1.0
+    pace(context)
     context.target_max_block_size = 1  # send each row (the records of a shard, or a shard) on its own
     return context
 
