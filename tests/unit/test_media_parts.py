@@ -279,7 +279,8 @@ def test_an_image_without_a_mark_is_not_left_out_in_silence(image):
     ("text", "stray"),
     [
         ("<image>q", True), ("<image 1>q", True), ("<image_00>q", True), ("<|image_1|>q", True), ("<img>a.png</img>q", True),
-        ("<video>q", True), ("<audio>", True), ("<img src='a.png'> <images> image_1", False),
+        ('[{"type": "image", "image": "a.png"}]', True), ("<video>q", True), ("<audio>", True),
+        ("<img src='a.png'> <images> image_1", False),
     ],
 )  # fmt: skip
 def test_marks_of_any_program_are_found_where_there_is_no_image(text, stray):
@@ -318,7 +319,10 @@ def test_marks_in_the_system_text_are_words():
 def test_marks_and_images_must_agree_in_number():
     record = {"instruction": "<image>q", "output": "a"}
     assert "1 and the images column 2" in reason({**record, "images": ["1", "2"]})
-    assert "2 and the images column 1" in reason({**record, "instruction": "<image><image>", "images": ["1"]})
+    named = reason({**record, "instruction": "<image><image>", "images": ["1"]})
+    assert "2 and the images column 1" in named
+    assert "give all as parts of contents, beside which <image> is a word" in named
+    assert turns(openai({"image": "1"}, {"text": "<image>"}))[0] == ("user", "◆<image>", ["1"])
     assert "0 and the images column 1" in reason({**record, "instruction": "q", "images": "1"})
     assert "columns: {images: null}" in reason({**record, "instruction": "q", "images": "1"})
     assert "1 and the images column 0" in reason(openai({"type": "image"}, TEXT))

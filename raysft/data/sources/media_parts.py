@@ -18,8 +18,10 @@ from raysft.data.types import MEDIUM, Medium, Message, Record
 
 MARK = "<image>"
 """Stands in a text for the next image of the record's column, as LLaMA-Factory writes it."""
-OTHER_MARKS = re.compile(r"<image[ _]?\d+>|<\|image_\d+\|>|<img>[^<>\n]+</img>|<video>|<audio>")
-"""How other programs mark images, videos and audio; words here."""
+OTHER_MARKS = re.compile(
+    r'<image[ _]?\d+>|<\|image_\d+\|>|<img>[^<>\n]+</img>|<video>|<audio>|"type": ?"(?:image|image_url|input_image|video)"'
+)
+"""How other programs mark images, videos and audio, and parts in JSON; words here."""
 TEXT_PARTS = ("text", "input_text", "output_text")
 IMAGE_PARTS = ("image", "image_url", "input_image")
 IMAGE_KEYS = ("image", "url", "path", "image_url", "base64", "source")
@@ -204,9 +206,9 @@ def place_images(messages: Sequence[Message], images: Sequence[Medium], owner: s
     if set(indices) != set(order):
         indices = list(range(len(marks)))
     if set(indices) != set(order):
-        remedy = (
-            f"write {MARK} into the text where each one belongs" if len(marks) < len(images) else "add those that lack"
-        )
+        remedy = f"write {MARK} into the text where each one belongs"
+        if len(marks) > len(images):
+            remedy = f"add those that lack, or give all as parts of contents, beside which {MARK} is a word"
         remedy += "" if images else ", or name their column with columns: {images: COLUMN}"
         ignoring = ", or ignore the column with columns: {images: null}" if not marks else ""
         raise ValueError(
