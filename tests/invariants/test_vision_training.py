@@ -23,6 +23,7 @@ from raysft.train.step import microbatches
 from tests.tiny_vision import FAMILIES, TILED, tiny_gemma3, tiny_processor, tiny_vision_model
 from tests.training import Case, Result, adamw, assert_same, make_config, train_all
 from tests.vision_shards import Seen, draw, ids_of, questions, written_with_images
+from tests.vision_training import assert_as_plain, is_language, weights_of
 
 CPU = torch.device("cpu")
 STEPS, TOKENS = 3, 256
@@ -161,24 +162,13 @@ def plain_training(
     return losses, norms, {name: weight.detach().numpy() for name, weight in model.named_parameters()}
 
 
-def is_language(name: str) -> bool:
-    return not any(part in name for part in ("vis", "projector", "connector", "newline"))
-
-
 @pytest.mark.parametrize("name", [*FAMILIES, *TILED])
 def test_training_equals_a_plain_loop_over_the_processors_batches(families, trained, name):
     result, family = trained[name, "full"], families[name]
-    assert not result.failure
     plain = AutoModelForImageTextToText.from_pretrained(family.model)
-    language = [weight for weight, _ in plain.named_parameters() if is_language(weight)]
-    begun = {weight: value.detach().clone().numpy() for weight, value in plain.named_parameters()}
-    losses, norms, weights = plain_training(plain, family, language)
-    np.testing.assert_allclose(result.losses, losses, rtol=1e-5)
-    np.testing.assert_allclose(result.norms, norms, rtol=1e-4)
-    saved = AutoModelForImageTextToText.from_pretrained(result.model)
-    for weight, value in saved.named_parameters():
-        expected = weights[weight] if is_language(weight) else begun[weight]
-        np.testing.assert_allclose(value.detach().numpy(), expected, rtol=1e-5, atol=1e-5, err_msg=weight)
+    begun = weights_of(plain)
+    language = [weight for weight in begun if is_language(weight)]
+    assert_as_plain(result, plain_training(plain, family, language), begun, language)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *TILED])
@@ -241,17 +231,10 @@ def test_the_named_parts_alone_are_trained_as_in_a_plain_loop(families, split, n
     )
     family = families[name]
     plain = AutoModelForImageTextToText.from_pretrained(family.model)
-    begun = {weight: value.detach().clone().numpy() for weight, value in plain.named_parameters()}
+    begun = weights_of(plain)
     wanted = [weight for weight in begun if is_language(weight) == (parts == LANGUAGE) or parts == ALL]
-    losses, norms, weights = plain_training(
-        plain, replace(family, rows=family.mixed, seen=family.mixed_seen), wanted, steps=4
-    )
-    np.testing.assert_allclose(one.losses, losses, rtol=1e-5)
-    np.testing.assert_allclose(one.norms, norms, rtol=1e-4)
-    saved = AutoModelForImageTextToText.from_pretrained(one.model)
-    for weight, value in saved.named_parameters():
-        expected = weights[weight] if weight in wanted else begun[weight]
-        np.testing.assert_allclose(value.detach().numpy(), expected, rtol=1e-5, atol=1e-5, err_msg=weight)
+    mixed = replace(family, rows=family.mixed, seen=family.mixed_seen)
+    assert_as_plain(one, plain_training(plain, mixed, wanted, steps=4), begun, wanted)
 
 
 @pytest.mark.parametrize("name", SOME)
