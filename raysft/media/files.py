@@ -8,7 +8,7 @@ from raysft.storage.path import StoragePath
 
 DIGEST_BYTES = 16
 """Bytes of a hash."""
-REMEDY = "restore it, or set another data.cache to tokenize the data anew"
+REMEDY = "restore it, or set another data.cache and run.name to tokenize the data anew"
 """What to do about a file that has changed or gone."""
 
 

@@ -184,8 +184,9 @@ def _is_empty(message: Message) -> bool:
 
 def _is_image(message: Message) -> bool:
     """Return True for an answer that shows images, and says and calls nothing: it is there to be seen by later turns."""
-    text = message.content.replace(MEDIUM, "")
-    return message.role == "assistant" and bool(message.media) and not text.strip() and not message.tool_calls
+    if message.role != "assistant" or not message.media or message.tool_calls:
+        return False
+    return not message.content.replace(MEDIUM, "").strip()
 
 
 def _check_turns(messages: tuple[Message, ...]) -> None:

@@ -100,6 +100,8 @@ def turn_images(message: Message, turn: Record, where: str) -> Message:
     Raises:
         ValueError: one is no image, their number is not that of the marks, or the turn has videos or audio.
     """
+    if not any(map(turn.get, (*TURN_KEYS, *UNSUPPORTED_OF_TURN))):
+        return message
     if other := next((key for key in UNSUPPORTED_OF_TURN if turn.get(key)), None):
         raise ValueError(f"{where} has {other}, but raysft trains on text and images alone; leave the record out")
     images = next((found for key in TURN_KEYS if (found := _images(turn.get(key) or None, f"{where}.{key}"))), [])
