@@ -21,6 +21,8 @@ FRAGMENTATION, EXPANDABLE = 0.06, 0.03
 """Share of what comes and goes that torch's allocator on a GPU cannot use; with expandable segments."""
 PROCESS = 0.6 * GIB
 """A worker's process on a CPU: Python, torch, transformers, DeepSpeed, Ray."""
+PIXELS_AHEAD = 3
+"""Microbatches whose pixels exist in the node's memory beside those of the current one: ``train.pixels.AHEAD``."""
 ROWS = ("weights", "gradients", "master weights", "moments", "activations", "logits", "buckets", "rest")
 """Rows of the table."""
 
@@ -92,7 +94,12 @@ def memory(
     parts["rest"] += kept.gathered
     tensors = sum(parts.values())
     parts["rest"] += _beside(tensors - kept.fixed, setup, hardware)
-    return Memory(parts, moment, tensors, _sure(activations, kept, rows, filled), kept.host, rows, activations.traced)
+    ahead, host = PIXELS_AHEAD * activations.images_at(rows).pixels, kept.host
+    if hardware.gpu:
+        host += ahead
+    else:
+        parts["rest"] += ahead
+    return Memory(parts, moment, tensors, _sure(activations, kept, rows, filled), host, rows, activations.traced)
 
 
 def _moments(activations: Activations, kept: States, setup: Setup, rows: int) -> dict[str, dict[str, float]]:

@@ -19,11 +19,12 @@ from raysft.estimate.evaluation import Evaluation, estimate_evaluation, evaluati
 from raysft.estimate.formula import Decoder, by_formula
 from raysft.estimate.hardware import NodeMemory, gpu_memory, this_node
 from raysft.estimate.measure import Microbatch
-from raysft.estimate.memory import Hardware, largest_rows, memory
+from raysft.estimate.memory import FRAGMENTATION, PIXELS_AHEAD, Hardware, largest_rows, memory
 from raysft.estimate.setup import setup_of
-from raysft.estimate.sizes import GIB, Activations, Layers, Line, LossBytes, ModelSizes, Weight
+from raysft.estimate.sizes import GIB, Activations, Images, Layers, Line, LossBytes, ModelSizes, Weight
 from raysft.estimate.states import Setup, states
 from raysft.estimate.storage import Storage, check_room, check_shared, storage
+from raysft.train.pixels import AHEAD
 from tests.messages import holds, refusal
 
 BILLION = 1_000_000_000
@@ -454,3 +455,18 @@ def test_weights_that_surely_do_not_fit_are_refused_for_an_evaluation(tmp_path):
     )
     message = refusal(estimate_evaluation, evaluation(tmp_path, weight_bytes=9 * GIB), [node], small)
     assert holds(message, "evaluate.model=m: its weights need at least 9.0 GiB … use nodes with more memory")
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_pixels_that_are_made_ahead_are_in_the_memory_of_the_node(gpu):
+    """Two images a row of 1 GiB each, of which three microbatches of two rows are ahead of the one on the device."""
+    one, nothing = Line(0, GIB), Line(0, 0)
+    images = Images(pixels=one, saved=nothing, forward=nothing, backward=nothing, per_row=2.0)
+    text = Activations(64, nothing, (Layers(1, nothing, nothing, nothing),), {2: LossBytes(0, 0)}, nothing, True)
+    sizes, setup, hardware = ModelSizes(0, (), 0, 0, 0, 0, 0), Setup(zero_stage=0), Hardware(gpu=gpu)
+    without, seen = (memory(sizes, each, setup, 2, hardware) for each in (text, replace(text, images=images)))
+    assert PIXELS_AHEAD == AHEAD
+    assert seen.tensors - without.tensors == 4 * GIB
+    share = FRAGMENTATION * 4 * GIB if gpu else 12 * GIB
+    assert seen.peak - without.peak == pytest.approx(4 * GIB + share)
+    assert seen.host - without.host == (12 * GIB if gpu else 0)
