@@ -33,10 +33,9 @@ def media_inputs(processor: Any, examples: Iterable[Sequence[Any]], apart: bool 
     shown = [list(images) for images in examples if images]
     if not (apart or differs_alone(processor)):
         shown = [[image for images in shown for image in images]]
-    if len(shown) > 1 and processor.tokenizer.pad_token is None:
-        processor.tokenizer.pad_token = processor.image_token  # the texts must be of one length
     texts = [processor.image_token * len(images) for images in shown]
-    made = processor(text=texts, images=shown, padding=len(shown) > 1, return_tensors="pt", verbose=False)
+    # The texts stay lists: padding is a setting of the tokenizer, which other threads use at the same time.
+    made = processor(text=texts, images=shown, images_kwargs={"return_tensors": "pt"}, verbose=False)
     return {name: values for name, values in made.items() if name not in OF_TEXT}
 
 

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from raysft.data.types import RowMedium
+from raysft.models.media_inputs import media_inputs
 from raysft.train.faults import BadImage
 from raysft.train.phases import Phases
 from raysft.train.pixels import AHEAD, ImageInputs, Pixels
@@ -152,6 +154,16 @@ def test_images_of_a_row_are_made_example_by_example(tmp_path):
     assert made["batch_num_images"].tolist() == [2, 1, 1]
     tiles = [int((tile != 0).any(-1).any(-1).any(-1).sum()) for tile in made["pixel_values"]]
     assert tiles == [1, 1, 3, 3]  # the whole image, and two tiles
+
+
+def test_pixels_of_several_examples_leave_the_tokenizer_as_it_is():
+    """Threads share it, and each change of its padding would be one for the texts of the others."""
+    processor, image = tiny_processor("llava-onevision"), Image.new("RGB", (28, 28))
+    processor.tokenizer.pad_token = None
+    made = media_inputs(processor, [[image], [image, image]])
+    assert len(made["pixel_values"]) == 3
+    assert processor.tokenizer.backend_tokenizer.padding is None
+    assert processor.tokenizer.pad_token is None
 
 
 def test_images_that_the_processor_cannot_use_are_named(tmp_path):
