@@ -13,6 +13,7 @@ from raysft.data.sources.pickle_guard import read_table
 from raysft.errors import RequestError, StorageFailed
 from raysft.media.files import REMEDY, status
 from raysft.storage.path import StoragePath
+from raysft.storage.retry import retry_for
 
 MOST = 10_000
 """About how many images of a set are looked at; with more, those of every n-th shard."""
@@ -43,7 +44,8 @@ def check_media_files(manifests: Iterable[Manifest]) -> None:
         if not (manifest.reused and manifest.media):
             continue
         images = _images(manifest)
-        with suppress(StorageFailed), ThreadPoolExecutor(THREADS) as pool:  # the run waits for it when it reads
+        # A storage that does not answer now is waited for when the images are read.
+        with suppress(StorageFailed), ThreadPoolExecutor(THREADS) as pool:
             found = zip(images, pool.map(_fault, images), strict=True)
             faults = [(image, fault) for image, fault in found if fault]
             if faults:
@@ -69,7 +71,8 @@ def _images(manifest: Manifest) -> list[Tokenized]:
 
 
 def _fault(image: Tokenized) -> str:
-    found = status(image.location)
+    with retry_for(0):
+        found = status(image.location)
     if found is None:
         return "is not there any more"
     return "" if found[0] == image.size else "has changed since it was tokenized"
