@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from hashlib import blake2b
 
 from raysft.storage.path import StoragePath
 
 DIGEST_BYTES = 16
 """Bytes of a hash."""
+MAX_BYTES = 1 << 30
+"""Most bytes of a local file."""
 REMEDY = "restore it, or set another data.cache and run.name to tokenize the data anew"
 """What to do about a file that has changed or gone."""
 
@@ -23,6 +26,8 @@ def digest(content: bytes) -> str:
 
 Status = list[int] | None
 """Size and time of a file; None if it is not there."""
+Identity = list[int | str] | None
+"""What tells whether a file holds the same; None if it is not there."""
 
 
 def status(location: str) -> Status:
@@ -36,6 +41,26 @@ def status(location: str) -> Status:
     except (OSError, ValueError):
         return None
     return [entry.size, entry.modified]
+
+
+def identity(location: str) -> Identity:
+    """Return the size of a file with the hash of its content, if it is local, so that a copy is the same; else with its time.
+
+    Of what is no file, like a folder, nothing is told.
+
+    Raises:
+        StorageFailed: its storage does not answer.
+    """
+    found, local = status(location), StoragePath(location).local
+    if found is None:
+        return None
+    if local and not local.is_file():
+        return []
+    if local and found[0] <= MAX_BYTES:
+        with suppress(OSError):
+            # Files of /proc, which may have no end, have no size.
+            return [found[0], digest(local.read_bytes() if found[0] else b"")]
+    return [*found]
 
 
 def read(location: str, expected: str = "") -> bytes:

@@ -474,15 +474,19 @@ def test_records_whose_images_are_mended_are_tokenized_anew(tmp_path, sighted):
     (tmp_path / "broken.png").write_bytes(picture(2)[:50])
     write_records(tmp_path / "a.jsonl", [asked("broken.png"), asked("none.png"), {"turns": ["q", "a"]}])
 
+    told = []
+
     def manifest():
-        (found,) = build_shards([shard_set(tmp_path, sighted)], str(sighted), max_rejected=1)
+        (found,) = build_shards([shard_set(tmp_path, sighted)], str(sighted), max_rejected=1, notify=told.append)
         return found
 
-    then = (tmp_path / "broken.png").stat().st_mtime_ns
     old = manifest()
     assert [manifest().reused, manifest().key, len(old), len(old.rejected)] == [True, old.key, 1, 2]
+    assert "anew" not in "".join(told)
     (tmp_path / "none.png").write_bytes(picture(1))
     added = manifest()
+    lines = [line for line in told if "anew" in line]
+    assert [line.split(" since")[0] for line in lines] == [f"source 'a': {tmp_path}/none.png was added or changed"]
     assert (added.reused, len(added), len(added.rejected)) == (False, 2, 1)
     (tmp_path / "broken.png").write_bytes(picture(2))
     corrected = manifest()
@@ -492,9 +496,37 @@ def test_records_whose_images_are_mended_are_tokenized_anew(tmp_path, sighted):
     assert len({old.key, added.key, corrected.key}) == 3
     (tmp_path / "none.png").unlink()
     (tmp_path / "broken.png").write_bytes(picture(2)[:50])
-    os.utime(tmp_path / "broken.png", ns=(then, then))
     assert (manifest().reused, len(manifest().rejected)) == (True, 2)
     assert load_manifest(old.path).rejected == old.rejected
+
+
+@pytest.mark.parametrize("state", ["as it was", "corrected"])
+def test_a_copy_of_images_is_the_same_data(tmp_path, sighted, state):
+    """Machines may copy all of them at each start, with times of its own, and still resume."""
+    write_records(tmp_path / "a.jsonl", [asked(name) for name in ("broken.png", "empty.png", "folder", "a.png")])
+    contents = {"broken.png": picture(2)[:50], "empty.png": b"", "a.png": picture(1)}
+
+    def copied(time, **changed):
+        for name, content in (contents | changed).items():
+            (tmp_path / name).write_bytes(content)
+            os.utime(tmp_path / name, ns=(time, time))
+        os.utime(tmp_path / "folder", ns=(time, time))
+
+    def manifest():
+        (found,) = build_shards([shard_set(tmp_path, sighted)], str(sighted), max_rejected=1)
+        return found.reused, found.key, len(found.rejected)
+
+    (tmp_path / "folder").mkdir()
+    copied(1_000)
+    first = manifest()
+    assert first[2] == 3
+    if state == "corrected":
+        contents["broken.png"] = picture(2)
+        copied(2_000)
+        first = manifest()
+        assert first[::2] == (False, 2)
+    copied(3_000)
+    assert manifest() == (True, *first[1:])
 
 
 def test_a_storage_that_does_not_answer_about_mended_images_is_told(tmp_path, sighted):

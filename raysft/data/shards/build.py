@@ -56,6 +56,7 @@ def build_shards(
     written: dict[StoragePath, list[Shard]] = {}
     with _missing(distinct, notify) as missing:
         if missing:
+            _tell_of_mended(missing, notify)
             load_tokenizer = partial(Tokenizer.load, model, chat_template, runs_code)
             written = write_shard_sets(_by_source(missing), load_tokenizer, notify, data_label)
         for group in _by_source(missing):
@@ -179,6 +180,15 @@ def _refuse_absent_columns(shard_set: ShardSet, shards: Sequence[Shard]) -> None
                 f"source {source.name!r}: no record has the column {column!r}, which {field} is to be read from; correct the name "
                 "in data.train[].columns or in the registry, or remove it"
             )
+
+
+def _tell_of_mended(sets: Sequence[ShardSet], notify: Notify) -> None:
+    """Name the images because of which sources are tokenized again, to other data of theirs."""
+    for name, file in {shards.source.name: shards.mended for shards in sets if shards.mended}.items():
+        notify(
+            f"source {name!r}: {StoragePath(file)} was added or changed since a record was rejected because of it, so that the "
+            "source is tokenized anew; a run that began before resumes once the file is as it was"
+        )
 
 
 def _check_rejected(name: str, rejected: Sequence[Rejected], records: int, max_rejected: float) -> None:

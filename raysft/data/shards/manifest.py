@@ -19,7 +19,7 @@ from raysft.data.sources.pickle_guard import read_table
 from raysft.data.tokenization.turn_ends import TurnObservation, merge_counts
 from raysft.data.types import Rejected
 from raysft.errors import RequestError
-from raysft.media.files import Status, status
+from raysft.media.files import Identity, identity
 from raysft.storage.path import StoragePath
 
 FILE_NAME = "manifest.parquet"
@@ -103,7 +103,7 @@ class Shard:
     """[examples, 2] uint64 ``content_digest``."""
     media: int = 0
     """Images and videos of its examples."""
-    unusable: Mapping[str, Status] = field(default_factory=dict)
+    unusable: Mapping[str, Identity] = field(default_factory=dict)
     """Files that no image could be made of → what each was then."""
     columns: tuple[str, ...] = ()
     """Columns that the source names and a record has, usable or not."""
@@ -124,7 +124,7 @@ def is_complete(path: StoragePath) -> bool:
         return False
 
 
-def mended_files(path: StoragePath) -> dict[str, Status]:
+def mended_files(path: StoragePath) -> dict[str, Identity]:
     """Find files for which records of a set were rejected, as no image could be made of them, and that have changed since.
 
     Returns:
@@ -137,7 +137,7 @@ def mended_files(path: StoragePath) -> dict[str, Status]:
         unusable = _metadata(path.read(pq.read_schema)).get("unusable", {})
     except (OSError, pa.ArrowException, KeyError, ValueError):
         return {}
-    return {file: now for file, old in unusable.items() if (now := status(file)) != old}
+    return {file: now for file, old in unusable.items() if (now := identity(file)) != old}
 
 
 def _metadata(schema: pa.Schema) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from raysft.data.sources.sampling import RandomSample, RecordSlice
 from raysft.data.tokenization.tokenized_example import TokenizeOptions
 from raysft.data.types import Example
 from raysft.errors import StorageFailed, unreadable
-from raysft.media.files import Status
+from raysft.media.files import Identity
 from raysft.models.fingerprint import tokenizer_fingerprint
 from raysft.models.processor import has_processor
 from raysft.storage.local_cache import local_copy
@@ -48,6 +48,8 @@ class ShardSet:
     """Folder of the set in the cache, named by its key."""
     media: MediaOptions
     """Where its images are, and their sizes."""
+    mended: str = ""
+    """A file for which a record was rejected in an older set of the cache, and that holds something else now."""
 
     @property
     def manifest(self) -> StoragePath:
@@ -128,7 +130,7 @@ def resolve_shard_set(
     found = _keyed(found, config, identity)
     # The set in the cache may lack records whose images have been added or corrected since.
     while takes_images and (mended := _mended(found)):
-        found = _keyed(found, config, [found.directory.name, mended])
+        found = replace(_keyed(found, config, [found.directory.name, mended]), mended=next(iter(mended)))
     return found
 
 
@@ -138,7 +140,7 @@ def _keyed(found: ShardSet, config: Config, identity: Any) -> ShardSet:
     return replace(found, directory=config.cache_directory / "shards" / f"{found.source.name}-{found.split}-{key}")
 
 
-def _mended(found: ShardSet) -> dict[str, Status]:
+def _mended(found: ShardSet) -> dict[str, Identity]:
     try:
         return mended_files(found.manifest)
     except StorageFailed as error:

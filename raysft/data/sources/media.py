@@ -15,7 +15,7 @@ from raysft.data.sources.downloads import download
 from raysft.data.types import Example, Medium, Message, Rejected
 from raysft.errors import NotNow, RequestError, StorageFailed, one_line, unreadable
 from raysft.media import images
-from raysft.media.files import Status, Unreadable, digest, status
+from raysft.media.files import MAX_BYTES, Identity, Unreadable, digest, identity
 from raysft.storage.filesystems import options_of
 from raysft.storage.hub import silent_server
 from raysft.storage.path import SCHEMES, StoragePath
@@ -26,8 +26,6 @@ HUBS = ("hf", "ms")
 FETCHED = ("http", "https", *HUBS)
 """Schemes of files that are kept in the cache."""
 CREDENTIALS = re.compile("[^/@]*:[^/@]*@")
-MAX_BYTES = 1 << 30
-"""Most bytes of a local file."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ class MediaOpener:
         """
         self.options, self.files = options, files
         self.counts = Counter[str]()
-        self.unusable: dict[str, Status] = {}
+        self.unusable: dict[str, Identity] = {}
         """Location of a file that no image can be made of → what it was then."""
         self._opened: dict[str, Opened] = {}
         """Location or hash of an image → what it was when it was opened."""
@@ -126,7 +124,7 @@ class MediaOpener:
                 opened = self._open(content, hashed, location or f"image of {len(content):,} bytes in the record")
         except Unreadable:
             if location and scheme not in FETCHED:
-                self.unusable[location] = status(location)
+                self.unusable[location] = identity(location)
             raise
         if medium.content or scheme in FETCHED:
             kept = opened[0].location or self._keep(content, hashed)
