@@ -11,6 +11,8 @@ from tests.training import Case, Result, make_config, prepare, rows_of, train_al
 from tests.vision_shards import draw, questions, written_with_images
 
 SECONDS = 0.2
+PIXEL_SECONDS = 2.0
+"""Much more than a step takes that no pixels hold up, also on a machine that has other work."""
 
 
 @pytest.fixture(scope="module")
@@ -54,20 +56,18 @@ def shown(tmp_path_factory) -> list[StepRecord]:
     folder = tmp_path_factory.mktemp("pixels")
     model, processor = tiny_vision_model(folder / "model", "llava"), tiny_processor("llava")
     manifest = written_with_images(folder / "set", processor, questions(draw(folder / "images", 14)))
-    rows = PackedDataset((manifest.path.location,), 64, 4, epochs=9, max_steps=9)
-    config = make_config(folder, model, {"data.sequence_length": 64, "train.zero_stage": 2}, max_steps=9)
-    (result,) = train_all([Case(config, rows, slow=("pixels", 3 * SECONDS))], 2)
+    rows = PackedDataset((manifest.path.location,), 64, 4, epochs=9, max_steps=7)
+    config = make_config(folder, model, {"data.sequence_length": 64, "train.zero_stage": 2}, max_steps=7)
+    (result,) = train_all([Case(config, rows, slow=("pixels", PIXEL_SECONDS))], 2)
     assert not result.failure
     return [event for event in result.events if isinstance(event, StepRecord)]
 
 
 def test_the_log_has_the_time_that_a_training_waits_for_the_pixels_of_another_worker(shown):
-    """Of which three are made at the same time, so that each step has to wait for one third of their time."""
-    waits, steps = sum(step.data_wait_seconds for step in shown), sum(step.step_seconds for step in shown)
-    assert len(shown) == 9
-    assert waits > SECONDS * 9 / 2
-    assert steps < waits
-    assert waits + steps > 0.75 * SECONDS * 9
+    """Of which a few are made at the same time, so that about every other step has to wait."""
+    assert len(shown) == 7
+    assert sum(step.data_wait_seconds for step in shown) > PIXEL_SECONDS
+    assert max(step.step_seconds for step in shown) < PIXEL_SECONDS
 
 
 def test_with_zero_3_a_forward_pass_waits_for_the_others_and_tells_nothing(named):
