@@ -33,7 +33,7 @@ from raysft.data.types import Example
 from raysft.errors import RequestError, StorageFailed
 from raysft.storage.path import StoragePath
 
-VERSION = 3
+VERSION = 4
 """Part of every key. Raise it when the same records would have other openings."""
 
 

@@ -24,7 +24,7 @@ from raysft.models.processor import has_processor
 from raysft.storage.local_cache import local_copy
 from raysft.storage.path import StoragePath
 
-CACHE_VERSION = 12
+CACHE_VERSION = 13
 """Part of every key. Raise it when the same input would produce different shards."""
 Split = Literal["all", "train", "holdout"]
 """Part of a source: all examples, or those on one side of ``data.holdout``."""
