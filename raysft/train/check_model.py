@@ -64,7 +64,7 @@ def _tell_frozen(model: Any, config: Config, notify: Callable[[str], None]) -> N
     if frozen := loose_weights(model, "projector"):
         notify(
             f"model.train_parts names projector, but {', '.join(frozen):.200} stays frozen: adapters train whole modules, and it "
-            f"lies in none of the projector; to train it, set model.finetuning to full or freeze, not {config.model.finetuning}"
+            f"lies in none of the projector's; to train it, set model.finetuning to full or freeze, not {config.model.finetuning}"
         )
 
 
