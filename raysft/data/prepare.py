@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from raysft.config import Config, Source, with_overrides
@@ -23,7 +23,9 @@ from raysft.data.tokenization.turn_ends import merge_counts, stop_token_ids
 from raysft.errors import RequestError
 
 
-def prepare(config: Config, model: str, notify: Notify = lambda line: None) -> PreparedData:
+def prepare(
+    config: Config, model: str, notify: Notify = lambda line: None, shown: Collection[str] = ("train", "eval")
+) -> PreparedData:
     """Tokenize the data of a run and plan its rows.
 
     1. Name the shard set of each source and split: its files, the tokenizer and all options, hashed to one cache key.
@@ -34,6 +36,7 @@ def prepare(config: Config, model: str, notify: Notify = lambda line: None) -> P
         config: the run's config.
         model: folder or hub ID of the model whose tokenizer is used.
         notify: called with lines about the progress.
+        shown: ``train``, ``eval``: the sets whose images will be read, and must be there. A prompt whose image is gone fails alone.
 
     Raises:
         RequestError: the data cannot be used as requested.
@@ -56,9 +59,10 @@ def prepare(config: Config, model: str, notify: Notify = lambda line: None) -> P
     ]
     sets = [*train, *evaluation.values(), *prompts]
     manifests = _build(config, sets, model, config.model.runs_code, notify)
-    check_media_files(manifests[: len(train) + len(evaluation)])  # a prompt whose image is gone fails alone
     prepared = _plan_rows(config, train, list(evaluation.values()), manifests)
     prompts = tuple(manifests[len(train) + len(evaluation) :])
+    of_kind: dict[str, tuple[Manifest, ...]] = {"train": prepared.train, "eval": prepared.eval}
+    check_media_files([manifest for kind in shown for manifest in of_kind[kind]])
     return replace(prepared, prompts=prompts, missing_tokens=_missing_tokens(config, model))
 
 

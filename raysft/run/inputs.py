@@ -102,11 +102,13 @@ def check_generation(config: Config, model: str) -> None:
         check_suitable(config, model)
 
 
-def prepare_data(config: Config, files: ModelFiles, notify: Callable[[str], None]) -> tuple[Config, PreparedData]:
-    """Tokenize the data, and return the config with the batch size that it decides."""
+def prepare_data(
+    config: Config, files: ModelFiles, notify: Callable[[str], None], shown: Collection[str] = ("train", "eval")
+) -> tuple[Config, PreparedData]:
+    """Tokenize the data, and return the config with the batch size that it decides; ``shown`` is that of ``prepare``."""
     from raysft.train.deepspeed_config import deepspeed_settings
 
-    prepared = prepare(config, files.model, notify)
+    prepared = prepare(config, files.model, notify, shown)
     check_images(config, prepared.train)
     manifests = (*prepared.train, *prepared.eval, *prepared.prompts)
     tokenizer = load_once(files.model, config.model.runs_code)

@@ -231,6 +231,17 @@ def _placed(config: Config, nodes: Sequence[Node]) -> Config:
     return config
 
 
+def _shown(verb: Verb, trained: bool) -> tuple[str, ...]:
+    """Sets whose images are read: a run that is trained already has no need of them.
+
+    >>> _shown("run", False), _shown("run", True), _shown("evaluate", True)
+    (('train', 'eval'), (), ('eval',))
+    """
+    if verb == "evaluate":
+        return ("eval",)
+    return () if trained or verb == "generate" else ("train", "eval")
+
+
 def _plan_run(
     asked: Config,
     directory: RunDirectory,
@@ -245,7 +256,7 @@ def _plan_run(
     config = with_recorded_batch_size(directory, asked)
     commits = recorded_commit(directory, config), recorded_reference_commit(directory, config)
     files = check_model_files(config, notify, *commits)
-    config, prepared = prepare_data(config, files, notify)
+    config, prepared = prepare_data(config, files, notify, _shown(verb, directory.is_done() and not changes))
     identity = training_identity(config, files, prepared)
     if verb == "evaluate":
         check_evaluable(prepared.eval, prepared.eval_rows, notify)

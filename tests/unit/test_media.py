@@ -597,6 +597,7 @@ def test_an_image_that_changed_is_found_before_the_run_begins(tmp_path, sighted,
     named = rf"^a: \S*a\.jsonl:2: {tmp_path}/1\.png: {reason} \(and 1 more of 5 images\); restore it, or set another data\.cache"
     with pytest.raises(RequestError, match=named):
         prepare(config, str(sighted))
+    prepare(config, str(sighted), shown=[other for other in ("train", "eval") if other != kind])
     for number in (3, 1):
         (tmp_path / f"{number}.png").write_bytes(picture(number))
     prepare(config, str(sighted))
