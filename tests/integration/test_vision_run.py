@@ -33,12 +33,12 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("vision")
     tiny_vision_model(folder / "base", "qwen2.5-vl")
     pictures = vision_prompts.draw(folder)
+    spare = folder / "spare.png"
+    spare.write_bytes(next(iter(pictures.values())).read_bytes())
 
     def record(parts: list[str], answer: str) -> dict:
         content = [
-            {"type": "image", "image": pictures[part[1:-1]].name}
-            if part.startswith("<")
-            else {"type": "text", "text": part}
+            {"type": "image", "image": f"{part[1:-1]}.png"} if part.startswith("<") else {"type": "text", "text": part}
             for part in parts
         ]
         return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]}
@@ -46,7 +46,7 @@ def folder(tmp_path_factory) -> Path:
     asked = [json.dumps(record(parts, "It is a picture.")) for parts in vision_prompts.ASKED]
     (folder / "ask.jsonl").write_text("\n".join(asked))
     (folder / "chat.jsonl").write_text(
-        "\n".join(json.dumps(record([f"<{name}>"], f"It is {name}.")) for name in pictures)
+        "\n".join(json.dumps(record([f"<{name}>"], f"It is {name}.")) for name in [*pictures, "spare"])
     )
     (folder / "sft.yaml").write_text(CONFIG.format(folder=folder))
     return folder
@@ -91,3 +91,14 @@ def test_every_model_of_a_run_predicts_with_images(folder, capsys):
     other = ["run.name=other", f"generate.model={run / 'model'}", "generate.every_steps=null"]
     assert main(["generate", str(folder / "sft.yaml"), *other]) == 0
     assert predictions(folder / "runs" / "other" / "generated_predictions.jsonl") == trained
+
+
+def test_a_run_that_is_trained_does_without_the_images_of_its_training(folder, capsys):
+    config = str(folder / "sft.yaml")
+    settings = ["run.name=short", "generate.every_steps=null", f"data.cache={folder}/cache"]
+    assert main(["train", config, *settings]) == 0
+    (folder / "spare.png").unlink()  # shown in no question
+    for verb in ("evaluate", "generate", "run"):
+        assert main([verb, config, *settings]) == 0, verb
+    assert main(["train", config, *settings, "run.name=next"]) == 2
+    assert f"{folder}/spare.png: is not there any more; restore it" in capsys.readouterr().err
