@@ -8,6 +8,7 @@ import os
 import queue
 import random
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -190,6 +191,8 @@ def worker(rank: int, world: int, port: int, cases: Sequence[Case], out, device:
     torch.distributed.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(seconds=60))
     for number, case in enumerate(cases):
         result = _trained(case, rank, world, f"{world}-{port}-{number}", place)
+        if result.failure:  # which another worker may not have
+            print(f"training {number}, worker {rank}: {result.failure}", file=sys.stderr)
         if rank == 0:
             out.put(result)
         torch.distributed.barrier()

@@ -185,9 +185,9 @@ class TokenLoss(nn.Module):
         positions = torch.arange(8, device=device)[None]
         whole = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
         hidden = decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-        model, difference = without_adapters(self.model), torch.zeros(())
+        model, difference, logits = without_adapters(self.model), torch.zeros(()), head(hidden)
         for model.has_plain_logits in (False, True):
-            parts = _with_scale(head, model)(hidden).float()
+            parts = _scaled(logits, model).float()
             if torch.allclose(whole, parts, rtol=1e-3, atol=1e-3):
                 return
             difference = (whole - parts).abs().max()
@@ -261,24 +261,24 @@ def _parts(model: Any) -> tuple[Any, Any]:
 
 
 def _with_scale(head: Any, model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The output head, with the scaling and capping of logits that the configs of some architectures ask for.
+    """The output head, with what the architecture does to its logits."""
+    return lambda hidden: _scaled(head(hidden), model)
+
+
+def _scaled(logits: torch.Tensor, model: Any) -> torch.Tensor:
+    """Scale and cap logits, as the configs of some architectures ask for.
 
     ``check_head`` finds out whether the model does what its config says.
     """
     model = without_adapters(model)
     if getattr(model, "has_plain_logits", False):
-        return head
+        return logits
     config = model.config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
     scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
-
-    def logits(hidden: torch.Tensor) -> torch.Tensor:
-        values = head(hidden)
-        values = values * scale if scale != 1.0 else values
-        return cap * torch.tanh(values / cap) if cap else values
-
-    return logits
+    logits = logits * scale if scale != 1.0 else logits
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
 def _split(values: torch.Tensor, chunks: int) -> list[torch.Tensor]:
