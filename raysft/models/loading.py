@@ -25,7 +25,8 @@ def load_weights(folder: str | Path, **options: Any) -> Any:
     if hub_snapshots.is_snapshot(Path(folder)):
         check_weights(Path(folder), hub_snapshots.shown(str(folder)))
     try:
-        hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=options.get("trust_remote_code", False))
+        of_config = {name: options[name] for name in ("trust_remote_code", "gguf_file") if name in options}
+        hf_config = AutoConfig.from_pretrained(folder, **of_config)
         kind = auto_class(hf_config)
         if quantization := options.get("quantization_config"):
             keep_exact(quantization, hf_config, kind, options.get("trust_remote_code", False))
