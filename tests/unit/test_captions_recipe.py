@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 from PIL import Image, ImageDraw
 from transformers import AutoProcessor
 
-FILE = Path(__file__).parents[2] / "configs/captions.py"
+from tests.recipes import recipe_script
 
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("captions", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return recipe_script("captions")
 
 
 class Plain:

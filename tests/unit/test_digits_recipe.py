@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,17 +11,13 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM
 
+from tests.recipes import recipe_script
 from tests.tiny import tiny_model
-
-FILE = Path(__file__).parents[2] / "configs/digits.py"
 
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("digits", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return recipe_script("digits")
 
 
 def test_each_digit_is_a_picture_with_its_own_answer(recipe, tmp_path, monkeypatch):
