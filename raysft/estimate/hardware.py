@@ -22,8 +22,8 @@ GPU_GIB = {
     "RTX-4090": 23.5, "RTX-3090": 23.6, "V100-32G": 31.7, "V100": 15.8, "T4": 14.6,
 }  # fmt: skip
 """Type of a GPU → GiB that its driver leaves to programs; where a type has several sizes, the name without one has the smallest."""
-ASK_SECONDS = 30.0
-"""How long all nodes together may take to answer."""
+ASK_SECONDS = 60.0
+"""How long all nodes together may take to answer; a node that is busy, or new, first starts a process for that."""
 CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 

@@ -51,10 +51,12 @@ import ray
 from raysft.cluster.connect import alive_nodes
 from raysft.config import load
 from raysft.errors import RequestError
+from raysft.estimate import hardware
 from raysft.estimate.hardware import ask, smallest_node
 from raysft.estimate.storage import check_shared, write_beside
 
 ray.init(address=sys.argv[1], log_to_driver=False)
+hardware.ASK_SECONDS = 200
 nodes, config = alive_nodes(), load(sys.argv[2], ["run.storage=runs"])
 node, memory = smallest_node([node for node in nodes if node.cpus < 3], use_gpu=False)
 try:

@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -194,30 +195,28 @@ def test_predictions_that_the_driver_takes_late_are_done(tmp_path, monkeypatch):
     assert [type(event) for event in post.events] == [GenerationDone]
 
 
-def signs(block: Callable[[SignsOfLife], None]) -> int:
-    """How many signs of life there are in a block after that of its begin."""
+def signs(
+    begin: Callable[[SignsOfLife], AbstractContextManager[None]], work: Callable[[], Any], enough: int = 0
+) -> int:
+    """How many signs of life follow the first one while a process works: until there are enough, or for half a second."""
     found: list[float] = []
-    block(SignsOfLife(lambda: found.append(time.monotonic()), 4 * 0.1 / 60))
+    limit = time.monotonic() + (60 if enough else 0.5)
+    with begin(SignsOfLife(lambda: found.append(time.monotonic()), 4 * 0.1 / 60)):
+        while time.monotonic() < limit and not len(found) > enough > 0:
+            work()
     return len(found) - 1
 
 
-def passing(seconds: float, do: Callable[[], Any]) -> None:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        do()
-
-
 def test_an_engine_that_computes_shows_it_by_its_steps():
-    def steps(grow: bool) -> Callable[[SignsOfLife], None]:
-        def run(signs: SignsOfLife) -> None:
-            count = [0]
-            with signs.computing(lambda: count[0]):
-                passing(0.5, lambda: count.append(count.pop() + grow))  # busy in any case
+    done = 0
 
-        return run
+    def step() -> None:
+        nonlocal done
+        done += 1
 
-    assert signs(steps(grow=True)) >= 2
-    assert signs(steps(grow=False)) == 0, "a process that waits for a GPU in vain keeps a CPU busy"
+    assert signs(lambda signs: signs.computing(lambda: done), step, enough=2) >= 2
+    stands = signs(lambda signs: signs.computing(lambda: done), lambda: sum(range(1000)))
+    assert stands == 0, "a process that waits for a GPU in vain keeps a CPU busy"
 
 
 @pytest.mark.parametrize(
@@ -228,18 +227,16 @@ def test_an_engine_that_loads_shows_it_by_what_its_process_does(monkeypatch, eac
     looks = itertools.count()
     monkeypatch.setattr(Work, "now", lambda: Work(*(value and next(looks) * value for value in each)))
 
-    def load(signs: SignsOfLife) -> None:
-        with signs.loading():
-            time.sleep(0.35)
-
-    assert (signs(load) > 0) == shown
+    assert (signs(SignsOfLife.loading, lambda: time.sleep(0.01), enough=int(shown)) > 0) == shown
 
 
 def test_a_process_sees_what_it_has_done(tmp_path):
     before = Work.now()
     (tmp_path / "weights").write_bytes(bytes(4 << 20))
     (tmp_path / "weights").read_bytes()
-    passing(0.2, lambda: sum(range(1000)))
+    begun = time.process_time()
+    while time.process_time() < begun + 0.1:
+        sum(range(1000))
     now = Work.now()
     assert now.cpu_seconds - before.cpu_seconds > 0.05
     assert now.read - before.read >= 4 << 20
