@@ -25,7 +25,7 @@ _KEYS = {
     Bearing.SETTING: """
         stage
         model.new_tokens.plain model.new_tokens.special model.new_tokens.descriptions model.new_tokens.noise
-        model.new_layers
+        model.new_layers model.rope_scaling
         model.dtype model.finetuning model.train_parts
         model.freeze.layers model.freeze.spread model.freeze.modules model.freeze.extra_modules
         model.lora.target model.lora.extra_modules model.lora.dora model.lora.pissa model.lora.pissa_iterations

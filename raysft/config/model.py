@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from raysft.config.section import Count, PathOrHubId, Positive, Section, Text
+from raysft.config.rope_scaling import RopeType, rope_settings
+from raysft.config.section import Count, Options, PathOrHubId, Positive, Section, Text
 from raysft.config.train import Targets
 from raysft.errors import as_yaml
 
@@ -152,6 +153,11 @@ class ModelSection(Section):
     new_layers: Count = 0
     """Layers to insert, spread evenly (LLaMA Pro): each is a copy of the layer before it with zeroed outputs, so that the model
     computes what it did before. ``finetuning: freeze`` trains them alone."""
+    rope_scaling: RopeType | Options | None = None
+    """Scale rotary positions, for examples longer than the model's positions: ``linear``, ``dynamic``, ``yarn`` or ``llama3``, by
+    ``data.sequence_length`` / positions of the model, rounded up. Or a mapping with transformers' names, for example
+    ``{rope_type: yarn, factor: 4, original_max_position_embeddings: 32768}``. It is saved in the model's ``config.json``.
+    Default: positions stay as the model has them."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the weights in training and generation. ``auto``: bfloat16 on GPU, float32 on CPU. ``float16`` trains with
     dynamic loss scaling."""
@@ -188,6 +194,11 @@ class ModelSection(Section):
     if the package flash-attn is installed, otherwise PyTorch's SDPA."""
     liger: bool = False
     """Use Liger's fused kernels on GPU (extra ``liger``)."""
+
+    @field_validator("rope_scaling")
+    @classmethod
+    def _known_scaling(cls, value: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
+        return value if value is None or isinstance(value, str) else rope_settings(value)
 
     @field_validator("train_parts")
     @classmethod

@@ -77,7 +77,7 @@ _KEYS = {
     Effect.NEVER: """
         stage run.seed
         model.new_tokens.plain model.new_tokens.special model.new_tokens.descriptions model.new_tokens.noise
-        model.new_layers
+        model.new_layers model.rope_scaling
         model.dtype model.finetuning model.train_parts
         model.freeze.layers model.freeze.spread model.freeze.modules model.freeze.extra_modules
         model.lora.rank model.lora.alpha model.lora.target model.lora.extra_modules model.lora.dora model.lora.rslora

@@ -107,6 +107,9 @@ def _measured(
     for each in {id(part): part for part in (plain, plain.get_text_config())}.values():
         if getattr(each, "quantization_config", None) is not None:
             del each.quantization_config  # frozen weights keep nothing for the backward pass, quantized or not
+        rope = getattr(each, "rope_parameters", None)
+        if isinstance(rope, dict) and rope.get("rope_type") == "dynamic":
+            rope["rope_type"] = "linear"  # of the same sizes, and without a look at values
     model = model_without_weights(config, plain, adapter)
     sizes, images = sizes_of(model), None
     if microbatch.images is not None:

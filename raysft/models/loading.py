@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from raysft.errors import RequestError
+from raysft.models.dynamic_rope import scale_each_example
 from raysft.models.transformers_internals import keep_used_conversions
 from raysft.models.weight_files import check_weights
 from raysft.storage import hub, hub_snapshots
@@ -43,6 +44,7 @@ def load_weights(folder: str | Path, **options: Any) -> Any:
         raise
     model, lacking = loaded[0], loaded[1]["missing_keys"]
     keep_used_conversions(model)
+    scale_each_example(model)
     by_bitsandbytes = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
     # The names that other libraries give to their scales are unknown here.
     if lacking and (by_bitsandbytes or not getattr(model, "is_quantized", False)):

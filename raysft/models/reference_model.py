@@ -48,6 +48,7 @@ def find_reference(
     from raysft.models.quantization import check_method, method_of
     from raysft.models.remote_code import code_name, reference_runs_code
     from raysft.models.resolve import find_model
+    from raysft.models.rope_scaling import with_rope_scaling
 
     path = config.train.reference_model
     if path is None:
@@ -61,6 +62,10 @@ def find_reference(
     hf_config = read_hf_config(config, str(base or folder), trusted, notify, KEY)
     if method := method_of(hf_config):
         check_method(named, method, config)
+    commit = hub_snapshots.split(found)[1] if on_hub(found) else None
+    if (scaled := with_rope_scaling(config, found, hf_config, notify, KEY, path if base else "")) != found:
+        found, folder = scaled, model_copy(scaled)
+        hf_config = read_hf_config(config, str(folder), trusted, notify, KEY)
     _check_vocabulary(
         named,
         load_tokenizer(str(tokenizer_folder(folder)), reference_runs_code(config, folder)).get_vocab(),
@@ -72,7 +77,7 @@ def find_reference(
             f"{named}: has embeddings for {theirs} tokens, but model.path={config.model.path} for {rows}; "
             "use a reference with as many, or remove train.reference_model"
         )
-    return ReferenceFiles(found, hf_config, hub_snapshots.split(found)[1] if on_hub(found) else None)
+    return ReferenceFiles(found, hf_config, commit)
 
 
 def _check_vocabulary(named: str, theirs: dict[str, int], ours: dict[str, int]) -> None:

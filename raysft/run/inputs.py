@@ -15,7 +15,9 @@ from raysft.data.tokenization.tokenizer import load_once
 from raysft.errors import RequestError
 from raysft.models.reference_model import ReferenceFiles, find_reference
 from raysft.models.weight_files import check_weights, embedding_rows
+from raysft.run.source_plan import plan_sources
 from raysft.run.trained_parts import check_images
+from raysft.run.warnings import beyond_line
 from raysft.storage import hub_snapshots
 from raysft.storage.local_cache import local_copy, model_copy, on_hub
 
@@ -36,6 +38,13 @@ class ModelFiles:
     """Commit of a model on the hub."""
     reference: ReferenceFiles | None = None
     """``train.reference_model``."""
+
+    @property
+    def positions(self) -> int | None:
+        """Positions of the model, scaled ones included; None if it has no limit, or its config was not read."""
+        from raysft.models.rope_scaling import positions_of
+
+        return positions_of(self.hf_config) if self.hf_config is not None else None
 
 
 @dataclass(frozen=True)
@@ -78,12 +87,14 @@ def check_model_files(
     from raysft.models.new_layers import with_new_layers
     from raysft.models.new_tokens import with_new_tokens
     from raysft.models.resolve import find_model
+    from raysft.models.rope_scaling import with_rope_scaling
     from raysft.train.check_model import check_model
 
     model = find_model(config.model.path, config.cache_directory, notify, revision=commit or config.model.revision)
     commit = hub_snapshots.split(model)[1] if on_hub(model) else None
     hf_config = check_model(config, model, notify)
     given, model = model, with_new_layers(config, with_new_tokens(config, model, hf_config, notify), notify)
+    model = with_rope_scaling(config, model, hf_config, notify)
     if model != given:
         named = config.model.path
         hf_config = loaded_config(read_hf_config(config, local_copy(model), named, notify))
@@ -222,6 +233,7 @@ def find_other_model(config: Config, given: str, key: str, notify: Callable[[str
     from raysft.models.quantization import check_method, method_of, quantization_config
     from raysft.models.remote_code import code_name, runs_code
     from raysft.models.resolve import find_model
+    from raysft.models.rope_scaling import scaled_config, with_rope_scaling
     from raysft.models.tokenizer import tokenizer_folder
 
     model = find_model(given, config.cache_directory, notify, key, accept_adapter=True)
@@ -233,6 +245,10 @@ def find_other_model(config: Config, given: str, key: str, notify: Callable[[str
     if method:
         check_method(named, method, config)
     quantization_config(config)
+    scaled_config(config, hf_config, notify, key)
+    if (scaled := with_rope_scaling(config, model, hf_config, notify, key, given if base else "")) != model:
+        model, folder = scaled, model_copy(scaled)
+        hf_config = read_hf_config(config, str(folder), code_name(config, folder, given), notify, key)
     trusted = runs_code(config, folder, given)
     return OtherModel(model, named, folder, base or folder, str(tokenizer_folder(folder)), trusted, hf_config, method)
 
@@ -265,6 +281,7 @@ def read_evaluation(config: Config, notify: Callable[[str], None]) -> Evaluation
     """
     from raysft.models.adapter_files import check_packable
     from raysft.models.attention import kernel
+    from raysft.models.rope_scaling import positions_of
     from raysft.train.check_model import check_positions
     from raysft.train.deepspeed_config import deepspeed_settings
 
@@ -278,6 +295,10 @@ def read_evaluation(config: Config, notify: Callable[[str], None]) -> Evaluation
     manifests, eval_rows = prepare_evaluation(config, model.tokenizer_path, model.runs_code, notify)
     check_tokens((manifest.largest_token for manifest in manifests), rows, model.tokenizer, model.named)
     check_evaluable(manifests, eval_rows, notify)
+    positions = positions_of(model.hf_config)
+    for name, source in plan_sources(manifests, positions=positions).items():
+        if source.beyond and positions:
+            notify(f"warning: {beyond_line(config, name, source, positions)}")
     return EvaluationInputs(model, manifests, eval_rows)
 
 

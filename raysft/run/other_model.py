@@ -31,6 +31,7 @@ RESULTS: Mapping[OtherVerb, Literal["predict", "eval"]] = {"generate": "predict"
 """Verb → the stage whose results it writes."""
 MODEL_KEYS = (
     "model.chat_template",
+    "model.rope_scaling",
     "model.dtype",
     "model.quantization",
     "model.quantization_type",

@@ -104,6 +104,8 @@ class Plan:
     """Special tokens of the named chat template that are not tokens of the tokenizer."""
     warnings: tuple[str, ...] = ()
     """One line for each problem that would otherwise show only in the results."""
+    positions: int | None = None
+    """Positions of the model, scaled ones included; None if it has no limit."""
     generation: GenerationPlan | None = None
     """Predictions during the training; None if there are none."""
     memory: dict[str, Any] | None = None
@@ -191,6 +193,7 @@ def make_plan(
     untrained_ends: Sequence[str] = (),
     model_commit: str | None = None,
     reference: ReferenceFiles | None = None,
+    positions: int | None = None,
 ) -> Plan:
     """Put the plan together from the manifests and the row plan.
 
@@ -202,6 +205,7 @@ def make_plan(
         untrained_ends: as ``Plan`` has them.
         model_commit: commit of a model on the hub.
         reference: ``train.reference_model``.
+        positions: of the model; None if it has no limit.
     """
     row_plan = prepared.train_rows.row_plan
     scaling, per_step = config.scaling, row_plan.global_batch_size
@@ -232,8 +236,8 @@ def make_plan(
         gpus=float(workers) if config.scaling.use_gpu else 0.0,
         cluster_cpus=sum(node.cpus for node in nodes),
         cluster_gpus=sum(node.gpus for node in nodes),
-        sources=plan_sources(prepared.train, prepared.duplicates.train),
-        evaluation=plan_sources(prepared.eval, prepared.duplicates.evaluation),
+        sources=plan_sources(prepared.train, prepared.duplicates.train, positions),
+        evaluation=plan_sources(prepared.eval, prepared.duplicates.evaluation, positions),
         resolved=replace(
             _resolved(config, per_step, workers, adapter),
             model_commit=model_commit,
@@ -243,6 +247,7 @@ def make_plan(
         untrained_ends=tuple(untrained_ends),
         shared_files=prepared.shared_files,
         missing_tokens=prepared.missing_tokens,
+        positions=positions,
         generation=plan_generation(config, nodes, row_plan.steps),
     )
     return replace(plan, warnings=tuple(warnings(config, plan)))

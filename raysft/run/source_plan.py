@@ -52,6 +52,8 @@ class SourcePlan:
     formats: tuple[str, ...]
     """Formats of its records, as configured or detected."""
     reused: bool
+    beyond: int = 0
+    """Examples with more tokens than the model has positions."""
 
     def line(self) -> str:
         """The source in the words of the plan."""
@@ -67,15 +69,20 @@ class SourcePlan:
 
 
 def plan_sources(
-    manifests: Sequence[Manifest], duplicates: Mapping[str, Mapping[str, int]] | None = None
+    manifests: Sequence[Manifest],
+    duplicates: Mapping[str, Mapping[str, int]] | None = None,
+    positions: int | None = None,
 ) -> dict[str, SourcePlan]:
     """Return each source as the run uses it, by name.
 
     Args:
         manifests: of the sources.
         duplicates: counts of duplicates, by source and kind.
+        positions: of the model; None if it has no limit.
     """
-    return {manifest.name: _source(manifest, (duplicates or {}).get(manifest.name, {})) for manifest in manifests}
+    return {
+        manifest.name: _source(manifest, (duplicates or {}).get(manifest.name, {}), positions) for manifest in manifests
+    }
 
 
 def write_unusable(directory: RunDirectory, manifests: Sequence[Manifest], kept: Sequence[dict[str, Any]] = ()) -> None:
@@ -84,7 +91,7 @@ def write_unusable(directory: RunDirectory, manifests: Sequence[Manifest], kept:
     write_jsonl(directory.rejected, [*(record for record in kept if record not in records), *records])
 
 
-def _source(manifest: Manifest, duplicates: Mapping[str, int]) -> SourcePlan:
+def _source(manifest: Manifest, duplicates: Mapping[str, int], positions: int | None) -> SourcePlan:
     return SourcePlan(
         records=manifest.records,
         examples=len(manifest),
@@ -96,4 +103,5 @@ def _source(manifest: Manifest, duplicates: Mapping[str, int]) -> SourcePlan:
         counts={**manifest.counts, **duplicates, **({"media": manifest.media} if manifest.media else {})},
         formats=manifest.formats,
         reused=manifest.reused,
+        beyond=int((manifest.lengths > positions).sum()) if positions else 0,
     )

@@ -122,7 +122,7 @@ def _planned(trial: Config, files: ModelFiles, nodes: Sequence[Node], notify: Ca
     config, prepared = prepare_data(trial, files, notify)
     identity = training_identity(config, files, prepared)
     ends = untrained_ends(config, files, prepared)
-    plan = make_plan(trial, prepared, nodes, files.adapter, ends, files.commit, files.reference)
+    plan = make_plan(trial, prepared, nodes, files.adapter, ends, files.commit, files.reference, files.positions)
     return PlannedRun(config, files, prepared, plan, identity)
 
 

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 
 from raysft.config import Config
 from raysft.data.rows.batch_size import MIN_AUTO_STEPS
+from raysft.errors import as_yaml
 from raysft.run.unused_settings import unused_settings
 
 if TYPE_CHECKING:
     from raysft.run.plan import Plan
+    from raysft.run.source_plan import SourcePlan
 
 FEW_STEPS = 20
 """Adam moves a weight by about the learning rate per step. In fewer steps, at the default rate with warm-up and decay, that is less
@@ -175,6 +177,26 @@ def lost_records(config: Config, plan: Plan) -> Iterator[str]:
             )
 
 
+def beyond_positions(config: Config, plan: Plan) -> Iterator[str]:
+    """A model was never trained on positions beyond its own."""
+    for name, source in {**plan.evaluation, **plan.sources}.items():
+        if source.beyond and plan.positions:
+            yield beyond_line(config, name, source, plan.positions)
+
+
+def beyond_line(config: Config, name: str, source: SourcePlan, positions: int) -> str:
+    """Return the warning about a source with examples that are longer than a model's positions."""
+    asked = config.model.rope_scaling
+    remedy = (
+        "set model.rope_scaling=yarn" if asked is None else f"raise the factor of model.rope_scaling={as_yaml(asked)}"
+    )
+    return (
+        f"source {name!r}: {source.beyond:,} of {source.examples:,} examples are longer than the model's {positions:,} positions "
+        f"(the longest has {source.longest:,} tokens), beyond which it was never trained; {remedy}, or lower "
+        f"data.sequence_length to {positions}"
+    )
+
+
 def quoted_arguments(config: Config, plan: Plan) -> Iterator[str]:
     """The chat template may encode arguments a second time that are JSON text already, and the model learns that."""
     for name, source in {**plan.evaluation, **plan.sources}.items():
@@ -294,6 +316,7 @@ WARNINGS: tuple[Callable[[Config, Plan], Iterator[str]], ...] = (
     repeated_examples,
     emptied_sources,
     lost_records,
+    beyond_positions,
     quoted_arguments,
     stray_marks,
     foreign_template,

@@ -11,6 +11,7 @@ from raysft.models.architecture import read_hf_config
 from raysft.models.model_class import auto_class, loaded_config
 from raysft.models.model_parts import loose_weights
 from raysft.models.quantization import check_method, is_in_8_bits, method_of, quantization_config
+from raysft.models.rope_scaling import is_rotary, positions_of, scaled_config
 from raysft.storage import hub_snapshots
 from raysft.storage.local_cache import local_copy
 
@@ -28,7 +29,7 @@ def check_model(config: Config, model: str, notify: Callable[[str], None] = lamb
 
     Raises:
         RequestError: the model needs code that ``model.trust_remote_code`` does not allow, has no weights, has no modules for the
-            adapters, or has fewer positions than a row.
+            adapters, or has a table of fewer positions than a row.
     """
     from raysft.models.attention import kernel
     from raysft.models.new_layers import expanded_config
@@ -39,7 +40,7 @@ def check_model(config: Config, model: str, notify: Callable[[str], None] = lamb
     model = local_copy(model)
     hf_config = loaded_config(read_hf_config(config, model, config.model.path, notify))
     text = hf_config.get_text_config()
-    check_positions(config, text)
+    check_positions(config, scaled_config(config, hf_config, notify).get_text_config())
     if layerdrop := getattr(text, "layerdrop", 0):
         notify(f"model: ignoring layerdrop={layerdrop} of its config.json; every step trains all layers")
     _check_quantized(hub_snapshots.shown(model), hf_config, config)
@@ -69,13 +70,15 @@ def _tell_frozen(model: Any, config: Config, notify: Callable[[str], None]) -> N
 
 
 def check_positions(config: Config, hf_config: Any) -> None:
-    """Refuse a model that has fewer positions than a row.
+    """Refuse a model that has a table of fewer positions than a row.
+
+    One that computes its positions takes any; ``run.warnings`` tells examples that are longer than those that it was trained on.
 
     Raises:
         RequestError: it has.
     """
-    positions = getattr(hf_config, "max_position_embeddings", None)
-    if positions and config.data.sequence_length > positions:
+    positions = positions_of(hf_config)
+    if positions and config.data.sequence_length > positions and not is_rotary(hf_config):
         raise RequestError(
             f"data.sequence_length={config.data.sequence_length}, but the model has {positions} positions; use at most {positions}"
         )

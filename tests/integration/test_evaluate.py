@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 from raysft.cli import main
 from raysft.errors import RunFailed
@@ -337,7 +337,10 @@ def test_what_cannot_be_is_refused_before_anything_starts(folder, other, tmp_pat
     assert "or set evaluate.model to any model" in refused(folder, capsys)
     assert "folder not found; check the path" in refused(folder, capsys, f"evaluate.model={tmp_path}/none")
     assert "contains no adapter_config.json or config.json" in refused(folder, capsys, f"evaluate.model={tmp_path}")
-    told = refused(folder, capsys, f"evaluate.model={other}", "data.sequence_length=1024")
+    learned = tmp_path / "learned"
+    shutil.copytree(other, learned)
+    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, n_positions=512, vocab_size=400)).save_pretrained(learned)
+    told = refused(folder, capsys, f"evaluate.model={learned}", "data.sequence_length=1024")
     assert "data.sequence_length=1024, but the model has 512 positions" in told
     wrong = tmp_path / "wrong"
     shutil.copytree(other, wrong)

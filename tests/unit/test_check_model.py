@@ -90,9 +90,16 @@ def test_no_layer_is_left_out_at_random(tmp_path):
     assert all(torch.equal(each, found[0]) for each in found)
 
 
-def test_rows_longer_than_the_models_positions_are_refused(model):
+def test_rows_longer_than_a_table_of_positions_are_refused(model, tmp_path):
+    """Positions that are computed have no end; a warning tells examples that are longer than those of the training before."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     long = config(data={"train": [{"name": "a", "path": "a"}], "sequence_length": 1024})
-    assert "data.sequence_length=1024, but the model has 512 positions; use at most 512" in refusal(long, model)
+    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, n_positions=512, vocab_size=400)).save_pretrained(
+        tmp_path
+    )
+    assert "data.sequence_length=1024, but the model has 512 positions; use at most 512" in refusal(long, tmp_path)
+    check_model(long, str(model))
 
 
 def test_a_model_that_is_not_whole_is_refused(model, tmp_path):

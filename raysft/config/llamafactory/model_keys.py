@@ -26,10 +26,7 @@ MODEL: Keys = {
     "init_special_tokens": joined("model.new_tokens.noise", word("noise_init", "desc_init", "desc_init_w_noise"), "noise_init"),
     "model_revision": joined("model.revision", text, "main"),
     "low_cpu_mem_usage": harmless("models load without a second copy in memory"),
-    "rope_scaling": only(
-        None, "remove it, and write rope_scaling into the config.json of a copy of the model",
-        word("linear", "dynamic", "yarn", "llama3"),
-    ),
+    "rope_scaling": same("model.rope_scaling", word("linear", "dynamic", "yarn", "llama3")),
     "flash_attn": same("model.attention", choice(ATTENTION), "auto"),
     "shift_attn": only(False, "remove it: raysft has no shifted sparse attention", boolean),
     "mixture_of_depths": only(None, "remove it: raysft has no mixture of depths"),

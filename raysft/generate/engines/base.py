@@ -13,11 +13,12 @@ from transformers.utils import logging as transformers_logging
 
 from raysft.config import Config
 from raysft.garbage import resume_collection
-from raysft.generate.engines.context_window import fit, limit, positions_of
+from raysft.generate.engines.context_window import fit, limit
 from raysft.generate.engines.interface import Completion
 from raysft.generate.engines.model import load_model, padding_token, stop_tokens
 from raysft.models.onednn import pack_linear, use_onednn
 from raysft.models.remote_code import runs_code
+from raysft.models.rope_scaling import positions_of
 from raysft.models.tokenizer import tokenizer_of
 from raysft.storage.local_cache import model_copy
 

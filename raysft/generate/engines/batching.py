@@ -86,6 +86,8 @@ def obstacle(config: Config, model: str) -> str:
     if longrope_threshold(hf_config):
         return f"{kind} scales its positions by the longest prompt beside it (longrope)"
     text = hf_config.get_text_config()
+    if (getattr(text, "rope_parameters", None) or {}).get("rope_type") == "dynamic":
+        return f"{kind} scales its positions by the length of each text (dynamic)"
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         return f"{kind} has layers of type {min(kinds)}"

@@ -6,12 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def positions_of(hf_config: Any) -> int | None:
-    """Number of positions of a model, from its transformers config; None if there is no limit."""
-    positions = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
-    return positions if isinstance(positions, int) and positions > 1 else None
-
-
 def longrope_threshold(hf_config: Any) -> int | None:
     """Row length beyond which longrope scales the positions of the whole batch differently; None for other models."""
     text = hf_config.get_text_config()

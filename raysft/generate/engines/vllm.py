@@ -22,7 +22,7 @@ from raysft.config import Config
 from raysft.data.types import TokenizedMedium
 from raysft.errors import RequestError
 from raysft.generate.engine_pool import Pool
-from raysft.generate.engines.context_window import fit, limit, positions_of
+from raysft.generate.engines.context_window import fit, limit
 from raysft.generate.engines.media import ImageWords, kept_media, opened, processor_folder
 from raysft.generate.engines.model import padding_token, stop_tokens
 from raysft.generate.engines.sampling import prompt_seed
@@ -32,6 +32,7 @@ from raysft.models.adapter_files import adapter_base, read_adapter_config
 from raysft.models.loading import generation_config
 from raysft.models.processor import load_processor
 from raysft.models.remote_code import runs_code
+from raysft.models.rope_scaling import positions_of
 from raysft.models.tokenizer import tokenizer_of
 from raysft.storage.local_cache import model_copy
 
@@ -89,6 +90,11 @@ class VllmModel:
             raise RequestError(
                 f"vLLM needs a number of GPUs that divides the model's {heads} attention heads, but "
                 f"generate.gpus_per_engine={gpus}; use a divisor of {heads}"
+            )
+        if (getattr(description.get_text_config(), "rope_parameters", None) or {}).get("rope_type") == "dynamic":
+            raise RequestError(
+                f"generate.engine=vllm scales dynamic positions of {model} alike for texts of any length, unlike the training; use "
+                "generate.engine=transformers, or model.rope_scaling=yarn"
             )
         generation = generation_config(folder, whole) or GenerationConfig.from_model_config(description)
         stops = stop_tokens(tokenizer, generation, config.generate.stop_tokens, ends)

@@ -1,0 +1,65 @@
+"""What ``model.rope_scaling`` may say."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+RopeType = Literal["linear", "dynamic", "yarn", "llama3"]
+COMMON = ("rope_type", "factor", "original_max_position_embeddings")
+"""Keys of every kind of scaling, under the names of transformers."""
+OWN: Mapping[str, tuple[str, ...]] = {
+    "linear": (),
+    "dynamic": (),
+    "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    "llama3": ("low_freq_factor", "high_freq_factor"),
+}
+"""Kind of scaling → keys that it has alone."""
+
+
+def rope_settings(value: str | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings as a mapping, with numbers as transformers wants them.
+
+    >>> rope_settings("yarn"), rope_settings({"type": "linear", "factor": 4})
+    ({'rope_type': 'yarn'}, {'factor': 4.0, 'rope_type': 'linear'})
+
+    Raises:
+        ValueError: they say nothing that transformers could do.
+    """
+    settings: dict[str, Any] = {"rope_type": value} if isinstance(value, str) else dict(value)
+    if "type" in settings:  # its name before transformers 4.45, which many configs have
+        settings.setdefault("rope_type", settings.pop("type"))
+    kind = str(settings.get("rope_type"))
+    if kind not in OWN:
+        raise ValueError(f"rope_type={kind} is none of {', '.join(get_args(RopeType))}; use one of them")
+    known = (*COMMON, *OWN[kind])
+    for name, setting in settings.items():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 1)
+            raise ValueError(
+                f"{name} is no setting of {kind}; "
+                + (f"did you mean {near[0]}?" if near else f"use {', '.join(known)}")
+            )
+        if name != "rope_type":
+            settings[name] = _checked(name, setting)
+    if kind == "llama3" and not settings.get("low_freq_factor", 1.0) < settings.get("high_freq_factor", 4.0):
+        raise ValueError("high_freq_factor must be above low_freq_factor; swap them")
+    return settings
+
+
+def _checked(name: str, value: Any) -> Any:
+    if name == "truncate":
+        if not isinstance(value, bool):
+            raise ValueError(f"truncate={value} must be true or false")
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name}={value} must be a number")
+    if name == "original_max_position_embeddings":
+        if value < 2 or value != int(value):
+            raise ValueError(f"{name}={value} must be a whole number above 1")
+        return int(value)
+    least = 1.0 if name == "factor" else 0.0
+    if not least <= value < float("inf"):
+        raise ValueError(f"{name}={value:g} must be a number of at least {least:g}")
+    return float(value)

@@ -1,0 +1,68 @@
+"""Positions that are scaled by the length of a text (``rope_type: dynamic``), for each example of a row by itself.
+
+transformers scales all rows of a batch by the longest text so far: what an example gives would depend on those beside it and
+before it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def scale_each_example(model: nn.Module) -> None:
+    """Let a model scale the positions of each example as transformers does for that example alone; others stay as they are."""
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "dynamic" and not isinstance(module.forward, _Examplewise):
+            module.forward = _Examplewise(module)  # type: ignore[method-assign]
+
+
+class _Examplewise:
+    """The forward pass of a rotary embedding: once for examples that fit the model's own positions, and for each longer length."""
+
+    def __init__(self, module: Any) -> None:
+        self._module, self._forward = module, type(module).forward
+
+    def __call__(self, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        """Compute what rotates queries and keys.
+
+        Args:
+            x: hidden states, for their type and device.
+            position_ids: [rows, tokens]; they count up from 0 in each example, or go on from an earlier call.
+        """
+        lengths = example_lengths(position_ids)
+        fitting = lengths <= self._module.original_max_seq_len
+        found = self._fresh(x, position_ids.where(fitting, 0))
+        for length in lengths[~fitting].unique().tolist():
+            chosen = lengths == length
+            found = _where(chosen, self._fresh(x, position_ids.where(chosen, 0)), found)
+        return found
+
+    def _fresh(self, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        """Call the forward pass as if it were the first one."""
+        module = self._module
+        module.max_seq_len_cached = module.original_max_seq_len
+        module.inv_freq = module.original_inv_freq.to(x.device)
+        return self._forward(module, x, position_ids)
+
+
+def _where(chosen: torch.Tensor, found: Any, otherwise: Any) -> Any:
+    if isinstance(found, tuple):
+        return tuple(_where(chosen, *pair) for pair in zip(found, otherwise, strict=True))
+    return torch.where(chosen[..., None], found, otherwise)
+
+
+def example_lengths(position_ids: torch.Tensor) -> torch.Tensor:
+    """Return for each token the length of its example, which ends before a position that does not follow.
+
+    >>> example_lengths(torch.tensor([[0, 1, 2, 0, 1, 0], [7, 8, 0, 0, 1, 2]])).tolist()
+    [[3, 3, 3, 2, 2, 1], [9, 9, 1, 3, 3, 3]]
+    """
+    last = torch.ones_like(position_ids, dtype=torch.bool)
+    last[..., :-1] = position_ids[..., 1:] != position_ids[..., :-1] + 1
+    tokens = position_ids.shape[-1]
+    places = torch.arange(tokens, device=position_ids.device).expand_as(position_ids)
+    ends = places.where(last, tokens).flip(-1).cummin(-1).values.flip(-1)
+    return position_ids.gather(-1, ends) + 1
