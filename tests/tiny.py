@@ -48,6 +48,26 @@ class OwnTokenizerFast(PreTrainedTokenizerFast):
 """A model of its own that is a Llama; ``ran`` is a file that it leaves behind when it is run."""
 
 
+_EXPERTS = {"num_experts": 4, "moe_intermediate_size": 16}
+_ROUTED = {"n_routed_experts": 4, "moe_intermediate_size": 16, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
+_LATENT = {
+    "first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
+    "v_head_dim": 8, "head_dim": 4,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 16, "decoder_sparse_step": 1},
+    "qwen3_moe": {**_EXPERTS, "norm_topk_prob": True, "mlp_only_layers": [0]},
+    "deepseek_v2": {**_ROUTED, **_LATENT},
+    "deepseek_v3": {**_ROUTED, **_LATENT},
+    "glm4_moe": {**_ROUTED, "first_k_dense_replace": 1},
+    "gpt_oss": {
+        "num_local_experts": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "sliding_window": 12,
+    },
+}  # fmt: skip
+"""Mixtures of experts, each with a router or a block of its own: type of the model → settings of ``tiny_mixture``."""
+
+
 def tiny_tokenizer(vocabulary: int = 400):
     """A byte-level BPE tokenizer with ChatML: any text can be encoded; ``<|im_end|>`` ends a turn, ``<|pad|>`` pads.
 

@@ -63,10 +63,10 @@ class LoraSection(Section):
     """Dropout on the adapter's input."""
     target: Targets = "all"
     """Modules that get an adapter. ``all``: every linear layer except the output head and, in a mixture of experts, the routers
-    (``gate``, ``router``, ``shared_expert_gate``). Or a list of module names, which may include routers. If peft supports the
-    experts of a model (Mixtral, Qwen3, DeepSeek and others), ``all`` includes them; ``dropout``, ``dora`` and ``pissa`` are then
-    not available, and shared experts and dense layers with the same module names (``gate_proj``, ``up_proj``, ``down_proj``)
-    get no adapter."""
+    (``gate``, ``router``, ``shared_expert_gate``). Or a list of module names, which may include routers, and ``experts``: the
+    weights of all routed experts. If peft supports the experts of a model (Mixtral, Qwen3, DeepSeek and others), ``all`` includes
+    them, too; shared experts and dense layers with the same module names (``gate_proj``, ``up_proj``, ``down_proj``) then get no
+    adapter. With experts, ``dropout``, ``dora`` and ``pissa`` are not available."""
     extra_modules: list[Text] = []
     """Modules to train in full and save with the adapter, for example ``[embed_tokens, lm_head]``."""
     dora: bool = False
@@ -185,6 +185,10 @@ class ModelSection(Section):
     """Quantize the frozen weights with bitsandbytes (QLoRA; extra ``quant``). A model that is already quantized (GPTQ, AWQ,
     bitsandbytes) needs no setting; it loads as it is if the library that it needs is installed. Of a model for images, the
     language model alone is quantized."""
+    dequantize: bool = True
+    """Of a model whose weights are stored in FP8 (DeepSeek-V3, Qwen3-FP8) or MXFP4 (gpt-oss), train a copy in 16 bits, which is
+    made once, in ``data.cache``, and is two or four times as large. false: load it as it is, on which adapters alone can be
+    trained, and only on GPUs for which transformers has the kernels."""
     quantization_type: Literal["nf4", "fp4"] = "nf4"
     """Data type of 4-bit weights."""
     double_quantization: bool = True

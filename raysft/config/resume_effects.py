@@ -61,6 +61,7 @@ _KEYS = {
         train.learning_rate train.weight_decay train.betas train.epsilon train.max_grad_norm
         train.schedule train.schedule_options train.warmup_ratio train.warmup_steps
         train.loss train.eaft_alpha train.asft_alpha train.reference_model train.label_smoothing train.z_loss train.neftune_alpha
+        train.router_aux_loss_coef
         train.zero_stage train.offload.optimizer train.offload.parameters train.offload.folder train.deepspeed train.fp8
         train.nonfinite train.eval_every_steps train.eval_every_epochs train.eval_delay
         train.early_stopping.patience train.early_stopping.threshold
@@ -82,7 +83,7 @@ _KEYS = {
         model.freeze.layers model.freeze.spread model.freeze.modules model.freeze.extra_modules
         model.lora.rank model.lora.alpha model.lora.target model.lora.extra_modules model.lora.dora model.lora.rslora
         model.lora.pissa model.lora.pissa_iterations model.oft.block_size model.oft.target model.oft.extra_modules
-        model.new_adapter model.quantization model.quantization_type model.double_quantization
+        model.new_adapter model.dequantize model.quantization model.quantization_type model.double_quantization
         data.holdout data.sequence_length data.packing data.document_mask
         train.pure_bf16 train.global_batch_size train.optimizer train.optimizer_options train.optimizer_target
     """,

@@ -11,9 +11,9 @@ from raysft.errors import RequestError
 from raysft.storage import hub_snapshots
 from raysft.storage.local_cache import may_be_on_hub, model_copy, on_hub
 
-MADE = re.compile(r"(expanded|extended|merged|scaled)-[0-9a-f]{16}")
-"""Names of models that raysft makes in its cache: with new layers, with new tokens, with scaled positions, or with
-adapters merged into them."""
+MADE = re.compile(r"(dequantized|expanded|extended|merged|scaled)-[0-9a-f]{16}")
+"""Names of models that raysft makes in its cache: of quantized ones, or with new layers, new tokens, scaled positions, or adapters
+merged into them."""
 PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "ADAPTION_PROMPT")
 """Kinds of adapters that change no weights, but put states of their own before a text."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from raysft.models.transformers_internals import (
 
 EXAMPLEWISE = "examplewise_sdpa"
 """The name of ``examplewise`` in transformers."""
+WITH_SINKS = "examplewise_with_sinks"
+"""The name of ``examplewise_with_sinks`` in transformers."""
 
 
 def kernel(config: Config) -> str | None:
@@ -38,15 +41,27 @@ def use_examplewise(model: Any, config: Config) -> None:
 
     All examples together have fewer pairs of tokens than the row, the causal kernel skips half of these, and no mask is made: a
     row of 512 tokens takes a third of the time of sdpa with a mask.
+
+    Models with sinks (gpt-oss) do so on every device: their own eager attention does not keep examples apart.
     """
-    if config.model.attention != "auto" or config.scaling.use_gpu or not _is_plain(model, config.data.sequence_length):
-        return
     from transformers import AttentionInterface
 
+    if config.model.attention in ("auto", "eager") and _has_sinks(model):
+        AttentionInterface.register(WITH_SINKS, examplewise_with_sinks)
+        model.set_attn_implementation(WITH_SINKS)
+        return
+    if config.model.attention != "auto" or config.scaling.use_gpu or not _is_plain(model, config.data.sequence_length):
+        return
     AttentionInterface.register(EXAMPLEWISE, examplewise)
     # Images attend both ways.
     text_alone = model.config.get_text_config() is model.config
     model.set_attn_implementation(EXAMPLEWISE if text_alone else {"text_config": EXAMPLEWISE})
+
+
+def _has_sinks(model: Any) -> bool:
+    """Return True if each head has a sink beside its keys, and torch's operations compute the attention."""
+    eager = attention_implementation(model) == "eager" and can_set_attention(model)
+    return eager and any(name.endswith(".sinks") for name, _ in model.named_parameters())
 
 
 def _is_plain(model: Any, tokens: int) -> bool:
@@ -88,15 +103,64 @@ def examplewise(
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    options["is_causal"] = True
+    examples = _examples(module, query, key, value, position_ids)
+    outputs = [sdpa_attention_forward(module, q, k, v, None, **options)[0] for q, k, v in examples]
+    return torch.cat(outputs, dim=1).view(*query.shape[::2], *outputs[0].shape[2:]), None
+
+
+def examplewise_with_sinks(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None = None,
+    *,
+    s_aux: torch.Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """As ``examplewise``, for heads that may attend to a sink instead of a token (gpt-oss).
+
+    Args:
+        module: as for ``examplewise``, as are all that are not named here.
+        s_aux: [heads] logits of the sinks.
+        scaling: of the other logits.
+        dropout: of the weights.
+        sliding_window: tokens that one attends to, itself among them. Default: all before it.
+    """
+    outputs = []
+    for q, k, v in _examples(module, query, key, value, position_ids):
+        shared, tokens = q.shape[1] // k.shape[1], q.shape[2]
+        logits = q @ k.repeat_interleave(shared, 1).transpose(-1, -2) * scaling
+        visible = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()
+        if sliding_window is not None:
+            visible = visible.triu(1 - sliding_window)
+        logits = logits.masked_fill(~visible, float("-inf"))
+        sinks = s_aux.to(logits.dtype).reshape(1, -1, 1, 1).expand(1, -1, tokens, 1)
+        weights = torch.softmax(torch.cat([logits, sinks], -1).float(), -1)[..., :-1].to(v.dtype)
+        weights = torch.nn.functional.dropout(weights, dropout, module.training)
+        outputs.append((weights @ v.repeat_interleave(shared, 1)).transpose(1, 2))
+    return torch.cat(outputs, dim=1).view(*query.shape[::2], *outputs[0].shape[2:]), None
+
+
+def _examples(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    position_ids: torch.Tensor | None,
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Yield queries, keys and values of each example in packed rows, each as a row of its own."""
     rows, _, tokens, _ = query.shape
     if position_ids is None or position_ids.shape[-1] != tokens:
         raise NoPositions(f"{type(module).__name__} does not pass positions on, so examples cannot be told apart")
-    options["is_causal"] = True
     begins = (position_ids.expand(rows, tokens).reshape(-1) == 0).nonzero().flatten().tolist()
     lengths = [end - start for start, end in zip(begins, [*begins[1:], rows * tokens], strict=True)]
-    examples = zip(*(_joined(states).split(lengths, dim=2) for states in (query, key, value)), strict=True)
-    outputs = [sdpa_attention_forward(module, q, k, v, None, **options)[0] for q, k, v in examples]
-    return torch.cat(outputs, dim=1).view(rows, tokens, *outputs[0].shape[2:]), None
+    return zip(*(_joined(states).split(lengths, dim=2) for states in (query, key, value)), strict=True)
 
 
 class NoPositions(Exception):

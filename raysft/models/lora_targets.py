@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterable, Iterator
+import re
+from collections.abc import Collection, Container
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,8 @@ from raysft.config.model import Part
 from raysft.models.model_class import sees_images
 from raysft.models.model_parts import part_of
 from raysft.models.peft_internals import fit_to_model
-from raysft.models.transformers_internals import recorded_outputs, weight_conversions
+from raysft.models.routers import routers
+from raysft.models.transformers_internals import weight_conversions
 
 
 def linear_layers(model: Any, parts: Container[Part] = ("language",)) -> set[str]:
@@ -42,29 +44,38 @@ def modules_in(model: Any, parts: Container[Part]) -> list[str]:
     return [name for name, _ in model.named_modules() if part(name) in parts and part(name) != "projector"]
 
 
+EXPERTS = "experts"
+"""What experts are called among a model's modules, and among the names of a config."""
+
+
+def target_experts(config: Any, model: Any) -> None:
+    """Make a peft config that names ``experts`` among its modules mean their weights.
+
+    Since transformers 5 most models have one module for the experts of a layer, with a parameter for each of their matrices; one
+    that stands for two has twice the rank, as with ``all-linear``. Others have a linear layer for each.
+    """
+    names = {name for name in config.target_modules if name.rpartition(".")[2] != EXPERTS}
+    parameters = set[str]()
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        if parts[-1] == EXPERTS:
+            own = (each for each, _ in module.named_parameters(recurse=False) if not each.endswith("bias"))
+            parameters |= {f"{EXPERTS}.{each}" for each in own}
+        elif EXPERTS in parts and isinstance(module, nn.Linear):
+            names.add(name)
+    config.target_modules, config.target_parameters = names, parameters or None
+    for each in parameters:
+        if each.endswith("gate_up_proj"):
+            pattern = rf".*\.{re.escape(each)}"
+            config.rank_pattern[pattern], config.alpha_pattern[pattern] = 2 * config.r, 2 * config.lora_alpha
+
+
 def targeted(model: Any, targets: Collection[str], parts: Container[Part]) -> list[str]:
     """Return what peft is given for names of modules: full names in a model for images, where other parts have the same ones."""
     if not sees_images(model):
         return list(targets)
     ends = tuple(f".{target}" for target in targets)
     return [name for name in modules_in(model, parts) if f".{name}".endswith(ends)]
-
-
-def routers(model: Any) -> set[str]:
-    """Return the names of the modules that route tokens to experts, in a mixture of experts.
-
-    transformers marks those whose output are a model's router logits. Where it marks a whole block, or knows nothing of the
-    model, the router is what is called so inside it, or beside the experts. The gate of a shared expert is one too.
-    """
-    marked = tuple(_marked(model))
-    found = set()
-    for name, module in model.named_modules():
-        is_marked = bool(marked) and isinstance(module, marked)
-        if is_marked and _is_called_router(name):
-            found.add(name)
-        elif is_marked or any(child == "experts" for child, _ in module.named_children()):
-            found |= {f"{name}.{child}" for child, _ in module.named_children() if _is_called_router(child)}
-    return found
 
 
 def set_targets(config: Any, model: Any, parts: Container[Part] = ("language",)) -> None:
@@ -87,21 +98,6 @@ def set_targets(config: Any, model: Any, parts: Container[Part] = ("language",))
             key for key in config.target_parameters if not any(name.endswith(f".{key}") for name in weights)
         }
     config.target_modules = layers
-
-
-def _marked(model: Any) -> Iterator[type]:
-    """Yield the classes of the modules that return a model's router logits."""
-    for module in model.modules():
-        recorded = recorded_outputs(module).get("router_logits", ())
-        for each in recorded if isinstance(recorded, Iterable) and not isinstance(recorded, type) else (recorded,):
-            kind = getattr(each, "target_class", each)
-            if isinstance(kind, type):
-                yield kind
-
-
-def _is_called_router(name: str) -> bool:
-    own = name.rpartition(".")[2]
-    return own.endswith("gate") or "router" in own
 
 
 def _is_in(name: str, modules: set[str]) -> bool:

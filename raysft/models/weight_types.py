@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def stored_dtype(folder: Path) -> str | None:
 
 def own_dtype(folder: Path) -> str:
     """Return a model's own data type: that of its ``config.json``, or else the one that most of its weights have."""
-    description = _description(folder)
+    description = description_of(folder)
     for part in (description, description.get("text_config") or {}):
         for key in ("dtype", "torch_dtype"):
             if part.get(key) in DTYPES:
@@ -94,7 +94,7 @@ def rewrite(model: Path, output: Path, dtype: str | None, shard_size: str | None
             type ``SHARD_SIZE``.
     """
     written_anew = bool(dtype or shard_size)
-    copy_files(model, output, [path for path in model_files(model) if not (written_anew and _holds_weights(path))])
+    copy_files(model, output, [path for path in model_files(model) if not (written_anew and holds_weights(path))])
     if not written_anew:
         return
     if dtype:
@@ -116,14 +116,13 @@ def rewrite_adapter(adapter: Path, output: Path, dtype: str | None) -> None:
         pickled.unlink(missing_ok=True)
 
 
-def _holds_weights(path: Path) -> bool:
+def holds_weights(path: Path) -> bool:
+    """Return True for a file of weights, or their index."""
     return path.name in MODEL_FILES or path.suffix in WEIGHTS or path.name.endswith(".index.json")
 
 
 def _write_shards(model: Path, output: Path, dtype: str | None, shard_size: str) -> None:
-    from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors import safe_open
-    from safetensors.torch import save_file
 
     stays = _stays_by_name(model, dtype) if dtype else lambda name: True
     places, sizes = {}, {}
@@ -132,30 +131,52 @@ def _write_shards(model: Path, output: Path, dtype: str | None, shard_size: str)
             for name in weights.keys():  # noqa: SIM118
                 piece = weights.get_slice(name)
                 kind = dtype if dtype and piece.get_dtype() in STORED and not stays(name) else piece.get_dtype()
-                places[name], sizes[name] = file, math.prod(piece.get_shape()) * _bytes(kind)
-    split = split_state_dict_into_shards_factory(
-        sizes, get_storage_size=int, get_storage_id=lambda size: None, max_shard_size=shard_size,
-        filename_pattern="model{suffix}.safetensors",
-    )  # fmt: skip
-    for target, names in split.filename_to_tensors.items():
-        shard = {}
+                places[name], sizes[name] = file, math.prod(piece.get_shape()) * bytes_of(kind)
+
+    def read(names: Sequence[str]) -> Iterator[tuple[str, Any]]:
         for file in dict.fromkeys(places[name] for name in names):
             with safe_open(file, framework="pt") as weights:
                 for name in (name for name in names if places[name] == file):
                     exact = weights.get_slice(name).get_dtype() in STORED
                     weight = weights.get_tensor(name)
-                    shard[name] = converted(name, weight, dtype) if dtype and exact and not stays(name) else weight
-        save_file(shard, output / target, metadata={"format": "pt"})
+                    yield name, converted(name, weight, dtype) if dtype and exact and not stays(name) else weight
+
+    write_shards(output, sizes, read, shard_size)
+
+
+def write_shards(
+    output: Path,
+    sizes: Mapping[str, int],
+    read: Callable[[Sequence[str]], Iterable[tuple[str, Any]]],
+    shard_size: str,
+) -> None:
+    """Write weights into files of a size, one file in memory at a time, with their index.
+
+    Args:
+        output: an existing folder.
+        sizes: name of a weight → its bytes.
+        read: returns the weights of some names.
+        shard_size: largest size of a file.
+    """
+    from huggingface_hub import split_state_dict_into_shards_factory
+    from safetensors.torch import save_file
+
+    split = split_state_dict_into_shards_factory(
+        dict(sizes), get_storage_size=int, get_storage_id=lambda size: None, max_shard_size=shard_size,
+        filename_pattern="model{suffix}.safetensors",
+    )  # fmt: skip
+    for target, names in split.filename_to_tensors.items():
+        save_file(dict(read(names)), output / target, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         path = output / "model.safetensors.index.json"
         path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _bytes(dtype: str) -> int:
+def bytes_of(dtype: str) -> int:
     """Bytes of a number, by the name of its data type in torch (float32) or in safetensors (F32, I64, BOOL, F8_E4M3).
 
-    >>> [_bytes(name) for name in ("bfloat16", "BF16", "F32", "U8", "BOOL", "F8_E4M3")]
+    >>> [bytes_of(name) for name in ("bfloat16", "BF16", "F32", "U8", "BOOL", "F8_E4M3")]
     [2, 2, 4, 1, 1, 1]
     """
     bits = re.search(r"\d+", dtype)
@@ -179,16 +200,22 @@ def _stays_by_name(model: Path, dtype: str) -> Callable[[str], bool]:
 
 def _describe(folder: Path, dtype: str) -> None:
     """Let a model's ``config.json`` name its data type."""
-    description = _description(folder)
+    description = description_of(folder)
     for part in (description, description.get("text_config")):
         if isinstance(part, dict) and (part is description or "dtype" in part or "torch_dtype" in part):
             part.pop("torch_dtype", None)
             part["dtype"] = dtype
+    write_description(folder, description)
+
+
+def write_description(folder: Path, description: Mapping[str, Any]) -> None:
+    """Write a model's ``config.json``."""
     text = json.dumps(description, indent=2, sort_keys=True, ensure_ascii=False)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _description(folder: Path) -> dict[str, Any]:
+def description_of(folder: Path) -> dict[str, Any]:
+    """Return the content of a model's ``config.json``."""
     path = folder / "config.json"
     try:
         description = json.loads(path.read_text(encoding="utf-8"))

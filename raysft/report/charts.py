@@ -39,6 +39,7 @@ def small_charts(log: RunLog) -> list[Drawing]:
         _evaluation_chart(log, "Token accuracy on the evaluation sets, %", "accuracy", scale=100),
         *_generation_charts(log),
         _source_chart(log),
+        _step_chart(log, "Load balancing loss of the routers", [("routers", "router_aux_loss", 4)]),
         _step_chart(log, "Learning rate", [("learning rate", "lr", 3)], noisy=False),
         _step_chart(log, "Gradient norm", [("gradient norm", "grad_norm", 4)]),
         _step_chart(log, "Tokens per second, without padding", [("tokens/s", "throughput", 2)]),

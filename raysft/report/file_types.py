@@ -44,7 +44,7 @@ MEDIA = Kind("a list of images, each with its location", _is_media)
 
 _STEP_NUMBERS = """
     loss lr grad_norm epoch percentage throughput total_tokens loss_tokens packing_efficiency rows step_seconds
-    data_wait_seconds memory_gib memory_total_gib loss_token_throughput mfu
+    data_wait_seconds memory_gib memory_total_gib loss_token_throughput mfu router_aux_loss
 """
 _EVALUATION = {"eval_*": NUMBER}
 _PREDICTION = {

@@ -83,6 +83,7 @@ def check_model_files(
     """
     from raysft.models.adapters import find_adapter
     from raysft.models.architecture import read_hf_config
+    from raysft.models.dequantized import with_exact_weights
     from raysft.models.model_class import loaded_config
     from raysft.models.new_layers import with_new_layers
     from raysft.models.new_tokens import with_new_tokens
@@ -92,6 +93,7 @@ def check_model_files(
 
     model = find_model(config.model.path, config.cache_directory, notify, revision=commit or config.model.revision)
     commit = hub_snapshots.split(model)[1] if on_hub(model) else None
+    model = with_exact_weights(config, model, notify)
     hf_config = check_model(config, model, notify)
     given, model = model, with_new_layers(config, with_new_tokens(config, model, hf_config, notify), notify)
     model = with_rope_scaling(config, model, hf_config, notify)

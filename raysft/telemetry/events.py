@@ -67,6 +67,8 @@ class StepRecord:
     """Model FLOPs utilization: the model's own FLOPs divided by the devices' 16-bit peak; None without a GPU."""
     source_losses: dict[str, float] = field(default_factory=dict)
     """Mean loss over the loss tokens of each source in this step; empty with a single source."""
+    router_aux_loss: float | None = None
+    """Load balancing loss of the routers, without its coefficient; None without ``train.router_aux_loss_coef``."""
 
     def line(self) -> str:
         """Format the step as one line for the terminal.

@@ -30,6 +30,7 @@ STEP_METRICS = (
     "throughput",
     "loss_token_throughput",
     "mfu",
+    "router_aux_loss",
     "packing_efficiency",
     "memory_gib",
     "data_wait_seconds",

@@ -42,6 +42,8 @@ WAITING_SECONDS = 5.0
 """Least time between two printed ``Waiting`` messages: a thousand workers may wait for the same storage."""
 
 
+_OPTIONAL = ("mfu", "router_aux_loss")
+"""Fields of a step that may be None."""
 _FACTS = ("examples", "unscored", "runtime", "samples_per_second", "tokens_per_second")
 """What ``predict_results.json`` says beside scores."""
 
@@ -82,7 +84,9 @@ def progress_line(record: Mapping[str, Any]) -> str:
     known = {one.name for one in fields(StepRecord)}
     # JSON has no NaN, which is null there.
     values: dict[str, Any] = {
-        key: math.nan if value is None and key != "mfu" else value for key, value in record.items() if key in known
+        key: math.nan if value is None and key not in _OPTIONAL else value
+        for key, value in record.items()
+        if key in known
     }
     return StepRecord(**values).line()
 

@@ -12,6 +12,7 @@ from raysft.models.model_class import auto_class, loaded_config
 from raysft.models.model_parts import loose_weights
 from raysft.models.quantization import check_method, is_in_8_bits, method_of, quantization_config
 from raysft.models.rope_scaling import is_rotary, positions_of, scaled_config
+from raysft.models.routers import watchable_routers
 from raysft.storage import hub_snapshots
 from raysft.storage.local_cache import local_copy
 
@@ -49,15 +50,25 @@ def check_model(config: Config, model: str, notify: Callable[[str], None] = lamb
     kernel(config)
     deepspeed_settings(config, config.scaling.most_workers)
     expanded = expanded_config(config, hf_config)
-    if _names_modules(config):
+    if _names_modules(config) or config.train.router_aux_loss_coef:
         import torch
 
         with torch.device("meta"):
             whole = auto_class(expanded).from_config(expanded, trust_remote_code=config.model.runs_code)
             if config.model.adapter is not None and "projector" in config.model.train_parts:
                 _tell_frozen(whole, config, notify)
+            _check_routers(whole, config)
             check_names(whole, config)
     return hf_config
+
+
+def _check_routers(model: Any, config: Config) -> None:
+    """Refuse a loss of routers for a model that has none, or whose routers say too little."""
+    if config.train.router_aux_loss_coef and not watchable_routers(model):
+        raise RequestError(
+            f"train.router_aux_loss_coef={config.train.router_aux_loss_coef:g} is for routers of experts, but "
+            f"{type(model).__name__} has none that transformers marks; remove it"
+        )
 
 
 def _tell_frozen(model: Any, config: Config, notify: Callable[[str], None]) -> None:

@@ -26,6 +26,7 @@ from raysft.train.operators import ASYNC_IO, load_operator
 from raysft.train.optim import make_lr_scheduler, make_optimizer
 from raysft.train.packed_weights import release_after_forward
 from raysft.train.reference import make_reference
+from raysft.train.router_loss import RouterLoss
 from raysft.train.towers import Towers
 
 
@@ -77,6 +78,8 @@ def make_engine(
         model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=settings, dist_init_required=False
     )
     del partitioning
+    if config.train.router_aux_loss_coef:
+        model.router_loss = RouterLoss(model.model, config.train.router_aux_loss_coef)
     engine.eval()
     check_model(model, config, device, processor)
     if model.reference is not None and model.reference.model is not None:

@@ -215,6 +215,7 @@ class _Loop:
             lambda: (*self.trigger.requests(), not rows.ready),
             training.phases,
             self.pixels,
+            float(row_plan.step_tokens[index]),
         )
         # Pixels are a part of the rows.
         waited, own_wait = rows.wait + result.held_seconds, rows.own_wait + result.pixel_seconds

@@ -16,6 +16,7 @@ from raysft.models.attention import is_varlen, without_adapters
 from raysft.models.media_inputs import has_planes
 from raysft.train.objective import CROSS_ENTROPY, Objective
 from raysft.train.reference import Reference
+from raysft.train.router_loss import RouterLoss
 from raysft.train.towers import Towers, changed_embeddings
 
 CHUNK_TOKENS = 1024
@@ -27,6 +28,9 @@ class TokenLoss(nn.Module):
 
     The sum over a step's microbatches and workers, divided by the step's loss tokens, is the step's loss.
     """
+
+    router_loss: RouterLoss | None = None
+    """Listens to the routers of a mixture of experts; ``train_step`` adds its loss."""
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ from torch import nn
 
 from raysft.config import Config
 from raysft.models.adapter_files import base_name
-from raysft.models.lora_targets import modules_in, set_targets, targeted
+from raysft.models.lora_targets import EXPERTS, modules_in, set_targets, target_experts, targeted
 from raysft.models.model_parts import whole_modules
 from raysft.models.new_tokens import vocabulary_modules
 
@@ -22,6 +22,8 @@ def add_adapter(model: Any, adapter_config: Any) -> Any:
         # A head that is trained apart from the embedding: ``merge_adapter`` unties them.
         warnings.filterwarnings("ignore", ".*a tied layer is part of the adapter")
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # peft reads its former name
+        # It looks for the ranks of parameters, which it has applied, among modules.
+        warnings.filterwarnings("ignore", ".*pattern keys did not match.*gate_up_proj", RuntimeWarning)
         return get_peft_model(model, adapter_config)
 
 
@@ -72,4 +74,6 @@ def peft_config(model: nn.Module, config: Config, path: str) -> Any:
         )
     if section.target == "all":
         set_targets(adapter_config, model, parts)
+    elif EXPERTS in section.target and config.model.finetuning == "lora":
+        target_experts(adapter_config, model)
     return adapter_config

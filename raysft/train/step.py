@@ -73,6 +73,8 @@ class StepResult:
     held_seconds: float = 0.0
     """Time by which waits for pixels, of any worker, have held this one up: the longest of them, unless it was over before the
     others had to wait for it."""
+    router_aux_loss: float | None = None
+    """The load balancing loss of routers over all workers (``router_loss``), which ``loss`` does not contain; None without it."""
 
 
 def train_step(
@@ -83,6 +85,7 @@ def train_step(
     asks: Callable[[], tuple[bool, bool, bool, bool]] = lambda: (False, False, False, False),
     phases: Phases | None = None,
     pixels: Pixels | None = None,
+    tokens: float = 1.0,
 ) -> StepResult:
     """Train on one worker's rows of a step.
 
@@ -95,27 +98,33 @@ def train_step(
             the rows of the next step). It is called after the computation, and all workers learn if it is true for any of them.
         phases: told what this worker does.
         pixels: of the rows' images; None if there are none in the data.
+        tokens: of the step over all workers, without padding; the loss of routers is divided by them.
     """
     phases = phases or Phases()
     accumulation = engine.gradient_accumulation_steps()
     # DeepSpeed averages over microbatches and workers; undo that, and divide by the step's weight instead.
     scale = accumulation * dist.get_world_size() / weight
-    totals = torch.zeros(5 + sources, device=engine.device)
+    totals = torch.zeros(6 + sources, device=engine.device)
+    router_loss = engine.module.router_loss
+    of_routers = accumulation * dist.get_world_size() / tokens
     norm, forward, started = None, DeviceTimer(engine.device), time.perf_counter()
-    for microbatch in microbatches(batch, engine.train_micro_batch_size_per_gpu(), engine.device, pixels):
+    rows = engine.train_micro_batch_size_per_gpu()
+    for part, microbatch in zip(cut(batch, rows), microbatches(batch, rows, engine.device, pixels), strict=True):
         phases.enter("forward")
-        with forward:
+        with forward, router_loss or nullcontext():
             loss, by_source, _ = engine(**microbatch, number_of_sources=sources)
+        balance = router_loss(part) if router_loss else loss.new_zeros(())
         phases.enter("backward")
         # `loss * 0 + 1` is 1 for a finite loss and NaN otherwise; it makes the gradient NaN, so that the step is skipped.
-        engine.backward(loss * scale * (loss.detach() * 0 + 1))
+        whole = loss * scale * (loss.detach() * 0 + 1)
+        engine.backward(whole + router_loss.coefficient * of_routers * balance if router_loss else whole)
         if engine.is_gradient_accumulation_boundary() and not keeps_gradient_norm(engine):
             # Of a plain optimizer, whose gradients are whole on each worker.
             norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
         phases.enter("step")
         with _without_update(engine) if norm is not None and not torch.isfinite(norm) else nullcontext():
             engine.step()
-        totals += torch.cat([totals.new_zeros(4), loss.detach()[None], by_source])
+        totals += torch.cat([totals.new_zeros(4), loss.detach()[None], by_source, balance.detach()[None]])
     totals[:4] = totals.new_tensor(asks())
     waited = pixels.waited() if pixels else 0.0
     waits = torch.zeros(dist.get_world_size() if pixels else 0, 2, device=engine.device)
@@ -124,11 +133,13 @@ def train_step(
     shared = torch.cat([totals, waits.flatten()])
     dist.all_reduce(shared)
     held = _held_seconds(shared[len(totals) :].view(-1, 2).tolist(), time.perf_counter() - started) if pixels else 0.0
-    noticed, late, over, lacks, total, *by_source = shared[: len(totals)].double().tolist()
+    noticed, late, over, lacks, total, *by_source, balanced = shared[: len(totals)].double().tolist()
     norm = float(norm if norm is not None else engine.get_global_grad_norm())
     applied = math.isfinite(norm) and engine.was_step_applied()
     heard = (noticed > 0, late > 0, over > 0, lacks > 0)
-    return StepResult(total / weight, norm, np.asarray(by_source), applied, *heard, forward.seconds(), waited, held)
+    times = (forward.seconds(), waited, held)
+    balanced = balanced / tokens if router_loss else None
+    return StepResult(total / weight, norm, np.asarray(by_source), applied, *heard, *times, balanced)
 
 
 def _held_seconds(workers: Sequence[Sequence[float]], seconds: float) -> float:

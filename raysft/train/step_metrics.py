@@ -78,6 +78,7 @@ class StepMetrics:
             loss_token_throughput_per_device=round(loss_tokens / seconds / self._workers, 2),
             mfu=self._mfu(step, seconds),
             source_losses=self._source_losses(step, result),
+            router_aux_loss=result.router_aux_loss,
         )
 
     def _source_losses(self, step: int, result: StepResult) -> dict[str, float]:

@@ -30,6 +30,7 @@ CHANGEABLE = frozenset(
         "train.z_loss",
         "train.eaft_alpha",
         "train.neftune_alpha",
+        "train.router_aux_loss_coef",
         "model.lora.dropout",
         "model.oft.dropout",
     ]

@@ -116,6 +116,7 @@ def test_every_excluded_setting_of_model_and_optimization_was_tried():
         "train.max_failures": "is the launcher's",
         "train.max_hours": "is the driver's",
         "train.reference_model": "is a model beside the one that is evaluated",
+        "train.router_aux_loss_coef": "is a loss of mixtures of experts alone",
         "train.trackers": "are the driver's",
         **dict.fromkeys(map("train.tracking.{}".format, ("project", "run_name", "tags", "group")), "is the driver's"),
     }

@@ -188,6 +188,7 @@ def test_every_key_that_takes_effect_at_once_is_tested():
         "eaft_alpha": "with loss",
         "asft_alpha": "with loss",
         "reference_model": "in the tests of its loss",
+        "router_aux_loss_coef": "in the tests of mixtures of experts",
         "deepspeed": "like zero_stage: a new engine is made",
         "fp8": "needs a GPU",
         "nonfinite": "is read in each step",

@@ -13,7 +13,7 @@ from raysft.config import Config, parse
 from raysft.errors import RequestError
 from raysft.models.adapters import load_adapter, merge_adapter
 from raysft.models.loading import load_weights
-from raysft.models.lora_targets import routers
+from raysft.models.routers import routers
 from raysft.train.check_model import check_model
 from raysft.train.finetuning import load_model
 from tests.tiny import tiny_mixture, tiny_model
@@ -113,11 +113,16 @@ def test_an_adapter_that_trained_a_router_goes_on_with_it(qwen, tmp_path):
         torch.testing.assert_close(gone_on(input_ids=IDS).logits, old(input_ids=IDS).logits)
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "deepseek_v3", "llama4_text"])
-def test_an_adapter_on_experts_is_written_loaded_and_merged(tmp_path, kind):
+@pytest.mark.parametrize("target", ["all", ["experts"], ["o_proj", "experts"]], ids=str)
+@pytest.mark.parametrize("kind", ["qwen3_moe", "qwen2_moe", "mixtral", "deepseek_v3", "gpt_oss", "llama4_text"])
+def test_an_adapter_on_experts_is_written_loaded_and_merged(tmp_path, kind, target):
     settings = next(settings for name, settings, *_ in MIXTURES if name == kind)
     folder = tiny_mixture(tmp_path / "base", kind, **settings)
-    model = load_model(config(rank=4), str(folder))
+    model = load_model(config(rank=4, target=target), str(folder))
+    if target != "all":
+        layer = {name.removeprefix(LAYER) for name in adapted(model) if name.startswith(LAYER)}
+        experts = "feed_forward.experts" if kind == "llama4_text" else "mlp.experts"
+        assert layer == {experts, *(["self_attn.o_proj"] if "o_proj" in target else [])}
     draw = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -139,7 +144,7 @@ def test_an_adapter_on_experts_is_written_loaded_and_merged(tmp_path, kind):
         ({"dora": True}, "model.lora.dora=true does not work"),
         ({"pissa": True, "rank": 4}, "model.lora.pissa=true does not work"),
         ({"target": ["gate_proj"]}, "model.lora.target=['gate_proj'] is refused by peft"),
-        ({"target": ["experts"]}, "model.lora.target=['experts'] is refused by peft"),
+        ({"target": ["experts"], "dropout": 0.1}, "model.lora.dropout=0.1 does not work with adapters on the experts"),
     ],
 )
 def test_what_experts_cannot_have_is_told_before_anything_starts(qwen, section, told):

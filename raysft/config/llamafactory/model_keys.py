@@ -33,7 +33,9 @@ MODEL: Keys = {
     "use_unsloth": only(False, "remove it; enable_liger_kernel: true gives fused kernels", boolean),
     "use_unsloth_gc": harmless("activations are recomputed, but those between layers stay on the GPU"),
     "enable_liger_kernel": joined("model.liger", boolean, False),
-    "moe_aux_loss_coef": only(None, "remove it: raysft adds no loss of the routers", option(number)),
+    "moe_aux_loss_coef": same(
+        "train.router_aux_loss_coef", option(number), note="over the tokens of each example, not of a padded microbatch"
+    ),
     "disable_gradient_checkpointing": joined("train.gradient_checkpointing", boolean, False),
     "use_reentrant_gc": harmless("recomputation is non-reentrant, with the same numbers"),
     "upcast_layernorm": only(

@@ -1,0 +1,132 @@
+"""The loss that spreads tokens over the experts of a mixture: ``train.router_aux_loss_coef``.
+
+The load balancing loss of Switch Transformers (Fedus et al. 2022) as transformers computes it (``load_balancing_loss_func``), for
+each example alone:
+
+    E · Σ f_e · p_e
+
+over the E experts, where f_e is how often a token was sent to expert e, and p_e the probability that the router gave it, both
+averaged over the example's tokens and all layers. It is the number of experts per token where all are used alike. The loss of a
+step is the mean over its examples, weighted by their tokens.
+
+The product of two means over all tokens of a microbatch, as transformers has it for batches, depends on which examples share one;
+that over a whole step is known only after its last microbatch. For single examples it is the same however rows are packed and
+steps are cut, as the sequence-wise loss of DeepSeek-V3 is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from raysft.errors import RunFailed
+from raysft.models.attention import without_adapters
+from raysft.models.routers import watchable_routers
+from raysft.train.job import Batch
+
+Routed = tuple[torch.Tensor, torch.Tensor]
+"""Probabilities [tokens, experts] and choices [tokens, experts of a token] of a router."""
+
+
+class RouterLoss:
+    """Listens to the routers of a model; ``with`` it while the model computes, then call it."""
+
+    def __init__(self, model: nn.Module, coefficient: float) -> None:
+        """
+        Args:
+            model: a transformers model, with or without adapters, whose engine is made.
+            coefficient: weight of the loss beside that of the tokens.
+        """
+        self.coefficient, self._name = coefficient, type(without_adapters(model)).__name__
+        self._listens, self._heard = False, list[tuple[Any, Any]]()
+        for router in watchable_routers(without_adapters(model)):
+            router.register_forward_hook(self._hear)
+
+    def __enter__(self) -> None:
+        self._listens, self._heard = True, []
+
+    def __exit__(self, *error: object) -> None:
+        # Layers that are recomputed in the backward pass call their routers again.
+        self._listens = False
+
+    def _hear(self, router: nn.Module, inputs: Any, output: Any) -> None:
+        if self._listens and torch.is_grad_enabled():  # else a reference model computes
+            self._heard.append((router, output))
+
+    def __call__(self, part: Batch) -> torch.Tensor:
+        """Compute the loss of a microbatch: its sum over examples, each times its tokens.
+
+        Args:
+            part: its rows, without images.
+
+        Raises:
+            RunFailed: the model's routers do not say what they chose.
+        """
+        routed = [self._read(router, output) for router, output in self._heard]
+        self._heard = []
+        example, count = examples_of(part)
+        if not routed:
+            raise RunFailed(
+                f"train.router_aux_loss_coef={self.coefficient:g}, but no router of {self._name} was called; remove it"
+            )
+        return balance(routed, torch.as_tensor(example, device=routed[0][0].device), count)
+
+    def _read(self, router: nn.Module, output: Any) -> Routed:
+        if not (isinstance(output, tuple) and len(output) == 3 and not torch.is_floating_point(output[2])):
+            raise RunFailed(
+                f"train.router_aux_loss_coef={self.coefficient:g} needs routers that return logits, weights and choices, but "
+                f"{type(router).__name__} of {self._name} does not; remove it"
+            )
+        logits, _, chosen = output
+        # Routers with a bias for balance (DeepSeek-V3, GLM-4) give each expert a probability of its own.
+        by_itself = hasattr(router, "e_score_correction_bias")
+        return probabilities(logits.flatten(0, -2), by_itself), chosen.flatten(0, -2)
+
+
+def probabilities(logits: torch.Tensor, by_itself: bool = False) -> torch.Tensor:
+    """Return how likely each expert is: the softmax of [tokens, experts], or each one's sigmoid as a share of their sum."""
+    if not by_itself:
+        return torch.softmax(logits.float(), -1)
+    each = torch.sigmoid(logits.float())
+    return each / each.sum(-1, keepdim=True)
+
+
+def balance(routed: Sequence[Routed], example: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the sum over examples of (tokens · load balancing loss), float32.
+
+    Args:
+        routed: of each layer with experts.
+        example: [tokens] number of each token's example; ``count`` for padding.
+        count: number of examples.
+
+    >>> even = torch.full((2, 4), 0.25), torch.tensor([[0, 1], [2, 3]])
+    >>> balance([even, even], torch.tensor([0, 0]), 1)  # 2 tokens · 2 experts of each
+    tensor(4.)
+    """
+    experts = routed[0][0].shape[-1]
+    likely, hits = torch.zeros(2, count + 1, experts, device=example.device)
+    for probability, chosen in routed:
+        likely = likely.index_add(0, example, probability)
+        hits = hits.index_add(0, example, torch.zeros_like(probability).scatter_(-1, chosen, 1.0).detach())
+    lengths = torch.bincount(example, minlength=count + 1)[:count, None]
+    return experts / len(routed) ** 2 * (hits[:count] * likely[:count] / lengths).sum()
+
+
+def examples_of(part: Batch) -> tuple[np.ndarray, int]:
+    """Number the examples of some rows.
+
+    Returns:
+        [rows · tokens] number of each token's example, for padding as many as there are examples; and how many there are.
+    """
+    positions = part["position_ids"]
+    padding = np.arange(positions.shape[1]) >= part["tokens"][:, None]
+    starts = positions == 0
+    starts[:, 0] = True
+    starts &= ~padding
+    example = starts.reshape(-1).cumsum() - 1
+    count = int(starts.sum())
+    return np.where(padding.reshape(-1), count, example), count
