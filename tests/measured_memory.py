@@ -175,7 +175,7 @@ class _Pixels:
     def __init__(self, processor: Any, rows: int) -> None:
         self._processor, self._images = processor, [[Image.new("RGB", IMAGE, "red")]] * IMAGES * rows
 
-    def take(self, device: torch.device) -> dict[str, Any]:
+    def take(self) -> dict[str, Any]:
         made = media_inputs(self._processor, self._images)
         return {"images": {name: values.clone() for name, values in made.items()}}  # which torch has allocated
 

@@ -158,6 +158,8 @@ class Case:
     """Steps whose rows the last worker can read; those of the next one raise an error. Default: all."""
     slow: tuple[str, float] = ("", 0.0)
     """What the last worker does too slowly, ``forward``, ``data`` or ``pixels``, and by how many seconds each time."""
+    compiler: str = "inductor"
+    """What compiles layers; ``aot_eager`` makes their graphs, and leaves out what takes most of the time: to write C++ for them."""
     writes_until_saved: bool = False
     """True if the model is not written before there is a checkpoint of the last step; all workers look for requests meanwhile."""
 
@@ -207,13 +209,13 @@ def timeless(results: Mapping[str, Any]) -> dict[str, Any]:
 def _trained(case: Case, rank: int, world: int, name: str, device: torch.device) -> Result:
     from safetensors.torch import load_file
 
-    from raysft.train import decisions, export, loop, loss, step, stragglers, waiting, watched_write
+    from raysft.train import compilation, decisions, export, loop, loss, step, stragglers, waiting, watched_write
     from raysft.train.checkpoint import parts, state, triggers
     from raysft.train.checkpoint.cursor import Cursor
     from raysft.train.checkpoint.resume import ResumePoint
     from raysft.train.pixels import ImageInputs
 
-    loss.CHUNK_TOKENS = case.chunk_tokens
+    loss.CHUNK_TOKENS, compilation.BACKEND = case.chunk_tokens, case.compiler
     readings = itertools.count(1)
     triggers.monotonic = (lambda: 60 * case.clocks[rank] * next(readings)) if case.clocks else time.monotonic
     step.LOOK_SECONDS = 0.0

@@ -156,15 +156,25 @@ def _precision(config: Config) -> Iterator[str]:
                 f"train.fp8={train.fp8} requires unquantized weights, but model.quantization={model.quantization}; "
                 "set only one of them"
             )
+    if train.compile and train.zero_stage == 3 and model.quantization:
+        yield (
+            f"train.compile=true computes with whole layers, but model.quantization={model.quantization} and train.zero_stage=3 "
+            "give the weights of one matrix at a time; set train.zero_stage=2 or train.compile=false"
+        )
+    if train.compile and train.router_aux_loss_coef:
+        yield (
+            f"train.router_aux_loss_coef={train.router_aux_loss_coef:g} listens to routers inside of layers, but train.compile=true "
+            "compiles these; set train.compile=false"
+        )
     if model.liger and not use_gpu:
         yield "model.liger=true requires GPUs, but scaling.use_gpu=false; set scaling.use_gpu=true or model.liger=false"
-    if model.attention == "flash_attention_2" and not use_gpu:
+    if model.attention.startswith("flash_") and not use_gpu:
         yield (
-            "model.attention=flash_attention_2 requires GPUs, but scaling.use_gpu=false; use sdpa or set scaling.use_gpu=true"
+            f"model.attention={model.attention} requires GPUs, but scaling.use_gpu=false; use sdpa or set scaling.use_gpu=true"
         )
-    if model.attention == "flash_attention_2" and config.dtype == "float32":
+    if model.attention.startswith("flash_") and config.dtype == "float32":
         yield (
-            "model.attention=flash_attention_2 requires a 16-bit data type, but model.dtype=float32; use bfloat16, or use sdpa"
+            f"model.attention={model.attention} requires a 16-bit data type, but model.dtype=float32; use bfloat16, or use sdpa"
         )
 
 

@@ -58,7 +58,7 @@ _KEYS = {
         train.learning_rate train.weight_decay train.betas train.epsilon train.max_grad_norm
         train.schedule train.schedule_options train.warmup_ratio train.warmup_steps
         train.loss train.eaft_alpha train.asft_alpha train.reference_model train.label_smoothing train.z_loss
-        train.neftune_alpha train.router_aux_loss_coef train.nonfinite
+        train.neftune_alpha train.router_aux_loss_coef train.nonfinite train.compile
         train.eval_at_start train.eval_every_steps train.eval_every_epochs train.eval_delay
         train.early_stopping.patience train.early_stopping.threshold
         train.keep_best train.best_metric train.best_mode

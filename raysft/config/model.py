@@ -193,9 +193,10 @@ class ModelSection(Section):
     """Data type of 4-bit weights."""
     double_quantization: bool = True
     """Also quantize the scales of 4-bit weights."""
-    attention: Literal["auto", "sdpa", "flash_attention_2", "flex_attention", "eager"] = "auto"
-    """Attention implementation. All of them keep the examples of a row apart. ``auto``: FlashAttention's varlen kernel on GPU
-    if the package flash-attn is installed, otherwise PyTorch's SDPA."""
+    attention: Literal["auto", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "eager"] = "auto"
+    """Attention implementation. All of them keep the examples of a row apart. ``auto``: FlashAttention 2's varlen kernel on GPU
+    if the package flash-attn is installed, otherwise PyTorch's SDPA. ``flash_attention_3`` needs the package flash_attn_3 and
+    GPUs of the Hopper generation."""
     liger: bool = False
     """Use Liger's fused kernels on GPU (extra ``liger``)."""
 

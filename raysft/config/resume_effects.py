@@ -63,6 +63,7 @@ _KEYS = {
         train.loss train.eaft_alpha train.asft_alpha train.reference_model train.label_smoothing train.z_loss train.neftune_alpha
         train.router_aux_loss_coef
         train.zero_stage train.offload.optimizer train.offload.parameters train.offload.folder train.deepspeed train.fp8
+        train.compile
         train.nonfinite train.eval_every_steps train.eval_every_epochs train.eval_delay
         train.early_stopping.patience train.early_stopping.threshold
         train.keep_best train.best_metric train.best_mode

@@ -128,6 +128,9 @@ class TrainSection(Section):
     """Additional DeepSpeed settings, or the path of a JSON file with them. They must not contradict the config."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the decoder's layers with torch.compile, for passes with gradients: faster steps on GPUs, after a minute or more in
+    the first ones. Numbers differ by rounding. It needs a compiler on every node: on GPUs one for C, on CPUs one for C++."""
     fp8: Literal["off", "torchao"] = "off"
     """Multiply matrices in FP8 with torchao (extra ``fp8``), on GPUs that support it (Ada, Hopper and later)."""
     nonfinite: Literal["stop", "skip"] = "stop"

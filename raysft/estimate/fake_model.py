@@ -9,7 +9,7 @@ from torch import nn
 
 from raysft.config import Config
 from raysft.estimate.sizes import ModelSizes, weights_of
-from raysft.models.attention import kernel, without_adapters
+from raysft.models.attention import FLASH, kernel, without_adapters
 from raysft.models.decoder_layers import decoder_layers
 from raysft.models.lora_targets import linear_layers
 from raysft.models.model_class import auto_class
@@ -32,7 +32,7 @@ def model_without_weights(config: Config, hf_config: Any, adapter: str | None = 
     """
     dtype = getattr(torch, config.weight_dtype)
     attention = kernel(config)
-    if attention == "flash_attention_2":
+    if attention in FLASH:
         attention = None  # transformers would ask for the package; the trace has a kernel of its own
     with torch.device("meta"):
         model: Any = auto_class(hf_config).from_config(

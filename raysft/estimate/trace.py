@@ -21,7 +21,7 @@ from raysft.config import Config
 from raysft.estimate.fake_attention import NAME, fake_attention
 from raysft.estimate.fake_model import without_memory
 from raysft.estimate.sizes import Activations, Layers, Line, LossBytes
-from raysft.models.attention import EXAMPLEWISE, kernel, use_examplewise, without_adapters
+from raysft.models.attention import EXAMPLEWISE, FLASH, kernel, use_examplewise, without_adapters
 from raysft.models.decoder_layers import decoder_layers
 from raysft.models.fused_layers import ROTARY, fuse_layers
 from raysft.models.torch_internals import LiveBytes, fake_tensors
@@ -95,6 +95,7 @@ class _TracedLoss(TokenLoss):
         images: dict[str, torch.Tensor] | None = None,
         neftune_alpha: float | None = None,
         attention_mask: torch.Tensor | None = None,
+        examples: dict[str, Any] | None = None,
     ) -> torch.Tensor:
         if self.states is not None:
             return self.states
@@ -105,7 +106,11 @@ class _TracedLoss(TokenLoss):
         return super().hidden_states(decoder, input_ids, position_ids, attention_mask=mask)
 
     def _reference_states(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, images: dict[str, torch.Tensor] | None = None
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        images: dict[str, torch.Tensor] | None = None,
+        examples: dict[str, Any] | None = None,
     ) -> torch.Tensor:
         """Those of a forward pass that keeps nothing, and so needs less than the one that is traced."""
         weight = next(without_adapters(self.model).get_output_embeddings().parameters())
@@ -192,7 +197,7 @@ def _set_attention(model: Any, config: Config) -> bool:
 
     base = without_adapters(model)
     use_examplewise(base, config)
-    used = "flash_attention_2" if kernel(config) == "flash_attention_2" else attention_implementation(base)
+    used = chosen if (chosen := kernel(config)) in FLASH else attention_implementation(base)
     if used == "eager" or not can_set_attention(base):
         return True
     masked = used == "sdpa" and config.data.packing

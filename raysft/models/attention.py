@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,16 @@ EXAMPLEWISE = "examplewise_sdpa"
 """The name of ``examplewise`` in transformers."""
 WITH_SINKS = "examplewise_with_sinks"
 """The name of ``examplewise_with_sinks`` in transformers."""
+OWN = ("examplewise_", "sequence_")
+"""How the names of attention functions of raysft begin."""
+
+
+FLASH = {
+    "flash_attention_2": ("flash_attn", "flash-attn", range(8, 99), "Ampere or later"),
+    "flash_attention_3": ("flash_attn_interface", "flash_attn_3", range(9, 10), "Hopper"),
+}
+"""FlashAttention's name in transformers → its module, its package, the major compute capabilities that it has kernels for, and the
+name of their GPUs."""
 
 
 def kernel(config: Config) -> str | None:
@@ -28,12 +39,33 @@ def kernel(config: Config) -> str | None:
     Raises:
         RequestError: its package is not installed.
     """
-    wanted, installed = config.model.attention, importlib.util.find_spec("flash_attn") is not None
-    if wanted == "flash_attention_2" and not installed:
-        raise RequestError("model.attention=flash_attention_2 needs the package flash-attn; install it, or use sdpa")
+    wanted = config.model.attention
+    if wanted in FLASH:
+        module, package, *_ = FLASH[wanted]
+        if importlib.util.find_spec(module) is None:
+            raise RequestError(f"model.attention={wanted} needs the package {package}; install it, or use sdpa")
     if wanted != "auto":
         return wanted
+    installed = importlib.util.find_spec("flash_attn") is not None
     return "flash_attention_2" if config.scaling.use_gpu and config.dtype != "float32" and installed else None
+
+
+def check_kernel(config: Config, device: torch.device) -> None:
+    """Check that the attention kernel of a config has code for a device.
+
+    Raises:
+        RequestError: it has none.
+    """
+    wanted = config.model.attention
+    if wanted not in FLASH or device.type != "cuda":
+        return
+    *_, capabilities, generation = FLASH[wanted]
+    if torch.cuda.get_device_capability(device)[0] not in capabilities:
+        raise RequestError(
+            f"model.attention={wanted} needs a GPU of the generation {generation}, but a worker has "
+            f"{torch.cuda.get_device_name(device)}; use "
+            + ("sdpa" if wanted == "flash_attention_2" else "flash_attention_2 or sdpa")
+        )
 
 
 def use_examplewise(model: Any, config: Config) -> None:
@@ -167,6 +199,16 @@ class NoPositions(Exception):
     """A model's layers do not pass positions on to their attention."""
 
 
+def keep_uncompiled(model: Any) -> None:
+    """Let compiled layers of a model call an attention function of raysft as it is: what it does depends on the rows' examples."""
+    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = attention_implementation(model)
+    if name.startswith(OWN):
+        AttentionInterface.register(name, torch.compiler.disable(ALL_ATTENTION_FUNCTIONS[name]))
+
+
 def use_plain(model: Any) -> None:
     """Undo ``use_examplewise``."""
     text_alone = model.config.get_text_config() is model.config
@@ -181,6 +223,12 @@ def without_adapters(model: Any) -> Any:
 def is_varlen(model: Any) -> bool:
     """Return True for FlashAttention, which separates examples by their positions only in a batch of one row."""
     return attention_implementation(model).startswith("flash")
+
+
+def takes_examples(model: Any) -> bool:
+    """Return True for FlashAttention in a model that passes on where examples begin, which every layer would ask the GPU for."""
+    passes_on = any(each.kind is each.VAR_KEYWORD for each in inspect.signature(model.forward).parameters.values())
+    return is_varlen(model) and passes_on
 
 
 def _joined(states: torch.Tensor) -> torch.Tensor:

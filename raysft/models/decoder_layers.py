@@ -33,8 +33,9 @@ def decoder_layers(model: Any) -> tuple[str, int]:
         if isinstance(module, nn.ModuleList) and len(module) == count and module in decoder:
             return name, count
     raise RequestError(
-        f"model.freeze and model.new_layers need a list of layers, but {type(model).__name__} has none of length {count}; "
-        "set model.finetuning to lora or full, and remove model.new_layers"
+        "model.freeze, model.new_layers and train.compile need a list of layers, but "
+        f"{type(model).__name__} has none of length {count}; "
+        "set model.finetuning to lora or full, and remove model.new_layers and train.compile"
     )
 
 

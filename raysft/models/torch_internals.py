@@ -19,6 +19,13 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def mark_dynamic(tensor: torch.Tensor, dimensions: list[int]) -> None:
+    """Let torch.compile make code for any size of some of a tensor's dimensions, if it can."""
+    from torch._dynamo import maybe_mark_dynamic
+
+    maybe_mark_dynamic(tensor, dimensions)
+
+
 def fake_tensors() -> Any:
     """Return a context in which new tensors have a shape and a type, but no memory, and operators compute only these."""
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -3,6 +3,9 @@ exist. Those of continuous batching are in ``generate/engines/continuous_interna
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 
@@ -24,6 +27,41 @@ def supports_flash_attention(model: Any) -> bool:
 def supports_registered_attention(model_class: Any) -> bool:
     """Return True if the models of a class take any attention function of transformers' registry, and not an eager one alone."""
     return bool(model_class._supports_attention_backend and model_class._supports_sdpa)
+
+
+@contextmanager
+def known_examples(several: bool) -> Iterator[None]:
+    """Tell transformers whether a row has several examples, for masks that keep them apart; else it asks the device, and waits."""
+    import torch
+    from transformers import masking_utils
+
+    def known(position_ids: Any) -> Any:
+        if not several:
+            return None
+        return (torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+
+    before = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = known
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = before
+
+
+def recomputation_of(layer: Any) -> Any:
+    """Return what computes a layer's ``forward`` so that the backward pass computes it again; None if nothing does."""
+    recomputes = getattr(layer, "gradient_checkpointing", False) and layer.training
+    return getattr(layer, "_gradient_checkpointing_func", None) if recomputes else None
+
+
+def without_recomputation(layer: Any) -> Any:
+    """Return a layer's ``forward`` without the recomputation that transformers adds to it."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    kind = type(layer)
+    return (
+        MethodType(kind.forward.__wrapped__, layer) if isinstance(layer, GradientCheckpointingLayer) else layer.forward
+    )
 
 
 def is_recurrent(model_class: Any) -> bool:

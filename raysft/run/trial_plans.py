@@ -31,7 +31,7 @@ UNRELATED = (
     "train.learning_rate", "train.weight_decay", "train.betas", "train.epsilon", "train.max_grad_norm",
     "train.schedule", "train.schedule_options", "train.warmup_ratio", "train.warmup_steps", "train.neftune_alpha",
     "train.nonfinite", "train.eval_at_start", "train.eval_every_steps", "train.eval_every_epochs", "train.eval_delay",
-    "train.early_stopping", "train.best_metric", "train.best_mode",
+    "train.early_stopping", "train.best_metric", "train.best_mode", "train.compile",
     "train.max_failures", "train.hang_minutes", "train.max_hours", "train.trackers", "train.tracking",
     "scaling.wait_minutes", "scaling.address",
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from raysft.models.model_class import sees_images
 from raysft.models.onednn import use_onednn
 from raysft.models.peft_internals import parameter_adapters
 from raysft.train.check_images import check_images
+from raysft.train.compilation import compile_layers, layers_of
 from raysft.train.deepspeed_config import deepspeed_settings, with_bucket
 from raysft.train.deepspeed_import import deepspeed
 from raysft.train.deepspeed_internals import use_gloo_allreduce
@@ -107,26 +109,34 @@ def _loss_model(
         for each in (model.model, *(model.reference.children() if model.reference else ())):
             use_fp8(each, device)
     if zero3:
-        gather_whole(model)
+        gather_whole(model, layers_of(trained) if config.train.compile else ())
         if getattr(without_adapters(trained), "is_loaded_in_4bit", False):  # here, or by whoever made the checkpoint
             release_after_forward(model)
     else:
         model.to(device)
         # A reference computes without gradients, and so without fused layers, which round in another way.
-        if device.type == "cpu" and config.dtype == "float32" and not objective.has_reference:
+        plain = config.train.compile or objective.has_reference
+        if device.type == "cpu" and config.dtype == "float32" and not plain:
             fuse_layers(model.model)
+    if config.train.compile:
+        compile_layers(model.model, device)
     return model
 
 
-def gather_whole(model: TokenLoss) -> None:
+def gather_whole(model: TokenLoss, compiled: Sequence[torch.nn.Module] = ()) -> None:
     """Make ZeRO-3 gather experts with their adapters, and torch's own attention (as at the end of SigLIP), as one module each.
 
     They compute with weights of modules inside that they do not call, and ZeRO-3 gathers only modules that are called.
+
+    Args:
+        model: the model with its loss.
+        compiled: modules whose code is compiled, without the calls by which ZeRO-3 would gather the modules inside.
     """
     adapted = parameter_adapters(model)
-    for module in (*adapted, *(each for each in model.modules() if isinstance(each, torch.nn.MultiheadAttention))):
+    attentions = (each for each in model.modules() if isinstance(each, torch.nn.MultiheadAttention))
+    for module in (*adapted, *attentions, *compiled):
         deepspeed.utils.set_z3_leaf_module(module, True)
-    if adapted:
+    if adapted or compiled:
         # DeepSpeed waits for gradients of their inputs; without this, the first layer's input has none.
         without_adapters(model.model).enable_input_require_grads()
 

@@ -16,7 +16,7 @@ from raysft.config.model import Part
 from raysft.errors import RequestError, as_yaml, one_line
 from raysft.models.adapter_files import adapter_base, base_name
 from raysft.models.adapters import load_adapter, load_with_base
-from raysft.models.attention import kernel, use_examplewise, without_adapters
+from raysft.models.attention import check_kernel, kernel, use_examplewise, without_adapters
 from raysft.models.loading import load_weights
 from raysft.models.lora_targets import linear_layers, modules_in, targeted
 from raysft.models.model_class import sees_images
@@ -76,6 +76,7 @@ def load_frozen(config: Config, path: str, device: torch.device | None = None) -
 
 
 def _options(config: Config, device: torch.device | None, runs_code: bool) -> dict[str, Any]:
+    check_kernel(config, device or torch.device("cpu"))
     return {
         "dtype": getattr(torch, config.weight_dtype),
         "attn_implementation": kernel(config),
@@ -254,6 +255,7 @@ def load_trained(config: Config, location: StoragePath | Path, runs_code: bool |
     folder = Path(local_copy(StoragePath.of(location).location))
     trusted = config.model.runs_code if runs_code is None else runs_code
     device = "cuda" if config.scaling.use_gpu else "cpu"
+    check_kernel(config, torch.device(device))
     options: dict[str, Any] = {
         "dtype": getattr(torch, config.weight_dtype),
         "attn_implementation": kernel(config),

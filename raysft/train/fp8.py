@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
 
 import torch
 from torch import nn
 
 from raysft.errors import RequestError
+from raysft.models.attention import without_adapters
 
 MIN_CAPABILITY = (8, 9)
 """Lowest compute capability of a GPU that multiplies 8-bit floats: Ada; Hopper is (9, 0)."""
@@ -35,7 +35,7 @@ def check_fp8(device: torch.device) -> None:
 
 
 def use_fp8(model: nn.Module, device: torch.device) -> None:
-    """Convert the linear layers of a model.
+    """Convert the linear layers of a model, except the output head, which is computed in chunks.
 
     Raises:
         RequestError: the device cannot do it, or no layer was converted.
@@ -46,15 +46,19 @@ def use_fp8(model: nn.Module, device: torch.device) -> None:
         convert_to_float8_training,
     )
 
+    head = without_adapters(model).get_output_embeddings()
+    apart = set(head.modules()) if isinstance(head, nn.Module) else set()
     convert_to_float8_training(
-        model, config=Float8LinearConfig.from_recipe_name("rowwise"), module_filter_fn=_is_convertible
+        model,
+        config=Float8LinearConfig.from_recipe_name("rowwise"),
+        module_filter_fn=lambda module, name: module not in apart and is_convertible(module),
     )
     if not any("Float8" in type(module).__name__ for module in model.modules()):
         raise RequestError("train.fp8=torchao cannot convert any layer of this model; set train.fp8=off")
 
 
-def _is_convertible(module: Any, name: str) -> bool:
-    """True for linear layers whose sides are multiples of 16, except the output head, which is computed in chunks."""
-    return (
-        isinstance(module, nn.Linear) and "lm_head" not in name and not any(side % 16 for side in module.weight.shape)
-    )
+def is_convertible(module: nn.Module) -> bool:
+    """Return True for linear layers whose sides are multiples of 16."""
+    # Not by the weight's shape: where ZeRO-3 has partitioned it, that is (0,).
+    sides = (module.in_features, module.out_features) if isinstance(module, nn.Linear) else ()
+    return bool(sides) and not any(side % 16 for side in sides)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from raysft.data.types import IGNORE_INDEX
 from raysft.errors import RunFailed
-from raysft.models.attention import is_varlen, without_adapters
+from raysft.models.attention import is_varlen, takes_examples, without_adapters
 from raysft.models.media_inputs import has_planes
+from raysft.models.transformers_internals import known_examples
 from raysft.train.objective import CROSS_ENTROPY, Objective
 from raysft.train.reference import Reference
 from raysft.train.router_loss import RouterLoss
@@ -66,6 +68,8 @@ class TokenLoss(nn.Module):
         number_of_sources: int = 1,
         score: bool = False,
         images: dict[str, torch.Tensor] | None = None,
+        predicting: torch.Tensor | None = None,
+        examples: dict[str, Any] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Args:
@@ -78,6 +82,8 @@ class TokenLoss(nn.Module):
             number_of_sources: number of sources.
             score: True in evaluations: measure the cross-entropy, and count correct predictions.
             images: of all rows, in order (``media_inputs``).
+            predicting: what ``uploads.predicting`` says of the labels. Default: it is found out here, for which a GPU must wait.
+            examples: what ``uploads.examples`` says of the positions; likewise.
 
         Returns:
             The weighted sum of the losses (float32); [number_of_sources] the same sum per source, without gradient; and the number
@@ -85,10 +91,10 @@ class TokenLoss(nn.Module):
         """
         decoder, head = _parts(self.model)
         objective = CROSS_ENTROPY if score else self.objective
-        anchor = self._reference_states(input_ids, position_ids, images) if objective.has_reference else None
+        anchor = self._reference_states(input_ids, position_ids, images, examples) if objective.has_reference else None
         noise = self.neftune_alpha if self.training else None
-        hidden = self.hidden_states(decoder, input_ids, position_ids, images, noise)
-        chunks = self._chunks(hidden, anchor, labels, weights, sources)
+        hidden = self.hidden_states(decoder, input_ids, position_ids, images, noise, examples=examples)
+        chunks = self._chunks(hidden, anchor, labels, weights, sources, predicting)
         totals = []
         for chunk in chunks:
             heads = (_with_scale(head, self.model), self._reference_logits)
@@ -101,12 +107,16 @@ class TokenLoss(nn.Module):
         return loss, by_source, correct
 
     def _reference_states(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, images: dict[str, torch.Tensor] | None = None
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        images: dict[str, torch.Tensor] | None = None,
+        examples: dict[str, Any] | None = None,
     ) -> torch.Tensor:
         """The reference's hidden states, without noise and dropout: [rows, tokens, size]."""
         assert self.reference is not None
         with self.reference.standing_in(self.model) as model:
-            return self.hidden_states(_parts(model)[0], input_ids, position_ids, images)
+            return self.hidden_states(_parts(model)[0], input_ids, position_ids, images, examples=examples)
 
     def _reference_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         assert self.reference is not None
@@ -120,10 +130,11 @@ class TokenLoss(nn.Module):
         labels: torch.Tensor,
         weights: torch.Tensor | None,
         sources: torch.Tensor | None,
+        predicting: torch.Tensor | None = None,
     ) -> list[tuple[torch.Tensor | None, ...]]:
         """Select the loss tokens, and split their (hidden states, reference's, targets, weights, sources) into chunks."""
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).reshape(-1)
-        chosen = self._chosen(targets)
+        chosen = self._chosen(targets) if predicting is None else predicting
         targets = targets[chosen]
         states = [None if each is None else each.reshape(-1, each.shape[-1])[chosen] for each in (hidden, anchor)]
         # Like labels, both belong to the predicted token.
@@ -154,6 +165,7 @@ class TokenLoss(nn.Module):
         images: dict[str, torch.Tensor] | None = None,
         neftune_alpha: float | None = None,
         attention_mask: torch.Tensor | None = None,
+        examples: dict[str, Any] | None = None,
     ) -> torch.Tensor:
         """Compute the states that go into the output head: [rows, tokens, size].
 
@@ -165,12 +177,16 @@ class TokenLoss(nn.Module):
             position_ids = position_ids.expand(4, *shape)
         if is_varlen(decoder):
             input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(*position_ids.shape[:-2], 1, -1)
-        inputs = {**(images or {})}
+        inputs: dict[str, Any] = {**(images or {})}
+        if examples is not None and self.towers is None and takes_examples(decoder):
+            inputs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), examples["bounds"])
+            inputs |= dict.fromkeys(("max_length_q", "max_length_k"), examples["longest"])
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask
         if self.towers is not None:
             inputs |= self.towers.kinds(input_ids)
-        with changed_embeddings(decoder, starts, self.towers, images is None, neftune_alpha):
+        told = nullcontext() if examples is None else known_examples(examples["several"])
+        with told, changed_embeddings(decoder, starts, self.towers, images is None, neftune_alpha):
             # Without a cache, transformers derives the examples from the positions; with a cache it silently does not.
             output = decoder(input_ids=input_ids, **inputs, position_ids=position_ids, use_cache=False)
         return output.last_hidden_state.reshape(*shape, -1)  # type: ignore[no-any-return]

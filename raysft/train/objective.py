@@ -105,6 +105,9 @@ def embedding_noise(position_ids: torch.Tensor, size: int, alpha: float) -> torc
     starts = position_ids == 0
     starts[:, 0] = True
     example = starts.reshape(-1).cumsum(0) - 1
-    lengths = torch.bincount(example)[example].reshape(position_ids.shape)
+    # ``bincount`` would make a GPU wait.
+    lengths = (
+        torch.zeros_like(example).index_add(0, example, torch.ones_like(example))[example].view(position_ids.shape)
+    )
     noise = torch.empty(*position_ids.shape, size, device=position_ids.device).uniform_(-1, 1)
     return noise * (alpha / (lengths * size).sqrt())[..., None]

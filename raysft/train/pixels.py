@@ -124,7 +124,7 @@ class Pixels:
             self._fill()
             yield batch
 
-    def take(self, device: torch.device) -> dict[str, Any]:
+    def take(self) -> dict[str, Any]:
         """Return the inputs of the next microbatch, with names of the arguments of ``TokenLoss``; nothing if it has no images.
 
         Raises:
@@ -141,7 +141,7 @@ class Pixels:
         inputs = made.result()
         self._waited += time.perf_counter() - started
         self._fill()
-        return _to(inputs, device)
+        return inputs
 
     def waited(self) -> float:
         """Return the seconds that ``take`` has waited since the last call."""
@@ -154,12 +154,6 @@ class Pixels:
                 microbatch = self._waiting.popleft()
                 shown = "media" in microbatch and any(microbatch["media"])
                 self._made.append(self._pool.submit(self._make, microbatch, self._source) if shown else None)
-
-
-def _to(values: Any, device: torch.device) -> Any:
-    if isinstance(values, dict):
-        return {name: _to(value, device) for name, value in values.items()}
-    return values.to(device, non_blocking=True) if isinstance(values, torch.Tensor) else values
 
 
 @contextmanager

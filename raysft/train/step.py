@@ -31,6 +31,7 @@ from raysft.train.job import Batch
 from raysft.train.phases import Phases
 from raysft.train.pixels import ImageInputs, Pixels, beside
 from raysft.train.step_rows import cut
+from raysft.train.uploads import examples, predicting, uploaded
 
 TENSORS = {
     "input_ids": torch.long,
@@ -285,9 +286,8 @@ def microbatches(
 ) -> Iterable[dict[str, Any]]:
     """Cut rows into microbatches: arguments of ``TokenLoss``."""
     for part in cut(batch, rows):
-        inputs = {
-            name: torch.as_tensor(part[name], dtype=dtype).to(device, non_blocking=True)
-            for name, dtype in TENSORS.items()
-            if name in part
+        inputs: dict[str, Any] = {
+            name: torch.as_tensor(part[name], dtype=dtype) for name, dtype in TENSORS.items() if name in part
         }
-        yield inputs if pixels is None else inputs | pixels.take(device)
+        inputs |= {"predicting": predicting(part["labels"]), "examples": examples(part["position_ids"])}
+        yield uploaded(inputs if pixels is None else inputs | pixels.take(), device)

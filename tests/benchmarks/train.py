@@ -2,9 +2,10 @@
 
 Trains the same packed rows of FILE (alpaca, JSON) in one run, on all cores in float32, or on a GPU in bfloat16 (``--gpu``): (a)
 with raysft through Ray, (b) with the same worker loop without Ray, (c) with transformers' Trainer, LoRA and full, and (d) as (b),
-but with the layers as transformers and peft compute them, which ``raysft.models.fused_layers`` replaces on CPUs. Each has a process
+but with the layers as transformers and peft compute them, which ``raysft.models.fused_layers`` replaces on CPUs, and
+if ``--ways`` names it (e) as (b), but with ``train.compile``. Each has a process
 of its own, one after the other; a rate is the tokens of all steps but the first, without padding, divided by the time from the end
-of the first to the end of the last.
+of the first to the end of the last. "First" is the time to the end of the first step, since the model was loaded.
 Then it says where the seconds from the command to the first step of (a) went.
 """
 
@@ -38,17 +39,22 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=512, help="tokens of a row (default 512)")
     parser.add_argument("--rows", type=int, default=4, help="rows of a step (default 4)")
     parser.add_argument("--gpu", action="store_true", help="train on a GPU, in bfloat16")
+    parser.add_argument("--ways", nargs="+", choices="abcde", default=list("abcd"), help="default: a b c d")
     parsed = parser.parse_args()
     shape = (parsed.sequence_length, parsed.rows, parsed.gpu)
-    ways = {"a": through_ray, "b": without_ray, "c": with_transformers, "d": with_plain_layers}
-    print(
-        "finetuning | through Ray | without Ray | transformers | plain layers | a / b | a / c | b / d | trained | "
-        "first losses"
-    )
+    works = {
+        "a": through_ray,
+        "b": without_ray,
+        "c": with_transformers,
+        "d": with_plain_layers,
+        "e": with_compiled_layers,
+    }
+    ways = {name: works[name] for name in parsed.ways}
     started: dict[str, Any] = {}
     for finetuning in parsed.finetuning:
         best: dict[str, float] = {}
         losses: dict[str, float] = {}
+        first: dict[str, float] = {}
         trained = 0.0
         for _ in range(parsed.rounds):
             for name, work in ways.items():
@@ -58,14 +64,18 @@ def main() -> None:
                         found = pool.submit(work, raw).result()
                 best[name] = max(best.get(name, 0.0), found["rate"])
                 losses[name], trained = found["loss"], found["trained"]
+                first[name] = max(first.get(name, 0.0), found["first"])  # later ones find compiled code on the disk
                 started = found.get("timings") or started
-        print(
-            f"{finetuning:10} | {best['a']:7.1f} tok/s | {best['b']:7.1f} tok/s | {best['c']:8.1f} tok/s | "
-            f"{best['d']:8.1f} tok/s | {best['a'] / best['b']:5.2f} | {best['a'] / best['c']:5.2f} | "
-            f"{best['b'] / best['d']:5.2f} | {trained:7.1%} | " + " ".join(f"{losses[name]:.5f}" for name in ways),
-            flush=True,
-        )
-    print("\nseconds from the command to the first step, of (a):")
+        print(f"{finetuning}: {trained:.1%} of the tokens trained")
+        for name, work in ways.items():
+            beside = ", ".join(f"{best[name] / best[other]:.2f} × ({other})" for other in ways if other != name)
+            print(
+                f"  ({name}) {work.__name__.replace('_', ' '):<22}{best[name]:9.1f} tokens/s, first {first[name]:6.1f} s, "
+                f"first loss {losses[name]:.5f}; {beside}",
+                flush=True,
+            )
+    if started:
+        print("\nseconds from the command to the first step, of (a):")
     for name, seconds in started.items():
         print(f"  {name.replace('seconds_', '').replace('_', ' ')}: {seconds:.1f}")
 
@@ -106,8 +116,12 @@ class Clock:
     """When each step ended, and what it came to."""
 
     def __init__(self) -> None:
+        self.began = time.perf_counter()
         self.ends: list[float] = []
         self.losses: list[float] = []
+
+    def begin(self) -> None:
+        self.began = time.perf_counter()
 
     def on_step(self, record: Any) -> None:
         self.tick(record.loss)
@@ -121,6 +135,7 @@ class Clock:
         return {
             "rate": float(schedule.step_tokens[1 : len(self.ends)].sum()) / seconds,
             "loss": self.losses[0],
+            "first": self.ends[0] - self.began,
             "trained": float(schedule.step_loss_tokens.sum() / schedule.step_tokens.sum()),
         }
 
@@ -159,7 +174,7 @@ def without_ray(raw: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from raysft.storage.run_directory import RunDirectory
-    from raysft.telemetry.events import StepRecord
+    from raysft.telemetry.events import SetupDone, StepRecord
     from raysft.train import loop
     from raysft.train.job import TrainJob
 
@@ -170,6 +185,8 @@ def without_ray(raw: dict[str, Any]) -> dict[str, Any]:
     clock = Clock()
 
     def emit(event: Any) -> None:
+        if isinstance(event, SetupDone):
+            clock.begin()
         if isinstance(event, StepRecord):
             clock.on_step(event)
 
@@ -186,6 +203,10 @@ def with_plain_layers(raw: dict[str, Any]) -> dict[str, Any]:
 
     engine.fuse_layers = lambda model: None
     return without_ray(raw)
+
+
+def with_compiled_layers(raw: dict[str, Any]) -> dict[str, Any]:
+    return without_ray({**raw, "train": {**raw["train"], "compile": True}})
 
 
 def with_transformers(raw: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from raysft.models.torch_internals import LiveBytes, LiveMetaBytes, all_chosen, fake_tensors, has_hooks, is_fake
+from raysft.models.torch_internals import (
+    LiveBytes,
+    LiveMetaBytes,
+    all_chosen,
+    fake_tensors,
+    has_hooks,
+    is_fake,
+    mark_dynamic,
+)
 from tests.contracts.contract import Contract
 
 ONEDNN = Contract("torch", "raysft/models/onednn.py")
@@ -20,6 +28,24 @@ def test_onednn_has_an_operator_for_linear_layers():
     packed = ONEDNN.name(torch.ops.mkldnn, "_reorder_linear_weight")(b, 4)
     torch.testing.assert_close(product(a, packed, None, "none", [], ""), a @ b.t())
     assert torch.equal(packed.to_dense(), b)
+
+
+def test_a_graph_serves_sizes_that_are_marked():
+    from torch import _dynamo
+
+    HOOKS.positional(HOOKS.name(_dynamo, "maybe_mark_dynamic"), 2)
+    graphs = []
+
+    def compiler(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    doubled = torch.compile(lambda numbers: 2 * numbers, backend=compiler)
+    for size in (4, 6, 8):
+        numbers = torch.ones(2, size)
+        mark_dynamic(numbers, [1])
+        assert doubled(numbers).shape == (2, size)
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize(

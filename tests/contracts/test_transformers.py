@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import jinja2
 import pytest
+import torch
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -11,6 +14,7 @@ from transformers import (
     PreTrainedModel,
     conversion_mapping,
     core_model_loading,
+    masking_utils,
 )
 from transformers.models.auto import tokenization_auto
 from transformers.utils import chat_template_utils
@@ -40,6 +44,29 @@ def test_models_say_which_attention_they_use_and_support(model):
     assert transformers_internals.can_set_attention(model)
     assert transformers_internals.supports_registered_attention(LlamaForCausalLM)
     assert not transformers_internals.is_recurrent(LlamaForCausalLM)
+
+
+def test_masks_ask_one_function_whether_rows_have_several_examples(model):
+    asked = TRANSFORMERS.name(masking_utils, "find_packed_sequence_indices")
+    TRANSFORMERS.positional(asked, 1)
+    with patch.object(masking_utils, "find_packed_sequence_indices", wraps=asked) as function, torch.no_grad():
+        positions = torch.tensor([[0, 1, 0, 1]])
+        model.model(input_ids=positions, position_ids=positions, use_cache=False)
+    assert function.call_count == 1
+
+
+def test_layers_recompute_around_what_their_class_defines(model):
+    (layer,) = model.model.layers
+    plain = transformers_internals.without_recomputation(layer)
+    assert plain.__func__ is not type(layer).forward
+    assert transformers_internals.recomputation_of(layer) is None
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    recompute = transformers_internals.recomputation_of(layer)
+    with patch.object(layer, "_gradient_checkpointing_func", wraps=recompute) as function:
+        model(input_ids=torch.tensor([[0, 1]]), use_cache=False)
+    assert function.call_args.args[0].func is plain.__func__
+    model.gradient_checkpointing_disable()
+    assert transformers_internals.recomputation_of(layer) is None
 
 
 def test_mixtures_of_experts_mark_their_routers():

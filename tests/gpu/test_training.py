@@ -139,12 +139,27 @@ def small_change(device: str, prepared: Any, name: str, settings: dict[str, Any]
     np.testing.assert_allclose(a, b, rtol=2 * BFLOAT16)
 
 
-PACKAGES = {"liger": "liger_kernel", "fp8": "torchao", "4bit": "bitsandbytes", "8bit": "bitsandbytes"}
+PACKAGES = {
+    "liger": "liger_kernel",
+    "fp8": "torchao",
+    "4bit": "bitsandbytes",
+    "8bit": "bitsandbytes",
+    "compiled": "triton",
+    "fp8, compiled": "torchao",
+    "flash attention 2": "flash_attn",
+    "flash attention 3": "flash_attn_interface",
+    "flash attention 2, compiled": "flash_attn",
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     "liger": {"model.liger": True},
     "fp8": {"train.fp8": "torchao"},
     "4bit": {"model.quantization": "4bit"},
     "8bit": {"model.quantization": "8bit"},
+    "compiled": {"train.compile": True},
+    "fp8, compiled": {"train.fp8": "torchao", "train.compile": True},
+    "flash attention 2": {"model.attention": "flash_attention_2"},
+    "flash attention 3": {"model.attention": "flash_attention_3"},
+    "flash attention 2, compiled": {"model.attention": "flash_attention_2", "train.compile": True},
 }
 
 

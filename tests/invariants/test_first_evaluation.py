@@ -111,6 +111,7 @@ def test_settings_that_the_table_excludes_do_not_change_a_bit_of_it(prepared):
 
 def test_every_excluded_setting_of_model_and_optimization_was_tried():
     outside = {
+        "train.compile": "in the tests of compiled layers",
         "train.eval_at_start": "decides whether there is one",
         "train.hang_minutes": "is the watchdog's",
         "train.max_failures": "is the launcher's",

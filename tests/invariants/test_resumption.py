@@ -191,6 +191,7 @@ def test_every_key_that_takes_effect_at_once_is_tested():
         "router_aux_loss_coef": "in the tests of mixtures of experts",
         "deepspeed": "like zero_stage: a new engine is made",
         "fp8": "needs a GPU",
+        "compile": "in the tests of compiled layers",
         "nonfinite": "is read in each step",
         "eval_every_steps": "is read after each step",
         "eval_every_epochs": "is read after each step",

@@ -195,6 +195,16 @@ def test_8_bit_floats_need_a_gpu_of_ada_or_later(monkeypatch, capability, fits):
         check_fp8(torch.device("cuda"))
 
 
+def test_8_bit_floats_multiply_by_sides_and_not_by_what_zero_3_left_of_a_weight():
+    from raysft.train.fp8 import is_convertible
+
+    layers = {sides: torch.nn.Linear(*sides) for sides in ((16, 32), (32, 24), (8, 16))}
+    for layer in layers.values():
+        layer.weight.data = torch.empty(0)  # as where it is partitioned
+    assert [is_convertible(layer) for layer in layers.values()] == [True, False, False]
+    assert not is_convertible(torch.nn.Embedding(16, 16))
+
+
 def test_adapters_of_one_form_and_other_weights_are_merged_apart(tmp_path, model, adapters):
     for adapter in adapters:
         base, _ = find_adapter(

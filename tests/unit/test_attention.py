@@ -1,5 +1,7 @@
 """Attention example by example, against each example alone."""
 
+import importlib.util
+
 import pytest
 import torch
 from transformers import (
@@ -18,6 +20,7 @@ from raysft.errors import RunFailed
 from raysft.models import attention
 from raysft.train.engine import check_model
 from raysft.train.loss import TokenLoss
+from tests.messages import holds, refusal
 from tests.tiny import tiny_model
 
 SIZES = {
@@ -152,3 +155,36 @@ def test_flash_attention_gets_one_long_row(monkeypatch):
     monkeypatch.setattr("raysft.train.loss.is_varlen", lambda model: True)
     torch.testing.assert_close(loss(ids, places, ids)[0], expected)
     assert shapes == [(1, 32)]
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "refused"),
+    [
+        ("flash_attention_2", (7, 5), True),
+        ("flash_attention_2", (8, 0), False),
+        ("flash_attention_3", (8, 9), True),
+        ("flash_attention_3", (9, 0), False),
+        ("flash_attention_3", (10, 0), True),
+        ("sdpa", (7, 5), False),
+    ],
+)
+def test_flash_attention_needs_a_gpu_that_it_has_code_for(monkeypatch, name, capability, refused):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "Tesla X")
+    chosen = with_overrides(config(), {"model.attention": name, "model.dtype": "bfloat16", "scaling.use_gpu": True})
+    if not refused:
+        attention.check_kernel(chosen, torch.device("cuda"))
+        return
+    message = refusal(attention.check_kernel, chosen, torch.device("cuda"))
+    assert holds(message, f"model.attention={name} needs a GPU of the generation … Tesla X; use … sdpa")
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("flash_attention_2", "flash-attn"), ("flash_attention_3", "flash_attn_3")]
+)
+def test_flash_attention_needs_its_package(name, package):
+    if importlib.util.find_spec(attention.FLASH[name][0]):
+        pytest.skip(f"{package} is installed")
+    chosen = with_overrides(config(), {"model.attention": name, "model.dtype": "bfloat16", "scaling.use_gpu": True})
+    message = refusal(attention.kernel, chosen)
+    assert holds(message, f"model.attention={name} needs the package {package}; … sdpa")

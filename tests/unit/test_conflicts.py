@@ -255,6 +255,15 @@ COMPARES = {
             "train.fp8=torchao … model.dtype=float32 … use bfloat16",
         ),
         ({"model__liger": True}, "model.liger=true … GPUs … scaling.use_gpu=false … model.liger=false"),
+        ({"model__attention": "flash_attention_3"}, "model.attention=flash_attention_3 … GPUs … use sdpa"),
+        (
+            {"train__compile": True, "train__router_aux_loss_coef": 0.01},
+            "train.router_aux_loss_coef=0.01 … train.compile=true … set train.compile=false",
+        ),
+        (
+            {"train__compile": True, "train__zero_stage": 3, "model__quantization": "4bit"},
+            "train.compile=true … model.quantization=4bit … train.zero_stage=3 … set train.zero_stage=2 or train.compile=false",
+        ),
         ({"model__attention": "flash_attention_2"}, "model.attention=flash_attention_2 … GPUs … use sdpa"),
         ({"train__offload__parameters": "cpu"}, "train.offload.parameters=cpu … train.zero_stage=2 … set it to 3"),
         (

@@ -68,7 +68,7 @@ def test_pixels_of_a_few_microbatches_exist_in_the_order_of_the_rows():
         taken = []
         for _ in range(5):
             make.may.release(2)
-            taken.append(pixels.take(CPU)["row"].tolist())
+            taken.append(pixels.take()["row"].tolist())
             assert len(make.begun) <= len(taken) + AHEAD
         assert taken == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
 
@@ -79,7 +79,7 @@ def test_rows_without_images_take_no_place():
     with Pixels(None, 1) as pixels:
         pixels.begin(make)  # type: ignore[arg-type]
         list(pixels.along([batch([0], shown=False), batch([1]), batch([2], shown=False)]))
-        taken = [pixels.take(CPU) for _ in range(3)]
+        taken = [pixels.take() for _ in range(3)]
     assert [bool(each) for each in taken] == [False, True, False]
     assert make.begun == [[1]]
 
@@ -91,7 +91,7 @@ def test_a_wait_is_measured_and_shown():
         list(pixels.along([batch([0]), batch([1])]))
         phases.enter("forward", 3)
         threading.Timer(0.3, make.may.release, [9]).start()
-        pixels.take(CPU)
+        pixels.take()
         assert phases.moment == "reading the rows of step 3"
         assert 0.2 < pixels.waited() < WITHIN_SECONDS
         assert pixels.waited() == 0
@@ -130,7 +130,7 @@ def test_an_image_that_cannot_be_used_is_named_with_its_records(tmp_path):
             pixels.begin(make)
             list(pixels.along([rows]))
             with pytest.raises(BadImage, match=message):
-                pixels.take(CPU)
+                pixels.take()
 
 
 def test_images_are_brought_to_the_size_that_was_tokenized(tmp_path):

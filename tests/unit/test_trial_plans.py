@@ -128,6 +128,7 @@ OTHER_VALUES = {
     "train.warmup_steps": 3, "train.eval_every_epochs": 1, "train.eval_delay": 2,
     "train.eval_every_steps": 7, "train.max_failures": 9, "train.trackers": [], "model.lora.alpha": 99.0,
     "model.lora.rslora": True, "model.lora.loraplus_ratio": 4.0, "run.seed": 9,
+    "train.compile": True,
 }  # fmt: skip
 
 

@@ -26,7 +26,7 @@ _EVALUATION = "evaluations are exact over all workers, without this setting"
 _DDP = "raysft launches the workers through Ray Train and DeepSpeed"
 _HUB = "only push_to_hub: true reads it"
 _FSDP = "remove it; deepspeed or train.zero_stage: 3 partitions the weights"
-_COMPILE = "remove it: raysft does not compile the model"
+_COMPILE = "remove it; torch_compile: true compiles the layers with inductor"
 _PROFILER = "only enable_torch_profiler: true reads it"
 _BEST = "only load_best_model_at_end: true and early_stopping_steps read it"
 _PRECISION = "evaluations compute as the training does"
@@ -105,7 +105,7 @@ TRANSFORMERS: Keys = {
     "tf32": harmless("float32 is computed exactly, and other types do not depend on it"),
     "gradient_checkpointing": joined("train.gradient_checkpointing", boolean, False),
     "gradient_checkpointing_kwargs": harmless("recomputation is non-reentrant, with the same numbers"),
-    "torch_compile": only(False, _COMPILE, boolean),
+    "torch_compile": same("train.compile", boolean, False, note="the layers, each by itself"),
     "torch_compile_backend": only(None, _COMPILE),
     "torch_compile_mode": only(None, _COMPILE),
     "use_liger_kernel": joined("model.liger", boolean, False),
@@ -205,7 +205,7 @@ EARLIER: Keys = {
     "fsdp_transformer_layer_cls_to_wrap": only(None, _FSDP),
     "use_mps_device": only(False, "remove it: raysft trains on NVIDIA GPUs and CPUs", boolean),
     "torchdynamo": only(None, _COMPILE),
-    "use_ipex": only(False, _COMPILE, boolean),
+    "use_ipex": only(False, "remove it: raysft does not use Intel's extension", boolean),
     "tpu_num_cores": only(None, "remove it: raysft trains on NVIDIA GPUs and CPUs"),
     "mp_parameters": harmless("only SageMaker reads it"),
     **{

@@ -1,0 +1,166 @@
+"""What the loss knows before the rows are on the device, so that a GPU is asked for nothing on the way."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM, modeling_flash_attention_utils
+
+from raysft.data.types import IGNORE_INDEX
+from raysft.models.transformers_internals import known_examples
+from raysft.train.loss import TokenLoss
+from raysft.train.step import microbatches
+from raysft.train.uploads import examples, predicting, uploaded
+
+ASKS = {"_local_scalar_dense", "nonzero", "bincount", "masked_select", "equal", "is_nonzero", "unique_dim", "_unique2"}
+"""Operators whose result, or its size, depends on numbers that a GPU must have computed first."""
+CPU = torch.device("cpu")
+
+
+class Questions(TorchDispatchMode):
+    """Notes the operators for which the processor would wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().partition("::")[2].partition(".")[0]
+        masks = name.startswith("index") and any(
+            each.dtype == torch.bool for each in tree_leaves(args[1:]) if isinstance(each, torch.Tensor)
+        )
+        if name in ASKS or masks:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def rows() -> dict[str, np.ndarray]:
+    """Two rows of several examples, with padding in the first and no loss in the first example of the second."""
+    positions = np.array([[*range(5), *range(7), *range(4)], [*range(9), *range(7)]], np.int32)
+    labels = np.arange(32, dtype=np.int32).reshape(2, 16) % 29 + 4
+    labels[positions == 0] = labels[0, 12:] = labels[1, :9] = IGNORE_INDEX
+    return {
+        "row": np.arange(2),
+        "tokens": np.array([12, 16]),
+        "input_ids": np.arange(32, dtype=np.int32).reshape(2, 16) % 29 + 4,
+        "labels": labels,
+        "position_ids": positions,
+        "weights": np.linspace(0.5, 1.5, 32, dtype=np.float32).reshape(2, 16),
+        "sources": (positions > 3).astype(np.int32),
+    }
+
+
+def model(attention: str = "sdpa") -> Any:
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    made = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=2, initializer_range=0.3, **sizes)).eval()
+    made.config.use_cache = False
+    made.config._attn_implementation = attention
+    return made
+
+
+def asked_for(loss: TokenLoss, inputs: dict[str, Any]) -> tuple[list[str], tuple[torch.Tensor, ...]]:
+    with Questions() as questions:
+        found = loss(**inputs, number_of_sources=2)
+        found[0].backward()
+    return questions.found, found
+
+
+@pytest.mark.parametrize("noise", [None, 5.0])
+def test_the_loss_asks_a_gpu_for_nothing(noise):
+    (inputs,) = microbatches(rows(), 2, CPU)
+    loss = TokenLoss(model(), neftune_alpha=noise)
+    loss.train(noise is not None)
+    asked, found = asked_for(loss, inputs)
+    assert not asked
+    if noise is None:
+        found_out = loss(
+            **{name: value for name, value in inputs.items() if name not in ("predicting", "examples")},
+            number_of_sources=2,
+        )
+        for one, other in zip(found, found_out, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_flash_attention_is_told_where_examples_begin(monkeypatch, version):
+    """Through transformers' own code, on kernels in place of those that need a GPU."""
+    calls: list[tuple[list[int], int]] = []
+
+    def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=False, **_):
+        bounds = cu_seqlens_q.tolist()
+        assert cu_seqlens_k.tolist() == bounds
+        assert causal
+        assert max_seqlen_q == max_seqlen_k
+        calls.append((bounds, int(max_seqlen_q)))
+        outputs = []
+        for begin, end in pairwise(bounds):
+            query, key, value = (each[begin:end].transpose(0, 1) for each in (q, k, v))
+            key, value = (each.repeat_interleave(query.shape[0] // each.shape[0], 0) for each in (key, value))
+            scores = query @ key.transpose(1, 2) * softmax_scale
+            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+            outputs.append((scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value).transpose(0, 1))
+        return torch.cat(outputs)
+
+    def whole(*_: Any, **__: Any) -> Any:
+        raise AssertionError("rows of several examples are not one")
+
+    kernels = (whole, varlen, None, None, None)
+    monkeypatch.setattr(modeling_flash_attention_utils, "_lazy_imports", lambda *_, **__: kernels)
+    monkeypatch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
+    (inputs,) = microbatches(rows(), 2, CPU)
+    expected = asked_for(TokenLoss(model()), inputs)[1]
+    with torch.no_grad():
+        plain = TokenLoss(model(f"flash_attention_{version}"))
+        found_out = plain(**{name: value for name, value in inputs.items() if name != "examples"}, number_of_sources=2)
+    derived, calls[:] = list(calls), []
+    flash = TokenLoss(model(f"flash_attention_{version}"))
+    asked, found = asked_for(flash, inputs)
+    assert not asked
+    assert calls == [([0, 5, 12, 16, 25, 32], 9)] * 2 == derived, (
+        "as transformers derives it from positions, in each layer"
+    )
+    for one, other, derived_one in zip(found, expected, found_out, strict=True):
+        torch.testing.assert_close(one, other)
+        torch.testing.assert_close(one, derived_one)
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [
+        [[*range(8)], [*range(8)]],
+        [[0, 1, 2, 0, 1, 2, 3, 4], [*range(8)]],
+        [[0, 0, 0, 1, 2, 0, 0, 0], [0, 1, 2, 3, 4, 5, 6, 0]],
+    ],
+)
+def test_transformers_is_told_what_it_would_find_out(positions):
+    from transformers import masking_utils
+
+    places, before = np.array(positions), masking_utils.find_packed_sequence_indices
+    expected = before(torch.as_tensor(places))
+    with known_examples(examples(places)["several"]):
+        found = masking_utils.find_packed_sequence_indices(torch.as_tensor(places))
+    assert masking_utils.find_packed_sequence_indices is before
+    assert found is expected is None or torch.equal(found, expected)
+
+
+def test_rows_without_a_loss_predict_the_first_token():
+    assert predicting(np.full((2, 8), IGNORE_INDEX)).tolist() == [0]
+    assert predicting(np.array([[1, 2, IGNORE_INDEX, 3]])).tolist() == [0, 2]
+
+
+def test_a_row_begins_an_example_whatever_its_positions_are():
+    assert examples(np.array([[3, 4, 5], [0, 1, 2]]))["bounds"].tolist() == [0, 3, 6]
+
+
+def test_inputs_without_tensors_stay():
+    numbers = torch.arange(3)
+    found = uploaded({"a": {"b": numbers, "longest": 7}}, CPU)
+    assert found["a"]["longest"] == 7
+    assert torch.equal(found["a"]["b"], numbers)
