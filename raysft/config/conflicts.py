@@ -163,8 +163,8 @@ def _precision(config: Config) -> Iterator[str]:
         )
     if train.compile and train.router_aux_loss_coef:
         yield (
-            f"train.router_aux_loss_coef={train.router_aux_loss_coef:g} listens to routers inside of layers, but train.compile=true "
-            "compiles these; set train.compile=false"
+            f"train.router_aux_loss_coef={train.router_aux_loss_coef:g} listens to routers inside of layers, but "
+            "train.compile=true compiles these; set train.compile=false"
         )
     if model.liger and not use_gpu:
         yield "model.liger=true requires GPUs, but scaling.use_gpu=false; set scaling.use_gpu=true or model.liger=false"
