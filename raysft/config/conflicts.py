@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from raysft.config.config import Config
 from raysft.config.conflicts_best import best_model
+from raysft.config.conflicts_experts import experts_conflicts
 from raysft.config.conflicts_generation import step_generation
 from raysft.config.conflicts_loss import loss_conflicts
 from raysft.config.conflicts_optimizer import optimizer_conflicts
@@ -40,6 +41,7 @@ def _conflicts(config: Config) -> Iterator[str]:
         yield from _quantization(config)
     yield from _precision(config)
     yield from pure_bf16_conflicts(config)
+    yield from experts_conflicts(config)
     yield from _offload(config)
     yield from _schedule(config)
     yield from loss_conflicts(config)

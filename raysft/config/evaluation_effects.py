@@ -31,6 +31,7 @@ _KEYS = {
         model.lora.target model.lora.extra_modules model.lora.dora model.lora.pissa model.lora.pissa_iterations
         model.oft.block_size model.oft.dropout model.oft.target model.oft.extra_modules model.new_adapter
         model.dequantize model.quantization model.quantization_type model.double_quantization model.attention model.liger
+        model.experts
         data.sequence_length data.packing data.document_mask
         train.micro_batch_size train.optimizer train.optimizer_options train.optimizer_target
         train.zero_stage train.offload.optimizer train.offload.parameters train.offload.folder train.deepspeed

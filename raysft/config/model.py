@@ -199,6 +199,11 @@ class ModelSection(Section):
     GPUs of the Hopper generation."""
     liger: bool = False
     """Use Liger's fused kernels on GPU (extra ``liger``)."""
+    experts: Literal["auto", "kt"] = "auto"
+    """Where a mixture of experts computes its experts. ``auto``: on the workers' devices, as the rest of the model. ``kt``: on the
+    CPU of each node, in KTransformers' kernel (package ``kt-kernel``; ``configs/README.md`` says how to install it), so that their
+    weights need the node's memory and none of the GPU's. For ``finetuning: lora`` in bfloat16, on CPUs with AVX-512 BF16, with one
+    worker on each node and ``zero_stage`` 0 to 2. Training and evaluations use it, generation does not."""
 
     @field_validator("rope_scaling")
     @classmethod

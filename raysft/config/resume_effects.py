@@ -54,7 +54,7 @@ _KEYS = {
     """,
     # Paths may change because files can move; the content of the files is compared separately.
     Effect.NOW: """
-        model.path model.revision model.trust_remote_code model.adapters model.attention model.liger
+        model.path model.revision model.trust_remote_code model.adapters model.attention model.liger model.experts
         model.lora.dropout model.lora.loraplus_ratio model.oft.dropout
         data.train[].path data.eval data.registry data.media_dir data.max_rejected
         train.epochs train.max_steps train.micro_batch_size

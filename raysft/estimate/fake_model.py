@@ -9,8 +9,10 @@ from torch import nn
 
 from raysft.config import Config
 from raysft.estimate.sizes import ModelSizes, weights_of
+from raysft.estimate.traced_experts import TracedExperts
 from raysft.models.attention import FLASH, kernel, without_adapters
 from raysft.models.decoder_layers import decoder_layers
+from raysft.models.kt_experts import elements_of_experts, move_experts
 from raysft.models.lora_targets import linear_layers
 from raysft.models.model_class import auto_class
 from raysft.models.recomputation import recompute_layers
@@ -42,6 +44,8 @@ def model_without_weights(config: Config, hf_config: Any, adapter: str | None = 
         choose_weights(model, config)
         if config.model.adapter is not None:
             model = _adapted(model, config, adapter)
+        if config.model.experts == "kt":
+            move_experts(model, config, TracedExperts)
         if config.train.gradient_checkpointing:
             recompute_layers(model)
     return model.to(dtype)
@@ -83,6 +87,7 @@ def sizes_of(model: Any) -> ModelSizes:
     head, embedding, outside = base.get_output_embeddings(), base.get_input_embeddings(), outside_layers(model)
     head_weight = _plain(head)
     trained_head = head_weight is not None and head_weight.requires_grad
+    experts, experts_of_layer = elements_of_experts(base)
     return ModelSizes(
         total=sum(weight.numel() for weight in weights.values()),
         trained=weights_of(
@@ -99,6 +104,8 @@ def sizes_of(model: Any) -> ModelSizes:
         small=sum(weight.numel() for weight in weights.values() if weight.numel() < PERSISTENT),
         tied_head=trained_head and head_weight is _plain(embedding),
         head=head_weight.numel() if head_weight is not None and trained_head else 0,
+        experts=experts,
+        experts_of_layer=experts_of_layer,
     )
 
 

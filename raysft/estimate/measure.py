@@ -24,7 +24,7 @@ from raysft.estimate.sizes import Activations, ModelSizes, Weight
 from raysft.storage.local_cache import local_copy
 from raysft.storage.retry import retry_for
 
-METHOD = 3
+METHOD = 4
 """Counts up when the trace changes, so that older results in a cache are not used."""
 SHARES = 20
 """The share of loss tokens is rounded up to a multiple of 1 / SHARES, so that other data finds the same result."""
@@ -149,6 +149,7 @@ def _key(config: Config, hf_config: Any, adapter: str | None, microbatch: Microb
             model.lora.model_dump(),
             model.oft.model_dump(),
         ],
+        "experts": model.experts,
         "attention": [model.attention, config.data.packing, config.data.sequence_length],
         "train": [train.gradient_checkpointing, train.zero_stage == 3, train.loss, train.label_smoothing, train.z_loss],
     }

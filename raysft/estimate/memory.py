@@ -21,6 +21,8 @@ FRAGMENTATION, EXPANDABLE = 0.06, 0.03
 """Share of what comes and goes that torch's allocator on a GPU cannot use; with expandable segments."""
 PROCESS = 0.6 * GIB
 """A worker's process on a CPU: Python, torch, transformers, DeepSpeed, Ray."""
+EXPERT_WIDTH = 2
+"""Bytes of a weight of the experts in KTransformers' kernel."""
 PIXELS_AHEAD = 3
 """Microbatches whose pixels exist in the node's memory beside those of the current one: ``train.pixels.AHEAD``."""
 ROWS = ("weights", "gradients", "master weights", "moments", "activations", "logits", "buckets", "rest")
@@ -94,12 +96,20 @@ def memory(
     parts["rest"] += kept.gathered
     tensors = sum(parts.values())
     parts["rest"] += _beside(tensors - kept.fixed, setup, hardware)
-    ahead, host = PIXELS_AHEAD * activations.images_at(rows).pixels, kept.host
+    ahead, host, sure = (
+        PIXELS_AHEAD * activations.images_at(rows).pixels,
+        kept.host,
+        _sure(activations, kept, rows, filled),
+    )
+    # The kernel turns the weights of one layer at a time for its backward pass.
+    experts = float(EXPERT_WIDTH * (sizes.experts + sizes.experts_of_layer))
     if hardware.gpu:
-        host += ahead
+        host += ahead + experts
     else:
         parts["rest"] += ahead
-    return Memory(parts, moment, tensors, _sure(activations, kept, rows, filled), host, rows, activations.traced)
+        parts["weights"] += experts
+        sure += experts
+    return Memory(parts, moment, tensors, sure, host, rows, activations.traced)
 
 
 def _moments(activations: Activations, kept: States, setup: Setup, rows: int) -> dict[str, dict[str, float]]:

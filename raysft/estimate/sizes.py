@@ -56,6 +56,10 @@ class ModelSizes:
     """True if the output head is the embedding, and is trained."""
     head: int = 0
     """Of the output head, if it is trained."""
+    experts: int = 0
+    """Of the experts that compute in the kernel of ``model.experts: kt``, which ``total`` does not count."""
+    experts_of_layer: int = 0
+    """Of those of one layer."""
 
     @property
     def trained_elements(self) -> int:

@@ -74,6 +74,22 @@ def recorded_outputs(module: Any) -> dict[str, Any]:
     return getattr(module, "_can_record_outputs", None) or {}
 
 
+def expert_modules(model: Any) -> list[Any]:
+    """Return the modules that hold all experts of a layer in two weights, ``gate_up_proj`` and ``down_proj``, in order."""
+    return [each for each in model.modules() if hasattr(each, "_apply_gate") and hasattr(each, "down_proj")]
+
+
+def is_swiglu(experts: Any) -> bool:
+    """Return True if a module of ``expert_modules`` computes ``down(silu(gate) · up)`` and nothing else, gates first."""
+    from transformers.activations import ACT2FN
+    from transformers.integrations.moe import _default_apply_gate
+
+    plain = experts.has_gate and experts.is_concatenated
+    other = experts.has_bias or experts.is_transposed or experts.has_post_expert_norm
+    silu = type(getattr(experts, "act_fn", None)) is type(ACT2FN["silu"])
+    return bool(plain and not other and type(experts)._apply_gate is _default_apply_gate and silu)
+
+
 def weight_conversions(model: Any) -> Any:
     """Return how transformers renames and merges the weights of a checkpoint for a model."""
     from transformers.conversion_mapping import get_model_conversion_mapping

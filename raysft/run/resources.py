@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from raysft.cluster.placement import TASK_CPUS, Node, counted, listed, max_workers
+from raysft.cluster.placement import TASK_CPUS, Node, Workers, counted, listed, max_workers, workers_on_a_node
 from raysft.config import Config
 from raysft.errors import RequestError
 
@@ -24,6 +24,7 @@ def check_resources(config: Config, nodes: Sequence[Node], reserved_cpus: float 
     count, cpus_per_worker, use_gpu = scaling.fewest_workers, scaling.cpus_per_worker, scaling.use_gpu
     workers = f"scaling.num_workers={[count, scaling.most_workers] if scaling.is_elastic else count}"
     _check_data_nodes(config, nodes)
+    _check_experts(config, nodes)
     capacity = sum(node.capacity(cpus_per_worker, float(use_gpu)) for node in nodes if node.takes_workers)
     beside_data = max_workers(nodes, cpus_per_worker, use_gpu, reserved_cpus)
     if count > capacity:
@@ -58,6 +59,23 @@ def _check_data_nodes(config: Config, nodes: Sequence[Node]) -> None:
     raise RequestError(
         f"scaling.data_label={label}: {fact}; start a node with ray start --labels {label}, or remove scaling.data_label"
     )
+
+
+def _check_experts(config: Config, nodes: Sequence[Node]) -> None:
+    """Refuse several workers on a node if each of them would keep all experts in its memory and compute them on all its CPUs."""
+    scaling = config.scaling
+    if config.model.experts != "kt" or scaling.most_workers == 1:
+        return
+    workers = Workers(scaling.most_workers, scaling.cpus_per_worker, scaling.use_gpu, scaling.placement == "spread")
+    if (together := workers_on_a_node(nodes, workers)) > 1:
+        able = sum(
+            node.capacity(scaling.cpus_per_worker, float(scaling.use_gpu)) > 0 for node in nodes if node.takes_workers
+        )
+        spread = "scaling.placement=spread with " if able > 1 else ""
+        raise RequestError(
+            f"model.experts=kt takes one worker on each node, but scaling.num_workers={scaling.num_workers} with "
+            f"scaling.placement={scaling.placement} puts {together} on one; use {spread}scaling.num_workers={max(1, able)}"
+        )
 
 
 def _remedy(nodes: Sequence[Node], workers: int, cpus_per_worker: float, use_gpu: bool) -> str:

@@ -45,6 +45,8 @@ def check_model(config: Config, model: str, notify: Callable[[str], None] = lamb
     if layerdrop := getattr(text, "layerdrop", 0):
         notify(f"model: ignoring layerdrop={layerdrop} of its config.json; every step trains all layers")
     _check_quantized(hub_snapshots.shown(model), hf_config, config)
+    if config.model.experts == "kt":
+        _check_experts(hub_snapshots.shown(model), hf_config)
     check_options(config.train)
     quantization_config(config)
     kernel(config)
@@ -106,6 +108,20 @@ def _names_modules(config: Config) -> bool:
         or model.lora.pissa
         or model.lora.dora
     )
+
+
+def _check_experts(model: str, hf_config: Any) -> None:
+    """Refuse a model whose experts KTransformers' kernel cannot compute; whether the workers' CPUs can is for them to see."""
+    from raysft.models.kt_experts import check_architecture
+    from raysft.models.kt_internals import check_kernel
+
+    check_kernel(on_this_machine=False)
+    check_architecture(hf_config)
+    if method := method_of(hf_config):
+        raise RequestError(
+            f"model.experts=kt computes with bfloat16 weights, but model.path={model} is quantized ({method}); use the model that "
+            "it was made from, or set model.experts=auto"
+        )
 
 
 def _check_quantized(model: str, hf_config: Any, config: Config) -> None:

@@ -13,6 +13,7 @@ from raysft.config import Config
 from raysft.errors import RunFailed, one_line
 from raysft.models.attention import NoPositions, use_plain, without_adapters
 from raysft.models.fused_layers import fuse_layers
+from raysft.models.kt_experts import move_experts
 from raysft.models.model_class import sees_images
 from raysft.models.onednn import use_onednn
 from raysft.models.peft_internals import parameter_adapters
@@ -108,6 +109,8 @@ def _loss_model(
 
         for each in (model.model, *(model.reference.children() if model.reference else ())):
             use_fp8(each, device)
+    if config.model.experts == "kt":
+        move_experts(trained, config)
     if zero3:
         gather_whole(model, layers_of(trained) if config.train.compile else ())
         if getattr(without_adapters(trained), "is_loaded_in_4bit", False):  # here, or by whoever made the checkpoint

@@ -11,6 +11,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from raysft.config import Config, with_overrides
 from raysft.models.adapter_files import adapter_base
+from raysft.models.kt_experts import move_experts
 from raysft.models.onednn import use_onednn
 from raysft.models.quantization import exact_parameters, method_of
 from raysft.storage.local_cache import model_copy
@@ -56,7 +57,10 @@ def evaluated_model(job: EvaluationJob, workers: int, device: torch.device, proc
 
 
 def _whole(job: EvaluationJob, folder: Any, device: torch.device) -> TokenLoss:
-    model = TokenLoss(load_trained(job.config, folder, job.runs_code)).to(device)
+    loaded = load_trained(job.config, folder, job.runs_code)
+    if job.config.model.experts == "kt":
+        move_experts(loaded, job.config)
+    model = TokenLoss(loaded).to(device)
     if not job.config.autocast:
         # Adapters are loaded in float32 whatever their base has; an engine trains them in the type of the others.
         for parameter in exact_parameters(model):

@@ -17,6 +17,7 @@ from raysft.errors import RequestError, as_yaml, one_line
 from raysft.models.adapter_files import adapter_base, base_name
 from raysft.models.adapters import load_adapter, load_with_base
 from raysft.models.attention import check_kernel, kernel, use_examplewise, without_adapters
+from raysft.models.kt_experts import recomputation_contexts
 from raysft.models.loading import load_weights
 from raysft.models.lora_targets import linear_layers, modules_in, targeted
 from raysft.models.model_class import sees_images
@@ -52,7 +53,7 @@ def load_model(config: Config, path: str, device: torch.device | None = None, ad
     if config.model.adapter is not None:
         model = _with_adapter(model, config, path, adapter)
     if config.train.gradient_checkpointing:
-        recompute_layers(model)
+        recompute_layers(model, recomputation_contexts if config.model.experts == "kt" else None)
     return model
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from raysft.models.kt_experts import elements_of_experts
 from raysft.train.deepspeed_internals import numel
 from raysft.train.reference import START
 
@@ -69,6 +70,7 @@ def model_flops(model: Any, tokens: float, squares: float, loss_tokens: float) -
         # peft keeps modules that it trains in full as they were, too, and computes nothing with those.
         if weight is not head and weight is not embedding and "original_module" not in name.split(".")
     )
+    body += 4.0 * share * elements_of_experts(base)[0]
     attention = 12 * config.num_hidden_layers * config.num_attention_heads * width * squares / 2
     return tokens * body + loss_tokens * _flops(head) + attention
 
@@ -83,7 +85,8 @@ def trainer_flops(model: torch.nn.Module, tokens: int) -> float:
         tokens: number of tokens without padding.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    return 6.0 * tokens * sum(count(weight) for _, weight in weights_of(model) if id(weight) not in embeddings)
+    counted = sum(count(weight) for _, weight in weights_of(model) if id(weight) not in embeddings)
+    return 6.0 * tokens * (counted + elements_of_experts(model)[0])
 
 
 def weights_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -7,6 +7,7 @@ from typing import Any
 import psutil
 import torch
 
+from raysft.models.kt_experts import elements_of_experts
 from raysft.telemetry.events import SetupDone, StepRecord
 from raysft.telemetry.terminal import duration
 from raysft.train.checkpoint.cursor import Cursor
@@ -137,7 +138,8 @@ def setup_done(
     """
     parameters = [weight for _, weight in weights_of(model)]
     trained = sum(count(p) for p in parameters if p.requires_grad)
-    return SetupDone(step, workers, model_seconds, data_seconds, sum(map(count, parameters)), trained, log)
+    total = sum(map(count, parameters)) + elements_of_experts(model)[0]
+    return SetupDone(step, workers, model_seconds, data_seconds, total, trained, log)
 
 
 def evaluation_record(row_plan: Any, cursor: Cursor, results: dict[str, float]) -> dict[str, Any]:

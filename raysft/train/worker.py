@@ -12,6 +12,8 @@ import ray.train
 import torch
 from ray.train.torch import get_device
 
+from raysft.config import Config
+from raysft.errors import RequestError
 from raysft.telemetry.events import CheckpointCorrupt, TrainingEnded
 from raysft.telemetry.ray_metrics import WorkerMetrics
 from raysft.telemetry.results import evaluation_results
@@ -54,6 +56,7 @@ def _train(settings: dict[str, Any]) -> None:
     run, rank, device = job.config.run.name, ray.train.get_context().get_world_rank(), get_device()
     emit = emitter(mailbox, worker_name(run, rank, place(device)))
     torch.set_num_threads(settings["threads"])
+    _check_alone(job.config)
     reasons: list[str] = []
     """Why the driver asks to stop; known to the first worker alone, from which the others learn it."""
     if rank == 0:
@@ -73,6 +76,16 @@ def _train(settings: dict[str, Any]) -> None:
         loop.train(job, batches, device, emit, writer, resume, outside, phases)
         phases.enter("export")
         writer.close()
+
+
+def _check_alone(config: Config) -> None:
+    """Refuse to compute experts beside another worker of this node, where Ray has put both although there was room elsewhere."""
+    together = ray.train.get_context().get_local_world_size()
+    if config.model.experts == "kt" and together > 1:
+        raise RequestError(
+            f"model.experts=kt takes one worker on each node, but {together} have come to the same; use scaling.placement=spread, "
+            "or fewer workers (scaling.num_workers)"
+        )
 
 
 def _place() -> Place:
@@ -115,6 +128,7 @@ def _evaluate(settings: dict[str, Any]) -> None:
 
     job, emit = settings["job"], emitter(settings["mailbox"])
     torch.set_num_threads(settings["threads"])
+    _check_alone(job.config)
     context, device = ray.train.get_context(), get_device()
     rank, workers = context.get_world_rank(), context.get_world_size()
     processor = job.processor()

@@ -18,6 +18,7 @@ USES = {
     "raysft/train/deepspeed_internals.py": "test_deepspeed.py",
     "raysft/models/transformers_internals.py": "test_transformers.py",
     "raysft/models/peft_internals.py": "test_peft.py",
+    "raysft/models/kt_internals.py": "test_kt_kernel.py",
     "raysft/models/onednn.py": "test_torch.py",
     "raysft/models/torch_internals.py": "test_torch.py",
     "raysft/data/tokenization/tokenizer.py": "test_tokenizers.py",

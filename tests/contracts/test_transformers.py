@@ -77,6 +77,16 @@ def test_mixtures_of_experts_mark_their_routers():
     assert "router_logits" in outputs, f"look at raysft/models/lora_targets.py; there are {sorted(outputs)}"
 
 
+def test_modules_of_experts_say_what_they_compute():
+    from transformers.integrations import moe
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    function = TRANSFORMERS.name(moe, "_default_apply_gate")
+    assert TRANSFORMERS.name(MixtralExperts, "_apply_gate") is function
+    for name in ("has_gate", "is_concatenated", "has_bias", "is_transposed", "has_post_expert_norm"):
+        TRANSFORMERS.source(moe.use_experts_implementation, f"self.{name} = {name}", f"experts.{name}")
+
+
 def test_weights_are_converted_by_a_mapping_of_the_model(model):
     TRANSFORMERS.positional(TRANSFORMERS.name(conversion_mapping, "get_model_conversion_mapping"), 1)
     assert transformers_internals.weight_conversions(model) is not None

@@ -265,6 +265,20 @@ COMPARES = {
             "train.compile=true … model.quantization=4bit … train.zero_stage=3 … set train.zero_stage=2 or train.compile=false",
         ),
         ({"model__attention": "flash_attention_2"}, "model.attention=flash_attention_2 … GPUs … use sdpa"),
+        ({"model__experts": "kt"}, "model.experts=kt … bfloat16 … model.dtype=float32; set model.dtype=bfloat16"),
+        *(
+            ({"model__experts": "kt", "model__dtype": "bfloat16", **settings}, f"model.experts=kt … {message}")
+            for settings, message in (
+                ({"model__finetuning": "full"}, "model.finetuning=full; set model.finetuning=lora … zero_stage=3"),
+                ({"model__finetuning": "oft"}, "model.finetuning=oft; set model.finetuning=lora"),
+                ({"model__quantization": "4bit"}, "model.quantization=4bit; remove one"),
+                ({"train__zero_stage": 3}, "train.zero_stage=3 … set train.zero_stage=2"),
+                ({"model__liger": True, **GPU}, "model.liger=true … only one"),
+                ({"train__compile": True}, "train.compile=true; set train.compile=false"),
+                ({"train__fp8": "torchao", **GPU}, "train.fp8=torchao"),
+                ({"train__loss": "asft", "train__reference_model": "r"}, "train.reference_model=r is another; remove"),
+            )
+        ),
         ({"train__offload__parameters": "cpu"}, "train.offload.parameters=cpu … train.zero_stage=2 … set it to 3"),
         (
             {"train__offload__optimizer": "cpu", "train__zero_stage": 0},

@@ -16,7 +16,9 @@ from raysft.estimate import fake_attention
 from raysft.estimate.fake_model import model_without_weights, sizes_of
 from raysft.estimate.images_of_rows import ImagesOfRows
 from raysft.estimate.measure import Microbatch, measure, surely_small
+from raysft.estimate.memory import Hardware, memory
 from raysft.estimate.sizes import Activations
+from raysft.estimate.states import Setup
 from raysft.estimate.trace import forget_gradient, trace
 from raysft.models.fused_layers import ROTARY, fuse_layers
 from raysft.models.media_inputs import media_inputs
@@ -27,7 +29,7 @@ from raysft.train.finetuning import load_model
 from raysft.train.loss import TokenLoss
 from raysft.train.towers import features_of
 from tests.measured_memory import config_of, model_of, most_allocated
-from tests.tiny import tiny_model
+from tests.tiny import tiny_mixture, tiny_model
 from tests.tiny_vision import FAMILIES, TILED, tiny_vision_model
 
 SIZES = {
@@ -217,3 +219,28 @@ def test_matrices_of_attention_are_not_small(folder, settings, eager, small):
     """32,768 tokens and 4 heads: 16 GiB for one matrix of one layer."""
     hf_config = AutoConfig.from_pretrained(folder / "model", **settings)
     assert surely_small(hf_config, 10**6, 32768, 1, 24 * 2**30, eager) == small
+
+
+@pytest.mark.parametrize("use_gpu", [False, True])
+def test_experts_in_the_kernel_need_the_memory_of_the_node_and_none_of_the_gpu(tmp_path, use_gpu):
+    tiny_mixture(tmp_path / "m", hidden_size=64, num_experts=8, moe_intermediate_size=64)
+    hf_config = AutoConfig.from_pretrained(tmp_path / "m")
+    experts = 2 * 8 * 3 * 64 * 64
+    found = {}
+    for name in ("auto", "kt"):
+        settings = {
+            "model.finetuning": "lora",
+            "model.dtype": "bfloat16",
+            "scaling.use_gpu": use_gpu,
+            "model.experts": name,
+        }
+        config = config_of(tmp_path, tmp_path / "m", settings)
+        sizes, activations = measure(config, hf_config, None, Microbatch(32, 1.0))
+        found[name] = sizes, activations, memory(sizes, activations, Setup(width=2), 1, Hardware(gpu=use_gpu))
+    (plain, _, before), (sizes, activations, after) = found["auto"], found["kt"]
+    assert (plain.total - sizes.total, sizes.experts, sizes.experts_of_layer) == (experts, experts, experts // 2)
+    assert sizes.trained_elements == plain.trained_elements
+    assert activations.traced
+    kernel = 2 * (experts + experts // 2)
+    weights = before.parts["weights"] - after.parts["weights"]
+    assert (weights, after.host - before.host) == ((2 * experts, kernel) if use_gpu else (2 * experts - kernel, 0))

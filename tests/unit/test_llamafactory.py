@@ -106,6 +106,7 @@ WITH: dict[str, dict[str, Any]] = {
     "pissa_iter": {"pissa_init": True}, "pissa_convert": {"pissa_init": True},
     "loraplus_lr_embedding": {"loraplus_lr_ratio": 16.0}, "adapter_folder": {"adapter_name_or_path": "x"},
     "use_llama_pro": {"finetuning_type": "freeze"},
+    **{name: {"use_kt": True} for name in ("kt_weight_path", "kt_expert_checkpoint_path", "kt_use_lora_experts")},
     "ref_model": {"use_asft_loss": True}, "ref_model_adapters": {"use_asft_loss": True, "ref_model": "r"},
     "ref_model_quantization_bit": {"use_asft_loss": True, "ref_model": "r"},
     "create_new_adapter": {"adapter_name_or_path": "x"}, "gradient_checkpointing": {"disable_gradient_checkpointing": True},
@@ -136,6 +137,11 @@ def test_new_tokens_are_read_from_their_file(write):
     assert (tokens.special, tokens.noise, tokens.descriptions) == (["<|svg|>"], 1.0, {})
     Path("tokens.yaml").write_text("- a\n")
     assert holds(messages.refusal(load, "lf.yaml", keys), "lf.yaml: new_special_tokens_config=tokens.yaml must map")
+
+
+def test_experts_of_ktransformers_are_those_of_its_kernel_here():
+    assert value(converted(use_kt=True), "model.experts") == "kt"
+    assert converted(kt_weight_path="w", kt_use_lora_experts=True).refusals == []
 
 
 @pytest.mark.parametrize("name", [name for name, key in TABLE.items() if key.remedy])
@@ -574,6 +580,9 @@ def test_keys_of_conversations_have_no_effect_on_raw_text_and_are_told(write):
         ({"new_special_tokens": "<a>"}, "lf.yaml:4: unknown key new_special_tokens … add_special_tokens; rename it"),
         ({"hf_hub_token": "secret"}, "lf.yaml:4: hf_hub_token is not supported … HF_TOKEN"),
         ({"use_unsloth": True, "fsdp": "full_shard"}, "lf.yaml:4: use_unsloth=true … (and 1 more, which raysft convert lists"),
+        ({"use_kt": True, "kt_weight_path": "w"}, "lf.yaml:5: kt_weight_path='w' … remove it: the experts are those of the model"),
+        ({"use_kt": True, "kt_use_lora_experts": True}, "lf.yaml:5: kt_use_lora_experts=true … remove it"),
+        ({"use_kt": True, "finetuning_type": "full"}, "model.experts=kt … model.finetuning=full … zero_stage=3"),
         ({"use_galore": True, "use_muon": True}, "lf.yaml:5: use_galore and use_muon"),
         ({"use_dft_loss": True, "use_asft_loss": True}, "lf.yaml:5: use_dft_loss and use_asft_loss"),
         ({"use_asft_loss": True, "ref_model": "r", "ref_model_adapters": "a,b"}, "lf.yaml:6: ref_model_adapters … merge"),

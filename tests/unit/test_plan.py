@@ -117,6 +117,31 @@ def test_workers_that_find_no_place_are_refused(nodes, scaling, parts):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("nodes", "scaling", "remedy"),
+    [
+        (cpus(4), {"num_workers": 2}, "use scaling.num_workers=1"),
+        (cpus(4, 4), {"num_workers": 2}, "use scaling.placement=spread with scaling.num_workers=2"),
+        (
+            cpus(4, 4),
+            {"num_workers": [1, 3], "placement": "spread"},
+            "use scaling.placement=spread with scaling.num_workers=2",
+        ),
+        (cpus(4, 4), {"num_workers": 2, "placement": "spread"}, None),
+        (cpus(1, 1, 1), {"num_workers": 2}, None),
+        (cpus(4), {"num_workers": 1}, None),
+    ],
+)
+def test_experts_on_the_cpu_take_one_worker_on_each_node(nodes, scaling, remedy):
+    config = with_overrides(scaled(**scaling), {"model.experts": "kt", "model.dtype": "bfloat16"})
+    if remedy is None:
+        check_resources(config, nodes)
+    else:
+        message = refusal(check_resources, config, nodes)
+        assert message.startswith("model.experts=kt takes one worker on each node, but ")
+        assert message.endswith(remedy)
+
+
 LABELLED = {"data_label": "role=data"}
 
 

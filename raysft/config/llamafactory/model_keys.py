@@ -8,7 +8,7 @@ from raysft.config.llamafactory.values import boolean, choice, names, number, op
 _EXPORT = "raysft export writes the trained model"
 _VLLM = "raysft's vLLM engine finds its sizes from model and prompts"
 _SGLANG = "only infer_backend: sglang reads it"
-_KTRANSFORMERS = "only use_kt: true reads it"
+_LORA_EXPERTS = "only kt_use_lora_experts reads it"
 _TOKEN = "remove it and set {} in the environment: configs are copied to logs and trackers"
 ATTENTION = {"auto": "auto", "disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2"}
 
@@ -92,12 +92,9 @@ MODEL: Keys = {
             "sglang_maxlen", "sglang_mem_fraction", "sglang_tp_size", "sglang_config", "sglang_lora_backend",
         )
     },
-    "use_kt": only(False, "remove it; train.offload and ZeRO-3 hold large models", boolean),
-    **{
-        name: harmless(_KTRANSFORMERS)
-        for name in (
-            "kt_weight_path", "kt_expert_checkpoint_path", "kt_use_lora_experts", "kt_lora_expert_num",
-            "kt_lora_expert_intermediate_size",
-        )
-    },
+    "use_kt": joined("model.experts", boolean, False),
+    "kt_weight_path": joined("model.experts", text),
+    "kt_expert_checkpoint_path": joined("model.experts", text),
+    "kt_use_lora_experts": joined("model.experts", boolean, False),
+    **{name: harmless(_LORA_EXPERTS) for name in ("kt_lora_expert_num", "kt_lora_expert_intermediate_size")},
 }  # fmt: skip

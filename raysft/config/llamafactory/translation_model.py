@@ -66,8 +66,23 @@ def model(given: Settings) -> Derived:
     yield from _layers(given)
     if given.trains:
         yield from _parts(given)
+    yield from _experts(given)
     liger = "use_liger_kernel" if given["use_liger_kernel"] else "enable_liger_kernel"
     yield Entry("model.liger", given[liger], liger)
+
+
+def _experts(given: Settings) -> Derived:
+    """Experts in KTransformers' kernel; without ``use_kt`` nothing reads the keys about them."""
+    if not given["use_kt"]:
+        return
+    yield Entry("model.experts", "kt", "use_kt")
+    for key, remedy in (
+        ("kt_weight_path", "remove it: the experts are those of the model, in bfloat16"),
+        ("kt_expert_checkpoint_path", "remove it, and let model_name_or_path be the model with all of its experts"),
+        ("kt_use_lora_experts", "remove it: the model's own experts get LoRA"),
+    ):
+        if given[key]:
+            yield Refusal(key, f"{key}={as_yaml(given[key])} is not supported; {remedy}")
 
 
 def _layers(given: Settings) -> Derived:
