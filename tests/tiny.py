@@ -152,12 +152,11 @@ def _save_random(folder: str | Path, model_type: str, seed: int, settings: dict[
         vocab_size=len(tokenizer),
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=512,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **settings,
+        **{"num_key_value_heads": 2, **settings},
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

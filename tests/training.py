@@ -37,6 +37,7 @@ from raysft.train.faults import Fault
 from raysft.train.job import TrainJob
 from raysft.train.phases import Phases
 from raysft.train.read_ahead import ReadAhead
+from raysft.train.sequence_group import group_of
 from tests.processes import forks
 from tests.shards import the_set, written
 from tests.tiny import SENTENCES, tiny_model
@@ -253,7 +254,8 @@ def _trained(case: Case, rank: int, world: int, name: str, device: torch.device)
     )
     failure = ""
     resume = ResumePoint.of(case.resume) if case.resume else None
-    batches = rows.steps(resume.cursor.step if resume else 0, rank, world)
+    share = group_of(rank, world, config.scaling.sequence_parallel)
+    batches = rows.steps(resume.cursor.step if resume else 0, *share)
     slow, seconds = case.slow if rank == world - 1 else ("", 0.0)
     waits_for_rows = bool(case.steps_with_rows is not None or case.slow[0] == "data")
     # Else how often a worker is asked would depend on the time that its rows take.

@@ -15,6 +15,7 @@ from raysft.config.conflicts_generation import step_generation
 from raysft.config.conflicts_loss import loss_conflicts
 from raysft.config.conflicts_optimizer import optimizer_conflicts
 from raysft.config.conflicts_pure_bf16 import pure_bf16_conflicts
+from raysft.config.conflicts_sequence import sequence_conflicts
 from raysft.config.conflicts_tracking import tracking
 from raysft.config.data import OF_CONVERSATIONS, DataSection
 from raysft.errors import RequestError, as_yaml
@@ -45,6 +46,7 @@ def _conflicts(config: Config) -> Iterator[str]:
     yield from _offload(config)
     yield from _schedule(config)
     yield from loss_conflicts(config)
+    yield from sequence_conflicts(config)
     yield from step_generation(config)
     yield from tracking(config)
     yield from _evaluation(config)

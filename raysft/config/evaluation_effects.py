@@ -36,7 +36,7 @@ _KEYS = {
         train.micro_batch_size train.optimizer train.optimizer_options train.optimizer_target
         train.zero_stage train.offload.optimizer train.offload.parameters train.offload.folder train.deepspeed
         train.gradient_checkpointing train.fp8 train.pure_bf16
-        scaling.use_gpu
+        scaling.use_gpu scaling.sequence_parallel
     """,
     Bearing.CONTENT: """
         model.path model.revision model.trust_remote_code model.chat_template model.adapters

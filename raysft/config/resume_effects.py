@@ -30,7 +30,8 @@ _KEYS = {
         train.gradient_checkpointing train.eval_at_start train.save_every_steps train.save_every_epochs
         train.save_every_minutes train.keep_last train.max_failures train.hang_minutes train.max_hours train.trackers
         train.tracking.project train.tracking.run_name train.tracking.tags train.tracking.group
-        scaling.num_workers scaling.wait_minutes scaling.use_gpu scaling.cpus_per_worker scaling.threads_per_worker
+        scaling.num_workers scaling.sequence_parallel scaling.wait_minutes scaling.use_gpu scaling.cpus_per_worker
+        scaling.threads_per_worker
         scaling.worker_tokens_per_second scaling.placement scaling.data_label scaling.address
         evaluate.model
         generate.enabled generate.compare_base generate.every_steps generate.model generate.sources generate.engine

@@ -11,6 +11,8 @@ from raysft.config.section import Positive, Section
 
 _LABEL = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
 _NODE_LABEL = re.compile(rf"([A-Za-z0-9]([A-Za-z0-9.-]{{0,251}}[A-Za-z0-9])?/)?{_LABEL}={_LABEL}")
+SLICE_MULTIPLE = 8
+"""A slice of rows has a multiple of so many tokens, with which matrix products are fast."""
 
 
 def _node_label(value: str) -> str:
@@ -22,6 +24,15 @@ def _node_label(value: str) -> str:
     return value
 
 
+def slice_tokens(tokens: int, workers: int) -> int:
+    """Return how many tokens each of some workers computes that divide so many, padding included.
+
+    >>> slice_tokens(100, 1), slice_tokens(96, 2), slice_tokens(100, 2)
+    (100, 48, 56)
+    """
+    return tokens if workers == 1 else -(-tokens // (SLICE_MULTIPLE * workers)) * SLICE_MULTIPLE
+
+
 class ScalingSection(Section):
     """Workers, their resources and the Ray cluster."""
 
@@ -29,6 +40,10 @@ class ScalingSection(Section):
     """Number of training workers; with ``use_gpu``, each has one GPU. ``[min, max]``: elastic training with as many workers as
     the cluster can place. It continues with fewer workers when a node leaves, and with more, from the next checkpoint on, when a
     node joins. The results do not depend on the number of workers: a step always has ``train.global_batch_size`` rows."""
+    sequence_parallel: Positive = 1
+    """Number of workers that compute each row together, for rows that do not fit one device: each computes a slice of the tokens,
+    and they exchange heads for tokens in attention (Ulysses). The results are those of 1. The numbers in ``num_workers`` and of
+    the model's query heads must be multiples of it; choose at most the number of GPUs of a node."""
     wait_minutes: Annotated[float, Field(gt=0)] = 30
     """Minutes to wait for nodes if, after training has started, the cluster can place fewer workers than the minimum."""
     use_gpu: bool = False
@@ -69,6 +84,10 @@ class ScalingSection(Section):
     def most_workers(self) -> int:
         """Maximum number of workers."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    def whole_groups(self, workers: int) -> int:
+        """Return how many of so many workers can train: a multiple of ``sequence_parallel``."""
+        return workers - workers % self.sequence_parallel
 
     @property
     def is_elastic(self) -> bool:

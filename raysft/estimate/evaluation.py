@@ -10,6 +10,7 @@ from typing import Any
 from raysft.cluster.placement import Node
 from raysft.config import Config
 from raysft.config.model import ModelSection
+from raysft.config.scaling import slice_tokens
 from raysft.errors import RequestError
 from raysft.estimate.estimate import REFUSED, WARNED, Place, Training, place_of
 from raysft.estimate.formula import Decoder, by_formula
@@ -90,7 +91,8 @@ def _activations(config: Config, hf_config: Any, width: int) -> float:
     """Most bytes of a forward pass without gradients: of a layer, or of the hidden states and the logits of a chunk."""
     from raysft.train.loss import CHUNK_TOKENS
 
-    decoder, rows, tokens = Decoder.of(hf_config), config.micro_batch_size, config.data.sequence_length
+    decoder, rows = Decoder.of(hf_config), config.micro_batch_size
+    tokens = slice_tokens(config.data.sequence_length, config.scaling.sequence_parallel)
     found = by_formula(decoder, width, tokens, 1.0, False, CHUNK_TOKENS, (rows,))
     layer = max(layers.forward.at(rows) for layers in found.layers)
     hidden = 2.0 * rows * tokens * width * decoder.hidden

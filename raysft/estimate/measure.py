@@ -150,7 +150,12 @@ def _key(config: Config, hf_config: Any, adapter: str | None, microbatch: Microb
             model.oft.model_dump(),
         ],
         "experts": model.experts,
-        "attention": [model.attention, config.data.packing, config.data.sequence_length],
+        "attention": [
+            model.attention,
+            config.data.packing,
+            config.data.sequence_length,
+            config.scaling.sequence_parallel,
+        ],
         "train": [train.gradient_checkpointing, train.zero_stage == 3, train.loss, train.label_smoothing, train.z_loss],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]

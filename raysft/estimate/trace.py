@@ -18,19 +18,21 @@ import torch
 from torch import nn
 
 from raysft.config import Config
+from raysft.config.scaling import slice_tokens
 from raysft.estimate.fake_attention import NAME, fake_attention
 from raysft.estimate.fake_model import without_memory
 from raysft.estimate.sizes import Activations, Layers, Line, LossBytes
 from raysft.models.attention import EXAMPLEWISE, FLASH, kernel, use_examplewise, without_adapters
 from raysft.models.decoder_layers import decoder_layers
 from raysft.models.fused_layers import ROTARY, fuse_layers
+from raysft.models.sequence_attention import Slice
 from raysft.models.torch_internals import LiveBytes, fake_tensors
 from raysft.models.transformers_internals import attention_implementation, can_set_attention
 from raysft.train.loss import TokenLoss
 from raysft.train.objective import objective_of
 from raysft.train.reference import Reference
 
-INPUTS = ("input_ids", "position_ids", "labels")
+INPUTS = ("input_ids", "position_ids", "targets")
 LOSS_ROWS = (1, 2, 4, 8, 16, 32, 64)
 """Rows of a microbatch for which the loss is traced, beside those of the config."""
 
@@ -96,6 +98,7 @@ class _TracedLoss(TokenLoss):
         neftune_alpha: float | None = None,
         attention_mask: torch.Tensor | None = None,
         examples: dict[str, Any] | None = None,
+        part: Slice | None = None,
     ) -> torch.Tensor:
         if self.states is not None:
             return self.states
@@ -111,6 +114,7 @@ class _TracedLoss(TokenLoss):
         position_ids: torch.Tensor,
         images: dict[str, torch.Tensor] | None = None,
         examples: dict[str, Any] | None = None,
+        part: Slice | None = None,
     ) -> torch.Tensor:
         """Those of a forward pass that keeps nothing, and so needs less than the one that is traced."""
         weight = next(without_adapters(self.model).get_output_embeddings().parameters())
@@ -138,7 +142,11 @@ def trace(config: Config, model: Any, tokens: int, loss_share: float) -> Activat
         loss = _TracedLoss(
             model,
             objective_of(config.train),
-            max_tokens=config.micro_batch_size * config.data.sequence_length if config.train.zero_stage == 3 else None,
+            max_tokens=slice_tokens(
+                config.micro_batch_size * config.data.sequence_length, config.scaling.sequence_parallel
+            )
+            if config.train.zero_stage == 3
+            else None,
             reference=Reference(),
         )
         loss.needs_mask = _set_attention(model, config)
@@ -198,6 +206,8 @@ def _set_attention(model: Any, config: Config) -> bool:
     base = without_adapters(model)
     use_examplewise(base, config)
     used = chosen if (chosen := kernel(config)) in FLASH else attention_implementation(base)
+    if config.scaling.sequence_parallel > 1 and used == "sdpa":
+        used = EXAMPLEWISE  # as ``sequence_attention``
     if used == "eager" or not can_set_attention(base):
         return True
     masked = used == "sdpa" and config.data.packing

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ EXAMPLEWISE = "examplewise_sdpa"
 """The name of ``examplewise`` in transformers."""
 WITH_SINKS = "examplewise_with_sinks"
 """The name of ``examplewise_with_sinks`` in transformers."""
-OWN = ("examplewise_", "sequence_")
+SEQUENCE = "sequence_"
+"""How the names of attention functions begin that exchange tokens with other workers (``sequence_attention``)."""
+OWN = ("examplewise_", SEQUENCE)
 """How the names of attention functions of raysft begin."""
 
 
@@ -82,7 +84,7 @@ def use_examplewise(model: Any, config: Config) -> None:
         AttentionInterface.register(WITH_SINKS, examplewise_with_sinks)
         model.set_attn_implementation(WITH_SINKS)
         return
-    if config.model.attention != "auto" or config.scaling.use_gpu or not _is_plain(model, config.data.sequence_length):
+    if config.model.attention != "auto" or config.scaling.use_gpu or not is_plain(model, config.data.sequence_length):
         return
     AttentionInterface.register(EXAMPLEWISE, examplewise)
     # Images attend both ways.
@@ -96,7 +98,7 @@ def _has_sinks(model: Any) -> bool:
     return eager and any(name.endswith(".sinks") for name, _ in model.named_parameters())
 
 
-def _is_plain(model: Any, tokens: int) -> bool:
+def is_plain(model: Any, tokens: int) -> bool:
     """Return True if every layer attends to all preceding tokens in a row of ``tokens``, and gets the positions."""
     hf_config = model.config.get_text_config()
     window = getattr(hf_config, "sliding_window", None)
@@ -133,12 +135,8 @@ def examplewise(
     Returns:
         [rows, tokens, heads, size], and no weights.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    options["is_causal"] = True
-    examples = _examples(module, query, key, value, position_ids)
-    outputs = [sdpa_attention_forward(module, q, k, v, None, **options)[0] for q, k, v in examples]
-    return torch.cat(outputs, dim=1).view(*query.shape[::2], *outputs[0].shape[2:]), None
+    output = _each_example(module, _examples(module, query, key, value, position_ids), options)
+    return output.view(*query.shape[::2], *output.shape[2:]), None
 
 
 def examplewise_with_sinks(
@@ -190,9 +188,47 @@ def _examples(
     rows, _, tokens, _ = query.shape
     if position_ids is None or position_ids.shape[-1] != tokens:
         raise NoPositions(f"{type(module).__name__} does not pass positions on, so examples cannot be told apart")
-    begins = (position_ids.expand(rows, tokens).reshape(-1) == 0).nonzero().flatten().tolist()
-    lengths = [end - start for start, end in zip(begins, [*begins[1:], rows * tokens], strict=True)]
+    lengths = example_lengths(position_ids.expand(rows, tokens))
     return zip(*(_joined(states).split(lengths, dim=2) for states in (query, key, value)), strict=True)
+
+
+def example_lengths(position_ids: torch.Tensor) -> list[int]:
+    """Return the tokens of each example, over all rows, one after the other."""
+    begins = (position_ids.reshape(-1) == 0).nonzero().flatten().tolist()
+    return [end - start for start, end in zip(begins, [*begins[1:], position_ids.numel()], strict=True)]
+
+
+def by_example(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: Sequence[int],
+    **options: Any,
+) -> torch.Tensor:
+    """Causal attention inside each of the examples that follow each other in one row.
+
+    Args:
+        module: the layer that asks.
+        query: [1, heads, tokens, size].
+        key: [1, key heads, tokens, size].
+        value: as ``key``.
+        lengths: tokens of each example.
+        options: what torch's own attention takes besides.
+
+    Returns:
+        [1, tokens, heads, size].
+    """
+    examples = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
+    return _each_example(module, examples, options)
+
+
+def _each_example(module: Any, examples: Iterable[tuple[torch.Tensor, ...]], options: dict[str, Any]) -> torch.Tensor:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    options = {**options, "is_causal": True}
+    outputs = [sdpa_attention_forward(module, q, k, v, None, **options)[0] for q, k, v in examples]
+    return torch.cat(outputs, dim=1)
 
 
 class NoPositions(Exception):
@@ -221,8 +257,9 @@ def without_adapters(model: Any) -> Any:
 
 
 def is_varlen(model: Any) -> bool:
-    """Return True for FlashAttention, which separates examples by their positions only in a batch of one row."""
-    return attention_implementation(model).startswith("flash")
+    """Return True for FlashAttention, which separates examples by their positions only in a batch of one row, and for attention
+    that exchanges tokens with other workers."""
+    return attention_implementation(model).startswith(("flash", SEQUENCE))
 
 
 def takes_examples(model: Any) -> bool:

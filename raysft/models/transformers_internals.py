@@ -14,6 +14,44 @@ def attention_implementation(model: Any) -> str:
     return str(model.config._attn_implementation)
 
 
+class _WithKernel:
+    """A layer whose config names another attention function."""
+
+    def __init__(self, layer: Any, kernel: str) -> None:
+        self._layer, self._kernel = layer, kernel
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_attn_implementation":
+            return self._kernel
+        found = getattr(self._layer, name)
+        return _WithKernel(found, self._kernel) if name == "config" else found
+
+
+def flash_attention(
+    layer: Any, kernel: str, query: Any, key: Any, value: Any, ends: Any, longest: int, **options: Any
+) -> Any:
+    """Compute FlashAttention inside each of the examples that follow each other in one row.
+
+    Args:
+        layer: the layer that asks.
+        kernel: ``flash_attention_2`` or a later one.
+        query: [1, heads, tokens, size].
+        key: [1, key heads, tokens, size].
+        value: as ``key``, perhaps of another size.
+        ends: int32 [examples + 1] 0, and where each example ends.
+        longest: tokens of the longest example.
+        options: what transformers' function takes besides.
+
+    Returns:
+        [1, tokens, heads, size].
+    """
+    from transformers.integrations.flash_attention import flash_attention_forward
+
+    bounds = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+    options = {**options, **bounds, "is_causal": True}
+    return flash_attention_forward(_WithKernel(layer, kernel), query, key, value, None, **options)[0]  # pyright: ignore
+
+
 def can_set_attention(model: Any) -> bool:
     """Return True if a model's attention function can be replaced."""
     return bool(model._can_set_attn_implementation())

@@ -67,8 +67,8 @@ def plan_evaluation(config: Config, nodes: Sequence[Node], notify: Callable[[str
     check_shared(config, nodes)
     inputs = read_evaluation(config, notify)
     scaling = config.scaling
-    room = max(1, max_workers(nodes, scaling.cpus_per_worker, scaling.use_gpu))
-    workers = min(scaling.most_workers, room)
+    room = scaling.whole_groups(max_workers(nodes, scaling.cpus_per_worker, scaling.use_gpu))
+    workers = min(scaling.most_workers, max(scaling.sequence_parallel, room))
     return PlannedEvaluation(
         inputs=inputs,
         sources=plan_sources(inputs.manifests),

@@ -16,7 +16,7 @@ from raysft.errors import RequestError
 from raysft.models.reference_model import ReferenceFiles, find_reference
 from raysft.models.weight_files import check_weights, embedding_rows
 from raysft.run.source_plan import plan_sources
-from raysft.run.trained_parts import check_images
+from raysft.run.trained_parts import check_images, refuse_shared_images
 from raysft.run.warnings import beyond_line
 from raysft.storage import hub_snapshots
 from raysft.storage.local_cache import local_copy, model_copy, on_hub
@@ -123,6 +123,7 @@ def prepare_data(
 
     prepared = prepare(config, files.model, notify, shown)
     check_images(config, prepared.train)
+    refuse_shared_images(config, (*prepared.train, *prepared.eval))
     manifests = (*prepared.train, *prepared.eval, *prepared.prompts)
     tokenizer = load_once(files.model, config.model.runs_code)
     largest = (manifest.largest_token for manifest in manifests)
@@ -284,17 +285,19 @@ def read_evaluation(config: Config, notify: Callable[[str], None]) -> Evaluation
     from raysft.models.adapter_files import check_packable
     from raysft.models.attention import kernel
     from raysft.models.rope_scaling import positions_of
-    from raysft.train.check_model import check_positions
+    from raysft.train.check_model import check_positions, check_shared_rows
     from raysft.train.deepspeed_config import deepspeed_settings
 
     model = find_other_model(config, config.evaluate.model or "", "evaluate.model", notify)
     if model.weights != model.folder:
         check_packable(model.folder, model.named)
     check_positions(config, model.hf_config.get_text_config())
+    check_shared_rows(config, model.hf_config)
     kernel(config)
     deepspeed_settings(config, config.scaling.most_workers)
     rows = model.embedding_rows
     manifests, eval_rows = prepare_evaluation(config, model.tokenizer_path, model.runs_code, notify)
+    refuse_shared_images(config, manifests)
     check_tokens((manifest.largest_token for manifest in manifests), rows, model.tokenizer, model.named)
     check_evaluable(manifests, eval_rows, notify)
     positions = positions_of(model.hf_config)

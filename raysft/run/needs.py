@@ -9,6 +9,7 @@ from pathlib import Path
 
 from raysft.cluster.placement import Node
 from raysft.config import Config
+from raysft.config.scaling import slice_tokens
 from raysft.data.prepare import PreparedData
 from raysft.errors import RequestError, as_yaml, one_line
 from raysft.estimate.duration import Speed, earlier_speed, given_speed
@@ -89,6 +90,7 @@ def _training(plan: Plan, config: Config, files: ModelFiles, prepared: PreparedD
         tokens = min(tokens, math.ceil(max(source.longest for source in plan.sources.values()) / 8) * 8)
     rows, micro = prepared.train_rows.row_plan, min(config.micro_batch_size, plan.rows_per_worker)
     share = float((rows.step_loss_tokens / rows.step_rows.clip(1)).max()) / tokens
+    tokens = slice_tokens(tokens, plan.sequence_parallel)
     places = plan.workers * -(-plan.rows_per_worker // micro) * micro * tokens
     filled = float(rows.step_tokens.max()) / places
     return Training(

@@ -85,6 +85,7 @@ class Plan:
     fewest_workers: int
     most_workers: int
     rows_per_worker: int
+    """Of each step; the workers of a group have the same."""
     accumulation: int
     """Microbatches in a step."""
     cpus: float
@@ -108,6 +109,8 @@ class Plan:
     """Positions of the model, scaled ones included; None if it has no limit."""
     generation: GenerationPlan | None = None
     """Predictions during the training; None if there are none."""
+    sequence_parallel: int = 1
+    """Workers of each group, which have the same rows."""
     memory: dict[str, Any] | None = None
     """What a worker needs at its peak (``estimate.memory.Memory.as_dict``); None if it is not estimated."""
     needs: tuple[str, ...] = ()
@@ -143,6 +146,13 @@ class Plan:
         del content["needs"]
         return content
 
+    @property
+    def _shares(self) -> str:
+        """Who has rows of its own, in words."""
+        if self.sequence_parallel == 1:
+            return _count(self.workers, "worker")
+        return f"{_count(self.workers // self.sequence_parallel, 'group')} of {self.sequence_parallel} workers"
+
     def lines(self) -> list[str]:
         """Return the plan as lines for the terminal."""
         lines = []
@@ -161,8 +171,7 @@ class Plan:
         lines.append(
             f"steps: {self.steps:,} of {_count(self.global_batch_size, 'row')}"
             + (" (auto: chosen from the data)" if self.global_batch_size_chosen else "")
-            + f" = {_count(self.workers, 'worker')} × "
-            f"{_count(self.rows_per_worker, 'row')} in {_count(self.accumulation, 'microbatch', 'es')}"
+            + f" = {self._shares} × {_count(self.rows_per_worker, 'row')} in {_count(self.accumulation, 'microbatch', 'es')}"
             + (f", {self.filler_rows} of them empty in each step" if self.filler_rows else "")
             + (f"; {_count(self.empty_rows, 'row')} at the ends of epochs stay empty" if self.empty_rows else "")
         )
@@ -209,8 +218,10 @@ def make_plan(
     """
     row_plan = prepared.train_rows.row_plan
     scaling, per_step = config.scaling, row_plan.global_batch_size
-    workers = min(scaling.most_workers, max(1, max_workers(nodes, scaling.cpus_per_worker, scaling.use_gpu)))
-    rows_per_worker = -(-per_step // workers)
+    room = scaling.whole_groups(max_workers(nodes, scaling.cpus_per_worker, scaling.use_gpu))
+    workers = min(scaling.most_workers, max(scaling.sequence_parallel, room))
+    groups = workers // scaling.sequence_parallel
+    rows_per_worker = -(-per_step // groups)
     rows = row_plan.consumed(row_plan.steps)
     plan = Plan(
         stage=config.stage,
@@ -226,7 +237,7 @@ def make_plan(
         loss_tokens=int(row_plan.step_loss_tokens.sum()),
         packing_efficiency=round(row_plan.packing_efficiency, 6),
         empty_rows=row_plan.steps * per_step - rows,
-        filler_rows=rows_per_worker * workers - per_step,
+        filler_rows=rows_per_worker * groups - per_step,
         workers=workers,
         fewest_workers=scaling.fewest_workers,
         most_workers=scaling.most_workers,
@@ -249,6 +260,7 @@ def make_plan(
         missing_tokens=prepared.missing_tokens,
         positions=positions,
         generation=plan_generation(config, nodes, row_plan.steps),
+        sequence_parallel=scaling.sequence_parallel,
     )
     return replace(plan, warnings=tuple(warnings(config, plan)))
 
@@ -273,7 +285,9 @@ def _resolved(config: Config, global_batch_size: int, workers: int, adapter: str
         lora_alpha=alpha if finetuning == "lora" else None,
         learning_rate=config.train.learning_rate,
         global_batch_size=global_batch_size,
-        micro_batch_size=min(config.micro_batch_size, -(-global_batch_size // workers)),
+        micro_batch_size=min(
+            config.micro_batch_size, -(-global_batch_size // (workers // config.scaling.sequence_parallel))
+        ),
         workers=workers,
         attention=kernel(config) or "auto",
         zero_stage=config.train.zero_stage,

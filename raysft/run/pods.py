@@ -8,6 +8,7 @@ from pathlib import Path
 from raysft.cluster.placement import Node, max_workers
 from raysft.config import Config, with_overrides
 from raysft.config.kubernetes_values import bytes_of
+from raysft.config.scaling import slice_tokens
 from raysft.errors import RequestError, one_line
 from raysft.estimate.duration import given_speed
 from raysft.estimate.estimate import Training, estimate, place_of
@@ -39,9 +40,8 @@ def check_pods(config: Config, nodes: Sequence[Node], notify: Callable[[str], No
     """
     batch, scaling = config.train.global_batch_size, config.scaling
     # Elastic workers begin with as many as find room at the start: with ZeRO, fewer need more each.
-    workers = max(
-        scaling.fewest_workers, min(scaling.most_workers, max_workers(nodes, scaling.cpus_per_worker, scaling.use_gpu))
-    )
+    room = scaling.whole_groups(max_workers(nodes, scaling.cpus_per_worker, scaling.use_gpu))
+    workers = max(scaling.fewest_workers, min(scaling.most_workers, room))
     rows = USUAL_BATCH if batch == "auto" else batch
     speed, steps = given_speed(config), config.train.max_steps
     if speed and steps:
@@ -64,8 +64,9 @@ def check_pods(config: Config, nodes: Sequence[Node], notify: Callable[[str], No
         hf_config = expand_config(hf_config, config.model.new_layers)
     # The folders of pods are not here.
     local = with_overrides(config, {"data.cache": str(cache_home())})
-    microbatch = Microbatch(config.data.sequence_length, 1.0)
-    training = Training(local, hf_config, None, workers, -(-rows // workers), microbatch, filled=0.0)
+    parts = scaling.sequence_parallel
+    microbatch = Microbatch(slice_tokens(config.data.sequence_length, parts), 1.0)
+    training = Training(local, hf_config, None, workers, -(-rows // (workers // parts)), microbatch, filled=0.0)
     try:
         found = estimate(training, place_of(training, nodes, (nodes[0], pod_memory(config))))
     except RequestError:

@@ -26,7 +26,7 @@ def check_resources(config: Config, nodes: Sequence[Node], reserved_cpus: float 
     _check_data_nodes(config, nodes)
     _check_experts(config, nodes)
     capacity = sum(node.capacity(cpus_per_worker, float(use_gpu)) for node in nodes if node.takes_workers)
-    beside_data = max_workers(nodes, cpus_per_worker, use_gpu, reserved_cpus)
+    beside_data = scaling.whole_groups(max_workers(nodes, cpus_per_worker, use_gpu, reserved_cpus))
     if count > capacity:
         at_least = "at least " if scaling.is_elastic else ""
         gpus = f"{at_least}{counted(count, 'GPU')} and " if use_gpu else ""

@@ -24,3 +24,18 @@ def check_images(config: Config, manifests: Iterable[Manifest]) -> None:
         f"model.train_parts={as_yaml(parts)} trains {' and '.join(beside)} on images, but data.train has none; set "
         "model.train_parts=[language], or add data with images"
     )
+
+
+def refuse_shared_images(config: Config, manifests: Iterable[Manifest]) -> None:
+    """Refuse images in rows that several workers compute together.
+
+    Args:
+        config: the run's config.
+        manifests: of all data that goes through the model in rows.
+    """
+    size = config.scaling.sequence_parallel
+    if size > 1 and (name := next((each.name for each in manifests if each.media), "")):
+        raise RequestError(
+            f"scaling.sequence_parallel={size} divides rows of text, but {name} has images; use scaling.sequence_parallel=1, or "
+            "data of text alone"
+        )

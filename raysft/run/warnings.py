@@ -72,11 +72,12 @@ def empty_steps(config: Config, plan: Plan) -> Iterator[str]:
 
 def idle_workers(config: Config, plan: Plan) -> Iterator[str]:
     """A step may have fewer rows than there are workers."""
-    idle = plan.workers - plan.global_batch_size
+    size = plan.sequence_parallel
+    idle = plan.workers - plan.global_batch_size * size
     if idle > 0:
         yield (
             f"{idle} of {plan.workers} workers have nothing to do, because a step has {plan.global_batch_size} "
-            f"row{'' if plan.global_batch_size == 1 else 's'}; use scaling.num_workers={plan.global_batch_size}"
+            f"row{'' if plan.global_batch_size == 1 else 's'}; use scaling.num_workers={plan.global_batch_size * size}"
         )
 
 

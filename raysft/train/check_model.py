@@ -41,7 +41,9 @@ def check_model(config: Config, model: str, notify: Callable[[str], None] = lamb
     model = local_copy(model)
     hf_config = loaded_config(read_hf_config(config, model, config.model.path, notify))
     text = hf_config.get_text_config()
-    check_positions(config, scaled_config(config, hf_config, notify).get_text_config())
+    scaled = scaled_config(config, hf_config, notify)
+    check_positions(config, scaled.get_text_config())
+    check_shared_rows(config, scaled)
     if layerdrop := getattr(text, "layerdrop", 0):
         notify(f"model: ignoring layerdrop={layerdrop} of its config.json; every step trains all layers")
     _check_quantized(hub_snapshots.shown(model), hf_config, config)
@@ -94,6 +96,47 @@ def check_positions(config: Config, hf_config: Any) -> None:
     if positions and config.data.sequence_length > positions and not is_rotary(hf_config):
         raise RequestError(
             f"data.sequence_length={config.data.sequence_length}, but the model has {positions} positions; use at most {positions}"
+        )
+
+
+def check_shared_rows(config: Config, hf_config: Any) -> None:
+    """Refuse a model whose rows several workers cannot compute together; the workers find out about the rest.
+
+    Raises:
+        RequestError: it is one, and ``scaling.sequence_parallel`` asks for that.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from raysft.models.transformers_internals import is_recurrent, supports_registered_attention
+
+    size, text = config.scaling.sequence_parallel, hf_config.get_text_config()
+    if size == 1:
+        return
+    heads, named = getattr(text, "num_attention_heads", None), f"scaling.sequence_parallel={size}"
+    if isinstance(heads, int) and heads % size:
+        divisors = ", ".join(str(each) for each in range(2, heads + 1) if heads % each == 0)
+        raise RequestError(
+            f"{named} divides the model's query heads, of which it has {heads}; use one of {divisors}, or 1"
+            if heads > 1
+            else f"{named} divides the model's query heads, but it has one; use scaling.sequence_parallel=1"
+        )
+    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    made: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
+    more = f"layers of type {', '.join(sorted(kinds))}" if kinds else ""
+    if made is not None and not more:
+        recurrent, own = is_recurrent(made), not supports_registered_attention(made)
+        more = "a recurrent state" if recurrent else "an attention of its own, as for sinks or ALiBi" if own else ""
+    if more:
+        raise RequestError(
+            f"{named} exchanges heads in plain attention alone, but the model ({text.model_type}) has {more}; "
+            "use scaling.sequence_parallel=1, or another model"
+        )
+    scaling = getattr(text, "rope_parameters", None) or {}
+    types = {each.get("rope_type") for each in (scaling, *scaling.values()) if isinstance(each, dict)}
+    if by_length := types & {"dynamic", "longrope"}:
+        raise RequestError(
+            f"{named} computes slices of rows, but the model's {by_length.pop()} positions depend on the length of whole rows; "
+            "use scaling.sequence_parallel=1, or another scaling of positions"
         )
 
 

@@ -56,11 +56,12 @@ class PlannedDataConfig(ray.train.DataConfig):
         (name, resume), rows = *datasets.items(), self._job.train_rows
         if name == RESUME:
             return [{RESUME: resume}] * world_size
-        first, data_label = resume.cursor.step if resume else 0, self._job.config.scaling.data_label
+        scaling, first = self._job.config.scaling, resume.cursor.step if resume else 0
+        data_label, group = scaling.data_label, scaling.sequence_parallel
         if world_size > self._split_workers:
-            return [{name: shard} for shard in rows.node_shards(first, worker_node_ids, data_label)]
-        execution = rows.execution_options(world_size)
+            return [{name: shard} for shard in rows.node_shards(first, worker_node_ids, data_label, group)]
+        execution = rows.execution_options(world_size, group)
         execution.label_selector = selector_of(data_label) or None
         base = ray.train.DataConfig(execution_options=execution)
-        made = {name: rows.dataset(first, world_size)}
+        made = {name: rows.dataset(first, world_size, group)}
         return base.configure(made, world_size, worker_handles, worker_node_ids, **options)

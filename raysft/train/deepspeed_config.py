@@ -60,10 +60,13 @@ def _bf16(config: Config) -> dict[str, bool]:
 
 
 def _sizes(config: Config, workers: int) -> dict[str, int]:
-    """Batch sizes and accumulation; empty while ``train.global_batch_size`` is auto and the data is not known yet."""
+    """Batch sizes and accumulation; empty while ``train.global_batch_size`` is auto and the data is not known yet.
+
+    DeepSpeed counts rows of each worker, also where several share them.
+    """
     if config.train.global_batch_size == "auto":
         return {}
-    rows = -(-config.train.global_batch_size // workers)
+    rows = -(-config.train.global_batch_size // (workers // config.scaling.sequence_parallel))
     micro = min(config.micro_batch_size, rows)
     accumulation = -(-rows // micro)
     return {

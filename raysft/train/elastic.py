@@ -115,8 +115,11 @@ class _BoundedWait:
         """True once workers have failed, or their node went: a training that waits for others goes on from its checkpoint."""
 
     def max_workers(self) -> int:
-        """Number of workers that fit on the live nodes beside the data tasks."""
-        return max_workers(live_nodes(self.scaling.data_label), self.scaling.cpus_per_worker, self.scaling.use_gpu)
+        """Number of workers, in whole groups, that fit on the live nodes beside the data tasks."""
+        scaling = self.scaling
+        return scaling.whole_groups(
+            max_workers(live_nodes(scaling.data_label), scaling.cpus_per_worker, scaling.use_gpu)
+        )
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """Tell the driver the controller's actor handle; a policy runs inside the controller."""
@@ -195,18 +198,19 @@ class _Elastic(_BoundedWait, ElasticScalingPolicy):
     """(time, workers): until that time the policy asks for at most so many workers."""
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-        """Ask for one worker fewer if Ray could not place them all."""
+        """Ask for one worker fewer, or one group, if Ray could not place them all."""
         super().after_controller_state_update(previous_state, current_state)
         error = getattr(current_state, "training_failed_error", None)
         placed = isinstance(getattr(error, "controller_failure", None), ProcessGroupFailed)
         if isinstance(current_state, ReschedulingState) and not placed:
-            self._limit = time.monotonic() + FEWER_SECONDS, max(self._requested - 1, self.scaling.fewest_workers)
+            fewer = self.scaling.whole_groups(self._requested - 1)
+            self._limit = time.monotonic() + FEWER_SECONDS, max(fewer, self.scaling.fewest_workers)
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
         cpus, gpus = self.scaling.cpus_per_worker, float(self.scaling.use_gpu)
         reserved = sum(Node.of(resources).capacity(cpus, gpus) for resources in reserved_resources.values())
         # Ray may count a dead node for some seconds more, and leaves nothing to data tasks.
-        return min(reserved, self._most_now())
+        return min(self.scaling.whole_groups(reserved), self._most_now())
 
     def _most_now(self) -> int:
         """Number of workers that should fit on the cluster now."""

@@ -11,12 +11,14 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from raysft.config import Config
 from raysft.errors import RunFailed, one_line
+from raysft.models import sequence_attention
 from raysft.models.attention import NoPositions, use_plain, without_adapters
 from raysft.models.fused_layers import fuse_layers
 from raysft.models.kt_experts import move_experts
 from raysft.models.model_class import sees_images
 from raysft.models.onednn import use_onednn
 from raysft.models.peft_internals import parameter_adapters
+from raysft.models.sequence_attention import REMEDY
 from raysft.train.check_images import check_images
 from raysft.train.compilation import compile_layers, layers_of
 from raysft.train.deepspeed_config import deepspeed_settings, with_bucket
@@ -30,6 +32,7 @@ from raysft.train.optim import make_lr_scheduler, make_optimizer
 from raysft.train.packed_weights import release_after_forward
 from raysft.train.reference import make_reference
 from raysft.train.router_loss import RouterLoss
+from raysft.train.sequence_group import ALONE, SequenceGroup
 from raysft.train.towers import Towers
 
 
@@ -42,6 +45,7 @@ def make_engine(
     adapter: str | None = None,
     reference: str | None = None,
     processor: Any = None,
+    group: SequenceGroup = ALONE,
 ) -> tuple[Any, Any]:
     """Load the model and wrap it with DeepSpeed.
 
@@ -54,6 +58,7 @@ def make_engine(
         adapter: folder of an adapter to continue training.
         reference: folder or hub id of ``train.reference_model``.
         processor: of the model; None if no data has images.
+        group: the workers that have the same rows.
 
     Returns:
         The engine, and the LR scheduler.
@@ -68,7 +73,7 @@ def make_engine(
     # Quantized ones are partitioned when the engine is made: bitsandbytes packs whole weights.
     partitions = config.train.zero_stage == 3 and config.model.quantization is None
     partitioning = HfDeepSpeedConfig(settings) if partitions else None
-    model = _loss_model(config, model_path, device, adapter, reference)
+    model = _loss_model(config, model_path, device, adapter, reference, group)
     if processor is not None:
         model.towers = Towers(model.model, processor, device, config.train.zero_stage == 3)
     ratio = config.model.lora.loraplus_ratio if config.model.finetuning == "lora" else None
@@ -84,15 +89,20 @@ def make_engine(
     if config.train.router_aux_loss_coef:
         model.router_loss = RouterLoss(model.model, config.train.router_aux_loss_coef)
     engine.eval()
-    check_model(model, config, device, processor)
+    check_model(model, config, device, processor, group)
     if model.reference is not None and model.reference.model is not None:
-        check_model(TokenLoss(model.reference.model, towers=model.towers), config, device, processor)
+        check_model(TokenLoss(model.reference.model, towers=model.towers), config, device, processor, group)
     engine.train()
     return engine, lr_scheduler
 
 
 def _loss_model(
-    config: Config, model_path: str, device: torch.device, adapter: str | None, reference: str | None
+    config: Config,
+    model_path: str,
+    device: torch.device,
+    adapter: str | None,
+    reference: str | None,
+    group: SequenceGroup,
 ) -> TokenLoss:
     """Load the model with its loss; ZeRO-3 decides where the weights are, otherwise they are on the device."""
     zero3, objective = config.train.zero_stage == 3, objective_of(config.train)
@@ -101,7 +111,7 @@ def _loss_model(
         trained,
         objective=objective,
         neftune_alpha=config.train.neftune_alpha,
-        max_tokens=config.micro_batch_size * config.data.sequence_length if zero3 else None,
+        max_tokens=group.slice_tokens(config.micro_batch_size * config.data.sequence_length) if zero3 else None,
         reference=make_reference(config, trained, model_path, reference, device) if objective.has_reference else None,
     )
     if config.train.fp8 != "off":
@@ -144,15 +154,21 @@ def gather_whole(model: TokenLoss, compiled: Sequence[torch.nn.Module] = ()) -> 
         without_adapters(model.model).enable_input_require_grads()
 
 
-def check_model(model: TokenLoss, config: Config, device: torch.device, processor: Any = None) -> None:
-    """Check that the loss is right for this architecture: its output head, causality, packed rows, and images if data has any.
+def check_model(
+    model: TokenLoss, config: Config, device: torch.device, processor: Any = None, group: SequenceGroup = ALONE
+) -> None:
+    """Check that the loss is right for this architecture: its output head, causality, packed rows, slices of them if ``group`` has
+    several workers, and images if data has any.
 
     Raises:
         RunFailed: one of them is not as the loss requires.
     """
+    sequence_attention.begin(None)
     try:
         model.check_head(device)
-    except NoPositions:
+    except NoPositions as error:
+        if group.size > 1:
+            raise RunFailed(f"scaling.sequence_parallel={group.size}: {error}; {REMEDY}") from None
         use_plain(without_adapters(model.model))
         model.check_head(device)
     except (AttributeError, TypeError, ValueError) as error:
@@ -170,3 +186,4 @@ def check_model(model: TokenLoss, config: Config, device: torch.device, processo
         model.check_rows(device, config.micro_batch_size, "set data.packing=false")
     elif config.stage == "pt" and config.data.document_mask:
         model.check_rows(device, config.micro_batch_size, "set data.document_mask=false")
+    model.check_slices(device, group)

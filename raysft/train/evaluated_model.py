@@ -22,10 +22,13 @@ from raysft.train.engine import check_model, gather_whole
 from raysft.train.finetuning import load_trained
 from raysft.train.job import EvaluationJob
 from raysft.train.loss import TokenLoss
+from raysft.train.sequence_group import ALONE, SequenceGroup
 from raysft.train.towers import Towers
 
 
-def evaluated_model(job: EvaluationJob, workers: int, device: torch.device, processor: Any = None) -> Any:
+def evaluated_model(
+    job: EvaluationJob, workers: int, device: torch.device, processor: Any = None, group: SequenceGroup = ALONE
+) -> Any:
     """Load the model with its loss, and check that the loss is right for it. All workers call this together.
 
     Args:
@@ -33,6 +36,7 @@ def evaluated_model(job: EvaluationJob, workers: int, device: torch.device, proc
         workers: size of the process group, which must exist.
         device: where the model goes.
         processor: of the model; None if no data has images.
+        group: the workers that have the same rows.
 
     Returns:
         ``TokenLoss``, or with ZeRO-3 the DeepSpeed engine around it, to be called alike.
@@ -47,12 +51,12 @@ def evaluated_model(job: EvaluationJob, workers: int, device: torch.device, proc
     hf_config = AutoConfig.from_pretrained(adapter_base(folder) or folder, trust_remote_code=job.runs_code)
     # Quantized weights cannot be partitioned; each worker has them all.
     partitions = job.config.train.zero_stage == 3 and not (job.config.model.quantization or method_of(hf_config))
-    model: Any = _partitioned(job, folder, workers) if partitions else _whole(job, folder, device)
+    model: Any = _partitioned(job, folder, workers, group) if partitions else _whole(job, folder, device)
     model.eval()
     loss = model.module if partitions else model
     if processor is not None:
         loss.towers = Towers(loss.model, processor, device, partitions)
-    check_model(loss, job.config, device, processor)
+    check_model(loss, job.config, device, processor, group)
     return model
 
 
@@ -68,7 +72,7 @@ def _whole(job: EvaluationJob, folder: Any, device: torch.device) -> TokenLoss:
     return model.requires_grad_(False)
 
 
-def _partitioned(job: EvaluationJob, folder: Any, workers: int) -> Any:
+def _partitioned(job: EvaluationJob, folder: Any, workers: int, group: SequenceGroup) -> Any:
     use_gloo_allreduce()
     # DeepSpeed must adopt the existing process group before weights are partitioned over it.
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
@@ -77,7 +81,8 @@ def _partitioned(job: EvaluationJob, folder: Any, workers: int) -> Any:
     # While this object lives, from_pretrained partitions weights as it loads them.
     partitioning = HfDeepSpeedConfig(settings)
     loaded = load_trained(config, folder, job.runs_code)
-    model = TokenLoss(loaded, max_tokens=config.micro_batch_size * config.data.sequence_length).requires_grad_(False)
+    most = group.slice_tokens(config.micro_batch_size * config.data.sequence_length)
+    model = TokenLoss(loaded, max_tokens=most).requires_grad_(False)
     gather_whole(model)
     engine, *_ = deepspeed.initialize(model=model, config=settings, dist_init_required=False)
     del partitioning
@@ -86,5 +91,5 @@ def _partitioned(job: EvaluationJob, folder: Any, workers: int) -> Any:
 
 def _without_training(config: Config, workers: int) -> Config:
     """Replace what only a training has: its batch size, and an optimizer to offload."""
-    rows = config.micro_batch_size * workers
+    rows = config.micro_batch_size * workers // config.scaling.sequence_parallel
     return with_overrides(config, {"train.global_batch_size": rows, "train.offload.optimizer": "none"})

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, MutableSequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from raysft.telemetry.events import Emit, EvaluationDone
 from raysft.telemetry.results import evaluation_results
@@ -15,6 +14,7 @@ from raysft.train.first_evaluation import FirstEvaluation
 from raysft.train.job import Batch, RowPlan, TrainJob
 from raysft.train.phases import Phases
 from raysft.train.pixels import ImageInputs
+from raysft.train.sequence_group import ALONE, SequenceGroup
 from raysft.train.step import evaluate
 from raysft.train.step_metrics import evaluation_record
 
@@ -31,6 +31,7 @@ class Evaluator:
         stops: Callable[[], bool],
         phases: Phases,
         images: ImageInputs | None = None,
+        group: SequenceGroup = ALONE,
     ) -> None:
         """
         Args:
@@ -41,7 +42,9 @@ class Evaluator:
             stops: True if this worker was asked to stop.
             phases: told what this worker does.
             images: makes the pixels of images.
+            group: the workers that have the same rows.
         """
+        self._group = group
         self._images = images
         self._job, self._device, self._emit, self._log, self._stops = job, device, emit, log, stops
         self._phases = phases
@@ -70,6 +73,7 @@ class Evaluator:
                 source.row_plan.examples,
                 self._images,
                 source,
+                self._group,
             )
             for name, source in self._job.eval_rows.items()
         ]
@@ -96,6 +100,6 @@ class Evaluator:
 
     def _batches(self, source: Any) -> Iterator[Batch]:
         """Yield this worker's rows of a set; each batch shows that the evaluation goes on."""
-        for batch in source.steps(0, dist.get_rank(), dist.get_world_size()):
+        for batch in source.steps(0, self._group.number, self._group.groups):
             self._phases.progress()
             yield batch

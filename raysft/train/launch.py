@@ -33,7 +33,7 @@ from raysft.train.dataset_config import PlannedDataConfig, Resumption
 from raysft.train.elastic import workers_of
 from raysft.train.event_pump import EventPump, emitter
 from raysft.train.generation_line import Generator
-from raysft.train.job import EvaluationJob, TrainJob
+from raysft.train.job import COLLECTIVE_SECONDS, EvaluationJob, TrainJob
 from raysft.train.mailbox import Mailbox
 from raysft.train.process_group import RestartableTorchConfig
 from raysft.train.ray_train_internals import PlacementGroupCleanerCallback
@@ -49,8 +49,6 @@ good part of its time; in a long one, asking more often would cost more than it 
 it would more often see those that have lost a connection before the one that died."""
 STARTS_MINUTES = 10
 """How much longer than a worker that hangs all may be silent: while they start, nobody reports."""
-COLLECTIVE_SECONDS = 600
-"""How long a worker waits for the others in a collective."""
 
 
 def train(

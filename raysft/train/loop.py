@@ -37,6 +37,7 @@ from raysft.train.phases import Phases, StepTimes
 from raysft.train.pixels import Pixels, image_inputs
 from raysft.train.read_ahead import ReadAhead
 from raysft.train.saving import Checkpoints, Save
+from raysft.train.sequence_group import SequenceGroup, group_of
 from raysft.train.step import StepResult, train_step
 from raysft.train.step_metrics import StepMetrics, setup_done
 from raysft.train.stragglers import Stragglers
@@ -77,7 +78,8 @@ def train(
     """
     phases, rank = phases or Phases(), dist.get_rank()
     emit = emit if rank == 0 else lambda event: None
-    rows = partial(step_rows.current, job.train_rows, phases, rank, dist.get_world_size())
+    share = group_of(rank, dist.get_world_size(), job.config.scaling.sequence_parallel)
+    rows = partial(step_rows.current, job.train_rows, phases, *share)
     with faults_of(rank, lambda: phases.moment, rows):
         pixels = Pixels(job.train_rows, job.config.micro_batch_size, phases) if job.train_rows.has_media else None
         with pixels or nullcontext(), ReadAhead(pixels.along(batches) if pixels else batches) as ahead:
@@ -99,16 +101,18 @@ def _load(
     seed = job.config.run.seed + dist.get_rank()
     torch.manual_seed(seed)
     steps = job.train_rows.row_plan.steps
-    processor = job.processor()
+    processor, group = job.processor(), SequenceGroup.join(job.config.scaling.sequence_parallel)
     engine, lr_scheduler = make_engine(
-        job.config, job.model, dist.get_world_size(), steps, device, job.adapter, job.reference, processor
+        job.config, job.model, dist.get_world_size(), steps, device, job.adapter, job.reference, processor, group
     )
     images = image_inputs(processor, engine.module.model)
     torch.manual_seed(seed)
     cursor = resume.cursor if resume is not None else Cursor(0, 0, 0, job.identity)
     records = state.load(engine, lr_scheduler, resume) if resume is not None else []
     log = deque(records, maxlen=LOG_RECORDS)
-    training = Training(job, engine, lr_scheduler, device, emit, phases, outside, log, cursor.step, End(), images)
+    training = Training(
+        job, engine, lr_scheduler, device, emit, phases, outside, log, cursor.step, End(), images, group
+    )
     return training, cursor
 
 
@@ -137,10 +141,10 @@ class _Loop:
         job, device, emit, phases = training.job, training.device, training.emit, training.phases
         outside, model = training.outside, training.model
         self.training, self.started = training, started
-        self.rank, self.workers = dist.get_rank(), dist.get_world_size()
+        self.rank, self.workers, self.group = dist.get_rank(), dist.get_world_size(), training.group
         scheduled = Interval.of_checkpoints(job.config.train, training.row_plan)
         self.trigger = CheckpointTrigger(job.config.train, scheduled, self.rank, outside)
-        evaluator = Evaluator(job, device, emit, training.log, self.trigger.stops, phases, training.images)
+        evaluator = Evaluator(job, device, emit, training.log, self.trigger.stops, phases, training.images, self.group)
         known = evaluator.known(resumed)
         exporter = Exporter(job.run, emit, job.ends)
         self.stopper = early_stopper(training, exporter, resumed)
@@ -153,7 +157,10 @@ class _Loop:
         generations.restored(resumed)
         self.assessment = Assessment(training, evaluator, generations, self.stopper, known)
         self.ending = Ending(training, self.assessment, self.stopper, self.checkpoints, self.trigger, exporter)
-        self.nonfinite, self.stragglers = NonFinite(job), Stragglers(device, emit, zero_stage(job.config) < 3)
+        self.nonfinite, self.stragglers = (
+            NonFinite(job),
+            Stragglers(device, emit, forward_counts=zero_stage(job.config) < 3 and self.group.size == 1),
+        )
         self.step_metrics = StepMetrics(training.row_plan, job.train_rows.sources, self.workers, device, model)
 
     def run(self, cursor: Cursor) -> None:
@@ -203,7 +210,9 @@ class _Loop:
         """Train on one step's rows and log it; returns the cursor after it."""
         training, row_plan, rows, index = self.training, self.training.row_plan, self.rows, cursor.step
         training.phases.enter("forward", index + 1)
-        batch = step_rows.checked(batch, training.job.train_rows, index, self.rank, self.workers)
+        batch = step_rows.checked(
+            batch, training.job.train_rows, index, self.rank, self.group.number, self.group.groups
+        )
         started = time.perf_counter()
         lr = training.engine.get_lr()[0]
         weight, sources = float(row_plan.step_weight[index]), len(training.job.train_rows.sources)
@@ -216,6 +225,7 @@ class _Loop:
             training.phases,
             self.pixels,
             float(row_plan.step_tokens[index]),
+            self.group,
         )
         # Pixels are a part of the rows.
         waited, own_wait = rows.wait + result.held_seconds, rows.own_wait + result.pixel_seconds

@@ -6,23 +6,31 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from raysft.data.types import IGNORE_INDEX
 from raysft.errors import RunFailed
+from raysft.models import sequence_attention
 from raysft.models.attention import is_varlen, takes_examples, without_adapters
 from raysft.models.media_inputs import has_planes
+from raysft.models.sequence_attention import Slice
 from raysft.models.transformers_internals import known_examples
-from raysft.train.objective import CROSS_ENTROPY, Objective
+from raysft.train.objective import CROSS_ENTROPY, Objective, lengths_of_tokens
 from raysft.train.reference import Reference
 from raysft.train.router_loss import RouterLoss
+from raysft.train.sequence_group import SequenceGroup
 from raysft.train.towers import Towers, changed_embeddings
 
 CHUNK_TOKENS = 1024
 """Number of loss tokens whose logits exist at the same time, so that peak memory does not grow with rows × vocabulary."""
+
+ROUNDING = 1e-3
+"""Most that rounding changes in float32, of the largest hidden state, where attention is computed in another order, which many
+layers amplify. What is wrong changes much more."""
 
 
 class TokenLoss(nn.Module):
@@ -62,7 +70,7 @@ class TokenLoss(nn.Module):
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
-        labels: torch.Tensor,
+        targets: torch.Tensor,
         weights: torch.Tensor | None = None,
         sources: torch.Tensor | None = None,
         number_of_sources: int = 1,
@@ -70,20 +78,22 @@ class TokenLoss(nn.Module):
         images: dict[str, torch.Tensor] | None = None,
         predicting: torch.Tensor | None = None,
         examples: dict[str, Any] | None = None,
+        part: Slice | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Args:
             input_ids: [rows, tokens].
             position_ids: [rows, tokens], starting at 0 in each example of a row; nothing else separates the examples. With images
                 also [4, rows, tokens] (``rope_planes``).
-            labels: [rows, tokens], aligned with ``input_ids``; ``IGNORE_INDEX`` where there is no loss.
-            weights: [rows, tokens] weight of each token's loss. Default: 1.
-            sources: [rows, tokens] source number of each token. Default: 0.
+            targets: [rows, tokens] the token that each one is to predict; ``IGNORE_INDEX`` where there is no loss.
+            weights: [rows, tokens] weight of that loss. Default: 1.
+            sources: [rows, tokens] source number of the token that is predicted. Default: 0.
             number_of_sources: number of sources.
             score: True in evaluations: measure the cross-entropy, and count correct predictions.
             images: of all rows, in order (``media_inputs``).
-            predicting: what ``uploads.predicting`` says of the labels. Default: it is found out here, for which a GPU must wait.
+            predicting: what ``uploads.predicting`` says of the targets. Default: it is found out here, for which a GPU must wait.
             examples: what ``uploads.examples`` says of the positions; likewise.
+            part: if other workers have other tokens of the rows, which of them these are; each then returns sums over its own.
 
         Returns:
             The weighted sum of the losses (float32); [number_of_sources] the same sum per source, without gradient; and the number
@@ -91,10 +101,11 @@ class TokenLoss(nn.Module):
         """
         decoder, head = _parts(self.model)
         objective = CROSS_ENTROPY if score else self.objective
-        anchor = self._reference_states(input_ids, position_ids, images, examples) if objective.has_reference else None
+        places = examples, part
+        anchor = self._reference_states(input_ids, position_ids, images, *places) if objective.has_reference else None
         noise = self.neftune_alpha if self.training else None
-        hidden = self.hidden_states(decoder, input_ids, position_ids, images, noise, examples=examples)
-        chunks = self._chunks(hidden, anchor, labels, weights, sources, predicting)
+        hidden = self.hidden_states(decoder, input_ids, position_ids, images, noise, None, *places)
+        chunks = self._chunks(hidden, anchor, targets, weights, sources, predicting)
         totals = []
         for chunk in chunks:
             heads = (_with_scale(head, self.model), self._reference_logits)
@@ -112,11 +123,12 @@ class TokenLoss(nn.Module):
         position_ids: torch.Tensor,
         images: dict[str, torch.Tensor] | None = None,
         examples: dict[str, Any] | None = None,
+        part: Slice | None = None,
     ) -> torch.Tensor:
         """The reference's hidden states, without noise and dropout: [rows, tokens, size]."""
         assert self.reference is not None
         with self.reference.standing_in(self.model) as model:
-            return self.hidden_states(_parts(model)[0], input_ids, position_ids, images, examples=examples)
+            return self.hidden_states(_parts(model)[0], input_ids, position_ids, images, examples=examples, part=part)
 
     def _reference_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         assert self.reference is not None
@@ -127,24 +139,20 @@ class TokenLoss(nn.Module):
         self,
         hidden: torch.Tensor,
         anchor: torch.Tensor | None,
-        labels: torch.Tensor,
+        targets: torch.Tensor,
         weights: torch.Tensor | None,
         sources: torch.Tensor | None,
         predicting: torch.Tensor | None = None,
     ) -> list[tuple[torch.Tensor | None, ...]]:
         """Select the loss tokens, and split their (hidden states, reference's, targets, weights, sources) into chunks."""
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).reshape(-1)
+        targets = targets.reshape(-1)
         chosen = self._chosen(targets) if predicting is None else predicting
         targets = targets[chosen]
+        beside = [None if each is None else each.reshape(-1)[chosen] for each in (weights, sources)]
         states = [None if each is None else each.reshape(-1, each.shape[-1])[chosen] for each in (hidden, anchor)]
-        # Like labels, both belong to the predicted token.
-        shifted = [
-            None if values is None else F.pad(values[:, 1:], (0, 1)).reshape(-1)[chosen]
-            for values in (weights, sources)
-        ]
         chunks = -(-(self.max_tokens or len(targets)) // CHUNK_TOKENS)
         columns = [
-            [None] * chunks if values is None else _split(values, chunks) for values in (*states, targets, *shifted)
+            [None] * chunks if values is None else _split(values, chunks) for values in (*states, targets, *beside)
         ]
         return list(zip(*columns, strict=True))
 
@@ -166,10 +174,12 @@ class TokenLoss(nn.Module):
         neftune_alpha: float | None = None,
         attention_mask: torch.Tensor | None = None,
         examples: dict[str, Any] | None = None,
+        part: Slice | None = None,
     ) -> torch.Tensor:
         """Compute the states that go into the output head: [rows, tokens, size].
 
-        The arguments are those of ``forward``, and a mask for a decoder that cannot derive one from the positions.
+        The arguments are those of ``forward``, a strength of noise on the embeddings, and a mask for a decoder that cannot derive
+        one from the positions.
         """
         shape, starts = input_ids.shape, position_ids if position_ids.ndim == 2 else position_ids[0]
         if has_planes(decoder) and position_ids.ndim == 2:
@@ -185,8 +195,13 @@ class TokenLoss(nn.Module):
             inputs["attention_mask"] = attention_mask
         if self.towers is not None:
             inputs |= self.towers.kinds(input_ids)
+        sequence_attention.begin(part)
         told = nullcontext() if examples is None else known_examples(examples["several"])
-        with told, changed_embeddings(decoder, starts, self.towers, images is None, neftune_alpha):
+        noise = None
+        if neftune_alpha is not None:
+            lengths = lengths_of_tokens(starts) if part is None else part.lengths_of_tokens(input_ids.device)
+            noise = neftune_alpha, lengths.view(input_ids.shape)
+        with told, changed_embeddings(decoder, self.towers, images is None, noise):
             # Without a cache, transformers derives the examples from the positions; with a cache it silently does not.
             output = decoder(input_ids=input_ids, **inputs, position_ids=position_ids, use_cache=False)
         return output.last_hidden_state.reshape(*shape, -1)  # type: ignore[no-any-return]
@@ -247,6 +262,39 @@ class TokenLoss(nn.Module):
         other[:, :8] += 13
         fault = "does not keep the examples of a row apart: changing one changes hidden states of the next"
         self._refuse_difference(ids, other, positions, slice(8, None), fault, remedy)
+
+    @torch.no_grad()
+    def check_slices(self, device: torch.device, group: SequenceGroup) -> None:
+        """Check that a worker computes the same hidden states for its slice of a row as if it had the whole row.
+
+        Raises:
+            RunFailed: they differ, as in models with a recurrent state, or whose layers use more than the positions they are given.
+        """
+        model = without_adapters(self.model)
+        if group.size == 1 or getattr(model, "is_loaded_in_8bit", False):
+            return
+        tokens, first = group.slice_tokens(16 * group.size) * group.size, 5
+        positions = np.concatenate([np.arange(first), np.arange(tokens - first)])[
+            None
+        ]  # the second one crosses each seam
+        row = {"input_ids": np.arange(tokens)[None] % 13, "position_ids": positions}
+        own, part = group.cut(row)
+        decoder, _ = _parts(self.model)
+        whole, cut = ([torch.as_tensor(each[name], device=device) for name in row] for each in (row, own))
+        assert part is not None
+        with sequence_attention.with_attention(self.model, sequence_attention.own_kernel(model)):
+            expected = self.hidden_states(decoder, whole[0], whole[1])[:, part.start : part.stop].float()
+        try:
+            found = self.hidden_states(decoder, cut[0], cut[1], part=part).float()
+        finally:
+            sequence_attention.begin(None)
+        difference = torch.tensor(difference_of(expected, found, decoder, ROUNDING), device=device)
+        dist.all_reduce(difference, dist.ReduceOp.MAX)  # the first slice of a row may be right alone
+        if difference:
+            raise RunFailed(
+                f"{type(model).__name__} computes other hidden states for slices of a row, by {difference:.2g}, than for the whole "
+                f"row, so scaling.sequence_parallel={group.size} would train it wrongly; {sequence_attention.REMEDY}"
+            )
 
     def _refuse_difference(
         self, ids: torch.Tensor, other: torch.Tensor, positions: torch.Tensor, tokens: slice, fault: str, remedy: str

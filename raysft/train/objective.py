@@ -91,23 +91,29 @@ CROSS_ENTROPY = Objective()
 """The objective of evaluations, whatever the training objective is."""
 
 
-def embedding_noise(position_ids: torch.Tensor, size: int, alpha: float) -> torch.Tensor:
-    """NEFTune's noise (Jain et al. 2024): uniform in ± alpha / √(L · d), L the length of the token's example.
+def lengths_of_tokens(position_ids: torch.Tensor) -> torch.Tensor:
+    """Return the length of the example that each token is of: [rows, tokens].
 
     Args:
         position_ids: [rows, tokens], starting at 0 in each example.
+    """
+    starts = position_ids == 0
+    starts[:, 0] = True
+    example = starts.reshape(-1).cumsum(0) - 1
+    # ``bincount`` would make a GPU wait.
+    return torch.zeros_like(example).index_add(0, example, torch.ones_like(example))[example].view(position_ids.shape)
+
+
+def embedding_noise(lengths: torch.Tensor, size: int, alpha: float) -> torch.Tensor:
+    """NEFTune's noise (Jain et al. 2024): uniform in ± alpha / √(L · d), L the length of the token's example.
+
+    Args:
+        lengths: [rows, tokens] length of the example that each token is of.
         size: d, the size of the embeddings.
         alpha: strength of the noise.
 
     Returns:
         [rows, tokens, d] float32.
     """
-    starts = position_ids == 0
-    starts[:, 0] = True
-    example = starts.reshape(-1).cumsum(0) - 1
-    # ``bincount`` would make a GPU wait.
-    lengths = (
-        torch.zeros_like(example).index_add(0, example, torch.ones_like(example))[example].view(position_ids.shape)
-    )
-    noise = torch.empty(*position_ids.shape, size, device=position_ids.device).uniform_(-1, 1)
+    noise = torch.empty(*lengths.shape, size, device=lengths.device).uniform_(-1, 1)
     return noise * (alpha / (lengths * size).sqrt())[..., None]

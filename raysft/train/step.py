@@ -30,17 +30,18 @@ from raysft.train.device_timer import DeviceTimer
 from raysft.train.job import Batch
 from raysft.train.phases import Phases
 from raysft.train.pixels import ImageInputs, Pixels, beside
-from raysft.train.step_rows import cut
+from raysft.train.sequence_group import ALONE, SequenceGroup
+from raysft.train.step_rows import cut, with_targets
 from raysft.train.uploads import examples, predicting, uploaded
 
 TENSORS = {
     "input_ids": torch.long,
     "position_ids": torch.long,
-    "labels": torch.long,
+    "targets": torch.long,
     "weights": torch.float32,
     "sources": torch.long,
 }
-"""Inputs of ``TokenLoss`` and their dtypes; a batch holds them as [rows, tokens]."""
+"""Inputs of ``TokenLoss`` and their dtypes; a batch holds them as [rows, tokens], with labels in the place of targets."""
 
 
 LOOK_SECONDS, LOOK_BATCHES = 1.0, 64
@@ -87,6 +88,7 @@ def train_step(
     phases: Phases | None = None,
     pixels: Pixels | None = None,
     tokens: float = 1.0,
+    group: SequenceGroup = ALONE,
 ) -> StepResult:
     """Train on one worker's rows of a step.
 
@@ -100,6 +102,7 @@ def train_step(
         phases: told what this worker does.
         pixels: of the rows' images; None if there are none in the data.
         tokens: of the step over all workers, without padding; the loss of routers is divided by them.
+        group: the workers that have the same rows.
     """
     phases = phases or Phases()
     accumulation = engine.gradient_accumulation_steps()
@@ -110,7 +113,8 @@ def train_step(
     of_routers = accumulation * dist.get_world_size() / tokens
     norm, forward, started = None, DeviceTimer(engine.device), time.perf_counter()
     rows = engine.train_micro_batch_size_per_gpu()
-    for part, microbatch in zip(cut(batch, rows), microbatches(batch, rows, engine.device, pixels), strict=True):
+    given = microbatches(batch, rows, engine.device, pixels, group)
+    for part, microbatch in zip(cut(batch, rows), given, strict=True):
         phases.enter("forward")
         with forward, router_loss or nullcontext():
             loss, by_source, _ = engine(**microbatch, number_of_sources=sources)
@@ -188,6 +192,7 @@ def evaluate(
     examples: int = 0,
     images: ImageInputs | None = None,
     source: Any = None,
+    group: SequenceGroup = ALONE,
 ) -> Evaluation:
     """Compute loss and accuracy on an evaluation set, exactly over all workers: sums are reduced, then divided once.
 
@@ -204,6 +209,7 @@ def evaluate(
         examples: how many the set has, for their number per second.
         images: makes the pixels of images; None if there are none in the data.
         source: ``RowSource`` of the set, if there are images.
+        group: the workers that have the same rows.
 
     Raises:
         RunFailed: the set has no loss token.
@@ -214,7 +220,7 @@ def evaluate(
     try:
         look = _Looks(stops, device) if stops else lambda: None
         with beside(images, batches, source, rows) as (read, pixels):
-            totals, steps = _evaluated(model, read, rows, device, look, pixels)
+            totals, steps = _evaluated(model, read, rows, device, look, pixels, group)
     finally:
         model.train(training)
     dist.all_reduce(totals)
@@ -234,16 +240,17 @@ def _evaluated(
     device: torch.device,
     look: Callable[[], None],
     pixels: Pixels | None,
+    group: SequenceGroup,
 ) -> tuple[torch.Tensor, int]:
     """Return this worker's sums of loss, correct predictions and loss tokens, as [3] float64, and its number of microbatches."""
     totals, steps = torch.zeros(3, dtype=torch.float64, device=device), 0
     for batch in batches:
         look()
-        for microbatch in microbatches(batch, rows, device, pixels):
+        for microbatch in microbatches(batch, rows, device, pixels, group):
             inputs = {name: value for name, value in microbatch.items() if name not in ("weights", "sources")}
             loss, _, correct = model(**inputs, score=True)
             # The first token of an example is never predicted; the data stage has masked its label.
-            loss_tokens = (microbatch["labels"][:, 1:] != IGNORE_INDEX).sum()
+            loss_tokens = (microbatch["targets"] != IGNORE_INDEX).sum()
             totals += torch.stack([loss.double(), correct.double(), loss_tokens.double()])
             steps += 1
     return totals, steps
@@ -282,12 +289,14 @@ class _Looks:
 
 
 def microbatches(
-    batch: Batch, rows: int, device: torch.device, pixels: Pixels | None = None
+    batch: Batch, rows: int, device: torch.device, pixels: Pixels | None = None, group: SequenceGroup = ALONE
 ) -> Iterable[dict[str, Any]]:
-    """Cut rows into microbatches: arguments of ``TokenLoss``."""
+    """Cut rows into microbatches, and this worker's slice out of each: arguments of ``TokenLoss``."""
     for part in cut(batch, rows):
+        own, of_rows = group.cut(with_targets(part))
         inputs: dict[str, Any] = {
-            name: torch.as_tensor(part[name], dtype=dtype) for name, dtype in TENSORS.items() if name in part
+            name: torch.as_tensor(own[name], dtype=dtype) for name, dtype in TENSORS.items() if name in own
         }
-        inputs |= {"predicting": predicting(part["labels"]), "examples": examples(part["position_ids"])}
+        inputs["predicting"] = predicting(own["targets"])
+        inputs |= {"examples": examples(own["position_ids"])} if of_rows is None else {"part": of_rows}
         yield uploaded(inputs if pixels is None else inputs | pixels.take(), device)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from raysft.data.types import IGNORE_INDEX
 from raysft.train.job import Batch
 from raysft.train.phases import TRAINING, Phases
 
@@ -22,7 +23,21 @@ def cut(batch: Batch, rows: int) -> Iterator[Batch]:
         yield {name: values[:, :width] if values.ndim == 2 else values for name, values in part.items()}
 
 
-def checked(batch: Batch | None, source: Any, index: int, rank: int, workers: int) -> Batch:
+def with_targets(part: Batch) -> Batch:
+    """Move labels to the tokens that predict them, as ``targets``, and with them the weights and sources of their losses.
+
+    Rows may be cut anywhere after that.
+    """
+    moved = {"labels": ("targets", IGNORE_INDEX), "weights": ("weights", 0), "sources": ("sources", 0)}
+    targets = {
+        to: np.pad(part[name][:, 1:], ((0, 0), (0, 1)), constant_values=empty)
+        for name, (to, empty) in moved.items()
+        if name in part
+    }
+    return {**{name: values for name, values in part.items() if name not in moved}, **targets}
+
+
+def checked(batch: Batch | None, source: Any, index: int, rank: int, group: int, groups: int) -> Batch:
     """Return the batch if it holds the rows that the row plan has for this worker and step.
 
     Args:
@@ -30,23 +45,24 @@ def checked(batch: Batch | None, source: Any, index: int, rank: int, workers: in
         source: of the rows.
         index: of the step, from 0.
         rank: of the worker.
-        workers: their number.
+        group: of workers that have the same rows; without ``scaling.sequence_parallel`` the worker's rank.
+        groups: their number.
 
     Raises:
         RuntimeError: it holds others. This may concern one worker alone, and a restart from the checkpoint may fix it.
     """
-    expected = source.rows_for_rank(index, rank, workers)
+    expected = source.rows_for_rank(index, group, groups)
     if batch is None or not np.array_equal(batch["row"], expected):
         received = "no rows" if batch is None else f"rows {batch['row'].tolist()}"
         raise RuntimeError(f"step {index + 1}: worker {rank} needs rows {expected.tolist()}, but received {received}")
     return batch
 
 
-def current(source: Any, phases: Phases, rank: int, workers: int) -> str:
+def current(source: Any, phases: Phases, group: int, groups: int) -> str:
     """Name a worker's rows in the current step, and their records; empty outside of a step, or if it has none."""
     if phases.phase not in TRAINING:
         return ""
-    rows = [row for row in source.rows_for_rank(phases.step - 1, rank, workers).tolist() if row >= 0]
+    rows = [row for row in source.rows_for_rank(phases.step - 1, group, groups).tolist() if row >= 0]
     return f"its rows {', '.join(map(str, rows))} hold {named_records(source, rows)}" if rows else ""
 
 

@@ -95,7 +95,7 @@ class Stragglers:
         Args:
             device: where this worker computes.
             emit: receives ``WorkerSlow``; called by the first worker.
-            forward_counts: False with ZeRO-3.
+            forward_counts: False with ZeRO-3, and where workers exchange tokens.
         """
         self._device, self._emit, self._forward_counts = device, emit, forward_counts
         self._rank, self._workers = dist.get_rank(), dist.get_world_size()

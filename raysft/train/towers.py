@@ -71,25 +71,25 @@ def features_of(decoder: Any, images: dict[str, torch.Tensor]) -> list[torch.Ten
 
 @contextmanager
 def changed_embeddings(
-    decoder: Any, position_ids: torch.Tensor, towers: Towers | None, text_alone: bool, neftune_alpha: float | None
+    decoder: Any, towers: Towers | None, text_alone: bool, noise: tuple[float, torch.Tensor] | None
 ) -> Iterator[None]:
     """Add noise to the embeddings that a model looks up in the block, and call the towers where nothing else does.
 
     Args:
         decoder: the model without its output head.
-        position_ids: [rows, tokens], starting at 0 in each example.
         towers: None if no data has images.
         text_alone: the microbatch has no images.
-        neftune_alpha: strength of the noise; None for none.
+        noise: its strength, and the length of the example of each token, in the shape of the tokens; None for none.
     """
 
     def changed(module: Any, arguments: Any, embedded: torch.Tensor) -> torch.Tensor:
-        if neftune_alpha is not None:
-            noise = embedding_noise(position_ids, embedded.shape[-1], neftune_alpha)
-            embedded = embedded + noise.to(embedded.dtype).reshape(embedded.shape)
+        if noise is not None:
+            alpha, lengths = noise
+            added = embedding_noise(lengths, embedded.shape[-1], alpha)
+            embedded = embedded + added.to(embedded.dtype).reshape(embedded.shape)
         return towers.called(decoder, embedded) if text_alone and towers is not None else embedded
 
-    if neftune_alpha is None and towers is None:
+    if noise is None and towers is None:
         yield
         return
     hook = decoder.get_input_embeddings().register_forward_hook(changed)

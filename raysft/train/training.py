@@ -16,6 +16,7 @@ from raysft.train.decisions import Outside
 from raysft.train.job import RowPlan, TrainJob
 from raysft.train.phases import Phases
 from raysft.train.pixels import ImageInputs
+from raysft.train.sequence_group import ALONE, SequenceGroup
 
 
 @dataclass
@@ -51,6 +52,8 @@ class Training:
     end: End
     images: ImageInputs | None = None
     """Makes the pixels of images; None if there are none in the data."""
+    group: SequenceGroup = ALONE
+    """The workers that have the same rows as this one."""
 
     @property
     def row_plan(self) -> RowPlan:

@@ -48,22 +48,20 @@ def _side_stream(device: torch.device) -> Any:
     return torch.cuda.Stream(device)
 
 
-def predicting(labels: np.ndarray) -> torch.Tensor:
+def predicting(targets: np.ndarray) -> torch.Tensor:
     """Return the places, in all rows one after the other, of the tokens that predict one with a loss; the first one if none does.
 
     The other workers call the head and send gradients then, so this one must do the same.
 
-    >>> predicting(np.array([[-100, 5, -100], [-100, -100, 7]])).tolist()
+    >>> predicting(np.array([[5, -100, -100], [-100, 7, -100]])).tolist()
     [0, 4]
     >>> predicting(np.array([[-100, -100]])).tolist()
     [0]
 
     Args:
-        labels: [rows, tokens].
+        targets: [rows, tokens] what each token is to predict.
     """
-    chosen = np.zeros(labels.shape, dtype=bool)
-    chosen[:, :-1] = labels[:, 1:] != IGNORE_INDEX
-    places = np.flatnonzero(chosen)
+    places = np.flatnonzero(targets != IGNORE_INDEX)
     return torch.as_tensor(places if len(places) else np.zeros(1, dtype=np.int64))
 
 

@@ -29,6 +29,7 @@ from raysft.train.generation_line import MailboxLine, Place
 from raysft.train.phases import Phases
 from raysft.train.pixels import image_inputs
 from raysft.train.ray_train_internals import get_train_context
+from raysft.train.sequence_group import SequenceGroup
 from raysft.train.step import evaluate
 from raysft.train.step_metrics import worker_values
 from raysft.train.stragglers import place
@@ -68,7 +69,7 @@ def _train(settings: dict[str, Any]) -> None:
     resume = cast(ResumePoint | None, ray.train.get_dataset_shard(RESUME))
     shard = cast(Any, ray.train.get_dataset_shard(TRAIN))
     tables = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
-    batches = job.train_rows.batches(tables, workers)
+    batches = job.train_rows.batches(tables, workers // job.config.scaling.sequence_parallel)
     writer = AsyncWriter(job.run.checkpoints, job.config.train.keep_last, emit)
     phases = Phases()
     watchdog = Watchdog(phases, rank, workers, place(device), job.run.stacks, emit, job.config.train.hang_minutes)
@@ -132,7 +133,8 @@ def _evaluate(settings: dict[str, Any]) -> None:
     context, device = ray.train.get_context(), get_device()
     rank, workers = context.get_world_rank(), context.get_world_size()
     processor = job.processor()
-    model, rows_at_once = evaluated_model(job, workers, device, processor), job.config.micro_batch_size
+    group = SequenceGroup.join(job.config.scaling.sequence_parallel)
+    model, rows_at_once = evaluated_model(job, workers, device, processor, group), job.config.micro_batch_size
     images = image_inputs(processor, model.module.model if hasattr(model, "module") else model.model)
     with torch.autocast(device.type, torch.bfloat16, enabled=job.config.autocast):
         evaluations = [
@@ -140,12 +142,13 @@ def _evaluate(settings: dict[str, Any]) -> None:
                 model,
                 name,
                 0,
-                rows.steps(0, rank, workers),
+                rows.steps(0, group.number, group.groups),
                 rows_at_once,
                 device,
                 examples=rows.row_plan.examples,
                 images=images,
                 source=rows,
+                group=group,
             )
             for name, rows in job.eval_rows.items()
         ]

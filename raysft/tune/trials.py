@@ -219,6 +219,7 @@ def with_share(config: Config, nodes: Sequence[Node], concurrent: int) -> Config
     if not scaling.is_elastic:
         return config
     fewest, beside = scaling.fewest_workers, max_workers(nodes, scaling.cpus_per_worker, scaling.use_gpu, TRIAL_CPUS)
-    counts = range(min(scaling.most_workers, beside), fewest, -1)
+    most = scaling.whole_groups(min(scaling.most_workers, beside))
+    counts = range(most, fewest, -scaling.sequence_parallel)
     most = next((count for count in counts if _fitting(config, nodes, count) >= concurrent), fewest)
     return with_overrides(config, {"scaling.num_workers": [fewest, most]})

@@ -85,14 +85,14 @@ def test_workers_get_the_resume_point_and_rows_from_its_step_on(monkeypatch, lab
     asked: list[Any] = []
     options = SimpleNamespace()
     rows = SimpleNamespace(
-        dataset=lambda first, workers: asked.append((first, workers)) or "dataset",
-        node_shards=lambda first, nodes, label: asked.append((first, len(nodes), label)) or list(nodes),
-        execution_options=lambda workers: options,
+        dataset=lambda first, workers, group: asked.append((first, workers)) or "dataset",
+        node_shards=lambda first, nodes, label, group: asked.append((first, len(nodes), label)) or list(nodes),
+        execution_options=lambda workers, group: options,
     )
     monkeypatch.setattr(
         ray.train.DataConfig, "configure", lambda self, made, workers, *rest, **options: [made] * workers
     )
-    settings = SimpleNamespace(scaling=SimpleNamespace(data_label=label))
+    settings = SimpleNamespace(scaling=SimpleNamespace(data_label=label, sequence_parallel=1))
     config: Any = PlannedDataConfig(SimpleNamespace(config=settings, train_rows=rows))  # type: ignore[arg-type]
     resume, nodes = ResumePoint(StoragePath.of("/c"), Cursor(3, 12, 0, {})), [f"node {n}" for n in range(65)]
     assert config.configure({RESUME: resume}, 2, None, nodes[:2]) == [{RESUME: resume}] * 2

@@ -152,7 +152,7 @@ def test_transformers_is_told_what_it_would_find_out(positions):
 
 def test_rows_without_a_loss_predict_the_first_token():
     assert predicting(np.full((2, 8), IGNORE_INDEX)).tolist() == [0]
-    assert predicting(np.array([[1, 2, IGNORE_INDEX, 3]])).tolist() == [0, 2]
+    assert predicting(np.array([[2, IGNORE_INDEX, 3, IGNORE_INDEX]])).tolist() == [0, 2]
 
 
 def test_a_row_begins_an_example_whatever_its_positions_are():

@@ -161,7 +161,7 @@ TRANSFORMERS: Keys = {
     "data_seed": joined("run.seed", whole),
     "use_cpu": joined("scaling.use_gpu", boolean, False),
     "accelerator_config": harmless(_DATA),
-    "parallelism_config": only(None, "remove it: raysft has no tensor or context parallelism"),
+    "parallelism_config": only(None, "remove it; scaling.sequence_parallel divides long rows among workers"),
     "dataloader_drop_last": only(False, "remove it: raysft trains on the rest of each epoch, too", boolean),
     **{
         name: harmless(_DATA)

@@ -61,7 +61,7 @@ class NodeShard:
     reader: Any
     """Actor of ``NodeReader``."""
     worker: int
-    """Its rank."""
+    """Its rank, or the number of its group."""
     steps: range
     """First step of each block."""
     stop_step: int
@@ -85,7 +85,9 @@ class NodeShard:
             yield ray.get(asked.popleft())
 
 
-def node_shards(rows: Rows, first_step: int, nodes: Sequence[str], data_label: str | None = None) -> list[NodeShard]:
+def node_shards(
+    rows: Rows, first_step: int, nodes: Sequence[str], data_label: str | None = None, group: int = 1
+) -> list[NodeShard]:
     """Start a reader for each node, and return a shard for each worker.
 
     Args:
@@ -93,11 +95,14 @@ def node_shards(rows: Rows, first_step: int, nodes: Sequence[str], data_label: s
         first_step: the step to begin with.
         nodes: [workers] Ray's id of the node of each worker.
         data_label: of the nodes for data, where readers run. Default: each runs on the node that it reads for.
+        group: so many workers that follow each other have the same rows, those of one number.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    steps = range(first_step, rows.row_plan.steps, steps_per_block(rows.row_plan, len(nodes), rows.media_per_row))
+    steps = range(
+        first_step, rows.row_plan.steps, steps_per_block(rows.row_plan, len(nodes) // group, rows.media_per_row)
+    )
     of_node: dict[str, list[int]] = {}
     for worker, node in enumerate(nodes):
         of_node.setdefault(node, []).append(worker)
@@ -108,6 +113,7 @@ def node_shards(rows: Rows, first_step: int, nodes: Sequence[str], data_label: s
         place: dict[str, Any] = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
         if data_label:
             place = {"scheduling_strategy": "SPREAD", "label_selector": selector_of(data_label)}
-        reader = actor.options(**place).remote(rows, workers, len(nodes))
-        shards |= {worker: NodeShard(reader, worker, steps, rows.row_plan.steps) for worker in workers}
+        numbers = list(dict.fromkeys(worker // group for worker in workers))
+        reader = actor.options(**place).remote(rows, numbers, len(nodes) // group)
+        shards |= {worker: NodeShard(reader, worker // group, steps, rows.row_plan.steps) for worker in workers}
     return [shards[worker] for worker in range(len(nodes))]

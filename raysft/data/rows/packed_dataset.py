@@ -272,27 +272,39 @@ class PackedDataset:
             records.append(f"{example['source']}: {example['record']}")
         return records
 
-    def dataset(self, first: int, workers: int) -> Any:
-        """Return a Ray dataset of the rows of all workers, from step ``first`` on, to be split among them in order."""
-        pieces = list(ray_stream.plan_pieces(self.row_plan, first, workers, self.media_per_row))
-        return ray_stream.ray_dataset(self, pieces, workers)
+    def dataset(self, first: int, workers: int, group: int = 1) -> Any:
+        """Return a Ray dataset of the rows of all workers, from step ``first`` on, to be split among them in order.
 
-    def node_shards(self, first: int, nodes: Sequence[str], data_label: str | None = None) -> list[Any]:
+        Args:
+            first: the step.
+            workers: their number.
+            group: so many that follow each other have the same rows.
+        """
+        pieces = list(ray_stream.plan_pieces(self.row_plan, first, workers // group, self.media_per_row))
+        return ray_stream.ray_dataset(self, pieces, workers, group)
+
+    def node_shards(self, first: int, nodes: Sequence[str], data_label: str | None = None, group: int = 1) -> list[Any]:
         """Return the rows of each worker, from step ``first`` on, as a reader on its node makes them.
 
         Args:
             first: the step.
             nodes: [workers] Ray's id of the node of each worker.
             data_label: of the nodes for data, where readers run. Default: those of the workers.
+            group: so many workers that follow each other have the same rows.
         """
-        return list(node_reader.node_shards(self, first, nodes, data_label))
+        return list(node_reader.node_shards(self, first, nodes, data_label, group))
 
-    def execution_options(self, workers: int) -> Any:
+    def execution_options(self, workers: int, group: int = 1) -> Any:
         """Return the ``ray.data.ExecutionOptions`` for ``dataset``."""
-        return ray_stream.execution_options(self.row_plan, workers, self.media_per_row)
+        return ray_stream.execution_options(self.row_plan, workers, self.media_per_row, group)
 
     def batches(self, tables: Iterable[pa.Table], workers: int) -> Iterator[Batch]:
-        """Yield a worker's rows of each step, from its split of ``dataset`` or its shard of ``node_shards``."""
+        """Yield a worker's rows of each step, from its split of ``dataset`` or its shard of ``node_shards``.
+
+        Args:
+            tables: that split or shard.
+            workers: number of workers, or of groups of them that have the same rows.
+        """
         for table in tables:
             yield from ray_stream.split_block(table, -(-self.row_plan.global_batch_size // workers))
 

@@ -46,7 +46,7 @@ class Rows(Protocol):
 
     def batch(self, rows: np.ndarray) -> Batch: ...
 
-    def execution_options(self, workers: int) -> Any: ...
+    def execution_options(self, workers: int, group: int = 1) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def plan_pieces(row_plan: RowPlan, first_step: int, workers: int, media_per_row:
 
 
 def blocks(row_plan: RowPlan, piece: Piece, workers: int, media_per_row: float = 0.0) -> Iterator[np.ndarray]:
-    """Yield the numbers of the rows in each block of a piece."""
+    """Yield the numbers of the rows in each block of a piece; of groups of workers that have the same rows, once for each group."""
     per_block = steps_per_block(row_plan, workers, media_per_row)
     for first in range(piece.first_step, piece.stop_step, per_block):
         steps = range(first, min(first + per_block, piece.stop_step))
@@ -103,14 +103,21 @@ def blocks(row_plan: RowPlan, piece: Piece, workers: int, media_per_row: float =
             yield np.concatenate(of_steps)
 
 
-def ray_dataset(rows: Rows, pieces: Sequence[Piece], workers: int) -> Any:
-    """Return a Ray dataset of the blocks of all pieces, in order."""
+def ray_dataset(rows: Rows, pieces: Sequence[Piece], workers: int, group: int = 1) -> Any:
+    """Return a Ray dataset of the blocks of all pieces, in order.
+
+    Args:
+        rows: what the tasks read.
+        pieces: of the groups of workers.
+        workers: their number.
+        group: workers of a group, which all get the same rows.
+    """
     import ray
 
     context = ray.data.DataContext.get_current().copy()
     # With a target of one byte, every table that a task yields becomes a block by itself.
     context.target_max_block_size = 1
-    context.execution_options = rows.execution_options(workers)
+    context.execution_options = rows.execution_options(workers, group)
     context.enable_progress_bars = False
     pace(context)
     with ray.data.DataContext.current(context):
@@ -120,34 +127,42 @@ def ray_dataset(rows: Rows, pieces: Sequence[Piece], workers: int) -> Any:
         cpus = int(ray.cluster_resources().get("CPU", 1.0))
         pool = ray.data.TaskPoolStrategy(size=max(1, min(cpus, len(items))))
         return dataset.map_batches(
-            cast(Any, read_pieces), batch_size=1, num_cpus=TASK_CPUS, compute=pool, fn_args=(rows, workers)
+            cast(Any, read_pieces),
+            batch_size=1,
+            num_cpus=TASK_CPUS,
+            compute=pool,
+            fn_args=(rows, workers // group, group),
         )
 
 
-def execution_options(row_plan: RowPlan, workers: int, media_per_row: float = 0.0) -> Any:
-    """Make Ray Data keep the order and read no further ahead than a few blocks for each worker."""
+def execution_options(row_plan: RowPlan, workers: int, media_per_row: float = 0.0, group: int = 1) -> Any:
+    """Make Ray Data keep the order and read no further ahead than a few blocks for each worker; of each group have all the same."""
     import ray
 
-    step_tokens = -(-row_plan.global_batch_size // workers) * row_plan.capacity
-    block_bytes = 20 * max(min(BLOCK_TOKENS, ALL_TOKENS // workers), step_tokens)
+    groups = workers // group
+
+    step_tokens = -(-row_plan.global_batch_size // groups) * row_plan.capacity
+    block_bytes = 20 * max(min(BLOCK_TOKENS, ALL_TOKENS // groups), step_tokens)
     if media_per_row:
-        rows = -(-row_plan.global_batch_size // workers) * steps_per_block(row_plan, workers, media_per_row)
+        rows = -(-row_plan.global_batch_size // groups) * steps_per_block(row_plan, groups, media_per_row)
         block_bytes += int(rows * media_per_row) * MEDIUM_BYTES
     prefetch = ray.data.ExecutionResources(object_store_memory=max(PREFETCH_BYTES, 4 * workers * block_bytes))
     return ray.data.ExecutionOptions(preserve_order=True, resource_limits=prefetch)
 
 
-def read_pieces(batch: dict[str, np.ndarray], rows: Rows, workers: int) -> Iterator[pa.Table]:
+def read_pieces(batch: dict[str, np.ndarray], rows: Rows, groups: int, group: int = 1) -> Iterator[pa.Table]:
     """Ray task: yield a table of one row for each block.
 
     Args:
         batch: [pieces] the fields of ``Piece``.
         rows: where to read.
-        workers: number of workers.
+        groups: number of groups of workers.
+        group: workers of each.
     """
     for values in zip(*(batch[name].tolist() for name in COLUMNS), strict=True):
-        for numbers in blocks(rows.row_plan, Piece(*values), workers, rows.media_per_row):
-            yield one_row(rows.batch(numbers))
+        for numbers in blocks(rows.row_plan, Piece(*values), groups, rows.media_per_row):
+            table = one_row(rows.batch(numbers))
+            yield from [table] * group
 
 
 def one_row(batch: Batch) -> pa.Table:

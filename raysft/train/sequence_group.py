@@ -1,0 +1,101 @@
+"""Workers that compute the same rows together: each group of ``scaling.sequence_parallel`` of them gets what one worker would get,
+and each worker of it computes a slice of the tokens.
+
+A step's loss is a sum over tokens, divided by a number that all know. So DeepSpeed, which adds up the gradients of all workers,
+need not know of the groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from raysft.config.scaling import slice_tokens
+from raysft.data.types import IGNORE_INDEX
+from raysft.errors import RunFailed
+from raysft.models.sequence_attention import Slice
+from raysft.train.job import COLLECTIVE_SECONDS, Batch
+
+
+@dataclass(frozen=True)
+class SequenceGroup:
+    """The group of one worker."""
+
+    size: int = 1
+    """Workers of each group."""
+    place: int = 0
+    """This worker's place in the group, which is the number of its slice."""
+    number: int = 0
+    """The group's number, in the place of a worker's wherever rows are divided."""
+    groups: int = 1
+    """Number of groups."""
+    processes: Any = None
+    """Process group of its workers; None if it has but one."""
+
+    @classmethod
+    def join(cls, size: int) -> SequenceGroup:
+        """Make the groups, which all workers do together, and return that of this worker.
+
+        Raises:
+            RunFailed: the workers cannot be divided into groups of this size.
+        """
+        rank, workers = dist.get_rank(), dist.get_world_size()
+        if workers % size:
+            raise RunFailed(
+                f"scaling.sequence_parallel={size} needs groups of {size} workers, but there are {workers}; "
+                f"use a multiple of {size} workers"
+            )
+        made = [
+            dist.new_group(list(range(first, first + size)), timeout=timedelta(seconds=COLLECTIVE_SECONDS))
+            for first in range(0, workers if size > 1 else 0, size)
+        ]
+        number = rank // size
+        return cls(size, rank % size, number, workers // size, made[number] if made else None)
+
+    def slice_tokens(self, tokens: int) -> int:
+        """Return how many tokens a slice of so many has."""
+        return slice_tokens(tokens, self.size)
+
+    def cut(self, part: Batch) -> tuple[Batch, Slice | None]:
+        """Cut this worker's slice out of a microbatch whose labels are targets already (``step_rows.with_targets``).
+
+        Returns:
+            Arrays of [1, tokens], and what attention must know of the other slices; in a group of one what was given, and None.
+        """
+        if self.size == 1:
+            return part, None
+        positions = part["position_ids"].reshape(-1)
+        width = self.slice_tokens(len(positions))
+        missing = width * self.size - len(positions)
+        begins = [*np.flatnonzero(positions == 0).tolist(), len(positions)]
+        lengths = [
+            *np.diff(begins).tolist(),
+            *([missing] if missing else []),
+        ]  # what is missing becomes an example of its own
+        start, stop = self.place * width, (self.place + 1) * width
+        empty = {"targets": np.full(missing, IGNORE_INDEX), "position_ids": np.arange(missing)}
+        cut = {
+            name: np.concatenate([values.reshape(-1), empty.get(name, np.zeros(missing, values.dtype))])[
+                None, start:stop
+            ]
+            for name, values in part.items()
+            if values.ndim == 2
+        }
+        return cut, Slice(self.processes, self.size, tuple(lengths), start, stop)
+
+
+ALONE = SequenceGroup()
+"""The group of a worker that computes whole rows, where there is but one."""
+
+
+def group_of(rank: int, workers: int, size: int) -> tuple[int, int]:
+    """Return the number of a worker's group, and the number of groups.
+
+    >>> [group_of(rank, 4, 2) for rank in range(4)]
+    [(0, 2), (0, 2), (1, 2), (1, 2)]
+    """
+    return rank // size, max(1, workers // size)
