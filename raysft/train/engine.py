@@ -102,7 +102,7 @@ def _loss_model(
     device: torch.device,
     adapter: str | None,
     reference: str | None,
-    group: SequenceGroup,
+    group: SequenceGroup = ALONE,
 ) -> TokenLoss:
     """Load the model with its loss; ZeRO-3 decides where the weights are, otherwise they are on the device."""
     zero3, objective = config.train.zero_stage == 3, objective_of(config.train)

@@ -348,7 +348,7 @@ def test_small_data_becomes_the_same_shards_in_the_driver(tmp_path, model, monke
 
 
 def test_each_worker_gets_its_rows_in_order_from_ray_data_and_from_readers(tmp_path, monkeypatch):
-    """Also if a reader dies."""
+    """Also if a reader dies, and if workers that follow each other have the same rows."""
     import threading
 
     import numpy as np
@@ -360,32 +360,34 @@ def test_each_worker_gets_its_rows_in_order_from_ray_data_and_from_readers(tmp_p
     monkeypatch.setattr(ray_stream, "BLOCK_TOKENS", 256)
     lengths = np.random.default_rng(0).integers(2, 60, 300)
     rows = PackedDataset((write_set(tmp_path / "a", lengths, shard_examples=50),), 64, 6, epochs=2)
-    workers, first, found = 3, 2, {}
+    workers, first, found = 4, 2, {}
 
-    def read(way: str, shards: list, worker: int) -> None:
+    def read(way: str, group: int, shards: list, worker: int) -> None:
         tables = shards[worker].iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
-        batches = rows.batches(tables, workers)
-        found[way, worker] = [next(batches)]
+        batches = rows.batches(tables, workers // group)
+        found[way, group, worker] = [next(batches)]
         if way == "readers" and worker == 1:
             ray.kill(shards[worker].reader, no_restart=False)
-        found[way, worker] += batches
+        found[way, group, worker] += batches
 
     here = [ray.get_runtime_context().get_node_id()] * workers
-    for way, shards in (
-        ("split", rows.dataset(first, workers).streaming_split(workers, equal=True)),
-        ("readers", rows.node_shards(first, here)),
+    for way, group, shards in (
+        ("split", 1, rows.dataset(first, workers).streaming_split(workers, equal=True)),
+        ("split", 2, rows.dataset(first, workers, 2).streaming_split(workers, equal=True)),
+        ("readers", 1, rows.node_shards(first, here)),
+        ("readers", 2, rows.node_shards(first, here, group=2)),
     ):
-        threads = [threading.Thread(target=read, args=(way, shards, worker)) for worker in range(workers)]
+        threads = [threading.Thread(target=read, args=(way, group, shards, worker)) for worker in range(workers)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(120)
-    for (_, worker), ours in found.items():
-        expected = list(rows.steps(first, worker, workers))
+    for (_, group, worker), ours in found.items():
+        expected = list(rows.steps(first, worker // group, workers // group))
         assert len(ours) == len(expected) == rows.row_plan.steps - first
         for one, other in zip(ours, expected, strict=True):
             assert all(np.array_equal(one[name], other[name]) for name in other)
-    assert len(found) == 2 * workers
+    assert len(found) == 4 * workers
 
 
 class CountedSteps:

@@ -120,7 +120,7 @@ def test_a_model_is_evaluated_with_its_own_tokenizer_and_template(folder, other,
     assert "state: done" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("settings", [[], ["train.zero_stage=3"]])
+@pytest.mark.parametrize("settings", [[], ["train.zero_stage=3", "scaling.sequence_parallel=2"]])
 def test_two_workers_give_the_same_numbers(folder, other, settings):
     alone = evaluate(folder, "other", f"evaluate.model={other}")
     workers = ["scaling.num_workers=2", "scaling.cpus_per_worker=0.5", "train.micro_batch_size=1"]

@@ -352,9 +352,9 @@ class Interrupt:
 
 
 def test_another_number_of_workers_goes_on_and_passes_a_damaged_checkpoint_over(folder, sft_run, capsys):
-    """Two workers, stopped after their last step. A bit of the newest checkpoint flips while nothing runs: one worker goes on from
-    the one before, says so, and comes to the same end."""
-    config = load(folder / "sft.yaml", ["run.name=fewer", "generate.enabled=false"])
+    """Two workers that share each row, stopped after their last step. A bit of the newest checkpoint flips while nothing runs: one
+    worker goes on from the one before, says so, and comes to the same end."""
+    config = load(folder / "sft.yaml", ["run.name=fewer", "generate.enabled=false", "scaling.sequence_parallel=2"])
     with pytest.raises(KeyboardInterrupt):
         raysft.run_sft(config, callbacks=[Interrupt(8)])
     fewer = folder / "runs" / "fewer"
@@ -365,8 +365,9 @@ def test_another_number_of_workers_goes_on_and_passes_a_damaged_checkpoint_over(
     content = bytearray(part.read_bytes())
     content[-7] ^= 1
     part.write_bytes(bytes(content))
-    capsys.readouterr()
-    assert main(["run", str(fewer / "config.yaml"), "run.name=fewer", "scaling.num_workers=1"]) == 0
+    assert "= 1 group of 2 workers × 4 rows" in capsys.readouterr().out
+    alone = ["scaling.num_workers=1", "scaling.sequence_parallel=1"]
+    assert main(["run", str(fewer / "config.yaml"), "run.name=fewer", *alone]) == 0
     said = capsys.readouterr().out
     assert f"{part} is not what was written" in said
     assert f"resuming after step {step} " in said

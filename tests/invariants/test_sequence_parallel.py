@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import random
+import socket
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from raysft.config import with_overrides
 from raysft.data.rows.collate import Batch
 from raysft.data.rows.packed_dataset import PackedDataset
 from raysft.data.types import IGNORE_INDEX
 from raysft.telemetry.events import StepRecord
 from tests.invariants.test_collectives import MIXTURES, PARTITION_ALL
+from tests.messages import holds
+from tests.processes import forks
 from tests.shards import the_set, write_records, written
-from tests.tiny import tiny_mixture, tiny_model
+from tests.tiny import tiny_mixture, tiny_model, with_code
 from tests.training import Case, Result, assert_same, make_config, train_all
 
 CAPACITY, HALF = 96, 48
@@ -36,6 +44,9 @@ heads, unless the name says otherwise."""
 
 MORE = {"deepseek_v3": {"num_key_value_heads": 4}}
 """As all of its models have it: it expands keys for all heads."""
+
+KEPT = 3
+"""The way of which checkpoints are written."""
 
 
 class LabelsInOneSlice(PackedDataset):
@@ -79,18 +90,32 @@ class Prepared:
         self.rows = LabelsInOneSlice(tuple(paths[:2]), CAPACITY, 4, seed=3)
         self.eval_rows = PackedDataset((paths[2],), CAPACITY, 4, shuffle=False)
 
-    def case(self, model: str, share: int = 1, **settings: Any) -> Case:
+    def case(self, model: str, share: int = 1, keep: str = "", resume: str = "", **settings: Any) -> Case:
+        """
+        Args:
+            keep: name of the checkpoints to write.
+            resume: name of those to go on from.
+        """
         way = {
             "data.eval": [{"name": "f", "path": str(self.folder / "f.jsonl")}],
             "train.max_steps": None,
             "train.eval_every_steps": 2,
+            "train.save_every_steps": 2,
             "train.deepspeed": PARTITION_ALL,
             "scaling.sequence_parallel": share,
             "scaling.num_workers": share,
         }
         own = {key: settings.pop(key) for key in list(settings) if "." in key}
         config = make_config(self.folder, self.folder / model, {**way, **own}, **{"micro_batch_size": 2, **settings})
-        return Case(config, self.rows, eval_rows=self.eval_rows, chunk_tokens=16)
+        kept, begun = (self.folder / "kept" / name if name else None for name in (keep, resume))
+        return Case(
+            config,
+            self.rows,
+            eval_rows=self.eval_rows,
+            chunk_tokens=16,
+            keep=kept,
+            resume=begun and begun / "checkpoint_2",
+        )
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +129,17 @@ ALONE = {"zero_stage": 0, "micro_batch_size": 4, "gradient_checkpointing": False
 @pytest.fixture(scope="module")
 def trained(prepared) -> list[tuple[Result, Result]]:
     """For each way: the results of one worker, and of those that share rows."""
-    alone = [prepared.case(model, **{**settings, **ALONE}) for model, _, _, settings in WAYS]
+    alone = [
+        prepared.case(model, **{**settings, **ALONE}, keep="alone" if number == KEPT else "")
+        for number, (model, _, _, settings) in enumerate(WAYS)
+    ]
     known, shared = train_all(alone), {}
     for world in (2, 4):
         ways = [number for number, way in enumerate(WAYS) if way[1] == world]
-        cases = [prepared.case(WAYS[number][0], WAYS[number][2], **WAYS[number][3]) for number in ways]
+        cases = [
+            prepared.case(WAYS[number][0], WAYS[number][2], **WAYS[number][3], keep="shared" if number == KEPT else "")
+            for number in ways
+        ]
         shared |= dict(zip(ways, train_all(cases, world), strict=True))
     return [(one, shared[number]) for number, one in enumerate(known)]
 
@@ -134,3 +165,120 @@ def test_workers_that_share_rows_train_as_one_worker_does(trained, way):
         assert [getattr(e, name) for e in ours] == [getattr(e, name) for e in theirs], name
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.source_losses == pytest.approx(other.source_losses, rel=1e-5)
+
+
+def test_trainings_resume_with_rows_shared_or_not(prepared, trained):
+    """From the second step of workers that share rows on one, and the other way round."""
+    model, world, share, settings = WAYS[KEPT]
+    whole = trained[KEPT][0]
+    (alone,) = train_all([prepared.case(model, resume="shared", **{**settings, **ALONE})])
+    (shared,) = train_all([prepared.case(model, share, resume="alone", **settings)], world)
+    for result in (alone, shared):
+        assert result.failure == ""
+        last = (whole.losses[2:], whole.norms[2:], whole.weights, whole.evaluation)
+        assert len(last[0]) == 1
+        assert_same(last, result[:4])
+
+
+CODE = """
+from torch.nn.functional import pad
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.layers[0].register_forward_hook(lambda layer, inputs, output: output + pad(output[:, :-1], (0, 0, 1, 0)))
+"""
+"""A layer adds the state of the token before, as a recurrent or convolutional one would."""
+
+
+def test_a_model_whose_layers_see_tokens_outside_of_attention_is_refused(prepared):
+    folder = with_code(tiny_model(prepared.folder / "shifts"), prepared.folder / "ran")
+    (folder / "modeling_own.py").write_text(CODE)
+    settings = {"model.trust_remote_code": [str(folder)], "data.packing": False}
+    two, one = prepared.case("shifts", 2, **settings), prepared.case("shifts", **settings)
+    (refused,), (trained,) = train_all([two], 2), train_all([one])
+    assert trained.failure == ""
+    assert holds(
+        refused.failure, "OwnForCausalLM … slices of a row … scaling.sequence_parallel=2 … sequence_parallel=1"
+    )
+    assert "\n" not in refused.failure
+
+
+def measure(rank: int, world: int, port: int, config: Any, rows: PackedDataset, out: Any) -> None:
+    """Put a worker's bytes of saved activations, and the range of its noise on embeddings, into ``out``."""
+    from raysft.train.finetuning import load_model
+    from raysft.train.loss import TokenLoss
+    from raysft.train.sequence_group import SequenceGroup
+    from raysft.train.step import microbatches
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    torch.set_num_threads(1)
+    group = SequenceGroup.join(world)
+    model = TokenLoss(load_model(config, config.model.path), neftune_alpha=ALPHA).train()
+    kept, embedded = {}, []
+
+    def pack(saved: torch.Tensor) -> torch.Tensor:
+        kept[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
+        return saved
+
+    decoder = model.model.model
+    decoder.embed_tokens.register_forward_hook(lambda module, inputs, output: embedded.append(output.detach()))
+    decoder.layers[0].register_forward_pre_hook(lambda module, inputs: embedded.append(inputs[0].detach()))
+    (part,) = microbatches(rows.batch([0, 1, 2, 3]), 4, torch.device("cpu"), group=group)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        total = model(**part, number_of_sources=2)[0]
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    before, after = embedded
+    noise = (after - before).abs().reshape(-1, before.shape[-1]).amax(-1)
+    out.put((rank, sum(size for place, size in kept.items() if place not in weights), noise.tolist()))
+    total.backward()  # the exchanges of the other worker's backward pass need this one's
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+ALPHA = 5.0
+
+
+def measured(config: Any, rows: PackedDataset, world: int) -> tuple[list[int], np.ndarray]:
+    """Bytes that each of ``world`` workers keeps, and [tokens] the largest noise on each embedding."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out = forks().Queue()
+    processes = [forks().Process(target=measure, args=(rank, world, port, config, rows, out)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    try:
+        found = sorted(out.get(timeout=60) for _ in processes)
+        for process in processes:
+            process.join(60)
+            assert process.exitcode == 0
+    finally:
+        for process in processes:
+            process.kill()
+    return [size for _, size, _ in found], np.concatenate([noise for *_, noise in found])
+
+
+def test_workers_that_share_rows_keep_a_part_of_the_activations_and_draw_the_noise_of_whole_examples(prepared):
+    config = prepared.case("llama").config
+    shared = with_overrides(config, {"scaling.sequence_parallel": 2, "scaling.num_workers": 2})
+    (whole,), noise = measured(config, prepared.rows, 1)
+    parts, noise_of_parts = measured(shared, prepared.rows, 2)
+    print(f"activations: {whole:,} bytes on one worker, {parts} on two")
+    assert max(parts) < 0.6 * whole
+    positions = prepared.rows.batch([0, 1, 2, 3])["position_ids"].reshape(-1)
+    begins = [*np.flatnonzero(positions == 0), len(positions)]
+    lengths = np.repeat(np.diff(begins), np.diff(begins))
+    bound = ALPHA / np.sqrt(lengths * 64)
+    for each in (noise, noise_of_parts):
+        assert (each <= 1.001 * bound).all()
+        assert (each > 0.8 * bound).all()

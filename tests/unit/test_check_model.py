@@ -13,7 +13,7 @@ from raysft.config import Config, TrainSection, parse
 from raysft.errors import RequestError
 from raysft.models.fingerprint import exact_fingerprint, model_fingerprint, tokenizer_fingerprint
 from raysft.models.merging import merge
-from raysft.train.check_model import check_model
+from raysft.train.check_model import check_model, check_shared_rows
 from raysft.train.finetuning import load_model
 from raysft.train.optim import make_lr_scheduler
 from tests import messages
@@ -39,6 +39,44 @@ def test_a_good_model_passes(model):
 
 def test_a_module_that_is_not_there_is_named(model):
     assert "model.lora.target names 'zzz'" in refusal(lora(["q_proj", "zzz"]), model)
+
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "message"),
+    [
+        (
+            "llama",
+            {"num_attention_heads": 6, "num_key_value_heads": 3},
+            "heads, of which it has 6; use one of 2, 3, 6, or 1",
+        ),
+        (
+            "llama",
+            {
+                "num_attention_heads": 8,
+                "num_key_value_heads": 4,
+                "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+            },
+            "dynamic positions",
+        ),
+        ("qwen3_next", {}, "layers of type linear_attention"),
+        ("mamba", {}, "layers of type linear_attention"),
+        ("gpt_oss", {}, "an attention of its own, as for sinks"),
+        ("bloom", {}, "an attention of its own, as for sinks or ALiBi"),
+    ],
+)
+def test_a_model_whose_rows_workers_cannot_share_is_refused(model_type, settings, message):
+    from transformers import AutoConfig
+
+    sizes = {} if model_type == "bloom" else {"hidden_size": 48, "num_hidden_layers": 4}
+    described = AutoConfig.for_model(model_type, **sizes, **settings)
+    scaling = {"sequence_parallel": 4, "num_workers": 4}
+    check_shared_rows(config(), described)
+    refused = messages.refusal(check_shared_rows, config(scaling=scaling), described)
+    assert message in refused
+    assert refused.startswith("scaling.sequence_parallel=4 ")
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,18 @@ COMPARES = {
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (
+            {"scaling__sequence_parallel": 4, "scaling__num_workers": 6},
+            "scaling.sequence_parallel=4 … scaling.num_workers=6 … use scaling.num_workers=8",
+        ),
+        (
+            {"scaling__sequence_parallel": 2, "scaling__num_workers": [1, 4]},
+            "scaling.sequence_parallel=2 … scaling.num_workers=[1, 4] … use scaling.num_workers=[2, 4]",
+        ),
+        (
+            {"scaling__sequence_parallel": 2, "scaling__num_workers": 2, "model__attention": "eager"},
+            "scaling.sequence_parallel=2 … model.attention=eager … model.attention=auto",
+        ),
         ({"train__optimizer": "muon"}, "train.optimizer=muon … train.zero_stage=2 … adamw"),
         ({"generate__gpus_per_engine": 2}, "generate.gpus_per_engine=2 … scaling.use_gpu=false … remove"),
         ({"generate__num_beams": 2}, "generate.num_beams=2 … generate.do_sample=false or generate.num_beams=1"),

@@ -75,6 +75,13 @@ def test_as_many_workers_start_as_fit_beside_the_data_tasks(cluster, tmp_path):
         assert started(policy) == workers, cpus
 
 
+def test_workers_that_share_rows_start_in_whole_groups(cluster, tmp_path):
+    policy = policy_of(tmp_path, num_workers=[2, 6], sequence_parallel=2)
+    for cpus, workers in (((2,), 0), ((2, 1), 2), ((4,), 2), ((2, 2, 2), 4), ((8, 8), 6)):
+        cluster.nodes = [Node(float(count)) for count in cpus]
+        assert started(policy) == workers, cpus
+
+
 def test_fractions_of_a_cpu_are_counted_right(cluster, tmp_path):
     cluster.nodes = [Node(2.0)]
     assert started(policy_of(tmp_path, num_workers=[1, 4], cpus_per_worker=0.7)) == 2

@@ -16,6 +16,7 @@ from transformers import (
     LlavaNextConfig,
 )
 
+from raysft.data.types import IGNORE_INDEX
 from raysft.errors import RunFailed
 from raysft.train.loss import TokenLoss
 from tests.tiny_vision import GRIDS, TEXT, TOWER
@@ -64,7 +65,7 @@ def test_logits_are_scaled_where_the_class_scales_them(make, plain):
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits[0]
         expected = F.cross_entropy(logits[:-1], ids[0, 1:], reduction="sum")
-        found = loss(ids, torch.arange(20)[None], ids)[0]
+        found = loss(ids, torch.arange(20)[None], F.pad(ids[:, 1:], (0, 1), value=IGNORE_INDEX))[0]
         head = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)[0]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert torch.allclose(head, logits, atol=1e-5) == plain

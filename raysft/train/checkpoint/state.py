@@ -135,8 +135,9 @@ def load(engine: Any, lr_scheduler: Any, resume: ResumePoint) -> list[Any]:
     go_to_step(lr_scheduler, cursor.step)
     for name, value in rest["engine"].items():
         setattr(engine, name, value)
-    for name, value in rest["scaler"].items():
-        setattr(loss_scaler(engine), name, value)
+    scaler = loss_scaler(engine)
+    for name, value in rest["scaler"].items() if scaler is not None else ():  # ZeRO 0 in float32 has none
+        setattr(scaler, name, value)
     if rank < cursor.workers:
         set_random_states(rest["random"])
     return rest["log"]  # type: ignore[no-any-return]
