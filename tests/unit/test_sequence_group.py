@@ -36,7 +36,7 @@ def test_slices_are_the_rows(size):
     missing = size * width - 66
     (lengths,) = {part.lengths for part in parts}
     assert lengths == (9, 8, 5, 22, 22, *([missing] if missing else []))
-    for name in made[0]:
+    for name in ("input_ids", "position_ids", "targets", "weights", "sources"):
         joined = np.concatenate([each[name].numpy()[0] for each in made])
         assert np.array_equal(joined[:66], whole[name].reshape(-1)), name
     ends = np.concatenate([each["targets"].numpy()[0] for each in made])[66:]
