@@ -158,7 +158,7 @@ def estimate(training: Training, place: Place) -> Estimate:
     result = Estimate(sizes, needed, place, largest, most, host, found)
     if limit and needed.sure > REFUSED * limit + place.extra:
         raise RequestError(_too_much(result, f"at least {_gib(needed.sure)}"))
-    warnings = (*_warnings(result), *_waiting_gpu(training, result))
+    warnings = (*_warnings(result, config.model.experts == "kt"), *_waiting_gpu(training, result))
     left_out = training.microbatch.images is not None and activations.images is None
     return replace(result, warnings=warnings, without_images=left_out)
 
@@ -173,15 +173,16 @@ def _memory_of(training: Training) -> Callable[[Config, Hardware], Memory]:
     return memory_of
 
 
-def _warnings(result: Estimate) -> list[str]:
+def _warnings(result: Estimate, whole_experts: bool) -> list[str]:
     found, limit, node = [], result.place.limit, result.place.node
     if limit and result.memory.peak > WARNED * limit:
         found.append(_too_much(result, f"about {_gib(result.memory.peak)}"))
     elif node and result.host > node:
+        more = "nodes with more memory"
+        fewer = f"fewer workers on a node, or {'train.zero_stage=3' if result.place.hardware.gpu else more}"
         found.append(
             f"the {result.place.ranks} workers of a node need about {_gib(result.host)} of its memory while they load and train, "
-            f"but it has {_gib(node)}; use fewer workers on a node, or "
-            + ("train.zero_stage=3" if result.place.hardware.gpu else "nodes with more memory")
+            f"but it has {_gib(node)}; use {f'{more}, or model.experts=auto with zero_stage=3' if whole_experts else fewer}"
         )
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from raysft.config import Config
 from raysft.estimate.sizes import ModelSizes, weights_of
-from raysft.estimate.traced_experts import TracedExperts
+from raysft.estimate.traced_experts import TracedExperts, bytes_in_kernel
 from raysft.models.attention import FLASH, kernel, without_adapters
 from raysft.models.decoder_layers import decoder_layers
 from raysft.models.kt_experts import elements_of_experts, move_experts
@@ -45,7 +46,8 @@ def model_without_weights(config: Config, hf_config: Any, adapter: str | None = 
         if config.model.adapter is not None:
             model = _adapted(model, config, adapter)
         if config.model.experts == "kt":
-            move_experts(model, config, TracedExperts)
+            chosen = model.config.get_text_config().num_experts_per_tok
+            move_experts(model, config, partial(TracedExperts, chosen, config.train.gradient_checkpointing))
         if config.train.gradient_checkpointing:
             recompute_layers(model)
     return model.to(dtype)
@@ -106,6 +108,7 @@ def sizes_of(model: Any) -> ModelSizes:
         head=head_weight.numel() if head_weight is not None and trained_head else 0,
         experts=experts,
         experts_of_layer=experts_of_layer,
+        bytes_in_kernel=bytes_in_kernel(base),
     )
 
 

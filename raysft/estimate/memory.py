@@ -103,10 +103,11 @@ def memory(
     )
     # The kernel turns the weights of one layer at a time for its backward pass.
     experts = float(EXPERT_WIDTH * (sizes.experts + sizes.experts_of_layer))
+    kernel = rows * activations.tokens * sizes.bytes_in_kernel
     if hardware.gpu:
-        host += ahead + experts
+        host += ahead + experts + kernel
     else:
-        parts["rest"] += ahead
+        parts["rest"] += ahead + kernel
         parts["weights"] += experts
         sure += experts
     return Memory(parts, moment, tensors, sure, host, rows, activations.traced)

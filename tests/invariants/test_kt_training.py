@@ -35,7 +35,8 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(prepared) -> dict[tuple[str, str], Result]:
-    """(case, experts) → its training; ``exact``: in float32; ``resumed``: the last two steps of the accumulated one."""
+    """(case, experts) → its training; ``exact``: in float32; ``resumed``: the last two steps of the accumulated one
+    in the kernel."""
     folder, model, manifest = prepared
     names = [*((name, experts) for name in CASES for experts in ("auto", "kt")), ("asft", "exact")]
     cases = {}
@@ -44,9 +45,10 @@ def trained(prepared) -> dict[tuple[str, str], Result]:
         config = make_config(folder / f"{name}-{experts}", model, {**LORA, **CASES[name], **settings})
         keep = folder / "kept" if (name, experts) == ("accumulated", "kt") else None
         cases[name, experts] = Case(config, rows_of(manifest), keep=keep)
-    again = Case(cases["accumulated", "kt"].config, rows_of(manifest), resume=folder / "kept" / "checkpoint_2")
-    results = train_all([*cases.values(), again])
-    return dict(zip([*names, ("resumed", "kt")], results, strict=True))
+    for experts in ("kt", "auto"):
+        config, resume = cases["accumulated", experts].config, folder / "kept" / "checkpoint_2"
+        cases["resumed", experts] = Case(config, rows_of(manifest), resume=resume)
+    return dict(zip(cases, train_all(list(cases.values())), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -74,6 +76,12 @@ def test_a_resumed_training_is_the_same_bit_for_bit(trained):
     assert (resumed.losses, resumed.norms, resumed.evaluation) == (whole.losses[2:], whole.norms[2:], whole.evaluation)
     assert whole.weights.keys() == resumed.weights.keys()
     assert all(np.array_equal(resumed.weights[name], weight) for name, weight in whole.weights.items())
+
+
+def test_a_training_goes_on_with_experts_on_the_device(trained):
+    whole, resumed = trained["accumulated", "kt"], trained["resumed", "auto"]
+    np.testing.assert_allclose(resumed.losses, whole.losses[2:], rtol=0.02)
+    assert resumed.losses != whole.losses[2:]
 
 
 def test_the_adapter_has_the_names_and_shapes_that_it_has_anyway(trained):

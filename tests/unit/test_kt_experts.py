@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from raysft.config import Config, parse
+from raysft.config import Config, parse, with_overrides
 from raysft.errors import RequestError
 from raysft.models import kt_internals
 from raysft.models.kt_experts import (
@@ -25,12 +26,15 @@ from raysft.models.kt_experts import (
 )
 from raysft.models.kt_factors import Given, products
 from raysft.models.kt_internals import Factors, check_kernel
-from raysft.models.peft_internals import parameter_adapters
+from raysft.models.peft_internals import TRAINED, parameter_adapters, using_adapter
 from raysft.models.transformers_internals import expert_modules, is_swiglu
+from raysft.train.check_model import check_model
 from raysft.train.finetuning import load_model
 from raysft.train.flops import model_flops, trainer_flops
+from raysft.train.reference import START, _keep_start
 from tests.kt import QWEN, SIZES, needs_kernel
-from tests.tiny import tiny_mixture
+from tests.messages import refusal
+from tests.tiny import tiny_mixture, tiny_model
 
 TOKENS = 50
 DEEPSEEK = {
@@ -167,6 +171,27 @@ def test_an_adapter_that_is_switched_off_adds_nothing(qwen):
         off, expected = (outermost(each)(*inputs()) for each in (model, plain))
     assert far(off, expected) < 0.01
     assert far(outermost(model)(*inputs()), expected) > 0.1
+
+
+@needs_kernel
+def test_another_adapter_of_the_same_model_has_its_own_weights(qwen):
+    """As ASFT keeps the start of an adapter that is trained further."""
+    ours, theirs = (made(qwen, experts) for experts in ("kt", "auto"))
+    for model in (ours, theirs):
+        _keep_start(model)
+    hidden = inputs()
+    trained = outermost(ours)(*hidden)
+    for model in (ours, theirs):
+        for name, weight in model.named_parameters():
+            if "lora_B" in name and TRAINED in name:
+                weight.data *= -1
+    with torch.no_grad():
+        with using_adapter(ours, START), using_adapter(theirs, START):
+            start, expected = (outermost(model)(*hidden) for model in (ours, theirs))
+        changed = outermost(ours)(*hidden)
+    assert torch.equal(start, trained)
+    assert far(start, expected) < 0.02
+    assert far(changed, start) > 0.1
 
 
 def forwards(model: Any) -> list[bool]:
@@ -312,3 +337,30 @@ def test_experts_are_spread_over_the_numa_nodes_that_their_width_can_be_divided_
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 8})
     assert numa_nodes(64, tmp_path) == 1
     assert numa_nodes(64, tmp_path / "none") == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "quantized", "message"),
+    [
+        ("llama", False, "but the model is llama"),
+        ("qwen3_moe", True, "is quantized (gptq); use the model that it was made from, or set model.experts=auto"),
+    ],
+)
+def test_a_model_that_the_kernel_cannot_compute_is_refused_before_anything_starts(
+    tmp_path, monkeypatch, kind, quantized, message
+):
+    if kind == "llama":
+        tiny_model(tmp_path)
+    else:
+        tiny_mixture(tmp_path, **QWEN)
+    given = with_overrides(config(), {"model.path": str(tmp_path)})
+    monkeypatch.setattr(kt_internals.importlib.util, "find_spec", lambda name: None)
+    assert "pip install --no-deps kt-kernel" in refusal(check_model, given, str(tmp_path))
+    monkeypatch.undo()
+    monkeypatch.setattr(kt_internals, "check_kernel", lambda on_this_machine: None)
+    if quantized:
+        content = json.loads((tmp_path / "config.json").read_text())
+        content["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        monkeypatch.setattr("raysft.train.check_model.check_method", lambda *arguments: None)
+    assert message in refusal(check_model, given, str(tmp_path))
