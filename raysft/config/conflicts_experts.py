@@ -27,6 +27,8 @@ def experts_conflicts(config: Config) -> Iterator[str]:
         yield f"{named} needs whole experts on each node, but train.zero_stage=3 partitions them; set train.zero_stage=2"
     if model.liger:
         yield f"{named} and model.liger=true both replace the experts' computation; set only one of them"
+    if (size := config.scaling.sequence_parallel) > 1:
+        yield f"{named} has not been tried with scaling.sequence_parallel={size}; set only one of them"
     if train.compile:
         yield f"{named} runs the experts outside of compiled layers, but train.compile=true; set train.compile=false"
     if train.fp8 != "off":

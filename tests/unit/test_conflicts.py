@@ -286,6 +286,10 @@ COMPARES = {
                 ({"model__quantization": "4bit"}, "model.quantization=4bit; remove one"),
                 ({"train__zero_stage": 3}, "train.zero_stage=3 … set train.zero_stage=2"),
                 ({"model__liger": True, **GPU}, "model.liger=true … only one"),
+                (
+                    {"scaling__num_workers": 2, "scaling__sequence_parallel": 2},
+                    "scaling.sequence_parallel=2; set only one",
+                ),
                 ({"train__compile": True}, "train.compile=true; set train.compile=false"),
                 ({"train__fp8": "torchao", **GPU}, "train.fp8=torchao"),
                 ({"train__loss": "asft", "train__reference_model": "r"}, "train.reference_model=r is another; remove"),
