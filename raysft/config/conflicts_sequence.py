@@ -27,6 +27,8 @@ def sequence_conflicts(config: Config) -> Iterator[str]:
             f"train.router_aux_loss_coef={train.router_aux_loss_coef:g} balances routers over whole examples, but "
             f"scaling.sequence_parallel={size} divides them; set only one of them"
         )
+    if config.model.experts == "kt":
+        yield f"model.experts=kt has not been tried with scaling.sequence_parallel={size}; set only one of them"
     if train.compile:
         yield f"train.compile=true has not been tried with scaling.sequence_parallel={size}; set only one of them"
     if config.model.attention not in ("auto", "sdpa") and not config.model.attention.startswith("flash"):

@@ -12,6 +12,7 @@ from typing import Any
 
 from raysft.cluster.placement import Node, Workers, workers_on_a_node
 from raysft.config import Config
+from raysft.config.scaling import slice_tokens
 from raysft.errors import RequestError
 from raysft.estimate.hardware import NodeMemory
 from raysft.estimate.host import host_memory
@@ -164,9 +165,16 @@ def estimate(training: Training, place: Place) -> Estimate:
 
 
 def _memory_of(training: Training) -> Callable[[Config, Hardware], Memory]:
+    from raysft.train.check_model import check_shared_rows
+
     def memory_of(config: Config, hardware: Hardware) -> Memory:
         adapter = training.adapter if config.model.finetuning == training.config.model.finetuning else None
-        sizes, activations = measure(config, training.hf_config, adapter, training.microbatch)
+        before, parts = training.config.scaling.sequence_parallel, config.scaling.sequence_parallel
+        microbatch = training.microbatch
+        if parts != before:
+            check_shared_rows(config, training.hf_config)
+            microbatch = replace(microbatch, tokens=slice_tokens(microbatch.tokens * before, parts))
+        sizes, activations = measure(config, training.hf_config, adapter, microbatch)
         setup = training.setup(config)
         return memory(sizes, activations, setup, training.rows, hardware)
 

@@ -13,6 +13,8 @@ from raysft.estimate.sizes import amount
 
 SMALL_BUCKET = 50_000_000
 """Elements of a reduce bucket that still fill a network's messages."""
+PARTS = (2, 4, 8)
+"""Numbers of workers that might share rows."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,9 @@ def _changes(config: Config, hardware: Hardware, workers: int) -> Iterator[tuple
         yield "train.gradient_checkpointing=true", {"train.gradient_checkpointing": True}
     if workers > 1 and train.zero_stage < 3:
         yield "train.zero_stage=3", {"train.zero_stage": 3}
+    for parts in PARTS if config.scaling.sequence_parallel == 1 else ():
+        if workers % parts == 0:
+            yield f"scaling.sequence_parallel={parts}", {"scaling.sequence_parallel": parts}
     if hardware.gpu and train.offload.optimizer == "none":
         yield "train.offload.optimizer=cpu", {"train.offload.optimizer": "cpu"}
     if hardware.gpu and train.offload.parameters == "none":

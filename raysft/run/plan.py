@@ -111,6 +111,8 @@ class Plan:
     """Predictions during the training; None if there are none."""
     sequence_parallel: int = 1
     """Workers of each group, which have the same rows."""
+    groups_cross_nodes: bool = False
+    """True if workers of a group may stand on several nodes."""
     memory: dict[str, Any] | None = None
     """What a worker needs at its peak (``estimate.memory.Memory.as_dict``); None if it is not estimated."""
     needs: tuple[str, ...] = ()
@@ -261,8 +263,29 @@ def make_plan(
         positions=positions,
         generation=plan_generation(config, nodes, row_plan.steps),
         sequence_parallel=scaling.sequence_parallel,
+        groups_cross_nodes=_cross_nodes(config, nodes, workers),
     )
     return replace(plan, warnings=tuple(warnings(config, plan)))
+
+
+def _cross_nodes(config: Config, nodes: Sequence[Node], workers: int) -> bool:
+    """Return True if some node gets a part of a group of workers that share rows."""
+    scaling = config.scaling
+    size, asked = scaling.sequence_parallel, (scaling.cpus_per_worker, float(scaling.use_gpu))
+    room = sorted((node.capacity(*asked) for node in nodes if node.takes_workers), reverse=True)
+    room = [count for count in room if count]
+    if size == 1 or not room:
+        return False
+    if scaling.placement == "spread":
+        return bool(-(-workers // len(room)) % size)
+    left = workers
+    for count in room:
+        if left <= count:
+            return False
+        if count % size:
+            return True
+        left -= count
+    return False
 
 
 def _epochs(row_plan: RowPlan) -> float:

@@ -81,6 +81,15 @@ def idle_workers(config: Config, plan: Plan) -> Iterator[str]:
         )
 
 
+def groups_across_nodes(config: Config, plan: Plan) -> Iterator[str]:
+    """Workers that share rows exchange them in every layer."""
+    if plan.groups_cross_nodes:
+        yield (
+            f"groups of scaling.sequence_parallel={plan.sequence_parallel} workers reach across nodes, so that every layer waits "
+            "for the network; use a number that divides the workers of each node"
+        )
+
+
 def padding(config: Config, plan: Plan) -> Iterator[str]:
     """Rows may be much longer than their examples."""
     if plan.packing_efficiency >= 0.5:
@@ -309,6 +318,7 @@ WARNINGS: tuple[Callable[[Config, Plan], Iterator[str]], ...] = (
     few_steps,
     empty_steps,
     idle_workers,
+    groups_across_nodes,
     padding,
     no_evaluation,
     small_evaluation,

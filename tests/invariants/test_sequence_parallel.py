@@ -248,6 +248,17 @@ def measure(rank: int, world: int, port: int, config: Any, rows: PackedDataset, 
 ALPHA = 5.0
 
 
+def estimated(config: Any, tokens: int) -> float:
+    """Estimated bytes of the activations of four rows, of which a worker has so many tokens each."""
+    from transformers import AutoConfig
+
+    from raysft.estimate.fake_model import model_without_weights
+    from raysft.estimate.trace import trace
+
+    model = model_without_weights(config, AutoConfig.from_pretrained(config.model.path), None)
+    return trace(config, model, tokens, 0.5).saved(4)
+
+
 def measured(config: Any, rows: PackedDataset, world: int) -> tuple[list[int], np.ndarray]:
     """Bytes that each of ``world`` workers keeps, and [tokens] the largest noise on each embedding."""
     with socket.socket() as free:
@@ -273,8 +284,10 @@ def test_workers_that_share_rows_keep_a_part_of_the_activations_and_draw_the_noi
     shared = with_overrides(config, {"scaling.sequence_parallel": 2, "scaling.num_workers": 2})
     (whole,), noise = measured(config, prepared.rows, 1)
     parts, noise_of_parts = measured(shared, prepared.rows, 2)
-    print(f"activations: {whole:,} bytes on one worker, {parts} on two")
+    guesses = [estimated(each, -(-CAPACITY // parts_of_a_row)) for each, parts_of_a_row in ((config, 1), (shared, 2))]
+    print(f"activations: {whole:,} bytes on one worker, {parts} on two; estimated {guesses}")
     assert max(parts) < 0.6 * whole
+    assert guesses[1] / guesses[0] == pytest.approx(sum(parts) / 2 / whole, rel=0.02)
     positions = prepared.rows.batch([0, 1, 2, 3])["position_ids"].reshape(-1)
     begins = [*np.flatnonzero(positions == 0), len(positions)]
     lengths = np.repeat(np.diff(begins), np.diff(begins))

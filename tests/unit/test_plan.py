@@ -12,7 +12,7 @@ from raysft.config import Config, parse, with_overrides
 from raysft.data.prepare import PreparedData, prepare
 from raysft.data.rows.packed_dataset import PackedDataset
 from raysft.errors import RequestError
-from raysft.run.plan import _resolved, make_plan
+from raysft.run.plan import _cross_nodes, _resolved, make_plan
 from raysft.run.resources import check_resources
 from tests.messages import holds, refusal
 from tests.shards import data_config, the_set, write_records, written
@@ -295,3 +295,16 @@ def test_epochs_that_no_plan_can_hold_are_refused_unless_the_steps_are_limited(t
     assert holds(refused, "train.epochs=2147483647 … 6,442,450,941 examples … set train.max_steps")
     limited = with_overrides(config, {"train.epochs": 2**31 - 1, "train.max_steps": 2})
     assert prepare(limited, model).train_rows.row_plan.steps == 2
+
+
+@pytest.mark.parametrize(
+    ("capacities", "workers", "placement", "crosses"),
+    [((4.5, 4), 8, "pack", False), ((6.5, 2), 8, "pack", True), ((9,), 8, "pack", False), ((8, 3), 8, "pack", False),
+     ((4.5, 4.5), 4, "spread", True), ((4.5, 4.5), 8, "spread", False)],
+)  # fmt: skip
+def test_groups_of_workers_on_several_nodes_are_known(capacities, workers, placement, crosses):
+    scaling = {"num_workers": workers, "sequence_parallel": 4, "placement": placement}
+    config = parse({"model": {"path": "m"}, "data": {"train": [{"name": "a", "path": "a"}]}, "scaling": scaling})
+    assert _cross_nodes(config, [Node(cpus) for cpus in capacities], workers) == crosses
+    alone = with_overrides(config, {"scaling.sequence_parallel": 1})
+    assert not _cross_nodes(alone, [Node(cpus) for cpus in capacities], workers)

@@ -132,6 +132,11 @@ def test_an_elastic_trial_takes_no_more_than_its_share(nodes, concurrent, most):
     assert concurrent_trials(limited, given) >= concurrent
 
 
+def test_an_elastic_trial_keeps_its_groups_of_workers_whole():
+    groups = config(scaling={"num_workers": [2, 8], "sequence_parallel": 2})
+    assert with_share(groups, [Node(16.0)], 2).scaling.num_workers == (2, 6)  # 2 trials of 7 + 0.6 CPUs would fit
+
+
 def test_a_share_changes_no_numbers():
     fixed = config(scaling={"num_workers": 2})
     assert with_share(fixed, NODES, 1) == fixed

@@ -12,7 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, modeling_flash_attention_utils
 
+from raysft.config import parse
 from raysft.data.types import IGNORE_INDEX
+from raysft.models.sequence_attention import use_sequence
 from raysft.models.transformers_internals import known_examples
 from raysft.train.loss import TokenLoss
 from raysft.train.step import microbatches
@@ -129,6 +131,16 @@ def test_flash_attention_is_told_where_examples_begin(monkeypatch, version):
     for one, other, derived_one in zip(found, expected, found_out, strict=True):
         torch.testing.assert_close(one, other)
         torch.testing.assert_close(one, derived_one)
+    sharing, calls[:] = model(f"flash_attention_{version}"), []
+    shared = {"scaling": {"use_gpu": True, "sequence_parallel": 2, "num_workers": 2}}
+    use_sequence(sharing, parse({"model": {"path": "m"}, "data": {"train": [{"name": "a", "path": "a"}]}, **shared}))
+    with torch.no_grad():
+        exchanging = TokenLoss(sharing)(
+            **{name: value for name, value in inputs.items() if name != "examples"}, number_of_sources=2
+        )
+    assert calls == derived, "as the workers that share rows call it"
+    for one, other in zip(exchanging, expected, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize(

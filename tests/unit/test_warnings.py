@@ -148,6 +148,12 @@ SINGLE = {"data__packing": False}
             "3 steps are too few to learn anything; raise train.max_steps=3",
         ),
         (
+            {},
+            {"workers": 12, "sequence_parallel": 4, "groups_cross_nodes": True},
+            "groups of scaling.sequence_parallel=4 workers reach across nodes, so that every layer waits for the network; use a "
+            "number that divides the workers of each node",
+        ),
+        (
             {"train__epochs": 2, "train__global_batch_size": 16},
             {
                 "examples": 18,
