@@ -139,17 +139,19 @@ def _loss_model(
 def gather_whole(model: TokenLoss, compiled: Sequence[torch.nn.Module] = ()) -> None:
     """Make ZeRO-3 gather experts with their adapters, and torch's own attention (as at the end of SigLIP), as one module each.
 
-    They compute with weights of modules inside that they do not call, and ZeRO-3 gathers only modules that are called.
+    They compute with weights of modules inside that they do not call, and ZeRO-3 gathers only modules that are called. So it does
+    with a list of experts, as the code of some models has: workers whose tokens go to other experts would wait for each other.
 
     Args:
         model: the model with its loss.
         compiled: modules whose code is compiled, without the calls by which ZeRO-3 would gather the modules inside.
     """
-    adapted = parameter_adapters(model)
-    attentions = (each for each in model.modules() if isinstance(each, torch.nn.MultiheadAttention))
-    for module in (*adapted, *attentions, *compiled):
+    modules = list(model.modules())
+    experts = [each for each in modules if isinstance(getattr(each, "experts", None), torch.nn.ModuleList)]
+    whole = [*parameter_adapters(model), *experts, *compiled]
+    for module in (*whole, *(each for each in modules if isinstance(each, torch.nn.MultiheadAttention))):
         deepspeed.utils.set_z3_leaf_module(module, True)
-    if adapted or compiled:
+    if whole:
         # DeepSpeed waits for gradients of their inputs; without this, the first layer's input has none.
         without_adapters(model.model).enable_input_require_grads()
 

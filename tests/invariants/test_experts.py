@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -17,9 +19,13 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from raysft.data.rows.packed_dataset import PackedDataset
 from raysft.data.types import IGNORE_INDEX
 from raysft.errors import RequestError
+from raysft.models.adapters import load_with_base
+from raysft.models.loading import load_weights
+from raysft.models.merging import merge
+from raysft.models.routers import watchable_routers
 from raysft.train.check_model import check_model
 from tests.shards import the_set, written
-from tests.tiny import FAMILIES, tiny_mixture, tiny_model
+from tests.tiny import FAMILIES, tiny_mixture, tiny_model, with_code
 from tests.training import (
     Case,
     Result,
@@ -53,6 +59,16 @@ def rows(tmp_path_factory) -> tuple[Path, PackedDataset]:
 def case(rows: tuple[Path, PackedDataset], family: str, settings: dict[str, Any], **train: Any) -> Case:
     folder, dataset = rows
     return Case(make_config(folder, folder / family, {**BALANCED, **settings}, **train), dataset)
+
+
+ADAPTERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "experts": ("mixtral", ["experts"], {"gradient_checkpointing": True}),
+    "all": ("qwen3_moe", "all", {"micro_batch_size": 1}),
+    "attention": ("glm4_moe", ["q_proj", "o_proj"], {}),
+    "both": ("gpt_oss", ["q_proj", "o_proj", "experts"], {"gradient_checkpointing": True, "micro_batch_size": 1}),
+}
+"""What is trained → family, ``model.lora.target``, and how two workers with ZeRO-3 compute."""
+OFFLOADED = {"zero_stage": 3, "offload": {"parameters": "cpu", "optimizer": "cpu"}, "micro_batch_size": 1}
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +153,156 @@ def test_a_loss_of_routers_needs_routers(rows):
     ):
         check_model(make_config(rows[0], model, settings), str(model))
     check_model(make_config(rows[0], rows[0] / "glm4_moe", settings), str(rows[0] / "glm4_moe"))
+
+
+@pytest.fixture(scope="module")
+def adapted(rows) -> dict[str, tuple[Result, Result]]:
+    """What is trained → by one worker without ZeRO, and by two with ZeRO-3."""
+
+    def lora(what: str, **way: Any) -> Case:
+        family, target, _ = ADAPTERS[what]
+        settings = {"model.lora.target": target, "model.lora.rank": 4, "train.router_aux_loss_coef": None}
+        return case(rows, family, settings, finetuning="lora", **way)
+
+    one = train_all([lora(what, zero_stage=0, micro_batch_size=4) for what in ADAPTERS])
+    two = train_all([lora(what, **{"zero_stage": 3, **way}) for what, (_, _, way) in ADAPTERS.items()], world=2)
+    return {what: (one[index], two[index]) for index, what in enumerate(ADAPTERS)}
+
+
+@pytest.mark.parametrize("what", ADAPTERS)
+def test_adapters_of_experts_train_alike_and_are_merged_to_what_was_trained(rows, adapted, tmp_path, what):
+    one, two = adapted[what]
+    assert not one.failure
+    assert_same(one[:4], two[:4])
+    names = {name.split(".lora_")[0].rpartition("layers.1.")[2] for name in one.weights}
+    assert any("experts" in name for name in names) == (what != "attention")
+    assert not any(name.endswith((".gate", "router")) for name in names)
+    merge(two.model, tmp_path)
+    base, merged = (load_file(folder / "model.safetensors") for folder in (rows[0] / ADAPTERS[what][0], tmp_path))
+    assert base.keys() == merged.keys()
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert changed
+    assert not any(".gate.weight" in name or "router" in name for name in changed)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        trained = load_with_base(two.model, dtype=torch.float32).eval()(input_ids=ids).logits
+        whole = load_weights(tmp_path, dtype=torch.float32).eval()(input_ids=ids).logits
+    torch.testing.assert_close(whole, trained, rtol=1e-4, atol=1e-4)
+
+
+class OfOneKind(PackedDataset):
+    """The first worker's rows hold even tokens only, the last worker's odd ones."""
+
+    def batch(self, rows: Any) -> Any:
+        made = super().batch(rows)
+        odd = np.isin(made["row"] % 4, (2, 3))[:, None]
+        made["input_ids"] = np.where(odd, made["input_ids"] | 1, made["input_ids"] & ~1)
+        made["labels"] = np.where(made["labels"] >= 0, made["input_ids"], IGNORE_INDEX).astype(np.int32)
+        return made
+
+
+LISTED = """\
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class Block(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.gate = nn.Linear(size, 4, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(size, size, bias=False) for _ in range(4))
+
+    def forward(self, hidden):
+        shares, chosen = self.gate(hidden).softmax(-1).topk(2)
+        out = torch.zeros_like(hidden)
+        for number in chosen.unique().tolist():
+            share = (shares * (chosen == number)).sum(-1, keepdim=True)
+            out = out + share * self.experts[number](hidden)
+        return out
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.mlp = Block(config.hidden_size)
+        self.post_init()
+"""
+"""A model whose layers call some of a list of experts."""
+
+
+@pytest.fixture(scope="module")
+def listed(rows) -> Path:
+    """A model with code of its own that sends even tokens to the first two experts, and odd ones to the others."""
+    folder = with_code(tiny_model(rows[0] / "listed"), rows[0] / "ran")
+    (folder / "modeling_own.py").write_text(LISTED)
+    made: dict[str, Any] = {}
+    exec(LISTED, made)
+    config = made["OwnConfig"](**json.loads((folder / "config.json").read_text()))
+    torch.manual_seed(0)
+    model = made["OwnForCausalLM"](config)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[::2, 0], model.model.embed_tokens.weight[1::2, 0] = 3.0, -3.0
+        for layer in model.model.layers:
+            layer.mlp.gate.weight[:2, 0], layer.mlp.gate.weight[2:, 0] = 3.0, -3.0
+    save_file(
+        {name: each.contiguous() for name, each in model.state_dict().items() if name != "lm_head.weight"},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    return folder
+
+
+@pytest.mark.parametrize("finetuning", ["full", "lora"])
+def test_experts_in_a_list_are_gathered_together(rows, listed, finetuning):
+    """Else each worker would gather those that its own tokens need, and wait for the other for ever."""
+    dataset = OfOneKind(**{each.name: getattr(rows[1], each.name) for each in fields(rows[1]) if each.init})
+    settings = {
+        "model.trust_remote_code": [str(listed)],
+        "train.deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
+    }
+    one, two = (
+        train_all([Case(make_config(rows[0], listed, settings, finetuning=finetuning, **way), dataset)], world)[0]
+        for way, world in (({"zero_stage": 0, "micro_batch_size": 4}, 1), ({"zero_stage": 3}, 2))
+    )
+    assert not one.failure
+    assert_same(one[:4], two[:4])
+
+
+@pytest.fixture(scope="module")
+def apart(rows) -> Path:
+    """A model that sends even tokens to the first two experts, and odd ones to the others."""
+    folder = tiny_mixture(rows[0] / "apart", "qwen3_moe", **FAMILIES["mixtral"], **FAMILIES["qwen3_moe"])
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][::2, 0], weights["model.embed_tokens.weight"][1::2, 0] = 3.0, -3.0
+    for name, weight in weights.items():
+        if name.endswith("mlp.gate.weight"):
+            weight[:2, 0], weight[2:, 0] = 3.0, -3.0
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_workers_whose_tokens_go_to_different_experts_train_as_one_does(rows, apart):
+    """With all weights in the nodes' memory, and layers computed again."""
+    dataset = OfOneKind(**{each.name: getattr(rows[1], each.name) for each in fields(rows[1]) if each.init})
+    model, chosen = load_weights(apart, dtype=torch.float32), []
+    hook = watchable_routers(model)[0].register_forward_hook(lambda module, inputs, output: chosen.append(output[2]))
+    for ids in (torch.arange(4, 60, 2), torch.arange(5, 60, 2)):
+        model(input_ids=ids[None])
+    hook.remove()
+    assert [set(each.flatten().tolist()) for each in chosen] == [{0, 1}, {2, 3}]
+    ways = [{"zero_stage": 0, "micro_batch_size": 4}, {**OFFLOADED, "gradient_checkpointing": True}]
+    one, two = (
+        train_all([Case(make_config(rows[0], apart, BALANCED, **way), dataset)], world)[0]
+        for way, world in zip(ways, (1, 2), strict=True)
+    )
+    assert not one.failure
+    assert_same(one[:4], two[:4])
+    np.testing.assert_allclose(balances(one), balances(two), rtol=1e-5)
