@@ -37,7 +37,9 @@ class Decoder:
         key_heads = getattr(text, "num_key_value_heads", None) or heads
         feed_forward = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
         if chosen := getattr(text, "num_experts_per_tok", None):
-            feed_forward = chosen * (getattr(text, "moe_intermediate_size", None) or feed_forward)
+            own = getattr(text, "moe_intermediate_size", None) or feed_forward
+            shared = getattr(text, "shared_expert_intermediate_size", None)
+            feed_forward = chosen * own + (shared or own * (getattr(text, "n_shared_experts", None) or 0))
         return cls(text.num_hidden_layers, text.hidden_size, feed_forward, heads, key_heads, size, text.vocab_size)
 
 

@@ -20,9 +20,11 @@ from torch import nn
 from raysft.config import Config
 from raysft.config.scaling import slice_tokens
 from raysft.estimate.fake_attention import NAME, fake_attention
+from raysft.estimate.fake_experts import NAME as EXPERTS
+from raysft.estimate.fake_experts import fake_experts
 from raysft.estimate.fake_model import without_memory
 from raysft.estimate.sizes import Activations, Layers, Line, LossBytes
-from raysft.models.attention import EXAMPLEWISE, FLASH, kernel, use_examplewise, without_adapters
+from raysft.models.attention import EXAMPLEWISE, FLASH, WITH_SINKS, kernel, use_examplewise, without_adapters
 from raysft.models.decoder_layers import decoder_layers
 from raysft.models.fused_layers import ROTARY, fuse_layers
 from raysft.models.sequence_attention import Slice
@@ -150,6 +152,7 @@ def trace(config: Config, model: Any, tokens: int, loss_share: float) -> Activat
             reference=Reference(),
         )
         loss.needs_mask = _set_attention(model, config)
+        _set_experts(without_adapters(model))
         if not config.scaling.use_gpu and config.dtype == "float32" and not loss.objective.has_reference:
             fuse_layers(model)
         loss.train()
@@ -208,12 +211,23 @@ def _set_attention(model: Any, config: Config) -> bool:
     used = chosen if (chosen := kernel(config)) in FLASH else attention_implementation(base)
     if config.scaling.sequence_parallel > 1 and used == "sdpa":
         used = EXAMPLEWISE  # as ``sequence_attention``
+    if used == WITH_SINKS:
+        base.set_attn_implementation("eager")  # with the same matrices of tokens × tokens
+        return True
     if used == "eager" or not can_set_attention(base):
         return True
     masked = used == "sdpa" and config.data.packing
     AttentionInterface.register(NAME, fake_attention(masked, used == EXAMPLEWISE, config.scaling.use_gpu))
     base.set_attn_implementation(NAME)
     return False
+
+
+def _set_experts(model: Any) -> None:
+    """Give a mixture of experts a product that chooses nothing by values."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS, fake_experts)
+    model.set_experts_implementation(EXPERTS)
 
 
 def _run(loss: _TracedLoss, layers: Sequence[nn.Module], rows: int, shape: _Shape) -> _Run:

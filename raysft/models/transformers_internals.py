@@ -128,6 +128,11 @@ def is_swiglu(experts: Any) -> bool:
     return bool(plain and not other and type(experts)._apply_gate is _default_apply_gate and silu)
 
 
+def apply_gate(experts: Any, states: Any) -> Any:
+    """Return what experts make of both halves of their first projection."""
+    return experts._apply_gate(states)
+
+
 def weight_conversions(model: Any) -> Any:
     """Return how transformers renames and merges the weights of a checkpoint for a model."""
     from transformers.conversion_mapping import get_model_conversion_mapping

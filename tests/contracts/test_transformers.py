@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from unittest.mock import patch
 
 import jinja2
@@ -74,7 +75,22 @@ def test_mixtures_of_experts_mark_their_routers():
 
     assert issubclass(MixtralForCausalLM, MixtralPreTrainedModel)
     outputs = TRANSFORMERS.name(MixtralPreTrainedModel, "_can_record_outputs")
-    assert "router_logits" in outputs, f"look at raysft/models/lora_targets.py; there are {sorted(outputs)}"
+    assert "router_logits" in outputs, f"look at raysft/models/routers.py; there are {sorted(outputs)}"
+
+
+def test_experts_are_computed_by_a_function_that_can_be_replaced():
+    """An estimate replaces it; ``tests/invariants/test_experts.py`` compares the default with one expert after the other."""
+    from transformers.integrations import moe
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    for kind in (MixtralExperts, GptOssExperts):
+        TRANSFORMERS.name(kind, "_apply_gate")
+    TRANSFORMERS.name(moe.ALL_EXPERTS_FUNCTIONS, "register")
+    TRANSFORMERS.name(PreTrainedModel, "set_experts_implementation")
+    source = inspect.getsource(moe.grouped_mm_experts_forward)
+    for name in ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed"):
+        assert f"self.{name}" in source, f"look at raysft/estimate/fake_experts.py, which reads {name}"
 
 
 def test_modules_of_experts_say_what_they_compute():

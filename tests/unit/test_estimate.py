@@ -14,14 +14,15 @@ from raysft.config import Config, parse, with_overrides
 from raysft.errors import RequestError
 from raysft.estimate import estimate as estimates
 from raysft.estimate.duration import earlier_speed, given_speed
-from raysft.estimate.estimate import Place, Training, estimate, place_of
+from raysft.estimate.estimate import Estimate, Place, Training, estimate, place_of
 from raysft.estimate.evaluation import Evaluation, estimate_evaluation, evaluation_memory
 from raysft.estimate.formula import Decoder, by_formula
 from raysft.estimate.hardware import NodeMemory, gpu_memory, this_node
+from raysft.estimate.host import host_memory
 from raysft.estimate.measure import Microbatch
 from raysft.estimate.memory import FRAGMENTATION, PIXELS_AHEAD, Hardware, largest_rows, memory
 from raysft.estimate.setup import setup_of
-from raysft.estimate.sizes import GIB, Activations, Images, Layers, Line, LossBytes, ModelSizes, Weight
+from raysft.estimate.sizes import GIB, Activations, Images, Layers, Line, LossBytes, ModelSizes, Weight, amount
 from raysft.estimate.states import Setup, states
 from raysft.estimate.storage import Storage, check_room, check_shared, storage
 from raysft.train.pixels import AHEAD
@@ -470,3 +471,32 @@ def test_pixels_that_are_made_ahead_are_in_the_memory_of_the_node(gpu):
     share = FRAGMENTATION * 4 * GIB if gpu else 12 * GIB
     assert seen.peak - without.peak == pytest.approx(4 * GIB + share)
     assert seen.host - without.host == (12 * GIB if gpu else 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "width"),
+    [
+        ("qwen3_moe", {"num_experts_per_tok": 8, "moe_intermediate_size": 768}, 8 * 768),
+        ("deepseek_v3", {"num_experts_per_tok": 8, "moe_intermediate_size": 2048, "n_shared_experts": 1}, 9 * 2048),
+        ("qwen2_moe", {"num_experts_per_tok": 4, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632},
+         4 * 1408 + 5632),
+        ("mixtral", {"num_experts_per_tok": 2, "intermediate_size": 14336}, 2 * 14336),
+    ],
+)  # fmt: skip
+def test_a_token_goes_through_some_experts_and_all_shared_ones(kind, settings, width):
+    from transformers import AutoConfig
+
+    assert Decoder.of(AutoConfig.for_model(kind, **settings)).feed_forward == width
+
+
+def test_weights_of_experts_wait_in_the_memory_of_a_node():
+    """As ``raysft check`` prints it: 30.5 billion weights of 2 bytes, on one node or on four."""
+    mixture = ModelSizes(30_500_000_000, (), 0, 622_000_000, 0, 622_000_000, 0)
+    offloaded = Setup(zero_stage=3, workers=8, width=2, offload_parameters=True)
+    needed = memory(mixture, FLAT, offloaded, 1, Hardware(gpu=True))
+    assert needed.host == states(mixture, offloaded).host == 61e9 / 8
+    for ranks in (8, 2):
+        host = host_memory(mixture, offloaded, needed, ranks, gpu=True)
+        assert host == pytest.approx(ranks * (61e9 / 8 + 3 * GIB) + 5 * GIB)
+        shown = Estimate(mixture, needed, Place(80 * GIB, 0.0, 512 * GIB, ranks, Hardware(gpu=True)), 1, 1, host)
+        assert shown.lines(table=False)[-1] == f"memory of a node: about {amount(host)} of 512.0 GiB"

@@ -30,6 +30,7 @@ from raysft.train.finetuning import load_model
 from raysft.train.loss import TokenLoss
 from raysft.train.towers import features_of
 from tests.measured_memory import config_of, model_of, most_allocated
+from tests.tiny import FAMILIES as EXPERTS
 from tests.tiny import tiny_mixture, tiny_model
 from tests.tiny_vision import FAMILIES, TILED, tiny_vision_model
 
@@ -174,9 +175,27 @@ def test_other_architectures_are_traced(folder, model_type):
     assert found.saved(2) > found.saved(1) > 96 * SIZES["hidden_size"] * 4
 
 
-def test_a_model_that_cannot_be_traced_gets_a_formula(folder):
+@pytest.mark.parametrize("family", EXPERTS)
+def test_mixtures_of_experts_need_what_a_real_pass_needs(folder, tmp_path, family):
+    """Whichever experts are chosen."""
+    model = tiny_mixture(tmp_path / "model", family, **EXPERTS[family])
+    changes = CHECKPOINTED if family == "deepseek_v3" else {}
+    lora = {"model.finetuning": "lora", "model.lora.target": ["o_proj", "experts"]} if family == "qwen2_moe" else {}
+    config = config_of(folder, model, {"data.sequence_length": 96, "train.micro_batch_size": 2, **changes, **lora})
+    sizes, activations = model_of(config)
+    assert activations.traced
+    whole = load_model(config, str(model))
+    assert sizes.total == sum(weight.numel() for weight in whole.parameters()), "all experts, not those of a token"
+    assert needed(activations, 2) == pytest.approx(really_needed(config, 2), rel=0.1)
+
+
+def test_a_model_that_cannot_be_traced_gets_a_formula(folder, monkeypatch):
     config = config_of(folder, folder / "model")
-    # Which experts compute is decided by values.
+
+    def fail(*_: object) -> None:
+        raise ValueError("which experts compute is decided by values")
+
+    monkeypatch.setattr("raysft.estimate.trace.fake_experts", fail)
     mixture = AutoConfig.for_model("mixtral", **SIZES, num_experts_per_tok=2)
     sizes, found = measure(config, mixture, None, Microbatch(96, 1.0))
     assert not found.traced

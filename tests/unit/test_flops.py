@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer
 
 from raysft.train.flops import model_flops, trainer_flops
-from tests.tiny import tiny_mixture, tiny_model
+from tests.tiny import FAMILIES, tiny_mixture, tiny_model
 
 
 def counted(model, tokens: int) -> float:
@@ -42,14 +42,17 @@ def test_two_weights_of_four_bits_are_two(tmp_path):
     assert trainer_flops(model, 3) == counted(model, 3) == trainer_flops(whole, 3)
 
 
-def test_a_mixture_computes_each_token_with_some_of_its_experts(tmp_path):
-    tiny_mixture(tmp_path / "m")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mixture_computes_each_token_with_some_of_its_experts(tmp_path, family):
+    tiny_mixture(tmp_path / "m", family, **FAMILIES[family])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
-    weights = [weight for name, weight in model.named_parameters() if "embed" not in name and "lm_head" not in name]
-    experts = [weight for weight in weights if weight.dim() == 3]
-    others = sum(weight.numel() for weight in weights if weight.dim() < 3)
+    weights = [
+        (name, weight) for name, weight in model.named_parameters() if "embed" not in name and "lm_head" not in name
+    ]
+    experts = [weight for name, weight in weights if ".experts." in name]
+    others = sum(weight.numel() for name, weight in weights if ".experts." not in name)
     chosen = sum(2 * weight[0].numel() for weight in experts)
-    assert chosen < sum(weight.numel() for weight in experts)
+    assert 0 < chosen < sum(weight.numel() for weight in experts)
     assert model_flops(model, 10, 0, 0) == pytest.approx(10 * 6 * (others + chosen))
 
 
