@@ -152,7 +152,8 @@ def trace(config: Config, model: Any, tokens: int, loss_share: float) -> Activat
             reference=Reference(),
         )
         loss.needs_mask = _set_attention(model, config)
-        _set_experts(without_adapters(model))
+        if config.model.experts != "kt":
+            _set_experts(without_adapters(model))
         if not config.scaling.use_gpu and config.dtype == "float32" and not loss.objective.has_reference:
             fuse_layers(model)
         loss.train()
