@@ -18,7 +18,7 @@ EXACT = ("embed_tokens", "lm_head", "norm", "gate.weight", "bias")
 """Parts of the names of weights that such checkpoints leave as they are."""
 
 
-def to_fp8(folder: Path, output: Path) -> dict[str, torch.Tensor]:
+def to_fp8(folder: Path, output: Path, block: tuple[int, int] = BLOCK) -> dict[str, torch.Tensor]:
     """Write a model with its matrices in FP8; returns what all weights stand for, in bfloat16."""
     stored, exact = {}, {}
     for name, weight in load_file(folder / "model.safetensors").items():
@@ -27,17 +27,17 @@ def to_fp8(folder: Path, output: Path) -> dict[str, torch.Tensor]:
             continue
         rows, columns = weight.shape
         packed = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
-        scales = torch.empty(-(-rows // BLOCK[0]), -(-columns // BLOCK[1]))
+        scales = torch.empty(-(-rows // block[0]), -(-columns // block[1]))
         meant = torch.empty(weight.shape)
         for row, line in enumerate(scales):
             for column in range(len(line)):
-                place = tuple(slice(size * at, size * (at + 1)) for size, at in zip(BLOCK, (row, column), strict=True))
+                place = tuple(slice(size * at, size * (at + 1)) for size, at in zip(block, (row, column), strict=True))
                 line[column] = weight[place].abs().max() / 448
                 packed[place] = (weight[place] / line[column]).to(torch.float8_e4m3fn)
                 meant[place] = packed[place].float() * line[column]
         stored |= {name: packed, f"{name}_scale_inv": scales}
         exact[name] = meant.bfloat16()
-    method = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": list(BLOCK)}
+    method = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": list(block)}
     _write(folder, output, stored, method)
     return exact
 

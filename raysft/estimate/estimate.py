@@ -108,9 +108,8 @@ class Estimate:
         source += " (without what encodes images)" if self.without_images else ""
         fits = f"; up to {_rows(self.largest)} at once fit" if self.largest else ""
         line = f"memory: about {_gib(memory.peak)}{of} for {self.place.named}, most {memory.moment}{source}{fits}"
-        node = (
-            [f"memory of a node: about {_gib(self.host)} of {_gib(self.place.node)}"] if self.place.hardware.gpu else []
-        )
+        beside = self.place.hardware.gpu or memory.host  # such as weights that wait there
+        node = [f"memory of a node: about {_gib(self.host)} of {_gib(self.place.node)}"] if beside else []
         if table:
             return [line, *(f"  {name:<14}{value / GIB:9.3f} GiB" for name, value in memory.parts.items()), *node]
         shown = (f"{name} {value / GIB:.2f}" for name, value in memory.parts.items() if value >= 0.005 * GIB)

@@ -155,6 +155,8 @@ def load_adapter(model: Any, folder: str | Path, **options: Any) -> Any:
         warnings.filterwarnings("error", "Found missing adapter keys")
         warnings.filterwarnings("ignore", ".*a tied layer is part of the adapter")  # merge_adapter unties them
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # peft reads its former name
+        # It looks for the ranks of parameters, which it has applied, among modules.
+        warnings.filterwarnings("ignore", ".*pattern keys did not match.*gate_up_proj", RuntimeWarning)
         try:
             adapted = PeftModel.from_pretrained(model, str(folder), **options)
         except UserWarning as warning:

@@ -135,19 +135,24 @@ class _Quantized:
             return
         piece = self._files[name].get_slice(name)
         shape, elements = piece.get_shape(), math.prod(piece.get_shape())
-        if name.endswith(BLOCKS) and (scales := name.removesuffix(BLOCKS) + BLOCK_SCALES) in self._files:
+        if name.endswith(BLOCKS) and piece.get_dtype() == "U8":
+            scales = self._scales_of(name, name.removesuffix(BLOCKS) + BLOCK_SCALES)
             self._put(name.removesuffix(BLOCKS), 4 * elements, lambda: self._mxfp4(name, scales))
         elif piece.get_dtype() in FP8:
-            found = next((name + end for end in SCALES if name + end in self._files), None)
-            if found is None:
-                raise RequestError(
-                    f"{self._model}: {name} is in FP8, but its scale, {name}{SCALES[0]}, is missing; copy it again"
-                )
+            found = self._scales_of(name, *(name + end for end in SCALES))
             self._check_scales(found, shape)
             self._put(name, 2 * elements, lambda: self._fp8(name, found))
         else:
             tensor = self._files[name]
             self._put(name, elements * bytes_of(piece.get_dtype()), lambda: tensor.get_tensor(name))
+
+    def _scales_of(self, name: str, *names: str) -> str:
+        found = next((each for each in names if each in self._files), None)
+        if found is None:
+            raise RequestError(
+                f"{self._model}: {name} is quantized, but its scale, {names[0]}, is missing; copy it again"
+            )
+        return found
 
     def _is_scale(self, name: str) -> bool:
         return any(name.endswith(end) and name.removesuffix(end) in self._files for end in SCALES) or (

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from raysft.config import with_overrides
 from raysft.errors import RequestError
-from raysft.models.dequantized import dequantize
+from raysft.models.dequantized import dequantize, from_mxfp4
 from raysft.models.loading import load_weights
 from raysft.models.merging import merge
 from raysft.run.inputs import check_model_files
@@ -91,19 +91,21 @@ def test_it_is_trained_and_exported_as_a_plain_model(quantized, tmp_path):
 
 def test_weights_without_their_scales_are_refused(quantized, tmp_path):
     method, folder, _ = quantized
-    if method == "mxfp4":
-        pytest.skip("its blocks would be other weights, which transformers misses")
-    described = json.loads((folder / "quantized/config.json").read_text())
     weights = load_file(folder / "quantized/model.safetensors")
-    name = next(each for each in weights if each.endswith("o_proj.weight"))
-    for number, (scale, told) in enumerate(((None, "is missing"), (torch.ones(1, 1), "weight_block_size"))):
-        other = tmp_path / str(number)
-        other.mkdir()
-        (other / "config.json").write_text(json.dumps(described))
-        content = {each: weight for each, weight in weights.items() if each != f"{name}_scale_inv"}
-        save_file(content | ({} if scale is None else {f"{name}_scale_inv": scale}), other / "model.safetensors")
+    name, scale = {
+        "fp8": ("o_proj.weight", "o_proj.weight_scale_inv"), "mxfp4": ("down_proj_blocks", "down_proj_scales")
+    }[method]  # fmt: skip
+    scale = next(each for each in weights if each.endswith(scale))
+    changes: list[tuple[torch.Tensor | None, str]] = [(None, "is missing")]
+    changes += [(torch.ones(1, 1), "weight_block_size")] if method == "fp8" else []
+    for number, (other, told) in enumerate(changes):
+        damaged = tmp_path / str(number)
+        damaged.mkdir()
+        (damaged / "config.json").write_text((folder / "quantized/config.json").read_text())
+        content = {each: weight for each, weight in weights.items() if each != scale}
+        save_file(content | ({} if other is None else {scale: other}), damaged / "model.safetensors")
         with pytest.raises(RequestError, match=told) as caught:
-            dequantize(other, tmp_path / f"to-{number}")
+            dequantize(damaged, tmp_path / f"to-{number}")
         assert name in str(caught.value)
         assert "\n" not in str(caught.value)
 
@@ -111,3 +113,24 @@ def test_weights_without_their_scales_are_refused(quantized, tmp_path):
 def test_weights_that_stay_quantized_cannot_be_trained_in_full(quantized):
     with pytest.raises(RequestError, match=r"is quantized \(.*set model.finetuning to lora or oft"):
         check_model_files(with_overrides(config(quantized, finetuning="full"), {"model.dequantize": False}), print)
+
+
+def test_numbers_are_read_as_transformers_reads_them(tmp_path):
+    """FP8 where it can read them: of blocks that divide all matrices."""
+    from transformers import FineGrainedFP8Config
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    draw = torch.Generator().manual_seed(1)
+    blocks, scales = (
+        torch.randint(*span, size, dtype=torch.uint8, generator=draw)
+        for span, size in (((0, 256), (3, 8, 2, 16)), ((110, 140), (3, 8, 2)))
+    )
+    theirs = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
+    torch.testing.assert_close(from_mxfp4(blocks, scales, torch.bfloat16), theirs, rtol=0, atol=0)
+    tiny_mixture(tmp_path / "plain", "qwen3_moe", **FAMILIES["qwen3_moe"])
+    to_fp8(tmp_path / "plain", tmp_path / "fp8", block=(8, 16))
+    dequantize(tmp_path / "fp8", tmp_path / "copy")
+    method = FineGrainedFP8Config(dequantize=True, weight_block_size=(8, 16))
+    other = load_weights(tmp_path / "fp8", dtype=torch.bfloat16, quantization_config=method).state_dict()
+    for name, weight in load_weights(tmp_path / "copy", dtype=torch.bfloat16).state_dict().items():
+        torch.testing.assert_close(weight, other[name], rtol=0, atol=0)

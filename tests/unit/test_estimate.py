@@ -500,3 +500,7 @@ def test_weights_of_experts_wait_in_the_memory_of_a_node():
         assert host == pytest.approx(ranks * (61e9 / 8 + 3 * GIB) + 5 * GIB)
         shown = Estimate(mixture, needed, Place(80 * GIB, 0.0, 512 * GIB, ranks, Hardware(gpu=True)), 1, 1, host)
         assert shown.lines(table=False)[-1] == f"memory of a node: about {amount(host)} of 512.0 GiB"
+    on_cpu = replace(shown, place=replace(shown.place, hardware=Hardware()))
+    assert on_cpu.lines(table=True)[-1] == shown.lines(table=True)[-1], (
+        "also on CPUs, where nothing else is beside a worker"
+    )
