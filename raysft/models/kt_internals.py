@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import itertools
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import torch
@@ -56,13 +58,19 @@ def check_kernel(on_this_machine: bool = True) -> None:
         on_this_machine: also look whether this machine's CPU has what the kernel needs.
 
     Raises:
-        RequestError: the package is missing, or the CPU lacks instructions.
+        RequestError: the package is missing or another version, or the CPU lacks instructions.
     """
     if importlib.util.find_spec("kt_kernel") is None:
         raise RequestError(
             f"model.experts=kt needs the package kt-kernel; run pip install --no-deps kt-kernel=={VERSION} on every node: with its "
             "dependencies, which are optional here, it would replace torch"
         )
+    with suppress(PackageNotFoundError):  # one that was built here may have none
+        if (found := version("kt-kernel")).split(".")[:2] != VERSION.split(".")[:2]:
+            raise RequestError(
+                f"model.experts=kt works with kt-kernel {VERSION}, but {found} is installed; run pip install --no-deps "
+                f"kt-kernel=={VERSION} on every node"
+            )
     if not on_this_machine:
         return
     try:

@@ -71,6 +71,17 @@ def test_accumulation_and_recomputation_change_no_loss(trained):
         np.testing.assert_allclose(trained[case, "kt"].losses, trained["plain", "kt"].losses, rtol=0.02)
 
 
+def test_two_workers_train_as_one(prepared, trained):
+    """Each with a kernel of its own, as on two machines."""
+    folder, model, manifest = prepared
+    config = make_config(folder / "two", model, {**LORA, **CASES["accumulated"], "model.experts": "kt"})
+    (two,) = train_all([Case(config, rows_of(manifest))], 2)
+    one = trained["accumulated", "kt"]
+    np.testing.assert_allclose(two.losses, one.losses, rtol=0.02)
+    np.testing.assert_allclose(two.norms, one.norms, rtol=0.02)
+    np.testing.assert_allclose(two.evaluation["eval_loss"], one.evaluation["eval_loss"], rtol=0.02)
+
+
 def test_a_resumed_training_is_the_same_bit_for_bit(trained):
     whole, resumed = trained["accumulated", "kt"], trained["resumed", "kt"]
     assert (resumed.losses, resumed.norms, resumed.evaluation) == (whole.losses[2:], whole.norms[2:], whole.evaluation)

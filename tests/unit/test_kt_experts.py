@@ -284,10 +284,20 @@ def test_without_the_package_the_message_says_how_to_install_it(monkeypatch):
 def test_a_cpu_without_the_instructions_is_refused(monkeypatch):
     package = SimpleNamespace(__cpu_variant__="avx2", kt_kernel_ext=SimpleNamespace(moe=SimpleNamespace()))
     monkeypatch.setattr(kt_internals.importlib.util, "find_spec", lambda name: package)
+    monkeypatch.setattr(kt_internals, "version", lambda name: "0.7.3")
     monkeypatch.setitem(sys.modules, "kt_kernel", package)
     check_kernel(on_this_machine=False)
     with pytest.raises(RequestError, match=r"AVX-512 BF16 .* found avx2 .* model\.experts=auto"):
         check_kernel()
+
+
+def test_another_version_is_refused(monkeypatch):
+    monkeypatch.setattr(kt_internals.importlib.util, "find_spec", lambda name: SimpleNamespace())
+    monkeypatch.setattr(kt_internals, "version", lambda name: "0.8.0")
+    with pytest.raises(
+        RequestError, match=r"works with kt-kernel 0\.7\..*, but 0\.8\.0 is installed; run pip install --no-deps"
+    ):
+        check_kernel(on_this_machine=False)
 
 
 def hf_config(kind: str, **settings: Any) -> Any:
