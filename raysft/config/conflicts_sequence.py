@@ -22,13 +22,6 @@ def sequence_conflicts(config: Config) -> Iterator[str]:
             f"{whole[1] if isinstance(given, int) else as_yaml(whole)}, or another sequence_parallel"
         )
     train = config.train
-    if train.router_aux_loss_coef:
-        yield (
-            f"train.router_aux_loss_coef={train.router_aux_loss_coef:g} balances routers over whole examples, but "
-            f"scaling.sequence_parallel={size} divides them; set only one of them"
-        )
-    if config.model.experts == "kt":
-        yield f"model.experts=kt has not been tried with scaling.sequence_parallel={size}; set only one of them"
     if train.compile:
         yield f"train.compile=true has not been tried with scaling.sequence_parallel={size}; set only one of them"
     if config.model.attention not in ("auto", "sdpa") and not config.model.attention.startswith("flash"):

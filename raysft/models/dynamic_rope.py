@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from raysft.models import sequence_attention
+
 
 def scale_each_example(model: nn.Module) -> None:
     """Let a model scale the positions of each example as transformers does for that example alone; others stay as they are."""
@@ -32,20 +34,27 @@ class _Examplewise:
             x: hidden states, for their type and device.
             position_ids: [rows, tokens]; they count up from 0 in each example, or go on from an earlier call.
         """
-        lengths = example_lengths(position_ids)
+        part = sequence_attention.current()
+        lengths = example_lengths(position_ids) if part is None else part.lengths_of_tokens(position_ids.device)
         fitting = lengths <= self._module.original_max_seq_len
         found = self._fresh(x, position_ids.where(fitting, 0))
         for length in lengths[~fitting].unique().tolist():
             chosen = lengths == length
-            found = _where(chosen, self._fresh(x, position_ids.where(chosen, 0)), found)
+            found = _where(chosen, self._fresh(x, position_ids.where(chosen, 0), length), found)
         return found
 
-    def _fresh(self, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
-        """Call the forward pass as if it were the first one."""
+    def _fresh(self, x: torch.Tensor, position_ids: torch.Tensor, length: int = 1) -> Any:
+        """Call the forward pass as if it were the first one, for an example of so many tokens, of which some may be elsewhere."""
         module = self._module
         module.max_seq_len_cached = module.original_max_seq_len
         module.inv_freq = module.original_inv_freq.to(x.device)
-        return self._forward(module, x, position_ids)
+        last = position_ids.new_full((*position_ids.shape[:-1], 1), length - 1)
+        return _without_last(self._forward(module, x, torch.cat([position_ids, last], -1)))
+
+
+def _without_last(found: Any) -> Any:
+    """Leave the last token out of [rows, tokens, size], or of several of these."""
+    return tuple(map(_without_last, found)) if isinstance(found, tuple) else found[..., :-1, :]
 
 
 def _where(chosen: torch.Tensor, found: Any, otherwise: Any) -> Any:

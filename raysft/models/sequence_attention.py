@@ -72,6 +72,11 @@ def begin(part: Slice | None) -> None:
     _Current.part = part
 
 
+def current() -> Slice | None:
+    """Return what ``begin`` was told."""
+    return _Current.part
+
+
 def use_attention(model: Any, config: Config) -> None:
     """Make a model compute attention as the config asks for, beyond the kernel that it was loaded with.
 

@@ -133,6 +133,8 @@ def check_shared_rows(config: Config, hf_config: Any) -> None:
         )
     scaling = getattr(text, "rope_parameters", None) or {}
     types = {each.get("rope_type") for each in (scaling, *scaling.values()) if isinstance(each, dict)}
+    if scaling.get("rope_type") == "dynamic":
+        types.discard("dynamic")  # ``dynamic_rope`` scales by whole examples
     if by_length := types & {"dynamic", "longrope"}:
         raise RequestError(
             f"{named} computes slices of rows, but the model's {by_length.pop()} positions depend on the length of whole rows; "

@@ -21,12 +21,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from raysft.errors import RunFailed
 from raysft.models.attention import without_adapters
 from raysft.models.routers import watchable_routers
 from raysft.train.job import Batch
+from raysft.train.sequence_group import ALONE, SequenceGroup
 
 Routed = tuple[torch.Tensor, torch.Tensor]
 """Probabilities [tokens, experts] and choices [tokens, experts of a token] of a router."""
@@ -57,11 +59,14 @@ class RouterLoss:
         if self._listens and torch.is_grad_enabled():  # else a reference model computes
             self._heard.append((router, output))
 
-    def __call__(self, part: Batch) -> torch.Tensor:
+    def __call__(self, part: Batch, group: SequenceGroup = ALONE) -> torch.Tensor:
         """Compute the loss of a microbatch: its sum over examples, each times its tokens.
+
+        Workers that share the rows all get the same sum, each with the gradient of its own tokens.
 
         Args:
             part: its rows, without images.
+            group: the workers that have the same rows.
 
         Raises:
             RunFailed: the model's routers do not say what they chose.
@@ -73,7 +78,11 @@ class RouterLoss:
             raise RunFailed(
                 f"train.router_aux_loss_coef={self.coefficient:g}, but no router of {self._name} was called; remove it"
             )
-        return balance(routed, torch.as_tensor(example, device=routed[0][0].device), count)
+        lengths = np.bincount(example, minlength=count + 1)[:count]
+        own, device = group.cut_one(example, count), routed[0][0].device
+        return balance(
+            routed, torch.as_tensor(own, device=device), torch.as_tensor(lengths, device=device), group.processes
+        )
 
     def _read(self, router: nn.Module, output: Any) -> Routed:
         if not (isinstance(output, tuple) and len(output) == 3 and not torch.is_floating_point(output[2])):
@@ -95,25 +104,31 @@ def probabilities(logits: torch.Tensor, by_itself: bool = False) -> torch.Tensor
     return each / each.sum(-1, keepdim=True)
 
 
-def balance(routed: Sequence[Routed], example: torch.Tensor, count: int) -> torch.Tensor:
+def balance(
+    routed: Sequence[Routed], example: torch.Tensor, lengths: torch.Tensor, processes: Any = None
+) -> torch.Tensor:
     """Return the sum over examples of (tokens · load balancing loss), float32.
 
     Args:
         routed: of each layer with experts.
-        example: [tokens] number of each token's example; ``count`` for padding.
-        count: number of examples.
+        example: [tokens] number of each token's example; of padding, the number of examples.
+        lengths: [examples] tokens of each.
+        processes: process group of the workers that have the other tokens of the examples; None if all are here.
 
     >>> even = torch.full((2, 4), 0.25), torch.tensor([[0, 1], [2, 3]])
-    >>> balance([even, even], torch.tensor([0, 0]), 1)  # 2 tokens · 2 experts of each
+    >>> balance([even, even], torch.tensor([0, 0]), torch.tensor([2]))  # 2 tokens · 2 experts of each
     tensor(4.)
     """
-    experts = routed[0][0].shape[-1]
+    experts, count = routed[0][0].shape[-1], len(lengths)
     likely, hits = torch.zeros(2, count + 1, experts, device=example.device)
     for probability, chosen in routed:
         likely = likely.index_add(0, example, probability)
         hits = hits.index_add(0, example, torch.zeros_like(probability).scatter_(-1, chosen, 1.0).detach())
-    lengths = torch.bincount(example, minlength=count + 1)[:count, None]
-    return experts / len(routed) ** 2 * (hits[:count] * likely[:count] / lengths).sum()
+    if processes is not None:
+        of_all = torch.stack([likely.detach(), hits])
+        dist.all_reduce(of_all, group=processes)
+        likely, hits = likely + (of_all[0] - likely.detach()), of_all[1]
+    return experts / len(routed) ** 2 * (hits[:count] * likely[:count] / lengths[:, None]).sum()
 
 
 def examples_of(part: Batch) -> tuple[np.ndarray, int]:

@@ -87,6 +87,12 @@ class SequenceGroup:
         }
         return cut, Slice(self.processes, self.size, tuple(lengths), start, stop)
 
+    def cut_one(self, values: np.ndarray, empty: int) -> np.ndarray:
+        """Cut this worker's slice out of values of all tokens, one row after the other; what is missing at the end is ``empty``."""
+        width = self.slice_tokens(len(values))
+        filled = np.pad(values, (0, width * self.size - len(values)), constant_values=empty)
+        return filled[self.place * width : (self.place + 1) * width]
+
 
 ALONE = SequenceGroup()
 """The group of a worker that computes whole rows, where there is but one."""

@@ -118,7 +118,7 @@ def train_step(
         phases.enter("forward")
         with forward, router_loss or nullcontext():
             loss, by_source, _ = engine(**microbatch, number_of_sources=sources)
-        balance = router_loss(part) if router_loss else loss.new_zeros(())
+        balance = router_loss(part, group) if router_loss else loss.new_zeros(())
         phases.enter("backward")
         # `loss * 0 + 1` is 1 for a finite loss and NaN otherwise; it makes the gradient NaN, so that the step is skipped.
         whole = loss * scale * (loss.detach() * 0 + 1)
@@ -129,7 +129,9 @@ def train_step(
         phases.enter("step")
         with _without_update(engine) if norm is not None and not torch.isfinite(norm) else nullcontext():
             engine.step()
-        totals += torch.cat([totals.new_zeros(4), loss.detach()[None], by_source, balance.detach()[None]])
+        # Workers that share rows all have the balance of whole rows.
+        balanced = balance.detach()[None] / group.size
+        totals += torch.cat([totals.new_zeros(4), loss.detach()[None], by_source, balanced])
     totals[:4] = totals.new_tensor(asks())
     waited = pixels.waited() if pixels else 0.0
     waits = torch.zeros(dist.get_world_size() if pixels else 0, 2, device=engine.device)

@@ -34,9 +34,9 @@ WAYS: list[tuple[str, int, int, dict[str, Any]]] = [
     ("llama", 2, 2, {"zero_stage": 3, "gradient_checkpointing": True}),
     ("one key head", 2, 2, {"zero_stage": 0, "loss": "eaft"}),
     ("deepseek_v3", 2, 2, {"zero_stage": 3, **LORA}),
-    ("qwen3_moe", 2, 2, {"zero_stage": 1}),
+    ("qwen3_moe", 2, 2, {"zero_stage": 1, "router_aux_loss_coef": 0.5}),
     ("llama", 4, 2, {"zero_stage": 0, "gradient_checkpointing": True}),
-    ("qwen3_moe", 4, 2, {"zero_stage": 3, "micro_batch_size": 1}),
+    ("qwen3_moe", 4, 2, {"zero_stage": 3, "micro_batch_size": 1, "router_aux_loss_coef": 0.5}),
     ("llama", 4, 4, {"zero_stage": 2}),
 ]
 """(model, workers, of which so many share each row, settings), compared with one worker. The models have 4 query heads and 2 key
@@ -165,6 +165,8 @@ def test_workers_that_share_rows_train_as_one_worker_does(trained, way):
         assert [getattr(e, name) for e in ours] == [getattr(e, name) for e in theirs], name
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.source_losses == pytest.approx(other.source_losses, rel=1e-5)
+        balances = mine.router_aux_loss, other.router_aux_loss
+        assert balances == (None, None) or balances[0] == pytest.approx(balances[1], rel=1e-5)
 
 
 def test_trainings_resume_with_rows_shared_or_not(prepared, trained):

@@ -57,9 +57,16 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
             {
                 "num_attention_heads": 8,
                 "num_key_value_heads": 4,
-                "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "factor": 2.0,
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0] * 3,
+                    "long_factor": [2.0] * 3,
+                    "original_max_position_embeddings": 64,
+                },
             },
-            "dynamic positions",
+            "longrope positions",
         ),
         ("qwen3_next", {}, "layers of type linear_attention"),
         ("mamba", {}, "layers of type linear_attention"),

@@ -16,6 +16,7 @@ from raysft.config.llamafactory.conversion import convert
 from raysft.generate.engines.batching import obstacle
 from raysft.generate.engines.static import TransformersEngine
 from raysft.models.rope_scaling import positions_of
+from raysft.models.sequence_attention import Slice, begin
 from raysft.run.inputs import check_model_files, find_other_model
 from raysft.run.warnings import warnings
 from raysft.train.export import save
@@ -135,6 +136,22 @@ def test_dynamic_positions_of_an_example_depend_on_no_other(tmp_path, base):
         for text, of_text in zip(row, found, strict=True):
             alone = logits(by_hand(base, parameters, positions), text)
             torch.testing.assert_close(of_text, alone, atol=2e-5, rtol=1e-5)
+
+
+def test_dynamic_positions_of_a_slice_are_those_of_whole_examples(tmp_path, base):
+    config = make_config(tmp_path, base, "dynamic")
+    rotary = load_model(config, check_model_files(config, lambda line: None).model).model.rotary_emb
+    lengths, states = (20, 100, 130, 6), torch.zeros(1, 256, 8)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    whole = rotary(states, positions)
+    try:
+        for start in range(0, 256, 64):
+            own = slice(start, start + 64)
+            begin(Slice(None, 4, lengths, own.start, own.stop))
+            for part, of_row in zip(rotary(states[:, own], positions[:, own]), whole, strict=True):
+                assert torch.equal(part, of_row[:, own])
+    finally:
+        begin(None)
 
 
 def test_dynamic_positions_are_generated_as_for_each_prompt_alone(tmp_path, base):
