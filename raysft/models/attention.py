@@ -265,7 +265,7 @@ def is_varlen(model: Any) -> bool:
 def takes_examples(model: Any) -> bool:
     """Return True for FlashAttention in a model that passes on where examples begin, which every layer would ask the GPU for."""
     passes_on = any(each.kind is each.VAR_KEYWORD for each in inspect.signature(model.forward).parameters.values())
-    return is_varlen(model) and passes_on
+    return attention_implementation(model).startswith(("flash", f"{SEQUENCE}varlen")) and passes_on
 
 
 def _joined(states: torch.Tensor) -> torch.Tensor:

@@ -194,7 +194,9 @@ def _attend(
     """Attend inside each example, with all tokens of some heads; returns [1, tokens, heads, size]."""
     layer: Any = _Layer(module, query.shape[1] // key.shape[1])
     if kernel.startswith("flash"):
-        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device)
+        ends = options.get("cu_seq_lens_q")  # of whole rows, on the device since before the pass
+        if ends is None:
+            ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device)
         return flash_attention(layer, kernel, query, key, value, ends, max(lengths), **options)
     return by_example(layer, query, key, value, lengths, **options)
 

@@ -32,7 +32,7 @@ from raysft.train.phases import Phases
 from raysft.train.pixels import ImageInputs, Pixels, beside
 from raysft.train.sequence_group import ALONE, SequenceGroup
 from raysft.train.step_rows import cut, with_targets
-from raysft.train.uploads import examples, predicting, uploaded
+from raysft.train.uploads import examples, examples_of_lengths, predicting, uploaded
 
 TENSORS = {
     "input_ids": torch.long,
@@ -300,5 +300,8 @@ def microbatches(
             name: torch.as_tensor(own[name], dtype=dtype) for name, dtype in TENSORS.items() if name in own
         }
         inputs["predicting"] = predicting(own["targets"])
-        inputs |= {"examples": examples(own["position_ids"])} if of_rows is None else {"part": of_rows}
+        if of_rows is None:
+            inputs["examples"] = examples(own["position_ids"])
+        else:
+            inputs |= {"examples": examples_of_lengths(of_rows.lengths), "part": of_rows}
         yield uploaded(inputs if pixels is None else inputs | pixels.take(), device)

@@ -7,8 +7,9 @@ numbers are found here, before the rows are copied.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -86,3 +87,9 @@ def examples(positions: np.ndarray) -> dict[str, Any]:
         "longest": int(np.diff(bounds).max()),
         "several": bool(begins[:, 1:].any()),
     }
+
+
+def examples_of_lengths(lengths: Sequence[int]) -> dict[str, Any]:
+    """Return what ``examples`` does, for examples of some lengths that are one row."""
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return {"bounds": bounds, "longest": max(lengths), "several": len(lengths) > 1}

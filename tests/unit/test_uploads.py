@@ -14,11 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, modeling_flash_attention
 
 from raysft.config import parse
 from raysft.data.types import IGNORE_INDEX
-from raysft.models.sequence_attention import use_sequence
+from raysft.models import sequence_attention
+from raysft.models.sequence_attention import Slice, use_sequence
 from raysft.models.transformers_internals import known_examples
 from raysft.train.loss import TokenLoss
 from raysft.train.step import microbatches
-from raysft.train.uploads import examples, predicting, uploaded
+from raysft.train.uploads import examples, examples_of_lengths, predicting, uploaded
 
 ASKS = {"_local_scalar_dense", "nonzero", "bincount", "masked_select", "equal", "is_nonzero", "unique_dim", "_unique2"}
 """Operators whose result, or its size, depends on numbers that a GPU must have computed first."""
@@ -140,6 +141,18 @@ def test_flash_attention_is_told_where_examples_begin(monkeypatch, version):
         )
     assert calls == derived, "as the workers that share rows call it"
     for one, other in zip(exchanging, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    monkeypatch.setattr(sequence_attention, "_exchanged", lambda parts, processes: parts)
+    lengths, calls[:] = (5, 7, 4, 9, 7), []
+    sliced = {name: value.reshape(1, -1) for name, value in inputs.items() if getattr(value, "ndim", 0) == 2}
+    sliced |= {"part": Slice(None, 1, lengths, 0, 32), "examples": examples_of_lengths(lengths)}
+    try:
+        asked, found = asked_for(TokenLoss(sharing), sliced | {"predicting": inputs["predicting"]})
+    finally:
+        sequence_attention.begin(None)
+    assert not asked
+    assert calls == derived
+    for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
 
 
