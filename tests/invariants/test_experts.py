@@ -145,6 +145,24 @@ def test_packed_rows_train_as_single_examples_do_however_a_step_is_cut(rows, tra
         np.testing.assert_allclose(balances(result), expected, rtol=1e-5, err_msg=way)
 
 
+def test_a_worker_whose_rows_are_empty_adds_nothing_to_the_balance(rows):
+    """In the last step of an epoch, in which one of two workers has no examples."""
+    dataset = PackedDataset(rows[1].manifests, rows[1].capacity, 8, seed=3, layout="single")
+    assert dataset.row_plan.rows % 8 == 4
+    ways = [{"zero_stage": 0, "micro_batch_size": 8}, {"zero_stage": 3, "micro_batch_size": 2}]
+    settings = {**BALANCED, "data.packing": False, "train.max_steps": None}
+    one, two = (
+        train_all(
+            [Case(make_config(rows[0], rows[0] / "mixtral", settings, global_batch_size=8, **way), dataset)], world
+        )[0]
+        for way, world in zip(ways, (1, 2), strict=True)
+    )
+    assert not one.failure
+    assert len(balances(one)) == dataset.row_plan.steps
+    assert_same(one[:4], two[:4])
+    np.testing.assert_allclose(balances(one), balances(two), rtol=1e-5)
+
+
 def test_a_loss_of_routers_needs_routers(rows):
     settings = {"train.router_aux_loss_coef": 0.1}
     model = tiny_model(rows[0] / "llama")
