@@ -21,9 +21,6 @@ def sequence_conflicts(config: Config) -> Iterator[str]:
             f"{given if isinstance(given, int) else as_yaml(list(given))}; use scaling.num_workers="
             f"{whole[1] if isinstance(given, int) else as_yaml(whole)}, or another sequence_parallel"
         )
-    train = config.train
-    if train.compile:
-        yield f"train.compile=true has not been tried with scaling.sequence_parallel={size}; set only one of them"
     if config.model.attention not in ("auto", "sdpa") and not config.model.attention.startswith("flash"):
         yield (
             f"scaling.sequence_parallel={size} computes attention with FlashAttention or SDPA, but model.attention="

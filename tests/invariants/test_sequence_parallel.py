@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import socket
 from datetime import timedelta
 from pathlib import Path
@@ -27,11 +28,17 @@ from tests.training import Case, Result, assert_same, make_config, train_all
 
 CAPACITY, HALF = 96, 48
 LORA = {"finetuning": "lora"}
+COMPILED: list[tuple[str, int, int, dict[str, Any]]] = [
+    ("llama", 2, 2, {"zero_stage": 2, "gradient_checkpointing": True, "compile": True})
+]
+if not shutil.which(os.environ.get("CXX", "g++")):
+    COMPILED.clear()  # it needs a compiler
 WAYS: list[tuple[str, int, int, dict[str, Any]]] = [
     ("llama", 2, 2, {"zero_stage": 0, "loss": "asft"}),
     ("llama", 2, 2, {"zero_stage": 1, "loss": "dft", "micro_batch_size": 1}),
     ("llama", 2, 2, {"zero_stage": 2, "z_loss": 1e-3, "label_smoothing": 0.1, **LORA}),
     ("llama", 2, 2, {"zero_stage": 3, "gradient_checkpointing": True}),
+    *COMPILED,
     ("one key head", 2, 2, {"zero_stage": 0, "loss": "eaft"}),
     ("deepseek_v3", 2, 2, {"zero_stage": 3, **LORA}),
     ("qwen3_moe", 2, 2, {"zero_stage": 1, "router_aux_loss_coef": 0.5}),
@@ -115,6 +122,7 @@ class Prepared:
             chunk_tokens=16,
             keep=kept,
             resume=begun and begun / "checkpoint_2",
+            compiler="aot_eager",
         )
 
 
@@ -123,7 +131,7 @@ def prepared(tmp_path_factory) -> Prepared:
     return Prepared(tmp_path_factory.mktemp("sequence"))
 
 
-ALONE = {"zero_stage": 0, "micro_batch_size": 4, "gradient_checkpointing": False}
+ALONE = {"zero_stage": 0, "micro_batch_size": 4, "gradient_checkpointing": False, "compile": False}
 
 
 @pytest.fixture(scope="module")
