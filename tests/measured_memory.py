@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from torch.autograd.graph import saved_tensors_hooks
 
 from raysft.config import Config, parse, with_overrides
 from raysft.estimate.estimate import Training
@@ -29,8 +30,10 @@ from raysft.estimate.measure import Microbatch, measure
 from raysft.estimate.memory import Hardware, Memory, memory
 from raysft.estimate.setup import setup_of
 from raysft.estimate.sizes import Activations, ModelSizes
+from raysft.models import recomputation
 from raysft.models.media_inputs import image_tokens, media_inputs
 from raysft.models.processor import ProcessorFiles, has_processor, load_processor
+from raysft.train import loss
 from tests.processes import forks
 
 SECONDS = 300
@@ -80,7 +83,8 @@ def estimated(config: Config, world: int = 1) -> Memory:
     sizes, activations = model_of(config, images=has_processor(config.model.path))
     rows = -(-int(config.train.global_batch_size) // world)
     setup = setup_of(config, world, rows)
-    return memory(sizes, activations, setup, min(rows, config.micro_batch_size), Hardware())
+    beside = config.train.offload.activations != "none"  # the tensors of a worker on a CPU are those of one on a GPU
+    return memory(sizes, activations, setup, min(rows, config.micro_batch_size), Hardware(gpu=beside))
 
 
 def model_of(config: Config, images: bool = False) -> tuple[ModelSizes, Activations]:
@@ -93,20 +97,31 @@ def model_of(config: Config, images: bool = False) -> tuple[ModelSizes, Activati
     return measure(config, training.hf_config, None, training.microbatch)
 
 
-def measured(configs: Sequence[Config], world: int = 1) -> list[list[Measured]]:
-    """Train two steps of each config with ``world`` workers, one config after another; gives what each worker needed."""
+def measured(
+    configs: Sequence[Config], world: int = 1, chunk_tokens: int = loss.CHUNK_TOKENS, seconds: float = SECONDS
+) -> list[list[Measured]]:
+    """Train two steps of each config with ``world`` workers, one config after another; gives what each worker needed.
+
+    Args:
+        configs: of the trainings.
+        world: number of workers.
+        chunk_tokens: most loss tokens whose logits exist at the same time.
+        seconds: how long all trainings together may take.
+    """
     context = forks()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     out = context.Queue()
-    processes = [context.Process(target=_worker, args=(rank, world, port, configs, out)) for rank in range(world)]
+    processes = [
+        context.Process(target=_worker, args=(rank, world, port, configs, out, chunk_tokens)) for rank in range(world)
+    ]
     for process in processes:
         process.start()
     found: dict[int, list[Measured]] = {}
     try:
         while len(found) < world:
-            rank, ours = out.get(timeout=SECONDS)
+            rank, ours = out.get(timeout=seconds)
             found[rank] = ours
     finally:
         for process in processes:
@@ -115,11 +130,12 @@ def measured(configs: Sequence[Config], world: int = 1) -> list[list[Measured]]:
     return [[found[rank][index] for rank in range(world)] for index in range(len(configs))]
 
 
-def _worker(rank: int, world: int, port: int, configs: Sequence[Config], out: Any) -> None:
+def _worker(rank: int, world: int, port: int, configs: Sequence[Config], out: Any, chunk_tokens: int) -> None:
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank)
     )
     torch.set_num_threads(1)
+    loss.CHUNK_TOKENS = chunk_tokens
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
     out.put((rank, [_measured(config, world) for config in configs]))
     torch.distributed.barrier()
@@ -135,6 +151,17 @@ def _measured(config: Config, world: int) -> Measured:
     raise AssertionError(f"{left:,} bytes are left after the training, in each of {TRIES} tries")
 
 
+class HostMemory(saved_tensors_hooks):
+    """In place of ``save_on_cpu``: the node's memory beside a device, here numpy's, which torch's allocator does not count."""
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__(self.keep, torch.from_numpy)
+
+    def keep(self, tensor: torch.Tensor) -> Any:
+        """Copy a tensor there."""
+        return tensor.detach().numpy().copy()
+
+
 def _measured_once(config: Config, world: int) -> tuple[Measured, int]:
     """Train two steps; gives what they needed, and how many bytes are left at the end."""
     from torch.profiler import ProfilerActivity, profile, record_function
@@ -142,6 +169,7 @@ def _measured_once(config: Config, world: int) -> tuple[Measured, int]:
     from raysft.train.engine import make_engine
     from raysft.train.step import train_step
 
+    recomputation.save_on_cpu = HostMemory  # type: ignore[assignment,misc]
     processor = load_processor(config.model.path) if has_processor(config.model.path) else None
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         engine, scheduler = make_engine(

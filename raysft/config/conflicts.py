@@ -200,6 +200,15 @@ def _offload(config: Config) -> Iterator[str]:
             f"train.offload.optimizer=nvme requires train.zero_stage=3, but train.zero_stage={train.zero_stage}; "
             "set it to 3, or use cpu"
         )
+    for key, value, usual in (
+        ("train.offload.activations", train.offload.activations, "none"),
+        ("train.recompute_layers", train.recompute_layers, None),
+    ):
+        if value != usual and not train.gradient_checkpointing:
+            yield (
+                f"{key}={value} is about layers that are recomputed, but train.gradient_checkpointing=false; set it to true, or "
+                f"remove {key}"
+            )
     if "nvme" in (optimizer, parameters) and not train.offload.folder:
         yield (
             "train.offload to nvme requires a folder, but train.offload.folder is not set; set it to a folder on a local disk"

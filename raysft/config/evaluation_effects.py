@@ -35,7 +35,7 @@ _KEYS = {
         data.sequence_length data.packing data.document_mask
         train.micro_batch_size train.optimizer train.optimizer_options train.optimizer_target
         train.zero_stage train.offload.optimizer train.offload.parameters train.offload.folder train.deepspeed
-        train.gradient_checkpointing train.fp8 train.pure_bf16
+        train.gradient_checkpointing train.recompute_layers train.offload.activations train.fp8 train.pure_bf16
         scaling.use_gpu scaling.sequence_parallel
     """,
     Bearing.CONTENT: """

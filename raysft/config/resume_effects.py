@@ -27,7 +27,8 @@ class Effect(Enum):
 _KEYS = {
     Effect.ALWAYS: """
         run.name run.sweep run.storage data.cache
-        train.gradient_checkpointing train.eval_at_start train.save_every_steps train.save_every_epochs
+        train.gradient_checkpointing train.recompute_layers train.offload.activations
+        train.eval_at_start train.save_every_steps train.save_every_epochs
         train.save_every_minutes train.keep_last train.max_failures train.hang_minutes train.max_hours train.trackers
         train.tracking.project train.tracking.run_name train.tracking.tags train.tracking.group
         scaling.num_workers scaling.sequence_parallel scaling.wait_minutes scaling.use_gpu scaling.cpus_per_worker

@@ -23,13 +23,16 @@ Tracker = Literal["tensorboard", "wandb", "mlflow", "swanlab", "trackio"]
 
 
 class OffloadSection(Section):
-    """States that DeepSpeed keeps outside the device."""
+    """What is kept outside the device."""
 
     optimizer: Literal["none", "cpu", "nvme"] = "none"
     """Where DeepSpeed keeps optimizer states and computes the optimizer step. ``none``: on the device; ``cpu``: in the node's
     memory; ``nvme``: states on disk."""
     parameters: Literal["none", "cpu", "nvme"] = "none"
     """Where ZeRO-3 keeps parameters that are not in use."""
+    activations: Literal["none", "cpu"] = "none"
+    """Where the inputs of recomputed layers (``gradient_checkpointing``) wait for the backward pass. ``cpu``: in the node's
+    memory, from which each comes back when its layer is due."""
     folder: Text | None = None
     """Folder on a local NVMe disk; required by ``nvme``."""
 
@@ -123,11 +126,14 @@ class TrainSection(Section):
     updates smaller than a 256th of a weight are rounded away. Requires ``model.dtype`` bfloat16; without ZeRO (``zero_stage: 0``)
     any optimizer but ``adai`` and ``badam`` can be used."""
     offload: OffloadSection = OffloadSection()
-    """States that DeepSpeed keeps outside the device."""
+    """What is kept outside the device."""
     deepspeed: Options | Text = {}
     """Additional DeepSpeed settings, or the path of a JSON file with them. They must not contradict the config."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them: less memory, about a third more time."""
+    recompute_layers: Count | None = None
+    """Number of the model's first layers that ``gradient_checkpointing`` recomputes; the others keep their activations, which
+    takes memory and saves time. Default: all layers."""
     compile: bool = False
     """Compile the decoder's layers with torch.compile, for passes with gradients: faster steps on GPUs, after a minute or more in
     the first ones. Numbers differ by rounding. It needs a compiler on every node: on GPUs one for C, on CPUs one for C++."""

@@ -17,8 +17,8 @@ from raysft.storage.retry import retry_for
 NEWEST, NEWEST_REMOTE = 50, 5
 """Runs that are looked at, newest first; in an object store each takes a request or two."""
 SAME = ("model.path", "model.finetuning", "model.train_parts", "model.quantization", "data.sequence_length", "data.packing",
-        "train.gradient_checkpointing", "train.compile", "scaling.use_gpu", "scaling.threads_per_worker",
-        "scaling.sequence_parallel")  # fmt: skip
+        "train.gradient_checkpointing", "train.recompute_layers", "train.offload.activations", "train.compile",
+        "scaling.use_gpu", "scaling.threads_per_worker", "scaling.sequence_parallel")  # fmt: skip
 """Keys on which the speed depends most."""
 
 

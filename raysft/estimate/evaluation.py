@@ -93,7 +93,7 @@ def _activations(config: Config, hf_config: Any, width: int) -> float:
 
     decoder, rows = Decoder.of(hf_config), config.micro_batch_size
     tokens = slice_tokens(config.data.sequence_length, config.scaling.sequence_parallel)
-    found = by_formula(decoder, width, tokens, 1.0, False, CHUNK_TOKENS, (rows,))
+    found = by_formula(decoder, width, tokens, 1.0, 0, CHUNK_TOKENS, (rows,))
     layer = max(layers.forward.at(rows) for layers in found.layers)
     hidden = 2.0 * rows * tokens * width * decoder.hidden
     # The logits of a chunk in the model's type, in float32, and as log-probabilities.

@@ -49,7 +49,7 @@ def model_without_weights(config: Config, hf_config: Any, adapter: str | None = 
             chosen = model.config.get_text_config().num_experts_per_tok
             move_experts(model, config, partial(TracedExperts, chosen, config.train.gradient_checkpointing))
         if config.train.gradient_checkpointing:
-            recompute_layers(model)
+            recompute_layers(model, config.train.recompute_layers)  # ``Setup`` knows where their inputs are
     return model.to(dtype)
 
 

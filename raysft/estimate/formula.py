@@ -44,7 +44,7 @@ class Decoder:
 
 
 def by_formula(
-    decoder: Decoder, width: int, tokens: int, loss_share: float, recompute: bool, chunk: int, rows: tuple[int, ...]
+    decoder: Decoder, width: int, tokens: int, loss_share: float, recomputed: int, chunk: int, rows: tuple[int, ...]
 ) -> Activations:
     """Compute the activations.
 
@@ -53,7 +53,7 @@ def by_formula(
         width: bytes of a number that the layers compute with.
         tokens: tokens of a row.
         loss_share: share of them with a loss.
-        recompute: True with ``train.gradient_checkpointing``.
+        recomputed: number of layers that are computed again; the first ones.
         chunk: most loss tokens whose logits exist at the same time.
         rows: numbers of rows of a microbatch for which to compute the loss.
     """
@@ -62,9 +62,17 @@ def by_formula(
     attention = width * 2 * decoder.head_size * (decoder.heads + decoder.key_heads) + 4 * decoder.heads
     whole = float(tokens * (2 * norm + attention + width * 4 * f))
     gradients = float(tokens * width * (3 * f + 2 * h))
-    saved = float(tokens * width * h) if recompute else whole
-    backward = gradients + (whole if recompute else 0.0)
-    layers = Layers(decoder.layers, Line(0.0, saved), Line(0.0, whole), Line(float(width * h * f), backward))
+    layers = tuple(
+        Layers(
+            count,
+            Line(0.0, float(tokens * width * h) if again else whole),
+            Line(0.0, whole),
+            Line(float(width * h * f), gradients + (whole if again else 0.0)),
+            again,
+        )
+        for count, again in ((recomputed, True), (decoder.layers - recomputed, False))
+        if count
+    )
     loss = {}
     for each in rows:
         count = max(1.0, each * tokens * loss_share)
@@ -72,5 +80,5 @@ def by_formula(
         hidden = 2.0 * each * tokens * width * h
         loss[each] = LossBytes(hidden + at_once * decoder.vocabulary * (2 * width + 12), hidden)
     embedded = Line(0.0, float(tokens * width * (h + 2 * decoder.head_size)))
-    tail = Line(0.0, embedded.per_row + saved + backward)
-    return Activations(tokens, embedded, (layers,), loss, tail, traced=False)
+    tail = Line(0.0, embedded.per_row + layers[0].saved.per_row + layers[0].backward.per_row)
+    return Activations(tokens, embedded, layers, loss, tail, traced=False)

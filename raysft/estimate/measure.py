@@ -123,11 +123,18 @@ def _measured(
             width=4 if config.dtype == "float32" else 2,
             tokens=microbatch.tokens,
             loss_share=microbatch.loss_share,
-            recompute=config.train.gradient_checkpointing,
+            recomputed=_recomputed(config, plain),
             chunk=CHUNK_TOKENS,
             rows=tuple(sorted({config.micro_batch_size, *LOSS_ROWS})),
         )
     return sizes, replace(activations, images=images)
+
+
+def _recomputed(config: Config, hf_config: Any) -> int:
+    """Number of layers that are computed again."""
+    train, layers = config.train, Decoder.of(hf_config).layers
+    asked = layers if train.recompute_layers is None else min(layers, train.recompute_layers)
+    return asked if train.gradient_checkpointing else 0
 
 
 def _key(config: Config, hf_config: Any, adapter: str | None, microbatch: Microbatch) -> str:
@@ -157,6 +164,7 @@ def _key(config: Config, hf_config: Any, adapter: str | None, microbatch: Microb
             config.scaling.sequence_parallel,
         ],
         "train": [train.gradient_checkpointing, train.zero_stage == 3, train.loss, train.label_smoothing, train.z_loss],
+        "recomputed": train.recompute_layers,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -185,7 +193,7 @@ def surely_small(hf_config: Any, weight_bytes: int, tokens: int, rows: int, limi
         decoder = Decoder.of(hf_config)
     except (AttributeError, TypeError, ZeroDivisionError):
         return False
-    activations = by_formula(decoder, 4, tokens, 1.0, False, 1024, (rows,))
+    activations = by_formula(decoder, 4, tokens, 1.0, 0, 1024, (rows,))
     # Two bytes for each weight in the files; 28 with gradients, float32 copies, moments and what the step needs.
     needed = 14 * weight_bytes + 2 * activations.saved(rows) + 2 * activations.loss_at(rows).peak + PROCESS
     if eager or drops:

@@ -9,7 +9,7 @@ The pixels of a microbatch are there from its beginning to its end.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from raysft.estimate.sizes import GIB, Activations, ModelSizes
@@ -85,6 +85,7 @@ def memory(
             rows is cut off.
     """
     kept = states(sizes, setup)
+    setup = setup if hardware.gpu else replace(setup, offload_activations=False)  # a CPU's memory is the node's
     moments = _moments(activations, kept, setup, rows)
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     parts = dict.fromkeys(ROWS, 0.0) | {
@@ -99,8 +100,10 @@ def memory(
     ahead, host, sure = (
         PIXELS_AHEAD * activations.images_at(rows).pixels,
         kept.host,
-        _sure(activations, kept, rows, filled),
+        _sure(activations, kept, setup, rows, filled),
     )
+    if setup.offload_activations:
+        host += activations.inputs(rows)[0]
     # The kernel turns the weights of one layer at a time for its backward pass.
     experts = float(EXPERT_WIDTH * (sizes.experts + sizes.experts_of_layer))
     kernel = rows * activations.tokens * sizes.bytes_in_kernel
@@ -115,7 +118,7 @@ def memory(
 
 def _moments(activations: Activations, kept: States, setup: Setup, rows: int) -> dict[str, dict[str, float]]:
     """What comes and goes, by row of the table, at each moment that may be the peak."""
-    saved, loss, images = activations.saved(rows), activations.loss_at(rows), activations.images_at(rows)
+    saved, loss, images = _saved(activations, setup, rows), activations.loss_at(rows), activations.images_at(rows)
     saved += images.saved
     forward = max((each.forward.at(rows) - each.saved.at(rows) for each in activations.layers), default=0.0)
     moments = {
@@ -155,6 +158,15 @@ def _moments(activations: Activations, kept: States, setup: Setup, rows: int) ->
     return {**with_pixels, "while the weights are loaded": {"rest": max(0.0, kept.loading - kept.fixed)}}
 
 
+def _saved(activations: Activations, setup: Setup, rows: int) -> float:
+    """What the decoder keeps on the device for the backward pass: of offloaded inputs that of the layer that is computed."""
+    saved = activations.saved(rows)
+    if setup.offload_activations:
+        offloaded, largest = activations.inputs(rows)
+        saved += largest - offloaded
+    return saved
+
+
 def _beside(dynamic: float, setup: Setup, hardware: Hardware) -> float:
     """Bytes beside those of tensors."""
     if not hardware.gpu:
@@ -164,9 +176,9 @@ def _beside(dynamic: float, setup: Setup, hardware: Hardware) -> float:
     return CONTEXT + nccl + share * max(0.0, dynamic)
 
 
-def _sure(activations: Activations, kept: States, rows: int, filled: float) -> float:
+def _sure(activations: Activations, kept: States, setup: Setup, rows: int, filled: float) -> float:
     """Bytes that are surely there at once: while weights are loaded, at the end of the forward pass, or in the step."""
-    saved = filled * activations.saved(rows) if activations.traced else 0.0
+    saved = filled * _saved(activations, setup, rows) if activations.traced else 0.0
     return max(kept.loading, kept.weights + kept.master + kept.moments + max(kept.kept + saved, kept.gradients))
 
 

@@ -65,6 +65,13 @@ def _changes(config: Config, hardware: Hardware, workers: int) -> Iterator[tuple
         )
     if not train.gradient_checkpointing:
         yield "train.gradient_checkpointing=true", {"train.gradient_checkpointing": True}
+    if hardware.gpu and train.offload.activations == "none":
+        text = "train.offload.activations=cpu"
+        if train.gradient_checkpointing:
+            yield text, {"train.offload.activations": "cpu"}
+        else:
+            both = {"train.gradient_checkpointing": True, "train.offload.activations": "cpu"}
+            yield f"train.gradient_checkpointing=true and {text}", both
     if workers > 1 and train.zero_stage < 3:
         yield "train.zero_stage=3", {"train.zero_stage": 3}
     for parts in PARTS if config.scaling.sequence_parallel == 1 else ():

@@ -29,6 +29,7 @@ def setup_of(config: Config, workers: int, rows_per_worker: int, reference: int 
         options=config.train.optimizer_options,
         offload_optimizer=offload.optimizer != "none",
         offload_parameters=offload.parameters != "none",
+        offload_activations=offload.activations != "none",
         bucket=_elements(zero.get("reduce_bucket_size")),
         double_bucket=bool(zero.get("overlap_comm", int(zero["stage"]) == 3)),
         accumulates=rows_per_worker > config.micro_batch_size,

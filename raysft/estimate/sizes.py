@@ -106,6 +106,8 @@ class Layers:
     """Most bytes that its forward pass needs at a time."""
     backward: Line
     """Most bytes that its backward pass, with what it computes again, needs at a time, beyond what was saved."""
+    recomputed: bool = False
+    """True if they are computed again, so that they keep their inputs alone."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,11 @@ class Activations:
         """Return what the decoder keeps for the backward pass."""
         return self.embedded.at(rows) + sum(layers.count * layers.saved.at(rows) for layers in self.layers)
 
+    def inputs(self, rows: int) -> tuple[float, float]:
+        """Return what all recomputed layers keep for the backward pass, and the most that one of them does."""
+        kept = [(layers.count, layers.saved.at(rows)) for layers in self.layers if layers.recomputed]
+        return sum(count * saved for count, saved in kept), max((saved for _, saved in kept), default=0.0)
+
     def loss_at(self, rows: int) -> LossBytes:
         """Return the bytes of the loss: those of the next larger number of rows that is known, or more than the largest."""
         known = sorted(self.loss)
@@ -195,7 +202,13 @@ class Activations:
     def from_dict(cls, content: Mapping[str, Any]) -> Activations:
         """Read what ``to_dict`` returns."""
         layers = tuple(
-            Layers(each["count"], Line(**each["saved"]), Line(**each["forward"]), Line(**each["backward"]))
+            Layers(
+                each["count"],
+                Line(**each["saved"]),
+                Line(**each["forward"]),
+                Line(**each["backward"]),
+                each["recomputed"],
+            )
             for each in content["layers"]
         )
         loss = {int(rows): LossBytes(**each) for rows, each in content["loss"].items()}

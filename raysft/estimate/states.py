@@ -48,6 +48,8 @@ class Setup:
     options: Mapping[str, Any] = field(default_factory=dict)
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    offload_activations: bool = False
+    """True if the inputs of recomputed layers wait for the backward pass in the node's memory."""
     bucket: int | None = None
     """Elements of the reduce bucket. Default: as many as are trained, at most 5e8."""
     double_bucket: bool = False

@@ -27,6 +27,7 @@ from raysft.estimate.sizes import Activations, Layers, Line, LossBytes
 from raysft.models.attention import EXAMPLEWISE, FLASH, WITH_SINKS, kernel, use_examplewise, without_adapters
 from raysft.models.decoder_layers import decoder_layers
 from raysft.models.fused_layers import ROTARY, fuse_layers
+from raysft.models.recomputation import is_recomputed
 from raysft.models.sequence_attention import Slice
 from raysft.models.torch_internals import LiveBytes, fake_tensors
 from raysft.models.transformers_internals import attention_implementation, can_set_attention
@@ -164,7 +165,7 @@ def trace(config: Config, model: Any, tokens: int, loss_share: float) -> Activat
         shape = _Shape(tokens, loss_share, config.autocast)
         runs = [_run(loss, layers, rows, shape) for rows in (1, 2)]
         losses = {rows: _loss_alone(loss, rows, shape) for rows in sorted({config.micro_batch_size, *LOSS_ROWS})}
-    return _activations(runs, counts, losses, tokens)
+    return _activations(runs, counts, losses, tokens, [is_recomputed(layer) for layer in layers])
 
 
 def forget_gradient(parameter: torch.Tensor) -> None:
@@ -182,7 +183,7 @@ def _shorten(model: Any) -> tuple[list[Any], list[int]]:
     chosen = [layers[0]]
     for layer, kind in list(zip(layers, kinds, strict=False))[1:]:
         weights = tuple((name, tuple(weight.shape), weight.requires_grad) for name, weight in layer.named_parameters())
-        key = (type(layer), kind, weights)
+        key = (type(layer), kind, weights, is_recomputed(layer))
         if key not in counts:
             chosen.append(layer)
         counts[key] = counts.get(key, 0) + 1
@@ -283,7 +284,11 @@ def _train(loss: _TracedLoss, live: LiveBytes, rows: int, shape: _Shape) -> None
 
 
 def _activations(
-    runs: Sequence[_Run], counts: Sequence[int], losses: Mapping[int, LossBytes], tokens: int
+    runs: Sequence[_Run],
+    counts: Sequence[int],
+    losses: Mapping[int, LossBytes],
+    tokens: int,
+    recomputed: Sequence[bool],
 ) -> Activations:
     def line(value: Callable[[_Run], float]) -> Line:
         one, two = map(value, runs)
@@ -298,6 +303,7 @@ def _activations(
             saved=line(lambda run, i=index: end(run, i) - run.before[i]),
             forward=line(lambda run, i=index: run.forward[i] - run.before[i]),
             backward=line(lambda run, i=index: run.backward.get(i, 0) - run.begin.get(i, 0)),
+            recomputed=recomputed[index],
         )
         for index, count in enumerate(counts)
     )

@@ -3,7 +3,7 @@ exist. Those of continuous batching are in ``generate/engines/continuous_interna
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -100,6 +100,18 @@ def without_recomputation(layer: Any) -> Any:
     return (
         MethodType(kind.forward.__wrapped__, layer) if isinstance(layer, GradientCheckpointingLayer) else layer.forward
     )
+
+
+def recomputes_itself(layer: Any) -> bool:
+    """Return True for a layer that is computed again in the backward pass, or not, by a flag of its own."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return isinstance(layer, GradientCheckpointingLayer)
+
+
+def wrap_recomputation(layer: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace the function that computes a layer so that its backward pass can compute it again; the layer has one already."""
+    layer._gradient_checkpointing_func = wrap(layer._gradient_checkpointing_func)
 
 
 def is_recurrent(model_class: Any) -> bool:

@@ -11,6 +11,7 @@ from raysft.models.architecture import read_hf_config
 from raysft.models.model_class import auto_class, loaded_config
 from raysft.models.model_parts import loose_weights
 from raysft.models.quantization import check_method, is_in_8_bits, method_of, quantization_config
+from raysft.models.recomputation import recompute_layers
 from raysft.models.rope_scaling import is_rotary, positions_of, scaled_config
 from raysft.models.routers import watchable_routers
 from raysft.storage import hub_snapshots
@@ -63,6 +64,8 @@ def check_model(config: Config, model: str, notify: Callable[[str], None] = lamb
                 _tell_frozen(whole, config, notify)
             _check_routers(whole, config)
             check_names(whole, config)
+            if config.train.gradient_checkpointing:
+                recompute_layers(whole, config.train.recompute_layers, config.train.offload.activations == "cpu")
     return hf_config
 
 
@@ -152,6 +155,8 @@ def _names_modules(config: Config) -> bool:
         or bool(special or (section and model.new_tokens.tokens))
         or model.lora.pissa
         or model.lora.dora
+        or config.train.recompute_layers is not None
+        or config.train.offload.activations != "none"
     )
 
 

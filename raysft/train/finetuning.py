@@ -54,7 +54,8 @@ def load_model(config: Config, path: str, device: torch.device | None = None, ad
     if config.model.adapter is not None:
         model = _with_adapter(model, config, path, adapter)
     if config.train.gradient_checkpointing:
-        recompute_layers(model, recomputation_contexts if config.model.experts == "kt" else None)
+        train, contexts = config.train, recomputation_contexts if config.model.experts == "kt" else None
+        recompute_layers(model, train.recompute_layers, train.offload.activations == "cpu", contexts)
     return model
 
 

@@ -34,6 +34,7 @@ def for_reading(config: Config) -> Config:
     model = {"dtype": config.weight_dtype, "attention": "auto", "liger": False, "quantization": None}
     train = {
         "optimizer": config.train.optimizer if averages else "adamw", "deepspeed": {}, "gradient_checkpointing": False,
+        "recompute_layers": None, "offload": config.train.offload.model_copy(update={"activations": "none"}),
         "fp8": "off", "loss": "cross_entropy", "reference_model": None,
     }  # fmt: skip
     sections: dict[str, dict[str, Any]] = {

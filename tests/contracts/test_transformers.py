@@ -108,6 +108,18 @@ def test_weights_are_converted_by_a_mapping_of_the_model(model):
     assert transformers_internals.weight_conversions(model) is not None
 
 
+def test_a_layer_has_a_function_that_computes_it_again(model):
+    layer = model.model.layers[0]
+    assert transformers_internals.recomputes_itself(layer)
+    assert not transformers_internals.recomputes_itself(layer.mlp)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    before = TRANSFORMERS.name(layer, "_gradient_checkpointing_func")
+    transformers_internals.wrap_recomputation(layer, lambda function: [function])
+    assert layer._gradient_checkpointing_func == [before]
+    layer._gradient_checkpointing_func = before
+    model.gradient_checkpointing_disable()
+
+
 def test_descriptions_are_read_without_code():
     TRANSFORMERS.positional(TRANSFORMERS.name(tokenization_auto, "get_tokenizer_config"), 1)
 

@@ -48,6 +48,8 @@ def trained(device, prepared) -> dict[str, Result]:
             case(f"ZeRO {stage} resumed", train={"zero_stage": stage}, resume=kept)
         case("microbatches of 1", train={"micro_batch_size": 1})
         case("recomputed", train={"gradient_checkpointing": True})
+        on_cpu = {"recompute_layers": 1, "offload": {"activations": "cpu"}}
+        case("recomputed in part, inputs on the CPU", train={"gradient_checkpointing": True, **on_cpu})
         case("evaluated packed", eval_rows=packed)
         case("evaluated unpacked", eval_rows=single)
         case("LoRA", train=LORA, keep=folder / f"kept-{dtype}-lora")

@@ -35,6 +35,8 @@ PEAKS: dict[str, dict[str, Any]] = {
     "several chunks of logits": {"data.sequence_length": 400, "train.micro_batch_size": 4},
     "asft": {"train.loss": "asft"},
     "asft with lora": {"train.loss": "asft", "model.finetuning": "lora"},
+    "recomputed in part": {"train.gradient_checkpointing": True, "train.recompute_layers": 1},
+    "inputs on the CPU": {"train.gradient_checkpointing": True, "train.offload.activations": "cpu"},
     "eager": {"model.attention": "eager"},
     "rows one after the other": {"train.micro_batch_size": 1, "train.global_batch_size": 4},
     "last layer": {"model.finetuning": "freeze", "model.freeze.layers": 1},

@@ -29,6 +29,11 @@ LOW_RANK = {"rank": 4, "update_proj_gap": 2, "scale": 0.5}
 CASES: dict[str, dict[str, Any]] = {
     "full": {},
     "checkpointed": {"train.gradient_checkpointing": True},
+    "checkpointed in part, inputs on the CPU": {
+        "train.gradient_checkpointing": True,
+        "train.recompute_layers": 1,
+        "train.offload.activations": "cpu",
+    },
     "eager": {"model.attention": "eager"},
     "adafactor": {"train.optimizer": "adafactor"},
     "muon": {"train.optimizer": "muon"},

@@ -180,13 +180,29 @@ def test_the_largest_microbatch_is_the_last_that_fits():
 
 def test_the_formula_for_a_llama_of_8b_has_196_kib_for_each_token_and_layer():
     llama = Decoder(32, 4096, 14336, 32, 8, 128, 128_256)
-    found = by_formula(llama, 2, 4096, 1.0, False, 1024, (1,))
+    found = by_formula(llama, 2, 4096, 1.0, 0, 1024, (1,))
     # 2 · 8 · 4096 + 4 · 32 · 128 + 4 · 8 · 128 + 8 · 14336 + 4 · 32 bytes.
     assert found.layers[0].saved.at(1) / 4096 / 1024 == pytest.approx(196.125)
     # Float32 logits, log-probabilities and their gradient, and logits and gradient in bfloat16: 16 bytes · 1024 · 128,256.
     assert found.loss[1].peak - found.loss[1].left == pytest.approx(16 * 1024 * 128_256)
-    recomputed = by_formula(llama, 2, 4096, 1.0, True, 1024, (1,))
+    recomputed = by_formula(llama, 2, 4096, 1.0, 32, 1024, (1,))
     assert recomputed.saved(1) - recomputed.embedded.at(1) == 32 * 4096 * 2 * 4096
+    in_part = by_formula(llama, 2, 4096, 1.0, 20, 1024, (1,))
+    assert in_part.saved(1) == pytest.approx((20 * recomputed.saved(1) + 12 * found.saved(1)) / 32)
+
+
+def test_offloaded_inputs_are_in_the_nodes_memory_except_that_of_one_layer():
+    again, whole = Line(0, GIB), Line(0, 5 * GIB)
+    layers = (Layers(30, again, whole, whole, recomputed=True), Layers(2, whole, whole, whole))
+    activations = replace(FLAT, layers=layers, embedded=Line(0, 0))
+    usual, offloaded = (
+        memory(SMALL, activations, Setup(2, 1, 4, offload_activations=offloads), 4, Hardware(gpu=True))
+        for offloads in (False, True)
+    )
+    assert usual.parts["activations"] - offloaded.parts["activations"] == 29 * 4 * GIB
+    assert offloaded.host - usual.host == 30 * 4 * GIB
+    cpu = memory(SMALL, activations, Setup(2, 1, 4, offload_activations=True), 4, Hardware())
+    assert (cpu.parts["activations"], cpu.host) == (usual.parts["activations"], 0), "its memory is the node's"
 
 
 def test_activations_survive_json():

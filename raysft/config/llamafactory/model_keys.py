@@ -31,7 +31,7 @@ MODEL: Keys = {
     "shift_attn": only(False, "remove it: raysft has no shifted sparse attention", boolean),
     "mixture_of_depths": only(None, "remove it: raysft has no mixture of depths"),
     "use_unsloth": only(False, "remove it; enable_liger_kernel: true gives fused kernels", boolean),
-    "use_unsloth_gc": harmless("activations are recomputed, but those between layers stay on the GPU"),
+    "use_unsloth_gc": joined("train.offload.activations", boolean, False),
     "enable_liger_kernel": joined("model.liger", boolean, False),
     "moe_aux_loss_coef": same(
         "train.router_aux_loss_coef", option(number), note="over the tokens of each example, not of a padded microbatch"

@@ -66,6 +66,8 @@ def workers(given: Settings) -> Derived:
         "disable_gradient_checkpointing",
         "LLaMA-Factory goes by disable_gradient_checkpointing alone" if ignored else "",
     )
+    if given["use_unsloth_gc"] and recomputes:
+        yield Entry("train.offload.activations", "cpu", "use_unsloth_gc")
 
 
 def steps(given: Settings) -> Derived:
