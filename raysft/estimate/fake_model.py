@@ -13,7 +13,7 @@ from raysft.estimate.sizes import ModelSizes, weights_of
 from raysft.estimate.traced_experts import TracedExperts, bytes_in_kernel
 from raysft.models.attention import FLASH, kernel, without_adapters
 from raysft.models.decoder_layers import decoder_layers
-from raysft.models.kt_experts import elements_of_experts, move_experts
+from raysft.models.kt_experts import elements_of_experts, move_experts, recomputes_all
 from raysft.models.lora_targets import linear_layers
 from raysft.models.model_class import auto_class
 from raysft.models.recomputation import recompute_layers
@@ -47,7 +47,7 @@ def model_without_weights(config: Config, hf_config: Any, adapter: str | None = 
             model = _adapted(model, config, adapter)
         if config.model.experts == "kt":
             chosen = model.config.get_text_config().num_experts_per_tok
-            move_experts(model, config, partial(TracedExperts, chosen, config.train.gradient_checkpointing))
+            move_experts(model, config, partial(TracedExperts, chosen, recomputes_all(config)))
         if config.train.gradient_checkpointing:
             recompute_layers(model, config.train.recompute_layers)  # ``Setup`` knows where their inputs are
     return model.to(dtype)

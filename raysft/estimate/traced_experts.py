@@ -17,7 +17,7 @@ class TracedExperts(LayerExperts):
 
     Args:
         chosen: experts of a token.
-        recomputes: True if a layer's experts compute again in the backward pass.
+        recomputes: True if the experts of all layers compute again in the backward pass.
         module: the experts of the layer, with their weights.
         adapters: peft's, of these weights.
     """

@@ -103,7 +103,7 @@ def move_experts(model: Any, config: Config, taken_over: Callable[..., LayerExpe
 def _in_kernel(config: Config, chosen: int, module: Any, adapters: Sequence[Any]) -> LayerExperts:
     experts, hidden, inner = module.down_proj.shape
     rank = max((rank for adapter in adapters for rank in adapter.r.values()), default=RANKS)
-    tokens, recomputes = config.micro_batch_size * config.data.sequence_length, config.train.gradient_checkpointing
+    tokens, recomputes = config.micro_batch_size * config.data.sequence_length, recomputes_all(config)
     kernel = Kernel(
         ExpertSizes(experts, chosen, hidden, inner),
         -(-rank // RANKS) * RANKS,
@@ -114,6 +114,11 @@ def _in_kernel(config: Config, chosen: int, module: Any, adapters: Sequence[Any]
     )
     kernel.load(module.gate_up_proj, module.down_proj)
     return LayerExperts(kernel, adapters, _SHARED if recomputes else Kept(), 3 * experts * hidden * inner)
+
+
+def recomputes_all(config: Config) -> bool:
+    """Return True if every layer is computed again just before its backward pass, so that one at a time keeps something."""
+    return config.train.gradient_checkpointing and config.train.recompute_layers is None
 
 
 def elements_of_experts(model: Any) -> tuple[int, int]:

@@ -53,7 +53,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
 
 
 def config(experts: str = "kt", **settings: Any) -> Config:
-    train = {"micro_batch_size": 1, "gradient_checkpointing": settings.pop("gradient_checkpointing", False)}
+    train = {"micro_batch_size": 1, **settings.pop("train", {})}
     return parse(
         {
             "model": {"path": "m", "dtype": "bfloat16", "experts": experts, "lora": settings},
@@ -211,16 +211,20 @@ def forwards(model: Any) -> list[bool]:
 @needs_kernel
 def test_layers_that_are_computed_again_have_the_same_gradients_and_compute_their_experts_twice(qwen):
     ids = torch.randint(3, 300, (1, TOKENS), generator=torch.Generator().manual_seed(3))
-    found = {}
-    for again in (False, True):
-        model = made(qwen, gradient_checkpointing=again)
+    ways: list[dict[str, Any]] = [
+        {},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "recompute_layers": 1},
+    ]
+    found = []
+    for train in ways:
+        model = made(qwen, train=train)
         passes = forwards(model)
         weighted(model(input_ids=ids, use_cache=False).logits).backward()
-        weights = {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
-        found[again] = (weights, passes)
-    assert found[False][1] == [True, True]
-    assert found[True][1] == [False, False, True, True]
-    assert all(torch.equal(found[True][0][name], gradient) for name, gradient in found[False][0].items())
+        found.append(({name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}, passes))
+    assert [passes for _, passes in found] == [[True, True], [False, False, True, True], [False, True, True]]
+    for gradients, _ in found[1:]:
+        assert all(torch.equal(gradients[name], gradient) for name, gradient in found[0][0].items())
 
 
 @needs_kernel
