@@ -44,16 +44,15 @@ def options(layers: int) -> dict[str, tuple[dict[str, Any], int]]:
 def longest(config_for: Any, limit: float) -> tuple[int, float]:
     """Return the longest row whose estimate is at most the limit, and its estimate; (0, 0) if none is."""
     low, high, best = 0, MOST // STEP, 0.0
+    doubling = 8
     while low < high:
-        # Estimates grow nearly in proportion, so that a short row shows where to look.
-        middle = (low + high + 1) // 2 if low else max(1, min(high, 8))
+        # Short rows are quick to trace: double until one is too long, then halve what is left.
+        middle = min(doubling, high) if doubling else (low + high + 1) // 2
         peak = estimated(config_for(middle * STEP)).tensors
         if peak > limit:
-            high = middle - 1
+            high, doubling = middle - 1, 0
         else:
-            low, best = middle, peak
-            if middle < high:
-                high = min(high, max(middle + 1, int(middle * (limit / peak) * 8)))
+            low, best, doubling = middle, peak, 2 * doubling
     return low * STEP, best
 
 
