@@ -164,8 +164,20 @@ class _Quantized:
 
     def _check_scales(self, name: str, shape: list[int]) -> None:
         scales = self._files[name].get_slice(name).get_shape()
-        if len(scales) < 2 or self._block is None:
-            return  # one for the whole weight, or for blocks as large as they must be
+        if len(scales) < 2 and math.prod(scales) == 1:
+            return
+        if len(scales) != len(shape):
+            raise RequestError(
+                f"{self._model}: {name} has the shape {scales} for weights of {shape}, but a scale is one number or one for each "
+                "block; use another copy of the model"
+            )
+        if self._block is None:
+            if any(size % parts for size, parts in zip(shape[-2:], scales[-2:], strict=True)):
+                raise RequestError(
+                    f"{self._model}: {name} has the shape {scales} for weights of {shape}, but config.json does not say how large "
+                    "blocks are; add weight_block_size to its quantization_config"
+                )
+            return
         expected = [*shape[:-2], *(-(-size // side) for size, side in zip(shape[-2:], self._block, strict=True))]
         if scales != expected:
             raise RequestError(
@@ -204,7 +216,7 @@ def from_fp8(weight: torch.Tensor, scale: torch.Tensor, block: Sequence[int], dt
     """
     import torch
 
-    if scale.dim() < 2:
+    if scale.numel() == 1:
         return (weight.float() * scale).to(dtype)
     result = torch.empty(weight.shape, dtype=dtype)
     flat = (each.flatten(0, -3) if each.dim() > 2 else each[None] for each in (weight, scale, result))

@@ -84,10 +84,13 @@ def move_experts(model: Any, config: Config, taken_over: Callable[..., LayerExpe
         check_kernel()
         taken_over = partial(_in_kernel, config, base.config.get_text_config().num_experts_per_tok)
     adapters: dict[int, list[Any]] = {}
+    experts = list(expert_modules(base))
+    moved = {id(module) for module in experts}
     for adapter in parameter_adapters(model):
-        adapters.setdefault(id(adapter.get_base_layer()), []).append(adapter)
-        adapter.forward = MethodType(_passed_on, adapter)
-    for module in expert_modules(base):
+        if id(adapter.get_base_layer()) in moved:  # else it is a router's
+            adapters.setdefault(id(adapter.get_base_layer()), []).append(adapter)
+            adapter.forward = MethodType(_passed_on, adapter)
+    for module in experts:
         if not is_swiglu(module):
             raise RequestError(
                 f"model.experts=kt computes SwiGLU without biases, but {type(module).__name__} is something else; set "

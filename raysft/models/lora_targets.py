@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Container
 from typing import Any
@@ -67,7 +68,8 @@ def target_experts(config: Any, model: Any) -> None:
     for each in parameters:
         if each.endswith("gate_up_proj"):
             pattern = rf".*\.{re.escape(each)}"
-            config.rank_pattern[pattern], config.alpha_pattern[pattern] = 2 * config.r, 2 * config.lora_alpha
+            config.rank_pattern[pattern] = 2 * config.r
+            _keep_scale(config, pattern)
 
 
 def targeted(model: Any, targets: Collection[str], parts: Container[Part]) -> list[str]:
@@ -86,6 +88,8 @@ def set_targets(config: Any, model: Any, parts: Container[Part] = ("language",))
     """
     layers = linear_layers(model, parts)
     fit_to_model(config, model, weight_conversions(model))
+    for pattern in getattr(config, "rank_pattern", ()):  # OFT has no ranks
+        _keep_scale(config, pattern)
     if not isinstance(config.target_modules, str):
         # Its experts take the place of all layers that are called like theirs.
         part = part_of(model)
@@ -98,6 +102,12 @@ def set_targets(config: Any, model: Any, parts: Container[Part] = ("language",))
             key for key in config.target_parameters if not any(name.endswith(f".{key}") for name in weights)
         }
     config.target_modules = layers
+
+
+def _keep_scale(config: Any, pattern: str) -> None:
+    """Give what has another rank the scale of the others: alpha ÷ rank, or with rsLoRA alpha ÷ √rank."""
+    share = config.rank_pattern[pattern] / config.r
+    config.alpha_pattern[pattern] = config.lora_alpha * (math.sqrt(share) if config.use_rslora else share)
 
 
 def _is_in(name: str, modules: set[str]) -> bool:

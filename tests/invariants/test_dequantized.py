@@ -134,3 +134,34 @@ def test_numbers_are_read_as_transformers_reads_them(tmp_path):
     other = load_weights(tmp_path / "fp8", dtype=torch.bfloat16, quantization_config=method).state_dict()
     for name, weight in load_weights(tmp_path / "copy", dtype=torch.bfloat16).state_dict().items():
         torch.testing.assert_close(weight, other[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("scale", "method", "told"),
+    [
+        (torch.ones(64), {"weight_block_size": [12, 20]}, "a scale is one number or one for each block"),
+        (torch.ones(6, 4), {}, "add weight_block_size"),
+        (torch.ones(1), {}, ""),
+        (torch.ones(8, 4), {}, ""),
+    ],
+)
+def test_scales_are_read_in_one_way_or_refused(tmp_path, scale, method, told):
+    """Of rows of 64 numbers in 6 blocks the config must say how large a block is; 8 blocks are of 8 each."""
+    torch.manual_seed(0)
+    weight, scale = torch.randn(64, 64).to(torch.float8_e4m3fn), scale * torch.rand(scale.shape)
+    (tmp_path / "from").mkdir()
+    described = {"quantization_config": {"quant_method": "fp8", **method}}
+    (tmp_path / "from/config.json").write_text(json.dumps(described))
+    save_file({"a.weight": weight, "a.weight_scale": scale}, tmp_path / "from/model.safetensors")
+    if told:
+        with pytest.raises(RequestError, match=told) as caught:
+            dequantize(tmp_path / "from", tmp_path / "to")
+        assert "\n" not in str(caught.value)
+        return
+    dequantize(tmp_path / "from", tmp_path / "to")
+    meant = weight.float() * torch.kron(
+        scale.reshape(-1, scale.shape[-1]), torch.ones(64 // len(scale), 64 // scale.shape[-1])
+    )
+    torch.testing.assert_close(
+        load_file(tmp_path / "to/model.safetensors")["a.weight"], meant.bfloat16(), rtol=0, atol=0
+    )

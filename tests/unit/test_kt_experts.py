@@ -165,6 +165,18 @@ def test_more_tokens_than_a_call_takes_are_computed_in_several(qwen):
 
 
 @needs_kernel
+def test_an_adapter_on_routers_stays_peft_s(qwen):
+    def routed(experts: str) -> torch.Tensor:
+        model = made(qwen, experts, target=["gate", "experts"], rank=4)
+        router = next(module for name, module in model.named_modules() if name.endswith("mlp.gate"))
+        with torch.no_grad():
+            assert far(router.base_layer(inputs()[0])[0], router(inputs()[0])[0]) > 0.01
+            return router(inputs()[0])[0]
+
+    assert torch.equal(routed("kt"), routed("auto"))
+
+
+@needs_kernel
 def test_an_adapter_that_is_switched_off_adds_nothing(qwen):
     model, plain = made(qwen), made(qwen, "auto")
     with torch.no_grad(), model.disable_adapter(), plain.disable_adapter():

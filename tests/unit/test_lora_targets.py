@@ -137,6 +137,16 @@ def test_an_adapter_on_experts_is_written_loaded_and_merged(tmp_path, kind, targ
         torch.testing.assert_close(merge_adapter(again)(input_ids=IDS).logits, wanted, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("target", ["all", ["o_proj", "experts"]], ids=str)
+def test_what_has_twice_the_rank_has_the_scale_of_the_others(tmp_path, target, rslora):
+    folder = tiny_mixture(tmp_path, "mixtral", **LOCAL)
+    model = load_model(config(rank=4, alpha=8, target=target, rslora=rslora), str(folder))
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    assert {module.r["default"] for module in layers} == {4, 8}
+    assert {round(module.scaling["default"], 6) for module in layers} == {4.0 if rslora else 2.0}
+
+
 @pytest.mark.parametrize(
     ("section", "told"),
     [
