@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from raysft.config import Config
-from raysft.config.rope_scaling import rope_settings
+from raysft.config.rope_scaling import OWN, rope_settings
 from raysft.errors import RequestError, as_yaml
 from raysft.models.fingerprint import model_fingerprint
 from raysft.models.model_files import model_files
@@ -112,8 +112,8 @@ def with_rope_scaling(
             f"model: gets {scaling.parameters['rope_type']} positions ({scaling.original:,} × "
             f"{scaling.parameters['factor']:g}), once, in {config.cache_directory / 'models'}"
         )
-        _write(model_copy(model), folder, scaling)
-        _check_written(folder, scaling)
+        _write(model_copy(model), folder, scaling, config.model.runs_code)
+        _check_written(folder, scaling, config.model.runs_code)
 
     return in_cache(config.cache_directory / "models" / f"scaled-{digest}", write).location
 
@@ -138,6 +138,8 @@ def _scaling(config: Config, hf_config: Any, notify: Callable[[str], None], key:
         )
         return None
     kind = settings["rope_type"]
+    if before == kind == "linear" and existing.get("factor") == settings.get("factor"):
+        return None
     original = settings.pop("original_max_position_embeddings", None) or _original(existing, text, kind)
     if original is None:
         raise RequestError(
@@ -146,13 +148,20 @@ def _scaling(config: Config, hf_config: Any, notify: Callable[[str], None], key:
             f"data.sequence_length to {positions}"
         )
     factor = settings.get("factor") or float(math.ceil(length / original))
-    parameters = {name: existing[name] for name in KEPT if name in existing}
-    parameters |= {**(LLAMA3 if kind == "llama3" else {}), **settings, "factor": factor}
+    parameters = {**(LLAMA3 if kind == "llama3" else {}), **_kept(existing, kind, factor), **settings, "factor": factor}
     if kind in WITH_ORIGINAL:
         parameters["original_max_position_embeddings"] = original
     scaling = Scaling(parameters, original if kind == "dynamic" else int(original * factor), original)
     unchanged = existing == parameters and text.max_position_embeddings == scaling.positions
     return None if unchanged else scaling
+
+
+def _kept(existing: Mapping[str, Any], kind: str, factor: float) -> dict[str, Any]:
+    """What stays of a model's own parameters: those of another kind of scaling go, and so does what belongs to another factor."""
+    names = {*KEPT, *(OWN[kind] if existing.get("rope_type") == kind else ())}
+    if existing.get("factor") != factor:
+        names -= {"attention_factor"}
+    return {name: value for name, value in existing.items() if name in names and value is not None}
 
 
 def _original(existing: Mapping[str, Any], text: Any, kind: str) -> int | None:
@@ -203,7 +212,7 @@ def _entries(scaling: Scaling, text: Any) -> dict[str, Any]:
     return entries
 
 
-def _write(model: Path, folder: Path, scaling: Scaling) -> None:
+def _write(model: Path, folder: Path, scaling: Scaling, runs_code: bool) -> None:
     """Write a copy of a model's folder; the files other than the config are links where they can be."""
     from transformers import AutoConfig
 
@@ -215,7 +224,7 @@ def _write(model: Path, folder: Path, scaling: Scaling) -> None:
             _link(path.resolve(), target)
     # transformers' own writing of a config would also change what it has under other names than it writes today.
     content = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    whole = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    whole = AutoConfig.from_pretrained(model, trust_remote_code=runs_code)
     text, section = whole.get_text_config(), content
     if text is not whole:
         section = content[next(name for name in whole.sub_configs if getattr(whole, name) is text)]
@@ -231,11 +240,11 @@ def _link(path: Path, target: Path) -> None:
         shutil.copyfile(path, target)
 
 
-def _check_written(folder: Path, scaling: Scaling) -> None:
+def _check_written(folder: Path, scaling: Scaling, runs_code: bool) -> None:
     """Make sure that transformers reads what was written: a key of another place of the config may override it."""
     from transformers import AutoConfig
 
-    text = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    text = AutoConfig.from_pretrained(folder, trust_remote_code=runs_code).get_text_config()
     if dict(text.rope_parameters) != scaling.parameters or text.max_position_embeddings != scaling.positions:
         raise RequestError(
             f"model.rope_scaling: transformers reads {text.rope_parameters} and max_position_embeddings="

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,11 @@ YARN = {**THETA, "rope_type": "yarn", "factor": 4.0, "original_max_position_embe
 LLAMA3 = {**YARN, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 KINDS: dict[str, tuple[Any, dict[str, Any], int]] = {
     "linear": ("linear", {**THETA, "rope_type": "linear", "factor": 4.0}, 256),
+    "linear, by its factor": (
+        {"rope_type": "linear", "factor": 4},
+        {**THETA, "rope_type": "linear", "factor": 4.0},
+        256,
+    ),
     # Its frequencies are computed from the positions before the scaling.
     "dynamic": ("dynamic", {**THETA, "rope_type": "dynamic", "factor": 4.0}, 64),
     "yarn": ("yarn", YARN, 256),
@@ -103,6 +109,26 @@ def test_the_trained_and_the_saved_model_compute_what_transformers_does(tmp_path
 
 def gather_alone(model: Any) -> dict[str, torch.Tensor]:
     return {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("own", "kept"),
+    [
+        ({"rope_type": "yarn", "beta_fast": 16.0, "mscale": 0.7, "attention_factor": 1.1}, {"beta_fast": 16.0, "mscale": 0.7}),
+        ({"rope_type": "llama3", "low_freq_factor": 2.0, "high_freq_factor": 8.0},
+         {"low_freq_factor": 2.0, "high_freq_factor": 8.0}),
+    ],
+)  # fmt: skip
+def test_a_model_that_is_scaled_further_keeps_the_rest_of_its_settings(tmp_path, base, own, kept):
+    model, described = tmp_path / "model", json.loads((base / "config.json").read_text())
+    shutil.copytree(base, model)
+    own = {**THETA, "factor": 2.0, "original_max_position_embeddings": 64, **own}
+    described |= {"rope_parameters": own, "max_position_embeddings": 128}
+    (model / "config.json").write_text(json.dumps(described))
+    config = make_config(tmp_path, model, own["rope_type"])
+    found = check_model_files(config, lambda line: None).hf_config.rope_parameters
+    expected = {**THETA, "rope_type": own["rope_type"], "factor": 4.0, "original_max_position_embeddings": 64, **kept}
+    assert dict(found) == expected
 
 
 def test_an_adapter_knows_the_model_with_scaled_positions(tmp_path, base):
