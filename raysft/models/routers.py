@@ -9,6 +9,10 @@ from torch import nn
 
 from raysft.models.transformers_internals import recorded_outputs
 
+READABLE = ("deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe")
+"""Kinds of models for which it is tested what their routers say of each expert: others may take a sigmoid for a softmax, or say
+something else."""
+
 
 def routers(model: Any) -> set[str]:
     """Return the names of the modules that route tokens to experts, in a mixture of experts.

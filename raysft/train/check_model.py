@@ -13,7 +13,7 @@ from raysft.models.model_parts import loose_weights
 from raysft.models.quantization import check_method, is_in_8_bits, method_of, quantization_config
 from raysft.models.recomputation import recompute_layers
 from raysft.models.rope_scaling import is_rotary, positions_of, scaled_config
-from raysft.models.routers import watchable_routers
+from raysft.models.routers import READABLE, routers, watchable_routers
 from raysft.storage import hub_snapshots
 from raysft.storage.local_cache import local_copy
 
@@ -71,10 +71,17 @@ def check_model(config: Config, model: str, notify: Callable[[str], None] = lamb
 
 def _check_routers(model: Any, config: Config) -> None:
     """Refuse a loss of routers for a model that has none, or whose routers say too little."""
-    if config.train.router_aux_loss_coef and not watchable_routers(model):
+    if not config.train.router_aux_loss_coef:
+        return
+    kind, key = (
+        model.config.get_text_config().model_type,
+        f"train.router_aux_loss_coef={config.train.router_aux_loss_coef:g}",
+    )
+    if not routers(model):
+        raise RequestError(f"{key} is for routers of experts, but {type(model).__name__} has none; remove it")
+    if kind not in READABLE or not watchable_routers(model):
         raise RequestError(
-            f"train.router_aux_loss_coef={config.train.router_aux_loss_coef:g} is for routers of experts, but "
-            f"{type(model).__name__} has none that transformers marks; remove it"
+            f"{key} reads the routers of {', '.join(READABLE)}, but {type(model).__name__} has model_type={kind}; remove it"
         )
 
 

@@ -173,6 +173,12 @@ def test_a_loss_of_routers_needs_routers(rows):
     check_model(make_config(rows[0], rows[0] / "glm4_moe", settings), str(rows[0] / "glm4_moe"))
 
 
+def test_a_loss_of_routers_that_cannot_be_read_is_refused(rows, tmp_path):
+    model = tiny_mixture(tmp_path / "phimoe", "phimoe", num_local_experts=4)
+    with pytest.raises(RequestError, match=r"reads the routers of deepseek_v2, .* has model_type=phimoe; remove it"):
+        check_model(make_config(rows[0], model, {"train.router_aux_loss_coef": 0.1}), str(model))
+
+
 @pytest.fixture(scope="module")
 def adapted(rows) -> dict[str, tuple[Result, Result]]:
     """What is trained → by one worker without ZeRO, and by two with ZeRO-3."""
