@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -388,6 +388,7 @@ class Shown:
 
 
 def wandb_points(file: Path) -> dict[str, list[tuple[int, float]]]:
+    from google.protobuf.message import DecodeError
     from wandb.proto import wandb_internal_pb2
 
     Record: Any = wandb_internal_pb2.Record  # type: ignore[attr-defined]  # which a generated module has
@@ -395,7 +396,8 @@ def wandb_points(file: Path) -> dict[str, list[tuple[int, float]]]:
     records, kinds, until = [], [], time.monotonic() + 30
     while "exit" not in kinds:  # a process of W&B's own writes them
         assert time.monotonic() < until, f"no end in {file}: {kinds}"
-        records = [Record.FromString(data) for data in leveldb_records(file.read_bytes())]
+        with suppress(DecodeError):  # it writes the last one now
+            records = [Record.FromString(data) for data in leveldb_records(file.read_bytes())]
         kinds = [record.WhichOneof("record_type") for record in records]
     for record in records:
         if record.WhichOneof("record_type") == "history":
