@@ -1,4 +1,5 @@
-"""Checkpoints in FP8 (DeepSeek-V3, Qwen3-FP8) and MXFP4 (gpt-oss), dequantized once: as they are, they cannot be trained.
+"""Checkpoints in FP8 (DeepSeek-V3, Qwen3-FP8) and MXFP4 (gpt-oss), dequantized once: as they are, they cannot be trained, nor be
+computed without a GPU that has the kernels.
 
 The copy is an ordinary one in 16 bits, so that ZeRO-3 partitions it, adapters are merged into it, and every engine loads it. It is
 written weight by weight; transformers' own way loads the whole model on each worker, and takes no matrix whose sides are not
@@ -8,7 +9,9 @@ multiples of a block's, as DeepSeek-V3 has.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from raysft.config import Config
 from raysft.errors import RequestError
+from raysft.models.adapter_files import adapter_base, named_base, read_adapter_config
 from raysft.models.fingerprint import model_fingerprint
 from raysft.models.model_files import copy_files, model_files
 from raysft.models.quantization import method_of
+from raysft.models.remote_code import check_code, code_name
 from raysft.models.weight_files import safetensors_files
 from raysft.models.weight_types import (
     SHARD_SIZE,
@@ -28,7 +33,10 @@ from raysft.models.weight_types import (
     write_description,
     write_shards,
 )
-from raysft.storage.local_cache import in_cache, local_copy, model_copy
+from raysft.storage.hub_snapshots import shown
+from raysft.storage.json_files import write_json
+from raysft.storage.local_cache import in_cache, local_copy, model_copy, on_hub
+from raysft.storage.path import StoragePath
 
 if TYPE_CHECKING:
     import torch
@@ -48,28 +56,92 @@ BIAS = 127
 """Of an exponent that is a scale (E8M0)."""
 
 
-def with_exact_weights(config: Config, model: str, notify: Callable[[str], None]) -> str:
-    """Return a model whose weights can be trained: the model, or its copy in the cache if it is in FP8 or MXFP4.
+def with_exact_weights(
+    config: Config, model: str, notify: Callable[[str], None], key: str = "model.path", given: str | None = None
+) -> str:
+    """Return ``exact_copy`` of a model, unless the config says that it stays as it is.
 
     Args:
         config: the run's config.
-        model: folder, URI or hub id.
+        model: folder, URI or hub id of a whole model or an adapter.
         notify: receives a line before a copy is made.
+        key: the setting that names the model.
+        given: what it says.
 
     Raises:
-        RequestError: scales are missing, or have other shapes than the config of the model says.
+        RequestError: as for ``exact_copy``, or the model needs code that the config does not trust.
     """
-    method = method_of(description_of(Path(local_copy(model))))
-    if method not in METHODS or not config.model.dequantize:
+    if not config.model.dequantize or _stored_in(local_copy(model)) is None:
         return model
-    key = hashlib.sha256(model_fingerprint(model).encode()).hexdigest()[:16]
-    target = config.cache_directory / "models" / f"dequantized-{key}"
+    folder = Path(local_copy(model))
+    name = code_name(config, folder, given or config.model.path)
+    check_code(config, str(adapter_base(folder) or folder), lambda line: None, name, key)
+    return exact_copy(config.cache_directory, model, notify, name in config.model.trust_remote_code)
 
-    def write(folder: Path) -> None:
-        notify(f"model: its weights in {method.upper()} are dequantized to 16 bits, once, in {target}")
-        dequantize(model_copy(model), folder)
 
-    return in_cache(target, write).location
+def exact_copy(cache: StoragePath, model: str, notify: Callable[[str], None], with_code: bool = False) -> str:
+    """Return a model whose weights are exact: the model itself, or its copy in the cache if it is in FP8 or MXFP4.
+
+    An adapter on such a model is copied with the name of that copy as its base.
+
+    Args:
+        cache: folder for copies.
+        model: folder, URI or hub id of a whole model or an adapter.
+        notify: receives a line before a copy is made.
+        with_code: copy the code that the model brings, too. Whoever sees the copy does not know any more where it is from.
+
+    Raises:
+        RequestError: scales are missing, or have other shapes than the config of the model says, or there is no room.
+    """
+    folder = Path(local_copy(model))
+    if (method := _stored_in(str(folder))) is None:
+        return model
+    is_adapter = (folder / "adapter_config.json").exists()
+    base = _exact_base(cache, folder, notify, with_code) if is_adapter else ""
+    content = [model_fingerprint(model), *([base] if base else []), *(["code"] if with_code else [])]
+    key = hashlib.sha256(" ".join(content).encode()).hexdigest()[:16]
+    target = cache / "models" / f"{'adapter' if is_adapter else 'dequantized'}-{key}"
+
+    def write(draft: Path) -> None:
+        source = model_copy(model)
+        if is_adapter:
+            _write_adapter(source, draft, base)
+        else:
+            notify(f"model: its weights in {method.upper()} are dequantized to 16 bits, once, in {target}")
+            dequantize(source, draft)
+        if not with_code:
+            _remove_code(draft)
+
+    return in_cache(target, write, "adapter_config.json" if is_adapter else "config.json").location
+
+
+def _stored_in(folder: str) -> str | None:
+    """Return how the weights of a model, or of an adapter's base, are stored, if it is one of ``METHODS``."""
+    base = adapter_base(Path(folder)) if (Path(folder) / "adapter_config.json").exists() else None
+    method = method_of(description_of(base or Path(folder)))
+    return method if method in METHODS else None
+
+
+def _exact_base(cache: StoragePath, adapter: Path, notify: Callable[[str], None], with_code: bool) -> str:
+    named = named_base(adapter) or ""
+    return exact_copy(cache, named if on_hub(named) else str(adapter_base(adapter)), notify, with_code)
+
+
+def _write_adapter(adapter: Path, output: Path, base: str) -> None:
+    output.mkdir(parents=True)
+    copy_files(adapter, output, model_files(adapter))
+    named = {"base_model_name_or_path": base, "revision": None}
+    write_json(output / "adapter_config.json", {**read_adapter_config(adapter), **named})
+
+
+def _remove_code(folder: Path) -> None:
+    """Leave only what transformers has classes for, whatever is trusted where the copy is used."""
+    for path in folder.glob("*config*.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and content.pop("auto_map", None):
+            write_json(path, content)
+    for path in folder.rglob("*.py"):
+        path.unlink()
 
 
 def dequantize(model: Path, output: Path, shard_size: str = SHARD_SIZE) -> None:
@@ -81,18 +153,28 @@ def dequantize(model: Path, output: Path, shard_size: str = SHARD_SIZE) -> None:
         shard_size: largest size of a file of weights.
 
     Raises:
-        RequestError: as for ``with_exact_weights``.
+        RequestError: as for ``exact_copy``.
     """
     description = description_of(model)
     output.mkdir(parents=True)
-    copy_files(model, output, [path for path in model_files(model) if not holds_weights(path)])
     with ExitStack() as stack:
         weights = _Quantized(model, description, stack)
+        _check_room(model, output, sum(weights.sizes.values()))
+        copy_files(model, output, [path for path in model_files(model) if not holds_weights(path)])
         write_shards(output, weights.sizes, lambda names: ((name, weights.read(name)) for name in names), shard_size)
     for part in (description, description.get("text_config")):
         if isinstance(part, dict):
             part.pop("quantization_config", None)
     write_description(output, description)
+
+
+def _check_room(model: Path, output: Path, needed: int) -> None:
+    free = shutil.disk_usage(output).free
+    if needed > free:
+        raise RequestError(
+            f"{shown(str(model))}: its weights take {needed / 2**30:,.1f} GiB in 16 bits, but {output.parent} has "
+            f"{free / 2**30:,.1f} GiB free; make room, or set data.cache to a folder with more"
+        )
 
 
 class _Quantized:

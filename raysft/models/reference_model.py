@@ -45,6 +45,7 @@ def find_reference(
     """
     from raysft.models.adapter_files import adapter_base
     from raysft.models.architecture import read_hf_config
+    from raysft.models.dequantized import with_exact_weights
     from raysft.models.quantization import check_method, method_of
     from raysft.models.remote_code import code_name, reference_runs_code
     from raysft.models.resolve import find_model
@@ -56,13 +57,15 @@ def find_reference(
     pinned = f"{hub_snapshots.split(path)[0]}@{commit}" if commit else path
     found = find_model(pinned, config.cache_directory, notify, KEY, accept_adapter=True)
     folder, named = model_copy(found), f"{KEY}={hub_snapshots.split(found)[0] if on_hub(found) else found}"
-    base = adapter_base(folder)
     check_weights(folder, named)
+    commit = hub_snapshots.split(found)[1] if on_hub(found) else None
+    found = with_exact_weights(config, found, notify, KEY, path)
+    folder = model_copy(found)
+    base = adapter_base(folder)
     trusted = path if base is None else code_name(config, folder)
     hf_config = read_hf_config(config, str(base or folder), trusted, notify, KEY)
     if method := method_of(hf_config):
         check_method(named, method, config)
-    commit = hub_snapshots.split(found)[1] if on_hub(found) else None
     if (scaled := with_rope_scaling(config, found, hf_config, notify, KEY, path if base else "")) != found:
         found, folder = scaled, model_copy(scaled)
         hf_config = read_hf_config(config, str(folder), trusted, notify, KEY)

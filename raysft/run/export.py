@@ -22,7 +22,7 @@ from raysft.run.exportable import Exportable, find_adapter, find_exportable
 from raysft.run.modelfile import MODELFILE, write_modelfile
 from raysft.storage import hub_upload
 from raysft.storage.json_files import write_atomically, write_json
-from raysft.storage.local_cache import may_be_on_hub, model_copy
+from raysft.storage.local_cache import may_be_on_hub, model_copy, on_hub
 from raysft.storage.path import StoragePath
 from raysft.storage.sync import open_read_only
 from raysft.telemetry.terminal import Terminal
@@ -143,6 +143,7 @@ def _check_base(base: str, exported: Exportable) -> None:
 
 
 def _write(exported: Exportable, adapters: Sequence[Exportable], folder: Path, form: Form) -> None:
+    from raysft.models.dequantized import exact_copy
     from raysft.models.merging import merge
 
     say, scratch, runs_code = Terminal().line, folder / RESTORED, exported.runs_code or form.runs_code
@@ -154,7 +155,14 @@ def _write(exported: Exportable, adapters: Sequence[Exportable], folder: Path, f
         for path in model.iterdir():
             path.rename(folder / path.name)
     else:
-        dtype, base = form.dtype or exported.dtype, exported.base(say)
+        dtype = form.dtype or exported.dtype
+        if not (model / "adapter_config.json").exists():
+            base = None
+            if others or form.dtype:  # else it is copied as it is stored
+                location = exported.model if exported.model and on_hub(exported.model) else str(model)
+                model = model_copy(exact_copy(exported.made_in, location, say, runs_code))
+        else:
+            base = exported.base(say, runs_code)
         merge(model, folder, runs_code, dtype, form.shard_size, others, base)
     if not (form.merges and (others or (model / "adapter_config.json").exists())):
         _tell_left_out(others[0] if others else model)

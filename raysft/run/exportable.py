@@ -14,9 +14,9 @@ import yaml
 from raysft.config import Config, parse
 from raysft.config.section import known_scheme
 from raysft.errors import RequestError
-from raysft.models.adapter_files import named_base
+from raysft.models.adapter_files import adapter_base, named_base
 from raysft.storage.cache_home import cache_home
-from raysft.storage.local_cache import local_copy, may_be_on_hub, model_copy
+from raysft.storage.local_cache import local_copy, may_be_on_hub, model_copy, on_hub
 from raysft.storage.path import StoragePath
 from raysft.storage.retry import FIRST_SECONDS, retry_for
 from raysft.storage.run_directory import MODEL_MARKS, RunDirectory
@@ -71,6 +71,11 @@ class Exportable:
         return (*(config.cache_directory / "models" for config in known if config), _cache() / "models")
 
     @property
+    def made_in(self) -> StoragePath:
+        """The cache for models that raysft makes to export this one."""
+        return self.caches[0].parent
+
+    @property
     def moved_config(self) -> Config | None:
         """The run's config with the place where the run is now: it may have been moved, or be named from elsewhere."""
         if self.config is None or self.run is None:
@@ -85,15 +90,28 @@ class Exportable:
         _restore(self, self.checkpoint, scratch, notify)
         return scratch
 
-    def base(self, notify: Notify) -> Path | None:
-        """Return the base of a run's adapter if it is not where the adapter says; None if it is, or if this is no such adapter.
+    def base(self, notify: Notify, with_code: bool) -> Path | None:
+        """Return the base of an adapter if it is not where the adapter says, or not as it says; None otherwise.
 
-        A copy in the cache, such as one with new tokens, is made again.
+        A copy in the cache, such as one with new tokens, is made again. One in FP8 or MXFP4 is dequantized, to merge into it.
+
+        Args:
+            notify: receives a line for the user before something that takes long.
+            with_code: code that comes with the base may run.
         """
-        if self.checkpoint is not None or self.config is None or not self.is_adapter:
+        from raysft.models.dequantized import exact_copy
+
+        if self.checkpoint is not None or not self.is_adapter:
             return None
-        named = named_base(Path(local_copy(self.model)))
-        if not named or may_be_on_hub(named) or named.startswith(ELSEWHERE) or StoragePath.of(named).exists():
+        folder = Path(local_copy(self.model))
+        named = named_base(folder)
+        if not named:
+            return None
+        if may_be_on_hub(named) or named.startswith(ELSEWHERE) or StoragePath.of(named).exists():
+            location = named if on_hub(named) else str(adapter_base(folder))
+            exact = exact_copy(self.made_in, location, notify, with_code)
+            return model_copy(exact) if exact != location else None
+        if self.config is None:
             return None
         files = _model_files(self, notify)
         if (

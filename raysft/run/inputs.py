@@ -233,6 +233,7 @@ def find_other_model(config: Config, given: str, key: str, notify: Callable[[str
     """
     from raysft.models.adapter_files import adapter_base
     from raysft.models.architecture import read_hf_config
+    from raysft.models.dequantized import with_exact_weights
     from raysft.models.quantization import check_method, method_of, quantization_config
     from raysft.models.remote_code import code_name, runs_code
     from raysft.models.resolve import find_model
@@ -241,8 +242,11 @@ def find_other_model(config: Config, given: str, key: str, notify: Callable[[str
 
     model = find_model(given, config.cache_directory, notify, key, accept_adapter=True)
     folder, named = model_copy(model), f"{key}={hub_snapshots.split(model)[0] if on_hub(model) else model}"
-    base = adapter_base(folder)
     check_weights(folder, named)
+    if key != "generate.model" or config.generate.engine != "vllm":  # which computes with FP8 and MXFP4 as they are
+        model = with_exact_weights(config, model, notify, key, given)
+        folder = model_copy(model)
+    base = adapter_base(folder)
     hf_config = read_hf_config(config, str(base or folder), code_name(config, folder, given), notify, key)
     method = method_of(hf_config)
     if method:

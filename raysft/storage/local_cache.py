@@ -105,9 +105,15 @@ def _forget_unused(copies: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def in_cache(target: StoragePath, write: Callable[[Path], None]) -> StoragePath:
-    """Return a model folder in the cache; the first process writes it, others wait for it."""
-    if (target / "config.json").exists():
+def in_cache(target: StoragePath, write: Callable[[Path], None], mark: str = "config.json") -> StoragePath:
+    """Return a model folder in the cache; the first process writes it, others wait for it.
+
+    Args:
+        target: the folder.
+        write: makes its content in a folder that does not exist yet.
+        mark: the file by which a folder is known to be whole.
+    """
+    if (target / mark).exists():
         return target
     # For an object store write it locally, then upload; machines that do so at once upload the same files.
     beside = target.local.parent if target.local else cache_home() / "models"
@@ -115,14 +121,14 @@ def in_cache(target: StoragePath, write: Callable[[Path], None]) -> StoragePath:
     with (beside / f".{target.name}.lock").open("w") as lock:
         # Only processes that need this model wait here, while one of them writes it.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (target / "config.json").exists():
+        if not (target / mark).exists():
             draft = beside / f".{target.name}.{uuid.uuid4().hex}"
             try:
                 write(draft)
                 if target.local:
                     draft.replace(target.local)
                 else:
-                    target.upload(draft, last="config.json")
+                    target.upload(draft, last=mark)
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
     return target

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from raysft.cli import main
 from raysft.config import with_overrides
 from raysft.errors import RequestError
-from raysft.models.dequantized import dequantize, from_mxfp4
+from raysft.models.dequantized import dequantize, exact_copy, from_mxfp4
 from raysft.models.loading import load_weights
 from raysft.models.merging import merge
-from raysft.run.inputs import check_model_files
+from raysft.run.inputs import check_model_files, find_other_model
+from raysft.storage.path import StoragePath
+from raysft.train.finetuning import load_frozen, load_trained
 from tests.quantized import to_fp8, to_mxfp4
 from tests.shards import the_set, written
 from tests.tiny import FAMILIES, tiny_mixture
@@ -87,6 +94,90 @@ def test_it_is_trained_and_exported_as_a_plain_model(quantized, tmp_path):
     assert trained.keys() >= exact.keys()
     assert all(weight.dtype in (torch.float32, torch.bfloat16) for weight in trained.values())
     assert any((trained[name].float() - exact[name].float()).abs().max() > 1e-3 for name in exact)
+
+
+@pytest.fixture
+def adapter(quantized, tmp_path) -> Path:
+    """An adapter with numbers, on the quantized model."""
+    _, folder, _ = quantized
+    torch.manual_seed(1)
+    plain = AutoModelForCausalLM.from_pretrained(folder / "plain", dtype=torch.float32)
+    adapted = get_peft_model(plain, LoraConfig(target_modules=["o_proj"], task_type="CAUSAL_LM"))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    adapted.peft_config["default"].base_model_name_or_path = str(folder / "quantized")
+    adapted.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(3, 30)[None]).logits
+
+
+@pytest.mark.parametrize("what", ["model", "adapter"])
+def test_models_beside_the_trained_one_are_dequantized_too(quantized, adapter, what):
+    _, folder, _ = quantized
+    given = folder / "quantized" if what == "model" else adapter
+    expected = AutoModelForCausalLM.from_pretrained(folder / "plain", dtype=torch.float32)
+    if what == "adapter":
+        expected = PeftModel.from_pretrained(expected, adapter)
+    told: list[str] = []
+    for key in ("evaluate.model", "generate.model"):
+        asked = with_overrides(config(quantized, "plain"), {key: str(given)})
+        found = find_other_model(asked, str(given), key, told.append)
+        assert found.method is None
+        torch.testing.assert_close(logits(load_trained(asked, found.location)), logits(expected), rtol=1e-5, atol=1e-5)
+    asked = config(quantized, "plain", loss="asft", reference_model=str(given))
+    reference = check_model_files(asked, told.append).reference
+    assert reference is not None
+    torch.testing.assert_close(logits(load_frozen(asked, reference.model)), logits(expected), rtol=1e-5, atol=1e-5)
+    assert len(told) <= 1, "it is made once"
+    for_vllm = with_overrides(config(quantized, "plain"), {"generate.engine": "vllm", "generate.model": str(given)})
+    assert find_other_model(for_vllm, str(given), "generate.model", print).location == str(given)
+
+
+def test_export_merges_into_what_the_numbers_stand_for(quantized, adapter, tmp_path, monkeypatch):
+    _, folder, _ = quantized
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    plain = AutoModelForCausalLM.from_pretrained(folder / "plain", dtype=torch.float32)
+    expected = logits(PeftModel.from_pretrained(plain, adapter))
+    for number, (source, *more) in enumerate([(adapter,), (folder / "quantized", "--adapters", str(adapter))]):
+        output = tmp_path / str(number)
+        assert main(["export", str(source), "--output", str(output), "--dtype", "float32", *more]) == 0
+        exported = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+        torch.testing.assert_close(logits(exported), expected, rtol=1e-5, atol=1e-5)
+    assert main(["export", str(folder / "quantized"), "--output", str(tmp_path / "wide"), "--dtype", "bfloat16"]) == 0
+    wide, exact = (load_file(each / "model.safetensors") for each in (tmp_path / "wide", folder / "plain"))
+    assert all(torch.equal(weight, exact[name].bfloat16()) for name, weight in wide.items())
+    assert main(["export", str(folder / "quantized"), "--output", str(tmp_path / "same")]) == 0
+    as_it_was = (folder / "quantized/model.safetensors").read_bytes()
+    assert (tmp_path / "same/model.safetensors").read_bytes() == as_it_was
+
+
+def test_code_that_is_not_trusted_is_not_in_the_copy(quantized, tmp_path):
+    """An adapter names any model as its base: its code must not come to be that of a model that is trusted."""
+    _, folder, _ = quantized
+    model = tmp_path / "model"
+    shutil.copytree(folder / "quantized", model)
+    (model / "modeling_own.py").write_text("raise SystemExit")
+    described = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(described | {"auto_map": {"AutoConfig": "modeling_own.Own"}}))
+    for trusted, there in (([], False), ([str(model)], True)):
+        copy = Path(exact_copy(StoragePath.of(tmp_path), str(model), print, bool(trusted)))
+        assert (copy / "modeling_own.py").exists() == there
+        assert ("auto_map" in json.loads((copy / "config.json").read_text())) == there
+
+
+def test_a_copy_that_has_no_room_is_refused(quantized, tmp_path, monkeypatch):
+    _, folder, _ = quantized
+    free = SimpleNamespace(free=1000)
+    monkeypatch.setattr("raysft.models.dequantized.shutil.disk_usage", lambda place: free)
+    with pytest.raises(RequestError, match=r"its weights take 0.0 GiB in 16 bits, but .* free; make room") as caught:
+        exact_copy(StoragePath.of(tmp_path), str(folder / "quantized"), print)
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "models").glob("*dequantized-*/*"))
 
 
 def test_weights_without_their_scales_are_refused(quantized, tmp_path):
