@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -221,6 +222,11 @@ class TokenLoss(nn.Module):
         whole = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
         hidden = decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
         model, difference, logits = without_adapters(self.model), torch.zeros(()), head(hidden)
+        if whole.isnan().any():
+            raise RunFailed(
+                f"{type(model).__name__} computes logits that are NaN from its first {ids.shape[1]} tokens: its weights hold NaN, "
+                "or numbers that model.dtype cannot hold; use another model, or model.dtype=float32"
+            )
         for model.has_plain_logits in (False, True):
             parts = _scaled(logits, model).float()
             if torch.allclose(whole, parts, rtol=1e-3, atol=1e-3):
@@ -309,7 +315,7 @@ class TokenLoss(nn.Module):
 
 
 def difference_of(one: torch.Tensor, other: torch.Tensor, decoder: Any, float32: float = 1e-5) -> float:
-    """Return the largest difference of two hidden states; 0 if rounding explains it.
+    """Return the largest difference of two hidden states, infinite where one is NaN; 0 if rounding explains it.
 
     Args:
         one: hidden states.
@@ -317,9 +323,12 @@ def difference_of(one: torch.Tensor, other: torch.Tensor, decoder: Any, float32:
         decoder: the model that they come from.
         float32: the most that rounding explains in float32, as a share of the largest state.
     """
-    difference, size = (one - other).abs().max(), one.abs().max()
+    difference, size = float((one - other).abs().max()), float(one.abs().max())
     exact = next(decoder.parameters()).dtype == torch.float32
-    return float(difference) if difference > size * (float32 if exact else 2e-2) else 0.0
+    if difference <= size * (float32 if exact else 2e-2) < math.inf:
+        return 0.0
+    # Unlike NaN, infinity is the largest of several.
+    return math.inf if math.isnan(difference) else difference
 
 
 def _parts(model: Any) -> tuple[Any, Any]:

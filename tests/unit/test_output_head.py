@@ -1,7 +1,8 @@
-"""The output head: the loss has the logits of the model's own class, whatever its config says of them."""
+"""The output head: the loss has the logits of the model's own class, whatever its config says of them; and states that are NaN."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from transformers import (
 
 from raysft.data.types import IGNORE_INDEX
 from raysft.errors import RunFailed
-from raysft.train.loss import TokenLoss
+from raysft.train.loss import TokenLoss, difference_of
 from tests.tiny_vision import GRIDS, TEXT, TOWER
 
 CPU = torch.device("cpu")
@@ -76,3 +77,48 @@ def test_logits_that_are_changed_in_another_way_are_refused():
     model.logit_scale = 0.5
     with pytest.raises(RunFailed, match="Cohere2ForCausalLM changes its logits after the output head"):
         TokenLoss(model).check_head(CPU)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "found"),
+    [
+        ([1.0, 2.0], [1.0, 2.00001], 0.0),
+        ([1.0, 2.0], [1.0, 2.5], 0.5),
+        ([1.0, math.nan], [1.0, 2.0], math.inf),
+        ([1.0, 2.0], [math.nan, 2.0], math.inf),
+        ([math.nan, 2.0], [math.nan, 2.0], math.inf),
+        ([1.0, math.inf], [1.0, math.inf], math.inf),
+        ([1.0, math.inf], [1.0, 2.0], math.inf),
+        ([1.0, 2.0], [1.0, math.inf], math.inf),
+    ],
+)
+def test_hidden_states_that_are_not_finite_are_not_equal(one, other, found):
+    decoder = torch.nn.Linear(1, 1)
+    assert difference_of(torch.tensor(one), torch.tensor(other), decoder) == found
+
+
+@pytest.mark.parametrize(
+    ("token", "refusal"),
+    [
+        (3, "computes logits that are NaN"),
+        (17, "is not causal"),
+        (14, "does not keep the examples"),
+        (9, "does not keep the examples"),
+    ],
+)
+def test_a_model_that_computes_nan_is_refused(token, refusal):
+    """Of the checks, the first one to see a token whose embedding is NaN, and all others if it spreads, refuse the model."""
+    model = of_text(GraniteConfig(**SIZES)).eval()
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: output.masked_fill((inputs[0] == token).any(), math.nan)
+    )
+    loss = TokenLoss(model)
+
+    def check() -> None:
+        loss.check_head(CPU)
+        loss.check_causal(CPU)
+        loss.check_rows(CPU, 2, "set data.packing=false")
+
+    with pytest.raises(RunFailed, match=f"GraniteForCausalLM {refusal}") as error:
+        check()
+    assert "\n" not in str(error.value)
