@@ -13,6 +13,7 @@ import json
 import os
 import socket
 import tempfile
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from PIL import Image
 from torch.autograd.graph import saved_tensors_hooks
 
 from raysft.config import Config, parse, with_overrides
+from raysft.config.scaling import slice_tokens
 from raysft.estimate.estimate import Training
 from raysft.estimate.images_of_rows import ImagesOfRows
 from raysft.estimate.measure import Microbatch, measure
@@ -34,6 +36,7 @@ from raysft.models import recomputation
 from raysft.models.media_inputs import image_tokens, media_inputs
 from raysft.models.processor import ProcessorFiles, has_processor, load_processor
 from raysft.train import loss
+from raysft.train.sequence_group import SequenceGroup
 from tests.processes import forks
 
 SECONDS = 300
@@ -63,6 +66,10 @@ class Measured:
     """States of the optimizer."""
     weights: int
     """Weights of the model."""
+    host: int
+    """Most that waited at a time in the node's memory beside a device (``HostMemory``)."""
+    process: int
+    """Most resident memory of the process during the second step, with all that is not torch's tensors."""
 
 
 def config_of(folder: Path, model: Path | str, settings: dict[str, Any] | None = None) -> Config:
@@ -81,10 +88,15 @@ def config_of(folder: Path, model: Path | str, settings: dict[str, Any] | None =
 def estimated(config: Config, world: int = 1) -> Memory:
     """Estimate a training whose tokens all have a loss, with images in every row if the model takes some."""
     sizes, activations = model_of(config, images=has_processor(config.model.path))
-    rows = -(-int(config.train.global_batch_size) // world)
+    rows = _rows(config, world)
     setup = setup_of(config, world, rows)
     beside = config.train.offload.activations != "none"  # the tensors of a worker on a CPU are those of one on a GPU
     return memory(sizes, activations, setup, min(rows, config.micro_batch_size), Hardware(gpu=beside))
+
+
+def _rows(config: Config, world: int) -> int:
+    """Rows of a step that each worker has, alone or with the others of its group."""
+    return -(-int(config.train.global_batch_size) * config.scaling.sequence_parallel // world)
 
 
 def model_of(config: Config, images: bool = False) -> tuple[ModelSizes, Activations]:
@@ -93,7 +105,8 @@ def model_of(config: Config, images: bool = False) -> tuple[ModelSizes, Activati
 
     hf_config = AutoConfig.from_pretrained(config.model.path)
     shown = ImagesOfRows(ProcessorFiles.of(config.model.path), *IMAGE, IMAGES) if images else None
-    training = Training(config, hf_config, None, 1, 1, Microbatch(config.data.sequence_length, 1.0, shown))
+    tokens = slice_tokens(config.data.sequence_length, config.scaling.sequence_parallel)
+    training = Training(config, hf_config, None, 1, 1, Microbatch(tokens, 1.0, shown))
     return measure(config, training.hf_config, None, training.microbatch)
 
 
@@ -154,12 +167,23 @@ def _measured(config: Config, world: int) -> Measured:
 class HostMemory(saved_tensors_hooks):
     """In place of ``save_on_cpu``: the node's memory beside a device, here numpy's, which torch's allocator does not count."""
 
+    now = most = 0
+    """Bytes that wait there, and the most that did at a time."""
+
     def __init__(self, **_: Any) -> None:
         super().__init__(self.keep, torch.from_numpy)
 
     def keep(self, tensor: torch.Tensor) -> Any:
         """Copy a tensor there."""
-        return tensor.detach().numpy().copy()
+        copy = tensor.detach().numpy().copy()
+        HostMemory._add(copy.nbytes)
+        weakref.finalize(copy, HostMemory._add, -copy.nbytes)
+        return copy
+
+    @staticmethod
+    def _add(size: int) -> None:
+        HostMemory.now += size
+        HostMemory.most = max(HostMemory.most, HostMemory.now)
 
 
 def _measured_once(config: Config, world: int) -> tuple[Measured, int]:
@@ -172,13 +196,14 @@ def _measured_once(config: Config, world: int) -> tuple[Measured, int]:
     recomputation.save_on_cpu = HostMemory  # type: ignore[assignment,misc]
     processor = load_processor(config.model.path) if has_processor(config.model.path) else None
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        group = SequenceGroup.join(config.scaling.sequence_parallel)
         engine, scheduler = make_engine(
-            config, config.model.path, world, STEPS, torch.device("cpu"), processor=processor
+            config, config.model.path, world, STEPS, torch.device("cpu"), processor=processor, group=group
         )
         for parameter in engine.module.parameters():
             if not (parameter.requires_grad and config.train.zero_stage):
                 parameter.data = parameter.data.clone()  # what ZeRO has not copied is still a part of the mapped file
-        rows = -(-int(config.train.global_batch_size) // world)
+        rows = _rows(config, world)
         for step in range(STEPS):
             tokens = config.data.sequence_length if step == STEPS - 1 else FEW_TOKENS
             batch = _batch(rows, tokens, seed=step)
@@ -186,15 +211,29 @@ def _measured_once(config: Config, world: int) -> tuple[Measured, int]:
             if shown:
                 place = len(image_tokens(processor, Image.new("RGB", IMAGE)))
                 batch["input_ids"][:, : IMAGES * place] = image_tokens(processor, Image.new("RGB", IMAGE)) * IMAGES
+            HostMemory.most = HostMemory.now
+            _forget_peak()
             with record_function(f"step {step}"):
                 pixels: Any = _Pixels(processor, config.micro_batch_size) if shown else None
-                train_step(engine, batch, float(rows * world * (tokens - 1)), pixels=pixels)
+                train_step(engine, batch, float(rows * group.groups * (tokens - 1)), pixels=pixels, group=group)
+        beside = HostMemory.most, _peak()
         states = _states(engine)
         engine.destroy()
         del engine, scheduler
         gc.collect()
     peak, before, left = _most(profiler)
-    return Measured(peak, before, *states), left
+    return Measured(peak, before, *states, *beside), left
+
+
+def _forget_peak() -> None:
+    """Let the most resident memory of this process begin anew (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak() -> int:
+    """Most resident memory of this process since then, in bytes."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
 
 class _Pixels:

@@ -178,13 +178,19 @@ class Activations:
         return sum(count * saved for count, saved in kept), max((saved for _, saved in kept), default=0.0)
 
     def loss_at(self, rows: int) -> LossBytes:
-        """Return the bytes of the loss: those of the next larger number of rows that is known, or more than the largest."""
+        """Return the bytes of the loss: those of the next larger number of rows that is known, or as the largest two go on."""
         known = sorted(self.loss)
         above = next((each for each in known if each >= rows), None)
         if above is not None:
             return self.loss[above]
-        largest, factor = self.loss[known[-1]], rows / known[-1]
-        return LossBytes(largest.peak * factor, largest.left * factor)
+        last = known[-1]
+        before = known[-2] if len(known) > 1 else 0
+        largest, smaller = self.loss[last], self.loss.get(before, LossBytes(0.0, 0.0))
+        steps = (rows - last) / (last - before)
+        return LossBytes(
+            largest.peak + steps * max(0.0, largest.peak - smaller.peak),
+            largest.left + steps * max(0.0, largest.left - smaller.left),
+        )
 
     def backward(self, rows: int) -> float:
         """Return the most bytes that the backward pass of a layer needs beyond what was saved."""

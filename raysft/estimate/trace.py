@@ -31,13 +31,15 @@ from raysft.models.recomputation import is_recomputed
 from raysft.models.sequence_attention import Slice
 from raysft.models.torch_internals import LiveBytes, fake_tensors
 from raysft.models.transformers_internals import attention_implementation, can_set_attention
-from raysft.train.loss import TokenLoss
+from raysft.train.loss import CHUNK_TOKENS, TokenLoss
 from raysft.train.objective import objective_of
 from raysft.train.reference import Reference
 
 INPUTS = ("input_ids", "position_ids", "targets")
 LOSS_ROWS = (1, 2, 4, 8, 16, 32, 64)
 """Rows of a microbatch for which the loss is traced, beside those of the config."""
+MANY_CHUNKS = 32
+"""Chunks of logits beyond which the loss is traced for no more rows than are needed: a call of each takes 20 ms."""
 
 
 @dataclass(frozen=True)
@@ -164,8 +166,16 @@ def trace(config: Config, model: Any, tokens: int, loss_share: float) -> Activat
                 parameter.register_post_accumulate_grad_hook(forget_gradient)
         shape = _Shape(tokens, loss_share, config.autocast)
         runs = [_run(loss, layers, rows, shape) for rows in (1, 2)]
-        losses = {rows: _loss_alone(loss, rows, shape) for rows in sorted({config.micro_batch_size, *LOSS_ROWS})}
+        losses = {rows: _loss_alone(loss, rows, shape) for rows in _rows_of_loss(config.micro_batch_size, shape)}
     return _activations(runs, counts, losses, tokens, [is_recomputed(layer) for layer in layers])
+
+
+def _rows_of_loss(rows: int, shape: _Shape) -> list[int]:
+    """Return the rows of a microbatch for which to trace the loss."""
+    few = [
+        each for each in LOSS_ROWS if each <= 2 or each * shape.tokens * shape.loss_share <= MANY_CHUNKS * CHUNK_TOKENS
+    ]
+    return sorted({rows, *few})
 
 
 def forget_gradient(parameter: torch.Tensor) -> None:

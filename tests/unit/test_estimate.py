@@ -138,9 +138,9 @@ def test_the_peak_is_the_largest_of_the_moments():
     assert (one.parts["gradients"], one.parts["buckets"]) == (4_000, 4_000)
     assert sum(one.parts.values()) == one.peak > one.tensors
     hundred = memory(SMALL, FLAT, setup, 100, cpu)
-    # The loss of two rows, fifty times.
-    assert (hundred.moment, hundred.tensors) == ("in the loss", 16_000 + 170 * 100 + 900 * 50)
-    assert (hundred.parts["activations"], hundred.parts["logits"]) == (17_000, 45_000)
+    # The loss of two rows, and what the second adds for each of the others.
+    assert (hundred.moment, hundred.tensors) == ("in the loss", 16_000 + 170 * 100 + 900 + 98 * 400)
+    assert (hundred.parts["activations"], hundred.parts["logits"]) == (17_000, 40_100)
     assert hundred.sure == 16_000 + 17_000
     assert memory(SMALL, FLAT, setup, 100, cpu, filled=0.5).sure == 16_000 + 8_500
     few = memory(SMALL, FLAT, Setup(2, 1, 4, accumulates=True), 100, cpu)
@@ -176,6 +176,11 @@ def test_the_largest_microbatch_is_the_last_that_fits():
     assert largest_rows(SMALL, FLAT, setup, cpu, fits - 1, most=1000) == 36
     assert largest_rows(SMALL, FLAT, setup, cpu, fits, most=5) == 5
     assert largest_rows(SMALL, FLAT, setup, cpu, 100, most=1000) == 0
+
+
+def test_the_loss_of_more_rows_goes_on_as_it_grew():
+    assert FLAT.loss_at(5) == LossBytes(2100, 210)
+    assert replace(FLAT, loss={2: LossBytes(900, 90)}).loss_at(3) == LossBytes(1350, 135)
 
 
 def test_the_formula_for_a_llama_of_8b_has_196_kib_for_each_token_and_layer():

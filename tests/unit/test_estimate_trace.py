@@ -212,6 +212,13 @@ def test_a_model_that_cannot_be_traced_gets_a_formula(folder, monkeypatch):
     assert found.saved(1) > 4 * 96 * 64 * 4
 
 
+def test_the_loss_of_many_chunks_is_traced_for_few_rows(folder):
+    """Each chunk takes time: 64 rows of 131,072 tokens would be 8,192 of them."""
+    config = config_of(folder, folder / "model", {"data.sequence_length": 12_000})
+    assert sorted(model_of(config)[1].loss) == [1, 2]
+    assert max(model_of(with_overrides(config, {"data.sequence_length": 96}))[1].loss) == 64
+
+
 def test_a_second_estimate_is_read_from_the_cache(folder, monkeypatch):
     config = config_of(folder, folder / "model", {"data.sequence_length": 88})
     first = model_of(config)
