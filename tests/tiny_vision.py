@@ -134,7 +134,7 @@ def with_marks(tokenizer: Any, marks: dict[str, str]) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, extra_special_tokens=marks, **special)
 
 
-def tiny_gemma3(folder: Path, seed: int = 0) -> tuple[Path, Any]:
+def tiny_gemma3(folder: Path, window: int = 32, seed: int = 0) -> tuple[Path, Any]:
     """Save a random Gemma 3, whose tokens of an image attend to each other both ways; returns it with its processor."""
     import transformers as hf
 
@@ -146,7 +146,7 @@ def tiny_gemma3(folder: Path, seed: int = 0) -> tuple[Path, Any]:
     image_processor = hf.Gemma3ImageProcessorPil(size={"height": 28, "width": 28})
     template = TEMPLATE % marks["boi_token"]
     processor = hf.Gemma3Processor(image_processor, tokenizer, chat_template=template, image_seq_length=4)
-    text = {**TEXT, "model_type": "gemma3_text", "vocab_size": len(tokenizer), "head_dim": 16, "sliding_window": 32}
+    text = {**TEXT, "model_type": "gemma3_text", "vocab_size": len(tokenizer), "head_dim": 16, "sliding_window": window}
     config = hf.Gemma3Config(
         text_config={**text, "layer_types": ["sliding_attention", "full_attention"]},
         vision_config={**TOWER, "model_type": "siglip_vision_model", "patch_size": 7},

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from raysft.config import Config
-from raysft.errors import RequestError
+from raysft.errors import RequestError, RunFailed
+from raysft.models.media_inputs import kinds_argument
 from raysft.models.transformers_internals import (
     attention_implementation,
     can_set_attention,
+    passes_window,
     supports_flash_attention,
 )
 
@@ -99,7 +101,7 @@ def _has_sinks(model: Any) -> bool:
 
 
 def is_plain(model: Any, tokens: int) -> bool:
-    """Return True if every layer attends to all preceding tokens in a row of ``tokens``, and gets the positions."""
+    """Return True if each layer attends to all preceding tokens or to a window of them, and says so, in a row of ``tokens``."""
     hf_config = model.config.get_text_config()
     window = getattr(hf_config, "sliding_window", None)
     kinds = set(getattr(hf_config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
@@ -108,7 +110,7 @@ def is_plain(model: Any, tokens: int) -> bool:
         and supports_flash_attention(model)
         and can_set_attention(model)
         and kinds <= {"full_attention", "sliding_attention"}
-        and ("sliding_attention" not in kinds or window is None or window >= tokens)
+        and ("sliding_attention" not in kinds or window is None or window >= tokens or passes_window(model))
     )
 
 
@@ -130,7 +132,8 @@ def examplewise(
         value: as ``key``.
         attention_mask: not used.
         position_ids: [rows, tokens]; an example begins wherever they are 0.
-        options: what torch's own attention takes besides.
+        options: what torch's own attention takes besides, and ``sliding_window``: tokens that one attends to, itself among them.
+            Default: all before it.
 
     Returns:
         [rows, tokens, heads, size], and no weights.
@@ -166,9 +169,7 @@ def examplewise_with_sinks(
     for q, k, v in _examples(module, query, key, value, position_ids):
         shared, tokens = q.shape[1] // k.shape[1], q.shape[2]
         logits = q @ k.repeat_interleave(shared, 1).transpose(-1, -2) * scaling
-        visible = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()
-        if sliding_window is not None:
-            visible = visible.triu(1 - sliding_window)
+        visible = _visible(0, tokens, 0, sliding_window or tokens, q.device)
         logits = logits.masked_fill(~visible, float("-inf"))
         sinks = s_aux.to(logits.dtype).reshape(1, -1, 1, 1).expand(1, -1, tokens, 1)
         weights = torch.softmax(torch.cat([logits, sinks], -1).float(), -1)[..., :-1].to(v.dtype)
@@ -214,7 +215,7 @@ def by_example(
         key: [1, key heads, tokens, size].
         value: as ``key``.
         lengths: tokens of each example.
-        options: what torch's own attention takes besides.
+        options: as for ``examplewise``.
 
     Returns:
         [1, tokens, heads, size].
@@ -226,9 +227,27 @@ def by_example(
 def _each_example(module: Any, examples: Iterable[tuple[torch.Tensor, ...]], options: dict[str, Any]) -> torch.Tensor:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    options = {**options, "is_causal": True}
-    outputs = [sdpa_attention_forward(module, q, k, v, None, **options)[0] for q, k, v in examples]
+    window = options.get("sliding_window")
+    options, outputs = {**options, "is_causal": True}, []
+    for query, key, value in examples:
+        tokens = query.shape[2]
+        if window is None or window >= tokens:
+            outputs.append(sdpa_attention_forward(module, query, key, value, None, **options)[0])
+            continue
+        # A part as long as the window sees at most two windows, so that time and memory grow with the tokens, not their square.
+        for start in range(0, tokens, window):
+            seen, part = slice(max(0, start + 1 - window), start + window), slice(start, start + window)
+            visible = _visible(start, min(tokens, part.stop), seen.start, window, query.device)[None, None]
+            states = query[:, :, part], key[:, :, seen], value[:, :, seen]
+            outputs.append(sdpa_attention_forward(module, *states, visible, **options)[0])
     return torch.cat(outputs, dim=1)
+
+
+def _visible(start: int, stop: int, first: int, window: int, device: torch.device) -> torch.Tensor:
+    """Return which tokens, from ``first`` to before ``stop``, those from ``start`` to before ``stop`` attend to: bool
+    [stop − start, stop − first]."""
+    distance = torch.arange(start, stop, device=device)[:, None] - torch.arange(first, stop, device=device)
+    return (distance >= 0) & (distance < window)
 
 
 class NoPositions(Exception):
@@ -249,6 +268,23 @@ def use_plain(model: Any) -> None:
     """Undo ``use_examplewise``."""
     text_alone = model.config.get_text_config() is model.config
     model.set_attn_implementation("sdpa" if text_alone else {"text_config": "sdpa"})
+
+
+def use_masks_for_images(model: Any, config: Config) -> None:
+    """Make a model that gets images compute attention with masks, if the tokens of its images attend to each other, whatever their
+    order (Gemma 3).
+
+    Raises:
+        RunFailed: the config names another kernel.
+    """
+    if kinds_argument(model.base_model) is None or attention_implementation(model) in ("sdpa", "eager"):
+        return
+    if config.model.attention != "auto":
+        raise RunFailed(
+            f"the tokens of an image attend to each other in {type(model).__name__}, which model.attention="
+            f"{config.model.attention} does not compute; use auto or sdpa"
+        )
+    use_plain(model)
 
 
 def without_adapters(model: Any) -> Any:

@@ -3,6 +3,7 @@ exist. Those of continuous batching are in ``generate/engines/continuous_interna
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -10,8 +11,8 @@ from typing import Any
 
 
 def attention_implementation(model: Any) -> str:
-    """Return the name of the attention function that a model uses."""
-    return str(model.config._attn_implementation)
+    """Return the name of the attention function that a model uses; of one for images, that of its text."""
+    return str(model.config.get_text_config()._attn_implementation)
 
 
 class _WithKernel:
@@ -60,6 +61,12 @@ def can_set_attention(model: Any) -> bool:
 def supports_flash_attention(model: Any) -> bool:
     """Return True if a model passes on all that FlashAttention needs, positions among it."""
     return bool(model._supports_flash_attn)
+
+
+def passes_window(model: Any) -> bool:
+    """Return True if the layers of a model tell their attention function how many tokens they attend to; some leave that to the
+    mask alone (Qwen2-MoE, Phi-3.5-MoE)."""
+    return any("sliding_window=" in inspect.getsource(kind.forward) for kind in {type(each) for each in model.modules()})
 
 
 def supports_registered_attention(model_class: Any) -> bool:

@@ -12,7 +12,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from raysft.config import Config
 from raysft.errors import RunFailed, one_line
 from raysft.models import sequence_attention
-from raysft.models.attention import NoPositions, use_plain, without_adapters
+from raysft.models.attention import NoPositions, use_masks_for_images, use_plain, without_adapters
 from raysft.models.fused_layers import fuse_layers
 from raysft.models.kt_experts import move_experts
 from raysft.models.model_class import sees_images
@@ -182,6 +182,7 @@ def check_model(
             f"({type(error).__name__}: {one_line(error)}); use another model"
         ) from None
     if processor is not None:
+        use_masks_for_images(without_adapters(model.model), config)
         check_images(model, processor, device, config.data.packing)
     model.check_causal(device)
     if config.stage == "sft" and config.data.packing:

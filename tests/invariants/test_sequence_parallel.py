@@ -40,6 +40,7 @@ WAYS: list[tuple[str, int, int, dict[str, Any]]] = [
     ("llama", 2, 2, {"zero_stage": 3, "gradient_checkpointing": True}),
     *COMPILED,
     ("one key head", 2, 2, {"zero_stage": 0, "loss": "eaft"}),
+    ("narrow window", 2, 2, {"zero_stage": 2, "gradient_checkpointing": True}),
     ("deepseek_v3", 2, 2, {"zero_stage": 3, **LORA}),
     ("qwen3_moe", 2, 2, {"zero_stage": 1, "router_aux_loss_coef": 0.5}),
     ("llama", 4, 2, {"zero_stage": 0, "gradient_checkpointing": True}),
@@ -85,6 +86,7 @@ class Prepared:
         self.folder = folder
         tiny_model(folder / "llama")
         tiny_mixture(folder / "one key head", "llama", num_key_value_heads=1)
+        tiny_mixture(folder / "narrow window", "mistral", sliding_window=20)
         for model_type, settings in MIXTURES.items():
             tiny_mixture(folder / model_type, model_type, **{**settings, **MORE.get(model_type, {})})
         paths = []

@@ -276,10 +276,10 @@ def test_a_file_that_changed_since_it_was_tokenized_ends_the_training(families, 
     assert not result.losses
 
 
-@pytest.fixture(scope="module")
-def gemma(tmp_path_factory) -> Family:
+@pytest.fixture(scope="module", params=[32, TOKENS], ids=["narrow window", "window of a row"])
+def gemma(tmp_path_factory, request) -> Family:
     folder = tmp_path_factory.mktemp("gemma3")
-    model, processor = tiny_gemma3(folder / "model")
+    model, processor = tiny_gemma3(folder / "model", request.param)
     seen = questions(draw(folder / "images", 6), without=2)
     manifest = written_with_images(folder / "set", processor, seen)
     rows = PackedDataset((manifest.path.location,), TOKENS, 4, seed=3, epochs=3, max_steps=STEPS, layout="single")

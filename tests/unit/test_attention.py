@@ -7,11 +7,13 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    Gemma3TextConfig,
     Lfm2Config,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     XLNetConfig,
 )
 
@@ -51,7 +53,16 @@ def positions(*lengths: int) -> list[int]:
     return [place for length in lengths for place in range(length)]
 
 
-@pytest.mark.parametrize("described", [LlamaConfig(**SIZES), Qwen2Config(**SIZES), MistralConfig(**SIZES)])
+WINDOWS = [
+    *(MistralConfig(**SIZES, sliding_window=window) for window in (1, 3, 8)),
+    Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"]),
+]
+
+
+@pytest.mark.parametrize(
+    "described", [LlamaConfig(**SIZES), Qwen2Config(**SIZES), MistralConfig(**SIZES, sliding_window=None), *WINDOWS]
+)
 def test_packed_rows_are_their_examples_alone(described):
     model = made(described)
     ids = torch.randint(0, 64, (2, 16))
@@ -74,11 +85,13 @@ def test_packed_rows_are_their_examples_alone(described):
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-7)
 
 
-def test_a_window_narrower_than_a_row_keeps_the_mask():
-    model = made(MistralConfig(**SIZES, sliding_window=8))
+def test_a_window_that_layers_leave_to_the_mask_keeps_the_mask():
+    """Qwen2-MoE's attention does not name its window."""
+    described = Qwen2MoeConfig(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=2, num_experts=2)
+    model = made(described)
     attention.use_examplewise(model, config())
     assert model.config._attn_implementation == "sdpa"
-    model = made(MistralConfig(**SIZES, sliding_window=16))
+    model = made(Qwen2MoeConfig(**{**described.to_dict(), "sliding_window": 16}))
     attention.use_examplewise(model, config())
     assert model.config._attn_implementation == attention.EXAMPLEWISE
 
