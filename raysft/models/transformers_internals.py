@@ -66,7 +66,9 @@ def supports_flash_attention(model: Any) -> bool:
 def passes_window(model: Any) -> bool:
     """Return True if the layers of a model tell their attention function how many tokens they attend to; some leave that to the
     mask alone (Qwen2-MoE, Phi-3.5-MoE)."""
-    return any("sliding_window=" in inspect.getsource(kind.forward) for kind in {type(each) for each in model.modules()})
+    return any(
+        "sliding_window=" in inspect.getsource(kind.forward) for kind in {type(each) for each in model.modules()}
+    )
 
 
 def supports_registered_attention(model_class: Any) -> bool:
