@@ -26,6 +26,17 @@ def mark_dynamic(tensor: torch.Tensor, dimensions: list[int]) -> None:
     maybe_mark_dynamic(tensor, dimensions)
 
 
+def allow_graphs(number: int) -> None:
+    """Let torch.compile make at least so many graphs of one function; beyond its limit it logs a warning, and computes without.
+
+    All layers of a class have one function.
+    """
+    from torch._dynamo import config
+
+    config.recompile_limit = max(config.recompile_limit, number)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, number)
+
+
 def fake_tensors() -> Any:
     """Return a context in which new tensors have a shape and a type, but no memory, and operators compute only these."""
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -20,7 +20,8 @@ from torch import nn
 from raysft.errors import RequestError, one_line
 from raysft.models.attention import keep_uncompiled, without_adapters
 from raysft.models.decoder_layers import decoder_layers
-from raysft.models.torch_internals import mark_dynamic
+from raysft.models.peft_internals import parameter_adapters
+from raysft.models.torch_internals import allow_graphs, mark_dynamic
 from raysft.models.transformers_internals import recomputation_of, without_recomputation
 
 REMEDY = "set train.compile=false"
@@ -74,6 +75,11 @@ def compile_layers(model: nn.Module, device: torch.device) -> None:
     check_compiler(device)
     torch.compiler.reset()  # what an earlier training in this process compiled counts against torch's limit
     keep_uncompiled(without_adapters(model).get_decoder())
+    # peft gives experts with an adapter another class in each pass, so that no code would fit the next one.
+    for experts in parameter_adapters(model):
+        experts.forward = torch.compiler.disable(experts.forward)
+    # Layers that differ in a size or a setting need a graph each, and the first one another if its input has no gradient.
+    allow_graphs(2 * len(layers))
     for layer in layers:
         layer.forward = _compiled(layer)  # type: ignore[method-assign]
 

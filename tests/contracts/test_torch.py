@@ -9,6 +9,7 @@ from raysft.models.torch_internals import (
     LiveBytes,
     LiveMetaBytes,
     all_chosen,
+    allow_graphs,
     fake_tensors,
     has_hooks,
     is_fake,
@@ -46,6 +47,23 @@ def test_a_graph_serves_sizes_that_are_marked():
         mark_dynamic(numbers, [1])
         assert doubled(numbers).shape == (2, size)
     assert len(graphs) == 1
+
+
+def test_a_function_has_as_many_graphs_as_are_allowed():
+    from torch._dynamo import config
+    from torch._dynamo.utils import counters
+
+    limits = ("recompile_limit", "accumulated_recompile_limit")
+    for name in limits:
+        HOOKS.name(config, name)
+    counters.clear()
+    power = torch.compile(lambda numbers, exponent: numbers**exponent, backend="eager", dynamic=False)
+    with config.patch(dict.fromkeys(limits, 1)):
+        allow_graphs(3)
+        for exponent in (2, 3, 4):
+            power(torch.ones(2), exponent)
+    assert counters["stats"]["unique_graphs"] == 3
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize(

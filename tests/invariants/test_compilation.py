@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from raysft.errors import RequestError
 from raysft.telemetry.events import EvaluationDone
 from raysft.train.compilation import check_compiler, compile_layers, layers_of
 from tests.messages import holds, refusal
-from tests.tiny import tiny_model
+from tests.tiny import tiny_mixture, tiny_model
 from tests.training import STEPS, Case, Result, assert_same, make_config, prepare, rows_of, timeless, train_all
 
 needs_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
@@ -130,6 +131,54 @@ def test_one_graph_serves_all_layers_and_widths(tmp_path, monkeypatch):
     assert [name for name, _ in model.named_parameters()] == names == list(model.state_dict())[: len(names)]
     assert not counters["graph_break"], dict(counters["graph_break"])
     assert counters["stats"]["unique_graphs"] == 1
+    torch.compiler.reset()
+
+
+def counted(model: Any, monkeypatch: Any, widths: Sequence[int] = (16, 24)) -> Any:
+    """Compile the layers of a model, without making code of their graphs, and train on rows of some widths; torch's counters."""
+    from torch._dynamo.utils import counters
+
+    from raysft.train.loss import TokenLoss
+
+    monkeypatch.setattr("raysft.train.compilation.BACKEND", "eager")
+    monkeypatch.setattr("raysft.train.compilation.check_compiler", lambda device: None)
+    compile_layers(model, torch.device("cpu"))
+    counters.clear()
+    for width in widths:
+        ids = torch.arange(width)[None] % 60
+        TokenLoss(model)(ids, torch.arange(width)[None], ids)[0].backward()
+    return counters
+
+
+def test_layers_that_all_differ_have_a_graph_each(monkeypatch):
+    """More than torch makes of one function unless it is told otherwise."""
+    from torch._dynamo import config
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "vocab_size": 64, "num_hidden_layers": 4}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes), attn_implementation="sdpa")
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp = type(layer.mlp)(LlamaConfig(**sizes, intermediate_size=8 * (index + 1)))
+    with config.patch(recompile_limit=2):
+        counters = counted(model, monkeypatch)
+    assert counters["stats"]["unique_graphs"] == 4
+    assert not counters["unimplemented"], dict(counters["unimplemented"])
+    torch.compiler.reset()
+
+
+def test_experts_with_an_adapter_compute_outside_of_compiled_code(tmp_path, monkeypatch):
+    """peft makes a new class of them in each pass, for which torch would compile again."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny_mixture(tmp_path, num_experts=4, moe_intermediate_size=16)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+    parts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], target_parameters=parts))
+    graphs = [
+        counted(model, monkeypatch, widths)["stats"]["unique_graphs"] for widths in ((16, 24), (16, 24, 40, 16, 24, 40))
+    ]
+    assert graphs[0] == graphs[1]
     torch.compiler.reset()
 
 
