@@ -29,7 +29,9 @@ def rope_settings(value: str | Mapping[str, Any]) -> dict[str, Any]:
     """
     settings: dict[str, Any] = {"rope_type": value} if isinstance(value, str) else dict(value)
     if "type" in settings:  # its name before transformers 4.45, which many configs have
-        settings.setdefault("rope_type", settings.pop("type"))
+        named = settings.pop("type")
+        if settings.setdefault("rope_type", named) != named:
+            raise ValueError(f"rope_type={settings['rope_type']}, but type={named}; use one of them")
     kind = str(settings.get("rope_type"))
     if kind not in OWN:
         raise ValueError(f"rope_type={kind} is none of {', '.join(get_args(RopeType))}; use one of them")
@@ -43,8 +45,13 @@ def rope_settings(value: str | Mapping[str, Any]) -> dict[str, Any]:
             )
         if name != "rope_type":
             settings[name] = _checked(name, setting)
-    if kind == "llama3" and not settings.get("low_freq_factor", 1.0) < settings.get("high_freq_factor", 4.0):
-        raise ValueError("high_freq_factor must be above low_freq_factor; swap them")
+    for below, above, defaults in (
+        ("low_freq_factor", "high_freq_factor", (1.0, 4.0)),
+        ("beta_slow", "beta_fast", (1.0, 32.0)),
+    ):
+        low, high = settings.get(below, defaults[0]), settings.get(above, defaults[1])
+        if not low < high:
+            raise ValueError(f"{above}={high:g} must be above {below}={low:g}; swap them")
     return settings
 
 
@@ -59,7 +66,10 @@ def _checked(name: str, value: Any) -> Any:
         if value < 2 or value != int(value):
             raise ValueError(f"{name}={value} must be a whole number above 1")
         return int(value)
-    least = 1.0 if name == "factor" else 0.0
-    if not least <= value < float("inf"):
-        raise ValueError(f"{name}={value:g} must be a number of at least {least:g}")
+    if name == "factor" and not 1.0 <= value < float("inf"):
+        raise ValueError(f"{name}={value:g} must be a number of at least 1")
+    if (
+        not 0.0 < value < float("inf")
+    ):  # some divide by them; an attention_factor of 0 would leave nothing of the attention
+        raise ValueError(f"{name}={value:g} must be a number above 0")
     return float(value)

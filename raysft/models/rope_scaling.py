@@ -15,7 +15,7 @@ from typing import Any
 
 from raysft.config import Config
 from raysft.config.rope_scaling import OWN, rope_settings
-from raysft.errors import RequestError, as_yaml
+from raysft.errors import RequestError, as_yaml, one_line
 from raysft.models.fingerprint import model_fingerprint
 from raysft.models.model_files import model_files
 from raysft.storage.local_cache import in_cache, model_copy
@@ -74,7 +74,17 @@ def scaled_config(config: Config, hf_config: Any, notify: Callable[[str], None],
     text = scaled.get_text_config()
     for name, value in _entries(scaling, text).items():
         setattr(text, name, value)
-    _check_effect(config, scaled, scaling, key)
+    try:
+        # Some configs look at the kind of scaling when they are read, others when the model is made.
+        type(scaled).from_dict(scaled.to_dict())
+        _check_effect(config, scaled, scaling, key)
+    except RequestError:
+        raise
+    except Exception as error:  # of any type
+        raise RequestError(
+            f"model.rope_scaling={as_yaml(config.model.rope_scaling)}, but {key} is a model with model_type={text.model_type}, "
+            f"for which transformers does not take it ({_reason(error)}); remove it, or use another model"
+        ) from None
     return scaled
 
 
@@ -186,6 +196,11 @@ def _check_kind(existing: Mapping[str, Any], text: Any, said: str, key: str) -> 
             f"model.rope_scaling={said} scales one position a token, but {kind}, which has three (mrope); remove it, and write "
             "rope_parameters into the config.json of a copy of the model"
         )
+
+
+def _reason(error: Exception) -> str:
+    """The last line of an error: those of configs begin with the name of what has looked at them."""
+    return one_line(str(error).strip().rpartition("\n")[2].strip().removeprefix("ValueError: "), 160)
 
 
 def _check_effect(config: Config, scaled: Any, scaling: Scaling, key: str) -> None:

@@ -16,7 +16,7 @@ from raysft.config import Config, parse
 from raysft.config.llamafactory.conversion import convert
 from raysft.generate.engines.batching import obstacle
 from raysft.generate.engines.static import TransformersEngine
-from raysft.models.rope_scaling import positions_of
+from raysft.models.rope_scaling import positions_of, scaled_config
 from raysft.models.sequence_attention import Slice, begin
 from raysft.run.inputs import check_model_files, find_other_model
 from raysft.run.warnings import warnings
@@ -217,6 +217,10 @@ def described_model(folder: Path, base: Path, kind: str, **settings: Any) -> Pat
         ("llama", {"max_position_embeddings": 128, "rope_parameters": YARN}, "llama3",
          "… already (rope_type=yarn, to 128)"),
         ("gptj", {}, "linear", "… model_type=gptj, which has none"),
+        # Its config knows a scaling of its own alone.
+        ("phi3", {"max_position_embeddings": 64}, "linear",
+         "… model_type=phi3, for which transformers does not take it (`rope… got linear); remove it"),
+        ("phi3", {"max_position_embeddings": 64}, "yarn", "… model_type=phi3, for which … remove it"),
     ],
 )  # fmt: skip
 def test_models_whose_positions_cannot_be_scaled_are_refused(tmp_path, base, kind, settings, scaling, said):
@@ -225,12 +229,28 @@ def test_models_whose_positions_cannot_be_scaled_are_refused(tmp_path, base, kin
     assert all(part in told for part in said.split("… ")), told
 
 
+def test_three_positions_a_token_are_refused(tmp_path, base):
+    """Those of Qwen's models for images, in time, height and width."""
+    planes = {**THETA, "rope_type": "default", "mrope_section": [2, 3, 3]}
+    hf_config = AutoConfig.for_model("qwen2_vl", text_config={"rope_parameters": planes, "max_position_embeddings": 64})
+    told = refusal(scaled_config, make_config(tmp_path, base, "yarn"), hf_config, print)
+    assert holds(
+        told, "model.rope_scaling='yarn' … model.path … model_type=qwen2_vl_text, which has three (mrope); remove it"
+    )
+
+
 @pytest.mark.parametrize(
     ("scaling", "said"),
     [
         ("longrope", "model.rope_scaling"),
         ({"rope_type": "yarn", "facter": 4}, "did you mean factor?"),
         ({"rope_type": "linear", "factor": 0.5}, "factor=0.5 must be a number of at least 1"),
+        ({"rope_type": "linear", "factor": float("nan")}, "factor=nan must be a number of at least 1"),
+        ({"rope_type": "linear", "factor": "4"}, "factor=4 must be a number"),
+        ({"rope_type": "linear", "type": "yarn", "factor": 4}, "rope_type=linear, but type=yarn; use one of them"),
+        ({"rope_type": "llama3", "factor": 4, "low_freq_factor": 0}, "low_freq_factor=0 must be a number above 0"),
+        ({"rope_type": "yarn", "factor": 4, "attention_factor": 0}, "attention_factor=0 must be a number above 0"),
+        ({"rope_type": "yarn", "factor": 4, "beta_slow": 32}, "beta_fast=32 must be above beta_slow=32"),
         ({"rope_type": "linear", "beta_fast": 4}, "beta_fast is no setting of linear"),
         ({"factor": 4}, "rope_type=None is none of linear, dynamic, yarn, llama3"),
     ],
