@@ -34,7 +34,7 @@ def model_without_weights(config: Config, hf_config: Any, adapter: str | None = 
         adapter: folder of the adapter that training continues from.
     """
     dtype = getattr(torch, config.weight_dtype)
-    attention = kernel(config)
+    attention = kernel(config, hf_config)
     if attention in FLASH:
         attention = None  # transformers would ask for the package; the trace has a kernel of its own
     with torch.device("meta"):

@@ -220,7 +220,7 @@ def _set_attention(model: Any, config: Config) -> bool:
 
     base = without_adapters(model)
     use_examplewise(base, config)
-    used = chosen if (chosen := kernel(config)) in FLASH else attention_implementation(base)
+    used = chosen if (chosen := kernel(config, base.config)) in FLASH else attention_implementation(base)
     if config.scaling.sequence_parallel > 1 and used == "sdpa":
         used = EXAMPLEWISE  # as ``sequence_attention``
     if used == WITH_SINKS:

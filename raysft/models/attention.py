@@ -12,9 +12,11 @@ import torch
 from raysft.config import Config
 from raysft.errors import RequestError, RunFailed
 from raysft.models.media_inputs import kinds_argument
+from raysft.models.model_class import class_of
 from raysft.models.transformers_internals import (
     attention_implementation,
     can_set_attention,
+    computes_attention,
     passes_window,
     supports_flash_attention,
 )
@@ -37,13 +39,25 @@ FLASH = {
 name of their GPUs."""
 
 
-def kernel(config: Config) -> str | None:
+def kernel(config: Config, hf_config: Any = None) -> str | None:
     """Return transformers' name of the attention kernel to load a model with; None for the model's best.
 
+    Args:
+        config: the run's config.
+        hf_config: the model's own. Default: it is not known.
+
     Raises:
-        RequestError: its package is not installed.
+        RequestError: the model does not compute with it, or its package is not installed.
     """
     wanted = config.model.attention
+    made = class_of(hf_config) if hf_config is not None else None
+    if wanted != "auto" and made is not None and not computes_attention(made, wanted):
+        others = ["auto", *(each for each in ("sdpa", "eager") if each != wanted and computes_attention(made, each))]
+        kind = made.config_class.model_type
+        raise RequestError(
+            f"model.attention={wanted}, but transformers has none for {made.__name__} (model_type={kind}); use "
+            f"{', '.join(others[:-1])} or {others[-1]}"
+        )
     if wanted in FLASH:
         module, package, *_ = FLASH[wanted]
         if importlib.util.find_spec(module) is None:
@@ -51,7 +65,8 @@ def kernel(config: Config) -> str | None:
     if wanted != "auto":
         return wanted
     installed = importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if config.scaling.use_gpu and config.dtype != "float32" and installed else None
+    fits = config.scaling.use_gpu and config.dtype != "float32" and installed
+    return "flash_attention_2" if fits and (made is None or computes_attention(made, "flash_attention_2")) else None
 
 
 def check_kernel(config: Config, device: torch.device) -> None:

@@ -30,6 +30,16 @@ def auto_class(hf_config: Any) -> Any:
     return AutoModelForCausalLM
 
 
+def class_of(hf_config: Any) -> Any:
+    """Return the class of the model itself; None of one whose own code decides."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForCausalLM
+
+    of_text = auto_class(hf_config) is AutoModelForCausalLM
+    mapping = MODEL_FOR_CAUSAL_LM_MAPPING if of_text else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    made: Any = mapping.get(type(hf_config), None)
+    return made if isinstance(made, type) else None
+
+
 def loaded_config(hf_config: Any) -> Any:
     """Return the part of a model's config that its training loads: the decoder's, with the quantization of the whole.
 

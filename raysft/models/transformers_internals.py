@@ -71,6 +71,15 @@ def passes_window(model: Any) -> bool:
     )
 
 
+def computes_attention(model_class: Any, kernel: str) -> bool:
+    """Return True if the models of a class compute attention with a kernel of transformers (``sdpa``, ``flash_attention_2`` …)."""
+    if kernel.startswith("flash"):
+        compatible = model_class._compatible_flash_implementations
+        return bool(model_class._supports_flash_attn) and (compatible is None or kernel in compatible)
+    supported = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}
+    return kernel not in supported or bool(getattr(model_class, supported[kernel]))
+
+
 def supports_registered_attention(model_class: Any) -> bool:
     """Return True if the models of a class take any attention function of transformers' registry, and not an eager one alone."""
     return bool(model_class._supports_attention_backend and model_class._supports_sdpa)

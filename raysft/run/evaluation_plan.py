@@ -88,7 +88,7 @@ def _resolved(config: Config, model: OtherModel, workers: int) -> dict[str, Any]
         "quantization": config.model.quantization or model.method,
         "micro_batch_size": config.micro_batch_size,
         "workers": workers,
-        "attention": kernel(config) or "auto",
+        "attention": kernel(config, model.hf_config) or "auto",
         "zero_stage": 3 if config.train.zero_stage == 3 and not (config.model.quantization or model.method) else 0,
     }
 

@@ -297,7 +297,7 @@ def read_evaluation(config: Config, notify: Callable[[str], None]) -> Evaluation
         check_packable(model.folder, model.named)
     check_positions(config, model.hf_config.get_text_config())
     check_shared_rows(config, model.hf_config)
-    kernel(config)
+    kernel(config, model.hf_config)
     deepspeed_settings(config, config.scaling.most_workers)
     rows = model.embedding_rows
     manifests, eval_rows = prepare_evaluation(config, model.tokenizer_path, model.runs_code, notify)

@@ -205,6 +205,7 @@ def make_plan(
     model_commit: str | None = None,
     reference: ReferenceFiles | None = None,
     positions: int | None = None,
+    hf_config: Any = None,
 ) -> Plan:
     """Put the plan together from the manifests and the row plan.
 
@@ -217,6 +218,7 @@ def make_plan(
         model_commit: commit of a model on the hub.
         reference: ``train.reference_model``.
         positions: of the model; None if it has no limit.
+        hf_config: the model's own config; None if it was not read.
     """
     row_plan = prepared.train_rows.row_plan
     scaling, per_step = config.scaling, row_plan.global_batch_size
@@ -252,7 +254,7 @@ def make_plan(
         sources=plan_sources(prepared.train, prepared.duplicates.train, positions),
         evaluation=plan_sources(prepared.eval, prepared.duplicates.evaluation, positions),
         resolved=replace(
-            _resolved(config, per_step, workers, adapter),
+            _resolved(config, per_step, workers, adapter, hf_config),
             model_commit=model_commit,
             reference_commit=reference.commit if reference else None,
         ),
@@ -294,7 +296,7 @@ def _epochs(row_plan: RowPlan) -> float:
     return int(epochs) if epochs == int(epochs) else epochs
 
 
-def _resolved(config: Config, global_batch_size: int, workers: int, adapter: str | None) -> Resolved:
+def _resolved(config: Config, global_batch_size: int, workers: int, adapter: str | None, hf_config: Any) -> Resolved:
     from raysft.models.attention import kernel
 
     finetuning, alpha = config.model.finetuning, config.lora_alpha
@@ -312,7 +314,7 @@ def _resolved(config: Config, global_batch_size: int, workers: int, adapter: str
             config.micro_batch_size, -(-global_batch_size // (workers // config.scaling.sequence_parallel))
         ),
         workers=workers,
-        attention=kernel(config) or "auto",
+        attention=kernel(config, hf_config) or "auto",
         zero_stage=config.train.zero_stage,
         optimizer=described(config.train),
     )

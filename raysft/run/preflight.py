@@ -268,7 +268,9 @@ def _plan_run(
         if line := resumption.forgotten_best(config, identity):
             notify(f"{directory.place}: {line}")
     ends = untrained_ends(config, files, prepared)
-    plan = make_plan(asked, prepared, nodes, files.adapter, ends, files.commit, files.reference, files.positions)
+    plan = make_plan(
+        asked, prepared, nodes, files.adapter, ends, files.commit, files.reference, files.positions, files.hf_config
+    )
     if verb in ESTIMATED:
         plan = with_needs(plan, config, files, prepared, nodes, table=verb == "check")
     return PlannedRun(config, files, prepared, plan, identity, resumption)

@@ -122,7 +122,9 @@ def _planned(trial: Config, files: ModelFiles, nodes: Sequence[Node], notify: Ca
     config, prepared = prepare_data(trial, files, notify)
     identity = training_identity(config, files, prepared)
     ends = untrained_ends(config, files, prepared)
-    plan = make_plan(trial, prepared, nodes, files.adapter, ends, files.commit, files.reference, files.positions)
+    plan = make_plan(
+        trial, prepared, nodes, files.adapter, ends, files.commit, files.reference, files.positions, files.hf_config
+    )
     return PlannedRun(config, files, prepared, plan, identity)
 
 
@@ -137,7 +139,12 @@ def _with_needs(run: PlannedRun, trials: Sequence[_Shaped], nodes: Sequence[Node
     """
     first = trials[0]
     commit = first.files.commit
-    plan = replace(make_plan(first.config, run.prepared, nodes, first.files.adapter, model_commit=commit), warnings=())
+    plan = replace(
+        make_plan(
+            first.config, run.prepared, nodes, first.files.adapter, model_commit=commit, hf_config=first.files.hf_config
+        ),
+        warnings=(),
+    )
     needs, warnings = list(run.plan.needs), list(run.plan.warnings)
     said: set[str] = set()
     for trial in _largest(trials, plan.rows_per_worker):

@@ -52,7 +52,7 @@ def check_model(config: Config, model: str, notify: Callable[[str], None] = lamb
         _check_experts(hub_snapshots.shown(model), hf_config)
     check_options(config.train)
     quantization_config(config)
-    kernel(config)
+    kernel(config, hf_config)
     deepspeed_settings(config, config.scaling.most_workers)
     expanded = expanded_config(config, hf_config)
     if _names_modules(config) or config.train.router_aux_loss_coef:

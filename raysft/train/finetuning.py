@@ -20,7 +20,7 @@ from raysft.models.attention import check_kernel, kernel, without_adapters
 from raysft.models.kt_experts import recomputation_contexts
 from raysft.models.loading import load_weights
 from raysft.models.lora_targets import linear_layers, modules_in, targeted
-from raysft.models.model_class import sees_images
+from raysft.models.model_class import loaded_config, sees_images
 from raysft.models.model_parts import part_of
 from raysft.models.new_tokens import vocabulary_modules
 from raysft.models.quantization import keep_layout, loading_options, method_of
@@ -47,8 +47,8 @@ def load_model(config: Config, path: str, device: torch.device | None = None, ad
     Raises:
         RequestError: weights of the model or the adapter are missing.
     """
-    options = _options(config, device, config.model.runs_code)
-    model = _prepared(load_weights(model_copy(path), **options), config)
+    folder = model_copy(path)
+    model = _prepared(load_weights(folder, **_options(config, folder, device, config.model.runs_code)), config)
     choose_weights(model, config)
     model.name_or_path = base_name(path)[0]  # adapters name it as their base: not this node's copy
     if config.model.adapter is not None:
@@ -73,16 +73,17 @@ def load_frozen(config: Config, path: str, device: torch.device | None = None) -
     folder = model_copy(path)
     named = config.train.reference_model
     trusted = reference_runs_code(config, folder) if named is not None else config.model.runs_code
-    model = load_with_base(folder, **_options(config, device, trusted))
+    model = load_with_base(folder, **_options(config, folder, device, trusted))
     _prepared(without_adapters(model), config)
     return model.requires_grad_(False).eval()
 
 
-def _options(config: Config, device: torch.device | None, runs_code: bool) -> dict[str, Any]:
+def _options(config: Config, folder: Path, device: torch.device | None, runs_code: bool) -> dict[str, Any]:
     check_kernel(config, device or torch.device("cpu"))
+    hf_config = AutoConfig.from_pretrained(adapter_base(folder) or folder, trust_remote_code=runs_code)
     return {
         "dtype": getattr(torch, config.weight_dtype),
-        "attn_implementation": kernel(config),
+        "attn_implementation": kernel(config, loaded_config(hf_config)),
         "trust_remote_code": runs_code,
         **loading_options(config, device or "cpu", partitioned=config.train.zero_stage == 3),
     }
@@ -259,13 +260,14 @@ def load_trained(config: Config, location: StoragePath | Path, runs_code: bool |
     trusted = config.model.runs_code if runs_code is None else runs_code
     device = "cuda" if config.scaling.use_gpu else "cpu"
     check_kernel(config, torch.device(device))
+    hf_config = AutoConfig.from_pretrained(adapter_base(folder) or folder, trust_remote_code=trusted)
     options: dict[str, Any] = {
         "dtype": getattr(torch, config.weight_dtype),
-        "attn_implementation": kernel(config),
+        "attn_implementation": kernel(config, loaded_config(hf_config)),
         "trust_remote_code": trusted,
     }
     options |= loading_options(config, device)
-    if method_of(AutoConfig.from_pretrained(adapter_base(folder) or folder, trust_remote_code=trusted)):
+    if method_of(hf_config):
         options["device_map"] = {"": device}  # quantized weights get the layout of their device while they are loaded
     model = load_with_base(folder, **options)
     base = without_adapters(model)

@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     Gemma3TextConfig,
@@ -190,6 +191,35 @@ def test_flash_attention_needs_a_gpu_that_it_has_code_for(monkeypatch, name, cap
         return
     message = refusal(attention.check_kernel, chosen, torch.device("cuda"))
     assert holds(message, f"model.attention={name} needs a GPU of the generation … Tesla X; use … sdpa")
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "remedy"),
+    [
+        ("gpt_oss", "sdpa", "use auto or eager"),
+        ("gpt_oss", "flash_attention_2", "use auto or eager"),
+        ("bloom", "sdpa", "use auto or eager"),
+        ("gpt_neo", "flex_attention", "use auto or eager"),
+        ("gpt_oss", "eager", ""),
+        ("llama", "sdpa", ""),
+    ],
+)
+def test_attention_that_a_model_does_not_compute_is_refused(family, name, remedy):
+    on_gpu = {"model.dtype": "bfloat16", "scaling.use_gpu": True} if name.startswith("flash") else {}
+    chosen = with_overrides(config(), {"model.attention": name, **on_gpu})
+    hf_config = AutoConfig.for_model(family)
+    if not remedy:
+        assert attention.kernel(chosen, hf_config) == name
+        return
+    message = refusal(attention.kernel, chosen, hf_config)
+    assert holds(message, f"model.attention={name} … (model_type={family}); {remedy}")
+
+
+def test_flash_attention_is_chosen_for_models_that_compute_it_alone(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    chosen = with_overrides(config(), {"model.dtype": "bfloat16", "scaling.use_gpu": True})
+    names = [attention.kernel(chosen, AutoConfig.for_model(family)) for family in ("llama", "gpt_oss", "bloom")]
+    assert names == ["flash_attention_2", None, None]
 
 
 @pytest.mark.parametrize(

@@ -278,7 +278,7 @@ def test_a_plan_counts_steps_rows_tokens_and_what_is_empty(tmp_path, monkeypatch
 def test_a_plan_has_the_settings_with_every_default_resolved(settings, expected, tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 64}')
     adapter = str(tmp_path) if "model.adapters" in settings else None
-    resolved = asdict(_resolved(with_overrides(scaled(), settings), 8, 1, adapter))
+    resolved = asdict(_resolved(with_overrides(scaled(), settings), 8, 1, adapter, None))
     assert {key: resolved[key] for key in expected} == expected
 
 
