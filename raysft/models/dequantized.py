@@ -30,6 +30,7 @@ from raysft.models.weight_types import (
     bytes_of,
     description_of,
     holds_weights,
+    own_dtype,
     write_description,
     write_shards,
 )
@@ -46,8 +47,10 @@ FP8 = ("F8_E4M3", "F8_E5M2")
 """Data types of 8-bit weights by their names in safetensors."""
 SCALES = ("_scale_inv", "_scale")
 """How the scale of a weight in FP8 is called, after the weight."""
-UNUSED = (".activation_scale", ".input_scale")
-"""Names of what only multiplying in FP8 needs."""
+UNUSED = ("activation_scale", "input_scale", ".k_scale", ".v_scale")
+"""How the names end of what only multiplying, or a cache, in FP8 needs."""
+ALONE = (".weight_scale_inv", "_proj_scale_inv", ".weight_scale")
+"""How the names of scales of FP8 end that are nothing without a weight."""
 BLOCKS, BLOCK_SCALES = "_blocks", "_scales"
 """How the two parts of a weight in MXFP4 are called."""
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -197,8 +200,7 @@ class _Quantized:
             self._files |= dict.fromkeys(file.keys(), file)
         if not self._files:
             raise RequestError(f"{model}: is quantized, but not in *.safetensors; use such a copy of it")
-        named = description.get("dtype") or description.get("torch_dtype")
-        self._dtype = torch.float16 if named == "float16" else torch.bfloat16
+        self._dtype = torch.float16 if own_dtype(model) == "float16" else torch.bfloat16
         text = description.get("text_config") or {}
         settings = description.get("quantization_config") or text.get("quantization_config") or {}
         self._block = settings.get("weight_block_size")
@@ -216,6 +218,7 @@ class _Quantized:
         if self._is_scale(name) or name.endswith(UNUSED):
             return
         piece = self._files[name].get_slice(name)
+        self._check_alone(name, piece.get_dtype())
         shape, elements = piece.get_shape(), math.prod(piece.get_shape())
         if name.endswith(BLOCKS) and piece.get_dtype() == "U8":
             scales = self._scales_of(name, name.removesuffix(BLOCKS) + BLOCK_SCALES)
@@ -240,6 +243,15 @@ class _Quantized:
         return any(name.endswith(end) and name.removesuffix(end) in self._files for end in SCALES) or (
             name.endswith(BLOCK_SCALES) and name.removesuffix(BLOCK_SCALES) + BLOCKS in self._files
         )
+
+    def _check_alone(self, name: str, dtype: str) -> None:
+        if name.endswith(ALONE) or (name.endswith(BLOCK_SCALES) and dtype == "U8"):
+            of_blocks = name.endswith(BLOCK_SCALES)
+            end = BLOCK_SCALES if of_blocks else next(each for each in SCALES if name.endswith(each))
+            weight = name.removesuffix(end) + (BLOCKS if of_blocks else "")
+            raise RequestError(
+                f"{self._model}: {name} is the scale of {weight}, which is missing; copy the model again"
+            )
 
     def _put(self, name: str, size: int, read: Callable[[], Any]) -> None:
         self.sizes[name], self._read[name] = size, read

@@ -201,6 +201,34 @@ def test_weights_without_their_scales_are_refused(quantized, tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_scales_without_their_weights_are_refused(quantized, tmp_path):
+    method, folder, _ = quantized
+    weights = load_file(folder / "quantized/model.safetensors")
+    end = {"fp8": "o_proj.weight", "mxfp4": "down_proj_blocks"}[method]
+    gone = next(name for name in weights if name.endswith(end))
+    (tmp_path / "config.json").write_text((folder / "quantized/config.json").read_text())
+    save_file({name: each for name, each in weights.items() if name != gone}, tmp_path / "model.safetensors")
+    with pytest.raises(RequestError, match=rf"_scale\w+ is the scale of {gone}, which is missing") as caught:
+        dequantize(tmp_path, tmp_path / "copy")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_copy_has_what_is_trained_in_the_type_of_the_language_model(tmp_path):
+    """Scales of activations and of caches are left out, whatever has them."""
+    description = {"quantization_config": {"quant_method": "fp8"}, "text_config": {"dtype": "float16"}}
+    (tmp_path / "config.json").write_text(json.dumps(description))
+    weight, scale = torch.ones(2, 2).to(torch.float8_e4m3fn), torch.tensor([2.0])
+    unused = (
+        "experts.gate_up_proj_activation_scale", "a.activation_scale", "a.input_scale", "attn.k_scale", "attn.v_scale",
+    )  # fmt: skip
+    content = {"a.weight": weight, "a.weight_scale": scale, "logit_scale": scale, **dict.fromkeys(unused, scale)}
+    save_file({name: each.clone() for name, each in content.items()}, tmp_path / "model.safetensors")
+    dequantize(tmp_path, tmp_path / "copy")
+    found = load_file(tmp_path / "copy/model.safetensors")
+    assert found.keys() == {"a.weight", "logit_scale"}
+    assert torch.equal(found["a.weight"], torch.full((2, 2), 2.0, dtype=torch.float16))
+
+
 def test_weights_that_stay_quantized_cannot_be_trained_in_full(quantized):
     with pytest.raises(RequestError, match=r"is quantized \(.*set model.finetuning to lora or oft"):
         check_model_files(with_overrides(config(quantized, finetuning="full"), {"model.dequantize": False}), print)

@@ -727,3 +727,5 @@ def test_steps_and_learning_rates_are_those_of_its_trainer(
 def test_the_loss_of_routers_is_kept():
     assert value(converted(moe_aux_loss_coef=0.01), "train.router_aux_loss_coef") == 0.01
     assert value(converted(moe_aux_loss_coef=0), "train.router_aux_loss_coef") is None
+    (refused,) = converted(moe_aux_loss_coef=-0.1).refusals
+    assert "moe_aux_loss_coef=-0.1" in refused.message

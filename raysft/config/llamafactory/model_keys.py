@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from raysft.config.llamafactory.keys import VIDEOS, Key, Keys, harmless, joined, only, same
-from raysft.config.llamafactory.values import boolean, choice, names, number, option, positive, text, whole, word
+from raysft.config.llamafactory.values import boolean, choice, names, positive, text, weight, whole, word
 
 _EXPORT = "raysft export writes the trained model"
 _VLLM = "raysft's vLLM engine finds its sizes from model and prompts"
@@ -34,7 +34,7 @@ MODEL: Keys = {
     "use_unsloth_gc": joined("train.offload.activations", boolean, False),
     "enable_liger_kernel": joined("model.liger", boolean, False),
     "moe_aux_loss_coef": same(
-        "train.router_aux_loss_coef", option(number), note="over the tokens of each example, not of a padded microbatch"
+        "train.router_aux_loss_coef", weight, note="over the tokens of each example, not of a padded microbatch"
     ),
     "disable_gradient_checkpointing": joined("train.gradient_checkpointing", boolean, False),
     "use_reentrant_gc": harmless("recomputation is non-reentrant, with the same numbers"),

@@ -153,6 +153,18 @@ def word(*words: str) -> Reader:
     return choice({each: each for each in words})
 
 
+def weight(value: Any) -> float | None:
+    """The weight of a part of the loss, which LLaMA-Factory leaves out at 0, read as None.
+
+    >>> weight("1e-3"), weight(0)
+    (0.001, None)
+    """
+    found = number(value)
+    if found < 0:
+        raise ValueError("must be 0 or more: a negative weight would reward what this loss is against")
+    return found or None
+
+
 def option(read: Reader) -> Reader:
     """A value that LLaMA-Factory turns off with 0 or a negative number, read as None."""
 
