@@ -37,7 +37,7 @@ def recompute_layers(
     """
     plain = without_adapters(model)
     layers = _layers(plain, first, on_cpu) if first is not None or on_cpu else []
-    plain.gradient_checkpointing_enable({"use_reentrant": False, **({"context_fn": contexts} if contexts else {})})
+    plain.activation_checkpointing_enable({"use_reentrant": False, **({"context_fn": contexts} if contexts else {})})
     if sees_images(plain):
         plain.disable_input_require_grads()
     for layer in [] if first is None else layers[first:]:

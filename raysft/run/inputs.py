@@ -17,7 +17,7 @@ from raysft.models.reference_model import ReferenceFiles, find_reference
 from raysft.models.weight_files import check_weights, embedding_rows
 from raysft.run.source_plan import plan_sources
 from raysft.run.trained_parts import check_images, refuse_shared_images
-from raysft.run.warnings import beyond_line
+from raysft.run.warnings import beyond_lines
 from raysft.storage import hub_snapshots
 from raysft.storage.local_cache import local_copy, model_copy, on_hub
 
@@ -305,9 +305,8 @@ def read_evaluation(config: Config, notify: Callable[[str], None]) -> Evaluation
     check_tokens((manifest.largest_token for manifest in manifests), rows, model.tokenizer, model.named)
     check_evaluable(manifests, eval_rows, notify)
     positions = positions_of(model.hf_config)
-    for name, source in plan_sources(manifests, positions=positions).items():
-        if source.beyond and positions:
-            notify(f"warning: {beyond_line(config, name, source, positions)}")
+    for line in beyond_lines(config, plan_sources(manifests, positions=positions), positions):
+        notify(f"warning: {line}")
     return EvaluationInputs(model, manifests, eval_rows)
 
 

@@ -7,7 +7,7 @@ line has a fact, a value and a remedy.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from raysft.config import Config
@@ -189,22 +189,30 @@ def lost_records(config: Config, plan: Plan) -> Iterator[str]:
 
 def beyond_positions(config: Config, plan: Plan) -> Iterator[str]:
     """A model was never trained on positions beyond its own."""
-    for name, source in {**plan.evaluation, **plan.sources}.items():
-        if source.beyond and plan.positions:
-            yield beyond_line(config, name, source, plan.positions)
+    yield from beyond_lines(config, {**plan.evaluation, **plan.sources}, plan.positions)
 
 
-def beyond_line(config: Config, name: str, source: SourcePlan, positions: int) -> str:
-    """Return the warning about a source with examples that are longer than a model's positions."""
-    asked = config.model.rope_scaling
+def beyond_lines(config: Config, sources: Mapping[str, SourcePlan], positions: int | None) -> Iterator[str]:
+    """Yield the warnings about sources that give a model more positions than it has; None: it has no limit."""
+    asked, row = config.model.rope_scaling, config.data.sequence_length
+    if positions is None or row <= positions:
+        return  # rows cut longer documents
     remedy = (
         "set model.rope_scaling=yarn" if asked is None else f"raise the factor of model.rope_scaling={as_yaml(asked)}"
     )
-    return (
-        f"source {name!r}: {source.beyond:,} of {source.examples:,} examples are longer than the model's {positions:,} positions "
-        f"(the longest has {source.longest:,} tokens), beyond which it was never trained; {remedy}, or lower "
-        f"data.sequence_length to {positions}"
-    )
+    remedy = f"beyond which it was never trained; {remedy}, or lower data.sequence_length to {positions}"
+    if config.stage == "pt" and not config.data.document_mask:
+        yield (
+            f"with data.document_mask=false each row is one text of {row:,} tokens, longer than the model's {positions:,} "
+            f"positions, {remedy}"
+        )
+        return
+    for name, source in sources.items():
+        if source.beyond:
+            yield (
+                f"source {name!r}: {source.beyond:,} of {source.examples:,} examples are longer than the model's {positions:,} "
+                f"positions (the longest has {source.longest:,} tokens), {remedy}"
+            )
 
 
 def quoted_arguments(config: Config, plan: Plan) -> Iterator[str]:

@@ -172,8 +172,8 @@ def _check_experts(model: str, hf_config: Any) -> None:
     from raysft.models.kt_experts import check_architecture
     from raysft.models.kt_internals import check_kernel
 
-    check_kernel(on_this_machine=False)
     check_architecture(hf_config)
+    check_kernel(on_this_machine=False)
     if method := method_of(hf_config):
         raise RequestError(
             f"model.experts=kt computes with bfloat16 weights, but model.path={model} is quantized ({method}); use the model that "

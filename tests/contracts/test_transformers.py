@@ -61,7 +61,7 @@ def test_layers_recompute_around_what_their_class_defines(model):
     plain = transformers_internals.without_recomputation(layer)
     assert plain.__func__ is not type(layer).forward
     assert transformers_internals.recomputation_of(layer) is None
-    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    model.train().activation_checkpointing_enable({"use_reentrant": False})
     recompute = transformers_internals.recomputation_of(layer)
     with patch.object(layer, "_gradient_checkpointing_func", wraps=recompute) as function:
         model(input_ids=torch.tensor([[0, 1]]), use_cache=False)
@@ -112,7 +112,7 @@ def test_a_layer_has_a_function_that_computes_it_again(model):
     layer = model.model.layers[0]
     assert transformers_internals.recomputes_itself(layer)
     assert not transformers_internals.recomputes_itself(layer.mlp)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     before = TRANSFORMERS.name(layer, "_gradient_checkpointing_func")
     transformers_internals.wrap_recomputation(layer, lambda function: [function])
     assert layer._gradient_checkpointing_func == [before]

@@ -402,7 +402,7 @@ def test_recomputed_activations_give_the_same_gradients():
     plain = built(LlamaConfig, {})
     model = copy.deepcopy(plain)
     fuse_layers(model)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     loss, gradients = computed(plain)
     fused_loss, fused_gradients = computed(model)
     torch.testing.assert_close(fused_loss, loss, rtol=1e-5, atol=0)

@@ -12,14 +12,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from raysft.config import Config, parse
+from raysft.config import Config, parse, with_overrides
 from raysft.config.llamafactory.conversion import convert
 from raysft.generate.engines.batching import obstacle
 from raysft.generate.engines.static import TransformersEngine
 from raysft.models.rope_scaling import positions_of, scaled_config
 from raysft.models.sequence_attention import Slice, begin
 from raysft.run.inputs import check_model_files, find_other_model
-from raysft.run.warnings import warnings
+from raysft.run.warnings import beyond_positions, warnings
 from raysft.train.export import save
 from raysft.train.finetuning import load_model
 from tests.messages import holds, refusal
@@ -261,12 +261,25 @@ def test_settings_that_transformers_would_not_take_are_refused(tmp_path, base, s
 
 def test_examples_beyond_the_positions_are_told_with_the_remedy(tmp_path, base):
     planned = plan(sources={"a": source(beyond=12, longest=1900)}, positions=1024)
-    (line,) = warnings(make_config(tmp_path, base, None), planned)
+    long = {"data.sequence_length": 2048}
+    (line,) = warnings(with_overrides(make_config(tmp_path, base, None), long), planned)
     assert holds(
         line, "source 'a': 12 of 20,000 examples … 1,024 positions … 1,900 tokens … model.rope_scaling=yarn … 1024"
     )
-    (line,) = warnings(make_config(tmp_path, base, {"rope_type": "yarn", "factor": 2}), planned)
+    (line,) = warnings(with_overrides(make_config(tmp_path, base, {"rope_type": "yarn", "factor": 2}), long), planned)
     assert "raise the factor of model.rope_scaling" in line
+
+
+@pytest.mark.parametrize(
+    ("tokens", "mask", "told"), [(1024, False, ""), (2048, False, "each row"), (2048, True, "'a'")]
+)
+def test_of_documents_the_rows_count(tmp_path, base, tokens, mask, told):
+    """Rows cut longer documents, and are one text each if nothing keeps the documents apart."""
+    planned = plan(stage="pt", sources={"a": source(beyond=12, longest=90_000)}, positions=1024)
+    settings = {"stage": "pt", "data.sequence_length": tokens, "data.document_mask": mask}
+    lines = list(beyond_positions(with_overrides(make_config(tmp_path, base, None), settings), planned))
+    assert len(lines) == bool(told)
+    assert all(told in line and "1,024 positions" in line and "1024" in line for line in lines)
 
 
 def test_the_key_of_llamafactory_is_taken():
