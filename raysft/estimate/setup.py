@@ -17,7 +17,7 @@ def setup_of(config: Config, workers: int, rows_per_worker: int, reference: int 
         rows_per_worker: rows of a step that each of them has.
         reference: elements of ``train.reference_model``.
     """
-    from raysft.train.deepspeed_config import deepspeed_settings
+    from raysft.train.deepspeed_config import deepspeed_settings, sums_in_float32
 
     zero: dict[str, Any] = deepspeed_settings(config, workers)["zero_optimization"]
     offload = config.train.offload
@@ -32,6 +32,7 @@ def setup_of(config: Config, workers: int, rows_per_worker: int, reference: int 
         offload_activations=offload.activations != "none",
         bucket=_elements(zero.get("reduce_bucket_size")),
         double_bucket=bool(zero.get("overlap_comm", int(zero["stage"]) == 3)),
+        sums_in_float32=sums_in_float32(config),
         accumulates=rows_per_worker > config.micro_batch_size,
         quantization=config.model.quantization,
         double_quantization=config.model.double_quantization,

@@ -54,6 +54,8 @@ class Setup:
     """Elements of the reduce bucket. Default: as many as are trained, at most 5e8."""
     double_bucket: bool = False
     """DeepSpeed's ``overlap_comm``, which has two buckets."""
+    sums_in_float32: bool = False
+    """True if what is in the bucket is copied to float32 to be added up."""
     pure_bf16: bool = False
     """True if float32 copies and optimizer states are in bfloat16 too."""
     accumulates: bool = False
@@ -92,7 +94,7 @@ class States:
     step: float
     """Temporaries of the step."""
     bucket: float
-    """The reduce bucket; in ZeRO 1 and 2 it is there during the backward pass."""
+    """The reduce bucket, and its copy in float32; in ZeRO 1 and 2 it is there during the backward pass."""
     host: float = 0.0
     """In the node's memory."""
     loading: float = 0.0
@@ -125,6 +127,7 @@ def states(sizes: ModelSizes, setup: Setup) -> States:
         own = float(min(trained, sizes.largest_layer))
         master = 4.0 * own
     kept, arrived, ended, gradients = _gradients(sizes, setup, own, bucket)
+    bucket += 4.0 * elements if stage and setup.sums_in_float32 else 0.0
     step, host = _step(sizes, setup, own), 0.0
     if setup.offload_optimizer:
         # Pinned: float32 copies, their gradients, moments, and the new weights in the model's type.

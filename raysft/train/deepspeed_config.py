@@ -13,6 +13,8 @@ from raysft.train.deepspeed_internals import numel
 
 OURS = ("optimizer", "scheduler", "data_efficiency", "curriculum_learning")
 """Sections of a DeepSpeed config that would override keys of ours."""
+SUMS = "communication_data_type"
+"""DeepSpeed's key for the type in which the gradients of all workers are added up."""
 LARGEST_BUCKET = 500_000_000
 """DeepSpeed's default for the number of gradient elements that it reduces at once."""
 LARGEST_SUB_GROUP = 10**15
@@ -46,7 +48,16 @@ def deepspeed_settings(config: Config, workers: int) -> dict[str, Any]:
         "wall_clock_breakdown": False,
     }
     settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"} if config.autocast else {"enabled": False}
+    if sums_in_float32(config):
+        settings[SUMS] = "fp32"
     return _merged(settings, given_settings(config), "train.deepspeed")
+
+
+def sums_in_float32(config: Config) -> bool:
+    """Return True if gradients of 16 bits are added up in float32, as one worker adds up those of all tokens of a row; DeepSpeed
+    alone rounds each sum of two workers to 16 bits."""
+    given = given_settings(config).get(SUMS, "auto")
+    return config.scaling.sequence_parallel > 1 and config.weight_dtype != "float32" and given in ("auto", "fp32")
 
 
 def _bf16(config: Config) -> dict[str, bool]:

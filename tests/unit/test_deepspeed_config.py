@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
+from raysft.train.deepspeed_config import deepspeed_settings
 from raysft.train.deepspeed_import import deepspeed
 from raysft.train.engine import make_engine
 from raysft.train.step import train_step
@@ -58,3 +59,30 @@ def test_a_bucket_size_in_the_config_is_used(prepared):
     automatic = {"zero_optimization": {"reduce_bucket_size": "auto"}}
     engine = engine_of(prepared, {"train.deepspeed": automatic}, finetuning="lora", zero_stage=2)
     assert engine.optimizer.reduce_bucket_size == sum(p.numel() for p in engine.module.parameters() if p.requires_grad)
+
+
+SHARED = {"scaling.sequence_parallel": 2, "scaling.num_workers": 2}
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "expected"),
+    [
+        ({"model.dtype": "bfloat16"}, {}, None),
+        ({"model.dtype": "bfloat16", **SHARED}, {}, "fp32"),
+        ({"model.dtype": "bfloat16", "train.pure_bf16": True, **SHARED}, {}, "fp32"),
+        ({"model.dtype": "float16", "scaling.use_gpu": True, **SHARED}, {"communication_data_type": "auto"}, "fp32"),
+        ({"model.dtype": "bfloat16", **SHARED}, {"communication_data_type": "bf16"}, "bf16"),
+        (SHARED, {}, None),
+    ],
+)
+def test_gradients_of_workers_that_share_rows_are_added_up_in_float32(tmp_path, settings, given, expected):
+    """Those of 16 bits; float32 needs no setting."""
+    config = make_config(tmp_path, tmp_path / "model", {**settings, "train.deepspeed": given, "train.zero_stage": 1})
+    assert deepspeed_settings(config, 2).get("communication_data_type") == expected
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_gradients_in_bfloat16_are_added_up_as_the_settings_say(prepared, stage):
+    for given, expected in (({}, torch.bfloat16), ({"communication_data_type": "fp32"}, torch.float32)):
+        engine = engine_of(prepared, {"model.dtype": "bfloat16", "train.deepspeed": given}, zero_stage=stage)
+        assert set(engine.optimizer.ipg_buckets) == {expected}
