@@ -24,6 +24,7 @@ FAULTS = {
     "a checkpoint has lost a part": lose_a_part,
     "a node dies while data is prepared": nodes.dies_in_preparation,
     "a node dies in training": nodes.dies_in_training,
+    "a node dies under workers that share rows": nodes.dies_under_groups,
     "a node dies while the workers evaluate": nodes.dies_in_evaluation,
     "a node leaves with notice": nodes.leaves_with_notice,
     "a node dies and another one comes": nodes.comes_back,

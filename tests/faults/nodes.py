@@ -30,6 +30,13 @@ LONGER = ("train.epochs=60", "train.eval_every_steps=200", "train.learning_rate=
 another one with other workers."""
 ELASTIC = ("scaling.num_workers=[1, 2]", "scaling.cpus_per_worker=2")
 """Two workers, neither of which finds room on the head."""
+GROUPS = (
+    "scaling.sequence_parallel=2",
+    "scaling.num_workers=[2, 4]",
+    "scaling.cpus_per_worker=1",
+    "scaling.placement=spread",
+)
+"""Two groups of two workers, at least one worker on each node."""
 
 
 class Nodes:
@@ -132,11 +139,24 @@ def once(due: Callable[[Path, float], bool], act: Callable[[], Any]) -> Moment:
 
 def dies_in_training(folder: Path, reference: str, fault: str, draw: random.Random) -> Outcome:
     """A node is killed in the middle of a step; training goes on with one worker."""
-    step = draw.randint(4, 12)
     with nodes() as cluster:
-        moment = once(lambda run, seconds: len(steps_of(run)) >= step, cluster.kill)
-        code = attempt(folder, "node", moment, *ELASTIC, cluster.address)
-    return compared(folder, reference, "node", fault, 1, code, exact=False)
+        return dies_under(cluster, folder, reference, fault, draw, "node", ELASTIC)
+
+
+def dies_under_groups(folder: Path, reference: str, fault: str, draw: random.Random) -> Outcome:
+    """A node is killed, and with it workers that share rows with those of another node; training goes on with one group."""
+    with nodes() as cluster:
+        return dies_under(cluster, folder, reference, fault, draw, "groups", GROUPS)
+
+
+def dies_under(
+    cluster: Nodes, folder: Path, reference: str, fault: str, draw: random.Random, name: str, settings: Sequence[str]
+) -> Outcome:
+    """A node of a cluster is killed in the middle of a step of a training with some settings."""
+    step = draw.randint(4, 12)
+    moment = once(lambda run, seconds: len(steps_of(run)) >= step, cluster.kill)
+    code = attempt(folder, name, moment, *settings, cluster.address)
+    return compared(folder, reference, name, fault, 1, code, exact=False)
 
 
 def dies_in_evaluation(folder: Path, reference: str, fault: str, draw: random.Random) -> Outcome:

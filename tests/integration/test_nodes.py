@@ -25,15 +25,27 @@ from tests.faults.runs import CLOSE, prepare, said
 def test_training_goes_on_with_fewer_workers_when_a_node_dies(local_ray, tmp_path):
     prepare(tmp_path)
     assert main(["train", str(tmp_path / "faults.yaml"), "run.name=left-alone"]) == 0
-    outcome = nodes.dies_in_training(tmp_path, "left-alone", "a node dies in training", random.Random(1))
-    printed = said(tmp_path, "node")
-    assert outcome.good, f"{outcome}\n{printed}"
-    assert "; restarting the workers" in printed, "it says why"
-    assert "with 1 worker\n" in printed, "and what it goes on with"
+    with nodes.nodes() as cluster:
+        assert_survives(cluster, tmp_path, "node", nodes.ELASTIC, "2 workers", "1 worker")
+        cluster.add()
+        assert_survives(cluster, tmp_path, "groups", nodes.GROUPS, "2 groups of 2 workers", "2 workers")
     exported = {run: newest_exported(tmp_path / "runs" / run) for run in ("left-alone", "node")}
     assert exported["node"].keys() == exported["left-alone"].keys()
     for name, weight in exported["node"].items():
         np.testing.assert_allclose(weight, exported["left-alone"][name], atol=CLOSE, err_msg=name)
+
+
+def assert_survives(
+    cluster: nodes.Nodes, folder: Path, name: str, settings: tuple[str, ...], first: str, then: str
+) -> None:
+    """A training with some settings goes on with so many workers when a node dies, and says so."""
+    outcome = nodes.dies_under(cluster, folder, "left-alone", "a node dies", random.Random(1), name, settings)
+    printed = said(folder, name)
+    assert outcome.good, f"{outcome}\n{printed}"
+    before, restarts, after = printed.partition("; restarting the workers")
+    assert f" {first} × " in before
+    assert restarts, "it says why"
+    assert f"with {then}\n" in after, "and what it goes on with"
 
 
 def newest_exported(run: Path) -> dict[str, np.ndarray]:
