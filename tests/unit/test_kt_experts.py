@@ -381,7 +381,9 @@ def test_a_model_that_the_kernel_cannot_compute_is_refused_before_anything_start
         tiny_mixture(tmp_path, **QWEN)
     given = with_overrides(config(), {"model.path": str(tmp_path)})
     monkeypatch.setattr(kt_internals.importlib.util, "find_spec", lambda name: None)
-    missing = "but the model is llama" if kind == "llama" else "pip install --no-deps kt-kernel"  # which would not help a Llama
+    missing = (
+        "but the model is llama" if kind == "llama" else "pip install --no-deps kt-kernel"
+    )  # which would not help a Llama
     assert missing in refusal(check_model, given, str(tmp_path))
     monkeypatch.undo()
     monkeypatch.setattr(kt_internals, "check_kernel", lambda on_this_machine: None)
