@@ -11,10 +11,13 @@ from __future__ import annotations
 import gc
 import json
 import os
+import queue
 import socket
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,9 +136,13 @@ def measured(
         process.start()
     found: dict[int, list[Measured]] = {}
     try:
+        ends = time.monotonic() + seconds
         while len(found) < world:
-            rank, ours = out.get(timeout=seconds)
-            found[rank] = ours
+            with suppress(queue.Empty):
+                rank, ours = out.get(timeout=1)
+                found[rank] = ours
+            assert time.monotonic() < ends, f"the trainings did not end within {seconds} s"
+            assert not any(process.exitcode for process in processes), "a worker failed; it says why"
     finally:
         for process in processes:
             process.join(5)

@@ -8,14 +8,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 from raysft.cluster.placement import Node, Workers, workers_on_a_node
-from raysft.config import Config
+from raysft.config import Config, with_overrides
 from raysft.config.scaling import slice_tokens
 from raysft.errors import RequestError
 from raysft.estimate.hardware import NodeMemory
 from raysft.estimate.host import host_memory
+from raysft.estimate.longest_row import LongestRow, longest_rows
 from raysft.estimate.measure import Microbatch, measure
 from raysft.estimate.memory import Hardware, Memory, largest_rows, memory
 from raysft.estimate.remedies import Remedy, cheapest, remedies
@@ -96,6 +98,8 @@ class Estimate:
     """Bytes in the memory of a node."""
     remedies: tuple[Remedy, ...] = ()
     """What helps, if it does not fit."""
+    longest: tuple[LongestRow, ...] = ()
+    """The longest rows, if not even one of the training's fits."""
     warnings: tuple[str, ...] = field(default=())
     without_images: bool = False
     """True if what encodes images is left out, as it cannot be traced."""
@@ -155,7 +159,8 @@ def estimate(training: Training, place: Place) -> Estimate:
     found: tuple[Remedy, ...] = ()
     if limit and needed.peak > WARNED * limit:
         found = tuple(remedies(config, needed, place.hardware, training.workers, _memory_of(training)))
-    result = Estimate(sizes, needed, place, largest, most, host, found)
+    longest = _longest_rows(training, place, list(found)) if found and not largest else ()
+    result = Estimate(sizes, needed, place, largest, most, host, found, longest)
     if limit and needed.sure > REFUSED * limit + place.extra:
         raise RequestError(_too_much(result, f"at least {_gib(needed.sure)}"))
     warnings = (*_warnings(result, config.model.experts == "kt"), *_waiting_gpu(training, result))
@@ -163,7 +168,8 @@ def estimate(training: Training, place: Place) -> Estimate:
     return replace(result, warnings=warnings, without_images=left_out)
 
 
-def _memory_of(training: Training) -> Callable[[Config, Hardware], Memory]:
+def _memory_of(training: Training, tokens: int | None = None) -> Callable[[Config, Hardware], Memory]:
+    """Return what computes the memory of other configs, with as many rows as the training has or with one row of ``tokens``."""
     from raysft.train.check_model import check_shared_rows
 
     def memory_of(config: Config, hardware: Hardware) -> Memory:
@@ -172,12 +178,27 @@ def _memory_of(training: Training) -> Callable[[Config, Hardware], Memory]:
         microbatch = training.microbatch
         if parts != before:
             check_shared_rows(config, training.hf_config)
-            microbatch = replace(microbatch, tokens=slice_tokens(microbatch.tokens * before, parts))
+        if parts != before or tokens:
+            microbatch = replace(microbatch, tokens=slice_tokens(tokens or microbatch.tokens * before, parts))
         sizes, activations = measure(config, training.hf_config, adapter, microbatch)
-        setup = training.setup(config)
-        return memory(sizes, activations, setup, training.rows, hardware)
+        return memory(sizes, activations, training.setup(config), 1 if tokens else training.rows, hardware)
 
     return memory_of
+
+
+def _longest_rows(training: Training, place: Place, found: list[Remedy]) -> tuple[LongestRow, ...]:
+    """The longest rows that fit: as the config is and, if no remedy does, with what makes rows cheaper."""
+    if training.microbatch.images is not None or not place.limit:
+        return ()  # whose tokens a shorter row might not hold
+
+    def memory_of(config: Config, tokens: int) -> Memory:
+        shorter = with_overrides(config, {"data.sequence_length": tokens})
+        return _memory_of(training, tokens)(shorter, place.hardware)
+
+    tokens = training.microbatch.tokens * training.config.scaling.sequence_parallel
+    limit = WARNED * place.limit
+    longest = longest_rows(training.config, tokens, place.hardware.gpu, training.workers, limit, memory_of)
+    return tuple(islice(longest, 1) if cheapest(found, limit) else longest)
 
 
 def _warnings(result: Estimate, whole_experts: bool) -> list[str]:
@@ -215,8 +236,14 @@ def _too_much(result: Estimate, needed: str) -> str:
     if 0 < result.largest < result.memory.rows:
         return f"{text}; use train.micro_batch_size={result.largest}"
     remedy = cheapest(list(result.remedies), WARNED * limit)
-    if remedy:
-        return f"{text}; use {remedy}"
+    whole = [f"{each.settings} ({amount(each.peak)})" for each in result.longest if each.whole]
+    shorter = [str(each) for each in result.longest if not each.whole]
+    uses = [
+        *([str(remedy)] if remedy else whole),
+        *([f"data.sequence_length={shorter[0]}", *shorter[1:]] if shorter else []),
+    ]
+    if uses:
+        return f"{text}; use {', or '.join(uses)}"
     least = min(result.remedies, key=lambda each: each.peak, default=None)
     more = "a GPU with more memory" if result.place.hardware.gpu else "nodes with more memory or fewer workers on each"
     return f"{text}; use {more}" + (f", with {least}" if least else "")

@@ -45,22 +45,23 @@ class Option:
     """Most tokens whose logits exist at a time."""
 
 
-def options(layers: int) -> list[Option]:
-    """The rows of the table for a model with so many layers."""
+def options(layers: int, heads: int) -> list[Option]:
+    """The rows of the table for a model with so many layers and query heads."""
     recomputed: dict[str, Any] = {"train.gradient_checkpointing": True}
     half = {**recomputed, "train.recompute_layers": layers // 2}
     offloaded = {**recomputed, "train.offload.activations": "cpu"}
-    two = {"scaling.num_workers": 2, "scaling.sequence_parallel": 2}
+    parts = next((parts for parts in range(2, 9) if heads % parts == 0), 1)
+    shared = {"scaling.num_workers": parts, "scaling.sequence_parallel": parts}
     return [
         Option("plain, logits at once", {}, chunk=WHOLE),
         Option("plain", {}),
-        Option("sequence_parallel: 2", two, 2),
+        Option(f"sequence_parallel: {parts}", shared, parts),
         Option(f"recompute_layers: {layers // 2}", half),
         Option("gradient_checkpointing, logits at once", recomputed, chunk=WHOLE),
         Option("gradient_checkpointing", recomputed),
-        Option("… and sequence_parallel: 2", {**recomputed, **two}, 2),
+        Option(f"… and sequence_parallel: {parts}", {**recomputed, **shared}, parts),
         Option("… and offload.activations", offloaded),
-        Option("… and both", {**offloaded, **two}, 2),
+        Option("… and both", {**offloaded, **shared}, parts),
     ]
 
 
@@ -91,11 +92,11 @@ def main() -> None:
         model = find_model(parsed.model, StoragePath(kept), print)
         from transformers import AutoConfig
 
-        layers = AutoConfig.from_pretrained(model).get_text_config().num_hidden_layers
+        text = AutoConfig.from_pretrained(model).get_text_config()
         print(
             "| option | longest row | estimated | measured | beside it | process | seconds |\n|---|--:|--:|--:|--:|--:|--:|"
         )
-        for option in options(layers):
+        for option in options(text.num_hidden_layers, text.num_attention_heads):
             if parsed.only in option.name:
                 with tempfile.TemporaryDirectory() as folder:
                     _print(option, Path(folder), model, parsed)

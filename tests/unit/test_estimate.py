@@ -355,6 +355,32 @@ def test_without_a_smaller_microbatch_the_cheapest_remedy_is_named(seven):
     )
 
 
+def test_a_row_that_does_not_fit_is_told_the_longest_that_do(tmp_path, monkeypatch):
+    """A model of 7B with LoRA on GPUs of 21 GiB: 13.1 GiB of weights, 0.55 of CUDA, and 1 MiB for each token of a slice, of
+    which 0.25 with recomputation, and 1.06 times that."""
+
+    def measured(config: Config, hf_config: object, adapter: object, microbatch: Microbatch):
+        mib = 0.25 if config.train.gradient_checkpointing else 1.0
+        layers = (Layers(1, Line(0, microbatch.tokens * mib * (1 << 20)), Line(0, 0), Line(0, 0)),)
+        return replace(SEVEN, trained=()), replace(FLAT, tokens=microbatch.tokens, layers=layers)
+
+    monkeypatch.setattr(estimates, "measure", measured)
+    monkeypatch.setattr("raysft.train.check_model.check_shared_rows", lambda *_: None)
+    config = config_of(tmp_path, model__finetuning="lora", model__dtype="bfloat16", train__micro_batch_size=1,
+                       model__quantization=None)  # fmt: skip
+    room = (0.92 * 21 - 7e9 * 2 / GIB - 0.55) * 1024 / 1.06
+
+    def told(tokens: int, workers: int = 1) -> str:
+        given = with_overrides(config, {"data.sequence_length": tokens, "scaling.num_workers": workers})
+        return refusal(lambda: estimate(Training(given, None, None, workers, 8, Microbatch(tokens, 1.0)), on_gpu(21)))
+
+    short = told(12_000)
+    assert "; use train.gradient_checkpointing=true (" in short
+    assert short.endswith(f", or data.sequence_length={room // 64 * 64:.0f}")
+    longest = f"use data.sequence_length={room // 64 * 64:.0f}, or {4 * room // 64 * 64:.0f} with train.gradient_checkpointing=true"
+    assert told(100_000).endswith(longest)
+
+
 def test_a_run_that_fits_only_with_swap_is_not_refused(seven):
     place = Place(22.0 * GIB, 16.0 * GIB, 22.0 * GIB, 1, Hardware())
     assert estimate(seven, place).warnings
