@@ -165,6 +165,7 @@ def _key(config: Config, hf_config: Any, adapter: str | None, microbatch: Microb
         ],
         "train": [train.gradient_checkpointing, train.zero_stage == 3, train.loss, train.label_smoothing, train.z_loss],
         "recomputed": train.recompute_layers,
+        "routers": train.router_aux_loss_coef is not None,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

@@ -34,6 +34,7 @@ from raysft.models.transformers_internals import attention_implementation, can_s
 from raysft.train.loss import CHUNK_TOKENS, TokenLoss
 from raysft.train.objective import objective_of
 from raysft.train.reference import Reference
+from raysft.train.router_loss import RouterLoss
 
 INPUTS = ("input_ids", "position_ids", "targets")
 LOSS_ROWS = (1, 2, 4, 8, 16, 32, 64)
@@ -126,6 +127,15 @@ class _TracedLoss(TokenLoss):
         return torch.empty(*input_ids.shape, weight.shape[-1], dtype=weight.dtype)
 
 
+class _TracedRouters(RouterLoss):
+    """The loss of routers, as far as it keeps something: probabilities and choices of all layers, until their backward pass."""
+
+    def _hear(self, router: Any, inputs: Any, output: Any) -> None:
+        if self._listens:
+            with torch.no_grad():  # not a part of what a layer saves, which would be computed again
+                self._heard.append(self._read(router, output))
+
+
 def trace(config: Config, model: Any, tokens: int, loss_share: float) -> Activations:
     """Trace a model of ``model_without_weights``, of which only one layer of each kind is left afterwards.
 
@@ -160,6 +170,8 @@ def trace(config: Config, model: Any, tokens: int, loss_share: float) -> Activat
         if not config.scaling.use_gpu and config.dtype == "float32" and not loss.objective.has_reference:
             fuse_layers(model)
         loss.train()
+        if config.train.router_aux_loss_coef:
+            loss.router_loss = _TracedRouters(model, config.train.router_aux_loss_coef)
         for parameter in loss.parameters():
             if parameter.requires_grad:
                 # The stages of ZeRO decide where gradients are kept; here each one goes at once.
@@ -288,7 +300,7 @@ def _train(loss: _TracedLoss, live: LiveBytes, rows: int, shape: _Shape) -> None
     live.ignore([*loss.parameters(), *loss.buffers(), *inputs.values()])
     cast = torch.autocast("cpu", torch.bfloat16) if shape.autocast else nullcontext()
     with live:
-        with cast:
+        with cast, loss.router_loss or nullcontext():
             value = loss(**inputs)[0]
         value.backward()
 

@@ -198,6 +198,19 @@ def test_mixtures_of_experts_need_what_a_real_pass_needs(folder, tmp_path, famil
     assert needed(activations, 2) == pytest.approx(really_needed(config, 2), rel=0.1)
 
 
+def test_the_loss_of_routers_keeps_probabilities_and_choices_of_all_layers(folder, tmp_path):
+    model = tiny_mixture(tmp_path / "model", "qwen3_moe", **EXPERTS["qwen3_moe"])
+    text = AutoConfig.from_pretrained(model)
+    config = config_of(folder, model, CHECKPOINTED)
+    plain, kept = (
+        model_of(with_overrides(config, {"train.router_aux_loss_coef": coefficient}))[1].saved(2)
+        for coefficient in (None, 0.01)
+    )
+    of_token = 4 * text.num_experts + 8 * text.num_experts_per_tok
+    layers = text.num_hidden_layers - len(text.mlp_only_layers)
+    assert kept - plain == layers * 2 * 96 * of_token
+
+
 def test_a_model_that_cannot_be_traced_gets_a_formula(folder, monkeypatch):
     config = config_of(folder, folder / "model")
 
