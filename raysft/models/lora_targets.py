@@ -72,6 +72,32 @@ def target_experts(config: Any, model: Any) -> None:
             _keep_scale(config, pattern)
 
 
+def target_routers(config: Any, model: Any) -> None:
+    """Make a peft config that names routers among its modules mean their weights: most routers are no linear layers.
+
+    peft does so itself for some of the models that it knows.
+    """
+    found = {name: model.get_submodule(name) for name in routers(model)}
+    own = {
+        name
+        for name, module in found.items()
+        if not isinstance(module, nn.Linear) and isinstance(getattr(module, "weight", None), nn.Parameter)
+    }
+    for target in list(config.target_modules):
+        named = {name for name, _ in model.named_modules() if f".{name}".endswith(f".{target}")}
+        if chosen := named & own:
+            config.target_modules = {*config.target_modules, *(named - own)} - {target}
+            keys = {target} if named == chosen else chosen
+            config.target_parameters = {*(config.target_parameters or ()), *(f"{key}.weight" for key in keys)}
+
+
+def targeted_routers(config: Any, model: Any) -> list[str]:
+    """Return the names of the routers whose weights a peft config targets, as it names them."""
+    names = [f".{name}.weight" for name in routers(model)]
+    keys = getattr(config, "target_parameters", None) or ()
+    return sorted(key.removesuffix(".weight") for key in keys if any(name.endswith(f".{key}") for name in names))
+
+
 def targeted(model: Any, targets: Collection[str], parts: Container[Part]) -> list[str]:
     """Return what peft is given for names of modules: full names in a model for images, where other parts have the same ones."""
     if not sees_images(model):

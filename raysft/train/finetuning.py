@@ -19,7 +19,7 @@ from raysft.models.adapters import load_adapter, load_with_base
 from raysft.models.attention import check_kernel, kernel, without_adapters
 from raysft.models.kt_experts import recomputation_contexts
 from raysft.models.loading import load_weights
-from raysft.models.lora_targets import linear_layers, modules_in, targeted
+from raysft.models.lora_targets import linear_layers, modules_in, targeted, targeted_routers
 from raysft.models.model_class import loaded_config, sees_images
 from raysft.models.model_parts import part_of
 from raysft.models.new_tokens import vocabulary_modules
@@ -185,18 +185,24 @@ def _check_adapter(model: Any, config: Config, section: Any) -> None:
     if kind == "lora":
         # These compute with the weights, which are missing here.
         adapter_config.use_dora, adapter_config.lora_dropout, adapter_config.init_lora_weights = False, 0.0, True
+    named = targeted_routers(adapter_config, model) if kind == "lora" else []
     try:
         add_adapter(model, adapter_config)
     except (ValueError, TypeError) as error:
         raise RequestError(
             f"model.{kind}.target={section.target} is refused by peft ({one_line(error)}); name other modules"
         ) from None
-    for key in ("dropout", "dora", "pissa") if getattr(adapter_config, "target_parameters", None) else ():
+    parameters = getattr(adapter_config, "target_parameters", None) or ()
+    for key in ("dropout", "dora", "pissa") if parameters else ():
         if getattr(lora, key):
+            what = [
+                *(["the experts"] if len(parameters) > len(named) else []),
+                *(f"the router ({each})" for each in named),
+            ]
             raise RequestError(
-                f"model.lora.{key}={as_yaml(getattr(lora, key))} does not work with adapters on the experts of "
+                f"model.lora.{key}={as_yaml(getattr(lora, key))} does not work with adapters on {' and '.join(what):.100} of "
                 f"{type(model).__name__}; "
-                "remove it, or name modules outside of the experts in model.lora.target, for example [q_proj, v_proj]"
+                "remove it, or name other modules in model.lora.target, for example [q_proj, v_proj]"
             )
 
 

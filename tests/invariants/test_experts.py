@@ -24,6 +24,7 @@ from raysft.models.loading import load_weights
 from raysft.models.merging import merge
 from raysft.models.routers import watchable_routers
 from raysft.train.check_model import check_model
+from tests.messages import holds, refusal
 from tests.shards import the_set, written
 from tests.tiny import FAMILIES, tiny_mixture, tiny_model, with_code
 from tests.training import (
@@ -65,9 +66,13 @@ ADAPTERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "experts": ("mixtral", ["experts"], {"gradient_checkpointing": True}),
     "all": ("qwen3_moe", "all", {"micro_batch_size": 1}),
     "attention": ("glm4_moe", ["q_proj", "o_proj"], {}),
+    "gate": ("qwen2_moe", ["q_proj", "mlp.gate"], {"micro_batch_size": 1}),
+    "router": ("gpt_oss", ["experts", "router"], {"gradient_checkpointing": True}),
     "both": ("gpt_oss", ["q_proj", "o_proj", "experts"], {"gradient_checkpointing": True, "micro_batch_size": 1}),
 }
 """What is trained → family, ``model.lora.target``, and how two workers with ZeRO-3 compute."""
+ROUTERS = ("gate", "router")
+"""Those that train routers, too."""
 OFFLOADED = {"zero_stage": 3, "offload": {"parameters": "cpu", "optimizer": "cpu"}, "micro_batch_size": 1}
 
 
@@ -185,7 +190,8 @@ def adapted(rows) -> dict[str, tuple[Result, Result]]:
 
     def lora(what: str, **way: Any) -> Case:
         family, target, _ = ADAPTERS[what]
-        settings = {"model.lora.target": target, "model.lora.rank": 4, "train.router_aux_loss_coef": None}
+        balance = COEFFICIENT if what in ROUTERS else None
+        settings = {"model.lora.target": target, "model.lora.rank": 4, "train.router_aux_loss_coef": balance}
         return case(rows, family, settings, finetuning="lora", **way)
 
     one = train_all([lora(what, zero_stage=0, micro_batch_size=4) for what in ADAPTERS])
@@ -197,21 +203,39 @@ def adapted(rows) -> dict[str, tuple[Result, Result]]:
 def test_adapters_of_experts_train_alike_and_are_merged_to_what_was_trained(rows, adapted, tmp_path, what):
     one, two = adapted[what]
     assert not one.failure
+    assert not two.failure
     assert_same(one[:4], two[:4])
     names = {name.split(".lora_")[0].rpartition("layers.1.")[2] for name in one.weights}
-    assert any("experts" in name for name in names) == (what != "attention")
-    assert not any(name.endswith((".gate", "router")) for name in names)
+    assert any("experts" in name for name in names) == (what not in ("attention", "gate"))
+    assert any(name.endswith((".gate", "router")) for name in names) == (what in ROUTERS)
+    if what in ROUTERS:
+        np.testing.assert_allclose(balances(one), balances(two), rtol=1e-5)
     merge(two.model, tmp_path)
     base, merged = (load_file(folder / "model.safetensors") for folder in (rows[0] / ADAPTERS[what][0], tmp_path))
     assert base.keys() == merged.keys()
     changed = {name for name in base if not torch.equal(base[name], merged[name])}
     assert changed
-    assert not any(".gate.weight" in name or "router" in name for name in changed)
+    assert any(".gate.weight" in name or "router" in name for name in changed) == (what in ROUTERS)
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
         trained = load_with_base(two.model, dtype=torch.float32).eval()(input_ids=ids).logits
         whole = load_weights(tmp_path, dtype=torch.float32).eval()(input_ids=ids).logits
     torch.testing.assert_close(whole, trained, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "target", "told"),
+    [
+        ("gpt_oss", ["router"], "the router (router) of GptOssForCausalLM"),
+        ("mixtral", ["experts", "mlp.gate"], "the experts and the router (mlp.gate) of MixtralForCausalLM"),
+        ("qwen3_moe", ["experts"], "the experts of Qwen3MoeForCausalLM"),
+    ],
+)
+def test_dropout_of_adapters_on_parameters_is_refused_by_their_names(rows, family, target, told):
+    model = rows[0] / family
+    settings = {"model.lora.target": target, "model.lora.dropout": 0.1}
+    said = refusal(check_model, make_config(rows[0], model, settings, finetuning="lora"), str(model))
+    assert holds(said, f"model.lora.dropout=0.1 … {told}; remove it … model.lora.target")
 
 
 class OfOneKind(PackedDataset):
